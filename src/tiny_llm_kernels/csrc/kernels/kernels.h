@@ -1,0 +1,133 @@
+// What the engine asks of a kernel: plain pointers and sizes, no arrays, no threads.
+//
+// Every kernel works on a range [begin, end) of items that do not depend on each other; how the items
+// are shared out among threads, and in which order they run, cannot change a bit of any result.
+// Legend: M rows, N outputs, K inputs, T tokens, H query heads, Hkv key-value heads, D head size.
+#pragma once
+
+#include <cstdint>
+
+namespace tiny_llm {
+
+/// Rows of floats that may lie apart: row i starts at data + i * stride.
+struct Rows {
+  const float* data;
+  int64_t count, stride;
+};
+
+// ---- quantized matmul ----
+//
+// The packed weights: tiles of 16 outputs x 1 group of 32 inputs, one record after the other:
+//
+//     tile 0: | group 0 | group 1 | ... | group K/32-1 |  tile 1: | group 0 | ...
+//
+//     record: | 16 scales f16 | 16 biases f16 | 16 x 32 quants |         weight = scale * q + bias
+//                 32 bytes         32 bytes     256 (4 bits) or 512 (8 bits) bytes
+//
+//     quants: steps of 64 bytes. In a step, byte 4*o + i belongs to output o and input i.
+//       8 bits: step j holds inputs 4j .. 4j+3                                   (8 steps)
+//       4 bits: step j holds inputs 4j .. 4j+3 in its low nibbles
+//               and inputs 16+4j .. 16+4j+3 in its high nibbles                  (4 steps)
+
+constexpr int TILE_OUTPUTS = 16;
+constexpr int GROUP = 32;
+constexpr int RECORD_HEADER = 4 * TILE_OUTPUTS;
+constexpr int record_bytes(int bits) { return RECORD_HEADER + TILE_OUTPUTS * GROUP * bits / 8; }
+
+/// What one group of 32 activations was rounded to: x is about scale * q, and sum is the sum of its q.
+struct GroupScale {
+  float scale, sum;
+};
+
+struct QuantizeJob {
+  Rows x;
+  int64_t K;
+  int8_t* quants;      // [M, K]
+  GroupScale* groups;  // [M, K/32]
+};
+
+struct MatmulJob {
+  const int8_t* quants;      // [M, K]
+  const GroupScale* groups;  // [M, K/32]
+  const uint8_t* packed;     // [ceil(N/16), K/32, record]
+  float* out;                // [M, N]
+  int64_t M, N, K;
+  int bits;
+
+  // An item is one tile of outputs for up to ROW_BLOCK rows: tile = item % tiles, block = item / tiles.
+  static constexpr int64_t ROW_BLOCK = 64;
+  int64_t tiles() const { return (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS; }
+  int64_t items() const { return tiles() * ((M + ROW_BLOCK - 1) / ROW_BLOCK); }
+};
+
+struct DequantizeJob {
+  const uint8_t* packed;
+  const int32_t* ids;
+  float* out;  // [number of ids, K]
+  int64_t tiles, K;
+  int bits;
+};
+
+// ---- attention over pages ----
+
+enum class StorageType { float32, float16, bfloat16 };
+
+/// A run of tokens of one sequence that are attended together. See paged_attention.cpp.
+struct TokenRun {
+  int32_t first, count;
+};
+
+struct AttentionJob {
+  const float *q, *k, *v;  // each [H or Hkv, T, D], the last axis contiguous
+  int64_t q_head, q_token, k_head, k_token, v_head, v_token;  // strides
+  void *keys, *values;  // the pools: [num_blocks, Hkv, block_size, D]
+  StorageType storage;
+  const int32_t* slots;         // [T] where each token is written: block * block_size + offset
+  const int32_t* tables;        // [S, M] block ids of each sequence
+  const int32_t* row_of_token;  // [T] the table row of each token
+  const int32_t* positions;     // [T] the last position that each token sees: its own
+  float* out;                   // [T, H, D]
+  int64_t T, H, Hkv, D, S, M, block_size, num_blocks;
+  float scale;
+  const TokenRun* runs;  // an item of `attend` is (run, kv head): run = item / Hkv, head = item % Hkv
+  int64_t num_runs;
+};
+
+// ---- the operators between ----
+
+struct RmsNormJob {
+  Rows x;
+  const float* weight;
+  float* out;  // [rows, K]
+  int64_t K;
+  float eps;
+};
+
+struct SwigluJob {
+  Rows gate, up;
+  float* out;  // [rows, K]
+  int64_t K;
+};
+
+struct RopeJob {
+  const float* x;  // [B, H, L, D]
+  int64_t x_batch, x_head, x_token;  // strides
+  const int32_t* positions;  // [L]
+  const float* inv_freq;     // [D/2]
+  float* out;                // [B, L, H, D]
+  int64_t B, H, L, D;        // an item is one token: (batch, position in the row)
+};
+
+/// One set of kernels, compiled for one instruction set.
+struct Kernels {
+  void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);    // items: rows
+  void (*quantized_matmul)(const MatmulJob&, int64_t begin, int64_t end);   // items: see MatmulJob
+  void (*dequantize_rows)(const DequantizeJob&, int64_t begin, int64_t end);  // items: ids
+  void (*write_tokens)(const AttentionJob&, int64_t begin, int64_t end);    // items: tokens
+  void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: see AttentionJob
+  void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);          // items: rows
+  void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);             // items: rows
+  void (*rope)(const RopeJob&, int64_t begin, int64_t end);                 // items: tokens
+};
+
+}  // namespace tiny_llm

@@ -1,0 +1,165 @@
+// y = x W^T with 4- or 8-bit weights and activations rounded to 8 bits.
+//
+// Within a group of 32 inputs everything is an integer and therefore exact:
+//
+//     sum_k (s*q_k + b) * (a*x_k)  =  a * (s * I + b * S)      I = sum q_k x_k,   S = sum x_k
+//
+// Across groups the floats are added in one order, group 0 first. So an output row is the same bits
+// whether it was computed alone or among a thousand rows, by whichever thread, in whichever tile.
+#include "kernels.h"
+#include "vec.h"
+
+namespace tiny_llm::TINY_LLM_ISA {
+
+// ---- activations to int8 ----
+
+/// Rounds rows of x to int8, each group of 32 with its own scale: absmax / 127, ties to even.
+void quantize_rows(const QuantizeJob& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t g = 0; g < job.K / GROUP; ++g) {
+      const float* x = job.x.data + row * job.x.stride + g * GROUP;
+      int8_t* quants = job.quants + row * job.K + g * GROUP;
+      f32x8 v[4], peak = {};
+      for (int i = 0; i < 4; ++i) {
+        v[i] = load(x + i * LANES);
+        peak = max(peak, abs(v[i]));
+      }
+      const float absmax = largest(peak);
+      const bool zero = absmax < 1e-30f;  // 127 / absmax must stay finite
+      const f32x8 inverse = splat(zero ? 0.0f : 127.0f / absmax);
+      i32x8 total = {};
+      for (int i = 0; i < 4; ++i) {
+        i32x8 q = to_int(round(v[i] * inverse));
+        total += q;
+        typedef int8_t i8x8 __attribute__((vector_size(8)));
+        i8x8 bytes = __builtin_convertvector(q, i8x8);
+        std::memcpy(quants + i * LANES, &bytes, sizeof(bytes));
+      }
+      job.groups[row * (job.K / GROUP) + g] = {zero ? 0.0f : absmax / 127.0f, sum(to_float(total))};
+    }
+  }
+}
+
+// ---- one group: integers only ----
+
+/// I for ROWS rows x 16 outputs. `quants` are a record's, `x` the rows' 32 bytes of this group.
+template <int BITS, int ROWS>
+INLINE void group_sums(const uint8_t* quants, const int8_t* x, int64_t x_stride, i32x8 (&sums)[ROWS][2]) {
+  // 4 bits: the low nibbles are inputs 4j.., the high ones inputs 16+4j.. : they add up.
+  // 8 bits: a weight is low + 16 * high, both for the same inputs: two sums, kept apart.
+  constexpr int STEPS = BITS, HIGH_INPUTS = BITS == 4 ? 16 : 0, SUMS = BITS / 4;
+  Partial partial[SUMS][ROWS][2] = {};
+  for (int step = 0; step < STEPS; ++step) {
+    u8x32 low[2], high[2];
+    for (int half = 0; half < 2; ++half) {
+      u8x32 both = load_as<u8x32>(quants + step * 64 + half * 32);
+      low[half] = both & 0x0f;
+      high[half] = bits_as<u8x32>(bits_as<u16x16>(both) >> 4) & 0x0f;
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      const int8_t* four = x + row * x_stride + 4 * step;
+      u8x32 x_low = splat4(four), x_high = splat4(four + HIGH_INPUTS);
+      for (int half = 0; half < 2; ++half) {
+        partial[0][row][half] += dot2(low[half], x_low);
+        partial[SUMS - 1][row][half] += dot2(high[half], x_high);
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      sums[row][half] = sum_pairs(partial[0][row][half]);
+      if (BITS == 8) sums[row][half] += sum_pairs(partial[SUMS - 1][row][half]) << 4;
+    }
+  }
+}
+
+// ---- one tile: 16 outputs, all groups ----
+
+template <int BITS, int ROWS>
+static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row) {
+  const int64_t groups = job.K / GROUP;
+  const uint8_t* record = job.packed + tile * groups * record_bytes(BITS);
+  const int8_t* x = job.quants + row * job.K;
+  const GroupScale* x_groups = job.groups + row * groups;
+
+  f32x8 acc[ROWS][2] = {};
+  for (int64_t g = 0; g < groups; ++g, record += record_bytes(BITS), x += GROUP) {
+    i32x8 sums[ROWS][2];
+    group_sums<BITS, ROWS>(record + RECORD_HEADER, x, job.K, sums);
+    const uint16_t* header = reinterpret_cast<const uint16_t*>(record);
+    for (int half = 0; half < 2; ++half) {
+      f32x8 scale = Float16::load8(header + half * LANES);
+      f32x8 bias = Float16::load8(header + TILE_OUTPUTS + half * LANES);
+      for (int r = 0; r < ROWS; ++r) {
+        GroupScale group = x_groups[r * groups + g];
+        f32x8 inner = fma(scale, to_float(sums[r][half]), bias * splat(group.sum));
+        acc[r][half] = fma(splat(group.scale), inner, acc[r][half]);
+      }
+    }
+  }
+
+  const int64_t first = tile * TILE_OUTPUTS, width = job.N - first;
+  for (int r = 0; r < ROWS; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      float* out = job.out + (row + r) * job.N + first + half * LANES;
+      const int64_t left = width - half * LANES;
+      if (left >= LANES) {
+        store(out, acc[r][half]);
+      } else if (left > 0) {
+        store_first(out, acc[r][half], left);
+      }
+    }
+  }
+}
+
+template <int BITS>
+static void matmul_items(const MatmulJob& job, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t tile = item % job.tiles();
+    int64_t row = item / job.tiles() * MatmulJob::ROW_BLOCK;
+    const int64_t last = row + MatmulJob::ROW_BLOCK < job.M ? row + MatmulJob::ROW_BLOCK : job.M;
+    constexpr int MOST = BITS == 4 ? 4 : 2;  // as many rows as share the unpacked weights in registers
+    for (; row + MOST <= last; row += MOST) tile_rows<BITS, MOST>(job, tile, row);
+    switch (last - row) {
+      case 3: tile_rows<BITS, 3>(job, tile, row); break;
+      case 2: tile_rows<BITS, 2>(job, tile, row); break;
+      case 1: tile_rows<BITS, 1>(job, tile, row); break;
+    }
+  }
+}
+
+void quantized_matmul(const MatmulJob& job, int64_t begin, int64_t end) {
+  job.bits == 4 ? matmul_items<4>(job, begin, end) : matmul_items<8>(job, begin, end);
+}
+
+// ---- rows back to floats ----
+
+/// The rows `ids` of the weights as floats: an embedding lookup. An id out of range gives NaN.
+void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tile = job.ids[i] / TILE_OUTPUTS, output = job.ids[i] % TILE_OUTPUTS;
+    const bool inside = job.ids[i] >= 0 && tile < job.tiles;
+    for (int64_t g = 0; g < job.K / GROUP; ++g) {
+      float* out = job.out + i * job.K + g * GROUP;
+      if (!inside) {
+        for (int k = 0; k < GROUP; k += LANES) store(out + k, splat(__builtin_nanf("")));
+        continue;
+      }
+      const uint8_t* record = job.packed + (tile * (job.K / GROUP) + g) * record_bytes(job.bits);
+      uint16_t halves[LANES] = {};
+      std::memcpy(&halves[0], record + 2 * output, 2);
+      std::memcpy(&halves[1], record + 2 * (TILE_OUTPUTS + output), 2);
+      const f32x8 scale_and_bias = Float16::load8(halves);
+      const float scale = scale_and_bias[0], bias = scale_and_bias[1];
+      const uint8_t* quants = record + RECORD_HEADER + 4 * output;
+      for (int k = 0; k < GROUP; ++k) {
+        const int step = (job.bits == 4 ? k % 16 : k) / 4;
+        const uint8_t byte = quants[step * 64 + k % 4];
+        const int q = job.bits == 8 ? byte : k < 16 ? byte & 15 : byte >> 4;
+        out[k] = scale * static_cast<float>(q) + bias;
+      }
+    }
+  }
+}
+
+}  // namespace tiny_llm::TINY_LLM_ISA

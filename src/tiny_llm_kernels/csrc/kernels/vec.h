@@ -1,0 +1,237 @@
+// The vector type that every kernel is written in.
+//
+// Eight floats in one value. `+ - * /` are the compiler's own vector extensions, so one source serves
+// every processor; the few things that plain C++ cannot say stand at the end, once per instruction set.
+// The kernels are compiled several times, each time with another TINY_LLM_ISA (a namespace): see
+// CMakeLists.txt. Only names from this namespace may be used in a kernel: a standard-library template
+// compiled for AVX2 could be picked by the linker for the portable copy too.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define TINY_LLM_AVX2 1
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace tiny_llm::TINY_LLM_ISA {
+
+constexpr int LANES = 8;
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef int64_t i64x8 __attribute__((vector_size(64)));
+
+// ---- moving data ---------------------------------------------------------------------------------
+
+template <typename V>
+INLINE V load_as(const void* source) {
+  V value;
+  std::memcpy(&value, source, sizeof(V));
+  return value;
+}
+
+INLINE f32x8 load(const float* source) { return load_as<f32x8>(source); }
+INLINE void store(float* target, f32x8 value) { std::memcpy(target, &value, sizeof(value)); }
+INLINE f32x8 splat(float value) { return f32x8{value, value, value, value, value, value, value, value}; }
+
+/// The first `count` floats (count < 8); the other lanes are zero.
+INLINE f32x8 load_first(const float* source, int64_t count) {
+  f32x8 value = {};
+  std::memcpy(&value, source, count * sizeof(float));
+  return value;
+}
+
+INLINE void store_first(float* target, f32x8 value, int64_t count) {
+  std::memcpy(target, &value, count * sizeof(float));
+}
+
+template <typename To, typename From>
+INLINE To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// ---- arithmetic ----------------------------------------------------------------------------------
+
+/// a * b + c, rounded once where the processor can (the same choice for every call of one build).
+INLINE f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
+#if TINY_LLM_AVX2
+  return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+INLINE f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
+INLINE f32x8 abs(f32x8 a) { return bits_as<f32x8>(bits_as<u32x8>(a) & 0x7fffffffu); }
+
+/// The nearest whole number, ties to even; |a| must be below 2^22.
+INLINE f32x8 round(f32x8 a) {
+  const f32x8 magic = splat(0x1.8p23f);
+  return (a + magic) - magic;
+}
+
+/// Whole numbers, as `round` returns them, as integers.
+INLINE i32x8 to_int(f32x8 a) { return __builtin_convertvector(a, i32x8); }
+INLINE f32x8 to_float(i32x8 a) { return __builtin_convertvector(a, f32x8); }
+
+// Sums over lanes always use this one tree:  ((0+4)+(2+6)) + ((1+5)+(3+7)).
+INLINE f32x4 fold(f32x8 a) {
+  return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+}
+
+INLINE float sum(f32x8 a) {
+  f32x4 b = fold(a);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+/// {sum(a), sum(b), sum(c), sum(d)}: four trees at once.
+INLINE f32x4 sum4(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+  f32x4 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
+  f32x4 ab = __builtin_shufflevector(fa, fb, 0, 1, 4, 5) + __builtin_shufflevector(fa, fb, 2, 3, 6, 7);
+  f32x4 cd = __builtin_shufflevector(fc, fd, 0, 1, 4, 5) + __builtin_shufflevector(fc, fd, 2, 3, 6, 7);
+  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+}
+
+INLINE float largest(f32x8 a) {
+  f32x4 low = __builtin_shufflevector(a, a, 0, 1, 2, 3), high = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  f32x4 b = low > high ? low : high;
+  float c = b[0] > b[1] ? b[0] : b[1], d = b[2] > b[3] ? b[2] : b[3];
+  return c > d ? c : d;
+}
+
+/// e^x to about one unit in the last place; exactly 0 below -87.3 (and so for -inf), finite above 88.
+///   x = n ln 2 + r with |r| <= ln 2 / 2;   e^x = 2^n * p(r), p the polynomial below.
+INLINE f32x8 exp(f32x8 x) {
+  const f32x8 low = splat(-87.3f), high = splat(88.0f);
+  f32x8 y = x < low ? low : x;
+  y = y > high ? high : y;
+  f32x8 n = round(y * splat(1.44269504f));
+  f32x8 r = fma(n, splat(-0.693359375f), y);
+  r = fma(n, splat(2.12194440e-4f), r);
+  f32x8 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + splat(1.0f));
+  f32x8 two_to_n = bits_as<f32x8>((to_int(n) + 127) << 23);
+  f32x8 value = p * two_to_n;
+  return x < low ? splat(0.0f) : value;
+}
+
+// ---- int8 products -------------------------------------------------------------------------------
+//
+// A 32-byte vector holds 8 outputs x 4 inputs, the inputs of one output side by side:
+//
+//     byte   0    1    2    3  |  4    5    6    7  | ...
+//          o0k0 o0k1 o0k2 o0k3 | o1k0 o1k1 o1k2 o1k3 | ...
+//
+// `dot2` multiplies unsigned weights (0..15) with signed activations (-127..127) and adds neighbours:
+// 16 sums of 2 products. Eight such vectors fit an int16: 8 * 2 * 15 * 127 = 30,480 < 32,768.
+// `sum_pairs` then adds the two halves of each output: 8 sums. All of it is exact.
+//
+// AVX-512 VNNI goes here: its one instruction (vpdpbusd) does four products and an int32 sum, so there
+// `Partial` is an i32x16, `dot2` accumulates into it and `sum_pairs` is the identity.
+
+using Partial = i16x16;
+
+INLINE Partial dot2(u8x32 weights, u8x32 activations) {
+#if TINY_LLM_AVX2
+  return (Partial)_mm256_maddubs_epi16((__m256i)weights, (__m256i)activations);
+#else
+  u16x16 w = bits_as<u16x16>(weights);
+  i16x16 x = bits_as<i16x16>(activations);
+  i16x16 x_even = bits_as<i16x16>(bits_as<u16x16>(x) << 8) >> 8;
+  return bits_as<i16x16>(w & 0xff) * x_even + bits_as<i16x16>(w >> 8) * (x >> 8);
+#endif
+}
+
+INLINE i32x8 sum_pairs(Partial a) {
+#if TINY_LLM_AVX2
+  return (i32x8)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
+#else
+  i32x8 pairs = bits_as<i32x8>(a);
+  return (bits_as<i32x8>(bits_as<u32x8>(pairs) << 16) >> 16) + (pairs >> 16);
+#endif
+}
+
+/// The same four bytes in all eight places.
+INLINE u8x32 splat4(const int8_t* four) {
+  uint32_t v = load_as<uint32_t>(four);
+  return bits_as<u8x32>(u32x8{v, v, v, v, v, v, v, v});
+}
+
+// ---- storage types: how a number lies in memory --------------------------------------------------
+
+struct Float32 {
+  using Storage = float;
+  INLINE f32x8 load8(const float* source) { return load(source); }
+  INLINE void store8(float* target, f32x8 value) { store(target, value); }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+
+  INLINE f32x8 load8(const uint16_t* source) {
+#if TINY_LLM_AVX2
+    return (f32x8)_mm256_cvtph_ps(load_as<__m128i>(source));
+#else
+    u32x8 h = __builtin_convertvector(load_as<u16x8>(source), u32x8);
+    // The exponent is 112 too small after the shift; the multiplication also mends subnormals.
+    f32x8 f = bits_as<f32x8>((h & 0x7fffu) << 13) * splat(0x1p112f);
+    u32x8 infinite = bits_as<u32x8>(f >= splat(65536.0f)) & 0x7f800000u;
+    return bits_as<f32x8>(bits_as<u32x8>(f) | infinite | ((h & 0x8000u) << 16));
+#endif
+  }
+
+  INLINE void store8(uint16_t* target, f32x8 value) {
+#if TINY_LLM_AVX2
+    __m128i halves = _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(target, &halves, sizeof(halves));
+#else
+    u32x8 bits = bits_as<u32x8>(value), magnitude = bits & 0x7fffffffu;
+    // Normal: drop 13 bits, ties to even. Subnormal: let a float addition do the rounding.
+    u32x8 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+    u32x8 tiny = bits_as<u32x8>(bits_as<f32x8>(magnitude) + splat(0.5f)) - 0x3f000000u;
+    u32x8 half = magnitude < 0x38800000u ? tiny : normal;
+    u32x8 special = magnitude > 0x7f800000u ? (u32x8{} + 0x7e00u) : (u32x8{} + 0x7c00u);
+    half = magnitude >= 0x47800000u ? special : half;
+    u16x8 result = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), u16x8);
+    std::memcpy(target, &result, sizeof(result));
+#endif
+  }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+
+  INLINE f32x8 load8(const uint16_t* source) {
+    return bits_as<f32x8>(__builtin_convertvector(load_as<u16x8>(source), u32x8) << 16);
+  }
+
+  INLINE void store8(uint16_t* target, f32x8 value) {
+    u32x8 bits = bits_as<u32x8>(value);
+    u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    u32x8 quiet_nan = (bits >> 16) | 0x40u;
+    u32x8 kept = (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+    u16x8 result = __builtin_convertvector(kept, u16x8);
+    std::memcpy(target, &result, sizeof(result));
+  }
+};
+
+}  // namespace tiny_llm::TINY_LLM_ISA

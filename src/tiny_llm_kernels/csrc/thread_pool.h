@@ -1,0 +1,98 @@
+// A small pool for loops whose items do not depend on each other.
+//
+// The caller works too. Workers look for the next loop for a bounded time (the next operator usually
+// comes within microseconds), then sleep, so that an idle engine leaves the processors to others.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace tiny_llm {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+class ThreadPool {
+ public:
+  using Body = std::function<void(int64_t begin, int64_t end)>;
+
+  explicit ThreadPool(int threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  }
+
+  ~ThreadPool() {
+    stop_ = true;
+    announce();
+    for (auto& worker : workers_) worker.join();
+  }
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  /// Calls body(begin, end) on pieces of at most `piece` items until [0, count) is done. The order of
+  /// pieces and who runs them is open: bodies must not care. One loop at a time; a second caller
+  /// (another MLX stream) does its loop alone.
+  void parallel_for(int64_t count, int64_t piece, const Body& body) {
+    std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+    if (!lock || workers_.empty() || count <= piece) return body(0, count);
+    body_ = &body, count_ = count, piece_ = piece, next_ = 0;
+    announce();  // odd: open
+    take_pieces();
+    phase_.fetch_add(1);  // even: closed; who has not come in by now stays out
+    while (inside_ != 0) relax();
+  }
+
+ private:
+  void announce() {
+    phase_.fetch_add(1);
+    phase_.notify_all();
+  }
+
+  void take_pieces() {
+    for (int64_t begin; (begin = next_.fetch_add(piece_)) < count_;) {
+      (*body_)(begin, begin + piece_ < count_ ? begin + piece_ : count_);
+    }
+  }
+
+  void work() {
+    for (uint32_t seen = 0; !stop_;) {
+      seen = wait_for_change(seen);
+      // First "I am inside", then "is it open?": the caller closes first and then looks who is inside,
+      // so it never leaves while a worker still reads the loop.
+      inside_.fetch_add(1);
+      if (phase_ % 2 == 1 && !stop_) take_pieces();
+      inside_.fetch_sub(1);
+    }
+  }
+
+  uint32_t wait_for_change(uint32_t seen) {
+    const auto until = std::chrono::steady_clock::now() + SPIN;
+    do {
+      for (int i = 0; i < 32; ++i, relax()) {
+        if (const uint32_t now = phase_; now != seen) return now;
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    phase_.wait(seen);
+    return phase_;
+  }
+
+  static constexpr std::chrono::microseconds SPIN{100};
+
+  const Body* body_ = nullptr;
+  int64_t count_ = 0, piece_ = 1;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int> inside_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex busy_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace tiny_llm

@@ -1,0 +1,14 @@
+"""tiny-llm's reference: the complete engine, one noun a file, flat.
+
+Shapes are written in letters: B batch, L or T tokens of this pass, S tokens attended to, H query
+heads, Hkv key and value heads, D head size, E hidden size, I intermediate size, R rows that need
+logits, N blocks of the pool, M blocks of the longest table.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+from .api import __all__, __getattr__
+
+__all__ = __all__  # noqa: PLW0127 (re-exported)

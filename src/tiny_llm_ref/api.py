@@ -1,0 +1,69 @@
+"""The public names, and the module that each lives in. Both packages export exactly these.
+
+Names are resolved on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .chunked_prefill import share_budget as share_budget
+    from .config import ConfigError as ConfigError
+    from .config import EngineConfig as EngineConfig
+    from .config import ModelConfig as ModelConfig
+    from .engine_core import EngineCore as EngineCore
+    from .errors import DoubleFreeError as DoubleFreeError
+    from .errors import DuplicateRequestError as DuplicateRequestError
+    from .errors import ModelFileError as ModelFileError
+    from .errors import OutOfBlocksError as OutOfBlocksError
+    from .errors import RequestTooLargeError as RequestTooLargeError
+    from .errors import TinyLLMError as TinyLLMError
+    from .errors import UnknownBlockError as UnknownBlockError
+    from .kv_pool import KVPool as KVPool
+    from .llm import LLM as LLM
+    from .outputs import CompletionOutput as CompletionOutput
+    from .outputs import Logprob as Logprob
+    from .outputs import RequestOutput as RequestOutput
+    from .outputs import TextDelta as TextDelta
+    from .paged_attention import BlockAllocator as BlockAllocator
+    from .paged_attention import BlockTable as BlockTable
+    from .paged_batch import PagedBatchManager as PagedBatchManager
+    from .policies import Policies as Policies
+    from .sampling_params import SamplingParams as SamplingParams
+    from .sampling_params import SamplingParamsError as SamplingParamsError
+
+_MODULE_OF = {
+    "LLM": "llm",
+    "SamplingParams": "sampling_params",
+    "SamplingParamsError": "sampling_params",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "Logprob": "outputs",
+    "TextDelta": "outputs",
+    "EngineConfig": "config",
+    "ModelConfig": "config",
+    "ConfigError": "config",
+    "EngineCore": "engine_core",
+    "BlockAllocator": "paged_attention",
+    "BlockTable": "paged_attention",
+    "KVPool": "kv_pool",
+    "PagedBatchManager": "paged_batch",
+    "Policies": "policies",
+    "share_budget": "chunked_prefill",
+    "TinyLLMError": "errors",
+    "OutOfBlocksError": "errors",
+    "DoubleFreeError": "errors",
+    "UnknownBlockError": "errors",
+    "RequestTooLargeError": "errors",
+    "DuplicateRequestError": "errors",
+    "ModelFileError": "errors",
+}
+
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module; AttributeError for any other name."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __package__), name)

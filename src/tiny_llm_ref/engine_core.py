@@ -1,0 +1,145 @@
+"""Requests in, tokens out: the loop around a batch manager. Schedule, run, sample, commit.
+
+Knows token ids and nothing of text; has no thread of its own and never prints. One thread owns it,
+because it owns every array.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .paged_batch import PagedBatchManager, StepLogits
+from .sampler import log_probabilities, sample_token
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+
+
+class TokenLogprobs(NamedTuple):
+    """The chosen token's log-probability and rank, and the likeliest tokens with theirs, best first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class TokenOutput(NamedTuple):
+    """One token that one sequence of a request has just got.
+
+    finish_reason: "stop" or "length" where it was the last one; stop_token: the token of
+    `stop_token_ids` that ended it, None for an end-of-sequence token.
+    """
+
+    request_id: str
+    seq_id: str
+    token: int
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+    stop_token: int | None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How full the engine is, in sequences and blocks."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_preemptions: int
+
+
+class EngineCore:
+    """Steps a batch manager, samples each ready sequence, and ends those that are done."""
+
+    def __init__(self, manager: PagedBatchManager, eos_token_ids: Seq[int], seed: int = 0) -> None:
+        self.manager = manager
+        self._eos = frozenset(eos_token_ids)
+        self._seed = seed
+        self._num_admitted = 0
+
+    def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
+        """Queue a request; False when it cannot be queued now, an error when it never can.
+
+        A request without a seed gets one here, from the engine's seed and its place in the order of
+        arrival.
+        """
+        seed = params.seed if params.seed is not None else self._seed + (self._num_admitted << 20)
+        queued = self.manager.add_request(tokens, request_id, params, seed)
+        self._num_admitted += queued
+        return queued
+
+    def step(self) -> list[TokenOutput]:
+        """Run one step; the tokens that it gave, at most one for each running sequence."""
+        logits = self.manager.process_batch()
+        outputs = self._sample(logits)
+        self.manager.commit({output.seq_id: output.token for output in outputs})
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.manager.finish(output.seq_id)
+        return outputs
+
+    def finish(self, seq_id: str) -> None:
+        """End one sequence, for a reason that is not its token's (a stop string)."""
+        self.manager.finish(seq_id)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, whatever its state; an unknown or ended id is ignored."""
+        self.manager.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request has not ended."""
+        return self.manager.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        manager = self.manager
+        return EngineStats(
+            num_running=len(manager.running),
+            num_waiting=len(manager.waiting),
+            num_free_blocks=manager.allocator.num_free,
+            num_blocks=manager.allocator.num_blocks,
+            num_preemptions=manager.num_preemptions,
+        )
+
+    def _sample(self, logits: StepLogits) -> list[TokenOutput]:
+        """Choose every ready sequence's token; all rows are evaluated together."""
+        sequences = [self.manager.sequence(seq_id) for seq_id in logits]
+        rows = [logits[seq_id] for seq_id in logits]
+        tokens = [
+            sample_token(row, seq.params, seq.seed, len(seq.outputs))
+            for row, seq in zip(rows, sequences, strict=True)
+        ]
+        mx.eval(tokens)
+        return [
+            self._output(sequence, int(token.item()), row)
+            for sequence, token, row in zip(sequences, tokens, rows, strict=True)
+        ]
+
+    def _output(self, sequence: Sequence, token: int, row: mx.array) -> TokenOutput:
+        params = sequence.params
+        stopped_by = token if token in (params.stop_token_ids or ()) else None
+        ended = stopped_by is not None or (token in self._eos and not params.ignore_eos)
+        full = sequence.num_tokens + 1 >= sequence.max_len
+        return TokenOutput(
+            request_id=sequence.request_id,
+            seq_id=sequence.seq_id,
+            token=token,
+            logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
+            finish_reason="stop" if ended else "length" if full else None,
+            stop_token=stopped_by,
+        )
+
+
+def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` likeliest."""
+    logprobs = log_probabilities(row)
+    chosen = logprobs[token]
+    rank = mx.sum(logprobs > chosen) + 1
+    likeliest = mx.argsort(-logprobs)[:num_top]
+    mx.eval(chosen, rank, likeliest, logprobs)
+    top = tuple((int(i), logprobs[i].item()) for i in likeliest.tolist())
+    return TokenLogprobs(chosen.item(), int(rank.item()), top)

@@ -1,0 +1,33 @@
+"""The named errors of the engine. Each message names the offending value and the limit.
+
+Errors that a caller can cause are also `ValueError`s, so that `except ValueError` at a front door
+catches every refusal. Nothing past a raised error is half-done: what raised changed nothing.
+"""
+
+
+class TinyLLMError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+
+class OutOfBlocksError(TinyLLMError):
+    """The pool has fewer free blocks than were asked for. Nothing was allocated."""
+
+
+class DoubleFreeError(TinyLLMError):
+    """A block was given back, or shared, that nobody holds."""
+
+
+class UnknownBlockError(TinyLLMError, ValueError):
+    """A block id lies outside the pool."""
+
+
+class RequestTooLargeError(TinyLLMError, ValueError):
+    """A request could never run, however long it waited: refused at the door, with the figures."""
+
+
+class DuplicateRequestError(TinyLLMError, ValueError):
+    """A request id is in use by a request that has not ended."""
+
+
+class ModelFileError(TinyLLMError, ValueError):
+    """A model file cannot be read: names the file, what was found, and what was expected."""

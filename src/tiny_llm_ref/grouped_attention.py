@@ -1,0 +1,77 @@
+"""The attention layer: projections, rotation, and heads in groups that share keys and values.
+
+Source: Ainslie et al., "GQA" (2023). The layer does not know where keys and values live: it hands
+them to the context of the forward pass.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .attention import causal_mask, scaled_dot_product_attention
+from .kv_context import KVContext
+from .linear import LinearLike
+from .rope import rope
+
+
+def grouped_query_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
+) -> mx.array:
+    """Attention in which H / Hkv query heads share one key and value head.
+
+    q [B, H, L, D], k and v [B, Hkv, S, D], mask broadcastable to [L, S] -> [B, H, L, D]. Query head
+    h reads key and value head h // (H / Hkv). Nothing is repeated in memory: the group is an axis
+    over which k and v broadcast. Raises ValueError where H is no multiple of Hkv.
+    """
+    B, H, L, D = q.shape
+    kv_heads = k.shape[1]
+    if H % kv_heads:
+        raise ValueError(f"{H} query heads cannot share {kv_heads} key and value heads evenly")
+    grouped = q.reshape(B, kv_heads, H // kv_heads, L, D)  # [B, Hkv, group, L, D]
+    out = scaled_dot_product_attention(grouped, k[:, :, None], v[:, :, None], scale, mask)
+    return out.reshape(B, H, L, D)
+
+
+class NoCacheContext:
+    """A forward pass over whole sequences that remembers nothing: keys and values are this call's."""
+
+    def __init__(self, length: int, scale: float) -> None:
+        self.positions = mx.arange(length, dtype=mx.int32)
+        self.logit_rows: mx.array | None = None
+        self._scale = scale
+        self._mask = causal_mask(length, length)
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D], causal."""
+        return grouped_query_attention(q, k, v, self._scale, self._mask)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention; parameter names are the checkpoint's."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    inv_freq: mx.array
+    q_proj: LinearLike
+    k_proj: LinearLike
+    v_proj: LinearLike
+    o_proj: LinearLike
+
+    def __call__(self, x: mx.array, context: KVContext) -> mx.array:
+        """x [B, L, E] -> [B, L, E]: project, split into heads, rotate q and k, attend, project back."""
+        B, L, _ = x.shape
+        q = self._heads(self.q_proj(x), self.num_heads)
+        k = self._heads(self.k_proj(x), self.num_kv_heads)
+        v = self._heads(self.v_proj(x), self.num_kv_heads)
+        q = rope(q, context.positions, self.inv_freq)
+        k = rope(k, context.positions, self.inv_freq)
+        out = context.attend(self.layer, q, k, v)  # [B, H, L, D]
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+
+    def _heads(self, x: mx.array, num_heads: int) -> mx.array:
+        """[B, L, H * D] -> [B, H, L, D]."""
+        B, L, _ = x.shape
+        return x.reshape(B, L, num_heads, self.head_dim).swapaxes(1, 2)

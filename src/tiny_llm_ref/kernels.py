@@ -1,0 +1,94 @@
+"""Chooses between a readable reference function and the fast one that may stand in for it.
+
+On MLX's CPU device the fast ones are the compiled kernels of `tiny_llm_kernels`; elsewhere, MLX's
+own fused operators where there is one. A fast function stands in for a *reference* function only:
+a learner's own function in the overlay always runs. The readable one stays at hand as
+`function.__wrapped__`, for tests and for devices without a kernel.
+"""
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import mlx.core as mx
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+REFERENCE_FOLDER = Path(__file__).parent
+_twins_only: ContextVar[bool] = ContextVar("twins_only", default=False)
+
+
+@cache
+def compiled_available() -> bool:
+    """True where the compiled kernels can run: built, and MLX's default device is the CPU.
+
+    The first False on a CPU warns, once, how much slower MLX's own operators are.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return False
+    import tiny_llm_kernels
+
+    if tiny_llm_kernels.available():
+        return True
+    if os.environ.get("TINY_LLM_KERNELS") != "off":
+        warnings.warn(
+            f"no compiled kernels ({tiny_llm_kernels.why_unavailable()}): running on MLX's own operators, "
+            "about 30 times slower on a CPU; install a C++ compiler and run the install again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return False
+
+
+def use_compiled() -> bool:
+    """True where compiled kernels run now: available, and not inside `twins()`."""
+    return not _twins_only.get() and compiled_available()
+
+
+def is_reference(function: Callable[..., object]) -> bool:
+    """True where `function` is the reference's, so that a fast one may stand in for it."""
+    return hasattr(function, "__wrapped__")
+
+
+@contextmanager
+def twins() -> Iterator[None]:
+    """Run the readable functions in this block, whatever fast ones there are."""
+    token = _twins_only.set(True)
+    try:
+        yield
+    finally:
+        _twins_only.reset(token)
+
+
+def accelerated(
+    *, compiled: Callable[P, T] | None = None, fused: Callable[P, T] | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let a fast function with the same signature stand in for the decorated reference function.
+
+    compiled: runs where the compiled kernels do, on float32 inputs (the first argument decides).
+    fused: MLX's own operator, runs on devices other than the CPU.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        if Path(inspect.getfile(function)).parent != REFERENCE_FOLDER:
+            return function
+
+        @wraps(function)
+        def dispatch(*args: P.args, **kwargs: P.kwargs) -> T:
+            if not _twins_only.get():
+                if compiled is not None and compiled_available() and args[0].dtype == mx.float32:  # type: ignore[attr-defined]
+                    return compiled(*args, **kwargs)
+                if fused is not None and mx.default_device() != mx.Device(mx.cpu):
+                    return fused(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return dispatch
+
+    return decorate

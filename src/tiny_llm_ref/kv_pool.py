@@ -1,0 +1,68 @@
+"""The pool: the arrays that hold every key and value of the engine, and their only holder.
+
+Per layer and for keys and values each one array [num_blocks, Hkv, block_size, D]. Nobody else keeps
+a reference to them, because a write is in place only while nobody does: with one unevaluated reader
+MLX copies the whole pool. What leaves the pool (`read_blocks`) is an evaluated copy. Knows nothing
+of sequences or of who owns which block.
+"""
+
+from collections.abc import Sequence as Seq
+
+import mlx.core as mx
+
+from .config import ModelConfig
+from .paged_attention import BlockCopy
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+class KVPool:
+    """`num_blocks` blocks of `block_size` tokens for every layer of a model."""
+
+    def __init__(self, model: ModelConfig, num_blocks: int, block_size: int, dtype: mx.Dtype) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        shape = (num_blocks, model.num_key_value_heads, block_size, model.head_dim)
+        layers = range(model.num_hidden_layers)
+        self._keys = [mx.zeros(shape, dtype) for _ in layers]
+        self._values = [mx.zeros(shape, dtype) for _ in layers]
+        self.evaluate()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(array.nbytes for array in (*self._keys, *self._values))
+
+    def lend(self, layer: int) -> tuple[mx.array, mx.array]:
+        """The key and value arrays of a layer, for one write; `put_back` must follow."""
+        return self._keys[layer], self._values[layer]
+
+    def put_back(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Take the arrays that a write returned in the place of those that were lent."""
+        self._keys[layer] = keys
+        self._values[layer] = values
+
+    def evaluate(self, *outputs: mx.array) -> None:
+        """Evaluate `outputs` together with every pending write, so that no reader stays behind."""
+        mx.eval(*outputs, *self._keys, *self._values)
+
+    def copy_blocks(self, copies: Seq[BlockCopy]) -> None:
+        """Copy whole blocks in all layers, as if all sources were read before any is written."""
+        if not copies:
+            return
+        sources = mx.array([copy.src for copy in copies])
+        targets = mx.array([copy.dst for copy in copies])
+        for arrays in (self._keys, self._values):
+            for layer in range(len(arrays)):
+                rows = arrays[layer][sources]
+                mx.eval(rows)
+                arrays[layer][targets] = rows
+        self.evaluate()
+
+    def read_blocks(self, layer: int, blocks: Seq[int]) -> tuple[mx.array, mx.array]:
+        """Evaluated copies of a layer's keys and values, each [len(blocks), Hkv, block_size, D]."""
+        index = mx.array(list(blocks))
+        keys, values = self._keys[layer][index], self._values[layer][index]
+        mx.eval(keys, values)
+        return keys, values

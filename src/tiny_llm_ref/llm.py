@@ -1,0 +1,239 @@
+"""The front door in Python: prompts in, completions out. Named and shaped like vLLM's `LLM`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .chat_template import ChatTemplate
+from .config import EngineConfig
+from .embedded import embedded_model_path
+from .engine_core import EngineCore
+from .gguf_reader import load_gguf
+from .kv_pool import DTYPES
+from .outputs import RequestOutput, TextDelta
+from .output_processor import RequestState
+from .paged_attention import BlockTable
+from .paged_batch import PagedBatchManager, completion_ids
+from .paged_kernel import PagedContext, Span, pack_batch
+from .policies import Policies
+from .preemption import RecomputeNewestFirst
+from .sampling_params import SamplingParams
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+
+
+class LLM:
+    """A model, its tokenizer, and an engine that serves many prompts at once from one pool of pages.
+
+    model: a `.gguf` file; None is the embedded SmolLM2-135M-Instruct. engine_options: the fields of
+    `EngineConfig`. Belongs to the thread that made it.
+
+    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option.
+    """
+
+    def __init__(self, model: str | Path | None = None, **engine_options: Any) -> None:
+        self.engine_config = EngineConfig.from_options(**engine_options)
+        self.model_path = embedded_model_path() if model is None else Path(model)
+        self.model, self.tokenizer = load_gguf(self.model_path)
+        self.model_config = self.model.config
+        template = self.tokenizer.chat_template
+        self.chat_template = template and ChatTemplate(
+            template, bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token
+        )
+        self.core = _build_core(self)
+        self._request_ids = map(str, count())
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all of them together; outputs in the order of the prompts.
+
+        prompts: a text, a list of token ids, or a list of either. sampling_params: one for all, or
+        one for each. use_tqdm: show a progress bar on standard error where that is a terminal.
+
+        Raises ValueError for a prompt or parameters that cannot run; then none of them has run.
+        """
+        listed = _as_list(prompts)
+        encoded = [self._encode(prompt) for prompt in listed]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
+        return self._run_all(encoded, texts, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several together, through the model's chat template.
+
+        A message is a mapping with "role" and "content".
+        """
+        first = messages[0] if messages else None
+        conversations = [messages] if first is None or isinstance(first, Mapping) else messages
+        encoded = [self._encode_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        return self._run_all(encoded, [None] * len(encoded), sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """Complete one prompt, piece by piece; closing the iterator cancels the request."""
+        return self._stream(self._encode(prompt), sampling_params or SamplingParams())
+
+    def stream_chat(
+        self, messages: Messages, sampling_params: SamplingParams | None = None
+    ) -> Iterator[TextDelta]:
+        """Answer one conversation, piece by piece; closing the iterator cancels the request."""
+        return self._stream(self._encode_chat(messages), sampling_params or SamplingParams())
+
+    def logits(self, token_ids: Sequence[int]) -> mx.array:
+        """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
+
+        Runs through pages of their own, in chunks of the step's token budget, whatever else waits.
+        """
+        manager = self.core.manager
+        assert manager.pool is not None
+        table = BlockTable(manager.allocator, manager.block_size)
+        chunk = self.engine_config.max_num_batched_tokens
+        rows = []
+        try:
+            for start in range(0, len(token_ids), chunk):
+                stop = min(start + chunk, len(token_ids))
+                table.append_tokens(stop - start)
+                context = PagedContext(
+                    manager.pool, pack_batch([Span(table, start, stop)]), self.model_config.head_dim**-0.5, None
+                )
+                rows.append(self.model(mx.array([token_ids[start:stop]], mx.int32), context)[0])
+                manager.pool.evaluate(rows[-1])
+        finally:
+            table.release()
+        return mx.concatenate(rows)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _encode_chat(self, messages: Messages) -> list[int]:
+        if self.chat_template is None:
+            raise ValueError(f"{self.model_path.name} has no chat template: use generate instead of chat")
+        return self.chat_template.encode(messages, self.tokenizer)
+
+    def _add(self, tokens: list[int], text: str | None, params: SamplingParams) -> RequestState:
+        request_id = next(self._request_ids)
+        self._check_ids(tokens)
+        self.core.add_request(request_id, tokens, params)
+        seq_ids = completion_ids(request_id, params.n)
+        return RequestState(request_id, text, tokens, seq_ids, self.tokenizer, params)
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        vocab_size = self.model_config.vocab_size
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary (0 to {vocab_size - 1})")
+
+    def _run_all(
+        self,
+        encoded: Sequence[list[int]],
+        texts: Sequence[str | None],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _one_for_each(sampling_params, len(encoded))
+        requests: dict[str, RequestState] = {}
+        with self._cancelled_on_error(requests), _progress(len(encoded), use_tqdm) as report:
+            for tokens, text, param in zip(encoded, texts, params, strict=True):
+                request = self._add(tokens, text, param)
+                requests[request.request_id] = request
+            while not all(request.finished for request in requests.values()):
+                deltas = self._step(requests)
+                report(sum(request.finished for request in requests.values()), deltas)
+        return [request.output for request in requests.values()]
+
+    def _step(self, requests: Mapping[str, RequestState]) -> list[TextDelta]:
+        """One engine step; the deltas of `requests`. A stop string ends its sequence here."""
+        deltas = []
+        for output in self.core.step():
+            delta = requests[output.request_id].push(output)
+            if delta.finish_reason is not None and output.finish_reason is None:
+                self.core.finish(output.seq_id)
+            deltas.append(delta)
+        return deltas
+
+    def _stream(self, tokens: list[int], params: SamplingParams) -> Iterator[TextDelta]:
+        request = self._add(tokens, None, params)
+        requests = {request.request_id: request}
+        with self._cancelled_on_error(requests):
+            while not request.finished:
+                yield from self._step(requests)
+
+    @contextmanager
+    def _cancelled_on_error(self, requests: Mapping[str, RequestState]) -> Iterator[None]:
+        """Cancel what is still running of `requests` when the block is left by an exception."""
+        try:
+            yield
+        except BaseException:
+            for request_id in requests:
+                self.core.cancel(request_id)
+            raise
+
+
+def _build_core(llm: LLM) -> EngineCore:
+    """The engine for a loaded model, from its configuration."""
+    config, model = llm.engine_config, llm.model
+    dtype = DTYPES[config.kv_cache_dtype]
+    policies = Policies(RecomputeNewestFirst()) if config.preemption_mode == "recompute" else Policies()
+    manager = PagedBatchManager(
+        config.pool_blocks(model.config, dtype.size),
+        config.block_size,
+        config.max_num_seqs,
+        model=model,
+        max_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.model_len(model.config),
+        kv_dtype=dtype,
+        policies=policies,
+    )
+    return EngineCore(manager, model.config.eos_token_ids, config.seed)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt, as text or as token ids, becomes a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each")
+    return list(params)
+
+
+@contextmanager
+def _progress(total: int, enabled: bool) -> Iterator[Callable[[int, Sequence[TextDelta]], None]]:
+    """A progress bar over prompts; what it yields takes the number finished and a step's deltas."""
+    if not enabled:
+        yield lambda finished, deltas: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("Processed prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("{task.fields[tokens]} tokens"), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("prompts", total=total, tokens=0)
+        tokens = 0
+
+        def report(finished: int, deltas: Sequence[TextDelta]) -> None:
+            nonlocal tokens
+            tokens += sum(len(delta.token_ids) for delta in deltas)
+            bar.update(task, completed=finished, tokens=tokens)
+
+        yield report

@@ -1,0 +1,33 @@
+"""The feed-forward half of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .kernels import accelerated
+from .linear import LinearLike
+
+
+def _compiled(gate: mx.array, up: mx.array) -> mx.array:
+    from tiny_llm_kernels import swiglu as kernel
+
+    return kernel(gate, up)
+
+
+@accelerated(compiled=_compiled)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up with silu(x) = x * sigmoid(x); both [..., I] -> [..., I]."""
+    return gate * mx.sigmoid(gate) * up
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(swiglu(gate(x), up(x))): x [B, L, E] -> [B, L, E] through I = intermediate_size."""
+
+    gate_proj: LinearLike
+    up_proj: LinearLike
+    down_proj: LinearLike
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [B, L, E] -> [B, L, E]."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,81 @@
+"""The decoder: embed, thirty-odd blocks, normalise, project to logits. One file for every week.
+
+Knows nothing of caches, pages, batches or quantization: its layers are objects that the loader made,
+and keys and values go to the context.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .block import TransformerBlock
+from .config import ModelConfig
+from .grouped_attention import Attention
+from .kv_context import KVContext
+from .linear import LinearLike
+from .mlp import MLP
+from .norm import rms_norm
+from .rope import inverse_frequencies
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer; parameter names are the checkpoint's."""
+
+    config: ModelConfig
+    embed_tokens: LinearLike
+    layers: tuple[TransformerBlock, ...]
+    norm: mx.array
+    lm_head: LinearLike
+
+    def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
+        """Token ids [B, L] (int32) -> logits [B, R, vocab_size] of the context's `logit_rows` (None: all)."""
+        x = self.embed_tokens.rows(tokens)  # [B, L, E]
+        for layer in self.layers:
+            x = layer(x, context)
+        if context.logit_rows is not None:
+            x = x[:, context.logit_rows]
+        return self.lm_head(rms_norm(x, self.norm, self.config.rms_norm_eps))
+
+
+def build_model(
+    config: ModelConfig, linears: Mapping[str, LinearLike], vectors: Mapping[str, mx.array]
+) -> Model:
+    """Assemble a model from its parameters by their checkpoint names, without the `.weight` at the end."""
+    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta)
+    embed_tokens = linears["model.embed_tokens"]
+    return Model(
+        config=config,
+        embed_tokens=embed_tokens,
+        layers=tuple(
+            _build_block(config, layer, inv_freq, linears, vectors) for layer in range(config.num_hidden_layers)
+        ),
+        norm=vectors["model.norm"],
+        lm_head=embed_tokens if config.tie_word_embeddings else linears["lm_head"],
+    )
+
+
+def _build_block(
+    config: ModelConfig,
+    layer: int,
+    inv_freq: mx.array,
+    linears: Mapping[str, LinearLike],
+    vectors: Mapping[str, mx.array],
+) -> TransformerBlock:
+    prefix = f"model.layers.{layer}"
+    attention = {name: linears[f"{prefix}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    return TransformerBlock(
+        self_attn=Attention(
+            layer=layer,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            inv_freq=inv_freq,
+            **attention,
+        ),
+        mlp=MLP(**{name: linears[f"{prefix}.mlp.{name}"] for name in ("gate_proj", "up_proj", "down_proj")}),
+        input_layernorm=vectors[f"{prefix}.input_layernorm"],
+        post_attention_layernorm=vectors[f"{prefix}.post_attention_layernorm"],
+        eps=config.rms_norm_eps,
+    )

@@ -1,0 +1,69 @@
+"""What a request gives back; names and shapes are vLLM's."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability, its rank (1 is the likeliest), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion.
+
+    finish_reason: "stop" (end-of-sequence, a stop token or a stop string), "length", "abort", or
+    None while it is not finished. stop_reason: the stop string or token id; None otherwise.
+    logprobs: for each token a dict from token id to `Logprob`, the chosen one included.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Seconds on the monotonic clock; None where the moment has not come.
+
+    arrival, first_token and finished are moments; `num_preemptions` counts over the engine's life.
+    """
+
+    arrival: float
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its completions, in the order of their index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = field(default=None, compare=False)
+
+
+class TextDelta(NamedTuple):
+    """A piece of one completion as it streams: new text (may be empty) and, at the end, why it ended."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None

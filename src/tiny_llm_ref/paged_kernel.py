@@ -1,0 +1,126 @@
+"""Attention over pages: a step's tokens, packed in one row, each attending to its own block table.
+
+A packed step holds prefill chunks and decodes side by side, [1, T], and pads nothing to the longest.
+A token's key and value are written first and read back as stored, its own included, so that it makes
+no difference in which step a neighbour was written.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .attention import causal_mask
+from .grouped_attention import grouped_query_attention
+from .kernels import accelerated
+from .kv_pool import KVPool
+from .paged_attention import BlockTable
+from .slot_mapping import slots
+
+
+class Span(NamedTuple):
+    """The positions start .. stop - 1 of one table, computed together in one step."""
+
+    table: BlockTable
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Where the T packed tokens of a step stand, read and write; made once, used by every layer.
+
+    positions [T]: position in the own sequence. slots [T]: where the key and value go.
+    tables [S, M]: block ids of each sequence, padded with 0. row_of_token [T]: the token's row in
+    `tables`. spans: the same as plain ints, in packed order. All arrays int32.
+    """
+
+    positions: mx.array
+    slots: mx.array
+    tables: mx.array
+    row_of_token: mx.array
+    spans: tuple[Span, ...]
+
+
+def pack_batch(spans: Seq[Span]) -> PackedBatch:
+    """Lay the spans side by side, in order."""
+    positions: list[int] = []
+    slot_of_token: list[int] = []
+    row_of_token: list[int] = []
+    for row, (table, start, stop) in enumerate(spans):
+        positions.extend(range(start, stop))
+        slot_of_token.extend(slots(table, start, stop))
+        row_of_token.extend([row] * (stop - start))
+    longest = max(len(span.table.blocks) for span in spans)
+    tables = [span.table.blocks + [0] * (longest - len(span.table.blocks)) for span in spans]
+    return PackedBatch(
+        positions=mx.array(positions, mx.int32),
+        slots=mx.array(slot_of_token, mx.int32),
+        tables=mx.array(tables, mx.int32),
+        row_of_token=mx.array(row_of_token, mx.int32),
+        spans=tuple(spans),
+    )
+
+
+class Attended(NamedTuple):
+    """What a write-and-attend returns: the output and the pool's two arrays after the write."""
+
+    out: mx.array
+    keys: mx.array
+    values: mx.array
+
+
+def _compiled(
+    q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
+) -> Attended:
+    from tiny_llm_kernels import write_and_attend as kernel
+
+    b = batch
+    return Attended(*kernel(q, k, v, keys, values, b.slots, b.tables, b.row_of_token, b.positions, scale))
+
+
+@accelerated(compiled=_compiled)
+def write_and_attend(
+    q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
+) -> Attended:
+    """Write k and v [1, Hkv, T, D] to their slots, then attend with q [1, H, T, D] -> out [1, H, T, D].
+
+    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D]; the arrays returned take
+    their place. A token sees its own sequence's positions 0 .. its own.
+    """
+    block_size = keys.shape[2]
+    blocks, offsets = batch.slots // block_size, batch.slots % block_size
+    keys[blocks, :, offsets] = k[0].swapaxes(0, 1).astype(keys.dtype)  # [T, Hkv, D]
+    values[blocks, :, offsets] = v[0].swapaxes(0, 1).astype(values.dtype)
+    outputs, packed = [], 0
+    for row, (table, start, stop) in enumerate(batch.spans):
+        blocks_of_row = batch.tables[row, : -(-stop // block_size)]
+        past = [_gather(pool, blocks_of_row, stop).astype(q.dtype) for pool in (keys, values)]
+        rows = q[:, :, packed : packed + stop - start]
+        outputs.append(grouped_query_attention(rows, *past, scale, causal_mask(stop - start, stop)))
+        packed += stop - start
+    return Attended(mx.concatenate(outputs, axis=2), keys, values)
+
+
+def _gather(pool: mx.array, blocks: mx.array, length: int) -> mx.array:
+    """The first `length` tokens of a table: pool [N, Hkv, block_size, D] -> [1, Hkv, length, D]."""
+    gathered = pool[blocks].swapaxes(0, 1)  # [Hkv, blocks, block_size, D]
+    return gathered.reshape(1, pool.shape[1], -1, pool.shape[3])[:, :, :length]
+
+
+class PagedContext:
+    """A forward pass over one packed step, with keys and values in the pool's pages."""
+
+    def __init__(self, pool: KVPool, batch: PackedBatch, scale: float, logit_rows: mx.array | None) -> None:
+        self.positions = batch.positions
+        self.logit_rows = logit_rows
+        self._pool = pool
+        self._batch = batch
+        self._scale = scale
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D]; the pool holds k and v afterwards."""
+        attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
+        self._pool.put_back(layer, attended.keys, attended.values)
+        return attended.out

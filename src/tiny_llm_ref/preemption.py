@@ -1,0 +1,22 @@
+"""Preemption by recompute: when pages run out, the newest sequence gives its pages up.
+
+It goes back to the head of the queue with its tokens, and its keys and values are computed again
+when there is room. The oldest sequence is never chosen while another runs, so somebody always gets
+on and everybody ends. Source: section 4.5 of the PagedAttention paper.
+"""
+
+from collections.abc import Sequence as Seq
+
+from .sequence import Sequence
+
+
+class RecomputeNewestFirst:
+    """Admits a sequence when its known tokens and one block more fit, and preempts the newest."""
+
+    def promised_tokens(self, sequence: Sequence) -> int:
+        """The known tokens and a block to grow into, but never more than its whole life."""
+        return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
+
+    def choose_victim(self, candidates: Seq[Sequence]) -> Sequence | None:
+        """The one that was admitted last."""
+        return candidates[-1]

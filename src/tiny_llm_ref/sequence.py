@@ -1,0 +1,77 @@
+"""One token stream that the engine is working on: what it is, how far it got, and where its pages are.
+
+A request with `n` completions starts as one sequence, its leader, and is forked into n sequences
+when its prompt has been computed. Holds ints only; knows nothing of arrays or text.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .paged_attention import BlockTable
+from .sampling_params import SamplingParams
+
+
+class SequenceState(Enum):
+    """Where a sequence stands between admission and end."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Invariant: the first `num_computed` tokens have their keys and values in `table`'s blocks.
+
+    `tokens` is the prompt followed by the outputs. Tokens recomputed after a preemption stay
+    outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
+    this sequence's prompt and are not yet sequences of their own.
+    """
+
+    seq_id: str
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    max_len: int
+    table: BlockTable
+    num_forks: int = 0
+    outputs: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    state: SequenceState = SequenceState.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and outputs."""
+        return len(self.prompt) + len(self.outputs)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens whose keys and values are not in the pool: 1 for a decode, more for a prefill."""
+        return self.num_tokens - self.num_computed
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """The token ids at the positions start .. stop - 1."""
+        split = len(self.prompt)
+        return [*self.prompt[start:stop], *self.outputs[max(0, start - split) : max(0, stop - split)]]
+
+    def fork(self, seq_id: str, seed: int) -> "Sequence":
+        """A sequence that shares every page computed so far and draws with its own seed."""
+        return Sequence(
+            seq_id=seq_id,
+            request_id=self.request_id,
+            prompt=self.prompt,
+            params=self.params,
+            seed=seed,
+            max_len=self.max_len,
+            table=self.table.fork(),
+            outputs=list(self.outputs),
+            num_computed=self.num_computed,
+            state=self.state,
+        )
+
+    def give_up_pages(self) -> None:
+        """Release the table and forget what was computed; tokens and outputs stay."""
+        self.table.release()
+        self.num_computed = 0
