@@ -9,8 +9,8 @@ it, loads the embedded GGUF in transformers (float32, dequantized) and writes `g
 **Which token ids are right.** transformers 5.23 builds a plain GPT-2 tokenizer from this GGUF: it knows no
 pre-tokenizer called "smollm" and says nothing. The checkpoint's own tokenizer splits digits one by one first,
 then applies the byte level; llama.cpp's "smollm" is the same pair ("\\p{N}", then GPT-2's pattern). The two
-differ wherever a run of whitespace stands before a digit: "  1" is [216, 216, 33] by the conversion and
-[256, 33] by the checkpoint. So the ids written here come from transformers with the checkpoint's
+differ where whitespace stands before a numeral: "  1" is [216, 216, 33] by the conversion and [256, 33] by
+the checkpoint. So the ids written here come from transformers with the checkpoint's
 pre-tokenizer put in place, are checked against a byte-pair encoder written out below that shares no code with
 it, and the conversion's ids are kept beside them (`gguf_conversion_ids`) wherever they differ.
 """
@@ -196,7 +196,8 @@ def make_chat(right: Any) -> None:
                 if source is None:
                     record["ids"] = right.encode(text, add_special_tokens=False)
                 records.append(record)
-    write("chat.json", {"rendered": records})
+    embedded = {"embedded": right.chat_template, **TEMPLATES}
+    write("chat.json", {"templates": embedded, "conversations": CONVERSATIONS, "rendered": records})
 
 
 def make_greedy(right: Any) -> None:

@@ -107,7 +107,7 @@ INLINE void score(const Row* rows, const Tile& tile, int64_t D, int64_t count, f
     f32x8 acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += LANES) {
       f32x8 k0 = load(k + d), k1 = load(k + D + d), k2 = load(k + 2 * D + d), k3 = load(k + 3 * D + d);
-      for (int r = 0; r < ROWS; ++r) {
+      UNROLL for (int r = 0; r < ROWS; ++r) {
         f32x8 q = load(rows[r].q + d);
         acc[r][0] = fma(q, k0, acc[r][0]);
         acc[r][1] = fma(q, k1, acc[r][1]);
@@ -115,12 +115,12 @@ INLINE void score(const Row* rows, const Tile& tile, int64_t D, int64_t count, f
         acc[r][3] = fma(q, k3, acc[r][3]);
       }
     }
-    for (int r = 0; r < ROWS; ++r) {
+    UNROLL for (int r = 0; r < ROWS; ++r) {
       f32x4 four = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]) * scale;
       std::memcpy(scores[r] + i, &four, sizeof(four));
     }
   }
-  for (int r = 0; r < ROWS; ++r) {
+  UNROLL for (int r = 0; r < ROWS; ++r) {
     for (int64_t i = count; i < TILE; ++i) scores[r][i] = -INF;
   }
 }
@@ -128,11 +128,11 @@ INLINE void score(const Row* rows, const Tile& tile, int64_t D, int64_t count, f
 /// Scores become weights e^(score - m), m and l move on; returns what o must be multiplied by.
 INLINE float soften(Row& row, float (&scores)[TILE]) {
   f32x8 s[4];
-  for (int i = 0; i < 4; ++i) s[i] = load(scores + i * LANES);
+  UNROLL for (int i = 0; i < 4; ++i) s[i] = load(scores + i * LANES);
   const float tile_max = largest(max(max(s[0], s[1]), max(s[2], s[3])));
   const float m = tile_max > row.m ? tile_max : row.m;
   const f32x8 decay = exp(splat(row.m - m));
-  for (int i = 0; i < 4; ++i) {
+  UNROLL for (int i = 0; i < 4; ++i) {
     s[i] = exp(s[i] - splat(m));
     store(scores + i * LANES, s[i]);
   }
@@ -145,18 +145,18 @@ INLINE float soften(Row& row, float (&scores)[TILE]) {
 template <int ROWS, int VECS>
 INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, int64_t count, const float (&weights)[ROWS][TILE], const float (&decay)[ROWS]) {
   f32x8 o[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int c = 0; c < VECS; ++c) o[r][c] = load(rows[r].o + d + c * LANES) * splat(decay[r]);
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = load(rows[r].o + d + c * LANES) * splat(decay[r]);
   }
   const float* v = tile.values + d;
   for (int64_t i = 0; i < count; ++i, v += D) {
-    for (int r = 0; r < ROWS; ++r) {
+    UNROLL for (int r = 0; r < ROWS; ++r) {
       const f32x8 weight = splat(weights[r][i]);
-      for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load(v + c * LANES), o[r][c]);
+      UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load(v + c * LANES), o[r][c]);
     }
   }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int c = 0; c < VECS; ++c) store(rows[r].o + d + c * LANES, o[r][c]);
+  UNROLL for (int r = 0; r < ROWS; ++r) {
+    UNROLL for (int c = 0; c < VECS; ++c) store(rows[r].o + d + c * LANES, o[r][c]);
   }
 }
 
@@ -164,7 +164,7 @@ template <int ROWS>
 static void visit(Row* rows, const Tile& tile, int64_t D, int64_t count, float scale) {
   float scores[ROWS][TILE], decay[ROWS];
   score<ROWS>(rows, tile, D, count, scale, scores);
-  for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
+  UNROLL for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
   int64_t d = 0;
   for (; d + 4 * LANES <= D; d += 4 * LANES) mix<ROWS, 4>(rows, tile, D, d, count, scores, decay);
   for (; d < D; d += LANES) mix<ROWS, 1>(rows, tile, D, d, count, scores, decay);

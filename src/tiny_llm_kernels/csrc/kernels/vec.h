@@ -17,6 +17,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+// Before a short loop over values that should stay in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
+// Before a loop that must stay one: unrolled, GCC puts all its sums off to the end and runs out of
+// registers.
+#define KEEP_LOOP _Pragma("GCC unroll 1")
+
 namespace tiny_llm::TINY_LLM_ISA {
 
 constexpr int LANES = 8;

@@ -1,0 +1,147 @@
+"""How far are the engine's logits from float32? KL, top-1 agreement and perplexity on text nobody here wrote.
+
+    python benches/accuracy.py [--windows 8] [--window-tokens 512] [--json]
+
+The text is Python's own documentation, as every interpreter carries it (`pydoc_data.topics`). The reference
+is the same GGUF dequantized to float32 (`numpy_llama`, checked against transformers), so this measures what
+the engine's arithmetic and cache lose, not what 4-bit weights lose.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+from numpy_llama import Floats, NumpyLlama
+
+from tiny_llm import LLM
+
+Doubles = NDArray[np.float64]
+_ROWS = 64  # rows compared at a time: bounds the memory of the float64 copies
+
+
+class Scores(NamedTuple):
+    """One value a position, natural logarithms."""
+
+    kl: Doubles  # KL(reference || engine)
+    same_top: NDArray[np.bool_]  # both put the same token first
+    reference_nll: Doubles  # -log p of the token that follows in the text
+    engine_nll: Doubles
+
+
+def log_softmax(logits: Floats) -> Doubles:
+    """Over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normed: Doubles = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normed
+
+
+def score(reference: Floats, engine: Floats, targets: Sequence[int]) -> Scores:
+    """Compare two sets of logits [N, V], row by row; `targets` are the N tokens that follow in the text.
+
+    Raises ValueError unless both have the same shape and a row for each target.
+    """
+    if reference.shape != engine.shape or len(reference) != len(targets):
+        raise ValueError(
+            f"reference {reference.shape}, engine {engine.shape} and {len(targets)} targets do not fit"
+        )
+    parts = []
+    for start in range(0, len(targets), _ROWS):
+        p, q = (log_softmax(logits[start : start + _ROWS]) for logits in (reference, engine))
+        rows, wanted = np.arange(len(p)), np.asarray(targets[start : start + _ROWS])
+        kl = (np.exp(p) * (p - q)).sum(axis=-1)
+        parts.append(Scores(kl, p.argmax(-1) == q.argmax(-1), -p[rows, wanted], -q[rows, wanted]))
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def summarize(windows: Sequence[Scores]) -> dict[str, float]:
+    """Figures over all positions of all windows."""
+    kl, same_top, reference_nll, engine_nll = (
+        np.concatenate(column) for column in zip(*windows, strict=True)
+    )
+    return {
+        "positions": len(kl),
+        "kl_mean": float(kl.mean()),
+        "kl_median": float(np.median(kl)),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float(same_top.mean()),
+        "perplexity_reference": float(np.exp(reference_nll.mean())),
+        "perplexity_engine": float(np.exp(engine_nll.mean())),
+    }
+
+
+def compare(
+    reference: Callable[[Sequence[int]], Floats],
+    engine: Callable[[Sequence[int]], Floats],
+    windows: Sequence[Sequence[int]],
+) -> dict[str, float]:
+    """Run both on each window of token ids and summarize; each maps L ids to logits [L, V]."""
+    scored = []
+    for place, window in enumerate(windows, start=1):
+        scored.append(score(reference(window[:-1]), engine(window[:-1]), window[1:]))
+        print(f"window {place} of {len(windows)}: mean KL {scored[-1].kl.mean():.2e}", file=sys.stderr)
+    return summarize(scored)
+
+
+def engine_logits(llm: LLM, token_ids: Sequence[int]) -> Floats:
+    """The engine's logits [L, V] as it computes them in service: through pages, in prefill chunks."""
+    return np.array(llm.logits(list(token_ids)).astype(mx.float32))
+
+
+def spread_windows(token_ids: Sequence[int], count: int, length: int) -> list[list[int]]:
+    """`count` windows that predict `length` tokens each, spread evenly over the text."""
+    size = length + 1
+    if len(token_ids) < count * size:
+        raise ValueError(f"{count} windows of {size} tokens do not fit into {len(token_ids)}")
+    starts = np.linspace(0, len(token_ids) - size, count).astype(int)
+    return [list(token_ids[start : start + size]) for start in starts]
+
+
+def measure(count: int, length: int, model: Path | None = None) -> dict[str, Any]:
+    """Load both sides, run `count` windows of `length` tokens, and return figures and what was run."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    llm = LLM(model)
+    reference = NumpyLlama(llm.model_path)
+    windows = spread_windows(llm.tokenizer.encode(text, special_tokens=False), count, length)
+    figures = compare(reference.logits, lambda token_ids: engine_logits(llm, token_ids), windows)
+    return {
+        **figures,
+        "windows": count,
+        "window_tokens": length,
+        "model": llm.model_path.name,
+        "kv_cache_dtype": llm.engine_config.kv_cache_dtype,
+        "text": f"pydoc_data.topics of Python {platform.python_version()}",
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "mlx": version("mlx"),
+    }
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description="KL and top-1 agreement of the engine against float32.")
+    parser.add_argument("--windows", type=int, default=8, help="windows of text (default 8)")
+    parser.add_argument("--window-tokens", type=int, default=512, help="tokens in each (default 512)")
+    parser.add_argument("--model", type=Path, default=None, help="a GGUF file (default: the embedded model)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    result = measure(options.windows, options.window_tokens, options.model)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for name, value in result.items():
+            print(f"{name:22} {value:.6g}" if isinstance(value, float) else f"{name:22} {value}")
+
+
+if __name__ == "__main__":
+    main()

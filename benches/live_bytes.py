@@ -1,0 +1,66 @@
+"""Do live bytes stay flat? A thousand requests, a third of them cancelled, some refused, on one engine.
+
+Prints MLX's live bytes and the free blocks after every hundred requests. Unevaluated graphs and
+references to old pool arrays would show as growth.
+"""
+
+import random
+
+import harness
+import mlx.core as mx
+
+from tiny_llm import LLM, SamplingParams
+
+
+def run_hundred(llm: LLM, rng: random.Random, first: int) -> int:
+    """A hundred requests of mixed kinds; the number that were refused at the door."""
+    refused = 0
+    for i in range(first, first + 100):
+        prompt = [rng.randrange(1000, 40_000) for _ in range(rng.randint(1, 48))]
+        params = SamplingParams(
+            n=rng.choice([1, 1, 1, 3]),
+            temperature=rng.choice([0.0, 0.8]),
+            max_tokens=rng.choice([1, 4, 8, 10**6]),
+            ignore_eos=True,
+            logprobs=rng.choice([None, None, 2]),
+        )
+        try:
+            llm.core.add_request(str(i), prompt, params)
+        except ValueError:
+            refused += 1
+        llm.core.step()
+        if rng.random() < 1 / 3:
+            llm.core.cancel(str(i))
+    while llm.core.has_work:
+        llm.core.step()
+    return refused
+
+
+def main() -> None:
+    """Print live bytes and free blocks after every hundred requests."""
+    options = harness.parser(__doc__ or "")
+    options.add_argument("--hundreds", type=int, default=10, help="hundreds of requests (default: 10)")
+    args = options.parse_args()
+    llm, rng, rows = LLM(num_blocks=256, max_num_seqs=16), random.Random(0), []
+    for hundred in range(args.hundreds):
+        refused = run_hundred(llm, rng, hundred * 100)
+        stats = llm.core.stats
+        rows.append(
+            {
+                "requests": (hundred + 1) * 100,
+                "refused": refused,
+                "live_bytes": mx.get_active_memory(),
+                "free_blocks": stats.num_free_blocks,
+                "preemptions": stats.num_preemptions,
+            }
+        )
+    text = "\n".join(
+        f"{row['requests']:>5} requests  {row['live_bytes'] / 2**20:8.2f} MiB live  "
+        f"{row['free_blocks']} blocks free  {row['preemptions']} preemptions so far"
+        for row in rows
+    )
+    harness.show({"benchmark": "live_bytes", "rows": rows}, as_json=args.json, text=text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""From options to an engine and sampling parameters: the one place where the commands meet `tiny_llm`."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .options import EngineOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from tiny_llm import LLM, SamplingParams
+
+
+def load(options: EngineOptions) -> "LLM":
+    """The model of `options` in an engine of its own."""
+    from tiny_llm import LLM
+
+    return LLM(**asdict(options))
+
+
+def sampling_params(options: SamplingOptions, **others: Any) -> "SamplingParams":
+    """The `SamplingParams` of `options`; `others` are fields of it that only one command has."""
+    from tiny_llm import SamplingParams
+
+    values = asdict(options)
+    greedy_unless_several = 0.0 if others.get("n", 1) == 1 else 1.0
+    if values["temperature"] is None:
+        values["temperature"] = greedy_unless_several
+    return SamplingParams(**{**values, **others})
+
+
+def token_limit(llm: "LLM") -> int:
+    """The longest prompt + output that this engine can hold, in tokens: its context, or its pool."""
+    manager = llm.core.manager
+    in_pool = manager.allocator.num_blocks * manager.block_size
+    return min(llm.engine_config.model_len(llm.model_config), in_pool)
+
+
+def control_token_ids(llm: "LLM") -> frozenset[int]:
+    """The ids of tokens that are no text, such as "<|im_end|>"."""
+    return frozenset(_single_ids(llm, llm.tokenizer.control_tokens))
+
+
+def _single_ids(llm: "LLM", tokens: Iterable[str]) -> Iterable[int]:
+    for token in tokens:
+        yield from llm.tokenizer.encode(token)

@@ -1,0 +1,198 @@
+"""Options that several commands share, and how a command takes them.
+
+A group of options is a frozen dataclass, declared once: each field is one option. A command decorated
+with `takes_groups` has a parameter of that type. Defaults are written here, and a test holds them equal
+to the engine's, because importing the engine to ask would make `--help` slow.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from typer._click.formatting import HelpFormatter
+
+_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
+_UNITS |= {"kib": 1024, "mib": 1024**2, "gib": 1024**3}
+_SAMPLING, _ENGINE = "Sampling", "Engine"
+
+
+def parse_bytes(text: str) -> int:
+    """`512MiB`, `1.5GiB`, `2GB` or a plain number of bytes -> bytes; KiB, MiB and GiB count in 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size: write for example 512MiB, 1GiB or 536870912")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """The model file and the fields of `EngineConfig`, under the same names with dashes."""
+
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .gguf file.",
+            show_default="the embedded SmolLM2-135M-Instruct",
+            metavar="FILE",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
+    block_size: Annotated[
+        int, typer.Option(help="Tokens in one block of the KV pool.", rich_help_panel=_ENGINE)
+    ] = 16
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks in the KV pool.", show_default="from --kv-cache-memory", rich_help_panel=_ENGINE
+        ),
+    ] = None
+    kv_cache_memory: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes for the KV pool, for example 1GiB.",
+            show_default="512MiB, less where less is enough",
+            metavar="SIZE",
+            parser=parse_bytes,
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Sequences that run in one step.", rich_help_panel=_ENGINE)
+    ] = 64
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens in one step, prompt chunks and decodes together.", rich_help_panel=_ENGINE),
+    ] = 512
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest prompt + output in tokens.",
+            show_default="the model's context",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            help="How keys and values are stored: float32, float16 or bfloat16.", rich_help_panel=_ENGINE
+        ),
+    ] = "float16"
+    preemption_mode: Annotated[
+        str,
+        typer.Option(
+            help="When pages run out: recompute (the newest gives way) or none (admit only what fits whole).",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "recompute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen and when an answer ends: the fields of `SamplingParams` that commands share."""
+
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 takes the likeliest token; higher is more varied.",
+            show_default="0: greedy, reproducible",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Keep the likeliest tokens up to this total probability.", rich_help_panel=_SAMPLING
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", rich_help_panel=_SAMPLING)
+    ] = 0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Drop tokens less likely than this share of the likeliest.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same seed gives the same answer.",
+            show_default="a new one each time",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_SAMPLING)
+    ] = 512
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End the answer before this text; may be repeated.",
+            metavar="TEXT",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+
+
+def takes_groups(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take groups of options: a parameter whose type is one becomes that group's options.
+
+    defaults: other defaults than the group's, by field name, for this command.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
+        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+        options = [option for group in groups.values() for option in _options_of(group, defaults)]
+
+        def run(**values: Any) -> None:
+            built = {
+                name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+                for name, group in groups.items()
+            }
+            command(**values, **built)
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own] + options
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _options_of(group: type, defaults: dict[str, object]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(field.name, field.default),
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows each group of options under its own heading, in plain text."""
+
+    def format_options(self, ctx: typer.Context, formatter: "HelpFormatter") -> None:  # type: ignore[override]
+        """Write one section a group, in the order in which the groups first appear."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            default = "Options" if param.param_type_name == "option" else "Arguments"
+            if record is not None:
+                sections.setdefault(getattr(param, "rich_help_panel", None) or default, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)

@@ -1,0 +1,232 @@
+"""The compiled kernels: MLX operators in C++ for the CPU, where MLX's own are slow.
+
+Importing this package never fails for want of a compiler: ask `available()`, and `why_unavailable()`
+for the reason. Only an extension that was built for another MLX raises ImportError, because loading it
+could crash. Knows nothing of models, caches or schedulers: arrays in, arrays out.
+
+Letters: M rows, N outputs, K inputs, T tokens of a step, H query heads, Hkv key-value heads, D head
+size, S sequences. All activations are float32. Every operator is lazy, like MLX's own, and runs on the
+CPU stream. Wrong shapes, types and options raise ValueError when the operator is called.
+
+One promise holds for all of them: **a row's result is the same bits** whatever else is in the batch and
+however many threads run, for one instruction set. Another instruction set may round differently.
+
+Environment, read at import: TINY_LLM_KERNELS = auto | off | portable | avx2 and TINY_LLM_NUM_THREADS.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    from . import _kernels as native
+
+__all__ = [
+    "available",
+    "dequantize_rows",
+    "instruction_set",
+    "instruction_sets",
+    "num_threads",
+    "pack",
+    "quantized_matmul",
+    "rms_norm",
+    "rope",
+    "select_instruction_set",
+    "set_num_threads",
+    "swiglu",
+    "why_unavailable",
+    "write_and_attend",
+]
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be called."""
+    return _reason is None
+
+
+def why_unavailable() -> str | None:
+    """One line that says why the kernels cannot be called, or None if they can."""
+    return _reason
+
+
+# ---- linear layers ----
+
+
+def pack(weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int) -> mx.array:
+    """Rearranges MLX-quantized weights, once at load, into the tiles that `quantized_matmul` reads.
+
+    weight uint32 [N, K*bits/32], scales and biases float16 [N, K/32], as `mx.quantize` returns them
+    -> uint8 [ceil(N/16), K/32, bytes of a record]. Supports group_size 32 with bits 4 or 8.
+    """
+    return native.pack(weight, scales, biases, group_size, bits)
+
+
+def quantized_matmul(x: mx.array, packed: mx.array, out_features: int, *, bits: int) -> mx.array:
+    """x [..., K] times the packed weights [N, K], transposed -> [..., N], with N = out_features.
+
+    Each group of 32 activations is rounded to int8 (absmax / 127, ties to even); sums within a group
+    are exact integers, and groups are added in order.
+    """
+    return native.quantized_matmul(x, packed, out_features, bits)
+
+
+def dequantize_rows(packed: mx.array, ids: mx.array, in_features: int, *, bits: int) -> mx.array:
+    """Rows of the packed weights as floats, scale * q + bias: an embedding lookup.
+
+    ids int32 [...] -> [..., K] with K = in_features. An id outside the weights gives a row of NaN.
+    """
+    return native.dequantize_rows(packed, ids, in_features, bits)
+
+
+# ---- the operators between ----
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [..., K], weight [K] -> [..., K]."""
+    return native.rms_norm(x, weight, eps)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, where silu(g) = g / (1 + e^-g): two arrays of one shape -> that shape."""
+    return native.swiglu(gate, up)
+
+
+def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
+    """Rotates the pairs (x[i], x[i + D/2]) by the angle positions[l] * inv_freq[i].
+
+    x [B, H, L, D] (a transposed view is fine), positions int32 [L], inv_freq [D/2] -> [B, H, L, D],
+    laid out in memory as [B, L, H, D].
+    """
+    return native.rope(x, positions, inv_freq)
+
+
+# ---- attention ----
+
+
+def write_and_attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    key_pool: mx.array,
+    value_pool: mx.array,
+    slots: mx.array,
+    tables: mx.array,
+    row_of_token: mx.array,
+    positions: mx.array,
+    scale: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Writes the K and V of a step's tokens into the pools, then attends through the block tables.
+
+    q [1, H, T, D], k and v [1, Hkv, T, D], already rotated; T packed tokens of any sequences.
+    key_pool, value_pool [num_blocks, Hkv, block_size, D] in float32, float16 or bfloat16.
+    slots int32 [T]: where token t is written, block * block_size + offset.
+    tables int32 [S, M]: the block ids of each sequence, padded with anything.
+    row_of_token int32 [T]: the row of `tables` that token t belongs to.
+    positions int32 [T]: token t attends to the logical positions 0 .. positions[t] of its sequence.
+    -> (out [1, H, T, D], key_pool, value_pool), out laid out in memory as [1, T, H, D].
+
+    All writes are done before the first read, and every token reads back what was stored, its own K and
+    V included. The returned pools are the *same memory* as the arguments, which must not be used again:
+    whoever holds them sees the writes too. Writing costs the tokens' bytes, never the pools'.
+
+    D is a multiple of 8 from 32 to 256. Slots, tables, rows and positions are not looked at before the
+    kernel runs: a token with one out of range writes nothing and gets NaN.
+    """
+    return native.write_and_attend(
+        q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions, scale
+    )
+
+
+# ---- how they run ----
+
+
+def set_num_threads(n: int) -> None:
+    """Runs the kernels on `n` threads, the calling one included. Changes no result."""
+    if n < 1:
+        raise ValueError(f"the number of threads must be at least 1, got {n}")
+    native.set_num_threads(n)
+
+
+def num_threads() -> int:
+    """The number of threads in use; at first, as many as this process may use processors."""
+    return native.num_threads()
+
+
+def instruction_set() -> str:
+    """The instruction set in use, for instance "avx2"."""
+    return native.instruction_set()
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this processor can run, best first; "portable" is always among them."""
+    return native.instruction_sets()
+
+
+def select_instruction_set(name: str) -> None:
+    """Uses another instruction set from now on (for tests and comparisons)."""
+    native.select_instruction_set(name)
+
+
+# ---- loading ----
+
+
+class _Unavailable:
+    """Stands in for the extension: any use says why it is not there."""
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(f"tiny_llm_kernels.{name} cannot be called: {_reason}")
+
+
+def _built_for(extension: Path) -> str | None:
+    """The MLX version stamped into the extension's bytes, read without loading it."""
+    stamp = re.search(rb"tiny_llm_kernels built for mlx=([^;\0]+);", extension.read_bytes())
+    return stamp and stamp.group(1).decode()
+
+
+def _load(wanted: str) -> str | None:
+    """Loads the extension into `native`; returns why it could not be, or None."""
+    if wanted == "off":
+        return "switched off by TINY_LLM_KERNELS=off"
+    spec = importlib.util.find_spec(f"{__name__}._kernels")
+    if spec is None or spec.origin is None:
+        return "not built (no C++ compiler when tiny-llm was installed, or not Linux)"
+    built, installed = _built_for(Path(spec.origin)), importlib.metadata.version("mlx")
+    if built != installed:
+        raise ImportError(
+            f"tiny_llm_kernels was built for mlx {built} but mlx {installed} is installed: "
+            "run `pdm install` (or `pip install .`) again"
+        )
+    try:
+        module = importlib.import_module(f"{__name__}._kernels")
+        module.swiglu(mx.array(0.0)[None], mx.array(0.0)[None])  # do MLX and we mean the same by an array?
+    except (ImportError, TypeError) as error:
+        return f"built, but cannot be loaded: {str(error).splitlines()[0]}"
+    globals()["native"] = module
+    return None
+
+
+def _configure(wanted: str, threads: str | None) -> None:
+    """Applies TINY_LLM_KERNELS and TINY_LLM_NUM_THREADS to the loaded extension."""
+    if wanted != "auto":
+        select_instruction_set(wanted)
+    if threads is not None:
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(f"TINY_LLM_NUM_THREADS must be a whole number from 1, got {threads!r}")
+        set_num_threads(int(threads))
+
+
+if not TYPE_CHECKING:
+    native = _Unavailable()
+
+_wanted = os.environ.get("TINY_LLM_KERNELS", "auto")
+if _wanted not in ("auto", "off", "portable", "avx2"):
+    raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable or avx2, got {_wanted!r}")
+_reason = _load(_wanted)
+if _reason is None:
+    _configure(_wanted, os.environ.get("TINY_LLM_NUM_THREADS"))

@@ -1,0 +1,33 @@
+// The extension module tiny_llm_kernels._kernels: names only, everything is documented in __init__.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "dispatch.h"
+#include "mlx/mlx.h"
+#include "ops/ops.h"
+#include "threads.h"
+
+// Read from the file before it is loaded: see __init__.py. An extension belongs to one MLX version.
+extern "C" __attribute__((used, visibility("default"))) const char tiny_llm_stamp[] =
+    "tiny_llm_kernels built for mlx=" TINY_LLM_MLX_VERSION ";";
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+NB_MODULE(_kernels, m) {
+  m.def("pack", &tiny_llm::pack, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
+  m.def("quantized_matmul", &tiny_llm::quantized_matmul, "x"_a, "packed"_a, "out_features"_a, "bits"_a);
+  m.def("dequantize_rows", &tiny_llm::dequantize_rows, "packed"_a, "ids"_a, "in_features"_a, "bits"_a);
+  m.def("rms_norm", &tiny_llm::rms_norm, "x"_a, "weight"_a, "eps"_a);
+  m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
+  m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
+  m.def("write_and_attend", &tiny_llm::write_and_attend, "q"_a, "k"_a, "v"_a, "key_pool"_a, "value_pool"_a,
+        "slots"_a, "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a);
+  m.def("set_num_threads", &tiny_llm::set_num_threads, "n"_a);
+  m.def("num_threads", &tiny_llm::num_threads);
+  m.def("instruction_set", &tiny_llm::instruction_set);
+  m.def("instruction_sets", &tiny_llm::instruction_sets);
+  m.def("select_instruction_set", &tiny_llm::select_instruction_set, "name"_a);
+}

@@ -1,0 +1,24 @@
+// The operators as MLX sees them: each checks its arguments and adds one node to the graph.
+// Contracts, shapes and units are in the Python docstrings (../../__init__.py).
+#pragma once
+
+#include <tuple>
+
+#include "mlx/array.h"
+
+namespace tiny_llm {
+
+namespace mx = mlx::core;
+
+mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size, int bits);
+mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits);
+mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_features, int bits);
+mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
+mx::array swiglu(const mx::array& gate, const mx::array& up);
+mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
+std::tuple<mx::array, mx::array, mx::array> write_and_attend(
+    const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& key_pool,
+    const mx::array& value_pool, const mx::array& slots, const mx::array& tables,
+    const mx::array& row_of_token, const mx::array& positions, float scale);
+
+}  // namespace tiny_llm

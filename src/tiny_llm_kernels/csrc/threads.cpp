@@ -1,0 +1,73 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <memory>
+
+namespace tiny_llm {
+namespace {
+
+int available_cpus() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof(set), &set) == 0 ? std::max(1, CPU_COUNT(&set)) : 1;
+}
+
+struct State {
+  std::mutex mutex;
+  int threads = available_cpus();
+  std::shared_ptr<ThreadPool> pool;  // made at first use; a loop in flight keeps the one it runs on alive
+};
+
+// Never destroyed: MLX's own threads may still run a kernel while the process exits.
+State& state() {
+  static State* state = [] {
+    // A forked child has the pool's memory but none of its threads: it leaves that pool alone and makes
+    // its own at first use.
+    pthread_atfork([] { tiny_llm::state().mutex.lock(); }, [] { tiny_llm::state().mutex.unlock(); },
+                   [] {
+                     new std::shared_ptr<ThreadPool>(std::move(tiny_llm::state().pool));
+                     tiny_llm::state().pool = nullptr;
+                     tiny_llm::state().mutex.unlock();
+                   });
+    return new State;
+  }();
+  return *state;
+}
+
+std::shared_ptr<ThreadPool> pool() {
+  std::lock_guard lock(state().mutex);
+  if (!state().pool) state().pool = std::make_shared<ThreadPool>(state().threads);
+  return state().pool;
+}
+
+}  // namespace
+
+int num_threads() {
+  std::lock_guard lock(state().mutex);
+  return state().threads;
+}
+
+void set_num_threads(int threads) {
+  std::shared_ptr<ThreadPool> old;  // destroyed, its threads joined, outside the lock
+  std::lock_guard lock(state().mutex);
+  state().threads = threads;
+  old = std::move(state().pool);
+  state().pool = nullptr;
+}
+
+void parallel_for(int64_t count, int64_t smallest_piece, const ThreadPool::Body& body) {
+  if (count <= smallest_piece) return body(0, count);
+  const auto here = pool();
+  // Four pieces a thread: a thread that was held up leaves the rest to the others.
+  const int64_t even = count / (4 * here->threads());
+  here->parallel_for(count, std::max(smallest_piece, even), body);
+}
+
+void parallel_for_each(int64_t count, const ThreadPool::Body& body) {
+  if (count <= 1) return body(0, count);
+  pool()->parallel_for(count, 1, body);
+}
+
+}  // namespace tiny_llm

@@ -1,0 +1,195 @@
+"""The tokenizer against transformers' ids (tests/goldens), and what streaming and refusals promise."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tiny_llm_ref.embedded import embedded_model_path
+from tiny_llm_ref.tokenizer import Tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "tokens.json").read_text(encoding="utf-8"))
+# The bytes that the embedded vocabulary has no token for and that valid text can hold.
+DROPPED = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+
+IM_START, IM_END = 1, 2
+
+
+METADATA: dict[str, Any] = mx.load(str(embedded_model_path()), return_metadata=True)[1]
+TOKENIZER = Tokenizer.from_gguf(METADATA)
+
+token_ids = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40)
+# Single bytes and pieces of characters: what splits UTF-8 over tokens, in any order, valid or not.
+byte_ids = [i for i, token in enumerate(METADATA["tokenizer.ggml.tokens"]) if len(token) == 1]
+piece_ids = [i for i in range(TOKENIZER.vocab_size) if "\ufffd" in TOKENIZER.token_text(i)]
+broken_ids = st.lists(st.sampled_from(byte_ids + piece_ids + [0, 1, 2]), max_size=40)
+# Text without the characters that hold a dropped byte.
+text_kept = st.text().filter(lambda text: not DROPPED & set(text.encode()))
+
+
+def test_the_goldens_were_made_from_the_embedded_file() -> None:
+    assert hashlib.sha256(embedded_model_path().read_bytes()).hexdigest() == GOLDEN["gguf_sha256"]
+
+
+@pytest.mark.parametrize("record", GOLDEN["strings"], ids=lambda record: ascii(record["text"])[:40])
+def test_ids_and_decoded_text_equal_transformers(record: dict[str, Any]) -> None:
+    text, ids = record["text"], record["ids"]
+    assert TOKENIZER.encode(text) == ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == record["decoded"]
+    skipped = record.get("decoded_skipping_special_tokens", record["decoded"])
+    assert TOKENIZER.decode(ids) == skipped
+    assert TOKENIZER.encode(text, special_tokens=False) == record.get("ids_without_special_tokens", ids)
+
+
+def test_transformers_own_gguf_conversion_is_wrong_only_where_whitespace_meets_a_numeral() -> None:
+    """Oracle: the conversion's ids, kept in the goldens. If this fails, transformers learned "smollm"."""
+    differ = [record for record in GOLDEN["strings"] if "gguf_conversion_ids" in record]
+    assert differ
+    for record in differ:
+        text = record["text"]
+        assert any(a.isspace() and b.isnumeric() for a, b in pairwise(text))
+        # The same text by another path: never a wrong character, only another cut of the whitespace.
+        assert TOKENIZER.decode(record["gguf_conversion_ids"]) == TOKENIZER.decode(record["ids"])
+
+
+@given(text_kept)
+@example("  1\r\n\t👩‍👩‍👧 <|im_end|> e\u0301")
+def test_decoding_what_was_encoded_gives_the_text_back(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text, special_tokens=False)) == text
+    assert TOKENIZER.decode(TOKENIZER.encode(text), skip_special_tokens=False) == text
+
+
+@given(text_kept, text_kept)
+def test_typed_control_tokens_stay_text_when_asked(before: str, after: str) -> None:
+    text = f"{before}<|im_start|>{after}<|im_end|>"
+    assert {IM_START, IM_END} <= set(TOKENIZER.encode(text))
+    ids = TOKENIZER.encode(text, special_tokens=False)
+    assert all(token_id > 16 for token_id in ids)  # 0 to 16 are this model's control tokens
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_a_byte_without_a_token_is_dropped_and_its_neighbours_stay() -> None:
+    """Oracle: the checkpoint's tokenizer has no unknown token, so `tokenizers` drops such bytes (goldens)."""
+    assert TOKENIZER.encode("a\x04b") == [*TOKENIZER.encode("a"), *TOKENIZER.encode("b")]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    "ids", [token_ids, broken_ids, token_ids | broken_ids], ids=["any", "broken", "both"]
+)
+def test_pushes_and_flush_together_equal_decode(ids: st.SearchStrategy[list[int]], skip: bool) -> None:
+    @given(ids)
+    def check(sequence: list[int]) -> None:
+        stream = TOKENIZER.stream(skip_special_tokens=skip)
+        text = "".join([stream.push(token_id) for token_id in sequence]) + stream.flush()
+        assert text == TOKENIZER.decode(sequence, skip_special_tokens=skip)
+
+    check()
+
+
+@given(text_kept)
+@example("👩‍👩‍👧 日本 é")
+def test_a_character_spread_over_tokens_comes_out_whole(text: str) -> None:
+    """Before the flush no push shows a replacement character that the text does not hold itself."""
+    stream = TOKENIZER.stream()
+    given_so_far = ""
+    for token_id in TOKENIZER.encode(text, special_tokens=False):
+        given_so_far += stream.push(token_id)
+        assert text.startswith(given_so_far)
+    assert given_so_far + stream.flush() == text
+
+
+def test_a_sequence_that_stops_inside_a_character_shows_it_at_the_flush_once() -> None:
+    ids = TOKENIZER.encode("ok \U0001fae8")
+    stream = TOKENIZER.stream()
+    pushed = "".join(stream.push(token_id) for token_id in ids[:-1])
+    assert "\ufffd" not in pushed
+    assert pushed + stream.flush() == "ok \ufffd"
+    assert stream.flush() == ""
+
+
+def test_streams_do_not_share_state() -> None:
+    one, two = TOKENIZER.stream(), TOKENIZER.stream()
+    ids = TOKENIZER.encode("日本語のテキスト 😀")
+    interleaved = [(one.push(token_id), two.push(token_id)) for token_id in ids]
+    assert "".join(a for a, _ in interleaved) + one.flush() == "日本語のテキスト 😀"
+    assert [a for a, _ in interleaved] == [b for _, b in interleaved]
+
+
+def test_what_the_file_says_about_itself() -> None:
+    assert TOKENIZER.vocab_size == 49152
+    assert (TOKENIZER.bos_token, TOKENIZER.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert TOKENIZER.eos_token_ids == {IM_END}
+    assert TOKENIZER.token_text(IM_END) == "<|im_end|>"
+    assert TOKENIZER.token_text(TOKENIZER.encode(" the")[0]) == " the"
+    assert TOKENIZER.chat_template == METADATA["tokenizer.chat_template"]
+    assert len(TOKENIZER.control_tokens) == 17
+
+
+def test_user_defined_tokens_are_kept_whole_but_are_text() -> None:
+    tokens = METADATA["tokenizer.ggml.tokens"]
+    types = [4 if token == "<repo_name>" else kind for token, kind in zip(tokens, _types(), strict=True)]
+    tokenizer = Tokenizer.from_gguf({**METADATA, "tokenizer.ggml.token_type": mx.array(types)})
+    for special in (True, False):
+        assert tokenizer.encode("a<repo_name>", special_tokens=special)[1:] == [tokens.index("<repo_name>")]
+    assert tokenizer.decode(tokenizer.encode("a<repo_name>")) == "a<repo_name>"
+
+
+def test_end_of_turn_ids_end_a_sequence_too() -> None:
+    tokenizer = Tokenizer.from_gguf({**METADATA, "tokenizer.ggml.eot_token_id": mx.array(0)})
+    assert tokenizer.eos_token_ids == {0, IM_END}
+
+
+@pytest.mark.parametrize("bad", [-1, 49152, 2**40])
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda bad: TOKENIZER.decode([5, bad]), id="decode"),
+        pytest.param(TOKENIZER.token_text, id="token_text"),
+        pytest.param(lambda bad: TOKENIZER.stream().push(bad), id="push"),
+    ],
+)
+def test_an_id_outside_the_vocabulary_is_named(use: Callable[[int], str], bad: int) -> None:
+    with pytest.raises(ValueError, match=rf"token id {bad} is outside the vocabulary \(0 to 49151\)"):
+        use(bad)
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lone surrogate, '\\ud800', at 2"):
+        TOKENIZER.encode("ab\ud800")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported; supported: gpt2"),
+        ({"model": None}, "tokenizer.ggml.model None is not supported"),
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported; supported: smollm"),
+        ({"add_bos_token": mx.array(True)}, "tokenizer.ggml.add_bos_token is true"),
+        ({"token_type": mx.array([1, 1])}, "2 token types for 49152 tokens"),
+        ({"merges": ["q zq"]}, "merges that do not fit the 49152 tokens"),
+    ],
+)
+def test_a_file_that_is_not_supported_is_refused_with_the_value(change: dict[str, Any], message: str) -> None:
+    changed = {f"tokenizer.ggml.{key}": value for key, value in change.items()}
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_gguf({**METADATA, **changed})
+
+
+@pytest.mark.parametrize("part", ["tokens", "merges", "token_type"])
+def test_a_file_that_lacks_a_part_is_refused_by_name(part: str) -> None:
+    metadata = {key: value for key, value in METADATA.items() if key != f"tokenizer.ggml.{part}"}
+    with pytest.raises(ValueError, match=f"the file holds no tokenizer.ggml.{part}"):
+        Tokenizer.from_gguf(metadata)
+
+
+def _types() -> list[int]:
+    types: list[int] = METADATA["tokenizer.ggml.token_type"].tolist()
+    return types
