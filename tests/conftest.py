@@ -11,6 +11,8 @@ import pytest
 import tiny_llm_kernels
 from hypothesis import HealthCheck, settings
 
+from tiny_llm import LLM
+
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 settings.register_profile(
@@ -43,3 +45,11 @@ def _kernels_as_they_were() -> Iterator[None]:
     yield
     tiny_llm_kernels.set_num_threads(threads)
     tiny_llm_kernels.select_instruction_set(name)
+
+
+@pytest.fixture(scope="session")
+def embedded_llm() -> LLM:
+    """The embedded model, loaded once for all tests that only generate with it."""
+    if not tiny_llm_kernels.available():
+        pytest.skip(f"the embedded model needs the compiled kernels: {tiny_llm_kernels.why_unavailable()}")
+    return LLM(num_blocks=2048, max_num_seqs=32)

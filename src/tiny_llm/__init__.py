@@ -26,6 +26,5 @@ __path__ = _search_path()
 
 if TYPE_CHECKING:
     from tiny_llm_ref.api import *  # noqa: F403
-from .api import __all__, __getattr__
-
-__all__ = __all__  # noqa: PLW0127 (re-exported)
+else:  # hidden from type checkers, which would take every name for the Any of __getattr__
+    from .api import __all__, __getattr__  # noqa: F401 (re-exported)

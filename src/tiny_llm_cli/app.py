@@ -3,16 +3,17 @@
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperGroup
+from typer.main import get_group
 
-from .bench import bench
+from .bench import bench_app
 from .chat import chat
 from .generate import generate
 from .info import info
 from .options import GroupedCommand
 
 
-def command() -> typer.main.TyperGroup:
+def command() -> TyperGroup:
     """The whole `tiny-llm` command."""
     app = typer.Typer(
         add_completion=False,
@@ -23,5 +24,28 @@ def command() -> typer.main.TyperGroup:
     app.callback(invoke_without_command=True)(_tiny_llm)
     for function in (chat, generate, info):
         app.command(cls=GroupedCommand)(function)
-    app.add_typer(bench, name="bench")
-    return typer.main.get_group(app)
+    app.add_typer(bench_app, name="bench")
+    return get_group(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .facts import version
+
+        print(f"tiny-llm {version()}")
+        raise typer.Exit
+
+
+def _tiny_llm(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A small engine that serves a real language model.
+
+    \b
+    tiny-llm chat "What is the capital of France?"
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())

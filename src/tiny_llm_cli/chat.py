@@ -21,7 +21,10 @@ _WAIT_FOR_PIPE = 1.0  # seconds, after the model is loaded
 @takes_groups(max_num_seqs=1, max_tokens=512)
 def chat(
     prompt: Annotated[
-        str | None, typer.Argument(help="The question. Without it: what is piped in, or a conversation.")
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The question. Without it: what is piped in, or a conversation."
+        ),
     ] = None,
     *,
     system: Annotated[

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from types import FrameType
@@ -36,7 +36,7 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages = list(self._opening)
 
-    def answer(self, text: str) -> Iterator[TextDelta]:
+    def answer(self, text: str) -> Generator[TextDelta, None, None]:
         """Stream the answer to `text`. Closing the stream ends the answer; what was said of it stays.
 
         Raises ValueError for a conversation that has outgrown the context, with the figures.
@@ -48,7 +48,7 @@ class Conversation:
         self.cut_short = None
         said = ""
         try:
-            with closing(self._llm.stream(tokens, replace(self._params, max_tokens=max_tokens))) as deltas:  # type: ignore[type-var]
+            with closing(self._llm.stream(tokens, replace(self._params, max_tokens=max_tokens))) as deltas:
                 for delta in deltas:
                     said += delta.text
                     if delta.finish_reason == "length":
@@ -134,13 +134,13 @@ def _run_command(conversation: Conversation, line: str) -> None:
     elif line == "/help":
         print(HELP)
     else:
-        print(f"{line.split()[0]} is no command: /help lists them")
+        print(f"{line.split(maxsplit=1)[0]} is no command: /help lists them")
 
 
 def _reply(conversation: Conversation, text: str) -> None:
     """Stream one answer to the terminal; a mistake of the user's is told and the conversation goes on."""
     try:
-        with StopButton() as button, closing(conversation.answer(text)) as answer:  # type: ignore[type-var]
+        with StopButton() as button, closing(conversation.answer(text)) as answer:
             for delta in answer:
                 button.answering = True
                 print(delta.text, end="", flush=True)

@@ -128,9 +128,9 @@ class SamplingOptions:
             rich_help_panel=_SAMPLING,
         ),
     ] = None
-    max_tokens: Annotated[
-        int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_SAMPLING)
-    ] = 512
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_SAMPLING)] = (
+        512
+    )
     stop: Annotated[
         list[str] | None,
         typer.Option(

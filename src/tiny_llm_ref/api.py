@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .errors import RequestTooLargeError as RequestTooLargeError
     from .errors import TinyLLMError as TinyLLMError
     from .errors import UnknownBlockError as UnknownBlockError
+    from .kernels import KernelInfo as KernelInfo
+    from .kernels import kernel_info as kernel_info
     from .kv_pool import KVPool as KVPool
     from .llm import LLM as LLM
     from .outputs import CompletionOutput as CompletionOutput
@@ -48,6 +50,8 @@ _MODULE_OF = {
     "BlockTable": "paged_attention",
     "KVPool": "kv_pool",
     "PagedBatchManager": "paged_batch",
+    "KernelInfo": "kernels",
+    "kernel_info": "kernels",
     "Policies": "policies",
     "share_budget": "chunked_prefill",
     "TinyLLMError": "errors",
@@ -59,7 +63,8 @@ _MODULE_OF = {
     "ModelFileError": "errors",
 }
 
-__all__ = [*_MODULE_OF]
+if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then export nothing
+    __all__ = [*_MODULE_OF]  # noqa: PLE0604 (its keys are strings)
 
 
 def __getattr__(name: str) -> object:

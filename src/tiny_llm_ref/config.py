@@ -45,6 +45,14 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the decoder that these numbers describe, a tied embedding counted once."""
+        attention = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        return self.hidden_size * (embeddings + 1) + self.num_hidden_layers * layer
+
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token's keys and values take over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value

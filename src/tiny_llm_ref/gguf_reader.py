@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -43,9 +43,10 @@ def load_gguf(path: Path) -> LoadedModel:
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file")
     try:
-        arrays, metadata = mx.load(str(path), format="gguf", return_metadata=True)
+        loaded = mx.load(str(path), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
         raise ModelFileError(f"{path}: not a readable GGUF file ({error})") from error
+    arrays, metadata = cast(tuple[dict[str, mx.array], dict[str, Any]], loaded)
     try:
         tokenizer = Tokenizer.from_gguf(metadata)
         config = _model_config(metadata, arrays, tokenizer.eos_token_ids)

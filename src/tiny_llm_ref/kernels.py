@@ -1,7 +1,7 @@
 """Chooses between a readable reference function and the fast one that may stand in for it.
 
-On MLX's CPU device the fast ones are the compiled kernels of `tiny_llm_kernels`; elsewhere, MLX's
-own fused operators where there is one. A fast function stands in for a *reference* function only:
+On MLX's CPU device the fast ones are the compiled kernels of `tiny_llm_kernels`; elsewhere and
+without them, MLX's own fused operators where there is one. A fast function stands in for a *reference* function only:
 a learner's own function in the overlay always runs. The readable one stays at hand as
 `function.__wrapped__`, for tests and for devices without a kernel.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import mlx.core as mx
 
@@ -23,6 +23,26 @@ T = TypeVar("T")
 
 REFERENCE_FOLDER = Path(__file__).parent
 _twins_only: ContextVar[bool] = ContextVar("twins_only", default=False)
+
+
+class KernelInfo(NamedTuple):
+    """Whether the compiled kernels run here, and how; `why_unavailable` is None where they do."""
+
+    available: bool
+    instruction_set: str | None
+    num_threads: int | None
+    why_unavailable: str | None
+
+
+def kernel_info() -> KernelInfo:
+    """What the engine runs on, without a warning where that is MLX's own operators."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return KernelInfo(False, None, None, f"they are for the CPU; MLX's device is {mx.default_device()}")
+    import tiny_llm_kernels
+
+    if not tiny_llm_kernels.available():
+        return KernelInfo(False, None, None, tiny_llm_kernels.why_unavailable())
+    return KernelInfo(True, tiny_llm_kernels.instruction_set(), tiny_llm_kernels.num_threads(), None)
 
 
 @cache
@@ -67,13 +87,21 @@ def twins() -> Iterator[None]:
         _twins_only.reset(token)
 
 
+@cache
+def compiled_kernel(name: str) -> Callable[..., Any]:
+    """The compiled function of that name; call it only where `use_compiled()`."""
+    import tiny_llm_kernels
+
+    return getattr(tiny_llm_kernels, name)  # type: ignore[no-any-return]
+
+
 def accelerated(
-    *, compiled: Callable[P, T] | None = None, fused: Callable[P, T] | None = None
+    *, compiled: str | Callable[P, T] | None = None, fused: Callable[P, T] | None = None
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Let a fast function with the same signature stand in for the decorated reference function.
 
-    compiled: runs where the compiled kernels do, on float32 inputs (the first argument decides).
-    fused: MLX's own operator, runs on devices other than the CPU.
+    compiled: a compiled kernel by name, or a function that calls one; runs where those do, on float32
+    inputs (the first argument decides). fused: MLX's own operator, runs where no compiled one does.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
@@ -83,12 +111,17 @@ def accelerated(
         @wraps(function)
         def dispatch(*args: P.args, **kwargs: P.kwargs) -> T:
             if not _twins_only.get():
-                if compiled is not None and compiled_available() and args[0].dtype == mx.float32:  # type: ignore[attr-defined]
-                    return compiled(*args, **kwargs)
-                if fused is not None and mx.default_device() != mx.Device(mx.cpu):
+                if compiled is not None and compiled_available() and _is_float32(args[0]):
+                    fast = compiled_kernel(compiled) if isinstance(compiled, str) else compiled
+                    return fast(*args, **kwargs)
+                if fused is not None:
                     return fused(*args, **kwargs)
             return function(*args, **kwargs)
 
         return dispatch
 
     return decorate
+
+
+def _is_float32(x: object) -> bool:
+    return isinstance(x, mx.array) and x.dtype == mx.float32

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from .kernels import is_reference, use_compiled
+from .kernels import compiled_kernel, is_reference, use_compiled
 from .quantize import dequantize, quantized_matmul
 
 
@@ -71,15 +71,11 @@ class PackedLinear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., K] -> [..., N]."""
-        from tiny_llm_kernels import quantized_matmul as kernel
-
-        return kernel(x, self.packed, self.out_features, bits=self.bits)
+        return compiled_kernel("quantized_matmul")(x, self.packed, self.out_features, bits=self.bits)
 
     def rows(self, ids: mx.array) -> mx.array:
         """ids [...] -> [..., K], dequantized."""
-        from tiny_llm_kernels import dequantize_rows
-
-        return dequantize_rows(self.packed, ids, self.in_features, bits=self.bits)
+        return compiled_kernel("dequantize_rows")(self.packed, ids, self.in_features, bits=self.bits)
 
 
 def quantized_linear(
@@ -90,7 +86,5 @@ def quantized_linear(
     packs = use_compiled() and is_reference(quantized_matmul) and group_size == 32 and bits in (4, 8)
     if not packs:
         return QuantizedLinear(weight, scales, biases, group_size, bits)
-    from tiny_llm_kernels import pack
-
-    packed = pack(weight, scales, biases, group_size=group_size, bits=bits)
+    packed = compiled_kernel("pack")(weight, scales, biases, group_size=group_size, bits=bits)
     return PackedLinear(packed, in_features, weight.shape[0], bits)

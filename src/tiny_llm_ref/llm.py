@@ -1,6 +1,6 @@
 """The front door in Python: prompts in, completions out. Named and shaped like vLLM's `LLM`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -22,6 +22,7 @@ from .paged_kernel import PagedContext, Span, pack_batch
 from .policies import Policies
 from .preemption import RecomputeNewestFirst
 from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -41,10 +42,7 @@ class LLM:
         self.model_path = embedded_model_path() if model is None else Path(model)
         self.model, self.tokenizer = load_gguf(self.model_path)
         self.model_config = self.model.config
-        template = self.tokenizer.chat_template
-        self.chat_template = template and ChatTemplate(
-            template, bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token
-        )
+        self.chat_template = _chat_template(self.tokenizer)
         self.core = _build_core(self)
         self._request_ids = map(str, count())
 
@@ -81,13 +79,13 @@ class LLM:
         encoded = [self._encode_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self._run_all(encoded, [None] * len(encoded), sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
         """Complete one prompt, piece by piece; closing the iterator cancels the request."""
         return self._stream(self._encode(prompt), sampling_params or SamplingParams())
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None
-    ) -> Iterator[TextDelta]:
+    ) -> Generator[TextDelta, None, None]:
         """Answer one conversation, piece by piece; closing the iterator cancels the request."""
         return self._stream(self._encode_chat(messages), sampling_params or SamplingParams())
 
@@ -163,7 +161,7 @@ class LLM:
             deltas.append(delta)
         return deltas
 
-    def _stream(self, tokens: list[int], params: SamplingParams) -> Iterator[TextDelta]:
+    def _stream(self, tokens: list[int], params: SamplingParams) -> Generator[TextDelta, None, None]:
         request = self._add(tokens, None, params)
         requests = {request.request_id: request}
         with self._cancelled_on_error(requests):
@@ -179,6 +177,14 @@ class LLM:
             for request_id in requests:
                 self.core.cancel(request_id)
             raise
+
+
+def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that came with the tokenizer, where one did."""
+    source = tokenizer.chat_template
+    if source is None:
+        return None
+    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def _build_core(llm: LLM) -> EngineCore:

@@ -8,13 +8,7 @@ from .kernels import accelerated
 from .linear import LinearLike
 
 
-def _compiled(gate: mx.array, up: mx.array) -> mx.array:
-    from tiny_llm_kernels import swiglu as kernel
-
-    return kernel(gate, up)
-
-
-@accelerated(compiled=_compiled)
+@accelerated(compiled="swiglu")
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up with silu(x) = x * sigmoid(x); both [..., I] -> [..., I]."""
     return gate * mx.sigmoid(gate) * up

@@ -5,13 +5,7 @@ import mlx.core as mx
 from .kernels import accelerated
 
 
-def _compiled(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    from tiny_llm_kernels import rms_norm as kernel
-
-    return kernel(x, weight, eps)
-
-
-@accelerated(compiled=_compiled, fused=mx.fast.rms_norm)
+@accelerated(compiled="rms_norm", fused=mx.fast.rms_norm)
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [..., E], weight [E] -> [..., E].
 

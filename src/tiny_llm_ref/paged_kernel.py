@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .attention import causal_mask
 from .grouped_attention import grouped_query_attention
-from .kernels import accelerated
+from .kernels import accelerated, compiled_kernel
 from .kv_pool import KVPool
 from .paged_attention import BlockTable
 from .slot_mapping import slots
@@ -74,10 +74,9 @@ class Attended(NamedTuple):
 def _compiled(
     q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
 ) -> Attended:
-    from tiny_llm_kernels import write_and_attend as kernel
-
-    b = batch
-    return Attended(*kernel(q, k, v, keys, values, b.slots, b.tables, b.row_of_token, b.positions, scale))
+    kernel = compiled_kernel("write_and_attend")
+    where = (batch.slots, batch.tables, batch.row_of_token, batch.positions)
+    return Attended(*kernel(q, k, v, keys, values, *where, scale))
 
 
 @accelerated(compiled=_compiled)

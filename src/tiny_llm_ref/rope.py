@@ -16,13 +16,7 @@ def inverse_frequencies(head_dim: int, base: float) -> mx.array:
     return mx.power(base, -mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
 
 
-def _compiled(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
-    from tiny_llm_kernels import rope as kernel
-
-    return kernel(x, positions, inv_freq)
-
-
-@accelerated(compiled=_compiled)
+@accelerated(compiled="rope")
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     """Rotate x [B, H, L, D] by positions [L] (int32) with inv_freq [D/2] -> [B, H, L, D].
 

@@ -55,7 +55,7 @@ struct MatmulJob {
   int bits;
 
   // An item is one tile of outputs for up to ROW_BLOCK rows: tile = item % tiles, block = item / tiles.
-  static constexpr int64_t ROW_BLOCK = 64;
+  static constexpr int64_t ROW_BLOCK = 48;
   int64_t tiles() const { return (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS; }
   int64_t items() const { return tiles() * ((M + ROW_BLOCK - 1) / ROW_BLOCK); }
 };

@@ -50,6 +50,17 @@ void pack_tile(const PackJob& job, int64_t tile) {
   }
 }
 
+/// Memory that starts at a cache line: the kernels read it in whole ones.
+void allocate_aligned(mx::array& a) {
+  auto memory = mx::allocator::malloc(a.nbytes() + 64);
+  const auto address = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
+  mx::array::Flags flags{};
+  flags.contiguous = flags.row_contiguous = true;
+  flags.col_contiguous = a.size() <= 1;
+  const mx::Strides strides{int64_t{a.shape(1)} * a.shape(2), a.shape(2), 1};
+  a.set_data(std::move(memory), a.size(), strides, flags, static_cast<int64_t>(-address & 63));
+}
+
 class Pack : public Node {
  public:
   explicit Pack(int bits) : bits_(bits) {}
@@ -58,7 +69,7 @@ class Pack : public Node {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
     const auto weight = dense(inputs[0], queue), scales = dense(inputs[1], queue), biases = dense(inputs[2], queue);
-    allocate(outputs[0]);
+    allocate_aligned(outputs[0]);
     PackJob job{weight.data<uint32_t>(), scales.data<uint16_t>(), biases.data<uint16_t>(), outputs[0].data<uint8_t>(),
                 weight.shape(0), weight.shape(1) * 32 / bits_, bits_};
     queue.dispatch([job, tiles = outputs[0].shape(0)] {

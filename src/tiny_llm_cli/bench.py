@@ -1,0 +1,117 @@
+"""`tiny-llm bench`: how fast the engine answers one request, and many."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from .engine import load
+from .options import EngineOptions, GroupedCommand, takes_groups
+
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
+_Seed = Annotated[int, typer.Option(help="Source of the random prompts.")]
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Measure the engine on this machine, in this process.
+
+    \b
+    tiny-llm bench latency --json
+    """
+
+
+@bench_app.command(cls=GroupedCommand)
+@takes_groups(max_num_seqs=1)
+def latency(
+    *,
+    as_json: _Json = False,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt that prefill is measured with, in tokens.")
+    ] = 512,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt before the tokens that decode is measured with.")
+    ] = 32,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens that decode is measured with.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 5,
+    warmups: Annotated[int, typer.Option(min=0, help="Runs of each before them.")] = 1,
+    seed: _Seed = 0,
+    engine: EngineOptions,
+) -> None:
+    """One stream: decode and prefill speed in tokens per second, and the time to the first token.
+
+    \b
+    tiny-llm bench latency --json
+    tiny-llm bench latency --prefill-tokens 2048 --repetitions 3
+
+    Prompts are random tokens. Decode: the tokens after the first, over the time after the first.
+    Prefill: a prompt's tokens over the time to its first output token. ttft_ms: that time after the
+    short prompt.
+    """
+    from .bench_latency import LatencyRun, measure_latency
+
+    run = LatencyRun(prefill_tokens, prompt_tokens, output_tokens, repetitions, warmups, seed)
+    _show(measure_latency(load(engine), run, _progress), as_json)
+
+
+@bench_app.command(cls=GroupedCommand)
+@takes_groups()
+def throughput(
+    *,
+    as_json: _Json = False,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 32,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 16,
+    min_input_tokens: Annotated[int, typer.Option(min=1, help="Shortest prompt in tokens.")] = 32,
+    max_input_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt in tokens.")] = 160,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens out of each request.")] = 64,
+    shared_prefix: Annotated[
+        int, typer.Option(min=0, help="Tokens that all prompts begin with, in addition.")
+    ] = 0,
+    seed: _Seed = 0,
+    engine: EngineOptions,
+) -> None:
+    """Many requests: the figures of `vllm bench serve`, under its names.
+
+    \b
+    tiny-llm bench throughput
+    tiny-llm bench throughput --shared-prefix 256 --json
+
+    A new request arrives when one ends. Prompts are random tokens, the same for the same --seed.
+    """
+    from .bench_throughput import ThroughputRun, measure_throughput
+
+    if min_input_tokens > max_input_tokens:
+        raise typer.BadParameter(
+            f"{min_input_tokens} is more than --max-input-tokens ({max_input_tokens})",
+            param_hint="--min-input-tokens",
+        )
+    run = ThroughputRun(
+        num_prompts, max_concurrency, min_input_tokens, max_input_tokens, output_tokens, shared_prefix, seed
+    )
+    _show(measure_throughput(load(engine), run, _progress), as_json)
+
+
+def _show(result: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    from .render import as_table
+
+    rows: dict[str, object] = {}
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name}.{inner}": shown for inner, shown in value.items()}
+        else:
+            rows[name] = value
+    print(as_table({name: f"{v:,.2f}" if isinstance(v, float) else v for name, v in rows.items()}))
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    """One line on a terminal, rewritten in place, without a thread that would disturb what is measured."""
+    if sys.stderr.isatty():
+        end = "\r\033[K" if done == total else ""
+        print(f"\r\033[K{what} {done}/{total}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""Many requests, measured: `bench throughput`. Figures and names are those of `vllm bench serve`."""
+
+from collections import deque
+from itertools import pairwise
+from statistics import fmean, median, pstdev
+from time import perf_counter
+from typing import NamedTuple
+
+from tiny_llm import LLM, SamplingParams
+
+from .workload import Progress, RandomPrompts, what_was_run
+
+
+class ThroughputRun(NamedTuple):
+    """What is run: how many requests, how many at a time, and their lengths in tokens."""
+
+    num_prompts: int
+    max_concurrency: int
+    min_input_tokens: int
+    max_input_tokens: int
+    output_tokens: int
+    shared_prefix: int
+    seed: int
+
+
+class Timeline:
+    """One request: when it arrived and when each of its tokens came, and its text as it grew."""
+
+    def __init__(self, llm: LLM, arrival: float) -> None:
+        self.arrival = arrival
+        self.moments: list[float] = []
+        self._detokenizer = llm.tokenizer.stream()
+
+    def push(self, token: int) -> None:
+        """Take a token. Its text is made too, as for any user, and dropped."""
+        self._detokenizer.push(token)
+        self.moments.append(perf_counter())
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from arrival to the first token."""
+        return self.moments[0] - self.arrival
+
+    @property
+    def e2el(self) -> float:
+        """Seconds from arrival to the last token."""
+        return self.moments[-1] - self.arrival
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between neighbouring tokens."""
+        return [later - earlier for earlier, later in pairwise(self.moments)]
+
+
+def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict[str, object]:
+    """Run the requests in a closed loop; the figures, and what was run."""
+    random = RandomPrompts(llm, run.seed)
+    prefix = random.tokens(run.shared_prefix)
+    lengths = [random.length(run.min_input_tokens, run.max_input_tokens) for _ in range(run.num_prompts)]
+    prompts = [prefix + random.tokens(length) for length in lengths]
+    warmup = ThroughputRun(1, 1, 1, 1, 2, 0, run.seed)
+    _closed_loop(llm, [random.tokens(16)], warmup, lambda *_: None)
+
+    start = perf_counter()
+    timelines = _closed_loop(llm, prompts, run, progress)
+    duration = perf_counter() - start
+    num_in, num_out = sum(map(len, prompts)), sum(len(timeline.moments) for timeline in timelines)
+    gaps = [gap for timeline in timelines for gap in timeline.gaps]
+    return {
+        "duration": duration,
+        "completed": len(timelines),
+        "failed": 0,
+        "total_input_tokens": num_in,
+        "total_output_tokens": num_out,
+        "request_throughput": len(timelines) / duration,
+        "output_throughput": num_out / duration,
+        "total_token_throughput": (num_in + num_out) / duration,
+        **_statistics("ttft", [timeline.ttft for timeline in timelines]),
+        **_statistics("tpot", [fmean(t.gaps) for t in timelines if t.gaps]),
+        **_statistics("itl", gaps),
+        **_statistics("e2el", [timeline.e2el for timeline in timelines]),
+        "run": what_was_run(llm, run._asdict()),
+    }
+
+
+def _closed_loop(
+    llm: LLM, prompts: list[list[int]], run: ThroughputRun, progress: Progress
+) -> list[Timeline]:
+    """Run all prompts, `max_concurrency` at a time: one arrives when one ends."""
+    params = SamplingParams(temperature=0.0, max_tokens=run.output_tokens, ignore_eos=True)
+    core, waiting = llm.core, deque(enumerate(prompts))
+    timelines: dict[str, Timeline] = {}
+    under_way = 0
+    while waiting or core.has_work:
+        while waiting and under_way < run.max_concurrency:
+            number, tokens = waiting.popleft()
+            request_id = f"bench-{number}"
+            timelines[request_id] = Timeline(llm, perf_counter())
+            core.add_request(request_id, tokens, params)
+            under_way += 1
+        for output in core.step():
+            timelines[output.request_id].push(output.token)
+            under_way -= output.finish_reason is not None
+        progress("bench throughput", len(timelines) - under_way, len(prompts))
+    return list(timelines.values())
+
+
+def _statistics(name: str, seconds: list[float]) -> dict[str, float | None]:
+    """Mean, median, standard deviation and 99th percentile in milliseconds; None where there is nothing."""
+    values = sorted(1000 * second for second in seconds)
+    nearest_rank = -(-99 * len(values) // 100) - 1
+    return {
+        f"mean_{name}_ms": fmean(values) if values else None,
+        f"median_{name}_ms": median(values) if values else None,
+        f"std_{name}_ms": pstdev(values) if values else None,
+        f"p99_{name}_ms": values[nearest_rank] if values else None,
+    }

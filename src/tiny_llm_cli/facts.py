@@ -1,0 +1,135 @@
+"""What is running here, as plain dictionaries: versions, device, kernels, model, pool, overlay.
+
+`info` shows them all; a benchmark puts those that its figures depend on beside its figures.
+"""
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from tiny_llm import LLM
+
+
+def version() -> str:
+    """The installed version of tiny-llm."""
+    try:
+        return metadata.version("tiny-llm")
+    except metadata.PackageNotFoundError:
+        return "unknown (run from its sources, not installed)"
+
+
+def machine() -> dict[str, object]:
+    """Versions, device, processor and kernels."""
+    import mlx.core as mx
+
+    from tiny_llm import kernel_info
+
+    kernels = kernel_info()
+    return {
+        "version": version(),
+        "python": platform.python_version(),
+        "mlx": metadata.version("mlx"),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "device": str(mx.default_device()),
+        "kernels": "compiled" if kernels.available else "MLX's own operators",
+        "instruction_set": kernels.instruction_set,
+        "threads": kernels.num_threads,
+        "why_no_kernels": kernels.why_unavailable,
+    }
+
+
+def model(llm: "LLM") -> dict[str, object]:
+    """The model of an engine; `bytes` are those of its parameters in memory."""
+    config = llm.model_config
+    return {
+        "path": str(llm.model_path),
+        "name": llm.model_path.stem,
+        "architecture": config.architecture,
+        "parameters": config.num_parameters,
+        "bytes": sum(array.nbytes for array in {id(a): a for a in _arrays(llm.model)}.values()),
+        "quantization": _quantization(llm),
+        "layers": config.num_hidden_layers,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+    }
+
+
+def pool(llm: "LLM") -> dict[str, object]:
+    """The KV pool of an engine."""
+    manager = llm.core.manager
+    assert manager.pool is not None
+    tokens = manager.allocator.num_blocks * manager.block_size
+    return {
+        "blocks": manager.allocator.num_blocks,
+        "block_size": manager.block_size,
+        "kv_cache_dtype": llm.engine_config.kv_cache_dtype,
+        "bytes_per_token": manager.pool.nbytes // tokens,
+        "tokens": tokens,
+        "bytes": manager.pool.nbytes,
+    }
+
+
+def overlay() -> dict[str, object]:
+    """Which modules of the engine are the learner's; the others are the reference's."""
+    import tiny_llm
+
+    own, reference = Path(tiny_llm.__path__[0]), Path(tiny_llm.__path__[1])
+    names = {file.stem for file in own.glob("*.py")} - {"__init__"}
+    known = {file.stem for file in reference.glob("*.py")}
+    return {"path": str(own), "modules": sorted(names & known), "unknown_modules": sorted(names - known)}
+
+
+@cache
+def _processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def _quantization(llm: "LLM") -> str:
+    """How the matrices are stored, the commonest way first: `4-bit x 210, 8-bit x 1`."""
+    matrices = {id(matrix): matrix for matrix in _matrices(llm.model)}.values()
+    kinds = Counter(f"{bits}-bit" if (bits := getattr(m, "bits", None)) else "dense" for m in matrices)
+    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
+
+
+def _matrices(node: object) -> Iterator[object]:
+    """Everything in a model that has rows to look up: its matrices, in whatever form they are stored."""
+    if hasattr(node, "rows"):
+        yield node
+    else:
+        for child in _children(node):
+            yield from _matrices(child)
+
+
+def _arrays(node: object) -> Iterator["mx.array"]:
+    """Every array in a model."""
+    import mlx.core as mx
+
+    if isinstance(node, mx.array):
+        yield node
+    else:
+        for child in _children(node):
+            yield from _arrays(child)
+
+
+def _children(node: object) -> Iterator[object]:
+    if isinstance(node, tuple):
+        yield from node
+    elif is_dataclass(node):
+        yield from (getattr(node, field.name) for field in fields(node))
+    elif hasattr(node, "__dict__"):
+        yield from vars(node).values()

@@ -1,0 +1,95 @@
+"""`tiny-llm generate`: many prompts at once, from arguments, files or standard input."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .engine import load, sampling_params
+from .options import EngineOptions, SamplingOptions, takes_groups
+
+
+@takes_groups(max_tokens=128)
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]...", help="Texts to continue. Without any, and without --file: lines of stdin."
+        ),
+    ] = None,
+    *,
+    file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A prompt on each line, or for .jsonl an object with `prompt` (text or token ids) and any "
+            "sampling parameters of its own; - is standard input. May be repeated.",
+            metavar="FILE",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask each prompt as a question, through the chat template.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="One JSON line a prompt, in order, with token ids, finish reasons, logprobs."
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write there.", metavar="FILE", show_default="standard output")
+    ] = None,
+    progress: Annotated[
+        bool, typer.Option("--progress/--no-progress", help="A bar on stderr, where that is a terminal.")
+    ] = True,
+    n: Annotated[
+        int,
+        typer.Option(
+            help="Completions of each prompt; above 1 the default temperature is 1.",
+            rich_help_panel="Sampling",
+        ),
+    ] = 1,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens.", rich_help_panel="Sampling"),
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: log-probabilities of each token and of this many likeliest.",
+            rich_help_panel="Sampling",
+        ),
+    ] = None,
+    sampling: SamplingOptions,
+    engine: EngineOptions,
+) -> None:
+    """Continue many prompts, all of them together.
+
+    \b
+    tiny-llm generate "Once upon a time" --n 3
+    tiny-llm generate --file prompts.txt --json --max-tokens 64 > answers.jsonl
+
+    Without --seed a prompt's randomness comes from its place in the list: the same command gives the same
+    text. A prompt that cannot run is refused before any runs.
+    """
+    from .prompts import read_prompts
+
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("shown in JSON only: add --json", param_hint="--logprobs")
+    params = sampling_params(sampling, n=n, ignore_eos=ignore_eos, logprobs=logprobs)
+    requests = read_prompts(prompts or [], file or [], params)
+    with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as target:
+        llm = load(engine)
+
+        from .render import as_json_line, as_text
+
+        each = [request.params for request in requests]
+        if chat:
+            results = llm.chat([request.messages for request in requests], each, use_tqdm=progress)
+        else:
+            results = llm.generate([request.prompt for request in requests], each, use_tqdm=progress)
+        titled = len(requests) > 1 or any(params.n > 1 for params in each)
+        for request, result in zip(requests, results, strict=True):
+            prompt = request.prompt
+            print(as_json_line(prompt, result) if as_json else as_text(prompt, result, titled), file=target)

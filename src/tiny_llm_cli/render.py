@@ -1,0 +1,55 @@
+"""Results as text for people and as JSON for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from tiny_llm import CompletionOutput, Logprob, RequestOutput
+
+
+def as_json_line(prompt: str | Sequence[int], result: RequestOutput) -> str:
+    """One prompt's result as one line of JSON; `prompt` is null where it was given as token ids."""
+    return json.dumps(
+        {
+            "prompt": prompt if isinstance(prompt, str) else None,
+            "prompt_token_ids": result.prompt_token_ids,
+            "outputs": [_completion(output) for output in result.outputs],
+        },
+        ensure_ascii=False,
+    )
+
+
+def as_text(prompt: str | Sequence[int], result: RequestOutput, titled: bool) -> str:
+    """One prompt's completions as text; titled: under headings, for where there are several."""
+    if not titled:
+        return result.outputs[0].text
+    title = prompt if isinstance(prompt, str) else f"{len(prompt)} token ids"
+    title = " ".join(title.split())
+    title = title if len(title) <= 70 else title[:67] + "..."
+    several = len(result.outputs) > 1
+    return "\n".join(
+        f"==> {title}{f' ({output.index + 1} of {len(result.outputs)})' if several else ''} <==\n"
+        f"{output.text.strip()}\n"
+        for output in result.outputs
+    )
+
+
+def as_table(rows: Mapping[str, object]) -> str:
+    """Names and values in two columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _completion(output: CompletionOutput) -> dict[str, object]:
+    return {
+        "index": output.index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "cumulative_logprob": output.cumulative_logprob,
+        "logprobs": output.logprobs and [_position(position) for position in output.logprobs],
+    }
+
+
+def _position(logprobs: Mapping[int, Logprob]) -> dict[int, dict[str, object]]:
+    return {token: logprob._asdict() for token, logprob in logprobs.items()}

@@ -1,0 +1,45 @@
+"""What benchmarks run on: random prompts, and where their figures come from."""
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tiny_llm import LLM
+
+from . import facts
+from .engine import control_token_ids
+
+Progress = Callable[[str, int, int], None]
+
+
+class RandomPrompts:
+    """Prompts of random token ids that are text: never a control token. The same for the same seed."""
+
+    def __init__(self, llm: LLM, seed: int) -> None:
+        control = control_token_ids(llm)
+        self._ids = [token for token in range(llm.model_config.vocab_size) if token not in control]
+        self._random = random.Random(seed)
+
+    def tokens(self, count: int) -> list[int]:
+        """The next prompt: `count` token ids."""
+        return self._random.choices(self._ids, k=count)
+
+    def length(self, low: int, high: int) -> int:
+        """A number of tokens from `low` to `high`, both included."""
+        return self._random.randint(low, high)
+
+
+def what_was_run(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
+    """The run's own numbers with everything else that the figures depend on."""
+    machine = facts.machine()
+    engine = {
+        name: getattr(llm.engine_config, name)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_dtype")
+    }
+    return {
+        "model": Path(llm.model_path).stem,
+        **run,
+        **engine,
+        "num_blocks": llm.core.manager.allocator.num_blocks,
+        **machine,
+    }

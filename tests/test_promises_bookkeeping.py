@@ -1,0 +1,232 @@
+"""Promise 2 on the bookkeeping alone: no arrays, thousands of steps a second, any order of events.
+
+The oracle for what a page holds is a pool of plain Python values, `SymbolicPool`: each slot remembers
+which token of which stream was written there, and every sequence must read its own.
+"""
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from promises import Watched, check_all_returned, check_first_come_first_served, check_pages, policies
+from tiny_llm.errors import RequestTooLargeError
+from tiny_llm.paged_batch import PagedBatchManager, Plan, completion_ids
+from tiny_llm.paged_attention import BlockTable
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import Sequence
+from tiny_llm.slot_mapping import slots
+from tiny_model import examples
+
+
+class SymbolicPool:
+    """What each slot holds, as the stream of tokens up to and including the one written there."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.held: dict[int, tuple[int, ...]] = {}
+
+    def perform(self, plan: Plan) -> None:
+        """The copies, all read before any is written; then the writes of the chunks."""
+        read = [[self.held.get(copy.src * self.block_size + i) for i in range(copy.length)] for copy in plan.copies]
+        for copy, values in zip(plan.copies, read, strict=True):
+            for i, value in enumerate(values):
+                assert value is not None, "a copy of a slot that was never written"
+                self.held[copy.dst * self.block_size + i] = value
+        written = Counter()
+        for sequence, start, stop in plan.chunks:
+            addresses = slots(sequence.table, start, stop)
+            written.update(addresses)
+            for position, slot in zip(range(start, stop), addresses, strict=True):
+                self.held[slot] = tuple(sequence.tokens(0, position + 1))
+        assert all(count == 1 for count in written.values()), "two tokens of one step were written to one slot"
+
+    def check(self, sequence: Sequence) -> None:
+        """Every computed token of the sequence stands in its slot, after the right past."""
+        tokens = tuple(sequence.tokens(0, sequence.num_computed))
+        for position, slot in enumerate(slots(sequence.table, 0, sequence.num_computed)):
+            assert self.held[slot] == tokens[: position + 1], f"{sequence.seq_id} reads another's token {position}"
+
+
+class BatchMachine(RuleBasedStateMachine):
+    """Requests come, run, fork, end and are cancelled, in any order; the promises hold after each event."""
+
+    requests = Bundle("requests")
+    preempts = True
+    happened: Counter[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrivals: dict[str, int] = {}
+        self.next_token = 0
+        self.ready: list[str] = []
+        self.manager = self.build(8, 4, 4, 16)
+
+    def build(self, blocks: int, block_size: int, seats: int, budget: int) -> Watched:
+        """A fresh manager, and a symbolic pool that performs its plans."""
+        self.pool = SymbolicPool(block_size)
+        return Watched(
+            blocks,
+            block_size,
+            seats,
+            max_batched_tokens=max(seats, budget),
+            max_model_len=blocks * block_size,
+            policies=policies(self.preempts),
+            watch=self.pool.perform,
+        )
+
+    @precondition(lambda self: not self.arrivals)
+    @rule(
+        blocks=st.integers(1, 12), block_size=st.integers(1, 6), seats=st.integers(1, 6), budget=st.integers(1, 40)
+    )
+    def configure(self, blocks: int, block_size: int, seats: int, budget: int) -> None:
+        self.manager = self.build(blocks, block_size, seats, budget)
+
+    @rule(
+        target=requests,
+        prompt=st.integers(1, 20),
+        outputs=st.integers(1, 12) | st.none(),
+        n=st.sampled_from([1, 1, 2, 3]),
+    )
+    def add(self, prompt: int, outputs: int | None, n: int) -> str:
+        request_id = f"r{len(self.arrivals)}"
+        self.arrivals[request_id] = len(self.arrivals)
+        tokens = [self.fresh_token() for _ in range(prompt)]
+        before = (self.manager.allocator.num_free, len(self.manager.waiting))
+        try:
+            assert self.manager.add_request(tokens, request_id, SamplingParams(n=n, max_tokens=outputs))
+        except RequestTooLargeError:
+            self.manager.happened["refused at the door"] += 1
+            assert before == (self.manager.allocator.num_free, len(self.manager.waiting))
+        return request_id
+
+    @precondition(lambda self: self.manager.has_work)
+    @rule(how_many=st.integers(1, 6))
+    def steps(self, how_many: int) -> None:
+        for _ in range(how_many):
+            self.step()
+
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data())
+    def finish_early(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.ready)))
+        self.ready.remove(seq_id)
+        self.manager.finish(seq_id)
+
+    @rule(request_id=consumes(requests))
+    def cancel(self, request_id: str) -> None:
+        self.manager.happened["cancels"] += 1
+        self.manager.cancel(request_id)
+        self.ready = [seq_id for seq_id in self.ready if seq_id.split("/")[0] != request_id]
+
+    @invariant()
+    def promises_hold(self) -> None:
+        check_pages(self.manager)
+        check_first_come_first_served(self.manager, self.arrivals)
+        for sequence in self.manager.running:
+            self.pool.check(sequence)
+
+    def teardown(self) -> None:
+        """Everybody who is left is served in a bounded number of steps, and every page comes back."""
+        bound = sum(seq.max_len * (1 + seq.num_forks) for seq in [*self.manager.running, *self.manager.waiting])
+        for _ in range(bound):
+            if self.manager.has_work:
+                self.step()
+                self.promises_hold()
+        check_all_returned(self.manager)
+        self.happened.update(self.manager.happened)
+
+    def step(self) -> None:
+        """One step with a fresh token for each sequence that is ready; the full ones end."""
+        oldest = self.manager.running[0] if self.manager.running else None
+        self.ready = list(self.manager.process_batch())
+        assert oldest is None or self.manager.running[0] is oldest, "the oldest was preempted"
+        self.manager.commit({seq_id: self.fresh_token() for seq_id in self.ready})
+        for seq_id in list(self.ready):
+            sequence = self.manager.sequence(seq_id)
+            if sequence.num_tokens >= sequence.max_len:
+                self.manager.finish(seq_id)
+                self.ready.remove(seq_id)
+
+    def fresh_token(self) -> int:
+        """A token that nobody else has: what is read from a page tells whose it is."""
+        self.next_token += 1
+        return self.next_token
+
+
+def run_machine(preempts: bool) -> Counter[str]:
+    """Run the machine with or without preemption; how often each event happened."""
+    happened: Counter[str] = Counter()
+    machine = type("Machine", (BatchMachine,), {"preempts": preempts, "happened": happened})
+    case = machine.TestCase
+    case.settings = settings(max_examples=examples(120), stateful_step_count=40)
+    case("runTest").runTest()
+    return happened
+
+
+def test_pages_are_conserved_whatever_happens() -> None:
+    happened = run_machine(preempts=True)
+    for name in ("preemptions", "forks", "copies on write", "prompts cut into chunks", "cancels", "refused at the door"):
+        assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
+
+
+def test_without_preemption_nobody_who_was_admitted_runs_out_of_pages() -> None:
+    happened = run_machine(preempts=False)
+    assert happened["preemptions"] == 0
+    for name in ("forks", "copies on write", "prompts cut into chunks", "cancels", "refused at the door"):
+        assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
+
+
+# The tests bite: a broken engine does not pass.
+
+
+def test_a_copy_on_write_that_is_forgotten_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockTable, "_last_block_is_shared", lambda self: False)
+    with pytest.raises(AssertionError):
+        run_machine(preempts=True)
+
+
+def test_pages_that_a_preempted_sequence_keeps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(sequence: Sequence) -> None:
+        sequence.table.blocks.clear()
+        sequence.table.num_tokens = sequence.num_computed = 0
+
+    monkeypatch.setattr(Sequence, "give_up_pages", forget)
+    with pytest.raises(AssertionError):
+        run_machine(preempts=True)
+
+
+def test_a_fork_that_does_not_count_its_pages_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork(table: BlockTable) -> BlockTable:
+        child = BlockTable(table.allocator, table.block_size)
+        child.blocks, child.num_tokens = list(table.blocks), table.num_tokens
+        return child
+
+    monkeypatch.setattr(BlockTable, "fork", fork)
+    with pytest.raises(AssertionError):
+        run_machine(preempts=True)
+
+
+def test_a_cancel_that_forgets_the_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel(manager: PagedBatchManager, request_id: str) -> None:
+        for seq_id in [s for s, seq in manager._sequences.items() if seq.request_id == request_id]:
+            sequence = manager._sequences.pop(seq_id)
+            for queue in (manager.running, manager.waiting):
+                if sequence in queue:
+                    queue.remove(sequence)
+
+    monkeypatch.setattr(PagedBatchManager, "cancel", cancel)
+    with pytest.raises(AssertionError):
+        run_machine(preempts=True)
+
+
+def test_preempting_the_oldest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiny_llm.preemption.RecomputeNewestFirst.choose_victim", lambda self, candidates: candidates[0])
+    with pytest.raises(AssertionError):
+        run_machine(preempts=True)
+
+
+def test_a_completion_id_stands_for_its_completion() -> None:
+    assert completion_ids("a", 1) == ["a"]
+    assert len(set(completion_ids("a", 3))) == 3
