@@ -1,9 +1,9 @@
 """Chooses between a readable reference function and the fast one that may stand in for it.
 
-On MLX's CPU device the fast ones are the compiled kernels of `tiny_llm_kernels`; elsewhere and
-without them, MLX's own fused operators where there is one. A fast function stands in for a *reference* function only:
-a learner's own function in the overlay always runs. The readable one stays at hand as
-`function.__wrapped__`, for tests and for devices without a kernel.
+On MLX's CPU device the fast ones are the compiled kernels of `tiny_llm_kernels`; elsewhere, and
+without them, MLX's own fused operators where there is one. A fast function stands in for a
+*reference* function only: a learner's own function in the overlay always runs. The readable one stays
+at hand as `function.__wrapped__`, for tests and for devices without a kernel.
 """
 
 import inspect

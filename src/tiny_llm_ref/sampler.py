@@ -21,15 +21,17 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     logits [V]; probabilities are those of the logits given, so a filter before this one renormalises
     them. The likeliest token always stays, and so do ties with the last one that stays.
     """
-    descending = -mx.sort(-mx.softmax(logits))
+    probabilities = mx.softmax(logits)
+    descending = -mx.sort(-probabilities)
     before = mx.cumsum(descending) - descending  # probability of all likelier tokens
     last = mx.min(mx.where((before < p) & (descending > 0), descending, mx.inf))
-    return mx.where(mx.softmax(logits) >= last, logits, -mx.inf)
+    return mx.where(probabilities >= last, logits, -mx.inf)
 
 
 def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
     """Tokens less likely than min_p times the likeliest become -inf; logits [V]."""
-    return mx.where(mx.softmax(logits) >= min_p * mx.max(mx.softmax(logits)), logits, -mx.inf)
+    probabilities = mx.softmax(logits)
+    return mx.where(probabilities >= min_p * mx.max(probabilities), logits, -mx.inf)
 
 
 def uniform(seed: int, index: int) -> mx.array:
