@@ -4,19 +4,30 @@ The oracle is the engine itself, serving the same completion alone: equal means 
 """
 
 from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import count
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_llm_kernels
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from promises import Scenario, check_scenario, kernels_on, scenarios
+from promises import Scenario, assert_caught, check_scenario, kernels_on, keys_backwards, scenarios
+from tiny_llm import paged_kernel
+from tiny_llm.attention import causal_mask
 from tiny_llm.embedded import embedded_model_path
 from tiny_llm.errors import ModelFileError
 from tiny_llm.gguf_reader import load_gguf
-from tiny_llm.linear import PackedLinear
+from tiny_llm.grouped_attention import grouped_query_attention
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.linear import Linear, PackedLinear
 from tiny_llm.model import Model
-from tiny_model import examples, logits_through_pages, random_prompt, tiny_model
+from tiny_llm.paged_attention import BlockTable
+from tiny_llm.paged_kernel import Attended, PackedBatch
+from tiny_llm.sampler import sample_token
+from tiny_llm.sequence import Sequence
+from tiny_model import VOCAB, examples, logits_through_pages, random_prompt, tiny_model
 
 compiled_only = pytest.mark.skipif(
     not tiny_llm_kernels.available(), reason=f"no compiled kernels: {tiny_llm_kernels.why_unavailable()}"
@@ -102,3 +113,94 @@ def test_the_embedded_models_logits_are_the_same_bits_in_any_chunks(embedded: Mo
     prompt = random_prompt(150, seed=5)
     whole = np.array(logits_through_pages(embedded, prompt, [150]))
     assert np.array_equal(whole, np.array(logits_through_pages(embedded, prompt, [1, 2, 60, 7, 80], block_size=7)))
+
+
+# The tests bite: each mutant is a mistake that somebody could make, and the same check sees it.
+
+
+def assert_seen() -> None:
+    assert_caught(lambda scenario: check_scenario(tiny_model(), scenario), scenarios())
+
+
+def test_a_draw_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = count()
+    monkeypatch.setattr(
+        "tiny_llm.engine_core.sample_token", lambda row, params, seed, index: sample_token(row, params, 0, next(draws))
+    )
+    assert_seen()
+
+
+def test_an_attention_that_sums_in_another_order_for_single_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_kernel, "write_and_attend", paged_kernel.write_and_attend.__wrapped__)
+    monkeypatch.setattr(paged_kernel, "grouped_query_attention", keys_backwards(grouped_query_attention))
+    assert_seen()
+
+
+def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(
+        q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
+    ) -> Attended:
+        packed, outputs = 0, []
+        for table, start, stop in batch.spans:
+            rows = slice(packed, packed + stop - start)
+            past = [gathered(pool, table, start) for pool in (keys, values)]
+            now = [mx.concatenate([old, new[:, :, rows]], axis=2) for old, new in zip(past, (k, v), strict=True)]
+            outputs.append(grouped_query_attention(q[:, :, rows], *now, scale, causal_mask(stop - start, stop)))
+            packed = rows.stop
+        stored = stored_by(q, k, v, keys, values, batch, scale)
+        return Attended(mx.concatenate(outputs, axis=2), stored.keys, stored.values)
+
+    def gathered(pool: mx.array, table: BlockTable, length: int) -> mx.array:
+        copied = mx.array(np.array(pool.astype(mx.float32)))  # now, before this step's write
+        blocks = copied[mx.array(table.blocks)].swapaxes(0, 1)
+        return blocks.reshape(1, pool.shape[1], -1, pool.shape[3])[:, :, :length]
+
+    stored_by = paged_kernel.write_and_attend.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(paged_kernel, "write_and_attend", attend)
+    assert_seen()
+
+
+def test_a_matmul_that_sums_in_another_order_for_single_rows_is_seen() -> None:
+    @dataclass(frozen=True)
+    class SingleRowsBackwards(Linear):
+        def __call__(self, x: mx.array) -> mx.array:
+            return x[..., ::-1] @ self.weight[:, ::-1].T if x.shape[-2] == 1 else x @ self.weight.T
+
+    model = tiny_model()
+    mutant = replace(model, lm_head=SingleRowsBackwards(model.lm_head.rows(mx.arange(VOCAB))))
+    assert_caught(lambda scenario: check_scenario(mutant, scenario), scenarios())
+
+
+def test_a_forgotten_copy_on_write_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockTable, "_last_block_is_shared", lambda self: False)
+    assert_seen()
+
+
+def test_a_copy_that_is_planned_and_not_performed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVPool, "copy_blocks", lambda self, copies: None)
+    assert_seen()
+
+
+def test_a_reference_that_leaks_on_preemption_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(sequence: Sequence) -> None:
+        sequence.table.blocks.clear()
+        sequence.table.num_tokens = sequence.num_computed = 0
+
+    monkeypatch.setattr(Sequence, "give_up_pages", forget)
+    assert_seen()
+
+
+def test_outputs_that_become_prompt_when_preempted_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def become_prompt(sequence: Sequence) -> None:
+        sequence.table.release()
+        sequence.prompt = (*sequence.prompt, *sequence.outputs)
+        sequence.outputs, sequence.num_computed = [], 0
+
+    monkeypatch.setattr(Sequence, "give_up_pages", become_prompt)
+    assert_seen()
+
+
+def test_forks_that_draw_with_one_seed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = Sequence.fork
+    monkeypatch.setattr(Sequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
+    assert_seen()

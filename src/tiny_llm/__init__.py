@@ -2,13 +2,14 @@
 
 A module that is not written here falls through to the reference's file, loaded as `tiny_llm.X`, and
 its relative imports find the learner's modules first. `TINY_LLM_OVERLAY` names another folder to
-look in instead of this one; an empty folder is the plain reference.
+look in instead of this one; an empty folder is the plain reference. A file that overrides nothing
+is an error: without it, a misspelled module would be the reference's, silently.
 """
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 
 def _search_path() -> list[str]:
@@ -19,7 +20,21 @@ def _search_path() -> list[str]:
     overlay = Path(os.environ.get("TINY_LLM_OVERLAY") or Path(__file__).parent).resolve()
     if not overlay.is_dir():
         raise ImportError(f"TINY_LLM_OVERLAY names {overlay}, which is not a folder")
-    return [str(overlay), *reference.submodule_search_locations]
+    folders = [str(overlay), *reference.submodule_search_locations]
+    written, known = ({name for name in os.listdir(folder) if name.endswith(".py")} for folder in folders)
+    for name in sorted(written - known):
+        _refuse(name, known, overlay)
+    return folders
+
+
+def _refuse(name: str, known: set[str], overlay: Path) -> NoReturn:
+    """Raise the error for a file that no module of the reference is named like."""
+    from difflib import get_close_matches
+
+    guess = get_close_matches(name, known, n=1)
+    raise ImportError(
+        f"{name} overrides nothing{f'; did you mean {guess[0]}?' if guess else ''} (in {overlay})"
+    )
 
 
 __path__ = _search_path()

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -95,19 +94,16 @@ def throughput(
     _show(measure_throughput(load(engine), run, _progress), as_json)
 
 
-def _show(result: Mapping[str, object], as_json: bool) -> None:
+def _show(result: dict[str, object], as_json: bool) -> None:
+    """A benchmark's figures, and under `run` what they were measured on."""
     if as_json:
         print(json.dumps(result))
         return
     from .render import as_table
 
-    rows: dict[str, object] = {}
-    for name, value in result.items():
-        if isinstance(value, Mapping):
-            rows |= {f"{name}.{inner}": shown for inner, shown in value.items()}
-        else:
-            rows[name] = value
-    print(as_table({name: f"{v:,.2f}" if isinstance(v, float) else v for name, v in rows.items()}))
+    run = result.pop("run")
+    assert isinstance(run, dict)
+    print(as_table(result), "", as_table(run), sep="\n")
 
 
 def _progress(what: str, done: int, total: int) -> None:

@@ -29,7 +29,7 @@ class Stream(NamedTuple):
 
 
 def measure_latency(llm: LLM, run: LatencyRun, progress: Progress) -> dict[str, object]:
-    """Medians over the repetitions, their spread, and what was run."""
+    """Medians and extremes over the repetitions, and what was run."""
     prompts = RandomPrompts(llm, run.seed)
     prefills, decodes = [], []
     total = run.warmups + run.repetitions
@@ -39,16 +39,10 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress) -> dict[str, 
         decodes.append(_stream(llm, prompts.tokens(run.prompt_tokens), run.output_tokens))
     progress("bench latency", total, total)
     prefills, decodes = prefills[run.warmups :], decodes[run.warmups :]
-    decode = _spread([(run.output_tokens - 1) / stream.rest for stream in decodes])
-    prefill = _spread([run.prefill_tokens / stream.first for stream in prefills])
-    ttft = _spread([1000 * stream.first for stream in decodes])
     return {
-        "decode_tokens_per_s": decode["median"],
-        "prefill_tokens_per_s": prefill["median"],
-        "ttft_ms": ttft["median"],
-        "decode_tokens_per_s_spread": decode,
-        "prefill_tokens_per_s_spread": prefill,
-        "ttft_ms_spread": ttft,
+        **_spread("decode_tokens_per_s", [(run.output_tokens - 1) / stream.rest for stream in decodes]),
+        **_spread("prefill_tokens_per_s", [run.prefill_tokens / stream.first for stream in prefills]),
+        **_spread("ttft_ms", [1000 * stream.first for stream in decodes]),
         "run": what_was_run(llm, run._asdict()),
     }
 
@@ -61,5 +55,6 @@ def _stream(llm: LLM, tokens: list[int], max_tokens: int) -> Stream:
     return Stream(moments[0] - start, moments[-1] - moments[0])
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": median(values), "max": max(values)}
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median under `name`, and the extremes beside it."""
+    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}

@@ -11,6 +11,7 @@ import typer
 
 from .engine import load, sampling_params
 from .options import EngineOptions, SamplingOptions, takes_groups
+from .stdin import read_stdin, stdin_is_terminal
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -47,7 +48,7 @@ def chat(
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
     params = sampling_params(sampling, seed=seed)
-    piped = None if prompt is not None or sys.stdin.isatty() else _read_stdin()
+    piped = None if prompt is not None or stdin_is_terminal() else _read_stdin()
     llm = load(engine)
 
     from .conversation import Conversation, converse
@@ -76,7 +77,7 @@ def _answer_once(conversation: "Conversation", text: str) -> None:
 
 def _read_stdin() -> str:
     """All of standard input, which is the prompt."""
-    text = sys.stdin.read().rstrip("\n")
+    text = read_stdin().rstrip("\n")
     if not text.strip():
         raise typer.BadParameter("there is none, and standard input is empty", param_hint="PROMPT")
     return text

@@ -34,6 +34,8 @@ def info(
 def _as_text(found: dict[str, dict[str, object]]) -> str:
     from .render import as_table
 
+    if not found["overlay"]["modules"]:
+        found["overlay"]["modules"] = "none are yours: the engine is the reference"
     return "\n\n".join(f"{title}\n{_indented(as_table(part))}" for title, part in found.items())
 
 

@@ -1,7 +1,6 @@
 """Where prompts come from: arguments, text files, JSON lines, standard input."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 import typer
 
 from tiny_llm import SamplingParams
+
+from .stdin import read_stdin, stdin_is_terminal
 
 _STDIN = Path("-")
 
@@ -40,7 +41,7 @@ def read_prompts(
         if not argument:
             raise typer.BadParameter(f"prompt {place} is empty", param_hint="PROMPT")
     if not arguments and not files:
-        if sys.stdin.isatty():
+        if stdin_is_terminal():
             raise typer.BadParameter(
                 "there is none: give prompts as arguments, with --file, or on standard input",
                 param_hint="PROMPT",
@@ -58,7 +59,7 @@ def read_prompts(
 
 def _read_file(file: Path, params: SamplingParams) -> Iterator[PromptRequest]:
     try:
-        text = sys.stdin.read() if file == _STDIN else file.read_text(encoding="utf-8-sig")
+        text = read_stdin() if file == _STDIN else file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):

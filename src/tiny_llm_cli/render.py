@@ -34,9 +34,18 @@ def as_text(prompt: str | Sequence[int], result: RequestOutput, titled: bool) ->
 
 
 def as_table(rows: Mapping[str, object]) -> str:
-    """Names and values in two columns."""
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    """Names and values in two columns; what is None or empty is left out."""
+    shown = {name: _cell(value) for name, value in rows.items() if value is not None and value != []}
+    width = max(map(len, shown))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _completion(output: CompletionOutput) -> dict[str, object]:

@@ -3,6 +3,7 @@
 Both are frozen: results are returned, never written back, and a misspelled option is an error.
 """
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -108,10 +109,22 @@ class EngineConfig:
         return cls(**options)
 
     def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Blocks of the pool for `model`, from `num_blocks`, or from the bytes allowed for it."""
+        """Blocks of the pool for `model`, from `num_blocks`, or from the bytes allowed for it.
+
+        Refuses a pool larger than the machine's memory, which no allocation would survive.
+        """
+        block_bytes = self.block_size * model.kv_bytes_per_token(bytes_per_value)
+        blocks = self._wanted_blocks(model, block_bytes)
+        if blocks * block_bytes > _memory_bytes():
+            raise ConfigError(
+                f"a pool of {blocks} blocks takes {blocks * block_bytes} bytes; "
+                f"this machine has {_memory_bytes()}"
+            )
+        return blocks
+
+    def _wanted_blocks(self, model: ModelConfig, block_bytes: int) -> int:
         if self.num_blocks is not None:
             return self.num_blocks
-        block_bytes = self.block_size * model.kv_bytes_per_token(bytes_per_value)
         if self.kv_cache_memory is not None:
             blocks = self.kv_cache_memory // block_bytes
             if blocks < 1:
@@ -128,8 +141,15 @@ class EngineConfig:
         """The longest prompt + output in tokens; refuses more than the model's own limit."""
         limit = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > limit:
-            raise ConfigError(f"max_model_len ({self.max_model_len}) exceeds the model's context of {limit} tokens")
+            raise ConfigError(
+                f"max_model_len ({self.max_model_len}) exceeds the model's context of {limit} tokens"
+            )
         return self.max_model_len or limit
+
+
+def _memory_bytes() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from .errors import TinyLLMError
 
 
+LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32, and leave no probabilities to draw from
+
+
 class SamplingParamsError(TinyLLMError, ValueError):
     """A sampling parameter has a value out of range; the message names it and the range."""
 
@@ -14,7 +17,7 @@ class SamplingParams:
     """Sampling parameters of one request; frozen, checked once, different for each row of a batch.
 
     n: completions for the prompt; they share the prompt's pages.
-    temperature: 0 is greedy; otherwise logits are divided by it.
+    temperature: 0 is greedy, and so is less than 1e-5; otherwise logits are divided by it.
     top_p: keep the smallest set of likeliest tokens whose probabilities sum to at least this.
     top_k: keep the k likeliest tokens; 0 or -1 keeps all.
     min_p: drop tokens less likely than this fraction of the likeliest token's probability.
@@ -59,7 +62,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """True where the likeliest token is taken and no randomness is drawn."""
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
 
 
 def _check(holds: bool, name: str, expected: str, value: object) -> None:

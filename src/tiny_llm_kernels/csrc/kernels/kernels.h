@@ -24,15 +24,22 @@ struct Rows {
 //     record: | 16 scales f16 | 16 biases f16 | 16 x 32 quants |         weight = scale * q + bias
 //                 32 bytes         32 bytes     256 (4 bits) or 512 (8 bits) bytes
 //
-//     quants: steps of 64 bytes. In a step, byte 4*o + i belongs to output o and input i.
-//       8 bits: step j holds inputs 4j .. 4j+3                                   (8 steps)
-//       4 bits: step j holds inputs 4j .. 4j+3 in its low nibbles
-//               and inputs 16+4j .. 16+4j+3 in its high nibbles                  (4 steps)
+//     quants: 64 bytes for 8 (4 bits) or 4 (8 bits) inputs, outputs 0..7 in the first 32, 8..15 behind.
+//     A lane of 16 bits belongs to one output and to the even or the odd one of each pair of inputs:
+//
+//       4 bits, inputs 8j .. 8j+7:   lane 2o     | k8j+6 k8j+4 k8j+2 k8j   |    lane 2o+1 | k8j+7 ... k8j+1 |
+//       8 bits, inputs 4j .. 4j+3:   lane 2o     |    k4j+2      k4j       |    lane 2o+1 | k4j+3     k4j+1 |
+//
+//     so shifting and masking all lanes alike gives a pair of inputs for each of 8 outputs.
 
 constexpr int TILE_OUTPUTS = 16;
 constexpr int GROUP = 32;
 constexpr int RECORD_HEADER = 4 * TILE_OUTPUTS;
 constexpr int record_bytes(int bits) { return RECORD_HEADER + TILE_OUTPUTS * GROUP * bits / 8; }
+
+// The activations are rounded to 16 bits, |q| <= 32767. Eight bits would be enough for a good text and too
+// few for the same text: where the two likeliest tokens nearly tie, the other one would win.
+constexpr int QUANT_MAX = 32767;
 
 /// What one group of 32 activations was rounded to: x is about scale * q, and sum is the sum of its q.
 struct GroupScale {
@@ -42,12 +49,12 @@ struct GroupScale {
 struct QuantizeJob {
   Rows x;
   int64_t K;
-  int8_t* quants;      // [M, K]
+  int16_t* quants;     // [M, K]
   GroupScale* groups;  // [M, K/32]
 };
 
 struct MatmulJob {
-  const int8_t* quants;      // [M, K]
+  const int16_t* quants;     // [M, K]
   const GroupScale* groups;  // [M, K/32]
   const uint8_t* packed;     // [ceil(N/16), K/32, record]
   float* out;                // [M, N]

@@ -1,4 +1,4 @@
-// y = x W^T with 4- or 8-bit weights and activations rounded to 8 bits.
+// y = x W^T with 4- or 8-bit weights and activations rounded to 16 bits.
 //
 // Within a group of 32 inputs everything is an integer and therefore exact:
 //
@@ -11,79 +11,68 @@
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-// ---- activations to int8 ----
+// ---- activations to int16 ----
 
-/// Rounds rows of x to int8, each group of 32 with its own scale: absmax / 127, ties to even.
+/// Rounds rows of x to 16 bits, each group of 32 with its own scale: absmax / QUANT_MAX, ties to even.
 void quantize_rows(const QuantizeJob& job, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t g = 0; g < job.K / GROUP; ++g) {
       const float* x = job.x.data + row * job.x.stride + g * GROUP;
-      int8_t* quants = job.quants + row * job.K + g * GROUP;
+      int16_t* quants = job.quants + row * job.K + g * GROUP;
       f32x8 v[4], peak = {};
       for (int i = 0; i < 4; ++i) {
         v[i] = load(x + i * LANES);
         peak = max(peak, abs(v[i]));
       }
       const float absmax = largest(peak);
-      const bool zero = absmax < 1e-30f;  // 127 / absmax must stay finite
-      const f32x8 inverse = splat(zero ? 0.0f : 127.0f / absmax);
+      const bool zero = absmax < 1e-30f;  // QUANT_MAX / absmax must stay finite
+      const f32x8 inverse = splat(zero ? 0.0f : QUANT_MAX / absmax);
       i32x8 total = {};
       for (int i = 0; i < 4; ++i) {
         i32x8 q = to_int(round(v[i] * inverse));
         total += q;
-        typedef int8_t i8x8 __attribute__((vector_size(8)));
-        i8x8 bytes = __builtin_convertvector(q, i8x8);
-        std::memcpy(quants + i * LANES, &bytes, sizeof(bytes));
+        store_int16(quants + i * LANES, q);
       }
-      job.groups[row * (job.K / GROUP) + g] = {zero ? 0.0f : absmax / 127.0f, sum(to_float(total))};
+      job.groups[row * (job.K / GROUP) + g] = {zero ? 0.0f : absmax / QUANT_MAX, sum(to_float(total))};
     }
   }
 }
 
 // ---- one group: integers only ----
 
-// A byte of quants is two nibbles.  4 bits: two weights, of inputs 4j.. and 16+4j.. : their sums add up.
-//                                   8 bits: one weight, low + 16 * high: two sums, kept apart.
-constexpr int low_inputs(int bits, int nibble) { return bits == 4 ? 16 * nibble : 0; }
+constexpr int PAIRS = GROUP / 2;
 
-/// The quants of one record as they are: 64 bytes a step, the nibbles taken apart at each use.
+/// The quants of one record as they are, taken apart at each use.
 template <int BITS>
 struct PackedQuants {
   static constexpr int64_t GROUP_BYTES = record_bytes(BITS);
-  INLINE u8x32 load(const uint8_t* quants, int step, int nibble, int half) {
-    const u8x32 both = load_as<u8x32>(quants + step * 64 + half * 32);
-    return (nibble ? bits_as<u8x32>(bits_as<u16x16>(both) >> 4) : both) & 0x0f;
+  /// Inputs 2 * pair and 2 * pair + 1 of outputs 8 * half .. 8 * half + 7.
+  INLINE i16x16 load(const uint8_t* quants, int pair, int half) {
+    constexpr int PER_LANE = 16 / BITS;
+    const u16x16 lanes = load_as<u16x16>(quants + pair / PER_LANE * 64 + half * 32);
+    constexpr uint16_t MASK = (1 << BITS) - 1;
+    return bits_as<i16x16>((lanes >> (pair % PER_LANE * BITS)) & MASK);
   }
 };
 
-/// The nibbles taken apart beforehand, for many rows: 128 bytes a step, low nibbles first.
-template <int BITS>
+/// The quants taken apart beforehand, for many rows.
 struct UnpackedQuants {
-  static constexpr int64_t GROUP_BYTES = BITS * 128;
-  INLINE u8x32 load(const uint8_t* quants, int step, int nibble, int half) {
-    return load_as<u8x32>(quants + step * 128 + nibble * 64 + half * 32);
+  static constexpr int64_t GROUP_BYTES = PAIRS * 64;
+  INLINE i16x16 load(const uint8_t* quants, int pair, int half) {
+    return load_as<i16x16>(quants + pair * 64 + half * 32);
   }
 };
 
-/// I for ROWS rows x 16 outputs; `x` points at the first row's 32 bytes of this group.
-template <int BITS, int ROWS, typename Quants>
-INLINE void group_sums(const uint8_t* quants, const int8_t* x, int64_t x_stride, i32x8 (&sums)[ROWS][2]) {
-  constexpr int STEPS = BITS, SUMS = BITS / 4;
-  Partial partial[SUMS][ROWS][2] = {};
-  KEEP_LOOP for (int step = 0; step < STEPS; ++step) {
-    UNROLL for (int nibble = 0; nibble < 2; ++nibble) {
-      const u8x32 left = Quants::load(quants, step, nibble, 0), right = Quants::load(quants, step, nibble, 1);
-      UNROLL for (int row = 0; row < ROWS; ++row) {
-        const u8x32 four = splat4(x + row * x_stride + 4 * step + low_inputs(BITS, nibble));
-        partial[nibble % SUMS][row][0] += dot2(left, four);
-        partial[nibble % SUMS][row][1] += dot2(right, four);
-      }
-    }
-  }
-  UNROLL for (int row = 0; row < ROWS; ++row) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-      sums[row][half] = sum_pairs(partial[0][row][half]);
-      if (BITS == 8) sums[row][half] += sum_pairs(partial[SUMS - 1][row][half]) << 4;
+/// I for ROWS rows x 16 outputs. `quants` are a record's, `x` the first row's part of this group.
+template <int ROWS, typename Quants>
+INLINE void group_sums(const uint8_t* quants, const int16_t* x, int64_t x_stride, i32x8 (&sums)[ROWS][2]) {
+  UNROLL for (int row = 0; row < ROWS; ++row) sums[row][0] = sums[row][1] = i32x8{};
+  UNROLL for (int pair = 0; pair < PAIRS; ++pair) {
+    const i16x16 w0 = Quants::load(quants, pair, 0), w1 = Quants::load(quants, pair, 1);
+    UNROLL for (int row = 0; row < ROWS; ++row) {
+      const i16x16 two = splat2(x + row * x_stride + 2 * pair);
+      sums[row][0] += dot2(w0, two);
+      sums[row][1] += dot2(w1, two);
     }
   }
 }
@@ -95,13 +84,13 @@ template <int BITS, int ROWS, typename Quants>
 static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uint8_t* quants) {
   const int64_t groups = job.K / GROUP;
   const uint8_t* record = job.packed + tile * groups * record_bytes(BITS);
-  const int8_t* x = job.quants + row * job.K;
+  const int16_t* x = job.quants + row * job.K;
   const GroupScale* x_groups = job.groups + row * groups;
 
   f32x8 acc[ROWS][2] = {};
   for (int64_t g = 0; g < groups; ++g) {
     i32x8 sums[ROWS][2];
-    group_sums<BITS, ROWS, Quants>(quants, x, job.K, sums);
+    group_sums<ROWS, Quants>(quants, x, job.K, sums);
     const uint16_t* header = reinterpret_cast<const uint16_t*>(record);
     UNROLL for (int half = 0; half < 2; ++half) {
       const f32x8 scale = Float16::load8(header + half * LANES);
@@ -132,10 +121,11 @@ static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uin
 /// Rows first .. last-1, several at a time: they share the loaded weights.
 template <int BITS, typename Quants>
 static void tile_block(const MatmulJob& job, int64_t tile, int64_t first, int64_t last, const uint8_t* quants) {
-  constexpr int AT_ONCE = BITS == 4 ? 3 : 2;  // as many as the registers hold
+  constexpr int AT_ONCE = 4;  // as many as the registers hold
   int64_t row = first;
   for (; row + AT_ONCE <= last; row += AT_ONCE) tile_rows<BITS, AT_ONCE, Quants>(job, tile, row, quants);
   switch (last - row) {
+    case 3: return tile_rows<BITS, 3, Quants>(job, tile, row, quants);
     case 2: return tile_rows<BITS, 2, Quants>(job, tile, row, quants);
     case 1: return tile_rows<BITS, 1, Quants>(job, tile, row, quants);
   }
@@ -150,18 +140,18 @@ static void matmul_items(const MatmulJob& job, int64_t begin, int64_t end) {
     const int64_t tile = item % job.tiles(), first = item / job.tiles() * MatmulJob::ROW_BLOCK;
     const int64_t last = first + MatmulJob::ROW_BLOCK < job.M ? first + MatmulJob::ROW_BLOCK : job.M;
     const uint8_t* quants = job.packed + tile * groups * record_bytes(BITS) + RECORD_HEADER;
-    if (last - first < WORTH_IT || groups * UnpackedQuants<BITS>::GROUP_BYTES > MOST_BYTES) {
+    if (last - first < WORTH_IT || groups * UnpackedQuants::GROUP_BYTES > MOST_BYTES) {
       tile_block<BITS, PackedQuants<BITS>>(job, tile, first, last, quants);
       continue;
     }
     uint8_t* target = unpacked;
     for (int64_t g = 0; g < groups; ++g, quants += record_bytes(BITS)) {
-      for (int i = 0; i < 4 * BITS; ++i, target += 32) {
-        const u8x32 nibbles = PackedQuants<BITS>::load(quants, i / 4, i / 2 % 2, i % 2);
-        std::memcpy(target, &nibbles, sizeof(nibbles));
+      UNROLL for (int pair = 0; pair < PAIRS; ++pair, target += 64) {
+        const i16x16 w[2] = {PackedQuants<BITS>::load(quants, pair, 0), PackedQuants<BITS>::load(quants, pair, 1)};
+        std::memcpy(target, w, sizeof(w));
       }
     }
-    tile_block<BITS, UnpackedQuants<BITS>>(job, tile, first, last, unpacked);
+    tile_block<BITS, UnpackedQuants>(job, tile, first, last, unpacked);
   }
 }
 
@@ -189,10 +179,11 @@ void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
       const f32x8 scale_and_bias = Float16::load8(halves);
       const float scale = scale_and_bias[0], bias = scale_and_bias[1];
       const uint8_t* quants = record + RECORD_HEADER + 4 * output;
+      const int per_lane = 16 / job.bits;
       for (int k = 0; k < GROUP; ++k) {
-        const int step = (job.bits == 4 ? k % 16 : k) / 4;
-        const uint8_t byte = quants[step * 64 + k % 4];
-        const int q = job.bits == 8 ? byte : k < 16 ? byte & 15 : byte >> 4;
+        const int pair = k / 2;
+        const uint16_t lane = load_as<uint16_t>(quants + pair / per_lane * 64 + k % 2 * 2);
+        const int q = lane >> (pair % per_lane * job.bits) & ((1 << job.bits) - 1);
         out[k] = scale * static_cast<float>(q) + bias;
       }
     }

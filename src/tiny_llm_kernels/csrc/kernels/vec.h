@@ -141,46 +141,38 @@ INLINE f32x8 exp(f32x8 x) {
   return x < low ? splat(0.0f) : value;
 }
 
-// ---- int8 products -------------------------------------------------------------------------------
+// ---- int16 products ------------------------------------------------------------------------------
 //
-// A 32-byte vector holds 8 outputs x 4 inputs, the inputs of one output side by side:
+// A 32-byte vector of int16 holds 8 outputs x 2 inputs, the inputs of one output side by side:
 //
-//     byte   0    1    2    3  |  4    5    6    7  | ...
-//          o0k0 o0k1 o0k2 o0k3 | o1k0 o1k1 o1k2 o1k3 | ...
+//     lane    0    1  |  2    3  | ...
+//          o0k0 o0k1  | o1k0 o1k1 | ...
 //
-// `dot2` multiplies unsigned weights (0..15) with signed activations (-127..127) and adds neighbours:
-// 16 sums of 2 products. Eight such vectors fit an int16: 8 * 2 * 15 * 127 = 30,480 < 32,768.
-// `sum_pairs` then adds the two halves of each output: 8 sums. All of it is exact.
+// `dot2` multiplies weights (0..255) with activations and adds neighbours: 8 sums of 2 products in int32.
+// A group of 32 sums to at most 32 * 255 * 32767 < 2^31: exact.
 //
-// AVX-512 VNNI goes here: its one instruction (vpdpbusd) does four products and an int32 sum, so there
-// `Partial` is an i32x16, `dot2` accumulates into it and `sum_pairs` is the identity.
+// AVX-512 VNNI goes here: its vpdpwssd does the product and the running sum of 16 outputs in one.
 
-using Partial = i16x16;
-
-INLINE Partial dot2(u8x32 weights, u8x32 activations) {
+INLINE i32x8 dot2(i16x16 weights, i16x16 activations) {
 #if TINY_LLM_AVX2
-  return (Partial)_mm256_maddubs_epi16((__m256i)weights, (__m256i)activations);
+  return (i32x8)_mm256_madd_epi16((__m256i)weights, (__m256i)activations);
 #else
-  u16x16 w = bits_as<u16x16>(weights);
-  i16x16 x = bits_as<i16x16>(activations);
-  i16x16 x_even = bits_as<i16x16>(bits_as<u16x16>(x) << 8) >> 8;
-  return bits_as<i16x16>(w & 0xff) * x_even + bits_as<i16x16>(w >> 8) * (x >> 8);
+  const i32x8 w = bits_as<i32x8>(weights), x = bits_as<i32x8>(activations);
+  return (w & 0xffff) * (bits_as<i32x8>(bits_as<u32x8>(x) << 16) >> 16) + (w >> 16) * (x >> 16);
 #endif
 }
 
-INLINE i32x8 sum_pairs(Partial a) {
-#if TINY_LLM_AVX2
-  return (i32x8)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
-#else
-  i32x8 pairs = bits_as<i32x8>(a);
-  return (bits_as<i32x8>(bits_as<u32x8>(pairs) << 16) >> 16) + (pairs >> 16);
-#endif
+/// The same two numbers in all eight places.
+INLINE i16x16 splat2(const int16_t* two) {
+  const uint32_t v = load_as<uint32_t>(two);
+  return bits_as<i16x16>(u32x8{v, v, v, v, v, v, v, v});
 }
 
-/// The same four bytes in all eight places.
-INLINE u8x32 splat4(const int8_t* four) {
-  uint32_t v = load_as<uint32_t>(four);
-  return bits_as<u8x32>(u32x8{v, v, v, v, v, v, v, v});
+/// Eight ints of 16 bits, side by side.
+INLINE void store_int16(int16_t* target, i32x8 value) {
+  typedef int16_t i16x8 __attribute__((vector_size(16)));
+  const i16x8 narrow = __builtin_convertvector(value, i16x8);
+  std::memcpy(target, &narrow, sizeof(narrow));
 }
 
 // ---- storage types: how a number lies in memory --------------------------------------------------

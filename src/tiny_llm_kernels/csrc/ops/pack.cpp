@@ -8,10 +8,11 @@
 namespace tiny_llm {
 namespace {
 
-/// Four nibbles, the first in the lowest bits, to four bytes.
-uint32_t spread(uint32_t nibbles) {
-  nibbles = (nibbles | nibbles << 8) & 0x00ff00ff;
-  return (nibbles | nibbles << 4) & 0x0f0f0f0f;
+/// The even values of a word of 4- or 8-bit values, side by side in its low 16 bits.
+uint32_t even_values(uint32_t word, int bits) {
+  if (bits == 4) word = (word & 0x0f0f0f0f) | (word & 0x0f0f0f0f) >> 4;
+  word &= 0x00ff00ff;
+  return (word | word >> 8) & 0xffff;
 }
 
 struct PackJob {
@@ -37,14 +38,10 @@ void pack_tile(const PackJob& job, int64_t tile) {
       }
       std::memcpy(record + 2 * o, &scale, 2);
       std::memcpy(record + 2 * (TILE_OUTPUTS + o), &bias, 2);
-      uint8_t* quants = record + RECORD_HEADER + 4 * o;
-      for (int step = 0; step < job.bits; ++step) {
-        uint32_t four = source[step];  // 8 bits: four inputs are one word
-        if (job.bits == 4) {           // 4 bits: inputs 4j.. are half a word, inputs 16+4j.. two words on
-          const int shift = 16 * (step % 2);
-          four = spread(source[step / 2] >> shift & 0xffff) | spread(source[step / 2 + 2] >> shift & 0xffff) << 4;
-        }
-        std::memcpy(quants + 64 * step, &four, 4);
+      uint8_t* quants = record + RECORD_HEADER + 4 * o;  // outputs 8..15 follow 0..7 without a gap
+      for (int64_t j = 0; j < words; ++j) {
+        const uint32_t lanes = even_values(source[j], job.bits) | even_values(source[j] >> job.bits, job.bits) << 16;
+        std::memcpy(quants + 64 * j, &lanes, 4);
       }
     }
   }

@@ -28,7 +28,7 @@ class QuantizedMatmul : public Node {
     allocate(out);
 
     const int64_t M = rows.count, K = x.shape(-1), N = out.shape(-1);
-    QuantizeJob quantize{rows, K, temporary<int8_t>(M * K, queue), temporary<GroupScale>(M * K / GROUP, queue)};
+    QuantizeJob quantize{rows, K, temporary<int16_t>(M * K, queue), temporary<GroupScale>(M * K / GROUP, queue)};
     MatmulJob multiply{quantize.quants, quantize.groups, packed.data<uint8_t>(), out.data<float>(), M, N, K, bits_};
     queue.dispatch([quantize, multiply, &kernels = kernels()] {
       parallel_for(multiply.M, 8, [&](int64_t begin, int64_t end) { kernels.quantize_rows(quantize, begin, end); });

