@@ -9,6 +9,7 @@ from tiny_llm.kv_pool import KVPool
 from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import PagedContext, Span, pack_batch
+from tiny_llm.sampling_params import SamplingParams
 from tiny_model import random_prompt, tiny_config, tiny_model
 
 BLOCK = 4
@@ -129,8 +130,6 @@ def test_a_step_takes_no_memory_of_the_pools_size() -> None:
     """Prefill, fork, copy on write and decode: the peak of memory stays below the pool and a little."""
     manager = PagedBatchManager(8000, 16, 4, model=tiny_model())
     assert manager.pool is not None
-    from tiny_llm import SamplingParams
-
     manager.add_request(random_prompt(40, 1), "a", SamplingParams(n=3, max_tokens=20))
     before = mx.get_active_memory()
     mx.reset_peak_memory()

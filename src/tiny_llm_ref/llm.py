@@ -45,6 +45,7 @@ class LLM:
         self.chat_template = _chat_template(self.tokenizer)
         self.core = _build_core(self)
         self._request_ids = map(str, count())
+        self._live: dict[str, RequestState] = {}
 
     def generate(
         self,
@@ -125,7 +126,9 @@ class LLM:
         self._check_ids(tokens)
         self.core.add_request(request_id, tokens, params)
         seq_ids = completion_ids(request_id, params.n)
-        return RequestState(request_id, text, tokens, seq_ids, self.tokenizer, params)
+        request = RequestState(request_id, text, tokens, seq_ids, self.tokenizer, params)
+        self._live[request_id] = request
+        return request
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         vocab_size = self.model_config.vocab_size
@@ -141,42 +144,41 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = _one_for_each(sampling_params, len(encoded))
-        requests: dict[str, RequestState] = {}
-        with self._cancelled_on_error(requests), _progress(len(encoded), use_tqdm) as report:
+        with self._served() as requests, _progress(len(encoded), use_tqdm) as report:
             for tokens, text, param in zip(encoded, texts, params, strict=True):
-                request = self._add(tokens, text, param)
-                requests[request.request_id] = request
-            while not all(request.finished for request in requests.values()):
-                deltas = self._step(requests)
-                report(sum(request.finished for request in requests.values()), deltas)
-        return [request.output for request in requests.values()]
+                requests.append(self._add(tokens, text, param))
+            while not all(request.finished for request in requests):
+                self._step()
+                deltas = [delta for request in requests for delta in request.take_deltas()]
+                report(sum(request.finished for request in requests), deltas)
+            return [request.output for request in requests]
 
-    def _step(self, requests: Mapping[str, RequestState]) -> list[TextDelta]:
-        """One engine step; the deltas of `requests`. A stop string ends its sequence here."""
-        deltas = []
+    def _step(self) -> None:
+        """One engine step; each request takes its own tokens. A stop string ends its sequence here."""
         for output in self.core.step():
-            delta = requests[output.request_id].push(output)
+            delta = self._live[output.request_id].push(output)
             if delta.finish_reason is not None and output.finish_reason is None:
                 self.core.finish(output.seq_id)
-            deltas.append(delta)
-        return deltas
 
     def _stream(self, tokens: list[int], params: SamplingParams) -> Generator[TextDelta, None, None]:
-        request = self._add(tokens, None, params)
-        requests = {request.request_id: request}
-        with self._cancelled_on_error(requests):
+        with self._served() as requests:
+            request = self._add(tokens, None, params)
+            requests.append(request)
             while not request.finished:
-                yield from self._step(requests)
+                self._step()
+                yield from request.take_deltas()
+            yield from request.take_deltas()  # what a neighbour's step brought while this stream waited
 
     @contextmanager
-    def _cancelled_on_error(self, requests: Mapping[str, RequestState]) -> Iterator[None]:
-        """Cancel what is still running of `requests` when the block is left by an exception."""
+    def _served(self) -> Iterator[list[RequestState]]:
+        """Serve the requests that the block puts into the list; what has not ended when it is left is cancelled."""
+        requests: list[RequestState] = []
         try:
-            yield
-        except BaseException:
-            for request_id in requests:
-                self.core.cancel(request_id)
-            raise
+            yield requests
+        finally:
+            for request in requests:
+                self.core.cancel(request.request_id)
+                del self._live[request.request_id]
 
 
 def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:

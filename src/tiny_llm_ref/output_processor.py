@@ -107,6 +107,7 @@ class RequestState:
         self._prompt = prompt
         self._prompt_token_ids = tuple(prompt_token_ids)
         self._completions = {id_: CompletionText(i, tokenizer, params) for i, id_ in enumerate(seq_ids)}
+        self._untaken: list[TextDelta] = []
         self._arrival = monotonic()
         self._first_token: float | None = None
         self._finished: float | None = None
@@ -118,7 +119,13 @@ class RequestState:
         delta = self._completions[output.seq_id].push(output)
         if self.finished:
             self._finished = monotonic()
+        self._untaken.append(delta)
         return delta
+
+    def take_deltas(self) -> list[TextDelta]:
+        """What `push` has returned since the last call, for whoever streams this request."""
+        taken, self._untaken = self._untaken, []
+        return taken
 
     def abort(self) -> None:
         """Mark every completion that has not ended as aborted."""

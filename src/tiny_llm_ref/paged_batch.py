@@ -105,7 +105,8 @@ class PagedBatchManager:
         """
         params = params or SamplingParams()
         seq_ids = completion_ids(request_id, params.n)
-        if any(seq_id in self._sequences for seq_id in seq_ids):
+        in_use = request_id in {sequence.request_id for sequence in self._sequences.values()}
+        if in_use or any(seq_id in self._sequences for seq_id in seq_ids):
             raise DuplicateRequestError(f"request id {request_id!r} is in use by a request that has not ended")
         if not tokens:
             raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")

@@ -42,37 +42,40 @@ void quantize_rows(const QuantizeJob& job, int64_t begin, int64_t end) {
 
 constexpr int PAIRS = GROUP / 2;
 
-/// The quants of one record as they are, taken apart at each use.
+/// The quants of one record as they are: a lane holds one input each of PER_LANE pairs, taken apart here.
 template <int BITS>
 struct PackedQuants {
   static constexpr int64_t GROUP_BYTES = record_bytes(BITS);
-  /// Inputs 2 * pair and 2 * pair + 1 of outputs 8 * half .. 8 * half + 7.
-  INLINE i16x16 load(const uint8_t* quants, int pair, int half) {
-    constexpr int PER_LANE = 16 / BITS;
-    const u16x16 lanes = load_as<u16x16>(quants + pair / PER_LANE * 64 + half * 32);
+  static constexpr int PER_LANE = 16 / BITS;
+  /// The pair first + i, for outputs 8 * half .. 8 * half + 7; `first` is a multiple of PER_LANE.
+  INLINE i16x16 load(const uint8_t* quants, int first, int i, int half) {
     constexpr uint16_t MASK = (1 << BITS) - 1;
-    return bits_as<i16x16>((lanes >> (pair % PER_LANE * BITS)) & MASK);
+    const u16x16 lanes = load_as<u16x16>(quants + first / PER_LANE * 64 + half * 32);
+    return bits_as<i16x16>((lanes >> (i * BITS)) & MASK);
   }
 };
 
 /// The quants taken apart beforehand, for many rows.
 struct UnpackedQuants {
   static constexpr int64_t GROUP_BYTES = PAIRS * 64;
-  INLINE i16x16 load(const uint8_t* quants, int pair, int half) {
-    return load_as<i16x16>(quants + pair * 64 + half * 32);
+  static constexpr int PER_LANE = 4;  // pairs in one round of the loop
+  INLINE i16x16 load(const uint8_t* quants, int first, int i, int half) {
+    return load_as<i16x16>(quants + (first + i) * 64 + half * 32);
   }
 };
 
-/// I for ROWS rows x 16 outputs. `quants` are a record's, `x` the first row's part of this group.
+/// I for ROWS rows x 16 outputs. `quants` are a record's, `x` the rows, of which inputs `from` on count.
 template <int ROWS, typename Quants>
-INLINE void group_sums(const uint8_t* quants, const int16_t* x, int64_t x_stride, i32x8 (&sums)[ROWS][2]) {
+INLINE void group_sums(const uint8_t* quants, const int16_t* const (&x)[ROWS], int64_t from, i32x8 (&sums)[ROWS][2]) {
   UNROLL for (int row = 0; row < ROWS; ++row) sums[row][0] = sums[row][1] = i32x8{};
-  UNROLL for (int pair = 0; pair < PAIRS; ++pair) {
-    const i16x16 w0 = Quants::load(quants, pair, 0), w1 = Quants::load(quants, pair, 1);
-    UNROLL for (int row = 0; row < ROWS; ++row) {
-      const i16x16 two = splat2(x + row * x_stride + 2 * pair);
-      sums[row][0] += dot2(w0, two);
-      sums[row][1] += dot2(w1, two);
+  _Pragma("GCC unroll 1") for (int first = 0; first < PAIRS; first += Quants::PER_LANE) {
+    UNROLL for (int i = 0; i < Quants::PER_LANE; ++i) {
+      const i16x16 w0 = Quants::load(quants, first, i, 0), w1 = Quants::load(quants, first, i, 1);
+      UNROLL for (int row = 0; row < ROWS; ++row) {
+        const i16x16 two = splat2(x[row] + from + 2 * (first + i));
+        add_dot2(sums[row][0], w0, two);
+        add_dot2(sums[row][1], w1, two);
+      }
     }
   }
 }
@@ -84,13 +87,14 @@ template <int BITS, int ROWS, typename Quants>
 static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uint8_t* quants) {
   const int64_t groups = job.K / GROUP;
   const uint8_t* record = job.packed + tile * groups * record_bytes(BITS);
-  const int16_t* x = job.quants + row * job.K;
   const GroupScale* x_groups = job.groups + row * groups;
+  const int16_t* x[ROWS];
+  UNROLL for (int r = 0; r < ROWS; ++r) x[r] = job.quants + (row + r) * job.K;
 
   f32x8 acc[ROWS][2] = {};
   for (int64_t g = 0; g < groups; ++g) {
     i32x8 sums[ROWS][2];
-    group_sums<ROWS, Quants>(quants, x, job.K, sums);
+    group_sums<ROWS, Quants>(quants, x, g * GROUP, sums);
     const uint16_t* header = reinterpret_cast<const uint16_t*>(record);
     UNROLL for (int half = 0; half < 2; ++half) {
       const f32x8 scale = Float16::load8(header + half * LANES);
@@ -101,7 +105,7 @@ static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uin
         acc[r][half] = fma(splat(group->scale), inner, acc[r][half]);
       }
     }
-    record += record_bytes(BITS), quants += Quants::GROUP_BYTES, x += GROUP, ++x_groups;
+    record += record_bytes(BITS), quants += Quants::GROUP_BYTES, ++x_groups;
   }
 
   const int64_t first = tile * TILE_OUTPUTS, width = job.N - first;
@@ -146,9 +150,11 @@ static void matmul_items(const MatmulJob& job, int64_t begin, int64_t end) {
     }
     uint8_t* target = unpacked;
     for (int64_t g = 0; g < groups; ++g, quants += record_bytes(BITS)) {
-      UNROLL for (int pair = 0; pair < PAIRS; ++pair, target += 64) {
-        const i16x16 w[2] = {PackedQuants<BITS>::load(quants, pair, 0), PackedQuants<BITS>::load(quants, pair, 1)};
-        std::memcpy(target, w, sizeof(w));
+      for (int first = 0; first < PAIRS; first += PackedQuants<BITS>::PER_LANE) {
+        UNROLL for (int i = 0; i < PackedQuants<BITS>::PER_LANE; ++i, target += 64) {
+          const i16x16 w[2] = {PackedQuants<BITS>::load(quants, first, i, 0), PackedQuants<BITS>::load(quants, first, i, 1)};
+          std::memcpy(target, w, sizeof(w));
+        }
       }
     }
     tile_block<BITS, UnpackedQuants>(job, tile, first, last, unpacked);

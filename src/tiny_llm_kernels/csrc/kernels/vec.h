@@ -148,17 +148,18 @@ INLINE f32x8 exp(f32x8 x) {
 //     lane    0    1  |  2    3  | ...
 //          o0k0 o0k1  | o1k0 o1k1 | ...
 //
-// `dot2` multiplies weights (0..255) with activations and adds neighbours: 8 sums of 2 products in int32.
+// `add_dot2` multiplies weights (0..255) with activations and adds neighbours and all to 8 sums in int32.
 // A group of 32 sums to at most 32 * 255 * 32767 < 2^31: exact.
 //
 // AVX-512 VNNI goes here: its vpdpwssd does the product and the running sum of 16 outputs in one.
 
-INLINE i32x8 dot2(i16x16 weights, i16x16 activations) {
+INLINE void add_dot2(i32x8& sums, i16x16 weights, i16x16 activations) {
 #if TINY_LLM_AVX2
-  return (i32x8)_mm256_madd_epi16((__m256i)weights, (__m256i)activations);
+  sums += (i32x8)_mm256_madd_epi16((__m256i)weights, (__m256i)activations);
+  asm("" : "+x"(sums));  // add now: GCC would rather keep many products, in memory, and add them later
 #else
   const i32x8 w = bits_as<i32x8>(weights), x = bits_as<i32x8>(activations);
-  return (w & 0xffff) * (bits_as<i32x8>(bits_as<u32x8>(x) << 16) >> 16) + (w >> 16) * (x >> 16);
+  sums += (w & 0xffff) * (bits_as<i32x8>(bits_as<u32x8>(x) << 16) >> 16) + (w >> 16) * (x >> 16);
 #endif
 }
 
