@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import tiny_llm_kernels
 from hypothesis import HealthCheck, settings
 
+import tiny_llm_kernels
 from tiny_llm import LLM
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -30,14 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    """Say what the tests run on: a promise that holds on MLX's own operators proves nothing for the kernels."""
+    """Say what the tests run on: what holds on MLX's own operators proves nothing for the kernels."""
     why = tiny_llm_kernels.why_unavailable()
     return f"kernels: {why or 'compiled, ' + tiny_llm_kernels.instruction_set()}"
 
 
 @pytest.fixture(autouse=True)
 def _kernels_as_they_were() -> Iterator[None]:
-    """A test may change the number of threads and the instruction set; the next one finds them as they were."""
+    """A test may change the threads and the instruction set; the next one finds them as they were."""
     if not tiny_llm_kernels.available():
         yield
         return

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny_llm_kernels
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_llm.engine_core import EngineCore, TokenLogprobs
@@ -25,6 +24,8 @@ from tiny_llm.policies import Policies
 from tiny_llm.preemption import RecomputeNewestFirst
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import Sequence
+
+import tiny_llm_kernels
 from tiny_model import EOS, VOCAB, examples, random_prompt
 
 # Pages.
@@ -40,7 +41,9 @@ def check_pages(manager: PagedBatchManager) -> None:
     assert allocator.num_free == counted.count(0), "free blocks and unreferenced blocks differ"
     for table in tables:
         assert len(set(table.blocks)) == len(table.blocks), "a table holds a block twice"
-        assert len(table.blocks) == -(-table.num_tokens // table.block_size), "a table holds blocks for no token"
+        assert len(table.blocks) == -(-table.num_tokens // table.block_size), (
+            "a table holds blocks for no token"
+        )
     for sequence in [*manager.running, *manager.waiting]:
         assert sequence.num_computed == sequence.table.num_tokens, "a page for a token that is not computed"
     assert all(not sequence.table.blocks for sequence in manager.waiting), "a waiting sequence holds pages"
@@ -62,13 +65,17 @@ def check_all_returned(manager: PagedBatchManager) -> None:
     assert not manager.has_work
     assert not manager.running
     assert not manager.waiting
-    assert manager.allocator.num_free == manager.allocator.num_blocks, "pages are missing after the last request"
+    assert manager.allocator.num_free == manager.allocator.num_blocks, (
+        "pages are missing after the last request"
+    )
 
 
 class Watched(PagedBatchManager):
     """A batch manager that counts what happened to it, and shows each plan to whoever asks."""
 
-    def __init__(self, *args: object, watch: Callable[[Plan], None] = lambda plan: None, **options: object) -> None:
+    def __init__(
+        self, *args: object, watch: Callable[[Plan], None] = lambda plan: None, **options: object
+    ) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.happened: Counter[str] = Counter()
         self._watch = watch
@@ -146,7 +153,9 @@ def smallest_pool(arrivals: tuple[Arrival, ...], block_size: int, max_seqs: int,
 
 
 def _admits(arrival: Arrival, blocks: int, block_size: int, max_seqs: int, preempts: bool) -> bool:
-    manager = PagedBatchManager(blocks, block_size, max_seqs, max_model_len=10_000, policies=policies(preempts))
+    manager = PagedBatchManager(
+        blocks, block_size, max_seqs, max_model_len=10_000, policies=policies(preempts)
+    )
     try:
         return manager.add_request(list(arrival.prompt), "probe", arrival.params)
     except RequestTooLargeError:
@@ -172,7 +181,12 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
 
 @st.composite
 def scenarios(
-    draw: st.DrawFn, *, most_requests: int = 6, longest_prompt: int = 30, most_tokens: int = 20, vocab: int = VOCAB
+    draw: st.DrawFn,
+    *,
+    most_requests: int = 6,
+    longest_prompt: int = 30,
+    most_tokens: int = 20,
+    vocab: int = VOCAB,
 ) -> Scenario:
     """Crowds of requests that meet a pool between barely enough and roomy."""
     arrivals = []
@@ -199,6 +213,26 @@ def scenarios(
         instruction_set=draw(st.sampled_from(tiny_llm_kernels.instruction_sets())) if compiled else "",
         preempts=draw(st.sampled_from([True, True, True, False])),
     )
+
+
+# A crowd that is sure to fork, to be preempted and to be cut into chunks.
+CROWD = Scenario(
+    arrivals=(
+        Arrival(0, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=10, temperature=0.0, logprobs=2)),
+        Arrival(
+            0, tuple(random_prompt(5, 2)), SamplingParams(max_tokens=10, n=3, seed=5, top_p=0.9, logprobs=0)
+        ),
+        Arrival(1, tuple(random_prompt(30, 3)), SamplingParams(max_tokens=4, temperature=0.7, top_k=20)),
+        Arrival(2, tuple(random_prompt(3, 4)), SamplingParams(max_tokens=10, min_p=0.05), cancelled_at=9),
+    ),
+    block_size=2,
+    spare_blocks=1,
+    max_seqs=6,
+    max_tokens=11,
+    threads=2,
+    instruction_set="",
+    preempts=True,
+)
 
 
 # Scheduling never changes the answer.
@@ -242,7 +276,9 @@ def check_same(seq_id: str, answer: Answer, alone: Answer) -> None:
     assert answer.tokens == alone.tokens, f"completion {seq_id} got other tokens than alone"
     assert answer.logits == alone.logits, f"completion {seq_id} got other logits than alone"
     assert answer.logprobs == alone.logprobs, f"completion {seq_id} got other log-probabilities than alone"
-    assert answer.finish_reason == alone.finish_reason, f"completion {seq_id} ended for another reason than alone"
+    assert answer.finish_reason == alone.finish_reason, (
+        f"completion {seq_id} ended for another reason than alone"
+    )
 
 
 def answer_alone(model: Model, prompt: tuple[int, ...], params: SamplingParams, seed: int) -> Answer:
@@ -309,7 +345,9 @@ def _recorded_logits(manager: PagedBatchManager) -> dict[str, bytes]:
         logits = process_batch()
         rows = None if logits.rows is None else np.array(logits.rows)
         recorded.clear()
-        recorded.update({seq_id: rows[row].tobytes() for seq_id, row in logits.row_of.items() if rows is not None})
+        recorded.update(
+            {seq_id: rows[row].tobytes() for seq_id, row in logits.row_of.items() if rows is not None}
+        )
         return logits
 
     manager.process_batch = recording  # type: ignore[method-assign]

@@ -1,5 +1,7 @@
 """share_budget: a pure function of counts; each property is a sentence of its contract."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,9 @@ budgets = st.integers(0, 200)
 
 
 @given(wants_lists, budgets)
-def test_nobody_gets_more_than_wanted_and_all_together_no_more_than_the_budget(wants: list[int], budget: int) -> None:
+def test_nobody_gets_more_than_wanted_and_all_together_no_more_than_the_budget(
+    wants: list[int], budget: int
+) -> None:
     granted = share_budget(wants, budget)
     assert len(granted) == len(wants)
     assert all(0 <= grant <= want for grant, want in zip(granted, wants, strict=True))
@@ -26,9 +30,11 @@ def test_no_prompt_runs_while_a_decode_is_left_out(wants: list[int], budget: int
 
 
 @given(wants_lists, budgets)
-def test_a_prompt_gets_a_token_only_when_all_earlier_ones_are_served_whole(wants: list[int], budget: int) -> None:
+def test_a_prompt_gets_a_token_only_when_all_earlier_ones_are_served_whole(
+    wants: list[int], budget: int
+) -> None:
     prompts = [(g, w) for g, w in zip(share_budget(wants, budget), wants, strict=True) if w > 1]
-    for (earlier, wanted), (later, _) in zip(prompts, prompts[1:], strict=False):
+    for (earlier, wanted), (later, _) in itertools.pairwise(prompts):
         assert earlier == wanted or later == 0
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from tiny_llm.config import ConfigError, EngineConfig
+
 from tiny_model import CONTEXT, tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes

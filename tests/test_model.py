@@ -7,7 +7,16 @@ from tiny_llm.config import ModelConfig
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kernels import twins
 from tiny_llm.model import Model
-from tiny_model import CONTEXT, dense_model, logits_through_pages, random_prompt, random_weights, tiny_config, tiny_model
+
+from tiny_model import (
+    CONTEXT,
+    dense_model,
+    logits_through_pages,
+    random_prompt,
+    random_weights,
+    tiny_config,
+    tiny_model,
+)
 
 Weights = dict[str, np.ndarray]
 
@@ -70,7 +79,9 @@ def test_logits_are_those_of_a_plain_decoder(tied: bool) -> None:
 def test_pages_change_nothing_but_how_keys_are_stored() -> None:
     tokens = random_prompt(40, seed=5)
     paged = logits_through_pages(dense_model(), tokens, [40], kv_dtype=mx.float32)
-    np.testing.assert_allclose(np.array(paged), logits_without_cache(dense_model(), tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(paged), logits_without_cache(dense_model(), tokens), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_readable_model_and_the_fast_one_agree() -> None:

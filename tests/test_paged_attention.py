@@ -71,7 +71,10 @@ def test_a_pool_needs_a_block(num_blocks: int) -> None:
         BlockAllocator(num_blocks)
 
 
-@given(st.integers(1, 6), st.lists(st.tuples(st.sampled_from(["allocate", "add_ref", "free"]), st.integers(0, 5))))
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.sampled_from(["allocate", "add_ref", "free"]), st.integers(0, 5))),
+)
 def test_counts_are_those_of_a_plain_counter(num_blocks: int, operations: list[tuple[str, int]]) -> None:
     allocator, counts = BlockAllocator(num_blocks), Counter()
     for operation, block in operations:

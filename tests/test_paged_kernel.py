@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_llm.kernels import twins, use_compiled
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_kernel import Span, pack_batch, write_and_attend
+
 from tiny_model import examples
 
 H, HKV, D = 4, 2, 32
@@ -42,12 +43,16 @@ class Step:
         self.streams = [self.normal(2, HKV, past + now, D) for past, now in spans]
         for table, (past, _) in zip(self.tables, spans, strict=True):
             table.append_tokens(past)
-        past_spans = [Span(table, 0, past) for table, (past, _) in zip(self.tables, spans, strict=True) if past]
+        past_spans = [
+            Span(table, 0, past) for table, (past, _) in zip(self.tables, spans, strict=True) if past
+        ]
         if past_spans:
             self.run(past_spans)
         for table, (_, now) in zip(self.tables, spans, strict=True):
             table.append_tokens(now)
-        self.spans = [Span(table, past, past + now) for table, (past, now) in zip(self.tables, spans, strict=True)]
+        self.spans = [
+            Span(table, past, past + now) for table, (past, now) in zip(self.tables, spans, strict=True)
+        ]
 
     def normal(self, *shape: int) -> np.ndarray:
         return self.rng.normal(size=shape).astype(np.float32)

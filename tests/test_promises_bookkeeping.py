@@ -10,13 +10,14 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
-from promises import Watched, check_all_returned, check_first_come_first_served, check_pages, policies
 from tiny_llm.errors import RequestTooLargeError
-from tiny_llm.paged_batch import PagedBatchManager, Plan, completion_ids
 from tiny_llm.paged_attention import BlockTable
+from tiny_llm.paged_batch import PagedBatchManager, Plan, completion_ids
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import Sequence
 from tiny_llm.slot_mapping import slots
+
+from promises import Watched, check_all_returned, check_first_come_first_served, check_pages, policies
 from tiny_model import examples
 
 
@@ -29,7 +30,10 @@ class SymbolicPool:
 
     def perform(self, plan: Plan) -> None:
         """The copies, all read before any is written; then the writes of the chunks."""
-        read = [[self.held.get(copy.src * self.block_size + i) for i in range(copy.length)] for copy in plan.copies]
+        read = [
+            [self.held.get(copy.src * self.block_size + i) for i in range(copy.length)]
+            for copy in plan.copies
+        ]
         for copy, values in zip(plan.copies, read, strict=True):
             for i, value in enumerate(values):
                 assert value is not None, "a copy of a slot that was never written"
@@ -40,13 +44,17 @@ class SymbolicPool:
             written.update(addresses)
             for position, slot in zip(range(start, stop), addresses, strict=True):
                 self.held[slot] = tuple(sequence.tokens(0, position + 1))
-        assert all(count == 1 for count in written.values()), "two tokens of one step were written to one slot"
+        assert all(count == 1 for count in written.values()), (
+            "two tokens of one step were written to one slot"
+        )
 
     def check(self, sequence: Sequence) -> None:
         """Every computed token of the sequence stands in its slot, after the right past."""
         tokens = tuple(sequence.tokens(0, sequence.num_computed))
         for position, slot in enumerate(slots(sequence.table, 0, sequence.num_computed)):
-            assert self.held[slot] == tokens[: position + 1], f"{sequence.seq_id} reads another's token {position}"
+            assert self.held[slot] == tokens[: position + 1], (
+                f"{sequence.seq_id} reads another's token {position}"
+            )
 
 
 class BatchMachine(RuleBasedStateMachine):
@@ -79,7 +87,10 @@ class BatchMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.arrivals)
     @rule(
-        blocks=st.integers(1, 12), block_size=st.integers(1, 6), seats=st.integers(1, 6), budget=st.integers(1, 40)
+        blocks=st.integers(1, 12),
+        block_size=st.integers(1, 6),
+        seats=st.integers(1, 6),
+        budget=st.integers(1, 40),
     )
     def configure(self, blocks: int, block_size: int, seats: int, budget: int) -> None:
         self.manager = self.build(blocks, block_size, seats, budget)
@@ -134,7 +145,9 @@ class BatchMachine(RuleBasedStateMachine):
         """Everybody who is left is served in a bounded number of steps, and every page comes back."""
         if self.broken:
             return  # what comes after a broken promise says nothing
-        bound = sum(seq.max_len * (1 + seq.num_forks) for seq in [*self.manager.running, *self.manager.waiting])
+        bound = sum(
+            seq.max_len * (1 + seq.num_forks) for seq in [*self.manager.running, *self.manager.waiting]
+        )
         for _ in range(bound):
             if self.manager.has_work:
                 self.step()
@@ -180,7 +193,14 @@ def assert_machine_catches() -> None:
 
 def test_pages_are_conserved_whatever_happens() -> None:
     happened = run_machine(preempts=True)
-    for name in ("preemptions", "forks", "copies on write", "prompts cut into chunks", "cancels", "refused at the door"):
+    for name in (
+        "preemptions",
+        "forks",
+        "copies on write",
+        "prompts cut into chunks",
+        "cancels",
+        "refused at the door",
+    ):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
 
 
@@ -231,7 +251,9 @@ def test_a_cancel_that_forgets_the_table_is_seen(monkeypatch: pytest.MonkeyPatch
 
 
 def test_preempting_the_oldest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiny_llm.preemption.RecomputeNewestFirst.choose_victim", lambda self, candidates: candidates[0])
+    monkeypatch.setattr(
+        "tiny_llm.preemption.RecomputeNewestFirst.choose_victim", lambda self, candidates: candidates[0]
+    )
     assert_machine_catches()
 
 

@@ -5,16 +5,13 @@ The oracle is the engine itself, serving the same completion alone: equal means 
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny_llm_kernels
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
-from promises import Arrival, Scenario, assert_caught, check_scenario, kernels_on, keys_backwards, scenarios
-from tiny_llm import paged_kernel
 from tiny_llm.attention import causal_mask
 from tiny_llm.embedded import embedded_model_path
 from tiny_llm.errors import ModelFileError
@@ -26,8 +23,11 @@ from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_kernel import Attended, PackedBatch
 from tiny_llm.sampler import sample_token
-from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import Sequence
+
+import tiny_llm_kernels
+from promises import CROWD, Scenario, assert_caught, check_scenario, kernels_on, keys_backwards, scenarios
+from tiny_llm import paged_kernel
 from tiny_model import VOCAB, examples, logits_through_pages, random_prompt, tiny_model
 
 compiled_only = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved() -> None:
 def chunkings(draw: st.DrawFn, length: int) -> list[int]:
     """Sizes of chunks that sum to `length`."""
     cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=10)) | {0, length})
-    return [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [stop - start for start, stop in pairwise(cuts)]
 
 
 @settings(max_examples=examples(60))
@@ -97,23 +97,6 @@ def embedded() -> Model:
         pytest.skip(str(error))
 
 
-CROWD = Scenario(
-    arrivals=(
-        Arrival(0, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=10, temperature=0.0, logprobs=2)),
-        Arrival(0, tuple(random_prompt(5, 2)), SamplingParams(max_tokens=10, n=3, seed=5, top_p=0.9, logprobs=0)),
-        Arrival(1, tuple(random_prompt(30, 3)), SamplingParams(max_tokens=4, temperature=0.7, top_k=20)),
-        Arrival(2, tuple(random_prompt(3, 4)), SamplingParams(max_tokens=10, min_p=0.05), cancelled_at=9),
-    ),
-    block_size=2,
-    spare_blocks=1,
-    max_seqs=6,
-    max_tokens=11,
-    threads=2,
-    instruction_set="",
-    preempts=True,
-)
-
-
 def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> None:
     happened: Counter[str] = Counter()
 
@@ -132,7 +115,9 @@ def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> No
 def test_the_embedded_models_logits_are_the_same_bits_in_any_chunks(embedded: Model) -> None:
     prompt = random_prompt(150, seed=5)
     whole = np.array(logits_through_pages(embedded, prompt, [150]))
-    assert np.array_equal(whole, np.array(logits_through_pages(embedded, prompt, [1, 2, 60, 7, 80], block_size=7)))
+    assert np.array_equal(
+        whole, np.array(logits_through_pages(embedded, prompt, [1, 2, 60, 7, 80], block_size=7))
+    )
 
 
 # The tests bite: each mutant is a mistake that somebody could make, and the same check sees it.
@@ -145,27 +130,42 @@ def assert_seen() -> None:
 def test_a_draw_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = count()
     monkeypatch.setattr(
-        "tiny_llm.engine_core.sample_token", lambda row, params, seed, index: sample_token(row, params, 0, next(draws))
+        "tiny_llm.engine_core.sample_token",
+        lambda row, params, seed, index: sample_token(row, params, 0, next(draws)),
     )
     assert_seen()
 
 
-def test_an_attention_that_sums_in_another_order_for_single_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_sums_in_another_order_for_single_tokens_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(paged_kernel, "write_and_attend", paged_kernel.write_and_attend.__wrapped__)
     monkeypatch.setattr(paged_kernel, "grouped_query_attention", keys_backwards(grouped_query_attention))
     assert_seen()
 
 
-def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def attend(
-        q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        batch: PackedBatch,
+        scale: float,
     ) -> Attended:
         packed, outputs = 0, []
         for table, start, stop in batch.spans:
             rows = slice(packed, packed + stop - start)
             past = [gathered(pool, table, start) for pool in (keys, values)]
-            now = [mx.concatenate([old, new[:, :, rows]], axis=2) for old, new in zip(past, (k, v), strict=True)]
-            outputs.append(grouped_query_attention(q[:, :, rows], *now, scale, causal_mask(stop - start, stop)))
+            now = [
+                mx.concatenate([old, new[:, :, rows]], axis=2) for old, new in zip(past, (k, v), strict=True)
+            ]
+            outputs.append(
+                grouped_query_attention(q[:, :, rows], *now, scale, causal_mask(stop - start, stop))
+            )
             packed = rows.stop
         stored = stored_by(q, k, v, keys, values, batch, scale)
         return Attended(mx.concatenate(outputs, axis=2), stored.keys, stored.values)

@@ -17,6 +17,7 @@ from tiny_llm.sampler import (
     uniform,
 )
 from tiny_llm.sampling_params import SamplingParams
+
 from tiny_model import examples
 
 LOGITS = [2.0, 1.0, 0.5, 0.0, -1.0, -2.0]
@@ -121,7 +122,11 @@ def test_min_p_keeps_what_is_at_least_that_fraction_of_the_likeliest() -> None:
 
 
 def test_filters_leave_the_kept_logits_as_they_are() -> None:
-    for row in (keep_top_k(mx.array(LOGITS), 3), keep_top_p(mx.array(LOGITS), 0.8), keep_min_p(mx.array(LOGITS), 0.2)):
+    for row in (
+        keep_top_k(mx.array(LOGITS), 3),
+        keep_top_p(mx.array(LOGITS), 0.8),
+        keep_min_p(mx.array(LOGITS), 0.2),
+    ):
         kept = [value for value in row.tolist() if math.isfinite(value)]
         assert kept == LOGITS[: len(kept)]
 
@@ -142,7 +147,9 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
 
 
 def test_a_huge_temperature_draws_evenly() -> None:
-    drawn = [sample_token(mx.array(LOGITS), SamplingParams(temperature=1e30), 5, i).item() for i in range(600)]
+    drawn = [
+        sample_token(mx.array(LOGITS), SamplingParams(temperature=1e30), 5, i).item() for i in range(600)
+    ]
     assert chi_square(drawn, np.full(6, 1 / 6)) < 20.5
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
-from tiny_llm import SamplingParams
 from tiny_llm.sampling_params import SamplingParamsError
+
+from tiny_llm import SamplingParams
 
 
 def test_the_defaults_are_vllms() -> None:
@@ -21,7 +22,9 @@ def test_the_defaults_are_vllms() -> None:
         "max_tokens": 16,
         "logprobs": None,
     }
-    assert {name: value for name, value in dataclasses.asdict(SamplingParams()).items() if name in expected} == expected
+    assert {
+        name: value for name, value in dataclasses.asdict(SamplingParams()).items() if name in expected
+    } == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,8 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("top_k", -1), ("top_k", 0), ("top_p", 1.0), ("min_p", 1.0), ("max_tokens", None), ("seed", 0)]
+    ("name", "value"),
+    [("top_k", -1), ("top_k", 0), ("top_p", 1.0), ("min_p", 1.0), ("max_tokens", None), ("seed", 0)],
 )
 def test_the_ends_of_each_range_are_allowed(name: str, value: object) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def pack(weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: in
 def quantized_matmul(x: mx.array, packed: mx.array, out_features: int, *, bits: int) -> mx.array:
     """x [..., K] times the packed weights [N, K], transposed -> [..., N], with N = out_features.
 
-    Each group of 32 activations is rounded to int8 (absmax / 127, ties to even); sums within a group
+    Each group of 32 activations is rounded to int16 (absmax / 32767, ties to even); sums within a group
     are exact integers, and groups are added in order.
     """
     return native.quantized_matmul(x, packed, out_features, bits)

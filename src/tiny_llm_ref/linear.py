@@ -61,7 +61,7 @@ class QuantizedLinear:
 class PackedLinear:
     """A quantized matrix repacked for the compiled kernels, in one blob of bytes.
 
-    Products take x in int8, by groups of 32: see ARCHITECTURE.md, "Kernels".
+    Products take x in 16-bit integers, by groups of 32: see ARCHITECTURE.md, "Kernels".
     """
 
     packed: mx.array

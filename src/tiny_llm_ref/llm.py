@@ -14,8 +14,8 @@ from .embedded import embedded_model_path
 from .engine_core import EngineCore
 from .gguf_reader import load_gguf
 from .kv_pool import DTYPES
-from .outputs import RequestOutput, TextDelta
 from .output_processor import RequestState
+from .outputs import RequestOutput, TextDelta
 from .paged_attention import BlockTable
 from .paged_batch import PagedBatchManager, completion_ids
 from .paged_kernel import PagedContext, Span, pack_batch
@@ -80,7 +80,9 @@ class LLM:
         encoded = [self._encode_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self._run_all(encoded, [None] * len(encoded), sampling_params, use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[TextDelta, None, None]:
         """Complete one prompt, piece by piece; closing the iterator cancels the request."""
         return self._stream(self._encode(prompt), sampling_params or SamplingParams())
 
@@ -94,7 +96,11 @@ class LLM:
         """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
 
         Runs through pages of their own, in chunks of the step's token budget, whatever else waits.
+        Raises ValueError for no tokens and for ids outside the vocabulary.
         """
+        if not token_ids:
+            raise ValueError("logits of no tokens: there is nothing to compute")
+        self._check_ids(token_ids)
         manager = self.core.manager
         assert manager.pool is not None
         table = BlockTable(manager.allocator, manager.block_size)
@@ -105,7 +111,10 @@ class LLM:
                 stop = min(start + chunk, len(token_ids))
                 table.append_tokens(stop - start)
                 context = PagedContext(
-                    manager.pool, pack_batch([Span(table, start, stop)]), self.model_config.head_dim**-0.5, None
+                    manager.pool,
+                    pack_batch([Span(table, start, stop)]),
+                    self.model_config.head_dim**-0.5,
+                    None,
                 )
                 rows.append(self.model(mx.array([token_ids[start:stop]], mx.int32), context)[0])
                 manager.pool.evaluate(rows[-1])
@@ -220,7 +229,9 @@ def _one_for_each(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
     if len(params) != num_prompts:
-        raise ValueError(f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each")
+        raise ValueError(
+            f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
+        )
     return list(params)
 
 
@@ -235,7 +246,9 @@ def _progress(total: int, enabled: bool) -> Iterator[Callable[[int, Sequence[Tex
 
     columns = (TextColumn("Processed prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, TextColumn("{task.fields[tokens]} tokens"), console=console, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, TextColumn("{task.fields[tokens]} tokens"), console=console, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("prompts", total=total, tokens=0)
         tokens = 0
 

@@ -74,7 +74,11 @@ class CompletionText:
 
     def _stream(self) -> str:
         """Text not streamed yet, less an end that may turn out to be the beginning of a stop string."""
-        held = 0 if self.finish_reason is not None else max((_overlap(self._text, s) for s in self._stop), default=0)
+        held = (
+            0
+            if self.finish_reason is not None
+            else max((_overlap(self._text, s) for s in self._stop), default=0)
+        )
         delta = self._text[self._num_streamed : len(self._text) - held]
         self._num_streamed += len(delta)
         return delta
@@ -82,7 +86,9 @@ class CompletionText:
     def _note_logprobs(self, output: TokenOutput) -> None:
         if output.logprobs is None:
             return
-        chosen = Logprob(output.logprobs.logprob, output.logprobs.rank, self._tokenizer.token_text(output.token))
+        chosen = Logprob(
+            output.logprobs.logprob, output.logprobs.rank, self._tokenizer.token_text(output.token)
+        )
         top = {
             token: Logprob(logprob, rank, self._tokenizer.token_text(token))
             for rank, (token, logprob) in enumerate(output.logprobs.top, start=1)

@@ -91,7 +91,9 @@ class PagedBatchManager:
         self._model = model
         self._max_seqs = max_batch_size
         self._max_tokens = max_batched_tokens
-        self._context = max_model_len or (max_pages * page_size if model is None else model.config.max_position_embeddings)
+        self._context = max_model_len or (
+            max_pages * page_size if model is None else model.config.max_position_embeddings
+        )
         self._policies = policies or Policies()
         self._sequences: dict[str, Sequence] = {}  # a completion that is not forked yet maps to its leader
 
@@ -107,7 +109,9 @@ class PagedBatchManager:
         seq_ids = completion_ids(request_id, params.n)
         in_use = request_id in {sequence.request_id for sequence in self._sequences.values()}
         if in_use or any(seq_id in self._sequences for seq_id in seq_ids):
-            raise DuplicateRequestError(f"request id {request_id!r} is in use by a request that has not ended")
+            raise DuplicateRequestError(
+                f"request id {request_id!r} is in use by a request that has not ended"
+            )
         if not tokens:
             raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")
         max_outputs = self._context - len(tokens) if params.max_tokens is None else params.max_tokens
@@ -139,7 +143,9 @@ class PagedBatchManager:
         rows = None if self._model is None else self._run(self._model, plan)
         for sequence, _, stop in plan.chunks:
             sequence.num_computed = stop
-        return StepLogits(rows, {seq.seq_id: row for row, leader in enumerate(ready) for seq in self._fork(leader)})
+        return StepLogits(
+            rows, {seq.seq_id: row for row, leader in enumerate(ready) for seq in self._fork(leader)}
+        )
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id."""

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from .errors import TinyLLMError
 
-
 LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32, and leave no probabilities to draw from
 
 

@@ -1,0 +1,282 @@
+"""Mistakes that other engines made, each a test named after the mistake; comments cite the tracker."""
+
+import gc
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.engine_core import EngineCore, TokenOutput
+from tiny_llm.errors import OutOfBlocksError, RequestTooLargeError
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.paged_attention import BlockAllocator, BlockTable
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.rope import inverse_frequencies, rope
+from tiny_llm.sampler import sample_token
+from tiny_llm.sampling_params import SamplingParams
+
+import tiny_llm_kernels
+from promises import CROWD, answer_alone, check_all_returned, check_pages, check_scenario, policies
+from tiny_model import EOS, random_prompt, tiny_config, tiny_model
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+def engine_of(
+    blocks: int = 100, *, block_size: int = 16, seats: int = 8, preempts: bool = True
+) -> EngineCore:
+    manager = PagedBatchManager(blocks, block_size, seats, model=tiny_model(), policies=policies(preempts))
+    return EngineCore(manager, (EOS,), seed=3)
+
+
+def run(engine: EngineCore, requests: list[tuple[list[int], SamplingParams]]) -> list[list[TokenOutput]]:
+    """Serve requests together; the outputs of each (n = 1) in order."""
+    got: dict[str, list[TokenOutput]] = {str(i): [] for i in range(len(requests))}
+    for i, (prompt, params) in enumerate(requests):
+        engine.add_request(str(i), prompt, params)
+    while engine.has_work:
+        for output in engine.step():
+            got[output.request_id].append(output)
+    return list(got.values())
+
+
+def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+    return [output.token for output in outputs]
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, logprobs=3, ignore_eos=True)
+
+
+# vllm-metal 92
+def test_a_full_pool_with_nobody_to_preempt_is_a_refusal_and_no_deadlock() -> None:
+    for preempts in (True, False):
+        engine = engine_of(4, block_size=4, preempts=preempts)
+        elsewhere = BlockTable(engine.manager.allocator, 4)
+        elsewhere.append_tokens(16)
+        engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=2))
+        with pytest.raises(OutOfBlocksError, match=r"'a' needs \d blocks, 0 of 4 are free"):
+            engine.step()
+        assert not engine.has_work
+        elsewhere.release()
+        check_all_returned(engine.manager)
+
+
+# vllm-metal 92
+def test_a_pool_that_is_taken_while_the_last_one_runs_is_a_refusal_and_no_deadlock() -> None:
+    engine = engine_of(4, block_size=4)
+    engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=12, ignore_eos=True))
+    engine.step()
+    elsewhere = BlockTable(engine.manager.allocator, 4)
+    elsewhere.append_tokens(12)
+
+    def run_on() -> None:
+        for _ in range(10):
+            engine.step()
+
+    with pytest.raises(OutOfBlocksError, match="'a'"):
+        run_on()
+    elsewhere.release()
+    check_all_returned(engine.manager)
+
+
+# vllm-metal 92
+def test_a_request_that_could_never_fit_is_refused_at_the_door() -> None:
+    engine = engine_of(4, block_size=4)
+    with pytest.raises(RequestTooLargeError, match="need 5 blocks of 4; the pool has 4"):
+        engine.add_request("a", [9] * 10, SamplingParams(max_tokens=10))
+    check_all_returned(engine.manager)
+
+
+# mlx-lm 1731, vllm-mlx 641
+def test_a_thousand_requests_with_cancels_and_errors_leave_no_bytes_behind() -> None:
+    engine = engine_of(20, block_size=4)
+    after = []
+    for i in range(1000):
+        params = SamplingParams(
+            n=1 + i % 2, max_tokens=2 + i % 3, top_p=0.9, seed=i, logprobs=1 if i % 7 == 0 else None
+        )
+        if i % 11 == 0:
+            with pytest.raises(RequestTooLargeError):
+                engine.add_request(f"large {i}", [9] * 200, params)
+        engine.add_request(str(i), random_prompt(3 + i % 9, 1), params)
+        engine.step()
+        if i % 5 == 0:
+            engine.cancel(str(i))
+        if i % 100 == 99:
+            while engine.has_work:
+                engine.step()
+            gc.collect()
+            mx.clear_cache()
+            after.append(mx.get_active_memory())
+            check_all_returned(engine.manager)
+    assert max(after[1:]) - after[0] < 4096, f"live bytes grow: {after}"
+
+
+# ollama 15065
+def test_a_snapshot_of_some_blocks_does_not_keep_the_whole_pool_alive() -> None:
+    gc.collect()
+    before = mx.get_active_memory()
+    pool = KVPool(tiny_config(), 4000, 16, mx.float16)
+    nbytes = pool.nbytes
+    snapshot = pool.read_blocks(0, [0, 1])
+    del pool
+    gc.collect()
+    assert mx.get_active_memory() - before < nbytes / 100
+    assert snapshot[0].shape[0] == 2
+
+
+# mlx-lm 1906
+def test_the_first_tokens_log_probabilities_do_not_change_with_the_neighbours() -> None:
+    prompts = [random_prompt(length, length) for length in (5, 17, 1, 30, 16)]
+    [alone] = run(engine_of(), [(prompts[0], GREEDY)])
+    together = run(engine_of(), [(prompt, GREEDY) for prompt in prompts])
+    assert together[0][0].logprobs == alone[0].logprobs
+    assert together[0][0].logprobs is not None
+
+
+# vLLM 39146, 51187, omlx 3476
+@pytest.mark.parametrize("others", [1, 2, 3, 7])
+def test_greedy_output_does_not_depend_on_the_composition_of_the_batch(others: int) -> None:
+    prompt = random_prompt(20, 1)
+    [alone] = run(engine_of(), [(prompt, GREEDY)])
+    crowd = [
+        (random_prompt(3 * i + 1, i), SamplingParams(max_tokens=5 + i, seed=i)) for i in range(1, others + 1)
+    ]
+    last = run(engine_of(), [*crowd, (prompt, GREEDY)])[-1]
+    assert [output[2:] for output in last] == [output[2:] for output in alone]
+
+
+# mini-sglang 51, mlx-lm 1007
+@pytest.mark.parametrize(
+    "name",
+    [
+        "response_format",
+        "stream",
+        "best_of",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+    ],
+)
+def test_a_parameter_that_is_not_supported_is_refused_by_name_and_never_ignored(name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**{name: 1})  # type: ignore[arg-type]
+
+
+# mlx-lm 388
+def test_each_rows_top_k_masks_its_own_tokens() -> None:
+    prompts = [random_prompt(6, seed) for seed in range(6)]
+    ks = [1, 2, 1, 40, 1, 3]
+    requests = [
+        (prompt, SamplingParams(top_k=k, max_tokens=10, seed=k, logprobs=k, ignore_eos=True))
+        for prompt, k in zip(prompts, ks, strict=True)
+    ]
+    for outputs in run(engine_of(), requests):
+        for output in outputs:
+            assert output.logprobs is not None
+            assert output.token in [token for token, _ in output.logprobs.top]
+
+
+# tiny-llm's sampler
+def test_top_p_after_top_k_renormalises() -> None:
+    """Of 0.4, 0.3, 0.2, 0.1 top-k 2 leaves 0.57 and 0.43: top-p 0.5 keeps one, and unrenormalised two."""
+    row = mx.log(mx.array([0.4, 0.3, 0.2, 0.1]))
+    params = SamplingParams(top_k=2, top_p=0.5)
+    assert {sample_token(row, params, 1, index).item() for index in range(200)} == {0}
+
+
+# nano-vllm forbids it
+def test_temperature_zero_is_allowed_and_greedy() -> None:
+    [outputs] = run(engine_of(), [(random_prompt(8, 2), GREEDY)])
+    assert all(output.logprobs is not None and output.logprobs.rank == 1 for output in outputs)
+
+
+# nano-vllm 144
+@pytest.mark.parametrize("length", [3, 4, 5, 7, 8, 9])
+def test_a_prompt_that_fills_its_blocks_exactly_is_no_special_case(length: int) -> None:
+    prompt = tuple(random_prompt(length, length))
+    params = SamplingParams(max_tokens=9, n=1, seed=7, logprobs=0)
+    crowd = [(list(prompt), params), ([9, 8], params), (list(prompt), params)]
+    first, _, third = run(engine_of(6, block_size=4), crowd)
+    alone = answer_alone(tiny_model(), prompt, params, 7)
+    assert tuple(tokens_of(first)) == tuple(tokens_of(third)) == alone.tokens
+
+
+# nano-vllm 211, 233
+def test_five_hundred_and_twelve_requests_on_a_full_pool_are_all_served() -> None:
+    manager = PagedBatchManager(64, 4, 512, max_batched_tokens=512, max_model_len=64, policies=policies(True))
+    for i in range(512):
+        manager.add_request([1] * (1 + i % 5), str(i), SamplingParams(max_tokens=20 + i % 30))
+    for _ in range(20_000):
+        ready = list(manager.process_batch())
+        manager.commit(dict.fromkeys(ready, 2))
+        for seq_id in ready:
+            if manager.sequence(seq_id).num_tokens == manager.sequence(seq_id).max_len:
+                manager.finish(seq_id)
+        check_pages(manager)
+        if not manager.has_work:
+            break
+    check_all_returned(manager)
+    assert manager.num_preemptions > 100
+
+
+# mini-sglang 142
+def test_a_block_that_one_completion_gave_back_is_not_another_requests_while_a_second_reads_it() -> None:
+    prompt = tuple(random_prompt(10, 4))
+    engine = engine_of(12, block_size=4)
+    params = SamplingParams(n=2, seed=1, max_tokens=12, ignore_eos=True)
+    engine.add_request("a", list(prompt), params)
+    got: dict[str, list[int]] = {"a/0": [], "a/1": [], "b": []}
+    for output in engine.step():
+        got[output.seq_id].append(output.token)
+    engine.finish("a/0")
+    engine.add_request("b", random_prompt(14, 5), SamplingParams(max_tokens=8, seed=2))
+    while engine.has_work:
+        for output in engine.step():
+            got[output.seq_id].append(output.token)
+    alone = answer_alone(tiny_model(), prompt, SamplingParams(max_tokens=12, ignore_eos=True), 2)
+    assert tuple(got["a/1"]) == alone.tokens
+
+
+# tiny-llm 63, 137, 297
+def test_blocks_handed_out_in_another_order_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no test of ours may ask which block it was."""
+    allocate = BlockAllocator.allocate
+
+    def last_first(allocator: BlockAllocator) -> int:
+        allocator._free.rotate(1)
+        return allocate(allocator)
+
+    monkeypatch.setattr(BlockAllocator, "allocate", last_first)
+    assert check_scenario(tiny_model(), CROWD)["preemptions"] > 0
+
+
+# mlx 3430
+def test_nothing_is_compiled_at_run_time() -> None:
+    files = [
+        path
+        for folder in ("tiny_llm_ref", "tiny_llm_kernels", "tiny_llm_cli")
+        for path in (SOURCE / folder).glob("*.py")
+    ]
+    assert len(files) > 30
+    assert [path.name for path in files if "mx.compile" in path.read_text(encoding="utf-8")] == []
+
+
+# mlx-lm 1896
+def test_rotation_of_a_view_that_is_not_contiguous_is_that_of_its_copy() -> None:
+    heads = mx.random.normal((1, 6, 4, 64), key=mx.random.key(1))
+    positions, inv_freq = mx.array([3, 9, 1, 0, 77, 4]), inverse_frequencies(32, 10_000.0)
+    view = heads.swapaxes(1, 2)[..., ::2]
+    copy = mx.array(np.ascontiguousarray(np.array(view)))
+    positions = positions.astype(mx.int32)
+    assert np.array_equal(
+        np.array(rope(view, positions, inv_freq)), np.array(rope(copy, positions, inv_freq))
+    )
+
+
+# tiny-llm 15, 50, 51, 66
+def test_missing_kernels_say_why_in_one_line() -> None:
+    why = tiny_llm_kernels.why_unavailable()
+    assert (why is None) == tiny_llm_kernels.available()
+    assert why is None or "\n" not in why

@@ -1,0 +1,205 @@
+"""LLM, the front door in Python, on the embedded model: shapes of input, refusals, streams."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from tiny_llm.config import ConfigError
+from tiny_llm.errors import ModelFileError, RequestTooLargeError
+
+from promises import check_all_returned
+from tiny_llm import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LLM:
+    return LLM(block_size=8, num_blocks=60, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=200)
+
+
+@pytest.fixture
+def llm(loaded: LLM) -> Iterator[LLM]:
+    """The one engine of this module; every test leaves it without a request and without a page."""
+    yield loaded
+    check_all_returned(loaded.core.manager)
+
+
+def test_a_question_is_answered(llm: LLM) -> None:
+    [output] = llm.chat(QUESTION, SamplingParams(temperature=0.0, max_tokens=20), use_tqdm=False)
+    assert output.outputs[0].text == "The capital of France is Paris."
+    assert (output.outputs[0].finish_reason, output.finished) == ("stop", True)
+
+
+def test_texts_and_token_ids_alone_and_in_lists(llm: LLM) -> None:
+    text = "Once upon a time"
+    ids = llm.tokenizer.encode(text)
+    [alone] = llm.generate(text, GREEDY, use_tqdm=False)
+    [by_ids] = llm.generate(ids, GREEDY, use_tqdm=False)
+    first, second = llm.generate([ids, text], GREEDY, use_tqdm=False)
+    expected = alone.outputs
+    assert len(expected[0].token_ids) == 6
+    assert by_ids.outputs == first.outputs == second.outputs == expected
+    assert (alone.prompt, by_ids.prompt, second.prompt) == (text, None, text)
+    assert alone.prompt_token_ids == tuple(ids)
+
+
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_each_prompt_has_its_own_parameters_and_outputs_keep_the_order(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=m, temperature=0.0, n=n) for m, n in ((7, 1), (2, 2), (4, 1))]
+    outputs = llm.generate(["A", "B", "C"], params, use_tqdm=False)
+    assert [[len(c.token_ids) for c in output.outputs] for output in outputs] == [[7], [2, 2], [4]]
+    assert [output.prompt for output in outputs] == ["A", "B", "C"]
+
+
+def test_as_many_parameters_as_prompts_or_one(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="2 sampling_params for 3 prompts"):
+        llm.generate(["A", "B", "C"], [GREEDY, GREEDY], use_tqdm=False)
+
+
+def test_completions_of_one_prompt_differ_and_a_seed_gives_them_again(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=4, max_tokens=8)
+    [once], [again] = (llm.generate("The", params, use_tqdm=False) for _ in range(2))
+    assert once.outputs == again.outputs
+    assert len({c.token_ids for c in once.outputs}) == 3
+    [single] = llm.generate("The", SamplingParams(seed=6, max_tokens=8), use_tqdm=False)
+    assert single.outputs[0].token_ids == once.outputs[2].token_ids, "completion i draws with seed + i"
+
+
+def test_unseeded_requests_differ_from_each_other(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12)
+    outputs = llm.generate(["The"] * 4, params, use_tqdm=False)
+    assert len({output.outputs[0].token_ids for output in outputs}) > 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([5, 10**6], "token id 1000000 is outside the vocabulary"),
+        ([-1], "token id -1 is outside the vocabulary"),
+        ("", "no tokens"),
+        ([7] * 500, "500 prompt tokens"),
+    ],
+)
+def test_one_bad_prompt_refuses_the_call_and_nothing_is_left_behind(
+    llm: LLM, bad: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["fine", bad, "fine too"], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+    check_all_returned(llm.core.manager)
+
+
+def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(range(3))
+    step = llm.core.step
+
+    def interrupted() -> object:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm.core, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["one", "two"], SamplingParams(max_tokens=30, n=2), use_tqdm=False)
+    monkeypatch.undo()
+    check_all_returned(llm.core.manager)
+    assert llm.generate("three", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_a_stream_adds_up_to_the_answer(llm: LLM) -> None:
+    [whole] = llm.chat(QUESTION, GREEDY, use_tqdm=False)
+    deltas = list(llm.stream_chat(QUESTION, GREEDY))
+    assert "".join(delta.text for delta in deltas) == whole.outputs[0].text
+    assert tuple(token for delta in deltas for token in delta.token_ids) == whole.outputs[0].token_ids
+    assert [delta.finish_reason for delta in deltas] == [None] * 5 + ["length"]
+
+
+def test_closing_a_stream_cancels_its_request(llm: LLM) -> None:
+    stream = llm.stream("Tell me", SamplingParams(max_tokens=50, n=2))
+    next(stream)
+    assert llm.core.stats.num_running == 2
+    stream.close()
+    check_all_returned(llm.core.manager)
+
+
+def test_streams_and_calls_may_run_beside_each_other(llm: LLM) -> None:
+    """One engine, several readers: whose step it is makes no difference to whose token it is."""
+    [paris], [story] = (llm.generate(p, GREEDY, use_tqdm=False) for p in ("Paris is", "Once"))
+    first, second = llm.stream("Paris is", GREEDY), llm.stream("Once", GREEDY)
+    texts = ["", ""]
+    for _ in range(2):
+        texts[0] += next(first).text
+        texts[1] += next(second).text
+    [between] = llm.generate("Paris is", GREEDY, use_tqdm=False)
+    texts[1] += "".join(delta.text for delta in second)
+    texts[0] += "".join(delta.text for delta in first)
+    assert texts == [paris.outputs[0].text, story.outputs[0].text]
+    assert between.outputs == paris.outputs
+
+
+def test_a_stop_string_ends_its_completion_and_frees_its_pages(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, stop=" of")
+    [output] = llm.chat(QUESTION, params, use_tqdm=False)
+    assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("The capital", " of")
+    assert output.outputs[0].finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_models_logits(llm: LLM) -> None:
+    [output] = llm.generate(
+        "Paris is", SamplingParams(temperature=0.0, max_tokens=4, logprobs=3), use_tqdm=False
+    )
+    [completion] = output.outputs
+    ids = [*output.prompt_token_ids, *completion.token_ids]
+    logits = np.array(llm.logits(ids)).astype(np.float64)[len(output.prompt_token_ids) - 1 :]
+    assert completion.logprobs is not None
+    assert len(completion.logprobs) == 4
+    for row, token, entry in zip(logits, completion.token_ids, completion.logprobs, strict=False):
+        expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        assert list(entry) == np.argsort(-row)[:3].tolist()
+        assert entry[token].rank == 1
+        for other, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(expected[other], abs=5e-4)
+    chosen = [
+        entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
+    ]
+    assert completion.cumulative_logprob == pytest.approx(sum(chosen))
+
+
+def test_logits_come_in_chunks_and_give_their_pages_back(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 5)
+    assert len(ids) > llm.engine_config.max_num_batched_tokens
+    assert llm.logits(ids).shape == (len(ids), llm.model_config.vocab_size)
+    check_all_returned(llm.core.manager)
+
+
+@pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([1, 10**7], "token id 10000000")])
+def test_logits_of_bad_ids_are_refused(llm: LLM, ids: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.logits(ids)
+
+
+def test_a_misspelled_option_and_a_missing_file_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_block'"):
+        LLM(num_block=3)
+    with pytest.raises(ModelFileError, match=r"nowhere\.gguf: no such file"):
+        LLM("nowhere.gguf")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (SamplingParams(n=9), "n = 9 exceeds the 8 sequences"),
+        (SamplingParams(max_tokens=300), "context of 200"),
+    ],
+)
+def test_a_request_that_could_never_run_is_refused_and_the_next_is_served(
+    llm: LLM, params: SamplingParams, message: str
+) -> None:
+    with pytest.raises(RequestTooLargeError, match=message):
+        llm.generate(["x", "y"], [GREEDY, params], use_tqdm=False)
+    check_all_returned(llm.core.manager)
+    assert llm.generate("x", GREEDY, use_tqdm=False)[0].finished

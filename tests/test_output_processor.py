@@ -1,0 +1,201 @@
+"""From tokens to text: stop strings, text held back, streams. The oracle decodes all ids at once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llm.engine_core import TokenLogprobs, TokenOutput
+from tiny_llm.output_processor import CompletionText, RequestState
+from tiny_llm.outputs import TextDelta
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.tokenizer import Tokenizer
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's visible character for each byte, in the order of the bytes."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+BYTES = byte_alphabet()
+PIECES = ["ab", "abc", "ca", "bb", "Ġa", "END"]
+END = 256 + len(PIECES)  # a control token, which is not text
+TOKENIZER = Tokenizer([*BYTES, *PIECES, "<end>"], [], pre_tokenizer="smollm", control_tokens=["<end>"])
+
+
+def ids_of(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def token_output(
+    token: int, reason: str | None = None, stop_token: int | None = None, seq_id: str = "r"
+) -> TokenOutput:
+    return TokenOutput("r", seq_id, token, None, reason, stop_token)
+
+
+def run(
+    ids: list[int], params: SamplingParams, reason: str = "length"
+) -> tuple[CompletionText, list[TextDelta]]:
+    """Push ids until the completion ends; the last one ends it for `reason`."""
+    text, deltas = CompletionText(0, TOKENIZER, params), []
+    for i, token in enumerate(ids):
+        deltas.append(text.push(token_output(token, reason if i == len(ids) - 1 else None)))
+        if text.finish_reason is not None:
+            break
+    return text, deltas
+
+
+abc_ids = st.lists(
+    st.sampled_from([*ids_of("abcé"), *range(256, 256 + len(PIECES)), END]), min_size=1, max_size=25
+)
+stops = st.lists(st.text("abcé ", min_size=1, max_size=4), max_size=3)
+
+
+@given(abc_ids, stops)
+def test_the_text_ends_before_the_first_stop_string_and_the_stream_adds_up_to_it(
+    ids: list[int], stop: list[str]
+) -> None:
+    completion, deltas = run(ids, SamplingParams(stop=stop))
+    pushed = len(completion.token_ids)
+    whole = TOKENIZER.decode(ids[:pushed])
+    found = [whole.find(s) for s in stop if s in whole]
+    assert completion.output.text == (whole[: min(found)] if found else whole)
+    assert "".join(delta.text for delta in deltas) == completion.output.text
+    assert completion.finish_reason == ("stop" if found else "length")
+    if found:
+        assert completion.stop_reason in stop
+        assert whole[min(found) :].startswith(str(completion.stop_reason))
+    if pushed > 1:
+        assert not any(s in TOKENIZER.decode(ids[: pushed - 1]).rstrip("\ufffd") for s in stop), (
+            "it ended too late"
+        )
+
+
+@given(st.lists(st.sampled_from(ids_of("abc")), min_size=2, max_size=25), stops)
+def test_no_more_is_held_back_than_could_begin_a_stop_string(ids: list[int], stop: list[str]) -> None:
+    completion, streamed = CompletionText(0, TOKENIZER, SamplingParams(stop=stop)), ""
+    for i, token in enumerate(ids):
+        streamed += completion.push(token_output(token)).text
+        if completion.finish_reason is not None:
+            return
+        so_far = TOKENIZER.decode(ids[: i + 1])
+        begins = [length for s in stop for length in range(1, len(s)) if so_far.endswith(s[:length])]
+        assert streamed == so_far[: len(so_far) - max(begins, default=0)]
+
+
+def test_a_stop_string_that_is_split_over_tokens_is_found() -> None:
+    completion, deltas = run(ids_of("hello STOP it"), SamplingParams(stop=" STOP"))
+    assert completion.output.text == "hello"
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", " STOP")
+    assert [delta.text for delta in deltas] == [*"hello", "", "", "", "", ""]
+
+
+def test_what_looked_like_a_stop_string_and_was_none_is_streamed() -> None:
+    _, deltas = run(ids_of("a STO a"), SamplingParams(stop=" STOP"))
+    assert [delta.text for delta in deltas] == ["a", "", "", "", "", " STO", " a"], (
+        "the second space is held back too"
+    )
+
+
+def test_the_earliest_of_several_stop_strings_wins() -> None:
+    piece = 256 + PIECES.index("END")
+    completion, _ = run([*ids_of("x"), piece, *ids_of("y")], SamplingParams(stop=["D", "ND", "zzz"]))
+    assert (completion.output.text, completion.stop_reason) == ("xE", "ND")
+
+
+def test_text_held_back_is_given_when_the_completion_ends() -> None:
+    _, deltas = run(ids_of("a ST"), SamplingParams(stop=" STOP"))
+    assert [delta.text for delta in deltas] == ["a", "", "", " ST"]
+
+
+def test_a_character_that_is_split_over_tokens_comes_whole() -> None:
+    _, deltas = run(ids_of("é€"), SamplingParams())
+    assert [delta.text for delta in deltas] == ["", "é", "", "", "€"]
+
+
+def test_a_character_that_never_became_whole_shows_as_such_at_the_end() -> None:
+    completion, deltas = run(ids_of("a€")[:3], SamplingParams())
+    assert completion.output.text == "a\ufffd"
+    assert "".join(delta.text for delta in deltas) == "a\ufffd"
+
+
+def test_an_end_of_sequence_token_is_a_token_and_no_text() -> None:
+    completion, _ = run([*ids_of("hi"), END], SamplingParams(), reason="stop")
+    output = completion.output
+    assert (output.text, output.token_ids[-1], output.finish_reason, output.stop_reason) == (
+        "hi",
+        END,
+        "stop",
+        None,
+    )
+
+
+def test_a_stop_token_is_a_token_and_no_text_and_the_reason() -> None:
+    completion = CompletionText(0, TOKENIZER, SamplingParams(stop_token_ids=(ord("!"),)))
+    completion.push(token_output(ord("a")))
+    completion.push(token_output(ord("!"), "stop", ord("!")))
+    output = completion.output
+    assert (output.text, output.token_ids, output.stop_reason) == ("a", (ord("a"), ord("!")), ord("!"))
+
+
+def test_log_probabilities_come_by_token_with_rank_and_text() -> None:
+    completion = CompletionText(0, TOKENIZER, SamplingParams(logprobs=2))
+    tops = ((ord("a"), -0.25), (ord("b"), -2.0))
+    completion.push(TokenOutput("r", "r", ord("c"), TokenLogprobs(-3.0, 3, tops), None, None))
+    completion.push(TokenOutput("r", "r", ord("a"), TokenLogprobs(-0.25, 1, tops), "length", None))
+    first, second = completion.output.logprobs or ()
+    assert first[ord("c")] == (-3.0, 3, "c")
+    assert first[ord("a")] == (-0.25, 1, "a")
+    assert set(second) == {ord("a"), ord("b")}
+    assert completion.output.cumulative_logprob == -3.25
+
+
+def test_without_logprobs_there_are_none() -> None:
+    completion, _ = run(ids_of("a"), SamplingParams())
+    assert completion.output.logprobs is None
+    assert completion.output.cumulative_logprob is None
+
+
+def test_a_request_is_finished_when_all_its_completions_are() -> None:
+    request = RequestState("r", "p", [1, 2], ["r/0", "r/1"], TOKENIZER, SamplingParams(n=2))
+    request.push(token_output(ord("a"), "length", seq_id="r/1"))
+    assert not request.finished
+    assert [c.text for c in request.output.outputs] == ["", "a"]
+    request.push(token_output(ord("b"), "length", seq_id="r/0"))
+    output = request.output
+    assert (request.finished, output.finished, output.prompt, output.prompt_token_ids) == (
+        True,
+        True,
+        "p",
+        (1, 2),
+    )
+    assert [c.index for c in output.outputs] == [0, 1]
+
+
+def test_each_delta_is_taken_once() -> None:
+    request = RequestState("r", None, [1], ["r"], TOKENIZER, SamplingParams())
+    first = request.push(token_output(ord("a")))
+    second = request.push(token_output(ord("b")))
+    assert request.take_deltas() == [first, second]
+    assert request.take_deltas() == []
+
+
+def test_an_aborted_request_says_so_and_keeps_what_had_ended() -> None:
+    request = RequestState("r", None, [1], ["r/0", "r/1"], TOKENIZER, SamplingParams(n=2))
+    request.push(token_output(ord("a"), "length", seq_id="r/0"))
+    request.abort()
+    assert [c.finish_reason for c in request.output.outputs] == ["length", "abort"]
+
+
+def test_times_are_taken_from_arrival_to_the_end() -> None:
+    request = RequestState("r", None, [1], ["r"], TOKENIZER, SamplingParams())
+    before = request.output.metrics
+    assert before is not None
+    assert (before.first_token, before.ttft, before.finished) == (None, None, None)
+    request.push(token_output(ord("a"), "length"))
+    after = request.output.metrics
+    assert after is not None
+    assert after.first_token is not None
+    assert after.finished is not None
+    assert after.arrival <= after.first_token <= after.finished
+    assert after.ttft == pytest.approx(after.first_token - after.arrival)
