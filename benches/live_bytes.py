@@ -20,7 +20,7 @@ def run_hundred(llm: LLM, rng: random.Random, first: int) -> int:
         params = SamplingParams(
             n=rng.choice([1, 1, 1, 3]),
             temperature=rng.choice([0.0, 0.8]),
-            max_tokens=rng.choice([1, 4, 8, 10**6]),
+            max_tokens=rng.choice([1, 8, 40, 10**6]),
             ignore_eos=True,
             logprobs=rng.choice([None, None, 2]),
         )
@@ -41,7 +41,7 @@ def main() -> None:
     options = harness.parser(__doc__ or "")
     options.add_argument("--hundreds", type=int, default=10, help="hundreds of requests (default: 10)")
     args = options.parse_args()
-    llm, rng, rows = LLM(num_blocks=256, max_num_seqs=16), random.Random(0), []
+    llm, rng, rows = LLM(num_blocks=24, max_num_seqs=16), random.Random(0), []
     for hundred in range(args.hundreds):
         refused = run_hundred(llm, rng, hundred * 100)
         stats = llm.core.stats

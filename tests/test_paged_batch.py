@@ -215,3 +215,13 @@ def test_pages_held_by_somebody_else_give_a_refusal_and_the_next_request_runs() 
     assert not manager.has_work
     manager.add_request([1], "small", outputs(2))
     assert list(manager.process_batch()) == ["small"]
+
+
+def test_a_step_of_chunks_alone_has_no_logits_and_still_writes_its_pages() -> None:
+    manager = PagedBatchManager(8, 4, 4, model=tiny_model(), max_batched_tokens=5)
+    prompt = random_prompt(9, 2)
+    manager.add_request(prompt, "a", outputs(2))
+    first = manager.process_batch()
+    assert (len(first), first.rows) == (0, None)
+    whole = np.array(logits_through_pages(tiny_model(), prompt, [9]))[-1]
+    assert np.array_equal(np.array(manager.process_batch()["a"]), whole)

@@ -159,7 +159,7 @@ class BatchMachine(RuleBasedStateMachine):
         """One step with a fresh token for each sequence that is ready; the full ones end."""
         oldest = self.manager.running[0] if self.manager.running else None
         self.ready = list(self.manager.process_batch())
-        assert oldest is None or self.manager.running[0] is oldest, "the oldest was preempted"
+        assert oldest is None or self.manager.running[:1] == [oldest], "the oldest was preempted"
         self.manager.commit({seq_id: self.fresh_token() for seq_id in self.ready})
         for seq_id in list(self.ready):
             sequence = self.manager.sequence(seq_id)

@@ -6,7 +6,7 @@ because it owns every array.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -135,11 +135,14 @@ class EngineCore:
 
 
 def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
-    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` likeliest."""
+    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` likeliest, best first."""
     logprobs = log_probabilities(row)
     chosen = logprobs[token]
     rank = mx.sum(logprobs > chosen) + 1
-    likeliest = mx.argsort(-logprobs)[:num_top]
-    mx.eval(chosen, rank, likeliest, logprobs)
-    top = tuple((int(i), logprobs[i].item()) for i in likeliest.tolist())
-    return TokenLogprobs(chosen.item(), int(rank.item()), top)
+    num_top = min(num_top, row.shape[-1])
+    likeliest = mx.argpartition(-logprobs, max(0, num_top - 1))[:num_top]
+    values = logprobs[likeliest]
+    mx.eval(chosen, rank, likeliest, values)
+    pairs = zip(cast(list[int], likeliest.tolist()), cast(list[float], values.tolist()), strict=True)
+    top = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprobs(chosen.item(), int(rank.item()), tuple(top))

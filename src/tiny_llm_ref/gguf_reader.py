@@ -62,7 +62,9 @@ def _model_config(
 ) -> ModelConfig:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
 
     def number(name: str, default: float | None = None) -> Any:
         value = metadata.get(f"{architecture}.{name}", default)

@@ -180,7 +180,7 @@ class LLM:
 
     @contextmanager
     def _served(self) -> Iterator[list[RequestState]]:
-        """Serve the requests that the block puts into the list; what has not ended when it is left is cancelled."""
+        """Serve what the block puts into the list; what has not ended when it is left is cancelled."""
         requests: list[RequestState] = []
         try:
             yield requests

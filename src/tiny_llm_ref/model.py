@@ -49,7 +49,8 @@ def build_model(
         config=config,
         embed_tokens=embed_tokens,
         layers=tuple(
-            _build_block(config, layer, inv_freq, linears, vectors) for layer in range(config.num_hidden_layers)
+            _build_block(config, layer, inv_freq, linears, vectors)
+            for layer in range(config.num_hidden_layers)
         ),
         norm=vectors["model.norm"],
         lm_head=embed_tokens if config.tie_word_embeddings else linears["lm_head"],
@@ -64,7 +65,9 @@ def _build_block(
     vectors: Mapping[str, mx.array],
 ) -> TransformerBlock:
     prefix = f"model.layers.{layer}"
-    attention = {name: linears[f"{prefix}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    attention = {
+        name: linears[f"{prefix}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
     return TransformerBlock(
         self_attn=Attention(
             layer=layer,

@@ -226,8 +226,9 @@ class PagedBatchManager:
             victim = self._policies.preemption.choose_victim(candidates)
             if victim is None:
                 raise OutOfBlocksError(
-                    f"sequence {sequence.seq_id!r} needs {sequence.table.blocks_to_append(count)} more blocks, "
-                    f"{self.allocator.num_free} of {self.allocator.num_blocks} are free, and nobody may be preempted"
+                    f"sequence {sequence.seq_id!r} needs {sequence.table.blocks_to_append(count)} more "
+                    f"blocks, {self.allocator.num_free} of {self.allocator.num_blocks} are free, and nobody "
+                    "may be preempted"
                 )
             self._preempt(victim)
             if victim is sequence:
@@ -244,10 +245,10 @@ class PagedBatchManager:
 
     # Run: arrays.
 
-    def _run(self, model: Model, plan: Plan) -> mx.array:
+    def _run(self, model: Model, plan: Plan) -> mx.array | None:
         """Compute the chunks of a plan in one packed forward pass -> logits [R, vocab_size].
 
-        R counts the chunks that end at their sequence's last known token, in packed order.
+        R counts the chunks that end at their sequence's last known token, packed order; None for R = 0.
         """
         assert self.pool is not None
         self.pool.copy_blocks(plan.copies)
@@ -261,7 +262,10 @@ class PagedBatchManager:
         scale = model.config.head_dim**-0.5
         context = PagedContext(self.pool, batch, scale, mx.array(logit_rows, mx.int32))
         logits = model(mx.array([tokens], mx.int32), context)[0]
-        self.pool.evaluate(*([logits] if logit_rows else []))
+        if not logit_rows:
+            self.pool.evaluate()
+            return None
+        self.pool.evaluate(logits)
         return logits
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
@@ -295,7 +299,8 @@ class PagedBatchManager:
         if blocks > self.allocator.num_blocks:
             raise RequestTooLargeError(
                 f"request {leader.request_id!r}: up to {leader.max_len} tokens in {num_completions} "
-                f"completions need {blocks} blocks of {self.block_size}; the pool has {self.allocator.num_blocks}"
+                f"completions need {blocks} blocks of {self.block_size}; "
+                f"the pool has {self.allocator.num_blocks}"
             )
 
     def _refuse_stuck(self, sequence: Sequence, needed: int) -> None:

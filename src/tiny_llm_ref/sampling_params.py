@@ -42,7 +42,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check(self.n >= 1, "n", "at least 1", self.n)
-        _check(0.0 <= self.temperature < float("inf"), "temperature", "a finite number from 0 up", self.temperature)
+        _check(
+            0.0 <= self.temperature < float("inf"),
+            "temperature",
+            "a finite number from 0 up",
+            self.temperature,
+        )
         _check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
         _check(self.top_k >= -1, "top_k", "-1, 0 (both: off) or a positive number", self.top_k)
         _check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]", self.min_p)
