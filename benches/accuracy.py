@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-from numpy_llama import Floats, NumpyLlama
 
+from numpy_llama import Floats, NumpyLlama
 from tiny_llm import LLM
 
 Doubles = NDArray[np.float64]

@@ -6,9 +6,9 @@ references to old pool arrays would show as growth.
 
 import random
 
-import harness
 import mlx.core as mx
 
+import harness
 from tiny_llm import LLM, SamplingParams
 
 

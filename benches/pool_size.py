@@ -5,7 +5,6 @@ one token. Were the pool copied, the largest would take gigabytes a step.
 """
 
 import harness
-
 from tiny_llm import LLM, SamplingParams
 
 

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 
@@ -23,8 +24,8 @@ needs_kernels = pytest.mark.skipif(not kernels.available(), reason=kernels.why_u
 def run(code: str, *, where: Path = PACKAGE.parent, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TINY_LLM_")}
     return subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | {"PYTHONPATH": str(where)} | env,
+        [sys.executable, "-S", "-c", code],  # no site: an editable install's finder would go before the path
+        env=clean | {"PYTHONPATH": os.pathsep.join([str(where), get_path("purelib")])} | env,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 

@@ -20,7 +20,9 @@ CONTINUATIONS = {case["name"]: case for case in GOLDENS["continuations"]}
 def answers(embedded_llm: LLM) -> dict[str, tuple[int, ...]]:
     """All continuations, run together in one batch."""
     params = SamplingParams(temperature=0, max_tokens=GOLDENS["new_tokens"])
-    outputs = embedded_llm.generate([case["prompt_ids"] for case in CONTINUATIONS.values()], params, use_tqdm=False)
+    outputs = embedded_llm.generate(
+        [case["prompt_ids"] for case in CONTINUATIONS.values()], params, use_tqdm=False
+    )
     return {name: output.outputs[0].token_ids for name, output in zip(CONTINUATIONS, outputs, strict=True)}
 
 
@@ -30,4 +32,6 @@ def test_greedy_continuation_equals_transformers(name: str, answers: dict[str, t
     expected, got = case["output_ids"], list(answers[name])
     if got != expected:
         at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b)
-        pytest.fail(f"token {at} is {got[at]}, transformers' is {expected[at]}; float32 margin {case['margins'][at]}")
+        pytest.fail(
+            f"token {at} is {got[at]}, transformers' is {expected[at]}; float32 margin {case['margins'][at]}"
+        )

@@ -338,7 +338,7 @@ def one_token_at_a_time(dtype: mx.Dtype, heads: tuple[int, int]) -> np.ndarray:
     heads=st.sampled_from([(9, 3), (4, 4), (8, 1)]),
     seed=st.integers(0, 1000),
 )
-def test_a_token_has_the_same_bits_however_it_is_served(  # noqa: PLR0917
+def test_a_token_has_the_same_bits_however_it_is_served(
     cuts: list[int], neighbours: list[int], block_size: int, threads: int, dtype: mx.Dtype,
     heads: tuple[int, int], seed: int,
 ) -> None:  # fmt: skip

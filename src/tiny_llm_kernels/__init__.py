@@ -109,7 +109,7 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
 # ---- attention ----
 
 
-def write_and_attend(  # noqa: PLR0917
+def write_and_attend(
     q: mx.array,
     k: mx.array,
     v: mx.array,

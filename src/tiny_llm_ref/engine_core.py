@@ -115,7 +115,7 @@ class EngineCore:
         ]
         mx.eval(tokens)
         return [
-            self._output(sequence, int(token.item()), row)
+            self._output(sequence, int(token), row)
             for sequence, token, row in zip(sequences, tokens, rows, strict=True)
         ]
 
@@ -145,4 +145,4 @@ def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
     mx.eval(chosen, rank, likeliest, values)
     pairs = zip(cast(list[int], likeliest.tolist()), cast(list[float], values.tolist()), strict=True)
     top = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
-    return TokenLogprobs(chosen.item(), int(rank.item()), tuple(top))
+    return TokenLogprobs(float(chosen), int(rank), tuple(top))

@@ -96,7 +96,7 @@ def compiled_kernel(name: str) -> Callable[..., Any]:
 
 
 def accelerated(
-    *, compiled: str | Callable[P, T] | None = None, fused: Callable[P, T] | None = None
+    *, compiled: str | Callable[..., Any] | None = None, fused: Callable[..., Any] | None = None
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Let a fast function with the same signature stand in for the decorated reference function.
 
@@ -113,9 +113,9 @@ def accelerated(
             if not _twins_only.get():
                 if compiled is not None and compiled_available() and _is_float32(args[0]):
                     fast = compiled_kernel(compiled) if isinstance(compiled, str) else compiled
-                    return fast(*args, **kwargs)
+                    return fast(*args, **kwargs)  # type: ignore[no-any-return]
                 if fused is not None:
-                    return fused(*args, **kwargs)
+                    return fused(*args, **kwargs)  # type: ignore[no-any-return]
             return function(*args, **kwargs)
 
         return dispatch

@@ -40,7 +40,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A matrix in MLX's quantized layout: weight [N, K * bits / 32], scales and biases [N, K / group_size]."""
+    """A matrix in MLX's quantized layout: weight [N, K*bits/32], scales and biases [N, K/group_size]."""
 
     weight: mx.array
     scales: mx.array
@@ -71,11 +71,13 @@ class PackedLinear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., K] -> [..., N]."""
-        return compiled_kernel("quantized_matmul")(x, self.packed, self.out_features, bits=self.bits)
+        out: mx.array = compiled_kernel("quantized_matmul")(x, self.packed, self.out_features, bits=self.bits)
+        return out
 
     def rows(self, ids: mx.array) -> mx.array:
         """ids [...] -> [..., K], dequantized."""
-        return compiled_kernel("dequantize_rows")(self.packed, ids, self.in_features, bits=self.bits)
+        out: mx.array = compiled_kernel("dequantize_rows")(self.packed, ids, self.in_features, bits=self.bits)
+        return out
 
 
 def quantized_linear(

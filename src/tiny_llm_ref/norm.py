@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019)."""
+"""RMSNorm. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019)."""
 
 import mlx.core as mx
 

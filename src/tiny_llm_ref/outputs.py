@@ -63,7 +63,7 @@ class RequestOutput:
 class TextDelta(NamedTuple):
     """A piece of one completion as it streams: new text (may be empty) and, at the end, why it ended."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # named like vLLM's, which hides tuple.index
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None

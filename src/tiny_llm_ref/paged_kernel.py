@@ -93,11 +93,12 @@ def write_and_attend(
     keys[blocks, :, offsets] = k[0].swapaxes(0, 1).astype(keys.dtype)  # [T, Hkv, D]
     values[blocks, :, offsets] = v[0].swapaxes(0, 1).astype(values.dtype)
     outputs, packed = [], 0
-    for row, (table, start, stop) in enumerate(batch.spans):
+    for row, (_, start, stop) in enumerate(batch.spans):
         blocks_of_row = batch.tables[row, : -(-stop // block_size)]
-        past = [_gather(pool, blocks_of_row, stop).astype(q.dtype) for pool in (keys, values)]
+        past_k, past_v = (_gather(pool, blocks_of_row, stop).astype(q.dtype) for pool in (keys, values))
         rows = q[:, :, packed : packed + stop - start]
-        outputs.append(grouped_query_attention(rows, *past, scale, causal_mask(stop - start, stop)))
+        mask = causal_mask(stop - start, stop)
+        outputs.append(grouped_query_attention(rows, past_k, past_v, scale, mask))
         packed += stop - start
     return Attended(mx.concatenate(outputs, axis=2), keys, values)
 
