@@ -54,6 +54,11 @@ class ModelConfig:
         embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
         return self.hidden_size * (embeddings + 1) + self.num_hidden_layers * layer
 
+    @property
+    def attention_scale(self) -> float:
+        """What query-key products are multiplied by: 1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)
+
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token's keys and values take over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value

@@ -110,12 +110,8 @@ class LLM:
             for start in range(0, len(token_ids), chunk):
                 stop = min(start + chunk, len(token_ids))
                 table.append_tokens(stop - start)
-                context = PagedContext(
-                    manager.pool,
-                    pack_batch([Span(table, start, stop)]),
-                    self.model_config.head_dim**-0.5,
-                    None,
-                )
+                batch = pack_batch([Span(table, start, stop)])
+                context = PagedContext(manager.pool, batch, self.model_config.attention_scale, None)
                 rows.append(self.model(mx.array([token_ids[start:stop]], mx.int32), context)[0])
                 manager.pool.evaluate(rows[-1])
         finally:

@@ -259,8 +259,7 @@ class PagedBatchManager:
             if stop == sequence.num_tokens:
                 logit_rows.append(len(tokens) - 1)
         batch = pack_batch([Span(sequence.table, start, stop) for sequence, start, stop in plan.chunks])
-        scale = model.config.head_dim**-0.5
-        context = PagedContext(self.pool, batch, scale, mx.array(logit_rows, mx.int32))
+        context = PagedContext(self.pool, batch, model.config.attention_scale, mx.array(logit_rows, mx.int32))
         logits = model(mx.array([tokens], mx.int32), context)[0]
         if not logit_rows:
             self.pool.evaluate()
