@@ -206,12 +206,12 @@ def scenarios(
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
         block_size=draw(st.integers(1, 3) | st.integers(1, 17)),
-        spare_blocks=draw(st.sampled_from([1, 0, 2, 4, 30])),
+        spare_blocks=draw(st.sampled_from([1, 0, 0, 1, 2, 4, 30])),
         max_seqs=max_seqs,
         max_tokens=draw(st.sampled_from([max_seqs, max_seqs + 1, max_seqs + 5, 20, 64])),
         threads=draw(st.integers(1, 4)) if compiled else 1,
         instruction_set=draw(st.sampled_from(tiny_llm_kernels.instruction_sets())) if compiled else "",
-        preempts=draw(st.sampled_from([True, True, True, False])),
+        preempts=draw(st.sampled_from([True] * 6 + [False])),
     )
 
 
