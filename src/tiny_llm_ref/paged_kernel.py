@@ -18,6 +18,8 @@ from .kv_pool import KVPool
 from .paged_attention import BlockTable
 from .slot_mapping import slots
 
+LAYERS_AT_ONCE = 4
+
 
 class Span(NamedTuple):
     """The positions start .. stop - 1 of one table, computed together in one step."""
@@ -123,4 +125,6 @@ class PagedContext:
         """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D]; the pool holds k and v afterwards."""
         attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
         self._pool.put_back(layer, attended.keys, attended.values)
+        if layer % LAYERS_AT_ONCE == 0:
+            mx.async_eval(attended.out)  # MLX computes these layers while Python describes the next
         return attended.out

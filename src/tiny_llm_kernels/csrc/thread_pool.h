@@ -46,7 +46,9 @@ class ThreadPool {
     announce();  // odd: open
     take_pieces();
     phase_.fetch_add(1);  // even: closed; who has not come in by now stays out
-    while (inside_ != 0) relax();
+    for (int spins = 1; inside_ != 0; ++spins) {
+      spins % 256 ? relax() : std::this_thread::yield();  // a worker may have lost its processor
+    }
   }
 
  private:
@@ -78,6 +80,7 @@ class ThreadPool {
       for (int i = 0; i < 32; ++i, relax()) {
         if (const uint32_t now = phase_; now != seen) return now;
       }
+      std::this_thread::yield();  // to whoever waits for a processor: MLX's main thread, a server
     } while (std::chrono::steady_clock::now() < until);
     phase_.wait(seen);
     return phase_;

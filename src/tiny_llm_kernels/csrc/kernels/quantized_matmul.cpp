@@ -50,8 +50,8 @@ struct PackedQuants {
   /// The pair first + i, for outputs 8 * half .. 8 * half + 7; `first` is a multiple of PER_LANE.
   INLINE i16x16 load(const uint8_t* quants, int first, int i, int half) {
     constexpr uint16_t MASK = (1 << BITS) - 1;
-    const u16x16 lanes = load_as<u16x16>(quants + first / PER_LANE * 64 + half * 32);
-    return bits_as<i16x16>((lanes >> (i * BITS)) & MASK);
+    const u16x16 lanes = load_as<u16x16>(quants + first / PER_LANE * 64 + half * 32) >> (i * BITS);
+    return bits_as<i16x16>(i == PER_LANE - 1 ? lanes : lanes & MASK);  // the last has nothing above it
   }
 };
 
