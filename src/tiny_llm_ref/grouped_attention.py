@@ -48,30 +48,21 @@ class NoCacheContext:
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention; parameter names are the checkpoint's."""
+    """One layer's attention; qkv_proj is the checkpoint's q_proj, k_proj and v_proj, stacked."""
 
     layer: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     inv_freq: mx.array
-    q_proj: LinearLike
-    k_proj: LinearLike
-    v_proj: LinearLike
+    qkv_proj: LinearLike
     o_proj: LinearLike
 
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
         """x [B, L, E] -> [B, L, E]: project, split into heads, rotate q and k, attend, project back."""
         B, L, _ = x.shape
-        q = self._heads(self.q_proj(x), self.num_heads)
-        k = self._heads(self.k_proj(x), self.num_kv_heads)
-        v = self._heads(self.v_proj(x), self.num_kv_heads)
-        q = rope(q, context.positions, self.inv_freq)
-        k = rope(k, context.positions, self.inv_freq)
+        heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 Hkv, L, D]
+        qk, v = mx.split(heads, [self.num_heads + self.num_kv_heads], axis=1)
+        q, k = mx.split(rope(qk, context.positions, self.inv_freq), [self.num_heads], axis=1)
         out = context.attend(self.layer, q, k, v)  # [B, H, L, D]
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
-
-    def _heads(self, x: mx.array, num_heads: int) -> mx.array:
-        """[B, L, H * D] -> [B, H, L, D]."""
-        B, L, _ = x.shape
-        return x.reshape(B, L, num_heads, self.head_dim).swapaxes(1, 2)

@@ -5,12 +5,14 @@ projection tied to it are one matrix, held once. The loader makes them; the mode
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 
 from .kernels import compiled_kernel, is_reference, use_compiled
 from .quantize import dequantize, quantized_matmul
+
+PACKED_TILE = 16  # outputs in one tile of the compiled kernels' layout
 
 
 class LinearLike(Protocol):
@@ -78,6 +80,38 @@ class PackedLinear:
         """ids [...] -> [..., K], dequantized."""
         out: mx.array = compiled_kernel("dequantize_rows")(self.packed, ids, self.in_features, bits=self.bits)
         return out
+
+
+@dataclass(frozen=True)
+class StackedLinear:
+    """Several matrices over the same input, each in its own form; the outputs lie side by side."""
+
+    parts: tuple[LinearLike, ...]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., K] -> [..., N1 + N2 + ...]."""
+        return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """Not a table: raises TypeError."""
+        raise TypeError("a stack of matrices is multiplied with, never looked up")
+
+
+def stack(*parts: LinearLike) -> LinearLike:
+    """One matrix that does the work of several over the same input, their outputs side by side.
+
+    One call instead of three for queries, keys and values. Matrices in the same form become one;
+    others are called one by one. The results are the same bits either way.
+    """
+    if all(isinstance(part, PackedLinear) for part in parts):
+        packed = cast(tuple[PackedLinear, ...], parts)
+        whole_tiles = all(part.out_features % PACKED_TILE == 0 for part in packed)
+        if whole_tiles and len({(part.in_features, part.bits) for part in packed}) == 1:
+            blob = mx.concatenate([part.packed for part in packed])
+            mx.eval(blob)
+            outputs = sum(part.out_features for part in packed)
+            return PackedLinear(blob, packed[0].in_features, outputs, packed[0].bits)
+    return StackedLinear(parts)
 
 
 def quantized_linear(

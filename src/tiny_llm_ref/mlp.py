@@ -16,12 +16,15 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class MLP:
-    """down(swiglu(gate(x), up(x))): x [B, L, E] -> [B, L, E] through I = intermediate_size."""
+    """down(swiglu(gate(x), up(x))), through I = intermediate_size.
 
-    gate_proj: LinearLike
-    up_proj: LinearLike
+    gate_up_proj is the checkpoint's gate_proj and up_proj, stacked.
+    """
+
+    gate_up_proj: LinearLike
     down_proj: LinearLike
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [B, L, E] -> [B, L, E]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # [B, L, I] each
+        return self.down_proj(swiglu(gate, up))

@@ -13,7 +13,7 @@ from .block import TransformerBlock
 from .config import ModelConfig
 from .grouped_attention import Attention
 from .kv_context import KVContext
-from .linear import LinearLike
+from .linear import LinearLike, stack
 from .mlp import MLP
 from .norm import rms_norm
 from .rope import inverse_frequencies
@@ -65,9 +65,7 @@ def _build_block(
     vectors: Mapping[str, mx.array],
 ) -> TransformerBlock:
     prefix = f"model.layers.{layer}"
-    attention = {
-        name: linears[f"{prefix}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-    }
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     return TransformerBlock(
         self_attn=Attention(
             layer=layer,
@@ -75,9 +73,13 @@ def _build_block(
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             inv_freq=inv_freq,
-            **attention,
+            qkv_proj=stack(*(linears[f"{attention}.{name}_proj"] for name in "qkv")),
+            o_proj=linears[f"{attention}.o_proj"],
         ),
-        mlp=MLP(**{name: linears[f"{prefix}.mlp.{name}"] for name in ("gate_proj", "up_proj", "down_proj")}),
+        mlp=MLP(
+            gate_up_proj=stack(linears[f"{mlp}.gate_proj"], linears[f"{mlp}.up_proj"]),
+            down_proj=linears[f"{mlp}.down_proj"],
+        ),
         input_layernorm=vectors[f"{prefix}.input_layernorm"],
         post_attention_layernorm=vectors[f"{prefix}.post_attention_layernorm"],
         eps=config.rms_norm_eps,

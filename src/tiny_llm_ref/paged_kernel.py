@@ -126,5 +126,6 @@ class PagedContext:
         attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
         self._pool.put_back(layer, attended.keys, attended.values)
         if layer % LAYERS_AT_ONCE == 0:
-            mx.async_eval(attended.out)  # MLX computes these layers while Python describes the next
+            # MLX computes these layers while Python describes the next.
+            mx.async_eval(attended.out)  # type: ignore[no-untyped-call]
         return attended.out

@@ -1,0 +1,62 @@
+"""Matrices in their three forms: each equals the plain product, and a stack equals its parts bit for bit."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.kernels import twins
+from tiny_llm.linear import Linear, LinearLike, StackedLinear, quantized_linear, stack
+
+K = 64
+
+
+def random_matrix(outputs: int, seed: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(size=(outputs, K)).astype(np.float32))
+
+
+def quantized(outputs: int, seed: int, bits: int = 4) -> LinearLike:
+    weight, scales, biases = mx.quantize(random_matrix(outputs, seed), group_size=32, bits=bits)
+    return quantized_linear(weight, scales.astype(mx.float16), biases.astype(mx.float16), 32, bits)
+
+
+def dense(outputs: int, seed: int) -> LinearLike:
+    return Linear(random_matrix(outputs, seed))
+
+
+def mixed(outputs: int, seed: int) -> LinearLike:
+    return quantized(outputs, seed, bits=8 if seed % 2 else 4)
+
+
+@pytest.mark.parametrize("make", [quantized, dense, mixed])
+@pytest.mark.parametrize("sizes", [(32, 16, 16), (48, 48), (24, 10)])
+def test_a_stack_gives_its_parts_outputs_side_by_side(
+    make: Callable[[int, int], LinearLike], sizes: tuple[int, ...]
+) -> None:
+    parts = [make(outputs, seed) for seed, outputs in enumerate(sizes)]
+    x = random_matrix(5, seed=99)
+    want = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
+    assert np.array_equal(np.array(stack(*parts)(x)), want)
+
+
+def test_packed_matrices_of_whole_tiles_become_one() -> None:
+    parts = [quantized(32, 1), quantized(16, 2)]
+    if any(type(part).__name__ != "PackedLinear" for part in parts):
+        pytest.skip("no compiled kernels: nothing is packed")
+    assert type(stack(*parts)) is type(parts[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_matrix_equals_its_readable_twin(bits: int) -> None:
+    x = random_matrix(3, seed=7)
+    fast = quantized(40, 5, bits)
+    with twins():
+        readable = quantized(40, 5, bits)
+        want_product, want_rows = np.array(readable(x)), np.array(readable.rows(mx.array([0, 39, 7])))
+    assert np.linalg.norm(np.array(fast(x)) - want_product) < 1e-4 * np.linalg.norm(want_product)
+    assert np.array_equal(np.array(fast.rows(mx.array([0, 39, 7], mx.int32))), want_rows)
+
+
+def test_a_stack_is_no_table() -> None:
+    with pytest.raises(TypeError, match="never looked up"):
+        StackedLinear((dense(4, 1),)).rows(mx.array([0]))
