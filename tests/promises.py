@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from tiny_llm.engine_core import EngineCore, TokenLogprobs
 from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.model import Model
-from tiny_llm.paged_batch import PagedBatchManager, Plan, StepLogits, completion_ids
+from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import Policies
 from tiny_llm.preemption import RecomputeNewestFirst
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sequence import Sequence
+from tiny_llm.sequence import Sequence, completion_ids
+from tiny_llm.step import Plan, StepLogits
 
 import tiny_llm_kernels
 from tiny_model import EOS, VOCAB, examples, random_prompt

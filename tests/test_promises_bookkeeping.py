@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.paged_attention import BlockTable
-from tiny_llm.paged_batch import PagedBatchManager, Plan, completion_ids
+from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sequence import Sequence
+from tiny_llm.sequence import Sequence, completion_ids
 from tiny_llm.slot_mapping import slots
+from tiny_llm.step import Plan
 
 from promises import Watched, check_all_returned, check_first_come_first_served, check_pages, policies
 from tiny_model import examples

@@ -10,10 +10,11 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from .paged_batch import PagedBatchManager, StepLogits
+from .paged_batch import PagedBatchManager
 from .sampler import log_probabilities, sample_token
 from .sampling_params import SamplingParams
 from .sequence import Sequence
+from .step import StepLogits
 
 
 class TokenLogprobs(NamedTuple):

@@ -17,11 +17,12 @@ from .kv_pool import DTYPES
 from .output_processor import RequestState
 from .outputs import RequestOutput, TextDelta
 from .paged_attention import BlockTable
-from .paged_batch import PagedBatchManager, completion_ids
+from .paged_batch import PagedBatchManager
 from .paged_kernel import PagedContext, Span, pack_batch
 from .policies import Policies
 from .preemption import RecomputeNewestFirst
 from .sampling_params import SamplingParams
+from .sequence import completion_ids
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]

@@ -6,8 +6,7 @@ nothing of sampling, of text, or of why a sequence ends.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import mlx.core as mx
 
@@ -15,48 +14,12 @@ from .chunked_prefill import share_budget
 from .errors import DuplicateRequestError, OutOfBlocksError, RequestTooLargeError
 from .kv_pool import KVPool
 from .model import Model
-from .paged_attention import BlockAllocator, BlockCopy, BlockTable
+from .paged_attention import BlockAllocator, BlockTable
 from .paged_kernel import PagedContext, Span, pack_batch
 from .policies import Policies
 from .sampling_params import SamplingParams
-from .sequence import Sequence, SequenceState
-
-
-class StepLogits(Mapping[str, mx.array]):
-    """The logits of a step by sequence id, kept as one array: `rows` [R, vocab_size].
-
-    Sequences that were just forked share a row: `row_of[seq_id]` is its index in `rows`.
-    """
-
-    def __init__(self, rows: mx.array | None, row_of: dict[str, int]) -> None:
-        self.rows = rows
-        self.row_of = row_of
-
-    def __getitem__(self, seq_id: str) -> mx.array:
-        row = self.row_of[seq_id]
-        assert self.rows is not None
-        return self.rows[row]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.row_of)
-
-    def __len__(self) -> int:
-        return len(self.row_of)
-
-
-class Scheduled(NamedTuple):
-    """A sequence and the positions start .. stop - 1 that a step computes of it."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-
-class Plan(NamedTuple):
-    """What one step does: the block copies first, then the chunks, packed in this order."""
-
-    copies: list[BlockCopy]
-    chunks: list[Scheduled]
+from .sequence import Sequence, SequenceState, completion_ids
+from .step import Plan, Scheduled, StepLogits
 
 
 class PagedBatchManager:
@@ -309,8 +272,3 @@ class PagedBatchManager:
             f"request {sequence.request_id!r} needs {needed} blocks, {self.allocator.num_free} of "
             f"{self.allocator.num_blocks} are free, and no running sequence will give any back"
         )
-
-
-def completion_ids(request_id: str, n: int) -> list[str]:
-    """The sequence ids of a request's n completions; a single one has the request's own id."""
-    return [request_id] if n == 1 else [f"{request_id}/{index}" for index in range(n)]

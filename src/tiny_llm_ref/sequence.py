@@ -75,3 +75,8 @@ class Sequence:
         """Release the table and forget what was computed; tokens and outputs stay."""
         self.table.release()
         self.num_computed = 0
+
+
+def completion_ids(request_id: str, n: int) -> list[str]:
+    """The sequence ids of a request's n completions; a single one has the request's own id."""
+    return [request_id] if n == 1 else [f"{request_id}/{index}" for index in range(n)]
