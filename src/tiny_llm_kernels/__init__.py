@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "available",
+    "dense_matmul",
     "dequantize_rows",
+    "ggml_quants",
     "instruction_set",
     "instruction_sets",
     "num_threads",
     "pack",
+    "packed_bits",
     "quantized_matmul",
     "rms_norm",
     "rope",
@@ -61,15 +64,31 @@ def why_unavailable() -> str | None:
 def pack(weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: int, bits: int) -> mx.array:
     """Rearranges MLX-quantized weights, once at load, into the tiles that `quantized_matmul` reads.
 
-    weight uint32 [N, K*bits/32], scales and biases float16 [N, K/32], as `mx.quantize` returns them
-    -> uint8 [ceil(N/16), K/32, bytes of a record]. Supports group_size 32 with bits 4 or 8.
+    weight uint32 [N, K*bits/32], scales and biases [N, K/group_size], both float16 or both float32, as
+    `mx.quantize` returns them -> uint8 [ceil(N/16), K/32, bytes of a record]. bits: 2, 3, 4, 5, 6 or 8;
+    group_size: any multiple of 32 that divides K. The same numbers come out, exactly: each value in
+    `packed_bits(bits)` bits, each group of 32 with a scale and a bias of its own.
     """
     return native.pack(weight, scales, biases, group_size, bits)
+
+
+def ggml_quants(blocks: mx.array, *, bits: int) -> mx.array:
+    """The values of ggml's blocks of 32 in MLX's order: uint8 [N, K/32, bytes] -> uint32 [N, K*bits/32].
+
+    They are a block's last bytes. 4 bits (Q4_0, Q4_1) are reordered; 8 bits (Q8_0) lose their sign: q + 128.
+    """
+    return native.ggml_quants(blocks, bits)
+
+
+def packed_bits(bits: int) -> int:
+    """Bits of a value in the packed weights: 4, or 8 where 4 do not hold it."""
+    return 4 if bits <= 4 else 8
 
 
 def quantized_matmul(x: mx.array, packed: mx.array, out_features: int, *, bits: int) -> mx.array:
     """x [..., K] times the packed weights [N, K], transposed -> [..., N], with N = out_features.
 
+    bits: 4 or 8, as `packed_bits` gives it.
     Each group of 32 activations is rounded to int16 (absmax / 32767, ties to even); sums within a group
     are exact integers, and groups are added in order.
     """
@@ -82,6 +101,14 @@ def dequantize_rows(packed: mx.array, ids: mx.array, in_features: int, *, bits: 
     ids int32 [...] -> [..., K] with K = in_features. An id outside the weights gives a row of NaN.
     """
     return native.dequantize_rows(packed, ids, in_features, bits)
+
+
+def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """x [..., K] times a plain weight [N, K], transposed -> [..., N].
+
+    weight is float32, float16 or bfloat16, and is read as it lies; products are added in float32.
+    """
+    return native.dense_matmul(x, weight)
 
 
 # ---- the operators between ----
@@ -135,7 +162,7 @@ def write_and_attend(
     V included. The returned pools are the *same memory* as the arguments, which must not be used again:
     whoever holds them sees the writes too. Writing costs the tokens' bytes, never the pools'.
 
-    D is a multiple of 8 from 32 to 256. Slots, tables, rows and positions are not looked at before the
+    D is even, from 2 to 512. Slots, tables, rows and positions are not looked at before the
     kernel runs: a token with one out of range writes nothing and gets NaN.
     """
     return native.write_and_attend(

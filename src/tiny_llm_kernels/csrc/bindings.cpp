@@ -18,8 +18,10 @@ using namespace nb::literals;
 
 NB_MODULE(_kernels, m) {
   m.def("pack", &tiny_llm::pack, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
+  m.def("ggml_quants", &tiny_llm::ggml_quants, "blocks"_a, "bits"_a);
   m.def("quantized_matmul", &tiny_llm::quantized_matmul, "x"_a, "packed"_a, "out_features"_a, "bits"_a);
   m.def("dequantize_rows", &tiny_llm::dequantize_rows, "packed"_a, "ids"_a, "in_features"_a, "bits"_a);
+  m.def("dense_matmul", &tiny_llm::dense_matmul, "x"_a, "weight"_a);
   m.def("rms_norm", &tiny_llm::rms_norm, "x"_a, "weight"_a, "eps"_a);
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);

@@ -21,8 +21,10 @@ struct Rows {
 //
 //     tile 0: | group 0 | group 1 | ... | group K/32-1 |  tile 1: | group 0 | ...
 //
-//     record: | 16 scales f16 | 16 biases f16 | 16 x 32 quants |         weight = scale * q + bias
-//                 32 bytes         32 bytes     256 (4 bits) or 512 (8 bits) bytes
+//     record: | 16 scales | 16 biases | 16 x 32 quants |                 weight = scale * q + bias
+//
+//     scales and biases are float16, 32 bytes each, or, where float16 cannot hold them exactly, float32, 64
+//     bytes each; the quants have 256 (4 bits) or 512 (8 bits) bytes.
 //
 //     quants: 64 bytes for 8 (4 bits) or 4 (8 bits) inputs, outputs 0..7 in the first 32, 8..15 behind.
 //     A lane of 16 bits belongs to one output and to the even or the odd one of each pair of inputs:
@@ -34,8 +36,9 @@ struct Rows {
 
 constexpr int TILE_OUTPUTS = 16;
 constexpr int GROUP = 32;
-constexpr int RECORD_HEADER = 4 * TILE_OUTPUTS;
-constexpr int record_bytes(int bits) { return RECORD_HEADER + TILE_OUTPUTS * GROUP * bits / 8; }
+constexpr int packed_bits(int bits) { return bits <= 4 ? 4 : 8; }  // of a value, in a record
+constexpr int header_bytes(bool wide) { return (wide ? 8 : 4) * TILE_OUTPUTS; }
+constexpr int record_bytes(int bits, bool wide) { return header_bytes(wide) + TILE_OUTPUTS * GROUP * bits / 8; }
 
 // The activations are rounded to 16 bits, |q| <= 32767. Eight bits would be enough for a good text and too
 // few for the same text: where the two likeliest tokens nearly tie, the other one would win.
@@ -60,6 +63,7 @@ struct MatmulJob {
   float* out;                // [M, N]
   int64_t M, N, K;
   int bits;
+  bool wide;  // scales and biases in float32
 
   // An item is one tile of outputs for up to ROW_BLOCK rows: tile = item % tiles, block = item / tiles.
   static constexpr int64_t ROW_BLOCK = 48;
@@ -73,11 +77,29 @@ struct DequantizeJob {
   float* out;  // [number of ids, K]
   int64_t tiles, K;
   int bits;
+  bool wide;
+};
+
+// ---- dense matmul ----
+
+enum class StorageType { float32, float16, bfloat16 };
+
+struct DenseJob {
+  Rows x;              // [M, K]
+  const void* weight;  // [N, K]
+  StorageType storage;
+  float* out;  // [M, N]
+  int64_t M, N, K;
+
+  // An item is one tile of outputs for up to ROW_BLOCK rows, as in MatmulJob.
+  static constexpr int64_t ROW_BLOCK = 48;
+  int64_t tiles() const { return (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS; }
+  int64_t items() const { return tiles() * ((M + ROW_BLOCK - 1) / ROW_BLOCK); }
 };
 
 // ---- attention over pages ----
 
-enum class StorageType { float32, float16, bfloat16 };
+constexpr int MAX_HEAD_SIZE = 512;
 
 /// A run of tokens of one sequence that are attended together. See paged_attention.cpp.
 struct TokenRun {
@@ -130,6 +152,7 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);    // items: rows
   void (*quantized_matmul)(const MatmulJob&, int64_t begin, int64_t end);   // items: see MatmulJob
   void (*dequantize_rows)(const DequantizeJob&, int64_t begin, int64_t end);  // items: ids
+  void (*dense_matmul)(const DenseJob&, int64_t begin, int64_t end);        // items: see DenseJob
   void (*write_tokens)(const AttentionJob&, int64_t begin, int64_t end);    // items: tokens
   void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: see AttentionJob
   void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);          // items: rows

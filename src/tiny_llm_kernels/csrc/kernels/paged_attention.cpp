@@ -21,9 +21,11 @@
 namespace tiny_llm::TINY_LLM_ISA {
 
 constexpr int TILE = 32;          // positions
-constexpr int MAX_HEAD_SIZE = 256;
 constexpr int MAX_ROWS = 64;      // rows (tokens x heads of the group) that share a tile
 constexpr float INF = __builtin_inff();
+
+/// Heads are worked on in whole vectors: D rounded up, the numbers behind D being zero.
+INLINE int64_t padded(int64_t D) { return (D + LANES - 1) / LANES * LANES; }
 
 // ---- writing ----
 
@@ -42,9 +44,14 @@ static void write_with(const AttentionJob& job, int64_t begin, int64_t end) {
       const int64_t place = ((block * job.Hkv + head) * job.block_size + offset) * job.D;
       const float* k = job.k + head * job.k_head + token * job.k_token;
       const float* v = job.v + head * job.v_head + token * job.v_token;
-      for (int64_t d = 0; d < job.D; d += LANES) {
+      int64_t d = 0;
+      for (; d + LANES <= job.D; d += LANES) {
         T::store8(keys + place + d, load(k + d));
         T::store8(values + place + d, load(v + d));
+      }
+      if (const int64_t left = job.D - d) {
+        put_first<T>(keys + place + d, load_first(k + d, left), left);
+        put_first<T>(values + place + d, load_first(v + d, left), left);
       }
     }
   }
@@ -61,8 +68,8 @@ void write_tokens(const AttentionJob& job, int64_t begin, int64_t end) {
 // ---- one tile of keys and values, as floats ----
 
 struct alignas(64) Tile {
-  float keys[TILE * MAX_HEAD_SIZE];    // [32, D]
-  float values[TILE * MAX_HEAD_SIZE];  // [32, D]
+  float keys[TILE * MAX_HEAD_SIZE];    // [32, D padded]
+  float values[TILE * MAX_HEAD_SIZE];  // [32, D padded]
 };
 
 /// Loads `count` positions from `first` on; the rest of the last four is zero. A position that the table
@@ -72,18 +79,24 @@ static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, 
   const int32_t* table = job.tables + table_row * job.M;
   const auto* keys = static_cast<const typename T::Storage*>(job.keys);
   const auto* values = static_cast<const typename T::Storage*>(job.values);
+  const int64_t width = padded(job.D);
   int64_t column = first / job.block_size, offset = first % job.block_size;
   for (int64_t i = 0; i < (count + 3) / 4 * 4; ++i) {
-    float *k = tile.keys + i * job.D, *v = tile.values + i * job.D;
+    float *k = tile.keys + i * width, *v = tile.values + i * width;
     const int64_t block = column < job.M ? table[column] : -1;
     if (i >= count || block < 0 || block >= job.num_blocks) {
       const f32x8 filler = splat(i >= count ? 0.0f : __builtin_nanf(""));
-      for (int64_t d = 0; d < job.D; d += LANES) store(k + d, filler), store(v + d, filler);
+      for (int64_t d = 0; d < width; d += LANES) store(k + d, filler), store(v + d, filler);
     } else {
       const int64_t place = ((block * job.Hkv + head) * job.block_size + offset) * job.D;
-      for (int64_t d = 0; d < job.D; d += LANES) {
+      int64_t d = 0;
+      for (; d + LANES <= job.D; d += LANES) {
         store(k + d, T::load8(keys + place + d));
         store(v + d, T::load8(values + place + d));
+      }
+      if (const int64_t left = job.D - d) {
+        store(k + d, load_first_as<T>(keys + place + d, left));
+        store(v + d, load_first_as<T>(values + place + d, left));
       }
     }
     if (++offset == job.block_size) offset = 0, ++column;
@@ -93,8 +106,8 @@ static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, 
 // ---- the arithmetic of up to three rows of one token on one tile ----
 
 struct Row {
-  const float* q;  // [D]
-  float* o;        // [D], not yet divided by l
+  const float* q;  // [D padded]
+  float* o;        // [D padded], not yet divided by l
   float m;
   f32x8 l;         // eight partial sums: lane i adds the positions i, i+8, i+16, i+24 of each tile
 };
@@ -172,21 +185,40 @@ static void visit(Row* rows, const Tile& tile, int64_t D, int64_t count, float s
 
 // ---- a run of tokens ----
 
+/// Where rows whose D is no whole number of vectors are worked on.
+struct alignas(64) PaddedRows {
+  float q[MAX_ROWS * MAX_HEAD_SIZE], o[MAX_ROWS * MAX_HEAD_SIZE];
+};
+
+/// The first D numbers of `from`, and zeros up to whole vectors.
+static float* copy_padded(float* target, const float* from, int64_t D) {
+  for (int64_t d = 0; d < D; d += LANES) {
+    store(target + d, load_first(from + d, D - d < LANES ? D - d : LANES));
+  }
+  return target;
+}
+
 /// Tokens `run`, kv head `head`, its query heads `first_head` .. `first_head + heads - 1`.
 template <typename T>
 static void attend_run(const AttentionJob& job, TokenRun run, int64_t head, int64_t first_head, int64_t heads) {
   Row rows[MAX_ROWS];
+  PaddedRows aside;
+  const int64_t width = padded(job.D);
+  const bool whole = width == job.D;
+  const auto out = [&](int64_t t, int64_t h) { return job.out + ((run.first + t) * job.H + first_head + h) * job.D; };
   int64_t last = -1;
   for (int64_t t = 0; t < run.count; ++t) {
     const int64_t token = run.first + t;
     if (job.positions[token] > last) last = job.positions[token];
     for (int64_t h = 0; h < heads; ++h) {
-      Row& row = rows[t * heads + h];
-      row.q = job.q + (first_head + h) * job.q_head + token * job.q_token;
-      row.o = job.out + (token * job.H + first_head + h) * job.D;
+      const int64_t place = t * heads + h;
+      const float* q = job.q + (first_head + h) * job.q_head + token * job.q_token;
+      Row& row = rows[place];
+      row.q = whole ? q : copy_padded(aside.q + place * width, q, job.D);
+      row.o = whole ? out(t, h) : aside.o + place * width;
       row.m = -INF;
       row.l = f32x8{};
-      for (int64_t d = 0; d < job.D; d += LANES) store(row.o + d, f32x8{});
+      for (int64_t d = 0; d < width; d += LANES) store(row.o + d, f32x8{});
     }
   }
 
@@ -201,9 +233,9 @@ static void attend_run(const AttentionJob& job, TokenRun run, int64_t head, int6
       Row* row = rows + t * heads;
       for (int64_t left = heads; left > 0; left -= 3, row += 3) {
         switch (left) {
-          case 1: visit<1>(row, tile, job.D, count, job.scale); break;
-          case 2: visit<2>(row, tile, job.D, count, job.scale); break;
-          default: visit<3>(row, tile, job.D, count, job.scale);
+          case 1: visit<1>(row, tile, width, count, job.scale); break;
+          case 2: visit<2>(row, tile, width, count, job.scale); break;
+          default: visit<3>(row, tile, width, count, job.scale);
         }
       }
     }
@@ -211,14 +243,17 @@ static void attend_run(const AttentionJob& job, TokenRun run, int64_t head, int6
 
   for (int64_t r = 0; r < run.count * heads; ++r) {
     const f32x8 total = splat(sum(rows[r].l));
-    for (int64_t d = 0; d < job.D; d += LANES) store(rows[r].o + d, load(rows[r].o + d) / total);
+    float* target = out(r / heads, r % heads);
+    int64_t d = 0;
+    for (; d + LANES <= job.D; d += LANES) store(target + d, load(rows[r].o + d) / total);
+    if (d < job.D) store_first(target + d, load(rows[r].o + d) / total, job.D - d);
   }
 }
 
 /// A token without a slot, a table row or a position gets NaN: it must not pass for an answer.
 static void refuse(const AttentionJob& job, int64_t token, int64_t first_head, int64_t heads) {
   float* out = job.out + (token * job.H + first_head) * job.D;
-  for (int64_t d = 0; d < heads * job.D; d += LANES) store(out + d, splat(__builtin_nanf("")));
+  for (int64_t d = 0; d < heads * job.D; ++d) out[d] = __builtin_nanf("");
 }
 
 template <typename T>

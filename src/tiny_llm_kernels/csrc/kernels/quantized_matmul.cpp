@@ -42,10 +42,14 @@ void quantize_rows(const QuantizeJob& job, int64_t begin, int64_t end) {
 
 constexpr int PAIRS = GROUP / 2;
 
+/// Scales and biases are stored as Float16 or as Float32.
+template <typename Scale>
+constexpr bool is_wide = sizeof(typename Scale::Storage) == 4;
+
 /// The quants of one record as they are: a lane holds one input each of PER_LANE pairs, taken apart here.
-template <int BITS>
+template <int BITS, typename Scale>
 struct PackedQuants {
-  static constexpr int64_t GROUP_BYTES = record_bytes(BITS);
+  static constexpr int64_t GROUP_BYTES = record_bytes(BITS, is_wide<Scale>);
   static constexpr int PER_LANE = 16 / BITS;
   /// The pair first + i, for outputs 8 * half .. 8 * half + 7; `first` is a multiple of PER_LANE.
   INLINE i16x16 load(const uint8_t* quants, int first, int i, int half) {
@@ -83,10 +87,11 @@ INLINE void group_sums(const uint8_t* quants, const int16_t* const (&x)[ROWS], i
 // ---- one tile: 16 outputs, all groups ----
 
 /// `headers` are the tile's records, of which only scales and biases are read; `quants` its quants.
-template <int BITS, int ROWS, typename Quants>
+template <int BITS, typename Scale, int ROWS, typename Quants>
 static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uint8_t* quants) {
+  constexpr int64_t RECORD = record_bytes(BITS, is_wide<Scale>);
   const int64_t groups = job.K / GROUP;
-  const uint8_t* record = job.packed + tile * groups * record_bytes(BITS);
+  const uint8_t* record = job.packed + tile * groups * RECORD;
   const GroupScale* x_groups = job.groups + row * groups;
   const int16_t* x[ROWS];
   UNROLL for (int r = 0; r < ROWS; ++r) x[r] = job.quants + (row + r) * job.K;
@@ -95,17 +100,17 @@ static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uin
   for (int64_t g = 0; g < groups; ++g) {
     i32x8 sums[ROWS][2];
     group_sums<ROWS, Quants>(quants, x, g * GROUP, sums);
-    const uint16_t* header = reinterpret_cast<const uint16_t*>(record);
+    const auto* header = reinterpret_cast<const typename Scale::Storage*>(record);
     UNROLL for (int half = 0; half < 2; ++half) {
-      const f32x8 scale = Float16::load8(header + half * LANES);
-      const f32x8 bias = Float16::load8(header + TILE_OUTPUTS + half * LANES);
+      const f32x8 scale = Scale::load8(header + half * LANES);
+      const f32x8 bias = Scale::load8(header + TILE_OUTPUTS + half * LANES);
       UNROLL for (int r = 0; r < ROWS; ++r) {
         const GroupScale* group = x_groups + r * groups;
         const f32x8 inner = fma(scale, to_float(sums[r][half]), bias * splat(group->sum));
         acc[r][half] = fma(splat(group->scale), inner, acc[r][half]);
       }
     }
-    record += record_bytes(BITS), quants += Quants::GROUP_BYTES, ++x_groups;
+    record += RECORD, quants += Quants::GROUP_BYTES, ++x_groups;
   }
 
   const int64_t first = tile * TILE_OUTPUTS, width = job.N - first;
@@ -123,52 +128,58 @@ static void tile_rows(const MatmulJob& job, int64_t tile, int64_t row, const uin
 }
 
 /// Rows first .. last-1, several at a time: they share the loaded weights.
-template <int BITS, typename Quants>
+template <int BITS, typename Scale, typename Quants>
 static void tile_block(const MatmulJob& job, int64_t tile, int64_t first, int64_t last, const uint8_t* quants) {
   constexpr int AT_ONCE = 4;  // as many as the registers hold
   int64_t row = first;
-  for (; row + AT_ONCE <= last; row += AT_ONCE) tile_rows<BITS, AT_ONCE, Quants>(job, tile, row, quants);
+  for (; row + AT_ONCE <= last; row += AT_ONCE) tile_rows<BITS, Scale, AT_ONCE, Quants>(job, tile, row, quants);
   switch (last - row) {
-    case 3: return tile_rows<BITS, 3, Quants>(job, tile, row, quants);
-    case 2: return tile_rows<BITS, 2, Quants>(job, tile, row, quants);
-    case 1: return tile_rows<BITS, 1, Quants>(job, tile, row, quants);
+    case 3: return tile_rows<BITS, Scale, 3, Quants>(job, tile, row, quants);
+    case 2: return tile_rows<BITS, Scale, 2, Quants>(job, tile, row, quants);
+    case 1: return tile_rows<BITS, Scale, 1, Quants>(job, tile, row, quants);
   }
 }
 
-template <int BITS>
+template <int BITS, typename Scale>
 static void matmul_items(const MatmulJob& job, int64_t begin, int64_t end) {
+  using Packed = PackedQuants<BITS, Scale>;
   constexpr int64_t MOST_BYTES = 64 * 1024, WORTH_IT = 12;  // rows from which unpacking first pays
   alignas(64) uint8_t unpacked[MOST_BYTES];
   const int64_t groups = job.K / GROUP;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t tile = item % job.tiles(), first = item / job.tiles() * MatmulJob::ROW_BLOCK;
     const int64_t last = first + MatmulJob::ROW_BLOCK < job.M ? first + MatmulJob::ROW_BLOCK : job.M;
-    const uint8_t* quants = job.packed + tile * groups * record_bytes(BITS) + RECORD_HEADER;
+    const uint8_t* quants = job.packed + tile * groups * Packed::GROUP_BYTES + header_bytes(is_wide<Scale>);
     if (last - first < WORTH_IT || groups * UnpackedQuants::GROUP_BYTES > MOST_BYTES) {
-      tile_block<BITS, PackedQuants<BITS>>(job, tile, first, last, quants);
+      tile_block<BITS, Scale, Packed>(job, tile, first, last, quants);
       continue;
     }
     uint8_t* target = unpacked;
-    for (int64_t g = 0; g < groups; ++g, quants += record_bytes(BITS)) {
-      for (int first = 0; first < PAIRS; first += PackedQuants<BITS>::PER_LANE) {
-        UNROLL for (int i = 0; i < PackedQuants<BITS>::PER_LANE; ++i, target += 64) {
-          const i16x16 w[2] = {PackedQuants<BITS>::load(quants, first, i, 0), PackedQuants<BITS>::load(quants, first, i, 1)};
+    for (int64_t g = 0; g < groups; ++g, quants += Packed::GROUP_BYTES) {
+      for (int first = 0; first < PAIRS; first += Packed::PER_LANE) {
+        UNROLL for (int i = 0; i < Packed::PER_LANE; ++i, target += 64) {
+          const i16x16 w[2] = {Packed::load(quants, first, i, 0), Packed::load(quants, first, i, 1)};
           std::memcpy(target, w, sizeof(w));
         }
       }
     }
-    tile_block<BITS, UnpackedQuants>(job, tile, first, last, unpacked);
+    tile_block<BITS, Scale, UnpackedQuants>(job, tile, first, last, unpacked);
   }
 }
 
 void quantized_matmul(const MatmulJob& job, int64_t begin, int64_t end) {
-  job.bits == 4 ? matmul_items<4>(job, begin, end) : matmul_items<8>(job, begin, end);
+  if (job.wide) {
+    job.bits == 4 ? matmul_items<4, Float32>(job, begin, end) : matmul_items<8, Float32>(job, begin, end);
+  } else {
+    job.bits == 4 ? matmul_items<4, Float16>(job, begin, end) : matmul_items<8, Float16>(job, begin, end);
+  }
 }
 
 // ---- rows back to floats ----
 
-/// The rows `ids` of the weights as floats: an embedding lookup. An id out of range gives NaN.
-void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
+template <typename Scale>
+static void dequantize_items(const DequantizeJob& job, int64_t begin, int64_t end) {
+  constexpr bool WIDE = is_wide<Scale>;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t tile = job.ids[i] / TILE_OUTPUTS, output = job.ids[i] % TILE_OUTPUTS;
     const bool inside = job.ids[i] >= 0 && tile < job.tiles;
@@ -178,13 +189,10 @@ void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
         for (int k = 0; k < GROUP; k += LANES) store(out + k, splat(__builtin_nanf("")));
         continue;
       }
-      const uint8_t* record = job.packed + (tile * (job.K / GROUP) + g) * record_bytes(job.bits);
-      uint16_t halves[LANES] = {};
-      std::memcpy(&halves[0], record + 2 * output, 2);
-      std::memcpy(&halves[1], record + 2 * (TILE_OUTPUTS + output), 2);
-      const f32x8 scale_and_bias = Float16::load8(halves);
-      const float scale = scale_and_bias[0], bias = scale_and_bias[1];
-      const uint8_t* quants = record + RECORD_HEADER + 4 * output;
+      const uint8_t* record = job.packed + (tile * (job.K / GROUP) + g) * record_bytes(job.bits, WIDE);
+      const auto* header = reinterpret_cast<const typename Scale::Storage*>(record) + output;
+      const float scale = load_first_as<Scale>(header, 1)[0], bias = load_first_as<Scale>(header + TILE_OUTPUTS, 1)[0];
+      const uint8_t* quants = record + header_bytes(WIDE) + 4 * output;
       const int per_lane = 16 / job.bits;
       for (int k = 0; k < GROUP; ++k) {
         const int pair = k / 2;
@@ -194,6 +202,11 @@ void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+/// The rows `ids` of the weights as floats: an embedding lookup. An id out of range gives NaN.
+void dequantize_rows(const DequantizeJob& job, int64_t begin, int64_t end) {
+  job.wide ? dequantize_items<Float32>(job, begin, end) : dequantize_items<Float16>(job, begin, end);
 }
 
 }  // namespace tiny_llm::TINY_LLM_ISA

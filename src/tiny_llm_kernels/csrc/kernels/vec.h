@@ -221,7 +221,11 @@ struct BFloat16 {
   using Storage = uint16_t;
 
   INLINE f32x8 load8(const uint16_t* source) {
+#if TINY_LLM_AVX2
+    return bits_as<f32x8>((u32x8)_mm256_cvtepu16_epi32(load_as<__m128i>(source)) << 16);
+#else
     return bits_as<f32x8>(__builtin_convertvector(load_as<u16x8>(source), u32x8) << 16);
+#endif
   }
 
   INLINE void store8(uint16_t* target, f32x8 value) {
@@ -233,5 +237,21 @@ struct BFloat16 {
     std::memcpy(target, &result, sizeof(result));
   }
 };
+
+/// The first `count` numbers (count < 8) of a storage type as floats; the other lanes are zero.
+template <typename T>
+INLINE f32x8 load_first_as(const typename T::Storage* source, int64_t count) {
+  typename T::Storage eight[LANES] = {};
+  std::memcpy(eight, source, count * sizeof(eight[0]));
+  return T::load8(eight);
+}
+
+/// Stores the first `count` floats (count < 8) as a storage type.
+template <typename T>
+INLINE void put_first(typename T::Storage* target, f32x8 value, int64_t count) {
+  typename T::Storage eight[LANES];
+  T::store8(eight, value);
+  std::memcpy(target, eight, count * sizeof(eight[0]));
+}
 
 }  // namespace tiny_llm::TINY_LLM_ISA

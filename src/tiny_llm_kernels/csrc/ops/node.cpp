@@ -7,9 +7,11 @@ namespace {
 
 /// Copies any strides into row-contiguous order: the slow path that keeps the kernels simple.
 void copy_strided(const char* source, const mx::Shape& shape, const mx::Strides& strides, size_t axis, size_t itemsize, char*& target) {
-  if (axis == shape.size()) {
-    std::memcpy(target, source, itemsize);
-    target += itemsize;
+  const bool row = axis + 1 == shape.size() && strides[axis] == 1;
+  if (row || axis == shape.size()) {
+    const size_t bytes = row ? shape[axis] * itemsize : itemsize;
+    std::memcpy(target, source, bytes);
+    target += bytes;
     return;
   }
   for (int i = 0; i < shape[axis]; ++i) {

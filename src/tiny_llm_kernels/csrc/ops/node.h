@@ -54,6 +54,17 @@ inline void check_ndim(const char* name, const mx::array& a, size_t ndim) {
   if (a.ndim() != ndim) refuse(name, " must have ", ndim, " axes, got shape ", shape_text(a));
 }
 
+/// A type in which keys, values or weights may be stored.
+inline void check_storage(const char* name, const mx::array& a) {
+  if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
+    refuse(name, " must be float32, float16 or bfloat16, got ", a.dtype());
+  }
+}
+
+inline StorageType storage_of(mx::Dtype dtype) {
+  return dtype == mx::float32 ? StorageType::float32 : dtype == mx::float16 ? StorageType::float16 : StorageType::bfloat16;
+}
+
 /// `shape` holds the wanted sizes; `letters` is how the message shows them, for instance "[T]".
 inline void check_shape(const char* name, const mx::array& a, const mx::Shape& shape, const char* letters) {
   if (a.shape() == shape) return;

@@ -16,31 +16,46 @@ uint32_t even_values(uint32_t word, int bits) {
 }
 
 struct PackJob {
-  const uint32_t* weight;           // [N, K * bits / 32]
-  const uint16_t *scales, *biases;  // [N, K/32] float16
+  const uint32_t* weight;        // [N, K * bits / 32]
+  const char *scales, *biases;   // [N, K/group_size], float16 or float32
   uint8_t* out;
-  int64_t N, K;
+  int64_t N, K, group_size;
   int bits;
+  bool wide;
 };
 
+/// The 32 values of one group, `bits` words of them, in words of `wider` bits a value.
+void widen(const uint32_t* words, int bits, int wider, uint32_t (&source)[8]) {
+  for (int k = 0; k < GROUP; ++k) {
+    const int first = k * bits, word = first / 32, shift = first % 32;
+    uint64_t two = words[word];
+    if (shift + bits > 32) two |= uint64_t{words[word + 1]} << 32;
+    const uint32_t q = static_cast<uint32_t>(two >> shift) & ((1u << bits) - 1);
+    source[k * wider / 32] |= q << k * wider % 32;
+  }
+}
+
 void pack_tile(const PackJob& job, int64_t tile) {
-  const int64_t groups = job.K / GROUP, words = GROUP * job.bits / 32;
+  const int64_t groups = job.K / GROUP, scale_groups = job.K / job.group_size, size = job.wide ? 4 : 2;
+  const int bits = packed_bits(job.bits);
   for (int64_t g = 0; g < groups; ++g) {
-    uint8_t* record = job.out + (tile * groups + g) * record_bytes(job.bits);
+    uint8_t* record = job.out + (tile * groups + g) * record_bytes(bits, job.wide);
     for (int64_t o = 0; o < TILE_OUTPUTS; ++o) {
       const int64_t n = tile * TILE_OUTPUTS + o;
       uint32_t source[8] = {};  // zeros where the last tile is not full
-      uint16_t scale = 0, bias = 0;
+      uint8_t scale[4] = {}, bias[4] = {};
       if (n < job.N) {
-        std::memcpy(source, job.weight + (n * groups + g) * words, words * 4);
-        scale = job.scales[n * groups + g];
-        bias = job.biases[n * groups + g];
+        const uint32_t* words = job.weight + (n * groups + g) * job.bits;
+        const int64_t place = (n * scale_groups + g * GROUP / job.group_size) * size;
+        bits == job.bits ? void(std::memcpy(source, words, bits * 4)) : widen(words, job.bits, bits, source);
+        std::memcpy(scale, job.scales + place, size);
+        std::memcpy(bias, job.biases + place, size);
       }
-      std::memcpy(record + 2 * o, &scale, 2);
-      std::memcpy(record + 2 * (TILE_OUTPUTS + o), &bias, 2);
-      uint8_t* quants = record + RECORD_HEADER + 4 * o;  // outputs 8..15 follow 0..7 without a gap
-      for (int64_t j = 0; j < words; ++j) {
-        const uint32_t lanes = even_values(source[j], job.bits) | even_values(source[j] >> job.bits, job.bits) << 16;
+      std::memcpy(record + size * o, scale, size);
+      std::memcpy(record + size * (TILE_OUTPUTS + o), bias, size);
+      uint8_t* quants = record + header_bytes(job.wide) + 4 * o;  // outputs 8..15 follow 0..7 without a gap
+      for (int j = 0; j < bits; ++j) {
+        const uint32_t lanes = even_values(source[j], bits) | even_values(source[j] >> bits, bits) << 16;
         std::memcpy(quants + 64 * j, &lanes, 4);
       }
     }
@@ -60,18 +75,62 @@ void allocate_aligned(mx::array& a) {
 
 class Pack : public Node {
  public:
-  explicit Pack(int bits) : bits_(bits) {}
+  Pack(int group_size, int bits) : group_size_(group_size), bits_(bits) {}
   const char* name() const override { return "pack"; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
     const auto weight = dense(inputs[0], queue), scales = dense(inputs[1], queue), biases = dense(inputs[2], queue);
     allocate_aligned(outputs[0]);
-    PackJob job{weight.data<uint32_t>(), scales.data<uint16_t>(), biases.data<uint16_t>(), outputs[0].data<uint8_t>(),
-                weight.shape(0), weight.shape(1) * 32 / bits_, bits_};
+    PackJob job{weight.data<uint32_t>(), scales.data<char>(), biases.data<char>(), outputs[0].data<uint8_t>(),
+                weight.shape(0), int64_t{weight.shape(1)} * 32 / bits_, group_size_, bits_, scales.dtype() == mx::float32};
     queue.dispatch([job, tiles = outputs[0].shape(0)] {
       parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) pack_tile(job, tile);
+      });
+    });
+  }
+
+ private:
+  int group_size_, bits_;
+};
+
+/// ggml keeps value i of a block of 32 in the low half of byte i, value i + 16 in the high half; MLX keeps 2i and
+/// 2i + 1 in byte i. Eight bytes at a time: their low halves, then their high halves, close up.
+uint32_t closed_up(uint64_t halves) {
+  uint64_t v = halves & 0x0f0f0f0f0f0f0f0f;
+  v = (v | v >> 4) & 0x00ff00ff00ff00ff;
+  v = (v | v >> 8) & 0x0000ffff0000ffff;
+  return static_cast<uint32_t>(v | v >> 16);
+}
+
+/// One block's values as MLX's words: 4 bits reordered, 8 bits from two's complement to 0 .. 255.
+void mlx_words(const uint8_t* quants, int bits, uint32_t* words) {
+  uint64_t bytes[4];
+  std::memcpy(bytes, quants, bits * 4);
+  if (bits == 8) {
+    for (uint64_t& eight : bytes) eight ^= 0x8080808080808080;
+    std::memcpy(words, bytes, sizeof(bytes));
+  } else {
+    for (int i = 0; i < 4; ++i) words[i] = closed_up(bytes[i % 2] >> (i / 2 * 4));
+  }
+}
+
+class GgmlQuants : public Node {
+ public:
+  explicit GgmlQuants(int bits) : bits_(bits) {}
+  const char* name() const override { return "ggml_quants"; }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& queue = encoder();
+    const auto blocks = dense(inputs[0], queue);
+    allocate(outputs[0]);
+    const int64_t groups = blocks.shape(1), nbytes = blocks.shape(2), bits = bits_;
+    queue.dispatch([=, source = blocks.data<uint8_t>(), target = outputs[0].data<uint32_t>(), rows = blocks.shape(0)] {
+      parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * groups; i < end * groups; ++i) {
+          mlx_words(source + (i + 1) * nbytes - bits * 4, bits, target + i * bits);
+        }
       });
     });
   }
@@ -82,21 +141,31 @@ class Pack : public Node {
 
 }  // namespace
 
-mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size, int bits) {
-  if (group_size != GROUP) refuse("group_size ", group_size, " is not supported: only ", GROUP);
+mx::array ggml_quants(const mx::array& blocks, int bits) {
   if (bits != 4 && bits != 8) refuse("bits ", bits, " is not supported: only 4 and 8");
+  check_dtype("blocks", blocks, mx::uint8);
+  check_ndim("blocks", blocks, 3);
+  if (blocks.shape(2) < bits * 4) refuse("blocks of ", bits, " bits must have ", bits * 4, " bytes or more, got shape ", shape_text(blocks));
+  return mx::array({blocks.shape(0), blocks.shape(1) * bits}, mx::uint32, std::make_shared<GgmlQuants>(bits), {blocks});
+}
+
+mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size, int bits) {
+  if (group_size < GROUP || group_size % GROUP) refuse("group_size ", group_size, " is not supported: only multiples of ", GROUP);
+  if (bits < 2 || bits > 8 || bits == 7) refuse("bits ", bits, " is not supported: only 2, 3, 4, 5, 6 and 8");
   check_dtype("weight", weight, mx::uint32);
-  check_dtype("scales", scales, mx::float16);
-  check_dtype("biases", biases, mx::float16);
+  if (scales.dtype() != mx::float16) check_dtype("scales", scales, mx::float32);
+  check_dtype("biases", biases, scales.dtype());
   check_ndim("weight", weight, 2);
   if (weight.size() == 0) refuse("weight must not be empty, got shape ", shape_text(weight));
   const int N = weight.shape(0), words = weight.shape(1);
   if (words % bits) refuse("weight with ", bits, " bits must have a multiple of ", bits, " words a row (whole groups of 32), got shape ", shape_text(weight));
-  const int groups = words / bits;
-  check_shape("scales", scales, {N, groups}, "[N, K/32]");
-  check_shape("biases", biases, {N, groups}, "[N, K/32]");
+  const int groups = words / bits, K = groups * GROUP;
+  if (K % group_size) refuse("group_size ", group_size, " does not divide K = ", K);
+  check_shape("scales", scales, {N, K / group_size}, "[N, K/group_size]");
+  check_shape("biases", biases, {N, K / group_size}, "[N, K/group_size]");
   const int tiles = (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
-  return mx::array({tiles, groups, record_bytes(bits)}, mx::uint8, std::make_shared<Pack>(bits), {weight, scales, biases});
+  const int record = record_bytes(packed_bits(bits), scales.dtype() == mx::float32);
+  return mx::array({tiles, groups, record}, mx::uint8, std::make_shared<Pack>(group_size, bits), {weight, scales, biases});
 }
 
 }  // namespace tiny_llm

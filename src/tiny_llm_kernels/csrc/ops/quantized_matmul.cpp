@@ -9,10 +9,13 @@ void check_packed(const mx::array& packed, int bits) {
   if (bits != 4 && bits != 8) refuse("bits ", bits, " is not supported: only 4 and 8");
   check_dtype("packed", packed, mx::uint8);
   check_ndim("packed", packed, 3);
-  if (packed.shape(2) != record_bytes(bits)) {
-    refuse("packed does not hold ", bits, "-bit weights: records of ", packed.shape(2), " bytes, expected ", record_bytes(bits));
+  if (packed.shape(2) != record_bytes(bits, false) && packed.shape(2) != record_bytes(bits, true)) {
+    refuse("packed does not hold ", bits, "-bit weights: records of ", packed.shape(2), " bytes, expected ",
+           record_bytes(bits, false), " or ", record_bytes(bits, true));
   }
 }
+
+bool is_wide(const mx::array& packed, int bits) { return packed.shape(2) == record_bytes(bits, true); }
 
 class QuantizedMatmul : public Node {
  public:
@@ -29,7 +32,8 @@ class QuantizedMatmul : public Node {
 
     const int64_t M = rows.count, K = x.shape(-1), N = out.shape(-1);
     QuantizeJob quantize{rows, K, temporary<int16_t>(M * K, queue), temporary<GroupScale>(M * K / GROUP, queue)};
-    MatmulJob multiply{quantize.quants, quantize.groups, packed.data<uint8_t>(), out.data<float>(), M, N, K, bits_};
+    MatmulJob multiply{quantize.quants, quantize.groups, packed.data<uint8_t>(), out.data<float>(), M, N, K, bits_,
+                       is_wide(packed, bits_)};
     queue.dispatch([quantize, multiply, &kernels = kernels()] {
       parallel_for(multiply.M, 8, [&](int64_t begin, int64_t end) { kernels.quantize_rows(quantize, begin, end); });
       parallel_for(multiply.items(), 1, [&](int64_t begin, int64_t end) { kernels.quantized_matmul(multiply, begin, end); });
@@ -50,7 +54,7 @@ class DequantizeRows : public Node {
     const auto packed = dense(inputs[0], queue), ids = dense(inputs[1], queue);
     allocate(outputs[0]);
     DequantizeJob job{packed.data<uint8_t>(), ids.data<int32_t>(), outputs[0].data<float>(),
-                      packed.shape(0), outputs[0].shape(-1), bits_};
+                      packed.shape(0), outputs[0].shape(-1), bits_, is_wide(packed, bits_)};
     queue.dispatch([job, count = static_cast<int64_t>(ids.size()), &kernels = kernels()] {
       parallel_for(count, 16, [&](int64_t begin, int64_t end) { kernels.dequantize_rows(job, begin, end); });
     });

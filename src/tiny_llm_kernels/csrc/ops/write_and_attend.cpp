@@ -25,10 +25,6 @@ std::vector<TokenRun> cut_into_runs(const AttentionJob& job, int threads) {
   return runs;
 }
 
-StorageType storage_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? StorageType::float32 : dtype == mx::float16 ? StorageType::float16 : StorageType::bfloat16;
-}
-
 class WriteAndAttend : public Node {
  public:
   explicit WriteAndAttend(float scale) : scale_(scale) {}
@@ -87,14 +83,12 @@ std::tuple<mx::array, mx::array, mx::array> write_and_attend(
   check_ndim("key_pool", key_pool, 4);
   check_ndim("tables", tables, 2);
   const int H = q.shape(1), T = q.shape(2), D = q.shape(3), Hkv = k.shape(1);
-  if (D % 8 || D < 32 || D > 256) refuse("head size D must be a multiple of 8 from 32 to 256, got ", D);
+  if (D % 2 || D < 2 || D > MAX_HEAD_SIZE) refuse("head size D must be even, from 2 to ", MAX_HEAD_SIZE, ", got ", D);
   if (Hkv == 0 || H % Hkv) refuse("H must be a multiple of Hkv, got H = ", H, " and Hkv = ", Hkv);
   check_shape("q", q, {1, H, T, D}, "[1, H, T, D]");
   check_shape("k", k, {1, Hkv, T, D}, "[1, Hkv, T, D]");
   check_shape("v", v, {1, Hkv, T, D}, "[1, Hkv, T, D]");
-  if (key_pool.dtype() != mx::float32 && key_pool.dtype() != mx::float16 && key_pool.dtype() != mx::bfloat16) {
-    refuse("key_pool must be float32, float16 or bfloat16, got ", key_pool.dtype());
-  }
+  check_storage("key_pool", key_pool);
   check_dtype("value_pool", value_pool, key_pool.dtype());
   if (key_pool.size() == 0) refuse("key_pool must not be empty, got shape ", shape_text(key_pool));
   check_shape("key_pool", key_pool, {key_pool.shape(0), Hkv, key_pool.shape(2), D}, "[num_blocks, Hkv, block_size, D]");
