@@ -118,7 +118,7 @@ def measure(count: int, length: int, model: Path | None = None) -> dict[str, Any
         **figures,
         "windows": count,
         "window_tokens": length,
-        "model": llm.model_path.name,
+        "model": llm.model_name,
         "kv_cache_dtype": llm.engine_config.kv_cache_dtype,
         "text": f"pydoc_data.topics of Python {platform.python_version()}",
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),

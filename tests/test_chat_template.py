@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tiny_llm_ref.chat_template import ChatTemplate
 from tiny_llm_ref.embedded import embedded_model_path
-from tiny_llm_ref.tokenizer import Tokenizer
+from tiny_llm_ref.gguf_format import read_gguf_header
+from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "chat.json").read_text(encoding="utf-8"))
 TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -19,7 +19,7 @@ EMBEDDED = GOLDEN["templates"]["embedded"]
 USER = [{"role": "user", "content": "Hi"}]
 
 
-TOKENIZER = Tokenizer.from_gguf(mx.load(str(embedded_model_path()), return_metadata=True)[1])
+TOKENIZER = gguf_tokenizer(read_gguf_header(embedded_model_path()).metadata)
 
 
 def record_id(record: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llm.engine_core import TokenLogprobs, TokenOutput
+from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.output_processor import CompletionText, RequestState
 from tiny_llm.outputs import TextDelta
 from tiny_llm.sampling_params import SamplingParams
@@ -20,7 +21,9 @@ def byte_alphabet() -> list[str]:
 BYTES = byte_alphabet()
 PIECES = ["ab", "abc", "ca", "bb", "Ġa", "END"]
 END = 256 + len(PIECES)  # a control token, which is not text
-TOKENIZER = Tokenizer([*BYTES, *PIECES, "<end>"], [], pre_tokenizer="smollm", control_tokens=["<end>"])
+BPE = byte_level_bpe([*BYTES, *PIECES], [], "smollm")
+BPE.add_special_tokens(["<end>"])
+TOKENIZER = Tokenizer(BPE)
 
 
 def ids_of(text: str) -> list[int]:

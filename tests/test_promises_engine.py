@@ -13,12 +13,11 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from tiny_llm.attention import causal_mask
-from tiny_llm.embedded import embedded_model_path
 from tiny_llm.errors import ModelFileError
-from tiny_llm.gguf_reader import load_gguf
 from tiny_llm.grouped_attention import grouped_query_attention
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.linear import Linear, PackedLinear
+from tiny_llm.loader import load_model
 from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_kernel import Attended, PackedBatch
@@ -92,7 +91,7 @@ def embedded() -> Model:
     if not tiny_llm_kernels.available():
         pytest.skip(f"no compiled kernels: {tiny_llm_kernels.why_unavailable()}")
     try:
-        return load_gguf(embedded_model_path()).model
+        return load_model(None).model
     except ModelFileError as error:
         pytest.skip(str(error))
 

@@ -60,7 +60,7 @@ def chat(
         piped = _read_stdin_if_it_comes()
         _answer_once(conversation, f"{prompt}\n\n{piped}" if piped else prompt)
     else:
-        converse(conversation, llm.model_path.stem)
+        converse(conversation, llm.model_name)
 
 
 def _answer_once(conversation: "Conversation", text: str) -> None:

@@ -61,7 +61,7 @@ class Conversation:
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         template = self._llm.chat_template
         if template is None:
-            raise ValueError(f"{self._llm.model_path.name} has no chat template: use `tiny-llm generate`")
+            raise ValueError(f"{self._llm.model_name} has no chat template: use `tiny-llm generate`")
         return template.encode(messages, self._llm.tokenizer)
 
     def _room(self, num_tokens: int) -> int:

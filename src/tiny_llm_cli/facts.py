@@ -4,13 +4,15 @@
 """
 
 import platform
+import resource
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -52,10 +54,10 @@ def model(llm: "LLM") -> dict[str, object]:
     config = llm.model_config
     return {
         "path": str(llm.model_path),
-        "name": llm.model_path.stem,
+        "name": llm.model_name,
         "architecture": config.architecture,
         "parameters": config.num_parameters,
-        "bytes": sum(array.nbytes for array in {id(a): a for a in _arrays(llm.model)}.values()),
+        "bytes": weight_bytes(llm),
         "quantization": _quantization(llm),
         "layers": config.num_hidden_layers,
         "vocabulary": config.vocab_size,
@@ -76,6 +78,51 @@ def pool(llm: "LLM") -> dict[str, object]:
         "tokens": tokens,
         "bytes": manager.pool.nbytes,
     }
+
+
+def memory(llm: "LLM") -> dict[str, object]:
+    """Bytes of this process: the most it ever held until now, and while it serves a first full step.
+
+    `beyond` is what the peak in service has beside the weights and the pool: Python, libraries, the
+    vocabulary, and what a step needs in passing.
+    """
+    import mlx.core as mx
+
+    weights, kv_pool = weight_bytes(llm), pool(llm)["bytes"]
+    at_load = peak_resident_bytes()
+    _serve_a_full_step(llm)
+    in_service = peak_resident_bytes()
+    return {
+        "weights": weights,
+        "pool": kv_pool,
+        "peak_at_load": at_load,
+        "peak_in_service": in_service,
+        "beyond": in_service - weights - cast(int, kv_pool),
+        "live_in_mlx": mx.get_active_memory(),
+    }
+
+
+def weight_bytes(llm: "LLM") -> int:
+    """Bytes of the model's parameters in memory."""
+    return sum(array.nbytes for array in {id(a): a for a in _arrays(llm.model)}.values())
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held at any time."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _serve_a_full_step(llm: "LLM") -> None:
+    """As many prompt tokens as one step takes, and a few outputs; a token where there are no kernels."""
+    from tiny_llm import SamplingParams, kernel_info
+
+    from .engine import token_limit
+
+    slow = kernel_info().why_unavailable is not None
+    length = 1 if slow else llm.engine_config.max_num_batched_tokens
+    prompt = [0] * max(1, min(length, token_limit(llm) - 4))
+    llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
 
 
 def overlay() -> dict[str, object]:

@@ -15,18 +15,20 @@ def info(
     *,
     engine: EngineOptions,
 ) -> None:
-    """Show versions, device, kernels, the model, the KV pool, and which modules are yours.
+    """Show versions, device, kernels, the model, the KV pool, memory, and which modules are yours.
 
     \b
     tiny-llm info
     tiny-llm info --num-blocks 4096 --json
+
+    Memory is this process's: the most it held while the model was loaded and while it served one full step.
     """
     from . import facts
 
     found: dict[str, dict[str, object]] = {"machine": facts.machine(), "overlay": facts.overlay()}
     try:
         llm = load(engine)
-        found |= {"model": facts.model(llm), "pool": facts.pool(llm)}
+        found |= {"model": facts.model(llm), "pool": facts.pool(llm), "memory": facts.memory(llm)}
     finally:  # a machine on which no model loads is one that this is asked about
         print(json.dumps(found) if as_json else _as_text(found))
 

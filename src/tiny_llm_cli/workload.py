@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from tiny_llm import LLM
 
@@ -37,7 +36,7 @@ def what_was_run(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_dtype")
     }
     return {
-        "model": Path(llm.model_path).stem,
+        "model": llm.model_name,
         **run,
         **engine,
         "num_blocks": llm.core.manager.allocator.num_blocks,

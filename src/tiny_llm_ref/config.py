@@ -5,6 +5,7 @@ Both are frozen: results are returned, never written back, and a misspelled opti
 
 import os
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, Self
 
 from .errors import TinyLLMError
@@ -12,6 +13,18 @@ from .errors import TinyLLMError
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 PREEMPTION_MODES = ("recompute", "none")
+
+# What a model may have; far beyond any that is known, and small enough that checking it takes no time.
+_MOST = {
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 512,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": (1 << 31) - 1,
+}
 
 
 class ConfigError(TinyLLMError, ValueError):
@@ -22,7 +35,16 @@ class ConfigError(TinyLLMError, ValueError):
 class ModelConfig:
     """The hyper-parameters of a decoder, under the names of Hugging Face's config.json.
 
-    `eos_token_ids` ends a generation; `max_position_embeddings` is the longest context in tokens.
+    One description for every architecture that the engine runs; they differ only in the switches.
+
+    max_position_embeddings: the longest context in tokens.
+    rope_factors: what each of the head_dim / 2 rotary frequencies is divided by (llama 3's scaling, linear
+        scaling); None leaves them alone.
+    tie_word_embeddings: the output projection is the embedding.
+    qkv_bias, output_bias, mlp_bias: which projections have a bias: queries, keys and values; the one after
+        attention; those of the MLP.
+    qk_norm: each head's queries and keys are normalised before they are rotated.
+    eos_token_ids: tokens that end a generation.
     """
 
     architecture: str
@@ -36,23 +58,77 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_factors: tuple[float, ...] | None = None
     tie_word_embeddings: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even, not {self.head_dim}: its values are rotated in pairs")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        if self.rope_factors is not None:
+            self._check_rope_factors(self.rope_factors)
+
+    def _check_rope_factors(self, factors: tuple[float, ...]) -> None:
+        if len(factors) != self.head_dim // 2 or not all(0.0 < factor < float("inf") for factor in factors):
+            raise ConfigError(
+                f"rope_factors must be head_dim / 2 = {self.head_dim // 2} positive numbers, not "
+                f"{len(factors)} from {min(factors, default=None)} to {max(factors, default=None)}"
+            )
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter of the decoder by its checkpoint name; matrices as [outputs, inputs]."""
+        E, D = self.hidden_size, self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, E)}
+        for layer in range(self.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            for name, (outputs, inputs, has_bias) in self._projections.items():
+                shapes[f"{prefix}.{name}.weight"] = (outputs, inputs)
+                if has_bias:
+                    shapes[f"{prefix}.{name}.bias"] = (outputs,)
+            if self.qk_norm:
+                shapes |= {f"{prefix}.self_attn.{x}_norm.weight": (D,) for x in "qk"}
+            shapes |= {f"{prefix}.{x}_layernorm.weight": (E,) for x in ("input", "post_attention")}
+        shapes["model.norm.weight"] = (E,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, E)
+        return shapes
+
+    @property
+    def _projections(self) -> dict[str, tuple[int, int, bool]]:
+        """The matrices of one layer: outputs, inputs, and whether there is a bias."""
+        E, I = self.hidden_size, self.intermediate_size  # noqa: E741 (the legend's letter)
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (q, E, self.qkv_bias),
+            "self_attn.k_proj": (kv, E, self.qkv_bias),
+            "self_attn.v_proj": (kv, E, self.qkv_bias),
+            "self_attn.o_proj": (E, q, self.output_bias),
+            "mlp.gate_proj": (I, E, self.mlp_bias),
+            "mlp.up_proj": (I, E, self.mlp_bias),
+            "mlp.down_proj": (E, I, self.mlp_bias),
+        }
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the decoder that these numbers describe, a tied embedding counted once."""
-        attention = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
-        embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        return self.hidden_size * (embeddings + 1) + self.num_hidden_layers * layer
+        return sum(map(prod, self.parameter_shapes.values()))
 
     @property
     def attention_scale(self) -> float:

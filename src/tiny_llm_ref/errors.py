@@ -4,6 +4,10 @@ Errors that a caller can cause are also `ValueError`s, so that `except ValueErro
 catches every refusal. Nothing past a raised error is half-done: what raised changed nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TinyLLMError(Exception):
     """The root of every error that this package raises on purpose."""
@@ -31,3 +35,16 @@ class DuplicateRequestError(TinyLLMError, ValueError):
 
 class ModelFileError(TinyLLMError, ValueError):
     """A model file cannot be read: names the file, what was found, and what was expected."""
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """What goes wrong in this block is wrong with that file: it becomes a `ModelFileError` that names it."""
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except OSError as error:
+        raise ModelFileError(f"{file}: {(error.strerror or str(error)).lower()}") from error
+    except ValueError as error:
+        raise ModelFileError(f"{file}: {error}") from error

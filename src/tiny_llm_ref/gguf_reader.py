@@ -1,28 +1,36 @@
-"""A GGUF file becomes a model and a tokenizer: names, shapes and layouts are translated here, once.
+"""A GGUF file becomes a checkpoint: its names, shapes and layouts are translated here, once.
 
-`mx.load` reads the file and leaves quantized tensors quantized. Format: ggml's GGUF specification.
+Quantized tensors stay quantized where MLX's layout can say the same (Q4_0, Q4_1, Q8_0); every other
+quantized type is dequantized to float16 by ggml's own `gguf` package. Format: ggml's GGUF specification.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import mlx.core as mx
 
+from .checkpoint import Checkpoint, Quantized, as_array
 from .config import ModelConfig
-from .errors import ModelFileError
-from .linear import Linear, LinearLike, quantized_linear
-from .model import Model, build_model
-from .tokenizer import Tokenizer
+from .errors import reading
+from .ggml_blocks import QUANTIZED, dequantized
+from .gguf_format import GGUFFile, GGUFTensor, read_gguf_header
+from .gguf_tokenizer import gguf_tokenizer
 
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+INTERLEAVED = ("llama",)  # architectures whose query and key rows GGUF reorders
 
+_DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_ROPE_FACTORS = "rope_freqs.weight"
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -31,119 +39,179 @@ _BLOCK_NAMES = {
 }
 
 
-class LoadedModel(NamedTuple):
-    """What a model file holds."""
-
-    model: Model
-    tokenizer: Tokenizer
-
-
-def load_gguf(path: Path) -> LoadedModel:
-    """Read a GGUF file. Raises `ModelFileError` naming the file and what is wrong with it."""
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such file")
-    try:
-        loaded = mx.load(str(path), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelFileError(f"{path}: not a readable GGUF file ({error})") from error
-    arrays, metadata = cast(tuple[dict[str, mx.array], dict[str, Any]], loaded)
-    try:
-        tokenizer = Tokenizer.from_gguf(metadata)
-        config = _model_config(metadata, arrays, tokenizer.eos_token_ids)
-        return LoadedModel(_build(config, arrays), tokenizer)
-    except KeyError as error:
-        raise ModelFileError(f"{path}: {error.args[0]} is missing") from error
-    except ValueError as error:
-        raise ModelFileError(f"{path}: {error}") from error
+def read_gguf(path: Path) -> Checkpoint:
+    """The checkpoint in a GGUF file. Raises `ModelFileError` naming the file and what is wrong with it."""
+    with reading(path):
+        file = read_gguf_header(path)
+        tokenizer = gguf_tokenizer(file.metadata)
+        config = _model_config(file, tokenizer.eos_token_ids)
+    tensors = {
+        _checkpoint_name(name): _StoredTensor(file, name, tensor, _heads_to_undo(config, name))
+        for name, tensor in file.tensors.items()
+        if name != _ROPE_FACTORS
+    }
+    checkpoint = Checkpoint(path, config, tokenizer, tensors)
+    checkpoint.check(_gguf_name)
+    return checkpoint
 
 
-def _model_config(
-    metadata: Mapping[str, Any], arrays: Mapping[str, mx.array], eos_token_ids: frozenset[int]
-) -> ModelConfig:
+@dataclass(frozen=True)
+class _StoredTensor:
+    """One tensor of a GGUF file; `heads` is set where the rows of each head must be put back in order."""
+
+    gguf: GGUFFile
+    name: str
+    tensor: GGUFTensor
+    heads: int | None
+
+    @property
+    def file(self) -> Path:
+        return self.gguf.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def load(self) -> mx.array | Quantized:
+        kind = self.tensor.type
+        rows = self._ordered(as_array(self.gguf.read(self.name)).reshape(self.shape[0], -1))
+        if kind.name in _DENSE:
+            return rows.view(_DENSE[kind.name]).reshape(self.shape)
+        if kind.name in QUANTIZED:
+            return QUANTIZED[kind.name](rows.reshape(self.shape[0], -1, kind.nbytes))
+        return dequantized(rows, kind)
+
+    def _ordered(self, rows: mx.array) -> mx.array:
+        """Undo GGUF's order of query and key rows, which pairs row 2i of a head with 2i + 1 for rotation.
+
+        Checkpoints and `rope` pair i with i + D/2. Rows are whole in every type, so their bytes are moved:
+        [N, bytes of a row] -> the same.
+        """
+        if self.heads is None:
+            return rows
+        order = mx.arange(rows.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return rows[order]
+
+
+def _heads_to_undo(config: ModelConfig, name: str) -> int | None:
+    if config.architecture not in INTERLEAVED:
+        return None
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    return heads.get(name.split(".")[-2]) if name.startswith("blk.") else None
+
+
+def _checkpoint_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name is kept."""
+    stem, _, part = name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{part}"
+    kind, _, rest = stem.partition(".")
+    layer, _, tensor = rest.partition(".")
+    if kind != "blk" or tensor not in _BLOCK_NAMES:
+        return name
+    return f"model.layers.{layer}.{_BLOCK_NAMES[tensor]}.{part}"
+
+
+def _gguf_name(name: str) -> str:
+    """The inverse of `_checkpoint_name`."""
+    stem, _, part = name.rpartition(".")
+    top = {ours: theirs for theirs, ours in _TOP_NAMES.items()}
+    if stem in top:
+        return f"{top[stem]}.{part}"
+    layer, _, tensor = stem.removeprefix("model.layers.").partition(".")
+    block = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
+    return f"blk.{layer}.{block[tensor]}.{part}"
+
+
+# Metadata to configuration.
+
+
+def _model_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
+    metadata, tensors = file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-
-    def number(name: str, default: float | None = None) -> Any:
-        value = metadata.get(f"{architecture}.{name}", default)
-        if value is None:
-            raise KeyError(f"metadata {architecture}.{name}")
-        return value.item() if isinstance(value, mx.array) else value
-
-    hidden_size, heads = number("embedding_length"), number("attention.head_count")
+    found = _Metadata(metadata, architecture)
+    hidden_size, heads = found.integer("embedding_length"), found.integer("attention.head_count")
+    head_dim = found.integer("attention.key_length", hidden_size // max(1, heads))
+    _refuse_other_features(found, head_dim)
+    if "token_embd.weight" not in tensors:
+        raise ValueError("tensor token_embd.weight is missing")
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
-        num_hidden_layers=number("block_count"),
+        num_hidden_layers=found.integer("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=number("attention.head_count_kv", heads),
-        head_dim=number("attention.key_length", hidden_size // heads),
-        intermediate_size=number("feed_forward_length"),
-        vocab_size=arrays["token_embd.weight"].shape[0],
-        max_position_embeddings=number("context_length"),
-        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
-        rope_theta=number("rope.freq_base", 10_000.0),
-        tie_word_embeddings="output.weight" not in arrays,
+        num_key_value_heads=found.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        intermediate_size=found.integer("feed_forward_length"),
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        max_position_embeddings=found.integer("context_length"),
+        rms_norm_eps=found.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=found.number("rope.freq_base", 10_000.0),
+        rope_factors=_rope_factors(file, found, head_dim),
+        tie_word_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm=architecture == "qwen3",
         eos_token_ids=tuple(sorted(eos_token_ids)),
     )
 
 
-def _build(config: ModelConfig, arrays: Mapping[str, mx.array]) -> Model:
-    linears: dict[str, LinearLike] = {}
-    vectors: dict[str, mx.array] = {}
-    for gguf_name, array in arrays.items():
-        stem, _, part = gguf_name.rpartition(".")
-        if part != "weight":
-            continue  # scales and biases are taken together with their weight
-        name = _checkpoint_name(stem)
-        if array.ndim == 1:
-            vectors[name] = array.astype(mx.float32)
-        else:
-            parts = [arrays[f"{stem}.{p}"] for p in ("weight", "scales", "biases") if f"{stem}.{p}" in arrays]
-            linears[name] = _linear([_half_rotated(config, name, part) for part in parts], config, name)
-    mx.eval(list(vectors.values()))
-    return build_model(config, linears, vectors)
+@dataclass(frozen=True)
+class _Metadata:
+    """Numbers of one architecture: `embedding_length` stands in the file as `llama.embedding_length`."""
+
+    metadata: Mapping[str, Any]
+    architecture: str
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        return self._value(name, default, int)  # type: ignore[return-value]
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return float(self._value(name, default, (int, float)))
+
+    def _value(self, name: str, default: float | None, kind: type | tuple[type, ...]) -> int | float:
+        key = f"{self.architecture}.{name}"
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise ValueError(f"metadata {key} is missing")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"metadata {key} is {str(value)[:60]!r}, expected one number")
+        return value  # type: ignore[return-value]
 
 
-def _checkpoint_name(stem: str) -> str:
-    """`blk.3.attn_q` -> `model.layers.3.self_attn.q_proj`."""
-    if stem in _TOP_NAMES:
-        return _TOP_NAMES[stem]
-    kind, _, rest = stem.partition(".")
-    layer, _, tensor = rest.partition(".")
-    if kind != "blk" or tensor not in _BLOCK_NAMES:
-        raise ValueError(f"tensor {stem!r} is not one that this architecture has")
-    return f"model.layers.{layer}.{_BLOCK_NAMES[tensor]}"
+def _refuse_other_features(found: _Metadata, head_dim: int) -> None:
+    """Refuse what would make this another computation than the engine's."""
+    expected = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "expert_count": 0,
+        "attention.sliding_window": 0,
+    }
+    for name, wanted in expected.items():
+        value = found.integer(name, wanted)
+        if value != wanted:
+            raise ValueError(
+                f"{found.architecture}.{name} is {value}, which is not supported; expected {wanted}"
+            )
 
 
-def _half_rotated(config: ModelConfig, name: str, array: mx.array) -> mx.array:
-    """Undo GGUF's order of the query and key rows, which pairs row 2i of a head with 2i + 1 for rotation.
-
-    Checkpoints and `rope` pair i with i + D/2. Rows are whole in every layout, so reordering them
-    works on packed words, scales and biases alike.
-    """
-    if not name.endswith(("q_proj", "k_proj")):
-        return array
-    rows = mx.arange(array.shape[0]).reshape(-1, config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-    return array[rows]
-
-
-def _linear(parts: list[mx.array], config: ModelConfig, name: str) -> LinearLike:
-    """One matrix from its stored parts: [weight], or [weight, scales, biases] when quantized."""
-    if len(parts) == 1:
-        weight = parts[0].astype(mx.float32)
-        mx.eval(weight)
-        return Linear(weight)
-    weight, scales, biases = parts
-    in_features = config.intermediate_size if name.endswith("down_proj") else config.hidden_size
-    if name.endswith("o_proj"):
-        in_features = config.num_attention_heads * config.head_dim
-    return quantized_linear(
-        weight,
-        scales,
-        biases,
-        group_size=in_features // scales.shape[-1],
-        bits=weight.shape[-1] * 32 // in_features,
-    )
+def _rope_factors(file: GGUFFile, found: _Metadata, head_dim: int) -> tuple[float, ...] | None:
+    """What the file divides rotary frequencies by: a tensor (llama 3), or one factor for all (linear)."""
+    if _ROPE_FACTORS in file.tensors:
+        tensor = file.tensors[_ROPE_FACTORS]
+        if tensor.type.name != "F32":
+            raise ValueError(f"tensor {_ROPE_FACTORS} is {tensor.type.name}, expected F32")
+        factors: list[float] = as_array(file.read(_ROPE_FACTORS)).view(mx.float32).tolist()  # type: ignore[assignment]
+        return tuple(factors)
+    kind = found.metadata.get(f"{found.architecture}.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"{found.architecture}.rope.scaling.type {kind!r} is not supported; supported: none, linear"
+        )
+    factor = found.number("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+    return None if factor == 1.0 else (factor,) * (head_dim // 2)

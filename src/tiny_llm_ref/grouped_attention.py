@@ -11,6 +11,7 @@ import mlx.core as mx
 from .attention import causal_mask, scaled_dot_product_attention
 from .kv_context import KVContext
 from .linear import LinearLike
+from .norm import rms_norm
 from .rope import rope
 
 
@@ -48,7 +49,10 @@ class NoCacheContext:
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention; qkv_proj is the checkpoint's q_proj, k_proj and v_proj, stacked."""
+    """One layer's attention; qkv_proj is the checkpoint's q_proj, k_proj and v_proj, stacked.
+
+    q_norm and k_norm [D] are there where the architecture normalises queries and keys head by head.
+    """
 
     layer: int
     num_heads: int
@@ -57,12 +61,25 @@ class Attention:
     inv_freq: mx.array
     qkv_proj: LinearLike
     o_proj: LinearLike
+    q_norm: mx.array | None
+    k_norm: mx.array | None
+    eps: float
 
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
         """x [B, L, E] -> [B, L, E]: project, split into heads, rotate q and k, attend, project back."""
         B, L, _ = x.shape
         heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 Hkv, L, D]
         qk, v = mx.split(heads, [self.num_heads + self.num_kv_heads], axis=1)
-        q, k = mx.split(rope(qk, context.positions, self.inv_freq), [self.num_heads], axis=1)
+        qk = rope(self._normed(qk), context.positions, self.inv_freq)
+        q, k = mx.split(qk, [self.num_heads], axis=1)
         out = context.attend(self.layer, q, k, v)  # [B, H, L, D]
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
+
+    def _normed(self, qk: mx.array) -> mx.array:
+        """qk [B, H + Hkv, L, D] -> the same, each head normalised where the architecture does it."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        q, k = mx.split(qk, [self.num_heads], axis=1)
+        return mx.concatenate(
+            [rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)], axis=1
+        )

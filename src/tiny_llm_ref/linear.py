@@ -9,10 +9,11 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
-from .kernels import compiled_kernel, is_reference, use_compiled
+from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .quantize import dequantize, quantized_matmul
 
 PACKED_TILE = 16  # outputs in one tile of the compiled kernels' layout
+PACKED_GROUP = 32  # inputs that share a scale in it
 
 
 class LinearLike(Protocol):
@@ -25,19 +26,25 @@ class LinearLike(Protocol):
         """Rows of W by index: ids [...] -> [..., K] in float32."""
 
 
+@accelerated(compiled="dense_matmul")
+def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """x [..., K] times the transpose of weight [N, K] -> [..., N], summed in x's type."""
+    return x @ weight.astype(x.dtype).T
+
+
 @dataclass(frozen=True)
 class Linear:
-    """A dense matrix: weight [N, K]."""
+    """A dense matrix: weight [N, K] in float32, float16 or bfloat16, as the checkpoint has it."""
 
     weight: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., K] -> [..., N]."""
-        return x @ self.weight.T
+        return dense_matmul(x, self.weight)
 
     def rows(self, ids: mx.array) -> mx.array:
-        """ids [...] -> [..., K]."""
-        return self.weight[ids]
+        """ids [...] -> [..., K] in float32."""
+        return self.weight[ids].astype(mx.float32)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,22 @@ class PackedLinear:
 
 
 @dataclass(frozen=True)
+class BiasedLinear:
+    """A matrix in any form, and a bias [N] that is added to its products."""
+
+    matrix: LinearLike
+    bias: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., K] -> x W^T + bias [..., N]."""
+        return self.matrix(x) + self.bias
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """ids [...] -> [..., K]: rows of the matrix, without the bias."""
+        return self.matrix.rows(ids)
+
+
+@dataclass(frozen=True)
 class StackedLinear:
     """Several matrices over the same input, each in its own form; the outputs lie side by side."""
 
@@ -103,24 +126,51 @@ def stack(*parts: LinearLike) -> LinearLike:
     One call instead of three for queries, keys and values. Matrices in the same form become one;
     others are called one by one. The results are the same bits either way.
     """
+    if all(isinstance(part, BiasedLinear) for part in parts):
+        biased = cast(tuple[BiasedLinear, ...], parts)
+        matrix = stack(*(part.matrix for part in biased))
+        return BiasedLinear(matrix, _joined([part.bias for part in biased]))
     if all(isinstance(part, PackedLinear) for part in parts):
         packed = cast(tuple[PackedLinear, ...], parts)
         whole_tiles = all(part.out_features % PACKED_TILE == 0 for part in packed)
-        if whole_tiles and len({(part.in_features, part.bits) for part in packed}) == 1:
-            blob = mx.concatenate([part.packed for part in packed])
-            mx.eval(blob)
+        if whole_tiles and len({(part.packed.shape[1:], part.bits) for part in packed}) == 1:
+            blob = _joined([part.packed for part in packed])
             outputs = sum(part.out_features for part in packed)
             return PackedLinear(blob, packed[0].in_features, outputs, packed[0].bits)
+    if all(isinstance(part, Linear) for part in parts):
+        dense = cast(tuple[Linear, ...], parts)
+        if len({part.weight.dtype for part in dense}) == 1:
+            return Linear(_joined([part.weight for part in dense]))
     return StackedLinear(parts)
+
+
+def _joined(arrays: list[mx.array]) -> mx.array:
+    """Arrays one behind the other along the first axis, evaluated, so that the parts can go."""
+    joined = mx.concatenate(arrays)
+    mx.eval(joined)
+    return joined
 
 
 def quantized_linear(
     weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> LinearLike:
-    """The best form of a quantized matrix on this device: packed where the compiled kernels run."""
-    in_features = weight.shape[-1] * 32 // bits
-    packs = use_compiled() and is_reference(quantized_matmul) and group_size == 32 and bits in (4, 8)
+    """The best form of a quantized matrix on this device: packed where the compiled kernels run.
+
+    Packed, a matrix says the same numbers exactly: scales and biases in float16 where that holds all of
+    them, in float32 otherwise. One whose groups are no multiples of the kernels' stays in MLX's layout.
+    """
+    packs = use_compiled() and is_reference(quantized_matmul) and group_size % PACKED_GROUP == 0
     if not packs:
         return QuantizedLinear(weight, scales, biases, group_size, bits)
+    scale_type = mx.float16 if _fits_float16(scales) and _fits_float16(biases) else mx.float32
+    scales, biases = scales.astype(scale_type), biases.astype(scale_type)
     packed = compiled_kernel("pack")(weight, scales, biases, group_size=group_size, bits=bits)
-    return PackedLinear(packed, in_features, weight.shape[0], bits)
+    mx.eval(packed)
+    in_features = weight.shape[-1] * 32 // bits
+    return PackedLinear(packed, in_features, weight.shape[0], compiled_kernel("packed_bits")(bits))
+
+
+def _fits_float16(values: mx.array) -> bool:
+    """True where float16 holds every one of the values exactly."""
+    narrow = values.astype(mx.float16).astype(values.dtype)
+    return bool(mx.array_equal(narrow, values))

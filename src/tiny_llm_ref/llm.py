@@ -10,10 +10,9 @@ import mlx.core as mx
 
 from .chat_template import ChatTemplate
 from .config import EngineConfig
-from .embedded import embedded_model_path
 from .engine_core import EngineCore
-from .gguf_reader import load_gguf
 from .kv_pool import DTYPES
+from .loader import load_model
 from .output_processor import RequestState
 from .outputs import RequestOutput, TextDelta
 from .paged_attention import BlockTable
@@ -32,7 +31,8 @@ Messages = Sequence[Mapping[str, str]]
 class LLM:
     """A model, its tokenizer, and an engine that serves many prompts at once from one pool of pages.
 
-    model: a `.gguf` file; None is the embedded SmolLM2-135M-Instruct. engine_options: the fields of
+    model: a `.gguf` file, a folder in Hugging Face's layout, or a hub id (`owner/name`, or one file of it,
+    `owner/name/FILE.gguf`); None is the embedded SmolLM2-135M-Instruct. engine_options: the fields of
     `EngineConfig`. Belongs to the thread that made it.
 
     Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option.
@@ -40,8 +40,7 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **engine_options: Any) -> None:
         self.engine_config = EngineConfig.from_options(**engine_options)
-        self.model_path = embedded_model_path() if model is None else Path(model)
-        self.model, self.tokenizer = load_gguf(self.model_path)
+        self.model_name, self.model_path, self.model, self.tokenizer = load_model(model)
         self.model_config = self.model.config
         self.chat_template = _chat_template(self.tokenizer)
         self.core = _build_core(self)
@@ -120,11 +119,13 @@ class LLM:
         return mx.concatenate(rows)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        return list(prompt)
 
     def _encode_chat(self, messages: Messages) -> list[int]:
         if self.chat_template is None:
-            raise ValueError(f"{self.model_path.name} has no chat template: use generate instead of chat")
+            raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
         return self.chat_template.encode(messages, self.tokenizer)
 
     def _add(self, tokens: list[int], text: str | None, params: SamplingParams) -> RequestState:

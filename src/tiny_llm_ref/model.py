@@ -4,8 +4,8 @@ Knows nothing of caches, pages, batches or quantization: its layers are objects 
 and keys and values go to the context.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -17,6 +17,15 @@ from .linear import LinearLike, stack
 from .mlp import MLP
 from .norm import rms_norm
 from .rope import inverse_frequencies
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class ByName(Protocol[T_co]):
+    """Parameters by name: a dict, or something that makes each when it is asked for."""
+
+    def __getitem__(self, name: str, /) -> T_co:
+        """The parameter of that name."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,14 @@ class Model:
         return self.lm_head(rms_norm(x, self.norm, self.config.rms_norm_eps))
 
 
-def build_model(
-    config: ModelConfig, linears: Mapping[str, LinearLike], vectors: Mapping[str, mx.array]
-) -> Model:
-    """Assemble a model from its parameters by their checkpoint names, without the `.weight` at the end."""
+def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByName[mx.array]) -> Model:
+    """Assemble a model from its parameters by their checkpoint names, without the `.weight` at the end.
+
+    Each is asked for once, layer after layer, so whoever makes them need not hold them all.
+    """
     inv_freq = inverse_frequencies(config.head_dim, config.rope_theta)
+    if config.rope_factors is not None:
+        inv_freq = inv_freq / mx.array(config.rope_factors, mx.float32)
     embed_tokens = linears["model.embed_tokens"]
     return Model(
         config=config,
@@ -61,8 +73,8 @@ def _build_block(
     config: ModelConfig,
     layer: int,
     inv_freq: mx.array,
-    linears: Mapping[str, LinearLike],
-    vectors: Mapping[str, mx.array],
+    linears: ByName[LinearLike],
+    vectors: ByName[mx.array],
 ) -> TransformerBlock:
     prefix = f"model.layers.{layer}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
@@ -75,6 +87,9 @@ def _build_block(
             inv_freq=inv_freq,
             qkv_proj=stack(*(linears[f"{attention}.{name}_proj"] for name in "qkv")),
             o_proj=linears[f"{attention}.o_proj"],
+            q_norm=vectors[f"{attention}.q_norm"] if config.qk_norm else None,
+            k_norm=vectors[f"{attention}.k_norm"] if config.qk_norm else None,
+            eps=config.rms_norm_eps,
         ),
         mlp=MLP(
             gate_up_proj=stack(linears[f"{mlp}.gate_proj"], linears[f"{mlp}.up_proj"]),

@@ -1,28 +1,13 @@
-"""Text to token ids and back, built from what a GGUF file says about its own tokenizer.
+"""Text to token ids and back, whatever file the tokenizer came from.
 
-Byte-level BPE through the `tokenizers` library. Knows nothing of models, arrays or chat templates; never adds
-a token that the text does not hold.
+Two views on one vocabulary: text in which control tokens are control tokens, and text that is text through
+and through. Knows nothing of models, arrays or chat templates. Made by `gguf_tokenizer` and `hf_tokenizer`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
-
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_UNSUPPORTED_FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    """Every digit stands alone, then GPT-2's pattern over bytes; the order matters for "  1"."""
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-
-
-_PRE_TOKENIZERS = {"smollm": _smollm}
 
 
 class Tokenizer:
@@ -30,103 +15,39 @@ class Tokenizer:
 
     def __init__(
         self,
-        tokens: Sequence[str],
-        merges: Iterable[str],
+        tokenizer: tokenizers.Tokenizer,
         *,
-        pre_tokenizer: str,
-        control_tokens: Sequence[str] = (),
-        user_defined_tokens: Sequence[str] = (),
         bos_token: str = "",
         eos_token: str = "",
         eos_token_ids: frozenset[int] = frozenset(),
         chat_template: str | None = None,
     ) -> None:
-        """Build from `tokens[id]`, in the byte-level alphabet, and merges ("left right") in rank order.
-
-        `from_gguf` is the usual way in. Raises ValueError for a pre-tokenizer that is not supported and for
-        merges that do not fit the vocabulary.
-        """
-        if pre_tokenizer not in _PRE_TOKENIZERS:
-            known = ", ".join(sorted(_PRE_TOKENIZERS))
-            raise ValueError(f"pre-tokenizer {pre_tokenizer!r} is not supported; supported: {known}")
-        try:
-            bpe = models.BPE(
-                vocab={token: index for index, token in enumerate(tokens)},
-                merges=[(left, right) for left, _, right in (merge.partition(" ") for merge in merges)],
-            )
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"merges that do not fit the {len(tokens)} tokens: {error}") from error
-
-        def build(special: Sequence[str]) -> tokenizers.Tokenizer:
-            built = tokenizers.Tokenizer(bpe)
-            built.pre_tokenizer = _PRE_TOKENIZERS[pre_tokenizer]()
-            built.decoder = decoders.ByteLevel()
-            built.add_tokens([AddedToken(token, normalized=False) for token in user_defined_tokens])
-            built.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-            return built
-
-        # Two views on one model: what the library offers instead is a switch inside the tokenizer, which two
-        # threads would turn under each other.
-        self._tokenizer = build(control_tokens)
-        self._text_only = build(())
-        self.vocab_size = len(tokens)
-        self.control_tokens = tuple(control_tokens)
+        """Take over a tokenizer of the `tokenizers` library; its special tokens are the control tokens."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        self._tokenizer = tokenizer
+        self._text_only = _without_special_tokens(tokenizer)
+        self.vocab_size = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+        self.control_tokens = tuple(token.content for token in added.values() if token.special)
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.eos_token_ids = eos_token_ids
         self.chat_template = chat_template
 
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-        """Build from the metadata of `mx.load(path, return_metadata=True)`; numbers may be 0-d arrays.
-
-        Tokens that the file marks as control are special; those that it marks as user-defined are kept whole
-        but are ordinary text. The end-of-sequence ids are the file's eos, eot and eom, as far as it names
-        them.
-
-        Raises ValueError for a kind of tokenizer, a pre-tokenizer or a flag that is not supported, and for a
-        file that lacks a part.
-        """
-        found = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-        kind = found.get("model")
-        if kind != "gpt2":
-            raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported; supported: gpt2")
-        for part in ("tokens", "merges", "token_type"):
-            if part not in found:
-                raise ValueError(f"the file holds no tokenizer.ggml.{part}")
-        for flag in _UNSUPPORTED_FLAGS:
-            if _plain(found.get(flag, False)):
-                raise ValueError(f"tokenizer.ggml.{flag} is true in this file, which is not supported")
-
-        tokens: list[str] = list(found["tokens"])
-        types: list[int] = _plain(found["token_type"])
-        if len(types) != len(tokens):
-            raise ValueError(f"the file gives {len(types)} token types for {len(tokens)} tokens")
-
-        def token_of(key: str) -> str:
-            index = _plain(found.get(key))
-            return "" if index is None else tokens[index]
-
-        return cls(
-            tokens,
-            found["merges"],
-            pre_tokenizer=found.get("pre", "default"),
-            control_tokens=[t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
-            user_defined_tokens=[t for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
-            bos_token=token_of("bos_token_id"),
-            eos_token=token_of("eos_token_id"),
-            eos_token_ids=frozenset(_plain(found[key]) for key in _END_KEYS if key in found),
-            chat_template=metadata.get("tokenizer.chat_template"),
-        )
-
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; nothing is added in front or behind.
+    def encode(
+        self, text: str, *, special_tokens: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids of `text`.
 
         With `special_tokens` (the default, as in transformers and vLLM) control tokens written out in the
         text, such as "<|im_start|>", become those tokens: right for a prompt that somebody wrote or rendered
         as a whole. Pass False for text that came from a user and goes into a prompt that somebody else
         frames: it is then text through and through, and can neither end a turn nor open one.
         `ChatTemplate.encode` does this for each message.
+
+        With `add_special_tokens` the tokenizer's own frame is put around it: the beginning-of-sequence token
+        of llama, nothing for most others. A chat template writes its own.
 
         A byte that the vocabulary has no token for is dropped, as by the checkpoint's own tokenizer (in the
         embedded model six control characters such as U+0004, and the first byte of planes 4 to 11, which
@@ -138,21 +59,21 @@ class Tokenizer:
             lone = text[error.start]
             raise ValueError(f"the text holds a lone surrogate, {lone!r}, at {error.start}") from None
         tokenizer = self._tokenizer if special_tokens else self._text_only
-        return tokenizer.encode(text).ids
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
-        Raises ValueError for an id outside the vocabulary.
+        An id behind the vocabulary has no text: many models have more rows than tokens, and may choose one.
+        Raises ValueError for a negative id.
         """
-        for token_id in ids:
-            self._check(token_id)
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        known = [token_id for token_id in ids if self._is_known(token_id)]
+        return self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, control tokens written out; part of a character shows as U+FFFD.
 
-        Raises ValueError for an id outside the vocabulary.
+        Raises ValueError for a negative id.
         """
         return self.decode([token_id], skip_special_tokens=False)
 
@@ -160,9 +81,23 @@ class Tokenizer:
         """A detokenizer for one sequence of ids."""
         return Detokenizer(self, skip_special_tokens=skip_special_tokens)
 
-    def _check(self, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            raise ValueError(f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})")
+    def _is_known(self, token_id: int) -> bool:
+        if token_id < 0:
+            raise ValueError(f"token id {token_id} is negative")
+        return token_id < self.vocab_size
+
+
+def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which special tokens are text; the vocabulary is shared, not copied.
+
+    The library offers a switch inside a tokenizer instead, which two threads would turn under each other.
+    """
+    plain = tokenizers.Tokenizer(tokenizer.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(tokenizer, part) is not None:
+            setattr(plain, part, getattr(tokenizer, part))
+    plain.add_tokens([token for token in tokenizer.get_added_tokens_decoder().values() if not token.special])
+    return plain
 
 
 class Detokenizer:
@@ -183,9 +118,10 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Take the next id; return the text that is final with it, often one word, sometimes nothing.
 
-        Raises ValueError for an id outside the vocabulary, and has then taken nothing.
+        Raises ValueError for a negative id, and has then taken nothing.
         """
-        self._tokenizer._check(token_id)
+        if not self._tokenizer._is_known(token_id):
+            return ""
         self._ids.append(token_id)
         text = self._stream.step(self._tokenizer._tokenizer, token_id) or ""
         self._given += len(text)
@@ -196,8 +132,3 @@ class Detokenizer:
         text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)[self._given :]
         self._given += len(text)
         return text
-
-
-def _plain(value: Any) -> Any:
-    """A metadata value as plain Python: arrays become numbers or lists."""
-    return value.tolist() if hasattr(value, "tolist") else value

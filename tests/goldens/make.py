@@ -248,10 +248,13 @@ def main() -> None:
     if os.environ.get("TINY_LLM_GOLDENS") != "inside":
         enter_environment()
     sys.path.insert(0, str(HERE))
+    import make_checkpoints
+
     converted, right = load_tokenizers()
     make_tokens(converted, right)
     make_chat(right)
     make_greedy(right)
+    make_checkpoints.make(write)
 
 
 if __name__ == "__main__":

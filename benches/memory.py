@@ -1,0 +1,75 @@
+"""How much memory beside the weights and the pool? Peak resident bytes of whole processes.
+
+Three processes of `tiny-llm`: one that loads and serves one full step (`info`), one that serves 32 requests,
+16 at a time (`bench throughput`), and one with a pool as small as llama.cpp's context. llama.cpp is its own
+`llama-bench` (512 tokens in, 128 out), which is not installed with this project: give its path. It maps the
+model file: the pages of it that it touched count as its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+MIB = 1 << 20
+CONTEXT = 512 + 128
+OURS = [sys.executable, "-m", "tiny_llm_cli"]
+
+
+def peak_of(command: Sequence[str]) -> tuple[int, str]:
+    """The most bytes that a command's process held at any time, and what it printed."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), printed
+
+
+def described(*options: str) -> dict[str, Any]:
+    """What `tiny-llm info` says of model, pool and memory."""
+    found: dict[str, Any] = json.loads(peak_of([*OURS, "info", "--json", *options])[1])
+    return found
+
+
+def row(peak: int, weights: int, pool: int) -> dict[str, int]:
+    """One process's figures, in bytes."""
+    return {"weights": weights, "pool": pool, "peak": peak, "beyond": peak - weights - pool}
+
+
+def main() -> None:
+    """Print each process's weights, pool, peak, and what the peak has beside them."""
+    options = harness.parser(__doc__ or "")
+    options.add_argument("--llama-bench", type=Path, help="path of llama.cpp's llama-bench")
+    args = options.parse_args()
+    found = described()
+    memory = found["memory"]
+    weights, pool = memory["weights"], memory["pool"]
+    rows = {
+        "tiny-llm, loaded": row(memory["peak_at_load"], weights, pool),
+        "tiny-llm, one full step": row(memory["peak_in_service"], weights, pool),
+        "tiny-llm, 32 requests": row(peak_of([*OURS, "bench", "throughput", "--json"])[0], weights, pool),
+    }
+    small = described("--num-blocks", str(-(-CONTEXT // 16)))["memory"]
+    rows[f"tiny-llm, {CONTEXT} tokens"] = row(small["peak_in_service"], weights, small["pool"])
+    if args.llama_bench is not None:
+        model = Path(found["model"]["path"])
+        lengths = ["-p", "512", "-n", "128", "-r", "1", "-t", str(harness.machine()["threads"])]
+        peak, _ = peak_of([str(args.llama_bench), "-m", str(model), *lengths])
+        rows[f"llama.cpp, {CONTEXT} tokens"] = row(peak, model.stat().st_size, small["pool"])
+    text = "\n".join(
+        f"{name:24}" + "".join(f"{key:>8} {value / MIB:6.1f}" for key, value in figures.items()) + " MiB"
+        for name, figures in rows.items()
+    )
+    harness.show({"benchmark": "memory", "rows": rows}, as_json=args.json, text=text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""ggml's quantized blocks, translated to MLX's layout: the same numbers, packed in another order.
+
+A block holds 32 values: a float16 scale d, perhaps a float16 minimum m, and behind them the values in 4 or 8
+bits. MLX says every value as scale * q + bias with q >= 0. Source: ggml's quantization formats.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .checkpoint import Quantized
+from .gguf_format import GGMLType
+from .kernels import compiled_kernel, use_compiled
+
+
+def q4_0(blocks: mx.array) -> Quantized:
+    """d * (q - 8): blocks [N, K/32, 2 + 16] uint8."""
+    scales = _float16(blocks, 0)
+    return Quantized(quants(blocks, 4), scales, -8 * scales, 32, 4)
+
+
+def q4_1(blocks: mx.array) -> Quantized:
+    """d * q + m: blocks [N, K/32, 2 + 2 + 16] uint8."""
+    return Quantized(quants(blocks, 4), _float16(blocks, 0), _float16(blocks, 1), 32, 4)
+
+
+def q8_0(blocks: mx.array) -> Quantized:
+    """d * q with q from -128 to 127: blocks [N, K/32, 2 + 32] uint8."""
+    scales = _float16(blocks, 0)
+    return Quantized(quants(blocks, 8), scales, -128 * scales, 32, 8)
+
+
+QUANTIZED: dict[str, Callable[[mx.array], Quantized]] = {"Q4_0": q4_0, "Q4_1": q4_1, "Q8_0": q8_0}
+
+
+def dequantized(rows: mx.array, kind: GGMLType) -> mx.array:
+    """Any other quantized type through ggml's `gguf` package: rows [N, bytes] -> [N, K] float16."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values = dequantize(np.array(rows), GGMLQuantizationType[kind.name])
+    return mx.array(values.astype(np.float16))
+
+
+def quants(blocks: mx.array, bits: int) -> mx.array:
+    """The values in MLX's order: blocks [N, K/32, bytes] uint8 -> [N, K * bits / 32] uint32.
+
+    8 bits: two's complement + 128. 4 bits: ggml's byte i holds value i in its low and value i + 16 in its
+    high half, MLX's byte i the values 2i and 2i + 1.
+    """
+    if use_compiled():
+        words: mx.array = compiled_kernel("ggml_quants")(blocks, bits=bits)
+        return words
+    values = blocks[..., -4 * bits :]
+    if bits == 8:
+        values = values ^ 0x80
+    else:
+        both = mx.concatenate([values & 0x0F, values >> 4], axis=-1)  # [N, K/32, 32]
+        values = both[..., 0::2] | (both[..., 1::2] << 4)
+    return mx.contiguous(values).reshape(blocks.shape[0], -1).view(mx.uint32)
+
+
+def _float16(blocks: mx.array, place: int) -> mx.array:
+    """The float16 at that place of every block -> [N, K/32]."""
+    return mx.contiguous(blocks.view(mx.float16)[..., place])

@@ -1,0 +1,251 @@
+"""The GGUF container: a file's metadata and where each tensor's bytes lie. Format: ggml's GGUF specification.
+
+The file is not trusted: every count and size in it is held against the bytes that are there before
+anything is allocated for it. Knows nothing of models, and never reads a tensor that nobody asked for.
+"""
+
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MOST_ENTRIES = 1 << 16  # metadata keys, and tensors; a model of 126 layers has about 1,200
+MOST_ITEMS = (
+    1 << 22
+)  # texts and numbers in all metadata arrays together; 262,144 tokens make about 1.3 million
+MOST_TEXT = 1 << 24  # bytes of one text; a long chat template has 20 thousand
+MOST_DIMENSIONS = 4
+SMALLEST_TENSOR_INFO = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, type and offset
+CHUNK = 1 << 23  # bytes of the header that are read at a time
+
+_STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+class GGMLType(NamedTuple):
+    """How a tensor's values lie in memory: `block` values in `nbytes` bytes."""
+
+    name: str
+    block: int
+    nbytes: int
+
+
+TYPES = {
+    0: GGMLType("F32", 1, 4),
+    1: GGMLType("F16", 1, 2),
+    2: GGMLType("Q4_0", 32, 18),
+    3: GGMLType("Q4_1", 32, 20),
+    6: GGMLType("Q5_0", 32, 22),
+    7: GGMLType("Q5_1", 32, 24),
+    8: GGMLType("Q8_0", 32, 34),
+    10: GGMLType("Q2_K", 256, 84),
+    11: GGMLType("Q3_K", 256, 110),
+    12: GGMLType("Q4_K", 256, 144),
+    13: GGMLType("Q5_K", 256, 176),
+    14: GGMLType("Q6_K", 256, 210),
+    30: GGMLType("BF16", 1, 2),
+}
+
+
+class GGUFTensor(NamedTuple):
+    """Where one tensor lies: `shape` with the rows first, `offset` from the file's first byte."""
+
+    shape: tuple[int, ...]
+    type: GGMLType
+    offset: int
+    nbytes: int
+
+
+class GGUFFile(NamedTuple):
+    """A GGUF file's header. Metadata values are Python's own: numbers, booleans, texts and lists."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one tensor. ValueError where the file has become shorter."""
+        tensor = self.tensors[name]
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = file.read(tensor.nbytes)
+        if len(data) != tensor.nbytes:
+            raise ValueError(
+                f"tensor {name}: expected {tensor.nbytes} bytes at {tensor.offset}, found {len(data)}"
+            )
+        return data
+
+
+def read_gguf_header(path: Path) -> GGUFFile:
+    """Read the header of a GGUF file (version 2 or 3, little-endian).
+
+    Raises ValueError saying what was found and what was expected, for anything that is not a whole and
+    consistent file; time and memory are bounded by the bytes that the header really has.
+    """
+    with path.open("rb") as file:
+        cursor = _Cursor(file, path.stat().st_size)
+        magic = cursor.take(4, "the magic")
+        if magic != MAGIC:
+            raise ValueError(f"not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
+        version = cursor.number("I", "the version")
+        if version not in VERSIONS:
+            raise ValueError(f"GGUF version {version} is not supported; supported: 2 and 3, little-endian")
+        num_tensors, num_keys = (
+            cursor.number("Q", "the tensor count"),
+            cursor.number("Q", "the metadata count"),
+        )
+        for count, least, what in (
+            (num_tensors, SMALLEST_TENSOR_INFO, "tensors"),
+            (num_keys, 13, "metadata keys"),
+        ):
+            if count > MOST_ENTRIES:
+                raise ValueError(f"the header claims {count} {what}, expected at most {MOST_ENTRIES}")
+            cursor.expect(count * least, f"{count} {what}")
+        metadata = _read_metadata(cursor, num_keys)
+        return GGUFFile(path, metadata, _read_tensors(cursor, num_tensors, _alignment(metadata)))
+
+
+class _Cursor:
+    """Reads a file from its start, piece by piece; refuses what lies behind its end."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.size = size
+        self.position = 0
+        self.num_items = 0
+        self._file = file
+        self._buffer = b""
+        self._buffered_from = 0
+
+    def expect(self, count: int, what: str) -> None:
+        """Refuse unless `count` bytes are left."""
+        if count > self.size - self.position:
+            raise ValueError(
+                f"truncated or corrupted: {what} at byte {self.position} need {count} bytes or more, "
+                f"{self.size - self.position} are left of {self.size}"
+            )
+
+    def take(self, count: int, what: str) -> bytes:
+        """The next `count` bytes."""
+        start = self.position - self._buffered_from
+        if start + count > len(self._buffer):
+            self.expect(count, what)
+            self._buffer = self._buffer[start:] + self._file.read(max(count, CHUNK))
+            self._buffered_from, start = self.position, 0
+            if count > len(self._buffer):
+                raise ValueError(f"truncated: the file became shorter while {what} was read")
+        self.position += count
+        return self._buffer[start : start + count]
+
+    def number(self, code: str, what: str) -> Any:
+        """One little-endian number of `struct`'s type `code`."""
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
+
+    def text(self, what: str) -> str:
+        """A length and that many bytes of UTF-8."""
+        length = int.from_bytes(self.take(8, what), "little")
+        if length > MOST_TEXT:
+            raise ValueError(f"{what} claims {length} bytes of text, expected at most {MOST_TEXT}")
+        try:
+            return self.take(length, what).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{what} is not UTF-8 (at byte {self.position - length})") from error
+
+    def texts(self, count: int, what: str) -> list[str]:
+        """So many texts: straight from the buffer while they are whole in it and all goes well."""
+        found: list[str] = []
+        while len(found) < count:
+            buffer, at = self._buffer, self.position - self._buffered_from
+            try:
+                while len(found) < count:
+                    end = at + 8 + _LENGTH.unpack_from(buffer, at)[0]
+                    if end > len(buffer):
+                        break
+                    found.append(buffer[at + 8 : end].decode())
+                    at = end
+            except (struct.error, UnicodeDecodeError):
+                pass  # the text at `at` is read again, with care
+            self.position = self._buffered_from + at
+            if len(found) < count:
+                found.append(self.text(what))
+        return found
+
+
+def _read_metadata(cursor: _Cursor, num_keys: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for _ in range(num_keys):
+        key = cursor.text("a metadata key")
+        if key in metadata:
+            raise ValueError(f"metadata {key} is there twice")
+        metadata[key] = _read_value(cursor, cursor.number("I", f"the type of {key}"), f"metadata {key}")
+    return metadata
+
+
+def _read_value(cursor: _Cursor, kind: int, what: str) -> Any:
+    if kind == _STRING:
+        return cursor.text(what)
+    if kind == _ARRAY:
+        return _read_array(cursor, what)
+    if kind not in _NUMBERS:
+        raise ValueError(f"{what} has the unknown type {kind}, expected 0 to 12")
+    return cursor.number(_NUMBERS[kind], what)
+
+
+def _read_array(cursor: _Cursor, what: str) -> list[Any]:
+    kind, count = cursor.number("I", what), cursor.number("Q", what)
+    cursor.num_items += count
+    if cursor.num_items > MOST_ITEMS:
+        raise ValueError(f"{what} claims {count} items; all metadata may have {MOST_ITEMS}")
+    if kind == _STRING:
+        cursor.expect(8 * count, f"{what}, {count} texts,")
+        return cursor.texts(count, what)
+    if kind not in _NUMBERS:
+        raise ValueError(f"{what} is an array of type {kind}, expected numbers or texts")
+    code = f"<{count}{_NUMBERS[kind]}"
+    return list(struct.unpack(code, cursor.take(struct.calcsize(code), f"{what}, {count} numbers,")))
+
+
+def _alignment(metadata: dict[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
+        raise ValueError(f"metadata general.alignment is {alignment!r}, expected 1 to {1 << 20}")
+    return alignment
+
+
+def _read_tensors(cursor: _Cursor, num_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
+    tensors: dict[str, GGUFTensor] = {}
+    for _ in range(num_tensors):
+        name = cursor.text("a tensor's name")
+        if name in tensors:
+            raise ValueError(f"tensor {name} is there twice")
+        tensors[name] = _read_tensor(cursor, name)
+    data = -(-cursor.position // alignment) * alignment
+    placed = {name: tensor._replace(offset=data + tensor.offset) for name, tensor in tensors.items()}
+    for name, (_, _, offset, nbytes) in placed.items():
+        if offset + nbytes > cursor.size:
+            raise ValueError(
+                f"truncated or corrupted: tensor {name} ends at byte {offset + nbytes}, "
+                f"the file at {cursor.size}"
+            )
+    return placed
+
+
+def _read_tensor(cursor: _Cursor, name: str) -> GGUFTensor:
+    """One tensor, its offset still counted from where the data begin."""
+    what = f"tensor {name}"
+    num_dimensions = cursor.number("I", what)
+    if not 1 <= num_dimensions <= MOST_DIMENSIONS:
+        raise ValueError(f"{what} has {num_dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}")
+    shape = tuple(cursor.number("Q", what) for _ in range(num_dimensions))[::-1]
+    kind, offset = cursor.number("I", what), cursor.number("Q", what)
+    if kind not in TYPES:
+        known = ", ".join(known.name for known in TYPES.values())
+        raise ValueError(f"{what} has type {kind}, which is not supported; supported: {known}")
+    if 0 in shape or shape[-1] % TYPES[kind].block:
+        raise ValueError(
+            f"{what} has the shape {list(shape)}, expected rows of whole blocks of {TYPES[kind].block} "
+            f"values ({TYPES[kind].name})"
+        )
+    return GGUFTensor(shape, TYPES[kind], offset, prod(shape) // TYPES[kind].block * TYPES[kind].nbytes)

@@ -1,0 +1,228 @@
+"""A folder in Hugging Face's layout becomes a checkpoint: config.json, safetensors, tokenizer.json.
+
+Weights are plain (float32, float16, bfloat16) or quantized as MLX does it, each tensor with its own bits
+and group size. Names are the checkpoint's own, so there is nothing to translate.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .checkpoint import Checkpoint, Quantized, as_array
+from .errors import ModelFileError, reading
+from .hf_config import model_config, token_ids
+from .hf_tokenizer import hf_tokenizer
+from .safetensors_format import SafeTensor, read_safetensors_header
+
+MOST_JSON = 1 << 24  # bytes of a configuration or index; the largest known has about 300 thousand
+GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
+DENSE_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+_INDEX = "model.safetensors.index.json"
+_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints store
+
+
+def read_folder(path: Path) -> Checkpoint:
+    """The checkpoint in a folder. Raises `ModelFileError` naming the file and what is wrong with it."""
+    settings = _read_json(path / "config.json")
+    eos_token_ids = _eos_token_ids(path, settings)
+    with reading(path):
+        tokenizer = hf_tokenizer(path)
+    with reading(path / "config.json"):
+        config = model_config(settings, tuple(sorted({*eos_token_ids, *tokenizer.eos_token_ids})))
+        quantization = _Quantization.of(settings)
+    stored = _stored_tensors(path)
+    if config.tie_word_embeddings:  # some files hold the embedding again under this name
+        for part in ("weight", "scales", "biases"):
+            stored.pop(f"lm_head.{part}", None)
+    tensors = {
+        name: _StoredTensor(tensor, stored, quantization)
+        for name, tensor in stored.items()
+        if not name.endswith((_RECOMPUTED, ".scales", ".biases"))
+    }
+    for tensor in tensors.values():
+        with reading(tensor.file):
+            tensor.check()
+    checkpoint = Checkpoint(path, config, tokenizer, tensors)
+    checkpoint.check()
+    return checkpoint
+
+
+class _Precision(NamedTuple):
+    """How one matrix is quantized."""
+
+    group_size: int
+    bits: int
+
+
+@dataclass(frozen=True)
+class _Quantization:
+    """config.json's `quantization`: what holds for all matrices, and the exceptions by module name."""
+
+    default: _Precision | None
+    exceptions: Mapping[str, _Precision]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "_Quantization":
+        """Raises ValueError for a way of quantizing that is not MLX's."""
+        found = settings.get("quantization") or settings.get("quantization_config")
+        if found is None:
+            return cls(None, {})
+        if not isinstance(found, dict):
+            raise ValueError(f"quantization is {str(found)[:60]!r}, expected an object")
+        method = found.get("quant_method", found.get("mode", "affine"))
+        if method not in ("affine", "mlx"):
+            raise ValueError(
+                f"quantization {method!r} is not supported; supported: MLX's affine quantization"
+            )
+        exceptions = {
+            name: _precision(name, value) for name, value in found.items() if isinstance(value, dict)
+        }
+        return cls(_precision("quantization", found), exceptions)
+
+    def of_module(self, name: str) -> _Precision:
+        """Of the matrix whose weight is `name`.weight. ValueError where the configuration says nothing."""
+        precision = self.exceptions.get(name, self.default)
+        if precision is None:
+            raise ValueError(f"tensor {name}.scales is there, but config.json has no quantization")
+        return precision
+
+
+def _precision(name: str, found: Mapping[str, Any]) -> _Precision:
+    if found.get("mode", "affine") != "affine":
+        raise ValueError(f"{name}: quantization mode {found['mode']!r} is not supported; supported: affine")
+    for field, allowed in (("group_size", GROUP_SIZES), ("bits", BITS)):
+        if found.get(field) not in allowed:
+            raise ValueError(f"{name}: {field} {found.get(field)!r} is not supported; supported: {allowed}")
+    return _Precision(found["group_size"], found["bits"])
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """One parameter; a quantized one is a `.weight` with the `.scales` and `.biases` beside it."""
+
+    tensor: SafeTensor
+    stored: Mapping[str, SafeTensor]
+    quantization: _Quantization
+
+    @property
+    def file(self) -> Path:
+        return self.tensor.file
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if not self._is_quantized:
+            return self.tensor.shape
+        return (*self.tensor.shape[:-1], self.tensor.shape[-1] * 32 // self._precision.bits)
+
+    def check(self) -> None:
+        """Refuse types and shapes that do not go together."""
+        name, dtype = self.name, self.tensor.dtype
+        expected = ("U32",) if self._is_quantized else tuple(DENSE_TYPES)
+        if dtype not in expected:
+            raise ValueError(f"tensor {name} has the type {dtype}, expected {' or '.join(expected)}")
+        if not self._is_quantized:
+            return
+        group_size, bits = self._precision
+        groups = (*self.shape[:-1], self.shape[-1] // group_size)
+        for part in ("scales", "biases"):
+            other = self.stored.get(f"{self._module}.{part}")
+            if other is None:
+                raise ValueError(f"tensor {self._module}.{part} is missing beside {name}")
+            if other.dtype not in DENSE_TYPES or other.shape != groups or self.shape[-1] % group_size:
+                raise ValueError(
+                    f"tensor {other.name} is {other.dtype} of the shape {list(other.shape)}, expected floats "
+                    f"of {list(groups)} for {name} in {bits} bits and groups of {group_size}"
+                )
+
+    def load(self) -> mx.array | Quantized:
+        if not self._is_quantized:
+            return _read(self.tensor)
+        scales, biases = (_read(self.stored[f"{self._module}.{part}"]) for part in ("scales", "biases"))
+        return Quantized(_read(self.tensor), scales, biases, *self._precision)
+
+    @property
+    def _module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def _is_quantized(self) -> bool:
+        return self.name.endswith(".weight") and f"{self._module}.scales" in self.stored
+
+    @property
+    def _precision(self) -> _Precision:
+        return self.quantization.of_module(self._module)
+
+
+def _read(tensor: SafeTensor) -> mx.array:
+    dtype = DENSE_TYPES.get(tensor.dtype, mx.uint32)
+    return as_array(tensor.read()).view(dtype).reshape(tensor.shape)
+
+
+def _stored_tensors(path: Path) -> dict[str, SafeTensor]:
+    """Every tensor of the folder's safetensors files, the headers alone read."""
+    stored: dict[str, SafeTensor] = {}
+    for file in _safetensors_files(path):
+        with reading(file):
+            found = read_safetensors_header(file)
+        twice = sorted(stored.keys() & found.keys())
+        if twice:
+            raise ModelFileError(f"{file}: tensor {twice[0]} is in {stored[twice[0]].file.name} too")
+        stored |= found
+    return stored
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    """The files that the index lists, or all there are."""
+    index = path / _INDEX
+    if not index.exists():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelFileError(
+                f"{path}: no .safetensors file, the only format of weights that is supported"
+            )
+        return files
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFileError(f"{index}: weight_map is missing, expected an object of file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise ModelFileError(f"{index}: {name!r} is not a file in this folder")
+    return [path / name for name in names]
+
+
+def _eos_token_ids(path: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a generation: generation_config.json's, or else config.json's."""
+    generation = path / "generation_config.json"
+    if generation.exists():
+        found = _read_json(generation)
+        with reading(generation):
+            ids = token_ids(found, "eos_token_id")
+        if ids:
+            return ids
+    with reading(path / "config.json"):
+        return token_ids(settings, "eos_token_id")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
+    with reading(file):
+        size = file.stat().st_size
+        if size > MOST_JSON:
+            raise ValueError(f"{size} bytes of JSON, expected at most {MOST_JSON}")
+        try:
+            found = json.loads(file.read_bytes())
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"holds {type(found).__name__}, expected an object")
+        return found

@@ -1,0 +1,62 @@
+"""Where a model is: a name becomes a path on this machine, fetched from the Hugging Face hub where need be.
+
+Downloads show a progress bar, go on where they were interrupted, and are kept in the hub's own cache;
+HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured: all of it `huggingface_hub`'s doing.
+"""
+
+import re
+from pathlib import Path
+
+from .embedded import embedded_model_path
+from .errors import ModelFileError
+
+WANTED = ["*.safetensors", "*.json", "*.jinja"]  # of a repository; not its folders, nor other formats
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^/].*\.gguf))?")
+
+
+def find_model(model: str | Path | None) -> Path:
+    """The file or folder of a model.
+
+    model: None is the embedded one; a path is taken as it is; `owner/name` is a repository of the hub, and
+    `owner/name/FILE.gguf` one file of it. What is there as a path is never looked up on the hub.
+
+    Raises `ModelFileError` naming what was asked for and what can be done.
+    """
+    if model is None:
+        return embedded_model_path()
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    hub_id = None if path.is_absolute() else _HUB_ID.fullmatch(str(model))
+    if hub_id is None or hub_id["repo"].endswith(".gguf"):
+        raise ModelFileError(
+            f"{model}: no such file or folder. A model is a .gguf file, a folder in Hugging Face's layout, "
+            "owner/name on the hub, or owner/name/FILE.gguf"
+        )
+    return _fetch(str(model), hub_id["repo"], hub_id["file"])
+
+
+def _fetch(model: str, repo: str, file: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repo, file))
+        return Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=["*/*"]))
+    except Exception as error:  # the library raises its own kinds, its HTTP client's, and the system's
+        raise ModelFileError(f"{model}: {_reason(error, repo)}") from error
+
+
+def _reason(error: Exception, repo: str) -> str:
+    """What went wrong at the hub, and what can be done about it."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} asks for its terms to be accepted: do so on its page, and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such file or folder here, and the hub has no {repo}, or it is private: then set HF_TOKEN"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"no such file or folder here, {repo} is not in the hub's cache, and the hub cannot be reached"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{repo} on the hub has no such file"
+    return f"cannot be fetched from the hub: {' '.join(str(error).split()) or type(error).__name__}"

@@ -1,0 +1,42 @@
+"""From a model's name to a model that runs: find it, read its description, check it, load its weights."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from .checkpoint import Checkpoint
+from .errors import ModelFileError
+from .gguf_reader import read_gguf
+from .hf_reader import read_folder
+from .hub import find_model
+from .model import Model
+from .tokenizer import Tokenizer
+
+
+class LoadedModel(NamedTuple):
+    """A model, its tokenizer, and where they came from; `name` is the hub's, or the file's or folder's."""
+
+    name: str
+    path: Path
+    model: Model
+    tokenizer: Tokenizer
+
+
+def load_model(model: str | Path | None) -> LoadedModel:
+    """Load a model: None (the embedded one), a .gguf file, a folder in Hugging Face's layout, or a hub id.
+
+    Raises `ModelFileError` naming the file, what was found and what was expected.
+    """
+    path = find_model(model)
+    checkpoint = read_checkpoint(path)
+    is_hub_id = model is not None and not Path(model).expanduser().exists()
+    name = str(model) if is_hub_id else path.resolve().name.removesuffix(".gguf")
+    return LoadedModel(name, path, checkpoint.build(), checkpoint.tokenizer)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at a path, by what is there; no weight is read yet."""
+    if path.is_dir():
+        return read_folder(path)
+    if path.suffix == ".safetensors":
+        raise ModelFileError(f"{path}: weights alone are no model: name the folder that it is in")
+    return read_gguf(path)

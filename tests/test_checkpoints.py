@@ -1,0 +1,250 @@
+"""Any checkpoint: the tiny random models of every architecture give transformers' logits, from every format.
+
+Oracle: transformers' float32 logits (tests/goldens/checkpoints.json); for quantized files those of the
+dequantized weights. Plain weights are held to 1e-4, and so are quantized ones with activations in float32.
+The compiled quantized matmul rounds activations to 16 bits: there it is 1e-4 of the largest logit, which is
+about 4 in these models.
+"""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from zlib import crc32
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.gguf_format import GGMLType
+from tiny_llm.kernels import twins
+from tiny_llm.llm import LLM
+from tiny_llm.loader import read_checkpoint
+
+from tiny_checkpoints import (
+    CONFIGS,
+    dequantized,
+    random_weights,
+    to_bfloat16,
+    write_folder,
+    write_gguf,
+    write_safetensors,
+)
+from tiny_llm import ggml_blocks
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "checkpoints.json").read_text())
+TOLERANCE = 1e-4
+NAMES = list(CONFIGS)
+
+
+def golden_logits(name: str, weights: str) -> np.ndarray:
+    """transformers' logits [positions, vocab_size]."""
+    [found] = [r for r in GOLDENS["logits"] if (r["checkpoint"], r["weights"]) == (name, weights)]
+    return np.array(found["logits"])
+
+
+def our_logits(path: Path) -> np.ndarray:
+    """Ours at the goldens' positions; keys and values in float32, as transformers has them."""
+    llm = LLM(path, kv_cache_dtype="float32", num_blocks=16, max_num_batched_tokens=64)
+    logits = llm.logits(GOLDENS["prompt"])
+    assert logits.dtype == mx.float32
+    return np.array(logits)[GOLDENS["positions"]]
+
+
+def q8_0_where_blocks_fit(name: str) -> Callable[[str], str]:
+    """Q8_0 for every matrix whose rows are whole blocks of 32."""
+    weights = random_weights(CONFIGS[name])
+    return lambda tensor: "F32" if weights[tensor].shape[-1] % 32 else "Q8_0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+    path = write_folder(tmp_path, CONFIGS[name], random_weights(CONFIGS[name]))
+    assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gguf_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS[name], random_weights(CONFIGS[name]))
+    assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_gguf_gives_the_logits_of_its_dequantized_weights(name: str, tmp_path: Path) -> None:
+    kind, golden = q8_0_where_blocks_fit(name), golden_logits(name, "Q8_0")
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIGS[name], random_weights(CONFIGS[name]), kind)
+    assert np.abs(our_logits(path) - golden).max() < TOLERANCE * np.abs(golden).max()
+    with twins():
+        assert np.abs(our_logits(path) - golden).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readable_functions_give_them_too(name: str, tmp_path: Path) -> None:
+    path = write_folder(tmp_path, CONFIGS[name], random_weights(CONFIGS[name]))
+    with twins():
+        assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE
+
+
+# Every way of storing a matrix: the oracle is the same model with plain float32 weights of the same values.
+
+WIDE = {**CONFIGS["qwen3"], "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+Weights = dict[str, np.ndarray]
+
+
+def compared(path: Path, values: Weights, tmp_path: Path) -> float:
+    """The largest difference from the logits of a folder that holds `values` in float32."""
+    return float(np.abs(our_logits(path) - oracle_logits(values, tmp_path)).max())
+
+
+def oracle_logits(values: Weights, tmp_path: Path) -> np.ndarray:
+    """The logits of a folder that holds `values` in float32."""
+    return our_logits(write_folder(tmp_path / "oracle", WIDE, values))
+
+
+def assert_quantized_equals(path: Path, values: Weights, tmp_path: Path) -> None:
+    """The quantized model at `path` computes with `values`: see this file's first lines for the bounds."""
+    oracle = oracle_logits(values, tmp_path)
+    assert np.abs(our_logits(path) - oracle).max() < TOLERANCE * np.abs(oracle).max()
+    with twins():
+        assert np.abs(our_logits(path) - oracle).max() < TOLERANCE
+
+
+def is_matrix(name: str) -> bool:
+    return not name.endswith("norm.weight")
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_half_precision_folders(dtype: str, tmp_path: Path) -> None:
+    weights = {name: to_bfloat16(array) for name, array in random_weights(WIDE).items()}
+    if dtype == "F16":
+        weights = {name: array.astype(np.float16) for name, array in weights.items()}
+    path = write_folder(tmp_path / "half", WIDE, weights, dtype=dtype)
+    assert compared(path, {name: a.astype(np.float32) for name, a in weights.items()}, tmp_path) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_every_type_of_gguf_that_ggml_can_write(kind: str, tmp_path: Path) -> None:
+    weights = random_weights(WIDE)
+    path = write_gguf(tmp_path / "typed.gguf", WIDE, weights, kind)
+    left = {name: dequantized(array, kind) if is_matrix(name) else array for name, array in weights.items()}
+    if kind in ("Q5_0", "Q5_1"):  # held in float16
+        left = {
+            name: a.astype(np.float16).astype(np.float32) if is_matrix(name) else a
+            for name, a in left.items()
+        }
+    assert_quantized_equals(path, left, tmp_path)
+
+
+def random_blocks(kind: str, rows: int, inputs: int) -> np.ndarray:
+    """A matrix in one of ggml's K-quants, of random bits and scales that make values of about one."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    random = np.random.RandomState(crc32(kind.encode()))
+    blocks = random.randint(0, 256, (rows, inputs // block, nbytes)).astype(np.uint8)
+    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
+    for at in halves:
+        scales = random.uniform(0.5, 1.5, blocks.shape[:2]) * {"Q6_K": 2e-4, "Q3_K": 2e-3}.get(kind, 5e-4)
+        blocks[..., at : at + 2] = scales.astype("<f2")[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_are_dequantized_by_ggmls_own_package(kind: str, tmp_path: Path) -> None:
+    weights = random_weights(WIDE)
+    name = "model.layers.1.mlp.down_proj.weight"
+    blocks = random_blocks(kind, *weights[name].shape)
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    path = write_gguf(tmp_path / "k.gguf", WIDE, {**weights, name: values}, raw={name: (blocks, kind)})
+    rounded = values.astype(np.float16).astype(np.float32)  # how they are held
+    assert compared(path, {**weights, name: rounded}, tmp_path) < TOLERANCE
+
+
+def test_q4_k_is_what_its_definition_says(tmp_path: Path) -> None:
+    """ggml's description of a block, written out: 8 groups of 32 with 6-bit scales and minimums."""
+    [block] = random_blocks("Q4_K", 1, 256)
+    d, dmin = block[:4].view("<f2").astype(np.float64)
+    packed = block[4:16].astype(int)
+    scales = [packed[i] & 63 for i in range(4)] + [
+        (packed[i + 8] & 15) | (packed[i] >> 6) << 4 for i in range(4)
+    ]
+    minimums = [packed[i + 4] & 63 for i in range(4)] + [
+        (packed[i + 8] >> 4) | (packed[i + 4] >> 6) << 4 for i in range(4)
+    ]
+    expected = []
+    for group in range(8):
+        quants = block[16 + group // 2 * 32 :][:32] >> (group % 2 * 4) & 15
+        expected += [d * scales[group] * q - dmin * minimums[group] for q in quants.astype(int)]
+    kind = GGMLType("Q4_K", 256, 144)
+    found = np.array(ggml_blocks.dequantized(mx.array(block[None]), kind).astype(mx.float32))[0]
+    assert np.allclose(found, expected, rtol=2**-10, atol=1e-6)
+
+
+def quantized_folder(path: Path, quantization: dict[str, object], scale_type: mx.Dtype) -> Weights:
+    """Write a folder as mlx-lm quantizes one; the values that its weights stand for."""
+    stored, values = {}, {}
+    for name, array in random_weights(WIDE).items():
+        module = name.removesuffix(".weight")
+        how = quantization.get(module, {key: quantization[key] for key in ("group_size", "bits")})
+        if not is_matrix(name) or how is False:
+            stored[name] = values[name] = array
+            continue
+        parts = mx.quantize(mx.array(array).astype(scale_type), **how)
+        for part, found in zip(("weight", "scales", "biases"), parts, strict=True):
+            is_bfloat16 = found.dtype == mx.bfloat16
+            stored[f"{module}.{part}"] = np.array(found.view(mx.uint16) if is_bfloat16 else found)
+        weight, *affine = parts  # dequantized in float32, not in the type of the scales
+        values[name] = np.array(mx.dequantize(weight, *(a.astype(mx.float32) for a in affine), **how))
+    write_folder(path, {**WIDE, "quantization": quantization}, stored)
+    return values
+
+
+@pytest.mark.parametrize("scale_type", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_quantized_folders(bits: int, group_size: int, scale_type: mx.Dtype, tmp_path: Path) -> None:
+    quantization: dict[str, object] = {"group_size": group_size, "bits": bits}
+    values = quantized_folder(tmp_path / "q", quantization, scale_type)
+    assert_quantized_equals(tmp_path / "q", values, tmp_path)
+
+
+def test_bits_and_groups_of_each_tensor(tmp_path: Path) -> None:
+    layer = "model.layers.0"
+    quantization = {
+        "group_size": 64,
+        "bits": 4,
+        "model.embed_tokens": {"group_size": 32, "bits": 8},
+        f"{layer}.self_attn.q_proj": {"group_size": 128, "bits": 6},
+        f"{layer}.mlp.gate_proj": {"group_size": 32, "bits": 3},
+        f"{layer}.mlp.down_proj": False,
+        "lm_head": {"group_size": 64, "bits": 5},
+    }
+    values = quantized_folder(tmp_path / "mixed", quantization, mx.float16)
+    assert_quantized_equals(tmp_path / "mixed", values, tmp_path)
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    weights = random_weights(WIDE)
+    path = write_folder(tmp_path / "split", WIDE, weights)
+    names = sorted(weights)
+    (path / "model.safetensors").unlink()
+    index = {}
+    for part, chosen in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{part:05}-of-00002.safetensors"
+        write_safetensors(path / file, {name: weights[name] for name in chosen})
+        index.update(dict.fromkeys(chosen, file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (path / "consolidated.safetensors").write_bytes(b"not in the index")
+    assert compared(path, weights, tmp_path) == 0.0
+
+
+def test_weights_are_held_once_and_read_one_by_one(tmp_path: Path) -> None:
+    """Loading needs the model and its largest stack of matrices beside it, not the model twice."""
+    config = {**WIDE, "num_hidden_layers": 24}
+    path = write_folder(tmp_path / "deep", config, random_weights(config), dtype="F32")
+    stored = (path / "model.safetensors").stat().st_size
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = read_checkpoint(path).build()
+    assert mx.get_active_memory() - before < 1.05 * stored
+    assert mx.get_peak_memory() - before < 1.2 * stored
+    del model

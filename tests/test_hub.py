@@ -1,0 +1,157 @@
+"""A model by its name on the hub: fetched once, resumed where it broke off, found again without a network.
+
+The hub is a stub on 127.0.0.1, and each fetch a process of its own, because `huggingface_hub` reads its
+settings when it is imported.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_llm.embedded import embedded_model_path
+from tiny_llm.errors import ModelFileError
+from tiny_llm.hub import find_model
+
+from hub_stub import Hub, served
+from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf
+
+CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
+ANSWER = """
+import sys
+from tiny_llm import LLM, SamplingParams
+llm = LLM(sys.argv[1], num_blocks=8)
+params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+[output] = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+print(llm.model_name, *output.outputs[0].token_ids)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository's files, one of them nothing that a model needs, and a GGUF among them."""
+    path = write_folder(tmp_path_factory.mktemp("repository") / "tiny", CONFIG, random_weights(CONFIG))
+    write_gguf(path / "tiny.gguf", CONFIG, random_weights(CONFIG))
+    (path / "pytorch_model.bin").write_bytes(b"not wanted")
+    (path / "original").mkdir()
+    (path / "original" / "consolidated.safetensors").write_bytes(b"not wanted")
+    return path
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[Hub]:
+    """A hub that has the repository somebody/tiny."""
+    with served(Hub("somebody/tiny", folder)) as running:
+        yield running
+
+
+class Machine:
+    """A machine with an empty hub cache; `run` asks a model there for an answer."""
+
+    def __init__(self, home: Path, url: str) -> None:
+        self._environment = {
+            **os.environ,
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": url,
+            "HF_HUB_DISABLE_XET": "1",
+        }
+
+    def run(self, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Load the model and let it continue a prompt."""
+        return subprocess.run(
+            [sys.executable, "-c", ANSWER, model],
+            env={**self._environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def refusal(self, model: str, **environment: str) -> str:
+        """The last line of what is printed when it cannot be had."""
+        done = self.run(model, **environment)
+        assert done.returncode == 1, done.stdout
+        return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, hub: Hub) -> Machine:
+    return Machine(tmp_path / "home", hub.url)
+
+
+def test_a_repository_is_fetched_once_and_then_found_without_a_network(
+    machine: Machine, hub: Hub, folder: Path
+) -> None:
+    local = machine.run(str(folder))
+    first = machine.run("somebody/tiny")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.split() == ["somebody/tiny", *local.stdout.split()[1:]]
+    assert "Fetching" in first.stderr  # a progress bar
+    fetched = {request.rpartition("/")[2] for request in hub.requests if request.startswith("GET")}
+    assert "model.safetensors" in fetched
+    assert not {"pytorch_model.bin", "consolidated.safetensors", "tiny.gguf"} & fetched
+    hub.requests.clear()
+    again = machine.run("somebody/tiny", HF_HUB_OFFLINE="1")
+    assert (again.stdout, hub.requests) == (first.stdout, [])
+
+
+def test_one_gguf_of_a_repository_is_a_model(machine: Machine, folder: Path) -> None:
+    fetched = machine.run("somebody/tiny/tiny.gguf")
+    assert fetched.stdout.split()[1:] == machine.run(str(folder)).stdout.split()[1:], fetched.stderr
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(machine: Machine, hub: Hub, tmp_path: Path) -> None:
+    """The library writes 10 MiB at a time, so the weights are made larger, by a buffer that nobody reads."""
+    ballast = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4 << 20, np.float32)}
+    hub.folder = write_folder(tmp_path / "large", CONFIG, {**random_weights(CONFIG), **ballast})
+    hub.break_after = 11 << 20
+    done = machine.run("somebody/tiny")
+    assert done.returncode == 0, done.stderr
+    went_on = [request for request in hub.requests if f"model.safetensors bytes={10 << 20}-" in request]
+    assert went_on, "\n".join(hub.requests)
+
+
+def test_what_the_hub_does_not_give_is_said_in_one_line(machine: Machine, hub: Hub) -> None:
+    assert "the hub has no somebody/else" in machine.refusal("somebody/else")
+    assert "somebody/tiny on the hub has no such file" in machine.refusal("somebody/tiny/other.gguf")
+    offline = machine.refusal("somebody/new", HF_HUB_OFFLINE="1")
+    assert "somebody/new is not in the hub's cache" in offline
+    nobody = machine.refusal("somebody/new", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "somebody/new" in nobody
+    hub.gated = True
+    assert "asks for its terms to be accepted" in machine.refusal("somebody/tiny")
+
+
+def test_what_is_there_as_a_path_is_never_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebody" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_model("somebody/tiny") == Path("somebody/tiny")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/nowhere/model", "./nowhere", "nowhere.gguf", "models/nowhere.gguf", "a/b/c", "..", "", "~/nowhere"],
+)
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/nowhere/at/all")
+    if Path(name).expanduser().exists():
+        assert find_model(name) == Path(name)
+        return
+    with pytest.raises(ModelFileError, match="no such file or folder"):
+        find_model(name)
+
+
+def test_no_name_is_the_embedded_model() -> None:
+    assert find_model(None) == embedded_model_path()
+
+
+def test_the_hub_is_not_imported_for_what_is_here() -> None:
+    program = "import sys; from tiny_llm.hub import find_model; find_model(None); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "tiny_llm.hub" in done.stdout.split()
+    assert "huggingface_hub" not in done.stdout.split()

@@ -1,0 +1,406 @@
+"""Model files are not trusted: whatever is wrong with one is one clear error that names it.
+
+Wrong on purpose (each row of the tables is a mistake that somebody made), and wrong at random: files with
+bytes changed, cut and repeated, read to the last weight, with bounded memory.
+"""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_llm.errors import ModelFileError
+from tiny_llm.gguf_format import read_gguf_header
+from tiny_llm.loader import load_model, read_checkpoint
+from tiny_llm.safetensors_format import read_safetensors_header
+
+from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf, write_safetensors
+from tiny_model import examples
+
+CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
+WEIGHTS = random_weights(CONFIG)
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good folder, to be copied."""
+    return write_folder(tmp_path_factory.mktemp("good") / "tiny", CONFIG, WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good GGUF file, to be copied."""
+    return write_gguf(tmp_path_factory.mktemp("good") / "tiny.gguf", CONFIG, WEIGHTS)
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the good folder, to be broken."""
+    return Path(shutil.copytree(folder, tmp_path / "broken"))
+
+
+def refusal(path: Path) -> str:
+    """The one line that a broken model is refused with."""
+    with pytest.raises(ModelFileError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def edit_json(file: Path, edit: Edit) -> None:
+    """Change a JSON file in place."""
+    found = json.loads(file.read_text())
+    edit(found)
+    file.write_text(json.dumps(found))
+
+
+# A folder.
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda c: c.update(model_type="mamba"), ["model_type 'mamba'", "supported: llama, qwen2, qwen3"]),
+        (lambda c: c.pop("model_type"), ["model_type None", "supported"]),
+        (lambda c: c.pop("hidden_size"), ["hidden_size is missing"]),
+        (lambda c: c.update(hidden_size="64"), ["hidden_size is '64'", "a whole number"]),
+        (lambda c: c.update(num_hidden_layers=10**12), ["num_hidden_layers", "1 to 1024", "1000000000000"]),
+        (lambda c: c.update(num_attention_heads=0), ["num_attention_heads", "not 0"]),
+        (lambda c: c.update(num_key_value_heads=3), ["num_attention_heads (4)", "num_key_value_heads (3)"]),
+        (lambda c: c.update(head_dim=31), ["head_dim must be even", "31"]),
+        (lambda c: c.update(hidden_act="gelu"), ["hidden_act 'gelu'", "expected 'silu'"]),
+        (lambda c: c.update(use_sliding_window=True), ["use_sliding_window"]),
+        (lambda c: c.update(layer_types=["sliding_attention"]), ["layer_types 'sliding_attention'"]),
+        (
+            lambda c: c.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            ["rope_type 'yarn'", "llama3"],
+        ),
+        (lambda c: c.update(rope_scaling={"type": "linear"}), ["factor is missing"]),
+        (lambda c: c.update(rms_norm_eps=float("nan")), ["rms_norm_eps", "nan"]),
+        (lambda c: c.update(eos_token_id="</s>"), ["eos_token_id is '</s>'"]),
+        (lambda c: c.update(quantization_config={"quant_method": "gptq"}), ["'gptq'", "MLX"]),
+        (lambda c: c.update(quantization={"group_size": 16, "bits": 4}), ["group_size 16", "(32, 64, 128)"]),
+        (lambda c: c.update(quantization={"group_size": 32, "bits": 7}), ["bits 7"]),
+        (lambda c: c.update(vocab_size=100), ["model.embed_tokens.weight", "[288, 64]", "[100, 64]"]),
+        (lambda c: c.update(num_hidden_layers=2), ["9 tensors", "model.layers.1.", "missing"]),
+        (lambda c: c.update(attention_bias=True), ["4 tensors", "self_attn.q_proj.bias", "missing"]),
+        (lambda c: c.update(model_type="qwen3"), ["q_norm.weight", "missing"]),
+        (lambda c: c.update(intermediate_size=64), ["gate_proj.weight", "[96, 64]", "[64, 64]"]),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(broken: Path, edit: Edit, words: list[str]) -> None:
+    edit_json(broken / "config.json", edit)
+    message = refusal(broken)
+    assert str(broken) in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", None, ["config.json", "no such file"]),
+        ("config.json", b"{", ["config.json", "not JSON"]),
+        ("config.json", b"[]", ["config.json", "list", "an object"]),
+        ("config.json", b"[" * 100_000, ["config.json", "not JSON"]),
+        ("tokenizer.json", None, ["tokenizer.json"]),
+        ("tokenizer.json", b"{}", ["tokenizer.json"]),
+        ("generation_config.json", b"\xff\xfe", ["generation_config.json", "not JSON"]),
+        ("model.safetensors", None, ["no .safetensors file"]),
+        ("model.safetensors", b"", ["model.safetensors", "truncated"]),
+        ("model.safetensors", struct.pack("<Q", 1 << 60) + b"{}", ["model.safetensors", str(1 << 60)]),
+        ("model.safetensors", struct.pack("<Q", 2) + b"[]", ["model.safetensors", "list"]),
+        ("model.safetensors", struct.pack("<Q", 4) + b"{]}}", ["model.safetensors", "not JSON"]),
+        ("model.safetensors.index.json", b"{}", ["index.json", "weight_map"]),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "../../etc/passwd"}}',
+            ["index.json", "../../etc/passwd", "not a file in this folder"],
+        ),
+    ],
+)
+def test_a_file_that_is_missing_or_no_such_file_is_refused(
+    broken: Path, name: str, content: bytes | None, words: list[str]
+) -> None:
+    (broken / name).unlink(missing_ok=True)
+    if content is not None:
+        (broken / name).write_bytes(content)
+    message = refusal(broken)
+    assert all(word in message for word in words), message
+
+
+def with_header(file: Path, edit: Edit) -> None:
+    """Change the header of a safetensors file in place; the data stay."""
+    data = file.read_bytes()
+    [length] = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda h: h.pop(NORM), [f"tensor {NORM} is missing"]),
+        (lambda h: h.update(extra=h[NORM]), ["tensor extra is not part of a llama model"]),
+        (lambda h: h[NORM].update(dtype="F4"), [NORM, "'F4'"]),
+        (lambda h: h[NORM].update(dtype="I32"), [NORM, "I32", "expected F32 or F16 or BF16"]),
+        (lambda h: h[NORM].update(shape=[1 << 62]), [NORM, "256 bytes", str(4 << 62)]),
+        (lambda h: h[NORM].update(shape=[-64]), [NORM, "[-64]"]),
+        (lambda h: h[NORM].update(shape=[8, 8]), [NORM, "[8, 8]", "[64]"]),
+        (lambda h: h[NORM].update(data_offsets=[1 << 40, (1 << 40) + 256]), [NORM, "truncated or corrupted"]),
+        (lambda h: h[NORM].pop("dtype"), [NORM, "no dtype"]),
+        (lambda h: h.update({NORM: 3}), [NORM, "no dtype"]),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(broken: Path, edit: Edit, words: list[str]) -> None:
+    with_header(broken / "model.safetensors", edit)
+    message = refusal(broken)
+    assert "model.safetensors" in message or "missing" in message
+    assert all(word in message for word in words), message
+
+
+def test_a_tensor_in_two_files_is_refused(broken: Path) -> None:
+    write_safetensors(broken / "other.safetensors", {NORM: np.ones(64, np.float32)})
+    assert f"tensor {NORM} is in model.safetensors too" in refusal(broken)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(broken: Path) -> None:
+    weights = {
+        name: array[:200] if array.shape[0] == CONFIG["vocab_size"] else array
+        for name, array in WEIGHTS.items()
+    }
+    write_safetensors(broken / "model.safetensors", weights)
+    edit_json(broken / "config.json", lambda c: c.update(vocab_size=200))
+    assert "the tokenizer has 260 tokens, the embedding only 200 rows" in refusal(broken)
+
+
+def test_weights_alone_are_no_model(folder: Path) -> None:
+    assert "name the folder" in refusal(folder / "model.safetensors")
+
+
+# A GGUF.
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"attention.head_count": 0}, ["num_attention_heads", "not 0"]),
+        ({"block_count": 2}, ["blk.1.attn_q.weight", "missing"]),
+        ({"attention.value_length": 16}, ["llama.attention.value_length is 16", "expected 32"]),
+        ({"rope.dimension_count": 16}, ["llama.rope.dimension_count is 16"]),
+        ({"expert_count": 8}, ["llama.expert_count is 8"]),
+        ({"attention.sliding_window": 64}, ["llama.attention.sliding_window is 64"]),
+        ({"rope.scaling.type": "yarn"}, ["rope.scaling.type 'yarn'", "none, linear"]),
+        ({"embedding_length": 96}, ["token_embd.weight", "[288, 64]", "[288, 96]"]),
+        ({"context_length": 1.5}, ["llama.context_length is '1.5'"]),
+        ({"block_count": 4_000_000_000}, ["num_hidden_layers", "4000000000"]),
+    ],
+)
+def test_metadata_that_do_not_fit_are_refused(
+    tmp_path: Path, metadata: dict[str, Any], words: list[str]
+) -> None:
+    path = write_gguf(tmp_path / "broken.gguf", CONFIG, WEIGHTS, **metadata)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert all(word in message for word in words), message
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "broken.gguf", {**CONFIG, "model_type": "mamba"}, {})
+    assert "architecture 'mamba' is not supported; supported: llama, qwen2, qwen3" in refusal(path)
+
+
+def test_missing_extra_and_misshapen_tensors_are_refused_by_the_files_own_names(tmp_path: Path) -> None:
+    fewer = {name: array for name, array in WEIGHTS.items() if not name.endswith("o_proj.weight")}
+    assert "tensor blk.0.attn_output.weight is missing" in refusal(write_gguf(tmp_path / "a", CONFIG, fewer))
+    more = {**WEIGHTS, "model.layers.7.mlp.up_proj.weight": np.ones((96, 64), np.float32)}
+    assert "tensor blk.7.ffn_up.weight is not part of" in refusal(write_gguf(tmp_path / "b", CONFIG, more))
+    other = {**WEIGHTS, "model.norm.weight": np.ones(32, np.float32)}
+    message = refusal(write_gguf(tmp_path / "c", CONFIG, other))
+    assert "tensor output_norm.weight has the shape [32], expected [64]" in message
+
+
+U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
+
+
+def text(content: bytes) -> bytes:
+    """A text as GGUF stores it."""
+    return U64(len(content)) + content
+
+
+def gguf(num_tensors: int, num_keys: int, rest: bytes = b"", version: int = 3) -> bytes:
+    """A GGUF header that claims so many tensors and keys."""
+    return b"GGUF" + U32(version) + U64(num_tensors) + U64(num_keys) + rest
+
+
+ABSURD = {
+    "empty": (b"", "truncated"),
+    "magic": (b"GGML" + b"\0" * 40, "begins with b'GGML'"),
+    "version": (gguf(0, 0, version=1), "version 1"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
+    "tensors": (gguf(1 << 60, 0), "1152921504606846976 tensors"),
+    "tensors, fewer": (gguf(60_000, 0), "60000 tensors"),
+    "keys": (gguf(0, 1 << 63), "9223372036854775808 metadata keys"),
+    "key length": (gguf(0, 1, U64(1 << 62) + b"\0" * 32), "4611686018427387904 bytes of text"),
+    "key behind the end": (gguf(0, 1, U64(100) + b"\0" * 32), "100 bytes or more"),
+    "key not text": (gguf(0, 1, text(b"\xff\xff") + U32(4) + U32(0)), "not UTF-8"),
+    "value type": (gguf(0, 1, text(b"a") + U32(77) + b"\0" * 8), "unknown type 77"),
+    "array length": (gguf(0, 1, text(b"a") + U32(9) + U32(8) + U64(1 << 40)), "1099511627776 items"),
+    "array behind the end": (gguf(0, 1, text(b"a") + U32(9) + U32(12) + U64(1 << 20)), "8388608 bytes"),
+    "array of arrays": (gguf(0, 1, text(b"a") + U32(9) + U32(9) + U64(1)), "array of type 9"),
+    "key twice": (gguf(0, 2, (text(b"a") + U32(4) + U32(0)) * 2), "metadata a is there twice"),
+    "alignment": (gguf(0, 1, text(b"general.alignment") + U32(4) + U32(0)), "general.alignment is 0"),
+    "dimensions": (gguf(1, 0, text(b"t") + U32(5) + b"\0" * 64), "5 dimensions"),
+    "shape": (gguf(1, 0, text(b"t") + U32(2) + U64(1 << 63) * 2 + U32(0) + U64(0)), "tensor t ends at byte"),
+    "no values": (gguf(1, 0, text(b"t") + U32(1) + U64(0) + U32(0) + U64(0)), "shape [0]"),
+    "half a block": (
+        gguf(1, 0, text(b"t") + U32(1) + U64(48) + U32(2) + U64(0)),
+        "blocks of 32 values (Q4_0)",
+    ),
+    "tensor type": (gguf(1, 0, text(b"t") + U32(1) + U64(32) + U32(99) + U64(0)), "type 99"),
+    "offset": (gguf(1, 0, text(b"t") + U32(1) + U64(1) + U32(0) + U64(1 << 63)), "tensor t ends at byte"),
+    "tensor twice": (
+        gguf(2, 0, (text(b"t") + U32(1) + U64(1) + U32(0) + U64(0)) * 2),
+        "tensor t is there twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_an_absurd_gguf_header_is_refused(name: str, tmp_path: Path) -> None:
+    content, words = ABSURD[name]
+    path = tmp_path / "absurd.gguf"
+    path.write_bytes(content)
+    assert words in refusal(path)
+
+
+def test_absurd_headers_cost_no_memory(tmp_path: Path) -> None:
+    """All of them, in a process that may take 32 MB more than it has."""
+    for name, (content, _) in ABSURD.items():
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+    (tmp_path / "huge.safetensors").write_bytes(U64((1 << 63) - 1) + b"{}")
+    program = """
+        import resource, sys
+        from pathlib import Path
+        from tiny_llm.gguf_format import read_gguf_header
+        from tiny_llm.safetensors_format import read_safetensors_header
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
+        for file in sorted(Path(sys.argv[1]).iterdir()):
+            read = read_gguf_header if file.suffix == ".gguf" else read_safetensors_header
+            try:
+                read(file)
+            except ValueError as error:
+                print(file.stem, error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(ABSURD) + 1
+
+
+@pytest.mark.parametrize("keep", [0, 3, 23, 24, 200, 5_000, 40_000, -1])
+def test_a_truncated_gguf_is_refused(gguf_file: Path, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "short.gguf"
+    path.write_bytes(gguf_file.read_bytes()[:keep])
+    assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 300, 5_000, -1])
+def test_truncated_safetensors_are_refused(broken: Path, keep: int) -> None:
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "truncated" in refusal(broken)
+
+
+# Wrong at random.
+
+EXTREMES = [b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, U64(1 << 31), U64(1 << 62), b"{", b"]", b'"']
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> list[tuple[str, float, bytes]]:
+    """Up to four changes: what, where (as a share of the header, mostly), and with which bytes."""
+    piece = st.binary(min_size=1, max_size=9) | st.sampled_from(EXTREMES)
+    kind = st.sampled_from(["replace", "replace", "insert", "cut", "truncate"])
+    return draw(st.lists(st.tuples(kind, st.floats(0, 1), piece), min_size=1, max_size=4))
+
+
+def damaged(content: bytes, header: int, damage: list[tuple[str, float, bytes]]) -> bytes:
+    """Apply the changes; three of four of the range of `where` are the header."""
+    for kind, where, piece in damage:
+        at = int(where / 0.75 * header) if where < 0.75 else int(where * len(content))
+        head, tail = content[:at], content[at:]
+        content = {
+            "replace": head + piece + tail[len(piece) :],
+            "insert": head + piece + tail,
+            "cut": head + tail[len(piece) :],
+            "truncate": head,
+        }[kind]
+    return content
+
+
+def read_to_the_end(path: Path) -> None:
+    """Load it, or refuse it in one line; nothing else may happen."""
+    said = str(path)
+    try:
+        read_checkpoint(path).build()
+    except ModelFileError as error:
+        said = str(error)
+    assert said.startswith(str(path))
+
+
+fuzzed = settings(
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@fuzzed
+@given(damages())
+def test_a_damaged_gguf_is_read_or_refused(gguf_file: Path, damage: list[tuple[str, float, bytes]]) -> None:
+    content = gguf_file.read_bytes()
+    header = min(tensor.offset for tensor in read_gguf_header(gguf_file).tensors.values())
+    path = gguf_file.parent / "damaged.gguf"
+    path.write_bytes(damaged(content, header, damage))
+    read_to_the_end(path)
+
+
+@fuzzed
+@given(damages())
+def test_damaged_safetensors_are_read_or_refused(
+    folder: Path, damage: list[tuple[str, float, bytes]]
+) -> None:
+    copy = folder.parent / "damaged"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    file = copy / "model.safetensors"
+    header = min(tensor.offset for tensor in read_safetensors_header(file).values())
+    file.write_bytes(damaged(file.read_bytes(), header, damage))
+    read_to_the_end(copy)
+
+
+@fuzzed
+@given(st.sampled_from(["config.json", "tokenizer.json", "tokenizer_config.json"]), damages())
+def test_damaged_json_is_read_or_refused(
+    folder: Path, name: str, damage: list[tuple[str, float, bytes]]
+) -> None:
+    copy = folder.parent / "damaged"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    file = copy / name
+    file.write_bytes(damaged(file.read_bytes(), file.stat().st_size, damage))
+    read_to_the_end(copy)
