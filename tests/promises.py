@@ -131,11 +131,15 @@ class Scenario:
 
 
 class Answer(NamedTuple):
-    """What one completion got: tokens, log-probabilities, the logits behind each token, why it ended."""
+    """What one completion got: tokens, log-probabilities, the logits behind each token, why it ended.
+
+    prompt_logprobs: what came with each token: with the first one, where they were asked for.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
     logits: tuple[bytes, ...]
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...]
     finish_reason: str | None
 
 
@@ -166,6 +170,7 @@ def _admits(arrival: Arrival, blocks: int, block_size: int, max_seqs: int, preem
 @st.composite
 def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
     """Parameters of every kind; small ranges, so that what is drawn matters."""
+    max_tokens = draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens - 1, most_tokens]))
     return SamplingParams(
         n=draw(st.sampled_from([1, 1, 1, 2, 3])),
         temperature=draw(st.sampled_from([0.0, 0.7, 1.0, 1.5])),
@@ -175,8 +180,14 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
         seed=draw(st.none() | st.integers(0, 2**40)),
         stop_token_ids=draw(st.sampled_from([None, None, tuple(range(0, vocab, 20))])),
         ignore_eos=draw(st.booleans()),
-        max_tokens=draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens - 1, most_tokens])),
+        max_tokens=max_tokens,
+        min_tokens=draw(st.sampled_from([0, 0, max_tokens // 2, max_tokens])),
         logprobs=draw(st.sampled_from([None, 0, 3])),
+        prompt_logprobs=draw(st.sampled_from([None, None, 0, 2])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5, -1.0])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.7, -0.3])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.8])),
+        logit_bias=draw(st.sampled_from([None, None, {3: 4.0, vocab - 1: -100.0}, {EOS: 1.0}])),
     )
 
 
@@ -277,6 +288,9 @@ def check_same(seq_id: str, answer: Answer, alone: Answer) -> None:
     assert answer.tokens == alone.tokens, f"completion {seq_id} got other tokens than alone"
     assert answer.logits == alone.logits, f"completion {seq_id} got other logits than alone"
     assert answer.logprobs == alone.logprobs, f"completion {seq_id} got other log-probabilities than alone"
+    assert answer.prompt_logprobs == alone.prompt_logprobs, (
+        f"completion {seq_id} got other log-probabilities of its prompt than alone"
+    )
     assert answer.finish_reason == alone.finish_reason, (
         f"completion {seq_id} ended for another reason than alone"
     )
@@ -316,7 +330,8 @@ def _serve(manager: Watched, scenario: Scenario) -> tuple[dict[str, Answer], dic
             if arrival.cancelled_at == step:
                 engine.cancel(str(index))
         for output in engine.step():
-            answers[output.seq_id].append((output.token, output.logprobs, rows[output.seq_id]))
+            got = (output.token, output.logprobs, rows[output.seq_id], output.prompt_logprobs)
+            answers[output.seq_id].append(got)
             reasons[output.seq_id] = output.finish_reason
         check_pages(manager)
         check_first_come_first_served(manager, {str(i): i for i in range(len(scenario.arrivals))})
@@ -326,7 +341,7 @@ def _serve(manager: Watched, scenario: Scenario) -> tuple[dict[str, Answer], dic
     return {
         seq_id: Answer(*(tuple(column) for column in zip(*got, strict=True)), reasons[seq_id])  # type: ignore[arg-type]
         if got
-        else Answer((), (), (), None)
+        else Answer((), (), (), (), None)
         for seq_id, got in answers.items()
     }, seeds
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +58,9 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     """Run a command line in this process, on the shared engine where it would load one of its own."""
 
     def run_cli(*arguments: str, stdin: str | None = "") -> Ended:
-        for module in (sys.modules[name] for name in ("tiny_llm_cli.chat", "tiny_llm_cli.generate")):
+        for module in map(import_module, ("tiny_llm_cli.chat", "tiny_llm_cli.generate")):
             monkeypatch.setattr(module, "load", lambda options: llm)
-        for module in (sys.modules[name] for name in ("tiny_llm_cli.bench", "tiny_llm_cli.info")):
+        for module in map(import_module, ("tiny_llm_cli.bench", "tiny_llm_cli.info")):
             monkeypatch.setattr(module, "load", lambda options: llm)
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -497,6 +498,48 @@ def test_a_prompt_that_never_fits_is_refused_before_any_runs(cli: Run) -> None:
     ended = cli("generate", "short", "word " * 2000, "--json")
     assert (ended.code, ended.out) == (1, "")
     assert "the pool has 64" in ended.err
+
+
+def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None:
+    """Oracle: the same parameters through the Python interface."""
+    options = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "repetition_penalty": 1.2,
+        "min_tokens": 3,
+        "prompt_logprobs": 1,
+        "logit_bias": {338: -100.0, 253: 2.0},
+        "stop_token_ids": [30],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
+    arguments = ["--presence-penalty", "0.5", "--frequency-penalty", "0.25", "--repetition-penalty", "1.2"]
+    arguments += ["--min-tokens", "3", "--prompt-logprobs", "1", "--stop-token-id", "30", "--include-stop"]
+    arguments += ["--logit-bias", "338=-100", "--logit-bias", "253=2", "--show-special-tokens"]
+    params = SamplingParams(temperature=0.0, max_tokens=12, **options)  # type: ignore[arg-type]
+    [expected] = llm.generate(["The sky is"], params, use_tqdm=False)
+    found = json.loads(cli("generate", "The sky is", "--json", "--max-tokens", "12", *arguments).out)
+    assert tuple(found["outputs"][0]["token_ids"]) == expected.outputs[0].token_ids
+    assert found["outputs"][0]["text"] == expected.outputs[0].text
+    assert len(found["prompt_logprobs"]) == len(expected.prompt_token_ids)
+    assert found["prompt_logprobs"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--logit-bias", "a=1", "'a=1' is not ID=BIAS"),
+        ("--logit-bias", "5=101", "logit_bias[5] must be in [-100, 100], not 101"),
+        ("--logit-bias", "99999999=1", "token id 99999999 is outside the vocabulary"),
+        ("--stop-token-id", "49152", "token id 49152 is outside the vocabulary"),
+        ("--min-tokens", "500", "min_tokens must be from 0 to max_tokens, 128, not 500"),
+        ("--presence-penalty", "3", "presence_penalty must be in [-2, 2], not 3"),
+        ("--prompt-logprobs", "1", "add --json"),
+    ],
+)
+def test_a_bad_sampling_parameter_is_named(refused: Run, option: str, value: str, message: str) -> None:
+    ended = refused("generate", "hello", option, value)
+    assert message in " ".join(ended.err.split())
 
 
 # ---- bench, info ----

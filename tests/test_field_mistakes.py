@@ -153,10 +153,10 @@ def test_greedy_output_does_not_depend_on_the_composition_of_the_batch(others: i
         "response_format",
         "stream",
         "best_of",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
+        "bad_words",
+        "guided_decoding",
+        "logits_processors",
+        "truncate_prompt_tokens",
     ],
 )
 def test_a_parameter_that_is_not_supported_is_refused_by_name_and_never_ignored(name: str) -> None:

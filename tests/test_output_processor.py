@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tiny_llm.engine_core import TokenLogprobs, TokenOutput
 from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.output_processor import CompletionText, RequestState
-from tiny_llm.outputs import TextDelta
+from tiny_llm.outputs import Logprob, TextDelta
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer import Tokenizer
 
@@ -202,3 +202,67 @@ def test_times_are_taken_from_arrival_to_the_end() -> None:
     assert after.finished is not None
     assert after.arrival <= after.first_token <= after.finished
     assert after.ttft == pytest.approx(after.first_token - after.arrival)
+
+
+# Stopping later, and what the text keeps.
+
+
+@pytest.mark.parametrize("min_tokens", [0, 2, 3, 5])
+def test_a_stop_string_counts_only_after_min_tokens(min_tokens: int) -> None:
+    """As in vLLM: what was complete with the first min_tokens tokens does not stop."""
+    params = SamplingParams(stop="xy", min_tokens=min_tokens)
+    text, _ = run(ids_of("axybcxyd"), params)
+    complete_after = {0: 3, 2: 3, 3: 7, 5: 7}[min_tokens]
+    assert len(text.token_ids) == complete_after
+    assert text.output.text == "axybcxyd"[: complete_after - 2]
+    assert (text.finish_reason, text.stop_reason) == ("stop", "xy")
+
+
+def test_a_short_stop_string_in_old_text_is_not_found_because_of_a_long_one() -> None:
+    params = SamplingParams(stop=["b", "a very long stop string"], min_tokens=3)
+    text, _ = run(ids_of("abcdef"), params)
+    assert text.output.text == "abcdef"
+
+
+def test_the_stop_string_is_part_of_the_text_when_asked_for() -> None:
+    text, deltas = run(ids_of("one. two. "), SamplingParams(stop=". ", include_stop_str_in_output=True))
+    assert text.output.text == "one. "
+    assert "".join(delta.text for delta in deltas) == "one. "
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_stop_tokens_text_is_kept_only_when_asked_for(shown: bool) -> None:
+    params = SamplingParams(stop_token_ids=[ord("!")], include_stop_str_in_output=shown)
+    completion = CompletionText(0, TOKENIZER, params)
+    completion.push(token_output(ord("a")))
+    completion.push(token_output(ord("!"), "stop", ord("!")))
+    assert completion.output.text == ("a!" if shown else "a")
+    assert completion.output.token_ids == (ord("a"), ord("!"))
+    assert completion.output.stop_reason == ord("!")
+
+
+@pytest.mark.parametrize(
+    ("skip", "shown", "expected"),
+    [(True, False, "ab"), (False, False, "a<end>b"), (True, True, "ab"), (False, True, "a<end>b<end>")],
+)
+def test_control_tokens_are_text_when_asked_for_and_the_last_one_is_a_stop(
+    skip: bool, shown: bool, expected: str
+) -> None:
+    """The last one, which ends the text, shows only where stops do."""
+    params = SamplingParams(skip_special_tokens=skip, include_stop_str_in_output=shown)
+    completion = CompletionText(0, TOKENIZER, params)
+    for token, reason in ((ord("a"), None), (END, None), (ord("b"), None), (END, "stop")):
+        completion.push(token_output(token, reason))
+    assert completion.output.text == expected
+
+
+def test_prompt_logprobs_have_an_entry_for_each_token_but_the_first() -> None:
+    request = RequestState("r", None, [97, 98, 99], ["r/0", "r/1"], TOKENIZER, SamplingParams(n=2))
+    found = (TokenLogprobs(-0.5, 1, ((98, -0.5),)), TokenLogprobs(-2.0, 2, ((100, -0.1),)))
+    for seq_id in ("r/0", "r/1"):
+        request.push(token_output(ord("x"), "length", seq_id=seq_id)._replace(prompt_logprobs=found))
+    assert request.output.prompt_logprobs == (
+        None,
+        {98: Logprob(-0.5, 1, "b")},
+        {99: Logprob(-2.0, 2, "c"), 100: Logprob(-0.1, 1, "d")},
+    )

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from tiny_llm.attention import causal_mask
+from tiny_llm.engine_core import EngineCore
 from tiny_llm.errors import ModelFileError
 from tiny_llm.grouped_attention import grouped_query_attention
 from tiny_llm.kv_pool import KVPool
@@ -21,7 +22,7 @@ from tiny_llm.loader import load_model
 from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_kernel import Attended, PackedBatch
-from tiny_llm.sampler import sample_token
+from tiny_llm.sampler import adjust_logits, sample_token
 from tiny_llm.sequence import Sequence
 
 import tiny_llm_kernels
@@ -222,4 +223,34 @@ def test_outputs_that_become_prompt_when_preempted_are_seen(monkeypatch: pytest.
 def test_forks_that_draw_with_one_seed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     fork = Sequence.fork
     monkeypatch.setattr(Sequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
+    assert_seen()
+
+
+def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The counts begin anew when a sequence has been computed again."""
+    give_up_pages = Sequence.give_up_pages
+
+    def forget(sequence: Sequence) -> None:
+        give_up_pages(sequence)
+        sequence.forgotten = len(sequence.outputs)  # type: ignore[attr-defined]
+
+    def choose(core: EngineCore, row: mx.array, sequence: Sequence) -> mx.array:
+        counted = sequence.outputs[getattr(sequence, "forgotten", 0) :]
+        row = adjust_logits(row, sequence.params, sequence.prompt, counted, ())
+        return sample_token(row, sequence.params, sequence.seed, len(sequence.outputs))
+
+    monkeypatch.setattr(Sequence, "give_up_pages", forget)
+    monkeypatch.setattr(EngineCore, "_choose", choose)
+    assert_seen()
+
+
+def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(core: EngineCore, row: mx.array, sequence: Sequence) -> mx.array:
+        counted = core.manager.running[0].outputs
+        row = adjust_logits(row, sequence.params, sequence.prompt, counted, ())
+        return sample_token(row, sequence.params, sequence.seed, len(sequence.outputs))
+
+    monkeypatch.setattr(EngineCore, "_choose", choose)
     assert_seen()

@@ -21,10 +21,16 @@ def test_the_defaults_are_vllms() -> None:
         "ignore_eos": False,
         "max_tokens": 16,
         "logprobs": None,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "prompt_logprobs": None,
+        "logit_bias": None,
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
     }
-    assert {
-        name: value for name, value in dataclasses.asdict(SamplingParams()).items() if name in expected
-    } == expected
+    assert dataclasses.asdict(SamplingParams()) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,30 @@ def test_the_defaults_are_vllms() -> None:
         ("seed", -1),
         ("stop", ""),
         ("stop", ("a", "")),
+        ("stop", 7),
+        ("stop", ["a", 7]),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("prompt_logprobs", -1),
+        ("logit_bias", [1]),
+        ("stop_token_ids", 7),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", [-1]),
+        ("temperature", "0.7"),
+        ("temperature", True),
+        ("temperature", None),
+        ("n", 1.0),
+        ("n", None),
+        ("min_tokens", None),
+        ("max_tokens", "many"),
+        ("ignore_eos", 1),
+        ("skip_special_tokens", "yes"),
+        ("include_stop_str_in_output", None),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:
@@ -60,6 +90,32 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> No
 )
 def test_the_ends_of_each_range_are_allowed(name: str, value: object) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bias", "name", "value"),
+    [({5: 101}, "logit_bias[5]", 101), ({5: "x"}, "logit_bias[5]", "x"), ({"a": 1}, "logit_bias", "a")],
+)
+def test_a_bias_out_of_range_is_refused_with_its_token(bias: dict, name: str, value: object) -> None:
+    with pytest.raises(SamplingParamsError) as refusal:
+        SamplingParams(logit_bias=bias)
+    assert name in str(refusal.value)
+    assert repr(value) in str(refusal.value)
+
+
+def test_a_bias_is_a_copy_and_takes_ids_as_json_writes_them() -> None:
+    given = {"5": 1, 7: -2.5}
+    params = SamplingParams(logit_bias=given)  # type: ignore[arg-type]
+    given.clear()
+    assert params.logit_bias == {5: 1.0, 7: -2.5}
+
+
+def test_what_is_not_supported_is_refused_by_name_with_what_is() -> None:
+    with pytest.raises(SamplingParamsError, match=r"'best_of'; known: n, temperature, .*logit_bias"):
+        SamplingParams.from_options(temperature=0.5, best_of=2)
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+    assert SamplingParams.from_options(top_k=3) == SamplingParams(top_k=3)
 
 
 def test_parameters_cannot_be_written_later() -> None:

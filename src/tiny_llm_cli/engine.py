@@ -1,7 +1,7 @@
 """From options to an engine and sampling parameters: the one place where the commands meet `tiny_llm`."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from .options import EngineOptions, SamplingOptions
@@ -21,7 +21,8 @@ def sampling_params(options: SamplingOptions, **others: Any) -> "SamplingParams"
     """The `SamplingParams` of `options`; `others` are fields of it that only one command has."""
     from tiny_llm import SamplingParams
 
-    values = asdict(options)
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    values["logit_bias"] = dict(values["logit_bias"] or []) or None
     greedy_unless_several = 0.0 if others.get("n", 1) == 1 else 1.0
     if values["temperature"] is None:
         values["temperature"] = greedy_unless_several

@@ -61,6 +61,29 @@ def generate(
             rich_help_panel="Sampling",
         ),
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: the same for each token of the prompt but the first.",
+            rich_help_panel="Sampling",
+        ),
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="End the answer with this token; may be repeated.", metavar="ID", rich_help_panel="Sampling"
+        ),
+    ] = None,
+    include_stop: Annotated[
+        bool,
+        typer.Option(
+            "--include-stop", help="Let the text end with what stopped it.", rich_help_panel="Sampling"
+        ),
+    ] = False,
+    show_special_tokens: Annotated[
+        bool,
+        typer.Option("--show-special-tokens", help="Let control tokens be text.", rich_help_panel="Sampling"),
+    ] = False,
     sampling: SamplingOptions,
     engine: EngineOptions,
 ) -> None:
@@ -75,9 +98,19 @@ def generate(
     """
     from .prompts import read_prompts
 
-    if logprobs is not None and not as_json:
-        raise typer.BadParameter("shown in JSON only: add --json", param_hint="--logprobs")
-    params = sampling_params(sampling, n=n, ignore_eos=ignore_eos, logprobs=logprobs)
+    for option, value in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
+        if value is not None and not as_json:
+            raise typer.BadParameter("shown in JSON only: add --json", param_hint=option)
+    params = sampling_params(
+        sampling,
+        n=n,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        stop_token_ids=stop_token_id or None,
+        include_stop_str_in_output=include_stop,
+        skip_special_tokens=not show_special_tokens,
+    )
     requests = read_prompts(prompts or [], file or [], params)
     with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as target:
         llm = load(engine)

@@ -9,8 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -31,16 +30,32 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+class Bias(NamedTuple):
+    """A token id and what is added to its logit."""
+
+    token_id: int
+    bias: float
+
+
+def parse_bias(text: str) -> Bias:
+    """`42=-100` -> the bias of token 42."""
+    match = re.fullmatch(r"(\d+)=([+-]?\d+(?:\.\d+)?)", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not ID=BIAS: write for example 42=-100")
+    return Bias(int(match[1]), float(match[2]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """The model file and the fields of `EngineConfig`, under the same names with dashes."""
 
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A .gguf file.",
+            help="A .gguf file, a folder in Hugging Face's layout, OWNER/NAME on the hub, or one file of it, "
+            "OWNER/NAME/FILE.gguf.",
             show_default="the embedded SmolLM2-135M-Instruct",
-            metavar="FILE",
+            metavar="MODEL",
             rich_help_panel=_ENGINE,
         ),
     ] = None
@@ -136,6 +151,35 @@ class SamplingOptions:
         typer.Option(
             help="End the answer before this text; may be repeated.",
             metavar="TEXT",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Above 0: words that are there come back less; -2 to 2.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(help="The same, more with each time; -2 to 2.", rich_help_panel=_SAMPLING),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Divides the scores of tokens in prompt and answer; 1 is off, 1.1 a little.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0
+    min_tokens: Annotated[
+        int, typer.Option(help="Nothing ends the answer before this many tokens.", rich_help_panel=_SAMPLING)
+    ] = 0
+    logit_bias: Annotated[
+        list[Bias] | None,
+        typer.Option(
+            help="Add to a token's score, -100 (never) to 100 (always), as in 42=-100; may be repeated.",
+            metavar="ID=BIAS",
+            parser=parse_bias,
             rich_help_panel=_SAMPLING,
         ),
     ] = None

@@ -12,6 +12,7 @@ def as_json_line(prompt: str | Sequence[int], result: RequestOutput) -> str:
         {
             "prompt": prompt if isinstance(prompt, str) else None,
             "prompt_token_ids": result.prompt_token_ids,
+            "prompt_logprobs": result.prompt_logprobs and [_position(p) for p in result.prompt_logprobs],
             "outputs": [_completion(output) for output in result.outputs],
         },
         ensure_ascii=False,
@@ -60,5 +61,5 @@ def _completion(output: CompletionOutput) -> dict[str, object]:
     }
 
 
-def _position(logprobs: Mapping[int, Logprob]) -> dict[int, dict[str, object]]:
-    return {token: logprob._asdict() for token, logprob in logprobs.items()}
+def _position(logprobs: Mapping[int, Logprob] | None) -> dict[int, dict[str, object]] | None:
+    return None if logprobs is None else {token: logprob._asdict() for token, logprob in logprobs.items()}

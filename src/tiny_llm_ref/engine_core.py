@@ -11,25 +11,18 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from .paged_batch import PagedBatchManager
-from .sampler import log_probabilities, sample_token
+from .sampler import adjust_logits, log_probabilities, sample_token
 from .sampling_params import SamplingParams
-from .sequence import Sequence
+from .sequence import Sequence, TokenLogprobs
 from .step import StepLogits
-
-
-class TokenLogprobs(NamedTuple):
-    """The chosen token's log-probability and rank, and the likeliest tokens with theirs, best first."""
-
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 class TokenOutput(NamedTuple):
     """One token that one sequence of a request has just got.
 
     finish_reason: "stop" or "length" where it was the last one; stop_token: the token of
-    `stop_token_ids` that ended it, None for an end-of-sequence token.
+    `stop_token_ids` that ended it, None for an end-of-sequence token. prompt_logprobs: with a
+    sequence's first token, where they are asked for: one entry for each prompt token but the first.
     """
 
     request_id: str
@@ -38,6 +31,7 @@ class TokenOutput(NamedTuple):
     logprobs: TokenLogprobs | None
     finish_reason: str | None
     stop_token: int | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,22 +102,41 @@ class EngineCore:
 
     def _sample(self, logits: StepLogits) -> list[TokenOutput]:
         """Choose every ready sequence's token; all rows are evaluated together."""
+        self._note_prompt_logprobs(logits)
         sequences = [self.manager.sequence(seq_id) for seq_id in logits]
         rows = [logits[seq_id] for seq_id in logits]
-        tokens = [
-            sample_token(row, seq.params, seq.seed, len(seq.outputs))
-            for row, seq in zip(rows, sequences, strict=True)
-        ]
+        tokens = [self._choose(row, sequence) for row, sequence in zip(rows, sequences, strict=True)]
         mx.eval(tokens)
         return [
             self._output(sequence, int(token), row)
             for sequence, token, row in zip(sequences, tokens, rows, strict=True)
         ]
 
+    def _choose(self, row: mx.array, sequence: Sequence) -> mx.array:
+        """The next token of a sequence, unevaluated, from its row [V]."""
+        params, outputs = sequence.params, sequence.outputs
+        row = adjust_logits(row, params, sequence.prompt, outputs, self._end_token_ids(params))
+        return sample_token(row, params, sequence.seed, len(outputs))
+
+    def _end_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
+
+    def _note_prompt_logprobs(self, logits: StepLogits) -> None:
+        """Take down the log-probabilities of the prompt tokens that this step's rows are about."""
+        for seq_id, rows in logits.prompt_rows.items():
+            sequence = self.manager.sequence(seq_id)
+            assert logits.rows is not None
+            for row in rows:
+                token = sequence.prompt[len(sequence.prompt_logprobs) + 1]
+                num_top = sequence.params.prompt_logprobs or 0
+                sequence.prompt_logprobs.append(_logprobs(logits.rows[row], token, num_top))
+
     def _output(self, sequence: Sequence, token: int, row: mx.array) -> TokenOutput:
         params = sequence.params
         stopped_by = token if token in (params.stop_token_ids or ()) else None
-        ended = stopped_by is not None or (token in self._eos and not params.ignore_eos)
+        ended = token in self._end_token_ids(params)
+        tells = params.prompt_logprobs is not None and not sequence.outputs
         full = sequence.num_tokens + 1 >= sequence.max_len
         return TokenOutput(
             request_id=sequence.request_id,
@@ -132,6 +145,7 @@ class EngineCore:
             logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
             finish_reason="stop" if ended else "length" if full else None,
             stop_token=stopped_by,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if tells else None,
         )
 
 
@@ -141,7 +155,10 @@ def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
     chosen = logprobs[token]
     rank = mx.sum(logprobs > chosen) + 1
     num_top = min(num_top, row.shape[-1])
-    likeliest = mx.argpartition(-logprobs, max(0, num_top - 1))[:num_top]
+    if num_top == 0:
+        mx.eval(chosen, rank)
+        return TokenLogprobs(float(chosen), int(rank), ())
+    likeliest = mx.argpartition(-logprobs, num_top - 1)[:num_top]
     values = logprobs[likeliest]
     mx.eval(chosen, rank, likeliest, values)
     pairs = zip(cast(list[int], likeliest.tolist()), cast(list[float], values.tolist()), strict=True)

@@ -131,6 +131,7 @@ class LLM:
     def _add(self, tokens: list[int], text: str | None, params: SamplingParams) -> RequestState:
         request_id = next(self._request_ids)
         self._check_ids(tokens)
+        self._check_ids([*(params.stop_token_ids or ()), *(params.logit_bias or ())])
         self.core.add_request(request_id, tokens, params)
         seq_ids = completion_ids(request_id, params.n)
         request = RequestState(request_id, text, tokens, seq_ids, self.tokenizer, params)

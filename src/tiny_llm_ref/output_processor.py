@@ -10,6 +10,7 @@ from time import monotonic
 from .engine_core import TokenOutput
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TextDelta
 from .sampling_params import SamplingParams
+from .sequence import TokenLogprobs
 from .tokenizer import Tokenizer
 
 
@@ -26,8 +27,10 @@ class CompletionText:
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.stream()
+        self._detokenizer = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
         self._stop = params.stop_strings
+        self._min_tokens = params.min_tokens
+        self._shows_stop = params.include_stop_str_in_output
         self._wants_logprobs = params.logprobs is not None
 
     def push(self, output: TokenOutput) -> TextDelta:
@@ -37,13 +40,14 @@ class CompletionText:
         """
         self.token_ids.append(output.token)
         self._note_logprobs(output)
-        searched = max(0, len(self._text) - max(map(len, self._stop), default=0))
-        if output.stop_token is None:
+        old = len(self._text)
+        if output.finish_reason != "stop" or self._shows_stop:
             self._text += self._detokenizer.push(output.token)
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_token
         if self.finish_reason is not None:
             self._text += self._detokenizer.flush()
-        self._cut_at_stop_string(searched)
+        if len(self.token_ids) > self._min_tokens:
+            self._cut_at_stop_string(old)
         return TextDelta(self.index, self._stream(), (output.token,), self.finish_reason)
 
     def abort(self) -> None:
@@ -63,13 +67,13 @@ class CompletionText:
             stop_reason=self.stop_reason,
         )
 
-    def _cut_at_stop_string(self, searched: int) -> None:
-        """End the text before the first stop string in it; the first `searched` characters hold none."""
-        found = [(self._text.find(stop, searched), stop) for stop in self._stop]
+    def _cut_at_stop_string(self, old: int) -> None:
+        """End the text at the first stop string that has something of what follows the `old` characters."""
+        found = [(self._text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stop]
         found = [(at, stop) for at, stop in found if at >= 0]
         if found:
             at, stop = min(found)
-            self._text = self._text[:at]
+            self._text = self._text[: at + len(stop) if self._shows_stop else at]
             self.finish_reason, self.stop_reason = "stop", stop
 
     def _stream(self) -> str:
@@ -84,17 +88,9 @@ class CompletionText:
         return delta
 
     def _note_logprobs(self, output: TokenOutput) -> None:
-        if output.logprobs is None:
-            return
-        chosen = Logprob(
-            output.logprobs.logprob, output.logprobs.rank, self._tokenizer.token_text(output.token)
-        )
-        top = {
-            token: Logprob(logprob, rank, self._tokenizer.token_text(token))
-            for rank, (token, logprob) in enumerate(output.logprobs.top, start=1)
-        }
-        self._logprobs.append({output.token: chosen, **top})
-        self._cumulative_logprob += chosen.logprob
+        if output.logprobs is not None:
+            self._logprobs.append(_with_text(output.token, output.logprobs, self._tokenizer))
+            self._cumulative_logprob += output.logprobs.logprob
 
 
 class RequestState:
@@ -112,6 +108,8 @@ class RequestState:
         self.request_id = request_id
         self._prompt = prompt
         self._prompt_token_ids = tuple(prompt_token_ids)
+        self._tokenizer = tokenizer
+        self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
         self._completions = {id_: CompletionText(i, tokenizer, params) for i, id_ in enumerate(seq_ids)}
         self._untaken: list[TextDelta] = []
         self._arrival = monotonic()
@@ -122,6 +120,8 @@ class RequestState:
         """Take one token of one of the completions."""
         if self._first_token is None:
             self._first_token = monotonic()
+        if output.prompt_logprobs is not None:
+            self._note_prompt_logprobs(output.prompt_logprobs)
         delta = self._completions[output.seq_id].push(output)
         if self.finished:
             self._finished = monotonic()
@@ -138,6 +138,12 @@ class RequestState:
         for completion in self._completions.values():
             completion.abort()
 
+    def _note_prompt_logprobs(self, found: Seq[TokenLogprobs]) -> None:
+        """Take those of a request's first sequence; its forks bring the same."""
+        if self._prompt_logprobs is None:
+            pairs = zip(self._prompt_token_ids[1:], found, strict=True)
+            self._prompt_logprobs = (None, *(_with_text(*pair, self._tokenizer) for pair in pairs))
+
     @property
     def finished(self) -> bool:
         """True when every completion has ended."""
@@ -152,8 +158,19 @@ class RequestState:
             prompt_token_ids=self._prompt_token_ids,
             outputs=tuple(completion.output for completion in self._completions.values()),
             finished=self.finished,
+            prompt_logprobs=self._prompt_logprobs,
             metrics=RequestMetrics(self._arrival, self._first_token, self._finished),
         )
+
+
+def _with_text(token: int, found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
+    """The log-probabilities at one place by token id, the token's own among them."""
+    own = Logprob(found.logprob, found.rank, tokenizer.token_text(token))
+    top = {
+        other: Logprob(logprob, rank, tokenizer.token_text(other))
+        for rank, (other, logprob) in enumerate(found.top, start=1)
+    }
+    return {token: own, **top}
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -49,13 +49,18 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its completions, in the order of their index."""
+    """A prompt and its completions, in the order of their index.
+
+    prompt_logprobs: for each token of the prompt a dict from token id to `Logprob`, its own included; None
+    for the first, which nothing comes before.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     finished: bool
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = field(default=None, compare=False)
 

@@ -21,6 +21,8 @@ from .sampling_params import SamplingParams
 from .sequence import Sequence, SequenceState, completion_ids
 from .step import Plan, Scheduled, StepLogits
 
+PROMPT_ROWS_AT_ONCE = 64  # rows of logits a step: 64 x 150,000 numbers are 38 MB
+
 
 class PagedBatchManager:
     """Runs many requests at once over one pool of pages.
@@ -102,13 +104,17 @@ class PagedBatchManager:
         plan = self._schedule()
         if not plan.chunks:
             return StepLogits(None, {})
-        ready = [chunk.sequence for chunk in plan.chunks if chunk.stop == chunk.sequence.num_tokens]
         rows = None if self._model is None else self._run(self._model, plan)
-        for sequence, _, stop in plan.chunks:
-            sequence.num_computed = stop
-        return StepLogits(
-            rows, {seq.seq_id: row for row, leader in enumerate(ready) for seq in self._fork(leader)}
-        )
+        logits, next_row = StepLogits(rows, {}), 0
+        for chunk in plan.chunks:
+            first, next_row = next_row, next_row + len(chunk.logit_positions)
+            last = next_row - 1 if chunk.is_last else next_row
+            if last > first:
+                logits.prompt_rows[chunk.sequence.seq_id] = range(first, last)
+            chunk.sequence.num_computed = chunk.stop
+            if chunk.is_last:
+                logits.row_of.update((seq.seq_id, last) for seq in self._fork(chunk.sequence))
+        return logits
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id."""
@@ -148,7 +154,7 @@ class PagedBatchManager:
     def _schedule(self) -> Plan:
         """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
         self._admit()
-        granted = share_budget([sequence.num_uncomputed for sequence in self.running], self._max_tokens)
+        granted = share_budget([_wanted(sequence) for sequence in self.running], self._max_tokens)
         plan = Plan([], [])
         for sequence, count in zip(list(self.running), granted, strict=True):
             if count and sequence in self.running and self._make_room(sequence, count):
@@ -211,16 +217,15 @@ class PagedBatchManager:
     def _run(self, model: Model, plan: Plan) -> mx.array | None:
         """Compute the chunks of a plan in one packed forward pass -> logits [R, vocab_size].
 
-        R counts the chunks that end at their sequence's last known token, packed order; None for R = 0.
+        R counts the chunks' `logit_positions`, in packed order; None for R = 0.
         """
         assert self.pool is not None
         self.pool.copy_blocks(plan.copies)
         tokens: list[int] = []
         logit_rows: list[int] = []
-        for sequence, start, stop in plan.chunks:
-            tokens.extend(sequence.tokens(start, stop))
-            if stop == sequence.num_tokens:
-                logit_rows.append(len(tokens) - 1)
+        for chunk in plan.chunks:
+            logit_rows.extend(len(tokens) + at - chunk.start for at in chunk.logit_positions)
+            tokens.extend(chunk.sequence.tokens(chunk.start, chunk.stop))
         batch = pack_batch([Span(sequence.table, start, stop) for sequence, start, stop in plan.chunks])
         context = PagedContext(self.pool, batch, model.config.attention_scale, mx.array(logit_rows, mx.int32))
         logits = model(mx.array([tokens], mx.int32), context)[0]
@@ -272,3 +277,10 @@ class PagedBatchManager:
             f"request {sequence.request_id!r} needs {needed} blocks, {self.allocator.num_free} of "
             f"{self.allocator.num_blocks} are free, and no running sequence will give any back"
         )
+
+
+def _wanted(sequence: Sequence) -> int:
+    """Tokens that a sequence could compute now; fewer where each of them needs a row of logits."""
+    if sequence.params.prompt_logprobs is None:
+        return sequence.num_uncomputed
+    return min(sequence.num_uncomputed, PROMPT_ROWS_AT_ONCE)

@@ -1,12 +1,78 @@
-"""From logits to a token: temperature, the filters, and a draw that depends on the request alone.
+"""From logits to a token: biases, penalties, temperature, filters, and a draw of the request's own.
 
-Every function here sees one row. A row's token is a pure function of its logits, its parameters,
-its seed and its output index: never of the other rows of the batch.
+Every function here sees one row. A row's token is a pure function of its logits, its parameters, its
+tokens so far, its seed and its output index: never of the other rows of the batch.
 """
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 
 import mlx.core as mx
 
 from .sampling_params import SamplingParams
+
+SUMMED_AT_ONCE = 256  # numbers that are added one by one; their sums are added again
+
+
+def forbid(logits: mx.array, token_ids: Iterable[int]) -> mx.array:
+    """The logits [V] of these tokens become -inf."""
+    return _changed(logits, list(token_ids), lambda chosen: mx.full(chosen.shape, -mx.inf))
+
+
+def add_bias(logits: mx.array, bias: Mapping[int, float]) -> mx.array:
+    """Add to the logits [V] of some tokens, by token id."""
+    return _changed(logits, list(bias), lambda chosen: chosen + mx.array(list(bias.values())))
+
+
+def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -> mx.array:
+    """Make tokens of prompt and output less likely (penalty > 1) or more: logits [V].
+
+    A positive logit is divided by the penalty, a negative one multiplied, however often the token was
+    there. Source: Keskar et al., "CTRL" (2019).
+    """
+    return _changed(
+        logits, sorted(set(seen)), lambda chosen: mx.where(chosen > 0, chosen / penalty, chosen * penalty)
+    )
+
+
+def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, presence: float) -> mx.array:
+    """Lower the logits [V] of tokens of the output: by `presence`, and `frequency` for each time."""
+    counts = Counter(outputs)
+    times = mx.array(list(counts.values()), mx.float32)
+    return _changed(logits, list(counts), lambda chosen: chosen - frequency * times - presence)
+
+
+def adjust_logits(
+    logits: mx.array,
+    params: SamplingParams,
+    prompt: Seq[int],
+    outputs: Seq[int],
+    end_token_ids: Iterable[int],
+) -> mx.array:
+    """The logits [V] that a token is chosen from: limits, bias and penalties, in vLLM's order.
+
+    end_token_ids: tokens that would end the sequence; impossible while it has fewer than `min_tokens`.
+    """
+    if len(outputs) < params.min_tokens:
+        logits = forbid(logits, end_token_ids)
+    if params.logit_bias:
+        logits = add_bias(logits, params.logit_bias)
+    if params.repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, [*prompt, *outputs], params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        logits = penalize_output(logits, outputs, params.frequency_penalty, params.presence_penalty)
+    return logits
+
+
+def _changed(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
+    """A copy of logits [V] in which the chosen ones are `change` of what they were."""
+    if not token_ids:
+        return logits
+    chosen = mx.array(token_ids)
+    copy = mx.array(logits)
+    copy[chosen] = change(logits[chosen])
+    return copy
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
@@ -68,5 +134,11 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
-    """log softmax of logits [V], before temperature and filters."""
-    return logits - mx.logsumexp(logits)
+    """log softmax of logits [V], before everything that changes them.
+
+    Added up in two rounds: one long sum in float32 would be off by 1e-4 at a vocabulary of 49,152.
+    """
+    shifted = logits - mx.max(logits)
+    missing = -shifted.shape[-1] % SUMMED_AT_ONCE
+    weights = mx.pad(mx.exp(shifted), (0, missing)).reshape(-1, SUMMED_AT_ONCE)
+    return shifted - mx.log(mx.sum(mx.sum(weights, axis=-1)))

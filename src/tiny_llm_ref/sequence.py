@@ -1,11 +1,12 @@
 """One token stream that the engine is working on: what it is, how far it got, and where its pages are.
 
 A request with `n` completions starts as one sequence, its leader, and is forked into n sequences
-when its prompt has been computed. Holds ints only; knows nothing of arrays or text.
+when its prompt has been computed. Holds plain numbers; knows nothing of arrays or text.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from .paged_attention import BlockTable
 from .sampling_params import SamplingParams
@@ -20,13 +21,22 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
+class TokenLogprobs(NamedTuple):
+    """A token's log-probability and rank, and the likeliest tokens in its place with theirs, best first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(eq=False)
 class Sequence:
     """Invariant: the first `num_computed` tokens have their keys and values in `table`'s blocks.
 
     `tokens` is the prompt followed by the outputs. Tokens recomputed after a preemption stay
     outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
-    this sequence's prompt and are not yet sequences of their own.
+    this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
+    is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
     """
 
     seq_id: str
@@ -38,6 +48,7 @@ class Sequence:
     table: BlockTable
     num_forks: int = 0
     outputs: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed: int = 0
     state: SequenceState = SequenceState.WAITING
 
@@ -50,6 +61,15 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Known tokens whose keys and values are not in the pool: 1 for a decode, more for a prefill."""
         return self.num_tokens - self.num_computed
+
+    def prompt_positions(self, start: int, stop: int) -> range:
+        """Of the positions start .. stop - 1 those whose logits say something new about the prompt.
+
+        Empty unless `prompt_logprobs` are asked for. What was said before a preemption is not said again.
+        """
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.prompt_logprobs)), min(stop, len(self.prompt) - 1))
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The token ids at the positions start .. stop - 1."""
@@ -67,6 +87,7 @@ class Sequence:
             max_len=self.max_len,
             table=self.table.fork(),
             outputs=list(self.outputs),
+            prompt_logprobs=self.prompt_logprobs,
             num_computed=self.num_computed,
             state=self.state,
         )
