@@ -1,6 +1,8 @@
 """Chat templates against transformers' renderings (tests/goldens), and what they refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,140 @@ def test_a_template_that_refuses_or_fails_gives_one_clear_line(source: str, reas
 
 def test_templates_can_ask_for_the_date() -> None:
     assert ChatTemplate("{{ strftime_now('%%') }}", **TOKENS).render(USER) == "%"
+
+
+# Templates are not trusted.
+
+
+def repeated(start: str, change: str) -> str:
+    """A template that changes a value sixty times and writes it out."""
+    rounds = "{% for i in range(60) %}{% set n.x = " + change + " %}{% endfor %}"
+    return "{% set n = namespace(x=" + start + ") %}" + rounds + "{{ n.x }}"
+
+
+THOUSANDS = "{% for i in range(99999) %}"
+LOOPS = {
+    "nested loops": THOUSANDS * 2 + "{% endfor %}" * 2,
+    "a filtered loop": THOUSANDS + "{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "macros that call themselves twice": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+    ),
+    "a recursive loop": (
+        "{% set x = [1, 1, 1] %}{% for i in [x, x] recursive %}{{ loop([x, x, x]) }}{% endfor %}"
+    ),
+    "a call block": (
+        "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}{% macro n(k) %}{% call m() %}"
+        "{% if k %}{{ n(k - 1) }}{% endif %}{% endcall %}{% endmacro %}{{ n(60) }}"
+    ),
+    "calls in calls": "{% for i in range(99999) %}{{ range(99999)|list|length }}{% endfor %}",
+    "much work a round": "{% for i in range(99999) %}{% set x = 'x' * 9999999 %}{% endfor %}",
+}
+GROWTH = {
+    "a text times a number": "{{ 'x' * 10**10 }}",
+    "a number times a text": "{{ 10000000000 * 'x' }}",
+    "a list times a number": "{{ [1] * 10000000000 }}",
+    "a power": "{{ 10**(10**10) }}",
+    "squares of squares": repeated("10", "n.x * n.x"),
+    "doubling by ~": repeated("'ab'", "n.x ~ n.x"),
+    "doubling by +": repeated("'ab'", "n.x + n.x"),
+    "doubling a list": repeated("[1]", "n.x + n.x"),
+    "lists in lists": repeated("[1]", "[n.x, n.x]"),
+    "dicts in dicts": repeated("1", "{'a': n.x, 'b': n.x}"),
+    "dict() in dict()": repeated("1", "dict(a=n.x, b=n.x)"),
+    "a format's width": "{{ '%1000000000s' % 1 }}",
+    "a format's star": "{{ '%*d' % (1000000000, 1) }}",
+    "a format filter": "{{ '%1000000000s'|format(1) }}",
+    "str.format": "{{ '{:>1000000000}'.format(1) }}",
+    "str.format, nested": "{{ '{:>{}}'.format(1, 1000000000) }}",
+    "center": "{{ 'x'|center(1000000000) }}",
+    "str.center": "{{ 'x'.center(1000000000) }}",
+    "ljust": "{{ 'x'.ljust(1000000000) }}",
+    "zfill": "{{ 'x'.zfill(1000000000) }}",
+    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
+    "indent": "{{ 'x\ny'|indent(1000000000) }}",
+    "batch": "{{ [1]|batch(1000000000, 0)|list }}",
+    "slice": "{{ [1]|slice(1000000000)|list }}",
+    "replace": "{{ ('x' * 1000000)|replace('x', 'x' * 1000000) }}",
+    "str.replace": "{{ ('x' * 1000000).replace('', 'x' * 1000000) }}",
+    "join": "{{ range(90000)|join('x' * 1000000) }}",
+    "str.join": "{{ ('x' * 1000000).join(['a'] * 90000) }}",
+    "tojson's indent": "{{ [[1]]|tojson(indent=1000000000) }}",
+    "much output": "{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}",
+    "a long template": "{{ 1 }}" * 200_000,
+}
+ESCAPES = {
+    "the class": "{{ ''.__class__.__mro__ }}",
+    "by name": "{{ ''|attr('__class__') }}",
+    "by item": "{{ ''['__class__'] }}",
+    "in a format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "format_map": "{{ '{a.__class__}'.format_map({'a': ''}) }}",
+    "a function's globals": "{{ raise_exception.__globals__ }}",
+    "the environment": "{{ self.__init__.__globals__ }}",
+    "translate": "{{ 'x'.translate({120: 'y' * 1000000}) }}",
+    "changing a message": "{{ messages.append(1) }}",
+    "lorem ipsum": "{{ lipsum(1000000000) }}",
+    "an import": "{% import 'os' as os %}",
+}
+HOSTILE = {**LOOPS, **GROWTH, **ESCAPES}
+
+RENDER_ALL = """
+import json, resource, sys, time
+from pathlib import Path
+from tiny_llm.chat_template import ChatTemplate
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+for name, source in json.load(sys.stdin).items():
+    started = time.monotonic()
+    try:
+        text = ChatTemplate(source, bos_token="", eos_token="").render([{"role": "user", "content": "hi"}])
+        said = f"rendered {text[:60]!r}"
+    except ValueError as error:
+        said = str(error)
+    print(json.dumps([name, said, time.monotonic() - started]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, tuple[str, float]]:
+    """What each hostile template came to, in a process that may take 200 MB; and how long it took."""
+    done = subprocess.run(
+        [sys.executable, "-c", RENDER_ALL],
+        input=json.dumps(HOSTILE),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {name: (words, seconds) for name, words, seconds in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_refused_in_little_time(name: str, said: dict[str, tuple[str, float]]) -> None:
+    words, seconds = said[name]
+    assert not words.startswith("rendered"), words
+    assert seconds < 15, "bounded by steps, not by the clock: a second where nothing else runs"
+    if name in LOOPS | GROWTH and name != "a long template":
+        assert "is stopped: it" in words or "recursion" in words, words
+
+
+def test_what_is_refused_is_said() -> None:
+    def refusal(source: str) -> str:
+        with pytest.raises(ValueError, match="chat template") as caught:
+            ChatTemplate(source, bos_token="", eos_token="").render([{"role": "user", "content": "hi"}])
+        return str(caught.value)
+
+    assert "takes more than 2000000 steps" in refusal(LOOPS["nested loops"])
+    assert "more than 10000000 characters" in refusal(GROWTH["doubling by ~"])
+    assert "a number of more than 4096 bits" in refusal(GROWTH["squares of squares"])
+    assert "access to attribute '__class__' of 'str' object is unsafe" in refusal(ESCAPES["the class"])
+
+
+def test_a_long_conversation_is_far_from_the_limits() -> None:
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": f"message {i} " + "word " * 200}
+        for i in range(1000)
+    ]
+    assert len(ChatTemplate(EMBEDDED, **TOKENS).render(messages)) > 1_000_000
+    text = ChatTemplate(EMBEDDED, **TOKENS).render([{"role": "user", "content": "x" * 5_000_000}])
+    assert len(text) > 5_000_000

@@ -1,62 +1,19 @@
 """Messages to one prompt, through the chat template that came with the model.
 
-The template is jinja2 source from a model file, so it is untrusted: it runs in jinja2's immutable sandbox,
-set up as transformers sets it up, so that it renders the same here and there. Only `encode` knows the
-tokenizer.
+The template is jinja2 source from a model file, so it is untrusted: it runs in `TemplateSandbox`, and renders
+the same as in transformers. Only `encode` knows the tokenizer.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .template_sandbox import TemplateLimitError, TemplateSandbox, rendering
 from .tokenizer import Tokenizer
 
 Message = Mapping[str, str]
-
-
-class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks text for training; here it renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox with transformers' options, filters and globals."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # jinja2's own tojson escapes HTML; templates expect plain JSON.
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
 
 
 class ChatTemplate:
@@ -65,7 +22,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
         """Compile `source`, in which `bos_token` and `eos_token` are variables. ValueError if it does not."""
         try:
-            self._template = _environment().from_string(source)
+            self._template = TemplateSandbox().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"bad chat template, line {error.lineno}: {error.message}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -78,13 +35,17 @@ class ChatTemplate:
         With `add_generation_prompt` it ends where the assistant's answer begins. Further keyword arguments
         are variables of the template.
 
-        Raises ValueError for a bad message, and with the template's own words where the template refuses.
+        Raises ValueError for a bad message, with the template's own words where the template refuses, and
+        where it reaches for what it may not have or does more than it may.
         """
         _check(messages)
         variables = {**self._tokens, "tools": None, "documents": None, **kwargs}
         variables |= {"messages": [dict(m) for m in messages], "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(variables)
+            with rendering() as bounded:
+                return bounded("".join(map(bounded, self._template.generate(variables))))
+        except TemplateLimitError as error:
+            raise ValueError(f"the chat template is stopped: {error}") from error
         except Exception as error:  # a template can fail in any way that Python can
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the chat template refuses these messages: {reason}") from error
