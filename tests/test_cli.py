@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import tiny_llm
+from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
 from tiny_llm import LLM, EngineConfig, SamplingParams
 from tiny_llm_cli import bench_throughput
 from tiny_llm_cli.bench_latency import LatencyRun, measure_latency
@@ -72,8 +73,8 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that ends before a model is loaded, or in loading one."""
+def plain_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line that ends before a model is loaded, or that loads its own."""
 
     def run_cli(*arguments: str, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -100,15 +101,15 @@ def every_page_comes_back(request: pytest.FixtureRequest) -> Iterator[None]:
     "command",
     [[], ["chat"], ["generate"], ["info"], ["bench"], ["bench", "latency"], ["bench", "throughput"]],
 )
-def test_help_gives_an_example(command: list[str], refused: Run) -> None:
-    ended = refused(*command, "--help")
+def test_help_gives_an_example(command: list[str], plain_cli: Run) -> None:
+    ended = plain_cli(*command, "--help")
     assert (ended.code, ended.err) == (0, "")
     assert f"tiny-llm {' '.join(command)}".strip() in ended.out.split("Usage:")[1].split("\n", 1)[1]
 
 
 @pytest.mark.parametrize("command", [["chat"], ["generate"], ["info"], ["bench", "latency"]])
-def test_help_lists_the_engine_options_under_one_heading(command: list[str], refused: Run) -> None:
-    engine = refused(*command, "--help").out.split("\nEngine:\n")[1]
+def test_help_lists_the_engine_options_under_one_heading(command: list[str], plain_cli: Run) -> None:
+    engine = plain_cli(*command, "--help").out.split("\nEngine:\n")[1]
     for field in fields(EngineOptions):
         assert f"--{field.name.replace('_', '-')} " in engine
 
@@ -126,14 +127,14 @@ def test_help_imports_neither_mlx_nor_the_engine() -> None:
     assert done.stdout.splitlines()[-1] == "imported: []"
 
 
-def test_version(refused: Run) -> None:
-    ended = refused("--version")
+def test_version(plain_cli: Run) -> None:
+    ended = plain_cli("--version")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.startswith("tiny-llm ")
 
 
-def test_no_command_shows_the_help(refused: Run) -> None:
-    assert "Commands:" in refused().out
+def test_no_command_shows_the_help(plain_cli: Run) -> None:
+    assert "Commands:" in plain_cli().out
 
 
 # ---- options ----
@@ -198,9 +199,9 @@ def test_sizes(text: str, size: int) -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(
-    arguments: list[str], code: int, words: list[str], refused: Run
+    arguments: list[str], code: int, words: list[str], plain_cli: Run
 ) -> None:
-    ended = refused(*arguments)
+    ended = plain_cli(*arguments)
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith("tiny-llm: error: ")
     assert ended.err.count("\n") == 1
@@ -208,10 +209,10 @@ def test_a_mistake_is_one_line_and_an_exit_code(
         assert word in ended.err
 
 
-def test_a_file_that_is_no_model_is_named(tmp_path: Path, refused: Run) -> None:
+def test_a_file_that_is_no_model_is_named(tmp_path: Path, plain_cli: Run) -> None:
     file = tmp_path / "notes.gguf"
     file.write_text("not a model")
-    ended = refused("chat", "hi", "--model", str(file))
+    ended = plain_cli("chat", "hi", "--model", str(file))
     assert ended.code == 1
     assert str(file) in ended.err
     assert "Traceback" not in ended.err
@@ -223,10 +224,10 @@ def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch
     assert run(["generate"]) == 1
 
 
-def test_debug_shows_the_traceback(refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(plain_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_LLM_DEBUG", "1")
     with pytest.raises(ValueError, match="no such file"):
-        refused("chat", "hi", "--model", "/nowhere.gguf")
+        plain_cli("chat", "hi", "--model", "/nowhere.gguf")
 
 
 # ---- chat, one question ----
@@ -473,10 +474,10 @@ def test_jsonl_prompts_bring_their_own_parameters(cli: Run, tmp_path: Path) -> N
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be at least 1, not 0"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(line: str, words: str, tmp_path: Path, refused: Run) -> None:
+def test_a_bad_jsonl_line_is_named(line: str, words: str, tmp_path: Path, plain_cli: Run) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line)
-    ended = refused("generate", "--file", str(file))
+    ended = plain_cli("generate", "--file", str(file))
     assert ended.code == 1
     assert f"{file}:2: " in ended.err
     assert words in ended.err
@@ -537,8 +538,8 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
         ("--prompt-logprobs", "1", "add --json"),
     ],
 )
-def test_a_bad_sampling_parameter_is_named(refused: Run, option: str, value: str, message: str) -> None:
-    ended = refused("generate", "hello", option, value)
+def test_a_bad_sampling_parameter_is_named(plain_cli: Run, option: str, value: str, message: str) -> None:
+    ended = plain_cli("generate", "hello", option, value)
     assert message in " ".join(ended.err.split())
 
 
@@ -613,20 +614,36 @@ def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
     assert "tokens" in cli("info").out
 
 
-def test_info_without_a_model_still_describes_the_machine(refused: Run) -> None:
-    ended = refused("info", "--model", "/nowhere.gguf", "--json")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_folder_is_described_and_answers(name: str, tmp_path: Path, plain_cli: Run) -> None:
+    """Tiny random checkpoints; qwen2's projections have biases, and its head is tied."""
+    path = write_folder(tmp_path / name, CONFIGS[name], random_weights(CONFIGS[name]))
+    write_tokenizer(path)
+    found = json.loads(plain_cli("info", "--model", str(path), "--num-blocks", "16", "--json").out)["model"]
+    assert (found["name"], found["architecture"], found["path"]) == (name, name, str(path))
+    assert found["quantization"].startswith("float32 x ")
+    assert 0 <= found["bytes"] - 4 * found["parameters"] < 256  # the rotations' frequencies are no parameters
+    answered = plain_cli("generate", "ab", "--model", str(path), "--max-tokens", "3", "--json")
+    assert len(json.loads(answered.out)["outputs"][0]["token_ids"]) == 3
+    too_long = plain_cli("generate", "ab " * 200, "--model", str(path))
+    assert too_long.code == 1
+    assert "128" in too_long.err
+
+
+def test_info_without_a_model_still_describes_the_machine(plain_cli: Run) -> None:
+    ended = plain_cli("info", "--model", "/nowhere.gguf", "--json")
     assert ended.code == 1
     assert "mlx" in json.loads(ended.out)["machine"]
     assert "/nowhere.gguf" in ended.err
 
 
 def test_info_names_the_learners_modules(
-    tmp_path: Path, refused: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, plain_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sampler.py").touch()
     (tmp_path / "kvcache.py").touch()
     monkeypatch.setattr(tiny_llm, "__path__", [str(tmp_path), *tiny_llm.__path__[1:]])
-    found = json.loads(refused("info", "--model", "/nowhere.gguf", "--json").out)["overlay"]
+    found = json.loads(plain_cli("info", "--model", "/nowhere.gguf", "--json").out)["overlay"]
     assert (found["modules"], found["unknown_modules"]) == (["sampler"], ["kvcache"])
 
 

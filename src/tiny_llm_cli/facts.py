@@ -147,19 +147,24 @@ def _processor() -> str:
 
 
 def _quantization(llm: "LLM") -> str:
-    """How the matrices are stored, the commonest way first: `4-bit x 210, 8-bit x 1`."""
+    """How the matrices are stored, the commonest way first: `4-bit x 210, float16 x 1`."""
     matrices = {id(matrix): matrix for matrix in _matrices(llm.model)}.values()
-    kinds = Counter(f"{bits}-bit" if (bits := getattr(m, "bits", None)) else "dense" for m in matrices)
+    kinds = Counter(map(_storage, matrices))
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
 
 
+def _storage(matrix: object) -> str:
+    bits = getattr(matrix, "bits", None)
+    return f"{bits}-bit" if bits else str(next(_arrays(matrix)).dtype).removeprefix("mlx.core.")
+
+
 def _matrices(node: object) -> Iterator[object]:
-    """Everything in a model that has rows to look up: its matrices, in whatever form they are stored."""
-    if hasattr(node, "rows"):
-        yield node
+    """The innermost parts of a model that have rows to look up: its matrices, however they are stored."""
+    inner = [matrix for child in _children(node) for matrix in _matrices(child)]
+    if inner or not hasattr(node, "rows"):
+        yield from inner
     else:
-        for child in _children(node):
-            yield from _matrices(child)
+        yield node
 
 
 def _arrays(node: object) -> Iterator["mx.array"]:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-_ADDED_TYPES = (_CONTROL, _USER_DEFINED)
+_SPECIAL = (_UNKNOWN, _CONTROL)
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
@@ -48,8 +48,9 @@ _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build from a GGUF file's metadata.
 
-    Tokens that the file marks as control are special; those that it marks as user-defined are kept whole but
-    are ordinary text. The end-of-sequence ids are the file's eos, eot and eom, as far as it names them.
+    Tokens that the file marks as control or as unknown are special; those that it marks as user-defined are
+    kept whole but are ordinary text. The end-of-sequence ids are the file's eos, eot and eom, as far as it
+    names them.
 
     Raises ValueError for a kind of tokenizer or a pre-tokenizer that is not supported, and for a file that
     lacks a part or whose parts do not fit together.
@@ -62,9 +63,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     if len(types) != len(tokens):
         raise ValueError(f"the file gives {len(types)} token types for {len(tokens)} tokens")
     built = _KINDS[kind](found, tokens, types)
-    of_type = {kind: [t for t, k in zip(tokens, types, strict=True) if k == kind] for kind in _ADDED_TYPES}
-    built.add_tokens([AddedToken(token, normalized=False) for token in of_type[_USER_DEFINED]])
-    built.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in of_type[_CONTROL]])
+    typed = list(zip(tokens, types, strict=True))
+    built.add_tokens([AddedToken(token, normalized=False) for token, t in typed if t == _USER_DEFINED])
+    built.add_special_tokens([AddedToken(token, normalized=False) for token, t in typed if t in _SPECIAL])
     _frame(built, found, tokens, kind_adds_bos=_adds_bos(found))
     ends = [found.token_id(key, len(tokens)) for key in _END_KEYS]
     template = metadata.get("tokenizer.chat_template")

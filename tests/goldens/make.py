@@ -4,7 +4,8 @@
 
 The script makes its own environment in `.venvs/goldens` (pinned versions, below), runs itself again inside
 it, loads the embedded GGUF in transformers (float32, dequantized) and writes `greedy.json`, `tokens.json` and
-`chat.json`. No test needs torch or transformers: the tests read the JSON.
+`chat.json`; then `tokenizers/` (make_tokenizers.py) and `checkpoints.json` (make_checkpoints.py). No test
+needs torch or transformers: the tests read the JSON.
 
 **Which token ids are right.** transformers 5.23 builds a plain GPT-2 tokenizer from this GGUF: it knows no
 pre-tokenizer called "smollm" and says nothing. The checkpoint's own tokenizer splits digits one by one first,
@@ -249,11 +250,13 @@ def main() -> None:
         enter_environment()
     sys.path.insert(0, str(HERE))
     import make_checkpoints
+    import make_tokenizers
 
     converted, right = load_tokenizers()
     make_tokens(converted, right)
     make_chat(right)
     make_greedy(right)
+    make_tokenizers.make(write)
     make_checkpoints.make(write)
 
 

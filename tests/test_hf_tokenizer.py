@@ -1,0 +1,188 @@
+"""tokenizer.json against transformers' ids, the same vocabulary as GGUF, and broken folders."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Library
+
+from tiny_llm_ref.errors import ModelFileError
+from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_ref.hf_tokenizer import hf_tokenizer
+from tiny_llm_ref.tokenizer import Tokenizer
+
+FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
+GOLDENS = {path.name: json.loads((path / "expected.json").read_text("utf-8")) for path in FOLDERS.iterdir()}
+STRINGS = [(name, record) for name, golden in GOLDENS.items() for record in golden["strings"]]
+PRE = {"smollm": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2"}  # llama.cpp's names for the word rules
+CONTROL, UNKNOWN, NORMAL, BYTE = 3, 2, 1, 6
+
+
+def as_gguf(name: str) -> dict[str, Any]:
+    """The metadata that a GGUF of this folder would hold: the same vocabulary, the word rule by its name."""
+    folder = FOLDERS / name
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    tokens = [library.id_to_token(i) for i in range(library.get_vocab_size())]
+    special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+    kinds = {
+        **dict.fromkeys(special, CONTROL),
+        **{f"<0x{byte:02X}>": BYTE for byte in range(256)},
+        **({"<unk>": UNKNOWN} if name == "llama" else {}),
+    }
+    found: dict[str, Any] = {
+        "model": "llama" if name == "llama" else "gpt2",
+        "tokens": tokens,
+        "token_type": [kinds.get(token, NORMAL) for token in tokens],
+        "eos_token_id": tokens.index(settings["eos_token"]),
+    }
+    if settings.get("bos_token"):
+        found["bos_token_id"] = tokens.index(settings["bos_token"])
+    if name == "llama":
+        found["scores"] = [-float(i) for i in range(len(tokens))]
+    else:
+        found |= {"pre": PRE[name], "merges": [" ".join(pair) for pair in model["merges"]]}
+    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+
+
+TOKENIZERS = {name: hf_tokenizer(FOLDERS / name) for name in GOLDENS}
+FROM_GGUF = {name: gguf_tokenizer(as_gguf(name)) for name in GOLDENS}
+each_string = pytest.mark.parametrize(
+    ("name", "record"), STRINGS, ids=[f"{name}-{ascii(record['text'])[:40]}" for name, record in STRINGS]
+)
+
+
+@each_string
+def test_ids_and_text_equal_transformers(name: str, record: dict[str, Any]) -> None:
+    assert_golden(TOKENIZERS[name], record)
+
+
+@each_string
+def test_the_same_vocabulary_as_gguf_gives_the_same_ids(name: str, record: dict[str, Any]) -> None:
+    """The word rules are rebuilt from llama.cpp's names for them, not read from the tokenizer.json."""
+    assert_golden(FROM_GGUF[name], record)
+
+
+def assert_golden(tokenizer: Tokenizer, record: dict[str, Any]) -> None:
+    text, ids = record["text"], record["ids"]
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.encode(text, add_special_tokens=True) == record.get("framed", ids)
+    assert tokenizer.encode(text, special_tokens=False) == record.get("as_text", ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == record.get("decoded", text)
+    assert tokenizer.decode(ids) == record.get("skipped", text)
+
+
+def test_every_family_has_a_few_hundred_strings() -> None:
+    assert set(GOLDENS) == {*PRE, "llama"}
+    assert all(len(golden["strings"]) > 350 for golden in GOLDENS.values())
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_what_the_folder_says_about_itself(name: str) -> None:
+    settings = json.loads((FOLDERS / name / "tokenizer_config.json").read_text("utf-8"))
+    found = TOKENIZERS[name]
+    assert found.bos_token == (settings.get("bos_token") or "")
+    assert found.eos_token == settings["eos_token"]
+    assert [found.token_text(token) for token in found.eos_token_ids] == [settings["eos_token"]]
+    assert found.chat_template == (FOLDERS / name / "chat_template.jinja").read_text("utf-8")
+    assert set(GOLDENS[name]["special_tokens"]) <= set(found.control_tokens)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of one folder that a test may change."""
+    return Path(shutil.copytree(FOLDERS / "llama3", tmp_path / "model"))
+
+
+def settings_of(folder: Path, **changes: Any) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **changes}))
+
+
+@pytest.mark.parametrize("bos", ["<|eot_id|>", {"content": "<|eot_id|>", "lstrip": False}])
+def test_a_special_token_is_a_text_or_an_object(folder: Path, bos: Any) -> None:
+    settings_of(folder, bos_token=bos)
+    assert hf_tokenizer(folder).bos_token == "<|eot_id|>"
+
+
+def test_older_folders_name_special_tokens_in_a_file_of_their_own(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|eot_id|>"}}))
+    found = hf_tokenizer(folder)
+    assert (found.bos_token, found.eos_token, len(found.eos_token_ids)) == ("", "<|eot_id|>", 1)
+
+
+def test_a_tokenizer_json_alone_is_enough_for_text(folder: Path) -> None:
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    found = hf_tokenizer(folder)
+    assert (found.bos_token, found.eos_token, found.eos_token_ids, found.chat_template) == (
+        "",
+        "",
+        frozenset(),
+        None,
+    )
+    assert found.encode("a b") == TOKENIZERS["llama3"].encode("a b")
+
+
+NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"chat_template.jinja": "J", "tokenizer_config.json": {"chat_template": "S"}}, "J"),
+        ({"tokenizer_config.json": {"chat_template": "S"}}, "S"),
+        ({"tokenizer_config.json": {"chat_template": NAMED}}, "D"),
+        ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, None),
+        ({"tokenizer_config.json": {}, "chat_template.json": {"chat_template": "O"}}, "O"),
+        ({"tokenizer_config.json": {}}, None),
+    ],
+)
+def test_the_chat_template_has_had_several_places(
+    folder: Path, files: dict[str, Any], expected: str | None
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert hf_tokenizer(folder).chat_template == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", b'{"model": {"type": "NewKind"}}', "tokenizer.json: not a tokenizer"),
+        ("tokenizer.json", b"\xff\xfe", "tokenizer.json: .*utf-8"),
+        ("tokenizer.json", None, "tokenizer.json: .*"),
+        ("tokenizer_config.json", b"[", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: holds list, expected an object"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b'{"bos_token": 7}', "tokenizer_config.json: bos_token is '7'"),
+        ("special_tokens_map.json", b"nonsense", "special_tokens_map.json: not JSON"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: .*utf-8"),
+    ],
+)
+def test_a_broken_file_is_named(folder: Path, file: str, content: bytes | None, message: str) -> None:
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(ModelFileError, match=message):
+        hf_tokenizer(folder)
+
+
+def test_a_sentencepiece_model_without_tokenizer_json_is_refused_with_what_is_supported(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(ModelFileError, match=r"there is a tokenizer\.model, but only tokenizer\.json"):
+        hf_tokenizer(folder)
+
+
+def test_a_gigantic_tokenizer_json_is_refused_before_it_is_read(folder: Path) -> None:
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 29)
+    with pytest.raises(ModelFileError, match="536870912 bytes, expected at most 268435456"):
+        hf_tokenizer(folder)
