@@ -63,13 +63,18 @@ def _byte_level(pre_tokenizer: Any, normalizer: Any = None) -> tuple[dict[str, i
     return _train(trained, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet))
 
 
-def _train(trained: Any, trainer: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _train(trained: Any, trainer: Any, *, rare: int = 0) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Train on everything in inputs.py, without the characters that occur `rare` times or fewer."""
     import json
+    from collections import Counter
 
     from inputs import CONVERSATIONS, LONG_TEXT, STRINGS
 
     said = [message["content"] for messages in CONVERSATIONS.values() for message in messages]
-    trained.train_from_iterator([*STRINGS, *said, LONG_TEXT], trainer)
+    texts = [*STRINGS, *said, LONG_TEXT]
+    counts = Counter("".join(texts))
+    kept = ["".join(letter for letter in text if counts[letter] > rare) for text in texts]
+    trained.train_from_iterator(kept, trainer)
     model = json.loads(trained.to_str())["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     return vocab, [tuple(pair) for pair in model["merges"]]
@@ -148,8 +153,7 @@ def _llama() -> Any:
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, limit_alphabet=160)
-    learnt, pairs = _train(trained, trainer)
+    learnt, pairs = _train(trained, trainers.BpeTrainer(vocab_size=VOCAB_SIZE), rare=2)
     merged = [left + right for left, right in pairs]
     letters = [token for token in learnt if token not in set(merged)]
     control = ["<unk>", "<s>", "</s>"]
