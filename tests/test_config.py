@@ -3,7 +3,8 @@
 import dataclasses
 
 import pytest
-from tiny_llm.config import ConfigError, EngineConfig
+from tiny_llm.engine_config import EngineConfig
+from tiny_llm.errors import ConfigError
 
 from tiny_model import CONTEXT, tiny_config
 

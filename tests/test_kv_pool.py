@@ -3,9 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.config import ModelConfig
 from tiny_llm.kernels import twins
 from tiny_llm.kv_pool import KVPool
+from tiny_llm.model_config import ModelConfig
 from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import PagedContext, Span, pack_batch

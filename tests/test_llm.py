@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tiny_llm.config import ConfigError
-from tiny_llm.errors import ModelFileError, RequestTooLargeError
+from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
 
 from promises import check_all_returned
 from tiny_llm import LLM, SamplingParams

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.config import ModelConfig
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kernels import twins
 from tiny_llm.model import Model
+from tiny_llm.model_config import ModelConfig
 
 from tiny_model import (
     CONTEXT,
@@ -85,14 +85,14 @@ def test_pages_change_nothing_but_how_keys_are_stored() -> None:
 
 
 def test_the_readable_model_and_the_fast_one_agree() -> None:
-    """Loosely: the packed matmul rounds activations to int8."""
+    """Closely: the packed matmul rounds activations to 16 bits."""
     tokens = random_prompt(50, seed=6)
     with twins():
         tiny_model.cache_clear()
         readable = np.array(logits_through_pages(tiny_model(), tokens, [50]))
     tiny_model.cache_clear()
     fast = np.array(logits_through_pages(tiny_model(), tokens, [50]))
-    assert np.corrcoef(readable.ravel(), fast.ravel())[0, 1] > 0.99
+    assert np.corrcoef(readable.ravel(), fast.ravel())[0, 1] > 0.999999
 
 
 def test_only_the_rows_asked_for_get_logits() -> None:

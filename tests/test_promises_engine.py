@@ -4,6 +4,7 @@ The oracle is the engine itself, serving the same completion alone: equal means 
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
@@ -28,7 +29,7 @@ from tiny_llm.sequence import Sequence
 import tiny_llm_kernels
 from promises import CROWD, Scenario, assert_caught, check_scenario, kernels_on, keys_backwards, scenarios
 from tiny_llm import paged_kernel
-from tiny_model import VOCAB, examples, logits_through_pages, random_prompt, tiny_model
+from tiny_model import VOCAB, examples, logits_through_pages, qwen_model, random_prompt, tiny_model
 
 compiled_only = pytest.mark.skipif(
     not tiny_llm_kernels.available(), reason=f"no compiled kernels: {tiny_llm_kernels.why_unavailable()}"
@@ -41,13 +42,16 @@ def test_the_tiny_model_runs_on_the_packed_kernels() -> None:
     assert isinstance(tiny_model().layers[0].mlp.down_proj, PackedLinear)
 
 
-def test_scheduling_never_changes_the_answer_and_pages_are_conserved() -> None:
+@pytest.mark.parametrize(("make", "cases"), [(tiny_model, 150), (qwen_model, 60)], ids=["quantized", "qwen"])
+def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
+    make: Callable[[], Model], cases: int
+) -> None:
     happened: Counter[str] = Counter()
 
-    @settings(max_examples=examples(150))
+    @settings(max_examples=examples(cases))
     @given(scenarios())
     def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
-        seen = check_scenario(tiny_model(), scenario)
+        seen = check_scenario(make(), scenario)
         for name in sorted(seen):
             event(name, "some" if seen[name] else "none")
         happened.update(seen)
@@ -63,7 +67,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved() -> None:
         "mixed steps",
         "cancelled under way",
     ):
-        assert happened[name] >= 50, f"the scenarios hardly test anything: {happened}"
+        assert happened[name] >= cases // 4, f"the scenarios hardly test anything: {happened}"
 
 
 @st.composite
@@ -74,16 +78,22 @@ def chunkings(draw: st.DrawFn, length: int) -> list[int]:
 
 
 @settings(max_examples=examples(60))
-@given(data=st.data(), length=st.integers(2, 120), block_size=st.integers(1, 17), threads=st.integers(1, 4))
+@given(
+    make=st.sampled_from([tiny_model, qwen_model]),
+    data=st.data(),
+    length=st.integers(2, 120),
+    block_size=st.integers(1, 17),
+    threads=st.integers(1, 4),
+)
 def test_every_row_of_logits_is_the_same_bits_in_any_chunks(
-    data: st.DataObject, length: int, block_size: int, threads: int
+    make: Callable[[], Model], data: st.DataObject, length: int, block_size: int, threads: int
 ) -> None:
     prompt = random_prompt(length, seed=length)
     chunks = data.draw(chunkings(length))
     with kernels_on(1, ""):
-        whole = np.array(logits_through_pages(tiny_model(), prompt, [length]))
+        whole = np.array(logits_through_pages(make(), prompt, [length]))
     with kernels_on(threads, ""):
-        cut = np.array(logits_through_pages(tiny_model(), prompt, chunks, block_size=block_size))
+        cut = np.array(logits_through_pages(make(), prompt, chunks, block_size=block_size))
     assert np.array_equal(whole, cut)
 
 

@@ -5,12 +5,13 @@ compiled attention run wherever they are built. Everything is a function of expl
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
-from tiny_llm.config import ModelConfig
-from tiny_llm.linear import Linear, LinearLike, quantized_linear
+from tiny_llm.linear import BiasedLinear, Linear, LinearLike, quantized_linear
 from tiny_llm.model import Model, build_model
+from tiny_llm.model_config import ModelConfig
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import PagedContext, Span, pack_batch
@@ -43,39 +44,22 @@ def tiny_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**options, **changes})  # type: ignore[arg-type]
 
 
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Every matrix of a model by its checkpoint name, with [outputs, inputs]."""
-    E, D = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
-    block = {
-        "self_attn.q_proj": (q, E),
-        "self_attn.k_proj": (kv, E),
-        "self_attn.v_proj": (kv, E),
-        "self_attn.o_proj": (E, q),
-        "mlp.gate_proj": (config.intermediate_size, E),
-        "mlp.up_proj": (config.intermediate_size, E),
-        "mlp.down_proj": (E, config.intermediate_size),
-    }
-    shapes = {"model.embed_tokens": (config.vocab_size, E)}
-    for layer in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    if not config.tie_word_embeddings:
-        shapes["lm_head"] = (config.vocab_size, E)
-    return shapes
-
-
 def random_weights(config: ModelConfig, seed: int) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """Matrices and vectors by checkpoint name; the logits' spread leaves every token a chance."""
-    keys = iter(mx.random.split(mx.random.key(seed), 200))
+    """Matrices and vectors by checkpoint name, without `.weight`; logits that leave every token a chance."""
+    shapes = {name.removesuffix(".weight"): shape for name, shape in config.parameter_shapes.items()}
+    keys = iter(mx.random.split(mx.random.key(seed), len(shapes)))
+    noise = {name: mx.random.normal(shape, key=next(keys)) for name, shape in shapes.items()}
     spread = {"model.embed_tokens": 1.0, "lm_head": 2.0 * config.hidden_size**-0.5}
     matrices = {
-        name: mx.random.normal(shape, key=next(keys)) * spread.get(name, shape[1] ** -0.5)
-        for name, shape in matrix_shapes(config).items()
+        name: array * spread.get(name, array.shape[1] ** -0.5)
+        for name, array in noise.items()
+        if array.ndim == 2
     }
-    norms = ["model.norm"]
-    for layer in range(config.num_hidden_layers):
-        norms += [f"model.layers.{layer}.{name}" for name in ("input_layernorm", "post_attention_layernorm")]
-    vectors = {name: 1 + 0.1 * mx.random.normal((config.hidden_size,), key=next(keys)) for name in norms}
+    vectors = {
+        name: 0.1 * array + (0 if name.endswith(".bias") else 1)
+        for name, array in noise.items()
+        if array.ndim == 1
+    }
     mx.eval(matrices, vectors)
     return matrices, vectors
 
@@ -86,21 +70,37 @@ def quantized(matrix: mx.array, bits: int) -> LinearLike:
     return quantized_linear(weight, scales, biases, 32, bits)
 
 
+def assemble(
+    config: ModelConfig, seed: int, store: Callable[[str, mx.array], LinearLike] = lambda _, m: Linear(m)
+) -> Model:
+    """A model of random weights; `store` brings each matrix into its form."""
+    matrices, vectors = random_weights(config, seed)
+    linears = {name: store(name, matrix) for name, matrix in matrices.items()}
+    biases = {name.removesuffix(".bias"): v for name, v in vectors.items() if name.endswith(".bias")}
+    return build_model(
+        config, linears | {name: BiasedLinear(linears[name], bias) for name, bias in biases.items()}, vectors
+    )
+
+
 @cache
 def tiny_model(seed: int = 0, **changes: object) -> Model:
     """A quantized tiny model: 4 bits, and 8 for the embedding, as in the embedded model's file."""
-    config = tiny_config(**changes)
-    matrices, vectors = random_weights(config, seed)
-    linears = {name: quantized(matrix, 8 if "embed" in name else 4) for name, matrix in matrices.items()}
-    return build_model(config, linears, vectors)
+    return assemble(
+        tiny_config(**changes), seed, lambda name, matrix: quantized(matrix, 8 if "embed" in name else 4)
+    )
 
 
 @cache
 def dense_model(seed: int = 0, **changes: object) -> Model:
     """The same shape with plain float32 matrices, for oracles that know nothing of quantization."""
-    config = tiny_config(**changes)
-    matrices, vectors = random_weights(config, seed)
-    return build_model(config, {name: Linear(matrix) for name, matrix in matrices.items()}, vectors)
+    return assemble(tiny_config(**changes), seed)
+
+
+@cache
+def qwen_model() -> Model:
+    """Everything that the quantized one has not: bfloat16 matrices, biases, q/k norm, heads of 20."""
+    config = tiny_config(architecture="qwen3", head_dim=20, qkv_bias=True, mlp_bias=True, qk_norm=True)
+    return assemble(config, 1, lambda _, matrix: Linear(matrix.astype(mx.bfloat16)))
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .chunked_prefill import share_budget as share_budget
-    from .config import ConfigError as ConfigError
-    from .config import EngineConfig as EngineConfig
-    from .config import ModelConfig as ModelConfig
+    from .engine_config import EngineConfig as EngineConfig
     from .engine_core import EngineCore as EngineCore
+    from .errors import ConfigError as ConfigError
     from .errors import DoubleFreeError as DoubleFreeError
     from .errors import DuplicateRequestError as DuplicateRequestError
     from .errors import ModelFileError as ModelFileError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .kernels import kernel_info as kernel_info
     from .kv_pool import KVPool as KVPool
     from .llm import LLM as LLM
+    from .model_config import ModelConfig as ModelConfig
     from .outputs import CompletionOutput as CompletionOutput
     from .outputs import Logprob as Logprob
     from .outputs import RequestOutput as RequestOutput
@@ -42,9 +42,9 @@ _MODULE_OF = {
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "TextDelta": "outputs",
-    "EngineConfig": "config",
-    "ModelConfig": "config",
-    "ConfigError": "config",
+    "EngineConfig": "engine_config",
+    "ModelConfig": "model_config",
+    "ConfigError": "errors",
     "EngineCore": "engine_core",
     "BlockAllocator": "paged_attention",
     "BlockTable": "paged_attention",

@@ -12,10 +12,10 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
-from .config import ModelConfig
 from .errors import ModelFileError, reading
 from .linear import BiasedLinear, Linear, LinearLike, quantized_linear
 from .model import Model, build_model
+from .model_config import ModelConfig
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -33,6 +33,10 @@ class DuplicateRequestError(TinyLLMError, ValueError):
     """A request id is in use by a request that has not ended."""
 
 
+class ConfigError(TinyLLMError, ValueError):
+    """An option is unknown or has a value that cannot work; the message names both."""
+
+
 class ModelFileError(TinyLLMError, ValueError):
     """A model file cannot be read: names the file, what was found, and what was expected."""
 

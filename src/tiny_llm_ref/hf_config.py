@@ -7,7 +7,7 @@ one by one, because a model that runs slightly wrong looks like one that runs.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .config import ModelConfig
+from .model_config import ModelConfig
 from .rope import llama3_factors
 
 Json = Mapping[str, Any]

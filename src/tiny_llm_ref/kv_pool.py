@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 
 import mlx.core as mx
 
-from .config import ModelConfig
+from .model_config import ModelConfig
 from .paged_attention import BlockCopy
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .chat_template import ChatTemplate
-from .config import EngineConfig
+from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .kv_pool import DTYPES
 from .loader import load_model

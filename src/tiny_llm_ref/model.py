@@ -10,11 +10,11 @@ from typing import Protocol, TypeVar
 import mlx.core as mx
 
 from .block import TransformerBlock
-from .config import ModelConfig
 from .grouped_attention import Attention
 from .kv_context import KVContext
 from .linear import LinearLike, stack
 from .mlp import MLP
+from .model_config import ModelConfig
 from .norm import rms_norm
 from .rope import inverse_frequencies
 

@@ -1,18 +1,9 @@
-"""What a model is (`ModelConfig`) and how the engine runs it (`EngineConfig`).
+"""What a model is: the numbers and switches that describe a decoder, checked once, frozen."""
 
-Both are frozen: results are returned, never written back, and a misspelled option is an error.
-"""
-
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Self
 
-from .errors import TinyLLMError
-
-GIB = 1024**3
-KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
-PREEMPTION_MODES = ("recompute", "none")
+from .errors import ConfigError
 
 # What a model may have; far beyond any that is known, and small enough that checking it takes no time.
 _MOST = {
@@ -25,10 +16,6 @@ _MOST = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": (1 << 31) - 1,
 }
-
-
-class ConfigError(TinyLLMError, ValueError):
-    """An option is unknown or has a value that cannot work; the message names both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,101 +125,3 @@ class ModelConfig:
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token's keys and values take over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How to serve: sizes, limits and policies. Every field has a default that works.
-
-    block_size: tokens in one block of the KV pool.
-    num_blocks: blocks in the pool; None derives it from `kv_cache_memory`.
-    kv_cache_memory: bytes for the pool when `num_blocks` is None; None means half a gibibyte, or
-        less where `max_num_seqs` sequences of `max_model_len` tokens need less.
-    max_num_seqs: sequences that run in one step (each of `n` counts).
-    max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
-    max_model_len: longest prompt + output in tokens; None means the model's own limit.
-    kv_cache_dtype: how keys and values are stored.
-    preemption_mode: what happens when pages run out: "recompute" gives up the newest sequence's
-        pages and computes them again later; "none" admits a request only when its whole life fits.
-    seed: source of the seeds of requests that bring none.
-    """
-
-    block_size: int = 16
-    num_blocks: int | None = None
-    kv_cache_memory: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_model_len: int | None = None
-    kv_cache_dtype: str = "float16"
-    preemption_mode: str = "recompute"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "kv_cache_memory", "max_num_seqs", "max_model_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
-                f"({self.max_num_seqs}): every running sequence decodes one token a step"
-            )
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """Build from keyword options; an unknown one raises `ConfigError` with the known names."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown engine option {name!r}; known: {', '.join(known)}")
-        return cls(**options)
-
-    def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Blocks of the pool for `model`, from `num_blocks`, or from the bytes allowed for it.
-
-        Refuses a pool larger than the machine's memory, which no allocation would survive.
-        """
-        block_bytes = self.block_size * model.kv_bytes_per_token(bytes_per_value)
-        blocks = self._wanted_blocks(model, block_bytes)
-        if blocks * block_bytes > _memory_bytes():
-            raise ConfigError(
-                f"a pool of {blocks} blocks takes {blocks * block_bytes} bytes; "
-                f"this machine has {_memory_bytes()}"
-            )
-        return blocks
-
-    def _wanted_blocks(self, model: ModelConfig, block_bytes: int) -> int:
-        if self.num_blocks is not None:
-            return self.num_blocks
-        if self.kv_cache_memory is not None:
-            blocks = self.kv_cache_memory // block_bytes
-            if blocks < 1:
-                raise ConfigError(
-                    f"kv_cache_memory of {self.kv_cache_memory} bytes holds no block: "
-                    f"one block of {self.block_size} tokens takes {block_bytes} bytes"
-                )
-            return blocks
-        longest = self.model_len(model)
-        useful = self.max_num_seqs * -(-longest // self.block_size)
-        return max(1, min(GIB // 2 // block_bytes, useful))
-
-    def model_len(self, model: ModelConfig) -> int:
-        """The longest prompt + output in tokens; refuses more than the model's own limit."""
-        limit = model.max_position_embeddings
-        if self.max_model_len is not None and self.max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len ({self.max_model_len}) exceeds the model's context of {limit} tokens"
-            )
-        return self.max_model_len or limit
-
-
-def _memory_bytes() -> int:
-    """This machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
