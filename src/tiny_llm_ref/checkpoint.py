@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 
 from .errors import ModelFileError, reading
-from .linear import BiasedLinear, Linear, LinearLike, quantized_linear
+from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
 from .model import Model, build_model
 from .model_config import ModelConfig
 from .tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class Checkpoint:
     def _linear(self, name: str) -> LinearLike:
         """One matrix, in the form that this device multiplies best, with its bias where it has one."""
         stored = self._load(f"{name}.weight")
-        matrix = quantized_linear(*stored) if isinstance(stored, Quantized) else Linear(stored)
+        matrix = quantized_linear(*stored) if isinstance(stored, Quantized) else dense_linear(stored)
         if f"{name}.bias" not in self.tensors:
             return matrix
         return BiasedLinear(matrix, self._vector(f"{name}.bias"))
@@ -119,9 +119,7 @@ class Checkpoint:
     def _load(self, name: str) -> mx.array | Quantized:
         tensor = self.tensors[name]
         with reading(tensor.file):
-            stored = tensor.load()
-            mx.eval(stored)
-        return stored
+            return tensor.load()
 
 
 @dataclass(frozen=True)

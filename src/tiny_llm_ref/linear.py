@@ -151,6 +151,12 @@ def _joined(arrays: list[mx.array]) -> mx.array:
     return joined
 
 
+def dense_linear(weight: mx.array) -> LinearLike:
+    """A dense matrix [N, K], evaluated, so that what it was made from can go."""
+    mx.eval(weight)
+    return Linear(weight)
+
+
 def quantized_linear(
     weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> LinearLike:
@@ -161,6 +167,7 @@ def quantized_linear(
     """
     packs = use_compiled() and is_reference(quantized_matmul) and group_size % PACKED_GROUP == 0
     if not packs:
+        mx.eval(weight, scales, biases)
         return QuantizedLinear(weight, scales, biases, group_size, bits)
     scale_type = mx.float16 if _fits_float16(scales) and _fits_float16(biases) else mx.float32
     scales, biases = scales.astype(scale_type), biases.astype(scale_type)
@@ -172,5 +179,7 @@ def quantized_linear(
 
 def _fits_float16(values: mx.array) -> bool:
     """True where float16 holds every one of the values exactly."""
+    if values.dtype == mx.float16:
+        return True
     narrow = values.astype(mx.float16).astype(values.dtype)
     return bool(mx.array_equal(narrow, values))
