@@ -4,7 +4,6 @@ Weights are plain (float32, float16, bfloat16) or quantized as MLX does it, each
 and group size. Names are the checkpoint's own, so there is nothing to translate.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from .checkpoint import Checkpoint, Quantized, as_array
 from .errors import ModelFileError, reading
 from .hf_config import model_config, token_ids
 from .hf_tokenizer import hf_tokenizer
+from .json_file import read_json
 from .safetensors_format import SafeTensor, read_safetensors_header
 
-MOST_JSON = 1 << 24  # bytes of a configuration or index; the largest known has about 300 thousand
 GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 DENSE_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
@@ -28,7 +27,7 @@ _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints store
 
 def read_folder(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises `ModelFileError` naming the file and what is wrong with it."""
-    settings = _read_json(path / "config.json")
+    settings = read_json(path / "config.json")
     eos_token_ids = _eos_token_ids(path, settings)
     with reading(path):
         tokenizer = hf_tokenizer(path)
@@ -190,7 +189,7 @@ def _safetensors_files(path: Path) -> list[Path]:
                 f"{path}: no .safetensors file, the only format of weights that is supported"
             )
         return files
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelFileError(f"{index}: weight_map is missing, expected an object of file names")
     names = sorted(set(weight_map.values()))
@@ -204,25 +203,10 @@ def _eos_token_ids(path: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a generation: generation_config.json's, or else config.json's."""
     generation = path / "generation_config.json"
     if generation.exists():
-        found = _read_json(generation)
+        found = read_json(generation)
         with reading(generation):
             ids = token_ids(found, "eos_token_id")
         if ids:
             return ids
     with reading(path / "config.json"):
         return token_ids(settings, "eos_token_id")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
-    with reading(file):
-        size = file.stat().st_size
-        if size > MOST_JSON:
-            raise ValueError(f"{size} bytes of JSON, expected at most {MOST_JSON}")
-        try:
-            found = json.loads(file.read_bytes())
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"holds {type(found).__name__}, expected an object")
-        return found

@@ -4,7 +4,6 @@ tokenizer.json is read by the library that wrote it; tokenizer_config.json and s
 which tokens begin and end a text, and the chat template has had three places.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from .errors import ModelFileError, reading
+from .json_file import read_json
 from .tokenizer import Tokenizer
 
 MOST_BYTES = 1 << 28  # of a tokenizer.json; one of 262,144 tokens has 33 million
@@ -50,16 +50,7 @@ def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file."""
-    if not file.exists():
-        return {}
-    with reading(file):
-        try:
-            found = json.loads(file.read_bytes())
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"holds {type(found).__name__}, expected an object")
-        return found
+    return read_json(file) if file.exists() else {}
 
 
 def _token(settings: Mapping[str, Any], name: str) -> str:
