@@ -16,9 +16,7 @@ def step_times(num_blocks: int, steps: int) -> tuple[list[float], int]:
     for _ in range(4):
         llm.core.step()
     times = [harness.timed(llm.core.step) for _ in range(steps)]
-    pool = llm.core.manager.pool
-    assert pool is not None
-    return times, pool.nbytes
+    return times, llm.core.manager.capacity.nbytes
 
 
 def main() -> None:

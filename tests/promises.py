@@ -23,7 +23,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import Policies
 from tiny_llm.preemption import RecomputeNewestFirst
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sequence import Sequence, completion_ids
+from tiny_llm.sequence import PagedSequence, completion_ids
 from tiny_llm.step import Plan, StepLogits
 
 import tiny_llm_kernels
@@ -92,12 +92,12 @@ class Watched(PagedBatchManager):
         self._watch(plan)
         return plan
 
-    def _fork(self, leader: Sequence) -> list[Sequence]:
+    def _fork(self, leader: PagedSequence) -> list[PagedSequence]:
         forked = super()._fork(leader)
         self.happened["forks"] += len(forked) - 1
         return forked
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: PagedSequence) -> None:
         self.happened["preemptions"] += 1
         self.happened["preemptions of outputs"] += bool(sequence.outputs)
         super()._preempt(sequence)

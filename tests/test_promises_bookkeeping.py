@@ -14,7 +14,7 @@ from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sequence import Sequence, completion_ids
+from tiny_llm.sequence import PagedSequence, completion_ids
 from tiny_llm.slot_mapping import slots
 from tiny_llm.step import Plan
 
@@ -49,7 +49,7 @@ class SymbolicPool:
             "two tokens of one step were written to one slot"
         )
 
-    def check(self, sequence: Sequence) -> None:
+    def check(self, sequence: PagedSequence) -> None:
         """Every computed token of the sequence stands in its slot, after the right past."""
         tokens = tuple(sequence.tokens(0, sequence.num_computed))
         for position, slot in enumerate(slots(sequence.table, 0, sequence.num_computed)):
@@ -221,11 +221,11 @@ def test_a_copy_on_write_that_is_forgotten_is_seen(monkeypatch: pytest.MonkeyPat
 
 
 def test_pages_that_a_preempted_sequence_keeps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget(sequence: Sequence) -> None:
+    def forget(sequence: PagedSequence) -> None:
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
 
-    monkeypatch.setattr(Sequence, "give_up_pages", forget)
+    monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
     assert_machine_catches()
 
 
@@ -241,11 +241,8 @@ def test_a_fork_that_does_not_count_its_pages_is_seen(monkeypatch: pytest.Monkey
 
 def test_a_cancel_that_forgets_the_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def cancel(manager: PagedBatchManager, request_id: str) -> None:
-        for seq_id in [s for s, seq in manager._sequences.items() if seq.request_id == request_id]:
-            sequence = manager._sequences.pop(seq_id)
-            for queue in (manager.running, manager.waiting):
-                if sequence in queue:
-                    queue.remove(sequence)
+        for seq_id in manager._queues.forget_forks_to_come(request_id):
+            manager._queues.end(seq_id)
 
     monkeypatch.setattr(PagedBatchManager, "cancel", cancel)
     assert_machine_catches()

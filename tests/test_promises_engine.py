@@ -24,7 +24,7 @@ from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_kernel import Attended, PackedBatch
 from tiny_llm.sampler import adjust_logits, sample_token
-from tiny_llm.sequence import Sequence
+from tiny_llm.sequence import PagedSequence
 
 import tiny_llm_kernels
 from promises import CROWD, Scenario, assert_caught, check_scenario, kernels_on, keys_backwards, scenarios
@@ -212,27 +212,27 @@ def test_a_copy_that_is_planned_and_not_performed_is_seen(monkeypatch: pytest.Mo
 
 
 def test_a_reference_that_leaks_on_preemption_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget(sequence: Sequence) -> None:
+    def forget(sequence: PagedSequence) -> None:
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
 
-    monkeypatch.setattr(Sequence, "give_up_pages", forget)
+    monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
     assert_seen()
 
 
 def test_outputs_that_become_prompt_when_preempted_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def become_prompt(sequence: Sequence) -> None:
+    def become_prompt(sequence: PagedSequence) -> None:
         sequence.table.release()
         sequence.prompt = (*sequence.prompt, *sequence.outputs)
         sequence.outputs, sequence.num_computed = [], 0
 
-    monkeypatch.setattr(Sequence, "give_up_pages", become_prompt)
+    monkeypatch.setattr(PagedSequence, "give_up_pages", become_prompt)
     assert_seen()
 
 
 def test_forks_that_draw_with_one_seed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    fork = Sequence.fork
-    monkeypatch.setattr(Sequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
+    fork = PagedSequence.fork
+    monkeypatch.setattr(PagedSequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
     assert_seen()
 
 
@@ -240,24 +240,24 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The counts begin anew when a sequence has been computed again."""
-    give_up_pages = Sequence.give_up_pages
+    give_up_pages = PagedSequence.give_up_pages
 
-    def forget(sequence: Sequence) -> None:
+    def forget(sequence: PagedSequence) -> None:
         give_up_pages(sequence)
         sequence.forgotten = len(sequence.outputs)  # type: ignore[attr-defined]
 
-    def choose(core: EngineCore, row: mx.array, sequence: Sequence) -> mx.array:
+    def choose(core: EngineCore, row: mx.array, sequence: PagedSequence) -> mx.array:
         counted = sequence.outputs[getattr(sequence, "forgotten", 0) :]
         row = adjust_logits(row, sequence.params, sequence.prompt, counted, ())
         return sample_token(row, sequence.params, sequence.seed, len(sequence.outputs))
 
-    monkeypatch.setattr(Sequence, "give_up_pages", forget)
+    monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
     monkeypatch.setattr(EngineCore, "_choose", choose)
     assert_seen()
 
 
 def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(core: EngineCore, row: mx.array, sequence: Sequence) -> mx.array:
+    def choose(core: EngineCore, row: mx.array, sequence: PagedSequence) -> mx.array:
         counted = core.manager.running[0].outputs
         row = adjust_logits(row, sequence.params, sequence.prompt, counted, ())
         return sample_token(row, sequence.params, sequence.seed, len(sequence.outputs))

@@ -3,8 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
 from tiny_llm.engine_core import EngineCore, TokenOutput
-from tiny_llm.paged_batch import PROMPT_ROWS_AT_ONCE, PagedBatchManager
+from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
 from promises import policies

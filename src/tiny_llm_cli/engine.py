@@ -32,7 +32,7 @@ def sampling_params(options: SamplingOptions, **others: Any) -> "SamplingParams"
 def token_limit(llm: "LLM") -> int:
     """The longest prompt + output that this engine can hold, in tokens: its context, or its pool."""
     manager = llm.core.manager
-    in_pool = manager.allocator.num_blocks * manager.block_size
+    in_pool = manager.capacity.num_blocks * manager.capacity.block_size
     return min(llm.engine_config.model_len(llm.model_config), in_pool)
 
 

@@ -67,16 +67,15 @@ def model(llm: "LLM") -> dict[str, object]:
 
 def pool(llm: "LLM") -> dict[str, object]:
     """The KV pool of an engine."""
-    manager = llm.core.manager
-    assert manager.pool is not None
-    tokens = manager.allocator.num_blocks * manager.block_size
+    capacity = llm.core.manager.capacity
+    tokens = capacity.num_blocks * capacity.block_size
     return {
-        "blocks": manager.allocator.num_blocks,
-        "block_size": manager.block_size,
+        "blocks": capacity.num_blocks,
+        "block_size": capacity.block_size,
         "kv_cache_dtype": llm.engine_config.kv_cache_dtype,
-        "bytes_per_token": manager.pool.nbytes // tokens,
+        "bytes_per_token": capacity.nbytes // tokens,
         "tokens": tokens,
-        "bytes": manager.pool.nbytes,
+        "bytes": capacity.nbytes,
     }
 
 

@@ -106,6 +106,14 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = "recompute"
+    batching: Annotated[
+        str,
+        typer.Option(
+            help="Where keys and values live: paged (blocks) or dense (a contiguous cache of --max-model-len "
+            "tokens each: the baseline).",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "paged"
 
 
 @dataclass(frozen=True, kw_only=True)

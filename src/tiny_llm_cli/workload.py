@@ -39,6 +39,6 @@ def what_was_run(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
         "model": llm.model_name,
         **run,
         **engine,
-        "num_blocks": llm.core.manager.allocator.num_blocks,
+        "num_blocks": llm.core.manager.capacity.num_blocks,
         **machine,
     }

@@ -8,7 +8,7 @@ the weights are never in memory twice. Knows nothing of file formats.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -16,21 +16,12 @@ from .errors import ModelFileError, reading
 from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
 from .model import Model, build_model
 from .model_config import ModelConfig
+from .quantize import Quantized
 from .tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 MOST_NAMED = 5  # tensors that an error names, of those that are missing or too many
-
-
-class Quantized(NamedTuple):
-    """A matrix in MLX's quantized layout, as `QuantizedLinear` holds it."""
-
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
 
 
 class StoredTensor(Protocol):

@@ -10,6 +10,7 @@ from .model_config import ModelConfig
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 PREEMPTION_MODES = ("recompute", "none")
+BATCHING = ("paged", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class EngineConfig:
     kv_cache_dtype: how keys and values are stored.
     preemption_mode: what happens when pages run out: "recompute" gives up the newest sequence's
         pages and computes them again later; "none" admits a request only when its whole life fits.
+    batching: where keys and values live: "paged" in blocks that sequences take as they grow and share;
+        "dense" in one contiguous cache of `max_model_len` tokens a sequence, as many as fit into the same
+        bytes: the baseline.
     seed: source of the seeds of requests that bring none.
     """
 
@@ -37,6 +41,7 @@ class EngineConfig:
     max_model_len: int | None = None
     kv_cache_dtype: str = "float16"
     preemption_mode: str = "recompute"
+    batching: str = "paged"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +56,7 @@ class EngineConfig:
             )
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
+        _one_of("batching", self.batching, BATCHING)
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
@@ -74,6 +80,17 @@ class EngineConfig:
                 f"this machine has {_memory_bytes()}"
             )
         return blocks
+
+    def dense_slots(self, model: ModelConfig, bytes_per_value: int) -> int:
+        """Contiguous caches of the longest sequence that fit into the bytes of the pool, at least one."""
+        tokens, length = self.pool_blocks(model, bytes_per_value) * self.block_size, self.model_len(model)
+        if tokens < length:
+            raise ConfigError(
+                f"batching='dense' needs one cache of {length} tokens, "
+                f"{length * model.kv_bytes_per_token(bytes_per_value)} bytes; there is room for {tokens} "
+                "tokens: raise kv_cache_memory or num_blocks, or lower max_model_len"
+            )
+        return min(tokens // length, self.max_num_seqs)
 
     def _wanted_blocks(self, model: ModelConfig, block_bytes: int) -> int:
         if self.num_blocks is not None:

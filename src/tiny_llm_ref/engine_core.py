@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from .paged_batch import PagedBatchManager
+from .batch_manager import BatchManager
 from .sampler import adjust_logits, log_probabilities, sample_token
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
@@ -48,7 +48,7 @@ class EngineStats:
 class EngineCore:
     """Steps a batch manager, samples each ready sequence, and ends those that are done."""
 
-    def __init__(self, manager: PagedBatchManager, eos_token_ids: Seq[int], seed: int = 0) -> None:
+    def __init__(self, manager: BatchManager, eos_token_ids: Seq[int], seed: int = 0) -> None:
         self.manager = manager
         self._eos = frozenset(eos_token_ids)
         self._seed = seed
@@ -95,8 +95,8 @@ class EngineCore:
         return EngineStats(
             num_running=len(manager.running),
             num_waiting=len(manager.waiting),
-            num_free_blocks=manager.allocator.num_free,
-            num_blocks=manager.allocator.num_blocks,
+            num_free_blocks=manager.capacity.num_free,
+            num_blocks=manager.capacity.num_blocks,
             num_preemptions=manager.num_preemptions,
         )
 

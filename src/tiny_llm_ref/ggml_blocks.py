@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .checkpoint import Quantized
 from .gguf_format import GGMLType
 from .kernels import compiled_kernel, use_compiled
+from .quantize import Quantized
 
 
 def q4_0(blocks: mx.array) -> Quantized:

@@ -11,12 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, Quantized, as_array
+from .checkpoint import Checkpoint, as_array
 from .errors import reading
 from .ggml_blocks import QUANTIZED, dequantized
 from .gguf_format import GGUFFile, GGUFTensor, read_gguf_header
 from .gguf_tokenizer import gguf_tokenizer
 from .model_config import ModelConfig
+from .quantize import Quantized
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 INTERLEAVED = ("llama",)  # architectures whose query and key rows GGUF reorders

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, Quantized, as_array
+from .checkpoint import Checkpoint, as_array
 from .errors import ModelFileError, reading
 from .hf_config import model_config, token_ids
 from .hf_tokenizer import hf_tokenizer
 from .json_file import read_json
+from .quantize import Quantized
 from .safetensors_format import SafeTensor, read_safetensors_header
 
 GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)

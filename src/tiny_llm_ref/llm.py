@@ -8,14 +8,17 @@ from typing import Any
 
 import mlx.core as mx
 
+from .batch_manager import BatchManager
 from .chat_template import ChatTemplate
+from .dense_batch import DenseBatchManager
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
-from .kv_pool import DTYPES
+from .kv_pool import DTYPES, KVPool
 from .loader import load_model
+from .model import Model
 from .output_processor import RequestState
 from .outputs import RequestOutput, TextDelta
-from .paged_attention import BlockTable
+from .paged_attention import BlockAllocator, BlockTable
 from .paged_batch import PagedBatchManager
 from .paged_kernel import PagedContext, Span, pack_batch
 from .policies import Policies
@@ -101,21 +104,18 @@ class LLM:
         if not token_ids:
             raise ValueError("logits of no tokens: there is nothing to compute")
         self._check_ids(token_ids)
-        manager = self.core.manager
-        assert manager.pool is not None
-        table = BlockTable(manager.allocator, manager.block_size)
-        chunk = self.engine_config.max_num_batched_tokens
+        config = self.engine_config
+        num_blocks = -(-len(token_ids) // config.block_size)
+        pool = KVPool(self.model_config, num_blocks, config.block_size, DTYPES[config.kv_cache_dtype])
+        table = BlockTable(BlockAllocator(num_blocks), config.block_size)
         rows = []
-        try:
-            for start in range(0, len(token_ids), chunk):
-                stop = min(start + chunk, len(token_ids))
-                table.append_tokens(stop - start)
-                batch = pack_batch([Span(table, start, stop)])
-                context = PagedContext(manager.pool, batch, self.model_config.attention_scale, None)
-                rows.append(self.model(mx.array([token_ids[start:stop]], mx.int32), context)[0])
-                manager.pool.evaluate(rows[-1])
-        finally:
-            table.release()
+        for start in range(0, len(token_ids), config.max_num_batched_tokens):
+            stop = min(start + config.max_num_batched_tokens, len(token_ids))
+            table.append_tokens(stop - start)
+            batch = pack_batch([Span(table, start, stop)])
+            context = PagedContext(pool, batch, self.model_config.attention_scale, None)
+            rows.append(self.model(mx.array([token_ids[start:stop]], mx.int32), context)[0])
+            pool.evaluate(rows[-1])
         return mx.concatenate(rows)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -200,9 +200,13 @@ def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
 def _build_core(llm: LLM) -> EngineCore:
     """The engine for a loaded model, from its configuration."""
     config, model = llm.engine_config, llm.model
+    make = _dense_manager if config.batching == "dense" else _paged_manager
+    return EngineCore(make(config, model), model.config.eos_token_ids, config.seed)
+
+
+def _paged_manager(config: EngineConfig, model: Model) -> BatchManager:
     dtype = DTYPES[config.kv_cache_dtype]
-    policies = Policies(RecomputeNewestFirst()) if config.preemption_mode == "recompute" else Policies()
-    manager = PagedBatchManager(
+    return PagedBatchManager(
         config.pool_blocks(model.config, dtype.size),
         config.block_size,
         config.max_num_seqs,
@@ -210,9 +214,19 @@ def _build_core(llm: LLM) -> EngineCore:
         max_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.model_len(model.config),
         kv_dtype=dtype,
-        policies=policies,
+        policies=Policies(RecomputeNewestFirst()) if config.preemption_mode == "recompute" else Policies(),
     )
-    return EngineCore(manager, model.config.eos_token_ids, config.seed)
+
+
+def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
+    dtype = DTYPES[config.kv_cache_dtype]
+    return DenseBatchManager(
+        config.dense_slots(model.config, dtype.size),
+        config.model_len(model.config),
+        model=model,
+        max_batched_tokens=config.max_num_batched_tokens,
+        kv_dtype=dtype,
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -5,23 +5,23 @@ samples, `commit` takes the tokens. Owns the queues, the allocator, the pool and
 nothing of sampling, of text, or of why a sequence ends.
 """
 
-from collections import deque
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import mlx.core as mx
 
+from .batch_manager import Capacity, longest, wanted
 from .chunked_prefill import share_budget
-from .errors import DuplicateRequestError, OutOfBlocksError, RequestTooLargeError
+from .errors import OutOfBlocksError, RequestTooLargeError
 from .kv_pool import KVPool
 from .model import Model
 from .paged_attention import BlockAllocator, BlockTable
 from .paged_kernel import PagedContext, Span, pack_batch
 from .policies import Policies
+from .queues import RequestQueues
 from .sampling_params import SamplingParams
-from .sequence import Sequence, SequenceState, completion_ids
+from .sequence import PagedSequence, completion_ids
 from .step import Plan, Scheduled, StepLogits
-
-PROMPT_ROWS_AT_ONCE = 64  # rows of logits a step: 64 x 150,000 numbers are 38 MB
 
 
 class PagedBatchManager:
@@ -50,9 +50,8 @@ class PagedBatchManager:
         self.allocator = BlockAllocator(max_pages)
         self.block_size = page_size
         self.pool = None if model is None else KVPool(model.config, max_pages, page_size, kv_dtype)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._queues: RequestQueues[PagedSequence] = RequestQueues()
         self._model = model
         self._max_seqs = max_batch_size
         self._max_tokens = max_batched_tokens
@@ -60,7 +59,6 @@ class PagedBatchManager:
             max_pages * page_size if model is None else model.config.max_position_embeddings
         )
         self._policies = policies or Policies()
-        self._sequences: dict[str, Sequence] = {}  # a completion that is not forked yet maps to its leader
 
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
@@ -72,27 +70,19 @@ class PagedBatchManager:
         """
         params = params or SamplingParams()
         seq_ids = completion_ids(request_id, params.n)
-        in_use = request_id in {sequence.request_id for sequence in self._sequences.values()}
-        if in_use or any(seq_id in self._sequences for seq_id in seq_ids):
-            raise DuplicateRequestError(
-                f"request id {request_id!r} is in use by a request that has not ended"
-            )
-        if not tokens:
-            raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")
-        max_outputs = self._context - len(tokens) if params.max_tokens is None else params.max_tokens
-        leader = Sequence(
+        self._queues.refuse_id_in_use(request_id, seq_ids)
+        leader = PagedSequence(
             seq_id=seq_ids[0],
             request_id=request_id,
             prompt=tuple(tokens),
             params=params,
             seed=seed,
-            max_len=len(tokens) + max_outputs,
+            max_len=longest(tokens, params, request_id, self._context, self._max_seqs),
             table=BlockTable(self.allocator, self.block_size),
             num_forks=params.n - 1,
         )
         self._refuse_what_never_fits(leader)
-        self.waiting.append(leader)
-        self._sequences.update(dict.fromkeys(seq_ids, leader))
+        self._queues.add(leader)
         return True
 
     def process_batch(self) -> StepLogits:
@@ -105,57 +95,54 @@ class PagedBatchManager:
         if not plan.chunks:
             return StepLogits(None, {})
         rows = None if self._model is None else self._run(self._model, plan)
-        logits, next_row = StepLogits(rows, {}), 0
-        for chunk in plan.chunks:
-            first, next_row = next_row, next_row + len(chunk.logit_positions)
-            last = next_row - 1 if chunk.is_last else next_row
-            if last > first:
-                logits.prompt_rows[chunk.sequence.seq_id] = range(first, last)
-            chunk.sequence.num_computed = chunk.stop
-            if chunk.is_last:
-                logits.row_of.update((seq.seq_id, last) for seq in self._fork(chunk.sequence))
-        return logits
+        return plan.conclude(rows, self._fork)
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id."""
         for seq_id, token in tokens.items():
-            self._sequences[seq_id].outputs.append(token)
+            self._queues[seq_id].outputs.append(token)
 
     def finish(self, seq_id: str) -> None:
         """End one sequence: its pages go back. KeyError for one that has ended."""
-        sequence = self._sequences.pop(seq_id)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-        sequence.table.release()
-        sequence.state = SequenceState.FINISHED
+        self._queues.end(seq_id).table.release()
 
     def cancel(self, request_id: str) -> None:
         """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
-        ended = {seq_id: seq for seq_id, seq in self._sequences.items() if seq.request_id == request_id}
-        for seq_id, sequence in ended.items():
-            if seq_id == sequence.seq_id:
-                self.finish(seq_id)
-            else:
-                del self._sequences[seq_id]  # a completion that was never forked
+        for seq_id in self._queues.forget_forks_to_come(request_id):
+            self.finish(seq_id)
+
+    @property
+    def waiting(self) -> Seq[PagedSequence]:
+        """Who waits, the next to run first."""
+        return self._queues.waiting
+
+    @property
+    def running(self) -> Seq[PagedSequence]:
+        """Who runs, oldest first."""
+        return self._queues.running
 
     @property
     def has_work(self) -> bool:
         """True while a request has not ended."""
-        return bool(self._sequences)
+        return len(self._queues) > 0
 
-    def sequence(self, seq_id: str) -> Sequence:
+    @property
+    def capacity(self) -> Capacity:
+        """How full the pool is."""
+        nbytes = 0 if self.pool is None else self.pool.nbytes
+        return Capacity(self.allocator.num_blocks, self.block_size, self.allocator.num_free, nbytes)
+
+    def sequence(self, seq_id: str) -> PagedSequence:
         """The unfinished sequence of that id; KeyError for another."""
-        return self._sequences[seq_id]
+        return self._queues[seq_id]
 
     # Schedule: plain bookkeeping over ints.
 
-    def _schedule(self) -> Plan:
+    def _schedule(self) -> Plan[PagedSequence]:
         """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
         self._admit()
-        granted = share_budget([_wanted(sequence) for sequence in self.running], self._max_tokens)
-        plan = Plan([], [])
+        granted = share_budget([wanted(sequence) for sequence in self.running], self._max_tokens)
+        plan: Plan[PagedSequence] = Plan([], [])
         for sequence, count in zip(list(self.running), granted, strict=True):
             if count and sequence in self.running and self._make_room(sequence, count):
                 start = sequence.num_computed
@@ -176,10 +163,9 @@ class PagedBatchManager:
                 if not self.running:
                     self._refuse_stuck(sequence, needed)
                 return
-            self.running.append(self.waiting.popleft())
-            sequence.state = SequenceState.RUNNING
+            self._queues.start_next()
 
-    def _promised_blocks(self, sequence: Sequence) -> int:
+    def _promised_blocks(self, sequence: PagedSequence) -> int:
         """Blocks that must stay available for a sequence beyond those that it holds."""
         tokens = self._policies.preemption.promised_tokens(sequence)
         table = sequence.table
@@ -188,7 +174,7 @@ class PagedBatchManager:
         per_fork = max(0, -(-tokens // table.block_size) - shared_by_forks)
         return own + sequence.num_forks * per_fork
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
+    def _make_room(self, sequence: PagedSequence, count: int) -> bool:
         """Preempt until `count` more tokens fit; False when `sequence` itself had to give way."""
         while sequence.table.blocks_to_append(count) > self.allocator.num_free:
             candidates = self.running[self.running.index(sequence) :]
@@ -204,28 +190,22 @@ class PagedBatchManager:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: PagedSequence) -> None:
         """Take a running sequence's pages; it waits at the head of the queue to compute them again."""
-        self.running.remove(sequence)
+        self._queues.put_back(sequence)
         sequence.give_up_pages()
-        sequence.state = SequenceState.WAITING
-        self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     # Run: arrays.
 
-    def _run(self, model: Model, plan: Plan) -> mx.array | None:
+    def _run(self, model: Model, plan: Plan[PagedSequence]) -> mx.array | None:
         """Compute the chunks of a plan in one packed forward pass -> logits [R, vocab_size].
 
         R counts the chunks' `logit_positions`, in packed order; None for R = 0.
         """
         assert self.pool is not None
         self.pool.copy_blocks(plan.copies)
-        tokens: list[int] = []
-        logit_rows: list[int] = []
-        for chunk in plan.chunks:
-            logit_rows.extend(len(tokens) + at - chunk.start for at in chunk.logit_positions)
-            tokens.extend(chunk.sequence.tokens(chunk.start, chunk.stop))
+        tokens, logit_rows = plan.pack()
         batch = pack_batch([Span(sequence.table, start, stop) for sequence, start, stop in plan.chunks])
         context = PagedContext(self.pool, batch, model.config.attention_scale, mx.array(logit_rows, mx.int32))
         logits = model(mx.array([tokens], mx.int32), context)[0]
@@ -235,33 +215,15 @@ class PagedBatchManager:
         self.pool.evaluate(logits)
         return logits
 
-    def _fork(self, leader: Sequence) -> list[Sequence]:
+    def _fork(self, leader: PagedSequence) -> list[PagedSequence]:
         """The leader and, once its prompt is computed, the completions that share its pages."""
-        forks = [
-            leader.fork(seq_id, leader.seed + i)
-            for i, seq_id in enumerate(completion_ids(leader.request_id, 1 + leader.num_forks)[1:], start=1)
-        ]
-        leader.num_forks = 0
-        after = self.running.index(leader) + 1
-        self.running[after:after] = forks
-        self._sequences.update({fork.seq_id: fork for fork in forks})
-        return [leader, *forks]
+        return self._queues.fork(leader)
 
     # The door.
 
-    def _refuse_what_never_fits(self, leader: Sequence) -> None:
+    def _refuse_what_never_fits(self, leader: PagedSequence) -> None:
         """Raise `RequestTooLargeError` for what could not run even with the whole pool to itself."""
-        prompt_len, num_completions = len(leader.prompt), 1 + leader.num_forks
-        if leader.max_len > self._context or prompt_len >= self._context:
-            raise RequestTooLargeError(
-                f"request {leader.request_id!r}: {prompt_len} prompt tokens and "
-                f"{max(1, leader.max_len - prompt_len)} output tokens exceed the context of {self._context}"
-            )
-        if num_completions > self._max_seqs:
-            raise RequestTooLargeError(
-                f"request {leader.request_id!r}: n = {num_completions} exceeds the {self._max_seqs} "
-                "sequences that may run at once"
-            )
+        num_completions = 1 + leader.num_forks
         blocks = max(-(-leader.max_len // self.block_size), self._promised_blocks(leader))
         if blocks > self.allocator.num_blocks:
             raise RequestTooLargeError(
@@ -270,17 +232,10 @@ class PagedBatchManager:
                 f"the pool has {self.allocator.num_blocks}"
             )
 
-    def _refuse_stuck(self, sequence: Sequence, needed: int) -> None:
+    def _refuse_stuck(self, sequence: PagedSequence, needed: int) -> None:
         """Drop a request that waits for pages which nobody is left to give back."""
         self.cancel(sequence.request_id)
         raise OutOfBlocksError(
             f"request {sequence.request_id!r} needs {needed} blocks, {self.allocator.num_free} of "
             f"{self.allocator.num_blocks} are free, and no running sequence will give any back"
         )
-
-
-def _wanted(sequence: Sequence) -> int:
-    """Tokens that a sequence could compute now; fewer where each of them needs a row of logits."""
-    if sequence.params.prompt_logprobs is None:
-        return sequence.num_uncomputed
-    return min(sequence.num_uncomputed, PROMPT_ROWS_AT_ONCE)

@@ -7,16 +7,16 @@ on and everybody ends. Source: section 4.5 of the PagedAttention paper.
 
 from collections.abc import Sequence as Seq
 
-from .sequence import Sequence
+from .sequence import PagedSequence
 
 
 class RecomputeNewestFirst:
     """Admits a sequence when its known tokens and one block more fit, and preempts the newest."""
 
-    def promised_tokens(self, sequence: Sequence) -> int:
+    def promised_tokens(self, sequence: PagedSequence) -> int:
         """The known tokens and a block to grow into, but never more than its whole life."""
         return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
 
-    def choose_victim(self, candidates: Seq[Sequence]) -> Sequence | None:
+    def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
         """The one that was admitted last."""
         return candidates[-1]

@@ -4,9 +4,42 @@ MLX's layout: a row is one stream of bits in uint32 words, lowest bits first, gr
 axis. The readable matmul unpacks the weights; the fast ones never do.
 """
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from .kernels import accelerated
+
+
+class Quantized(NamedTuple):
+    """A matrix [N, K] in MLX's quantized layout.
+
+    weight [N, K * bits / 32] uint32, scales and biases [N, K / group_size].
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+
+def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
+    """The nearest to w [N, K] in `bits` bits: a group's least value is q = 0, its greatest the last q.
+
+    bits: 2, 3, 4, 5, 6 or 8; group_size divides K. Scales and biases have w's type, and a value is rounded to
+    the nearest scale * q + bias as they are stored. A group of equal values is exact.
+    """
+    groups = w.reshape(w.shape[0], -1, group_size)
+    biases = mx.min(groups, axis=-1)
+    scales = (mx.max(groups, axis=-1) - biases) / (2**bits - 1)
+    scales = mx.where(scales == 0, 1, scales).astype(w.dtype)
+    wide = groups.astype(mx.float32)
+    q = mx.round((wide - biases[..., None].astype(mx.float32)) / scales[..., None].astype(mx.float32))
+    q = mx.clip(q, 0, 2**bits - 1).astype(mx.uint32).reshape(*w.shape, 1)
+    stream = (q >> mx.arange(bits, dtype=mx.uint32)) & 1  # [N, K, bits], lowest bit first
+    words = stream.reshape(w.shape[0], -1, 32) << mx.arange(32, dtype=mx.uint32)
+    return Quantized(mx.sum(words, axis=-1), scales, biases, group_size, bits)
 
 
 def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:

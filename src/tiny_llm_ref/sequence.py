@@ -1,12 +1,12 @@
-"""One token stream that the engine is working on: what it is, how far it got, and where its pages are.
+"""One token stream that the engine is working on: what it is, and how far it got.
 
 A request with `n` completions starts as one sequence, its leader, and is forked into n sequences
 when its prompt has been computed. Holds plain numbers; knows nothing of arrays or text.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from .paged_attention import BlockTable
 from .sampling_params import SamplingParams
@@ -29,9 +29,9 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Sequence:
-    """Invariant: the first `num_computed` tokens have their keys and values in `table`'s blocks.
+    """Invariant: the keys and values of the first `num_computed` tokens are in memory.
 
     `tokens` is the prompt followed by the outputs. Tokens recomputed after a preemption stay
     outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
@@ -45,7 +45,6 @@ class Sequence:
     params: SamplingParams
     seed: int
     max_len: int
-    table: BlockTable
     num_forks: int = 0
     outputs: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -76,21 +75,20 @@ class Sequence:
         split = len(self.prompt)
         return [*self.prompt[start:stop], *self.outputs[max(0, start - split) : max(0, stop - split)]]
 
-    def fork(self, seq_id: str, seed: int) -> "Sequence":
+    def fork(self, seq_id: str, seed: int) -> Self:
+        """A sequence that has computed as much as this one, and draws with its own seed."""
+        return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs))
+
+
+@dataclass(eq=False, kw_only=True)
+class PagedSequence(Sequence):
+    """A sequence whose keys and values are in the blocks of `table`."""
+
+    table: BlockTable
+
+    def fork(self, seq_id: str, seed: int) -> Self:
         """A sequence that shares every page computed so far and draws with its own seed."""
-        return Sequence(
-            seq_id=seq_id,
-            request_id=self.request_id,
-            prompt=self.prompt,
-            params=self.params,
-            seed=seed,
-            max_len=self.max_len,
-            table=self.table.fork(),
-            outputs=list(self.outputs),
-            prompt_logprobs=self.prompt_logprobs,
-            num_computed=self.num_computed,
-            state=self.state,
-        )
+        return replace(super().fork(seq_id, seed), table=self.table.fork())
 
     def give_up_pages(self) -> None:
         """Release the table and forget what was computed; tokens and outputs stay."""

@@ -1,12 +1,14 @@
 """What passes through a step of a batch manager: the plan that scheduling makes, the logits that come out."""
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 
 from .paged_attention import BlockCopy
 from .sequence import Sequence
+
+S = TypeVar("S", bound=Sequence)
 
 
 class StepLogits(Mapping[str, mx.array]):
@@ -36,10 +38,10 @@ class StepLogits(Mapping[str, mx.array]):
         return len(self.row_of)
 
 
-class Scheduled(NamedTuple):
+class Scheduled(NamedTuple, Generic[S]):
     """A sequence and the positions start .. stop - 1 that a step computes of it."""
 
-    sequence: Sequence
+    sequence: S
     start: int
     stop: int
 
@@ -55,8 +57,33 @@ class Scheduled(NamedTuple):
         return [*positions, self.stop - 1] if self.is_last else positions
 
 
-class Plan(NamedTuple):
+class Plan(NamedTuple, Generic[S]):
     """What one step does: the block copies first, then the chunks, packed in this order."""
 
     copies: list[BlockCopy]
-    chunks: list[Scheduled]
+    chunks: list[Scheduled[S]]
+
+    def pack(self) -> tuple[list[int], list[int]]:
+        """The token ids of all chunks side by side, and the indices among them that need logits."""
+        tokens: list[int] = []
+        logit_rows: list[int] = []
+        for chunk in self.chunks:
+            logit_rows.extend(len(tokens) + at - chunk.start for at in chunk.logit_positions)
+            tokens.extend(chunk.sequence.tokens(chunk.start, chunk.stop))
+        return tokens, logit_rows
+
+    def conclude(self, rows: mx.array | None, fork: Callable[[S], list[S]]) -> StepLogits:
+        """What was computed is computed; hand out the rows of logits, in the order of `pack`.
+
+        fork: called with each sequence that is ready for its next token; the sequences that share its row.
+        """
+        logits, next_row = StepLogits(rows, {}), 0
+        for chunk in self.chunks:
+            first, next_row = next_row, next_row + len(chunk.logit_positions)
+            last = next_row - 1 if chunk.is_last else next_row
+            if last > first:
+                logits.prompt_rows[chunk.sequence.seq_id] = range(first, last)
+            chunk.sequence.num_computed = chunk.stop
+            if chunk.is_last:
+                logits.row_of.update((sequence.seq_id, last) for sequence in fork(chunk.sequence))
+        return logits

@@ -1,0 +1,98 @@
+"""What serves many requests at once: the one face of every batch manager, and its door.
+
+A step is: `process_batch` schedules and runs, the caller samples, `commit` takes the tokens. The dense
+manager and the paged one differ in where keys and values live, and in nothing that the engine sees.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, Protocol
+
+from .errors import RequestTooLargeError
+from .sampling_params import SamplingParams
+from .sequence import Sequence
+from .step import StepLogits
+
+PROMPT_ROWS_AT_ONCE = 64  # rows of logits a step: 64 x 150,000 numbers are 38 MB
+
+
+class Capacity(NamedTuple):
+    """The memory for keys and values: so many blocks of so many tokens, and how many of them are free.
+
+    In the dense manager a block is one sequence's whole cache.
+    """
+
+    num_blocks: int
+    block_size: int
+    num_free: int
+    nbytes: int
+
+
+class BatchManager(Protocol):
+    """Runs many requests at once. Everything that it holds belongs to one thread."""
+
+    num_preemptions: int
+
+    @property
+    def waiting(self) -> Seq[Sequence]:
+        """Who waits, the next to run first."""
+
+    @property
+    def running(self) -> Seq[Sequence]:
+        """Who runs, oldest first."""
+
+    @property
+    def capacity(self) -> Capacity:
+        """How full it is."""
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request has not ended."""
+
+    def sequence(self, seq_id: str) -> Sequence:
+        """The unfinished sequence of that id; KeyError for another."""
+
+    def add_request(
+        self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
+    ) -> bool:
+        """Queue a prompt: False not now; raises `RequestTooLargeError` never, with the figures."""
+
+    def process_batch(self) -> StepLogits:
+        """Schedule and run one step; the logits of every sequence that is ready for its next token."""
+
+    def commit(self, tokens: Mapping[str, int]) -> None:
+        """Append each sequence's sampled token, by sequence id."""
+
+    def finish(self, seq_id: str) -> None:
+        """End one sequence: its memory goes back. KeyError for one that has ended."""
+
+    def cancel(self, request_id: str) -> None:
+        """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
+
+
+def longest(tokens: list[int], params: SamplingParams, request_id: str, context: int, seats: int) -> int:
+    """The most tokens that a sequence of this request may have, prompt and outputs.
+
+    Raises ValueError for an empty prompt, and `RequestTooLargeError` for one that could never run in a
+    context of so many tokens, or with so many sequences at once.
+    """
+    if not tokens:
+        raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")
+    max_outputs = context - len(tokens) if params.max_tokens is None else params.max_tokens
+    if len(tokens) + max_outputs > context or len(tokens) >= context:
+        raise RequestTooLargeError(
+            f"request {request_id!r}: {len(tokens)} prompt tokens and "
+            f"{max(1, max_outputs)} output tokens exceed the context of {context}"
+        )
+    if params.n > seats:
+        raise RequestTooLargeError(
+            f"request {request_id!r}: n = {params.n} exceeds the {seats} sequences that may run at once"
+        )
+    return len(tokens) + max_outputs
+
+
+def wanted(sequence: Sequence) -> int:
+    """Tokens that a sequence could compute now; fewer where each of them needs a row of logits."""
+    if sequence.params.prompt_logprobs is None:
+        return sequence.num_uncomputed
+    return min(sequence.num_uncomputed, PROMPT_ROWS_AT_ONCE)
