@@ -17,7 +17,7 @@ def causal_mask(length: int, total: int) -> mx.array:
     """Additive mask [length, total] for the last `length` of `total` tokens: 0 where a token may look.
 
     Row i is the token at position `total - length + i`; it sees positions up to its own, and the
-    rest is -inf.
+    rest is -inf. Raises ValueError for a length below 0 or above total.
     """
     if not 0 <= length <= total:
         raise ValueError(f"length must be between 0 and total ({total}), not {length}")

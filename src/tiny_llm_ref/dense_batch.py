@@ -92,6 +92,9 @@ class DenseBatchManager:
     ) -> bool:
         """Queue a prompt; when it is its turn it gets a slot for each completion. True: it is queued.
 
+        The request's leader joins the queues (`RequestQueues`), which know it under all `completion_ids`; its
+        forks come when its prompt is computed. `longest` says how many tokens it may have.
+
         Raises ValueError for an empty prompt, `RequestTooLargeError` for a request that could never run, and
         `DuplicateRequestError` for an id in use; none of them changes anything.
         """
@@ -114,9 +117,11 @@ class DenseBatchManager:
     def process_batch(self) -> StepLogits:
         """Schedule and run one step; the logits of every sequence that is ready for its next token.
 
-        Starts who has waited longest while there are slots, shares the token budget among all who run
-        (`share_budget`), and computes each one's next tokens. Empty when all that ran were chunks of prompts,
-        or nothing is left.
+        First whoever has waited longest starts, while there are free slots for all of its completions; slots
+        that running leaders still need for theirs are not free, and nobody overtakes the head of the queue.
+        Then the token budget is shared among all who run (`share_budget` of what each is `wanted` to
+        compute), each gets a chunk of the plan, and the chunks run together. `Plan.conclude` hands out the
+        rows, forking leaders whose prompt is complete. Where nothing is granted: `StepLogits(None, {})`.
         """
         self._admit()
         plan = self._schedule()

@@ -65,7 +65,10 @@ class GlobalAllocator:
         return taken
 
     def free_blocks_ids(self, block_ids: Sequence[int]) -> None:
-        """Give blocks back. Raises ValueError, and takes none, for one that is free or not of this pool."""
+        """Give blocks back.
+
+        Raises ValueError, and takes none, for one that is free, not of this pool, or named twice.
+        """
         held = set(range(self.total_blocks)) - self.free_blocks
         if len(set(block_ids)) < len(block_ids) or not held.issuperset(block_ids):
             raise ValueError(f"of blocks {list(block_ids)} some are free, named twice or not of this pool")
@@ -74,8 +77,8 @@ class GlobalAllocator:
     def longest_run(self) -> int:
         """How many free blocks lie side by side at most."""
         longest = run = 0
-        for block in range(self.total_blocks):
-            run = run + 1 if block in self.free_blocks else 0
+        for is_free in (block in self.free_blocks for block in range(self.total_blocks)):
+            run = run + 1 if is_free else 0
             longest = max(longest, run)
         return longest
 

@@ -53,8 +53,8 @@ def flash_attention(
     """Attention in tiles of `tile` keys: q [B, H, L, D], k and v [B, Hkv, S, D] -> [B, H, L, D].
 
     Query head h reads head h // (H / Hkv) of k and v. causal: the queries are the last L of the S positions,
-    and each sees positions up to its own. Equal to `grouped_query_attention` with `causal_mask` up to
-    rounding, for every tile size from 1 up.
+    and each sees positions up to its own. The result has q's type, and equals `grouped_query_attention` with
+    `causal_mask` up to rounding, for every tile size from 1 up.
     """
     B, H, L, D = q.shape
     kv_heads, S = k.shape[1], k.shape[2]

@@ -66,7 +66,11 @@ class Attention:
     eps: float
 
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
-        """x [B, L, E] -> [B, L, E]: project, split into heads, rotate q and k, attend, project back."""
+        """x [B, L, E] -> [B, L, E]: project, split into heads, rotate q and k, attend, project back.
+
+        Heads come out of the projection as queries, keys, values; queries and keys together are normalised
+        (`_normed`) and then rotated.
+        """
         B, L, _ = x.shape
         heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 Hkv, L, D]
         qk, v = mx.split(heads, [self.num_heads + self.num_kv_heads], axis=1)
@@ -79,7 +83,7 @@ class Attention:
         """qk [B, H + Hkv, L, D] -> the same, each head normalised where the architecture does it."""
         if self.q_norm is None or self.k_norm is None:
             return qk
-        q, k = mx.split(qk, [self.num_heads], axis=1)
+        queries, keys = mx.split(qk, [self.num_heads], axis=1)
         return mx.concatenate(
-            [rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)], axis=1
+            [rms_norm(queries, self.q_norm, self.eps), rms_norm(keys, self.k_norm, self.eps)], axis=1
         )

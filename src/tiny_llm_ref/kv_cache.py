@@ -42,7 +42,7 @@ class CachedContext:
     def expect(self, num_new_tokens: int) -> None:
         """The next pass brings so many tokens: they stand behind all that came before.
 
-        Sets `positions`, and `logit_rows` to the last of them.
+        Sets `positions`, and `logit_rows` to the last of them; `num_tokens` counts them from now on.
         """
         self.positions = mx.arange(self.num_tokens, self.num_tokens + num_new_tokens, dtype=mx.int32)
         self.logit_rows = mx.array([num_new_tokens - 1])

@@ -25,10 +25,11 @@ class Quantized(NamedTuple):
 
 
 def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
-    """The nearest to w [N, K] in `bits` bits: a group's least value is q = 0, its greatest the last q.
+    """The nearest to w [N, K] in `bits` bits: the steps of a group go from its least value to its greatest.
 
-    bits: 2, 3, 4, 5, 6 or 8; group_size divides K. Scales and biases have w's type, and a value is rounded to
-    the nearest scale * q + bias as they are stored. A group of equal values is exact.
+    bits: 2, 3, 4, 5, 6 or 8; group_size divides K, and 32 divides K * bits. A group's bias is its least
+    value, its scale a step: both have w's type, and each value becomes the q from 0 to 2^bits - 1 whose
+    scale * q + bias, with scale and bias as they are stored, is nearest. A group of equal values is exact.
     """
     groups = w.reshape(w.shape[0], -1, group_size)
     biases = mx.min(groups, axis=-1)
@@ -69,5 +70,5 @@ def _fused(
 def quantized_matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array:
-    """x [..., K] times the transpose of a quantized weight [N, K] -> [..., N]."""
+    """x [..., K] times the transpose of a quantized weight [N, K] -> [..., N], in float32 for float32 x."""
     return x @ dequantize(weight, scales, biases, group_size, bits).T

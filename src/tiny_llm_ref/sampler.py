@@ -76,7 +76,7 @@ def _changed(logits: mx.array, token_ids: list[int], change: Callable[[mx.array]
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
-    """All but the k largest of logits [V] become -inf (ties with the k-th stay)."""
+    """All but the k largest of logits [V] become -inf (ties with the k-th stay; k above V keeps all)."""
     kth = mx.min(mx.topk(logits, min(k, logits.shape[-1])))
     return mx.where(logits >= kth, logits, -mx.inf)
 
@@ -85,7 +85,8 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     """All but the smallest set of likeliest tokens with total probability >= p become -inf.
 
     logits [V]; probabilities are those of the logits given, so a filter before this one renormalises
-    them. The likeliest token always stays, and so do ties with the last one that stays.
+    them. The likeliest token always stays, and so do ties with the last one that stays; a token of
+    probability zero never does.
     """
     probabilities = mx.softmax(logits)
     descending = -mx.sort(-probabilities)

@@ -1,0 +1,136 @@
+"""`pdm run course-check`: the proof that the course holds together, by running it.
+
+What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
+reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
+day blanked can be imported, is formatted, and leaves all earlier days passing, so no test needs a later day.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .house import House
+from .rules import Problem, static_problems
+from .runs import run_python, run_suites
+from .source import blanked
+from .starter import starter
+from .syllabus import Day, Exercise, Syllabus
+
+LAST_LINES = 15
+Check = Callable[[], list[Problem]]
+
+
+def check(
+    house: House, syllabus: Syllabus, report: Callable[[str, int, int], None], *, static_only: bool = False
+) -> list[Problem]:
+    """Everything that is wrong with the course.
+
+    report: told what was done, how many checks have been made, and of how many.
+    """
+    found = static_problems(house, syllabus)
+    report("syllabus, starters and suites read", 0, 0)
+    if found or static_only:
+        return found
+    checks = list(_checks(house, syllabus))
+    done = 0
+
+    def run(named: tuple[str, Check]) -> list[Problem]:
+        nonlocal done
+        problems = named[1]()
+        done += 1
+        report(named[0], done, len(checks))
+        return problems
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for problems in pool.map(run, checks):
+            found += problems
+    return found
+
+
+def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
+    days = [day for day in syllabus.days if not day.is_to_come]
+    for place, day in enumerate(days):
+        yield f"{day.id} blank, earlier days", lambda d=day, n=place: _day_blank(house, d, days[:n])  # type: ignore[misc]
+    for day in days:
+        yield f"{day.id} on the reference", lambda d=day: _reference_passes(house, d)  # type: ignore[misc]
+        for exercise in day.exercises:
+            yield (
+                f"{exercise.id} {exercise.name} blank",
+                lambda d=day, e=exercise: _exercise_blank(house, d, e),  # type: ignore[misc]
+            )
+
+
+def _reference_passes(house: House, day: Day) -> list[Problem]:
+    with _overlay(house, {}) as reference:
+        run = run_suites(reference, [house.suites / day.suite], ["-q"], quiet=True)
+    if run.returncode == 0:
+        return []
+    return [Problem("reference", day.suite, f"fails on the reference\n{_last(run.stdout)}")]
+
+
+def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]:
+    """One exercise blank, everything else the reference's: its day fails and says so."""
+    source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+    source = blanked(source, {exercise.name: exercise.message})
+    with _overlay(house, {exercise.module: source}) as alone:
+        run = run_suites(alone, [house.suites / day.suite], ["-q", "-x"], quiet=True)
+    if run.returncode == 0:
+        return [Problem("blank", exercise.id, f"{day.suite} passes although {exercise.name} is blank")]
+    if exercise.message not in run.stdout:
+        return [Problem("blank", exercise.id, f"fails without its message\n{_last(run.stdout)}")]
+    return []
+
+
+def _day_blank(house: House, day: Day, earlier: Sequence[Day]) -> list[Problem]:
+    """The day as a learner begins it: imports, is formatted, and earlier days pass."""
+    sources = {module: starter(house, day, module) for module in day.modules}
+    found = []
+    with _overlay(house, sources) as begun:
+        imports = "; ".join(f"import tiny_llm.{module}" for module in day.modules)
+        run = run_python(begun, ["-c", imports])
+        if run.returncode:
+            found.append(Problem("starter", day.id, f"cannot be imported\n{_last(run.stderr)}"))
+        found += _formatted(house, begun.overlay, day)
+        if earlier:
+            tests = run_suites(begun, [house.suites / one.suite for one in earlier], ["-q", "-x"], quiet=True)
+            if tests.returncode:
+                what = f"an earlier day fails with {day.id} blank\n{_last(tests.stdout)}"
+                found.append(Problem("later day", day.id, what))
+    return found
+
+
+def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
+    config = house.root / "pyproject.toml"
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--check",
+        "--no-cache",
+        "--config",
+        str(config),
+        str(folder),
+    ]
+    run = subprocess.run(command, text=True, capture_output=True, check=False)
+    if run.returncode == 0:
+        return []
+    return [Problem("starter", day.id, f"is not formatted\n{_last(run.stdout + run.stderr)}")]
+
+
+@contextmanager
+def _overlay(house: House, sources: dict[str, str]) -> Iterator[House]:
+    """The house through an overlay with these modules."""
+    with TemporaryDirectory(prefix="tiny-llm-check-") as folder:
+        for module, source in sources.items():
+            Path(folder, f"{module}.py").write_text(source, encoding="utf-8")
+        yield house.with_overlay(Path(folder))
+
+
+def _last(output: str) -> str:
+    return "\n".join(f"    {line}" for line in output.splitlines()[-LAST_LINES:])

@@ -1,0 +1,87 @@
+"""`pdm run compare`: the learner's modules and the reference's on the same work, side by side."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from .errors import CourseError
+from .house import House
+from .progress import missing_modules, own_modules
+from .runs import overlay_of, run_python
+from .syllabus import Day
+
+
+class Measured(NamedTuple):
+    """What one side's work came to: median seconds, bytes at the peak, and its numbers (a NumPy array)."""
+
+    seconds: float
+    peak_bytes: int
+    out: object
+
+
+class Comparison(NamedTuple):
+    """Both sides, and the largest difference between their numbers; None where shapes differ."""
+
+    own: Measured
+    reference: Measured
+    largest_difference: float | None
+
+
+def compare(house: House, day: Day) -> Comparison:
+    """Run a day's work on the learner's modules of that day, then on the plain reference.
+
+    Raises `CourseError` where the day is not started, or its work does not run.
+    """
+    import numpy as np
+
+    if missing_modules(house, day):
+        raise CourseError(f"not started: pdm run start {day.id}")
+    own = [module for module in own_modules(house) if module in day.modules]
+    with overlay_of(house, own) as mine, overlay_of(house, []) as theirs:
+        sides = [_measure(mine, day, "your code"), _measure(theirs, day, "the reference")]
+    first, second = (np.asarray(side.out) for side in sides)
+    difference = float(np.abs(first - second).max()) if first.shape == second.shape else None
+    return Comparison(sides[0], sides[1], difference)
+
+
+def as_text(day: Day, found: Comparison) -> str:
+    """A table of both sides."""
+    own, reference = found.own, found.reference
+    same = "their shapes differ" if found.largest_difference is None else f"{found.largest_difference:.2g}"
+    return "\n".join(
+        [
+            f"day {day.id}, {day.title}{'yours':>14}{'reference':>14}",
+            f"{'milliseconds (median)':34}{1000 * own.seconds:>11.2f}{1000 * reference.seconds:>14.2f}",
+            f"{'peak memory in MLX, KiB':34}{own.peak_bytes >> 10:>11,}{reference.peak_bytes >> 10:>14,}",
+            f"largest difference of the results: {same}",
+            "the reference may run compiled kernels or MLX's fused operators where yours is written out",
+        ]
+    )
+
+
+def as_json_object(found: Comparison) -> dict[str, object]:
+    """The figures without the numbers that came out."""
+    sides = {"own": found.own, "reference": found.reference}
+    figures = {name: {"seconds": s.seconds, "peak_bytes": s.peak_bytes} for name, s in sides.items()}
+    return {**figures, "largest_difference": found.largest_difference}
+
+
+def _measure(house: House, day: Day, whose: str) -> Measured:
+    import numpy as np
+
+    with _target() as target:
+        run = run_python(house, ["-m", "tiny_llm_course.work", day.id, str(target)])
+        if run.returncode:
+            last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"
+            raise CourseError(f"{whose} does not run the work of day {day.id}: {last}")
+        with np.load(target) as stored:
+            return Measured(median(stored["seconds"].tolist()), int(stored["peak"]), stored["out"])
+
+
+@contextmanager
+def _target() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="tiny-llm-compare-") as folder:
+        yield Path(folder, "result.npz")

@@ -1,0 +1,149 @@
+"""`pdm run doctor`: is everything here that the course needs, and do the learner's files still fit it?"""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+from .errors import CourseError
+from .house import House
+from .progress import own_modules
+from .source import functions, signature
+from .syllabus import Syllabus
+
+PYTHONS = ((3, 11), (3, 13))
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at. advice: what to do about it; a finding that is ok may carry some too."""
+
+    what: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        line = f"{'ok' if self.ok else '!!':3}{self.what}: {self.found}"
+        return f"{line}\n   {self.advice}" if self.advice else line
+
+
+def examine(house: House, syllabus: Syllabus) -> Iterator[Finding]:
+    """Everything, one finding after the other."""
+    yield _python()
+    yield _mlx(house)
+    yield from _kernels()
+    yield _model()
+    yield from _overlay(house, syllabus)
+
+
+def _python() -> Finding:
+    version = sys.version_info[:2]
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Finding(
+        "Python",
+        PYTHONS[0] <= version <= PYTHONS[1],
+        found,
+        "" if version <= PYTHONS[1] else "use 3.11 to 3.13",
+    )
+
+
+def _mlx(house: House) -> Finding:
+    pinned = _pinned(house)
+    try:
+        import mlx.core as mx
+
+        installed = metadata.version("mlx")
+        total = mx.sum(mx.ones(3)).item()
+    except Exception as error:  # a broken install raises anything
+        return Finding("MLX", False, f"cannot be used ({error})", "run `pdm install`")
+    works = total == 3 and installed == pinned
+    advice = "" if works else f"{pinned} is pinned: run `pdm install`"
+    return Finding("MLX", works, f"{installed} on {mx.default_device()}", advice)
+
+
+def _pinned(house: House) -> str:
+    settings = tomllib.loads((house.root / "pyproject.toml").read_text(encoding="utf-8"))
+    for requirement in settings["project"]["dependencies"]:
+        if requirement.startswith("mlx"):
+            return str(requirement.partition("==")[2].partition(";")[0].strip())
+    return ""
+
+
+def _kernels() -> Iterator[Finding]:
+    """Without a compiler the course still works, slower, so that is no fault where kernels are not built."""
+    from tiny_llm import kernel_info
+
+    info = kernel_info()
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    version = ""
+    if compiler is not None:
+        run = subprocess.run([compiler, "--version"], text=True, capture_output=True, check=False)
+        version = (run.stdout.splitlines() or [""])[0]
+    yield Finding(
+        "C++ compiler",
+        True,
+        version or "none",
+        "" if compiler else "needed for compiled kernels alone: install g++ or clang++, then `pdm install`",
+    )
+    found = (
+        f"{info.instruction_set}, {info.num_threads} threads" if info.available else f"{info.why_unavailable}"
+    )
+    slow = "the engine runs on MLX's own operators; `pdm install` builds them where there is a C++20 compiler"
+    yield Finding("compiled kernels", True, found, "" if info.available else slow)
+
+
+def _model() -> Finding:
+    from tiny_llm.embedded import embedded_model_path
+
+    from tiny_llm import ModelFileError
+
+    try:
+        return Finding("embedded model", True, embedded_model_path().name)
+    except ModelFileError as error:
+        return Finding("embedded model", False, str(error), "run `pdm install`")
+
+
+def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
+    """The learner's files: known to the reference, readable, and with the signatures that it has now."""
+    try:
+        own = own_modules(house)
+    except CourseError as error:
+        yield Finding("your modules", False, str(error), "rename it, or move it out of the folder")
+        return
+    yield Finding("your modules", True, ", ".join(own) or "none yet: `pdm run start 1.1`")
+    for module in own:
+        day = syllabus.owner(module)
+        if day is None:
+            yield Finding(f"{module}.py", True, "belongs to no day: yours runs in place of the given one")
+            continue
+        yield from _signatures(house, module, day.id)
+
+
+def _signatures(house: House, module: str, day: str) -> Iterator[Finding]:
+    own, reference = (
+        (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (house.overlay, house.reference)
+    )
+    try:
+        known = functions(own)
+    except SyntaxError as error:
+        yield Finding(
+            f"{module}.py", False, f"line {error.lineno}: {error.msg}", "mend it: nothing can import it"
+        )
+        return
+    for name in functions(reference):
+        if name.rpartition(".")[2].startswith("_") and not name.endswith("__"):
+            continue
+        if name not in known:
+            yield Finding(
+                f"{module}.py",
+                False,
+                f"has no {name}",
+                f"the reference has it: `pdm run diff {day} --anyway`",
+            )
+        elif signature(own, name) != signature(reference, name):
+            advice = f"the reference has {signature(reference, name)}"
+            yield Finding(f"{module}.py", False, f"has {signature(own, name)}", advice)

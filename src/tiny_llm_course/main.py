@@ -1,0 +1,37 @@
+"""The door: runs a command and turns what it raises into one line and an exit code."""
+
+import sys
+from collections.abc import Sequence
+
+from .errors import CourseError
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main() -> None:
+    """Run the command of this process and exit."""
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit code."""
+    from typer.exceptions import TyperException
+
+    from .app import command
+
+    try:
+        code = command().main(list(arguments), prog_name="pdm run", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except CourseError as error:
+        return _fail(str(error), FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

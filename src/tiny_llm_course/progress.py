@@ -1,0 +1,131 @@
+"""How far a learner is, read from the files: which modules are theirs, what is written, what passes.
+
+Nothing is stored but the outcome of test runs, and that counts only while the files that it was about are the
+same.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+
+from .errors import CourseError
+from .house import House
+from .source import functions, is_blank, same_code
+from .syllabus import Day, Exercise, Syllabus
+
+
+class State(Enum):
+    """Where an exercise stands."""
+
+    NOT_STARTED = "not started"
+    BLANK = "blank"
+    MISSING = "missing"  # the file is there, the function is not
+    WRITTEN = "written"
+    REFERENCE = "the reference's"  # word for word: skipped, or copied
+
+
+class Result(Enum):
+    """What is known of a day's tests on the files as they are now."""
+
+    UNKNOWN = "not tested"
+    STALE = "changed since its tests ran"
+    FAILING = "fails"
+    PASSING = "passes"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of a day's last test run, and of which files it was."""
+
+    fingerprint: str
+    passed: bool
+
+
+def own_modules(house: House) -> list[str]:
+    """The modules in the overlay. Raises `CourseError` for a file that overrides nothing, with a guess."""
+    own = sorted(file.stem for file in house.overlay.glob("*.py") if file.stem != "__init__")
+    known = {file.stem for file in house.reference.glob("*.py")}
+    for name in own:
+        if name not in known:
+            guess = get_close_matches(name, known, n=1)
+            raise CourseError(
+                f"{house.shown(house.overlay / name)}.py overrides nothing"
+                f"{f'; did you mean {guess[0]}.py?' if guess else ''}"
+            )
+    return own
+
+
+def started_days(house: House, syllabus: Syllabus) -> list[Day]:
+    """The days of which the learner has at least one module."""
+    own = set(own_modules(house))
+    return [day for day in syllabus.days if own & set(day.modules)]
+
+
+def missing_modules(house: House, day: Day) -> list[str]:
+    """The modules of a day that the learner has not."""
+    return [module for module in day.modules if not (house.overlay / f"{module}.py").exists()]
+
+
+def state(house: House, exercise: Exercise) -> State:
+    """Where an exercise stands in the overlay. Raises `CourseError` for a file that does not parse."""
+    file = house.overlay / f"{exercise.module}.py"
+    if not file.exists():
+        return State.NOT_STARTED
+    source = file.read_text(encoding="utf-8")
+    try:
+        known = functions(source)
+    except SyntaxError as error:
+        raise CourseError(f"{house.shown(file)}, line {error.lineno}: {error.msg}") from error
+    if exercise.name not in known:
+        return State.MISSING
+    if is_blank(source, exercise.name):
+        return State.BLANK
+    reference = (house.reference / file.name).read_text(encoding="utf-8")
+    return State.REFERENCE if same_code(source, reference, exercise.name) else State.WRITTEN
+
+
+def fingerprint(house: House, day: Day) -> str:
+    """A hash of everything that a day's tests depend on: the overlay, the reference, and the suite."""
+    files = [
+        *sorted(house.overlay.glob("*.py")),
+        *sorted(house.reference.glob("*.py")),
+        house.suites / day.suite,
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.parent.name}/{file.name}\0".encode())
+        digest.update(file.read_bytes() if file.exists() else b"")
+    return digest.hexdigest()
+
+
+def result(house: House, day: Day) -> Result:
+    """What the day's last test run says about the files as they are."""
+    record = _records(house).get(day.id)
+    if record is None:
+        return Result.UNKNOWN
+    if record.fingerprint != fingerprint(house, day):
+        return Result.STALE
+    return Result.PASSING if record.passed else Result.FAILING
+
+
+def remember(house: House, day: Day, passed: bool) -> None:
+    """Record the outcome of a test run of the files as they are."""
+    records = {**_records(house), day.id: Record(fingerprint(house, day), passed)}
+    house.records.mkdir(exist_ok=True)
+    text = json.dumps({day_id: asdict(record) for day_id, record in sorted(records.items())}, indent=1)
+    _file(house).write_text(text + "\n", encoding="utf-8")
+
+
+def _records(house: House) -> dict[str, Record]:
+    try:
+        found = json.loads(_file(house).read_text(encoding="utf-8"))
+        return {day_id: Record(**record) for day_id, record in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # a lost or broken record says nothing
+
+
+def _file(house: House) -> Path:
+    return house.records / "results.json"

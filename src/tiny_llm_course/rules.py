@@ -1,0 +1,175 @@
+"""The rules of the course that can be read from its files: syllabus, starters and suites fit together."""
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import CourseError
+from .house import House
+from .source import body_lines, find, functions
+from .starter import starter
+from .syllabus import Day, Syllabus
+
+SHORT = 12  # characters of a line that many functions share, such as `return out`
+ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
+WHICHEVER = {"len", "set", "sorted"}
+BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
+
+
+class Problem(NamedTuple):
+    """A rule that does not hold: which, where, and what was found."""
+
+    rule: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.where}: {self.what}"
+
+
+def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
+    """Everything that is wrong without running anything."""
+    startable = [day for day in syllabus.days if not day.is_to_come]
+    found = [problem for day in startable for problem in _syllabus_problems(house, day)]
+    if found:
+        return found  # the rest would fail over the same names
+    found += [problem for day in startable for problem in _starter_problems(house, day)]
+    found += _suite_files(house, startable)
+    for day in startable:
+        suite = house.suites / day.suite
+        if suite.exists():
+            found += _suite_problems(house, syllabus, day, suite)
+    return found
+
+
+def _syllabus_problems(house: House, day: Day) -> Iterator[Problem]:
+    """Every name that the syllabus gives is there; every hint says something."""
+    for module in day.modules:
+        file = house.reference / f"{module}.py"
+        if not file.exists():
+            yield Problem("names", day.id, f"there is no module {module}")
+            continue
+        source = file.read_text(encoding="utf-8")
+        for name in (*(exercise.name for exercise in day.of_module(module)), *day.removed_from(module)):
+            try:
+                find(source, name)
+            except CourseError as error:
+                yield Problem("names", f"{day.id}, {module}.py", str(error))
+    for exercise in day.exercises:
+        if min(map(len, exercise.hints)) < SHORT:
+            yield Problem("hints", exercise.id, f"a hint is missing: {list(exercise.hints)}")
+
+
+def _starter_problems(house: House, day: Day) -> Iterator[Problem]:
+    """No line of a solution survives in what a learner begins with."""
+    for module in day.modules:
+        reference = (house.reference / f"{module}.py").read_text(encoding="utf-8")
+        begun = starter(house, day, module)
+        ast.parse(begun)
+        lines = {line.strip() for line in begun.splitlines()}
+        solutions = [exercise.name for exercise in day.of_module(module)] + list(day.removed_from(module))
+        for name in solutions:
+            for line in map(str.strip, body_lines(reference, name)):
+                if line in lines and _tells_something(line):
+                    yield Problem("leak", f"{day.id}, {module}.py", f"a line of {name} is left: {line}")
+
+
+def _tells_something(line: str) -> bool:
+    """Whether a line says how, rather than being one that many functions have."""
+    if len(line) <= SHORT or line.startswith(('"""', "#", "return self._", "raise NotImplementedError")):
+        return False
+    try:
+        [node] = ast.parse(line).body
+    except (SyntaxError, ValueError):
+        return True
+    return not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))
+
+
+def _suite_files(house: House, days: Iterable[Day]) -> Iterator[Problem]:
+    """Every day has a suite, and every suite a day."""
+    wanted = {day.suite for day in days}
+    there = {file.name for file in house.suites.glob("*.py")}
+    for name in sorted(wanted - there):
+        yield Problem("suites", name, "the day has no tests")
+    for name in sorted(there - wanted):
+        yield Problem("suites", name, "belongs to no day")
+
+
+def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> Iterator[Problem]:
+    """A suite imports the engine's public names of days until its own, and looks into nothing."""
+    tree = ast.parse(suite.read_text(encoding="utf-8"))
+    public = _public_names(house)
+    for node in ast.walk(tree):
+        where = f"{suite.name}, line {getattr(node, 'lineno', 0)}"
+        for module, name in _imported(node):
+            if module.partition(".")[0] not in ALLOWED_IMPORTS:
+                yield Problem("imports", where, f"{module} is not for a suite: import from tiny_llm")
+            if name.startswith("_"):
+                yield Problem("private", where, f"{module}.{name} is private")
+            used = module.partition("tiny_llm.")[2] or public.get(name, "")
+            owner = syllabus.owner(used) if module.startswith("tiny_llm") else None
+            if owner is not None and owner.id > day.id:
+                yield Problem("later day", where, f"{used} belongs to day {owner.id}")
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            yield Problem("private", where, f".{node.attr} is private")
+        if isinstance(node, ast.Compare) and _compares_block_ids(node):
+            yield Problem("block ids", where, f"{ast.unparse(node)} asserts which ids were given out")
+    yield from _tests_without_task(tree, suite)
+
+
+def _tests_without_task(tree: ast.Module, suite: Path) -> Iterator[Problem]:
+    for name in functions(ast.unparse(tree)):
+        if name.startswith("test_") and not name.startswith("test_task_"):
+            yield Problem("names", suite.name, f"{name} does not say which task it is about")
+
+
+def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The modules that a node imports, each with a name from it (or none)."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, "") for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def _compares_block_ids(node: ast.Compare) -> bool:
+    """`x.blocks == [0, 1]` and the like: an id that was handed out, compared with a number."""
+    sides = [node.left, *node.comparators]
+    if not any(isinstance(operator, ast.Eq) for operator in node.ops):
+        return False
+    named = any(
+        isinstance(part, ast.Attribute) and part.attr in BLOCK_IDS and not _whichever(part, side)
+        for side in sides
+        for part in ast.walk(side)
+    )
+    return named and any(_is_literal_ids(side) for side in sides)
+
+
+def _whichever(part: ast.AST, side: ast.AST) -> bool:
+    """`len`, `set` and `sorted` of ids say how many or which ones in all, not which one came when."""
+    calls = [node for node in ast.walk(side) if isinstance(node, ast.Call)]
+    return any(
+        isinstance(call.func, ast.Name) and call.func.id in WHICHEVER and part in ast.walk(call)
+        for call in calls
+    )
+
+
+def _is_literal_ids(side: ast.AST) -> bool:
+    if isinstance(side, ast.List | ast.Tuple | ast.Set):
+        return bool(side.elts) and all(isinstance(element, ast.Constant) for element in side.elts)
+    return isinstance(side, ast.Constant) and isinstance(side.value, int)
+
+
+def _public_names(house: House) -> dict[str, str]:
+    """The module behind each name that `from tiny_llm import NAME` gives."""
+    api = house.reference / "api.py"
+    if not api.exists():
+        return {}
+    for node in ast.parse(api.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
+        ):
+            found: dict[str, str] = ast.literal_eval(node.value)
+            return found
+    return {}

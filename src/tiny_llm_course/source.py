@@ -1,0 +1,147 @@
+"""Python source as text with functions in it: find one, blank it, take it out, compare two.
+
+Line ranges come from Python's own `ast`; the reference carries no markers. What is not touched stays byte for
+byte, comments included.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from textwrap import indent
+
+from .errors import CourseError
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
+STAND_IN_NAMES = ("accelerated", "compiled_kernel")
+
+
+def functions(source: str) -> dict[str, Function]:
+    """Every function of a module by its name, `function` or `Class.method`."""
+    found: dict[str, Function] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, Function):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}": part for part in node.body if isinstance(part, Function)}
+    return found
+
+
+def find(source: str, name: str) -> Function:
+    """One function. Raises `CourseError` where there is none of that name."""
+    try:
+        return functions(source)[name]
+    except KeyError:
+        raise CourseError(f"there is no function {name}") from None
+
+
+def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = ()) -> str:
+    """The source with the bodies of some functions blank, and others taken out.
+
+    messages: by function, what its blank raises. A blank keeps its signature and docstring. Decorators by
+    which compiled kernels stand in are taken out with their imports.
+    """
+    lines = source.splitlines(keepends=True)
+    edits: list[tuple[int, int, str]] = []  # first and last line, from 1; what takes their place
+    for name, message in messages.items():
+        node = find(source, name)
+        edits.append((_body(node)[0], _last(node), _raise(node, message)))
+    for name in removed:
+        node = find(source, name)
+        edits.append((_first(node), _last(node), ""))
+    for node in functions(source).values():
+        edits += [(d.lineno, d.end_lineno or d.lineno, "") for d in node.decorator_list if _is_stand_in(d)]
+    for first, last, text in sorted(edits, reverse=True):
+        lines[first - 1 : last] = [text] if text else []
+    return _tidy(_without_unused_stand_ins("".join(lines)))
+
+
+def body_lines(source: str, name: str) -> list[str]:
+    """The lines of a function's body, its docstring left out."""
+    node = find(source, name)
+    first, last = _body(node)[0], _last(node)
+    return source.splitlines()[first - 1 : last]
+
+
+def is_blank(source: str, name: str) -> bool:
+    """True where the function does nothing but raise NotImplementedError."""
+    body = _statements(find(source, name))
+    if len(body) != 1 or not isinstance(body[0], ast.Raise):
+        return False
+    raised = body[0].exc
+    kind = raised.func if isinstance(raised, ast.Call) else raised
+    return isinstance(kind, ast.Name) and kind.id == "NotImplementedError"
+
+
+def same_code(one: str, other: str, name: str) -> bool:
+    """True where a function does the same in both sources, whatever its comments and docstring say."""
+    first, second = (_statements(find(source, name)) for source in (one, other))
+    return [ast.dump(node) for node in first] == [ast.dump(node) for node in second]
+
+
+def signature(source: str, name: str) -> str:
+    """A function's parameters and result, as written."""
+    node = find(source, name)
+    returns = "" if node.returns is None else f" -> {ast.unparse(node.returns)}"
+    return f"{node.name}({ast.unparse(node.args)}){returns}"
+
+
+def with_body_of(source: str, other: str, name: str) -> str:
+    """The source with one function's body taken from another."""
+    lines = source.splitlines(keepends=True)
+    first, last = _body(find(source, name))[0], _last(find(source, name))
+    body = "".join(f"{line}\n" for line in body_lines(other, name))
+    return "".join([*lines[: first - 1], body, *lines[last:]])
+
+
+def _statements(node: Function) -> list[ast.stmt]:
+    """The body without its docstring."""
+    return node.body[1:] if ast.get_docstring(node) is not None else node.body
+
+
+def _body(node: Function) -> tuple[int, int]:
+    """First and last line of the body, its docstring left out, comments before it included."""
+    if ast.get_docstring(node) is None:
+        return node.body[0].lineno, _last(node)
+    docstring = node.body[0]
+    return (docstring.end_lineno or docstring.lineno) + 1, _last(node)
+
+
+def _first(node: Function) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def _last(node: Function) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _raise(node: Function, message: str) -> str:
+    column = node.col_offset + 4
+    return indent(f'raise NotImplementedError("{message}")\n', " " * column)
+
+
+def _is_stand_in(decorator: ast.expr) -> bool:
+    function = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return isinstance(function, ast.Name) and function.id in STAND_INS
+
+
+def _tidy(source: str) -> str:
+    """Empty lines as the formatter has them, after something was taken out."""
+    source = re.sub(r"\n{3,}(?=[ \t])", "\n\n", source)  # inside a class: one
+    return re.sub(r"\n{4,}", "\n\n\n", source).rstrip("\n") + "\n"
+
+
+def _without_unused_stand_ins(source: str) -> str:
+    """Take out what is imported for the stand-ins alone."""
+    tree = ast.parse(source)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    lines = source.splitlines(keepends=True)
+    for node in reversed(tree.body):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        kept = [a for a in node.names if a.name not in STAND_IN_NAMES or (a.asname or a.name) in used]
+        if len(kept) < len(node.names):
+            names = ", ".join(alias.name for alias in kept)
+            line = f"from {'.' * node.level}{node.module or ''} import {names}\n"
+            lines[node.lineno - 1 : node.end_lineno] = [line] if kept else []
+    return "".join(lines)

@@ -1,0 +1,177 @@
+"""The days of the course as syllabus.toml lists them: modules, exercises, hints, chapters."""
+
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .errors import CourseError
+
+HINTS = 3  # a question, a fact, a sketch
+_DAY_ID = re.compile(r"[1-9]\.[1-9]")
+_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise"}
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`."""
+
+    id: str
+    module: str
+    name: str
+    hints: tuple[str, ...]
+
+    @property
+    def day_id(self) -> str:
+        """The day that it belongs to."""
+        return self.id.rpartition(".")[0]
+
+    @property
+    def message(self) -> str:
+        """What a blank raises: which task it is and where it is explained."""
+        week, day, task = self.id.split(".")
+        return f"{self.id} {self.name}: book, week {week} day {day}, task {task}"
+
+
+@dataclass(frozen=True)
+class Day:
+    """A day: the modules that it owns and, of these, what is written by the learner.
+
+    works: what works afterwards. chapter: its file in the book; None while it is to come. removed: functions
+    that would give the solution away, as `module.name`; the starter is without them. A day without modules is
+    to come as a whole.
+    """
+
+    id: str
+    title: str
+    works: str
+    chapter: str | None
+    modules: tuple[str, ...]
+    exercises: tuple[Exercise, ...]
+    removed: tuple[str, ...]
+
+    @property
+    def suite(self) -> str:
+        """The name of its test file."""
+        week, day = self.id.split(".")
+        return f"test_week_{week}_day_{day}.py"
+
+    @property
+    def is_to_come(self) -> bool:
+        """True where the day cannot be started yet."""
+        return not self.modules
+
+    def of_module(self, module: str) -> tuple[Exercise, ...]:
+        """The exercises in one of its modules."""
+        return tuple(exercise for exercise in self.exercises if exercise.module == module)
+
+    def removed_from(self, module: str) -> tuple[str, ...]:
+        """The functions that a starter of that module is without."""
+        return tuple(name.partition(".")[2] for name in self.removed if name.partition(".")[0] == module)
+
+
+@dataclass(frozen=True)
+class Syllabus:
+    """All days in their order."""
+
+    days: tuple[Day, ...]
+
+    def day(self, wanted: str) -> Day:
+        """The day of an id such as 1.1. Raises `CourseError`, with a guess, for one that there is not."""
+        by_id = {day.id: day for day in self.days}
+        if wanted in by_id:
+            return by_id[wanted]
+        raise CourseError(f"there is no day {wanted!r}{_guess(wanted, by_id)}: `pdm run map` shows them all")
+
+    def to_start(self, wanted: str) -> Day:
+        """A day that can be started; raises `CourseError` for one that is to come."""
+        day = self.day(wanted)
+        if day.is_to_come:
+            raise CourseError(f"day {day.id} ({day.title}) is to come: the engine has it, the course not yet")
+        return day
+
+    def exercise(self, wanted: str) -> Exercise:
+        """The exercise of an id such as 1.1.2. Raises `CourseError`, with a guess."""
+        by_id = {exercise.id: exercise for day in self.days for exercise in day.exercises}
+        if wanted in by_id:
+            return by_id[wanted]
+        raise CourseError(f"there is no exercise {wanted!r}{_guess(wanted, by_id)}")
+
+    def owner(self, module: str) -> Day | None:
+        """The day that a module belongs to; None for a given one."""
+        return next((day for day in self.days if module in day.modules), None)
+
+    def after(self, day: Day) -> Day | None:
+        """The next day that can be started."""
+        later = self.days[self.days.index(day) + 1 :]
+        return next((candidate for candidate in later if not candidate.is_to_come), None)
+
+
+def read_syllabus(path: Path) -> Syllabus:
+    """Read syllabus.toml. Raises `CourseError` for anything that is misspelled, missing or there twice."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise CourseError(f"{path}: {error}") from error
+    days = tuple(_day(entry, path) for entry in found.get("day", ()))
+    _refuse_twice((day.id for day in days), "day", path)
+    _refuse_twice((module for day in days for module in day.modules), "module", path)
+    names = (f"{exercise.module}.{exercise.name}" for day in days for exercise in day.exercises)
+    _refuse_twice(names, "exercise", path)
+    return Syllabus(days)
+
+
+def _day(entry: dict[str, Any], path: Path) -> Day:
+    unknown = entry.keys() - _KEYS
+    if unknown:
+        raise CourseError(f"{path}: day {entry.get('id')} has the unknown keys {', '.join(sorted(unknown))}")
+    for key in ("id", "title", "works"):
+        if not isinstance(entry.get(key), str):
+            raise CourseError(f"{path}: day {entry.get('id')} has no text {key!r}")
+    if not _DAY_ID.fullmatch(entry["id"]):
+        raise CourseError(f"{path}: {entry['id']!r} is no day, expected a week and a day such as 1.1")
+    modules = tuple(entry.get("modules", ()))
+    exercises = tuple(
+        _exercise(f"{entry['id']}.{task}", one, modules, path)
+        for task, one in enumerate(entry.get("exercise", ()), start=1)
+    )
+    without = set(modules) - {exercise.module for exercise in exercises}
+    if without:
+        raise CourseError(f"{path}: day {entry['id']} has no exercise in {', '.join(sorted(without))}")
+    return Day(
+        id=entry["id"],
+        title=entry["title"],
+        works=entry["works"],
+        chapter=entry.get("chapter"),
+        modules=modules,
+        exercises=exercises,
+        removed=tuple(entry.get("remove", ())),
+    )
+
+
+def _exercise(exercise_id: str, entry: dict[str, Any], modules: tuple[str, ...], path: Path) -> Exercise:
+    module, _, name = str(entry.get("name", "")).partition(".")
+    if module not in modules or not name:
+        raise CourseError(
+            f"{path}: exercise {exercise_id} is {entry.get('name')!r}, expected MODULE.FUNCTION of its day"
+        )
+    hints = tuple(entry.get("hints", ()))
+    if len(hints) != HINTS or not all(isinstance(hint, str) and hint for hint in hints):
+        raise CourseError(f"{path}: exercise {exercise_id} has {len(hints)} hints, expected {HINTS}")
+    return Exercise(exercise_id, module, name, hints)
+
+
+def _refuse_twice(names: Iterable[str], what: str, path: Path) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise CourseError(f"{path}: {what} {name} is there twice")
+        seen.add(name)
+
+
+def _guess(wanted: str, known: Iterable[str]) -> str:
+    guess = get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return f"; did you mean {guess[0]}?" if guess else ""

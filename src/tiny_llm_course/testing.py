@@ -1,0 +1,138 @@
+"""`pdm run test`: a day's suite on the learner's code, what it says, and what to do next."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .errors import CourseError
+from .house import House
+from .progress import State, missing_modules, own_modules, remember, started_days, state
+from .runs import culprits, overlay_of, passes_alone, run_suites
+from .syllabus import Day, Syllabus
+
+WATCH_SECONDS = 0.3
+
+
+def run_started(house: House, syllabus: Syllabus, arguments: Sequence[str]) -> int:
+    """Test every day that was started; 1 if one fails."""
+    days = started_days(house, syllabus)
+    if not days:
+        raise CourseError(
+            "no day is started: `pdm run start 1.1` begins with the first, `pdm run map` shows all"
+        )
+    return max(run_day(house, syllabus, day, arguments) for day in days)
+
+
+def run_day(
+    house: House, syllabus: Syllabus, day: Day, arguments: Sequence[str], *, isolated: bool = False
+) -> int:
+    """Run one day's suite, print what follows from it, and remember the outcome; pytest's exit code.
+
+    isolated: today's modules alone, on the reference for everything else.
+    """
+    own = own_modules(house)
+    _refuse_not_started(house, day)
+    _tell_blanks(house, day)
+    about = f"day {day.id}, {day.title}"
+    if isolated:
+        with overlay_of(house, [module for module in own if module in day.modules]) as alone:
+            return run_suites(
+                alone, [house.suites / day.suite], arguments, about=f"{about}, isolated"
+            ).returncode
+    code = run_suites(house, [house.suites / day.suite], arguments, about=about).returncode
+    if not arguments:  # part of a suite says nothing about the day
+        remember(house, day, code == 0)
+    if code == 0:
+        _tell_next(house, syllabus, day)
+    elif set(own) - set(day.modules):
+        _tell_whose_fault(house, syllabus, day)
+    return code
+
+
+def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]) -> int:
+    """Run suites on the plain reference; pytest's exit code."""
+    with TemporaryDirectory(prefix="tiny-llm-reference-") as empty:
+        reference = house.with_overlay(Path(empty))
+        return run_suites(reference, suites, arguments, about="the reference").returncode
+
+
+def watch(house: House, syllabus: Syllabus, day: Day, arguments: Sequence[str], saves: Iterator[None]) -> int:
+    """Test, and test again after every save, until `saves` ends; the last exit code."""
+    code = _test_patiently(house, syllabus, day, arguments)
+    for _ in saves:
+        code = _test_patiently(house, syllabus, day, arguments)
+    return code
+
+
+def saves(house: House) -> Iterator[None]:
+    """One item for each time that a file of the overlay was saved; ends never (Ctrl-C does it)."""
+    before = _times(house)
+    while True:
+        time.sleep(WATCH_SECONDS)
+        now = _times(house)
+        if now != before:
+            before = now
+            yield
+
+
+def _test_patiently(house: House, syllabus: Syllabus, day: Day, arguments: Sequence[str]) -> int:
+    """A half-written file is no reason to stop watching."""
+    try:
+        code = run_day(house, syllabus, day, arguments)
+    except CourseError as error:
+        print(f"error: {error}")
+        code = 1
+    print(f"watching {house.shown(house.overlay)}: save a file to test again, Ctrl-C to stop", flush=True)
+    return code
+
+
+def _times(house: House) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in house.overlay.glob("*.py")}
+
+
+def _refuse_not_started(house: House, day: Day) -> None:
+    missing = missing_modules(house, day)
+    if missing:
+        files = ", ".join(f"{module}.py" for module in missing)
+        raise CourseError(f"not started: pdm run start {day.id} ({files} would be the reference's)")
+
+
+def _tell_blanks(house: House, day: Day) -> None:
+    states = {exercise: state(house, exercise) for exercise in day.exercises}
+    for exercise, found in states.items():
+        if found is State.MISSING:
+            file = house.shown(house.overlay / f"{exercise.module}.py")
+            raise CourseError(
+                f"{file} has no {exercise.name} (exercise {exercise.id}): it must keep its name"
+            )
+    blank = [f"{exercise.id} {exercise.name}" for exercise, found in states.items() if found is State.BLANK]
+    if blank:
+        print(f"still blank: {', '.join(blank)}", flush=True)
+
+
+def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
+    print(f"day {day.id} passes: {day.works}.")
+    print(f"  pdm run try {day.id}       see it run")
+    print(f"  pdm run compare {day.id}   beside the reference")
+    print(f"  pdm run diff {day.id}      how the reference does it")
+    after = syllabus.after(day)
+    if after is not None:
+        verb = "start" if missing_modules(house, after) else "test"
+        print(f"  pdm run {verb} {after.id}     next: {after.title}", flush=True)
+
+
+def _tell_whose_fault(house: House, syllabus: Syllabus, day: Day) -> None:
+    """When today's modules pass without the learner's others, say so, and which of the others it is."""
+    print("looking whether it is today's code ...", flush=True)
+    if not passes_alone(house, day):
+        print(f"it is: `pdm run test {day.id} --isolated` fails too.", flush=True)
+        return
+    print(f"today's code is right: alone on the reference, day {day.id} passes.")
+    found = culprits(house, day)
+    for module in found:
+        owner = syllabus.owner(module)
+        again = f": pdm run test {owner.id}" if owner is not None else ""
+        print(f"it fails with your {module}.py{f' (day {owner.id})' if owner else ''}{again}")
+    if not found:
+        print("no other module of yours makes it fail by itself: several of them together do.", flush=True)

@@ -1,0 +1,370 @@
+"""`pdm run try`: each day's one thing to look at, through whatever modules are the learner's.
+
+Every function here belongs to one day and yields lines as they come: the real model wherever it can show it,
+and the number that the day is about.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from types import SimpleNamespace
+
+import mlx.core as mx
+
+CAPITAL = "The capital of France is"
+STORY = "Once upon a time"
+Lines = Iterator[str]
+
+
+def attention() -> Lines:
+    """1.1: where the last word looks."""
+    from tiny_llm.attention import causal_mask, softmax
+    from tiny_llm.grouped_attention import NoCacheContext
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    text = "Mrs Dursley had never liked Harry Potter. That evening she went out to look for Harry"
+    tokens = loaded.tokenizer.encode(text)
+    length, scale = len(tokens), loaded.model.config.attention_scale
+    seen: list[mx.array] = []
+
+    def watch(layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        shared = mx.repeat(k, q.shape[1] // k.shape[1], axis=1)
+        scores = (q @ shared.swapaxes(-1, -2)) * scale
+        seen.append(softmax(scores + causal_mask(length, length))[0])
+        output: mx.array = context.attend(layer, q, k, v)
+        return output
+
+    context = NoCacheContext(length, scale)
+    watching = SimpleNamespace(positions=context.positions, logit_rows=None, attend=watch)
+    loaded.model(mx.array([tokens], mx.int32), watching)
+    weights = mx.stack(seen)  # [layers, H, L, L]
+    after_last_time = tokens.index(tokens[-1]) + 1
+    layer, head = divmod(int(mx.argmax(weights[:, :, -1, after_last_time])), weights.shape[1])
+    yield f"layer {layer}, head {head}: what the last word looks at, to know what may follow it"
+    for position, token in enumerate(tokens):
+        weight = float(weights[layer, head, -1, position])
+        yield f"  {loaded.tokenizer.token_text(token):>10}  {weight:6.3f}  {'#' * round(40 * weight)}"
+    error = float(mx.max(mx.abs(mx.sum(weights, axis=-1) - 1)))
+    yield f"{weights.size // length:,} rows of attention; each sums to 1 within {error:.1e}"
+
+
+def rotary() -> Lines:
+    """1.2: only distances matter."""
+    from tiny_llm.grouped_attention import NoCacheContext
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    text = "Monday, Tuesday, Wednesday, Thursday, Friday,"
+    tokens = loaded.tokenizer.encode(text)
+    inputs, places = mx.array([tokens], mx.int32), mx.arange(len(tokens), dtype=mx.int32)
+    rows = []
+    for name, positions in (
+        ("0, 1, 2, ...", places),
+        ("1000, 1001, 1002, ...", places + 1000),
+        ("0, 0, 0, ...", places * 0),
+    ):
+        context = NoCacheContext(len(tokens), loaded.model.config.attention_scale)
+        context.positions = positions
+        rows.append(loaded.model(inputs, context)[0, -1])
+        best = loaded.tokenizer.token_text(int(mx.argmax(rows[-1])))
+        difference = float(mx.max(mx.abs(rows[-1] - rows[0])))
+        yield f"positions {name:22} {text!r} goes on with {best!r}; logits differ by {difference:.4f}"
+    yield "moved together, tokens keep their distances; without positions, words are a heap"
+
+
+def heads_in_groups() -> Lines:
+    """1.3: three heads of keys and values serve nine of queries."""
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    config = loaded.model.config
+    shared = config.kv_bytes_per_token(2)
+    own = shared * config.num_attention_heads // config.num_key_value_heads
+    yield (
+        f"{config.num_attention_heads} query heads share {config.num_key_value_heads} heads of keys and "
+        f"values: {shared:,} bytes a token in float16 instead of {own:,}"
+    )
+    yield from _likeliest(CAPITAL)
+
+
+def norm_and_mlp() -> Lines:
+    """1.4: the stream grows from layer to layer, and every layer sees it at one size."""
+    from tiny_llm.grouped_attention import NoCacheContext
+    from tiny_llm.loader import load_model
+    from tiny_llm.norm import rms_norm
+
+    loaded = load_model(None)
+    model, tokens = loaded.model, loaded.tokenizer.encode(CAPITAL)
+    context = NoCacheContext(len(tokens), model.config.attention_scale)
+    x = model.embed_tokens.rows(mx.array([tokens], mx.int32))
+    ones = mx.ones(x.shape[-1])
+    yield "root mean square of the stream: as it comes to the layer, and normalised"
+    for layer, block in enumerate(model.layers):
+        if layer % 5 == 0 or layer == len(model.layers) - 1:
+            normed = rms_norm(x, ones, model.config.rms_norm_eps)
+            yield f"  layer {layer:2}   {_size(x):10.2f}   {_size(normed):6.3f}"
+        x = block(x, context)
+    config = model.config
+    mlp = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+    share = mlp / config.num_parameters
+    yield f"the MLPs hold {mlp:,} of the model's {config.num_parameters:,} parameters: {share:.0%}"
+
+
+def a_real_model() -> Lines:
+    """1.5: logits of a checkpoint, as words."""
+    for text in (CAPITAL, "Water boils at a temperature of 100 degrees", "def fibonacci("):
+        yield from _likeliest(text)
+
+
+def text_streamed() -> Lines:
+    """1.6: text, and what each token cost."""
+    from tiny_llm.generate import generate, stream_text
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode(STORY)
+    times: list[float] = []
+
+    def timed() -> Iterator[int]:
+        start = time.perf_counter()
+        for token in generate(loaded.model, tokens, 48, loaded.model.config.eos_token_ids):
+            times.append(time.perf_counter() - start)
+            yield token
+            start = time.perf_counter()
+
+    yield STORY + "".join(stream_text(timed(), loaded.tokenizer))
+    first, last = (sum(part) / len(part) * 1000 for part in (times[:8], times[-8:]))
+    yield (
+        f"{len(times)} tokens; the first eight took {first:.1f} ms each, the last eight {last:.1f} ms: every "
+        "token computes all before it again (day 2.1 ends that)"
+    )
+
+
+def sampling() -> Lines:
+    """1.7: one prompt, many continuations, and how many words were possible."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampler import keep_top_p
+    from tiny_llm.sampling_params import SamplingParams
+
+    llm = LLM(num_blocks=256)
+    text = "My favourite thing about the rain is"
+    row = llm.logits(llm.tokenizer.encode(text))[-1]
+    for temperature in (0.0, 0.7, 1.3):
+        possible = int(mx.sum(keep_top_p(row / temperature, 0.9) > -mx.inf)) if temperature else 1
+        yield f"temperature {temperature}: {possible:,} of {row.size:,} tokens make up 90% of the next one"
+        for seed in (1, 2):
+            params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=14)
+            [output] = llm.generate(text, params, use_tqdm=False)
+            yield f"  seed {seed}: {text}{output.outputs[0].text.splitlines()[0]}"
+
+
+def the_quadratic_trap() -> Lines:
+    """2.1: counted, then gone."""
+    from tiny_llm.generate import generate
+    from tiny_llm.kv_cache import attention_with_cache, attention_without_cache, generate_with_cache
+    from tiny_llm.loader import load_model
+
+    for prompt_len, gen_len in ((128, 100), (128, 1000)):
+        without, kept = (
+            attention_without_cache(prompt_len, gen_len),
+            attention_with_cache(prompt_len, gen_len),
+        )
+        yield f"{prompt_len} + {gen_len} tokens: {without:,} keys computed without a cache, {kept:,} with one"
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode(STORY * 16)
+    answers = []
+    for name, function in (("without", generate), ("with", generate_with_cache)):
+        start = time.perf_counter()
+        answers.append(list(islice(function(loaded.model, tokens, 24, ()), 24)))
+        yield f"{name:7} a cache, {len(tokens)} + 24 tokens: {time.perf_counter() - start:.2f} s"
+    yield "the same tokens" if answers[0] == answers[1] else "other tokens: rounding met a near-tie"
+
+
+def a_contiguous_cache() -> Lines:
+    """2.2: what sixteen users reserve, and what they use."""
+    from tiny_llm.loader import load_model
+    from tiny_llm.naive_cache import NaiveKVCache
+
+    config = load_model(None).model.config
+    lengths = [random.Random(user).randint(100, 500) for user in range(16)]
+    shape = (config.num_key_value_heads, config.head_dim)
+    yield f"16 users of {min(lengths)} to {max(lengths)} tokens, on the real model's layers and heads"
+    for reserved in (512, 2048, config.max_position_embeddings):
+        allocated = used = 0
+        for length in lengths:
+            cache = NaiveKVCache(reserved, *shape)
+            cache.update(mx.zeros((length, *shape)), mx.zeros((length, *shape)))
+            allocated += config.num_hidden_layers * cache.allocated_bytes()
+            used += config.num_hidden_layers * cache.used_bytes()
+        yield (
+            f"  room for {reserved:5,} tokens each: {allocated / 2**20:7,.0f} MiB taken, "
+            f"{used / 2**20:4,.0f} MiB used, {1 - used / allocated:.0%} wasted"
+        )
+
+
+def blocks_on_demand() -> Lines:
+    """2.3: enough is free, and nothing fits."""
+    from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
+    from tiny_llm.errors import OutOfBlocksError
+
+    pool, wanted, rounds = 96, 20, 100
+    refused = {"side by side": 0, "anywhere": 0}
+    free = longest = 0
+    for seed in range(rounds):
+        draw = random.Random(seed)
+        allocator = GlobalAllocator(pool, 16, 1, 4)
+        users: list[DynamicKVCache] = []
+        while len(allocator.free_blocks) >= 6:
+            users.append(DynamicKVCache(allocator, str(len(users))))
+            users[-1].blocks += allocator.alloc_contiguous(draw.randint(1, 6))
+        for user in draw.sample(users, len(users) // 2):
+            user.free()
+        free += len(allocator.free_blocks)
+        longest += allocator.longest_run()
+        ways = {"side by side": allocator.alloc_contiguous, "anywhere": allocator.alloc_blocks}
+        for name, take in ways.items():
+            try:
+                allocator.free_blocks_ids(take(wanted))
+            except OutOfBlocksError:
+                refused[name] += 1
+    yield f"{rounds} pools of {pool} blocks: users come until all are full, half of them go, one more comes"
+    yield f"  free on average: {free / rounds:.0f} blocks; longest run of them: {longest / rounds:.0f}"
+    for name, count in refused.items():
+        yield f"  {wanted} blocks {name}: refused {count} times of {rounds}"
+    yield "blocks that may lie anywhere are never wasted by gaps: that is what pages are for (week 3)"
+
+
+def four_bits() -> Lines:
+    """2.4: bytes and errors, and a model that still knows the answer."""
+    from tiny_llm.loader import load_model
+    from tiny_llm.quantize import dequantize, quantize
+
+    rows = load_model(None).model.embed_tokens.rows(mx.arange(4096))
+    size = float(mx.sqrt(mx.mean(rows * rows)))
+    yield f"{rows.shape[0]:,} rows of the embedding, {rows.nbytes / 2**20:.1f} MiB in float32, groups of 32"
+    for bits in (8, 4, 3, 2):
+        stored = quantize(rows.astype(mx.float16), 32, bits)
+        nbytes = sum(array.nbytes for array in stored[:3])
+        error = dequantize(*stored) - rows
+        yield (
+            f"  {bits} bits: {8 * nbytes / rows.size:4.1f} bits a value with scales and biases, error "
+            f"{float(mx.sqrt(mx.mean(error * error))) / size:.1%} of a value's size"
+        )
+    yield from _likeliest(CAPITAL)
+
+
+def attention_in_tiles() -> Lines:
+    """2.5: the memory that scores take, and the same numbers without it."""
+    from tiny_llm.attention import causal_mask
+    from tiny_llm.flash_attention import flash_attention
+    from tiny_llm.grouped_attention import grouped_query_attention
+
+    H, Hkv, D = 9, 3, 64
+    for length in (256, 768):
+        q, k, v = (
+            mx.random.normal((1, heads, length, D), key=mx.random.key(seed))
+            for seed, heads in enumerate((H, Hkv, Hkv))
+        )
+        found = []
+        for tile in (length, 64):
+            start = time.perf_counter()
+            if tile == length:
+                found.append(grouped_query_attention(q, k, v, D**-0.5, causal_mask(length, length)))
+            else:
+                found.append(flash_attention(q, k, v, D**-0.5, causal=True, tile=tile))
+            mx.eval(found[-1])
+            seconds = time.perf_counter() - start
+            how = "all at once" if tile == length else f"in tiles of {tile}"
+            scores = H * length * tile * 4 / 2**20
+            yield f"{length:4} tokens {how:14}: scores take {scores:5.1f} MiB; {1000 * seconds:6.1f} ms"
+        yield f"     largest difference {float(mx.max(mx.abs(found[0] - found[1]))):.1e}"
+
+
+def a_steps_budget() -> Lines:
+    """2.6: how long others wait while a long prompt is computed."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    for budget in (2048, 128):
+        llm = LLM(max_num_batched_tokens=budget, max_num_seqs=8, num_blocks=256)
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        llm.core.add_request("short", llm.tokenizer.encode(STORY), params)
+        for _ in range(8):
+            llm.core.step()
+        llm.core.add_request("long", llm.tokenizer.encode(STORY * 400)[:1600], params)
+        gaps: list[float] = []
+        last = time.perf_counter()
+        while len(gaps) < 20:
+            if any(output.request_id == "short" for output in llm.core.step()):
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
+        yield (
+            f"budget of {budget:5,} tokens a step: while a prompt of 1,600 tokens comes in, a request that "
+            f"is answering waits up to {1000 * max(gaps):5,.0f} ms for its next token"
+        )
+
+
+def continuous_batching() -> Lines:
+    """2.7: eight requests together, from contiguous caches."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    llm = LLM(batching="dense", max_model_len=256, max_num_seqs=8)
+    capacity = llm.core.manager.capacity
+    size = capacity.nbytes / 2**20
+    yield f"{capacity.num_blocks} slots of {capacity.block_size} tokens take {size:,.0f} MiB"
+    animals = ("cat", "dog", "fox", "owl", "bear", "wolf", "mouse", "frog")
+    prompts = [f"{STORY}, there was a {animal}" for animal in animals]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    answers = []
+    for name, batches in (("one after the other", [[p] for p in prompts]), ("together", [prompts])):
+        start = time.perf_counter()
+        answers.append([o.outputs[0].text for b in batches for o in llm.generate(b, params, use_tqdm=False)])
+        speed = 24 * len(prompts) / (time.perf_counter() - start)
+        yield f"8 requests {name:19}: {speed:5.0f} tokens/s"
+    yield f"the same texts: {answers[0] == answers[1]}; the first: {prompts[0]}{answers[1][0]!r}"
+
+
+TRIES: dict[str, Callable[[], Lines]] = {
+    "1.1": attention,
+    "1.2": rotary,
+    "1.3": heads_in_groups,
+    "1.4": norm_and_mlp,
+    "1.5": a_real_model,
+    "1.6": text_streamed,
+    "1.7": sampling,
+    "2.1": the_quadratic_trap,
+    "2.2": a_contiguous_cache,
+    "2.3": blocks_on_demand,
+    "2.4": four_bits,
+    "2.5": attention_in_tiles,
+    "2.6": a_steps_budget,
+    "2.7": continuous_batching,
+}
+
+
+def _likeliest(text: str) -> Lines:
+    """The five likeliest next tokens of a text, computed without a cache."""
+    from tiny_llm.grouped_attention import NoCacheContext
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode(text)
+    context = NoCacheContext(len(tokens), loaded.model.config.attention_scale)
+    start = time.perf_counter()
+    row = loaded.model(mx.array([tokens], mx.int32), context)[0, -1]
+    probabilities = mx.softmax(row)
+    best = mx.argsort(-probabilities)[:5]
+    mx.eval(best)
+    seconds = time.perf_counter() - start
+    words = ", ".join(
+        f"{loaded.tokenizer.token_text(int(token))!r} {float(probabilities[token]):.0%}" for token in best
+    )
+    yield f"{text!r}: {words} ({1000 * seconds:.0f} ms)"
+
+
+def _size(x: mx.array) -> float:
+    return float(mx.sqrt(mx.mean(x * x)))

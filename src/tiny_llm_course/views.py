@@ -1,0 +1,130 @@
+"""What the course shows of itself as text: a day's tasks, hints, progress, the map, the difference."""
+
+import difflib
+
+from .errors import CourseError
+from .house import House
+from .progress import Result, State, missing_modules, own_modules, result, state
+from .source import functions
+from .syllabus import Day, Exercise, Syllabus
+
+STEPS = ("a question", "a fact", "a sketch")
+_MARKS = {
+    State.NOT_STARTED: " ",
+    State.BLANK: ".",
+    State.MISSING: "?",
+    State.WRITTEN: "x",
+    State.REFERENCE: "r",
+}
+
+
+def tasks(house: House, day: Day) -> str:
+    """A day's exercises, its chapter and its test command."""
+    lines = [f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}" for e in day.exercises]
+    chapter = f"book/src/{day.chapter}" if day.chapter else "to come; the docstrings say what each must do"
+    return "\n".join(
+        [
+            *lines,
+            f"chapter: {chapter}",
+            f"test:    pdm run test {day.id}",
+            f"hints:   pdm run hint {day.exercises[0].id}",
+        ]
+    )
+
+
+def hint(exercise: Exercise, step: int) -> str:
+    """One of the three steps of help."""
+    if not 1 <= step <= len(exercise.hints):
+        raise CourseError(f"hint {step} of {exercise.id}: there are {len(exercise.hints)}, from 1")
+    text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
+    if step < len(exercise.hints):
+        return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
+    return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
+
+
+def progress(house: House, syllabus: Syllabus) -> list[dict[str, object]]:
+    """One row a day that can be started: its exercises by state, and what its tests say."""
+    own_modules(house)
+    rows: list[dict[str, object]] = []
+    for day in syllabus.days:
+        if day.is_to_come:
+            continue
+        states = {exercise.id: state(house, exercise) for exercise in day.exercises}
+        started = len(missing_modules(house, day)) < len(day.modules)
+        outcome = result(house, day) if started else Result.UNKNOWN
+        rows.append(
+            {
+                "day": day.id,
+                "title": day.title,
+                "started": started,
+                "written": sum(s in (State.WRITTEN, State.REFERENCE) for s in states.values()),
+                "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
+                "tests": outcome.value,
+                "done": started and outcome is Result.PASSING,
+            }
+        )
+    return rows
+
+
+def progress_text(house: House, syllabus: Syllabus) -> str:
+    """The same as a table, with what to do next."""
+    rows = progress(house, syllabus)
+    marks = {
+        day.id: "".join(_MARKS[state(house, exercise)] for exercise in day.exercises) for day in syllabus.days
+    }
+    width = max(len(mark) for mark in marks.values())
+    lines = [
+        f"{row['day']}  [{marks[str(row['day'])]:{width}}]  "
+        f"{row['tests'] if row['started'] else 'not started':30}  {row['title']}"
+        for row in rows
+    ]
+    done = sum(bool(row["done"]) for row in rows)
+    legend = "x written   . blank   r the reference's   ? its function is missing"
+    following = next((row for row in rows if not row["done"]), None)
+    lines += ["", legend, f"{done} of {len(rows)} days pass."]
+    if following is not None:
+        verb = "test" if following["started"] else "start"
+        lines.append(f"next: pdm run {verb} {following['day']}")
+    return "\n".join(lines)
+
+
+def map_text(house: House, syllabus: Syllabus) -> str:
+    """Every day with its modules and whose they are."""
+    own = set(own_modules(house))
+    lines = []
+    for day in syllabus.days:
+        if day.id.endswith(".1"):
+            lines += ["", f"week {day.id[0]}"]
+        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "to come"
+        lines.append(f"  {day.id}  {day.title:38}  {modules}")
+    return "\n".join([*lines[1:], "", "[in brackets]: yours; every other module is the reference's"])
+
+
+def difference(house: House, day: Day, *, anyway: bool) -> str:
+    """How the reference differs from the learner's modules. Raises `CourseError` before the day passes."""
+    missing = missing_modules(house, day)
+    if missing:
+        raise CourseError(f"not started: pdm run start {day.id}")
+    if not anyway and result(house, day) is not Result.PASSING:
+        raise CourseError(
+            f"day {day.id} {result(house, day).value}: `pdm run test {day.id}` first, or add --anyway"
+        )
+    parts = []
+    for module in day.modules:
+        own, reference = (folder / f"{module}.py" for folder in (house.overlay, house.reference))
+        lines = difflib.unified_diff(
+            own.read_text(encoding="utf-8").splitlines(),
+            reference.read_text(encoding="utf-8").splitlines(),
+            house.shown(own),
+            house.shown(reference),
+            lineterm="",
+        )
+        parts.append("\n".join(lines) or f"{module}.py: no difference")
+    return "\n\n".join(parts)
+
+
+def _parameters(house: House, exercise: Exercise) -> str:
+    """`(x, mask)`: the names of a function's parameters, as a reminder."""
+    node = functions((house.reference / f"{exercise.module}.py").read_text(encoding="utf-8"))[exercise.name]
+    names = [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs] if argument.arg != "self"]
+    return f"({', '.join(names)})"

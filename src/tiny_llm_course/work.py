@@ -1,0 +1,194 @@
+"""The same work for a learner's modules and for the reference's: what `pdm run compare` times.
+
+    python -m tiny_llm_course.work 1.1 result.npz
+
+runs a day's work in this process, on whatever overlay it has, and writes what came out, the seconds of each
+repetition and the most memory that MLX held. Inputs are the same every time.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+REPEAT_SECONDS = 1.0
+MOST_REPETITIONS = 50
+Work = Callable[[], mx.array]
+
+
+def _random(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(sum(shape)))
+
+
+def _attention() -> Work:
+    from tiny_llm.attention import causal_mask, scaled_dot_product_attention
+
+    q, k, v = _random(1, 9, 128, 64), _random(1, 9, 129, 64)[:, :, 1:], _random(1, 9, 130, 64)[:, :, 2:]
+    return lambda: scaled_dot_product_attention(q, k, v, 0.125, causal_mask(128, 128))
+
+
+def _rope() -> Work:
+    from tiny_llm.rope import inverse_frequencies, rope
+
+    x, positions = _random(1, 9, 512, 64), mx.arange(512, dtype=mx.int32)
+    return lambda: rope(x, positions, inverse_frequencies(64, 10_000.0))
+
+
+def _grouped() -> Work:
+    from tiny_llm.grouped_attention import grouped_query_attention
+
+    q, k, v = _random(1, 9, 64, 64), _random(1, 3, 256, 64), _random(1, 3, 257, 64)[:, :, 1:]
+    return lambda: grouped_query_attention(q, k, v, 0.125)
+
+
+def _norm_and_mlp() -> Work:
+    from tiny_llm.mlp import swiglu
+    from tiny_llm.norm import rms_norm
+
+    x, weight = _random(1, 512, 576), _random(576)
+    return lambda: swiglu(rms_norm(x, weight, 1e-5), x)
+
+
+def _model() -> Work:
+    """A forward pass of the real model over a short text."""
+    from tiny_llm.grouped_attention import NoCacheContext
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode("The capital of France is")
+    scale = loaded.model.config.attention_scale
+    return lambda: loaded.model(mx.array([tokens], mx.int32), NoCacheContext(len(tokens), scale))[0, -1]
+
+
+def _generate() -> Work:
+    from tiny_llm.generate import generate
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode("Once upon a time")
+    return lambda: mx.array(list(generate(loaded.model, tokens, 8, ())))
+
+
+def _sampler() -> Work:
+    from tiny_llm.sampler import draw, keep_min_p, keep_top_k, keep_top_p, log_probabilities
+
+    logits = 3 * _random(49_152)
+
+    def work() -> mx.array:
+        kept = keep_top_p(keep_top_k(keep_min_p(logits, 0.001), 200), 0.9)
+        tokens = mx.stack([draw(kept, 7, index) for index in range(4)])
+        return mx.concatenate([log_probabilities(logits), tokens.astype(mx.float32)])
+
+    return work
+
+
+def _cached() -> Work:
+    from tiny_llm.kv_cache import generate_with_cache
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode("Once upon a time")
+    return lambda: mx.array(list(generate_with_cache(loaded.model, tokens, 16, ())))
+
+
+def _naive_cache() -> Work:
+    from tiny_llm.naive_cache import NaiveKVCache
+
+    tokens = _random(256, 3, 64)
+
+    def work() -> mx.array:
+        cache = NaiveKVCache(512, 3, 64, mx.float32)
+        for token in tokens:
+            stored = cache.update(token, 2 * token)
+        return mx.concatenate(list(stored))
+
+    return work
+
+
+def _dynamic_cache() -> Work:
+    from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
+
+    tokens = _random(256, 3, 64)
+
+    def work() -> mx.array:
+        cache = DynamicKVCache(GlobalAllocator(64, 16, 3, 64, mx.float32), "one")
+        for token in tokens:
+            cache.append_token(token, 2 * token)
+        return mx.concatenate(list(cache.read()))
+
+    return work
+
+
+def _quantize() -> Work:
+    from tiny_llm.quantize import quantize, quantized_matmul
+
+    x, w = _random(4, 576), _random(512, 576)
+    return lambda: quantized_matmul(x, *quantize(w, 32, 4))
+
+
+def _flash() -> Work:
+    from tiny_llm.flash_attention import flash_attention
+
+    q, k, v = _random(1, 9, 64, 64), _random(1, 3, 512, 64), _random(1, 3, 513, 64)[:, :, 1:]
+    return lambda: flash_attention(q, k, v, 0.125, True, 64)
+
+
+def _share_budget() -> Work:
+    from tiny_llm.chunked_prefill import share_budget
+
+    wants = [1 if i % 3 else 200 + i for i in range(256)]
+    return lambda: mx.array([share_budget(wants, budget) for budget in range(0, 4096, 64)])
+
+
+def _dense_batch() -> Work:
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    llm = LLM(batching="dense", max_model_len=128, max_num_seqs=4)
+    prompts = [f"The best thing about {what} is" for what in ("rain", "snow", "wind", "sun")]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    return lambda: mx.array(
+        [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    )
+
+
+WORK: dict[str, Callable[[], Work]] = {
+    "1.1": _attention,
+    "1.2": _rope,
+    "1.3": _grouped,
+    "1.4": _norm_and_mlp,
+    "1.5": _model,
+    "1.6": _generate,
+    "1.7": _sampler,
+    "2.1": _cached,
+    "2.2": _naive_cache,
+    "2.3": _dynamic_cache,
+    "2.4": _quantize,
+    "2.5": _flash,
+    "2.6": _share_budget,
+    "2.7": _dense_batch,
+}
+
+
+def main() -> None:
+    """Run the work named on the command line and store what came of it."""
+    day, target = sys.argv[1:]
+    work = WORK[day]()
+    out = work()
+    mx.eval(out)  # the first run pays for what is made once
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < REPEAT_SECONDS and len(seconds) < MOST_REPETITIONS):
+        start = time.perf_counter()
+        out = work()
+        mx.eval(out)
+        seconds.append(time.perf_counter() - start)
+    peak = mx.get_peak_memory() - before
+    np.savez(target, out=np.array(out.astype(mx.float32)), seconds=np.array(seconds), peak=np.array(peak))
+
+
+if __name__ == "__main__":
+    main()

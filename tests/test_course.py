@@ -1,0 +1,741 @@
+"""The course's machine on a course of three small days: every command, and every rule shown to bite."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tiny_llm_course import main as door
+from tiny_llm_course.check import check
+from tiny_llm_course.doctor import examine
+from tiny_llm_course.errors import CourseError
+from tiny_llm_course.house import House
+from tiny_llm_course.progress import Result, State, remember, result, state
+from tiny_llm_course.rules import static_problems
+from tiny_llm_course.runs import culprits, overlay_of
+from tiny_llm_course.source import blanked, is_blank, same_code, signature, with_body_of
+from tiny_llm_course.starter import set_aside, skip, start
+from tiny_llm_course.syllabus import Syllabus, read_syllabus
+from tiny_llm_course.testing import run_day, run_reference, run_started, watch
+from tiny_llm_course.views import difference, hint, map_text, progress, progress_text, tasks
+
+ROOT = Path(__file__).parents[1]
+HINTS = 'hints = ["Which is larger, 2 or 3?", "The sum of 2 and 3 is 5.", "Take both, and add them up."]'
+
+SYLLABUS = f"""
+[[day]]
+id = "1.1"
+title = "Adding"
+works = "sums"
+modules = ["adding"]
+[[day.exercise]]
+name = "adding.add"
+{HINTS}
+
+[[day]]
+id = "1.2"
+title = "Counting"
+works = "counters"
+modules = ["counting", "doubling"]
+remove = ["counting.Counter._next"]
+[[day.exercise]]
+name = "counting.Counter.count"
+{HINTS}
+[[day.exercise]]
+name = "doubling.double"
+{HINTS}
+
+[[day]]
+id = "1.3"
+title = "Later"
+works = "all of it"
+"""
+
+ADDING = '''"""Sums."""
+
+
+def add(one: int, other: int) -> int:
+    """The sum of both."""
+    return sum((one, other))
+
+
+def given(x: int) -> int:
+    """Nothing to do here."""
+    return x
+'''
+
+COUNTING = '''"""Counters."""
+
+from .adding import add
+
+
+class Counter:
+    """Counts up from 0."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def count(self) -> int:
+        """Add one and return the value."""
+        # The first time it is 1.
+        self.value = self._next()
+        return self.value
+
+    def _next(self) -> int:
+        return add(self.value, 1)
+
+
+def given(x: int) -> int:
+    """Nothing to do here."""
+    return x
+'''
+
+DOUBLING = '''"""Twice."""
+
+from .adding import add
+
+
+def double(x: int) -> int:
+    """x and x."""
+    return add(x, x)
+'''
+
+SUITE_1 = '''"""Day 1.1."""
+
+from tiny_llm.adding import add
+
+
+def test_task_1_two_and_three() -> None:
+    """Oracle: by hand."""
+    assert add(2, 3) == 5
+'''
+
+SUITE_2 = '''"""Day 1.2."""
+
+from tiny_llm.counting import Counter
+from tiny_llm.doubling import double
+
+
+def test_task_1_counts() -> None:
+    """Oracle: by hand."""
+    counter = Counter()
+    assert [counter.count(), counter.count()] == [1, 2]
+
+
+def test_task_2_doubles() -> None:
+    """Oracle: by hand."""
+    assert double(4) == 8
+'''
+
+API = "__all__ = []\n\n\ndef __getattr__(name):\n    raise AttributeError(name)\n"
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    """A checkout with a course of its own."""
+    files = {
+        "src/tiny_llm_course/syllabus.toml": SYLLABUS,
+        "src/tiny_llm_ref/__init__.py": "",
+        "src/tiny_llm_ref/api.py": API,
+        "src/tiny_llm_ref/adding.py": ADDING,
+        "src/tiny_llm_ref/counting.py": COUNTING,
+        "src/tiny_llm_ref/doubling.py": DOUBLING,
+        "src/tiny_llm/__init__.py": (ROOT / "src/tiny_llm/__init__.py").read_text("utf-8"),
+        "tests_refsol/test_week_1_day_1.py": SUITE_1,
+        "tests_refsol/test_week_1_day_2.py": SUITE_2,
+        "pyproject.toml": '[project]\ndependencies = ["mlx==0"]\n\n[tool.ruff]\nline-length = 110\n',
+    }
+    for name, content in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, "utf-8")
+    return House(tmp_path, tmp_path / "src" / "tiny_llm")
+
+
+def syllabus_of(house: House) -> Syllabus:
+    return read_syllabus(house.syllabus)
+
+
+def write(house: House, module: str, source: str) -> None:
+    (house.overlay / f"{module}.py").write_text(source, "utf-8")
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text("utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), "utf-8")
+
+
+# ---- source ----
+
+
+def test_a_blank_keeps_signature_docstring_and_everything_around_it() -> None:
+    blank = blanked(COUNTING, {"Counter.count": "1.2.1 Counter.count: book"}, ["Counter._next"])
+    assert is_blank(blank, "Counter.count")
+    assert '"""Add one and return the value."""' in blank
+    assert 'raise NotImplementedError("1.2.1 Counter.count: book")' in blank
+    assert "_next" not in blank
+    assert "The first time" not in blank
+    assert blank.endswith(COUNTING[COUNTING.index("\n\ndef given") :])
+    assert blank.startswith(COUNTING[: COUNTING.index("        # The first")])
+
+
+def test_stand_ins_are_taken_out_with_their_imports() -> None:
+    source = '"""M."""\n\nimport a\n\nfrom .kernels import accelerated, use_compiled\n\n\n'
+    source += '@accelerated(\n    compiled="x",\n    fused=use_compiled,\n)\n'
+    source += 'def f(x: int) -> int:\n    """F."""\n    return x\n'
+    blank = blanked(source, {"f": "1.1.1 f: book"})
+    assert "accelerated" not in blank
+    assert "from .kernels import use_compiled" in blank
+    assert 'def f(x: int) -> int:\n    """F."""\n    raise NotImplementedError("1.1.1 f: book")' in blank
+
+
+def test_code_is_compared_without_comments_and_docstrings() -> None:
+    other = ADDING.replace("The sum of both.", "Sums up.").replace(
+        "    return sum", "    # both\n    return sum"
+    )
+    assert same_code(ADDING, other, "add")
+    assert not same_code(ADDING, ADDING.replace("sum((one, other))", "one + other"), "add")
+
+
+def test_a_body_is_put_where_a_blank_was() -> None:
+    blank = blanked(COUNTING, {"Counter.count": "m"})
+    assert with_body_of(blank, COUNTING, "Counter.count") == COUNTING
+
+
+def test_signatures_are_compared_as_written() -> None:
+    assert signature(ADDING, "add") == "add(one: int, other: int) -> int"
+
+
+# ---- syllabus ----
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('id = "1.2"', 'id = "1.1"', "day 1.1 is there twice"),
+        ('id = "1.2"', 'id = "12"', "'12' is no day"),
+        ('title = "Adding"', "", "day 1.1 has no text 'title'"),
+        ('title = "Adding"', 'titel = "Adding"', "day 1.1 has the unknown keys titel"),
+        ('["counting", "doubling"]', '["adding", "counting", "doubling"]', "has no exercise in adding"),
+        ('"adding.add"', '"doubling.add"', "exercise 1.1.1 is 'doubling.add'"),
+        ('"doubling.double"', '"counting.Counter.count"', "has no exercise in doubling"),
+        (', "Take both, and add them up."]', "]", "exercise 1.1.1 has 2 hints, expected 3"),
+        ("[[day]]", "[[day", "syllabus.toml"),
+    ],
+)
+def test_a_mistake_in_the_syllabus_is_named(house: House, old: str, new: str, message: str) -> None:
+    text = house.syllabus.read_text("utf-8")
+    house.syllabus.write_text(text.replace(old, new, 1), "utf-8")
+    with pytest.raises(CourseError, match=message):
+        syllabus_of(house)
+
+
+def test_days_and_exercises_are_found_by_id_with_a_guess(house: House) -> None:
+    syllabus = syllabus_of(house)
+    assert syllabus.day("1.2").title == "Counting"
+    assert syllabus.exercise("1.2.2").name == "double"
+    assert syllabus.exercise("1.2.2").message == "1.2.2 double: book, week 1 day 2, task 2"
+    with pytest.raises(CourseError, match=r"no day '1\.4'; did you mean 1\."):
+        syllabus.day("1.4")
+    with pytest.raises(CourseError, match=r"no exercise '1\.2\.3'; did you mean 1\.2\."):
+        syllabus.exercise("1.2.3")
+    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is to come"):
+        syllabus.to_start("1.3")
+
+
+# ---- start, reset, skip ----
+
+
+def test_start_writes_the_days_modules_blank_and_nothing_else(house: House) -> None:
+    day = syllabus_of(house).day("1.2")
+    assert [file.name for file in start(house, day)] == ["counting.py", "doubling.py"]
+    assert [state(house, exercise) for exercise in day.exercises] == [State.BLANK, State.BLANK]
+    assert "1.2.1  counting.py  Counter.count()" in tasks(house, day)
+    assert "pdm run test 1.2" in tasks(house, day)
+
+
+def test_start_never_overwrites_and_again_moves_aside(house: House) -> None:
+    day = syllabus_of(house).day("1.2")
+    start(house, day)
+    write(house, "counting", "mine = 1\n")
+    with pytest.raises(CourseError, match=r"day 1\.2 is started already .*--again"):
+        start(house, day)
+    (house.overlay / "doubling.py").unlink()
+    assert [file.name for file in start(house, day)] == ["doubling.py"]
+    assert (house.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
+    start(house, day, again=True)
+    assert (house.overlay / "counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
+    start(house, day, again=True)
+    assert (house.overlay / "counting.py.2.bak").exists()
+
+
+def test_reset_moves_files_aside(house: House) -> None:
+    day = syllabus_of(house).day("1.1")
+    start(house, day)
+    assert [file.name for file in set_aside(house, day)] == ["adding.py.1.bak"]
+    assert state(house, day.exercises[0]) is State.NOT_STARTED
+
+
+def test_skip_fills_blanks_alone(house: House) -> None:
+    day = syllabus_of(house).day("1.2")
+    start(house, day)
+    write(house, "doubling", DOUBLING.replace("add(x, x)", "2 * x"))
+    assert [exercise.id for exercise in skip(house, day.exercises)] == ["1.2.1"]
+    assert [state(house, exercise) for exercise in day.exercises] == [State.REFERENCE, State.WRITTEN]
+    assert skip(house, day.exercises) == []
+
+
+# ---- test ----
+
+
+def test_a_day_that_is_not_started_says_how_to_start_it(house: House) -> None:
+    syllabus = syllabus_of(house)
+    with pytest.raises(CourseError, match=r"not started: pdm run start 1\.1"):
+        run_day(house, syllabus, syllabus.day("1.1"), [])
+    with pytest.raises(CourseError, match="no day is started"):
+        run_started(house, syllabus, [])
+
+
+def test_a_file_that_overrides_nothing_is_an_error_with_a_guess(house: House) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.1"))
+    write(house, "addin", "")
+    with pytest.raises(CourseError, match=r"addin\.py overrides nothing; did you mean adding\.py\?"):
+        run_day(house, syllabus, syllabus.day("1.1"), [])
+
+
+def test_blanks_are_told_and_fail_with_their_own_message(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.1"))
+    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 1
+    out = capfd.readouterr().out
+    assert "still blank: 1.1.1 add" in out
+    assert "NotImplementedError: 1.1.1 add: book, week 1 day 1, task 1" in out
+    assert "yours: adding.py; the reference's: 3 modules" in out
+    assert result(house, syllabus.day("1.1")) is Result.FAILING
+
+
+def test_a_day_that_passes_says_what_comes_next_and_is_remembered(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING.replace("sum((one, other))", "one + other"))
+    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 0
+    out = capfd.readouterr().out
+    assert "day 1.1 passes: sums." in out
+    assert "pdm run start 1.2" in out
+    assert result(house, syllabus.day("1.1")) is Result.PASSING
+    write(house, "adding", ADDING)
+    assert result(house, syllabus.day("1.1")) is Result.STALE
+    assert run_started(house, syllabus, []) == 0
+
+
+def test_a_part_of_a_suite_is_not_remembered(house: House) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING)
+    assert run_day(house, syllabus, syllabus.day("1.1"), ["-k", "two"]) == 0
+    assert result(house, syllabus.day("1.1")) is Result.UNKNOWN
+
+
+def test_a_function_that_lost_its_name_is_told(house: House) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING.replace("def add", "def plus"))
+    with pytest.raises(
+        CourseError, match=r"adding\.py has no add \(exercise 1\.1\.1\): it must keep its name"
+    ):
+        run_day(house, syllabus, syllabus.day("1.1"), [])
+
+
+def test_a_file_that_does_not_parse_is_told_with_its_line(house: House) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", "x = 1\ndef add(:\n")
+    with pytest.raises(CourseError, match=r"adding\.py, line 2: "):
+        run_day(house, syllabus, syllabus.day("1.1"), [])
+
+
+def test_an_earlier_module_is_found_to_be_the_reason(house: House, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING.replace("sum((one, other))", "one - other"))
+    write(house, "counting", COUNTING)
+    write(house, "doubling", DOUBLING)
+    day = syllabus.day("1.2")
+    assert run_day(house, syllabus, day, []) == 1
+    out = capfd.readouterr().out
+    assert "today's code is right: alone on the reference, day 1.2 passes." in out
+    assert "it fails with your adding.py (day 1.1): pdm run test 1.1" in out
+    assert culprits(house, day) == ["adding"]
+    assert run_day(house, syllabus, day, [], isolated=True) == 0
+
+
+def test_todays_own_mistake_is_not_blamed_on_others(house: House, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING)
+    write(house, "counting", COUNTING)
+    write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
+    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    assert "it is: `pdm run test 1.2 --isolated` fails too." in capfd.readouterr().out
+
+
+def test_watch_tests_again_after_each_save_and_survives_half_a_file(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.1"))
+
+    def saving() -> Iterator[None]:
+        write(house, "adding", "def add(:\n")
+        yield
+        write(house, "adding", ADDING)
+        yield
+
+    assert watch(house, syllabus, syllabus.day("1.1"), [], saving()) == 0
+    out = capfd.readouterr().out
+    assert out.count("watching ") == 3
+    assert "line 1: " in out
+
+
+def test_the_reference_is_tested_without_the_learners_files(house: House) -> None:
+    write(house, "adding", "broken")
+    assert run_reference(house, [house.suites], []) == 0
+
+
+def test_an_overlay_of_some_modules_holds_copies_of_those(house: House) -> None:
+    write(house, "adding", ADDING)
+    write(house, "doubling", DOUBLING)
+    with overlay_of(house, ["doubling"]) as alone:
+        assert [file.name for file in alone.overlay.iterdir()] == ["doubling.py"]
+
+
+# ---- views ----
+
+
+def test_hints_come_in_three_steps(house: House) -> None:
+    exercise = syllabus_of(house).exercise("1.1.1")
+    assert "a question:\n  Which is larger, 2 or 3?" in hint(exercise, 1)
+    assert "pdm run hint 1.1.1 2" in hint(exercise, 1)
+    assert "a sketch:\n  Take both" in hint(exercise, 3)
+    assert "pdm run skip 1.1.1" in hint(exercise, 3)
+    with pytest.raises(CourseError, match=r"hint 4 of 1\.1\.1: there are 3"):
+        hint(exercise, 4)
+
+
+def test_the_difference_is_shown_after_passing_or_anyway(house: House) -> None:
+    day = syllabus_of(house).day("1.1")
+    with pytest.raises(CourseError, match="not started"):
+        difference(house, day, anyway=True)
+    write(house, "adding", ADDING.replace("sum((one, other))", "one + other"))
+    with pytest.raises(CourseError, match=r"day 1\.1 not tested"):
+        difference(house, day, anyway=False)
+    assert "-    return one + other\n+    return sum((one, other))" in difference(house, day, anyway=True)
+    remember(house, day, passed=True)
+    assert difference(house, day, anyway=False) == difference(house, day, anyway=True)
+
+
+def test_progress_is_read_from_the_files(house: House) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING.replace("sum((one, other))", "one + other"))
+    start(house, syllabus.day("1.2"))
+    write(house, "doubling", DOUBLING)
+    remember(house, syllabus.day("1.1"), passed=True)
+    first, second = progress(house, syllabus)
+    assert (first["done"], first["exercises"]) == (True, {"1.1.1": "written"})
+    assert second["exercises"] == {"1.2.1": "blank", "1.2.2": "the reference's"}
+    assert (second["done"], second["written"]) == (False, 1)
+    text = progress_text(house, syllabus)
+    assert "1.2  [.r]" in text
+    assert "1 of 2 days pass." in text
+    assert "next: pdm run test 1.2" in text
+
+
+def test_a_broken_record_says_nothing(house: House) -> None:
+    day = syllabus_of(house).day("1.1")
+    write(house, "adding", ADDING)
+    remember(house, day, passed=True)
+    assert result(house, day) is Result.PASSING
+    (house.records / "results.json").write_text("{", "utf-8")
+    assert result(house, day) is Result.UNKNOWN
+
+
+def test_the_map_shows_whose_modules_run(house: House) -> None:
+    write(house, "doubling", DOUBLING)
+    text = map_text(house, syllabus_of(house))
+    assert "counting.py  [doubling.py]" in text
+    assert "to come" in text
+
+
+# ---- doctor ----
+
+
+def test_the_doctor_finds_what_no_longer_fits_the_reference(house: House) -> None:
+    write(house, "adding", "def add(one: int) -> int:\n    return one\n")
+    findings = {(finding.what, finding.ok): finding for finding in examine(house, syllabus_of(house))}
+    assert "0 is pinned" in findings["MLX", False].advice
+    told = [str(finding) for finding in examine(house, syllabus_of(house)) if finding.what == "adding.py"]
+    assert "has add(one: int) -> int\n   the reference has add(one: int, other: int) -> int" in told[0]
+    assert "has no given" in told[1]
+    write(house, "adding", ADDING)
+    fitting = [finding.ok for finding in examine(house, syllabus_of(house)) if finding.what == "adding.py"]
+    assert all(fitting)
+    write(house, "adin", "")
+    last = list(examine(house, syllabus_of(house)))[-1]
+    assert (last.what, last.ok) == ("your modules", False)
+
+
+# ---- the check: every rule bites ----
+
+
+def problems_of(house: House) -> list[str]:
+    found = check(house, syllabus_of(house), lambda what, done, total: None)
+    return [str(problem) for problem in found]
+
+
+def test_a_sound_course_has_no_problems(house: House) -> None:
+    told: list[tuple[str, int, int]] = []
+    assert check(house, syllabus_of(house), lambda *said: told.append(said)) == []
+    assert told[-1][1] == told[-1][2] == 7  # two days blank, two on the reference, three exercises blank
+    assert len(told) == 8
+
+
+Change = Callable[[House], None]
+
+
+def suite(house: House, day: int) -> Path:
+    return house.suites / f"test_week_1_day_{day}.py"
+
+
+STATIC: dict[str, tuple[Change, str]] = {
+    "an exercise that is not there": (
+        lambda h: replace(h.syllabus, "doubling.double", "doubling.twice"),
+        "names: 1.2, doubling.py: there is no function twice",
+    ),
+    "a removed helper that is not there": (
+        lambda h: replace(h.syllabus, "Counter._next", "Counter._after"),
+        "names: 1.2, counting.py: there is no function Counter._after",
+    ),
+    "a module that is not there": (
+        lambda h: (h.reference / "adding.py").unlink(),
+        "names: 1.1: there is no module adding",
+    ),
+    "a hint that says nothing": (
+        lambda h: replace(h.syllabus, "The sum of 2 and 3 is 5.", "?"),
+        "hints: 1.1.1: a hint is missing",
+    ),
+    "a line of the solution in the starter": (
+        lambda h: replace(
+            h.reference / "adding.py", "    return x\n", "    one = other = x\n    return sum((one, other))\n"
+        ),
+        "leak: 1.1, adding.py: a line of add is left: return sum((one, other))",
+    ),
+    "a helper that gives the solution away": (
+        lambda h: replace(
+            h.reference / "counting.py",
+            "    return x\n",
+            "    self = Counter()\n    return add(self.value, 1)\n",
+        ),
+        "leak: 1.2, counting.py: a line of Counter._next is left: return add(self.value, 1)",
+    ),
+    "a day without tests": (
+        lambda h: suite(h, 2).unlink(),
+        "suites: test_week_1_day_2.py: the day has no tests",
+    ),
+    "tests of no day": (
+        lambda h: (h.suites / "test_week_9_day_1.py").touch(),
+        "suites: test_week_9_day_1.py: belongs to no day",
+    ),
+    "a suite that imports the reference": (
+        lambda h: replace(suite(h, 1), "from tiny_llm.adding", "from tiny_llm_ref.adding"),
+        "imports: test_week_1_day_1.py, line 3: tiny_llm_ref.adding is not for a suite",
+    ),
+    "a suite that imports a private name": (
+        lambda h: replace(suite(h, 1), "import add\n", "import add, _add\n"),
+        "private: test_week_1_day_1.py, line 3: tiny_llm.adding._add is private",
+    ),
+    "a suite that looks into private parts": (
+        lambda h: replace(suite(h, 2), "counter = Counter()", "counter = Counter()\n    counter._value = 0"),
+        "private: test_week_1_day_2.py, line 10: ._value is private",
+    ),
+    "a suite that imports a later day": (
+        lambda h: replace(suite(h, 1), "import add\n", "import add\nfrom tiny_llm.doubling import double\n"),
+        "later day: test_week_1_day_1.py, line 4: doubling belongs to day 1.2",
+    ),
+    "a suite that asserts which blocks were given out": (
+        lambda h: replace(suite(h, 1), "add(2, 3) == 5", "add(2, 3) == 5 and add.blocks == [0, 1]"),
+        "block ids: test_week_1_day_1.py, line 8: add.blocks == [0, 1]",
+    ),
+    "a test without a task": (
+        lambda h: replace(suite(h, 1), "test_task_1_two", "test_two"),
+        "names: test_week_1_day_1.py: test_two_and_three does not say which task",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STATIC)
+def test_a_rule_that_is_read_bites(house: House, what: str) -> None:
+    change, message = STATIC[what]
+    change(house)
+    assert any(message in str(problem) for problem in static_problems(house, syllabus_of(house)))
+
+
+def test_counting_blocks_is_no_assertion_of_their_ids(house: House) -> None:
+    replace(suite(house, 1), "add(2, 3) == 5", "add(2, 3) == 5 and len(add.blocks) == 2")
+    assert not [p for p in static_problems(house, syllabus_of(house)) if p.rule == "block ids"]
+
+
+DYNAMIC: dict[str, tuple[Change, str]] = {
+    "a reference that fails": (
+        lambda h: replace(suite(h, 1), "== 5", "== 6"),
+        "reference: test_week_1_day_1.py: fails on the reference",
+    ),
+    "an exercise that no test needs": (
+        lambda h: replace(suite(h, 2), "assert double(4) == 8", "assert double"),
+        "blank: 1.2.2: test_week_1_day_2.py passes although double is blank",
+    ),
+    "a test that swallows the message": (
+        lambda h: replace(
+            suite(h, 2),
+            "    assert double(4) == 8\n",
+            "    try:\n        assert double(4) == 8\n    except NotImplementedError:\n        found = 0\n"
+            "    else:\n        found = 8\n    assert found == 8\n",
+        ),
+        "blank: 1.2.2: fails without its message",
+    ),
+    "a starter that cannot be imported": (
+        lambda h: replace(h.reference / "doubling.py", "\n\ndef double", "\nTWO = add(1, 1)\n\n\ndef double"),
+        "later day",
+    ),
+    "a test that needs a later day": (
+        lambda h: replace(
+            h.reference / "adding.py",
+            "    return sum((one, other))\n",
+            "    from .doubling import double\n\n    return double(one) - one + other\n",
+        ),
+        "later day: 1.2: an earlier day fails with 1.2 blank",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", [name for name in DYNAMIC if "imported" not in name])
+def test_a_rule_that_is_run_bites(house: House, what: str) -> None:
+    change, message = DYNAMIC[what]
+    change(house)
+    if "later day" in what:  # keep the two modules from calling each other in a circle
+        replace(house.reference / "doubling.py", "add(x, x)", "2 * x")
+        replace(house.reference / "doubling.py", "from .adding import add\n\n\n", "\n")
+    assert any(message in problem for problem in problems_of(house))
+
+
+def test_a_starter_that_cannot_be_imported_is_found(house: House) -> None:
+    replace(house.reference / "adding.py", "def given", "FIVE = add(2, 3)\n\n\ndef given")
+    assert any("starter: 1.1: cannot be imported" in problem for problem in problems_of(house))
+
+
+def test_a_starter_that_is_not_formatted_is_found(house: House) -> None:
+    replace(house.reference / "adding.py", "    return x\n", "    return  x\n")
+    assert any("starter: 1.1: is not formatted" in problem for problem in problems_of(house))
+
+
+# ---- the commands, on the real course ----
+
+
+def run(arguments: list[str], overlay: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tiny_llm_course", *arguments],
+        env={**os.environ, "TINY_LLM_OVERLAY": str(overlay)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_the_real_course_can_be_read() -> None:
+    here = House.here()
+    assert static_problems(here, read_syllabus(here.syllabus)) == []
+
+
+def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
+    from tiny_llm_course.tries import TRIES
+    from tiny_llm_course.work import WORK
+
+    here = House.here()
+    days = {day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come}
+    assert days == set(TRIES) == set(WORK)
+
+
+def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
+    """What a learner types on the first day, on the real engine."""
+    started = run(["start", "1.1"], tmp_path)
+    assert "wrote " in started.stdout, started.stderr
+    assert run(["start", "1.1"], tmp_path).returncode == 1
+    failing = run(["test", "1.1"], tmp_path)
+    assert failing.returncode == 1
+    assert "1.1.1 softmax: book, week 1 day 1, task 1" in failing.stdout
+    assert run(["skip", "1.1"], tmp_path).returncode == 0
+    passing = run(["test", "--week", "1", "--day", "1"], tmp_path)
+    assert passing.returncode == 0, passing.stdout
+    assert "yours: attention.py" in passing.stdout
+    compared = json.loads(run(["compare", "1.1", "--json"], tmp_path).stdout)
+    assert compared["largest_difference"] == 0
+    assert "| " not in run(["try", "1.2"], tmp_path).stderr
+    rows = json.loads(run(["progress", "--json"], tmp_path).stdout)
+    assert rows[0]["exercises"] == dict.fromkeys(["1.1.1", "1.1.2", "1.1.3"], "the reference's")
+    assert run(["reset", "1.1"], tmp_path).returncode == 0
+    assert [file.name for file in tmp_path.glob("*.py")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["start", "7.7"], "there is no day '7.7'"),
+        (["test", "1.1"], "not started: pdm run start 1.1"),
+        (["test", "--week", "1"], "--week and --day go together"),
+        (["hint", "1.1.9"], "there is no exercise '1.1.9'; did you mean"),
+        (["diff", "1.1"], "not started"),
+        (["reset", "1.1"], "nothing to reset"),
+        (["skip", "1.1.1"], "not started: pdm run start 1.1"),
+        (["compare", "1.1"], "not started"),
+        (["start"], "Missing argument 'DAY'"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TINY_LLM_OVERLAY", str(tmp_path))
+    assert door.run(arguments) in (1, 2)
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [
+        "start",
+        "test",
+        "test-refsol",
+        "try",
+        "hint",
+        "diff",
+        "compare",
+        "progress",
+        "map",
+        "reset",
+        "skip",
+    ]
+    for command in [*commands, "doctor", "course-check"]:
+        assert door.run([command, "--help"]) == 0
+        assert len(capsys.readouterr().out.split()) > 20
+    scripts = (ROOT / "pyproject.toml").read_text("utf-8")
+    for command in [*commands, "doctor", "course-check"]:
+        assert f'{command} = "python -m tiny_llm_course {command}"' in scripts
