@@ -1,0 +1,571 @@
+"""Day 2.3: blocks on demand, from a pool that all sequences share.
+
+When it passes, you have an allocator and a cache of blocks: a sequence wastes part of one block at most, and
+you have seen why its blocks should not have to lie side by side (external fragmentation).
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
+from tiny_llm.errors import OutOfBlocksError
+
+
+def make_pool(total_blocks: int, block_size: int = 2) -> GlobalAllocator:
+    """A pool for one head of size 2 in float32."""
+    return GlobalAllocator(total_blocks, block_size, num_heads=1, head_dim=2, dtype=mx.float32)
+
+
+def leave_free(allocator: GlobalAllocator, free: Sequence[int]) -> None:
+    """Take the whole pool and give these blocks back: the one way to say which blocks are free."""
+    allocator.alloc_blocks(allocator.total_blocks)
+    allocator.free_blocks_ids(free)
+
+
+# Task 1: GlobalAllocator.alloc_blocks
+
+
+def test_task_1_blocks_are_different_and_of_this_pool() -> None:
+    """Oracle: by hand. Which ones they are is the allocator's choice."""
+    allocator = make_pool(3)
+    taken = allocator.alloc_blocks(2)
+    assert len(taken) == 2
+    assert len(set(taken)) == 2
+    assert set(taken) <= {0, 1, 2}
+
+
+def test_task_1_what_is_taken_is_not_given_to_anybody_else() -> None:
+    """Oracle: by hand: 2, 1 and 2 blocks are the whole pool."""
+    allocator = make_pool(5)
+    taken = [*allocator.alloc_blocks(2), *allocator.alloc_blocks(1), *allocator.alloc_blocks(2)]
+    assert sorted(taken) == [0, 1, 2, 3, 4]
+
+
+def test_task_1_the_last_block_can_be_taken() -> None:
+    """Oracle: by hand: the whole pool, at once and one by one."""
+    assert sorted(make_pool(4).alloc_blocks(4)) == [0, 1, 2, 3]
+    allocator = make_pool(4)
+    assert sorted(allocator.alloc_blocks(1)[0] for _ in range(4)) == [0, 1, 2, 3]
+    assert len(allocator.free_blocks) == 0
+
+
+def test_task_1_more_than_are_free_are_refused_and_none_is_taken() -> None:
+    """Oracle: the docstring. Taking what there is before the refusal is the mistake that this finds."""
+    allocator = make_pool(4)
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_blocks(5)
+    assert len(allocator.free_blocks) == 4
+    first = allocator.alloc_blocks(2)
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_blocks(3)
+    assert len(allocator.free_blocks) == 2
+    assert sorted(first + allocator.alloc_blocks(2)) == [0, 1, 2, 3]
+
+
+def test_task_1_a_full_pool_refuses_one_block_and_has_none_to_give() -> None:
+    """Oracle: the docstring: for no blocks at all there are always enough."""
+    allocator = make_pool(2)
+    allocator.alloc_blocks(2)
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_blocks(1)
+    assert allocator.alloc_blocks(0) == []
+
+
+# Task 2: GlobalAllocator.free_blocks_ids
+
+
+def test_task_2_what_is_given_back_can_be_taken_again() -> None:
+    """Oracle: by hand: the block that was given back is the only one that is free."""
+    allocator = make_pool(3)
+    allocator.alloc_blocks(3)
+    allocator.free_blocks_ids([1])
+    assert sorted(allocator.alloc_blocks(1)) == [1]
+
+
+def test_task_2_several_blocks_in_any_order() -> None:
+    """Oracle: by hand."""
+    allocator = make_pool(5)
+    allocator.alloc_blocks(5)
+    allocator.free_blocks_ids([4, 0, 2])
+    assert len(allocator.free_blocks) == 3
+    assert sorted(allocator.alloc_blocks(3)) == [0, 2, 4]
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_blocks(1)
+
+
+def test_task_2_no_blocks_may_be_given_back() -> None:
+    """Oracle: by hand: nothing changes."""
+    allocator = make_pool(2)
+    allocator.alloc_blocks(1)
+    allocator.free_blocks_ids([])
+    assert len(allocator.free_blocks) == 1
+
+
+@pytest.mark.parametrize("wrong", [[0], [-1], [4], [2, 2], [2, 0], [0, 2], [2, 7], [3, 2, 3]])
+def test_task_2_a_block_that_nobody_holds_is_refused_and_none_is_given_back(wrong: list[int]) -> None:
+    """Oracle: the docstring: blocks 0 and 1 are free, 2 and 3 are held, -1, 4 and 7 are not of this pool.
+
+    Giving back the good ones before the bad one is found is the mistake that the mixed lists find.
+    """
+    allocator = make_pool(4)
+    leave_free(allocator, [0, 1])
+    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+        allocator.free_blocks_ids(wrong)
+    assert len(allocator.free_blocks) == 2
+    allocator.free_blocks_ids([2, 3])
+    assert sorted(allocator.alloc_blocks(4)) == [0, 1, 2, 3]
+
+
+def test_task_2_giving_back_twice_is_refused() -> None:
+    """Oracle: the docstring: after the first time the block is free."""
+    allocator = make_pool(2)
+    taken = allocator.alloc_blocks(1)
+    allocator.free_blocks_ids(taken)
+    with pytest.raises(ValueError):  # noqa: PT011
+        allocator.free_blocks_ids(taken)
+    assert len(allocator.free_blocks) == 2
+
+
+def test_task_2_no_block_has_two_owners_in_a_long_random_mix() -> None:
+    """Oracle: a Python set of the blocks that are held."""
+    rng, allocator = np.random.default_rng(11), make_pool(12)
+    owners: list[list[int]] = []
+    for _ in range(400):
+        held = {block for blocks in owners for block in blocks}
+        assert len(allocator.free_blocks) == 12 - len(held)
+        if owners and rng.random() < 0.5:
+            allocator.free_blocks_ids(owners.pop(int(rng.integers(len(owners)))))
+            continue
+        count = int(rng.integers(1, 5))
+        if count > 12 - len(held):
+            with pytest.raises(OutOfBlocksError):
+                allocator.alloc_blocks(count)
+        else:
+            owners.append(allocator.alloc_blocks(count))
+            assert len(owners[-1]) == count
+            assert held.isdisjoint(owners[-1])
+    for blocks in owners:
+        allocator.free_blocks_ids(blocks)
+    assert sorted(allocator.alloc_blocks(12)) == list(range(12))
+
+
+# Task 3: GlobalAllocator.alloc_contiguous
+
+
+def test_task_3_the_ids_follow_each_other() -> None:
+    """Oracle: by hand: three in a row, wherever they begin."""
+    taken = make_pool(4).alloc_contiguous(3)
+    assert taken in ([0, 1, 2], [1, 2, 3])
+
+
+def test_task_3_the_whole_pool_lies_side_by_side() -> None:
+    """Oracle: by hand."""
+    allocator = make_pool(5)
+    assert allocator.alloc_contiguous(5) == [0, 1, 2, 3, 4]
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_contiguous(1)
+
+
+def test_task_3_what_is_taken_is_not_given_to_anybody_else() -> None:
+    """Oracle: by hand: the rest of the pool is what is left to take."""
+    allocator = make_pool(6)
+    taken = [*allocator.alloc_contiguous(3), *allocator.alloc_contiguous(1)]
+    assert len(allocator.free_blocks) == 2
+    assert sorted(taken + allocator.alloc_blocks(2)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_task_3_every_second_block_free_is_of_no_use_to_two_in_a_row() -> None:
+    """Oracle: by hand: external fragmentation: half the pool is free, and two side by side are refused."""
+    allocator = make_pool(10)
+    leave_free(allocator, range(0, 10, 2))
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_contiguous(2)
+    assert len(allocator.free_blocks) == 5, "a refusal takes nothing"
+    anywhere = allocator.alloc_blocks(2)
+    assert len(anywhere) == 2
+    assert set(anywhere) <= {0, 2, 4, 6, 8}
+
+
+def test_task_3_one_block_is_a_row() -> None:
+    """Oracle: by hand: block 3 is the only free one."""
+    allocator = make_pool(5)
+    leave_free(allocator, [3])
+    assert allocator.alloc_contiguous(1) == [3]
+
+
+@pytest.mark.parametrize(
+    ("free", "want"),
+    [
+        ([0, 1], [0, 1]),  # at the start of the pool
+        ([4, 5], [4, 5]),  # at its end
+        ([0, 2, 3, 5], [2, 3]),  # between runs that are too short
+        ([0, 2, 4, 5], [4, 5]),  # the last run of several
+        ([0, 1, 3, 5], [0, 1]),  # the first run of several
+    ],
+)
+def test_task_3_the_only_run_that_is_long_enough_is_found(free: list[int], want: list[int]) -> None:
+    """Oracle: by hand: one run of two lies in the pool."""
+    allocator = make_pool(6)
+    leave_free(allocator, free)
+    assert allocator.alloc_contiguous(2) == want
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_contiguous(2)
+
+
+def test_task_3_the_last_block_and_the_first_are_no_neighbours() -> None:
+    """Oracle: by hand. Counting on around the end of the pool is the mistake that this finds."""
+    allocator = make_pool(5)
+    leave_free(allocator, [0, 4])
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_contiguous(2)
+
+
+def test_task_3_more_than_the_pool_has_is_refused() -> None:
+    """Oracle: by hand."""
+    allocator = make_pool(3)
+    with pytest.raises(OutOfBlocksError):
+        allocator.alloc_contiguous(4)
+    assert len(allocator.free_blocks) == 3
+
+
+def test_task_3_a_row_is_found_exactly_where_there_is_one() -> None:
+    """Oracle: a search for a text of n dots in the pool written as a text, over random pools."""
+    rng = np.random.default_rng(12)
+    for _ in range(300):
+        total = int(rng.integers(1, 12))
+        is_free = rng.random(total) < 0.7
+        count = int(rng.integers(1, 6))
+        allocator = make_pool(total)
+        leave_free(allocator, [block for block in range(total) if is_free[block]])
+        text = "".join("." if free else "x" for free in is_free)
+        if "." * count in text:
+            taken = allocator.alloc_contiguous(count)
+            assert taken == list(range(taken[0], taken[0] + count)), "the ids follow each other"
+            assert text[taken[0] : taken[0] + count] == "." * count, "the blocks were free"
+            assert len(allocator.free_blocks) == text.count(".") - count
+        else:
+            with pytest.raises(OutOfBlocksError):
+                allocator.alloc_contiguous(count)
+            assert len(allocator.free_blocks) == text.count(".")
+
+
+# Task 4: DynamicKVCache.allocate_for_prompt
+
+
+@pytest.mark.parametrize(("prompt_len", "blocks"), [(1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3), (40, 10)])
+def test_task_4_a_prompt_takes_the_blocks_that_it_fills_or_begins(prompt_len: int, blocks: int) -> None:
+    """Oracle: by hand, blocks of 4: rounding down, or up where it comes out even, is one off."""
+    allocator = make_pool(12, block_size=4)
+    cache = DynamicKVCache(allocator, "a")
+    cache.allocate_for_prompt(prompt_len)
+    assert len(cache.blocks) == len(set(cache.blocks)) == blocks
+    assert len(allocator.free_blocks) == 12 - blocks
+
+
+def test_task_4_an_empty_prompt_takes_nothing() -> None:
+    """Oracle: by hand, in a pool that has nothing to give."""
+    allocator = make_pool(1)
+    allocator.alloc_blocks(1)
+    cache = DynamicKVCache(allocator, "a")
+    cache.allocate_for_prompt(0)
+    assert cache.blocks == []
+
+
+def test_task_4_the_tokens_are_still_to_come() -> None:
+    """Oracle: the docstring. Counting the prompt as stored already is the mistake that this finds."""
+    cache = DynamicKVCache(make_pool(4), "a")
+    cache.allocate_for_prompt(5)
+    assert cache.current_len == 0
+
+
+def test_task_4_a_prompt_that_does_not_fit_is_refused_and_nothing_is_taken() -> None:
+    """Oracle: the docstring: 7 tokens need 4 blocks of 2, and 3 are free."""
+    allocator = make_pool(3, block_size=2)
+    cache = DynamicKVCache(allocator, "a")
+    with pytest.raises(OutOfBlocksError):
+        cache.allocate_for_prompt(7)
+    assert cache.blocks == []
+    assert len(allocator.free_blocks) == 3
+    cache.allocate_for_prompt(6)
+    assert sorted(cache.blocks) == [0, 1, 2]
+
+
+def test_task_4_two_sequences_share_no_block() -> None:
+    """Oracle: by hand: 2 blocks and 3 are the whole pool."""
+    allocator = make_pool(5, block_size=2)
+    first, second = DynamicKVCache(allocator, "a"), DynamicKVCache(allocator, "b")
+    first.allocate_for_prompt(4)
+    second.allocate_for_prompt(5)
+    assert sorted(first.blocks + second.blocks) == [0, 1, 2, 3, 4]
+
+
+def test_task_4_scattered_blocks_will_do() -> None:
+    """Oracle: by hand: three blocks are free and no two of them lie side by side."""
+    allocator = make_pool(6, block_size=2)
+    leave_free(allocator, [0, 2, 4])
+    cache = DynamicKVCache(allocator, "a")
+    cache.allocate_for_prompt(6)
+    assert sorted(cache.blocks) == [0, 2, 4]
+
+
+# Task 5: DynamicKVCache.append_token
+
+
+def token(number: float) -> tuple[mx.array, mx.array]:
+    """The key and value of a token of one head of size 2; each number is another token."""
+    return mx.array([[number, number + 0.5]]), mx.array([[-number, number + 0.25]])
+
+
+def append(cache: DynamicKVCache, numbers: Sequence[float]) -> None:
+    """Append a token for each number."""
+    for number in numbers:
+        cache.append_token(*token(number))
+
+
+def is_in_block(cache: DynamicKVCache, place: int, number: float) -> bool:
+    """Whether the sequence's block at this place in its list holds the token, key and value."""
+    key, value = (x.tolist() for x in token(number))
+    block, pool = cache.blocks[place], cache.allocator
+    return key in pool.keys[block].tolist() and value in pool.values[block].tolist()
+
+
+def test_task_5_the_first_token_takes_a_block_and_is_in_it() -> None:
+    """Oracle: by hand."""
+    allocator = make_pool(3, block_size=2)
+    cache = DynamicKVCache(allocator, "a")
+    append(cache, [7])
+    assert cache.current_len == 1
+    assert len(cache.blocks) == 1
+    assert len(allocator.free_blocks) == 2
+    assert is_in_block(cache, 0, 7)
+
+
+def test_task_5_a_block_is_taken_when_all_before_are_full() -> None:
+    """Oracle: by hand, blocks of 3: tokens 1, 4 and 7 take one, and no other does."""
+    cache = DynamicKVCache(make_pool(5, block_size=3), "a")
+    counts = []
+    for number in range(1, 8):
+        append(cache, [number])
+        counts.append(len(cache.blocks))
+    assert counts == [1, 1, 1, 2, 2, 2, 3]
+    assert cache.current_len == 7
+    assert all(is_in_block(cache, i // 3, i + 1) for i in range(7))
+
+
+def test_task_5_a_block_of_one_token() -> None:
+    """Oracle: by hand: every token takes a block of its own."""
+    cache = DynamicKVCache(make_pool(3, block_size=1), "a")
+    append(cache, [1, 2, 3])
+    assert sorted(cache.blocks) == [0, 1, 2]
+    assert all(is_in_block(cache, i, i + 1) for i in range(3))
+
+
+def test_task_5_the_tokens_of_a_prompt_fill_the_blocks_that_were_taken_for_it() -> None:
+    """Oracle: the invariant: token i is in block blocks[i // 2]; three blocks hold six tokens.
+
+    Writing into the last of the prompt's blocks, and leaving the others empty, is the mistake.
+    """
+    allocator = make_pool(6, block_size=2)
+    cache = DynamicKVCache(allocator, "a")
+    cache.allocate_for_prompt(5)
+    taken = list(cache.blocks)
+    append(cache, [1, 2, 3, 4, 5, 6])
+    assert cache.blocks == taken, "the tokens find the blocks that are there"
+    assert all(is_in_block(cache, i // 2, i + 1) for i in range(6))
+    append(cache, [7])
+    assert cache.blocks[:3] == taken
+    assert len(cache.blocks) == 4
+    assert is_in_block(cache, 3, 7)
+    assert len(allocator.free_blocks) == 2
+
+
+def test_task_5_without_a_free_block_a_token_is_refused_and_nothing_is_stored() -> None:
+    """Oracle: the docstring. Counting the token before there is a place for it is the mistake."""
+    allocator = make_pool(2, block_size=2)
+    (of_another,) = allocator.alloc_blocks(1)
+    cache = DynamicKVCache(allocator, "a")
+    append(cache, [1, 2])
+    for _ in range(2):
+        with pytest.raises(OutOfBlocksError):
+            cache.append_token(*token(3))
+    assert cache.current_len == 2
+    assert len(cache.blocks) == 1
+    allocator.free_blocks_ids([of_another])
+    append(cache, [3])
+    assert cache.current_len == 3
+    assert cache.blocks[1] == of_another
+    assert is_in_block(cache, 0, 1)
+    assert is_in_block(cache, 0, 2)
+    assert is_in_block(cache, 1, 3)
+
+
+def test_task_5_a_full_pool_takes_tokens_where_there_is_place_in_a_block() -> None:
+    """Oracle: by hand: no block is free, and the third token needs none."""
+    allocator = make_pool(1, block_size=3)
+    cache = DynamicKVCache(allocator, "a")
+    append(cache, [1, 2, 3])
+    assert cache.current_len == 3
+    with pytest.raises(OutOfBlocksError):
+        append(cache, [4])
+
+
+# Task 6: DynamicKVCache.read
+
+
+def expect_tokens(cache: DynamicKVCache, numbers: Sequence[float]) -> None:
+    """What is read is these tokens, in this order."""
+    stored = cache.read()
+    assert stored.keys.shape == stored.values.shape == (len(numbers), 1, 2)
+    assert stored.keys.tolist() == [token(number)[0].tolist() for number in numbers]
+    assert stored.values.tolist() == [token(number)[1].tolist() for number in numbers]
+
+
+def test_task_6_what_was_appended_comes_back_in_order() -> None:
+    """Oracle: by hand: three tokens in two blocks of two, and nothing of the fourth place."""
+    cache = DynamicKVCache(make_pool(4, block_size=2), "a")
+    append(cache, [1, 2, 3])
+    expect_tokens(cache, [1, 2, 3])
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_task_6_every_length_around_the_ends_of_blocks(count: int) -> None:
+    """Oracle: a Python list of what was appended."""
+    cache = DynamicKVCache(make_pool(4, block_size=3), "a")
+    append(cache, range(count))
+    expect_tokens(cache, range(count))
+
+
+def test_task_6_blocks_of_a_prompt_that_are_not_filled_yet_are_not_read() -> None:
+    """Oracle: by hand: blocks for five tokens are there; what is read is what was appended so far."""
+    cache = DynamicKVCache(make_pool(4, block_size=2), "a")
+    cache.allocate_for_prompt(5)
+    expect_tokens(cache, [])
+    append(cache, [1])
+    expect_tokens(cache, [1])
+    append(cache, [2, 3, 4, 5])
+    expect_tokens(cache, [1, 2, 3, 4, 5])
+
+
+def test_task_6_the_order_is_that_of_the_tokens_not_of_the_block_ids() -> None:
+    """Oracle: by hand: block 2 is free first, then 1, then 0, and each is taken when it is the only one."""
+    allocator = make_pool(3, block_size=1)
+    cache = DynamicKVCache(allocator, "a")
+    allocator.alloc_blocks(3)
+    for number, free_next in ((1, 2), (2, 1), (3, 0)):
+        allocator.free_blocks_ids([free_next])
+        append(cache, [number])
+    expect_tokens(cache, [1, 2, 3])
+
+
+def test_task_6_keys_and_values_of_many_heads() -> None:
+    """Oracle: a Python list of what was appended, rounded to the pool's type by MLX."""
+    allocator = GlobalAllocator(5, 4, num_heads=3, head_dim=8)
+    cache = DynamicKVCache(allocator, "a")
+    noise = mx.random.normal((2, 10, 3, 8), key=mx.random.key(6))
+    for i in range(10):
+        cache.append_token(noise[0, i], noise[1, i])
+    rounded = noise.astype(mx.bfloat16)  # the pool's type where none is given
+    stored = cache.read()
+    assert mx.array_equal(stored.keys, rounded[0])
+    assert mx.array_equal(stored.values, rounded[1])
+
+
+def test_task_6_sequences_that_grow_in_turns_read_back_what_they_wrote() -> None:
+    """Oracle: a Python list for each sequence; their blocks are mixed in the pool."""
+    rng, allocator = np.random.default_rng(13), make_pool(20, block_size=3)
+    caches = [DynamicKVCache(allocator, name) for name in "abcd"]
+    written: list[list[int]] = [[] for _ in caches]
+    caches[1].allocate_for_prompt(7)
+    for number in range(45):
+        i = int(rng.integers(4))
+        append(caches[i], [number])
+        written[i].append(number)
+    for cache, numbers in zip(caches, written, strict=True):
+        expect_tokens(cache, numbers)
+
+
+# Task 7: DynamicKVCache.free
+
+
+def test_task_7_every_block_comes_back() -> None:
+    """Oracle: by hand: the whole pool can be taken."""
+    allocator = make_pool(4, block_size=2)
+    cache = DynamicKVCache(allocator, "a")
+    append(cache, [1, 2, 3])
+    cache.free()
+    assert len(allocator.free_blocks) == 4
+    assert sorted(allocator.alloc_blocks(4)) == [0, 1, 2, 3]
+
+
+def test_task_7_blocks_of_a_prompt_that_were_never_filled_come_back_too() -> None:
+    """Oracle: by hand: 4 blocks for 7 tokens, one of which was appended."""
+    allocator = make_pool(5, block_size=2)
+    cache = DynamicKVCache(allocator, "a")
+    cache.allocate_for_prompt(7)
+    append(cache, [1])
+    cache.free()
+    assert len(allocator.free_blocks) == 5
+
+
+def test_task_7_no_token_is_left() -> None:
+    """Oracle: by hand: the sequence is as new, and reads what is appended from then on."""
+    cache = DynamicKVCache(make_pool(4, block_size=2), "a")
+    append(cache, [1, 2, 3])
+    cache.free()
+    assert cache.current_len == 0
+    assert cache.blocks == []
+    append(cache, [4])
+    expect_tokens(cache, [4])
+
+
+def test_task_7_nothing_is_given_back_twice() -> None:
+    """Oracle: by hand: a sequence that holds nothing gives nothing back. Blocks that stay in the list are the
+    mistake: they would be given back again when another sequence holds them."""
+    allocator = make_pool(2, block_size=2)
+    first, second = DynamicKVCache(allocator, "a"), DynamicKVCache(allocator, "b")
+    first.free()
+    append(first, [1, 2, 3])
+    first.free()
+    append(second, [4, 5, 6])
+    first.free()
+    assert len(allocator.free_blocks) == 0
+    expect_tokens(second, [4, 5, 6])
+
+
+def test_task_7_the_others_keep_their_tokens() -> None:
+    """Oracle: by hand: what one gives back another takes and writes over; the third sees none of it."""
+    allocator = make_pool(4, block_size=2)
+    first, second, third = (DynamicKVCache(allocator, name) for name in "abc")
+    append(first, [1, 2, 3])
+    append(second, [4, 5, 6])
+    first.free()
+    append(third, [7, 8, 9])
+    expect_tokens(second, [4, 5, 6])
+    expect_tokens(third, [7, 8, 9])
+
+
+def test_task_7_in_a_long_random_mix_nothing_is_mixed_up_and_nothing_is_lost() -> None:
+    """Oracle: a Python list for each sequence; at the end all blocks are free."""
+    rng, allocator = np.random.default_rng(14), make_pool(10, block_size=3)
+    living: list[tuple[DynamicKVCache, list[int]]] = []
+    for number in range(300):
+        held = sum(len(cache.blocks) for cache, _ in living)
+        assert len(allocator.free_blocks) == 10 - held
+        if held == 10 or (living and rng.random() < 0.1):
+            cache, numbers = living.pop(int(rng.integers(len(living))))
+            expect_tokens(cache, numbers)
+            cache.free()
+        elif len(living) < 3 and rng.random() < 0.3:
+            cache = DynamicKVCache(allocator, f"sequence {number}")
+            cache.allocate_for_prompt(int(rng.integers(1, 3 * (10 - held) + 1)))
+            living.append((cache, []))
+        elif living:
+            cache, numbers = living[int(rng.integers(len(living)))]
+            append(cache, [number])
+            numbers.append(number)
+    for cache, numbers in living:
+        expect_tokens(cache, numbers)
+        cache.free()
+    assert sorted(allocator.alloc_blocks(10)) == list(range(10))
