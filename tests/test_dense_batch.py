@@ -1,4 +1,4 @@
-"""The dense batch manager: slots are conserved, and it serves the same answers as the paged one."""
+"""The dense batch manager: slots are conserved, and scheduling changes no answer. The paged one agrees."""
 
 import random
 
@@ -12,6 +12,7 @@ from tiny_llm.errors import ConfigError
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
+import tiny_llm_kernels
 from tiny_llm import LLM
 from tiny_model import CONTEXT, VOCAB, examples, random_prompt, tiny_model
 
@@ -76,6 +77,16 @@ def answers(
     return found
 
 
+def assert_same_bits(
+    one: dict[str, list[tuple[int, float]]], other: dict[str, list[tuple[int, float]]]
+) -> None:
+    """Promise 1 where the compiled kernels run; without them MLX's operators may round otherwise."""
+    if tiny_llm_kernels.available():
+        assert one == other
+    else:
+        assert_same(one, other)
+
+
 def assert_same(one: dict[str, list[tuple[int, float]]], other: dict[str, list[tuple[int, float]]]) -> None:
     assert one.keys() == other.keys()
     for seq_id, found in one.items():
@@ -107,7 +118,7 @@ def test_a_request_gets_what_it_gets_alone(slots: int, budget: int, joins: int) 
     alone: dict[str, list[tuple[int, float]]] = {}
     for request_id, request in REQUESTS.items():
         alone |= answers(dense(3, 64), {request_id: request}, 1)
-    assert_same(answers(dense(slots, budget), REQUESTS, joins), alone)
+    assert_same_bits(answers(dense(slots, budget), REQUESTS, joins), alone)
 
 
 def test_the_paged_manager_gives_the_same() -> None:
@@ -137,7 +148,7 @@ def test_a_slot_shows_nothing_of_its_last_owner() -> None:
     request = {"x": REQUESTS["r2"]}
     used = dense(3, 64)
     answers(used, {"before": (random_prompt(100, seed=9), REQUESTS["r2"][1])}, 1)
-    assert_same(answers(used, request, 1), answers(dense(3, 64), request, 1))
+    assert_same_bits(answers(used, request, 1), answers(dense(3, 64), request, 1))
 
 
 def test_the_embedded_model_answers_alike_from_both(embedded_llm: LLM) -> None:

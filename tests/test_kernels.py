@@ -520,6 +520,70 @@ def test_attention_refuses_wrong_arguments(wrong: Good, message: str) -> None:
         kernels.write_and_attend(**(good_attention() | wrong))
 
 
+# ---- attention over contiguous keys and values ----
+
+
+def flash(q: tuple[int, ...], kv: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
+    k = mx.zeros(kv, dtype)
+    return kernels.flash_attention(mx.zeros(q, dtype), k, k, 1.0, True)
+
+
+def flash_oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool) -> np.ndarray:
+    """Plain attention in float64."""
+    group, L, S = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
+    scores = q.astype(np.float64) @ k.swapaxes(-1, -2) * scale
+    if causal:
+        scores = np.where(np.arange(S) <= np.arange(S - L, S)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize("size", [2, 8, 20, 64, 94, 256])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (4, 1)])
+def test_flash_attention_agrees_with_float64(heads: tuple[int, int], causal: bool, size: int) -> None:
+    for length, total in ((1, 1), (1, 70), (33, 33), (5, 64), (40, 97)):
+        q = normal(2, heads[0], length, size)
+        k, v = normal(2, heads[1], total, size, seed=8), normal(2, heads[1], total, size, seed=9)
+        out = kernels.flash_attention(*map(mx.array, (q, k, v)), size**-0.5, causal)
+        np.testing.assert_allclose(
+            np.array(out), flash_oracle(q, k, v, size**-0.5, causal), rtol=2e-5, atol=2e-6
+        )
+
+
+def test_large_scores_neither_overflow_nor_lose_the_rest() -> None:
+    q, k = normal(1, 1, 3, 16), normal(1, 1, 50, 16, seed=8)
+    k[0, 0, 40] = 1e4 * q[0, 0, 1]
+    v = normal(1, 1, 50, 16, seed=9)
+    out = np.array(kernels.flash_attention(*map(mx.array, (q, k, v)), 1.0, False))
+    np.testing.assert_allclose(out, flash_oracle(q, k, v, 1.0, False), rtol=1e-3, atol=1e-5)
+
+
+@by_property(40)
+@given(length=st.integers(1, 60), past=st.integers(0, 60), threads=st.sampled_from(THREADS))
+def test_a_row_of_flash_attention_has_the_same_bits_alone(length: int, past: int, threads: int) -> None:
+    """A causal row sees the same keys, whether the rows behind it are computed with it or not."""
+    total = past + length
+    q, k, v = (mx.array(normal(1, heads, total, 24, seed=heads)) for heads in (6, 2, 3))
+    v = v[:, :2]
+    kernels.set_num_threads(1)
+    whole = np.array(kernels.flash_attention(q, k, v, 0.2, True))
+    kernels.set_num_threads(threads)
+    rows = np.array(kernels.flash_attention(q[:, :, past:], k, v, 0.2, True))
+    assert np.array_equal(rows, whole[:, :, past:])
+    first = np.array(kernels.flash_attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], 0.2, True))
+    assert np.array_equal(first, whole[:, :, :length])
+
+
+def test_flash_attention_takes_transposed_views() -> None:
+    q, k, v = (mx.array(normal(1, 30, heads, 16, seed=heads)) for heads in (6, 2, 3))
+    views = [x.swapaxes(1, 2) for x in (q, k, v[:, :, :2])]
+    copies = [mx.contiguous(view) for view in views]
+    found, expected = (np.array(kernels.flash_attention(*x, 0.25, True)) for x in (views, copies))
+    assert np.array_equal(found, expected)
+
+
 WEIGHT, HALF = mx.zeros((16, 8), mx.uint32), mx.zeros((16, 2), mx.float16)
 BLOB = mx.zeros((2, 1, 320), mx.uint8)
 
@@ -531,6 +595,11 @@ BLOB = mx.zeros((2, 1, 320), mx.uint8)
         (lambda: kernels.pack(WEIGHT, HALF, HALF, group_size=128, bits=4), "group_size 128 does not divide"),
         (lambda: kernels.pack(WEIGHT, HALF, HALF, group_size=64, bits=4), "scales must have shape"),
         (lambda: kernels.pack(WEIGHT, HALF, HALF, group_size=32, bits=7), "bits 7"),
+        (lambda: flash((1, 3, 4, 8), (1, 2, 4, 8)), "q has 3 heads: no multiple of the 2"),
+        (lambda: flash((1, 2, 5, 8), (1, 2, 4, 8)), "q has 5 rows, more than the 4 positions"),
+        (lambda: flash((1, 2, 4, 8), (1, 2, 0, 8)), "k and v hold no keys"),
+        (lambda: flash((1, 2, 4, 8), (2, 2, 4, 8)), "k must have shape"),
+        (lambda: flash((1, 2, 4, 8), (1, 2, 4, 8), mx.float16), "q must be float32"),
         (lambda: kernels.pack(WEIGHT.astype(mx.int32), HALF, HALF, group_size=32, bits=4), "weight must be"),
         (
             lambda: kernels.pack(WEIGHT, HALF.astype(mx.bfloat16), HALF, group_size=32, bits=4),

@@ -31,6 +31,7 @@ __all__ = [
     "available",
     "dense_matmul",
     "dequantize_rows",
+    "flash_attention",
     "ggml_quants",
     "instruction_set",
     "instruction_sets",
@@ -134,6 +135,15 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
 
 
 # ---- attention ----
+
+
+def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> mx.array:
+    """Attention over contiguous keys and values, in tiles, with a softmax that runs online.
+
+    q [B, H, L, D], k and v [B, Hkv, S, D] -> [B, H, L, D], laid out in memory as [B, L, H, D]. Query head h
+    reads head h // (H / Hkv). causal: the queries are the last L of the S positions; each sees up to its own.
+    """
+    return native.flash_attention(q, k, v, scale, causal)
 
 
 def write_and_attend(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .kernels import accelerated
+from .kernels import accelerated, compiled_kernel
 
 
 class Running(NamedTuple):
@@ -42,11 +42,16 @@ def absorb(running: Running, scores: mx.array, values: mx.array) -> Running:
     )
 
 
+def _compiled(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool, tile: int = 64) -> mx.array:
+    out: mx.array = compiled_kernel("flash_attention")(q, k, v, scale, causal)
+    return out
+
+
 def _fused(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool, tile: int = 64) -> mx.array:
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if causal else None)
 
 
-@accelerated(fused=_fused)
+@accelerated(compiled=_compiled, fused=_fused)
 def flash_attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool, tile: int = 64
 ) -> mx.array:

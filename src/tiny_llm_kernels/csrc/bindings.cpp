@@ -22,6 +22,7 @@ NB_MODULE(_kernels, m) {
   m.def("quantized_matmul", &tiny_llm::quantized_matmul, "x"_a, "packed"_a, "out_features"_a, "bits"_a);
   m.def("dequantize_rows", &tiny_llm::dequantize_rows, "packed"_a, "ids"_a, "in_features"_a, "bits"_a);
   m.def("dense_matmul", &tiny_llm::dense_matmul, "x"_a, "weight"_a);
+  m.def("flash_attention", &tiny_llm::flash_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a);
   m.def("rms_norm", &tiny_llm::rms_norm, "x"_a, "weight"_a, "eps"_a);
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);

@@ -122,6 +122,17 @@ struct AttentionJob {
   int64_t num_runs;
 };
 
+// ---- attention over contiguous keys and values ----
+
+struct FlashJob {
+  const float *q, *k, *v;  // [B, H, L, D], [B, Hkv, S, D], the same: the last axis contiguous
+  int64_t q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token;  // strides
+  float* out;  // [B, L, H, D]; an item is one of its rows
+  int64_t B, H, Hkv, L, S, D;
+  float scale;
+  bool causal;  // query l is at position S - L + l and sees positions up to its own
+};
+
 // ---- the operators between ----
 
 struct RmsNormJob {
@@ -155,6 +166,7 @@ struct Kernels {
   void (*dense_matmul)(const DenseJob&, int64_t begin, int64_t end);        // items: see DenseJob
   void (*write_tokens)(const AttentionJob&, int64_t begin, int64_t end);    // items: tokens
   void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: see AttentionJob
+  void (*flash_attention)(const FlashJob&, int64_t begin, int64_t end);     // items: rows of out
   void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);          // items: rows
   void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);             // items: rows
   void (*rope)(const RopeJob&, int64_t begin, int64_t end);                 // items: tokens

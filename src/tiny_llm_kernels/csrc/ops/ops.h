@@ -15,6 +15,7 @@ mx::array ggml_quants(const mx::array& blocks, int bits);
 mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits);
 mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_features, int bits);
 mx::array dense_matmul(const mx::array& x, const mx::array& weight);
+mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal);
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
