@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny_llm_kernels
+from tiny_llm_course import cpp
 from tiny_llm_course import main as door
 from tiny_llm_course.check import check
 from tiny_llm_course.doctor import examine
@@ -641,6 +643,129 @@ def test_a_starter_that_is_not_formatted_is_found(house: House) -> None:
     assert any("starter: 1.1: is not formatted" in problem for problem in problems_of(house))
 
 
+# ---- kernels in C++ ----
+
+KERNEL = """// A kernel.
+#include "kernels.h"
+
+namespace tiny_llm::TINY_LLM_ISA {
+
+// ---- helpers ----
+
+/// Doubles.
+template <typename T>
+static T helper(T x) {
+  return x + x;
+
+}
+
+// ---- the rest ----
+
+/// Given.
+struct Kept {
+  int x;
+};
+
+/// Twice.
+int twice(const Kept& job, int64_t end) {
+  if (end) {
+
+    return helper(job.x);
+  }
+  return 0;
+}
+
+}  // namespace tiny_llm::TINY_LLM_ISA
+"""
+
+
+def test_a_kernel_is_blanked_part_by_part() -> None:
+    blank = cpp.blanked(KERNEL, ["twice"], ["helper"], "2.4.4 twice.cpp")
+    assert "helper" not in blank
+    assert "// ---- helpers ----" not in blank
+    assert '/// Twice.\nint twice(const Kept& job, int64_t end) {\n#error "2.4.4 twice.cpp"\n}\n\n}' in blank
+    assert "/// Given.\nstruct Kept {\n  int x;\n};" in blank
+    with pytest.raises(CourseError, match="there is no thrice"):
+        cpp.blanked(KERNEL, ["thrice"], [], "m")
+
+
+def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp_path: Path) -> None:
+    here = House.here().with_overlay(tmp_path)
+    syllabus = syllabus_of(here)
+    days = [day for day in syllabus.days if day.kernels]
+    assert [day.id for day in days] == ["2.4", "2.5"]
+    for day in days:
+        [file] = cpp.start_kernels(here, day)
+        run = cpp.compiles(here, file.read_text("utf-8"))
+        assert run.returncode
+        assert day.kernels[0].message in run.stderr
+        with pytest.raises(CourseError, match="is there already"):
+            cpp.start_kernels(here, day)
+    with pytest.raises(CourseError, match=r"quantized_matmul\.cpp is not in your library yet"):
+        run_day(here, syllabus, days[0], [])
+    with pytest.raises(CourseError, match=r"quantized_matmul\.cpp does not compile\nquantized_matmul\.cpp:"):
+        cpp.build(here, syllabus)
+    with pytest.raises(CourseError, match=r"day 1\.1 has no option in C\+\+"):
+        cpp.start_kernels(here, syllabus.day("1.1"))
+    assert len(set_aside(here, days[0])) == 1
+    assert [kernel.name for kernel in cpp.own_kernels(here, syllabus)] == ["flash_attention"]
+
+
+PLAIN_MATMUL = """
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t tile = item % job.tiles(), first = item / job.tiles() * MatmulJob::ROW_BLOCK;
+    const int64_t last = first + MatmulJob::ROW_BLOCK < job.M ? first + MatmulJob::ROW_BLOCK : job.M;
+    const int64_t groups = job.K / GROUP, outputs = job.N - tile * TILE_OUTPUTS;
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t o = 0; o < TILE_OUTPUTS && o < outputs; ++o) {
+        float sum = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+          const uint8_t* record = job.packed + (tile * groups + g) * record_bytes(job.bits, job.wide);
+          const auto* narrow = reinterpret_cast<const uint16_t*>(record) + o;
+          const auto* wide = reinterpret_cast<const float*>(record) + o;
+          const float scale = job.wide ? wide[0] : load_first_as<Float16>(narrow, 1)[0];
+          const float bias =
+              job.wide ? wide[TILE_OUTPUTS] : load_first_as<Float16>(narrow + TILE_OUTPUTS, 1)[0];
+          const uint8_t* quants = record + header_bytes(job.wide) + 4 * o;
+          int32_t products = 0;
+          for (int k = 0; k < GROUP; ++k) {
+            const int pair = k / 2, per_lane = 16 / job.bits;
+            const auto lane = load_as<uint16_t>(quants + pair / per_lane * 64 + k % 2 * 2);
+            const int q = lane >> (pair % per_lane * job.bits) & ((1 << job.bits) - 1);
+            products += q * job.quants[row * job.K + g * GROUP + k];
+          }
+          const GroupScale& x = job.groups[row * groups + g];
+          sum += x.scale * (scale * static_cast<float>(products) + bias * x.sum);
+        }
+        job.out[row * job.N + tile * TILE_OUTPUTS + o] = sum;
+      }
+    }
+  }"""
+
+
+@pytest.mark.install
+@pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no C++ compiler")
+def test_a_kernel_of_the_learners_runs_in_place_of_the_references(tmp_path: Path) -> None:
+    """A plain solution is built into a library of its own, and passes its day (about a minute)."""
+    assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
+    replace(
+        tmp_path / "quantized_matmul.cpp",
+        '\n#error "2.4.4 quantized_matmul.cpp: book, week 2 day 4, task 4"',
+        PLAIN_MATMUL,
+    )
+    built = run(["build-kernels"], tmp_path)
+    assert "it runs in place of the reference's kernels" in built.stdout, built.stderr
+    passing = run(["test", "2.4"], tmp_path)
+    assert passing.returncode == 0, passing.stdout
+    assert "compiled kernels: yours" in passing.stdout
+    replace(tmp_path / "quantized_matmul.cpp", "products += q *", "products += 2 * q *")
+    assert run(["test", "2.4"], tmp_path).returncode == 1  # not in the library yet
+    assert run(["build-kernels"], tmp_path).returncode == 0
+    failing = run(["test", "2.4"], tmp_path)
+    assert failing.returncode == 1
+    assert "test_task_4" in failing.stdout
+
+
 # ---- the commands, on the real course ----
 
 
@@ -733,9 +858,10 @@ def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str
         "reset",
         "skip",
     ]
-    for command in [*commands, "doctor", "course-check"]:
+    commands += ["doctor", "build-kernels", "course-check"]
+    for command in commands:
         assert door.run([command, "--help"]) == 0
         assert len(capsys.readouterr().out.split()) > 20
     scripts = (ROOT / "pyproject.toml").read_text("utf-8")
-    for command in [*commands, "doctor", "course-check"]:
+    for command in commands:
         assert f'{command} = "python -m tiny_llm_course {command}"' in scripts

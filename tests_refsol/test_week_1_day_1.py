@@ -61,7 +61,7 @@ def test_task_1_softmax_of_large_values_does_not_overflow() -> None:
 def test_task_1_softmax_rows_far_apart_do_not_disturb_each_other() -> None:
     """Oracle: by hand. One maximum for all rows instead of one for each is the mistake that this finds."""
     out = softmax(mx.array([[0.0, 0.0], [1000.0, 1000.0]]))
-    np.testing.assert_allclose(np.array(out), [[0.5, 0.5], [0.5, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(np.array(out), [[0.5, 0.5], [0.5, 0.5]], rtol=1e-3)
 
 
 def test_task_1_softmax_gives_minus_infinity_no_weight() -> None:

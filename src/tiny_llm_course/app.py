@@ -11,6 +11,7 @@ from typer.main import get_group
 from . import views
 from .check import check
 from .compare import as_json_object, as_text, compare
+from .cpp import build, own_kernels, start_kernels
 from .doctor import examine
 from .errors import CourseError
 from .house import House
@@ -46,17 +47,25 @@ def _open() -> tuple[House, Syllabus]:
 def on_start(
     day: DayId,
     again: Annotated[bool, typer.Option("--again", help="Move your files aside and begin anew.")] = False,
+    in_cpp: Annotated[bool, typer.Option("--cpp", help="The day's kernel in C++ instead.")] = False,
 ) -> None:
     """Write a day's modules into src/tiny_llm, exercises blank, and say what there is to do.
 
     \b
     pdm run start 1.1
     pdm run start 1.1 --again     # your files become attention.py.1.bak
+    pdm run start 2.4 --cpp       # a kernel of your own: quantized_matmul.cpp
 
     Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
     """
     house, syllabus = _open()
     chosen = syllabus.to_start(day)
+    if in_cpp:
+        written = start_kernels(house, chosen)
+        print("\n".join(f"wrote {house.shown(file)}" for file in written))
+        print(f"build:   pdm run build-kernels\ntest:    pdm run test {chosen.id}")
+        print(f"hints:   pdm run hint {chosen.kernels[0].id}")
+        return
     written = start(house, chosen, again=again)
     print(f"day {chosen.id}: {chosen.title}. Afterwards: {chosen.works}.")
     print("\n".join(f"wrote {house.shown(file)}" for file in written))
@@ -147,6 +156,23 @@ def on_hint(
     print(views.hint(syllabus.exercise(exercise), step))
 
 
+@app.command("build-kernels")
+def on_build_kernels() -> None:
+    """Build your kernels in C++ into a library of your own, which then runs in place of the reference's.
+
+    \b
+    pdm run start 2.4 --cpp       # writes src/tiny_llm/quantized_matmul.cpp
+    pdm run build-kernels
+    pdm run test 2.4
+
+    What you have no file for is the reference's. The first build takes a minute, later ones seconds.
+    """
+    house, syllabus = _open()
+    names = ", ".join(kernel.file for kernel in own_kernels(house, syllabus))
+    print(f"building with your {names} ..." if names else "looking for your kernels ...", flush=True)
+    print(f"built {house.shown(build(house, syllabus))}: it runs in place of the reference's kernels")
+
+
 @app.command("diff")
 def on_diff(
     day: DayId,
@@ -207,13 +233,22 @@ def on_skip(
     pdm run skip 1.1
     """
     house, syllabus = _open()
-    chosen: tuple[Exercise, ...]
-    chosen = (syllabus.exercise(what),) if what.count(".") > 1 else syllabus.to_start(what).exercises
+    chosen = _exercises(syllabus, what)
     _refuse_unstarted(house, syllabus.to_start(chosen[0].day_id), chosen)
     skipped = skip(house, chosen)
     if not skipped:
         raise CourseError(f"nothing of {what} is blank")
     print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
+
+
+def _exercises(syllabus: Syllabus, what: str) -> tuple[Exercise, ...]:
+    """One exercise in Python, or all of a day."""
+    if what.count(".") < 2:
+        return syllabus.to_start(what).exercises
+    exercise = syllabus.exercise(what)
+    if not isinstance(exercise, Exercise):
+        raise CourseError(f"{what} is the option in C++: without a file of yours the reference's kernel runs")
+    return (exercise,)
 
 
 def _refuse_unstarted(house: House, day: Day, exercises: tuple[Exercise, ...]) -> None:

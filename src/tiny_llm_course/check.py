@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from . import cpp
 from .house import House
 from .rules import Problem, static_problems
 from .runs import run_python, run_suites
 from .source import blanked
 from .starter import starter
-from .syllabus import Day, Exercise, Syllabus
+from .syllabus import Day, Exercise, Kernel, Syllabus
 
 LAST_LINES = 15
 Check = Callable[[], list[Problem]]
@@ -63,6 +64,8 @@ def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
                 f"{exercise.id} {exercise.name} blank",
                 lambda d=day, e=exercise: _exercise_blank(house, d, e),  # type: ignore[misc]
             )
+        for kernel in day.kernels:
+            yield f"{kernel.id} {kernel.file} blank", lambda k=kernel: _kernel_blank(house, k)  # type: ignore[misc]
 
 
 def _reference_passes(house: House, day: Day) -> list[Problem]:
@@ -83,6 +86,18 @@ def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]
         return [Problem("blank", exercise.id, f"{day.suite} passes although {exercise.name} is blank")]
     if exercise.message not in run.stdout:
         return [Problem("blank", exercise.id, f"fails without its message\n{_last(run.stdout)}")]
+    return []
+
+
+def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
+    """A kernel compiles as it is, and where it is blank the compiler stops with its message."""
+    source = (cpp.sources(house) / kernel.file).read_text(encoding="utf-8")
+    blank = cpp.blanked(source, kernel.functions, kernel.removed, kernel.message)
+    whole, stopped = cpp.compiles(house, source), cpp.compiles(house, blank)
+    if whole.returncode:
+        return [Problem("reference", kernel.file, f"does not compile\n{_last(whole.stderr)}")]
+    if not stopped.returncode or kernel.message not in stopped.stderr:
+        return [Problem("blank", kernel.id, f"compiles without its message\n{_last(stopped.stderr)}")]
     return []
 
 

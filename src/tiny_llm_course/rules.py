@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from . import cpp
 from .errors import CourseError
 from .house import House
 from .source import body_lines, find, functions
 from .starter import starter
-from .syllabus import Day, Syllabus
+from .syllabus import Day, Kernel, Syllabus
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
 ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
 WHICHEVER = {"len", "set", "sorted"}
+PUBLIC = {"_replace", "_fields", "_asdict", "_make"}  # of a NamedTuple
 BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
 
 
@@ -57,9 +59,20 @@ def _syllabus_problems(house: House, day: Day) -> Iterator[Problem]:
                 find(source, name)
             except CourseError as error:
                 yield Problem("names", f"{day.id}, {module}.py", str(error))
-    for exercise in day.exercises:
-        if min(map(len, exercise.hints)) < SHORT:
-            yield Problem("hints", exercise.id, f"a hint is missing: {list(exercise.hints)}")
+    for kernel in day.kernels:
+        try:
+            _kernel_starter(house, kernel)
+        except (CourseError, OSError) as error:
+            yield Problem("names", f"{day.id}, {kernel.file}", str(error))
+    hints = {one.id: one.hints for one in day.exercises} | {one.id: one.hints for one in day.kernels}
+    for exercise_id, steps in hints.items():
+        if min(map(len, steps)) < SHORT:
+            yield Problem("hints", exercise_id, f"a hint is missing: {list(steps)}")
+
+
+def _kernel_starter(house: House, kernel: Kernel) -> str:
+    source = (cpp.sources(house) / kernel.file).read_text(encoding="utf-8")
+    return cpp.blanked(source, kernel.functions, kernel.removed, kernel.message)
 
 
 def _starter_problems(house: House, day: Day) -> Iterator[Problem]:
@@ -112,11 +125,15 @@ def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> 
             owner = syllabus.owner(used) if module.startswith("tiny_llm") else None
             if owner is not None and owner.id > day.id:
                 yield Problem("later day", where, f"{used} belongs to day {owner.id}")
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not _is_public(node.attr):
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):
             yield Problem("block ids", where, f"{ast.unparse(node)} asserts which ids were given out")
     yield from _tests_without_task(tree, suite)
+
+
+def _is_public(name: str) -> bool:
+    return name in PUBLIC or name.startswith("__")
 
 
 def _tests_without_task(tree: ast.Module, suite: Path) -> Iterator[Problem]:

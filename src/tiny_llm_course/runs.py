@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .cpp import libraries
 from .house import House
 from .progress import own_modules
 from .syllabus import Day
@@ -17,11 +18,16 @@ NO_TESTS = 5  # pytest's exit code where nothing was collected
 
 
 @contextmanager
-def overlay_of(house: House, modules: Iterable[str]) -> Iterator[House]:
-    """The house through an overlay that holds copies of these modules of the learner's, and no others."""
+def overlay_of(house: House, modules: Iterable[str], *, kernels: bool = False) -> Iterator[House]:
+    """The house through an overlay that holds copies of these modules of the learner's, and no others.
+
+    With `kernels`, their library goes with it.
+    """
     with TemporaryDirectory(prefix="tiny-llm-overlay-") as folder:
         for module in modules:
             shutil.copy(house.overlay / f"{module}.py", folder)
+        for library in libraries(house) if kernels else ():
+            shutil.copy(library, folder)
         yield house.with_overlay(Path(folder))
 
 
@@ -68,7 +74,7 @@ def passes(house: House, suites: Iterable[Path]) -> bool:
 def passes_alone(house: House, day: Day) -> bool:
     """True where the day's modules pass on the reference, without the learner's others."""
     own = [module for module in own_modules(house) if module in day.modules]
-    with overlay_of(house, own) as alone:
+    with overlay_of(house, own, kernels=bool(day.kernels)) as alone:
         return passes(alone, [house.suites / day.suite])
 
 
@@ -83,7 +89,7 @@ def culprits(house: House, day: Day) -> list[str]:
     for module in own:
         if module in today:
             continue
-        with overlay_of(house, [*today, module]) as pair:
+        with overlay_of(house, [*today, module], kernels=bool(day.kernels)) as pair:
             if not passes(pair, [house.suites / day.suite]):
                 found.append(module)
     return found

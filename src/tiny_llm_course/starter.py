@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .cpp import libraries
 from .errors import CourseError
 from .house import House
 from .progress import State, own_modules, state
@@ -38,11 +39,17 @@ def start(house: House, day: Day, *, again: bool = False) -> list[Path]:
 
 
 def set_aside(house: House, day: Day) -> list[Path]:
-    """Rename the day's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; the new names."""
+    """Rename the day's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; the new names.
+
+    A library that holds a kernel of the day's is deleted: it can be built again.
+    """
     moved = []
-    for module in day.modules:
-        file = house.overlay / f"{module}.py"
+    for name in [*(f"{module}.py" for module in day.modules), *(kernel.file for kernel in day.kernels)]:
+        file = house.overlay / name
         if file.exists():
+            if file.suffix == ".cpp":
+                for library in libraries(house):
+                    library.unlink()
             number = 1
             while (target := file.with_name(f"{file.name}.{number}.bak")).exists():
                 number += 1

@@ -12,7 +12,7 @@ from .errors import CourseError
 
 HINTS = 3  # a question, a fact, a sketch
 _DAY_ID = re.compile(r"[1-9]\.[1-9]")
-_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise"}
+_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "kernel"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,28 @@ class Exercise:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A day's option in C++: a kernel's file, the functions to write, those that would give them away."""
+
+    id: str
+    name: str
+    functions: tuple[str, ...]
+    removed: tuple[str, ...]
+    hints: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """The name of its file, in the overlay as in the kernels' sources."""
+        return f"{self.name}.cpp"
+
+    @property
+    def message(self) -> str:
+        """What the compiler says where it is blank."""
+        week, day, task = self.id.split(".")
+        return f"{self.id} {self.file}: book, week {week} day {day}, task {task}"
+
+
+@dataclass(frozen=True)
 class Day:
     """A day: the modules that it owns and, of these, what is written by the learner.
 
@@ -52,6 +74,7 @@ class Day:
     modules: tuple[str, ...]
     exercises: tuple[Exercise, ...]
     removed: tuple[str, ...]
+    kernels: tuple[Kernel, ...] = ()
 
     @property
     def suite(self) -> str:
@@ -93,9 +116,12 @@ class Syllabus:
             raise CourseError(f"day {day.id} ({day.title}) is to come: the engine has it, the course not yet")
         return day
 
-    def exercise(self, wanted: str) -> Exercise:
+    def exercise(self, wanted: str) -> Exercise | Kernel:
         """The exercise of an id such as 1.1.2. Raises `CourseError`, with a guess."""
-        by_id = {exercise.id: exercise for day in self.days for exercise in day.exercises}
+        by_id: dict[str, Exercise | Kernel] = {}
+        for day in self.days:
+            by_id |= {exercise.id: exercise for exercise in day.exercises}
+            by_id |= {kernel.id: kernel for kernel in day.kernels}
         if wanted in by_id:
             return by_id[wanted]
         raise CourseError(f"there is no exercise {wanted!r}{_guess(wanted, by_id)}")
@@ -149,7 +175,18 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         modules=modules,
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
+        kernels=tuple(
+            _kernel(f"{entry['id']}.{task}", one, path)
+            for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)
+        ),
     )
+
+
+def _kernel(kernel_id: str, entry: dict[str, Any], path: Path) -> Kernel:
+    name, functions = entry.get("name"), tuple(entry.get("functions", ()))
+    if not isinstance(name, str) or not functions:
+        raise CourseError(f"{path}: kernel {kernel_id} needs a name and the functions to write")
+    return Kernel(kernel_id, name, functions, tuple(entry.get("remove", ())), _hints(kernel_id, entry, path))
 
 
 def _exercise(exercise_id: str, entry: dict[str, Any], modules: tuple[str, ...], path: Path) -> Exercise:
@@ -158,10 +195,14 @@ def _exercise(exercise_id: str, entry: dict[str, Any], modules: tuple[str, ...],
         raise CourseError(
             f"{path}: exercise {exercise_id} is {entry.get('name')!r}, expected MODULE.FUNCTION of its day"
         )
+    return Exercise(exercise_id, module, name, _hints(exercise_id, entry, path))
+
+
+def _hints(exercise_id: str, entry: dict[str, Any], path: Path) -> tuple[str, ...]:
     hints = tuple(entry.get("hints", ()))
     if len(hints) != HINTS or not all(isinstance(hint, str) and hint for hint in hints):
         raise CourseError(f"{path}: exercise {exercise_id} has {len(hints)} hints, expected {HINTS}")
-    return Exercise(exercise_id, module, name, hints)
+    return hints
 
 
 def _refuse_twice(names: Iterable[str], what: str, path: Path) -> None:

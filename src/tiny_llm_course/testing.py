@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .cpp import own_kernels, refuse_stale
 from .errors import CourseError
 from .house import House
 from .progress import State, missing_modules, own_modules, remember, started_days, state
@@ -33,10 +34,12 @@ def run_day(
     """
     own = own_modules(house)
     _refuse_not_started(house, day)
+    refuse_stale(house, syllabus)
     _tell_blanks(house, day)
     about = f"day {day.id}, {day.title}"
     if isolated:
-        with overlay_of(house, [module for module in own if module in day.modules]) as alone:
+        today = [module for module in own if module in day.modules]
+        with overlay_of(house, today, kernels=bool(day.kernels)) as alone:
             return run_suites(
                 alone, [house.suites / day.suite], arguments, about=f"{about}, isolated"
             ).returncode
@@ -93,13 +96,15 @@ def _times(house: House) -> dict[str, int]:
 
 def _refuse_not_started(house: House, day: Day) -> None:
     missing = missing_modules(house, day)
-    if missing:
+    if missing and not set(own_kernels(house, Syllabus((day,)))):
         files = ", ".join(f"{module}.py" for module in missing)
         raise CourseError(f"not started: pdm run start {day.id} ({files} would be the reference's)")
 
 
 def _tell_blanks(house: House, day: Day) -> None:
     states = {exercise: state(house, exercise) for exercise in day.exercises}
+    if all(found is State.NOT_STARTED for found in states.values()):
+        return  # the day's option in C++ alone
     for exercise, found in states.items():
         if found is State.MISSING:
             file = house.shown(house.overlay / f"{exercise.module}.py")

@@ -2,11 +2,12 @@
 
 import difflib
 
+from .cpp import sources
 from .errors import CourseError
 from .house import House
 from .progress import Result, State, missing_modules, own_modules, result, state
 from .source import functions
-from .syllabus import Day, Exercise, Syllabus
+from .syllabus import Day, Exercise, Kernel, Syllabus
 
 STEPS = ("a question", "a fact", "a sketch")
 _MARKS = {
@@ -28,17 +29,23 @@ def tasks(house: House, day: Day) -> str:
             f"chapter: {chapter}",
             f"test:    pdm run test {day.id}",
             f"hints:   pdm run hint {day.exercises[0].id}",
+            *(
+                f"option:  {k.file} in C++: pdm run start {day.id} --cpp, then build-kernels"
+                for k in day.kernels
+            ),
         ]
     )
 
 
-def hint(exercise: Exercise, step: int) -> str:
+def hint(exercise: Exercise | Kernel, step: int) -> str:
     """One of the three steps of help."""
     if not 1 <= step <= len(exercise.hints):
         raise CourseError(f"hint {step} of {exercise.id}: there are {len(exercise.hints)}, from 1")
     text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
     if step < len(exercise.hints):
         return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
+    if isinstance(exercise, Kernel):
+        return f"{text}\nno more hints: the reference is src/tiny_llm_kernels/csrc/kernels/{exercise.file}"
     return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
 
 
@@ -102,16 +109,17 @@ def map_text(house: House, syllabus: Syllabus) -> str:
 
 def difference(house: House, day: Day, *, anyway: bool) -> str:
     """How the reference differs from the learner's modules. Raises `CourseError` before the day passes."""
-    missing = missing_modules(house, day)
-    if missing:
+    pairs = [(house.overlay / f"{module}.py", house.reference / f"{module}.py") for module in day.modules]
+    pairs += [(house.overlay / kernel.file, sources(house) / kernel.file) for kernel in day.kernels]
+    pairs = [(own, reference) for own, reference in pairs if own.exists()]
+    if not pairs:
         raise CourseError(f"not started: pdm run start {day.id}")
     if not anyway and result(house, day) is not Result.PASSING:
         raise CourseError(
             f"day {day.id} {result(house, day).value}: `pdm run test {day.id}` first, or add --anyway"
         )
     parts = []
-    for module in day.modules:
-        own, reference = (folder / f"{module}.py" for folder in (house.overlay, house.reference))
+    for own, reference in pairs:
         lines = difflib.unified_diff(
             own.read_text(encoding="utf-8").splitlines(),
             reference.read_text(encoding="utf-8").splitlines(),
@@ -119,7 +127,7 @@ def difference(house: House, day: Day, *, anyway: bool) -> str:
             house.shown(reference),
             lineterm="",
         )
-        parts.append("\n".join(lines) or f"{module}.py: no difference")
+        parts.append("\n".join(lines) or f"{own.name}: no difference")
     return "\n\n".join(parts)
 
 

@@ -14,11 +14,11 @@ however many threads run, for one instruction set. Another instruction set may r
 Environment, read at import: TINY_LLM_KERNELS = auto | off | portable | avx2 and TINY_LLM_NUM_THREADS.
 """
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
 import re
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ __all__ = [
     "ggml_quants",
     "instruction_set",
     "instruction_sets",
+    "library",
     "num_threads",
     "pack",
     "packed_bits",
@@ -226,21 +227,36 @@ def _built_for(extension: Path) -> str | None:
     return stamp and stamp.group(1).decode()
 
 
+def library() -> Path | None:
+    """The file that the kernels were loaded from; None where there are none."""
+    return None if _reason is not None else Path(native.__file__)
+
+
+def _learners_own() -> ModuleSpec | None:
+    """A library in the overlay (tiny_llm's folder, or TINY_LLM_OVERLAY) stands in for the package's own."""
+    overlay = Path(os.environ.get("TINY_LLM_OVERLAY") or Path(__file__).parents[1] / "tiny_llm")
+    file = overlay / f"_kernels{EXTENSION_SUFFIXES[0]}"
+    if not file.exists():
+        return None
+    return importlib.util.spec_from_file_location(f"{__name__}._kernels", file)
+
+
 def _load(wanted: str) -> str | None:
     """Loads the extension into `native`; returns why it could not be, or None."""
     if wanted == "off":
         return "switched off by TINY_LLM_KERNELS=off"
-    spec = importlib.util.find_spec(f"{__name__}._kernels")
-    if spec is None or spec.origin is None:
+    spec = _learners_own() or importlib.util.find_spec(f"{__name__}._kernels")
+    if spec is None or spec.origin is None or spec.loader is None:
         return "not built (no C++ compiler when tiny-llm was installed, or not Linux)"
     built, installed = _built_for(Path(spec.origin)), importlib.metadata.version("mlx")
     if built != installed:
         raise ImportError(
-            f"tiny_llm_kernels was built for mlx {built} but mlx {installed} is installed: "
-            "run `pdm install` (or `pip install .`) again"
+            f"tiny_llm_kernels was built for mlx {built} but mlx {installed} is installed: run `pdm install` "
+            f"(or `pip install .`) again, or `pdm run build-kernels` for your own library ({spec.origin})"
         )
     try:
-        module = importlib.import_module(f"{__name__}._kernels")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         module.swiglu(mx.array(0.0)[None], mx.array(0.0)[None])  # do MLX and we mean the same by an array?
     except (ImportError, TypeError) as error:
         return f"built, but cannot be loaded: {str(error).splitlines()[0]}"

@@ -167,6 +167,8 @@ static void matmul_items(const MatmulJob& job, int64_t begin, int64_t end) {
   }
 }
 
+/// out = x W^T for the items begin .. end - 1: each is one tile of 16 outputs (fewer at the end) and up to
+/// ROW_BLOCK rows. A row's groups are added in order, the first one first.
 void quantized_matmul(const MatmulJob& job, int64_t begin, int64_t end) {
   if (job.wide) {
     job.bits == 4 ? matmul_items<4, Float32>(job, begin, end) : matmul_items<8, Float32>(job, begin, end);

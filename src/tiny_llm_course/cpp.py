@@ -1,0 +1,192 @@
+"""A learner's kernels in C++: a starter from the reference's file, and the library that they are built into.
+
+A kernel's file is read as top-level parts with empty lines between them. A blank is a line that stops the
+compiler with the exercise's own message.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import CourseError
+from .house import House
+from .syllabus import Day, Kernel, Syllabus
+
+LAST_LINES = 20
+_NAMED = re.compile(r"(?:struct|class)\s+(\w+)|constexpr\s+\w+\s+(\w+)\s*=|\b(\w+)\s*\([^;{]*\)\s*\{")
+_HEADING = re.compile(r"// ---- .* ----")
+
+
+def sources(house: House) -> Path:
+    """The reference's kernels."""
+    return house.root / "src" / "tiny_llm_kernels" / "csrc" / "kernels"
+
+
+def blanked(source: str, functions: Iterable[str], removed: Iterable[str], message: str) -> str:
+    """A kernel's source with some functions blank, and other parts taken out.
+
+    Raises `CourseError` for a name that is not there.
+    """
+    blank, gone = set(functions), set(removed)
+    kept: list[str] = []
+    for part in _parts(source):
+        name = _name(part)
+        if name in gone:
+            gone.discard(name)
+            continue
+        if _HEADING.fullmatch(part) and kept and _HEADING.fullmatch(kept[-1]):
+            kept.pop()  # nothing is left below it
+        if name in blank:
+            blank.discard(name)
+            kept.append(f'{part[: part.index("{", _code_from(part)) + 1]}\n#error "{message}"\n}}')
+        else:
+            kept.append(part)
+    if blank or gone:
+        raise CourseError(f"there is no {', '.join(sorted(blank | gone))}")
+    return "\n\n".join(kept) + "\n"
+
+
+def body_lines(source: str, name: str) -> list[str]:
+    """The lines of one part's body."""
+    for part in _parts(source):
+        if _name(part) == name:
+            return part[part.index("{", _code_from(part)) + 1 :].splitlines()
+    raise CourseError(f"there is no {name}")
+
+
+def start_kernels(house: House, day: Day) -> list[Path]:
+    """Write the day's C++ files into the overlay, blank; never overwrites."""
+    if not day.kernels:
+        raise CourseError(f"day {day.id} has no option in C++")
+    written = []
+    for kernel in day.kernels:
+        file = house.overlay / kernel.file
+        if file.exists():
+            raise CourseError(
+                f"{house.shown(file)} is there already: `pdm run reset {day.id}` moves it aside"
+            )
+        source = (sources(house) / kernel.file).read_text(encoding="utf-8")
+        file.write_text(blanked(source, kernel.functions, kernel.removed, kernel.message), encoding="utf-8")
+        written.append(file)
+    return written
+
+
+def own_kernels(house: House, syllabus: Syllabus) -> list[Kernel]:
+    """The kernels that the learner has a file for."""
+    all_kernels = [kernel for day in syllabus.days for kernel in day.kernels]
+    return [kernel for kernel in all_kernels if (house.overlay / kernel.file).exists()]
+
+
+def libraries(house: House) -> list[Path]:
+    """The learner's library: one file, or none."""
+    return sorted(house.overlay.glob("_kernels.*so"))
+
+
+def refuse_stale(house: House, syllabus: Syllabus) -> None:
+    """Raise `CourseError` where a kernel of the learner's was changed since the library was built."""
+    built = max((file.stat().st_mtime_ns for file in libraries(house)), default=0)
+    for kernel in own_kernels(house, syllabus):
+        file = house.overlay / kernel.file
+        if file.stat().st_mtime_ns > built:
+            raise CourseError(f"{house.shown(file)} is not in your library yet: pdm run build-kernels")
+
+
+def compiles(house: House, source: str) -> subprocess.CompletedProcess[str]:
+    """Let the compiler read one kernel, without making anything of it."""
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise CourseError("no C++ compiler: install g++ or clang++")
+    command = [
+        compiler,
+        "-std=c++20",
+        "-fsyntax-only",
+        "-Wno-psabi",
+        "-DTINY_LLM_ISA=portable",
+        f"-I{sources(house)}",
+    ]
+    return subprocess.run(
+        [*command, "-x", "c++", "-"], input=source, text=True, capture_output=True, check=False
+    )
+
+
+def build(house: House, syllabus: Syllabus) -> Path:
+    """Build the learner's library, their kernels in place of the reference's; the file.
+
+    Raises `CourseError` where there is nothing of theirs, a tool is missing, or the compiler refuses.
+    """
+    own = own_kernels(house, syllabus)
+    if not own:
+        raise CourseError("no kernel of yours: `pdm run start 2.4 --cpp` begins one")
+    for kernel in own:  # the compiler's message is clearest on one file alone
+        run = compiles(house, (house.overlay / kernel.file).read_text(encoding="utf-8"))
+        if run.returncode:
+            said = _last(run.stderr.replace("<stdin>", kernel.file))
+            raise CourseError(f"{house.shown(house.overlay / kernel.file)} does not compile\n{said}")
+    cmake, ninja = (_tool(name) for name in ("cmake", "ninja"))
+    folder = house.records / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        cmake,
+        "-S",
+        str(house.root),
+        "-B",
+        str(folder),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+    ]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTINY_LLM_LIBRARY_FOLDER={house.overlay}"]
+    for command in (configure, [cmake, "--build", str(folder)]):
+        run = subprocess.run(command, text=True, capture_output=True, check=False)
+        if run.returncode:
+            raise CourseError(f"the build failed\n{_last(run.stdout + run.stderr)}")
+    return libraries(house)[0]
+
+
+def _tool(name: str) -> str:
+    """A build tool of this environment, or of the system."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise CourseError(f"{name} is not installed: run `pdm install`")
+    return found
+
+
+def _parts(source: str) -> list[str]:
+    """Top-level parts: what stands between empty lines outside of all braces but a namespace's."""
+    parts: list[str] = []
+    current: list[str] = []
+    depth = 0
+    for line in source.splitlines():
+        if not line.strip() and depth == 0:
+            if current:
+                parts.append("\n".join(current))
+            current = []
+            continue
+        current.append(line)
+        if not line.startswith(("namespace", "}  // namespace", "//")):
+            depth += line.count("{") - line.count("}")
+    return [*parts, "\n".join(current)] if current else parts
+
+
+def _code_from(part: str) -> int:
+    """Where the code begins behind the comment before it."""
+    at = 0
+    for line in part.splitlines(keepends=True):
+        if not line.lstrip().startswith("//"):
+            return at
+        at += len(line)
+    return at
+
+
+def _name(part: str) -> str | None:
+    """What a part defines."""
+    match = _NAMED.search(part, _code_from(part))
+    return next(filter(None, match.groups()), None) if match else None
+
+
+def _last(output: str) -> str:
+    return "\n".join(output.splitlines()[:LAST_LINES])

@@ -1,0 +1,437 @@
+"""Day 1.3: the attention layer, with query heads in groups that share keys and values.
+
+When it passes, you have grouped-query attention, a context for whole sequences, and the layer that projects,
+rotates, attends and projects back.
+"""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.grouped_attention import Attention, NoCacheContext, grouped_query_attention
+from tiny_llm.linear import BiasedLinear, Linear
+
+# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
+
+
+def numpy_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Grouped attention in float64, one query head at a time: q [B, H, L, D], k and v [B, Hkv, S, D]."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    out = np.empty_like(q)
+    for b, h in np.ndindex(q.shape[:2]):
+        scores = q[b, h] @ k[b, h // group].T * scale
+        if mask is not None:
+            scores = scores + mask
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[b, h] = weights / weights.sum(axis=-1, keepdims=True) @ v[b, h // group]
+    return out
+
+
+def numpy_causal_mask(length: int, total: int) -> np.ndarray:
+    """[length, total] float32, for the last tokens."""
+    positions = np.arange(total - length, total)[:, None]
+    return np.where(np.arange(total) <= positions, 0, -np.inf).astype(np.float32)
+
+
+def random_qkv(
+    seed: int, batch: int, heads: int, kv_heads: int, length: int, total: int, size: int = 8
+) -> list[np.ndarray]:
+    """Queries, keys and values of one layer, float32."""
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, heads, length, size), (batch, kv_heads, total, size), (batch, kv_heads, total, size)]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def column(*values: float) -> mx.array:
+    """Values of one sequence and one head of size 1: [1, 1, L, 1]."""
+    return mx.array(values, mx.float32).reshape(1, 1, -1, 1)
+
+
+# Task 1: grouped_query_attention
+
+
+def test_task_1_neighbouring_query_heads_share_a_value_head() -> None:
+    """Oracle: by hand: heads 0 and 1 read the first value head, 2 and 3 the second, not h % Hkv."""
+    q, k = mx.zeros((1, 4, 1, 1)), mx.zeros((1, 2, 1, 1))
+    v = mx.array([10.0, 20.0]).reshape(1, 2, 1, 1)
+    out = grouped_query_attention(q, k, v, 1.0)
+    assert out.shape == (1, 4, 1, 1)
+    np.testing.assert_allclose(np.array(out).ravel(), [10, 10, 20, 20], rtol=1e-6)
+
+
+def test_task_1_neighbouring_query_heads_share_a_key_head() -> None:
+    """Oracle: by hand: the first key head gives the weights 1/4 and 3/4, the second 1/2 and 1/2."""
+    q = mx.ones((1, 4, 1, 1))
+    k = mx.array([0.0, np.log(3.0), 0.0, 0.0]).reshape(1, 2, 2, 1)
+    v = mx.array([4.0, 8.0, 4.0, 8.0]).reshape(1, 2, 2, 1)
+    out = grouped_query_attention(q, k, v, 1.0)
+    np.testing.assert_allclose(np.array(out).ravel(), [7, 7, 6, 6], rtol=1e-5)
+
+
+def test_task_1_scores_are_multiplied_by_the_scale() -> None:
+    """Oracle: by hand: 4 ln 3 times 0.25 is ln 3."""
+    out = grouped_query_attention(column(4), column(0, np.log(3)), column(4, 8), 0.25)
+    np.testing.assert_allclose(np.array(out).ravel(), [7], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (6, 2), (6, 3), (9, 3), (4, 1)])
+@pytest.mark.parametrize(("batch", "length", "total"), [(1, 1, 1), (1, 1, 7), (2, 5, 5), (3, 2, 4)])
+def test_task_1_shapes(heads: int, kv_heads: int, batch: int, length: int, total: int) -> None:
+    """Oracle: NumPy in float64: query head h reads key and value head h // (H / Hkv)."""
+    q, k, v = random_qkv(1, batch, heads, kv_heads, length, total)
+    out = grouped_query_attention(mx.array(q), mx.array(k), mx.array(v), 0.4)
+    assert out.shape == (batch, heads, length, 8)
+    np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, 0.4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask_shape", [(3, 5), (1, 5)])
+def test_task_1_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
+    """Oracle: NumPy in float64. The same mask for all sequences and heads."""
+    q, k, v = random_qkv(2, batch=2, heads=6, kv_heads=2, length=3, total=5)
+    mask = np.random.default_rng(3).normal(size=mask_shape).astype(np.float32)
+    mask[..., 2] = -np.inf
+    out = grouped_query_attention(mx.array(q), mx.array(k), mx.array(v), 0.4, mx.array(mask))
+    np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, 0.4, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "total"), [(6, 6), (2, 6), (1, 6)])
+def test_task_1_causal_attention_is_mlx_own(length: int, total: int) -> None:
+    """Oracle: mx.fast.scaled_dot_product_attention, which groups heads in the same way."""
+    q, k, v = (mx.array(x) for x in random_qkv(4, 2, 9, 3, length, total, size=16))
+    mask = mx.array(numpy_causal_mask(length, total))
+    out = grouped_query_attention(q, k, v, 0.25, mask)
+    oracle = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask)
+    np.testing.assert_allclose(np.array(out), np.array(oracle), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (2, 4), (9, 4)])
+def test_task_1_heads_that_do_not_share_evenly_are_refused(heads: int, kv_heads: int) -> None:
+    """Oracle: the docstring: ValueError where H is no multiple of Hkv."""
+    q, k, v = (mx.array(x) for x in random_qkv(5, 1, heads, kv_heads, length=2, total=2))
+    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+        grouped_query_attention(q, k, v, 1.0)
+
+
+# Task 2: NoCacheContext.attend
+
+
+def test_task_2_equal_keys_give_the_mean_of_the_values_so_far() -> None:
+    """Oracle: by hand: of 2, 4 and 9 the means so far are 2, 3 and 5; without a mask all would be 5."""
+    out = NoCacheContext(3, 1.0).attend(0, column(1, 1, 1), column(0, 0, 0), column(2, 4, 9))
+    np.testing.assert_allclose(np.array(out).ravel(), [2, 3, 5], rtol=1e-6)
+
+
+def test_task_2_one_token_sees_itself() -> None:
+    """Oracle: by hand."""
+    out = NoCacheContext(1, 1.0).attend(0, column(3), column(5), column(2.5))
+    np.testing.assert_allclose(np.array(out).ravel(), [2.5], rtol=1e-6)
+
+
+def test_task_2_scores_are_multiplied_by_the_scale_of_the_context() -> None:
+    """Oracle: by hand: with scores 0 and ln 3 the weights of the second token are 1/4 and 3/4."""
+    out = NoCacheContext(2, 0.5).attend(0, column(2, 2), column(0, np.log(3)), column(0, 8))
+    np.testing.assert_allclose(np.array(out).ravel(), [0, 6], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 2, 2), (2, 4, 2), (3, 6, 2), (2, 4, 1)])
+def test_task_2_heads_in_groups_and_several_sequences(batch: int, heads: int, kv_heads: int) -> None:
+    """Oracle: NumPy in float64, causal."""
+    q, k, v = random_qkv(6, batch, heads, kv_heads, length=5, total=5)
+    out = NoCacheContext(5, 0.3).attend(0, mx.array(q), mx.array(k), mx.array(v))
+    assert out.shape == (batch, heads, 5, 8)
+    expected = numpy_attention(q, k, v, 0.3, numpy_causal_mask(5, 5))
+    np.testing.assert_allclose(np.array(out), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_task_2_a_later_token_changes_nothing_before_it() -> None:
+    """Oracle: the same tokens with another one at the end."""
+    q, k, v = random_qkv(7, batch=1, heads=4, kv_heads=2, length=6, total=6)
+    other_k, other_v = k.copy(), v.copy()
+    other_k[:, :, -1], other_v[:, :, -1] = 9.0, -9.0
+    context = NoCacheContext(6, 0.3)
+    first = np.array(context.attend(0, mx.array(q), mx.array(k), mx.array(v)))
+    second = np.array(context.attend(0, mx.array(q), mx.array(other_k), mx.array(other_v)))
+    np.testing.assert_allclose(second[:, :, :-1], first[:, :, :-1], rtol=1e-6, atol=1e-6)
+    assert not np.allclose(second[:, :, -1], first[:, :, -1])
+
+
+def test_task_2_nothing_is_remembered_from_layer_to_layer() -> None:
+    """Oracle: NumPy in float64, each call alone: keys and values are this call's."""
+    context, mask = NoCacheContext(4, 0.3), numpy_causal_mask(4, 4)
+    for call, layer in enumerate((0, 1, 0)):
+        q, k, v = random_qkv(20 + call, batch=1, heads=2, kv_heads=1, length=4, total=4)
+        out = context.attend(layer, mx.array(q), mx.array(k), mx.array(v))
+        np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, 0.3, mask), rtol=1e-4, atol=1e-5)
+
+
+# Task 3: Attention.__call__
+
+
+@dataclass
+class FakeContext:
+    """A context that notes what it is given, and gives back what it was made with, or else the queries."""
+
+    positions: mx.array
+    result: mx.array | None = None
+    logit_rows: mx.array | None = None
+    layers: list[int] = field(default_factory=list)
+    given: list[np.ndarray] = field(default_factory=list)
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        self.layers.append(layer)
+        self.given = [np.array(x) for x in (q, k, v)]
+        return q if self.result is None else self.result
+
+
+def matrix(weight: np.ndarray) -> Linear:
+    """A dense matrix [outputs, inputs]."""
+    return Linear(mx.array(weight.astype(np.float32)))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer in NumPy: matrices as [outputs, inputs]."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    frequencies: np.ndarray
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    o: np.ndarray
+
+    def layer(self, q_norm: mx.array | None = None, k_norm: mx.array | None = None) -> Attention:
+        """The layer under test, of these weights."""
+        return Attention(
+            layer=0,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.size,
+            inv_freq=mx.array(self.frequencies),
+            qkv_proj=matrix(np.concatenate([self.q, self.k, self.v])),
+            o_proj=matrix(self.o),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=1e-5,
+        )
+
+
+def random_weights(seed: int, heads: int, kv_heads: int, size: int, width: int) -> Weights:
+    """A layer over a stream of `width` values, strong enough that scores differ."""
+    rng = np.random.default_rng(seed)
+    rows = [heads * size, kv_heads * size, kv_heads * size]
+    q, k, v = (rng.normal(size=(n, width)) * 1.5 / width**0.5 for n in rows)
+    o = rng.normal(size=(width, heads * size)) / (heads * size) ** 0.5
+    frequencies = (100.0 ** (-np.arange(0, size, 2) / size)).astype(np.float32)
+    return Weights(heads, kv_heads, size, frequencies, *(x.astype(np.float32) for x in (q, k, v, o)))
+
+
+def numpy_split(x: np.ndarray, size: int) -> np.ndarray:
+    """[B, L, N * size] -> [B, N, L, size]."""
+    return np.stack(np.split(x, x.shape[-1] // size, axis=-1), axis=1)
+
+
+def numpy_rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """x [B, N, L, D], each pair (i, i + D/2) turned by position times frequency."""
+    angles = positions[:, None] * frequencies.astype(np.float64)
+    first, second = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def numpy_layer(
+    weights: Weights, x: np.ndarray, q_norm: np.ndarray | None = None, k_norm: np.ndarray | None = None
+) -> np.ndarray:
+    """The whole layer in float64, over whole sequences x [B, L, E]."""
+    x, positions = x.astype(np.float64), np.arange(x.shape[1])
+    q, k, v = (
+        numpy_split(x @ w.astype(np.float64).T, weights.size) for w in (weights.q, weights.k, weights.v)
+    )
+    if q_norm is not None and k_norm is not None:
+        q = q / np.sqrt((q * q).mean(axis=-1, keepdims=True) + 1e-5) * q_norm
+        k = k / np.sqrt((k * k).mean(axis=-1, keepdims=True) + 1e-5) * k_norm
+    q, k = (numpy_rope(y, positions, weights.frequencies) for y in (q, k))
+    mask = numpy_causal_mask(x.shape[1], x.shape[1])
+    out = numpy_attention(q, k, v, weights.size**-0.5, mask)  # [B, H, L, D]
+    return np.concatenate(list(out.swapaxes(0, 1)), axis=-1) @ weights.o.astype(np.float64).T
+
+
+def run_layer(layer: Attention, x: np.ndarray) -> np.ndarray:
+    """The layer over whole sequences x [B, L, E]."""
+    out = layer(mx.array(x), NoCacheContext(x.shape[1], layer.head_dim**-0.5))
+    return np.array(out)
+
+
+def plain_layer(heads: int, kv_heads: int, size: int, layer: int = 0) -> Attention:
+    """A layer that changes nothing: projections are the identity, and rotation has no angle."""
+    return Attention(
+        layer=layer,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        inv_freq=mx.zeros(size // 2),
+        qkv_proj=matrix(np.eye((heads + 2 * kv_heads) * size)),
+        o_proj=matrix(np.eye(heads * size)),
+        q_norm=None,
+        k_norm=None,
+        eps=1e-5,
+    )
+
+
+def test_task_3_one_token_gives_its_own_value() -> None:
+    """Oracle: by hand: a single token has weight 1 on itself, so that its value comes out, projected back."""
+    layer = Attention(
+        layer=0,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+        inv_freq=mx.zeros(1),
+        qkv_proj=matrix(np.array([[5, 0], [0, 5], [7, 0], [0, 7], [1, 0], [0, 2]])),  # q, k, v: two rows each
+        o_proj=matrix(np.array([[10, 0], [1, 1]])),
+        q_norm=None,
+        k_norm=None,
+        eps=1e-5,
+    )
+    out = run_layer(layer, np.array([[[3.0, 4.0]]], np.float32))  # its value is (3, 8)
+    np.testing.assert_allclose(out, [[[30, 11]]], rtol=1e-5)
+
+
+def test_task_3_the_projection_holds_all_queries_then_all_keys_then_all_values() -> None:
+    """Oracle: by hand: with identities for projections, the heads are slices of x, and all go to the context.
+
+    A reshape to [B, N, L, D] without a transpose mixes tokens and heads.
+    """
+    x = np.arange(2 * 3 * 12, dtype=np.float32).reshape(2, 3, 12)
+    context = FakeContext(mx.arange(3, dtype=mx.int32))
+    context.result = mx.zeros((2, 4, 3, 2))
+    plain_layer(heads=4, kv_heads=1, size=2)(mx.array(x), context)
+    q, k, v = context.given
+    assert (q.shape, k.shape, v.shape) == ((2, 4, 3, 2), (2, 1, 3, 2), (2, 1, 3, 2))
+    for head in range(4):
+        np.testing.assert_allclose(q[:, head], x[:, :, 2 * head : 2 * head + 2], rtol=1e-6)
+    np.testing.assert_allclose(k[:, 0], x[:, :, 8:10], rtol=1e-6)
+    np.testing.assert_allclose(v[:, 0], x[:, :, 10:12], rtol=1e-6)
+
+
+def test_task_3_heads_lie_side_by_side_when_they_are_projected_back() -> None:
+    """Oracle: by hand: the value 100 b + 10 h + l for each head, so that a row is its heads in order."""
+    b, h, token, _ = np.ogrid[:2, :3, :4, :2]
+    result = np.broadcast_to(100 * b + 10 * h + token, (2, 3, 4, 2)).astype(np.float32)
+    context = FakeContext(mx.arange(4, dtype=mx.int32), mx.array(result))
+    out = plain_layer(heads=3, kv_heads=1, size=2)(mx.zeros((2, 4, 10)), context)
+    assert out.shape == (2, 4, 6)
+    np.testing.assert_allclose(np.array(out)[0, 1], [1, 1, 11, 11, 21, 21], rtol=1e-6)
+    np.testing.assert_allclose(np.array(out)[1, 3], [103, 103, 113, 113, 123, 123], rtol=1e-6)
+
+
+def test_task_3_queries_and_keys_are_rotated_by_the_positions_of_the_context_and_values_are_not() -> None:
+    """Oracle: by hand: a quarter turn per position, at positions 2 and 5; 0 and 1 are the mistake."""
+    layer = Attention(
+        layer=0,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+        inv_freq=mx.array([np.pi / 2], mx.float32),
+        qkv_proj=matrix(np.eye(6)),
+        o_proj=matrix(np.eye(2)),
+        q_norm=None,
+        k_norm=None,
+        eps=1e-5,
+    )
+    context = FakeContext(mx.array([2, 5], mx.int32))
+    layer(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2]), context)
+    q, k, v = (x.reshape(2, 2) for x in context.given)
+    np.testing.assert_allclose(q, [[-1, -2], [-2, 1]], rtol=1e-5)
+    np.testing.assert_allclose(k, [[-3, -4], [-4, 3]], rtol=1e-5)
+    np.testing.assert_allclose(v, [[5, 6], [5, 6]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+def test_task_3_the_context_is_told_the_layer(layer: int) -> None:
+    """Oracle: by hand: a cache finds its keys by this number."""
+    context = FakeContext(mx.arange(2, dtype=mx.int32))
+    plain_layer(heads=2, kv_heads=1, size=2, layer=layer)(mx.zeros((1, 2, 8)), context)
+    assert context.layers == [layer]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "width"),
+    [(1, 1, 8, 8), (2, 2, 4, 8), (4, 2, 8, 32), (9, 3, 8, 24), (4, 1, 8, 20)],
+)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 6), (3, 4)])
+def test_task_3_the_whole_layer(
+    heads: int, kv_heads: int, size: int, width: int, batch: int, length: int
+) -> None:
+    """Oracle: NumPy in float64, with rotation, also where H * D is not E."""
+    weights = random_weights(9, heads, kv_heads, size, width)
+    x = np.random.default_rng(10).normal(size=(batch, length, width)).astype(np.float32)
+    out = run_layer(weights.layer(), x)
+    assert out.shape == (batch, length, width)
+    np.testing.assert_allclose(out, numpy_layer(weights, x), rtol=1e-3, atol=1e-4)
+
+
+def test_task_3_the_whole_layer_of_mlx_own_operators() -> None:
+    """Oracle: mx.fast.rope and mx.fast.scaled_dot_product_attention."""
+    weights = random_weights(11, heads=6, kv_heads=2, size=16, width=40)
+    x = mx.random.normal((2, 7, 40), key=mx.random.key(12))
+    heads = [
+        (x @ mx.array(w).T).reshape(2, 7, -1, 16).transpose(0, 2, 1, 3)
+        for w in (weights.q, weights.k, weights.v)
+    ]
+    q, k = (mx.fast.rope(y, 16, traditional=False, base=100.0, scale=1.0, offset=0) for y in heads[:2])
+    oracle = mx.fast.scaled_dot_product_attention(q, k, heads[2], scale=0.25, mask="causal")
+    oracle = oracle.transpose(0, 2, 1, 3).reshape(2, 7, -1) @ mx.array(weights.o).T
+    out = run_layer(weights.layer(), np.array(x))
+    np.testing.assert_allclose(out, np.array(oracle), rtol=1e-3, atol=1e-4)
+
+
+def test_task_3_projections_may_have_a_bias() -> None:
+    """Oracle: NumPy in float64: a bias is one more column, for an input that is always 1.
+
+    A layer calls its matrices, whatever they are; one that reads `.weight` loses the bias.
+    """
+    weights = random_weights(13, heads=4, kv_heads=2, size=8, width=16)
+    x = np.random.default_rng(14).normal(size=(2, 5, 16)).astype(np.float32)
+    x[:, :, -1] = 1.0
+    stacked = np.concatenate([weights.q, weights.k, weights.v])
+    plain = weights.layer()
+    biased = Attention(
+        layer=0,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        inv_freq=plain.inv_freq,
+        qkv_proj=BiasedLinear(matrix(stacked * (np.arange(16) < 15)), mx.array(stacked[:, -1])),
+        o_proj=plain.o_proj,
+        q_norm=None,
+        k_norm=None,
+        eps=1e-5,
+    )
+    np.testing.assert_allclose(run_layer(biased, x), numpy_layer(weights, x), rtol=1e-3, atol=1e-4)
+
+
+def test_task_3_queries_and_keys_are_normalised_before_they_are_rotated_where_there_are_norms() -> None:
+    """Oracle: NumPy in float64. Queries and keys have norms of their own, not one for both."""
+    weights = random_weights(15, heads=4, kv_heads=2, size=8, width=16)
+    rng = np.random.default_rng(16)
+    x = rng.normal(size=(2, 5, 16)).astype(np.float32)
+    q_norm, k_norm = (rng.uniform(0.3, 2.0, size=8).astype(np.float32) for _ in range(2))
+    out = run_layer(weights.layer(mx.array(q_norm), mx.array(k_norm)), x)
+    np.testing.assert_allclose(out, numpy_layer(weights, x, q_norm, k_norm), rtol=1e-3, atol=1e-4)
+
+
+def test_task_3_a_later_token_changes_nothing_before_it() -> None:
+    """Oracle: the same tokens with another one at the end."""
+    weights = random_weights(17, heads=4, kv_heads=2, size=8, width=16)
+    x = np.random.default_rng(18).normal(size=(1, 6, 16)).astype(np.float32)
+    other = x.copy()
+    other[:, -1] = 3.0
+    first, second = run_layer(weights.layer(), x), run_layer(weights.layer(), other)
+    np.testing.assert_allclose(second[:, :-1], first[:, :-1], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(second[:, -1], first[:, -1])

@@ -1,0 +1,198 @@
+"""Day 1.4: RMSNorm and the feed-forward network.
+
+When it passes, you have the norm in front of each half of a block, and the gated network that is its second half.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.linear import BiasedLinear, Linear
+from tiny_llm.mlp import MLP, swiglu
+from tiny_llm.norm import rms_norm
+
+# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
+
+
+# Task 1: rms_norm
+
+
+def numpy_rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """The formula in float64."""
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+def test_task_1_a_row_is_divided_by_the_root_of_its_mean_square() -> None:
+    """Oracle: by hand: the mean of 1 and 49 is 25. A norm that subtracts the mean first gives (-1, 1)."""
+    out = rms_norm(mx.array([[1.0, 7.0]]), mx.ones(2), 0.0)
+    np.testing.assert_allclose(np.array(out), [[0.2, 1.4]], rtol=1e-5)
+
+
+def test_task_1_each_value_has_a_weight() -> None:
+    """Oracle: by hand: (0.2, 1.4) times (10, -5)."""
+    out = rms_norm(mx.array([[1.0, 7.0]]), mx.array([10.0, -5.0]), 0.0)
+    np.testing.assert_allclose(np.array(out), [[2, -7]], rtol=1e-5)
+
+
+def test_task_1_eps_is_added_under_the_root() -> None:
+    """Oracle: by hand: 25 and 11 is 36, whose root is 6. Added behind the root it gives 5 and 11."""
+    out = rms_norm(mx.array([[1.0, 7.0]]), mx.ones(2), 11.0)
+    np.testing.assert_allclose(np.array(out), [[1 / 6, 7 / 6]], rtol=1e-5)
+
+
+def test_task_1_a_row_of_zeros_stays_zero() -> None:
+    """Oracle: by hand: 0 / sqrt(eps). Without eps it is nan."""
+    np.testing.assert_array_equal(np.array(rms_norm(mx.zeros((2, 4)), mx.ones(4), 1e-5)), np.zeros((2, 4)))
+
+
+def test_task_1_a_row_of_one_value_is_its_sign() -> None:
+    """Oracle: by hand: x / sqrt(x^2)."""
+    out = rms_norm(mx.array([[3.0], [-0.5]]), mx.ones(1), 0.0)
+    np.testing.assert_allclose(np.array(out), [[1], [-1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (8, 8), (1, 1, 64), (2, 3, 5), (2, 4, 3, 16)])
+@pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.1])
+def test_task_1_the_norm_runs_over_the_last_axis(shape: tuple[int, ...], eps: float) -> None:
+    """Oracle: NumPy in float64. A sum in place of the mean, or another axis, is the mistake that this finds."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=shape).astype(np.float32)
+    weight = rng.normal(size=shape[-1]).astype(np.float32)
+    out = rms_norm(mx.array(x), mx.array(weight), eps)
+    assert out.shape == shape
+    np.testing.assert_allclose(np.array(out), numpy_rms_norm(x, weight, eps), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_task_1_small_and_large_rows(size: float) -> None:
+    """Oracle: mx.fast.rms_norm. In small rows eps counts."""
+    x = mx.random.normal((4, 96), key=mx.random.key(2)) * size
+    weight = mx.random.uniform(0.5, 2.0, (96,), key=mx.random.key(3))
+    out, oracle = rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)
+    np.testing.assert_allclose(np.array(out), np.array(oracle), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_task_1_the_result_has_the_type_of_x(dtype: mx.Dtype) -> None:
+    """Oracle: the docstring."""
+    x = mx.random.normal((2, 8), key=mx.random.key(4)).astype(dtype)
+    assert rms_norm(x, mx.ones(8, dtype), 1e-5).dtype == dtype
+
+
+def test_task_1_the_mean_of_half_precision_values_is_taken_in_float32() -> None:
+    """Oracle: NumPy in float64. 300 squared is infinite in float16, and 0.001 squared loses most of its digits."""
+    x = np.array([[300.0, -900.0, 600.0, 1200.0], [0.001, -0.002, 0.003, 0.001]], np.float16)
+    out = rms_norm(mx.array(x), mx.ones(4, mx.float16), 1e-6)
+    expected = numpy_rms_norm(x, np.ones(4), 1e-6)
+    np.testing.assert_allclose(np.array(out.astype(mx.float32)), expected, rtol=4e-3)
+
+
+# Task 2: swiglu
+
+
+def numpy_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The formula in float64."""
+    gate = gate.astype(np.float64)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def test_task_2_a_gate_of_zero_lets_nothing_through() -> None:
+    """Oracle: by hand: 0 times one half."""
+    np.testing.assert_array_equal(np.array(swiglu(mx.zeros(2), mx.array([5.0, -5.0]))), [0, 0])
+
+
+def test_task_2_a_gate_of_ln_3() -> None:
+    """Oracle: by hand: sigmoid(ln 3) is 3/4, so 4 becomes 3 ln 3. Without the factor ln 3 it is a plain gate."""
+    out = swiglu(mx.array([np.log(3.0)]), mx.array([4.0]))
+    np.testing.assert_allclose(np.array(out), [3 * np.log(3)], rtol=1e-5)
+
+
+def test_task_2_the_first_argument_is_the_gate() -> None:
+    """Oracle: by hand: -ln 3 / 4 times 2. The other way round it is -1.93."""
+    out = swiglu(mx.array([-np.log(3.0)]), mx.array([2.0]))
+    np.testing.assert_allclose(np.array(out), [-np.log(3) / 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 5), (2, 3, 48)])
+def test_task_2_values_follow_the_formula(shape: tuple[int, ...]) -> None:
+    """Oracle: NumPy in float64. gelu in place of silu is the mistake that this finds."""
+    rng = np.random.default_rng(5)
+    gate, up = (rng.normal(size=shape, scale=2.0).astype(np.float32) for _ in range(2))
+    out = swiglu(mx.array(gate), mx.array(up))
+    assert out.shape == shape
+    np.testing.assert_allclose(np.array(out), numpy_swiglu(gate, up), rtol=1e-4, atol=1e-5)
+
+
+def test_task_2_gates_far_from_zero_are_open_or_shut() -> None:
+    """Oracle: by hand: silu(100) is 100, silu(-100) is 0. exp(100) by 1 + exp(100) is nan in float32."""
+    out = swiglu(mx.array([100.0, -100.0]), mx.array([0.5, 0.5]))
+    np.testing.assert_allclose(np.array(out), [50, 0], rtol=1e-5, atol=1e-6)
+
+
+# Task 3: MLP.__call__
+
+
+def matrix(weight: np.ndarray) -> Linear:
+    """A dense matrix [outputs, inputs]."""
+    return Linear(mx.array(weight.astype(np.float32)))
+
+
+def numpy_mlp(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """The network in float64, its matrices as [outputs, inputs]."""
+    x, gate, up, down = (a.astype(np.float64) for a in (x, gate, up, down))
+    return numpy_swiglu(x @ gate.T, x @ up.T) @ down.T
+
+
+def random_matrices(seed: int, width: int, inner: int) -> list[np.ndarray]:
+    """gate and up [inner, width], down [width, inner]."""
+    rng = np.random.default_rng(seed)
+    shapes = [(inner, width), (inner, width), (width, inner)]
+    return [(rng.normal(size=shape) * 2 / shape[1] ** 0.5).astype(np.float32) for shape in shapes]
+
+
+def test_task_3_one_value() -> None:
+    """Oracle: by hand: gate ln 3 and up 4 give 3 ln 3, and down doubles it. With up for gate it is 8.63."""
+    mlp = MLP(gate_up_proj=matrix(np.array([[1.0], [4 / np.log(3)]])), down_proj=matrix(np.array([[2.0]])))
+    out = mlp(mx.array([[[np.log(3.0)]]]))
+    np.testing.assert_allclose(np.array(out), [[[6 * np.log(3)]]], rtol=1e-5)
+
+
+def test_task_3_the_upper_half_of_the_stack_is_the_gate() -> None:
+    """Oracle: by hand: gates 100 and 0, ups 3 and 5. Every other row as a gate is the mistake that this finds."""
+    mlp = MLP(gate_up_proj=matrix(np.array([[100], [0], [3], [5]])), down_proj=matrix(np.eye(2)))
+    np.testing.assert_allclose(np.array(mlp(mx.array([[[1.0]]]))), [[[300, 0]]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "inner"), [(1, 4), (8, 8), (8, 24), (32, 96), (24, 8)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 6), (3, 4)])
+def test_task_3_the_whole_network(width: int, inner: int, batch: int, length: int) -> None:
+    """Oracle: NumPy in float64."""
+    gate, up, down = random_matrices(6, width, inner)
+    x = np.random.default_rng(7).normal(size=(batch, length, width)).astype(np.float32)
+    out = MLP(gate_up_proj=matrix(np.concatenate([gate, up])), down_proj=matrix(down))(mx.array(x))
+    assert out.shape == (batch, length, width)
+    np.testing.assert_allclose(np.array(out), numpy_mlp(x, gate, up, down), rtol=1e-3, atol=1e-4)
+
+
+def test_task_3_tokens_do_not_see_each_other() -> None:
+    """Oracle: each token alone."""
+    gate, up, down = random_matrices(8, 8, 24)
+    mlp = MLP(gate_up_proj=matrix(np.concatenate([gate, up])), down_proj=matrix(down))
+    x = mx.random.normal((2, 3, 8), key=mx.random.key(9))
+    alone = [[np.array(mlp(x[b : b + 1, i : i + 1]))[0, 0] for i in range(3)] for b in range(2)]
+    np.testing.assert_allclose(np.array(mlp(x)), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_task_3_projections_may_have_a_bias() -> None:
+    """Oracle: NumPy in float64: a bias is one more column, for an input that is always 1.
+
+    A network calls its matrices, whatever they are; one that reads `.weight` loses the bias.
+    """
+    gate, up, down = random_matrices(10, 8, 24)
+    x = np.random.default_rng(11).normal(size=(2, 3, 8)).astype(np.float32)
+    x[:, :, -1] = 1.0
+    stacked = np.concatenate([gate, up])
+    biased = BiasedLinear(matrix(stacked * (np.arange(8) < 7)), mx.array(stacked[:, -1]))
+    out = MLP(gate_up_proj=biased, down_proj=BiasedLinear(matrix(down), mx.full(8, 0.5)))(mx.array(x))
+    np.testing.assert_allclose(np.array(out), numpy_mlp(x, gate, up, down) + 0.5, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,391 @@
+"""Day 2.4: weights in a few bits, a scale and a bias for each group of values.
+
+When it passes, you write and read MLX's quantized layout, bit by bit, and multiply with a matrix that takes a
+third of the bytes: with 4 bits in groups of 32 and scales in float16, 5 bits a value.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.kernels import compiled_kernel, kernel_info
+from tiny_llm.quantize import Quantized, dequantize, quantize, quantized_matmul
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+def float64(x: mx.array) -> np.ndarray:
+    """The same numbers in NumPy's widest type."""
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def random_matrix(rows: int, columns: int, seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """Normally distributed weights [rows, columns]."""
+    noise = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    return mx.array(noise).astype(dtype)
+
+
+def codes_of(words: mx.array, bits: int) -> np.ndarray:
+    """The whole numbers in words [N, K * bits / 32] -> [N, K]: each row read as one long integer."""
+    rows = []
+    for row in words.tolist():
+        stream = sum(word << (32 * i) for i, word in enumerate(row))
+        rows.append([(stream >> (bits * i)) % 2**bits for i in range(32 * len(row) // bits)])
+    return np.array(rows)
+
+
+def values_of(words: mx.array, scales: mx.array, biases: mx.array, bits: int) -> np.ndarray:
+    """scale * q + bias for every number of a quantized matrix, in float64."""
+    codes = codes_of(words, bits)
+    group_size = codes.shape[1] // scales.shape[1]
+    return codes * np.repeat(float64(scales), group_size, axis=1) + np.repeat(
+        float64(biases), group_size, axis=1
+    )
+
+
+# Task 1: quantize
+
+
+def test_task_1_whole_numbers_from_0_to_15_are_their_own_codes() -> None:
+    """Oracle: by hand: scale 1, bias 0, and the first value in the lowest 4 bits of the first word."""
+    w = mx.array([list(range(16)) * 2], mx.float32)
+    got = quantize(w, group_size=32, bits=4)
+    np.testing.assert_allclose(np.array(got.scales), [[1]], rtol=1e-6)
+    np.testing.assert_allclose(np.array(got.biases), [[0]], rtol=1e-6)
+    assert got.weight.dtype == mx.uint32
+    assert [hex(word) for word in got.weight.tolist()[0]] == ["0x76543210", "0xfedcba98"] * 2
+    assert (got.group_size, got.bits) == (32, 4)
+
+
+def test_task_1_the_least_value_is_the_bias() -> None:
+    """Oracle: by hand: from -3 to 4.5 in 15 steps of a half."""
+    w = mx.array([[-3 + i / 2 for i in range(16)] * 2], mx.float32)
+    got = quantize(w, group_size=32, bits=4)
+    np.testing.assert_allclose(np.array(got.scales), [[0.5]], rtol=1e-6)
+    np.testing.assert_allclose(np.array(got.biases), [[-3]], rtol=1e-6)
+    assert codes_of(got.weight, 4).tolist() == [list(range(16)) * 2]
+
+
+def test_task_1_groups_lie_along_a_row() -> None:
+    """Oracle: by hand: two rows of two groups, each with a range of its own."""
+    steps = mx.arange(32, dtype=mx.float32) % 4
+    w = mx.stack([mx.concatenate([steps, 10 * steps]), mx.concatenate([2 * steps - 1, -steps])])
+    got = quantize(w, group_size=32, bits=2)
+    np.testing.assert_allclose(np.array(got.scales), [[1, 10], [2, 1]], rtol=1e-6)
+    np.testing.assert_allclose(np.array(got.biases), [[0, 0], [-1, -3]], rtol=1e-6)
+    rising, falling = [0, 1, 2, 3] * 8, [3, 2, 1, 0] * 8
+    assert codes_of(got.weight, 2).tolist() == [rising + rising, rising + falling]
+
+
+def test_task_1_a_value_of_3_bits_may_lie_in_two_words() -> None:
+    """Oracle: by hand: of the eleventh value, 6, 2 bits are in the first word and 1 in the second."""
+    codes = [0] * 10 + [6] + [0] * 20 + [7]
+    got = quantize(mx.array([codes], mx.float32), group_size=32, bits=3)
+    assert [hex(word) for word in got.weight.tolist()[0]] == [hex(0b10 << 30), hex(0b1), hex(0b111 << 29)]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_task_1_the_layout_is_one_stream_of_bits_a_row(bits: int, group_size: int) -> None:
+    """Oracle: each row as one long Python integer, for whole numbers that are their own codes."""
+    codes = np.random.default_rng(bits).integers(0, 2**bits, size=(5, 256))
+    codes[:, ::group_size], codes[:, 1::group_size] = 0, 2**bits - 1
+    got = quantize(mx.array(codes.astype(np.float32)), group_size, bits)
+    assert got.weight.shape == (5, 256 * bits // 32)
+    assert got.scales.shape == got.biases.shape == (5, 256 // group_size)
+    for row, words in zip(codes.tolist(), got.weight.tolist(), strict=True):
+        stream = sum(code << (bits * i) for i, code in enumerate(row))
+        assert words == [(stream >> (32 * i)) % 2**32 for i in range(256 * bits // 32)]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_task_1_an_error_is_half_a_step_at_most(bits: int, group_size: int) -> None:
+    """Oracle: `mx.dequantize`. Cutting off instead of rounding is off by up to a whole step."""
+    w = random_matrix(8, 256, seed=1)
+    got = quantize(w, group_size, bits)
+    back = mx.dequantize(got.weight, got.scales, got.biases, group_size=group_size, bits=bits)
+    error = np.abs(float64(back) - float64(w)).reshape(8, -1, group_size)
+    step = float64(got.scales)[..., None]
+    assert (error <= step / 2 + 1e-5 * (1 + step)).all()
+    assert error.max() > 0.4 * step.max(), "values between two steps are off by up to half of one"
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_task_1_least_and_greatest_are_the_first_and_the_last_code(bits: int) -> None:
+    """Oracle: NumPy: scale = (greatest - least) / (2^bits - 1). A division by 2^bits is the mistake."""
+    w = random_matrix(6, 128, seed=2)
+    got = quantize(w, 64, bits)
+    groups = float64(w).reshape(6, 2, 64)
+    least, greatest = groups.min(axis=-1), groups.max(axis=-1)
+    np.testing.assert_allclose(float64(got.biases), least, rtol=1e-6)
+    np.testing.assert_allclose(float64(got.scales), (greatest - least) / (2**bits - 1), rtol=1e-5)
+    codes = codes_of(got.weight, bits).reshape(6, 2, 64)
+    assert (np.take_along_axis(codes, groups.argmin(axis=-1)[..., None], axis=-1) == 0).all()
+    assert (np.take_along_axis(codes, groups.argmax(axis=-1)[..., None], axis=-1) == 2**bits - 1).all()
+
+
+def check_nearest(w: mx.array, got: Quantized) -> None:
+    """Every value has the code that is nearest to it: all of them are tried, in float64."""
+    groups = float64(w).reshape(*got.scales.shape, got.group_size, 1)
+    scales, biases = (float64(x)[..., None, None] for x in (got.scales, got.biases))
+    best = np.abs(scales * np.arange(2**got.bits) + biases - groups).min(axis=-1)
+    values = values_of(got.weight, got.scales, got.biases, got.bits)
+    np.testing.assert_allclose(np.abs(values - float64(w)), best.reshape(w.shape), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_task_1_no_other_code_is_nearer(bits: int, dtype: mx.Dtype) -> None:
+    """Oracle: all the codes, tried in float64, with the scale and the bias as they are stored.
+
+    Rounding with a scale that is not rounded to its type yet, or in 16 bits, is the mistake that this finds.
+    """
+    w = random_matrix(24, 128, seed=3, dtype=dtype)
+    got = quantize(w, 32, bits)
+    assert got.scales.dtype == got.biases.dtype == dtype
+    check_nearest(w, got)
+
+
+def test_task_1_codes_do_not_run_over_the_last_one() -> None:
+    """Oracle: all the codes, tried in float64.
+
+    A step of 1.4 times float16's least number is stored as 1 time: the greatest values are more than 255
+    steps away from the least, and a code that is cut to 8 bits would begin at 0 again.
+    """
+    w = mx.array([[round(i * 255 * 1.4 / 31) for i in range(32)]], mx.float32) * 2.0**-24
+    w = w.astype(mx.float16)
+    got = quantize(w, 32, 8)
+    # Both sides times a power of two, which changes no code: the numbers are then far from the tolerance.
+    check_nearest(w * 2.0**10, got._replace(scales=got.scales * 2.0**10, biases=got.biases * 2.0**10))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_task_1_a_group_of_equal_values_is_exact(bits: int) -> None:
+    """Oracle: the docstring: there is no range to divide by, and the value comes back as it was."""
+    w = mx.concatenate([mx.full((1, 32), value) for value in (0.0, 3.7, -2.25, 1e-3)], axis=1)
+    got = quantize(w, 32, bits)
+    back = mx.dequantize(got.weight, got.scales, got.biases, group_size=32, bits=bits)
+    assert mx.array_equal(back, w)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_task_1_mlx_multiplies_with_the_result(bits: int, group_size: int) -> None:
+    """Oracle: NumPy in float64, on the values that the codes stand for, against `mx.quantized_matmul`."""
+    got = quantize(random_matrix(7, 256, seed=4), group_size, bits)
+    x = random_matrix(3, 256, seed=5)
+    y = mx.quantized_matmul(
+        x, got.weight, got.scales, got.biases, transpose=True, group_size=group_size, bits=bits
+    )
+    want = float64(x) @ values_of(got.weight, got.scales, got.biases, bits).T
+    np.testing.assert_allclose(np.array(y), want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "bits_a_value"),
+    [(4, 32, 5), (4, 64, 4.5), (8, 32, 9), (2, 128, 2.25), (3, 64, 3.5)],
+)
+def test_task_1_the_size_in_bytes(bits: int, group_size: int, bits_a_value: float) -> None:
+    """Oracle: by hand: a group of 32 shares 16 bits of scale and 16 of bias: 4 + 32 / 32 = 5 bits."""
+    w = random_matrix(16, 256, seed=6, dtype=mx.float16)
+    got = quantize(w, group_size, bits)
+    nbytes = got.weight.nbytes + got.scales.nbytes + got.biases.nbytes
+    assert 8 * nbytes / w.size == bits_a_value
+
+
+# Task 2: dequantize
+
+
+def test_task_2_the_lowest_bits_are_the_first_value() -> None:
+    """Oracle: by hand: 4 bits a value, scale 1, bias 0."""
+    words = mx.array([[0x76543210, 0xFEDCBA98, 0, 0x0000000F]], mx.uint32)
+    got = dequantize(words, mx.array([[1.0]]), mx.array([[0.0]]), 32, 4)
+    assert got.tolist() == [[*range(16), *[0] * 8, 15, *[0] * 7]]
+
+
+def test_task_2_a_value_is_scale_times_code_plus_bias() -> None:
+    """Oracle: by hand: codes 3, 2, 1 and 0 in steps of a half, from -1 in one group and 10 in the next."""
+    words = mx.array([[0b00_01_10_11, 0, 0b00_01_10_11, 0]], mx.uint32)
+    got = dequantize(words, mx.array([[0.5, 2.0]]), mx.array([[-1.0, 10.0]]), 32, 2)
+    assert got.tolist() == [[0.5, 0, -0.5, *[-1] * 29, 16, 14, 12, *[10] * 29]]
+
+
+def test_task_2_a_value_of_3_bits_may_lie_in_two_words() -> None:
+    """Oracle: by hand: the eleventh value is bits 30 to 32: 2 bits of the first word and 1 of the second."""
+    words = mx.array([[0b11 << 30, 0b1, 0b101 << 29]], mx.uint32)
+    got = dequantize(words, mx.array([[1.0]]), mx.array([[0.0]]), 32, 3)
+    assert got.tolist() == [[*[0] * 10, 7, *[0] * 20, 5]]
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_task_2_equals_mlx(bits: int, group_size: int) -> None:
+    """Oracle: `mx.dequantize` on the same arrays."""
+    arrays = mx.quantize(random_matrix(6, 256, seed=7), group_size=group_size, bits=bits)
+    want = mx.dequantize(*arrays, group_size=group_size, bits=bits)
+    got = dequantize(*arrays, group_size, bits)
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_task_2_any_words_are_codes(bits: int) -> None:
+    """Oracle: each row as one long Python integer, for random bits; 3, 5 and 6 cross words."""
+    rng = np.random.default_rng(8)
+    words = mx.array(rng.integers(0, 2**32, size=(4, 2 * bits), dtype=np.uint32))
+    scales, biases = (mx.array(rng.normal(size=(4, 2)).astype(np.float32)) for _ in range(2))
+    got = dequantize(words, scales, biases, 32, bits)
+    np.testing.assert_allclose(np.array(got), values_of(words, scales, biases, bits), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_task_2_the_result_is_float32_and_computed_in_it(bits: int, dtype: mx.Dtype) -> None:
+    """Oracle: float64 on the scales and biases as they are stored, in 16 bits.
+
+    Multiplying in 16 bits and widening afterwards is the mistake that this finds.
+    """
+    words, scales, biases = mx.quantize(random_matrix(5, 128, seed=9, dtype=dtype), group_size=64, bits=bits)
+    got = dequantize(words, scales, biases, 64, bits)
+    assert got.dtype == mx.float32
+    np.testing.assert_allclose(np.array(got), values_of(words, scales, biases, bits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+@pytest.mark.parametrize("index", [3, [2, 0, 2], [[1, 4, 0], [3, 3, 2]]])
+def test_task_2_rows_that_were_looked_up(index: int | list, bits: int) -> None:
+    """Oracle: `mx.dequantize` of the whole matrix, looked up afterwards."""
+    words, scales, biases = mx.quantize(random_matrix(5, 64, seed=10), group_size=32, bits=bits)
+    rows = mx.array(index)
+    got = dequantize(words[rows], scales[rows], biases[rows], 32, bits)
+    want = np.array(mx.dequantize(words, scales, biases, group_size=32, bits=bits))[np.array(index)]
+    assert got.shape == want.shape
+    np.testing.assert_allclose(np.array(got), want, rtol=1e-5, atol=1e-5)
+
+
+# Task 3: quantized_matmul
+
+
+def test_task_3_a_row_with_a_single_one_picks_a_column() -> None:
+    """Oracle: by hand: codes 0 to 15 twice, and 15 to 0 twice; scales 1 and 2, biases 0 and -30."""
+    rising, falling = [0x76543210, 0xFEDCBA98] * 2, [0x89ABCDEF, 0x01234567] * 2
+    words = mx.array([rising, falling], mx.uint32)
+    scales, biases = mx.array([[1.0], [2.0]]), mx.array([[0.0], [-30.0]])
+    x = (mx.arange(32) == mx.array([[0], [3], [31]])).astype(mx.float32)
+    got = quantized_matmul(x, words, scales, biases, 32, 4)
+    np.testing.assert_allclose(np.array(got), [[0, 0], [3, -6], [15, -30]], atol=1e-5)
+
+
+def test_task_3_a_row_of_ones_gives_the_sums() -> None:
+    """Oracle: by hand: twice 0 + 1 + ... + 15 is 240; half of it and 32 times a bias of 2 is 184."""
+    words = mx.array([[0x76543210, 0xFEDCBA98] * 2] * 3, mx.uint32)
+    scales, biases = mx.array([[1.0], [0.5], [0.0]]), mx.array([[0.0], [2.0], [1.0]])
+    got = quantized_matmul(mx.ones((1, 32)), words, scales, biases, 32, 4)
+    np.testing.assert_allclose(np.array(got), [[240, 184, 32]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_task_3_equals_the_product_with_the_values(bits: int, group_size: int) -> None:
+    """Oracle: NumPy in float64, on the values that `mx.dequantize` gives."""
+    arrays = mx.quantize(random_matrix(9, 256, seed=11), group_size=group_size, bits=bits)
+    x = random_matrix(4, 256, seed=12)
+    want = float64(x) @ float64(mx.dequantize(*arrays, group_size=group_size, bits=bits)).T
+    got = quantized_matmul(x, *arrays, group_size, bits)
+    np.testing.assert_allclose(np.array(got), want, rtol=1e-4, atol=1e-3)
+
+
+def test_task_3_a_square_matrix_is_transposed_too() -> None:
+    """Oracle: NumPy in float64. Without the transpose the shapes still fit, and the numbers are others."""
+    arrays = mx.quantize(random_matrix(64, 64, seed=13), group_size=32, bits=4)
+    x = random_matrix(2, 64, seed=14)
+    want = float64(x) @ float64(mx.dequantize(*arrays, group_size=32, bits=4)).T
+    np.testing.assert_allclose(np.array(quantized_matmul(x, *arrays, 32, 4)), want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 1, 3)])
+def test_task_3_any_number_of_axes_in_front(shape: tuple[int, ...]) -> None:
+    """Oracle: NumPy in float64."""
+    arrays = mx.quantize(random_matrix(6, 64, seed=15), group_size=32, bits=4)
+    x = np.random.default_rng(16).normal(size=(*shape, 64)).astype(np.float32)
+    got = quantized_matmul(mx.array(x), *arrays, 32, 4)
+    assert got.shape == (*shape, 6)
+    want = x.astype(np.float64) @ float64(mx.dequantize(*arrays, group_size=32, bits=4)).T
+    np.testing.assert_allclose(np.array(got), want, rtol=1e-4, atol=1e-3)
+
+
+def test_task_3_scales_in_16_bits() -> None:
+    """Oracle: NumPy in float64, on the scales and biases as they are stored."""
+    arrays = mx.quantize(random_matrix(6, 128, seed=17, dtype=mx.float16), group_size=32, bits=4)
+    x = random_matrix(3, 128, seed=18)
+    want = float64(x) @ values_of(*arrays, bits=4).T
+    np.testing.assert_allclose(np.array(quantized_matmul(x, *arrays, 32, 4)), want, rtol=1e-4, atol=1e-3)
+
+
+def test_task_3_equals_mlx() -> None:
+    """Oracle: `mx.quantized_matmul`, which never unpacks the matrix."""
+    arrays = mx.quantize(random_matrix(48, 256, seed=19), group_size=64, bits=6)
+    x = random_matrix(5, 256, seed=20)
+    want = mx.quantized_matmul(x, *arrays, transpose=True, group_size=64, bits=6)
+    got = quantized_matmul(x, *arrays, 64, 6)
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-3)
+
+
+# Task 4, an option: quantized_matmul.cpp. Without a file of the learner's it is the reference's kernel.
+
+
+@pytest.fixture
+def compiled() -> None:
+    """Compiled kernels, or a reason why there are none."""
+    if not kernel_info().available:
+        pytest.skip(f"no compiled kernels: {kernel_info().why_unavailable}")
+
+
+def multiply(x: mx.array, stored: Quantized) -> np.ndarray:
+    """x times the transpose of a packed matrix, by the compiled kernel."""
+    packed = compiled_kernel("pack")(*stored[:3], group_size=stored.group_size, bits=stored.bits)
+    bits = compiled_kernel("packed_bits")(stored.bits)
+    return np.array(compiled_kernel("quantized_matmul")(x, packed, stored.weight.shape[0], bits=bits))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 1, 32), (3, 17, 96), (50, 40, 256), (100, 16, 64)]
+)
+def test_task_4_the_kernel_is_close_to_the_product(
+    rows: int, outputs: int, inputs: int, dtype: mx.Dtype, bits: int
+) -> None:
+    """Oracle: NumPy in float64 on the stored numbers; activations are rounded to 16 bits.
+
+    17 and 40 outputs end in a tile that is not full, 50 rows in a block that is not, 256 inputs are 8 groups.
+    """
+    stored = Quantized(
+        *mx.quantize(random_matrix(outputs, inputs, seed=21, dtype=dtype), group_size=32, bits=bits), 32, bits
+    )
+    x = random_matrix(rows, inputs, seed=22)
+    want = float64(x) @ values_of(*stored[:3], bits=bits).T
+    np.testing.assert_allclose(multiply(x, stored), want, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_4_a_row_is_the_same_bits_alone_and_among_others() -> None:
+    """Oracle: each row alone. Sums in another order for another number of rows are the mistake."""
+    stored = Quantized(*mx.quantize(random_matrix(40, 576, seed=23), group_size=32, bits=4), 32, 4)
+    x = random_matrix(60, 576, seed=24)
+    together = multiply(x, stored)
+    for row in (0, 1, 47, 48, 59):
+        assert np.array_equal(multiply(x[row : row + 1], stored)[0], together[row])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_4_zeros_and_the_largest_numbers() -> None:
+    """Oracle: by hand: zeros give zero, and 32 products of the largest 16-bit and 8-bit numbers fit."""
+    ones = Quantized(
+        mx.full((16, 8), 0xFFFFFFFF, mx.uint32), mx.ones((16, 1)), mx.zeros((16, 1)), group_size=32, bits=8
+    )
+    assert np.array_equal(multiply(mx.zeros((2, 32)), ones), np.zeros((2, 16)))
+    np.testing.assert_allclose(
+        multiply(mx.full((1, 32), 3.0), ones), np.full((1, 16), 3.0 * 255 * 32), rtol=1e-4
+    )
