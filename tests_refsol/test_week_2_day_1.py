@@ -115,6 +115,14 @@ def test_task_3_only_the_last_of_the_new_tokens_needs_logits() -> None:
         assert context.logit_rows.tolist() == [row]
 
 
+def test_task_3_all_tokens_that_came_are_counted() -> None:
+    """Oracle: by hand: 3 and 1 are 4, and 2 more are 6."""
+    context = CachedContext(scale=1.0)
+    for num_new_tokens, counted in [(3, 3), (1, 4), (2, 6)]:
+        context.expect(num_new_tokens)
+        assert context.num_tokens == counted
+
+
 def test_task_3_positions_are_int32() -> None:
     """Oracle: the protocol of a context, `kv_context.KVContext`."""
     context = CachedContext(scale=1.0)

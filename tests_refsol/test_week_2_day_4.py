@@ -319,7 +319,9 @@ def test_task_3_scales_in_16_bits() -> None:
     arrays = mx.quantize(random_matrix(6, 128, seed=17, dtype=mx.float16), group_size=32, bits=4)
     x = random_matrix(3, 128, seed=18)
     want = float64(x) @ values_of(*arrays, bits=4).T
-    np.testing.assert_allclose(np.array(quantized_matmul(x, *arrays, 32, 4)), want, rtol=1e-4, atol=1e-3)
+    got = quantized_matmul(x, *arrays, 32, 4)
+    assert got.dtype == mx.float32
+    np.testing.assert_allclose(np.array(got), want, rtol=1e-4, atol=1e-3)
 
 
 def test_task_3_equals_mlx() -> None:
