@@ -118,7 +118,7 @@ def test_task_2_causal_mask_of_no_tokens_is_empty() -> None:
 @pytest.mark.parametrize(("length", "total"), [(-1, 3), (4, 3), (1, 0)])
 def test_task_2_causal_mask_refuses_more_tokens_than_there_are(length: int, total: int) -> None:
     """Oracle: the docstring: ValueError for a length below 0 or above total."""
-    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+    with pytest.raises(ValueError):
         causal_mask(length, total)
 
 

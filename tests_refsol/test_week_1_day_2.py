@@ -44,7 +44,7 @@ def test_task_1_frequencies_are_float32() -> None:
 @pytest.mark.parametrize("head_dim", [1, 3, 65])
 def test_task_1_an_odd_head_is_refused(head_dim: int) -> None:
     """Oracle: the docstring: ValueError, for a value would stay without a partner."""
-    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+    with pytest.raises(ValueError):
         inverse_frequencies(head_dim, 10_000.0)
 
 

@@ -113,7 +113,7 @@ def test_task_1_causal_attention_is_mlx_own(length: int, total: int) -> None:
 def test_task_1_heads_that_do_not_share_evenly_are_refused(heads: int, kv_heads: int) -> None:
     """Oracle: the docstring: ValueError where H is no multiple of Hkv."""
     q, k, v = (mx.array(x) for x in random_qkv(5, 1, heads, kv_heads, length=2, total=2))
-    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+    with pytest.raises(ValueError):
         grouped_query_attention(q, k, v, 1.0)
 
 

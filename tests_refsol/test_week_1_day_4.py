@@ -1,6 +1,7 @@
 """Day 1.4: RMSNorm and the feed-forward network.
 
-When it passes, you have the norm in front of each half of a block, and the gated network that is its second half.
+When it passes, you have the norm in front of each half of a block, and the gated network that is the second
+half.
 """
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ def test_task_1_a_row_of_one_value_is_its_sign() -> None:
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (8, 8), (1, 1, 64), (2, 3, 5), (2, 4, 3, 16)])
 @pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.1])
 def test_task_1_the_norm_runs_over_the_last_axis(shape: tuple[int, ...], eps: float) -> None:
-    """Oracle: NumPy in float64. A sum in place of the mean, or another axis, is the mistake that this finds."""
+    """Oracle: NumPy in float64. A sum for the mean, or another axis, is the mistake that this finds."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=shape).astype(np.float32)
     weight = rng.normal(size=shape[-1]).astype(np.float32)
@@ -78,10 +79,11 @@ def test_task_1_the_result_has_the_type_of_x(dtype: mx.Dtype) -> None:
     """Oracle: the docstring."""
     x = mx.random.normal((2, 8), key=mx.random.key(4)).astype(dtype)
     assert rms_norm(x, mx.ones(8, dtype), 1e-5).dtype == dtype
+    assert rms_norm(x, mx.ones(8), 1e-5).dtype == dtype, "a weight in float32 changes nothing about it"
 
 
 def test_task_1_the_mean_of_half_precision_values_is_taken_in_float32() -> None:
-    """Oracle: NumPy in float64. 300 squared is infinite in float16, and 0.001 squared loses most of its digits."""
+    """Oracle: NumPy in float64. In float16 300 squared is infinite, and 0.001 squared loses its digits."""
     x = np.array([[300.0, -900.0, 600.0, 1200.0], [0.001, -0.002, 0.003, 0.001]], np.float16)
     out = rms_norm(mx.array(x), mx.ones(4, mx.float16), 1e-6)
     expected = numpy_rms_norm(x, np.ones(4), 1e-6)
@@ -103,7 +105,7 @@ def test_task_2_a_gate_of_zero_lets_nothing_through() -> None:
 
 
 def test_task_2_a_gate_of_ln_3() -> None:
-    """Oracle: by hand: sigmoid(ln 3) is 3/4, so 4 becomes 3 ln 3. Without the factor ln 3 it is a plain gate."""
+    """Oracle: by hand: sigmoid(ln 3) is 3/4, so 4 becomes 3 ln 3. A plain sigmoid for a gate gives 3."""
     out = swiglu(mx.array([np.log(3.0)]), mx.array([4.0]))
     np.testing.assert_allclose(np.array(out), [3 * np.log(3)], rtol=1e-5)
 
@@ -158,8 +160,8 @@ def test_task_3_one_value() -> None:
     np.testing.assert_allclose(np.array(out), [[[6 * np.log(3)]]], rtol=1e-5)
 
 
-def test_task_3_the_upper_half_of_the_stack_is_the_gate() -> None:
-    """Oracle: by hand: gates 100 and 0, ups 3 and 5. Every other row as a gate is the mistake that this finds."""
+def test_task_3_the_first_half_of_the_stack_is_the_gate() -> None:
+    """Oracle: by hand: gates 100 and 0, ups 3 and 5. Every other row as a gate is the mistake."""
     mlp = MLP(gate_up_proj=matrix(np.array([[100], [0], [3], [5]])), down_proj=matrix(np.eye(2)))
     np.testing.assert_allclose(np.array(mlp(mx.array([[[1.0]]]))), [[[300, 0]]], rtol=1e-5, atol=1e-5)
 

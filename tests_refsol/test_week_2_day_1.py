@@ -357,7 +357,7 @@ def test_task_5_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -
     """Oracle: the docstring."""
     model = CountingModel(Successor(tiny_config()))
     stream = generate_with_cache(model, [], 3, ())
-    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+    with pytest.raises(ValueError):
         next(iter(stream))
     assert model.fed == [], "the model has nothing to do with an empty prompt"
 

@@ -73,7 +73,7 @@ def test_task_1_what_does_not_fit_is_refused_and_nothing_of_it_is_stored(too_man
     """Oracle: the docstring: 3 of 4 places are taken. Storing the part that fits is the mistake."""
     cache = small_cache(4)
     cache.update(tokens([1, 2, 3]), tokens([4, 5, 6]))
-    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+    with pytest.raises(ValueError):
         cache.update(tokens([9] * too_many), tokens([9] * too_many))
     assert cache.current_len == 3
     stored = cache.update(tokens([7]), tokens([8]))
@@ -84,11 +84,11 @@ def test_task_1_what_does_not_fit_is_refused_and_nothing_of_it_is_stored(too_man
 def test_task_1_one_token_more_than_fits_is_refused_in_a_full_and_in_an_empty_cache() -> None:
     """Oracle: the docstring. A single token [Hkv, D] counts as one, however many heads it has."""
     cache = NaiveKVCache(2, num_heads=4, head_dim=2, dtype=mx.float32)
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         cache.update(mx.ones((3, 4, 2)), mx.ones((3, 4, 2)))
     cache.update(mx.ones((4, 2)), mx.ones((4, 2)))
     cache.update(mx.ones((4, 2)), mx.ones((4, 2)))
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         cache.update(mx.ones((4, 2)), mx.ones((4, 2)))
     assert cache.current_len == 2
 
@@ -158,7 +158,7 @@ def test_task_2_after_a_reset_there_is_room_for_everything_again() -> None:
     for _ in range(3):
         stored = cache.update(tokens([1, 2]), tokens([3, 4]))
         assert stored.keys.tolist() == tokens([1, 2]).tolist()
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError):
             cache.update(tokens([5]), tokens([6]))
         cache.reset()
 

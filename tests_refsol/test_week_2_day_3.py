@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
 from tiny_llm.errors import OutOfBlocksError
+from tiny_llm.naive_cache import KeysValues
 
 
 def make_pool(total_blocks: int, block_size: int = 2) -> GlobalAllocator:
@@ -103,7 +104,19 @@ def test_task_2_no_blocks_may_be_given_back() -> None:
     assert len(allocator.free_blocks) == 1
 
 
-@pytest.mark.parametrize("wrong", [[0], [-1], [4], [2, 2], [2, 0], [0, 2], [2, 7], [3, 2, 3]])
+WRONG = {
+    "one_that_is_free": [0],
+    "a_negative_one": [-1],
+    "one_behind_the_pool": [4],
+    "one_named_twice": [2, 2],
+    "a_held_and_a_free_one": [2, 0],
+    "a_free_and_a_held_one": [0, 2],
+    "a_held_one_and_one_behind_the_pool": [2, 7],
+    "one_named_twice_among_others": [3, 2, 3],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_task_2_a_block_that_nobody_holds_is_refused_and_none_is_given_back(wrong: list[int]) -> None:
     """Oracle: the docstring: blocks 0 and 1 are free, 2 and 3 are held, -1, 4 and 7 are not of this pool.
 
@@ -111,7 +124,7 @@ def test_task_2_a_block_that_nobody_holds_is_refused_and_none_is_given_back(wron
     """
     allocator = make_pool(4)
     leave_free(allocator, [0, 1])
-    with pytest.raises(ValueError):  # noqa: PT011 (any text will do)
+    with pytest.raises(ValueError):
         allocator.free_blocks_ids(wrong)
     assert len(allocator.free_blocks) == 2
     allocator.free_blocks_ids([2, 3])
@@ -123,7 +136,7 @@ def test_task_2_giving_back_twice_is_refused() -> None:
     allocator = make_pool(2)
     taken = allocator.alloc_blocks(1)
     allocator.free_blocks_ids(taken)
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         allocator.free_blocks_ids(taken)
     assert len(allocator.free_blocks) == 2
 
@@ -195,16 +208,16 @@ def test_task_3_one_block_is_a_row() -> None:
     assert allocator.alloc_contiguous(1) == [3]
 
 
-@pytest.mark.parametrize(
-    ("free", "want"),
-    [
-        ([0, 1], [0, 1]),  # at the start of the pool
-        ([4, 5], [4, 5]),  # at its end
-        ([0, 2, 3, 5], [2, 3]),  # between runs that are too short
-        ([0, 2, 4, 5], [4, 5]),  # the last run of several
-        ([0, 1, 3, 5], [0, 1]),  # the first run of several
-    ],
-)
+RUNS_OF_TWO = {
+    "at_the_start_of_the_pool": ([0, 1], [0, 1]),
+    "at_its_end": ([4, 5], [4, 5]),
+    "between_runs_that_are_too_short": ([0, 2, 3, 5], [2, 3]),
+    "the_last_run_of_several": ([0, 2, 4, 5], [4, 5]),
+    "the_first_run_of_several": ([0, 1, 3, 5], [0, 1]),
+}
+
+
+@pytest.mark.parametrize(("free", "want"), RUNS_OF_TWO.values(), ids=RUNS_OF_TWO)
 def test_task_3_the_only_run_that_is_long_enough_is_found(free: list[int], want: list[int]) -> None:
     """Oracle: by hand: one run of two lies in the pool."""
     allocator = make_pool(6)
@@ -308,6 +321,18 @@ def test_task_4_scattered_blocks_will_do() -> None:
     cache = DynamicKVCache(allocator, "a")
     cache.allocate_for_prompt(6)
     assert sorted(cache.blocks) == [0, 2, 4]
+
+
+def test_task_4_a_second_prompt_goes_behind_the_blocks_that_are_held() -> None:
+    """Oracle: by hand. A new list in place of the old one loses its blocks for good."""
+    allocator = make_pool(6, block_size=2)
+    cache = DynamicKVCache(allocator, "a")
+    cache.allocate_for_prompt(4)
+    first = list(cache.blocks)
+    cache.allocate_for_prompt(2)
+    assert cache.blocks[:2] == first
+    assert len(cache.blocks) == 3
+    assert len(allocator.free_blocks) == 3
 
 
 # Task 5: DynamicKVCache.append_token
@@ -484,6 +509,16 @@ def test_task_6_sequences_that_grow_in_turns_read_back_what_they_wrote() -> None
         written[i].append(number)
     for cache, numbers in zip(caches, written, strict=True):
         expect_tokens(cache, numbers)
+
+
+def test_task_6_a_cache_without_tokens_gives_arrays_of_no_tokens() -> None:
+    """Oracle: by hand: with blocks and without, nothing was appended."""
+    cache = DynamicKVCache(make_pool(3), "a")
+    for prompt_len in (0, 2):
+        cache.allocate_for_prompt(prompt_len)
+        read = cache.read()
+        assert isinstance(read, KeysValues), "read() gives KeysValues(keys, values)"
+        assert len(read.keys) == len(read.values) == 0
 
 
 # Task 7: DynamicKVCache.free

@@ -15,6 +15,7 @@ from .cpp import build, own_kernels, start_kernels
 from .doctor import examine
 from .errors import CourseError
 from .house import House
+from .learner import learners_errors
 from .progress import own_modules
 from .starter import set_aside, skip, start
 from .syllabus import Day, Exercise, Syllabus, read_syllabus
@@ -66,7 +67,10 @@ def on_start(
         print(f"build:   pdm run build-kernels\ntest:    pdm run test {chosen.id}")
         print(f"hints:   pdm run hint {chosen.kernels[0].id}")
         return
-    written = start(house, chosen, again=again)
+    moved = set_aside(house, chosen) if again else []
+    written = start(house, chosen)
+    for file in moved:
+        print(f"moved aside: {house.shown(file)}")
     print(f"day {chosen.id}: {chosen.title}. Afterwards: {chosen.works}.")
     print("\n".join(f"wrote {house.shown(file)}" for file in written))
     print(views.tasks(house, chosen))
@@ -90,7 +94,8 @@ def on_test(
 
     \b
     pdm run test 1.1
-    pdm run test 1.1 -k softmax -x
+    pdm run test 1.1 -x           # stop at the first failure; -l shows the values of its variables
+    pdm run test 1.1.2            # one task
     pdm run test --week 1 --day 1
     pdm run test
 
@@ -109,6 +114,9 @@ def on_test(
         day = f"{week}.{day_number}"
     if day is None:
         return run_started(house, syllabus, arguments)
+    if day.count(".") == 2:
+        task = syllabus.exercise(day).id
+        day, arguments = task.rpartition(".")[0], ["-k", f"test_task_{task.rpartition('.')[2]}_", *arguments]
     chosen = syllabus.to_start(day)
     if watched:
         return watch(house, syllabus, chosen, arguments, saves(house))
@@ -292,7 +300,7 @@ def on_course_check(
 
 @app.command("try")
 def on_try(day: DayId) -> None:
-    """See a day's thing run on the real model, through your modules, with the number that the day is about.
+    """See a day's thing run through your modules, on the real model where it can show it, with its number.
 
     \b
     pdm run try 1.6
@@ -306,8 +314,9 @@ def on_try(day: DayId) -> None:
         f"{m}.py is {'yours' if m in yours else 'the reference' + chr(39) + 's'}" for m in chosen.modules
     )
     print(f"day {chosen.id}, {chosen.title}: {', '.join(whose)}")
-    for line in TRIES[chosen.id]():
-        print(line, flush=True)
+    with learners_errors(house):
+        for line in TRIES[chosen.id]():
+            print(line, flush=True)
 
 
 @app.command("compare")
@@ -337,7 +346,7 @@ def on_doctor(
 
     Ends with 1 when something needs mending, and says what to do.
     """
-    findings = list(examine(*_open()))
+    findings = list(examine(*_open()))  # says itself what cannot be imported
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:

@@ -13,12 +13,15 @@ from .house import House
 from .progress import missing_modules, own_modules
 from .runs import overlay_of, run_python
 from .syllabus import Day
+from .work import WORK
 
 
 class Measured(NamedTuple):
-    """What one side's work came to: median seconds, bytes at the peak, and its numbers (a NumPy array)."""
+    """One side's work: median, least and most seconds, bytes at the peak, and its numbers (an array)."""
 
     seconds: float
+    least: float
+    most: float
     peak_bytes: int
     out: object
 
@@ -51,14 +54,18 @@ def compare(house: House, day: Day) -> Comparison:
 def as_text(day: Day, found: Comparison) -> str:
     """A table of both sides."""
     own, reference = found.own, found.reference
-    same = "their shapes differ" if found.largest_difference is None else f"{found.largest_difference:.2g}"
+    same = f"{found.largest_difference:.2g}"
+    if found.largest_difference is None:
+        same = "their shapes differ, so one of them is wrong"
+    times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
         [
-            f"day {day.id}, {day.title}{'yours':>14}{'reference':>14}",
-            f"{'milliseconds (median)':34}{1000 * own.seconds:>11.2f}{1000 * reference.seconds:>14.2f}",
-            f"{'peak memory in MLX, KiB':34}{own.peak_bytes >> 10:>11,}{reference.peak_bytes >> 10:>14,}",
+            f"day {day.id}, {day.title}: {WORK[day.id].__doc__}",
+            f"{'':28}{'yours':>22}{'reference':>22}",
+            f"{'milliseconds (fastest-slowest)':28}{times[0]:>20}{times[1]:>22}",
+            f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>20,}{reference.peak_bytes >> 10:>22,}",
             f"largest difference of the results: {same}",
-            "the reference may run compiled kernels or MLX's fused operators where yours is written out",
+            "the reference runs compiled kernels where it has them; yours is what you wrote",
         ]
     )
 
@@ -76,10 +83,11 @@ def _measure(house: House, day: Day, whose: str) -> Measured:
     with _target() as target:
         run = run_python(house, ["-m", "tiny_llm_course.work", day.id, str(target)])
         if run.returncode:
-            last = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no message"
-            raise CourseError(f"{whose} does not run the work of day {day.id}: {last}")
+            said = run.stderr.strip().splitlines()[-4:] or ["no message"]
+            raise CourseError(f"{whose} does not run the work of day {day.id}\n" + "\n".join(said))
         with np.load(target) as stored:
-            return Measured(median(stored["seconds"].tolist()), int(stored["peak"]), stored["out"])
+            seconds = stored["seconds"].tolist()
+            return Measured(median(seconds), min(seconds), max(seconds), int(stored["peak"]), stored["out"])
 
 
 @contextmanager

@@ -35,9 +35,12 @@ def examine(house: House, syllabus: Syllabus) -> Iterator[Finding]:
     """Everything, one finding after the other."""
     yield _python()
     yield _mlx(house)
-    yield from _kernels()
-    yield _model()
     yield from _overlay(house, syllabus)
+    try:
+        yield from _kernels()
+        yield _model()
+    except ImportError as error:  # a module in the overlay, or an extension for another MLX
+        yield Finding("the engine", False, str(error), "mend what it names, or run `pdm install`")
 
 
 def _python() -> Finding:

@@ -27,7 +27,10 @@ def run(arguments: Sequence[str]) -> int:
         code = command().main(list(arguments), prog_name="pdm run", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except TyperException as error:
-        return _fail(error.format_message(), error.exit_code)
+        message = error.format_message()
+        if message.startswith("Missing argument"):
+            message += " for example `pdm run start 1.1`, `pdm run hint 1.1.1`; `pdm run map` shows all days"
+        return _fail(message, error.exit_code)
     except CourseError as error:
         return _fail(str(error), FAILED)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import CourseError
 from .house import House
-from .source import functions, is_blank, same_code
+from .source import SKIPPED, body_lines, functions, is_blank, related
 from .syllabus import Day, Exercise, Syllabus
 
 
@@ -24,7 +24,7 @@ class State(Enum):
     BLANK = "blank"
     MISSING = "missing"  # the file is there, the function is not
     WRITTEN = "written"
-    REFERENCE = "the reference's"  # word for word: skipped, or copied
+    SKIPPED = "skipped"
 
 
 class Result(Enum):
@@ -53,7 +53,7 @@ def own_modules(house: House) -> list[str]:
             guess = get_close_matches(name, known, n=1)
             raise CourseError(
                 f"{house.shown(house.overlay / name)}.py overrides nothing"
-                f"{f'; did you mean {guess[0]}.py?' if guess else ''}"
+                f"{f'; did you mean {guess[0]}.py?' if guess else ': move it out of the folder'}"
             )
     return own
 
@@ -83,22 +83,41 @@ def state(house: House, exercise: Exercise) -> State:
         return State.MISSING
     if is_blank(source, exercise.name):
         return State.BLANK
-    reference = (house.reference / file.name).read_text(encoding="utf-8")
-    return State.REFERENCE if same_code(source, reference, exercise.name) else State.WRITTEN
+    skipped = any(line.strip() == SKIPPED for line in body_lines(source, exercise.name))
+    return State.SKIPPED if skipped else State.WRITTEN
 
 
 def fingerprint(house: House, day: Day) -> str:
-    """A hash of everything that a day's tests depend on: the overlay, the reference, and the suite."""
-    files = [
-        *sorted(house.overlay.glob("*.py")),
-        *sorted(house.reference.glob("*.py")),
-        house.suites / day.suite,
-    ]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.parent.name}/{file.name}\0".encode())
-        digest.update(file.read_bytes() if file.exists() else b"")
+    """A hash of what a day's tests depend on: the suite, its modules, and whatever these import.
+
+    Of each module the learner's file where there is one. What the day does not reach makes no difference.
+    """
+    suite = house.suites / day.suite
+    digest = hashlib.sha256(suite.read_bytes() if suite.exists() else b"")
+    for module in sorted(_reached(house, day)):
+        own = house.overlay / f"{module}.py"
+        file = own if own.exists() else house.reference / own.name
+        digest.update(f"{module} {'yours' if own.exists() else ''}\0".encode())
+        digest.update(file.read_bytes())
+    for kernel in day.kernels:
+        own = house.overlay / kernel.file
+        digest.update(own.read_bytes() if own.exists() else b"")
     return digest.hexdigest()
+
+
+def _reached(house: House, day: Day) -> set[str]:
+    """The day's modules and all that they import, directly or not."""
+    reached: set[str] = set()
+    waiting = list(day.modules)
+    while waiting:
+        module = waiting.pop()
+        own = house.overlay / f"{module}.py"
+        file = own if own.exists() else house.reference / own.name
+        if module in reached or not file.exists():
+            continue
+        reached.add(module)
+        waiting += related(file.read_text(encoding="utf-8"))
+    return reached
 
 
 def result(house: House, day: Day) -> Result:

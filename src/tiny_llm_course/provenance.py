@@ -1,9 +1,19 @@
-"""A pytest plugin: the header of a course run says whose modules it is about."""
+"""A pytest plugin for the course: whose modules a run is about, and blanks told apart from mistakes.
+
+A test that met a blank fails like any other, but is not shown like a mistake: it is counted, and each
+exercise that is waited for is named once, at the end.
+"""
 
 import os
+import re
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+BLANK = "blank"
+_OF_A_BLANK = re.compile(r"\d\.\d\.\d \S+: ")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -20,3 +30,33 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     kernels = "none" if library is None else "yours" if library.parent == overlay else "the reference's"
     about = f"course: {whose}" if whose else "course:"
     return [about, f"yours: {yours}; the reference's: {number} modules; compiled kernels: {kernels}"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note the message of a blank in the report of the test that met it."""
+    report = yield
+    raised = call.excinfo.value if call.excinfo is not None else None
+    if isinstance(raised, NotImplementedError) and _OF_A_BLANK.match(str(raised)):
+        report.user_properties.append((BLANK, str(raised)))
+    return report
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """A failure over a blank has a category of its own."""
+    if report.failed and _message(report) is not None:
+        return BLANK, "b", "BLANK"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Each blank once, with the number of tests that wait for it."""
+    waiting = Counter(_message(report) for report in terminalreporter.stats.get(BLANK, ()))
+    for message, count in waiting.items():
+        terminalreporter.write_line(f"{f'{count} tests wait' if count > 1 else '1 test waits'} for {message}")
+
+
+def _message(report: pytest.TestReport) -> str | None:
+    return next((str(value) for name, value in report.user_properties if name == BLANK), None)

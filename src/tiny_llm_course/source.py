@@ -14,6 +14,7 @@ from .errors import CourseError
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
 STAND_IN_NAMES = ("accelerated", "compiled_kernel")
+SKIPPED = "# skipped: the reference's code"
 
 
 def functions(source: str) -> dict[str, Function]:
@@ -73,12 +74,6 @@ def is_blank(source: str, name: str) -> bool:
     return isinstance(kind, ast.Name) and kind.id == "NotImplementedError"
 
 
-def same_code(one: str, other: str, name: str) -> bool:
-    """True where a function does the same in both sources, whatever its comments and docstring say."""
-    first, second = (_statements(find(source, name)) for source in (one, other))
-    return [ast.dump(node) for node in first] == [ast.dump(node) for node in second]
-
-
 def signature(source: str, name: str) -> str:
     """A function's parameters and result, as written."""
     node = find(source, name)
@@ -86,11 +81,22 @@ def signature(source: str, name: str) -> str:
     return f"{node.name}({ast.unparse(node.args)}){returns}"
 
 
+def related(source: str) -> list[str]:
+    """The modules beside it that a source imports; none where it cannot be read."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:
+        return []
+    return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
+
+
 def with_body_of(source: str, other: str, name: str) -> str:
-    """The source with one function's body taken from another."""
+    """The source with one function's body taken from another, under a comment that says so."""
     lines = source.splitlines(keepends=True)
-    first, last = _body(find(source, name))[0], _last(find(source, name))
-    body = "".join(f"{line}\n" for line in body_lines(other, name))
+    node = find(source, name)
+    first, last = _body(node)[0], _last(node)
+    body = f"{' ' * (node.col_offset + 4)}{SKIPPED}\n"
+    body += "".join(f"{line}\n" for line in body_lines(other, name))
     return "".join([*lines[: first - 1], body, *lines[last:]])
 
 

@@ -17,15 +17,12 @@ def starter(house: House, day: Day, module: str) -> str:
     return blanked(source, messages, day.removed_from(module))
 
 
-def start(house: House, day: Day, *, again: bool = False) -> list[Path]:
+def start(house: House, day: Day) -> list[Path]:
     """Write the day's modules into the overlay; the files that were written.
 
-    Never overwrites: a module that is there stays, and if all of them are, `CourseError` says so. again: what
-    is there is moved aside first.
+    Never overwrites: a module that is there stays, and if all of them are, `CourseError` says so.
     """
     own_modules(house)
-    if again:
-        set_aside(house, day)
     new = [house.overlay / f"{module}.py" for module in day.modules]
     new = [file for file in new if not file.exists()]
     if not new:

@@ -17,45 +17,41 @@ _KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "ke
 
 @dataclass(frozen=True)
 class Exercise:
-    """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`."""
+    """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`.
+
+    message: what a blank raises: which task it is, and where it is explained.
+    """
 
     id: str
     module: str
     name: str
     hints: tuple[str, ...]
+    message: str
 
     @property
     def day_id(self) -> str:
         """The day that it belongs to."""
         return self.id.rpartition(".")[0]
 
-    @property
-    def message(self) -> str:
-        """What a blank raises: which task it is and where it is explained."""
-        week, day, task = self.id.split(".")
-        return f"{self.id} {self.name}: book, week {week} day {day}, task {task}"
-
 
 @dataclass(frozen=True)
 class Kernel:
-    """A day's option in C++: a kernel's file, the functions to write, those that would give them away."""
+    """A day's option in C++: a kernel's file, the functions to write, those that would give them away.
+
+    message: what the compiler says where it is blank.
+    """
 
     id: str
     name: str
     functions: tuple[str, ...]
     removed: tuple[str, ...]
     hints: tuple[str, ...]
+    message: str
 
     @property
     def file(self) -> str:
         """The name of its file, in the overlay as in the kernels' sources."""
         return f"{self.name}.cpp"
-
-    @property
-    def message(self) -> str:
-        """What the compiler says where it is blank."""
-        week, day, task = self.id.split(".")
-        return f"{self.id} {self.file}: book, week {week} day {day}, task {task}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,9 @@ class Syllabus:
         by_id = {day.id: day for day in self.days}
         if wanted in by_id:
             return by_id[wanted]
-        raise CourseError(f"there is no day {wanted!r}{_guess(wanted, by_id)}: `pdm run map` shows them all")
+        if not _DAY_ID.fullmatch(wanted):
+            raise CourseError(f"{wanted!r} is no day such as 1.1: `pdm run map` shows all")
+        raise CourseError(f"there is no day {wanted}{_guess(wanted, by_id)}: `pdm run map` shows all")
 
     def to_start(self, wanted: str) -> Day:
         """A day that can be started; raises `CourseError` for one that is to come."""
@@ -124,7 +122,9 @@ class Syllabus:
             by_id |= {kernel.id: kernel for kernel in day.kernels}
         if wanted in by_id:
             return by_id[wanted]
-        raise CourseError(f"there is no exercise {wanted!r}{_guess(wanted, by_id)}")
+        day = self.to_start(".".join(wanted.split(".")[:2]))
+        of_day = [exercise_id for exercise_id in by_id if exercise_id.startswith(f"{day.id}.")]
+        raise CourseError(f"there is no exercise {wanted!r}: day {day.id} has {of_day[0]} to {of_day[-1]}")
 
     def owner(self, module: str) -> Day | None:
         """The day that a module belongs to; None for a given one."""
@@ -161,7 +161,7 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         raise CourseError(f"{path}: {entry['id']!r} is no day, expected a week and a day such as 1.1")
     modules = tuple(entry.get("modules", ()))
     exercises = tuple(
-        _exercise(f"{entry['id']}.{task}", one, modules, path)
+        _exercise(f"{entry['id']}.{task}", one, entry, path)
         for task, one in enumerate(entry.get("exercise", ()), start=1)
     )
     without = set(modules) - {exercise.module for exercise in exercises}
@@ -176,26 +176,39 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
         kernels=tuple(
-            _kernel(f"{entry['id']}.{task}", one, path)
+            _kernel(f"{entry['id']}.{task}", one, entry, path)
             for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)
         ),
     )
 
 
-def _kernel(kernel_id: str, entry: dict[str, Any], path: Path) -> Kernel:
+def _kernel(kernel_id: str, entry: dict[str, Any], day: dict[str, Any], path: Path) -> Kernel:
     name, functions = entry.get("name"), tuple(entry.get("functions", ()))
     if not isinstance(name, str) or not functions:
         raise CourseError(f"{path}: kernel {kernel_id} needs a name and the functions to write")
-    return Kernel(kernel_id, name, functions, tuple(entry.get("remove", ())), _hints(kernel_id, entry, path))
+    message = _message(kernel_id, f"{name}.cpp", day)
+    removed = tuple(entry.get("remove", ()))
+    return Kernel(kernel_id, name, functions, removed, _hints(kernel_id, entry, path), message)
 
 
-def _exercise(exercise_id: str, entry: dict[str, Any], modules: tuple[str, ...], path: Path) -> Exercise:
+def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path: Path) -> Exercise:
     module, _, name = str(entry.get("name", "")).partition(".")
-    if module not in modules or not name:
+    if module not in day.get("modules", ()) or not name:
         raise CourseError(
             f"{path}: exercise {exercise_id} is {entry.get('name')!r}, expected MODULE.FUNCTION of its day"
         )
-    return Exercise(exercise_id, module, name, _hints(exercise_id, entry, path))
+    hints = _hints(exercise_id, entry, path)
+    return Exercise(exercise_id, module, name, hints, _message(exercise_id, name, day))
+
+
+def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:
+    """Which task a blank is, and where there is help: in the book, or while that is to come in the hints."""
+    number, task = exercise_id.rsplit(".", 1)
+    week, of_week = number.split(".")
+    where = f"book, week {week} day {of_week}, task {task}"
+    if not day.get("chapter"):
+        where = f"pdm run hint {exercise_id}"
+    return f"{exercise_id} {name}: {where}"
 
 
 def _hints(exercise_id: str, entry: dict[str, Any], path: Path) -> tuple[str, ...]:

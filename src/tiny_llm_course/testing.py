@@ -1,5 +1,6 @@
 """`pdm run test`: a day's suite on the learner's code, what it says, and what to do next."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from .runs import culprits, overlay_of, passes_alone, run_suites
 from .syllabus import Day, Syllabus
 
 WATCH_SECONDS = 0.3
+ONLY_SHOWN = re.compile(r"-(v+|q+|x|l)|--tb=.*|--showlocals")  # pytest's options that leave no test out
 
 
 def run_started(house: House, syllabus: Syllabus, arguments: Sequence[str]) -> int:
@@ -44,9 +46,12 @@ def run_day(
                 alone, [house.suites / day.suite], arguments, about=f"{about}, isolated"
             ).returncode
     code = run_suites(house, [house.suites / day.suite], arguments, about=about).returncode
-    if not arguments:  # part of a suite says nothing about the day
+    whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
+    if whole:  # part of a suite says nothing about the day
         remember(house, day, code == 0)
-    if code == 0:
+    if code == 0 and not whole:
+        print(f"what you chose passes; the whole day: pdm run test {day.id}", flush=True)
+    elif code == 0:
         _tell_next(house, syllabus, day)
     elif set(own) - set(day.modules):
         _tell_whose_fault(house, syllabus, day)
@@ -97,8 +102,8 @@ def _times(house: House) -> dict[str, int]:
 def _refuse_not_started(house: House, day: Day) -> None:
     missing = missing_modules(house, day)
     if missing and not set(own_kernels(house, Syllabus((day,)))):
-        files = ", ".join(f"{module}.py" for module in missing)
-        raise CourseError(f"not started: pdm run start {day.id} ({files} would be the reference's)")
+        files = " and ".join(f"{module}.py" for module in missing)
+        raise CourseError(f"not started: pdm run start {day.id} (writes {files})")
 
 
 def _tell_blanks(house: House, day: Day) -> None:
@@ -129,9 +134,10 @@ def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
 
 def _tell_whose_fault(house: House, syllabus: Syllabus, day: Day) -> None:
     """When today's modules pass without the learner's others, say so, and which of the others it is."""
-    print("looking whether it is today's code ...", flush=True)
+    print("looking where the fault is ...", flush=True)
     if not passes_alone(house, day):
-        print(f"it is: `pdm run test {day.id} --isolated` fails too.", flush=True)
+        files = " or ".join(f"{module}.py" for module in day.modules)
+        print(f"the fault is in {files}: alone on the reference, day {day.id} fails too.", flush=True)
         return
     print(f"today's code is right: alone on the reference, day {day.id} passes.")
     found = culprits(house, day)

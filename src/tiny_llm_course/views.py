@@ -1,6 +1,8 @@
 """What the course shows of itself as text: a day's tasks, hints, progress, the map, the difference."""
 
+import ast
 import difflib
+import re
 
 from .cpp import sources
 from .errors import CourseError
@@ -15,7 +17,7 @@ _MARKS = {
     State.BLANK: ".",
     State.MISSING: "?",
     State.WRITTEN: "x",
-    State.REFERENCE: "r",
+    State.SKIPPED: "s",
 }
 
 
@@ -26,6 +28,7 @@ def tasks(house: House, day: Day) -> str:
     return "\n".join(
         [
             *lines,
+            f"shapes:  {_legend(house)}",
             f"chapter: {chapter}",
             f"test:    pdm run test {day.id}",
             f"hints:   pdm run hint {day.exercises[0].id}",
@@ -40,7 +43,7 @@ def tasks(house: House, day: Day) -> str:
 def hint(exercise: Exercise | Kernel, step: int) -> str:
     """One of the three steps of help."""
     if not 1 <= step <= len(exercise.hints):
-        raise CourseError(f"hint {step} of {exercise.id}: there are {len(exercise.hints)}, from 1")
+        raise CourseError(f"there is no hint {step} of {exercise.id}: 1 is a question, 2 a fact, 3 a sketch")
     text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
     if step < len(exercise.hints):
         return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
@@ -59,14 +62,15 @@ def progress(house: House, syllabus: Syllabus) -> list[dict[str, object]]:
         states = {exercise.id: state(house, exercise) for exercise in day.exercises}
         started = len(missing_modules(house, day)) < len(day.modules)
         outcome = result(house, day) if started else Result.UNKNOWN
+        all_blank = set(states.values()) == {State.BLANK}
         rows.append(
             {
                 "day": day.id,
                 "title": day.title,
                 "started": started,
-                "written": sum(s in (State.WRITTEN, State.REFERENCE) for s in states.values()),
+                "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
                 "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-                "tests": outcome.value,
+                "tests": State.BLANK.value if all_blank else outcome.value,
                 "done": started and outcome is Result.PASSING,
             }
         )
@@ -86,13 +90,22 @@ def progress_text(house: House, syllabus: Syllabus) -> str:
         for row in rows
     ]
     done = sum(bool(row["done"]) for row in rows)
-    legend = "x written   . blank   r the reference's   ? its function is missing"
-    following = next((row for row in rows if not row["done"]), None)
+    legend = "x written   . blank   s skipped   ? its function is missing"
+    following = _following(rows)
     lines += ["", legend, f"{done} of {len(rows)} days pass."]
     if following is not None:
         verb = "test" if following["started"] else "start"
         lines.append(f"next: pdm run {verb} {following['day']}")
     return "\n".join(lines)
+
+
+def _following(rows: list[dict[str, object]]) -> dict[str, object] | None:
+    """The day to do next: one that is under way, or else the first after the last that is done."""
+    under_way = [row for row in rows if row["started"] and not row["done"]]
+    if under_way:
+        return under_way[0]
+    last = max((place for place, row in enumerate(rows) if row["done"]), default=-1)
+    return next((row for row in [*rows[last + 1 :], *rows] if not row["done"]), None)
 
 
 def map_text(house: House, syllabus: Syllabus) -> str:
@@ -129,6 +142,15 @@ def difference(house: House, day: Day, *, anyway: bool) -> str:
         )
         parts.append("\n".join(lines) or f"{own.name}: no difference")
     return "\n\n".join(parts)
+
+
+def _legend(house: House) -> str:
+    """What the letters in shapes mean, as the reference's package says it."""
+    package = (
+        ast.get_docstring(ast.parse((house.reference / "__init__.py").read_text(encoding="utf-8"))) or ""
+    )
+    found = re.search(r"in letters: (.*?)\.(?:\n|$)", package, re.DOTALL)
+    return " ".join(found[1].split()) if found else "in letters, as the docstrings say"
 
 
 def _parameters(house: House, exercise: Exercise) -> str:

@@ -16,7 +16,8 @@ from .naive_cache import KeysValues
 class GlobalAllocator:
     """A pool of `total_blocks` blocks of `block_size` tokens, shared by every sequence.
 
-    keys, values: [total_blocks, block_size, Hkv, D]. Knows which blocks are free, not whose the others are.
+    num_heads: heads of keys and values (Hkv). keys, values: [total_blocks, block_size, Hkv, D]. Knows which
+    blocks are free, not whose the others are.
     """
 
     def __init__(
@@ -41,6 +42,16 @@ class GlobalAllocator:
             )
         return [self.free_blocks.pop() for _ in range(num_blocks)]
 
+    def free_blocks_ids(self, block_ids: Sequence[int]) -> None:
+        """Give blocks back.
+
+        Raises ValueError, and gives none of them back, where one is free, not of this pool, or named twice.
+        """
+        held = set(range(self.total_blocks)) - self.free_blocks
+        if len(set(block_ids)) < len(block_ids) or not held.issuperset(block_ids):
+            raise ValueError(f"of blocks {list(block_ids)} some are free, named twice or not of this pool")
+        self.free_blocks.update(block_ids)
+
     def alloc_contiguous(self, num_blocks: int) -> list[int]:
         """Take free blocks that lie side by side: ids that follow each other.
 
@@ -64,16 +75,6 @@ class GlobalAllocator:
         self.free_blocks.difference_update(taken)
         return taken
 
-    def free_blocks_ids(self, block_ids: Sequence[int]) -> None:
-        """Give blocks back.
-
-        Raises ValueError, and takes none, for one that is free, not of this pool, or named twice.
-        """
-        held = set(range(self.total_blocks)) - self.free_blocks
-        if len(set(block_ids)) < len(block_ids) or not held.issuperset(block_ids):
-            raise ValueError(f"of blocks {list(block_ids)} some are free, named twice or not of this pool")
-        self.free_blocks.update(block_ids)
-
     def longest_run(self) -> int:
         """How many free blocks lie side by side at most."""
         longest = run = 0
@@ -86,7 +87,9 @@ class GlobalAllocator:
 class DynamicKVCache:
     """One sequence's keys and values of one layer, in blocks of a shared pool.
 
-    blocks: their ids, in the order of the tokens. Invariant: token i is in block `blocks[i // block_size]`.
+    seq_id: a name, for messages. blocks: their ids, in the order of the tokens.
+
+    Invariant: token i is in block `blocks[i // block_size]`.
     """
 
     def __init__(self, allocator: GlobalAllocator, seq_id: str) -> None:
@@ -98,7 +101,8 @@ class DynamicKVCache:
     def allocate_for_prompt(self, prompt_len: int) -> None:
         """Take the blocks that a prompt of so many tokens needs; the tokens are appended afterwards.
 
-        Raises `OutOfBlocksError`, and takes none, where too few are free.
+        They go behind the blocks that are held already. Raises `OutOfBlocksError`, and takes none, where
+        too few are free.
         """
         self.blocks += self.allocator.alloc_blocks(-(-prompt_len // self.allocator.block_size))
 
@@ -116,7 +120,10 @@ class DynamicKVCache:
         self.current_len += 1
 
     def read(self) -> KeysValues:
-        """All stored tokens in their order, [current_len, Hkv, D] each."""
+        """All stored tokens in their order, as `KeysValues(keys, values)`, [current_len, Hkv, D] each.
+
+        A cache without any token gives arrays of length 0.
+        """
         index = mx.array(self.blocks, mx.int32)
         pools = (self.allocator.keys, self.allocator.values)
         gathered = (

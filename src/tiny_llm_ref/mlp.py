@@ -18,7 +18,8 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 class MLP:
     """down(swiglu(gate(x), up(x))), through I = intermediate_size.
 
-    gate_up_proj is the checkpoint's gate_proj and up_proj, stacked.
+    gate_up_proj is the checkpoint's gate_proj and up_proj, stacked: called with [..., E] it gives [..., 2 I],
+    the gate's I numbers first. down_proj gives [..., E] for [..., I].
     """
 
     gate_up_proj: LinearLike

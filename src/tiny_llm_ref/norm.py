@@ -5,11 +5,15 @@ import mlx.core as mx
 from .kernels import accelerated
 
 
-@accelerated(compiled="rms_norm", fused=mx.fast.rms_norm)
+def _fused(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+@accelerated(compiled="rms_norm", fused=_fused)
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis: x [..., E], weight [E] -> [..., E].
 
-    The mean is taken in float32 whatever x is; the result has x's type.
+    x is squared and averaged in float32, whatever its type. The result has x's type, whatever the weight's.
     """
     wide = x.astype(mx.float32)
     normed = wide * mx.rsqrt(mx.mean(wide * wide, axis=-1, keepdims=True) + eps)

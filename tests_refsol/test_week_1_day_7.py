@@ -1,0 +1,546 @@
+"""Day 1.7: from logits to a token.
+
+When it passes, you have the filters, the penalties and the draw of a sampler whose tokens depend on a request's own
+seed and on nothing else, and the log-probabilities that are reported beside them.
+"""
+
+from collections.abc import Callable, Iterable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.sampler import (
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    log_probabilities,
+    penalize_output,
+    penalize_repetition,
+    sample_token,
+)
+from tiny_llm.sampling_params import SamplingParams
+
+INF = float("inf")
+
+
+def logits_of(*probabilities: float) -> mx.array:
+    """Logits [V] whose softmax is these probabilities; 0 is -inf."""
+    return mx.array([np.log(p) if p else -INF for p in probabilities], mx.float32)
+
+
+def random_logits(seed: int, size: int) -> np.ndarray:
+    """[size] float32, no two alike."""
+    return np.random.default_rng(seed).normal(size=size, scale=3.0).astype(np.float32)
+
+
+def numpy_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64."""
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+def check_kept(out: mx.array, logits: mx.array, kept: Iterable[int]) -> None:
+    """Assert that the logits of these tokens are what they were, and all others are -inf."""
+    expected = np.full(logits.shape, -INF, np.float32)
+    for token in kept:
+        expected[token] = logits[token].item()
+    np.testing.assert_array_equal(np.array(out), expected)
+
+
+# Task 1: keep_top_k
+
+
+def test_task_1_the_two_largest_stay() -> None:
+    """Oracle: by hand."""
+    logits = mx.array([1.0, 4.0, 2.0, 3.0])
+    check_kept(keep_top_k(logits, 2), logits, [1, 3])
+
+
+def test_task_1_the_largest_stays_alone() -> None:
+    """Oracle: by hand, also where all logits are negative."""
+    logits = mx.array([-5.0, -1.0, -2.0])
+    check_kept(keep_top_k(logits, 1), logits, [1])
+
+
+@pytest.mark.parametrize("k", [4, 5, 1000])
+def test_task_1_as_many_as_there_are_and_more_keep_all(k: int) -> None:
+    """Oracle: the docstring: k above V keeps all."""
+    logits = mx.array([1.0, 4.0, 2.0, 3.0])
+    check_kept(keep_top_k(logits, k), logits, range(4))
+
+
+def test_task_1_ties_with_the_last_one_stay() -> None:
+    """Oracle: the docstring. The first k of a sorted order leave ties out, and by chance."""
+    logits = mx.array([3.0, 1.0, 3.0, 5.0, 3.0])
+    check_kept(keep_top_k(logits, 2), logits, [0, 2, 3, 4])
+
+
+def test_task_1_what_another_filter_took_does_not_come_back() -> None:
+    """Oracle: by hand: -inf is smaller than every number."""
+    logits = mx.array([-INF, 2.0, -INF, 1.0])
+    check_kept(keep_top_k(logits, 1), logits, [1])
+    check_kept(keep_top_k(logits, 3), logits, [1, 3])
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 50, 99, 100])
+def test_task_1_the_k_largest_of_many(k: int) -> None:
+    """Oracle: NumPy's sort."""
+    logits = random_logits(1, 100)
+    check_kept(keep_top_k(mx.array(logits), k), mx.array(logits), np.argsort(logits)[-k:].tolist())
+
+
+# Task 2: keep_top_p
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"),
+    [(0.001, [2]), (0.45, [2]), (0.6, [0, 2]), (0.7, [0, 2]), (0.8, [0, 2, 3]), (0.95, [0, 1, 2, 3])],
+)
+def test_task_2_the_smallest_set_that_reaches_p_stays(p: float, kept: list[int]) -> None:
+    """Oracle: by hand: from the likeliest on the sums are 0.5, 0.75, 0.9 and 1.
+
+    The token that crosses p stays; a set that stops before it is too small.
+    """
+    logits = logits_of(0.25, 0.1, 0.5, 0.15)
+    check_kept(keep_top_p(logits, p), logits, kept)
+
+
+def test_task_2_logits_need_not_be_log_probabilities() -> None:
+    """Oracle: by hand: a constant that is added to all logits changes no probability."""
+    for shift in (-300.0, 5.0, 300.0):
+        logits = mx.array([1.0, 0.0, 2.0]) + shift  # probabilities 0.24, 0.09 and 0.67
+        check_kept(keep_top_p(logits, 0.5), logits, [2])
+        check_kept(keep_top_p(logits, 0.8), logits, [0, 2])
+
+
+def test_task_2_ties_with_the_last_one_stay() -> None:
+    """Oracle: the docstring: 0.4 and 0.2 are enough, and three more are as likely as the second."""
+    logits = mx.array([0.0, np.log(2.0), 0.0, 0.0])
+    check_kept(keep_top_p(logits, 0.5), logits, range(4))
+
+
+def test_task_2_a_filter_before_it_renormalises() -> None:
+    """Oracle: by hand: without its third token 0.5 and 0.3 are 0.625 and 0.375, so that the first is enough."""
+    logits = logits_of(0.5, 0.3, 0.0)
+    check_kept(keep_top_p(logits, 0.6), logits, [0])
+
+
+def test_task_2_a_token_of_probability_zero_never_stays() -> None:
+    """Oracle: the docstring. exp(-300) is 0 in float32: such a token goes, whatever p is."""
+    logits = mx.array([0.0, -INF, -300.0, 0.0])
+    for p in (0.9, 1.0):
+        check_kept(keep_top_p(logits, p), logits, [0, 3])
+
+
+def test_task_2_the_only_token_stays() -> None:
+    """Oracle: by hand."""
+    for p in (0.001, 1.0):
+        check_kept(keep_top_p(mx.array([-7.0]), p), mx.array([-7.0]), [0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 60])
+def test_task_2_many_tokens(count: int) -> None:
+    """Oracle: NumPy in float64, with a p halfway between two sums, where rounding decides nothing."""
+    logits = random_logits(2, 200)
+    probabilities = numpy_softmax(logits)
+    order = np.argsort(-probabilities)
+    sums = np.concatenate([[0.0], np.cumsum(probabilities[order])])
+    out = keep_top_p(mx.array(logits), float(sums[count - 1] + sums[count]) / 2)
+    check_kept(out, mx.array(logits), order[:count].tolist())
+
+
+# Task 3: keep_min_p
+
+
+@pytest.mark.parametrize(
+    ("min_p", "kept"), [(0.05, [0, 1, 2, 3]), (0.25, [0, 2, 3]), (0.5, [2, 3]), (0.7, [2])]
+)
+def test_task_3_tokens_are_measured_by_the_likeliest(min_p: float, kept: list[int]) -> None:
+    """Oracle: by hand: of the likeliest one's probability they have 0.3, 0.1, 1 and 0.6.
+
+    Measured by 1 instead, 0.25 would leave two tokens and 0.7 none.
+    """
+    logits = logits_of(0.15, 0.05, 0.5, 0.3)
+    check_kept(keep_min_p(logits, min_p), logits, kept)
+
+
+def test_task_3_a_fraction_of_one_leaves_the_likeliest_and_its_ties() -> None:
+    """Oracle: by hand."""
+    logits = mx.array([1.0, 2.0, 2.0, 0.0])
+    check_kept(keep_min_p(logits, 1.0), logits, [1, 2])
+
+
+def test_task_3_a_fraction_of_zero_keeps_all() -> None:
+    """Oracle: by hand: no token is less likely than impossible."""
+    logits = mx.array([0.0, -20.0, -50.0, -INF])
+    check_kept(keep_min_p(logits, 0.0), logits, range(4))
+
+
+def test_task_3_what_another_filter_took_does_not_come_back() -> None:
+    """Oracle: by hand: of what is left 0.4 and 0.2, the second has half of the first."""
+    logits = logits_of(0.4, 0.0, 0.2, 0.0)
+    check_kept(keep_min_p(logits, 0.4), logits, [0, 2])
+    check_kept(keep_min_p(logits, 0.6), logits, [0])
+
+
+@pytest.mark.parametrize("shift", [-300.0, 0.0, 300.0])
+@pytest.mark.parametrize("min_p", [0.001, 0.02, 0.3])
+def test_task_3_many_tokens(min_p: float, shift: float) -> None:
+    """Oracle: NumPy in float64: a logit that lies at most ln(1 / min_p) below the largest."""
+    logits = np.round(random_logits(3, 200), 2) + np.float32(shift)
+    kept = np.flatnonzero(logits.astype(np.float64) >= logits.max() + np.log(min_p)).tolist()
+    check_kept(keep_min_p(mx.array(logits), min_p), mx.array(logits), kept)
+
+
+# Task 4: draw
+
+
+def drawn(function: Callable[[int], mx.array], count: int) -> np.ndarray:
+    """[count]: the tokens that the function gives for 0, 1, 2 and so on."""
+    return np.array(mx.stack([function(index) for index in range(count)]))
+
+
+def check_distribution(tokens: np.ndarray, probabilities: Iterable[float]) -> None:
+    """Assert that tokens are spread as these probabilities say, by Pearson's chi-square.
+
+    The bound is twelve standard deviations above the mean of chi-square: right tokens fail it less than once in
+    ten million seeds, and wrong ones miss it by far.
+    """
+    expected = np.array(list(probabilities)) * len(tokens)
+    counts = np.bincount(tokens, minlength=len(expected))
+    assert len(counts) == len(expected), "a token outside the vocabulary"
+    possible = expected > 0
+    assert counts[~possible].sum() == 0, "an impossible token"
+    freedom = possible.sum() - 1
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < freedom + 12 * np.sqrt(2 * freedom) + 1e-9, (counts, expected)
+
+
+def test_task_4_the_only_possible_token_is_drawn() -> None:
+    """Oracle: by hand."""
+    assert drawn(lambda index: draw(mx.array([3.0]), 1, index), 20).tolist() == [0] * 20
+    assert drawn(lambda index: draw(mx.array([-INF, -INF, 3.0, -INF]), 1, index), 20).tolist() == [2] * 20
+
+
+def test_task_4_a_token_is_one_number() -> None:
+    """Oracle: by hand: an array without axes, so that the tokens of a batch stack to [B]."""
+    assert draw(logits_of(0.5, 0.5), 1, 2).shape == ()
+
+
+def test_task_4_the_same_seed_and_index_draw_the_same_token() -> None:
+    """Oracle: the same draw again. One that goes on in MLX's own random state is the mistake that this finds."""
+    logits = mx.zeros(1000)
+    first = drawn(lambda index: draw(logits, 7, index), 30)
+    mx.random.seed(99)
+    again = drawn(lambda index: draw(logits, 7, index), 30)
+    assert first.tolist() == again.tolist()
+    backwards = [draw(logits, 7, index).item() for index in reversed(range(30))]
+    assert first.tolist() == backwards[::-1]
+
+
+def test_task_4_another_seed_or_index_draws_another_token() -> None:
+    """Oracle: the definition: of 1000 tokens, all equally likely, 30 draws are almost all different."""
+    logits = mx.zeros(1000)
+    assert len(set(drawn(lambda index: draw(logits, 7, index), 30).tolist())) > 20
+    assert len(set(drawn(lambda seed: draw(logits, seed, 7), 30).tolist())) > 20
+
+
+def test_task_4_a_seed_is_not_its_neighbour_one_index_later() -> None:
+    """Oracle: the definition. Seed plus index as one number makes the completions of a request alike."""
+    logits = mx.zeros(1000)
+    later = drawn(lambda index: draw(logits, 7, index + 1), 30)
+    neighbour = drawn(lambda index: draw(logits, 8, index), 30)
+    assert (later == neighbour).sum() < 5
+
+
+def test_task_4_the_neighbours_of_a_row_do_not_matter() -> None:
+    """Oracle: the row alone."""
+    rows = mx.random.normal((3, 100), key=mx.random.key(4))
+    alone = drawn(lambda index: draw(rows[1], 5, index), 20)
+    among = []
+    for index in range(20):
+        draw(rows[0], 6, index)
+        among.append(draw(rows[1], 5, index).item())
+        draw(rows[2], 7, index)
+    assert alone.tolist() == among
+
+
+@pytest.mark.parametrize("probabilities", [(0.5, 0.5), (0.1, 0.2, 0.3, 0.4), (0.05, 0.0, 0.7, 0.0, 0.25)])
+def test_task_4_tokens_are_drawn_as_likely_as_they_are(probabilities: tuple[float, ...]) -> None:
+    """Oracle: the probabilities, over 2000 indices of one seed."""
+    logits = logits_of(*probabilities) + 50.0  # logits need not be log-probabilities
+    check_distribution(drawn(lambda index: draw(logits, 11, index), 2000), probabilities)
+
+
+def test_task_4_first_tokens_are_drawn_as_likely_as_they_are() -> None:
+    """Oracle: the probabilities, over 2000 seeds at index 0."""
+    probabilities = (0.6, 0.25, 0.1, 0.05)
+    check_distribution(drawn(lambda seed: draw(logits_of(*probabilities), seed, 0), 2000), probabilities)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
+def test_task_4_the_least_and_the_greatest_random_number_draw_a_possible_token(
+    number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the docstring: the first and last tokens are impossible, so they are not drawn.
+
+    In a large vocabulary the probabilities may sum to less than the greatest number. A comparison that no token
+    passes then gives token 0, and so does one that token 0 passes for the number 0.
+    """
+    monkeypatch.setattr("tiny_llm.sampler.uniform", lambda seed, index: mx.array(number))
+    for logits in (random_logits(5, 49_152) * 0.1, np.zeros(3, np.float32), random_logits(6, 5000)):
+        logits[0] = logits[-1] = -INF
+        assert 0 < draw(mx.array(logits), 1, 1).item() < len(logits) - 1
+
+
+# Task 5: sample_token
+
+
+def sampled(logits: mx.array, params: SamplingParams, count: int = 60) -> np.ndarray:
+    """The tokens of one request, all from the same logits."""
+    return drawn(lambda index: sample_token(logits, params, 13, index), count)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_task_5_without_a_temperature_the_likeliest_token_comes(temperature: float) -> None:
+    """Oracle: by hand: no draw, whatever the seed, and no filter. A division by 0 is the mistake here."""
+    params = SamplingParams(temperature=temperature)
+    assert set(sampled(mx.array([1.0, 1.1, 1.05]), params).tolist()) == {1}
+    assert sample_token(mx.array([1.0, 1.1, 1.05]), params, 1, 1).shape == ()
+
+
+def test_task_5_a_temperature_of_one_leaves_the_probabilities() -> None:
+    """Oracle: the probabilities, over 2000 indices."""
+    probabilities = (0.1, 0.2, 0.3, 0.4)
+    check_distribution(sampled(logits_of(*probabilities), SamplingParams(), 2000), probabilities)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_task_5_logits_are_divided_by_the_temperature(temperature: float) -> None:
+    """Oracle: by hand: probabilities to the power of 1 / temperature, renormalised, over 2000 indices."""
+    probabilities = np.array([0.1, 0.2, 0.3, 0.4])
+    expected = probabilities ** (1 / temperature)
+    tokens = sampled(logits_of(*probabilities), SamplingParams(temperature=temperature), 2000)
+    check_distribution(tokens, expected / expected.sum())
+
+
+def test_task_5_the_same_seed_and_index_give_the_same_token() -> None:
+    """Oracle: the same again, with the neighbours of a batch in between."""
+    rows = mx.random.normal((2, 100), key=mx.random.key(14))
+    params = SamplingParams(temperature=2.0, top_k=50, top_p=0.9, min_p=0.001)
+    first = sampled(rows[0], params)
+    sampled(rows[1], params)
+    mx.random.seed(3)
+    assert sampled(rows[0], params).tolist() == first.tolist()
+    assert len(set(first.tolist())) > 5
+
+
+@pytest.mark.parametrize("top_k", [-1, 0])
+def test_task_5_top_k_of_zero_or_less_is_off(top_k: int) -> None:
+    """Oracle: the docstring of `SamplingParams`."""
+    assert set(sampled(mx.zeros(4), SamplingParams(top_k=top_k), 200).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.6}, {1, 3}),
+        ({"min_p": 0.4}, {1, 2, 3}),
+        ({"min_p": 0.4, "top_k": 1}, {3}),
+        ({"min_p": 0.7, "top_p": 0.999}, {1, 3}),
+    ],
+)
+def test_task_5_filters_apply(options: dict[str, float], kept: set[int]) -> None:
+    """Oracle: by hand, the set of tokens that 300 draws find."""
+    logits = logits_of(0.1, 0.3, 0.2, 0.4)
+    params = SamplingParams(**options)
+    assert set(sampled(logits, params, 300).tolist()) == kept
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"top_p": 0.8}])
+def test_task_5_the_temperature_comes_before_the_filters(options: dict[str, float]) -> None:
+    """Oracle: by hand: at 0.5 probabilities of 0.64, 0.16, 0.16 and 0.04 become 0.89, 0.06, 0.06 and 0.003.
+
+    Filters that see the first four would keep three tokens.
+    """
+    params = SamplingParams(temperature=0.5, **options)
+    assert set(sampled(logits_of(0.64, 0.16, 0.16, 0.04), params, 300).tolist()) == {0}
+
+
+def test_task_5_top_p_sees_what_top_k_left() -> None:
+    """Oracle: by hand: of 0.4 and 0.3 the first has 0.57, which is enough. Before top-k it would be 0.4."""
+    params = SamplingParams(top_k=2, top_p=0.55)
+    assert set(sampled(logits_of(0.4, 0.3, 0.2, 0.1), params, 300).tolist()) == {0}
+
+
+def test_task_5_top_p_sees_what_min_p_left() -> None:
+    """Oracle: by hand: of 0.4 and 0.3 the first has 0.57, which is enough. Before min-p it would be 0.4."""
+    params = SamplingParams(min_p=0.6, top_p=0.55)
+    assert set(sampled(logits_of(0.4, 0.3, 0.2, 0.1), params, 300).tolist()) == {0}
+
+
+def test_task_5_what_the_filters_leave_is_renormalised() -> None:
+    """Oracle: by hand: 0.4 and 0.3 of 0.7, over 2000 indices."""
+    tokens = sampled(logits_of(0.2, 0.4, 0.1, 0.3), SamplingParams(top_k=2), 2000)
+    check_distribution(tokens, [0, 4 / 7, 0, 3 / 7])
+
+
+# Task 6: penalize_repetition
+
+
+def test_task_6_a_positive_logit_is_divided_and_a_negative_one_multiplied() -> None:
+    """Oracle: by hand. Division of a negative logit makes the token likelier: the mistake that this finds."""
+    out = penalize_repetition(mx.array([2.0, -2.0, 4.0, -4.0]), [0, 1], 2.0)
+    np.testing.assert_allclose(np.array(out), [1, -4, 4, -4], rtol=1e-6)
+
+
+def test_task_6_a_penalty_below_one_makes_tokens_likelier() -> None:
+    """Oracle: by hand."""
+    out = penalize_repetition(mx.array([2.0, -2.0, 4.0, -4.0]), [0, 1], 0.5)
+    np.testing.assert_allclose(np.array(out), [4, -1, 4, -4], rtol=1e-6)
+
+
+def test_task_6_it_does_not_matter_how_often_a_token_was_there() -> None:
+    """Oracle: by hand."""
+    out = penalize_repetition(mx.array([8.0, -8.0, 1.0]), [1, 0, 0, 1, 0], 2.0)
+    np.testing.assert_allclose(np.array(out), [4, -16, 1], rtol=1e-6)
+
+
+def test_task_6_zero_and_minus_infinity_stay() -> None:
+    """Oracle: by hand: a token that another rule took is not brought back."""
+    out = penalize_repetition(mx.array([0.0, -INF, 3.0]), [0, 1], 1.5)
+    np.testing.assert_array_equal(np.array(out), [0, -INF, 3])
+
+
+def test_task_6_nothing_seen_changes_nothing() -> None:
+    """Oracle: by hand."""
+    out = penalize_repetition(mx.array([2.0, -2.0]), [], 2.0)
+    np.testing.assert_array_equal(np.array(out), [2, -2])
+
+
+def test_task_6_the_logits_given_stay_as_they_are() -> None:
+    """Oracle: by hand: log-probabilities are taken from them later. An array that is assigned to has changed."""
+    logits = mx.array([2.0, -2.0, 4.0])
+    penalize_repetition(logits, [0, 1], 2.0)
+    np.testing.assert_array_equal(np.array(logits), [2, -2, 4])
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.3])
+def test_task_6_many_tokens(penalty: float) -> None:
+    """Oracle: a loop over the tokens, in Python. They may come from any iterable."""
+    logits = random_logits(15, 300)
+    seen = np.random.default_rng(16).integers(0, 300, size=200).tolist()
+    expected = logits.astype(np.float64)
+    for token in set(seen):
+        expected[token] = expected[token] / penalty if expected[token] > 0 else expected[token] * penalty
+    out = penalize_repetition(mx.array(logits), iter(seen), penalty)
+    np.testing.assert_allclose(np.array(out), expected, rtol=1e-5, atol=1e-6)
+
+
+# Task 7: penalize_output
+
+
+def test_task_7_presence_counts_once_and_frequency_each_time() -> None:
+    """Oracle: by hand: token 0 came twice, 5 - 2 * 0.5 - 1, and token 2 once, 5 - 0.5 - 1."""
+    out = penalize_output(mx.array([5.0, 5.0, 5.0]), [0, 2, 0], 0.5, 1.0)
+    np.testing.assert_allclose(np.array(out), [3, 5, 3.5], rtol=1e-6)
+
+
+def test_task_7_presence_alone() -> None:
+    """Oracle: by hand, also where it makes a logit negative."""
+    out = penalize_output(mx.array([5.0, -1.0, 0.0, 2.0]), [0, 1, 2, 2, 2], 0.0, 1.5)
+    np.testing.assert_allclose(np.array(out), [3.5, -2.5, -1.5, 2], rtol=1e-6)
+
+
+def test_task_7_frequency_alone() -> None:
+    """Oracle: by hand. An update that takes each token once, however often it came, is the mistake here."""
+    out = penalize_output(mx.array([5.0, -1.0, 0.0, 2.0]), [0, 1, 2, 2, 2], 0.5, 0.0)
+    np.testing.assert_allclose(np.array(out), [4.5, -1.5, -1.5, 2], rtol=1e-6)
+
+
+def test_task_7_negative_penalties_make_tokens_likelier() -> None:
+    """Oracle: by hand."""
+    out = penalize_output(mx.array([1.0, 1.0]), [1, 1], -0.5, -1.0)
+    np.testing.assert_allclose(np.array(out), [1, 3], rtol=1e-6)
+
+
+def test_task_7_no_output_changes_nothing() -> None:
+    """Oracle: by hand: the first token of a request has no output before it."""
+    out = penalize_output(mx.array([2.0, -2.0]), [], 0.5, 1.0)
+    np.testing.assert_array_equal(np.array(out), [2, -2])
+
+
+def test_task_7_the_logits_given_stay_as_they_are() -> None:
+    """Oracle: by hand: log-probabilities are taken from them later. An array that is assigned to has changed."""
+    logits = mx.array([2.0, -2.0, 4.0])
+    penalize_output(logits, [0, 1], 0.5, 1.0)
+    np.testing.assert_array_equal(np.array(logits), [2, -2, 4])
+
+
+def test_task_7_many_tokens() -> None:
+    """Oracle: a loop over the tokens, in Python. They may come from any iterable."""
+    logits = random_logits(17, 300)
+    outputs = np.random.default_rng(18).integers(0, 300, size=400).tolist()
+    expected = logits.astype(np.float64)
+    for token in outputs:
+        expected[token] -= 0.3
+    for token in set(outputs):
+        expected[token] -= 0.7
+    out = penalize_output(mx.array(logits), iter(outputs), 0.3, 0.7)
+    np.testing.assert_allclose(np.array(out), expected, rtol=1e-5, atol=1e-5)
+
+
+# Task 8: log_probabilities
+
+
+def test_task_8_three_tokens() -> None:
+    """Oracle: by hand: weights of 1, 2 and 5 are 1/8, 2/8 and 5/8."""
+    out = log_probabilities(mx.array([0.0, np.log(2.0), np.log(5.0)]))
+    np.testing.assert_allclose(np.array(out), np.log([1 / 8, 2 / 8, 5 / 8]), rtol=1e-5)
+
+
+def test_task_8_the_only_token_is_certain() -> None:
+    """Oracle: by hand: ln 1."""
+    np.testing.assert_allclose(np.array(log_probabilities(mx.array([-3.5]))), [0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_task_8_large_logits_do_not_overflow(shift: float) -> None:
+    """Oracle: by hand: 1/3 and 2/3, wherever the logits lie."""
+    out = log_probabilities(mx.array([shift, shift + np.log(2.0)]))
+    np.testing.assert_allclose(np.array(out), np.log([1 / 3, 2 / 3]), rtol=1e-3)
+
+
+def test_task_8_unlikely_tokens_keep_their_distance() -> None:
+    """Oracle: by hand: 0 and -200. The logarithm of a softmax is -inf here, for exp(-200) is 0 in float32."""
+    np.testing.assert_allclose(np.array(log_probabilities(mx.array([0.0, -200.0]))), [0, -200], atol=1e-4)
+
+
+def test_task_8_an_impossible_token_is_minus_infinity() -> None:
+    """Oracle: by hand."""
+    out = log_probabilities(mx.array([1.0, -INF, 1.0]))
+    np.testing.assert_allclose(np.array(out), [-np.log(2), -INF, -np.log(2)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 255, 256, 257, 1000, 49_152])
+def test_task_8_any_vocabulary(size: int) -> None:
+    """Oracle: NumPy in float64. Sums over groups of tokens must not lose the last ones, nor add any."""
+    logits = random_logits(19, size)
+    expected = np.log(numpy_softmax(logits))
+    out = log_probabilities(mx.array(logits))
+    assert out.shape == (size,)
+    np.testing.assert_allclose(np.array(out), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(np.exp(np.array(out, np.float64)).sum(), 1, rtol=1e-4)
+
+
+def test_task_8_a_large_vocabulary_is_added_up_exactly() -> None:
+    """Oracle: by hand: 1 and 49,151 weights of 1/49,151 are 2, so the first token has ln 1/2.
+
+    One long sum in float32 is off by about 0.001 here: a small number that is added to a large one is rounded.
+    """
+    logits = np.full(49_152, -np.log(49_151), np.float32)
+    logits[0] = 0.0
+    out = np.array(log_probabilities(mx.array(logits)))
+    np.testing.assert_allclose(out[[0, 1, -1]], [-np.log(2), *[-np.log(2 * 49_151)] * 2], atol=5e-5, rtol=0)
