@@ -7,6 +7,7 @@ half.
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_llm.grouped_attention import Attention
 from tiny_llm.linear import BiasedLinear, Linear
 from tiny_llm.mlp import MLP, swiglu
 from tiny_llm.norm import rms_norm
@@ -88,6 +89,45 @@ def test_task_1_the_mean_of_half_precision_values_is_taken_in_float32() -> None:
     out = rms_norm(mx.array(x), mx.ones(4, mx.float16), 1e-6)
     expected = numpy_rms_norm(x, np.ones(4), 1e-6)
     np.testing.assert_allclose(np.array(out.astype(mx.float32)), expected, rtol=4e-3)
+
+
+class Remembering:
+    """A context that keeps the queries and keys that it is given; all tokens stand at position 0."""
+
+    def __init__(self, length: int) -> None:
+        self.positions = mx.zeros(length, mx.int32)
+        self.logit_rows: mx.array | None = None
+        self.queries = self.keys = mx.array([])
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """Gives back nothing of use."""
+        self.queries, self.keys = q, k
+        return mx.zeros(q.shape)
+
+
+def test_task_1_an_attention_layer_with_norms_normalises_each_head_with_its_own() -> None:
+    """Oracle: NumPy in float64. A rotation by position 0 changes nothing: what arrives is normalised only."""
+    rng = np.random.default_rng(15)
+    stacked, x = rng.normal(size=(32, 16)), rng.normal(size=(2, 5, 16))
+    q_norm, k_norm = rng.uniform(0.3, 2.0, size=(2, 8))
+    layer = Attention(
+        layer=0,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        inv_freq=mx.ones(4),
+        qkv_proj=Linear(mx.array(stacked.astype(np.float32))),
+        o_proj=Linear(mx.zeros((16, 16))),
+        q_norm=mx.array(q_norm.astype(np.float32)),
+        k_norm=mx.array(k_norm.astype(np.float32)),
+        eps=1e-5,
+    )
+    context = Remembering(5)
+    mx.eval(layer(mx.array(x.astype(np.float32)), context))
+    heads = (x @ stacked.T).reshape(2, 5, 4, 8).swapaxes(1, 2)
+    normed = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(np.array(context.queries), normed[:, :2] * q_norm, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.array(context.keys), normed[:, 2:3] * k_norm, rtol=1e-3, atol=1e-4)
 
 
 # Task 2: swiglu

@@ -11,13 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.block import TransformerBlock
+from tiny_llm.checkpoint import Checkpoint
+from tiny_llm.embedded import embedded_model_path
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kv_context import KVContext
 from tiny_llm.linear import Linear
+from tiny_llm.loader import read_checkpoint
 from tiny_llm.model import Model, build_model
 from tiny_llm.model_config import ModelConfig
-
-from tiny_llm import LLM
 
 # The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
@@ -303,10 +304,36 @@ def test_task_2_an_earlier_token_changes_what_comes_after_it() -> None:
     assert not np.allclose(second[:, -1], first[:, -1], rtol=1e-2, atol=1e-2)
 
 
+class Stored:
+    """A matrix of the real checkpoint, multiplied by MLX as it is stored."""
+
+    def __init__(
+        self, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+    ) -> None:
+        self.arrays = (weight, scales, biases)
+        self.kind = {"group_size": group_size, "bits": bits}
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., K] -> [..., N]."""
+        return mx.quantized_matmul(x, *self.arrays, transpose=True, **self.kind)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """ids [...] -> [..., K]."""
+        return mx.dequantize(*(array[ids] for array in self.arrays), **self.kind).astype(mx.float32)
+
+
+def parameters(checkpoint: Checkpoint) -> tuple[dict[str, Stored], dict[str, mx.array]]:
+    """Matrices and vectors of a checkpoint by their names without `.weight`."""
+    stored = {name.removesuffix(".weight"): tensor.load() for name, tensor in checkpoint.tensors.items()}
+    vectors = {name: x for name, x in stored.items() if isinstance(x, mx.array)}
+    return {name: Stored(*x) for name, x in stored.items() if name not in vectors}, vectors
+
+
 def test_task_2_the_embedded_model_knows_the_capital_of_france() -> None:
     """Oracle: geography, and SmolLM2-135M, which was trained on it: the likeliest token is " Paris"."""
-    llm = LLM(num_blocks=16)
-    tokens = llm.tokenizer.encode("The capital of France is")
-    logits = llm.logits(tokens)
-    assert logits.shape == (len(tokens), llm.model_config.vocab_size)
-    assert llm.tokenizer.token_text(int(mx.argmax(logits[-1]))) == " Paris"
+    checkpoint = read_checkpoint(embedded_model_path())
+    model = build_model(checkpoint.config, *parameters(checkpoint))
+    tokens = checkpoint.tokenizer.encode("The capital of France is")
+    logits = run_model(model, [tokens])[0]
+    assert logits.shape == (len(tokens), checkpoint.config.vocab_size)
+    assert checkpoint.tokenizer.token_text(int(logits[-1].argmax())) == " Paris"
