@@ -594,6 +594,10 @@ STATIC: dict[str, tuple[Change, str]] = {
         lambda h: replace(suite(h, 1), "add(2, 3) == 5", "add(2, 3) == 5 and add.blocks == [0, 1]"),
         "block ids: test_week_1_day_1.py, line 8: add.blocks == [0, 1]",
     ),
+    "a test without an oracle": (
+        lambda h: replace(suite(h, 1), "Oracle: by hand.", "It works."),
+        "oracle: test_week_1_day_1.py: test_task_1_two_and_three names none",
+    ),
     "a test without a task": (
         lambda h: replace(suite(h, 1), "test_task_1_two", "test_two"),
         "names: test_week_1_day_1.py: test_two_and_three does not say which task",

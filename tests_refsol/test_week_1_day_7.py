@@ -213,7 +213,7 @@ def check_distribution(tokens: np.ndarray, probabilities: Iterable[float]) -> No
     """Assert that tokens are spread as these probabilities say, by Pearson's chi-square.
 
     The bound is twelve standard deviations above the mean of chi-square: right tokens fail it for about one
-    seed in fifty thousand at most, and wrong ones miss it by far.
+    seed in forty thousand at most, and wrong ones miss it by far.
     """
     expected = np.array(list(probabilities)) * len(tokens)
     counts = np.bincount(tokens, minlength=len(expected))

@@ -106,8 +106,8 @@ def _day_blank(house: House, day: Day, earlier: Sequence[Day]) -> list[Problem]:
     sources = {module: starter(house, day, module) for module in day.modules}
     found = []
     with _overlay(house, sources) as begun:
-        imports = "; ".join(f"import tiny_llm.{module}" for module in day.modules)
-        run = run_python(begun, ["-c", imports])
+        modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
+        run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
             found.append(Problem("starter", day.id, f"cannot be imported\n{_last(run.stderr)}"))
         found += _formatted(house, begun.overlay, day)

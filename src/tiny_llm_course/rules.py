@@ -129,17 +129,20 @@ def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> 
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):
             yield Problem("block ids", where, f"{ast.unparse(node)} asserts which ids were given out")
-    yield from _tests_without_task(tree, suite)
+    yield from _test_problems(tree, suite)
 
 
 def _is_public(name: str) -> bool:
     return name in PUBLIC or name.startswith("__")
 
 
-def _tests_without_task(tree: ast.Module, suite: Path) -> Iterator[Problem]:
-    for name in functions(ast.unparse(tree)):
+def _test_problems(tree: ast.Module, suite: Path) -> Iterator[Problem]:
+    """A test's name says which task it is about, and its docstring against what it checks."""
+    for name, node in functions(ast.unparse(tree)).items():
         if name.startswith("test_") and not name.startswith("test_task_"):
             yield Problem("names", suite.name, f"{name} does not say which task it is about")
+        if name.startswith("test_") and "Oracle: " not in (ast.get_docstring(node) or ""):
+            yield Problem("oracle", suite.name, f"{name} names none")
 
 
 def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
