@@ -31,6 +31,9 @@ class StepLogits(Mapping[str, mx.array]):
         assert self.rows is not None
         return self.rows[row]
 
+    def __contains__(self, seq_id: object) -> bool:
+        return seq_id in self.row_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.row_of)
 
