@@ -12,8 +12,8 @@ def share_budget(wants: Sequence[int], budget: int) -> list[int]:
 
     `wants[i]` is how many tokens sequence i could compute now: 1 for a decode, more for a prompt,
     0 for nothing. Decodes are served first, then prompts, both first come first served, the last
-    prompt that fits getting a chunk. Never grants more than is wanted, nor more than `budget` in total. Raises
-    ValueError for a negative want or budget.
+    prompt that fits getting a chunk. Never grants more than is wanted, nor more than `budget` in
+    total. Raises ValueError for a negative want or budget.
     """
     if budget < 0 or any(want < 0 for want in wants):
         raise ValueError(f"budget and wants must not be negative: budget {budget}, wants {list(wants)}")
