@@ -16,7 +16,7 @@ from .chunked_prefill import share_budget
 from .flash_attention import flash_attention
 from .model import Model
 from .naive_cache import NaiveKVCache
-from .queues import RequestQueues
+from .queues import QueueViews, RequestQueues
 from .sampling_params import SamplingParams
 from .sequence import Sequence, completion_ids
 from .step import Plan, Scheduled, StepLogits
@@ -58,7 +58,7 @@ class DenseContext:
         return mx.concatenate(outputs, axis=2)
 
 
-class DenseBatchManager:
+class DenseBatchManager(QueueViews[Sequence]):
     """Runs up to `max_slots` sequences at once, each in a contiguous cache of `max_seq_len` tokens.
 
     model: None schedules without computing anything. max_batched_tokens: tokens in one step.
@@ -82,7 +82,7 @@ class DenseBatchManager:
         self.max_seq_len = max_seq_len
         self._model = model
         self._max_tokens = max_batched_tokens
-        self._queues: RequestQueues[Sequence] = RequestQueues()
+        self._queues = RequestQueues[Sequence]()
         self._slots = [_make_slot(model, max_seq_len, kv_dtype) for _ in range(max_slots)]
         self._free = list(range(max_slots))
         self._slot_of: dict[str, int] = {}
@@ -146,29 +146,10 @@ class DenseBatchManager:
             self.finish(seq_id)
 
     @property
-    def waiting(self) -> Seq[Sequence]:
-        """Who waits, the next to run first."""
-        return self._queues.waiting
-
-    @property
-    def running(self) -> Seq[Sequence]:
-        """Who runs, oldest first."""
-        return self._queues.running
-
-    @property
-    def has_work(self) -> bool:
-        """True while a request has not ended."""
-        return len(self._queues) > 0
-
-    @property
     def capacity(self) -> Capacity:
         """How many slots are free."""
         nbytes = sum(cache.allocated_bytes() for slot in self._slots for cache in slot)
         return Capacity(self.max_slots, self.max_seq_len, len(self._free), nbytes)
-
-    def sequence(self, seq_id: str) -> Sequence:
-        """The unfinished sequence of that id; KeyError for another."""
-        return self._queues[seq_id]
 
     def _admit(self) -> None:
         """Start waiting sequences, oldest first, while there are slots for all of their completions."""

@@ -6,7 +6,6 @@ nothing of sampling, of text, or of why a sequence ends.
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 
 import mlx.core as mx
 
@@ -18,13 +17,13 @@ from .model import Model
 from .paged_attention import BlockAllocator, BlockTable
 from .paged_kernel import PagedContext, Span, pack_batch
 from .policies import Policies
-from .queues import RequestQueues
+from .queues import QueueViews, RequestQueues
 from .sampling_params import SamplingParams
 from .sequence import PagedSequence, completion_ids
 from .step import Plan, Scheduled, StepLogits
 
 
-class PagedBatchManager:
+class PagedBatchManager(QueueViews[PagedSequence]):
     """Runs many requests at once over one pool of pages.
 
     max_pages: blocks in the pool. page_size: tokens in a block. max_batch_size: sequences that run
@@ -51,7 +50,7 @@ class PagedBatchManager:
         self.block_size = page_size
         self.pool = None if model is None else KVPool(model.config, max_pages, page_size, kv_dtype)
         self.num_preemptions = 0
-        self._queues: RequestQueues[PagedSequence] = RequestQueues()
+        self._queues = RequestQueues[PagedSequence]()
         self._model = model
         self._max_seqs = max_batch_size
         self._max_tokens = max_batched_tokens
@@ -112,29 +111,10 @@ class PagedBatchManager:
             self.finish(seq_id)
 
     @property
-    def waiting(self) -> Seq[PagedSequence]:
-        """Who waits, the next to run first."""
-        return self._queues.waiting
-
-    @property
-    def running(self) -> Seq[PagedSequence]:
-        """Who runs, oldest first."""
-        return self._queues.running
-
-    @property
-    def has_work(self) -> bool:
-        """True while a request has not ended."""
-        return len(self._queues) > 0
-
-    @property
     def capacity(self) -> Capacity:
         """How full the pool is."""
         nbytes = 0 if self.pool is None else self.pool.nbytes
         return Capacity(self.allocator.num_blocks, self.block_size, self.allocator.num_free, nbytes)
-
-    def sequence(self, seq_id: str) -> PagedSequence:
-        """The unfinished sequence of that id; KeyError for another."""
-        return self._queues[seq_id]
 
     # Schedule: plain bookkeeping over ints.
 

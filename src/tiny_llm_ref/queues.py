@@ -5,6 +5,7 @@ Plain bookkeeping: knows nothing of memory, of pages, or of when anybody should 
 
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import Generic, TypeVar
 
 from .errors import DuplicateRequestError
@@ -85,3 +86,28 @@ class RequestQueues(Generic[S]):
             if seq_id != sequence.seq_id:
                 del self._sequences[seq_id]
         return [seq_id for seq_id, sequence in of_request.items() if seq_id == sequence.seq_id]
+
+
+class QueueViews(Generic[S]):
+    """What every batch manager shows of its queues."""
+
+    _queues: RequestQueues[S]
+
+    @property
+    def waiting(self) -> Seq[S]:
+        """Who waits, the next to run first."""
+        return self._queues.waiting
+
+    @property
+    def running(self) -> Seq[S]:
+        """Who runs, oldest first."""
+        return self._queues.running
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request has not ended."""
+        return len(self._queues) > 0
+
+    def sequence(self, seq_id: str) -> S:
+        """The unfinished sequence of that id; KeyError for another."""
+        return self._queues[seq_id]

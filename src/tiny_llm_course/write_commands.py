@@ -1,0 +1,106 @@
+"""The commands that write a learner's files: start, skip, reset, build-kernels. They parse, call, print."""
+
+from typing import Annotated
+
+import typer
+
+from . import views
+from .arguments import DayId, open_course
+from .cpp import build, own_kernels, start_kernels
+from .errors import CourseError
+from .house import House
+from .starter import set_aside, skip, start
+from .syllabus import Day, Exercise, Syllabus
+
+
+def on_start(
+    day: DayId,
+    again: Annotated[bool, typer.Option("--again", help="Move your files aside and begin anew.")] = False,
+    in_cpp: Annotated[bool, typer.Option("--cpp", help="The day's kernel in C++ instead.")] = False,
+) -> None:
+    """Write a day's modules into src/tiny_llm, exercises blank, and say what there is to do.
+
+    \b
+    pdm run start 1.1
+    pdm run start 1.1 --again     # your files become attention.py.1.bak
+    pdm run start 2.4 --cpp       # a kernel of your own: quantized_matmul.cpp
+
+    Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
+    """
+    house, syllabus = open_course()
+    chosen = syllabus.to_start(day)
+    if in_cpp:
+        written = start_kernels(house, chosen)
+        print("\n".join(f"wrote {house.shown(file)}" for file in written))
+        print(f"build:   pdm run build-kernels\ntest:    pdm run test {chosen.id}")
+        print(f"hints:   pdm run hint {chosen.kernels[0].id}")
+        return
+    moved = set_aside(house, chosen) if again else []
+    written = start(house, chosen)
+    for file in moved:
+        print(f"moved aside: {house.shown(file)}")
+    print(f"day {chosen.id}: {chosen.title}. Afterwards: {chosen.works}.")
+    print("\n".join(f"wrote {house.shown(file)}" for file in written))
+    print(views.tasks(house, chosen))
+
+
+def on_skip(
+    what: Annotated[str, typer.Argument(metavar="DAY|EXERCISE", help="Such as 1.1, or 1.1.2 alone.")],
+) -> None:
+    """Put the reference's code where your exercises are still blank, to go on with the next.
+
+    \b
+    pdm run skip 1.1.2
+    pdm run skip 1.1
+    """
+    house, syllabus = open_course()
+    chosen = _exercises(syllabus, what)
+    _refuse_unstarted(house, syllabus.to_start(chosen[0].day_id), chosen)
+    skipped = skip(house, chosen)
+    if not skipped:
+        raise CourseError(f"nothing of {what} is blank")
+    print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
+
+
+def _exercises(syllabus: Syllabus, what: str) -> tuple[Exercise, ...]:
+    """One exercise in Python, or all of a day."""
+    if what.count(".") < 2:
+        return syllabus.to_start(what).exercises
+    exercise = syllabus.exercise(what)
+    if not isinstance(exercise, Exercise):
+        raise CourseError(f"{what} is the option in C++: without a file of yours the reference's kernel runs")
+    return (exercise,)
+
+
+def _refuse_unstarted(house: House, day: Day, exercises: tuple[Exercise, ...]) -> None:
+    if not any((house.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
+        raise CourseError(f"not started: pdm run start {day.id}")
+
+
+def on_reset(day: DayId) -> None:
+    """Go back to the reference for a day: your files are moved aside, never deleted.
+
+    \b
+    pdm run reset 1.1             # attention.py becomes attention.py.1.bak
+    """
+    house, syllabus = open_course()
+    moved = set_aside(house, syllabus.to_start(day))
+    if not moved:
+        raise CourseError(f"day {day} is not started: there is nothing to reset")
+    print("\n".join(f"moved aside: {house.shown(file)}" for file in moved))
+
+
+def on_build_kernels() -> None:
+    """Build your kernels in C++ into a library of your own, which then runs in place of the reference's.
+
+    \b
+    pdm run start 2.4 --cpp       # writes src/tiny_llm/quantized_matmul.cpp
+    pdm run build-kernels
+    pdm run test 2.4
+
+    What you have no file for is the reference's. The first build takes a minute, later ones seconds.
+    """
+    house, syllabus = open_course()
+    names = ", ".join(kernel.file for kernel in own_kernels(house, syllabus))
+    print(f"building with your {names} ..." if names else "looking for your kernels ...", flush=True)
+    print(f"built {house.shown(build(house, syllabus))}: it runs in place of the reference's kernels")
