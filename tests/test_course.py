@@ -133,6 +133,12 @@ def test_task_2_doubles() -> None:
     assert double(4) == 8
 '''
 
+# An editable install finds `tiny_llm` by a finder of its own, wherever the path leads: not in this checkout.
+SITE = """import sys
+
+sys.meta_path[:] = [one for one in sys.meta_path if not type(one).__module__.startswith("_editable")]
+"""
+
 API = "__all__ = []\n\n\ndef __getattr__(name):\n    raise AttributeError(name)\n"
 
 
@@ -141,6 +147,7 @@ def house(tmp_path: Path) -> House:
     """A checkout with a course of its own."""
     files = {
         "src/tiny_llm_course/syllabus.toml": SYLLABUS,
+        "src/sitecustomize.py": SITE,
         "src/tiny_llm_ref/__init__.py": "",
         "src/tiny_llm_ref/api.py": API,
         "src/tiny_llm_ref/adding.py": ADDING,

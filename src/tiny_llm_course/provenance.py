@@ -44,7 +44,9 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+def pytest_report_teststatus(
+    report: pytest.TestReport | pytest.CollectReport,
+) -> tuple[str, str, str] | None:
     """A failure over a blank has a category of its own."""
     if report.failed and _message(report) is not None:
         return BLANK, "b", "BLANK"
@@ -58,5 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{f'{count} tests wait' if count > 1 else '1 test waits'} for {message}")
 
 
-def _message(report: pytest.TestReport) -> str | None:
-    return next((str(value) for name, value in report.user_properties if name == BLANK), None)
+def _message(report: pytest.TestReport | pytest.CollectReport) -> str | None:
+    """The message of the blank that a test met; a file that could not be collected met none."""
+    properties = getattr(report, "user_properties", ())
+    return next((str(value) for name, value in properties if name == BLANK), None)
