@@ -30,7 +30,8 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     """softmax(q k^T * scale + mask) v.
 
-    q [..., L, D], k and v [..., S, D], mask broadcastable to [..., L, S] -> [..., L, D].
+    q [..., L, D], k and v [..., S, D], mask broadcastable to [..., L, S] -> [..., L, D]. The axes in front
+    broadcast too, as in any matrix product.
     """
     scores = (q @ k.swapaxes(-1, -2)) * scale
     if mask is not None:

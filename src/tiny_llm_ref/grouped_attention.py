@@ -21,8 +21,8 @@ def grouped_query_attention(
     """Attention in which H / Hkv query heads share one key and value head.
 
     q [B, H, L, D], k and v [B, Hkv, S, D], mask broadcastable to [L, S] -> [B, H, L, D]. Query head
-    h reads key and value head h // (H / Hkv). Nothing is repeated in memory: the group is an axis
-    over which k and v broadcast. Raises ValueError where H is no multiple of Hkv.
+    h reads key and value head h // (H / Hkv). Nothing need be repeated in memory: the group can be an
+    axis over which k and v broadcast. Raises ValueError where H is no multiple of Hkv.
     """
     B, H, L, D = q.shape
     kv_heads = k.shape[1]

@@ -29,7 +29,7 @@ def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -
     """Make tokens of prompt and output less likely (penalty > 1) or more: logits [V].
 
     A positive logit is divided by the penalty, a negative one multiplied, however often the token was
-    there. Source: Keskar et al., "CTRL" (2019).
+    there. The array that was given stays as it is. Source: Keskar et al., "CTRL" (2019).
     """
     return _changed(
         logits, sorted(set(seen)), lambda chosen: mx.where(chosen > 0, chosen / penalty, chosen * penalty)
@@ -37,7 +37,10 @@ def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -
 
 
 def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, presence: float) -> mx.array:
-    """Lower the logits [V] of tokens of the output: by `presence`, and `frequency` for each time."""
+    """Lower the logits [V] of tokens of the output: by `presence`, and `frequency` for each time.
+
+    The array that was given stays as it is.
+    """
     counts = Counter(outputs)
     times = mx.array(list(counts.values()), mx.float32)
     return _changed(logits, list(counts), lambda chosen: chosen - frequency * times - presence)
