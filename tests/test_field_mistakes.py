@@ -116,7 +116,7 @@ def test_a_thousand_requests_with_cancels_and_errors_leave_no_bytes_behind() -> 
 def test_a_snapshot_of_some_blocks_does_not_keep_the_whole_pool_alive() -> None:
     gc.collect()
     before = mx.get_active_memory()
-    pool = KVPool(tiny_config(), 4000, 16, mx.float16)
+    pool = KVPool.for_model(tiny_config(), 4000, 16, mx.float16)
     nbytes = pool.nbytes
     snapshot = pool.read_blocks(0, [0, 1])
     del pool

@@ -17,7 +17,7 @@ BLOCK = 4
 
 
 def pool_of(num_blocks: int, config: ModelConfig | None = None) -> KVPool:
-    return KVPool(config or tiny_config(), num_blocks, BLOCK, mx.float32)
+    return KVPool.for_model(config or tiny_config(), num_blocks, BLOCK, mx.float32)
 
 
 def write(pool: KVPool, table: BlockTable, start: int, stop: int, value: float, layer: int = 0) -> None:
@@ -129,3 +129,15 @@ def test_a_step_takes_no_memory_of_the_pools_size() -> None:
     one_array = manager.pool.nbytes / 4
     assert mx.get_peak_memory() - before < one_array / 4, "an array of the pool was copied"
     assert mx.get_active_memory() - before < one_array / 4
+
+
+def test_tokens_are_written_and_read_by_slot() -> None:
+    pool = KVPool(3, BLOCK, num_heads=2, head_dim=5, num_layers=2, dtype=mx.float32)
+    slots = mx.array([9, 0, 6])
+    keys = mx.random.normal((3, 2, 5), key=mx.random.key(1))
+    pool.write(1, slots, keys, keys + 1)
+    assert [array.tolist() for array in pool.read(1, slots)] == [keys.tolist(), (keys + 1).tolist()]
+    blocks, _ = pool.read_blocks(1, [2, 0, 1])
+    assert [blocks[0, :, 1].tolist(), blocks[1, :, 0].tolist(), blocks[2, :, 2].tolist()] == keys.tolist()
+    assert mx.sum(mx.any(blocks != 0, axis=(1, 3))).item() == 3, "only three slots were written"
+    assert not mx.any(pool.read_blocks(0, [0, 1, 2])[0]).item(), "the other layer is untouched"

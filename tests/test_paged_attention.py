@@ -188,3 +188,23 @@ def test_physical_indices_is_a_copy() -> None:
 def test_a_block_holds_at_least_one_token(block_size: int) -> None:
     with pytest.raises(ValueError, match=f"not {block_size}"):
         BlockTable(BlockAllocator(1), block_size)
+
+
+@given(st.integers(1, 17), st.integers(0, 60), st.data())
+def test_a_slot_is_the_tokens_block_and_offset(block_size: int, num_tokens: int, data: st.DataObject) -> None:
+    table = BlockTable(BlockAllocator(60), block_size)
+    table.append_tokens(num_tokens)
+    start = data.draw(st.integers(0, num_tokens))
+    stop = data.draw(st.integers(start, num_tokens))
+    blocks = table.physical_indices()
+    expected = [blocks[i // block_size] * block_size + i % block_size for i in range(start, stop)]
+    assert table.slots(start, stop) == expected
+    assert len(set(table.slots(0, num_tokens))) == num_tokens
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 7), (7, 7)])
+def test_positions_outside_the_table_have_no_slots(start: int, stop: int) -> None:
+    table = BlockTable(BlockAllocator(4), 4)
+    table.append_tokens(6)
+    with pytest.raises(ValueError, match="the table's 6 tokens"):
+        table.slots(start, stop)

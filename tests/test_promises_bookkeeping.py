@@ -15,7 +15,6 @@ from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence, completion_ids
-from tiny_llm.slot_mapping import slots
 from tiny_llm.step import Plan
 
 from promises import Watched, check_all_returned, check_first_come_first_served, check_pages, policies
@@ -41,7 +40,7 @@ class SymbolicPool:
                 self.held[copy.dst * self.block_size + i] = value
         written = Counter()
         for sequence, start, stop in plan.chunks:
-            addresses = slots(sequence.table, start, stop)
+            addresses = sequence.table.slots(start, stop)
             written.update(addresses)
             for position, slot in zip(range(start, stop), addresses, strict=True):
                 self.held[slot] = tuple(sequence.tokens(0, position + 1))
@@ -52,7 +51,7 @@ class SymbolicPool:
     def check(self, sequence: PagedSequence) -> None:
         """Every computed token of the sequence stands in its slot, after the right past."""
         tokens = tuple(sequence.tokens(0, sequence.num_computed))
-        for position, slot in enumerate(slots(sequence.table, 0, sequence.num_computed)):
+        for position, slot in enumerate(sequence.table.slots(0, sequence.num_computed)):
             assert self.held[slot] == tokens[: position + 1], (
                 f"{sequence.seq_id} reads another's token {position}"
             )

@@ -7,6 +7,7 @@ of sequences or of who owns which block.
 """
 
 from collections.abc import Sequence as Seq
+from typing import Self
 
 import mlx.core as mx
 
@@ -17,17 +18,30 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class KVPool:
-    """`num_blocks` blocks of `block_size` tokens for every layer of a model."""
+    """`num_blocks` blocks of `block_size` tokens for every layer, of `num_heads` key-value heads of `head_dim`."""
 
-    def __init__(self, model: ModelConfig, num_blocks: int, block_size: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        head_dim: int,
+        num_layers: int = 1,
+        dtype: mx.Dtype = mx.float16,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
-        shape = (num_blocks, model.num_key_value_heads, block_size, model.head_dim)
-        layers = range(model.num_hidden_layers)
-        self._keys = [mx.zeros(shape, dtype) for _ in layers]
-        self._values = [mx.zeros(shape, dtype) for _ in layers]
+        shape = (num_blocks, num_heads, block_size, head_dim)
+        self._keys = [mx.zeros(shape, dtype) for _ in range(num_layers)]
+        self._values = [mx.zeros(shape, dtype) for _ in range(num_layers)]
         self.evaluate()
+
+    @classmethod
+    def for_model(cls, model: ModelConfig, num_blocks: int, block_size: int, dtype: mx.Dtype) -> Self:
+        """A pool for a model's keys and values."""
+        heads, layers = model.num_key_value_heads, model.num_hidden_layers
+        return cls(num_blocks, block_size, heads, model.head_dim, layers, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +73,20 @@ class KVPool:
                 mx.eval(rows)
                 arrays[layer][targets] = rows
         self.evaluate()
+
+    def write(self, layer: int, slots: mx.array, keys: mx.array, values: mx.array) -> None:
+        """Write keys and values [T, Hkv, D] of one layer to T different slots, in place."""
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        self._keys[layer][blocks, :, offsets] = keys.astype(self.dtype)
+        self._values[layer][blocks, :, offsets] = values.astype(self.dtype)
+        mx.eval(self._keys[layer], self._values[layer])
+
+    def read(self, layer: int, slots: mx.array) -> tuple[mx.array, mx.array]:
+        """Evaluated copies of one layer's keys and values at T slots, each [T, Hkv, D]."""
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        keys, values = self._keys[layer][blocks, :, offsets], self._values[layer][blocks, :, offsets]
+        mx.eval(keys, values)
+        return keys, values
 
     def read_blocks(self, layer: int, blocks: Seq[int]) -> tuple[mx.array, mx.array]:
         """Evaluated copies of a layer's keys and values, each [len(blocks), Hkv, block_size, D]."""

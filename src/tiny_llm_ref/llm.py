@@ -106,7 +106,9 @@ class LLM:
         self._check_ids(token_ids)
         config = self.engine_config
         num_blocks = -(-len(token_ids) // config.block_size)
-        pool = KVPool(self.model_config, num_blocks, config.block_size, DTYPES[config.kv_cache_dtype])
+        pool = KVPool.for_model(
+            self.model_config, num_blocks, config.block_size, DTYPES[config.kv_cache_dtype]
+        )
         table = BlockTable(BlockAllocator(num_blocks), config.block_size)
         rows = []
         for start in range(0, len(token_ids), config.max_num_batched_tokens):

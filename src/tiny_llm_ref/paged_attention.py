@@ -122,6 +122,18 @@ class BlockTable:
         """The physical block of each logical block, in order."""
         return list(self.blocks)
 
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The flat addresses of the positions start .. stop - 1: `block * block_size + offset` in the pool.
+
+        Raises ValueError where the range lies outside the table's tokens.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(
+                f"positions {start} to {stop} are not within the table's {self.num_tokens} tokens"
+            )
+        size = self.block_size
+        return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
+
     def fork(self) -> "BlockTable":
         """A second table over the same blocks; each block counts one more holder."""
         child = BlockTable(self.allocator, self.block_size)

@@ -48,7 +48,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     ) -> None:
         self.allocator = BlockAllocator(max_pages)
         self.block_size = page_size
-        self.pool = None if model is None else KVPool(model.config, max_pages, page_size, kv_dtype)
+        self.pool = None if model is None else KVPool.for_model(model.config, max_pages, page_size, kv_dtype)
         self.num_preemptions = 0
         self._queues = RequestQueues[PagedSequence]()
         self._model = model

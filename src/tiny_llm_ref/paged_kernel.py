@@ -16,7 +16,6 @@ from .grouped_attention import grouped_query_attention
 from .kernels import accelerated, compiled_kernel
 from .kv_pool import KVPool
 from .paged_attention import BlockTable
-from .slot_mapping import slots
 
 LAYERS_AT_ONCE = 4
 
@@ -52,7 +51,7 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
     row_of_token: list[int] = []
     for row, (table, start, stop) in enumerate(spans):
         positions.extend(range(start, stop))
-        slot_of_token.extend(slots(table, start, stop))
+        slot_of_token.extend(table.slots(start, stop))
         row_of_token.extend([row] * (stop - start))
     longest = max(len(span.table.blocks) for span in spans)
     tables = [span.table.blocks + [0] * (longest - len(span.table.blocks)) for span in spans]
