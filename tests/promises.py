@@ -7,6 +7,7 @@ pool, on one thread. Pages are conserved: `check_pages` counts the holders of ev
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,12 +17,15 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tiny_llm.beam_search import BeamSearch, BeamSearchParams
 from tiny_llm.engine_core import EngineCore, TokenLogprobs
 from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.model import Model
 from tiny_llm.paged_batch import PagedBatchManager
-from tiny_llm.policies import Policies
+from tiny_llm.paged_queues import BeamStep
+from tiny_llm.policies import NoPrefixSharing, Policies
 from tiny_llm.preemption import RecomputeNewestFirst
+from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence, completion_ids
 from tiny_llm.step import Plan, StepLogits
@@ -33,11 +37,16 @@ from tiny_model import EOS, VOCAB, examples, random_prompt
 
 
 def check_pages(manager: PagedBatchManager) -> None:
-    """Free + referenced = total, and every reference is one table's: counted, not believed."""
+    """Free + referenced = total, and every reference is one table's or the prefix cache's: counted."""
     allocator = manager.allocator
     counted = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
     tables = [sequence.table for sequence in [*manager.running, *manager.waiting]]
     held = Counter(block for table in tables for block in table.blocks)
+    in_use = set(held)
+    kept = manager.prefix.blocks
+    assert len(set(kept)) == len(kept), "a block is kept twice"
+    assert manager.prefix.num_idle == len(set(kept) - in_use), "idle blocks are miscounted"
+    held.update(kept)
     assert counted == [held[block] for block in range(allocator.num_blocks)], "a reference that no table owns"
     assert allocator.num_free == counted.count(0), "free blocks and unreferenced blocks differ"
     for table in tables:
@@ -48,6 +57,28 @@ def check_pages(manager: PagedBatchManager) -> None:
     for sequence in [*manager.running, *manager.waiting]:
         assert sequence.num_computed == sequence.table.num_tokens, "a page for a token that is not computed"
     assert all(not sequence.table.blocks for sequence in manager.waiting), "a waiting sequence holds pages"
+    for leader in [*manager.running, *manager.waiting]:
+        for beam in leader.parked.beams if leader.parked else ():
+            assert not beam.table.blocks, "a parked beam holds pages"
+    check_prefix_order(manager)
+
+
+def check_prefix_order(manager: PagedBatchManager) -> None:
+    """No idle block is given up after one that it hangs on, and a table's kept blocks have no gap."""
+    if not isinstance(manager.prefix, PrefixSharing):
+        return
+    queue = manager.prefix.cache._queue
+    in_use = {block for sequence in manager.running for block in sequence.table.blocks}
+    place = {digest: i for i, digest in enumerate(queue)}
+    for digest, kept in queue.items():
+        if kept.block not in in_use and kept.parent in queue:
+            parent = queue[kept.parent]
+            assert parent.block in in_use or place[kept.parent] > place[digest], (
+                "a parent goes before its child"
+            )
+    for sequence in manager.running:
+        are_kept = [block in set(manager.prefix.blocks) for block in sequence.table.blocks]
+        assert are_kept == sorted(are_kept, reverse=True), "a kept block after one that is not"
 
 
 def arrival_order(manager: PagedBatchManager, arrivals: Mapping[str, int]) -> list[tuple[int, str]]:
@@ -66,8 +97,13 @@ def check_all_returned(manager: PagedBatchManager) -> None:
     assert not manager.has_work
     assert not manager.running
     assert not manager.waiting
-    assert manager.allocator.num_free == manager.allocator.num_blocks, (
+    kept = len(manager.prefix.blocks)
+    assert manager.allocator.num_free + kept == manager.allocator.num_blocks, (
         "pages are missing after the last request"
+    )
+    assert manager.prefix.evict(kept) == kept, "a block that nobody uses is not given up"
+    assert manager.allocator.num_free == manager.allocator.num_blocks, (
+        "pages are missing when all is given up"
     )
 
 
@@ -80,10 +116,19 @@ class Watched(PagedBatchManager):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.happened: Counter[str] = Counter()
         self._watch = watch
+        self._preempted, self._scheduler._preempt = self._scheduler._preempt, self._preempt
 
     def _schedule(self) -> Plan:
+        had = {sequence.seq_id: sequence.num_computed for sequence in self.running}
+        size = self.allocator.num_blocks
         plan = super()._schedule()
         self.happened["steps"] += 1
+        self.happened["the pool grew"] += self.allocator.num_blocks > size
+        for sequence, start, *_ in plan.chunks:
+            self.happened["prefix hits"] += start > had.get(sequence.seq_id, 0)
+            self.happened["hits within a block"] += (
+                start > had.get(sequence.seq_id, 0) and start % self.block_size != 0
+            )
         self.happened["copies on write"] += len(plan.copies)
         chunks = [chunk for chunk in plan.chunks if chunk.stop < chunk.sequence.num_tokens]
         self.happened["prompts cut into chunks"] += len(chunks)
@@ -100,7 +145,12 @@ class Watched(PagedBatchManager):
     def _preempt(self, sequence: PagedSequence) -> None:
         self.happened["preemptions"] += 1
         self.happened["preemptions of outputs"] += bool(sequence.outputs)
-        super()._preempt(sequence)
+        self.happened["preemptions of beams"] += sequence.is_beam
+        self._preempted(sequence)
+
+    def advance(self, request_id: str, steps: Seq[BeamStep]) -> None:
+        self.happened["beams forked"] += len(steps) - len({step.parent for step in steps})
+        super().advance(request_id, steps)
 
 
 # Scenarios.
@@ -112,13 +162,22 @@ class Arrival:
 
     step: int
     prompt: tuple[int, ...]
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     cancelled_at: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Sequences that it may have at once."""
+        return self.params.beam_width if isinstance(self.params, BeamSearchParams) else self.params.n
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Requests and the engine that they meet. `spare_blocks` come on top of what the largest one needs."""
+    """Requests and the engine that they meet. `spare_blocks` come on top of what the largest one needs.
+
+    prefix: whether prefixes are cached. grows: whether the pool begins with one block. compacted_at: the steps
+    after which the pool is compacted.
+    """
 
     arrivals: tuple[Arrival, ...]
     block_size: int
@@ -128,6 +187,9 @@ class Scenario:
     threads: int
     instruction_set: str
     preempts: bool
+    prefix: bool = False
+    grows: bool = False
+    compacted_at: tuple[int, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -143,9 +205,10 @@ class Answer(NamedTuple):
     finish_reason: str | None
 
 
-def policies(preempts: bool) -> Policies:
-    """Preemption by recompute, or none."""
-    return Policies(RecomputeNewestFirst()) if preempts else Policies()
+def policies(preempts: bool, prefix: bool = False) -> Policies:
+    """Preemption by recompute, or none; prefix caching, or none."""
+    sharing = PrefixSharing if prefix else NoPrefixSharing
+    return Policies(RecomputeNewestFirst(), sharing) if preempts else Policies(prefix=sharing)
 
 
 def smallest_pool(arrivals: tuple[Arrival, ...], block_size: int, max_seqs: int, preempts: bool) -> int:
@@ -162,7 +225,8 @@ def _admits(arrival: Arrival, blocks: int, block_size: int, max_seqs: int, preem
         blocks, block_size, max_seqs, max_model_len=10_000, policies=policies(preempts)
     )
     try:
-        return manager.add_request(list(arrival.prompt), "probe", arrival.params)
+        _add(EngineCore(manager, (EOS,)), "probe", arrival)
+        return True
     except RequestTooLargeError:
         return False
 
@@ -188,6 +252,7 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
         frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.7, -0.3])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.8])),
         logit_bias=draw(st.sampled_from([None, None, {3: 4.0, vocab - 1: -100.0}, {EOS: 1.0}])),
+        cache_salt=draw(st.sampled_from(["", "", "", "tenant"])),
     )
 
 
@@ -203,17 +268,17 @@ def scenarios(
     """Crowds of requests that meet a pool between barely enough and roomy."""
     arrivals = []
     for _ in range(draw(st.integers(min(3, most_requests), most_requests))):
-        step = draw(st.sampled_from([0, 0, 1, 2, 6]))
-        length = draw(st.integers(1, 6) | st.integers(1, longest_prompt))
+        step = draw(st.sampled_from([0, 0, 1, 2, 6, 15]))
+        kinds = [sampling(most_tokens, vocab)] * 4 + [beam_searches(most_tokens)]
         arrivals.append(
             Arrival(
                 step=step,
-                prompt=tuple(random_prompt(length, seed=draw(st.integers(0, 999)))),
-                params=draw(sampling(most_tokens, vocab)),
+                prompt=draw(prompts(longest_prompt)),
+                params=draw(draw(st.sampled_from(kinds))),
                 cancelled_at=draw(st.sampled_from([None] * 7 + [step + 9, step + 2, step])),
             )
         )
-    max_seqs = max(draw(st.integers(1, 9)), *(arrival.params.n for arrival in arrivals))
+    max_seqs = max(draw(st.integers(1, 9)), *(arrival.width for arrival in arrivals))
     compiled = tiny_llm_kernels.available()
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
@@ -224,10 +289,34 @@ def scenarios(
         threads=draw(st.integers(1, 4)) if compiled else 1,
         instruction_set=draw(st.sampled_from(tiny_llm_kernels.instruction_sets())) if compiled else "",
         preempts=draw(st.sampled_from([True] * 6 + [False])),
+        prefix=draw(st.sampled_from([True, True, False])),
+        grows=draw(st.sampled_from([True, False, False])),
+        compacted_at=draw(st.sampled_from([(), (), (2, 3, 9), tuple(range(0, 60, 2))])),
     )
 
 
-# A crowd that is sure to fork, to be preempted and to be cut into chunks.
+@st.composite
+def prompts(draw: st.DrawFn, longest: int) -> tuple[int, ...]:
+    """Prompts of which many begin alike: a piece of one of three long ones, and perhaps a tail of their own."""
+    length = draw(st.integers(1, 6) | st.integers(1, longest))
+    shared = random_prompt(longest, seed=draw(st.integers(0, 2)))[:length]
+    tail = draw(st.integers(0, longest - length))
+    return (*shared, *(random_prompt(tail, seed=draw(st.integers(3, 999))) if tail else ()))
+
+
+@st.composite
+def beam_searches(draw: st.DrawFn, most_tokens: int) -> BeamSearchParams:
+    """Searches narrow and wide, short and long."""
+    return BeamSearchParams(
+        beam_width=draw(st.sampled_from([1, 2, 2, 3, 4])),
+        max_tokens=draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens])),
+        ignore_eos=draw(st.booleans()),
+        length_penalty=draw(st.sampled_from([1.0, 1.0, 0.0, -1.0, 2.0])),
+        cache_salt=draw(st.sampled_from(["", "", "tenant"])),
+    )
+
+
+# A crowd that is sure to fork, to be preempted, to be cut into chunks, to share and to search.
 CROWD = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=10, temperature=0.0, logprobs=2)),
@@ -236,6 +325,7 @@ CROWD = Scenario(
         ),
         Arrival(1, tuple(random_prompt(30, 3)), SamplingParams(max_tokens=4, temperature=0.7, top_k=20)),
         Arrival(2, tuple(random_prompt(3, 4)), SamplingParams(max_tokens=10, min_p=0.05), cancelled_at=9),
+        Arrival(3, tuple(random_prompt(9, 1)), BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)),
     ),
     block_size=2,
     spare_blocks=1,
@@ -244,6 +334,9 @@ CROWD = Scenario(
     threads=2,
     instruction_set="",
     preempts=True,
+    prefix=True,
+    grows=True,
+    compacted_at=(4, 9),
 )
 
 
@@ -264,23 +357,50 @@ def check_scenario(model: Model, scenario: Scenario) -> Counter[str]:
         scenario.max_seqs,
         model=model,
         max_batched_tokens=max(scenario.max_tokens, scenario.max_seqs),
-        policies=policies(scenario.preempts),
+        policies=policies(scenario.preempts, scenario.prefix),
+        min_pages=1 if scenario.grows else None,
     )
     with kernels_on(scenario.threads, scenario.instruction_set):
-        answers, seeds = _serve(manager, scenario)
+        served = _serve(manager, scenario)
     check_all_returned(manager)
     with kernels_on(1, scenario.instruction_set):
         for index, arrival in enumerate(scenario.arrivals):
-            for i, seq_id in enumerate(completion_ids(str(index), arrival.params.n)):
-                answer = answers[seq_id]
-                if answer.finish_reason is None:
-                    assert arrival.cancelled_at is not None, f"completion {seq_id} never ended"
-                    manager.happened["cancelled under way"] += 1
-                    continue
-                params = replace(arrival.params, n=1)
-                check_same(seq_id, answer, answer_alone(model, arrival.prompt, params, seeds[str(index)] + i))
-                manager.happened["answers compared"] += 1
+            if isinstance(arrival.params, BeamSearchParams):
+                _check_beams(model, str(index), arrival, served, manager.happened)
+            else:
+                _check_completions(model, str(index), arrival, served, manager.happened)
     return manager.happened
+
+
+def _check_completions(
+    model: Model, request_id: str, arrival: Arrival, served: "Served", happened: Counter[str]
+) -> None:
+    """Each completion of a request that was not cancelled is the one that it is alone."""
+    assert isinstance(arrival.params, SamplingParams)
+    for i, seq_id in enumerate(completion_ids(request_id, arrival.params.n)):
+        answer = served.answers[seq_id]
+        if answer.finish_reason is None:
+            assert arrival.cancelled_at is not None, f"completion {seq_id} never ended"
+            happened["cancelled under way"] += 1
+            continue
+        params = replace(arrival.params, n=1, seed=served.seeds[request_id] + i)
+        check_same(seq_id, answer, answer_alone(model, arrival.prompt, params))
+        happened["answers compared"] += 1
+
+
+def _check_beams(
+    model: Model, request_id: str, arrival: Arrival, served: "Served", happened: Counter[str]
+) -> None:
+    """The hypotheses of a search that was not cancelled are those that it finds alone."""
+    assert isinstance(arrival.params, BeamSearchParams)
+    search = served.searches[request_id]
+    if search.beams:
+        assert arrival.cancelled_at is not None, f"search {request_id} never ended"
+        happened["searches cancelled"] += 1
+        return
+    alone = _serve_alone(model, arrival.prompt, arrival.params).searches["0"]
+    assert search.ended == alone.ended, f"search {request_id} found other hypotheses than alone"
+    happened["searches compared"] += 1
 
 
 def check_same(seq_id: str, answer: Answer, alone: Answer) -> None:
@@ -296,12 +416,21 @@ def check_same(seq_id: str, answer: Answer, alone: Answer) -> None:
     )
 
 
-def answer_alone(model: Model, prompt: tuple[int, ...], params: SamplingParams, seed: int) -> Answer:
-    """One completion by itself: a fresh engine, the prompt in one chunk, a roomy pool of common blocks."""
+def answer_alone(model: Model, prompt: tuple[int, ...], params: SamplingParams) -> Answer:
+    """One completion by itself."""
+    return _serve_alone(model, prompt, params).answers["0"]
+
+
+def _serve_alone(
+    model: Model, prompt: tuple[int, ...], params: SamplingParams | BeamSearchParams
+) -> "Served":
+    """A request by itself: a fresh engine, the prompt in one chunk, a roomy pool of common blocks."""
+    arrival = Arrival(0, prompt, params)
     longest = len(prompt) + (params.max_tokens or 0)
-    manager = Watched(longest, 16, 1, model=model, max_batched_tokens=max(512, longest))
-    alone = Scenario((Arrival(0, prompt, replace(params, seed=seed)),), 16, 0, 1, 512, 1, "", False)
-    return _serve(manager, alone)[0]["0"]
+    manager = Watched(
+        longest * arrival.width, 16, arrival.width, model=model, max_batched_tokens=max(512, longest)
+    )
+    return _serve(manager, Scenario((arrival,), 16, 0, arrival.width, 512, 1, "", False))
 
 
 @contextmanager
@@ -313,19 +442,39 @@ def kernels_on(threads: int, instruction_set: str) -> Iterator[None]:
     yield
 
 
-def _serve(manager: Watched, scenario: Scenario) -> tuple[dict[str, Answer], dict[str, int]]:
-    """Run a scenario to its end: answers by sequence id, and the seed of each request."""
+class Served(NamedTuple):
+    """What a scenario gave: answers by sequence id, the seed of each request, searches by request id."""
+
+    answers: dict[str, Answer]
+    seeds: dict[str, int]
+    searches: dict[str, BeamSearch]
+
+
+def _add(engine: EngineCore, request_id: str, arrival: Arrival) -> BeamSearch | None:
+    """Let a request arrive."""
+    if isinstance(arrival.params, BeamSearchParams):
+        return engine.add_beam_search(request_id, list(arrival.prompt), arrival.params)
+    assert engine.add_request(request_id, list(arrival.prompt), arrival.params)
+    return None
+
+
+def _serve(manager: Watched, scenario: Scenario) -> Served:
+    """Run a scenario to its end."""
     engine = EngineCore(manager, (EOS,), seed=11)
     answers: dict[str, list[object]] = {}
     reasons: dict[str, str | None] = {}
     seeds: dict[str, int] = {}
+    searches: dict[str, BeamSearch] = {}
     rows = _recorded_logits(manager)
     for step in range(_step_bound(scenario)):
         for index, arrival in enumerate(scenario.arrivals):
             if arrival.step == step:
-                assert engine.add_request(str(index), list(arrival.prompt), arrival.params)
-                ids = completion_ids(str(index), arrival.params.n)
-                answers |= {seq_id: [] for seq_id in ids}
+                search = _add(engine, str(index), arrival)
+                ids = completion_ids(str(index), arrival.width)
+                if search is not None:
+                    searches[str(index)] = search
+                else:
+                    answers |= {seq_id: [] for seq_id in ids}
                 seeds[str(index)] = manager.sequence(ids[0]).seed
             if arrival.cancelled_at == step:
                 engine.cancel(str(index))
@@ -334,21 +483,36 @@ def _serve(manager: Watched, scenario: Scenario) -> tuple[dict[str, Answer], dic
             answers[output.seq_id].append(got)
             reasons[output.seq_id] = output.finish_reason
         check_pages(manager)
+        if step in scenario.compacted_at:
+            _compact(manager)
         check_first_come_first_served(manager, {str(i): i for i in range(len(scenario.arrivals))})
         if not engine.has_work and step >= max(arrival.step for arrival in scenario.arrivals):
             break
     assert not engine.has_work, f"not done after {_step_bound(scenario)} steps"
-    return {
+    complete = {
         seq_id: Answer(*(tuple(column) for column in zip(*got, strict=True)), reasons[seq_id])  # type: ignore[arg-type]
         if got
         else Answer((), (), (), (), None)
         for seq_id, got in answers.items()
-    }, seeds
+    }
+    return Served(complete, seeds, searches)
+
+
+def _compact(manager: Watched) -> None:
+    """Compact the pool, and check that what is in use stands at its front."""
+    allocator = manager.allocator
+    before = {block for block in range(allocator.num_blocks) if allocator.ref_count(block)}
+    num_free = manager.compact()
+    after = {block for block in range(allocator.num_blocks) if allocator.ref_count(block)}
+    assert after == set(range(len(before))), "blocks in use are not at the front"
+    assert num_free == allocator.num_blocks - len(before)
+    manager.happened["blocks moved"] += len(before - after)
+    check_pages(manager)
 
 
 def _step_bound(scenario: Scenario) -> int:
     """Steps within which everybody is served: the oldest always runs, and computes a token a step."""
-    work = sum(a.params.n * (len(a.prompt) + (a.params.max_tokens or 0)) for a in scenario.arrivals)
+    work = sum(a.width * (len(a.prompt) + (a.params.max_tokens or 0)) for a in scenario.arrivals)
     return max(arrival.step for arrival in scenario.arrivals) + work + 1
 
 

@@ -16,6 +16,7 @@ from tiny_llm_course.check import check
 from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
+from tiny_llm_course.outcome import Outcome, begin_here
 from tiny_llm_course.progress import Result, State, remember, result, state
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.runs import culprits, overlay_of
@@ -332,6 +333,7 @@ def test_blanks_are_told_and_fail_with_their_own_message(
     assert "still blank: 1.1.1 add" in out
     assert "1 test waits for 1.1.1 add: pdm run hint 1.1.1" in out
     assert "FAILURES" not in out, "a blank is no mistake"
+    assert out.endswith("first: 1.1.1 add (1 test waits): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
     assert "yours: adding.py; the reference's: 3 modules" in out
     assert result(house, syllabus.day("1.1")) is Result.FAILING
 
@@ -414,6 +416,58 @@ def test_todays_own_mistake_is_not_blamed_on_others(house: House, capfd: pytest.
     assert "the fault is in counting.py or doubling.py: alone on the reference" in capfd.readouterr().out
 
 
+def test_blanks_alone_are_nobodys_fault(house: House, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING)
+    start(house, syllabus.day("1.2"))
+    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    out = capfd.readouterr().out
+    assert "looking where the fault is" not in out
+    assert out.endswith(
+        "first: 1.2.1 Counter.count (1 test waits): pdm run test 1.2.1 -x; pdm run hint 1.2.1\n"
+    )
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_mistake_comes_before_a_blank(
+    house: House, isolated: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING)
+    start(house, syllabus.day("1.2"))
+    write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
+    assert run_day(house, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
+    out = capfd.readouterr().out
+    assert ("looking where the fault is" in out) is not isolated
+    assert out.endswith("first: 1.2.2 double (1 test fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n")
+
+
+def test_the_first_task_is_the_lowest_with_a_mistake(house: House) -> None:
+    day = syllabus_of(house).day("1.2")
+    tests = [f"test_week_1_day_2.py::test_task_{task}_x[{n}]" for task in (10, 2) for n in range(3)]
+    assert "first: 1.2.2 double (3 tests fail)" in str(begin_here(Outcome(1, (*tests, "x.py"), ("m",)), day))
+    other_day = Outcome(1, (), ("1.1.1 add: book", "1.1.1 add: book", "1.2.1 Counter.count: book"))
+    assert "first: 1.1.1 add (2 tests wait)" in str(begin_here(other_day, day))
+    assert begin_here(Outcome(2, ("test_week_1_day_2.py",)), day) is None
+
+
+def test_a_traceback_shows_the_learners_lines_and_not_the_references(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "counting", COUNTING)
+    write(house, "doubling", DOUBLING.replace("add(x, x)", "add(x, None)"))
+    day = syllabus.day("1.2")
+    assert run_day(house, syllabus, day, []) == 1
+    out = capfd.readouterr().out
+    assert "assert double(4) == 8" in out
+    assert "return add(x, None)" in out
+    assert "return sum((one, other))" not in out
+    assert "TypeError" in out
+    assert run_day(house, syllabus, day, ["--full-trace"]) == 1
+    assert "return sum((one, other))" in capfd.readouterr().out
+
+
 def test_watch_tests_again_after_each_save_and_survives_half_a_file(
     house: House, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -467,6 +521,11 @@ def test_the_difference_is_shown_after_passing_or_anyway(house: House) -> None:
     assert "-    return one + other\n+    return sum((one, other))" in difference(house, day, anyway=True)
     remember(house, day, passed=True)
     assert difference(house, day, anyway=False) == difference(house, day, anyway=True)
+    assert "@accelerated" not in difference(house, day, anyway=True)
+    replace(house.reference / "adding.py", "def add(", "@accelerated(compiled=None)\ndef add(")
+    assert difference(house, day, anyway=True).startswith(
+        "@accelerated, _fused, _compiled in the reference: "
+    )
 
 
 def test_progress_is_read_from_the_files(house: House) -> None:
@@ -480,7 +539,11 @@ def test_progress_is_read_from_the_files(house: House) -> None:
     assert second["exercises"] == {"1.2.1": "blank", "1.2.2": "written"}
     assert (second["done"], second["written"]) == (False, 1)
     text = progress_text(house, syllabus)
-    assert "1.2  [.x]" in text
+    assert "1.1  [x]   " in text
+    assert "1.2  [.x]  " in text
+    (house.overlay / "counting.py").unlink()
+    assert "1.2  [-x]  " in progress_text(house, syllabus)
+    assert "- its file is not there" in text
     assert "1 of 2 days pass." in text
     assert "next: pdm run test 1.2" in text
 
@@ -499,6 +562,19 @@ def test_the_map_shows_whose_modules_run(house: House) -> None:
     text = map_text(house, syllabus_of(house))
     assert "counting.py  [doubling.py]" in text
     assert "to come" in text
+
+
+def test_the_letters_of_shapes_are_those_of_the_days_docstrings(house: House) -> None:
+    day = syllabus_of(house).day("1.1")
+    package = '"""Shapes are written in letters: B batch, L or T tokens, N\nblocks, D head size."""\n'
+    (house.reference / "__init__.py").write_text(package, "utf-8")
+    assert "shapes:" not in tasks(house, day)
+    replace(house.reference / "adding.py", "The sum of both.", "N of both: [B, total_blocks, T // 2].")
+    assert "shapes:  B batch, L or T tokens\n" in tasks(house, day)
+    replace(house.reference / "adding.py", "Nothing to do here.", "Of a matrix [N, K], [..., N].")
+    assert "shapes:  B batch, L or T tokens\n" in tasks(house, day)
+    replace(house.reference / "adding.py", "Sums.", "Sums of [D].")
+    assert "shapes:  B batch, L or T tokens, D head size\n" in tasks(house, day)
 
 
 # ---- doctor ----
@@ -735,6 +811,7 @@ def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp
         assert day.kernels[0].message in run.stderr
         with pytest.raises(CourseError, match="is there already"):
             cpp.start_kernels(here, day)
+    assert "[quantized_matmul.cpp, not built]" in map_text(here, syllabus)
     with pytest.raises(CourseError, match=r"quantized_matmul\.cpp is not in your library yet"):
         run_day(here, syllabus, days[0], [])
     with pytest.raises(CourseError, match=r"quantized_matmul\.cpp does not compile\nquantized_matmul\.cpp:"):
@@ -742,7 +819,27 @@ def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp
     with pytest.raises(CourseError, match=r"day 1\.1 has no option in C\+\+"):
         cpp.start_kernels(here, syllabus.day("1.1"))
     assert len(set_aside(here, days[0])) == 1
-    assert [kernel.name for kernel in cpp.own_kernels(here, syllabus)] == ["flash_attention"]
+    [flash] = cpp.own_kernels(here, syllabus)
+    assert flash.name == "flash_attention"
+    library = tmp_path / "_kernels.so"
+    library.touch()
+    assert cpp.build_of(here, flash) is cpp.Build.DONE
+    os.utime(tmp_path / flash.file, ns=(0, library.stat().st_mtime_ns + 1))
+    assert "[flash_attention.cpp, newer than your library]" in map_text(here, syllabus)
+    findings = {finding.what: finding for finding in examine(here, syllabus)}
+    assert not findings[flash.file].ok
+    assert "pdm run build-kernels" in findings[flash.file].advice
+
+
+def test_the_option_in_cpp_says_what_to_read_and_can_be_left(tmp_path: Path) -> None:
+    begun = run(["start", "2.5", "--cpp"], tmp_path)
+    for words in ("Attention in tiles", "not needed", "kernels.h: FlashJob", "vec.h", "namespace", "absorb"):
+        assert words in begun.stdout, begun.stderr
+    assert (tmp_path / "flash_attention.cpp").read_text("utf-8").startswith("// 2.5.3: write absorb and ")
+    assert "pdm run diff 2.5 --anyway" in run(["hint", "2.5.3", "3"], tmp_path).stdout
+    assert "the reference's flash_attention.cpp runs" in run(["skip", "2.5.3"], tmp_path).stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["flash_attention.cpp.1.bak"]
+    assert run(["skip", "2.5.3"], tmp_path).stderr.startswith("error: not started: ")
 
 
 PLAIN_MATMUL = """
@@ -825,6 +922,7 @@ def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
     here = House.here()
     days = {day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come}
     assert days == set(TRIES) == set(WORK)
+    assert all(function.__doc__ for function in (*TRIES.values(), *WORK.values()))
 
 
 def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:

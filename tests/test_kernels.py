@@ -355,10 +355,14 @@ class Pages:
             ].transpose(0, 2, 1, 3)
             for a in (self.q, self.k, self.v)
         )
+        where = mx.array(self.tables), mx.array(rows), mx.array(positions), self.scale
         out, self.keys, self.values = kernels.write_and_attend(
-            q, k, v, self.keys, self.values, mx.array(slots), mx.array(self.tables),
-            mx.array(rows), mx.array(positions), self.scale,
-        )  # fmt: skip
+            q, k, v, self.keys, self.values, mx.array(slots), *where
+        )
+        again = kernels.paged_attention(q, self.keys, self.values, *where)
+        assert np.array_equal(np.array(again), np.array(out), equal_nan=True), (
+            "reading alone gives the same bits"
+        )
         tokens = np.array(out)[0].transpose(1, 0, 2)
         return np.split(tokens, np.cumsum([c.count for c in chunks])[:-1])
 
@@ -458,6 +462,33 @@ def test_writing_touches_only_its_own_slots() -> None:
     assert written.sum() == 7
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_reading_neither_writes_nor_copies_the_pool(dtype: mx.Dtype) -> None:
+    pages = Pages([40, 3000], dtype=dtype, size=64)
+    pages.step(Chunk(0, 0, 40))
+    before = np.array(pages.keys.astype(mx.float32))
+    q, rows = mx.zeros((1, 9, 2, 64)), mx.zeros(2, mx.int32)
+    bytes_before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    where = mx.array(pages.tables), rows, mx.array([39, 3], mx.int32)
+    out = kernels.paged_attention(q, pages.keys, pages.values, *where, 1.0)
+    mx.eval(out)
+    assert mx.get_peak_memory() - bytes_before < pages.keys.nbytes // 4
+    assert np.isfinite(np.array(out)).all()
+    assert np.array_equal(np.array(pages.keys.astype(mx.float32)), before, equal_nan=True)
+
+
+def test_reading_takes_views_of_a_pool() -> None:
+    """Unlike a write, whose copy would be lost: [block_size, blocks, Hkv, D] turned round."""
+    pool = mx.array(normal(16, 4, 2, 32)).transpose(1, 2, 0, 3)
+    q = mx.array(normal(1, 4, 2, 32, seed=8))
+    where = mx.array([[3, 1]], mx.int32), mx.zeros(2, mx.int32), mx.array([16, 30], mx.int32)
+    from_view = kernels.paged_attention(q, pool, 2 * pool, *where, 1.0)
+    dense = mx.contiguous(pool)
+    from_dense = kernels.paged_attention(q, dense, 2 * dense, *where, 1.0)
+    assert np.array_equal(np.array(from_view), np.array(from_dense))
+
+
 @pytest.mark.parametrize("spoilt", ["slot", "row", "position", "table"])
 @pytest.mark.parametrize("value", [-1, 2**20])
 def test_a_token_with_an_index_out_of_range_gets_nan_and_its_neighbour_does_not(
@@ -471,9 +502,12 @@ def test_a_token_with_an_index_out_of_range_gets_nan_and_its_neighbour_does_not(
             indices[1] = value
     if spoilt == "table":
         tables[1][0] = value
-    out, _, _ = kernels.write_and_attend(
-        q, k, k, pool, pool + 0, *(mx.array(a, mx.int32) for a in (slots, tables, rows, positions)), 1.0
-    )
+    where = [mx.array(a, mx.int32) for a in (slots, tables, rows, positions)]
+    if spoilt != "slot":
+        read = kernels.paged_attention(q, pool, pool + 0, *where[1:], 1.0)
+        assert np.isfinite(np.array(read[:, :, 0])).all()
+        assert np.isnan(np.array(read[:, :, 1])).all()
+    out, _, _ = kernels.write_and_attend(q, k, k, pool, pool + 0, *where, 1.0)
     assert np.isfinite(np.array(out[:, :, 0])).all()
     assert np.isnan(np.array(out[:, :, 1])).all()
 
@@ -518,6 +552,29 @@ def good_attention() -> Good:
 def test_attention_refuses_wrong_arguments(wrong: Good, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernels.write_and_attend(**(good_attention() | wrong))
+
+
+READING = ("q", "key_pool", "value_pool", "tables", "row_of_token", "positions", "scale")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"q": mx.zeros((1, 4, 3, 32), mx.float16)}, "q must be float32, got float16"),
+        ({"q": mx.zeros((4, 3, 32))}, "q must have 4 axes"),
+        ({"q": mx.zeros((2, 4, 3, 32))}, r"q must have shape \[1, H, T, D\]"),
+        ({"q": mx.zeros((1, 5, 3, 32))}, "multiple of Hkv, got H = 5 and Hkv = 2"),
+        ({"q": mx.zeros((1, 4, 3, 64))}, "key_pool must have shape"),
+        ({"key_pool": mx.zeros((2, 16, 32))}, "key_pool must have 4 axes"),
+        ({"value_pool": mx.zeros((5, 2, 16, 32), mx.float16)}, "value_pool must be float32"),
+        ({"row_of_token": mx.zeros(4, mx.int32)}, "row_of_token must have shape"),
+        ({"positions": mx.zeros(3, mx.int64)}, "positions must be int32"),
+    ],
+)
+def test_reading_attention_refuses_wrong_arguments(wrong: Good, message: str) -> None:
+    good = {name: value for name, value in good_attention().items() if name in READING}
+    with pytest.raises(ValueError, match=message):
+        kernels.paged_attention(**(good | wrong))
 
 
 # ---- attention over contiguous keys and values ----

@@ -1,5 +1,5 @@
-"""write_and_attend and pack_batch: the readable twin against dense attention in NumPy float64, and the
-compiled kernel, where it is built, against the same oracle."""
+"""write_and_attend, paged_attention and pack_batch: the readable twins against dense attention in NumPy
+float64, and the compiled kernels, where they are built, against the same oracle."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.kernels import twins, use_compiled
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
-from tiny_llm.paged_kernel import Span, pack_batch, write_and_attend
+from tiny_llm.paged_kernel import Span, pack_batch, paged_attention, write_and_attend
 
 from tiny_model import examples
 
@@ -68,10 +68,13 @@ class Step:
         fresh = [self.streams[self.tables.index(t)][:, :, start:stop] for t, start, stop in spans]
         k, v = (mx.array(np.concatenate(parts, axis=1)[None]) for parts in zip(*fresh, strict=True))
         q = self.normal(1, H, k.shape[2], D)
+        batch = pack_batch(spans)
         out, self.keys, self.values = write_and_attend(
-            mx.array(q), k, v, self.keys, self.values, pack_batch(spans), SCALE
+            mx.array(q), k, v, self.keys, self.values, batch, SCALE
         )
         mx.eval(out, self.keys, self.values)
+        again = paged_attention(mx.array(q), self.keys, self.values, batch, SCALE)
+        assert mx.array_equal(again, out).item(), "what was written is read again, with the same bits"
         expected, packed = [], 0
         for table, start, stop in spans:
             rows = q[0, :, packed : packed + stop - start]
@@ -116,6 +119,18 @@ def test_a_step_writes_its_own_slots_and_no_others() -> None:
         for offset in range(4):
             same = np.array_equal(before[block, :, offset], after[block, :, offset], equal_nan=True)
             assert same == (block * 4 + offset not in written)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_reading_attention_writes_nothing(readable: bool) -> None:
+    with twins() if readable else mx.stream(mx.cpu):
+        step = Step([(5, 3), (0, 2)], 4, mx.float16, seed=4)
+        step.run(step.spans)
+        before = np.array(step.keys), np.array(step.values)
+        batch = pack_batch(step.spans)
+        mx.eval(paged_attention(mx.array(step.normal(1, H, 5, D)), step.keys, step.values, batch, SCALE))
+    assert np.array_equal(before[0], np.array(step.keys), equal_nan=True)
+    assert np.array_equal(before[1], np.array(step.values), equal_nan=True)
 
 
 def test_a_packed_batch_lays_its_spans_side_by_side() -> None:

@@ -39,7 +39,7 @@ class SymbolicPool:
                 assert value is not None, "a copy of a slot that was never written"
                 self.held[copy.dst * self.block_size + i] = value
         written = Counter()
-        for sequence, start, stop in plan.chunks:
+        for sequence, start, stop, _ in plan.chunks:
             addresses = sequence.table.slots(start, stop)
             written.update(addresses)
             for position, slot in zip(range(start, stop), addresses, strict=True):

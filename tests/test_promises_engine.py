@@ -66,6 +66,13 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         "prompts cut into chunks",
         "mixed steps",
         "cancelled under way",
+        "prefix hits",
+        "hits within a block",
+        "searches compared",
+        "beams forked",
+        "preemptions of beams",
+        "blocks moved",
+        "the pool grew",
     ):
         assert happened[name] >= cases // 4, f"the scenarios hardly test anything: {happened}"
 

@@ -83,7 +83,7 @@ def test_a_preemption_in_the_middle_of_the_prompt_tells_nothing_twice(steps: int
     core = engine(max_tokens=10, preempts=True)
     core.add_request("r", prompt, PARAMS)
     outputs = [output for _ in range(steps) for output in core.step()]
-    core.manager._preempt(core.manager.sequence("r"))
+    core.manager._scheduler._preempt(core.manager.sequence("r"))
     assert told(outputs + finish(core)) == alone(prompt)
 
 

@@ -99,6 +99,21 @@ class EngineOptions:
             help="How keys and values are stored: float32, float16 or bfloat16.", rich_help_panel=_ENGINE
         ),
     ] = "float16"
+    min_num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks that the pool begins with; it grows while they are short, and shrinks again.",
+            show_default="all of them",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            help="Keep blocks, so that a prompt that begins like an earlier one is not computed again.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = True
     preemption_mode: Annotated[
         str,
         typer.Option(

@@ -39,6 +39,7 @@ __all__ = [
     "num_threads",
     "pack",
     "packed_bits",
+    "paged_attention",
     "quantized_matmul",
     "rms_norm",
     "rope",
@@ -145,6 +146,24 @@ def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, causal:
     reads head h // (H / Hkv). causal: the queries are the last L of the S positions; each sees up to its own.
     """
     return native.flash_attention(q, k, v, scale, causal)
+
+
+def paged_attention(
+    q: mx.array,
+    key_pool: mx.array,
+    value_pool: mx.array,
+    tables: mx.array,
+    row_of_token: mx.array,
+    positions: mx.array,
+    scale: float,
+) -> mx.array:
+    """Attends through the block tables to what is stored: the reading half of `write_and_attend`, same bits.
+
+    q [1, H, T, D] -> [1, H, T, D], laid out in memory as [1, T, H, D]; the other arguments as there. The pools
+    are read when the kernel runs: evaluate the result before the next `write_and_attend` on them, which is in
+    place, or it shows that write. A token with a row or a position out of range gets NaN.
+    """
+    return native.paged_attention(q, key_pool, value_pool, tables, row_of_token, positions, scale)
 
 
 def write_and_attend(

@@ -9,6 +9,15 @@ def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, causal:
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array: ...
 def swiglu(gate: mx.array, up: mx.array) -> mx.array: ...
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array: ...
+def paged_attention(
+    q: mx.array,
+    key_pool: mx.array,
+    value_pool: mx.array,
+    tables: mx.array,
+    row_of_token: mx.array,
+    positions: mx.array,
+    scale: float,
+) -> mx.array: ...
 def write_and_attend(
     q: mx.array,
     k: mx.array,

@@ -7,7 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .beam_search import BeamSearchPageManager as BeamSearchPageManager
+    from .beam_search import BeamSearchParams as BeamSearchParams
+    from .beam_search import fork_sequence as fork_sequence
     from .chunked_prefill import share_budget as share_budget
+    from .compaction import compact_memory as compact_memory
+    from .compaction import compact_pages as compact_pages
     from .engine_config import EngineConfig as EngineConfig
     from .engine_core import EngineCore as EngineCore
     from .errors import ConfigError as ConfigError
@@ -23,14 +28,22 @@ if TYPE_CHECKING:
     from .kv_pool import KVPool as KVPool
     from .llm import LLM as LLM
     from .model_config import ModelConfig as ModelConfig
+    from .outputs import BeamSearchOutput as BeamSearchOutput
+    from .outputs import BeamSearchSequence as BeamSearchSequence
     from .outputs import CompletionOutput as CompletionOutput
     from .outputs import Logprob as Logprob
     from .outputs import RequestOutput as RequestOutput
     from .outputs import TextDelta as TextDelta
+    from .page_block import PageBlock as PageBlock
+    from .page_block import copy_block as copy_block
+    from .page_block import paged_attention_kernel as paged_attention_kernel
     from .paged_attention import BlockAllocator as BlockAllocator
     from .paged_attention import BlockTable as BlockTable
     from .paged_batch import PagedBatchManager as PagedBatchManager
+    from .paged_cache import PagedKVCache as PagedKVCache
     from .policies import Policies as Policies
+    from .prefix_cache import PrefixCache as PrefixCache
+    from .prefix_kv_cache import PrefixCachingKVCache as PrefixCachingKVCache
     from .sampling_params import SamplingParams as SamplingParams
     from .sampling_params import SamplingParamsError as SamplingParamsError
 
@@ -49,10 +62,23 @@ _MODULE_OF = {
     "BlockAllocator": "paged_attention",
     "BlockTable": "paged_attention",
     "KVPool": "kv_pool",
+    "PageBlock": "page_block",
+    "copy_block": "page_block",
+    "paged_attention_kernel": "page_block",
     "PagedBatchManager": "paged_batch",
+    "PagedKVCache": "paged_cache",
     "KernelInfo": "kernels",
     "kernel_info": "kernels",
     "Policies": "policies",
+    "PrefixCache": "prefix_cache",
+    "PrefixCachingKVCache": "prefix_kv_cache",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchPageManager": "beam_search",
+    "BeamSearchOutput": "outputs",
+    "BeamSearchSequence": "outputs",
+    "fork_sequence": "beam_search",
+    "compact_memory": "compaction",
+    "compact_pages": "compaction",
     "share_budget": "chunked_prefill",
     "TinyLLMError": "errors",
     "OutOfBlocksError": "errors",

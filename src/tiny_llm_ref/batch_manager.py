@@ -19,19 +19,34 @@ PROMPT_ROWS_AT_ONCE = 64  # rows of logits a step: 64 x 150,000 numbers are 38 M
 class Capacity(NamedTuple):
     """The memory for keys and values: so many blocks of so many tokens, and how many of them are free.
 
-    In the dense manager a block is one sequence's whole cache.
+    num_cached: blocks that nobody uses, and that are kept because their tokens may come again. In the dense
+    manager a block is one sequence's whole cache.
     """
 
     num_blocks: int
     block_size: int
     num_free: int
     nbytes: int
+    num_cached: int = 0
+
+
+class PrefixStats(NamedTuple):
+    """Prompt tokens of the requests that have begun, and those of them that were in the pool already."""
+
+    queries: int = 0
+    hits: int = 0
 
 
 class BatchManager(Protocol):
     """Runs many requests at once. Everything that it holds belongs to one thread."""
 
-    num_preemptions: int
+    @property
+    def num_preemptions(self) -> int:
+        """How often somebody had to give way."""
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """How often a prompt's beginning was there already."""
 
     @property
     def waiting(self) -> Seq[Sequence]:

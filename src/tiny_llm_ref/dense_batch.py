@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .batch_manager import Capacity, longest, wanted
+from .batch_manager import Capacity, PrefixStats, longest, wanted
 from .chunked_prefill import share_budget
 from .flash_attention import flash_attention
 from .model import Model
@@ -68,6 +68,7 @@ class DenseBatchManager(QueueViews[Sequence]):
     """
 
     num_preemptions = 0
+    prefix_stats = PrefixStats()
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class DenseBatchManager(QueueViews[Sequence]):
 
     def _schedule(self) -> Plan[Sequence]:
         """What each running sequence computes in this step."""
-        plan: Plan[Sequence] = Plan([], [])
+        plan: Plan[Sequence] = Plan([])
         granted = share_budget([wanted(sequence) for sequence in self.running], self._max_tokens)
         for sequence, count in zip(self.running, granted, strict=True):
             if count:
@@ -174,7 +175,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         if self._model is None:
             return None
         tokens, logit_rows = plan.pack()
-        spans = [DenseSpan(self._slot(sequence), start, stop) for sequence, start, stop in plan.chunks]
+        spans = [DenseSpan(self._slot(sequence), start, stop) for sequence, start, stop, _ in plan.chunks]
         context = DenseContext(
             spans, self._model.config.attention_scale, mx.array(logit_rows, mx.int32) if logit_rows else None
         )

@@ -11,6 +11,7 @@ GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
 PREEMPTION_MODES = ("recompute", "none")
 BATCHING = ("paged", "dense")
+_COUNTS = ("block_size", "num_blocks", "min_num_blocks", "kv_cache_memory", "max_num_seqs", "max_model_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,11 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
     max_model_len: longest prompt + output in tokens; None means the model's own limit.
     kv_cache_dtype: how keys and values are stored.
+    min_num_blocks: blocks that the pool begins with; it doubles while pages are short, and halves while three
+        quarters of it are idle, giving the memory back. None: all blocks are there from the start.
+    enable_prefix_caching: keep full blocks when their sequences have ended, so that a prompt that begins like
+        an earlier one is not computed again; they are given up, least recently used first, when pages are
+        short.
     preemption_mode: what happens when pages run out: "recompute" gives up the newest sequence's
         pages and computes them again later; "none" admits a request only when its whole life fits.
     batching: where keys and values live: "paged" in blocks that sequences take as they grow and share;
@@ -40,12 +46,14 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     kv_cache_dtype: str = "float16"
+    min_num_blocks: int | None = None
+    enable_prefix_caching: bool = True
     preemption_mode: str = "recompute"
     batching: str = "paged"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "kv_cache_memory", "max_num_seqs", "max_model_len"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")

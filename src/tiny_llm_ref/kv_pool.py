@@ -18,7 +18,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class KVPool:
-    """`num_blocks` blocks of `block_size` tokens for every layer, of `num_heads` key-value heads of `head_dim`."""
+    """`num_blocks` blocks of `block_size` tokens in every layer, each of `num_heads` heads of `head_dim`."""
 
     def __init__(
         self,
@@ -60,6 +60,17 @@ class KVPool:
     def evaluate(self, *outputs: mx.array) -> None:
         """Evaluate `outputs` together with every pending write, so that no reader stays behind."""
         mx.eval(*outputs, *self._keys, *self._values)
+
+    def resize(self, num_blocks: int) -> None:
+        """Grow by empty blocks, or cut the last ones off; one layer's array at a time is copied."""
+        if num_blocks == self.num_blocks:
+            return
+        for arrays in (self._keys, self._values):
+            for layer, old in enumerate(arrays):
+                more = mx.zeros((max(0, num_blocks - self.num_blocks), *old.shape[1:]), self.dtype)
+                arrays[layer] = mx.contiguous(mx.concatenate([old[:num_blocks], more]))
+                mx.eval(arrays[layer])
+        self.num_blocks = num_blocks
 
     def copy_blocks(self, copies: Seq[BlockCopy]) -> None:
         """Copy whole blocks in all layers, as if all sources were read before any is written."""

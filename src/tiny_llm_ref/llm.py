@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .batch_manager import BatchManager
+from .beam_search import BeamSearch, BeamSearchParams
 from .chat_template import ChatTemplate
 from .dense_batch import DenseBatchManager
 from .engine_config import EngineConfig
@@ -16,13 +17,14 @@ from .engine_core import EngineCore
 from .kv_pool import DTYPES, KVPool
 from .loader import load_model
 from .model import Model
-from .output_processor import RequestState
-from .outputs import RequestOutput, TextDelta
+from .output_processor import RequestState, found_by
+from .outputs import BeamSearchOutput, RequestOutput, TextDelta
 from .paged_attention import BlockAllocator, BlockTable
 from .paged_batch import PagedBatchManager
 from .paged_kernel import PagedContext, Span, pack_batch
-from .policies import Policies
+from .policies import NoPreemption, NoPrefixSharing, Policies
 from .preemption import RecomputeNewestFirst
+from .prefix_sharing import PrefixSharing
 from .sampling_params import SamplingParams
 from .sequence import completion_ids
 from .tokenizer import Tokenizer
@@ -82,6 +84,31 @@ class LLM:
         conversations = [messages] if first is None or isinstance(first, Mapping) else messages
         encoded = [self._encode_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
         return self._run_all(encoded, [None] * len(encoded), sampling_params, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The best continuations of each prompt, all of them searched together; in the order of the prompts.
+
+        A search's beams share the pages of what they have in common. Raises ValueError for a prompt or
+        parameters that cannot run, and with batching="dense"; then none of them has run.
+        """
+        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
+        searches: dict[str, BeamSearch] = {}
+        try:
+            for tokens in encoded:
+                self._check_ids(tokens)
+                request_id = next(self._request_ids)
+                searches[request_id] = self.core.add_beam_search(request_id, tokens, params)
+            while any(search.beams for search in searches.values()):
+                self._step()
+        finally:
+            for request_id in searches:
+                self.core.cancel(request_id)
+        return [
+            found_by(search, tokens, self.tokenizer)
+            for search, tokens in zip(searches.values(), encoded, strict=True)
+        ]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -216,7 +243,16 @@ def _paged_manager(config: EngineConfig, model: Model) -> BatchManager:
         max_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.model_len(model.config),
         kv_dtype=dtype,
-        policies=Policies(RecomputeNewestFirst()) if config.preemption_mode == "recompute" else Policies(),
+        policies=_policies(config),
+        min_pages=config.min_num_blocks,
+    )
+
+
+def _policies(config: EngineConfig) -> Policies:
+    """Who gives way, and who shares."""
+    return Policies(
+        preemption=RecomputeNewestFirst() if config.preemption_mode == "recompute" else NoPreemption(),
+        prefix=PrefixSharing if config.enable_prefix_caching else NoPrefixSharing,
     )
 
 

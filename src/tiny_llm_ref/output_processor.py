@@ -7,8 +7,17 @@ until it is certain, so what was streamed never has to be taken back.
 from collections.abc import Sequence as Seq
 from time import monotonic
 
+from .beam_search import BeamSearch
 from .engine_core import TokenOutput
-from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TextDelta
+from .outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TextDelta,
+)
 from .sampling_params import SamplingParams
 from .sequence import TokenLogprobs
 from .tokenizer import Tokenizer
@@ -114,12 +123,14 @@ class RequestState:
         self._untaken: list[TextDelta] = []
         self._arrival = monotonic()
         self._first_token: float | None = None
+        self._num_cached_tokens = 0
         self._finished: float | None = None
 
     def push(self, output: TokenOutput) -> TextDelta:
         """Take one token of one of the completions."""
         if self._first_token is None:
             self._first_token = monotonic()
+            self._num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs is not None:
             self._note_prompt_logprobs(output.prompt_logprobs)
         delta = self._completions[output.seq_id].push(output)
@@ -159,8 +170,25 @@ class RequestState:
             outputs=tuple(completion.output for completion in self._completions.values()),
             finished=self.finished,
             prompt_logprobs=self._prompt_logprobs,
+            num_cached_tokens=self._num_cached_tokens,
             metrics=RequestMetrics(self._arrival, self._first_token, self._finished),
         )
+
+
+def found_by(search: BeamSearch, prompt: Seq[int], tokenizer: Tokenizer) -> BeamSearchOutput:
+    """What a search that is over has found, with its texts."""
+    return BeamSearchOutput(
+        tuple(
+            BeamSearchSequence(
+                tokens=(*prompt, *ended.hypothesis.tokens),
+                text=tokenizer.decode(list(ended.hypothesis.tokens)),
+                cum_logprob=ended.hypothesis.logprob,
+                score=ended.score,
+                finish_reason=ended.finish_reason,
+            )
+            for ended in search.ended
+        )
+    )
 
 
 def _with_text(token: int, found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:

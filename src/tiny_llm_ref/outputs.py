@@ -65,6 +65,28 @@ class RequestOutput:
     metrics: RequestMetrics | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class BeamSearchSequence:
+    """One hypothesis of a beam search.
+
+    tokens: the prompt's and those that were found. text: what the latter say. cum_logprob: the sum of their
+    log-probabilities; score: what hypotheses are ordered by, the sum divided by a power of their number.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    cum_logprob: float
+    score: float
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """What a beam search found, best first; `beam_width` hypotheses, or all that there are."""
+
+    sequences: tuple[BeamSearchSequence, ...]
+
+
 class TextDelta(NamedTuple):
     """A piece of one completion as it streams: new text (may be empty) and, at the end, why it ended."""
 

@@ -6,6 +6,7 @@ Language Model Serving with PagedAttention" (SOSP 2023).
 """
 
 from collections import deque
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
@@ -38,12 +39,12 @@ class BlockAllocator:
         return len(self._free)
 
     def ref_count(self, block: int) -> int:
-        """How many holders `block` has; 0 when it is free."""
+        """How many holders `block` has; 0 when it is free. `UnknownBlockError` for no block of this pool."""
         self._check_known(block)
         return self._ref_counts[block]
 
     def allocate(self) -> int:
-        """Take a free block; its count becomes 1. Raises `OutOfBlocksError` when none is free."""
+        """Take any free block; its count becomes 1. Raises `OutOfBlocksError` when none is free."""
         if not self._free:
             raise OutOfBlocksError(f"no free block: all {self.num_blocks} are held")
         block = self._free.popleft()
@@ -51,7 +52,11 @@ class BlockAllocator:
         return block
 
     def add_ref(self, block: int) -> None:
-        """Count one more holder of a held block. Raises `DoubleFreeError` when it is free."""
+        """Count one more holder of a held block.
+
+        Raises `DoubleFreeError` when nobody holds it, `UnknownBlockError` when it is no block of
+        this pool; both change nothing.
+        """
         self._check_held(block)
         self._ref_counts[block] += 1
 
@@ -65,6 +70,25 @@ class BlockAllocator:
         self._ref_counts[block] -= 1
         if self._ref_counts[block] == 0:
             self._free.append(block)
+
+    def resize(self, num_blocks: int) -> None:
+        """Grow or shrink to the ids 0 .. num_blocks - 1. ValueError, unchanged, while one behind is held."""
+        if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
+            raise ValueError(
+                f"{self.num_blocks} blocks cannot become {num_blocks}: one behind the end is held"
+            )
+        if num_blocks < self.num_blocks:
+            self._free = deque(block for block in self._free if block < num_blocks)
+            del self._ref_counts[num_blocks:]
+        self._free.extend(range(self.num_blocks, num_blocks))
+        self._ref_counts.extend([0] * (num_blocks - self.num_blocks))
+        self.num_blocks = num_blocks
+
+    def relocate(self, moved: Mapping[int, int]) -> None:
+        """Let held blocks go on under other, free ids, from old to new; whoever holds them must follow."""
+        for old, new in moved.items():
+            self._ref_counts[new], self._ref_counts[old] = self._ref_counts[old], 0
+        self._free = deque(block for block, count in enumerate(self._ref_counts) if count == 0)
 
     def _check_known(self, block: int) -> None:
         if not 0 <= block < self.num_blocks:
@@ -92,7 +116,10 @@ class BlockTable:
         self.num_tokens = 0
 
     def blocks_to_append(self, num_new_tokens: int) -> int:
-        """Free blocks that `append_tokens(num_new_tokens)` would take, a copy-on-write included."""
+        """Free blocks that `append_tokens(num_new_tokens)` would take, a copy-on-write included.
+
+        Takes none, and does not ask how many are free.
+        """
         total = self.num_tokens + num_new_tokens
         new_blocks = -(-total // self.block_size) - len(self.blocks)
         return new_blocks + (num_new_tokens > 0 and self._last_block_is_shared())
@@ -101,8 +128,9 @@ class BlockTable:
         """Make room for tokens at the end: fill the last block first, then allocate.
 
         A last block that others hold too and that still has room is copied on write: this table
-        gets a fresh block in its place, and the copy is returned; full shared blocks are never
-        copied. All or nothing: raises `OutOfBlocksError`, unchanged, when the pool runs short.
+        gets a fresh block in its place, gives back its reference to the shared one, and returns the
+        copy, of the tokens that were there before. Full shared blocks are never copied; no new tokens
+        change nothing. All or nothing: raises `OutOfBlocksError`, unchanged, when the pool runs short.
         """
         needed = self.blocks_to_append(num_new_tokens)
         if needed > self.allocator.num_free:
@@ -134,8 +162,24 @@ class BlockTable:
         size = self.block_size
         return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
 
+    def share_block(self, block: int, length: int) -> None:
+        """Go on with a block that others hold: its first `length` tokens become this table's next ones.
+
+        Raises ValueError where this table's last block still has room, or `length` is not 1 .. block_size.
+        """
+        if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
+            raise ValueError(
+                f"{length} tokens of a shared block after {self.num_tokens}, in blocks of {self.block_size}"
+            )
+        self.allocator.add_ref(block)
+        self.blocks.append(block)
+        self.num_tokens += length
+
     def fork(self) -> "BlockTable":
-        """A second table over the same blocks; each block counts one more holder."""
+        """A second table over the same blocks, each of which counts one more holder; nothing is copied.
+
+        Afterwards each table goes on without the other: what one appends, the other never sees.
+        """
         child = BlockTable(self.allocator, self.block_size)
         for block in self.blocks:
             self.allocator.add_ref(block)
@@ -143,8 +187,12 @@ class BlockTable:
         child.num_tokens = self.num_tokens
         return child
 
+    def rename_blocks(self, moved: Mapping[int, int]) -> None:
+        """Follow blocks that have moved to other places in the pool: from old ids to new ones."""
+        self.blocks = [moved.get(block, block) for block in self.blocks]
+
     def release(self) -> None:
-        """Give back every block and become empty; deepest block first."""
+        """Give back this table's reference to every block, the deepest first, and become empty."""
         while self.blocks:
             self.allocator.free(self.blocks.pop())
         self.num_tokens = 0

@@ -72,6 +72,34 @@ class Attended(NamedTuple):
     values: mx.array
 
 
+def _compiled_read(
+    q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
+) -> mx.array:
+    kernel = compiled_kernel("paged_attention")
+    out: mx.array = kernel(q, keys, values, batch.tables, batch.row_of_token, batch.positions, scale)
+    return out
+
+
+@accelerated(compiled=_compiled_read)
+def paged_attention(
+    q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
+) -> mx.array:
+    """Attend with q [1, H, T, D] to what is stored -> [1, H, T, D]; nothing is written.
+
+    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D]. A token sees its own sequence's
+    positions 0 .. its own. The pool is read when the output is evaluated: let that be before the next write.
+    """
+    outputs, packed = [], 0
+    for row, (_, start, stop) in enumerate(batch.spans):
+        blocks_of_row = batch.tables[row, : -(-stop // keys.shape[2])]
+        past_k, past_v = (_gather(pool, blocks_of_row, stop).astype(q.dtype) for pool in (keys, values))
+        rows = q[:, :, packed : packed + stop - start]
+        mask = causal_mask(stop - start, stop)
+        outputs.append(grouped_query_attention(rows, past_k, past_v, scale, mask))
+        packed += stop - start
+    return mx.concatenate(outputs, axis=2)
+
+
 def _compiled(
     q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
 ) -> Attended:
@@ -93,15 +121,7 @@ def write_and_attend(
     blocks, offsets = batch.slots // block_size, batch.slots % block_size
     keys[blocks, :, offsets] = k[0].swapaxes(0, 1).astype(keys.dtype)  # [T, Hkv, D]
     values[blocks, :, offsets] = v[0].swapaxes(0, 1).astype(values.dtype)
-    outputs, packed = [], 0
-    for row, (_, start, stop) in enumerate(batch.spans):
-        blocks_of_row = batch.tables[row, : -(-stop // block_size)]
-        past_k, past_v = (_gather(pool, blocks_of_row, stop).astype(q.dtype) for pool in (keys, values))
-        rows = q[:, :, packed : packed + stop - start]
-        mask = causal_mask(stop - start, stop)
-        outputs.append(grouped_query_attention(rows, past_k, past_v, scale, mask))
-        packed += stop - start
-    return Attended(mx.concatenate(outputs, axis=2), keys, values)
+    return Attended(paged_attention(q, keys, values, batch, scale), keys, values)
 
 
 def _gather(pool: mx.array, blocks: mx.array, length: int) -> mx.array:

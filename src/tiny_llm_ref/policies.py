@@ -3,10 +3,12 @@
 `PagedBatchManager` runs correctly on the defaults alone; later days replace one part each.
 """
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .paged_attention import BlockAllocator
 from .sequence import PagedSequence
 
 
@@ -32,8 +34,82 @@ class NoPreemption:
         return None
 
 
+class PrefixPolicy(Protocol):
+    """Who shares pages with whom because their tokens begin alike."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+
+    @property
+    def blocks(self) -> Seq[int]:
+        """The blocks that are kept, each one reference."""
+
+    @property
+    def num_idle(self) -> int:
+        """Those of them that nobody else holds, and that `evict` could give up now."""
+
+    def adopt(self, sequence: PagedSequence) -> None:
+        """Let a sequence share the full blocks that come next and are there already."""
+
+    def adopt_part(self, sequence: PagedSequence) -> None:
+        """Let it share the beginning of one block more, to be copied on its next write."""
+
+    def next_block(self, sequence: PagedSequence) -> bytes | None:
+        """What stands for the block that a sequence will fill next: who has the same waits for it."""
+
+    def keep(self, sequence: PagedSequence, start: int) -> None:
+        """Keep the blocks that a sequence has filled since it had `start` tokens computed."""
+
+    def released(self, blocks: Seq[int]) -> None:
+        """A table has let go of these blocks, given in the table's order."""
+
+    def evict(self, num_blocks: int) -> int:
+        """Give up to `num_blocks` idle blocks back to the allocator; returns how many."""
+
+    def rename_blocks(self, moved: Mapping[int, int]) -> None:
+        """Blocks have moved to other places in the pool: from old ids to new ones."""
+
+
+class NoPrefixSharing:
+    """Everybody computes their own; nothing is kept."""
+
+    num_idle = 0
+    blocks: Seq[int] = ()
+
+    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
+        self.block_size = block_size
+
+    def adopt(self, sequence: PagedSequence) -> None:
+        """Nothing is there."""
+
+    def adopt_part(self, sequence: PagedSequence) -> None:
+        """Nothing is there."""
+
+    def next_block(self, sequence: PagedSequence) -> bytes | None:
+        """Nobody waits."""
+        return None
+
+    def keep(self, sequence: PagedSequence, start: int) -> None:
+        """Nothing is kept."""
+
+    def released(self, blocks: Seq[int]) -> None:
+        """Nothing was kept."""
+
+    def evict(self, num_blocks: int) -> int:
+        """Nothing to give up."""
+        return 0
+
+    def rename_blocks(self, moved: Mapping[int, int]) -> None:
+        """Nothing to rename."""
+
+
 @dataclass(frozen=True)
 class Policies:
-    """One object for each decision; frozen, so a manager's behaviour never changes under way."""
+    """One object for each decision; frozen, so a manager's behaviour never changes under way.
+
+    prefix: makes the policy for a manager's allocator and block size.
+    """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
+    prefix: Callable[[BlockAllocator, int], PrefixPolicy] = NoPrefixSharing

@@ -15,7 +15,7 @@ S = TypeVar("S", bound=Sequence)
 
 
 class RequestQueues(Generic[S]):
-    """Invariant: a sequence that has not ended is either waiting or running.
+    """Invariant: a sequence that has not ended is waiting, or running, or parked behind one that is.
 
     A completion that is not forked yet is known by its id already: it stands for its leader.
     """
@@ -53,19 +53,19 @@ class RequestQueues(Generic[S]):
         sequence.state = SequenceState.RUNNING
         return sequence
 
-    def put_back(self, sequence: S) -> None:
-        """A running sequence waits again, at the head of the queue."""
+    def put_back(self, sequence: S) -> list[S]:
+        """Make a running sequence wait again, at the head of the queue; everybody who stopped by that."""
         self.running.remove(sequence)
         sequence.state = SequenceState.WAITING
         self.waiting.appendleft(sequence)
+        return [sequence]
 
     def fork(self, leader: S) -> list[S]:
         """The leader and, once its prompt is computed, its other completions; they run beside it."""
         ids = completion_ids(leader.request_id, 1 + leader.num_forks)
         forks = [leader.fork(seq_id, leader.seed + i) for i, seq_id in enumerate(ids[1:], start=1)]
         leader.num_forks = 0
-        after = self.running.index(leader) + 1
-        self.running[after:after] = forks
+        self._insert_after(leader, forks)
         self._sequences.update({fork.seq_id: fork for fork in forks})
         return [leader, *forks]
 
@@ -74,7 +74,7 @@ class RequestQueues(Generic[S]):
         sequence = self._sequences.pop(seq_id)
         if sequence in self.running:
             self.running.remove(sequence)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         return sequence
@@ -86,6 +86,10 @@ class RequestQueues(Generic[S]):
             if seq_id != sequence.seq_id:
                 del self._sequences[seq_id]
         return [seq_id for seq_id, sequence in of_request.items() if seq_id == sequence.seq_id]
+
+    def _insert_after(self, sequence: S, others: list[S]) -> None:
+        after = self.running.index(sequence) + 1
+        self.running[after:after] = others
 
 
 class QueueViews(Generic[S]):

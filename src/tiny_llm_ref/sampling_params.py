@@ -42,6 +42,7 @@ class SamplingParams:
     logit_bias: what to add to the logits of some tokens, from -100 to 100, by token id.
     skip_special_tokens: leave control tokens out of the text.
     include_stop_str_in_output: let the text end with the stop string, or the stop token's text.
+    cache_salt: the request shares the pages of a common beginning with requests of the same salt alone.
     """
 
     n: int = 1
@@ -63,6 +64,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -108,6 +110,7 @@ class SamplingParams:
         texts = listed and all(isinstance(text, str) for text in self.stop_strings)
         _check(texts, "stop", "a text or a list of texts", self.stop)
         _check(_are_ids(self.stop_token_ids or ()), "stop_token_ids", "token ids", self.stop_token_ids)
+        _check(isinstance(self.cache_salt, str), "cache_salt", "a text", self.cache_salt)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 

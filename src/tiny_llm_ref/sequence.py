@@ -9,6 +9,7 @@ from enum import Enum
 from typing import NamedTuple, Self
 
 from .paged_attention import BlockTable
+from .prefix_cache import TokenBlocks
 from .sampling_params import SamplingParams
 
 
@@ -37,6 +38,7 @@ class Sequence:
     outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
     this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
     is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
+    num_cached_tokens: tokens of the prompt that somebody else had computed.
     """
 
     seq_id: str
@@ -49,6 +51,7 @@ class Sequence:
     outputs: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed: int = 0
+    num_cached_tokens: int = 0
     state: SequenceState = SequenceState.WAITING
 
     @property
@@ -82,18 +85,56 @@ class Sequence:
 
 @dataclass(eq=False, kw_only=True)
 class PagedSequence(Sequence):
-    """A sequence whose keys and values are in the blocks of `table`."""
+    """A sequence whose keys and values are in the blocks of `table`.
+
+    stream: its tokens as the prefix cache sees them, as far as that has looked. is_beam: its request is a
+    beam search: `num_forks` counts the places that are kept for more beams. parked: beams that were preempted
+    with this one, and wait behind it.
+    """
 
     table: BlockTable
+    stream: TokenBlocks
+    is_beam: bool = False
+    parked: "Parked | None" = None
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to compute: all that are known, or those that all parked beams share."""
+        return (self.num_tokens if self.parked is None else self.parked.num_shared) - self.num_computed
+
+    @property
+    def num_shareable(self) -> int:
+        """Tokens, from the first, that another may have computed: all but the last, whose logits matter."""
+        return self.num_tokens - 1 if self.parked is None else self.parked.num_shared
+
+    @property
+    def is_at_edge(self) -> bool:
+        """True where the next token begins a block."""
+        return self.num_computed % self.table.block_size == 0
 
     def fork(self, seq_id: str, seed: int) -> Self:
         """A sequence that shares every page computed so far and draws with its own seed."""
-        return replace(super().fork(seq_id, seed), table=self.table.fork())
+        return replace(super().fork(seq_id, seed), table=self.table.fork(), stream=self.stream.copy())
+
+    def note_shared(self, num_tokens: int) -> None:
+        """The next tokens have come into the table by sharing, and need no computing."""
+        self.num_computed += num_tokens
+        if not self.outputs:
+            self.num_cached_tokens += num_tokens
 
     def give_up_pages(self) -> None:
         """Release the table and forget what was computed; tokens and outputs stay."""
         self.table.release()
         self.num_computed = 0
+        if not self.outputs:
+            self.num_cached_tokens = 0
+
+
+class Parked(NamedTuple):
+    """Beams that wait behind another for the tokens that all of them share: then they join it, as forks."""
+
+    beams: list[PagedSequence]
+    num_shared: int
 
 
 def completion_ids(request_id: str, n: int) -> list[str]:

@@ -1,12 +1,13 @@
 """What passes through a step of a batch manager: the plan that scheduling makes, the logits that come out."""
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from typing import Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 
 from .paged_attention import BlockCopy
-from .sequence import Sequence
+from .sequence import Sequence, SequenceState
 
 S = TypeVar("S", bound=Sequence)
 
@@ -42,11 +43,12 @@ class StepLogits(Mapping[str, mx.array]):
 
 
 class Scheduled(NamedTuple, Generic[S]):
-    """A sequence and the positions start .. stop - 1 that a step computes of it."""
+    """A sequence, the positions start .. stop - 1 that a step computes, and the copies to make before."""
 
     sequence: S
     start: int
     stop: int
+    copies: Seq[BlockCopy] = ()
 
     @property
     def is_last(self) -> bool:
@@ -61,10 +63,19 @@ class Scheduled(NamedTuple, Generic[S]):
 
 
 class Plan(NamedTuple, Generic[S]):
-    """What one step does: the block copies first, then the chunks, packed in this order."""
+    """What one step does: all block copies first, then the chunks, packed in this order."""
 
-    copies: list[BlockCopy]
     chunks: list[Scheduled[S]]
+
+    @property
+    def copies(self) -> list[BlockCopy]:
+        """The copies of all chunks; every source is read before any of them is written."""
+        return [copy for chunk in self.chunks for copy in chunk.copies]
+
+    def drop_who_stopped(self) -> None:
+        """Leave out the chunks of sequences that do not run any more."""
+        running = [chunk for chunk in self.chunks if chunk.sequence.state is SequenceState.RUNNING]
+        self.chunks[:] = running
 
     def pack(self) -> tuple[list[int], list[int]]:
         """The token ids of all chunks side by side, and the indices among them that need logits."""

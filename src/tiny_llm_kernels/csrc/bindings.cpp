@@ -26,6 +26,8 @@ NB_MODULE(_kernels, m) {
   m.def("rms_norm", &tiny_llm::rms_norm, "x"_a, "weight"_a, "eps"_a);
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
+  m.def("paged_attention", &tiny_llm::paged_attention, "q"_a, "key_pool"_a, "value_pool"_a, "tables"_a,
+        "row_of_token"_a, "positions"_a, "scale"_a);
   m.def("write_and_attend", &tiny_llm::write_and_attend, "q"_a, "k"_a, "v"_a, "key_pool"_a, "value_pool"_a,
         "slots"_a, "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a);
   m.def("set_num_threads", &tiny_llm::set_num_threads, "n"_a);

@@ -111,7 +111,7 @@ struct AttentionJob {
   int64_t q_head, q_token, k_head, k_token, v_head, v_token;  // strides
   void *keys, *values;  // the pools: [num_blocks, Hkv, block_size, D]
   StorageType storage;
-  const int32_t* slots;         // [T] where each token is written: block * block_size + offset
+  const int32_t* slots;         // [T] where each token is written: block * block_size + offset; null: nothing is
   const int32_t* tables;        // [S, M] block ids of each sequence
   const int32_t* row_of_token;  // [T] the table row of each token
   const int32_t* positions;     // [T] the last position that each token sees: its own

@@ -1,5 +1,6 @@
 // Attention over pages: each token's K and V are written to its slot, then every token attends to its
-// sequence through the block table, reading back what was stored, its own K and V included.
+// sequence through the block table, reading back what was stored, its own K and V included. A job without
+// slots only reads.
 //
 //   pool [num_blocks, Hkv, block_size, D]          table row of one sequence (block_size 4)
 //
@@ -268,7 +269,8 @@ static void attend_items(const AttentionJob& job, int64_t begin, int64_t end) {
       attend_run<T>(job, run, head, head * group + h, group - h < at_once ? group - h : at_once);
     }
     for (int64_t token = run.first; token < run.first + run.count; ++token) {
-      const bool sound = has_table && slot_inside(job, token) && job.positions[token] >= 0;
+      const bool stored = !job.slots || slot_inside(job, token);
+      const bool sound = has_table && stored && job.positions[token] >= 0;
       if (!sound) refuse(job, token, head * group, group);
     }
   }

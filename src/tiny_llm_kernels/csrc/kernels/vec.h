@@ -52,7 +52,7 @@ INLINE f32x8 load(const float* source) { return load_as<f32x8>(source); }
 INLINE void store(float* target, f32x8 value) { std::memcpy(target, &value, sizeof(value)); }
 INLINE f32x8 splat(float value) { return f32x8{value, value, value, value, value, value, value, value}; }
 
-/// The first `count` floats (count < 8); the other lanes are zero.
+/// The first `count` floats (count <= 8); the other lanes are zero.
 INLINE f32x8 load_first(const float* source, int64_t count) {
   f32x8 value = {};
   std::memcpy(&value, source, count * sizeof(float));

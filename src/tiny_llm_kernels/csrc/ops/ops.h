@@ -19,6 +19,9 @@ mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::arra
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
+mx::array paged_attention(
+    const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,
+    const mx::array& row_of_token, const mx::array& positions, float scale);
 std::tuple<mx::array, mx::array, mx::array> write_and_attend(
     const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& key_pool,
     const mx::array& value_pool, const mx::array& slots, const mx::array& tables,

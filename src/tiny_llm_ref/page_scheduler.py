@@ -1,0 +1,180 @@
+"""Who computes what in the next step, and on which pages: admission, shared prefixes, room, preemption.
+
+Plain bookkeeping over ints. Takes pages and gives them back; knows nothing of arrays, logits or text.
+"""
+
+from .batch_manager import PrefixStats, wanted
+from .chunked_prefill import share_budget
+from .errors import OutOfBlocksError
+from .paged_attention import BlockAllocator
+from .paged_queues import PagedQueues
+from .policies import Policies
+from .sequence import PagedSequence
+from .step import Plan, Scheduled
+
+
+class PageScheduler:
+    """Plans steps over the queues and the allocator of a batch manager.
+
+    max_seqs: sequences that run at once, completions and beams to come included. max_tokens: in one step.
+    max_blocks: what the pool may grow to; the allocator begins with as many or fewer.
+
+    Invariant: what is promised to those who run fits into the pages that are free, idle or not yet there.
+    """
+
+    def __init__(
+        self,
+        queues: PagedQueues,
+        allocator: BlockAllocator,
+        policies: Policies,
+        block_size: int,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        max_blocks: int,
+    ) -> None:
+        self.prefix = policies.prefix(allocator, block_size)
+        self.num_preemptions = 0
+        self.prefix_stats = PrefixStats()
+        self._queues = queues
+        self._allocator = allocator
+        self._preemption = policies.preemption
+        self._max_seqs = max_seqs
+        self._max_tokens = max_tokens
+        self._max_blocks = max_blocks
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be had: free, kept for nobody in particular, or not yet there."""
+        return self._allocator.num_free + self.prefix.num_idle + self._max_blocks - self._allocator.num_blocks
+
+    def plan(self) -> Plan[PagedSequence]:
+        """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
+        self._admit()
+        self._share()
+        plan: Plan[PagedSequence] = Plan([])
+        running = list(self._queues.running)
+        for sequence, count in zip(running, share_budget(self._wants(), self._max_tokens), strict=True):
+            if count and sequence in self._queues.running:
+                self._take(sequence, count, plan)
+        return plan
+
+    def computed(self, plan: Plan[PagedSequence]) -> None:
+        """Take note of what a step has computed."""
+        for sequence, start, stop, _ in plan.chunks:
+            sequence.num_computed = stop
+            self.prefix.keep(sequence, start)
+            if start < len(sequence.prompt) <= stop and not sequence.outputs:
+                queries, hits = self.prefix_stats
+                found = sequence.num_cached_tokens
+                self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
+
+    def give_up(self, sequence: PagedSequence) -> None:
+        """Take a sequence's pages away."""
+        blocks = list(sequence.table.blocks)
+        sequence.give_up_pages()
+        self.prefix.released(blocks)
+
+    def promised_blocks(self, sequence: PagedSequence) -> int:
+        """Blocks that must stay available for a sequence beyond those that it holds."""
+        tokens = self._preemption.promised_tokens(sequence)
+        table = sequence.table
+        own = table.blocks_to_append(max(0, tokens - table.num_tokens))
+        shared_by_forks = len(sequence.prompt) // table.block_size
+        per_fork = max(0, -(-tokens // table.block_size) - shared_by_forks)
+        return own + sequence.num_forks * per_fork
+
+    def _admit(self) -> None:
+        """Start waiting sequences, oldest first, while there are seats and the pages promised to them."""
+        promised = sum(map(self.promised_blocks, self._queues.running))
+        seats = self._max_seqs - sum(1 + running.num_forks for running in self._queues.running)
+        while self._queues.waiting:
+            sequence = self._queues.waiting[0]
+            if 1 + sequence.num_forks > seats:
+                return
+            self.prefix.adopt(sequence)
+            needed = self.promised_blocks(sequence)
+            if promised + needed > self.num_available:
+                self.give_up(sequence)
+                if not self._queues.running:
+                    self._refuse_stuck(sequence, needed)
+                return
+            self._queues.start_next()
+            promised += needed
+            seats -= 1 + sequence.num_forks
+
+    def _share(self) -> None:
+        """Let everybody who runs take what the prefix cache has by now, and parked beams join."""
+        for sequence in list(self._queues.running):
+            self.prefix.adopt(sequence)
+            if sequence.parked is not None and sequence.num_uncomputed == 0:
+                self._queues.join(sequence)
+
+    def _wants(self) -> list[int]:
+        """Tokens that each running sequence wants to compute now.
+
+        Nobody computes a block that somebody before is about to fill with the same: who waits, shares it.
+        """
+        wants, to_be_filled = [], set()
+        for sequence in self._queues.running:
+            block = self.prefix.next_block(sequence)
+            waits = block in to_be_filled and sequence.is_at_edge
+            wants.append(0 if waits else wanted(sequence))
+            if block is not None:
+                to_be_filled.add(block)
+        return wants
+
+    def _take(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> None:
+        """Plan up to `count` tokens of a sequence and take their pages; none where it has to give way."""
+        table = sequence.table
+        if table.blocks_to_append(count) < self.num_available:
+            self.prefix.adopt_part(sequence)
+            count = min(count, sequence.num_uncomputed)
+        if self._make_room(sequence, count, plan):
+            start = sequence.num_computed
+            copies = table.append_tokens(count)
+            self.prefix.released([copy.src for copy in copies])
+            plan.chunks.append(Scheduled(sequence, start, start + count, copies))
+
+    def _make_room(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
+        """Find pages for `count` more tokens, preempting if need be; False: `sequence` had to give way."""
+        while (needed := sequence.table.blocks_to_append(count)) > self.num_available:
+            candidates = self._queues.running[self._queues.running.index(sequence) :]
+            victim = self._preemption.choose_victim(candidates)
+            if victim is None:
+                raise OutOfBlocksError(
+                    f"sequence {sequence.seq_id!r} needs {needed} more blocks, {self.num_available} of "
+                    f"{self._max_blocks} can be had, and nobody may be preempted"
+                )
+            self._preempt(victim)
+            plan.drop_who_stopped()
+            if sequence not in self._queues.running:
+                return False
+        self._fetch(needed)
+        return True
+
+    def _fetch(self, num_blocks: int) -> None:
+        """Make so many blocks free: the pool grows first, then kept blocks are given up."""
+        short = num_blocks - self._allocator.num_free
+        if short > 0:
+            size = self._allocator.num_blocks
+            self._allocator.resize(min(self._max_blocks, max(2 * size, size + short)))
+            self.prefix.evict(num_blocks - self._allocator.num_free)
+
+    def _preempt(self, sequence: PagedSequence) -> None:
+        """Take a running sequence's pages; it waits at the head of the queue to compute them again.
+
+        Beams of one search go together: they can only go on together.
+        """
+        for stopped in self._queues.put_back(sequence):
+            self.give_up(stopped)
+        self.num_preemptions += 1
+
+    def _refuse_stuck(self, sequence: PagedSequence, needed: int) -> None:
+        """Drop a request that waits for pages which nobody is left to give back."""
+        for seq_id in self._queues.forget_forks_to_come(sequence.request_id):
+            self._queues.end(seq_id)
+        raise OutOfBlocksError(
+            f"request {sequence.request_id!r} needs {needed} blocks, {self.num_available} of "
+            f"{self._max_blocks} can be had, and no running sequence will give any back"
+        )

@@ -1,0 +1,98 @@
+"""The policy that puts the prefix cache to work: what a sequence finds there, it does not compute.
+
+Knows sequences and their tables; the cache knows neither. Bookkeeping over ints, without an array.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+from .paged_attention import BlockAllocator
+from .prefix_cache import PrefixCache, TokenBlocks
+from .sequence import PagedSequence
+
+LEAST_WORTH_COPYING = 4  # tokens of a block: below that, computing them costs no more than copying the block
+
+
+class PrefixSharing:
+    """Lets sequences share what is kept, and keeps what they have computed."""
+
+    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
+        self.cache = PrefixCache(allocator, block_size)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.cache.block_size
+
+    @property
+    def blocks(self) -> list[int]:
+        """Every kept block."""
+        return self.cache.blocks
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that `evict` could give up now."""
+        return self.cache.num_idle
+
+    def adopt(self, sequence: PagedSequence) -> None:
+        """At a block's edge: share all kept blocks that come next.
+
+        The last known token is always left to compute, because somebody must produce its logits.
+        """
+        size = sequence.table.block_size
+        first, stop = sequence.num_computed // size, sequence.num_shareable // size
+        if first < stop and self._may_share(sequence):
+            found = self.cache.match(self._stream(sequence, stop), first, stop)
+            for block in found:
+                self.cache.share(sequence.table, block, size)
+            sequence.note_shared(len(found) * size)
+
+    def adopt_part(self, sequence: PagedSequence) -> None:
+        """At a block's edge: share the beginning of one kept block more; the next write copies it."""
+        size, start = sequence.table.block_size, sequence.num_computed
+        known = min(sequence.num_shareable - start, size)
+        if known >= LEAST_WORTH_COPYING and self._may_share(sequence):
+            parent = self._stream(sequence, start // size).parent(start // size)
+            match = self.cache.match_part(parent, sequence.tokens(start, start + known))
+            if match is not None and match.length >= LEAST_WORTH_COPYING:
+                self.cache.share(sequence.table, match.block, match.length)
+                sequence.note_shared(match.length)
+
+    def next_block(self, sequence: PagedSequence) -> bytes | None:
+        """What stands for the block that a sequence fills next; None where its tokens are not all known."""
+        index = sequence.num_computed // sequence.table.block_size
+        if (index + 1) * sequence.table.block_size > sequence.num_tokens:
+            return None
+        return self._stream(sequence, index + 1).hashes[index]
+
+    def keep(self, sequence: PagedSequence, start: int) -> None:
+        """Keep the blocks that a sequence has filled since it had `start` tokens computed."""
+        size = sequence.table.block_size
+        first, stop = start // size, sequence.num_computed // size
+        if first < stop:
+            self.cache.keep(sequence.table, self._stream(sequence, stop), first, stop)
+
+    def released(self, blocks: Seq[int]) -> None:
+        """Take note that a table has let go of these blocks, given in the table's order."""
+        self.cache.released(blocks)
+
+    def evict(self, num_blocks: int) -> int:
+        """Give up to `num_blocks` idle blocks back to the allocator; returns how many."""
+        return self.cache.evict(num_blocks)
+
+    def rename_blocks(self, moved: Mapping[int, int]) -> None:
+        """Follow blocks that have moved to other places in the pool."""
+        self.cache.rename_blocks(moved)
+
+    def _may_share(self, sequence: PagedSequence) -> bool:
+        """True at a block's edge, unless log-probabilities of the prompt are still to be told."""
+        return sequence.is_at_edge and not sequence.prompt_positions(
+            sequence.num_computed, sequence.num_tokens
+        )
+
+    def _stream(self, sequence: PagedSequence, num_blocks: int) -> TokenBlocks:
+        """The sequence's stream, cut into at least so many blocks."""
+        stream, size = sequence.stream, sequence.table.block_size
+        if len(stream) < num_blocks:
+            stream.extend(sequence.tokens(len(stream) * size, num_blocks * size))
+        return stream
