@@ -295,13 +295,17 @@ def test_skip_fills_blanks_alone(house: House) -> None:
     day = syllabus_of(house).day("1.2")
     start(house, day)
     write(house, "doubling", DOUBLING.replace("add(x, x)", "2 * x"))
-    assert [exercise.id for exercise in skip(house, day.exercises)] == ["1.2.1"]
+    assert [exercise.id for exercise in skip(house, day, day.exercises)] == ["1.2.1"]
     assert [state(house, exercise) for exercise in day.exercises] == [State.SKIPPED, State.WRITTEN]
     assert (
         "        # skipped: the reference's code\n        # The first time"
         in (house.overlay / "counting.py").read_text()
     )
-    assert skip(house, day.exercises) == []
+    assert skip(house, day, day.exercises) == []
+    assert "        return add(self.value, 1)" in (house.overlay / "counting.py").read_text(), (
+        "its helper is back"
+    )
+    assert run_day(house, syllabus_of(house), day, []) == 0
 
 
 # ---- test ----

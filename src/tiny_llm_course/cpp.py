@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 
 from .errors import CourseError
@@ -16,8 +17,17 @@ from .house import House
 from .syllabus import Day, Kernel, Syllabus
 
 LAST_LINES = 20
+RULE = "use names of the namespace tiny_llm alone, nothing of the standard library"
 _NAMED = re.compile(r"(?:struct|class)\s+(\w+)|constexpr\s+\w+\s+(\w+)\s*=|\b(\w+)\s*\([^;{]*\)\s*\{")
 _HEADING = re.compile(r"// ---- .* ----")
+
+
+class Build(Enum):
+    """Whether a kernel of the learner's is in their library."""
+
+    DONE = "built"
+    NEVER = "not built"
+    STALE = "newer than your library"
 
 
 def sources(house: House) -> Path:
@@ -68,10 +78,32 @@ def start_kernels(house: House, day: Day) -> list[Path]:
             raise CourseError(
                 f"{house.shown(file)} is there already: `pdm run reset {day.id}` moves it aside"
             )
-        source = (sources(house) / kernel.file).read_text(encoding="utf-8")
-        file.write_text(blanked(source, kernel.functions, kernel.removed, kernel.message), encoding="utf-8")
+        file.write_text(_preface(house, kernel) + starter(house, kernel), encoding="utf-8")
         written.append(file)
     return written
+
+
+def starter(house: House, kernel: Kernel) -> str:
+    """The reference's file of a kernel, blank. Raises `CourseError` for a name that is not there."""
+    source = (sources(house) / kernel.file).read_text(encoding="utf-8")
+    return blanked(source, kernel.functions, kernel.removed, kernel.message)
+
+
+def job(house: House, kernel: Kernel) -> str:
+    """The struct of kernels.h that says what a kernel is asked for, such as `MatmulJob`."""
+    header = (sources(house) / "kernels.h").read_text(encoding="utf-8")
+    found = re.search(rf"\(\*{kernel.name}\)\(const (\w+)&", header)
+    return found[1] if found else "its job"
+
+
+def _preface(house: House, kernel: Kernel) -> str:
+    """What a learner has to know before the first line."""
+    return (
+        f"// {kernel.id}: write {' and '.join(kernel.functions)}. "
+        "The day's tasks in Python are not needed for it.\n"
+        f"// Read {job(house, kernel)} in kernels.h, and vec.h: both are in {house.shown(sources(house))}.\n"
+        f"// {RULE.capitalize()}.\n\n"
+    )
 
 
 def own_kernels(house: House, syllabus: Syllabus) -> list[Kernel]:
@@ -85,13 +117,22 @@ def libraries(house: House) -> list[Path]:
     return sorted(house.overlay.glob("_kernels.*so"))
 
 
+def build_of(house: House, kernel: Kernel) -> Build:
+    """Whether a kernel that the learner has a file for is in their library, as it is now."""
+    built = [file.stat().st_mtime_ns for file in libraries(house)]
+    if not built:
+        return Build.NEVER
+    return Build.STALE if (house.overlay / kernel.file).stat().st_mtime_ns > max(built) else Build.DONE
+
+
 def refuse_stale(house: House, syllabus: Syllabus) -> None:
-    """Raise `CourseError` where a kernel of the learner's was changed since the library was built."""
-    built = max((file.stat().st_mtime_ns for file in libraries(house)), default=0)
+    """Raise `CourseError` where a kernel of the learner's is not in the library as it is now."""
     for kernel in own_kernels(house, syllabus):
-        file = house.overlay / kernel.file
-        if file.stat().st_mtime_ns > built:
-            raise CourseError(f"{house.shown(file)} is not in your library yet: pdm run build-kernels")
+        if build_of(house, kernel) is not Build.DONE:
+            file = house.shown(house.overlay / kernel.file)
+            raise CourseError(
+                f"{file} is not in your library yet: pdm run build-kernels, or pdm run skip {kernel.id}"
+            )
 
 
 def compiles(house: House, source: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
 
+from .cpp import Build, build_of, own_kernels
 from .errors import CourseError
 from .house import House
 from .progress import own_modules
@@ -111,7 +112,7 @@ def _model() -> Finding:
 
 
 def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
-    """The learner's files: known to the reference, readable, and with the signatures that it has now."""
+    """The learner's files: known to the reference, readable, with its signatures; and kernels built."""
     try:
         own = own_modules(house)
     except CourseError as error:
@@ -124,6 +125,10 @@ def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
             yield Finding(f"{module}.py", True, "belongs to no day: yours runs in place of the given one")
             continue
         yield from _signatures(house, module, day.id)
+    for kernel in own_kernels(house, syllabus):
+        build = build_of(house, kernel)
+        advice = "" if build is Build.DONE else f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
+        yield Finding(kernel.file, build is Build.DONE, build.value, advice)
 
 
 def _signatures(house: House, module: str, day: str) -> Iterator[Finding]:

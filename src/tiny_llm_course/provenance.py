@@ -1,16 +1,20 @@
 """A pytest plugin for the course: whose modules a run is about, and blanks told apart from mistakes.
 
 A test that met a blank fails like any other, but is not shown like a mistake: it is counted, and each
-exercise that is waited for is named once, at the end.
+exercise that is waited for is named once, at the end. A traceback of a learner's run leaves the reference's
+lines out, which would tell solutions of other days.
 """
 
 import os
 import re
+import traceback
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+from .outcome import OUTCOME_FILE, write_outcome
 
 BLANK = "blank"
 _OF_A_BLANK = re.compile(r"\d\.\d\.\d \S+: ")
@@ -18,11 +22,10 @@ _OF_A_BLANK = re.compile(r"\d\.\d\.\d \S+: ")
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Which modules are the learner's, and which engine answers for the others."""
-    import tiny_llm
     import tiny_llm_kernels
 
-    overlay, reference = (Path(folder) for folder in tiny_llm.__path__)
-    own = sorted(file.stem for file in overlay.glob("*.py") if file.stem != "__init__")
+    overlay, reference = _folders()
+    own = _own(overlay)
     number = len([file for file in reference.glob("*.py") if file.stem not in {*own, "__init__"}])
     whose = os.environ.get("TINY_LLM_COURSE_RUN", "")
     yours = ", ".join(f"{name}.py" for name in own) or "none"
@@ -36,9 +39,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note the message of a blank in the report of the test that met it."""
-    report = yield
+    """Note the message of a blank in the report of the test that met it; hide the reference's lines."""
     raised = call.excinfo.value if call.excinfo is not None else None
+    if raised is not None:
+        _hide_reference(raised)
+    report = yield
     if isinstance(raised, NotImplementedError) and _OF_A_BLANK.match(str(raised)):
         report.user_properties.append((BLANK, str(raised)))
     return report
@@ -54,10 +59,38 @@ def pytest_report_teststatus(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Each blank once, with the number of tests that wait for it."""
-    waiting = Counter(_message(report) for report in terminalreporter.stats.get(BLANK, ()))
-    for message, count in waiting.items():
+    """Each blank once, with the number of tests that wait for it; and the outcome, where it is asked for."""
+    stats = terminalreporter.stats
+    waiting = [str(_message(report)) for report in stats.get(BLANK, ())]
+    for message, count in Counter(waiting).items():
         terminalreporter.write_line(f"{f'{count} tests wait' if count > 1 else '1 test waits'} for {message}")
+    if os.environ.get(OUTCOME_FILE):
+        failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, ())]
+        write_outcome(Path(os.environ[OUTCOME_FILE]), failed, waiting)
+
+
+def _folders() -> list[Path]:
+    """The overlay and the reference."""
+    import tiny_llm
+
+    return [Path(folder) for folder in tiny_llm.__path__]
+
+
+def _own(overlay: Path) -> list[str]:
+    """The learner's modules."""
+    return sorted(file.stem for file in overlay.glob("*.py") if file.stem != "__init__")
+
+
+def _hide_reference(raised: BaseException) -> None:
+    """Leave the reference's modules out of an error's traceback, unless --full-trace asks for all.
+
+    Not in a run without modules of a learner's: that is about the reference.
+    """
+    overlay, reference = _folders()
+    if _own(overlay):
+        for frame, _ in traceback.walk_tb(raised.__traceback__):
+            if Path(frame.f_code.co_filename).parent == reference:
+                frame.f_globals["__tracebackhide__"] = True
 
 
 def _message(report: pytest.TestReport | pytest.CollectReport) -> str | None:

@@ -11,7 +11,7 @@ from .errors import CourseError
 from .house import House
 from .source import body_lines, find, functions
 from .starter import starter
-from .syllabus import Day, Kernel, Syllabus
+from .syllabus import Day, Syllabus
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
 ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
@@ -61,18 +61,13 @@ def _syllabus_problems(house: House, day: Day) -> Iterator[Problem]:
                 yield Problem("names", f"{day.id}, {module}.py", str(error))
     for kernel in day.kernels:
         try:
-            _kernel_starter(house, kernel)
+            cpp.starter(house, kernel)
         except (CourseError, OSError) as error:
             yield Problem("names", f"{day.id}, {kernel.file}", str(error))
     hints = {one.id: one.hints for one in day.exercises} | {one.id: one.hints for one in day.kernels}
     for exercise_id, steps in hints.items():
         if min(map(len, steps)) < SHORT:
             yield Problem("hints", exercise_id, f"a hint is missing: {list(steps)}")
-
-
-def _kernel_starter(house: House, kernel: Kernel) -> str:
-    source = (cpp.sources(house) / kernel.file).read_text(encoding="utf-8")
-    return cpp.blanked(source, kernel.functions, kernel.removed, kernel.message)
 
 
 def _starter_problems(house: House, day: Day) -> Iterator[Problem]:

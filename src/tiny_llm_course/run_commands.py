@@ -34,8 +34,9 @@ def on_test(
     pdm run test --week 1 --day 1
     pdm run test
 
-    The header says which modules are yours. When a day fails although its own code is right, the run finds
-    which of your other modules is the reason.
+    The header says which modules are yours. Tracebacks leave the lines of the reference out; --full-trace
+    shows them. When a day fails although its own code is right, the run finds which of your other modules is
+    the reason.
     """
     house, syllabus = open_course()
     arguments = list(context.args)

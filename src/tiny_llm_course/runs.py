@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from .cpp import libraries
 from .house import House
+from .outcome import OUTCOME_FILE, Outcome, read_outcome
 from .progress import own_modules
 from .syllabus import Day
 
@@ -38,20 +39,32 @@ def run_suites(
     *,
     about: str = "",
     quiet: bool = False,
+    outcome: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run test files on the engine as this house's overlay has it; the output is kept where `quiet`."""
+    """Run test files on the engine as this house's overlay has it; the output is kept where `quiet`.
+
+    outcome: where the run stores what it came to.
+    """
     command = [sys.executable, "-m", "pytest", "-p", "tiny_llm_course.provenance", "-o", "addopts="]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", "--no-header" if quiet else "--tb=short"]
     paths = [os.path.relpath(suite, house.root) for suite in suites]
     return subprocess.run(
         [*command, *arguments, *paths],
         cwd=house.root,
-        env=_environment(house, about),
+        env={**_environment(house, about), OUTCOME_FILE: str(outcome or "")},
         text=True,
         check=False,
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
     )
+
+
+def run_suite_of(house: House, day: Day, arguments: Sequence[str], about: str) -> Outcome:
+    """Run one day's suite before the learner's eyes; what it came to."""
+    with TemporaryDirectory(prefix="tiny-llm-outcome-") as folder:
+        stored = Path(folder, "outcome.json")
+        run = run_suites(house, [house.suites / day.suite], arguments, about=about, outcome=stored)
+        return read_outcome(stored, run.returncode)
 
 
 def run_python(house: House, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -90,6 +90,15 @@ def related(source: str) -> list[str]:
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
 
 
+def docstrings(source: str) -> list[str]:
+    """Every docstring of a module: its own, its classes', its functions'."""
+    nodes = ast.walk(ast.parse(source))
+    found = [
+        ast.get_docstring(node) for node in nodes if isinstance(node, ast.Module | ast.ClassDef | Function)
+    ]
+    return [text for text in found if text is not None]
+
+
 def with_body_of(source: str, other: str, name: str) -> str:
     """The source with one function's body taken from another, under a comment that says so."""
     lines = source.splitlines(keepends=True)
@@ -98,6 +107,26 @@ def with_body_of(source: str, other: str, name: str) -> str:
     body = f"{' ' * (node.col_offset + 4)}{SKIPPED}\n"
     body += "".join(f"{line}\n" for line in body_lines(other, name))
     return "".join([*lines[: first - 1], body, *lines[last:]])
+
+
+def with_function(source: str, other: str, name: str) -> str:
+    """The source with one function more, taken from another: last in its class, or last of all."""
+    lines = source.splitlines(keepends=True)
+    node = find(other, name)
+    taken = other.splitlines(keepends=True)[_first(node) - 1 : _last(node)]
+    column = " " * node.col_offset
+    owner = name.rpartition(".")[0]
+    ends = [n.end_lineno for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == owner]
+    at = ends[0] if ends and ends[0] is not None else len(lines)
+    gap = ["\n"] if owner else ["\n", "\n"]
+    return "".join([*lines[:at], *gap, f"{column}{SKIPPED}\n", *taken, *lines[at:]])
+
+
+def names_in(source: str, name: str) -> set[str]:
+    """Every name and attribute that a function's body mentions."""
+    nodes = [node for statement in _statements(find(source, name)) for node in ast.walk(statement)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def _statements(node: Function) -> list[ast.stmt]:

@@ -6,8 +6,8 @@ from .cpp import libraries
 from .errors import CourseError
 from .house import House
 from .progress import State, own_modules, state
-from .source import blanked, with_body_of
-from .syllabus import Day, Exercise
+from .source import blanked, functions, names_in, with_body_of, with_function
+from .syllabus import Day, Exercise, Kernel
 
 
 def starter(house: House, day: Day, module: str) -> str:
@@ -40,26 +40,43 @@ def set_aside(house: House, day: Day) -> list[Path]:
 
     A library that holds a kernel of the day's is deleted: it can be built again.
     """
-    moved = []
-    for name in [*(f"{module}.py" for module in day.modules), *(kernel.file for kernel in day.kernels)]:
-        file = house.overlay / name
-        if file.exists():
-            if file.suffix == ".cpp":
-                for library in libraries(house):
-                    library.unlink()
-            number = 1
-            while (target := file.with_name(f"{file.name}.{number}.bak")).exists():
-                number += 1
-            moved.append(file.rename(target))
-    return moved
+    files = [house.overlay / f"{module}.py" for module in day.modules]
+    moved = [_rename(file) for file in files if file.exists()]
+    return moved + [file for kernel in day.kernels for file in set_aside_kernel(house, kernel)]
 
 
-def skip(house: House, exercises: tuple[Exercise, ...]) -> list[Exercise]:
-    """Put the reference's code where an exercise is blank; those that were."""
+def set_aside_kernel(house: House, kernel: Kernel) -> list[Path]:
+    """Rename the file of one kernel, and delete the library; the new name, none where it is not started."""
+    file = house.overlay / kernel.file
+    if not file.exists():
+        return []
+    for library in libraries(house):
+        library.unlink()
+    return [_rename(file)]
+
+
+def _rename(file: Path) -> Path:
+    number = 1
+    while (target := file.with_name(f"{file.name}.{number}.bak")).exists():
+        number += 1
+    return file.rename(target)
+
+
+def skip(house: House, day: Day, exercises: tuple[Exercise, ...]) -> list[Exercise]:
+    """Put the reference's code where an exercise is blank, and the helpers that it calls; those that were."""
     blank = [exercise for exercise in exercises if state(house, exercise) is State.BLANK]
     for exercise in blank:
         file = house.overlay / f"{exercise.module}.py"
         reference = (house.reference / file.name).read_text(encoding="utf-8")
         own = file.read_text(encoding="utf-8")
-        file.write_text(with_body_of(own, reference, exercise.name), encoding="utf-8")
+        filled, removed = with_body_of(own, reference, exercise.name), day.removed_from(exercise.module)
+        file.write_text(_with_helpers(filled, reference, removed, exercise.name), encoding="utf-8")
     return blank
+
+
+def _with_helpers(own: str, reference: str, removed: tuple[str, ...], name: str) -> str:
+    """The learner's source with those helpers put back that a function of the reference calls."""
+    for helper in removed:
+        if helper.rpartition(".")[2] in names_in(reference, name) and helper not in functions(own):
+            own = _with_helpers(with_function(own, reference, helper), reference, removed, helper)
+    return own

@@ -49,6 +49,11 @@ class Kernel:
     message: str
 
     @property
+    def day_id(self) -> str:
+        """The day that it belongs to."""
+        return self.id.rpartition(".")[0]
+
+    @property
     def file(self) -> str:
         """The name of its file, in the overlay as in the kernels' sources."""
         return f"{self.name}.cpp"

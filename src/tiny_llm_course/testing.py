@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 from .cpp import own_kernels, refuse_stale
 from .errors import CourseError
 from .house import House
+from .outcome import Outcome, begin_here
 from .progress import State, missing_modules, own_modules, remember, started_days, state
-from .runs import culprits, overlay_of, passes_alone, run_suites
+from .runs import culprits, overlay_of, passes_alone, run_suite_of, run_suites
 from .syllabus import Day, Syllabus
 
 WATCH_SECONDS = 0.3
@@ -42,20 +43,20 @@ def run_day(
     if isolated:
         today = [module for module in own if module in day.modules]
         with overlay_of(house, today, kernels=bool(day.kernels)) as alone:
-            return run_suites(
-                alone, [house.suites / day.suite], arguments, about=f"{about}, isolated"
-            ).returncode
-    code = run_suites(house, [house.suites / day.suite], arguments, about=about).returncode
+            outcome = run_suite_of(alone, day, arguments, f"{about}, isolated")
+            _tell_first(outcome, day)
+            return outcome.code
+    outcome = run_suite_of(house, day, arguments, about)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
     if whole:  # part of a suite says nothing about the day
-        remember(house, day, code == 0)
-    if code == 0 and not whole:
+        remember(house, day, outcome.code == 0)
+    if outcome.code == 0 and not whole:
         print(f"what you chose passes; the whole day: pdm run test {day.id}", flush=True)
-    elif code == 0:
+    elif outcome.code == 0:
         _tell_next(house, syllabus, day)
-    elif set(own) - set(day.modules):
-        _tell_whose_fault(house, syllabus, day)
-    return code
+    elif not (outcome.failed and set(own) - set(day.modules)) or _is_todays_fault(house, syllabus, day):
+        _tell_first(outcome, day)
+    return outcome.code
 
 
 def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]) -> int:
@@ -132,13 +133,19 @@ def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
         print(f"  pdm run {verb} {after.id}     next: {after.title}", flush=True)
 
 
-def _tell_whose_fault(house: House, syllabus: Syllabus, day: Day) -> None:
-    """When today's modules pass without the learner's others, say so, and which of the others it is."""
+def _tell_first(outcome: Outcome, day: Day) -> None:
+    line = begin_here(outcome, day)
+    if line is not None:
+        print(line, flush=True)
+
+
+def _is_todays_fault(house: House, syllabus: Syllabus, day: Day) -> bool:
+    """False where today's modules pass without the learner's others; says which of them it is."""
     print("looking where the fault is ...", flush=True)
     if not passes_alone(house, day):
         files = " or ".join(f"{module}.py" for module in day.modules)
         print(f"the fault is in {files}: alone on the reference, day {day.id} fails too.", flush=True)
-        return
+        return True
     print(f"today's code is right: alone on the reference, day {day.id} passes.")
     found = culprits(house, day)
     for module in found:
@@ -147,3 +154,4 @@ def _tell_whose_fault(house: House, syllabus: Syllabus, day: Day) -> None:
         print(f"it fails with your {module}.py{f' (day {owner.id})' if owner else ''}{again}")
     if not found:
         print("no other module of yours makes it fail by itself: several of them together do.", flush=True)
+    return False

@@ -1,14 +1,16 @@
 """`pdm run try`: each day's one thing to look at, through whatever modules are the learner's.
 
 Every function here belongs to one day and yields lines as they come: the real model wherever it can show it,
-and the number that the day is about.
+or else what it is instead, and the number that the day is about.
 """
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 
@@ -190,7 +192,7 @@ def a_contiguous_cache() -> Lines:
     config = load_model(None).model.config
     lengths = [random.Random(user).randint(100, 500) for user in range(16)]
     shape = (config.num_key_value_heads, config.head_dim)
-    yield f"16 users of {min(lengths)} to {max(lengths)} tokens, on the real model's layers and heads"
+    yield f"a simulation: caches of the real model for 16 users of {min(lengths)} to {max(lengths)} tokens"
     for reserved in (512, 2048, config.max_position_embeddings):
         allocated = used = 0
         for length in lengths:
@@ -229,7 +231,8 @@ def blocks_on_demand() -> Lines:
                 allocator.free_blocks_ids(take(wanted))
             except OutOfBlocksError:
                 refused[name] += 1
-    yield f"{rounds} pools of {pool} blocks: users come until all are full, half of them go, one more comes"
+    yield f"a simulation, without the model: {rounds} pools of {pool} blocks"
+    yield "  users come until all are full, half of them go, one more comes"
     yield f"  free on average: {free / rounds:.0f} blocks; longest run of them: {longest / rounds:.0f}"
     for name, count in refused.items():
         yield f"  {wanted} blocks {name}: refused {count} times of {rounds}"
@@ -262,6 +265,7 @@ def attention_in_tiles() -> Lines:
     from tiny_llm.grouped_attention import grouped_query_attention
 
     H, Hkv, D = 9, 3, 64
+    yield "without the model: random queries, keys and values, with as many heads as the real one's"
     for length in (256, 768):
         q, k, v = (
             mx.random.normal((1, heads, length, D), key=mx.random.key(seed))
@@ -302,7 +306,7 @@ def a_steps_budget() -> Lines:
                 gaps.append(now - last)
                 last = now
         yield (
-            f"budget of {budget:5,} tokens a step: while a prompt of 1,600 tokens comes in, a request that "
+            f"the real model, {budget:5,} tokens a step: while a prompt of 1,600 tokens comes in, one that "
             f"is answering waits up to {1000 * max(gaps):5,.0f} ms for its next token"
         )
 
@@ -328,6 +332,80 @@ def continuous_batching() -> Lines:
     yield f"the same texts: {answers[0] == answers[1]}; the first: {prompts[0]}{answers[1][0]!r}"
 
 
+def one_prompt_three_ways() -> Lines:
+    """3.1: which blocks three completions hold, and what was copied."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    size, n = 8, 3
+    llm = LLM(block_size=size, num_blocks=64, max_num_seqs=n)
+    manager, copies = llm.core.manager, []
+    copy_blocks = manager.pool.copy_blocks
+
+    def watched(made: list[Any]) -> None:
+        copies.extend(made)
+        copy_blocks(made)
+
+    manager.pool.copy_blocks = watched
+    end = "On the third night"
+    text = f"In the far hills a dragon feared the dark, so every evening it asked the old moon to stay. {end}"
+    tokens = llm.tokenizer.encode(text)
+    full, rest = divmod(len(tokens), size)
+    yield f"the real model, a prompt of {len(tokens)} tokens: {full} full blocks of {size}, {rest} in another"
+    params = SamplingParams(n=n, temperature=0.8, top_p=0.9, seed=3, max_tokens=20, ignore_eos=True)
+    llm.core.add_request("one", tokens, params)
+    for what, steps in (("computed once, and forked", 1), ("a token later", 1), ("17 tokens later", 17)):
+        for _ in range(steps):
+            llm.core.step()
+        yield from _who_holds_what(what, [sequence.table for sequence in manager.running])
+    lengths = ", ".join(str(copy.length) for copy in copies) or "none"
+    yield f"* another holds it too; copied on write: {len(copies)} blocks, tokens in them: {lengths}"
+    for sequence in manager.running:
+        yield f"  {end}{llm.tokenizer.decode(sequence.outputs).splitlines()[0]}"
+
+
+def slots_of_a_running_engine() -> Lines:
+    """3.3: a view on the engine's own pages: addresses, a window, and what a batch's slots save."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.paged_cache import PagedKVCache
+    from tiny_llm.sampling_params import SamplingParams
+
+    size, steps = 16, 204
+    llm = LLM(block_size=size, num_blocks=96, max_num_seqs=3)
+    manager, params = llm.core.manager, SamplingParams(temperature=0, max_tokens=2 * steps, ignore_eos=True)
+    for animal in ("cat", "dog", "owl"):
+        llm.core.add_request(animal, llm.tokenizer.encode(f"{STORY}, there was a {animal}"), params)
+    for _ in range(steps):
+        llm.core.step()
+    cache = PagedKVCache.of(
+        manager.pool, manager.allocator, {one.seq_id: one.table for one in manager.running}, layer=7
+    )
+    yield f"the real model, {steps} steps of three stories: layer 7, seen through PagedKVCache"
+    batch = [(seq_id, table.num_tokens) for seq_id, table in cache.tables.items()]
+    for seq_id, length in batch:
+        slots = cache.build_flat_slot_mapping([(seq_id, length)])[::size].tolist()
+        yield f"  {seq_id}: {length} tokens; every {size}th is in slot {', '.join(map(str, slots[:8]))}, ..."
+    seq_id, length = batch[0]
+    whole, _ = cache.read_blocks(seq_id, 0, length)
+    window, _ = cache.read_sparse(seq_id, length - 1, 4)
+    yield (
+        f"the last token of {seq_id!r} with a window of 4 blocks: {window.shape[1]} of {length} tokens, "
+        f"{window.nbytes / whole.nbytes:.0%} of the keys' {whole.nbytes:,} bytes"
+    )
+    start = time.perf_counter()
+    for seq_id, length in batch:
+        for position in range(length):
+            cache.read_blocks(seq_id, position, 1)
+    one_by_one = time.perf_counter() - start
+    start = time.perf_counter()
+    cache.pool.read(cache.layer, cache.build_flat_slot_mapping(batch))
+    at_once = time.perf_counter() - start
+    yield (
+        f"all {sum(length for _, length in batch)} tokens of the batch, read one by one: "
+        f"{1000 * one_by_one:.1f} ms; by one array of slots: {1000 * at_once:.1f} ms"
+    )
+
+
 TRIES: dict[str, Callable[[], Lines]] = {
     "1.1": attention,
     "1.2": rotary,
@@ -343,6 +421,8 @@ TRIES: dict[str, Callable[[], Lines]] = {
     "2.5": attention_in_tiles,
     "2.6": a_steps_budget,
     "2.7": continuous_batching,
+    "3.1": one_prompt_three_ways,
+    "3.3": slots_of_a_running_engine,
 }
 
 
@@ -364,6 +444,15 @@ def _likeliest(text: str) -> Lines:
         f"{loaded.tokenizer.token_text(int(token))!r} {float(probabilities[token]):.0%}" for token in best
     )
     yield f"{text!r}: {words} ({1000 * seconds:.0f} ms)"
+
+
+def _who_holds_what(what: str, tables: list[Any]) -> Lines:
+    """The blocks of each table; a star where another table holds the block too."""
+    held = Counter(block for table in tables for block in table.physical_indices())
+    yield f"{what}: {len(held)} blocks of the pool; without sharing it would be {held.total()}"
+    for table in tables:
+        blocks = (f"{block:2}{'*' if held[block] > 1 else ' '}" for block in table.physical_indices())
+        yield f"  {table.num_tokens} tokens in blocks {' '.join(blocks)}"
 
 
 def _size(x: mx.array) -> float:

@@ -1,34 +1,40 @@
 """What the course shows of itself as text: a day's tasks, hints, progress, the map, the difference."""
 
-import ast
 import difflib
-import re
+from pathlib import Path
 
-from .cpp import sources
+from .cpp import RULE, build_of, job, own_kernels, sources
 from .errors import CourseError
 from .house import House
+from .legend import legend
 from .progress import Result, State, missing_modules, own_modules, result, state
-from .source import functions
+from .source import STAND_INS, functions
 from .syllabus import Day, Exercise, Kernel, Syllabus
 
 STEPS = ("a question", "a fact", "a sketch")
 _MARKS = {
-    State.NOT_STARTED: " ",
+    State.NOT_STARTED: "-",
     State.BLANK: ".",
     State.MISSING: "?",
     State.WRITTEN: "x",
     State.SKIPPED: "s",
 }
+_LEGEND = "x written   . blank   s skipped   ? its function is missing   - its file is not there"
+_STAND_INS = (
+    "@accelerated, _fused, _compiled in the reference: faster code that runs in place of the function below. "
+    "Yours always runs itself, and needs none of it."
+)
 
 
 def tasks(house: House, day: Day) -> str:
     """A day's exercises, its chapter and its test command."""
     lines = [f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}" for e in day.exercises]
+    letters = legend(house, day)
     chapter = f"book/src/{day.chapter}" if day.chapter else "to come; the docstrings say what each must do"
     return "\n".join(
         [
             *lines,
-            f"shapes:  {_legend(house)}",
+            *([f"shapes:  {', '.join(letters)}"] if letters else []),
             f"chapter: {chapter}",
             f"test:    pdm run test {day.id}",
             f"hints:   pdm run hint {day.exercises[0].id}",
@@ -36,6 +42,22 @@ def tasks(house: House, day: Day) -> str:
                 f"option:  {k.file} in C++: pdm run start {day.id} --cpp, then build-kernels"
                 for k in day.kernels
             ),
+        ]
+    )
+
+
+def kernel_tasks(house: House, day: Day) -> str:
+    """A day's option in C++: what to write, what to read first, and the commands."""
+    lines = [f"  {k.id}  {k.file}  {', '.join(k.functions)}" for k in day.kernels]
+    jobs = ", ".join(job(house, kernel) for kernel in day.kernels)
+    return "\n".join(
+        [
+            *lines,
+            f"read:    {house.shown(sources(house) / 'kernels.h')}: {jobs}; vec.h beside it",
+            f"rule:    {RULE}",
+            "build:   pdm run build-kernels",
+            f"test:    pdm run test {day.id}",
+            f"hints:   pdm run hint {day.kernels[0].id}",
         ]
     )
 
@@ -48,7 +70,10 @@ def hint(exercise: Exercise | Kernel, step: int) -> str:
     if step < len(exercise.hints):
         return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
     if isinstance(exercise, Kernel):
-        return f"{text}\nno more hints: the reference is src/tiny_llm_kernels/csrc/kernels/{exercise.file}"
+        return (
+            f"{text}\nno more hints: pdm run diff {exercise.day_id} --anyway shows the reference's kernel, "
+            f"pdm run skip {exercise.id} runs it instead of yours"
+        )
     return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
 
 
@@ -81,18 +106,18 @@ def progress_text(house: House, syllabus: Syllabus) -> str:
     """The same as a table, with what to do next."""
     rows = progress(house, syllabus)
     marks = {
-        day.id: "".join(_MARKS[state(house, exercise)] for exercise in day.exercises) for day in syllabus.days
+        day.id: f"[{''.join(_MARKS[state(house, exercise)] for exercise in day.exercises)}]"
+        for day in syllabus.days
     }
     width = max(len(mark) for mark in marks.values())
     lines = [
-        f"{row['day']}  [{marks[str(row['day'])]:{width}}]  "
+        f"{row['day']}  {marks[str(row['day'])]:{width}}  "
         f"{row['tests'] if row['started'] else 'not started':30}  {row['title']}"
         for row in rows
     ]
     done = sum(bool(row["done"]) for row in rows)
-    legend = "x written   . blank   s skipped   ? its function is missing"
     following = _following(rows)
-    lines += ["", legend, f"{done} of {len(rows)} days pass."]
+    lines += ["", _LEGEND, f"{done} of {len(rows)} days pass."]
     if following is not None:
         verb = "test" if following["started"] else "start"
         lines.append(f"next: pdm run {verb} {following['day']}")
@@ -109,13 +134,15 @@ def _following(rows: list[dict[str, object]]) -> dict[str, object] | None:
 
 
 def map_text(house: House, syllabus: Syllabus) -> str:
-    """Every day with its modules and whose they are."""
+    """Every day with its modules and whose they are; a kernel in C++ where it is the learner's."""
     own = set(own_modules(house))
+    kernels = {kernel: build_of(house, kernel) for kernel in own_kernels(house, syllabus)}
     lines = []
     for day in syllabus.days:
         if day.id.endswith(".1"):
             lines += ["", f"week {day.id[0]}"]
         modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "to come"
+        modules += "".join(f"  [{k.file}, {kernels[k].value}]" for k in day.kernels if k in kernels)
         lines.append(f"  {day.id}  {day.title:38}  {modules}")
     return "\n".join([*lines[1:], "", "[in brackets]: yours; every other module is the reference's"])
 
@@ -131,7 +158,7 @@ def difference(house: House, day: Day, *, anyway: bool) -> str:
         raise CourseError(
             f"day {day.id} {result(house, day).value}: `pdm run test {day.id}` first, or add --anyway"
         )
-    parts = []
+    parts = [_STAND_INS] if any(_has_stand_ins(reference) for _, reference in pairs) else []
     for own, reference in pairs:
         lines = difflib.unified_diff(
             own.read_text(encoding="utf-8").splitlines(),
@@ -144,13 +171,9 @@ def difference(house: House, day: Day, *, anyway: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _legend(house: House) -> str:
-    """What the letters in shapes mean, as the reference's package says it."""
-    package = (
-        ast.get_docstring(ast.parse((house.reference / "__init__.py").read_text(encoding="utf-8"))) or ""
-    )
-    found = re.search(r"in letters: (.*?)\.(?:\n|$)", package, re.DOTALL)
-    return " ".join(found[1].split()) if found else "in letters, as the docstrings say"
+def _has_stand_ins(reference: Path) -> bool:
+    text = reference.read_text(encoding="utf-8")
+    return any(f"@{name}(" in text for name in STAND_INS)
 
 
 def _parameters(house: House, exercise: Exercise) -> str:

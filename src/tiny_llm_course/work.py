@@ -23,6 +23,7 @@ def _random(*shape: int) -> mx.array:
 
 
 def _attention() -> Work:
+    """Causal attention of 128 tokens, 9 heads of 64."""
     from tiny_llm.attention import causal_mask, scaled_dot_product_attention
 
     q, k, v = _random(1, 9, 128, 64), _random(1, 9, 129, 64)[:, :, 1:], _random(1, 9, 130, 64)[:, :, 2:]
@@ -30,6 +31,7 @@ def _attention() -> Work:
 
 
 def _rope() -> Work:
+    """512 positions of 9 heads of 64, turned."""
     from tiny_llm.rope import inverse_frequencies, rope
 
     x, positions = _random(1, 9, 512, 64), mx.arange(512, dtype=mx.int32)
@@ -37,6 +39,7 @@ def _rope() -> Work:
 
 
 def _grouped() -> Work:
+    """64 queries of 9 heads over 256 keys of 3 heads."""
     from tiny_llm.grouped_attention import grouped_query_attention
 
     q, k, v = _random(1, 9, 64, 64), _random(1, 3, 256, 64), _random(1, 3, 257, 64)[:, :, 1:]
@@ -44,6 +47,7 @@ def _grouped() -> Work:
 
 
 def _norm_and_mlp() -> Work:
+    """RMSNorm and SwiGLU of 512 tokens, 576 wide."""
     from tiny_llm.mlp import swiglu
     from tiny_llm.norm import rms_norm
 
@@ -63,6 +67,7 @@ def _model() -> Work:
 
 
 def _generate() -> Work:
+    """Eight tokens of the real model, everything computed anew for each."""
     from tiny_llm.generate import generate
     from tiny_llm.loader import load_model
 
@@ -72,6 +77,7 @@ def _generate() -> Work:
 
 
 def _sampler() -> Work:
+    """Min-p, top-k and top-p over 49,152 logits, four draws, and their log-probabilities."""
     from tiny_llm.sampler import draw, keep_min_p, keep_top_k, keep_top_p, log_probabilities
 
     logits = 3 * _random(49_152)
@@ -85,6 +91,7 @@ def _sampler() -> Work:
 
 
 def _cached() -> Work:
+    """Sixteen tokens of the real model, with a cache."""
     from tiny_llm.kv_cache import generate_with_cache
     from tiny_llm.loader import load_model
 
@@ -94,6 +101,7 @@ def _cached() -> Work:
 
 
 def _naive_cache() -> Work:
+    """256 tokens stored one by one in a contiguous cache with room for 512."""
     from tiny_llm.naive_cache import NaiveKVCache
 
     tokens = _random(256, 3, 64)
@@ -108,6 +116,7 @@ def _naive_cache() -> Work:
 
 
 def _dynamic_cache() -> Work:
+    """256 tokens stored one by one in blocks of 16, then read as one."""
     from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
 
     tokens = _random(256, 3, 64)
@@ -122,6 +131,7 @@ def _dynamic_cache() -> Work:
 
 
 def _quantize() -> Work:
+    """A matrix [512, 576] stored in four bits, unpacked and multiplied with 4 rows."""
     from tiny_llm.quantize import quantize, quantized_matmul
 
     x, w = _random(4, 576), _random(512, 576)
@@ -129,6 +139,7 @@ def _quantize() -> Work:
 
 
 def _flash() -> Work:
+    """Attention of 64 queries of 9 heads over 512 keys, in tiles of 64."""
     from tiny_llm.flash_attention import flash_attention
 
     q, k, v = _random(1, 9, 64, 64), _random(1, 3, 512, 64), _random(1, 3, 513, 64)[:, :, 1:]
@@ -136,6 +147,7 @@ def _flash() -> Work:
 
 
 def _share_budget() -> Work:
+    """64 budgets, each shared among 256 sequences that want tokens."""
     from tiny_llm.chunked_prefill import share_budget
 
     wants = [1 if i % 3 else 200 + i for i in range(256)]
@@ -143,6 +155,7 @@ def _share_budget() -> Work:
 
 
 def _dense_batch() -> Work:
+    """Four prompts together, eight tokens each, through your batch manager on the real model."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -152,6 +165,52 @@ def _dense_batch() -> Work:
     return lambda: mx.array(
         [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
     )
+
+
+def _block_tables() -> Work:
+    """Pages for 32 prompts, each forked into four that go on for 64 tokens: the bookkeeping alone."""
+    from tiny_llm.paged_attention import BlockAllocator, BlockTable
+
+    def work() -> mx.array:
+        allocator = BlockAllocator(2048)
+        leaders = [BlockTable(allocator, 16) for _ in range(32)]
+        for i, leader in enumerate(leaders):
+            leader.append_tokens(100 + i)
+        tables = [table for leader in leaders for table in (leader, *(leader.fork() for _ in range(3)))]
+        figures = []
+        for _ in range(64):
+            figures.append(sum(len(table.append_tokens(1)) for table in tables))
+            figures.append(allocator.num_free)
+        figures.append(len({slot for table in tables for slot in table.slots(0, table.num_tokens)}))
+        for table in tables:
+            table.release()
+        return mx.array([*figures, allocator.num_free])
+
+    return work
+
+
+def _paged_cache() -> Work:
+    """256 tokens of 4 sequences stored in pages one by one; then read by range, by window and by slot."""
+    from tiny_llm.paged_cache import PagedKVCache
+
+    tokens = _random(256, 3, 64)
+
+    def work() -> mx.array:
+        cache = PagedKVCache(32, 16, 3, 64, mx.float32)
+        for i, token in enumerate(tokens):
+            cache.allocate(str(i % 4), 1)
+            cache.write_token(str(i % 4), i // 4, token, 2 * token)
+        cache.tables["fork"] = cache.tables["0"].fork()
+        cache.write_token("fork", 20, tokens[0], tokens[1])
+        read = [
+            *cache.read_blocks("0", 0, 64),
+            *cache.read_blocks("fork", 3, 50),
+            *cache.read_sparse("1", 55, 2),
+        ]
+        by_slot = cache.pool.read(0, cache.build_flat_slot_mapping([(str(i), 64) for i in range(4)]))
+        return mx.concatenate([part.swapaxes(0, 1) for part in read] + list(by_slot))
+
+    return work
 
 
 WORK: dict[str, Callable[[], Work]] = {
@@ -169,6 +228,8 @@ WORK: dict[str, Callable[[], Work]] = {
     "2.5": _flash,
     "2.6": _share_budget,
     "2.7": _dense_batch,
+    "3.1": _block_tables,
+    "3.3": _paged_cache,
 }
 
 

@@ -9,8 +9,8 @@ from .arguments import DayId, open_course
 from .cpp import build, own_kernels, start_kernels
 from .errors import CourseError
 from .house import House
-from .starter import set_aside, skip, start
-from .syllabus import Day, Exercise, Syllabus
+from .starter import set_aside, set_aside_kernel, skip, start
+from .syllabus import Day, Exercise, Kernel
 
 
 def on_start(
@@ -31,9 +31,9 @@ def on_start(
     chosen = syllabus.to_start(day)
     if in_cpp:
         written = start_kernels(house, chosen)
+        print(f"day {chosen.id}: {chosen.title}, in C++. The tasks in Python are not needed for it.")
         print("\n".join(f"wrote {house.shown(file)}" for file in written))
-        print(f"build:   pdm run build-kernels\ntest:    pdm run test {chosen.id}")
-        print(f"hints:   pdm run hint {chosen.kernels[0].id}")
+        print(views.kernel_tasks(house, chosen))
         return
     moved = set_aside(house, chosen) if again else []
     written = start(house, chosen)
@@ -52,24 +52,30 @@ def on_skip(
     \b
     pdm run skip 1.1.2
     pdm run skip 1.1
+    pdm run skip 2.4.4            # the option in C++: your file is moved aside, the reference's kernel runs
     """
     house, syllabus = open_course()
-    chosen = _exercises(syllabus, what)
-    _refuse_unstarted(house, syllabus.to_start(chosen[0].day_id), chosen)
-    skipped = skip(house, chosen)
+    one = syllabus.exercise(what) if what.count(".") >= 2 else None
+    if isinstance(one, Kernel):
+        _skip_kernel(house, one)
+        return
+    chosen = syllabus.to_start(what).exercises if one is None else (one,)
+    day = syllabus.to_start(chosen[0].day_id)
+    _refuse_unstarted(house, day, chosen)
+    skipped = skip(house, day, chosen)
     if not skipped:
         raise CourseError(f"nothing of {what} is blank")
     print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
 
 
-def _exercises(syllabus: Syllabus, what: str) -> tuple[Exercise, ...]:
-    """One exercise in Python, or all of a day."""
-    if what.count(".") < 2:
-        return syllabus.to_start(what).exercises
-    exercise = syllabus.exercise(what)
-    if not isinstance(exercise, Exercise):
-        raise CourseError(f"{what} is the option in C++: without a file of yours the reference's kernel runs")
-    return (exercise,)
+def _skip_kernel(house: House, kernel: Kernel) -> None:
+    moved = set_aside_kernel(house, kernel)
+    if not moved:
+        raise CourseError(
+            f"not started: without a file of yours the reference's {kernel.file} runs "
+            f"(pdm run start {kernel.day_id} --cpp)"
+        )
+    print(f"moved aside: {house.shown(moved[0])}; the reference's {kernel.file} runs")
 
 
 def _refuse_unstarted(house: House, day: Day, exercises: tuple[Exercise, ...]) -> None:

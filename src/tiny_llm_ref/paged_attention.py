@@ -23,7 +23,7 @@ class BlockCopy(NamedTuple):
 class BlockAllocator:
     """Hands out the ids 0 .. num_blocks - 1 and counts the holders of each.
 
-    Invariant: free blocks + blocks with a positive count = num_blocks. Every operation is O(1).
+    Invariant: free blocks + blocks with a positive count = num_blocks. One block costs O(1), however many there are.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -95,8 +95,7 @@ class BlockAllocator:
             raise UnknownBlockError(f"block {block} is not in this pool of {self.num_blocks} blocks")
 
     def _check_held(self, block: int) -> None:
-        self._check_known(block)
-        if self._ref_counts[block] == 0:
+        if self.ref_count(block) == 0:
             raise DoubleFreeError(f"block {block} is free: nobody holds it")
 
 
@@ -156,9 +155,8 @@ class BlockTable:
         Raises ValueError where the range lies outside the table's tokens.
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise ValueError(
-                f"positions {start} to {stop} are not within the table's {self.num_tokens} tokens"
-            )
+            held = f"the table's {self.num_tokens} tokens"
+            raise ValueError(f"positions {start} to {stop} are not within {held}")
         size = self.block_size
         return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
 
@@ -181,10 +179,9 @@ class BlockTable:
         Afterwards each table goes on without the other: what one appends, the other never sees.
         """
         child = BlockTable(self.allocator, self.block_size)
-        for block in self.blocks:
-            self.allocator.add_ref(block)
-        child.blocks = list(self.blocks)
-        child.num_tokens = self.num_tokens
+        child.blocks, child.num_tokens = list(self.blocks), self.num_tokens
+        for shared in child.blocks:
+            child.allocator.add_ref(shared)
         return child
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
