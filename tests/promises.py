@@ -18,9 +18,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_llm.beam_search import BeamSearch, BeamSearchParams
+from tiny_llm.compaction import compact_pages
 from tiny_llm.engine_core import EngineCore, TokenLogprobs
 from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.model import Model
+from tiny_llm.paged_attention import BlockCopy
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_queues import BeamStep
 from tiny_llm.policies import NoPrefixSharing, Policies
@@ -31,6 +33,7 @@ from tiny_llm.sequence import PagedSequence, completion_ids
 from tiny_llm.step import Plan, StepLogits
 
 import tiny_llm_kernels
+from tiny_llm import compaction
 from tiny_model import EOS, VOCAB, examples, random_prompt
 
 # Pages.
@@ -108,14 +111,19 @@ def check_all_returned(manager: PagedBatchManager) -> None:
 
 
 class Watched(PagedBatchManager):
-    """A batch manager that counts what happened to it, and shows each plan to whoever asks."""
+    """A batch manager that counts what happened to it, and shows plans and compactions to whoever asks."""
 
     def __init__(
-        self, *args: object, watch: Callable[[Plan], None] = lambda plan: None, **options: object
+        self,
+        *args: object,
+        watch: Callable[[Plan], None] = lambda plan: None,
+        watch_moves: Callable[[list[BlockCopy]], None] = lambda copies: None,
+        **options: object,
     ) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.happened: Counter[str] = Counter()
         self._watch = watch
+        self._watch_moves = watch_moves
         self._preempted, self._scheduler._preempt = self._scheduler._preempt, self._preempt
 
     def _schedule(self) -> Plan:
@@ -148,6 +156,15 @@ class Watched(PagedBatchManager):
         self.happened["preemptions of beams"] += sequence.is_beam
         self._preempted(sequence)
 
+    def compact(self) -> int:
+        shown: list[BlockCopy] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compaction, "compact_pages", lambda *a: shown.extend(compact_pages(*a)) or shown)
+            num_free = super().compact()
+        self._watch_moves(shown)
+        self.happened["blocks moved"] += len(shown)
+        return num_free
+
     def advance(self, request_id: str, steps: Seq[BeamStep]) -> None:
         self.happened["beams forked"] += len(steps) - len({step.parent for step in steps})
         super().advance(request_id, steps)
@@ -175,8 +192,8 @@ class Arrival:
 class Scenario:
     """Requests and the engine that they meet. `spare_blocks` come on top of what the largest one needs.
 
-    prefix: whether prefixes are cached. grows: whether the pool begins with one block. compacted_at: the steps
-    after which the pool is compacted.
+    prefix: whether prefixes are cached. grows: whether the pool begins with one block. compacted_at: the
+    steps after which the pool is compacted.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -256,6 +273,9 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
     )
 
 
+SPARE_BLOCKS = {"mixed": [0, 1, 2, 4, 30], "alike": [4, 12], "searching": [0, 0, 1], "crowded": [0, 0, 1]}
+
+
 @st.composite
 def scenarios(
     draw: st.DrawFn,
@@ -265,16 +285,23 @@ def scenarios(
     most_tokens: int = 20,
     vocab: int = VOCAB,
 ) -> Scenario:
-    """Crowds of requests that meet a pool between barely enough and roomy."""
+    """Crowds of requests that meet a pool between barely enough and roomy.
+
+    Some crowds begin alike and find room to keep what they share; some search; some have no room at all.
+    """
+    mood = draw(st.sampled_from(["mixed", "alike", "searching", "crowded", "crowded", "crowded"]))
     arrivals = []
+    kinds = [sampling(most_tokens, vocab)] * 2
+    kinds += [beam_searches(most_tokens)] if mood in ("mixed", "searching") else []
     for _ in range(draw(st.integers(min(3, most_requests), most_requests))):
-        step = draw(st.sampled_from([0, 0, 1, 2, 6, 15]))
-        kinds = [sampling(most_tokens, vocab)] * 4 + [beam_searches(most_tokens)]
+        step = draw(st.sampled_from([0, 4, 9, 15] if mood == "alike" else [0, 0, 1, 2, 6, 15]))
         arrivals.append(
             Arrival(
                 step=step,
-                prompt=draw(prompts(longest_prompt)),
-                params=draw(draw(st.sampled_from(kinds))),
+                prompt=draw(prompts(longest_prompt, alike=mood == "alike")),
+                params=draw(
+                    kinds[0] if mood == "searching" and not arrivals else draw(st.sampled_from(kinds))
+                ),
                 cancelled_at=draw(st.sampled_from([None] * 7 + [step + 9, step + 2, step])),
             )
         )
@@ -282,24 +309,25 @@ def scenarios(
     compiled = tiny_llm_kernels.available()
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
-        block_size=draw(st.integers(1, 3) | st.integers(1, 17)),
-        spare_blocks=draw(st.sampled_from([1, 0, 0, 1, 2, 4, 30])),
+        block_size=draw(st.integers(5, 9) if mood == "alike" else st.integers(1, 3) | st.integers(1, 17)),
+        spare_blocks=draw(st.sampled_from(SPARE_BLOCKS[mood])),
         max_seqs=max_seqs,
         max_tokens=draw(st.sampled_from([max_seqs, max_seqs + 1, max_seqs + 5, 20, 64])),
         threads=draw(st.integers(1, 4)) if compiled else 1,
         instruction_set=draw(st.sampled_from(tiny_llm_kernels.instruction_sets())) if compiled else "",
-        preempts=draw(st.sampled_from([True] * 6 + [False])),
-        prefix=draw(st.sampled_from([True, True, False])),
+        preempts=mood in ("crowded", "searching") or draw(st.sampled_from([True, True, False])),
+        prefix=mood == "alike" or draw(st.booleans()),
         grows=draw(st.sampled_from([True, False, False])),
         compacted_at=draw(st.sampled_from([(), (), (2, 3, 9), tuple(range(0, 60, 2))])),
     )
 
 
 @st.composite
-def prompts(draw: st.DrawFn, longest: int) -> tuple[int, ...]:
-    """Prompts of which many begin alike: a piece of one of three long ones, and perhaps a tail of their own."""
-    length = draw(st.integers(1, 6) | st.integers(1, longest))
-    shared = random_prompt(longest, seed=draw(st.integers(0, 2)))[:length]
+def prompts(draw: st.DrawFn, longest: int, alike: bool) -> tuple[int, ...]:
+    """A piece of one of three long prompts, or most of one and the same, and perhaps a tail of its own."""
+    pieces = st.integers(longest // 2, longest) if alike else st.integers(1, 6) | st.integers(1, longest)
+    length = draw(pieces)
+    shared = random_prompt(longest, seed=0 if alike else draw(st.integers(0, 2)))[:length]
     tail = draw(st.integers(0, longest - length))
     return (*shared, *(random_prompt(tail, seed=draw(st.integers(3, 999))) if tail else ()))
 
@@ -309,7 +337,7 @@ def beam_searches(draw: st.DrawFn, most_tokens: int) -> BeamSearchParams:
     """Searches narrow and wide, short and long."""
     return BeamSearchParams(
         beam_width=draw(st.sampled_from([1, 2, 2, 3, 4])),
-        max_tokens=draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens])),
+        max_tokens=draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens // 2, most_tokens])),
         ignore_eos=draw(st.booleans()),
         length_penalty=draw(st.sampled_from([1.0, 1.0, 0.0, -1.0, 2.0])),
         cache_salt=draw(st.sampled_from(["", "", "tenant"])),
@@ -337,6 +365,40 @@ CROWD = Scenario(
     prefix=True,
     grows=True,
     compacted_at=(4, 9),
+)
+
+# Prompts that end, or part, within a block that is kept.
+ALIKE = Scenario(
+    arrivals=(
+        Arrival(0, tuple(random_prompt(30, 0)), SamplingParams(max_tokens=2, temperature=0.0)),
+        Arrival(6, tuple(random_prompt(30, 0)[:22]), SamplingParams(max_tokens=6, logprobs=2, n=2)),
+        Arrival(7, (*random_prompt(30, 0)[:22], 9, 8, 7), SamplingParams(max_tokens=6, temperature=0.0)),
+        Arrival(7, tuple(random_prompt(30, 0)[:22]), BeamSearchParams(beam_width=2, max_tokens=4)),
+    ),
+    block_size=8,
+    spare_blocks=12,
+    max_seqs=6,
+    max_tokens=20,
+    threads=2,
+    instruction_set="",
+    preempts=True,
+    prefix=True,
+)
+
+# A search that has to give way, more than once, to a request that came before it.
+SQUEEZED = Scenario(
+    arrivals=(
+        Arrival(0, tuple(random_prompt(4, 1)), SamplingParams(max_tokens=20, ignore_eos=True)),
+        Arrival(1, tuple(random_prompt(7, 2)), BeamSearchParams(beam_width=3, max_tokens=7, ignore_eos=True)),
+        Arrival(2, tuple(random_prompt(7, 2)), BeamSearchParams(beam_width=2, max_tokens=5)),
+    ),
+    block_size=2,
+    spare_blocks=0,
+    max_seqs=6,
+    max_tokens=7,
+    threads=2,
+    instruction_set="",
+    preempts=True,
 )
 
 
@@ -506,7 +568,6 @@ def _compact(manager: Watched) -> None:
     after = {block for block in range(allocator.num_blocks) if allocator.ref_count(block)}
     assert after == set(range(len(before))), "blocks in use are not at the front"
     assert num_free == allocator.num_blocks - len(before)
-    manager.happened["blocks moved"] += len(before - after)
     check_pages(manager)
 
 

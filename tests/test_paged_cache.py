@@ -54,10 +54,15 @@ def expect(read: Pair, numbers: list[int]) -> None:
 
 
 def mixed_tables(totals: list[int], block_size: int, seed: int) -> list[BlockTable]:
-    """Tables of so many tokens whose blocks were taken in turns."""
+    """Tables of so many tokens whose blocks were taken in turns, from a pool that was full before."""
+    rng = np.random.default_rng(seed)
     allocator = BlockAllocator(max(1, sum(-(-total // block_size) for total in totals)))
+    for _ in range(allocator.num_blocks):
+        allocator.allocate()
+    for block in rng.permutation(allocator.num_blocks):
+        allocator.free(int(block))
     tables = [BlockTable(allocator, block_size) for _ in totals]
-    for row in np.random.default_rng(seed).permutation(np.repeat(np.arange(len(totals)), totals)):
+    for row in rng.permutation(np.repeat(np.arange(len(totals)), totals)):
         tables[row].append_tokens(1)
     return tables
 
@@ -124,6 +129,12 @@ def test_growing_within_a_block_takes_none() -> None:
     assert cache.allocate("a", 3) == first
     assert cache.allocate("a", 0) == first
     assert len(cache.allocate("a", 1)) == 2
+
+
+def test_what_is_returned_is_not_the_tables_own_list() -> None:
+    cache = make_cache()
+    cache.allocate("a", 5).clear()
+    assert len(cache.tables["a"].blocks) == 2
 
 
 def test_a_sequence_that_does_not_fit_takes_nothing_and_is_not_there() -> None:

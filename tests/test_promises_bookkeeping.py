@@ -11,8 +11,9 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 from tiny_llm.errors import RequestTooLargeError
-from tiny_llm.paged_attention import BlockTable
+from tiny_llm.paged_attention import BlockCopy, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.paged_queues import BeamStep
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence, completion_ids
 from tiny_llm.step import Plan
@@ -56,9 +57,21 @@ class SymbolicPool:
                 f"{sequence.seq_id} reads another's token {position}"
             )
 
+    def move(self, copies: list[BlockCopy]) -> None:
+        """Compaction's copies: whole blocks, whatever is in them."""
+        size = self.block_size
+        read = [[self.held.get(copy.src * size + i) for i in range(size)] for copy in copies]
+        for copy, values in zip(copies, read, strict=True):
+            for i, value in enumerate(values):
+                if value is not None:
+                    self.held[copy.dst * size + i] = value
+
 
 class BatchMachine(RuleBasedStateMachine):
-    """Requests come, run, fork, end and are cancelled, in any order; the promises hold after each event."""
+    """Requests come, run, share, fork, search, end and are cancelled; pages move, the pool grows.
+
+    Events come in any order; the promises hold after each.
+    """
 
     requests = Bundle("requests")
     preempts = True
@@ -70,9 +83,13 @@ class BatchMachine(RuleBasedStateMachine):
         self.next_token = 0
         self.ready: list[str] = []
         self.broken = False
+        self.searches: set[str] = set()
+        self.reported: set[str] = set()
         self.manager = self.build(8, 4, 4, 16)
 
-    def build(self, blocks: int, block_size: int, seats: int, budget: int) -> Watched:
+    def build(
+        self, blocks: int, block_size: int, seats: int, budget: int, prefix: bool = True, grows: bool = False
+    ) -> Watched:
         """A fresh manager, and a symbolic pool that performs its plans."""
         self.pool = SymbolicPool(block_size)
         return Watched(
@@ -81,8 +98,10 @@ class BatchMachine(RuleBasedStateMachine):
             seats,
             max_batched_tokens=max(seats, budget),
             max_model_len=blocks * block_size,
-            policies=policies(self.preempts),
+            policies=policies(self.preempts, prefix),
+            min_pages=1 if grows else None,
             watch=self.pool.perform,
+            watch_moves=self.pool.move,
         )
 
     @precondition(lambda self: not self.arrivals)
@@ -91,23 +110,35 @@ class BatchMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 6),
         seats=st.integers(1, 6),
         budget=st.integers(1, 40),
+        prefix=st.booleans(),
+        grows=st.booleans(),
     )
-    def configure(self, blocks: int, block_size: int, seats: int, budget: int) -> None:
-        self.manager = self.build(blocks, block_size, seats, budget)
+    def configure(
+        self, blocks: int, block_size: int, seats: int, budget: int, prefix: bool, grows: bool
+    ) -> None:
+        self.manager = self.build(blocks, block_size, seats, budget, prefix, grows)
 
     @rule(
         target=requests,
-        prompt=st.integers(1, 20),
+        stream=st.integers(0, 2),
+        shared=st.integers(0, 16),
+        own=st.integers(0, 6),
         outputs=st.integers(1, 12) | st.none(),
         n=st.sampled_from([1, 1, 2, 3]),
+        beams=st.sampled_from([False, False, True]),
     )
-    def add(self, prompt: int, outputs: int | None, n: int) -> str:
+    def add(self, stream: int, shared: int, own: int, outputs: int | None, n: int, beams: bool) -> str:
+        """A prompt that begins with tokens of one of three streams, and goes on with its own."""
         request_id = f"r{len(self.arrivals)}"
         self.arrivals[request_id] = len(self.arrivals)
-        tokens = [self.fresh_token() for _ in range(prompt)]
+        tokens = [-1 - (100 * stream + i) for i in range(shared)]
+        tokens += [self.fresh_token() for _ in range(own or not shared)]
         before = (self.manager.allocator.num_free, len(self.manager.waiting))
+        params = SamplingParams(n=n, max_tokens=outputs)
         try:
-            assert self.manager.add_request(tokens, request_id, SamplingParams(n=n, max_tokens=outputs))
+            params = SamplingParams(n=max(n, 2), max_tokens=min(outputs or 8, 8)) if beams else params
+            assert self.manager.add_request(tokens, request_id, params, beam_search=beams)
+            self.searches |= {request_id} if beams else set()
         except RequestTooLargeError:
             self.manager.happened["refused at the door"] += 1
             assert before == (self.manager.allocator.num_free, len(self.manager.waiting))
@@ -131,6 +162,12 @@ class BatchMachine(RuleBasedStateMachine):
         self.manager.happened["cancels"] += 1
         self.manager.cancel(request_id)
         self.ready = [seq_id for seq_id in self.ready if seq_id.split("/")[0] != request_id]
+        self.reported = {seq_id for seq_id in self.reported if seq_id.split("/")[0] != request_id}
+
+    @rule()
+    def compact(self) -> None:
+        """All blocks in use move to the front; what they hold moves with them."""
+        self.manager.compact()
 
     @invariant()
     def promises_hold(self) -> None:
@@ -148,6 +185,7 @@ class BatchMachine(RuleBasedStateMachine):
         bound = sum(
             seq.max_len * (1 + seq.num_forks) for seq in [*self.manager.running, *self.manager.waiting]
         )
+        bound *= 2 if self.searches else 1  # beams that were preempted are computed again
         for _ in range(bound):
             if self.manager.has_work:
                 self.step()
@@ -158,14 +196,31 @@ class BatchMachine(RuleBasedStateMachine):
     def step(self) -> None:
         """One step with a fresh token for each sequence that is ready; the full ones end."""
         oldest = self.manager.running[0] if self.manager.running else None
-        self.ready = list(self.manager.process_batch())
+        computed = list(self.manager.process_batch())
         assert oldest is None or self.manager.running[:1] == [oldest], "the oldest was preempted"
+        self.ready = [seq_id for seq_id in computed if seq_id.split("/")[0] not in self.searches]
+        self.search([seq_id for seq_id in computed if seq_id not in self.ready])
         self.manager.commit({seq_id: self.fresh_token() for seq_id in self.ready})
         for seq_id in list(self.ready):
             sequence = self.manager.sequence(seq_id)
             if sequence.num_tokens >= sequence.max_len:
                 self.manager.finish(seq_id)
                 self.ready.remove(seq_id)
+
+    def search(self, computed: list[str]) -> None:
+        """Beams whose fellows are computed too go on: the first forks, in the place of the last."""
+        self.reported.update(computed)
+        for request_id in {seq_id.split("/")[0] for seq_id in computed}:
+            beams = [s for s in self.manager.running if s.request_id == request_id]
+            if not {beam.seq_id for beam in beams} <= self.reported:
+                continue
+            self.reported -= {beam.seq_id for beam in beams}
+            if beams[0].num_tokens >= beams[0].max_len:
+                self.manager.cancel(request_id)
+                continue
+            width = len(beams) + beams[0].num_forks
+            parents = [beams[0].seq_id, *(beam.seq_id for beam in beams)][:width]
+            self.manager.advance(request_id, [BeamStep(parent, self.fresh_token()) for parent in parents])
 
     def fresh_token(self) -> int:
         """A token that nobody else has: what is read from a page tells whose it is."""
@@ -179,7 +234,7 @@ def run_machine(preempts: bool, phases: tuple[Phase, ...] = tuple(Phase)) -> Cou
     machine = type("Machine", (BatchMachine,), {"preempts": preempts, "happened": happened})
     case = machine.TestCase
     case.settings = settings(
-        max_examples=examples(120), stateful_step_count=40, phases=phases, report_multiple_bugs=False
+        max_examples=examples(250), stateful_step_count=50, phases=phases, report_multiple_bugs=False
     )
     case("runTest").runTest()
     return happened
@@ -200,8 +255,13 @@ def test_pages_are_conserved_whatever_happens() -> None:
         "prompts cut into chunks",
         "cancels",
         "refused at the door",
+        "prefix hits",
+        "beams forked",
+        "blocks moved",
+        "the pool grew",
     ):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
+    assert happened["preemptions of beams"] >= 5, f"hardly any beams were preempted: {happened}"
 
 
 def test_without_preemption_nobody_who_was_admitted_runs_out_of_pages() -> None:

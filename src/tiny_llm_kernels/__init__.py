@@ -159,9 +159,9 @@ def paged_attention(
 ) -> mx.array:
     """Attends through the block tables to what is stored: the reading half of `write_and_attend`, same bits.
 
-    q [1, H, T, D] -> [1, H, T, D], laid out in memory as [1, T, H, D]; the other arguments as there. The pools
-    are read when the kernel runs: evaluate the result before the next `write_and_attend` on them, which is in
-    place, or it shows that write. A token with a row or a position out of range gets NaN.
+    q [1, H, T, D] -> [1, H, T, D], laid out in memory as [1, T, H, D]; the other arguments as there. The
+    pools are read when the kernel runs: evaluate the result before the next `write_and_attend` on them, which
+    is in place, or it shows that write. A token with a row or a position out of range gets NaN.
     """
     return native.paged_attention(q, key_pool, value_pool, tables, row_of_token, positions, scale)
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from .errors import ConfigError
 from .paged_attention import BlockAllocator, BlockCopy, BlockTable
 
+MOST_PENALTY = 10  # a number of tokens to this power is still a float, and so is one part in as many
+
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
@@ -32,10 +34,14 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not -100 <= self.length_penalty <= 100:
-            raise ConfigError(f"length_penalty must be from -100 to 100, not {self.length_penalty}")
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ConfigError(f"{name} must be a whole number, not {value!r}")
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not -MOST_PENALTY <= self.length_penalty <= MOST_PENALTY:
+            limits = f"from {-MOST_PENALTY} to {MOST_PENALTY}"
+            raise ConfigError(f"length_penalty must be {limits}, not {self.length_penalty}")
 
     def score(self, logprob: float, num_tokens: int) -> float:
         """What hypotheses are compared by once they have ended; higher is better."""
@@ -65,9 +71,9 @@ class Choice(NamedTuple):
 
 
 class BeamSearch:
-    """One search: the beams that live, best first, and the best that have ended.
+    """One search: the beams that live, best first, and the best that have ended, the highest score first.
 
-    A search without beams is over.
+    At most `beam_width` of each. It begins with one beam, without a token; a search without beams is over.
     """
 
     def __init__(self, params: BeamSearchParams, eos_token_ids: Iterable[int]) -> None:
@@ -84,9 +90,13 @@ class BeamSearch:
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:
         """Choose the next beams from the likeliest tokens of each present one; empty when the search is over.
 
-        candidates[i]: tokens that may follow beam i, with their log-probabilities. The best `beam_width` of
-        all extended hypotheses that do not end live on. Those that end count only where they are among the
-        best `beam_width` of all. Equal sums: the better parent first, then the smaller token.
+        candidates[i]: tokens that may follow beam i, with their log-probabilities, in any order. Each makes
+        an extended hypothesis; these are ranked by their sums. The best `beam_width` of those that do not end
+        live on: they are the new `beams`, best first, and the choices say, in this order, which of the old
+        ones each continues, and with which token. Those that end join `ended`, but only where they are among
+        the best `beam_width` of all. Equal sums: the better parent first, then the smaller token.
+
+        It is over where no beam is left, and where none can become better than what has ended.
         """
         width = self.params.beam_width
         ranked = sorted(
@@ -127,7 +137,10 @@ class BeamSearch:
 
 
 def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -> None:
-    """Let each of the beams' tables hold what the parent's holds; what they held before goes back."""
+    """Let each of the beams' tables hold what the parent's holds; what they held before goes back.
+
+    Nothing is copied, and every table goes on without the others. The parent may be one of them.
+    """
     for table in beam_tables:
         fork = parent_table.fork()
         table.release()
@@ -172,9 +185,14 @@ class BeamSearchPageManager:
         return self._tables[beam_id].append_tokens(len(new_tokens))
 
     def prune(self, beam_ids: Iterable[int]) -> None:
-        """End beams: pages that no other beam holds go back. Raises KeyError for one that does not live."""
-        for beam_id in beam_ids:
-            self._tables.pop(beam_id).release()
+        """End beams: pages that no other beam holds go back.
+
+        Raises KeyError, and ends none, for one that does not live.
+        """
+        ending = {beam_id: self._tables[beam_id] for beam_id in beam_ids}
+        for beam_id, table in ending.items():
+            del self._tables[beam_id]
+            table.release()
 
     @property
     def num_logical_blocks(self) -> int:

@@ -34,8 +34,12 @@ def compact_pages(
 ) -> list[BlockCopy]:
     """Give the blocks in use the ids 0 .. n - 1; the copies that the pool must make before it is used again.
 
-    active_tables: everybody who holds a block. pending: copies that were planned and not made; they are among
-    those returned, with their targets renamed. All sources are read before any target is written.
+    n is the number of blocks in use: those that are among the first n already stay, and the others take the
+    places of the free ones there. Every holder gets the new ids.
+
+    active_tables: everybody who holds a block. pending: copies that were planned and not made. They are among
+    those returned, with their targets renamed, unless nobody holds the target any more. A target that moves
+    is not copied itself: nothing is in it yet. All sources are read before any target is written.
 
     Raises ValueError, unchanged, where somebody who holds a block is missing: he would read another's keys.
     """
@@ -44,11 +48,12 @@ def compact_pages(
     in_use = [block for block in range(allocator.num_blocks) if allocator.ref_count(block) > 0]
     holes = [block for block in range(len(in_use)) if allocator.ref_count(block) == 0]
     moved = dict(zip(in_use[len(in_use) - len(holes) :], holes, strict=True))
+    waited_for = [copy for copy in pending if allocator.ref_count(copy.dst) > 0]
     allocator.relocate(moved)
     for holder in holders:
         holder.rename_blocks(moved)
-    to_come = {copy.dst for copy in pending}
-    copies = [BlockCopy(copy.src, moved.get(copy.dst, copy.dst), copy.length) for copy in pending]
+    to_come = {copy.dst for copy in waited_for}
+    copies = [BlockCopy(copy.src, moved.get(copy.dst, copy.dst), copy.length) for copy in waited_for]
     size = holders[0].block_size if holders else 0
     return copies + [BlockCopy(old, new, size) for old, new in moved.items() if old not in to_come]
 
@@ -58,7 +63,8 @@ def compact_memory(
 ) -> int:
     """Compact a pool between two steps; how many blocks at its end are free now, and can be given back.
 
-    active_requests: everybody who holds a block, the prefix cache too. Raises as `compact_pages`.
+    active_requests: everybody who holds a block, the prefix cache too. pool: where the keys and values are,
+    which move with their blocks; None: the ids alone. Raises as `compact_pages`.
     """
     copies = compact_pages(allocator, active_requests)
     if pool is not None:

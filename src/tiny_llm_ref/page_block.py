@@ -33,7 +33,7 @@ class PageBlock:
             raise ValueError(
                 f"keys must be floats [Hkv, block_size, D], none of them 0, not {_described(self.keys)}"
             )
-        if _described(self.keys) != _described(self.values):
+        if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
             raise ValueError(f"keys are {_described(self.keys)}, values {_described(self.values)}")
 
     @property
@@ -146,7 +146,7 @@ def _check_pages(query: mx.array, pages: Mapping[int, PageBlock], block_size: in
     if H % Hkv:
         raise ValueError(f"H must be a multiple of Hkv: the query has {H} heads, the pages have {Hkv}")
     for other, page in pages.items():
-        if _described(page.keys) != _described(first.keys):
+        if (page.keys.shape, page.keys.dtype) != (first.keys.shape, first.keys.dtype):
             raise ValueError(
                 f"pages must be alike: block {block} is {_described(first.keys)}, "
                 f"block {other} is {_described(page.keys)}"

@@ -23,7 +23,8 @@ class BlockCopy(NamedTuple):
 class BlockAllocator:
     """Hands out the ids 0 .. num_blocks - 1 and counts the holders of each.
 
-    Invariant: free blocks + blocks with a positive count = num_blocks. One block costs O(1), however many there are.
+    Invariant: free blocks + blocks with a positive count = num_blocks. A block costs O(1), however many there
+    are.
     """
 
     def __init__(self, num_blocks: int) -> None:

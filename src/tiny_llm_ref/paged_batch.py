@@ -86,10 +86,11 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     ) -> bool:
         """Queue a prompt; its pages are taken when it is its turn. True: it is queued.
 
+        One sequence waits, the leader, with an empty table; `num_forks` counts the other completions of `n`.
         beam_search: its `n` sequences are beams: it begins with one, and `advance` says how it goes on.
 
-        Raises `RequestTooLargeError` for a request that could never run, with the figures, and
-        `DuplicateRequestError` for an id in use; neither changes anything.
+        Raises ValueError for an empty prompt, `RequestTooLargeError` for a request that could never run, with
+        the figures, and `DuplicateRequestError` for an id in use; none of them changes anything.
         """
         params = params or SamplingParams()
         seq_ids = completion_ids(request_id, params.n)
@@ -112,6 +113,11 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     def process_batch(self) -> StepLogits:
         """Schedule and run one step; the logits of every sequence that is ready for its next token.
+
+        A pool that has grown and is mostly idle gives memory back first. Then the plan, with its pages taken,
+        is computed in one packed pass: before it the pool takes the allocator's size and makes the plan's
+        copies, and after it all writes are evaluated. The scheduler is told what was computed, and the plan
+        hands out the rows of logits. Without a model all of this happens but the computing.
 
         Empty when all that ran were chunks of prompts, or nothing is left. Raises `OutOfBlocksError`
         when nothing runs and the next request finds too few pages: the request is dropped then.
@@ -138,7 +144,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             self._scheduler.give_up(parent)
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence: its pages go back. KeyError for one that has ended."""
+        """End one sequence, whether it waits or runs: its pages go back. KeyError for one that has ended."""
         self._scheduler.give_up(self._queues.end(seq_id))
 
     def cancel(self, request_id: str) -> None:
@@ -207,7 +213,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         """Halve a pool that has grown, while less than a quarter of it is in use."""
         size, half = self.allocator.num_blocks, self.allocator.num_blocks // 2
         in_use = size - self.allocator.num_free - self.prefix.num_idle
-        if half < self._min_pages or in_use >= size // 4:
+        if half < self._min_pages or 4 * in_use >= size:
             return
         self.prefix.evict(size - self.allocator.num_free - half)
         self.compact()

@@ -33,8 +33,9 @@ class PackedBatch:
     """Where the T packed tokens of a step stand, read and write; made once, used by every layer.
 
     positions [T]: position in the own sequence. slots [T]: where the key and value go.
-    tables [S, M]: block ids of each sequence, padded with 0. row_of_token [T]: the token's row in
-    `tables`. spans: the same as plain ints, in packed order. All arrays int32.
+    tables [S, M]: block ids of each sequence, padded with 0; M is the most that one of them has.
+    row_of_token [T]: the token's row in `tables`. spans: the same as plain ints, in packed order.
+    All arrays int32.
     """
 
     positions: mx.array
@@ -45,7 +46,10 @@ class PackedBatch:
 
 
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
-    """Lay the spans side by side, in order."""
+    """Lay the tokens of S spans side by side, in order, and note where each stands.
+
+    Row i of `tables` belongs to span i, whose table has room for all its tokens already. S is at least 1.
+    """
     positions: list[int] = []
     slot_of_token: list[int] = []
     row_of_token: list[int] = []
@@ -84,10 +88,12 @@ def _compiled_read(
 def paged_attention(
     q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
 ) -> mx.array:
-    """Attend with q [1, H, T, D] to what is stored -> [1, H, T, D]; nothing is written.
+    """Attend with q [1, H, T, D] to what is stored -> [1, H, T, D], in q's type; nothing is written.
 
-    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D]. A token sees its own sequence's
-    positions 0 .. its own. The pool is read when the output is evaluated: let that be before the next write.
+    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D], perhaps of another type. A token
+    sees its own sequence's positions 0 .. its own, wherever their blocks lie; what else is in the blocks counts
+    for nothing. Query head h reads head h // (H / Hkv). The pool is read when the output is evaluated: let
+    that be before the next write.
     """
     outputs, packed = [], 0
     for row, (_, start, stop) in enumerate(batch.spans):
@@ -115,7 +121,8 @@ def write_and_attend(
     """Write k and v [1, Hkv, T, D] to their slots, then attend with q [1, H, T, D] -> out [1, H, T, D].
 
     keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D]; the arrays returned take
-    their place. A token sees its own sequence's positions 0 .. its own.
+    their place, and differ from them in the batch's slots alone. A token sees its own sequence's positions
+    0 .. its own as they are stored, its own rounded to the pool's type like the others.
     """
     block_size = keys.shape[2]
     blocks, offsets = batch.slots // block_size, batch.slots % block_size

@@ -35,9 +35,11 @@ class PrefixSharing:
         return self.cache.num_idle
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """At a block's edge: share all kept blocks that come next.
+        """At a block's edge: share all kept blocks that come next, as far as they go unbroken.
 
-        The last known token is always left to compute, because somebody must produce its logits.
+        They come into the sequence's table by `cache.share`, and `note_shared` says how many tokens need no
+        computing. Only blocks of tokens that are `num_shareable`: the last known token is always left to
+        compute, because somebody must produce its logits. Nothing happens where it may not share.
         """
         size = sequence.table.block_size
         first, stop = sequence.num_computed // size, sequence.num_shareable // size
@@ -48,7 +50,10 @@ class PrefixSharing:
             sequence.note_shared(len(found) * size)
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """At a block's edge: share the beginning of one kept block more; the next write copies it."""
+        """At a block's edge: share the beginning of one kept block more; the next write copies it.
+
+        Its owner never sees that write, and the last known token is left to compute here too.
+        """
         size, start = sequence.table.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
         if known >= LEAST_WORTH_COPYING and self._may_share(sequence):
@@ -59,7 +64,11 @@ class PrefixSharing:
                 sequence.note_shared(match.length)
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
-        """What stands for the block that a sequence fills next; None where its tokens are not all known."""
+        """The hash of the block that a sequence fills next; None where its tokens are not all known.
+
+        The block of the first token that is not computed, which may be half full. Two sequences with one
+        answer would compute the same: the scheduler lets the later one wait, and share.
+        """
         index = sequence.num_computed // sequence.table.block_size
         if (index + 1) * sequence.table.block_size > sequence.num_tokens:
             return None
@@ -67,8 +76,7 @@ class PrefixSharing:
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
         """Keep the blocks that a sequence has filled since it had `start` tokens computed."""
-        size = sequence.table.block_size
-        first, stop = start // size, sequence.num_computed // size
+        first, stop = start // self.block_size, sequence.num_computed // self.block_size
         if first < stop:
             self.cache.keep(sequence.table, self._stream(sequence, stop), first, stop)
 
@@ -85,10 +93,11 @@ class PrefixSharing:
         self.cache.rename_blocks(moved)
 
     def _may_share(self, sequence: PagedSequence) -> bool:
-        """True at a block's edge, unless log-probabilities of the prompt are still to be told."""
-        return sequence.is_at_edge and not sequence.prompt_positions(
-            sequence.num_computed, sequence.num_tokens
-        )
+        """True at a block's edge, behind kept blocks, unless log-probabilities of the prompt are due."""
+        blocks = sequence.table.blocks
+        is_behind_kept = not blocks or blocks[-1] in self.cache
+        due = sequence.prompt_positions(sequence.num_computed, sequence.num_tokens)
+        return sequence.is_at_edge and is_behind_kept and not due
 
     def _stream(self, sequence: PagedSequence, num_blocks: int) -> TokenBlocks:
         """The sequence's stream, cut into at least so many blocks."""
