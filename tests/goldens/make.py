@@ -249,6 +249,7 @@ def main() -> None:
     if os.environ.get("TINY_LLM_GOLDENS") != "inside":
         enter_environment()
     sys.path.insert(0, str(HERE))
+    import make_beams
     import make_checkpoints
     import make_tokenizers
 
@@ -258,6 +259,7 @@ def main() -> None:
     make_greedy(right)
     make_tokenizers.make(write)
     make_checkpoints.make(write)
+    make_beams.make(write)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,763 @@
+"""Beam search: hypotheses against enumeration and against a search written from the definition; whose pages
+the beams hold; and the engine's searches against one that computes every beam from nothing."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import cache, partial
+from itertools import count
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from tiny_llm.beam_search import BeamSearch, Choice, Ended, Hypothesis
+from tiny_llm.dense_batch import DenseBatchManager
+from tiny_llm.engine_core import EngineCore
+from tiny_llm.errors import ConfigError, DuplicateRequestError, OutOfBlocksError, RequestTooLargeError
+from tiny_llm.grouped_attention import NoCacheContext
+from tiny_llm.model import Model
+from tiny_llm.sampling_params import SamplingParams
+
+from promises import Watched, check_all_returned, check_pages, policies
+from tiny_llm import LLM, BeamSearchPageManager, BeamSearchParams, BlockAllocator, BlockTable, fork_sequence
+from tiny_model import EOS, dense_model, examples, random_prompt, tiny_model
+
+Tokens = tuple[int, ...]
+Table = Callable[[Tokens], list[float]]  # the log-probability of each token behind those
+
+
+def uneven(prefix: Tokens, vocab: int, seed: int) -> list[float]:
+    """Log-probabilities that sum to one in probability, and depend on all that came before."""
+    row = np.random.default_rng([seed, len(prefix), *prefix]).normal(size=vocab) * 1.5
+    return [float(x) for x in row - np.log(np.exp(row).sum())]
+
+
+def coarse(prefix: Tokens, vocab: int, seed: int) -> list[float]:
+    """Small whole numbers: many hypotheses have exactly equal sums. They need not be probabilities."""
+    row = np.random.default_rng([seed, len(prefix), *prefix]).integers(-3, 0, size=vocab)
+    return [float(x) for x in row]
+
+
+def searched(table: Table, params: BeamSearchParams, eos: Seq[int]) -> tuple[BeamSearch, int]:
+    """A search that is over, and how often it advanced; each beam offers its `num_candidates` likeliest."""
+    search = BeamSearch(params, eos)
+    for steps in count():
+        if not search.beams:
+            return search, steps
+        assert steps < params.max_tokens, "it goes on behind the longest output"
+        offered = [likeliest(table(beam.tokens), search.num_candidates) for beam in search.beams]
+        parents = search.beams
+        choices = search.advance(offered)
+        assert len(choices) == len(search.beams) <= params.beam_width
+        for (parent, token), beam in zip(choices, search.beams, strict=True):
+            assert beam.tokens == (*parents[parent].tokens, token), "a beam that continues another"
+            assert beam.logprob == parents[parent].logprob + table(parents[parent].tokens)[token]
+    raise AssertionError
+
+
+def likeliest(row: Seq[float], number: int) -> list[tuple[int, float]]:
+    """Tokens with their log-probabilities, the likeliest first, as the engine offers them."""
+    return sorted(enumerate(row), key=lambda pair: (-pair[1], pair[0]))[:number]
+
+
+def score(logprob: float, num_tokens: int, penalty: float) -> float:
+    """The definition."""
+    return logprob / num_tokens**penalty
+
+
+def all_hypotheses(table: Table, params: BeamSearchParams, eos: Seq[int]) -> Iterator[Ended]:
+    """Every text that ends, by end of sequence or by length: one after the other, none left out."""
+    ends = () if params.ignore_eos else eos
+
+    def grow(tokens: Tokens, logprob: float) -> Iterator[Ended]:
+        for token, more in enumerate(table(tokens)):
+            grown = Hypothesis((*tokens, token), logprob + more)
+            if token not in ends and len(grown.tokens) < params.max_tokens:
+                yield from grow(*grown)
+            else:
+                value = score(grown.logprob, len(grown.tokens), params.length_penalty)
+                yield Ended(value, grown, "stop" if token in ends else "length")
+
+    return grow((), 0.0)
+
+
+def by_definition(table: Table, params: BeamSearchParams, eos: Seq[int]) -> list[Ended]:
+    """Beam search as it is defined: every token of every beam is a candidate, and nothing stops it early."""
+    width, ends = params.beam_width, () if params.ignore_eos else eos
+    living, ended = [Hypothesis((), 0.0)], []
+    for length in range(1, params.max_tokens + 1):
+        grown = [
+            Hypothesis((*beam.tokens, token), beam.logprob + more)
+            for beam in living
+            for token, more in enumerate(table(beam.tokens))
+        ]
+        grown.sort(key=lambda one: -one.logprob)  # equal ones stay: the better parent's, the smaller token
+        for one in grown[:width]:
+            if one.tokens[-1] in ends or length == params.max_tokens:
+                value = score(one.logprob, length, params.length_penalty)
+                ended.append(Ended(value, one, "stop" if one.tokens[-1] in ends else "length"))
+        living = [one for one in grown if one.tokens[-1] not in ends][:width]
+    return sorted(ended, key=lambda one: -one.score)[:width]
+
+
+# ---- which hypotheses ----
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("eos", [(), (1,), (0, 2)], ids=["no_eos", "one_eos", "two_eos"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_beam_wide_enough_finds_every_text_there_is(
+    penalty: float, eos: tuple[int, ...], seed: int
+) -> None:
+    """All 3 to the power of 5 texts fit into the beam: nothing is cut, and nothing ends early."""
+    table = partial(uneven, vocab=3, seed=seed)
+    params = BeamSearchParams(beam_width=3**5, max_tokens=5, length_penalty=penalty)
+    search, steps = searched(table, params, eos)
+    assert steps == 5
+    assert sorted(search.ended) == sorted(all_hypotheses(table, params, eos))
+    assert [one.score for one in search.ended] == sorted((one.score for one in search.ended), reverse=True)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_beam_that_holds_every_beginning_finds_the_best_of_all_texts(penalty: float, seed: int) -> None:
+    """Of 4 tokens one ends: at most 27 beginnings go on beside each other, and 108 are ranked."""
+    table = partial(uneven, vocab=4, seed=seed)
+    params = BeamSearchParams(beam_width=108, max_tokens=4, length_penalty=penalty)
+    best = sorted(all_hypotheses(table, params, (2,)), key=lambda one: -one.score)[:108]
+    search, _ = searched(table, params, (2,))
+    assert search.ended == best
+
+
+@settings(max_examples=examples(400))
+@given(
+    table=st.sampled_from([uneven, coarse]),
+    vocab=st.integers(1, 6),
+    seed=st.integers(0, 10**6),
+    eos=st.sets(st.integers(0, 5), max_size=3),
+    width=st.integers(1, 7),
+    max_tokens=st.integers(1, 7),
+    penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]),
+    ignore_eos=st.booleans(),
+)
+@example(uneven, 4, 0, {0}, 1, 1, 1.0, False)
+@example(coarse, 2, 0, {0, 1}, 3, 4, 1.0, False)
+def test_a_search_finds_what_the_definition_says(
+    table: Callable[..., list[float]],
+    vocab: int,
+    seed: int,
+    eos: set[int],
+    width: int,
+    max_tokens: int,
+    penalty: float,
+    ignore_eos: bool,
+) -> None:
+    """Neither the early end, nor the few candidates that each beam offers, change what is found."""
+    params = BeamSearchParams(
+        beam_width=width, max_tokens=max_tokens, length_penalty=penalty, ignore_eos=ignore_eos
+    )
+    known = partial(table, vocab=vocab, seed=seed)
+    search, _ = searched(known, params, sorted(eos))
+    assert search.ended == by_definition(known, params, sorted(eos))
+
+
+def fixed(rows: dict[Tokens, Seq[float]]) -> Table:
+    """A table of a few rows, given as probabilities."""
+    return lambda prefix: [float(np.log(p)) for p in rows[prefix]]
+
+
+def test_equal_sums_go_to_the_better_parent_and_then_to_the_smaller_token() -> None:
+    search = BeamSearch(BeamSearchParams(beam_width=3, max_tokens=9), ())
+    assert search.advance([[(5, -1.0), (2, -1.0), (9, -1.0), (1, -2.0)]]) == [(0, 2), (0, 5), (0, 9)]
+    level = [(7, -1.0), (3, -1.0)]
+    assert search.advance([level, level, level]) == [(0, 3), (0, 7), (1, 3)]
+    assert [beam.tokens for beam in search.beams] == [(2, 3), (2, 7), (5, 3)]
+
+
+def test_a_beam_may_have_several_children_or_none() -> None:
+    search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), ())
+    search.advance([[(0, -1.0), (1, -2.0)]])
+    assert search.advance([[(4, -0.5), (5, -0.6)], [(6, -0.5), (7, -9.0)]]) == [Choice(0, 4), Choice(0, 5)]
+    assert search.advance([[(1, -5.0), (2, -6.0)], [(3, -0.1), (4, -0.2)]]) == [Choice(1, 3), Choice(1, 4)]
+
+
+def test_an_end_counts_only_among_the_best_and_takes_nobodys_place() -> None:
+    table = fixed({(): [0.5, 0.3, 0.2], (0,): [0.1, 0.6, 0.3], (1,): [0.4, 0.5, 0.1]})
+    search, _ = searched(table, BeamSearchParams(beam_width=2, max_tokens=2, length_penalty=0), (2,))
+    texts = {one.hypothesis.tokens: one.finish_reason for one in search.ended}
+    assert texts == {(0, 1): "length", (0, 2): "stop"}, "(2,) was third of its step; 0.5 * 0.3 and 0.3 * 0.5"
+
+
+def test_a_search_that_is_over_early_advances_no_more() -> None:
+    """The first token ends the text with 0.9; nothing that goes on can reach that without a reward."""
+    table = fixed({(): [0.9, 0.1], (1,): [0.5, 0.5], (1, 1): [0.5, 0.5]})
+    params = BeamSearchParams(beam_width=1, max_tokens=3, length_penalty=0)
+    assert searched(table, params, (0,))[1] == 1
+    rewarded = replace(params, length_penalty=5.0)
+    search, steps = searched(table, rewarded, (0,))
+    assert steps > 1, "ten times less likely, and divided by up to 3**5"
+    assert search.ended == by_definition(table, rewarded, (0,))
+
+
+def test_end_of_sequence_is_a_token_like_others_where_it_is_ignored() -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
+    table = partial(uneven, vocab=3, seed=1)
+    search, steps = searched(table, params, (0, 1, 2))
+    assert (steps, search.num_candidates) == (3, 2)
+    assert [(len(one.hypothesis.tokens), one.finish_reason) for one in search.ended] == [(3, "length")] * 2
+    assert search.ended == searched(table, replace(params, ignore_eos=False), ())[0].ended
+
+
+def test_an_end_at_the_last_token_is_told_apart_from_one_by_length() -> None:
+    table = fixed({(): [0.6, 0.4], (1,): [0.3, 0.7]})
+    search, _ = searched(table, BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=0), (0,))
+    reasons = {one.hypothesis.tokens: one.finish_reason for one in search.ended}
+    assert reasons == {(0,): "stop", (1, 1): "length", (1, 0): "stop"}
+
+
+def test_a_length_penalty_chooses_between_short_and_long() -> None:
+    """One token with 0.4, or four that have 0.6 times 0.7 cubed, 0.21, together: -0.92 and -1.58."""
+    table = fixed({(): [0.4, 0.6], **{(1,) * n: [0.3, 0.7] for n in (1, 2, 3)}})
+    for penalty, length in ((-1.0, 1), (0.0, 1), (1.0, 4), (2.0, 4)):
+        params = BeamSearchParams(beam_width=4, max_tokens=4, length_penalty=penalty)
+        best = searched(table, params, (0,))[0].ended[0]
+        assert len(best.hypothesis.tokens) == length
+        assert best.score == pytest.approx(
+            {1: np.log(0.4), 4: np.log(0.6 * 0.7**3)}[length] / length**penalty
+        )
+
+
+REFUSED = {
+    "no_beam": ({"beam_width": 0}, "beam_width must be at least 1, not 0"),
+    "beams_below_none": ({"beam_width": -2}, "beam_width must be at least 1, not -2"),
+    "no_token": ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+    "too_much_reward": ({"length_penalty": 10.5}, "length_penalty must be from -10 to 10, not 10.5"),
+    "too_little_reward": ({"length_penalty": -11}, "length_penalty must be from -10 to 10, not -11"),
+    "no_number": ({"length_penalty": float("nan")}, "length_penalty must be .* not nan"),
+    "half_a_beam": ({"beam_width": 2.5}, "beam_width must be a whole number, not 2.5"),
+    "a_text": ({"max_tokens": "9"}, "max_tokens must be a whole number, not '9'"),
+    "a_flag": ({"beam_width": True}, "beam_width must be a whole number, not True"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED.values(), ids=REFUSED)
+def test_parameters_that_cannot_work_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BeamSearchParams(**{"beam_width": 2, "max_tokens": 8, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("penalty", [-10, 10, -10.0, 10.0])
+def test_the_largest_penalties_can_be_computed_with(penalty: float) -> None:
+    params = BeamSearchParams(beam_width=1, max_tokens=10**7, length_penalty=penalty)
+    assert np.isfinite(params.score(-1e5, 10**7))
+    assert params.score(-1e5, 10**7) != 0
+
+
+# ---- whose pages ----
+
+
+class Pages:
+    """A pool of plain values: which beam's token stands in which slot. Makes the copies, and writes."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, object] = {}
+
+    def expand(self, beams: BeamSearchPageManager, beam_id: int, tokens: list[int]) -> int:
+        """Let a beam grow; how many blocks were copied."""
+        table = beams.tables[beam_id]
+        before = table.num_tokens
+        copies = beams.expand_beam(beam_id, tokens)
+        for src, dst, length in copies:
+            for offset in range(length):
+                source, target = (block * table.block_size + offset for block in (src, dst))
+                self.held[target] = self.held[source]
+        for slot, token in zip(table.slots(before, table.num_tokens), tokens, strict=True):
+            self.held[slot] = token
+        return len(copies)
+
+    def read(self, table: BlockTable) -> list[object]:
+        return [self.held[slot] for slot in table.slots(0, table.num_tokens)]
+
+
+def check_conserved(allocator: BlockAllocator, tables: Seq[BlockTable]) -> None:
+    """Every block is free, or counted once for each table that holds it."""
+    held = Counter(block for table in tables for block in table.blocks)
+    counted = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
+    assert counted == [held[block] for block in range(allocator.num_blocks)]
+    assert allocator.num_free == counted.count(0)
+
+
+def test_beams_share_what_they_have_in_common_and_copy_one_block_each() -> None:
+    """11 tokens in blocks of 4 are 3 blocks; three beams on them are 3 until they write, then 2 + 3."""
+    pages, allocator = Pages(), BlockAllocator(12)
+    beams = BeamSearchPageManager(3, allocator, page_size=4)
+    prompt = list(range(100, 111))
+    assert pages.expand(beams, 0, prompt) == 0
+    ids = [0, beams.fork_beam(0), beams.fork_beam(0)]
+    assert (beams.num_physical_blocks, beams.num_logical_blocks) == (3, 9)
+    copied = [pages.expand(beams, beam_id, [beam_id]) for beam_id in ids]
+    assert copied == [1, 1, 0], "the last one has the block to itself by then"
+    assert (beams.num_physical_blocks, beams.num_logical_blocks) == (5, 9)
+    for beam_id in ids:
+        assert pages.read(beams.tables[beam_id]) == [*prompt, beam_id]
+    beams.prune(ids[1:])
+    assert allocator.num_free == 12 - 3
+    beams.prune([0])
+    assert (allocator.num_free, dict(beams.tables)) == (12, {})
+
+
+def test_a_beam_that_does_not_fit_stays_as_it_is() -> None:
+    allocator = BlockAllocator(2)
+    beams = BeamSearchPageManager(2, allocator, page_size=2)
+    beams.expand_beam(0, [1, 2, 3])
+    child = beams.fork_beam(0)
+    for beam_id, tokens in ((0, [4]), (child, [4, 5]), (0, [4, 5, 6, 7])):
+        with pytest.raises(OutOfBlocksError):
+            beams.expand_beam(beam_id, tokens)
+        check_conserved(allocator, list(beams.tables.values()))
+        assert [table.num_tokens for table in beams.tables.values()] == [3, 3]
+    beams.prune([0])
+    assert beams.expand_beam(child, [4]) == [], "nobody else holds its last block now"
+
+
+def test_no_more_beams_live_than_were_agreed() -> None:
+    allocator = BlockAllocator(4)
+    beams = BeamSearchPageManager(2, allocator)
+    beams.expand_beam(0, [1])
+    child = beams.fork_beam(0)
+    with pytest.raises(ValueError, match="beam 0 cannot be forked: all 2 beams live"):
+        beams.fork_beam(0)
+    check_conserved(allocator, list(beams.tables.values()))
+    beams.prune([0])
+    grandchild = beams.fork_beam(child)
+    assert grandchild not in (0, child), "an id is given once"
+    assert set(beams.tables) == {child, grandchild}
+
+
+def test_who_does_not_live_is_unknown() -> None:
+    beams = BeamSearchPageManager(3, BlockAllocator(4))
+    beams.prune([0])
+    for call in (
+        beams.fork_beam,
+        partial(beams.expand_beam, new_tokens=[1]),
+        lambda beam: beams.prune([beam]),
+    ):
+        for beam_id in (0, 1, -1):
+            with pytest.raises(KeyError):
+                call(beam_id)
+    assert dict(beams.tables) == {}
+
+
+def test_beams_that_cannot_all_be_pruned_all_stay() -> None:
+    allocator = BlockAllocator(4)
+    beams = BeamSearchPageManager(3, allocator, page_size=2)
+    beams.expand_beam(0, [1, 2, 3])
+    child = beams.fork_beam(0)
+    with pytest.raises(KeyError):
+        beams.prune([child, 9])
+    assert set(beams.tables) == {0, child}
+    check_conserved(allocator, list(beams.tables.values()))
+
+
+@pytest.mark.parametrize("beam_size", [0, -1])
+def test_a_search_has_at_least_one_beam(beam_size: int) -> None:
+    with pytest.raises(ValueError, match=f"beam_size must be at least 1, not {beam_size}"):
+        BeamSearchPageManager(beam_size, BlockAllocator(1))
+
+
+def test_a_page_has_16_tokens_unless_it_is_said() -> None:
+    beams = BeamSearchPageManager(1, BlockAllocator(4))
+    beams.expand_beam(0, [1] * 17)
+    assert beams.num_physical_blocks == 2
+
+
+class Beams(RuleBasedStateMachine):
+    """Beams grow, fork and end in any order, on a pool that is often too small for them."""
+
+    allocator: BlockAllocator
+    texts: dict[int, list[int]]
+
+    @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 5), beam_size=st.integers(1, 5))
+    def build(self, num_blocks: int, block_size: int, beam_size: int) -> None:
+        self.allocator, self.pages, self.fresh = BlockAllocator(num_blocks), Pages(), count()
+        self.beams = BeamSearchPageManager(beam_size, self.allocator, block_size)
+        self.texts = {0: []}
+
+    @precondition(lambda self: self.texts)
+    @rule(which=st.integers(0, 4), num_tokens=st.integers(0, 7))
+    def expand(self, which: int, num_tokens: int) -> None:
+        beam_id = self.chosen(which)
+        tokens = [next(self.fresh) for _ in range(num_tokens)]
+        table = self.beams.tables[beam_id]
+        needed = table.blocks_to_append(num_tokens)
+        if needed <= self.allocator.num_free:
+            self.pages.expand(self.beams, beam_id, tokens)
+            self.texts[beam_id] += tokens
+            return
+        before = list(table.blocks)
+        with pytest.raises(OutOfBlocksError):
+            self.beams.expand_beam(beam_id, tokens)
+        assert table.blocks == before
+
+    @precondition(lambda self: 0 < len(self.texts) < self.beams.beam_size)
+    @rule(which=st.integers(0, 4))
+    def fork(self, which: int) -> None:
+        parent, free = self.chosen(which), self.allocator.num_free
+        child = self.beams.fork_beam(parent)
+        assert child not in self.texts
+        assert self.allocator.num_free == free
+        self.texts[child] = list(self.texts[parent])
+
+    @precondition(lambda self: len(self.texts) > 1)
+    @rule(which=st.sets(st.integers(0, 4), min_size=1))
+    def prune(self, which: set[int]) -> None:
+        pruned = sorted({self.chosen(one) for one in which})[: len(self.texts) - 1]
+        self.beams.prune(pruned)
+        self.texts = {beam_id: text for beam_id, text in self.texts.items() if beam_id not in pruned}
+
+    def chosen(self, which: int) -> int:
+        return sorted(self.texts)[which % len(self.texts)]
+
+    @invariant()
+    def check(self) -> None:
+        assert set(self.beams.tables) == set(self.texts)
+        check_conserved(self.allocator, list(self.beams.tables.values()))
+        for beam_id, text in self.texts.items():
+            assert self.pages.read(self.beams.tables[beam_id]) == text, "a beam reads another's token"
+        held = [table.blocks for table in self.beams.tables.values()]
+        assert self.beams.num_logical_blocks == sum(map(len, held))
+        assert self.beams.num_physical_blocks == self.allocator.num_blocks - self.allocator.num_free
+
+    def teardown(self) -> None:
+        if hasattr(self, "beams"):
+            self.beams.prune(list(self.texts))
+            assert self.allocator.num_free == self.allocator.num_blocks
+
+
+def test_beams_conserve_pages_and_read_their_own_whatever_happens() -> None:
+    run_state_machine_as_test(Beams, settings=settings(max_examples=examples(100), stateful_step_count=30))
+
+
+def test_a_sequence_is_forked_into_tables_that_held_something_else() -> None:
+    allocator = BlockAllocator(10)
+    parent, empty, busy, idle = (BlockTable(allocator, 2) for _ in range(4))
+    for table, tokens in ((parent, 5), (busy, 6), (idle, 1)):
+        table.append_tokens(tokens)
+    fork_sequence(parent, (table for table in (empty, busy)))
+    assert parent.blocks == empty.blocks == busy.blocks
+    assert (parent.num_tokens, empty.num_tokens, busy.num_tokens, idle.num_tokens) == (5, 5, 5, 1)
+    check_conserved(allocator, [parent, empty, busy, idle])
+    busy.append_tokens(1)
+    assert parent.blocks == empty.blocks, "no two tables have one list"
+    assert parent.blocks[:2] == busy.blocks[:2]
+    check_conserved(allocator, [parent, empty, busy, idle])
+
+
+def test_forking_again_changes_nothing_and_so_does_forking_into_oneself() -> None:
+    allocator = BlockAllocator(4)
+    parent, child = BlockTable(allocator, 2), BlockTable(allocator, 2)
+    parent.append_tokens(3)
+    for _ in range(2):
+        fork_sequence(parent, [child, parent])
+        assert (child.blocks, child.num_tokens, parent.num_tokens) == (parent.blocks, 3, 3)
+        check_conserved(allocator, [parent, child])
+    fork_sequence(parent, [])
+    check_conserved(allocator, [parent, child])
+
+
+# ---- searches of the engine ----
+
+
+@cache
+def logits_from_nothing(model: Model, tokens: Tokens) -> np.ndarray:
+    """The logits behind these tokens: no cache, no batch."""
+    context = NoCacheContext(len(tokens), model.config.attention_scale)
+    return np.array(model(mx.array([tokens], mx.int32), context)[0, -1].astype(mx.float32)).astype(np.float64)
+
+
+def behind(model: Model, prompt: Seq[int]) -> Table:
+    """The model's log-probabilities behind a prompt, as a table."""
+
+    def table(tokens: Tokens) -> list[float]:
+        row = logits_from_nothing(model, (*prompt, *tokens))
+        return [float(x) for x in row - row.max() - np.log(np.exp(row - row.max()).sum())]
+
+    return table
+
+
+def engine_of(
+    model: Model,
+    *,
+    blocks: int = 64,
+    block_size: int = 4,
+    seats: int = 8,
+    budget: int = 64,
+    preempts: bool = True,
+) -> tuple[EngineCore, Watched]:
+    """An engine on pages that store keys and values as they are computed."""
+    manager = Watched(
+        blocks,
+        block_size,
+        seats,
+        model=model,
+        max_batched_tokens=budget,
+        kv_dtype=mx.float32,
+        policies=policies(preempts),
+    )
+    return EngineCore(manager, model.config.eos_token_ids), manager
+
+
+def run(engine: EngineCore, manager: Watched) -> None:
+    """Step until everybody has ended."""
+    for _ in range(500):
+        if not engine.has_work:
+            break
+        engine.step()
+        check_pages(manager)
+    check_all_returned(manager)
+
+
+def check_found(found: list[Ended], expected: list[Ended]) -> None:
+    """The same hypotheses, best first, with scores that differ by rounding alone."""
+    assert [one.hypothesis.tokens for one in found] == [one.hypothesis.tokens for one in expected]
+    assert [one.finish_reason for one in found] == [one.finish_reason for one in expected]
+    np.testing.assert_allclose(
+        [one.score for one in found], [one.score for one in expected], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        [one.hypothesis.logprob for one in found],
+        [one.hypothesis.logprob for one in expected],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    ("ignore_eos", "penalty"), [(False, 1.0), (True, 1.0), (False, -1.0), (False, 2.0), (False, 0.0)]
+)
+def test_the_engine_finds_what_a_search_without_any_cache_finds(
+    width: int, ignore_eos: bool, penalty: float
+) -> None:
+    model = dense_model()
+    engine, manager = engine_of(model)
+    params = BeamSearchParams(beam_width=width, max_tokens=6, ignore_eos=ignore_eos, length_penalty=penalty)
+    prompt = random_prompt(9, seed=5)
+    search = engine.add_beam_search("a", prompt, params)
+    run(engine, manager)
+    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    assert width == 1 or manager.happened["beams forked"] > 0
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 5])
+@pytest.mark.parametrize("eos", [(), (0,)], ids=["no_eos", "eos"])
+def test_a_vocabulary_smaller_than_the_width(vocab: int, eos: tuple[int, ...]) -> None:
+    """The first step has fewer candidates than there are places; the places stay kept."""
+    model = dense_model(vocab_size=vocab, eos_token_ids=eos)
+    engine, manager = engine_of(model, seats=6)
+    params = BeamSearchParams(beam_width=6, max_tokens=4)
+    search = engine.add_beam_search("a", [vocab - 1] * 5, params)
+    seen = []
+    for _ in range(4):
+        engine.step()
+        check_pages(manager)
+        seen.append(len(search.beams))
+        if not search.beams:
+            break
+        assert sum(1 + beam.num_forks for beam in manager.running) == 6, "no place is given away"
+    assert seen[0] == min(6, vocab - len(eos))
+    run(engine, manager)
+    check_found(search.ended, by_definition(behind(model, [vocab - 1] * 5), params, eos))
+
+
+def test_a_search_for_one_token_takes_one_step() -> None:
+    model = dense_model()
+    engine, manager = engine_of(model)
+    params = BeamSearchParams(beam_width=4, max_tokens=1)
+    prompt = random_prompt(6, seed=3)
+    search = engine.add_beam_search("a", prompt, params)
+    assert engine.step() == []
+    assert not engine.has_work
+    check_all_returned(manager)
+    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    assert [len(one.hypothesis.tokens) for one in search.ended] == [1] * 4
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_prompt_in_chunks_is_searched_from_when_it_is_computed(width: int) -> None:
+    model = dense_model()
+    engine, manager = engine_of(model, budget=4)
+    params = BeamSearchParams(beam_width=width, max_tokens=5)
+    prompt = random_prompt(14, seed=8)
+    search = engine.add_beam_search("a", prompt, params)
+    for _ in range(3):
+        engine.step()
+        assert search.beams == [Hypothesis((), 0.0)]
+    run(engine, manager)
+    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+
+
+def test_searches_and_requests_run_beside_each_other_in_a_small_pool() -> None:
+    """Each answer is the one that it is alone; nobody's pages are missing in the end."""
+    model = dense_model()
+    searches = {
+        "wide": (random_prompt(9, 1), BeamSearchParams(beam_width=4, max_tokens=7)),
+        "long": (random_prompt(5, 2), BeamSearchParams(beam_width=2, max_tokens=14, ignore_eos=True)),
+        "short": (random_prompt(12, 3), BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=0.0)),
+        "same": (random_prompt(9, 1), BeamSearchParams(beam_width=3, max_tokens=7)),
+    }
+    requests = {
+        "one": (random_prompt(7, 4), SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)),
+        "two": (random_prompt(4, 5), SamplingParams(max_tokens=9, n=2, seed=3)),
+    }
+    alone: dict[str, list[int]] = {}
+    for name, (prompt, params) in requests.items():
+        engine, manager = engine_of(model)
+        engine.add_request(name, prompt, params)
+        alone |= tokens_of(engine)
+    engine, manager = engine_of(model, blocks=22, block_size=3, seats=9, budget=16)
+    found = {}
+    for name in ("wide", "one", "long", "two", "short", "same"):
+        if name in searches:
+            found[name] = engine.add_beam_search(name, *searches[name])
+        else:
+            engine.add_request(name, *requests[name])
+    assert tokens_of(engine) == alone
+    check_all_returned(manager)
+    for name, (prompt, params) in searches.items():
+        check_found(found[name].ended, by_definition(behind(model, prompt), params, (EOS,)))
+    assert manager.happened["beams forked"] > 0
+
+
+def tokens_of(engine: EngineCore) -> dict[str, list[int]]:
+    """The tokens of every sequence of the ordinary requests, when all have ended."""
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(output.seq_id, []).append(output.token)
+    return tokens
+
+
+def test_beams_that_had_to_give_way_find_what_they_would_have_found() -> None:
+    model = dense_model()
+    params = BeamSearchParams(beam_width=3, max_tokens=10, ignore_eos=True)
+    engine, manager = engine_of(model, blocks=17, block_size=2, seats=8)
+    engine.add_request("old", random_prompt(5, 1), SamplingParams(max_tokens=28, ignore_eos=True, seed=1))
+    for _ in range(12):
+        engine.step()
+    search = engine.add_beam_search("a", random_prompt(4, 2), params)
+    run(engine, manager)
+    assert manager.happened["preemptions of beams"] > 0
+    check_found(search.ended, by_definition(behind(model, random_prompt(4, 2)), params, (EOS,)))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 4])
+def test_a_search_that_is_cancelled_gives_everything_back_and_disturbs_nobody(after: int) -> None:
+    model = dense_model()
+    engine, manager = engine_of(model, budget=8)
+    params = BeamSearchParams(beam_width=3, max_tokens=9, ignore_eos=True)
+    cancelled = engine.add_beam_search("gone", random_prompt(12, 1), params)
+    kept = engine.add_beam_search("kept", random_prompt(6, 2), params)
+    for _ in range(after):
+        engine.step()
+    engine.cancel("gone")
+    engine.cancel("gone")
+    check_pages(manager)
+    assert {sequence.request_id for sequence in [*manager.running, *manager.waiting]} == {"kept"}
+    run(engine, manager)
+    assert cancelled.ended == []
+    assert cancelled.beams, "who asked for it finds where it stood"
+    check_found(kept.ended, by_definition(behind(model, random_prompt(6, 2)), params, (EOS,)))
+    assert engine.add_beam_search("gone", random_prompt(3, 1), params).beams, "the id is free again"
+
+
+def test_a_search_has_no_tokens_for_the_ordinary_loop() -> None:
+    engine, _ = engine_of(dense_model())
+    engine.add_beam_search("a", random_prompt(3, 1), BeamSearchParams(beam_width=2, max_tokens=3))
+    engine.add_request("b", random_prompt(3, 2), SamplingParams(max_tokens=3, temperature=0))
+    assert set(tokens_of(engine)) == {"b"}
+
+
+def test_contiguous_caches_cannot_be_shared_by_beams() -> None:
+    manager = DenseBatchManager(4, 32, model=dense_model())
+    engine = EngineCore(manager, (EOS,))
+    with pytest.raises(ValueError, match="batching='paged'"):
+        engine.add_beam_search("a", [1, 2], BeamSearchParams(beam_width=2, max_tokens=4))
+    assert not engine.has_work
+
+
+def test_what_could_never_run_is_refused_at_the_door() -> None:
+    engine, manager = engine_of(tiny_model(), blocks=10, block_size=2, seats=4)
+    wide, long = {"beam_width": 5, "max_tokens": 2}, {"beam_width": 4, "max_tokens": 11}
+    for options, message in (
+        (wide, "n = 5 exceeds the 4 sequences"),
+        (long, "need .* blocks of 2; the pool has 10"),
+        ({"beam_width": 1, "max_tokens": 126}, "exceed the context of 128"),
+    ):
+        with pytest.raises(RequestTooLargeError, match=message):
+            engine.add_beam_search("a", [1, 2, 3], BeamSearchParams(**options))
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.add_beam_search("a", [], BeamSearchParams(beam_width=1, max_tokens=1))
+    assert not engine.has_work
+    check_all_returned(manager)
+    fits = BeamSearchParams(beam_width=4, max_tokens=5, ignore_eos=True)  # 1 shared block and 4 times 3
+    with pytest.raises(RequestTooLargeError):
+        engine.add_beam_search("a", [1, 2, 3], fits)
+    search = engine.add_beam_search("a", [1, 2, 3], replace(fits, beam_width=3))
+    with pytest.raises(DuplicateRequestError):
+        engine.add_beam_search("a", [1], fits)
+    with pytest.raises(DuplicateRequestError):
+        engine.add_request("a/1", [1], SamplingParams())
+    run(engine, manager)
+    assert len(search.ended) == 3
+
+
+def test_the_front_door_returns_texts_with_their_scores(embedded_llm: LLM) -> None:
+    """The embedded model, from nothing: every beam's logits through pages of their own, in one piece."""
+    text, params = "The best thing about the sea is", BeamSearchParams(beam_width=3, max_tokens=4)
+    prompt = embedded_llm.tokenizer.encode(text)
+
+    def table(tokens: Tokens) -> list[float]:
+        row = np.array(embedded_llm.logits([*prompt, *tokens])[-1]).astype(np.float64)
+        return [float(x) for x in row - row.max() - np.log(np.exp(row - row.max()).sum())]
+
+    [output] = embedded_llm.beam_search(text, params)
+    expected = by_definition(table, params, embedded_llm.model_config.eos_token_ids)
+    assert [one.tokens for one in output.sequences] == [(*prompt, *one.hypothesis.tokens) for one in expected]
+    np.testing.assert_allclose(
+        [(one.score, one.cum_logprob) for one in output.sequences],
+        [(one.score, one.hypothesis.logprob) for one in expected],
+        atol=1e-5,
+    )
+    for sequence in output.sequences:
+        assert sequence.text == embedded_llm.tokenizer.decode(list(sequence.tokens[len(prompt) :]))
+        assert sequence.finish_reason == "length"
+    check_all_returned(embedded_llm.core.manager)
+
+
+def test_several_prompts_are_searched_together_and_answered_in_order(embedded_llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=3)
+    prompts = ["Once upon a time", embedded_llm.tokenizer.encode("The capital of France is")]
+    together = embedded_llm.beam_search(prompts, params)
+    assert together == [embedded_llm.beam_search(prompt, params)[0] for prompt in prompts]
+    assert embedded_llm.beam_search([], params) == []
+
+
+@pytest.mark.parametrize("bad", [[10**6], [], [7] * 9000], ids=["no_such_token", "no_token", "too_long"])
+def test_one_bad_prompt_refuses_the_call_and_nothing_is_left_behind(
+    embedded_llm: LLM, bad: list[int]
+) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        embedded_llm.beam_search(["fine", bad], BeamSearchParams(beam_width=2, max_tokens=3))
+    check_all_returned(embedded_llm.core.manager)

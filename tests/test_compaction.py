@@ -1,0 +1,475 @@
+"""Compaction: blocks change their places and nobody notices; the allocator and the pool change their size.
+
+The oracle for what a block holds is a pool of plain values: a slot remembers which token was written to it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from itertools import count
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.compaction import BlockHolder
+from tiny_llm.engine_core import EngineCore
+from tiny_llm.errors import OutOfBlocksError, UnknownBlockError
+from tiny_llm.paged_attention import BlockCopy
+from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
+from tiny_llm.sampling_params import SamplingParams
+
+from promises import Watched, check_all_returned, check_pages, policies
+from tiny_llm import BlockAllocator, BlockTable, KVPool, PagedBatchManager, compact_memory, compact_pages
+from tiny_model import EOS, examples, random_prompt, tiny_model
+
+
+class House:
+    """Tables, forks and a prefix cache on one allocator, and what each of their slots holds."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.allocator = BlockAllocator(num_blocks)
+        self.block_size = block_size
+        self.cache = PrefixCache(self.allocator, block_size)
+        self.texts: list[tuple[BlockTable, list[int]]] = []
+        self.kept: list[TokenBlocks] = []
+        self.held: dict[int, int] = {}
+        self.pending: list[BlockCopy] = []
+        self.unwritten: list[tuple[BlockTable, int]] = []  # tables, and from which token on
+        self.fresh = count()
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        return [table for table, _ in self.texts]
+
+    @property
+    def holders(self) -> list[BlockHolder]:
+        return [*self.tables, self.cache]
+
+    def table(self, num_tokens: int) -> BlockTable:
+        table = BlockTable(self.allocator, self.block_size)
+        self.texts.append((table, []))
+        self.append(len(self.texts) - 1, num_tokens)
+        return table
+
+    def fork(self, which: int) -> BlockTable:
+        table, text = self.texts[which]
+        self.texts.append((table.fork(), list(text)))
+        return self.tables[-1]
+
+    def append(self, which: int, num_tokens: int, *, later: bool = False) -> None:
+        """Let a table grow, with its copies and writes; `later`: they are still to be made."""
+        table, text = self.texts[which]
+        if table.blocks_to_append(num_tokens) > self.allocator.num_free:
+            return
+        copies = table.append_tokens(num_tokens)
+        self.cache.released([copy.src for copy in copies])
+        self.pending += copies
+        self.unwritten.append((table, len(text)))
+        text.extend(next(self.fresh) for _ in range(num_tokens))
+        if not later:
+            self.perform(self.pending)
+
+    def release(self, which: int) -> None:
+        table, _ = self.texts.pop(which)
+        blocks = list(table.blocks)
+        table.release()
+        self.cache.released(blocks)
+
+    def keep(self, which: int) -> None:
+        """Let the cache keep all full blocks of a table."""
+        table, text = self.texts[which]
+        stream = TokenBlocks(self.block_size)
+        stream.extend(text)
+        self.cache.keep(table, stream, 0, len(stream))
+        self.kept.append(stream)
+
+    def perform(self, copies: Seq[BlockCopy]) -> None:
+        """Copies, all read before any is written; then the writes."""
+        assert len({copy.dst for copy in copies}) == len(copies), "two copies to one block"
+        size = self.block_size
+        read = [[self.held.get(src * size + i) for i in range(length)] for src, _, length in copies]
+        for (_, dst, _), values in zip(copies, read, strict=True):
+            self.held |= {dst * size + i: value for i, value in enumerate(values) if value is not None}
+        for table, start in self.unwritten:
+            text = next(text for other, text in self.texts if other is table)
+            for slot, token in zip(table.slots(start, len(text)), text[start:], strict=True):
+                self.held[slot] = token
+        self.pending, self.unwritten = [], []
+
+    def check(self) -> None:
+        """Everybody reads their own tokens, and every reference is somebody's."""
+        for table, text in self.texts:
+            assert [self.held.get(slot) for slot in table.slots(0, len(text))] == text, "another's token"
+        for stream in self.kept:
+            for block, tokens in zip(self.cache.match(stream, 0, len(stream)), stream.tokens, strict=False):
+                at = block * self.block_size
+                assert tuple(self.held.get(at + i) for i in range(self.block_size)) == tokens
+        held = Counter(block for holder in self.holders for block in holder.blocks)
+        assert self.counts == [held[block] for block in range(self.allocator.num_blocks)]
+        assert self.allocator.num_free == self.counts.count(0)
+
+    @property
+    def counts(self) -> list[int]:
+        return [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
+
+    @property
+    def state(self) -> object:
+        return self.counts, self.allocator.num_free, [list(holder.blocks) for holder in self.holders]
+
+
+@st.composite
+def houses(draw: st.DrawFn) -> House:
+    """Tables that came, grew, forked, were kept and went; perhaps with copies that are still to be made."""
+    house = House(draw(st.integers(1, 24)), draw(st.integers(1, 4)))
+    actions = st.sampled_from(["table", "table", "append", "fork", "release", "release", "keep", "evict"])
+    for action in draw(st.lists(actions, max_size=24)):
+        if action == "table" or not house.texts:
+            house.table(0)
+            house.append(len(house.texts) - 1, draw(st.integers(0, 9)))
+        elif action == "evict":
+            house.cache.evict(draw(st.integers(0, 3)))
+        else:
+            which = draw(st.integers(0, len(house.texts) - 1))
+            if action == "append":
+                house.append(which, draw(st.integers(0, 5)))
+            else:
+                getattr(house, action)(which)
+    for which in draw(st.sets(st.integers(0, 5))):
+        if which < len(house.texts):
+            house.append(which, draw(st.integers(1, 4)), later=True)
+    return house
+
+
+@settings(max_examples=examples(500))
+@given(houses(), st.randoms(use_true_random=False))
+def test_blocks_change_places_and_everybody_reads_their_own(house: House, random: object) -> None:
+    before, in_use = house.counts, house.allocator.num_blocks - house.allocator.num_free
+    behind = sum(holders > 0 for holders in before[in_use:])
+    holders = house.holders
+    random.shuffle(holders)  # type: ignore[attr-defined]
+    copies = compact_pages(house.allocator, iter(holders), house.pending)
+    assert [holders > 0 for holders in house.counts] == [True] * in_use + [False] * house.allocator.num_free
+    assert sorted(house.counts) == sorted(before), "whoever shared a block shares it"
+    assert len(copies) <= behind + len(house.pending), "only what stands behind the new end moves"
+    house.perform(copies)
+    house.check()
+    assert compact_pages(house.allocator, house.holders) == [], "a second time there is nothing to do"
+    house.check()
+    for _ in range(house.allocator.num_free):
+        house.allocator.allocate()
+    with pytest.raises(OutOfBlocksError):
+        house.allocator.allocate()
+
+
+def test_holes_are_filled_from_the_end() -> None:
+    house = House(8, 2)
+    for tokens in (2, 3, 1, 4):
+        house.table(tokens)
+    house.release(1)
+    last = house.tables[-1]
+    assert house.allocator.num_free == 4
+    before = list(last.blocks)
+    copies = compact_pages(house.allocator, house.holders)
+    assert {copy.src for copy in copies} == set(before) - {0, 1, 2, 3}
+    assert {copy.dst for copy in copies} <= {0, 1, 2, 3}
+    assert all(copy.length == 2 for copy in copies), "whole blocks, whoever shares them"
+    house.perform(copies)
+    house.check()
+
+
+def test_what_is_compact_already_stays_where_it_is() -> None:
+    house = House(6, 2)
+    house.table(5)
+    house.fork(0)
+    before = house.state
+    assert compact_pages(house.allocator, house.holders) == []
+    assert house.state == before
+    assert compact_pages(BlockAllocator(4), []) == []
+
+
+def test_a_block_that_many_hold_moves_once() -> None:
+    house = House(8, 2)
+    house.table(6)
+    house.table(4)
+    house.fork(1)
+    house.keep(1)
+    house.release(0)
+    copies = compact_pages(house.allocator, house.holders)
+    assert len(copies) == 2
+    house.perform(copies)
+    house.check()
+    assert house.counts == [3, 3, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_copy_that_is_still_to_be_made_goes_to_where_its_block_went() -> None:
+    house = House(8, 4)
+    house.table(8)
+    house.table(6)
+    house.fork(1)
+    house.append(2, 1, later=True)
+    house.release(0)
+    [pending] = house.pending
+    copies = compact_pages(house.allocator, house.holders, house.pending)
+    made = [copy for copy in copies if copy.length == pending.length]
+    assert len(made) == 1
+    assert made[0].src == pending.src, "it is read where it stands"
+    assert made[0].dst == house.tables[1].blocks[-1]
+    house.perform(copies)
+    house.check()
+
+
+def test_a_copy_that_nobody_waits_for_any_more_is_not_made() -> None:
+    """Its target would be the place of another block."""
+    house = House(6, 4)
+    house.table(2)
+    house.fork(0)
+    house.append(1, 1, later=True)
+    pending, house.pending, house.unwritten = house.pending, [], []
+    house.release(1)
+    house.table(9)
+    house.release(0)
+    copies = compact_pages(house.allocator, house.holders, pending)
+    house.perform(copies)
+    house.check()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 3])
+def test_who_is_not_told_keeps_everybody_where_they_are(missing: int) -> None:
+    """A table, one of two forks, or the prefix cache."""
+    house = House(9, 2)
+    for tokens in (4, 3, 4):
+        house.table(tokens)
+    house.fork(1)
+    house.keep(2)
+    house.release(0)
+    before, holders = house.state, house.holders
+    del holders[missing]
+    with pytest.raises(ValueError, match=r"block \d has \d holders, \d of them are here"):
+        compact_pages(house.allocator, holders)
+    assert house.state == before
+    house.check()
+
+
+def test_who_is_named_twice_is_one_too_many() -> None:
+    house = House(4, 2)
+    house.table(3)
+    before = house.state
+    with pytest.raises(ValueError, match="block 0 has 1 holders, 2 of them are here"):
+        compact_pages(house.allocator, [*house.tables, *house.tables])
+    assert house.state == before
+
+
+def written(pool: KVPool, tables: Seq[BlockTable]) -> None:
+    """Write each table's tokens: token i of table t is t + i / 100, and its value the negative of that."""
+    for number, table in enumerate(tables):
+        slots = mx.array(table.slots(0, table.num_tokens), mx.int32)
+        keys = mx.broadcast_to((number + mx.arange(len(slots)) / 100)[:, None, None], (len(slots), 2, 4))
+        for layer in range(2):
+            pool.write(layer, slots, keys * (layer + 1), -keys * (layer + 1))
+
+
+def read(pool: KVPool, tables: Seq[BlockTable]) -> list[np.ndarray]:
+    """Keys and values of all layers, table by table."""
+    return [
+        np.array(mx.stack(pool.read(layer, mx.array(table.slots(0, table.num_tokens), mx.int32))))
+        for table in tables
+        for layer in range(2)
+    ]
+
+
+def test_memory_is_compacted_with_what_is_in_it() -> None:
+    allocator, pool = BlockAllocator(12), KVPool(12, 4, 2, 4, num_layers=2)
+    tables = [BlockTable(allocator, 4) for _ in range(4)]
+    for table, tokens in zip(tables, (9, 4, 7, 5), strict=True):
+        table.append_tokens(tokens)
+    written(pool, tables)
+    fork, first = tables[3].fork(), tables.pop(0)
+    first.release()
+    expected = read(pool, tables)
+    assert compact_memory(allocator, [*tables, fork], pool) == 12 - 5
+    assert {block for table in tables for block in table.blocks} == set(range(5))
+    assert fork.blocks == tables[-1].blocks
+    for found, want in zip(read(pool, tables), expected, strict=True):
+        assert np.array_equal(found, want)
+    allocator.resize(5)
+    pool.resize(5)
+    for found, want in zip(read(pool, tables), expected, strict=True):
+        assert np.array_equal(found, want)
+
+
+def test_memory_without_a_pool_is_bookkeeping_alone() -> None:
+    allocator = BlockAllocator(5)
+    first, second = BlockTable(allocator, 2), BlockTable(allocator, 2)
+    first.append_tokens(2)
+    second.append_tokens(4)
+    first.release()
+    assert compact_memory(allocator, [second]) == 3
+    assert sorted(second.blocks) == [0, 1]
+    second.release()
+    assert compact_memory(allocator, []) == 5
+
+
+# ---- other sizes ----
+
+
+def test_an_allocator_grows_by_free_blocks() -> None:
+    allocator = BlockAllocator(2)
+    held = [allocator.allocate(), allocator.allocate()]
+    allocator.resize(5)
+    assert (allocator.num_blocks, allocator.num_free) == (5, 3)
+    assert [allocator.ref_count(block) for block in held] == [1, 1]
+    assert {allocator.allocate() for _ in range(3)} == {2, 3, 4}
+
+
+def test_an_allocator_shrinks_to_what_is_in_use() -> None:
+    allocator = BlockAllocator(6)
+    held = [allocator.allocate() for _ in range(6)]
+    for block in held[2:]:
+        allocator.free(block)
+    allocator.resize(2)
+    assert (allocator.num_blocks, allocator.num_free) == (2, 0)
+    with pytest.raises(UnknownBlockError):
+        allocator.ref_count(2)
+    with pytest.raises(OutOfBlocksError):
+        allocator.allocate()
+    allocator.resize(2)
+    allocator.resize(4)
+    assert {allocator.allocate(), allocator.allocate()} == {2, 3}
+
+
+@pytest.mark.parametrize("num_blocks", [0, -1, 2, 3])
+def test_a_block_that_is_held_cannot_be_cut_off(num_blocks: int) -> None:
+    """Blocks 1 and 3 are held; block 0 and 2 are free, before them and between them."""
+    allocator = BlockAllocator(5)
+    for _ in range(5):
+        allocator.allocate()
+    for block in (0, 2, 4):
+        allocator.free(block)
+    with pytest.raises(ValueError, match=f"5 blocks cannot become {num_blocks}"):
+        allocator.resize(num_blocks)
+    assert (allocator.num_blocks, allocator.num_free) == (5, 3)
+    allocator.resize(4)
+    assert {allocator.allocate(), allocator.allocate()} == {0, 2}
+
+
+def test_blocks_go_on_under_other_ids_with_all_their_holders() -> None:
+    allocator = BlockAllocator(5)
+    for _ in range(5):
+        allocator.allocate()
+    allocator.add_ref(4)
+    for block in (0, 2):
+        allocator.free(block)
+    allocator.relocate({4: 0, 3: 2})
+    assert [allocator.ref_count(block) for block in range(5)] == [2, 1, 1, 0, 0]
+    assert {allocator.allocate(), allocator.allocate()} == {3, 4}
+
+
+@pytest.mark.parametrize("sizes", [(9, 4, 4, 1), (3, 12)])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_a_pool_keeps_what_is_in_it_when_it_changes_its_size(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
+    pool = KVPool(3, 4, 2, 4, num_layers=2, dtype=dtype)
+    per_block = pool.nbytes // 3
+    table = BlockTable(BlockAllocator(1), 4)
+    table.append_tokens(4)
+    written(pool, [table])
+    expected = read(pool, [table])
+    for size in sizes:
+        pool.resize(size)
+        assert (pool.num_blocks, pool.nbytes) == (size, size * per_block)
+        assert [array.shape[0] for array in pool.lend(1)] == [size, size]
+        assert {array.dtype for array in pool.lend(0)} == {dtype}
+        for found, want in zip(read(pool, [table]), expected, strict=True):
+            assert np.array_equal(found, want)
+
+
+# ---- a pool that grows ----
+
+
+def served(manager: PagedBatchManager, lengths: Seq[int]) -> dict[str, list[int]]:
+    """The tokens of requests of several lengths, by sequence id."""
+    engine, found = EngineCore(manager, (EOS,)), {}
+    for seed, length in enumerate(lengths):
+        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
+        engine.add_request(str(seed), random_prompt(6, seed), params)
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.seq_id, []).append(output.token)
+        check_pages(manager)
+    return found
+
+
+@pytest.mark.parametrize("preempts", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_pool_that_grows_answers_the_same_and_gives_memory_back(preempts: bool, prefix: bool) -> None:
+    """Four requests are many blocks, then the long one alone is few; when all have ended it is one again."""
+    lengths = [8, 40, 9, 10]
+    fixed = PagedBatchManager(64, 2, 4, model=tiny_model(), max_model_len=64)
+    growing = Watched(
+        64, 2, 4, model=tiny_model(), max_model_len=64, policies=policies(preempts, prefix), min_pages=1
+    )
+    assert growing.pool is not None
+    assert (growing.allocator.num_blocks, growing.pool.num_blocks) == (1, 1)
+    assert (growing.capacity.num_blocks, growing.capacity.num_free) == (64, 64)
+    per_block, sizes = growing.pool.nbytes, []
+
+    engine, found = EngineCore(growing, (EOS,)), {}
+    for seed, length in enumerate(lengths):
+        params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
+        engine.add_request(str(seed), random_prompt(6, seed), params)
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault(output.seq_id, []).append(output.token)
+        check_pages(growing)
+        assert growing.pool.num_blocks == growing.allocator.num_blocks
+        assert growing.capacity.nbytes == growing.pool.num_blocks * per_block
+        in_use = growing.allocator.num_blocks - growing.allocator.num_free - growing.prefix.num_idle
+        assert growing.capacity.num_free + growing.capacity.num_cached + in_use == 64
+        sizes.append(growing.allocator.num_blocks)
+    assert found == served(fixed, lengths)
+    most = sizes.index(max(sizes))
+    assert growing.happened["the pool grew"] > 2
+    assert min(sizes[most:]) <= max(sizes) // 2, f"nothing was given back under way: {sizes}"
+    for _ in range(8):
+        growing.process_batch()
+    assert growing.allocator.num_blocks == 1, "idle, it gives back all that it had grown by"
+    assert growing.pool.nbytes == per_block
+    check_all_returned(growing)
+
+
+def test_a_pool_that_may_not_shrink_below_its_beginning_does_not() -> None:
+    manager = PagedBatchManager(16, 2, 2, model=tiny_model(), min_pages=4)
+    served(manager, [12, 3])
+    for _ in range(8):
+        manager.process_batch()
+    assert manager.allocator.num_blocks == 4
+
+
+def test_a_pool_of_fixed_size_keeps_it() -> None:
+    manager = PagedBatchManager(16, 2, 2, model=tiny_model())
+    served(manager, [12, 3])
+    manager.process_batch()
+    assert manager.allocator.num_blocks == 16
+
+
+def test_compacting_between_two_steps_changes_no_answer() -> None:
+    prompts = {name: random_prompt(5 + i, i) for i, name in enumerate("abcd")}
+    answers = []
+    for compacts in (False, True):
+        manager = PagedBatchManager(40, 2, 4, model=tiny_model(), policies=policies(True, prefix=True))
+        engine, found, moved = EngineCore(manager, (EOS,)), {}, 0
+        for name, prompt in prompts.items():
+            n = 2 if name == "b" else 1
+            params = SamplingParams(max_tokens=3 + 4 * len(prompt), n=n, seed=1, ignore_eos=True)
+            engine.add_request(name, prompt, params)
+        while engine.has_work:
+            for output in engine.step():
+                found.setdefault(output.seq_id, []).append(output.token)
+            if compacts:
+                held = [list(sequence.table.blocks) for sequence in manager.running]
+                assert manager.compact() == manager.allocator.num_free
+                moved += held != [list(sequence.table.blocks) for sequence in manager.running]
+                check_pages(manager)
+        assert bool(moved) == compacts
+        answers.append(found)
+    assert answers[0] == answers[1]

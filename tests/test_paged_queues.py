@@ -1,0 +1,320 @@
+"""PagedQueues: the beams of a request stop, wait, join and go on together. Plain bookkeeping, no model."""
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+import pytest
+from tiny_llm.errors import DuplicateRequestError
+from tiny_llm.paged_attention import BlockAllocator, BlockTable
+from tiny_llm.paged_queues import BeamStep, PagedQueues
+from tiny_llm.prefix_cache import TokenBlocks
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import PagedSequence, SequenceState, completion_ids
+
+SIZE = 4  # tokens in a block
+
+
+class Queues(PagedQueues):
+    """Queues whose sequences are computed by hand: their tables grow as if a step had run."""
+
+    def __init__(self, num_blocks: int = 32) -> None:
+        super().__init__()
+        self.allocator = BlockAllocator(num_blocks)
+
+    def request(
+        self, request_id: str, prompt: int = 6, width: int = 1, *, beams: bool = True
+    ) -> PagedSequence:
+        """A request that runs, its prompt computed."""
+        leader = PagedSequence(
+            seq_id=completion_ids(request_id, width)[0],
+            request_id=request_id,
+            prompt=tuple(range(prompt)),
+            params=SamplingParams(n=width),
+            seed=5,
+            max_len=64,
+            table=BlockTable(self.allocator, SIZE),
+            stream=TokenBlocks(SIZE),
+            num_forks=width - 1,
+            is_beam=beams,
+        )
+        self.add(leader)
+        assert self.start_next() is leader
+        self.compute(leader)
+        return leader
+
+    def compute(self, *sequences: PagedSequence) -> None:
+        """Compute all that is known of these."""
+        for sequence in sequences:
+            sequence.table.append_tokens(sequence.num_uncomputed)
+            sequence.num_computed = sequence.table.num_tokens
+
+    def advance_and_compute(self, request_id: str, *steps: tuple[str, int]) -> list[PagedSequence]:
+        """Let a search go on and give back its parents' pages; its beams."""
+        for parent in self.advance(request_id, [BeamStep(*step) for step in steps]):
+            parent.give_up_pages()
+        beams = self.beams(request_id)
+        self.compute(*beams)
+        return beams
+
+    def check(self, *parked: PagedSequence) -> None:
+        """Every reference is a running sequence's; who waits or is parked holds no page."""
+        held = Counter(block for sequence in self.running for block in sequence.table.blocks)
+        counts = [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
+        assert counts == [held[block] for block in range(self.allocator.num_blocks)]
+        for sequence in [*self.waiting, *parked]:
+            assert sequence.state is SequenceState.WAITING
+        assert all(sequence.state is SequenceState.RUNNING for sequence in self.running)
+        assert not set(map(id, parked)) & set(map(id, [*self.running, *self.waiting]))
+
+
+def ids(sequences: Seq[PagedSequence]) -> list[str]:
+    return [sequence.seq_id for sequence in sequences]
+
+
+def outputs(sequences: Seq[PagedSequence]) -> list[list[int]]:
+    return [sequence.outputs for sequence in sequences]
+
+
+# ---- going on ----
+
+
+def test_a_search_begins_as_one_sequence_that_stands_for_all_its_beams() -> None:
+    queues = Queues()
+    leader = queues.request("a", width=3)
+    assert ids(queues.running) == ["a/0"]
+    assert all(queues[f"a/{i}"] is leader for i in range(3))
+    assert (leader.num_forks, len(queues)) == (2, 3)
+
+
+def test_children_share_their_parents_pages_and_have_one_token_more() -> None:
+    queues = Queues()
+    leader = queues.request("a", prompt=6, width=3)
+    [ended] = queues.advance("a", [BeamStep("a/0", token) for token in (11, 12, 13)])
+    assert ended is leader
+    assert leader.state is SequenceState.FINISHED
+    beams = queues.beams("a")
+    assert ids(beams) == ids(queues.running) == ["a/0", "a/1", "a/2"]
+    assert outputs(beams) == [[11], [12], [13]]
+    assert [beam.num_computed for beam in beams] == [6, 6, 6]
+    assert all(beam.table.blocks == leader.table.blocks for beam in beams)
+    assert [queues.allocator.ref_count(block) for block in leader.table.blocks] == [4, 4]
+    leader.give_up_pages()
+    queues.check()
+    queues.compute(*beams)
+    assert queues.allocator.num_blocks - queues.allocator.num_free == 1 + 3
+    queues.check()
+
+
+def test_the_best_come_first_whoever_their_parents_are() -> None:
+    queues = Queues()
+    queues.request("a", width=3)
+    queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
+    beams = queues.advance_and_compute("a", ("a/2", 4), ("a/0", 5), ("a/2", 6))
+    assert ids(beams) == ["a/0", "a/1", "a/2"]
+    assert outputs(beams) == [[3, 4], [1, 5], [3, 6]]
+    assert all(queues[beam.seq_id] is beam for beam in beams)
+    queues.check()
+
+
+def test_what_one_beam_adds_the_others_never_see() -> None:
+    queues = Queues()
+    queues.request("a", prompt=2, width=2)
+    first, second = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
+    first.outputs.append(9)
+    assert second.outputs == [2]
+    assert first.stream is not second.stream
+    assert first.table.blocks != second.table.blocks
+
+
+def test_places_are_kept_for_beams_to_come() -> None:
+    """Four places: two beams, then three, then one, then four."""
+    queues = Queues()
+    queues.request("a", width=4)
+    for steps in (
+        [("a/0", 1), ("a/0", 2)],
+        [("a/1", 3), ("a/0", 4), ("a/1", 5)],
+        [("a/1", 6)],
+        [("a/0", token) for token in (7, 8, 9, 10)],
+    ):
+        beams = queues.advance_and_compute("a", *steps)
+        assert ids(beams) == [f"a/{i}" for i in range(len(steps))]
+        assert sum(1 + beam.num_forks for beam in queues.running) == 4
+        assert [beam.num_forks for beam in beams[1:]] == [0] * (len(steps) - 1)
+        assert all(queues[f"a/{i}"] is beams[0] for i in range(len(steps), 4)), "an id that nobody has yet"
+        assert len(queues) == 4
+        queues.check()
+
+
+def test_beams_stay_where_they_stood_among_others() -> None:
+    queues = Queues()
+    queues.request("old", beams=False)
+    queues.request("a", width=2)
+    queues.request("new", width=2)
+    queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
+    queues.advance_and_compute("new", ("new/0", 1), ("new/0", 2))
+    queues.advance_and_compute("a", ("a/1", 3), ("a/1", 4))
+    assert ids(queues.running) == ["old", "a/0", "a/1", "new/0", "new/1"]
+    assert outputs(queues.beams("a")) == [[2, 3], [2, 4]]
+
+
+def test_a_beam_of_width_one_has_the_requests_own_id() -> None:
+    queues = Queues()
+    queues.request("a")
+    [beam] = queues.advance_and_compute("a", ("a", 1))
+    assert (beam.seq_id, beam.outputs, queues["a"]) == ("a", [1], beam)
+
+
+def test_ids_of_a_search_are_in_use_until_it_has_ended() -> None:
+    queues = Queues()
+    queues.request("a", width=3)
+    queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
+    for request_id, seq_ids in (("a", ["a"]), ("b", ["a/2"]), ("a/0", ["a/0"])):
+        with pytest.raises(DuplicateRequestError):
+            queues.refuse_id_in_use(request_id, seq_ids)
+    assert queues.forget_forks_to_come("a") == ["a/0", "a/1"]
+    for seq_id in ("a/0", "a/1"):
+        queues.end(seq_id).give_up_pages()
+    queues.refuse_id_in_use("a", ["a/0", "a/1", "a/2"])
+    assert (len(queues), queues.running, queues.allocator.num_free) == (0, [], 32)
+
+
+# ---- stopping ----
+
+
+def stopped(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
+    """Preempt; who stopped, their pages given up."""
+    everybody = queues.put_back(sequence)
+    for one in everybody:
+        one.give_up_pages()
+    return everybody
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_beams_stop_together_and_wait_behind_the_best(which: int) -> None:
+    queues = Queues()
+    queues.request("old", beams=False)
+    queues.request("a", width=4)
+    queues.request("new", beams=False)
+    queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
+    leader, second, third = queues.advance_and_compute("a", ("a/1", 4), ("a/1", 5), ("a/1", 6))
+    everybody = stopped(queues, queues.beams("a")[which])
+    assert everybody == [leader, second, third]
+    assert ids(queues.running) == ["old", "new"]
+    assert list(queues.waiting) == [leader]
+    assert leader.parked is not None
+    assert leader.parked.beams == [second, third]
+    assert leader.parked.num_shared == 6 + 1, "the prompt and the token 2; then they differ"
+    assert leader.num_forks == 1 + 2, "a place for each parked beam, and for the one to come"
+    assert outputs(everybody) == [[2, 4], [2, 5], [2, 6]], "what was said stays said"
+    queues.check(second, third)
+
+
+def test_who_waits_longest_still_comes_first() -> None:
+    queues = Queues()
+    queues.request("a", width=2)
+    queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
+    later = PagedSequence(
+        seq_id="later",
+        request_id="later",
+        prompt=(1,),
+        params=SamplingParams(),
+        seed=0,
+        max_len=9,
+        table=BlockTable(queues.allocator, SIZE),
+        stream=TokenBlocks(SIZE),
+    )
+    queues.add(later)
+    leader, _ = stopped(queues, queues["a/1"])
+    assert list(queues.waiting) == [leader, later]
+
+
+@pytest.mark.parametrize("beams", [True, False])
+def test_one_sequence_stops_alone(beams: bool) -> None:
+    queues = Queues()
+    leader = queues.request("a", width=3, beams=beams)
+    assert stopped(queues, leader) == [leader]
+    assert (leader.parked, leader.num_forks, list(queues.waiting)) == (None, 2, [leader])
+    queues.check()
+
+
+def test_completions_that_are_no_beams_stop_one_by_one() -> None:
+    queues = Queues()
+    leader, fork = queues.fork(queues.request("a", width=2, beams=False))
+    assert stopped(queues, fork) == [fork]
+    assert queues.running == [leader]
+    queues.check()
+
+
+# ---- joining ----
+
+
+def restarted(queues: Queues, leader: PagedSequence) -> None:
+    """The leader runs again, and computes what all beams share."""
+    assert queues.start_next() is leader
+    assert leader.parked is not None
+    assert leader.num_uncomputed == leader.parked.num_shared
+    queues.compute(leader)
+    assert leader.num_uncomputed == 0
+
+
+def test_parked_beams_join_as_forks_once_what_they_share_is_computed() -> None:
+    queues = Queues()
+    queues.request("a", width=3)
+    queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
+    beams = queues.advance_and_compute("a", ("a/1", 4), ("a/1", 5))
+    queues.request("new", beams=False)
+    said = [list(beam.outputs) for beam in beams]
+    stopped(queues, beams[1])
+    restarted(queues, beams[0])
+    queues.join(beams[0])
+    assert ids(queues.running) == ["new", "a/0", "a/1"]
+    assert queues.beams("a") == beams
+    assert outputs(beams) == said
+    assert [beam.num_computed for beam in beams] == [7, 7]
+    assert beams[0].table.blocks == beams[1].table.blocks
+    assert (beams[0].parked, beams[0].num_forks) == (None, 1)
+    queues.check()
+    queues.compute(*beams)
+    assert beams[0].table.blocks[:1] == beams[1].table.blocks[:1]
+    assert beams[0].table.blocks[1] != beams[1].table.blocks[1]
+    queues.check()
+
+
+def test_who_joined_goes_on_as_before() -> None:
+    queues = Queues()
+    queues.request("a", width=2)
+    beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
+    stopped(queues, beams[0])
+    restarted(queues, beams[0])
+    queues.join(beams[0])
+    queues.compute(*beams)
+    beams = queues.advance_and_compute("a", ("a/1", 3), ("a/0", 4))
+    assert outputs(beams) == [[2, 3], [1, 4]]
+    queues.check()
+
+
+def test_a_leader_that_has_to_give_way_again_keeps_who_is_parked_behind_it() -> None:
+    queues = Queues()
+    queues.request("a", width=3)
+    leader, *others = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
+    stopped(queues, leader)
+    restarted(queues, leader)
+    assert stopped(queues, leader) == [leader]
+    assert leader.parked is not None
+    assert (leader.parked.beams, leader.parked.num_shared, leader.num_forks) == (others, 6, 2)
+    queues.check(*others)
+    restarted(queues, leader)
+    queues.join(leader)
+    assert queues.running == [leader, *others]
+
+
+def test_parked_beams_end_with_their_request() -> None:
+    queues = Queues()
+    queues.request("a", width=4)
+    beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
+    stopped(queues, beams[2])
+    for seq_id in queues.forget_forks_to_come("a"):
+        queues.end(seq_id)
+    assert all(beam.state is SequenceState.FINISHED for beam in beams)
+    assert (len(queues), len(queues.waiting), queues.running) == (0, 0, [])
+    assert queues.allocator.num_free == 32
