@@ -14,6 +14,7 @@ def as_json_line(prompt: str | Sequence[int], result: RequestOutput) -> str:
             "prompt_token_ids": result.prompt_token_ids,
             "prompt_logprobs": result.prompt_logprobs and [_position(p) for p in result.prompt_logprobs],
             "outputs": [_completion(output) for output in result.outputs],
+            "num_cached_tokens": result.num_cached_tokens,
         },
         ensure_ascii=False,
     )

@@ -86,6 +86,8 @@ class PageScheduler:
 
     def _admit(self) -> None:
         """Start waiting sequences, oldest first, while there are seats and the pages promised to them."""
+        if not self._queues.waiting:
+            return
         promised = sum(map(self.promised_blocks, self._queues.running))
         seats = self._max_seqs - sum(1 + running.num_forks for running in self._queues.running)
         while self._queues.waiting:
