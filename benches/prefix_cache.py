@@ -134,7 +134,7 @@ def main() -> None:
         gain(llm, shared, args.repetitions, args.shared_len, args.max_tokens) for shared in (0.0, 0.5, 0.99)
     ]
     lines = [
-        f"nothing hits: {cost['percent']:+.2f}% [{cost['low']:+.2f}, {cost['high']:+.2f}], {args.pairs} pairs",
+        f"no hits: {cost['percent']:+.2f}% [{cost['low']:+.2f}, {cost['high']:+.2f}], {args.pairs} pairs",
         f"  bookkeeping alone: {cost['bookkeeping_percent']:+.3f}% of the run",
         f"{'in common':>10}{'computed':>10}{'with, tok/s':>13}{'without':>9}{'gain':>7}",
     ]

@@ -8,23 +8,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from .batch_manager import BatchManager
 from .beam_search import BeamSearch, BeamSearchParams
 from .chat_template import ChatTemplate
-from .dense_batch import DenseBatchManager
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .kv_pool import DTYPES, KVPool
 from .loader import load_model
-from .model import Model
+from .managers import make_manager
 from .output_processor import RequestState, found_by
 from .outputs import BeamSearchOutput, RequestOutput, TextDelta
 from .paged_attention import BlockAllocator, BlockTable
-from .paged_batch import PagedBatchManager
 from .paged_kernel import PagedContext, Span, pack_batch
-from .policies import NoPreemption, NoPrefixSharing, Policies
-from .preemption import RecomputeNewestFirst
-from .prefix_sharing import PrefixSharing
 from .sampling_params import SamplingParams
 from .sequence import completion_ids
 from .tokenizer import Tokenizer
@@ -48,7 +42,8 @@ class LLM:
         self.model_name, self.model_path, self.model, self.tokenizer = load_model(model)
         self.model_config = self.model.config
         self.chat_template = _chat_template(self.tokenizer)
-        self.core = _build_core(self)
+        manager = make_manager(self.engine_config, self.model)
+        self.core = EngineCore(manager, self.model_config.eos_token_ids, self.engine_config.seed)
         self._request_ids = map(str, count())
         self._live: dict[str, RequestState] = {}
 
@@ -224,47 +219,6 @@ def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     if source is None:
         return None
     return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
-
-
-def _build_core(llm: LLM) -> EngineCore:
-    """The engine for a loaded model, from its configuration."""
-    config, model = llm.engine_config, llm.model
-    make = _dense_manager if config.batching == "dense" else _paged_manager
-    return EngineCore(make(config, model), model.config.eos_token_ids, config.seed)
-
-
-def _paged_manager(config: EngineConfig, model: Model) -> BatchManager:
-    dtype = DTYPES[config.kv_cache_dtype]
-    return PagedBatchManager(
-        config.pool_blocks(model.config, dtype.size),
-        config.block_size,
-        config.max_num_seqs,
-        model=model,
-        max_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.model_len(model.config),
-        kv_dtype=dtype,
-        policies=_policies(config),
-        min_pages=config.min_num_blocks,
-    )
-
-
-def _policies(config: EngineConfig) -> Policies:
-    """Who gives way, and who shares."""
-    return Policies(
-        preemption=RecomputeNewestFirst() if config.preemption_mode == "recompute" else NoPreemption(),
-        prefix=PrefixSharing if config.enable_prefix_caching else NoPrefixSharing,
-    )
-
-
-def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
-    dtype = DTYPES[config.kv_cache_dtype]
-    return DenseBatchManager(
-        config.dense_slots(model.config, dtype.size),
-        config.model_len(model.config),
-        model=model,
-        max_batched_tokens=config.max_num_batched_tokens,
-        kv_dtype=dtype,
-    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
