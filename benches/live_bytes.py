@@ -50,7 +50,7 @@ def main() -> None:
                 "requests": (hundred + 1) * 100,
                 "refused": refused,
                 "live_bytes": mx.get_active_memory(),
-                "free_blocks": stats.num_free_blocks,
+                "free_blocks": stats.num_free_blocks + stats.num_cached_blocks,
                 "preemptions": stats.num_preemptions,
             }
         )

@@ -29,6 +29,7 @@ def test_the_defaults_are_vllms() -> None:
         "logit_bias": None,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
+        "cache_salt": "",  # of the prompt there
     }
     assert dataclasses.asdict(SamplingParams()) == expected
 
