@@ -25,7 +25,13 @@ SMALL = {
     "naive": ["--users", "3", "--num-heads", "2", "--head-dim", "8"],
     "dynamic": ["--pool", "160", "--requests", "400", "--seeds", "1"],
     "paged": ["--users", "2", "--seeds", "20"],
+    "beams": ["--prompt-len", "20", "--output-len", "4"],
+    "slots": ["--tokens", "64", "--sequences", "3", "--repetitions", "1"],
+    "sparse": ["--longest", "512", "--num-heads", "2", "--head-dim", "8", "--repetitions", "1"],
+    "prefix": ["--users", "2", "--prompt-len", "32", "--crowd", "5", "--system-prompt", "100"],
+    "summary": ["--caches", "4", "--max-seq-len", "1024", "--common", "40", "--turnover", "200"],
 }
+RUN_THE_MODEL = ("trap", "beams", "prefix")
 Run = Callable[[list[str]], int]
 
 
@@ -58,7 +64,7 @@ def lab(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Labs:
 
     @cache
     def ran(name: str) -> Ran:
-        if name == "trap" and not tiny_llm_kernels.available():
+        if name in RUN_THE_MODEL and not tiny_llm_kernels.available():
             pytest.skip(f"the model would take long: {tiny_llm_kernels.why_unavailable()}")
         picture = folder / f"{name}.svg" if find_spec("matplotlib") else None
         plot = [] if picture is None else ["--plot", str(picture)]
@@ -225,3 +231,128 @@ def test_paged_refuses_exactly_where_too_few_blocks_are_free(lab: Labs) -> None:
     assert fewer["refused"]["measured"] == fewer["pools"]
     assert enough["pools"] + fewer["pools"] == 20
     assert 0 < enough["no_run"] <= enough["pools"]
+
+
+def test_beams_share_at_least_the_prompt_and_copy_where_they_part(lab: Labs) -> None:
+    """20 tokens fill one block of 16, and 3 more never fill the second: nobody can share more or less.
+
+    While the first of the 4 tokens is found one beam is in 2 blocks; then three times each beam is.
+    """
+    for row in lab("beams").rows(0):
+        width = row["width"]
+        saved = 3 * (width - 1) / (2 + 3 * width * 2)
+        assert row["least"] == row["most"] == pytest.approx(saved)
+        assert row["saved"] == {"predicted": pytest.approx(saved), "measured": pytest.approx(saved)}
+        assert row["copies"]["predicted"] == row["copies"]["measured"]
+        assert width - 1 <= row["copies"]["measured"] <= 3 * (width - 1)
+
+
+def test_beams_are_the_same_without_sharing_and_cost_every_token_again(lab: Labs) -> None:
+    """Four beams after 20 tokens, 4 more: all of them again each time, or those of the last block."""
+    inside, cached, plain = lab("beams").rows(1)
+    assert [row["equal"] for row in (inside, cached, plain)] == [{"predicted": 4, "measured": 4}] * 3
+    tokens = (20 + 4 * 3, 20 + 4 * (5 + 6 + 7), 20 + 4 * (21 + 22 + 23))
+    for row, count in zip((inside, cached, plain), tokens, strict=True):
+        assert row["computed"] == {"predicted": count, "measured": count}
+
+
+def test_slots_are_worked_out_as_arrays_have_them(lab: Labs) -> None:
+    """Token 25 of blocks 23, 64, 87: the tenth of block 64, behind 64 blocks of 16, or of 16 pairs."""
+    slots = [row["slot"] for row in lab("slots").rows(0)]
+    expected = [64 * 16 + 9, (64 * 16 + 9) * 2, (64 * 16 + 9) * 2 + 1, 64 * 16 + 9]
+    assert expected[1] == 2066
+    assert slots == [{"predicted": slot, "measured": slot} for slot in expected]
+
+
+def test_slots_gather_what_reading_token_by_token_does(lab: Labs) -> None:
+    rows = lab("slots").rows(1)
+    assert [row["tokens"] for row in rows] == [8, 16, 32, 64]
+    assert all(row["equal"] == {"predicted": row["tokens"], "measured": row["tokens"]} for row in rows)
+
+
+def test_sparse_reads_the_tokens_of_the_last_blocks_and_none_behind(lab: Labs) -> None:
+    """Oracle: the positions up to the token whose block is one of the last four, with 64 bytes each."""
+    rows = lab("sparse").rows(0)
+    assert [row["position"] for row in rows] == [63, 127, 255, 500, 511]
+    for row in rows:
+        at = row["position"]
+        read = sum(at // 16 - 4 < position // 16 for position in range(at + 1))
+        assert row["full"] == {"predicted": at + 1, "measured": at + 1}
+        assert row["window"] == {"predicted": read, "measured": read}
+        assert row["bytes"] == {"predicted": 64 * read, "measured": 64 * read}
+    assert rows[3]["window"]["measured"] == 53
+
+
+def test_sparse_counts_causal_pairs_alone(lab: Labs) -> None:
+    """Oracle: all pairs of 8 blocks, those kept that do not look ahead, nor further back than 3."""
+    full, window = lab("sparse").rows(1)
+    pairs = [(query, read) for query in range(8) for read in range(8) if read <= query]
+    near = [(query, read) for query, read in pairs if query - read < 3]
+    assert (len(pairs), len(near)) == (36, 21)
+    assert full["pairs"] == {"predicted": len(pairs), "measured": len(pairs)}
+    assert window["pairs"] == {"predicted": len(near), "measured": len(near)}
+    assert window["saved"]["measured"] == pytest.approx(1 - 21 / 36)
+
+
+def test_prefix_computes_and_stores_what_is_shared_once(lab: Labs) -> None:
+    """Two prompts of 32 tokens with 0, 16 and 31 in common: of 31, 16 are a block, and 15 are copied."""
+    rows = lab("prefix").rows(0)
+    assert [(row["share"], row["cache"]) for row in rows] == [
+        (share, cache) for share in (0, 50, 99) for cache in ("off", "on")
+    ]
+    assert [row["computed"]["measured"] for row in rows] == [64, 64, 64, 64 - 16, 64, 64 - 31]
+    assert [row["blocks"]["measured"] for row in rows] == [4, 4, 4, 3, 4, 3]
+    for row in rows:
+        assert row["computed"]["predicted"] == row["computed"]["measured"]
+        assert row["blocks"]["predicted"] == row["blocks"]["measured"]
+
+
+def test_prefix_counts_the_pages_of_a_crowd(lab: Labs) -> None:
+    """Oracle: the lengths drawn here once more; 100 tokens fill 6 blocks, 12 fill 3 of 4."""
+    three, three_shared, five, five_shared = lab("prefix").rows(1)
+    assert three["blocks"] == {"predicted": 4 + 5 + 5, "measured": 4 + 5 + 5}
+    assert three_shared["blocks"] == {"predicted": 3 + 1 + 2 + 2, "measured": 3 + 1 + 2 + 2}
+    assert three_shared["saved"]["measured"] == pytest.approx(1 - 8 / 14)
+    draw = random.Random(0)
+    blocks = [(draw.randint(101, 200) + 15) // 16 for _ in range(5)]
+    assert five["prefix"]["measured"] == 5 * 6
+    assert five["blocks"]["measured"] == sum(blocks)
+    assert five_shared["prefix"]["measured"] == 6
+    assert five_shared["blocks"]["measured"] == sum(blocks) - 4 * 6
+
+
+def test_prefix_lets_in_as_many_users_as_have_pages(lab: Labs) -> None:
+    """Oracle: pages handed out user by user, of 2,048; a prompt and one token more, 6 blocks in common."""
+    draw = random.Random(0)
+    needed = [-(-(draw.randint(101, 500) + 1) // 16) for _ in range(327)]
+
+    def fitting(blocks: list[int], room: int) -> int:
+        users = 0
+        while blocks[users] <= room:
+            room -= blocks[users]
+            users += 1
+        return users
+
+    counts = [16, fitting(needed, 2048), fitting([blocks - 6 for blocks in needed], 2048 - 6)]
+    assert counts[1] > 64
+    found = [row["users"] for row in lab("prefix").rows(2)]
+    assert found == [{"predicted": count, "measured": count} for count in counts]
+
+
+def test_summary_holds_what_each_design_says_and_pages_hold_more_users(lab: Labs) -> None:
+    """4,096 tokens of room. The lengths 100 to 500 need 19.3 blocks on average, 17.3 with 2 in common."""
+    contiguous, side_by_side, anywhere, pages, shared = lab("summary").rows(0)
+    assert contiguous["users"] == {"predicted": 4, "measured": 4}
+    assert contiguous["waste"]["predicted"] == pytest.approx(1 - 300 / 1024)
+    assert contiguous["waste"]["measured"] == pytest.approx(1 - 300 / 1024, abs=0.05)
+    for key in ("waste", "in_use", "users"):
+        assert anywhere[key] == pages[key]
+    blocks = [-(-length // 16) for length in range(100, 501)]
+    mean, square = sum(blocks) / 401, sum(size * size for size in blocks) / 401
+    assert pages["waste"]["predicted"] == pytest.approx(1 - 300 / (16 * mean))
+    assert pages["users"]["predicted"] == pytest.approx((256 - square / mean / 2 + 0.5) / mean)
+    for row in (pages, shared):
+        assert row["waste"]["measured"] == pytest.approx(row["waste"]["predicted"], abs=0.01)
+        assert row["users"]["measured"] == pytest.approx(row["users"]["predicted"], rel=0.15)
+    assert contiguous["users"]["measured"] < side_by_side["users"] < pages["users"]["measured"]
+    assert pages["users"]["measured"] < shared["users"]["measured"]

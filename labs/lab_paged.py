@@ -1,0 +1,295 @@
+"""3.1: What pages waste, whether they ever refuse what would fit, and what taking one costs.
+
+Waste: the engine's own batch manager, without a model, under requests that come, grow and end, for blocks
+of 1 to 128 tokens. Lengths are exponential, with means like those of chat and instruction data: 161 tokens
+in and 338 out, 19 in and 58 out. Refusals: pools that were filled and half emptied, one for each seed. Cost:
+the time to take a block, by the size of the pool, beside a search for one.
+
+\b
+pdm run lab paged
+pdm run lab paged --users 64 --plot paged.svg
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from statistics import fmean
+from time import perf_counter
+from typing import Annotated, NamedTuple
+
+import typer
+from tiny_llm.dynamic_cache import GlobalAllocator
+
+from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, percent
+from tiny_llm import BlockAllocator, BlockTable, OutOfBlocksError, PagedBatchManager, SamplingParams
+
+BLOCK_SIZES = (1, 8, 16, 32, 64, 128)
+DECK = 64
+WARM_UP, MEASURED = 2, 3  # mean lifetimes of a request
+WANTED = 100  # blocks, of a pool that was half emptied
+POOLS = (1_000, 10_000, 100_000)
+TIMED = 16  # blocks taken, one by one
+
+
+class Workload(NamedTuple):
+    """Requests by their mean lengths in tokens; the lengths are dealt from decks that hold the distribution.
+
+    A deck has an exponential distribution's quantiles, so that a short run too has its mean.
+    """
+
+    name: str
+    mean_prompt: int
+    mean_output: int
+
+    @property
+    def prompts(self) -> list[int]:
+        """A deck of prompt lengths."""
+        return _deck(self.mean_prompt)
+
+    @property
+    def outputs(self) -> list[int]:
+        """A deck of output lengths."""
+        return _deck(self.mean_output)
+
+    @property
+    def mean_live(self) -> float:
+        """Tokens of a running request, averaged over steps; an output of n takes n steps, with 0 to n - 1."""
+        outputs = self.outputs
+        return fmean(self.prompts) + sum(n * (n - 1) / 2 for n in outputs) / sum(outputs)
+
+    def predict_waste(self, block_size: int) -> float:
+        """The last block is half empty on average: true where requests are much longer than a block."""
+        empty = (block_size - 1) / 2
+        return empty / (self.mean_live + empty)
+
+
+WORKLOADS = (Workload("chat", 161, 338), Workload("instructions", 19, 58))
+
+
+def measure(
+    progress: Progress,
+    users: Annotated[int, typer.Option(min=1, help="Requests at a time; when one ends, one comes.")] = 32,
+    seeds: Annotated[int, typer.Option(min=1, help="Pools that are filled and half emptied.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Source of everything that is drawn.")] = 0,
+) -> Result:
+    """Serve both workloads with every block size, fill and empty pools, take blocks."""
+    wastes = _wastes(users, seed, progress)
+    refills = [_refill(seed + i) for i in range(seeds)]
+    chat = {block_size: pairs[0].measured for block_size, pairs in wastes.items()}
+    short = {block_size: pairs[1].measured for block_size, pairs in wastes.items()}
+    enough = [refill for refill in refills if refill.is_enough]
+    refused = sum(refill.is_refused for refill in enough)
+    return Result(
+        title="Pages",
+        asks="What do blocks cost that may lie anywhere: in memory, in refusals, in time?",
+        tables=[_table_of_wastes(wastes), _table_of_refills(refills), _table_of_costs()],
+        conclusion=(
+            f"In blocks of 16, 32 and 128 tokens chats waste {percent(chat[16])}, {percent(chat[32])} and "
+            f"{percent(chat[128])}; instructions, which are short, {percent(short[16])} in blocks of 16. Of "
+            f"{len(enough)} requests for which enough blocks were free {refused} were refused."
+        ),
+        picture=_picture(wastes),
+    )
+
+
+# ---- Waste ----
+
+
+def _deck(mean: int) -> list[int]:
+    return [max(1, round(-mean * math.log(1 - (card + 0.5) / DECK))) for card in range(DECK)]
+
+
+def _deal(deck: list[int], draw: random.Random) -> Iterator[int]:
+    """The deck's lengths in random order, shuffled anew each time they are used up."""
+    while True:
+        yield from draw.sample(deck, len(deck))
+
+
+def _wastes(users: int, seed: int, progress: Progress) -> dict[int, list[Pair]]:
+    """By block size, for each workload: the share of the held blocks' room that has no token."""
+    found = {}
+    for done, block_size in enumerate(BLOCK_SIZES):
+        progress("paged: block sizes served:", done, len(BLOCK_SIZES))
+        found[block_size] = [
+            Pair(load.predict_waste(block_size), _serve(load, block_size, users, seed)) for load in WORKLOADS
+        ]
+    progress("paged", len(BLOCK_SIZES), len(BLOCK_SIZES))
+    return found
+
+
+def _serve(load: Workload, block_size: int, users: int, seed: int) -> float:
+    """The waste, summed over steps, of a manager that always has `users` requests to serve."""
+    draw = random.Random(seed)
+    prompts, outputs = _deal(load.prompts, draw), _deal(load.outputs, draw)
+    pages = users * -(-(max(load.prompts) + max(load.outputs)) // block_size)
+    manager = PagedBatchManager(pages, block_size, users, max_batched_tokens=pages * block_size)
+    room = tokens = come = 0
+    for step in range((WARM_UP + MEASURED) * load.mean_output):
+        while len(manager.running) + len(manager.waiting) < users:
+            manager.add_request([0] * next(prompts), str(come), SamplingParams(max_tokens=next(outputs)))
+            come += 1
+        ready = list(manager.process_batch())
+        if step >= WARM_UP * load.mean_output:
+            tables = [sequence.table for sequence in manager.running]
+            room += block_size * sum(len(table.blocks) for table in tables)
+            tokens += sum(table.num_tokens for table in tables)
+        manager.commit(dict.fromkeys(ready, 0))
+        for seq_id in ready:
+            sequence = manager.sequence(seq_id)
+            if len(sequence.outputs) == sequence.params.max_tokens:
+                manager.finish(seq_id)
+    return 1 - tokens / room
+
+
+def _table_of_wastes(wastes: dict[int, list[Pair]]) -> Table:
+    means = (f"{load.name}: {load.mean_live:.0f} tokens" for load in WORKLOADS)
+    return Table(
+        f"Memory wasted in last blocks; a request that runs has, on average, in {', in '.join(means)}",
+        [
+            Column("block_size", "block\n(tokens)"),
+            *(Column(load.name, load.name, percent) for load in WORKLOADS),
+        ],
+        [(block_size, *pairs) for block_size, pairs in wastes.items()],
+    )
+
+
+def _picture(wastes: dict[int, list[Pair]]) -> Picture:
+    lines = []
+    for place, load in enumerate(WORKLOADS):
+        pairs = {block_size: found[place] for block_size, found in wastes.items()}
+        predicted = [Point(block_size, pair.predicted) for block_size, pair in pairs.items()]
+        measured = [Point(block_size, pair.measured) for block_size, pair in pairs.items()]
+        name = f"{load.name} ({load.mean_prompt} in, {load.mean_output} out)"
+        lines += [Line(name, predicted, is_predicted=True), Line(name, measured)]
+    return Picture(
+        title="Memory wasted in partly filled last blocks",
+        x="block size (tokens)",
+        y="memory wasted",
+        lines=lines,
+        x_base=2,
+        y_is_share=True,
+    )
+
+
+# ---- Refusals ----
+
+
+class Refill(NamedTuple):
+    """A request for 100 blocks of a pool that was half emptied. longest_run: of its free blocks."""
+
+    is_enough: bool
+    is_refused: bool
+    longest_run: int
+
+
+def _refill(seed: int) -> Refill:
+    """200 blocks of 16 tokens: up to 15 users of 50 to 300 tokens come, 7 go, one comes who needs 100."""
+    draw, allocator = random.Random(seed), BlockAllocator(2 * WANTED)
+    tables: list[BlockTable] = []
+    for length in (draw.randint(50, 300) for _ in range(15)):
+        table = BlockTable(allocator, 16)
+        if table.blocks_to_append(length) <= allocator.num_free:
+            table.append_tokens(length)
+            tables.append(table)
+    draw.shuffle(tables)
+    for _ in range(7):
+        tables.pop().release()
+    held = {block for table in tables for block in table.blocks}
+    is_enough, is_refused = allocator.num_free >= WANTED, False
+    try:
+        BlockTable(allocator, 16).append_tokens(16 * WANTED)
+    except OutOfBlocksError:
+        is_refused = True
+    return Refill(is_enough, is_refused, _longest_run(set(range(allocator.num_blocks)) - held))
+
+
+def _longest_run(free: set[int]) -> int:
+    longest = run = 0
+    for block in range(2 * WANTED):
+        run = run + 1 if block in free else 0
+        longest = max(longest, run)
+    return longest
+
+
+def _table_of_refills(refills: list[Refill]) -> Table:
+    rows = []
+    for is_enough, name in ((True, f"{WANTED} or more"), (False, "fewer")):
+        found = [refill for refill in refills if refill.is_enough == is_enough]
+        scattered = sum(refill.longest_run < WANTED for refill in found)
+        refused = sum(refill.is_refused for refill in found)
+        rows.append((name, len(found), Pair(0 if is_enough else len(found), refused), scattered))
+    return Table(
+        f"A request for {WANTED} blocks of a pool of {2 * WANTED} that was filled and half emptied",
+        [
+            Column("free", "blocks free"),
+            Column("pools", "pools"),
+            Column("refused", "refused"),
+            Column("no_run", f"no run of {WANTED} free"),
+        ],
+        rows,
+    )
+
+
+# ---- Cost ----
+
+
+def _table_of_costs() -> Table:
+    """What does not search does not depend on the pool; what searches from the start does, in proportion."""
+    pages = {pool: _seconds_a_page(pool) for pool in POOLS}
+    runs = {pool: _seconds_a_run(pool) for pool in POOLS}
+    us, times = "{:,.2f}".format, "{:,.1f}".format
+    return Table(
+        f"Taking a block where all but the last {TIMED} are held: a page, or by a search for a free run",
+        [
+            Column("pool", "pool (blocks)"),
+            Column("page_us", "page\n(us)", us),
+            Column("page_times", "times that of\nthe smallest pool", times),
+            Column("search_us", "search\n(us)", us),
+            Column("search_times", "times that of\nthe smallest pool", times),
+        ],
+        [
+            (
+                pool,
+                1e6 * pages[pool],
+                Pair(1, pages[pool] / pages[POOLS[0]]),
+                1e6 * runs[pool],
+                Pair(pool / POOLS[0], runs[pool] / runs[POOLS[0]]),
+            )
+            for pool in POOLS
+        ],
+    )
+
+
+def _seconds_a_page(pool: int) -> float:
+    allocator = BlockAllocator(pool)
+    BlockTable(allocator, 1).append_tokens(pool - TIMED)
+
+    def take() -> Callable[[], None]:
+        table = BlockTable(allocator, 1)
+        for _ in range(TIMED):
+            table.append_tokens(1)
+        return table.release
+
+    return _best(take)
+
+
+def _seconds_a_run(pool: int) -> float:
+    allocator = GlobalAllocator(pool, 1, 1, 1)
+    allocator.alloc_contiguous(pool - TIMED)
+
+    def take() -> Callable[[], None]:
+        blocks = [allocator.alloc_contiguous(1)[0] for _ in range(TIMED)]
+        return lambda: allocator.free_blocks_ids(blocks)
+
+    return _best(take)
+
+
+def _best(take: Callable[[], Callable[[], None]], repetitions: int = 5) -> float:
+    """Seconds a block, the best of several runs; take: takes `TIMED` blocks, returns what gives them back."""
+    seconds = []
+    for _ in range(repetitions):
+        start = perf_counter()
+        give_back = take()
+        seconds.append(perf_counter() - start)
+        give_back()
+    return min(seconds) / TIMED

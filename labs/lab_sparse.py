@@ -1,0 +1,206 @@
+"""3.3: What a window of blocks saves: tokens read, bytes moved, time.
+
+A long sequence in one paged cache. At growing positions everything up to the token is read, and then the
+last few blocks alone (`read_sparse`); bytes are those of the arrays that came back. Counts the pairs of
+blocks, too, that a query's block reads from, over a whole sequence of few blocks.
+
+\b
+pdm run lab sparse
+pdm run lab sparse --window-blocks 8 --longest 8192 --plot sparse.svg
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Annotated, NamedTuple
+
+import mlx.core as mx
+import typer
+
+from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, as_bytes, percent
+from tiny_llm import PagedKVCache
+
+DTYPE = mx.bfloat16
+SEQ = "long"
+SHORTEST, EXAMPLE = 63, 500  # positions that are read at: the first, doubled again and again, and this one
+FEW_BLOCKS, FEW_WINDOW = 8, 3  # of the sequence whose block pairs are counted
+
+Read = Callable[[], tuple[mx.array, mx.array]]
+
+
+def measure(
+    progress: Progress,
+    longest: Annotated[
+        int,
+        typer.Option(min=SHORTEST + 1, help=f"Tokens of the sequence, read at {SHORTEST} and so on."),
+    ] = 4096,
+    window_blocks: Annotated[int, typer.Option(min=1, help="Blocks that a window has.")] = 4,
+    block_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens in a block.")] = 16,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads of keys and values.")] = 32,
+    head_dim: Annotated[int, typer.Option(min=1, help="Numbers in a head.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed reads of each kind.")] = 5,
+) -> Result:
+    """Fill a sequence, read it in both ways, count pairs of blocks."""
+    long = LongSequence.of(longest, window_blocks, block_size, (num_heads, head_dim))
+    doubled = range((longest // (SHORTEST + 1)).bit_length())
+    positions = {((SHORTEST + 1) << doublings) - 1 for doublings in doubled} | {min(EXAMPLE, longest - 1)}
+    found = []
+    for done, position in enumerate(sorted(positions)):
+        progress("sparse: positions read at:", done, len(positions))
+        found.append(long.compare(position, repetitions))
+    progress("sparse", len(positions), len(positions))
+    return Result(
+        title="A window of blocks",
+        asks="A token looks at its neighbours alone. What need not be read?",
+        tables=[_table_of_reads(long, found), _table_of_pairs()],
+        conclusion=_conclusion(long, found),
+        picture=_picture(long, found),
+    )
+
+
+class Reading(NamedTuple):
+    """What a read brought: tokens, bytes of keys and values, and the seconds that it took at best."""
+
+    tokens: int
+    nbytes: int
+    seconds: float
+
+
+class Compared(NamedTuple):
+    """Both reads at one position. agree: the window is what the full read ends with."""
+
+    position: int
+    full: Reading
+    window: Reading
+    agree: bool
+
+
+class LongSequence(NamedTuple):
+    """A cache with one sequence of random keys and values."""
+
+    cache: PagedKVCache
+    window_blocks: int
+    block_size: int
+    bytes_per_token: int
+
+    @classmethod
+    def of(cls, tokens: int, window_blocks: int, block_size: int, heads: tuple[int, int]) -> "LongSequence":
+        """heads: how many of keys and values, and the numbers of each."""
+        blocks = -(-tokens // block_size)
+        cache = PagedKVCache(blocks, block_size, *heads, DTYPE)
+        cache.allocate(SEQ, tokens)
+        noise = mx.random.normal((tokens, *heads), key=mx.random.key(0))
+        cache.pool.write(0, cache.build_flat_slot_mapping([(SEQ, tokens)]), noise, -noise)
+        return cls(cache, window_blocks, block_size, 2 * heads[0] * heads[1] * DTYPE.size)
+
+    def tokens_in_window(self, position: int) -> int:
+        """By definition: the window's blocks are full but the last, which is read up to the position."""
+        place, offset = divmod(position, self.block_size)
+        return min(place, self.window_blocks - 1) * self.block_size + offset + 1
+
+    def compare(self, position: int, repetitions: int) -> Compared:
+        """Read everything up to a position, and the window that ends there."""
+        cache, window = self.cache, self.window_blocks
+        full, keys = _read(lambda: cache.read_blocks(SEQ, 0, position + 1), repetitions)
+        sparse, tail = _read(lambda: cache.read_sparse(SEQ, position, window), repetitions)
+        same = mx.array_equal(keys[:, -tail.shape[1] :], tail)
+        return Compared(position, full, sparse, bool(same.item()))
+
+
+def _read(read: Read, repetitions: int) -> tuple[Reading, mx.array]:
+    """What a read brings, and its keys [Hkv, tokens, D]; once more than is timed, to warm up."""
+    keys, values = read()
+    seconds = []
+    for _ in range(repetitions):
+        start = perf_counter()
+        mx.eval(read())
+        seconds.append(perf_counter() - start)
+    return Reading(keys.shape[1], keys.nbytes + values.nbytes, min(seconds)), keys
+
+
+def _table_of_reads(long: LongSequence, found: list[Compared]) -> Table:
+    ms, rows = "{:,.2f}".format, []
+    for row in found:
+        everything, windowed = row.position + 1, long.tokens_in_window(row.position)
+        rows.append(
+            (
+                row.position,
+                Pair(everything, row.full.tokens),
+                Pair(windowed, row.window.tokens),
+                Pair(windowed * long.bytes_per_token, row.window.nbytes),
+                Pair(1 - windowed / everything, 1 - row.window.nbytes / row.full.nbytes),
+                1e3 * row.full.seconds,
+                1e3 * row.window.seconds,
+            )
+        )
+    return Table(
+        f"Read for a token: all up to it, or the last {long.window_blocks} blocks of {long.block_size}; "
+        f"{long.bytes_per_token:,} bytes a token",
+        [
+            Column("position", "token"),
+            Column("full", "all\n(tokens)"),
+            Column("window", "window\n(tokens)"),
+            Column("bytes", "window", as_bytes),
+            Column("saved", "saved", percent),
+            Column("full_ms", "all\n(ms)", ms),
+            Column("window_ms", "window\n(ms)", ms),
+        ],
+        rows,
+    )
+
+
+# ---- Pairs of blocks ----
+
+
+def _table_of_pairs() -> Table:
+    """Each block's last token reads whole blocks: as many as its block forms pairs with."""
+    blocks, window = FEW_BLOCKS, FEW_WINDOW
+    cache = PagedKVCache(blocks, 1, 1, 1)  # blocks of one token: it is their last
+    cache.allocate(SEQ, blocks)
+    full = Pair(
+        sum(place + 1 for place in range(blocks)),
+        sum(cache.read_blocks(SEQ, 0, place + 1)[0].shape[1] for place in range(blocks)),
+    )
+    sparse = Pair(
+        sum(min(place + 1, window) for place in range(blocks)),
+        sum(cache.read_sparse(SEQ, place, window)[0].shape[1] for place in range(blocks)),
+    )
+    saved = Pair(*(1 - some / every for some, every in zip(sparse, full, strict=True)))
+    return Table(
+        f"Pairs of a query's block and one that it reads, {blocks} blocks in all. {blocks} x {blocks} = "
+        f"{blocks**2} counts blocks that come later, too; {blocks} x {window} = {blocks * window} some that "
+        "would come before the first",
+        [Column("reads", "each block reads"), Column("pairs", "pairs"), Column("saved", "saved", percent)],
+        [("itself and all before", full, Pair(0, 0)), (f"the last {window}, itself included", sparse, saved)],
+    )
+
+
+def _conclusion(long: LongSequence, found: list[Compared]) -> str:
+    last, agree = found[-1], sum(row.agree for row in found)
+    return (
+        f"At token {last.position:,} a window of {long.window_blocks} blocks moves "
+        f"{as_bytes(last.window.nbytes)} instead of {as_bytes(last.full.nbytes)}, and takes "
+        f"{1e3 * last.window.seconds:.2f} ms instead of {1e3 * last.full.seconds:.2f}. What it reads is what "
+        f"reading all ends with, at {agree} of {len(found)} tokens."
+    )
+
+
+def _picture(long: LongSequence, found: list[Compared]) -> Picture:
+    mib = long.bytes_per_token / 2**20
+    ends = [row.position + 1 for row in found]
+    windows = [Point(row.position + 1, mib * long.tokens_in_window(row.position)) for row in found]
+    return Picture(
+        title=f"Keys and values read for one token, {long.bytes_per_token:,} bytes each",
+        x="tokens up to it",
+        y="read (MiB)",
+        lines=[
+            Line("all", [Point(end, mib * end) for end in ends], is_predicted=True),
+            Line("all", [Point(row.position + 1, row.full.nbytes / 2**20) for row in found]),
+            Line(f"last {long.window_blocks} blocks", windows, is_predicted=True),
+            Line(
+                f"last {long.window_blocks} blocks",
+                [Point(row.position + 1, row.window.nbytes / 2**20) for row in found],
+            ),
+        ],
+        x_base=2,
+        y_base=2,
+    )

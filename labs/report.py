@@ -1,0 +1,100 @@
+"""A lab's result for people and for programs: with settings, machine, and whose modules were measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from catalog import Lab
+from result import Cell, Column, Pair, Result, Table
+
+WIDTH_OF_A_FILE = 120
+
+
+class Report(NamedTuple):
+    """A lab, what it found, and what that was measured with."""
+
+    lab: Lab
+    result: Result
+    settings: Mapping[str, object]
+    machine: Mapping[str, object]
+    your_modules: Sequence[str]
+
+
+def as_json_object(report: Report) -> dict[str, object]:
+    """Everything but the picture, which shows what the tables have."""
+    found = report.result
+    return {
+        "lab": report.lab.name,
+        "day": report.lab.day,
+        "title": found.title,
+        "asks": found.asks,
+        "tables": [_table_as_json(table) for table in found.tables],
+        "conclusion": found.conclusion,
+        "settings": dict(report.settings),
+        "machine": dict(report.machine),
+        "your_modules": list(report.your_modules),
+    }
+
+
+def show(report: Report) -> None:
+    """Print a report, as wide as the terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH_OF_A_FILE)
+    found = report.result
+    console.print(Text(f"{found.title} (day {report.lab.day})", "bold"), Text(found.asks), sep="\n")
+    for table in found.tables:
+        console.print("", Text(table.title, "italic"), _grid(table), sep="\n")
+    console.print("", Text(found.conclusion, "bold"), "", sep="\n")
+    console.print(Text(_circumstances(report), "dim"))
+
+
+def _circumstances(report: Report) -> str:
+    yours = ", ".join(report.your_modules)
+    whose = (
+        f"your modules: {yours}; the others are the reference's" if yours else "all modules: the reference's"
+    )
+    settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in report.settings.items())
+    machine = report.machine
+    on = f"{machine['processor']}, MLX {machine['mlx']}, kernels: {machine['kernels']}"
+    return f"{whose}\nsettings: {settings}\nmachine: {on}"
+
+
+def _table_as_json(table: Table) -> dict[str, object]:
+    keys = [column.key for column in table.columns]
+    rows = [dict(zip(keys, map(_cell_as_json, row), strict=True)) for row in table.rows]
+    return {"title": table.title, "rows": rows}
+
+
+def _cell_as_json(cell: Cell) -> object:
+    return cell._asdict() if isinstance(cell, Pair) else cell
+
+
+def _grid(table: Table) -> Grid:
+    """The table as rich draws it; a column that has a pair is drawn as two, the prediction first."""
+    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn: list[list[str]] = []
+    for place, column in enumerate(table.columns):
+        cells = [row[place] for row in table.rows]
+        is_text = all(isinstance(cell, str) for cell in cells)
+        justify: Literal["left", "right"] = "left" if is_text else "right"
+        halves = Pair._fields if any(isinstance(cell, Pair) for cell in cells) else ("",)
+        for half in halves:
+            grid.add_column(f"{column.head}\n{half}".strip(), justify=justify, vertical="bottom")
+            drawn.append([_text(column, cell, half) for cell in cells])
+    for texts in zip(*drawn, strict=True):
+        grid.add_row(*texts)
+    return grid
+
+
+def _text(column: Column, cell: Cell, half: str) -> str:
+    """A cell, or that half of it, as it is drawn; what has no prediction shows none."""
+    if not isinstance(cell, Pair):
+        value: float | str = "" if half == "predicted" else cell
+    else:
+        value = cell.predicted if half == "predicted" else cell.measured
+    return value if isinstance(value, str) else column.form(value)
