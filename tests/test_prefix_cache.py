@@ -534,7 +534,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: 0 < len(self.texts) < 4)
     @rule(which=st.integers(0, 3))
     def fork(self, which: int) -> None:
+        """As the scheduler does: its full blocks have been kept by then."""
         text = self.pick(which)
+        self.keep_full_blocks(text)
         tokens = list(text.tokens)
         self.texts.append(Text(text.salt, tokens, text.table.fork(), text.stream.copy(), text.num_seen))
 

@@ -364,6 +364,39 @@ def one_prompt_three_ways() -> Lines:
         yield f"  {end}{llm.tokenizer.decode(sequence.outputs).splitlines()[0]}"
 
 
+def beams_on_shared_pages() -> Lines:
+    """3.2: four beams, what they are worth, and the pages that they share."""
+    from tiny_llm.beam_search import BeamSearchParams
+    from tiny_llm.llm import LLM
+
+    size, width = 8, 4
+    llm = LLM(block_size=size, num_blocks=96, max_num_seqs=width)
+    manager = llm.core.manager
+    text = "In the far hills there lived a dragon who was afraid of the dark. Every evening it asked the moon"
+    tokens = llm.tokenizer.encode(text)
+    params = BeamSearchParams(beam_width=width, max_tokens=32)
+    start = time.perf_counter()
+    search = llm.core.add_beam_search("one", tokens, params)
+    most = (0, 0)
+    while search.beams:
+        llm.core.step()
+        held = Counter(block for one in manager.running for block in one.table.physical_indices())
+        most = max(most, (held.total(), len(held)))
+    seconds = time.perf_counter() - start
+    yield f"the real model, a prompt of {len(tokens)} tokens, beams of width {width}: {seconds:.1f} s"
+    yield f"{text} ..."
+    for ended in search.ended:
+        said, count = llm.tokenizer.decode(list(ended.hypothesis.tokens)), len(ended.hypothesis.tokens)
+        shown = " ".join(said.split())
+        yield f"  {ended.score:6.3f} a token, {count:2} tokens, {ended.finish_reason:6}: ... {shown}"
+    yield (
+        f"at most {most[1]} blocks of {size} tokens for all beams; unshared it would be {most[0]}: "
+        f"{most[0] / most[1]:.1f} times as many"
+    )
+    free = manager.capacity.num_free + manager.capacity.num_cached
+    yield f"the search is over, and {free} of {manager.capacity.num_blocks} blocks can be had again"
+
+
 def slots_of_a_running_engine() -> Lines:
     """3.3: a view on the engine's own pages: addresses, a window, and what a batch's slots save."""
     from tiny_llm.llm import LLM
@@ -406,6 +439,37 @@ def slots_of_a_running_engine() -> Lines:
     )
 
 
+def one_long_system_prompt() -> Lines:
+    """3.4: three questions behind one long system prompt: what is computed, how soon an answer begins."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    subjects = ("sea", "moon", "weather", "rocks", "birds", "ships", "lamp", "stories", "harbour", "tides")
+    rules = (f"Rule {i}: when somebody asks about the {it}, be brief." for i, it in enumerate(subjects, 1))
+    system = {"role": "system", "content": f"You keep a lighthouse. {' '.join(rules)}"}
+    questions = ("Who are you?", "What is the moon?", "Why are there tides?")
+    chats = [[system, {"role": "user", "content": question}] for question in questions]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    yield f"the real model: the same system prompt of {len(system['content']):,} characters, three questions"
+    answers = []
+    for name, enabled in (("without prefix caching", False), ("with prefix caching", True)):
+        llm = LLM(num_blocks=256, max_num_seqs=4, enable_prefix_caching=enabled)
+        llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
+        outputs = [llm.chat(chat, params, use_tqdm=False)[0] for chat in chats]
+        answers.append([output.outputs[0].text for output in outputs])
+        yield f"{name}, one after the other:"
+        for question, output in zip(questions, outputs, strict=True):
+            total, ttft = len(output.prompt_token_ids), output.metrics.ttft
+            count = total - output.num_cached_tokens
+            yield f"  {question:20} {count:3} of {total} tokens computed; first token: {1000 * ttft:4.0f} ms"
+        llm.core.manager.prefix.evict(256)
+        together = llm.chat(chats, params, use_tqdm=False)
+        answers.append([output.outputs[0].text for output in together])
+        count = sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in together)
+        yield f"  all three at once, from an empty cache: {count} tokens computed"
+    yield f"the same answers every time: {all(answer == answers[0] for answer in answers)}; {answers[0][0]!r}"
+
+
 TRIES: dict[str, Callable[[], Lines]] = {
     "1.1": attention,
     "1.2": rotary,
@@ -422,7 +486,9 @@ TRIES: dict[str, Callable[[], Lines]] = {
     "2.6": a_steps_budget,
     "2.7": continuous_batching,
     "3.1": one_prompt_three_ways,
+    "3.2": beams_on_shared_pages,
     "3.3": slots_of_a_running_engine,
+    "3.4": one_long_system_prompt,
 }
 
 

@@ -189,6 +189,31 @@ def _block_tables() -> Work:
     return work
 
 
+def _paged_step() -> Work:
+    """A chunk of 64 tokens beside 8 decodes: written to scattered pages, attended to among 2,000 more."""
+    from tiny_llm.paged_attention import BlockAllocator, BlockTable
+    from tiny_llm.paged_kernel import Span, pack_batch, write_and_attend
+
+    allocator = BlockAllocator(192)
+    tables = [BlockTable(allocator, 16) for _ in range(9)]
+    for row, table in ((i % 9, tables[i % 9]) for i in range(16 * 9)):
+        table.append_tokens(16 if row else 14)
+    tables[0].append_tokens(64)
+    spans = [
+        Span(table, table.num_tokens - (1 if row else 64), table.num_tokens)
+        for row, table in enumerate(tables)
+    ]
+    batch = pack_batch(spans)
+    q, k, v = _random(1, 9, 72, 64), _random(1, 3, 72, 64), 2 * _random(1, 3, 72, 64)
+    past = _random(192, 3, 16, 64)
+
+    def work() -> mx.array:
+        written = write_and_attend(q, k, v, past + 0, 2 * past, batch, 0.125)
+        return mx.concatenate([written.out.flatten(), written.keys[::16].flatten()])
+
+    return work
+
+
 def _paged_cache() -> Work:
     """256 tokens of 4 sequences stored in pages one by one; then read by range, by window and by slot."""
     from tiny_llm.paged_cache import PagedKVCache
@@ -213,6 +238,35 @@ def _paged_cache() -> Work:
     return work
 
 
+def _prefix_cache() -> Work:
+    """400 prompts of 96 tokens that begin in eight ways, in a pool that fills up: the bookkeeping alone."""
+    from tiny_llm.paged_attention import BlockAllocator, BlockTable
+    from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
+
+    prompts = [[*range(i % 8, i % 8 + 64), *range(1000 + i % 150, 1032 + i % 150)] for i in range(400)]
+
+    def work() -> mx.array:
+        allocator = BlockAllocator(256)
+        cache = PrefixCache(allocator, 16)
+        found = []
+        for prompt in prompts:
+            stream, table = TokenBlocks(16), BlockTable(allocator, 16)
+            stream.extend(prompt)
+            for block in cache.match(stream, 0, 5):
+                cache.share(table, block, 16)
+            found.append(table.num_tokens)
+            missing = 6 - len(table.blocks)
+            cache.evict(missing - allocator.num_free)
+            table.append_tokens(96 - table.num_tokens)
+            cache.keep(table, stream, 6 - missing, 6)
+            blocks = list(table.blocks)
+            table.release()
+            cache.released(blocks)
+        return mx.array([*found, len(cache), cache.num_idle, allocator.num_free])
+
+    return work
+
+
 WORK: dict[str, Callable[[], Work]] = {
     "1.1": _attention,
     "1.2": _rope,
@@ -229,7 +283,9 @@ WORK: dict[str, Callable[[], Work]] = {
     "2.6": _share_budget,
     "2.7": _dense_batch,
     "3.1": _block_tables,
+    "3.2": _paged_step,
     "3.3": _paged_cache,
+    "3.4": _prefix_cache,
 }
 
 

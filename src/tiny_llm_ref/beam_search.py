@@ -22,7 +22,8 @@ class BeamSearchParams:
 
     beam_width: hypotheses that live at once, and that are returned. max_tokens: longest output.
     ignore_eos: go on after end-of-sequence tokens. length_penalty: a hypothesis's score is the sum of its
-    tokens' log-probabilities, divided by their number to this power; above 0 prefers longer texts.
+    tokens' log-probabilities, divided by their number to this power, from -10 to 10; above 0 prefers longer
+    texts.
     cache_salt: as in `SamplingParams`.
     """
 

@@ -90,10 +90,10 @@ def paged_attention_kernel(
 def _named_pages(tables: Seq[BlockTable], page_blocks: Mapping[int, PageBlock]) -> dict[int, PageBlock]:
     """The pages that the tables' tokens are in, each once, by block id."""
     pages: dict[int, PageBlock] = {}
-    for row, table in enumerate(tables):
+    for number, table in enumerate(tables):
         for block in _filled_blocks(table):
             if block not in page_blocks:
-                raise UnknownBlockError(f"table {row} names block {block}, which page_blocks has not")
+                raise UnknownBlockError(f"table {number} names block {block}, which page_blocks has not")
             pages[block] = page_blocks[block]
     return pages
 

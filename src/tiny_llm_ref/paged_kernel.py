@@ -88,12 +88,12 @@ def _compiled_read(
 def paged_attention(
     q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
 ) -> mx.array:
-    """Attend with q [1, H, T, D] to what is stored -> [1, H, T, D], in q's type; nothing is written.
+    """Attend with q [1, H, T, D] to what is stored -> [1, H, T, D]; nothing is written.
 
     keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D], perhaps of another type. A token
-    sees its own sequence's positions 0 .. its own, wherever their blocks lie; what else is in the blocks counts
-    for nothing. Query head h reads head h // (H / Hkv). The pool is read when the output is evaluated: let
-    that be before the next write.
+    sees its own sequence's positions 0 .. its own, wherever their blocks lie; nothing else in these counts.
+    Query head h reads head h // (H / Hkv). The pool is read when the output is evaluated: let that be before
+    the next write.
     """
     outputs, packed = [], 0
     for row, (_, start, stop) in enumerate(batch.spans):

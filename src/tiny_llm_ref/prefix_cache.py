@@ -18,7 +18,7 @@ from .paged_attention import BlockAllocator, BlockTable
 
 
 def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
-    """What stands for a full block and all before it: 32 bytes, in every process the same.
+    """What stands for a full block and all before it: 32 bytes, for the same text the same.
 
     parent: the hash of the block before, which stands for all before in its turn. tokens: the block's ids, a
     list or a tuple. SHA-256, so that nobody can make up another text with the same hash.
@@ -97,7 +97,7 @@ class PrefixCache:
         self._kept: dict[bytes, KeptBlock] = {}  # every kept block, by its hash
         self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # the idle ones, the first to go first
         self._hash_of: dict[int, bytes] = {}  # the hash of every kept block, by the block
-        self._newest_child: dict[tuple[bytes, int], bytes] = {}  # by parent and first token: a block's hash
+        self._newest_child: dict[tuple[bytes, int], bytes] = {}  # by parent and first token: a hash
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -130,8 +130,8 @@ class PrefixCache:
             kept = self._kept.get(digest)
             if kept is None:
                 self._add(digest, KeptBlock(own, stream.tokens[index], stream.parent(index)))
-            elif kept.block != own and kept.is_block(stream, index):
-                self._queue.pop(digest, None)
+            elif kept.is_block(stream, index):
+                self._queue.pop(self._hash_of[kept.block], None)
                 self._allocator.add_ref(kept.block)
                 self._allocator.free(own)
                 table.blocks[index] = kept.block
@@ -208,6 +208,7 @@ class PrefixCache:
         self._newest_child[kept.parent, kept.tokens[0]] = digest
 
     def _forget(self, digest: bytes) -> None:
+        """Give up one block, idle or in use: nobody finds it from now on."""
         kept = self._kept.pop(digest)
         self._queue.pop(digest, None)
         del self._hash_of[kept.block]

@@ -1,0 +1,483 @@
+"""PrefixSharing in the paged batch manager: what is found, what is computed, who waits, what is given up.
+
+What a step computes is counted on its plan; what is right is the same request alone and without sharing.
+"""
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import pytest
+from tiny_llm.engine_core import EngineCore, TokenOutput
+from tiny_llm.paged_attention import BlockTable
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
+from tiny_llm.preemption import RecomputeNewestFirst
+from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.step import Plan
+
+from promises import check_all_returned, check_pages
+from tiny_llm import prefix_cache
+from tiny_model import EOS, random_prompt, tiny_model
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=True)
+
+
+class Counted(PagedBatchManager):
+    """A batch manager that counts the tokens that each request computes, and the blocks that are copied."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.computed: Counter[str] = Counter()
+        self.num_copies = 0
+
+    def _schedule(self) -> Plan:
+        plan = super()._schedule()
+        for sequence, start, stop, copies in plan.chunks:
+            self.computed[sequence.request_id] += stop - start
+            self.num_copies += len(copies)
+        return plan
+
+
+def manager_of(
+    blocks: int = 40,
+    block_size: int = 4,
+    seats: int = 8,
+    *,
+    budget: int = 256,
+    real: bool = False,
+    preempts: bool = True,
+    shares: bool = True,
+) -> Counted:
+    """A manager that shares prefixes; with `real` one that computes, on the tiny model."""
+    policies = Policies(
+        preemption=RecomputeNewestFirst() if preempts else NoPreemption(),
+        prefix=PrefixSharing if shares else NoPrefixSharing,
+    )
+    return Counted(
+        blocks,
+        block_size,
+        seats,
+        model=tiny_model() if real else None,
+        max_batched_tokens=budget,
+        policies=policies,
+    )
+
+
+def cache_of(manager: PagedBatchManager) -> prefix_cache.PrefixCache:
+    assert isinstance(manager.prefix, PrefixSharing)
+    return manager.prefix.cache
+
+
+def step(manager: PagedBatchManager, token: int = 1) -> list[str]:
+    """A step, and a token for everybody who is ready; who has all of theirs ends."""
+    ready = list(manager.process_batch())
+    manager.commit(dict.fromkeys(ready, token))
+    for seq_id in ready:
+        if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
+            manager.finish(seq_id)
+    check_pages(manager)
+    return ready
+
+
+def run(manager: PagedBatchManager) -> None:
+    """Steps until everybody is served."""
+    for _ in range(10_000):
+        if not manager.has_work:
+            return
+        step(manager)
+    raise AssertionError("somebody is never served")
+
+
+def add(
+    manager: PagedBatchManager, name: str, prompt: Seq[int], max_tokens: int = 1, **params: object
+) -> None:
+    sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
+    assert manager.add_request(list(prompt), name, sampling)
+
+
+def answers(manager: PagedBatchManager, *prompts: Seq[int], **params: object) -> list[list[TokenOutput]]:
+    """What the engine answers to prompts that come together; each output in order."""
+    engine = EngineCore(manager, (EOS,), seed=5)
+    names = [f"{len(manager.computed)}:{i}" for i in range(len(prompts))]  # type: ignore[attr-defined]
+    got: dict[str, list[TokenOutput]] = {name: [] for name in names}
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.add_request(name, list(prompt), GREEDY if not params else SamplingParams(**params))  # type: ignore[arg-type]
+    while engine.has_work:
+        for output in engine.step():
+            got[output.request_id].append(output)
+        check_pages(manager)
+    return list(got.values())
+
+
+def said(outputs: Seq[TokenOutput]) -> list[tuple[object, ...]]:
+    """What must not depend on the cache: tokens, log-probabilities, and why it ended."""
+    return [(output.token, output.logprobs, output.finish_reason) for output in outputs]
+
+
+# What is found.
+
+
+@pytest.mark.parametrize("length", [16, 32, 48, 17, 31, 33, 47])
+def test_a_prompt_that_is_wholly_there_computes_its_last_token(length: int) -> None:
+    """nano-vllm 144: at a multiple of the block size nothing was left to compute."""
+    manager, prompt = manager_of(block_size=16), random_prompt(length, 1)
+    add(manager, "first", prompt, max_tokens=20)
+    run(manager)
+    add(manager, "again", prompt)
+    run(manager)
+    assert manager.computed["again"] == 1
+    assert manager.computed["first"] == length + 19
+
+
+@pytest.mark.parametrize("length", range(1, 20))
+def test_somebody_always_produces_the_logits(length: int) -> None:
+    """Blocks of 4: a part of fewer tokens than are worth a copy is computed again."""
+    manager, prompt = manager_of(), random_prompt(length, 1)
+    add(manager, "first", prompt)
+    run(manager)
+    add(manager, "again", prompt)
+    assert step(manager) == ["again"]
+    assert LEAST_WORTH_COPYING == 4
+    assert manager.computed["again"] == length - (length - 1) // 4 * 4
+
+
+def test_a_hit_within_a_block_is_copied_and_leaves_its_owner_untouched() -> None:
+    manager, prompt = manager_of(block_size=16, real=True), random_prompt(40, 1)
+    engine = EngineCore(manager, (EOS,))
+    engine.add_request("owner", prompt, SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
+    engine.step()
+    table = manager.sequence("owner").table
+    assert manager.pool is not None
+    before = [np.array(x) for layer in (0, 1) for x in manager.pool.read_blocks(layer, table.blocks[:2])]
+    other = [*prompt[:27], *random_prompt(6, 2)]
+    engine.add_request("other", other, GREEDY)
+    outputs = [output for _ in range(8) for output in engine.step() if output.request_id == "other"]
+    assert outputs[0].num_cached_tokens == 27, "a block of 16 and 11 tokens of the next"
+    assert manager.computed["other"] == 33 - 27 + 5
+    assert manager.num_copies == 1
+    after = [np.array(x) for layer in (0, 1) for x in manager.pool.read_blocks(layer, table.blocks[:2])]
+    assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
+    [alone] = answers(manager_of(block_size=16, real=True, shares=False), other)
+    assert said(outputs) == said(alone)
+
+
+def test_the_answer_is_the_same_from_a_warm_cache_as_from_a_cold_one() -> None:
+    warm = manager_of(80, real=True)
+    prompts = [random_prompt(30, 1)[:n] + random_prompt(9 - i, i + 2) for i, n in enumerate((30, 21, 22, 4))]
+    answers(warm, random_prompt(30, 1))
+    for prompt in (*prompts, prompts[0]):
+        [got] = answers(warm, prompt)
+        [alone] = answers(manager_of(80, real=True, shares=False), prompt)
+        assert said(got) == said(alone)
+        assert got[0].num_cached_tokens > 0
+    assert warm.prefix_stats.hits > 90
+
+
+def test_the_next_turn_of_a_chat_finds_the_prompt_and_the_answer_of_the_last() -> None:
+    manager, prompt = manager_of(real=True), random_prompt(10, 1)
+    [first] = answers(manager, prompt)
+    turn = [*prompt, *(output.token for output in first), *random_prompt(5, 2)]
+    [second] = answers(manager, turn)
+    assert second[0].num_cached_tokens == 12, "three blocks of 4: 10 tokens of the prompt, 2 of the answer"
+    assert said(second) == said(answers(manager_of(real=True, shares=False), turn)[0])
+
+
+def test_a_prompt_that_goes_on_differently_shares_what_is_the_same() -> None:
+    manager, prompt = manager_of(), random_prompt(20, 1)
+    add(manager, "first", prompt)
+    run(manager)
+    add(manager, "other", [*prompt[:13], 999, *prompt[14:]])
+    add(manager, "from the second token", prompt[1:])
+    run(manager)
+    assert manager.computed["other"] == 20 - 12
+    assert manager.computed["from the second token"] == 19
+
+
+def test_completions_of_one_request_share_what_its_leader_found() -> None:
+    manager, prompt = manager_of(), random_prompt(20, 1)
+    add(manager, "first", prompt)
+    run(manager)
+    add(manager, "three", prompt, n=3, max_tokens=9)
+    assert len(step(manager)) == 3
+    assert manager.computed["three"] == 4
+    assert [sequence.num_cached_tokens for sequence in manager.running] == [16, 16, 16]
+    run(manager)
+    check_all_returned(manager)
+
+
+# Who waits.
+
+
+@pytest.mark.parametrize("budget", [256, 16, 9, 4])
+def test_equal_prompts_that_come_together_are_computed_once(budget: int) -> None:
+    manager, prompt = manager_of(budget=budget, seats=4), random_prompt(22, 1)
+    for name in "abcd":
+        add(manager, name, prompt)
+    run(manager)
+    assert [manager.computed[name] for name in "abcd"] == [22, 2, 2, 2]
+    assert manager.prefix_stats == (4 * 22, 3 * 20)
+
+
+def test_prompts_that_begin_alike_wait_for_what_they_share_and_no_longer() -> None:
+    manager, shared = manager_of(budget=8), random_prompt(16, 1)
+    add(manager, "a", shared + random_prompt(8, 2))
+    add(manager, "b", shared + random_prompt(8, 3))
+    add(manager, "c", random_prompt(8, 4))
+    computed = []
+    for _ in range(4):
+        before = Counter(manager.computed)
+        step(manager)
+        computed.append(dict(manager.computed - before))
+    assert computed == [{"a": 8}, {"a": 8}, {"a": 8}, {"b": 8}], "who comes first is served first"
+    run(manager)
+    assert [manager.computed[name] for name in "abc"] == [24, 8, 8]
+
+
+def test_who_does_not_share_takes_the_place_of_who_waits() -> None:
+    manager, prompt = manager_of(budget=32), random_prompt(16, 1)
+    add(manager, "a", prompt)
+    add(manager, "b", prompt)
+    add(manager, "c", random_prompt(16, 2))
+    step(manager)
+    assert dict(manager.computed) == {"a": 16, "c": 16}
+
+
+def test_who_waits_goes_on_where_the_one_before_is_cancelled() -> None:
+    manager, prompt = manager_of(budget=8), random_prompt(24, 1)
+    add(manager, "a", prompt)
+    add(manager, "b", prompt)
+    step(manager)
+    assert dict(manager.computed) == {"a": 8}
+    manager.cancel("a")
+    run(manager)
+    assert manager.computed["b"] == 16
+
+
+def test_who_computed_the_same_all_the_same_ends_with_one_copy() -> None:
+    """Both prompts are shorter than a block, so nobody waits; their answers make the same blocks of them."""
+    manager = manager_of()
+    for name in "ab":
+        add(manager, name, [7, 7], max_tokens=8)
+    for _ in range(7):
+        step(manager)
+    tables = [sequence.table.blocks for sequence in manager.running]
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 2
+    assert manager.computed == {"a": 8, "b": 8}
+
+
+# Who does not look.
+
+
+def test_log_probabilities_of_the_prompt_are_computed_and_what_is_computed_is_kept() -> None:
+    manager, prompt = manager_of(real=True), random_prompt(21, 1)
+    [first] = answers(manager, prompt)
+    [second] = answers(manager, prompt, prompt_logprobs=1, temperature=0.0, max_tokens=6, logprobs=0)
+    assert second[0].num_cached_tokens == 0
+    assert second[0].prompt_logprobs is not None
+    assert len(second[0].prompt_logprobs) == 20
+    fresh = manager_of(real=True)
+    [cold] = answers(fresh, prompt, prompt_logprobs=1, temperature=0.0, max_tokens=6, logprobs=0)
+    assert second[0].prompt_logprobs == cold[0].prompt_logprobs
+    assert [output.token for output in first] == [output.token for output in cold]
+    [third] = answers(fresh, prompt)
+    assert third[0].num_cached_tokens == 20
+
+
+def test_salts_keep_tenants_apart() -> None:
+    manager, prompt = manager_of(), random_prompt(20, 1)
+    for name, salt in (("a", "one"), ("b", "two"), ("c", ""), ("a again", "one"), ("c again", "")):
+        add(manager, name, prompt, cache_salt=salt)
+        run(manager)
+    assert [manager.computed[name] for name in ("a", "b", "c")] == [20, 20, 20]
+    assert [manager.computed[name] for name in ("a again", "c again")] == [4, 4]
+
+
+def test_tenants_who_come_together_do_not_wait_for_each_other() -> None:
+    manager, prompt = manager_of(), random_prompt(20, 1)
+    for salt in ("one", "two"):
+        add(manager, salt, prompt, cache_salt=salt)
+    step(manager)
+    assert dict(manager.computed) == {"one": 20, "two": 20}
+
+
+# What is told.
+
+
+def test_the_cached_tokens_that_are_told_are_those_that_were_not_computed() -> None:
+    manager = manager_of()
+    prompts = [random_prompt(24, 1)[:n] + random_prompt(7, n) for n in (24, 17, 8, 3)]
+    for i, prompt in enumerate(prompts):
+        add(manager, str(i), prompt)
+        step(manager)
+        assert manager.prefix_stats.queries == sum(map(len, prompts[: i + 1]))
+    assert [manager.computed[str(i)] for i in range(4)] == [31, 8, 7, 10]
+    assert manager.prefix_stats.hits == 16 + 8
+
+
+def test_what_a_sequence_had_cached_is_told_after_a_preemption_as_before() -> None:
+    manager = manager_of(14, seats=2)
+    prompt = random_prompt(18, 1)
+    add(manager, "first", prompt)
+    run(manager)
+    add(manager, "old", random_prompt(8, 2), max_tokens=36)
+    add(manager, "new", prompt, max_tokens=20)
+    while not manager.num_preemptions:
+        assert manager.has_work
+        step(manager)
+    new = manager.sequence("new")
+    assert new.outputs
+    assert new.num_cached_tokens == 16
+    while new not in manager.running:
+        step(manager)
+    assert new.num_cached_tokens == 16
+    assert manager.prefix_stats.queries == 18 + 8 + 18, "a prompt is told once"
+
+
+def test_who_was_preempted_finds_its_own_blocks_again() -> None:
+    manager = manager_of(12, seats=2)
+    add(manager, "old", random_prompt(8, 2), max_tokens=8)
+    add(manager, "new", random_prompt(20, 3), max_tokens=8)
+    step(manager)
+    new = manager.sequence("new")
+    manager._scheduler._preempt(new)  # before pages are short, so that nothing of it has been given up
+    before = manager.computed["new"]
+    step(manager)
+    assert new in manager.running
+    assert manager.computed["new"] - before == new.num_tokens - 1 - 20
+    run(manager)
+    check_all_returned(manager)
+
+
+# What is given up.
+
+
+def test_a_pool_of_which_everything_is_kept_and_idle_still_admits() -> None:
+    manager = manager_of(8)
+    for i in range(2):
+        add(manager, str(i), random_prompt(16, i))
+        run(manager)
+    assert (manager.allocator.num_free, manager.prefix.num_idle) == (0, 8)
+    add(manager, "all of it", random_prompt(31, 9))
+    assert step(manager) == ["all of it"]
+    assert manager.computed["all of it"] == 31
+
+
+def test_what_was_given_up_is_computed_again_and_kept_again() -> None:
+    manager, prompt = manager_of(8, real=True), random_prompt(20, 1)
+    [cold] = answers(manager, prompt)
+    answers(manager, random_prompt(25, 2))
+    assert manager.prefix.num_idle == 7
+    [part] = answers(manager, prompt)
+    answers(manager, random_prompt(25, 3))
+    [again] = answers(manager, prompt)
+    assert said(part) == said(again) == said(cold)
+    assert 0 <= again[0].num_cached_tokens <= part[0].num_cached_tokens < 20
+
+
+def test_what_was_used_last_survives() -> None:
+    manager = manager_of(12)
+    for seed in (1, 2, 1, 3):
+        add(manager, f"{seed} {len(manager.computed)}", random_prompt(17, seed))
+        run(manager)
+    assert manager.computed["1 2"] == 1
+    for seed in (1, 2):
+        add(manager, f"again {seed}", random_prompt(17, seed))
+        run(manager)
+    assert manager.computed["again 1"] == 1
+    assert manager.computed["again 2"] > 1
+
+
+def test_an_idle_hit_is_not_counted_as_room_as_well() -> None:
+    """What a request shares is in use when its need is weighed: else there would be too few pages."""
+    manager = manager_of(8, preempts=False)
+    add(manager, "first", random_prompt(28, 1))
+    run(manager)
+    add(manager, "a", random_prompt(28, 1), max_tokens=4)
+    add(manager, "b", random_prompt(8, 2), max_tokens=4)
+    step(manager)
+    assert [sequence.seq_id for sequence in manager.running] == ["a"]
+    assert not manager.waiting[0].table.blocks
+    run(manager)
+    check_all_returned(manager)
+
+
+def test_who_finds_a_prefix_and_no_room_gives_it_back_and_waits() -> None:
+    manager = manager_of(10, preempts=False)
+    add(manager, "first", random_prompt(12, 1))
+    run(manager)
+    elsewhere = BlockTable(manager.allocator, 4)
+    elsewhere.append_tokens(24)
+    add(manager, "a", random_prompt(4, 2), max_tokens=8)
+    manager.process_batch()
+    add(manager, "b", random_prompt(12, 1), max_tokens=8)
+    manager.process_batch()
+    assert [sequence.seq_id for sequence in manager.waiting] == ["b"]
+    assert manager.sequence("b").num_cached_tokens == 0
+    assert manager.prefix.num_idle == 3
+    manager.cancel("a")
+    elsewhere.release()
+    run(manager)
+    assert manager.computed["b"] == 4 + 7
+    check_all_returned(manager)
+
+
+def test_five_hundred_and_twelve_requests_on_a_full_cache_are_all_served() -> None:
+    """nano-vllm 211, 233: preempted, admitted again with a hit, and crashed."""
+    manager = manager_of(64, seats=512, budget=512)
+    for i in range(512):
+        prompt = [*random_prompt(24, i % 7)[: 5 + i % 20], 1 + i % 3]
+        add(manager, str(i), prompt, max_tokens=20 + i % 30, n=1 + (i % 31 == 0))
+    ended = 0
+    for number in range(20_000):
+        ready = list(manager.process_batch())
+        manager.commit({seq_id: 1 + len(seq_id) + number % 3 + i for i, seq_id in enumerate(ready)})
+        for seq_id in ready:
+            if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
+                manager.finish(seq_id)
+                ended += 1
+        if number % 10 == 0:
+            check_pages(manager)
+        if not manager.has_work:
+            break
+    check_all_returned(manager)
+    assert ended == 512 + 17
+    assert manager.num_preemptions > 100
+    assert manager.prefix_stats.hits > 1000
+
+
+def test_clearing_while_requests_run_loses_nothing_but_the_hits() -> None:
+    manager, prompt = manager_of(real=True), random_prompt(20, 1)
+    engine, got = EngineCore(manager, (EOS,)), list[TokenOutput]()
+    engine.add_request("a", prompt, GREEDY)
+    engine.add_request("b", prompt, GREEDY)
+    for _ in range(3):
+        got += engine.step()
+    cache_of(manager).clear()
+    engine.add_request("c", prompt, GREEDY)
+    while engine.has_work:
+        got += engine.step()
+        check_pages(manager)
+    [alone] = answers(manager_of(real=True, shares=False), prompt)
+    for name in "abc":
+        assert said([output for output in got if output.request_id == name]) == said(alone)
+    assert manager.computed["c"] == 20 + 5
+    check_all_returned(manager)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3])
+def test_hashes_that_collide_change_no_answer(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    def short_hash(parent: bytes, tokens: Seq[int]) -> bytes:
+        return bytes([(sum(parent) + sum(tokens)) % 2**bits])
+
+    prompts = [random_prompt(20, 1)[:n] + random_prompt(5, n) for n in (20, 12, 9, 4, 20, 16)]
+    alone = [answers(manager_of(real=True, shares=False), prompt)[0] for prompt in prompts]
+    monkeypatch.setattr(prefix_cache, "block_hash", short_hash)
+    manager = manager_of(30, real=True)
+    for _ in range(2):
+        for prompt, expected in zip(prompts, alone, strict=True):
+            assert said(answers(manager, prompt)[0]) == said(expected)
+    for got, expected in zip(answers(manager, *prompts), alone, strict=True):
+        assert said(got) == said(expected)
