@@ -9,12 +9,14 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import pytest
 from tiny_llm.engine_core import EngineCore, TokenOutput
-from tiny_llm.paged_attention import BlockTable
+from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
 from tiny_llm.preemption import RecomputeNewestFirst
+from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
 from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan
 
 from promises import check_all_returned, check_pages
@@ -65,7 +67,7 @@ def manager_of(
     )
 
 
-def cache_of(manager: PagedBatchManager) -> prefix_cache.PrefixCache:
+def cache_of(manager: PagedBatchManager) -> PrefixCache:
     assert isinstance(manager.prefix, PrefixSharing)
     return manager.prefix.cache
 
@@ -266,6 +268,58 @@ def test_who_computed_the_same_all_the_same_ends_with_one_copy() -> None:
     assert tables[0] == tables[1]
     assert len(tables[0]) == 2
     assert manager.computed == {"a": 8, "b": 8}
+
+
+def sequence_of(
+    sharing: PrefixSharing, allocator: BlockAllocator, prompt: Seq[int], outputs: Seq[int], num_computed: int
+) -> PagedSequence:
+    """A sequence by itself, blocks of 4, so far computed and kept."""
+    sequence = PagedSequence(
+        seq_id="s",
+        request_id="s",
+        prompt=tuple(prompt),
+        params=SamplingParams(),
+        seed=0,
+        max_len=99,
+        outputs=list(outputs),
+        table=BlockTable(allocator, 4),
+        stream=TokenBlocks(4),
+    )
+    sequence.table.append_tokens(num_computed)
+    sequence.num_computed = num_computed
+    sharing.keep(sequence, 0)
+    return sequence
+
+
+@pytest.mark.parametrize(("known", "computed"), [(3, 0), (7, 4), (8, 8)])
+def test_a_block_that_is_not_known_to_its_end_is_waited_for_by_nobody(known: int, computed: int) -> None:
+    allocator = BlockAllocator(20)
+    sharing = PrefixSharing(allocator, 4)
+    assert sharing.next_block(sequence_of(sharing, allocator, range(known), [], computed)) is None
+
+
+@pytest.mark.parametrize("num_outputs", [0, 2, 4])
+@pytest.mark.parametrize(("known", "computed"), [(4, 0), (4, 3), (8, 4), (9, 6)])
+def test_who_waits_for_a_block_waits_for_prompt_and_outputs_alike(
+    num_outputs: int, known: int, computed: int
+) -> None:
+    allocator = BlockAllocator(20)
+    sharing, tokens, split = PrefixSharing(allocator, 4), range(known), known - num_outputs
+    sequence = sequence_of(sharing, allocator, tokens[:split], tokens[split:], computed)
+    stream = TokenBlocks(4)
+    stream.extend(range(8))
+    assert sharing.next_block(sequence) == stream.hashes[computed // 4]
+
+
+def test_nothing_is_shared_within_a_block() -> None:
+    allocator = BlockAllocator(20)
+    sharing = PrefixSharing(allocator, 4)
+    half = sequence_of(sharing, allocator, range(20), [], 6)
+    sequence_of(sharing, allocator, range(20), [], 20)
+    before = list(half.table.blocks)
+    sharing.adopt(half)
+    sharing.adopt_part(half)
+    assert (half.table.blocks, half.num_computed) == (before, 6)
 
 
 # Who does not look.
