@@ -1,8 +1,8 @@
 """What does prefix caching cost when nothing hits, and what does it gain when something does?
 
-Without hits: the same requests with random prompts, with the cache and without it, in pairs that take turns;
-the mean of the pairs' ratios and its 95% interval. Expected: under 1%. The interval of whole runs is as wide
-as a busy machine makes it, so the bookkeeping is timed alone as well: the same schedule without a model, with
+Without hits: the same requests with random prompts, by an engine with the cache and by one without it, which
+take turns step by step, so that a busy neighbour meets both; the mean of the pairs' ratios and its 95%
+interval. Expected: under 1%. The bookkeeping is timed alone as well: the same schedule without a model, with
 the cache and without, and the difference as a share of the whole run's time.
 
 With hits: prompts whose beginning all have in common, at 0, 50 and 99%: output tokens per second, and the
@@ -34,10 +34,15 @@ def core(llm: LLM | None, cached: bool, blocks: int) -> EngineCore:
     return EngineCore(manager, ())
 
 
-def serve(engine: EngineCore, prompts: Prompts, num_outputs: int) -> None:
-    """All requests at once, to their ends."""
+def request(engine: EngineCore, prompts: Prompts, num_outputs: int) -> None:
+    """Let all requests arrive."""
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=num_outputs))
+
+
+def serve(engine: EngineCore, prompts: Prompts, num_outputs: int) -> None:
+    """All requests at once, to their ends."""
+    request(engine, prompts, num_outputs)
     while engine.has_work:
         engine.step()
 
@@ -64,15 +69,29 @@ def random_prompts(llm: LLM, rng: random.Random, count: int, length: int, shared
     return [common + [rng.randrange(100, vocab) for _ in range(length - len(common))] for _ in range(count)]
 
 
-def pair(llm: LLM | None, prompts: Prompts, num_outputs: int, first: bool) -> dict[bool, float]:
-    """Seconds with the cache (True) and without it, the first one as asked."""
-    run = schedule if llm is None else serve
-    blocks = sum(-(-(len(prompt) + num_outputs) // BLOCK_SIZE) for prompt in prompts)
-    seconds = {}
-    for cached in (first, not first):
-        engine = core(llm, cached, blocks)
-        seconds[cached] = harness.timed(lambda: run(engine, prompts, num_outputs))  # noqa: B023
+def in_turns(llm: LLM, prompts: Prompts, num_outputs: int) -> dict[bool, float]:
+    """Seconds with the cache (True) and without it, of two engines that step in turns."""
+    engines = {cached: core(llm, cached, blocks_of(prompts, num_outputs)) for cached in (True, False)}
+    for engine in engines.values():
+        request(engine, prompts, num_outputs)
+    seconds = {True: 0.0, False: 0.0}
+    first = True
+    while engines[True].has_work:
+        for cached in (first, not first):
+            seconds[cached] += harness.timed(engines[cached].step)
+        first = not first
     return seconds
+
+
+def bookkeeping(prompts: Prompts, num_outputs: int, cached: bool) -> float:
+    """Seconds of the schedule alone."""
+    engine = core(None, cached, blocks_of(prompts, num_outputs))
+    return harness.timed(lambda: schedule(engine, prompts, num_outputs))
+
+
+def blocks_of(prompts: Prompts, num_outputs: int) -> int:
+    """Blocks for all requests at once."""
+    return sum(-(-(len(prompt) + num_outputs) // BLOCK_SIZE) for prompt in prompts)
 
 
 def cost_without_hits(llm: LLM, pairs: int, length: int, num_outputs: int) -> dict[str, float]:
@@ -81,8 +100,8 @@ def cost_without_hits(llm: LLM, pairs: int, length: int, num_outputs: int) -> di
     ratios, whole, extra = [], [], []
     for index in range(pairs + 1):
         prompts = random_prompts(llm, rng, SEATS, length)
-        seconds = pair(llm, prompts, num_outputs, first=index % 2 == 0)
-        alone = pair(None, prompts, num_outputs, first=index % 2 == 0)
+        seconds = in_turns(llm, prompts, num_outputs)
+        alone = {cached: bookkeeping(prompts, num_outputs, cached) for cached in (True, False)}
         if index:  # the first pair warms up
             ratios.append(math.log(seconds[True] / seconds[False]))
             whole.append(seconds[False])
@@ -103,9 +122,9 @@ def gain(llm: LLM, shared: float, repetitions: int, length: int, num_outputs: in
     speeds: dict[bool, list[float]] = {True: [], False: []}
     computed = 1.0
     blocks = SEATS * (-(-(length + num_outputs) // BLOCK_SIZE))
-    for _ in range(repetitions):
+    for repetition in range(repetitions):
         prompts = random_prompts(llm, rng, SEATS, length, shared)
-        for cached in (True, False):
+        for cached in (repetition % 2 == 0, repetition % 2 == 1):
             engine = core(llm, cached, blocks)
             seconds = harness.timed(lambda: serve(engine, prompts, num_outputs))  # noqa: B023
             speeds[cached].append(len(prompts) * num_outputs / seconds)
