@@ -919,6 +919,16 @@ def test_the_real_course_can_be_read() -> None:
     assert static_problems(here, read_syllabus(here.syllabus)) == []
 
 
+def test_the_message_of_every_blank_is_known_as_one() -> None:
+    """Days have more than nine tasks: `3.4.10` is one of them."""
+    from tiny_llm_course import provenance
+
+    here = House.here()
+    messages = [e.message for day in read_syllabus(here.syllabus).days for e in day.exercises]
+    assert any(message.startswith("3.4.10 ") for message in messages)
+    assert [message for message in messages if not provenance.OF_A_BLANK.match(message)] == []
+
+
 def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
     from tiny_llm_course.tries import TRIES
     from tiny_llm_course.work import WORK

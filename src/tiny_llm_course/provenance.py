@@ -17,7 +17,7 @@ import pytest
 from .outcome import OUTCOME_FILE, write_outcome
 
 BLANK = "blank"
-_OF_A_BLANK = re.compile(r"\d\.\d\.\d \S+: ")
+OF_A_BLANK = re.compile(r"\d\.\d\.\d+ \S+: ")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -44,7 +44,7 @@ def pytest_runtest_makereport(
     if raised is not None:
         _hide_reference(raised)
     report = yield
-    if isinstance(raised, NotImplementedError) and _OF_A_BLANK.match(str(raised)):
+    if isinstance(raised, NotImplementedError) and OF_A_BLANK.match(str(raised)):
         report.user_properties.append((BLANK, str(raised)))
     return report
 
