@@ -132,6 +132,7 @@ class Watched(PagedBatchManager):
         plan = super()._schedule()
         self.happened["steps"] += 1
         self.happened["the pool grew"] += self.allocator.num_blocks > size
+        assert all(chunk.start < chunk.stop for chunk in plan.chunks), "a chunk without a token"
         for sequence, start, *_ in plan.chunks:
             self.happened["prefix hits"] += start > had.get(sequence.seq_id, 0)
             self.happened["hits within a block"] += (

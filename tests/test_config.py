@@ -87,3 +87,15 @@ def test_the_longest_context_is_the_models_unless_it_is_made_shorter() -> None:
     assert EngineConfig(max_model_len=50).model_len(tiny_config()) == 50
     with pytest.raises(ConfigError, match=rf"max_model_len \({CONTEXT + 1}\).*{CONTEXT} tokens"):
         EngineConfig(max_model_len=CONTEXT + 1).model_len(tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_num_blocks": 9, "num_blocks": 8}, r"min_num_blocks \(9\) exceeds num_blocks \(8\)"),
+        ({"min_num_blocks": 2, "batching": "dense"}, r"min_num_blocks \(2\) is for a pool of pages"),
+    ],
+)
+def test_a_pool_that_cannot_begin_like_that_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_options(**options)

@@ -11,6 +11,7 @@ import pytest
 from tiny_llm.engine_core import EngineCore, TokenOutput
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.paged_queues import BeamStep
 from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
 from tiny_llm.preemption import RecomputeNewestFirst
 from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
@@ -19,7 +20,7 @@ from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan
 
-from promises import check_all_returned, check_pages
+from promises import Watched, check_all_returned, check_pages, policies
 from tiny_llm import prefix_cache
 from tiny_model import EOS, random_prompt, tiny_model
 
@@ -535,3 +536,24 @@ def test_hashes_that_collide_change_no_answer(monkeypatch: pytest.MonkeyPatch, b
             assert said(answers(manager, prompt)[0]) == said(expected)
     for got, expected in zip(answers(manager, *prompts), alone, strict=True):
         assert said(got) == said(expected)
+
+
+def test_beams_that_come_back_and_find_all_that_they_share_still_compute_a_token() -> None:
+    """What they share ends within a block that is kept: without a token left, a step would be empty."""
+    manager = Watched(32, 8, 4, policies=policies(preempts=True, prefix=True))
+    manager.add_request([1, 2, 3, 4], "r", SamplingParams(n=2, max_tokens=40), beam_search=True)
+    for token in range(10, 19):
+        [beam] = manager.process_batch()
+        manager.advance("r", [BeamStep(beam, token)])
+    [beam] = manager.process_batch()
+    manager.advance("r", [BeamStep(beam, 100), BeamStep(beam, 200)])
+    for token in range(20, 28):
+        manager.advance("r", [BeamStep(seq_id, token) for seq_id in list(manager.process_batch())])
+    tokens = {beam.seq_id: beam.tokens(0, beam.num_tokens) for beam in manager.running}
+    manager._scheduler._preempt(manager.running[0])
+    assert list(manager.process_batch()) == [], "only what both share is computed"
+    assert [beam.num_computed for beam in manager.running] == [13], "12 of 13 were found"
+    assert manager.happened["hits within a block"] == 1
+    assert sorted(manager.process_batch()) == ["r/0", "r/1"]
+    assert {beam.seq_id: beam.tokens(0, beam.num_computed) for beam in manager.running} == tokens
+    check_pages(manager)

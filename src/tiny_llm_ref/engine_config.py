@@ -62,9 +62,18 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence decodes one token a step"
             )
+        self._check_min_num_blocks()
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         _one_of("batching", self.batching, BATCHING)
+
+    def _check_min_num_blocks(self) -> None:
+        """Refuse a beginning that is larger than the whole, or of a pool that does not grow."""
+        least, most = self.min_num_blocks, self.num_blocks
+        if least is not None and self.batching == "dense":
+            raise ConfigError(f"min_num_blocks ({least}) is for a pool of pages: batching='dense' has none")
+        if least is not None and most is not None and least > most:
+            raise ConfigError(f"min_num_blocks ({least}) exceeds num_blocks ({most})")
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:

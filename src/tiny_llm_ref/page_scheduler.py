@@ -19,7 +19,7 @@ class PageScheduler:
     max_seqs: sequences that run at once, completions and beams to come included. max_tokens: in one step.
     max_blocks: what the pool may grow to; the allocator begins with as many or fewer.
 
-    Invariant: what is promised to those who run fits into the pages that are free, idle or not yet there.
+    Whoever is admitted finds the pages that the preemption policy promises him free, idle or not yet there.
     """
 
     def __init__(

@@ -104,8 +104,8 @@ class PagedSequence(Sequence):
 
     @property
     def num_shareable(self) -> int:
-        """Tokens, from the first, that another may have computed: all but the last, whose logits matter."""
-        return self.num_tokens - 1 if self.parked is None else self.parked.num_shared
+        """Tokens, from the first, that another may have computed: all but the last of those to compute."""
+        return self.num_computed + self.num_uncomputed - 1
 
     @property
     def is_at_edge(self) -> bool:
