@@ -79,10 +79,10 @@ class KVPool:
         sources = mx.array([copy.src for copy in copies])
         targets = mx.array([copy.dst for copy in copies])
         for arrays in (self._keys, self._values):
-            for layer in range(len(arrays)):
-                rows = arrays[layer][sources]
-                mx.eval(rows)
-                arrays[layer][targets] = rows
+            rows = [array[sources] for array in arrays]
+            mx.eval(rows)
+            for array, row in zip(arrays, rows, strict=True):
+                array[targets] = row
         self.evaluate()
 
     def write(self, layer: int, slots: mx.array, keys: mx.array, values: mx.array) -> None:

@@ -10,7 +10,7 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-LEAST_WORTH_COPYING = 4  # tokens of a block: below that, computing them costs no more than copying the block
+LEAST_WORTH_COPYING = 4  # tokens of a block; copying it costs as much as computing about two
 
 
 class PrefixSharing:
