@@ -21,16 +21,20 @@ from tiny_llm.beam_search import BeamSearch, BeamSearchParams
 from tiny_llm.compaction import compact_pages
 from tiny_llm.engine_core import EngineCore, TokenLogprobs
 from tiny_llm.errors import RequestTooLargeError
+from tiny_llm.layer_groups import LayerGroup, group_layers
+from tiny_llm.managers import sharing
 from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockCopy
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_queues import BeamStep
-from tiny_llm.policies import NoPrefixSharing, Policies
-from tiny_llm.preemption import RecomputeNewestFirst
+from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
+from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sequence import PagedSequence, completion_ids
+from tiny_llm.sequence import PagedSequence, SequenceState, completion_ids
+from tiny_llm.sliding_window import WindowedTable
 from tiny_llm.step import Plan, StepLogits
+from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 import tiny_llm_kernels
 from tiny_llm import compaction
@@ -43,7 +47,8 @@ def check_pages(manager: PagedBatchManager) -> None:
     """Free + referenced = total, and every reference is one table's or the prefix cache's: counted."""
     allocator = manager.allocator
     counted = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
-    tables = [sequence.table for sequence in [*manager.running, *manager.waiting]]
+    sequences = [*manager.running, *manager.waiting]
+    tables = [table for sequence in sequences for table in sequence.tables]
     held = Counter(block for table in tables for block in table.blocks)
     in_use = set(held)
     kept = manager.prefix.blocks
@@ -57,19 +62,53 @@ def check_pages(manager: PagedBatchManager) -> None:
         assert len(table.blocks) == -(-table.num_tokens // table.block_size), (
             "a table holds blocks for no token"
         )
-    for sequence in [*manager.running, *manager.waiting]:
-        assert sequence.num_computed == sequence.table.num_tokens, "a page for a token that is not computed"
-    assert all(not sequence.table.blocks for sequence in manager.waiting), "a waiting sequence holds pages"
+    for sequence in sequences:
+        assert sorted(sequence.blocks) == sorted(block for table in sequence.tables for block in table.blocks)
+        check_tables(sequence, manager._layout.groups)
+    assert all(not sequence.blocks for sequence in manager.waiting), "a waiting sequence holds pages"
     for leader in [*manager.running, *manager.waiting]:
         for beam in leader.parked.beams if leader.parked else ():
-            assert not beam.table.blocks, "a parked beam holds pages"
+            assert not beam.blocks, "a parked beam holds pages"
     check_prefix_order(manager)
+    check_host(manager)
+
+
+def check_host(manager: PagedBatchManager) -> None:
+    """Every reference to a host block belongs to one waiting sequence."""
+    space = manager._scheduler.swap_space
+    if space is None:
+        return
+    held: Counter[int] = Counter()
+    for sequence in manager.waiting:
+        assert (sequence.swapped is not None) == (sequence.state is SequenceState.SWAPPED)
+        for table in sequence.swapped.tables if sequence.swapped else ():
+            held.update(table.host_blocks)
+    assert all(sequence.swapped is None for sequence in manager.running), "who runs still waits for the host"
+    counted = [space.allocator.ref_count(block) for block in range(space.allocator.num_blocks)]
+    assert counted == [held[block] for block in range(len(counted))], "a host block that nobody waits for"
+    assert set(space._hash_of) <= set(held), "a host block is found that nobody holds"
+
+
+def check_tables(sequence: PagedSequence, groups: Seq[LayerGroup]) -> None:
+    """Every table ends with the last computed token, and begins with the block that a query can still see."""
+    for table, group in zip(sequence.tables, groups, strict=True):
+        start = table.start if isinstance(table, WindowedTable) else 0
+        assert sequence.num_computed == start + table.num_tokens, "a page for a token that is not computed"
+        visible = 0 if group.window is None else max(0, sequence.num_computed - group.window + 1)
+        assert start <= visible, "a page that the next query sees was let go"
+        assert visible < start + table.block_size or not table.blocks, "a page that no query sees is held"
 
 
 def check_prefix_order(manager: PagedBatchManager) -> None:
     """No idle block is given up after one that it hangs on, and a table's kept blocks have no gap."""
     if not isinstance(manager.prefix, PrefixSharing):
         return
+    for sequence in manager.running:
+        for table in sequence.tables:
+            are_kept = [block in manager.prefix.cache for block in table.blocks]
+            assert are_kept == sorted(are_kept, reverse=True), "a kept block after one that is not"
+    if isinstance(manager.prefix, WindowedPrefixSharing):
+        return  # what a window has passed goes first, and what hangs on it is good without it
     queue = manager.prefix.cache._queue
     in_use = {block for sequence in manager.running for block in sequence.table.blocks}
     place = {digest: i for i, digest in enumerate(queue)}
@@ -79,9 +118,6 @@ def check_prefix_order(manager: PagedBatchManager) -> None:
             assert parent.block in in_use or place[kept.parent] > place[digest], (
                 "a parent goes before its child"
             )
-    for sequence in manager.running:
-        are_kept = [block in set(manager.prefix.blocks) for block in sequence.table.blocks]
-        assert are_kept == sorted(are_kept, reverse=True), "a kept block after one that is not"
 
 
 def arrival_order(manager: PagedBatchManager, arrivals: Mapping[str, int]) -> list[tuple[int, str]]:
@@ -101,6 +137,8 @@ def check_all_returned(manager: PagedBatchManager) -> None:
     assert not manager.running
     assert not manager.waiting
     kept = len(manager.prefix.blocks)
+    space = manager._scheduler.swap_space
+    assert space is None or space.allocator.num_free == space.allocator.num_blocks, "host blocks are missing"
     assert manager.allocator.num_free + kept == manager.allocator.num_blocks, (
         "pages are missing after the last request"
     )
@@ -125,6 +163,7 @@ class Watched(PagedBatchManager):
         self._watch = watch
         self._watch_moves = watch_moves
         self._preempted, self._scheduler._preempt = self._scheduler._preempt, self._preempt
+        self._passed, self._scheduler._let_go = self._scheduler._let_go, self._let_go
 
     def _schedule(self) -> Plan:
         had = {sequence.seq_id: sequence.num_computed for sequence in self.running}
@@ -135,10 +174,15 @@ class Watched(PagedBatchManager):
         assert all(chunk.start < chunk.stop for chunk in plan.chunks), "a chunk without a token"
         for sequence, start, *_ in plan.chunks:
             self.happened["prefix hits"] += start > had.get(sequence.seq_id, 0)
+            self.happened["prefix hits under windows"] += (
+                start > had.get(sequence.seq_id, 0) and self._layout._has_windows
+            )
             self.happened["hits within a block"] += (
                 start > had.get(sequence.seq_id, 0) and start % self.block_size != 0
             )
         self.happened["copies on write"] += len(plan.copies)
+        self.happened["blocks swapped out"] += len(plan.swapped_out)
+        self.happened["blocks swapped in"] += len(plan.swapped_in)
         chunks = [chunk for chunk in plan.chunks if chunk.stop < chunk.sequence.num_tokens]
         self.happened["prompts cut into chunks"] += len(chunks)
         decodes = sum(chunk.stop - chunk.start == 1 and chunk.start > 0 for chunk in plan.chunks)
@@ -151,11 +195,17 @@ class Watched(PagedBatchManager):
         self.happened["forks"] += len(forked) - 1
         return forked
 
-    def _preempt(self, sequence: PagedSequence) -> None:
+    def _preempt(self, sequence: PagedSequence, plan: Plan) -> None:
         self.happened["preemptions"] += 1
         self.happened["preemptions of outputs"] += bool(sequence.outputs)
         self.happened["preemptions of beams"] += sequence.is_beam
-        self._preempted(sequence)
+        self._preempted(sequence, plan)
+        self.happened["sequences swapped out"] += sequence.swapped is not None
+
+    def _let_go(self, sequence: PagedSequence) -> None:
+        held = len(sequence.blocks)
+        self._passed(sequence)
+        self.happened["blocks that windows passed"] += held - len(sequence.blocks)
 
     def compact(self) -> int:
         shown: list[BlockCopy] = []
@@ -193,8 +243,8 @@ class Arrival:
 class Scenario:
     """Requests and the engine that they meet. `spare_blocks` come on top of what the largest one needs.
 
-    prefix: whether prefixes are cached. grows: whether the pool begins with one block. compacted_at: the
-    steps after which the pool is compacted.
+    prefix: whether prefixes are cached. swap_blocks: blocks on the host for what is preempted. grows: whether
+    the pool begins with one block. compacted_at: the steps after which the pool is compacted.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -206,6 +256,7 @@ class Scenario:
     instruction_set: str
     preempts: bool
     prefix: bool = False
+    swap_blocks: int = 0
     grows: bool = False
     compacted_at: tuple[int, ...] = ()
 
@@ -223,24 +274,35 @@ class Answer(NamedTuple):
     finish_reason: str | None
 
 
-def policies(preempts: bool, prefix: bool = False) -> Policies:
-    """Preemption by recompute, or none; prefix caching, or none."""
-    sharing = PrefixSharing if prefix else NoPrefixSharing
-    return Policies(RecomputeNewestFirst(), sharing) if preempts else Policies(prefix=sharing)
+EVERYTHING = (LayerGroup((0,)),)
 
 
-def smallest_pool(arrivals: tuple[Arrival, ...], block_size: int, max_seqs: int, preempts: bool) -> int:
+def policies(
+    preempts: bool, prefix: bool = False, groups: Seq[LayerGroup] = EVERYTHING, swap_blocks: int = 0
+) -> Policies:
+    """Preemption by recompute or swap, or none; prefix caching, or none."""
+    prefixes = sharing(groups) if prefix else NoPrefixSharing
+    return Policies(NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks)
+
+
+def smallest_pool(scenario: "Scenario", groups: Seq[LayerGroup]) -> int:
     """The fewest blocks with which the door lets every request in."""
     blocks = 1
-    for arrival in arrivals:
-        while not _admits(arrival, blocks, block_size, max_seqs, preempts):
+    for arrival in scenario.arrivals:
+        while not _admits(arrival, blocks, scenario, groups):
             blocks += 1
     return blocks
 
 
-def _admits(arrival: Arrival, blocks: int, block_size: int, max_seqs: int, preempts: bool) -> bool:
+def _admits(arrival: Arrival, blocks: int, scenario: "Scenario", groups: Seq[LayerGroup]) -> bool:
     manager = PagedBatchManager(
-        blocks, block_size, max_seqs, max_model_len=10_000, policies=policies(preempts)
+        blocks,
+        scenario.block_size,
+        scenario.max_seqs,
+        max_batched_tokens=max(scenario.max_tokens, scenario.max_seqs),
+        max_model_len=10_000,
+        policies=policies(scenario.preempts),
+        groups=groups,
     )
     try:
         _add(EngineCore(manager, (EOS,)), "probe", arrival)
@@ -318,6 +380,7 @@ def scenarios(
         instruction_set=draw(st.sampled_from(tiny_llm_kernels.instruction_sets())) if compiled else "",
         preempts=mood in ("crowded", "searching") or draw(st.sampled_from([True, True, False])),
         prefix=mood == "alike" or draw(st.booleans()),
+        swap_blocks=draw(st.sampled_from([0, 0, 1000, 1000, 7])),
         grows=draw(st.sampled_from([True, False, False])),
         compacted_at=draw(st.sampled_from([(), (), (2, 3, 9), tuple(range(0, 60, 2))])),
     )
@@ -411,16 +474,15 @@ def check_scenario(model: Model, scenario: Scenario) -> Counter[str]:
 
     Returns how often each event that matters happened, so that a test can show that they do.
     """
-    blocks = scenario.spare_blocks + smallest_pool(
-        scenario.arrivals, scenario.block_size, scenario.max_seqs, scenario.preempts
-    )
+    groups = group_layers(model.config.windows)
+    blocks = scenario.spare_blocks + smallest_pool(scenario, groups)
     manager = Watched(
         blocks,
         scenario.block_size,
         scenario.max_seqs,
         model=model,
         max_batched_tokens=max(scenario.max_tokens, scenario.max_seqs),
-        policies=policies(scenario.preempts, scenario.prefix),
+        policies=policies(scenario.preempts, scenario.prefix, groups, scenario.swap_blocks),
         min_pages=1 if scenario.grows else None,
     )
     with kernels_on(scenario.threads, scenario.instruction_set):
@@ -490,9 +552,8 @@ def _serve_alone(
     """A request by itself: a fresh engine, the prompt in one chunk, a roomy pool of common blocks."""
     arrival = Arrival(0, prompt, params)
     longest = len(prompt) + (params.max_tokens or 0)
-    manager = Watched(
-        longest * arrival.width, 16, arrival.width, model=model, max_batched_tokens=max(512, longest)
-    )
+    roomy = longest * arrival.width * len(group_layers(model.config.windows))
+    manager = Watched(roomy, 16, arrival.width, model=model, max_batched_tokens=max(512, longest))
     return _serve(manager, Scenario((arrival,), 16, 0, arrival.width, 512, 1, "", False))
 
 

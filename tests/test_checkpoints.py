@@ -16,10 +16,11 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.gguf_format import GGMLType
 from tiny_llm.kernels import twins
+from tiny_llm.linear import quantized_linear
 from tiny_llm.llm import LLM
 from tiny_llm.loader import read_checkpoint
+from tiny_llm.quantize import dequantize
 
 from tiny_checkpoints import (
     CONFIGS,
@@ -127,7 +128,7 @@ def test_every_type_of_gguf_that_ggml_can_write(kind: str, tmp_path: Path) -> No
     weights = random_weights(WIDE)
     path = write_gguf(tmp_path / "typed.gguf", WIDE, weights, kind)
     left = {name: dequantized(array, kind) if is_matrix(name) else array for name, array in weights.items()}
-    if kind in ("Q5_0", "Q5_1"):  # held in float16
+    if kind == "Q5_1":  # held in float16
         left = {
             name: a.astype(np.float16).astype(np.float32) if is_matrix(name) else a
             for name, a in left.items()
@@ -148,17 +149,35 @@ def random_blocks(kind: str, rows: int, inputs: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_k_quants_are_dequantized_by_ggmls_own_package(kind: str, tmp_path: Path) -> None:
+def test_k_quants_mean_what_ggmls_own_package_says(kind: str, tmp_path: Path) -> None:
     weights = random_weights(WIDE)
     name = "model.layers.1.mlp.down_proj.weight"
     blocks = random_blocks(kind, *weights[name].shape)
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
     path = write_gguf(tmp_path / "k.gguf", WIDE, {**weights, name: values}, raw={name: (blocks, kind)})
+    if kind == "Q4_K":  # stays quantized
+        assert_quantized_equals(path, {**weights, name: values}, tmp_path)
+        return
     rounded = values.astype(np.float16).astype(np.float32)  # how they are held
     assert compared(path, {**weights, name: rounded}, tmp_path) < TOLERANCE
 
 
-def test_q4_k_is_what_its_definition_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0"])
+def test_what_stays_quantized_is_the_same_numbers_bit_for_bit(kind: str) -> None:
+    """Oracle: ggml's own package; of the readable layout and of the packed one."""
+    if kind == "Q4_K":
+        blocks = random_blocks(kind, 48, 512)
+    else:
+        matrix = np.random.RandomState(7).standard_normal((48, 512)).astype(np.float32)
+        blocks = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType[kind])
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    _, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    found = ggml_blocks.QUANTIZED[kind](mx.array(blocks).reshape(48, -1, nbytes))
+    assert np.array_equal(np.array(dequantize(*found)), expected)
+    assert np.array_equal(np.array(quantized_linear(*found).rows(mx.arange(48))), expected)
+
+
+def test_q4_k_is_what_its_definition_says() -> None:
     """ggml's description of a block, written out: 8 groups of 32 with 6-bit scales and minimums."""
     [block] = random_blocks("Q4_K", 1, 256)
     d, dmin = block[:4].view("<f2").astype(np.float64)
@@ -173,9 +192,8 @@ def test_q4_k_is_what_its_definition_says(tmp_path: Path) -> None:
     for group in range(8):
         quants = block[16 + group // 2 * 32 :][:32] >> (group % 2 * 4) & 15
         expected += [d * scales[group] * q - dmin * minimums[group] for q in quants.astype(int)]
-    kind = GGMLType("Q4_K", 256, 144)
-    found = np.array(ggml_blocks.dequantized(mx.array(block[None]), kind).astype(mx.float32))[0]
-    assert np.allclose(found, expected, rtol=2**-10, atol=1e-6)
+    found = np.array(dequantize(*ggml_blocks.q4_k(mx.array(block[None, None]))))[0]
+    assert np.allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def quantized_folder(path: Path, quantization: dict[str, object], scale_type: mx.Dtype) -> Weights:

@@ -20,6 +20,47 @@ def test_query_heads_must_share_key_value_heads_evenly() -> None:
         tiny_config(num_key_value_heads=3)
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def test_each_layer_has_its_window_or_sees_everything() -> None:
+    assert tiny_config().windows == (None, None)
+    assert tiny_config(layer_types=(FULL, SLIDING), sliding_window=9).windows == (None, 9)
+    assert tiny_config(layer_types=(FULL, FULL)).windows == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 8}, r"sliding_window \(8\) needs layer_types"),
+        ({"layer_types": (FULL, SLIDING)}, r"'sliding_attention', which needs a sliding_window, not None"),
+        ({"layer_types": (SLIDING,), "sliding_window": 8}, r"layer_types must name 2 layers, not 1"),
+        ({"layer_types": (FULL, "local"), "sliding_window": 8}, r"layer_types 'local' is not supported"),
+        ({"layer_types": (FULL, SLIDING), "sliding_window": 0}, r"sliding_window must be .* from 1, not 0"),
+        ({"layer_types": (FULL, SLIDING), "sliding_window": 8.0}, r"sliding_window must be .*, not 8.0"),
+        ({"layer_types": (FULL, SLIDING), "sliding_window": True}, r"sliding_window must be .*, not True"),
+        ({"rope_local_theta": 0.0}, r"rope_local_theta must be a positive number, not 0.0"),
+        ({"query_pre_attn_scalar": -1.0}, r"query_pre_attn_scalar must be a positive number, not -1.0"),
+        ({"hidden_act": "relu"}, r"hidden_act must be one of silu, gelu_pytorch_tanh, not 'relu'"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**changes)
+
+
+def test_scores_are_scaled_by_the_head_unless_another_number_is_given() -> None:
+    assert tiny_config().attention_scale == 32**-0.5
+    assert tiny_config(query_pre_attn_scalar=24.0).attention_scale == 24**-0.5
+
+
+def test_sandwich_norms_are_parameters() -> None:
+    names = {name for name in tiny_config(sandwich_norm=True).parameter_shapes if ".1." in name}
+    norms = sorted(name.split(".")[3] for name in names if "layernorm" in name)
+    assert norms == sorted(f"{x}_layernorm" for x in tiny_config(sandwich_norm=True).layer_norms)
+    assert len(norms) == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [

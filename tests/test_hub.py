@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tiny_llm.hub import find_model
 
 from hub_stub import Hub, served
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf
+from tiny_llm import embedded
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
 ANSWER = """
@@ -148,6 +150,64 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
 
 def test_no_name_is_the_embedded_model() -> None:
     assert find_model(None) == embedded_model_path()
+
+
+def test_models_that_come_as_packages_have_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert find_model("smollm2") == embedded_model_path()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(embedded, "GEMMA3_PARTS", ("no_such_package",))
+    with pytest.raises(ModelFileError, match="gemma3-270m is not installed: run `pdm install -G windowed`"):
+        find_model("gemma3-270m")
+    (tmp_path / "tiny-llm").mkdir()
+    file = tmp_path / "tiny-llm" / embedded.GEMMA3_FILE
+    file.write_bytes(b"put together before")
+    assert find_model("gemma3-270m") == file
+    with pytest.raises(ModelFileError, match="or one of smollm2, gemma3-270m"):
+        find_model("gemma4")
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """Three files that are parts of one."""
+    paths = [tmp_path / f"part{number}" for number in range(3)]
+    for path, byte in zip(paths, b"abc", strict=True):
+        path.write_bytes(bytes([byte]) * 1_500_000)
+    return paths
+
+
+WHOLE = b"".join(bytes([byte]) * 1_500_000 for byte in b"abc")
+
+
+def test_parts_become_one_file_that_is_whole_from_the_start(tmp_path: Path, parts: list[Path]) -> None:
+    target = tmp_path / "cache" / "deeper" / "whole"
+    embedded.join_parts(parts, target, sha256(WHOLE).hexdigest())
+    assert target.read_bytes() == WHOLE
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_parts_of_something_else_leave_nothing_behind(tmp_path: Path, parts: list[Path]) -> None:
+    target = tmp_path / "cache" / "whole"
+    parts[1].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"expected {sha256(WHOLE).hexdigest()}"):
+        embedded.join_parts(parts, target, sha256(WHOLE).hexdigest())
+    with pytest.raises(FileNotFoundError):
+        embedded.join_parts([*parts, tmp_path / "missing"], target, sha256(WHOLE).hexdigest())
+    assert list(target.parent.iterdir()) == []
+
+
+def test_processes_that_join_parts_at_once_all_find_the_whole(tmp_path: Path, parts: list[Path]) -> None:
+    target = tmp_path / "cache" / "whole"
+    program = (
+        "import sys; from pathlib import Path; from tiny_llm.embedded import join_parts\n"
+        "*parts, target, expected = sys.argv[1:]\n"
+        "join_parts([Path(part) for part in parts], Path(target), expected)\n"
+        "print(len(Path(target).read_bytes()))"
+    )
+    command = [sys.executable, "-c", program, *map(str, parts), str(target), sha256(WHOLE).hexdigest()]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=60)[0].strip() for process in running] == [str(len(WHOLE))] * 4
+    assert target.read_bytes() == WHOLE
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_the_hub_is_not_imported_for_what_is_here() -> None:

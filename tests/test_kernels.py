@@ -6,6 +6,7 @@ Every test runs for each instruction set that this processor has. "Same bits" me
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from time import perf_counter
 
 import mlx.core as mx
 import numpy as np
@@ -330,8 +331,9 @@ class Pages:
         block_size: int = 16,
         dtype: mx.Dtype = mx.float32,
         seed: int = 0,
+        window: int | None = None,
     ) -> None:
-        self.block_size, self.size, self.scale = block_size, size, size**-0.5
+        self.block_size, self.size, self.scale, self.window = block_size, size, size**-0.5, window
         per_sequence = max(-(-length // block_size) for length in lengths)
         total = per_sequence * len(lengths) + 1
         order = np.random.default_rng(seed).permutation(total)[: total - 1]
@@ -355,7 +357,7 @@ class Pages:
             ].transpose(0, 2, 1, 3)
             for a in (self.q, self.k, self.v)
         )
-        where = mx.array(self.tables), mx.array(rows), mx.array(positions), self.scale
+        where = mx.array(self.tables), mx.array(rows), mx.array(positions), self.scale, self.window
         out, self.keys, self.values = kernels.write_and_attend(
             q, k, v, self.keys, self.values, mx.array(slots), *where
         )
@@ -366,14 +368,26 @@ class Pages:
         tokens = np.array(out)[0].transpose(1, 0, 2)
         return np.split(tokens, np.cumsum([c.count for c in chunks])[:-1])
 
+    def read(self, sequence: int, first: int, count: int) -> np.ndarray:
+        """What some tokens see of the pool as it is, without a write, [count, H, D]."""
+        q = mx.array(self.q[sequence][None, first : first + count]).transpose(0, 2, 1, 3)
+        rows = mx.full(count, sequence, dtype=mx.int32)
+        positions = mx.arange(first, first + count, dtype=mx.int32)
+        where = mx.array(self.tables), rows, positions, self.scale, self.window
+        out = kernels.paged_attention(q, self.keys, self.values, *where)
+        return np.array(out)[0].transpose(1, 0, 2)
+
 
 def attention_oracle(pages: Pages, sequence: int, dtype: mx.Dtype) -> np.ndarray:
-    """Causal attention of one whole sequence in float64 over K and V as the pool stores them."""
+    """Causal attention of one whole sequence, in the window, in float64 over K and V as stored."""
     stored = [np.array(mx.array(a[sequence]).astype(dtype).astype(mx.float32)) for a in (pages.k, pages.v)]
     q = pages.q[sequence].astype(np.float64)
     k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1).astype(np.float64) for a in stored)
     scores = np.einsum("thd,shd->hts", q, k) * pages.scale
-    scores[:, ~np.tri(len(q), dtype=bool)] = -np.inf
+    seen = np.tri(len(q), dtype=bool)
+    if pages.window is not None:
+        seen &= ~np.tri(len(q), k=-pages.window, dtype=bool)  # position - window and before
+    scores[:, ~seen] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -396,13 +410,13 @@ def test_attention_takes_any_head_size_and_grouping(heads: tuple[int, int], size
     np.testing.assert_allclose(out, attention_oracle(pages, 0, mx.float32), atol=2e-6)
 
 
-def one_token_at_a_time(dtype: mx.Dtype, heads: tuple[int, int], size: int) -> np.ndarray:
+def one_token_at_a_time(dtype: mx.Dtype, heads: tuple[int, int], size: int, window: int | None) -> np.ndarray:
     kernels.set_num_threads(1)
-    pages = Pages([70], heads=heads, size=size, dtype=dtype)
+    pages = Pages([70], heads=heads, size=size, dtype=dtype, window=window)
     return np.concatenate([pages.step(Chunk(0, t, 1))[0] for t in range(70)])
 
 
-@by_property(60)
+@by_property(100)
 @given(
     cuts=st.lists(st.integers(1, 69), max_size=4),
     neighbours=st.lists(st.integers(1, 40), max_size=3),
@@ -411,16 +425,20 @@ def one_token_at_a_time(dtype: mx.Dtype, heads: tuple[int, int], size: int) -> n
     dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
     heads=st.sampled_from([(9, 3), (4, 4), (8, 1)]),
     size=st.sampled_from([32, 32, 20]),
+    window=st.one_of(st.none(), st.integers(1, 70)),
     seed=st.integers(0, 1000),
 )
 def test_a_token_has_the_same_bits_however_it_is_served(
     cuts: list[int], neighbours: list[int], block_size: int, threads: int, dtype: mx.Dtype,
-    heads: tuple[int, int], size: int, seed: int,
+    heads: tuple[int, int], size: int, window: int | None, seed: int,
 ) -> None:  # fmt: skip
     """Any prefill chunks, neighbours in the step, block size, table order and number of threads."""
-    want = one_token_at_a_time(dtype, heads, size)
+    want = one_token_at_a_time(dtype, heads, size, window)
     kernels.set_num_threads(threads)
-    pages = Pages([70, *neighbours], heads=heads, size=size, dtype=dtype, block_size=block_size, seed=seed)
+    pages = Pages(
+        [70, *neighbours],
+        heads=heads, size=size, dtype=dtype, block_size=block_size, seed=seed, window=window,
+    )  # fmt: skip
     others = [Chunk(i + 1, 0, n) for i, n in enumerate(neighbours)]
     edges = [0, *sorted(set(cuts)), 70]
     got = [pages.step(*others, Chunk(0, begin, end - begin))[-1] for begin, end in pairwise(edges)]
@@ -512,6 +530,126 @@ def test_a_token_with_an_index_out_of_range_gets_nan_and_its_neighbour_does_not(
     assert np.isnan(np.array(out[:, :, 1])).all()
 
 
+# ---- attention over pages, in a window ----
+
+WINDOWS = [1, 2, 31, 32, 33, 64, 100]  # shorter than a tile of 32, longer, and longer than the sequence
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [16, 64, 80, 256])
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (4, 1)])
+def test_attention_in_a_window_agrees_with_float64(
+    heads: tuple[int, int], size: int, dtype: mx.Dtype
+) -> None:
+    """Oracle: float64 over the stored values, for each position of a sequence, window and block size."""
+    in_blocks = [Pages([75], heads=heads, size=size, dtype=dtype, block_size=n) for n in (1, 4, 16, 32)]
+    for window in WINDOWS:
+        in_blocks[0].window = window
+        want = attention_oracle(in_blocks[0], 0, dtype)
+        for pages in in_blocks:
+            pages.window = window
+            np.testing.assert_allclose(pages.step(Chunk(0, 0, 75))[0], want, atol=3e-6)
+
+
+@pytest.mark.parametrize("window", [1, 7, 32, 50])
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_chunks_and_decodes_in_one_step_see_their_own_windows(block_size: int, window: int) -> None:
+    """Oracle: float64, each sequence by itself."""
+    pages = Pages([150, 41, 97, 20], block_size=block_size, window=window)
+    pages.step(Chunk(0, 0, 60), Chunk(1, 0, 40), Chunk(2, 0, 96))
+    chunks = Chunk(1, 40, 1), Chunk(0, 60, 90), Chunk(2, 96, 1), Chunk(3, 0, 20)
+    for chunk, out in zip(chunks, pages.step(*chunks), strict=True):
+        want = attention_oracle(pages, chunk.sequence, mx.float32)
+        np.testing.assert_allclose(out, want[chunk.first : chunk.first + chunk.count], atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [100, 2**31 - 1, 2**31, 2**62])
+def test_a_window_as_long_as_the_sequence_changes_no_bit(window: int) -> None:
+    pages = Pages([100])
+    (want,) = pages.step(Chunk(0, 0, 100))
+    pages.window = window
+    assert np.array_equal(pages.step(Chunk(0, 0, 100))[0], want)
+
+
+@pytest.mark.parametrize("spoilt", [-1, -(2**31), 2**31 - 1, "not a number", "infinite"])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 32])
+def test_blocks_before_the_window_may_be_anything(block_size: int, spoilt: int | str) -> None:
+    """Oracle: the bits before the table was spoilt, with no blocks at all or a broken neighbour's."""
+    for window in WINDOWS[:-1]:
+        pages = Pages([120, 32], block_size=block_size, window=window)
+        pages.step(Chunk(0, 0, 120), Chunk(1, 0, 32))
+        for first, count in ((64, 1), (70, 1), (95, 25), (119, 1)):
+            want = pages.read(0, first, count)
+            out_of_reach = max(0, first - window + 1) // block_size
+            whole = pages.tables.copy()
+            if isinstance(spoilt, int):
+                pages.tables[0, :out_of_reach] = spoilt
+            else:
+                broken = float("nan") if spoilt == "not a number" else float("inf")
+                pages.keys[int(pages.tables[1, 0])] = pages.values[int(pages.tables[1, 0])] = broken
+                pages.tables[0, :out_of_reach] = pages.tables[1, 0]
+            assert np.array_equal(pages.read(0, first, count), want)
+            pages.tables = whole
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_a_row_sees_nothing_of_positions_outside_its_window(dtype: mx.Dtype, broken: float) -> None:
+    """One broken token: the rows that see it are broken, and all others keep their bits, in one run too."""
+    for window in (1, 5, 32, 33):
+        sound = Pages([100], dtype=dtype, window=window)
+        (want,) = sound.step(Chunk(0, 0, 100))
+        for position in (0, 30, 31, 32, 66):
+            pages = Pages([100], dtype=dtype, window=window)
+            pages.k[0][position] = pages.v[0][position] = broken
+            sees = np.zeros(100, dtype=bool)
+            sees[position : position + window] = True
+            (out,) = pages.step(Chunk(0, 0, 100))
+            assert np.array_equal(out[~sees], want[~sees])
+            assert not np.isfinite(out[sees]).any()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_in_a_window_a_token_has_the_same_bits_anywhere_in_its_sequence(window: int) -> None:
+    """Oracle: the same tokens near the beginning, moved by a multiple of 32, as tiles do not move."""
+    near = Pages([160], block_size=16, window=window)
+    near.step(Chunk(0, 0, 160))
+    want = near.read(0, 128, 20)
+    far = 32 * 100_000
+    tables = np.full((1, far // 16 + 10), -1, np.int32)
+    tables[:, -10:] = near.tables
+    q = mx.array(near.q[0][None, 128:148]).transpose(0, 2, 1, 3)
+    where = mx.array(tables), mx.zeros(20, mx.int32), mx.arange(far + 128, far + 148, dtype=mx.int32)
+    out = kernels.paged_attention(q, near.keys, near.values, *where, near.scale, window)
+    assert np.array_equal(np.array(out)[0].transpose(1, 0, 2), want)
+
+
+def test_a_decode_in_a_window_costs_the_window_and_not_the_context() -> None:
+    """Oracle: the same decode without a window, which visits 10,000 tiles for each that the window has."""
+    q, pool = mx.array(normal(1, 3, 1, 64)), mx.array(normal(1, 3, 32, 64))
+    position = 32 * 10_000 - 1
+    where = mx.zeros((1, 10_000), mx.int32), mx.zeros(1, mx.int32), mx.array([position], mx.int32), 0.125
+
+    def seconds(window: int | None) -> float:
+        start = perf_counter()
+        mx.eval(kernels.paged_attention(q, pool, pool, *where, window))
+        return perf_counter() - start
+
+    assert min(seconds(32) for _ in range(5)) < min(seconds(None) for _ in range(5)) / 20
+
+
+def test_in_a_window_a_token_without_a_position_gets_nan_and_its_neighbours_do_not() -> None:
+    pages = Pages([64], window=5)
+    (want,) = pages.step(Chunk(0, 0, 64))
+    pages.tables[0, :2] = -1
+    q = mx.array(pages.q[0][None, 60:63]).transpose(0, 2, 1, 3)
+    where = mx.array(pages.tables), mx.zeros(3, mx.int32), mx.array([60, -1, 62], mx.int32)
+    out = kernels.paged_attention(q, pages.keys, pages.values, *where, pages.scale, 5)
+    rows = np.array(out)[0].transpose(1, 0, 2)
+    assert np.isnan(rows[1]).all()
+    assert np.array_equal(rows[[0, 2]], want[[60, 62]])
+
+
 # ---- wrong input ----
 
 Good = dict[str, object]
@@ -547,6 +685,8 @@ def good_attention() -> Good:
         ({"tables": mx.zeros(2, mx.int32)}, "tables must have 2 axes"),
         ({"row_of_token": mx.zeros(4, mx.int32)}, "row_of_token must have shape"),
         ({"positions": mx.zeros(3, mx.int64)}, "positions must be int32"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": -7}, "window must be at least 1, got -7"),
     ],
 )
 def test_attention_refuses_wrong_arguments(wrong: Good, message: str) -> None:
@@ -569,6 +709,8 @@ READING = ("q", "key_pool", "value_pool", "tables", "row_of_token", "positions",
         ({"value_pool": mx.zeros((5, 2, 16, 32), mx.float16)}, "value_pool must be float32"),
         ({"row_of_token": mx.zeros(4, mx.int32)}, "row_of_token must have shape"),
         ({"positions": mx.zeros(3, mx.int64)}, "positions must be int32"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": -7}, "window must be at least 1, got -7"),
     ],
 )
 def test_reading_attention_refuses_wrong_arguments(wrong: Good, message: str) -> None:

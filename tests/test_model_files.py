@@ -72,8 +72,9 @@ def edit_json(file: Path, edit: Edit) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda c: c.update(model_type="mamba"), ["model_type 'mamba'", "supported: llama, qwen2, qwen3"]),
+        (lambda c: c.update(model_type="mamba"), ["model_type 'mamba'", "supported: llama, mistral, qwen2"]),
         (lambda c: c.pop("model_type"), ["model_type None", "supported"]),
+        (lambda c: c.update(model_type=["llama"]), ["model_type ['llama']", "supported"]),
         (lambda c: c.pop("hidden_size"), ["hidden_size is missing"]),
         (lambda c: c.update(hidden_size="64"), ["hidden_size is '64'", "a whole number"]),
         (lambda c: c.update(num_hidden_layers=10**12), ["num_hidden_layers", "1 to 1024", "1000000000000"]),
@@ -81,6 +82,7 @@ def edit_json(file: Path, edit: Edit) -> None:
         (lambda c: c.update(num_key_value_heads=3), ["num_attention_heads (4)", "num_key_value_heads (3)"]),
         (lambda c: c.update(head_dim=31), ["head_dim must be even", "31"]),
         (lambda c: c.update(hidden_act="gelu"), ["hidden_act 'gelu'", "expected 'silu'"]),
+        (lambda c: c.update(hidden_act=["silu"]), ["hidden_act ['silu']", "expected 'silu'"]),
         (lambda c: c.update(use_sliding_window=True), ["use_sliding_window"]),
         (lambda c: c.update(layer_types=["sliding_attention"]), ["layer_types 'sliding_attention'"]),
         (

@@ -32,8 +32,8 @@ class Queues(PagedQueues):
             params=SamplingParams(n=width),
             seed=5,
             max_len=64,
-            table=BlockTable(self.allocator, SIZE),
-            stream=TokenBlocks(SIZE),
+            tables=[BlockTable(self.allocator, SIZE)],
+            streams=[TokenBlocks(SIZE)],
             num_forks=width - 1,
             is_beam=beams,
         )
@@ -220,8 +220,8 @@ def test_who_waits_longest_still_comes_first() -> None:
         params=SamplingParams(),
         seed=0,
         max_len=9,
-        table=BlockTable(queues.allocator, SIZE),
-        stream=TokenBlocks(SIZE),
+        tables=[BlockTable(queues.allocator, SIZE)],
+        streams=[TokenBlocks(SIZE)],
     )
     queues.add(later)
     leader, _ = stopped(queues, queues["a/1"])

@@ -13,7 +13,7 @@ from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_queues import BeamStep
 from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
-from tiny_llm.preemption import RecomputeNewestFirst
+from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
 from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
@@ -55,7 +55,7 @@ def manager_of(
 ) -> Counted:
     """A manager that shares prefixes; with `real` one that computes, on the tiny model."""
     policies = Policies(
-        preemption=RecomputeNewestFirst() if preempts else NoPreemption(),
+        preemption=NewestFirst() if preempts else NoPreemption(),
         prefix=PrefixSharing if shares else NoPrefixSharing,
     )
     return Counted(
@@ -283,8 +283,8 @@ def sequence_of(
         seed=0,
         max_len=99,
         outputs=list(outputs),
-        table=BlockTable(allocator, 4),
-        stream=TokenBlocks(4),
+        tables=[BlockTable(allocator, 4)],
+        streams=[TokenBlocks(4)],
     )
     sequence.table.append_tokens(num_computed)
     sequence.num_computed = num_computed
@@ -397,7 +397,9 @@ def test_who_was_preempted_finds_its_own_blocks_again() -> None:
     add(manager, "new", random_prompt(20, 3), max_tokens=8)
     step(manager)
     new = manager.sequence("new")
-    manager._scheduler._preempt(new)  # before pages are short, so that nothing of it has been given up
+    manager._scheduler._preempt(
+        new, Plan()
+    )  # before pages are short, so that nothing of it has been given up
     before = manager.computed["new"]
     step(manager)
     assert new in manager.running
@@ -550,7 +552,7 @@ def test_beams_that_come_back_and_find_all_that_they_share_still_compute_a_token
     for token in range(20, 28):
         manager.advance("r", [BeamStep(seq_id, token) for seq_id in list(manager.process_batch())])
     tokens = {beam.seq_id: beam.tokens(0, beam.num_tokens) for beam in manager.running}
-    manager._scheduler._preempt(manager.running[0])
+    manager._scheduler._preempt(manager.running[0], Plan())
     assert list(manager.process_batch()) == [], "only what both share is computed"
     assert [beam.num_computed for beam in manager.running] == [13], "12 of 13 were found"
     assert manager.happened["hits within a block"] == 1

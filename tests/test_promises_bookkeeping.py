@@ -9,28 +9,50 @@ from collections import Counter
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 from tiny_llm.errors import RequestTooLargeError
+from tiny_llm.layer_groups import group_layers
+from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockCopy, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_queues import BeamStep
+from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence, completion_ids
+from tiny_llm.sliding_window import WindowedTable
 from tiny_llm.step import Plan
+from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 from promises import Watched, check_all_returned, check_first_come_first_served, check_pages, policies
 from tiny_model import examples
 
+WINDOWS = ((None,), (None,), (5,), (None, 1), (None, 4, 4), (None, 7, 2))
+
 
 class SymbolicPool:
-    """What each slot holds, as the stream of tokens up to and including the one written there."""
+    """What each slot holds: whose layers' keys, and the stream of tokens up to the one written there."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.held: dict[int, tuple[int, ...]] = {}
+        self.held: dict[int, tuple[int, ...] | None] = {}  # the group of layers, then the tokens
+        self.on_host: dict[int, list[tuple[int, ...] | None]] = {}
 
     def perform(self, plan: Plan) -> None:
-        """The copies, all read before any is written; then the writes of the chunks."""
+        """Blocks to the host and back; the copies, all read before any is written; the chunks' writes."""
+        size = self.block_size
+        for block, host_block in plan.swapped_out:
+            self.on_host[host_block] = [self.held.get(block * size + i) for i in range(size)]
+        for block, host_block in plan.swapped_in.items():
+            for i, value in enumerate(self.on_host[host_block]):
+                self.held[block * size + i] = value
         read = [
             [self.held.get(copy.src * self.block_size + i) for i in range(copy.length)]
             for copy in plan.copies
@@ -41,21 +63,24 @@ class SymbolicPool:
                 self.held[copy.dst * self.block_size + i] = value
         written = Counter()
         for sequence, start, stop, _ in plan.chunks:
-            addresses = sequence.table.slots(start, stop)
-            written.update(addresses)
-            for position, slot in zip(range(start, stop), addresses, strict=True):
-                self.held[slot] = tuple(sequence.tokens(0, position + 1))
+            for group, table in enumerate(sequence.tables):
+                addresses = table.slots(start, stop)
+                written.update(addresses)
+                for position, slot in zip(range(start, stop), addresses, strict=True):
+                    self.held[slot] = (group, *sequence.tokens(0, position + 1))
         assert all(count == 1 for count in written.values()), (
             "two tokens of one step were written to one slot"
         )
 
     def check(self, sequence: PagedSequence) -> None:
-        """Every computed token of the sequence stands in its slot, after the right past."""
+        """Every computed token that a query may see stands in its slot, after the right past."""
         tokens = tuple(sequence.tokens(0, sequence.num_computed))
-        for position, slot in enumerate(sequence.table.slots(0, sequence.num_computed)):
-            assert self.held[slot] == tokens[: position + 1], (
-                f"{sequence.seq_id} reads another's token {position}"
-            )
+        for group, table in enumerate(sequence.tables):
+            start = table.start if isinstance(table, WindowedTable) else 0
+            for position, slot in enumerate(table.slots(start, sequence.num_computed), start):
+                assert self.held[slot] == (group, *tokens[: position + 1]), (
+                    f"{sequence.seq_id} reads another's token {position}"
+                )
 
     def move(self, copies: list[BlockCopy]) -> None:
         """Compaction's copies: whole blocks, whatever is in them."""
@@ -75,6 +100,7 @@ class BatchMachine(RuleBasedStateMachine):
 
     requests = Bundle("requests")
     preempts = True
+    crowded = False  # every run in the one configuration in which most happens
     happened: Counter[str]
 
     def __init__(self) -> None:
@@ -85,38 +111,58 @@ class BatchMachine(RuleBasedStateMachine):
         self.broken = False
         self.searches: set[str] = set()
         self.reported: set[str] = set()
-        self.manager = self.build(8, 4, 4, 16)
 
     def build(
-        self, blocks: int, block_size: int, seats: int, budget: int, prefix: bool = True, grows: bool = False
+        self,
+        blocks: int,
+        block_size: int,
+        seats: int,
+        budget: int,
+        prefix: bool = True,
+        grows: bool = False,
+        windows: tuple[int | None, ...] = (None,),
+        swap_blocks: int = 0,
     ) -> Watched:
-        """A fresh manager, and a symbolic pool that performs its plans."""
+        """A fresh manager with so many blocks for each group, and a symbolic pool that performs its plans."""
         self.pool = SymbolicPool(block_size)
+        groups = group_layers(windows)
         return Watched(
-            blocks,
+            blocks * len(groups),
             block_size,
             seats,
             max_batched_tokens=max(seats, budget),
             max_model_len=blocks * block_size,
-            policies=policies(self.preempts, prefix),
+            policies=policies(self.preempts, prefix, groups, swap_blocks),
             min_pages=1 if grows else None,
+            groups=groups,
             watch=self.pool.perform,
             watch_moves=self.pool.move,
         )
 
-    @precondition(lambda self: not self.arrivals)
-    @rule(
-        blocks=st.integers(1, 12),
-        block_size=st.integers(1, 6),
-        seats=st.integers(1, 6),
-        budget=st.integers(1, 40),
-        prefix=st.booleans(),
-        grows=st.booleans(),
+    @initialize(
+        blocks=st.sampled_from([8, 7, 9, 12, 5, 1]),
+        block_size=st.sampled_from([4, 3, 2, 5, 1, 6]),
+        seats=st.sampled_from([4, 3, 6, 2, 1]),
+        budget=st.sampled_from([16, 8, 24, 3, 40]),
+        prefix=st.sampled_from([True, True, False]),
+        grows=st.sampled_from([False, False, True]),
+        windows=st.sampled_from(WINDOWS),
+        swap_blocks=st.sampled_from([100, 0, 5]),
     )
     def configure(
-        self, blocks: int, block_size: int, seats: int, budget: int, prefix: bool, grows: bool
+        self,
+        blocks: int,
+        block_size: int,
+        seats: int,
+        budget: int,
+        prefix: bool,
+        grows: bool,
+        windows: tuple[int | None, ...],
+        swap_blocks: int,
     ) -> None:
-        self.manager = self.build(blocks, block_size, seats, budget, prefix, grows)
+        if self.crowded:
+            blocks, block_size, seats, budget, prefix, grows = 6, 4, 5, 16, True, False
+        self.manager = self.build(blocks, block_size, seats, budget, prefix, grows, windows, swap_blocks)
 
     @rule(
         target=requests,
@@ -228,13 +274,16 @@ class BatchMachine(RuleBasedStateMachine):
         return self.next_token
 
 
-def run_machine(preempts: bool, phases: tuple[Phase, ...] = tuple(Phase)) -> Counter[str]:
+def run_machine(
+    preempts: bool, crowded: bool = False, phases: tuple[Phase, ...] = tuple(Phase)
+) -> Counter[str]:
     """Run the machine with or without preemption; how often each event happened."""
     happened: Counter[str] = Counter()
-    machine = type("Machine", (BatchMachine,), {"preempts": preempts, "happened": happened})
+    options = {"preempts": preempts, "crowded": crowded, "happened": happened}
+    machine = type("Machine", (BatchMachine,), options)
     case = machine.TestCase
     case.settings = settings(
-        max_examples=examples(250), stateful_step_count=50, phases=phases, report_multiple_bugs=False
+        max_examples=examples(200), stateful_step_count=50, phases=phases, report_multiple_bugs=False
     )
     case("runTest").runTest()
     return happened
@@ -243,11 +292,11 @@ def run_machine(preempts: bool, phases: tuple[Phase, ...] = tuple(Phase)) -> Cou
 def assert_machine_catches() -> None:
     """Fail unless the machine breaks, as it must where the engine is a mutant; nothing is shrunk."""
     with pytest.raises(AssertionError):
-        run_machine(preempts=True, phases=(Phase.generate,))
+        _ = [run_machine(True, crowded, phases=(Phase.generate,)) for crowded in (True, False)]
 
 
 def test_pages_are_conserved_whatever_happens() -> None:
-    happened = run_machine(preempts=True)
+    happened = run_machine(preempts=True) + run_machine(preempts=True, crowded=True)
     for name in (
         "preemptions",
         "forks",
@@ -258,10 +307,13 @@ def test_pages_are_conserved_whatever_happens() -> None:
         "prefix hits",
         "beams forked",
         "blocks moved",
-        "the pool grew",
+        "blocks that windows passed",
+        "prefix hits under windows",
+        "blocks swapped out",
+        "blocks swapped in",
     ):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
-    assert happened["preemptions of beams"] >= 5, f"hardly any beams were preempted: {happened}"
+    assert happened["the pool grew"] >= 5, f"the pool hardly ever grew: {happened}"
 
 
 def test_without_preemption_nobody_who_was_admitted_runs_out_of_pages() -> None:
@@ -307,9 +359,29 @@ def test_a_cancel_that_forgets_the_table_is_seen(monkeypatch: pytest.MonkeyPatch
     assert_machine_catches()
 
 
+def test_a_window_that_lets_go_too_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "tiny_llm.page_layout.first_visible", lambda position, window: max(0, position - window + 2)
+    )
+    assert_machine_catches()
+
+
+def test_a_hit_that_forgets_what_a_window_still_sees_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WindowedPrefixSharing, "first_needed", lambda self, index, num_blocks: num_blocks)
+    assert_machine_catches()
+
+
+def test_groups_that_share_each_others_blocks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def streams(layout: PageLayout, salt: str) -> list[TokenBlocks]:
+        return [TokenBlocks(layout.block_size, salt) for _ in layout.groups]
+
+    monkeypatch.setattr(PageLayout, "streams", streams)
+    assert_machine_catches()
+
+
 def test_preempting_the_oldest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "tiny_llm.preemption.RecomputeNewestFirst.choose_victim", lambda self, candidates: candidates[0]
+        "tiny_llm.preemption.NewestFirst.choose_victim", lambda self, candidates: candidates[0]
     )
     assert_machine_catches()
 

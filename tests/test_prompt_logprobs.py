@@ -7,6 +7,7 @@ from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
 from tiny_llm.engine_core import EngineCore, TokenOutput
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.step import Plan
 
 from promises import policies
 from tiny_model import EOS, logits_through_pages, random_prompt, tiny_model
@@ -83,7 +84,7 @@ def test_a_preemption_in_the_middle_of_the_prompt_tells_nothing_twice(steps: int
     core = engine(max_tokens=10, preempts=True)
     core.add_request("r", prompt, PARAMS)
     outputs = [output for _ in range(steps) for output in core.step()]
-    core.manager._scheduler._preempt(core.manager.sequence("r"))
+    core.manager._scheduler._preempt(core.manager.sequence("r"), Plan())
     assert told(outputs + finish(core)) == alone(prompt)
 
 

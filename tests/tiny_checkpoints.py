@@ -64,7 +64,52 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_COMMON, "model_type": "qwen2", "use_sliding_window": False, "tie_word_embeddings": True},
     "qwen3": {**_COMMON, "model_type": "qwen3", "head_dim": 32, "attention_bias": False},
 }
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+_GEMMA3 = {
+    **{key: value for key, value in _COMMON.items() if key not in ("hidden_act", "rope_theta")},
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 7,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+# Layers that see a window of 8 tokens: GGUF can say the first (and llama.cpp computes the same of it), a
+# folder all of them. In the names of old files and of new ones.
+WINDOWED_CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        **_GEMMA3,
+        "query_pre_attn_scalar": 16,
+        "rope_theta": 100000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window_pattern": 6,
+    },
+    "gemma3-linear": {
+        **_GEMMA3,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2 + ["full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
+    "mistral": {**_COMMON, "model_type": "mistral", "head_dim": 16, "sliding_window": 8},
+    "qwen3-window": {
+        **_COMMON,
+        "model_type": "qwen3",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+}
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
@@ -94,8 +139,9 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}{name}.weight": shape for name, shape in projections.items()}
         shapes |= {f"{prefix}{name}.bias": shape[:1] for name, shape in projections.items() if name in biased}
-        shapes |= {f"{prefix}{name}_layernorm.weight": (E,) for name in ("input", "post_attention")}
-        if config["model_type"] == "qwen3":
+        gemma = ("pre_feedforward", "post_feedforward") if config["model_type"] == "gemma3_text" else ()
+        shapes |= {f"{prefix}{name}_layernorm.weight": (E,) for name in ("input", "post_attention", *gemma)}
+        if config["model_type"] in ("qwen3", "gemma3_text"):
             shapes |= {f"{prefix}self_attn.{name}_norm.weight": (head_dim(config),) for name in "qk"}
     shapes["model.norm.weight"] = (E,)
     if not config["tie_word_embeddings"]:
@@ -104,15 +150,18 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Float32 weights by name; norms lie around one, biases are large enough to be missed."""
-    weights = {}
+    """Float32 weights by name; norms lie around one, biases are large enough to be missed.
+
+    Gemma's norms are stored less one, and its embedding is multiplied by sqrt(hidden_size).
+    """
+    weights, gemma = {}, config["model_type"] == "gemma3_text"
     for name, shape in weight_shapes(config).items():
         noise = np.random.RandomState(crc32(name.encode())).standard_normal(shape)
         if name.endswith("norm.weight"):
-            noise = 1 + 0.3 * noise
+            noise = (0 if gemma else 1) + 0.3 * noise
         elif name.endswith(".bias"):
             noise = 0.3 * noise
-        elif "embed_tokens" not in name:
+        elif gemma or "embed_tokens" not in name:
             noise = noise * shape[-1] ** -0.5
         weights[name] = noise.astype(np.float32)
     return weights
@@ -199,15 +248,22 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_GEMMA3_NAMES = {
+    **_GGUF_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    names = _GEMMA3_NAMES if architecture == "gemma3" else _GGUF_NAMES
     stem, _, part = name.rpartition(".")
-    if stem in _GGUF_NAMES:
-        return f"{_GGUF_NAMES[stem]}.{part}"
+    if stem in names:
+        return f"{names[stem]}.{part}"
     layer, _, tensor = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_GGUF_NAMES[tensor]}.{part}"
+    return f"blk.{layer}.{names[tensor]}.{part}"
 
 
 def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
@@ -231,10 +287,15 @@ def write_gguf(
     """
     import gguf
 
-    architecture = config["model_type"]
+    architecture = config["model_type"].removesuffix("_text")
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in {**_gguf_metadata(config), **metadata}.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }[type(value)]
         add(f"{architecture}.{key}", value)  # type: ignore[operator]
     _add_gguf_tokenizer(writer, config["vocab_size"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -242,12 +303,16 @@ def write_gguf(
         projection = name.split(".")[-2]
         reordered = architecture == "llama" and projection in heads
         ordered = interleaved(array, heads[projection]) if reordered else array
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            ordered = 1 + array
         if raw and name in raw:
             blocks, block_kind = raw[name]
-            writer.add_tensor(gguf_name(name), blocks, raw_dtype=gguf.GGMLQuantizationType[block_kind])
+            writer.add_tensor(
+                gguf_name(name, architecture), blocks, raw_dtype=gguf.GGMLQuantizationType[block_kind]
+            )
             continue
         wanted = kind if isinstance(kind, str) else kind(name)
-        _add_gguf_tensor(writer, gguf_name(name), ordered, wanted if array.ndim > 1 else "F32")
+        _add_gguf_tensor(writer, gguf_name(name, architecture), ordered, wanted if array.ndim > 1 else "F32")
     if "rope_scaling" in config:
         writer.add_tensor("rope_freqs.weight", llama3_factors(config))
     writer.write_header_to_file()
@@ -258,7 +323,9 @@ def write_gguf(
 
 
 def _gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    window = {"attention.sliding_window": config["sliding_window"]} if "sliding_window" in config else {}
     return {
+        **window,
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.layer_groups import group_layers
 from tiny_llm.linear import BiasedLinear, Linear, LinearLike, quantized_linear
 from tiny_llm.model import Model, build_model
 from tiny_llm.model_config import ModelConfig
-from tiny_llm.paged_attention import BlockTable
-from tiny_llm.paged_batch import PagedBatchManager
-from tiny_llm.paged_kernel import PagedContext, Span, pack_batch
+from tiny_llm.page_layout import PageLayout
+from tiny_llm.paged_attention import BlockAllocator
 
 VOCAB = 160
 CONTEXT = 128
@@ -103,6 +104,25 @@ def qwen_model() -> Model:
     return assemble(config, 1, lambda _, matrix: Linear(matrix.astype(mx.bfloat16)))
 
 
+@cache
+def gemma_model() -> Model:
+    """Windows of 6 tokens in two layers of three, four norms a block, GELU, scaled embeddings."""
+    config = tiny_config(
+        architecture="gemma3_text",
+        num_hidden_layers=3,
+        sliding_window=6,
+        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+        rope_local_theta=500.0,
+        query_pre_attn_scalar=40.0,
+        hidden_act="gelu_pytorch_tanh",
+        sandwich_norm=True,
+        scale_embeddings=True,
+        qk_norm=True,
+        tie_word_embeddings=False,
+    )
+    return assemble(config, 2, lambda name, matrix: quantized(matrix, 8 if "embed" in name else 4))
+
+
 def random_prompt(length: int, seed: int) -> list[int]:
     """`length` token ids, none of them the end-of-sequence token."""
     ids = mx.random.randint(EOS + 1, VOCAB, (length,), key=mx.random.key(seed))
@@ -119,16 +139,18 @@ def logits_through_pages(
     kv_dtype: mx.Dtype = mx.float16,
 ) -> mx.array:
     """The logits [L, vocab_size] after each token, computed in chunks of the given sizes; they sum to L."""
-    pages = num_blocks or -(-len(tokens) // block_size)
-    manager = PagedBatchManager(pages, block_size, 1, model=model, kv_dtype=kv_dtype)
-    assert manager.pool is not None
-    table, rows, start = BlockTable(manager.allocator, block_size), [], 0
+    layout = PageLayout(group_layers(model.config.windows), block_size, len(tokens))
+    pages = num_blocks or layout.most_blocks(len(tokens))
+    allocator, pool = BlockAllocator(pages), KVPool.for_model(model.config, pages, block_size, kv_dtype)
+    tables, rows, start = layout.tables(allocator), [], 0
     for chunk in chunks:
-        table.append_tokens(chunk)
-        batch = pack_batch([Span(table, start, start + chunk)])
-        context = PagedContext(manager.pool, batch, model.config.head_dim**-0.5, None)
+        for table in tables:
+            table.append_tokens(chunk)
+        spans = [(tables, start, start + chunk)]
+        context = layout.context(pool, spans, model.config.attention_scale, None)
         rows.append(model(mx.array([tokens[start : start + chunk]], mx.int32), context)[0])
-        manager.pool.evaluate(rows[-1])
+        pool.evaluate(rows[-1])
         start += chunk
+        layout.let_go(tables, start)
     assert start == len(tokens)
     return mx.concatenate(rows)

@@ -24,7 +24,7 @@ from tiny_llm.errors import OutOfBlocksError
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import Policies
-from tiny_llm.preemption import RecomputeNewestFirst
+from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_cache import PartMatch, PrefixCache, TokenBlocks, block_hash
 from tiny_llm.prefix_kv_cache import PrefixCachingKVCache
 from tiny_llm.prefix_sharing import PrefixSharing
@@ -683,8 +683,8 @@ def sequence_of(
         seed=0,
         max_len=100,
         outputs=list(outputs),
-        table=BlockTable(allocator, 4),
-        stream=TokenBlocks(4, sampling.cache_salt),
+        tables=[BlockTable(allocator, 4)],
+        streams=[TokenBlocks(4, sampling.cache_salt)],
     )
 
 
@@ -869,7 +869,7 @@ def test_task_9_tenants_do_not_wait_for_each_other() -> None:
 
 def manager_of(num_blocks: int = 40, budget: int = 256) -> PagedBatchManager:
     """A batch manager that shares prefixes and computes nothing: blocks of 4, eight sequences at once."""
-    policies = Policies(preemption=RecomputeNewestFirst(), prefix=PrefixSharing)
+    policies = Policies(preemption=NewestFirst(), prefix=PrefixSharing)
     return PagedBatchManager(num_blocks, 4, 8, max_batched_tokens=budget, policies=policies)
 
 

@@ -156,14 +156,15 @@ def paged_attention(
     row_of_token: mx.array,
     positions: mx.array,
     scale: float,
+    window: int | None = None,
 ) -> mx.array:
     """Attends through the block tables to what is stored: the reading half of `write_and_attend`, same bits.
 
-    q [1, H, T, D] -> [1, H, T, D], laid out in memory as [1, T, H, D]; the other arguments as there. The
-    pools are read when the kernel runs: evaluate the result before the next `write_and_attend` on them, which
-    is in place, or it shows that write. A token with a row or a position out of range gets NaN.
+    q [1, H, T, D] -> [1, H, T, D], laid out in memory as [1, T, H, D]; the other arguments, `window` too, as
+    there. The pools are read when the kernel runs: evaluate the result before the next `write_and_attend` on
+    them, which is in place, or it shows that write. A token with a row or a position out of range gets NaN.
     """
-    return native.paged_attention(q, key_pool, value_pool, tables, row_of_token, positions, scale)
+    return native.paged_attention(q, key_pool, value_pool, tables, row_of_token, positions, scale, window)
 
 
 def write_and_attend(
@@ -177,6 +178,7 @@ def write_and_attend(
     row_of_token: mx.array,
     positions: mx.array,
     scale: float,
+    window: int | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Writes the K and V of a step's tokens into the pools, then attends through the block tables.
 
@@ -186,6 +188,9 @@ def write_and_attend(
     tables int32 [S, M]: the block ids of each sequence, padded with anything.
     row_of_token int32 [T]: the row of `tables` that token t belongs to.
     positions int32 [T]: token t attends to the logical positions 0 .. positions[t] of its sequence.
+    window: at least 1: token t attends to max(0, positions[t] - window + 1) .. positions[t] alone, `window`
+    positions at most with its own. Entries of `tables` for blocks that no token of the step reaches may then
+    be anything, and costs are those of the windows, not of the positions before. None: there is no window.
     -> (out [1, H, T, D], key_pool, value_pool), out laid out in memory as [1, T, H, D].
 
     All writes are done before the first read, and every token reads back what was stored, its own K and
@@ -196,7 +201,7 @@ def write_and_attend(
     kernel runs: a token with one out of range writes nothing and gets NaN.
     """
     return native.write_and_attend(
-        q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions, scale
+        q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions, scale, window
     )
 
 

@@ -17,6 +17,7 @@ def paged_attention(
     row_of_token: mx.array,
     positions: mx.array,
     scale: float,
+    window: int | None = None,
 ) -> mx.array: ...
 def write_and_attend(
     q: mx.array,
@@ -29,6 +30,7 @@ def write_and_attend(
     row_of_token: mx.array,
     positions: mx.array,
     scale: float,
+    window: int | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]: ...
 def set_num_threads(n: int) -> None: ...
 def num_threads() -> int: ...

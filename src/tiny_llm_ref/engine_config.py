@@ -5,13 +5,22 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from .errors import ConfigError
+from .layer_groups import group_layers, layers_per_block
 from .model_config import ModelConfig
 
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
-PREEMPTION_MODES = ("recompute", "none")
+PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
-_COUNTS = ("block_size", "num_blocks", "min_num_blocks", "kv_cache_memory", "max_num_seqs", "max_model_len")
+_COUNTS = (
+    "block_size",
+    "num_blocks",
+    "min_num_blocks",
+    "kv_cache_memory",
+    "swap_space",
+    "max_num_seqs",
+    "max_model_len",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +40,11 @@ class EngineConfig:
     enable_prefix_caching: keep full blocks when their sequences have ended, so that a prompt that begins like
         an earlier one is not computed again; they are given up, least recently used first, when pages are
         short.
-    preemption_mode: what happens when pages run out: "recompute" gives up the newest sequence's
-        pages and computes them again later; "none" admits a request only when its whole life fits.
+    preemption_mode: what happens when pages run out. The newest sequence gives its pages up, and gets them
+    back
+        when it is its turn: "recompute" computes them again, "swap" copies them to the host and back, and
+        computes where the host has no room. "none" admits a request only when its whole life fits.
+    swap_space: bytes on the host for preemption_mode="swap"; None: as many as the pool has.
     batching: where keys and values live: "paged" in blocks that sequences take as they grow and share;
         "dense" in one contiguous cache of `max_model_len` tokens a sequence, as many as fit into the same
         bytes: the baseline.
@@ -49,6 +61,7 @@ class EngineConfig:
     min_num_blocks: int | None = None
     enable_prefix_caching: bool = True
     preemption_mode: str = "recompute"
+    swap_space: int | None = None
     batching: str = "paged"
     seed: int = 0
 
@@ -63,6 +76,8 @@ class EngineConfig:
                 f"({self.max_num_seqs}): every running sequence decodes one token a step"
             )
         self._check_min_num_blocks()
+        if self.swap_space is not None and self.preemption_mode != "swap":
+            raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         _one_of("batching", self.batching, BATCHING)
@@ -89,7 +104,7 @@ class EngineConfig:
 
         Refuses a pool larger than the machine's memory, which no allocation would survive.
         """
-        block_bytes = self.block_size * model.kv_bytes_per_token(bytes_per_value)
+        block_bytes = self._block_bytes(model, bytes_per_value)
         blocks = self._wanted_blocks(model, block_bytes)
         if blocks * block_bytes > _memory_bytes():
             raise ConfigError(
@@ -97,6 +112,24 @@ class EngineConfig:
                 f"this machine has {_memory_bytes()}"
             )
         return blocks
+
+    def swap_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
+        """Blocks on the host for what is preempted; 0 unless that is the mode."""
+        if self.preemption_mode != "swap":
+            return 0
+        if self.swap_space is None:
+            return self.pool_blocks(model, bytes_per_value)
+        block_bytes = self._block_bytes(model, bytes_per_value)
+        if self.swap_space < block_bytes or self.swap_space > _memory_bytes():
+            raise ConfigError(
+                f"swap_space of {self.swap_space} bytes must hold a block, which takes {block_bytes}, "
+                f"and fit into this machine's {_memory_bytes()}"
+            )
+        return self.swap_space // block_bytes
+
+    def _block_bytes(self, model: ModelConfig, bytes_per_value: int) -> int:
+        layer_bytes = self.block_size * model.kv_bytes_per_token(bytes_per_value) // model.num_hidden_layers
+        return layer_bytes * layers_per_block(group_layers(model.windows))
 
     def dense_slots(self, model: ModelConfig, bytes_per_value: int) -> int:
         """Contiguous caches of the longest sequence that fit into the bytes of the pool, at least one."""
@@ -120,9 +153,11 @@ class EngineConfig:
                     f"one block of {self.block_size} tokens takes {block_bytes} bytes"
                 )
             return blocks
-        longest = self.model_len(model)
-        useful = self.max_num_seqs * -(-longest // self.block_size)
-        return max(1, min(GIB // 2 // block_bytes, useful))
+        of_longest = sum(
+            group.most_blocks(self.model_len(model), self.block_size, self.max_num_batched_tokens)
+            for group in group_layers(model.windows)
+        )
+        return max(1, min(GIB // 2 // block_bytes, self.max_num_seqs * of_longest))
 
     def model_len(self, model: ModelConfig) -> int:
         """The longest prompt + output in tokens; refuses more than the model's own limit."""

@@ -1,7 +1,8 @@
 """ggml's quantized blocks, translated to MLX's layout: the same numbers, packed in another order.
 
-A block holds 32 values: a float16 scale d, perhaps a float16 minimum m, and behind them the values in 4 or 8
-bits. MLX says every value as scale * q + bias with q >= 0. Source: ggml's quantization formats.
+A block holds 32 values: a float16 scale d, perhaps a float16 minimum m, and behind them the values in 4, 5 or
+8 bits. In a block of Q4_K 256 values share d and m, and each 32 of them have whole numbers that these are
+multiplied by. MLX says every value as scale * q + bias with q >= 0. Source: ggml's quantization formats.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,45 @@ def q4_1(blocks: mx.array) -> Quantized:
     return Quantized(quants(blocks, 4), _float16(blocks, 0), _float16(blocks, 1), 32, 4)
 
 
+def q5_0(blocks: mx.array) -> Quantized:
+    """d * (q - 16): blocks [N, K/32, 2 + 4 + 16] uint8, the fifth bits together; kept in 8 bits."""
+    fifth = ((blocks[..., 2:6, None] >> mx.arange(8, dtype=mx.uint8)) & 1).reshape(*blocks.shape[:2], 32)
+    values = mx.concatenate([blocks[..., 6:] & 0x0F, blocks[..., 6:] >> 4], axis=-1) | (fifth << 4)
+    scales = _float16(blocks, 0)
+    return Quantized(_words(values), scales, -16 * scales, 32, 8)
+
+
+def q4_k(blocks: mx.array) -> Quantized:
+    """d * s * q - m * t with 6-bit s and t for each 32: blocks [N, K/256, 2 + 2 + 12 + 128] uint8.
+
+    The scales d * s and biases -m * t are exact in float32, and nowhere narrower.
+    """
+    first, second, rest = mx.split(blocks[..., 4:16], 3, axis=-1)  # [N, K/256, 4] each
+    s = mx.concatenate([first & 63, (rest & 15) | (first >> 6 << 4)], axis=-1)
+    t = mx.concatenate([second & 63, (rest >> 4) | (second >> 6 << 4)], axis=-1)
+    d, m = (_float16(blocks, place).astype(mx.float32)[..., None] for place in (0, 1))
+    rows = blocks.shape[0]
+    chunks = blocks[..., 16:].reshape(
+        rows, -1, 1, 32
+    )  # a group's values in the low halves, the next one's above
+    values = mx.concatenate([chunks & 0x0F, chunks >> 4], axis=2)
+    words = _words(values[..., 0::2] | (values[..., 1::2] << 4))
+    return Quantized(words, (d * s).reshape(rows, -1), (-m * t).reshape(rows, -1), 32, 4)
+
+
 def q8_0(blocks: mx.array) -> Quantized:
     """d * q with q from -128 to 127: blocks [N, K/32, 2 + 32] uint8."""
     scales = _float16(blocks, 0)
     return Quantized(quants(blocks, 8), scales, -128 * scales, 32, 8)
 
 
-QUANTIZED: dict[str, Callable[[mx.array], Quantized]] = {"Q4_0": q4_0, "Q4_1": q4_1, "Q8_0": q8_0}
+QUANTIZED: dict[str, Callable[[mx.array], Quantized]] = {
+    "Q4_0": q4_0,
+    "Q4_1": q4_1,
+    "Q4_K": q4_k,
+    "Q5_0": q5_0,
+    "Q8_0": q8_0,
+}
 
 
 def dequantized(rows: mx.array, kind: GGMLType) -> mx.array:
@@ -58,7 +91,12 @@ def quants(blocks: mx.array, bits: int) -> mx.array:
     else:
         both = mx.concatenate([values & 0x0F, values >> 4], axis=-1)  # [N, K/32, 32]
         values = both[..., 0::2] | (both[..., 1::2] << 4)
-    return mx.contiguous(values).reshape(blocks.shape[0], -1).view(mx.uint32)
+    return _words(values)
+
+
+def _words(values: mx.array) -> mx.array:
+    """Bytes [N, ...] in MLX's order -> [N, words of a row] uint32."""
+    return mx.contiguous(values).reshape(values.shape[0], -1).view(mx.uint32)
 
 
 def _float16(blocks: mx.array, place: int) -> mx.array:

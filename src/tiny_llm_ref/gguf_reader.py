@@ -1,11 +1,11 @@
 """A GGUF file becomes a checkpoint: its names, shapes and layouts are translated here, once.
 
-Quantized tensors stay quantized where MLX's layout can say the same (Q4_0, Q4_1, Q8_0); every other
+Quantized tensors stay quantized where MLX's layout can say the same (`ggml_blocks.QUANTIZED`); every other
 quantized type is dequantized to float16 by ggml's own `gguf` package. Format: ggml's GGUF specification.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from .errors import reading
 from .ggml_blocks import QUANTIZED, dequantized
 from .gguf_format import GGUFFile, GGUFTensor, read_gguf_header
 from .gguf_tokenizer import gguf_tokenizer
-from .model_config import ModelConfig
+from .model_config import FULL, GELU, SLIDING, ModelConfig
 from .quantize import Quantized
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 INTERLEAVED = ("llama",)  # architectures whose query and key rows GGUF reorders
 
 _DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -33,11 +33,20 @@ _BLOCK_NAMES = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SECOND_NORM = {"ffn_norm": "post_attention_layernorm"}
+_SANDWICH_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# What llama.cpp's code, not the file, says of Gemma 3; where a file says it after all, the file is right.
+_GEMMA3_PERIOD = 6  # every sixth layer sees everything
+_GEMMA3_LOCAL_THETA = 10_000.0
+_GEMMA3_27B_LAYERS = 62  # the one whose queries are scaled by hidden_size / heads instead of head_dim
 
 
 def read_gguf(path: Path) -> Checkpoint:
@@ -46,13 +55,14 @@ def read_gguf(path: Path) -> Checkpoint:
         file = read_gguf_header(path)
         tokenizer = gguf_tokenizer(file.metadata)
         config = _model_config(file, tokenizer.eos_token_ids)
+    names = _BLOCK_NAMES | (_SANDWICH_NORMS if config.sandwich_norm else _SECOND_NORM)
     tensors = {
-        _checkpoint_name(name): _StoredTensor(file, name, tensor, _heads_to_undo(config, name))
+        _checkpoint_name(name, names): _StoredTensor(file, name, tensor, _heads_to_undo(config, name))
         for name, tensor in file.tensors.items()
         if name != _ROPE_FACTORS
     }
     checkpoint = Checkpoint(path, config, tokenizer, tensors)
-    checkpoint.check(_gguf_name)
+    checkpoint.check(lambda name: _gguf_name(name, names))
     return checkpoint
 
 
@@ -101,26 +111,26 @@ def _heads_to_undo(config: ModelConfig, name: str) -> int | None:
     return heads.get(name.split(".")[-2]) if name.startswith("blk.") else None
 
 
-def _checkpoint_name(name: str) -> str:
+def _checkpoint_name(name: str, block_names: Mapping[str, str]) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name is kept."""
     stem, _, part = name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{part}"
     kind, _, rest = stem.partition(".")
     layer, _, tensor = rest.partition(".")
-    if kind != "blk" or tensor not in _BLOCK_NAMES:
+    if kind != "blk" or tensor not in block_names:
         return name
-    return f"model.layers.{layer}.{_BLOCK_NAMES[tensor]}.{part}"
+    return f"model.layers.{layer}.{block_names[tensor]}.{part}"
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, block_names: Mapping[str, str]) -> str:
     """The inverse of `_checkpoint_name`."""
     stem, _, part = name.rpartition(".")
     top = {ours: theirs for theirs, ours in _TOP_NAMES.items()}
     if stem in top:
         return f"{top[stem]}.{part}"
     layer, _, tensor = stem.removeprefix("model.layers.").partition(".")
-    block = {ours: theirs for theirs, ours in _BLOCK_NAMES.items()}
+    block = {ours: theirs for theirs, ours in block_names.items()}
     return f"blk.{layer}.{block[tensor]}.{part}"
 
 
@@ -140,7 +150,7 @@ def _model_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
     _refuse_other_features(found, head_dim)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
         num_hidden_layers=found.integer("block_count"),
@@ -157,9 +167,40 @@ def _model_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "gemma3"),
         eos_token_ids=tuple(sorted(eos_token_ids)),
     )
+    return _as_gemma3(config, found) if architecture == "gemma3" else config
+
+
+def _as_gemma3(config: ModelConfig, found: "_Metadata") -> ModelConfig:
+    """The configuration with what Gemma 3 has beside a llama; its norms are in the file as they are used."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if found.number(name, 0.0) != 0.0:
+            raise ValueError(f"gemma3.{name} is {found.number(name)}, which is not supported; expected none")
+    scaled_by = config.hidden_size / config.num_attention_heads
+    return replace(
+        config,
+        sliding_window=found.integer("attention.sliding_window"),
+        layer_types=_layer_types(found, config.num_hidden_layers),
+        rope_local_theta=found.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA),
+        query_pre_attn_scalar=scaled_by if config.num_hidden_layers == _GEMMA3_27B_LAYERS else None,
+        hidden_act=GELU,
+        sandwich_norm=True,
+        scale_embeddings=True,
+    )
+
+
+def _layer_types(found: "_Metadata", num_layers: int) -> tuple[str, ...]:
+    """Which layers have the window: a flag for each, or every layer but each `period`-th."""
+    key = "attention.sliding_window_pattern"
+    flags = found.metadata.get(f"{found.architecture}.{key}")
+    if not isinstance(flags, list):
+        period = found.integer(key, _GEMMA3_PERIOD)
+        if period < 1:
+            raise ValueError(f"metadata {found.architecture}.{key} is {period}, expected at least 1")
+        flags = [(layer + 1) % period != 0 for layer in range(num_layers)]
+    return tuple(SLIDING if flag else FULL for flag in flags)
 
 
 @dataclass(frozen=True)
@@ -187,12 +228,9 @@ class _Metadata:
 
 def _refuse_other_features(found: _Metadata, head_dim: int) -> None:
     """Refuse what would make this another computation than the engine's."""
-    expected = {
-        "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
-        "expert_count": 0,
-        "attention.sliding_window": 0,
-    }
+    expected = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "expert_count": 0}
+    if found.architecture != "gemma3":
+        expected["attention.sliding_window"] = 0
     for name, wanted in expected.items():
         value = found.integer(name, wanted)
         if value != wanted:

@@ -64,7 +64,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         raise ValueError(f"the file gives {len(types)} token types for {len(tokens)} tokens")
     built = _KINDS[kind](found, tokens, types)
     typed = list(zip(tokens, types, strict=True))
-    built.add_tokens([AddedToken(token, normalized=False) for token, t in typed if t == _USER_DEFINED])
+    # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
+    normalized = kind == "llama" and not found.flag("add_space_prefix", True)
+    built.add_tokens([AddedToken(token, normalized=normalized) for token, t in typed if t == _USER_DEFINED])
     built.add_special_tokens([AddedToken(token, normalized=False) for token, t in typed if t in _SPECIAL])
     _frame(built, found, tokens, kind_adds_bos=_adds_bos(found))
     ends = [found.token_id(key, len(tokens)) for key in _END_KEYS]
@@ -184,11 +186,11 @@ class _Metadata:
 
     def numbers(self, name: str) -> list[Any]:
         """A list that must be there, of numbers."""
-        return self._values(name, (int, float), "numbers")
+        return self._values(name, {int, float}, "numbers")
 
     def texts(self, name: str) -> list[str]:
         """A list that must be there, of texts."""
-        return self._values(name, str, "texts")
+        return self._values(name, {str}, "texts")
 
     def text(self, name: str, default: str) -> str:
         """A text."""
@@ -211,11 +213,11 @@ class _Metadata:
             raise ValueError(f"tokenizer.ggml.{name} is {str(value)[:40]!r}, expected 0 to {vocab_size - 1}")
         return value
 
-    def _values(self, name: str, kind: type | tuple[type, ...], kinds: str) -> list[Any]:
+    def _values(self, name: str, types: set[type], kinds: str) -> list[Any]:
         value = self._get(name, None)
         if value is None:
             raise ValueError(f"the file holds no tokenizer.ggml.{name}")
-        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        if not isinstance(value, list) or not types.issuperset(map(type, value)):
             raise ValueError(f"tokenizer.ggml.{name} is not a list of {kinds}")
         return value
 

@@ -5,9 +5,10 @@ one by one, because a model that runs slightly wrong looks like one that runs.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from .model_config import ModelConfig
+from .model_config import FULL, GELU, SILU, SLIDING, ModelConfig
 from .rope import llama3_factors
 
 Json = Mapping[str, Any]
@@ -19,13 +20,28 @@ class _Architecture(NamedTuple):
     qkv_bias: bool = False  # whatever attention_bias says
     qk_norm: bool = False
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rope_theta: float = 10_000.0
+    hidden_act: str = SILU
+    gemma: bool = False  # its norms, its embedding, a rotation for each type of layer
 
 
 ARCHITECTURES = {
     "llama": _Architecture(),
+    "mistral": _Architecture(),
     "qwen2": _Architecture(qkv_bias=True),
     "qwen3": _Architecture(qk_norm=True, head_dim=128),
+    "gemma3_text": _Architecture(
+        qk_norm=True, head_dim=256, rope_theta=1_000_000.0, hidden_act=GELU, gemma=True
+    ),
 }
+_ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU}
+_QWEN = ("qwen2", "qwen3")
+_WITHOUT_LAYER_TYPES = ("llama", "mistral")  # where transformers has one mask for all layers
+# transformers' defaults, where a configuration does not mention them.
+_WINDOW = 4096
+_QWEN_FULL_LAYERS = 28  # so many of the first layers see everything
+_GEMMA3_PERIOD = 6  # every sixth layer sees everything
+_GEMMA3_LOCAL_THETA = 10_000.0
 
 
 def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
@@ -34,16 +50,21 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     Raises ValueError naming the field, what was found and what was expected.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if model_type == "gemma3":
+        raise ValueError(
+            "model_type 'gemma3' reads images too, which is not supported; supported: its text model alone "
+            "('gemma3_text'), and GGUF files, which hold nothing else"
+        )
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
     _refuse_other_computations(config)
     hidden_size, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     head_dim = _integer(config, "head_dim", architecture.head_dim or hidden_size // max(1, heads))
-    rope = _rope_parameters(config)
-    rope_theta = _number(rope, "rope_theta", 10_000.0)
+    rope = _gemma_rope(config) if architecture.gemma else _rope_parameters(config)
+    rope_theta = _number(rope, "rope_theta", architecture.rope_theta)
     bias = _flag(config, "attention_bias")
-    return ModelConfig(
+    checked = ModelConfig(
         architecture=model_type,
         hidden_size=hidden_size,
         num_hidden_layers=_integer(config, "num_hidden_layers"),
@@ -56,13 +77,19 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         rope_factors=_rope_factors(rope, head_dim, rope_theta),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        rope_local_theta=_gemma_local_theta(config) if architecture.gemma else None,
+        query_pre_attn_scalar=_number(config, "query_pre_attn_scalar", 256) if architecture.gemma else None,
+        hidden_act=_hidden_act(config, architecture),
+        sandwich_norm=architecture.gemma,
+        scale_embeddings=architecture.gemma,
+        tie_word_embeddings=_flag(config, "tie_word_embeddings", architecture.gemma),
         qkv_bias=architecture.qkv_bias or bias,
         output_bias=bias and not architecture.qkv_bias,
         mlp_bias=_flag(config, "mlp_bias"),
         qk_norm=architecture.qk_norm,
         eos_token_ids=eos_token_ids,
     )
+    return _with_windows(checked, config)
 
 
 def token_ids(config: Json, name: str) -> tuple[int, ...]:
@@ -75,26 +102,103 @@ def token_ids(config: Json, name: str) -> tuple[int, ...]:
 
 
 def _refuse_other_computations(config: Json) -> None:
-    expected: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu", "swish"),
-        "partial_rotary_factor": (1.0,),
-        "use_sliding_window": (False,),
+    expected = {
+        "partial_rotary_factor": 1.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
     }
-    for name, allowed in expected.items():
+    for name, wanted in expected.items():
         value = config.get(name)
-        if value is not None and value not in allowed:
-            raise ValueError(f"{name} {value!r} is not supported; expected {allowed[0]!r}")
-    layer_types = config.get("layer_types") or []
-    other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
+        if value is not None and value != wanted:
+            raise ValueError(f"{name} {value!r} is not supported; expected {wanted!r}")
+
+
+def _hidden_act(config: Json, architecture: _Architecture) -> str:
+    name = "hidden_activation" if architecture.gemma else "hidden_act"
+    value = config.get(name) or architecture.hidden_act
+    if not isinstance(value, str) or value not in _ACTIVATIONS:
+        raise ValueError(f"{name} {value!r} is not supported; expected {SILU!r} or {GELU!r}")
+    return _ACTIVATIONS[value]
+
+
+def _with_windows(checked: ModelConfig, config: Json) -> ModelConfig:
+    """The configuration with its windows; which layers have one is decided as transformers decides it."""
+    window = _window(config, checked.architecture)
+    by_default = _default_layer_types(checked, config, window)
+    named = config.get("layer_types")
+    if named is None and SLIDING not in by_default:
+        return checked
+    types = by_default if named is None else named
+    if not isinstance(types, list):
+        raise ValueError(f"layer_types is {str(types)[:60]!r}, expected a list of names")
+    if checked.architecture in _WITHOUT_LAYER_TYPES and types != by_default:
+        other = next((kind for kind in types if kind not in by_default), len(types))
+        raise ValueError(
+            f"layer_types {other!r} is not supported in a {checked.architecture} model; expected "
+            f"{by_default[0]!r} for each of {checked.num_hidden_layers} layers"
+        )
+    return replace(checked, layer_types=tuple(types), sliding_window=window if SLIDING in types else None)
+
+
+def _window(config: Json, model_type: str) -> int | None:
+    """The window of those layers that have one; null is none, and no word on it is transformers' default."""
+    uses = _flag(config, "use_sliding_window")
+    if model_type == "llama" and uses:
+        raise ValueError("use_sliding_window True is not supported in a llama model; expected False")
+    never = model_type == "llama" or (model_type in _QWEN and not uses)
+    if never or config.get("sliding_window", _WINDOW) is None:
+        return None
+    return _integer(config, "sliding_window", _WINDOW)
+
+
+def _default_layer_types(checked: ModelConfig, config: Json, window: int | None) -> list[str]:
+    """What each layer sees where `layer_types` does not say it."""
+    layers = range(checked.num_hidden_layers)
+    if checked.architecture == "gemma3_text":
+        period = _integer(config, "sliding_window_pattern", _GEMMA3_PERIOD)
+        if period < 1:
+            raise ValueError(f"sliding_window_pattern is {period}, expected at least 1")
+        return [SLIDING if (layer + 1) % period else FULL for layer in layers]
+    first = _integer(config, "max_window_layers", _QWEN_FULL_LAYERS) if checked.architecture in _QWEN else 0
+    return [FULL if window is None or layer < first else SLIDING for layer in layers]
+
+
+def _gemma_rope(config: Json) -> dict[str, Any]:
+    """The rotary settings of layers that see everything; older files have them without a type of layer."""
+    by_type = _by_layer_type(config)
+    settings = {**_object(by_type, FULL), **_object(config, "rope_scaling")}
+    return _rope_parameters({"rope_parameters": settings, "rope_theta": config.get("rope_theta")})
+
+
+def _gemma_local_theta(config: Json) -> float:
+    """The base of the rotation in windowed layers, which nothing scales."""
+    theta = _number(config, "rope_local_base_freq", _GEMMA3_LOCAL_THETA)
+    local = _rope_parameters(
+        {"rope_parameters": _object(_by_layer_type(config), SLIDING), "rope_theta": theta}
+    )
+    if local["rope_type"] != "default":
+        raise ValueError(
+            f"rope_type {local['rope_type']!r} of {SLIDING} is not supported; expected 'default'"
+        )
+    return _number(local, "rope_theta")
+
+
+def _by_layer_type(config: Json) -> Json:
+    by_type = _object(config, "rope_parameters")
+    other = sorted(by_type.keys() - {FULL, SLIDING})
     if other:
-        raise ValueError(f"layer_types {other[0]!r} is not supported; expected 'full_attention'")
+        raise ValueError(f"rope_parameters has {other[0]!r}, expected {FULL!r} and {SLIDING!r}")
+    return by_type
 
 
 def _rope_parameters(config: Json) -> dict[str, Any]:
     """The rotary settings under one roof: `rope_parameters` has them all, older files spread them."""
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"rope_scaling is {str(nested)[:60]!r}, expected an object")
+    nested = _object(config, "rope_parameters") or _object(config, "rope_scaling")
+    other = next((name for name, value in nested.items() if isinstance(value, dict)), None)
+    if other is not None:
+        raise ValueError(f"rope_parameters has {other!r}, expected one rotation for all layers")
+    _refuse_other_computations(nested)
     kind = nested.get("rope_type", nested.get("type", "default"))
     theta = nested.get("rope_theta", config.get("rope_theta"))
     return {**nested, "rope_type": kind, "rope_theta": theta}
@@ -119,6 +223,13 @@ def _rope_factors(rope: Json, head_dim: int, theta: float) -> tuple[float, ...] 
     raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
 
 
+def _object(config: Json, name: str) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {str(value)[:60]!r}, expected an object")
+    return value
+
+
 def _integer(config: Json, name: str, default: int | None = None) -> int:
     value = config.get(name)
     value = default if value is None else value
@@ -137,8 +248,8 @@ def _number(config: Json, name: str, default: float | None = None) -> float:
     return float(value)
 
 
-def _flag(config: Json, name: str) -> bool:
+def _flag(config: Json, name: str, default: bool = False) -> bool:
     value = config.get(name)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected true or false")
-    return bool(value)
+    return default if value is None else value

@@ -16,11 +16,14 @@ from .errors import ModelFileError, reading
 from .hf_config import model_config, token_ids
 from .hf_tokenizer import hf_tokenizer
 from .json_file import read_json
+from .model_config import ModelConfig
 from .quantize import Quantized
 from .safetensors_format import SafeTensor, read_safetensors_header
 
 GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 DENSE_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+LESS_ONE = ("gemma3_text",)  # architectures that store the weights of norms less one
 
 _INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints store
@@ -40,7 +43,7 @@ def read_folder(path: Path) -> Checkpoint:
         for part in ("weight", "scales", "biases"):
             stored.pop(f"lm_head.{part}", None)
     tensors = {
-        name: _StoredTensor(tensor, stored, quantization)
+        name: _StoredTensor(tensor, stored, quantization, _is_less_one(name, config))
         for name, tensor in stored.items()
         if not name.endswith((_RECOMPUTED, ".scales", ".biases"))
     }
@@ -103,11 +106,15 @@ def _precision(name: str, found: Mapping[str, Any]) -> _Precision:
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """One parameter; a quantized one is a `.weight` with the `.scales` and `.biases` beside it."""
+    """One parameter; a quantized one is a `.weight` with the `.scales` and `.biases` beside it.
+
+    less_one: what the file holds is the parameter less one.
+    """
 
     tensor: SafeTensor
     stored: Mapping[str, SafeTensor]
     quantization: _Quantization
+    less_one: bool
 
     @property
     def file(self) -> Path:
@@ -145,7 +152,7 @@ class _StoredTensor:
 
     def load(self) -> mx.array | Quantized:
         if not self._is_quantized:
-            return _read(self.tensor)
+            return 1.0 + _read(self.tensor).astype(mx.float32) if self.less_one else _read(self.tensor)
         scales, biases = (_read(self.stored[f"{self._module}.{part}"]) for part in ("scales", "biases"))
         return Quantized(_read(self.tensor), scales, biases, *self._precision)
 
@@ -160,6 +167,10 @@ class _StoredTensor:
     @property
     def _precision(self) -> _Precision:
         return self.quantization.of_module(self._module)
+
+
+def _is_less_one(name: str, config: ModelConfig) -> bool:
+    return config.architecture in LESS_ONE and name.endswith("norm.weight")
 
 
 def _read(tensor: SafeTensor) -> mx.array:

@@ -7,7 +7,7 @@ HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured: all of it `huggi
 import re
 from pathlib import Path
 
-from .embedded import embedded_model_path
+from .embedded import PACKAGED, embedded_model_path
 from .errors import ModelFileError
 
 WANTED = ["*.safetensors", "*.json", "*.jinja"]  # of a repository; not its folders, nor other formats
@@ -17,8 +17,9 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^/].*\.
 def find_model(model: str | Path | None) -> Path:
     """The file or folder of a model.
 
-    model: None is the embedded one; a path is taken as it is; `owner/name` is a repository of the hub, and
-    `owner/name/FILE.gguf` one file of it. What is there as a path is never looked up on the hub.
+    model: None is the embedded one; a path is taken as it is; "smollm2" and "gemma3-270m" come as packages;
+    `owner/name` is a repository of the hub, and `owner/name/FILE.gguf` one file of it. What is there as a
+    path is never looked up elsewhere.
 
     Raises `ModelFileError` naming what was asked for and what can be done.
     """
@@ -27,11 +28,13 @@ def find_model(model: str | Path | None) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
+    if str(model) in PACKAGED:
+        return PACKAGED[str(model)]()
     hub_id = None if path.is_absolute() else _HUB_ID.fullmatch(str(model))
     if hub_id is None or hub_id["repo"].endswith(".gguf"):
         raise ModelFileError(
             f"{model}: no such file or folder. A model is a .gguf file, a folder in Hugging Face's layout, "
-            "owner/name on the hub, or owner/name/FILE.gguf"
+            f"owner/name on the hub, owner/name/FILE.gguf, or one of {', '.join(PACKAGED)}"
         )
     return _fetch(str(model), hub_id["repo"], hub_id["file"])
 

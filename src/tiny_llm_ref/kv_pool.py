@@ -11,6 +11,7 @@ from typing import Self
 
 import mlx.core as mx
 
+from .layer_groups import group_layers, layers_per_block
 from .model_config import ModelConfig
 from .paged_attention import BlockCopy
 
@@ -39,8 +40,8 @@ class KVPool:
 
     @classmethod
     def for_model(cls, model: ModelConfig, num_blocks: int, block_size: int, dtype: mx.Dtype) -> Self:
-        """A pool for a model's keys and values."""
-        heads, layers = model.num_key_value_heads, model.num_hidden_layers
+        """A pool for a model's keys and values; layers that see differently far have blocks of their own."""
+        heads, layers = model.num_key_value_heads, layers_per_block(group_layers(model.windows))
         return cls(num_blocks, block_size, heads, model.head_dim, layers, dtype)
 
     @property
@@ -74,12 +75,19 @@ class KVPool:
 
     def copy_blocks(self, copies: Seq[BlockCopy]) -> None:
         """Copy whole blocks in all layers, as if all sources were read before any is written."""
-        if not copies:
+        self.fill_from(self, [(copy.src, copy.dst) for copy in copies])
+
+    def fill_from(self, source: "KVPool", pairs: Seq[tuple[int, int]]) -> None:
+        """Copy whole blocks of a pool of the same shape, this one or another, in all layers.
+
+        pairs: from a block of `source` to one of this pool. All are read before any is written, and both
+        pools may be written to afterwards.
+        """
+        if not pairs:
             return
-        sources = mx.array([copy.src for copy in copies])
-        targets = mx.array([copy.dst for copy in copies])
-        for arrays in (self._keys, self._values):
-            rows = [array[sources] for array in arrays]
+        sources, targets = (mx.array(ids) for ids in zip(*pairs, strict=True))
+        for arrays, others in ((self._keys, source._keys), (self._values, source._values)):
+            rows = [other[sources] for other in others]
             mx.eval(rows)
             for array, row in zip(arrays, rows, strict=True):
                 array[targets] = row

@@ -106,6 +106,25 @@ class BiasedLinear:
 
 
 @dataclass(frozen=True)
+class ScaledRows:
+    """A matrix whose rows are looked up times a scale, and which multiplies as it is.
+
+    Gemma's embedding: the output projection tied to it is the same matrix without the scale.
+    """
+
+    matrix: LinearLike
+    scale: float
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., K] -> [..., N], unscaled."""
+        return self.matrix(x)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """ids [...] -> [..., K], scaled."""
+        return self.matrix.rows(ids) * self.scale
+
+
+@dataclass(frozen=True)
 class StackedLinear:
     """Several matrices over the same input, each in its own form; the outputs lie side by side."""
 

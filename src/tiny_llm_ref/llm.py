@@ -12,13 +12,11 @@ from .beam_search import BeamSearch, BeamSearchParams
 from .chat_template import ChatTemplate
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
-from .kv_pool import DTYPES, KVPool
+from .evaluation import text_logits
 from .loader import load_model
 from .managers import make_manager
 from .output_processor import RequestState, found_by
 from .outputs import BeamSearchOutput, RequestOutput, TextDelta
-from .paged_attention import BlockAllocator, BlockTable
-from .paged_kernel import PagedContext, Span, pack_batch
 from .sampling_params import SamplingParams
 from .sequence import completion_ids
 from .tokenizer import Tokenizer
@@ -126,21 +124,7 @@ class LLM:
         if not token_ids:
             raise ValueError("logits of no tokens: there is nothing to compute")
         self._check_ids(token_ids)
-        config = self.engine_config
-        num_blocks = -(-len(token_ids) // config.block_size)
-        pool = KVPool.for_model(
-            self.model_config, num_blocks, config.block_size, DTYPES[config.kv_cache_dtype]
-        )
-        table = BlockTable(BlockAllocator(num_blocks), config.block_size)
-        rows = []
-        for start in range(0, len(token_ids), config.max_num_batched_tokens):
-            stop = min(start + config.max_num_batched_tokens, len(token_ids))
-            table.append_tokens(stop - start)
-            batch = pack_batch([Span(table, start, stop)])
-            context = PagedContext(pool, batch, self.model_config.attention_scale, None)
-            rows.append(self.model(mx.array([token_ids[start:stop]], mx.int32), context)[0])
-            pool.evaluate(rows[-1])
-        return mx.concatenate(rows)
+        return text_logits(self.model, token_ids, self.engine_config)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

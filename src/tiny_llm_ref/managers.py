@@ -1,14 +1,23 @@
 """From a configuration to the batch manager that it asks for."""
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from functools import partial
+
 from .batch_manager import BatchManager
 from .dense_batch import DenseBatchManager
 from .engine_config import EngineConfig
+from .errors import ConfigError
 from .kv_pool import DTYPES
+from .layer_groups import LayerGroup, group_layers
 from .model import Model
+from .model_config import ModelConfig
+from .paged_attention import BlockAllocator
 from .paged_batch import PagedBatchManager
-from .policies import NoPreemption, NoPrefixSharing, Policies
-from .preemption import RecomputeNewestFirst
+from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy
+from .preemption import NewestFirst
 from .prefix_sharing import PrefixSharing
+from .windowed_prefix import WindowedPrefixSharing
 
 
 def make_manager(config: EngineConfig, model: Model) -> BatchManager:
@@ -26,24 +35,39 @@ def _paged_manager(config: EngineConfig, model: Model) -> BatchManager:
         max_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.model_len(model.config),
         kv_dtype=dtype,
-        policies=_policies(config),
+        policies=_policies(config, model.config),
         min_pages=config.min_num_blocks,
     )
 
 
-def _policies(config: EngineConfig) -> Policies:
-    """Who gives way, and who shares."""
+def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
+    """Who gives way, where his pages go, and who shares."""
     return Policies(
-        preemption=RecomputeNewestFirst() if config.preemption_mode == "recompute" else NoPreemption(),
-        prefix=PrefixSharing if config.enable_prefix_caching else NoPrefixSharing,
+        preemption=NoPreemption() if config.preemption_mode == "none" else NewestFirst(),
+        prefix=sharing(group_layers(model.windows)) if config.enable_prefix_caching else NoPrefixSharing,
+        swap_blocks=config.swap_blocks(model, DTYPES[config.kv_cache_dtype].size),
     )
 
 
+def sharing(groups: Seq[LayerGroup]) -> Callable[[BlockAllocator, int], PrefixPolicy]:
+    """The policy that shares prefixes, for a model with these groups of layers."""
+    if len(groups) == 1 and groups[0].window is None:
+        return PrefixSharing
+    return partial(WindowedPrefixSharing, groups=groups)
+
+
 def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
+    window = min((window for window in model.config.windows if window is not None), default=None)
+    model_len = config.model_len(model.config)
+    if window is not None and model_len > window:
+        raise ConfigError(
+            f"batching 'dense' has no windows, but layers of this model see {window} tokens of a context of "
+            f"{model_len}: use batching 'paged', or a max_model_len of at most {window}"
+        )
     dtype = DTYPES[config.kv_cache_dtype]
     return DenseBatchManager(
         config.dense_slots(model.config, dtype.size),
-        config.model_len(model.config),
+        model_len,
         model=model,
         max_batched_tokens=config.max_num_batched_tokens,
         kv_dtype=dtype,

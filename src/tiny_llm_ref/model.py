@@ -5,20 +5,23 @@ and keys and values go to the context.
 """
 
 from dataclasses import dataclass
+from math import sqrt
 from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
 from .block import TransformerBlock
+from .gemma_block import GeluMLP, GemmaBlock
 from .grouped_attention import Attention
 from .kv_context import KVContext
-from .linear import LinearLike, stack
+from .linear import LinearLike, ScaledRows, stack
 from .mlp import MLP
-from .model_config import ModelConfig
+from .model_config import GELU, ModelConfig
 from .norm import rms_norm
 from .rope import inverse_frequencies
 
 T_co = TypeVar("T_co", covariant=True)
+Block = TransformerBlock | GemmaBlock
 
 
 class ByName(Protocol[T_co]):
@@ -34,7 +37,7 @@ class Model:
 
     config: ModelConfig
     embed_tokens: LinearLike
-    layers: tuple[TransformerBlock, ...]
+    layers: tuple[Block, ...]
     norm: mx.array
     lm_head: LinearLike
 
@@ -53,20 +56,28 @@ def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByNam
 
     Each is asked for once, layer after layer, so whoever makes them need not hold them all.
     """
-    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta)
-    if config.rope_factors is not None:
-        inv_freq = inv_freq / mx.array(config.rope_factors, mx.float32)
-    embed_tokens = linears["model.embed_tokens"]
+    full, windowed = _inverse_frequencies(config)
+    table = linears["model.embed_tokens"]
     return Model(
         config=config,
-        embed_tokens=embed_tokens,
+        embed_tokens=ScaledRows(table, sqrt(config.hidden_size)) if config.scale_embeddings else table,
         layers=tuple(
-            _build_block(config, layer, inv_freq, linears, vectors)
-            for layer in range(config.num_hidden_layers)
+            _build_block(config, layer, full if window is None else windowed, linears, vectors)
+            for layer, window in enumerate(config.windows)
         ),
         norm=vectors["model.norm"],
-        lm_head=embed_tokens if config.tie_word_embeddings else linears["lm_head"],
+        lm_head=table if config.tie_word_embeddings else linears["lm_head"],
     )
+
+
+def _inverse_frequencies(config: ModelConfig) -> tuple[mx.array, mx.array]:
+    """[D/2] each: those of layers that see everything, and those of windowed layers."""
+    full = inverse_frequencies(config.head_dim, config.rope_theta)
+    if config.rope_factors is not None:
+        full = full / mx.array(config.rope_factors, mx.float32)
+    if config.rope_local_theta is None:
+        return full, full
+    return full, inverse_frequencies(config.head_dim, config.rope_local_theta)
 
 
 def _build_block(
@@ -75,27 +86,26 @@ def _build_block(
     inv_freq: mx.array,
     linears: ByName[LinearLike],
     vectors: ByName[mx.array],
-) -> TransformerBlock:
+) -> Block:
     prefix = f"model.layers.{layer}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    return TransformerBlock(
-        self_attn=Attention(
-            layer=layer,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            inv_freq=inv_freq,
-            qkv_proj=stack(*(linears[f"{attention}.{name}_proj"] for name in "qkv")),
-            o_proj=linears[f"{attention}.o_proj"],
-            q_norm=vectors[f"{attention}.q_norm"] if config.qk_norm else None,
-            k_norm=vectors[f"{attention}.k_norm"] if config.qk_norm else None,
-            eps=config.rms_norm_eps,
-        ),
-        mlp=MLP(
-            gate_up_proj=stack(linears[f"{mlp}.gate_proj"], linears[f"{mlp}.up_proj"]),
-            down_proj=linears[f"{mlp}.down_proj"],
-        ),
-        input_layernorm=vectors[f"{prefix}.input_layernorm"],
-        post_attention_layernorm=vectors[f"{prefix}.post_attention_layernorm"],
+    self_attn = Attention(
+        layer=layer,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        inv_freq=inv_freq,
+        qkv_proj=stack(*(linears[f"{attention}.{name}_proj"] for name in "qkv")),
+        o_proj=linears[f"{attention}.o_proj"],
+        q_norm=vectors[f"{attention}.q_norm"] if config.qk_norm else None,
+        k_norm=vectors[f"{attention}.k_norm"] if config.qk_norm else None,
         eps=config.rms_norm_eps,
     )
+    kind_of_mlp = GeluMLP if config.hidden_act == GELU else MLP
+    feed_forward = kind_of_mlp(
+        gate_up_proj=stack(linears[f"{mlp}.gate_proj"], linears[f"{mlp}.up_proj"]),
+        down_proj=linears[f"{mlp}.down_proj"],
+    )
+    norms = {f"{name}_layernorm": vectors[f"{prefix}.{name}_layernorm"] for name in config.layer_norms}
+    kind_of_block = GemmaBlock if config.sandwich_norm else TransformerBlock
+    return kind_of_block(self_attn=self_attn, mlp=feed_forward, **norms, eps=config.rms_norm_eps)

@@ -16,6 +16,10 @@ _MOST = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": (1 << 31) - 1,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+SILU, GELU = "silu", "gelu_pytorch_tanh"
+ACTIVATIONS = (SILU, GELU)
+_POSITIVE = ("rms_norm_eps", "rope_theta", "rope_local_theta", "query_pre_attn_scalar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +29,16 @@ class ModelConfig:
     One description for every architecture that the engine runs; they differ only in the switches.
 
     max_position_embeddings: the longest context in tokens.
+    layer_types: what each layer's queries see: "full_attention", all tokens up to their own, or
+        "sliding_attention", the last `sliding_window` of these, their own included; None: all layers see all.
     rope_factors: what each of the head_dim / 2 rotary frequencies is divided by (llama 3's scaling, linear
         scaling); None leaves them alone.
+    rope_local_theta: the base of windowed layers' rotation, which `rope_factors` then leave alone; None:
+        windowed layers rotate as the others do.
+    query_pre_attn_scalar: what `attention_scale` is made from; None: head_dim.
+    hidden_act: the activation in the MLP, one of `ACTIVATIONS`.
+    sandwich_norm: attention and MLP are normalised before and after, with four norms in a block (Gemma).
+    scale_embeddings: the embedding's rows are multiplied by sqrt(hidden_size) (Gemma).
     tie_word_embeddings: the output projection is the embedding.
     qkv_bias, output_bias, mlp_bias: which projections have a bias: queries, keys and values; the one after
         attention; those of the MLP.
@@ -46,6 +58,13 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_factors: tuple[float, ...] | None = None
+    rope_local_theta: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    query_pre_attn_scalar: float | None = None
+    hidden_act: str = SILU
+    sandwich_norm: bool = False
+    scale_embeddings: bool = False
     tie_word_embeddings: bool = True
     qkv_bias: bool = False
     output_bias: bool = False
@@ -65,11 +84,31 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a positive number, not {value!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, not {self.hidden_act!r}")
+        self._check_windows()
         if self.rope_factors is not None:
             self._check_rope_factors(self.rope_factors)
+
+    def _check_windows(self) -> None:
+        window, types = self.sliding_window, self.layer_types
+        if window is not None and (type(window) is not int or window < 1):
+            raise ConfigError(f"sliding_window must be a whole number of tokens from 1, not {window!r}")
+        if types is None:
+            if window is not None:
+                raise ConfigError(f"sliding_window ({window}) needs layer_types: which layers have it")
+            return
+        if len(types) != self.num_hidden_layers:
+            raise ConfigError(f"layer_types must name {self.num_hidden_layers} layers, not {len(types)}")
+        unknown = next((kind for kind in types if kind not in (FULL, SLIDING)), None)
+        if unknown is not None:
+            raise ConfigError(f"layer_types {unknown!r} is not supported; supported: {FULL}, {SLIDING}")
+        if window is None and SLIDING in types:
+            raise ConfigError(f"layer_types has {SLIDING!r}, which needs a sliding_window, not None")
 
     def _check_rope_factors(self, factors: tuple[float, ...]) -> None:
         if len(factors) != self.head_dim // 2 or not all(0.0 < factor < float("inf") for factor in factors):
@@ -91,11 +130,17 @@ class ModelConfig:
                     shapes[f"{prefix}.{name}.bias"] = (outputs,)
             if self.qk_norm:
                 shapes |= {f"{prefix}.self_attn.{x}_norm.weight": (D,) for x in "qk"}
-            shapes |= {f"{prefix}.{x}_layernorm.weight": (E,) for x in ("input", "post_attention")}
+            shapes |= {f"{prefix}.{x}_layernorm.weight": (E,) for x in self.layer_norms}
         shapes["model.norm.weight"] = (E,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, E)
         return shapes
+
+    @property
+    def layer_norms(self) -> tuple[str, ...]:
+        """The norms over hidden_size in each layer, by the first half of their checkpoint names."""
+        around_mlp = ("pre_feedforward", "post_feedforward") if self.sandwich_norm else ()
+        return ("input", "post_attention", *around_mlp)
 
     @property
     def _projections(self) -> dict[str, tuple[int, int, bool]]:
@@ -118,9 +163,15 @@ class ModelConfig:
         return sum(map(prod, self.parameter_shapes.values()))
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer how many tokens a query sees, its own included; None: all up to its own."""
+        types = self.layer_types or (FULL,) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == SLIDING else None for kind in types)
+
+    @property
     def attention_scale(self) -> float:
-        """What query-key products are multiplied by: 1 / sqrt(head_dim)."""
-        return float(self.head_dim**-0.5)
+        """What query-key products are multiplied by: 1 / sqrt(query_pre_attn_scalar or head_dim)."""
+        return float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token's keys and values take over all layers."""

@@ -6,11 +6,13 @@ Plain bookkeeping over ints. Takes pages and gives them back; knows nothing of a
 from .batch_manager import PrefixStats, wanted
 from .chunked_prefill import share_budget
 from .errors import OutOfBlocksError
+from .page_layout import PageLayout
 from .paged_attention import BlockAllocator
 from .paged_queues import PagedQueues
 from .policies import Policies
-from .sequence import PagedSequence
+from .sequence import PagedSequence, SequenceState
 from .step import Plan, Scheduled
+from .swap import SwapSpace
 
 
 class PageScheduler:
@@ -27,17 +29,20 @@ class PageScheduler:
         queues: PagedQueues,
         allocator: BlockAllocator,
         policies: Policies,
-        block_size: int,
+        layout: PageLayout,
         *,
         max_seqs: int,
         max_tokens: int,
         max_blocks: int,
     ) -> None:
-        self.prefix = policies.prefix(allocator, block_size)
+        self.prefix = policies.prefix(allocator, layout.block_size)
+        self.swap_space = SwapSpace(policies.swap_blocks, layout.block_size) if policies.swap_blocks else None
         self.num_preemptions = 0
+        self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
         self._queues = queues
         self._allocator = allocator
+        self._layout = layout
         self._preemption = policies.preemption
         self._max_seqs = max_seqs
         self._max_tokens = max_tokens
@@ -50,9 +55,9 @@ class PageScheduler:
 
     def plan(self) -> Plan[PagedSequence]:
         """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
-        self._admit()
+        plan: Plan[PagedSequence] = Plan()
+        self._admit(plan)
         self._share()
-        plan: Plan[PagedSequence] = Plan([])
         running = list(self._queues.running)
         for sequence, count in zip(running, share_budget(self._wants(), self._max_tokens), strict=True):
             if count and sequence in self._queues.running:
@@ -60,31 +65,35 @@ class PageScheduler:
         return plan
 
     def computed(self, plan: Plan[PagedSequence]) -> None:
-        """Take note of what a step has computed."""
+        """Take note of what a step has brought back and computed."""
+        for sequence in plan.returned:
+            if self.swap_space is not None and sequence.state is SequenceState.RUNNING:
+                self.swap_space.forget(sequence)
+                self.prefix.keep(sequence, 0)
         for sequence, start, stop, _ in plan.chunks:
             sequence.num_computed = stop
             self.prefix.keep(sequence, start)
+            self._let_go(sequence)
             if start < len(sequence.prompt) <= stop and not sequence.outputs:
                 queries, hits = self.prefix_stats
                 found = sequence.num_cached_tokens
                 self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
 
     def give_up(self, sequence: PagedSequence) -> None:
-        """Take a sequence's pages away."""
-        blocks = list(sequence.table.blocks)
+        """Take a sequence's pages away, and those on the host if it has ended."""
+        blocks = sequence.blocks
         sequence.give_up_pages()
         self.prefix.released(blocks)
+        if self.swap_space is not None and sequence.state is SequenceState.FINISHED:
+            self.swap_space.forget(sequence)
 
     def promised_blocks(self, sequence: PagedSequence) -> int:
         """Blocks that must stay available for a sequence beyond those that it holds."""
         tokens = self._preemption.promised_tokens(sequence)
-        table = sequence.table
-        own = table.blocks_to_append(max(0, tokens - table.num_tokens))
-        shared_by_forks = len(sequence.prompt) // table.block_size
-        per_fork = max(0, -(-tokens // table.block_size) - shared_by_forks)
-        return own + sequence.num_forks * per_fork
+        own = self._layout.blocks_to_come(sequence, tokens)
+        return own + sequence.num_forks * self._layout.blocks_of_fork(len(sequence.prompt), tokens)
 
-    def _admit(self) -> None:
+    def _admit(self, plan: Plan[PagedSequence]) -> None:
         """Start waiting sequences, oldest first, while there are seats and the pages promised to them."""
         if not self._queues.waiting:
             return
@@ -97,18 +106,35 @@ class PageScheduler:
             self.prefix.adopt(sequence)
             needed = self.promised_blocks(sequence)
             if promised + needed > self.num_available:
+                # Windows are promised that nothing comes back of what they share; alone it all does.
                 self.give_up(sequence)
+                needed = self.promised_blocks(sequence)
+            if promised + needed > self.num_available:
                 if not self._queues.running:
                     self._refuse_stuck(sequence, needed)
                 return
             self._queues.start_next()
+            self._swap_in(sequence, plan)
             promised += needed
             seats -= 1 + sequence.num_forks
+
+    def _swap_in(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
+        """Plan to bring back what a sequence left on the host, beyond what it found in the prefix cache."""
+        if self.swap_space is None or sequence.swapped is None:
+            return
+        if sequence.num_computed < sequence.swapped.num_computed:
+            self._fetch(self.swap_space.blocks_to_swap_in(sequence))
+            found = sequence.blocks
+            copies = self.swap_space.swap_in(sequence, self._queues.blocks_of_others(sequence))
+            self.prefix.released([block for block in found if block not in sequence.blocks])
+            plan.swapped_in.update(copies)
+        plan.returned.append(sequence)
 
     def _share(self) -> None:
         """Let everybody who runs take what the prefix cache has by now, and parked beams join."""
         for sequence in list(self._queues.running):
             self.prefix.adopt(sequence)
+            self._let_go(sequence)
             if sequence.parked is not None and sequence.num_uncomputed == 0:
                 self._queues.join(sequence)
 
@@ -128,19 +154,23 @@ class PageScheduler:
 
     def _take(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> None:
         """Plan up to `count` tokens of a sequence and take their pages; none where it has to give way."""
-        table = sequence.table
-        if table.blocks_to_append(count) < self.num_available:
+        if sequence.blocks_to_append(count) < self.num_available:
             self.prefix.adopt_part(sequence)
+            self._let_go(sequence)
             count = min(count, sequence.num_uncomputed)
         if self._make_room(sequence, count, plan):
             start = sequence.num_computed
-            copies = table.append_tokens(count)
+            copies = sequence.append_tokens(count)
             self.prefix.released([copy.src for copy in copies])
             plan.chunks.append(Scheduled(sequence, start, start + count, copies))
 
+    def _let_go(self, sequence: PagedSequence) -> None:
+        """Give back what the windows of a sequence have passed."""
+        self.prefix.released(self._layout.let_go(sequence.tables, sequence.num_computed))
+
     def _make_room(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
         """Find pages for `count` more tokens, preempting if need be; False: `sequence` had to give way."""
-        while (needed := sequence.table.blocks_to_append(count)) > self.num_available:
+        while (needed := sequence.blocks_to_append(count)) > self.num_available:
             candidates = self._queues.running[self._queues.running.index(sequence) :]
             victim = self._preemption.choose_victim(candidates)
             if victim is None:
@@ -148,7 +178,7 @@ class PageScheduler:
                     f"sequence {sequence.seq_id!r} needs {needed} more blocks, {self.num_available} of "
                     f"{self._max_blocks} can be had, and nobody may be preempted"
                 )
-            self._preempt(victim)
+            self._preempt(victim, plan)
             plan.drop_who_stopped()
             if sequence not in self._queues.running:
                 return False
@@ -163,14 +193,31 @@ class PageScheduler:
             self._allocator.resize(min(self._max_blocks, max(2 * size, size + short)))
             self.prefix.evict(num_blocks - self._allocator.num_free)
 
-    def _preempt(self, sequence: PagedSequence) -> None:
-        """Take a running sequence's pages; it waits at the head of the queue to compute them again.
+    def _preempt(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
+        """Take a running sequence's pages; it waits at the head of the queue to get them back.
 
-        Beams of one search go together: they can only go on together.
+        From the host, where that has room, or by computing them again. Beams of one search go together: they
+        can only go on together, and compute again what they have in common.
         """
+        if not sequence.is_beam:
+            self._swap_out(sequence, plan)
         for stopped in self._queues.put_back(sequence):
             self.give_up(stopped)
+        if sequence.swapped is not None:
+            sequence.state = SequenceState.SWAPPED
         self.num_preemptions += 1
+
+    def _swap_out(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
+        """Plan to copy what a sequence has computed to the host, unless it is there, or there is no room."""
+        if self.swap_space is None or sequence.swapped is not None or sequence.num_computed == 0:
+            return
+        chunks = (chunk for chunk in plan.chunks if chunk.sequence is sequence)
+        copies = self.swap_space.swap_out(
+            sequence, {copy.dst: copy.src for chunk in chunks for copy in chunk.copies}
+        )
+        if copies is not None:
+            plan.swapped_out += copies
+            self.num_swapped_out += 1
 
     def _refuse_stuck(self, sequence: PagedSequence, needed: int) -> None:
         """Drop a request that waits for pages which nobody is left to give back."""

@@ -14,13 +14,13 @@ from .batch_manager import Capacity, PrefixStats, longest
 from .compaction import compact_memory
 from .errors import RequestTooLargeError
 from .kv_pool import KVPool
+from .layer_groups import LayerGroup, group_layers
 from .model import Model
+from .page_layout import PageLayout
 from .page_scheduler import PageScheduler
-from .paged_attention import BlockAllocator, BlockTable
-from .paged_kernel import PagedContext, Span, pack_batch
+from .paged_attention import BlockAllocator
 from .paged_queues import BeamStep, PagedQueues
 from .policies import Policies, PrefixPolicy
-from .prefix_cache import TokenBlocks
 from .queues import QueueViews
 from .sampling_params import SamplingParams
 from .sequence import PagedSequence, completion_ids
@@ -33,8 +33,9 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     max_pages: blocks in the pool. page_size: tokens in a block. max_batch_size: sequences that run
     at once, each completion counted. model: None schedules without computing anything, for the
     bookkeeping alone. max_batched_tokens: tokens in one step. max_model_len: longest prompt + output
-    in tokens, at most the model's context. min_pages: where given, the pool begins with so many blocks,
-    doubles while they are short, and halves while three quarters of it are idle.
+    in tokens, at most the model's context. groups: layers that share a table; None: as the model's windows
+    have it. min_pages: where given, the pool begins with so many blocks, doubles while they are short, and
+    halves while three quarters of it are idle.
 
     Invariant: every block is free, or counted once for each table that holds it and for the prefix cache.
     """
@@ -51,6 +52,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         kv_dtype: mx.Dtype = mx.float16,
         policies: Policies | None = None,
         min_pages: int | None = None,
+        groups: Seq[LayerGroup] | None = None,
     ) -> None:
         self.max_pages = max_pages
         self.block_size = page_size
@@ -58,6 +60,14 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         self.allocator = BlockAllocator(self._min_pages)
         self.pool = (
             None if model is None else KVPool.for_model(model.config, self._min_pages, page_size, kv_dtype)
+        )
+        windows = (None,) if model is None else model.config.windows
+        self._layout = PageLayout(tuple(groups or group_layers(windows)), page_size, max_batched_tokens)
+        policies = policies or Policies()
+        self._swap_pool = (
+            None
+            if model is None or not policies.swap_blocks
+            else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
         )
         self._queues: PagedQueues = PagedQueues()
         self._model = model
@@ -68,8 +78,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         self._scheduler = PageScheduler(
             self._queues,
             self.allocator,
-            policies or Policies(),
-            page_size,
+            policies,
+            self._layout,
             max_seqs=max_batch_size,
             max_tokens=max_batched_tokens,
             max_blocks=max_pages,
@@ -102,8 +112,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             params=params,
             seed=seed,
             max_len=longest(tokens, params, request_id, self._context, self._max_seqs),
-            table=BlockTable(self.allocator, self.block_size),
-            stream=TokenBlocks(self.block_size, params.cache_salt),
+            tables=self._layout.tables(self.allocator),
+            streams=self._layout.streams(params.cache_salt),
             num_forks=params.n - 1,
             is_beam=beam_search,
         )
@@ -124,7 +134,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         """
         self._give_memory_back()
         plan = self._schedule()
-        if not plan.chunks:
+        if plan.is_empty:
             return StepLogits(None, {})
         rows = None if self._model is None else self._run(self._model, plan)
         self._scheduler.computed(plan)
@@ -154,7 +164,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     def compact(self) -> int:
         """Move all blocks in use to the front of the pool, between two steps; how many are free then."""
-        tables = [sequence.table for sequence in self.running]
+        tables = [table for sequence in self.running for table in sequence.tables]
         return compact_memory(self.allocator, [*tables, self.prefix], self.pool)
 
     @property
@@ -166,6 +176,11 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     def num_preemptions(self) -> int:
         """How often somebody had to give way."""
         return self._scheduler.num_preemptions
+
+    @property
+    def num_swapped(self) -> int:
+        """Sequences that wait with their keys and values on the host."""
+        return sum(sequence.swapped is not None for sequence in self.waiting)
 
     @property
     def prefix_stats(self) -> PrefixStats:
@@ -188,22 +203,32 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     # Run: arrays.
 
     def _run(self, model: Model, plan: Plan[PagedSequence]) -> mx.array | None:
-        """Compute the chunks of a plan in one packed forward pass -> logits [R, vocab_size].
+        """Move a plan's blocks and compute its chunks in one packed forward pass -> logits [R, vocab_size].
 
         R counts the chunks' `logit_positions`, in packed order; None for R = 0.
         """
         assert self.pool is not None
         self.pool.resize(self.allocator.num_blocks)
+        self._swap(self.pool, plan)
         self.pool.copy_blocks(plan.copies)
+        if not plan.chunks:
+            return None
         tokens, logit_rows = plan.pack()
-        batch = pack_batch([Span(sequence.table, start, stop) for sequence, start, stop, _ in plan.chunks])
-        context = PagedContext(self.pool, batch, model.config.attention_scale, mx.array(logit_rows, mx.int32))
+        spans = [(sequence.tables, start, stop) for sequence, start, stop, _ in plan.chunks]
+        rows = mx.array(logit_rows, mx.int32)
+        context = self._layout.context(self.pool, spans, model.config.attention_scale, rows)
         logits = model(mx.array([tokens], mx.int32), context)[0]
         if not logit_rows:
             self.pool.evaluate()
             return None
         self.pool.evaluate(logits)
         return logits
+
+    def _swap(self, pool: KVPool, plan: Plan[PagedSequence]) -> None:
+        """Copy blocks to the host and back; what goes out is read before anything is written over it."""
+        if self._swap_pool is not None:
+            self._swap_pool.fill_from(pool, plan.swapped_out)
+            pool.fill_from(self._swap_pool, [(host, block) for block, host in plan.swapped_in.items()])
 
     def _fork(self, leader: PagedSequence) -> list[PagedSequence]:
         """The leader and, once its prompt is computed, the completions that share its pages."""
@@ -236,6 +261,6 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     def _most_blocks(self, leader: PagedSequence) -> int:
         """Blocks that a request may need at once; beams run together, others one by one if need be."""
-        longest_one = -(-leader.max_len // self.block_size)
-        shared = len(leader.prompt) // self.block_size
-        return longest_one + (leader.num_forks * (longest_one - shared) if leader.is_beam else 0)
+        longest_one = self._layout.most_blocks(leader.max_len)
+        per_fork = self._layout.blocks_of_fork(len(leader.prompt), leader.max_len)
+        return longest_one + (leader.num_forks * per_fork if leader.is_beam else 0)

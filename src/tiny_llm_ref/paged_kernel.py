@@ -48,7 +48,8 @@ class PackedBatch:
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
     """Lay the tokens of S spans side by side, in order, and note where each stands.
 
-    Row i of `tables` belongs to span i, whose table has room for all its tokens already. S is at least 1.
+    Row i of `tables` has the `physical_indices` of span i's table, which has room for all its tokens already.
+    S is at least 1.
     """
     positions: list[int] = []
     slot_of_token: list[int] = []
@@ -57,12 +58,12 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
         positions.extend(range(start, stop))
         slot_of_token.extend(table.slots(start, stop))
         row_of_token.extend([row] * (stop - start))
-    longest = max(len(span.table.blocks) for span in spans)
-    tables = [span.table.blocks + [0] * (longest - len(span.table.blocks)) for span in spans]
+    tables = [span.table.physical_indices() for span in spans]
+    longest = max(map(len, tables))
     return PackedBatch(
         positions=mx.array(positions, mx.int32),
         slots=mx.array(slot_of_token, mx.int32),
-        tables=mx.array(tables, mx.int32),
+        tables=mx.array([row + [0] * (longest - len(row)) for row in tables], mx.int32),
         row_of_token=mx.array(row_of_token, mx.int32),
         spans=tuple(spans),
     )

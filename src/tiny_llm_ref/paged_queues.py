@@ -6,9 +6,9 @@ Plain bookkeeping over sequences and their tables; knows nothing of scores, or o
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from .beam_search import fork_sequence
 from .queues import RequestQueues
 from .sequence import PagedSequence, Parked, SequenceState, completion_ids
+from .sliding_window import first_block
 
 
 class BeamStep(NamedTuple):
@@ -44,9 +44,8 @@ class PagedQueues(RequestQueues[PagedSequence]):
         """Let the beams that are parked behind a running one share its pages, and run beside it."""
         assert leader.parked is not None
         beams, leader.parked = leader.parked.beams, None
-        fork_sequence(leader.table, [beam.table for beam in beams])
         for beam in beams:
-            beam.num_computed = leader.num_computed
+            beam.share_pages(leader)
             beam.state = SequenceState.RUNNING
         leader.num_forks -= len(beams)
         self._insert_after(leader, beams)
@@ -54,6 +53,16 @@ class PagedQueues(RequestQueues[PagedSequence]):
     def beams(self, request_id: str) -> list[PagedSequence]:
         """The running sequences of a request."""
         return [sequence for sequence in self.running if sequence.request_id == request_id]
+
+    def blocks_of_others(self, sequence: PagedSequence) -> dict[bytes, int]:
+        """The full blocks of a request's other running sequences, by the hash of what is in them."""
+        blocks: dict[bytes, int] = {}
+        for other in self.beams(sequence.request_id):
+            for index, table in enumerate(other.tables if other is not sequence else ()):
+                first, stop = first_block(table), other.num_computed // table.block_size
+                hashes = other.stream_of(index, stop).hashes[first:stop]
+                blocks.update(zip(hashes, table.blocks, strict=False))
+        return blocks
 
     def advance(self, request_id: str, steps: Seq[BeamStep]) -> list[PagedSequence]:
         """Replace a request's beams by their children, each a fork of its parent with one token more.

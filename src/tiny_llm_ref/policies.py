@@ -108,8 +108,10 @@ class NoPrefixSharing:
 class Policies:
     """One object for each decision; frozen, so a manager's behaviour never changes under way.
 
-    prefix: makes the policy for a manager's allocator and block size.
+    prefix: makes the policy for a manager's allocator and block size. swap_blocks: blocks on the host for
+    what is preempted; without one to spare it is computed again.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
     prefix: Callable[[BlockAllocator, int], PrefixPolicy] = NoPrefixSharing
+    swap_blocks: int = 0

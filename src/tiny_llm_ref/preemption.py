@@ -1,8 +1,8 @@
-"""Preemption by recompute: when pages run out, the newest sequence gives its pages up.
+"""Who gives way when pages run out: the newest sequence, and nobody before it has to.
 
-It goes back to the head of the queue with its tokens, and its keys and values are computed again
-when there is room. The oldest sequence is never chosen while another runs, so somebody always gets
-on and everybody ends. Source: section 4.5 of the PagedAttention paper.
+It goes back to the head of the queue and gets its keys and values again when there is room, from the host or
+by computing them. The oldest sequence is never chosen while another runs, so somebody always gets on and
+everybody ends. Source: section 4.5 of the PagedAttention paper.
 """
 
 from collections.abc import Sequence as Seq
@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from .sequence import PagedSequence
 
 
-class RecomputeNewestFirst:
+class NewestFirst:
     """Admits a sequence when its known tokens and one block more fit, and preempts the newest."""
 
     def promised_tokens(self, sequence: PagedSequence) -> int:

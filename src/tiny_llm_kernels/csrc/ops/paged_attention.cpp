@@ -27,7 +27,7 @@ std::vector<TokenRun> cut_into_runs(const AttentionJob& job, int threads) {
 
 /// A job that reads `keys` and `values` and fills `out`; a step that writes adds k, v and slots.
 AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& tables,
-                     const mx::array& row_of_token, const mx::array& positions, mx::array& out, float scale) {
+                     const mx::array& row_of_token, const mx::array& positions, mx::array& out, float scale, int64_t window) {
   AttentionJob job{};
   job.q = q.data<float>(), job.q_head = q.strides(1), job.q_token = q.strides(2);
   job.keys = const_cast<char*>(keys.data<char>()), job.values = const_cast<char*>(values.data<char>());
@@ -38,7 +38,7 @@ AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array&
   job.T = q.shape(2), job.H = q.shape(1), job.Hkv = keys.shape(1), job.D = q.shape(3);
   job.S = tables.shape(0), job.M = tables.shape(1);
   job.num_blocks = keys.shape(0), job.block_size = keys.shape(2);
-  job.scale = scale;
+  job.scale = scale, job.window = window;
   return job;
 }
 
@@ -51,7 +51,7 @@ void attend_in_runs(AttentionJob job, const Kernels& kernels) {
 
 class PagedAttention : public Node {
  public:
-  explicit PagedAttention(float scale) : scale_(scale) {}
+  PagedAttention(float scale, int64_t window) : scale_(scale), window_(window) {}
   const char* name() const override { return "paged_attention"; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -60,17 +60,18 @@ class PagedAttention : public Node {
     const auto keys = dense(inputs[1], queue), values = dense(inputs[2], queue);
     const auto tables = dense(inputs[3], queue), row_of_token = dense(inputs[4], queue), positions = dense(inputs[5], queue);
     allocate_heads_inside(outputs[0]);
-    const auto job = reading(q, keys, values, tables, row_of_token, positions, outputs[0], scale_);
+    const auto job = reading(q, keys, values, tables, row_of_token, positions, outputs[0], scale_, window_);
     queue.dispatch([job, &kernels = kernels()] { attend_in_runs(job, kernels); });
   }
 
  private:
   float scale_;
+  int64_t window_;
 };
 
 class WriteAndAttend : public Node {
  public:
-  explicit WriteAndAttend(float scale) : scale_(scale) {}
+  WriteAndAttend(float scale, int64_t window) : scale_(scale), window_(window) {}
   const char* name() const override { return "write_and_attend"; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -85,7 +86,7 @@ class WriteAndAttend : public Node {
     outputs[1].copy_shared_buffer(inputs[3]);  // the pools go on as they are: never a copy
     outputs[2].copy_shared_buffer(inputs[4]);
 
-    auto job = reading(q, outputs[1], outputs[2], tables, row_of_token, positions, outputs[0], scale_);
+    auto job = reading(q, outputs[1], outputs[2], tables, row_of_token, positions, outputs[0], scale_, window_);
     job.k = k.data<float>(), job.k_head = k.strides(1), job.k_token = k.strides(2);
     job.v = v.data<float>(), job.v_head = v.strides(1), job.v_token = v.strides(2);
     job.slots = slots.data<int32_t>();
@@ -98,7 +99,15 @@ class WriteAndAttend : public Node {
 
  private:
   float scale_;
+  int64_t window_;
 };
+
+/// The window as a number: every position where there is none, or where it is longer than any sequence.
+int64_t checked(std::optional<int64_t> window) {
+  constexpr int64_t EVERY_POSITION = int64_t{1} << 31;  // as many as an int32 counts
+  if (window && *window < 1) refuse("window must be at least 1, got ", *window);
+  return std::min(window.value_or(EVERY_POSITION), EVERY_POSITION);
+}
 
 /// What both operators ask of what they read; Hkv is the number of key-value heads that is wanted.
 void check_reading(const mx::array& q, int Hkv, const mx::array& key_pool, const mx::array& value_pool,
@@ -124,19 +133,19 @@ void check_reading(const mx::array& q, int Hkv, const mx::array& key_pool, const
 
 mx::array paged_attention(
     const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,
-    const mx::array& row_of_token, const mx::array& positions, float scale) {
+    const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window) {
   check_dtype("q", q, mx::float32);
   check_ndim("q", q, 4);
   check_ndim("key_pool", key_pool, 4);
   check_reading(q, key_pool.shape(1), key_pool, value_pool, tables, row_of_token, positions);
-  return mx::array(q.shape(), mx::float32, std::make_shared<PagedAttention>(scale),
+  return mx::array(q.shape(), mx::float32, std::make_shared<PagedAttention>(scale, checked(window)),
                    {q, key_pool, value_pool, tables, row_of_token, positions});
 }
 
 std::tuple<mx::array, mx::array, mx::array> write_and_attend(
     const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& key_pool,
     const mx::array& value_pool, const mx::array& slots, const mx::array& tables,
-    const mx::array& row_of_token, const mx::array& positions, float scale) {
+    const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window) {
   check_dtype("q", q, mx::float32);
   check_dtype("k", k, mx::float32);
   check_dtype("v", v, mx::float32);
@@ -151,7 +160,8 @@ std::tuple<mx::array, mx::array, mx::array> write_and_attend(
   check_shape("slots", slots, {T}, "[T]");
 
   auto out = mx::array::make_arrays({q.shape(), key_pool.shape(), value_pool.shape()},
-                                    {mx::float32, key_pool.dtype(), value_pool.dtype()}, std::make_shared<WriteAndAttend>(scale),
+                                    {mx::float32, key_pool.dtype(), value_pool.dtype()},
+                                    std::make_shared<WriteAndAttend>(scale, checked(window)),
                                     {q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions});
   return {out[0], out[1], out[2]};
 }

@@ -1,0 +1,89 @@
+"""How a model's keys and values lie in pages: which tables a sequence has, and what they hold at most.
+
+Every decision that depends on windows is here, so that scheduling knows sequences and blocks alone.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from .kv_context import KVContext
+from .kv_pool import KVPool
+from .layer_groups import LayerGroup
+from .paged_attention import BlockAllocator, BlockTable
+from .paged_kernel import PagedContext, Span, pack_batch
+from .prefix_cache import TokenBlocks
+from .sequence import PagedSequence
+from .sliding_window import WindowedContext, WindowedTable, first_visible
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Groups of layers, in blocks of so many tokens. most_tokens: of one sequence in one step."""
+
+    groups: tuple[LayerGroup, ...]
+    block_size: int
+    most_tokens: int
+
+    def tables(self, allocator: BlockAllocator) -> list[BlockTable]:
+        """Empty tables for a sequence, one for each group."""
+        kinds = (BlockTable if group.window is None else WindowedTable for group in self.groups)
+        return [kind(allocator, self.block_size) for kind in kinds]
+
+    def streams(self, salt: str) -> list[TokenBlocks]:
+        """A sequence's tokens as the prefix cache sees them, which tells the groups apart."""
+        salts = [salt] if len(self.groups) == 1 else [f"{i} {salt}" for i in range(len(self.groups))]
+        return [TokenBlocks(self.block_size, salt) for salt in salts]
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence may hold at once on its way to so many tokens."""
+        return sum(self._most(group, num_tokens) for group in self.groups)
+
+    def blocks_to_come(self, sequence: PagedSequence, num_tokens: int) -> int:
+        """Free blocks that a sequence may take, beyond those that it holds, on its way to so many tokens.
+
+        Others may hold what its windows pass, so nothing of that is counted on.
+        """
+        more = max(0, num_tokens - sequence.num_computed)
+        pairs = zip(self.groups, sequence.tables, strict=True)
+        return sum(min(table.blocks_to_append(more), self._most(group, num_tokens)) for group, table in pairs)
+
+    def blocks_of_fork(self, num_shared: int, num_tokens: int) -> int:
+        """The same for a fork to come, which has its first `num_shared` tokens in common with its parent."""
+        own = max(0, -(-num_tokens // self.block_size) - num_shared // self.block_size)
+        return sum(min(own, self._most(group, num_tokens)) for group in self.groups)
+
+    def let_go(self, tables: Seq[BlockTable], position: int) -> list[int]:
+        """Give back the blocks that no query from `position` on sees; which, table by table."""
+        passed: list[int] = []
+        if not self._has_windows:
+            return passed
+        for group, table in zip(self.groups, tables, strict=True):
+            if isinstance(table, WindowedTable) and group.window is not None:
+                passed += table.let_go(first_visible(position, group.window))
+        return passed
+
+    def context(
+        self,
+        pool: KVPool,
+        spans: Seq[tuple[Seq[BlockTable], int, int]],
+        scale: float,
+        logit_rows: mx.array | None,
+    ) -> KVContext:
+        """One packed forward pass. spans: a sequence's tables, and the positions start .. stop - 1."""
+        batches = [
+            pack_batch([Span(tables[i], start, stop) for tables, start, stop in spans])
+            for i in range(len(self.groups))
+        ]
+        if self._has_windows:
+            return WindowedContext(pool, self.groups, batches, scale, logit_rows)
+        return PagedContext(pool, batches[0], scale, logit_rows)
+
+    @cached_property
+    def _has_windows(self) -> bool:
+        return any(group.window is not None for group in self.groups)
+
+    def _most(self, group: LayerGroup, num_tokens: int) -> int:
+        return group.most_blocks(num_tokens, self.block_size, self.most_tokens)

@@ -1,0 +1,342 @@
+"""Layers that see a window, and Gemma 3: from every format transformers' logits, beyond the window too.
+
+Oracle: transformers' float32 logits, token ids and greedy continuations (tests/goldens/gemma.json). Here
+through a context without a cache and with a mask for each layer; the paged path has tests of its own. The
+real model is tested where its packages are installed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_llm.checkpoint import Checkpoint
+from tiny_llm.errors import ConfigError, ModelFileError
+from tiny_llm.gemma_block import geglu
+from tiny_llm.hf_config import model_config
+from tiny_llm.hub import find_model
+from tiny_llm.kernels import twins
+from tiny_llm.linear import Linear, ScaledRows
+from tiny_llm.llm import LLM
+from tiny_llm.loader import read_checkpoint
+from tiny_llm.model import Model
+from tiny_llm.model_config import ModelConfig
+
+from tiny_checkpoints import WINDOWED_CONFIGS, random_weights, to_bfloat16, write_folder, write_gguf
+from windowed_context import WindowedNoCacheContext, window_mask
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "gemma.json").read_text(encoding="utf-8"))
+PROMPT = [int(token) for token in GOLDENS["tiny_prompt"].split()]
+POSITIONS = GOLDENS["positions"]
+TOLERANCE = 1e-4
+NAMES = list(WINDOWED_CONFIGS)
+GEMMA = WINDOWED_CONFIGS["gemma3"]
+LAYERS = {"S": "sliding_attention", "f": "full_attention"}
+
+
+def golden_logits(name: str) -> np.ndarray:
+    """transformers' logits [positions, vocab_size]."""
+    [found] = [record for record in GOLDENS["logits"] if record["checkpoint"] == name]
+    return np.array(found["logits"])
+
+
+def logits(model: Model, tokens: list[int], rows: list[int], *, windows: Any = None) -> np.ndarray:
+    """The model's logits [rows, vocab_size], each layer with its own window, or with those given."""
+    config = model.config
+    context = WindowedNoCacheContext(len(tokens), config.attention_scale, windows or config.windows)
+    context.logit_rows = mx.array(rows, mx.int32)
+    return np.array(model(mx.array([tokens], mx.int32), context)[0])
+
+
+def our_logits(path: Path) -> np.ndarray:
+    """Ours of a file or folder at the goldens' positions."""
+    return logits(read_checkpoint(path).build(), PROMPT, POSITIONS)
+
+
+# Tiny checkpoints.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+    path = write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
+    assert np.abs(our_logits(path) - golden_logits(name)).max() < TOLERANCE
+    with twins():
+        assert np.abs(our_logits(path) - golden_logits(name)).max() < TOLERANCE
+
+
+def test_a_gguf_gives_transformers_logits(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", GEMMA, random_weights(GEMMA))
+    assert np.abs(our_logits(path) - golden_logits("gemma3")).max() < TOLERANCE
+
+
+def test_a_bfloat16_folder_gives_the_logits_of_its_numbers(tmp_path: Path) -> None:
+    """Oracle: the same numbers in float32. One more than a norm's stored weight does not fit bfloat16."""
+    weights = {name: to_bfloat16(array) for name, array in random_weights(GEMMA).items()}
+    narrow = our_logits(write_folder(tmp_path / "narrow", GEMMA, weights, dtype="BF16"))
+    wide = our_logits(write_folder(tmp_path / "wide", GEMMA, weights))
+    assert np.abs(narrow - wide).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("off_by", [-1, 1, None])
+def test_a_wrong_window_shows_as_soon_as_it_matters(name: str, off_by: int | None, tmp_path: Path) -> None:
+    """Oracle: the goldens; position p sees a token too many or too few from the window's size on."""
+    model = read_checkpoint(
+        write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
+    ).build()
+    wrong = [window and (window + off_by if off_by else None) for window in model.config.windows]
+    apart = np.abs(logits(model, PROMPT, POSITIONS, windows=wrong) - golden_logits(name)).max(axis=-1)
+    first = 7 if off_by == -1 else 8  # the window is 8
+    for position, difference in zip(POSITIONS, apart, strict=True):
+        assert (difference < TOLERANCE) == (position < first), (position, difference)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 12, 13, None])
+def test_a_query_sees_itself_and_as_many_before_it_as_the_window_holds(window: int | None) -> None:
+    """Oracle: the rule, position by position."""
+    mask = np.array(window_mask(12, window))
+    for p in range(12):
+        first = 0 if window is None else max(0, p - window + 1)
+        assert [key for key in range(12) if mask[p, key] == 0] == list(range(first, p + 1))
+
+
+# Configurations.
+
+
+def described(**changes: object) -> ModelConfig:
+    """A Gemma 3 configuration as Hugging Face's files had it first, with changes; None leaves a field out."""
+    config = {
+        **{"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4},
+        **{"num_key_value_heads": 1, "intermediate_size": 96, "vocab_size": 288, "sliding_window": 512},
+        **{"max_position_embeddings": 128, "rope_scaling": None},
+        **changes,
+    }
+    return model_config(config, ())
+
+
+def pattern(config: ModelConfig) -> str:
+    """One letter a layer: S for a window."""
+    return "".join("f" if window is None else "S" for window in config.windows)
+
+
+def test_what_a_gemma_configuration_leaves_out_is_transformers_default() -> None:
+    """Oracle: transformers' Gemma3TextConfig."""
+    config = described()
+    assert (config.head_dim, config.rope_theta, config.rope_local_theta) == (256, 1e6, 1e4)
+    assert (config.query_pre_attn_scalar, config.attention_scale) == (256, 1 / 16)
+    assert (config.rms_norm_eps, config.hidden_act) == (1e-6, "gelu_pytorch_tanh")
+    assert config.tie_word_embeddings
+    assert config.sandwich_norm
+    assert config.scale_embeddings
+    assert config.qk_norm
+    assert pattern(config) == "SSSSSfSS"
+    assert {window for window in config.windows if window} == {512}
+
+
+def test_only_layers_that_see_everything_are_rotated_with_the_scaling() -> None:
+    """Oracle: transformers; of its old names and of its new ones."""
+    old = described(rope_scaling={"type": "linear", "factor": 8.0}, rope_theta=5e5, rope_local_base_freq=2e4)
+    by_type = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    assert described(rope_parameters=by_type) == old
+    assert (old.rope_theta, old.rope_local_theta, set(old.rope_factors or ())) == (5e5, 2e4, {8.0})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("gemma3_text", {"sliding_window_pattern": 2}, "SfSfSfSf"),
+        ("gemma3_text", {"layer_types": [LAYERS[x] for x in "fSSfffSf"]}, "fSSfffSf"),
+        ("mistral", {}, "SSSSSSSS"),
+        ("mistral", {"sliding_window": None}, "ffffffff"),
+        ("qwen2", {}, "ffffffff"),
+        ("qwen2", {"use_sliding_window": True}, "ffffffff"),  # 28 layers see everything
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 5}, "fffffSSS"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, "ffffffff"),
+        ("qwen3", {"use_sliding_window": True, "layer_types": [LAYERS[x] for x in "SfSfSfSf"]}, "SfSfSfSf"),
+        ("qwen3", {"layer_types": [LAYERS["f"]] * 8}, "ffffffff"),
+        ("llama", {}, "ffffffff"),
+    ],
+)
+def test_which_layers_have_a_window(model_type: str, fields: dict[str, object], expected: str) -> None:
+    """Oracle: transformers' configuration of each architecture."""
+    assert pattern(described(model_type=model_type, **fields)) == expected
+
+
+def test_a_window_that_is_not_mentioned_is_transformers_default() -> None:
+    """Oracle: MistralConfig, which has 4096; null is none."""
+    fields = {"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields |= {"intermediate_size": 96, "vocab_size": 288, "max_position_embeddings": 128}
+    assert model_config(fields, ()).windows == (4096, 4096)
+    assert model_config({**fields, "sliding_window": None}, ()).windows == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gemma3"}, "'gemma3' reads images too.*'gemma3_text'"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'.*gelu_pytorch_tanh"),
+        ({"sliding_window": None}, "sliding_attention.*needs a sliding_window"),
+        ({"sliding_window": 0}, "sliding_window must be.*not 0"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name 8 layers, not 1"),
+        ({"layer_types": ["chunked_attention"] * 8}, "layer_types 'chunked_attention'"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention', expected a list"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a positive"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters has 'rope_type'"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "'linear' of sliding",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            "partial_rotary_factor 0.5",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 8}, "'full_attention'.*mistral"),
+        ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window True.*llama"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 8}, "needs a sliding_window"),
+        (
+            {"model_type": "qwen3", "rope_parameters": {"full_attention": {}}},
+            "has 'full_attention', expected one",
+        ),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be"),
+    ],
+)
+def test_what_would_be_another_computation_is_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        described(**fields)
+
+
+def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Path) -> None:
+    """Oracle: llama.cpp, where every sixth layer sees everything unless the file has a pattern."""
+    weights = random_weights(GEMMA)
+
+    def read(**metadata: object) -> ModelConfig:
+        return read_checkpoint(write_gguf(tmp_path / "x.gguf", GEMMA, weights, **metadata)).config
+
+    assert (pattern(read()), read().rope_local_theta) == ("SSSSSfS", 10_000.0)
+    key = "attention.sliding_window_pattern"
+    assert pattern(read(**{key: 3})) == "SSfSSfS"
+    assert pattern(read(**{key: [True, False, False, True, True, False, False]})) == "SffSSff"
+    assert read(**{"rope.freq_base_swa": 5000.0}).rope_local_theta == 5000.0
+    scaled = read(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
+    assert scaled.rope_factors == (8.0,) * 8
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
+        ({"attention.sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"attention.sliding_window_pattern": [True]}, "must name 7 layers, not 1"),
+        ({"attention.sliding_window": 0}, "sliding_window must be"),
+    ],
+)
+def test_a_gguf_of_another_computation_is_refused(
+    tmp_path: Path, metadata: dict[str, object], words: str
+) -> None:
+    path = write_gguf(tmp_path / "x.gguf", GEMMA, random_weights(GEMMA), **metadata)
+    with pytest.raises(ModelFileError, match=words):
+        read_checkpoint(path)
+
+
+def test_the_largest_gemma_scales_queries_by_another_number(tmp_path: Path) -> None:
+    """Oracle: llama.cpp, which knows the 27B model by its 62 layers: hidden_size / heads, not head_dim."""
+    config = {**GEMMA, "num_hidden_layers": 62, "num_attention_heads": 2, "hidden_size": 32}
+    path = write_gguf(tmp_path / "deep.gguf", config, random_weights(config))
+    assert read_checkpoint(path).config.attention_scale == (32 / 2) ** -0.5
+    assert read_checkpoint(path).config.query_pre_attn_scalar == 16
+
+
+def test_a_cache_without_windows_refuses_contexts_beyond_them(tmp_path: Path) -> None:
+    path = write_folder(tmp_path, GEMMA, random_weights(GEMMA))
+    with pytest.raises(ConfigError, match=r"'dense' has no windows.* 8 tokens of a context of 128"):
+        LLM(path, batching="dense")
+    LLM(path, batching="dense", max_model_len=8, kv_cache_memory=1 << 20)
+
+
+# Parts.
+
+
+def test_geglu_is_gelus_tanh_approximation_times_up() -> None:
+    """Oracle: the definition, in float64."""
+    x = np.linspace(-12, 12, 2001)
+    expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * 3
+    found = np.array(geglu(mx.array(x.astype(np.float32)), mx.full(x.shape, 3.0)))
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_geglu_of_a_row_is_the_same_bits_in_any_batch() -> None:
+    """Oracle: the row alone."""
+    both = mx.random.normal((33, 2 * 67), key=mx.random.key(3)) * 4
+    whole = np.array(geglu(*mx.split(both, 2, axis=-1)))
+    for rows in ([0], [3, 4], [5, 6, 7], list(range(10, 27)), [32]):
+        part = np.array(geglu(*mx.split(both[mx.array(rows)], 2, axis=-1)))
+        assert np.array_equal(part, whole[rows])
+
+
+def test_scaled_rows_scale_what_is_looked_up_and_nothing_else() -> None:
+    matrix = Linear(mx.random.normal((5, 4), key=mx.random.key(1)))
+    scaled, ids, x = ScaledRows(matrix, 3.0), mx.array([[4, 0]]), mx.ones((2, 4))
+    assert np.array_equal(np.array(scaled.rows(ids)), 3 * np.array(matrix.rows(ids)))
+    assert np.array_equal(np.array(scaled(x)), np.array(matrix(x)))
+
+
+def test_a_scaled_embedding_and_the_projection_tied_to_it_are_one_matrix(tmp_path: Path) -> None:
+    model = read_checkpoint(write_folder(tmp_path, GEMMA, random_weights(GEMMA))).build()
+    assert isinstance(model.embed_tokens, ScaledRows)
+    assert model.embed_tokens.matrix is model.lm_head
+    assert model.embed_tokens.scale == 8.0  # sqrt(64)
+
+
+# The real model.
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Checkpoint:
+    """Gemma 3 270M, where it is installed."""
+    try:
+        return read_checkpoint(find_model("gemma3-270m"))
+    except ModelFileError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip("gemma3-270m is not installed")
+
+
+def test_text_becomes_sentencepieces_tokens_and_text_again(gemma: Checkpoint) -> None:
+    """Oracle: SentencePiece's rules, written out in make_gemma.py."""
+    for record in GOLDENS["strings"]:
+        assert gemma.tokenizer.encode(record["text"]) == record["ids"], record["text"]
+        if "\u2581" not in record["text"]:  # which SentencePiece cannot tell from a space
+            assert gemma.tokenizer.decode(record["ids"], skip_special_tokens=False) == record["text"]
+
+
+def test_transformers_conversion_cuts_only_long_runs_of_spaces_otherwise() -> None:
+    """Oracle: its ids, kept in the goldens. If this fails, transformers follows SentencePiece."""
+    differ = [record["text"] for record in GOLDENS["strings"] if "gguf_conversion_ids" in record]
+    assert differ
+    assert all(" " * 32 in text for text in differ)
+
+
+def test_the_real_model_goes_on_as_transformers_does(gemma: Checkpoint) -> None:
+    """Oracle: greedy continuations of short prompts, all steps in one pass; log-probabilities within 0.01."""
+    assert (gemma.config.windows.count(512), gemma.config.windows.count(None)) == (15, 3)
+    model = gemma.build()
+    for record in GOLDENS["continuations"]:
+        prompt, output = record["prompt_ids"], record["output_ids"]
+        if len(prompt) > 100:
+            continue
+        found = logits(model, prompt + output, list(range(len(prompt) - 1, len(prompt) + len(output) - 1)))
+        assert found.argmax(-1).tolist() == output, record["name"]
+        assert gemma.tokenizer.decode(output) == record["text"]
+        for row, expected in zip(found, record["top_log_probs"], strict=False):
+            log_probs = row - np.log(np.exp(row.astype(np.float64)).sum())
+            assert all(abs(log_probs[token] - value) < 0.01 for token, value in expected)
