@@ -19,7 +19,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_llm.beam_search import BeamSearch, BeamSearchParams
 from tiny_llm.compaction import compact_pages
-from tiny_llm.engine_core import EngineCore, TokenLogprobs
+from tiny_llm.engine_core import EngineCore
 from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.layer_groups import LayerGroup, group_layers
 from tiny_llm.managers import sharing
@@ -31,7 +31,7 @@ from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
 from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sequence import PagedSequence, SequenceState, completion_ids
+from tiny_llm.sequence import PagedSequence, SequenceState, TokenLogprobs, completion_ids
 from tiny_llm.sliding_window import WindowedTable
 from tiny_llm.step import Plan, StepLogits
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
@@ -47,7 +47,8 @@ def check_pages(manager: PagedBatchManager) -> None:
     """Free + referenced = total, and every reference is one table's or the prefix cache's: counted."""
     allocator = manager.allocator
     counted = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
-    sequences = [*manager.running, *manager.waiting]
+    waiting = [*manager.waiting, *manager._queues.set_aside]
+    sequences = [*manager.running, *waiting]
     tables = [table for sequence in sequences for table in sequence.tables]
     held = Counter(block for table in tables for block in table.blocks)
     in_use = set(held)
@@ -65,8 +66,8 @@ def check_pages(manager: PagedBatchManager) -> None:
     for sequence in sequences:
         assert sorted(sequence.blocks) == sorted(block for table in sequence.tables for block in table.blocks)
         check_tables(sequence, manager._layout.groups)
-    assert all(not sequence.blocks for sequence in manager.waiting), "a waiting sequence holds pages"
-    for leader in [*manager.running, *manager.waiting]:
+    assert all(not sequence.blocks for sequence in waiting), "a waiting sequence holds pages"
+    for leader in sequences:
         for beam in leader.parked.beams if leader.parked else ():
             assert not beam.blocks, "a parked beam holds pages"
     check_prefix_order(manager)
@@ -79,7 +80,7 @@ def check_host(manager: PagedBatchManager) -> None:
     if space is None:
         return
     held: Counter[int] = Counter()
-    for sequence in manager.waiting:
+    for sequence in [*manager.waiting, *manager._queues.set_aside]:
         assert (sequence.swapped is not None) == (sequence.state is SequenceState.SWAPPED)
         for table in sequence.swapped.tables if sequence.swapped else ():
             held.update(table.host_blocks)

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.engine_core import EngineCore, TokenOutput
+from tiny_llm.engine_core import EngineCore
 from tiny_llm.errors import OutOfBlocksError, RequestTooLargeError
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
@@ -14,6 +14,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.rope import inverse_frequencies, rope
 from tiny_llm.sampler import sample_token
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.token_output import TokenOutput
 
 import tiny_llm_kernels
 from promises import CROWD, answer_alone, check_all_returned, check_pages, check_scenario, policies
@@ -55,8 +56,11 @@ def test_a_full_pool_with_nobody_to_preempt_is_a_refusal_and_no_deadlock() -> No
         elsewhere = BlockTable(engine.manager.allocator, 4)
         elsewhere.append_tokens(16)
         engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=2))
+        assert engine.step() == []
+        refused = engine.take_failures()
         with pytest.raises(OutOfBlocksError, match=r"'a' needs \d blocks, 0 of 4 can be had"):
-            engine.step()
+            raise refused[0].error
+        assert [failure.request_id for failure in refused] == ["a"]
         assert not engine.has_work
         elsewhere.release()
         check_all_returned(engine.manager)
@@ -70,12 +74,11 @@ def test_a_pool_that_is_taken_while_the_last_one_runs_is_a_refusal_and_no_deadlo
     elsewhere = BlockTable(engine.manager.allocator, 4)
     elsewhere.append_tokens(12)
 
-    def run_on() -> None:
-        for _ in range(10):
-            engine.step()
-
+    for _ in range(10):
+        engine.step()
+    (refused,) = engine.take_failures()
     with pytest.raises(OutOfBlocksError, match="'a'"):
-        run_on()
+        raise refused.error
     elsewhere.release()
     check_all_returned(engine.manager)
 

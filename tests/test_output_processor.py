@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llm.engine_core import TokenLogprobs, TokenOutput
 from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.output_processor import CompletionText, RequestState
 from tiny_llm.outputs import Logprob, TextDelta
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import TokenLogprobs
+from tiny_llm.token_output import TokenOutput
 from tiny_llm.tokenizer import Tokenizer
 
 

@@ -267,7 +267,7 @@ def test_parked_beams_join_as_forks_once_what_they_share_is_computed() -> None:
     stopped(queues, beams[1])
     restarted(queues, beams[0])
     queues.join(beams[0])
-    assert ids(queues.running) == ["new", "a/0", "a/1"]
+    assert ids(queues.running) == ["a/0", "a/1", "new"]
     assert queues.beams("a") == beams
     assert outputs(beams) == said
     assert [beam.num_computed for beam in beams] == [7, 7]

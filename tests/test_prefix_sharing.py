@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import pytest
-from tiny_llm.engine_core import EngineCore, TokenOutput
+from tiny_llm.engine_core import EngineCore
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_queues import BeamStep
@@ -19,6 +19,7 @@ from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan
+from tiny_llm.token_output import TokenOutput
 
 from promises import Watched, check_all_returned, check_pages, policies
 from tiny_llm import prefix_cache

@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
-from tiny_llm.engine_core import EngineCore, TokenOutput
+from tiny_llm.engine_core import EngineCore
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.step import Plan
+from tiny_llm.token_output import TokenOutput
 
 from promises import policies
 from tiny_model import EOS, logits_through_pages, random_prompt, tiny_model

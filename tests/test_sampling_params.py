@@ -30,6 +30,7 @@ def test_the_defaults_are_vllms() -> None:
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
         "cache_salt": "",  # of the prompt there
+        "priority": 0,  # of the request there
     }
     assert dataclasses.asdict(SamplingParams()) == expected
 

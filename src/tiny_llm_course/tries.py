@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -470,6 +471,55 @@ def one_long_system_prompt() -> Lines:
     yield f"the same answers every time: {all(answer == answers[0] for answer in answers)}; {answers[0][0]!r}"
 
 
+def old_pages_go_back() -> Lines:
+    """3.5: the pages of a long text with windows and without, what one token reads, and what a hit needs."""
+    from tiny_llm.layer_groups import LayerGroup, group_layers
+    from tiny_llm.paged_batch import PagedBatchManager
+    from tiny_llm.policies import Policies
+    from tiny_llm.sampling_params import SamplingParams
+    from tiny_llm.windowed_prefix import WindowedPrefixSharing
+
+    size, length, window = 16, 4096, 512
+    groups = group_layers((*[window] * 5, None) * 3)
+    yield (
+        f"a simulation, without the model: 18 layers as in Gemma 3's 270M, in {len(groups)} groups; all "
+        f"but the first group see {window} tokens; blocks of {size} tokens"
+    )
+    params = SamplingParams(max_tokens=1)
+    make = partial(PagedBatchManager, 1600, size, 1, max_batched_tokens=128, max_model_len=length + 1)
+    whole, near = make(groups=[LayerGroup(group.layers) for group in groups]), make(groups=groups)
+    for manager in (whole, near):
+        manager.add_request([1] * length, "text", params)
+    yield "   tokens | blocks, all layers see all | with windows: full + windowed | gone back"
+    for tokens in (256, 512, 640, 1024, 2048, length):
+        for manager in (whole, near):
+            while manager.sequence("text").num_computed < tokens:
+                manager.process_batch()
+        all_blocks = sum(len(table.blocks) for table in whole.sequence("text").tables)
+        full, *windowed = (len(table.blocks) for table in near.sequence("text").tables)
+        gone = sum(table.start // size for table in near.sequence("text").tables[1:])
+        yield f"  {tokens:7,} |{all_blocks:27,} |{full:19,} + {sum(windowed):7,} |{gone:10,}"
+    kept = full + sum(windowed)
+    yield f"{kept:,} of {all_blocks:,} blocks: {kept / all_blocks:.0%}, and the longer the text, the less"
+    yield from _what_one_token_reads(near.sequence("text").tables[1], length, window)
+
+    prefix = partial(WindowedPrefixSharing, groups=groups)
+    sharing = make(groups=groups, policies=Policies(prefix=prefix))
+    for name in ("first", "again"):
+        sharing.add_request([1] * length, name, params)
+        while sharing.sequence(name).num_computed < length:
+            sharing.process_batch()
+        if name == "first":
+            sharing.finish(name)
+    again = sharing.sequence("again")
+    blocks = sum(len(table.blocks) for table in again.tables)
+    yield (
+        f"the same text again: {again.num_cached_tokens:,} of {length:,} tokens are found, in "
+        f"{blocks:,} blocks; nobody asks for the {sum(table.start // size for table in again.tables[1:]):,} "
+        "that no window reaches"
+    )
+
+
 TRIES: dict[str, Callable[[], Lines]] = {
     "1.1": attention,
     "1.2": rotary,
@@ -489,6 +539,7 @@ TRIES: dict[str, Callable[[], Lines]] = {
     "3.2": beams_on_shared_pages,
     "3.3": slots_of_a_running_engine,
     "3.4": one_long_system_prompt,
+    "3.5": old_pages_go_back,
 }
 
 
@@ -519,6 +570,29 @@ def _who_holds_what(what: str, tables: list[Any]) -> Lines:
     for table in tables:
         blocks = (f"{block:2}{'*' if held[block] > 1 else ' '}" for block in table.physical_indices())
         yield f"  {table.num_tokens} tokens in blocks {' '.join(blocks)}"
+
+
+def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
+    """The next token of a windowed table: its blocks, and its output when all others hold NaN."""
+    from tiny_llm.paged_kernel import Span, pack_batch
+    from tiny_llm.sliding_window import NOWHERE, first_visible, windowed_attention
+
+    table.append_tokens(1)
+    indices = table.physical_indices()
+    first, holes = first_visible(position, window), indices.count(NOWHERE)
+    yield (
+        f"token {position:,} sees positions {first:,} to {position:,}: {len(indices) - holes} blocks of "
+        f"{len(indices)}; the {holes} before are nowhere"
+    )
+    num_blocks, batch = table.allocator.num_blocks, pack_batch([Span(table, position, position + 1)])
+    q = mx.random.normal((1, 4, 1, 64), key=mx.random.key(0))
+    pool = mx.random.normal((2, num_blocks, 1, table.block_size, 64), key=mx.random.key(1))
+    is_held = mx.array([[[[block in table.blocks]]] for block in range(num_blocks)])
+    outputs = [
+        windowed_attention(q, keys, values, batch, 0.125, window)
+        for keys, values in (pool, mx.where(is_held, pool, mx.nan))
+    ]
+    yield f"  with NaN in all other blocks of the pool: the same output, {mx.array_equal(*outputs).item()}"
 
 
 def _size(x: mx.array) -> float:

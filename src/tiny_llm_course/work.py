@@ -267,6 +267,20 @@ def _prefix_cache() -> Work:
     return work
 
 
+def _windowed() -> Work:
+    """16 tokens of a prompt and a decode of 9 heads at the end of 2,048, of which each sees 512."""
+    from tiny_llm.paged_attention import BlockAllocator
+    from tiny_llm.paged_kernel import Span, pack_batch
+    from tiny_llm.sliding_window import WindowedTable, first_visible, windowed_attention
+
+    table = WindowedTable(BlockAllocator(128), 16)
+    table.append_tokens(2048)
+    table.let_go(first_visible(2031, 512))
+    batch = pack_batch([Span(table, 2031, 2047), Span(table, 2047, 2048)])
+    q, keys, values = _random(1, 9, 17, 64), _random(128, 3, 16, 64), _random(129, 3, 16, 64)[1:]
+    return lambda: windowed_attention(q, keys, values, batch, 0.125, 512)
+
+
 WORK: dict[str, Callable[[], Work]] = {
     "1.1": _attention,
     "1.2": _rope,
@@ -286,6 +300,7 @@ WORK: dict[str, Callable[[], Work]] = {
     "3.2": _paged_step,
     "3.3": _paged_cache,
     "3.4": _prefix_cache,
+    "3.5": _windowed,
 }
 
 

@@ -64,8 +64,24 @@ class BatchManager(Protocol):
     def has_work(self) -> bool:
         """True while a request has not ended."""
 
+    @property
+    def num_swapped(self) -> int:
+        """Of those who wait, how many have their keys and values on the host."""
+
     def sequence(self, seq_id: str) -> Sequence:
         """The unfinished sequence of that id; KeyError for another."""
+
+    def has_sequence(self, seq_id: str) -> bool:
+        """True while a sequence has not ended."""
+
+    def has_request(self, request_id: str) -> bool:
+        """True while a request has not ended."""
+
+    def isolate(self, request_id: str | None) -> None:
+        """Let nobody else's turn come, of those who wait, until this is called again; None: everybody's."""
+
+    def recover(self) -> list[str]:
+        """After a step that raised: all who ran wait again; the requests that it was to compute."""
 
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0

@@ -24,7 +24,7 @@ class BeamSearchParams:
     ignore_eos: go on after end-of-sequence tokens. length_penalty: a hypothesis's score is the sum of its
     tokens' log-probabilities, divided by their number to this power, from -10 to 10; above 0 prefers longer
     texts.
-    cache_salt: as in `SamplingParams`.
+    cache_salt, priority: as in `SamplingParams`.
     """
 
     beam_width: int
@@ -32,13 +32,14 @@ class BeamSearchParams:
     ignore_eos: bool = False
     length_penalty: float = 1.0
     cache_salt: str = ""
+    priority: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("beam_width", "max_tokens"):
+        for name in ("beam_width", "max_tokens", "priority"):
             value = getattr(self, name)
             if type(value) is not int:
                 raise ConfigError(f"{name} must be a whole number, not {value!r}")
-            if value < 1:
+            if value < 1 and name != "priority":
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if not -MOST_PENALTY <= self.length_penalty <= MOST_PENALTY:
             limits = f"from {-MOST_PENALTY} to {MOST_PENALTY}"

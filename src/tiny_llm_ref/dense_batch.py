@@ -68,6 +68,7 @@ class DenseBatchManager(QueueViews[Sequence]):
     """
 
     num_preemptions = 0
+    num_swapped = 0
     prefix_stats = PrefixStats()
 
     def __init__(
@@ -145,6 +146,15 @@ class DenseBatchManager(QueueViews[Sequence]):
         """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
         for seq_id in self._queues.forget_forks_to_come(request_id):
             self.finish(seq_id)
+
+    def recover(self) -> list[str]:
+        """After a step that raised: all who ran wait again, without their slots; their requests."""
+        stopped = list(self.running)
+        for sequence in stopped:
+            self._queues.put_back(sequence)
+            sequence.num_computed = 0
+        self._slot_of, self._free = {}, list(range(self.max_slots))
+        return list(dict.fromkeys(sequence.request_id for sequence in stopped))
 
     @property
     def capacity(self) -> Capacity:

@@ -19,6 +19,7 @@ _COUNTS = (
     "kv_cache_memory",
     "swap_space",
     "max_num_seqs",
+    "max_num_waiting",
     "max_model_len",
 )
 
@@ -32,6 +33,7 @@ class EngineConfig:
     kv_cache_memory: bytes for the pool when `num_blocks` is None; None means half a gibibyte, or
         less where `max_num_seqs` sequences of `max_model_len` tokens need less.
     max_num_seqs: sequences that run in one step (each of `n` counts).
+    max_num_waiting: requests that may wait at once before the next is turned away; None: any number.
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
     max_model_len: longest prompt + output in tokens; None means the model's own limit.
     kv_cache_dtype: how keys and values are stored.
@@ -55,6 +57,7 @@ class EngineConfig:
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     max_num_seqs: int = 64
+    max_num_waiting: int | None = None
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     kv_cache_dtype: str = "float16"

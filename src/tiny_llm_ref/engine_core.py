@@ -4,52 +4,38 @@ Knows token ids and nothing of text; has no thread of its own and never prints. 
 because it owns every array.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from .batch_manager import BatchManager
 from .beam_search import BeamSearch, BeamSearchParams
+from .faults import Failure, Trials
 from .paged_batch import PagedBatchManager
 from .paged_queues import BeamStep
-from .sampler import adjust_logits, log_probabilities, sample_token
+from .sampler import log_probabilities
 from .sampling_params import SamplingParams
-from .sequence import Sequence, TokenLogprobs, completion_ids
+from .sequence import Sequence, completion_ids
 from .step import StepLogits
-
-
-class TokenOutput(NamedTuple):
-    """One token that one sequence of a request has just got.
-
-    finish_reason: "stop" or "length" where it was the last one; stop_token: the token of
-    `stop_token_ids` that ended it, None for an end-of-sequence token. prompt_logprobs: with a
-    sequence's first token, where they are asked for: one entry for each prompt token but the first.
-    num_cached_tokens: tokens of the prompt that came from the prefix cache.
-    """
-
-    request_id: str
-    seq_id: str
-    token: int
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
-    stop_token: int | None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    num_cached_tokens: int = 0
+from .token_output import TokenOutput, choose_token, likeliest, note_prompt_logprobs, tell
 
 
 @dataclass(frozen=True)
 class EngineStats:
     """How full the engine is, in sequences and blocks, and what it has met so far.
 
-    num_cached_blocks: blocks that nobody uses, kept because their tokens may come again.
-    prefix_cache_queries, prefix_cache_hits: prompt tokens of requests that have begun, and those of them that
-    were in the pool already.
+    num_swapped: of those that wait, how many have their keys and values on the host. num_cached_blocks:
+    blocks that nobody uses, kept because their tokens may come again. prefix_cache_queries,
+    prefix_cache_hits: prompt tokens of requests that have begun, and those of them that were in the pool
+    already.
     """
 
     num_running: int
     num_waiting: int
+    num_swapped: int
     num_free_blocks: int
     num_cached_blocks: int
     num_blocks: int
@@ -67,7 +53,11 @@ class _Searching:
 
 
 class EngineCore:
-    """Steps a batch manager, samples each ready sequence, and ends those that are done."""
+    """Steps a batch manager, samples each ready sequence, and ends those that are done.
+
+    A step that raises is undone, and who is to blame is found (`Trials`): that request has failed, and the
+    others go on as if nothing had happened.
+    """
 
     def __init__(self, manager: BatchManager, eos_token_ids: Seq[int], seed: int = 0) -> None:
         self.manager = manager
@@ -75,6 +65,8 @@ class EngineCore:
         self._seed = seed
         self._num_admitted = 0
         self._searches: dict[str, _Searching] = {}
+        self._failures: list[Failure] = []
+        self._trials = Trials(manager)
 
     def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
         """Queue a request; False when it cannot be queued now, an error when it never can.
@@ -82,6 +74,8 @@ class EngineCore:
         A request without a seed gets one here, from the engine's seed and its place in the order of
         arrival.
         """
+        if params.priority and not isinstance(self.manager, PagedBatchManager):
+            raise ValueError(f"priority ({params.priority}) is for batching='paged'")
         seed = params.seed if params.seed is not None else self._seed + (self._num_admitted << 20)
         queued = self.manager.add_request(tokens, request_id, params, seed)
         self._num_admitted += queued
@@ -95,7 +89,9 @@ class EngineCore:
         if not isinstance(self.manager, PagedBatchManager):
             raise ValueError("beam search shares pages between beams: it needs batching='paged'")
         width, salt = params.beam_width, params.cache_salt
-        sampling = SamplingParams(n=width, max_tokens=params.max_tokens, cache_salt=salt)
+        sampling = SamplingParams(
+            n=width, max_tokens=params.max_tokens, cache_salt=salt, priority=params.priority
+        )
         self.manager.add_request(tokens, request_id, sampling, beam_search=True)
         search = BeamSearch(params, self._eos)
         self._searches[request_id] = _Searching(search, {})
@@ -103,15 +99,28 @@ class EngineCore:
         return search
 
     def step(self) -> list[TokenOutput]:
-        """Run one step; the tokens that it gave, at most one for each running sequence."""
-        logits = self.manager.process_batch()
+        """Run one step; the tokens that it gave, at most one for each running sequence.
+
+        Never raises for what a request or the step did: see `take_failures`.
+        """
+        self._trials.begin_step()
+        try:
+            logits = self.manager.process_batch()
+        except Exception as error:  # whatever a kernel, an allocation or a policy raised
+            guilty = self._trials.blame(error)
+            if guilty is not None:
+                self._fail(guilty, error)
+            return []
+        self._trials.passed({sequence.request_id for sequence in self._ready(logits)})
+        self._note_prompt_logprobs(logits)
         outputs = self._sample(logits)
         self._advance_searches(logits)
-        self.manager.commit({output.seq_id: output.token for output in outputs})
-        for output in outputs:
-            if output.finish_reason is not None:
-                self.manager.finish(output.seq_id)
-        return outputs
+        return [output for output in outputs if self._commit(output)]
+
+    def take_failures(self) -> list[Failure]:
+        """The requests that have ended with an error since this was last asked."""
+        failures, self._failures = self._failures, []
+        return failures
 
     def finish(self, seq_id: str) -> None:
         """End one sequence, for a reason that is not its token's (a stop string)."""
@@ -134,6 +143,7 @@ class EngineCore:
         return EngineStats(
             num_running=len(manager.running),
             num_waiting=len(manager.waiting),
+            num_swapped=manager.num_swapped,
             num_free_blocks=manager.capacity.num_free,
             num_cached_blocks=manager.capacity.num_cached,
             num_blocks=manager.capacity.num_blocks,
@@ -142,33 +152,60 @@ class EngineCore:
             prefix_cache_hits=manager.prefix_stats.hits,
         )
 
+    # What a step gave. Who raises here has failed alone.
+
+    def _ready(self, logits: StepLogits) -> list[Sequence]:
+        """The sequences that have logits, and whose request has not failed."""
+        return [self.manager.sequence(seq_id) for seq_id in logits if self.manager.has_sequence(seq_id)]
+
+    def _note_prompt_logprobs(self, logits: StepLogits) -> None:
+        """Take down the log-probabilities of the prompt tokens that this step's rows are about."""
+        for seq_id, rows in logits.prompt_rows.items():
+            sequence = self.manager.sequence(seq_id)
+            with self._blaming(sequence.request_id):
+                assert logits.rows is not None
+                note_prompt_logprobs(sequence, (logits.rows[row] for row in rows))
+
     def _sample(self, logits: StepLogits) -> list[TokenOutput]:
-        """Choose every ready sequence's token; all rows are evaluated together."""
-        self._note_prompt_logprobs(logits)
-        known = [self.manager.sequence(seq_id) for seq_id in logits]
-        sequences = [sequence for sequence in known if sequence.request_id not in self._searches]
-        rows = [logits[sequence.seq_id] for sequence in sequences]
-        tokens = [self._choose(row, sequence) for row, sequence in zip(rows, sequences, strict=True)]
-        mx.eval(tokens)
-        return [
-            self._output(sequence, int(token), row)
-            for sequence, token, row in zip(sequences, tokens, rows, strict=True)
-        ]
+        """Choose every ready sequence's token; all are evaluated together, where that works."""
+        choices = []
+        for sequence in self._ready(logits):
+            if sequence.request_id not in self._searches:
+                with self._blaming(sequence.request_id):
+                    choices.append(choose_token(sequence, logits[sequence.seq_id], self._eos))
+        with suppress(Exception):  # whose fault it is shows when each is evaluated alone
+            mx.eval([(choice.token, choice.check) for choice in choices])
+        outputs = []
+        for choice in choices:
+            with self._blaming(choice.sequence.request_id):
+                outputs.append(tell(choice, self._eos))
+        return outputs
+
+    def _commit(self, output: TokenOutput) -> bool:
+        """Let a sequence have its token, and end if that is its last; False where its request has failed."""
+        if self.manager.has_sequence(output.seq_id):
+            with self._blaming(output.request_id):
+                self.manager.commit({output.seq_id: output.token})
+                if output.finish_reason is not None:
+                    self.manager.finish(output.seq_id)
+                return True
+        return False
 
     def _advance_searches(self, logits: StepLogits) -> None:
         """Hand the likeliest tokens to the searches whose beams were computed; those that have all go on.
 
         Beams of one search may be computed in different steps, when they were preempted: the others wait.
         """
-        for seq_id in list(logits):
-            request_id = self.manager.sequence(seq_id).request_id
-            under_way = self._searches.get(request_id)
-            if under_way is None:
+        for sequence in self._ready(logits):
+            under_way = self._searches.get(sequence.request_id)
+            if under_way is None or not self.manager.has_sequence(sequence.seq_id):
                 continue
-            search, candidates = under_way.search, under_way.candidates
-            candidates[seq_id] = _likeliest(log_probabilities(logits[seq_id]), search.num_candidates)
-            if len(candidates) == len(search.beams):
-                self._advance(request_id, search, candidates)
+            with self._blaming(sequence.request_id):
+                search, candidates = under_way.search, under_way.candidates
+                row = log_probabilities(logits[sequence.seq_id])
+                candidates[sequence.seq_id] = likeliest(row, search.num_candidates)
+                if len(candidates) == len(search.beams):
+                    self._advance(sequence.request_id, search, candidates)
 
     def _advance(
         self, request_id: str, search: BeamSearch, candidates: dict[str, list[tuple[int, float]]]
@@ -183,60 +220,16 @@ class EngineCore:
         else:
             self.cancel(request_id)
 
-    def _choose(self, row: mx.array, sequence: Sequence) -> mx.array:
-        """The next token of a sequence, unevaluated, from its row [V]."""
-        params, outputs = sequence.params, sequence.outputs
-        row = adjust_logits(row, params, sequence.prompt, outputs, self._end_token_ids(params))
-        return sample_token(row, params, sequence.seed, len(outputs))
+    @contextmanager
+    def _blaming(self, request_id: str) -> Iterator[None]:
+        """A request has failed if the block raises."""
+        try:
+            yield
+        except Exception as error:  # whatever it was
+            self._fail(request_id, error)
 
-    def _end_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a sequence."""
-        return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
-
-    def _note_prompt_logprobs(self, logits: StepLogits) -> None:
-        """Take down the log-probabilities of the prompt tokens that this step's rows are about."""
-        for seq_id, rows in logits.prompt_rows.items():
-            sequence = self.manager.sequence(seq_id)
-            assert logits.rows is not None
-            for row in rows:
-                token = sequence.prompt[len(sequence.prompt_logprobs) + 1]
-                num_top = sequence.params.prompt_logprobs or 0
-                sequence.prompt_logprobs.append(_logprobs(logits.rows[row], token, num_top))
-
-    def _output(self, sequence: Sequence, token: int, row: mx.array) -> TokenOutput:
-        params = sequence.params
-        stopped_by = token if token in (params.stop_token_ids or ()) else None
-        ended = token in self._end_token_ids(params)
-        tells = params.prompt_logprobs is not None and not sequence.outputs
-        full = sequence.num_tokens + 1 >= sequence.max_len
-        return TokenOutput(
-            request_id=sequence.request_id,
-            seq_id=sequence.seq_id,
-            token=token,
-            logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
-            finish_reason="stop" if ended else "length" if full else None,
-            stop_token=stopped_by,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if tells else None,
-            num_cached_tokens=sequence.num_cached_tokens,
-        )
-
-
-def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
-    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` likeliest, best first."""
-    logprobs = log_probabilities(row)
-    chosen = logprobs[token]
-    rank = mx.sum(logprobs > chosen) + 1
-    mx.eval(chosen, rank)
-    return TokenLogprobs(float(chosen), int(rank), tuple(_likeliest(logprobs, num_top)))
-
-
-def _likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
-    """The `num_top` likeliest tokens of a row [V] with their log-probabilities, best first."""
-    num_top = min(num_top, logprobs.shape[-1])
-    if num_top == 0:
-        return []
-    likeliest = mx.argpartition(-logprobs, num_top - 1)[:num_top]
-    values = logprobs[likeliest]
-    mx.eval(likeliest, values)
-    pairs = zip(cast(list[int], likeliest.tolist()), cast(list[float], values.tolist()), strict=True)
-    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """End a request with an error, once."""
+        if all(failure.request_id != request_id for failure in self._failures):
+            self._failures.append(Failure(request_id, error))
+        self.cancel(request_id)

@@ -17,6 +17,18 @@ class OutOfBlocksError(TinyLLMError):
     """The pool has fewer free blocks than were asked for. Nothing was allocated."""
 
 
+class StuckRequestError(OutOfBlocksError):
+    """A request waits for pages that nobody is left to give back."""
+
+    def __init__(self, message: str, request_id: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class NotANumberError(TinyLLMError):
+    """The model gave logits that are not numbers: there is no next token."""
+
+
 class DoubleFreeError(TinyLLMError):
     """A block was given back, or shared, that nobody holds."""
 
@@ -31,6 +43,26 @@ class RequestTooLargeError(TinyLLMError, ValueError):
 
 class DuplicateRequestError(TinyLLMError, ValueError):
     """A request id is in use by a request that has not ended."""
+
+
+class QueueFullError(TinyLLMError):
+    """As many requests wait as may: refused at once, with the figures. Later there may be room."""
+
+
+class RequestFailedError(TinyLLMError):
+    """A request has ended with an error that is not its caller's; `__cause__` has it. The others go on."""
+
+    def __init__(self, message: str, request_id: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class EngineStoppingError(TinyLLMError):
+    """The engine takes no more requests: it drains, or has been stopped."""
+
+
+class EngineDeadError(TinyLLMError):
+    """The engine's thread has ended with an error that nobody foresaw; `__cause__` has it. Nothing runs any more."""
 
 
 class ConfigError(TinyLLMError, ValueError):

@@ -62,6 +62,17 @@ class KVPool:
         """Evaluate `outputs` together with every pending write, so that no reader stays behind."""
         mx.eval(*outputs, *self._keys, *self._values)
 
+    def settle(self) -> bool:
+        """After a failure: evaluate what is pending. False: that failed, and all arrays are new and empty."""
+        try:
+            self.evaluate()
+            return True
+        except Exception:  # whatever an operator raised
+            for arrays in (self._keys, self._values):
+                arrays[:] = [mx.zeros(array.shape, self.dtype) for array in arrays]
+            self.evaluate()
+            return False
+
     def resize(self, num_blocks: int) -> None:
         """Grow by empty blocks, or cut the last ones off; one layer's array at a time is copied."""
         if num_blocks == self.num_blocks:

@@ -17,6 +17,7 @@ from .paged_batch import PagedBatchManager
 from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy
 from .preemption import NewestFirst
 from .prefix_sharing import PrefixSharing
+from .scheduler import AgedPriority
 from .windowed_prefix import WindowedPrefixSharing
 
 
@@ -46,6 +47,7 @@ def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
         preemption=NoPreemption() if config.preemption_mode == "none" else NewestFirst(),
         prefix=sharing(group_layers(model.windows)) if config.enable_prefix_caching else NoPrefixSharing,
         swap_blocks=config.swap_blocks(model, DTYPES[config.kv_cache_dtype].size),
+        turn=AgedPriority().turn,
     )
 
 

@@ -5,7 +5,7 @@ Plain bookkeeping over ints. Takes pages and gives them back; knows nothing of a
 
 from .batch_manager import PrefixStats, wanted
 from .chunked_prefill import share_budget
-from .errors import OutOfBlocksError
+from .errors import OutOfBlocksError, StuckRequestError
 from .page_layout import PageLayout
 from .paged_attention import BlockAllocator
 from .paged_queues import PagedQueues
@@ -37,6 +37,7 @@ class PageScheduler:
     ) -> None:
         self.prefix = policies.prefix(allocator, layout.block_size)
         self.swap_space = SwapSpace(policies.swap_blocks, layout.block_size) if policies.swap_blocks else None
+        self._under_way: Plan[PagedSequence] = Plan()
         self.num_preemptions = 0
         self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
@@ -55,7 +56,7 @@ class PageScheduler:
 
     def plan(self) -> Plan[PagedSequence]:
         """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
-        plan: Plan[PagedSequence] = Plan()
+        plan = self._under_way = Plan()
         self._admit(plan)
         self._share()
         running = list(self._queues.running)
@@ -78,6 +79,36 @@ class PageScheduler:
                 queries, hits = self.prefix_stats
                 found = sequence.num_cached_tokens
                 self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
+        self._under_way = Plan()
+
+    def undo(self) -> list[str]:
+        """After a step that failed: everybody who ran waits again; the requests that it was to compute.
+
+        What the step was to copy to the host is not there.
+        """
+        returned = {sequence.seq_id for sequence in self._under_way.returned}
+        half_out = [sequence for sequence in self._queues.running if sequence.seq_id not in returned]
+        for sequence in [*self._under_way.departed, *half_out]:
+            self._forget_swapped(sequence)
+        while self._queues.running:
+            self._put_back(self._queues.running[-1])
+        for sequence in self._queues.waiting:
+            self.give_up(sequence)  # what it was about to be admitted with
+        self.prefix.released(self.prefix.blocks)
+        return list(dict.fromkeys(chunk.sequence.request_id for chunk in self._under_way.chunks))
+
+    def forget_everything(self) -> None:
+        """Nothing that was computed can be read any more: what is kept or waits on the host is given up."""
+        self.prefix.evict(len(self.prefix.blocks))
+        for sequence in [*self._queues.waiting, *self._queues.set_aside]:
+            self._forget_swapped(sequence)
+
+    def _forget_swapped(self, sequence: PagedSequence) -> None:
+        """What a sequence has on the host is not to be had: it is computed again."""
+        if self.swap_space is not None:
+            self.swap_space.forget(sequence)
+        if sequence.state is SequenceState.SWAPPED:
+            sequence.state = SequenceState.WAITING
 
     def give_up(self, sequence: PagedSequence) -> None:
         """Take a sequence's pages away, and those on the host if it has ended."""
@@ -201,11 +232,15 @@ class PageScheduler:
         """
         if not sequence.is_beam:
             self._swap_out(sequence, plan)
+        self._put_back(sequence)
+        self.num_preemptions += 1
+
+    def _put_back(self, sequence: PagedSequence) -> None:
+        """Let a running sequence wait, without its pages, and its fellow beams with it."""
         for stopped in self._queues.put_back(sequence):
             self.give_up(stopped)
         if sequence.swapped is not None:
             sequence.state = SequenceState.SWAPPED
-        self.num_preemptions += 1
 
     def _swap_out(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
         """Plan to copy what a sequence has computed to the host, unless it is there, or there is no room."""
@@ -217,13 +252,15 @@ class PageScheduler:
         )
         if copies is not None:
             plan.swapped_out += copies
+            plan.departed.append(sequence)
             self.num_swapped_out += 1
 
     def _refuse_stuck(self, sequence: PagedSequence, needed: int) -> None:
-        """Drop a request that waits for pages which nobody is left to give back."""
+        """Refuse a request that waits for pages which nobody is left to give back: it has ended."""
         for seq_id in self._queues.forget_forks_to_come(sequence.request_id):
-            self._queues.end(seq_id)
-        raise OutOfBlocksError(
+            self.give_up(self._queues.end(seq_id))
+        raise StuckRequestError(
             f"request {sequence.request_id!r} needs {needed} blocks, {self.num_available} of "
-            f"{self._max_blocks} can be had, and no running sequence will give any back"
+            f"{self._max_blocks} can be had, and no running sequence will give any back",
+            sequence.request_id,
         )

@@ -69,7 +69,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             if model is None or not policies.swap_blocks
             else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
         )
-        self._queues: PagedQueues = PagedQueues()
+        self._queues: PagedQueues = PagedQueues(policies.turn)
         self._model = model
         self._max_seqs = max_batch_size
         self._context = max_model_len or (
@@ -161,6 +161,18 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
         for seq_id in self._queues.forget_forks_to_come(request_id):
             self.finish(seq_id)
+
+    def recover(self) -> list[str]:
+        """After a step that raised: all who ran wait again; the requests that it was to compute.
+
+        Nothing of the step has happened but what was committed. Keys and values that cannot be read any more
+        are given up, with the pool's arrays that they were in.
+        """
+        computing = self._scheduler.undo()
+        settled = [pool.settle() for pool in (self.pool, self._swap_pool) if pool is not None]
+        if not all(settled):
+            self._scheduler.forget_everything()
+        return computing
 
     def compact(self) -> int:
         """Move all blocks in use to the front of the pool, between two steps; how many are free then."""

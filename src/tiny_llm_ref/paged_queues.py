@@ -46,9 +46,8 @@ class PagedQueues(RequestQueues[PagedSequence]):
         beams, leader.parked = leader.parked.beams, None
         for beam in beams:
             beam.share_pages(leader)
-            beam.state = SequenceState.RUNNING
+            self._run(beam)
         leader.num_forks -= len(beams)
-        self._insert_after(leader, beams)
 
     def beams(self, request_id: str) -> list[PagedSequence]:
         """The running sequences of a request."""
@@ -73,15 +72,17 @@ class PagedQueues(RequestQueues[PagedSequence]):
         width = len(parents) + parents[0].num_forks
         ids = completion_ids(request_id, width)
         children = []
-        for seq_id, (parent_id, token) in zip(ids, steps, strict=False):
+        for place, (seq_id, (parent_id, token)) in enumerate(zip(ids, steps, strict=False)):
             child = self[parent_id].fork(seq_id, self[parent_id].seed)
+            child.rank = (*child.rank[:2], place)
             child.outputs.append(token)
             children.append(child)
         children[0].num_forks = width - len(children)
-        self._insert_after(parents[-1], children)
         for parent in parents:
             self.running.remove(parent)
             parent.state = SequenceState.FINISHED
+        for child in children:
+            self._run(child)
         self._sequences.update(dict.fromkeys(ids, children[0]))
         self._sequences.update({child.seq_id: child for child in children})
         return parents

@@ -104,14 +104,21 @@ class NoPrefixSharing:
         """Nothing to rename."""
 
 
+def in_order_of_arrival(number: int, priority: int) -> int:
+    """It is a request's turn when it was the `number`-th to come, whatever its priority."""
+    return number
+
+
 @dataclass(frozen=True)
 class Policies:
     """One object for each decision; frozen, so a manager's behaviour never changes under way.
 
     prefix: makes the policy for a manager's allocator and block size. swap_blocks: blocks on the host for
-    what is preempted; without one to spare it is computed again.
+    what is preempted; without one to spare it is computed again. turn: when it is a request's turn, the
+    lowest first, by its number and its priority.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
     prefix: Callable[[BlockAllocator, int], PrefixPolicy] = NoPrefixSharing
     swap_blocks: int = 0
+    turn: Callable[[int, int], int] = in_order_of_arrival

@@ -91,8 +91,8 @@ class PrefixCache:
     """Keeps full blocks after their tables have gone, until somebody needs the pages.
 
     Invariants: the allocator counts the cache as one holder of each kept block. What a kept block hangs on is
-    kept, and a table that holds a kept block holds that too. The queue has the idle blocks, which no table
-    holds, in the order of giving up: none stands behind one that hangs on it.
+    kept, and a table that holds a kept block holds that too, unless a window has passed it. The queue has the
+    idle blocks, which no table holds, in the order of giving up: none stands behind one that hangs on it.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:

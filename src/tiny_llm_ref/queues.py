@@ -3,8 +3,8 @@
 Plain bookkeeping: knows nothing of memory, of pages, or of when anybody should run.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from bisect import insort
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Generic, TypeVar
 
@@ -15,14 +15,20 @@ S = TypeVar("S", bound=Sequence)
 
 
 class RequestQueues(Generic[S]):
-    """Invariant: a sequence that has not ended is waiting, or running, or parked behind one that is.
+    """Invariants: a sequence that has not ended is waiting, running, set aside, or parked behind one that is.
+    Who waits and who runs stand in the order of their ranks.
 
-    A completion that is not forked yet is known by its id already: it stands for its leader.
+    A completion that is not forked yet is known by its id already: it stands for its leader. turn: when it is
+    a request's turn, from its number, counted from 0, and its priority.
     """
 
-    def __init__(self) -> None:
-        self.waiting: deque[S] = deque()
+    def __init__(self, turn: Callable[[int, int], int] = lambda number, priority: number) -> None:
+        self.waiting: list[S] = []
         self.running: list[S] = []
+        self.set_aside: list[S] = []
+        self._alone: str | None = None
+        self._turn = turn
+        self._num_arrived = 0
         self._sequences: dict[str, S] = {}
 
     def __len__(self) -> int:
@@ -31,6 +37,13 @@ class RequestQueues(Generic[S]):
     def __getitem__(self, seq_id: str) -> S:
         """The unfinished sequence of that id; KeyError for another."""
         return self._sequences[seq_id]
+
+    def __contains__(self, seq_id: str) -> bool:
+        return seq_id in self._sequences
+
+    def has_request(self, request_id: str) -> bool:
+        """True while a request has not ended."""
+        return any(sequence.request_id == request_id for sequence in self._sequences.values())
 
     def refuse_id_in_use(self, request_id: str, seq_ids: Iterable[str]) -> None:
         """Raise `DuplicateRequestError` for an id of a request that has not ended."""
@@ -42,22 +55,23 @@ class RequestQueues(Generic[S]):
 
     def add(self, leader: S) -> None:
         """Queue a request's leader."""
-        self.waiting.append(leader)
+        number, self._num_arrived = self._num_arrived, self._num_arrived + 1
+        leader.rank = (self._turn(number, leader.params.priority), number, 0)
+        self._wait(leader)
         ids = completion_ids(leader.request_id, 1 + leader.num_forks)
         self._sequences.update(dict.fromkeys(ids, leader))
 
     def start_next(self) -> S:
-        """The sequence that has waited longest runs."""
-        sequence = self.waiting.popleft()
-        self.running.append(sequence)
-        sequence.state = SequenceState.RUNNING
+        """The sequence whose turn it is runs."""
+        sequence = self.waiting.pop(0)
+        self._run(sequence)
         return sequence
 
     def put_back(self, sequence: S) -> list[S]:
-        """Make a running sequence wait again, at the head of the queue; everybody who stopped by that."""
+        """Make a running sequence wait again, until it is its turn; everybody who stopped by that."""
         self.running.remove(sequence)
         sequence.state = SequenceState.WAITING
-        self.waiting.appendleft(sequence)
+        self._wait(sequence)
         return [sequence]
 
     def fork(self, leader: S) -> list[S]:
@@ -65,17 +79,18 @@ class RequestQueues(Generic[S]):
         ids = completion_ids(leader.request_id, 1 + leader.num_forks)
         forks = [leader.fork(seq_id, leader.seed + i) for i, seq_id in enumerate(ids[1:], start=1)]
         leader.num_forks = 0
-        self._insert_after(leader, forks)
+        for place, fork in enumerate(forks, start=1):
+            fork.rank = (*leader.rank[:2], place)
+            self._run(fork)
         self._sequences.update({fork.seq_id: fork for fork in forks})
         return [leader, *forks]
 
     def end(self, seq_id: str) -> S:
         """Take out a sequence and return it. KeyError for one that has ended."""
         sequence = self._sequences.pop(seq_id)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        for queue in (self.running, self.waiting, self.set_aside):
+            if sequence in queue:
+                queue.remove(sequence)
         sequence.state = SequenceState.FINISHED
         return sequence
 
@@ -87,9 +102,24 @@ class RequestQueues(Generic[S]):
                 del self._sequences[seq_id]
         return [seq_id for seq_id, sequence in of_request.items() if seq_id == sequence.seq_id]
 
-    def _insert_after(self, sequence: S, others: list[S]) -> None:
-        after = self.running.index(sequence) + 1
-        self.running[after:after] = others
+    def isolate(self, request_id: str | None) -> None:
+        """Let nobody else's turn come, of those who wait, until this is called again; None: everybody's."""
+        everybody = sorted([*self.waiting, *self.set_aside], key=_rank)
+        self._alone, self.waiting, self.set_aside = request_id, [], []
+        for sequence in everybody:
+            self._wait(sequence)
+
+    def _wait(self, sequence: S) -> None:
+        may_run = self._alone in (None, sequence.request_id)
+        insort(self.waiting if may_run else self.set_aside, sequence, key=_rank)
+
+    def _run(self, sequence: S) -> None:
+        insort(self.running, sequence, key=_rank)
+        sequence.state = SequenceState.RUNNING
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
 
 
 class QueueViews(Generic[S]):
@@ -115,3 +145,15 @@ class QueueViews(Generic[S]):
     def sequence(self, seq_id: str) -> S:
         """The unfinished sequence of that id; KeyError for another."""
         return self._queues[seq_id]
+
+    def has_sequence(self, seq_id: str) -> bool:
+        """True while a sequence has not ended."""
+        return seq_id in self._queues
+
+    def has_request(self, request_id: str) -> bool:
+        """True while a request has not ended."""
+        return self._queues.has_request(request_id)
+
+    def isolate(self, request_id: str | None) -> None:
+        """Let nobody else's turn come, of those who wait, until this is called again; None: everybody's."""
+        self._queues.isolate(request_id)

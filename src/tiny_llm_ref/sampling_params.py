@@ -9,7 +9,7 @@ from .errors import TinyLLMError
 LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32, and leave no probabilities to draw from
 MOST_BIAS = 100.0  # of a logit; OpenAI's limit
 
-_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
+_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "priority")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
@@ -43,6 +43,8 @@ class SamplingParams:
     skip_special_tokens: leave control tokens out of the text.
     include_stop_str_in_output: let the text end with the stop string, or the stop token's text.
     cache_salt: the request shares the pages of a common beginning with requests of the same salt alone.
+    priority: whose turn it is; the lower the earlier, 0 is common. A request that waits gains on those that
+        come later, so that none waits for ever.
     """
 
     n: int = 1
@@ -65,6 +67,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     cache_salt: str = ""
+    priority: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()

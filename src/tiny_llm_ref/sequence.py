@@ -39,7 +39,8 @@ class Sequence:
     outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
     this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
     is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
-    num_cached_tokens: tokens of the prompt that somebody else had computed.
+    num_cached_tokens: tokens of the prompt that somebody else had computed. rank: its place in the order of
+    service, the lowest first: its request's turn and number, and its own place among the completions.
     """
 
     seq_id: str
@@ -49,6 +50,7 @@ class Sequence:
     seed: int
     max_len: int
     num_forks: int = 0
+    rank: tuple[int, int, int] = (0, 0, 0)
     outputs: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed: int = 0

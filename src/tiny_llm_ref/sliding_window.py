@@ -77,7 +77,7 @@ class WindowedTable(BlockTable):
         return blocks
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """The flat addresses of the positions start .. stop - 1, which are all behind `self.start`."""
+        """The flat addresses of the positions start .. stop - 1; ValueError where not all are the table's."""
         return super().slots(start - self.start, stop - self.start)
 
     def physical_indices(self) -> list[int]:
@@ -85,7 +85,7 @@ class WindowedTable(BlockTable):
         return [NOWHERE] * (self.start // self.block_size) + self.blocks
 
     def fork(self) -> "WindowedTable":
-        """A second table over the same blocks, each of which counts one more holder."""
+        """A second table over the same blocks, from the same `start` on; each counts one more holder."""
         child = WindowedTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens, child.start = list(self.blocks), self.num_tokens, self.start
         for shared in child.blocks:
@@ -123,9 +123,9 @@ def windowed_attention(
     """
     block_size, outputs, packed = keys.shape[2], [], 0
     for row, (_, start, stop) in enumerate(batch.spans):
-        first_block = first_visible(start, window) // block_size
-        blocks = batch.tables[row, first_block : -(-stop // block_size)]
-        length = stop - first_block * block_size
+        first = first_visible(start, window) // block_size
+        blocks = batch.tables[row, first : -(-stop // block_size)]
+        length = stop - first * block_size
         near_k, near_v = (_gather(pool, blocks, length).astype(q.dtype) for pool in (keys, values))
         rows = q[:, :, packed : packed + stop - start]
         mask = sliding_window_mask(stop - start, length, window)
@@ -168,7 +168,7 @@ def write_and_attend_window(
 ) -> Attended:
     """Write k and v [1, Hkv, T, D] to their slots, then attend with q to the last `window` tokens.
 
-    As `write_and_attend`, whose own output is never computed here.
+    As `write_and_attend`, whose own output is thrown away here.
     """
     written = write_and_attend(q, k, v, keys, values, batch, scale)
     out = windowed_attention(q, written.keys, written.values, batch, scale, window)

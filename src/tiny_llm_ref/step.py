@@ -68,12 +68,13 @@ class Plan(Generic[S]):
     """What one step does: blocks out to the host, blocks in, all copies, and then the chunks, in this order.
 
     swapped_out: blocks of the pool, and where on the host they go. swapped_in: the host's block that each of
-    these blocks of the pool is filled from. returned: the sequences that it is done for.
+    these blocks of the pool is filled from. departed, returned: the sequences that it is done for.
     """
 
     chunks: list[Scheduled[S]] = field(default_factory=list)
     swapped_out: list[tuple[int, int]] = field(default_factory=list)
     swapped_in: dict[int, int] = field(default_factory=dict)
+    departed: list[S] = field(default_factory=list)
     returned: list[S] = field(default_factory=list)
 
     @property

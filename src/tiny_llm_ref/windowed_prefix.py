@@ -28,8 +28,8 @@ class WindowedPrefixSharing(PrefixSharing):
     def adopt(self, sequence: PagedSequence) -> None:
         """At a block's edge: share the longest prefix of kept blocks that all groups can go on from.
 
-        As `PrefixSharing.adopt`; a windowed table lets go of what it has and begins at the first block in
-        reach.
+        As `PrefixSharing.adopt`. Where the first block in reach lies behind what a windowed table has, the
+        table skips to it, and `released` is told what it held.
         """
         size = self.block_size
         first, stop = sequence.num_computed // size, sequence.num_shareable // size
@@ -63,7 +63,7 @@ class WindowedPrefixSharing(PrefixSharing):
         return stop
 
     def first_needed(self, index: int, num_blocks: int) -> int:
-        """The first block that a group needs to go on after `num_blocks` blocks."""
+        """The first block that a group needs to go on after `num_blocks`; 0 where it sees everything."""
         window = self._groups[index].window
         if window is None:
             return 0
@@ -89,7 +89,11 @@ class WindowedPrefixSharing(PrefixSharing):
             sequence.note_shared(length)
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
-        """Keep the blocks that a sequence has filled since it had `start` tokens computed, group by group."""
+        """Keep the blocks that a sequence has filled since it had `start` tokens computed, group by group.
+
+        A table's blocks count from its first one on, and a stream's from the text's. What a table has no
+        more, or never had, is not kept.
+        """
         first, stop = start // self.block_size, sequence.num_computed // self.block_size
         if first == stop:
             return

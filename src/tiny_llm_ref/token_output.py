@@ -1,0 +1,108 @@
+"""From a row of logits to a token, and to what is told about it. Knows nothing of batches or steps."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from .errors import NotANumberError
+from .sampler import adjust_logits, log_probabilities, sample_token
+from .sampling_params import SamplingParams
+from .sequence import Sequence, TokenLogprobs
+
+
+class TokenOutput(NamedTuple):
+    """One token that one sequence of a request has just got.
+
+    finish_reason: "stop" or "length" where it was the last one; stop_token: the token of
+    `stop_token_ids` that ended it, None for an end-of-sequence token. prompt_logprobs: with a
+    sequence's first token, where they are asked for: one entry for each prompt token but the first.
+    num_cached_tokens: tokens of the prompt that came from the prefix cache.
+    """
+
+    request_id: str
+    seq_id: str
+    token: int
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+    stop_token: int | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached_tokens: int = 0
+
+
+class Choice(NamedTuple):
+    """A sequence's next token, not evaluated yet, and the row [V] that it was chosen from.
+
+    check: NaN where the row is not fit to choose from.
+    """
+
+    sequence: Sequence
+    row: mx.array
+    token: mx.array
+    check: mx.array
+
+
+def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> Choice:
+    """The next token of a sequence, from its row of logits."""
+    params, outputs = sequence.params, sequence.outputs
+    ends = end_token_ids(params, eos_token_ids)
+    adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
+    token = sample_token(adjusted, params, sequence.seed, len(outputs))
+    # The largest of numbers and NaNs is a NaN; a draw is led astray by one wherever it is.
+    return Choice(sequence, row, token, row[token] if params.greedy else mx.sum(row))
+
+
+def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
+    """What is told about a choice. Raises `NotANumberError` where it was made among NaNs."""
+    sequence, row, chosen, check = choice
+    if float(check) != float(check):
+        raise NotANumberError(
+            f"sequence {sequence.seq_id!r}: the logits after {sequence.num_tokens} tokens are not numbers"
+        )
+    params, token = sequence.params, int(chosen)
+    tells_prompt = params.prompt_logprobs is not None and not sequence.outputs
+    full = sequence.num_tokens + 1 >= sequence.max_len
+    return TokenOutput(
+        request_id=sequence.request_id,
+        seq_id=sequence.seq_id,
+        token=token,
+        logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
+        finish_reason="stop" if token in end_token_ids(params, eos_token_ids) else "length" if full else None,
+        stop_token=token if token in (params.stop_token_ids or ()) else None,
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if tells_prompt else None,
+        num_cached_tokens=sequence.num_cached_tokens,
+    )
+
+
+def end_token_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """The tokens that end a sequence."""
+    return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos_token_ids)
+
+
+def note_prompt_logprobs(sequence: Sequence, rows: Iterable[mx.array]) -> None:
+    """Take down the log-probabilities of the prompt tokens that come next: a row [V] each."""
+    for row in rows:
+        token = sequence.prompt[len(sequence.prompt_logprobs) + 1]
+        sequence.prompt_logprobs.append(_logprobs(row, token, sequence.params.prompt_logprobs or 0))
+
+
+def likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
+    """The `num_top` likeliest tokens of a row [V] with their log-probabilities, best first."""
+    num_top = min(num_top, logprobs.shape[-1])
+    if num_top == 0:
+        return []
+    best = mx.argpartition(-logprobs, num_top - 1)[:num_top]
+    values = logprobs[best]
+    mx.eval(best, values)
+    pairs = zip(cast(Seq[int], best.tolist()), cast(Seq[float], values.tolist()), strict=True)
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` likeliest, best first."""
+    logprobs = log_probabilities(row)
+    chosen = logprobs[token]
+    rank = mx.sum(logprobs > chosen) + 1
+    mx.eval(chosen, rank)
+    return TokenLogprobs(float(chosen), int(rank), tuple(likeliest(logprobs, num_top)))
