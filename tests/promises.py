@@ -31,6 +31,7 @@ from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
 from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.scheduler import AgedPriority
 from tiny_llm.sequence import PagedSequence, SequenceState, TokenLogprobs, completion_ids
 from tiny_llm.sliding_window import WindowedTable
 from tiny_llm.step import Plan, StepLogits
@@ -127,9 +128,13 @@ def arrival_order(manager: PagedBatchManager, arrivals: Mapping[str, int]) -> li
 
 
 def check_first_come_first_served(manager: PagedBatchManager, arrivals: Mapping[str, int]) -> None:
-    """Nobody runs while one who came earlier waits."""
-    order = arrival_order(manager, arrivals)
-    assert order == sorted(order), f"somebody was overtaken: {order}"
+    """All stand in the order of their turns; among equals nobody runs while one who came earlier waits."""
+    for queue in (manager.running, manager.waiting):
+        ranks = [sequence.rank for sequence in queue]
+        assert ranks == sorted(ranks), f"a queue is out of order: {ranks}"
+    if not any(sequence.params.priority for sequence in [*manager.running, *manager.waiting]):
+        order = arrival_order(manager, arrivals)
+        assert order == sorted(order), f"somebody was overtaken: {order}"
 
 
 def check_all_returned(manager: PagedBatchManager) -> None:
@@ -283,7 +288,10 @@ def policies(
 ) -> Policies:
     """Preemption by recompute or swap, or none; prefix caching, or none."""
     prefixes = sharing(groups) if prefix else NoPrefixSharing
-    return Policies(NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks)
+    patience = 3  # little, so that there is something to overtake in a small crowd
+    return Policies(
+        NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks, AgedPriority(patience).turn
+    )
 
 
 def smallest_pool(scenario: "Scenario", groups: Seq[LayerGroup]) -> int:
@@ -334,6 +342,7 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.8])),
         logit_bias=draw(st.sampled_from([None, None, {3: 4.0, vocab - 1: -100.0}, {EOS: 1.0}])),
         cache_salt=draw(st.sampled_from(["", "", "", "tenant"])),
+        priority=draw(st.sampled_from([0, 0, 0, 0, -1, 2])),
     )
 
 

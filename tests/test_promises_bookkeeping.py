@@ -5,6 +5,7 @@ which token of which stream was written there, and every sequence must read its 
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import Phase, settings
@@ -172,17 +173,20 @@ class BatchMachine(RuleBasedStateMachine):
         outputs=st.integers(1, 12) | st.none(),
         n=st.sampled_from([1, 1, 2, 3]),
         beams=st.sampled_from([False, False, True]),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
     )
-    def add(self, stream: int, shared: int, own: int, outputs: int | None, n: int, beams: bool) -> str:
+    def add(
+        self, stream: int, shared: int, own: int, outputs: int | None, n: int, beams: bool, priority: int
+    ) -> str:
         """A prompt that begins with tokens of one of three streams, and goes on with its own."""
         request_id = f"r{len(self.arrivals)}"
         self.arrivals[request_id] = len(self.arrivals)
         tokens = [-1 - (100 * stream + i) for i in range(shared)]
         tokens += [self.fresh_token() for _ in range(own or not shared)]
         before = (self.manager.allocator.num_free, len(self.manager.waiting))
-        params = SamplingParams(n=n, max_tokens=outputs)
+        params = SamplingParams(n=n, max_tokens=outputs, priority=priority)
         try:
-            params = SamplingParams(n=max(n, 2), max_tokens=min(outputs or 8, 8)) if beams else params
+            params = replace(params, n=max(n, 2), max_tokens=min(outputs or 8, 8)) if beams else params
             assert self.manager.add_request(tokens, request_id, params, beam_search=beams)
             self.searches |= {request_id} if beams else set()
         except RequestTooLargeError:
@@ -241,9 +245,10 @@ class BatchMachine(RuleBasedStateMachine):
 
     def step(self) -> None:
         """One step with a fresh token for each sequence that is ready; the full ones end."""
-        oldest = self.manager.running[0] if self.manager.running else None
+        first = self.manager.running[0] if self.manager.running else None
         computed = list(self.manager.process_batch())
-        assert oldest is None or self.manager.running[:1] == [oldest], "the oldest was preempted"
+        if first is not None and first not in self.manager.running:
+            assert self.manager.running[0].rank < first.rank, "the first in turn was preempted"
         self.ready = [seq_id for seq_id in computed if seq_id.split("/")[0] not in self.searches]
         self.search([seq_id for seq_id in computed if seq_id not in self.ready])
         self.manager.commit({seq_id: self.fresh_token() for seq_id in self.ready})

@@ -117,10 +117,21 @@ class EngineOptions:
     preemption_mode: Annotated[
         str,
         typer.Option(
-            help="When pages run out: recompute (the newest gives way) or none (admit only what fits whole).",
+            help="When pages run out, the newest gives way, and is computed again (recompute) or copied to "
+            "the host and back (swap); none admits only what fits whole.",
             rich_help_panel=_ENGINE,
         ),
     ] = "recompute"
+    swap_space: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes on the host for --preemption-mode swap, for example 1GiB.",
+            show_default="as many as the pool has",
+            metavar="SIZE",
+            parser=parse_bytes,
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
     batching: Annotated[
         str,
         typer.Option(

@@ -23,21 +23,29 @@ from .windowed_prefix import WindowedPrefixSharing
 
 def make_manager(config: EngineConfig, model: Model) -> BatchManager:
     """A batch manager for a loaded model, paged or dense, with all its memory taken."""
-    return _dense_manager(config, model) if config.batching == "dense" else _paged_manager(config, model)
+    if config.batching == "dense":
+        return _dense_manager(config, model)
+    return _paged_manager(config, model.config, model)
 
 
-def _paged_manager(config: EngineConfig, model: Model) -> BatchManager:
+def without_model(config: EngineConfig, model: ModelConfig) -> PagedBatchManager:
+    """A paged batch manager for such a model that does all of a step but the computing, and has no arrays."""
+    return _paged_manager(config, model, None)
+
+
+def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | None) -> PagedBatchManager:
     dtype = DTYPES[config.kv_cache_dtype]
     return PagedBatchManager(
-        config.pool_blocks(model.config, dtype.size),
+        config.pool_blocks(described, dtype.size),
         config.block_size,
         config.max_num_seqs,
         model=model,
         max_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.model_len(model.config),
+        max_model_len=config.model_len(described),
         kv_dtype=dtype,
-        policies=_policies(config, model.config),
+        policies=_policies(config, described),
         min_pages=config.min_num_blocks,
+        groups=group_layers(described.windows),
     )
 
 

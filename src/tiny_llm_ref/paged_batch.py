@@ -69,6 +69,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             if model is None or not policies.swap_blocks
             else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
         )
+        self.last_plan: Plan[PagedSequence] = Plan()
         self._queues: PagedQueues = PagedQueues(policies.turn)
         self._model = model
         self._max_seqs = max_batch_size
@@ -210,7 +211,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     def _schedule(self) -> Plan[PagedSequence]:
         """What the next step computes; its pages are taken."""
-        return self._scheduler.plan()
+        self.last_plan = self._scheduler.plan()
+        return self.last_plan
 
     # Run: arrays.
 

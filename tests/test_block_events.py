@@ -1,0 +1,100 @@
+"""Whoever watches sees all that happens to the blocks: the pool's state can be told from the events alone."""
+
+from collections import Counter
+
+import pytest
+from tiny_llm.block_events import BlockEvent, BlockEventKind, BlockWatch
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.sampling_params import SamplingParams
+
+from promises import policies
+from tiny_model import random_prompt
+
+Kind = BlockEventKind
+
+
+class Mirror:
+    """A pool as somebody knows it who only hears the events."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}
+        self.kept: set[int] = set()
+
+    def hear(self, events: list[BlockEvent]) -> None:
+        """Follow the events, each of which must make sense where it comes."""
+        before = dict(self.holders)
+        for kind, block, holders, _ in events:
+            had = before.get(block, 0)
+            assert kind is not Kind.ALLOCATED or (not had and block not in self.kept), (
+                "allocated, but not free"
+            )
+            assert kind is not Kind.SHARED or holders > had, "shared, but by nobody more"
+            assert kind is not Kind.RELEASED or holders < had, "released, but by nobody"
+            self.holders[block] = holders
+            if kind is Kind.CACHED:
+                self.kept.add(block)
+            if kind is Kind.EVICTED:
+                self.kept.remove(block)
+            assert kind is not Kind.FREED or (holders == 0 and block not in self.kept), "freed, but in use"
+
+
+def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
+    """Run a crowd that shares, forks, is preempted and swapped; how often each event came."""
+    heard: Counter[Kind] = Counter()
+    mirror = Mirror()
+    for i in range(7):
+        prompt = [*random_prompt(9, 0), *random_prompt(3 + i, i)]
+        manager.add_request(prompt, f"r{i}", SamplingParams(n=1 + i % 2, max_tokens=12))
+    for step in range(400):
+        if step == 20:
+            manager.cancel("r3")
+        logits = manager.process_batch()
+        manager.commit(dict.fromkeys(logits, 9 + step % 50))
+        for seq_id in list(logits):
+            if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
+                manager.finish(seq_id)
+        events = watch.look()
+        heard.update(event.kind for event in events)
+        mirror.hear(events)
+        held = Counter(block for sequence in manager.running for block in sequence.blocks)
+        assert {block: count for block, count in mirror.holders.items() if count} == held
+        assert mirror.kept == set(manager.prefix.blocks)
+        if not manager.has_work:
+            break
+    return heard
+
+
+@pytest.mark.parametrize("swap_blocks", [0, 60])
+def test_the_pool_can_be_told_from_the_events(swap_blocks: int) -> None:
+    """Oracle: the tables and the prefix cache themselves."""
+    manager = PagedBatchManager(
+        20, 3, 6, max_batched_tokens=16, policies=policies(True, prefix=True, swap_blocks=swap_blocks)
+    )
+    heard = serve(manager, BlockWatch(manager))
+    expected = set(Kind) - (set() if swap_blocks else {Kind.SWAPPED_OUT, Kind.SWAPPED_IN})
+    assert set(heard) == expected
+
+
+def test_a_copy_names_both_blocks() -> None:
+    manager = PagedBatchManager(20, 4, 4)
+    watch = BlockWatch(manager)
+    manager.add_request(random_prompt(6, 0), "r", SamplingParams(n=2, max_tokens=4))
+    logits = manager.process_batch()
+    manager.commit(dict.fromkeys(logits, 9))
+    watch.look()
+    manager.process_batch()
+    copies = [event for event in watch.look() if event.kind is Kind.COPIED]
+    assert len(copies) == 1
+    (copy,) = copies
+    assert copy.other is not None
+    assert copy.other != copy.block
+    assert {copy.block, copy.other} <= {b for sequence in manager.running for b in sequence.blocks}
+
+
+def test_nothing_happens_between_two_looks_without_a_step() -> None:
+    manager = PagedBatchManager(20, 4, 4)
+    watch = BlockWatch(manager)
+    manager.add_request([9, 9, 9], "r", SamplingParams(max_tokens=4))
+    manager.process_batch()
+    assert watch.look()
+    assert watch.look() == []
