@@ -14,6 +14,7 @@ again (preemptions).
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -59,15 +60,15 @@ class Workload(NamedTuple):
 
 def serve(llm: LLM, load: Workload) -> tuple[dict[str, float], Answers]:
     """Run all requests; what was counted, and the tokens of each answer."""
-    core, before = llm.core, llm.core.stats.num_preemptions
+    core, call, before = llm.core, llm.engine.call, llm.core.stats.num_preemptions
     params = SamplingParams(temperature=0, max_tokens=load.output_len, ignore_eos=True)
     start = perf_counter()
     for number, prompt in enumerate(load.prompts):
-        core.add_request(str(number), prompt, params)
+        call(partial(core.add_request, str(number), prompt, params))
     answers: Answers = {str(number): [] for number in range(len(load.prompts))}
     running = []
     while core.has_work:
-        outputs = core.step()
+        outputs = call(core.step)
         running.append(len(core.manager.running) + sum(out.finish_reason is not None for out in outputs))
         for output in outputs:
             answers[output.seq_id].append(output.token)

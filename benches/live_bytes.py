@@ -5,6 +5,7 @@ references to old pool arrays would show as growth.
 """
 
 import random
+from functools import partial
 
 import mlx.core as mx
 
@@ -14,7 +15,7 @@ from tiny_llm import LLM, SamplingParams
 
 def run_hundred(llm: LLM, rng: random.Random, first: int) -> int:
     """A hundred requests of mixed kinds; the number that were refused at the door."""
-    refused = 0
+    core, call, refused = llm.core, llm.engine.call, 0
     for i in range(first, first + 100):
         prompt = [rng.randrange(1000, 40_000) for _ in range(rng.randint(1, 48))]
         params = SamplingParams(
@@ -25,14 +26,14 @@ def run_hundred(llm: LLM, rng: random.Random, first: int) -> int:
             logprobs=rng.choice([None, None, 2]),
         )
         try:
-            llm.core.add_request(str(i), prompt, params)
+            call(partial(core.add_request, str(i), prompt, params))
         except ValueError:
             refused += 1
-        llm.core.step()
+        call(core.step)
         if rng.random() < 1 / 3:
-            llm.core.cancel(str(i))
-    while llm.core.has_work:
-        llm.core.step()
+            call(partial(core.cancel, str(i)))
+    while core.has_work:
+        call(core.step)
     return refused
 
 

@@ -4,6 +4,8 @@ One sequence decodes on the embedded model, with pools of a thousand to a hundre
 one token. Were the pool copied, the largest would take gigabytes a step.
 """
 
+from functools import partial
+
 import harness
 from tiny_llm import LLM, SamplingParams
 
@@ -12,10 +14,11 @@ def step_times(num_blocks: int, steps: int) -> tuple[list[float], int]:
     """Seconds of each decode step with a pool of `num_blocks` blocks of one token, and the pool's bytes."""
     llm = LLM(block_size=1, num_blocks=num_blocks, max_num_seqs=1)
     params = SamplingParams(temperature=0, max_tokens=steps + 8, ignore_eos=True)
-    llm.core.add_request("bench", [1] + [504] * 31, params)
+    step = partial(llm.engine.call, llm.core.step)
+    llm.engine.call(partial(llm.core.add_request, "bench", [1] + [504] * 31, params))
     for _ in range(4):
-        llm.core.step()
-    times = [harness.timed(llm.core.step) for _ in range(steps)]
+        step()
+    times = [harness.timed(step) for _ in range(steps)]
     return times, llm.core.manager.capacity.nbytes
 
 

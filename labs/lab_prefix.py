@@ -11,6 +11,7 @@ pdm run lab prefix --prompt-len 512 --users 8 --plot prefix.svg
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from statistics import fmean
 from time import perf_counter
@@ -151,16 +152,16 @@ def _longest_answer(users: int, prompt_len: int) -> int:
 
 def _first_tokens(llm: LLM, prompts: list[list[int]]) -> First:
     """Let all prompts come at once, and step the engine until each has its first token."""
-    core = llm.core
+    core, call = llm.core, llm.engine.call
     assert isinstance(core.manager, PagedBatchManager)
     answer = _longest_answer(len(prompts), len(prompts[0]))
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=answer)
     for user, tokens in enumerate(prompts):
-        core.add_request(str(user), tokens, params)
+        call(partial(core.add_request, str(user), tokens, params))
     seconds: dict[str, float] = {}
     computed, start = 0, perf_counter()
     while len(seconds) < len(prompts):
-        for output in core.step():
+        for output in call(core.step):
             if output.seq_id not in seconds:
                 seconds[output.seq_id] = perf_counter() - start
                 computed += len(prompts[int(output.seq_id)]) - output.num_cached_tokens
@@ -168,7 +169,7 @@ def _first_tokens(llm: LLM, prompts: list[list[int]]) -> First:
     tables = [sequence.table for sequence in core.manager.running]
     blocks = {block for table in tables for block in table.blocks[:of_prompt]}
     for user in range(len(prompts)):
-        core.cancel(str(user))
+        call(partial(core.cancel, str(user)))
     return First(computed, len(blocks), fmean(seconds.values()), max(seconds.values()))
 
 

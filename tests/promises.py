@@ -476,6 +476,28 @@ SQUEEZED = Scenario(
 )
 
 
+# Requests that grow past their pool, and go out to the host and back, some of them more than once.
+SWAPPED = Scenario(
+    arrivals=(
+        Arrival(
+            0, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.0)
+        ),
+        Arrival(0, tuple(random_prompt(7, 2)), SamplingParams(max_tokens=14, n=3, seed=5, ignore_eos=True)),
+        Arrival(1, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=12, seed=6, ignore_eos=True)),
+        Arrival(2, tuple(random_prompt(12, 3)), SamplingParams(max_tokens=12, seed=7, logprobs=1)),
+    ),
+    block_size=3,
+    spare_blocks=1,
+    max_seqs=6,
+    max_tokens=14,
+    threads=2,
+    instruction_set="",
+    preempts=True,
+    prefix=True,
+    swap_blocks=100,
+)
+
+
 # Scheduling never changes the answer.
 
 

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -383,11 +384,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch: pytest.Mon
 
 
 def test_ctrl_c_before_the_first_token_drops_the_turn(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    """The signal comes to the main thread, which waits, while the engine's takes a step."""
     step = llm.core.step
 
     def interrupted() -> Any:
         monkeypatch.setattr(llm.core, "step", step)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return []
 
     monkeypatch.setattr(llm.core, "step", interrupted)
     talked = talk(monkeypatch, llm, "Name a colour.", "Name another.")
@@ -560,15 +563,19 @@ def test_bench_latency_says_what_was_run(llm: LLM) -> None:
         assert key in result["run"]  # type: ignore[operator]
 
 
-def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(llm: LLM) -> None:
-    most = 0
+def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, most = llm.core.step, 0
 
-    def watch(what: str, done: int, total: int) -> None:
+    def watched() -> Any:
         nonlocal most
         most = max(most, llm.core.stats.num_running + llm.core.stats.num_waiting)
+        return step()
 
+    monkeypatch.setattr(llm.core, "step", watched)
     run = ThroughputRun(5, 2, 4, 8, output_tokens=3, shared_prefix=16, seed=0)
-    result = measure_throughput(llm, run, watch)
+    result = measure_throughput(llm, run, quiet)
     assert most == 2
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (5, 0, 15)
     assert 5 * (16 + 4) <= result["total_input_tokens"] <= 5 * (16 + 8)  # type: ignore[operator]

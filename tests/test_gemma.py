@@ -1,11 +1,12 @@
 """Layers that see a window, and Gemma 3: from every format transformers' logits, beyond the window too.
 
 Oracle: transformers' float32 logits, token ids and greedy continuations (tests/goldens/gemma.json). Here
-through a context without a cache and with a mask for each layer; the paged path has tests of its own. The
-real model is tested where its packages are installed.
+through a context without a cache and with a mask for each layer; tiny models on pages are in
+test_sliding_window.py. The real model is tested where its packages are installed, on pages too.
 """
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ from tiny_llm.hub import find_model
 from tiny_llm.kernels import twins
 from tiny_llm.linear import Linear, ScaledRows
 from tiny_llm.llm import LLM
-from tiny_llm.loader import read_checkpoint
+from tiny_llm.loader import LoadedModel, read_checkpoint
 from tiny_llm.model import Model
 from tiny_llm.model_config import ModelConfig
+from tiny_llm.page_scheduler import PageScheduler
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import PagedSequence
 
+import tiny_llm_kernels
+from promises import check_all_returned, check_pages
 from tiny_checkpoints import WINDOWED_CONFIGS, random_weights, to_bfloat16, write_folder, write_gguf
 from windowed_context import WindowedNoCacheContext, window_mask
 
@@ -326,17 +333,97 @@ def test_transformers_conversion_cuts_only_long_runs_of_spaces_otherwise() -> No
     assert all(" " * 32 in text for text in differ)
 
 
-def test_the_real_model_goes_on_as_transformers_does(gemma: Checkpoint) -> None:
+@pytest.fixture(scope="module")
+def real_model(gemma: Checkpoint) -> Model:
+    """Its weights, read once for all tests."""
+    return gemma.build()
+
+
+def test_the_real_model_goes_on_as_transformers_does(gemma: Checkpoint, real_model: Model) -> None:
     """Oracle: greedy continuations of short prompts, all steps in one pass; log-probabilities within 0.01."""
     assert (gemma.config.windows.count(512), gemma.config.windows.count(None)) == (15, 3)
-    model = gemma.build()
     for record in GOLDENS["continuations"]:
         prompt, output = record["prompt_ids"], record["output_ids"]
         if len(prompt) > 100:
             continue
-        found = logits(model, prompt + output, list(range(len(prompt) - 1, len(prompt) + len(output) - 1)))
+        rows = list(range(len(prompt) - 1, len(prompt) + len(output) - 1))
+        found = logits(real_model, prompt + output, rows)
         assert found.argmax(-1).tolist() == output, record["name"]
         assert gemma.tokenizer.decode(output) == record["text"]
         for row, expected in zip(found, record["top_log_probs"], strict=False):
             log_probs = row - np.log(np.exp(row.astype(np.float64)).sum())
             assert all(abs(log_probs[token] - value) < 0.01 for token, value in expected)
+
+
+# The real model on pages.
+
+CONTINUATIONS = {record["name"]: record for record in GOLDENS["continuations"]}
+Serve = Callable[..., LLM]
+
+
+@pytest.fixture(scope="module")
+def serve(gemma: Checkpoint, real_model: Model) -> Iterator[Serve]:
+    """Engines of any configuration over the model that has been read once."""
+    if not tiny_llm_kernels.available():
+        pytest.skip(f"the model would take long: {tiny_llm_kernels.why_unavailable()}")
+    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiny_llm.llm.load_model", lambda model: loaded)
+        yield lambda **options: LLM("gemma3-270m", max_model_len=2048, **options)
+
+
+def pages_of(llm: LLM) -> PagedBatchManager:
+    assert isinstance(llm.core.manager, PagedBatchManager)
+    return llm.core.manager
+
+
+def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
+    """Serve goldens by name, all in one batch; each answer is transformers'. What each found cached."""
+    records = [CONTINUATIONS[name] for name in names]
+    params = SamplingParams(temperature=0.0, max_tokens=len(records[0]["output_ids"]), ignore_eos=True)
+    outputs = llm.generate([record["prompt_ids"] for record in records], params, use_tqdm=False)
+    for record, output in zip(records, outputs, strict=True):
+        got, margins = list(output.outputs[0].token_ids), record["margins"]
+        assert got == record["output_ids"], f"{record['name']}: float32 margins {margins}"
+    check_pages(pages_of(llm))
+    return [output.num_cached_tokens for output in outputs]
+
+
+def test_all_goldens_on_pages_from_a_cold_cache_and_from_a_warm_one(serve: Serve) -> None:
+    """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in one batch, cut beyond 512.
+
+    The second time all that is left to compute is the end of a block, or what is too short to copy.
+    """
+    llm, names = serve(max_num_batched_tokens=384, max_num_seqs=8), list(CONTINUATIONS)
+    lengths = [len(CONTINUATIONS[name]["prompt_ids"]) for name in names]
+    assert sum(length > 512 for length in lengths) >= 3
+    assert check_answers(llm, names) == [0] * len(names)
+    cached = check_answers(llm, names)
+    assert all(length - 16 <= found < length for length, found in zip(lengths, cached, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_text_beyond_the_window_gives_way_and_goes_on_as_transformers_does(
+    serve: Serve, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: transformers' greedy continuations. Eight short texts crowd a long one out."""
+    computed: list[int] = []
+    preempt = PageScheduler._preempt
+
+    def recorded(scheduler: PageScheduler, sequence: PagedSequence, *rest: Any) -> None:
+        computed.append(sequence.num_computed)
+        preempt(scheduler, sequence, *rest)
+
+    monkeypatch.setattr(PageScheduler, "_preempt", recorded)
+    llm = serve(
+        block_size=4,
+        num_blocks=1190,
+        max_num_batched_tokens=256,
+        max_num_seqs=10,
+        enable_prefix_caching=False,
+        preemption_mode=mode,
+    )
+    check_answers(llm, [*["capital", "story"] * 4, "class"])
+    assert max(computed, default=0) > 640, "it had begun to answer"
+    assert bool(pages_of(llm)._scheduler.num_swapped_out) == (mode == "swap")
+    check_all_returned(pages_of(llm))

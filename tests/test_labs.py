@@ -30,8 +30,9 @@ SMALL = {
     "sparse": ["--longest", "512", "--num-heads", "2", "--head-dim", "8", "--repetitions", "1"],
     "prefix": ["--users", "2", "--prompt-len", "32", "--crowd", "5", "--system-prompt", "100"],
     "summary": ["--caches", "4", "--max-seq-len", "1024", "--common", "40", "--turnover", "200"],
+    "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
 }
-RUN_THE_MODEL = ("trap", "beams", "prefix")
+RUN_THE_MODEL = ("trap", "beams", "prefix", "window")
 Run = Callable[[list[str]], int]
 
 
@@ -127,7 +128,7 @@ def test_a_lab_says_what_it_predicted_measured_and_ran_on(lab: Labs, name: str) 
     assert found["lab"] == name
     assert {"day", "title", "asks", "conclusion", "settings", "machine", "your_modules"} <= found.keys()
     for option, value in zip(SMALL[name][::2], SMALL[name][1::2], strict=True):
-        assert found["settings"][option.strip("-").replace("-", "_")] == int(value)
+        assert str(found["settings"][option.strip("-").replace("-", "_")]) == value
     for table in found["tables"]:
         pairs = [cell for row in table["rows"] for cell in row.values() if isinstance(cell, dict)]
         assert len(pairs) >= len(table["rows"]) > 0
@@ -356,3 +357,34 @@ def test_summary_holds_what_each_design_says_and_pages_hold_more_users(lab: Labs
         assert row["users"]["measured"] == pytest.approx(row["users"]["predicted"], rel=0.15)
     assert contiguous["users"]["measured"] < side_by_side["users"] < pages["users"]["measured"]
     assert pages["users"]["measured"] < shared["users"]["measured"]
+
+
+def test_window_reads_and_holds_what_each_layer_sees(lab: Labs) -> None:
+    """Oracle: by hand: of SmolLM2's 30 layers five see all, 25 see 512 tokens; 768 bytes a token and layer.
+
+    Six groups of five layers: 512 tokens are 32 blocks in each; of 1,024 a window needs as many.
+    """
+    layers = {512: 30 * 512, 1024: 5 * 1024 + 25 * 512}
+    for row, (context, tokens) in zip(lab("window").rows(0), layers.items(), strict=True):
+        assert row["context"] == context
+        assert row["all_bytes"] == 30 * context * 768
+        assert row["window_bytes"] == {"predicted": tokens * 768, "measured": tokens * 768}
+    short, long = lab("window").rows(1)
+    assert (short["all_blocks"], long["all_blocks"]) == (32, 64)
+    assert short["window_blocks"] == short["most_blocks"] == {"predicted": 6 * 32, "measured": 6 * 32}
+    assert long["window_blocks"] == {"predicted": 64 + 5 * 32, "measured": 64 + 5 * 32}
+    assert long["most_blocks"] == {"predicted": 6 * 64, "measured": 6 * 64}
+    assert (short["all_held"], long["all_held"]) == (32 * 16 * 30 * 768, 64 * 16 * 30 * 768)
+    assert long["window_held"] == 224 * 16 * 5 * 768
+    assert long["saved"] == pytest.approx(1 - 224 / 384)
+
+
+def test_window_counts_causal_pairs_and_says_where_other_counts_come_from(lab: Labs) -> None:
+    """Oracle: all pairs of 8 blocks, those kept that do not look ahead, nor further back than 3."""
+    full, window = lab("window").rows(2)
+    pairs = [(query, read) for query in range(8) for read in range(query + 1)]
+    near = [(query, read) for query, read in pairs if query - read < 3]
+    assert full["pairs"] == {"predicted": len(pairs), "measured": len(pairs)}
+    assert window["pairs"] == {"predicted": len(near), "measured": len(near)}
+    assert window["saved"]["measured"] == pytest.approx(1 - 21 / 36)
+    assert (full["rectangle"], window["rectangle"], window["rectangle_saved"]) == (64, 24, 0.625)

@@ -1,13 +1,23 @@
 """LLM, the front door in Python, on the embedded model: shapes of input, refusals, streams."""
 
+import gc
+import signal
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
+from tiny_llm.tokenizer import Detokenizer
 
 from promises import check_all_returned
-from tiny_llm import LLM, SamplingParams
+from tiny_checkpoints import CONFIGS, random_weights, write_folder
+from tiny_llm import LLM, EngineStoppingError, QueueFullError, RequestFailedError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -93,12 +103,12 @@ def test_one_bad_prompt_refuses_the_call_and_nothing_is_left_behind(
 
 
 def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = iter(range(3))
-    step = llm.core.step
+    """Ctrl-C reaches the main thread, which waits, while the engine's is in its third step."""
+    steps, step = count(1), llm.core.step
 
     def interrupted() -> object:
-        if next(steps) == 2:
-            raise KeyboardInterrupt
+        if next(steps) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return step()
 
     monkeypatch.setattr(llm.core, "step", interrupted)
@@ -202,3 +212,87 @@ def test_a_request_that_could_never_run_is_refused_and_the_next_is_served(
         llm.generate(["x", "y"], [GREEDY, params], use_tqdm=False)
     check_all_returned(llm.core.manager)
     assert llm.generate("x", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_several_threads_get_what_one_gets(llm: LLM) -> None:
+    prompts = ["Paris is", "Once upon a time", [504] * 20, "A"]
+    expected = [llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0] for prompt in prompts]
+    logits = np.array(llm.logits([504] * 20))
+
+    def ask(number: int) -> object:
+        prompt = prompts[number % 4]
+        match number // 4:
+            case 0:
+                return llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0] == expected[number % 4]
+            case 1:
+                return "".join(d.text for d in llm.stream(prompt, GREEDY)) == expected[number % 4].text
+            case _:
+                return np.array_equal(np.array(llm.logits([504] * 20)), logits)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, range(12)))
+
+
+def test_a_call_of_which_one_request_fails_raises_and_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = Detokenizer.push
+
+    def raising(self: Detokenizer, token_id: int) -> str:
+        if len(self._ids) == 3:
+            raise ArithmeticError("no text")
+        return push(self, token_id)
+
+    monkeypatch.setattr(Detokenizer, "push", raising)
+    with pytest.raises(RequestFailedError, match="no text") as raised:
+        llm.generate(["one", "two"], GREEDY, use_tqdm=False)
+    assert isinstance(raised.value.__cause__, ArithmeticError)
+    monkeypatch.undo()
+    check_all_returned(llm.core.manager)
+    assert llm.generate("three", GREEDY, use_tqdm=False)[0].finished
+
+
+@pytest.fixture
+def tiny_path(tmp_path: Path) -> Path:
+    """A tiny checkpoint, for engines that a test makes for itself."""
+    return write_folder(tmp_path / "llama", CONFIGS["llama"], random_weights(CONFIGS["llama"]))
+
+
+def test_a_forgotten_llm_frees_its_arrays_and_ends_its_thread(tiny_path: Path) -> None:
+    LLM(tiny_path, num_blocks=8)
+    gc.collect()
+    before = mx.get_active_memory()
+    llm = LLM(tiny_path, num_blocks=4000, max_num_seqs=8)
+    size = llm.core.manager.capacity.nbytes
+    llm.generate([[5, 6], [7]], GREEDY, use_tqdm=False)
+    llm.logits([5, 6])
+    stream = llm.stream([5, 6], GREEDY)
+    next(stream)
+    stream.close()
+    thread, gone = llm.engine._thread, weakref.ref(llm.engine)
+    assert mx.get_active_memory() > before + 0.9 * size
+    gc.disable()
+    try:
+        del llm, stream
+        assert gone() is None, "something holds it"
+        assert not thread.is_alive()
+        assert mx.get_active_memory() < before + size // 100
+    finally:
+        gc.enable()
+
+
+def test_what_may_not_wait_is_refused_whole(tiny_path: Path) -> None:
+    llm = LLM(tiny_path, num_blocks=64, max_num_seqs=2, max_num_waiting=3)
+    with pytest.raises(QueueFullError, match="no room for 6 more"):
+        llm.generate([[5]] * 6, GREEDY, use_tqdm=False)
+    assert len(llm.generate([[5]] * 5, GREEDY, use_tqdm=False)) == 5
+
+
+def test_a_stopped_engine_takes_no_more(tiny_path: Path) -> None:
+    llm = LLM(tiny_path, num_blocks=64)
+    stream = llm.stream([5], SamplingParams(max_tokens=30, ignore_eos=True))
+    next(stream)
+    llm.engine.stop()
+    assert [delta.finish_reason for delta in stream][-1] in ("abort", "length")
+    with pytest.raises(EngineStoppingError):
+        llm.generate([5], GREEDY, use_tqdm=False)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.output_processor import CompletionText, RequestState
-from tiny_llm.outputs import Logprob, TextDelta
+from tiny_llm.outputs import Logprob, RequestUsage, TextDelta
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import TokenLogprobs
 from tiny_llm.token_output import TokenOutput
@@ -35,6 +35,11 @@ def token_output(
     token: int, reason: str | None = None, stop_token: int | None = None, seq_id: str = "r"
 ) -> TokenOutput:
     return TokenOutput("r", seq_id, token, None, reason, stop_token)
+
+
+def with_logprob(output: TokenOutput) -> TokenOutput:
+    """The same token, with a log-probability that tells it from others."""
+    return output._replace(logprobs=TokenLogprobs(-float(output.token), 1, ()))
 
 
 def run(
@@ -161,7 +166,7 @@ def test_without_logprobs_there_are_none() -> None:
 
 
 def test_a_request_is_finished_when_all_its_completions_are() -> None:
-    request = RequestState("r", "p", [1, 2], ["r/0", "r/1"], TOKENIZER, SamplingParams(n=2))
+    request = RequestState("r", "p", [1, 2], TOKENIZER, SamplingParams(n=2))
     request.push(token_output(ord("a"), "length", seq_id="r/1"))
     assert not request.finished
     assert [c.text for c in request.output.outputs] == ["", "a"]
@@ -176,23 +181,50 @@ def test_a_request_is_finished_when_all_its_completions_are() -> None:
     assert [c.index for c in output.outputs] == [0, 1]
 
 
-def test_each_delta_is_taken_once() -> None:
-    request = RequestState("r", None, [1], ["r"], TOKENIZER, SamplingParams())
-    first = request.push(token_output(ord("a")))
-    second = request.push(token_output(ord("b")))
-    assert request.take_deltas() == [first, second]
-    assert request.take_deltas() == []
+def test_events_add_up_to_the_output_and_the_last_has_the_usage() -> None:
+    request = RequestState("r", None, [1, 2], TOKENIZER, SamplingParams(n=2, logprobs=0, stop="X"))
+    first = with_logprob(token_output(ord("a"), seq_id="r/1"))._replace(num_cached_tokens=1)
+    events = [request.push(first)]
+    events += [request.push(with_logprob(token_output(token, seq_id="r/1"))) for token in ids_of("bX")]
+    events += [request.push(with_logprob(token_output(ord("c"), "length", seq_id="r/0")))]
+    output = request.output
+    for index, completion in enumerate(output.outputs):
+        own = [event for event in events if event.index == index]
+        assert "".join(event.text for event in own) == completion.text
+        assert tuple(token for event in own for token in event.token_ids) == completion.token_ids
+        assert tuple(entry for event in own for entry in event.logprobs or ()) == completion.logprobs
+        assert [event.finish_reason for event in own[:-1]] == [None] * (len(own) - 1)
+        assert (own[-1].finish_reason, own[-1].stop_reason) == (
+            completion.finish_reason,
+            completion.stop_reason,
+        )
+    assert [event.usage for event in events[:-1]] == [None] * 3
+    usage = events[-1].usage
+    assert usage == RequestUsage(2, 4, 1, output.metrics)  # type: ignore[arg-type]
+    assert usage.metrics == output.metrics
 
 
 def test_an_aborted_request_says_so_and_keeps_what_had_ended() -> None:
-    request = RequestState("r", None, [1], ["r/0", "r/1"], TOKENIZER, SamplingParams(n=2))
+    request = RequestState("r", None, [1], TOKENIZER, SamplingParams(n=2))
     request.push(token_output(ord("a"), "length", seq_id="r/0"))
-    request.abort()
+    [event] = request.abort()
     assert [c.finish_reason for c in request.output.outputs] == ["length", "abort"]
+    assert (event.index, event.token_ids, event.finish_reason) == (1, (), "abort")
+    assert event.usage is not None
+    assert event.usage.completion_tokens == 1
+    assert request.abort() == []
+
+
+def test_aborting_gives_the_text_that_was_held_back() -> None:
+    request = RequestState("r", None, [1], TOKENIZER, SamplingParams(stop="END"))
+    events = [request.push(token_output(token)) for token in ids_of("xEN")]
+    events += request.abort()
+    assert [event.text for event in events] == ["x", "", "", "EN"]
+    assert request.output.outputs[0].text == "xEN"
 
 
 def test_times_are_taken_from_arrival_to_the_end() -> None:
-    request = RequestState("r", None, [1], ["r"], TOKENIZER, SamplingParams())
+    request = RequestState("r", None, [1], TOKENIZER, SamplingParams())
     before = request.output.metrics
     assert before is not None
     assert (before.first_token, before.ttft, before.finished) == (None, None, None)
@@ -258,10 +290,13 @@ def test_control_tokens_are_text_when_asked_for_and_the_last_one_is_a_stop(
 
 
 def test_prompt_logprobs_have_an_entry_for_each_token_but_the_first() -> None:
-    request = RequestState("r", None, [97, 98, 99], ["r/0", "r/1"], TOKENIZER, SamplingParams(n=2))
+    request = RequestState("r", None, [97, 98, 99], TOKENIZER, SamplingParams(n=2))
     found = (TokenLogprobs(-0.5, 1, ((98, -0.5),)), TokenLogprobs(-2.0, 2, ((100, -0.1),)))
-    for seq_id in ("r/0", "r/1"):
+    events = [
         request.push(token_output(ord("x"), "length", seq_id=seq_id)._replace(prompt_logprobs=found))
+        for seq_id in ("r/0", "r/1")
+    ]
+    assert [event.prompt_logprobs for event in events] == [request.output.prompt_logprobs, None]
     assert request.output.prompt_logprobs == (
         None,
         {98: Logprob(-0.5, 1, "b")},

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from tiny_llm.attention import causal_mask
-from tiny_llm.engine_core import EngineCore
 from tiny_llm.errors import ModelFileError
 from tiny_llm.grouped_attention import grouped_query_attention
 from tiny_llm.kv_pool import KVPool
@@ -22,17 +21,22 @@ from tiny_llm.linear import Linear, PackedLinear
 from tiny_llm.loader import load_model
 from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockTable
+from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import Attended, PackedBatch
 from tiny_llm.prefix_cache import KeptBlock, PartMatch, PrefixCache
 from tiny_llm.sampler import adjust_logits, sample_token
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
+from tiny_llm.step import Plan
+from tiny_llm.swap import SwapSpace
+from tiny_llm.token_output import Choice
 
 import tiny_llm_kernels
 from promises import (
     ALIKE,
     CROWD,
     SQUEEZED,
+    SWAPPED,
     Arrival,
     Scenario,
     assert_caught,
@@ -77,6 +81,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @given(scenarios())
     @example(ALIKE)
     @example(SQUEEZED)
+    @example(SWAPPED)
     def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):
@@ -97,6 +102,8 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         "beams forked",
         "blocks moved",
         "the pool grew",
+        "sequences swapped out",
+        "blocks swapped in",
     ):
         assert happened[name] >= cases // 15, f"the scenarios hardly test anything: {happened}"
     for name in ("searches compared", "hits within a block"):
@@ -152,6 +159,7 @@ def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> No
     @example(CROWD)
     @example(ALIKE)
     @example(SQUEEZED)
+    @example(SWAPPED)
     @example(replace(CROWD, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
     def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
         happened.update(check_scenario(embedded, scenario))
@@ -181,7 +189,7 @@ def assert_seen(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
 def test_a_draw_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = count()
     monkeypatch.setattr(
-        "tiny_llm.engine_core.sample_token",
+        "tiny_llm.token_output.sample_token",
         lambda row, params, seed, index: sample_token(row, params, 0, next(draws)),
     )
     assert_seen()
@@ -288,23 +296,29 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
         give_up_pages(sequence)
         sequence.forgotten = len(sequence.outputs)  # type: ignore[attr-defined]
 
-    def choose(core: EngineCore, row: mx.array, sequence: PagedSequence) -> mx.array:
-        counted = sequence.outputs[getattr(sequence, "forgotten", 0) :]
-        row = adjust_logits(row, sequence.params, sequence.prompt, counted, ())
-        return sample_token(row, sequence.params, sequence.seed, len(sequence.outputs))
+    def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
+        return penalized(sequence, row, sequence.outputs[getattr(sequence, "forgotten", 0) :])
 
     monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
-    monkeypatch.setattr(EngineCore, "_choose", choose)
+    monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
     assert_seen()
 
 
-def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(core: EngineCore, row: mx.array, sequence: PagedSequence) -> mx.array:
-        counted = core.manager.running[0].outputs
-        row = adjust_logits(row, sequence.params, sequence.prompt, counted, ())
-        return sample_token(row, sequence.params, sequence.seed, len(sequence.outputs))
+def penalized(sequence: PagedSequence, row: mx.array, counted: list[int]) -> Choice:
+    """A choice with penalties for other outputs than the sequence has."""
+    params, seed, index = sequence.params, sequence.seed, len(sequence.outputs)
+    token = sample_token(adjust_logits(row, params, sequence.prompt, counted, ()), params, seed, index)
+    return Choice(sequence, row, token, row[token])
 
-    monkeypatch.setattr(EngineCore, "_choose", choose)
+
+def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[list[int]] = [[]]
+
+    def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
+        before.append(sequence.outputs)
+        return penalized(sequence, row, before[-2])
+
+    monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
     assert_seen()
 
 
@@ -330,6 +344,27 @@ def test_a_hit_that_shares_another_tokens_block_is_seen(monkeypatch: pytest.Monk
 def test_a_compaction_that_forgets_the_prefix_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixCache, "rename_blocks", lambda self, moved: None)
     assert_seen(st.just(replace(ALIKE, compacted_at=tuple(range(30)))))
+
+
+def test_a_swap_that_is_made_after_the_pages_were_given_to_others_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks go out when the step has been computed, and not before."""
+    run, swap = PagedBatchManager._run, PagedBatchManager._swap
+
+    def late(manager: PagedBatchManager, model: Model, plan: Plan) -> mx.array | None:
+        rows = run(manager, model, plan)
+        swap(manager, manager.pool, plan)
+        return rows
+
+    monkeypatch.setattr(PagedBatchManager, "_swap", lambda manager, pool, plan: None)
+    monkeypatch.setattr(PagedBatchManager, "_run", late)
+    assert_seen(st.just(SWAPPED))
+
+
+def test_a_swap_that_takes_the_wrong_blocks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SwapSpace, "_find", lambda space, sequence, table, place: 0 if place else None)
+    assert_seen(st.just(SWAPPED))
 
 
 def test_beams_that_share_more_than_they_have_in_common_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

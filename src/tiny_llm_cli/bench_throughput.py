@@ -1,6 +1,6 @@
 """Many requests, measured: `bench throughput`. Figures and names are those of `vllm bench serve`."""
 
-from collections import deque
+import asyncio
 from itertools import pairwise
 from statistics import fmean, median, pstdev
 from time import perf_counter
@@ -24,17 +24,11 @@ class ThroughputRun(NamedTuple):
 
 
 class Timeline:
-    """One request: when it arrived and when each of its tokens came, and its text as it grew."""
+    """One request: when it arrived and when each of its tokens came."""
 
-    def __init__(self, llm: LLM, arrival: float) -> None:
-        self.arrival = arrival
+    def __init__(self) -> None:
+        self.arrival = perf_counter()
         self.moments: list[float] = []
-        self._detokenizer = llm.tokenizer.stream()
-
-    def push(self, token: int) -> None:
-        """Take a token. Its text is made too, as for any user, and dropped."""
-        self._detokenizer.push(token)
-        self.moments.append(perf_counter())
 
     @property
     def ttft(self) -> float:
@@ -59,10 +53,10 @@ def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict
     lengths = [random.length(run.min_input_tokens, run.max_input_tokens) for _ in range(run.num_prompts)]
     prompts = [prefix + random.tokens(length) for length in lengths]
     warmup = ThroughputRun(1, 1, 1, 1, 2, 0, run.seed)
-    _closed_loop(llm, [random.tokens(16)], warmup, lambda *_: None)
+    asyncio.run(_closed_loop(llm, [random.tokens(16)], warmup, lambda *_: None))
 
     start = perf_counter()
-    timelines = _closed_loop(llm, prompts, run, progress)
+    timelines = asyncio.run(_closed_loop(llm, prompts, run, progress))
     duration = perf_counter() - start
     num_in, num_out = sum(map(len, prompts)), sum(len(timeline.moments) for timeline in timelines)
     gaps = [gap for timeline in timelines for gap in timeline.gaps]
@@ -83,26 +77,26 @@ def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict
     }
 
 
-def _closed_loop(
+async def _closed_loop(
     llm: LLM, prompts: list[list[int]], run: ThroughputRun, progress: Progress
 ) -> list[Timeline]:
     """Run all prompts, `max_concurrency` at a time: one arrives when one ends."""
     params = SamplingParams(temperature=0.0, max_tokens=run.output_tokens, ignore_eos=True)
-    core, waiting = llm.core, deque(enumerate(prompts))
-    timelines: dict[str, Timeline] = {}
-    under_way = 0
-    while waiting or core.has_work:
-        while waiting and under_way < run.max_concurrency:
-            number, tokens = waiting.popleft()
-            request_id = f"bench-{number}"
-            timelines[request_id] = Timeline(llm, perf_counter())
-            core.add_request(request_id, tokens, params)
-            under_way += 1
-        for output in core.step():
-            timelines[output.request_id].push(output.token)
-            under_way -= output.finish_reason is not None
-        progress("bench throughput", len(timelines) - under_way, len(prompts))
-    return list(timelines.values())
+    seats, timelines, num_ended = asyncio.Semaphore(run.max_concurrency), list[Timeline](), 0
+
+    async def client(tokens: list[int]) -> None:
+        nonlocal num_ended
+        async with seats:
+            timeline = Timeline()
+            timelines.append(timeline)
+            async for _ in llm.engine.generate(tokens, params):
+                timeline.moments.append(perf_counter())
+                progress("bench throughput", num_ended, len(prompts))
+            num_ended += 1
+
+    await asyncio.gather(*map(client, prompts))
+    progress("bench throughput", num_ended, len(prompts))
+    return timelines
 
 
 def _statistics(name: str, seconds: list[float]) -> dict[str, float | None]:

@@ -81,6 +81,14 @@ class EngineOptions:
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences that run in one step.", rich_help_panel=_ENGINE)
     ] = 64
+    max_num_waiting: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests that may wait at once before the next is turned away.",
+            show_default="any number",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(help="Tokens in one step, prompt chunks and decodes together.", rich_help_panel=_ENGINE),

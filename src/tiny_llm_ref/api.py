@@ -13,13 +13,18 @@ if TYPE_CHECKING:
     from .chunked_prefill import share_budget as share_budget
     from .compaction import compact_memory as compact_memory
     from .compaction import compact_pages as compact_pages
+    from .engine import Engine as Engine
     from .engine_config import EngineConfig as EngineConfig
     from .engine_core import EngineCore as EngineCore
     from .errors import ConfigError as ConfigError
     from .errors import DoubleFreeError as DoubleFreeError
     from .errors import DuplicateRequestError as DuplicateRequestError
+    from .errors import EngineDeadError as EngineDeadError
+    from .errors import EngineStoppingError as EngineStoppingError
     from .errors import ModelFileError as ModelFileError
     from .errors import OutOfBlocksError as OutOfBlocksError
+    from .errors import QueueFullError as QueueFullError
+    from .errors import RequestFailedError as RequestFailedError
     from .errors import RequestTooLargeError as RequestTooLargeError
     from .errors import TinyLLMError as TinyLLMError
     from .errors import UnknownBlockError as UnknownBlockError
@@ -32,7 +37,9 @@ if TYPE_CHECKING:
     from .outputs import BeamSearchSequence as BeamSearchSequence
     from .outputs import CompletionOutput as CompletionOutput
     from .outputs import Logprob as Logprob
+    from .outputs import RequestEvent as RequestEvent
     from .outputs import RequestOutput as RequestOutput
+    from .outputs import RequestUsage as RequestUsage
     from .outputs import TextDelta as TextDelta
     from .page_block import PageBlock as PageBlock
     from .page_block import copy_block as copy_block
@@ -55,6 +62,9 @@ _MODULE_OF = {
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "TextDelta": "outputs",
+    "Engine": "engine",
+    "RequestEvent": "outputs",
+    "RequestUsage": "outputs",
     "EngineConfig": "engine_config",
     "ModelConfig": "model_config",
     "ConfigError": "errors",
@@ -85,6 +95,10 @@ _MODULE_OF = {
     "DoubleFreeError": "errors",
     "UnknownBlockError": "errors",
     "RequestTooLargeError": "errors",
+    "RequestFailedError": "errors",
+    "QueueFullError": "errors",
+    "EngineStoppingError": "errors",
+    "EngineDeadError": "errors",
     "DuplicateRequestError": "errors",
     "ModelFileError": "errors",
 }

@@ -62,7 +62,7 @@ class EngineStoppingError(TinyLLMError):
 
 
 class EngineDeadError(TinyLLMError):
-    """The engine's thread has ended with an error that nobody foresaw; `__cause__` has it. Nothing runs any more."""
+    """The engine's thread has ended with an error that nobody foresaw; `__cause__` has it."""
 
 
 class ConfigError(TinyLLMError, ValueError):

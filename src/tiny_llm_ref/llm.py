@@ -1,27 +1,30 @@
 """The front door in Python: prompts in, completions out. Named and shaped like vLLM's `LLM`."""
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import count
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
 
-from .beam_search import BeamSearch, BeamSearchParams
+from .beam_search import BeamSearchParams
 from .chat_template import ChatTemplate
+from .delivery import Item, events_of
+from .engine import Engine, Prompt
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
+from .engine_loop import Request
 from .evaluation import text_logits
 from .loader import load_model
 from .managers import make_manager
-from .output_processor import RequestState, found_by
-from .outputs import BeamSearchOutput, RequestOutput, TextDelta
+from .model import Model
+from .outputs import BeamSearchOutput, RequestEvent, RequestOutput, TextDelta
 from .sampling_params import SamplingParams
-from .sequence import completion_ids
 from .tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -30,7 +33,8 @@ class LLM:
 
     model: a `.gguf` file, a folder in Hugging Face's layout, or a hub id (`owner/name`, or one file of it,
     `owner/name/FILE.gguf`); None is the embedded SmolLM2-135M-Instruct. engine_options: the fields of
-    `EngineConfig`. Belongs to the thread that made it.
+    `EngineConfig`. Any thread may use it, and several at once: the arrays belong to a thread of its own, that
+    ends when the `LLM` is forgotten.
 
     Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option.
     """
@@ -40,10 +44,14 @@ class LLM:
         self.model_name, self.model_path, self.model, self.tokenizer = load_model(model)
         self.model_config = self.model.config
         self.chat_template = _chat_template(self.tokenizer)
-        manager = make_manager(self.engine_config, self.model)
-        self.core = EngineCore(manager, self.model_config.eos_token_ids, self.engine_config.seed)
-        self._request_ids = map(str, count())
-        self._live: dict[str, RequestState] = {}
+        mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
+        make_core = partial(_make_core, self.engine_config, self.model)
+        self.engine = Engine(make_core, self.tokenizer, self.model_config.vocab_size, self.engine_config)
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine's inside, to look at while nothing runs; what changes it goes through `engine.call`."""
+        return self.engine.core
 
     def generate(
         self,
@@ -58,10 +66,7 @@ class LLM:
 
         Raises ValueError for a prompt or parameters that cannot run; then none of them has run.
         """
-        listed = _as_list(prompts)
-        encoded = [self._encode(prompt) for prompt in listed]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
-        return self._run_all(encoded, texts, sampling_params, use_tqdm)
+        return self._run_all(_as_list(prompts), sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -76,7 +81,7 @@ class LLM:
         first = messages[0] if messages else None
         conversations = [messages] if first is None or isinstance(first, Mapping) else messages
         encoded = [self._encode_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
-        return self._run_all(encoded, [None] * len(encoded), sampling_params, use_tqdm)
+        return self._run_all(encoded, sampling_params, use_tqdm)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
@@ -86,34 +91,22 @@ class LLM:
         A search's beams share the pages of what they have in common. Raises ValueError for a prompt or
         parameters that cannot run, and with batching="dense"; then none of them has run.
         """
-        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
-        searches: dict[str, BeamSearch] = {}
-        try:
-            for tokens in encoded:
-                self._check_ids(tokens)
-                request_id = next(self._request_ids)
-                searches[request_id] = self.core.add_beam_search(request_id, tokens, params)
-            while any(search.beams for search in searches.values()):
-                self._step()
-        finally:
-            for request_id in searches:
-                self.core.cancel(request_id)
-        return [
-            found_by(search, tokens, self.tokenizer)
-            for search, tokens in zip(searches.values(), encoded, strict=True)
-        ]
+        searches = [self.engine.search(prompt, params) for prompt in _as_list(prompts)]
+        with closing(self._serve(searches)) as steps:
+            deque(steps, maxlen=0)
+        return [search.output for search in searches]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Complete one prompt, piece by piece; closing the iterator cancels the request."""
-        return self._stream(self._encode(prompt), sampling_params or SamplingParams())
+        return self._stream(self.engine.request(prompt, sampling_params))
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Answer one conversation, piece by piece; closing the iterator cancels the request."""
-        return self._stream(self._encode_chat(messages), sampling_params or SamplingParams())
+        return self._stream(self.engine.request(self._encode_chat(messages), sampling_params))
 
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
@@ -123,78 +116,59 @@ class LLM:
         """
         if not token_ids:
             raise ValueError("logits of no tokens: there is nothing to compute")
-        self._check_ids(token_ids)
-        return text_logits(self.model, token_ids, self.engine_config)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_special_tokens=True)
-        return list(prompt)
+        self.engine.check_token_ids(token_ids)
+        return self.engine.call(partial(_evaluated_logits, self.model, token_ids, self.engine_config))
 
     def _encode_chat(self, messages: Messages) -> list[int]:
         if self.chat_template is None:
             raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
         return self.chat_template.encode(messages, self.tokenizer)
 
-    def _add(self, tokens: list[int], text: str | None, params: SamplingParams) -> RequestState:
-        request_id = next(self._request_ids)
-        self._check_ids(tokens)
-        self._check_ids([*(params.stop_token_ids or ()), *(params.logit_bias or ())])
-        self.core.add_request(request_id, tokens, params)
-        seq_ids = completion_ids(request_id, params.n)
-        request = RequestState(request_id, text, tokens, seq_ids, self.tokenizer, params)
-        self._live[request_id] = request
-        return request
-
-    def _check_ids(self, tokens: Sequence[int]) -> None:
-        vocab_size = self.model_config.vocab_size
-        for token in tokens:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary (0 to {vocab_size - 1})")
-
     def _run_all(
         self,
-        encoded: Sequence[list[int]],
-        texts: Sequence[str | None],
+        prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _one_for_each(sampling_params, len(encoded))
-        with self._served() as requests, _progress(len(encoded), use_tqdm) as report:
-            for tokens, text, param in zip(encoded, texts, params, strict=True):
-                requests.append(self._add(tokens, text, param))
-            while not all(request.finished for request in requests):
-                self._step()
-                deltas = [delta for request in requests for delta in request.take_deltas()]
-                report(sum(request.finished for request in requests), deltas)
-            return [request.output for request in requests]
+        params = _one_for_each(sampling_params, len(prompts))
+        requests = [self.engine.request(*each) for each in zip(prompts, params, strict=True)]
+        with _progress(len(requests), use_tqdm) as report, closing(self._serve(requests)) as steps:
+            for step in steps:
+                report(step)
+        return [request.output for request in requests]
 
-    def _step(self) -> None:
-        """One engine step; each request takes its own tokens. A stop string ends its sequence here."""
-        for output in self.core.step():
-            delta = self._live[output.request_id].push(output)
-            if delta.finish_reason is not None and output.finish_reason is None:
-                self.core.finish(output.seq_id)
+    def _stream(self, request: Request) -> Generator[TextDelta, None, None]:
+        with closing(self._serve([request])) as steps:
+            for step in steps:
+                for event in step:
+                    yield TextDelta(event.index, event.text, event.token_ids, event.finish_reason)
 
-    def _stream(self, tokens: list[int], params: SamplingParams) -> Generator[TextDelta, None, None]:
-        with self._served() as requests:
-            request = self._add(tokens, None, params)
-            requests.append(request)
-            while not request.finished:
-                self._step()
-                yield from request.take_deltas()
-            yield from request.take_deltas()  # what a neighbour's step brought while this stream waited
+    def _serve(self, requests: Sequence[Request]) -> Generator[list[RequestEvent], None, None]:
+        """Submit requests and yield what each step has for them, until all have ended.
 
-    @contextmanager
-    def _served(self) -> Iterator[list[RequestState]]:
-        """Serve what the block puts into the list; what has not ended when it is left is cancelled."""
-        requests: list[RequestState] = []
+        What has not ended when this is left, by Ctrl-C too, is cancelled. Raises what the engine raises.
+        """
+        inbox: SimpleQueue[list[Item]] = SimpleQueue()
+        left = len(requests)
         try:
-            yield requests
+            self.engine.submit(requests, inbox.put).result()
+            while left:
+                step = events_of(inbox.get())
+                left -= sum(event.usage is not None for event in step)
+                yield step
         finally:
-            for request in requests:
-                self.core.cancel(request.request_id)
-                del self._live[request.request_id]
+            if left:
+                self.engine.forget(requests)
+
+
+def _make_core(config: EngineConfig, model: Model) -> EngineCore:
+    return EngineCore(make_manager(config, model), model.config.eos_token_ids, config.seed)
+
+
+def _evaluated_logits(model: Model, token_ids: Sequence[int], config: EngineConfig) -> mx.array:
+    logits = text_logits(model, token_ids, config)
+    mx.eval(logits)
+    return logits
 
 
 def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -225,10 +199,10 @@ def _one_for_each(
 
 
 @contextmanager
-def _progress(total: int, enabled: bool) -> Iterator[Callable[[int, Sequence[TextDelta]], None]]:
-    """A progress bar over prompts; what it yields takes the number finished and a step's deltas."""
+def _progress(total: int, enabled: bool) -> Iterator[Callable[[list[RequestEvent]], None]]:
+    """A progress bar over prompts; what it yields takes a step's events."""
     if not enabled:
-        yield lambda finished, deltas: None
+        yield lambda step: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -241,9 +215,9 @@ def _progress(total: int, enabled: bool) -> Iterator[Callable[[int, Sequence[Tex
         task = bar.add_task("prompts", total=total, tokens=0)
         tokens = 0
 
-        def report(finished: int, deltas: Sequence[TextDelta]) -> None:
+        def report(step: list[RequestEvent]) -> None:
             nonlocal tokens
-            tokens += sum(len(delta.token_ids) for delta in deltas)
-            bar.update(task, completed=finished, tokens=tokens)
+            tokens += sum(len(event.token_ids) for event in step)
+            bar.update(task, advance=sum(event.usage is not None for event in step), tokens=tokens)
 
         yield report

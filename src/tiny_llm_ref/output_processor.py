@@ -1,25 +1,26 @@
-"""Tokens become text: one completion's growing text, its stop strings, and a request's output.
+"""Requests as their callers see them: tokens become text, stop strings end it, events and outputs come out.
 
-Knows nothing of models or batches. Text that could be the beginning of a stop string is held back
+Knows nothing of models, batches or threads. Text that could be the beginning of a stop string is held back
 until it is certain, so what was streamed never has to be taken back.
 """
 
 from collections.abc import Sequence as Seq
 from time import monotonic
 
-from .beam_search import BeamSearch
-from .engine_core import TokenOutput
+from .engine_core import EngineCore
+from .errors import QueueFullError
 from .outputs import (
-    BeamSearchOutput,
-    BeamSearchSequence,
     CompletionOutput,
     Logprob,
+    RequestEvent,
     RequestMetrics,
     RequestOutput,
+    RequestUsage,
     TextDelta,
 )
 from .sampling_params import SamplingParams
-from .sequence import TokenLogprobs
+from .sequence import TokenLogprobs, completion_ids
+from .token_output import TokenOutput
 from .tokenizer import Tokenizer
 
 
@@ -59,9 +60,15 @@ class CompletionText:
             self._cut_at_stop_string(old)
         return TextDelta(self.index, self._stream(), (output.token,), self.finish_reason)
 
-    def abort(self) -> None:
-        """Mark as ended from outside, unless it has ended by itself."""
-        self.finish_reason = self.finish_reason or "abort"
+    def abort(self) -> TextDelta:
+        """End it from outside; the text that was held back. It must not have ended by itself."""
+        self.finish_reason = "abort"
+        return TextDelta(self.index, self._stream(), (), self.finish_reason)
+
+    @property
+    def last_logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
+        """The log-probabilities of the last token that was pushed, where they are asked for."""
+        return tuple(self._logprobs[-1:]) if self._wants_logprobs else None
 
     @property
     def output(self) -> CompletionOutput:
@@ -103,57 +110,52 @@ class CompletionText:
 
 
 class RequestState:
-    """One request from arrival to end: its completions and its times."""
+    """One request from arrival to end: its completions and its times.
+
+    text: the prompt as a text, where it came as one; prompt: its tokens.
+    """
 
     def __init__(
         self,
         request_id: str,
-        prompt: str | None,
-        prompt_token_ids: Seq[int],
-        seq_ids: Seq[str],
+        text: str | None,
+        prompt: Seq[int],
         tokenizer: Tokenizer,
         params: SamplingParams,
     ) -> None:
         self.request_id = request_id
-        self._prompt = prompt
-        self._prompt_token_ids = tuple(prompt_token_ids)
+        self._text = text
+        self._prompt = tuple(prompt)
+        self._params = params
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
-        self._completions = {id_: CompletionText(i, tokenizer, params) for i, id_ in enumerate(seq_ids)}
-        self._untaken: list[TextDelta] = []
+        self._completions = {
+            seq_id: CompletionText(index, tokenizer, params)
+            for index, seq_id in enumerate(completion_ids(request_id, params.n))
+        }
         self._arrival = monotonic()
         self._first_token: float | None = None
         self._num_cached_tokens = 0
         self._finished: float | None = None
 
-    def push(self, output: TokenOutput) -> TextDelta:
-        """Take one token of one of the completions."""
+    def begin(self, core: EngineCore) -> None:
+        """Queue it in the engine. Raises what the engine's door raises."""
+        if not core.add_request(self.request_id, list(self._prompt), self._params):
+            raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
+
+    def push(self, output: TokenOutput) -> RequestEvent:
+        """Take one token of one of the completions; what it gives."""
         if self._first_token is None:
             self._first_token = monotonic()
             self._num_cached_tokens = output.num_cached_tokens
-        if output.prompt_logprobs is not None:
-            self._note_prompt_logprobs(output.prompt_logprobs)
-        delta = self._completions[output.seq_id].push(output)
-        if self.finished:
-            self._finished = monotonic()
-        self._untaken.append(delta)
-        return delta
+        completion = self._completions[output.seq_id]
+        delta = completion.push(output)
+        return self._event(completion, delta, completion.last_logprobs, self._new_prompt_logprobs(output))
 
-    def take_deltas(self) -> list[TextDelta]:
-        """What `push` has returned since the last call, for whoever streams this request."""
-        taken, self._untaken = self._untaken, []
-        return taken
-
-    def abort(self) -> None:
-        """Mark every completion that has not ended as aborted."""
-        for completion in self._completions.values():
-            completion.abort()
-
-    def _note_prompt_logprobs(self, found: Seq[TokenLogprobs]) -> None:
-        """Take those of a request's first sequence; its forks bring the same."""
-        if self._prompt_logprobs is None:
-            pairs = zip(self._prompt_token_ids[1:], found, strict=True)
-            self._prompt_logprobs = (None, *(_with_text(*pair, self._tokenizer) for pair in pairs))
+    def abort(self) -> list[RequestEvent]:
+        """End every completion that has not ended; their last events."""
+        running = [one for one in self._completions.values() if one.finish_reason is None]
+        return [self._event(completion, completion.abort()) for completion in running]
 
     @property
     def finished(self) -> bool:
@@ -165,30 +167,52 @@ class RequestState:
         """The request so far."""
         return RequestOutput(
             request_id=self.request_id,
-            prompt=self._prompt,
-            prompt_token_ids=self._prompt_token_ids,
+            prompt=self._text,
+            prompt_token_ids=self._prompt,
             outputs=tuple(completion.output for completion in self._completions.values()),
             finished=self.finished,
             prompt_logprobs=self._prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
-            metrics=RequestMetrics(self._arrival, self._first_token, self._finished),
+            metrics=self._metrics,
         )
 
+    @property
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(self._arrival, self._first_token, self._finished)
 
-def found_by(search: BeamSearch, prompt: Seq[int], tokenizer: Tokenizer) -> BeamSearchOutput:
-    """What a search that is over has found, with its texts."""
-    return BeamSearchOutput(
-        tuple(
-            BeamSearchSequence(
-                tokens=(*prompt, *ended.hypothesis.tokens),
-                text=tokenizer.decode(list(ended.hypothesis.tokens)),
-                cum_logprob=ended.hypothesis.logprob,
-                score=ended.score,
-                finish_reason=ended.finish_reason,
-            )
-            for ended in search.ended
+    def _event(
+        self,
+        completion: CompletionText,
+        delta: TextDelta,
+        logprobs: tuple[dict[int, Logprob], ...] | None = None,
+        prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None,
+    ) -> RequestEvent:
+        """What a completion has just got; the request's usage too where nothing more comes."""
+        return RequestEvent(
+            request_id=self.request_id,
+            index=delta.index,
+            text=delta.text,
+            token_ids=delta.token_ids,
+            logprobs=logprobs,
+            finish_reason=delta.finish_reason,
+            stop_reason=completion.stop_reason,
+            prompt_logprobs=prompt_logprobs,
+            usage=self._end() if delta.finish_reason is not None and self.finished else None,
         )
-    )
+
+    def _end(self) -> RequestUsage:
+        """Note the time; what the request took."""
+        self._finished = monotonic()
+        num_tokens = sum(len(completion.token_ids) for completion in self._completions.values())
+        return RequestUsage(len(self._prompt), num_tokens, self._num_cached_tokens, self._metrics)
+
+    def _new_prompt_logprobs(self, output: TokenOutput) -> tuple[dict[int, Logprob] | None, ...] | None:
+        """Take those of a request's first sequence; its forks bring the same."""
+        if output.prompt_logprobs is None or self._prompt_logprobs is not None:
+            return None
+        pairs = zip(self._prompt[1:], output.prompt_logprobs, strict=True)
+        self._prompt_logprobs = (None, *(_with_text(*pair, self._tokenizer) for pair in pairs))
+        return self._prompt_logprobs
 
 
 def _with_text(token: int, found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:

@@ -34,7 +34,7 @@ class CompletionOutput:
 class RequestMetrics:
     """Seconds on the monotonic clock; None where the moment has not come.
 
-    arrival, first_token and finished are moments; `num_preemptions` counts over the engine's life.
+    All three are moments.
     """
 
     arrival: float
@@ -85,6 +85,39 @@ class BeamSearchOutput:
     """What a beam search found, best first; `beam_width` hypotheses, or all that there are."""
 
     sequences: tuple[BeamSearchSequence, ...]
+
+
+@dataclass(frozen=True)
+class RequestUsage:
+    """What a request that has ended took: tokens of the prompt and of all completions, and its times.
+
+    num_cached_tokens: tokens of the prompt that came from the prefix cache.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    num_cached_tokens: int
+    metrics: RequestMetrics = field(compare=False)
+
+
+@dataclass(frozen=True)
+class RequestEvent:
+    """What one step gave one completion of a request: new text (may be empty) and the tokens behind it.
+
+    index: which completion. logprobs: one dict for each of the tokens, where they are asked for, and
+    prompt_logprobs once, as in `RequestOutput`. finish_reason and stop_reason: with the completion's last
+    event, as in `CompletionOutput`. usage: with the request's last event, and with no other.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    usage: RequestUsage | None = None
 
 
 class TextDelta(NamedTuple):

@@ -185,10 +185,13 @@ class PageScheduler:
 
     def _take(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> None:
         """Plan up to `count` tokens of a sequence and take their pages; none where it has to give way."""
-        if sequence.blocks_to_append(count) < self.num_available:
+        if sequence.blocks_to_append(count) + len(sequence.tables) <= self.num_available:
             self.prefix.adopt_part(sequence)
             self._let_go(sequence)
             count = min(count, sequence.num_uncomputed)
+            if sequence.blocks_to_append(count) > self.num_available:
+                # Only what is left of the shared blocks' copies: their originals can be had again afterwards.
+                count = min(count, sequence.table.block_size - sequence.num_computed % sequence.table.block_size)
         if self._make_room(sequence, count, plan):
             start = sequence.num_computed
             copies = sequence.append_tokens(count)

@@ -1,0 +1,223 @@
+"""The serving engine as others see it: `generate` for coroutines, `submit` and `call` for threads.
+
+The thread behind it (`engine_loop`) owns every array. To it go functions, and from it come events: numbers
+and texts in frozen records. An array comes out only evaluated, because a lazy one belongs to its thread.
+"""
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from functools import partial
+from itertools import count
+from typing import Self, TypeVar
+
+from .beam_search import BeamSearchParams
+from .delivery import AsyncListener, Listener
+from .engine_config import EngineConfig
+from .engine_core import EngineCore, EngineStats
+from .engine_loop import EngineLoop, Request, StepTime
+from .errors import EngineStoppingError
+from .inbox import Inbox, fail, resolve
+from .output_processor import RequestState
+from .outputs import RequestEvent
+from .sampling_params import SamplingParams
+from .search_state import SearchState
+from .tokenizer import Tokenizer
+from .waiting_room import WaitingRoom
+
+T = TypeVar("T")
+Prompt = str | Seq[int]
+
+EXIT_SECONDS = 30.0  # how long the end of a program, or of an engine's owner, waits for a step to end
+
+
+class Engine:
+    """Serves requests from any number of threads and event loops, all of them together.
+
+    make_core: makes the core, in the engine's thread; what it raises is raised here. It must not refer to
+    whoever owns the engine: the thread ends when the engine is forgotten.
+    """
+
+    def __init__(
+        self, make_core: Callable[[], EngineCore], tokenizer: Tokenizer, vocab_size: int, config: EngineConfig
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._request_ids = map(str, count())
+        self._inbox = Inbox()
+        self._room = WaitingRoom(config.max_num_waiting, config.max_num_seqs)
+        self._loop = EngineLoop(self._inbox, self._room)
+        self._thread = _start(self._inbox, self._loop, make_core)
+        weakref.finalize(self, _stop, self._inbox, self._loop, self._thread)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncGenerator[RequestEvent, None]:
+        """Complete a prompt: an event for each token, in order; the last one has the request's usage.
+
+        prompt: a text, which is encoded here, or token ids. A request that is cancelled ends with reason
+        "abort". Leaving the iterator, however that happens, cancels the request before the next step.
+
+        Raises, at the first event, what `request` and `submit` raise; later `RequestFailedError` if this
+        request has failed, and `EngineDeadError`.
+        """
+        request = self.request(prompt, params, request_id)
+        listener, ended = AsyncListener(), False
+        accepted = self.submit([request], listener)
+        try:
+            await asyncio.wrap_future(accepted)
+            while not ended:
+                for event in await listener.next():
+                    ended = event.usage is not None
+                    yield event
+        finally:
+            if not ended:
+                self._inbox.post(partial(self._loop.forget, [request]))
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> RequestState:
+        """A request to submit. Raises ValueError for what is no text, and for ids outside the vocabulary.
+
+        request_id: what it is known by, unlike all requests that have not ended; None: a number.
+        """
+        params = params or SamplingParams()
+        tokens = self._encode(prompt)
+        self.check_token_ids([*(params.stop_token_ids or ()), *(params.logit_bias or ())])
+        text = prompt if isinstance(prompt, str) else None
+        return RequestState(request_id or next(self._request_ids), text, tokens, self._tokenizer, params)
+
+    def search(self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None) -> SearchState:
+        """A beam search to submit: as `request`; its only event is its last."""
+        tokens = self._encode(prompt)
+        return SearchState(request_id or next(self._request_ids), tokens, self._tokenizer, params)
+
+    def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
+        """Queue requests, all of them or none; what is returned is done when they are queued.
+
+        deliver: called in the engine's thread, once a step, with all that the step had for these requests:
+        events, or an error that ended one of them. It must return at once; if it raises they are cancelled.
+
+        Raises `QueueFullError` where `max_num_waiting` would be exceeded, `EngineStoppingError`,
+        `EngineDeadError`. The future raises these, ValueError for an empty prompt and for what the batch
+        manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`.
+        """
+        if self._loop.refusal is not None:
+            raise self._loop.refusal()
+        self._room.enter(len(requests))
+        return self._inbox.post(partial(self._loop.add, requests, deliver))
+
+    def cancel(self, request_id: str) -> Future[None]:
+        """End a request before the next step; what is returned is done when its pages are back.
+
+        Its listener gets its last events, with reason "abort". An id that is not known is ignored.
+        """
+        return self._inbox.post(partial(self._loop.cancel, [request_id]))
+
+    def forget(self, requests: Seq[Request]) -> None:
+        """Cancel requests that were submitted and have not ended; returns when their pages are back."""
+        forgotten = self._inbox.post(partial(self._loop.forget, requests))
+        if threading.current_thread() is not self._thread:  # where a collected generator may be closed
+            forgotten.exception()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run a function in the engine's thread, between two steps; its value, or what it raises.
+
+        Arrays in the value must have been evaluated.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
+        return self._inbox.post(function).result()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Refuse new requests, and return when all that were accepted have ended.
+
+        timeout: in seconds; then those that have not ended are cancelled. None: however long it takes.
+        """
+        await asyncio.wrap_future(self.start_draining(timeout))
+
+    def start_draining(self, timeout: float | None = None) -> Future[None]:
+        """`drain` for threads: returns at once, a future that is done when all have ended."""
+        drained: Future[None] = Future()
+
+        def tell(posted: Future[None]) -> None:
+            error = posted.exception()
+            if isinstance(error, EngineStoppingError):
+                resolve(drained, None)
+            elif error is not None:
+                fail(drained, error)
+
+        self._inbox.post(partial(self._loop.drain, timeout, drained)).add_done_callback(tell)
+        return drained
+
+    def stop(self) -> None:
+        """Cancel all requests and end the thread; returns when it has ended. New requests are refused."""
+        self._inbox.post(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        """The engine runs already."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop it, without holding up the event loop."""
+        await asyncio.to_thread(self.stop)
+
+    @property
+    def stats(self) -> EngineStats:
+        """How full it was after the last step; never waits."""
+        return self._loop.stats
+
+    @property
+    def step_times(self) -> tuple[StepTime, ...]:
+        """How long the last steps took, the latest last; never waits."""
+        return tuple(self._loop.step_times)
+
+    @property
+    def refusal(self) -> Exception | None:
+        """What a new request would be refused with, whatever it is; None while the engine takes requests."""
+        return None if self._loop.refusal is None else self._loop.refusal()
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine's inside, to be looked at while nothing runs; what changes it goes through `call`."""
+        return self._loop.core
+
+    def check_token_ids(self, tokens: Seq[int]) -> None:
+        """Raise ValueError for a token id outside the vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary (0 to {self._vocab_size - 1})")
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, all of them in the vocabulary."""
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt, add_special_tokens=True)
+        self.check_token_ids(prompt)
+        return list(prompt)
+
+
+def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) -> threading.Thread:
+    """Start the engine's thread; it is returned when the core is made. Raises what `make_core` raises."""
+    ready = inbox.post(partial(loop.begin, make_core))
+    thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
+    thread.start()
+    try:
+        ready.result()
+    except BaseException:  # Ctrl-C among them
+        inbox.post(loop.stop)
+        raise
+    finally:
+        del ready  # it holds what it raises, which holds this frame
+    return thread
+
+
+def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
+    """Nobody has the engine any more, or the program ends: a thread cut off within a step would abort it."""
+    inbox.post(loop.stop)
+    if threading.current_thread() is not thread:
+        thread.join(EXIT_SECONDS)

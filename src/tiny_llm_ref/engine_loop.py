@@ -1,0 +1,248 @@
+"""What runs in the engine's thread, which owns every array: errands first, then one step, then what it gave.
+
+A step's tokens become text here, and everybody hears of his own. Knows nothing of who asks: errands come
+through an inbox, and what is ready goes to listeners.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic, perf_counter
+from typing import NamedTuple
+
+from .delivery import Listener, Outbox
+from .engine_core import EngineCore, EngineStats
+from .errors import EngineDeadError, EngineStoppingError, RequestFailedError, TinyLLMError
+from .inbox import Inbox, fail, resolve
+from .output_processor import RequestState
+from .search_state import SearchState
+from .token_output import TokenOutput
+from .waiting_room import Occupancy, WaitingRoom
+
+Request = RequestState | SearchState
+Refusal = Callable[[], TinyLLMError]
+
+STEPS_KEPT = 256  # whose times are remembered
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step: in the core, and in making text of its tokens."""
+
+    core: float
+    text: float
+
+
+class Live(NamedTuple):
+    """A request that has not ended, and who listens to it."""
+
+    request: Request
+    listener: Listener
+
+
+class EngineLoop:
+    """Serves requests in its thread. Others may read `stats`, `step_times` and `refusal`, and call nothing.
+
+    Invariant: between two turns `live` has, by id, the requests that the core works on for somebody.
+    refusal: makes the error that new requests are refused with, whatever they are; None: they are taken.
+    """
+
+    def __init__(self, inbox: Inbox, room: WaitingRoom) -> None:
+        self.core: EngineCore
+        self.stats: EngineStats
+        self.live: dict[str, Live] = {}
+        self.step_times: deque[StepTime] = deque(maxlen=STEPS_KEPT)
+        self.refusal: Refusal | None = None
+        self._inbox = inbox
+        self._room = room
+        self._outbox = Outbox()
+        self._num_seen = 0
+        self._drained: list[Future[None]] = []
+        self._deadline = math.inf
+        self._stopping = False
+
+    def run(self) -> None:
+        """The thread: turn after turn until it is told to stop. The first errand must be `begin`.
+
+        Whatever is raised, everybody who waits is told.
+        """
+        try:
+            while not self._stopping:
+                self.turn()
+            if self.live:
+                self.cancel(list(self.live))
+            self._end(None)
+        except BaseException as error:  # nobody foresaw it, and nobody may hang
+            self._end(error)
+
+    def turn(self) -> None:
+        """Do what was asked for, then one step for those who are served. Waits where there is neither."""
+        self._inbox.run(wait=not self.live)
+        if monotonic() > self._deadline:
+            self.cancel(list(self.live))
+        if self.live and not self._stopping:
+            self.step()
+        self._deliver()
+        if not self.live:
+            self._end_drains(None)
+
+    def step(self) -> None:
+        """One step of the core: tokens go through their requests, failures to those whom they befell."""
+        start = perf_counter()
+        outputs = self.core.step()
+        computed = perf_counter()
+        for output in outputs:
+            self._take(output)
+        self._take_failures()
+        self._end_searches()
+        self.step_times.append(StepTime(computed - start, perf_counter() - computed))
+        self._publish()
+        assert self.core.has_work or not self.live, "a request has ended, and nobody was told"
+
+    # Errands.
+
+    def begin(self, make_core: Callable[[], EngineCore]) -> None:
+        """Make the core. Raises what that raises; then the thread ends."""
+        self._stopping = True
+        self.core = make_core()
+        self._stopping = False
+        self._publish()
+
+    def add(self, requests: Seq[Request], listener: Listener) -> None:
+        """Queue requests in the core, all or none; `listener` is called with what they give.
+
+        Raises what `refusal` makes, or what the core's door raises; then none is queued.
+        """
+        self._num_seen += len(requests)
+        queued: list[Request] = []
+        try:
+            if self.refusal is not None:
+                raise self.refusal()
+            for request in requests:
+                request.begin(self.core)
+                queued.append(request)
+        except BaseException:
+            for request in queued:
+                self.core.cancel(request.request_id)
+            raise
+        finally:
+            self._publish()
+        self.live.update({request.request_id: Live(request, listener) for request in requests})
+
+    def cancel(self, request_ids: Seq[str]) -> None:
+        """End requests now: their pages go back, and their listeners get last events, with reason "abort".
+
+        Ids of requests that have ended, or never were, are ignored.
+        """
+        for request_id in request_ids:
+            live = self.live.pop(request_id, None)
+            if live is not None:
+                self._outbox.add(live.listener, *live.request.abort())
+                self.core.cancel(request_id)
+        self._publish()
+
+    def forget(self, requests: Seq[Request]) -> None:
+        """Cancel these very requests; others that have got their ids since go on."""
+        known = [(request, self.live.get(request.request_id)) for request in requests]
+        self.cancel([one.request_id for one, live in known if live is not None and live.request is one])
+
+    def drain(self, timeout: float | None, drained: Future[None]) -> None:
+        """Refuse new requests from now on. `drained` is done when all others have ended.
+
+        Those that have not after `timeout` seconds are cancelled; None: they get all the time that they need.
+        """
+        self.refusal = self.refusal or _draining
+        self._drained.append(drained)
+        if timeout is not None:
+            self._deadline = min(self._deadline, monotonic() + timeout)
+
+    def stop(self) -> None:
+        """Let this turn be the last, without a step."""
+        self._stopping = True
+
+    # What a step gave.
+
+    def _take(self, output: TokenOutput) -> None:
+        """Give a token to its request; a stop string that it completes ends the sequence here."""
+        live = self.live.get(output.request_id)
+        if live is None or not isinstance(live.request, RequestState):
+            return  # it has failed in this step, or somebody steps the core by hand
+        try:
+            event = live.request.push(output)
+            if event.finish_reason is not None and output.finish_reason is None:
+                self.core.finish(output.seq_id)
+        except Exception as error:  # text is its request's alone
+            self.core.cancel(output.request_id)
+            self._fail(output.request_id, error)
+            return
+        self._outbox.add(live.listener, event)
+        if event.usage is not None:
+            del self.live[output.request_id]
+
+    def _take_failures(self) -> None:
+        for request_id, error in self.core.take_failures():
+            self._fail(request_id, error)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """Tell the listener of a request that it has ended with an error."""
+        live = self.live.pop(request_id, None)
+        if live is not None:
+            failed = RequestFailedError(f"request {request_id!r} has failed: {error}", request_id)
+            failed.__cause__ = error
+            self._outbox.add(live.listener, failed)
+
+    def _end_searches(self) -> None:
+        for request_id, (request, listener) in list(self.live.items()):
+            if isinstance(request, SearchState) and request.finished:
+                del self.live[request_id]
+                self._outbox.add(listener, *request.end())
+
+    def _deliver(self) -> None:
+        """Hand over what is ready; the requests of listeners that cannot be reached are cancelled."""
+        lost = self._outbox.deliver()
+        if lost:
+            self.cancel([request_id for request_id, live in self.live.items() if live.listener in lost])
+
+    # Beginning and end.
+
+    def _publish(self) -> None:
+        """Let other threads see how full it is."""
+        waiting = {sequence.request_id for sequence in self.core.manager.waiting}
+        self._room.occupancy = Occupancy(self._num_seen, len(waiting), len(self.core.manager.running))
+        self.stats = self.core.stats
+
+    def _end(self, error: BaseException | None) -> None:
+        """Refuse whatever comes, and let nobody wait: with an error everybody hears of it."""
+        self.refusal = refusal = _stopped if error is None else partial(_dead, error)
+        self._inbox.close(refusal)
+        for live in self.live.values():
+            self._outbox.add(live.listener, refusal())
+        self.live.clear()
+        self._outbox.deliver()
+        self._end_drains(None if error is None else refusal())
+
+    def _end_drains(self, error: Exception | None) -> None:
+        for drained in self._drained:
+            if error is None:
+                resolve(drained, None)
+            else:
+                fail(drained, error)
+        self._drained.clear()
+
+
+def _draining() -> TinyLLMError:
+    return EngineStoppingError("the engine is draining: it takes no more requests")
+
+
+def _stopped() -> TinyLLMError:
+    return EngineStoppingError("the engine has been stopped")
+
+
+def _dead(error: BaseException) -> TinyLLMError:
+    dead = EngineDeadError(f"the engine has died of {type(error).__name__}: {error}")
+    dead.__cause__ = error
+    return dead

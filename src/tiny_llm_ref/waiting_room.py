@@ -1,0 +1,48 @@
+"""How many requests may wait at once: refused before they cost anything, in whatever thread they come.
+
+Knows nothing of the engine but what it tells after each step.
+"""
+
+from threading import Lock
+from typing import NamedTuple
+
+from .errors import QueueFullError
+
+
+class Occupancy(NamedTuple):
+    """What the engine saw last: requests that have come in so far, those that wait, sequences that run."""
+
+    num_seen: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+
+
+class WaitingRoom:
+    """limit: requests that may wait at once; None: any number. num_seats: sequences that may run at once.
+
+    A request waits from the moment that it comes, unless nobody else waits and a seat is free.
+    """
+
+    def __init__(self, limit: int | None, num_seats: int) -> None:
+        self.occupancy = Occupancy()
+        self._limit = limit
+        self._num_seats = num_seats
+        self._num_entered = 0
+        self._lock = Lock()
+
+    def enter(self, num_requests: int) -> None:
+        """Let requests in, all or none. Raises `QueueFullError` with the figures."""
+        with self._lock:
+            waiting = self._num_waiting()
+            if self._limit is not None and waiting + num_requests > self._limit:
+                raise QueueFullError(
+                    f"{max(0, waiting)} requests wait and {self._limit} may: "
+                    f"no room for {num_requests} more (max_num_waiting)"
+                )
+            self._num_entered += num_requests
+
+    def _num_waiting(self) -> int:
+        """Requests that wait; below 0 where seats are free."""
+        seen = self.occupancy
+        free = 0 if seen.num_waiting else max(0, self._num_seats - seen.num_running)
+        return seen.num_waiting + self._num_entered - seen.num_seen - free
