@@ -1,16 +1,24 @@
 """Whoever watches sees all that happens to the blocks: the pool's state can be told from the events alone."""
 
+import asyncio
 from collections import Counter
 
+import mlx.core as mx
 import pytest
 from tiny_llm.block_events import BlockEvent, BlockEventKind, BlockWatch
+from tiny_llm.engine import Engine
+from tiny_llm.engine_config import EngineConfig
+from tiny_llm.engine_core import EngineCore
+from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.tokenizer import Tokenizer
 
 from promises import policies
-from tiny_model import random_prompt
+from tiny_model import VOCAB, random_prompt, tiny_model
 
 Kind = BlockEventKind
+BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
 
 
 class Mirror:
@@ -98,3 +106,46 @@ def test_nothing_happens_between_two_looks_without_a_step() -> None:
     manager.process_batch()
     assert watch.look()
     assert watch.look() == []
+
+
+def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None:
+    """Oracle: the pool, after all requests have ended."""
+    model = tiny_model()
+    mx.eval([layer.self_attn.inv_freq for layer in model.layers])
+    tokenizer = Tokenizer(byte_level_bpe(BYTES[:VOCAB], [], "smollm"))
+
+    def core() -> EngineCore:
+        return EngineCore(PagedBatchManager(40, 4, 4, model=model, policies=policies(True, prefix=True)), ())
+
+    engine = Engine(core, tokenizer, VOCAB, EngineConfig(max_num_seqs=4))
+    mirror, told = Mirror(), []
+
+    def hear(events: list[BlockEvent]) -> None:
+        told.append(len(events))
+        mirror.hear(events)
+
+    def broken(events: list[BlockEvent]) -> None:
+        raise OSError
+
+    async def ask() -> None:
+        async for _ in engine.generate(
+            random_prompt(9, 1), SamplingParams(max_tokens=8, n=2, ignore_eos=True)
+        ):
+            pass
+
+    try:
+        stop_hearing = engine.watch_blocks(hear)
+        engine.watch_blocks(broken)
+        asyncio.run(ask())
+        manager = engine.core.manager
+        assert isinstance(manager, PagedBatchManager)
+        engine.call(int)
+        assert not any(mirror.holders.values())
+        assert mirror.kept == set(manager.prefix.blocks)
+        stop_hearing()
+        num_told = len(told)
+        asyncio.run(ask())
+        assert len(told) == num_told
+        assert engine._loop._watch is None
+    finally:
+        engine.stop()

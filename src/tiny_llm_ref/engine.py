@@ -18,7 +18,7 @@ from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
-from .engine_loop import EngineLoop, Request, StepTime
+from .engine_loop import BlockListener, EngineLoop, Request, StepTime
 from .errors import EngineStoppingError
 from .inbox import Inbox, fail, resolve
 from .output_processor import RequestState
@@ -131,6 +131,15 @@ class Engine:
         if threading.current_thread() is self._thread:
             return function()
         return self._inbox.post(function).result()
+
+    def watch_blocks(self, watcher: BlockListener) -> Callable[[], None]:
+        """Hear what happens to the pool's blocks, once a step, from now on; what is returned ends it.
+
+        watcher: called in the engine's thread; it must return at once. Nothing is looked at while nobody
+        watches. Raises ValueError where the batch manager has no blocks.
+        """
+        self.call(partial(self._loop.watch, watcher))
+        return lambda: self.call(partial(self._loop.unwatch, watcher))
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests, and return when all that were accepted have ended.

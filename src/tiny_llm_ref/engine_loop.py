@@ -14,16 +14,19 @@ from functools import partial
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
+from .block_events import BlockEvent, BlockWatch
 from .delivery import Listener, Outbox
 from .engine_core import EngineCore, EngineStats
 from .errors import EngineDeadError, EngineStoppingError, RequestFailedError, TinyLLMError
 from .inbox import Inbox, fail, resolve
 from .output_processor import RequestState
+from .paged_batch import PagedBatchManager
 from .search_state import SearchState
 from .token_output import TokenOutput
 from .waiting_room import Occupancy, WaitingRoom
 
 Request = RequestState | SearchState
+BlockListener = Callable[[list[BlockEvent]], None]
 Refusal = Callable[[], TinyLLMError]
 
 STEPS_KEPT = 256  # whose times are remembered
@@ -64,6 +67,8 @@ class EngineLoop:
         self._drained: list[Future[None]] = []
         self._deadline = math.inf
         self._stopping = False
+        self._watch: BlockWatch | None = None
+        self._watchers: list[BlockListener] = []
 
     def run(self) -> None:
         """The thread: turn after turn until it is told to stop. The first errand must be `begin`.
@@ -86,6 +91,7 @@ class EngineLoop:
             self.cancel(list(self.live))
         if self.live and not self._stopping:
             self.step()
+        self._tell_watchers()
         self._deliver()
         if not self.live:
             self._end_drains(None)
@@ -164,6 +170,19 @@ class EngineLoop:
         """Let this turn be the last, without a step."""
         self._stopping = True
 
+    def watch(self, watcher: BlockListener) -> None:
+        """Tell somebody what happens to the blocks from now on. ValueError where there are none."""
+        if not isinstance(self.core.manager, PagedBatchManager):
+            raise ValueError("only batching='paged' has blocks to watch")
+        self._tell_watchers()  # of what came before, which is not this one's
+        self._watch = self._watch or BlockWatch(self.core.manager)
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: BlockListener) -> None:
+        """Tell him no more; where nobody is left, nothing is looked at."""
+        self._watchers = [other for other in self._watchers if other is not watcher]
+        self._watch = self._watch if self._watchers else None
+
     # What a step gave.
 
     def _take(self, output: TokenOutput) -> None:
@@ -200,6 +219,15 @@ class EngineLoop:
             if isinstance(request, SearchState) and request.finished:
                 del self.live[request_id]
                 self._outbox.add(listener, *request.end())
+
+    def _tell_watchers(self) -> None:
+        """What happened to the blocks in this turn; who raises is told no more."""
+        events = [] if self._watch is None else self._watch.look()
+        for watcher in list(self._watchers) if events else ():
+            try:
+                watcher(events)
+            except Exception:  # a watcher's fault is no reason to stop serving
+                self.unwatch(watcher)
 
     def _deliver(self) -> None:
         """Hand over what is ready; the requests of listeners that cannot be reached are cancelled."""

@@ -191,7 +191,8 @@ class PageScheduler:
             count = min(count, sequence.num_uncomputed)
             if sequence.blocks_to_append(count) > self.num_available:
                 # Only what is left of the shared blocks' copies: their originals can be had again afterwards.
-                count = min(count, sequence.table.block_size - sequence.num_computed % sequence.table.block_size)
+                size = sequence.table.block_size
+                count = min(count, size - sequence.num_computed % size)
         if self._make_room(sequence, count, plan):
             start = sequence.num_computed
             copies = sequence.append_tokens(count)
