@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-MOST_WASTE = 1.25  # groups take the larger kind's size where it is at most so many times the smaller's
+MOST_WASTE = 1.25  # groups take the larger kind's size where it is less than so many times the smaller's
 
 
 class LayerGroup(NamedTuple):
