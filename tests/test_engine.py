@@ -512,23 +512,33 @@ def test_a_full_queue_refuses_at_once_with_the_figures() -> None:
 
 def test_a_request_does_not_wait_while_seats_are_free() -> None:
     engine = make_engine(max_num_seqs=3, max_num_waiting=1)
-    held = Held(engine)
-    held.begun.release()
+    held, params = Held(engine), SamplingParams(max_tokens=1)
 
-    def submit(number: int) -> None:
-        requests = [engine.request([20], SamplingParams(max_tokens=1)) for _ in range(number)]
-        engine.submit(requests, lambda items: None)
+    def submit(number: int) -> Future[None]:
+        return engine.submit([engine.request([20], params) for _ in range(number)], lambda items: None)
 
-    for _ in range(4):  # three seats, and one may wait
-        submit(1)
-    with pytest.raises(QueueFullError):
-        submit(1)
-    held.let_go()
-    while engine.stats.num_running + engine.stats.num_waiting or engine.call(lambda: engine.core.has_work):
-        time.sleep(0.001)
     with pytest.raises(QueueFullError, match="no room for 5 more"):
         submit(5)
-    submit(4)
+    submit(1)
+    held.wait()
+    submit(3)  # three seats, and one waits; none of them has been served yet
+    with pytest.raises(QueueFullError, match="1 requests wait and 1 may"):
+        submit(1)
+    held.let_go()
+    engine.start_draining().result(SECONDS)
+    engine.stop()
+
+
+def test_requests_that_were_refused_or_cancelled_do_not_wait() -> None:
+    engine = make_engine(max_num_seqs=1, max_num_waiting=2)
+    for _ in range(9):
+        with pytest.raises(ValueError, match="no tokens"):
+            engine.submit([engine.request([])], print).result(SECONDS)
+    for _ in range(3):
+        requests = [engine.request([20], LONG) for _ in range(3)]
+        engine.submit(requests, lambda items: None).result(SECONDS)
+        engine.forget(requests)
+    assert said(hear(engine, [20])) == by_core([20], LONG)
     engine.stop()
 
 

@@ -31,8 +31,9 @@ SMALL = {
     "prefix": ["--users", "2", "--prompt-len", "32", "--crowd", "5", "--system-prompt", "100"],
     "summary": ["--caches", "4", "--max-seq-len", "1024", "--common", "40", "--turnover", "200"],
     "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
+    "pressure": ["--users", "3", "--prompt-len", "24", "--output-len", "8"],
 }
-RUN_THE_MODEL = ("trap", "beams", "prefix", "window")
+RUN_THE_MODEL = ("trap", "beams", "prefix", "window", "pressure")
 Run = Callable[[list[str]], int]
 
 

@@ -21,16 +21,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tiny_llm.errors import OutOfBlocksError
+from tiny_llm.loader import LoadedModel, load_model
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import Policies
-from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_cache import PartMatch, PrefixCache, TokenBlocks, block_hash
 from tiny_llm.prefix_kv_cache import PrefixCachingKVCache
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sequence import PagedSequence
 
-from tiny_llm import LLM, SamplingParams
+from tiny_llm import SamplingParams
 
 # The engine runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
@@ -867,9 +867,21 @@ def test_task_9_tenants_do_not_wait_for_each_other() -> None:
     assert len({sharing.next_block(sequence_of(allocator, range(9), cache_salt=salt)) for salt in salts}) == 3
 
 
+class NewestGivesWay:
+    """Preemption as a later day has it: whoever came last gives way."""
+
+    def promised_tokens(self, sequence: PagedSequence) -> int:
+        """The known tokens and a block to grow into."""
+        return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
+
+    def choose_victim(self, candidates: Sequence[PagedSequence]) -> PagedSequence:
+        """The last."""
+        return candidates[-1]
+
+
 def manager_of(num_blocks: int = 40, budget: int = 256) -> PagedBatchManager:
     """A batch manager that shares prefixes and computes nothing: blocks of 4, eight sequences at once."""
-    policies = Policies(preemption=NewestFirst(), prefix=PrefixSharing)
+    policies = Policies(preemption=NewestGivesWay(), prefix=PrefixSharing)
     return PagedBatchManager(num_blocks, 4, 8, max_batched_tokens=budget, policies=policies)
 
 
@@ -965,22 +977,38 @@ def test_task_9_crowds_that_share_lose_no_block(
     assert manager.allocator.num_free == num_blocks
 
 
+def answers(
+    loaded: LoadedModel, prompts: list[str], policies: Policies, waves: int
+) -> list[list[PagedSequence]]:
+    """Serve the prompts three tokens long, all together, `waves` times; the sequences of each wave."""
+    manager = PagedBatchManager(64, 8, 4, model=loaded.model, policies=policies)
+    served = []
+    for wave in range(waves):
+        for i, prompt in enumerate(prompts):
+            manager.add_request(loaded.tokenizer.encode(prompt), f"{wave}.{i}", SamplingParams(max_tokens=3))
+        sequences = [manager.sequence(f"{wave}.{i}") for i in range(len(prompts))]
+        while manager.has_work:
+            logits = manager.process_batch()
+            manager.commit({seq_id: int(mx.argmax(row).item()) for seq_id, row in logits.items()})
+            for seq_id in list(logits):
+                if len(manager.sequence(seq_id).outputs) == 3:
+                    manager.finish(seq_id)
+        served.append(sequences)
+    return served
+
+
 def test_task_9_the_real_model_answers_the_same_and_computes_less() -> None:
-    """Oracle: the same engine without prefix caching; what is shared is counted in full blocks of 8."""
+    """Oracle: the same manager without prefix caching; what is shared is counted in full blocks of 8."""
     system = "You keep a lighthouse, and you answer whoever asks you in a single short sentence."
     prompts = [f"{system} Who are you?", f"{system} What shines?"]
-    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    plain = LLM(block_size=8, num_blocks=64, max_num_seqs=4, enable_prefix_caching=False)
-    expected = plain.generate(prompts, params, use_tqdm=False)
-    llm = LLM(block_size=8, num_blocks=64, max_num_seqs=4)
-    [cold] = llm.generate(prompts[:1], params, use_tqdm=False)
-    warm = llm.generate(prompts, params, use_tqdm=False)
-    full_blocks = (len(llm.tokenizer.encode(system)) - 1) // 8
+    loaded = load_model(None)
+    [plain] = answers(loaded, prompts, Policies(), waves=1)
+    _, warm = answers(loaded, prompts, Policies(prefix=PrefixSharing), waves=2)
+    full_blocks = (len(loaded.tokenizer.encode(system)) - 1) // 8
     assert full_blocks > 1
-    assert [output.num_cached_tokens for output in (*expected, cold)] == [0, 0, 0]
-    assert [output.outputs[0].text for output in warm] == [output.outputs[0].text for output in expected]
-    assert cold.outputs[0].text == expected[0].outputs[0].text
-    assert all(output.num_cached_tokens >= 8 * full_blocks for output in warm)
+    assert [one.num_cached_tokens for one in plain] == [0, 0]
+    assert [one.outputs for one in warm] == [one.outputs for one in plain]
+    assert all(one.num_cached_tokens >= 8 * full_blocks for one in warm)
 
 
 # Task 10: PrefixCachingKVCache.get_or_create_prefix

@@ -26,7 +26,6 @@ from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import PackedBatch, Span, pack_batch
 from tiny_llm.policies import Policies
-from tiny_llm.preemption import NewestFirst
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
 from tiny_llm.sliding_window import (
@@ -1331,6 +1330,18 @@ def serve(
     return rows
 
 
+class NewestGivesWay:
+    """Preemption as a later day has it: whoever came last gives way."""
+
+    def promised_tokens(self, sequence: PagedSequence) -> int:
+        """The known tokens and a block to grow into."""
+        return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
+
+    def choose_victim(self, candidates: Sequence[PagedSequence]) -> PagedSequence:
+        """The last."""
+        return candidates[-1]
+
+
 @quick
 @given(
     num_blocks=st.integers(24, 40),
@@ -1344,7 +1355,7 @@ def test_task_13_crowds_that_share_lose_no_block(
 ) -> None:
     """Oracle: a count of all holders after each step; in the end free and kept blocks are the whole pool."""
     groups = (LayerGroup((0,), None), LayerGroup((1,), 6))
-    policies = Policies(preemption=NewestFirst(), prefix=partial(WindowedPrefixSharing, groups=groups))
+    policies = Policies(preemption=NewestGivesWay(), prefix=partial(WindowedPrefixSharing, groups=groups))
     manager = PagedBatchManager(
         num_blocks, 4, 4, max_batched_tokens=budget, max_model_len=40, policies=policies, groups=groups
     )

@@ -92,7 +92,9 @@ def _tells_something(line: str) -> bool:
         [node] = ast.parse(line).body
     except (SyntaxError, ValueError):
         return True
-    return not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))
+    is_constant = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    is_bare_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and not node.value.args
+    return not is_constant and not is_bare_call
 
 
 def _suite_files(house: House, days: Iterable[Day]) -> Iterator[Problem]:

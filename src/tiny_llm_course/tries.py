@@ -4,11 +4,13 @@ Every function here belongs to one day and yields lines as they come: the real m
 or else what it is instead, and the number that the day is about.
 """
 
+import asyncio
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from inspect import iscoroutine
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import mlx.core as mx
 
 CAPITAL = "The capital of France is"
 STORY = "Once upon a time"
+TRY_SECONDS = 120  # a guard: an engine that is not right yet may leave its clients waiting
 Lines = Iterator[str]
 
 
@@ -520,6 +523,77 @@ def old_pages_go_back() -> Lines:
     )
 
 
+def more_users_than_memory() -> Lines:
+    """3.6: six stories in pages for two: who waits and when, what is computed again, what is copied."""
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    animals, length = ("cat", "dog", "fox", "owl", "bear", "wolf"), 64
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    yield f"the real model: {len(animals)} stories of {length} tokens, each of which fills 5 blocks of 16"
+    answers = []
+    for blocks, mode in ((30, "recompute"), (10, "none"), (10, "recompute"), (10, "swap")):
+        llm = LLM(num_blocks=blocks, max_num_seqs=6, preemption_mode=mode, enable_prefix_caching=False)
+        llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
+        core, manager = llm.core, llm.core.manager
+        for animal in animals:
+            core.add_request(animal, llm.tokenizer.encode(f"{STORY}, there was a {animal}"), params)
+        start, again, copied = time.perf_counter(), 0, 0
+        said: dict[str, list[int]] = {animal: [] for animal in animals}
+        shown = dict.fromkeys(animals, "")
+        while core.has_work:
+            had = {one.seq_id: one.num_computed for one in manager.running}
+            for output in core.step():
+                said[output.seq_id].append(output.token)
+            marks = dict.fromkeys(animals, " ") | {one.seq_id: "#" for one in manager.running}
+            for one in manager.waiting:
+                marks[one.seq_id] = "." if one.swapped is None else "o"
+                again += 0 if one.swapped else had.get(one.seq_id, 0)
+                copied += len(one.swapped.tables[0].host_blocks) if one.swapped and one.seq_id in had else 0
+            shown = {animal: line + marks[animal] for animal, line in shown.items()}
+        steps, seconds = len(shown[animals[0]]), time.perf_counter() - start
+        answers.append(said)
+        yield (
+            f"{blocks} blocks, preemption_mode {mode!r}: {steps} steps, {seconds:.1f} s; gave way "
+            f"{manager.num_preemptions} times; computed again: {again} tokens; copied out: {copied} blocks"
+        )
+        every = -(-steps // 80)
+        yield from (f"  {animal:4} {line[::every].rstrip()}" for animal, line in shown.items())
+    yield f"  #: runs. .: waits. o: waits with its keys and values on the host. A sign is {every} steps"
+    yield f"the same answers every time: {all(said == answers[0] for said in answers)}"
+
+
+def five_clients_at_once() -> Lines:
+    """3.7: five clients of one engine with two seats: who waits, who overtakes, and who is cancelled."""
+    from tiny_llm.errors import EngineDeadError
+    from tiny_llm.llm import LLM
+    from tiny_llm.sampling_params import SamplingParams
+
+    llm = LLM(num_blocks=32, max_num_seqs=2, enable_prefix_caching=False)
+    llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
+    watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
+    yield "the real model, 2 seats: five clients ask at the same moment, the wolf last, with priority -1"
+    yield "and the owl with 1; the client of the cat cancels when it has read 12 tokens"
+    start = time.perf_counter()
+    try:
+        clients = asyncio.run(_five_clients(llm.engine, watched))
+    except EngineDeadError as error:  # what it has died of says more
+        raise error.__cause__ or error from None
+    for name, events, first in clients:
+        tokens, said = sum(len(event.token_ids) for event in events), "".join(event.text for event in events)
+        yield (
+            f"  {name:4} first token after {1000 * first:5.0f} ms, {tokens:2} tokens, "
+            f"{events[-1].finish_reason:6}: ...{' '.join(said.split())[:40]}"
+        )
+    seconds, steps = time.perf_counter() - start, len(watched.steps)
+    yield f"all of it took {steps} steps, {seconds:.1f} s"
+    yield from (f"  {name:4} {line.rstrip()}" for name, line in watched.lines())
+    yield "  #: runs. .: waits"
+    held, more = watched.after_the_cancel("cat")
+    yield f"the cat held {held} blocks when it was cancelled; further steps that computed it: {more}"
+    yield f"a client that comes while the engine drains: {watched.refused}"
+
+
 TRIES: dict[str, Callable[[], Lines]] = {
     "1.1": attention,
     "1.2": rotary,
@@ -540,6 +614,8 @@ TRIES: dict[str, Callable[[], Lines]] = {
     "3.3": slots_of_a_running_engine,
     "3.4": one_long_system_prompt,
     "3.5": old_pages_go_back,
+    "3.6": more_users_than_memory,
+    "3.7": five_clients_at_once,
 }
 
 
@@ -593,6 +669,72 @@ def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
         for keys, values in (pool, mx.where(is_held, pool, mx.nan))
     ]
     yield f"  with NaN in all other blocks of the pool: the same output, {mx.array_equal(*outputs).item()}"
+
+
+class _Watched:
+    """Who runs and who waits in each step of a core, seen from within its thread."""
+
+    def __init__(self, core: Any, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.steps: list[dict[str, str]] = []
+        self.blocks: dict[str, int] = {}
+        self.asked_at = 0
+        self.refused = ""
+        self._core, self._step = core, core.step
+        core.step = self._watch
+
+    def _watch(self) -> Any:
+        self.steps.append({})  # it has begun
+        outputs, manager = self._step(), self._core.manager
+        marks = {one.request_id: "." for one in manager.waiting}
+        marks |= {one.request_id: "#" for one in (*manager.running, *outputs)}
+        self.blocks |= {one.request_id: len(one.table.blocks) for one in manager.running}
+        self.steps[-1] = marks
+        return outputs
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """A line of signs for each name."""
+        every = -(-len(self.steps) // 80)
+        for name in self.names:
+            yield name, "".join(marks.get(name, " ") for marks in self.steps[::every])
+
+    def after_the_cancel(self, name: str) -> tuple[int, int]:
+        """How many blocks it had, and how many steps that began after it was cancelled computed it."""
+        return self.blocks[name], sum(name in marks for marks in self.steps[self.asked_at :])
+
+
+async def _five_clients(engine: Any, watched: _Watched) -> list[tuple[str, list[Any], float]]:
+    """Each client's name, events and seconds to its first token; at the end the engine is drained."""
+    from tiny_llm.errors import EngineStoppingError
+    from tiny_llm.sampling_params import SamplingParams
+
+    async def client(name: str, priority: int) -> tuple[str, list[Any], float]:
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, priority=priority)
+        events, first, start = list[Any](), 0.0, time.perf_counter()
+        stream = engine.generate(f"{STORY}, there was a {name}", params, request_id=name)
+        if iscoroutine(stream):  # without a yield it is no iterator yet, and says what is missing
+            await stream
+        async for event in stream:
+            first = first or time.perf_counter() - start
+            events.append(event)
+            if name == "cat" and len(events) == 12:
+                watched.asked_at = len(watched.steps)
+                engine.cancel(name)
+        return name, events, first
+
+    async with asyncio.timeout(TRY_SECONDS):
+        tasks = [
+            asyncio.create_task(client(name, {"wolf": -1, "owl": 1}.get(name, 0))) for name in watched.names
+        ]
+        await tasks[-1]
+        drain = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        try:
+            await client("late", 0)
+        except EngineStoppingError as error:
+            watched.refused = str(error)
+        await drain
+        return await asyncio.gather(*tasks)
 
 
 def _size(x: mx.array) -> float:

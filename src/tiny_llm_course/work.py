@@ -281,6 +281,114 @@ def _windowed() -> Work:
     return lambda: windowed_attention(q, keys, values, batch, 0.125, 512)
 
 
+def _swap() -> Work:
+    """32 prompts with four completions each, out to the host and back, three times: the bookkeeping alone."""
+    from tiny_llm.paged_attention import BlockAllocator, BlockTable
+    from tiny_llm.prefix_cache import TokenBlocks
+    from tiny_llm.sampling_params import SamplingParams
+    from tiny_llm.sequence import PagedSequence
+    from tiny_llm.swap import SwapSpace
+
+    def work() -> mx.array:
+        allocator, space = BlockAllocator(1600), SwapSpace(1200, 16)
+        pool, host, figures = [0] * 1600, [0] * 1200, []
+        for i in range(32):
+            leader = PagedSequence(
+                seq_id=str(i),
+                request_id=str(i),
+                prompt=tuple(range(i, i + 100)),
+                params=SamplingParams(),
+                seed=0,
+                max_len=300,
+                tables=[BlockTable(allocator, 16)],
+                streams=[TokenBlocks(16)],
+            )
+            leader.append_tokens(100)
+            leader.num_computed = 100
+            family = [leader, *(leader.fork(f"{i}/{fork}", fork) for fork in range(1, 4))]
+            for turn in range(3):
+                for fork, one in enumerate(family):
+                    one.outputs += [1000 + fork] * 20
+                    one.append_tokens(20)
+                    one.num_computed += 20
+                    for place, block in enumerate(one.table.blocks):
+                        pool[block] = 1000 * i + 100 * turn + 10 * fork * (place > 5) + place
+                for one in family:
+                    copies = space.swap_out(one) or []
+                    for block, host_block in copies:
+                        host[host_block] = pool[block]
+                    one.give_up_pages()
+                    figures += [len(copies), space.allocator.num_free]
+                at_hand: dict[bytes, int] = {}
+                for one in family:
+                    figures.append(space.blocks_to_swap_in(one))
+                    for block, host_block in space.swap_in(one, at_hand):
+                        pool[block] = host[host_block]
+                    at_hand |= zip(one.stream.hashes, one.table.blocks, strict=False)
+                    figures += [pool[block] for block in one.table.blocks]
+                    figures.append(allocator.num_free)
+                for one in family:
+                    space.forget(one)
+                figures.append(space.allocator.num_free)
+        return mx.array(figures)
+
+    return work
+
+
+def _serving() -> Work:
+    """64 clients at once, 32 tokens each, through the thread and back: what serving costs, no model."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from tiny_llm.engine import Engine
+    from tiny_llm.engine_config import EngineConfig
+    from tiny_llm.gguf_tokenizer import byte_level_bpe
+    from tiny_llm.sampling_params import SamplingParams
+    from tiny_llm.token_output import TokenOutput
+    from tiny_llm.tokenizer import Tokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    served: dict[str, list[int]] = {}
+
+    def add_request(request_id: str, tokens: list[int], params: SamplingParams) -> bool:
+        served[request_id] = [tokens[-1], params.max_tokens or 1]
+        return True
+
+    def step() -> list[TokenOutput]:
+        outputs = []
+        for request_id, (last, before) in list(served.items()):
+            token, left = (last + 1) % len(letters), before - 1
+            served[request_id] = [token, left]
+            reason = None if left else "length"
+            outputs.append(TokenOutput(request_id, request_id, token, None, reason, None))
+            if not left:
+                del served[request_id]
+        return outputs
+
+    core = SimpleNamespace(
+        manager=SimpleNamespace(waiting=[], running=[]),
+        stats=None,
+        has_work=True,
+        add_request=add_request,
+        step=step,
+        take_failures=list,
+        cancel=lambda request_id: served.pop(request_id, None),
+        finish=served.pop,
+    )
+    tokenizer = Tokenizer(byte_level_bpe(list(letters), [], "smollm"))
+    engine = Engine(lambda: core, tokenizer, len(letters), EngineConfig(max_num_seqs=64))
+    params = SamplingParams(max_tokens=32)
+
+    async def client(first: int) -> list[int]:
+        stream = engine.generate([first % len(letters)], params)
+        return [token async for event in stream for token in event.token_ids]
+
+    async def clients() -> list[list[int]]:
+        return await asyncio.gather(*(client(number) for number in range(64)))
+
+    return lambda: mx.array(asyncio.run(clients()))
+
+
 WORK: dict[str, Callable[[], Work]] = {
     "1.1": _attention,
     "1.2": _rope,
@@ -301,6 +409,8 @@ WORK: dict[str, Callable[[], Work]] = {
     "3.3": _paged_cache,
     "3.4": _prefix_cache,
     "3.5": _windowed,
+    "3.6": _swap,
+    "3.7": _serving,
 }
 
 

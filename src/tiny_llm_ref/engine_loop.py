@@ -17,8 +17,8 @@ from typing import NamedTuple
 from .block_events import BlockEvent, BlockWatch
 from .delivery import Listener, Outbox
 from .engine_core import EngineCore, EngineStats
-from .errors import EngineDeadError, EngineStoppingError, RequestFailedError, TinyLLMError
-from .inbox import Inbox, fail, resolve
+from .errors import RequestFailedError
+from .inbox import Inbox, Refusal, dead, draining, fail, resolve, stopped
 from .output_processor import RequestState
 from .paged_batch import PagedBatchManager
 from .search_state import SearchState
@@ -27,7 +27,6 @@ from .waiting_room import Occupancy, WaitingRoom
 
 Request = RequestState | SearchState
 BlockListener = Callable[[list[BlockEvent]], None]
-Refusal = Callable[[], TinyLLMError]
 
 STEPS_KEPT = 256  # whose times are remembered
 
@@ -64,6 +63,7 @@ class EngineLoop:
         self._room = room
         self._outbox = Outbox()
         self._num_seen = 0
+        self._is_crowded = False
         self._drained: list[Future[None]] = []
         self._deadline = math.inf
         self._stopping = False
@@ -79,7 +79,7 @@ class EngineLoop:
             while not self._stopping:
                 self.turn()
             if self.live:
-                self.cancel(list(self.live))
+                self.cancel([*self.live])
             self._end(None)
         except BaseException as error:  # nobody foresaw it, and nobody may hang
             self._end(error)
@@ -106,6 +106,7 @@ class EngineLoop:
         self._take_failures()
         self._end_searches()
         self.step_times.append(StepTime(computed - start, perf_counter() - computed))
+        self._is_crowded = True  # if anybody waits: he has been passed over
         self._publish()
         assert self.core.has_work or not self.live, "a request has ended, and nobody was told"
 
@@ -161,7 +162,7 @@ class EngineLoop:
 
         Those that have not after `timeout` seconds are cancelled; None: they get all the time that they need.
         """
-        self.refusal = self.refusal or _draining
+        self.refusal = self.refusal or draining
         self._drained.append(drained)
         if timeout is not None:
             self._deadline = min(self._deadline, monotonic() + timeout)
@@ -239,13 +240,15 @@ class EngineLoop:
 
     def _publish(self) -> None:
         """Let other threads see how full it is."""
-        waiting = {sequence.request_id for sequence in self.core.manager.waiting}
-        self._room.occupancy = Occupancy(self._num_seen, len(waiting), len(self.core.manager.running))
+        num_waiting = len({sequence.request_id for sequence in self.core.manager.waiting})
+        self._is_crowded = self._is_crowded and num_waiting > 0
+        num_running = len(self.core.manager.running)
+        self._room.occupancy = Occupancy(self._num_seen, num_waiting, num_running, self._is_crowded)
         self.stats = self.core.stats
 
     def _end(self, error: BaseException | None) -> None:
         """Refuse whatever comes, and let nobody wait: with an error everybody hears of it."""
-        self.refusal = refusal = _stopped if error is None else partial(_dead, error)
+        self.refusal = refusal = stopped if error is None else partial(dead, error)
         self._inbox.close(refusal)
         for live in self.live.values():
             self._outbox.add(live.listener, refusal())
@@ -260,17 +263,3 @@ class EngineLoop:
             else:
                 fail(drained, error)
         self._drained.clear()
-
-
-def _draining() -> TinyLLMError:
-    return EngineStoppingError("the engine is draining: it takes no more requests")
-
-
-def _stopped() -> TinyLLMError:
-    return EngineStoppingError("the engine has been stopped")
-
-
-def _dead(error: BaseException) -> TinyLLMError:
-    dead = EngineDeadError(f"the engine has died of {type(error).__name__}: {error}")
-    dead.__cause__ = error
-    return dead

@@ -10,7 +10,10 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+from .errors import EngineDeadError, EngineStoppingError, TinyLLMError
+
 T = TypeVar("T")
+Refusal = Callable[[], TinyLLMError]
 
 
 class Errand(NamedTuple, Generic[T]):
@@ -24,7 +27,7 @@ class Inbox:
     """Any thread posts, one runs. refusal: makes what errands are answered with; None: it is open."""
 
     def __init__(self) -> None:
-        self.refusal: Callable[[], Exception] | None = None
+        self.refusal: Refusal | None = None
         self._errands: SimpleQueue[Errand[Any]] = SimpleQueue()
 
     def post(self, function: Callable[[], T]) -> Future[T]:
@@ -41,7 +44,7 @@ class Inbox:
         while errands:
             _run(errands.popleft())  # which no name here may hold: an error's frames hold this one
 
-    def close(self, refusal: Callable[[], Exception]) -> None:
+    def close(self, refusal: Refusal) -> None:
         """Refuse every errand that is here, and every later one."""
         self.refusal = refusal
         self._refuse_all()
@@ -83,3 +86,20 @@ def fail(future: Future[Any], error: BaseException) -> None:
     """Let a future raise, unless whoever waited has cancelled it."""
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
+
+
+def draining() -> TinyLLMError:
+    """What requests are refused with that come while the others end."""
+    return EngineStoppingError("the engine is draining: it takes no more requests")
+
+
+def stopped() -> TinyLLMError:
+    """What everything is refused with after the end."""
+    return EngineStoppingError("the engine has been stopped")
+
+
+def dead(error: BaseException) -> TinyLLMError:
+    """What everybody is told when the thread has ended with an error, now and later."""
+    told = EngineDeadError(f"the engine has died of {type(error).__name__}: {error}")
+    told.__cause__ = error
+    return told

@@ -10,17 +10,22 @@ from .errors import QueueFullError
 
 
 class Occupancy(NamedTuple):
-    """What the engine saw last: requests that have come in so far, those that wait, sequences that run."""
+    """What the engine saw last: requests that have come in so far, those that wait, sequences that run.
+
+    is_crowded: the last step has left somebody waiting.
+    """
 
     num_seen: int = 0
     num_waiting: int = 0
     num_running: int = 0
+    is_crowded: bool = False
 
 
 class WaitingRoom:
     """limit: requests that may wait at once; None: any number. num_seats: sequences that may run at once.
 
-    A request waits from the moment that it comes, unless nobody else waits and a seat is free.
+    A request waits from the moment that it comes, unless a seat is free for it: in a crowd none is, because
+    then there are no pages, or those who were left waiting take it.
     """
 
     def __init__(self, limit: int | None, num_seats: int) -> None:
@@ -44,5 +49,5 @@ class WaitingRoom:
     def _num_waiting(self) -> int:
         """Requests that wait; below 0 where seats are free."""
         seen = self.occupancy
-        free = 0 if seen.num_waiting else max(0, self._num_seats - seen.num_running)
+        free = 0 if seen.is_crowded else max(0, self._num_seats - seen.num_running)
         return seen.num_waiting + self._num_entered - seen.num_seen - free
