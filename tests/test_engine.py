@@ -235,6 +235,26 @@ def test_the_texts_of_the_events_add_up_to_the_text_of_the_tokens(engine: Engine
     assert "".join(event.text for event in events) == TOKENIZER.decode(tokens)
 
 
+def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, held: Held) -> None:
+    """Oracle: the text of the tokens that come without it."""
+    free = by_core([20, 21], LONG)[0].tokens
+    stop = TOKENIZER.decode(list(free[2:4]))
+    assert TOKENIZER.decode(list(free[:4])).find(stop) == 2
+    deliveries: SimpleQueue[list[Item]] = SimpleQueue()
+    params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True, stop=stop)
+    request = engine.request([20, 21], params)
+    engine.submit([request], deliveries.put).result(SECONDS)
+    for _ in range(4):
+        held.wait()
+        held.step()
+    while not request.finished:
+        deliveries.get(timeout=SECONDS)
+    engine.call(lambda: check_all_returned(engine.core.manager))
+    [completion] = request.output.outputs
+    assert (completion.token_ids, completion.stop_reason) == (free[:4], stop)
+    assert completion.text + stop == TOKENIZER.decode(list(free[:4]))
+
+
 def test_the_last_event_has_what_the_request_took(engine: Engine) -> None:
     prompt, params = random_prompt(13, 3), SamplingParams(n=2, max_tokens=5, seed=1, ignore_eos=True)
     first, second = (run(heard(engine, prompt, params))[-1].usage for _ in range(2))
@@ -529,6 +549,22 @@ def test_a_request_does_not_wait_while_seats_are_free() -> None:
     engine.stop()
 
 
+def test_free_seats_are_no_use_while_pages_are_short() -> None:
+    engine = make_engine(lambda: make_core(blocks=6), max_num_waiting=1)
+    held, params = Held(engine), SamplingParams(max_tokens=7, ignore_eos=True)
+    for seed in (1, 2):  # 16 tokens each, where 24 fit
+        engine.submit([engine.request(random_prompt(16, seed), params)], lambda items: None).result(SECONDS)
+        held.wait()
+        held.step()
+    held.wait()
+    assert (engine.stats.num_running, engine.stats.num_waiting) == (1, 1)
+    with pytest.raises(QueueFullError, match="1 requests wait and 1 may"):
+        engine.submit([engine.request([20], params)], print)
+    held.let_go()
+    engine.start_draining().result(SECONDS)
+    engine.stop()
+
+
 def test_requests_that_were_refused_or_cancelled_do_not_wait() -> None:
     engine = make_engine(max_num_seqs=1, max_num_waiting=2)
     for _ in range(9):
@@ -589,7 +625,8 @@ def test_a_text_that_cannot_be_made_fails_its_request_alone(
 
     monkeypatch.setattr(Detokenizer, "push", raising)
     deliveries: SimpleQueue[list[Item]] = SimpleQueue()
-    bad, good = (engine.request([20, 21], LONG) for _ in range(2))
+    short = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    bad, good = engine.request([20, 21], LONG), engine.request([20, 21], short)
     broken.extend(completion._detokenizer for completion in bad._completions.values())
     engine.submit([bad, good], deliveries.put).result(SECONDS)
     items = deliveries.get(timeout=SECONDS)
@@ -597,7 +634,8 @@ def test_a_text_that_cannot_be_made_fails_its_request_alone(
     assert (error.request_id, type(error.__cause__)) == (bad.request_id, ArithmeticError)
     while not good.finished:
         deliveries.get(timeout=SECONDS)
-    assert good.output.outputs[0].token_ids == by_core([20, 21], LONG)[0].tokens
+    assert good.output.outputs[0].token_ids == by_core([20, 21], short)[0].tokens
+    engine.call(lambda: check_all_returned(engine.core.manager))
 
 
 def test_when_the_engine_dies_everybody_hears_of_it() -> None:
