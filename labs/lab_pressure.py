@@ -5,7 +5,7 @@ longest needs, in the three modes of preemption: none (who is admitted has pages
 recompute and swap. Prefixes are not cached, and the host has room for all. Predicted by counting blocks: how
 many begin at once; by looking at who gives way, and with how many tokens: what is computed again, or copied
 out; by a line through the steps of the first run, so much a step and so much a token: how fast the others
-are. Copies are not in that line: where swap is slower than predicted, they are why.
+are. Copies to the host and back are not in that line.
 
 \b
 pdm run lab pressure
@@ -301,9 +301,9 @@ def _conclusion(load: Load, served: Sequence[Served]) -> str:
     everybody, (none, again, swap) = sum(load.lives), served[-3:]
     speeds = [sum(load.answers) / one.seconds for one in (served[0], none, again, swap)]
     return (
-        f"With {percent(none.blocks / everybody)} of the memory that all need, {none.begun} begin at once in "
-        f"mode 'none', and {again.begun} where somebody may have to give way. That happens "
-        f"{len(again.given_up)} times: {again.again(load).measured:,} tokens are computed again, or "
-        f"{swap.copied:,} blocks copied out. Tokens per second: {speeds[0]:.0f} in the roomy pool, "
-        f"{speeds[1]:.0f} with none, {speeds[2]:.0f} with recompute, {speeds[3]:.0f} with swap."
+        f"With {percent(none.blocks / everybody)} of the memory that all need, {none.begun} of "
+        f"{len(load.prompts)} begin at once in mode 'none', and {again.begun} where somebody may have to "
+        f"give way. That happens {len(again.given_up)} times: {again.again(load).measured:,} tokens are "
+        f"computed again, or {swap.copied:,} blocks copied out. Tokens per second: {speeds[0]:.0f} in the "
+        f"roomy pool, {speeds[1]:.0f} with none, {speeds[2]:.0f} with recompute, {speeds[3]:.0f} with swap."
     )

@@ -346,6 +346,17 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
     )
 
 
+def threads(most: int) -> st.SearchStrategy[int]:
+    """Threads for the compiled kernels; always drawn, so that every machine meets the same scenarios."""
+    return st.integers(1, most).map(lambda number: number if tiny_llm_kernels.available() else 1)
+
+
+def instruction_sets() -> st.SearchStrategy[str]:
+    """One that this machine has, "" without compiled kernels; drawn as if all had the same number of them."""
+    there = tiny_llm_kernels.instruction_sets() if tiny_llm_kernels.available() else [""]
+    return st.integers(0, 11).map(lambda number: there[number % len(there)])
+
+
 SPARE_BLOCKS = {"mixed": [0, 1, 2, 4, 30], "alike": [4, 12], "searching": [0, 0, 1], "crowded": [0, 0, 1]}
 
 
@@ -379,15 +390,14 @@ def scenarios(
             )
         )
     max_seqs = max(draw(st.integers(1, 9)), *(arrival.width for arrival in arrivals))
-    compiled = tiny_llm_kernels.available()
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
         block_size=draw(st.integers(5, 9) if mood == "alike" else st.integers(1, 3) | st.integers(1, 17)),
         spare_blocks=draw(st.sampled_from(SPARE_BLOCKS[mood])),
         max_seqs=max_seqs,
         max_tokens=draw(st.sampled_from([max_seqs, max_seqs + 1, max_seqs + 5, 20, 64])),
-        threads=draw(st.integers(1, 4)) if compiled else 1,
-        instruction_set=draw(st.sampled_from(tiny_llm_kernels.instruction_sets())) if compiled else "",
+        threads=draw(threads(4)),
+        instruction_set=draw(instruction_sets()),
         preempts=mood in ("crowded", "searching") or draw(st.sampled_from([True, True, False])),
         prefix=mood == "alike" or draw(st.booleans()),
         swap_blocks=draw(st.sampled_from([0, 0, 1000, 1000, 7])),

@@ -5,6 +5,7 @@ plain dict from each prefix, as a tuple of tokens, to its block, and a pool of p
 slot holds: no hash takes part in it.
 """
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -396,11 +397,13 @@ def count_steps(function: Callable[[], object]) -> int:
         counted += event == "opcode"
         return trace
 
+    gc.disable()  # or finalizers of what earlier tests left behind run, and count, in between
     sys.settrace(trace)
     try:
         function()
     finally:
         sys.settrace(None)
+        gc.enable()
     return counted
 
 

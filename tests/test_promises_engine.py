@@ -89,10 +89,8 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         happened.update(seen)
 
     every_completion_gets_what_it_gets_alone()
-    for name in (
+    often = [
         "answers compared",
-        "preemptions",
-        "preemptions of outputs",
         "forks",
         "copies on write",
         "prompts cut into chunks",
@@ -102,16 +100,18 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         "beams forked",
         "blocks moved",
         "the pool grew",
-        "sequences swapped out",
-        "blocks swapped in",
-    ):
-        assert happened[name] >= cases // 15, f"the scenarios hardly test anything: {happened}"
-    for name in ("searches compared", "hits within a block"):
-        assert happened[name] >= 1, f"the scenarios hardly test {name}: {happened}"
-    if make is gemma_model:
-        assert happened["blocks that windows passed"] >= cases, f"windows hardly pass anything: {happened}"
+    ]
+    now_and_then = ["searches compared", "hits within a block"]
+    pressure = ["preemptions", "preemptions of outputs", "sequences swapped out", "blocks swapped in"]
+    if make is gemma_model:  # windows leave room: test_swap presses harder
+        now_and_then += [*pressure, "blocks that windows passed"]
     else:
-        assert happened["preemptions of beams"] >= 1, f"hardly any beams were preempted: {happened}"
+        often += pressure
+        now_and_then.append("preemptions of beams")
+    for name in often:
+        assert happened[name] >= cases // 15, f"the scenarios hardly test {name}: {happened}"
+    for name in now_and_then:
+        assert happened[name] >= 1, f"the scenarios never test {name}: {happened}"
 
 
 @st.composite

@@ -102,8 +102,9 @@ class Engine:
         events, or an error that ended one of them. It must return at once; if it raises they are cancelled.
 
         Raises `QueueFullError` where `max_num_waiting` would be exceeded, `EngineStoppingError`,
-        `EngineDeadError`. The future raises these, ValueError for an empty prompt and for what the batch
-        manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`.
+        `EngineDeadError`; who is refused here takes no place. The future raises these, ValueError for an
+        empty prompt and for what the batch manager cannot do, `RequestTooLargeError`, and
+        `DuplicateRequestError`.
         """
         if self._loop.refusal is not None:
             raise self._loop.refusal()
@@ -126,7 +127,7 @@ class Engine:
     def call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps; its value, or what it raises.
 
-        Arrays in the value must have been evaluated.
+        From the engine's own thread it runs at once. Arrays in the value must have been evaluated.
         """
         if threading.current_thread() is self._thread:
             return function()

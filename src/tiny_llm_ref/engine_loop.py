@@ -85,7 +85,10 @@ class EngineLoop:
             self._end(error)
 
     def turn(self) -> None:
-        """Do what was asked for, then one step for those who are served. Waits where there is neither."""
+        """Do what was asked for, then one step for those who are served. Waits where there is neither.
+
+        All that came of it is delivered at the end. Where nobody is live then, those who drain are told.
+        """
         self._inbox.run(wait=not self.live)
         if monotonic() > self._deadline:
             self.cancel(list(self.live))
@@ -97,7 +100,12 @@ class EngineLoop:
             self._end_drains(None)
 
     def step(self) -> None:
-        """One step of the core: tokens go through their requests, failures to those whom they befell."""
+        """One step of the core: tokens go to the requests that are live, and their events to the listeners.
+
+        A completion that its text ends is finished in the core before the next step. A request whose text
+        cannot be made fails alone; its listener, and those of the core's failures, get `RequestFailedError`.
+        Whoever has ended is live no more. Tokens of requests that are not live are ignored.
+        """
         start = perf_counter()
         outputs = self.core.step()
         computed = perf_counter()
@@ -122,7 +130,8 @@ class EngineLoop:
     def add(self, requests: Seq[Request], listener: Listener) -> None:
         """Queue requests in the core, all or none; `listener` is called with what they give.
 
-        Raises what `refusal` makes, or what the core's door raises; then none is queued.
+        Raises what `refusal` makes, or what the core's door raises; then none is queued. All of them count as
+        seen, refused or not: until then they have places in the waiting room.
         """
         self._num_seen += len(requests)
         queued: list[Request] = []

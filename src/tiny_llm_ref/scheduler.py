@@ -17,6 +17,7 @@ class AgedPriority:
         """When it is the turn of the request that arrived as the `number`-th, counted from 0; lowest first.
 
         A request of priority p + 1 is passed by those of priority p that arrive fewer than `patience`
-        requests later, and by no others. Requests of one priority keep the order of their arrival.
+        requests later, and by no others. Requests of one turn go in the order of their arrival, and so do
+        those of one priority.
         """
         return number + self.patience * priority

@@ -1,0 +1,847 @@
+"""Preemption, by swap above all: the space on the host, the pools that copy, and engines under pressure.
+
+Oracles: blocks as dicts of what they hold; the same requests in a roomy pool; each request alone. Equal means
+equal bits.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.engine_config import EngineConfig
+from tiny_llm.engine_core import EngineCore
+from tiny_llm.errors import ConfigError
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.layer_groups import LayerGroup, group_layers
+from tiny_llm.managers import make_manager
+from tiny_llm.model import Model
+from tiny_llm.page_layout import PageLayout
+from tiny_llm.paged_attention import BlockAllocator, BlockCopy
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.paged_queues import BeamStep
+from tiny_llm.policies import Policies
+from tiny_llm.preemption import NewestFirst
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.scheduler import AgedPriority
+from tiny_llm.sequence import PagedSequence, SequenceState, TokenLogprobs
+from tiny_llm.step import Plan
+from tiny_llm.swap import SwapSpace
+
+from promises import (
+    Arrival,
+    Scenario,
+    Watched,
+    beam_searches,
+    check_all_returned,
+    check_pages,
+    check_scenario,
+    instruction_sets,
+    policies,
+    prompts,
+    sampling,
+    threads,
+)
+from test_promises_bookkeeping import SymbolicPool
+from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
+
+Said = list[tuple[int, TokenLogprobs | None, str | None]]
+
+# ---- the space, against what its blocks hold ----
+
+SIZE = 3
+
+
+@dataclass
+class Host:
+    """A swap space beside dicts from blocks to texts, of sequences in layers with one window each."""
+
+    windows: tuple[int | None, ...]
+    num_blocks: int
+    rng: random.Random
+    running: list[PagedSequence] = field(default_factory=list)
+    waiting: list[PagedSequence] = field(default_factory=list)
+    held: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the pool: group, text up to its end
+    on_host: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    happened: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.layout = PageLayout(
+            tuple(LayerGroup((i,), window) for i, window in enumerate(self.windows)), SIZE, 8
+        )
+        self.allocator = BlockAllocator(500)
+        self.space = SwapSpace(self.num_blocks, SIZE)
+
+    def new(self) -> None:
+        """A sequence of few different tokens, so that many begin alike."""
+        tokens = tuple(self.rng.choices((1, 2), weights=(6, 1), k=self.rng.randint(1, 14)))
+        sequence = PagedSequence(
+            seq_id="x",
+            request_id="x",
+            prompt=tokens,
+            params=SamplingParams(),
+            seed=0,
+            max_len=999,
+            tables=self.layout.tables(self.allocator),
+            streams=self.layout.streams(""),
+        )
+        self.running.append(sequence)
+        self.compute(sequence, len(tokens) - (len(tokens) > 1 and self.rng.random() < 0.3))
+
+    def compute(self, sequence: PagedSequence, count: int) -> None:
+        """Compute known tokens; what was in a block that is copied need not be noted, for all is written."""
+        sequence.append_tokens(count)
+        sequence.num_computed += count
+        for group, table in enumerate(sequence.tables):
+            first = getattr(table, "start", 0) // SIZE
+            for place, block in enumerate(table.blocks, first):
+                end = min((place + 1) * SIZE, sequence.num_computed)
+                self.held[block] = (group, *sequence.tokens(0, end))
+        self.layout.let_go(sequence.tables, sequence.num_computed)
+
+    def grow(self) -> None:
+        if self.running:
+            sequence = self.rng.choice(self.running)
+            count = self.rng.randint(1, 5)
+            sequence.outputs += self.rng.choices((1, 2), weights=(6, 1), k=count)
+            self.compute(sequence, self.rng.randint(1, sequence.num_uncomputed))
+
+    def fork(self) -> None:
+        if self.running:
+            self.running.append(self.rng.choice(self.running).fork("y", 1))
+
+    def out(self) -> None:
+        """Somebody gives way, now and then with a step planned whose copies on write are not made."""
+        if not self.running:
+            return
+        sequence, filled_from = self.rng.choice(self.running), {}
+        if self.rng.random() < 0.4:
+            filled_from = {copy.dst: copy.src for copy in sequence.append_tokens(self.rng.randint(1, 4))}
+            for block in filled_from:
+                self.held[block] = ()
+        self.happened["copies that wait"] += len(filled_from)
+        before = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
+        copies = self.space.swap_out(sequence, filled_from)
+        if copies is None:
+            self.happened["no room"] += 1
+            assert sequence.swapped is None
+            assert before == [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
+            sequence.give_up_pages()
+            self.running.remove(sequence)
+            return
+        for block, host_block in copies:
+            assert before[host_block] == 0, "what is on the host was overwritten"
+            self.on_host[host_block] = self.held[block]
+        self.happened["blocks out"] += len(copies)
+        assert sequence.swapped is not None
+        shared = sum(len(table.host_blocks) for table in sequence.swapped.tables) - len(copies)
+        self.happened["blocks found on the host"] += shared
+        sequence.give_up_pages()
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+
+    def back(self) -> None:
+        """Somebody comes back, and shares some of what the others hold; some have to go again at once."""
+        if not self.waiting:
+            return
+        sequence, at_hand = self.rng.choice(self.waiting), dict[bytes, int]()
+        for other in self.running if self.rng.random() < 0.6 else ():
+            stop = other.num_computed // SIZE
+            for group, table in enumerate(other.tables):
+                hashes = other.stream_of(group, stop).hashes[getattr(table, "start", 0) // SIZE : stop]
+                at_hand |= zip(hashes, table.blocks, strict=False)
+        most, free = self.space.blocks_to_swap_in(sequence), self.allocator.num_free
+        copies = self.space.swap_in(sequence, at_hand)
+        assert free - self.allocator.num_free == len(copies) <= most
+        self.happened["blocks shared"] += most - len(copies)
+        if self.rng.random() < 0.3:
+            self.happened["went again at once"] += 1
+            sequence.give_up_pages()
+            return
+        for block, host_block in copies:
+            self.held[block] = self.on_host[host_block]
+        self.space.forget(sequence)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+
+    def end(self) -> None:
+        everybody = [*self.running, *self.waiting]
+        if everybody:
+            sequence = self.rng.choice(everybody)
+            sequence.give_up_pages()
+            self.space.forget(sequence)
+            (self.running if sequence in self.running else self.waiting).remove(sequence)
+
+    def check(self) -> None:
+        for sequence in self.running:
+            for group, table in enumerate(sequence.tables):
+                first = getattr(table, "start", 0) // SIZE
+                assert first * SIZE + table.num_tokens == sequence.num_computed
+                for place, block in enumerate(table.blocks, first):
+                    self.check_block(self.held[block], sequence, group, place)
+        owed, full = Counter[int](), set[tuple[int, tuple[int, ...]]]()
+        for sequence in self.waiting:
+            assert sequence.swapped is not None
+            for group, (first, host_blocks) in enumerate(sequence.swapped.tables):
+                owed.update(host_blocks)
+                for place, host_block in enumerate(host_blocks, first):
+                    text = self.check_block(self.on_host[host_block], sequence, group, place)
+                    full |= {(host_block, text)} if len(text) > (place + 1) * SIZE else set()
+        counted = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
+        assert counted == [owed[block] for block in range(self.num_blocks)]
+        assert len({block for block, _ in full}) == len({text for _, text in full}), "a block is there twice"
+        assert self.space._hash_of.keys() == {block for block, _ in full}, "who is found is not who is there"
+        assert {kept.block: digest for digest, kept in self.space._held.items()} == self.space._hash_of
+
+    def check_block(
+        self, held: tuple[int, ...], sequence: PagedSequence, group: int, place: int
+    ) -> tuple[int, ...]:
+        """What a block holds begins as the sequence has it; returns it as far as the sequence needs it."""
+        computed = sequence.num_computed if sequence.swapped is None else sequence.swapped.num_computed
+        needed = (group, *sequence.tokens(0, min((place + 1) * SIZE, computed)))
+        assert held[: len(needed)] == needed, "another's keys"
+        return needed
+
+
+@settings(max_examples=examples(120))
+@given(
+    windows=st.sampled_from([(None,), (4,), (None, 4), (None, 1, 7)]),
+    num_blocks=st.sampled_from([4, 12, 300]),
+    seed=st.integers(0, 2**32),
+)
+def test_whoever_comes_back_has_what_he_left_and_the_host_has_it_once(
+    windows: tuple[int | None, ...], num_blocks: int, seed: int
+) -> None:
+    host = Host(windows, num_blocks, random.Random(seed))
+    for _ in range(60):
+        host.rng.choice(
+            [host.new, host.grow, host.grow, host.fork, host.out, host.out, host.back, host.end]
+        )()
+        host.check()
+    while host.running or host.waiting:
+        host.end()
+    host.check()
+    assert host.space.allocator.num_free == num_blocks
+    assert host.allocator.num_free == 500
+
+
+def test_the_events_of_that_test_happen() -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(30):
+        host = Host((None, 4), 12 if seed % 3 else 300, random.Random(seed))
+        for _ in range(60):
+            host.rng.choice([host.new, host.grow, host.fork, host.out, host.out, host.back, host.end])()
+        happened.update(host.happened)
+    expected = {"blocks out", "blocks found on the host", "blocks shared", "copies that wait", "no room"}
+    assert all(happened[name] > 20 for name in {*expected, "went again at once"}), (
+        f"hardly anything: {happened}"
+    )
+
+
+def on_their_own(tokens: Sequence[int], allocator: BlockAllocator) -> PagedSequence:
+    """A sequence that has computed all its tokens, in blocks of 3."""
+    layout = PageLayout((LayerGroup((0,)),), SIZE, 8)
+    sequence = PagedSequence(
+        seq_id="x",
+        request_id="x",
+        prompt=tuple(tokens),
+        params=SamplingParams(),
+        seed=0,
+        max_len=99,
+        tables=layout.tables(allocator),
+        streams=layout.streams(""),
+    )
+    sequence.append_tokens(len(tokens))
+    sequence.num_computed = len(tokens)
+    return sequence
+
+
+def test_a_hash_is_not_believed() -> None:
+    """Two texts under the same hashes, which somebody may look for: each is copied, and comes back alone."""
+    allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
+    first, second = on_their_own(range(6), allocator), on_their_own(range(10, 16), allocator)
+    second.stream_of(0, 2).hashes[:] = first.stream_of(0, 2).hashes
+    for sequence in (first, second):
+        assert len(space.swap_out(sequence) or ()) == 2
+    at_hand = dict(zip(first.stream.hashes, first.table.blocks, strict=True))
+    second.give_up_pages()
+    assert len(space.swap_in(second, at_hand)) == 2, "the other text's blocks are no help"
+    space.forget(first)
+    space.forget(second)
+    assert space.allocator.num_free == 20
+    assert not space._held
+
+
+def test_the_same_tokens_behind_another_parent_are_not_believed_either() -> None:
+    """Only the first blocks differ; the second has the right hash by forgery, and a wrong past."""
+    allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
+    first, second = on_their_own(range(6), allocator), on_their_own((7, 7, 7, 3, 4, 5), allocator)
+    second.stream_of(0, 2).hashes[1] = first.stream_of(0, 2).hashes[1]
+    assert [len(space.swap_out(sequence) or ()) for sequence in (first, second)] == [2, 2]
+
+
+# ---- pools that copy from each other ----
+
+
+def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, begin: float) -> KVPool:
+    """A pool whose block b holds `begin` + 10 b + layer everywhere, and a half more for values."""
+    pool = KVPool(num_blocks, SIZE, num_heads=2, head_dim=4, num_layers=layers, dtype=dtype)
+    for layer in range(layers):
+        numbers = (begin + 10 * mx.arange(num_blocks) + layer)[:, None, None, None]
+        keys = mx.broadcast_to(numbers, (num_blocks, 2, SIZE, 4)).astype(dtype)
+        pool.put_back(layer, keys + 0, keys + 0.5)
+    pool.evaluate()
+    return pool
+
+
+def numbers(pool: KVPool, layer: int) -> list[float]:
+    """What each block of such a pool holds; the same everywhere, and values half more."""
+    keys, values = (part.astype(mx.float32) for part in pool.read_blocks(layer, range(pool.num_blocks)))
+    assert mx.all(keys == keys[:, :1, :1, :1]).item()
+    assert mx.array_equal(values, keys + 0.5).item()
+    return [float(number) for number in keys[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_blocks_go_from_one_pool_to_another(dtype: mx.Dtype, layers: int) -> None:
+    """Every layer's, keys and values, and no other block; a source may serve twice. No bit is lost."""
+    fine = 2**-16 if dtype == mx.float32 else 0  # which no shorter type could tell
+    pool, host = numbered(6, layers, dtype, fine), numbered(4, layers, dtype, 60 + fine)
+    host.fill_from(pool, [(5, 0), (2, 3)])
+    for layer in range(layers):
+        here = layer + fine
+        assert numbers(host, layer) == [50 + here, 70 + here, 80 + here, 20 + here]
+    pool.fill_from(host, [(3, 1), (0, 4), (3, 5)])
+    for layer in range(layers):
+        here = layer + fine
+        assert numbers(pool, layer) == [here, 20 + here, 20 + here, 30 + here, 50 + here, 20 + here]
+        assert numbers(host, layer) == [50 + here, 70 + here, 80 + here, 20 + here]
+        assert {array.dtype for array in (*pool.lend(layer), *host.lend(layer))} == {dtype}
+
+
+def test_within_one_pool_all_are_read_before_any_is_written() -> None:
+    pool = numbered(4, 2, mx.float32, 0)
+    pool.fill_from(pool, [(0, 1), (1, 0), (2, 3)])
+    assert [numbers(pool, layer) for layer in range(2)] == [[10, 0, 20, 20], [11, 1, 21, 21]]
+
+
+def test_nothing_to_copy_is_nothing_done() -> None:
+    pool, host = numbered(3, 1, mx.float32, 0), numbered(3, 1, mx.float32, 60)
+    before = pool.lend(0)
+    pool.fill_from(host, [])
+    assert pool.lend(0)[0] is before[0]
+
+
+def test_what_was_written_and_not_evaluated_goes_along() -> None:
+    """A write that is described and not computed is part of what the source holds."""
+    pool, host = numbered(3, 1, mx.float32, 0), numbered(3, 1, mx.float32, 60)
+    keys, values = pool.lend(0)
+    pool.put_back(0, keys + 1, values + 1)
+    host.fill_from(pool, [(2, 0)])
+    assert numbers(host, 0) == [21, 70, 80]
+
+
+@pytest.mark.parametrize("who", ["target", "source"])
+def test_who_described_a_read_before_sees_what_was_there_then(who: str) -> None:
+    """Nobody should hold the arrays; who does all the same pays with a copy, and reads what was there."""
+    pool, host = numbered(3, 2, mx.float32, 0), numbered(3, 2, mx.float32, 60)
+    reader = [2 * part for part in (host if who == "target" else pool).lend(1)]
+    expected = [2.0 * number for number in ([61, 71, 81] if who == "target" else [1, 11, 21])]
+    host.fill_from(pool, [(2, 0), (1, 1)])
+    pool.fill_from(host, [(2, 0), (1, 2)])
+    assert reader[0][:, 0, 0, 0].tolist() == expected
+    assert reader[1][:, 0, 0, 0].tolist() == [number + 1 for number in expected]
+    assert [numbers(host, layer) for layer in range(2)] == [[20, 10, 80], [21, 11, 81]]
+    assert [numbers(pool, layer) for layer in range(2)] == [[80, 10, 10], [81, 11, 11]]
+
+
+def test_both_pools_are_written_to_in_place_when_they_have_copied() -> None:
+    """A copy of a block takes memory of a few blocks, and so does every write after it, in either pool."""
+    pools = [KVPool(2000, 16, num_heads=2, head_dim=32, num_layers=2) for _ in range(2)]
+    one_array = pools[0].nbytes // 4
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for turn in range(3):
+        pools[0].fill_from(pools[1], [(turn, 5), (7, turn)])
+        pools[1].fill_from(pools[0], [(turn, 9)])
+        for pool in pools:
+            ones = mx.ones((2, 2, 32))
+            pool.write(1, mx.array([turn, 40 + turn]), ones, ones)
+    assert mx.get_peak_memory() - before < one_array / 4, "an array of a pool was copied"
+
+
+class Moves(Plan[PagedSequence]):
+    """A plan whose copies are given; nothing is computed."""
+
+    copies: list[BlockCopy] = []  # type: ignore[assignment,misc]  # noqa: RUF012
+
+
+def test_out_goes_before_in_and_in_before_copies() -> None:
+    """By hand: block 0 goes out to 2, comes back from host block 1 with other content, and is copied to 3.
+
+    Any other order would send out what has just come, or copy what was there before.
+    """
+    manager = PagedBatchManager(
+        4, SIZE, 2, model=tiny_model(), policies=Policies(NewestFirst(), swap_blocks=3)
+    )
+    assert manager.pool is not None
+    assert manager._swap_pool is not None
+    for pool, begin in ((manager.pool, 0), (manager._swap_pool, 60)):
+        for layer in range(2):
+            keys, values = pool.lend(layer)
+            filled = begin + 10 * mx.arange(pool.num_blocks)[:, None, None, None] + layer
+            pool.put_back(
+                layer, (0 * keys + filled).astype(pool.dtype), (0 * values + filled + 0.5).astype(pool.dtype)
+            )
+        pool.evaluate()
+    plan = Moves(swapped_out=[(0, 2)], swapped_in={0: 1, 2: 0})
+    plan.copies = [BlockCopy(0, 3, SIZE)]
+    assert manager._run(tiny_model(), plan) is None
+    for layer in range(2):
+        assert numbers(manager.pool, layer) == [70 + layer, 10 + layer, 60 + layer, 70 + layer]
+        assert numbers(manager._swap_pool, layer) == [60 + layer, 70 + layer, 0 + layer]
+
+
+# ---- engines whose pool is too small ----
+
+
+class Request(NamedTuple):
+    """A prompt and what is asked of it; it comes before this step."""
+
+    name: str
+    prompt: Sequence[int]
+    params: SamplingParams
+    step: int = 0
+
+
+def asks(name: str, length: int, max_tokens: int, *, step: int = 0, n: int = 1, **options: object) -> Request:
+    """A request with a prompt of its own."""
+    params = SamplingParams(
+        max_tokens=max_tokens, n=n, seed=len(name) + length, ignore_eos=True, logprobs=2, **options
+    )  # type: ignore[arg-type]
+    return Request(name, random_prompt(length, seed=length), params, step)
+
+
+def serve(
+    manager: PagedBatchManager,
+    requests: Sequence[Request],
+    watch: Callable[[EngineCore, int], None] = lambda engine, step: None,
+) -> dict[str, Said]:
+    """Serve requests to their ends; what each completion said. Pages and host blocks are counted always."""
+    engine, said = EngineCore(manager, (EOS,)), dict[str, Said]()
+    for step in range(2000):
+        for request in requests:
+            if request.step == step:
+                engine.add_request(request.name, list(request.prompt), request.params)
+        for output in engine.step():
+            said.setdefault(output.seq_id, []).append((output.token, output.logprobs, output.finish_reason))
+        check_pages(manager)
+        watch(engine, step)
+        if not engine.has_work and step >= max(request.step for request in requests):
+            break
+    assert not engine.has_work, "somebody hangs"
+    assert not engine.take_failures()
+    check_all_returned(manager)
+    return said
+
+
+def squeezed(
+    blocks: int,
+    *,
+    swap_blocks: int = 1000,
+    prefix: bool = False,
+    block_size: int = 4,
+    seats: int = 8,
+    make: Callable[[], Model] = tiny_model,
+) -> Watched:
+    """A manager of few pages, which preempts."""
+    those = policies(True, prefix, group_layers(make().config.windows), swap_blocks)
+    return Watched(blocks, block_size, seats, model=make(), max_batched_tokens=40, policies=those)
+
+
+def roomy(make: Callable[[], Model] = tiny_model) -> PagedBatchManager:
+    """A manager in which nobody gives way."""
+    return PagedBatchManager(900, 16, 8, model=make(), max_batched_tokens=200)
+
+
+OLD_AND_FORKS = (
+    *(asks(f"old{i}", 8 - i, 24) for i in range(3)),
+    asks("three", 17, 30, n=3),
+)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_forks_wait_with_one_copy_of_their_prompt_and_come_back_to_one(prefix: bool) -> None:
+    """Three forks are swapped out one after the other: 4 full blocks of the prompt are on the host once.
+
+    When all run again these blocks are in the pool once, too, whether the prefix cache has them or the first
+    who came back; and everybody says what he says in a roomy pool.
+    """
+    manager = squeezed(28, prefix=prefix)
+    assert manager._scheduler.swap_space is not None
+    host = manager._scheduler.swap_space.allocator
+    waiting, running, others = set[int](), list[tuple[int, int]](), 0
+    requests = (*OLD_AND_FORKS, asks("late", 40, 4, step=20))  # who comes last has nothing on the host
+
+    def watch(engine: EngineCore, step: int) -> None:
+        nonlocal others
+        out = [s.swapped for s in manager.waiting if s.request_id == "three" and s.swapped is not None]
+        waiting.add(len(out))
+        if out:
+            own = sum(len(swapped.tables[0].host_blocks) - 4 for swapped in out)
+            assert host.num_blocks - host.num_free == 4 + own
+        assert engine.stats.num_swapped == manager.num_swapped == len(out)
+        others += engine.stats.num_waiting > len(out) > 0
+        forks = [sequence.table.blocks for sequence in manager.running if sequence.request_id == "three"]
+        if 3 in waiting and len(forks) == 3:
+            running.append((len({block for blocks in forks for block in blocks}), sum(map(len, forks))))
+
+    said = serve(manager, requests, watch)
+    assert waiting == {0, 1, 2, 3}
+    assert running
+    assert others
+    assert all(different == named - 2 * 4 for different, named in running)
+    assert manager.happened["sequences swapped out"] == manager.num_preemptions == 3
+    assert said == serve(roomy(), requests)
+
+
+class Noting(Watched):
+    """A manager that adds up the tokens that were computed, and those lost with somebody's pages."""
+
+    computed = 0
+    lost = 0
+
+    def _schedule(self) -> Plan[PagedSequence]:
+        plan = super()._schedule()
+        self.computed += sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        return plan
+
+    def _preempt(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
+        had = sequence.num_computed
+        super()._preempt(sequence, plan)
+        self.lost += 0 if sequence.swapped else had
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("swap_blocks", [0, 4, 7, 9, 1000])
+def test_where_the_host_is_full_it_is_computed_again(swap_blocks: int, prefix: bool) -> None:
+    """Forks give way with 5 to 7 blocks each, 4 of them in common; 4 blocks on the host hold none of them.
+
+    Counted: what was lost with somebody's pages is computed a second time, or found in the prefix cache, and
+    nothing else is. The answers are the same.
+    """
+    those = policies(True, prefix, swap_blocks=swap_blocks)
+    manager = Noting(28, 4, 8, model=tiny_model(), max_batched_tokens=40, policies=those)
+    said = serve(manager, OLD_AND_FORKS)
+    out, preempted = manager.happened["sequences swapped out"], manager.num_preemptions
+    assert preempted >= 3
+    assert out == 0 if swap_blocks < 5 else out == preempted if swap_blocks == 1000 else 0 < out < preempted
+    prompts = sum(len(request.prompt) for request in OLD_AND_FORKS)
+    once = prompts + sum(len(answer) - 1 for answer in said.values())
+    assert (manager.lost > 0) == (out < preempted)
+    assert manager.computed <= once + manager.lost if prefix else manager.computed == once + manager.lost
+    assert said == serve(roomy(), OLD_AND_FORKS)
+
+
+# A crowd that begins small and grows, so that most have to go and come back; whether it is a search.
+CROWD = (
+    (asks("a", 3, 24), False),
+    (asks("b", 4, 14, n=3), False),
+    (asks("c", 2, 16), False),
+    (asks("d", 5, 12, n=2), True),
+    (asks("e", 4, 15), False),
+)
+
+
+def symbolic(windows: tuple[int | None, ...], blocks: int, swap_blocks: int) -> tuple[Watched, SymbolicPool]:
+    """A manager without a model, and the pool of values that carries its plans out."""
+    pool, groups = SymbolicPool(3), group_layers(windows)
+    manager = Watched(
+        blocks,
+        3,
+        6,
+        max_batched_tokens=20,
+        max_model_len=99,
+        policies=policies(True, True, groups, swap_blocks),
+        groups=groups,
+        watch=pool.perform,
+    )
+    return manager, pool
+
+
+def run_symbolic(
+    windows: tuple[int | None, ...], blocks: int, swap_blocks: int, cancelled: str = "", at: int = -1
+) -> tuple[Counter[str], int, bool]:
+    """Serve the crowd, one of whom is cancelled before a step; what happened, how many steps, was he swapped.
+
+    After each step everybody reads his own, and all pages and host blocks are accounted for.
+    """
+    manager, pool = symbolic(windows, blocks, swap_blocks)
+    for request, is_beam in CROWD:
+        manager.add_request(list(request.prompt), request.name, request.params, beam_search=is_beam)
+    fresh, step, was_swapped, reported = 1000, 0, False, set[str]()
+    while manager.has_work:
+        if step == at:
+            of_request = [s for s in manager.waiting if s.request_id == cancelled]
+            was_swapped = any(s.state is SequenceState.SWAPPED for s in of_request)
+            manager.cancel(cancelled)
+            check_pages(manager)
+            if not manager.has_work:
+                break
+        ready = list(manager.process_batch())
+        for seq_id in (seq_id for seq_id in ready if not seq_id.startswith("d")):
+            fresh += 1
+            manager.commit({seq_id: fresh})
+            if manager.sequence(seq_id).num_tokens == manager.sequence(seq_id).max_len:
+                manager.finish(seq_id)
+        reported |= {seq_id for seq_id in ready if seq_id.startswith("d")}
+        beams = [s for s in manager.running if s.request_id == "d"]
+        if beams and {beam.seq_id for beam in beams} <= reported:
+            reported.clear()
+            if beams[0].num_tokens == beams[0].max_len:
+                manager.cancel("d")
+            else:
+                fresh += 2
+                parents = [beams[0].seq_id, beams[-1].seq_id]
+                manager.advance("d", [BeamStep(seq_id, fresh + i) for i, seq_id in enumerate(parents)])
+        if step >= at:  # until then all is as it is when nobody is cancelled
+            check_pages(manager)
+            for sequence in manager.running:
+                pool.check(sequence)
+        step += 1
+        assert step < 500, "somebody hangs"
+    check_all_returned(manager)
+    return manager.happened, step, was_swapped
+
+
+@pytest.mark.parametrize(
+    ("windows", "blocks", "swap_blocks"), [((None,), 11, 1000), ((None,), 13, 9), ((None, 5), 22, 1000)]
+)
+def test_whoever_is_cancelled_leaves_nothing_behind_whenever_it_is(
+    windows: tuple[int | None, ...], blocks: int, swap_blocks: int
+) -> None:
+    """Each before every third step, running or swapped or just back; the others read their own to the end."""
+    happened, steps, _ = run_symbolic(windows, blocks, swap_blocks)
+    assert happened["sequences swapped out"] >= 2
+    assert happened["blocks swapped in"] >= 7
+    swapped = Counter[str]()
+    for number, (request, _) in enumerate(CROWD):
+        for at in range(number % 3, steps, 3):
+            *_, was_swapped = run_symbolic(windows, blocks, swap_blocks, request.name, at)
+            swapped[request.name] += was_swapped
+    assert len(+swapped) >= 2, f"hardly anybody was swapped when he was cancelled: {swapped}"
+
+
+class CopyingFailedError(Exception):
+    """The fault."""
+
+
+@pytest.mark.parametrize("direction", ["out", "in"])
+@pytest.mark.parametrize("cancelled", ["old0", "old2", "three", ""])
+def test_copies_that_were_not_made_are_nobodys_keys(
+    monkeypatch: pytest.MonkeyPatch, direction: str, cancelled: str
+) -> None:
+    """A step's copies fail once; then somebody is cancelled, or nobody. Everybody else gets his answer."""
+    manager = squeezed(28, prefix=True)
+    engine, said, failed = EngineCore(manager, (EOS,)), dict[str, Said](), False
+    fill_from, target = KVPool.fill_from, manager._swap_pool if direction == "out" else manager.pool
+
+    def failing(self: KVPool, source: KVPool, pairs: Sequence[tuple[int, int]]) -> None:
+        nonlocal failed
+        if pairs and self is target and source is not self and not failed:
+            failed = True
+            raise CopyingFailedError
+        fill_from(self, source, pairs)
+
+    monkeypatch.setattr(KVPool, "fill_from", failing)
+    for request in OLD_AND_FORKS:
+        engine.add_request(request.name, list(request.prompt), request.params)
+    for _ in range(900):
+        had_failed = failed
+        for output in engine.step():
+            said.setdefault(output.seq_id, []).append((output.token, output.logprobs, output.finish_reason))
+        if failed and not had_failed:
+            check_pages(manager)
+            engine.cancel(cancelled)
+        check_pages(manager)
+        if not engine.has_work:
+            break
+    assert not engine.has_work, "somebody hangs"
+    assert failed
+    check_all_returned(manager)
+    given_up = {failure.request_id for failure in engine.take_failures()}
+    assert given_up <= ({"three"} if direction == "in" else set()), "who comes back alone is to blame"
+    for seq_id, answer in serve(roomy(), OLD_AND_FORKS).items():
+        assert seq_id.split("/")[0] in {cancelled, *given_up} or said[seq_id] == answer
+
+
+# ---- what a configuration asks for ----
+
+
+def test_the_swap_space_is_as_large_as_the_pool_unless_it_is_said() -> None:
+    """By hand: a block of 16 tokens takes 2 layers * 2 arrays * 2 heads * 32 numbers * 2 bytes: 8,192."""
+    model = tiny_model()
+    for options, blocks in (
+        ({}, 30),
+        ({"swap_space": 8192}, 1),
+        ({"swap_space": 8191 + 5 * 8192}, 5),
+        ({"swap_space": 1 << 20}, 128),
+    ):
+        config = EngineConfig(num_blocks=30, preemption_mode="swap", **options)
+        manager = make_manager(config, model)
+        assert isinstance(manager, PagedBatchManager)
+        assert manager._swap_pool is not None
+        assert manager._swap_pool.num_blocks == config.swap_blocks(model.config, 2) == blocks
+        assert manager._swap_pool.dtype == manager.pool.dtype  # type: ignore[union-attr]
+        assert manager._swap_pool.nbytes == 8192 * blocks
+    wide = EngineConfig(preemption_mode="swap", swap_space=8192 * 6, kv_cache_dtype="float32", block_size=8)
+    assert wide.swap_blocks(model.config, 4) == 6
+    windowed = gemma_model().config  # three groups of one layer: a block is half as large
+    assert EngineConfig(preemption_mode="swap", swap_space=8192).swap_blocks(windowed, 2) == 2
+
+
+@pytest.mark.parametrize("mode", ["recompute", "none"])
+def test_without_swapping_there_is_no_swap_space(mode: str) -> None:
+    config = EngineConfig(num_blocks=30, preemption_mode=mode)
+    assert config.swap_blocks(tiny_config(), 2) == 0
+    manager = make_manager(config, tiny_model())
+    assert isinstance(manager, PagedBatchManager)
+    assert manager._swap_pool is None
+    assert manager.num_swapped == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"swap_space": 8192}, r"swap_space \(8192\) is for preemption_mode='swap'"),
+        ({"swap_space": 8192, "preemption_mode": "none"}, "swap_space"),
+        ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space must be at least 1, not 0"),
+        ({"preemption_mode": "swapping"}, "preemption_mode must be one of recompute, swap, none"),
+    ],
+)
+def test_a_swap_space_that_makes_no_sense_is_refused_at_once(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        EngineConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("swap_space", [1, 8191, 1 << 60])
+def test_a_swap_space_of_no_block_or_more_than_the_machine_has_is_refused_with_the_model(
+    swap_space: int,
+) -> None:
+    config = EngineConfig(num_blocks=30, preemption_mode="swap", swap_space=swap_space)
+    with pytest.raises(ConfigError, match=rf"swap_space of {swap_space} bytes.*8192"):
+        make_manager(config, tiny_model())
+
+
+# ---- nobody starves ----
+
+
+@pytest.mark.parametrize("swap_blocks", [0, 1000])
+@pytest.mark.parametrize("patience", [0, 3, 8])
+def test_an_old_request_of_low_priority_ends_while_urgent_ones_keep_coming(
+    patience: int, swap_blocks: int
+) -> None:
+    """Two of priority 1 among 80 of priority 0, one a step, which together are more than the pool can take.
+
+    By hand: those that come up to `patience` requests later go before an old one and no others do. So when it
+    ends, nobody who came after that has ended who had not been in the pool beside it.
+    """
+    those = Policies(NewestFirst(), swap_blocks=swap_blocks, turn=AgedPriority(patience).turn)
+    manager = PagedBatchManager(9, 3, 4, model=tiny_model(), max_batched_tokens=24, policies=those)
+    slow = [asks("slow1", 9, 12, priority=1, step=2), asks("slow2", 7, 12, priority=1, step=5)]
+    urgent = [asks(f"{i}", 4 + i % 5, 6, step=i) for i in range(80)]
+    requests = sorted([*urgent, *slow], key=lambda request: request.step)
+    arrived = [request.name for request in requests]
+    ended: list[str] = []
+
+    def watch(engine: EngineCore, step: int) -> None:
+        there = {s.request_id for s in [*manager.running, *manager.waiting]}
+        ended.extend(name for name in arrived[: step + 3] if name not in there and name not in ended)
+        ranks = [s.rank for s in manager.running]
+        assert ranks == sorted(ranks)
+        assert not manager.waiting or ranks < [manager.waiting[0].rank], "somebody was overtaken"
+
+    said = serve(manager, requests, watch)
+    assert manager.num_preemptions > 5
+    for request in slow:
+        number = arrived.index(request.name)
+        later = [name for name in ended[: ended.index(request.name)] if arrived.index(name) > number]
+        assert len(later) <= patience + 3, f"{later} went before {request.name}"
+        assert said[request.name] == serve(roomy(), [replace_step(request)])[request.name]
+
+
+def replace_step(request: Request) -> Request:
+    """The same request, before the first step."""
+    return request._replace(step=0)
+
+
+# ---- under pressure all the time ----
+
+
+@st.composite
+def pressed(draw: st.DrawFn) -> Scenario:
+    """Crowds that begin small, grow, and come nearly at once to a pool in which the largest just fits.
+
+    Forks and searches among them, prompts that begin alike, people who leave, pages that move.
+    """
+    arrivals = []
+    for _ in range(draw(st.integers(4, 8))):
+        step, is_search = draw(st.integers(0, 4)), draw(st.sampled_from([False] * 4 + [True]))
+        params = draw(beam_searches(8) if is_search else sampling(10, VOCAB))
+        if isinstance(params, SamplingParams):
+            many = draw(st.sampled_from([1, 2, 3, 3]))
+            params = replace(params, n=many, ignore_eos=True, stop_token_ids=None, max_tokens=10)
+        cancelled_at = draw(st.sampled_from([None] * 5 + [step, step + 3, step + 7]))
+        arrivals.append(Arrival(step, draw(prompts(8, alike=draw(st.booleans()))), params, cancelled_at))
+    return Scenario(
+        arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
+        block_size=draw(st.sampled_from([1, 2, 2, 3, 5])),
+        spare_blocks=draw(st.sampled_from([0, 1])),
+        max_seqs=9,
+        max_tokens=draw(st.sampled_from([9, 12, 20, 64])),
+        threads=draw(threads(2)),
+        instruction_set=draw(instruction_sets()),
+        preempts=True,
+        prefix=draw(st.booleans()),
+        swap_blocks=draw(st.sampled_from([1000, 1000, 0, 3, 12])),
+        grows=draw(st.sampled_from([False, False, True])),
+        compacted_at=draw(st.sampled_from([(), (), tuple(range(0, 60, 3))])),
+    )
+
+
+def only_what_is_known(self: NewestFirst, sequence: PagedSequence) -> int:
+    """A hasty promise: whoever is admitted may have to go with his next token."""
+    return sequence.num_tokens
+
+
+@pytest.mark.parametrize("hasty", [True, False])
+@pytest.mark.parametrize("make", [tiny_model, gemma_model], ids=["full", "windows"])
+def test_in_pools_that_hold_one_and_little_more_everybody_gets_what_he_gets_alone(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Model], hasty: bool
+) -> None:
+    """The promises where preempting is the rule: same bits, everybody ends, all pages and host blocks back.
+
+    hasty: a policy that promises less than the engine's, so that somebody goes in every third step or so.
+    """
+    happened: Counter[str] = Counter()
+    if hasty:
+        monkeypatch.setattr(NewestFirst, "promised_tokens", only_what_is_known)
+
+    @settings(max_examples=examples(30))
+    @given(pressed())
+    def check(scenario: Scenario) -> None:
+        happened.update(check_scenario(make(), scenario))
+
+    check()
+    per_preemption = happened["steps"] / happened["preemptions"]
+    assert per_preemption < (12 if hasty else 30), f"there was little pressure: {happened}"
+    for name in ("sequences swapped out", "blocks swapped in", "forks", "beams forked", "prefix hits"):
+        assert happened[name] >= 5, f"there was hardly any of {name}: {happened}"
+    assert happened["cancelled under way"]
+    assert happened["blocks moved"]
