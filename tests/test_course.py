@@ -732,7 +732,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
             "    return sum((one, other))\n",
             "    from .doubling import double\n\n    return double(one) - one + other\n",
         ),
-        "later day: 1.2: an earlier day fails with 1.2 blank",
+        "later day: 1.1: fails while the days after it are blank",
     ),
 }
 

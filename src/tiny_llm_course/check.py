@@ -2,7 +2,8 @@
 
 What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
 reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
-day blanked can be imported, is formatted, and leaves all earlier days passing, so no test needs a later day.
+day blanked can be imported and is formatted; each day passes while all days after it are blank, so no test
+needs a later day.
 """
 
 import os
@@ -56,8 +57,9 @@ def check(
 def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
     days = [day for day in syllabus.days if not day.is_to_come]
     for place, day in enumerate(days):
-        yield f"{day.id} blank, earlier days", lambda d=day, n=place: _day_blank(house, d, days[:n])  # type: ignore[misc]
-    for day in days:
+        yield f"{day.id} as it begins", lambda d=day: _day_begun(house, d)  # type: ignore[misc]
+        if later := days[place + 1 :]:
+            yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(house, d, after)  # type: ignore[misc]
         yield f"{day.id} on the reference", lambda d=day: _reference_passes(house, d)  # type: ignore[misc]
         for exercise in day.exercises:
             yield (
@@ -100,9 +102,9 @@ def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
     return []
 
 
-def _day_blank(house: House, day: Day, earlier: Sequence[Day]) -> list[Problem]:
-    """The day as a learner begins it: imports, is formatted, and earlier days pass."""
-    sources = {module: starter(house, day, module) for module in day.modules}
+def _day_begun(house: House, day: Day) -> list[Problem]:
+    """The day as a learner begins it: it can be imported, and is formatted."""
+    sources = {module: starter(house, module, day) for module in day.modules}
     found = []
     with _overlay(house, sources) as begun:
         modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
@@ -110,12 +112,18 @@ def _day_blank(house: House, day: Day, earlier: Sequence[Day]) -> list[Problem]:
         if run.returncode:
             found.append(Problem("starter", day.id, f"cannot be imported\n{_last(run.stderr)}"))
         found += _formatted(house, begun.overlay, day)
-        if earlier:
-            tests = run_suites(begun, [house.suites / one.suite for one in earlier], ["-q", "-x"], quiet=True)
-            if tests.returncode:
-                what = f"an earlier day fails with {day.id} blank\n{_last(tests.stdout)}"
-                found.append(Problem("later day", day.id, what))
     return found
+
+
+def _later_blank(house: House, day: Day, later: Sequence[Day]) -> list[Problem]:
+    """The day is done and none after it is begun: its suite passes."""
+    modules = {module for one in later for module in one.modules}
+    sources = {module: starter(house, module, *later) for module in sorted(modules)}
+    with _overlay(house, sources) as begun:
+        run = run_suites(begun, [house.suites / day.suite], ["-q", "-x"], quiet=True)
+    if run.returncode == 0:
+        return []
+    return [Problem("later day", day.id, f"fails while the days after it are blank\n{_last(run.stdout)}")]
 
 
 def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:

@@ -18,7 +18,7 @@ def legend(house: House, day: Day) -> list[str]:
     shapes = [
         set(re.findall(r"\b[A-Z][a-z]*\b", shape))
         for module in day.modules
-        for text in docstrings(starter(house, day, module))
+        for text in docstrings(starter(house, module, day))
         for shape in re.findall(r"\[.*?\]", text)
     ]
     elsewhere = set().union(*(letters for letters in shapes if letters - meanings.keys()))

@@ -74,7 +74,7 @@ def _starter_problems(house: House, day: Day) -> Iterator[Problem]:
     """No line of a solution survives in what a learner begins with."""
     for module in day.modules:
         reference = (house.reference / f"{module}.py").read_text(encoding="utf-8")
-        begun = starter(house, day, module)
+        begun = starter(house, module, day)
         ast.parse(begun)
         lines = {line.strip() for line in begun.splitlines()}
         solutions = [exercise.name for exercise in day.of_module(module)] + list(day.removed_from(module))

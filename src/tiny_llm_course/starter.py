@@ -10,11 +10,12 @@ from .source import blanked, functions, names_in, with_body_of, with_function
 from .syllabus import Day, Exercise, Kernel
 
 
-def starter(house: House, day: Day, module: str) -> str:
-    """The source of one module, its exercises blank."""
+def starter(house: House, module: str, *days: Day) -> str:
+    """The source of one module, its exercises of these days blank."""
     source = (house.reference / f"{module}.py").read_text(encoding="utf-8")
-    messages = {exercise.name: exercise.message for exercise in day.of_module(module)}
-    return blanked(source, messages, day.removed_from(module))
+    messages = {exercise.name: exercise.message for day in days for exercise in day.of_module(module)}
+    removed = dict.fromkeys(name for day in days for name in day.removed_from(module))
+    return blanked(source, messages, removed)
 
 
 def start(house: House, day: Day) -> list[Path]:
@@ -31,7 +32,7 @@ def start(house: House, day: Day) -> list[Path]:
             f"`pdm run start {day.id} --again` moves your files aside and begins anew"
         )
     for file in new:
-        file.write_text(starter(house, day, file.stem), encoding="utf-8")
+        file.write_text(starter(house, file.stem, day), encoding="utf-8")
     return new
 
 
