@@ -5,6 +5,7 @@ default, `ci`, draws the same ones in every run.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -25,7 +26,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without compiled kernels the tests run on the readable twins, and the engine's warning is no error."""
+    """Without compiled kernels the tests run on the readable twins, and the engine's warning is no error.
+
+    A shell starts what runs in its background with Ctrl-C ignored, and tests interrupt commands.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore:no compiled kernels:RuntimeWarning")
 
 

@@ -721,8 +721,12 @@ def test_a_conversation_in_a_terminal() -> None:
     terminal = Terminal("chat", "--max-tokens", "4000")
     assert terminal.shows("> ")
     terminal.type("\x03")
-    while not terminal.shows("Ctrl-D", seconds=1):  # readline misses a signal just before its first wait
+    for _ in range(60):  # readline misses a signal just before its first wait
+        if terminal.shows("Ctrl-D", seconds=1):
+            break
         terminal.type("\x03")
+    else:
+        pytest.fail(f"Ctrl-C has no effect: {terminal.shown!r}")
     terminal.type("Write a very long story.\n")
     assert terminal.shows("story.\r\n")
     assert terminal.shows(" ")  # the answer has begun
