@@ -107,10 +107,10 @@ def spread_windows(token_ids: Sequence[int], count: int, length: int) -> list[li
     return [list(token_ids[start : start + size]) for start in starts]
 
 
-def measure(count: int, length: int, model: Path | None = None) -> dict[str, Any]:
+def measure(count: int, length: int, model: Path | None = None, activation_bits: int = 16) -> dict[str, Any]:
     """Load both sides, run `count` windows of `length` tokens, and return figures and what was run."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    llm = LLM(model)
+    llm = LLM(model, activation_bits=activation_bits)
     reference = NumpyLlama(llm.model_path)
     windows = spread_windows(llm.tokenizer.encode(text, special_tokens=False), count, length)
     figures = compare(reference.logits, lambda token_ids: engine_logits(llm, token_ids), windows)
@@ -120,6 +120,7 @@ def measure(count: int, length: int, model: Path | None = None) -> dict[str, Any
         "window_tokens": length,
         "model": llm.model_name,
         "kv_cache_dtype": llm.engine_config.kv_cache_dtype,
+        "activation_bits": llm.engine_config.activation_bits,
         "text": f"pydoc_data.topics of Python {platform.python_version()}",
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -133,9 +134,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="windows of text (default 8)")
     parser.add_argument("--window-tokens", type=int, default=512, help="tokens in each (default 512)")
     parser.add_argument("--model", type=Path, default=None, help="a GGUF file (default: the embedded model)")
+    parser.add_argument("--activation-bits", type=int, default=16, help="8 or 16 (default 16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    result = measure(options.windows, options.window_tokens, options.model)
+    result = measure(options.windows, options.window_tokens, options.model, options.activation_bits)
     if options.json:
         print(json.dumps(result, indent=2))
     else:

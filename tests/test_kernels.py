@@ -55,8 +55,9 @@ class Layer:
     floats: np.ndarray  # [N, K], scale * q + bias in float32
     bits: int
 
-    def __call__(self, x: np.ndarray | mx.array) -> np.ndarray:
-        return np.array(kernels.quantized_matmul(mx.array(x), self.packed, len(self.floats), bits=self.bits))
+    def __call__(self, x: np.ndarray | mx.array, activation_bits: int = 16) -> np.ndarray:
+        bits = {"bits": self.bits, "activation_bits": activation_bits}
+        return np.array(kernels.quantized_matmul(mx.array(x), self.packed, len(self.floats), **bits))
 
 
 def quantized(weight: np.ndarray, bits: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -74,53 +75,70 @@ def make_layer(outputs: int, inputs: int, bits: int) -> Layer:
     return Layer(packed, spread[0] * quants + spread[1], bits)
 
 
-def rounded_activations(x: np.ndarray) -> np.ndarray:
-    """What the kernel makes of x: 16 bits per group of 32, absmax / 32767, ties to even. As float64."""
+def rounded_activations(x: np.ndarray, bits: int = 16) -> np.ndarray:
+    """What the kernel makes of x: 8 or 16 bits per group of 32, absmax / most, ties to even. As float64."""
+    most = np.float32(2 ** (bits - 1) - 1)
     groups = x.reshape(*x.shape[:-1], -1, 32)
     absmax = np.abs(groups).max(axis=-1, keepdims=True)
-    inverse = np.float32(32767) / np.where(absmax < 1e-30, np.float32(np.inf), absmax)
+    inverse = most / np.where(absmax < 1e-30, np.float32(np.inf), absmax)
     q = np.rint(groups * inverse).astype(np.float64)
-    return (q * (absmax / np.float32(32767))).reshape(x.shape)
+    return (q * (absmax / most)).reshape(x.shape)
 
 
+@pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (17, 96), (40, 64), (192, 576)])
-def test_quantized_matmul_is_exact_for_the_rounded_activations(outputs: int, inputs: int, bits: int) -> None:
+def test_quantized_matmul_is_exact_for_the_rounded_activations(
+    outputs: int, inputs: int, bits: int, activation_bits: int
+) -> None:
     layer = make_layer(outputs, inputs, bits)
     for rows in ROWS:
         x = normal(rows, inputs, seed=rows)
-        want = rounded_activations(x) @ layer.floats.T.astype(np.float64)
-        size = np.abs(rounded_activations(x)) @ np.abs(layer.floats.T).astype(np.float64)
-        assert (np.abs(layer(x) - want) <= 1e-5 * size).all()
+        rounded = rounded_activations(x, activation_bits)
+        want = rounded @ layer.floats.T.astype(np.float64)
+        size = np.abs(rounded) @ np.abs(layer.floats.T).astype(np.float64)
+        assert (np.abs(layer(x, activation_bits) - want) <= 1e-5 * size).all()
 
 
+@pytest.mark.parametrize(("activation_bits", "tolerance"), [(8, 1e-2), (16, 1e-4)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_matmul_is_close_to_the_float_product(bits: int) -> None:
+def test_quantized_matmul_is_close_to_the_float_product(
+    bits: int, activation_bits: int, tolerance: float
+) -> None:
     layer, x = make_layer(192, 576, bits), normal(5, 576)
     want = x @ layer.floats.T
-    assert np.linalg.norm(layer(x) - want) < 1e-4 * np.linalg.norm(want)
+    assert np.linalg.norm(layer(x, activation_bits) - want) < tolerance * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_full_scale_group_does_not_overflow(bits: int) -> None:
-    """All weights at their largest, all activations at +-32767: the int32 sums come to their limit."""
+def test_a_full_scale_group_does_not_overflow(bits: int, activation_bits: int) -> None:
+    """All weights and all activations at their largest: the sums come to their limit."""
     weight = mx.full((16, 32 * bits // 32), 0xFFFFFFFF, dtype=mx.uint32)
     scales, biases = mx.ones((16, 1), mx.float16), mx.zeros((16, 1), mx.float16)
     packed = kernels.pack(weight, scales, biases, group_size=32, bits=bits)
     for sign in (1, -1):
-        out = kernels.quantized_matmul(mx.full((1, 32), sign * 1.0), packed, 16, bits=bits)
+        x = mx.full((11, 32), sign * 1.0)
+        out = kernels.quantized_matmul(x, packed, 16, bits=bits, activation_bits=activation_bits)
         np.testing.assert_allclose(np.array(out), sign * 32 * (2**bits - 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("outputs", [40, 192])
-def test_a_row_has_the_same_bits_in_any_batch(outputs: int, bits: int) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(outputs: int, bits: int, activation_bits: int) -> None:
     layer, x = make_layer(outputs, 576, bits), normal(130, 576)
     kernels.set_num_threads(1)
-    alone = np.concatenate([layer(x[i : i + 1]) for i in range(len(x))])
+    alone = np.concatenate([layer(x[i : i + 1], activation_bits) for i in range(len(x))])
     for rows in ROWS:
         kernels.set_num_threads(THREADS[rows % len(THREADS)])
-        assert np.array_equal(layer(x[-rows:]), alone[-rows:])
+        assert np.array_equal(layer(x[-rows:], activation_bits), alone[-rows:])
+
+
+def test_other_numbers_of_bits_are_refused() -> None:
+    layer = make_layer(16, 32, 4)
+    with pytest.raises(ValueError, match="activation_bits 4 is not supported: only 8 and 16"):
+        layer(normal(1, 32), 4)
 
 
 def test_the_way_activations_lie_in_memory_changes_nothing() -> None:

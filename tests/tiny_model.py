@@ -65,10 +65,10 @@ def random_weights(config: ModelConfig, seed: int) -> tuple[dict[str, mx.array],
     return matrices, vectors
 
 
-def quantized(matrix: mx.array, bits: int) -> LinearLike:
+def quantized(matrix: mx.array, bits: int, activation_bits: int = 16) -> LinearLike:
     """A matrix quantized in groups of 32, in the form that this device runs best."""
     weight, scales, biases = mx.quantize(matrix.astype(mx.float16), group_size=32, bits=bits)
-    return quantized_linear(weight, scales, biases, 32, bits)
+    return quantized_linear(weight, scales, biases, 32, bits, activation_bits=activation_bits)
 
 
 def assemble(
@@ -106,7 +106,10 @@ def qwen_model() -> Model:
 
 @cache
 def gemma_model() -> Model:
-    """Windows of 6 tokens in two layers of three, four norms a block, GELU, scaled embeddings."""
+    """Windows of 6 tokens in two layers of three, four norms a block, GELU, scaled embeddings.
+
+    And activations of 8 bits.
+    """
     config = tiny_config(
         architecture="gemma3_text",
         num_hidden_layers=3,
@@ -120,7 +123,7 @@ def gemma_model() -> Model:
         qk_norm=True,
         tie_word_embeddings=False,
     )
-    return assemble(config, 2, lambda name, matrix: quantized(matrix, 8 if "embed" in name else 4))
+    return assemble(config, 2, lambda name, matrix: quantized(matrix, 8 if "embed" in name else 4, 8))
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

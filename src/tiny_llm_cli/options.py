@@ -107,6 +107,13 @@ class EngineOptions:
             help="How keys and values are stored: float32, float16 or bfloat16.", rich_help_panel=_ENGINE
         ),
     ] = "float16"
+    activation_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of an activation where weights are quantized: 16, or 8, faster and less accurate.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = 16
     min_num_blocks: Annotated[
         int | None,
         typer.Option(

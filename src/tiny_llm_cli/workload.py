@@ -33,7 +33,13 @@ def what_was_run(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
     machine = facts.machine()
     engine = {
         name: getattr(llm.engine_config, name)
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_dtype")
+        for name in (
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_dtype",
+            "activation_bits",
+        )
     }
     return {
         "model": llm.model_name,

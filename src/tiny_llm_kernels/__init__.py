@@ -11,7 +11,8 @@ CPU stream. Wrong shapes, types and options raise ValueError when the operator i
 One promise holds for all of them: **a row's result is the same bits** whatever else is in the batch and
 however many threads run, for one instruction set. Another instruction set may round differently.
 
-Environment, read at import: TINY_LLM_KERNELS = auto | off | portable | avx2 and TINY_LLM_NUM_THREADS.
+Environment, read at import: TINY_LLM_KERNELS = auto | off | portable | avx2 | avx512 and
+TINY_LLM_NUM_THREADS.
 """
 
 import importlib.metadata
@@ -88,14 +89,16 @@ def packed_bits(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
-def quantized_matmul(x: mx.array, packed: mx.array, out_features: int, *, bits: int) -> mx.array:
+def quantized_matmul(
+    x: mx.array, packed: mx.array, out_features: int, *, bits: int, activation_bits: int = 16
+) -> mx.array:
     """x [..., K] times the packed weights [N, K], transposed -> [..., N], with N = out_features.
 
-    bits: 4 or 8, as `packed_bits` gives it.
-    Each group of 32 activations is rounded to int16 (absmax / 32767, ties to even); sums within a group
-    are exact integers, and groups are added in order.
+    bits: 4 or 8, as `packed_bits` gives it. activation_bits: each group of 32 activations is rounded to int8
+    or int16 (absmax / 127 or 32767, ties to even). Sums within a group are exact integers, and groups are
+    added in order.
     """
-    return native.quantized_matmul(x, packed, out_features, bits)
+    return native.quantized_matmul(x, packed, out_features, bits, activation_bits)
 
 
 def dequantize_rows(packed: mx.array, ids: mx.array, in_features: int, *, bits: int) -> mx.array:
@@ -302,8 +305,8 @@ if not TYPE_CHECKING:
     native = _Unavailable()
 
 _wanted = os.environ.get("TINY_LLM_KERNELS", "auto")
-if _wanted not in ("auto", "off", "portable", "avx2"):
-    raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable or avx2, got {_wanted!r}")
+if _wanted not in ("auto", "off", "portable", "avx2", "avx512"):
+    raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable, avx2 or avx512, got {_wanted!r}")
 _reason = _load(_wanted)
 if _reason is None:
     _configure(_wanted, os.environ.get("TINY_LLM_NUM_THREADS"))

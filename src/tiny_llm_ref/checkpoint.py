@@ -84,16 +84,19 @@ class Checkpoint:
                 f"{self.config.vocab_size} rows"
             )
 
-    def build(self) -> Model:
-        """Read the weights and assemble the model."""
-        linears = _OnDemand(self._linear)
+    def build(self, activation_bits: int = 16) -> Model:
+        """Read the weights and assemble the model; its packed matrices round activations to so many bits."""
+        linears = _OnDemand(lambda name: self._linear(name, activation_bits))
         vectors = _OnDemand(lambda name: self._vector(f"{name}.weight"))
         return build_model(self.config, linears, vectors)
 
-    def _linear(self, name: str) -> LinearLike:
+    def _linear(self, name: str, activation_bits: int) -> LinearLike:
         """One matrix, in the form that this device multiplies best, with its bias where it has one."""
         stored = self._load(f"{name}.weight")
-        matrix = quantized_linear(*stored) if isinstance(stored, Quantized) else dense_linear(stored)
+        if isinstance(stored, Quantized):
+            matrix = quantized_linear(*stored, activation_bits=activation_bits)
+        else:
+            matrix = dense_linear(stored)
         if f"{name}.bias" not in self.tensors:
             return matrix
         return BiasedLinear(matrix, self._vector(f"{name}.bias"))

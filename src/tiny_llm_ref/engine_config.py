@@ -10,6 +10,7 @@ from .model_config import ModelConfig
 
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
+ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
 _COUNTS = (
@@ -37,15 +38,17 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
     max_model_len: longest prompt + output in tokens; None means the model's own limit.
     kv_cache_dtype: how keys and values are stored.
+    activation_bits: what the compiled kernels round activations to where weights are quantized: 16 says what
+        float32 says; 8 costs some accuracy, as in other engines, and computes prompts and batches up to twice
+        as fast. README.md, "How fast, how exact", has both.
     min_num_blocks: blocks that the pool begins with; it doubles while pages are short, and halves while three
         quarters of it are idle, giving the memory back. None: all blocks are there from the start.
     enable_prefix_caching: keep full blocks when their sequences have ended, so that a prompt that begins like
         an earlier one is not computed again; they are given up, least recently used first, when pages are
         short.
     preemption_mode: what happens when pages run out. The newest sequence gives its pages up, and gets them
-    back
-        when it is its turn: "recompute" computes them again, "swap" copies them to the host and back, and
-        computes where the host has no room. "none" admits a request only when its whole life fits.
+        back when it is its turn: "recompute" computes them again, "swap" copies them to the host and back,
+        and computes where the host has no room. "none" admits a request only when its whole life fits.
     swap_space: bytes on the host for preemption_mode="swap"; None: as many as the pool has.
     batching: where keys and values live: "paged" in blocks that sequences take as they grow and share;
         "dense" in one contiguous cache of `max_model_len` tokens a sequence, as many as fit into the same
@@ -61,6 +64,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     kv_cache_dtype: str = "float16"
+    activation_bits: int = 16
     min_num_blocks: int | None = None
     enable_prefix_caching: bool = True
     preemption_mode: str = "recompute"
@@ -82,6 +86,7 @@ class EngineConfig:
         if self.swap_space is not None and self.preemption_mode != "swap":
             raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         _one_of("batching", self.batching, BATCHING)
 
@@ -177,6 +182,6 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str | int, choices: tuple[str | int, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

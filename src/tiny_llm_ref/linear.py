@@ -4,7 +4,7 @@ Each is one object that multiplies and that looks rows up, so that an embedding 
 projection tied to it are one matrix, held once. The loader makes them; the model only calls them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -70,17 +70,19 @@ class QuantizedLinear:
 class PackedLinear:
     """A quantized matrix repacked for the compiled kernels, in one blob of bytes.
 
-    Products take x in 16-bit integers, by groups of 32: see ARCHITECTURE.md, "Kernels".
+    Products take x in integers of `activation_bits`, by groups of 32: see ARCHITECTURE.md, "Kernels".
     """
 
     packed: mx.array
     in_features: int
     out_features: int
     bits: int
+    activation_bits: int = 16
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., K] -> [..., N]."""
-        out: mx.array = compiled_kernel("quantized_matmul")(x, self.packed, self.out_features, bits=self.bits)
+        bits = {"bits": self.bits, "activation_bits": self.activation_bits}
+        out: mx.array = compiled_kernel("quantized_matmul")(x, self.packed, self.out_features, **bits)
         return out
 
     def rows(self, ids: mx.array) -> mx.array:
@@ -155,7 +157,7 @@ def stack(*parts: LinearLike) -> LinearLike:
         if whole_tiles and len({(part.packed.shape[1:], part.bits) for part in packed}) == 1:
             blob = _joined([part.packed for part in packed])
             outputs = sum(part.out_features for part in packed)
-            return PackedLinear(blob, packed[0].in_features, outputs, packed[0].bits)
+            return replace(packed[0], packed=blob, out_features=outputs)
     if all(isinstance(part, Linear) for part in parts):
         dense = cast(tuple[Linear, ...], parts)
         if len({part.weight.dtype for part in dense}) == 1:
@@ -177,7 +179,13 @@ def dense_linear(weight: mx.array) -> LinearLike:
 
 
 def quantized_linear(
-    weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    *,
+    activation_bits: int = 16,
 ) -> LinearLike:
     """The best form of a quantized matrix on this device: packed where the compiled kernels run.
 
@@ -193,7 +201,8 @@ def quantized_linear(
     packed = compiled_kernel("pack")(weight, scales, biases, group_size=group_size, bits=bits)
     mx.eval(packed)
     in_features = weight.shape[-1] * 32 // bits
-    return PackedLinear(packed, in_features, weight.shape[0], compiled_kernel("packed_bits")(bits))
+    wide = compiled_kernel("packed_bits")(bits)
+    return PackedLinear(packed, in_features, weight.shape[0], wide, activation_bits)
 
 
 def _fits_float16(values: mx.array) -> bool:

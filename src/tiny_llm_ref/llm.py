@@ -41,7 +41,9 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **engine_options: Any) -> None:
         self.engine_config = EngineConfig.from_options(**engine_options)
-        self.model_name, self.model_path, self.model, self.tokenizer = load_model(model)
+        self.model_name, self.model_path, self.model, self.tokenizer = load_model(
+            model, self.engine_config.activation_bits
+        )
         self.model_config = self.model.config
         self.chat_template = _chat_template(self.tokenizer)
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread

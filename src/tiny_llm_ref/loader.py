@@ -21,8 +21,10 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(model: str | Path | None) -> LoadedModel:
+def load_model(model: str | Path | None, activation_bits: int = 16) -> LoadedModel:
     """Load a model: None (the embedded one), a .gguf file, a folder in Hugging Face's layout, or a hub id.
+
+    activation_bits: as in `EngineConfig`.
 
     Raises `ModelFileError` naming the file, what was found and what was expected.
     """
@@ -30,7 +32,7 @@ def load_model(model: str | Path | None) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     is_hub_id = model is not None and not Path(model).expanduser().exists()
     name = str(model) if is_hub_id else path.resolve().name.removesuffix(".gguf")
-    return LoadedModel(name, path, checkpoint.build(), checkpoint.tokenizer)
+    return LoadedModel(name, path, checkpoint.build(activation_bits), checkpoint.tokenizer)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

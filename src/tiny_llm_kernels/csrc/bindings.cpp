@@ -20,7 +20,8 @@ using namespace nb::literals;
 NB_MODULE(_kernels, m) {
   m.def("pack", &tiny_llm::pack, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
   m.def("ggml_quants", &tiny_llm::ggml_quants, "blocks"_a, "bits"_a);
-  m.def("quantized_matmul", &tiny_llm::quantized_matmul, "x"_a, "packed"_a, "out_features"_a, "bits"_a);
+  m.def("quantized_matmul", &tiny_llm::quantized_matmul, "x"_a, "packed"_a, "out_features"_a, "bits"_a,
+        "activation_bits"_a);
   m.def("dequantize_rows", &tiny_llm::dequantize_rows, "packed"_a, "ids"_a, "in_features"_a, "bits"_a);
   m.def("dense_matmul", &tiny_llm::dense_matmul, "x"_a, "weight"_a);
   m.def("flash_attention", &tiny_llm::flash_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a);

@@ -6,10 +6,11 @@
 namespace tiny_llm {
 
 // An instruction set is a namespace: add_kernels(NAME flags) in CMakeLists.txt compiles it, a line here
-// and one in `variants` offer it. AVX-512 VNNI would stand before avx2.
+// and one in `variants` offer it, the best first.
 namespace portable { extern const Kernels kernels; }
 #ifdef TINY_LLM_X86
 namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
 #endif
 
 namespace {
@@ -21,9 +22,16 @@ struct Variant {
 };
 
 const std::vector<Variant>& variants() {
+#ifdef TINY_LLM_X86
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
   static const std::vector<Variant> all = {
 #ifdef TINY_LLM_X86
-      {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {"avx512", &avx512::kernels, has_avx512},
+      {"avx2", &avx2::kernels, has_avx2},
 #endif
       {"portable", &portable::kernels, true},
   };

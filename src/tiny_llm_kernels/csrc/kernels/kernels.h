@@ -26,13 +26,13 @@ struct Rows {
 //     scales and biases are float16, 32 bytes each, or, where float16 cannot hold them exactly, float32, 64
 //     bytes each; the quants have 256 (4 bits) or 512 (8 bits) bytes.
 //
-//     quants: 64 bytes for 8 (4 bits) or 4 (8 bits) inputs, outputs 0..7 in the first 32, 8..15 behind.
-//     A lane of 16 bits belongs to one output and to the even or the odd one of each pair of inputs:
+//     quants: 64 bytes for 8 (4 bits) or 4 (8 bits) inputs, four bytes of each output side by side:
 //
-//       4 bits, inputs 8j .. 8j+7:   lane 2o     | k8j+6 k8j+4 k8j+2 k8j   |    lane 2o+1 | k8j+7 ... k8j+1 |
-//       8 bits, inputs 4j .. 4j+3:   lane 2o     |    k4j+2      k4j       |    lane 2o+1 | k4j+3     k4j+1 |
+//       4 bits, inputs 8j .. 8j+7:   byte 4o+i   | k8j+4+i : k8j+i |   for i = 0..3: high half, low half
+//       8 bits, inputs 4j .. 4j+3:   byte 4o+i   |      k4j+i      |
 //
-//     so shifting and masking all lanes alike gives a pair of inputs for each of 8 outputs.
+//     so one mask, or one shift and a mask, gives four inputs of every output: what a processor's byte
+//     products want.
 
 constexpr int TILE_OUTPUTS = 16;
 constexpr int GROUP = 32;
@@ -40,9 +40,21 @@ constexpr int packed_bits(int bits) { return bits <= 4 ? 4 : 8; }  // of a value
 constexpr int header_bytes(bool wide) { return (wide ? 8 : 4) * TILE_OUTPUTS; }
 constexpr int record_bytes(int bits, bool wide) { return header_bytes(wide) + TILE_OUTPUTS * GROUP * bits / 8; }
 
-// The activations are rounded to 16 bits, |q| <= 32767. Eight bits would be enough for a good text and too
-// few for the same text: where the two likeliest tokens nearly tie, the other one would win.
-constexpr int QUANT_MAX = 32767;
+// The activations are rounded to 8 or to 16 bits, |q| <= 127 or 32767. Eight are enough for a good text, and
+// sixteen for the same text as float32's: where the two likeliest tokens nearly tie, eight let the other one win.
+// They lie in bands of 8 rows, which are multiplied together, and a band group by group:
+//
+//     band 0: | group 0 of row 0, of row 1, ... of row 7 | group 1 of row 0, ... | ...    band 1: ...
+//
+// Of 16 bits, the middle two of each four inputs change places: k, k+2, k+1, k+3. A byte product takes four
+// neighbours, a product of 16 bits two, and masking a weight's bytes leaves every second one.
+constexpr int BAND = 8;
+constexpr int64_t bands(int64_t rows) { return (rows + BAND - 1) / BAND; }
+
+/// Which group of all it is in that order: group g of `groups` of a row.
+constexpr int64_t place_of_group(int64_t row, int64_t g, int64_t groups) { return (row / BAND * groups + g) * BAND + row % BAND; }
+
+constexpr int quant_max(int activation_bits) { return (1 << (activation_bits - 1)) - 1; }
 
 /// What one group of 32 activations was rounded to: x is about scale * q, and sum is the sum of its q.
 struct GroupScale {
@@ -52,13 +64,15 @@ struct GroupScale {
 struct QuantizeJob {
   Rows x;
   int64_t K;
-  int16_t* quants;     // [M, K]
-  GroupScale* groups;  // [M, K/32]
+  int bits;            // of an activation: 8 or 16
+  void* quants;        // [bands, K/32, 8, 32] int8 or int16
+  GroupScale* groups;  // [bands, K/32, 8]
 };
 
 struct MatmulJob {
-  const int16_t* quants;     // [M, K]
-  const GroupScale* groups;  // [M, K/32]
+  const void* quants;        // [bands, K/32, 8, 32] int8 or int16
+  int activation_bits;       // 8 or 16
+  const GroupScale* groups;  // [bands, K/32, 8]
   const uint8_t* packed;     // [ceil(N/16), K/32, record]
   float* out;                // [M, N]
   int64_t M, N, K;

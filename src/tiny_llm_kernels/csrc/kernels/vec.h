@@ -1,6 +1,6 @@
 // The vector type that every kernel is written in.
 //
-// Eight floats in one value. `+ - * /` are the compiler's own vector extensions, so one source serves
+// Eight floats in one value, and for the matmuls as many as the processor takes. `+ - * /` are the compiler's own vector extensions, so one source serves
 // every processor; the few things that plain C++ cannot say stand at the end, once per instruction set.
 // The kernels are compiled several times, each time with another TINY_LLM_ISA (a namespace): see
 // CMakeLists.txt. Only names from this namespace may be used in a kernel: a standard-library template
@@ -14,8 +14,13 @@
 #define TINY_LLM_AVX2 1
 #include <immintrin.h>
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define TINY_LLM_AVX512 1
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 // Before a short loop over values that should stay in registers.
 #define UNROLL _Pragma("GCC unroll 16")
@@ -33,11 +38,21 @@ typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x32 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
 typedef int64_t i64x8 __attribute__((vector_size(64)));
+
+// WIDE numbers in the processor's widest register: for the matmuls, whose tile has 16 outputs.
+#if TINY_LLM_AVX512
+constexpr int WIDE = 16;
+typedef float f32w __attribute__((vector_size(64)));
+typedef int32_t i32w __attribute__((vector_size(64)));
+typedef uint32_t u32w __attribute__((vector_size(64)));
+#else
+constexpr int WIDE = 8;
+typedef f32x8 f32w;
+typedef i32x8 i32w;
+typedef u32x8 u32w;
+#endif
 
 // ---- moving data ---------------------------------------------------------------------------------
 
@@ -51,6 +66,17 @@ INLINE V load_as(const void* source) {
 INLINE f32x8 load(const float* source) { return load_as<f32x8>(source); }
 INLINE void store(float* target, f32x8 value) { std::memcpy(target, &value, sizeof(value)); }
 INLINE f32x8 splat(float value) { return f32x8{value, value, value, value, value, value, value, value}; }
+
+#if TINY_LLM_AVX512
+INLINE f32w splat_wide(float value) { return (f32w)_mm512_set1_ps(value); }
+#else
+INLINE f32w splat_wide(float value) { return splat(value); }
+#endif
+
+/// Stores the first `count` floats of a wide vector; all of them where there are fewer.
+INLINE void store_wide(float* target, f32w value, int64_t count) {
+  std::memcpy(target, &value, (count < WIDE ? count : WIDE) * sizeof(float));
+}
 
 /// The first `count` floats (count <= 8); the other lanes are zero.
 INLINE f32x8 load_first(const float* source, int64_t count) {
@@ -82,6 +108,10 @@ INLINE f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
 #endif
 }
 
+#if TINY_LLM_AVX512
+INLINE f32w fma(f32w a, f32w b, f32w c) { return (f32w)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#endif
+
 INLINE f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 INLINE f32x8 abs(f32x8 a) { return bits_as<f32x8>(bits_as<u32x8>(a) & 0x7fffffffu); }
 
@@ -94,6 +124,7 @@ INLINE f32x8 round(f32x8 a) {
 /// Whole numbers, as `round` returns them, as integers.
 INLINE i32x8 to_int(f32x8 a) { return __builtin_convertvector(a, i32x8); }
 INLINE f32x8 to_float(i32x8 a) { return __builtin_convertvector(a, f32x8); }
+INLINE f32w to_float_wide(i32w a) { return __builtin_convertvector(a, f32w); }
 
 // Sums over lanes always use this one tree:  ((0+4)+(2+6)) + ((1+5)+(3+7)).
 INLINE f32x4 fold(f32x8 a) {
@@ -141,38 +172,115 @@ INLINE f32x8 exp(f32x8 x) {
   return x < low ? splat(0.0f) : value;
 }
 
-// ---- int16 products ------------------------------------------------------------------------------
+// ---- products of whole numbers -------------------------------------------------------------------
 //
-// A 32-byte vector of int16 holds 8 outputs x 2 inputs, the inputs of one output side by side:
+// WIDE outputs at once, and of each the weights of four inputs side by side, as bytes in a lane of 32 bits:
 //
-//     lane    0    1  |  2    3  | ...
-//          o0k0 o0k1  | o1k0 o1k1 | ...
+//     lane 0: o0 k0 k1 k2 k3 | lane 1: o1 k0 k1 k2 k3 | ...
 //
-// `add_dot2` multiplies weights (0..255) with activations and adds neighbours and all to 8 sums in int32.
-// A group of 32 sums to at most 32 * 255 * 32767 < 2^31: exact.
-//
-// AVX-512 VNNI goes here: its vpdpwssd does the product and the running sum of 16 outputs in one.
+// A Dot multiplies them by the four activations of one row, the same for every output, and adds all to WIDE
+// sums. For one group of 32 inputs: with weights of BITS bits every sum is exact, on every processor.
 
-INLINE void add_dot2(i32x8& sums, i16x16 weights, i16x16 activations) {
+/// Four bytes in each lane: the low halves of the bytes, or the high ones.
+INLINE u32w low_halves(u32w bytes) { return bytes & 0x0f0f0f0fu; }
+INLINE u32w high_halves(u32w bytes) { return bytes >> 4 & 0x0f0f0f0fu; }
+
+template <int BITS, typename Activation>
+struct Dot;
+
 #if TINY_LLM_AVX2
-  sums += (i32x8)_mm256_madd_epi16((__m256i)weights, (__m256i)activations);
-  asm("" : "+x"(sums));  // add now: GCC would rather keep many products, in memory, and add them later
+
+/// Bytes without sign times bytes with one.
+template <int BITS>
+struct Dot<BITS, int8_t> {
+  typedef u32w Four;
+  INLINE Four everywhere(const int8_t* four) { return u32w{} + load_as<uint32_t>(four); }
+#if TINY_LLM_AVX512
+  static constexpr int REGISTERS = 1;
+  i32w sums = {};
+  INLINE_MEMBER void add(u32w weights, Four four) {
+    sums = (i32w)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, (__m512i)four);
+  }
+  INLINE_MEMBER i32w total() const { return sums; }
 #else
-  const i32x8 w = bits_as<i32x8>(weights), x = bits_as<i32x8>(activations);
-  sums += (w & 0xffff) * (bits_as<i32x8>(bits_as<u32x8>(x) << 16) >> 16) + (w >> 16) * (x >> 16);
+  // The sums are of two neighbours and in 16 bits: 16 products at most of 15 * 127. So a weight of 8 bits is 16
+  // times its high half, and its low half, and each has sums of its own.
+  static constexpr int REGISTERS = BITS == 8 ? 2 : 1;
+  __m256i low = _mm256_setzero_si256(), high = low;
+  INLINE_MEMBER void add(u32w weights, Four four) {
+    if constexpr (BITS == 8) add_to(high, high_halves(weights), four);
+    add_to(low, BITS == 8 ? low_halves(weights) : weights, four);
+  }
+  INLINE_MEMBER i32w total() const {
+    const i32w sums = (i32w)_mm256_madd_epi16(low, _mm256_set1_epi16(1));
+    return BITS == 8 ? sums + (i32w)_mm256_madd_epi16(high, _mm256_set1_epi16(16)) : sums;
+  }
+
+ private:
+  INLINE void add_to(__m256i& sums, u32w weights, Four four) {
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)weights, (__m256i)four));
+    asm("" : "+x"(sums));  // add now: GCC would rather keep many products, in memory, and add them later
+  }
 #endif
+};
+
+/// Numbers of 16 bits: the even bytes of the weights, and the odd ones. 32 * 255 * 32767 < 2^31.
+template <int BITS>
+struct Dot<BITS, int16_t> {
+  static constexpr int REGISTERS = 1;
+  struct Four {
+    u32w even, odd;
+  };
+  INLINE Four everywhere(const int16_t* four) {
+    return {u32w{} + load_as<uint32_t>(four), u32w{} + load_as<uint32_t>(four + 2)};
+  }
+  i32w sums = {};
+  INLINE_MEMBER void add(u32w weights, Four four) {
+    add_pairs(weights & 0x00ff00ffu, four.even);
+    add_pairs(weights >> 8 & 0x00ff00ffu, four.odd);
+  }
+  INLINE_MEMBER i32w total() const { return sums; }
+
+ private:
+  INLINE_MEMBER void add_pairs(u32w weights, u32w two) {
+#if TINY_LLM_AVX512
+    sums = (i32w)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)weights, (__m512i)two);
+#else
+    sums += (i32w)_mm256_madd_epi16((__m256i)weights, (__m256i)two);
+    asm("" : "+x"(sums));
+#endif
+  }
+};
+
+#else
+
+template <int BITS, typename Activation>
+struct Dot {
+  static constexpr int REGISTERS = 1;
+  typedef const Activation* Four;
+  INLINE Four everywhere(const Activation* four) { return four; }
+  i32w sums = {};
+  INLINE_MEMBER void add(u32w weights, Four four) {
+    const int first = sizeof(Activation) == 1 ? 1 : 2;  // where input 1 lies: see kernels.h
+    sums += bits_as<i32w>(weights & 0xffu) * int32_t{four[0]} + bits_as<i32w>(weights >> 8 & 0xffu) * int32_t{four[first]};
+    sums += bits_as<i32w>(weights >> 16 & 0xffu) * int32_t{four[3 - first]} + bits_as<i32w>(weights >> 24) * int32_t{four[3]};
+  }
+  INLINE_MEMBER i32w total() const { return sums; }
+};
+
+#endif
+
+/// Eight whole numbers in 8 or 16 bits, side by side.
+INLINE void store_narrow(int8_t* target, i32x8 value) {
+  typedef int8_t i8x8 __attribute__((vector_size(8)));
+  const i8x8 narrow = __builtin_convertvector(value, i8x8);
+  std::memcpy(target, &narrow, sizeof(narrow));
 }
 
-/// The same two numbers in all eight places.
-INLINE i16x16 splat2(const int16_t* two) {
-  const uint32_t v = load_as<uint32_t>(two);
-  return bits_as<i16x16>(u32x8{v, v, v, v, v, v, v, v});
-}
-
-/// Eight ints of 16 bits, side by side.
-INLINE void store_int16(int16_t* target, i32x8 value) {
+INLINE void store_narrow(int16_t* target, i32x8 value) {
   typedef int16_t i16x8 __attribute__((vector_size(16)));
-  const i16x8 narrow = __builtin_convertvector(value, i16x8);
+  // Of each four, the middle two change places: see kernels.h.
+  const i16x8 narrow = __builtin_convertvector(__builtin_shufflevector(value, value, 0, 2, 1, 3, 4, 6, 5, 7), i16x8);
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
@@ -237,6 +345,17 @@ struct BFloat16 {
     std::memcpy(target, &result, sizeof(result));
   }
 };
+
+/// WIDE numbers of a storage type as floats.
+template <typename T>
+INLINE f32w load_wide_as(const typename T::Storage* source) {
+#if TINY_LLM_AVX512
+  return __builtin_shufflevector(T::load8(source), T::load8(source + LANES), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
+                                 13, 14, 15);
+#else
+  return T::load8(source);
+#endif
+}
 
 /// The first `count` numbers (count < 8) of a storage type as floats; the other lanes are zero.
 template <typename T>

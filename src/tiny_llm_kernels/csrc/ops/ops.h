@@ -14,7 +14,7 @@ namespace mx = mlx::core;
 
 mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size, int bits);
 mx::array ggml_quants(const mx::array& blocks, int bits);
-mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits);
+mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits, int activation_bits);
 mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_features, int bits);
 mx::array dense_matmul(const mx::array& x, const mx::array& weight);
 mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal);

@@ -8,11 +8,11 @@
 namespace tiny_llm {
 namespace {
 
-/// The even values of a word of 4- or 8-bit values, side by side in its low 16 bits.
-uint32_t even_values(uint32_t word, int bits) {
-  if (bits == 4) word = (word & 0x0f0f0f0f) | (word & 0x0f0f0f0f) >> 4;
-  word &= 0x00ff00ff;
-  return (word | word >> 8) & 0xffff;
+/// Eight values of 4 bits in order, as four bytes: value i in the low half of byte i, i + 4 in the high one.
+uint32_t four_over_four(uint32_t word) {
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= ((word >> 4 * i & 15) | (word >> 4 * (i + 4) & 15) << 4) << 8 * i;
+  return bytes;
 }
 
 struct PackJob {
@@ -53,10 +53,10 @@ void pack_tile(const PackJob& job, int64_t tile) {
       }
       std::memcpy(record + size * o, scale, size);
       std::memcpy(record + size * (TILE_OUTPUTS + o), bias, size);
-      uint8_t* quants = record + header_bytes(job.wide) + 4 * o;  // outputs 8..15 follow 0..7 without a gap
+      uint8_t* quants = record + header_bytes(job.wide) + 4 * o;
       for (int j = 0; j < bits; ++j) {
-        const uint32_t lanes = even_values(source[j], bits) | even_values(source[j] >> bits, bits) << 16;
-        std::memcpy(quants + 64 * j, &lanes, 4);
+        const uint32_t bytes = bits == 4 ? four_over_four(source[j]) : source[j];
+        std::memcpy(quants + 64 * j, &bytes, 4);
       }
     }
   }

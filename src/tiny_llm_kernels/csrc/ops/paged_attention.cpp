@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "node.h"
+#include "attention_runs.h"
 #include "ops.h"
 
 namespace tiny_llm {
@@ -25,28 +25,14 @@ std::vector<TokenRun> cut_into_runs(const AttentionJob& job, int threads) {
   return runs;
 }
 
-/// A job that reads `keys` and `values` and fills `out`; a step that writes adds k, v and slots.
+/// With q [1, H, T, D] and out, as arrays.
 AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& tables,
                      const mx::array& row_of_token, const mx::array& positions, mx::array& out, float scale, int64_t window) {
-  AttentionJob job{};
+  AttentionJob job = reading_job(keys, values, tables, row_of_token, positions, scale, window);
   job.q = q.data<float>(), job.q_head = q.strides(1), job.q_token = q.strides(2);
-  job.keys = const_cast<char*>(keys.data<char>()), job.values = const_cast<char*>(values.data<char>());
-  job.storage = storage_of(keys.dtype());
-  job.tables = tables.data<int32_t>();
-  job.row_of_token = row_of_token.data<int32_t>(), job.positions = positions.data<int32_t>();
   job.out = out.data<float>();
-  job.T = q.shape(2), job.H = q.shape(1), job.Hkv = keys.shape(1), job.D = q.shape(3);
-  job.S = tables.shape(0), job.M = tables.shape(1);
-  job.num_blocks = keys.shape(0), job.block_size = keys.shape(2);
-  job.scale = scale, job.window = window;
+  job.H = q.shape(1);
   return job;
-}
-
-/// The reading half, in a task of the CPU stream: all tokens, run by run.
-void attend_in_runs(AttentionJob job, const Kernels& kernels) {
-  const auto runs = cut_into_runs(job, num_threads());
-  job.runs = runs.data(), job.num_runs = static_cast<int64_t>(runs.size());
-  parallel_for_each(job.num_runs * job.Hkv, [&](int64_t begin, int64_t end) { kernels.attend(job, begin, end); });
 }
 
 class PagedAttention : public Node {
@@ -102,22 +88,41 @@ class WriteAndAttend : public Node {
   int64_t window_;
 };
 
-/// The window as a number: every position where there is none, or where it is longer than any sequence.
-int64_t checked(std::optional<int64_t> window) {
+}  // namespace
+
+AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
+                         const mx::array& row_of_token, const mx::array& positions, float scale, int64_t window) {
+  AttentionJob job{};
+  job.keys = const_cast<char*>(keys.data<char>()), job.values = const_cast<char*>(values.data<char>());
+  job.storage = storage_of(keys.dtype());
+  job.tables = tables.data<int32_t>();
+  job.row_of_token = row_of_token.data<int32_t>(), job.positions = positions.data<int32_t>();
+  job.T = positions.shape(0), job.Hkv = keys.shape(1), job.D = keys.shape(3);
+  job.S = tables.shape(0), job.M = tables.shape(1);
+  job.num_blocks = keys.shape(0), job.block_size = keys.shape(2);
+  job.scale = scale, job.window = window;
+  return job;
+}
+
+void attend_in_runs(AttentionJob job, const Kernels& kernels) {
+  const auto runs = cut_into_runs(job, num_threads());
+  job.runs = runs.data(), job.num_runs = static_cast<int64_t>(runs.size());
+  parallel_for_each(job.num_runs * job.Hkv, [&](int64_t begin, int64_t end) { kernels.attend(job, begin, end); });
+}
+
+int64_t checked_window(std::optional<int64_t> window) {
   constexpr int64_t EVERY_POSITION = int64_t{1} << 31;  // as many as an int32 counts
   if (window && *window < 1) refuse("window must be at least 1, got ", *window);
   return std::min(window.value_or(EVERY_POSITION), EVERY_POSITION);
 }
 
-/// What both operators ask of what they read; Hkv is the number of key-value heads that is wanted.
-void check_reading(const mx::array& q, int Hkv, const mx::array& key_pool, const mx::array& value_pool,
+void check_reading(int H, int Hkv, int T, int D, const mx::array& key_pool, const mx::array& value_pool,
                    const mx::array& tables, const mx::array& row_of_token, const mx::array& positions) {
-  const int H = q.shape(1), T = q.shape(2), D = q.shape(3);
   if (D % 2 || D < 2 || D > MAX_HEAD_SIZE) refuse("head size D must be even, from 2 to ", MAX_HEAD_SIZE, ", got ", D);
   if (Hkv == 0 || H % Hkv) refuse("H must be a multiple of Hkv, got H = ", H, " and Hkv = ", Hkv);
-  check_shape("q", q, {1, H, T, D}, "[1, H, T, D]");
   check_storage("key_pool", key_pool);
   check_dtype("value_pool", value_pool, key_pool.dtype());
+  check_ndim("key_pool", key_pool, 4);
   if (key_pool.size() == 0) refuse("key_pool must not be empty, got shape ", shape_text(key_pool));
   check_shape("key_pool", key_pool, {key_pool.shape(0), Hkv, key_pool.shape(2), D}, "[num_blocks, Hkv, block_size, D]");
   check_shape("value_pool", value_pool, key_pool.shape(), "key_pool's shape");
@@ -129,16 +134,15 @@ void check_reading(const mx::array& q, int Hkv, const mx::array& key_pool, const
   check_shape("positions", positions, {T}, "[T]");
 }
 
-}  // namespace
-
 mx::array paged_attention(
     const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,
     const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window) {
   check_dtype("q", q, mx::float32);
   check_ndim("q", q, 4);
   check_ndim("key_pool", key_pool, 4);
-  check_reading(q, key_pool.shape(1), key_pool, value_pool, tables, row_of_token, positions);
-  return mx::array(q.shape(), mx::float32, std::make_shared<PagedAttention>(scale, checked(window)),
+  check_shape("q", q, {1, q.shape(1), q.shape(2), q.shape(3)}, "[1, H, T, D]");
+  check_reading(q.shape(1), key_pool.shape(1), q.shape(2), q.shape(3), key_pool, value_pool, tables, row_of_token, positions);
+  return mx::array(q.shape(), mx::float32, std::make_shared<PagedAttention>(scale, checked_window(window)),
                    {q, key_pool, value_pool, tables, row_of_token, positions});
 }
 
@@ -151,9 +155,9 @@ std::tuple<mx::array, mx::array, mx::array> write_and_attend(
   check_dtype("v", v, mx::float32);
   check_ndim("q", q, 4);
   check_ndim("k", k, 4);
-  check_ndim("key_pool", key_pool, 4);
   const int T = q.shape(2), D = q.shape(3), Hkv = k.shape(1);
-  check_reading(q, Hkv, key_pool, value_pool, tables, row_of_token, positions);
+  check_shape("q", q, {1, q.shape(1), T, D}, "[1, H, T, D]");
+  check_reading(q.shape(1), Hkv, T, D, key_pool, value_pool, tables, row_of_token, positions);
   check_shape("k", k, {1, Hkv, T, D}, "[1, Hkv, T, D]");
   check_shape("v", v, {1, Hkv, T, D}, "[1, Hkv, T, D]");
   check_dtype("slots", slots, mx::int32);
@@ -161,7 +165,7 @@ std::tuple<mx::array, mx::array, mx::array> write_and_attend(
 
   auto out = mx::array::make_arrays({q.shape(), key_pool.shape(), value_pool.shape()},
                                     {mx::float32, key_pool.dtype(), value_pool.dtype()},
-                                    std::make_shared<WriteAndAttend>(scale, checked(window)),
+                                    std::make_shared<WriteAndAttend>(scale, checked_window(window)),
                                     {q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions});
   return {out[0], out[1], out[2]};
 }

@@ -19,7 +19,7 @@ bool is_wide(const mx::array& packed, int bits) { return packed.shape(2) == reco
 
 class QuantizedMatmul : public Node {
  public:
-  explicit QuantizedMatmul(int bits) : bits_(bits) {}
+  QuantizedMatmul(int bits, int activation_bits) : bits_(bits), activation_bits_(activation_bits) {}
   const char* name() const override { return "quantized_matmul"; }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -31,9 +31,10 @@ class QuantizedMatmul : public Node {
     allocate(out);
 
     const int64_t M = rows.count, K = x.shape(-1), N = out.shape(-1);
-    QuantizeJob quantize{rows, K, temporary<int16_t>(M * K, queue), temporary<GroupScale>(M * K / GROUP, queue)};
-    MatmulJob multiply{quantize.quants, quantize.groups, packed.data<uint8_t>(), out.data<float>(), M, N, K, bits_,
-                       is_wide(packed, bits_)};
+    QuantizeJob quantize{rows, K, activation_bits_, temporary<uint8_t>(bands(M) * BAND * K * activation_bits_ / 8, queue),
+                         temporary<GroupScale>(bands(M) * BAND * K / GROUP, queue)};
+    MatmulJob multiply{quantize.quants, activation_bits_, quantize.groups, packed.data<uint8_t>(), out.data<float>(),
+                       M, N, K, bits_, is_wide(packed, bits_)};
     queue.dispatch([quantize, multiply, &kernels = kernels()] {
       parallel_for(multiply.M, 8, [&](int64_t begin, int64_t end) { kernels.quantize_rows(quantize, begin, end); });
       parallel_for(multiply.items(), 1, [&](int64_t begin, int64_t end) { kernels.quantized_matmul(multiply, begin, end); });
@@ -41,7 +42,7 @@ class QuantizedMatmul : public Node {
   }
 
  private:
-  int bits_;
+  int bits_, activation_bits_;
 };
 
 class DequantizeRows : public Node {
@@ -66,8 +67,9 @@ class DequantizeRows : public Node {
 
 }  // namespace
 
-mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits) {
+mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits, int activation_bits) {
   check_packed(packed, bits);
+  if (activation_bits != 8 && activation_bits != 16) refuse("activation_bits ", activation_bits, " is not supported: only 8 and 16");
   check_dtype("x", x, mx::float32);
   const int K = packed.shape(1) * GROUP, most = packed.shape(0) * TILE_OUTPUTS;
   if (x.ndim() == 0 || x.shape(-1) != K) refuse("x must have K = ", K, " as its last axis, got shape ", shape_text(x));
@@ -76,7 +78,7 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_
   }
   mx::Shape shape = x.shape();
   shape.back() = out_features;
-  return mx::array(std::move(shape), mx::float32, std::make_shared<QuantizedMatmul>(bits), {x, packed});
+  return mx::array(std::move(shape), mx::float32, std::make_shared<QuantizedMatmul>(bits, activation_bits), {x, packed});
 }
 
 mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_features, int bits) {
