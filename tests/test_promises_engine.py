@@ -48,6 +48,7 @@ from promises import (
 from tiny_llm import paged_kernel, prefix_cache
 from tiny_model import (
     VOCAB,
+    eight_bit_model,
     examples,
     gemma_model,
     logits_through_pages,
@@ -69,8 +70,8 @@ def test_the_tiny_model_runs_on_the_packed_kernels() -> None:
 
 @pytest.mark.parametrize(
     ("make", "cases"),
-    [(tiny_model, 150), (qwen_model, 60), (gemma_model, 90)],
-    ids=["quantized", "qwen", "gemma"],
+    [(tiny_model, 150), (eight_bit_model, 60), (qwen_model, 60), (gemma_model, 90)],
+    ids=["quantized", "8 bits", "qwen", "gemma"],
 )
 def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     make: Callable[[], Model], cases: int

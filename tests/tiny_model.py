@@ -92,6 +92,13 @@ def tiny_model(seed: int = 0, **changes: object) -> Model:
 
 
 @cache
+def eight_bit_model() -> Model:
+    """The tiny model with activations rounded to 8 bits, q/k norm, and biases where queries come from."""
+    config = tiny_config(architecture="qwen3", qk_norm=True, qkv_bias=True)
+    return assemble(config, 4, lambda name, matrix: quantized(matrix, 8 if "down" in name else 4, 8))
+
+
+@cache
 def dense_model(seed: int = 0, **changes: object) -> Model:
     """The same shape with plain float32 matrices, for oracles that know nothing of quantization."""
     return assemble(tiny_config(**changes), seed)
@@ -106,10 +113,7 @@ def qwen_model() -> Model:
 
 @cache
 def gemma_model() -> Model:
-    """Windows of 6 tokens in two layers of three, four norms a block, GELU, scaled embeddings.
-
-    And activations of 8 bits.
-    """
+    """Windows of 6 tokens in two layers of three, four norms a block, GELU, scaled embeddings."""
     config = tiny_config(
         architecture="gemma3_text",
         num_hidden_layers=3,
@@ -123,7 +127,7 @@ def gemma_model() -> Model:
         qk_norm=True,
         tie_word_embeddings=False,
     )
-    return assemble(config, 2, lambda name, matrix: quantized(matrix, 8 if "embed" in name else 4, 8))
+    return assemble(config, 2, lambda name, matrix: quantized(matrix, 8 if "embed" in name else 4))
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

@@ -13,7 +13,7 @@ from .errors import CourseError
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
-STAND_IN_NAMES = ("accelerated", "compiled_kernel")
+STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
 SKIPPED = "# skipped: the reference's code"
 
 

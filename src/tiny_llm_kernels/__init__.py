@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from . import _kernels as native
 
 __all__ = [
+    "TransformerBlock",
     "available",
     "dense_matmul",
     "dequantize_rows",
@@ -206,6 +207,71 @@ def write_and_attend(
     return native.write_and_attend(
         q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions, scale, window
     )
+
+
+# ---- a whole block ----
+
+
+class TransformerBlock:
+    """A pre-norm block as one operator: the kernels above in one task, and the same bits as one by one.
+
+    Matrices are triples of `pack`'s blob, N and `packed_bits`: qkv [(H + 2 Hkv) D, E], o [E, H D],
+    gate_up [2 I, E], down [E, I]. Vectors are float32: norms [E], inv_freq [D/2], qkv_bias [(H + 2 Hkv) D];
+    q_norm and k_norm [D], both or neither. activation_bits: as for `quantized_matmul`.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layernorm: mx.array,
+        post_attention_layernorm: mx.array,
+        qkv: tuple[mx.array, int, int],
+        o: tuple[mx.array, int, int],
+        gate_up: tuple[mx.array, int, int],
+        down: tuple[mx.array, int, int],
+        inv_freq: mx.array,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        activation_bits: int = 16,
+        qkv_bias: mx.array | None = None,
+        q_norm: mx.array | None = None,
+        k_norm: mx.array | None = None,
+    ) -> None:
+        self._native = native.TransformerBlock(
+            input_layernorm,
+            post_attention_layernorm,
+            qkv,
+            o,
+            gate_up,
+            down,
+            inv_freq,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            eps,
+            activation_bits,
+            qkv_bias,
+            q_norm,
+            k_norm,
+        )
+
+    def __call__(
+        self,
+        x: mx.array,
+        key_pool: mx.array,
+        value_pool: mx.array,
+        slots: mx.array,
+        tables: mx.array,
+        row_of_token: mx.array,
+        positions: mx.array,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x [1, T, E] -> (x after the block, key_pool, value_pool); the rest as in `write_and_attend`."""
+        where = (slots, tables, row_of_token, positions)
+        return self._native(x, key_pool, value_pool, *where, scale, window)
 
 
 # ---- how they run ----

@@ -34,6 +34,39 @@ def write_and_attend(
     scale: float,
     window: int | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]: ...
+
+class TransformerBlock:
+    def __init__(
+        self,
+        input_layernorm: mx.array,
+        post_attention_layernorm: mx.array,
+        qkv: tuple[mx.array, int, int],
+        o: tuple[mx.array, int, int],
+        gate_up: tuple[mx.array, int, int],
+        down: tuple[mx.array, int, int],
+        inv_freq: mx.array,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        activation_bits: int,
+        qkv_bias: mx.array | None = None,
+        q_norm: mx.array | None = None,
+        k_norm: mx.array | None = None,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: mx.array,
+        key_pool: mx.array,
+        value_pool: mx.array,
+        slots: mx.array,
+        tables: mx.array,
+        row_of_token: mx.array,
+        positions: mx.array,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array]: ...
+
 def set_num_threads(n: int) -> None: ...
 def num_threads() -> int: ...
 def instruction_set() -> str: ...

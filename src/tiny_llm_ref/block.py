@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .fused_block import can_fuse, run_fused
 from .grouped_attention import Attention
+from .kernels import accelerated
 from .kv_context import KVContext
 from .mlp import MLP
 from .norm import rms_norm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformerBlock:
     """Pre-norm residual block; parameter names are the checkpoint's."""
 
@@ -20,6 +22,7 @@ class TransformerBlock:
     post_attention_layernorm: mx.array
     eps: float
 
+    @accelerated(compiled=run_fused, takes=can_fuse)
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
         """x [B, L, E] -> [B, L, E]."""
         x = x + self.self_attn(rms_norm(x, self.input_layernorm, self.eps), context)

@@ -97,13 +97,18 @@ def compiled_kernel(name: str) -> Callable[..., Any]:
 
 
 def accelerated(
-    *, compiled: str | Callable[..., Any] | None = None, fused: Callable[..., Any] | None = None
+    *,
+    compiled: str | Callable[..., Any] | None = None,
+    fused: Callable[..., Any] | None = None,
+    takes: Callable[..., bool] | None = None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Let a fast function with the same signature stand in for the decorated reference function.
 
-    compiled: a compiled kernel by name, or a function that calls one; runs where those do, on float32
-    inputs (the first argument decides). fused: MLX's own operator, runs where no compiled one does.
+    compiled: a compiled kernel by name, or a function that calls one; runs where those do, on arguments that
+    `takes` accepts: where it is None, on float32 inputs, of which the first decides. fused: MLX's own
+    operator, runs where no compiled one does.
     """
+    accepts = takes or _is_float32
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         if Path(inspect.getfile(function)).parent != REFERENCE_FOLDER:
@@ -112,7 +117,7 @@ def accelerated(
         @wraps(function)
         def dispatch(*args: P.args, **kwargs: P.kwargs) -> T:
             if not _twins_only.get():
-                if compiled is not None and compiled_available() and _is_float32(args[0]):
+                if compiled is not None and compiled_available() and accepts(*args, **kwargs):
                     fast = compiled_kernel(compiled) if isinstance(compiled, str) else compiled
                     return fast(*args, **kwargs)  # type: ignore[no-any-return]
                 if fused is not None:
@@ -124,5 +129,5 @@ def accelerated(
     return decorate
 
 
-def _is_float32(x: object) -> bool:
+def _is_float32(x: object, *_: object, **__: object) -> bool:
     return isinstance(x, mx.array) and x.dtype == mx.float32

@@ -7,15 +7,18 @@ no difference in which step a neighbour was written.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
 from .attention import causal_mask
 from .grouped_attention import grouped_query_attention
-from .kernels import accelerated, compiled_kernel
+from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .kv_pool import KVPool
 from .paged_attention import BlockTable
+
+if TYPE_CHECKING:
+    from tiny_llm_kernels import TransformerBlock as FusedBlock
 
 LAYERS_AT_ONCE = 4
 
@@ -156,3 +159,15 @@ class PagedContext:
             # MLX computes these layers while Python describes the next.
             mx.async_eval(attended.out)  # type: ignore[no-untyped-call]
         return attended.out
+
+    @property
+    def fuses(self) -> bool:
+        """True where the compiled kernels write and attend, so that a compiled block may."""
+        return is_reference(write_and_attend) and use_compiled()
+
+    def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
+        """x [1, T, E] through one block -> [1, T, E]; the pool holds its keys and values afterwards."""
+        step, lent = self._batch, self._pool.lend(layer)
+        out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
+        self._pool.put_back(layer, *pools)
+        return out

@@ -6,15 +6,19 @@ window is the checkpoint's: `sliding_window` tokens, a query's own included.
 """
 
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .grouped_attention import grouped_query_attention
-from .kernels import accelerated, compiled_kernel, use_compiled
+from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .kv_pool import KVPool
 from .layer_groups import LayerGroup
 from .paged_attention import BlockAllocator, BlockTable
 from .paged_kernel import LAYERS_AT_ONCE, Attended, PackedBatch, write_and_attend
+
+if TYPE_CHECKING:
+    from tiny_llm_kernels import TransformerBlock as FusedBlock
 
 NOWHERE = -1  # in a kernel's table: a block that was let go, which nothing may read
 
@@ -213,6 +217,22 @@ class WindowedContext:
         self._pool.put_back(place, attended.keys, attended.values)
         self._compute(layer, attended)
         return attended.out
+
+    @property
+    def fuses(self) -> bool:
+        """True where the compiled kernels write and attend, so that a compiled block may."""
+        attending = (write_and_attend, write_and_attend_window)
+        return all(is_reference(one) for one in attending) and use_compiled()
+
+    def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
+        """x [1, T, E] through one block -> [1, T, E]; the pool holds its keys and values afterwards."""
+        in_pool, step, window = self._where[layer]
+        lent = self._pool.lend(in_pool)
+        out, *pools = block(
+            x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale, window
+        )
+        self._pool.put_back(in_pool, *pools)
+        return out
 
     def _compute(self, layer: int, attended: Attended) -> None:
         """Start computing while Python describes the next layers.

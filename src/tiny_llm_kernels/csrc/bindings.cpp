@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "mlx/mlx.h"
 #include "ops/ops.h"
+#include "ops/transformer_block.h"
 #include "threads.h"
 
 // Read from the file before it is loaded: see __init__.py. An extension belongs to one MLX version.
@@ -16,6 +17,7 @@ extern "C" __attribute__((used, visibility("default"))) const char tiny_llm_stam
 
 namespace nb = nanobind;
 using namespace nb::literals;
+namespace mx = mlx::core;
 
 NB_MODULE(_kernels, m) {
   m.def("pack", &tiny_llm::pack, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
@@ -32,6 +34,27 @@ NB_MODULE(_kernels, m) {
         "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
   m.def("write_and_attend", &tiny_llm::write_and_attend, "q"_a, "k"_a, "v"_a, "key_pool"_a, "value_pool"_a,
         "slots"_a, "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
+  using tiny_llm::BlockWeights, tiny_llm::TransformerBlock;
+  using Matrix = std::tuple<mx::array, int, int>;
+  using Vector = std::optional<mx::array>;
+  nb::class_<TransformerBlock>(m, "TransformerBlock")
+      .def("__init__",
+           [](TransformerBlock* self, const mx::array& input_layernorm, const mx::array& post_attention_layernorm,
+              const Matrix& qkv, const Matrix& o, const Matrix& gate_up, const Matrix& down, const mx::array& inv_freq,
+              int H, int Hkv, int D, float eps, int activation_bits, const Vector& qkv_bias, const Vector& q_norm,
+              const Vector& k_norm) {
+             const auto matrix = [](const Matrix& m) {
+               return tiny_llm::PackedMatrix{std::get<0>(m), std::get<1>(m), std::get<2>(m)};
+             };
+             new (self) TransformerBlock(BlockWeights{
+                 input_layernorm, post_attention_layernorm, matrix(qkv), matrix(o), matrix(gate_up), matrix(down),
+                 qkv_bias, q_norm, k_norm, inv_freq, H, Hkv, D, activation_bits, eps});
+           },
+           "input_layernorm"_a, "post_attention_layernorm"_a, "qkv"_a, "o"_a, "gate_up"_a, "down"_a, "inv_freq"_a,
+           "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "eps"_a, "activation_bits"_a, "qkv_bias"_a = nb::none(),
+           "q_norm"_a = nb::none(), "k_norm"_a = nb::none())
+      .def("__call__", &TransformerBlock::operator(), "x"_a, "key_pool"_a, "value_pool"_a, "slots"_a, "tables"_a,
+           "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
   m.def("set_num_threads", &tiny_llm::set_num_threads, "n"_a);
   m.def("num_threads", &tiny_llm::num_threads);
   m.def("instruction_set", &tiny_llm::instruction_set);

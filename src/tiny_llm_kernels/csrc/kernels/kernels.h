@@ -158,6 +158,14 @@ struct RmsNormJob {
   float eps;
 };
 
+struct AddJob {
+  float* x;  // rows of K numbers, changed in place
+  int64_t x_stride;
+  const float* y;
+  int64_t y_stride;  // 0: the same row for all
+  int64_t K;
+};
+
 struct SwigluJob {
   Rows gate, up;
   float* out;  // [rows, K]
@@ -183,6 +191,7 @@ struct Kernels {
   void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: see AttentionJob
   void (*flash_attention)(const FlashJob&, int64_t begin, int64_t end);     // items: rows of out
   void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);          // items: rows
+  void (*add)(const AddJob&, int64_t begin, int64_t end);                   // items: rows
   void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);             // items: rows
   void (*rope)(const RopeJob&, int64_t begin, int64_t end);                 // items: tokens
 };

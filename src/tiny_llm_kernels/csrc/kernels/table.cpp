@@ -11,11 +11,12 @@ void write_tokens(const AttentionJob&, int64_t, int64_t);
 void attend(const AttentionJob&, int64_t, int64_t);
 void flash_attention(const FlashJob&, int64_t, int64_t);
 void rms_norm(const RmsNormJob&, int64_t, int64_t);
+void add(const AddJob&, int64_t, int64_t);
 void swiglu(const SwigluJob&, int64_t, int64_t);
 void rope(const RopeJob&, int64_t, int64_t);
 
 extern const Kernels kernels;
 const Kernels kernels = {quantize_rows, quantized_matmul, dequantize_rows, dense_matmul, write_tokens,
-                         attend,        flash_attention,  rms_norm,        swiglu,       rope};
+                         attend,        flash_attention,  rms_norm,        add,          swiglu,       rope};
 
 }  // namespace tiny_llm::TINY_LLM_ISA

@@ -1,0 +1,206 @@
+// A transformer block in one task: between its loops nothing is described, scheduled or waited for.
+//
+// It is the block of tiny_llm/block.py, line for line, made of the same kernels as the operators, so its results
+// are the same bits. What belongs to one row follows at once, while the row is near: a norm and its rounding, a
+// gate and its rounding. A loop ends where the next one needs rows, outputs or tokens of other threads.
+#include "transformer_block.h"
+
+#include <cstring>
+
+#include "attention_runs.h"
+#include "mlx/transforms.h"
+
+namespace tiny_llm {
+namespace {
+
+/// Rows of floats in a buffer of their own.
+struct Buffer {
+  float* data;
+  int64_t rows, width;
+  float* row(int64_t i) const { return data + i * width; }
+  Rows all() const { return {data, rows, width}; }
+  Rows columns(int64_t first) const { return {data + first, rows, width}; }
+};
+
+
+template <typename Body>
+void each(int64_t count, const Body& body) {
+  parallel_for(count, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+/// One block over one step: where everything lies. Copied into the task, which may outlive the node.
+struct BlockJob {
+  std::shared_ptr<const BlockWeights> w;
+  const float* x;
+  Buffer hidden;  // the stream: what is added to
+  Buffer normed, heads, rotated, attended, added, gates, fed;
+  QuantizeJob for_hidden, for_o, for_down;  // what is rounded on its way into a matmul
+  AttentionJob attention;
+
+  void run(const Kernels& kernels) const {
+    const int64_t T = hidden.rows, E = hidden.width, I = fed.width;
+    each(T, [&](int64_t row) {
+      std::memcpy(hidden.row(row), x + row * E, E * sizeof(float));
+      norm(w->input_layernorm, row, kernels);
+    });
+    multiply(for_hidden, w->qkv, heads, kernels);
+    each(T, [&](int64_t token) {
+      rotate(token, kernels);
+      kernels.write_tokens(attention, token, token + 1);
+    });
+    attend_in_runs(attention, kernels);
+    each(T, [&](int64_t row) { kernels.quantize_rows(for_o, row, row + 1); });
+    multiply(for_o, w->o, added, kernels);
+    each(T, [&](int64_t row) {
+      kernels.add({hidden.data, E, added.data, E, E}, row, row + 1);
+      norm(w->post_attention_layernorm, row, kernels);
+    });
+    multiply(for_hidden, w->gate_up, gates, kernels);
+    each(T, [&](int64_t row) {
+      kernels.swiglu({gates.all(), gates.columns(I), fed.data, I}, row, row + 1);
+      kernels.quantize_rows(for_down, row, row + 1);
+    });
+    multiply(for_down, w->down, added, kernels);
+    each(T, [&](int64_t row) { kernels.add({hidden.data, E, added.data, E, E}, row, row + 1); });
+  }
+
+ private:
+  void norm(const mx::array& weight, int64_t row, const Kernels& kernels) const {
+    kernels.rms_norm({hidden.all(), weight.data<float>(), normed.data, hidden.width, w->eps}, row, row + 1);
+    kernels.quantize_rows(for_hidden, row, row + 1);
+  }
+
+  /// A token's queries, keys and values: bias, norms of the heads, and queries and keys rotated.
+  void rotate(int64_t token, const Kernels& kernels) const {
+    const int64_t D = w->D;
+    float *queries = heads.row(token), *keys = queries + w->H * D;
+    if (w->qkv_bias) kernels.add({queries, 0, w->qkv_bias->data<float>(), 0, heads.width}, 0, 1);
+    if (w->q_norm) {
+      kernels.rms_norm({{queries, w->H, D}, w->q_norm->data<float>(), queries, D, w->eps}, 0, w->H);
+      kernels.rms_norm({{keys, w->Hkv, D}, w->k_norm->data<float>(), keys, D, w->eps}, 0, w->Hkv);
+    }
+    const int32_t* position = attention.positions + token;
+    kernels.rope({queries, 0, D, 0, position, w->inv_freq.data<float>(), rotated.row(token), 1, w->H + w->Hkv, 1, D}, 0, 1);
+  }
+
+  void multiply(const QuantizeJob& from, const PackedMatrix& matrix, const Buffer& out, const Kernels& kernels) const {
+    const bool wide = matrix.packed.shape(2) == record_bytes(matrix.bits, true);
+    const MatmulJob job{from.quants, from.bits, from.groups, matrix.packed.data<uint8_t>(), out.data, out.rows, out.width, from.K, matrix.bits, wide};
+    parallel_for(job.items(), 1, [&](int64_t begin, int64_t end) { kernels.quantized_matmul(job, begin, end); });
+  }
+};
+
+class Block : public Node {
+ public:
+  Block(std::shared_ptr<const BlockWeights> weights, float scale, int64_t window)
+      : w_(std::move(weights)), scale_(scale), window_(window) {}
+  const char* name() const override { return "transformer_block"; }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& queue = encoder();
+    const auto x = dense(inputs[0], queue), slots = dense(inputs[3], queue), tables = dense(inputs[4], queue);
+    const auto row_of_token = dense(inputs[5], queue), positions = dense(inputs[6], queue);
+    if (!inputs[1].flags().row_contiguous || !inputs[2].flags().row_contiguous) {
+      throw std::runtime_error("transformer_block: the pools must be row-contiguous, a copy would lose the writes");
+    }
+    allocate(outputs[0]);
+    outputs[1].copy_shared_buffer(inputs[1]);  // the pools go on as they are: never a copy
+    outputs[2].copy_shared_buffer(inputs[2]);
+
+    const int64_t T = x.shape(1), E = x.shape(2), I = w_->gate_up.out_features / 2;
+    const int64_t queries = w_->H * w_->D, keys = w_->Hkv * w_->D;
+    const auto buffer = [&](int64_t width) { return Buffer{temporary<float>(T * width, queue), T, width}; };
+    const auto rounding = [&](const Buffer& rows) {
+      const int64_t padded = bands(T) * BAND * rows.width;
+      auto* quants = temporary<uint8_t>(padded * w_->activation_bits / 8, queue);
+      return QuantizeJob{rows.all(), rows.width, w_->activation_bits, quants, temporary<GroupScale>(padded / GROUP, queue)};
+    };
+    BlockJob job{.w = w_, .x = x.data<float>(), .hidden = {outputs[0].data<float>(), T, E}, .normed = buffer(E),
+                 .heads = buffer(queries + 2 * keys), .rotated = buffer(queries + keys), .attended = buffer(queries),
+                 .added = buffer(E), .gates = buffer(2 * I), .fed = buffer(I), .for_hidden = {}, .for_o = {}, .for_down = {},
+                 .attention = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_)};
+    job.for_hidden = rounding(job.normed), job.for_o = rounding(job.attended), job.for_down = rounding(job.fed);
+    AttentionJob& attention = job.attention;
+    attention.H = w_->H;
+    attention.q = job.rotated.data, attention.k = job.rotated.data + queries, attention.v = job.heads.data + queries + keys;
+    attention.q_head = attention.k_head = attention.v_head = w_->D;
+    attention.q_token = attention.k_token = job.rotated.width, attention.v_token = job.heads.width;
+    attention.slots = slots.data<int32_t>();
+    attention.out = job.attended.data;
+    queue.dispatch([job, &kernels = kernels()] { job.run(kernels); });
+  }
+
+ private:
+  std::shared_ptr<const BlockWeights> w_;
+  float scale_;
+  int64_t window_;
+};
+
+void check_matrix(const char* name, const PackedMatrix& matrix, int K, int N) {
+  check_dtype(name, matrix.packed, mx::uint8);
+  check_ndim(name, matrix.packed, 3);
+  const bool fits = matrix.packed.shape(2) == record_bytes(matrix.bits, false) || matrix.packed.shape(2) == record_bytes(matrix.bits, true);
+  if (!fits || matrix.packed.shape(1) * GROUP != K || matrix.out_features != N ||
+      matrix.packed.shape(0) != (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS) {
+    refuse(name, " must hold [N, K] = [", N, ", ", K, "] in ", matrix.bits, " bits, got shape ", shape_text(matrix.packed), " of ",
+           matrix.out_features, " outputs");
+  }
+}
+
+void check_vector(const char* name, const mx::array& vector, int length) {
+  check_dtype(name, vector, mx::float32);
+  check_shape(name, vector, {length}, "[E] or [D]");
+}
+
+}  // namespace
+
+TransformerBlock::TransformerBlock(BlockWeights w) {
+  const int E = w.input_layernorm.ndim() == 1 ? w.input_layernorm.shape(0) : 0;
+  const int D = w.D, I = w.gate_up.out_features / 2;
+  if (w.activation_bits != 8 && w.activation_bits != 16) refuse("activation_bits ", w.activation_bits, " is not supported: only 8 and 16");
+  if (w.Hkv < 1 || w.H < 1 || w.H % w.Hkv) refuse("H must be a multiple of Hkv, got H = ", w.H, " and Hkv = ", w.Hkv);
+  check_vector("input_layernorm", w.input_layernorm, E);
+  check_vector("post_attention_layernorm", w.post_attention_layernorm, E);
+  check_matrix("qkv", w.qkv, E, (w.H + 2 * w.Hkv) * D);
+  check_matrix("o", w.o, w.H * D, E);
+  check_matrix("gate_up", w.gate_up, E, 2 * I);
+  check_matrix("down", w.down, I, E);
+  check_vector("inv_freq", w.inv_freq, D / 2);
+  if (w.qkv_bias) check_vector("qkv_bias", *w.qkv_bias, (w.H + 2 * w.Hkv) * D);
+  if (w.q_norm.has_value() != w.k_norm.has_value()) refuse("q_norm and k_norm go together");
+  for (const auto& norm : {w.q_norm, w.k_norm}) {
+    if (norm) check_vector("q_norm and k_norm", *norm, D);
+  }
+  std::vector<mx::array> arrays = {w.input_layernorm, w.post_attention_layernorm, w.inv_freq, w.qkv.packed, w.o.packed, w.gate_up.packed, w.down.packed};
+  for (const auto& some : {w.qkv_bias, w.q_norm, w.k_norm}) {
+    if (some) arrays.push_back(*some);
+  }
+  mx::eval(arrays);
+  for (const auto& array : arrays) {
+    if (!array.flags().row_contiguous) refuse("a block's weights must be row-contiguous, got one of shape ", shape_text(array));
+  }
+  weights_ = std::make_shared<const BlockWeights>(std::move(w));
+}
+
+std::tuple<mx::array, mx::array, mx::array> TransformerBlock::operator()(
+    const mx::array& x, const mx::array& key_pool, const mx::array& value_pool, const mx::array& slots,
+    const mx::array& tables, const mx::array& row_of_token, const mx::array& positions, float scale,
+    std::optional<int64_t> window) const {
+  const auto& w = *weights_;
+  check_dtype("x", x, mx::float32);
+  check_ndim("x", x, 3);
+  const int T = x.shape(1);
+  check_shape("x", x, {1, T, w.input_layernorm.shape(0)}, "[1, T, E]");
+  check_reading(w.H, w.Hkv, T, w.D, key_pool, value_pool, tables, row_of_token, positions);
+  check_dtype("slots", slots, mx::int32);
+  check_shape("slots", slots, {T}, "[T]");
+  auto out = mx::array::make_arrays({x.shape(), key_pool.shape(), value_pool.shape()},
+                                    {mx::float32, key_pool.dtype(), value_pool.dtype()},
+                                    std::make_shared<Block>(weights_, scale, checked_window(window)),
+                                    {x, key_pool, value_pool, slots, tables, row_of_token, positions});
+  return {out[0], out[1], out[2]};
+}
+
+}  // namespace tiny_llm

@@ -1,0 +1,237 @@
+"""A block as one operator: the same bits as its parts one by one, where all parts are the reference's.
+
+Oracle: the same model with fusing switched off, whose operators have tests of their own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.fused_block import fuse
+from tiny_llm.kernels import twins
+from tiny_llm.linear import Linear, PackedLinear
+from tiny_llm.mlp import MLP
+from tiny_llm.model import Model
+from tiny_llm.paged_kernel import PagedContext
+from tiny_llm.sliding_window import WindowedContext
+
+import tiny_llm_kernels
+from promises import kernels_on
+from tiny_llm import block, fused_block
+from tiny_model import (
+    assemble,
+    dense_model,
+    examples,
+    gemma_model,
+    logits_through_pages,
+    quantized,
+    qwen_model,
+    random_prompt,
+    tiny_config,
+    tiny_model,
+)
+
+pytestmark = pytest.mark.skipif(
+    not tiny_llm_kernels.available(), reason=tiny_llm_kernels.why_unavailable() or ""
+)
+
+
+def packed(activation_bits: int = 16, **changes: object) -> Model:
+    return assemble(
+        tiny_config(**changes),
+        3,
+        lambda name, matrix: quantized(matrix, 8 if "down" in name else 4, activation_bits),
+    )
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "llama": tiny_model,
+    "8 bits": lambda: packed(8),
+    "qwen2": lambda: packed(architecture="qwen2", qkv_bias=True),
+    "qwen3": lambda: packed(architecture="qwen3", qk_norm=True, num_attention_heads=6),
+    "windows": lambda: packed(
+        architecture="mistral", sliding_window=9, layer_types=("sliding_attention", "full_attention")
+    ),
+}
+
+
+@dataclass
+class Runs:
+    """How often a block ran whole, since the last look."""
+
+    count: int = 0
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    counted = Runs()
+    for context in (PagedContext, WindowedContext):
+        original = context.run_block
+
+        def run_block(self: object, *args: object, call: Callable[..., mx.array] = original) -> mx.array:
+            counted.count += 1
+            return call(self, *args)
+
+        monkeypatch.setattr(context, "run_block", run_block)
+    return counted
+
+
+def apart(model: Model, tokens: list[int], chunks: list[int], **options: object) -> np.ndarray:
+    """The logits with every block's parts one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for context in (PagedContext, WindowedContext):
+            patch.setattr(context, "fuses", False)
+        return np.array(logits_through_pages(model, tokens, chunks, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("instruction_set", tiny_llm_kernels.instruction_sets())
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_is_its_parts(name: str, dtype: mx.Dtype, instruction_set: str, runs: Runs) -> None:
+    model, tokens = MODELS[name](), random_prompt(90, seed=5)
+    with kernels_on(2, instruction_set):
+        want = apart(model, tokens, [70, 1, 19], kv_dtype=dtype)
+        assert runs.count == 0
+        got = np.array(logits_through_pages(model, tokens, [70, 1, 19], kv_dtype=dtype))
+    assert runs.count == 3 * len(model.layers)
+    assert np.array_equal(got, want)
+
+
+@settings(max_examples=examples(40))
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    cuts=st.sets(st.integers(1, 59), max_size=8),
+    block_size=st.integers(1, 17),
+    threads=st.integers(1, 4),
+)
+def test_and_so_in_any_chunks_on_any_threads(
+    name: str, cuts: set[int], block_size: int, threads: int
+) -> None:
+    model, tokens, ends = MODELS[name](), random_prompt(60, seed=6), [0, *sorted(cuts), 60]
+    chunks = [stop - start for start, stop in pairwise(ends)]
+    with kernels_on(1, ""):
+        want = apart(model, tokens, [60])
+    with kernels_on(threads, ""):
+        got = np.array(logits_through_pages(model, tokens, chunks, block_size=block_size))
+    assert np.array_equal(got, want)
+
+
+# ---- what is not fused ----
+
+
+class TheirMLP(MLP):
+    """Somebody's own."""
+
+
+def test_what_is_not_packed_or_not_the_reference_s_runs_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    [layer, *_] = tiny_model().layers
+    assert isinstance(layer, block.TransformerBlock)
+    assert fuse(layer) is not None
+    assert fuse(replace(layer, mlp=TheirMLP(layer.mlp.gate_up_proj, layer.mlp.down_proj))) is None
+    dense = Linear(mx.zeros((layer.input_layernorm.shape[0], 96)))
+    assert fuse(replace(layer, mlp=replace(layer.mlp, down_proj=dense))) is None
+    down = layer.mlp.down_proj
+    assert isinstance(down, PackedLinear)
+    other = replace(layer.mlp, down_proj=replace(down, activation_bits=8))
+    assert fuse(replace(layer, mlp=other)) is None, "one block rounds to one number of bits"
+    with twins():
+        assert fuse(layer) is None
+    for name in ("rms_norm", "rope", "swiglu"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_block, name, lambda *_: None)
+            assert fuse(layer) is None, f"somebody's own {name} is passed over"
+
+
+@pytest.mark.parametrize("make", [dense_model, qwen_model, gemma_model])
+def test_other_blocks_run_as_they_did(make: Callable[[], Model], runs: Runs) -> None:
+    model = make()
+    tokens = random_prompt(20, seed=7)
+    assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), apart(model, tokens, [20]))
+    assert runs.count == 0
+
+
+def test_twins_run_part_by_part(runs: Runs) -> None:
+    with twins():
+        logits_through_pages(dense_model(), random_prompt(5, seed=8), [5])
+    assert runs.count == 0
+
+
+# ---- what is refused ----
+
+
+def arguments(model: Model) -> dict[str, object]:
+    """What a block of the tiny model is made of."""
+    layer = model.layers[0]
+    matrices = {
+        "qkv": layer.self_attn.qkv_proj,
+        "o": layer.self_attn.o_proj,
+        "gate_up": layer.mlp.gate_up_proj,
+        "down": layer.mlp.down_proj,
+    }
+    made: dict[str, object] = {}
+    for name, matrix in matrices.items():
+        assert isinstance(matrix, PackedLinear)
+        made[name] = (matrix.packed, matrix.out_features, matrix.bits)
+    attention = layer.self_attn
+    return {
+        **made,
+        "input_layernorm": layer.input_layernorm,
+        "post_attention_layernorm": layer.post_attention_layernorm,
+        "inv_freq": attention.inv_freq,
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "eps": 1e-5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_kv_heads": 3}, "multiple of Hkv"),
+        ({"head_dim": 16}, "qkv must hold"),
+        ({"activation_bits": 4}, "activation_bits 4"),
+        ({"inv_freq": mx.zeros(5)}, "inv_freq must have shape"),
+        ({"input_layernorm": mx.zeros(64, mx.float16)}, "input_layernorm must be float32"),
+        ({"post_attention_layernorm": mx.zeros(63)}, "post_attention_layernorm must have shape"),
+        ({"q_norm": mx.ones(32)}, "go together"),
+        ({"q_norm": mx.ones(32), "k_norm": mx.ones(31)}, "k_norm must have shape"),
+        ({"qkv_bias": mx.ones(7)}, "qkv_bias must have shape"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        tiny_llm_kernels.TransformerBlock(**{**arguments(tiny_model()), **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": mx.zeros((1, 3, 65))}, "x must have shape"),
+        ({"x": mx.zeros((1, 3, 64), mx.float16)}, "x must be float32"),
+        ({"slots": mx.zeros(2, mx.int32)}, "slots must have shape"),
+        ({"positions": mx.zeros(3)}, "positions must be int32"),
+        ({"key_pool": mx.zeros((4, 1, 8, 32))}, "key_pool must have shape"),
+        ({"window": 0}, "window must be at least 1"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(change: dict[str, object], named: str) -> None:
+    whole = tiny_llm_kernels.TransformerBlock(**arguments(tiny_model()))  # type: ignore[arg-type]
+    step: dict[str, object] = {
+        "x": mx.zeros((1, 3, 64)),
+        "key_pool": mx.zeros((4, 2, 8, 32)),
+        "value_pool": mx.zeros((4, 2, 8, 32)),
+        "slots": mx.arange(3, dtype=mx.int32),
+        "tables": mx.zeros((1, 1), mx.int32),
+        "row_of_token": mx.zeros(3, mx.int32),
+        "positions": mx.arange(3, dtype=mx.int32),
+        "scale": 1.0,
+    }
+    mx.eval(whole(**step))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=named):
+        whole(**{**step, **change})  # type: ignore[arg-type]
