@@ -1,7 +1,9 @@
 """One stream beside llama.cpp: the same model file, threads and lengths, in turns, in one run.
 
 llama.cpp is measured by its own `llama-bench`, which is not installed with this project: give its path.
-Prefill is a prompt of 512 tokens; decode is 128 tokens after a prompt of one token, as llama-bench does it.
+Prefill is a prompt of 512 tokens; decode is 128 tokens after a prompt of one token, as llama-bench does it,
+and, with `--depth`, 32 tokens after so many. tiny-llm runs with activations of 16 bits, its default, and of
+8 bits, which llama.cpp has.
 """
 
 import json
@@ -9,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import harness
 import tiny_llm_kernels
@@ -17,9 +20,12 @@ from tiny_llm import LLM, SamplingParams
 PREFILL, DECODE = 512, 128
 
 
-def ours(llm: LLM, prompt: Sequence[int], max_tokens: int) -> float:
-    """Tokens per second: of the prompt for one output token, else of the outputs after the first."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def ours(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
+    """Tokens per second: of the prompt for one output token, else of the outputs after the first.
+
+    A prompt's keys and values are found again under the same salt only.
+    """
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, cache_salt=salt)
     start = time.perf_counter()
     moments = [time.perf_counter() for _ in llm.stream(prompt, params)]
     if max_tokens == 1:
@@ -27,9 +33,9 @@ def ours(llm: LLM, prompt: Sequence[int], max_tokens: int) -> float:
     return (max_tokens - 1) / (moments[-1] - moments[0])
 
 
-def theirs(llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: int) -> float:
+def theirs(llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: int, depth: int) -> float:
     """llama-bench's own tokens per second for one repetition."""
-    lengths = ["-p", str(prompt_tokens), "-n", str(output_tokens), "-r", "1"]
+    lengths = ["-p", str(prompt_tokens), "-n", str(output_tokens), "-d", str(depth), "-r", "1"]
     threads = ["-t", str(tiny_llm_kernels.num_threads())]
     command = [str(llama_bench), "-m", str(model), *lengths, *threads, "-o", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -37,33 +43,49 @@ def theirs(llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: in
     return float(row["avg_ts"])
 
 
+class Job(NamedTuple):
+    """Tokens of the prompt and of the output that are timed, behind `depth` tokens that are not."""
+
+    prompt: int
+    outputs: int
+    depth: int = 0
+
+
+def compare(llms: dict[str, LLM], job: Job, llama_bench: Path, repetitions: int) -> dict[str, Any]:
+    """All engines in turns: each one's figures, and ours as ratios to llama.cpp's."""
+    tokens = [1000 + 37 * i % 30_000 for i in range(job.depth or job.prompt or 1)]
+    most = job.outputs + 1 if job.outputs else 1
+    for llm in llms.values():
+        ours(llm, tokens, most, "")  # warm up
+    path, runs = next(iter(llms.values())).model_path, []
+    for repetition in range(repetitions):
+        salt = "" if job.depth else f"run {repetition}"  # only what is timed must be computed anew
+        run = {name: ours(llm, tokens, most, salt) for name, llm in llms.items()}
+        runs.append({**run, "llama.cpp": theirs(llama_bench, path, *job)})
+    return {
+        "tokens_per_s": {name: harness.summary([run[name] for run in runs]) for name in runs[0]},
+        "ratio": {name: harness.summary([run[name] / run["llama.cpp"] for run in runs]) for name in llms},
+    }
+
+
 def main() -> None:
-    """Print both engines' medians and the ratio of each pair of runs."""
+    """Print every engine's medians and the ratios of the runs."""
     options = harness.parser(__doc__ or "")
     options.add_argument("--llama-bench", type=Path, required=True, help="path of llama.cpp's llama-bench")
+    options.add_argument("--depth", type=int, default=0, help="also decode behind so many tokens")
     args = options.parse_args()
-    llm = LLM(max_num_seqs=1)
-    prompt = [1000 + 37 * i % 30_000 for i in range(PREFILL)]
-    jobs = {"prefill": (prompt, 1, (PREFILL, 0)), "decode": (prompt[:1], DECODE, (0, DECODE))}
-    rows: dict[str, dict[str, dict[str, float]]] = {}
-    for name, (tokens, max_tokens, lengths) in jobs.items():
-        ours(llm, tokens, max_tokens)  # warm up
-        pairs = [
-            (ours(llm, tokens, max_tokens), theirs(args.llama_bench, llm.model_path, *lengths))
-            for _ in range(args.repetitions)
-        ]
-        rows[name] = {
-            "tiny_llm_tokens_per_s": harness.summary([a for a, _ in pairs]),
-            "llama_cpp_tokens_per_s": harness.summary([b for _, b in pairs]),
-            "ratio": harness.summary([a / b for a, b in pairs]),
-        }
-    text = "\n".join(
-        f"{name:8} tiny-llm {row['tiny_llm_tokens_per_s']['median']:7.1f} tok/s   "
-        f"llama.cpp {row['llama_cpp_tokens_per_s']['median']:7.1f} tok/s   "
-        f"ratio {row['ratio']['median']:.2f} ({row['ratio']['min']:.2f} to {row['ratio']['max']:.2f})"
-        for name, row in rows.items()
-    )
-    harness.show({"benchmark": "beside_llama_cpp", "rows": rows}, as_json=args.json, text=text)
+    llms = {f"{bits} bits": LLM(activation_bits=bits, max_num_seqs=1) for bits in (16, 8)}
+    jobs = {"prefill": Job(PREFILL, 0), "decode": Job(0, DECODE)}
+    if args.depth:
+        jobs[f"decode at {args.depth}"] = Job(0, 32, args.depth)
+    rows = {name: compare(llms, job, args.llama_bench, args.repetitions) for name, job in jobs.items()}
+    lines = [f"{'':16}{'engine':>10}{'tok/s':>8}{'ratio':>7}"]
+    for name, row in rows.items():
+        for engine, figures in row["tokens_per_s"].items():
+            ratio = row["ratio"].get(engine)
+            shown = f"{ratio['median']:>7.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+            lines.append(f"{name:16}{engine:>10}{figures['median']:>8.1f}{shown}")
+    harness.show({"benchmark": "beside_llama_cpp", "rows": rows}, as_json=args.json, text="\n".join(lines))
 
 
 if __name__ == "__main__":
