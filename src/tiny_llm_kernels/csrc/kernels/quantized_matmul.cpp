@@ -141,10 +141,13 @@ static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from,
 /// apart. Few rows share theirs among more outputs. `first` begins a band.
 template <int BITS, typename Scale, typename Activation>
 static void tile_block(const MatmulJob& job, int64_t tile, int64_t first, int64_t last) {
-  constexpr int MANY = BAND / Dot<BITS, Activation>::REGISTERS, ALL = TILE_OUTPUTS / WIDE;
+  constexpr int ALL = TILE_OUTPUTS / WIDE, PARTS = sizeof(Activation) == 1 ? 1 : ALL;
+  constexpr int MANY = BAND / Dot<BITS, Activation>::REGISTERS / PARTS;
   int64_t row = first;
   for (; row + MANY <= last; row += MANY) {
-    for (int64_t from = 0; from < TILE_OUTPUTS; from += WIDE) tile_part<BITS, Scale, Activation, MANY, 1>(job, tile, from, row);
+    for (int64_t from = 0; from < TILE_OUTPUTS; from += PARTS * WIDE) {
+      tile_part<BITS, Scale, Activation, MANY, PARTS>(job, tile, from, row);
+    }
   }
   for (; row + 2 <= last; row += 2) tile_part<BITS, Scale, Activation, 2, ALL>(job, tile, 0, row);
   if (row < last) tile_part<BITS, Scale, Activation, 1, ALL>(job, tile, 0, row);
