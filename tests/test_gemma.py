@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_llm.checkpoint import Checkpoint
 from tiny_llm.errors import ConfigError, ModelFileError
-from tiny_llm.gemma_block import geglu
+from tiny_llm.gelu_mlp import geglu
 from tiny_llm.hf_config import model_config
 from tiny_llm.hub import find_model
 from tiny_llm.kernels import twins

@@ -265,9 +265,19 @@ def test_swiglu_agrees_with_float64(size: int) -> None:
     np.testing.assert_allclose(got, wide / (1 + np.exp(-wide)) * up, rtol=2e-6, atol=1e-7)
 
 
-def test_swiglu_at_the_ends() -> None:
+@pytest.mark.parametrize("size", [1, 9, 1536])
+def test_geglu_agrees_with_float64(size: int) -> None:
+    gate, up = normal(3, size) * 4, normal(3, size, seed=1)
+    wide = gate.astype(np.float64)
+    gelu = wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3))) / 2
+    got = np.array(kernels.geglu(mx.array(gate), mx.array(up)))
+    np.testing.assert_allclose(got, gelu * up, rtol=4e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", ["swiglu", "geglu"])
+def test_a_gate_at_the_ends(gated: str) -> None:
     gate = mx.array([0.0, 200.0, -200.0, -3e38, float("nan")])
-    got = np.array(kernels.swiglu(gate, mx.ones(5)))
+    got = np.array(getattr(kernels, gated)(gate, mx.ones(5)))
     assert got[0] == 0
     assert got[1] == 200
     assert abs(got[2]) < 1e-30

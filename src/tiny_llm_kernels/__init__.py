@@ -34,6 +34,7 @@ __all__ = [
     "dense_matmul",
     "dequantize_rows",
     "flash_attention",
+    "geglu",
     "ggml_quants",
     "instruction_set",
     "instruction_sets",
@@ -131,6 +132,11 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return native.swiglu(gate, up)
 
 
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """gelu(gate) * up, the tanh approximation; both [..., K] -> [..., K]."""
+    return native.geglu(gate, up)
+
+
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     """Rotates the pairs (x[i], x[i + D/2]) by the angle positions[l] * inv_freq[i].
 
@@ -213,7 +219,10 @@ def write_and_attend(
 
 
 class TransformerBlock:
-    """A pre-norm block as one operator: the kernels above in one task, and the same bits as one by one.
+    """A block as one operator: the kernels above in one task, and the same bits as one by one.
+
+    x = x + attention(norm(x)), x = x + mlp(norm(x)); with `attention_out_norm` and `mlp_out_norm` each half
+    is normalised again before it is added. gelu: the MLP's gate is `geglu`'s.
 
     Matrices are triples of `pack`'s blob, N and `packed_bits`: qkv [(H + 2 Hkv) D, E], o [E, H D],
     gate_up [2 I, E], down [E, I]. Vectors are float32: norms [E], inv_freq [D/2], qkv_bias [(H + 2 Hkv) D];
@@ -223,8 +232,8 @@ class TransformerBlock:
     def __init__(
         self,
         *,
-        input_layernorm: mx.array,
-        post_attention_layernorm: mx.array,
+        attention_norm: mx.array,
+        mlp_norm: mx.array,
         qkv: tuple[mx.array, int, int],
         o: tuple[mx.array, int, int],
         gate_up: tuple[mx.array, int, int],
@@ -238,10 +247,13 @@ class TransformerBlock:
         qkv_bias: mx.array | None = None,
         q_norm: mx.array | None = None,
         k_norm: mx.array | None = None,
+        attention_out_norm: mx.array | None = None,
+        mlp_out_norm: mx.array | None = None,
+        gelu: bool = False,
     ) -> None:
         self._native = native.TransformerBlock(
-            input_layernorm,
-            post_attention_layernorm,
+            attention_norm,
+            mlp_norm,
             qkv,
             o,
             gate_up,
@@ -255,6 +267,9 @@ class TransformerBlock:
             qkv_bias,
             q_norm,
             k_norm,
+            attention_out_norm,
+            mlp_out_norm,
+            gelu,
         )
 
     def __call__(

@@ -10,6 +10,7 @@ def dequantize_rows(packed: mx.array, ids: mx.array, in_features: int, bits: int
 def flash_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> mx.array: ...
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array: ...
 def swiglu(gate: mx.array, up: mx.array) -> mx.array: ...
+def geglu(gate: mx.array, up: mx.array) -> mx.array: ...
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array: ...
 def paged_attention(
     q: mx.array,
@@ -38,8 +39,8 @@ def write_and_attend(
 class TransformerBlock:
     def __init__(
         self,
-        input_layernorm: mx.array,
-        post_attention_layernorm: mx.array,
+        attention_norm: mx.array,
+        mlp_norm: mx.array,
         qkv: tuple[mx.array, int, int],
         o: tuple[mx.array, int, int],
         gate_up: tuple[mx.array, int, int],
@@ -53,6 +54,9 @@ class TransformerBlock:
         qkv_bias: mx.array | None = None,
         q_norm: mx.array | None = None,
         k_norm: mx.array | None = None,
+        attention_out_norm: mx.array | None = None,
+        mlp_out_norm: mx.array | None = None,
+        gelu: bool = False,
     ) -> None: ...
     def __call__(
         self,

@@ -7,11 +7,12 @@ cannot be fused: parts of a learner's, matrices that are not packed, contexts wi
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
+from .gelu_mlp import GeluMLP, geglu
 from .grouped_attention import Attention
 from .kernels import REFERENCE_FOLDER, compiled_kernel, is_reference, use_compiled
 from .kv_context import FusingContext, KVContext
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
     from .block import TransformerBlock
+    from .gemma_block import GemmaBlock
 
-_fused: "WeakKeyDictionary[TransformerBlock, FusedBlock | None]" = WeakKeyDictionary()
+    Block: TypeAlias = TransformerBlock | GemmaBlock
+
+_fused: "WeakKeyDictionary[Block, FusedBlock | None]" = WeakKeyDictionary()
 
 
-def can_fuse(block: "TransformerBlock", x: mx.array, context: KVContext) -> bool:
+def can_fuse(block: "Block", x: mx.array, context: KVContext) -> bool:
     """True where the block runs as one operator in this context."""
     if not getattr(context, "fuses", False):
         return False
@@ -37,19 +41,19 @@ def can_fuse(block: "TransformerBlock", x: mx.array, context: KVContext) -> bool
     return _fused[block] is not None
 
 
-def run_fused(block: "TransformerBlock", x: mx.array, context: KVContext) -> mx.array:
+def run_fused(block: "Block", x: mx.array, context: KVContext) -> mx.array:
     """What the block does with x, as one operator; call it only where it `can_fuse`."""
     operator = _fused[block]
     assert operator is not None
     return cast(FusingContext, context).run_block(block.self_attn.layer, operator, x)
 
 
-def fuse(block: "TransformerBlock") -> "FusedBlock | None":
+def fuse(block: "Block") -> "FusedBlock | None":
     """The block as one operator; None where a part of it is not one that the compiled block is made of."""
     attention, mlp = block.self_attn, block.mlp
-    if not use_compiled() or not all(is_reference(one) for one in (rms_norm, rope, swiglu)):
+    if not use_compiled() or not all(is_reference(one) for one in (rms_norm, rope, swiglu, geglu)):
         return None
-    if not _is_exactly(attention, Attention) or not _is_exactly(mlp, MLP):
+    if not _is_one_of(attention, Attention) or not _is_one_of(mlp, MLP, GeluMLP):
         return None
     qkv, bias = _without_bias(attention.qkv_proj)
     matrices = (qkv, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
@@ -58,8 +62,7 @@ def fuse(block: "TransformerBlock") -> "FusedBlock | None":
         return None
     names = ("qkv", "o", "gate_up", "down")
     fused: FusedBlock = compiled_kernel("TransformerBlock")(
-        input_layernorm=block.input_layernorm,
-        post_attention_layernorm=block.post_attention_layernorm,
+        **_norms(block),
         **{name: (one.packed, one.out_features, one.bits) for name, one in zip(names, packed, strict=True)},
         inv_freq=attention.inv_freq,
         num_heads=attention.num_heads,
@@ -70,13 +73,27 @@ def fuse(block: "TransformerBlock") -> "FusedBlock | None":
         qkv_bias=bias,
         q_norm=attention.q_norm,
         k_norm=attention.k_norm,
+        gelu=isinstance(mlp, GeluMLP),
     )
     return fused
 
 
-def _is_exactly(part: object, kind: type) -> bool:
-    """Of that class and no other, and the class is the reference's."""
-    return type(part) is kind and Path(inspect.getfile(kind)).parent == REFERENCE_FOLDER
+def _norms(block: "Block") -> dict[str, mx.array]:
+    """A block's norms by what they stand before or behind; what Gemma calls otherwise than the others."""
+    before_mlp = getattr(block, "pre_feedforward_layernorm", None)
+    if before_mlp is None:
+        return {"attention_norm": block.input_layernorm, "mlp_norm": block.post_attention_layernorm}
+    return {
+        "attention_norm": block.input_layernorm,
+        "attention_out_norm": block.post_attention_layernorm,
+        "mlp_norm": before_mlp,
+        "mlp_out_norm": cast("GemmaBlock", block).post_feedforward_layernorm,
+    }
+
+
+def _is_one_of(part: object, *kinds: type) -> bool:
+    """Of one of these classes and of no other, and the class is the reference's."""
+    return type(part) in kinds and Path(inspect.getfile(type(part))).parent == REFERENCE_FOLDER
 
 
 def _without_bias(matrix: LinearLike) -> tuple[LinearLike, Any]:

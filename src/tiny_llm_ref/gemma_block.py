@@ -1,42 +1,18 @@
-"""Gemma's block: attention and MLP are normalised before and after, and the MLP's gate is a GELU.
-
-Sources: Gemma 3's technical report (2025); Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016), whose
-tanh approximation this is; Shazeer, "GLU Variants Improve Transformer" (2020).
-"""
+"""Gemma's block: attention and MLP are normalised before and after. Source: Gemma 3's report (2025)."""
 
 from dataclasses import dataclass
-from math import pi, sqrt
 
 import mlx.core as mx
 
+from .fused_block import can_fuse, run_fused
 from .grouped_attention import Attention
+from .kernels import accelerated
 from .kv_context import KVContext
 from .mlp import MLP
 from .norm import rms_norm
 
-_LINEAR = sqrt(8 / pi)
-_CUBIC = 0.044715 * _LINEAR
 
-
-def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up, both [..., I] -> [..., I].
-
-    gelu(x) = x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3), computed as x sigmoid(2 z), which
-    is the same and takes fewer steps.
-    """
-    return gate * mx.sigmoid(gate * (_LINEAR + _CUBIC * (gate * gate))) * up
-
-
-class GeluMLP(MLP):
-    """The MLP with a GELU for its gate: down(geglu(gate(x), up(x)))."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [B, L, E] -> [B, L, E]."""
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)  # [B, L, I] each
-        return self.down_proj(geglu(gate, up))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GemmaBlock:
     """Residual block with four norms; parameter names are the checkpoint's.
 
@@ -52,6 +28,7 @@ class GemmaBlock:
     post_feedforward_layernorm: mx.array
     eps: float
 
+    @accelerated(compiled=run_fused, takes=can_fuse)
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
         """x [B, L, E] -> [B, L, E]."""
         attended = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), context)

@@ -11,7 +11,8 @@ from typing import Protocol, TypeVar
 import mlx.core as mx
 
 from .block import TransformerBlock
-from .gemma_block import GeluMLP, GemmaBlock
+from .gelu_mlp import GeluMLP
+from .gemma_block import GemmaBlock
 from .grouped_attention import Attention
 from .kv_context import KVContext
 from .linear import LinearLike, ScaledRows, stack

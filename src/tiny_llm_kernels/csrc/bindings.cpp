@@ -29,6 +29,7 @@ NB_MODULE(_kernels, m) {
   m.def("flash_attention", &tiny_llm::flash_attention, "q"_a, "k"_a, "v"_a, "scale"_a, "causal"_a);
   m.def("rms_norm", &tiny_llm::rms_norm, "x"_a, "weight"_a, "eps"_a);
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
+  m.def("geglu", &tiny_llm::geglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
   m.def("paged_attention", &tiny_llm::paged_attention, "q"_a, "key_pool"_a, "value_pool"_a, "tables"_a,
         "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
@@ -39,20 +40,19 @@ NB_MODULE(_kernels, m) {
   using Vector = std::optional<mx::array>;
   nb::class_<TransformerBlock>(m, "TransformerBlock")
       .def("__init__",
-           [](TransformerBlock* self, const mx::array& input_layernorm, const mx::array& post_attention_layernorm,
-              const Matrix& qkv, const Matrix& o, const Matrix& gate_up, const Matrix& down, const mx::array& inv_freq,
+           [](TransformerBlock* self, const mx::array& attention_norm, const mx::array& mlp_norm, const Matrix& qkv, const Matrix& o, const Matrix& gate_up, const Matrix& down, const mx::array& inv_freq,
               int H, int Hkv, int D, float eps, int activation_bits, const Vector& qkv_bias, const Vector& q_norm,
-              const Vector& k_norm) {
+              const Vector& k_norm, const Vector& attention_out_norm, const Vector& mlp_out_norm, bool gelu) {
              const auto matrix = [](const Matrix& m) {
                return tiny_llm::PackedMatrix{std::get<0>(m), std::get<1>(m), std::get<2>(m)};
              };
              new (self) TransformerBlock(BlockWeights{
-                 input_layernorm, post_attention_layernorm, matrix(qkv), matrix(o), matrix(gate_up), matrix(down),
-                 qkv_bias, q_norm, k_norm, inv_freq, H, Hkv, D, activation_bits, eps});
+                 attention_norm, mlp_norm, attention_out_norm, mlp_out_norm, matrix(qkv), matrix(o), matrix(gate_up), matrix(down),
+                 qkv_bias, q_norm, k_norm, inv_freq, H, Hkv, D, activation_bits, eps, gelu});
            },
-           "input_layernorm"_a, "post_attention_layernorm"_a, "qkv"_a, "o"_a, "gate_up"_a, "down"_a, "inv_freq"_a,
+           "attention_norm"_a, "mlp_norm"_a, "qkv"_a, "o"_a, "gate_up"_a, "down"_a, "inv_freq"_a,
            "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "eps"_a, "activation_bits"_a, "qkv_bias"_a = nb::none(),
-           "q_norm"_a = nb::none(), "k_norm"_a = nb::none())
+           "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "attention_out_norm"_a = nb::none(), "mlp_out_norm"_a = nb::none(), "gelu"_a = false)
       .def("__call__", &TransformerBlock::operator(), "x"_a, "key_pool"_a, "value_pool"_a, "slots"_a, "tables"_a,
            "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());
   m.def("set_num_threads", &tiny_llm::set_num_threads, "n"_a);

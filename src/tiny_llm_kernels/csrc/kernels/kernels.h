@@ -170,6 +170,7 @@ struct SwigluJob {
   Rows gate, up;
   float* out;  // [rows, K]
   int64_t K;
+  bool gelu;  // for silu
 };
 
 struct RopeJob {

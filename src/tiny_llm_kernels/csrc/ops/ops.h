@@ -20,6 +20,7 @@ mx::array dense_matmul(const mx::array& x, const mx::array& weight);
 mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal);
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 mx::array swiglu(const mx::array& gate, const mx::array& up);
+mx::array geglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
 mx::array paged_attention(
     const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,

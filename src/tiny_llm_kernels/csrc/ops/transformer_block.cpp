@@ -1,6 +1,6 @@
 // A transformer block in one task: between its loops nothing is described, scheduled or waited for.
 //
-// It is the block of tiny_llm/block.py, line for line, made of the same kernels as the operators, so its results
+// It is the block of tiny_llm/block.py, or of gemma_block.py, line for line, made of the same kernels as the operators, so its results
 // are the same bits. What belongs to one row follows at once, while the row is near: a norm and its rounding, a
 // gate and its rounding. A loop ends where the next one needs rows, outputs or tokens of other threads.
 #include "transformer_block.h"
@@ -43,7 +43,7 @@ struct BlockJob {
     const int64_t T = hidden.rows, E = hidden.width, I = fed.width;
     each(T, [&](int64_t row) {
       std::memcpy(hidden.row(row), x + row * E, E * sizeof(float));
-      norm(w->input_layernorm, row, kernels);
+      norm(w->attention_norm, row, kernels);
     });
     multiply(for_hidden, w->qkv, heads, kernels);
     each(T, [&](int64_t token) {
@@ -54,22 +54,29 @@ struct BlockJob {
     each(T, [&](int64_t row) { kernels.quantize_rows(for_o, row, row + 1); });
     multiply(for_o, w->o, added, kernels);
     each(T, [&](int64_t row) {
-      kernels.add({hidden.data, E, added.data, E, E}, row, row + 1);
-      norm(w->post_attention_layernorm, row, kernels);
+      add(w->attention_out_norm, row, kernels);
+      norm(w->mlp_norm, row, kernels);
     });
     multiply(for_hidden, w->gate_up, gates, kernels);
     each(T, [&](int64_t row) {
-      kernels.swiglu({gates.all(), gates.columns(I), fed.data, I}, row, row + 1);
+      kernels.swiglu({gates.all(), gates.columns(I), fed.data, I, w->gelu}, row, row + 1);
       kernels.quantize_rows(for_down, row, row + 1);
     });
     multiply(for_down, w->down, added, kernels);
-    each(T, [&](int64_t row) { kernels.add({hidden.data, E, added.data, E, E}, row, row + 1); });
+    each(T, [&](int64_t row) { add(w->mlp_out_norm, row, kernels); });
   }
 
  private:
   void norm(const mx::array& weight, int64_t row, const Kernels& kernels) const {
     kernels.rms_norm({hidden.all(), weight.data<float>(), normed.data, hidden.width, w->eps}, row, row + 1);
     kernels.quantize_rows(for_hidden, row, row + 1);
+  }
+
+  /// What a half gave, normalised where there is a norm behind it, to the stream.
+  void add(const std::optional<mx::array>& out_norm, int64_t row, const Kernels& kernels) const {
+    const int64_t E = hidden.width;
+    if (out_norm) kernels.rms_norm({added.all(), out_norm->data<float>(), added.data, E, w->eps}, row, row + 1);
+    kernels.add({hidden.data, E, added.data, E, E}, row, row + 1);
   }
 
   /// A token's queries, keys and values: bias, norms of the heads, and queries and keys rotated.
@@ -157,12 +164,16 @@ void check_vector(const char* name, const mx::array& vector, int length) {
 }  // namespace
 
 TransformerBlock::TransformerBlock(BlockWeights w) {
-  const int E = w.input_layernorm.ndim() == 1 ? w.input_layernorm.shape(0) : 0;
+  const int E = w.attention_norm.ndim() == 1 ? w.attention_norm.shape(0) : 0;
   const int D = w.D, I = w.gate_up.out_features / 2;
   if (w.activation_bits != 8 && w.activation_bits != 16) refuse("activation_bits ", w.activation_bits, " is not supported: only 8 and 16");
   if (w.Hkv < 1 || w.H < 1 || w.H % w.Hkv) refuse("H must be a multiple of Hkv, got H = ", w.H, " and Hkv = ", w.Hkv);
-  check_vector("input_layernorm", w.input_layernorm, E);
-  check_vector("post_attention_layernorm", w.post_attention_layernorm, E);
+  check_vector("attention_norm", w.attention_norm, E);
+  check_vector("mlp_norm", w.mlp_norm, E);
+  if (w.attention_out_norm.has_value() != w.mlp_out_norm.has_value()) refuse("attention_out_norm and mlp_out_norm go together");
+  for (const auto& norm : {w.attention_out_norm, w.mlp_out_norm}) {
+    if (norm) check_vector("attention_out_norm and mlp_out_norm", *norm, E);
+  }
   check_matrix("qkv", w.qkv, E, (w.H + 2 * w.Hkv) * D);
   check_matrix("o", w.o, w.H * D, E);
   check_matrix("gate_up", w.gate_up, E, 2 * I);
@@ -173,8 +184,8 @@ TransformerBlock::TransformerBlock(BlockWeights w) {
   for (const auto& norm : {w.q_norm, w.k_norm}) {
     if (norm) check_vector("q_norm and k_norm", *norm, D);
   }
-  std::vector<mx::array> arrays = {w.input_layernorm, w.post_attention_layernorm, w.inv_freq, w.qkv.packed, w.o.packed, w.gate_up.packed, w.down.packed};
-  for (const auto& some : {w.qkv_bias, w.q_norm, w.k_norm}) {
+  std::vector<mx::array> arrays = {w.attention_norm, w.mlp_norm, w.inv_freq, w.qkv.packed, w.o.packed, w.gate_up.packed, w.down.packed};
+  for (const auto& some : {w.qkv_bias, w.q_norm, w.k_norm, w.attention_out_norm, w.mlp_out_norm}) {
     if (some) arrays.push_back(*some);
   }
   mx::eval(arrays);
@@ -192,7 +203,7 @@ std::tuple<mx::array, mx::array, mx::array> TransformerBlock::operator()(
   check_dtype("x", x, mx::float32);
   check_ndim("x", x, 3);
   const int T = x.shape(1);
-  check_shape("x", x, {1, T, w.input_layernorm.shape(0)}, "[1, T, E]");
+  check_shape("x", x, {1, T, w.attention_norm.shape(0)}, "[1, T, E]");
   check_reading(w.H, w.Hkv, T, w.D, key_pool, value_pool, tables, row_of_token, positions);
   check_dtype("slots", slots, mx::int32);
   check_shape("slots", slots, {T}, "[T]");

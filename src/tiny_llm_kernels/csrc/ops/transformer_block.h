@@ -18,13 +18,15 @@ struct PackedMatrix {
 
 /// What a block is made of; all arrays are evaluated. Legend: H query heads, Hkv key-value heads, D head size.
 struct BlockWeights {
-  mx::array input_layernorm, post_attention_layernorm;  // [E]
+  mx::array attention_norm, mlp_norm;                          // [E] before each half
+  std::optional<mx::array> attention_out_norm, mlp_out_norm;  // [E] behind it, where there is one
   PackedMatrix qkv, o, gate_up, down;
   std::optional<mx::array> qkv_bias;        // [(H + 2 Hkv) D]
   std::optional<mx::array> q_norm, k_norm;  // [D]
   mx::array inv_freq;                       // [D/2]
   int H, Hkv, D, activation_bits;
   float eps;
+  bool gelu;  // for silu
 };
 
 /// x [1, T, E] -> (x after the block, both pools): see tiny_llm_kernels.TransformerBlock.
