@@ -331,6 +331,56 @@ def test_operators_give_a_row_the_same_bits_in_any_batch(rows: int, first: int, 
         assert np.array_equal(np.array(whole), np.array(some))
 
 
+# ---- blocks ----
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("within", [False, True])
+def test_blocks_are_copied_as_if_all_were_read_first(dtype: mx.Dtype, within: bool) -> None:
+    """Oracle: NumPy, whose indexed assignment reads everything first."""
+    draw = np.random.default_rng(SEED)
+    for count in (0, 1, 7, 40):
+        target, source = (mx.array(normal(blocks, 3, 5, seed=blocks)).astype(dtype) for blocks in (60, 41))
+        read = draw.integers(0, 60 if within else 41, count)
+        write = draw.permutation(60)[:count]
+        want = np.array(target.astype(mx.float32))
+        want[write] = np.array((target if within else source).astype(mx.float32))[read]
+        ids = (mx.array(read.astype(np.int32)), mx.array(write.astype(np.int32)))
+        copied = kernels.copy_blocks(target, *ids, None if within else source)
+        assert np.array_equal(np.array(copied.astype(mx.float32)), want)
+
+
+def test_blocks_are_copied_in_place_unless_somebody_looks() -> None:
+    pool, ids = mx.zeros((50, 4)) + 1, (mx.array([3], mx.int32), mx.array([9], mx.int32))
+    mx.eval(pool)
+    where = address_of(pool)
+    pool = kernels.copy_blocks(pool, *ids, mx.zeros((4, 4)))
+    mx.eval(pool)
+    assert address_of(pool) == where
+    reader = pool.sum()
+    copied = kernels.copy_blocks(pool, *ids, mx.zeros((4, 4)) - 7)
+    mx.eval(copied)
+    assert address_of(copied) != where
+    assert float(reader) == 49 * 4
+    assert float(copied.sum()) == 49 * 4 - 28
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"target": mx.zeros(5)}, "target must be"),
+        ({"from_blocks": mx.zeros(2)}, "from_blocks must be int32"),
+        ({"to_blocks": mx.zeros(3, mx.int32)}, "must have shape"),
+        ({"source": mx.zeros((5, 7))}, "source must have shape"),
+        ({"source": mx.zeros((5, 4), mx.float16)}, "source must be float32"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(change: dict[str, mx.array], named: str) -> None:
+    ids = {"from_blocks": mx.zeros(2, mx.int32), "to_blocks": mx.arange(2, dtype=mx.int32)}
+    with pytest.raises(ValueError, match=named):
+        kernels.copy_blocks(**{"target": mx.zeros((5, 4)), **ids, **change})
+
+
 # ---- attention over pages ----
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TransformerBlock",
     "available",
+    "copy_blocks",
     "dense_matmul",
     "dequantize_rows",
     "flash_attention",
@@ -213,6 +214,18 @@ def write_and_attend(
     return native.write_and_attend(
         q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions, scale, window
     )
+
+
+def copy_blocks(
+    target: mx.array, from_blocks: mx.array, to_blocks: mx.array, source: mx.array | None = None
+) -> mx.array:
+    """target [num_blocks, ...] with blocks `from_blocks` of `source` copied to `to_blocks`, int32 [P] each.
+
+    source: [any number, ...], of target's type; None: target itself, all of whose blocks are read before any
+    is written. What comes back takes target's place: in place where nobody else holds target, else a copy, so
+    that whoever described a read before sees what was there then. No id is checked.
+    """
+    return native.copy_blocks(target, from_blocks, to_blocks, source)
 
 
 # ---- a whole block ----

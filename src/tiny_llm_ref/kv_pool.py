@@ -11,6 +11,7 @@ from typing import Self
 
 import mlx.core as mx
 
+from .kernels import compiled_kernel, use_compiled
 from .layer_groups import group_layers, layers_per_block
 from .model_config import ModelConfig
 from .paged_attention import BlockCopy
@@ -96,7 +97,15 @@ class KVPool:
         """
         if not pairs:
             return
-        sources, targets = (mx.array(ids) for ids in zip(*pairs, strict=True))
+        sources, targets = (mx.array(ids, mx.int32) for ids in zip(*pairs, strict=True))
+        if use_compiled():
+            copy = compiled_kernel("copy_blocks")
+            for arrays, others in ((self._keys, source._keys), (self._values, source._values)):
+                for layer in range(len(arrays)):  # a name for an array would be a holder of it
+                    other = None if source is self else others[layer]
+                    arrays[layer] = copy(arrays[layer], sources, targets, other)
+            self.evaluate()
+            return
         for arrays, others in ((self._keys, source._keys), (self._values, source._values)):
             rows = [other[sources] for other in others]
             mx.eval(rows)
