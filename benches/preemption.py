@@ -11,9 +11,10 @@ swap loses at small ones, where each block is a transfer of its own over PCIe. H
 memory and all blocks of a step go in one gather and one scatter a layer, while a prompt's token costs about
 2 ms. So an event should cost 10 to 20 ms by swap and, at 256 tokens, half a second by recompute: swap wins 20
 times and more at every block size, a little less at 4, where runs of 512 bytes are copied one by one. A
-workload gains as far as tokens were computed twice: 10 to 30%. Found: 35 to 45 ms and a tenth of recompute,
-the same at every block size, because MLX's gather and scatter spend some 3 ns on each number that they move;
-the workload gains what was expected, most at small blocks, where more give way.
+workload gains as far as tokens were computed twice: 10 to 30%. Found at first: 35 to 45 ms and a tenth of
+recompute, the same at every block size, because MLX's gather and scatter spend some 3 ns on each number that
+they move; since blocks are copied as bytes, 2 to 5 ms. The workload gains what was expected, most at small
+blocks, where more give way.
 """
 
 import random
