@@ -71,6 +71,7 @@ def test_sandwich_norms_are_parameters() -> None:
         {"max_model_len": 0},
         {"kv_cache_dtype": "int3"},
         {"preemption_mode": "swop"},
+        {"activation_bits": 4},
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(options: dict[str, object]) -> None:

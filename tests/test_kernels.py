@@ -350,6 +350,16 @@ def test_blocks_are_copied_as_if_all_were_read_first(dtype: mx.Dtype, within: bo
         assert np.array_equal(np.array(copied.astype(mx.float32)), want)
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_a_block_that_is_not_there_is_not_copied_and_nothing_else_is_touched(within: bool) -> None:
+    target, source = mx.array(normal(6, 4)), mx.array(normal(3, 4, seed=1))
+    read, write = [0, -1, 2, 6, 2**30, 1], [1, 2, -1, 3, 4, 6]  # the first is the only one that is there
+    copied = kernels.copy_blocks(target, mx.array(read), mx.array(write), None if within else source)
+    want = np.array(target)
+    want[1] = np.array(target if within else source)[0]
+    assert np.array_equal(np.array(copied), want)
+
+
 def test_blocks_are_copied_in_place_unless_somebody_looks() -> None:
     pool, ids = mx.zeros((50, 4)) + 1, (mx.array([3], mx.int32), mx.array([9], mx.int32))
     mx.eval(pool)

@@ -13,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
+from tiny_llm.kernels import kernel_info
+from tiny_llm.linear import PackedLinear
 from tiny_llm.tokenizer import Detokenizer
 
 from promises import check_all_returned
@@ -33,6 +35,15 @@ def llm(loaded: LLM) -> Iterator[LLM]:
     """The one engine of this module; every test leaves it without a request and without a page."""
     yield loaded
     check_all_returned(loaded.core.manager)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_every_packed_matrix_rounds_activations_as_the_engine_is_told(bits: int) -> None:
+    layer = LLM(num_blocks=8, activation_bits=bits).model.layers[0]
+    matrices = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedLinear)]
+    assert packed or not kernel_info().available
+    assert all(matrix.activation_bits == bits for matrix in packed)
 
 
 def test_a_question_is_answered(llm: LLM) -> None:

@@ -21,27 +21,12 @@ from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan
 from tiny_llm.token_output import TokenOutput
 
+from counted import Counted
 from promises import Watched, check_all_returned, check_pages, policies
 from tiny_llm import prefix_cache
 from tiny_model import EOS, random_prompt, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=True)
-
-
-class Counted(PagedBatchManager):
-    """A batch manager that counts the tokens that each request computes, and the blocks that are copied."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.computed: Counter[str] = Counter()
-        self.num_copies = 0
-
-    def _schedule(self) -> Plan:
-        plan = super()._schedule()
-        for sequence, start, stop, copies in plan.chunks:
-            self.computed[sequence.request_id] += stop - start
-            self.num_copies += len(copies)
-        return plan
 
 
 def manager_of(

@@ -47,7 +47,7 @@ from promises import (
     sampling,
     threads,
 )
-from test_promises_bookkeeping import SymbolicPool
+from symbolic_pool import SymbolicPool
 from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
 
 Said = list[tuple[int, TokenLogprobs | None, str | None]]

@@ -5,7 +5,6 @@ without sharing, token by token with its log-probabilities. What a hit should be
 lengths, one by one. What a step computes is counted on its plan.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -25,9 +24,9 @@ from tiny_llm.prefix_cache import PrefixCache
 from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sliding_window import first_visible
-from tiny_llm.step import Plan
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
+from counted import Counted
 from promises import check_all_returned, check_pages, policies
 from tiny_model import EOS, examples, gemma_model, random_prompt, tiny_model
 
@@ -43,22 +42,6 @@ def mistral_model() -> Model:
 
 MODELS = {"gemma": gemma_model, "mistral": mistral_model}
 any_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-
-
-class Counted(PagedBatchManager):
-    """A batch manager that counts the tokens that each request computes, and the blocks that are copied."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.computed: Counter[str] = Counter()
-        self.num_copies = 0
-
-    def _schedule(self) -> Plan:
-        plan = super()._schedule()
-        for sequence, start, stop, copies in plan.chunks:
-            self.computed[sequence.request_id] += stop - start
-            self.num_copies += len(copies)
-        return plan
 
 
 def manager_of(

@@ -223,7 +223,7 @@ def copy_blocks(
 
     source: [any number, ...], of target's type; None: target itself, all of whose blocks are read before any
     is written. What comes back takes target's place: in place where nobody else holds target, else a copy, so
-    that whoever described a read before sees what was there then. No id is checked.
+    that whoever described a read before sees what was there then. An id outside is passed over.
     """
     return native.copy_blocks(target, from_blocks, to_blocks, source)
 

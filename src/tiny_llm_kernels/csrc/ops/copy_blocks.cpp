@@ -1,5 +1,6 @@
 // Whole blocks from one pool to another, or within one: plain copies of bytes, shared out among threads.
 #include <cstring>
+#include <vector>
 
 #include "node.h"
 #include "ops.h"
@@ -7,19 +8,33 @@
 namespace tiny_llm {
 namespace {
 
+/// A block's way.
+struct Way {
+  int64_t from, to;
+};
+
 struct CopyJob {
   const char* source;
   char* target;
   const int32_t *from, *to;
-  int64_t count, block_bytes;
+  int64_t count, source_blocks, target_blocks, block_bytes;
+
+  /// The ways whose ends are both there: an id outside must not touch other memory.
+  std::vector<Way> ways() const {
+    std::vector<Way> inside;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_there = from[i] >= 0 && from[i] < source_blocks && to[i] >= 0 && to[i] < target_blocks;
+      if (is_there) inside.push_back({from[i], to[i]});
+    }
+    return inside;
+  }
 };
 
-void copy_each(const CopyJob& job, const char* source, const int32_t* from, char* target, const int32_t* to) {
-  parallel_for(job.count, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t here = from ? from[i] : i, there = to ? to[i] : i;
-      std::memcpy(target + there * job.block_bytes, source + here * job.block_bytes, job.block_bytes);
-    }
+/// `way(i)` says where the i-th copy goes.
+template <typename WayOf>
+void copy_each(const char* source, char* target, int64_t count, int64_t bytes, const WayOf& way) {
+  parallel_for(count, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memcpy(target + way(i).to * bytes, source + way(i).from * bytes, bytes);
   });
 }
 
@@ -42,12 +57,16 @@ class CopyBlocks : public Node {
     const bool within = inputs.size() == 3;
     const auto source = within ? out : dense(inputs[3], queue);
     const CopyJob job{source.data<char>(), out.data<char>(), from.data<int32_t>(), to.data<int32_t>(),
-                      static_cast<int64_t>(from.size()), static_cast<int64_t>(out.nbytes()) / out.shape(0)};
+                      static_cast<int64_t>(from.size()), source.shape(0), out.shape(0),
+                      static_cast<int64_t>(out.nbytes()) / out.shape(0)};
     char* aside = within ? temporary<char>(job.count * job.block_bytes, queue) : nullptr;
     queue.dispatch([job, aside] {
-      if (!aside) return copy_each(job, job.source, job.from, job.target, job.to);
-      copy_each(job, job.source, job.from, aside, nullptr);  // all are read before any is written
-      copy_each(job, aside, nullptr, job.target, job.to);
+      const auto ways = job.ways();
+      const auto count = static_cast<int64_t>(ways.size());
+      if (!aside) return copy_each(job.source, job.target, count, job.block_bytes, [&](int64_t i) { return ways[i]; });
+      // All are read before any is written.
+      copy_each(job.source, aside, count, job.block_bytes, [&](int64_t i) { return Way{ways[i].from, i}; });
+      copy_each(aside, job.target, count, job.block_bytes, [&](int64_t i) { return Way{i, ways[i].to}; });
     });
   }
 };
