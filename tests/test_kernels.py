@@ -533,6 +533,64 @@ def test_a_token_has_the_same_bits_however_it_is_served(
     assert np.array_equal(np.concatenate(got), want)
 
 
+# Positions around the ends of partitions of 128, and of the sequence.
+LATE = [0, 126, 127, 128, 129, 255, 256, 300, 511, 512, 599]
+
+
+@pytest.mark.parametrize("window", [None, 1, 128, 129, 400])
+@pytest.mark.parametrize(
+    ("heads", "size", "dtype"),
+    [((9, 3), 64, mx.float16), ((4, 4), 20, mx.float32), ((70, 1), 16, mx.bfloat16)],
+)
+def test_a_long_context_shared_out_in_partitions_keeps_its_bits(
+    heads: tuple[int, int], size: int, window: int | None, dtype: mx.Dtype
+) -> None:
+    """Oracles: the same tokens in one long chunk, where one thread goes through all partitions; float64."""
+    pages = Pages([600, 40], heads=heads, size=size, dtype=dtype, window=window)
+    kernels.set_num_threads(1)
+    want, _ = pages.step(Chunk(0, 0, 600), Chunk(1, 0, 40))
+    np.testing.assert_allclose(want, attention_oracle(pages, 0, dtype), atol=3e-6)
+    for threads in THREADS:
+        kernels.set_num_threads(threads)
+        for position in LATE:
+            assert np.array_equal(pages.read(0, position, 1)[0], want[position])
+        beside, few = pages.step(Chunk(1, 39, 1), Chunk(0, 597, 3))
+        assert np.array_equal(few, want[597:])
+        np.testing.assert_allclose(beside, attention_oracle(pages, 1, dtype)[39:], atol=3e-6)
+
+
+@pytest.mark.parametrize("block", [0, 8, 20, 37])
+def test_a_missing_block_shows_in_whatever_partition_it_is(block: int) -> None:
+    pages = Pages([600])
+    pages.step(Chunk(0, 0, 600))
+    pages.tables[0, block] = -1
+    sees = np.array([position // 16 >= block for position in LATE])
+    finite = [np.isfinite(pages.read(0, position, 1)).all() for position in LATE]
+    broken = [np.isnan(pages.read(0, position, 1)).all() for position in LATE]
+    assert broken == sees.tolist()
+    assert finite == (~sees).tolist()
+
+
+@pytest.mark.parametrize("spoilt", ["slot", "row"])
+def test_an_unsound_token_with_a_long_context_gets_nan_and_its_neighbour_does_not(spoilt: str) -> None:
+    pages = Pages([600, 600])
+    pages.step(Chunk(0, 0, 600), Chunk(1, 0, 600))
+    slots = pages.tables[:, 599 // 16] * 16 + 599 % 16
+    where = {"slot": slots.astype(np.int32), "row": np.arange(2, dtype=np.int32)}
+    where[spoilt][1] = -1
+    q, k, v = (
+        mx.array(np.stack([a[0][599], a[1][599]])[None]).transpose(0, 2, 1, 3)
+        for a in (pages.q, pages.k, pages.v)
+    )
+    tables, positions = mx.array(pages.tables), mx.array([599, 599], mx.int32)
+    out, _, _ = kernels.write_and_attend(
+        q, k, v, pages.keys, pages.values,
+        mx.array(where["slot"]), tables, mx.array(where["row"]), positions, pages.scale,
+    )  # fmt: skip
+    assert np.isfinite(np.array(out[:, :, 0])).all()
+    assert np.isnan(np.array(out[:, :, 1])).all()
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_what_is_stored_is_rounded_to_nearest_even(dtype: mx.Dtype) -> None:
     pages = Pages([8], dtype=dtype, block_size=8)

@@ -115,10 +115,18 @@ struct DenseJob {
 
 constexpr int MAX_HEAD_SIZE = 512;
 
-/// A run of tokens of one sequence that are attended together. See paged_attention.cpp.
-struct TokenRun {
-  int32_t first, count;
+constexpr int PARTITION = 128;  // positions; what one is for: paged_attention.cpp
+
+/// What one call attends: tokens of one sequence side by side, with the query heads of one kv head.
+struct AttentionItem {
+  int32_t first_token, tokens, head;
+  int32_t first_partition, end_partition;  // what lies outside is left to others
+  bool is_part;                            // write down what each partition comes to, for `reduce_partitions`
 };
+
+/// What one row (token, head) comes to in one partition: the softmax's m and l, then o.
+constexpr int64_t PARTIAL_HEADER = 16;
+constexpr int64_t partial_floats(int64_t D) { return PARTIAL_HEADER + (D + 15) / 16 * 16; }
 
 struct AttentionJob {
   const float *q, *k, *v;  // each [H or Hkv, T, D], the last axis contiguous
@@ -133,8 +141,14 @@ struct AttentionJob {
   float* out;                   // [T, H, D]
   int64_t T, H, Hkv, D, S, M, block_size, num_blocks;
   float scale;
-  const TokenRun* runs;  // an item of `attend` is (run, kv head): run = item / Hkv, head = item % Hkv
-  int64_t num_runs;
+  const AttentionItem* items;
+  const int32_t* apart;    // the tokens whose partitions are worked on apart
+  float* partials;         // [T, H, max_partitions, partial_floats(D)], from the first partition that a token sees
+  int64_t max_partitions;
+
+  __attribute__((always_inline)) bool slot_inside(int64_t token) const {
+    return slots[token] >= 0 && slots[token] < num_blocks * block_size;
+  }
 };
 
 // ---- attention over contiguous keys and values ----
@@ -189,7 +203,8 @@ struct Kernels {
   void (*dequantize_rows)(const DequantizeJob&, int64_t begin, int64_t end);  // items: ids
   void (*dense_matmul)(const DenseJob&, int64_t begin, int64_t end);        // items: see DenseJob
   void (*write_tokens)(const AttentionJob&, int64_t begin, int64_t end);    // items: tokens
-  void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: see AttentionJob
+  void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: the job's own
+  void (*reduce_partitions)(const AttentionJob&, int64_t begin, int64_t end);  // items: (token of `apart`, head)
   void (*flash_attention)(const FlashJob&, int64_t begin, int64_t end);     // items: rows of out
   void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);          // items: rows
   void (*add)(const AddJob&, int64_t begin, int64_t end);                   // items: rows

@@ -9,6 +9,7 @@ void dequantize_rows(const DequantizeJob&, int64_t, int64_t);
 void dense_matmul(const DenseJob&, int64_t, int64_t);
 void write_tokens(const AttentionJob&, int64_t, int64_t);
 void attend(const AttentionJob&, int64_t, int64_t);
+void reduce_partitions(const AttentionJob&, int64_t, int64_t);
 void flash_attention(const FlashJob&, int64_t, int64_t);
 void rms_norm(const RmsNormJob&, int64_t, int64_t);
 void add(const AddJob&, int64_t, int64_t);
@@ -16,7 +17,7 @@ void swiglu(const SwigluJob&, int64_t, int64_t);
 void rope(const RopeJob&, int64_t, int64_t);
 
 extern const Kernels kernels;
-const Kernels kernels = {quantize_rows, quantized_matmul, dequantize_rows, dense_matmul, write_tokens,
-                         attend,        flash_attention,  rms_norm,        add,          swiglu,       rope};
+const Kernels kernels = {quantize_rows,     quantized_matmul, dequantize_rows, dense_matmul, write_tokens, attend,
+                         reduce_partitions, flash_attention,  rms_norm,        add,          swiglu,       rope};
 
 }  // namespace tiny_llm::TINY_LLM_ISA

@@ -73,6 +73,9 @@ INLINE f32w splat_wide(float value) { return (f32w)_mm512_set1_ps(value); }
 INLINE f32w splat_wide(float value) { return splat(value); }
 #endif
 
+INLINE f32w load_wide(const float* source) { return load_as<f32w>(source); }
+INLINE void store_wide(float* target, f32w value) { std::memcpy(target, &value, sizeof(value)); }
+
 /// Stores the first `count` floats of a wide vector; all of them where there are fewer.
 INLINE void store_wide(float* target, f32w value, int64_t count) {
   std::memcpy(target, &value, (count < WIDE ? count : WIDE) * sizeof(float));
@@ -126,22 +129,27 @@ INLINE i32x8 to_int(f32x8 a) { return __builtin_convertvector(a, i32x8); }
 INLINE f32x8 to_float(i32x8 a) { return __builtin_convertvector(a, f32x8); }
 INLINE f32w to_float_wide(i32w a) { return __builtin_convertvector(a, f32w); }
 
-// Sums over lanes always use this one tree:  ((0+4)+(2+6)) + ((1+5)+(3+7)).
-INLINE f32x4 fold(f32x8 a) {
-  return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-}
-
+// Sums over lanes always use this one tree:  ((0+2)+(1+3)) + ((4+6)+(5+7)).
 INLINE float sum(f32x8 a) {
-  f32x4 b = fold(a);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+  const f32x4 low = __builtin_shufflevector(a, a, 0, 1, 2, 3), high = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return ((low[0] + low[2]) + (low[1] + low[3])) + ((high[0] + high[2]) + (high[1] + high[3]));
 }
 
 /// {sum(a), sum(b), sum(c), sum(d)}: four trees at once.
 INLINE f32x4 sum4(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
-  f32x4 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
-  f32x4 ab = __builtin_shufflevector(fa, fb, 0, 1, 4, 5) + __builtin_shufflevector(fa, fb, 2, 3, 6, 7);
-  f32x4 cd = __builtin_shufflevector(fc, fd, 0, 1, 4, 5) + __builtin_shufflevector(fc, fd, 2, 3, 6, 7);
-  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+  const f32x8 ab = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  const f32x8 cd = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  const f32x8 all = __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
+  return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
+}
+
+/// A wide vector's halves, added: eight sums.
+INLINE f32x8 narrow(f32w a) {
+#if TINY_LLM_AVX512
+  return __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  return a;
+#endif
 }
 
 INLINE float largest(f32x8 a) {

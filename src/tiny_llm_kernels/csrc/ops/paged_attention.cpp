@@ -1,29 +1,8 @@
-#include <algorithm>
-
-#include "attention_runs.h"
+#include "attention_items.h"
 #include "ops.h"
 
 namespace tiny_llm {
 namespace {
-
-/// Cuts the packed tokens into runs of one sequence each. How long a run is decides only how many
-/// tokens share a loaded tile and how evenly the work is spread, never what a token computes.
-std::vector<TokenRun> cut_into_runs(const AttentionJob& job, int threads) {
-  constexpr int64_t MOST_ROWS = 48;
-  const int64_t share = job.T * job.Hkv / (4 * threads);
-  const int64_t most = std::max<int64_t>(1, std::min(share, MOST_ROWS / (job.H / job.Hkv)));
-  std::vector<TokenRun> runs;
-  for (int32_t token = 0; token < job.T; ++token) {
-    const bool joins = !runs.empty() && runs.back().count < most && job.row_of_token[token] == job.row_of_token[token - 1];
-    if (joins) {
-      ++runs.back().count;
-    } else {
-      runs.push_back({token, 1});
-    }
-  }
-  std::reverse(runs.begin(), runs.end());  // late tokens see most: the longest work first
-  return runs;
-}
 
 /// With q [1, H, T, D] and out, as arrays.
 AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& tables,
@@ -47,7 +26,7 @@ class PagedAttention : public Node {
     const auto tables = dense(inputs[3], queue), row_of_token = dense(inputs[4], queue), positions = dense(inputs[5], queue);
     allocate_heads_inside(outputs[0]);
     const auto job = reading(q, keys, values, tables, row_of_token, positions, outputs[0], scale_, window_);
-    queue.dispatch([job, &kernels = kernels()] { attend_in_runs(job, kernels); });
+    queue.dispatch([job, &kernels = kernels()] { attend_all(job, kernels); });
   }
 
  private:
@@ -79,7 +58,7 @@ class WriteAndAttend : public Node {
     queue.dispatch([job, &kernels = kernels()] {
       // Every write of the step is done before the first read: a token may see its neighbours of this step.
       parallel_for(job.T, 32, [&](int64_t begin, int64_t end) { kernels.write_tokens(job, begin, end); });
-      attend_in_runs(job, kernels);
+      attend_all(job, kernels);
     });
   }
 
@@ -102,12 +81,6 @@ AttentionJob reading_job(const mx::array& keys, const mx::array& values, const m
   job.num_blocks = keys.shape(0), job.block_size = keys.shape(2);
   job.scale = scale, job.window = window;
   return job;
-}
-
-void attend_in_runs(AttentionJob job, const Kernels& kernels) {
-  const auto runs = cut_into_runs(job, num_threads());
-  job.runs = runs.data(), job.num_runs = static_cast<int64_t>(runs.size());
-  parallel_for_each(job.num_runs * job.Hkv, [&](int64_t begin, int64_t end) { kernels.attend(job, begin, end); });
 }
 
 int64_t checked_window(std::optional<int64_t> window) {

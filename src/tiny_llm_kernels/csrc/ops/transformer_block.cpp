@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "attention_runs.h"
+#include "attention_items.h"
 #include "mlx/transforms.h"
 
 namespace tiny_llm {
@@ -50,7 +50,7 @@ struct BlockJob {
       rotate(token, kernels);
       kernels.write_tokens(attention, token, token + 1);
     });
-    attend_in_runs(attention, kernels);
+    attend_all(attention, kernels);
     each(T, [&](int64_t row) { kernels.quantize_rows(for_o, row, row + 1); });
     multiply(for_o, w->o, added, kernels);
     each(T, [&](int64_t row) {

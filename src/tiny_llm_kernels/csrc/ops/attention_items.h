@@ -11,8 +11,8 @@ namespace tiny_llm {
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
                          const mx::array& row_of_token, const mx::array& positions, float scale, int64_t window);
 
-/// Runs in a task of the CPU stream: all tokens attend, run by run. Every write of the step must be done.
-void attend_in_runs(AttentionJob job, const Kernels& kernels);
+/// Runs in a task of the CPU stream: all tokens attend. Every write of the step must be done.
+void attend_all(AttentionJob job, const Kernels& kernels);
 
 /// The window as a number: every position where there is none, or where it is longer than any sequence.
 int64_t checked_window(std::optional<int64_t> window);

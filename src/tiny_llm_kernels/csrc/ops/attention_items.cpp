@@ -1,0 +1,82 @@
+#include "attention_items.h"
+
+#include <algorithm>
+
+namespace tiny_llm {
+namespace {
+
+/// Tokens of one sequence side by side, the last position that one of them sees, and the partitions they see.
+struct Run {
+  int32_t first, count;
+  int64_t begin, end;  // partitions
+  int64_t partitions() const { return end - begin; }
+};
+
+/// The partitions that a token sees: a range of their numbers.
+std::pair<int64_t, int64_t> partitions_of(const AttentionJob& job, int32_t token) {
+  const int64_t end = std::max<int64_t>(job.positions[token], -1) + 1;
+  return {std::max<int64_t>(end - job.window, 0) / PARTITION, (end + PARTITION - 1) / PARTITION};
+}
+
+/// Cuts the packed tokens into runs of one sequence each. How long a run is decides only how many tokens share
+/// a loaded tile and how evenly the work is spread, never what a token computes.
+std::vector<Run> cut_into_runs(const AttentionJob& job, int threads) {
+  constexpr int64_t MOST_ROWS = 48;
+  const int64_t share = job.T * job.Hkv / (4 * threads);
+  const int64_t most = std::max<int64_t>(1, std::min(share, MOST_ROWS / (job.H / job.Hkv)));
+  std::vector<Run> runs;
+  for (int32_t token = 0; token < job.T; ++token) {
+    const auto [begin, end] = partitions_of(job, token);
+    const bool joins = !runs.empty() && runs.back().count < most && job.row_of_token[token] == job.row_of_token[token - 1];
+    if (joins) {
+      Run& run = runs.back();
+      run = {run.first, run.count + 1, std::min(run.begin, begin), std::max(run.end, end)};
+    } else {
+      runs.push_back({token, 1, begin, end});
+    }
+  }
+  std::reverse(runs.begin(), runs.end());  // late tokens see most: the longest work first
+  return runs;
+}
+
+/// What is to be done, and which tokens' partitions are to be merged then.
+struct Items {
+  std::vector<AttentionItem> all;
+  std::vector<int32_t> apart;
+  int64_t max_partitions = 0;
+
+  /// One item for each kv head of a run; more, with partitions apart, where one would be more than its share.
+  void add(const AttentionJob& job, const Run& run, int64_t share) {
+    const bool held = run.end <= job.M * job.block_size / PARTITION + 1;  // a wrong position must not cost memory
+    const bool is_part = held && run.partitions() > 1 && run.partitions() * run.count > share;
+    const int64_t at_once = is_part ? std::max<int64_t>(1, share / run.count) : run.partitions();
+    for (int64_t begin = run.begin; begin < run.end || begin == run.begin; begin += std::max<int64_t>(1, at_once)) {
+      const auto end = static_cast<int32_t>(std::min(begin + at_once, run.end));
+      for (int32_t head = 0; head < job.Hkv; ++head) {
+        all.push_back({run.first, run.count, head, static_cast<int32_t>(begin), end, is_part});
+      }
+    }
+    if (!is_part) return;
+    for (int32_t token = run.first; token < run.first + run.count; ++token) apart.push_back(token);
+    max_partitions = std::max(max_partitions, run.partitions());
+  }
+};
+
+}  // namespace
+
+void attend_all(AttentionJob job, const Kernels& kernels) {
+  const auto runs = cut_into_runs(job, num_threads());
+  int64_t work = 0;
+  for (const Run& run : runs) work += run.partitions() * run.count * job.Hkv;
+  Items items;
+  for (const Run& run : runs) items.add(job, run, work / (8 * num_threads()));
+
+  static thread_local std::vector<float> partials;  // kept: a step's are as large as the last one's
+  partials.resize(std::max(partials.size(), static_cast<size_t>(job.T * job.H * items.max_partitions * partial_floats(job.D))));
+  job.items = items.all.data(), job.apart = items.apart.data();
+  job.partials = partials.data(), job.max_partitions = items.max_partitions;
+  parallel_for_each(items.all.size(), [&](int64_t begin, int64_t end) { kernels.attend(job, begin, end); });
+  parallel_for(items.apart.size() * job.H, 4, [&](int64_t begin, int64_t end) { kernels.reduce_partitions(job, begin, end); });
+}
+
+}  // namespace tiny_llm
