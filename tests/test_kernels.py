@@ -11,7 +11,7 @@ from time import perf_counter
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import tiny_llm_kernels as kernels
@@ -389,6 +389,111 @@ def test_blocks_that_do_not_fit_are_refused(change: dict[str, mx.array], named: 
     ids = {"from_blocks": mx.zeros(2, mx.int32), "to_blocks": mx.arange(2, dtype=mx.int32)}
     with pytest.raises(ValueError, match=named):
         kernels.copy_blocks(**{"target": mx.zeros((5, 4)), **ids, **change})
+
+
+# ---- from logits to a token ----
+
+
+def sampled(logits: np.ndarray, **how: float) -> int:
+    """The token of a row; the filters are off where nothing is said, and the draw is in the middle."""
+    how = {"temperature": 1.0, "min_p": 0.0, "top_k": 0, "top_p": 1.0, "uniform": 0.5, **how}
+    return kernels.sample(mx.array(logits.astype(np.float32)), **how).item()
+
+
+def shares_that_stay(
+    logits: np.ndarray, temperature: float, min_p: float, top_k: int, top_p: float
+) -> tuple[np.ndarray, float]:
+    """The definitions in float64, with a sort: probabilities [V]; and how near the nearest decision was."""
+    scaled = (logits.astype(np.float32) / np.float32(temperature)).astype(np.float64)
+    weights = np.exp(scaled - scaled.max())
+    kept, margin = weights >= min_p, np.abs(weights - min_p)[weights < 1].min(initial=1.0) if min_p else 1.0
+    if top_k:
+        kept &= scaled >= np.sort(np.where(kept, scaled, -np.inf))[::-1][min(top_k, len(scaled)) - 1]
+    if top_p < 1:
+        order = np.argsort(-np.where(kept, scaled, -np.inf), kind="stable")
+        shares = np.where(kept, weights, 0)[order] / weights[kept].sum()
+        before = np.cumsum(shares) - shares
+        margin = min(margin, np.abs(before - top_p).min())
+        kept &= scaled >= scaled[order[np.flatnonzero((before < top_p) & (shares > 0))[-1]]]
+    return np.where(kept, weights, 0) / weights[kept].sum(), margin
+
+
+@by_property(300)
+@given(
+    size=st.sampled_from([1, 7, 8, 9, 300, 5000, 49_152]),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 30.0]),
+    temperature=st.sampled_from([1.0, 0.3, 0.7, 1.9]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+    top_k=st.sampled_from([0, 1, 2, 40, 10**6]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 1e-4]),
+    uniform=st.floats(0, 1, exclude_max=True),
+    forbidden=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_sampled_token_is_the_one_that_the_definitions_give(
+    size: int, spread: float, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float,
+    forbidden: float, seed: int,
+) -> None:  # fmt: skip
+    """Rounded logits, so that many of them tie; decisions that float32 may take otherwise are left out."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(spread * rng.normal(size=size), 2)
+    logits[(rng.random(size) < forbidden) & (np.arange(size) > 0)] = -np.inf
+    how = {"temperature": temperature, "min_p": min_p, "top_k": top_k, "top_p": top_p}
+    shares, margin = shares_that_stay(logits, **how)
+    assume(margin > 1e-7)
+    token = sampled(logits, uniform=uniform, **how)
+    up_to, rounding = np.cumsum(shares), 1e-5
+    assert shares[token] > 0
+    assert up_to[token] - shares[token] - rounding < 1 - uniform < up_to[token] + rounding
+
+
+@pytest.mark.parametrize("size", [1, 8, 13, 1000])
+def test_temperature_zero_takes_the_first_of_the_largest_logits(size: int) -> None:
+    for seed in range(20):
+        logits = np.round(np.random.default_rng(seed).normal(size=size), 1)
+        assert sampled(logits, temperature=0.0) == int(np.argmax(logits))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 7, 8, 19])
+def test_a_row_that_is_no_row_of_numbers_gives_what_breaks_it(
+    place: int, broken: float, temperature: float
+) -> None:
+    logits = normal(20)
+    logits[place] = broken
+    assert sampled(logits, temperature=temperature, top_p=0.5, top_k=3) == place
+
+
+def test_a_forbidden_token_is_never_drawn() -> None:
+    logits = np.full(600, -np.inf)
+    logits[[300, 400]] = [1.0, 2.0]
+    drawn = {sampled(logits, uniform=number) for number in np.linspace(0, 1, 200, endpoint=False)}
+    assert drawn == {300, 400}
+    assert sampled(np.full(9, -np.inf)) == 0  # nothing may be drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or above, got -1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"uniform": 1.0}, "uniform must be at least 0 and below 1, got 1"),
+    ],
+)
+def test_a_draw_that_makes_no_sense_is_refused(change: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        sampled(normal(4), **change)
+
+
+def test_logits_that_are_no_row_are_refused() -> None:
+    for logits, named in (
+        (mx.zeros((2, 3)), "1 axes"),
+        (mx.zeros(0), "empty"),
+        (mx.zeros(3, mx.float16), "float32"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            kernels.sample(logits, 1.0, 0.0, 0, 1.0, 0.5)
 
 
 # ---- attention over pages ----

@@ -1,12 +1,14 @@
 """The sampler, one row at a time, against a plain NumPy reference in float64, and its draws by chi-square."""
 
 import math
+import random
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny_llm.kernels import twins
 from tiny_llm.sampler import (
     add_bias,
     adjust_logits,
@@ -220,6 +222,12 @@ def test_draws_have_the_distribution_that_the_parameters_describe(params: Sampli
     assert is_fair(params, 4000)
 
 
+@pytest.mark.parametrize("params", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_draws_of_the_readable_sampler_have_the_distribution_too(params: SamplingParams) -> None:
+    with twins():
+        assert is_fair(params, 4000)
+
+
 def test_a_biased_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "uniform", lambda seed, index: uniform(seed, index) ** 1.15)
     assert not is_fair(SamplingParams(), 4000)
@@ -228,7 +236,7 @@ def test_a_biased_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_forgotten_renormalisation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Top-p on the probabilities before top-k would keep more than it should."""
     monkeypatch.setattr(sampler, "keep_top_k", lambda logits, k: logits)
-    with pytest.raises(AssertionError):
+    with twins(), pytest.raises(AssertionError):
         is_fair(SamplingParams(top_k=5), 4000)
 
 
@@ -314,16 +322,21 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 
 @given(st.integers(0, 2**70), st.integers(0, 10_000))
 def test_uniform_is_a_pure_function_of_seed_and_index(seed: int, index: int) -> None:
-    number = uniform(seed, index).item()
+    number = uniform(seed, index)
     assert 0 <= number < 1
-    mx.random.seed(seed % 1000)
-    mx.random.uniform()
-    assert uniform(seed, index).item() == number
+    random.seed(seed % 1000)
+    random.random()
+    assert uniform(seed, index) == number
 
 
 def test_uniform_differs_between_neighbouring_seeds_and_indices() -> None:
-    numbers = {uniform(seed, index).item() for seed in range(30) for index in range(30)}
-    assert len(numbers) > 890, "float32 leaves room for a collision or two among 900"
+    assert len({uniform(seed, index) for seed in range(30) for index in range(30)}) == 900
+
+
+def test_uniform_is_even_over_neighbouring_seeds_and_indices() -> None:
+    for numbers in ([uniform(seed, 0) for seed in range(6000)], [uniform(7, index) for index in range(6000)]):
+        sixths = [int(6 * number) for number in numbers]
+        assert chi_square(sixths, np.full(6, 1 / 6)) < 20.5
 
 
 def test_log_probabilities_are_those_of_the_logits_before_any_filter() -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "quantized_matmul",
     "rms_norm",
     "rope",
+    "sample",
     "select_instruction_set",
     "set_num_threads",
     "swiglu",
@@ -145,6 +146,18 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     laid out in memory as [B, L, H, D].
     """
     return native.rope(x, positions, inv_freq)
+
+
+def sample(
+    logits: mx.array, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float
+) -> mx.array:
+    """A token id, uint32 [], drawn from softmax(logits / temperature) as three filters leave it; logits [V].
+
+    The filters are those of `tiny_llm.sampler`, min-p first: 0 turns min_p and top_k off, and 1 top_p.
+    uniform: in [0, 1); the draw ends at the first token where the probabilities up to it reach 1 - uniform. A
+    temperature of 0 takes the first of the largest logits. A row with a NaN gives the index of a NaN.
+    """
+    return native.sample(logits, temperature, min_p, top_k, top_p, uniform)
 
 
 # ---- attention ----

@@ -63,6 +63,11 @@ class KVPool:
         """Evaluate `outputs` together with every pending write, so that no reader stays behind."""
         mx.eval(*outputs, *self._keys, *self._values)
 
+    def start(self, *outputs: mx.array) -> None:
+        """Let MLX compute `outputs` and every pending write; what is asked of either from now on waits."""
+        arrays = (*outputs, *self._keys, *self._values)
+        mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
+
     def settle(self) -> bool:
         """After a failure: evaluate what is pending. False: that failed, and all arrays are new and empty."""
         try:

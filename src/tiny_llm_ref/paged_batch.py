@@ -127,7 +127,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
         A pool that has grown and is mostly idle gives memory back first. Then the plan, with its pages taken,
         is computed in one packed pass: before it the pool takes the allocator's size and makes the plan's
-        copies, and after it all writes are evaluated. The scheduler is told what was computed, and the plan
+        copies, and after it all writes are under way. The scheduler is told what was computed, and the plan
         hands out the rows of logits. Without a model all of this happens but the computing.
 
         Empty when all that ran were chunks of prompts, or nothing is left. Raises `OutOfBlocksError`
@@ -235,7 +235,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         if not logit_rows:
             self.pool.evaluate()
             return None
-        self.pool.evaluate(logits)
+        self.pool.start(logits)  # whoever chooses the tokens describes how while the logits are computed
         return logits
 
     def _swap(self, pool: KVPool, plan: Plan[PagedSequence]) -> None:

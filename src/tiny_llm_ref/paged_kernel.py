@@ -20,7 +20,13 @@ from .paged_attention import BlockTable
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-LAYERS_AT_ONCE = 4
+LAYERS_AT_ONCE = 2
+
+
+def compute_meanwhile(layer: int, out: mx.array) -> None:
+    """Let MLX compute what is described so far, while Python describes the next layers."""
+    if layer % LAYERS_AT_ONCE == 0:
+        mx.async_eval(out)  # type: ignore[no-untyped-call]
 
 
 class Span(NamedTuple):
@@ -155,9 +161,7 @@ class PagedContext:
         """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D]; the pool holds k and v afterwards."""
         attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
         self._pool.put_back(layer, attended.keys, attended.values)
-        if layer % LAYERS_AT_ONCE == 0:
-            # MLX computes these layers while Python describes the next.
-            mx.async_eval(attended.out)  # type: ignore[no-untyped-call]
+        compute_meanwhile(layer, attended.out)
         return attended.out
 
     @property
@@ -170,4 +174,5 @@ class PagedContext:
         step, lent = self._batch, self._pool.lend(layer)
         out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
         self._pool.put_back(layer, *pools)
+        compute_meanwhile(layer, out)
         return out

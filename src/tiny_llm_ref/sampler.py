@@ -7,9 +7,11 @@ tokens so far, its seed and its output index: never of the other rows of the bat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from random import Random
 
 import mlx.core as mx
 
+from .kernels import accelerated, compiled_kernel
 from .sampling_params import SamplingParams
 
 SUMMED_AT_ONCE = 256  # numbers that are added one by one; their sums are added again
@@ -104,10 +106,10 @@ def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
     return mx.where(probabilities >= min_p * mx.max(probabilities), logits, -mx.inf)
 
 
-def uniform(seed: int, index: int) -> mx.array:
+def uniform(seed: int, index: int) -> float:
     """A number in [0, 1) that depends on the request's seed and the output index alone."""
-    odd = 0x9E3779B97F4A7C15  # spreads neighbouring seeds over the key space; invertible modulo 2**64
-    return mx.random.uniform(key=mx.random.key((seed * odd + index) % 2**64))
+    odd = 0x9E3779B97F4A7C15  # spreads neighbouring seeds over all numbers; invertible modulo 2**64
+    return Random((seed * odd + index) % 2**64).random()
 
 
 def draw(logits: mx.array, seed: int, index: int) -> mx.array:
@@ -120,6 +122,16 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
     return mx.argmax(cumulative >= threshold)
 
 
+def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
+    """The same token in one operator; the index of a NaN where there is one."""
+    if params.greedy:
+        how = (0.0, 0.0, 0, 1.0, 0.0)
+    else:
+        how = (params.temperature, params.min_p, params.top_k, params.top_p, uniform(seed, index))
+    return compiled_kernel("sample")(logits, *how)  # type: ignore[no-any-return]
+
+
+@accelerated(compiled=_compiled)
 def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
     """The token id, unevaluated, for one row: logits [V] float32.
 

@@ -15,7 +15,7 @@ from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .kv_pool import KVPool
 from .layer_groups import LayerGroup
 from .paged_attention import BlockAllocator, BlockTable
-from .paged_kernel import LAYERS_AT_ONCE, Attended, PackedBatch, write_and_attend
+from .paged_kernel import Attended, PackedBatch, compute_meanwhile, write_and_attend
 
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
@@ -232,14 +232,15 @@ class WindowedContext:
             x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale, window
         )
         self._pool.put_back(in_pool, *pools)
+        compute_meanwhile(layer, out)
         return out
 
     def _compute(self, layer: int, attended: Attended) -> None:
-        """Start computing while Python describes the next layers.
+        """Let MLX compute while Python describes the next layers.
 
         Groups share the pool's arrays. MLX would copy them for a write while a read waits.
         """
         if not use_compiled():
             mx.eval(attended)
-        elif layer % LAYERS_AT_ONCE == 0:
-            mx.async_eval(attended.out)  # type: ignore[no-untyped-call]
+        else:
+            compute_meanwhile(layer, attended.out)

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import mlx.core as mx
 
 from .errors import NotANumberError
+from .kernels import is_reference, use_compiled
 from .sampler import adjust_logits, log_probabilities, sample_token
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
@@ -49,8 +50,10 @@ def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int
     ends = end_token_ids(params, eos_token_ids)
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     token = sample_token(adjusted, params, sequence.seed, len(outputs))
-    # The largest of numbers and NaNs is a NaN; a draw is led astray by one wherever it is.
-    return Choice(sequence, row, token, row[token] if params.greedy else mx.sum(row))
+    # The largest of numbers and NaNs is a NaN, and the compiled sampler ends at one. A draw by MLX's
+    # operators is led astray by one wherever it is.
+    ends_at_nan = params.greedy or (is_reference(sample_token) and use_compiled())
+    return Choice(sequence, row, token, row[token] if ends_at_nan else mx.sum(row))
 
 
 def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:

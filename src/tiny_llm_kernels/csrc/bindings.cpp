@@ -31,6 +31,7 @@ NB_MODULE(_kernels, m) {
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
   m.def("geglu", &tiny_llm::geglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
+  m.def("sample", &tiny_llm::sample, "logits"_a, "temperature"_a, "min_p"_a, "top_k"_a, "top_p"_a, "uniform"_a);
   m.def("copy_blocks", &tiny_llm::copy_blocks, "target"_a, "from_blocks"_a, "to_blocks"_a, "source"_a = nb::none());
   m.def("paged_attention", &tiny_llm::paged_attention, "q"_a, "key_pool"_a, "value_pool"_a, "tables"_a,
         "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none());

@@ -4,6 +4,7 @@
 // comes within microseconds), then sleep, so that an idle engine leaves the processors to others.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -36,13 +37,14 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  /// Calls body(begin, end) on pieces of at most `piece` items until [0, count) is done. The order of
-  /// pieces and who runs them is open: bodies must not care. One loop at a time; a second caller
-  /// (another MLX stream) does its loop alone.
-  void parallel_for(int64_t count, int64_t piece, const Body& body) {
+  /// Calls body(begin, end) on pieces until [0, count) is done: each takes a share of what is left, one part in
+  /// `parts`, and at least `smallest` items, so that pieces are long at first and all end together. The order of
+  /// pieces and who runs them is open: bodies must not care. One loop at a time; a second caller (another MLX
+  /// stream) does its loop alone.
+  void parallel_for(int64_t count, int64_t smallest, int64_t parts, const Body& body) {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
-    if (!lock || workers_.empty() || count <= piece) return body(0, count);
-    body_ = &body, count_ = count, piece_ = piece, next_ = 0;
+    if (!lock || workers_.empty() || count <= smallest) return body(0, count);
+    body_ = &body, count_ = count, smallest_ = smallest, parts_ = parts, next_ = 0;
     announce();  // odd: open
     take_pieces();
     phase_.fetch_add(1);  // even: closed; who has not come in by now stays out
@@ -58,8 +60,11 @@ class ThreadPool {
   }
 
   void take_pieces() {
-    for (int64_t begin; (begin = next_.fetch_add(piece_)) < count_;) {
-      (*body_)(begin, begin + piece_ < count_ ? begin + piece_ : count_);
+    for (int64_t begin = next_; begin < count_;) {
+      const int64_t end = std::min(count_, begin + std::max(smallest_, (count_ - begin) / parts_));
+      if (!next_.compare_exchange_weak(begin, end)) continue;
+      (*body_)(begin, end);
+      begin = next_;
     }
   }
 
@@ -89,7 +94,7 @@ class ThreadPool {
   static constexpr std::chrono::microseconds SPIN{100};
 
   const Body* body_ = nullptr;
-  int64_t count_ = 0, piece_ = 1;
+  int64_t count_ = 0, smallest_ = 1, parts_ = 1;
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
   alignas(64) std::atomic<int> inside_{0};

@@ -60,14 +60,12 @@ void set_num_threads(int threads) {
 void parallel_for(int64_t count, int64_t smallest_piece, const ThreadPool::Body& body) {
   if (count <= smallest_piece) return body(0, count);
   const auto here = pool();
-  // Four pieces a thread: a thread that was held up leaves the rest to the others.
-  const int64_t even = count / (4 * here->threads());
-  here->parallel_for(count, std::max(smallest_piece, even), body);
+  here->parallel_for(count, smallest_piece, 2 * here->threads(), body);
 }
 
 void parallel_for_each(int64_t count, const ThreadPool::Body& body) {
   if (count <= 1) return body(0, count);
-  pool()->parallel_for(count, 1, body);
+  pool()->parallel_for(count, 1, count, body);
 }
 
 }  // namespace tiny_llm

@@ -196,6 +196,21 @@ struct RopeJob {
   int64_t B, H, L, D;        // an item is one token: (batch, position in the row)
 };
 
+// ---- from logits to a token ----
+
+constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct SampleJob {
+  const float* logits;  // [V]
+  int64_t V;
+  float temperature;  // 0: the largest logit
+  float min_p, top_p;
+  int64_t top_k;    // 0 or less: all
+  double share;     // above 0 and up to 1: how far up the weights the draw goes
+  float* scratch;   // [2, V rounded up to 8], unless the temperature is 0
+  uint32_t* token;  // the one item
+};
+
 /// One set of kernels, compiled for one instruction set.
 struct Kernels {
   void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);    // items: rows
@@ -210,6 +225,7 @@ struct Kernels {
   void (*add)(const AddJob&, int64_t begin, int64_t end);                   // items: rows
   void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);             // items: rows
   void (*rope)(const RopeJob&, int64_t begin, int64_t end);                 // items: tokens
+  void (*sample)(const SampleJob&, int64_t begin, int64_t end);             // one item
 };
 
 }  // namespace tiny_llm

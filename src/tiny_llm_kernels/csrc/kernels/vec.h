@@ -39,6 +39,7 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef double f64x8 __attribute__((vector_size(64)));
+typedef int64_t i64x4 __attribute__((vector_size(32)));
 typedef int64_t i64x8 __attribute__((vector_size(64)));
 
 // WIDE numbers in the processor's widest register: for the matmuls, whose tile has 16 outputs.
@@ -128,6 +129,12 @@ INLINE f32x8 round(f32x8 a) {
 INLINE i32x8 to_int(f32x8 a) { return __builtin_convertvector(a, i32x8); }
 INLINE f32x8 to_float(i32x8 a) { return __builtin_convertvector(a, f32x8); }
 INLINE f32w to_float_wide(i32w a) { return __builtin_convertvector(a, f32w); }
+
+/// True where a comparison holds in one of the lanes at least.
+INLINE bool any(i32x8 mask) {
+  const auto words = bits_as<i64x4>(mask);
+  return ((words[0] | words[1]) | (words[2] | words[3])) != 0;
+}
 
 // Sums over lanes always use this one tree:  ((0+2)+(1+3)) + ((4+6)+(5+7)).
 INLINE float sum(f32x8 a) {
