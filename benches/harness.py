@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,13 @@ def timed(work: Callable[[], object]) -> float:
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest: these machines are shared, so a single figure says little."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def interval(values: Sequence[float], samples: int = 2000) -> tuple[float, float]:
+    """A 95% interval for the median, by bootstrap: medians of samples drawn from the values."""
+    numbers = random.Random(0)
+    medians = sorted(statistics.median(numbers.choices(values, k=len(values))) for _ in range(samples))
+    return medians[samples // 40], medians[-1 - samples // 40]
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""How does a decode step's time grow with what it works on: the context, and the requests beside each other?
+
+One request behind 128 to 8,192 tokens of context, then 1 to 64 requests of `--prompt` tokens each, on the
+embedded model; medians of `--steps` steps. The predictions take two figures of the same run: what a step
+with the shortest context takes, and the slope of the two longest ones. A context costs its keys and values,
+so the time grows in a straight line; requests share the weights that a step reads, so that a step for many
+takes much less than as many steps.
+"""
+
+from functools import partial
+from statistics import median
+from typing import Any
+
+import harness
+from tiny_llm import LLM, SamplingParams
+
+CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192]
+REQUESTS = [1, 2, 4, 8, 16, 32, 64]
+
+
+def step_seconds(llm: LLM, requests: int, prompt: int, steps: int) -> float:
+    """The median time of a decode step with so many requests, each behind `prompt` tokens."""
+    params = SamplingParams(temperature=0, max_tokens=steps + 8, ignore_eos=True)
+    call = llm.engine.call
+    for i in range(requests):
+        tokens = [1000 + (37 * j + 101 * i) % 30_000 for j in range(prompt)]
+        call(partial(llm.core.add_request, f"{prompt} {requests} {i}", tokens, params))
+    while any(sequence.num_computed < prompt for sequence in call(lambda: [*llm.core.manager.running])) or (
+        call(lambda: llm.core.manager.waiting)
+    ):
+        call(llm.core.step)
+    call(llm.core.step)
+    times = [call(partial(harness.timed, llm.core.step)) for _ in range(steps)]
+    while call(lambda: llm.core.has_work):
+        call(llm.core.step)
+    return median(times)
+
+
+def main() -> None:
+    """Print both growths."""
+    options = harness.parser(__doc__ or "")
+    options.add_argument("--steps", type=int, default=24, help="decode steps of each (default: 24)")
+    options.add_argument("--prompt", type=int, default=128, help="tokens of each of many requests (128)")
+    args = options.parse_args()
+    llm = LLM(
+        max_num_seqs=max(REQUESTS), num_blocks=1024, max_model_len=max(CONTEXTS), enable_prefix_caching=False
+    )
+    longest = max(CONTEXTS) - args.steps - 8
+    contexts: list[dict[str, Any]] = []
+    for context in CONTEXTS:
+        seconds = step_seconds(llm, 1, min(context, longest), args.steps)
+        contexts.append({"context": context, "step_s": seconds})
+    slope = (contexts[-1]["step_s"] - contexts[-2]["step_s"]) / (CONTEXTS[-1] - CONTEXTS[-2])
+    for row in contexts:
+        row["predicted_s"] = contexts[0]["step_s"] + slope * (row["context"] - CONTEXTS[0])
+    many: list[dict[str, Any]] = []
+    for count in REQUESTS:
+        seconds = step_seconds(llm, count, args.prompt, args.steps)
+        many.append({"requests": count, "step_s": seconds, "tokens_per_s": count / seconds})
+    lines = [f"{'context':>9}{'step':>10}{'predicted':>12}"]
+    lines += [
+        f"{row['context']:>9}{row['step_s'] * 1e3:>7.2f} ms{row['predicted_s'] * 1e3:>9.2f} ms"
+        for row in contexts
+    ]
+    lines += ["", f"{'requests':>9}{'step':>10}{'tok/s':>10}{'of one':>9}"]
+    lines += [
+        f"{row['requests']:>9}{row['step_s'] * 1e3:>7.2f} ms{row['tokens_per_s']:>10.0f}"
+        f"{row['tokens_per_s'] / many[0]['tokens_per_s']:>8.1f}x"
+        for row in many
+    ]
+    result = {"benchmark": "growth", "contexts": contexts, "requests": many}
+    harness.show(result, as_json=args.json, text="\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
