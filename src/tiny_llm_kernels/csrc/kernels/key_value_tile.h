@@ -100,20 +100,35 @@ static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, 
   });
 }
 
-/// Asks for the tile that begins at position `first`, while another one is worked on: pages lie anywhere, and
-/// what comes next in memory is not what comes next in the sequence.
-template <typename T>
-static void prefetch_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part) {
-  constexpr int64_t LINE = 64 / sizeof(typename T::Storage);
-  const auto* keys = static_cast<const typename T::Storage*>(job.keys);
-  const auto* values = static_cast<const typename T::Storage*>(job.values);
-  each_stretch(job, head, table_row, first, part, [&](int64_t, int64_t count, int64_t place) {
-    if (place < 0) return;
-    for (int64_t d = 0; d < count * job.D; d += LINE) {
-      __builtin_prefetch(keys + place + d);
-      __builtin_prefetch(values + place + d);
+/// The next tile's keys and values, asked for a few at a time while one tile is worked on: pages lie anywhere, so
+/// the processor cannot guess what comes next, and it has only so many requests to memory under way.
+class Ahead {
+ public:
+  /// All that `part` has of the tile that begins at position `first`: keys, then values.
+  template <typename T>
+  INLINE_MEMBER void look(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part) {
+    next_ = count_ = 0, bytes_ = job.D * sizeof(typename T::Storage);
+    const void* const pools[] = {job.keys, job.values};
+    for (const void* pool : pools) {
+      each_stretch(job, head, table_row, first, part, [&](int64_t, int64_t count, int64_t place) {
+        for (int64_t i = 0; place >= 0 && i < count; ++i) {
+          places_[count_++] = static_cast<const char*>(pool) + (place + i * job.D) * sizeof(typename T::Storage);
+        }
+      });
     }
-  });
-}
+  }
+
+  /// Asks for the next `count` of them.
+  INLINE_MEMBER void ask(int count) {
+    for (; count > 0 && next_ < count_; --count, ++next_) {
+      for (int64_t line = 0; line < bytes_; line += 64) __builtin_prefetch(places_[next_] + line);
+    }
+  }
+
+ private:
+  const char* places_[2 * TILE];
+  int next_ = 0, count_ = 0;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace tiny_llm::TINY_LLM_ISA

@@ -34,8 +34,9 @@ struct Row {
 
 /// scores[r][i] = scale * (q_r . k_i) where position i of the tile is seen, -inf for the others.
 template <int ROWS>
-INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, float scale, float (&scores)[ROWS][TILE]) {
+INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, float scale, float (&scores)[ROWS][TILE], Ahead& ahead) {
   for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
+    ahead.ask(4);
     const float* k = tile.keys + i * D;
     f32w acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += WIDE) {
@@ -78,13 +79,14 @@ INLINE float soften(Row& row, float (&scores)[TILE]) {
 /// o_r = o_r * decay_r + sum over the seen i of weights[r][i] * v_i, for VECS vectors of the D numbers. What is
 /// not seen is left out, not multiplied by a weight of zero: it may be NaN.
 template <int ROWS, int VECS>
-INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen, const float (&weights)[ROWS][TILE], const float (&decay)[ROWS]) {
+INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen, const float (&weights)[ROWS][TILE], const float (&decay)[ROWS], Ahead& ahead) {
   f32w o[ROWS][VECS];
   UNROLL for (int r = 0; r < ROWS; ++r) {
     UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r].o + d + c * WIDE) * splat_wide(decay[r]);
   }
   const float* v = tile.values + seen.begin * D + d;
   for (int64_t i = seen.begin; i < seen.end; ++i, v += D) {
+    ahead.ask(1);
     UNROLL for (int r = 0; r < ROWS; ++r) {
       const f32w weight = splat_wide(weights[r][i]);
       UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load_wide(v + c * WIDE), o[r][c]);
@@ -95,15 +97,15 @@ INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen, c
   }
 }
 
-/// Rows of one token take in what it sees of a tile.
+/// Rows of one token take in what it sees of a tile; meanwhile memory is asked for what is `ahead`.
 template <int ROWS>
-static void visit(Row* rows, const Tile& tile, int64_t D, Range seen, float scale) {
+static void visit(Row* rows, const Tile& tile, int64_t D, Range seen, float scale, Ahead& ahead) {
   float scores[ROWS][TILE], decay[ROWS];
-  score<ROWS>(rows, tile, D, seen, scale, scores);
+  score<ROWS>(rows, tile, D, seen, scale, scores, ahead);
   UNROLL for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
   int64_t d = 0;
-  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, D, d, seen, scores, decay);
-  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, D, d, seen, scores, decay);
+  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, D, d, seen, scores, decay, ahead);
+  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, D, d, seen, scores, decay, ahead);
 }
 
 /// `total` has then seen what both have.

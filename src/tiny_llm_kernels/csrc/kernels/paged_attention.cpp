@@ -34,6 +34,7 @@ struct alignas(64) Desk {
   Softmax totals[MAX_ROWS];
   float q[MAX_ROWS * MAX_HEAD_SIZE], part[MAX_ROWS * MAX_HEAD_SIZE], total[MAX_ROWS * MAX_HEAD_SIZE];
   Tile tile;
+  Ahead ahead;
 };
 
 /// An item's query heads first .. first + count - 1: as many as fit on the desk.
@@ -74,16 +75,16 @@ static void visit_partition(const AttentionJob& job, const AttentionItem& item, 
   const int64_t table_row = job.row_of_token[item.first_token], width = padded(job.D);
   for (int64_t first = here.begin / TILE * TILE; first < here.end; first += TILE) {
     load_tile<T>(job, item.head, table_row, first, part_in_tile(here, first), desk.tile);
-    prefetch_tile<T>(job, item.head, table_row, first + TILE, part_in_tile({here.begin, until}, first + TILE));
+    desk.ahead.look<T>(job, item.head, table_row, first + TILE, part_in_tile({here.begin, until}, first + TILE));
     for (int64_t t = 0; t < item.tokens; ++t) {
       const Range seen = part_in_tile(seen_by(job, item.first_token + t), first);
       if (seen.empty()) continue;
       Row* row = desk.rows + t * heads;
       for (int64_t left = heads; left > 0; left -= 3, row += 3) {
         switch (left) {
-          case 1: visit<1>(row, desk.tile, width, seen, job.scale); break;
-          case 2: visit<2>(row, desk.tile, width, seen, job.scale); break;
-          default: visit<3>(row, desk.tile, width, seen, job.scale);
+          case 1: visit<1>(row, desk.tile, width, seen, job.scale, desk.ahead); break;
+          case 2: visit<2>(row, desk.tile, width, seen, job.scale, desk.ahead); break;
+          default: visit<3>(row, desk.tile, width, seen, job.scale, desk.ahead);
         }
       }
     }
