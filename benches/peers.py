@@ -197,7 +197,9 @@ def draw(rows: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "tiny-llm"  # the same figures make the same file
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "tiny-llm", "svg.fonttype": "none"}
+    )  # same figures, same file
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(rows), figsize=(3 * len(rows), 2.6), layout="constrained")
