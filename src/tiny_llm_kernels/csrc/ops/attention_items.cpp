@@ -49,13 +49,15 @@ struct Items {
   void add(const AttentionJob& job, const Run& run, int64_t share) {
     const bool held = run.end <= job.M * job.block_size / PARTITION + 1;  // a wrong position must not cost memory
     const bool is_part = held && run.partitions() > 1 && run.partitions() * run.count > share;
-    const int64_t at_once = is_part ? std::max<int64_t>(1, share / run.count) : run.partitions();
-    for (int64_t begin = run.begin; begin < run.end || begin == run.begin; begin += std::max<int64_t>(1, at_once)) {
-      const auto end = static_cast<int32_t>(std::min(begin + at_once, run.end));
+    const int64_t at_once = std::max<int64_t>(1, is_part ? share / run.count : run.partitions());
+    int64_t begin = run.begin;
+    do {  // once for tokens that see nothing, too: they get NaN
+      const int64_t end = std::min(begin + at_once, run.end);
       for (int32_t head = 0; head < job.Hkv; ++head) {
-        all.push_back({run.first, run.count, head, static_cast<int32_t>(begin), end, is_part});
+        all.push_back({run.first, run.count, head, static_cast<int32_t>(begin), static_cast<int32_t>(end), is_part});
       }
-    }
+      begin = end;
+    } while (begin < run.end);
     if (!is_part) return;
     for (int32_t token = run.first; token < run.first + run.count; ++token) apart.push_back(token);
     max_partitions = std::max(max_partitions, run.partitions());
