@@ -88,6 +88,11 @@ def test_a_wrong_setting_is_refused_with_its_value(variable: str, value: str) ->
     assert repr(value) in last
 
 
+def test_what_is_wrong_with_the_kernels_is_not_blamed_on_a_model_file() -> None:
+    last = run("from tiny_llm import LLM; LLM()", TINY_LLM_KERNELS="fast").stderr.splitlines()[-1]
+    assert last.startswith("ValueError: TINY_LLM_KERNELS must be")
+
+
 @needs_kernels
 def test_settings_are_taken_from_the_environment() -> None:
     code = "import tiny_llm_kernels as k; print(k.instruction_set(), k.num_threads())"

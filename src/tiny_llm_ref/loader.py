@@ -8,6 +8,7 @@ from .errors import ModelFileError
 from .gguf_reader import read_gguf
 from .hf_reader import read_folder
 from .hub import find_model
+from .kernels import compiled_available
 from .model import Model
 from .tokenizer import Tokenizer
 
@@ -26,8 +27,10 @@ def load_model(model: str | Path | None, activation_bits: int = 16) -> LoadedMod
 
     activation_bits: as in `EngineConfig`.
 
-    Raises `ModelFileError` naming the file, what was found and what was expected.
+    Raises `ModelFileError` naming the file, what was found and what was expected, and ValueError where the
+    environment asks for kernels that there are not.
     """
+    compiled_available()  # asked first: what is wrong with the kernels is not the file's fault
     path = find_model(model)
     checkpoint = read_checkpoint(path)
     is_hub_id = model is not None and not Path(model).expanduser().exists()

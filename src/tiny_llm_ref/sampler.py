@@ -124,11 +124,11 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
 
 def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
     """The same token in one operator; the index of a NaN where there is one."""
-    if params.greedy:
-        how = (0.0, 0.0, 0, 1.0, 0.0)
-    else:
-        how = (params.temperature, params.min_p, params.top_k, params.top_p, uniform(seed, index))
-    return compiled_kernel("sample")(logits, *how)  # type: ignore[no-any-return]
+    temperature = 0.0 if params.greedy else params.temperature
+    filters = (params.min_p, params.top_k, params.top_p)
+    return compiled_kernel("sample")(  # type: ignore[no-any-return]
+        logits, temperature, *filters, uniform(seed, index)
+    )
 
 
 @accelerated(compiled=_compiled)
