@@ -1,6 +1,6 @@
 """How does a decode step's time grow with what it works on: the context, and the requests beside each other?
 
-One request behind 128 to 8,192 tokens of context, then 1 to 64 requests of `--prompt` tokens each, on the
+One request behind 128 to 8,160 tokens of context, then 1 to 64 requests of `--prompt` tokens each, on the
 embedded model; medians of `--steps` steps. The predictions take two figures of the same run: what a step
 with the shortest context takes, and the slope of the two longest ones. A context costs its keys and values,
 so the time grows in a straight line; requests share the weights that a step reads, so that a step for many
@@ -14,13 +14,17 @@ from typing import Any
 import harness
 from tiny_llm import LLM, SamplingParams
 
-CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192]
+CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8160]
+MAX_MODEL_LEN = 8192  # the embedded model's; the steps that are measured need room behind the prompt
 REQUESTS = [1, 2, 4, 8, 16, 32, 64]
+SPARE = 8  # steps beside the measured ones: the prompt's, and one that warms up
+NUM_BLOCKS, BLOCK_SIZE = 1024, 16
+LONGEST_PROMPT = NUM_BLOCKS * BLOCK_SIZE // max(REQUESTS) - 64
 
 
 def step_seconds(llm: LLM, requests: int, prompt: int, steps: int) -> float:
     """The median time of a decode step with so many requests, each behind `prompt` tokens."""
-    params = SamplingParams(temperature=0, max_tokens=steps + 8, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=steps + SPARE, ignore_eos=True)
     call = llm.engine.call
     for i in range(requests):
         tokens = [1000 + (37 * j + 101 * i) % 30_000 for j in range(prompt)]
@@ -39,17 +43,30 @@ def step_seconds(llm: LLM, requests: int, prompt: int, steps: int) -> float:
 def main() -> None:
     """Print both growths."""
     options = harness.parser(__doc__ or "")
-    options.add_argument("--steps", type=int, default=24, help="decode steps of each (default: 24)")
-    options.add_argument("--prompt", type=int, default=128, help="tokens of each of many requests (128)")
-    args = options.parse_args()
-    llm = LLM(
-        max_num_seqs=max(REQUESTS), num_blocks=1024, max_model_len=max(CONTEXTS), enable_prefix_caching=False
+    options.add_argument(
+        "--steps", type=harness.positive, default=24, help="decode steps of each (default: 24)"
     )
-    longest = max(CONTEXTS) - args.steps - 8
+    options.add_argument(
+        "--prompt", type=harness.positive, default=128, help="tokens of each of many requests (default: 128)"
+    )
+    args = options.parse_args()
+    room = MAX_MODEL_LEN - max(CONTEXTS) - SPARE
+    if args.steps > room:
+        options.error(f"--steps {args.steps}: at most {room}, all that fits behind {max(CONTEXTS)} tokens")
+    if args.prompt > LONGEST_PROMPT:
+        options.error(
+            f"--prompt {args.prompt}: at most {LONGEST_PROMPT}, so that {max(REQUESTS)} fit the pool"
+        )
+    llm = LLM(
+        max_num_seqs=max(REQUESTS),
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=False,
+    )
     contexts: list[dict[str, Any]] = []
     for context in CONTEXTS:
-        seconds = step_seconds(llm, 1, min(context, longest), args.steps)
-        contexts.append({"context": context, "step_s": seconds})
+        contexts.append({"context": context, "step_s": step_seconds(llm, 1, context, args.steps)})
     slope = (contexts[-1]["step_s"] - contexts[-2]["step_s"]) / (CONTEXTS[-1] - CONTEXTS[-2])
     for row in contexts:
         row["predicted_s"] = contexts[0]["step_s"] + slope * (row["context"] - CONTEXTS[0])

@@ -19,8 +19,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has; its description is the module's docstring."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", action="store_true", help="print the result as JSON")
-    made.add_argument("--repetitions", type=int, default=5, help="timed repetitions (default: 5)")
+    made.add_argument("--repetitions", type=positive, default=5, help="timed repetitions (default: 5)")
     return made
+
+
+def positive(text: str) -> int:
+    """An argument that counts something: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
+    return int(text)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -9,22 +9,26 @@ installs it. A round gives every engine the same jobs, with prompts that no roun
     shared    the same behind 256 tokens that all of them begin with, new in each round
 """
 
+import contextlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Timer
+from typing import Any
 
 from tiny_llm.embedded import embedded_model_path
 
 import harness
 import tiny_llm_kernels
 
-T = TypeVar("T")
+MINUTES = 15  # no start and no job takes as long; an engine that does is ended
 WORKERS = Path(__file__).parent / "peer_workers"
 PREFILL, DECODE, PREFIX = 512, 128, 256
 REQUESTS, LENGTHS, OUTPUTS = 32, (32, 160), 64
@@ -48,6 +52,10 @@ class Peer:
         return f"no {missing}; {self.install}" if missing else None
 
 
+class WorkerError(Exception):
+    """An engine did not start, ended, took too long, or gave fewer tokens than it was asked for."""
+
+
 class Worker:
     """A peer's process: it has loaded the model, and waits for jobs."""
 
@@ -55,39 +63,62 @@ class Worker:
         command = [str(peer.python), str(WORKERS / peer.worker), str(model), str(threads), *peer.arguments]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # a worker may start a server, which is ended with it
         )
         self.name = peer.name
-        self.version = str(self._answer()["version"])
+        try:
+            self.version = str(self._answer()["version"])
+        except WorkerError:
+            self.close()
+            raise
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> float:
-        """Seconds that the prompts take. Raises where not all tokens came out."""
+        """Seconds that the prompts take. Raises WorkerError where not all tokens came out."""
         assert self._process.stdin is not None
-        print(
-            json.dumps({"prompts": prompts, "output_tokens": output_tokens}),
-            file=self._process.stdin,
-            flush=True,
-        )
+        job = {"prompts": prompts, "output_tokens": output_tokens}
+        with contextlib.suppress(BrokenPipeError):  # the answer that does not come says why
+            print(json.dumps(job), file=self._process.stdin, flush=True)
         answer = self._answer()
-        if answer["tokens"] != len(prompts) * output_tokens:
-            wanted = len(prompts) * output_tokens
-            raise RuntimeError(f"{self.name} gave {answer['tokens']} tokens instead of {wanted}")
+        wanted = len(prompts) * output_tokens
+        if answer["tokens"] != wanted:
+            raise WorkerError(f"gave {answer['tokens']} tokens instead of {wanted}")
         return float(answer["seconds"])
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: it ends by itself when no more jobs can come, or it is ended."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def _kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        limit = Timer(60 * MINUTES, self._kill)
+        limit.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            limit.cancel()
         if not line:
             code = self._process.wait()
             self._log.seek(0)
-            said = "".join(self._log.readlines()[-5:])
-            raise RuntimeError(f"{self.name} ended with {code} before it answered:\n{said}")
+            said = " / ".join(part.strip() for part in self._log.readlines()[-5:])
+            raise WorkerError(f"ended with {code} before it answered: {said}")
         return dict(json.loads(line))
 
 
@@ -127,13 +158,24 @@ def some_tokens(random_numbers: random.Random, length: int) -> list[int]:
     return random_numbers.choices(WORDS, k=length)
 
 
-def one_round(workers: list[Worker], seed: int) -> dict[str, dict[str, float]]:
-    """Every job, and in each all engines one after the other: tokens per second by job and engine."""
+def one_round(workers: list[Worker], seed: int, left_out: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Every job, and in each all engines one after the other: tokens per second by job and engine.
+
+    An engine that fails goes into `left_out` with its reason, and gets no further jobs.
+    """
     numbers = random.Random(seed)
 
-    def in_turns(work: Callable[[Worker], T]) -> dict[str, T]:
-        order = random.Random(numbers.random()).sample(workers, len(workers))
-        return {worker.name: work(worker) for worker in order}
+    def in_turns(work: Callable[[Worker], float]) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for worker in random.Random(numbers.random()).sample(workers, len(workers)):
+            if worker.name in left_out:
+                continue
+            try:
+                figures[worker.name] = work(worker)
+            except WorkerError as error:
+                progress(f"{worker.name} is left out: {error}")
+                left_out[worker.name] = str(error)
+        return figures
 
     prompt, short = some_tokens(numbers, PREFILL), [some_tokens(numbers, 8) for _ in range(2)]
     prefix = some_tokens(numbers, PREFIX)
@@ -150,20 +192,19 @@ def one_round(workers: list[Worker], seed: int) -> dict[str, dict[str, float]]:
     }
 
 
-def compare(workers: list[Worker], repetitions: int) -> dict[str, Any]:
+def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -> dict[str, Any]:
     """Medians of all rounds but the first, and this engine's ratios to the others, round by round."""
     rounds = []
     for seed in range(repetitions + 1):
         progress(f"round {seed} of {repetitions}" if seed else "a round that does not count")
-        rounds.append(one_round(workers, seed))
+        rounds.append(one_round(workers, seed, left_out))
     rounds = rounds[1:]
-    ours = [worker.name for worker in workers if worker.name.startswith("tiny-llm")]
-    theirs = [worker.name for worker in workers if worker.name not in ours]
+    names = [worker.name for worker in workers if worker.name not in left_out]
+    ours = [name for name in names if name.startswith("tiny-llm")]
+    theirs = [name for name in names if name not in ours]
     return {
         job: {
-            "tokens_per_s": {
-                worker.name: harness.summary([one[job][worker.name] for one in rounds]) for worker in workers
-            },
+            "tokens_per_s": {name: harness.summary([one[job][name] for one in rounds]) for name in names},
             "ratio": {
                 mine: {
                     other: harness.summary([one[job][mine] / one[job][other] for one in rounds])
@@ -176,7 +217,7 @@ def compare(workers: list[Worker], repetitions: int) -> dict[str, Any]:
     }
 
 
-def as_text(rows: dict[str, Any], versions: dict[str, str], missing: dict[str, str]) -> str:
+def as_text(rows: dict[str, Any], versions: dict[str, str], left_out: dict[str, str]) -> str:
     """Tokens per second, and the first engine's ratios."""
     lines = [f"{'':10}{'engine':>20}{'tok/s':>9}   ours: median ratio (least to greatest)"]
     for job, row in rows.items():
@@ -189,7 +230,7 @@ def as_text(rows: dict[str, Any], versions: dict[str, str], missing: dict[str, s
             ]
             lines.append(f"{job:10}{engine:>20}{figures['median']:>9.1f}   {', '.join(ratios)}")
     lines += [f"{name}: {version}" for name, version in versions.items()]
-    return "\n".join(lines + [f"left out: {name}: {why}" for name, why in missing.items()])
+    return "\n".join(lines + [f"left out: {name}: {why}" for name, why in left_out.items()])
 
 
 def draw(rows: dict[str, Any], file: Path) -> None:
@@ -226,7 +267,7 @@ def progress(text: str) -> None:
 
 
 def main() -> None:
-    """Start the engines that are there, measure them in turns, and say what is missing."""
+    """Start the engines that are there, measure them in turns, and say which are left out."""
     options = harness.parser(__doc__ or "")
     options.add_argument(
         "--peers", type=Path, default=Path(".peers"), help="folder of their environments (default: .peers)"
@@ -238,22 +279,25 @@ def main() -> None:
         options.error(f"--plot {args.plot}: name a file that ends in .svg or .png, in a folder that is there")
     model, threads = embedded_model_path(), tiny_llm_kernels.num_threads()
     peers = all_peers(args.peers.absolute(), args.llama_server)
-    missing = {peer.name: why for peer in peers if (why := peer.why_missing())}
+    left_out = {peer.name: why for peer in peers if (why := peer.why_missing())}
     workers: list[Worker] = []
     try:
         for peer in peers:
-            if peer.name not in missing:
+            if peer.name not in left_out:
                 progress(f"starting {peer.name}")
-                workers.append(Worker(peer, model, threads))
-        rows = compare(workers, args.repetitions)
+                try:
+                    workers.append(Worker(peer, model, threads))
+                except WorkerError as error:
+                    left_out[peer.name] = str(error)
+        rows = compare(workers, args.repetitions, left_out)
     finally:
         for worker in workers:
             worker.close()
     if args.plot:
         draw(rows, args.plot)
     versions = {worker.name: worker.version for worker in workers}
-    result = {"benchmark": "peers", "rows": rows, "versions": versions, "missing": missing}
-    harness.show(result, as_json=args.json, text=as_text(rows, versions, missing))
+    result = {"benchmark": "peers", "rows": rows, "versions": versions, "left_out": left_out}
+    harness.show(result, as_json=args.json, text=as_text(rows, versions, left_out))
 
 
 if __name__ == "__main__":

@@ -49,3 +49,56 @@ def test_peers_that_are_missing_say_how_they_are_installed(monkeypatch: pytest.M
     assert all(reason.startswith("no /nowhere/") for reason in reasons)
     assert sum("pip install" in reason for reason in reasons) == 2
     assert "--llama-server" in reasons[-1]
+
+
+WORKER = """
+import json, sys
+print(json.dumps({"version": "1"}), flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    if len(job["prompts"]) > 1 and "breaks" in sys.argv:
+        sys.exit("no memory left")
+    tokens = len(job["prompts"]) * job["output_tokens"]
+    print(json.dumps({"seconds": tokens / 1000, "tokens": tokens}), flush=True)
+"""
+
+
+def test_a_peer_that_fails_is_left_out_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import peers
+
+    file = tmp_path / "worker.py"
+    file.write_text(WORKER)
+    kinds = {"tiny-llm, 16 bits": "works", "works": "works", "breaks": "breaks"}
+    workers = [
+        peers.Worker(peers.Peer(name, Path(sys.executable), str(file), (kind,)), tmp_path, 1)
+        for name, kind in kinds.items()
+    ]
+    left_out: dict[str, str] = {}
+    try:
+        rows = peers.compare(workers, 2, left_out)
+    finally:
+        for worker in workers:
+            worker.close()
+    assert [*left_out] == ["breaks"]
+    assert "no memory left" in left_out["breaks"]
+    assert {name for row in rows.values() for name in row["tokens_per_s"]} == {"tiny-llm, 16 bits", "works"}
+    with pytest.raises(peers.WorkerError, match="No such file"):
+        peers.Worker(peers.Peer("absent", Path(sys.executable), "absent.py"), tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["growth", "--steps", "25"], "--steps 25: at most 24"),
+        (["growth", "--prompt", "500"], "--prompt 500: at most 192"),
+        (["roofline", "--repetitions", "0"], "'0': a whole number from 1 on"),
+        (["peers", "--plot", "picture.txt"], "--plot picture.txt"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(arguments: list[str], said: str) -> None:
+    refused = bench(*arguments)
+    assert refused.returncode == 2
+    assert said in refused.stderr
