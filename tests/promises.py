@@ -508,6 +508,26 @@ SWAPPED = Scenario(
 )
 
 
+# Contexts of three partitions, whose attention is shared out among threads: chunks that end within a partition and
+# at its edge, decodes beside a prompt, prefixes that are found, and a preemption.
+LONG = Scenario(
+    arrivals=(
+        Arrival(0, tuple(random_prompt(250, 0)), SamplingParams(max_tokens=12, temperature=0.0, logprobs=1)),
+        Arrival(3, tuple(random_prompt(250, 0)[:200]), SamplingParams(max_tokens=6, n=2, ignore_eos=True)),
+        Arrival(5, tuple(random_prompt(300, 7)), SamplingParams(max_tokens=8, ignore_eos=True)),
+        Arrival(6, tuple(random_prompt(250, 0)[:127]), SamplingParams(max_tokens=4, ignore_eos=True)),
+    ),
+    block_size=16,
+    spare_blocks=12,
+    max_seqs=6,
+    max_tokens=64,
+    threads=3,
+    instruction_set="",
+    preempts=True,
+    prefix=True,
+)
+
+
 # Scheduling never changes the answer.
 
 

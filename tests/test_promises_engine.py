@@ -35,6 +35,7 @@ import tiny_llm_kernels
 from promises import (
     ALIKE,
     CROWD,
+    LONG,
     SQUEEZED,
     SWAPPED,
     Arrival,
@@ -115,6 +116,16 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         assert happened[name] >= 1, f"the scenarios never test {name}: {happened}"
 
 
+@pytest.mark.parametrize("make", [tiny_model, eight_bit_model, qwen_model, gemma_model])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_long_contexts_get_the_same_answer_in_any_crowd(make: Callable[[], Model], threads: int) -> None:
+    model = make()
+    roomy = replace(model, config=replace(model.config, max_position_embeddings=400))
+    happened = check_scenario(roomy, replace(LONG, threads=threads if tiny_llm_kernels.available() else 1))
+    for name in ("answers compared", "mixed steps", "prefix hits", "prompts cut into chunks"):
+        assert happened[name] >= 1, f"the scenario does not test {name}: {happened}"
+
+
 @st.composite
 def chunkings(draw: st.DrawFn, length: int) -> list[int]:
     """Sizes of chunks that sum to `length`."""
@@ -161,6 +172,7 @@ def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> No
     @example(ALIKE)
     @example(SQUEEZED)
     @example(SWAPPED)
+    @example(LONG)
     @example(replace(CROWD, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
     def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
         happened.update(check_scenario(embedded, scenario))

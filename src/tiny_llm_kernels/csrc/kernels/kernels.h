@@ -9,6 +9,8 @@
 
 namespace tiny_llm {
 
+constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 /// Rows of floats that may lie apart: row i starts at data + i * stride.
 struct Rows {
   const float* data;
@@ -49,7 +51,7 @@ constexpr int record_bytes(int bits, bool wide) { return header_bytes(wide) + TI
 // Of 16 bits, the middle two of each four inputs change places: k, k+2, k+1, k+3. A byte product takes four
 // neighbours, a product of 16 bits two, and masking a weight's bytes leaves every second one.
 constexpr int BAND = 8;
-constexpr int64_t bands(int64_t rows) { return (rows + BAND - 1) / BAND; }
+constexpr int64_t bands(int64_t rows) { return rounded_up(rows, BAND) / BAND; }
 
 /// Which group of all it is in that order: group g of `groups` of a row.
 constexpr int64_t place_of_group(int64_t row, int64_t g, int64_t groups) { return (row / BAND * groups + g) * BAND + row % BAND; }
@@ -121,12 +123,13 @@ constexpr int PARTITION = 128;  // positions; what one is for: paged_attention.c
 struct AttentionItem {
   int32_t first_token, tokens, head;
   int32_t first_partition, end_partition;  // what lies outside is left to others
-  bool is_part;                            // write down what each partition comes to, for `reduce_partitions`
+  int32_t apart;  // where `first_token` stands in the job's `apart`: its partitions are written down; -1: they are
+                  // merged at once, because this item has all of them
 };
 
 /// What one row (token, head) comes to in one partition: the softmax's m and l, then o.
 constexpr int64_t PARTIAL_HEADER = 16;
-constexpr int64_t partial_floats(int64_t D) { return PARTIAL_HEADER + (D + 15) / 16 * 16; }
+constexpr int64_t partial_floats(int64_t D) { return PARTIAL_HEADER + rounded_up(D, 16); }
 
 struct AttentionJob {
   const float *q, *k, *v;  // each [H or Hkv, T, D], the last axis contiguous
@@ -143,7 +146,7 @@ struct AttentionJob {
   float scale;
   const AttentionItem* items;
   const int32_t* apart;    // the tokens whose partitions are worked on apart
-  float* partials;         // [T, H, max_partitions, partial_floats(D)], from the first partition that a token sees
+  float* partials;         // [apart, H, max_partitions, partial_floats(D)], from the first one that a token sees
   int64_t max_partitions;
 
   __attribute__((always_inline)) bool slot_inside(int64_t token) const {
@@ -197,8 +200,6 @@ struct RopeJob {
 };
 
 // ---- from logits to a token ----
-
-constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct SampleJob {
   const float* logits;  // [V]

@@ -18,7 +18,7 @@ INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// Heads are worked on in whole vectors: D rounded up, the numbers behind D being zero.
-INLINE int64_t padded(int64_t D) { return (D + WIDE - 1) / WIDE * WIDE; }
+INLINE int64_t padded(int64_t D) { return rounded_up(D, WIDE); }
 
 /// The positions begin .. end - 1; none if end is not above begin.
 struct Range {
@@ -41,7 +41,9 @@ INLINE Range seen_by(const AttentionJob& job, int64_t token) {
 }
 
 /// What the tile that begins at position `first` has of a range, counted from `first` on.
-INLINE Range part_in_tile(Range range, int64_t first) { return {max(range.begin - first, 0), min(range.end - first, TILE)}; }
+INLINE Range part_in_tile(Range range, int64_t first) {
+  return {max(range.begin - first, 0), min(range.end - first, TILE)};
+}
 
 struct alignas(64) Tile {
   float keys[TILE * MAX_HEAD_SIZE];    // [32, D padded]
@@ -51,7 +53,8 @@ struct alignas(64) Tile {
 /// Calls `visit(i, count, place)` for the positions of a tile that lie side by side in one block, from the i-th
 /// on: their numbers begin at `place` of the pools, D for each. -1: the table does not hold them.
 template <typename Visit>
-INLINE void each_stretch(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part, Visit visit) {
+INLINE void each_stretch(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
+                         Visit visit) {
   const int32_t* table = job.tables + table_row * job.M;
   int64_t column = (first + part.begin) / job.block_size, offset = (first + part.begin) % job.block_size;
   for (int64_t i = part.begin; i < part.end; ++column, offset = 0) {
@@ -82,7 +85,8 @@ INLINE void widen(const typename T::Storage* from, int64_t count, int64_t D, flo
 /// A position that the table does not hold gives NaN: a wrong table must not read memory that is not the
 /// pool's, nor pass unseen.
 template <typename T>
-static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part, Tile& tile) {
+static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
+                      Tile& tile) {
   const auto* keys = static_cast<const typename T::Storage*>(job.keys);
   const auto* values = static_cast<const typename T::Storage*>(job.values);
   const int64_t width = padded(job.D);

@@ -11,8 +11,6 @@
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-constexpr float INF = __builtin_inff();
-
 /// What has been seen, in three numbers; o is not yet divided by l.
 struct Softmax {
   float m, l;

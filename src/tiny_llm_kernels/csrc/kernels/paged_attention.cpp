@@ -43,12 +43,14 @@ struct Heads {
 };
 
 /// The partitions that hold a range.
-INLINE Range partitions_of(Range range) { return {range.begin / PARTITION, (range.end + PARTITION - 1) / PARTITION}; }
+INLINE Range partitions_of(Range range) {
+  return {range.begin / PARTITION, rounded_up(range.end, PARTITION) / PARTITION};
+}
 
-/// Where partition `p` of a row is written down: m and l, and o behind them.
-INLINE float* written_down(const AttentionJob& job, int64_t token, int64_t head, int64_t p) {
-  const int64_t place = p - partitions_of(seen_by(job, token)).begin;
-  return job.partials + ((token * job.H + head) * job.max_partitions + place) * partial_floats(job.D);
+/// Where partition `p` of a row is written down, the row being of token apart[i]: m and l, and o behind them.
+INLINE float* written_down(const AttentionJob& job, int64_t i, int64_t head, int64_t p) {
+  const int64_t place = p - partitions_of(seen_by(job, job.apart[i])).begin;
+  return job.partials + ((i * job.H + head) * job.max_partitions + place) * partial_floats(job.D);
 }
 
 /// The first D numbers of `from`, and zeros up to whole vectors.
@@ -71,7 +73,8 @@ INLINE void put_out(const Softmax& total, int64_t D, float* out) {
 
 /// The item's tokens take in the positions `here`, which lie in one partition. The item goes on up to `until`.
 template <typename T>
-static void visit_partition(const AttentionJob& job, const AttentionItem& item, int64_t heads, Range here, int64_t until, Desk& desk) {
+static void visit_partition(const AttentionJob& job, const AttentionItem& item, int64_t heads, Range here,
+                            int64_t until, Desk& desk) {
   const int64_t table_row = job.row_of_token[item.first_token], width = padded(job.D);
   for (int64_t first = here.begin / TILE * TILE; first < here.end; first += TILE) {
     load_tile<T>(job, item.head, table_row, first, part_in_tile(here, first), desk.tile);
@@ -114,16 +117,16 @@ static void attend_heads(const AttentionJob& job, const AttentionItem& item, Hea
     for (int64_t row = 0; row < num_rows; ++row) {
       if (both(here, seen_by(job, token_of(row))).empty()) continue;
       const Softmax part = desk.rows[row].seen();
-      if (!item.is_part) {
+      if (item.apart < 0) {
         merge(desk.totals[row], part, width);
       } else {
-        float* noted = written_down(job, token_of(row), head_of(row), p);
+        float* noted = written_down(job, item.apart + row / heads.count, head_of(row), p);
         noted[0] = part.m, noted[1] = part.l;
         std::memcpy(noted + PARTIAL_HEADER, part.o, width * sizeof(float));
       }
     }
   }
-  if (item.is_part) return;
+  if (item.apart >= 0) return;  // `reduce_partitions` does the rest
   for (int64_t row = 0; row < num_rows; ++row) {
     put_out(desk.totals[row], job.D, job.out + (token_of(row) * job.H + head_of(row)) * job.D);
   }
@@ -152,8 +155,8 @@ static void attend_items(const AttentionJob& job, int64_t begin, int64_t end) {
     for (int64_t h = 0; has_table && h < group; h += at_once) {
       attend_heads<T>(job, item, {first_head + h, min(group - h, at_once)}, desk);
     }
-    for (int64_t token = item.first_token; token < item.first_token + item.tokens && !item.is_part; ++token) {
-      if (!is_sound(job, token)) refuse(job, token, {first_head, group});
+    for (int64_t t = 0; t < item.tokens && item.apart < 0; ++t) {
+      if (!is_sound(job, item.first_token + t)) refuse(job, item.first_token + t, {first_head, group});
     }
   }
 }
@@ -178,7 +181,7 @@ void reduce_partitions(const AttentionJob& job, int64_t begin, int64_t end) {
     Softmax total = nothing_seen(o, padded(job.D));
     const Range partitions = partitions_of(seen_by(job, token));
     for (int64_t p = partitions.begin; p < partitions.end; ++p) {
-      float* noted = written_down(job, token, head, p);
+      float* noted = written_down(job, item / job.H, head, p);
       merge(total, {noted[0], noted[1], noted + PARTIAL_HEADER}, padded(job.D));
     }
     put_out(total, job.D, job.out + (token * job.H + head) * job.D);

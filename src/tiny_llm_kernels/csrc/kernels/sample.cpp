@@ -20,7 +20,7 @@
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-constexpr float INF = __builtin_inff(), GREATEST = 0x1.fffffep127f;
+constexpr float GREATEST = 0x1.fffffep127f;
 
 /// A row under way: whole vectors, with logits of -inf and weights of 0 behind the end.
 struct Candidates {
@@ -91,7 +91,8 @@ static float least_with(const Candidates& row, bool by_weight, double target, fl
     if (lowest < row.least) lowest = row.least;
     for (int64_t first = 0; first < row.count; first += LANES) {
       const f32x8 eight = load(row.logits + first);
-      const i32x8 in_bin = (eight >= splat(lowest)) & (eight <= splat(highest)) & (load(row.weights + first) >= splat(least_weight));
+      const i32x8 inside = (eight >= splat(lowest)) & (eight <= splat(highest));
+      const i32x8 in_bin = inside & (load(row.weights + first) >= splat(least_weight));
       if (!any(in_bin)) continue;
       for (int64_t i = first; i < first + LANES; ++i) {
         if (!in_bin[i - first]) continue;

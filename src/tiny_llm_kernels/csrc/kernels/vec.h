@@ -3,9 +3,10 @@
 // Eight floats in one value, and for the matmuls as many as the processor takes. `+ - * /` are the compiler's
 // own vector extensions, so one source serves every processor; the few things that plain C++ cannot say stand
 // behind `#if`, once per instruction set (one for NEON would stand beside AVX2's, and in CMakeLists.txt and
-// dispatch.cpp; until then an ARM processor under Linux runs the portable one). The kernels are compiled several times, each time with another
-// TINY_LLM_ISA (a namespace): see CMakeLists.txt. Only names from this namespace may be used in a kernel: a
-// standard-library template compiled for AVX2 could be picked by the linker for the portable copy too.
+// dispatch.cpp; until then an ARM processor under Linux runs the portable one). The kernels are compiled several
+// times, each time with another TINY_LLM_ISA (a namespace): see CMakeLists.txt. Only names from this namespace may
+// be used in a kernel: a standard-library template compiled for AVX2 could be picked by the linker for the portable
+// copy too.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,7 @@
 namespace tiny_llm::TINY_LLM_ISA {
 
 constexpr int LANES = 8;
+constexpr float INF = __builtin_inff();
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));

@@ -1,11 +1,13 @@
-#include "attention_items.h"
+// How the reading half of paged attention is cut up and shared out among threads.
+#include "paged_attention.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace tiny_llm {
 namespace {
 
-/// Tokens of one sequence side by side, the last position that one of them sees, and the partitions they see.
+/// Tokens of one sequence side by side, and the partitions that they see.
 struct Run {
   int32_t first, count;
   int64_t begin, end;  // partitions
@@ -15,7 +17,7 @@ struct Run {
 /// The partitions that a token sees: a range of their numbers.
 std::pair<int64_t, int64_t> partitions_of(const AttentionJob& job, int32_t token) {
   const int64_t end = std::max<int64_t>(job.positions[token], -1) + 1;
-  return {std::max<int64_t>(end - job.window, 0) / PARTITION, (end + PARTITION - 1) / PARTITION};
+  return {std::max<int64_t>(end - job.window, 0) / PARTITION, rounded_up(end, PARTITION) / PARTITION};
 }
 
 /// Cuts the packed tokens into runs of one sequence each. How long a run is decides only how many tokens share
@@ -27,7 +29,8 @@ std::vector<Run> cut_into_runs(const AttentionJob& job, int threads) {
   std::vector<Run> runs;
   for (int32_t token = 0; token < job.T; ++token) {
     const auto [begin, end] = partitions_of(job, token);
-    const bool joins = !runs.empty() && runs.back().count < most && job.row_of_token[token] == job.row_of_token[token - 1];
+    const bool joins =
+        !runs.empty() && runs.back().count < most && job.row_of_token[token] == job.row_of_token[token - 1];
     if (joins) {
       Run& run = runs.back();
       run = {run.first, run.count + 1, std::min(run.begin, begin), std::max(run.end, end)};
@@ -51,11 +54,10 @@ struct Items {
     const bool is_part = held && run.partitions() > 1 && run.partitions() * run.count > share;
     const int64_t at_once = std::max<int64_t>(1, is_part ? share / run.count : run.partitions());
     int64_t begin = run.begin;
+    const auto place = static_cast<int32_t>(is_part ? apart.size() : -1);
     do {  // once for tokens that see nothing, too: they get NaN
-      const int64_t end = std::min(begin + at_once, run.end);
-      for (int32_t head = 0; head < job.Hkv; ++head) {
-        all.push_back({run.first, run.count, head, static_cast<int32_t>(begin), static_cast<int32_t>(end), is_part});
-      }
+      const auto first = static_cast<int32_t>(begin), end = static_cast<int32_t>(std::min(begin + at_once, run.end));
+      for (int32_t head = 0; head < job.Hkv; ++head) all.push_back({run.first, run.count, head, first, end, place});
       begin = end;
     } while (begin < run.end);
     if (!is_part) return;
@@ -74,11 +76,13 @@ void attend_all(AttentionJob job, const Kernels& kernels) {
   for (const Run& run : runs) items.add(job, run, work / (8 * num_threads()));
 
   static thread_local std::vector<float> partials;  // kept: a step's are as large as the last one's
-  partials.resize(std::max(partials.size(), static_cast<size_t>(job.T * job.H * items.max_partitions * partial_floats(job.D))));
+  const size_t needed = items.apart.size() * job.H * items.max_partitions * partial_floats(job.D);
+  partials.resize(std::max(partials.size(), needed));
   job.items = items.all.data(), job.apart = items.apart.data();
   job.partials = partials.data(), job.max_partitions = items.max_partitions;
   parallel_for_each(items.all.size(), [&](int64_t begin, int64_t end) { kernels.attend(job, begin, end); });
-  parallel_for(items.apart.size() * job.H, 4, [&](int64_t begin, int64_t end) { kernels.reduce_partitions(job, begin, end); });
+  parallel_for(items.apart.size() * job.H, 4,
+               [&](int64_t begin, int64_t end) { kernels.reduce_partitions(job, begin, end); });
 }
 
 }  // namespace tiny_llm

@@ -1,4 +1,4 @@
-#include "attention_items.h"
+#include "paged_attention.h"
 #include "ops.h"
 
 namespace tiny_llm {

@@ -1,14 +1,15 @@
 // A transformer block in one task: between its loops nothing is described, scheduled or waited for.
 //
-// It is the block of tiny_llm/block.py, or of gemma_block.py, line for line, made of the same kernels as the operators, so its results
-// are the same bits. What belongs to one row follows at once, while the row is near: a norm and its rounding, a
-// gate and its rounding. A loop ends where the next one needs rows, outputs or tokens of other threads.
+// It is the block of tiny_llm/block.py, or of gemma_block.py, line for line, made of the same kernels as the
+// operators, so its results are the same bits. What belongs to one row follows at once, while the row is near: a
+// norm and its rounding, a gate and its rounding. A loop ends where the next one needs rows, outputs or tokens of
+// other threads.
 #include "transformer_block.h"
 
 #include <cstring>
 
-#include "attention_items.h"
 #include "mlx/transforms.h"
+#include "paged_attention.h"
 
 namespace tiny_llm {
 namespace {
@@ -21,7 +22,6 @@ struct Buffer {
   Rows all() const { return {data, rows, width}; }
   Rows columns(int64_t first) const { return {data + first, rows, width}; }
 };
-
 
 template <typename Body>
 void each(int64_t count, const Body& body) {

@@ -1,4 +1,4 @@
-// How the reading half of paged attention is cut up and shared out among threads.
+// Paged attention for operators that contain it: its checks, its job, and how that is run.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,8 @@ namespace tiny_llm {
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
                          const mx::array& row_of_token, const mx::array& positions, float scale, int64_t window);
 
-/// Runs in a task of the CPU stream: all tokens attend. Every write of the step must be done.
+/// Runs in a task of the CPU stream: all tokens attend, shared out among the threads (attention_items.cpp).
+/// Every write of the step must be done.
 void attend_all(AttentionJob job, const Kernels& kernels);
 
 /// The window as a number: every position where there is none, or where it is longer than any sequence.
