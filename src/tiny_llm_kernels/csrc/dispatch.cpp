@@ -25,8 +25,9 @@ const std::vector<Variant>& variants() {
 #ifdef TINY_LLM_X86
   static const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                 __builtin_cpu_supports("avx512vnni");
 #endif
   static const std::vector<Variant> all = {
 #ifdef TINY_LLM_X86
@@ -73,7 +74,8 @@ void select_instruction_set(const std::string& name) {
   }
   std::string can;
   for (const auto& known : instruction_sets()) can += (can.empty() ? "" : ", ") + known;
-  throw std::invalid_argument("instruction set '" + name + "' cannot be run here; this processor runs: " + can);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' cannot be run here; this processor runs: " + can);
 }
 
 }  // namespace tiny_llm

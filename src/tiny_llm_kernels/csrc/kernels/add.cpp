@@ -10,7 +10,8 @@ void add(const AddJob& job, int64_t begin, int64_t end) {
     const float* y = job.y + row * job.y_stride;
     int64_t k = 0;
     for (; k + LANES <= job.K; k += LANES) store(x + k, load(x + k) + load(y + k));
-    if (const int64_t left = job.K - k) store_first(x + k, load_first(x + k, left) + load_first(y + k, left), left);
+    if (const int64_t left = job.K - k)
+      store_first(x + k, load_first(x + k, left) + load_first(y + k, left), left);
   }
 }
 

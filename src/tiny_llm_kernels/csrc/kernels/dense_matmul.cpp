@@ -19,21 +19,29 @@ static void outputs(const DenseJob& job, int64_t row, int64_t column) {
   f32x8 acc[ROWS][COLS] = {};
   const auto add = [&](int64_t k, auto load_x, auto load_w) __attribute__((always_inline)) {
     f32x8 v[ROWS];
-    UNROLL for (int r = 0; r < ROWS; ++r) v[r] = load_x(x + r * job.x.stride + k);
-    UNROLL for (int c = 0; c < COLS; ++c) {
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) v[r] = load_x(x + r * job.x.stride + k);
+    UNROLL
+    for (int c = 0; c < COLS; ++c) {
       const f32x8 w = load_w(weight + c * job.K + k);
-      UNROLL for (int r = 0; r < ROWS; ++r) acc[r][c] = fma(v[r], w, acc[r][c]);
+      UNROLL
+      for (int r = 0; r < ROWS; ++r) acc[r][c] = fma(v[r], w, acc[r][c]);
     }
   };
   int64_t k = 0;
-  KEEP_LOOP for (; k + LANES <= job.K; k += LANES) {
+  KEEP_LOOP
+  for (; k + LANES <= job.K; k += LANES) {
     add(k, [](const float* p) { return load(p); }, [](const auto* p) { return T::load8(p); });
   }
   if (const int64_t left = job.K - k) {
-    add(k, [left](const float* p) { return load_first(p, left); }, [left](const auto* p) { return load_first_as<T>(p, left); });
+    add(
+        k, [left](const float* p) { return load_first(p, left); },
+        [left](const auto* p) { return load_first_as<T>(p, left); });
   }
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    UNROLL for (int c = 0; c < COLS; ++c) job.out[(row + r) * job.N + column + c] = sum(acc[r][c]);
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    UNROLL
+    for (int c = 0; c < COLS; ++c) job.out[(row + r) * job.N + column + c] = sum(acc[r][c]);
   }
 }
 

@@ -32,7 +32,9 @@ INLINE void each_vector(int64_t D, Work work) {
 /// a . b over D numbers.
 INLINE float dot(const float* a, const float* b, int64_t D) {
   f32x8 sums = {};
-  each_vector(D, [&](int64_t d, int64_t count) { sums = fma(load_first(a + d, count), load_first(b + d, count), sums); });
+  each_vector(D, [&](int64_t d, int64_t count) {
+    sums = fma(load_first(a + d, count), load_first(b + d, count), sums);
+  });
   return sum(sums);
 }
 
@@ -45,7 +47,8 @@ INLINE void add_scaled(float* to, float factor, const float* addend, float weigh
 }
 
 /// Takes in `count` keys and values of one head, at most KEYS of them, `k_token` and `v_token` numbers apart.
-static void absorb(const FlashJob& job, const float* q, const float* k, const float* v, int64_t count, Running& run) {
+static void absorb(const FlashJob& job, const float* q, const float* k, const float* v, int64_t count,
+                   Running& run) {
   float scores[KEYS], largest = run.largest;
   for (int64_t i = 0; i < count; ++i) {
     scores[i] = dot(q, k + i * job.k_token, job.D) * job.scale;

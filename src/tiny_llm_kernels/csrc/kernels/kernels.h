@@ -40,7 +40,9 @@ constexpr int TILE_OUTPUTS = 16;
 constexpr int GROUP = 32;
 constexpr int packed_bits(int bits) { return bits <= 4 ? 4 : 8; }  // of a value, in a record
 constexpr int header_bytes(bool wide) { return (wide ? 8 : 4) * TILE_OUTPUTS; }
-constexpr int record_bytes(int bits, bool wide) { return header_bytes(wide) + TILE_OUTPUTS * GROUP * bits / 8; }
+constexpr int record_bytes(int bits, bool wide) {
+  return header_bytes(wide) + TILE_OUTPUTS * GROUP * bits / 8;
+}
 
 // The activations are rounded to 8 or to 16 bits, |q| <= 127 or 32767. Eight are enough for a good text, and
 // sixteen for the same text as float32's: where the two likeliest tokens nearly tie, eight let the other one win.
@@ -54,7 +56,9 @@ constexpr int BAND = 8;
 constexpr int64_t bands(int64_t rows) { return rounded_up(rows, BAND) / BAND; }
 
 /// Which group of all it is in that order: group g of `groups` of a row.
-constexpr int64_t place_of_group(int64_t row, int64_t g, int64_t groups) { return (row / BAND * groups + g) * BAND + row % BAND; }
+constexpr int64_t place_of_group(int64_t row, int64_t g, int64_t groups) {
+  return (row / BAND * groups + g) * BAND + row % BAND;
+}
 
 constexpr int quant_max(int activation_bits) { return (1 << (activation_bits - 1)) - 1; }
 
@@ -123,8 +127,7 @@ constexpr int PARTITION = 128;  // positions; what one is for: paged_attention.c
 struct AttentionItem {
   int32_t first_token, tokens, head;
   int32_t first_partition, end_partition;  // what lies outside is left to others
-  int32_t apart;  // where `first_token` stands in the job's `apart`: its partitions are written down; -1: they are
-                  // merged at once, because this item has all of them
+  int32_t apart;  // the place of `first_token` in the job's `apart`; -1: this item has all its partitions
 };
 
 /// What one row (token, head) comes to in one partition: the softmax's m and l, then o.
@@ -134,10 +137,10 @@ constexpr int64_t partial_floats(int64_t D) { return PARTIAL_HEADER + rounded_up
 struct AttentionJob {
   const float *q, *k, *v;  // each [H or Hkv, T, D], the last axis contiguous
   int64_t q_head, q_token, k_head, k_token, v_head, v_token;  // strides
-  void *keys, *values;  // the pools: [num_blocks, Hkv, block_size, D]
+  void *keys, *values;                                        // the pools: [num_blocks, Hkv, block_size, D]
   StorageType storage;
-  const int32_t* slots;         // [T] where each token is written: block * block_size + offset; null: nothing is
-  const int32_t* tables;        // [S, M] block ids of each sequence
+  const int32_t* slots;   // [T] where each token is written: block * block_size + offset; null: nothing is
+  const int32_t* tables;  // [S, M] block ids of each sequence
   const int32_t* row_of_token;  // [T] the table row of each token
   const int32_t* positions;     // [T] the last position that each token sees: its own
   int64_t window;               // how many positions a token sees at most, its own being the last of them
@@ -145,8 +148,8 @@ struct AttentionJob {
   int64_t T, H, Hkv, D, S, M, block_size, num_blocks;
   float scale;
   const AttentionItem* items;
-  const int32_t* apart;    // the tokens whose partitions are worked on apart
-  float* partials;         // [apart, H, max_partitions, partial_floats(D)], from the first one that a token sees
+  const int32_t* apart;  // the tokens whose partitions are worked on apart
+  float* partials;       // [apart, H, max_partitions, partial_floats(D)], from the first that a token sees
   int64_t max_partitions;
 
   __attribute__((always_inline)) bool slot_inside(int64_t token) const {
@@ -191,12 +194,12 @@ struct SwigluJob {
 };
 
 struct RopeJob {
-  const float* x;  // [B, H, L, D]
+  const float* x;                    // [B, H, L, D]
   int64_t x_batch, x_head, x_token;  // strides
-  const int32_t* positions;  // [L]
-  const float* inv_freq;     // [D/2]
-  float* out;                // [B, L, H, D]
-  int64_t B, H, L, D;        // an item is one token: (batch, position in the row)
+  const int32_t* positions;          // [L]
+  const float* inv_freq;             // [D/2]
+  float* out;                        // [B, L, H, D]
+  int64_t B, H, L, D;                // an item is one token: (batch, position in the row)
 };
 
 // ---- from logits to a token ----
@@ -214,19 +217,19 @@ struct SampleJob {
 
 /// One set of kernels, compiled for one instruction set.
 struct Kernels {
-  void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);    // items: rows
-  void (*quantized_matmul)(const MatmulJob&, int64_t begin, int64_t end);   // items: see MatmulJob
-  void (*dequantize_rows)(const DequantizeJob&, int64_t begin, int64_t end);  // items: ids
-  void (*dense_matmul)(const DenseJob&, int64_t begin, int64_t end);        // items: see DenseJob
-  void (*write_tokens)(const AttentionJob&, int64_t begin, int64_t end);    // items: tokens
-  void (*attend)(const AttentionJob&, int64_t begin, int64_t end);          // items: the job's own
-  void (*reduce_partitions)(const AttentionJob&, int64_t begin, int64_t end);  // items: (token of `apart`, head)
-  void (*flash_attention)(const FlashJob&, int64_t begin, int64_t end);     // items: rows of out
-  void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);          // items: rows
-  void (*add)(const AddJob&, int64_t begin, int64_t end);                   // items: rows
-  void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);             // items: rows
-  void (*rope)(const RopeJob&, int64_t begin, int64_t end);                 // items: tokens
-  void (*sample)(const SampleJob&, int64_t begin, int64_t end);             // one item
+  void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);       // items: rows
+  void (*quantized_matmul)(const MatmulJob&, int64_t begin, int64_t end);      // items: see MatmulJob
+  void (*dequantize_rows)(const DequantizeJob&, int64_t begin, int64_t end);   // items: ids
+  void (*dense_matmul)(const DenseJob&, int64_t begin, int64_t end);           // items: see DenseJob
+  void (*write_tokens)(const AttentionJob&, int64_t begin, int64_t end);       // items: tokens
+  void (*attend)(const AttentionJob&, int64_t begin, int64_t end);             // items: the job's own
+  void (*reduce_partitions)(const AttentionJob&, int64_t begin, int64_t end);  // items: [apart, H]
+  void (*flash_attention)(const FlashJob&, int64_t begin, int64_t end);        // items: rows of out
+  void (*rms_norm)(const RmsNormJob&, int64_t begin, int64_t end);             // items: rows
+  void (*add)(const AddJob&, int64_t begin, int64_t end);                      // items: rows
+  void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);                // items: rows
+  void (*rope)(const RopeJob&, int64_t begin, int64_t end);                    // items: tokens
+  void (*sample)(const SampleJob&, int64_t begin, int64_t end);                // one item
 };
 
 }  // namespace tiny_llm

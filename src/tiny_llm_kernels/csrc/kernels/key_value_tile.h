@@ -110,13 +110,15 @@ class Ahead {
  public:
   /// All that `part` has of the tile that begins at position `first`: keys, then values.
   template <typename T>
-  INLINE_MEMBER void look(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part) {
+  INLINE_MEMBER void look(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,
+                          Range part) {
     next_ = count_ = 0, bytes_ = job.D * sizeof(typename T::Storage);
     const void* const pools[] = {job.keys, job.values};
     for (const void* pool : pools) {
       each_stretch(job, head, table_row, first, part, [&](int64_t, int64_t count, int64_t place) {
         for (int64_t i = 0; place >= 0 && i < count; ++i) {
-          places_[count_++] = static_cast<const char*>(pool) + (place + i * job.D) * sizeof(typename T::Storage);
+          places_[count_++] =
+              static_cast<const char*>(pool) + (place + i * job.D) * sizeof(typename T::Storage);
         }
       });
     }

@@ -32,14 +32,17 @@ struct Row {
 
 /// scores[r][i] = scale * (q_r . k_i) where position i of the tile is seen, -inf for the others.
 template <int ROWS>
-INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, float scale, float (&scores)[ROWS][TILE], Ahead& ahead) {
+INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, float scale,
+                  float (&scores)[ROWS][TILE], Ahead& ahead) {
   for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
     ahead.ask(4);
     const float* k = tile.keys + i * D;
     f32w acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += WIDE) {
-      const f32w k0 = load_wide(k + d), k1 = load_wide(k + D + d), k2 = load_wide(k + 2 * D + d), k3 = load_wide(k + 3 * D + d);
-      UNROLL for (int r = 0; r < ROWS; ++r) {
+      const f32w k0 = load_wide(k + d), k1 = load_wide(k + D + d), k2 = load_wide(k + 2 * D + d),
+                 k3 = load_wide(k + 3 * D + d);
+      UNROLL
+      for (int r = 0; r < ROWS; ++r) {
         const f32w q = load_wide(rows[r].q + d);
         acc[r][0] = fma(q, k0, acc[r][0]);
         acc[r][1] = fma(q, k1, acc[r][1]);
@@ -47,12 +50,15 @@ INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, floa
         acc[r][3] = fma(q, k3, acc[r][3]);
       }
     }
-    UNROLL for (int r = 0; r < ROWS; ++r) {
-      const f32x4 four = sum4(narrow(acc[r][0]), narrow(acc[r][1]), narrow(acc[r][2]), narrow(acc[r][3])) * scale;
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const f32x4 four =
+          sum4(narrow(acc[r][0]), narrow(acc[r][1]), narrow(acc[r][2]), narrow(acc[r][3])) * scale;
       std::memcpy(scores[r] + i, &four, sizeof(four));
     }
   }
-  UNROLL for (int r = 0; r < ROWS; ++r) {
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
     for (int64_t i = 0; i < seen.begin; ++i) scores[r][i] = -INF;
     for (int64_t i = seen.end; i < TILE; ++i) scores[r][i] = -INF;
   }
@@ -61,11 +67,13 @@ INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, floa
 /// Scores become weights e^(score - m), m and l move on; returns what o must be multiplied by.
 INLINE float soften(Row& row, float (&scores)[TILE]) {
   f32x8 s[4];
-  UNROLL for (int i = 0; i < 4; ++i) s[i] = load(scores + i * LANES);
+  UNROLL
+  for (int i = 0; i < 4; ++i) s[i] = load(scores + i * LANES);
   const float tile_max = largest(max(max(s[0], s[1]), max(s[2], s[3])));
   const float m = tile_max > row.m ? tile_max : row.m;
   const float decay = m == row.m ? 1.0f : exp(splat(row.m - m))[0];
-  UNROLL for (int i = 0; i < 4; ++i) {
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
     s[i] = exp(s[i] - splat(m));
     store(scores + i * LANES, s[i]);
   }
@@ -77,21 +85,28 @@ INLINE float soften(Row& row, float (&scores)[TILE]) {
 /// o_r = o_r * decay_r + sum over the seen i of weights[r][i] * v_i, for VECS vectors of the D numbers. What is
 /// not seen is left out, not multiplied by a weight of zero: it may be NaN.
 template <int ROWS, int VECS>
-INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen, const float (&weights)[ROWS][TILE], const float (&decay)[ROWS], Ahead& ahead) {
+INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen,
+                const float (&weights)[ROWS][TILE], const float (&decay)[ROWS], Ahead& ahead) {
   f32w o[ROWS][VECS];
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r].o + d + c * WIDE) * splat_wide(decay[r]);
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    UNROLL
+    for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r].o + d + c * WIDE) * splat_wide(decay[r]);
   }
   const float* v = tile.values + seen.begin * D + d;
   for (int64_t i = seen.begin; i < seen.end; ++i, v += D) {
     ahead.ask(1);
-    UNROLL for (int r = 0; r < ROWS; ++r) {
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
       const f32w weight = splat_wide(weights[r][i]);
-      UNROLL for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load_wide(v + c * WIDE), o[r][c]);
+      UNROLL
+      for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load_wide(v + c * WIDE), o[r][c]);
     }
   }
-  UNROLL for (int r = 0; r < ROWS; ++r) {
-    UNROLL for (int c = 0; c < VECS; ++c) store_wide(rows[r].o + d + c * WIDE, o[r][c]);
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    UNROLL
+    for (int c = 0; c < VECS; ++c) store_wide(rows[r].o + d + c * WIDE, o[r][c]);
   }
 }
 
@@ -100,7 +115,8 @@ template <int ROWS>
 static void visit(Row* rows, const Tile& tile, int64_t D, Range seen, float scale, Ahead& ahead) {
   float scores[ROWS][TILE], decay[ROWS];
   score<ROWS>(rows, tile, D, seen, scale, scores, ahead);
-  UNROLL for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
   int64_t d = 0;
   for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, D, d, seen, scores, decay, ahead);
   for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, D, d, seen, scores, decay, ahead);
@@ -111,7 +127,8 @@ INLINE void merge(Softmax& total, const Softmax& part, int64_t D) {
   const float m = part.m > total.m ? part.m : total.m;
   const float kept = exp(splat(total.m - m))[0], gained = exp(splat(part.m - m))[0];
   for (int64_t d = 0; d < D; d += WIDE) {
-    store_wide(total.o + d, fma(load_wide(part.o + d), splat_wide(gained), load_wide(total.o + d) * splat_wide(kept)));
+    store_wide(total.o + d,
+               fma(load_wide(part.o + d), splat_wide(gained), load_wide(total.o + d) * splat_wide(kept)));
   }
   total.l = total.l * kept + part.l * gained;
   total.m = m;

@@ -55,7 +55,8 @@ INLINE float* written_down(const AttentionJob& job, int64_t i, int64_t head, int
 
 /// The first D numbers of `from`, and zeros up to whole vectors.
 static float* copy_padded(float* target, const float* from, int64_t D) {
-  for (int64_t d = 0; d < padded(D); d += LANES) store(target + d, load_first(from + d, min(max(D - d, 0), LANES)));
+  for (int64_t d = 0; d < padded(D); d += LANES)
+    store(target + d, load_first(from + d, min(max(D - d, 0), LANES)));
   return target;
 }
 
@@ -78,7 +79,8 @@ static void visit_partition(const AttentionJob& job, const AttentionItem& item, 
   const int64_t table_row = job.row_of_token[item.first_token], width = padded(job.D);
   for (int64_t first = here.begin / TILE * TILE; first < here.end; first += TILE) {
     load_tile<T>(job, item.head, table_row, first, part_in_tile(here, first), desk.tile);
-    desk.ahead.look<T>(job, item.head, table_row, first + TILE, part_in_tile({here.begin, until}, first + TILE));
+    desk.ahead.look<T>(job, item.head, table_row, first + TILE,
+                       part_in_tile({here.begin, until}, first + TILE));
     for (int64_t t = 0; t < item.tokens; ++t) {
       const Range seen = part_in_tile(seen_by(job, item.first_token + t), first);
       if (seen.empty()) continue;

@@ -70,10 +70,13 @@ constexpr bool is_wide = sizeof(typename Scale::Storage) == 4;
 
 /// Adds the products of four inputs: `weights` of PARTS times WIDE outputs, `x` of ROWS rows.
 template <int BITS, typename Activation, int ROWS, int PARTS>
-INLINE void add_four(Dot<BITS, Activation> (&dots)[ROWS][PARTS], const u32w (&weights)[PARTS], const Activation* x) {
-  UNROLL for (int row = 0; row < ROWS; ++row) {
+INLINE void add_four(Dot<BITS, Activation> (&dots)[ROWS][PARTS], const u32w (&weights)[PARTS],
+                     const Activation* x) {
+  UNROLL
+  for (int row = 0; row < ROWS; ++row) {
     const auto four = Dot<BITS, Activation>::everywhere(x + row * GROUP);
-    UNROLL for (int part = 0; part < PARTS; ++part) dots[row][part].add(weights[part], four);
+    UNROLL
+    for (int part = 0; part < PARTS; ++part) dots[row][part].add(weights[part], four);
   }
 }
 
@@ -82,20 +85,25 @@ INLINE void add_four(Dot<BITS, Activation> (&dots)[ROWS][PARTS], const u32w (&we
 template <int BITS, typename Activation, int ROWS, int PARTS>
 INLINE void group_sums(const uint8_t* quants, const Activation* x, i32w (&sums)[ROWS][PARTS]) {
   Dot<BITS, Activation> dots[ROWS][PARTS];
-  UNROLL for (int k = 0; k < GROUP; k += 32 / BITS, quants += 64) {
+  UNROLL
+  for (int k = 0; k < GROUP; k += 32 / BITS, quants += 64) {
     u32w bytes[PARTS], four[PARTS];
-    UNROLL for (int part = 0; part < PARTS; ++part) {
+    UNROLL
+    for (int part = 0; part < PARTS; ++part) {
       bytes[part] = load_as<u32w>(quants + 4 * WIDE * part);
       four[part] = BITS == 8 ? bytes[part] : low_halves(bytes[part]);
     }
     add_four<BITS, Activation, ROWS, PARTS>(dots, four, x + k);
     if constexpr (BITS == 4) {
-      UNROLL for (int part = 0; part < PARTS; ++part) four[part] = high_halves(bytes[part]);
+      UNROLL
+      for (int part = 0; part < PARTS; ++part) four[part] = high_halves(bytes[part]);
       add_four<BITS, Activation, ROWS, PARTS>(dots, four, x + k + 4);
     }
   }
-  UNROLL for (int row = 0; row < ROWS; ++row) {
-    UNROLL for (int part = 0; part < PARTS; ++part) sums[row][part] = dots[row][part].total();
+  UNROLL
+  for (int row = 0; row < ROWS; ++row) {
+    UNROLL
+    for (int part = 0; part < PARTS; ++part) sums[row][part] = dots[row][part].total();
   }
 }
 
@@ -115,25 +123,31 @@ static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from,
   f32w acc[ROWS][PARTS] = {};
   for (int64_t g = 0; g < groups; ++g, record += RECORD, x += BAND * GROUP, x_groups += BAND) {
     if (ROWS < 4) {
-      UNROLL for (int64_t line = 0; line < RECORD; line += 64) __builtin_prefetch(record + AHEAD + line);
+      UNROLL
+      for (int64_t line = 0; line < RECORD; line += 64) __builtin_prefetch(record + AHEAD + line);
     }
     i32w sums[ROWS][PARTS];
     group_sums<BITS, Activation, ROWS, PARTS>(record + QUANTS + 4 * from, x, sums);
     const auto* header = reinterpret_cast<const typename Scale::Storage*>(record) + from;
-    UNROLL for (int part = 0; part < PARTS; ++part) {
+    UNROLL
+    for (int part = 0; part < PARTS; ++part) {
       const f32w scale = load_wide_as<Scale>(header + part * WIDE);
       const f32w bias = load_wide_as<Scale>(header + TILE_OUTPUTS + part * WIDE);
-      UNROLL for (int r = 0; r < ROWS; ++r) {
+      UNROLL
+      for (int r = 0; r < ROWS; ++r) {
         const f32w inner = fma(scale, to_float_wide(sums[r][part]), bias * splat_wide(x_groups[r].sum));
         acc[r][part] = fma(splat_wide(x_groups[r].scale), inner, acc[r][part]);
       }
     }
   }
 
-  UNROLL for (int part = 0; part < PARTS; ++part) {
+  UNROLL
+  for (int part = 0; part < PARTS; ++part) {
     const int64_t output = tile * TILE_OUTPUTS + from + part * WIDE;
     if (output >= job.N) break;
-    UNROLL for (int r = 0; r < ROWS; ++r) store_wide(job.out + (row + r) * job.N + output, acc[r][part], job.N - output);
+    UNROLL
+    for (int r = 0; r < ROWS; ++r)
+      store_wide(job.out + (row + r) * job.N + output, acc[r][part], job.N - output);
   }
 }
 
@@ -164,7 +178,8 @@ static void matmul_items(const MatmulJob& job, int64_t begin, int64_t end) {
 
 template <typename Scale, typename Activation>
 static void matmul_of(const MatmulJob& job, int64_t begin, int64_t end) {
-  job.bits == 4 ? matmul_items<4, Scale, Activation>(job, begin, end) : matmul_items<8, Scale, Activation>(job, begin, end);
+  job.bits == 4 ? matmul_items<4, Scale, Activation>(job, begin, end)
+                : matmul_items<8, Scale, Activation>(job, begin, end);
 }
 
 /// out = x W^T for the items begin .. end - 1: each is one tile of 16 outputs (fewer at the end) and up to
@@ -193,10 +208,12 @@ static void dequantize_items(const DequantizeJob& job, int64_t begin, int64_t en
       }
       const uint8_t* record = job.packed + (tile * (job.K / GROUP) + g) * record_bytes(job.bits, IS_WIDE);
       const auto* header = reinterpret_cast<const typename Scale::Storage*>(record) + output;
-      const float scale = load_first_as<Scale>(header, 1)[0], bias = load_first_as<Scale>(header + TILE_OUTPUTS, 1)[0];
+      const float scale = load_first_as<Scale>(header, 1)[0],
+                  bias = load_first_as<Scale>(header + TILE_OUTPUTS, 1)[0];
       const uint8_t* quants = record + header_bytes(IS_WIDE);
       for (int k = 0; k < GROUP; ++k) {
-        out[k] = scale * static_cast<float>(weight_quant(quants, job.bits, static_cast<int>(output), k)) + bias;
+        out[k] =
+            scale * static_cast<float>(weight_quant(quants, job.bits, static_cast<int>(output), k)) + bias;
       }
     }
   }

@@ -34,7 +34,8 @@ INLINE void cos_sin(f64x8 angle, f32x8& cosine, f32x8& sine) {
 }
 
 /// Rotates eight pairs of every head: i .. i+7 and D/2+i .. D/2+i+7 (`count` < 8 at the end of a row).
-INLINE void rotate(const RopeJob& job, const float* x, float* out, int64_t position, int64_t i, int64_t count) {
+INLINE void rotate(const RopeJob& job, const float* x, float* out, int64_t position, int64_t i,
+                   int64_t count) {
   const int64_t half = job.D / 2;
   f64x8 frequency = __builtin_convertvector(load_first(job.inv_freq + i, count), f64x8);
   f32x8 c, s;

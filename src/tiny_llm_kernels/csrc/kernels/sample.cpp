@@ -35,7 +35,9 @@ INLINE uint32_t in_order(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-INLINE float from_order(uint32_t order) { return bits_as<float>(order & 0x80000000u ? order & 0x7fffffffu : ~order); }
+INLINE float from_order(uint32_t order) {
+  return bits_as<float>(order & 0x80000000u ? order & 0x7fffffffu : ~order);
+}
 
 /// Eight logits, -inf behind the end.
 INLINE f32x8 logits_at(const SampleJob& job, int64_t i) {
@@ -124,7 +126,9 @@ INLINE double weight_of(const Candidates& row, int64_t first, int64_t count) {
 /// The first logit that stays where the weights up to it, its own included, reach `share` of all; share > 0.
 static int64_t draw(const Candidates& row, double share) {
   constexpr int64_t STRETCH = 256;
-  const auto length = [&](int64_t first) { return row.count - first < STRETCH ? row.count - first : STRETCH; };
+  const auto length = [&](int64_t first) {
+    return row.count - first < STRETCH ? row.count - first : STRETCH;
+  };
   double total = 0, before = 0;
   for (int64_t first = 0; first < row.count; first += STRETCH) total += weight_of(row, first, length(first));
   int64_t drawn = 0;  // the last one that could be

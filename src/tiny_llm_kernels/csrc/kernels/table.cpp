@@ -18,7 +18,18 @@ void rope(const RopeJob&, int64_t, int64_t);
 void sample(const SampleJob&, int64_t, int64_t);
 
 extern const Kernels kernels;
-const Kernels kernels = {quantize_rows,     quantized_matmul, dequantize_rows, dense_matmul, write_tokens, attend,
-                         reduce_partitions, flash_attention,  rms_norm,        add,          swiglu,       rope,   sample};
+const Kernels kernels = {quantize_rows,
+                         quantized_matmul,
+                         dequantize_rows,
+                         dense_matmul,
+                         write_tokens,
+                         attend,
+                         reduce_partitions,
+                         flash_attention,
+                         rms_norm,
+                         add,
+                         swiglu,
+                         rope,
+                         sample};
 
 }  // namespace tiny_llm::TINY_LLM_ISA

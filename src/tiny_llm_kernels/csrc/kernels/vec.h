@@ -141,22 +141,27 @@ INLINE bool any(i32x8 mask) {
 
 // Sums over lanes always use this one tree:  ((0+2)+(1+3)) + ((4+6)+(5+7)).
 INLINE float sum(f32x8 a) {
-  const f32x4 low = __builtin_shufflevector(a, a, 0, 1, 2, 3), high = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  const f32x4 low = __builtin_shufflevector(a, a, 0, 1, 2, 3),
+              high = __builtin_shufflevector(a, a, 4, 5, 6, 7);
   return ((low[0] + low[2]) + (low[1] + low[3])) + ((high[0] + high[2]) + (high[1] + high[3]));
 }
 
 /// {sum(a), sum(b), sum(c), sum(d)}: four trees at once.
 INLINE f32x4 sum4(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
-  const f32x8 ab = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  const f32x8 cd = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
-  const f32x8 all = __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
+  const f32x8 ab = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+                   __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  const f32x8 cd = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13) +
+                   __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  const f32x8 all = __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) +
+                    __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
   return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
 }
 
 /// A wide vector's halves, added: eight sums.
 INLINE f32x8 narrow(f32w a) {
 #if TINY_LLM_AVX512
-  return __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   return a;
 #endif
@@ -280,8 +285,10 @@ struct Dot {
   i32w sums = {};
   INLINE_MEMBER void add(u32w weights, Four four) {
     const int first = sizeof(Activation) == 1 ? 1 : 2;  // where input 1 lies: see kernels.h
-    sums += bits_as<i32w>(weights & 0xffu) * int32_t{four[0]} + bits_as<i32w>(weights >> 8 & 0xffu) * int32_t{four[first]};
-    sums += bits_as<i32w>(weights >> 16 & 0xffu) * int32_t{four[3 - first]} + bits_as<i32w>(weights >> 24) * int32_t{four[3]};
+    sums += bits_as<i32w>(weights & 0xffu) * int32_t{four[0]} +
+            bits_as<i32w>(weights >> 8 & 0xffu) * int32_t{four[first]};
+    sums += bits_as<i32w>(weights >> 16 & 0xffu) * int32_t{four[3 - first]} +
+            bits_as<i32w>(weights >> 24) * int32_t{four[3]};
   }
   INLINE_MEMBER i32w total() const { return sums; }
 };
@@ -298,7 +305,8 @@ INLINE void store_narrow(int8_t* target, i32x8 value) {
 INLINE void store_narrow(int16_t* target, i32x8 value) {
   typedef int16_t i16x8 __attribute__((vector_size(16)));
   // Of each four, the middle two change places: see kernels.h.
-  const i16x8 narrow = __builtin_convertvector(__builtin_shufflevector(value, value, 0, 2, 1, 3, 4, 6, 5, 7), i16x8);
+  const i16x8 narrow =
+      __builtin_convertvector(__builtin_shufflevector(value, value, 0, 2, 1, 3, 4, 6, 5, 7), i16x8);
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
@@ -368,8 +376,8 @@ struct BFloat16 {
 template <typename T>
 INLINE f32w load_wide_as(const typename T::Storage* source) {
 #if TINY_LLM_AVX512
-  return __builtin_shufflevector(T::load8(source), T::load8(source + LANES), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
-                                 13, 14, 15);
+  return __builtin_shufflevector(T::load8(source), T::load8(source + LANES), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                 11, 12, 13, 14, 15);
 #else
   return T::load8(source);
 #endif

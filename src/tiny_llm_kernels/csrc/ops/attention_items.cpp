@@ -50,14 +50,17 @@ struct Items {
 
   /// One item for each kv head of a run; more, with partitions apart, where one would be more than its share.
   void add(const AttentionJob& job, const Run& run, int64_t share) {
-    const bool held = run.end <= job.M * job.block_size / PARTITION + 1;  // a wrong position must not cost memory
+    const bool held =
+        run.end <= job.M * job.block_size / PARTITION + 1;  // a wrong position must not cost memory
     const bool is_part = held && run.partitions() > 1 && run.partitions() * run.count > share;
     const int64_t at_once = std::max<int64_t>(1, is_part ? share / run.count : run.partitions());
     int64_t begin = run.begin;
     const auto place = static_cast<int32_t>(is_part ? apart.size() : -1);
     do {  // once for tokens that see nothing, too: they get NaN
-      const auto first = static_cast<int32_t>(begin), end = static_cast<int32_t>(std::min(begin + at_once, run.end));
-      for (int32_t head = 0; head < job.Hkv; ++head) all.push_back({run.first, run.count, head, first, end, place});
+      const auto first = static_cast<int32_t>(begin),
+                 end = static_cast<int32_t>(std::min(begin + at_once, run.end));
+      for (int32_t head = 0; head < job.Hkv; ++head)
+        all.push_back({run.first, run.count, head, first, end, place});
       begin = end;
     } while (begin < run.end);
     if (!is_part) return;

@@ -34,7 +34,8 @@ struct CopyJob {
 template <typename WayOf>
 void copy_each(const char* source, char* target, int64_t count, int64_t bytes, const WayOf& way) {
   parallel_for(count, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) std::memcpy(target + way(i).to * bytes, source + way(i).from * bytes, bytes);
+    for (int64_t i = begin; i < end; ++i)
+      std::memcpy(target + way(i).to * bytes, source + way(i).from * bytes, bytes);
   });
 }
 
@@ -52,18 +53,26 @@ class CopyBlocks : public Node {
     } else {
       const auto whole = dense(inputs[0], queue);
       allocate(out);
-      queue.dispatch([to = out.data<char>(), from = whole.data<char>(), bytes = out.nbytes()] { std::memcpy(to, from, bytes); });
+      queue.dispatch([to = out.data<char>(), from = whole.data<char>(), bytes = out.nbytes()] {
+        std::memcpy(to, from, bytes);
+      });
     }
     const bool within = inputs.size() == 3;
     const auto source = within ? out : dense(inputs[3], queue);
-    const CopyJob job{source.data<char>(), out.data<char>(), from.data<int32_t>(), to.data<int32_t>(),
-                      static_cast<int64_t>(from.size()), source.shape(0), out.shape(0),
+    const CopyJob job{source.data<char>(),
+                      out.data<char>(),
+                      from.data<int32_t>(),
+                      to.data<int32_t>(),
+                      static_cast<int64_t>(from.size()),
+                      source.shape(0),
+                      out.shape(0),
                       static_cast<int64_t>(out.nbytes()) / out.shape(0)};
     char* aside = within ? temporary<char>(job.count * job.block_bytes, queue) : nullptr;
     queue.dispatch([job, aside] {
       const auto ways = job.ways();
       const auto count = static_cast<int64_t>(ways.size());
-      if (!aside) return copy_each(job.source, job.target, count, job.block_bytes, [&](int64_t i) { return ways[i]; });
+      if (!aside)
+        return copy_each(job.source, job.target, count, job.block_bytes, [&](int64_t i) { return ways[i]; });
       // All are read before any is written.
       copy_each(job.source, aside, count, job.block_bytes, [&](int64_t i) { return Way{ways[i].from, i}; });
       copy_each(aside, job.target, count, job.block_bytes, [&](int64_t i) { return Way{i, ways[i].to}; });
@@ -79,8 +88,10 @@ void check_ids(const char* name, const mx::array& ids, const mx::array& like) {
 
 }  // namespace
 
-mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::array& to, const std::optional<mx::array>& source) {
-  if (target.ndim() < 2 || target.size() == 0) refuse("target must be [num_blocks, ...] and not empty, got shape ", shape_text(target));
+mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::array& to,
+                      const std::optional<mx::array>& source) {
+  if (target.ndim() < 2 || target.size() == 0)
+    refuse("target must be [num_blocks, ...] and not empty, got shape ", shape_text(target));
   check_ids("from_blocks", from, to);
   check_ids("to_blocks", to, from);
   std::vector<mx::array> inputs = {target, from, to};

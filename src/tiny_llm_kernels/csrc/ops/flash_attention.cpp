@@ -11,7 +11,8 @@ class FlashAttention : public Node {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
-    const auto q = dense_last_axis(inputs[0], queue), k = dense_last_axis(inputs[1], queue), v = dense_last_axis(inputs[2], queue);
+    const auto q = dense_last_axis(inputs[0], queue), k = dense_last_axis(inputs[1], queue),
+               v = dense_last_axis(inputs[2], queue);
     allocate_heads_inside(outputs[0]);
     FlashJob job{};
     job.q = q.data<float>(), job.k = k.data<float>(), job.v = v.data<float>();
@@ -23,7 +24,8 @@ class FlashAttention : public Node {
     job.Hkv = k.shape(1), job.S = k.shape(2);
     job.scale = scale_, job.causal = causal_;
     queue.dispatch([job, &kernels = kernels()] {
-      parallel_for(job.B * job.L * job.H, 1, [&](int64_t begin, int64_t end) { kernels.flash_attention(job, begin, end); });
+      parallel_for(job.B * job.L * job.H, 1,
+                   [&](int64_t begin, int64_t end) { kernels.flash_attention(job, begin, end); });
     });
   }
 
@@ -34,7 +36,8 @@ class FlashAttention : public Node {
 
 }  // namespace
 
-mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal) {
+mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                          bool causal) {
   for (auto [name, a] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}}) {
     check_dtype(name, *a, mx::float32);
     check_ndim(name, *a, 4);
@@ -44,7 +47,8 @@ mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::arra
   check_shape("v", v, {B, Hkv, S, D}, "[B, Hkv, S, D]");
   if (Hkv == 0 || H % Hkv) refuse("q has ", H, " heads: no multiple of the ", Hkv, " of k and v");
   if (S == 0) refuse("k and v hold no keys: there is nothing to attend to");
-  if (causal && L > S) refuse("q has ", L, " rows, more than the ", S, " positions that causal attention ends with");
+  if (causal && L > S)
+    refuse("q has ", L, " rows, more than the ", S, " positions that causal attention ends with");
   return mx::array(q.shape(), mx::float32, std::make_shared<FlashAttention>(scale, causal), {q, k, v});
 }
 

@@ -6,7 +6,8 @@ namespace tiny_llm {
 namespace {
 
 /// Copies any strides into row-contiguous order: the slow path that keeps the kernels simple.
-void copy_strided(const char* source, const mx::Shape& shape, const mx::Strides& strides, size_t axis, size_t itemsize, char*& target) {
+void copy_strided(const char* source, const mx::Shape& shape, const mx::Strides& strides, size_t axis,
+                  size_t itemsize, char*& target) {
   const bool row = axis + 1 == shape.size() && strides[axis] == 1;
   if (row || axis == shape.size()) {
     const size_t bytes = row ? shape[axis] * itemsize : itemsize;
@@ -15,7 +16,8 @@ void copy_strided(const char* source, const mx::Shape& shape, const mx::Strides&
     return;
   }
   for (int i = 0; i < shape[axis]; ++i) {
-    copy_strided(source + i * strides[axis] * static_cast<int64_t>(itemsize), shape, strides, axis + 1, itemsize, target);
+    copy_strided(source + i * strides[axis] * static_cast<int64_t>(itemsize), shape, strides, axis + 1,
+                 itemsize, target);
   }
 }
 
@@ -23,8 +25,9 @@ mx::array copied(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
   mx::array copy(a.shape(), a.dtype(), nullptr, {});
   allocate(copy);
   encoder.add_temporary(copy);
-  encoder.dispatch([source = a.data<char>(), target = copy.data<char>(), shape = a.shape(), strides = a.strides(),
-                    itemsize = a.itemsize()]() mutable { copy_strided(source, shape, strides, 0, itemsize, target); });
+  encoder.dispatch(
+      [source = a.data<char>(), target = copy.data<char>(), shape = a.shape(), strides = a.strides(),
+       itemsize = a.itemsize()]() mutable { copy_strided(source, shape, strides, 0, itemsize, target); });
   return copy;
 }
 

@@ -62,7 +62,9 @@ inline void check_storage(const char* name, const mx::array& a) {
 }
 
 inline StorageType storage_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? StorageType::float32 : dtype == mx::float16 ? StorageType::float16 : StorageType::bfloat16;
+  return dtype == mx::float32   ? StorageType::float32
+         : dtype == mx::float16 ? StorageType::float16
+                                : StorageType::bfloat16;
 }
 
 /// `shape` holds the wanted sizes; `letters` is how the message shows them, for instance "[T]".

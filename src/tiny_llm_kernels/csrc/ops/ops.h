@@ -12,21 +12,26 @@ namespace tiny_llm {
 
 namespace mx = mlx::core;
 
-mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size, int bits);
+mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size,
+               int bits);
 mx::array ggml_quants(const mx::array& blocks, int bits);
-mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits, int activation_bits);
+mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits,
+                           int activation_bits);
 mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_features, int bits);
 mx::array dense_matmul(const mx::array& x, const mx::array& weight);
-mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal);
+mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                          bool causal);
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps);
 mx::array swiglu(const mx::array& gate, const mx::array& up);
 mx::array geglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
-mx::array sample(const mx::array& logits, float temperature, float min_p, int64_t top_k, float top_p, double uniform);
-mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::array& to, const std::optional<mx::array>& source);
-mx::array paged_attention(
-    const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,
-    const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window);
+mx::array sample(const mx::array& logits, float temperature, float min_p, int64_t top_k, float top_p,
+                 double uniform);
+mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::array& to,
+                      const std::optional<mx::array>& source);
+mx::array paged_attention(const mx::array& q, const mx::array& key_pool, const mx::array& value_pool,
+                          const mx::array& tables, const mx::array& row_of_token, const mx::array& positions,
+                          float scale, std::optional<int64_t> window);
 std::tuple<mx::array, mx::array, mx::array> write_and_attend(
     const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& key_pool,
     const mx::array& value_pool, const mx::array& slots, const mx::array& tables,

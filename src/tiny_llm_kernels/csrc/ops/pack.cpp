@@ -16,8 +16,8 @@ uint32_t four_over_four(uint32_t word) {
 }
 
 struct PackJob {
-  const uint32_t* weight;        // [N, K * bits / 32]
-  const char *scales, *biases;   // [N, K/group_size], float16 or float32
+  const uint32_t* weight;       // [N, K * bits / 32]
+  const char *scales, *biases;  // [N, K/group_size], float16 or float32
   uint8_t* out;
   int64_t N, K, group_size;
   int bits;
@@ -80,10 +80,18 @@ class Pack : public Node {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
-    const auto weight = dense(inputs[0], queue), scales = dense(inputs[1], queue), biases = dense(inputs[2], queue);
+    const auto weight = dense(inputs[0], queue), scales = dense(inputs[1], queue),
+               biases = dense(inputs[2], queue);
     allocate_aligned(outputs[0]);
-    PackJob job{weight.data<uint32_t>(), scales.data<char>(), biases.data<char>(), outputs[0].data<uint8_t>(),
-                weight.shape(0), int64_t{weight.shape(1)} * 32 / bits_, group_size_, bits_, scales.dtype() == mx::float32};
+    PackJob job{weight.data<uint32_t>(),
+                scales.data<char>(),
+                biases.data<char>(),
+                outputs[0].data<uint8_t>(),
+                weight.shape(0),
+                int64_t{weight.shape(1)} * 32 / bits_,
+                group_size_,
+                bits_,
+                scales.dtype() == mx::float32};
     queue.dispatch([job, tiles = outputs[0].shape(0)] {
       parallel_for(tiles, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) pack_tile(job, tile);
@@ -126,13 +134,14 @@ class GgmlQuants : public Node {
     const auto blocks = dense(inputs[0], queue);
     allocate(outputs[0]);
     const int64_t groups = blocks.shape(1), nbytes = blocks.shape(2), bits = bits_;
-    queue.dispatch([=, source = blocks.data<uint8_t>(), target = outputs[0].data<uint32_t>(), rows = blocks.shape(0)] {
-      parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * groups; i < end * groups; ++i) {
-          mlx_words(source + (i + 1) * nbytes - bits * 4, bits, target + i * bits);
-        }
-      });
-    });
+    queue.dispatch(
+        [=, source = blocks.data<uint8_t>(), target = outputs[0].data<uint32_t>(), rows = blocks.shape(0)] {
+          parallel_for(rows, 16, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * groups; i < end * groups; ++i) {
+              mlx_words(source + (i + 1) * nbytes - bits * 4, bits, target + i * bits);
+            }
+          });
+        });
   }
 
  private:
@@ -145,12 +154,17 @@ mx::array ggml_quants(const mx::array& blocks, int bits) {
   if (bits != 4 && bits != 8) refuse("bits ", bits, " is not supported: only 4 and 8");
   check_dtype("blocks", blocks, mx::uint8);
   check_ndim("blocks", blocks, 3);
-  if (blocks.shape(2) < bits * 4) refuse("blocks of ", bits, " bits must have ", bits * 4, " bytes or more, got shape ", shape_text(blocks));
-  return mx::array({blocks.shape(0), blocks.shape(1) * bits}, mx::uint32, std::make_shared<GgmlQuants>(bits), {blocks});
+  if (blocks.shape(2) < bits * 4)
+    refuse("blocks of ", bits, " bits must have ", bits * 4, " bytes or more, got shape ",
+           shape_text(blocks));
+  return mx::array({blocks.shape(0), blocks.shape(1) * bits}, mx::uint32, std::make_shared<GgmlQuants>(bits),
+                   {blocks});
 }
 
-mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size, int bits) {
-  if (group_size < GROUP || group_size % GROUP) refuse("group_size ", group_size, " is not supported: only multiples of ", GROUP);
+mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size,
+               int bits) {
+  if (group_size < GROUP || group_size % GROUP)
+    refuse("group_size ", group_size, " is not supported: only multiples of ", GROUP);
   if (bits < 2 || bits > 8 || bits == 7) refuse("bits ", bits, " is not supported: only 2, 3, 4, 5, 6 and 8");
   check_dtype("weight", weight, mx::uint32);
   if (scales.dtype() != mx::float16) check_dtype("scales", scales, mx::float32);
@@ -158,14 +172,17 @@ mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array
   check_ndim("weight", weight, 2);
   if (weight.size() == 0) refuse("weight must not be empty, got shape ", shape_text(weight));
   const int N = weight.shape(0), words = weight.shape(1);
-  if (words % bits) refuse("weight with ", bits, " bits must have a multiple of ", bits, " words a row (whole groups of 32), got shape ", shape_text(weight));
+  if (words % bits)
+    refuse("weight with ", bits, " bits must have a multiple of ", bits,
+           " words a row (whole groups of 32), got shape ", shape_text(weight));
   const int groups = words / bits, K = groups * GROUP;
   if (K % group_size) refuse("group_size ", group_size, " does not divide K = ", K);
   check_shape("scales", scales, {N, K / group_size}, "[N, K/group_size]");
   check_shape("biases", biases, {N, K / group_size}, "[N, K/group_size]");
   const int tiles = (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
   const int record = record_bytes(packed_bits(bits), scales.dtype() == mx::float32);
-  return mx::array({tiles, groups, record}, mx::uint8, std::make_shared<Pack>(group_size, bits), {weight, scales, biases});
+  return mx::array({tiles, groups, record}, mx::uint8, std::make_shared<Pack>(group_size, bits),
+                   {weight, scales, biases});
 }
 
 }  // namespace tiny_llm

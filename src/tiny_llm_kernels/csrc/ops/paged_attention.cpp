@@ -5,8 +5,9 @@ namespace tiny_llm {
 namespace {
 
 /// With q [1, H, T, D] and out, as arrays.
-AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array& values, const mx::array& tables,
-                     const mx::array& row_of_token, const mx::array& positions, mx::array& out, float scale, int64_t window) {
+AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array& values,
+                     const mx::array& tables, const mx::array& row_of_token, const mx::array& positions,
+                     mx::array& out, float scale, int64_t window) {
   AttentionJob job = reading_job(keys, values, tables, row_of_token, positions, scale, window);
   job.q = q.data<float>(), job.q_head = q.strides(1), job.q_token = q.strides(2);
   job.out = out.data<float>();
@@ -23,7 +24,8 @@ class PagedAttention : public Node {
     auto& queue = encoder();
     const auto q = dense_last_axis(inputs[0], queue);
     const auto keys = dense(inputs[1], queue), values = dense(inputs[2], queue);
-    const auto tables = dense(inputs[3], queue), row_of_token = dense(inputs[4], queue), positions = dense(inputs[5], queue);
+    const auto tables = dense(inputs[3], queue), row_of_token = dense(inputs[4], queue),
+               positions = dense(inputs[5], queue);
     allocate_heads_inside(outputs[0]);
     const auto job = reading(q, keys, values, tables, row_of_token, positions, outputs[0], scale_, window_);
     queue.dispatch([job, &kernels = kernels()] { attend_all(job, kernels); });
@@ -41,17 +43,20 @@ class WriteAndAttend : public Node {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
-    const auto q = dense_last_axis(inputs[0], queue), k = dense_last_axis(inputs[1], queue), v = dense_last_axis(inputs[2], queue);
+    const auto q = dense_last_axis(inputs[0], queue), k = dense_last_axis(inputs[1], queue),
+               v = dense_last_axis(inputs[2], queue);
     const auto slots = dense(inputs[5], queue), tables = dense(inputs[6], queue);
     const auto row_of_token = dense(inputs[7], queue), positions = dense(inputs[8], queue);
     if (!inputs[3].flags().row_contiguous || !inputs[4].flags().row_contiguous) {
-      throw std::runtime_error("write_and_attend: the pools must be row-contiguous, a copy would lose the writes");
+      throw std::runtime_error(
+          "write_and_attend: the pools must be row-contiguous, a copy would lose the writes");
     }
     allocate_heads_inside(outputs[0]);
     outputs[1].copy_shared_buffer(inputs[3]);  // the pools go on as they are: never a copy
     outputs[2].copy_shared_buffer(inputs[4]);
 
-    auto job = reading(q, outputs[1], outputs[2], tables, row_of_token, positions, outputs[0], scale_, window_);
+    auto job =
+        reading(q, outputs[1], outputs[2], tables, row_of_token, positions, outputs[0], scale_, window_);
     job.k = k.data<float>(), job.k_head = k.strides(1), job.k_token = k.strides(2);
     job.v = v.data<float>(), job.v_head = v.strides(1), job.v_token = v.strides(2);
     job.slots = slots.data<int32_t>();
@@ -70,7 +75,8 @@ class WriteAndAttend : public Node {
 }  // namespace
 
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
-                         const mx::array& row_of_token, const mx::array& positions, float scale, int64_t window) {
+                         const mx::array& row_of_token, const mx::array& positions, float scale,
+                         int64_t window) {
   AttentionJob job{};
   job.keys = const_cast<char*>(keys.data<char>()), job.values = const_cast<char*>(values.data<char>());
   job.storage = storage_of(keys.dtype());
@@ -91,13 +97,15 @@ int64_t checked_window(std::optional<int64_t> window) {
 
 void check_reading(int H, int Hkv, int T, int D, const mx::array& key_pool, const mx::array& value_pool,
                    const mx::array& tables, const mx::array& row_of_token, const mx::array& positions) {
-  if (D % 2 || D < 2 || D > MAX_HEAD_SIZE) refuse("head size D must be even, from 2 to ", MAX_HEAD_SIZE, ", got ", D);
+  if (D % 2 || D < 2 || D > MAX_HEAD_SIZE)
+    refuse("head size D must be even, from 2 to ", MAX_HEAD_SIZE, ", got ", D);
   if (Hkv == 0 || H % Hkv) refuse("H must be a multiple of Hkv, got H = ", H, " and Hkv = ", Hkv);
   check_storage("key_pool", key_pool);
   check_dtype("value_pool", value_pool, key_pool.dtype());
   check_ndim("key_pool", key_pool, 4);
   if (key_pool.size() == 0) refuse("key_pool must not be empty, got shape ", shape_text(key_pool));
-  check_shape("key_pool", key_pool, {key_pool.shape(0), Hkv, key_pool.shape(2), D}, "[num_blocks, Hkv, block_size, D]");
+  check_shape("key_pool", key_pool, {key_pool.shape(0), Hkv, key_pool.shape(2), D},
+              "[num_blocks, Hkv, block_size, D]");
   check_shape("value_pool", value_pool, key_pool.shape(), "key_pool's shape");
   check_dtype("tables", tables, mx::int32);
   check_ndim("tables", tables, 2);
@@ -107,14 +115,15 @@ void check_reading(int H, int Hkv, int T, int D, const mx::array& key_pool, cons
   check_shape("positions", positions, {T}, "[T]");
 }
 
-mx::array paged_attention(
-    const mx::array& q, const mx::array& key_pool, const mx::array& value_pool, const mx::array& tables,
-    const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window) {
+mx::array paged_attention(const mx::array& q, const mx::array& key_pool, const mx::array& value_pool,
+                          const mx::array& tables, const mx::array& row_of_token, const mx::array& positions,
+                          float scale, std::optional<int64_t> window) {
   check_dtype("q", q, mx::float32);
   check_ndim("q", q, 4);
   check_ndim("key_pool", key_pool, 4);
   check_shape("q", q, {1, q.shape(1), q.shape(2), q.shape(3)}, "[1, H, T, D]");
-  check_reading(q.shape(1), key_pool.shape(1), q.shape(2), q.shape(3), key_pool, value_pool, tables, row_of_token, positions);
+  check_reading(q.shape(1), key_pool.shape(1), q.shape(2), q.shape(3), key_pool, value_pool, tables,
+                row_of_token, positions);
   return mx::array(q.shape(), mx::float32, std::make_shared<PagedAttention>(scale, checked_window(window)),
                    {q, key_pool, value_pool, tables, row_of_token, positions});
 }

@@ -9,7 +9,8 @@ namespace tiny_llm {
 
 /// A job that reads `keys` and `values` through `tables`; who asks adds q and out, and what is written.
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
-                         const mx::array& row_of_token, const mx::array& positions, float scale, int64_t window);
+                         const mx::array& row_of_token, const mx::array& positions, float scale,
+                         int64_t window);
 
 /// Runs in a task of the CPU stream: all tokens attend, shared out among the threads (attention_items.cpp).
 /// Every write of the step must be done.

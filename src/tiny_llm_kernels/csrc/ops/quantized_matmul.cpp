@@ -31,13 +31,24 @@ class QuantizedMatmul : public Node {
     allocate(out);
 
     const int64_t M = rows.count, K = x.shape(-1), N = out.shape(-1);
-    QuantizeJob quantize{rows, K, activation_bits_, temporary<uint8_t>(bands(M) * BAND * K * activation_bits_ / 8, queue),
+    QuantizeJob quantize{rows, K, activation_bits_,
+                         temporary<uint8_t>(bands(M) * BAND * K * activation_bits_ / 8, queue),
                          temporary<GroupScale>(bands(M) * BAND * K / GROUP, queue)};
-    MatmulJob multiply{quantize.quants, activation_bits_, quantize.groups, packed.data<uint8_t>(), out.data<float>(),
-                       M, N, K, bits_, is_wide(packed, bits_)};
+    MatmulJob multiply{quantize.quants,
+                       activation_bits_,
+                       quantize.groups,
+                       packed.data<uint8_t>(),
+                       out.data<float>(),
+                       M,
+                       N,
+                       K,
+                       bits_,
+                       is_wide(packed, bits_)};
     queue.dispatch([quantize, multiply, &kernels = kernels()] {
-      parallel_for(multiply.M, 8, [&](int64_t begin, int64_t end) { kernels.quantize_rows(quantize, begin, end); });
-      parallel_for(multiply.items(), 1, [&](int64_t begin, int64_t end) { kernels.quantized_matmul(multiply, begin, end); });
+      parallel_for(multiply.M, 8,
+                   [&](int64_t begin, int64_t end) { kernels.quantize_rows(quantize, begin, end); });
+      parallel_for(multiply.items(), 1,
+                   [&](int64_t begin, int64_t end) { kernels.quantized_matmul(multiply, begin, end); });
     });
   }
 
@@ -54,8 +65,9 @@ class DequantizeRows : public Node {
     auto& queue = encoder();
     const auto packed = dense(inputs[0], queue), ids = dense(inputs[1], queue);
     allocate(outputs[0]);
-    DequantizeJob job{packed.data<uint8_t>(), ids.data<int32_t>(), outputs[0].data<float>(),
-                      packed.shape(0), outputs[0].shape(-1), bits_, is_wide(packed, bits_)};
+    DequantizeJob job{packed.data<uint8_t>(), ids.data<int32_t>(),  outputs[0].data<float>(),
+                      packed.shape(0),        outputs[0].shape(-1), bits_,
+                      is_wide(packed, bits_)};
     queue.dispatch([job, count = static_cast<int64_t>(ids.size()), &kernels = kernels()] {
       parallel_for(count, 16, [&](int64_t begin, int64_t end) { kernels.dequantize_rows(job, begin, end); });
     });
@@ -67,18 +79,23 @@ class DequantizeRows : public Node {
 
 }  // namespace
 
-mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits, int activation_bits) {
+mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits,
+                           int activation_bits) {
   check_packed(packed, bits);
-  if (activation_bits != 8 && activation_bits != 16) refuse("activation_bits ", activation_bits, " is not supported: only 8 and 16");
+  if (activation_bits != 8 && activation_bits != 16)
+    refuse("activation_bits ", activation_bits, " is not supported: only 8 and 16");
   check_dtype("x", x, mx::float32);
   const int K = packed.shape(1) * GROUP, most = packed.shape(0) * TILE_OUTPUTS;
-  if (x.ndim() == 0 || x.shape(-1) != K) refuse("x must have K = ", K, " as its last axis, got shape ", shape_text(x));
+  if (x.ndim() == 0 || x.shape(-1) != K)
+    refuse("x must have K = ", K, " as its last axis, got shape ", shape_text(x));
   if (out_features <= most - TILE_OUTPUTS || out_features > most) {
-    refuse("out_features ", out_features, " does not fit packed weights of ", packed.shape(0), " tiles of ", TILE_OUTPUTS);
+    refuse("out_features ", out_features, " does not fit packed weights of ", packed.shape(0), " tiles of ",
+           TILE_OUTPUTS);
   }
   mx::Shape shape = x.shape();
   shape.back() = out_features;
-  return mx::array(std::move(shape), mx::float32, std::make_shared<QuantizedMatmul>(bits, activation_bits), {x, packed});
+  return mx::array(std::move(shape), mx::float32, std::make_shared<QuantizedMatmul>(bits, activation_bits),
+                   {x, packed});
 }
 
 mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_features, int bits) {

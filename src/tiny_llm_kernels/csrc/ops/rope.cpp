@@ -10,10 +10,20 @@ class Rope : public Node {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
-    const auto x = dense_last_axis(inputs[0], queue), positions = dense(inputs[1], queue), inv_freq = dense(inputs[2], queue);
+    const auto x = dense_last_axis(inputs[0], queue), positions = dense(inputs[1], queue),
+               inv_freq = dense(inputs[2], queue);
     allocate_heads_inside(outputs[0]);
-    RopeJob job{x.data<float>(), x.strides(0), x.strides(1), x.strides(2), positions.data<int32_t>(), inv_freq.data<float>(),
-                outputs[0].data<float>(), x.shape(0), x.shape(1), x.shape(2), x.shape(3)};
+    RopeJob job{x.data<float>(),
+                x.strides(0),
+                x.strides(1),
+                x.strides(2),
+                positions.data<int32_t>(),
+                inv_freq.data<float>(),
+                outputs[0].data<float>(),
+                x.shape(0),
+                x.shape(1),
+                x.shape(2),
+                x.shape(3)};
     queue.dispatch([job, &kernels = kernels()] {
       parallel_for(job.B * job.L, 8, [&](int64_t begin, int64_t end) { kernels.rope(job, begin, end); });
     });

@@ -30,14 +30,16 @@ class Sample : public Node {
 
 }  // namespace
 
-mx::array sample(const mx::array& logits, float temperature, float min_p, int64_t top_k, float top_p, double uniform) {
+mx::array sample(const mx::array& logits, float temperature, float min_p, int64_t top_k, float top_p,
+                 double uniform) {
   check_dtype("logits", logits, mx::float32);
   check_ndim("logits", logits, 1);
   if (logits.size() == 0) refuse("logits must not be empty");
   if (!(temperature >= 0)) refuse("temperature must be 0 or above, got ", temperature);
   if (!(uniform >= 0 && uniform < 1)) refuse("uniform must be at least 0 and below 1, got ", uniform);
   SampleJob how{};
-  how.temperature = temperature, how.min_p = min_p, how.top_k = top_k, how.top_p = top_p, how.share = 1 - uniform;
+  how.temperature = temperature, how.min_p = min_p, how.top_k = top_k, how.top_p = top_p,
+  how.share = 1 - uniform;
   return mx::array(mx::Shape{}, mx::uint32, std::make_shared<Sample>(how), {logits});
 }
 

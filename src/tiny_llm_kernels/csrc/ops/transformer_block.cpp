@@ -75,7 +75,8 @@ struct BlockJob {
   /// What a half gave, normalised where there is a norm behind it, to the stream.
   void add(const std::optional<mx::array>& out_norm, int64_t row, const Kernels& kernels) const {
     const int64_t E = hidden.width;
-    if (out_norm) kernels.rms_norm({added.all(), out_norm->data<float>(), added.data, E, w->eps}, row, row + 1);
+    if (out_norm)
+      kernels.rms_norm({added.all(), out_norm->data<float>(), added.data, E, w->eps}, row, row + 1);
     kernels.add({hidden.data, E, added.data, E, E}, row, row + 1);
   }
 
@@ -89,13 +90,19 @@ struct BlockJob {
       kernels.rms_norm({{keys, w->Hkv, D}, w->k_norm->data<float>(), keys, D, w->eps}, 0, w->Hkv);
     }
     const int32_t* position = attention.positions + token;
-    kernels.rope({queries, 0, D, 0, position, w->inv_freq.data<float>(), rotated.row(token), 1, w->H + w->Hkv, 1, D}, 0, 1);
+    kernels.rope(
+        {queries, 0, D, 0, position, w->inv_freq.data<float>(), rotated.row(token), 1, w->H + w->Hkv, 1, D},
+        0, 1);
   }
 
-  void multiply(const QuantizeJob& from, const PackedMatrix& matrix, const Buffer& out, const Kernels& kernels) const {
+  void multiply(const QuantizeJob& from, const PackedMatrix& matrix, const Buffer& out,
+                const Kernels& kernels) const {
     const bool wide = matrix.packed.shape(2) == record_bytes(matrix.bits, true);
-    const MatmulJob job{from.quants, from.bits, from.groups, matrix.packed.data<uint8_t>(), out.data, out.rows, out.width, from.K, matrix.bits, wide};
-    parallel_for(job.items(), 1, [&](int64_t begin, int64_t end) { kernels.quantized_matmul(job, begin, end); });
+    const MatmulJob job{from.quants, from.bits, from.groups, matrix.packed.data<uint8_t>(),
+                        out.data,    out.rows,  out.width,   from.K,
+                        matrix.bits, wide};
+    parallel_for(job.items(), 1,
+                 [&](int64_t begin, int64_t end) { kernels.quantized_matmul(job, begin, end); });
   }
 };
 
@@ -110,7 +117,8 @@ class Block : public Node {
     const auto x = dense(inputs[0], queue), slots = dense(inputs[3], queue), tables = dense(inputs[4], queue);
     const auto row_of_token = dense(inputs[5], queue), positions = dense(inputs[6], queue);
     if (!inputs[1].flags().row_contiguous || !inputs[2].flags().row_contiguous) {
-      throw std::runtime_error("transformer_block: the pools must be row-contiguous, a copy would lose the writes");
+      throw std::runtime_error(
+          "transformer_block: the pools must be row-contiguous, a copy would lose the writes");
     }
     allocate(outputs[0]);
     outputs[1].copy_shared_buffer(inputs[1]);  // the pools go on as they are: never a copy
@@ -122,16 +130,30 @@ class Block : public Node {
     const auto rounding = [&](const Buffer& rows) {
       const int64_t padded = bands(T) * BAND * rows.width;
       auto* quants = temporary<uint8_t>(padded * w_->activation_bits / 8, queue);
-      return QuantizeJob{rows.all(), rows.width, w_->activation_bits, quants, temporary<GroupScale>(padded / GROUP, queue)};
+      return QuantizeJob{rows.all(), rows.width, w_->activation_bits, quants,
+                         temporary<GroupScale>(padded / GROUP, queue)};
     };
-    BlockJob job{.w = w_, .x = x.data<float>(), .hidden = {outputs[0].data<float>(), T, E}, .normed = buffer(E),
-                 .heads = buffer(queries + 2 * keys), .rotated = buffer(queries + keys), .attended = buffer(queries),
-                 .added = buffer(E), .gates = buffer(2 * I), .fed = buffer(I), .for_hidden = {}, .for_o = {}, .for_down = {},
-                 .attention = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_)};
-    job.for_hidden = rounding(job.normed), job.for_o = rounding(job.attended), job.for_down = rounding(job.fed);
+    BlockJob job{
+        .w = w_,
+        .x = x.data<float>(),
+        .hidden = {outputs[0].data<float>(), T, E},
+        .normed = buffer(E),
+        .heads = buffer(queries + 2 * keys),
+        .rotated = buffer(queries + keys),
+        .attended = buffer(queries),
+        .added = buffer(E),
+        .gates = buffer(2 * I),
+        .fed = buffer(I),
+        .for_hidden = {},
+        .for_o = {},
+        .for_down = {},
+        .attention = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_)};
+    job.for_hidden = rounding(job.normed), job.for_o = rounding(job.attended),
+    job.for_down = rounding(job.fed);
     AttentionJob& attention = job.attention;
     attention.H = w_->H;
-    attention.q = job.rotated.data, attention.k = job.rotated.data + queries, attention.v = job.heads.data + queries + keys;
+    attention.q = job.rotated.data, attention.k = job.rotated.data + queries,
+    attention.v = job.heads.data + queries + keys;
     attention.q_head = attention.k_head = attention.v_head = w_->D;
     attention.q_token = attention.k_token = job.rotated.width, attention.v_token = job.heads.width;
     attention.slots = slots.data<int32_t>();
@@ -148,11 +170,12 @@ class Block : public Node {
 void check_matrix(const char* name, const PackedMatrix& matrix, int K, int N) {
   check_dtype(name, matrix.packed, mx::uint8);
   check_ndim(name, matrix.packed, 3);
-  const bool fits = matrix.packed.shape(2) == record_bytes(matrix.bits, false) || matrix.packed.shape(2) == record_bytes(matrix.bits, true);
+  const bool fits = matrix.packed.shape(2) == record_bytes(matrix.bits, false) ||
+                    matrix.packed.shape(2) == record_bytes(matrix.bits, true);
   if (!fits || matrix.packed.shape(1) * GROUP != K || matrix.out_features != N ||
       matrix.packed.shape(0) != (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS) {
-    refuse(name, " must hold [N, K] = [", N, ", ", K, "] in ", matrix.bits, " bits, got shape ", shape_text(matrix.packed), " of ",
-           matrix.out_features, " outputs");
+    refuse(name, " must hold [N, K] = [", N, ", ", K, "] in ", matrix.bits, " bits, got shape ",
+           shape_text(matrix.packed), " of ", matrix.out_features, " outputs");
   }
 }
 
@@ -166,11 +189,14 @@ void check_vector(const char* name, const mx::array& vector, int length) {
 TransformerBlock::TransformerBlock(BlockWeights w) {
   const int E = w.attention_norm.ndim() == 1 ? w.attention_norm.shape(0) : 0;
   const int D = w.D, I = w.gate_up.out_features / 2;
-  if (w.activation_bits != 8 && w.activation_bits != 16) refuse("activation_bits ", w.activation_bits, " is not supported: only 8 and 16");
-  if (w.Hkv < 1 || w.H < 1 || w.H % w.Hkv) refuse("H must be a multiple of Hkv, got H = ", w.H, " and Hkv = ", w.Hkv);
+  if (w.activation_bits != 8 && w.activation_bits != 16)
+    refuse("activation_bits ", w.activation_bits, " is not supported: only 8 and 16");
+  if (w.Hkv < 1 || w.H < 1 || w.H % w.Hkv)
+    refuse("H must be a multiple of Hkv, got H = ", w.H, " and Hkv = ", w.Hkv);
   check_vector("attention_norm", w.attention_norm, E);
   check_vector("mlp_norm", w.mlp_norm, E);
-  if (w.attention_out_norm.has_value() != w.mlp_out_norm.has_value()) refuse("attention_out_norm and mlp_out_norm go together");
+  if (w.attention_out_norm.has_value() != w.mlp_out_norm.has_value())
+    refuse("attention_out_norm and mlp_out_norm go together");
   for (const auto& norm : {w.attention_out_norm, w.mlp_out_norm}) {
     if (norm) check_vector("attention_out_norm and mlp_out_norm", *norm, E);
   }
@@ -184,13 +210,15 @@ TransformerBlock::TransformerBlock(BlockWeights w) {
   for (const auto& norm : {w.q_norm, w.k_norm}) {
     if (norm) check_vector("q_norm and k_norm", *norm, D);
   }
-  std::vector<mx::array> arrays = {w.attention_norm, w.mlp_norm, w.inv_freq, w.qkv.packed, w.o.packed, w.gate_up.packed, w.down.packed};
+  std::vector<mx::array> arrays = {w.attention_norm, w.mlp_norm,       w.inv_freq,   w.qkv.packed,
+                                   w.o.packed,       w.gate_up.packed, w.down.packed};
   for (const auto& some : {w.qkv_bias, w.q_norm, w.k_norm, w.attention_out_norm, w.mlp_out_norm}) {
     if (some) arrays.push_back(*some);
   }
   mx::eval(arrays);
   for (const auto& array : arrays) {
-    if (!array.flags().row_contiguous) refuse("a block's weights must be row-contiguous, got one of shape ", shape_text(array));
+    if (!array.flags().row_contiguous)
+      refuse("a block's weights must be row-contiguous, got one of shape ", shape_text(array));
   }
   weights_ = std::make_shared<const BlockWeights>(std::move(w));
 }

@@ -18,7 +18,7 @@ struct PackedMatrix {
 
 /// What a block is made of; all arrays are evaluated. Legend: H query heads, Hkv key-value heads, D head size.
 struct BlockWeights {
-  mx::array attention_norm, mlp_norm;                          // [E] before each half
+  mx::array attention_norm, mlp_norm;                         // [E] before each half
   std::optional<mx::array> attention_out_norm, mlp_out_norm;  // [E] behind it, where there is one
   PackedMatrix qkv, o, gate_up, down;
   std::optional<mx::array> qkv_bias;        // [(H + 2 Hkv) D]
@@ -34,10 +34,12 @@ class TransformerBlock {
  public:
   explicit TransformerBlock(BlockWeights weights);
 
-  std::tuple<mx::array, mx::array, mx::array> operator()(
-      const mx::array& x, const mx::array& key_pool, const mx::array& value_pool, const mx::array& slots,
-      const mx::array& tables, const mx::array& row_of_token, const mx::array& positions, float scale,
-      std::optional<int64_t> window) const;
+  std::tuple<mx::array, mx::array, mx::array> operator()(const mx::array& x, const mx::array& key_pool,
+                                                         const mx::array& value_pool, const mx::array& slots,
+                                                         const mx::array& tables,
+                                                         const mx::array& row_of_token,
+                                                         const mx::array& positions, float scale,
+                                                         std::optional<int64_t> window) const;
 
  private:
   std::shared_ptr<const BlockWeights> weights_;
