@@ -508,8 +508,8 @@ SWAPPED = Scenario(
 )
 
 
-# Contexts of three partitions, whose attention is shared out: chunks that end within a partition, decodes beside a
-# prompt, and prefixes that are found.
+# Contexts of three partitions, whose attention is shared out: chunks that end within a partition, decodes
+# beside a prompt, and prefixes that are found.
 LONG = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(250, 0)), SamplingParams(max_tokens=12, temperature=0.0, logprobs=1)),
