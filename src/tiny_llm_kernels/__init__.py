@@ -50,9 +50,11 @@ __all__ = [
     "sample",
     "select_instruction_set",
     "set_num_threads",
+    "stack_packed",
     "swiglu",
     "why_unavailable",
     "write_and_attend",
+    "zeros",
 ]
 
 
@@ -78,6 +80,14 @@ def pack(weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: in
     `packed_bits(bits)` bits, each group of 32 with a scale and a bias of its own.
     """
     return native.pack(weight, scales, biases, group_size, bits)
+
+
+def stack_packed(parts: list[mx.array]) -> mx.array:
+    """The packed weights of several matrices over the same inputs as one matrix, their outputs side by side.
+
+    Each has whole tiles: a number of outputs that 16 divides.
+    """
+    return native.stack_packed(parts)
 
 
 def ggml_quants(blocks: mx.array, *, bits: int) -> mx.array:
@@ -227,6 +237,11 @@ def write_and_attend(
     return native.write_and_attend(
         q, k, v, key_pool, value_pool, slots, tables, row_of_token, positions, scale, window
     )
+
+
+def zeros(count: int, shape: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
+    """So many arrays of zeros that are read together: on huge pages where the system has them."""
+    return native.zeros(count, shape, dtype)
 
 
 def copy_blocks(

@@ -35,8 +35,9 @@ class KVPool:
         self.block_size = block_size
         self.dtype = dtype
         shape = (num_blocks, num_heads, block_size, head_dim)
-        self._keys = [mx.zeros(shape, dtype) for _ in range(num_layers)]
-        self._values = [mx.zeros(shape, dtype) for _ in range(num_layers)]
+        arrays = _zeros(2 * num_layers, shape, dtype)
+        self._keys, self._values = arrays[:num_layers], arrays[num_layers:]
+        del arrays
         self.evaluate()
 
     @classmethod
@@ -75,7 +76,7 @@ class KVPool:
             return True
         except Exception:  # whatever an operator raised
             for arrays in (self._keys, self._values):
-                arrays[:] = [mx.zeros(array.shape, self.dtype) for array in arrays]
+                arrays[:] = _zeros(len(arrays), arrays[0].shape, self.dtype)
             self.evaluate()
             return False
 
@@ -138,3 +139,11 @@ class KVPool:
         keys, values = self._keys[layer][index], self._values[layer][index]
         mx.eval(keys, values)
         return keys, values
+
+
+def _zeros(count: int, shape: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
+    """So many arrays, all zero."""
+    if use_compiled():
+        made: list[mx.array] = compiled_kernel("zeros")(count, shape, dtype)
+        return made
+    return [mx.zeros(shape, dtype) for _ in range(count)]

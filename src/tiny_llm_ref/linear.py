@@ -155,7 +155,8 @@ def stack(*parts: LinearLike) -> LinearLike:
         packed = cast(tuple[PackedLinear, ...], parts)
         whole_tiles = all(part.out_features % PACKED_TILE == 0 for part in packed)
         if whole_tiles and len({(part.packed.shape[1:], part.bits) for part in packed}) == 1:
-            blob = _joined([part.packed for part in packed])
+            blob: mx.array = compiled_kernel("stack_packed")([part.packed for part in packed])
+            mx.eval(blob)  # so that the parts can go
             outputs = sum(part.out_features for part in packed)
             return replace(packed[0], packed=blob, out_features=outputs)
     if all(isinstance(part, Linear) for part in parts):

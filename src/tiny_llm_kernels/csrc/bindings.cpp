@@ -21,6 +21,7 @@ namespace mx = mlx::core;
 
 NB_MODULE(_kernels, m) {
   m.def("pack", &tiny_llm::pack, "weight"_a, "scales"_a, "biases"_a, "group_size"_a, "bits"_a);
+  m.def("stack_packed", &tiny_llm::stack_packed, "parts"_a);
   m.def("ggml_quants", &tiny_llm::ggml_quants, "blocks"_a, "bits"_a);
   m.def("quantized_matmul", &tiny_llm::quantized_matmul, "x"_a, "packed"_a, "out_features"_a, "bits"_a,
         "activation_bits"_a);
@@ -33,6 +34,12 @@ NB_MODULE(_kernels, m) {
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
   m.def("sample", &tiny_llm::sample, "logits"_a, "temperature"_a, "min_p"_a, "top_k"_a, "top_p"_a,
         "uniform"_a);
+  m.def(
+      "zeros",
+      [](int count, const std::vector<int>& shape, mx::Dtype dtype) {
+        return tiny_llm::zeros(count, mx::Shape(shape.begin(), shape.end()), dtype);
+      },
+      "count"_a, "shape"_a, "dtype"_a);
   m.def("copy_blocks", &tiny_llm::copy_blocks, "target"_a, "from_blocks"_a, "to_blocks"_a,
         "source"_a = nb::none());
   m.def("paged_attention", &tiny_llm::paged_attention, "q"_a, "key_pool"_a, "value_pool"_a, "tables"_a,

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "mlx/array.h"
 
@@ -14,6 +15,7 @@ namespace mx = mlx::core;
 
 mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array& biases, int group_size,
                int bits);
+mx::array stack_packed(const std::vector<mx::array>& parts);
 mx::array ggml_quants(const mx::array& blocks, int bits);
 mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_features, int bits,
                            int activation_bits);
@@ -27,6 +29,7 @@ mx::array geglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
 mx::array sample(const mx::array& logits, float temperature, float min_p, int64_t top_k, float top_p,
                  double uniform);
+std::vector<mx::array> zeros(int count, const mx::Shape& shape, mx::Dtype dtype);
 mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::array& to,
                       const std::optional<mx::array>& source);
 mx::array paged_attention(const mx::array& q, const mx::array& key_pool, const mx::array& value_pool,

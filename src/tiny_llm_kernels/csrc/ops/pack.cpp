@@ -2,6 +2,7 @@
 // Runs once at load, in plain integer code that every processor shares.
 #include <cstring>
 
+#include "huge_pages.h"
 #include "node.h"
 #include "ops.h"
 
@@ -62,17 +63,6 @@ void pack_tile(const PackJob& job, int64_t tile) {
   }
 }
 
-/// Memory that starts at a cache line: the kernels read it in whole ones.
-void allocate_aligned(mx::array& a) {
-  auto memory = mx::allocator::malloc(a.nbytes() + 64);
-  const auto address = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
-  mx::array::Flags flags{};
-  flags.contiguous = flags.row_contiguous = true;
-  flags.col_contiguous = a.size() <= 1;
-  const mx::Strides strides{int64_t{a.shape(1)} * a.shape(2), a.shape(2), 1};
-  a.set_data(std::move(memory), a.size(), strides, flags, static_cast<int64_t>(-address & 63));
-}
-
 class Pack : public Node {
  public:
   Pack(int group_size, int bits) : group_size_(group_size), bits_(bits) {}
@@ -82,7 +72,7 @@ class Pack : public Node {
     auto& queue = encoder();
     const auto weight = dense(inputs[0], queue), scales = dense(inputs[1], queue),
                biases = dense(inputs[2], queue);
-    allocate_aligned(outputs[0]);
+    allocate_weights(outputs[0]);
     PackJob job{weight.data<uint32_t>(),
                 scales.data<char>(),
                 biases.data<char>(),
@@ -101,6 +91,25 @@ class Pack : public Node {
 
  private:
   int group_size_, bits_;
+};
+
+/// Packed weights one behind the other: whole tiles, so the matrices' outputs lie side by side.
+class StackPacked : public Node {
+ public:
+  using Node::Node;
+  const char* name() const override { return "stack_packed"; }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& queue = encoder();
+    allocate_weights(outputs[0]);
+    char* target = outputs[0].data<char>();
+    for (const auto& input : inputs) {
+      const auto part = dense(input, queue);
+      queue.dispatch(
+          [=, source = part.data<char>(), bytes = part.nbytes()] { std::memcpy(target, source, bytes); });
+      target += part.nbytes();
+    }
+  }
 };
 
 /// ggml keeps value i of a block of 32 in the low half of byte i, value i + 16 in the high half; MLX keeps 2i and
@@ -183,6 +192,20 @@ mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array
   const int record = record_bytes(packed_bits(bits), scales.dtype() == mx::float32);
   return mx::array({tiles, groups, record}, mx::uint8, std::make_shared<Pack>(group_size, bits),
                    {weight, scales, biases});
+}
+
+mx::array stack_packed(const std::vector<mx::array>& parts) {
+  if (parts.empty()) refuse("parts must not be empty");
+  int tiles = 0;
+  for (const auto& part : parts) {
+    check_dtype("parts", part, mx::uint8);
+    check_ndim("parts", part, 3);
+    check_shape("parts", part, {part.shape(0), parts[0].shape(1), parts[0].shape(2)},
+                "[any, K/32, bytes of a record]");
+    tiles += part.shape(0);
+  }
+  return mx::array({tiles, parts[0].shape(1), parts[0].shape(2)}, mx::uint8, std::make_shared<StackPacked>(),
+                   parts);
 }
 
 }  // namespace tiny_llm
