@@ -123,10 +123,13 @@ constexpr int MAX_HEAD_SIZE = 512;
 
 constexpr int PARTITION = 128;  // positions; what one is for: paged_attention.cpp
 
-/// What one call attends: tokens of one sequence side by side, with the query heads of one kv head.
+constexpr int MAX_ROWS = 64;  // rows (token, query head) that are worked on together
+
+/// What one call attends: tokens of one sequence side by side, with the query heads of one kv head; or with those
+/// of several, if all these rows fit beside each other.
 struct AttentionItem {
-  int32_t first_token, tokens, head;
-  int32_t first_partition, end_partition;  // what lies outside is left to others
+  int32_t first_token, tokens, first_head, heads;  // kv heads
+  int32_t first_partition, end_partition;          // what lies outside is left to others
   int32_t apart;  // the place of `first_token` in the job's `apart`; -1: this item has all its partitions
 };
 

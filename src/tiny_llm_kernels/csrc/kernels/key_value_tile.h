@@ -45,9 +45,14 @@ INLINE Range part_in_tile(Range range, int64_t first) {
   return {max(range.begin - first, 0), min(range.end - first, TILE)};
 }
 
+/// Keys and values as floats, for rows that share them.
 struct alignas(64) Tile {
   float keys[TILE * MAX_HEAD_SIZE];    // [32, D padded]
   float values[TILE * MAX_HEAD_SIZE];  // [32, D padded]
+  int64_t width;                       // D padded
+
+  INLINE_MEMBER f32w key(int64_t i, int64_t d) const { return load_wide(keys + i * width + d); }
+  INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide(values + i * width + d); }
 };
 
 /// Calls `visit(i, count, place)` for the positions of a tile that lie side by side in one block, from the i-th
@@ -89,20 +94,51 @@ static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, 
                       Tile& tile) {
   const auto* keys = static_cast<const typename T::Storage*>(job.keys);
   const auto* values = static_cast<const typename T::Storage*>(job.values);
-  const int64_t width = padded(job.D);
+  const int64_t width = tile.width = padded(job.D);
   const auto fill = [&](int64_t begin, int64_t end, float value) {
     for (int64_t d = begin * width; d < end * width; d += LANES) {
       store(tile.keys + d, splat(value)), store(tile.values + d, splat(value));
     }
   };
   fill(part.begin / 4 * 4, part.begin, 0.0f);
-  fill(part.end, (part.end + 3) / 4 * 4, 0.0f);
+  fill(part.end, rounded_up(part.end, 4), 0.0f);
   each_stretch(job, head, table_row, first, part, [&](int64_t i, int64_t count, int64_t place) {
     if (place < 0) return fill(i, i + count, __builtin_nanf(""));
     widen<T>(keys + place, count, job.D, tile.keys + i * width);
     widen<T>(values + place, count, job.D, tile.values + i * width);
   });
 }
+
+/// Keys and values where they lie, for rows that are the only ones to read them: each number is made a float on
+/// its way into the sum. D is whole vectors.
+template <typename T>
+struct Pages {
+  const typename T::Storage *keys[TILE], *values[TILE];
+  alignas(64) typename T::Storage zeros[MAX_HEAD_SIZE], nans[MAX_HEAD_SIZE];
+
+  Pages() {
+    for (int64_t d = 0; d < MAX_HEAD_SIZE; d += LANES) {
+      T::store8(zeros + d, f32x8{}), T::store8(nans + d, splat(__builtin_nanf("")));
+    }
+  }
+
+  INLINE_MEMBER f32w key(int64_t i, int64_t d) const { return load_wide_as<T>(keys[i] + d); }
+  INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide_as<T>(values[i] + d); }
+
+  /// The same as `load_tile`.
+  INLINE_MEMBER void find(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,
+                          Range part) {
+    for (int64_t i = part.begin / 4 * 4; i < part.begin; ++i) keys[i] = values[i] = zeros;
+    for (int64_t i = part.end; i < rounded_up(part.end, 4); ++i) keys[i] = values[i] = zeros;
+    each_stretch(job, head, table_row, first, part, [&](int64_t begin, int64_t count, int64_t place) {
+      const auto* key = static_cast<const typename T::Storage*>(job.keys) + place;
+      const auto* value = static_cast<const typename T::Storage*>(job.values) + place;
+      for (int64_t i = begin; i < begin + count; ++i, key += job.D, value += job.D) {
+        keys[i] = place < 0 ? nans : key, values[i] = place < 0 ? nans : value;
+      }
+    });
+  }
+};
 
 /// The next tile's keys and values, asked for a few at a time while one tile is worked on: pages lie anywhere, so
 /// the processor cannot guess what comes next, and it has only so many requests to memory under way.
@@ -124,10 +160,10 @@ class Ahead {
     }
   }
 
-  /// Asks for the next `count` of them.
+  /// Asks for the next `count` of them, up to the second cache: the first one holds what is worked on.
   INLINE_MEMBER void ask(int count) {
     for (; count > 0 && next_ < count_; --count, ++next_) {
-      for (int64_t line = 0; line < bytes_; line += 64) __builtin_prefetch(places_[next_] + line);
+      for (int64_t line = 0; line < bytes_; line += 64) __builtin_prefetch(places_[next_] + line, 0, 2);
     }
   }
 

@@ -31,23 +31,21 @@ struct Row {
 };
 
 /// scores[r][i] = scale * (q_r . k_i) where position i of the tile is seen, -inf for the others.
-template <int ROWS>
-INLINE void score(const Row* rows, const Tile& tile, int64_t D, Range seen, float scale,
+template <int ROWS, typename Source>
+INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, float scale,
                   float (&scores)[ROWS][TILE], Ahead& ahead) {
   for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
     ahead.ask(4);
-    const float* k = tile.keys + i * D;
     f32w acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += WIDE) {
-      const f32w k0 = load_wide(k + d), k1 = load_wide(k + D + d), k2 = load_wide(k + 2 * D + d),
-                 k3 = load_wide(k + 3 * D + d);
+      f32w q[ROWS];
       UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        const f32w q = load_wide(rows[r].q + d);
-        acc[r][0] = fma(q, k0, acc[r][0]);
-        acc[r][1] = fma(q, k1, acc[r][1]);
-        acc[r][2] = fma(q, k2, acc[r][2]);
-        acc[r][3] = fma(q, k3, acc[r][3]);
+      for (int r = 0; r < ROWS; ++r) q[r] = load_wide(rows[r].q + d);
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const f32w key = tile.key(i + j, d);
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) acc[r][j] = fma(q[r], key, acc[r][j]);
       }
     }
     UNROLL
@@ -84,23 +82,25 @@ INLINE float soften(Row& row, float (&scores)[TILE]) {
 
 /// o_r = o_r * decay_r + sum over the seen i of weights[r][i] * v_i, for VECS vectors of the D numbers. What is
 /// not seen is left out, not multiplied by a weight of zero: it may be NaN.
-template <int ROWS, int VECS>
-INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen,
-                const float (&weights)[ROWS][TILE], const float (&decay)[ROWS], Ahead& ahead) {
+template <int ROWS, int VECS, typename Source>
+INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const float (&weights)[ROWS][TILE],
+                const float (&decay)[ROWS], Ahead& ahead) {
   f32w o[ROWS][VECS];
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
     UNROLL
     for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r].o + d + c * WIDE) * splat_wide(decay[r]);
   }
-  const float* v = tile.values + seen.begin * D + d;
-  for (int64_t i = seen.begin; i < seen.end; ++i, v += D) {
+  for (int64_t i = seen.begin; i < seen.end; ++i) {
     ahead.ask(1);
+    f32w weight[ROWS];
     UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-      const f32w weight = splat_wide(weights[r][i]);
+    for (int r = 0; r < ROWS; ++r) weight[r] = splat_wide(weights[r][i]);
+    UNROLL
+    for (int c = 0; c < VECS; ++c) {
+      const f32w value = tile.value(i, d + c * WIDE);
       UNROLL
-      for (int c = 0; c < VECS; ++c) o[r][c] = fma(weight, load_wide(v + c * WIDE), o[r][c]);
+      for (int r = 0; r < ROWS; ++r) o[r][c] = fma(weight[r], value, o[r][c]);
     }
   }
   UNROLL
@@ -111,15 +111,15 @@ INLINE void mix(Row* rows, const Tile& tile, int64_t D, int64_t d, Range seen,
 }
 
 /// Rows of one token take in what it sees of a tile; meanwhile memory is asked for what is `ahead`.
-template <int ROWS>
-static void visit(Row* rows, const Tile& tile, int64_t D, Range seen, float scale, Ahead& ahead) {
+template <int ROWS, typename Source>
+static void visit(Row* rows, const Source& tile, int64_t D, Range seen, float scale, Ahead& ahead) {
   float scores[ROWS][TILE], decay[ROWS];
   score<ROWS>(rows, tile, D, seen, scale, scores, ahead);
   UNROLL
   for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
   int64_t d = 0;
-  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, D, d, seen, scores, decay, ahead);
-  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, D, d, seen, scores, decay, ahead);
+  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, d, seen, scores, decay, ahead);
+  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, d, seen, scores, decay, ahead);
 }
 
 /// `total` has then seen what both have.

@@ -26,18 +26,18 @@
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-constexpr int MAX_ROWS = 64;  // rows (tokens x heads of the group) that share a tile
-
 /// Where an item's rows are worked on.
+template <typename T>
 struct alignas(64) Desk {
   Row rows[MAX_ROWS];
   Softmax totals[MAX_ROWS];
   float q[MAX_ROWS * MAX_HEAD_SIZE], part[MAX_ROWS * MAX_HEAD_SIZE], total[MAX_ROWS * MAX_HEAD_SIZE];
+  Pages<T> pages;  // a tile as it lies, or as floats
   Tile tile;
   Ahead ahead;
 };
 
-/// An item's query heads first .. first + count - 1: as many as fit on the desk.
+/// Query heads first .. first + count - 1: of whole groups, or a part of one, as many as fit on the desk.
 struct Heads {
   int64_t first, count;
 };
@@ -72,32 +72,57 @@ INLINE void put_out(const Softmax& total, int64_t D, float* out) {
   if (d < D) store_first(out + d, load(total.o + d) / splat(total.l), D - d);
 }
 
-/// The item's tokens take in the positions `here`, which lie in one partition. The item goes on up to `until`.
+/// The item's tokens take in the tile that begins at position `first`: `count` rows of each token, from `rows` on,
+/// and those of the next token `step` rows behind.
+template <typename Source>
+static void visit_tile(const AttentionJob& job, const AttentionItem& item, const Source& tile, int64_t first,
+                       Row* rows, int64_t count, int64_t step, Ahead& ahead) {
+  const int64_t width = padded(job.D);
+  for (int64_t t = 0; t < item.tokens; ++t, rows += step) {
+    const Range seen = part_in_tile(seen_by(job, item.first_token + t), first);
+    if (seen.empty()) continue;
+    Row* row = rows;
+    for (int64_t left = count; left > 0; left -= 3, row += 3) {
+      switch (left) {
+        case 1: visit<1>(row, tile, width, seen, job.scale, ahead); break;
+        case 2: visit<2>(row, tile, width, seen, job.scale, ahead); break;
+        default: visit<3>(row, tile, width, seen, job.scale, ahead);
+      }
+    }
+  }
+}
+
+/// The item's tokens take in the positions `here`, which lie in one partition; the item goes on up to `until`.
+/// All kv heads of a tile follow each other, as they do in a block: a processor that reads on ahead reads what is
+/// wanted next.
 template <typename T>
-static void visit_partition(const AttentionJob& job, const AttentionItem& item, int64_t heads, Range here,
-                            int64_t until, Desk& desk) {
-  const int64_t table_row = job.row_of_token[item.first_token], width = padded(job.D);
+static void visit_partition(const AttentionJob& job, const AttentionItem& item, Heads heads, Range here,
+                            int64_t until, Desk<T>& desk) {
+  const int64_t table_row = job.row_of_token[item.first_token], group = job.H / job.Hkv;
+  const int64_t begin = heads.first / group, end = begin + max(heads.count / group, 1);
+  const int64_t count = min(heads.count, group);
+  const bool is_read_once = item.tokens * count <= 3 && job.D == padded(job.D);
   for (int64_t first = here.begin / TILE * TILE; first < here.end; first += TILE) {
-    load_tile<T>(job, item.head, table_row, first, part_in_tile(here, first), desk.tile);
-    desk.ahead.look<T>(job, item.head, table_row, first + TILE,
-                       part_in_tile({here.begin, until}, first + TILE));
-    for (int64_t t = 0; t < item.tokens; ++t) {
-      const Range seen = part_in_tile(seen_by(job, item.first_token + t), first);
-      if (seen.empty()) continue;
-      Row* row = desk.rows + t * heads;
-      for (int64_t left = heads; left > 0; left -= 3, row += 3) {
-        switch (left) {
-          case 1: visit<1>(row, desk.tile, width, seen, job.scale, desk.ahead); break;
-          case 2: visit<2>(row, desk.tile, width, seen, job.scale, desk.ahead); break;
-          default: visit<3>(row, desk.tile, width, seen, job.scale, desk.ahead);
-        }
+    const Range part = part_in_tile(here, first);
+    for (int64_t head = begin; head < end; ++head) {
+      const bool is_last = head + 1 == end;
+      const int64_t next = is_last ? first + TILE : first;
+      desk.ahead.template look<T>(job, is_last ? begin : head + 1, table_row, next,
+                                  part_in_tile({here.begin, until}, next));
+      Row* rows = desk.rows + (head - begin) * count;
+      if (is_read_once) {
+        desk.pages.find(job, head, table_row, first, part);
+        visit_tile(job, item, desk.pages, first, rows, count, heads.count, desk.ahead);
+      } else {
+        load_tile<T>(job, head, table_row, first, part, desk.tile);
+        visit_tile(job, item, desk.tile, first, rows, count, heads.count, desk.ahead);
       }
     }
   }
 }
 
 template <typename T>
-static void attend_heads(const AttentionJob& job, const AttentionItem& item, Heads heads, Desk& desk) {
+static void attend_heads(const AttentionJob& job, const AttentionItem& item, Heads heads, Desk<T>& desk) {
   const int64_t width = padded(job.D), num_rows = item.tokens * heads.count;
   const auto token_of = [&](int64_t row) { return item.first_token + row / heads.count; };
   const auto head_of = [&](int64_t row) { return heads.first + row % heads.count; };
@@ -115,7 +140,7 @@ static void attend_heads(const AttentionJob& job, const AttentionItem& item, Hea
   for (int64_t p = partitions.begin; p < partitions.end; ++p) {
     const Range here = both(reach, {p * PARTITION, (p + 1) * PARTITION});
     for (int64_t row = 0; row < num_rows; ++row) desk.rows[row].begin(desk.part + row * width, width);
-    visit_partition<T>(job, item, heads.count, here, until, desk);
+    visit_partition<T>(job, item, heads, here, until, desk);
     for (int64_t row = 0; row < num_rows; ++row) {
       if (both(here, seen_by(job, token_of(row))).empty()) continue;
       const Softmax part = desk.rows[row].seen();
@@ -148,17 +173,18 @@ INLINE void refuse(const AttentionJob& job, int64_t token, Heads heads) {
 template <typename T>
 static void attend_items(const AttentionJob& job, int64_t begin, int64_t end) {
   const int64_t group = job.H / job.Hkv;
-  Desk desk;
+  Desk<T> desk;
   for (int64_t i = begin; i < end; ++i) {
     const AttentionItem& item = job.items[i];
-    const int64_t table_row = job.row_of_token[item.first_token], first_head = item.head * group;
+    const int64_t table_row = job.row_of_token[item.first_token];
     const bool has_table = table_row >= 0 && table_row < job.S;
-    const int64_t at_once = MAX_ROWS / item.tokens;  // query heads that fit beside each other
-    for (int64_t h = 0; has_table && h < group; h += at_once) {
-      attend_heads<T>(job, item, {first_head + h, min(group - h, at_once)}, desk);
+    const Heads all{item.first_head * group, item.heads * group};
+    const int64_t at_once = MAX_ROWS / item.tokens;
+    for (int64_t h = 0; has_table && h < all.count; h += at_once) {
+      attend_heads<T>(job, item, {all.first + h, min(all.count - h, at_once)}, desk);
     }
     for (int64_t t = 0; t < item.tokens && item.apart < 0; ++t) {
-      if (!is_sound(job, item.first_token + t)) refuse(job, item.first_token + t, {first_head, group});
+      if (!is_sound(job, item.first_token + t)) refuse(job, item.first_token + t, all);
     }
   }
 }

@@ -48,19 +48,25 @@ struct Items {
   std::vector<int32_t> apart;
   int64_t max_partitions = 0;
 
-  /// One item for each kv head of a run; more, with partitions apart, where one would be more than its share.
+  /// As few items as are not more than their share: kv heads together while they fit, then partitions apart.
   void add(const AttentionJob& job, const Run& run, int64_t share) {
+    const int64_t fitting = MAX_ROWS * job.Hkv / (run.count * job.H);
+    const auto heads =
+        static_cast<int32_t>(std::clamp<int64_t>(std::min(share / run.count, fitting), 1, job.Hkv));
+    const int64_t work = run.count * heads;  // of a partition
     const bool held =
         run.end <= job.M * job.block_size / PARTITION + 1;  // a wrong position must not cost memory
-    const bool is_part = held && run.partitions() > 1 && run.partitions() * run.count > share;
-    const int64_t at_once = std::max<int64_t>(1, is_part ? share / run.count : run.partitions());
+    const bool is_part = held && run.partitions() > 1 && run.partitions() * work > share;
+    const int64_t at_once = std::max<int64_t>(1, is_part ? share / work : run.partitions());
     int64_t begin = run.begin;
     const auto place = static_cast<int32_t>(is_part ? apart.size() : -1);
     do {  // once for tokens that see nothing, too: they get NaN
       const auto first = static_cast<int32_t>(begin),
                  end = static_cast<int32_t>(std::min(begin + at_once, run.end));
-      for (int32_t head = 0; head < job.Hkv; ++head)
-        all.push_back({run.first, run.count, head, first, end, place});
+      for (int32_t head = 0; head < job.Hkv; head += heads) {
+        const auto count = std::min(heads, static_cast<int32_t>(job.Hkv) - head);
+        all.push_back({run.first, run.count, head, count, first, end, place});
+      }
       begin = end;
     } while (begin < run.end);
     if (!is_part) return;
