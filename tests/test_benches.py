@@ -24,7 +24,7 @@ def test_every_question_is_listed_with_a_line_about_it() -> None:
     assert all(len(line) > 20 for _, line in lines)
 
 
-@pytest.mark.parametrize("name", ["peers", "roofline", "contiguous", "growth", "latency"])
+@pytest.mark.parametrize("name", ["peers", "roofline", "contiguous", "growth", "sampling", "latency"])
 def test_a_question_explains_itself(name: str) -> None:
     told = bench(name, "--help")
     assert told.returncode == 0, told.stderr

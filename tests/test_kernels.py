@@ -197,6 +197,52 @@ def test_packing_keeps_every_number(bits: int, group_size: int, scale_type: mx.D
         assert (np.abs(np.array(got) - want) <= 1e-5 * size).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stacked_weights_give_every_matrix_its_own_bits(bits: int) -> None:
+    x = mx.array(normal(3, 96))
+    layers = [make_layer(outputs, 96, bits) for outputs in (16, 48, 32)]
+    stacked = kernels.stack_packed([layer.packed for layer in layers])
+    got = kernels.quantized_matmul(x, stacked, 96, bits=kernels.packed_bits(bits))
+    want = [
+        kernels.quantized_matmul(x, layer.packed, n, bits=bits)
+        for layer, n in zip(layers, (16, 48, 32), strict=True)
+    ]
+    assert np.array_equal(np.array(got), np.concatenate([np.array(part) for part in want], axis=-1))
+
+
+def test_packed_weights_begin_at_cache_lines() -> None:
+    """Small ones and such as lie on huge pages, alone and stacked: the kernels read whole lines."""
+    for outputs, inputs in ((16, 32), (48, 576), (1536, 576)):
+        packed = make_layer(outputs, inputs, 4).packed
+        both = kernels.stack_packed([packed, packed])
+        mx.eval(packed, both)
+        assert address_of(packed) % 64 == address_of(both) % 64 == 0
+
+
+def test_memory_of_weights_that_are_gone_is_used_again() -> None:
+    """Twenty matrices of 0.9 MB one after the other take the place of the first two."""
+    seen = set()
+    kept = make_layer(1536, 1024, 4).packed
+    for _ in range(20):
+        packed = make_layer(1536, 1024, 4).packed
+        mx.eval(packed)
+        seen.add(address_of(packed))
+        del packed
+    assert len(seen) <= 2
+    assert kept.size
+
+
+def test_weights_outlive_their_neighbours() -> None:
+    """Gaps between matrices join again, and what lies beside them stays as it was."""
+    layers = [make_layer(768, 1024, 4) for _ in range(12)]
+    expected = [np.array(layer.packed) for layer in layers]
+    for i in (3, 4, 8, 5, 0):
+        layers[i] = make_layer(2 * 768, 1024, 4) if i % 2 else make_layer(400, 1024, 4)
+        expected[i] = np.array(layers[i].packed)
+    for layer, want in zip(layers, expected, strict=True):
+        assert np.array_equal(np.array(layer.packed), want)
+
+
 # ---- plain weights ----
 
 STORED = [mx.float32, mx.float16, mx.bfloat16]
@@ -358,6 +404,21 @@ def test_a_block_that_is_not_there_is_not_copied_and_nothing_else_is_touched(wit
     want = np.array(target)
     want[1] = np.array(target if within else source)[0]
     assert np.array_equal(np.array(copied), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 2, 5, 6), (200, 3, 16, 64)])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_zeros_are_zero_and_nobody_elses(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Arrays that are asked for together are written to one by one, in place."""
+    arrays = kernels.zeros(5, shape, dtype)
+    assert all(array.shape == shape and array.dtype == dtype and not array.any() for array in arrays)
+    block, ones = mx.array([0], mx.int32), mx.ones((1, *shape[1:]), dtype)
+    where = address_of(arrays[2])
+    arrays[2] = kernels.copy_blocks(arrays[2], block, block, ones)
+    mx.eval(arrays)
+    assert address_of(arrays[2]) == where
+    assert [int(array[0].all()) for array in arrays] == [0, 0, 1, 0, 0]
+    assert int((arrays[2] != 0).sum()) == ones.size
 
 
 def test_blocks_are_copied_in_place_unless_somebody_looks() -> None:
@@ -1092,6 +1153,12 @@ BLOB = mx.zeros((2, 1, 320), mx.uint8)
         ),
         (lambda: kernels.rope(mx.zeros((1, 2, 8)), mx.zeros(2, mx.int32), mx.zeros(4)), "x must have 4 axes"),
         (lambda: kernels.set_num_threads(0), "at least 1, got 0"),
+        (lambda: kernels.zeros(0, (2, 3), mx.float16), "count must be at least 1, got 0"),
+        (lambda: kernels.stack_packed([]), "parts must not be empty"),
+        (
+            lambda: kernels.stack_packed([mx.zeros((1, 2, 320), mx.uint8), mx.zeros((1, 3, 320), mx.uint8)]),
+            "parts must have shape .* got .1, 3, 320",
+        ),
         (lambda: kernels.select_instruction_set("mmx"), "'mmx' cannot be run here"),
     ],
 )
