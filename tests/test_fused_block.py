@@ -238,3 +238,20 @@ def test_a_step_that_does_not_fit_is_refused(change: dict[str, object], named: s
     mx.eval(whole(**step))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=named):
         whole(**{**step, **change})  # type: ignore[arg-type]
+
+
+def test_the_blocks_of_a_step_share_the_memory_that_they_need_in_passing() -> None:
+    """A step's blocks are described before the first is computed; many of them take little more than one."""
+
+    def peak(layers: int) -> int:
+        model = packed(num_hidden_layers=layers)
+        logits_through_pages(model, tokens, [len(tokens)])
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        logits_through_pages(model, tokens, [len(tokens)])
+        return mx.get_peak_memory() - before
+
+    tokens, config = random_prompt(120, seed=1), tiny_config()
+    stream = len(tokens) * config.hidden_size * 4
+    pool = 128 * config.kv_bytes_per_token(2) // config.num_hidden_layers
+    assert peak(24) - peak(4) < 20 * (pool + 2 * stream)

@@ -6,7 +6,11 @@
 // other threads.
 #include "transformer_block.h"
 
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
 
 #include "mlx/transforms.h"
 #include "paged_attention.h"
@@ -30,14 +34,71 @@ void each(int64_t count, const Body& body) {
   });
 }
 
-/// One block over one step: where everything lies. Copied into the task, which may outlive the node.
+/// What a block needs in passing, used again by the next one. The blocks of a step are described long before they
+/// are computed: with memory of their own they would all hold it at once.
+class Workspace {
+ public:
+  /// The next piece, for so many numbers: in the order of asking the same as the last time, if it is large enough.
+  template <typename T>
+  T* take(int64_t count) {
+    if (next_ == pieces_.size()) pieces_.emplace_back();
+    Piece& piece = pieces_[next_++];
+    const size_t bytes = rounded_up(count * sizeof(T), CACHE_LINE);
+    if (piece.bytes < bytes) piece = {bytes, Memory(std::aligned_alloc(CACHE_LINE, bytes), &std::free)};
+    if (!piece.memory) throw std::bad_alloc();
+    return static_cast<T*>(piece.memory.get());
+  }
+
+  /// All pieces can be taken again.
+  Workspace& begin() {
+    next_ = 0;
+    return *this;
+  }
+
+ private:
+  static constexpr int64_t CACHE_LINE = 64;
+  using Memory = std::unique_ptr<void, decltype(&std::free)>;
+  struct Piece {
+    size_t bytes = 0;
+    Memory memory{nullptr, &std::free};
+  };
+  std::vector<Piece> pieces_;
+  size_t next_ = 0;
+};
+
+/// One block over one step: where everything lies.
 struct BlockJob {
-  std::shared_ptr<const BlockWeights> w;
+  const BlockWeights* w;
   const float* x;
   Buffer hidden;  // the stream: what is added to
   Buffer normed, heads, rotated, attended, added, gates, fed;
   QuantizeJob for_hidden, for_o, for_down;  // what is rounded on its way into a matmul
   AttentionJob attention;
+
+  /// `reading` has where the block reads and writes keys and values; `x` and `out` are [T, E].
+  BlockJob(const BlockWeights& weights, const AttentionJob& reading, const float* x, float* out,
+           Workspace& space)
+      : w(&weights), x(x), attention(reading) {
+    const int64_t T = reading.T, E = w->attention_norm.shape(0), I = w->gate_up.out_features / 2;
+    const int64_t queries = w->H * w->D, keys = w->Hkv * w->D;
+    const auto buffer = [&](int64_t width) { return Buffer{space.take<float>(T * width), T, width}; };
+    const auto rounding = [&](const Buffer& rows) {
+      const int64_t padded = bands(T) * BAND * rows.width;
+      auto* quants = space.take<uint8_t>(padded * w->activation_bits / 8);
+      auto* groups = space.take<GroupScale>(padded / GROUP);
+      return QuantizeJob{rows.all(), rows.width, w->activation_bits, quants, groups};
+    };
+    hidden = {out, T, E};
+    normed = buffer(E), added = buffer(E), gates = buffer(2 * I), fed = buffer(I);
+    heads = buffer(queries + 2 * keys), rotated = buffer(queries + keys), attended = buffer(queries);
+    for_hidden = rounding(normed), for_o = rounding(attended), for_down = rounding(fed);
+    attention.H = w->H;
+    attention.q = rotated.data, attention.k = rotated.data + queries;
+    attention.v = heads.data + queries + keys;
+    attention.q_head = attention.k_head = attention.v_head = w->D;
+    attention.q_token = attention.k_token = rotated.width, attention.v_token = heads.width;
+    attention.out = attended.data;
+  }
 
   void run(const Kernels& kernels) const {
     const int64_t T = hidden.rows, E = hidden.width, I = fed.width;
@@ -124,41 +185,13 @@ class Block : public Node {
     outputs[1].copy_shared_buffer(inputs[1]);  // the pools go on as they are: never a copy
     outputs[2].copy_shared_buffer(inputs[2]);
 
-    const int64_t T = x.shape(1), E = x.shape(2), I = w_->gate_up.out_features / 2;
-    const int64_t queries = w_->H * w_->D, keys = w_->Hkv * w_->D;
-    const auto buffer = [&](int64_t width) { return Buffer{temporary<float>(T * width, queue), T, width}; };
-    const auto rounding = [&](const Buffer& rows) {
-      const int64_t padded = bands(T) * BAND * rows.width;
-      auto* quants = temporary<uint8_t>(padded * w_->activation_bits / 8, queue);
-      return QuantizeJob{rows.all(), rows.width, w_->activation_bits, quants,
-                         temporary<GroupScale>(padded / GROUP, queue)};
-    };
-    BlockJob job{
-        .w = w_,
-        .x = x.data<float>(),
-        .hidden = {outputs[0].data<float>(), T, E},
-        .normed = buffer(E),
-        .heads = buffer(queries + 2 * keys),
-        .rotated = buffer(queries + keys),
-        .attended = buffer(queries),
-        .added = buffer(E),
-        .gates = buffer(2 * I),
-        .fed = buffer(I),
-        .for_hidden = {},
-        .for_o = {},
-        .for_down = {},
-        .attention = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_)};
-    job.for_hidden = rounding(job.normed), job.for_o = rounding(job.attended),
-    job.for_down = rounding(job.fed);
-    AttentionJob& attention = job.attention;
-    attention.H = w_->H;
-    attention.q = job.rotated.data, attention.k = job.rotated.data + queries,
-    attention.v = job.heads.data + queries + keys;
-    attention.q_head = attention.k_head = attention.v_head = w_->D;
-    attention.q_token = attention.k_token = job.rotated.width, attention.v_token = job.heads.width;
-    attention.slots = slots.data<int32_t>();
-    attention.out = job.attended.data;
-    queue.dispatch([job, &kernels = kernels()] { job.run(kernels); });
+    auto reading = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_);
+    reading.slots = slots.data<int32_t>();
+    queue.dispatch(
+        [reading, weights = w_, x = x.data<float>(), out = outputs[0].data<float>(), &kernels = kernels()] {
+          static thread_local Workspace space;
+          BlockJob(*weights, reading, x, out, space.begin()).run(kernels);
+        });
   }
 
  private:
