@@ -11,6 +11,7 @@ from .chat import chat
 from .generate import generate
 from .info import info
 from .options import GroupedCommand
+from .serve import serve
 
 
 def command() -> TyperGroup:
@@ -22,7 +23,7 @@ def command() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_tiny_llm)
-    for function in (chat, generate, info):
+    for function in (chat, generate, serve, info):
         app.command(cls=GroupedCommand)(function)
     app.add_typer(bench_app, name="bench")
     return get_group(app)

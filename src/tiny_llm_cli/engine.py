@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from tiny_llm import LLM, SamplingParams
 
 
-def load(options: EngineOptions) -> "LLM":
-    """The model of `options` in an engine of its own."""
+def load(options: EngineOptions, **others: Any) -> "LLM":
+    """The model of `options` in an engine of its own; `others` are fields that only one command has."""
     from tiny_llm import LLM
 
-    return LLM(**asdict(options))
+    return LLM(**asdict(options), **others)
 
 
 def sampling_params(options: SamplingOptions, **others: Any) -> "SamplingParams":

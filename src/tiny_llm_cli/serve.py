@@ -1,0 +1,122 @@
+"""`tiny-llm serve`: OpenAI's API over HTTP."""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from .engine import load
+from .options import EngineOptions, parse_bytes, takes_groups
+
+_SERVER = "Server"
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Who may ask, and for how much: the fields of `ServerConfig`."""
+
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model is called.", show_default="the model's own name", rich_help_panel=_SERVER
+        ),
+    ] = None
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key that clients must bring; may be repeated.",
+            envvar="TINY_LLM_API_KEY",
+            show_default="anybody may ask",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A web page's origin that may ask from a browser; may be repeated.",
+            show_default="none",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None
+    max_body: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest body of a request.",
+            metavar="SIZE",
+            parser=parse_bytes,
+            show_default="4MiB",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None
+    max_n: Annotated[int, typer.Option(help="Most completions of a request.", rich_help_panel=_SERVER)] = 16
+    max_stop: Annotated[
+        int, typer.Option(help="Most stop strings of a request.", rich_help_panel=_SERVER)
+    ] = 16
+    max_prompts: Annotated[
+        int, typer.Option(help="Most prompts of a request to /v1/completions.", rich_help_panel=_SERVER)
+    ] = 64
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a request is given up, queued or running; 0: never.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 600.0
+
+
+@takes_groups(max_num_waiting=256)
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 8000,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that accepted requests have to end after Ctrl-C or SIGTERM.", min=0)
+    ] = 30.0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Source of the seeds of requests that bring none: the same again, the same answers."
+        ),
+    ] = 0,
+    log_level: Annotated[
+        str, typer.Option(help="critical, error, warning, info (a line a request) or debug.")
+    ] = "info",
+    *,
+    server: ServerOptions,
+    engine: EngineOptions,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API.
+
+    \b
+    tiny-llm serve
+    tiny-llm serve --model Qwen/Qwen3-0.6B --port 9000 --api-key "$KEY"
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+
+    /health says 503 until the model is loaded. The first Ctrl-C or SIGTERM lets accepted requests end, for
+    --grace seconds; the second one stops at once.
+    """
+    if log_level not in ("critical", "error", "warning", "info", "debug"):
+        raise typer.BadParameter(f"{log_level!r} is no level", param_hint="--log-level")
+    from tiny_llm_server import ServerConfig, make_app
+    from tiny_llm_server.serve import GracefulServer
+
+    config = ServerConfig(
+        served_model_name=server.served_model_name,
+        api_keys=tuple(server.api_key or ()),
+        allowed_origins=tuple(server.allowed_origin or ()),
+        **({} if server.max_body is None else {"max_body_bytes": server.max_body}),
+        max_n=server.max_n,
+        max_stop=server.max_stop,
+        max_prompts=server.max_prompts,
+        request_timeout=server.request_timeout or None,
+    )
+    if host not in _LOOPBACK and not config.api_keys:
+        print(
+            f"tiny-llm: warning: {host} may be reached by others, and there is no --api-key", file=sys.stderr
+        )
+    GracefulServer(make_app(partial(load, engine, seed=seed), config), host, port, grace, log_level).run()

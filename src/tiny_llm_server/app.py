@@ -1,0 +1,81 @@
+"""The application: routes, guards and errors around one service."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from tiny_llm import LLM, TinyLLMError
+
+from . import chat, completions, status
+from .config import ServerConfig
+from .errors import ApiError, ErrorBody, answer
+from .guards import BodyLimit, KeyGuard
+from .service import Service
+from .sse import ClientLeftError
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorBody, "description": what}
+    for code, what in {
+        400: "The request cannot be done; `param` names the field.",
+        401: "No valid API key.",
+        404: "There is no such model.",
+        413: "The body is too large.",
+        429: "The queue is full; `Retry-After` says when to try again.",
+        500: "The request has failed, and others go on.",
+        503: "The model loads, the server drains, or the request took too long.",
+    }.items()
+}
+
+
+def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> FastAPI:
+    """The server of the model that `load` makes, which is called in a thread when the server starts.
+
+    `app.state.service` is the `Service` behind it.
+    """
+    service = Service(load, config or ServerConfig())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.load())
+        try:
+            yield
+        finally:
+            await loading
+            await asyncio.to_thread(service.stop)
+
+    app = FastAPI(
+        title="tiny-llm",
+        version=version("tiny-llm"),
+        lifespan=lifespan,
+        responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = service
+    for part in (completions, chat, status):
+        app.include_router(part.router(service))
+    for kind in (ApiError, TinyLLMError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientLeftError, _nobody_is_there)
+    app.add_middleware(BodyLimit, most=service.config.max_body_bytes)
+    if service.config.api_keys:
+        app.add_middleware(KeyGuard, keys=service.config.api_keys)
+    if service.config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+async def _nobody_is_there(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)

@@ -1,0 +1,136 @@
+"""`/v1/chat/completions`: a conversation, answered through the model's own template."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from tiny_llm import Logprob, RequestEvent, RequestUsage
+
+from .answers import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    TokenLogprob,
+    Usage,
+    new_id,
+)
+from .run import Run
+from .schema import ChatCompletionRequest
+from .service import Service, sampling_params
+from .sse import EventStream, unless_left
+
+
+def router(service: Service) -> APIRouter:
+    """The route."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat(body: ChatCompletionRequest, request: Request) -> ChatCompletion | Response:
+        """Answer a conversation, `n` times."""
+        service.check(body)
+        work = _Work(service, body)
+        prompt = await asyncio.to_thread(service.encode_chat, body.messages)
+        run = await service.begin([prompt], work.params, "messages")
+        if body.stream:
+            return EventStream(work.stream(run))
+        return await unless_left(request, work.whole(run))
+
+    return routes
+
+
+class _Work:
+    """One request."""
+
+    def __init__(self, service: Service, body: ChatCompletionRequest) -> None:
+        self._service = service
+        self._body = body
+        self._top = body.top_logprobs or 0
+        most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        self.params = sampling_params(body, max_tokens=most, logprobs=self._top if body.logprobs else None)
+        self._head: dict[str, Any] = {"id": new_id("chatcmpl"), "model": service.model_name}
+
+    async def whole(self, run: Run) -> ChatCompletion:
+        """Wait for all of it."""
+        watch, usages = self._service.metrics.watch(), list[RequestUsage]()
+        answers: list[list[RequestEvent]] = [[] for _ in range(self._body.n)]
+        async with aclosing(run.events()) as events:
+            async for one in events:
+                watch.note(one.event)
+                answers[one.event.index].append(one.event)
+                usages += [one.event.usage] if one.event.usage is not None else []
+        choices = [self._choice(index, events) for index, events in enumerate(answers)]
+        return ChatCompletion(**self._head, choices=choices, usage=Usage.of(usages))
+
+    async def stream(self, run: Run) -> AsyncGenerator[ChatCompletionChunk | None, None]:
+        """The role of each answer, then an event for each piece that says something."""
+        watch, usages, options = (
+            self._service.metrics.watch(),
+            list[RequestUsage](),
+            self._body.stream_options,
+        )
+        async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
+            for index in range(self._body.n):
+                yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+            async for step in steps:
+                if not step:
+                    yield None
+                for one in step:
+                    event = one.event
+                    watch.note(event)
+                    usages += [event.usage] if event.usage is not None else []
+                    if event.text or event.logprobs or event.finish_reason:
+                        yield self._chunk(self._piece(event))
+        if options is not None and options.include_usage:
+            yield ChatCompletionChunk(**self._head, choices=[], usage=Usage.of(usages))
+
+    def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**self._head, choices=[choice])
+
+    def _piece(self, event: RequestEvent) -> ChatChunkChoice:
+        return ChatChunkChoice(
+            index=event.index,
+            delta=ChatDelta(content=event.text or None),
+            logprobs=self._logprobs([event]),
+            finish_reason=event.finish_reason,
+            stop_reason=event.stop_reason,
+        )
+
+    def _choice(self, index: int, events: list[RequestEvent]) -> ChatChoice:
+        last = events[-1]
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(content="".join(event.text for event in events)),
+            logprobs=self._logprobs(events),
+            finish_reason=last.finish_reason or "abort",
+            stop_reason=last.stop_reason,
+        )
+
+    def _logprobs(self, events: list[RequestEvent]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        places = [
+            (token, place)
+            for event in events
+            for token, place in zip(event.token_ids, event.logprobs or (), strict=True)
+        ]
+        return ChatLogprobs(content=[self._place(token, place) for token, place in places])
+
+    def _place(self, token: int, place: dict[int, Logprob]) -> ChatTokenLogprob:
+        """A token and the likeliest ones in its place."""
+        likeliest = sorted(place.items(), key=lambda item: item[1].rank)[: self._top]
+        return ChatTokenLogprob(
+            **_token(place[token]).model_dump(), top_logprobs=[_token(logprob) for _, logprob in likeliest]
+        )
+
+
+def _token(logprob: Logprob) -> TokenLogprob:
+    text = logprob.decoded_token
+    return TokenLogprob(token=text, logprob=logprob.logprob, bytes=list(text.encode()))

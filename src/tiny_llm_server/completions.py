@@ -1,0 +1,172 @@
+"""`/v1/completions`: texts or token ids, continued."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from itertools import accumulate
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from tiny_llm.engine import Prompt
+
+from tiny_llm import Logprob, RequestEvent, RequestUsage
+
+from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_id
+from .errors import refused
+from .run import PromptEvent, Run
+from .schema import CompletionRequest
+from .service import Service, sampling_params
+from .sse import EventStream, unless_left
+
+Places = tuple[dict[int, Logprob] | None, ...]
+
+
+def router(service: Service) -> APIRouter:
+    """The route."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions", response_model=Completion)
+    async def complete(body: CompletionRequest, request: Request) -> Completion | Response:
+        """Continue prompts: `n` times each, all of them together."""
+        service.check(body)
+        work = _Work(service, body)
+        run = await service.begin(work.prompts, work.params, "prompt")
+        if body.stream:
+            return EventStream(work.stream(run))
+        return await unless_left(request, work.whole(run))
+
+    return routes
+
+
+class _Work:
+    """One request: completion c of prompt p is choice p * n + c."""
+
+    def __init__(self, service: Service, body: CompletionRequest) -> None:
+        self._service = service
+        self._body = body
+        self.prompts = _prompts(body)
+        if len(self.prompts) > service.config.max_prompts:
+            most = service.config.max_prompts
+            raise refused(f"prompt: at most {most} prompts in one request, not {len(self.prompts)}", "prompt")
+        echoed = body.logprobs if body.echo else None
+        self.params = sampling_params(
+            body, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=echoed
+        )
+        self._head: dict[str, Any] = {"id": new_id("cmpl"), "model": service.model_name}
+        self._pieces: list[_Piece] = [_Piece(self, index) for index in range(len(self.prompts) * body.n)]
+        self._prompt_places: dict[int, Places] = {}
+        self._usages: list[RequestUsage] = []
+
+    async def whole(self, run: Run) -> Completion:
+        """Wait for all of it."""
+        watch = self._service.metrics.watch()
+        choices: dict[int, list[CompletionChoice]] = {piece.index: [] for piece in self._pieces}
+        async with aclosing(run.events()) as events:
+            async for one in events:
+                watch.note(one.event)
+                choice = self._take(one)
+                choices[choice.index].append(choice)
+        return Completion(
+            **self._head, choices=[_joined(parts) for parts in choices.values()], usage=Usage.of(self._usages)
+        )
+
+    async def stream(self, run: Run) -> AsyncGenerator[Completion | None, None]:
+        """An event for each piece that says something."""
+        watch, options = self._service.metrics.watch(), self._body.stream_options
+        async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
+            async for step in steps:
+                if not step:
+                    yield None
+                for one in step:
+                    watch.note(one.event)
+                    choice = self._take(one)
+                    if choice.text or choice.logprobs or choice.finish_reason:
+                        yield Completion(**self._head, choices=[choice])
+        if options is not None and options.include_usage:
+            yield Completion(**self._head, choices=[], usage=Usage.of(self._usages))
+
+    def _take(self, one: PromptEvent) -> CompletionChoice:
+        if one.event.usage is not None:
+            self._usages.append(one.event.usage)
+        prompt: Places = self._prompt_places.setdefault(one.prompt, one.event.prompt_logprobs or ())
+        return self._pieces[one.prompt * self._body.n + one.event.index].take(one.event, prompt)
+
+    def echo(self, index: int) -> str:
+        """The text that a choice begins with."""
+        if not self._body.echo:
+            return ""
+        prompt = self.prompts[index // self._body.n]
+        return prompt if isinstance(prompt, str) else self._service.llm.tokenizer.decode(prompt)
+
+    def prompt_tokens(self, index: int) -> list[int]:
+        """The tokens that a choice's prompt has."""
+        prompt = self.prompts[index // self._body.n]
+        tokenizer = self._service.llm.tokenizer
+        return tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+
+    def token_text(self, token: int) -> str:
+        """A token as a text."""
+        return self._service.llm.tokenizer.token_text(token)
+
+
+class _Piece:
+    """A choice as it comes: its first event brings the prompt, where that is echoed."""
+
+    def __init__(self, work: _Work, index: int) -> None:
+        self.index = index
+        self._work = work
+        self._offset = 0
+        self._has_begun = False
+
+    def take(self, event: RequestEvent, prompt: Places) -> CompletionChoice:
+        """What an event adds to it. prompt: the log-probabilities of the prompt's tokens, where wanted."""
+        text, tokens = event.text, list(event.token_ids)
+        places: Places = event.logprobs or ()
+        if not self._has_begun:
+            text = self._work.echo(self.index) + text
+            if prompt:
+                tokens, places = self._work.prompt_tokens(self.index) + tokens, prompt + places
+        self._has_begun = True
+        return CompletionChoice(
+            index=self.index,
+            text=text,
+            logprobs=self._logprobs(tokens, places) if places else None,
+            finish_reason=event.finish_reason,
+            stop_reason=event.stop_reason,
+        )
+
+    def _logprobs(self, tokens: list[int], places: Places) -> CompletionLogprobs:
+        texts = [self._work.token_text(token) for token in tokens]
+        ends = list(accumulate(map(len, texts), initial=self._offset))
+        self._offset = ends[-1]
+        return CompletionLogprobs(
+            tokens=texts,
+            token_logprobs=[
+                None if place is None else place[token].logprob
+                for token, place in zip(tokens, places, strict=True)
+            ],
+            top_logprobs=[
+                None if place is None else {one.decoded_token: one.logprob for one in place.values()}
+                for place in places
+            ],
+            text_offset=ends[:-1],
+        )
+
+
+def _prompts(body: CompletionRequest) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    prompt = body.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
+    """The pieces of a choice in one."""
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    whole = None
+    if logprobs:
+        fields = CompletionLogprobs.model_fields
+        whole = CompletionLogprobs(
+            **{name: [x for one in logprobs for x in getattr(one, name)] for name in fields}
+        )
+    return parts[-1].model_copy(update={"text": "".join(part.text for part in parts), "logprobs": whole})

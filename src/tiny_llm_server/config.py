@@ -1,0 +1,43 @@
+"""How the server meets the world: names, keys and limits. Frozen; what cannot work is an error."""
+
+from dataclasses import dataclass
+
+from tiny_llm import ConfigError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What a client may ask for, and who is a client. Every field has a default that works.
+
+    served_model_name: what the model is called in requests and answers; None: the model's own name.
+    api_keys: whoever asks must bring one of them; none: anybody may ask.
+    allowed_origins: web pages of these origins may ask from a browser; none: only the server's own page.
+    max_body_bytes: longest body of a request; more is answered with 413.
+    max_n, max_stop: most completions, and most stop strings, of one request.
+    max_prompts: most prompts in one request to /v1/completions.
+    request_timeout: seconds after which a request is given up, queued or running; None: never.
+    keep_alive: seconds of silence in a stream after which a comment is sent, so that nobody hangs up.
+    """
+
+    served_model_name: str | None = None
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * MIB
+    max_n: int = 16
+    max_stop: int = 16
+    max_prompts: int = 64
+    request_timeout: float | None = 600.0
+    keep_alive: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_n", "max_stop", "max_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("request_timeout", "keep_alive"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")
+        if not all(self.api_keys):
+            raise ConfigError("an api key must not be empty")

@@ -1,0 +1,85 @@
+"""At the door, before anything is read: who asks, and how much. Plain ASGI, so that bodies stay streams."""
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+
+GUARDED = ("/v1/", "/tokenize", "/detokenize")  # what needs a key; the rest says nothing about anybody
+
+
+class KeyGuard:
+    """Lets only those in who bring one of the keys, as `Authorization: Bearer KEY`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"].startswith(GUARDED):
+            kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not self._knows(given.strip()):
+                refusal = ApiError(
+                    401,
+                    "no valid API key: send it as Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await refusal.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _knows(self, given: str) -> bool:
+        """Compares with every key, in a time that does not tell how much of one was right."""
+        attempt = given.encode("latin-1")  # as it came
+        return sum(hmac.compare_digest(attempt, key) for key in self._keys) > 0
+
+
+class BodyLimit:
+    """Reads a body before anybody else does, and turns away those of more than so many bytes."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._app(scope, receive, send)
+            return
+        said = Headers(scope=scope).get("content-length", "")
+        body, more = bytearray(), True
+        while more and len(body) <= self._most and not self._is_more(said):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if more or len(body) > self._most:
+            await self._refusal(said).response()(scope, receive, send)
+            return
+        await self._app(scope, _once(bytes(body), receive), send)
+
+    def _is_more(self, said: str) -> bool:
+        return said.isdecimal() and (len(said) > 18 or int(said) > self._most)
+
+    def _refusal(self, said: str) -> ApiError:
+        size = f"{said} bytes" if self._is_more(said) else "more"
+        message = f"a body may have {self._most} bytes, this one has {size}"
+        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+def _once(body: bytes, receive: Receive) -> Receive:
+    """The body in one piece, then whatever else comes: that the client has left."""
+    pieces = [body]
+
+    async def next_message() -> Message:
+        if pieces:
+            return {"type": "http.request", "body": pieces.pop(), "more_body": False}
+        return await receive()
+
+    return next_message

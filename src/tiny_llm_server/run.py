@@ -1,0 +1,90 @@
+"""Requests on their way through the engine: accepted together, heard of together, and cancelled together.
+
+Whoever leaves a run before its end, however that happens, gives its pages back before the next step.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Self
+
+from tiny_llm.delivery import AsyncListener
+from tiny_llm.output_processor import RequestState
+
+from tiny_llm import Engine, RequestEvent
+
+from .errors import ApiError
+
+
+@dataclass(frozen=True)
+class PromptEvent:
+    """What a step gave one of a run's prompts. prompt: its place among them."""
+
+    prompt: int
+    event: RequestEvent
+
+
+class Run:
+    """The requests of one HTTP request. `begin` it, then take its `steps` to the end, or `cancel` it."""
+
+    def __init__(self, engine: Engine, requests: Sequence[RequestState], timeout: float | None) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._places = {request.request_id: place for place, request in enumerate(requests)}
+        self._live = set(self._places)
+        self._listener = AsyncListener()
+        self._timeout = timeout
+        self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+
+    @classmethod
+    async def begin(
+        cls, engine: Engine, requests: Sequence[RequestState], timeout: float | None = None
+    ) -> Self:
+        """Queue requests in the engine, all or none. Raises what `Engine.submit` and its future raise."""
+        run = cls(engine, requests, timeout)
+        try:
+            await asyncio.wrap_future(engine.submit(requests, run._listener))
+        except BaseException:
+            run.cancel()
+            raise
+        return run
+
+    async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:
+        """What each step gives, until all requests have ended; nothing, after `patience` seconds of silence.
+
+        Raises what the engine raises for one of them, and `ApiError` when their time is over. Then, and when
+        this is left early, those that have not ended are cancelled.
+        """
+        try:
+            while self._live:
+                yield await self._next(patience)
+        finally:
+            self.cancel()
+
+    async def events(self) -> AsyncGenerator[PromptEvent, None]:
+        """The same, one by one, for whoever only waits."""
+        async with aclosing(self.steps(60.0)) as steps:
+            async for step in steps:
+                for event in step:
+                    yield event
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        for request_id in self._live:
+            self._engine.cancel(request_id)
+        self._live.clear()
+
+    async def _next(self, patience: float) -> list[PromptEvent]:
+        left = patience if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(max(0.0, min(left, patience))):
+                events = await self._listener.next()
+        except TimeoutError:
+            if left <= patience:
+                raise ApiError(
+                    503, f"the request has not ended within {self._timeout:g} seconds", code="timeout"
+                ) from None
+            return []
+        self._live -= {event.request_id for event in events if event.usage is not None}
+        return [PromptEvent(self._places[event.request_id], event) for event in events]

@@ -1,0 +1,63 @@
+"""The process: uvicorn around the application, and what signals do to it.
+
+The first SIGTERM or SIGINT drains: new requests get 503, accepted ones go on to their end, or until the grace
+period is over. A second one ends them at once, a third one does not wait for anybody.
+"""
+
+import asyncio
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .service import Service
+
+
+class GracefulServer(uvicorn.Server):
+    """Serves until its engine has drained, or until it is clear that there will be no engine.
+
+    grace: seconds that accepted requests have after the first signal; None: as many as they need.
+    """
+
+    def __init__(
+        self, app: FastAPI, host: str, port: int, grace: float | None = None, log_level: str = "info"
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(app, host, port, log_level=log_level, lifespan="on", server_header=False)
+        )
+        self._service: Service = app.state.service
+        self._grace = grace
+        self._draining: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve, then raise what kept the model from being loaded, if something did."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+        if self._service.failure is not None:
+            raise self._service.failure
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._leave)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: uvicorn asks ten times a second."""
+        return self._service.failure is not None or await super().on_tick(counter)
+
+    def _leave(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        elif self._stopping is None:
+            self._stopping = asyncio.create_task(asyncio.to_thread(self._service.stop))
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            await self._service.drain(self._grace)
+        finally:
+            self.should_exit = True

@@ -1,0 +1,141 @@
+"""The model behind the server: whether it is there yet, its name, and requests on their way to it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from enum import Enum
+from time import time
+from typing import Any
+
+from tiny_llm.engine import Prompt
+
+from tiny_llm import LLM, RequestTooLargeError, SamplingParams
+
+from .answers import new_id
+from .config import ServerConfig
+from .errors import ApiError, refused
+from .metrics import Metrics
+from .run import Run
+from .schema import Generation, Message
+
+
+class Status(Enum):
+    """loading: the model is not there yet. failed: it will not be. draining: no new requests are taken."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Service:
+    """An engine that is loaded while the server answers already.
+
+    load: makes the LLM, in a thread of its own; what it raises is kept in `failure`.
+    """
+
+    def __init__(self, load: Callable[[], LLM], config: ServerConfig) -> None:
+        self.config = config
+        self.created = int(time())
+        self.failure: Exception | None = None
+        self._load = load
+        self._llm: LLM | None = None
+        self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
+
+    async def load(self) -> None:
+        """Load the model; returns when it is there, or when it has failed."""
+        try:
+            self._llm = await asyncio.to_thread(self._load)
+        except Exception as error:  # whatever it is, whoever started the server wants to know
+            self.failure = error
+
+    @property
+    def status(self) -> Status:
+        """What `/health` says."""
+        if self.failure is not None:
+            return Status.FAILED
+        if self._llm is None:
+            return Status.LOADING
+        return Status.READY if self._llm.engine.refusal is None else Status.DRAINING
+
+    @property
+    def llm(self) -> LLM:
+        """The model. Raises `ApiError` where it is not there."""
+        if self._llm is None:
+            raise ApiError(
+                503, f"the model is {self.status.value}", code=self.status.value, headers={"Retry-After": "1"}
+            )
+        return self._llm
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called here."""
+        named = self.config.served_model_name
+        return named if named is not None else self._llm.model_name if self._llm else ""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+        return self.llm.engine_config.model_len(self.llm.model_config)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse another model's name."""
+        if name is not None and name != self.model_name and self.llm:
+            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check(self, body: Generation) -> None:
+        """Refuse another model's name, and more of something than this server gives."""
+        self.check_model(body.model)
+        most, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
+        for name, count, limit in (("n", body.n, most.max_n), ("stop", len(stops), most.max_stop)):
+            if count > limit:
+                raise refused(f"{name}: at most {limit} here, not {count}", name)
+
+    async def begin(self, prompts: Sequence[Prompt], params: SamplingParams, field: str) -> Run:
+        """Queue prompts in the engine. field: where they came from, for what is wrong with them."""
+        engine, request_id = self.llm.engine, new_id("req")
+        try:
+            requests = await asyncio.to_thread(
+                lambda: [
+                    engine.request(prompt, params, f"{request_id}-{i}") for i, prompt in enumerate(prompts)
+                ]
+            )
+            return await Run.begin(engine, requests, self.config.request_timeout)
+        except RequestTooLargeError as error:
+            raise refused(str(error).split(": ", 1)[-1], field, "context_length_exceeded") from error
+        except ValueError as error:
+            raise refused(str(error), field) from error
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as the template writes it; what a message spells out is text, never control."""
+        llm = self.llm
+        if llm.chat_template is None:
+            raise refused(f"{self.model_name} has no chat template: use /v1/completions", "messages")
+        turns = [_turn(message) for message in messages]
+        try:
+            return llm.chat_template.encode(turns, llm.tokenizer)
+        except ValueError as error:
+            raise refused(str(error), "messages") from error
+
+    async def drain(self, seconds: float | None) -> None:
+        """Take no new requests, and return when the others have ended, or their `seconds` are over."""
+        if self._llm is not None:
+            await self._llm.engine.drain(seconds)
+
+    def stop(self) -> None:
+        """End whatever runs, at once."""
+        if self._llm is not None:
+            self._llm.engine.stop()
+
+
+def sampling_params(body: Generation, **others: Any) -> SamplingParams:
+    """The engine's parameters of a request; ValueErrors of the engine become refusals that name the field."""
+    try:
+        return SamplingParams.from_options(**body.sampling(), **others)
+    except ValueError as error:
+        raise refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0]) from error
+
+
+def _turn(message: Message) -> dict[str, str]:
+    turn = {"role": message.role, "content": message.text}
+    return turn if message.tool_call_id is None else {**turn, "tool_call_id": message.tool_call_id}

@@ -1,0 +1,88 @@
+"""Answers that a client may walk away from: streams of server-sent events, and single ones.
+
+A client that leaves is noticed at once, also while nothing is sent to it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import TypeVar
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from .errors import api_error
+
+T = TypeVar("T")
+
+KEEP_ALIVE = b": still here\n\n"  # a comment: clients pass over it
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class EventStream(Response):
+    """Server-sent events, then `[DONE]`; an error that comes in between is the last event before it.
+
+    chunks: what is sent, and None where nothing has come for a while. It is closed when the client leaves.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[BaseModel | None, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            writing.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        async with aclosing(self._chunks) as chunks:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for chunk in chunks:
+                    await _send_part(send, KEEP_ALIVE if chunk is None else _event(chunk))
+            except Exception as error:  # the status is sent: what is left is to say so
+                await _send_part(send, _event(api_error(error).body))
+            await _send_part(send, DONE, more=False)
+
+
+async def unless_left(request: Request, work: Coroutine[None, None, T]) -> T:
+    """What `work` returns. Where the client leaves first it is cancelled; raises `ClientLeftError` then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeftError
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    """Returns when the client has left. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(chunk: BaseModel) -> bytes:
+    return b"data: " + chunk.model_dump_json().encode() + b"\n\n"
+
+
+async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,82 @@
+"""What the server says of itself, and the tokenizer as a service."""
+
+import asyncio
+from importlib.metadata import version as version_of
+
+from fastapi import APIRouter, Response
+
+from tiny_llm import kernel_info
+
+from .answers import Detokenized, Health, ModelCard, ModelList, Tokenized, Version
+from .errors import refused
+from .schema import DetokenizeRequest, TokenizeRequest
+from .service import Service, Status
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.get("/health", response_model=Health)
+    async def health(response: Response) -> Health:
+        """200 while requests are taken, 503 while the model loads, or the server drains."""
+        response.status_code = 200 if service.status is Status.READY else 503
+        return Health(status=service.status.value)
+
+    @routes.get("/version", response_model=Version)
+    async def version() -> Version:
+        """What answers here."""
+        kernels = await asyncio.to_thread(kernel_info)
+        return Version(
+            version=version_of("tiny-llm"), mlx=version_of("mlx"), kernels=kernels.instruction_set or "none"
+        )
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/v1/models", response_model=ModelList)
+    async def models() -> ModelList:
+        """The one model."""
+        return ModelList(data=[_card(service)])
+
+    @routes.get("/v1/models/{name:path}", response_model=ModelCard)
+    async def model(name: str) -> ModelCard:
+        """The model of that name, if it is this one."""
+        service.check_model(name)
+        return _card(service)
+
+    @routes.post("/tokenize", response_model=Tokenized)
+    async def tokenize(body: TokenizeRequest) -> Tokenized:
+        """Token ids of a text, or of a conversation."""
+        service.check_model(body.model)
+        tokenizer = service.llm.tokenizer
+        if body.messages is not None:
+            tokens = await asyncio.to_thread(service.encode_chat, body.messages)
+        else:
+            text, special = body.prompt or "", body.add_special_tokens
+            tokens = await asyncio.to_thread(lambda: tokenizer.encode(text, add_special_tokens=special))
+        texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        return Tokenized(
+            tokens=tokens, count=len(tokens), max_model_len=service.max_model_len, token_strs=texts
+        )
+
+    @routes.post("/detokenize", response_model=Detokenized)
+    async def detokenize(body: DetokenizeRequest) -> Detokenized:
+        """The text of token ids."""
+        service.check_model(body.model)
+        try:
+            service.llm.engine.check_token_ids(body.tokens)
+        except ValueError as error:
+            raise refused(str(error), "tokens") from error
+        decode = service.llm.tokenizer.decode
+        return Detokenized(
+            prompt=await asyncio.to_thread(lambda: decode(body.tokens, skip_special_tokens=False))
+        )
+
+    return routes
+
+
+def _card(service: Service) -> ModelCard:
+    return ModelCard(id=service.model_name, created=service.created, max_model_len=service.max_model_len)

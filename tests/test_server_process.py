@@ -1,0 +1,169 @@
+"""`tiny-llm serve` as a process: what it prints, what signals do to it, and what it refuses to begin with."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2 as httpx
+import pytest
+
+from served import until
+
+BODY = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
+
+
+class Process:
+    """A server that was started from the command line; `lines` is what it has printed."""
+
+    def __init__(self, *options: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "tiny_llm_cli",
+            "serve",
+            "--port",
+            "0",
+            "--num-blocks",
+            "512",
+            *options,
+        ]
+        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def url(self) -> str:
+        """Where it listens, when it does."""
+        found: list[re.Match[str] | None] = []
+
+        def listens() -> bool:
+            assert self.popen.poll() is None, self.lines
+            found[:] = [re.search(r"running on (http://\S+)", line) for line in self.lines]
+            return any(found)
+
+        until(listens, 60)
+        return next(match for match in found if match)[1]
+
+    def ended(self, seconds: float) -> int:
+        """Its exit code."""
+        return self.popen.wait(seconds)
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        with self.popen.stderr as lines:
+            for line in lines:
+                self.lines.append(line)
+
+
+@contextmanager
+def process(*options: str) -> Iterator[Process]:
+    started = Process(*options)
+    try:
+        yield started
+    finally:
+        if started.popen.poll() is None:
+            started.popen.kill()
+        started.popen.wait()
+        started.reader.join()
+
+
+def ready(client: httpx.Client) -> None:
+    until(lambda: client.get("/health").status_code == 200, 60)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_lets_accepted_requests_end(sent: signal.Signals) -> None:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+        ready(client)
+        with client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(sent)
+            until(lambda: client.get("/health").status_code == 503)
+            refused = client.post("/v1/completions", json=BODY)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-2]
+        client.close()
+        assert server.ended(30) == 0
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
+
+
+def test_the_second_signal_ends_them_at_once() -> None:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+        ready(client)
+        body = {**BODY, "max_tokens": 6000, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGTERM)
+            until(lambda: client.get("/health").status_code == 503)
+            start = time.monotonic()
+            server.popen.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert '"finish_reason":"abort"' in rest[-2]
+        assert server.ended(30) == 0
+        assert time.monotonic() - start < 15
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
+
+
+def test_grace_is_over_some_time() -> None:
+    with process("--grace", "0.5") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+        ready(client)
+        with client.stream(
+            "POST", "/v1/completions", json={**BODY, "max_tokens": 6000, "stream": True}
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert '"finish_reason":"abort"' in rest[-2]
+        assert server.ended(30) == 0
+
+
+def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:
+    texts = []
+    for _ in range(2):
+        with process("--seed", "7") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+            ready(client)
+            answers = [
+                client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 12}).json()
+                for _ in range(3)
+            ]
+            texts.append([answer["choices"][0]["text"] for answer in answers])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: os.PathLike[str]) -> None:
+    with process("--model", f"{tmp_path}/absent.gguf") as server:
+        assert server.ended(60) == 1
+        until(lambda: any("absent.gguf" in line for line in server.lines))
+        assert not any("Traceback" in line for line in server.lines), server.lines
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--port", "70000"], "70000"),
+        (["--log-level", "loud"], "'loud' is no level"),
+        (["--max-n", "0"], "max_n must be at least 1, not 0"),
+        (["--max-body", "lots"], "'lots' is not a size"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_it_begins(options: list[str], said: str) -> None:
+    with process(*options) as server:
+        assert server.ended(60) == 2
+        until(lambda: any(said in line for line in server.lines))
+
+
+def test_an_open_door_without_a_key_is_pointed_out() -> None:
+    with process("--host", "0.0.0.0", "--log-level", "error") as server:
+        until(lambda: any("no --api-key" in line for line in server.lines), 60)
