@@ -1,6 +1,6 @@
 """`pdm run bench NAME`: one question about the engine, measured on this machine.
 
-`latency` and `throughput` are the engine's own (`tiny-llm bench`); every other name is a file of this folder.
+`latency`, `throughput` and `serve` are `tiny-llm bench`'s; every other name is a file of this folder.
 0: done. 1: it failed. 2: it was called wrongly.
 """
 
@@ -16,6 +16,7 @@ NO_QUESTION = {"front", "harness", "numpy_llama"}
 OF_THE_ENGINE = {
     "latency": "How fast is one stream?",
     "throughput": "How fast are many requests?",
+    "serve": "How fast is a server that runs already, asked over HTTP?",
 }
 INTRODUCTION = """\
 Usage: pdm run bench NAME [its own options]

@@ -20,11 +20,13 @@ def test_every_question_is_listed_with_a_line_about_it() -> None:
     assert listed.returncode == 0
     lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines() if line.startswith("  ")]
     no_question = {"front", "harness", "numpy_llama"}
-    assert {name for name, _ in lines} == {"latency", "throughput", *NAMES} - no_question
+    assert {name for name, _ in lines} == {"latency", "throughput", "serve", *NAMES} - no_question
     assert all(len(line) > 20 for _, line in lines)
 
 
-@pytest.mark.parametrize("name", ["peers", "roofline", "contiguous", "growth", "sampling", "latency"])
+@pytest.mark.parametrize(
+    "name", ["peers", "roofline", "contiguous", "growth", "sampling", "latency", "serve"]
+)
 def test_a_question_explains_itself(name: str) -> None:
     told = bench(name, "--help")
     assert told.returncode == 0, told.stderr

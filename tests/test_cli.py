@@ -27,13 +27,13 @@ import pytest
 import tiny_llm
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
 from tiny_llm import LLM, EngineConfig, SamplingParams
-from tiny_llm_cli import bench_throughput
 from tiny_llm_cli.bench_latency import LatencyRun, measure_latency
 from tiny_llm_cli.bench_throughput import ThroughputRun, measure_throughput
 from tiny_llm_cli.conversation import Conversation, converse
 from tiny_llm_cli.engine import control_token_ids
 from tiny_llm_cli.main import run
 from tiny_llm_cli.options import EngineOptions, SamplingOptions, parse_bytes
+from tiny_llm_cli.statistics_of import statistics_of
 
 COMMAND = [sys.executable, "-m", "tiny_llm_cli"]
 PROCESS_SECONDS = 120  # a guard against hanging, not a speed that is asked for
@@ -595,7 +595,7 @@ def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
 
 
 def test_p99_is_the_nearest_rank() -> None:
-    result = bench_throughput._statistics("itl", [n / 1000 for n in range(1, 201)])
+    result = statistics_of("itl", [n / 1000 for n in range(1, 201)])
     assert result["p99_itl_ms"] == pytest.approx(198)
     assert result["median_itl_ms"] == pytest.approx(100.5)
 

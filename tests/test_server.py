@@ -7,6 +7,8 @@ import asyncio
 import json
 import math
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from served import Served, serving, until
 from tiny_llm import LLM, ConfigError, SamplingParams
+from tiny_llm_cli.bench_serve import Answer, figures
 from tiny_llm_server import ServerConfig
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -455,7 +458,7 @@ def test_browsers_of_other_pages_may_ask_only_where_that_is_allowed(client: http
 # Figures.
 
 
-def figures(client: httpx.Client) -> dict[str, float]:
+def scraped(client: httpx.Client) -> dict[str, float]:
     """What /metrics says, with the model's name left out."""
     found = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
@@ -467,10 +470,10 @@ def figures(client: httpx.Client) -> dict[str, float]:
 
 
 def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None:
-    before = figures(client)
+    before = scraped(client)
     body = {"prompt": ["The sky is", "Once upon"], "n": 2, "max_tokens": 5, "ignore_eos": True}
     usage = client.post(COMPLETE, json=body).json()["usage"]
-    after = figures(client)
+    after = scraped(client)
 
     def more(name: str) -> float:
         return after[f"vllm:{name}"] - before.get(f"vllm:{name}", 0.0)
@@ -500,3 +503,58 @@ def test_the_version_is_the_packages(client: httpx.Client) -> None:
 def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options)).rstrip("s").replace("_", "[ _]")):
         ServerConfig(**options)
+
+
+# `tiny-llm bench serve`.
+
+
+def bench_serve(served: Served, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--base-url", served.url, "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def test_a_server_is_measured_with_the_figures_of_vllm(served: Served) -> None:
+    options = ("--num-prompts", "6", "--max-concurrency", "3", "--random-input-len", "12")
+    found = bench_serve(served, *options, "--random-output-len", "5", "--random-prefix-len", "4")
+    assert (found["completed"], found["failed"], found["errors"]) == (6, 0, [])
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (6 * 16, 6 * 5)
+    assert found["output_throughput"] == pytest.approx(30 / found["duration"])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        for kind in ("mean", "median", "std", "p99"):
+            assert found[f"{kind}_{name}_ms"] >= 0
+    assert found["median_ttft_ms"] <= found["median_e2el_ms"]
+    assert found["run"]["model"] == "smollm2"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--random-input-len", "9000"], "exceed the context of 8192"),
+        (["--endpoint", "/nowhere"], "404"),
+        (["--model", "gpt-9"], "'gpt-9' does not exist"),
+        (["--base-url", "http://127.0.0.1:9"], "does not answer"),
+        (["--request-rate", "0"], "0.0 is no rate"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_is_named(served: Served, options: list[str], said: str) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        bench_serve(served, "--num-prompts", "1", *options)
+    assert said in failed.value.stderr
+
+
+def test_requests_that_fail_count_as_failed_and_no_more() -> None:
+    answers = [
+        Answer(10.0, [10.5, 10.75, 11.0], 7, 3),
+        Answer(11.0, [12.0], 9, 1),
+        Answer(11.0, [11.5], 0, 0, "503: busy"),
+    ]
+    found = figures(answers, 4.0)
+    assert (found["completed"], found["failed"], found["errors"]) == (2, 1, ["503: busy"])
+    assert (found["total_input_tokens"], found["total_output_tokens"], found["output_throughput"]) == (
+        16,
+        4,
+        1.0,
+    )
+    assert (found["mean_ttft_ms"], found["mean_itl_ms"], found["mean_tpot_ms"]) == (750.0, 250.0, 250.0)
+    assert found["p99_e2el_ms"] == 1000.0

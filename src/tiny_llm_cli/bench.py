@@ -1,6 +1,7 @@
 """`tiny-llm bench`: how fast the engine answers one request, and many."""
 
 import json
+import math
 import sys
 from typing import Annotated
 
@@ -17,7 +18,7 @@ _Seed = Annotated[int, typer.Option(help="Source of the random prompts.")]
 
 @bench_app.callback()
 def _bench() -> None:
-    """Measure the engine on this machine, in this process.
+    """Measure the engine, in this process, or a server.
 
     \b
     tiny-llm bench latency --json
@@ -92,6 +93,67 @@ def throughput(
         num_prompts, max_concurrency, min_input_tokens, max_input_tokens, output_tokens, shared_prefix, seed
     )
     _show(measure_throughput(load(engine), run, _progress), as_json)
+
+
+@bench_app.command(cls=GroupedCommand)
+def serve(
+    *,
+    as_json: _Json = False,
+    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[str, typer.Option(help="What is asked.")] = "/v1/completions",
+    model: Annotated[
+        str | None, typer.Option(help="Its model.", show_default="the only one that it has")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Its key.", envvar="OPENAI_API_KEY", show_default="none")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 64,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests under way at a time.", show_default="no limit")
+    ] = None,
+    request_rate: Annotated[
+        float, typer.Option(help="Requests a second, at random moments; inf: all at once.")
+    ] = math.inf,
+    random_input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 96,
+    random_output_len: Annotated[int, typer.Option(min=1, help="Tokens out of each request.")] = 64,
+    random_range_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="How far lengths may be from those, as a share of them.")
+    ] = 0.0,
+    random_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Ask for all of the output, whatever it says (not every server knows that).")
+    ] = True,
+    seed: _Seed = 0,
+) -> None:
+    """A server that runs already, ours or another with OpenAI's API, under load.
+
+    \b
+    tiny-llm serve &
+    tiny-llm bench serve --max-concurrency 16
+    tiny-llm bench serve --base-url http://127.0.0.1:9000 --request-rate 4 --json
+
+    Prompts are random token ids from 1,000 to 29,999. Flags and figures are those of `vllm bench serve`.
+    """
+    if not request_rate > 0:
+        raise typer.BadParameter(f"{request_rate} is no rate: more than 0", param_hint="--request-rate")
+    from .bench_serve import ServeRun, measure_server
+
+    run = ServeRun(
+        base_url=base_url.rstrip("/"),
+        endpoint=endpoint,
+        model=model,
+        api_key=api_key,
+        num_prompts=num_prompts,
+        max_concurrency=max_concurrency,
+        request_rate=request_rate,
+        random_input_len=random_input_len,
+        random_output_len=random_output_len,
+        random_range_ratio=random_range_ratio,
+        random_prefix_len=random_prefix_len,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    _show(measure_server(run, _progress), as_json)
 
 
 def _show(result: dict[str, object], as_json: bool) -> None:

@@ -2,12 +2,13 @@
 
 import asyncio
 from itertools import pairwise
-from statistics import fmean, median, pstdev
+from statistics import fmean
 from time import perf_counter
 from typing import NamedTuple
 
 from tiny_llm import LLM, SamplingParams
 
+from .statistics_of import statistics_of
 from .workload import Progress, RandomPrompts, what_was_run
 
 
@@ -69,10 +70,10 @@ def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict
         "request_throughput": len(timelines) / duration,
         "output_throughput": num_out / duration,
         "total_token_throughput": (num_in + num_out) / duration,
-        **_statistics("ttft", [timeline.ttft for timeline in timelines]),
-        **_statistics("tpot", [fmean(t.gaps) for t in timelines if t.gaps]),
-        **_statistics("itl", gaps),
-        **_statistics("e2el", [timeline.e2el for timeline in timelines]),
+        **statistics_of("ttft", [timeline.ttft for timeline in timelines]),
+        **statistics_of("tpot", [fmean(t.gaps) for t in timelines if t.gaps]),
+        **statistics_of("itl", gaps),
+        **statistics_of("e2el", [timeline.e2el for timeline in timelines]),
         "run": what_was_run(llm, run._asdict()),
     }
 
@@ -97,15 +98,3 @@ async def _closed_loop(
     await asyncio.gather(*map(client, prompts))
     progress("bench throughput", num_ended, len(prompts))
     return timelines
-
-
-def _statistics(name: str, seconds: list[float]) -> dict[str, float | None]:
-    """Mean, median, standard deviation and 99th percentile in milliseconds; None where there is nothing."""
-    values = sorted(1000 * second for second in seconds)
-    nearest_rank = -(-99 * len(values) // 100) - 1
-    return {
-        f"mean_{name}_ms": fmean(values) if values else None,
-        f"median_{name}_ms": median(values) if values else None,
-        f"std_{name}_ms": pstdev(values) if values else None,
-        f"p99_{name}_ms": values[nearest_rank] if values else None,
-    }
