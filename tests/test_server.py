@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from served import Served, serving, until
-from tiny_llm import LLM, ConfigError, SamplingParams
+from tiny_llm import LLM, ConfigError, SamplingParams, engine_core
 from tiny_llm_cli.bench_serve import Answer, figures
 from tiny_llm_server import ServerConfig
 
@@ -328,6 +329,36 @@ def test_a_body_that_is_too_long_is_not_read(client: httpx.Client, said: bool) -
     assert "100000 bytes" in refused.json()["error"]["message"]
 
 
+JSON = b"Content-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"Content-Length: -5\r\n", b"{}"),
+        (b"Content-Length: nine\r\n", b"{}"),
+        (b"Content-Length: 2\r\nContent-Length: 3\r\n", b"{}"),
+        (b"Transfer-Encoding: chunked\r\n", b"zz\r\n{}\r\n0\r\n\r\n"),
+        (b"Transfer-Encoding: chunked\r\n", b"fffffffffffffffffffffff\r\n{}"),
+        (b"Transfer-Encoding: gzip\r\n", b"{}"),
+        (b"Bad Header: x\r\n", b"{}"),
+        (b"X: " + b"y" * 100_000 + b"\r\n", b"{}"),
+        (b"Content-Length: 9\r\n", b"{}"),
+    ],
+    ids=range(9),
+)
+def test_abuse_of_http_ends_with_a_4xx(head: bytes, body: bytes) -> None:
+    """Lengths, chunks and headers that are none, and a body that never comes; others are served meanwhile."""
+    llm = LLM(num_blocks=64)
+    with serving(lambda: llm, ServerConfig(body_timeout=0.3)) as here, here.client() as client:
+        host, _, port = here.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON + head + b"\r\n" + body)
+            assert client.post(COMPLETE, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+            answer = connection.recv(65536)
+        assert re.match(rb"HTTP/1.1 4\d\d ", answer), answer[:200]
+
+
 # Coming and going.
 
 
@@ -345,6 +376,45 @@ def test_a_client_that_leaves_gives_its_pages_back(served: Served, llm: LLM) -> 
         until(lambda: llm.engine.stats.num_running == 0)
         stats = llm.engine.stats
         assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_fails_fails_alone(
+    served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """While it runs beside others, which get what they get alone, and so does whoever comes after it."""
+    choose = engine_core.choose_token
+
+    def choose_or_fail(sequence: Any, *rest: Any) -> Any:
+        if sequence.seed == 666 and len(sequence.outputs) == 3:
+            raise RuntimeError("injected")
+        return choose(sequence, *rest)
+
+    monkeypatch.setattr(engine_core, "choose_token", choose_or_fail)
+    expected = alone(llm, "Once upon", temperature=0, max_tokens=30)
+    bodies = [{"prompt": "Once upon", "temperature": 0, "max_tokens": 30} for _ in range(5)]
+    broken = {"prompt": "The sky", "seed": 666, "max_tokens": 30, "ignore_eos": True, "stream": stream}
+
+    with served.client() as client, ThreadPoolExecutor(6) as pool:
+        asked = list(
+            pool.map(lambda body: client.post(COMPLETE, json=body), [*bodies[:2], broken, *bodies[2:]])
+        )
+        failed = asked.pop(2)
+        assert [answer.json()["choices"][0]["text"] for answer in asked] == [expected] * 5
+        if stream:
+            events = [line for line in failed.text.split("\n\n") if line]
+            assert events[-1] == "data: [DONE]"
+            error = json.loads(events[-2].removeprefix("data: "))["error"]
+        else:
+            assert failed.status_code == 500
+            error = failed.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "request_failed")
+        assert "injected" in error["message"]
+        after = client.post(COMPLETE, json=bodies[0]).json()
+        assert after["choices"][0]["text"] == expected
+    until(lambda: llm.engine.stats.num_running == 0)
+    stats = llm.engine.stats
+    assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
 def test_a_full_queue_is_429_and_accepted_requests_are_not_disturbed() -> None:
@@ -498,7 +568,14 @@ def test_the_version_is_the_packages(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_n": 0}, {"max_body_bytes": 0}, {"request_timeout": 0}, {"keep_alive": -1}, {"api_keys": ("",)}],
+    [
+        {"max_n": 0},
+        {"max_body_bytes": 0},
+        {"request_timeout": 0},
+        {"keep_alive": -1},
+        {"body_timeout": 0},
+        {"api_keys": ("",)},
+    ],
 )
 def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options)).rstrip("s").replace("_", "[ _]")):

@@ -26,6 +26,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "The request cannot be done; `param` names the field.",
         401: "No valid API key.",
         404: "There is no such model.",
+        408: "The body has come too slowly.",
         413: "The body is too large.",
         429: "The queue is full; `Retry-After` says when to try again.",
         500: "The request has failed, and others go on.",
@@ -64,7 +65,7 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
     for kind in (ApiError, TinyLLMError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientLeftError, _nobody_is_there)
-    app.add_middleware(BodyLimit, most=service.config.max_body_bytes)
+    app.add_middleware(BodyLimit, most=service.config.max_body_bytes, seconds=service.config.body_timeout)
     if service.config.api_keys:
         app.add_middleware(KeyGuard, keys=service.config.api_keys)
     if service.config.allowed_origins:

@@ -15,6 +15,7 @@ class ServerConfig:
     api_keys: whoever asks must bring one of them; none: anybody may ask.
     allowed_origins: web pages of these origins may ask from a browser; none: only the server's own page.
     max_body_bytes: longest body of a request; more is answered with 413.
+    body_timeout: seconds that a client may take to send a body; then 408.
     max_n, max_stop: most completions, and most stop strings, of one request.
     max_prompts: most prompts in one request to /v1/completions.
     request_timeout: seconds after which a request is given up, queued or running; None: never.
@@ -25,6 +26,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * MIB
+    body_timeout: float = 60.0
     max_n: int = 16
     max_stop: int = 16
     max_prompts: int = 64
@@ -35,7 +37,7 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_n", "max_stop", "max_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("request_timeout", "keep_alive"):
+        for name in ("request_timeout", "keep_alive", "body_timeout"):
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")

@@ -1,5 +1,6 @@
 """At the door, before anything is read: who asks, and how much. Plain ASGI, so that bodies stay streams."""
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 
@@ -40,11 +41,12 @@ class KeyGuard:
 
 
 class BodyLimit:
-    """Reads a body before anybody else does, and turns away those of more than so many bytes."""
+    """Reads a body before anybody else does; turns away what is longer than `most` bytes or `seconds`."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
         self._app = app
         self._most = most
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -52,17 +54,28 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         said = Headers(scope=scope).get("content-length", "")
-        body, more = bytearray(), True
-        while more and len(body) <= self._most and not self._is_more(said):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-        if more or len(body) > self._most:
+        try:
+            async with asyncio.timeout(self._seconds):
+                body = None if self._is_more(said) else await self._read(receive)
+        except TimeoutError:
+            late = ApiError(
+                408, f"the body has not come within {self._seconds:g} seconds", code="body_too_slow"
+            )
+            await late.response()(scope, receive, send)
+            return
+        if body is None:
             await self._refusal(said).response()(scope, receive, send)
             return
-        await self._app(scope, _once(bytes(body), receive), send)
+        await self._app(scope, _once(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body, or what has come of it when the client leaves; None where it is too long."""
+        body, more = bytearray(), True
+        while more and len(body) <= self._most:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return bytes(body) if len(body) <= self._most else None
 
     def _is_more(self, said: str) -> bool:
         return said.isdecimal() and (len(said) > 18 or int(said) > self._most)
