@@ -840,7 +840,7 @@ def test_in_pools_that_hold_one_and_little_more_everybody_gets_what_he_gets_alon
 
     check()
     per_preemption = happened["steps"] / happened["preemptions"]
-    assert per_preemption < (12 if hasty else 30), f"there was little pressure: {happened}"
+    assert per_preemption < (12 if hasty else 50), f"there was little pressure: {happened}"
     for name in ("sequences swapped out", "blocks swapped in", "forks", "beams forked", "prefix hits"):
         assert happened[name] >= 5, f"there was hardly any of {name}: {happened}"
     assert happened["cancelled under way"]
