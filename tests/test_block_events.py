@@ -5,7 +5,7 @@ from collections import Counter
 
 import mlx.core as mx
 import pytest
-from tiny_llm.block_events import BlockEvent, BlockEventKind, BlockWatch
+from tiny_llm.block_events import BlockEventKind, BlockWatch, PoolChange, SequenceView, TableView
 from tiny_llm.engine import Engine
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
@@ -22,16 +22,23 @@ BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 2
 
 
 class Mirror:
-    """A pool as somebody knows it who only hears the events."""
+    """A pool as somebody knows it who only hears what changes."""
 
     def __init__(self) -> None:
         self.holders: dict[int, int] = {}
         self.kept: set[int] = set()
+        self.sequences: dict[str, SequenceView] = {}
 
-    def hear(self, events: list[BlockEvent]) -> None:
-        """Follow the events, each of which must make sense where it comes."""
+    def hear(self, change: PoolChange) -> None:
+        """Follow a change, each part of which must make sense where it comes."""
+        assert not change.is_empty
+        for seq_id in change.ended:
+            del self.sequences[seq_id]
+        for view in change.sequences:
+            assert self.sequences.get(view.seq_id) != view, "nothing has changed"
+            self.sequences[view.seq_id] = view
         before = dict(self.holders)
-        for kind, block, holders, _ in events:
+        for kind, block, holders, _ in change.events:
             had = before.get(block, 0)
             assert kind is not Kind.ALLOCATED or (not had and block not in self.kept), (
                 "allocated, but not free"
@@ -44,6 +51,21 @@ class Mirror:
             if kind is Kind.EVICTED:
                 self.kept.remove(block)
             assert kind is not Kind.FREED or (holders == 0 and block not in self.kept), "freed, but in use"
+
+    def check(self, manager: PagedBatchManager) -> None:
+        """Compare it with the tables, the prefix cache and the queues themselves."""
+        held = Counter(block for sequence in manager.running for block in sequence.blocks)
+        assert {block: count for block, count in self.holders.items() if count} == held
+        assert self.kept == set(manager.prefix.blocks)
+        there = {sequence.seq_id: sequence for sequence in (*manager.running, *manager.waiting)}
+        assert self.sequences.keys() == there.keys()
+        for seq_id, view in self.sequences.items():
+            sequence = there[seq_id]
+            assert view.is_running == (sequence in manager.running)
+            assert view.num_prompt_tokens + view.num_outputs == sequence.num_tokens
+            assert (view.num_computed, view.num_forks) == (sequence.num_computed, sequence.num_forks)
+            assert view.tables == (TableView(0, tuple(sequence.table.blocks)),)
+            assert (view.num_host_blocks > 0) == (sequence.swapped is not None)
 
 
 def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
@@ -61,12 +83,15 @@ def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
         for seq_id in list(logits):
             if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
-        events = watch.look()
-        heard.update(event.kind for event in events)
-        mirror.hear(events)
-        held = Counter(block for sequence in manager.running for block in sequence.blocks)
-        assert {block: count for block, count in mirror.holders.items() if count} == held
-        assert mirror.kept == set(manager.prefix.blocks)
+        change = watch.look()
+        if not change.is_empty:
+            heard.update(event.kind for event in change.events)
+            mirror.hear(change)
+        mirror.check(manager)
+        late = Mirror()
+        if not (so_far := watch.so_far()).is_empty:
+            late.hear(so_far)
+        late.check(manager)
         if not manager.has_work:
             break
     return heard
@@ -91,7 +116,7 @@ def test_a_copy_names_both_blocks() -> None:
     manager.commit(dict.fromkeys(logits, 9))
     watch.look()
     manager.process_batch()
-    copies = [event for event in watch.look() if event.kind is Kind.COPIED]
+    copies = [event for event in watch.look().events if event.kind is Kind.COPIED]
     assert len(copies) == 1
     (copy,) = copies
     assert copy.other is not None
@@ -104,8 +129,8 @@ def test_nothing_happens_between_two_looks_without_a_step() -> None:
     watch = BlockWatch(manager)
     manager.add_request([9, 9, 9], "r", SamplingParams(max_tokens=4))
     manager.process_batch()
-    assert watch.look()
-    assert watch.look() == []
+    assert not watch.look().is_empty
+    assert watch.look().is_empty
 
 
 def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None:
@@ -120,11 +145,16 @@ def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None
     engine = Engine(core, tokenizer, VOCAB, EngineConfig(max_num_seqs=4))
     mirror, told = Mirror(), []
 
-    def hear(events: list[BlockEvent]) -> None:
-        told.append(len(events))
-        mirror.hear(events)
+    def hear(change: PoolChange) -> None:
+        told.append(change)
+        if not change.is_empty:
+            mirror.hear(change)
 
-    def broken(events: list[BlockEvent]) -> None:
+    def broken(change: PoolChange) -> None:
+        if not change.is_empty:
+            raise OSError
+
+    def refusing(change: PoolChange) -> None:
         raise OSError
 
     async def ask() -> None:
@@ -136,12 +166,18 @@ def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None
     try:
         stop_hearing = engine.watch_blocks(hear)
         engine.watch_blocks(broken)
+        with pytest.raises(OSError):  # noqa: PT011
+            engine.watch_blocks(refusing)
         asyncio.run(ask())
         manager = engine.core.manager
         assert isinstance(manager, PagedBatchManager)
         engine.call(int)
-        assert not any(mirror.holders.values())
-        assert mirror.kept == set(manager.prefix.blocks)
+        assert mirror.kept
+        mirror.check(manager)
+        late = Mirror()
+        stop_late = engine.watch_blocks(late.hear)
+        late.check(manager)
+        stop_late()
         stop_hearing()
         num_told = len(told)
         asyncio.run(ask())

@@ -554,6 +554,11 @@ def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None
     assert more("request_success_total{finished_reason=length}") == 4
     assert more("time_to_first_token_seconds_count") == more("e2e_request_latency_seconds_count") == 2
     assert more("inter_token_latency_seconds_count") == 16
+    assert more("request_queue_time_seconds_count") == 2
+    assert 0 < more("request_queue_time_seconds_sum") < more("time_to_first_token_seconds_sum")
+    assert more("iteration_tokens_total_sum") == usage["prompt_tokens"] + 16  # nobody computes a last token
+    assert more("iteration_tokens_total_count") == more("iteration_tokens_total_bucket{le=+Inf}") == 5
+    assert more("iteration_tokens_total_bucket{le=4.0}") == 4, "four completions together, after a prefill"
     assert more("request_prompt_tokens_sum") == usage["prompt_tokens"]
     assert more("request_generation_tokens_sum") == 20
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0

@@ -1,12 +1,16 @@
-"""What happens to the blocks of a pool, step by step, for whoever watches; nothing while nobody does.
+"""What happens in a pool, step by step, for whoever watches: to its blocks, and to those who hold them.
 
-Found by comparing the pool's bookkeeping before and after a step, so that nothing in it has to tell.
+Found by comparing the pool's bookkeeping before and after a step, so that nothing in it has to tell; nothing
+is looked at while nobody watches.
 """
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
 from .paged_batch import PagedBatchManager
+from .sequence import PagedSequence, SequenceState
+from .sliding_window import first_block
 
 
 class BlockEventKind(Enum):
@@ -32,6 +36,44 @@ class BlockEvent(NamedTuple):
     other: int | None = None
 
 
+class TableView(NamedTuple):
+    """A block table: its blocks, from the sequence's block `first` on."""
+
+    first: int
+    blocks: tuple[int, ...]
+
+
+class SequenceView(NamedTuple):
+    """A sequence that has not ended, in numbers: tokens of each kind, and where its keys and values are.
+
+    num_forks: completions that it will be forked into. num_host_blocks: what waits for it on the host.
+    """
+
+    seq_id: str
+    request_id: str
+    is_running: bool
+    num_prompt_tokens: int
+    num_outputs: int
+    num_computed: int
+    num_cached_tokens: int
+    num_forks: int
+    num_host_blocks: int
+    tables: tuple[TableView, ...]
+
+
+class PoolChange(NamedTuple):
+    """What a step has changed: blocks, sequences that are new or different, and ids of those that ended."""
+
+    events: list[BlockEvent]
+    sequences: list[SequenceView]
+    ended: list[str]
+
+    @property
+    def is_empty(self) -> bool:
+        """True where nothing has changed."""
+        return not (self.events or self.sequences or self.ended)
+
+
 class BlockWatch:
     """Watches the blocks of a batch manager. Belongs to the engine's thread."""
 
@@ -39,21 +81,26 @@ class BlockWatch:
         self._manager = manager
         self._seen_plan = manager.last_plan
         self._holders, self._kept = self._count()
+        self._sequences = self._views()
 
-    def look(self) -> list[BlockEvent]:
+    def so_far(self) -> PoolChange:
+        """All that is there, as if it had come in one step to an empty pool; as of the last look."""
+        holders, kept = self._holders, self._kept
+        return PoolChange(_events({}, holders, set(), kept), list(self._sequences.values()), [])
+
+    def look(self) -> PoolChange:
         """What has happened since the last look, or since this was made: the net effect of each step.
 
         Copies first, then the blocks in the order of their ids.
         """
-        holders, kept = self._count()
-        events = self._copies(holders)
-        for block in sorted({*self._holders, *holders, *self._kept, *kept}):
-            before, after = self._holders.get(block, 0), holders.get(block, 0)
-            was_kept, is_kept = block in self._kept, block in kept
-            kinds = _what_happened(before, after, was_kept, is_kept)
-            events += [BlockEvent(kind, block, after) for kind in kinds]
-        self._holders, self._kept = holders, kept
-        return events
+        (holders, kept), sequences = self._count(), self._views()
+        change = PoolChange(
+            self._copies(holders) + _events(self._holders, holders, self._kept, kept),
+            [view for seq_id, view in sequences.items() if view != self._sequences.get(seq_id)],
+            [seq_id for seq_id in self._sequences if seq_id not in sequences],
+        )
+        self._holders, self._kept, self._sequences = holders, kept, sequences
+        return change
 
     def _count(self) -> tuple[dict[int, int], set[int]]:
         """How many tables hold each block that any holds, and which blocks are kept."""
@@ -62,6 +109,11 @@ class BlockWatch:
             for block in sequence.blocks:
                 holders[block] = holders.get(block, 0) + 1
         return holders, set(self._manager.prefix.blocks)
+
+    def _views(self) -> dict[str, SequenceView]:
+        """Who runs, oldest first, and who waits."""
+        there: Iterable[PagedSequence] = (*self._manager.running, *self._manager.waiting)
+        return {sequence.seq_id: _view(sequence) for sequence in there}
 
     def _copies(self, holders: dict[int, int]) -> list[BlockEvent]:
         """The copies of the last step, if it has not been looked at."""
@@ -78,6 +130,35 @@ class BlockWatch:
             *((BlockEventKind.COPIED, copy.dst, copy.src) for copy in plan.copies),
         ]
         return [BlockEvent(kind, block, holders.get(block, 0), other) for kind, block, other in moved]
+
+
+def _view(sequence: PagedSequence) -> SequenceView:
+    host = sequence.swapped.tables if sequence.swapped is not None else ()
+    return SequenceView(
+        seq_id=sequence.seq_id,
+        request_id=sequence.request_id,
+        is_running=sequence.state is SequenceState.RUNNING,
+        num_prompt_tokens=len(sequence.prompt),
+        num_outputs=len(sequence.outputs),
+        num_computed=sequence.num_computed,
+        num_cached_tokens=sequence.num_cached_tokens,
+        num_forks=sequence.num_forks,
+        num_host_blocks=sum(len(table.host_blocks) for table in host),
+        tables=tuple(TableView(first_block(table), tuple(table.blocks)) for table in sequence.tables),
+    )
+
+
+def _events(
+    before: dict[int, int], after: dict[int, int], was_kept: set[int], is_kept: set[int]
+) -> list[BlockEvent]:
+    """What happened to the blocks, in the order of their ids, from their holders and from who is kept."""
+    return [
+        BlockEvent(kind, block, after.get(block, 0))
+        for block in sorted({*before, *after, *was_kept, *is_kept})
+        for kind in _what_happened(
+            before.get(block, 0), after.get(block, 0), block in was_kept, block in is_kept
+        )
+    ]
 
 
 def _what_happened(before: int, after: int, was_kept: bool, is_kept: bool) -> list[BlockEventKind]:

@@ -18,7 +18,7 @@ from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
-from .engine_loop import BlockListener, EngineLoop, Request, StepTime
+from .engine_loop import EngineLoop, PoolListener, Request, StepTime
 from .errors import EngineStoppingError
 from .inbox import Inbox, fail, resolve
 from .output_processor import RequestState
@@ -133,8 +133,8 @@ class Engine:
             return function()
         return self._inbox.post(function).result()
 
-    def watch_blocks(self, watcher: BlockListener) -> Callable[[], None]:
-        """Hear what happens to the pool's blocks, once a step, from now on; what is returned ends it.
+    def watch_blocks(self, watcher: PoolListener) -> Callable[[], None]:
+        """Hear what is in the pool, and then what each step changes in it; what is returned ends it.
 
         watcher: called in the engine's thread; it must return at once. Nothing is looked at while nobody
         watches. Raises ValueError where the batch manager has no blocks.

@@ -22,6 +22,8 @@ from .sequence import Sequence, completion_ids
 from .step import StepLogits
 from .token_output import TokenOutput, choose_token, likeliest, note_prompt_logprobs, tell
 
+STEP_SIZES = 16  # powers of two that steps are counted by: up to 16,384 tokens, then all larger ones
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -30,7 +32,8 @@ class EngineStats:
     num_swapped: of those that wait, how many have their keys and values on the host. num_cached_blocks:
     blocks that nobody uses, kept because their tokens may come again. prefix_cache_queries,
     prefix_cache_hits: prompt tokens of requests that have begun, and those of them that were in the pool
-    already.
+    already. num_tokens: tokens computed in all steps. steps_of: how many steps computed up to 1, 2, 4, 8, ...
+    tokens, and more than the power before.
     """
 
     num_running: int
@@ -42,6 +45,8 @@ class EngineStats:
     num_preemptions: int
     prefix_cache_queries: int
     prefix_cache_hits: int
+    num_tokens: int = 0
+    steps_of: tuple[int, ...] = ()
 
 
 @dataclass
@@ -64,6 +69,8 @@ class EngineCore:
         self._eos = frozenset(eos_token_ids)
         self._seed = seed
         self._num_admitted = 0
+        self._num_tokens = 0
+        self._steps_of = [0] * STEP_SIZES
         self._searches: dict[str, _Searching] = {}
         self._failures: list[Failure] = []
         self._trials = Trials(manager)
@@ -111,6 +118,7 @@ class EngineCore:
             if guilty is not None:
                 self._fail(guilty, error)
             return []
+        self._count(logits.num_tokens)
         self._trials.passed({sequence.request_id for sequence in self._ready(logits)})
         self._note_prompt_logprobs(logits)
         outputs = self._sample(logits)
@@ -150,9 +158,17 @@ class EngineCore:
             num_preemptions=manager.num_preemptions,
             prefix_cache_queries=manager.prefix_stats.queries,
             prefix_cache_hits=manager.prefix_stats.hits,
+            num_tokens=self._num_tokens,
+            steps_of=tuple(self._steps_of),
         )
 
     # What a step gave. Who raises here has failed alone.
+
+    def _count(self, num_tokens: int) -> None:
+        """A step has computed so many tokens."""
+        if num_tokens:
+            self._num_tokens += num_tokens
+            self._steps_of[min((num_tokens - 1).bit_length(), STEP_SIZES - 1)] += 1
 
     def _ready(self, logits: StepLogits) -> list[Sequence]:
         """The sequences that have logits, and whose request has not failed."""

@@ -14,7 +14,7 @@ from functools import partial
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
-from .block_events import BlockEvent, BlockWatch
+from .block_events import BlockWatch, PoolChange
 from .delivery import Listener, Outbox
 from .engine_core import EngineCore, EngineStats
 from .errors import RequestFailedError
@@ -26,7 +26,7 @@ from .token_output import TokenOutput
 from .waiting_room import Occupancy, WaitingRoom
 
 Request = RequestState | SearchState
-BlockListener = Callable[[list[BlockEvent]], None]
+PoolListener = Callable[[PoolChange], None]
 
 STEPS_KEPT = 256  # whose times are remembered
 
@@ -68,7 +68,7 @@ class EngineLoop:
         self._deadline = math.inf
         self._stopping = False
         self._watch: BlockWatch | None = None
-        self._watchers: list[BlockListener] = []
+        self._watchers: list[PoolListener] = []
 
     def run(self) -> None:
         """The thread: turn after turn until it is told to stop. The first errand must be `begin`.
@@ -180,15 +180,17 @@ class EngineLoop:
         """Let this turn be the last, without a step."""
         self._stopping = True
 
-    def watch(self, watcher: BlockListener) -> None:
-        """Tell somebody what happens to the blocks from now on. ValueError where there are none."""
+    def watch(self, watcher: PoolListener) -> None:
+        """Tell somebody what is in the pool, and then what changes in it. ValueError where there is none."""
         if not isinstance(self.core.manager, PagedBatchManager):
             raise ValueError("only batching='paged' has blocks to watch")
         self._tell_watchers()  # of what came before, which is not this one's
-        self._watch = self._watch or BlockWatch(self.core.manager)
+        watch = self._watch or BlockWatch(self.core.manager)
+        watcher(watch.so_far())
+        self._watch = watch
         self._watchers.append(watcher)
 
-    def unwatch(self, watcher: BlockListener) -> None:
+    def unwatch(self, watcher: PoolListener) -> None:
         """Tell him no more; where nobody is left, nothing is looked at."""
         self._watchers = [other for other in self._watchers if other is not watcher]
         self._watch = self._watch if self._watchers else None
@@ -231,11 +233,12 @@ class EngineLoop:
                 self._outbox.add(listener, *request.end())
 
     def _tell_watchers(self) -> None:
-        """What happened to the blocks in this turn; who raises is told no more."""
-        events = [] if self._watch is None else self._watch.look()
-        for watcher in list(self._watchers) if events else ():
+        """What has changed in the pool in this turn; who raises is told no more."""
+        if self._watch is None or (change := self._watch.look()).is_empty:
+            return
+        for watcher in list(self._watchers):
             try:
-                watcher(events)
+                watcher(change)
             except Exception:  # a watcher's fault is no reason to stop serving
                 self.unwatch(watcher)
 

@@ -135,6 +135,7 @@ class RequestState:
         }
         self._arrival = monotonic()
         self._first_token: float | None = None
+        self._scheduled: float | None = None
         self._num_cached_tokens = 0
         self._finished: float | None = None
 
@@ -147,6 +148,7 @@ class RequestState:
         """Take one token of one of the completions; what it gives."""
         if self._first_token is None:
             self._first_token = monotonic()
+            self._scheduled = output.scheduled
             self._num_cached_tokens = output.num_cached_tokens
         completion = self._completions[output.seq_id]
         delta = completion.push(output)
@@ -178,7 +180,7 @@ class RequestState:
 
     @property
     def _metrics(self) -> RequestMetrics:
-        return RequestMetrics(self._arrival, self._first_token, self._finished)
+        return RequestMetrics(self._arrival, self._first_token, self._finished, self._scheduled)
 
     def _event(
         self,

@@ -32,14 +32,20 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Seconds on the monotonic clock; None where the moment has not come.
+    """Moments, in seconds on the monotonic clock; None where one has not come.
 
-    All three are moments.
+    scheduled: when the request ran for the first time; known from its first token on.
     """
 
     arrival: float
     first_token: float | None = None
     finished: float | None = None
+    scheduled: float | None = None
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from arrival until it ran."""
+        return None if self.scheduled is None else self.scheduled - self.arrival
 
     @property
     def ttft(self) -> float | None:

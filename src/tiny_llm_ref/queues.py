@@ -115,7 +115,7 @@ class RequestQueues(Generic[S]):
 
     def _run(self, sequence: S) -> None:
         insort(self.running, sequence, key=_rank)
-        sequence.state = SequenceState.RUNNING
+        sequence.run()
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

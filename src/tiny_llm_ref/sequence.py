@@ -7,6 +7,7 @@ when its prompt has been computed. Holds plain numbers; knows nothing of arrays 
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import zip_longest
+from time import monotonic
 from typing import NamedTuple, Self
 
 from .paged_attention import BlockCopy, BlockTable
@@ -39,7 +40,8 @@ class Sequence:
     outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
     this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
     is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
-    num_cached_tokens: tokens of the prompt that somebody else had computed. rank: its place in the order of
+    num_cached_tokens: tokens of the prompt that somebody else had computed. scheduled: when it ran for the
+    first time, in seconds on the monotonic clock. rank: its place in the order of
     service, the lowest first: its request's turn and number, and its own place among the completions.
     """
 
@@ -55,7 +57,14 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_computed: int = 0
     num_cached_tokens: int = 0
+    scheduled: float | None = None
     state: SequenceState = SequenceState.WAITING
+
+    def run(self) -> None:
+        """It is its turn."""
+        self.state = SequenceState.RUNNING
+        if self.scheduled is None:
+            self.scheduled = monotonic()
 
     @property
     def num_tokens(self) -> int:

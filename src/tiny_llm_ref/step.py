@@ -18,15 +18,20 @@ class StepLogits(Mapping[str, mx.array]):
 
     Sequences that were just forked share a row: `row_of[seq_id]` is its index in `rows`. `prompt_rows` are
     those of prompt tokens whose log-probabilities are asked for: the rows of the positions that
-    `Sequence.prompt_positions` named, in order.
+    `Sequence.prompt_positions` named, in order. num_tokens: tokens that the step computed.
     """
 
     def __init__(
-        self, rows: mx.array | None, row_of: dict[str, int], prompt_rows: dict[str, range] | None = None
+        self,
+        rows: mx.array | None,
+        row_of: dict[str, int],
+        prompt_rows: dict[str, range] | None = None,
+        num_tokens: int = 0,
     ) -> None:
         self.rows = rows
         self.row_of = row_of
         self.prompt_rows = prompt_rows or {}
+        self.num_tokens = num_tokens
 
     def __getitem__(self, seq_id: str) -> mx.array:
         row = self.row_of[seq_id]
@@ -113,6 +118,7 @@ class Plan(Generic[S]):
             if last > first:
                 logits.prompt_rows[chunk.sequence.seq_id] = range(first, last)
             chunk.sequence.num_computed = chunk.stop
+            logits.num_tokens += chunk.stop - chunk.start
             if chunk.is_last:
                 logits.row_of.update((sequence.seq_id, last) for sequence in fork(chunk.sequence))
         return logits

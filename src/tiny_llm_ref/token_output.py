@@ -19,7 +19,8 @@ class TokenOutput(NamedTuple):
     finish_reason: "stop" or "length" where it was the last one; stop_token: the token of
     `stop_token_ids` that ended it, None for an end-of-sequence token. prompt_logprobs: with a
     sequence's first token, where they are asked for: one entry for each prompt token but the first.
-    num_cached_tokens: tokens of the prompt that came from the prefix cache.
+    num_cached_tokens: tokens of the prompt that came from the prefix cache. scheduled: when the sequence ran
+    for the first time, in seconds on the monotonic clock.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class TokenOutput(NamedTuple):
     stop_token: int | None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached_tokens: int = 0
+    scheduled: float | None = None
 
 
 class Choice(NamedTuple):
@@ -75,6 +77,7 @@ def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
         stop_token=token if token in (params.stop_token_ids or ()) else None,
         prompt_logprobs=tuple(sequence.prompt_logprobs) if tells_prompt else None,
         num_cached_tokens=sequence.num_cached_tokens,
+        scheduled=sequence.scheduled,
     )
 
 

@@ -3,11 +3,12 @@
 What the engine counts is read from it when somebody asks; what a request took is noted when it ends.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tiny_llm import LLM, RequestEvent, RequestUsage
@@ -46,6 +47,7 @@ class Metrics:
         self._registry.register(_EngineFigures(llm, model_name))
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", FAST)
         self._itl = self._histogram("inter_token_latency_seconds", "Between neighbouring tokens.", FAST)
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival until it runs.", SLOW)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", SLOW)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._output = self._histogram(
@@ -88,6 +90,8 @@ class Metrics:
         self._output.labels(name).observe(usage.completion_tokens)
         if times.ttft is not None:
             self._ttft.labels(name).observe(times.ttft)
+        if times.queue_time is not None:
+            self._queue.labels(name).observe(times.queue_time)
         if times.finished is not None:
             self._e2e.labels(name).observe(times.finished - times.arrival)
 
@@ -150,3 +154,14 @@ class _EngineFigures(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", what, labels=["model_name"])
             counter.add_metric([self._model_name()], count)
             yield counter
+        steps = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens computed in a step.", labels=["model_name"]
+        )
+        steps.add_metric([self._model_name()], _buckets(stats.steps_of), stats.num_tokens)
+        yield steps
+
+
+def _buckets(steps_of: Sequence[int]) -> list[tuple[str, float]]:
+    """Counts by powers of two as Prometheus has them: each with all smaller ones, the last has no bound."""
+    bounds = [str(float(1 << power)) for power in range(len(steps_of) - 1)]
+    return list(zip([*bounds, "+Inf"], accumulate(steps_of), strict=True))
