@@ -33,7 +33,9 @@ from tiny_llm_cli.conversation import Conversation, converse
 from tiny_llm_cli.engine import control_token_ids
 from tiny_llm_cli.main import run
 from tiny_llm_cli.options import EngineOptions, SamplingOptions, parse_bytes
+from tiny_llm_cli.serve import ServerOptions, server_config
 from tiny_llm_cli.statistics_of import statistics_of
+from tiny_llm_server import ServerConfig
 
 COMMAND = [sys.executable, "-m", "tiny_llm_cli"]
 PROCESS_SECONDS = 120  # a guard against hanging, not a speed that is asked for
@@ -108,7 +110,7 @@ def test_help_gives_an_example(command: list[str], plain_cli: Run) -> None:
     assert f"tiny-llm {' '.join(command)}".strip() in ended.out.split("Usage:")[1].split("\n", 1)[1]
 
 
-@pytest.mark.parametrize("command", [["chat"], ["generate"], ["info"], ["bench", "latency"]])
+@pytest.mark.parametrize("command", [["chat"], ["generate"], ["info"], ["serve"], ["bench", "latency"]])
 def test_help_lists_the_engine_options_under_one_heading(command: list[str], plain_cli: Run) -> None:
     engine = plain_cli(*command, "--help").out.split("\nEngine:\n")[1]
     for field in fields(EngineOptions):
@@ -119,9 +121,10 @@ def test_help_imports_neither_mlx_nor_the_engine() -> None:
     code = """if True:
         import sys
         from tiny_llm_cli.main import run
-        for command in ([], ["chat"], ["generate"], ["info"], ["bench"], ["bench", "latency"]):
+        for command in ([], ["chat"], ["generate"], ["info"], ["serve"], ["bench"], ["bench", "latency"]):
             assert run([*command, "--help"]) == 0
         heavy = {"mlx", "tiny_llm", "tiny_llm_ref", "tiny_llm_kernels", "tokenizers", "jinja2", "rich"}
+        heavy |= {"fastapi", "tiny_llm_server"}
         print("imported:", sorted(heavy & set(sys.modules)))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -146,6 +149,11 @@ def test_engine_options_are_the_engines_with_its_defaults() -> None:
     options = {field.name: field.default for field in fields(EngineOptions) if field.name != "model"}
     assert options == {name: default for name, default in engine.items() if name in options}
     assert set(engine) - set(options) == {"seed"}  # --seed is the request's
+
+
+def test_server_options_are_the_servers_with_its_defaults() -> None:
+    assert server_config(ServerOptions()) == ServerConfig()
+    assert [field.name for field in fields(ServerOptions)] == [field.name for field in fields(ServerConfig)]
 
 
 def test_sampling_options_are_fields_of_sampling_params() -> None:

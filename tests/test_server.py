@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import Served, serving, until
 from tiny_llm import LLM, ConfigError, SamplingParams, engine_core
 from tiny_llm_cli.bench_serve import Answer, figures
-from tiny_llm_server import ServerConfig
+from tiny_llm_server import ServerConfig, make_app
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -376,6 +376,52 @@ def test_a_client_that_leaves_gives_its_pages_back(served: Served, llm: LLM) -> 
         until(lambda: llm.engine.stats.num_running == 0)
         stats = llm.engine.stats
         assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+
+
+def test_completions_that_nobody_waited_for_count_as_aborted(served: Served, llm: LLM) -> None:
+    body = {"prompt": ["Once", "Twice"], "n": 2, "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    aborted, written = "vllm:request_success_total{finished_reason=abort}", "vllm:generation_tokens_total"
+    with served.client() as client:
+        before = scraped(client)
+        with served.client() as other, other.stream("POST", COMPLETE, json=body) as answer:
+            next(answer.iter_lines())
+        until(lambda: scraped(client).get(aborted, 0) == before.get(aborted, 0) + 4)
+        assert scraped(client)[written] > before.get(written, 0)
+    until(lambda: llm.engine.stats.num_running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+def test_a_client_that_leaves_before_a_byte_is_sent_gives_its_pages_back(
+    llm: LLM, path: str, stream: bool
+) -> None:
+    """It has gone when the answer begins, and every write takes a while."""
+    asked = {"prompt": "Once"} if path == COMPLETE else {"messages": FRANCE}
+    body = json.dumps({**asked, "max_tokens": 3000, "ignore_eos": True, "n": 3, "stream": stream}).encode()
+    coming = [{"type": "http.request", "body": body}, *[{"type": "http.disconnect"}] * 3]
+    sent = []
+
+    async def receive() -> Any:
+        return coming.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        await asyncio.sleep(0.001)
+
+    async def ask() -> None:
+        app = make_app(lambda: llm)
+        await app.state.service.load()
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+        await asyncio.to_thread(llm.engine.call, int)
+        stats = llm.engine.stats
+        assert (stats.num_running, stats.num_waiting) == (0, 0), "it goes on for nobody"
+
+    asyncio.run(ask())
+    assert len(sent) <= 2, "it was sent something although it had gone"
+    stats = llm.engine.stats
+    assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -156,12 +156,46 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
         (["--log-level", "loud"], "'loud' is no level"),
         (["--max-n", "0"], "max_n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),
+        (["--demo", "--num-blocks", "50"], "--demo"),
+        (["--keep-alive", "0"], "keep_alive must be more than 0 seconds, not 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_it_begins(options: list[str], said: str) -> None:
     with process(*options) as server:
         assert server.ended(60) == 2
         until(lambda: any(said in line for line in server.lines))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: bool) -> None:
+    """Of requests that are answered, refused, too long and broken off, with everything logged that can be."""
+    options = ["--api-key", "sesame", "--log-level", "debug", "--num-blocks", "64", "--max-body", "4000"]
+    with process(*options, *["--log-requests"] * wanted) as server:
+        key = {"Authorization": "Bearer sesame"}
+        with httpx.Client(base_url=server.url(), timeout=60, headers=key) as client:
+            ready(client)
+            path, body = "/v1/completions", {"prompt": "xyzzy and plugh", "max_tokens": 5}
+            assert client.post(path, json=body).status_code == 200
+            for wrong in (
+                {"n": 0},
+                {"frobozz": "xyzzy"},
+                {"max_tokens": 1 << 20},
+                {"prompt": "xyzzy" * 1000},
+            ):
+                assert client.post(path, json={**body, **wrong}).status_code in (400, 413)
+            assert client.post(path, content=b'{"prompt": "xyzzy').status_code == 400
+            assert client.post(path, json=body, headers={"Authorization": "Bearer open"}).status_code == 401
+            chat = {"messages": [{"role": "user", "content": "xyzzy"}], "max_tokens": 1000, "stream": True}
+            with client.stream("POST", "/v1/chat/completions", json=chat) as answer:
+                next(answer.iter_lines())
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.ended(30) == 0
+    log = "".join(server.lines)
+    assert "/v1/completions" in log
+    assert "sesame" not in log
+    assert "Bearer" not in log
+    assert ("xyzzy and plugh" in log) == wanted
+    assert wanted or "xyzzy" not in log
 
 
 def test_an_open_door_without_a_key_is_pointed_out() -> None:

@@ -22,9 +22,9 @@ _UNITS |= {"kib": 1024, "mib": 1024**2, "gib": 1024**3}
 _SAMPLING, _ENGINE = "Sampling", "Engine"
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str | int) -> int:
     """`512MiB`, `1.5GiB`, `2GB` or a plain number of bytes -> bytes; KiB, MiB and GiB count in 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in _UNITS:
         raise typer.BadParameter(f"{text!r} is not a size: write for example 512MiB, 1GiB or 536870912")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -1,16 +1,20 @@
 """`tiny-llm serve`: OpenAI's API over HTTP."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .engine import load
 from .options import EngineOptions, parse_bytes, takes_groups
 
+if TYPE_CHECKING:
+    from tiny_llm_server import ServerConfig
+
 _SERVER = "Server"
+_DEMO_BLOCKS = 96
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -24,33 +28,39 @@ class ServerOptions:
             help="What the model is called.", show_default="the model's own name", rich_help_panel=_SERVER
         ),
     ] = None
-    api_key: Annotated[
+    api_keys: Annotated[
         list[str] | None,
         typer.Option(
+            "--api-key",
             help="A key that clients must bring; may be repeated.",
             envvar="TINY_LLM_API_KEY",
             show_default="anybody may ask",
             rich_help_panel=_SERVER,
         ),
     ] = None
-    allowed_origin: Annotated[
+    allowed_origins: Annotated[
         list[str] | None,
         typer.Option(
+            "--allowed-origin",
             help="A web page's origin that may ask from a browser; may be repeated.",
             show_default="none",
             rich_help_panel=_SERVER,
         ),
     ] = None
-    max_body: Annotated[
-        int | None,
+    max_body_bytes: Annotated[
+        int,
         typer.Option(
+            "--max-body",
             help="Longest body of a request.",
             metavar="SIZE",
             parser=parse_bytes,
             show_default="4MiB",
             rich_help_panel=_SERVER,
         ),
-    ] = None
+    ] = 4 << 20
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds that a client has to send a body.", rich_help_panel=_SERVER)
+    ] = 60.0
     max_n: Annotated[int, typer.Option(help="Most completions of a request.", rich_help_panel=_SERVER)] = 16
     max_stop: Annotated[
         int, typer.Option(help="Most stop strings of a request.", rich_help_panel=_SERVER)
@@ -65,6 +75,28 @@ class ServerOptions:
             rich_help_panel=_SERVER,
         ),
     ] = 600.0
+    keep_alive: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of silence after which a stream says that it is still there.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 15.0
+    live: Annotated[
+        bool,
+        typer.Option(
+            help="A page at / that chats and shows the pool, and /live, which tells it.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = True
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--log-requests",
+            help="Write down what is asked, prompts included, with --log-level info or debug.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False
 
 
 @takes_groups(max_num_waiting=256)
@@ -82,6 +114,14 @@ def serve(
             help="Source of the seeds of requests that bring none: the same again, the same answers."
         ),
     ] = 0,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo",
+            help=f"A pool of {_DEMO_BLOCKS} blocks that swaps: so small that the page at / shows sharing, "
+            "forks and preemption within a minute.",
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(help="critical, error, warning, info (a line a request) or debug.")
     ] = "info",
@@ -93,6 +133,7 @@ def serve(
 
     \b
     tiny-llm serve
+    tiny-llm serve --demo     # then open http://127.0.0.1:8000 and press "Load it"
     tiny-llm serve --model Qwen/Qwen3-0.6B --port 9000 --api-key "$KEY"
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
@@ -102,21 +143,27 @@ def serve(
     """
     if log_level not in ("critical", "error", "warning", "info", "debug"):
         raise typer.BadParameter(f"{log_level!r} is no level", param_hint="--log-level")
-    from tiny_llm_server import ServerConfig, make_app
+    if demo:
+        if engine.num_blocks is not None or engine.kv_cache_memory is not None:
+            raise typer.BadParameter("it says how large the pool is already", param_hint="--demo")
+        engine = replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
+    from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer
 
-    config = ServerConfig(
-        served_model_name=server.served_model_name,
-        api_keys=tuple(server.api_key or ()),
-        allowed_origins=tuple(server.allowed_origin or ()),
-        **({} if server.max_body is None else {"max_body_bytes": server.max_body}),
-        max_n=server.max_n,
-        max_stop=server.max_stop,
-        max_prompts=server.max_prompts,
-        request_timeout=server.request_timeout or None,
-    )
+    config = server_config(server)
     if host not in _LOOPBACK and not config.api_keys:
         print(
             f"tiny-llm: warning: {host} may be reached by others, and there is no --api-key", file=sys.stderr
         )
     GracefulServer(make_app(partial(load, engine, seed=seed), config), host, port, grace, log_level).run()
+
+
+def server_config(options: ServerOptions) -> "ServerConfig":
+    """The `ServerConfig` of `options`."""
+    from tiny_llm_server import ServerConfig
+
+    values = asdict(options)
+    values["api_keys"] = tuple(options.api_keys or ())
+    values["allowed_origins"] = tuple(options.allowed_origins or ())
+    values["request_timeout"] = options.request_timeout or None
+    return ServerConfig(**values)

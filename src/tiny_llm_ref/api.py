@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from .beam_search import BeamSearchPageManager as BeamSearchPageManager
     from .beam_search import BeamSearchParams as BeamSearchParams
     from .beam_search import fork_sequence as fork_sequence
+    from .block_events import PoolChange as PoolChange
+    from .block_events import SequenceView as SequenceView
     from .chunked_prefill import share_budget as share_budget
     from .compaction import compact_memory as compact_memory
     from .compaction import compact_pages as compact_pages
     from .engine import Engine as Engine
     from .engine_config import EngineConfig as EngineConfig
     from .engine_core import EngineCore as EngineCore
+    from .engine_core import EngineStats as EngineStats
     from .errors import ConfigError as ConfigError
     from .errors import DoubleFreeError as DoubleFreeError
     from .errors import DuplicateRequestError as DuplicateRequestError
@@ -69,6 +72,9 @@ _MODULE_OF = {
     "ModelConfig": "model_config",
     "ConfigError": "errors",
     "EngineCore": "engine_core",
+    "EngineStats": "engine_core",
+    "PoolChange": "block_events",
+    "SequenceView": "block_events",
     "BlockAllocator": "paged_attention",
     "BlockTable": "paged_attention",
     "KVPool": "kv_pool",

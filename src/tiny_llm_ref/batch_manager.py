@@ -20,7 +20,7 @@ class Capacity(NamedTuple):
     """The memory for keys and values: so many blocks of so many tokens, and how many of them are free.
 
     num_cached: blocks that nobody uses, and that are kept because their tokens may come again. In the dense
-    manager a block is one sequence's whole cache.
+    manager a block is one sequence's whole cache. num_host_blocks: room on the host for what is swapped out.
     """
 
     num_blocks: int
@@ -28,6 +28,7 @@ class Capacity(NamedTuple):
     num_free: int
     nbytes: int
     num_cached: int = 0
+    num_host_blocks: int = 0
 
 
 class PrefixStats(NamedTuple):

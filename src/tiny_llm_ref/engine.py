@@ -133,14 +133,14 @@ class Engine:
             return function()
         return self._inbox.post(function).result()
 
-    def watch_blocks(self, watcher: PoolListener) -> Callable[[], None]:
+    def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
         """Hear what is in the pool, and then what each step changes in it; what is returned ends it.
 
-        watcher: called in the engine's thread; it must return at once. Nothing is looked at while nobody
-        watches. Raises ValueError where the batch manager has no blocks.
+        watcher: called in the engine's thread; it must return at once, and hears no more once it has raised.
+        Nothing is looked at while nobody watches. Raises ValueError where the batch manager has no blocks.
         """
         self.call(partial(self._loop.watch, watcher))
-        return lambda: self.call(partial(self._loop.unwatch, watcher))
+        return lambda: self._inbox.post(partial(self._loop.unwatch, watcher))
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests, and return when all that were accepted have ended.

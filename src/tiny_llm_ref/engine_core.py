@@ -32,8 +32,8 @@ class EngineStats:
     num_swapped: of those that wait, how many have their keys and values on the host. num_cached_blocks:
     blocks that nobody uses, kept because their tokens may come again. prefix_cache_queries,
     prefix_cache_hits: prompt tokens of requests that have begun, and those of them that were in the pool
-    already. num_tokens: tokens computed in all steps. steps_of: how many steps computed up to 1, 2, 4, 8, ...
-    tokens, and more than the power before.
+    already. num_host_blocks: room on the host for what is swapped out. num_tokens: tokens computed in all
+    steps. steps_of: how many steps computed up to 1, 2, 4, 8, ... tokens, and more than the power before.
     """
 
     num_running: int
@@ -45,6 +45,7 @@ class EngineStats:
     num_preemptions: int
     prefix_cache_queries: int
     prefix_cache_hits: int
+    num_host_blocks: int = 0
     num_tokens: int = 0
     steps_of: tuple[int, ...] = ()
 
@@ -147,17 +148,18 @@ class EngineCore:
     @property
     def stats(self) -> EngineStats:
         """A snapshot."""
-        manager = self.manager
+        manager, capacity = self.manager, self.manager.capacity
         return EngineStats(
             num_running=len(manager.running),
             num_waiting=len(manager.waiting),
             num_swapped=manager.num_swapped,
-            num_free_blocks=manager.capacity.num_free,
-            num_cached_blocks=manager.capacity.num_cached,
-            num_blocks=manager.capacity.num_blocks,
+            num_free_blocks=capacity.num_free,
+            num_cached_blocks=capacity.num_cached,
+            num_blocks=capacity.num_blocks,
             num_preemptions=manager.num_preemptions,
             prefix_cache_queries=manager.prefix_stats.queries,
             prefix_cache_hits=manager.prefix_stats.hits,
+            num_host_blocks=capacity.num_host_blocks,
             num_tokens=self._num_tokens,
             steps_of=tuple(self._steps_of),
         )

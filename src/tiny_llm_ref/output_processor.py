@@ -125,7 +125,7 @@ class RequestState:
     ) -> None:
         self.request_id = request_id
         self._text = text
-        self._prompt = tuple(prompt)
+        self.prompt_token_ids = tuple(prompt)
         self._params = params
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
@@ -141,7 +141,7 @@ class RequestState:
 
     def begin(self, core: EngineCore) -> None:
         """Queue it in the engine. Raises what the engine's door raises."""
-        if not core.add_request(self.request_id, list(self._prompt), self._params):
+        if not core.add_request(self.request_id, list(self.prompt_token_ids), self._params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
 
     def push(self, output: TokenOutput) -> RequestEvent:
@@ -170,7 +170,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._text,
-            prompt_token_ids=self._prompt,
+            prompt_token_ids=self.prompt_token_ids,
             outputs=tuple(completion.output for completion in self._completions.values()),
             finished=self.finished,
             prompt_logprobs=self._prompt_logprobs,
@@ -206,13 +206,13 @@ class RequestState:
         """Note the time; what the request took."""
         self._finished = monotonic()
         num_tokens = sum(len(completion.token_ids) for completion in self._completions.values())
-        return RequestUsage(len(self._prompt), num_tokens, self._num_cached_tokens, self._metrics)
+        return RequestUsage(len(self.prompt_token_ids), num_tokens, self._num_cached_tokens, self._metrics)
 
     def _new_prompt_logprobs(self, output: TokenOutput) -> tuple[dict[int, Logprob] | None, ...] | None:
         """Take those of a request's first sequence; its forks bring the same."""
         if output.prompt_logprobs is None or self._prompt_logprobs is not None:
             return None
-        pairs = zip(self._prompt[1:], output.prompt_logprobs, strict=True)
+        pairs = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
         self._prompt_logprobs = (None, *(_with_text(*pair, self._tokenizer) for pair in pairs))
         return self._prompt_logprobs
 

@@ -205,8 +205,14 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         """How full the pool is; blocks that it could still grow by are free."""
         nbytes = 0 if self.pool is None else self.pool.nbytes
         to_come = self.max_pages - self.allocator.num_blocks
+        swap_space = self._scheduler.swap_space
         return Capacity(
-            self.max_pages, self.block_size, self.allocator.num_free + to_come, nbytes, self.prefix.num_idle
+            num_blocks=self.max_pages,
+            block_size=self.block_size,
+            num_free=self.allocator.num_free + to_come,
+            nbytes=nbytes,
+            num_cached=self.prefix.num_idle,
+            num_host_blocks=0 if swap_space is None else swap_space.allocator.num_blocks,
         )
 
     def _schedule(self) -> Plan[PagedSequence]:

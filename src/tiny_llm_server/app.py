@@ -13,10 +13,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tiny_llm import LLM, TinyLLMError
 
-from . import chat, completions, status
+from . import chat, completions, live, status
 from .config import ServerConfig
 from .errors import ApiError, ErrorBody, answer
 from .guards import BodyLimit, KeyGuard
+from .live_page import add_page
 from .service import Service
 from .sse import ClientLeftError
 
@@ -62,6 +63,9 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
     app.state.service = service
     for part in (completions, chat, status):
         app.include_router(part.router(service))
+    if service.config.live:
+        app.include_router(live.router(service))
+        add_page(app)
     for kind in (ApiError, TinyLLMError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientLeftError, _nobody_is_there)

@@ -38,10 +38,10 @@ def router(service: Service) -> APIRouter:
         service.check(body)
         work = _Work(service, body)
         prompt = await asyncio.to_thread(service.encode_chat, body.messages)
-        run = await service.begin([prompt], work.params, "messages")
+        run = await service.begin([prompt], work.params, work.id, "messages")
         if body.stream:
-            return EventStream(work.stream(run))
-        return await unless_left(request, work.whole(run))
+            return EventStream(work.stream(run), run.cancel)
+        return await unless_left(request, work.whole(run), run.cancel)
 
     return routes
 
@@ -55,15 +55,15 @@ class _Work:
         self._top = body.top_logprobs or 0
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         self.params = sampling_params(body, max_tokens=most, logprobs=self._top if body.logprobs else None)
-        self._head: dict[str, Any] = {"id": new_id("chatcmpl"), "model": service.model_name}
+        self.id = new_id("chatcmpl")
+        self._head: dict[str, Any] = {"id": self.id, "model": service.model_name}
 
     async def whole(self, run: Run) -> ChatCompletion:
         """Wait for all of it."""
-        watch, usages = self._service.metrics.watch(), list[RequestUsage]()
+        usages: list[RequestUsage] = []
         answers: list[list[RequestEvent]] = [[] for _ in range(self._body.n)]
         async with aclosing(run.events()) as events:
             async for one in events:
-                watch.note(one.event)
                 answers[one.event.index].append(one.event)
                 usages += [one.event.usage] if one.event.usage is not None else []
         choices = [self._choice(index, events) for index, events in enumerate(answers)]
@@ -71,11 +71,8 @@ class _Work:
 
     async def stream(self, run: Run) -> AsyncGenerator[ChatCompletionChunk | None, None]:
         """The role of each answer, then an event for each piece that says something."""
-        watch, usages, options = (
-            self._service.metrics.watch(),
-            list[RequestUsage](),
-            self._body.stream_options,
-        )
+        usages: list[RequestUsage] = []
+        options = self._body.stream_options
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             for index in range(self._body.n):
                 yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
@@ -84,7 +81,6 @@ class _Work:
                     yield None
                 for one in step:
                     event = one.event
-                    watch.note(event)
                     usages += [event.usage] if event.usage is not None else []
                     if event.text or event.logprobs or event.finish_reason:
                         yield self._chunk(self._piece(event))

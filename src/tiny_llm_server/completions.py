@@ -29,10 +29,10 @@ def router(service: Service) -> APIRouter:
         """Continue prompts: `n` times each, all of them together."""
         service.check(body)
         work = _Work(service, body)
-        run = await service.begin(work.prompts, work.params, "prompt")
+        run = await service.begin(work.prompts, work.params, work.id, "prompt")
         if body.stream:
-            return EventStream(work.stream(run))
-        return await unless_left(request, work.whole(run))
+            return EventStream(work.stream(run), run.cancel)
+        return await unless_left(request, work.whole(run), run.cancel)
 
     return routes
 
@@ -51,19 +51,18 @@ class _Work:
         self.params = sampling_params(
             body, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=echoed
         )
-        self._head: dict[str, Any] = {"id": new_id("cmpl"), "model": service.model_name}
+        self.id = new_id("cmpl")
+        self._head: dict[str, Any] = {"id": self.id, "model": service.model_name}
         self._pieces: list[_Piece] = [_Piece(self, index) for index in range(len(self.prompts) * body.n)]
         self._prompt_places: dict[int, Places] = {}
         self._usages: list[RequestUsage] = []
 
     async def whole(self, run: Run) -> Completion:
         """Wait for all of it."""
-        watch = self._service.metrics.watch()
         choices: dict[int, list[CompletionChoice]] = {piece.index: [] for piece in self._pieces}
         async with aclosing(run.events()) as events:
             async for one in events:
-                watch.note(one.event)
-                choice = self._take(one)
+                choice = self._take(one, run.prompts)
                 choices[choice.index].append(choice)
         return Completion(
             **self._head, choices=[_joined(parts) for parts in choices.values()], usage=Usage.of(self._usages)
@@ -71,24 +70,24 @@ class _Work:
 
     async def stream(self, run: Run) -> AsyncGenerator[Completion | None, None]:
         """An event for each piece that says something."""
-        watch, options = self._service.metrics.watch(), self._body.stream_options
+        options = self._body.stream_options
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             async for step in steps:
                 if not step:
                     yield None
                 for one in step:
-                    watch.note(one.event)
-                    choice = self._take(one)
+                    choice = self._take(one, run.prompts)
                     if choice.text or choice.logprobs or choice.finish_reason:
                         yield Completion(**self._head, choices=[choice])
         if options is not None and options.include_usage:
             yield Completion(**self._head, choices=[], usage=Usage.of(self._usages))
 
-    def _take(self, one: PromptEvent) -> CompletionChoice:
+    def _take(self, one: PromptEvent, prompts: list[tuple[int, ...]]) -> CompletionChoice:
         if one.event.usage is not None:
             self._usages.append(one.event.usage)
-        prompt: Places = self._prompt_places.setdefault(one.prompt, one.event.prompt_logprobs or ())
-        return self._pieces[one.prompt * self._body.n + one.event.index].take(one.event, prompt)
+        places: Places = self._prompt_places.setdefault(one.prompt, one.event.prompt_logprobs or ())
+        tokens = prompts[one.prompt] if places else ()
+        return self._pieces[one.prompt * self._body.n + one.event.index].take(one.event, tokens, places)
 
     def echo(self, index: int) -> str:
         """The text that a choice begins with."""
@@ -96,12 +95,6 @@ class _Work:
             return ""
         prompt = self.prompts[index // self._body.n]
         return prompt if isinstance(prompt, str) else self._service.llm.tokenizer.decode(prompt)
-
-    def prompt_tokens(self, index: int) -> list[int]:
-        """The tokens that a choice's prompt has."""
-        prompt = self.prompts[index // self._body.n]
-        tokenizer = self._service.llm.tokenizer
-        return tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
 
     def token_text(self, token: int) -> str:
         """A token as a text."""
@@ -117,14 +110,13 @@ class _Piece:
         self._offset = 0
         self._has_begun = False
 
-    def take(self, event: RequestEvent, prompt: Places) -> CompletionChoice:
-        """What an event adds to it. prompt: the log-probabilities of the prompt's tokens, where wanted."""
-        text, tokens = event.text, list(event.token_ids)
+    def take(self, event: RequestEvent, prompt: tuple[int, ...], prompt_places: Places) -> CompletionChoice:
+        """What an event adds to it. prompt: its tokens, with log-probabilities, where these are wanted."""
+        text, tokens = event.text, event.token_ids
         places: Places = event.logprobs or ()
         if not self._has_begun:
             text = self._work.echo(self.index) + text
-            if prompt:
-                tokens, places = self._work.prompt_tokens(self.index) + tokens, prompt + places
+            tokens, places = prompt + tokens, prompt_places + places
         self._has_begun = True
         return CompletionChoice(
             index=self.index,
@@ -134,7 +126,7 @@ class _Piece:
             stop_reason=event.stop_reason,
         )
 
-    def _logprobs(self, tokens: list[int], places: Places) -> CompletionLogprobs:
+    def _logprobs(self, tokens: tuple[int, ...], places: Places) -> CompletionLogprobs:
         texts = [self._work.token_text(token) for token in tokens]
         ends = list(accumulate(map(len, texts), initial=self._offset))
         self._offset = ends[-1]

@@ -20,6 +20,8 @@ class ServerConfig:
     max_prompts: most prompts in one request to /v1/completions.
     request_timeout: seconds after which a request is given up, queued or running; None: never.
     keep_alive: seconds of silence in a stream after which a comment is sent, so that nobody hangs up.
+    live: there is a page at `/`, and `/live`, which tells it what happens in the pool.
+    log_requests: what is asked for is written to the log, prompts included; otherwise nobody's words are.
     """
 
     served_model_name: str | None = None
@@ -32,6 +34,8 @@ class ServerConfig:
     max_prompts: int = 64
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
+    live: bool = True
+    log_requests: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_n", "max_stop", "max_prompts"):

@@ -1,4 +1,4 @@
-"""At the door, before anything is read: who asks, and how much. Plain ASGI, so that bodies stay streams."""
+"""At the door, before anybody else sees a request: who asks, and how much. Plain ASGI."""
 
 import asyncio
 import hmac
@@ -9,7 +9,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 
-GUARDED = ("/v1/", "/tokenize", "/detokenize")  # what needs a key; the rest says nothing about anybody
+GUARDED = (
+    "/v1/",
+    "/tokenize",
+    "/detokenize",
+    "/live",
+)  # what needs a key; the rest says nothing about anybody
 
 
 class KeyGuard:

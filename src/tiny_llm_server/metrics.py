@@ -68,24 +68,24 @@ class Metrics:
         """All of it, in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def watch(self) -> "Watch":
+    def watch(self, num_completions: int) -> "Watch":
         """For one HTTP request: tell it of every event."""
-        return Watch(self)
+        return Watch(self, num_completions)
 
-    def note_token(self, seconds: float | None) -> None:
+    def note_tokens(self, count: int, seconds: float | None) -> None:
         """Tokens have come, `seconds` after the completion's last ones; None: they are its first."""
+        self._written.labels(self._model_name()).inc(count)
         if seconds is not None:
             self._itl.labels(self._model_name()).observe(seconds)
 
-    def note_end(self, reason: str) -> None:
-        """A completion has ended."""
-        self._ended.labels(self._model_name(), reason).inc()
+    def note_end(self, reason: str, count: int = 1) -> None:
+        """Completions have ended."""
+        self._ended.labels(self._model_name(), reason).inc(count)
 
     def note_usage(self, usage: RequestUsage) -> None:
         """A request has ended."""
         name, times = self._model_name(), usage.metrics
         self._read.labels(name).inc(usage.prompt_tokens)
-        self._written.labels(name).inc(usage.completion_tokens)
         self._prompt.labels(name).observe(usage.prompt_tokens)
         self._output.labels(name).observe(usage.completion_tokens)
         if times.ttft is not None:
@@ -102,8 +102,9 @@ class Metrics:
 class Watch:
     """Notes what the events of one HTTP request's completions took."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, num_completions: int) -> None:
         self._metrics = metrics
+        self._num_live = num_completions
         self._last: dict[tuple[str, int], float] = {}
 
     def note(self, event: RequestEvent) -> None:
@@ -111,12 +112,18 @@ class Watch:
         now, completion = monotonic(), (event.request_id, event.index)
         if event.token_ids:
             before = self._last.get(completion)
-            self._metrics.note_token(None if before is None else now - before)
+            self._metrics.note_tokens(len(event.token_ids), None if before is None else now - before)
             self._last[completion] = now
         if event.finish_reason is not None:
             self._metrics.note_end(event.finish_reason)
+            self._num_live -= 1
         if event.usage is not None:
             self._metrics.note_usage(event.usage)
+
+    def abort(self) -> None:
+        """Nobody waits any more for those that have not ended."""
+        self._metrics.note_end("abort", self._num_live)
+        self._num_live = 0
 
 
 class _EngineFigures(Collector):

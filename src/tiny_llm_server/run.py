@@ -15,6 +15,7 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm import Engine, RequestEvent
 
 from .errors import ApiError
+from .metrics import Watch
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,17 @@ class PromptEvent:
 
 
 class Run:
-    """The requests of one HTTP request. `begin` it, then take its `steps` to the end, or `cancel` it."""
+    """The requests of one HTTP request. `begin` it, then take its `steps`, and `cancel` it whatever happened.
 
-    def __init__(self, engine: Engine, requests: Sequence[RequestState], timeout: float | None) -> None:
+    watch: is told of all that they give. timeout: seconds that they may take. prompts: their tokens.
+    """
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[RequestState], watch: Watch, timeout: float | None = None
+    ) -> None:
+        self.prompts = [request.prompt_token_ids for request in requests]
         self._engine = engine
-        self._requests = requests
+        self._watch = watch
         self._places = {request.request_id: place for place, request in enumerate(requests)}
         self._live = set(self._places)
         self._listener = AsyncListener()
@@ -39,15 +46,17 @@ class Run:
 
     @classmethod
     async def begin(
-        cls, engine: Engine, requests: Sequence[RequestState], timeout: float | None = None
+        cls, engine: Engine, requests: Sequence[RequestState], watch: Watch, timeout: float | None = None
     ) -> Self:
         """Queue requests in the engine, all or none. Raises what `Engine.submit` and its future raise."""
-        run = cls(engine, requests, timeout)
+        run = cls(engine, requests, watch, timeout)
+        accepted = False
         try:
             await asyncio.wrap_future(engine.submit(requests, run._listener))
-        except BaseException:
-            run.cancel()
-            raise
+            accepted = True
+        finally:
+            if not accepted:
+                run._end_all()
         return run
 
     async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:
@@ -70,7 +79,12 @@ class Run:
                     yield event
 
     def cancel(self) -> None:
-        """End what has not ended."""
+        """End what has not ended; nothing where all has."""
+        if self._live:
+            self._watch.abort()
+            self._end_all()
+
+    def _end_all(self) -> None:
         for request_id in self._live:
             self._engine.cancel(request_id)
         self._live.clear()
@@ -86,5 +100,7 @@ class Run:
                     503, f"the request has not ended within {self._timeout:g} seconds", code="timeout"
                 ) from None
             return []
+        for event in events:
+            self._watch.note(event)
         self._live -= {event.request_id for event in events if event.usage is not None}
         return [PromptEvent(self._places[event.request_id], event) for event in events]

@@ -46,7 +46,10 @@ class GracefulServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: uvicorn asks ten times a second."""
-        return self._service.failure is not None or await super().on_tick(counter)
+        ends = self._service.failure is not None or await super().on_tick(counter)
+        if ends:
+            self._service.end()
+        return ends
 
     def _leave(self) -> None:
         if self._draining is None:

@@ -1,7 +1,9 @@
 """The model behind the server: whether it is there yet, its name, and requests on their way to it."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from time import time
 from typing import Any
@@ -10,12 +12,13 @@ from tiny_llm.engine import Prompt
 
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams
 
-from .answers import new_id
 from .config import ServerConfig
 from .errors import ApiError, refused
 from .metrics import Metrics
 from .run import Run
 from .schema import Generation, Message
+
+LOG = logging.getLogger("uvicorn.error")  # uvicorn's own, for whatever is no request's line
 
 
 class Status(Enum):
@@ -39,6 +42,8 @@ class Service:
         self.failure: Exception | None = None
         self._load = load
         self._llm: LLM | None = None
+        self.is_ending = False
+        self._at_end: list[Callable[[], None]] = []
         self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
 
     async def load(self) -> None:
@@ -47,6 +52,9 @@ class Service:
             self._llm = await asyncio.to_thread(self._load)
         except Exception as error:  # whatever it is, whoever started the server wants to know
             self.failure = error
+        else:
+            config, stats = self._llm.engine_config, self._llm.engine.stats
+            LOG.info("%s is ready: %d blocks of %d", self.model_name, stats.num_blocks, config.block_size)
 
     @property
     def status(self) -> Status:
@@ -68,9 +76,10 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """What the model is called here."""
-        named = self.config.served_model_name
-        return named if named is not None else self._llm.model_name if self._llm else ""
+        """What the model is called here; nothing while that is not known."""
+        if self.config.served_model_name is not None:
+            return self.config.served_model_name
+        return "" if self._llm is None else self._llm.model_name
 
     @property
     def max_model_len(self) -> int:
@@ -78,8 +87,9 @@ class Service:
         return self.llm.engine_config.model_len(self.llm.model_config)
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model's name."""
-        if name is not None and name != self.model_name and self.llm:
+        """Refuse another model's name, and any while the model is not there."""
+        _ = self.llm
+        if name is not None and name != self.model_name:
             message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -91,16 +101,25 @@ class Service:
             if count > limit:
                 raise refused(f"{name}: at most {limit} here, not {count}", name)
 
-    async def begin(self, prompts: Sequence[Prompt], params: SamplingParams, field: str) -> Run:
-        """Queue prompts in the engine. field: where they came from, for what is wrong with them."""
-        engine, request_id = self.llm.engine, new_id("req")
+    async def begin(
+        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, field: str
+    ) -> Run:
+        """Queue prompts in the engine. field: where they came from, for what is wrong with them.
+
+        A single prompt is known to the engine by `request_id`, several by that and their place.
+        """
+        engine, ids = self.llm.engine, prompt_ids(request_id, len(prompts))
         try:
             requests = await asyncio.to_thread(
                 lambda: [
-                    engine.request(prompt, params, f"{request_id}-{i}") for i, prompt in enumerate(prompts)
+                    engine.request(prompt, params, name) for prompt, name in zip(prompts, ids, strict=True)
                 ]
             )
-            return await Run.begin(engine, requests, self.config.request_timeout)
+            if self.config.log_requests:
+                for request, prompt in zip(requests, prompts, strict=True):
+                    LOG.info("%s asks %r of %r", request.request_id, params, prompt)
+            watch = self.metrics.watch(len(prompts) * params.n)
+            return await Run.begin(engine, requests, watch, self.config.request_timeout)
         except RequestTooLargeError as error:
             raise refused(str(error).split(": ", 1)[-1], field, "context_length_exceeded") from error
         except ValueError as error:
@@ -119,13 +138,36 @@ class Service:
 
     async def drain(self, seconds: float | None) -> None:
         """Take no new requests, and return when the others have ended, or their `seconds` are over."""
-        if self._llm is not None:
-            await self._llm.engine.drain(seconds)
+        try:
+            if self._llm is not None:
+                await self._llm.engine.drain(seconds)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Tell those who only watch that nothing more will come."""
+        self.is_ending = True
+        while self._at_end:
+            self._at_end.pop()()
+
+    @contextmanager
+    def until_the_end(self, tell: Callable[[], None]) -> Iterator[None]:
+        """For whoever would watch for ever: `tell` is called when nothing more will come."""
+        self._at_end.append(tell)
+        try:
+            yield
+        finally:
+            self._at_end = [other for other in self._at_end if other is not tell]
 
     def stop(self) -> None:
         """End whatever runs, at once."""
         if self._llm is not None:
             self._llm.engine.stop()
+
+
+def prompt_ids(request_id: str, num_prompts: int) -> list[str]:
+    """What the engine calls the prompts of a request."""
+    return [request_id] if num_prompts == 1 else [f"{request_id}-{place}" for place in range(num_prompts)]
 
 
 def sampling_params(body: Generation, **others: Any) -> SamplingParams:

@@ -4,7 +4,7 @@ A client that leaves is noticed at once, also while nothing is sent to it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -27,15 +27,19 @@ class ClientLeftError(Exception):
 class EventStream(Response):
     """Server-sent events, then `[DONE]`; an error that comes in between is the last event before it.
 
-    chunks: what is sent, and None where nothing has come for a while. It is closed when the client leaves.
+    chunks: what is sent, as a model or as JSON, and None where nothing has come for a while; closed when the
+    client leaves. end: called at the very end, also where `chunks` was never asked for anything.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[BaseModel | None, None]) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[BaseModel | str | None, None], end: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -47,6 +51,7 @@ class EventStream(Response):
             leaving.cancel()
             writing.cancel()
             await asyncio.gather(writing, leaving, return_exceptions=True)
+            self._end()
 
     async def _write(self, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
@@ -59,8 +64,11 @@ class EventStream(Response):
             await _send_part(send, DONE, more=False)
 
 
-async def unless_left(request: Request, work: Coroutine[None, None, T]) -> T:
-    """What `work` returns. Where the client leaves first it is cancelled; raises `ClientLeftError` then."""
+async def unless_left(request: Request, work: Coroutine[None, None, T], end: Callable[[], None]) -> T:
+    """What `work` returns. Where the client leaves first it is cancelled; raises `ClientLeftError` then.
+
+    end: called at the very end, also where `work` never began.
+    """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request.receive))
     try:
@@ -72,6 +80,7 @@ async def unless_left(request: Request, work: Coroutine[None, None, T]) -> T:
         leaving.cancel()
         working.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+        end()
 
 
 async def _left(receive: Receive) -> None:
@@ -80,8 +89,9 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-def _event(chunk: BaseModel) -> bytes:
-    return b"data: " + chunk.model_dump_json().encode() + b"\n\n"
+def _event(chunk: BaseModel | str) -> bytes:
+    text = chunk if isinstance(chunk, str) else chunk.model_dump_json()
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:

@@ -1,0 +1,204 @@
+/** The grid: a cell for each block. Touches the cells that have changed, and no others. */
+
+const MOST_CELLS = 4096;
+const FEWEST_CELLS = 96;
+const FLASHES = new Set(["copied", "swapped_out", "swapped_in", "evicted", "shared", "allocated"]);
+const FLASH_MS = 700;
+
+export class Grid {
+  #grid = document.querySelector("#grid");
+  #more = document.querySelector("#more");
+  #cells = [];
+  #drawn = []; // what each cell shows, to leave alone what stays
+  #columns = 16;
+  #current = 0;
+  #still = matchMedia("(prefers-reduced-motion: reduce)");
+
+  /**
+   * onPoint: called with the block under the pointer or the keyboard's focus, or null; onChoose: with the block
+   * that was clicked, or chosen by Enter.
+   */
+  constructor(pool, labels, { onPoint, onChoose, onLayout }) {
+    this.pool = pool;
+    this.labels = labels;
+    this.onLayout = onLayout;
+    const blockOf = (event) => event.target.closest?.("[data-block]")?.dataset.block ?? null;
+    const number = (text) => (text === null ? null : Number(text));
+    this.#grid.addEventListener("pointerover", (event) => onPoint(number(blockOf(event))));
+    this.#grid.addEventListener("pointerleave", () => onPoint(null));
+    this.#grid.addEventListener("focusin", (event) => onPoint(number(blockOf(event))));
+    this.#grid.addEventListener("focusout", () => onPoint(null));
+    this.#grid.addEventListener("click", (event) => {
+      if (blockOf(event) === null) return;
+      this.#go(number(blockOf(event)));
+      onChoose(this.#current);
+    });
+    this.#grid.addEventListener("keydown", (event) => this.#key(event, onChoose));
+    new ResizeObserver(() => this.#fit()).observe(this.#grid.parentElement);
+  }
+
+  /** The element of a block, if it is drawn. */
+  cell(block) {
+    return this.#cells[block];
+  }
+
+  /** Draw everything anew. */
+  reset() {
+    this.#build();
+  }
+
+  /** Draw what has changed. flashes: what happened last to each block that something happened to. */
+  update(blocks, flashes) {
+    if (this.#numWanted() > this.#cells.length) this.#build();
+    for (const block of blocks) if (block < this.#cells.length) this.#draw(block);
+    this.#summarise();
+    if (this.#still.matches) return;
+    for (const [block, kind] of flashes) {
+      if (FLASHES.has(kind)) this.#flash(this.#cells[block], kind);
+    }
+  }
+
+  #numWanted() {
+    const { numBlocks, reached } = this.pool;
+    const rows = Math.ceil(Math.max(FEWEST_CELLS, reached) / this.#columns);
+    return Math.min(numBlocks, MOST_CELLS, rows * this.#columns);
+  }
+
+  /** As many columns as there is room for: a power of two, so that the numbers of rows are round. */
+  #fit() {
+    const width = this.#grid.parentElement.clientWidth;
+    const widest = this.#numWanted() > 256 ? 32 : 16;
+    const columns = [32, 16, 8].find((count) => count <= widest && width >= 40 + 22 * count) ?? 8;
+    if (columns !== this.#columns && this.pool.numBlocks) {
+      this.#columns = columns;
+      this.#build();
+    }
+    this.onLayout();
+  }
+
+  #build() {
+    const hadFocus = this.#grid.contains(document.activeElement);
+    const wanted = this.#numWanted();
+    this.#cells = Array.from({ length: wanted }, (_, block) => newCell(block));
+    this.#drawn = [];
+    const rows = [];
+    for (let first = 0; first < wanted; first += this.#columns) {
+      const row = newElement("div", { role: "row", className: "grid-row" });
+      const head = newElement("span", { role: "rowheader", className: "row-head", textContent: `${first}` });
+      row.append(head, ...this.#cells.slice(first, first + this.#columns));
+      rows.push(row);
+    }
+    this.#grid.style.setProperty("--columns", this.#columns);
+    this.#grid.dataset.size = wanted > 256 ? "small" : "normal";
+    this.#grid.setAttribute("aria-rowcount", Math.ceil(this.pool.numBlocks / this.#columns));
+    this.#grid.replaceChildren(...rows);
+    for (let block = 0; block < wanted; block += 1) this.#draw(block);
+    this.#current = Math.min(this.#current, Math.max(0, wanted - 1));
+    if (this.#cells.length) this.#cells[this.#current].tabIndex = 0;
+    if (hadFocus) this.#cells[this.#current]?.focus();
+    this.#summarise();
+    this.onLayout();
+  }
+
+  #draw(block) {
+    const look = lookOf(block, this.pool, this.labels);
+    const seen = `${look.className}|${look.text}|${look.says}|${look.stripes}`;
+    if (this.#drawn[block] === seen) return;
+    this.#drawn[block] = seen;
+    const cell = this.#cells[block];
+    cell.className = look.className;
+    cell.textContent = look.text;
+    cell.setAttribute("aria-label", look.says);
+    if (look.stripes) cell.style.setProperty("--stripes", look.stripes);
+  }
+
+  #summarise() {
+    const { numBlocks } = this.pool;
+    const rest = numBlocks - this.#cells.length;
+    const used = this.pool.numInUseFrom(this.#cells.length);
+    const count = rest.toLocaleString("en");
+    const text = used ? `and ${count} more blocks, ${used.toLocaleString("en")} of them in use`
+      : `and ${count} more free blocks`;
+    const says = rest ? text : "";
+    if (this.#more.textContent !== says) this.#more.textContent = says;
+  }
+
+  #flash(cell, kind) {
+    const colour = `var(--flash-${kind})`;
+    const frames = [{ boxShadow: `0 0 0 3px ${colour}` }, { boxShadow: `0 0 0 0 ${colour}` }];
+    cell?.animate(frames, { duration: FLASH_MS, easing: "ease-out" });
+  }
+
+  #key(event, onChoose) {
+    const last = this.#cells.length - 1;
+    const start = this.#current - (this.#current % this.#columns);
+    const steps = {
+      ArrowRight: this.#current + 1,
+      ArrowLeft: this.#current - 1,
+      ArrowDown: this.#current + this.#columns,
+      ArrowUp: this.#current - this.#columns,
+      Home: event.ctrlKey ? 0 : start,
+      End: event.ctrlKey ? last : Math.min(last, start + this.#columns - 1),
+    };
+    if (event.key === "Enter" || event.key === " ") onChoose(this.#current);
+    else if (event.key in steps) this.#go(steps[event.key]);
+    else return;
+    event.preventDefault();
+  }
+
+  #go(block) {
+    if (block < 0 || block >= this.#cells.length) return;
+    this.#cells[this.#current].tabIndex = -1;
+    this.#current = block;
+    this.#cells[block].tabIndex = 0;
+    this.#cells[block].focus();
+  }
+}
+
+/** What a block looks like, and what it is called: "block 17: requests A, B, shared by 2". */
+export function lookOf(block, pool, labels) {
+  const state = pool.blocks.get(block);
+  if (!state) return { className: "cell free", text: "", says: `block ${block}: free` };
+  if (!state.holders) {
+    return { className: "cell cached", text: "", says: `block ${block}: cached, held by nobody` };
+  }
+  const holders = pool.holdersOf(block);
+  const letters = [...new Set(holders.map((holder) => labels.letter(holder)))];
+  const hues = [...new Set(holders.map((holder) => labels.hue(holder)))];
+  const kept = state.kept ? " kept" : "";
+  const also = state.kept ? ", in the prefix cache" : "";
+  if (state.holders === 1) {
+    const name = holders.length ? labels.of(holders[0]) : "?";
+    return {
+      className: `cell own h${hues[0] ?? 0}${kept}`,
+      text: name,
+      says: `block ${block}: request ${name}${also}`,
+    };
+  }
+  const who = `request${letters.length > 1 ? "s" : ""} ${letters.join(", ")}`;
+  return {
+    className: `cell shared${kept}`,
+    text: `×${state.holders}`,
+    says: `block ${block}: ${who}, shared by ${state.holders}${also}`,
+    stripes: stripesOf(hues),
+  };
+}
+
+function stripesOf(hues) {
+  const share = 100 / hues.length;
+  const parts = hues.map((hue, i) => `var(--edge-${hue}) ${i * share}% ${(i + 1) * share}%`);
+  return `linear-gradient(90deg, ${parts.join(", ")})`;
+}
+
+function newCell(block) {
+  const cell = newElement("span", { role: "gridcell", tabIndex: -1 });
+  cell.dataset.block = block;
+  return cell;
+}
+
+function newElement(name, properties) {
+  const { role, ...others } = properties;
+  const element = Object.assign(document.createElement(name), others);
+  element.setAttribute("role", role);
+  return element;
+}

@@ -1,0 +1,140 @@
+/** The conversation: what was said, the question, and the answer as it comes. */
+
+import { ApiError } from "./sse.js";
+
+const figure = (value, digits) => value.toFixed(digits);
+
+export class Chat {
+  #messages = []; // as the API takes them
+  #running = null; // AbortController of the answer that is coming
+  #list = document.querySelector("#messages");
+  #form = document.querySelector("#chat-form");
+  #question = document.querySelector("#question");
+  #send = document.querySelector("#send");
+  #stop = document.querySelector("#stop-chat");
+  #figures = document.querySelector("#chat-figures");
+  #hint = this.#list.firstElementChild;
+
+  /** ask: `events`, with a key where one is needed. */
+  constructor(ask, known, announcer) {
+    this.ask = ask;
+    this.known = known;
+    this.announcer = announcer;
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#submit();
+    });
+    this.#question.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      this.#form.requestSubmit();
+    });
+    this.#stop.addEventListener("click", () => this.stop());
+    document.querySelector("#new-chat").addEventListener("click", () => this.#clear());
+  }
+
+  /** Cancel the answer that is coming, if one is. */
+  stop() {
+    this.#running?.abort();
+  }
+
+  #clear() {
+    this.stop();
+    this.#messages = [];
+    this.#list.replaceChildren(this.#hint);
+    this.#figures.textContent = "\u00a0";
+    this.#question.focus();
+  }
+
+  async #submit() {
+    const question = this.#question.value.trim();
+    if (!question || this.#running) return;
+    const running = new AbortController();
+    this.#busy(running);
+    this.#question.value = "";
+    this.#hint.remove();
+    this.#bubble("user", "You", question);
+    const bubble = this.#bubble("assistant", "Model", "");
+    const messages = [...this.#messages, { role: "user", content: question }];
+    const answer = { text: "", end: null };
+    try {
+      await this.#read(messages, running.signal, bubble, answer);
+    } catch (error) {
+      answer.end = running.signal.aborted ? "stopped" : broken(error, answer.text);
+      if (!answer.text && !running.signal.aborted) this.#question.value ||= question;
+    }
+    const isThere = this.#list.contains(bubble.article);
+    if (answer.text && isThere) this.#messages = [...messages, { role: "assistant", content: answer.text }];
+    this.#finish(bubble, answer);
+    if (this.#running === running) this.#busy(null);
+  }
+
+  async #read(messages, signal, bubble, answer) {
+    const body = {
+      messages,
+      stream: true,
+      stream_options: { include_usage: true },
+      temperature: Number(document.querySelector("#temperature").value) || 0,
+      max_completion_tokens: Math.max(1, Number(document.querySelector("#max-tokens").value) || 200),
+    };
+    const times = [performance.now()];
+    let reason = null;
+    for await (const { id, choices, usage } of this.ask("v1/chat/completions", { body, signal })) {
+      this.known.add(id, "chat");
+      if (usage) this.#show(times, usage.completion_tokens);
+      for (const { delta, finish_reason: why } of choices) {
+        reason = why ?? reason;
+        if (!delta.content) continue;
+        times.push(performance.now());
+        answer.text += delta.content;
+        this.known.piece(id, 0, delta.content);
+        bubble.text.textContent = answer.text;
+        this.#list.scrollTop = this.#list.scrollHeight;
+        this.#show(times, times.length - 1);
+      }
+    }
+    if (!reason) throw new Error("the answer has no end");
+    answer.end = reason === "length" ? "the length that you allowed is reached" : null;
+  }
+
+  #show([asked, first, ...others], tokens) {
+    if (first === undefined) return;
+    const seconds = ((others.at(-1) ?? first) - first) / 1000;
+    const speed = others.length && seconds > 0 ? ` · ${figure((tokens - 1) / seconds, 1)} tokens/s` : "";
+    const words = tokens === 1 ? "1 token" : `${tokens} tokens`;
+    this.#figures.textContent = `TTFT ${figure((first - asked) / 1000, 2)} s${speed} · ${words}`;
+  }
+
+  #bubble(role, who, text) {
+    const article = Object.assign(document.createElement("article"), { className: `message ${role}` });
+    const head = Object.assign(document.createElement("h3"), { textContent: who });
+    const body = Object.assign(document.createElement("p"), { textContent: text });
+    article.append(head, body);
+    this.#list.append(article);
+    this.#list.scrollTop = this.#list.scrollHeight;
+    return { article, text: body };
+  }
+
+  #finish({ article }, answer) {
+    if (!article.isConnected) return;
+    if (answer.end) {
+      article.append(Object.assign(document.createElement("p"), { className: "end", textContent: answer.end }));
+      this.#list.scrollTop = this.#list.scrollHeight;
+    }
+    this.announcer.say(`${answer.text || "No answer"}${answer.end ? `: ${answer.end}` : ""}`);
+  }
+
+  #busy(running) {
+    this.#running = running;
+    const hadFocus = document.activeElement === this.#stop || document.activeElement === this.#send;
+    this.#send.hidden = running !== null;
+    this.#stop.hidden = running === null;
+    if (hadFocus) (running ? this.#stop : this.#question).focus();
+  }
+}
+
+/** What happened to an answer that has no end: an error of the server, or nobody is there. */
+function broken(error, text) {
+  const why = error instanceof ApiError ? error.message : "the connection to the server is lost";
+  return text ? `broken off: ${why}` : why;
+}

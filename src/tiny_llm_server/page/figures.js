@@ -1,0 +1,80 @@
+/** The figures above the pool, from the engine's stats and the times of its steps. */
+
+const WINDOW = 2; // seconds of the server's clock over which tokens are counted
+
+const NAMES = {
+  speed: "Tokens/s",
+  running: "Running",
+  waiting: "Waiting",
+  usage: "Pool in use",
+  hits: "Prefix hit rate",
+  preemptions: "Preemptions",
+};
+
+export class Figures {
+  #values = {};
+  #bar;
+  #steps = []; // [t, tokens]
+
+  constructor(pool) {
+    this.pool = pool;
+    const list = document.querySelector("#figures");
+    for (const [name, title] of Object.entries(NAMES)) {
+      const box = document.createElement("div");
+      const [head, value] = [document.createElement("dt"), document.createElement("dd")];
+      head.textContent = title;
+      value.id = `figure-${name}`;
+      value.textContent = "–";
+      box.append(head, value);
+      list.append(box);
+      this.#values[name] = value;
+    }
+    this.#bar = Object.assign(document.createElement("span"), { className: "bar" });
+    this.#bar.setAttribute("aria-hidden", "true");
+    this.#values.usage.after(this.#bar);
+    this.#values.swapped = Object.assign(document.createElement("dd"), { className: "second" });
+    this.#values.waiting.after(this.#values.swapped);
+  }
+
+  /** The pool's state has been replaced. */
+  reset() {
+    this.#steps = [];
+    this.update();
+  }
+
+  /** A step has been shown. */
+  note(change) {
+    this.#steps.push([change.t, change.tokens]);
+    while (this.#steps[0][0] < change.t - WINDOW) this.#steps.shift();
+  }
+
+  /** Draw them. */
+  update() {
+    const { stats, numBlocks } = this.pool;
+    if (!stats) return;
+    const held = numBlocks - stats.free - stats.cached;
+    this.#set("speed", stats.running ? this.#speed() : "–");
+    this.#set("running", `${stats.running}`);
+    this.#set("waiting", `${stats.waiting}`);
+    this.#set("swapped", stats.swapped ? `${stats.swapped} swapped` : "");
+    this.#set("usage", `${held} of ${numBlocks}`);
+    this.#set("hits", stats.prefix_queries ? percent(stats.prefix_hits / stats.prefix_queries) : "–");
+    this.#set("preemptions", `${stats.preemptions}`);
+    this.#bar.style.setProperty("--held", percent(held / numBlocks));
+    this.#bar.style.setProperty("--cached", percent((held + stats.cached) / numBlocks));
+  }
+
+  #speed() {
+    const [first] = this.#steps[0] ?? [0];
+    const [last] = this.#steps.at(-1) ?? [0];
+    if (last - first < 0.2) return "–";
+    const tokens = this.#steps.slice(1).reduce((sum, [, count]) => sum + count, 0);
+    return (tokens / (last - first)).toFixed(0);
+  }
+
+  #set(name, text) {
+    if (this.#values[name].textContent !== text) this.#values[name].textContent = text;
+  }
+}
+
+const percent = (share) => `${Math.round(100 * share)}%`;

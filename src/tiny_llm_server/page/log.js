@@ -1,0 +1,82 @@
+/** What happened, in words: a line for an event that is worth one, the newest on top. */
+
+const MOST_LINES = 200;
+
+export class Log {
+  #list = document.querySelector("#log");
+  #start = 0;
+
+  constructor(labels) {
+    this.labels = labels;
+  }
+
+  /** Begin anew: times are seconds since `t`, by the server's clock. */
+  reset(t) {
+    this.#start = t;
+    this.#list.replaceChildren();
+  }
+
+  /** Add the lines of changes, in the order in which they came. */
+  add(changes) {
+    const lines = changes.flatMap((change) => linesOf(change, this.labels).map((line) => ({ t: change.t, ...line })));
+    for (const line of lines.slice(-MOST_LINES)) this.#add(line);
+    while (this.#list.children.length > MOST_LINES) this.#list.lastChild.remove();
+  }
+
+  #add({ t, kind, text, evicted }) {
+    const newest = this.#list.firstChild;
+    if (evicted && newest?.dataset.evicted) { // a full pool evicts all the time: one line is enough
+      evicted += Number(newest.dataset.evicted);
+      newest.remove();
+    }
+    const item = document.createElement("li");
+    item.dataset.kind = kind;
+    const time = document.createElement("time");
+    time.textContent = (t - this.#start).toFixed(2);
+    if (evicted) item.dataset.evicted = evicted;
+    item.append(time, evicted ? `evicted: the prefix cache gives up ${blocks(evicted)}` : text);
+    this.#list.prepend(item);
+  }
+}
+
+/**
+ * The lines of a step, in the order of what happens in it.
+ * @param {import("./pool.js").Change} change
+ * @returns {{kind: string, text: string, evicted?: number}[]} evicted: how many blocks were
+ */
+export function linesOf(change, labels) {
+  const of = (kind) => change.events.filter(([name]) => name === kind);
+  const lines = [];
+  const say = (kind, text) => lines.push({ kind, text });
+  const [out, back, evicted] = ["swapped_out", "swapped_in", "evicted"].map(of);
+  for (const one of change.preempted) say("preempted", preemption(one, labels.of(one)));
+  if (out.length) say("swapped", `swapped out: ${blocks(out.length)} copied to the host`);
+  for (const one of change.admitted) {
+    if (one.wasPreempted || !labels.isFork(one)) say("admitted", admission(one, labels.of(one)));
+  }
+  if (back.length) say("swapped", `swapped in: ${blocks(back.length)} copied from the host`);
+  if (evicted.length) lines.push({ kind: "evicted", text: "", evicted: evicted.length });
+  for (const { from, to, holder } of change.copies) {
+    say("copied", `copy-on-write: block ${from} copied to ${to}${holder ? ` for ${labels.of(holder)}` : ""}`);
+  }
+  for (const one of change.prefilled) {
+    if (one.cached && !labels.isFork(one)) {
+      say("hit", `prefix hit: ${one.cached} of ${labels.of(one)}’s ${one.prompt} prompt tokens`);
+    }
+  }
+  for (const one of change.admitted) {
+    if (!one.wasPreempted && labels.isFork(one)) say("forked", `forked: ${labels.of(one)} shares its prompt’s blocks`);
+  }
+  for (const one of change.ended) say("ended", `${labels.of(one)} has ended after ${one.outputs} tokens`);
+  return lines;
+}
+
+function preemption(one, name) {
+  return one.host_blocks
+    ? `${name} preempted: ${blocks(one.host_blocks)} on the host`
+    : `${name} preempted: its blocks are given up, to recompute`;
+}
+
+const admission = (one, name) => (one.wasPreempted ? `${name} goes on` : `${name} begins`);
+
+const blocks = (count) => (count === 1 ? "1 block" : `${count} blocks`);

@@ -1,0 +1,158 @@
+/** Wires the page: the stream to the pool, the pool to what draws it, and the controls to both. */
+
+import { Announcer } from "./announcer.js";
+import { Grid } from "./blocks.js";
+import { Chat } from "./chat.js";
+import { Demo } from "./demo.js";
+import { Figures } from "./figures.js";
+import { KeyField } from "./key.js";
+import { Known } from "./known.js";
+import { Labels } from "./labels.js";
+import { listen } from "./live.js";
+import { Log } from "./log.js";
+import { PAUSED, Playback, REAL_TIME } from "./playback.js";
+import { Pool } from "./pool.js";
+import { Requests } from "./requests.js";
+import { Focus } from "./focus.js";
+import { BlockTable } from "./tables.js";
+
+const find = (selector) => document.querySelector(selector);
+
+const [pool, playback, labels, known] = [new Pool(), new Playback(), new Labels(), new Known()];
+const [keyField, announcer, figures, log] = [new KeyField(), new Announcer(), new Figures(pool), new Log(labels)];
+const focus = new Focus(pool, labels, drawFocus);
+const grid = new Grid(pool, labels, {
+  onPoint: (block) => focus.pointAtBlock(block),
+  onChoose: (block) => focus.chooseBlock(block),
+  onLayout: () => table?.layout(),
+});
+const table = new BlockTable(labels, grid);
+const requests = new Requests(pool, labels, known, {
+  onPoint: (id) => focus.pointAt(id),
+  onChoose: (id) => focus.choose(id),
+});
+const ask = (path, options) => keyField.events(path, options);
+const chat = new Chat(ask, known, announcer);
+const demo = new Demo(pool, ask, known);
+
+// The stream.
+
+const STATES = {
+  connecting: "Connecting …",
+  key: "The server asks for an API key.",
+  loading: "The server takes no requests now: its model loads, or it is about to end. Trying again …",
+  lost: "The connection to the server is lost. Trying again …",
+  off: "This server does not show its pool (it runs with --no-live). The chat works.",
+  no_blocks: "This server has no pool of blocks (it runs with --batching dense). The chat works.",
+};
+
+function showState(state) {
+  document.body.dataset.live = state;
+  const { numBlocks, blockSize } = pool;
+  say("#status", state === "live" ? "Connected." : STATES[state]);
+  if (state === "live") say("#pool-size", `${numBlocks.toLocaleString("en")} blocks of ${blockSize} tokens`);
+}
+
+function take(message) {
+  if (message.type === "steps") {
+    playback.push(message.steps);
+    schedule();
+    return;
+  }
+  playback.clear();
+  pool.reset(message);
+  labels.clear();
+  for (const sequence of pool.sequences.values()) labels.add(sequence);
+  focus.reset();
+  log.reset(message.t);
+  figures.reset();
+  grid.reset();
+  say("#model", pool.model);
+  showState("live");
+  drawRest();
+}
+
+// What is shown, and when.
+
+let isScheduled = false;
+
+function schedule() {
+  if (isScheduled) return;
+  isScheduled = true;
+  if (document.hidden) setTimeout(pump, 500);
+  else requestAnimationFrame(pump);
+}
+
+function pump() {
+  isScheduled = false;
+  show(playback.due(performance.now()));
+  if (playback.behind && playback.pace !== PAUSED) schedule();
+}
+
+function show(steps) {
+  const changes = steps.map((step) => {
+    for (const sequence of step.sequences) labels.add(sequence);
+    const change = pool.step(step);
+    figures.note(change);
+    return change;
+  });
+  if (changes.length) {
+    log.add(changes);
+    const blocks = new Set(changes.flatMap((change) => [...change.blocks]));
+    const events = changes.slice(-20).flatMap((change) => change.events);
+    grid.update(blocks, new Map(events.map(([kind, block]) => [block, kind])));
+    const remaining = [...pool.sequences.values()];
+    for (const change of changes) for (const ended of change.ended) labels.end(ended, remaining);
+    announcer.summarise(summary);
+  }
+  drawRest();
+}
+
+function drawRest() {
+  figures.update();
+  drawFocus();
+  say("#behind", playback.behind ? `${playback.behind.toLocaleString("en")} steps behind` : "");
+  find("#catch-up").setAttribute("aria-disabled", playback.behind === 0);
+}
+
+function drawFocus() {
+  requests.update(focus.chosen);
+  table?.show(focus.sequence);
+  say("#detail", focus.detail);
+}
+
+function summary() {
+  const { stats, numBlocks } = pool;
+  const held = numBlocks - stats.free - stats.cached;
+  return `${stats.running} running, ${stats.waiting} waiting, ${held} of ${numBlocks} blocks in use, `
+    + `${stats.preemptions} preemptions.`;
+}
+
+function say(selector, text) {
+  const element = find(selector);
+  if (element.textContent !== text) element.textContent = text;
+}
+
+// The controls.
+
+find("#pace").addEventListener("change", ({ target }) => {
+  playback.pace = target.value === "real" ? REAL_TIME : Number(target.value);
+  schedule();
+});
+find("#one-step").addEventListener("click", () => {
+  find("#pace input[value='0']").checked = true;
+  playback.pace = PAUSED;
+  show(playback.one());
+});
+find("#catch-up").addEventListener("click", () => show(playback.catchUp()));
+find("#stop").addEventListener("click", stop);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+});
+
+function stop() {
+  chat.stop();
+  demo.stop();
+}
+
+listen({ onMessage: take, onState: showState, askKey: () => keyField.ask() });

@@ -1,0 +1,139 @@
+/**
+ * The pool as `/live` tells of it: blocks, who holds them, sequences and their tables. Knows nothing of the page.
+ *
+ * Invariant: `blocks` has every block that is not free; `holdersOf(block)` are the sequences whose tables
+ * have it.
+ */
+
+/** @typedef {{holders: number, kept: boolean}} Block holders: tables; kept: by the prefix cache */
+
+/**
+ * What a step has changed, for whoever draws it.
+ * @typedef {{t: number, blocks: Set<number>, events: Array, tokens: number, admitted: object[],
+ *            prefilled: object[], preempted: object[], ended: object[],
+ *            copies: {from: number, to: number, holder: object}[]}} Change
+ */
+
+export class Pool {
+  constructor() {
+    this.numBlocks = 0;
+    this.blockSize = 0;
+    this.numTables = 1;
+    this.numHostBlocks = 0;
+    this.model = "";
+    this.stats = null;
+    /** @type {Map<number, Block>} */
+    this.blocks = new Map();
+    /** Sequences that have not ended, by id, in the order in which they came. @type {Map<string, object>} */
+    this.sequences = new Map();
+    /** One more than the highest block that was ever in use. */
+    this.reached = 0;
+    this.holders = new Map();
+  }
+
+  /** Replace everything by what a "pool" message says. */
+  reset(message) {
+    Object.assign(this, new Pool());
+    this.numBlocks = message.num_blocks;
+    this.blockSize = message.block_size;
+    this.numTables = message.num_tables ?? 1;
+    this.numHostBlocks = message.num_host_blocks;
+    this.model = message.model;
+    this.stats = message.stats;
+    for (const [block, holders, kept] of message.blocks) this.#set(block, { holders, kept });
+    for (const sequence of message.sequences) this.#take(sequence, newChange(message.t));
+  }
+
+  /**
+   * Take note of one step.
+   * @returns {Change}
+   */
+  step(step) {
+    const change = { ...newChange(step.t), events: step.events };
+    for (const [kind, block, holders] of step.events) {
+      change.blocks.add(block);
+      const kept = kind === "cached" || (kind !== "evicted" && (this.blocks.get(block)?.kept ?? false));
+      this.#set(block, { holders, kept: kind === "freed" ? false : kept });
+    }
+    for (const sequence of step.sequences) this.#take(sequence, change);
+    for (const [kind, to, , from] of step.events) {
+      if (kind === "copied") change.copies.push({ from, to, holder: this.holdersOf(to)[0] });
+    }
+    for (const id of step.ended) this.#end(id, change);
+    this.stats = step.stats;
+    return change;
+  }
+
+  /** The sequences that hold a block, by their tables. */
+  holdersOf(block) {
+    return [...(this.holders.get(block) ?? [])].map((id) => this.sequences.get(id));
+  }
+
+  /** Blocks from `first` on that are not free. */
+  numInUseFrom(first) {
+    let count = 0;
+    if (this.reached > first) for (const block of this.blocks.keys()) count += block >= first;
+    return count;
+  }
+
+  #set(block, state) {
+    if (state.holders || state.kept) this.blocks.set(block, state);
+    else this.blocks.delete(block);
+    this.reached = Math.max(this.reached, block + 1);
+  }
+
+  #take(said, change) {
+    const before = this.sequences.get(said.id);
+    const now = { preempted: false, prefilled: false, ...before, ...said };
+    now.tables ??= [];
+    if (said.tables) {
+      this.#forget(said.id, before?.tables ?? [], change);
+      this.#note(said.id, said.tables, change);
+    }
+    this.sequences.set(said.id, now);
+    if (now.state === "running" && before?.state !== "running") {
+      change.admitted.push({ ...now, wasPreempted: now.preempted });
+      now.preempted = false;
+    } else if (now.state === "waiting" && before?.state === "running") {
+      now.preempted = true;
+      change.preempted.push(now);
+    }
+    if (!now.prefilled && now.outputs > 0) {
+      now.prefilled = true;
+      change.prefilled.push(now);
+    }
+    change.tokens += Math.max(0, now.outputs - (before?.outputs ?? 0));
+  }
+
+  #end(id, change) {
+    const sequence = this.sequences.get(id);
+    if (!sequence) return;
+    this.#forget(id, sequence.tables, change);
+    this.sequences.delete(id);
+    change.ended.push(sequence);
+  }
+
+  #note(id, tables, change) {
+    for (const { blocks } of tables) {
+      for (const block of blocks) {
+        if (!this.holders.has(block)) this.holders.set(block, new Set());
+        this.holders.get(block).add(id);
+        change.blocks.add(block);
+      }
+    }
+  }
+
+  #forget(id, tables, change) {
+    for (const { blocks } of tables) {
+      for (const block of blocks) {
+        this.holders.get(block)?.delete(id);
+        change.blocks.add(block);
+      }
+    }
+  }
+}
+
+const newChange = (t) => ({
+  ...{ t, blocks: new Set(), events: [], tokens: 0 },
+  ...{ admitted: [], prefilled: [], preempted: [], ended: [], copies: [] },
+});
