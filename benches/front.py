@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NO_QUESTION = {"front", "harness", "numpy_llama"}
+NO_QUESTION = {"front", "harness", "numpy_llama", "servers"}
 OF_THE_ENGINE = {
     "latency": "How fast is one stream?",
     "throughput": "How fast are many requests?",

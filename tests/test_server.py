@@ -11,17 +11,19 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import Any
 
 import httpx2 as httpx
+import mlx.core as mx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from served import Served, serving, until
-from tiny_llm import LLM, ConfigError, SamplingParams, engine_core
+from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, engine_core
 from tiny_llm_cli.bench_serve import Answer, figures
 from tiny_llm_server import ServerConfig, make_app
 
@@ -424,19 +426,57 @@ def test_a_client_that_leaves_before_a_byte_is_sent_gives_its_pages_back(
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_fails_fails_alone(
-    served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    """While it runs beside others, which get what they get alone, and so does whoever comes after it."""
+def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], mx.array]) -> None:
+    """Whoever has the seed 666 has this done to his fourth row of logits."""
     choose = engine_core.choose_token
 
-    def choose_or_fail(sequence: Any, *rest: Any) -> Any:
-        if sequence.seed == 666 and len(sequence.outputs) == 3:
-            raise RuntimeError("injected")
-        return choose(sequence, *rest)
+    def chosen(sequence: Any, row: mx.array, eos: Any) -> Any:
+        harmed = sequence.seed == 666 and len(sequence.outputs) == 3
+        return choose(sequence, break_it(row) if harmed else row, eos)
 
-    monkeypatch.setattr(engine_core, "choose_token", choose_or_fail)
+    monkeypatch.setattr(engine_core, "choose_token", chosen)
+
+
+def break_step(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A step that computes the fourth token of whoever has the seed 666 raises, with all who are in it."""
+    run = PagedBatchManager._run
+
+    def raising(manager: PagedBatchManager, model: Any, plan: Any) -> Any:
+        if any(chunk.sequence.seed == 666 and len(chunk.sequence.outputs) == 3 for chunk in plan.chunks):
+            raise error
+        return run(manager, model, plan)
+
+    monkeypatch.setattr(PagedBatchManager, "_run", raising)
+
+
+def fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
+    """Let a kind of fault happen; what is said of it."""
+
+    def refuse(row: mx.array) -> mx.array:
+        raise RuntimeError("injected into the sampler")
+
+    match kind:
+        case "sampler":
+            break_sampler(monkeypatch, refuse)
+            return "injected into the sampler"
+        case "nan":
+            break_sampler(monkeypatch, lambda row: row * math.nan)
+            return "are not numbers"
+        case "kernel":
+            break_step(monkeypatch, RuntimeError("injected into a kernel"))
+            return "injected into a kernel"
+        case _:
+            break_step(monkeypatch, MemoryError("injected: no more memory"))
+            return "no more memory"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["sampler", "nan", "kernel", "memory"])
+def test_a_request_that_fails_fails_alone(
+    served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: str, stream: bool
+) -> None:
+    """While it runs beside others, which get what they get alone, and so does whoever comes after it."""
+    said = fault(monkeypatch, kind)
     expected = alone(llm, "Once upon", temperature=0, max_tokens=30)
     bodies = [{"prompt": "Once upon", "temperature": 0, "max_tokens": 30} for _ in range(5)]
     broken = {"prompt": "The sky", "seed": 666, "max_tokens": 30, "ignore_eos": True, "stream": stream}
@@ -455,7 +495,7 @@ def test_a_request_that_fails_fails_alone(
             assert failed.status_code == 500
             error = failed.json()["error"]
         assert (error["type"], error["code"]) == ("server_error", "request_failed")
-        assert "injected" in error["message"]
+        assert said in error["message"]
         after = client.post(COMPLETE, json=bodies[0]).json()
         assert after["choices"][0]["text"] == expected
     until(lambda: llm.engine.stats.num_running == 0)
@@ -562,6 +602,34 @@ def test_keys_guard_what_is_said_and_not_how_it_goes() -> None:
         assert client.post("/tokenize", json={"prompt": "x"}).status_code == 401
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+def test_nobody_finds_another_keys_prompt_in_the_cache_where_keys_are_kept_apart(
+    path: str, isolated: bool
+) -> None:
+    """Whoever guesses a prompt to the letter learns nothing, whatever salt he brings; its owner finds it."""
+    secret = "The password of the vault is xyzzy, and nobody but me must ever know of it. " * 4
+    asked = {"prompt": secret} if path == COMPLETE else {"messages": [{"role": "user", "content": secret}]}
+    config = ServerConfig(api_keys=("owner", "thief"), isolate_keys=isolated)
+    salts = ["owner", "thief", f"{sha256(b'owner').hexdigest()}:", sha256(b"owner").hexdigest()]
+
+    with serving(lambda: LLM(num_blocks=256), config) as here, here.client() as client:
+
+        def cached(key: str, salt: str = "") -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = client.post(path, json={**asked, "cache_salt": salt, "max_tokens": 1}, headers=headers)
+            return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached("owner") == 0
+        assert cached("owner") > 50
+        assert (cached("thief") > 50) != isolated
+        assert cached("owner", "mine") == 0
+        if isolated:
+            assert [cached("thief", salt) for salt in salts] == [0] * len(salts), (
+                "each of them for the first time"
+            )
+
+
 def test_browsers_of_other_pages_may_ask_only_where_that_is_allowed(client: httpx.Client) -> None:
     asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in client.options(COMPLETE, headers=asked).headers
@@ -626,6 +694,7 @@ def test_the_version_is_the_packages(client: httpx.Client) -> None:
         {"keep_alive": -1},
         {"body_timeout": 0},
         {"api_keys": ("",)},
+        {"isolate_keys": True},
     ],
 )
 def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:

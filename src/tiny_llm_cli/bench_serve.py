@@ -4,9 +4,10 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -47,6 +48,9 @@ class Answer:
     error: str | None = None
 
 
+Ask = Callable[[dict[str, Any]], Awaitable[Answer]]
+
+
 def measure_server(run: ServeRun, progress: Progress) -> dict[str, object]:
     """Ask a server that runs already; the figures, and what was asked.
 
@@ -58,18 +62,24 @@ def measure_server(run: ServeRun, progress: Progress) -> dict[str, object]:
 async def _measure(run: ServeRun, progress: Progress) -> dict[str, object]:
     async with _client(run) as client:
         model = run.model or await _only_model(client, run)
-        numbers = random.Random(run.seed)
-        prefix = numbers.choices(TOKENS, k=run.random_prefix_len)
-        jobs = [_job(run, model, prefix, numbers) for _ in range(run.num_prompts)]
-        first = await _ask(client, run, {**_job(run, model, prefix, numbers), "max_tokens": 2})
-        if first.error is not None:
-            raise ValueError(f"{run.base_url}{run.endpoint}: {first.error}")
-        start = perf_counter()
-        answers = await _all(client, run, jobs, numbers, progress)
-        return {
-            **figures(answers, perf_counter() - start),
-            "run": {**run._asdict(), "model": model, "api_key": None},
-        }
+        return await put_load(partial(_ask, client, run), run._replace(model=model), progress)
+
+
+async def put_load(ask: Ask, run: ServeRun, progress: Progress) -> dict[str, object]:
+    """The figures of what `ask` gives for the requests of a run, and what was asked.
+
+    ask: sends the body of a request, and reads its answer to the end. Raises ValueError where the first one,
+    which does not count, fails.
+    """
+    numbers = random.Random(run.seed)
+    prefix = numbers.choices(TOKENS, k=run.random_prefix_len)
+    jobs = [_job(run, prefix, numbers) for _ in range(run.num_prompts)]
+    first = await ask({**_job(run, prefix, numbers), "max_tokens": 2})
+    if first.error is not None:
+        raise ValueError(f"{run.base_url}{run.endpoint}: {first.error}")
+    start = perf_counter()
+    answers = await _all(ask, run, jobs, numbers, progress)
+    return {**figures(answers, perf_counter() - start), "run": {**run._asdict(), "api_key": None}}
 
 
 def figures(answers: list[Answer], duration: float) -> dict[str, object]:
@@ -121,7 +131,7 @@ async def _only_model(client: httpx2.AsyncClient, run: ServeRun) -> str:
     return names[0]
 
 
-def _job(run: ServeRun, model: str, prefix: list[int], numbers: random.Random) -> dict[str, Any]:
+def _job(run: ServeRun, prefix: list[int], numbers: random.Random) -> dict[str, Any]:
     """The body of a request: random tokens, its lengths within --random-range-ratio of those asked for."""
 
     def length(wanted: int) -> int:
@@ -129,7 +139,7 @@ def _job(run: ServeRun, model: str, prefix: list[int], numbers: random.Random) -
         return max(1, numbers.randint(wanted - spread, wanted + spread))
 
     return {
-        "model": model,
+        "model": run.model,
         "prompt": prefix + numbers.choices(TOKENS, k=length(run.random_input_len)),
         "max_tokens": length(run.random_output_len),
         "temperature": 0,
@@ -140,7 +150,7 @@ def _job(run: ServeRun, model: str, prefix: list[int], numbers: random.Random) -
 
 
 async def _all(
-    client: httpx2.AsyncClient,
+    ask: Ask,
     run: ServeRun,
     jobs: list[dict[str, Any]],
     numbers: random.Random,
@@ -152,7 +162,7 @@ async def _all(
     async def send(job: dict[str, Any]) -> Answer:
         nonlocal ended
         async with seats:
-            answer = await _ask(client, run, job)
+            answer = await ask(job)
         ended += 1
         progress("bench serve", ended, len(jobs))
         return answer

@@ -38,6 +38,14 @@ class ServerOptions:
             rich_help_panel=_SERVER,
         ),
     ] = None
+    isolate_keys: Annotated[
+        bool,
+        typer.Option(
+            "--isolate-keys",
+            help="Share kept prompts among the requests of one key alone: nobody learns what others ask.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False
     allowed_origins: Annotated[
         list[str] | None,
         typer.Option(

@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatCompletionRequest, request: Request) -> ChatCompletion | Response:
         """Answer a conversation, `n` times."""
         service.check(body)
-        work = _Work(service, body)
+        work = _Work(service, body, service.cache_salt(body, request))
         prompt = await asyncio.to_thread(service.encode_chat, body.messages)
         run = await service.begin([prompt], work.params, work.id, "messages")
         if body.stream:
@@ -49,12 +49,13 @@ def router(service: Service) -> APIRouter:
 class _Work:
     """One request."""
 
-    def __init__(self, service: Service, body: ChatCompletionRequest) -> None:
+    def __init__(self, service: Service, body: ChatCompletionRequest, cache_salt: str) -> None:
         self._service = service
         self._body = body
         self._top = body.top_logprobs or 0
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        self.params = sampling_params(body, max_tokens=most, logprobs=self._top if body.logprobs else None)
+        logprobs = self._top if body.logprobs else None
+        self.params = sampling_params(body, max_tokens=most, logprobs=logprobs, cache_salt=cache_salt)
         self.id = new_id("chatcmpl")
         self._head: dict[str, Any] = {"id": self.id, "model": service.model_name}
 

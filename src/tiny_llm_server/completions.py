@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> Completion | Response:
         """Continue prompts: `n` times each, all of them together."""
         service.check(body)
-        work = _Work(service, body)
+        work = _Work(service, body, service.cache_salt(body, request))
         run = await service.begin(work.prompts, work.params, work.id, "prompt")
         if body.stream:
             return EventStream(work.stream(run), run.cancel)
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
 class _Work:
     """One request: completion c of prompt p is choice p * n + c."""
 
-    def __init__(self, service: Service, body: CompletionRequest) -> None:
+    def __init__(self, service: Service, body: CompletionRequest, cache_salt: str) -> None:
         self._service = service
         self._body = body
         self.prompts = _prompts(body)
@@ -49,7 +49,11 @@ class _Work:
             raise refused(f"prompt: at most {most} prompts in one request, not {len(self.prompts)}", "prompt")
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(
-            body, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=echoed
+            body,
+            max_tokens=body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=echoed,
+            cache_salt=cache_salt,
         )
         self.id = new_id("cmpl")
         self._head: dict[str, Any] = {"id": self.id, "model": service.model_name}

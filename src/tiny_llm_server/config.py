@@ -13,6 +13,8 @@ class ServerConfig:
 
     served_model_name: what the model is called in requests and answers; None: the model's own name.
     api_keys: whoever asks must bring one of them; none: anybody may ask.
+    isolate_keys: kept prompts are shared among the requests of one key alone, so that nobody finds out by a
+        faster answer, or by `cached_tokens`, what somebody else has asked.
     allowed_origins: web pages of these origins may ask from a browser; none: only the server's own page.
     max_body_bytes: longest body of a request; more is answered with 413.
     body_timeout: seconds that a client may take to send a body; then 408.
@@ -26,6 +28,7 @@ class ServerConfig:
 
     served_model_name: str | None = None
     api_keys: tuple[str, ...] = ()
+    isolate_keys: bool = False
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * MIB
     body_timeout: float = 60.0
@@ -47,3 +50,5 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")
         if not all(self.api_keys):
             raise ConfigError("an api key must not be empty")
+        if self.isolate_keys and not self.api_keys:
+            raise ConfigError("isolate_keys is for a server that has api_keys")

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 from collections.abc import Sequence
+from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +19,10 @@ GUARDED = (
 
 
 class KeyGuard:
-    """Lets only those in who bring one of the keys, as `Authorization: Bearer KEY`."""
+    """Lets only those in who bring one of the keys, as `Authorization: Bearer KEY`.
+
+    Inside, `request.state.client` is the same for all requests of a key, and does not tell what it is.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -37,6 +41,7 @@ class KeyGuard:
                 )
                 await refusal.response()(scope, receive, send)
                 return
+            scope.setdefault("state", {})["client"] = sha256(given.strip().encode("latin-1")).hexdigest()
         await self._app(scope, receive, send)
 
     def _knows(self, given: str) -> bool:

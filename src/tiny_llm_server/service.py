@@ -8,6 +8,7 @@ from enum import Enum
 from time import time
 from typing import Any
 
+from fastapi import Request
 from tiny_llm.engine import Prompt
 
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams
@@ -125,6 +126,12 @@ class Service:
         except ValueError as error:
             raise refused(str(error), field) from error
 
+    def cache_salt(self, body: Generation, request: Request) -> str:
+        """What a request shares kept prompts by: its own salt, of its own key where keys are kept apart."""
+        if not self.config.isolate_keys:
+            return body.cache_salt
+        return f"{request.state.client}:{body.cache_salt}"
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as the template writes it; what a message spells out is text, never control."""
         llm = self.llm
@@ -173,7 +180,7 @@ def prompt_ids(request_id: str, num_prompts: int) -> list[str]:
 def sampling_params(body: Generation, **others: Any) -> SamplingParams:
     """The engine's parameters of a request; ValueErrors of the engine become refusals that name the field."""
     try:
-        return SamplingParams.from_options(**body.sampling(), **others)
+        return SamplingParams.from_options(**{**body.sampling(), **others})
     except ValueError as error:
         raise refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0]) from error
 

