@@ -111,6 +111,12 @@ class Engine:
         self._room.enter(len(requests))
         return self._inbox.post(partial(self._loop.add, requests, deliver))
 
+    def check_room(self, num_requests: int = 1) -> None:
+        """Raise what `submit` would raise now for so many requests, whatever they are; costs nothing."""
+        if (refusal := self.refusal) is not None:
+            raise refusal
+        self._room.check(num_requests)
+
     def cancel(self, request_id: str) -> Future[None]:
         """End a request before the next step; what is returned is done when its pages are back.
 

@@ -38,13 +38,17 @@ class WaitingRoom:
     def enter(self, num_requests: int) -> None:
         """Let requests in, all or none. Raises `QueueFullError` with the figures."""
         with self._lock:
-            waiting = self._num_waiting()
-            if self._limit is not None and waiting + num_requests > self._limit:
-                raise QueueFullError(
-                    f"{max(0, waiting)} requests wait and {self._limit} may: "
-                    f"no room for {num_requests} more (max_num_waiting)"
-                )
+            self.check(num_requests)
             self._num_entered += num_requests
+
+    def check(self, num_requests: int) -> None:
+        """Raise `QueueFullError` where so many could not enter now."""
+        waiting = self._num_waiting()
+        if self._limit is not None and waiting + num_requests > self._limit:
+            raise QueueFullError(
+                f"{max(0, waiting)} requests wait and {self._limit} may: "
+                f"no room for {num_requests} more (max_num_waiting)"
+            )
 
     def _num_waiting(self) -> int:
         """Requests that wait; below 0 where seats are free."""

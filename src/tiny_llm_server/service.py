@@ -95,8 +95,9 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check(self, body: Generation) -> None:
-        """Refuse another model's name, and more of something than this server gives."""
+        """Refuse another model's name, more of something than this server gives, and all while it is full."""
         self.check_model(body.model)
+        self.llm.engine.check_room()
         most, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
         for name, count, limit in (("n", body.n, most.max_n), ("stop", len(stops), most.max_stop)):
             if count > limit:
