@@ -4,6 +4,7 @@ const MOST_CELLS = 4096;
 const FEWEST_CELLS = 96;
 const FLASHES = new Set(["copied", "swapped_out", "swapped_in", "evicted", "shared", "allocated"]);
 const FLASH_MS = 700;
+const MOST_FLASHES = 128; // at once
 
 export class Grid {
   #grid = document.querySelector("#grid");
@@ -44,7 +45,9 @@ export class Grid {
 
   /** Draw everything anew. */
   reset() {
-    this.#build();
+    if (this.#numWanted() !== this.#cells.length) this.#build();
+    else this.#cells.forEach((_, block) => this.#draw(block));
+    this.#summarise();
   }
 
   /** Draw what has changed. flashes: what happened last to each block that something happened to. */
@@ -53,7 +56,7 @@ export class Grid {
     for (const block of blocks) if (block < this.#cells.length) this.#draw(block);
     this.#summarise();
     if (this.#still.matches) return;
-    for (const [block, kind] of flashes) {
+    for (const [block, kind] of [...flashes].slice(-MOST_FLASHES)) {
       if (FLASHES.has(kind)) this.#flash(this.#cells[block], kind);
     }
   }

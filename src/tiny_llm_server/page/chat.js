@@ -2,8 +2,6 @@
 
 import { ApiError } from "./sse.js";
 
-const figure = (value, digits) => value.toFixed(digits);
-
 export class Chat {
   #messages = []; // as the API takes them
   #running = null; // AbortController of the answer that is coming
@@ -81,7 +79,7 @@ export class Chat {
     let reason = null;
     for await (const { id, choices, usage } of this.ask("v1/chat/completions", { body, signal })) {
       this.known.add(id, "chat");
-      if (usage) this.#show(times, usage.completion_tokens);
+      if (usage) this.#show(id, times, usage.completion_tokens);
       for (const { delta, finish_reason: why } of choices) {
         reason = why ?? reason;
         if (!delta.content) continue;
@@ -90,19 +88,21 @@ export class Chat {
         this.known.piece(id, 0, delta.content);
         bubble.text.textContent = answer.text;
         this.#list.scrollTop = this.#list.scrollHeight;
-        this.#show(times, times.length - 1);
+        this.#show(id, times, times.length - 1);
       }
     }
     if (!reason) throw new Error("the answer has no end");
     answer.end = reason === "length" ? "the length that you allowed is reached" : null;
   }
 
-  #show([asked, first, ...others], tokens) {
+  /** The time to the first token as it was here; the speed by the server's clock, if that is known. */
+  #show(id, [asked, first, ...others], tokens) {
     if (first === undefined) return;
     const seconds = ((others.at(-1) ?? first) - first) / 1000;
-    const speed = others.length && seconds > 0 ? ` · ${figure((tokens - 1) / seconds, 1)} tokens/s` : "";
+    const speed = this.known.speed(id) ?? (seconds > 0 ? (tokens - 1) / seconds : null);
+    const pace = speed === null ? "" : ` · ${speed.toFixed(0)} tokens/s`;
     const words = tokens === 1 ? "1 token" : `${tokens} tokens`;
-    this.#figures.textContent = `TTFT ${figure((first - asked) / 1000, 2)} s${speed} · ${words}`;
+    this.#figures.textContent = `TTFT ${((first - asked) / 1000).toFixed(2)} s${pace} · ${words}`;
   }
 
   #bubble(role, who, text) {

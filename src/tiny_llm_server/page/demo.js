@@ -50,9 +50,9 @@ export function plan({ numBlocks, blockSize, numTables }) {
   const system = { role: "system", content: textOf(share(0.2)) };
   const requests = [
     request("long prompt", [user(`Go on: ${textOf(share(0.25))}`)], share(0.1), 1),
-    request("shared prompt 1", [system, user(`${TASK} why are there blocks?`)], share(0.13), 2),
-    request("shared prompt 2", [system, user(`${TASK} what is in a block table?`)], share(0.13), 3),
-    request("shared prompt, n = 3", [system, user(`${TASK} who may share a block?`)], share(0.13), 4, 3),
+    request("shared 1", [system, user(`${TASK} why are there blocks?`)], share(0.13), 2),
+    request("shared 2", [system, user(`${TASK} what is in a block table?`)], share(0.13), 3),
+    request("shared, n = 3", [system, user(`${TASK} who may share a block?`)], share(0.13), 4, 3),
   ];
   return { isLarge: tokens > 1.5 * MOST_TOKENS, requests };
 }

@@ -50,11 +50,11 @@ export function linesOf(change, labels) {
   const say = (kind, text) => lines.push({ kind, text });
   const [out, back, evicted] = ["swapped_out", "swapped_in", "evicted"].map(of);
   for (const one of change.preempted) say("preempted", preemption(one, labels.of(one)));
-  if (out.length) say("swapped", `swapped out: ${blocks(out.length)} copied to the host`);
+  if (out.length) say("swapped_out", `swapped out: ${blocks(out.length)} copied to the host`);
   for (const one of change.admitted) {
     if (one.wasPreempted || !labels.isFork(one)) say("admitted", admission(one, labels.of(one)));
   }
-  if (back.length) say("swapped", `swapped in: ${blocks(back.length)} copied from the host`);
+  if (back.length) say("swapped_in", `swapped in: ${blocks(back.length)} copied from the host`);
   if (evicted.length) lines.push({ kind: "evicted", text: "", evicted: evicted.length });
   for (const { from, to, holder } of change.copies) {
     say("copied", `copy-on-write: block ${from} copied to ${to}${holder ? ` for ${labels.of(holder)}` : ""}`);
@@ -67,7 +67,7 @@ export function linesOf(change, labels) {
   for (const one of change.admitted) {
     if (!one.wasPreempted && labels.isFork(one)) say("forked", `forked: ${labels.of(one)} shares its prompt’s blocks`);
   }
-  for (const one of change.ended) say("ended", `${labels.of(one)} has ended after ${one.outputs} tokens`);
+  for (const one of change.ended) say("ended", `${labels.of(one)} has ended`);
   return lines;
 }
 

@@ -5,6 +5,7 @@ import { Grid } from "./blocks.js";
 import { Chat } from "./chat.js";
 import { Demo } from "./demo.js";
 import { Figures } from "./figures.js";
+import { Focus } from "./focus.js";
 import { KeyField } from "./key.js";
 import { Known } from "./known.js";
 import { Labels } from "./labels.js";
@@ -13,7 +14,6 @@ import { Log } from "./log.js";
 import { PAUSED, Playback, REAL_TIME } from "./playback.js";
 import { Pool } from "./pool.js";
 import { Requests } from "./requests.js";
-import { Focus } from "./focus.js";
 import { BlockTable } from "./tables.js";
 
 const find = (selector) => document.querySelector(selector);
@@ -22,7 +22,10 @@ const [pool, playback, labels, known] = [new Pool(), new Playback(), new Labels(
 const [keyField, announcer, figures, log] = [new KeyField(), new Announcer(), new Figures(pool), new Log(labels)];
 const focus = new Focus(pool, labels, drawFocus);
 const grid = new Grid(pool, labels, {
-  onPoint: (block) => focus.pointAtBlock(block),
+  onPoint: (block) => {
+    focus.pointAtBlock(block);
+    table.point(block);
+  },
   onChoose: (block) => focus.chooseBlock(block),
   onLayout: () => table?.layout(),
 });
@@ -55,6 +58,7 @@ function showState(state) {
 
 function take(message) {
   if (message.type === "steps") {
+    known.note(message.steps);
     playback.push(message.steps);
     schedule();
     return;
@@ -82,6 +86,11 @@ function schedule() {
   if (document.hidden) setTimeout(pump, 500);
   else requestAnimationFrame(pump);
 }
+
+document.addEventListener("visibilitychange", () => {
+  isScheduled = false; // a page that nobody sees gets no animation frames
+  schedule();
+});
 
 function pump() {
   isScheduled = false;

@@ -85,7 +85,7 @@ export class Pool {
   #take(said, change) {
     const before = this.sequences.get(said.id);
     const now = { preempted: false, prefilled: false, ...before, ...said };
-    now.tables ??= [];
+    now.tables = said.tables ?? before?.tables ?? [];
     if (said.tables) {
       this.#forget(said.id, before?.tables ?? [], change);
       this.#note(said.id, said.tables, change);

@@ -3,7 +3,7 @@
 export class Requests {
   #body = document.querySelector("#requests");
   #none = document.querySelector("#no-requests");
-  #rows = new Map(); // sequence id -> {row, cells, seen}
+  #rows = new Map(); // sequence id -> {row, places, seen}
 
   /** onPoint: called with the id of the sequence under the pointer or the focus, or null; onChoose: on a click. */
   constructor(pool, labels, known, { onPoint, onChoose }) {
@@ -55,7 +55,7 @@ export class Requests {
     const button = element("button", { type: "button" });
     button.addEventListener("click", () => this.onChoose(sequence.id));
     head.append(button);
-    const [what, state] = [twoLines(), twoLines()];
+    const [what, state] = [twoLines("second preview"), twoLines("second")];
     const numbers = Array.from({ length: 4 }, () => element("td", { className: "number" }));
     row.append(head, what, state, ...numbers);
     this.#body.append(row);
@@ -67,14 +67,14 @@ export class Requests {
 
 const element = (name, properties) => Object.assign(document.createElement(name), properties);
 
-function twoLines() {
+function twoLines(className) {
   const cell = element("td", { className: "two" });
-  cell.append(element("span", {}), element("span", { className: "second" }));
+  cell.append(element("span", {}), element("span", { className }));
   return cell;
 }
 
-/** The end of a text, on one line. */
-const tail = (text) => (text.length > 28 ? `… ${text.slice(-26)}` : text).replace(/\s+/g, " ");
+/** The end of a text, on one line: the cell is cut on the left, so marks keep its points where they are. */
+const tail = (text) => `\u200e${text.slice(-60).replace(/\s+/g, " ")}\u200e`;
 
 /** A name for CSS, words, and more of them below. */
 function stateOf(sequence) {

@@ -10,6 +10,7 @@ export class BlockTable {
   #scroll = document.querySelector("#scroll");
   #sequence = null;
   #seen = null;
+  #block = null;
 
   constructor(labels, grid) {
     this.labels = labels;
@@ -18,8 +19,10 @@ export class BlockTable {
       element.addEventListener("scroll", () => this.layout(), { passive: true });
     }
     this.show(null);
-    this.#strip.addEventListener("pointerover", (event) => this.#pointing(event.target.closest("[data-to]")));
-    this.#strip.addEventListener("pointerleave", () => this.#pointing(null));
+    this.#strip.addEventListener("pointerover", ({ target }) => {
+      this.point(target.closest("[data-to]")?.dataset.to ?? null);
+    });
+    this.#strip.addEventListener("pointerleave", () => this.point(null));
   }
 
   /** Show a sequence's table; null: nobody's. */
@@ -44,6 +47,7 @@ export class BlockTable {
     const hue = this.#sequence ? ` h${this.labels.hue(this.#sequence)}` : "";
     const isWrapped = this.#strip.clientHeight > 70; // in more than one row: arrows pass over chips
     this.#arrows.setAttribute("class", `arrows${hue}${isWrapped ? " many" : ""}`);
+    this.point(this.#block);
   }
 
   #rows(sequence) {
@@ -86,8 +90,10 @@ export class BlockTable {
     });
   }
 
-  #pointing(one) {
-    for (const path of this.#arrows.children) path.classList.toggle("strong", path.dataset.to === one?.dataset.to);
+  /** Bring out the arrow to a block; null: none. */
+  point(block) {
+    this.#block = block === null ? null : `${block}`;
+    for (const path of this.#arrows.children) path.classList.toggle("strong", path.dataset.to === this.#block);
   }
 }
 
