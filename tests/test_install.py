@@ -96,5 +96,7 @@ def test_install_start_install_again_empty_overlay_reset(house: House) -> None:
 
 def test_a_plain_install_needs_no_source_tree(house: House) -> None:
     house.install(".")
+    page = {file.name for file in (house.tree / "src" / "tiny_llm_server" / "page").iterdir()}
+    assert page == {file.name for file in (house.site_packages / "tiny_llm_server" / "page").iterdir()}
     shutil.rmtree(house.tree / "src")
     assert house.where() == house.site_packages / "tiny_llm_ref" / "chunked_prefill.py"

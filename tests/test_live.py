@@ -1,4 +1,4 @@
-"""`/live`: whoever watches the pool over HTTP knows what the engine knows, and costs nothing once he has gone.
+"""`/live`: whoever watches the pool over HTTP knows what the engine knows; once he has gone he costs nothing.
 
 Oracle: the engine's own tables and prefix cache.
 """
@@ -123,7 +123,7 @@ def load_it(served: Served) -> list[httpx.Response]:
         for question, n in zip(QUESTIONS * 2, [1, 3, 1, 2, 1, 1, 2, 1], strict=True)
     ]
     with served.client() as client, ThreadPoolExecutor(8) as pool:
-        asked = [{**body, "max_tokens": 60, "ignore_eos": True} for body in bodies]
+        asked = [{**body, "max_tokens": 120, "ignore_eos": True} for body in bodies]
         return list(pool.map(lambda body: client.post("/v1/chat/completions", json=body), asked))
 
 
@@ -165,9 +165,7 @@ def test_a_silent_pool_keeps_its_watchers(served: Served) -> None:
         assert viewer.heard == {"pool": 1}
 
 
-def test_who_reads_too_slowly_is_told_anew(
-    served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_reads_too_slowly_is_told_anew(served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "MOST_STEPS", 4)
     monkeypatch.setattr(live, "FRAME_SECONDS", 0.2)
     with Viewer(served) as viewer:
