@@ -40,9 +40,9 @@ class Attention:
         self.q = mx.random.normal((1, HEADS, sequences, HEAD_DIM), key=mx.random.key(0))
         pools = tiny_llm_kernels.zeros(2 * LAYERS, shape, mx.float16)  # where the engine's lie, too
         mx.eval(pools)
-        numbers, all_blocks = mx.random.key(1), mx.arange(len(blocks), dtype=mx.int32)
-        for i in range(len(pools)):
-            filling = mx.random.normal(shape, key=mx.random.split(numbers, i + 1)[i]).astype(mx.float16)
+        all_blocks = mx.arange(len(blocks), dtype=mx.int32)
+        for i, key in enumerate(mx.random.split(mx.random.key(1), len(pools))):
+            filling = mx.random.normal(shape, key=key).astype(mx.float16)
             pools[i] = tiny_llm_kernels.copy_blocks(pools[i], all_blocks, all_blocks, filling)
         self.pools = list(zip(pools[::2], pools[1::2], strict=True))
         mx.eval(self.q, *self.where, *pools)

@@ -193,7 +193,7 @@ def one_round(workers: list[Worker], seed: int, left_out: dict[str, str]) -> dic
 
 
 def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -> dict[str, Any]:
-    """Medians of all rounds but the first, and this engine's ratios to the others, round by round."""
+    """Medians of all rounds but the first, and our engines' ratios to the others, round by round."""
     rounds = []
     for seed in range(repetitions + 1):
         progress(f"round {seed} of {repetitions}" if seed else "a round that does not count")
@@ -218,7 +218,7 @@ def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -
 
 
 def as_text(rows: dict[str, Any], versions: dict[str, str], left_out: dict[str, str]) -> str:
-    """Tokens per second, and the first engine's ratios."""
+    """Tokens per second of every engine, and beside the others' our engines' ratios to them."""
     lines = [f"{'':10}{'engine':>20}{'tok/s':>9}   ours: median ratio (least to greatest)"]
     for job, row in rows.items():
         for engine, figures in row["tokens_per_s"].items():

@@ -788,30 +788,36 @@ def replace_step(request: Request) -> Request:
 def pressed(draw: st.DrawFn) -> Scenario:
     """Crowds that begin small, grow, and come nearly at once to a pool in which the largest just fits.
 
-    Forks and searches among them, prompts that begin alike, people who leave, pages that move.
+    Prompts are short beside what follows, and nobody needs much more than the others, for whom that would be
+    room. Forks among them and mostly a search, prompts that begin alike, people who leave, pages that move.
     """
     arrivals = []
-    for _ in range(draw(st.integers(4, 8))):
-        step, is_search = draw(st.integers(0, 4)), draw(st.sampled_from([False] * 4 + [True]))
-        params = draw(beam_searches(8) if is_search else sampling(10, VOCAB))
+    searching = draw(st.sampled_from([None, 1, 2, 3]))
+    for number in range(draw(st.integers(5, 7))):
+        step = draw(st.integers(0, 2))
+        params = draw(beam_searches(4) if number == searching else sampling(8, VOCAB))
         if isinstance(params, SamplingParams):
             many = draw(st.sampled_from([1, 2, 3, 3]))
-            params = replace(params, n=many, ignore_eos=True, stop_token_ids=None, max_tokens=10)
-        cancelled_at = draw(st.sampled_from([None] * 5 + [step, step + 3, step + 7]))
-        arrivals.append(Arrival(step, draw(prompts(8, alike=draw(st.booleans()))), params, cancelled_at))
+            params = replace(params, n=many, ignore_eos=True, stop_token_ids=None, max_tokens=8)
+        else:
+            params = replace(params, beam_width=draw(st.sampled_from([2, 3])), max_tokens=4)
+        length = draw(st.sampled_from([1, 1, 2, 3, 4]))
+        prompt = draw(prompts(6, alike=draw(st.booleans())))[:length]
+        cancelled_at = draw(st.sampled_from([None] * 11 + [step, step + 3, step + 7]))
+        arrivals.append(Arrival(step, prompt, params, cancelled_at))
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
-        block_size=draw(st.sampled_from([1, 2, 2, 3, 5])),
-        spare_blocks=draw(st.sampled_from([0, 1])),
-        max_seqs=9,
-        max_tokens=draw(st.sampled_from([9, 12, 20, 64])),
+        block_size=draw(st.sampled_from([1, 1, 2, 2, 3])),
+        spare_blocks=0,
+        max_seqs=6,
+        max_tokens=draw(st.sampled_from([6, 6, 8, 12])),
         threads=draw(threads(2)),
         instruction_set=draw(instruction_sets()),
         preempts=True,
         prefix=draw(st.booleans()),
         swap_blocks=draw(st.sampled_from([1000, 1000, 0, 3, 12])),
         grows=draw(st.sampled_from([False, False, True])),
-        compacted_at=draw(st.sampled_from([(), (), tuple(range(0, 60, 3))])),
+        compacted_at=draw(st.sampled_from([(), tuple(range(0, 60, 3))])),
     )
 
 
@@ -840,7 +846,7 @@ def test_in_pools_that_hold_one_and_little_more_everybody_gets_what_he_gets_alon
 
     check()
     per_preemption = happened["steps"] / happened["preemptions"]
-    assert per_preemption < (12 if hasty else 50), f"there was little pressure: {happened}"
+    assert per_preemption < (12 if hasty else 30), f"there was little pressure: {happened}"
     for name in ("sequences swapped out", "blocks swapped in", "forks", "beams forked", "prefix hits"):
         assert happened[name] >= 5, f"there was hardly any of {name}: {happened}"
     assert happened["cancelled under way"]

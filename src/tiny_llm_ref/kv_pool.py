@@ -37,7 +37,6 @@ class KVPool:
         shape = (num_blocks, num_heads, block_size, head_dim)
         arrays = _zeros(2 * num_layers, shape, dtype)
         self._keys, self._values = arrays[:num_layers], arrays[num_layers:]
-        del arrays
         self.evaluate()
 
     @classmethod
