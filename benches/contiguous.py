@@ -5,8 +5,10 @@ A decode of the embedded model's heads over float16 keys and values: in the one 
 once, each with memory of its own, more than a processor's cache holds. The two take turns; the figure is the
 median ratio of the pairs, with its 95% interval.
 
-Expected: within 3%. A table costs a lookup for each block, and the next tile is asked for while one is worked
-on, wherever it lies. (The kernel of the PagedAttention paper was 20 to 26% slower than contiguous attention.)
+Expected: within 3%, because a table costs a lookup for each block, and the next tile is asked for while one
+is worked on. Measured otherwise with blocks of 16 (README.md): a processor's prefetcher begins anew after
+each stretch that lies together, and a head's keys of a block are 2 KiB. (The kernel of the PagedAttention
+paper was 20 to 26% slower than contiguous attention.)
 """
 
 import random

@@ -59,6 +59,13 @@ async def ask(client: httpx2.AsyncClient, kind: int, expected: Sequence[str]) ->
     return Answer(answer.status_code, seconds, text == expected[kind], answer.headers.get("Retry-After"))
 
 
+async def knock(client: httpx2.AsyncClient) -> float:
+    """Seconds of a request that costs the server nothing: the clients' own work, and the connection's."""
+    start = time.perf_counter()
+    await client.get("/health")
+    return time.perf_counter() - start
+
+
 async def measure(server: Running, waves: int) -> dict[str, Any]:
     """All waves; what came of them together, and the server's memory after each."""
     limits = httpx2.Limits(max_connections=None)
@@ -67,6 +74,7 @@ async def measure(server: Running, waves: int) -> dict[str, Any]:
             (await client.post("/v1/completions", json=body(kind))).json()["choices"][0]["text"]
             for kind in range(KINDS)
         ]
+        at_the_door = await asyncio.gather(*(knock(client) for _ in range(TIMES * (SEATS + WAITING))))
         numbers = random.Random(0)
         answers: list[Answer] = []
         memory, longest = [], []
@@ -86,6 +94,7 @@ async def measure(server: Running, waves: int) -> dict[str, Any]:
         "other": len(answers) - len(accepted) - len(refused),
         "wrong": sum(not answer.is_right for answer in accepted),
         "without_retry_after": sum(answer.retry_after is None for answer in refused),
+        "health_ms": spread([1000 * seconds for seconds in at_the_door]),
         "refusal_ms": spread([1000 * answer.seconds for answer in refused]),
         "answer_s": spread([answer.seconds for answer in accepted]),
         "wave_s": spread(longest),
@@ -116,6 +125,7 @@ def as_text(row: dict[str, Any]) -> str:
             f"answers other than alone: {row['wrong']}",
             f"refusals without Retry-After: {row['without_retry_after']}",
             f"refused after, ms: {line('refusal_ms')}",
+            f"as many who ask an idle server for /health at once, ms: {line('health_ms')}",
             f"answered after, s: {line('answer_s')}; a wave took: {line('wave_s')}",
             f"resident after each wave, MiB: {row['rss_mib']}",
         ]

