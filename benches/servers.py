@@ -1,5 +1,6 @@
 """Servers with OpenAI's API, each in a process and, where it is not ours, an environment of its own."""
 
+import math
 import os
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO
 
 import httpx2
+
+from tiny_llm_cli.bench_serve import ServeRun
 
 WORKERS = Path(__file__).parent / "peer_workers"
 START_SECONDS = 300.0
@@ -96,6 +99,25 @@ def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
             install="build llama.cpp with LLAMA_BUILD_SERVER=ON and name its llama-server (--llama-server)",
         ),
     ]
+
+
+def some_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
+    """Random prompts of 48 to 144 tokens, 32 to 96 out, so many requests at a time."""
+    return ServeRun(
+        base_url=url,
+        endpoint="/v1/completions",
+        model=None,
+        api_key=None,
+        num_prompts=requests,
+        max_concurrency=clients,
+        request_rate=math.inf,
+        random_input_len=96,
+        random_output_len=64,
+        random_range_ratio=0.5,
+        random_prefix_len=0,
+        ignore_eos=True,
+        seed=seed,
+    )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tiny_llm.embedded import embedded_model_path
 
 import harness
 import tiny_llm_kernels
-from servers import ServerError, ours, peers, running
+from servers import ServerError, ours, peers, running, some_load
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_cli.bench_serve import Answer, Ask, ServeRun, measure_server, put_load
 
@@ -31,25 +31,6 @@ REQUESTS = {1: 8, 16: 48, 64: 96}  # by clients
 SLOTS = 64
 Figures = dict[str, Any]
 SHOWN = ("output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "mean_itl_ms", "p99_itl_ms")
-
-
-def the_run(url: str, clients: int, seed: int) -> ServeRun:
-    """What is asked in a round."""
-    return ServeRun(
-        base_url=url,
-        endpoint="/v1/completions",
-        model=None,
-        api_key=None,
-        num_prompts=REQUESTS[clients],
-        max_concurrency=clients,
-        request_rate=float("inf"),
-        random_input_len=96,
-        random_output_len=64,
-        random_range_ratio=0.5,
-        random_prefix_len=0,
-        ignore_eos=True,
-        seed=seed,
-    )
 
 
 def of_engine(llm: LLM) -> Ask:
@@ -73,7 +54,7 @@ def one_round(engines: dict[str, Callable[[ServeRun], Figures]], seed: int) -> d
     numbers = random.Random(seed)
     return {
         clients: {
-            name: engines[name](the_run("", clients, seed))
+            name: engines[name](some_load("", clients, REQUESTS[clients], seed))
             for name in numbers.sample([*engines], len(engines))
         }
         for clients in REQUESTS
@@ -90,11 +71,10 @@ def compare(engines: dict[str, Callable[[ServeRun], Figures]], repetitions: int)
     rows: dict[str, Any] = {}
     for clients in REQUESTS:
         of_clients = [one[clients] for one in rounds]
-        for one in of_clients:
-            assert not any(figures["failed"] for figures in one.values()), one
         rows[str(clients)] = {
             name: {
                 **{figure: harness.summary([one[name][figure] for one in of_clients]) for figure in SHOWN},
+                "failed": sum(one[name]["failed"] for one in of_clients),
                 "ours_over_it": harness.summary(
                     [one["tiny-llm"][SHOWN[0]] / one[name][SHOWN[0]] for one in of_clients]
                 ),
@@ -113,7 +93,8 @@ def as_text(rows: dict[str, Any], left_out: dict[str, str]) -> str:
             figures = "".join(f"{row[figure]['median']:>10.1f}" for figure in SHOWN)
             over = row["ours_over_it"]
             ratio = f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})"
-            lines.append(f"{clients:8}{name:14}{figures}   {ratio}")
+            failed = f", {row['failed']} requests failed" if row["failed"] else ""
+            lines.append(f"{clients:8}{name:14}{figures}   {ratio}{failed}")
     return "\n".join(lines + [f"left out: {name}: {why}" for name, why in left_out.items()])
 
 

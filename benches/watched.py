@@ -17,8 +17,8 @@ from tiny_llm.embedded import embedded_model_path
 
 import harness
 import tiny_llm_kernels
-from servers import ours, running
-from tiny_llm_cli.bench_serve import ServeRun, measure_server
+from servers import ours, running, some_load
+from tiny_llm_cli.bench_serve import measure_server
 
 CLIENTS, REQUESTS = 16, 48
 
@@ -60,21 +60,7 @@ def watching(url: str, readers: int) -> Iterator[list[Reader]]:
 
 def throughput(url: str, seed: int, readers: int) -> tuple[float, int]:
     """Output tokens a second with so many readers, and the bytes that all of them read."""
-    run = ServeRun(
-        base_url=url,
-        endpoint="/v1/completions",
-        model=None,
-        api_key=None,
-        num_prompts=REQUESTS,
-        max_concurrency=CLIENTS,
-        request_rate=float("inf"),
-        random_input_len=96,
-        random_output_len=64,
-        random_range_ratio=0.5,
-        random_prefix_len=0,
-        ignore_eos=True,
-        seed=seed,
-    )
+    run = some_load(url, CLIENTS, REQUESTS, seed)
     with watching(url, readers) as crowd:
         figures: dict[str, Any] = measure_server(run, lambda *_: None)
         return figures["output_throughput"], sum(reader.num_bytes for reader in crowd)

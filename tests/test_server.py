@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
@@ -790,6 +791,39 @@ def test_a_server_that_cannot_be_asked_is_named(served: Served, options: list[st
     with pytest.raises(subprocess.CalledProcessError) as failed:
         bench_serve(served, "--num-prompts", "1", *options)
     assert said in failed.value.stderr
+
+
+def hang_up_now_and_then(listener: socket.socket, answers: int) -> None:
+    """A server that closes a connection without a word at the request after so many."""
+    body = b'data: {"choices": [{"text": "x"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n'
+    models = b'{"data": [{"id": "m"}]}'
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as lines:
+                for _ in range(answers):
+                    head = b"".join(iter(lambda: lines.readline().rstrip(b"\r\n") + b"\n", b"\n")).lower()
+                    length = re.search(rb"content-length: (\d+)", head)
+                    lines.read(int(length[1]) if length else 0)
+                    told = models if head.startswith(b"get") else body
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(told), told))
+                lines.readline()
+
+
+@pytest.mark.parametrize(("answers", "failed"), [(3, 0), (0, 5)])
+def test_a_connection_that_a_server_has_closed_is_no_failed_request(answers: int, failed: int) -> None:
+    """Asked again over a new one, once: a server that never answers has failed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=hang_up_now_and_then, args=(listener, answers), daemon=True).start()
+        command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--json", "--num-prompts", "5"]
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        options = ["--max-concurrency", "1", "--base-url", url]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=60)
+    if failed:
+        assert done.returncode == 1
+        assert "does not answer" in done.stderr
+    else:
+        assert json.loads(done.stdout)["completed"] == 5, done.stdout
 
 
 def test_requests_that_fail_count_as_failed_and_no_more() -> None:

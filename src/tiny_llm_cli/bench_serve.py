@@ -176,23 +176,32 @@ async def _all(
 
 
 async def _ask(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any]) -> Answer:
-    """One request, read piece by piece."""
-    answer = Answer()
-    try:
-        async with client.stream("POST", run.endpoint, json=job) as response:
-            if response.status_code != 200:
-                answer.error = (
-                    f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
-                )
-                return answer
-            async for line in response.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    _take(answer, json.loads(line[6:]))
-    except (httpx2.HTTPError, ValueError) as error:
-        answer.error = f"{type(error).__name__}: {error}"
+    """One request; sent again where its server had closed the connection that it came by."""
+    for may_try_again in (True, False):
+        answer = Answer()
+        try:
+            await _read(client, run, job, answer)
+        except (httpx2.HTTPError, ValueError) as error:
+            if may_try_again and isinstance(error, httpx2.RemoteProtocolError) and not answer.moments:
+                continue
+            answer.error = f"{type(error).__name__}: {error}"
+        break
     if answer.error is None and not answer.moments:
         answer.error = "the stream ended without a token"
     return answer
+
+
+async def _read(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any], answer: Answer) -> None:
+    """Send a request, and take its answer piece by piece."""
+    async with client.stream("POST", run.endpoint, json=job) as response:
+        if response.status_code != 200:
+            answer.error = (
+                f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
+            )
+            return
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                _take(answer, json.loads(line[6:]))
 
 
 def _take(answer: Answer, event: dict[str, Any]) -> None:
