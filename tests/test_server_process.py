@@ -33,7 +33,8 @@ class Process:
             "512",
             *options,
         ]
-        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.popen = subprocess.Popen(command, **both, text=True, env=os.environ.copy())
         self.lines: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -55,8 +56,8 @@ class Process:
         return self.popen.wait(seconds)
 
     def _read(self) -> None:
-        assert self.popen.stderr is not None
-        with self.popen.stderr as lines:
+        assert self.popen.stdout is not None
+        with self.popen.stdout as lines:
             for line in lines:
                 self.lines.append(line)
 
@@ -185,8 +186,9 @@ def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: 
                 assert client.post(path, json={**body, **wrong}).status_code in (400, 413)
             assert client.post(path, content=b'{"prompt": "xyzzy').status_code == 400
             assert client.post(path, json=body, headers={"Authorization": "Bearer open"}).status_code == 401
-            chat = {"messages": [{"role": "user", "content": "xyzzy"}], "max_tokens": 1000, "stream": True}
+            chat = {"messages": [{"role": "user", "content": "xyzzy"}], "max_tokens": 500, "stream": True}
             with client.stream("POST", "/v1/chat/completions", json=chat) as answer:
+                assert answer.status_code == 200
                 next(answer.iter_lines())
         server.popen.send_signal(signal.SIGTERM)
         assert server.ended(30) == 0
