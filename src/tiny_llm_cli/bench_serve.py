@@ -16,6 +16,7 @@ import httpx2
 from .statistics_of import statistics_of
 from .workload import Progress
 
+CLOSED = (httpx2.RemoteProtocolError, httpx2.NetworkError)  # how a connection ends that its server has closed
 TOKENS = range(1000, 30_000)  # ids that are text in every vocabulary that we know of
 
 
@@ -182,7 +183,7 @@ async def _ask(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any]) -
         try:
             await _read(client, run, job, answer)
         except (httpx2.HTTPError, ValueError) as error:
-            if may_try_again and isinstance(error, httpx2.RemoteProtocolError) and not answer.moments:
+            if may_try_again and isinstance(error, CLOSED) and not answer.moments:
                 continue
             answer.error = f"{type(error).__name__}: {error}"
         break
