@@ -22,17 +22,8 @@ class Process:
     """A server that was started from the command line; `lines` is what it has printed."""
 
     def __init__(self, *options: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "tiny_llm_cli",
-            "serve",
-            "--port",
-            "0",
-            "--num-blocks",
-            "512",
-            *options,
-        ]
+        size = [] if "--demo" in options else ["--num-blocks", "512"]
+        command = [sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "0", *size, *options]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.popen = subprocess.Popen(command, **both, text=True, env=os.environ.copy())
         self.lines: list[str] = []
@@ -198,6 +189,17 @@ def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: 
     assert "Bearer" not in log
     assert ("xyzzy and plugh" in log) == wanted
     assert wanted or "xyzzy" not in log
+
+
+def test_the_demo_answers_like_any_server() -> None:
+    """A chat without a limit on its length too, several at once: its pool is small, and so is its context."""
+    chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    with process("--demo") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+        ready(client)
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 96 * 16
+        answer = client.post("/v1/chat/completions", json={**chat, "n": 2})
+        said = [choice["message"]["content"] for choice in answer.json()["choices"]]
+        assert said == ["The capital of France is Paris."] * 2
 
 
 def test_an_open_door_without_a_key_is_pointed_out() -> None:

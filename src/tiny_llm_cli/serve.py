@@ -154,7 +154,13 @@ def serve(
     if demo:
         if engine.num_blocks is not None or engine.kv_cache_memory is not None:
             raise typer.BadParameter("it says how large the pool is already", param_hint="--demo")
-        engine = replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
+        room = _DEMO_BLOCKS * engine.block_size  # an answer without a limit ends where the pool does
+        engine = replace(
+            engine,
+            num_blocks=_DEMO_BLOCKS,
+            preemption_mode="swap",
+            max_model_len=engine.max_model_len or room,
+        )
     from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer
 
