@@ -2,7 +2,8 @@
 
 Scheduling never changes the answer: `check_scenario` serves a crowd of requests from a small pool and
 compares every finished completion with the same completion computed alone, in one chunk, in a roomy
-pool, on one thread. Pages are conserved: `check_pages` counts the holders of every block.
+pool, on one thread. Pages are conserved: `check_pages` counts the holders of every block, and whoever is
+told of the changes alone counts the same.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_llm.beam_search import BeamSearch, BeamSearchParams
+from tiny_llm.block_events import BlockWatch
 from tiny_llm.compaction import compact_pages
 from tiny_llm.engine_core import EngineCore
 from tiny_llm.errors import RequestTooLargeError
@@ -38,6 +40,7 @@ from tiny_llm.step import Plan, StepLogits
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 import tiny_llm_kernels
+from mirror import Mirror
 from tiny_llm import compaction
 from tiny_model import EOS, VOCAB, examples, random_prompt
 
@@ -652,6 +655,7 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
     seeds: dict[str, int] = {}
     searches: dict[str, BeamSearch] = {}
     rows = _recorded_logits(manager)
+    watch, mirror = BlockWatch(manager), Mirror()
     for step in range(_step_bound(scenario)):
         for index, arrival in enumerate(scenario.arrivals):
             if arrival.step == step:
@@ -671,6 +675,7 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
         check_pages(manager)
         if step in scenario.compacted_at:
             _compact(manager)
+        _check_what_is_told(manager, watch, mirror)
         check_first_come_first_served(manager, {str(i): i for i in range(len(scenario.arrivals))})
         if not engine.has_work and step >= max(arrival.step for arrival in scenario.arrivals):
             break
@@ -682,6 +687,15 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
         for seq_id, got in answers.items()
     }
     return Served(complete, seeds, searches)
+
+
+def _check_what_is_told(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
+    """Whoever hears what changes in the pool knows what is in it, also if he has come just now."""
+    mirror.hear(watch.look())
+    mirror.check(manager)
+    late = Mirror()
+    late.hear(watch.so_far())
+    late.check(manager)
 
 
 def _compact(manager: Watched) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import mlx.core as mx
 import pytest
-from tiny_llm.block_events import BlockEventKind, BlockWatch, PoolChange, SequenceView, TableView
+from tiny_llm.block_events import BlockEventKind, BlockWatch, PoolChange
 from tiny_llm.engine import Engine
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
@@ -14,58 +14,12 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.tokenizer import Tokenizer
 
+from mirror import Mirror
 from promises import policies
 from tiny_model import VOCAB, random_prompt, tiny_model
 
 Kind = BlockEventKind
 BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
-
-
-class Mirror:
-    """A pool as somebody knows it who only hears what changes."""
-
-    def __init__(self) -> None:
-        self.holders: dict[int, int] = {}
-        self.kept: set[int] = set()
-        self.sequences: dict[str, SequenceView] = {}
-
-    def hear(self, change: PoolChange) -> None:
-        """Follow a change, each part of which must make sense where it comes."""
-        assert not change.is_empty
-        for seq_id in change.ended:
-            del self.sequences[seq_id]
-        for view in change.sequences:
-            assert self.sequences.get(view.seq_id) != view, "nothing has changed"
-            self.sequences[view.seq_id] = view
-        before = dict(self.holders)
-        for kind, block, holders, _ in change.events:
-            had = before.get(block, 0)
-            assert kind is not Kind.ALLOCATED or (not had and block not in self.kept), (
-                "allocated, but not free"
-            )
-            assert kind is not Kind.SHARED or holders > had, "shared, but by nobody more"
-            assert kind is not Kind.RELEASED or holders < had, "released, but by nobody"
-            self.holders[block] = holders
-            if kind is Kind.CACHED:
-                self.kept.add(block)
-            if kind is Kind.EVICTED:
-                self.kept.remove(block)
-            assert kind is not Kind.FREED or (holders == 0 and block not in self.kept), "freed, but in use"
-
-    def check(self, manager: PagedBatchManager) -> None:
-        """Compare it with the tables, the prefix cache and the queues themselves."""
-        held = Counter(block for sequence in manager.running for block in sequence.blocks)
-        assert {block: count for block, count in self.holders.items() if count} == held
-        assert self.kept == set(manager.prefix.blocks)
-        there = {sequence.seq_id: sequence for sequence in (*manager.running, *manager.waiting)}
-        assert self.sequences.keys() == there.keys()
-        for seq_id, view in self.sequences.items():
-            sequence = there[seq_id]
-            assert view.is_running == (sequence in manager.running)
-            assert view.num_prompt_tokens + view.num_outputs == sequence.num_tokens
-            assert (view.num_computed, view.num_forks) == (sequence.num_computed, sequence.num_forks)
-            assert view.tables == (TableView(0, tuple(sequence.table.blocks)),)
-            assert (view.num_host_blocks > 0) == (sequence.swapped is not None)
 
 
 def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
@@ -84,13 +38,11 @@ def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
             if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
         change = watch.look()
-        if not change.is_empty:
-            heard.update(event.kind for event in change.events)
-            mirror.hear(change)
+        heard.update(event.kind for event in change.events)
+        mirror.hear(change)
         mirror.check(manager)
         late = Mirror()
-        if not (so_far := watch.so_far()).is_empty:
-            late.hear(so_far)
+        late.hear(watch.so_far())
         late.check(manager)
         if not manager.has_work:
             break
@@ -147,8 +99,8 @@ def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None
 
     def hear(change: PoolChange) -> None:
         told.append(change)
-        if not change.is_empty:
-            mirror.hear(change)
+        assert not change.is_empty or len(told) == 1, "nothing has changed"
+        mirror.hear(change)
 
     def broken(change: PoolChange) -> None:
         if not change.is_empty:

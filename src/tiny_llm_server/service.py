@@ -88,10 +88,11 @@ class Service:
         return self.llm.engine_config.model_len(self.llm.model_config)
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model's name, and any while the model is not there."""
-        _ = self.llm
-        if name is not None and name != self.model_name:
-            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+        """Refuse another model's name."""
+        named = self.config.served_model_name
+        known = self.llm.model_name if named is None else named
+        if name not in (None, known):
+            message = f"the model {name!r} does not exist; this server has {known!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check(self, body: Generation) -> None:

@@ -36,7 +36,6 @@ export class Pool {
     Object.assign(this, new Pool());
     this.numBlocks = message.num_blocks;
     this.blockSize = message.block_size;
-    this.numTables = message.num_tables ?? 1;
     this.numHostBlocks = message.num_host_blocks;
     this.model = message.model;
     this.stats = message.stats;
@@ -86,6 +85,7 @@ export class Pool {
     const before = this.sequences.get(said.id);
     const now = { preempted: false, prefilled: false, ...before, ...said };
     now.tables = said.tables ?? before?.tables ?? [];
+    this.numTables = Math.max(this.numTables, now.tables.length);
     if (said.tables) {
       this.#forget(said.id, before?.tables ?? [], change);
       this.#note(said.id, said.tables, change);
