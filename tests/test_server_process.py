@@ -148,7 +148,10 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
         (["--log-level", "loud"], "'loud' is no level"),
         (["--max-n", "0"], "max_n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),
-        (["--demo", "--num-blocks", "50"], "--demo"),
+        (["--demo", "--kv-cache-memory", "1GiB"], "how large the pool is already"),
+        (["--demo", "--batching", "dense"], "pages that are swapped"),
+        (["--demo", "--preemption-mode", "none"], "pages that are swapped"),
+        (["--isolate-keys"], "isolate_keys is for a server that has api_keys"),
         (["--keep-alive", "0"], "keep_alive must be more than 0 seconds, not 0"),
     ],
 )

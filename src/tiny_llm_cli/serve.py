@@ -152,15 +152,7 @@ def serve(
     if log_level not in ("critical", "error", "warning", "info", "debug"):
         raise typer.BadParameter(f"{log_level!r} is no level", param_hint="--log-level")
     if demo:
-        if engine.num_blocks is not None or engine.kv_cache_memory is not None:
-            raise typer.BadParameter("it says how large the pool is already", param_hint="--demo")
-        room = _DEMO_BLOCKS * engine.block_size  # an answer without a limit ends where the pool does
-        engine = replace(
-            engine,
-            num_blocks=_DEMO_BLOCKS,
-            preemption_mode="swap",
-            max_model_len=engine.max_model_len or room,
-        )
+        engine = _demo(engine)
     from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer
 
@@ -170,6 +162,17 @@ def serve(
             f"tiny-llm: warning: {host} may be reached by others, and there is no --api-key", file=sys.stderr
         )
     GracefulServer(make_app(partial(load, engine, seed=seed), config), host, port, grace, log_level).run()
+
+
+def _demo(engine: EngineOptions) -> EngineOptions:
+    """The demo's pool; an answer without a limit ends where that does. Refuses what it would override."""
+    if engine.num_blocks is not None or engine.kv_cache_memory is not None:
+        raise typer.BadParameter("it says how large the pool is already", param_hint="--demo")
+    if engine.batching != "paged" or engine.preemption_mode == "none":
+        raise typer.BadParameter("it is about pages that are swapped", param_hint="--demo")
+    room = _DEMO_BLOCKS * engine.block_size
+    length = engine.max_model_len or room
+    return replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap", max_model_len=length)
 
 
 def server_config(options: ServerOptions) -> "ServerConfig":
