@@ -114,7 +114,7 @@ def test_a_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     expected = {number: texts_alone(lonely, number) for number in range(KINDS)}
     del lonely
     gc.collect()
-    llm = LLM(path, block_size=4, num_blocks=44, max_num_seqs=6, max_num_waiting=WAITING)
+    llm = LLM(path, block_size=4, num_blocks=28, max_num_seqs=6, max_num_waiting=WAITING)
     draw, live, refusals = random.Random(0), list[int](), list[float]()
     num_served = num_left = 0
     with serving(lambda: llm) as served:
@@ -131,5 +131,5 @@ def test_a_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     assert num_left >= REQUESTS // 5, "hardly anybody left"
     assert num_served >= REQUESTS // 2
     assert len(refusals) >= 10, "the queue was never full"
-    assert stats.num_preemptions >= 2, f"hardly anybody had to give way: {stats}"
+    assert stats.num_preemptions >= 10, f"hardly anybody had to give way: {stats}"
     assert max(live[1:]) - min(live[1:]) <= 4096, f"live bytes grow: {live}"

@@ -51,7 +51,7 @@ def kind(number: int) -> Kind:
         temperature=draw.choice([0.0, 0.8, 1.2]),
         top_p=draw.choice([1.0, 0.9]),
         seed=number,
-        max_tokens=draw.choice([1, 4, 10, 16]),
+        max_tokens=draw.choice([1, 4, 10, 20]),
         ignore_eos=draw.choice([True, False]),
         logprobs=draw.choice([None, None, 1]),
         prompt_logprobs=draw.choice([None, None, None, 1]),
@@ -142,6 +142,6 @@ def test_two_thousand_requests_leave_nothing_behind(make: Callable[[], Model], b
     stats = engine.stats
     assert num_left >= REQUESTS // 5, "hardly anybody was cancelled"
     assert num_served >= REQUESTS // 2
-    assert stats.num_preemptions >= 2, f"hardly anybody had to give way: {stats}"
+    assert stats.num_preemptions >= 5, f"hardly anybody had to give way: {stats}"
     assert max(live[1:]) - min(live[1:]) <= 4096, f"live bytes grow: {live}"
     check_all_returned(engine.core.manager)
