@@ -49,7 +49,7 @@ def measure(
     """Decode at every context in both ways, count what was read and held, count pairs of blocks."""
     progress("window: reading the model", 0, 1)
     subject = Subject.named(model)
-    EngineConfig(max_model_len=longest).model_len(subject.model.config)
+    EngineConfig(max_model_len=longest).wanted_len(subject.model.config)
     contexts = [SHORTEST << doublings for doublings in range((longest // SHORTEST).bit_length())]
     found = []
     for done, context in enumerate(contexts):

@@ -299,9 +299,9 @@ def test_chat_without_a_seed_varies(cli: Run) -> None:
 
 
 def test_a_question_longer_than_the_context_is_refused_with_the_figures(
-    cli: Run, monkeypatch: pytest.MonkeyPatch
+    cli: Run, monkeypatch: pytest.MonkeyPatch, llm: LLM
 ) -> None:
-    monkeypatch.setattr(conversation_module(), "token_limit", lambda llm: 40)
+    monkeypatch.setattr(llm, "max_model_len", 40)
     ended = cli("chat", "word " * 100)
     assert ended.code == 1
     assert ended.out == ""
@@ -310,10 +310,6 @@ def test_a_question_longer_than_the_context_is_refused_with_the_figures(
 
 
 # ---- chat, a conversation ----
-
-
-def conversation_module() -> Any:
-    return sys.modules["tiny_llm_cli.conversation"]
 
 
 def talk(
@@ -408,7 +404,7 @@ def test_ctrl_c_before_the_first_token_drops_the_turn(monkeypatch: pytest.Monkey
 def test_an_outgrown_conversation_is_told_with_the_figures_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(conversation_module(), "token_limit", lambda llm: 60)
+    monkeypatch.setattr(llm, "max_model_len", 60)
     talked = talk(monkeypatch, llm, "word " * 80, "/reset", "Name a colour.")
     captured = capsys.readouterr()
     assert "60 fit" in captured.err
@@ -419,7 +415,7 @@ def test_an_outgrown_conversation_is_told_with_the_figures_and_goes_on(
 def test_an_answer_that_fills_the_context_says_so(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(conversation_module(), "token_limit", lambda llm: 25)
+    monkeypatch.setattr(llm, "max_model_len", 25)
     talk(monkeypatch, llm, "Write a long story.", max_tokens=100)
     assert "context of 25 tokens is full" in capsys.readouterr().out
 
@@ -509,7 +505,7 @@ def test_generate_is_the_same_text_every_time(cli: Run, tmp_path: Path) -> None:
 def test_a_prompt_that_never_fits_is_refused_before_any_runs(cli: Run) -> None:
     ended = cli("generate", "short", "word " * 2000, "--json")
     assert (ended.code, ended.out) == (1, "")
-    assert "the pool has 64" in ended.err
+    assert "the context of 1024" in ended.err, "what 64 blocks hold"
 
 
 def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None:

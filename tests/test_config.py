@@ -1,10 +1,14 @@
 """ModelConfig and EngineConfig: frozen, checked once, and every refusal names the value and the limit."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 from tiny_llm.engine_config import EngineConfig
-from tiny_llm.errors import ConfigError
+from tiny_llm.errors import ConfigError, RequestTooLargeError
+from tiny_llm.layer_groups import group_layers
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.sampling_params import SamplingParams
 
 from tiny_model import CONTEXT, tiny_config
 
@@ -125,10 +129,39 @@ def test_by_default_the_pool_takes_half_a_gibibyte_at_most() -> None:
 
 
 def test_the_longest_context_is_the_models_unless_it_is_made_shorter() -> None:
-    assert EngineConfig().model_len(tiny_config()) == CONTEXT
-    assert EngineConfig(max_model_len=50).model_len(tiny_config()) == 50
+    assert EngineConfig().model_len(tiny_config(), 2) == CONTEXT
+    assert EngineConfig(max_model_len=50).model_len(tiny_config(), 2) == 50
     with pytest.raises(ConfigError, match=rf"max_model_len \({CONTEXT + 1}\).*{CONTEXT} tokens"):
-        EngineConfig(max_model_len=CONTEXT + 1).model_len(tiny_config())
+        EngineConfig(max_model_len=CONTEXT + 1).model_len(tiny_config(), 2)
+
+
+@pytest.mark.parametrize("windows", [(), (SLIDING, SLIDING), (FULL, SLIDING), (SLIDING, SLIDING, FULL)])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 19, 60])
+def test_the_longest_context_is_what_the_pool_holds(windows: tuple[str, ...], num_blocks: int) -> None:
+    """Oracle: a request of that length that has the pool to itself is accepted, and a longer one is not."""
+    some_layers = {"layer_types": windows, "num_hidden_layers": len(windows), "sliding_window": 9}
+    model = tiny_config(**some_layers if windows else {})
+    config = EngineConfig(num_blocks=num_blocks, block_size=4, max_num_batched_tokens=8, max_num_seqs=2)
+    groups = group_layers(model.windows)
+    if num_blocks < len(groups):
+        with pytest.raises(
+            ConfigError, match=f"1 tokens needs {len(groups)} blocks of 4; the pool has {num_blocks}"
+        ):
+            config.model_len(model, 2)
+        return
+    most = config.model_len(model, 2)
+    manager = PagedBatchManager(num_blocks, 4, 2, max_batched_tokens=8, max_model_len=CONTEXT, groups=groups)
+    for length in range(2, CONTEXT + 1):
+        refused = nullcontext() if length <= most else pytest.raises(RequestTooLargeError)
+        with refused:
+            assert manager.add_request([1], f"of {length}", SamplingParams(max_tokens=length - 1))
+
+
+def test_a_context_that_the_pool_does_not_hold_is_refused_with_the_figures() -> None:
+    config = EngineConfig(num_blocks=5, block_size=4, max_model_len=21)
+    message = "a sequence of 21 tokens needs 6 blocks of 4; the pool has 5, for 20 tokens: raise num_blocks"
+    with pytest.raises(ConfigError, match=message):
+        config.model_len(tiny_config(), 2)
 
 
 @pytest.mark.parametrize(

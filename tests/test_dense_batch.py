@@ -164,8 +164,9 @@ def test_the_embedded_model_answers_alike_from_both(embedded_llm: LLM) -> None:
 def test_slots_are_what_fits_into_the_bytes_of_the_pool() -> None:
     llm = LLM(batching="dense", num_blocks=40, block_size=16, max_model_len=256)
     assert (llm.core.manager.capacity.num_blocks, llm.core.stats.num_blocks) == (2, 2)
-    with pytest.raises(ConfigError, match=r"needs one cache of 8192 tokens, 188743680 bytes; .* 640 tokens"):
-        LLM(batching="dense", num_blocks=40)
+    assert LLM(batching="dense", num_blocks=40).max_model_len == 640
+    with pytest.raises(ConfigError, match="needs 41 blocks of 16; the pool has 40, for 640 tokens"):
+        LLM(batching="dense", num_blocks=40, max_model_len=641)
     with pytest.raises(ConfigError, match="batching must be one of paged, dense, not 'sparse'"):
         LLM(batching="sparse")
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.checkpoint import Checkpoint
-from tiny_llm.errors import ConfigError, ModelFileError
+from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
 from tiny_llm.gelu_mlp import geglu
 from tiny_llm.hf_config import model_config
 from tiny_llm.hub import find_model
@@ -270,6 +270,18 @@ def test_a_cache_without_windows_refuses_contexts_beyond_them(tmp_path: Path) ->
     LLM(path, batching="dense", max_model_len=8, kv_cache_memory=1 << 20)
 
 
+def test_an_answer_without_a_limit_ends_where_the_pool_does(tmp_path: Path) -> None:
+    """Layers that see everything fill it; those with windows give back what they pass."""
+    path = write_folder(tmp_path, GEMMA, random_weights(GEMMA))
+    llm = LLM(path, block_size=4, num_blocks=40, max_num_seqs=4, max_num_batched_tokens=8)
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    [output] = llm.generate([5, 6, 7], params, use_tqdm=False)
+    assert 3 + len(output.outputs[0].token_ids) == llm.max_model_len < GEMMA["max_position_embeddings"]
+    assert output.outputs[0].finish_reason == "length"
+    with pytest.raises(RequestTooLargeError, match=f"exceed the context of {llm.max_model_len}"):
+        llm.generate([5] * llm.max_model_len, params, use_tqdm=False)
+
+
 # Parts.
 
 
@@ -369,7 +381,7 @@ def serve(gemma: Checkpoint, real_model: Model) -> Iterator[Serve]:
     loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiny_llm.llm.load_model", lambda *_: loaded)
-        yield lambda **options: LLM("gemma3-270m", max_model_len=2048, **options)
+        yield lambda **options: LLM("gemma3-270m", **{"max_model_len": 2048, **options})
 
 
 def pages_of(llm: LLM) -> PagedBatchManager:
@@ -418,6 +430,7 @@ def test_a_text_beyond_the_window_gives_way_and_goes_on_as_transformers_does(
     llm = serve(
         block_size=4,
         num_blocks=1190,
+        max_model_len=900,
         max_num_batched_tokens=256,
         max_num_seqs=10,
         enable_prefix_caching=False,

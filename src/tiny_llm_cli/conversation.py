@@ -10,8 +10,6 @@ from typing import Self
 
 from tiny_llm import LLM, SamplingParams, TextDelta
 
-from .engine import token_limit
-
 HELP = """\
 /reset   forget the conversation and start again
 /help    show this
@@ -66,7 +64,7 @@ class Conversation:
 
     def _room(self, num_tokens: int) -> int:
         """Tokens left for an answer."""
-        limit = token_limit(self._llm)
+        limit = self._llm.max_model_len
         if num_tokens >= limit:
             raise ValueError(
                 f"the conversation has {num_tokens} tokens and {limit} fit: shorten it or start a new one "
@@ -77,7 +75,7 @@ class Conversation:
     def _why_cut(self, max_tokens: int) -> str:
         if max_tokens == self._params.max_tokens:
             return f"stopped at --max-tokens {max_tokens}"
-        return f"the context of {token_limit(self._llm)} tokens is full: /reset starts a new conversation"
+        return f"the context of {self._llm.max_model_len} tokens is full: /reset starts a new conversation"
 
 
 class StopButton:

@@ -29,13 +29,6 @@ def sampling_params(options: SamplingOptions, **others: Any) -> "SamplingParams"
     return SamplingParams(**{**values, **others})
 
 
-def token_limit(llm: "LLM") -> int:
-    """The longest prompt + output that this engine can hold, in tokens: its context, or its pool."""
-    manager = llm.core.manager
-    in_pool = manager.capacity.num_blocks * manager.capacity.block_size
-    return min(llm.engine_config.model_len(llm.model_config), in_pool)
-
-
 def control_token_ids(llm: "LLM") -> frozenset[int]:
     """The ids of tokens that are no text, such as "<|im_end|>"."""
     return frozenset(_single_ids(llm, llm.tokenizer.control_tokens))

@@ -116,11 +116,9 @@ def _serve_a_full_step(llm: "LLM") -> None:
     """As many prompt tokens as one step takes, and a few outputs; a token where there are no kernels."""
     from tiny_llm import SamplingParams, kernel_info
 
-    from .engine import token_limit
-
     slow = kernel_info().why_unavailable is not None
     length = 1 if slow else llm.engine_config.max_num_batched_tokens
-    prompt = [0] * max(1, min(length, token_limit(llm) - 4))
+    prompt = [0] * max(1, min(length, llm.max_model_len - 4))
     llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
 
 

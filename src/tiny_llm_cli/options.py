@@ -97,7 +97,7 @@ class EngineOptions:
         int | None,
         typer.Option(
             help="Longest prompt + output in tokens.",
-            show_default="the model's context",
+            show_default="the model's context, or what the pool holds",
             rich_help_panel=_ENGINE,
         ),
     ] = None

@@ -165,14 +165,12 @@ def serve(
 
 
 def _demo(engine: EngineOptions) -> EngineOptions:
-    """The demo's pool; an answer without a limit ends where that does. Refuses what it would override."""
+    """The demo's pool, which swaps. Refuses what it would override."""
     if engine.num_blocks is not None or engine.kv_cache_memory is not None:
         raise typer.BadParameter("it says how large the pool is already", param_hint="--demo")
     if engine.batching != "paged" or engine.preemption_mode == "none":
         raise typer.BadParameter("it is about pages that are swapped", param_hint="--demo")
-    room = _DEMO_BLOCKS * engine.block_size
-    length = engine.max_model_len or room
-    return replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap", max_model_len=length)
+    return replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
 
 
 def server_config(options: ServerOptions) -> "ServerConfig":

@@ -1,7 +1,9 @@
 """How the engine runs a model: sizes, limits and policies. Frozen; a misspelled option is an error."""
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Self
 
 from .errors import ConfigError
@@ -32,11 +34,12 @@ class EngineConfig:
     block_size: tokens in one block of the KV pool.
     num_blocks: blocks in the pool; None derives it from `kv_cache_memory`.
     kv_cache_memory: bytes for the pool when `num_blocks` is None; None means half a gibibyte, or
-        less where `max_num_seqs` sequences of `max_model_len` tokens need less.
+        less where `max_num_seqs` sequences of the longest context need less.
     max_num_seqs: sequences that run in one step (each of `n` counts).
     max_num_waiting: requests that may wait at once before the next is turned away; None: any number.
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
-    max_model_len: longest prompt + output in tokens; None means the model's own limit.
+    max_model_len: longest prompt + output in tokens; None means the model's own limit, or what the pool
+        holds where that is less.
     kv_cache_dtype: how keys and values are stored.
     activation_bits: what the compiled kernels round activations to where weights are quantized: 16 says what
         float32 says; 8 costs some accuracy, as in other engines, and computes prompts and batches up to twice
@@ -135,20 +138,39 @@ class EngineConfig:
             )
         return self.swap_space // block_bytes
 
+    def dense_slots(self, model: ModelConfig, bytes_per_value: int) -> int:
+        """Contiguous caches of the longest sequence that fit into the bytes of the pool, at least one."""
+        tokens = self.pool_blocks(model, bytes_per_value) * self.block_size
+        return min(tokens // self.model_len(model, bytes_per_value), self.max_num_seqs)
+
+    def wanted_len(self, model: ModelConfig) -> int:
+        """The longest prompt + output in tokens, if the pool holds it; refuses more than the model's own."""
+        limit = model.max_position_embeddings
+        if self.max_model_len is not None and self.max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len ({self.max_model_len}) exceeds the model's context of {limit} tokens"
+            )
+        return self.max_model_len or limit
+
+    def model_len(self, model: ModelConfig, bytes_per_value: int) -> int:
+        """The longest prompt + output in tokens, which the pool holds.
+
+        Refuses a `max_model_len` beyond the model's own limit, or beyond the pool.
+        """
+        wanted, blocks = self.wanted_len(model), self.pool_blocks(model, bytes_per_value)
+        fits = bisect_right(range(1, wanted + 1), blocks, key=partial(self._most_blocks, model))
+        if fits == 0 or fits < (self.max_model_len or 0):
+            least = self.max_model_len or 1
+            raise ConfigError(
+                f"a sequence of {least} tokens needs {self._most_blocks(model, least)} blocks of "
+                f"{self.block_size}; the pool has {blocks}, for {fits} tokens: raise num_blocks or "
+                "kv_cache_memory, or lower max_model_len"
+            )
+        return fits
+
     def _block_bytes(self, model: ModelConfig, bytes_per_value: int) -> int:
         layer_bytes = self.block_size * model.kv_bytes_per_token(bytes_per_value) // model.num_hidden_layers
         return layer_bytes * layers_per_block(group_layers(model.windows))
-
-    def dense_slots(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Contiguous caches of the longest sequence that fit into the bytes of the pool, at least one."""
-        tokens, length = self.pool_blocks(model, bytes_per_value) * self.block_size, self.model_len(model)
-        if tokens < length:
-            raise ConfigError(
-                f"batching='dense' needs one cache of {length} tokens, "
-                f"{length * model.kv_bytes_per_token(bytes_per_value)} bytes; there is room for {tokens} "
-                "tokens: raise kv_cache_memory or num_blocks, or lower max_model_len"
-            )
-        return min(tokens // length, self.max_num_seqs)
 
     def _wanted_blocks(self, model: ModelConfig, block_bytes: int) -> int:
         if self.num_blocks is not None:
@@ -161,20 +183,13 @@ class EngineConfig:
                     f"one block of {self.block_size} tokens takes {block_bytes} bytes"
                 )
             return blocks
-        of_longest = sum(
-            group.most_blocks(self.model_len(model), self.block_size, self.max_num_batched_tokens)
-            for group in group_layers(model.windows)
-        )
+        of_longest = self._most_blocks(model, self.wanted_len(model))
         return max(1, min(GIB // 2 // block_bytes, self.max_num_seqs * of_longest))
 
-    def model_len(self, model: ModelConfig) -> int:
-        """The longest prompt + output in tokens; refuses more than the model's own limit."""
-        limit = model.max_position_embeddings
-        if self.max_model_len is not None and self.max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len ({self.max_model_len}) exceeds the model's context of {limit} tokens"
-            )
-        return self.max_model_len or limit
+    def _most_blocks(self, model: ModelConfig, num_tokens: int) -> int:
+        """Blocks that a sequence may hold at once on its way to so many tokens."""
+        groups = group_layers(model.windows)
+        return sum(g.most_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
 
 
 def _memory_bytes() -> int:

@@ -18,6 +18,7 @@ from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .engine_loop import Request
 from .evaluation import text_logits
+from .kv_pool import DTYPES
 from .loader import load_model
 from .managers import make_manager
 from .model import Model
@@ -33,8 +34,9 @@ class LLM:
 
     model: a `.gguf` file, a folder in Hugging Face's layout, or a hub id (`owner/name`, or one file of it,
     `owner/name/FILE.gguf`); None is the embedded SmolLM2-135M-Instruct. engine_options: the fields of
-    `EngineConfig`. Any thread may use it, and several at once: the arrays belong to a thread of its own, that
-    ends when the `LLM` is forgotten.
+    `EngineConfig`. max_model_len: the longest prompt + output in tokens, which the pool holds. Any thread may
+    use it, and several at once: the arrays belong to a thread of its own, that ends when the `LLM` is
+    forgotten.
 
     Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option.
     """
@@ -45,6 +47,9 @@ class LLM:
             model, self.engine_config.activation_bits
         )
         self.model_config = self.model.config
+        self.max_model_len = self.engine_config.model_len(
+            self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
+        )
         self.chat_template = _chat_template(self.tokenizer)
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
         make_core = partial(_make_core, self.engine_config, self.model)

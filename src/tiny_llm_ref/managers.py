@@ -41,7 +41,7 @@ def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | 
         config.max_num_seqs,
         model=model,
         max_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.model_len(described),
+        max_model_len=config.model_len(described, dtype.size),
         kv_dtype=dtype,
         policies=_policies(config, described),
         min_pages=config.min_num_blocks,
@@ -68,13 +68,13 @@ def sharing(groups: Seq[LayerGroup]) -> Callable[[BlockAllocator, int], PrefixPo
 
 def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
     window = min((window for window in model.config.windows if window is not None), default=None)
-    model_len = config.model_len(model.config)
+    dtype = DTYPES[config.kv_cache_dtype]
+    model_len = config.model_len(model.config, dtype.size)
     if window is not None and model_len > window:
         raise ConfigError(
             f"batching 'dense' has no windows, but layers of this model see {window} tokens of a context of "
             f"{model_len}: use batching 'paged', or a max_model_len of at most {window}"
         )
-    dtype = DTYPES[config.kv_cache_dtype]
     return DenseBatchManager(
         config.dense_slots(model.config, dtype.size),
         model_len,

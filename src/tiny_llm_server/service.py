@@ -85,7 +85,7 @@ class Service:
     @property
     def max_model_len(self) -> int:
         """Longest prompt and answer together, in tokens."""
-        return self.llm.engine_config.model_len(self.llm.model_config)
+        return self.llm.max_model_len
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
