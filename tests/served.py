@@ -1,6 +1,5 @@
 """A server for tests: a real one, on a port of 127.0.0.1 that nobody else has, in a thread of its own."""
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ def serving(
     """A server of what `load` makes; wait: until that is there. It has ended when this is left."""
     app = make_app(load, config)
     server = GracefulServer(app, "127.0.0.1", 0, grace=5.0, log_level="warning")
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]

@@ -24,7 +24,15 @@ class GracefulServer(uvicorn.Server):
         self, app: FastAPI, host: str, port: int, grace: float | None = None, log_level: str = "info"
     ) -> None:
         super().__init__(
-            uvicorn.Config(app, host, port, log_level=log_level, lifespan="on", server_header=False)
+            uvicorn.Config(
+                app,
+                host,
+                port,
+                http="h11",  # httptools, where somebody has it, takes headers without end
+                log_level=log_level,
+                lifespan="on",
+                server_header=False,
+            )
         )
         self._service: Service = app.state.service
         self._grace = grace
