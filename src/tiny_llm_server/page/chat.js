@@ -1,6 +1,9 @@
 /** The conversation: what was said, the question, and the answer as it comes. */
 
-import { ApiError } from "./sse.js";
+import { reasonOf } from "./sse.js";
+
+const NOTHING = "\u00a0"; // on a line that keeps its place
+const NEAR = 40; // pixels from the end of the conversation
 
 export class Chat {
   #messages = []; // as the API takes them
@@ -40,7 +43,7 @@ export class Chat {
     this.stop();
     this.#messages = [];
     this.#list.replaceChildren(this.#hint);
-    this.#figures.textContent = "\u00a0";
+    this.#figures.textContent = NOTHING;
     this.#question.focus();
   }
 
@@ -50,21 +53,34 @@ export class Chat {
     const running = new AbortController();
     this.#busy(running);
     this.#question.value = "";
+    this.#figures.textContent = NOTHING;
     this.#hint.remove();
-    this.#bubble("user", "You", question);
+    this.#list.querySelector(".refusal")?.remove();
+    const asked = this.#bubble("user", "You", question);
     const bubble = this.#bubble("assistant", "Model", "");
+    this.#list.scrollTop = this.#list.scrollHeight;
     const messages = [...this.#messages, { role: "user", content: question }];
     const answer = { text: "", end: null };
     try {
       await this.#read(messages, running.signal, bubble, answer);
     } catch (error) {
       answer.end = running.signal.aborted ? "stopped" : broken(error, answer.text);
-      if (!answer.text && !running.signal.aborted) this.#question.value ||= question;
     }
-    const isThere = this.#list.contains(bubble.article);
-    if (answer.text && isThere) this.#messages = [...messages, { role: "assistant", content: answer.text }];
-    this.#finish(bubble, answer);
+    if (this.#list.contains(bubble.article)) {
+      if (answer.text) this.#messages = [...messages, { role: "assistant", content: answer.text }];
+      if (answer.text || running.signal.aborted || !answer.end) this.#finish(bubble, answer);
+      else this.#takeBack(question, asked, bubble, answer.end);
+    }
     if (this.#running === running) this.#busy(null);
+  }
+
+  /** There is no answer: the question goes back to where it was written, and what is wrong is said. */
+  #takeBack(question, asked, bubble, why) {
+    asked.article.remove();
+    bubble.article.remove();
+    this.#question.value ||= question;
+    const { article } = this.#bubble("refusal", "Not answered", "");
+    this.#finish({ article }, { text: "", end: why });
   }
 
   async #read(messages, signal, bubble, answer) {
@@ -86,8 +102,9 @@ export class Chat {
         times.push(performance.now());
         answer.text += delta.content;
         this.known.piece(id, 0, delta.content);
-        bubble.text.textContent = answer.text;
-        this.#list.scrollTop = this.#list.scrollHeight;
+        this.#follow(() => {
+          bubble.text.textContent = answer.text;
+        });
         this.#show(id, times, times.length - 1);
       }
     }
@@ -111,15 +128,20 @@ export class Chat {
     const body = Object.assign(document.createElement("p"), { textContent: text });
     article.append(head, body);
     this.#list.append(article);
-    this.#list.scrollTop = this.#list.scrollHeight;
     return { article, text: body };
   }
 
+  /** Make the conversation longer; who reads its end goes on to do so, and who has scrolled up stays there. */
+  #follow(change) {
+    const { scrollHeight, scrollTop, clientHeight } = this.#list;
+    change();
+    if (scrollHeight - scrollTop - clientHeight < NEAR) this.#list.scrollTop = this.#list.scrollHeight;
+  }
+
   #finish({ article }, answer) {
-    if (!article.isConnected) return;
     if (answer.end) {
-      article.append(Object.assign(document.createElement("p"), { className: "end", textContent: answer.end }));
-      this.#list.scrollTop = this.#list.scrollHeight;
+      const end = Object.assign(document.createElement("p"), { className: "end", textContent: answer.end });
+      this.#follow(() => article.append(end));
     }
     this.announcer.say(`${answer.text || "No answer"}${answer.end ? `: ${answer.end}` : ""}`);
   }
@@ -135,6 +157,7 @@ export class Chat {
 
 /** What happened to an answer that has no end: an error of the server, or nobody is there. */
 function broken(error, text) {
-  const why = error instanceof ApiError ? error.message : "the connection to the server is lost";
+  const why = reasonOf(error);
+  if (error.code === "context_length_exceeded") return `${why}: lower “Max tokens”, or begin a new chat`;
   return text ? `broken off: ${why}` : why;
 }

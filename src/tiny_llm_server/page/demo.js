@@ -4,6 +4,8 @@
  * All sizes are shares of the pool in tokens, capped so that a large pool is not kept busy for minutes.
  */
 
+import { reasonOf } from "./sse.js";
+
 const MOST_TOKENS = 2048; // of a pool that the demo can fill
 const CHARACTERS = 4.6; // of a token of English text, about
 
@@ -52,7 +54,7 @@ export function plan({ numBlocks, blockSize, numTables }) {
     request("long prompt", [user(`Go on: ${textOf(share(0.25))}`)], share(0.1), 1),
     request("shared 1", [system, user(`${TASK} why are there blocks?`)], share(0.13), 2),
     request("shared 2", [system, user(`${TASK} what is in a block table?`)], share(0.13), 3),
-    request("shared, n = 3", [system, user(`${TASK} who may share a block?`)], share(0.13), 4, 3),
+    request("n = 3", [system, user(`${TASK} who may share a block?`)], share(0.13), 4, 3),
   ];
   return { isLarge: tokens > 1.5 * MOST_TOKENS, requests };
 }
@@ -77,6 +79,12 @@ export class Demo {
     this.#load.addEventListener("click", () => this.start());
   }
 
+  /** Without a pool there is nothing to load; what was said of a server that was gone is over once it is back. */
+  enable(hasPool, isLive) {
+    this.#load.disabled = !hasPool;
+    if (isLive && !this.#running) this.#say("");
+  }
+
   /** Cancel its requests. */
   stop() {
     this.#running?.abort();
@@ -84,27 +92,34 @@ export class Demo {
 
   /** Send its requests, if they are not under way; returns when all have ended. */
   async start() {
-    if (this.#running || !this.pool.numBlocks) return;
+    if (this.#running) return;
     const running = (this.#running = new AbortController());
     const { isLarge, requests } = plan(this.pool);
     this.#load.setAttribute("aria-disabled", "true");
     this.#say(isLarge ? "Preemption needs a smaller pool: tiny-llm serve --demo" : "");
-    const results = await this.#send(requests, running.signal);
-    const failed = results.find(({ status }) => status === "rejected");
-    if (failed && !running.signal.aborted) this.#say(`Not all could run: ${failed.reason.message}`);
+    const failure = await this.#send(requests, running.signal);
+    if (running.signal.aborted || !failure) this.#say("");
+    else this.#say(`Not all could run: ${reasonOf(failure)}`);
     this.#load.removeAttribute("aria-disabled");
     this.#running = null;
   }
 
-  /** One after the other has been accepted, so that the newest is the same each time. */
+  /**
+   * One after the other has been accepted, so that the newest is the same each time.
+   * Returns when all have ended: what the first one failed with, after which no more are sent, or undefined.
+   */
   async #send(requests, signal) {
+    const failures = [];
     const answers = [];
     for (const one of requests) {
       await new Promise((accepted) => {
-        answers.push(this.#read(one, signal, accepted).finally(accepted));
+        const answer = this.#read(one, signal, accepted);
+        answers.push(answer.catch((error) => failures.push(error)).finally(accepted));
       });
+      if (failures.length) break;
     }
-    return Promise.allSettled(answers);
+    await Promise.all(answers);
+    return failures[0];
   }
 
   async #read({ name, body }, signal, accepted) {

@@ -3,12 +3,12 @@
 const WINDOW = 2; // seconds of the server's clock over which tokens are counted
 
 const NAMES = {
-  speed: "Tokens/s",
-  running: "Running",
-  waiting: "Waiting",
-  usage: "Pool in use",
-  hits: "Prefix hit rate",
-  preemptions: "Preemptions",
+  speed: ["Tokens/s", "Output tokens of all requests, over the last two seconds of steps"],
+  running: ["Running", "Sequences that have a place in each step; each of n completions is one"],
+  waiting: ["Waiting", "Sequences without a place: they have not begun, or gave way to others"],
+  usage: ["Pool in use", "Blocks that a block table has; cached, idle ones can be taken at any time"],
+  hits: ["Prefix hit rate", "Prompt tokens that were found in the pool, since the server began"],
+  preemptions: ["Preemptions", "How often a sequence had to give its blocks up, since the server began"],
 };
 
 export class Figures {
@@ -19,8 +19,8 @@ export class Figures {
   constructor(pool) {
     this.pool = pool;
     const list = document.querySelector("#figures");
-    for (const [name, title] of Object.entries(NAMES)) {
-      const box = document.createElement("div");
+    for (const [name, [title, meaning]] of Object.entries(NAMES)) {
+      const box = Object.assign(document.createElement("div"), { title: meaning });
       const [head, value] = [document.createElement("dt"), document.createElement("dd")];
       head.textContent = title;
       value.id = `figure-${name}`;

@@ -19,11 +19,13 @@ export class KeyField {
   ask(signal) {
     if (this.#form.hidden) {
       this.#form.querySelector("[data-says]").textContent = savedKey()
-        ? "This key is not one of the server's."
-        : "This server asks for an API key.";
+        ? "This key is not one of the server's. Another one:"
+        : "This server asks for an API key:";
+      this.#form.classList.toggle("wrong", savedKey() !== "");
       this.#form.hidden = false;
       this.#form.elements.key.select();
     }
+    if (signal) this.#form.elements.key.focus(); // somebody waits for it
     return new Promise((resolve, reject) => {
       this.#waiting.push(resolve);
       signal?.addEventListener("abort", () => reject(signal.reason), { once: true });

@@ -1,5 +1,7 @@
 /** What this page knows of requests that it made itself: `/live` has numbers alone, and no text of anybody. */
 
+import { completionOf } from "./labels.js";
+
 const MOST_REQUESTS = 64; // that are remembered, the newest
 
 export class Known {
@@ -39,8 +41,8 @@ export class Known {
   of(sequence) {
     const request = this.#requests.get(sequence.request);
     if (!request) return { name: "another client", text: "" };
-    const index = Number(/\/(\d+)$/.exec(sequence.id)?.[1] ?? 0);
-    return { name: request.name, text: (request.pieces[index] ?? []).slice(0, sequence.outputs).join("") };
+    const pieces = request.pieces[completionOf(sequence) ?? 0] ?? [];
+    return { name: request.name, text: pieces.slice(0, sequence.outputs).join("") };
   }
 }
 

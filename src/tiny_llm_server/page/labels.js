@@ -9,65 +9,55 @@ const HUES = 12; // as many as style.css has
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 
 export class Labels {
-  #requests = new Map(); // id -> {index, sequences, isNumbered}
-  #inUse = new Set();
+  #indices = new Map(); // by request id
   #next = 0;
 
   /** Forget all names. */
   clear() {
-    this.#requests.clear();
-    this.#inUse.clear();
+    this.#indices.clear();
     this.#next = 0;
   }
 
-  /** Give names to a sequence and its request, if they have none. */
-  add(sequence) {
-    const request = this.#requests.get(sequence.request) ?? this.#newRequest(sequence.request);
-    if (!request.sequences.includes(sequence.id)) request.sequences.push(sequence.id);
-    request.isNumbered ||= sequence.forks > 0 || request.sequences.length > 1;
+  /** Give a letter to a sequence's request, if it has none. */
+  add({ request }) {
+    if (this.#indices.has(request)) return;
+    const inUse = new Set(this.#indices.values());
+    let index = this.#next;
+    while (inUse.has(index)) index += 1;
+    this.#next = (index + 1) % LETTERS.length;
+    this.#indices.set(request, index);
   }
 
   /** A sequence has ended: once all of its request have, their letter may be used again. */
-  end(sequence, remaining) {
-    const request = this.#requests.get(sequence.request);
-    if (!request || remaining.some((other) => other.request === sequence.request)) return;
-    this.#inUse.delete(request.index);
-    this.#requests.delete(sequence.request);
+  end({ request }, remaining) {
+    if (!remaining.some((other) => other.request === request)) this.#indices.delete(request);
   }
 
   /** "B", or "B2" for one of several completions. */
   of(sequence) {
-    const request = this.#requests.get(sequence.request);
-    if (!request) return "?";
-    const number = request.isNumbered ? request.sequences.indexOf(sequence.id) + 1 : "";
-    return letters(request.index) + number;
+    const index = completionOf(sequence);
+    return this.letter(sequence) + (index === null ? "" : index + 1);
   }
 
   /** True for a completion that was forked from its request's first one. */
   isFork(sequence) {
-    return (this.#requests.get(sequence.request)?.sequences.indexOf(sequence.id) ?? 0) > 0;
+    return (completionOf(sequence) ?? 0) > 0;
   }
 
   /** The letter of a sequence's request. */
-  letter(sequence) {
-    const request = this.#requests.get(sequence.request);
-    return request ? letters(request.index) : "?";
+  letter({ request }) {
+    return this.#indices.has(request) ? letters(this.#indices.get(request)) : "?";
   }
 
   /** 0 .. 11: the hue of a sequence's request. */
-  hue(sequence) {
-    return (this.#requests.get(sequence.request)?.index ?? 0) % HUES;
+  hue({ request }) {
+    return (this.#indices.get(request) ?? 0) % HUES;
   }
+}
 
-  #newRequest(id) {
-    let index = this.#next;
-    while (this.#inUse.has(index)) index += 1;
-    this.#next = (index + 1) % LETTERS.length;
-    this.#inUse.add(index);
-    const request = { index, sequences: [], isNumbered: false };
-    this.#requests.set(id, request);
-    return request;
-  }
+/** Which of its request's completions a sequence is, 0 for the first; null where there is only one. */
+export function completionOf({ id, request }) {
+  return id === request ? null : Number(id.slice(request.length + 1)); // "request/0", "request/1", ...
 }
 
 /** A .. Z, AA .. AZ, BA, ... */

@@ -56,14 +56,12 @@ export function linesOf(change, labels) {
   }
   if (back.length) say("swapped_in", `swapped in: ${blocks(back.length)} copied from the host`);
   if (evicted.length) lines.push({ kind: "evicted", text: "", evicted: evicted.length });
-  for (const { from, to, holder } of change.copies) {
-    say("copied", `copy-on-write: block ${from} copied to ${to}${holder ? ` for ${labels.of(holder)}` : ""}`);
-  }
-  for (const one of change.prefilled) {
-    if (one.cached && !labels.isFork(one)) {
+  for (const one of change.admitted) {
+    if (one.cached && !one.wasPreempted && !labels.isFork(one)) {
       say("hit", `prefix hit: ${one.cached} of ${labels.of(one)}’s ${one.prompt} prompt tokens`);
     }
   }
+  for (const copy of change.copies) say("copied", copied(copy, labels));
   for (const one of change.admitted) {
     if (!one.wasPreempted && labels.isFork(one)) say("forked", `forked: ${labels.of(one)} shares its prompt’s blocks`);
   }
@@ -75,6 +73,14 @@ function preemption(one, name) {
   return one.host_blocks
     ? `${name} preempted: ${blocks(one.host_blocks)} on the host`
     : `${name} preempted: its blocks are given up, to recompute`;
+}
+
+/** Blocks that others hold are copied on write; so is a kept one that begins alike and goes on otherwise. */
+function copied({ from, to, holder, isHeld }, labels) {
+  const reader = holder ? ` for ${labels.of(holder)}` : "";
+  return isHeld
+    ? `copy-on-write: block ${from} copied to ${to}${reader}`
+    : `copy-on-write: cached block ${from}, a part of which fits, copied to ${to}${reader}`;
 }
 
 const admission = (one, name) => (one.wasPreempted ? `${name} goes on` : `${name} begins`);

@@ -42,7 +42,7 @@ const demo = new Demo(pool, ask, known);
 
 const STATES = {
   connecting: "Connecting …",
-  key: "The server asks for an API key.",
+  key: "", // the form says it
   loading: "The server takes no requests now: its model loads, or it is about to end. Trying again …",
   lost: "The connection to the server is lost. Trying again …",
   off: "This server does not show its pool (it runs with --no-live). The chat works.",
@@ -51,9 +51,10 @@ const STATES = {
 
 function showState(state) {
   document.body.dataset.live = state;
+  demo.enable(pool.numBlocks > 0, state === "live");
   const { numBlocks, blockSize } = pool;
   say("#status", state === "live" ? "Connected." : STATES[state]);
-  if (state === "live") say("#pool-size", `${numBlocks.toLocaleString("en")} blocks of ${blockSize} tokens`);
+  if (state === "live") say("#pool-size", `${numBlocks.toLocaleString("en")} blocks; each holds the keys and values of ${blockSize} tokens`);
 }
 
 function take(message) {
@@ -120,7 +121,7 @@ function show(steps) {
 function drawRest() {
   figures.update();
   drawFocus();
-  say("#behind", playback.behind ? `${playback.behind.toLocaleString("en")} steps behind` : "");
+  say("#behind", waits(playback));
   find("#catch-up").setAttribute("aria-disabled", playback.behind === 0);
 }
 
@@ -128,6 +129,13 @@ function drawFocus() {
   requests.update(focus.chosen);
   table?.show(focus.sequence);
   say("#detail", focus.detail);
+}
+
+/** How many steps have come and are not shown. */
+function waits({ behind, pace }) {
+  if (!behind) return "";
+  const steps = behind === 1 ? "1 step" : `${behind.toLocaleString("en")} steps`;
+  return pace === PAUSED ? `paused, ${steps} behind` : `${steps} behind`;
 }
 
 function summary() {

@@ -10,7 +10,7 @@
 /**
  * What a step has changed, for whoever draws it.
  * @typedef {{t: number, blocks: Set<number>, events: Array, tokens: number, admitted: object[],
- *            prefilled: object[], preempted: object[], ended: object[],
+ *            preempted: object[], ended: object[],
  *            copies: {from: number, to: number, holder: object}[]}} Change
  */
 
@@ -56,7 +56,9 @@ export class Pool {
     }
     for (const sequence of step.sequences) this.#take(sequence, change);
     for (const [kind, to, , from] of step.events) {
-      if (kind === "copied") change.copies.push({ from, to, holder: this.holdersOf(to)[0] });
+      if (kind !== "copied") continue;
+      const isHeld = (this.blocks.get(from)?.holders ?? 0) > 0;
+      change.copies.push({ from, to, holder: this.holdersOf(to)[0], isHeld });
     }
     for (const id of step.ended) this.#end(id, change);
     this.stats = step.stats;
@@ -83,7 +85,7 @@ export class Pool {
 
   #take(said, change) {
     const before = this.sequences.get(said.id);
-    const now = { preempted: false, prefilled: false, ...before, ...said };
+    const now = { preempted: false, ...before, ...said };
     now.tables = said.tables ?? before?.tables ?? [];
     this.numTables = Math.max(this.numTables, now.tables.length);
     if (said.tables) {
@@ -97,10 +99,6 @@ export class Pool {
     } else if (now.state === "waiting" && before?.state === "running") {
       now.preempted = true;
       change.preempted.push(now);
-    }
-    if (!now.prefilled && now.outputs > 0) {
-      now.prefilled = true;
-      change.prefilled.push(now);
     }
     change.tokens += Math.max(0, now.outputs - (before?.outputs ?? 0));
   }
@@ -135,5 +133,5 @@ export class Pool {
 
 const newChange = (t) => ({
   ...{ t, blocks: new Set(), events: [], tokens: 0 },
-  ...{ admitted: [], prefilled: [], preempted: [], ended: [], copies: [] },
+  ...{ admitted: [], preempted: [], ended: [], copies: [] },
 });

@@ -15,6 +15,10 @@ export class ApiError extends Error {
   }
 }
 
+/** Why an answer is not there, in words: the server's, or that there is no server. */
+export const reasonOf = (error) =>
+  error instanceof ApiError ? error.message : "the connection to the server is lost";
+
 /** The key that requests bring, or "". */
 export const savedKey = () => sessionStorage.getItem(KEY) ?? "";
 

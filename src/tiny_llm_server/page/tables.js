@@ -10,6 +10,7 @@ export class BlockTable {
   #scroll = document.querySelector("#scroll");
   #sequence = null;
   #seen = null;
+  #width = 0;
   #block = null;
 
   constructor(labels, grid) {
@@ -36,7 +37,15 @@ export class BlockTable {
     this.#sequence = sequence;
     this.#strip.className = sequence ? `block-table h${this.labels.hue(sequence)}` : "block-table";
     this.#strip.replaceChildren(...(sequence ? this.#rows(sequence) : [emptyNote()]));
+    this.#keepHeight();
     this.layout();
+  }
+
+  /** As high as it ever was at this width, so that the grid below stays where it is. */
+  #keepHeight() {
+    if (this.#strip.clientWidth !== this.#width) this.#strip.style.minHeight = "";
+    this.#width = this.#strip.clientWidth;
+    this.#strip.style.minHeight = `${this.#strip.offsetHeight}px`;
   }
 
   /** Draw the arrows anew: cells or chips have moved. */
@@ -57,7 +66,7 @@ export class BlockTable {
     return held.map((table, index) => {
       const row = element("div", "table-row");
       const which = held.length > 1 ? ` ${index + 1}` : "";
-      const head = element("div", "table-head", `Block table of ${name}${which}`);
+      const head = element("div", "table-head", `Block table of ${name}${which}: its blocks, and which of the pool’s they are`);
       const chips = element("ol", "chips");
       chips.append(...table.blocks.map((block, place) => chip(table.first + place, block)));
       row.append(head, chips);
