@@ -3,19 +3,22 @@
 Oracle: the engine's own tables and prefix cache.
 """
 
+import asyncio
 import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 from served import Served, serving, until
-from tiny_llm import LLM, PagedBatchManager
+from tiny_llm import LLM, PagedBatchManager, SamplingParams
 from tiny_llm_server import ServerConfig, live
+from tiny_llm_server.service import Service
 
 SYSTEM = "You answer in one short sentence, and you never say more than is asked of you. Secret: xyzzy."
 QUESTIONS = ["What is the capital of France?", "What is two and two?", "Name a colour.", "Say hello."]
@@ -172,6 +175,28 @@ def test_who_reads_too_slowly_is_told_anew(served: Served, llm: LLM, monkeypatch
         load_it(served)
         until(lambda: viewer.knows(llm))
     assert viewer.heard["pool"] > 1
+
+
+def test_who_does_not_read_at_all_is_not_waited_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more steps are kept for him; when he reads on he is told from the beginning what there is."""
+    monkeypatch.setattr(live, "MOST_STEPS", 8)
+
+    async def watch() -> list[dict[str, Any]]:
+        service = Service(lambda: llm, ServerConfig())
+        await service.load()
+        watcher = live._Watcher(service)
+        told = []
+        async with aclosing(watcher.messages()) as messages:
+            told.append(json.loads(await anext(messages) or ""))
+            params = SamplingParams(max_tokens=40, ignore_eos=True)
+            await asyncio.to_thread(llm.generate, "Once", params, use_tqdm=False)
+            await asyncio.to_thread(until, lambda: llm.engine._loop._watch is None)
+            told.append(json.loads(await anext(messages) or ""))
+        return told
+
+    first, anew = asyncio.run(watch())
+    assert first["type"] == anew["type"] == "pool"
+    assert anew["stats"]["cached"] == llm.engine.stats.num_cached_blocks >= 2
 
 
 def test_the_end_of_the_server_is_the_end_of_the_stream() -> None:

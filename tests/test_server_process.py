@@ -1,8 +1,10 @@
 """`tiny-llm serve` as a process: what it prints, what signals do to it, and what it refuses to begin with."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +15,8 @@ from contextlib import contextmanager
 import httpx2 as httpx
 import pytest
 
-from served import until
+from served import serving, until
+from tiny_llm import LLM
 
 BODY = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
 
@@ -23,7 +26,8 @@ class Process:
 
     def __init__(self, *options: str) -> None:
         size = [] if "--demo" in options else ["--num-blocks", "512"]
-        command = [sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "0", *size, *options]
+        port = [] if "--port" in options else ["--port", "0"]
+        command = [sys.executable, "-m", "tiny_llm_cli", "serve", *port, *size, *options]
         both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.popen = subprocess.Popen(command, **both, text=True, env=os.environ.copy())
         self.lines: list[str] = []
@@ -36,7 +40,7 @@ class Process:
 
         def listens() -> bool:
             assert self.popen.poll() is None, self.lines
-            found[:] = [re.search(r"running on (http://\S+)", line) for line in self.lines]
+            found[:] = [re.search(r"Listening on (http://\S+)", line) for line in self.lines]
             return any(found)
 
         until(listens, 60)
@@ -106,6 +110,43 @@ def test_the_second_signal_ends_them_at_once() -> None:
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_client_that_does_not_read_is_not_waited_for(signals: int) -> None:
+    """His answer is larger than what the system takes off the server's hands."""
+    body = json.dumps({"prompt": " a" * 700_000, "return_token_strs": True}).encode()
+    head = (
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    with process() as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, _, port = server.url().removeprefix("http://").partition(":")
+        with httpx.Client(base_url=server.url(), timeout=60) as other:
+            ready(other)
+        client.connect((host, int(port)))
+        client.sendall(head % len(body) + body)
+        until(lambda: bool(client.recv(1, socket.MSG_PEEK)), 60)
+        for _ in range(signals):
+            server.popen.send_signal(signal.SIGTERM)
+        assert server.ended(30) == 0
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
+
+
+def test_a_model_that_loads_is_not_waited_for() -> None:
+    """One signal is enough: nothing has been accepted yet."""
+    never = threading.Event()
+
+    def load() -> LLM:
+        never.wait()
+        raise ValueError("nobody waits for it")
+
+    try:
+        with serving(load, wait=False) as here:
+            here.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: not here.server.servers or not here.server.servers[0].is_serving())
+    finally:
+        never.set()
+
+
 def test_grace_is_over_some_time() -> None:
     with process("--grace", "0.5") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
         ready(client)
@@ -152,6 +193,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
         (["--demo", "--batching", "dense"], "pages that are swapped"),
         (["--demo", "--preemption-mode", "none"], "pages that are swapped"),
         (["--isolate-keys"], "isolate_keys is for a server that has api_keys"),
+        (["--num-blocks", "0"], "num_blocks must be at least 1, not 0"),
+        (["--kv-cache-dtype", "int8"], "not 'int8'"),
         (["--keep-alive", "0"], "keep_alive must be more than 0 seconds, not 0"),
     ],
 )
@@ -203,6 +246,16 @@ def test_the_demo_answers_like_any_server() -> None:
         answer = client.post("/v1/chat/completions", json={**chat, "n": 2})
         said = [choice["message"]["content"] for choice in answer.json()["choices"]]
         assert said == ["The capital of France is Paris."] * 2
+
+
+def test_an_address_that_is_not_to_be_had_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with process("--port", str(port)) as server:
+            assert server.ended(60) == 1
+            until(lambda: bool(server.lines))
+    [line] = server.lines
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host, --port" in line
 
 
 def test_an_open_door_without_a_key_is_pointed_out() -> None:

@@ -17,6 +17,15 @@ def load(options: EngineOptions, **others: Any) -> "LLM":
     return LLM(**asdict(options), **others)
 
 
+def check(options: EngineOptions, **others: Any) -> None:
+    """Refuse what no model could run with, before one is loaded."""
+    from tiny_llm import EngineConfig
+
+    values = {**asdict(options), **others}
+    del values["model"]
+    EngineConfig.from_options(**values)
+
+
 def sampling_params(options: SamplingOptions, **others: Any) -> "SamplingParams":
     """The `SamplingParams` of `options`; `others` are fields of it that only one command has."""
     from tiny_llm import SamplingParams

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .engine import load
+from .engine import check, load
 from .options import EngineOptions, parse_bytes, takes_groups
 
 if TYPE_CHECKING:
@@ -154,14 +154,16 @@ def serve(
     if demo:
         engine = _demo(engine)
     from tiny_llm_server import make_app
-    from tiny_llm_server.serve import GracefulServer
+    from tiny_llm_server.serve import GracefulServer, listen
 
+    check(engine, seed=seed)
     config = server_config(server)
     if host not in _LOOPBACK and not config.api_keys:
         print(
             f"tiny-llm: warning: {host} may be reached by others, and there is no --api-key", file=sys.stderr
         )
-    GracefulServer(make_app(partial(load, engine, seed=seed), config), host, port, grace, log_level).run()
+    app = make_app(partial(load, engine, seed=seed), config)
+    GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 
 def _demo(engine: EngineOptions) -> EngineOptions:

@@ -49,7 +49,8 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
         try:
             yield
         finally:
-            await loading
+            loading.cancel()  # a model that is not there by now is not waited for
+            await asyncio.gather(loading, return_exceptions=True)
             await asyncio.to_thread(service.stop)
 
     app = FastAPI(

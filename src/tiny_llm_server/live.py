@@ -48,7 +48,7 @@ class _Step(NamedTuple):
 class _Ear:
     """Hears of every step in the engine's thread, and keeps it in `steps` for the event loop's.
 
-    news: set whenever there are more of them.
+    news: set whenever there are more of them. is_late: so many of them waited that it hears no more.
     """
 
     def __init__(self, engine: Engine, news: asyncio.Event) -> None:
@@ -56,6 +56,7 @@ class _Ear:
         self._engine = engine
         self._news = news
         self._loop = asyncio.get_running_loop()
+        self.is_late = False
         self._is_closed = False
         self._stop: Callable[[], object] | None = None
 
@@ -81,7 +82,11 @@ class _Ear:
         self._loop.call_soon_threadsafe(self._keep, _Step(monotonic(), change, self._engine.stats))
 
     def _keep(self, step: _Step) -> None:
-        self.steps.append(step)
+        if len(self.steps) < MOST_STEPS:
+            self.steps.append(step)
+        else:
+            self.is_late = True
+            self.close()
         self._news.set()
 
 
@@ -107,7 +112,7 @@ class _Watcher:
     async def _until_late(self, ear: _Ear) -> AsyncGenerator[str | None, None]:
         """Everything from now on, until so much waits for its reader that he had better begin anew."""
         yield json.dumps(self._pool(ear.steps.pop(0)))
-        while len(ear.steps) < MOST_STEPS and not self._service.is_ending:
+        while not ear.is_late and not self._service.is_ending:
             if not await self._wait(self._service.config.keep_alive):
                 yield None
             if ear.steps:

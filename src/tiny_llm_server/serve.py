@@ -1,10 +1,13 @@
 """The process: uvicorn around the application, and what signals do to it.
 
 The first SIGTERM or SIGINT drains: new requests get 503, accepted ones go on to their end, or until the grace
-period is over. A second one ends them at once, a third one does not wait for anybody.
+period is over. A second one ends them at once, a third one does not wait for anybody. A client that does not
+read its answer is hung up on.
 """
 
 import asyncio
+import errno
+import logging
 import socket
 from types import FrameType
 
@@ -12,6 +15,32 @@ import uvicorn
 from fastapi import FastAPI
 
 from .service import Service
+
+LINGER = 5.0  # seconds that clients have to read what there is for them, once nothing more comes
+LINGER_AT_ONCE = 0.5
+LOG = logging.getLogger("uvicorn.error")
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets at the addresses of a host that this machine has. Raises OSError where they cannot be had."""
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                sockets.append(socket.create_server(address[:2], family=family))
+            except OSError as error:
+                failure = error
+                if error.errno != errno.EADDRNOTAVAIL:  # names have an address of IPv6 also where that is off
+                    break
+    except OSError as error:
+        failure = error
+    if failure is None or (sockets and failure.errno == errno.EADDRNOTAVAIL):
+        return sockets
+    for opened in sockets:
+        opened.close()
+    why = (failure.strerror or str(failure)).partition(" (")[0]
+    raise OSError(f"cannot listen on {host}, port {port}: {why}; see --host, --port")
 
 
 class GracefulServer(uvicorn.Server):
@@ -52,6 +81,13 @@ class GracefulServer(uvicorn.Server):
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._leave)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            LOG.info("Listening on http://%s:%d (Ctrl-C ends it)", f"[{host}]" if ":" in host else host, port)
+
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: uvicorn asks ten times a second."""
         ends = self._service.failure is not None or await super().on_tick(counter)
@@ -63,7 +99,7 @@ class GracefulServer(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         elif self._stopping is None:
-            self._stopping = asyncio.create_task(asyncio.to_thread(self._service.stop))
+            self._stopping = asyncio.create_task(self._stop())
         else:
             self.should_exit = self.force_exit = True
 
@@ -72,3 +108,15 @@ class GracefulServer(uvicorn.Server):
             await self._service.drain(self._grace)
         finally:
             self.should_exit = True
+        await asyncio.sleep(LINGER)
+        self._hang_up()
+
+    async def _stop(self) -> None:
+        await asyncio.to_thread(self._service.stop)
+        await asyncio.sleep(LINGER_AT_ONCE)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End all connections: whoever has not read his answer by now does not get it."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

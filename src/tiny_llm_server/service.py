@@ -3,8 +3,10 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from enum import Enum
+from threading import Thread
 from time import time
 from typing import Any
 
@@ -48,14 +50,20 @@ class Service:
         self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
 
     async def load(self) -> None:
-        """Load the model; returns when it is there, or when it has failed."""
+        """Load the model; returns when it is there, or has failed. Cancelled, it waits for neither."""
+        outcome: Future[LLM] = Future()
+        Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
         try:
-            self._llm = await asyncio.to_thread(self._load)
+            self._llm = await asyncio.wrap_future(outcome)
         except Exception as error:  # whatever it is, whoever started the server wants to know
             self.failure = error
         else:
             config, stats = self._llm.engine_config, self._llm.engine.stats
-            LOG.info("%s is ready: %d blocks of %d", self.model_name, stats.num_blocks, config.block_size)
+            LOG.info(
+                "%s is ready: %d blocks of %d tokens, contexts of %d; the API is at /v1%s",
+                *(self.model_name, stats.num_blocks, config.block_size, self._llm.max_model_len),
+                ", the live page at /" if self.config.live else "",
+            )
 
     @property
     def status(self) -> Status:
@@ -172,6 +180,15 @@ class Service:
         """End whatever runs, at once."""
         if self._llm is not None:
             self._llm.engine.stop()
+
+
+def _settle(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
+    """Give a future what `load` returns or raises."""
+    outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it
+    try:
+        outcome.set_result(load())
+    except Exception as error:
+        outcome.set_exception(error)
 
 
 def prompt_ids(request_id: str, num_prompts: int) -> list[str]:
