@@ -1,5 +1,7 @@
 """From tokens to text: stop strings, text held back, streams. The oracle decodes all ids at once."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from tiny_llm.output_processor import CompletionText, RequestState
 from tiny_llm.outputs import Logprob, RequestUsage, TextDelta
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import TokenLogprobs
+from tiny_llm.stop_string import StopString
 from tiny_llm.token_output import TokenOutput
 from tiny_llm.tokenizer import Tokenizer
 
@@ -90,6 +93,33 @@ def test_no_more_is_held_back_than_could_begin_a_stop_string(ids: list[int], sto
         so_far = TOKENIZER.decode(ids[: i + 1])
         begins = [length for s in stop for length in range(1, len(s)) if so_far.endswith(s[:length])]
         assert streamed == so_far[: len(so_far) - max(begins, default=0)]
+
+
+@given(st.text("ab", min_size=1, max_size=6), st.lists(st.text("ab", max_size=5), max_size=12))
+def test_a_stop_string_knows_what_the_text_ends_with(text: str, pieces: list[str]) -> None:
+    """Oracle: every beginning of it, tried. It is found wherever it ends, also where it overlaps itself."""
+    stop, so_far = StopString(text), ""
+    for piece in pieces:
+        ends = [n for n in range(1, len(piece) + 1) if (so_far + piece[:n]).endswith(text)]
+        assert stop.push(piece) == (ends[0] if ends else None)
+        so_far += piece
+        assert stop.matched == max(n for n in range(len(text)) if so_far.endswith(text[:n]))
+
+
+def test_a_long_stop_string_costs_no_more_than_a_short_one() -> None:
+    looks = 0
+
+    class Counted(str):
+        def __getitem__(self, place: Any) -> str:
+            nonlocal looks
+            looks += 1
+            return super().__getitem__(place)
+
+    stop = StopString(Counted("a" * 20_000 + "b"))
+    for _ in range(30_000):
+        assert stop.push("a") is None
+    assert stop.matched == 20_000
+    assert looks < 8 * 30_000, "of a character, so many"
 
 
 def test_a_stop_string_that_is_split_over_tokens_is_found() -> None:

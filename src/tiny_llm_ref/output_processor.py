@@ -20,6 +20,7 @@ from .outputs import (
 )
 from .sampling_params import SamplingParams
 from .sequence import TokenLogprobs, completion_ids
+from .stop_string import StopString
 from .token_output import TokenOutput
 from .tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class CompletionText:
         self._cumulative_logprob = 0.0
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
-        self._stop = params.stop_strings
+        self._stops = [StopString(text) for text in params.stop_strings]
         self._min_tokens = params.min_tokens
         self._shows_stop = params.include_stop_str_in_output
         self._wants_logprobs = params.logprobs is not None
@@ -50,14 +51,17 @@ class CompletionText:
         """
         self.token_ids.append(output.token)
         self._note_logprobs(output)
-        old = len(self._text)
+        piece = ""
         if output.finish_reason != "stop" or self._shows_stop:
-            self._text += self._detokenizer.push(output.token)
+            piece = self._detokenizer.push(output.token)
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_token
         if self.finish_reason is not None:
-            self._text += self._detokenizer.flush()
+            piece += self._detokenizer.flush()
+        self._text += piece
+        ends = [(stop.push(piece), stop.text) for stop in self._stops]
         if len(self.token_ids) > self._min_tokens:
-            self._cut_at_stop_string(old)
+            old = len(self._text) - len(piece)
+            self._cut_at([(old + end - len(text), text) for end, text in ends if end is not None])
         return TextDelta(self.index, self._stream(), (output.token,), self.finish_reason)
 
     def abort(self) -> TextDelta:
@@ -83,10 +87,8 @@ class CompletionText:
             stop_reason=self.stop_reason,
         )
 
-    def _cut_at_stop_string(self, old: int) -> None:
-        """End the text at the first stop string that has something of what follows the `old` characters."""
-        found = [(self._text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stop]
-        found = [(at, stop) for at, stop in found if at >= 0]
+    def _cut_at(self, found: Seq[tuple[int, str]]) -> None:
+        """End the text at the first of the stop strings that were found: where each begins, and its text."""
         if found:
             at, stop = min(found)
             self._text = self._text[: at + len(stop) if self._shows_stop else at]
@@ -94,11 +96,8 @@ class CompletionText:
 
     def _stream(self) -> str:
         """Text not streamed yet, less an end that may turn out to be the beginning of a stop string."""
-        held = (
-            0
-            if self.finish_reason is not None
-            else max((_overlap(self._text, s) for s in self._stop), default=0)
-        )
+        is_open = self.finish_reason is None
+        held = max((stop.matched for stop in self._stops), default=0) if is_open else 0
         delta = self._text[self._num_streamed : len(self._text) - held]
         self._num_streamed += len(delta)
         return delta
@@ -225,11 +224,3 @@ def _with_text(token: int, found: TokenLogprobs, tokenizer: Tokenizer) -> dict[i
         for rank, (other, logprob) in enumerate(found.top, start=1)
     }
     return {token: own, **top}
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
