@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 import tiny_llm
@@ -598,10 +599,12 @@ def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
     ]
 
 
-def test_p99_is_the_nearest_rank() -> None:
-    result = statistics_of("itl", [n / 1000 for n in range(1, 201)])
-    assert result["p99_itl_ms"] == pytest.approx(198)
-    assert result["median_itl_ms"] == pytest.approx(100.5)
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 250])
+def test_p99_is_numpys(count: int) -> None:
+    seconds = np.random.default_rng(count).exponential(size=count).tolist()
+    result = statistics_of("itl", seconds)
+    for kind, expected in (("p99", np.percentile(seconds, 99)), ("median", np.median(seconds))):
+        assert result[f"{kind}_itl_ms"] == pytest.approx(1000 * float(expected), rel=1e-12)
 
 
 def test_bench_prints_json_or_a_table(cli: Run) -> None:
