@@ -15,7 +15,7 @@ from typing import IO
 
 import httpx2
 
-from tiny_llm_cli.bench_serve import ServeRun
+from tiny_llm_cli.serve_load import ServeRun
 
 WORKERS = Path(__file__).parent / "peer_workers"
 START_SECONDS = 300.0
@@ -104,6 +104,7 @@ def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
 def some_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
     """Random prompts of 48 to 144 tokens, 32 to 96 out, so many requests at a time."""
     return ServeRun(
+        backend="openai",
         base_url=url,
         endpoint="/v1/completions",
         model=None,

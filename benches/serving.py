@@ -25,7 +25,8 @@ import harness
 import tiny_llm_kernels
 from servers import ServerError, ours, peers, running, some_load
 from tiny_llm import LLM, SamplingParams
-from tiny_llm_cli.bench_serve import Answer, Ask, ServeRun, measure_server, put_load
+from tiny_llm_cli.bench_serve import measure_server
+from tiny_llm_cli.serve_load import Answer, Ask, ServeRun, put_load
 
 REQUESTS = {1: 8, 16: 48, 64: 96}  # by clients
 SLOTS = 64

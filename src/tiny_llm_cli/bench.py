@@ -3,12 +3,14 @@
 import json
 import math
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 
 from .engine import load
 from .options import EngineOptions, GroupedCommand, takes_groups
+from .serve_address import Backend, address_of
 
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -95,18 +97,41 @@ def throughput(
     _show(measure_throughput(load(engine), run, _progress), as_json)
 
 
+def _only_random(name: str) -> str:
+    if name != "random":
+        raise typer.BadParameter(f"{name!r} is not here: prompts are random", param_hint="--dataset-name")
+    return name
+
+
 @bench_app.command(cls=GroupedCommand)
 def serve(
     *,
     as_json: _Json = False,
-    base_url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    endpoint: Annotated[str, typer.Option(help="What is asked.")] = "/v1/completions",
+    backend: Annotated[
+        Backend, typer.Option(help="openai, or vllm: completions; openai-chat: chats.")
+    ] = "openai",
+    base_url: Annotated[
+        str | None,
+        typer.Option(help="The server, with or without /v1.", show_default="http://HOST:PORT"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The server's host, without --base-url.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Its port, without --base-url.")] = 8000,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="The path that is asked.",
+            show_default="/v1/completions, with --backend openai-chat /v1/chat/completions",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Its model.", show_default="the only one that it has")
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Its key.", envvar="OPENAI_API_KEY", show_default="none")
     ] = None,
+    dataset_name: Annotated[
+        str, typer.Option(help="random: there is no other.", callback=_only_random)
+    ] = "random",
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 64,
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests under way at a time.", show_default="no limit")
@@ -121,7 +146,11 @@ def serve(
     ] = 0.0,
     random_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
     ignore_eos: Annotated[
-        bool, typer.Option(help="Ask for all of the output, whatever it says (not every server knows that).")
+        bool,
+        typer.Option(
+            help="Ask for all of --random-output-len, whatever the text says: on, so that runs compare. "
+            "Newer versions of vLLM do so for random prompts, older ones where asked. Not every server can."
+        ),
     ] = True,
     seed: _Seed = 0,
 ) -> None:
@@ -131,16 +160,29 @@ def serve(
     tiny-llm serve &
     tiny-llm bench serve --max-concurrency 16
     tiny-llm bench serve --base-url http://127.0.0.1:9000 --request-rate 4 --json
+    tiny-llm bench serve --backend openai-chat --port 9000
 
-    Prompts are random token ids from 1,000 to 29,999. Flags and figures are those of `vllm bench serve`.
+    The load: one request that does not count, then --num-prompts of them, streamed and greedy. Prompts are
+    random token ids from 1,000 to 29,999; of chats, which take text alone, random English words of about one
+    token each, and the server's template adds its own. The same --seed asks for the same.
+
+    A subset of `vllm bench serve`'s flags, with smaller defaults. Not there: other data sets, --tokenizer,
+    sampling, --burstiness, --ramp-up-strategy, --num-warmups, --percentile-metrics, --goodput, --label and
+    --save-result. --json has the keys that vLLM saves. In place of its list of errors, one a request,
+    error_counts says how often each text came; output_tokens_are says whether tokens are the server's own
+    count (usage) or, where it sends none, chunks with text (chunks).
     """
     if not request_rate > 0:
         raise typer.BadParameter(f"{request_rate} is no rate: more than 0", param_hint="--request-rate")
-    from .bench_serve import ServeRun, measure_server
+    from .bench_serve import measure_server
+    from .serve_load import ServeRun
+    from .serve_table import as_serve_table
 
+    address = address_of(backend, base_url, host, port, endpoint)
     run = ServeRun(
-        base_url=base_url.rstrip("/"),
-        endpoint=endpoint,
+        backend=backend,
+        base_url=address.base_url,
+        endpoint=address.endpoint,
         model=model,
         api_key=api_key,
         num_prompts=num_prompts,
@@ -153,19 +195,30 @@ def serve(
         ignore_eos=ignore_eos,
         seed=seed,
     )
-    _show(measure_server(run, _progress), as_json)
+    result = measure_server(run, _progress)
+    if result["output_tokens_are"] == "chunks":
+        warnings.warn(
+            f"{run.base_url} sends no usage: output tokens are counted as streamed chunks with text, "
+            "prompt tokens as what was sent",
+            stacklevel=1,
+        )
+    print(_as_json(result) if as_json else as_serve_table(result))
 
 
 def _show(result: dict[str, object], as_json: bool) -> None:
     """A benchmark's figures, and under `run` what they were measured on."""
     if as_json:
-        print(json.dumps(result))
+        print(_as_json(result))
         return
     from .render import as_table
 
     run = result.pop("run")
     assert isinstance(run, dict)
     print(as_table(result), "", as_table(run), sep="\n")
+
+
+def _as_json(result: dict[str, object]) -> str:
+    return json.dumps(result, allow_nan=False)
 
 
 def _progress(what: str, done: int, total: int) -> None:
