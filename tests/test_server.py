@@ -4,6 +4,7 @@ Oracles: the engine itself, asked for the same without HTTP, and OpenAI's docume
 """
 
 import asyncio
+import itertools
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -261,15 +263,16 @@ CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
     [
         (CHAT, {"messages": []}, "messages", "at least 1 item"),
         (CHAT, {}, "messages", "Field required"),
-        (CHAT, {"messages": FRANCE, "tools": []}, "tools", "tools is not supported"),
+        (CHAT, {"messages": FRANCE, "tools": [{}]}, "tools", "tools is not supported"),
+        (CHAT, {"messages": FRANCE, "store": 0}, "store", "store is not supported"),
         (CHAT, {"messages": FRANCE, "n": 17}, "n", "at most 16 here, not 17"),
         (CHAT, {"messages": FRANCE, "n": 0}, "n", "greater than or equal to 1"),
         (CHAT, {"messages": FRANCE, "n": "2"}, "n", "valid integer"),
         (CHAT, {"messages": FRANCE, "temperature": -1}, "temperature", "greater than or equal to 0"),
         (CHAT, {"messages": FRANCE, "temperature": 2.5}, "temperature", "less than or equal to 2"),
         (CHAT, {"messages": FRANCE, "seed": 10**400}, "seed", "less than or equal"),
-        (CHAT, {"messages": FRANCE, "top_logprobs": 2}, None, "top_logprobs: only with logprobs"),
-        (CHAT, {"messages": FRANCE, "stream_options": {}}, None, "only with stream: true"),
+        (CHAT, {"messages": FRANCE, "top_logprobs": 2}, "top_logprobs", "^top_logprobs: only with logprobs"),
+        (CHAT, {"messages": FRANCE, "stream_options": {}}, "stream_options", "only with stream: true"),
         (
             CHAT,
             {"messages": FRANCE, "response_format": {"type": "json_object"}},
@@ -281,21 +284,23 @@ CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": FRANCE, "stop": ""}, "stop", "non-empty"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"1": 101}}, "logit_bias", r"\[-100, 100\]"),
-        (CHAT, {"messages": FRANCE, "logit_bias": {"999999": 1}}, "messages", "outside the vocabulary"),
+        (CHAT, {"messages": FRANCE, "logit_bias": {"999999": 1}}, "logit_bias", "not 999999"),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "system"),
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "lone surrogate at character 0"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "text"),
         (COMPLETE, {"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
-        (COMPLETE, {"prompt": "x", "best_of": 2}, None, "best_of: only n, which is 1"),
+        (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of", "^best_of: only n, which is 1"),
         (COMPLETE, {"prompt": [[1], "x"]}, None, "valid"),
         (COMPLETE, {"prompt": []}, None, "at least 1 item"),
         (COMPLETE, {"prompt": ""}, "prompt", "empty|no tokens"),
         (COMPLETE, {"prompt": [49152]}, "prompt", "49152 is outside the vocabulary"),
         (COMPLETE, {"prompt": ["x"] * 65}, "prompt", "at most 64 prompts"),
-        (COMPLETE, {"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        (COMPLETE, {"prompt": "x", "stop_token_ids": [999999]}, "stop_token_ids", "not 999999"),
+        (COMPLETE, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "a mapping from token ids"),
+        (COMPLETE, {"prompt": "x", "max_tokens": 0}, "max_tokens", "^max_tokens: at least 1, or 0 with echo"),
         (COMPLETE, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         (COMPLETE, {"prompt": "x", "min_tokens": 17}, "min_tokens", "from 0 to max_tokens, 16, not 17"),
-        ("/tokenize", {}, None, "either prompt or messages"),
+        ("/tokenize", {}, "prompt", "either prompt or messages"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0", "greater than or equal to 0"),
         ("/detokenize", {"tokens": [2**31 - 1]}, "tokens", "outside the vocabulary"),
     ],
@@ -310,6 +315,147 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert re.search(said, error["message"]), error
     if param is not None:
         assert error["param"] == param, error
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        (
+            {"tools": [], "tool_choice": "none", "store": False, "modalities": ["text"], "metadata": {}},
+            FRANCE,
+        ),
+        ({"seed": -1, "model": "", "service_tier": "auto", "temperature": 0}, FRANCE),
+        (
+            {},
+            [
+                FRANCE[0],
+                {"role": "assistant", "content": "Paris.", "tool_calls": [], "refusal": None},
+                FRANCE[0],
+            ],
+        ),
+    ],
+)
+def test_what_asks_for_what_is_done_anyway_is_fine(
+    client: httpx.Client, fields: dict[str, Any], messages: list[Any]
+) -> None:
+    answer = client.post(CHAT, json={"messages": messages, "max_tokens": 1, **fields})
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_developer_is_heard_as_the_system_is(client: httpx.Client) -> None:
+    """This model's template knows no developers, and would leave its own system prompt in."""
+    tokens = [
+        client.post("/tokenize", json={"messages": [{"role": role, "content": "Be brief."}, *FRANCE]}).json()
+        for role in ("developer", "system")
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_what_never_fits_is_no_reason_to_come_again() -> None:
+    llm = LLM(num_blocks=64, max_num_seqs=4, max_num_waiting=2)
+    with serving(lambda: llm) as here, here.client() as client:
+        refused = client.post(COMPLETE, json={"prompt": ["x"] * 8, "max_tokens": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        assert "Retry-After" not in refused.headers
+        assert client.post(COMPLETE, json={"prompt": ["x"] * 6, "max_tokens": 1}).status_code == 200
+
+
+LLAMA = "\N{LLAMA}"  # four bytes, in more than one token
+
+
+def test_parts_of_a_character_have_their_own_bytes(client: httpx.Client) -> None:
+    """Oracle: the character's UTF-8."""
+    tokens = client.post("/tokenize", json={"prompt": LLAMA}).json()["tokens"]
+    assert len(tokens) > 1
+    ask = {"messages": FRANCE, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    raw = []
+    for token in tokens:
+        answer = client.post(CHAT, json={**ask, "logit_bias": {str(token): 100}}).json()
+        [place] = answer["choices"][0]["logprobs"]["content"]
+        assert all(bytes(one["bytes"]).decode() == one["token"] for one in place["top_logprobs"])
+        raw += place["bytes"]
+    assert bytes(raw) == LLAMA.encode()
+
+
+def test_of_an_echo_every_token_is_told_apart_and_in_its_place(client: httpx.Client, llm: LLM) -> None:
+    prompt = f"A {LLAMA} says hello"
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
+    whole = client.post(COMPLETE, json=body).json()["choices"][0]
+    told = whole["logprobs"]
+    ids = llm.tokenizer.encode(prompt)
+    parts = [llm.tokenizer.token_bytes(token) for token in ids]
+    assert b"".join(parts) == prompt.encode()
+    for name, offset, raw in zip(told["tokens"], told["text_offset"], parts, strict=False):
+        if name.startswith("bytes:"):
+            assert name == "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+            assert whole["text"][offset:].lstrip().startswith(LLAMA)
+        else:
+            assert whole["text"][offset:].startswith(name)
+    assert sum(name.startswith("bytes:") for name in told["tokens"]) > 1
+    for name, own, top in zip(
+        told["tokens"][1:], told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True
+    ):
+        assert top[name] == own
+        assert len(top) in (2, 3)
+
+
+def test_a_prompt_is_scored_without_a_word_more(client: httpx.Client) -> None:
+    body = {"prompt": ["Once upon a time", "x"], "echo": True, "logprobs": 1, "n": 2, "temperature": 0}
+    longer = client.post(COMPLETE, json={**body, "max_tokens": 1}).json()
+    scored = client.post(COMPLETE, json={**body, "max_tokens": 0}).json()
+    assert [one["text"] for one in scored["choices"]] == ["Once upon a time"] * 2 + ["x"] * 2
+    assert scored["usage"]["completion_tokens"] == 0
+    for one, other in zip(scored["choices"], longer["choices"], strict=True):
+        assert one["finish_reason"] == "length"
+        assert one["logprobs"]["token_logprobs"] == other["logprobs"]["token_logprobs"][:-1]
+    with client.stream("POST", COMPLETE, json={**body, "max_tokens": 0, "stream": True}) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == "Once upon a time" * 2 + "x" * 2
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETE])
+def test_an_answer_has_one_id_and_one_moment(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The id is known before anything is computed; a clock that runs is asked once."""
+    ticks = itertools.count(1_800_000_000)
+    monkeypatch.setattr("tiny_llm_server.answers.time.time", lambda: next(ticks))
+    body = {
+        "max_tokens": 4,
+        "ignore_eos": True,
+        **({"prompt": "x"} if path == COMPLETE else {"messages": FRANCE}),
+    }
+    whole = client.post(path, json=body)
+    assert whole.headers["X-Request-Id"] == whole.json()["id"]
+    with client.stream(
+        "POST", path, json={**body, "stream": True, "stream_options": {"include_usage": True}}
+    ) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    assert len(events) > 4
+    assert {event["id"] for event in events} == {answer.headers["X-Request-Id"]}
+    assert len({event["created"] for event in events}) == 1
+
+
+def test_nothing_is_said_before_the_first_token(
+    served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients measure the time to the first token by the first event."""
+    body = {"messages": FRANCE, "max_tokens": 3, "stream": True, "n": 2}
+    go_on, process_batch, heard = threading.Event(), llm.core.manager.process_batch, list[str]()
+    monkeypatch.setattr(llm.core.manager, "process_batch", lambda: go_on.wait(30) and process_batch())
+    with (
+        served.client() as client,
+        ThreadPoolExecutor(1) as pool,
+        client.stream("POST", CHAT, json=body) as answer,
+    ):
+        listening = pool.submit(lambda: heard.extend(line for line in answer.iter_lines() if line))
+        assert answer.status_code == 200
+        time.sleep(0.1)
+        assert heard == []
+        go_on.set()
+        listening.result(30)
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in heard[:-1]]
+    assert [delta.get("role") for delta in deltas][:3] == ["assistant", "assistant", None]
 
 
 CRUEL = [

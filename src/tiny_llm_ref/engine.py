@@ -7,7 +7,7 @@ and texts in frozen records. An array comes out only evaluated, because a lazy o
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from functools import partial
@@ -23,7 +23,7 @@ from .errors import EngineStoppingError
 from .inbox import Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
-from .sampling_params import SamplingParams
+from .sampling_params import SamplingParams, SamplingParamsError
 from .search_state import SearchState
 from .tokenizer import Tokenizer
 from .waiting_room import WaitingRoom
@@ -80,13 +80,15 @@ class Engine:
     def request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> RequestState:
-        """A request to submit. Raises ValueError for what is no text, and for ids outside the vocabulary.
+        """A request to submit. Raises ValueError for what is no text, and for ids outside the vocabulary,
+        `SamplingParamsError` for such ids in `params`.
 
         request_id: what it is known by, unlike all requests that have not ended; None: a number.
         """
         params = params or SamplingParams()
         tokens = self._encode(prompt)
-        self.check_token_ids([*(params.stop_token_ids or ()), *(params.logit_bias or ())])
+        for name in ("stop_token_ids", "logit_bias"):
+            self._check_params(name, getattr(params, name) or ())
         text = prompt if isinstance(prompt, str) else None
         return RequestState(request_id or next(self._request_ids), text, tokens, self._tokenizer, params)
 
@@ -208,6 +210,12 @@ class Engine:
         for token in tokens:
             if not 0 <= token < self._vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary (0 to {self._vocab_size - 1})")
+
+    def _check_params(self, name: str, tokens: Iterable[int]) -> None:
+        last = self._vocab_size - 1
+        for token in tokens:
+            if token > last:
+                raise SamplingParamsError(f"{name} must be in the vocabulary (0 to {last}), not {token}")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, all of them in the vocabulary."""

@@ -8,6 +8,7 @@ from .errors import TinyLLMError
 
 LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32, and leave no probabilities to draw from
 MOST_BIAS = 100.0  # of a logit; OpenAI's limit
+MOST_DIGITS = 18  # of a token id that is written out
 
 _INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "priority")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -144,7 +145,8 @@ def _bias(given: Mapping[Any, Any]) -> dict[int, float]:
     _check(isinstance(given, Mapping), "logit_bias", "a mapping from token ids to numbers", given)
     bias = {}
     for key, value in given.items():
-        _check(str(key).isdecimal(), "logit_bias", "a mapping from token ids", key)
+        is_id = str(key).isdecimal() and len(str(key)) <= MOST_DIGITS
+        _check(is_id, "logit_bias", "a mapping from token ids", str(key)[: 2 * MOST_DIGITS])
         is_number = isinstance(value, (int, float)) and type(value) is not bool
         _check(is_number and -MOST_BIAS <= value <= MOST_BIAS, f"logit_bias[{key}]", "in [-100, 100]", value)
         bias[int(key)] = float(value)

@@ -10,6 +10,16 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The byte of each character of byte-level vocabularies: its own where that is visible. Source: GPT-2."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    return {**{chr(byte): byte for byte in visible}, **{chr(0x100 + i): b for i, b in enumerate(hidden)}}
+
+
+BYTE_OF = _byte_alphabet()
+
+
 class Tokenizer:
     """Encodes text, decodes token ids, and streams text out of ids that arrive one by one."""
 
@@ -76,6 +86,20 @@ class Tokenizer:
         Raises ValueError for a negative id.
         """
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which may be a part of a character; of a control token, those of its name.
+
+        Raises ValueError for a negative id.
+        """
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        if piece.startswith("<0x") and piece.endswith(">"):  # a byte of its own, as in SentencePiece
+            return bytes([int(piece[1:-1], 16)])
+        is_bytes = set(piece) <= set(BYTE_OF)
+        return bytes(BYTE_OF[character] for character in piece) if is_bytes else text.encode()
 
     def stream(self, *, skip_special_tokens: bool = True) -> "Detokenizer":
         """A detokenizer for one sequence of ids."""

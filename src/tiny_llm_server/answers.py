@@ -2,9 +2,9 @@
 
 import time
 import uuid
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from tiny_llm import RequestUsage
 
@@ -37,20 +37,16 @@ class Usage(BaseModel):
         )
 
 
-def _now() -> int:
-    return int(time.time())
-
-
-def new_id(kind: str) -> str:
-    """A name that no other request has."""
-    return f"{kind}-{uuid.uuid4().hex}"
+def new_head(kind: str, model: str) -> dict[str, Any]:
+    """What an answer and each event of its stream begin with: an id that no other request has, and now."""
+    return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 class Answer(BaseModel):
     """What every answer of a model begins with."""
 
     id: str
-    created: int = Field(default_factory=_now)
+    created: int
     model: str
     system_fingerprint: str | None = None
 

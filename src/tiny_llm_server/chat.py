@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -20,12 +19,12 @@ from .answers import (
     ChatTokenLogprob,
     TokenLogprob,
     Usage,
-    new_id,
+    new_head,
 )
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
-from .sse import EventStream, unless_left
+from .sse import REQUEST_ID, EventStream, unless_left
 
 
 def router(service: Service) -> APIRouter:
@@ -33,14 +32,17 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat(body: ChatCompletionRequest, request: Request) -> ChatCompletion | Response:
+    async def chat(
+        body: ChatCompletionRequest, request: Request, response: Response
+    ) -> ChatCompletion | Response:
         """Answer a conversation, `n` times."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
         prompt = await asyncio.to_thread(service.encode_chat, body.messages)
         run = await service.begin([prompt], work.params, work.id, "messages")
         if body.stream:
-            return EventStream(work.stream(run), run.cancel)
+            return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
+        response.headers[REQUEST_ID] = work.id
         return await unless_left(request, work.whole(run), run.cancel)
 
     return routes
@@ -56,8 +58,8 @@ class _Work:
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = self._top if body.logprobs else None
         self.params = sampling_params(body, max_tokens=most, logprobs=logprobs, cache_salt=cache_salt)
-        self.id = new_id("chatcmpl")
-        self._head: dict[str, Any] = {"id": self.id, "model": service.model_name}
+        self._head = new_head("chatcmpl", service.model_name)
+        self.id: str = self._head["id"]
 
     async def whole(self, run: Run) -> ChatCompletion:
         """Wait for all of it."""
@@ -74,12 +76,16 @@ class _Work:
         """The role of each answer, then an event for each piece that says something."""
         usages: list[RequestUsage] = []
         options = self._body.stream_options
+        has_begun = False
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
-            for index in range(self._body.n):
-                yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
             async for step in steps:
                 if not step:
                     yield None
+                elif not has_begun:  # not earlier: clients take this for the first token
+                    has_begun = True
+                    for index in range(self._body.n):
+                        delta = ChatDelta(role="assistant", content="")
+                        yield self._chunk(ChatChunkChoice(index=index, delta=delta))
                 for one in step:
                     event = one.event
                     usages += [event.usage] if event.usage is not None else []
@@ -124,10 +130,10 @@ class _Work:
         """A token and the likeliest ones in its place."""
         likeliest = sorted(place.items(), key=lambda item: item[1].rank)[: self._top]
         return ChatTokenLogprob(
-            **_token(place[token]).model_dump(), top_logprobs=[_token(logprob) for _, logprob in likeliest]
+            **self._token(token, place[token]).model_dump(),
+            top_logprobs=[self._token(*one) for one in likeliest],
         )
 
-
-def _token(logprob: Logprob) -> TokenLogprob:
-    text = logprob.decoded_token
-    return TokenLogprob(token=text, logprob=logprob.logprob, bytes=list(text.encode()))
+    def _token(self, token: int, logprob: Logprob) -> TokenLogprob:
+        raw = self._service.llm.tokenizer.token_bytes(token)
+        return TokenLogprob(token=logprob.decoded_token, logprob=logprob.logprob, bytes=list(raw))

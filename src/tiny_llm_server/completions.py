@@ -2,20 +2,20 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from itertools import accumulate
-from typing import Any
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from tiny_llm.engine import Prompt
+from tiny_llm.tokenizer import Detokenizer
 
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 
-from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_id
+from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
 from .errors import refused
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
-from .sse import EventStream, unless_left
+from .sse import REQUEST_ID, EventStream, unless_left
 
 Places = tuple[dict[int, Logprob] | None, ...]
 
@@ -25,13 +25,16 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/completions", response_model=Completion)
-    async def complete(body: CompletionRequest, request: Request) -> Completion | Response:
+    async def complete(
+        body: CompletionRequest, request: Request, response: Response
+    ) -> Completion | Response:
         """Continue prompts: `n` times each, all of them together."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
         run = await service.begin(work.prompts, work.params, work.id, "prompt")
         if body.stream:
-            return EventStream(work.stream(run), run.cancel)
+            return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
+        response.headers[REQUEST_ID] = work.id
         return await unless_left(request, work.whole(run), run.cancel)
 
     return routes
@@ -50,13 +53,13 @@ class _Work:
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(
             body,
-            max_tokens=body.max_tokens,
+            max_tokens=max(1, body.max_tokens),
             logprobs=body.logprobs,
             prompt_logprobs=echoed,
             cache_salt=cache_salt,
         )
-        self.id = new_id("cmpl")
-        self._head: dict[str, Any] = {"id": self.id, "model": service.model_name}
+        self._head = new_head("cmpl", service.model_name)
+        self.id: str = self._head["id"]
         self._pieces: list[_Piece] = [_Piece(self, index) for index in range(len(self.prompts) * body.n)]
         self._prompt_places: dict[int, Places] = {}
         self._usages: list[RequestUsage] = []
@@ -87,11 +90,12 @@ class _Work:
             yield Completion(**self._head, choices=[], usage=Usage.of(self._usages))
 
     def _take(self, one: PromptEvent, prompts: list[tuple[int, ...]]) -> CompletionChoice:
-        if one.event.usage is not None:
-            self._usages.append(one.event.usage)
-        places: Places = self._prompt_places.setdefault(one.prompt, one.event.prompt_logprobs or ())
+        event = one.event if self._body.max_tokens else _without_output(one.event)
+        if event.usage is not None:
+            self._usages.append(event.usage)
+        places: Places = self._prompt_places.setdefault(one.prompt, event.prompt_logprobs or ())
         tokens = prompts[one.prompt] if places else ()
-        return self._pieces[one.prompt * self._body.n + one.event.index].take(one.event, tokens, places)
+        return self._pieces[one.prompt * self._body.n + event.index].take(event, tokens, places)
 
     def echo(self, index: int) -> str:
         """The text that a choice begins with."""
@@ -101,8 +105,14 @@ class _Work:
         return prompt if isinstance(prompt, str) else self._service.llm.tokenizer.decode(prompt)
 
     def token_text(self, token: int) -> str:
-        """A token as a text."""
-        return self._service.llm.tokenizer.token_text(token)
+        """A token as a text; a part of a character by its bytes, as OpenAI writes it."""
+        tokenizer = self._service.llm.tokenizer
+        text, raw = tokenizer.token_text(token), tokenizer.token_bytes(token)
+        return text if text.encode() == raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one choice."""
+        return self._service.llm.tokenizer.stream(skip_special_tokens=self._body.skip_special_tokens)
 
 
 class _Piece:
@@ -112,6 +122,7 @@ class _Piece:
         self.index = index
         self._work = work
         self._offset = 0
+        self._detokenizer = work.detokenizer()
         self._has_begun = False
 
     def take(self, event: RequestEvent, prompt: tuple[int, ...], prompt_places: Places) -> CompletionChoice:
@@ -131,21 +142,35 @@ class _Piece:
         )
 
     def _logprobs(self, tokens: tuple[int, ...], places: Places) -> CompletionLogprobs:
-        texts = [self._work.token_text(token) for token in tokens]
-        ends = list(accumulate(map(len, texts), initial=self._offset))
-        self._offset = ends[-1]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(self._detokenizer.push(token))
         return CompletionLogprobs(
-            tokens=texts,
+            tokens=[self._work.token_text(token) for token in tokens],
             token_logprobs=[
                 None if place is None else place[token].logprob
                 for token, place in zip(tokens, places, strict=True)
             ],
-            top_logprobs=[
-                None if place is None else {one.decoded_token: one.logprob for one in place.values()}
-                for place in places
-            ],
-            text_offset=ends[:-1],
+            top_logprobs=[None if place is None else self._top(place) for place in places],
+            text_offset=offsets,
         )
+
+    def _top(self, place: dict[int, Logprob]) -> dict[str, float]:
+        """The likeliest by their texts; where two have one text, the chosen one is what it stands for."""
+        found: dict[str, float] = {}
+        for token, one in place.items():
+            found.setdefault(self._work.token_text(token), one.logprob)
+        return found
+
+
+def _without_output(event: RequestEvent) -> RequestEvent:
+    """The same of a prompt that was not to be continued: one token was computed all the same."""
+    usage = None if event.usage is None else replace(event.usage, completion_tokens=0)
+    reason = event.finish_reason and "length"
+    return replace(
+        event, text="", token_ids=(), logprobs=None, finish_reason=reason, stop_reason=None, usage=usage
+    )
 
 
 def _prompts(body: CompletionRequest) -> list[Prompt]:

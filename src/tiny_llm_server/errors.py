@@ -103,4 +103,8 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         return refused("the body must be a JSON object, with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return refused(f"{field} is not supported", field, "unsupported_field")
-    return refused(f"{field or 'the body'}: {first['msg']}", field)
+    if first["type"] != "value_error":
+        return refused(f"{field}: {first['msg']}", field)
+    message = str(first["ctx"]["error"])
+    named, _, _ = message.partition(":")  # as rules across fields say theirs
+    return refused(message, named) if field is None else refused(f"{field}: {message}", field)

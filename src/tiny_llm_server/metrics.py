@@ -3,7 +3,7 @@
 What the engine counts is read from it when somebody asks; what a request took is noted when it ends.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from time import monotonic
 
@@ -68,9 +68,14 @@ class Metrics:
         """All of it, in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def watch(self, num_completions: int) -> "Watch":
-        """For one HTTP request: tell it of every event."""
-        return Watch(self, num_completions)
+    def watch(self, prompts: Mapping[str, int], n: int) -> "Watch":
+        """For one HTTP request: tell it of every event. prompts: the tokens of each, by the engine's id."""
+        return Watch(self, prompts, n)
+
+    def note_first(self, prompt_tokens: int, seconds: float) -> None:
+        """A request's first token has come, so many seconds after it arrived."""
+        self._read.labels(self._model_name()).inc(prompt_tokens)
+        self._ttft.labels(self._model_name()).observe(seconds)
 
     def note_tokens(self, count: int, seconds: float | None) -> None:
         """Tokens have come, `seconds` after the completion's last ones; None: they are its first."""
@@ -85,11 +90,8 @@ class Metrics:
     def note_usage(self, usage: RequestUsage) -> None:
         """A request has ended."""
         name, times = self._model_name(), usage.metrics
-        self._read.labels(name).inc(usage.prompt_tokens)
         self._prompt.labels(name).observe(usage.prompt_tokens)
         self._output.labels(name).observe(usage.completion_tokens)
-        if times.ttft is not None:
-            self._ttft.labels(name).observe(times.ttft)
         if times.queue_time is not None:
             self._queue.labels(name).observe(times.queue_time)
         if times.finished is not None:
@@ -102,15 +104,19 @@ class Metrics:
 class Watch:
     """Notes what the events of one HTTP request's completions took."""
 
-    def __init__(self, metrics: Metrics, num_completions: int) -> None:
+    def __init__(self, metrics: Metrics, prompts: Mapping[str, int], n: int) -> None:
         self._metrics = metrics
-        self._num_live = num_completions
+        self._begun = monotonic()
+        self._unread = dict(prompts)  # those of which nothing has come yet
+        self._num_live = len(prompts) * n
         self._last: dict[tuple[str, int], float] = {}
 
     def note(self, event: RequestEvent) -> None:
         """An event has come."""
         now, completion = monotonic(), (event.request_id, event.index)
         if event.token_ids:
+            if (prompt_tokens := self._unread.pop(event.request_id, None)) is not None:
+                self._metrics.note_first(prompt_tokens, now - self._begun)
             before = self._last.get(completion)
             self._metrics.note_tokens(len(event.token_ids), None if before is None else now - before)
             self._last[completion] = now

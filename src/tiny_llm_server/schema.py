@@ -3,7 +3,8 @@
 A field that is null counts as not sent. Types are taken strictly: "1" is no number.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -27,18 +28,28 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """A request's body: no fields but these."""
+    """A request's body: no fields but these. IDLE: values of others that ask for what is done anyway."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    IDLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    def _without_what_asks_for_nothing(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {k: v for k, v in fields.items() if v is not None and not cls._is_idle(k, v)}
+
+    @classmethod
+    def _is_idle(cls, name: str, value: Any) -> bool:
+        return any(type(value) is type(idle) and value == idle for idle in cls.IDLE.get(name, ()))
 
 
 class StreamOptions(Body):
     """include_usage: one more event at the end of a stream, with the request's usage."""
+
+    IDLE = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
 
@@ -49,6 +60,17 @@ class Generation(Body):
     temperature, top_p, n, seed, stop, the penalties and logit_bias are OpenAI's; the rest is vLLM's. user is
     for the client's own records, and changes nothing.
     """
+
+    IDLE = {
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "seed": (-1,),
+    }
 
     model: Text | None = Field(None, description="The served model's name; nothing: that one.")
     n: int = Field(1, ge=1, le=INT32, description="Completions of each prompt.")
@@ -108,7 +130,7 @@ class CompletionRequest(Generation):
     """`/v1/completions`: texts or token ids that are to be continued."""
 
     prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)]
-    max_tokens: int = Field(16, ge=1, le=INT32)
+    max_tokens: int = Field(16, ge=0, le=INT32, description="0: nothing but the prompt, with echo.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = Field(False, description="Begin each text with its prompt.")
     best_of: int | None = Field(None, description="Only the number that n is: none is thrown away.")
@@ -117,6 +139,12 @@ class CompletionRequest(Generation):
     def _check_best_of(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
             raise ValueError(f"best_of: only n, which is {self.n}, not {self.best_of}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: at least 1, or 0 with echo: true")
         return self
 
 
@@ -129,6 +157,8 @@ class TextPart(Body):
 
 class Message(Body):
     """One turn of a conversation. A list of texts is one text."""
+
+    IDLE = {"tool_calls": ([],), "annotations": ([],)}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart]

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import Request
 from tiny_llm.engine import Prompt
 
-from tiny_llm import LLM, RequestTooLargeError, SamplingParams
+from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
 
 from .config import ServerConfig
 from .errors import ApiError, refused
@@ -99,7 +99,7 @@ class Service:
         """Refuse another model's name."""
         named = self.config.served_model_name
         known = self.llm.model_name if named is None else named
-        if name not in (None, known):
+        if name not in (None, "", known):
             message = f"the model {name!r} does not exist; this server has {known!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -129,10 +129,13 @@ class Service:
             if self.config.log_requests:
                 for request, prompt in zip(requests, prompts, strict=True):
                     LOG.info("%s asks %r of %r", request.request_id, params, prompt)
-            watch = self.metrics.watch(len(prompts) * params.n)
+            lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
+            watch = self.metrics.watch(lengths, params.n)
             return await Run.begin(engine, requests, watch, self.config.request_timeout)
         except RequestTooLargeError as error:
             raise refused(str(error).split(": ", 1)[-1], field, "context_length_exceeded") from error
+        except SamplingParamsError as error:
+            raise _of_params(error) from error
         except ValueError as error:
             raise refused(str(error), field) from error
 
@@ -147,7 +150,8 @@ class Service:
         llm = self.llm
         if llm.chat_template is None:
             raise refused(f"{self.model_name} has no chat template: use /v1/completions", "messages")
-        turns = [_turn(message) for message in messages]
+        knows_developers = "developer" in (llm.tokenizer.chat_template or "")
+        turns = [_turn(message, knows_developers) for message in messages]
         try:
             return llm.chat_template.encode(turns, llm.tokenizer)
         except ValueError as error:
@@ -201,9 +205,16 @@ def sampling_params(body: Generation, **others: Any) -> SamplingParams:
     try:
         return SamplingParams.from_options(**{**body.sampling(), **others})
     except ValueError as error:
-        raise refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0]) from error
+        raise _of_params(error) from error
 
 
-def _turn(message: Message) -> dict[str, str]:
-    turn = {"role": message.role, "content": message.text}
+def _of_params(error: ValueError) -> ApiError:
+    """The engine's message begins with the field's name."""
+    return refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0])
+
+
+def _turn(message: Message, knows_developers: bool) -> dict[str, str]:
+    """developer is what newer models call system."""
+    role = "system" if message.role == "developer" and not knows_developers else message.role
+    turn = {"role": role, "content": message.text}
     return turn if message.tool_call_id is None else {**turn, "tool_call_id": message.tool_call_id}

@@ -4,7 +4,7 @@ A client that leaves is noticed at once, also while nothing is sent to it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from .errors import api_error
 
 T = TypeVar("T")
 
+REQUEST_ID = "X-Request-Id"  # the answer's id, by which the log and `/live` know the request
 KEEP_ALIVE = b": still here\n\n"  # a comment: clients pass over it
 DONE = b"data: [DONE]\n\n"
 
@@ -34,9 +35,12 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncGenerator[BaseModel | str | None, None], end: Callable[[], None] = lambda: None
+        self,
+        chunks: AsyncGenerator[BaseModel | str | None, None],
+        end: Callable[[], None] = lambda: None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._chunks = chunks
         self._end = end

@@ -57,7 +57,9 @@ def router(service: Service) -> APIRouter:
         else:
             text, special = body.prompt or "", body.add_special_tokens
             tokens = await asyncio.to_thread(lambda: tokenizer.encode(text, add_special_tokens=special))
-        texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+        texts = None
+        if body.return_token_strs:
+            texts = await asyncio.to_thread(lambda: [tokenizer.token_text(token) for token in tokens])
         return Tokenized(
             tokens=tokens, count=len(tokens), max_model_len=service.max_model_len, token_strs=texts
         )

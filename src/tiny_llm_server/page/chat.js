@@ -93,8 +93,8 @@ export class Chat {
     };
     const times = [performance.now()];
     let reason = null;
-    for await (const { id, choices, usage } of this.ask("v1/chat/completions", { body, signal })) {
-      this.known.add(id, "chat");
+    const onAccepted = (id) => this.known.add(id, "chat");
+    for await (const { id, choices, usage } of this.ask("v1/chat/completions", { body, signal, onAccepted })) {
       if (usage) this.#show(id, times, usage.completion_tokens);
       for (const { delta, finish_reason: why } of choices) {
         reason = why ?? reason;

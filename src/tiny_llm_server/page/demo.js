@@ -123,9 +123,11 @@ export class Demo {
   }
 
   async #read({ name, body }, signal, accepted) {
-    for await (const { id, choices } of this.ask("v1/chat/completions", { body, signal })) {
-      accepted();
+    const onAccepted = (id) => {
       this.known.add(id, name);
+      accepted();
+    };
+    for await (const { id, choices } of this.ask("v1/chat/completions", { body, signal, onAccepted })) {
       for (const { index, delta } of choices) if (delta.content) this.known.piece(id, index, delta.content);
     }
   }

@@ -29,14 +29,16 @@ export const saveKey = (key) => sessionStorage.setItem(KEY, key);
  * The events of one answer, each parsed from its JSON; ends at `[DONE]` or where the answer ends.
  * Raises `ApiError` for an error in OpenAI's shape, and what fetch raises where nobody answers.
  * @param {string} path relative to the page
- * @param {{body?: object, signal?: AbortSignal}} options body: posted as JSON; none: a GET
+ * @param {{body?: object, signal?: AbortSignal, onAccepted?: (id: string) => void}} options
+ *   body: posted as JSON; none: a GET. onAccepted: called with the answer's id, before anything of it is there
  * @returns {AsyncGenerator<object>}
  */
-export async function* events(path, { body, signal } = {}) {
+export async function* events(path, { body, signal, onAccepted } = {}) {
   const watchdog = new AbortController();
   const either = signal ? AbortSignal.any([signal, watchdog.signal]) : watchdog.signal;
   const response = await fetch(path, request(body, either));
   if (!response.ok) throw await errorOf(response);
+  onAccepted?.(response.headers.get("X-Request-Id"));
   for await (const data of messages(response.body, watchdog)) {
     if (data === "[DONE]") return;
     const event = JSON.parse(data);
