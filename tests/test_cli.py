@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -118,6 +119,12 @@ def test_help_lists_the_engine_options_under_one_heading(command: list[str], pla
         assert f"--{field.name.replace('_', '-')} " in engine
 
 
+def test_help_says_what_a_command_takes_where_it_is_told_nothing(plain_cli: Run) -> None:
+    """The engine's own default is any number."""
+    said = " ".join(plain_cli("serve", "--help").out.split())
+    assert re.search(r"--max-num-waiting <int> [^-]*\[default: 256\]", said), said
+
+
 def test_help_imports_neither_mlx_nor_the_engine() -> None:
     code = """if True:
         import sys
@@ -154,6 +161,9 @@ def test_engine_options_are_the_engines_with_its_defaults() -> None:
 
 def test_server_options_are_the_servers_with_its_defaults() -> None:
     assert server_config(ServerOptions()) == ServerConfig()
+    loopback = server_config(ServerOptions(), "localhost").allowed_hosts
+    assert loopback == ("127.0.0.1", "localhost", "::1")
+    assert server_config(ServerOptions(api_keys=["k"]), "localhost").allowed_hosts == ()
     assert [field.name for field in fields(ServerOptions)] == [field.name for field in fields(ServerConfig)]
 
 

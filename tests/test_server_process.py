@@ -114,9 +114,8 @@ def test_the_second_signal_ends_them_at_once() -> None:
 def test_a_client_that_does_not_read_is_not_waited_for(signals: int) -> None:
     """His answer is larger than what the system takes off the server's hands."""
     body = json.dumps({"prompt": " a" * 700_000, "return_token_strs": True}).encode()
-    head = (
-        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    )
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n"
     with process() as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, _, port = server.url().removeprefix("http://").partition(":")
@@ -189,9 +188,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
         (["--log-level", "loud"], "'loud' is no level"),
         (["--max-n", "0"], "max_n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),
-        (["--demo", "--kv-cache-memory", "1GiB"], "how large the pool is already"),
-        (["--demo", "--batching", "dense"], "pages that are swapped"),
-        (["--demo", "--preemption-mode", "none"], "pages that are swapped"),
+        (["--demo", "--kv-cache-memory", "1GiB"], "leave --kv-cache-memory out"),
+        (["--demo", "--batching", "dense"], "leave --batching out"),
+        (["--demo", "--preemption-mode", "recompute"], "leave --preemption-mode out"),
+        (["--demo", "--no-live"], "leave --live out"),
+        (["--api-key", " sesame"], "must not begin or end with white space"),
         (["--isolate-keys"], "isolate_keys is for a server that has api_keys"),
         (["--num-blocks", "0"], "num_blocks must be at least 1, not 0"),
         (["--kv-cache-dtype", "int8"], "not 'int8'"),
@@ -202,6 +203,35 @@ def test_what_makes_no_sense_is_refused_before_it_begins(options: list[str], sai
     with process(*options) as server:
         assert server.ended(60) == 2
         until(lambda: any(said in line for line in server.lines))
+
+
+def test_a_key_from_the_environment_is_one_key_whatever_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_LLM_API_KEY", "correct horse battery")
+    with process() as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+        ready(client)
+        statuses = [
+            client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+            for key in ("correct", "horse", "correct horse battery")
+        ]
+    assert statuses == [401, 401, 200]
+    monkeypatch.setenv("TINY_LLM_API_KEY", "")
+    with process() as server:
+        assert server.ended(60) == 2, "a variable that somebody forgot to fill is no open door"
+
+
+def test_on_loopback_without_a_key_only_its_own_names_are_answered() -> None:
+    """A page of another site may have its name point at this machine; its browser sends that name."""
+    names = ["localhost:8000", "127.0.0.1", "[::1]:80", "Gateway:1", "evil.example", "evil.example:8000"]
+    with (
+        process("--allowed-host", "gateway") as server,
+        httpx.Client(base_url=server.url(), timeout=60) as client,
+    ):
+        ready(client)
+        answers = [client.get("/v1/models", headers={"Host": name}) for name in names]
+    assert [answer.status_code for answer in answers] == [200] * 4 + [403] * 2
+    error = answers[-1].json()["error"]
+    assert (error["type"], error["code"]) == ("permission_error", "host_not_allowed")
+    assert "'evil.example:8000'" in error["message"]
 
 
 @pytest.mark.parametrize("wanted", [False, True])

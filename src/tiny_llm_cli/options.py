@@ -8,6 +8,7 @@ to the engine's, because importing the engine to ask would make `--help` slow.
 import inspect
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
@@ -269,10 +270,17 @@ def _options_of(group: type, defaults: dict[str, object]) -> list[inspect.Parame
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=defaults.get(field.name, field.default),
-            annotation=hints[field.name],
+            annotation=_shown(hints[field.name]) if field.name in defaults else hints[field.name],
         )
         for field in fields(group)
     ]
+
+
+def _shown(hint: Any) -> Any:
+    """The same option, whose help shows a number where it had words for the group's own default."""
+    option = copy(hint.__metadata__[0])
+    option.show_default = True
+    return Annotated[hint.__origin__, option]
 
 
 class GroupedCommand(TyperCommand):

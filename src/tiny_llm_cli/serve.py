@@ -1,5 +1,6 @@
 """`tiny-llm serve`: OpenAI's API over HTTP."""
 
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from tiny_llm_server import ServerConfig
 
 _SERVER = "Server"
+_KEY_VARIABLE = "TINY_LLM_API_KEY"  # one key, whatever is in it
 _DEMO_BLOCKS = 96
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,7 @@ class ServerOptions:
         list[str] | None,
         typer.Option(
             "--api-key",
-            help="A key that clients must bring; may be repeated.",
-            envvar="TINY_LLM_API_KEY",
+            help=f"A key that clients must bring; may be repeated. Without it: what {_KEY_VARIABLE} holds.",
             show_default="anybody may ask",
             rich_help_panel=_SERVER,
         ),
@@ -52,6 +53,15 @@ class ServerOptions:
             "--allowed-origin",
             help="A web page's origin that may ask from a browser; may be repeated.",
             show_default="none",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="A name under which clients reach it; may be repeated. Requests for others are refused.",
+            show_default="any; on 127.0.0.1 without a key, that and localhost",
             rich_help_panel=_SERVER,
         ),
     ] = None
@@ -109,6 +119,7 @@ class ServerOptions:
 
 @takes_groups(max_num_waiting=256)
 def serve(
+    context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
@@ -148,16 +159,21 @@ def serve(
 
     /health says 503 until the model is loaded. The first Ctrl-C or SIGTERM lets accepted requests end, for
     --grace seconds; the second one stops at once.
+
+    One pool holds the keys and values of all requests, in blocks of --block-size tokens; requests that begin
+    alike share blocks. When none is free, the newest request gives its own up and goes on later: that is
+    preemption, and its answer is the same.
     """
     if log_level not in ("critical", "error", "warning", "info", "debug"):
         raise typer.BadParameter(f"{log_level!r} is no level", param_hint="--log-level")
     if demo:
-        engine = _demo(engine)
+        _check_demo(context)
+        engine = replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
     from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer, listen
 
     check(engine, seed=seed)
-    config = server_config(server)
+    config = server_config(server, host)
     if host not in _LOOPBACK and not config.api_keys:
         print(
             f"tiny-llm: warning: {host} may be reached by others, and there is no --api-key", file=sys.stderr
@@ -166,21 +182,28 @@ def serve(
     GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 
-def _demo(engine: EngineOptions) -> EngineOptions:
-    """The demo's pool, which swaps. Refuses what it would override."""
-    if engine.num_blocks is not None or engine.kv_cache_memory is not None:
-        raise typer.BadParameter("it says how large the pool is already", param_hint="--demo")
-    if engine.batching != "paged" or engine.preemption_mode == "none":
-        raise typer.BadParameter("it is about pages that are swapped", param_hint="--demo")
-    return replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
+def _check_demo(context: typer.Context) -> None:
+    """Refuse options that it would override, or that would leave nothing to look at."""
+    for name in ("num_blocks", "kv_cache_memory", "preemption_mode", "batching", "live"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--" + name.replace("_", "-")
+            raise typer.BadParameter(
+                f"it shows a pool of {_DEMO_BLOCKS} blocks that swaps: leave {option} out",
+                param_hint="--demo",
+            )
 
 
-def server_config(options: ServerOptions) -> "ServerConfig":
-    """The `ServerConfig` of `options`."""
+def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfig":
+    """The `ServerConfig` of `options`. host: where it listens; on loopback without keys by its own names."""
     from tiny_llm_server import ServerConfig
 
     values = asdict(options)
-    values["api_keys"] = tuple(options.api_keys or ())
+    held = os.environ.get(_KEY_VARIABLE)
+    keys = tuple(options.api_keys or ([] if held is None else [held]))
+    hosts = tuple(options.allowed_hosts or ())
+    values["api_keys"] = keys
+    values["allowed_hosts"] = hosts + _LOOPBACK if hosts or (host in _LOOPBACK and not keys) else ()
     values["allowed_origins"] = tuple(options.allowed_origins or ())
     values["request_timeout"] = options.request_timeout or None
     return ServerConfig(**values)

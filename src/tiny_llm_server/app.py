@@ -16,7 +16,7 @@ from tiny_llm import LLM, TinyLLMError
 from . import chat, completions, live, status
 from .config import ServerConfig
 from .errors import ApiError, ErrorBody, answer
-from .guards import BodyLimit, KeyGuard
+from .guards import BodyLimit, HostGuard, KeyGuard
 from .live_page import add_page
 from .service import Service
 from .sse import ClientLeftError
@@ -26,6 +26,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for code, what in {
         400: "The request cannot be done; `param` names the field.",
         401: "No valid API key.",
+        403: "The server is not known under this name.",
         404: "There is no such model.",
         408: "The body has come too slowly.",
         413: "The body is too large.",
@@ -73,6 +74,8 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
     app.add_middleware(BodyLimit, most=service.config.max_body_bytes, seconds=service.config.body_timeout)
     if service.config.api_keys:
         app.add_middleware(KeyGuard, keys=service.config.api_keys)
+    if service.config.allowed_hosts:
+        app.add_middleware(HostGuard, hosts=service.config.allowed_hosts)
     if service.config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -16,6 +16,8 @@ class ServerConfig:
     isolate_keys: kept prompts are shared among the requests of one key alone, so that nobody finds out by a
         faster answer, or by `cached_tokens`, what somebody else has asked.
     allowed_origins: web pages of these origins may ask from a browser; none: only the server's own page.
+    allowed_hosts: names in the header Host that are answered; none: any. They keep out web pages whose name
+        points at this machine (DNS rebinding).
     max_body_bytes: longest body of a request; more is answered with 413.
     body_timeout: seconds that a client may take to send a body; then 408.
     max_n, max_stop: most completions, and most stop strings, of one request.
@@ -30,6 +32,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     isolate_keys: bool = False
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 4 * MIB
     body_timeout: float = 60.0
     max_n: int = 16
@@ -50,5 +53,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")
         if not all(self.api_keys):
             raise ConfigError("an api key must not be empty")
+        if any(key != key.strip() for key in self.api_keys):
+            raise ConfigError("an api key must not begin or end with white space: no client can send that")
         if self.isolate_keys and not self.api_keys:
             raise ConfigError("isolate_keys is for a server that has api_keys")

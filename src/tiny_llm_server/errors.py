@@ -16,7 +16,12 @@ from tiny_llm import (
 )
 
 RETRY_SECONDS = 1  # after which it is worth trying again, where the queue was full
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class ErrorDetail(BaseModel):

@@ -50,6 +50,32 @@ class KeyGuard:
         return sum(hmac.compare_digest(attempt, key) for key in self._keys) > 0
 
 
+class HostGuard:
+    """Answers only under names that it knows, whatever name the sender has given to this machine."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "")
+            if _without_port(host) not in self._hosts:
+                refusal = ApiError(
+                    403, f"this server is not known as {host!r} (see --allowed-host)", code="host_not_allowed"
+                )
+                await refusal.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _without_port(host: str) -> str:
+    """The name in a Host header: `[::1]:8000` is ::1."""
+    name, colon, port = host.lower().rpartition(":")
+    return (name if colon and port.isdecimal() else host.lower()).strip("[]")
+
+
 class BodyLimit:
     """Reads a body before anybody else does; turns away what is longer than `most` bytes or `seconds`."""
 
