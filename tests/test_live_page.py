@@ -274,6 +274,8 @@ def test_every_control_and_every_block_has_a_name(page: Any) -> None:
     assert page.evaluate(NAMELESS) == []
     labels = page.locator("#grid .cell").evaluate_all("cells => cells.map(cell => cell.ariaLabel)")
     assert [int(label.split(":")[0].removeprefix("block ")) for label in labels] == list(range(NUM_BLOCKS))
+    heads = page.locator("#grid [role='columnheader']").all_text_contents()
+    assert heads == [f"+{column}" for column in range(16)]
     page.click("#stop")
 
 
@@ -329,21 +331,47 @@ def test_texts_and_labels_are_legible(browser: Any, served: Served, llm: LLM, sc
     until(lambda: is_idle(llm))
 
 
+WIDTHS = """(kind) => ["html", "#scroll", "#requests-list", "#log-list"]
+  .map((part) => document.querySelector(part)[kind])"""
+
+
 @pytest.mark.parametrize("width", [360, 700, 1000, 1280])
 def test_nothing_is_cut_off_at_the_side(browser: Any, served: Served, llm: LLM, width: int) -> None:
     with visiting(browser, served.url, viewport={"width": width, "height": 800}) as page:
         connected(page)
         page.click("#load")
         expect(cells(page, "shared").first).to_be_visible()
-        widths = "[document.documentElement.scrollWidth, document.querySelector('#scroll').scrollWidth]"
-        inner = "[document.documentElement.clientWidth, document.querySelector('#scroll').clientWidth]"
-        assert page.evaluate(widths) == page.evaluate(inner)
-        if width == 1280:
-            assert page.evaluate("document.documentElement.scrollHeight") == 800  # one page
-            last = page.locator("#grid .cell").last.bounding_box()
-            assert last["y"] + last["height"] < page.locator(".legend").bounding_box()["y"]
+        widths = [page.evaluate(WIDTHS, kind) for kind in ("scrollWidth", "clientWidth")]
+        assert widths[0] == widths[1]
         page.click("#stop")
     until(lambda: is_idle(llm))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (1280, 640), (1024, 700)])
+def test_a_wide_window_shows_the_pool_and_all_requests(
+    browser: Any, served: Served, llm: LLM, width: int, height: int
+) -> None:
+    with visiting(browser, served.url, viewport={"width": width, "height": height}) as page:
+        connected(page)
+        page.check("#pace input[value='5']")
+        page.click("#load")
+        requests = page.locator("#requests tr")
+        expect(requests).to_have_count(6)
+        page.check("#pace input[value='0']")
+        assert page.evaluate("document.documentElement.scrollHeight") == height  # one page
+        for last, below in (
+            (page.locator("#grid .cell").last, page.locator(".legend").bounding_box()["y"]),
+            (requests.last, bottom(page.locator("#requests-list"))),
+        ):
+            assert bottom(last) <= below
+        page.click("#stop")
+        page.click("#catch-up")
+    until(lambda: is_idle(llm))
+
+
+def bottom(element: Any) -> float:
+    box = element.bounding_box()
+    return float(box["y"] + box["height"])
 
 
 COUNT_ANIMATIONS = """() => {

@@ -84,7 +84,7 @@ export class Grid {
     const wanted = this.#numWanted();
     this.#cells = Array.from({ length: wanted }, (_, block) => newCell(block));
     this.#drawn = [];
-    const rows = [];
+    const rows = [headRow(this.#columns)];
     for (let first = 0; first < wanted; first += this.#columns) {
       const row = newElement("div", { role: "row", className: "grid-row" });
       const head = newElement("span", { role: "rowheader", className: "row-head", textContent: `${first}` });
@@ -93,7 +93,7 @@ export class Grid {
     }
     this.#grid.style.setProperty("--columns", this.#columns);
     this.#grid.dataset.size = wanted > 256 ? "small" : "normal";
-    this.#grid.setAttribute("aria-rowcount", Math.ceil(this.pool.numBlocks / this.#columns));
+    this.#grid.setAttribute("aria-rowcount", 1 + Math.ceil(this.pool.numBlocks / this.#columns));
     this.#grid.replaceChildren(...rows);
     for (let block = 0; block < wanted; block += 1) this.#draw(block);
     this.#current = Math.min(this.#current, Math.max(0, wanted - 1));
@@ -191,6 +191,14 @@ function stripesOf(hues) {
   const share = 100 / hues.length;
   const parts = hues.map((hue, i) => `var(--edge-${hue}) ${i * share}% ${(i + 1) * share}%`);
   return `linear-gradient(90deg, ${parts.join(", ")})`;
+}
+
+/** What each column adds to the number at the head of a row. */
+function headRow(columns) {
+  const row = newElement("div", { role: "row", className: "grid-row column-heads" });
+  const head = (_, column) => newElement("span", { role: "columnheader", textContent: `+${column}` });
+  row.append(...Array.from({ length: columns }, head));
+  return row;
 }
 
 function newCell(block) {

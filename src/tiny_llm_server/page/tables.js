@@ -43,8 +43,8 @@ export class BlockTable {
 
   /** As high as it ever was at this width, so that the grid below stays where it is. */
   #keepHeight() {
-    if (this.#strip.clientWidth !== this.#width) this.#strip.style.minHeight = "";
-    this.#width = this.#strip.clientWidth;
+    if (this.#strip.offsetWidth !== this.#width) this.#strip.style.minHeight = "";
+    this.#width = this.#strip.offsetWidth;
     this.#strip.style.minHeight = `${this.#strip.offsetHeight}px`;
   }
 
