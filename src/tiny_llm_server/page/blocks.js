@@ -61,6 +61,12 @@ export class Grid {
     }
   }
 
+  /** Mark these blocks, and no others. */
+  mark(blocks) {
+    for (const cell of this.#grid.querySelectorAll("[data-marked]")) delete cell.dataset.marked;
+    for (const block of blocks) if (this.#cells[block]) this.#cells[block].dataset.marked = "";
+  }
+
   #numWanted() {
     const { numBlocks, reached } = this.pool;
     const rows = Math.ceil(Math.max(FEWEST_CELLS, reached) / this.#columns);

@@ -6,8 +6,13 @@ export class Log {
   #list = document.querySelector("#log");
   #start = 0;
 
-  constructor(labels) {
+  /** onPoint: called with the blocks that the line under the pointer names. */
+  constructor(labels, onPoint) {
     this.labels = labels;
+    this.#list.addEventListener("pointerover", ({ target }) => {
+      onPoint(target.closest("[data-names]")?.dataset.names.split(" ") ?? []);
+    });
+    this.#list.addEventListener("pointerleave", () => onPoint([]));
   }
 
   /** Begin anew: times are seconds since `t`, by the server's clock. */
@@ -23,7 +28,7 @@ export class Log {
     while (this.#list.children.length > MOST_LINES) this.#list.lastChild.remove();
   }
 
-  #add({ t, kind, text, evicted }) {
+  #add({ t, kind, text, evicted, names }) {
     const newest = this.#list.firstChild;
     if (evicted && newest?.dataset.evicted) { // a full pool evicts all the time: one line is enough
       evicted += Number(newest.dataset.evicted);
@@ -34,6 +39,7 @@ export class Log {
     const time = document.createElement("time");
     time.textContent = (t - this.#start).toFixed(2);
     if (evicted) item.dataset.evicted = evicted;
+    if (names) item.dataset.names = names.join(" ");
     item.append(time, evicted ? `evicted: the prefix cache gives up ${blocks(evicted)}` : text);
     this.#list.prepend(item);
   }
@@ -42,7 +48,8 @@ export class Log {
 /**
  * The lines of a step, in the order of what happens in it.
  * @param {import("./pool.js").Change} change
- * @returns {{kind: string, text: string, evicted?: number}[]} evicted: how many blocks were
+ * @returns {{kind: string, text: string, evicted?: number, names?: number[]}[]} evicted: how many blocks were;
+ *   names: the blocks that the text names
  */
 export function linesOf(change, labels) {
   const of = (kind) => change.events.filter(([name]) => name === kind);
@@ -61,7 +68,9 @@ export function linesOf(change, labels) {
       say("hit", `prefix hit: ${one.cached} of ${labels.of(one)}’s ${one.prompt} prompt tokens`);
     }
   }
-  for (const copy of change.copies) say("copied", copied(copy, labels));
+  for (const copy of change.copies) {
+    lines.push({ kind: "copied", text: copied(copy, labels), names: [copy.from, copy.to] });
+  }
   for (const one of change.admitted) {
     if (!one.wasPreempted && labels.isFork(one)) say("forked", `forked: ${labels.of(one)} shares its prompt’s blocks`);
   }

@@ -19,7 +19,8 @@ import { BlockTable } from "./tables.js";
 const find = (selector) => document.querySelector(selector);
 
 const [pool, playback, labels, known] = [new Pool(), new Playback(), new Labels(), new Known()];
-const [keyField, announcer, figures, log] = [new KeyField(), new Announcer(), new Figures(pool), new Log(labels)];
+const [keyField, announcer, figures] = [new KeyField(), new Announcer(), new Figures(pool)];
+const log = new Log(labels, (blocks) => grid.mark(blocks));
 const focus = new Focus(pool, labels, drawFocus);
 const grid = new Grid(pool, labels, {
   onPoint: (block) => {
