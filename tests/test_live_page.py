@@ -66,8 +66,11 @@ def send(page: Any, text: str, max_tokens: int = 200) -> None:
     page.press("#question", "Enter")
 
 
-def tokens_shown(page: Any) -> int:
-    return int(page.inner_text("#chat-figures").split(" · ")[-1].split()[0])
+def posted(page: Any) -> list[dict[str, Any]]:
+    """What the page posts from now on."""
+    bodies: list[dict[str, Any]] = []
+    page.on("request", lambda asked: bodies.append(asked.post_data_json) if asked.post_data else None)
+    return bodies
 
 
 def cells(page: Any, kind: str) -> Any:
@@ -100,8 +103,7 @@ def test_a_question_is_answered_and_timed(page: Any) -> None:
 
 
 def test_a_chat_goes_on_and_begins_anew(page: Any) -> None:
-    bodies: list[dict[str, Any]] = []
-    page.on("request", lambda asked: bodies.append(asked.post_data_json) if asked.post_data else None)
+    bodies = posted(page)
     for number, clicks in ((1, False), (2, False), (3, True)):
         if clicks:
             page.click("#new-chat")
@@ -110,6 +112,74 @@ def test_a_chat_goes_on_and_begins_anew(page: Any) -> None:
     roles = [[message["role"] for message in body["messages"]] for body in bodies]
     assert roles == [["user"], ["user", "assistant", "user"], ["user"]]
     assert {body["temperature"] for body in bodies} == {0}
+
+
+AT_THE_END = """() => {
+  const { scrollHeight, scrollTop, clientHeight } = document.querySelector("#messages");
+  return scrollHeight - scrollTop - clientHeight <= 1;
+}"""
+
+
+def longer(page: Any) -> None:
+    """Wait until the conversation has become longer by a few lines."""
+    height = "document.querySelector('#messages').scrollHeight"
+    before = page.evaluate(height)
+    until(lambda: page.evaluate(height) > before + 60)
+
+
+def test_who_scrolls_up_stays_there_and_who_reads_the_end_too(browser: Any, served: Served, llm: LLM) -> None:
+    with visiting(browser, served.url, viewport={"width": 1000, "height": 620}) as page:
+        connected(page)
+        messages = page.locator("#messages")
+        send(page, STORY, 800)
+        until(lambda: messages.evaluate("list => list.scrollTop") > 100)
+        assert page.evaluate(AT_THE_END)
+        messages.evaluate("list => { list.scrollTop = 20; }")
+        longer(page)
+        assert messages.evaluate("list => list.scrollTop") == 20
+        messages.evaluate("list => { list.scrollTop = list.scrollHeight; }")
+        longer(page)
+        assert page.evaluate(AT_THE_END)
+        page.click("#stop-chat")
+        expect(page.locator(".message .end")).to_have_text("stopped")
+        assert page.evaluate(AT_THE_END)
+        messages.evaluate("list => { list.scrollTop = 0; }")
+        send(page, FRANCE)  # who asks wants to see the answer
+        expect(page.locator("#chat-figures")).to_contain_text("TTFT")
+        assert page.evaluate(AT_THE_END)
+    until(lambda: is_idle(llm))
+
+
+def test_a_refused_question_goes_back_and_is_forgotten(browser: Any, served: Served) -> None:
+    figures = "#chat-figures"
+    with visiting(browser, served.url, fine="400") as page:
+        bodies = posted(page)
+        connected(page)
+        send(page, FRANCE)
+        expect(page.locator(figures)).to_contain_text("8 tokens")
+        send(page, STORY, 16 * NUM_BLOCKS)
+        refusal = page.locator(".message.refusal")
+        expect(refusal).to_contain_text("exceed the context of 1536: lower “Max tokens”, or begin a new chat")
+        expect(page.locator("#question")).to_have_value(STORY)
+        expect(page.locator("#messages .message")).to_have_count(3)
+        expect(page.locator(".message.user")).to_have_text([re.compile(re.escape(FRANCE))])
+        expect(page.locator(figures)).to_have_text("")
+        send(page, "Say 1.", 4)
+        expect(page.locator(figures)).to_contain_text("tokens")
+        expect(page.locator("#stop-chat")).to_be_hidden()
+        expect(refusal).to_have_count(0)
+        expect(page.locator(".message.assistant")).to_have_count(2)
+    said = [[message["content"] for message in body["messages"]] for body in bodies]
+    answer = "The capital of France is Paris."
+    assert said == [[FRANCE], [FRANCE, answer, STORY], [FRANCE, answer, "Say 1."]]
+
+
+def test_a_temperature_may_have_any_decimals(page: Any) -> None:
+    bodies = posted(page)
+    page.fill("#temperature", "0.75")
+    send(page, FRANCE, 4)
+    expect(page.locator("#chat-figures")).to_contain_text("tokens")
+    assert [body["temperature"] for body in bodies] == [0.75]
 
 
 def test_blocks_are_taken_while_it_answers_and_given_back(page: Any, llm: LLM) -> None:
@@ -155,6 +225,45 @@ def test_a_load_shows_sharing_copies_and_preemption_and_ends_as_the_engine_does(
     assert page.evaluate("said") < 10  # what is read out to those who do not see it
 
 
+def test_a_prefix_hit_is_told_before_the_copy_that_it_causes(page: Any) -> None:
+    for question in (FRANCE, "What is the capital of Italy, and what is that of Spain?"):
+        page.click("#new-chat")
+        send(page, question, 4)
+        expect(page.locator("#chat-figures")).to_contain_text("4 tokens")
+    expect(page.locator("#log [data-kind='ended']")).to_have_count(2)
+    lines = page.locator("#log li:not([data-kind='evicted'])")
+    kinds = lines.evaluate_all("lines => lines.map(line => line.dataset.kind)")
+    assert kinds[: kinds.index("admitted")] == ["ended", "copied", "hit"]  # the newest is on top
+    copied = page.locator("#log [data-kind='copied']").first
+    copied.hover()
+    marked = page.locator("#grid [data-marked]").evaluate_all(
+        "cells => cells.map(cell => cell.dataset.block)"
+    )
+    assert set(marked) == set(re.findall(r"block (\d+),.* copied to (\d+)", copied.inner_text())[0])
+    page.hover("#chat-title")
+    expect(page.locator("#grid [data-marked]")).to_have_count(0)
+
+
+def test_the_grid_stays_where_it_is_while_tables_change(browser: Any, served: Served) -> None:
+    with visiting(browser, served.url, viewport={"width": 1000, "height": 800}) as page:
+        connected(page)
+        grid, chips = page.locator("#grid"), page.locator("#block-table .chip")
+        page.check("#pace input[value='0']")
+        boxes = [grid.bounding_box()]
+        for question, most in ((f"{STORY} It begins: {'once upon a time, ' * 120}", 30), (STORY, 1)):
+            page.click("#new-chat")
+            send(page, question, 16)
+            expect(page.locator("#stop-chat")).to_be_hidden()
+            until(lambda most=most: page.click("#one-step") or chips.count() > most)
+            boxes.append(grid.bounding_box())
+            page.click("#catch-up")
+            expect(chips).to_have_count(0)
+            boxes.append(grid.bounding_box())
+    low, *high = boxes
+    assert high == high[:1] * 4
+    assert low["y"] < high[0]["y"]
+
+
 def test_stop_cancels_the_load(page: Any, llm: LLM) -> None:
     cancelled: list[str] = []
     page.on("requestfailed", lambda asked: cancelled.append(asked.failure))
@@ -181,6 +290,7 @@ def test_a_slow_page_says_how_far_behind_it_is_and_catches_up(page: Any, llm: LL
     page.check("#pace input[value='5']")
     expect(page.locator("#behind")).to_have_text(re.compile("^[12][0-9] steps behind"))
     page.check("#pace input[value='0']")
+    expect(page.locator("#behind")).to_have_text(re.compile("^paused"))
     behind = int(page.inner_text("#behind").split()[1])
     expect(page.locator("#requests td.number").nth(2)).to_have_text(str(40 - behind))  # a token a step
     page.click("#catch-up")
@@ -412,7 +522,11 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:
         send(page, FRANCE)
         page.fill("#key-field", "wrong")
         page.press("#key-field", "Enter")
-        expect(page.locator("#key")).to_contain_text("not one of the server's")
+        wrong = "This key is not one of the server's. Another one:"
+        expect(page.locator("#key label")).to_have_text(wrong)
+        assert page.inner_text(".top").split("\n") == ["tiny-llm", wrong, "Use this key"]
+        says = "says => [getComputedStyle(says).color, says.getClientRects().length]"
+        assert page.locator("#key [data-says]").evaluate(says) == ["rgb(154, 52, 18)", 1]  # --warn, a line
         page.fill("#key-field", "secret")
         page.press("#key-field", "Enter")
         connected(page)
@@ -421,6 +535,31 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:
         page.reload()
         connected(page)
         assert page.evaluate("localStorage.length") == 0
+
+
+def test_a_load_without_a_connection_tries_once_and_says_so(browser: Any, served: Served, llm: LLM) -> None:
+    tried: list[str] = []
+
+    def lose(route: Any) -> None:
+        tried.append(route.request.url)
+        route.abort()
+
+    with visiting(browser, served.url, fine="ERR_FAILED") as page:
+        connected(page)
+        page.route("**/v1/chat/completions", lose)
+        for number in (1, 2):
+            page.click("#load")
+            expect(page.locator("#demo-note")).to_have_text(
+                "Not all could run: the connection to the server is lost"
+            )
+            expect(page.locator("#load")).not_to_have_attribute("aria-disabled", "true")
+            assert len(tried) == number
+        page.unroute("**/v1/chat/completions")
+        page.click("#load")
+        expect(page.locator("#requests tr").first).to_be_visible()
+        expect(page.locator("#demo-note")).to_have_text("")
+        page.click("#stop")
+    until(lambda: is_idle(llm))
 
 
 @contextmanager
@@ -474,6 +613,7 @@ def test_a_server_without_the_stream_still_chats(
     error = {"error": {"message": "no", "type": "x", "param": None, "code": code}}
     with browser_at(browser, served, json.dumps(error), status) as page:
         expect(page.locator("#status")).to_contain_text(said)
+        expect(page.locator("#load")).to_be_disabled()
         send(page, FRANCE)
         expect(page.locator("#messages")).to_contain_text("Paris")
 
@@ -519,6 +659,7 @@ def test_a_large_pool_is_drawn_as_far_as_it_was_used(
         expect(page.locator("#more")).to_have_text(said)
         expect(page.locator("#grid .cell")).to_have_count(drawn)
         expect(page.locator("#pool-size")).to_contain_text(f"{num_blocks:,} blocks; each holds")
+        expect(page.locator("#load")).to_be_enabled()
 
 
 def test_a_load_says_that_a_large_pool_never_runs_out(browser: Any, served: Served, llm: LLM) -> None:
