@@ -119,7 +119,9 @@ export class Chat {
     const speed = this.known.speed(id) ?? (seconds > 0 ? (tokens - 1) / seconds : null);
     const pace = speed === null ? "" : ` · ${speed.toFixed(0)} tokens/s`;
     const words = tokens === 1 ? "1 token" : `${tokens} tokens`;
-    this.#figures.textContent = `TTFT ${((first - asked) / 1000).toFixed(2)} s${pace} · ${words}`;
+    this.#follow(() => {
+      this.#figures.textContent = `TTFT ${((first - asked) / 1000).toFixed(2)} s${pace} · ${words}`;
+    });
   }
 
   #bubble(role, who, text) {
@@ -131,7 +133,7 @@ export class Chat {
     return { article, text: body };
   }
 
-  /** Make the conversation longer; who reads its end goes on to do so, and who has scrolled up stays there. */
+  /** Make the conversation longer, or leave it less room: who reads its end goes on, who scrolled up stays there. */
   #follow(change) {
     const { scrollHeight, scrollTop, clientHeight } = this.#list;
     change();
