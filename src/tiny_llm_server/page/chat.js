@@ -3,10 +3,12 @@
 import { reasonOf } from "./sse.js";
 
 const NOTHING = "\u00a0"; // on a line that keeps its place
+const SURE = 0.25; // seconds over which a speed can be told from here: pieces may come in one go
 const NEAR = 40; // pixels from the end of the conversation
 
 export class Chat {
   #messages = []; // as the API takes them
+  #timed = null; // what the figures are made of
   #running = null; // AbortController of the answer that is coming
   #list = document.querySelector("#messages");
   #form = document.querySelector("#chat-form");
@@ -34,6 +36,11 @@ export class Chat {
     document.querySelector("#new-chat").addEventListener("click", () => this.#clear());
   }
 
+  /** Steps have come, which may be those of an answer that is here already. */
+  refresh() {
+    if (this.#timed) this.#show(...this.#timed);
+  }
+
   /** Cancel the answer that is coming, if one is. */
   stop() {
     this.#running?.abort();
@@ -43,7 +50,7 @@ export class Chat {
     this.stop();
     this.#messages = [];
     this.#list.replaceChildren(this.#hint);
-    this.#figures.textContent = NOTHING;
+    this.#forgetFigures();
     this.#question.focus();
   }
 
@@ -53,7 +60,7 @@ export class Chat {
     const running = new AbortController();
     this.#busy(running);
     this.#question.value = "";
-    this.#figures.textContent = NOTHING;
+    this.#forgetFigures();
     this.#hint.remove();
     this.#list.querySelector(".refusal")?.remove();
     const asked = this.#bubble("user", "You", question);
@@ -113,15 +120,22 @@ export class Chat {
   }
 
   /** The time to the first token as it was here; the speed by the server's clock, if that is known. */
-  #show(id, [asked, first, ...others], tokens) {
+  #show(id, times, tokens) {
+    const [asked, first, ...others] = times;
     if (first === undefined) return;
+    this.#timed = [id, times, tokens];
     const seconds = ((others.at(-1) ?? first) - first) / 1000;
-    const speed = this.known.speed(id) ?? (seconds > 0 ? (tokens - 1) / seconds : null);
+    const speed = this.known.speed(id) ?? (seconds > SURE ? (tokens - 1) / seconds : null);
     const pace = speed === null ? "" : ` · ${speed.toFixed(0)} tokens/s`;
     const words = tokens === 1 ? "1 token" : `${tokens} tokens`;
     this.#follow(() => {
       this.#figures.textContent = `TTFT ${((first - asked) / 1000).toFixed(2)} s${pace} · ${words}`;
     });
+  }
+
+  #forgetFigures() {
+    this.#timed = null;
+    this.#figures.textContent = NOTHING;
   }
 
   #bubble(role, who, text) {

@@ -61,6 +61,7 @@ function showState(state) {
 function take(message) {
   if (message.type === "steps") {
     known.note(message.steps);
+    chat.refresh();
     playback.push(message.steps);
     schedule();
     return;
