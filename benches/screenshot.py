@@ -34,7 +34,7 @@ def serving() -> Iterator[str]:
     ) as server:
         try:
             assert server.stderr is not None
-            found = (re.search(r"running on (http://\S+)", line) for line in server.stderr)
+            found = (re.search(r"Listening on (http://\S+)", line) for line in server.stderr)
             match = next(filter(None, found), None)
             if match is None:
                 sys.exit("the server has not started")
