@@ -598,10 +598,14 @@ def test_completions_that_nobody_waited_for_count_as_aborted(served: Served, llm
     aborted, written = "vllm:request_success_total{finished_reason=abort}", "vllm:generation_tokens_total"
     with served.client() as client:
         before = scraped(client)
+        read, first = "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_count"
         with served.client() as other, other.stream("POST", COMPLETE, json=body) as answer:
             next(answer.iter_lines())
+            until(lambda: scraped(client)[first] == before.get(first, 0) + 2)  # while they run
         until(lambda: scraped(client).get(aborted, 0) == before.get(aborted, 0) + 4)
-        assert scraped(client)[written] > before.get(written, 0)
+        after, lengths = scraped(client), [len(llm.tokenizer.encode(text)) for text in ("Once", "Twice")]
+        assert after[written] > before.get(written, 0)
+        assert after[read] == before.get(read, 0) + sum(lengths)
     until(lambda: llm.engine.stats.num_running == 0)
 
 
