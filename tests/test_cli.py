@@ -201,6 +201,7 @@ def test_sizes(text: str, size: int) -> None:
         (["chat", "hi", "--top-p", "1.5"], 2, ["top_p", "1.5", "(0, 1]"]),
         (["chat", "hi", "--block-size", "0"], 2, ["block_size", "at least 1", "not 0"]),
         (["chat", "hi", "--kv-cache-dtype", "int3"], 2, ["kv_cache_dtype", "float16", "int3"]),
+        (["chat", "hi", "--dtype", "float16"], 2, ["dtype must be one of auto, float32", "float16"]),
         (["chat", "hi", "--kv-cache-memory", "12XB"], 2, ["12XB", "512MiB"]),
         (["chat", "hi", "--model", "/nowhere.gguf"], 1, ["/nowhere.gguf", "no such file"]),
         (["chat", "hi", "--num-blocks", "100000000"], 2, ["100000000 blocks", "bytes", "this machine has"]),

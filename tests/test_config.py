@@ -74,6 +74,7 @@ def test_sandwich_norms_are_parameters() -> None:
         {"max_num_seqs": 0},
         {"max_model_len": 0},
         {"kv_cache_dtype": "int3"},
+        {"dtype": "float16"},
         {"preemption_mode": "swop"},
         {"activation_bits": 4},
     ],

@@ -102,6 +102,13 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What is computed in: auto, which is float32; weights stay in their file's type.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto"
     kv_cache_dtype: Annotated[
         str,
         typer.Option(

@@ -12,6 +12,7 @@ from .model_config import ModelConfig
 
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
+DTYPES_OF_COMPUTING = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
@@ -40,6 +41,8 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
     max_model_len: longest prompt + output in tokens; None means the model's own limit, or what the pool
         holds where that is less.
+    dtype: what is computed in: "auto" is "float32", as everything between quantized weights and pages is;
+        weights stay in the type that their file has.
     kv_cache_dtype: how keys and values are stored.
     activation_bits: what the compiled kernels round activations to where weights are quantized: 16 says what
         float32 says; 8 costs some accuracy, as in other engines, and computes prompts and batches up to twice
@@ -66,6 +69,7 @@ class EngineConfig:
     max_num_waiting: int | None = None
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
+    dtype: str = "auto"
     kv_cache_dtype: str = "float16"
     activation_bits: int = 16
     min_num_blocks: int | None = None
@@ -88,6 +92,7 @@ class EngineConfig:
         self._check_min_num_blocks()
         if self.swap_space is not None and self.preemption_mode != "swap":
             raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
+        _one_of("dtype", self.dtype, DTYPES_OF_COMPUTING)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
