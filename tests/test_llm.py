@@ -19,7 +19,7 @@ from tiny_llm.tokenizer import Detokenizer
 
 from promises import check_all_returned
 from tiny_checkpoints import CONFIGS, random_weights, write_folder
-from tiny_llm import LLM, EngineStoppingError, RequestFailedError, SamplingParams
+from tiny_llm import LLM, EngineStoppingError, QueueFullError, RequestFailedError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -294,7 +294,7 @@ def test_a_forgotten_llm_frees_its_arrays_and_ends_its_thread(tiny_path: Path) -
 
 def test_what_may_not_wait_is_refused_whole(tiny_path: Path) -> None:
     llm = LLM(tiny_path, num_blocks=64, max_num_seqs=2, max_num_waiting=3)
-    with pytest.raises(ValueError, match=r"6 requests at once .*: 2 \(max_num_seqs\) and 3 "):
+    with pytest.raises(QueueFullError, match="no room for 6 more"):
         llm.generate([[5]] * 6, GREEDY, use_tqdm=False)
     assert len(llm.generate([[5]] * 5, GREEDY, use_tqdm=False)) == 5
 

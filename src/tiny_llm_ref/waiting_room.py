@@ -36,18 +36,13 @@ class WaitingRoom:
         self._lock = Lock()
 
     def enter(self, num_requests: int) -> None:
-        """Let requests in, all or none. Raises what `check` does."""
+        """Let requests in, all or none. Raises `QueueFullError` with the figures."""
         with self._lock:
             self.check(num_requests)
             self._num_entered += num_requests
 
     def check(self, num_requests: int) -> None:
-        """Raise `QueueFullError` where so many could not enter now, ValueError where they never could."""
-        if self._limit is not None and num_requests > self._limit + self._num_seats:
-            raise ValueError(
-                f"{num_requests} requests at once are more than may ever run and wait: "
-                f"{self._num_seats} (max_num_seqs) and {self._limit} (max_num_waiting)"
-            )
+        """Raise `QueueFullError` where so many could not enter now."""
         waiting = self._num_waiting()
         if self._limit is not None and waiting + num_requests > self._limit:
             raise QueueFullError(

@@ -47,8 +47,7 @@ class _Work:
         self._service = service
         self._body = body
         self.prompts = _prompts(body)
-        if len(self.prompts) > service.config.max_prompts:
-            most = service.config.max_prompts
+        if len(self.prompts) > (most := service.max_prompts):
             raise refused(f"prompt: at most {most} prompts in one request, not {len(self.prompts)}", "prompt")
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(

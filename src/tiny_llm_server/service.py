@@ -95,6 +95,14 @@ class Service:
         """Longest prompt and answer together, in tokens."""
         return self.llm.max_model_len
 
+    @property
+    def max_prompts(self) -> int:
+        """Most prompts of one request: more than may ever run and wait would be refused for ever."""
+        most, engine = self.config.max_prompts, self.llm.engine_config
+        if engine.max_num_waiting is None:
+            return most
+        return min(most, engine.max_num_waiting + engine.max_num_seqs)
+
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
         named = self.config.served_model_name
