@@ -553,11 +553,17 @@ def test_a_request_does_not_wait_while_seats_are_free() -> None:
 def test_free_seats_are_no_use_while_pages_are_short() -> None:
     engine = make_engine(lambda: make_core(blocks=6), max_num_waiting=1)
     held, params = Held(engine), SamplingParams(max_tokens=7, ignore_eos=True)
-    for seed in (1, 2):  # 16 tokens each, where 24 fit
-        engine.submit([engine.request(random_prompt(16, seed), params)], lambda items: None).result(SECONDS)
-        held.wait()
-        held.step()
+
+    def submit(seed: int) -> Future[None]:
+        return engine.submit([engine.request(random_prompt(16, seed), params)], lambda items: None)
+
+    submit(1).result(SECONDS)  # 16 tokens each, where 24 fit
     held.wait()
+    second = submit(2)  # while a step is held: it is queued before the next one
+    for _ in range(2):
+        held.step()
+        held.wait()
+    second.result(SECONDS)
     assert (engine.stats.num_running, engine.stats.num_waiting) == (1, 1)
     with pytest.raises(QueueFullError, match="1 requests wait and 1 may"):
         engine.submit([engine.request([20], params)], print)
@@ -714,11 +720,11 @@ def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held: Held) -> 
     async def main() -> list[RequestEvent]:
         client = asyncio.create_task(heard(engine, [20, 21], LONG))
         await asyncio.to_thread(held.wait)
-        drain = asyncio.create_task(engine.drain(0.02))
+        drain = asyncio.create_task(engine.drain(0.5))
         await asyncio.sleep(0.01)
         held.step()
         await asyncio.to_thread(held.wait)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.6)
         held.step()
         await drain
         return await client
