@@ -553,7 +553,7 @@ FINE_LENGTH = b"Content-Length: %d\r\n" % len(FINE_BODY)
 def test_abuse_of_http_ends_with_a_4xx(head: bytes, body: bytes) -> None:
     """Lengths, chunks and headers that are none, and a body that never comes; others are served meanwhile."""
     llm = LLM(num_blocks=64)
-    with serving(lambda: llm, ServerConfig(body_timeout=0.3)) as here, here.client() as client:
+    with serving(lambda: llm, ServerConfig(body_timeout=1.0)) as here, here.client() as client:
         host, _, port = here.url.removeprefix("http://").partition(":")
         with socket.create_connection((host, int(port)), timeout=20) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON + head + b"\r\n" + body)
@@ -757,7 +757,7 @@ def test_a_silent_stream_is_kept_alive() -> None:
     """A request that waits behind another hears from the server before it hears from the model."""
     llm = LLM(num_blocks=512, max_num_seqs=1)
     with serving(lambda: llm, ServerConfig(keep_alive=0.05)) as here, here.client() as client:
-        body = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "stream": True}
         with client.stream("POST", COMPLETE, json=body), here.client() as other:
             lines = other.post(COMPLETE, json={**body, "max_tokens": 2}).text
     assert lines.startswith(": still here\n\n")
