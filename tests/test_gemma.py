@@ -282,6 +282,23 @@ def test_an_answer_without_a_limit_ends_where_the_pool_does(tmp_path: Path) -> N
         llm.generate([5] * llm.max_model_len, params, use_tqdm=False)
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap", "none"])
+def test_answers_without_a_limit_are_those_of_each_alone(tmp_path: Path, mode: str) -> None:
+    """In a crowd of which each may fill the pool. Oracle: an engine that has nobody else to serve."""
+    path, prompts = write_folder(tmp_path, GEMMA, random_weights(GEMMA)), [[5, 6, 7], [8] * 4, [9, 10] * 2]
+    params = [SamplingParams(max_tokens=None, ignore_eos=True, seed=i, logprobs=1) for i in range(3)]
+    sizes = {"block_size": 4, "num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 8}
+    crowd = LLM(path, preemption_mode=mode, **sizes)
+    found = crowd.generate(prompts, params, use_tqdm=False)
+    for prompt, wanted, output in zip(prompts, params, found, strict=True):
+        [alone] = LLM(path, enable_prefix_caching=False, **sizes).generate(prompt, wanted, use_tqdm=False)
+        assert len(prompt) + len(alone.outputs[0].token_ids) == crowd.max_model_len
+        assert output.outputs == alone.outputs
+    assert (crowd.engine.stats.num_preemptions > 0) == (mode != "none")
+    crowd.engine.call(lambda: check_pages(pages_of(crowd)))
+    assert crowd.engine.stats.num_free_blocks + crowd.engine.stats.num_cached_blocks == 40
+
+
 # Parts.
 
 

@@ -80,15 +80,17 @@ class Engine:
     def request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
     ) -> RequestState:
-        """A request to submit. Raises ValueError for what is no text, and for ids outside the vocabulary,
-        `SamplingParamsError` for such ids in `params`.
+        """A request to submit.
 
         request_id: what it is known by, unlike all requests that have not ended; None: a number.
+
+        Raises ValueError for what is no text, and for ids outside the vocabulary; `SamplingParamsError` names
+        the field of `params` that has such ids.
         """
         params = params or SamplingParams()
         tokens = self._encode(prompt)
         for name in ("stop_token_ids", "logit_bias"):
-            self._check_params(name, getattr(params, name) or ())
+            self._check_vocabulary(name, getattr(params, name) or ())
         text = prompt if isinstance(prompt, str) else None
         return RequestState(request_id or next(self._request_ids), text, tokens, self._tokenizer, params)
 
@@ -211,7 +213,7 @@ class Engine:
             if not 0 <= token < self._vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary (0 to {self._vocab_size - 1})")
 
-    def _check_params(self, name: str, tokens: Iterable[int]) -> None:
+    def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
         last = self._vocab_size - 1
         for token in tokens:
             if token > last:

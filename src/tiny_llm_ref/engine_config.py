@@ -12,7 +12,7 @@ from .model_config import ModelConfig
 
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
-DTYPES_OF_COMPUTING = ("auto", "float32")
+COMPUTE_DTYPES = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
@@ -92,7 +92,7 @@ class EngineConfig:
         self._check_min_num_blocks()
         if self.swap_space is not None and self.preemption_mode != "swap":
             raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
-        _one_of("dtype", self.dtype, DTYPES_OF_COMPUTING)
+        _one_of("dtype", self.dtype, COMPUTE_DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)

@@ -25,6 +25,7 @@ from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, EventStream, unless_left
+from .token_names import bytes_of
 
 
 def router(service: Service) -> APIRouter:
@@ -135,5 +136,5 @@ class _Work:
         )
 
     def _token(self, token: int, logprob: Logprob) -> TokenLogprob:
-        raw = self._service.llm.tokenizer.token_bytes(token)
+        raw = bytes_of(token, logprob.decoded_token, self._service.llm.tokenizer)
         return TokenLogprob(token=logprob.decoded_token, logprob=logprob.logprob, bytes=list(raw))

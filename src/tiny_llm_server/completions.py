@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from tiny_llm.engine import Prompt
-from tiny_llm.tokenizer import Detokenizer
+from tiny_llm.tokenizer import Detokenizer, Tokenizer
 
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 
@@ -16,6 +16,7 @@ from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, EventStream, unless_left
+from .token_names import name_of
 
 Places = tuple[dict[int, Logprob] | None, ...]
 
@@ -101,17 +102,16 @@ class _Work:
         if not self._body.echo:
             return ""
         prompt = self.prompts[index // self._body.n]
-        return prompt if isinstance(prompt, str) else self._service.llm.tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    def token_text(self, token: int) -> str:
-        """A token as a text; a part of a character by its bytes, as OpenAI writes it."""
-        tokenizer = self._service.llm.tokenizer
-        text, raw = tokenizer.token_text(token), tokenizer.token_bytes(token)
-        return text if text.encode() == raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._service.llm.tokenizer
 
     def detokenizer(self) -> Detokenizer:
         """For one choice."""
-        return self._service.llm.tokenizer.stream(skip_special_tokens=self._body.skip_special_tokens)
+        return self.tokenizer.stream(skip_special_tokens=self._body.skip_special_tokens)
 
 
 class _Piece:
@@ -145,22 +145,25 @@ class _Piece:
         for token in tokens:
             offsets.append(self._offset)
             self._offset += len(self._detokenizer.push(token))
+        own = [None if place is None else place[token] for token, place in zip(tokens, places, strict=True)]
         return CompletionLogprobs(
-            tokens=[self._work.token_text(token) for token in tokens],
-            token_logprobs=[
-                None if place is None else place[token].logprob
-                for token, place in zip(tokens, places, strict=True)
-            ],
+            tokens=[self._name(token, one) for token, one in zip(tokens, own, strict=True)],
+            token_logprobs=[None if one is None else one.logprob for one in own],
             top_logprobs=[None if place is None else self._top(place) for place in places],
             text_offset=offsets,
         )
 
     def _top(self, place: dict[int, Logprob]) -> dict[str, float]:
-        """The likeliest by their texts; where two have one text, the chosen one is what it stands for."""
+        """The likeliest by their names; where two have one name, the chosen one is what it stands for."""
         found: dict[str, float] = {}
         for token, one in place.items():
-            found.setdefault(self._work.token_text(token), one.logprob)
+            found.setdefault(self._name(token, one), one.logprob)
         return found
+
+    def _name(self, token: int, known: Logprob | None) -> str:
+        """known: what the engine says of it; nothing of a prompt's first token."""
+        tokenizer = self._work.tokenizer
+        return name_of(token, known.decoded_token if known else tokenizer.token_text(token), tokenizer)
 
 
 def _without_output(event: RequestEvent) -> RequestEvent:

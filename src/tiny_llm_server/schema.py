@@ -1,6 +1,7 @@
 """What clients may send: OpenAI's fields, and vLLM's where OpenAI has none. Anything else is refused by name.
 
-A field that is null counts as not sent. Types are taken strictly: "1" is no number.
+A field that is null counts as not sent, and so does one that asks for what is done anyway, such as no tools.
+Types are taken strictly: "1" is no number.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """A request's body: no fields but these. IDLE: values of others that ask for what is done anyway."""
+    """A request's body: no fields but these. IDLE: values of a field that ask for what is done without it."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -69,7 +70,7 @@ class Generation(Body):
         "store": (False,),
         "metadata": ({},),
         "service_tier": ("auto", "default"),
-        "seed": (-1,),
+        "seed": (-1,),  # none, as in vLLM
     }
 
     model: Text | None = Field(None, description="The served model's name; nothing: that one.")

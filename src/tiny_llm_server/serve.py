@@ -10,6 +10,7 @@ import errno
 import logging
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,7 +18,7 @@ from fastapi import FastAPI
 from .service import Service
 
 LINGER = 5.0  # seconds that clients have to read what there is for them, once nothing more comes
-LINGER_AT_ONCE = 0.5
+LINGER_AT_ONCE = 0.5  # the same, after a second signal
 LOG = logging.getLogger("uvicorn.error")
 
 
@@ -25,22 +26,31 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets at the addresses of a host that this machine has. Raises OSError where they cannot be had."""
     sockets: list[socket.socket] = []
     failure: OSError | None = None
-    try:
-        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            try:
-                sockets.append(socket.create_server(address[:2], family=family))
-            except OSError as error:
-                failure = error
-                if error.errno != errno.EADDRNOTAVAIL:  # names have an address of IPv6 also where that is off
-                    break
-    except OSError as error:
-        failure = error
+    for family, address in _addresses(host, port):
+        try:
+            sockets.append(socket.create_server(address, family=family))
+        except OSError as error:
+            failure = error
+            if error.errno != errno.EADDRNOTAVAIL:  # names have an address of IPv6 also where that is off
+                break
     if failure is None or (sockets and failure.errno == errno.EADDRNOTAVAIL):
         return sockets
     for opened in sockets:
         opened.close()
-    why = (failure.strerror or str(failure)).partition(" (")[0]
-    raise OSError(f"cannot listen on {host}, port {port}: {why}; see --host, --port")
+    raise _refusal(host, port, failure)
+
+
+def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise _refusal(host, port, error) from error
+    return [(family, address[:2]) for family, _, _, _, address in found]
+
+
+def _refusal(host: str, port: int, error: OSError) -> OSError:
+    why = (error.strerror or str(error)).partition(" (")[0]
+    return OSError(f"cannot listen on {host}, port {port}: {why}; see --host, --port")
 
 
 class GracefulServer(uvicorn.Server):

@@ -1,0 +1,20 @@
+"""What one token is called in log-probabilities, also where it is only a part of a character.
+
+text: the token's, as the engine gives it, in which such a part is U+FFFD: only then is the tokenizer asked.
+"""
+
+from tiny_llm.tokenizer import Tokenizer
+
+PART = "\ufffd"
+
+
+def bytes_of(token: int, text: str, tokenizer: Tokenizer) -> bytes:
+    """Its bytes: those of all tokens of a text, put together, are the text's."""
+    return tokenizer.token_bytes(token) if PART in text else text.encode()
+
+
+def name_of(token: int, text: str, tokenizer: Tokenizer) -> str:
+    """Its text, or its bytes as OpenAI writes them, so that two parts have two names."""
+    if (raw := bytes_of(token, text, tokenizer)) == text.encode():
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
