@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -712,14 +713,21 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            attributes = termios.tcgetattr(0)
+            attributes[3] |= termios.NOFLSH  # Ctrl-C leaves what is on its way to the screen alone
+            termios.tcsetattr(0, termios.TCSANOW, attributes)
             os.execv(COMMAND[0], [*COMMAND, *arguments])
         self.shown = ""
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def shows(self, text: str, seconds: float = PROCESS_SECONDS) -> bool:
-        """Read until `text` has been shown, and forget what came up to there; False when it never is."""
+    def wait_for(self, text: str) -> None:
+        """Read until `text` has been shown, and forget what came up to there."""
+        assert self.shows(text, PROCESS_SECONDS), f"no {text!r} in {self.shown!r}"
+
+    def shows(self, text: str, seconds: float) -> bool:
+        """Whether `text` is shown in time; forgets what came up to there."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
             if not select.select([self._fd], [], [], max(0, deadline - time.monotonic()))[0]:
@@ -735,23 +743,30 @@ class Terminal:
         return code
 
 
-def test_a_conversation_in_a_terminal() -> None:
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on() -> None:
     terminal = Terminal("chat", "--max-tokens", "4000")
-    assert terminal.shows("> ")
+    terminal.wait_for("> ")  # from here on readline alone echoes what is typed
+    terminal.type("Write a very long story.\n")
+    terminal.wait_for("story.\r\n")
+    terminal.wait_for(" ")  # the answer has begun
     terminal.type("\x03")
-    for _ in range(60):  # readline misses a signal just before its first wait
-        if terminal.shows("Ctrl-D", seconds=1):
-            break
+    terminal.wait_for("> ")
+    terminal.type("/reset\n")
+    terminal.wait_for("(forgotten)")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_at_the_prompt_of_a_terminal() -> None:
+    terminal = Terminal("chat")
+    terminal.wait_for("> ")
+    for _ in range(12):
         terminal.type("\x03")
+        if terminal.shows("Ctrl-D", seconds=10):  # readline misses a signal just before it waits
+            break
     else:
         pytest.fail(f"Ctrl-C has no effect: {terminal.shown!r}")
-    terminal.type("Write a very long story.\n")
-    assert terminal.shows("story.\r\n")
-    assert terminal.shows(" ")  # the answer has begun
-    terminal.type("\x03")
-    assert terminal.shows("> ")
-    terminal.type("/reset\n")
-    assert terminal.shows("(forgotten)")
-    assert terminal.shows("> ")
-    terminal.type("\x04")
+    terminal.wait_for("> ")
+    terminal.type("/exit\n")
     assert terminal.end() == 0

@@ -111,18 +111,17 @@ def converse(conversation: Conversation, model_name: str) -> None:
     while True:
         try:
             line = input("> ").strip()
+            if line in ("/exit", "/quit"):
+                return
+            if line.startswith("/"):
+                _run_command(conversation, line)
+            elif line:
+                _reply(conversation, line)
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # at the prompt, or just before an answer
             print("\n(Ctrl-D or /exit leaves)")
-            continue
-        if line in ("/exit", "/quit"):
-            return
-        if line.startswith("/"):
-            _run_command(conversation, line)
-        elif line:
-            _reply(conversation, line)
 
 
 def _run_command(conversation: Conversation, line: str) -> None:
