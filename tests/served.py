@@ -13,6 +13,8 @@ from tiny_llm_server import ServerConfig, make_app
 from tiny_llm_server.serve import GracefulServer
 from tiny_llm_server.service import Service
 
+SECONDS = 120  # a guard against hanging, not a speed that is asked for
+
 
 @dataclass(frozen=True)
 class Served:
@@ -24,7 +26,7 @@ class Served:
 
     def client(self, **options: object) -> httpx.Client:
         """A client of it."""
-        return httpx.Client(base_url=self.url, timeout=60, **options)  # type: ignore[arg-type]
+        return httpx.Client(base_url=self.url, timeout=SECONDS, **options)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -45,11 +47,11 @@ def serving(
         yield Served(f"http://127.0.0.1:{port}", service, server)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(SECONDS)
         assert not thread.is_alive(), "the server has not ended"
 
 
-def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(holds: Callable[[], bool], seconds: float = SECONDS) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not holds():

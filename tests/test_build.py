@@ -26,7 +26,7 @@ def run(code: str, *, where: Path = PACKAGE.parent, **env: str) -> subprocess.Co
     return subprocess.run(
         [sys.executable, "-S", "-c", code],  # no site: an editable install's finder would go before the path
         env=clean | {"PYTHONPATH": os.pathsep.join([str(where), get_path("purelib")])} | env,
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 

@@ -761,9 +761,10 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on() -> None:
 def test_ctrl_c_at_the_prompt_of_a_terminal() -> None:
     terminal = Terminal("chat")
     terminal.wait_for("> ")
-    for _ in range(12):
+    for _ in range(12):  # readline misses a signal that comes just before it waits
+        time.sleep(0.3)
         terminal.type("\x03")
-        if terminal.shows("Ctrl-D", seconds=10):  # readline misses a signal just before it waits
+        if terminal.shows("Ctrl-D", seconds=10):
             break
     else:
         pytest.fail(f"Ctrl-C has no effect: {terminal.shown!r}")

@@ -205,7 +205,7 @@ def test_processes_that_join_parts_at_once_all_find_the_whole(tmp_path: Path, pa
     )
     command = [sys.executable, "-c", program, *map(str, parts), str(target), sha256(WHOLE).hexdigest()]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.communicate(timeout=60)[0].strip() for process in running] == [str(len(WHOLE))] * 4
+    assert [process.communicate(timeout=120)[0].strip() for process in running] == [str(len(WHOLE))] * 4
     assert target.read_bytes() == WHOLE
     assert list(target.parent.iterdir()) == [target]
 

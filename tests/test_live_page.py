@@ -79,7 +79,7 @@ def cells(page: Any, kind: str) -> Any:
 
 def show_engine(page: Any, llm: LLM) -> None:
     """The page shows what the engine says of itself, which has come to rest."""
-    until(lambda: is_idle(llm), 60)
+    until(lambda: is_idle(llm))
     expect(page.locator("#figure-running")).to_have_text("0")
     expect(page.locator("#behind")).to_have_text("")
     stats = llm.engine.stats

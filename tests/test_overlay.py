@@ -36,7 +36,7 @@ def run(code: str, overlay: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter whose overlay is that folder."""
     environment = os.environ | {"TINY_LLM_OVERLAY": str(overlay), "TINY_LLM_KERNELS": "off"}
     command = [sys.executable, "-W", "ignore:no compiled kernels", "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
 def ask(code: str, overlay: Path) -> dict[str, object]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import httpx2 as httpx
 import pytest
 
-from served import serving, until
+from served import SECONDS, serving, until
 from tiny_llm import LLM
 
 BODY = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
@@ -43,7 +43,7 @@ class Process:
             found[:] = [re.search(r"Listening on (http://\S+)", line) for line in self.lines]
             return any(found)
 
-        until(listens, 60)
+        until(listens)
         return next(match for match in found if match)[1]
 
     def ended(self, seconds: float) -> int:
@@ -70,12 +70,12 @@ def process(*options: str) -> Iterator[Process]:
 
 
 def ready(client: httpx.Client) -> None:
-    until(lambda: client.get("/health").status_code == 200, 60)
+    until(lambda: client.get("/health").status_code == 200)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_lets_accepted_requests_end(sent: signal.Signals) -> None:
-    with process() as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         with client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
             lines = answer.iter_lines()
@@ -88,12 +88,12 @@ def test_the_first_signal_lets_accepted_requests_end(sent: signal.Signals) -> No
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
         client.close()
-        assert server.ended(30) == 0
+        assert server.ended(SECONDS) == 0
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
 def test_the_second_signal_ends_them_at_once() -> None:
-    with process() as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         body = {**BODY, "max_tokens": 6000, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -105,7 +105,7 @@ def test_the_second_signal_ends_them_at_once() -> None:
             server.popen.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert '"finish_reason":"abort"' in rest[-2]
-        assert server.ended(30) == 0
+        assert server.ended(SECONDS) == 0
         assert time.monotonic() - start < 15
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
@@ -119,14 +119,14 @@ def test_a_client_that_does_not_read_is_not_waited_for(signals: int) -> None:
     with process() as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, _, port = server.url().removeprefix("http://").partition(":")
-        with httpx.Client(base_url=server.url(), timeout=60) as other:
+        with httpx.Client(base_url=server.url(), timeout=SECONDS) as other:
             ready(other)
         client.connect((host, int(port)))
         client.sendall(head % len(body) + body)
-        until(lambda: bool(client.recv(1, socket.MSG_PEEK)), 60)
+        until(lambda: bool(client.recv(1, socket.MSG_PEEK)))
         for _ in range(signals):
             server.popen.send_signal(signal.SIGTERM)
-        assert server.ended(30) == 0
+        assert server.ended(SECONDS) == 0
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
@@ -147,7 +147,7 @@ def test_a_model_that_loads_is_not_waited_for() -> None:
 
 
 def test_grace_is_over_some_time() -> None:
-    with process("--grace", "0.5") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+    with process("--grace", "0.5") as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         with client.stream(
             "POST", "/v1/completions", json={**BODY, "max_tokens": 6000, "stream": True}
@@ -157,13 +157,13 @@ def test_grace_is_over_some_time() -> None:
             server.popen.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert '"finish_reason":"abort"' in rest[-2]
-        assert server.ended(30) == 0
+        assert server.ended(SECONDS) == 0
 
 
 def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:
     texts = []
     for _ in range(2):
-        with process("--seed", "7") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+        with process("--seed", "7") as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
             ready(client)
             answers = [
                 client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 12}).json()
@@ -176,7 +176,7 @@ def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: os.PathLike[str]) -> None:
     with process("--model", f"{tmp_path}/absent.gguf") as server:
-        assert server.ended(60) == 1
+        assert server.ended(SECONDS) == 1
         until(lambda: any("absent.gguf" in line for line in server.lines))
         assert not any("Traceback" in line for line in server.lines), server.lines
 
@@ -201,13 +201,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
 )
 def test_what_makes_no_sense_is_refused_before_it_begins(options: list[str], said: str) -> None:
     with process(*options) as server:
-        assert server.ended(60) == 2
+        assert server.ended(SECONDS) == 2
         until(lambda: any(said in line for line in server.lines))
 
 
 def test_a_key_from_the_environment_is_one_key_whatever_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_LLM_API_KEY", "correct horse battery")
-    with process() as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         statuses = [
             client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
@@ -216,7 +216,7 @@ def test_a_key_from_the_environment_is_one_key_whatever_is_in_it(monkeypatch: py
     assert statuses == [401, 401, 200]
     monkeypatch.setenv("TINY_LLM_API_KEY", "")
     with process() as server:
-        assert server.ended(60) == 2, "a variable that somebody forgot to fill is no open door"
+        assert server.ended(SECONDS) == 2, "a variable that somebody forgot to fill is no open door"
 
 
 def test_on_loopback_without_a_key_only_its_own_names_are_answered() -> None:
@@ -224,7 +224,7 @@ def test_on_loopback_without_a_key_only_its_own_names_are_answered() -> None:
     names = ["localhost:8000", "127.0.0.1", "[::1]:80", "Gateway:1", "evil.example", "evil.example:8000"]
     with (
         process("--allowed-host", "gateway") as server,
-        httpx.Client(base_url=server.url(), timeout=60) as client,
+        httpx.Client(base_url=server.url(), timeout=SECONDS) as client,
     ):
         ready(client)
         answers = [client.get("/v1/models", headers={"Host": name}) for name in names]
@@ -240,7 +240,7 @@ def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: 
     options = ["--api-key", "sesame", "--log-level", "debug", "--num-blocks", "64", "--max-body", "4000"]
     with process(*options, *["--log-requests"] * wanted) as server:
         key = {"Authorization": "Bearer sesame"}
-        with httpx.Client(base_url=server.url(), timeout=60, headers=key) as client:
+        with httpx.Client(base_url=server.url(), timeout=SECONDS, headers=key) as client:
             ready(client)
             path, body = "/v1/completions", {"prompt": "xyzzy and plugh", "max_tokens": 5}
             assert client.post(path, json=body).status_code == 200
@@ -258,7 +258,7 @@ def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: 
                 assert answer.status_code == 200
                 next(answer.iter_lines())
         server.popen.send_signal(signal.SIGTERM)
-        assert server.ended(30) == 0
+        assert server.ended(SECONDS) == 0
     log = "".join(server.lines)
     assert "/v1/completions" in log
     assert "sesame" not in log
@@ -270,7 +270,7 @@ def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: 
 def test_the_demo_answers_like_any_server() -> None:
     """A chat without a limit on its length too, several at once: its pool is small, and so is its context."""
     chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-    with process("--demo") as server, httpx.Client(base_url=server.url(), timeout=60) as client:
+    with process("--demo") as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 96 * 16
         answer = client.post("/v1/chat/completions", json={**chat, "n": 2})
@@ -282,7 +282,7 @@ def test_an_address_that_is_not_to_be_had_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with process("--port", str(port)) as server:
-            assert server.ended(60) == 1
+            assert server.ended(SECONDS) == 1
             until(lambda: bool(server.lines))
     [line] = server.lines
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host, --port" in line
@@ -290,4 +290,4 @@ def test_an_address_that_is_not_to_be_had_is_one_line() -> None:
 
 def test_an_open_door_without_a_key_is_pointed_out() -> None:
     with process("--host", "0.0.0.0", "--log-level", "error") as server:
-        until(lambda: any("no --api-key" in line for line in server.lines), 60)
+        until(lambda: any("no --api-key" in line for line in server.lines))

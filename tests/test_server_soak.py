@@ -17,7 +17,7 @@ import httpx2 as httpx
 import mlx.core as mx
 
 from promises import check_pages
-from served import Served, serving, until
+from served import SECONDS, Served, serving, until
 from tiny_checkpoints import CONFIGS, random_weights, write_folder
 from tiny_llm import LLM, SamplingParams
 
@@ -103,7 +103,9 @@ async def wave(
                 await asyncio.sleep(0.02)
 
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=served.url, timeout=60, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=served.url, timeout=SECONDS, limits=limits, trust_env=False
+    ) as client:
         jobs = [(draw.randrange(KINDS), draw.random(), draw.random()) for _ in range(REQUESTS // WAVES)]
         return await asyncio.gather(*(one(client, *job) for job in jobs))
 
