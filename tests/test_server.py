@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import SECONDS, Served, serving, until
 from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, engine_core
 from tiny_llm_cli.serve_load import WORDS, Answer, figures
-from tiny_llm_server import ServerConfig, make_app
+from tiny_llm_server import ServerConfig, guards, make_app
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -55,6 +56,12 @@ def client(served: Served) -> Iterator[httpx.Client]:
 def sdk(served: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="anything", max_retries=0) as client:
         yield client
+
+
+def connected(served: Served) -> socket.socket:
+    """A connection of which nothing has been said yet."""
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=SECONDS)
 
 
 def alone(llm: LLM, prompt: str, **params: Any) -> str:
@@ -520,7 +527,7 @@ def test_other_paths_and_methods_have_the_same_shape(client: httpx.Client) -> No
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_a_body_that_is_too_long_is_not_read(client: httpx.Client, said: bool) -> None:
+def test_a_body_that_is_too_long_is_refused(client: httpx.Client, said: bool) -> None:
     """With a length that says so, and in chunks without one."""
     body = b'{"prompt": "' + b"x" * 200_000 + b'"}'
     pieces = body if said else iter([body[i : i + 5000] for i in range(0, len(body), 5000)])
@@ -528,6 +535,35 @@ def test_a_body_that_is_too_long_is_not_read(client: httpx.Client, said: bool) -
     assert refused.status_code == 413
     assert refused.json()["error"]["code"] == "body_too_large"
     assert "100000 bytes" in refused.json()["error"]["message"]
+
+
+LONG_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def test_who_still_sends_a_body_that_is_too_long_gets_the_answer_too(served: Served) -> None:
+    """Not a connection that is reset: a client may send all before it reads."""
+    with connected(served) as connection:
+        connection.sendall(LONG_BODY + b"Content-Length: 300000\r\n\r\n" + b"x" * 150_000)
+        time.sleep(0.2)
+        connection.sendall(b"x" * 150_000)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_who_asks_before_he_sends_a_body_that_is_too_long_need_not(served: Served) -> None:
+    with connected(served) as connection:
+        connection.sendall(LONG_BODY + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_without_end_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "PASSED_OVER", 200_000)
+    sent = 0
+    with connected(served) as connection, suppress(ConnectionError):
+        connection.sendall(LONG_BODY + b"Transfer-Encoding: chunked\r\n\r\n")
+        while sent < 50_000_000:
+            connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            sent += 65536
+    assert sent < 20_000_000, "it took all of it"
 
 
 JSON = b"Content-Type: application/json\r\n"
@@ -553,8 +589,7 @@ def test_abuse_of_http_ends_with_a_4xx(head: bytes, body: bytes) -> None:
     """Lengths, chunks and headers that are none, and a body that never comes; others are served meanwhile."""
     llm = LLM(num_blocks=64)
     with serving(lambda: llm, ServerConfig(body_timeout=1.0)) as here, here.client() as client:
-        host, _, port = here.url.removeprefix("http://").partition(":")
-        with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+        with connected(here) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON + head + b"\r\n" + body)
             assert client.post(COMPLETE, json={"prompt": "x", "max_tokens": 1}).status_code == 200
             answer = connection.recv(65536)
@@ -563,9 +598,8 @@ def test_abuse_of_http_ends_with_a_4xx(head: bytes, body: bytes) -> None:
 
 @pytest.mark.parametrize("piece", [b"y" * 10_000, b"X: y\r\n" * 2_000], ids=["one", "many"])
 def test_headers_without_end_are_not_collected(served: Served, piece: bytes) -> None:
-    host, _, port = served.url.removeprefix("http://").partition(":")
     sent = 0
-    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+    with connected(served) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ")
         with suppress(ConnectionError):
             while sent < 20_000_000:

@@ -24,7 +24,7 @@ from .answers import (
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
-from .sse import REQUEST_ID, EventStream, unless_left
+from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
 from .token_names import bytes_of
 
 
@@ -32,7 +32,7 @@ def router(service: Service) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=ChatCompletion)
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def chat(
         body: ChatCompletionRequest, request: Request, response: Response
     ) -> ChatCompletion | Response:

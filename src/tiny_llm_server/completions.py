@@ -15,7 +15,7 @@ from .errors import refused
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
-from .sse import REQUEST_ID, EventStream, unless_left
+from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
 from .token_names import name_of
 
 Places = tuple[dict[int, Logprob] | None, ...]
@@ -25,7 +25,7 @@ def router(service: Service) -> APIRouter:
     """The route."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=Completion)
+    @routes.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def complete(
         body: CompletionRequest, request: Request, response: Response
     ) -> Completion | Response:

@@ -18,6 +18,9 @@ GUARDED = (
 )  # what needs a key; the rest says nothing about anybody
 
 
+PASSED_OVER = 64 << 20  # bytes of a body that is too long: as many are read, and not kept
+
+
 class KeyGuard:
     """Lets only those in who bring one of the keys, as `Authorization: Bearer KEY`.
 
@@ -77,7 +80,11 @@ def _without_port(host: str) -> str:
 
 
 class BodyLimit:
-    """Reads a body before anybody else does; turns away what is longer than `most` bytes or `seconds`."""
+    """Reads a body before anybody else does; turns away what is longer than `most` bytes or `seconds`.
+
+    Where a connection is closed on somebody who still sends, the answer may be lost with it. So of a body
+    that is too long the rest is passed over first, as far as `PASSED_OVER` bytes beyond the limit.
+    """
 
     def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
         self._app = app
@@ -89,10 +96,12 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
-        said = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        said = headers.get("content-length", "")
+        waits = headers.get("expect", "").lower() == "100-continue"  # with the body, for our leave
         try:
             async with asyncio.timeout(self._seconds):
-                body = None if self._is_more(said) else await self._read(receive)
+                body = None if waits and self._is_more(said) else await self._read(receive)
         except TimeoutError:
             late = ApiError(
                 408, f"the body has not come within {self._seconds:g} seconds", code="body_too_slow"
@@ -106,12 +115,15 @@ class BodyLimit:
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The body, or what has come of it when the client leaves; None where it is too long."""
-        body, more = bytearray(), True
-        while more and len(body) <= self._most:
+        body, size, more = bytearray(), 0, True
+        while more and size <= self._most + PASSED_OVER:
             message = await receive()
-            body += message.get("body", b"")
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size <= self._most:
+                body += piece
             more = message.get("more_body", False)
-        return bytes(body) if len(body) <= self._most else None
+        return bytes(body) if size <= self._most else None
 
     def _is_more(self, said: str) -> bool:
         return said.isdecimal() and (len(said) > 18 or int(said) > self._most)

@@ -6,7 +6,7 @@ A client that leaves is noticed at once, also while nothing is sent to it.
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic import BaseModel
@@ -19,6 +19,21 @@ T = TypeVar("T")
 REQUEST_ID = "X-Request-Id"  # the answer's id, by which the log and `/live` know the request
 KEEP_ALIVE = b": still here\n\n"  # a comment: clients pass over it
 DONE = b"data: [DONE]\n\n"
+
+STREAMED: dict[int | str, dict[str, Any]] = {  # what the document says of an answer that may be a stream
+    200: {
+        "description": "The answer; with `stream`, an event for each of its chunks, then `[DONE]`.",
+        "content": {
+            "text/event-stream": {
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {"data": {"type": "string", "description": "A chunk, as JSON."}},
+                    "required": ["data"],
+                }
+            }
+        },
+    }
+}
 
 
 class ClientLeftError(Exception):
