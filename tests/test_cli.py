@@ -30,6 +30,7 @@ import pytest
 import tiny_llm
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
 from tiny_llm import LLM, EngineConfig, SamplingParams
+from tiny_llm_cli import conversation
 from tiny_llm_cli.bench_latency import LatencyRun, measure_latency
 from tiny_llm_cli.bench_throughput import ThroughputRun, measure_throughput
 from tiny_llm_cli.conversation import Conversation, converse
@@ -380,6 +381,24 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(
     talked = talk(monkeypatch, llm, KeyboardInterrupt(), "Name a colour.")
     assert "Ctrl-D" in capsys.readouterr().out
     assert len(talked.messages) == 3
+
+
+def test_ctrl_c_between_a_question_and_its_answer_ends_neither_conversation_nor_program(
+    monkeypatch: pytest.MonkeyPatch, llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply, interruptions = conversation._reply, [KeyboardInterrupt()]
+
+    def interrupted(*arguments: Any) -> None:
+        if interruptions:
+            raise interruptions.pop()
+        reply(*arguments)
+
+    monkeypatch.setattr(conversation, "_reply", interrupted)
+    talked = talk(monkeypatch, llm, "Name a number.", "Name a colour.")
+    assert "Ctrl-D" in capsys.readouterr().out
+    assert [message["content"] for message in talked.messages if message["role"] == "user"] == [
+        "Name a colour."
+    ]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:

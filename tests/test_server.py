@@ -555,6 +555,21 @@ def test_who_asks_before_he_sends_a_body_that_is_too_long_need_not(served: Serve
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"Content-Length: 300\r\n\r\n", b"x"),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"78\r\n%b\r\n" % (b"x" * 120)),
+    ],
+    ids=["said", "seen"],
+)
+def test_a_body_that_is_too_long_and_slow_is_too_long(head: bytes, piece: bytes) -> None:
+    config = ServerConfig(max_body_bytes=100, body_timeout=0.3)
+    with serving(lambda: LLM(num_blocks=64), config) as here, connected(here) as connection:
+        connection.sendall(LONG_BODY + head + piece)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_body_without_end_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards, "PASSED_OVER", 200_000)
     sent = 0

@@ -17,7 +17,6 @@ GUARDED = (
     "/live",
 )  # what needs a key; the rest says nothing about anybody
 
-
 PASSED_OVER = 64 << 20  # bytes of a body that is too long: as many are read, and not kept
 
 
@@ -98,10 +97,10 @@ class BodyLimit:
             return
         headers = Headers(scope=scope)
         said = headers.get("content-length", "")
+        is_more = self._is_more(said)
         waits = headers.get("expect", "").lower() == "100-continue"  # with the body, for our leave
         try:
-            async with asyncio.timeout(self._seconds):
-                body = None if waits and self._is_more(said) else await self._read(receive)
+            body = None if waits and is_more else await self._read(receive, is_more)
         except TimeoutError:
             late = ApiError(
                 408, f"the body has not come within {self._seconds:g} seconds", code="body_too_slow"
@@ -113,17 +112,26 @@ class BodyLimit:
             return
         await self._app(scope, _once(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body, or what has come of it when the client leaves; None where it is too long."""
+    async def _read(self, receive: Receive, is_more: bool) -> bytes | None:
+        """The body, or what has come of it when the client leaves; None where it is too long.
+
+        is_more: its length says so. Raises TimeoutError where it is slow, and not too long so far.
+        """
         body, size, more = bytearray(), 0, True
-        while more and size <= self._most + PASSED_OVER:
-            message = await receive()
-            piece = message.get("body", b"")
-            size += len(piece)
-            if size <= self._most:
-                body += piece
-            more = message.get("more_body", False)
-        return bytes(body) if size <= self._most else None
+        try:
+            async with asyncio.timeout(self._seconds):
+                while more and size <= self._most + PASSED_OVER:
+                    message = await receive()
+                    piece = message.get("body", b"")
+                    size += len(piece)
+                    is_more = is_more or size > self._most
+                    if not is_more:
+                        body += piece
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            if not is_more:
+                raise
+        return None if is_more else bytes(body)
 
     def _is_more(self, said: str) -> bool:
         return said.isdecimal() and (len(said) > 18 or int(said) > self._most)
