@@ -70,7 +70,22 @@ class ConfigError(TinyLLMError, ValueError):
 
 
 class ModelFileError(TinyLLMError, ValueError):
-    """A model file cannot be read: names the file, what was found, and what was expected."""
+    """A model file cannot be read: names the file, what was found, and what was expected.
+
+    The message is one line of printable text, whatever names the file contains.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
+
+MOST_MESSAGE = 2000  # characters of a message about a file, which may quote what the file says
+
+
+def _printable(message: str) -> str:
+    """The message, cut where it is too long, with what is not printable written as an escape."""
+    shown = message if len(message) <= MOST_MESSAGE else f"{message[:MOST_MESSAGE]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 @contextmanager
