@@ -95,7 +95,7 @@ def edit_json(file: Path, edit: Edit) -> None:
         (lambda c: c.update(quantization_config={"quant_method": "gptq"}), ["'gptq'", "MLX"]),
         (lambda c: c.update(quantization={"group_size": 16, "bits": 4}), ["group_size 16", "(32, 64, 128)"]),
         (lambda c: c.update(quantization={"group_size": 32, "bits": 7}), ["bits 7"]),
-        (lambda c: c.update(vocab_size=100), ["model.embed_tokens.weight", "[288, 64]", "[100, 64]"]),
+        (lambda c: c.update(vocab_size=270), ["model.embed_tokens.weight", "[288, 64]", "[270, 64]"]),
         (lambda c: c.update(num_hidden_layers=2), ["9 tensors", "model.layers.1.", "missing"]),
         (lambda c: c.update(attention_bias=True), ["4 tensors", "self_attn.q_proj.bias", "missing"]),
         (lambda c: c.update(model_type="qwen3"), ["q_norm.weight", "missing"]),
@@ -158,8 +158,11 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda h: h.pop(NORM), [f"tensor {NORM} is missing"]),
-        (lambda h: h.update(extra=h[NORM]), ["tensor extra is not part of a llama model"]),
+        (lambda h: h.update(extra=h.pop(NORM)), [f"tensor {NORM} is missing"]),
+        (
+            lambda h: h.update(extra={**h[NORM], "shape": [0], "data_offsets": [0, 0]}),
+            ["tensor extra is not part of"],
+        ),
         (lambda h: h[NORM].update(dtype="F4"), [NORM, "'F4'"]),
         (lambda h: h[NORM].update(dtype="I32"), [NORM, "I32", "expected F32 or F16 or BF16"]),
         (lambda h: h[NORM].update(shape=[1 << 62]), [NORM, "256 bytes", str(4 << 62)]),
@@ -178,8 +181,9 @@ def test_a_header_that_does_not_fit_is_refused(broken: Path, edit: Edit, words: 
 
 
 def test_a_tensor_in_two_files_is_refused(broken: Path) -> None:
+    (broken / "model.safetensors").rename(broken / "first.safetensors")
     write_safetensors(broken / "other.safetensors", {NORM: np.ones(64, np.float32)})
-    assert f"tensor {NORM} is in model.safetensors too" in refusal(broken)
+    assert f"tensor {NORM} is in first.safetensors too" in refusal(broken)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(broken: Path) -> None:
@@ -188,7 +192,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(broken: Path) -> None:
         for name, array in WEIGHTS.items()
     }
     write_safetensors(broken / "model.safetensors", weights)
-    edit_json(broken / "config.json", lambda c: c.update(vocab_size=200))
+    edit_json(broken / "config.json", lambda c: c.update(vocab_size=200, eos_token_id=2))
+    edit_json(broken / "tokenizer_config.json", lambda c: c.pop("eos_token"))
     assert "the tokenizer has 260 tokens, the embedding only 200 rows" in refusal(broken)
 
 

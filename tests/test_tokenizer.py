@@ -182,7 +182,10 @@ def test_a_lone_surrogate_is_refused() -> None:
         ({"add_bos_token": 7}, "tokenizer.ggml.add_bos_token is '7', expected true or false"),
         ({"token_type": [1, 1]}, "2 token types for 49152 tokens"),
         ({"tokens": [1, 2]}, "tokenizer.ggml.tokens is not a list of texts"),
-        ({"tokens": [*"aabc"], "token_type": [1] * 4, "eos_token_id": 1, "bos_token_id": 1}, "token 'a' is there twice"),
+        (
+            {"tokens": [*"aabc"], "token_type": [1] * 4, "eos_token_id": 1, "bos_token_id": 1},
+            "token 'a' is there twice",
+        ),
         ({"eos_token_id": 49152}, "tokenizer.ggml.eos_token_id is '49152', expected 0 to 49151"),
         ({"bos_token_id": "x"}, "tokenizer.ggml.bos_token_id is 'x'"),
         ({"model": "llama"}, "the file holds no tokenizer.ggml.scores"),

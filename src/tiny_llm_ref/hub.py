@@ -5,12 +5,15 @@ HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured: all of it `huggi
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .embedded import PACKAGED, embedded_model_path
 from .errors import ModelFileError
+from .gguf_split import split_names
+from .weight_files import INDEX, NOT_CHECKPOINTS, SINGLE, indexed_names
 
-WANTED = ["*.safetensors", "*.json", "*.jinja"]  # of a repository; not its folders, nor other formats
+WANTED = ["*.json", "*.jinja"]  # of a repository beside its weights; not its folders
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^/].*\.gguf))?")
 
 
@@ -40,14 +43,45 @@ def find_model(model: str | Path | None) -> Path:
 
 
 def _fetch(model: str, repo: str, file: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     try:
-        if file is not None:
-            return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=["*/*"]))
+        return _fetch_folder(repo) if file is None else _fetch_gguf(repo, file)
+    except ModelFileError:
+        raise
     except Exception as error:  # the library raises its own kinds, its HTTP client's, and the system's
         raise ModelFileError(f"{model}: {_reason(error, repo)}") from error
+
+
+def _fetch_gguf(repo: str, file: str) -> Path:
+    """One file of a repository, with the other parts of a model that is split."""
+    from huggingface_hub import hf_hub_download
+
+    folder, _, name = file.rpartition("/")
+    for part in split_names(name):
+        hf_hub_download(repo, f"{folder}/{part}" if folder else part)
+    return Path(hf_hub_download(repo, file))
+
+
+def _fetch_folder(repo: str) -> Path:
+    """The checkpoint of a repository: what describes it, then the weights that `weight_files` would read."""
+    folder = _snapshot(repo, WANTED)
+    if (folder / INDEX).exists():
+        return _snapshot(repo, indexed_names(folder / INDEX, are_here=False), folder.name)
+    _snapshot(repo, [SINGLE], folder.name)
+    if not (folder / SINGLE).exists():
+        _snapshot(repo, ["*.safetensors"], folder.name, NOT_CHECKPOINTS)
+    return folder
+
+
+def _snapshot(
+    repo: str, wanted: Sequence[str], revision: str | None = None, unwanted: Sequence[str] = ()
+) -> Path:
+    """The folder of a repository's files, once those that fit a pattern are there; its name is the revision."""
+    from huggingface_hub import snapshot_download
+
+    left_out = ["*/*", *unwanted]
+    return Path(
+        snapshot_download(repo, revision=revision, allow_patterns=[*wanted], ignore_patterns=left_out)
+    )
 
 
 def _reason(error: Exception, repo: str) -> str:
