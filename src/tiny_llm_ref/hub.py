@@ -75,7 +75,7 @@ def _fetch_folder(repo: str) -> Path:
 def _snapshot(
     repo: str, wanted: Sequence[str], revision: str | None = None, unwanted: Sequence[str] = ()
 ) -> Path:
-    """The folder of a repository's files, once those that fit a pattern are there; its name is the revision."""
+    """The folder with those of a repository's files that fit a pattern; its name is the revision."""
     from huggingface_hub import snapshot_download
 
     left_out = ["*/*", *unwanted]
