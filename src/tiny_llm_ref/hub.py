@@ -53,12 +53,18 @@ def _fetch(model: str, repo: str, file: str | None) -> Path:
 
 def _fetch_gguf(repo: str, file: str) -> Path:
     """One file of a repository, with the other parts of a model that is split."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
-    folder, _, name = file.rpartition("/")
+    found = Path(hf_hub_download(repo, file))
+    folder, slash, name = file.rpartition("/")
     for part in split_names(name):
-        hf_hub_download(repo, f"{folder}/{part}" if folder else part)
-    return Path(hf_hub_download(repo, file))
+        try:
+            hf_hub_download(repo, f"{folder}{slash}{part}")
+        except errors.RemoteEntryNotFoundError as error:
+            raise ModelFileError(
+                f"{repo}/{folder}{slash}{part}: the hub has no such file, a part of {name}"
+            ) from error
+    return found
 
 
 def _fetch_folder(repo: str) -> Path:
