@@ -5,6 +5,7 @@ bytes changed, cut and repeated, read to the last weight, with bounded memory.
 """
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -586,6 +587,15 @@ def test_two_rotations_in_one_configuration_are_refused(broken: Path) -> None:
 def test_json_that_cannot_be_read_is_refused_by_file(name: str, content: bytes, broken: Path) -> None:
     (broken / name).write_bytes(content)
     assert refusal(broken).startswith(f"{broken / name}: ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, broken: Path) -> None:
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    assert refusal(broken) == f"{broken / name}: not a regular file"
+    os.mkfifo(broken / "tiny.gguf")
+    assert "neither a regular file nor a folder" in refusal(broken / "tiny.gguf")
 
 
 def test_a_name_that_is_no_line_of_text_stays_in_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from .gguf_keys import GGUFKeys
 from .gguf_special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SpecialTokens, special_tokens
 from .tokenizer import Tokenizer
 
+MOST_CUTS = (
+    1 << 30
+)  # characters in all ways of cutting all tokens in two; 262,144 tokens of 10 have 26 million
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 # How words are cut: a letter may take the character before it along; digits in threes, or one by one.
@@ -177,7 +180,15 @@ def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: An
 
 
 def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """Every way of putting a token together from two others, the best-scored token first."""
+    """Every way of putting a token together from two others, the best-scored token first.
+
+    Raises ValueError for tokens so long that trying all ways would take minutes.
+    """
+    if sum(len(token) ** 2 for token, _ in scored) > MOST_CUTS:
+        longest = max((token for token, _ in scored), key=len)
+        raise ValueError(
+            f"tokenizer.ggml.tokens are too long to be merged: one has {len(longest)} characters"
+        )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))
     return [

@@ -12,6 +12,8 @@ MOST_JSON = 1 << 24  # bytes of a configuration or index; the largest known has 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file; raises `ModelFileError` for one that is missing, too long or something else."""
     with reading(file):
+        if not file.is_file() and file.exists():
+            raise ValueError("not a regular file")
         size = file.stat().st_size
         if size > MOST_JSON:
             raise ValueError(f"{size} bytes of JSON, expected at most {MOST_JSON}")

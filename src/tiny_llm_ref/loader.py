@@ -63,4 +63,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return read_folder(path)
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path}: weights alone are no model: name the folder that it is in")
+    if not path.is_file():
+        raise ModelFileError(f"{path}: neither a regular file nor a folder")
     return read_gguf(path)
