@@ -108,7 +108,8 @@ def test_another_folder_can_say_it(tmp_path: Path) -> None:
     other = folder_that_says(tmp_path / "other", top_k=3, eos_token_id=[6])
     assert defaults(model, str(other)) == {"top_k": 3}
     assert load_model(model, 16, str(other)).model.config.eos_token_ids == (5, 6, EOS)
-    assert "must be 'auto', 'vllm' or a folder" in refusal(model, str(tmp_path / "nowhere"))
+    for name in (str(tmp_path / "nowhere"), "~nobody/x", "a" * 5000, "a\0b"):
+        assert "must be 'auto', 'vllm' or a folder" in refusal(model, name)
 
 
 @pytest.mark.parametrize("value", [None, 3, "", ["auto"]])

@@ -192,13 +192,25 @@ def test_what_is_there_as_a_path_is_never_looked_up(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     "name",
-    ["/nowhere/model", "./nowhere", "nowhere.gguf", "models/nowhere.gguf", "a/b/c", "..", "", "~/nowhere"],
+    [
+        "/nowhere/model",
+        "./nowhere",
+        "nowhere.gguf",
+        "models/nowhere.gguf",
+        "a/b/c",
+        "..",
+        "",
+        "~/nowhere",
+        "~nobody/x",
+        "a" * 5000,
+        "a\0b",
+    ],
 )
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/nowhere/at/all")
-    if Path(name).expanduser().exists():
+    if name in ("", ".."):  # this folder, and the one above
         assert find_model(name) == Path(name)
         return
     with pytest.raises(ModelFileError, match="no such file or folder"):

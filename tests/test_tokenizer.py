@@ -190,6 +190,7 @@ def test_a_lone_surrogate_is_refused() -> None:
         ({"bos_token_id": "x"}, "tokenizer.ggml.bos_token_id is 'x'"),
         ({"model": "llama"}, "the file holds no tokenizer.ggml.scores"),
         ({"model": "llama", "scores": [0.5]}, "1 scores for 49152 tokens"),
+        ({"merges": ["qz"]}, "tokenizer.ggml.merges has 'qz', expected two tokens and a space between"),
         ({"merges": ["q zq"]}, "merges that do not fit the 49152 tokens"),
     ],
 )

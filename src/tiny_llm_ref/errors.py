@@ -83,8 +83,9 @@ MOST_MESSAGE = 2000  # characters of a message about a file, which may quote wha
 
 
 def _printable(message: str) -> str:
-    """The message, cut where it is too long, with what is not printable written as an escape."""
-    shown = message if len(message) <= MOST_MESSAGE else f"{message[:MOST_MESSAGE]}..."
+    """The message, its middle left out where it is too long, and what is not printable as an escape."""
+    half = MOST_MESSAGE // 2
+    shown = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 

@@ -5,6 +5,7 @@ effect, and fields of other kinds of sampling (beams, mirostat, XTC) are ignored
 recommendations and not part of the model.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,8 +66,8 @@ def of_gguf(file: Path, metadata: Mapping[str, Any]) -> Recommendation:
 
 def of_other_folder(name: str) -> Recommendation:
     """What the folder recommends that a caller names. `ModelFileError` where it has no such file."""
-    folder = Path(name).expanduser()
-    if not (folder / FILE).is_file():
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isfile(folder / FILE):
         raise ModelFileError(
             f"generation_config must be {AUTO!r}, {NEUTRAL!r} or a folder with a {FILE}, not {name!r}"
         )

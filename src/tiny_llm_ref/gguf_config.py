@@ -6,7 +6,7 @@ ignored. docs/models.md lists them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isclose
 from typing import Any
 
@@ -90,6 +90,7 @@ def gguf_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
         qk_norm=architecture in ("qwen3", "gemma3"),
         eos_token_ids=tuple(sorted(eos_token_ids)),
     )
+    _check_scale(keys, _query_scalar(config))
     config = replace(config, rope_factors=_rope_factors(file, keys, config))
     return _as_gemma3(config, keys) if architecture == "gemma3" else config
 
@@ -116,7 +117,6 @@ def _refuse_other_computations(keys: GGUFKeys, hidden_size: int, head_dim: int) 
     }
     if keys.prefix != "gemma3":
         expected |= {"attention.sliding_window": (0,), "hidden_activation": (SILU,)}
-        expected["attention.scale"] = (0, _Close(head_dim**-0.5 if head_dim > 0 else 0.0))
     else:
         expected["hidden_activation"] = ("gelu", GELU)
     for name, allowed in expected.items():
@@ -128,42 +128,31 @@ def _refuse_other_computations(keys: GGUFKeys, hidden_size: int, head_dim: int) 
             )
 
 
-@dataclass(frozen=True)
-class _Close:
-    """Equal to numbers that float32 may have rounded to it."""
-
-    number: float
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, (int, float)) and isclose(self.number, other, rel_tol=1e-6)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __str__(self) -> str:
-        return f"{self.number:.7g}"
+def _check_scale(keys: GGUFKeys, scalar: float) -> None:
+    """Refuse another attention scale than 1 / sqrt(scalar), as float32 has it; 0 is none."""
+    scale, computed = keys.number("attention.scale", 0.0), scalar**-0.5
+    if scale != 0.0 and not isclose(scale, computed, rel_tol=1e-6):
+        raise ValueError(
+            f"{keys.prefix}.attention.scale is {scale:.7g}, which is not supported; expected {computed:.7g}"
+        )
 
 
 def _as_gemma3(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
     """The configuration with what Gemma 3 has beside a llama; its norms are in the file as they are used."""
     return replace(
         _with_windows(config, keys),
-        query_pre_attn_scalar=_gemma3_query_scalar(config, keys),
+        query_pre_attn_scalar=_query_scalar(config),
         hidden_act=GELU,
         sandwich_norm=True,
         scale_embeddings=True,
     )
 
 
-def _gemma3_query_scalar(config: ModelConfig, keys: GGUFKeys) -> float | None:
-    """What the attention scale is made from; None: head_dim. A file with another scale is refused."""
-    is_27b = config.num_hidden_layers == _GEMMA3_27B_LAYERS
-    scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
-    scale = keys.number("attention.scale", 0.0)
-    if scale not in (0.0, _Close(scalar**-0.5)):
-        raise ValueError(
-            f"gemma3.attention.scale is {scale:.7g}, which is not supported; expected {scalar**-0.5:.7g}"
-        )
-    return float(scalar) if is_27b else None
+def _query_scalar(config: ModelConfig) -> int:
+    """What the attention scale is made from."""
+    if config.architecture == "gemma3" and config.num_hidden_layers == _GEMMA3_27B_LAYERS:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
 
 
 def _with_windows(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:

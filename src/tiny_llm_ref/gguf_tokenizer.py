@@ -138,9 +138,16 @@ def byte_level_bpe(
 
 
 def _gpt2(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    merges = vocabulary.keys.texts("merges")
-    pairs = [(merge[:cut], merge[cut + 1 :]) for merge in merges for cut in [merge.find(" ", 1)]]
+    pairs = map(_pair, vocabulary.keys.texts("merges"))
     return byte_level_bpe(vocabulary.tokens, pairs, vocabulary.keys.text("pre", "default"))
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    """The two tokens of a merge; the space between them is not the first character."""
+    cut = merge.find(" ", 1)
+    if cut < 0:
+        raise ValueError(f"tokenizer.ggml.merges has {merge[:60]!r}, expected two tokens and a space between")
+    return merge[:cut], merge[cut + 1 :]
 
 
 def _llama(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:

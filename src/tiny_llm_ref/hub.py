@@ -4,6 +4,7 @@ Downloads show a progress bar, go on where they were interrupted, and are kept i
 HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured: all of it `huggingface_hub`'s doing.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ def find_model(model: str | Path | None) -> Path:
     """
     if model is None:
         return embedded_model_path()
-    path = Path(model).expanduser()
-    if path.exists():
+    path = local_path(model)
+    if os.path.exists(path):  # where a name is too long, or no name at all, Path.exists would raise
         return path
     if str(model) in PACKAGED:
         return PACKAGED[str(model)]()
@@ -40,6 +41,11 @@ def find_model(model: str | Path | None) -> Path:
             f"owner/name on the hub, owner/name/FILE.gguf, or one of {', '.join(PACKAGED)}"
         )
     return _fetch(str(model), hub_id["repo"], hub_id["file"])
+
+
+def local_path(model: str | Path) -> Path:
+    """The path that a model's name would be; a home that is not known is part of the name."""
+    return Path(os.path.expanduser(model))
 
 
 def _fetch(model: str, repo: str, file: str | None) -> Path:

@@ -10,7 +10,7 @@ from .generation_defaults import AUTO, NEUTRAL, Defaults, of_other_folder, with_
 from .gguf_reader import read_gguf
 from .gguf_split import stem
 from .hf_reader import read_folder
-from .hub import find_model
+from .hub import find_model, local_path
 from .kernels import compiled_available
 from .model import Model
 from .tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def load_model(
     compiled_available()  # asked first: what is wrong with the kernels is not the file's fault
     path = find_model(model)
     checkpoint, defaults = _with_defaults(read_checkpoint(path), generation_config)
-    is_hub_id = model is not None and not Path(model).expanduser().exists()
+    is_hub_id = model is not None and not local_path(model).exists()
     name = str(model) if is_hub_id else stem(path.resolve().name)
     return LoadedModel(name, path, checkpoint.build(activation_bits), checkpoint.tokenizer, defaults)
 
