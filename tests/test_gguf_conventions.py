@@ -267,7 +267,7 @@ def test_what_a_tokenizer_cannot_do_is_refused_by_its_key(keys: dict[str, Any], 
 
 
 def test_tokens_too_long_to_be_cut_in_all_ways_are_refused_at_once() -> None:
-    """A token of 100,000 characters would be cut into ten billion, 262,144 tokens of 10 into 26 million."""
+    """One token of 100,000 characters is ten billion when it is cut; all of Gemma 3 are 10 million."""
     tokens = [*PIECES, "a" * 100_000]
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.tokens are too long .* has 100000 characters"):
         gguf_tokenizer(sentencepiece(tokens, [*PIECE_TYPES, NORMAL]))

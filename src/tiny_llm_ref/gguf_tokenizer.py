@@ -15,9 +15,7 @@ from .gguf_keys import GGUFKeys
 from .gguf_special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SpecialTokens, special_tokens
 from .tokenizer import Tokenizer
 
-MOST_CUTS = (
-    1 << 30
-)  # characters in all ways of cutting all tokens in two; 262,144 tokens of 10 have 26 million
+MOST_CUTS = 1 << 30  # characters in all ways of cutting all tokens in two; Gemma 3 has 10 million
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 # How words are cut: a letter may take the character before it along; digits in threes, or one by one.
