@@ -144,6 +144,14 @@ def test_exceptions_of_llama_cpp(names: list[str], ends: list[str]) -> None:
     assert tokenizer.decode([tokens.index(name) for name in shown]) == "".join(shown)
 
 
+@pytest.mark.parametrize(
+    ("name", "ids"), [("Phi-3 mini", [26, 0, 27, 28, 1]), ("Mini", [26, 28, 0, 27, 28, 1])]
+)
+def test_phi3_by_its_name_takes_the_space_behind_a_control_token_along(name: str, ids: list[int]) -> None:
+    metadata = bpe([*LETTERS, "<|user|>", "<s>", "Ġ"], [NORMAL] * 26 + [CONTROL, CONTROL, NORMAL])
+    assert gguf_tokenizer({**metadata, "general.name": name}).encode("<|user|> a<s> b") == ids
+
+
 def test_a_key_says_which_infill_token_counts() -> None:
     tokens = [*LETTERS, "<|fim_pad|>", "<PAD>"]
     assert gguf_tokenizer(bpe(tokens, fim_pad_token_id=27)).eos_token_ids == {27}

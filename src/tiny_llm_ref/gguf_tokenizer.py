@@ -15,6 +15,7 @@ from .gguf_keys import GGUFKeys
 from .gguf_special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SpecialTokens, special_tokens
 from .tokenizer import Tokenizer
 
+_PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these leave the space behind them alone
 MOST_CUTS = 1 << 30  # characters in all ways of cutting all tokens in two; Gemma 3 has 10 million
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
@@ -78,7 +79,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         raise ValueError("tokenizer.ggml.suppress_tokens is not supported, expected none or an empty list")
     vocabulary = _vocabulary(keys, kind)
     built = _KINDS[kind](vocabulary)
-    _add_special(built, vocabulary, kind)
+    _add_special(built, vocabulary, kind, _are_phi3(metadata))
     _frame(built, vocabulary)
     special = vocabulary.special
     return Tokenizer(
@@ -99,14 +100,30 @@ def _vocabulary(keys: GGUFKeys, kind: str) -> _Vocabulary:
     return _Vocabulary(keys, tokens, special_tokens(keys, kind, tokens, types))
 
 
-def _add_special(built: tokenizers.Tokenizer, vocabulary: _Vocabulary, kind: str) -> None:
-    """Let user-defined tokens be kept whole, and control tokens be special."""
+def _add_special(
+    built: tokenizers.Tokenizer, vocabulary: _Vocabulary, kind: str, take_space_along: bool
+) -> None:
+    """Let user-defined tokens be kept whole, and control tokens be special.
+
+    take_space_along: most of them swallow the white space behind them.
+    """
+
+    def added(token: str, normalized: bool) -> AddedToken:
+        rstrip = take_space_along and token not in _PHI3_EXCEPTIONS
+        return AddedToken(token, normalized=normalized, rstrip=rstrip)
+
     typed = list(zip(vocabulary.tokens, vocabulary.special.types, strict=True))
     # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
     normalized = kind == "llama" and not vocabulary.keys.flag("add_space_prefix", True)
-    built.add_tokens([AddedToken(token, normalized=normalized) for token, t in typed if t == USER_DEFINED])
+    built.add_tokens([added(token, normalized) for token, t in typed if t == USER_DEFINED])
     control = (UNKNOWN, CONTROL)
-    built.add_special_tokens([AddedToken(token, normalized=False) for token, t in typed if t in control])
+    built.add_special_tokens([added(token, False) for token, t in typed if t in control])
+
+
+def _are_phi3(metadata: Mapping[str, Any]) -> bool:
+    """Whether the tokens are Phi-3's, which llama.cpp knows by the model's name."""
+    name = str(metadata.get("general.name", "")).lower()
+    return "phi-3" in name or "phi3" in name
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> str | None:

@@ -59,7 +59,8 @@ class Generation(Body):
     """What completions and chats have in common.
 
     temperature, top_p, n, seed, stop, the penalties and logit_bias are OpenAI's; the rest is vLLM's. user is
-    for the client's own records, and changes nothing.
+    for the client's own records, and changes nothing. Where the model recommends sampling parameters, they
+    replace the defaults of those that are not sent.
     """
 
     IDLE = {
