@@ -245,6 +245,7 @@ def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Pa
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
         ({"attention.sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"attention.sliding_window_pattern": ["a"] * 7}, "sliding_window_pattern is .* true or false"),
         ({"attention.sliding_window_pattern": [True]}, "must name 7 layers, not 1"),
         ({"attention.scale": 0.5}, "attention.scale is 0.5, which is not supported; expected 0.25"),
     ],

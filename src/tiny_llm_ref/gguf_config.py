@@ -177,6 +177,8 @@ def _layer_types(keys: GGUFKeys, num_layers: int) -> tuple[str, ...]:
         if period < 1:
             raise ValueError(f"{keys.prefix}.{key} is {period}, expected at least 1")
         flags = [(layer + 1) % period != 0 for layer in range(num_layers)]
+    if not all(type(flag) in (bool, int) and flag in (0, 1) for flag in flags):
+        raise ValueError(f"{keys.prefix}.{key} is {str(flags)[:60]}, expected true or false for each layer")
     return tuple(SLIDING if flag else FULL for flag in flags)
 
 
