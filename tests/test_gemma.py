@@ -236,6 +236,8 @@ def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Pa
     assert read(**{"rope.freq_base_swa": 5000.0}).rope_local_theta == 5000.0
     scaled = read(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
     assert scaled.rope_factors == (8.0,) * 8
+    alike = read(**{"attention.sliding_window": 0})
+    assert (alike.windows, alike.rope_local_theta) == ((None,) * 7, None)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +245,9 @@ def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Pa
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
         ({"attention.sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"attention.sliding_window_pattern": ["a"] * 7}, "sliding_window_pattern is .* true or false"),
         ({"attention.sliding_window_pattern": [True]}, "must name 7 layers, not 1"),
-        ({"attention.sliding_window": 0}, "sliding_window must be"),
+        ({"attention.scale": 0.5}, "attention.scale is 0.5, which is not supported; expected 0.25"),
     ],
 )
 def test_a_gguf_of_another_computation_is_refused(
@@ -395,7 +398,7 @@ def serve(gemma: Checkpoint, real_model: Model) -> Iterator[Serve]:
     """Engines of any configuration over the model that has been read once."""
     if not tiny_llm_kernels.available():
         pytest.skip(f"the model would take long: {tiny_llm_kernels.why_unavailable()}")
-    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer)
+    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiny_llm.llm.load_model", lambda *_: loaded)
         yield lambda **options: LLM("gemma3-270m", **{"max_model_len": 2048, **options})

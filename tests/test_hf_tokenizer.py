@@ -62,7 +62,14 @@ def test_ids_and_text_equal_transformers(name: str, record: dict[str, Any]) -> N
 
 @each_string
 def test_the_same_vocabulary_as_gguf_gives_the_same_ids(name: str, record: dict[str, Any]) -> None:
-    """The word rules are rebuilt from llama.cpp's names for them, not read from the tokenizer.json."""
+    """The word rules are rebuilt from llama.cpp's names for them, not read from the tokenizer.json.
+
+    llama's vocabulary has learned "<|im_end|>" as a word; in a GGUF file that name is always a control token.
+    """
+    if name == "llama" and "<|im_end|>" in record["text"]:
+        [im_end] = FROM_GGUF[name].encode("<|im_end|>")
+        assert im_end in FROM_GGUF[name].encode(record["text"])
+        return
     assert_golden(FROM_GGUF[name], record)
 
 

@@ -4,6 +4,7 @@ The hub is a stub on 127.0.0.1, and each fetch a process of its own, because `hu
 settings when it is imported.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tiny_llm.errors import ModelFileError
 from tiny_llm.hub import find_model
 
 from hub_stub import Hub, served
-from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf
+from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf, write_safetensors
 from tiny_llm import embedded
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
@@ -105,6 +106,62 @@ def test_one_gguf_of_a_repository_is_a_model(machine: Machine, folder: Path) -> 
     assert fetched.stdout.split()[1:] == machine.run(str(folder)).stdout.split()[1:], fetched.stderr
 
 
+def fetched_weights(hub: Hub) -> set[str]:
+    """The names of the weight files that were asked for."""
+    names = {request.split()[1].rpartition("/")[2] for request in hub.requests if request.startswith("GET")}
+    return {name for name in names if name.endswith((".safetensors", ".gguf", ".bin"))}
+
+
+EXTRA = ("consolidated.safetensors", "adapter_model.safetensors", "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "has_index"),
+    [
+        (["model.safetensors"], False),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], True),
+        (["weights.00.safetensors", "weights.01.safetensors"], False),
+    ],
+)
+def test_only_the_checkpoints_own_files_are_fetched(
+    names: list[str], has_index: bool, machine: Machine, hub: Hub, tmp_path: Path
+) -> None:
+    weights = random_weights(CONFIG)
+    path = hub.folder = write_folder(tmp_path / "repository", CONFIG, weights)
+    (path / "model.safetensors").unlink()
+    index = {}
+    for place, name in enumerate(names):
+        chosen = {tensor: weights[tensor] for tensor in list(weights)[place :: len(names)]}
+        write_safetensors(path / name, chosen)
+        index |= dict.fromkeys(chosen, name)
+    if has_index:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for name in EXTRA if names[0].startswith("model") else EXTRA[:2]:
+        (path / name).write_bytes(b"not wanted")
+    done = machine.run("somebody/tiny")
+    assert done.returncode == 0, done.stderr
+    assert fetched_weights(hub) == set(names)
+    assert machine.run("somebody/tiny", HF_HUB_OFFLINE="1").stdout == done.stdout
+
+
+def test_all_parts_of_a_split_gguf_are_fetched(machine: Machine, hub: Hub, tmp_path: Path) -> None:
+    weights, hub.folder = random_weights(CONFIG), tmp_path / "repository"
+    (hub.folder / "Q8_0").mkdir(parents=True)
+    names = [f"tiny-{number:05}-of-00002.gguf" for number in (1, 2)]
+    for place, name in enumerate(names):
+        chosen = {tensor: weights[tensor] for tensor in list(weights)[place::2]}
+        keys = {"split.no": place, "split.count": 2, "split.tensors.count": len(weights)}
+        write_gguf(hub.folder / "Q8_0" / name, CONFIG, chosen, other=keys)
+    done = machine.run(f"somebody/tiny/Q8_0/{names[0]}")
+    assert done.returncode == 0, done.stderr
+    assert fetched_weights(hub) == set(names)
+    assert f"open the first part, {names[0]}" in machine.refusal(f"somebody/tiny/Q8_0/{names[1]}")
+    (hub.folder / "Q8_0" / names[1]).unlink()
+    empty = Machine(tmp_path / "another home", hub.url)
+    missing = f"somebody/tiny/Q8_0/{names[1]}: the hub has no such file, a part of {names[0]}"
+    assert missing in empty.refusal(f"somebody/tiny/Q8_0/{names[0]}")
+
+
 def test_a_download_that_breaks_off_goes_on_where_it_was(machine: Machine, hub: Hub, tmp_path: Path) -> None:
     """The library writes 10 MiB at a time, so the weights are made larger, by a buffer that nobody reads."""
     ballast = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4 << 20, np.float32)}
@@ -135,13 +192,25 @@ def test_what_is_there_as_a_path_is_never_looked_up(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     "name",
-    ["/nowhere/model", "./nowhere", "nowhere.gguf", "models/nowhere.gguf", "a/b/c", "..", "", "~/nowhere"],
+    [
+        "/nowhere/model",
+        "./nowhere",
+        "nowhere.gguf",
+        "models/nowhere.gguf",
+        "a/b/c",
+        "..",
+        "",
+        "~/nowhere",
+        "~nobody/x",
+        "a" * 5000,
+        "a\0b",
+    ],
 )
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/nowhere/at/all")
-    if Path(name).expanduser().exists():
+    if name in ("", ".."):  # this folder, and the one above
         assert find_model(name) == Path(name)
         return
     with pytest.raises(ModelFileError, match="no such file or folder"):

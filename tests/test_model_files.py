@@ -5,11 +5,15 @@ bytes changed, cut and repeated, read to the last weight, with bounded memory.
 """
 
 import json
+import os
+import random
 import shutil
 import struct
 import subprocess
 import sys
 import textwrap
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from tiny_llm.gguf_format import read_gguf_header
 from tiny_llm.loader import load_model, read_checkpoint
 from tiny_llm.safetensors_format import read_safetensors_header
 
+from lying_files import LIES, ending, write_good
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf, write_safetensors
 from tiny_model import examples
 
@@ -95,7 +100,7 @@ def edit_json(file: Path, edit: Edit) -> None:
         (lambda c: c.update(quantization_config={"quant_method": "gptq"}), ["'gptq'", "MLX"]),
         (lambda c: c.update(quantization={"group_size": 16, "bits": 4}), ["group_size 16", "(32, 64, 128)"]),
         (lambda c: c.update(quantization={"group_size": 32, "bits": 7}), ["bits 7"]),
-        (lambda c: c.update(vocab_size=100), ["model.embed_tokens.weight", "[288, 64]", "[100, 64]"]),
+        (lambda c: c.update(vocab_size=270), ["model.embed_tokens.weight", "[288, 64]", "[270, 64]"]),
         (lambda c: c.update(num_hidden_layers=2), ["9 tensors", "model.layers.1.", "missing"]),
         (lambda c: c.update(attention_bias=True), ["4 tensors", "self_attn.q_proj.bias", "missing"]),
         (lambda c: c.update(model_type="qwen3"), ["q_norm.weight", "missing"]),
@@ -158,8 +163,11 @@ NORM = "model.norm.weight"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda h: h.pop(NORM), [f"tensor {NORM} is missing"]),
-        (lambda h: h.update(extra=h[NORM]), ["tensor extra is not part of a llama model"]),
+        (lambda h: h.update(extra=h.pop(NORM)), [f"tensor {NORM} is missing"]),
+        (
+            lambda h: h.update(extra={**h[NORM], "shape": [0], "data_offsets": [0, 0]}),
+            ["tensor extra is not part of"],
+        ),
         (lambda h: h[NORM].update(dtype="F4"), [NORM, "'F4'"]),
         (lambda h: h[NORM].update(dtype="I32"), [NORM, "I32", "expected F32 or F16 or BF16"]),
         (lambda h: h[NORM].update(shape=[1 << 62]), [NORM, "256 bytes", str(4 << 62)]),
@@ -177,9 +185,77 @@ def test_a_header_that_does_not_fit_is_refused(broken: Path, edit: Edit, words: 
     assert all(word in message for word in words), message
 
 
+def test_tensors_that_claim_the_same_bytes_are_refused(broken: Path) -> None:
+    """Oracle: safetensors' own library, which wants each byte to belong to exactly one tensor."""
+
+    def all_the_same(header: dict[str, Any]) -> None:
+        for entry in header.values():
+            if entry["shape"] == header[NORM]["shape"]:
+                entry["data_offsets"] = header[NORM]["data_offsets"]
+
+    with_header(broken / "model.safetensors", all_the_same)
+    assert "within tensor" in refusal(broken)
+
+
+def move_last(header: dict[str, Any], by: int) -> None:
+    """The last tensor of a file begins and ends somewhere else."""
+    last = max(header.values(), key=lambda entry: entry["data_offsets"][1])
+    last["data_offsets"] = [offset + by for offset in last["data_offsets"]]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda h: move_last(h, -4), "within tensor"),
+        (lambda h: h.update(extra={"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}), "within tensor"),
+        (lambda h: h.pop(min(h, key=lambda name: h[name]["data_offsets"])), "are no tensor's"),
+        (lambda h: h.pop(max(h, key=lambda name: h[name]["data_offsets"])), "the tensors end at byte"),
+        (lambda h: h[NORM].update(dtype=["F32"]), "unknown type"),
+        (lambda h: h[NORM].update(shape=[10**30]), "shape"),
+        (lambda h: h[NORM].update(shape=[2**62, 2**62, 2**62]), "256 bytes"),
+        (lambda h: h[NORM].update(shape=[64.0]), "shape"),
+        (lambda h: h[NORM].update(data_offsets=[256, 0]), "bytes"),
+    ],
+)
+def test_a_header_whose_bytes_belong_to_two_tensors_or_to_none_is_refused(
+    broken: Path, edit: Edit, words: str
+) -> None:
+    with_header(broken / "model.safetensors", edit)
+    message = refusal(broken)
+    assert message.startswith(str(broken / "model.safetensors"))
+    assert words in message
+
+
+def write_many(file: Path, count: int, where: Callable[[int], int]) -> None:
+    """A safetensors file that claims so many tensors of four bytes."""
+    header = {
+        f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [where(i), where(i) + 4]}
+        for i in range(count)
+    }
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4 * count)
+
+
+def test_a_hundred_thousand_tensors_are_checked_in_seconds(tmp_path: Path) -> None:
+    """About a second each. To compare all pairs, or to count each key, would be ten billion steps."""
+    file, count = tmp_path / "many.safetensors", 100_000
+    write_many(file, count, lambda i: 4 * (count - 1 - i))
+    begin = time.process_time()
+    assert len(read_safetensors_header(file)) == count
+    write_many(file, count, lambda i: 4 * max(1, i))
+    with pytest.raises(ValueError, match="tensor t1 begins at byte"):
+        read_safetensors_header(file)
+    twice = b",".join(b'"k%d": 1' % (i % (count - 1)) for i in range(count))
+    file.write_bytes(struct.pack("<Q", len(twice) + 2) + b"{" + twice + b"}")
+    with pytest.raises(ValueError, match="the header has 'k0' twice"):
+        read_safetensors_header(file)
+    assert time.process_time() - begin < 30
+
+
 def test_a_tensor_in_two_files_is_refused(broken: Path) -> None:
+    (broken / "model.safetensors").rename(broken / "first.safetensors")
     write_safetensors(broken / "other.safetensors", {NORM: np.ones(64, np.float32)})
-    assert f"tensor {NORM} is in model.safetensors too" in refusal(broken)
+    assert f"tensor {NORM} is in first.safetensors too" in refusal(broken)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(broken: Path) -> None:
@@ -188,8 +264,74 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(broken: Path) -> None:
         for name, array in WEIGHTS.items()
     }
     write_safetensors(broken / "model.safetensors", weights)
-    edit_json(broken / "config.json", lambda c: c.update(vocab_size=200))
+    edit_json(broken / "config.json", lambda c: c.update(vocab_size=200, eos_token_id=2))
+    edit_json(broken / "tokenizer_config.json", lambda c: c.pop("eos_token"))
     assert "the tokenizer has 260 tokens, the embedding only 200 rows" in refusal(broken)
+
+
+# Which files of a folder count.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("consolidated.safetensors", "adapter_model.safetensors", "consolidated.00-of-02.safetensors"),
+        *(
+            "other.safetensors",
+            "model-00001-of-00002.safetensors",
+            "pytorch_model.bin",
+            "original/a.safetensors",
+        ),
+    ],
+)
+def test_a_file_beside_the_checkpoint_is_left_alone(name: str, broken: Path) -> None:
+    (broken / name).parent.mkdir(exist_ok=True)
+    (broken / name).write_bytes(b"no such file is read")
+    assert load_model(broken).model.config.num_hidden_layers == 1
+
+
+def in_parts(folder: Path, *names: str) -> None:
+    """The weights in several files instead of one, without an index."""
+    (folder / "model.safetensors").unlink()
+    for place, name in enumerate(names):
+        chosen = list(WEIGHTS)[place :: len(names)]
+        write_safetensors(folder / name, {tensor: WEIGHTS[tensor] for tensor in chosen})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ["weights.00.safetensors", "weights.01.safetensors"],
+        ["pytorch.safetensors"],
+    ],
+)
+def test_without_an_index_all_parts_are_the_checkpoint(names: list[str], broken: Path) -> None:
+    in_parts(broken, *names)
+    (broken / "consolidated.safetensors").write_bytes(b"no such file is read")
+    if names[0].startswith("model-"):
+        (broken / "other.safetensors").write_bytes(b"no such file is read")
+    assert load_model(broken).model.config.num_hidden_layers == 1
+
+
+def test_a_part_that_is_missing_is_named(broken: Path) -> None:
+    in_parts(broken, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
+    missing = broken / "model-00002-of-00003.safetensors"
+    assert refusal(broken) == f"{missing}: no such file: part 2 of 3 is missing"
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])
+def test_a_folder_with_only_another_kind_of_weights_says_so(name: str, broken: Path) -> None:
+    (broken / "model.safetensors").rename(broken / name)
+    assert f"no checkpoint, only {name}; expected model.safetensors" in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.safetensors", "../model.safetensors", "a\0b", 7, None, ["x"], "x" * 5000]
+)
+def test_an_index_that_names_no_file_is_refused(name: Any, broken: Path) -> None:
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NORM: name}}))
+    assert refusal(broken).startswith(f"{broken / 'model.safetensors.index.json'}: ")
 
 
 def test_weights_alone_are_no_model(folder: Path) -> None:
@@ -331,7 +473,154 @@ def test_truncated_safetensors_are_refused(broken: Path, keep: int) -> None:
     assert "truncated" in refusal(broken)
 
 
+def placed(offsets: list[int], size: int = 256, kind: int = 0) -> bytes:
+    """A GGUF with a tensor of eight numbers at each of these offsets, and so many bytes of data."""
+    infos = b"".join(
+        text(b"t%d" % i) + U32(1) + U64(8) + U32(kind) + U64(offset) for i, offset in enumerate(offsets)
+    )
+    head = gguf(len(offsets), 0, infos)
+    return head + b"\0" * (-len(head) % 32 + size)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ([0, 0], "tensor t1 begins at byte 96, within tensor t0, which ends at 128"),
+        ([32, 0, 32], "tensor t2 begins at byte 160, within tensor t0"),
+        ([0, 16], "tensor t1 has the offset 16, expected a multiple of 32"),
+        ([0, 256], "truncated or corrupted: tensor t1 ends"),
+        ([2**64 - 32], "truncated or corrupted: tensor t0 ends"),
+    ],
+)
+def test_tensors_of_a_gguf_may_not_share_bytes(offsets: list[int], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "placed.gguf"
+    path.write_bytes(placed(offsets))
+    assert words in refusal(path)
+
+
+def test_a_gguf_whose_offsets_are_all_0_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS)
+    content, header = path.read_bytes(), read_gguf_header(path)
+    start = min(tensor.offset for tensor in header.tensors.values())
+    for tensor in header.tensors.values():
+        at = content.index(text(tensor.name.encode())) + 8 + len(tensor.name) + 4 + 8 * len(tensor.shape) + 4
+        content = content[:at] + U64(0) + content[at + 8 :]
+    path.write_bytes(content)
+    assert f"begins at byte {start}, within tensor" in refusal(path)
+
+
+# Configurations that would exhaust time or memory, or that are no numbers.
+
+BOMBS: list[tuple[str, Any]] = [
+    *((name, 10**9) for name in ("num_hidden_layers", "head_dim", "vocab_size", "num_attention_heads")),
+    *(
+        (name, 10**400)
+        for name in ("num_hidden_layers", "head_dim", "hidden_size", "max_position_embeddings")
+    ),
+    *((name, 10**400) for name in ("rope_theta", "rms_norm_eps")),
+    *((name, "64") for name in ("hidden_size", "vocab_size", "rope_theta", "rms_norm_eps")),
+    *((name, -1) for name in ("rope_theta", "num_key_value_heads", "intermediate_size", "rms_norm_eps")),
+    *((name, True) for name in ("hidden_size", "rope_theta", "num_hidden_layers")),
+    *((name, float("inf")) for name in ("rope_theta", "rms_norm_eps")),
+    *((name, [64]) for name in ("hidden_size", "rope_theta", "rope_scaling", "layer_types", "hidden_act")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BOMBS, ids=lambda value: str(value)[:12])
+def test_an_absurd_number_is_refused_by_its_name(name: str, value: Any, broken: Path) -> None:
+    edit_json(broken / "config.json", lambda c: c.update({name: value}))
+    message = refusal(broken)
+    assert message.startswith(f"{broken / 'config.json'}: ")
+    assert name in message
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"factor": 4.0}, "rope_scaling has the factor 4.0, but no rope_type that uses it"),
+        ({"rope_type": "linear", "factor": 0}, "rope_factors"),
+        ({"rope_type": "linear", "factor": 10**400}, "factor is"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor is nan"),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 10**400,
+            },
+            "original_max_position_embeddings is",
+        ),
+        *(
+            ({"rope_type": kind, "factor": 2.0}, f"'{kind}'")
+            for kind in ("dynamic", "longrope", "mrope", "su")
+        ),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_a_rotation_that_is_not_computed_is_refused(
+    name: str, scaling: dict[str, Any], words: str, broken: Path
+) -> None:
+    """In the words of transformers 4 and of transformers 5."""
+    edit_json(broken / "config.json", lambda c: c.update({name: scaling}))
+    assert words in refusal(broken)
+
+
+def test_two_rotations_in_one_configuration_are_refused(broken: Path) -> None:
+    one, other = ({"rope_type": "linear", "factor": factor} for factor in (2.0, 4.0))
+    edit_json(broken / "config.json", lambda c: c.update(rope_scaling=one, rope_parameters=other))
+    assert "rope_parameters and rope_scaling say different things" in refusal(broken)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a":' * 50_000,
+        b'{"hidden_size": ' + b"9" * 10_000 + b"}",
+        b'{"a": "\xff"}',
+        b" " * (1 << 24) + b"{}",
+    ],
+    ids=["deep", "digits", "no text", "long"],
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_json_that_cannot_be_read_is_refused_by_file(name: str, content: bytes, broken: Path) -> None:
+    (broken / name).write_bytes(content)
+    assert refusal(broken).startswith(f"{broken / name}: ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, broken: Path) -> None:
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    assert refusal(broken) == f"{broken / name}: not a regular file"
+    os.mkfifo(broken / "tiny.gguf")
+    assert "neither a regular file nor a folder" in refusal(broken / "tiny.gguf")
+
+
+def test_a_name_that_is_no_line_of_text_stays_in_one_line(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, extra={"a\n\x1b[31mb": np.ones(8, np.float32)})
+    assert "tensor a\\n\\x1b[31mb is not part of" in refusal(path)
+
+
 # Wrong at random.
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("lies")
+    write_good(place)
+    return place
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_a_file_that_lies_is_read_or_refused_by_name(kind: str, good_files: Path) -> None:
+    """Seeded; `python tests/lying_files.py 20000` tries more."""
+    endings = Counter(
+        ending(LIES[kind](random.Random(f"{kind} {seed}"), good_files)) for seed in range(examples(150))
+    )
+    assert set(endings) == {"loaded", "refused"}
+
 
 EXTREMES = [b"\0", b"\xff", b"\x7f\xff\xff\xff", b"\xff" * 8, U64(1 << 31), U64(1 << 62), b"{", b"]", b'"']
 

@@ -277,26 +277,25 @@ def write_gguf(
     weights: Weights,
     kind: Callable[[str], str] | str = "F32",
     raw: Mapping[str, tuple[np.ndarray, str]] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    other: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
     """A GGUF file through ggml's own writer, as its converter lays each architecture out.
 
     kind: the type of every matrix, or a function from its checkpoint name to it; vectors are F32. raw:
-    blocks, with their type, that are written for a tensor instead. metadata: keys of `llama.` (or what the
-    architecture is) that replace or add to those of the configuration.
+    blocks, with their type, that are written for a tensor instead. extra: more tensors, under the file's own
+    names. other: keys as they stand in the file. metadata: keys of `llama.` (or what the architecture is)
+    that replace or add to those of the configuration; None leaves one out.
     """
     import gguf
 
     architecture = config["model_type"].removesuffix("_text")
     writer = gguf.GGUFWriter(str(path), architecture)
-    for key, value in {**_gguf_metadata(config), **metadata}.items():
-        add = {
-            int: writer.add_uint32,
-            float: writer.add_float32,
-            str: writer.add_string,
-            list: writer.add_array,
-        }[type(value)]
-        add(f"{architecture}.{key}", value)  # type: ignore[operator]
+    own = {f"{architecture}.{key}": value for key, value in {**_gguf_metadata(config), **metadata}.items()}
+    for key, value in {**own, **(other or {})}.items():
+        if value is not None:
+            _add_gguf_value(writer, key, value)
     _add_gguf_tokenizer(writer, config["vocab_size"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, array in weights.items():
@@ -313,6 +312,8 @@ def write_gguf(
             continue
         wanted = kind if isinstance(kind, str) else kind(name)
         _add_gguf_tensor(writer, gguf_name(name, architecture), ordered, wanted if array.ndim > 1 else "F32")
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
     if "rope_scaling" in config:
         writer.add_tensor("rope_freqs.weight", llama3_factors(config))
     writer.write_header_to_file()
@@ -320,6 +321,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_gguf_value(writer: Any, key: str, value: Any) -> None:
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }[type(value)]
+    add(key, value)
 
 
 def _gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:

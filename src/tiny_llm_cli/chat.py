@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .engine import load, sampling_params
+from .engine import asked_sampling, load
 from .options import EngineOptions, SamplingOptions, takes_groups
 from .stdin import read_stdin, stdin_is_terminal
 
 if TYPE_CHECKING:
     from .conversation import Conversation
 
+_MAX_TOKENS = 512  # of an answer, where nothing else limits it
 _WAIT_FOR_PIPE = 1.0  # seconds, after the model is loaded
 
 
-@takes_groups(max_num_seqs=1, max_tokens=512)
+@takes_groups(max_num_seqs=1)
 def chat(
     prompt: Annotated[
         str | None,
@@ -47,13 +48,13 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-    params = sampling_params(sampling, seed=seed)
+    asked = asked_sampling(sampling, max_tokens=_MAX_TOKENS, seed=seed)
     piped = None if prompt is not None or stdin_is_terminal() else _read_stdin()
     llm = load(engine)
 
     from .conversation import Conversation, converse
 
-    conversation = Conversation(llm, params, system)
+    conversation = Conversation(llm, asked.params(llm.sampling_defaults), system)
     if piped is not None:
         _answer_once(conversation, piped)
     elif prompt is not None:

@@ -62,6 +62,7 @@ def model(llm: "LLM") -> dict[str, object]:
         "layers": config.num_hidden_layers,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
+        "sampling_defaults": llm.sampling_defaults,
     }
 
 

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .engine import load, sampling_params
+from .engine import asked_sampling, load
 from .options import EngineOptions, SamplingOptions, takes_groups
 
+_MAX_TOKENS = 128  # of an answer, where nothing else limits it
 
-@takes_groups(max_tokens=128)
+
+@takes_groups()
 def generate(
     prompts: Annotated[
         list[str] | None,
@@ -101,8 +103,9 @@ def generate(
     for option, value in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
         if value is not None and not as_json:
             raise typer.BadParameter("shown in JSON only: add --json", param_hint=option)
-    params = sampling_params(
+    asked = asked_sampling(
         sampling,
+        max_tokens=_MAX_TOKENS,
         n=n,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
@@ -111,13 +114,13 @@ def generate(
         include_stop_str_in_output=include_stop,
         skip_special_tokens=not show_special_tokens,
     )
-    requests = read_prompts(prompts or [], file or [], params)
+    requests = read_prompts(prompts or [], file or [], asked)
     with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as target:
         llm = load(engine)
 
         from .render import as_json_line, as_text
 
-        each = [request.params for request in requests]
+        each = [request.asked.params(llm.sampling_defaults) for request in requests]
         if chat:
             results = llm.chat([request.messages for request in requests], each, use_tqdm=progress)
         else:

@@ -163,35 +163,57 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = "paged"
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="Sampling defaults: auto, those that the model's files recommend; vllm, none of these; or a "
+            "folder with a generation_config.json.",
+            metavar="auto|vllm|FOLDER",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen and when an answer ends: the fields of `SamplingParams` that commands share."""
+    """How tokens are chosen and when an answer ends: the fields of `SamplingParams` that commands share.
+
+    None is an option that was not given: it then has what the model recommends, or else the value that the
+    help shows.
+    """
 
     temperature: Annotated[
         float | None,
         typer.Option(
             help="0 takes the likeliest token; higher is more varied.",
-            show_default="0: greedy, reproducible",
+            show_default="the model's own, or 0: greedy, reproducible",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Keep the likeliest tokens up to this total probability.", rich_help_panel=_SAMPLING
+            help="Keep the likeliest tokens up to this total probability.",
+            show_default="the model's own, or 1.0",
+            rich_help_panel=_SAMPLING,
         ),
-    ] = 1.0
+    ] = None
     top_k: Annotated[
-        int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", rich_help_panel=_SAMPLING)
-    ] = 0
-    min_p: Annotated[
-        float,
+        int | None,
         typer.Option(
-            help="Drop tokens less likely than this share of the likeliest.", rich_help_panel=_SAMPLING
+            help="Keep the k likeliest tokens; 0 keeps all.",
+            show_default="the model's own, or 0",
+            rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Drop tokens less likely than this share of the likeliest.",
+            show_default="the model's own, or 0.0",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
     seed: Annotated[
         int | None,
         typer.Option(
@@ -200,9 +222,14 @@ class SamplingOptions:
             rich_help_panel=_SAMPLING,
         ),
     ] = None
-    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_SAMPLING)] = (
-        512
-    )
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest answer in tokens.",
+            show_default="the model's own, or 512 (generate: 128)",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -222,12 +249,13 @@ class SamplingOptions:
         typer.Option(help="The same, more with each time; -2 to 2.", rich_help_panel=_SAMPLING),
     ] = 0.0
     repetition_penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Divides the scores of tokens in prompt and answer; 1 is off, 1.1 a little.",
+            show_default="the model's own, or 1.0",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 1.0
+    ] = None
     min_tokens: Annotated[
         int, typer.Option(help="Nothing ends the answer before this many tokens.", rich_help_panel=_SAMPLING)
     ] = 0

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,16 +10,17 @@ import typer
 
 from tiny_llm import SamplingParams
 
+from .engine import AskedSampling
 from .stdin import read_stdin, stdin_is_terminal
 
 _STDIN = Path("-")
 
 
 class PromptRequest(NamedTuple):
-    """One prompt, as text or token ids, and the sampling parameters it runs with."""
+    """One prompt, as text or token ids, and the sampling parameters it was given."""
 
     prompt: str | list[int]
-    params: SamplingParams
+    asked: AskedSampling
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -30,7 +31,7 @@ class PromptRequest(NamedTuple):
 
 
 def read_prompts(
-    arguments: Sequence[str], files: Sequence[Path], params: SamplingParams
+    arguments: Sequence[str], files: Sequence[Path], asked: AskedSampling
 ) -> list[PromptRequest]:
     """The prompts of a command line, arguments first, then the files in order. Empty lines are skipped.
 
@@ -47,9 +48,9 @@ def read_prompts(
                 param_hint="PROMPT",
             )
         files = [_STDIN]
-    requests = [PromptRequest(argument, params) for argument in arguments]
+    requests = [PromptRequest(argument, asked) for argument in arguments]
     for file in files:
-        requests.extend(_read_file(file, params))
+        requests.extend(_read_file(file, asked))
     if not requests:
         raise ValueError(
             f"no prompts in {', '.join('standard input' if f == _STDIN else str(f) for f in files)}"
@@ -57,7 +58,7 @@ def read_prompts(
     return requests
 
 
-def _read_file(file: Path, params: SamplingParams) -> Iterator[PromptRequest]:
+def _read_file(file: Path, asked: AskedSampling) -> Iterator[PromptRequest]:
     try:
         text = read_stdin() if file == _STDIN else file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,13 +66,13 @@ def _read_file(file: Path, params: SamplingParams) -> Iterator[PromptRequest]:
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         if line.strip():
             try:
-                yield _from_json(line, params) if file.suffix == ".jsonl" else PromptRequest(line, params)
+                yield _from_json(line, asked) if file.suffix == ".jsonl" else PromptRequest(line, asked)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{file}:{number}: {error}") from error
 
 
-def _from_json(line: str, params: SamplingParams) -> PromptRequest:
-    """A line of a .jsonl file; fields beside `prompt` replace those of `params`."""
+def _from_json(line: str, asked: AskedSampling) -> PromptRequest:
+    """A line of a .jsonl file; fields beside `prompt` replace those of `asked`."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
@@ -85,7 +86,9 @@ def _from_json(line: str, params: SamplingParams) -> PromptRequest:
     for name in found:
         if name not in known:
             raise ValueError(f"unknown field {name!r}; known: prompt, {', '.join(known)}")
-    return PromptRequest(prompt, replace(params, **found))
+    own = asked.but(**found)
+    own.params()  # raises for parameters that no model could run with
+    return PromptRequest(prompt, own)
 
 
 def _are_ids(value: Any) -> bool:

@@ -37,7 +37,7 @@ def as_text(prompt: str | Sequence[int], result: RequestOutput, titled: bool) ->
 
 def as_table(rows: Mapping[str, object]) -> str:
     """Names and values in two columns; what is None or empty is left out."""
-    shown = {name: _cell(value) for name, value in rows.items() if value is not None and value != []}
+    shown = {name: _cell(value) for name, value in rows.items() if value not in (None, [], {})}
     width = max(map(len, shown))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
@@ -47,6 +47,8 @@ def _cell(value: object) -> str:
         return f"{value:,.2f}"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, Mapping):
+        value = [f"{name} {of}" for name, of in value.items()]
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

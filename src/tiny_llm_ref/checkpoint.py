@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import mlx.core as mx
 
 from .errors import ModelFileError, reading
+from .generation_defaults import Recommendation
 from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
 from .model import Model, build_model
 from .model_config import ModelConfig
@@ -50,12 +51,16 @@ def as_array(data: bytes) -> mx.array:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and its tokenizer before they are loaded; `tensors` by their checkpoint names."""
+    """A model and its tokenizer before they are loaded; `tensors` by their checkpoint names.
+
+    recommended: how the model's author would sample from it.
+    """
 
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
     tensors: Mapping[str, StoredTensor]
+    recommended: Recommendation
 
     def check(self, name_in_file: Callable[[str], str] = str) -> None:
         """Refuse what cannot be this configuration's model, before a single tensor is read.

@@ -60,6 +60,9 @@ class EngineConfig:
         "dense" in one contiguous cache of `max_model_len` tokens a sequence, as many as fit into the same
         bytes: the baseline.
     seed: source of the seeds of requests that bring none.
+    generation_config: which sampling parameters apply where a caller leaves them out. "auto": those that the
+        model's files recommend (generation_config.json, general.sampling of a GGUF); "vllm": the engine's
+        own; otherwise a folder with a generation_config.json.
     """
 
     block_size: int = 16
@@ -78,8 +81,13 @@ class EngineConfig:
     swap_space: int | None = None
     batching: str = "paged"
     seed: int = 0
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ConfigError(
+                f"generation_config must be 'auto', 'vllm' or a folder, not {self.generation_config!r}"
+            )
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -70,7 +70,23 @@ class ConfigError(TinyLLMError, ValueError):
 
 
 class ModelFileError(TinyLLMError, ValueError):
-    """A model file cannot be read: names the file, what was found, and what was expected."""
+    """A model file cannot be read: names the file, what was found, and what was expected.
+
+    The message is one line of printable text, whatever names the file contains.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
+
+MOST_MESSAGE = 2000  # characters of a message about a file, which may quote what the file says
+
+
+def _printable(message: str) -> str:
+    """The message, its middle left out where it is too long, and what is not printable as an escape."""
+    half = MOST_MESSAGE // 2
+    shown = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 @contextmanager

@@ -72,8 +72,9 @@ def dequantized(rows: mx.array, kind: GGMLType) -> mx.array:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    values = dequantize(np.array(rows), GGMLQuantizationType[kind.name])
-    return mx.array(values.astype(np.float16))
+    with np.errstate(all="ignore"):  # numbers that float16 cannot hold become infinite, without a warning
+        values = dequantize(np.array(rows), GGMLQuantizationType[kind.name])
+        return mx.array(values.astype(np.float16))
 
 
 def quants(blocks: mx.array, bits: int) -> mx.array:

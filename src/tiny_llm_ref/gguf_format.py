@@ -1,13 +1,16 @@
 """The GGUF container: a file's metadata and where each tensor's bytes lie. Format: ggml's GGUF specification.
 
 The file is not trusted: every count and size in it is held against the bytes that are there before
-anything is allocated for it. Knows nothing of models, and never reads a tensor that nobody asked for.
+anything is allocated for it, and no two tensors may share bytes. Knows nothing of models, and never reads a
+tensor that nobody asked for.
 """
 
 import struct
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from .tensor_ranges import TensorRange, check_no_overlap
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -16,8 +19,10 @@ MOST_ITEMS = (
     1 << 22
 )  # texts and numbers in all metadata arrays together; 262,144 tokens make about 1.3 million
 MOST_TEXT = 1 << 24  # bytes of one text; a long chat template has 20 thousand
+MOST_NAME = 1024  # bytes of a key's or a tensor's name; ggml's own limit for tensors is 63
 MOST_DIMENSIONS = 4
 SMALLEST_TENSOR_INFO = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, type and offset
+MOST_ALIGNMENT = 1 << 20
 CHUNK = 1 << 23  # bytes of the header that are read at a time
 
 _STRING, _ARRAY = 8, 9
@@ -51,12 +56,25 @@ TYPES = {
 
 
 class GGUFTensor(NamedTuple):
-    """Where one tensor lies: `shape` with the rows first, `offset` from the file's first byte."""
+    """Where one tensor lies: `shape` with the rows first, `offset` from the first byte of `file`."""
 
+    file: Path
+    name: str
     shape: tuple[int, ...]
     type: GGMLType
     offset: int
     nbytes: int
+
+    def read(self) -> bytes:
+        """The tensor's bytes. ValueError where the file has become shorter."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.nbytes)
+        if len(data) != self.nbytes:
+            raise ValueError(
+                f"tensor {self.name}: expected {self.nbytes} bytes at {self.offset}, found {len(data)}"
+            )
+        return data
 
 
 class GGUFFile(NamedTuple):
@@ -65,18 +83,6 @@ class GGUFFile(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one tensor. ValueError where the file has become shorter."""
-        tensor = self.tensors[name]
-        with self.path.open("rb") as file:
-            file.seek(tensor.offset)
-            data = file.read(tensor.nbytes)
-        if len(data) != tensor.nbytes:
-            raise ValueError(
-                f"tensor {name}: expected {tensor.nbytes} bytes at {tensor.offset}, found {len(data)}"
-            )
-        return data
 
 
 def read_gguf_header(path: Path) -> GGUFFile:
@@ -105,7 +111,7 @@ def read_gguf_header(path: Path) -> GGUFFile:
                 raise ValueError(f"the header claims {count} {what}, expected at most {MOST_ENTRIES}")
             cursor.expect(count * least, f"{count} {what}")
         metadata = _read_metadata(cursor, num_keys)
-        return GGUFFile(path, metadata, _read_tensors(cursor, num_tensors, _alignment(metadata)))
+        return GGUFFile(path, metadata, _read_tensors(path, cursor, num_tensors, _alignment(metadata)))
 
 
 class _Cursor:
@@ -143,11 +149,11 @@ class _Cursor:
         """One little-endian number of `struct`'s type `code`."""
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
 
-    def text(self, what: str) -> str:
+    def text(self, what: str, most: int = MOST_TEXT) -> str:
         """A length and that many bytes of UTF-8."""
         length = int.from_bytes(self.take(8, what), "little")
-        if length > MOST_TEXT:
-            raise ValueError(f"{what} claims {length} bytes of text, expected at most {MOST_TEXT}")
+        if length > most:
+            raise ValueError(f"{what} claims {length} bytes of text, expected at most {most}")
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
@@ -176,7 +182,7 @@ class _Cursor:
 def _read_metadata(cursor: _Cursor, num_keys: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = cursor.text("a metadata key")
+        key = cursor.text("a metadata key", MOST_NAME)
         if key in metadata:
             raise ValueError(f"metadata {key} is there twice")
         metadata[key] = _read_value(cursor, cursor.number("I", f"the type of {key}"), f"metadata {key}")
@@ -208,31 +214,43 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any]:
 
 
 def _alignment(metadata: dict[str, Any]) -> int:
+    """What every tensor's offset is a multiple of: a power of two, as in ggml."""
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-        raise ValueError(f"metadata general.alignment is {alignment!r}, expected 1 to {1 << 20}")
+    if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+        raise ValueError(
+            f"metadata general.alignment is {str(alignment)[:40]}, expected a power of two up to "
+            f"{MOST_ALIGNMENT}"
+        )
     return alignment
 
 
-def _read_tensors(cursor: _Cursor, num_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
+def _read_tensors(path: Path, cursor: _Cursor, num_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
     tensors: dict[str, GGUFTensor] = {}
     for _ in range(num_tensors):
-        name = cursor.text("a tensor's name")
+        name = cursor.text("a tensor's name", MOST_NAME)
         if name in tensors:
             raise ValueError(f"tensor {name} is there twice")
-        tensors[name] = _read_tensor(cursor, name)
+        tensors[name] = _read_tensor(path, cursor, name)
     data = -(-cursor.position // alignment) * alignment
-    placed = {name: tensor._replace(offset=data + tensor.offset) for name, tensor in tensors.items()}
-    for name, (_, _, offset, nbytes) in placed.items():
-        if offset + nbytes > cursor.size:
-            raise ValueError(
-                f"truncated or corrupted: tensor {name} ends at byte {offset + nbytes}, "
-                f"the file at {cursor.size}"
-            )
+    placed = {name: _placed(tensor, data, alignment, cursor.size) for name, tensor in tensors.items()}
+    check_no_overlap(TensorRange(t.offset, t.offset + t.nbytes, t.name) for t in placed.values())
     return placed
 
 
-def _read_tensor(cursor: _Cursor, name: str) -> GGUFTensor:
+def _placed(tensor: GGUFTensor, data: int, alignment: int, size: int) -> GGUFTensor:
+    """A tensor whose offset is counted from the first byte of the file, no longer from the data's."""
+    what = f"tensor {tensor.name}"
+    offset = data + tensor.offset
+    if offset + tensor.nbytes > size:
+        raise ValueError(
+            f"truncated or corrupted: {what} ends at byte {offset + tensor.nbytes}, the file at {size}"
+        )
+    if tensor.offset % alignment:
+        raise ValueError(f"{what} has the offset {tensor.offset}, expected a multiple of {alignment}")
+    return tensor._replace(offset=offset)
+
+
+def _read_tensor(path: Path, cursor: _Cursor, name: str) -> GGUFTensor:
     """One tensor, its offset still counted from where the data begin."""
     what = f"tensor {name}"
     num_dimensions = cursor.number("I", what)
@@ -248,4 +266,5 @@ def _read_tensor(cursor: _Cursor, name: str) -> GGUFTensor:
             f"{what} has the shape {list(shape)}, expected rows of whole blocks of {TYPES[kind].block} "
             f"values ({TYPES[kind].name})"
         )
-    return GGUFTensor(shape, TYPES[kind], offset, prod(shape) // TYPES[kind].block * TYPES[kind].nbytes)
+    nbytes = prod(shape) // TYPES[kind].block * TYPES[kind].nbytes
+    return GGUFTensor(path, name, shape, TYPES[kind], offset, nbytes)

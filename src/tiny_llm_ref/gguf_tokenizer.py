@@ -1,20 +1,22 @@
 """The tokenizer that a GGUF file describes in its metadata, rebuilt with the `tokenizers` library.
 
 Two kinds: byte-level BPE ("gpt2"), whose `pre` names how text is cut into words before merging, and
-SentencePiece's BPE ("llama"), whose merges follow from the tokens' scores.
+SentencePiece's BPE ("llama"), whose merges follow from the tokens' scores. What a file leaves out has
+llama.cpp's default; docs/models.md lists the keys.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from .gguf_keys import GGUFKeys
+from .gguf_special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SpecialTokens, special_tokens
 from .tokenizer import Tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-_SPECIAL = (_UNKNOWN, _CONTROL)
-_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these leave the space behind them alone
+MOST_CUTS = 1 << 30  # characters in all ways of cutting all tokens in two; Gemma 3 has 10 million
 _SPACE = "\u2581"  # SentencePiece writes a space as this
 
 # How words are cut: a letter may take the character before it along; digits in threes, or one by one.
@@ -42,42 +44,91 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-bpe": lambda: _split(_LLAMA3_WORDS),
     "qwen2": lambda: _split(_QWEN2_WORDS),
 }
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}  # llama.cpp's
+# llama.cpp's other names of them.
+_ALIASES = {
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"
+    ),
+    **dict.fromkeys(("phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"), "gpt-2"),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "kormo"), "qwen2"),
+}
+
+
+class _Vocabulary(NamedTuple):
+    """tokens by id; special: what is known of them."""
+
+    keys: GGUFKeys
+    tokens: list[str]
+    special: SpecialTokens
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build from a GGUF file's metadata.
 
-    Tokens that the file marks as control or as unknown are special; those that it marks as user-defined are
-    kept whole but are ordinary text. The end-of-sequence ids are the file's eos, eot and eom, as far as it
-    names them.
+    Control and unknown tokens are special; user-defined ones are kept whole but are ordinary text. Which
+    tokens are control, and which end a generation, `gguf_special_tokens` says.
 
     Raises ValueError for a kind of tokenizer or a pre-tokenizer that is not supported, and for a file that
     lacks a part or whose parts do not fit together.
     """
-    found = _Metadata(metadata)
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in _KINDS:
+    keys = GGUFKeys(metadata, "tokenizer.ggml")
+    kind = keys.value("model")
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported; supported: {', '.join(_KINDS)}")
-    tokens, types = found.texts("tokens"), found.numbers("token_type")
-    if len(types) != len(tokens):
-        raise ValueError(f"the file gives {len(types)} token types for {len(tokens)} tokens")
-    built = _KINDS[kind](found, tokens, types)
-    typed = list(zip(tokens, types, strict=True))
-    # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
-    normalized = kind == "llama" and not found.flag("add_space_prefix", True)
-    built.add_tokens([AddedToken(token, normalized=normalized) for token, t in typed if t == _USER_DEFINED])
-    built.add_special_tokens([AddedToken(token, normalized=False) for token, t in typed if t in _SPECIAL])
-    _frame(built, found, tokens, kind_adds_bos=_adds_bos(found))
-    ends = [found.token_id(key, len(tokens)) for key in _END_KEYS]
-    template = metadata.get("tokenizer.chat_template")
+    if keys.value("suppress_tokens"):
+        raise ValueError("tokenizer.ggml.suppress_tokens is not supported, expected none or an empty list")
+    vocabulary = _vocabulary(keys, kind)
+    built = _KINDS[kind](vocabulary)
+    _add_special(built, vocabulary, kind, _are_phi3(metadata))
+    _frame(built, vocabulary)
+    special = vocabulary.special
     return Tokenizer(
         built,
-        bos_token=_text_of(found, "bos_token_id", tokens),
-        eos_token=_text_of(found, "eos_token_id", tokens),
-        eos_token_ids=frozenset(token for token in ends if token is not None),
-        chat_template=template if isinstance(template, str) else None,
+        bos_token=_text_of(special.bos, vocabulary.tokens),
+        eos_token=_text_of(special.eos, vocabulary.tokens),
+        eos_token_ids=special.ends,
+        chat_template=_chat_template(metadata),
     )
+
+
+def _vocabulary(keys: GGUFKeys, kind: str) -> _Vocabulary:
+    """Tokens and their types; a token without text gets llama.cpp's name for it."""
+    tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(keys.texts("tokens"))]
+    types = keys.numbers("token_type") if keys.has("token_type") else [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ValueError(f"the file gives {len(types)} token types for {len(tokens)} tokens")
+    return _Vocabulary(keys, tokens, special_tokens(keys, kind, tokens, types))
+
+
+def _add_special(
+    built: tokenizers.Tokenizer, vocabulary: _Vocabulary, kind: str, take_space_along: bool
+) -> None:
+    """Let user-defined tokens be kept whole, and control tokens be special.
+
+    take_space_along: most of them swallow the white space behind them.
+    """
+
+    def added(token: str, normalized: bool) -> AddedToken:
+        rstrip = take_space_along and token not in _PHI3_EXCEPTIONS
+        return AddedToken(token, normalized=normalized, rstrip=rstrip)
+
+    typed = list(zip(vocabulary.tokens, vocabulary.special.types, strict=True))
+    # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
+    normalized = kind == "llama" and not vocabulary.keys.flag("add_space_prefix", True)
+    built.add_tokens([added(token, normalized) for token, t in typed if t == USER_DEFINED])
+    control = (UNKNOWN, CONTROL)
+    built.add_special_tokens([added(token, False) for token, t in typed if t in control])
+
+
+def _are_phi3(metadata: Mapping[str, Any]) -> bool:
+    """Whether the tokens are Phi-3's, which llama.cpp knows by the model's name."""
+    name = str(metadata.get("general.name", "")).lower()
+    return "phi-3" in name or "phi3" in name
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | None:
+    keys = GGUFKeys(metadata, "tokenizer")
+    return keys.text("chat_template") if keys.has("chat_template") else None
 
 
 def byte_level_bpe(
@@ -90,7 +141,9 @@ def byte_level_bpe(
     name = _ALIASES.get(pre_tokenizer, pre_tokenizer)
     if name not in _PRE_TOKENIZERS:
         known = ", ".join([*_PRE_TOKENIZERS, *_ALIASES])
-        raise ValueError(f"pre-tokenizer {pre_tokenizer!r} is not supported; supported: {known}")
+        raise ValueError(
+            f"tokenizer.ggml.pre: pre-tokenizer {pre_tokenizer!r} is not supported; supported: {known}"
+        )
     built = _bpe(tokens, merges, ignore_merges=name == "llama-bpe")
     if name == "qwen2":
         built.normalizer = normalizers.NFC()
@@ -99,34 +152,42 @@ def byte_level_bpe(
     return built
 
 
-def _gpt2(found: "_Metadata", tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in found.texts("merges"))]
-    return byte_level_bpe(tokens, pairs, found.text("pre", "default"))
+def _gpt2(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
+    pairs = map(_pair, vocabulary.keys.texts("merges"))
+    return byte_level_bpe(vocabulary.tokens, pairs, vocabulary.keys.text("pre", "default"))
 
 
-def _llama(found: "_Metadata", tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+def _pair(merge: str) -> tuple[str, str]:
+    """The two tokens of a merge; the space between them is not the first character."""
+    cut = merge.find(" ", 1)
+    if cut < 0:
+        raise ValueError(f"tokenizer.ggml.merges has {merge[:60]!r}, expected two tokens and a space between")
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _llama(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     """SentencePiece's BPE: the pair whose token scores best merges first; unknown characters become bytes."""
-    scores = found.numbers("scores")
+    keys, tokens, special = vocabulary
+    scores = keys.numbers("scores")
     if len(scores) != len(tokens):
         raise ValueError(f"the file gives {len(scores)} scores for {len(tokens)} tokens")
-    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     mergeable = [
-        (token, score) for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL
+        (token, score)
+        for token, score, kind in zip(tokens, scores, special.types, strict=True)
+        if kind == NORMAL
     ]
+    unknown = None if special.unknown is None else tokens[special.unknown]
     merges = _merges_by_score(mergeable)
     built = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     spaces = normalizers.Replace(" ", _SPACE)
-    prefixed = found.flag("add_space_prefix", True)
+    prefixed = keys.flag("add_space_prefix", True)
     built.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefixed else spaces
     parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     built.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefixed else parts)
     return built
 
 
-_KINDS: dict[Any, Callable[["_Metadata", list[str], list[int]], tokenizers.Tokenizer]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-}
+_KINDS: dict[str, Callable[[_Vocabulary], tokenizers.Tokenizer]] = {"gpt2": _gpt2, "llama": _llama}
 
 
 def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: Any) -> tokenizers.Tokenizer:
@@ -141,7 +202,15 @@ def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: An
 
 
 def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """Every way of putting a token together from two others, the best-scored token first."""
+    """Every way of putting a token together from two others, the best-scored token first.
+
+    Raises ValueError for tokens so long that trying all ways would take minutes.
+    """
+    if sum(len(token) ** 2 for token, _ in scored) > MOST_CUTS:
+        longest = max((token for token, _ in scored), key=len)
+        raise ValueError(
+            f"tokenizer.ggml.tokens are too long to be merged: one has {len(longest)} characters"
+        )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))
     return [
@@ -152,76 +221,23 @@ def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str
     ]
 
 
-def _adds_bos(found: "_Metadata") -> bool:
-    """Whether text begins with the beginning-of-sequence token; without a word on it, as llama.cpp has it."""
-    pre = found.text("pre", "default")
-    by_default = found.text("model", "") == "llama" or _ALIASES.get(pre, pre) == "llama-bpe"
-    return found.flag("add_bos_token", by_default)
+def _adds_bos(keys: GGUFKeys) -> bool:
+    """Whether text begins with the beginning-of-sequence token; by default as in llama.cpp."""
+    pre = keys.text("pre", "default")
+    by_default = keys.text("model") == "llama" or _ALIASES.get(pre, pre) == "llama-bpe"
+    return keys.flag("add_bos_token", by_default)
 
 
-def _frame(
-    built: tokenizers.Tokenizer, found: "_Metadata", tokens: list[str], *, kind_adds_bos: bool
-) -> None:
+def _frame(built: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
     """Let `encode(..., add_special_tokens=True)` put the file's tokens around a text."""
-    added = {"bos": kind_adds_bos, "eos": found.flag("add_eos_token", False)}
-    ids = {name: found.token_id(f"{name}_token_id", len(tokens)) for name, wanted in added.items() if wanted}
-    pairs = [(tokens[i], i) for i in ids.values() if i is not None]
-    if not pairs:
-        return
-    bos = [tokens[i] for i in [ids.get("bos")] if i is not None]
-    eos = [tokens[i] for i in [ids.get("eos")] if i is not None]
-    built.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=pairs)
+    keys, tokens, special = vocabulary
+    bos = [special.bos] if special.bos is not None and _adds_bos(keys) else []
+    eos = [special.eos] if special.eos is not None and keys.flag("add_eos_token", False) else []
+    pairs = [(tokens[index], index) for index in (*bos, *eos)]
+    if pairs:
+        frame = [*(tokens[i] for i in bos), "$A", *(tokens[i] for i in eos)]
+        built.post_processor = processors.TemplateProcessing(single=frame, special_tokens=pairs)
 
 
-def _text_of(found: "_Metadata", key: str, tokens: list[str]) -> str:
-    index = found.token_id(key, len(tokens))
+def _text_of(index: int | None, tokens: Sequence[str]) -> str:
     return "" if index is None else tokens[index]
-
-
-class _Metadata:
-    """The `tokenizer.ggml.` part of a file's metadata, checked as it is asked for."""
-
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self._metadata = metadata
-
-    def numbers(self, name: str) -> list[Any]:
-        """A list that must be there, of numbers."""
-        return self._values(name, {int, float}, "numbers")
-
-    def texts(self, name: str) -> list[str]:
-        """A list that must be there, of texts."""
-        return self._values(name, {str}, "texts")
-
-    def text(self, name: str, default: str) -> str:
-        """A text."""
-        value = self._get(name, default)
-        if not isinstance(value, str):
-            raise ValueError(f"tokenizer.ggml.{name} is {str(value)[:40]!r}, expected a text")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"tokenizer.ggml.{name} is {str(value)[:40]!r}, expected true or false")
-        return value
-
-    def token_id(self, name: str, vocab_size: int) -> int | None:
-        """A token id, or None where the file names none."""
-        value = self._get(name, None)
-        if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
-            raise ValueError(f"tokenizer.ggml.{name} is {str(value)[:40]!r}, expected 0 to {vocab_size - 1}")
-        return value
-
-    def _values(self, name: str, types: set[type], kinds: str) -> list[Any]:
-        value = self._get(name, None)
-        if value is None:
-            raise ValueError(f"the file holds no tokenizer.ggml.{name}")
-        if not isinstance(value, list) or not types.issuperset(map(type, value)):
-            raise ValueError(f"tokenizer.ggml.{name} is not a list of {kinds}")
-        return value
-
-    def _get(self, name: str, default: Any) -> Any:
-        """A value as plain Python: what MLX's reader gives as arrays becomes numbers and lists."""
-        value = self._metadata.get(f"tokenizer.ggml.{name}", default)
-        return value.tolist() if hasattr(value, "tolist") else value

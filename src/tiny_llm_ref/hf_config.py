@@ -37,6 +37,7 @@ ARCHITECTURES = {
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU}
 _QWEN = ("qwen2", "qwen3")
 _WITHOUT_LAYER_TYPES = ("llama", "mistral")  # where transformers has one mask for all layers
+MOST_NUMBER = 1e30  # of a number in a configuration, far beyond any that is known
 # transformers' defaults, where a configuration does not mention them.
 _WINDOW = 4096
 _QWEN_FULL_LAYERS = 28  # so many of the first layers see everything
@@ -62,7 +63,6 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     hidden_size, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     head_dim = _integer(config, "head_dim", architecture.head_dim or hidden_size // max(1, heads))
     rope = _gemma_rope(config) if architecture.gemma else _rope_parameters(config)
-    rope_theta = _number(rope, "rope_theta", architecture.rope_theta)
     bias = _flag(config, "attention_bias")
     checked = ModelConfig(
         architecture=model_type,
@@ -75,8 +75,7 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
         vocab_size=_integer(config, "vocab_size"),
         max_position_embeddings=_integer(config, "max_position_embeddings"),
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_factors=_rope_factors(rope, head_dim, rope_theta),
+        rope_theta=_number(rope, "rope_theta", architecture.rope_theta),
         rope_local_theta=_gemma_local_theta(config) if architecture.gemma else None,
         query_pre_attn_scalar=_number(config, "query_pre_attn_scalar", 256) if architecture.gemma else None,
         hidden_act=_hidden_act(config, architecture),
@@ -89,16 +88,8 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
         qk_norm=architecture.qk_norm,
         eos_token_ids=eos_token_ids,
     )
+    checked = replace(checked, rope_factors=_rope_factors(rope, head_dim, checked.rope_theta))
     return _with_windows(checked, config)
-
-
-def token_ids(config: Json, name: str) -> tuple[int, ...]:
-    """A field that is a token id, a list of them, or absent."""
-    value = config.get(name)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise ValueError(f"{name} is {str(value)[:60]!r}, expected a token id or a list of them")
-    return tuple(ids)
 
 
 def _refuse_other_computations(config: Json) -> None:
@@ -194,13 +185,16 @@ def _by_layer_type(config: Json) -> Json:
 
 def _rope_parameters(config: Json) -> dict[str, Any]:
     """The rotary settings under one roof: `rope_parameters` has them all, older files spread them."""
-    nested = _object(config, "rope_parameters") or _object(config, "rope_scaling")
+    parameters, scaling = _object(config, "rope_parameters"), _object(config, "rope_scaling")
+    if parameters and scaling and parameters != scaling:
+        raise ValueError("rope_parameters and rope_scaling say different things, expected one of them")
+    nested = parameters or scaling
     other = next((name for name, value in nested.items() if isinstance(value, dict)), None)
     if other is not None:
         raise ValueError(f"rope_parameters has {other!r}, expected one rotation for all layers")
     _refuse_other_computations(nested)
     kind = nested.get("rope_type", nested.get("type", "default"))
-    theta = nested.get("rope_theta", config.get("rope_theta"))
+    theta = config.get("rope_theta") if nested.get("rope_theta") is None else nested["rope_theta"]
     return {**nested, "rope_type": kind, "rope_theta": theta}
 
 
@@ -208,6 +202,8 @@ def _rope_factors(rope: Json, head_dim: int, theta: float) -> tuple[float, ...] 
     """What each rotary frequency is divided by; None for nothing."""
     kind = rope["rope_type"]
     if kind == "default":
+        if _number(rope, "factor", 1.0) != 1.0:
+            raise ValueError(f"rope_scaling has the factor {rope['factor']}, but no rope_type that uses it")
         return None
     if kind == "linear":
         return (_number(rope, "factor"),) * (head_dim // 2)
@@ -233,7 +229,7 @@ def _object(config: Json, name: str) -> dict[str, Any]:
 def _integer(config: Json, name: str, default: int | None = None) -> int:
     value = config.get(name)
     value = default if value is None else value
-    if type(value) is not int:
+    if type(value) is not int or not abs(value) < 1 << 63:
         raise ValueError(
             f"{name} is {'missing' if value is None else repr(value)[:60]}, expected a whole number"
         )
@@ -243,7 +239,8 @@ def _integer(config: Json, name: str, default: int | None = None) -> int:
 def _number(config: Json, name: str, default: float | None = None) -> float:
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is None or not is_number or not abs(value) <= MOST_NUMBER:
         raise ValueError(f"{name} is {'missing' if value is None else repr(value)[:60]}, expected a number")
     return float(value)
 

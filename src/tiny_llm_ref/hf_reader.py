@@ -13,31 +13,35 @@ import mlx.core as mx
 
 from .checkpoint import Checkpoint, as_array
 from .errors import ModelFileError, reading
-from .hf_config import model_config, token_ids
+from .generation_defaults import of_folder, with_its_ends
+from .hf_config import model_config
 from .hf_tokenizer import hf_tokenizer
 from .json_file import read_json
 from .model_config import ModelConfig
 from .quantize import Quantized
 from .safetensors_format import SafeTensor, read_safetensors_header
+from .token_ids import token_ids
+from .weight_files import weight_files
 
 GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 DENSE_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 LESS_ONE = ("gemma3_text",)  # architectures that store the weights of norms less one
 
-_INDEX = "model.safetensors.index.json"
 _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints store
 
 
 def read_folder(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises `ModelFileError` naming the file and what is wrong with it."""
     settings = read_json(path / "config.json")
-    eos_token_ids = _eos_token_ids(path, settings)
+    recommended = of_folder(path)
     with reading(path):
         tokenizer = hf_tokenizer(path)
     with reading(path / "config.json"):
-        config = model_config(settings, tuple(sorted({*eos_token_ids, *tokenizer.eos_token_ids})))
+        ends = {*token_ids(settings, "eos_token_id"), *tokenizer.eos_token_ids}
+        config = model_config(settings, tuple(sorted(ends)))
         quantization = _Quantization.of(settings)
+    config = with_its_ends(config, recommended)
     stored = _stored_tensors(path)
     if config.tie_word_embeddings:  # some files hold the embedding again under this name
         for part in ("weight", "scales", "biases"):
@@ -50,7 +54,7 @@ def read_folder(path: Path) -> Checkpoint:
     for tensor in tensors.values():
         with reading(tensor.file):
             tensor.check()
-    checkpoint = Checkpoint(path, config, tokenizer, tensors)
+    checkpoint = Checkpoint(path, config, tokenizer, tensors, recommended)
     checkpoint.check()
     return checkpoint
 
@@ -99,7 +103,7 @@ def _precision(name: str, found: Mapping[str, Any]) -> _Precision:
     if found.get("mode", "affine") != "affine":
         raise ValueError(f"{name}: quantization mode {found['mode']!r} is not supported; supported: affine")
     for field, allowed in (("group_size", GROUP_SIZES), ("bits", BITS)):
-        if found.get(field) not in allowed:
+        if type(found.get(field)) is not int or found[field] not in allowed:
             raise ValueError(f"{name}: {field} {found.get(field)!r} is not supported; supported: {allowed}")
     return _Precision(found["group_size"], found["bits"])
 
@@ -181,7 +185,7 @@ def _read(tensor: SafeTensor) -> mx.array:
 def _stored_tensors(path: Path) -> dict[str, SafeTensor]:
     """Every tensor of the folder's safetensors files, the headers alone read."""
     stored: dict[str, SafeTensor] = {}
-    for file in _safetensors_files(path):
+    for file in weight_files(path):
         with reading(file):
             found = read_safetensors_header(file)
         twice = sorted(stored.keys() & found.keys())
@@ -189,36 +193,3 @@ def _stored_tensors(path: Path) -> dict[str, SafeTensor]:
             raise ModelFileError(f"{file}: tensor {twice[0]} is in {stored[twice[0]].file.name} too")
         stored |= found
     return stored
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    """The files that the index lists, or all there are."""
-    index = path / _INDEX
-    if not index.exists():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ModelFileError(
-                f"{path}: no .safetensors file, the only format of weights that is supported"
-            )
-        return files
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelFileError(f"{index}: weight_map is missing, expected an object of file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise ModelFileError(f"{index}: {name!r} is not a file in this folder")
-    return [path / name for name in names]
-
-
-def _eos_token_ids(path: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a generation: generation_config.json's, or else config.json's."""
-    generation = path / "generation_config.json"
-    if generation.exists():
-        found = read_json(generation)
-        with reading(generation):
-            ids = token_ids(found, "eos_token_id")
-        if ids:
-            return ids
-    with reading(path / "config.json"):
-        return token_ids(settings, "eos_token_id")

@@ -4,13 +4,17 @@ Downloads show a progress bar, go on where they were interrupted, and are kept i
 HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured: all of it `huggingface_hub`'s doing.
 """
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .embedded import PACKAGED, embedded_model_path
 from .errors import ModelFileError
+from .gguf_split import split_names
+from .weight_files import INDEX, NOT_CHECKPOINTS, SINGLE, indexed_names
 
-WANTED = ["*.safetensors", "*.json", "*.jinja"]  # of a repository; not its folders, nor other formats
+WANTED = ["*.json", "*.jinja"]  # of a repository beside its weights; not its folders
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^/].*\.gguf))?")
 
 
@@ -25,8 +29,8 @@ def find_model(model: str | Path | None) -> Path:
     """
     if model is None:
         return embedded_model_path()
-    path = Path(model).expanduser()
-    if path.exists():
+    path = local_path(model)
+    if os.path.exists(path):  # where a name is too long, or no name at all, Path.exists would raise
         return path
     if str(model) in PACKAGED:
         return PACKAGED[str(model)]()
@@ -39,15 +43,57 @@ def find_model(model: str | Path | None) -> Path:
     return _fetch(str(model), hub_id["repo"], hub_id["file"])
 
 
-def _fetch(model: str, repo: str, file: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+def local_path(model: str | Path) -> Path:
+    """The path that a model's name would be; a home that is not known is part of the name."""
+    return Path(os.path.expanduser(model))
 
+
+def _fetch(model: str, repo: str, file: str | None) -> Path:
     try:
-        if file is not None:
-            return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=["*/*"]))
+        return _fetch_folder(repo) if file is None else _fetch_gguf(repo, file)
+    except ModelFileError:
+        raise
     except Exception as error:  # the library raises its own kinds, its HTTP client's, and the system's
         raise ModelFileError(f"{model}: {_reason(error, repo)}") from error
+
+
+def _fetch_gguf(repo: str, file: str) -> Path:
+    """One file of a repository, with the other parts of a model that is split."""
+    from huggingface_hub import errors, hf_hub_download
+
+    found = Path(hf_hub_download(repo, file))
+    folder, slash, name = file.rpartition("/")
+    for part in split_names(name):
+        try:
+            hf_hub_download(repo, f"{folder}{slash}{part}")
+        except errors.RemoteEntryNotFoundError as error:
+            raise ModelFileError(
+                f"{repo}/{folder}{slash}{part}: the hub has no such file, a part of {name}"
+            ) from error
+    return found
+
+
+def _fetch_folder(repo: str) -> Path:
+    """The checkpoint of a repository: what describes it, then the weights that `weight_files` would read."""
+    folder = _snapshot(repo, WANTED)
+    if (folder / INDEX).exists():
+        return _snapshot(repo, indexed_names(folder / INDEX, are_here=False), folder.name)
+    _snapshot(repo, [SINGLE], folder.name)
+    if not (folder / SINGLE).exists():
+        _snapshot(repo, ["*.safetensors"], folder.name, NOT_CHECKPOINTS)
+    return folder
+
+
+def _snapshot(
+    repo: str, wanted: Sequence[str], revision: str | None = None, unwanted: Sequence[str] = ()
+) -> Path:
+    """The folder with those of a repository's files that fit a pattern; its name is the revision."""
+    from huggingface_hub import snapshot_download
+
+    left_out = ["*/*", *unwanted]
+    return Path(
+        snapshot_download(repo, revision=revision, allow_patterns=[*wanted], ignore_patterns=left_out)
+    )
 
 
 def _reason(error: Exception, repo: str) -> str:

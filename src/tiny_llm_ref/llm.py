@@ -43,9 +43,8 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **engine_options: Any) -> None:
         self.engine_config = EngineConfig.from_options(**engine_options)
-        self.model_name, self.model_path, self.model, self.tokenizer = load_model(
-            model, self.engine_config.activation_bits
-        )
+        loaded = load_model(model, self.engine_config.activation_bits, self.engine_config.generation_config)
+        self.model_name, self.model_path, self.model, self.tokenizer, self.sampling_defaults = loaded
         self.model_config = self.model.config
         self.max_model_len = self.engine_config.model_len(
             self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
@@ -54,6 +53,14 @@ class LLM:
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
         make_core = partial(_make_core, self.engine_config, self.model)
         self.engine = Engine(make_core, self.tokenizer, self.model_config.vocab_size, self.engine_config)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without parameters uses: the engine's defaults, and what the model recommends.
+
+        A `SamplingParams` that a caller makes is used as it is, whatever the model recommends. To change one
+        parameter and keep the rest, use `dataclasses.replace` on what this returns.
+        """
+        return SamplingParams.from_options(**self.sampling_defaults)
 
     @property
     def core(self) -> EngineCore:
@@ -69,7 +76,8 @@ class LLM:
         """Complete prompts, all of them together; outputs in the order of the prompts.
 
         prompts: a text, a list of token ids, or a list of either. sampling_params: one for all, or
-        one for each. use_tqdm: show a progress bar on standard error where that is a terminal.
+        one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard error
+        where that is a terminal.
 
         Raises ValueError for a prompt or parameters that cannot run; then none of them has run.
         """
@@ -107,13 +115,15 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Complete one prompt, piece by piece; closing the iterator cancels the request."""
-        return self._stream(self.engine.request(prompt, sampling_params))
+        return self._stream(
+            self.engine.request(prompt, sampling_params or self.get_default_sampling_params())
+        )
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Answer one conversation, piece by piece; closing the iterator cancels the request."""
-        return self._stream(self.engine.request(self._encode_chat(messages), sampling_params))
+        return self.stream(self._encode_chat(messages), sampling_params)
 
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
@@ -137,7 +147,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _one_for_each(sampling_params, len(prompts))
+        params = _one_for_each(
+            self.get_default_sampling_params() if sampling_params is None else sampling_params, len(prompts)
+        )
         requests = [self.engine.request(*each) for each in zip(prompts, params, strict=True)]
         with _progress(len(requests), use_tqdm) as report, closing(self._serve(requests)) as steps:
             for step in steps:
@@ -194,10 +206,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
     if len(params) != num_prompts:
         raise ValueError(
             f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"

@@ -88,6 +88,9 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, not {value!r}")
+        outside = next((token for token in self.eos_token_ids if not 0 <= token < self.vocab_size), None)
+        if outside is not None:
+            raise ConfigError(f"eos_token_ids must be from 0 to {self.vocab_size - 1}, not {outside}")
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, not {self.hidden_act!r}")
         self._check_windows()

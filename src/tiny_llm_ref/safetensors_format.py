@@ -1,13 +1,18 @@
 """The safetensors container: which tensors a file holds, and where their bytes lie.
 
-The file is not trusted: its header is held against the bytes that are there before a tensor is read.
-Knows nothing of models. Format: Hugging Face's safetensors.
+The file is not trusted: its header is held against the bytes that are there before a tensor is read. As in
+the format's own library, the tensors of a file fill its data exactly: no byte belongs to two of them, or to
+none. Knows nothing of models. Format: Hugging Face's safetensors.
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .tensor_ranges import TensorRange, check_no_overlap
 
 MOST_HEADER = 1 << 24  # bytes; a model of 126 layers has about 150 thousand
 MOST_DIMENSIONS = 8
@@ -25,9 +30,14 @@ class SafeTensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return prod(self.shape) * _SIZES[self.dtype]
+
     def read(self) -> bytes:
         """The tensor's bytes. ValueError where the file has become shorter."""
-        nbytes = prod(self.shape) * _SIZES[self.dtype]
+        nbytes = self.nbytes
         with self.file.open("rb") as file:
             file.seek(self.offset)
             data = file.read(nbytes)
@@ -57,14 +67,29 @@ def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:
     if not isinstance(header, dict):
         raise ValueError(f"the header is {type(header).__name__}, expected an object of tensors")
     header.pop("__metadata__", None)
-    return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_filled(tensors.values(), 8 + length, size)
+    return tensors
+
+
+def _check_filled(tensors: Iterable[SafeTensor], begin: int, end: int) -> None:
+    """Refuse bytes of the data, from `begin` to `end`, that belong to two tensors or to none."""
+    position = begin
+    for tensor in check_no_overlap(TensorRange(t.offset, t.offset + t.nbytes, t.name) for t in tensors):
+        if tensor.begin != position:
+            raise ValueError(
+                f"bytes {position} to {tensor.begin}, before tensor {tensor.name}, are no tensor's"
+            )
+        position = tensor.end
+    if position != end:
+        raise ValueError(f"the tensors end at byte {position}, the file at {end}")
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the header has {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the header has {key!r} twice")
     return found
 
 
@@ -74,7 +99,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> SafeTens
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{what} has no dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _SIZES:
+    if not isinstance(dtype, str) or dtype not in _SIZES:
         raise ValueError(f"{what} has the unknown type {str(dtype)[:20]!r}; known: {', '.join(_SIZES)}")
     if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
         raise ValueError(
@@ -92,4 +117,4 @@ def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> SafeTens
 
 
 def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)

@@ -58,7 +58,13 @@ class _Work:
         self._top = body.top_logprobs or 0
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = self._top if body.logprobs else None
-        self.params = sampling_params(body, max_tokens=most, logprobs=logprobs, cache_salt=cache_salt)
+        self.params = sampling_params(
+            body,
+            service.llm.sampling_defaults,
+            max_tokens=most,
+            logprobs=logprobs,
+            cache_salt=cache_salt,
+        )
         self._head = new_head("chatcmpl", service.model_name)
         self.id: str = self._head["id"]
 

@@ -53,6 +53,7 @@ class _Work:
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(
             body,
+            service.llm.sampling_defaults,
             max_tokens=max(1, body.max_tokens),
             logprobs=body.logprobs,
             prompt_logprobs=echoed,

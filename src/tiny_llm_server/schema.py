@@ -59,7 +59,8 @@ class Generation(Body):
     """What completions and chats have in common.
 
     temperature, top_p, n, seed, stop, the penalties and logit_bias are OpenAI's; the rest is vLLM's. user is
-    for the client's own records, and changes nothing.
+    for the client's own records, and changes nothing. Where the model recommends sampling parameters, they
+    replace the defaults of those that are not sent.
     """
 
     IDLE = {
@@ -102,6 +103,10 @@ class Generation(Body):
     def sampling(self) -> dict[str, Any]:
         """The fields that are sampling parameters of the engine under the same names."""
         return self.model_dump(include=_SAMPLING)
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether the client has not sent a sampling parameter; sending our default is sending it."""
+        return name not in self.model_fields_set
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Generation":
@@ -188,6 +193,11 @@ class ChatCompletionRequest(Generation):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
+
+    def leaves_out(self, name: str) -> bool:
+        """`max_completion_tokens` is the new name of `max_tokens`."""
+        given = name == "max_tokens" and not super().leaves_out("max_completion_tokens")
+        return not given and super().leaves_out(name)
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatCompletionRequest":

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from enum import Enum
@@ -64,6 +64,12 @@ class Service:
                 *(self.model_name, stats.num_blocks, config.block_size, self._llm.max_model_len),
                 ", the live page at /" if self.config.live else "",
             )
+            if defaults := self._llm.sampling_defaults:
+                LOG.info(
+                    "requests that leave them out get the model's own sampling parameters: %s "
+                    "(not with --generation-config vllm)",
+                    ", ".join(f"{name} {value}" for name, value in defaults.items()),
+                )
 
     @property
     def status(self) -> Status:
@@ -208,10 +214,14 @@ def prompt_ids(request_id: str, num_prompts: int) -> list[str]:
     return [request_id] if num_prompts == 1 else [f"{request_id}-{place}" for place in range(num_prompts)]
 
 
-def sampling_params(body: Generation, **others: Any) -> SamplingParams:
-    """The engine's parameters of a request; ValueErrors of the engine become refusals that name the field."""
+def sampling_params(body: Generation, defaults: Mapping[str, Any], **others: Any) -> SamplingParams:
+    """The engine's parameters of a request; ValueErrors of the engine become refusals that name the field.
+
+    defaults: what the model recommends, for the parameters that the client has left out.
+    """
+    left_out = {name: value for name, value in defaults.items() if body.leaves_out(name)}
     try:
-        return SamplingParams.from_options(**{**body.sampling(), **others})
+        return SamplingParams.from_options(**{**body.sampling(), **others, **left_out})
     except ValueError as error:
         raise _of_params(error) from error
 

@@ -1,0 +1,215 @@
+"""A GGUF file's metadata becomes a `ModelConfig`; what the engine does not compute is refused by its key.
+
+What a file leaves out has llama.cpp's default. A key that llama.cpp knows and that says another computation
+than the engine's is refused, also where llama.cpp ignores it in this architecture; a key that nobody knows is
+ignored. docs/models.md lists them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isclose
+from typing import Any
+
+import mlx.core as mx
+
+from .checkpoint import as_array
+from .gguf_format import GGUFFile
+from .gguf_keys import GGUFKeys
+from .model_config import FULL, GELU, SILU, SLIDING, ModelConfig
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor that divides the rotary frequencies
+WITH_ROPE_FACTORS = ("llama",)  # architectures in which llama.cpp reads it
+
+# What llama.cpp's code, not the file, says of Gemma 3; where a file says it after all, the file is right.
+_GEMMA3_PERIOD = 6  # every sixth layer sees everything
+_GEMMA3_LOCAL_THETA = 10_000.0
+_GEMMA3_27B_LAYERS = 62  # the one whose queries are scaled by hidden_size / heads instead of head_dim
+
+# Keys with the only values that are computed. 0 stands for "off" in most of them.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.value_scale": (0, 1),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0,),
+    "attention.q_lora_rank": (0,),
+    "attention.kv_lora_rank": (0,),
+    "attention.key_length_mla": (0,),
+    "attention.value_length_mla": (0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.recurrent_layers": ([],),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_length_per_layer_input": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "full_attention_interval": (0, 1),
+    "n_deepstack_layers": (0,),
+    "nextn_predict_layers": (0,),
+    "rope.dimension_sections": ([], [0] * 4),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.attn_factor": (0, 1),
+    "swin_norm": (False,),
+    "use_parallel_residual": (False,),
+}
+_ROPE_SCALING = ("none", "linear")
+
+
+def gguf_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
+    """The configuration of a GGUF file's model. Raises ValueError naming the key or tensor that is wrong."""
+    architecture = _architecture(file.metadata)
+    keys = GGUFKeys(file.metadata, architecture)
+    tensors = file.tensors
+    hidden_size, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    head_dim = keys.integer("attention.key_length", hidden_size // max(1, heads))
+    _refuse_other_computations(keys, hidden_size, head_dim)
+    if "token_embd.weight" not in tensors:
+        raise ValueError("tensor token_embd.weight is missing")
+    config = ModelConfig(
+        architecture=architecture,
+        hidden_size=hidden_size,
+        num_hidden_layers=keys.integer("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=keys.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        intermediate_size=keys.integer("feed_forward_length"),
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        max_position_embeddings=keys.integer("context_length"),
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=keys.number("rope.freq_base", 10_000.0),
+        tie_word_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm=architecture in ("qwen3", "gemma3"),
+        eos_token_ids=tuple(sorted(eos_token_ids)),
+    )
+    _check_scale(keys, _query_scalar(config))
+    config = replace(config, rope_factors=_rope_factors(file, keys, config))
+    return _as_gemma3(config, keys) if architecture == "gemma3" else config
+
+
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise ValueError(f"general.type is {str(kind)[:60]!r}, expected 'model'")
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return architecture
+
+
+def _refuse_other_computations(keys: GGUFKeys, hidden_size: int, head_dim: int) -> None:
+    expected: dict[str, tuple[Any, ...]] = {
+        **_NEUTRAL,
+        **dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,)),
+        **dict.fromkeys(("attention.key_length_swa", "attention.value_length_swa"), (head_dim,)),
+        "rope.dimension_count_swa": (head_dim,),
+        "embedding_length_out": (0, hidden_size),
+    }
+    if keys.prefix != "gemma3":
+        expected |= {"attention.sliding_window": (0,), "hidden_activation": (SILU,)}
+    else:
+        expected["hidden_activation"] = ("gelu", GELU)
+    for name, allowed in expected.items():
+        value = keys.value(name)
+        if value is not None and not any(wanted == value for wanted in allowed):
+            raise ValueError(
+                f"{keys.prefix}.{name} is {str(value)[:60]}, which is not supported; expected "
+                f"{' or '.join(map(str, allowed))}"
+            )
+
+
+def _check_scale(keys: GGUFKeys, scalar: float) -> None:
+    """Refuse another attention scale than 1 / sqrt(scalar), as float32 has it; 0 is none."""
+    scale, computed = keys.number("attention.scale", 0.0), scalar**-0.5
+    if scale != 0.0 and not isclose(scale, computed, rel_tol=1e-6):
+        raise ValueError(
+            f"{keys.prefix}.attention.scale is {scale:.7g}, which is not supported; expected {computed:.7g}"
+        )
+
+
+def _as_gemma3(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
+    """The configuration with what Gemma 3 has beside a llama; its norms are in the file as they are used."""
+    return replace(
+        _with_windows(config, keys),
+        query_pre_attn_scalar=_query_scalar(config),
+        hidden_act=GELU,
+        sandwich_norm=True,
+        scale_embeddings=True,
+    )
+
+
+def _query_scalar(config: ModelConfig) -> int:
+    """What the attention scale is made from."""
+    if config.architecture == "gemma3" and config.num_hidden_layers == _GEMMA3_27B_LAYERS:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+def _with_windows(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
+    """The configuration with Gemma 3's windows; a window of 0, or none, leaves all layers alike."""
+    window = keys.integer("attention.sliding_window", 0)
+    if window == 0:
+        return config
+    return replace(
+        config,
+        sliding_window=window,
+        layer_types=_layer_types(keys, config.num_hidden_layers),
+        rope_local_theta=keys.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA),
+    )
+
+
+def _layer_types(keys: GGUFKeys, num_layers: int) -> tuple[str, ...]:
+    """Which layers have the window: a flag for each, or every layer but each `period`-th."""
+    key = "attention.sliding_window_pattern"
+    flags = keys.value(key)
+    if not isinstance(flags, list):
+        period = keys.integer(key, _GEMMA3_PERIOD)
+        if period < 1:
+            raise ValueError(f"{keys.prefix}.{key} is {period}, expected at least 1")
+        flags = [(layer + 1) % period != 0 for layer in range(num_layers)]
+    if not all(type(flag) in (bool, int) and flag in (0, 1) for flag in flags):
+        raise ValueError(f"{keys.prefix}.{key} is {str(flags)[:60]}, expected true or false for each layer")
+    return tuple(SLIDING if flag else FULL for flag in flags)
+
+
+def _rope_factors(file: GGUFFile, keys: GGUFKeys, config: ModelConfig) -> tuple[float, ...] | None:
+    """What rotary frequencies are divided by: a factor for each (llama 3), times one for all (linear)."""
+    linear = _linear_factor(keys)
+    if ROPE_FACTORS in file.tensors and config.architecture in WITH_ROPE_FACTORS:
+        return tuple(linear * factor for factor in _stored_factors(file, config.head_dim // 2))
+    return None if linear == 1.0 else (linear,) * (config.head_dim // 2)
+
+
+def _linear_factor(keys: GGUFKeys) -> float:
+    """The factor of linear scaling, which is the kind that a file without a type means; 1 is none."""
+    kind = keys.text("rope.scaling.type", "linear")
+    if kind not in _ROPE_SCALING:
+        raise ValueError(
+            f"{keys.prefix}.rope.scaling.type {kind!r} is not supported; "
+            f"supported: {', '.join(_ROPE_SCALING)}"
+        )
+    key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
+    factor = keys.number(key, 0.0)
+    if factor < 0.0:
+        raise ValueError(f"{keys.prefix}.{key} is {factor}, expected a positive number")
+    return 1.0 if kind == "none" or factor == 0.0 else factor
+
+
+def _stored_factors(file: GGUFFile, count: int) -> list[float]:
+    tensor = file.tensors[ROPE_FACTORS]
+    if tensor.type.name != "F32" or tensor.shape != (count,):
+        raise ValueError(
+            f"tensor {ROPE_FACTORS} is {tensor.type.name} {list(tensor.shape)}, expected F32 [{count}]"
+        )
+    factors: list[float] = as_array(tensor.read()).view(mx.float32).tolist()  # type: ignore[assignment]
+    return factors

@@ -1,0 +1,295 @@
+"""What a model recommends: sampling parameters and end-of-sequence ids of generation_config.json and of GGUF.
+
+Oracle: vLLM's documented behaviour. Recommended values apply where a caller leaves a parameter out, in
+Python, over HTTP and on the command line; a value that a caller gives always wins, the engine's default too.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from tiny_llm.errors import ConfigError, ModelFileError
+from tiny_llm.loader import load_model
+
+from served import serving
+from tiny_checkpoints import CONFIGS, EOS, random_weights, write_folder, write_gguf
+from tiny_llm import LLM, SamplingParams
+from tiny_llm_cli.engine import AskedSampling, asked_sampling
+from tiny_llm_cli.main import run
+from tiny_llm_cli.options import SamplingOptions
+from tiny_llm_cli.prompts import read_prompts
+from tiny_llm_server import service
+
+CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
+WEIGHTS = random_weights(CONFIG)
+SAID = {
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 7,
+}
+MEANT = {**SAID, "max_tokens": 7}
+del MEANT["max_new_tokens"]
+
+
+def folder_that_says(path: Path, **said: Any) -> Path:
+    """A model whose generation_config.json says that."""
+    folder = write_folder(path, CONFIG, WEIGHTS)
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def defaults(path: Path, generation_config: str = "auto") -> dict[str, Any]:
+    return load_model(path, 16, generation_config).sampling_defaults
+
+
+def refusal(path: Path, generation_config: str = "auto") -> str:
+    with pytest.raises(ModelFileError) as caught:
+        load_model(path, 16, generation_config)
+    return str(caught.value)
+
+
+# What the files say.
+
+
+def test_the_fields_that_vllm_takes_are_taken(tmp_path: Path) -> None:
+    others = {
+        "do_sample": False,
+        "num_beams": 4,
+        "max_length": 20,
+        "typical_p": 0.2,
+        "transformers_version": "5",
+    }
+    assert defaults(folder_that_says(tmp_path, **SAID, **others)) == MEANT
+
+
+def test_null_is_nothing_and_a_folder_without_the_file_says_nothing(tmp_path: Path) -> None:
+    assert defaults(folder_that_says(tmp_path / "a", temperature=None, top_p=0.5)) == {"top_p": 0.5}
+    assert defaults(write_folder(tmp_path / "b", CONFIG, WEIGHTS)) == {}
+
+
+def test_a_gguf_says_it_in_its_metadata(tmp_path: Path) -> None:
+    """llama.cpp's keys; 0.95 comes back although float32 cannot hold it. Other kinds are ignored."""
+    said = {"temp": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "penalty_repeat": 1.1}
+    ignored = {"mirostat": 2, "xtc_probability": 0.5, "penalty_last_n": 64, "sequence": "kpt"}
+    keys = {f"general.sampling.{name}": value for name, value in {**said, **ignored}.items()}
+    found = defaults(write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other=keys))
+    assert found == {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+
+
+BAD = [
+    *(("temperature", -0.5), ("temperature", "0.6"), ("temperature", float("inf")), ("temperature", [1.0])),
+    *(("top_p", 1.5), ("top_p", 0), ("top_k", 0.5), ("top_k", -2), ("min_p", 2), ("min_p", True)),
+    *(("repetition_penalty", 0), ("max_new_tokens", 0), ("max_new_tokens", 1.5)),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_a_value_that_no_request_may_have_is_refused_by_file_and_field(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    folder = folder_that_says(tmp_path, **{field: value})
+    assert refusal(folder).startswith(f"{folder / 'generation_config.json'}: {field} is ")
+    assert defaults(folder, "vllm") == {}, "where it is not asked for, it does no harm"
+
+
+def test_a_bad_value_in_a_gguf_is_refused_by_its_key(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other={"general.sampling.top_p": 1.5})
+    assert refusal(path).startswith(f"{path}: general.sampling.top_p is 1.5")
+
+
+def test_another_folder_can_say_it(tmp_path: Path) -> None:
+    model = folder_that_says(tmp_path / "model", temperature=0.1, eos_token_id=5)
+    other = folder_that_says(tmp_path / "other", top_k=3, eos_token_id=[6])
+    assert defaults(model, str(other)) == {"top_k": 3}
+    assert load_model(model, 16, str(other)).model.config.eos_token_ids == (5, 6, EOS)
+    for name in (str(tmp_path / "nowhere"), "~nobody/x", "a" * 5000, "a\0b"):
+        assert "must be 'auto', 'vllm' or a folder" in refusal(model, name)
+
+
+@pytest.mark.parametrize("value", [None, 3, "", ["auto"]])
+def test_an_option_that_is_no_text_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match="generation_config must be 'auto', 'vllm' or a folder"):
+        LLM(generation_config=value)
+
+
+# What ends a sequence.
+
+
+@pytest.mark.parametrize("mode", ["auto", "vllm"])
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({}, {}, {EOS}),
+        ({"eos_token_id": 5}, {"eos_token_id": 6}, {5, 6, EOS}),
+        ({"eos_token_id": [5, 7]}, {"eos_token_id": [6, 5]}, {5, 6, 7, EOS}),
+        ({"eos_token_id": None}, {"eos_token_id": 6}, {6, EOS}),
+    ],
+)
+def test_ids_of_both_files_and_of_the_tokenizer_end_a_sequence(
+    config: dict[str, Any], generation: dict[str, Any], ends: set[int], mode: str, tmp_path: Path
+) -> None:
+    folder = write_folder(tmp_path, {**CONFIG, **config}, WEIGHTS)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert set(load_model(folder, 16, mode).model.config.eos_token_ids) == ends
+
+
+@pytest.mark.parametrize("value", [-1, 288, "2", 2.0, [[2]], True, 10**400])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_id_that_is_no_token_is_refused_by_file_and_field(file: str, value: Any, tmp_path: Path) -> None:
+    folder = folder_that_says(tmp_path)
+    said = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**said, "eos_token_id": value}))
+    message = refusal(folder)
+    assert message.startswith(f"{folder / file}: eos_token_id")
+
+
+# Python.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_that_says(tmp_path_factory.mktemp("models") / "tiny", **SAID)
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, num_blocks=64)
+
+
+@pytest.fixture
+def seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
+    """The parameters of every request that reaches the engine."""
+    found: list[SamplingParams] = []
+    request = llm.engine.request
+
+    def watched(prompt: Any, params: SamplingParams, *others: Any) -> Any:
+        found.append(params)
+        return request(prompt, params, *others)
+
+    monkeypatch.setattr(llm.engine, "request", watched)
+    return found
+
+
+MESSAGES = [{"role": "user", "content": "ab"}]
+
+
+def test_a_call_without_parameters_uses_what_the_model_recommends(
+    llm: LLM, seen: list[SamplingParams]
+) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams(**MEANT)
+    llm.generate(["ab", "b"], use_tqdm=False)
+    llm.chat(MESSAGES, use_tqdm=False)
+    list(llm.stream("ab"))
+    list(llm.stream_chat(MESSAGES))
+    assert seen == [SamplingParams(**MEANT)] * 5
+
+
+def test_parameters_that_a_caller_makes_are_used_as_they_are(llm: LLM, seen: list[SamplingParams]) -> None:
+    llm.generate("ab", SamplingParams(), use_tqdm=False)
+    list(llm.stream("ab", SamplingParams(top_k=3)))
+    assert seen == [SamplingParams(), SamplingParams(top_k=3)]
+
+
+def test_the_engines_own_defaults_are_an_option(folder: Path) -> None:
+    assert (
+        LLM(folder, num_blocks=8, generation_config="vllm").get_default_sampling_params() == SamplingParams()
+    )
+
+
+# HTTP.
+
+
+@pytest.fixture(scope="module")
+def client(llm: LLM) -> Iterator[httpx.Client]:
+    with serving(lambda: llm) as here, here.client() as client:
+        yield client
+
+
+ENDPOINTS = {
+    "/v1/completions": {"prompt": "ab"},
+    "/v1/chat/completions": {"messages": MESSAGES},
+}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize(
+    ("sent", "changed"),
+    [
+        ({}, {}),
+        ({"temperature": None, "top_p": None}, {}),
+        ({"temperature": 1.0}, {"temperature": 1.0}),  # the engine's own default, but given
+        ({"top_p": 1.0, "top_k": 0, "min_p": 0.0}, {"top_p": 1.0, "top_k": 0, "min_p": 0.0}),
+        ({"repetition_penalty": 1.0, "max_tokens": 16}, {"repetition_penalty": 1.0, "max_tokens": 16}),
+        ({"seed": 5, "n": 2}, {"seed": 5, "n": 2}),
+    ],
+)
+def test_a_request_gets_what_it_leaves_out(
+    endpoint: str,
+    sent: dict[str, Any],
+    changed: dict[str, Any],
+    client: httpx.Client,
+    seen: list[SamplingParams],
+) -> None:
+    answer = client.post(endpoint, json={**ENDPOINTS[endpoint], **sent})
+    assert answer.status_code == 200, answer.text
+    assert seen == [SamplingParams(**{**MEANT, **changed})]
+
+
+def test_the_new_name_of_max_tokens_counts_as_given(client: httpx.Client, seen: list[SamplingParams]) -> None:
+    body = {"messages": MESSAGES, "max_completion_tokens": 3}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert seen == [SamplingParams(**{**MEANT, "max_tokens": 3})]
+
+
+def test_an_echo_of_the_prompt_alone_generates_nothing(client: httpx.Client) -> None:
+    body = {"prompt": "ab", "max_tokens": 0, "echo": True}
+    assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == "ab"
+
+
+def test_the_server_says_at_its_start_what_requests_get(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(service.LOG, "info", lambda text, *values, **_: said.append(text % values))
+    with serving(lambda: llm):
+        pass
+    assert "temperature 0.6, top_p 0.9" in "".join(said)
+
+
+# The command line.
+
+
+def asked(**options: Any) -> AskedSampling:
+    return asked_sampling(SamplingOptions(**options), max_tokens=128)
+
+
+def test_a_command_uses_what_was_given_then_the_model_then_its_own() -> None:
+    assert asked().params() == SamplingParams(temperature=0.0, max_tokens=128)
+    assert asked().params(MEANT) == SamplingParams(**MEANT)
+    given = asked(temperature=0.0, top_p=1.0, max_tokens=128, repetition_penalty=1.0)
+    kept = {"top_k": 20, "min_p": 0.05}
+    assert given.params(MEANT) == SamplingParams(temperature=0.0, max_tokens=128, **kept)
+
+
+def test_a_line_of_a_file_is_given_too(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "temperature": 0.0}\n{"prompt": "b"}\n')
+    first, second = read_prompts([], [file], asked(top_k=3))
+    assert first.asked.params(MEANT) == SamplingParams(**{**MEANT, "top_k": 3, "temperature": 0.0})
+    assert second.asked.params(MEANT) == SamplingParams(**{**MEANT, "top_k": 3})
+
+
+def test_commands_show_and_use_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate = ["generate", "ab", "--json", "--no-progress", "--model", str(folder), "--num-blocks", "8"]
+    assert run(generate) == 0
+    assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) <= 7
+    assert run([*generate, "--generation-config", "vllm", "--ignore-eos", "--max-tokens", "9"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) == 9
+    assert run(["info", "--json", "--model", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["sampling_defaults"] == MEANT
+    assert run(["info", "--model", str(folder)]) == 0
+    assert "temperature 0.6, top_p 0.9, top_k 20" in capsys.readouterr().out
