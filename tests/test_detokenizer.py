@@ -1,0 +1,120 @@
+"""Text out of token ids that arrive one by one, for every kind of decoder, against the library's own `decode`."""
+
+import json
+import random
+from collections.abc import Iterator
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models
+from tokenizers import Tokenizer as Library
+
+from tiny_llm_ref.embedded import embedded_model_path
+from tiny_llm_ref.gguf_format import read_gguf_header
+from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_ref.hf_tokenizer import hf_tokenizer
+from tiny_llm_ref.tokenizer import Tokenizer
+
+FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
+SPACE = "\u2581"
+BYTES = [f"<0x{byte:02X}>" for byte in (0x20, 0x48, 0x9B, 0xC3, 0xA9, 0xE6, 0x97, 0xA5, 0xF0, 0x9F, 0x98, 0x80)]
+WORDS = ["a", "b.", f"{SPACE}world", f"{SPACE}{SPACE}", SPACE, "##ing", "##", "un", " .", " do not", "\ufffd", "日"]
+ODD = ["<0x+1>", "<0x1>", "<0xé>", "", " ", "  ", "|", "<pad>", "end</w>", "</w>", "x</w>y", "Ġthe", "ĠĠ", "å", "ä¸"]
+CONTROL = ["<s>", "</s>", "<|im_end|>", f"<{SPACE}>"]
+
+DECODERS: dict[str, Any] = {
+    "none": None,
+    "llama": decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "gemma": decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]),
+    "metaspace first": decoders.Metaspace(prepend_scheme="first"),
+    "metaspace always": decoders.Metaspace(prepend_scheme="always"),
+    "metaspace never": decoders.Metaspace(prepend_scheme="never"),
+    "bytes and metaspace": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    "metaspace of fused text": decoders.Sequence([decoders.Fuse(), decoders.Metaspace()]),
+    "byte level": decoders.ByteLevel(),
+    "byte level, stripped": decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 2, 0)]),
+    "word pieces": decoders.WordPiece(prefix="##", cleanup=True),
+    "word pieces as they are": decoders.WordPiece(prefix="##", cleanup=False),
+    "word pieces of fused text": decoders.Sequence([decoders.Fuse(), decoders.WordPiece()]),
+    "bpe": decoders.BPEDecoder(suffix="</w>"),
+    "bpe, then words": decoders.Sequence([decoders.BPEDecoder(suffix="</w>"), decoders.WordPiece()]),
+    "ctc": decoders.CTC(),
+    "ctc as it is": decoders.CTC(cleanup=False),
+    "ctc, then words": decoders.Sequence([decoders.CTC(), decoders.WordPiece()]),
+    "strip each": decoders.Strip(" ", 1, 0),
+    "fuse": decoders.Fuse(),
+    "fused bytes": decoders.Sequence([decoders.Fuse(), decoders.ByteFallback(), decoders.ByteLevel()]),
+    "a pattern": decoders.Replace(Regex("a+|w"), "$0x"),
+    "a pattern over tokens": decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("a+b"), "-")]),
+    "a text over tokens": decoders.Sequence([decoders.Fuse(), decoders.Replace("ab.", "-")]),
+    "nested": decoders.Sequence(
+        [decoders.Sequence([decoders.Replace(SPACE, " ")]), decoders.Sequence([decoders.Fuse()])]
+    ),
+    "nothing": decoders.Sequence([]),
+}
+
+
+def tokenizer_with(decoder: Any) -> Tokenizer:
+    """A vocabulary of what decoders care about: bytes, spaces, prefixes, suffixes, control and added tokens."""
+    vocab = {token: index for index, token in enumerate([*WORDS, *BYTES, *ODD])}
+    library = Library(models.WordLevel(vocab, unk_token="a"))
+    library.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
+    library.add_tokens(["added", f"{SPACE}added"])
+    if decoder is not None:
+        library.decoder = decoder
+    return Tokenizer(library)
+
+
+def golden_tokenizers() -> Iterator[tuple[str, Tokenizer]]:
+    yield "embedded", gguf_tokenizer(read_gguf_header(embedded_model_path()).metadata)
+    for folder in sorted(FOLDERS.iterdir()):
+        yield folder.name, hf_tokenizer(folder)
+
+
+GOLDEN = dict(golden_tokenizers())
+SMALL = {name: tokenizer_with(decoder) for name, decoder in DECODERS.items()}
+ALL = {**GOLDEN, **SMALL}
+each_tokenizer = pytest.mark.parametrize("name", ALL)
+
+
+def sequences(name: str, count: int, seed: int) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Random prompts and outputs, and whether control tokens are left out; half of them mostly byte tokens."""
+    tokenizer, rng = ALL[name], random.Random(f"{name} {seed}")
+    ids = range(tokenizer.vocab_size + 2)  # two behind the vocabulary
+    partial = [i for i in ids if "\ufffd" in tokenizer.token_text(i)] or list(ids)
+    for _ in range(count):
+        source = rng.choice([ids, partial, [*rng.choices(partial, k=12), *rng.choices(ids, k=3)]])
+        sequence = rng.choices(source, k=rng.randint(0, 24))
+        cut = rng.randint(0, len(sequence))
+        yield sequence[:cut], sequence[cut:], rng.random() < 0.5
+
+
+@each_tokenizer
+def test_the_text_is_what_the_ids_add_to_the_prompt(name: str) -> None:
+    """Oracle: the library's `decode` of the prompt, and of prompt and output."""
+    tokenizer = ALL[name]
+    for prompt, output, skip in sequences(name, 150 if name in SMALL else 300, seed=1):
+        stream = tokenizer.stream(prompt, skip_special_tokens=skip)
+        text = "".join([stream.push(token) for token in output]) + stream.flush()
+        before = decoded(tokenizer, prompt, skip)
+        whole = decoded(tokenizer, prompt + output, skip)
+        assert text == whole[len(commonprefix([before, whole])) :], (prompt, output, skip)
+        assert stream.flush() == ""
+
+
+@each_tokenizer
+def test_without_a_prompt_pushes_and_flush_are_the_decoded_ids(name: str) -> None:
+    tokenizer = ALL[name]
+    for prompt, output, skip in sequences(name, 100, seed=2):
+        stream = tokenizer.stream(skip_special_tokens=skip)
+        text = "".join([stream.push(token) for token in prompt + output]) + stream.flush()
+        assert text == decoded(tokenizer, prompt + output, skip)
+
+
+def decoded(tokenizer: Tokenizer, ids: list[int], skip: bool) -> str:
+    known = [token for token in ids if token < tokenizer.vocab_size]
+    return str(tokenizer._tokenizer.decode(known, skip_special_tokens=skip))
