@@ -19,9 +19,40 @@ from tiny_llm_ref.tokenizer import Tokenizer
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 SPACE = "\u2581"
-BYTES = [f"<0x{byte:02X}>" for byte in (0x20, 0x48, 0x9B, 0xC3, 0xA9, 0xE6, 0x97, 0xA5, 0xF0, 0x9F, 0x98, 0x80)]
-WORDS = ["a", "b.", f"{SPACE}world", f"{SPACE}{SPACE}", SPACE, "##ing", "##", "un", " .", " do not", "\ufffd", "日"]
-ODD = ["<0x+1>", "<0x1>", "<0xé>", "", " ", "  ", "|", "<pad>", "end</w>", "</w>", "x</w>y", "Ġthe", "ĠĠ", "å", "ä¸"]
+BYTES = [
+    f"<0x{byte:02X}>" for byte in (0x20, 0x48, 0x9B, 0xC3, 0xA9, 0xE6, 0x97, 0xA5, 0xF0, 0x9F, 0x98, 0x80)
+]
+WORDS = [
+    "a",
+    "b.",
+    f"{SPACE}world",
+    f"{SPACE}{SPACE}",
+    SPACE,
+    "##ing",
+    "##",
+    "un",
+    " .",
+    " do not",
+    "\ufffd",
+    "日",
+]
+ODD = [
+    "<0x+1>",
+    "<0x1>",
+    "<0xé>",
+    "",
+    " ",
+    "  ",
+    "|",
+    "<pad>",
+    "end</w>",
+    "</w>",
+    "x</w>y",
+    "Ġthe",
+    "ĠĠ",
+    "å",
+    "ä¸",
+]
 CONTROL = ["<s>", "</s>", "<|im_end|>", f"<{SPACE}>"]
 
 DECODERS: dict[str, Any] = {

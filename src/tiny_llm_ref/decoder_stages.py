@@ -1,8 +1,8 @@
 """The decoders of the `tokenizers` library, one token at a time: tokens as texts in, text out.
 
-The library's decoders want all tokens at once. A `DecoderChain` takes them one by one and gives text as soon as
-no later token can change it. What it gives, with `end`, is what the library gives for the same tokens. Knows
-nothing of ids, vocabularies or special tokens.
+The library's decoders want all tokens at once. A `DecoderChain` takes them one by one and gives text as soon
+as no later token can change it. What it gives, with `end`, is what the library gives for the same tokens.
+Knows nothing of ids, vocabularies or special tokens.
 """
 
 import json
@@ -10,11 +10,14 @@ import re
 from codecs import utf_8_decode
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, Self
+from functools import lru_cache
+from typing import Any, Self, TypeVar
 
 from tokenizers import decoders
 
 from .tokenizer_library import guarded
+
+CACHED_TOKENS = 1 << 14  # whose text a decoder remembers
 
 REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")  # as Rust reads a byte
@@ -83,7 +86,10 @@ class DecoderChain:
 
     def _through(self, tokens: list[str], first: int) -> str:
         for stage in self._stages[first:]:
-            tokens = [made for token in tokens for made in stage.push(token)]
+            if len(tokens) == 1:  # as nearly always
+                tokens = stage.push(tokens[0])
+            else:
+                tokens = [made for token in tokens for made in stage.push(token)]
         return "".join(tokens)
 
 
@@ -142,16 +148,25 @@ class _Each(Stage):
         return [changed]
 
 
+T = TypeVar("T")
+
+
+def _cached(change: Callable[[str], T]) -> Callable[[str], T]:
+    """A function of tokens that remembers its answers: a text has few different ones."""
+    return lru_cache(CACHED_TOKENS)(change)
+
+
 def _each(part: dict[str, Any]) -> Stage:
     """A decoder to which only the token matters, and whether it is the first."""
     decode = _library_decoder([part])
-    return _Each(lambda token: decode([token]), lambda token: decode(["", token]))
+    return _Each(lambda token: decode([token]), _cached(lambda token: decode(["", token])))
 
 
 def _alike(part: dict[str, Any]) -> Stage:
     """A decoder to which only the token matters, or, of fused text, only the character."""
     decode = _library_decoder([part])
-    return _Each(lambda token: decode([token]), lambda token: decode([token]))
+    change = _cached(lambda token: decode([token]))
+    return _Each(change, change)
 
 
 class _Distinct(Stage):
@@ -215,9 +230,10 @@ class _Bytes(Stage):
     def __init__(self) -> None:
         super().__init__()
         self._part = b""  # of a character
+        self._bytes_of = _cached(bytes_of_piece)
 
     def push(self, token: str) -> list[str]:
-        known = self._part + bytes_of_piece(token)
+        known = self._part + self._bytes_of(token)
         text, used = utf_8_decode(known, "replace", False)
         self._part = known[used:]
         return [text]

@@ -4,10 +4,10 @@ Two views on one vocabulary: text in which control tokens are control tokens, an
 and through. Knows nothing of models, arrays or chat templates. Made by `gguf_tokenizer` and `hf_tokenizer`.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from copy import copy
 from itertools import groupby
-from os.path import commonprefix
 from typing import NamedTuple
 
 import tokenizers
@@ -55,6 +55,7 @@ class Tokenizer:
         self.control_tokens = tuple(token.content for token in added.values() if token.special)
         self._control = frozenset(self.control_tokens)
         self._texts: dict[int, str] = {}
+        self._middle = Detokenizer(self, skip_special_tokens=False, begun=True)
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.eos_token_ids = eos_token_ids
@@ -66,7 +67,7 @@ class Tokenizer:
         *,
         special_tokens: bool = True,
         add_special_tokens: bool = False,
-        most: int | None = None,
+        context: int | None = None,
     ) -> list[int]:
         """Token ids of `text`.
 
@@ -79,28 +80,30 @@ class Tokenizer:
         With `add_special_tokens` the tokenizer's own frame is put around it: the beginning-of-sequence token
         of llama, nothing for most others. A chat template writes its own.
 
-        With `most`, more tokens than that raise `RequestTooLargeError`, before tokenizing where the text is
-        so long that it must have more.
+        With `context`, a prompt that leaves no place for an output in so many tokens raises
+        `RequestTooLargeError`: before it is tokenized where the text is so long that it must.
 
         A byte that the vocabulary has no token for is dropped, as by the checkpoint's own tokenizer (in the
         embedded model six control characters such as U+0004, and the first byte of planes 4 to 11, which
         Unicode has not assigned). Raises ValueError for a lone surrogate: it is not text. Other threads go on
         while it runs.
         """
-        self._check(text, most)
+        self._check(text, context)
         tokenizer = self._tokenizer if special_tokens else self._text_only
         [ids] = library.encode(tokenizer, [text], add_special_tokens=add_special_tokens)
-        return _at_most(ids, most)
+        check_length(len(ids), context)
+        return ids
 
-    def encode_pieces(self, pieces: Iterable[Piece], *, most: int | None = None) -> list[int]:
+    def encode_pieces(self, pieces: Iterable[Piece], *, context: int | None = None) -> list[int]:
         """Token ids of a prompt in pieces, each tokenized by itself. Raises as `encode` does."""
         pieces, ids = list(pieces), []
-        self._check("".join(piece.text for piece in pieces), most)
+        self._check("".join(piece.text for piece in pieces), context)
         for is_control, group in groupby(pieces, key=lambda piece: piece.is_control):
             texts = [piece.text for piece in group]
             tokenizer = self._tokenizer if is_control else self._text_only
             ids += [token for found in library.encode(tokenizer, texts) for token in found]
-        return _at_most(ids, most)
+        check_length(len(ids), context)
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -119,7 +122,7 @@ class Tokenizer:
         """
         known = self._texts.get(token_id)
         if known is None:
-            stream = Detokenizer(self, skip_special_tokens=False, begun=True)
+            stream = self.stream_within()
             known = stream.push(token_id) + stream.flush()
             if token_id < self.vocab_size:  # so many and no more
                 self._texts[token_id] = known
@@ -142,20 +145,34 @@ class Tokenizer:
         """A detokenizer for one sequence of ids that begins with `prompt`, whose text it does not repeat."""
         return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens)
 
+    def stream_within(self) -> "Detokenizer":
+        """A detokenizer for ids in the middle of a text whose beginning does not matter."""
+        return self._middle.fork()
+
+    def spelled(self, text: str) -> list[str | int]:
+        """The characters of a text, and the ids of the control tokens that it spells out, in their places."""
+        names = [name for name in self.control_tokens if name and name in text]
+        if not names:
+            return [*text]
+        longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+        items: list[str | int | None] = []
+        for place, part in enumerate(re.split(f"({longest_first})", text)):
+            items += [self._tokenizer.token_to_id(part)] if place % 2 else [*part]
+        return [item for item in items if item is not None]
+
     def is_control(self, token_id: int) -> bool:
         """Whether an id is a control token's."""
         return self._is_known(token_id) and self._tokenizer.id_to_token(token_id) in self._control
 
-    def _check(self, text: str, most: int | None) -> None:
-        """Refuse what is no text, and what must have more than `most` tokens."""
+    def _check(self, text: str, context: int | None) -> None:
+        """Refuse what is no text, and what must have too many tokens for a context."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             lone = text[error.start]
             raise ValueError(f"the text holds a lone surrogate, {lone!r}, at {error.start}") from None
-        least = 0 if most is None or self._least_tokens is None else self._least_tokens.of(text)
-        if most is not None and least > most:
-            raise RequestTooLargeError(f"{len(text)} characters are more than {most} tokens")
+        if context is not None and self._least_tokens is not None:
+            check_length(self._least_tokens.of(text), context, "at least ")
 
     def _is_known(self, token_id: int) -> bool:
         if token_id < 0:
@@ -168,10 +185,12 @@ class Tokenizer:
         return None if skip_special_tokens and piece in self._control else piece
 
 
-def _at_most(ids: list[int], most: int | None) -> list[int]:
-    if most is not None and len(ids) > most:
-        raise RequestTooLargeError(f"{len(ids)} tokens are more than {most}")
-    return ids
+def check_length(num_tokens: int, context: int | None, at_least: str = "") -> None:
+    """Raise `RequestTooLargeError` for a prompt of so many tokens that a context holds no output behind it."""
+    if context is not None and num_tokens >= context:
+        raise RequestTooLargeError(
+            f"{at_least}{num_tokens} prompt tokens and 1 output token exceed the context of {context}"
+        )
 
 
 def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -195,9 +214,10 @@ class Detokenizer:
     whatever the ids are. One kind of prompt is an exception, because its own text changes when tokens follow:
     it ends within a character, say. Its decode ends with U+FFFD, and the text begins with the character.
 
-    Pushes never take text back. A character that is spread over tokens comes out whole with its last one, and
-    a run of byte tokens (SentencePiece's byte fallback) with the first token that is no byte: one byte that is
-    not UTF-8 would make U+FFFD of the whole run. A push costs the same however long the sequence is.
+    Pushes never take text back. A character that is spread over tokens comes out whole with its last one. A
+    run of byte tokens (SentencePiece's byte fallback) comes out with the first token that is no byte, because
+    one byte that is not UTF-8 makes U+FFFD of the whole run. A push costs the same however long the sequence
+    is.
     """
 
     def __init__(
@@ -243,6 +263,12 @@ class Detokenizer:
         """A text less what the prompt has shown of it already."""
         if not self._shown:
             return text
-        common = len(commonprefix([self._shown, text]))
+        common = _num_common(self._shown, text)
         self._shown = self._shown[common:] if common == len(text) else ""
         return text[common:]
+
+
+def _num_common(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginnings."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,8 +1,8 @@
 """The border to the `tokenizers` library: every call into it goes through here.
 
-The library is written in Rust. It panics where others raise, and a panic is a BaseException that would end any
-thread; here it becomes a `TokenizerError`. It also holds the GIL in most calls; those that may be long are made
-in a form that releases it, so that other threads go on.
+The library is written in Rust. It panics where others raise, and a panic is a BaseException that would end
+any thread; here it becomes a `TokenizerError`. It also holds the GIL in most calls; those that may be long
+are made in a form that releases it, so that other threads go on.
 """
 
 import os
@@ -13,8 +13,8 @@ import tokenizers
 
 from .errors import TinyLLMError
 
-# A text is one task, and other threads are busy with the model. Also: threads of the library would not survive
-# a fork, and it would print a warning about that.
+# A text is one task, and other threads are busy with the model. Besides, the library's threads do not survive
+# a fork, and it prints a warning about that.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
