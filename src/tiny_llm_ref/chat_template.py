@@ -62,8 +62,9 @@ class ChatTemplate:
         """Token ids of the rendered prompt, where only the template's own control tokens are control tokens.
 
         Equal to `tokenizer.encode(render(...))` unless a message spells out a control token: there it stays
-        text, so nobody ends a turn or opens a system turn by typing "<|im_end|>". Raises as `render` does, and
-        as `Tokenizer.encode` does with `context`.
+        text, so nobody ends a turn or opens a system turn by typing "<|im_end|>".
+
+        Raises as `render` does, and as `Tokenizer.encode` does with `context`.
         """
         prompt = self.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
         texts = [text for message in messages for text in message.values() if isinstance(text, str)]

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from .tokenizer import Tokenizer
+from .tokenizer_library import guarded
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 _SPECIAL = (_UNKNOWN, _CONTROL)
@@ -66,8 +67,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     typed = list(zip(tokens, types, strict=True))
     # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
     normalized = kind == "llama" and not found.flag("add_space_prefix", True)
-    built.add_tokens([AddedToken(token, normalized=normalized) for token, t in typed if t == _USER_DEFINED])
-    built.add_special_tokens([AddedToken(token, normalized=False) for token, t in typed if t in _SPECIAL])
+    with guarded("tokens that cannot be added"):
+        built.add_tokens([AddedToken(name, normalized=normalized) for name, t in typed if t == _USER_DEFINED])
+        built.add_special_tokens([AddedToken(name, normalized=False) for name, t in typed if t in _SPECIAL])
     _frame(built, found, tokens, kind_adds_bos=_adds_bos(found))
     ends = [found.token_id(key, len(tokens)) for key in _END_KEYS]
     template = metadata.get("tokenizer.chat_template")
@@ -134,10 +136,8 @@ def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: An
     if len(vocab) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
         raise ValueError(f"token {twice!r} is there twice")
-    try:
+    with guarded(f"merges that do not fit the {len(tokens)} tokens"):
         return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges), **options))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"merges that do not fit the {len(tokens)} tokens: {error}") from error
 
 
 def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
@@ -170,7 +170,8 @@ def _frame(
         return
     bos = [tokens[i] for i in [ids.get("bos")] if i is not None]
     eos = [tokens[i] for i in [ids.get("eos")] if i is not None]
-    built.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=pairs)
+    with guarded("bos and eos tokens that cannot frame a text"):
+        built.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=pairs)
 
 
 def _text_of(found: "_Metadata", key: str, tokens: list[str]) -> str:

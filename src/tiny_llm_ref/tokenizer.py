@@ -186,7 +186,7 @@ class Tokenizer:
 
 
 def check_length(num_tokens: int, context: int | None, at_least: str = "") -> None:
-    """Raise `RequestTooLargeError` for a prompt of so many tokens that a context holds no output behind it."""
+    """Raise `RequestTooLargeError` for a prompt of so many tokens that no output fits into the context."""
     if context is not None and num_tokens >= context:
         raise RequestTooLargeError(
             f"{at_least}{num_tokens} prompt tokens and 1 output token exceed the context of {context}"

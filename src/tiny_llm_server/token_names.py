@@ -1,4 +1,4 @@
-"""What one token is called in log-probabilities, also where it is only a part of a character, and where it is.
+"""What one token is called in log-probabilities, also where it is a part of a character, and where it is.
 
 text: the token's, as the engine gives it, in which such a part is U+FFFD: only then is the tokenizer asked.
 """
@@ -23,7 +23,7 @@ def name_of(token: int, text: str, tokenizer: Tokenizer) -> str:
 
 
 def offsets_in(text: str, tokens: Iterable[int], tokenizer: Tokenizer) -> list[int]:
-    """Where each token of a prompt begins in its text, in characters; a control token may be no part of it."""
+    """Where each token of a prompt begins in its text, in characters; control tokens may be no part of it."""
     stream, offsets, at = tokenizer.stream(), [], 0
     for token in tokens:
         offsets.append(min(at, len(text)))
