@@ -5,7 +5,7 @@ says nothing. Knows nothing of requests and contexts.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -38,9 +38,8 @@ class LeastTokens(NamedTuple):
         return -(-counted // longest)
 
 
-def least_tokens(tokenizer: tokenizers.Tokenizer) -> LeastTokens | None:
-    """The bound of a tokenizer of the library; None where there is none."""
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
+def least_tokens(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> LeastTokens | None:
+    """The bound of a tokenizer of the library with all its tokens; None where there is none."""
     added = tokenizer.get_added_tokens_decoder().values()
     normalizers, pre_tokenizers = _parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)
     dropped = _dropped(tokenizer.model, vocab, any(part["type"] == "ByteLevel" for part in pre_tokenizers))
@@ -84,7 +83,7 @@ def _frames(part: dict[str, Any]) -> bool:
     return part["type"] in ("ByteLevel", "BertProcessing", "RobertaProcessing")
 
 
-def _dropped(model: models.Model, vocab: dict[str, int], is_byte_level: bool) -> str | None:
+def _dropped(model: models.Model, vocab: Mapping[str, int], is_byte_level: bool) -> str | None:
     """The characters that this model may have no token for; None where these may be any."""
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None

@@ -48,9 +48,11 @@ class Tokenizer:
             tokenizer.no_padding()
             added = tokenizer.get_added_tokens_decoder()
             self._text_only = _without_special_tokens(tokenizer)
-            self.vocab_size = 1 + max([-1, *added, *tokenizer.get_vocab().values()])
-            self._least_tokens = least_tokens(tokenizer)
+            vocab = tokenizer.get_vocab()
+            self.vocab_size = 1 + max([-1, *added, *vocab.values()])
+            self._least_tokens = least_tokens(tokenizer, vocab)
             self._chain = decoder_chain(tokenizer.decoder)
+            library.encode(tokenizer, ["a"], add_special_tokens=True)  # a broken frame breaks every text
         self._tokenizer = tokenizer
         self.control_tokens = tuple(token.content for token in added.values() if token.special)
         self._control = frozenset(self.control_tokens)
