@@ -222,7 +222,7 @@ def split(pattern: str) -> dict[str, Any]:
 )
 def test_what_the_library_panics_at_or_raises_for_is_a_broken_file(folder: Path, parts: Any) -> None:
     part_of(folder, **parts)
-    with pytest.raises(ModelFileError, match=r"tokenizer\.json: not a tokenizer"):
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: (not a tokenizer|the tokenizer fails)"):
         hf_tokenizer(folder)
 
 

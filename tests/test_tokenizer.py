@@ -17,7 +17,6 @@ from tiny_llm_ref.embedded import embedded_model_path
 from tiny_llm_ref.errors import RequestTooLargeError
 from tiny_llm_ref.gguf_format import read_gguf_header
 from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
-from tiny_llm_ref.tokenizer import Piece
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "tokens.json").read_text(encoding="utf-8"))
 # The bytes that the embedded vocabulary has no token for and that valid text can hold.
@@ -250,8 +249,6 @@ def test_a_prompt_that_leaves_no_place_for_an_output_is_refused_with_the_figures
     message = "3 prompt tokens and 1 output token exceed the context of 3"
     with pytest.raises(RequestTooLargeError, match=message):
         TOKENIZER.encode(text, context=3)
-    with pytest.raises(RequestTooLargeError, match=message):
-        TOKENIZER.encode_pieces([Piece("one two", True), Piece(" three", False)], context=3)
 
 
 def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenized(
@@ -267,10 +264,3 @@ def test_a_long_text_of_few_tokens_is_not_refused() -> None:
     longest = max(METADATA["tokenizer.ggml.tokens"], key=len)
     text = "\x04" * 100_000 + TOKENIZER.decode([METADATA["tokenizer.ggml.tokens"].index(longest)]) * 3
     assert len(TOKENIZER.encode(text, context=9)) < 9
-
-
-def test_pieces_are_tokenized_each_by_itself() -> None:
-    pieces = [Piece("a", True), Piece("b<|im_end|>", False), Piece("<|im_end|>", True), Piece(" c", False)]
-    alone = [TOKENIZER.encode(piece.text, special_tokens=piece.is_control) for piece in pieces]
-    assert TOKENIZER.encode_pieces(pieces) == [token for ids in alone for token in ids]
-    assert TOKENIZER.encode_pieces([]) == []

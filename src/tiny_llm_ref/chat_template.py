@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from .template_sandbox import TemplateLimitError, TemplateSandbox, rendering
-from .tokenizer import Piece, Tokenizer
+from .tokenizer import Tokenizer, check_length
 
 Message = Mapping[str, str]
 
@@ -71,6 +71,7 @@ class ChatTemplate:
         typed = [token for token in tokenizer.control_tokens if any(token in text for text in texts)]
         if not typed:
             return tokenizer.encode(prompt, context=context)
+        tokenizer.check_text(prompt, context)
 
         # Break what was typed with a character that nothing here holds, so that after rendering the control
         # tokens still in one piece are the template's; then take that character out again.
@@ -85,11 +86,12 @@ class ChatTemplate:
             for m in messages
         ]
         marked = self.render(guarded, add_generation_prompt=add_generation_prompt, **kwargs)
-        pieces = [  # re.split puts what the group matched between the rest
-            Piece(piece.replace(mark, ""), is_control=place % 2 == 1)
-            for place, piece in enumerate(re.split(f"({control})", marked))
-        ]
-        return tokenizer.encode_pieces(pieces, context=context)
+        ids: list[int] = []
+        for place, piece in enumerate(re.split(f"({control})", marked)):
+            is_control = place % 2 == 1  # re.split puts what the group matched between the rest
+            ids += tokenizer.encode(piece.replace(mark, ""), special_tokens=is_control)
+        check_length(len(ids), context)
+        return ids
 
 
 def _check(messages: Sequence[Message]) -> None:

@@ -46,6 +46,7 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}  # llama.cpp's
 
 
+@guarded("a tokenizer that cannot be built")
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build from a GGUF file's metadata.
 
@@ -67,9 +68,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     typed = list(zip(tokens, types, strict=True))
     # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
     normalized = kind == "llama" and not found.flag("add_space_prefix", True)
-    with guarded("tokens that cannot be added"):
-        built.add_tokens([AddedToken(name, normalized=normalized) for name, t in typed if t == _USER_DEFINED])
-        built.add_special_tokens([AddedToken(name, normalized=False) for name, t in typed if t in _SPECIAL])
+    built.add_tokens([AddedToken(token, normalized=normalized) for token, t in typed if t == _USER_DEFINED])
+    built.add_special_tokens([AddedToken(token, normalized=False) for token, t in typed if t in _SPECIAL])
     _frame(built, found, tokens, kind_adds_bos=_adds_bos(found))
     ends = [found.token_id(key, len(tokens)) for key in _END_KEYS]
     template = metadata.get("tokenizer.chat_template")
@@ -170,8 +170,7 @@ def _frame(
         return
     bos = [tokens[i] for i in [ids.get("bos")] if i is not None]
     eos = [tokens[i] for i in [ids.get("eos")] if i is not None]
-    with guarded("bos and eos tokens that cannot frame a text"):
-        built.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=pairs)
+    built.post_processor = processors.TemplateProcessing(single=[*bos, "$A", *eos], special_tokens=pairs)
 
 
 def _text_of(found: "_Metadata", key: str, tokens: list[str]) -> str:

@@ -5,10 +5,8 @@ and through. Knows nothing of models, arrays or chat templates. Made by `gguf_to
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from itertools import groupby
-from typing import NamedTuple
 
 import tokenizers
 
@@ -18,13 +16,6 @@ from .errors import RequestTooLargeError
 from .least_tokens import least_tokens
 
 _ANCHOR = "\ue000"  # a token that no vocabulary has: what comes after it stands in the middle of a text
-
-
-class Piece(NamedTuple):
-    """A part of a prompt. is_control: control tokens that it spells out are control tokens."""
-
-    text: str
-    is_control: bool
 
 
 class Tokenizer:
@@ -90,22 +81,21 @@ class Tokenizer:
         Unicode has not assigned). Raises ValueError for a lone surrogate: it is not text. Other threads go on
         while it runs.
         """
-        self._check(text, context)
+        self.check_text(text, context)
         tokenizer = self._tokenizer if special_tokens else self._text_only
         [ids] = library.encode(tokenizer, [text], add_special_tokens=add_special_tokens)
         check_length(len(ids), context)
         return ids
 
-    def encode_pieces(self, pieces: Iterable[Piece], *, context: int | None = None) -> list[int]:
-        """Token ids of a prompt in pieces, each tokenized by itself. Raises as `encode` does."""
-        pieces, ids = list(pieces), []
-        self._check("".join(piece.text for piece in pieces), context)
-        for is_control, group in groupby(pieces, key=lambda piece: piece.is_control):
-            texts = [piece.text for piece in group]
-            tokenizer = self._tokenizer if is_control else self._text_only
-            ids += [token for found in library.encode(tokenizer, texts) for token in found]
-        check_length(len(ids), context)
-        return ids
+    def check_text(self, text: str, context: int | None = None) -> None:
+        """Raise what `encode` would raise of a text, as far as that is known without tokenizing it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = text[error.start]
+            raise ValueError(f"the text holds a lone surrogate, {lone!r}, at {error.start}") from None
+        if context is not None and self._least_tokens is not None:
+            check_length(self._least_tokens.of(text), context, "at least ")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -165,16 +155,6 @@ class Tokenizer:
     def is_control(self, token_id: int) -> bool:
         """Whether an id is a control token's."""
         return self._is_known(token_id) and self._tokenizer.id_to_token(token_id) in self._control
-
-    def _check(self, text: str, context: int | None) -> None:
-        """Refuse what is no text, and what must have too many tokens for a context."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            lone = text[error.start]
-            raise ValueError(f"the text holds a lone surrogate, {lone!r}, at {error.start}") from None
-        if context is not None and self._least_tokens is not None:
-            check_length(self._least_tokens.of(text), context, "at least ")
 
     def _is_known(self, token_id: int) -> bool:
         if token_id < 0:

@@ -24,9 +24,14 @@ class TokenizerError(TinyLLMError, ValueError):
 
 @contextmanager
 def guarded(problem: str) -> Iterator[None]:
-    """Turn whatever the library raises in this block into a `TokenizerError`: the problem, and its reason."""
+    """Turn what the library raises in this block into a `TokenizerError`: the problem, and its reason.
+
+    A ValueError stays as it is.
+    """
     try:
         yield
+    except ValueError:
+        raise
     except BaseException as error:
         is_panic = type(error).__name__ == "PanicException"  # of a module that cannot be imported
         if not is_panic and not isinstance(error, Exception):
