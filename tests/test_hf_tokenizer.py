@@ -12,6 +12,8 @@ from tiny_llm_ref.errors import ModelFileError
 from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
 from tiny_llm_ref.hf_tokenizer import hf_tokenizer
 from tiny_llm_ref.tokenizer import Tokenizer
+from tiny_llm_ref.tokenizer_library import TokenizerError
+from tokenizer_fuzz import broken_files, ending
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 GOLDENS = {path.name: json.loads((path / "expected.json").read_text("utf-8")) for path in FOLDERS.iterdir()}
@@ -193,3 +195,79 @@ def test_a_gigantic_tokenizer_json_is_refused_before_it_is_read(folder: Path) ->
         file.truncate(1 << 29)
     with pytest.raises(ModelFileError, match="536870912 bytes, expected at most 268435456"):
         hf_tokenizer(folder)
+
+
+def part_of(folder: Path, **parts: Any) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **parts}))
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+UNKNOWN_FRAME = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "nowhere", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": PRECOMPILED},
+        {"post_processor": UNKNOWN_FRAME},
+        {"pre_tokenizer": split("(")},
+        {"model": {"type": "BPE", "vocab": {"a": 2**32}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}},
+        {"added_tokens": 7},
+    ],
+    ids=["charsmap", "frame", "regex", "id", "merges", "type"],
+)
+def test_what_the_library_panics_at_or_raises_for_is_a_broken_file(folder: Path, parts: Any) -> None:
+    part_of(folder, **parts)
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: (not a tokenizer|the tokenizer fails)"):
+        hf_tokenizer(folder)
+
+
+def test_a_decoder_that_panics_fails_only_its_text(folder: Path) -> None:
+    """A Strip that takes more characters than a token has, in the library's version of today."""
+    part_of(folder, decoder={"type": "Strip", "content": "a", "start": 1, "stop": 3})
+    tokenizer = hf_tokenizer(folder)
+    [letter] = tokenizer.encode("a")
+    assert tokenizer.encode("b")
+    with pytest.raises(TokenizerError, match="the tokenizer fails on these token ids"):
+        tokenizer.decode([letter])
+    with pytest.raises(TokenizerError, match="its decoder fails on these tokens"):
+        tokenizer.stream().push(letter)
+
+
+def test_a_pathological_pattern_fails_only_its_text(folder: Path) -> None:
+    part_of(folder, pre_tokenizer=split("(a+)+$"))
+    tokenizer = hf_tokenizer(folder)
+    with pytest.raises(TokenizerError, match="the tokenizer fails on this text"):
+        tokenizer.encode("a" * 40 + "b")
+    assert tokenizer.encode("b")
+
+
+def test_hundreds_of_broken_files_are_refused_or_work(tmp_path: Path) -> None:
+    """`python tests/tokenizer_fuzz.py` tries more."""
+    endings = set()
+    for source in broken_files(500, seed=1):
+        (tmp_path / "tokenizer.json").write_text(source)
+        endings.add(ending(tmp_path))
+    assert endings == {"works", "refused", "fails"}
+
+
+def test_ids_with_holes_between_them_are_all_in_the_vocabulary(folder: Path) -> None:
+    """A model that has fewer rows than the largest id is refused by `Checkpoint.check`."""
+    words = {"type": "WordLevel", "vocab": {"a": 0, "b": 5000}, "unk_token": "a"}
+    nothing = dict.fromkeys(("pre_tokenizer", "normalizer", "post_processor"))
+    part_of(folder, model=words, added_tokens=[], **nothing)
+    tokenizer = hf_tokenizer(folder)
+    assert tokenizer.vocab_size == 5001
+    assert tokenizer.encode("b") == [5000]
+    assert tokenizer.token_text(7) == ""

@@ -332,3 +332,90 @@ def test_prompt_logprobs_have_an_entry_for_each_token_but_the_first() -> None:
         {98: Logprob(-0.5, 1, "b")},
         {99: Logprob(-2.0, 2, "c"), 100: Logprob(-0.1, 1, "d")},
     )
+
+
+OTHER = TOKENIZER.vocab_size  # "<next>", which the tokenizer below has besides "<end>"
+SPELLING_BPE = byte_level_bpe([*BYTES, *PIECES], [], "smollm")
+SPELLING_BPE.add_special_tokens(["<end>", "<next>"])
+SPELLING = Tokenizer(SPELLING_BPE)
+
+
+def streamed(ids: list[int], last: str | None = None, **params: Any) -> tuple[CompletionText, list[str]]:
+    """Push ids until the text ends; the completion and what it streamed."""
+    completion, pieces = CompletionText(0, SPELLING, SamplingParams(max_tokens=99, **params)), []
+    for place, token in enumerate(ids):
+        reason = last if place == len(ids) - 1 else None
+        pieces.append(completion.push(token_output(token, reason)).text)
+        if completion.finish_reason is not None:
+            break
+    return completion, pieces
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "text", "num_tokens"),
+    [
+        ([*ids_of("ab"), END, *ids_of("cd")], "<end>", "ab", 3),
+        ([*ids_of("ab"), END, *ids_of("cd")], "b<end>c", "a", 4),
+        ([*ids_of("ab"), END, OTHER, *ids_of("cd")], "<end><next>", "ab", 4),
+        ([*ids_of("ab"), END, *ids_of("c"), OTHER, *ids_of("d")], "ab<end>c<next>d", "", 6),
+        ([*ids_of("a"), END, *ids_of("a"), END, *ids_of("x")], "a<end>x", "a", 5),
+        ([*ids_of("é")[:1], END, *ids_of("cd")], "<end>", "\ufffd", 2),
+        (ids_of("a<end>b"), "<end>", "a", 6),  # spelled by ordinary tokens
+    ],
+)
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_stop_string_matches_the_control_tokens_that_it_spells(
+    ids: list[int], stop: str, text: str, num_tokens: int, shown: bool
+) -> None:
+    completion, pieces = streamed(ids, stop=stop, include_stop_str_in_output=shown)
+    assert completion.output.text == text + (stop if shown else "")
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert len(completion.token_ids) == num_tokens
+    assert "".join(pieces) == completion.output.text
+
+
+@pytest.mark.parametrize("stop", ["<end>x", "y<end>", "<next>", "<end><next>", "d<end>"])
+def test_a_control_token_that_is_only_a_part_of_the_stop_string_ends_nothing(stop: str) -> None:
+    ids = [*ids_of("ab"), END, *ids_of("cd")]
+    completion, pieces = streamed(ids, "length", stop=stop)
+    assert (completion.output.text, completion.finish_reason) == ("abcd", "length")
+    assert "".join(pieces) == "abcd"
+
+
+def test_text_that_may_begin_such_a_stop_string_is_held_back() -> None:
+    _, pieces = streamed([*ids_of("abc"), END, *ids_of("dx")], "length", stop="bc<end>de")
+    assert pieces == ["a", "", "", "", "", "bcdx"]
+
+
+def test_such_a_stop_string_counts_only_after_min_tokens() -> None:
+    ids = [*ids_of("a"), END, *ids_of("b"), END, *ids_of("c")]
+    completion, _ = streamed(ids, stop="<end>", min_tokens=2)
+    assert (completion.output.text, len(completion.token_ids)) == ("ab", 4)
+
+
+def test_an_end_of_sequence_token_that_the_stop_string_spells_is_its_reason() -> None:
+    completion, _ = streamed([*ids_of("ab"), END], "stop", stop="b<end>")
+    assert (completion.output.text, completion.stop_reason) == ("a", "b<end>")
+
+
+spelled = st.lists(st.sampled_from([*ids_of("ab"), END, OTHER]), min_size=1, max_size=14)
+parts_of_stops = st.lists(st.sampled_from(["a", "b", "<end>", "<next>"]), min_size=1, max_size=4)
+spelling_stops = parts_of_stops.map("".join).filter(lambda text: "<" in text)
+
+
+@given(spelled, st.lists(spelling_stops, min_size=1, max_size=3))
+def test_with_control_tokens_left_out_the_text_ends_where_it_does_with_them(
+    ids: list[int], stop: list[str]
+) -> None:
+    """Oracle: the same strings in the text that writes control tokens out, less these tokens."""
+    hidden, pieces = streamed(ids, "length", stop=stop)
+    written, _ = streamed(ids, "length", stop=stop, skip_special_tokens=False)
+    assert hidden.output.text == written.output.text.replace("<end>", "").replace("<next>", "")
+    assert hidden.token_ids == written.token_ids
+    assert "".join(pieces) == hidden.output.text
+
+
+def test_aborting_gives_what_the_detokenizer_holds() -> None:
+    completion = CompletionText(0, TOKENIZER, SamplingParams())
+    completion.push(token_output(ids_of("é")[0]))
+    assert completion.abort().text == completion.output.text == "\ufffd"

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tiny_llm_ref import tokenizer_library
 from tiny_llm_ref.embedded import embedded_model_path
+from tiny_llm_ref.errors import RequestTooLargeError
 from tiny_llm_ref.gguf_format import read_gguf_header
 from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
 
@@ -210,3 +214,60 @@ def test_a_file_that_lacks_a_part_is_refused_by_name(part: str) -> None:
 def _types() -> list[int]:
     types: list[int] = METADATA["tokenizer.ggml.token_type"]
     return types
+
+
+# Long texts.
+
+KINDS = {
+    "words": "The quick brown fox, 123 times. ",
+    "one word": "a",
+    "spaces": " ",
+    "newlines": "\n",
+    "control tokens": "<|im_start|>",
+    "characters of three bytes": "日本語",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_threads_go_on_while_a_text_is_encoded_and_decoded(kind: str) -> None:
+    """Counted, not timed: while the library held the GIL, the other thread got no turn at all."""
+    text = KINDS[kind] * (300_000 // len(KINDS[kind]))
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(lambda: TOKENIZER.encode(text))
+        ticks = turns_until(encoding)
+        assert ticks > 5
+        decoding = pool.submit(lambda: TOKENIZER.decode(encoding.result() * 4, skip_special_tokens=False))
+        turns_until(decoding)
+        assert decoding.result() == text * 4
+
+
+def turns_until(done: "Future[Any]") -> int:
+    """How often this thread runs before that is done."""
+    ticks = 0
+    while not done.done():
+        time.sleep(0.001)
+        ticks += 1
+    return ticks
+
+
+def test_a_prompt_that_leaves_no_place_for_an_output_is_refused_with_the_figures() -> None:
+    text = "one two three"
+    assert TOKENIZER.encode(text, context=4) == TOKENIZER.encode(text)
+    message = "3 prompt tokens and 1 output token exceed the context of 3"
+    with pytest.raises(RequestTooLargeError, match=message):
+        TOKENIZER.encode(text, context=3)
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizer_library, "encode", None)
+    with pytest.raises(RequestTooLargeError, match=r"at least \d+ prompt tokens and .* the context of 8192"):
+        TOKENIZER.encode("no end " * 100_000, context=8192)
+
+
+def test_a_long_text_of_few_tokens_is_not_refused() -> None:
+    """Characters without a token cost nothing, and 81 spaces or dashes may be one token."""
+    longest = max(METADATA["tokenizer.ggml.tokens"], key=len)
+    text = "\x04" * 100_000 + TOKENIZER.decode([METADATA["tokenizer.ggml.tokens"].index(longest)]) * 3
+    assert len(TOKENIZER.encode(text, context=9)) < 9

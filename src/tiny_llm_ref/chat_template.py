@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from .template_sandbox import TemplateLimitError, TemplateSandbox, rendering
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_length
 
 Message = Mapping[str, str]
 
@@ -56,18 +56,22 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         *,
         add_generation_prompt: bool = True,
+        context: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
         """Token ids of the rendered prompt, where only the template's own control tokens are control tokens.
 
         Equal to `tokenizer.encode(render(...))` unless a message spells out a control token: there it stays
-        text, so nobody ends a turn or opens a system turn by typing "<|im_end|>". Raises as `render` does.
+        text, so nobody ends a turn or opens a system turn by typing "<|im_end|>".
+
+        Raises as `render` does, and as `Tokenizer.encode` does with `context`.
         """
         prompt = self.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
         texts = [text for message in messages for text in message.values() if isinstance(text, str)]
         typed = [token for token in tokenizer.control_tokens if any(token in text for text in texts)]
         if not typed:
-            return tokenizer.encode(prompt)
+            return tokenizer.encode(prompt, context=context)
+        tokenizer.check_text(prompt, context)
 
         # Break what was typed with a character that nothing here holds, so that after rendering the control
         # tokens still in one piece are the template's; then take that character out again.
@@ -86,6 +90,7 @@ class ChatTemplate:
         for place, piece in enumerate(re.split(f"({control})", marked)):
             is_control = place % 2 == 1  # re.split puts what the group matched between the rest
             ids += tokenizer.encode(piece.replace(mark, ""), special_tokens=is_control)
+        check_length(len(ids), context)
         return ids
 
 

@@ -25,7 +25,7 @@ from .output_processor import RequestState
 from .outputs import RequestEvent
 from .sampling_params import SamplingParams, SamplingParamsError
 from .search_state import SearchState
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_length
 from .waiting_room import WaitingRoom
 
 T = TypeVar("T")
@@ -38,14 +38,21 @@ class Engine:
     """Serves requests from any number of threads and event loops, all of them together.
 
     make_core: makes the core, in the engine's thread; what it raises is raised here. It must not refer to
-    whoever owns the engine: the thread ends when the engine is forgotten.
+    whoever owns the engine: the thread ends when the engine is forgotten. max_model_len: longest prompt and
+    output in tokens, so that a longer prompt is refused before it is tokenized; None: the core refuses it.
     """
 
     def __init__(
-        self, make_core: Callable[[], EngineCore], tokenizer: Tokenizer, vocab_size: int, config: EngineConfig
+        self,
+        make_core: Callable[[], EngineCore],
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        config: EngineConfig,
+        max_model_len: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
         self._request_ids = map(str, count())
         self._inbox = Inbox()
         self._room = WaitingRoom(config.max_num_waiting, config.max_num_seqs)
@@ -84,7 +91,8 @@ class Engine:
 
         request_id: what it is known by, unlike all requests that have not ended; None: a number.
 
-        Raises ValueError for what is no text, and for ids outside the vocabulary; `SamplingParamsError` names
+        Raises ValueError for what is no text, and for ids outside the vocabulary; `RequestTooLargeError` for
+        a prompt that no context holds, as cheaply as that can be known; `SamplingParamsError` names
         the field of `params` that has such ids.
         """
         params = params or SamplingParams()
@@ -220,9 +228,11 @@ class Engine:
                 raise SamplingParamsError(f"{name} must be in the vocabulary (0 to {last}), not {token}")
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt, all of them in the vocabulary."""
+        """The tokens of a prompt, all of them in the vocabulary, and no more than may ever run."""
+        context = self._max_model_len
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt, add_special_tokens=True)
+            return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
+        check_length(len(prompt), context)
         self.check_token_ids(prompt)
         return list(prompt)
 

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .gguf_keys import GGUFKeys
 from .gguf_special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SpecialTokens, special_tokens
 from .tokenizer import Tokenizer
+from .tokenizer_library import guarded
 
 _PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these leave the space behind them alone
 MOST_CUTS = 1 << 30  # characters in all ways of cutting all tokens in two; Gemma 3 has 10 million
@@ -62,6 +63,7 @@ class _Vocabulary(NamedTuple):
     special: SpecialTokens
 
 
+@guarded("a tokenizer that cannot be built")
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build from a GGUF file's metadata.
 
@@ -195,10 +197,8 @@ def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: An
     if len(vocab) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
         raise ValueError(f"token {twice!r} is there twice")
-    try:
+    with guarded(f"merges that do not fit the {len(tokens)} tokens"):
         return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges), **options))
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"merges that do not fit the {len(tokens)} tokens: {error}") from error
 
 
 def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ import tokenizers
 from .errors import ModelFileError, reading
 from .json_file import read_json
 from .tokenizer import Tokenizer
+from .tokenizer_library import load
 
 MOST_BYTES = 1 << 28  # of a tokenizer.json; one of 262,144 tokens has 33 million
 
@@ -24,13 +25,15 @@ def hf_tokenizer(path: Path) -> Tokenizer:
     with reading(path / "tokenizer_config.json"):
         bos, eos = _token(settings, "bos_token"), _token(settings, "eos_token")
     eos_id = built.token_to_id(eos) if eos else None
-    return Tokenizer(
-        built,
-        bos_token=bos,
-        eos_token=eos,
-        eos_token_ids=frozenset() if eos_id is None else frozenset({eos_id}),
-        chat_template=_chat_template(path, settings),
-    )
+    template = _chat_template(path, settings)
+    with reading(path / "tokenizer.json"):
+        return Tokenizer(
+            built,
+            bos_token=bos,
+            eos_token=eos,
+            eos_token_ids=frozenset() if eos_id is None else frozenset({eos_id}),
+            chat_template=template,
+        )
 
 
 def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
@@ -41,11 +44,7 @@ def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
         size = file.stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"{size} bytes, expected at most {MOST_BYTES}")
-        source = file.read_bytes().decode()
-        try:
-            return tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"not a tokenizer ({error})") from error
+        return load(file.read_bytes().decode())
 
 
 def _json(file: Path) -> dict[str, Any]:

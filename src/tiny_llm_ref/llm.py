@@ -52,7 +52,8 @@ class LLM:
         self.chat_template = _chat_template(self.tokenizer)
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
         make_core = partial(_make_core, self.engine_config, self.model)
-        self.engine = Engine(make_core, self.tokenizer, self.model_config.vocab_size, self.engine_config)
+        vocab_size = self.model_config.vocab_size
+        self.engine = Engine(make_core, self.tokenizer, vocab_size, self.engine_config, self.max_model_len)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What a call without parameters uses: the engine's defaults, and what the model recommends.
@@ -139,7 +140,7 @@ class LLM:
     def _encode_chat(self, messages: Messages) -> list[int]:
         if self.chat_template is None:
             raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
-        return self.chat_template.encode(messages, self.tokenizer)
+        return self.chat_template.encode(messages, self.tokenizer, context=self.max_model_len)
 
     def _run_all(
         self,

@@ -6,7 +6,9 @@ until it is certain, so what was streamed never has to be taken back.
 
 from collections.abc import Sequence as Seq
 from time import monotonic
+from typing import NamedTuple, Self
 
+from .control_stops import ControlStops, control_patterns
 from .engine_core import EngineCore
 from .errors import QueueFullError
 from .outputs import (
@@ -20,15 +22,36 @@ from .outputs import (
 )
 from .sampling_params import SamplingParams
 from .sequence import TokenLogprobs, completion_ids
-from .stop_string import StopString
+from .stop_string import Item, StopString
 from .token_output import TokenOutput
-from .tokenizer import Tokenizer
+from .tokenizer import Detokenizer, Tokenizer
+
+
+class Start(NamedTuple):
+    """What all completions of a request begin with; each forks it.
+
+    detokenizer: behind the prompt. patterns: the stop strings that spell out control tokens, where the text
+    leaves these out.
+    """
+
+    detokenizer: Detokenizer
+    patterns: dict[str, Seq[Item]]
+
+    @classmethod
+    def of(cls, prompt: Seq[int], tokenizer: Tokenizer, params: SamplingParams) -> Self:
+        """The start behind a prompt."""
+        skips = params.skip_special_tokens
+        patterns = control_patterns(params.stop_strings, tokenizer) if skips else {}
+        return cls(tokenizer.stream(prompt, skip_special_tokens=skips), patterns)
 
 
 class CompletionText:
-    """One completion as it grows."""
+    """One completion as it grows. start: None: there is no prompt."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, params: SamplingParams, start: Start | None = None
+    ) -> None:
+        start = start or Start.of((), tokenizer, params)
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -38,8 +61,9 @@ class CompletionText:
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
         self._tokenizer = tokenizer
-        self._detokenizer = tokenizer.stream(skip_special_tokens=params.skip_special_tokens)
-        self._stops = [StopString(text) for text in params.stop_strings]
+        self._detokenizer = start.detokenizer.fork()
+        self._stops = {text: StopString(text) for text in params.stop_strings}
+        self._control_stops = ControlStops(start.patterns, tokenizer, start.detokenizer.fork())
         self._min_tokens = params.min_tokens
         self._shows_stop = params.include_stop_str_in_output
         self._wants_logprobs = params.logprobs is not None
@@ -51,21 +75,22 @@ class CompletionText:
         """
         self.token_ids.append(output.token)
         self._note_logprobs(output)
+        may_stop = len(self.token_ids) > self._min_tokens
+        found = self._control_stops.push(output.token, self._text, self._detokenizer)
         piece = ""
         if output.finish_reason != "stop" or self._shows_stop:
             piece = self._detokenizer.push(output.token)
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_token
-        if self.finish_reason is not None:
+        if self.finish_reason is not None or (found and may_stop):
             piece += self._detokenizer.flush()
-        self._text += piece
-        ends = [(stop.push(piece), stop.text) for stop in self._stops]
-        if len(self.token_ids) > self._min_tokens:
-            old = len(self._text) - len(piece)
-            self._cut_at([(old + end - len(text), text) for end, text in ends if end is not None])
+        found += self._grow(piece)
+        if may_stop:
+            self._cut_at(found)
         return TextDelta(self.index, self._stream(), (output.token,), self.finish_reason)
 
     def abort(self) -> TextDelta:
         """End it from outside; the text that was held back. It must not have ended by itself."""
+        self._grow(self._detokenizer.flush())
         self.finish_reason = "abort"
         return TextDelta(self.index, self._stream(), (), self.finish_reason)
 
@@ -87,18 +112,27 @@ class CompletionText:
             stop_reason=self.stop_reason,
         )
 
+    def _grow(self, piece: str) -> list[tuple[int, str]]:
+        """Add to the text: where the stop strings that end in the piece begin, and their texts."""
+        old = len(self._text)
+        self._text += piece
+        ends = [(stop.push(piece), text) for text, stop in self._stops.items()]
+        return [(old + end - len(text), text) for end, text in ends if end is not None]
+
     def _cut_at(self, found: Seq[tuple[int, str]]) -> None:
         """End the text at the first of the stop strings that were found: where each begins, and its text."""
         if found:
             at, stop = min(found)
-            self._text = self._text[: at + len(stop) if self._shows_stop else at]
+            self._text = self._text[:at] + (stop if self._shows_stop else "")
             self.finish_reason, self.stop_reason = "stop", stop
 
     def _stream(self) -> str:
         """Text not streamed yet, less an end that may turn out to be the beginning of a stop string."""
-        is_open = self.finish_reason is None
-        held = max((stop.matched for stop in self._stops), default=0) if is_open else 0
-        delta = self._text[self._num_streamed : len(self._text) - held]
+        certain = len(self._text)
+        if self.finish_reason is None:
+            held = max((stop.matched for stop in self._stops.values()), default=0)
+            certain = min(certain - held, self._control_stops.limit(certain))
+        delta = self._text[self._num_streamed : certain]
         self._num_streamed += len(delta)
         return delta
 
@@ -128,8 +162,9 @@ class RequestState:
         self._params = params
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+        start = Start.of(prompt, tokenizer, params)
         self._completions = {
-            seq_id: CompletionText(index, tokenizer, params)
+            seq_id: CompletionText(index, tokenizer, params, start)
             for index, seq_id in enumerate(completion_ids(request_id, params.n))
         }
         self._arrival = monotonic()

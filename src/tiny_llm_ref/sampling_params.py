@@ -33,7 +33,8 @@ class SamplingParams:
         for each time; from -2 to 2.
     repetition_penalty: divides the logit of a token that prompt or output has where it is positive, and
         multiplies it where it is negative; 1 is off.
-    stop: strings that end the text; the output never contains one.
+    stop: strings that end the text; the output never contains one. A control token that a string spells out
+        matches that token where it is produced, also where the text leaves it out.
     stop_token_ids: tokens that end the output (the token is part of `token_ids`, not of the text).
     ignore_eos: go on after end-of-sequence tokens.
     max_tokens: longest output in tokens; None means up to the context's end.

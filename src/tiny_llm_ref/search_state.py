@@ -6,7 +6,7 @@ from time import monotonic
 from .beam_search import BeamSearch, BeamSearchParams, Ended
 from .engine_core import EngineCore
 from .outputs import BeamSearchOutput, BeamSearchSequence, RequestEvent, RequestMetrics, RequestUsage
-from .tokenizer import Tokenizer
+from .tokenizer import Detokenizer, Tokenizer
 
 
 class SearchState:
@@ -33,8 +33,7 @@ class SearchState:
 
     def end(self, reason: str = "stop") -> list[RequestEvent]:
         """Its only event: it is over; `output` says what was found until now."""
-        found = self.output.sequences
-        num_tokens = sum(len(sequence.tokens) - len(self._prompt) for sequence in found)
+        num_tokens = sum(len(one.hypothesis.tokens) for one in self._ended)
         metrics = RequestMetrics(self._arrival, None, monotonic())
         usage = RequestUsage(len(self._prompt), num_tokens, 0, metrics)
         return [RequestEvent(self.request_id, 0, "", (), finish_reason=reason, usage=usage)]
@@ -46,14 +45,18 @@ class SearchState:
     @property
     def output(self) -> BeamSearchOutput:
         """What has ended so far, with its texts."""
-        ended = () if self._search is None else self._search.ended
-        return BeamSearchOutput(tuple(self._with_text(one) for one in ended))
+        behind_prompt = self._tokenizer.stream(self._prompt)
+        return BeamSearchOutput(tuple(self._with_text(one, behind_prompt.fork()) for one in self._ended))
 
-    def _with_text(self, ended: Ended) -> BeamSearchSequence:
+    @property
+    def _ended(self) -> Seq[Ended]:
+        return () if self._search is None else self._search.ended
+
+    def _with_text(self, ended: Ended, detokenizer: Detokenizer) -> BeamSearchSequence:
         tokens, logprob = ended.hypothesis
         return BeamSearchSequence(
             tokens=(*self._prompt, *tokens),
-            text=self._tokenizer.decode(list(tokens)),
+            text="".join([*map(detokenizer.push, tokens), detokenizer.flush()]),
             cum_logprob=logprob,
             score=ended.score,
             finish_reason=ended.finish_reason,

@@ -1,8 +1,9 @@
 """`/v1/completions`: texts or token ids, continued."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from fastapi import APIRouter, Request, Response
 from tiny_llm.engine import Prompt
@@ -16,7 +17,7 @@ from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
-from .token_names import name_of
+from .token_names import name_of, offsets_in
 
 Places = tuple[dict[int, Logprob] | None, ...]
 
@@ -62,15 +63,17 @@ class _Work:
         self._head = new_head("cmpl", service.model_name)
         self.id: str = self._head["id"]
         self._pieces: list[_Piece] = [_Piece(self, index) for index in range(len(self.prompts) * body.n)]
+        self._prompt_texts: list[_PromptText] = []
         self._prompt_places: dict[int, Places] = {}
         self._usages: list[RequestUsage] = []
 
     async def whole(self, run: Run) -> Completion:
         """Wait for all of it."""
+        await asyncio.to_thread(self._read_prompts, run.prompts)
         choices: dict[int, list[CompletionChoice]] = {piece.index: [] for piece in self._pieces}
         async with aclosing(run.events()) as events:
             async for one in events:
-                choice = self._take(one, run.prompts)
+                choice = self._take(one)
                 choices[choice.index].append(choice)
         return Completion(
             **self._head, choices=[_joined(parts) for parts in choices.values()], usage=Usage.of(self._usages)
@@ -78,41 +81,59 @@ class _Work:
 
     async def stream(self, run: Run) -> AsyncGenerator[Completion | None, None]:
         """An event for each piece that says something."""
+        await asyncio.to_thread(self._read_prompts, run.prompts)
         options = self._body.stream_options
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             async for step in steps:
                 if not step:
                     yield None
                 for one in step:
-                    choice = self._take(one, run.prompts)
+                    choice = self._take(one)
                     if choice.text or choice.logprobs or choice.finish_reason:
                         yield Completion(**self._head, choices=[choice])
         if options is not None and options.include_usage:
             yield Completion(**self._head, choices=[], usage=Usage.of(self._usages))
 
-    def _take(self, one: PromptEvent, prompts: list[tuple[int, ...]]) -> CompletionChoice:
+    def _take(self, one: PromptEvent) -> CompletionChoice:
         event = one.event if self._body.max_tokens else _without_output(one.event)
         if event.usage is not None:
             self._usages.append(event.usage)
         places: Places = self._prompt_places.setdefault(one.prompt, event.prompt_logprobs or ())
-        tokens = prompts[one.prompt] if places else ()
-        return self._pieces[one.prompt * self._body.n + event.index].take(event, tokens, places)
+        piece = self._pieces[one.prompt * self._body.n + event.index]
+        return piece.take(event, self._prompt_texts[one.prompt], places)
 
-    def echo(self, index: int) -> str:
-        """The text that a choice begins with."""
+    def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Decode what the choices need of their prompts, once each; long ones take a while."""
+        pairs = zip(self.prompts, prompts, strict=True)
+        self._prompt_texts = [self._prompt_text(prompt, tokens) for prompt, tokens in pairs]
+
+    def _prompt_text(self, prompt: Prompt, tokens: tuple[int, ...]) -> "_PromptText":
+        skips, tokenizer = self._body.skip_special_tokens, self.tokenizer
+        if self._body.logprobs is None and not self._body.echo:
+            return _PromptText(tokenizer.stream())
+        stream = tokenizer.stream(tokens, skip_special_tokens=skips)
         if not self._body.echo:
-            return ""
-        prompt = self.prompts[index // self._body.n]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+            return _PromptText(stream)
+        echo = prompt if isinstance(prompt, str) else tokenizer.decode(tokens, skip_special_tokens=skips)
+        return _PromptText(stream, echo, tokens, offsets_in(echo, tokens, tokenizer))
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's."""
         return self._service.llm.tokenizer
 
-    def detokenizer(self) -> Detokenizer:
-        """For one choice."""
-        return self.tokenizer.stream(skip_special_tokens=self._body.skip_special_tokens)
+
+@dataclass(frozen=True)
+class _PromptText:
+    """A prompt as its choices see it. stream: for the tokens behind it.
+
+    echo: the text that a choice begins with; tokens: those of the echo, and where each begins in it.
+    """
+
+    stream: Detokenizer
+    echo: str = ""
+    tokens: tuple[int, ...] = ()
+    offsets: list[int] = field(default_factory=list)
 
 
 class _Piece:
@@ -122,30 +143,38 @@ class _Piece:
         self.index = index
         self._work = work
         self._offset = 0
-        self._detokenizer = work.detokenizer()
-        self._has_begun = False
+        self._detokenizer: Detokenizer | None = None
 
-    def take(self, event: RequestEvent, prompt: tuple[int, ...], prompt_places: Places) -> CompletionChoice:
-        """What an event adds to it. prompt: its tokens, with log-probabilities, where these are wanted."""
+    def take(self, event: RequestEvent, prompt: _PromptText, prompt_places: Places) -> CompletionChoice:
+        """What an event adds to it. prompt_places: the prompt's log-probabilities, where these are wanted."""
         text, tokens = event.text, event.token_ids
         places: Places = event.logprobs or ()
-        if not self._has_begun:
-            text = self._work.echo(self.index) + text
-            tokens, places = prompt + tokens, prompt_places + places
-        self._has_begun = True
+        offsets: list[int] = []
+        if self._detokenizer is None:
+            self._detokenizer = prompt.stream.fork()
+            self._offset = len(prompt.echo)
+            text = prompt.echo + text
+            if prompt_places:
+                tokens, places, offsets = prompt.tokens + tokens, prompt_places + places, [*prompt.offsets]
+        if places:
+            offsets += self._offsets(event.token_ids, self._detokenizer)
         return CompletionChoice(
             index=self.index,
             text=text,
-            logprobs=self._logprobs(tokens, places) if places else None,
+            logprobs=self._logprobs(tokens, places, offsets) if places else None,
             finish_reason=event.finish_reason,
             stop_reason=event.stop_reason,
         )
 
-    def _logprobs(self, tokens: tuple[int, ...], places: Places) -> CompletionLogprobs:
+    def _offsets(self, tokens: tuple[int, ...], detokenizer: Detokenizer) -> list[int]:
+        """Where new tokens begin in the choice's text."""
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(self._detokenizer.push(token))
+            self._offset += len(detokenizer.push(token))
+        return offsets
+
+    def _logprobs(self, tokens: tuple[int, ...], places: Places, offsets: list[int]) -> CompletionLogprobs:
         own = [None if place is None else place[token] for token, place in zip(tokens, places, strict=True)]
         return CompletionLogprobs(
             tokens=[self._name(token, one) for token, one in zip(tokens, own, strict=True)],

@@ -159,15 +159,20 @@ class Service:
             return body.cache_salt
         return f"{request.state.client}:{body.cache_salt}"
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation as the template writes it; what a message spells out is text, never control."""
+    def encode_chat(self, messages: Sequence[Message], context: int | None = None) -> list[int]:
+        """A conversation as the template writes it; what a message spells out is text, never control.
+
+        context: refuse a conversation that leaves no place for an answer in so many tokens.
+        """
         llm = self.llm
         if llm.chat_template is None:
             raise refused(f"{self.model_name} has no chat template: use /v1/completions", "messages")
         knows_developers = "developer" in (llm.tokenizer.chat_template or "")
         turns = [_turn(message, knows_developers) for message in messages]
         try:
-            return llm.chat_template.encode(turns, llm.tokenizer)
+            return llm.chat_template.encode(turns, llm.tokenizer, context=context)
+        except RequestTooLargeError as error:
+            raise refused(str(error), "messages", "context_length_exceeded") from error
         except ValueError as error:
             raise refused(str(error), "messages") from error
 

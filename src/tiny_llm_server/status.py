@@ -69,15 +69,17 @@ def router(service: Service) -> APIRouter:
         """The text of token ids."""
         service.check_model(body.model)
         try:
-            service.llm.engine.check_token_ids(body.tokens)
+            return Detokenized(prompt=await asyncio.to_thread(_decoded, service, body.tokens))
         except ValueError as error:
             raise refused(str(error), "tokens") from error
-        decode = service.llm.tokenizer.decode
-        return Detokenized(
-            prompt=await asyncio.to_thread(lambda: decode(body.tokens, skip_special_tokens=False))
-        )
 
     return routes
+
+
+def _decoded(service: Service, tokens: list[int]) -> str:
+    """The text of token ids, control tokens written out. Raises ValueError for ids outside the vocabulary."""
+    service.llm.engine.check_token_ids(tokens)
+    return service.llm.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def _card(service: Service) -> ModelCard:
