@@ -25,6 +25,8 @@ class ChatTemplate:
             self._template = TemplateSandbox().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"bad chat template, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # too deep for the parser, too long a number: anything that Python says
+            raise ValueError(f"bad chat template: {type(error).__name__}: {str(error)[:200]}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     def render(
