@@ -29,7 +29,8 @@ class TemplateLimitError(Exception):
 class Budget:
     """What one rendering has spent, and how large the containers are that it has seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_steps: int = MOST_STEPS) -> None:
+        self._most_steps = most_steps
         self._steps = 0
         self._written = 0
         self._depth = 0
@@ -38,8 +39,8 @@ class Budget:
     def spend(self, steps: int = 1) -> None:
         """Count steps; refuse when there have been too many."""
         self._steps += steps
-        if self._steps > MOST_STEPS:
-            raise TemplateLimitError(f"it takes more than {MOST_STEPS} steps")
+        if self._steps > self._most_steps:
+            raise TemplateLimitError(f"it takes more than {self._most_steps} steps")
 
     def write(self, num_chars: int) -> None:
         """Count characters of output; refuse when there have been too many."""
@@ -159,7 +160,7 @@ def _number(value: Any) -> int:
     """The size of a number; 0 of what is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0
-    return MOST_SIZE + 1 if value != value or abs(value) > MOST_SIZE else abs(int(value))
+    return abs(int(value)) if abs(value) <= MOST_SIZE else MOST_SIZE + 1
 
 
 def _is_container(value: Any) -> bool:

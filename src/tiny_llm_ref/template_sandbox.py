@@ -8,12 +8,12 @@ second or two is refused too. Knows nothing of messages or tokens.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from .template_budget import (
+    MOST_STEPS,
     Budget,
     TemplateLimitError,
     expect,
@@ -52,18 +53,19 @@ _LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")  
 _UNSAFE = {"translate", "format_map", "encode", "decode", "to_bytes", "from_bytes", "fromhex", "hex"}
 _UNSAFE |= {"striptags", "unescape", "maketrans"}
 
-Node = TypeVar("Node", bound=nodes.Node)
 _budget: ContextVar[Budget] = ContextVar("budget")
 _disguise: ContextVar[Disguise | None] = ContextVar("disguise", default=None)
 
 
 @contextmanager
-def rendering(disguise: Disguise | None = None) -> Iterator[Callable[[str], str]]:
+def rendering(
+    disguise: Disguise | None = None, most_steps: int = MOST_STEPS
+) -> Iterator[Callable[[str], str]]:
     """One rendering with a budget of its own; what it yields takes a piece of output and gives it back.
 
     disguise: what the texts in the template's variables wear.
     """
-    budget = Budget()
+    budget = Budget(most_steps)
     tokens = _budget.set(budget), _disguise.set(disguise)
     try:
         yield budget.bounded
@@ -84,10 +86,10 @@ class _Bounding(NodeTransformer):
         return result
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        test = node.test and _cost([node.test])[0]
+        steps = 0 if node.test is None else _cost([node.test])[0]
         self.generic_visit(node)
         if node.test is not None:
-            node.test = nodes.And(_call("step", nodes.Const(1 + test), nodes.Const(0)), node.test)
+            node.test = nodes.And(_call("step", nodes.Const(steps), nodes.Const(0)), node.test)
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
@@ -132,10 +134,14 @@ def _bodies(node: nodes.Node) -> list[str]:
     always = isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
     if isinstance(node, nodes.Template):
         return []
-    return [f for f in ("body", "else_") if isinstance(found := getattr(node, f, None), list) and (found or always)]
+    return [
+        f
+        for f in ("body", "else_")
+        if isinstance(found := getattr(node, f, None), list) and (found or always)
+    ]
 
 
-def _cost(statements: list[nodes.Node]) -> tuple[int, int]:
+def _cost(statements: Sequence[nodes.Node]) -> tuple[int, int]:
     """Nodes that run when a block does, and characters that it writes; blocks inside of it pay themselves."""
     count, chars, left = 1, 0, list(statements)
     while left:
@@ -174,7 +180,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             name: _guarded(name, function) for name, function in self.filters.items() if name not in _LEFT_OUT
         }
         self.filters["tojson"] = _guarded("tojson", _tojson)
-        self.tests = {name: _paid(test) for name, test in self.tests.items()}
+        tests: dict[str, Callable[..., Any]] = dict(self.tests)
+        self.tests = {name: _paid(test) for name, test in tests.items()}
         self.globals = {name: value for name, value in self.globals.items() if name != "lipsum"}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now

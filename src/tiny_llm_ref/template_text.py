@@ -1,9 +1,10 @@
 """Text of a message in disguise: other characters in the place of those that could spell a control token.
 
-A chat template puts messages and its own control tokens into one text. To tell afterwards who wrote a control
-token, the messages go in disguised, and what stands undisguised in the result is the template's. One character
-stands for one, so lengths and positions are those of the text itself, and where a template compares, splits
-or strips a text, it is done as with the text itself. Knows nothing of jinja2 or of tokenizers.
+A chat template puts messages and its own control tokens into one text. To tell afterwards which control
+tokens are the template's, the messages go in disguised: what stands undisguised in the result is the
+template's. One character stands for one, so lengths and positions are those of the text itself, and a
+template that compares, splits or strips a text gets what it would get of the text itself. Knows nothing of
+jinja2 or of tokenizers.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -29,6 +30,7 @@ class Disguise:
         ends = {token[place] for token in control_tokens for place in (0, -1)}
         others = sorted(set("".join(control_tokens)) - ends)
         self._stand_ins = {char: next(free) for char in [*sorted(ends), *others]}
+        self.mark = next(free)  # a character that is in no text
         self._ends = sorted(ends)
         self._longest = max(map(len, control_tokens), default=0)
         self._used: set[str] = set()

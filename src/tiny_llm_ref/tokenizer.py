@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from .framed_text import FramedText
+
 
 def _byte_alphabet() -> dict[str, int]:
     """The byte of each character of byte-level vocabularies: its own where that is visible. Source: GPT-2."""
@@ -37,7 +39,7 @@ class Tokenizer:
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         self._tokenizer = tokenizer
-        self._text_only = _without_special_tokens(tokenizer)
+        self._framed = FramedText(tokenizer)
         self.vocab_size = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
         self.control_tokens = tuple(token.content for token in added.values() if token.special)
         self.bos_token = bos_token
@@ -63,13 +65,19 @@ class Tokenizer:
         embedded model six control characters such as U+0004, and the first byte of planes 4 to 11, which
         Unicode has not assigned). Raises ValueError for a lone surrogate: it is not text.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            lone = text[error.start]
-            raise ValueError(f"the text holds a lone surrogate, {lone!r}, at {error.start}") from None
-        tokenizer = self._tokenizer if special_tokens else self._text_only
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        _check_unicode(text)
+        if not special_tokens:
+            return self._framed.encode([text], add_special_tokens=add_special_tokens)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_framed(self, pieces: Sequence[str], *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of one text in which every second piece is a control token, and the others are text.
+
+        Equal to `encode` of the pieces joined, unless a text spells out a control token: that stays text, and
+        no other token changes. Raises ValueError for a lone surrogate.
+        """
+        _check_unicode("".join(pieces))
+        return self._framed.encode(pieces, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -111,17 +119,12 @@ class Tokenizer:
         return token_id < self.vocab_size
 
 
-def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, to which special tokens are text; the vocabulary is shared, not copied.
-
-    The library offers a switch inside a tokenizer instead, which two threads would turn under each other.
-    """
-    plain = tokenizers.Tokenizer(tokenizer.model)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if getattr(tokenizer, part) is not None:
-            setattr(plain, part, getattr(tokenizer, part))
-    plain.add_tokens([token for token in tokenizer.get_added_tokens_decoder().values() if not token.special])
-    return plain
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise ValueError(f"the text holds a lone surrogate, {lone!r}, at {error.start}") from None
 
 
 class Detokenizer:
