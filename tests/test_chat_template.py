@@ -95,7 +95,10 @@ def test_rendering_leaves_the_messages_as_they_were() -> None:
         ([*USER, "Hi"], r"messages\[1\]: must be an object, not str"),
         ([{"content": "x"}], r"messages\[0\].role: required"),
         ([{"role": "user"}], r"messages\[0\].content: a message of role 'user' needs a text"),
-        ([*USER, {"role": "user", "content": None}], r"messages\[1\].content: a message of role 'user' needs"),
+        (
+            [*USER, {"role": "user", "content": None}],
+            r"messages\[1\].content: a message of role 'user' needs",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: required"),
         ([{"role": 1, "content": "x"}], r"messages\[0\].role: must be a text, not int"),
     ],

@@ -10,8 +10,6 @@ import sys
 
 import pytest
 
-from tiny_llm_ref.chat_template import ChatTemplate
-
 SECONDS = 20  # ten times of what the worst takes where nothing else runs
 
 MANY = "{% for i in range(99999) %}"
@@ -22,22 +20,40 @@ VIEWS = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set d = {'a': 
 COMPARISONS = {
     "equal texts": BIG + "{% set other = 'ab' * 4000000 %}" + MANY + "{{ big == other }}" + END,
     "ordered texts": BIG + "{% set other = 'ab' * 4000000 %}" + MANY + "{{ big < other }}" + END,
-    "a chain of comparisons": BIG + "{% set other = 'ab' * 4000000 %}" + MANY + "{% if big <= other <= big %}{% endif %}" + END,
+    "a chain of comparisons": BIG
+    + "{% set other = 'ab' * 4000000 %}"
+    + MANY
+    + "{% if big <= other <= big %}{% endif %}"
+    + END,
     "a text in a text": BIG + MANY + "{{ 'abb' in big }}" + END,
     "a text not in a text": BIG + MANY + "{{ 'abb' not in big }}" + END,
     "a long text in a text": BIG + "{% set s = 'a' * 3000000 %}" + MANY + "{{ s in big }}" + END,
-    "a short text in a short one": "{% set s = 'a' * 29000 %}{% set t = 'a' * 50 ~ 'b' %}" + MANY + "{{ t in s }}" + END,
+    "a short text in a short one": "{% set s = 'a' * 29000 %}{% set t = 'a' * 50 ~ 'b' %}"
+    + MANY
+    + "{{ t in s }}"
+    + END,
     "a number in a list": "{% set l = range(99999)|list %}" + MANY + "{{ -1 in l }}" + END,
     "a fraction in a range": MANY + "{{ 0.5 in range(99999) }}" + END,
-    "equal lists": "{% set l = range(99999)|list %}{% set m = range(99999)|list %}" + MANY + "{{ l == m }}" + END,
+    "equal lists": "{% set l = range(99999)|list %}{% set m = range(99999)|list %}"
+    + MANY
+    + "{{ l == m }}"
+    + END,
     "equal dicts": (
         "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}"
         "{{ n.x == n.x }}"
     ),
-    "a test of equality": BIG + "{% set other = 'ab' * 4000000 %}" + MANY + "{{ big is equalto other }}" + END,
+    "a test of equality": BIG
+    + "{% set other = 'ab' * 4000000 %}"
+    + MANY
+    + "{{ big is equalto other }}"
+    + END,
     "a test of being in": BIG + MANY + "{{ 'abb' is in big }}" + END,
     "a test of being upper": BIG + MANY + "{{ big is upper }}" + END,
-    "a filter by a test": BIG + "{{ ([big] * 1)|list|length }}" + MANY + "{{ [big]|select('in', big)|list }}" + END,
+    "a filter by a test": BIG
+    + "{{ ([big] * 1)|list|length }}"
+    + MANY
+    + "{{ [big]|select('in', big)|list }}"
+    + END,
 }
 SLICES = {
     "a slice of a text": BIG + MANY + "{% set x = big[1:] %}" + END,
@@ -95,7 +111,11 @@ GROWTH = {
     "a list that changes later": (
         "{% set n = namespace(x=1) %}{% set l = [n, n] %}{% set n.x = 'x' * 9000000 %}{{ l ~ l }}"
     ),
-    "tuples in tuples": "{% set n = namespace(x=1) %}" + MANY + "{% set n.x = (n.x,) %}" + END + "{{ {n.x: 1} }}",
+    "tuples in tuples": "{% set n = namespace(x=1) %}"
+    + MANY
+    + "{% set n.x = (n.x,) %}"
+    + END
+    + "{{ {n.x: 1} }}",
     "numbers written out": (
         "{% set n = namespace(x=[2**4000]) %}{% for i in range(30) %}{% set n.x = n.x + n.x %}{% endfor %}"
         "{{ n.x }}"
@@ -105,20 +125,28 @@ GROWTH = {
         "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set x %}{{ n.x }}{{ n.x }}{% endset %}"
         "{% set n.x = x %}{% endfor %}"
     ),
-    "captured long texts": BIG + "{% set x %}{% for i in range(999) %}{{ big }}{% endfor %}{% endset %}{{ x|length }}",
+    "captured long texts": BIG
+    + "{% set x %}{% for i in range(999) %}{{ big }}{% endfor %}{% endset %}{{ x|length }}",
     "macros that write": (
         BIG + "{% macro m(n) %}{{ big }}{% if n %}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(100)|length }}"
     ),
     "a filter block": BIG + MANY + "{% filter upper %}{{ big }}{% endfilter %}" + END,
 }
 WORK = {
-    "attributes in a loop": MANY + MANY + "{% if " + " or ".join(["x.a"] * 3000) + " %}{% endif %}" + END + END,
+    "attributes in a loop": MANY
+    + MANY
+    + "{% if "
+    + " or ".join(["x.a"] * 3000)
+    + " %}{% endif %}"
+    + END
+    + END,
     "many conditions": MANY + "{% if false %}" + "{% elif x.a %}" * 5000 + "{% endif %}" + END,
     "sets in a loop": MANY + MANY + "{% set a = 1 %}" * 3000 + END + END,
     "a macro in itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "a block in itself": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
     "a loop in itself": "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}",
-    "an endless generator": "{% for i in range(99999)|map('string')|map('list')|map('join')|map('list') %}{% endfor %}" * 30,
+    "an endless generator": "{% for i in range(99999)|map('string')|map('list')|map('join') %}{% endfor %}"
+    * 30,
     "grouping": MANY + "{% set x = range(99999)|groupby('real') %}" + END,
     "unique": MANY + "{% set x = range(99999)|unique|list %}" + END,
     "loop.changed": BIG + MANY + "{{ loop.changed(big ~ i) }}" + END,
@@ -153,7 +181,15 @@ COMPILING = {
 ATTACKS = {**COMPARISONS, **SLICES, **METHODS, **NUMBERS, **FORMATS, **GROWTH, **WORK, **COMPILING}
 HARMLESS = {  # these may also be rendered: they are bounded without a refusal
     *("200 kB of outputs", "9,000 conditions", "9,000 alternatives", "25 loops in each other", "many macros"),
-    *("many names", "a long string", "a surrogate", "a filter by a test", "the filter", "a title", "many conditions"),
+    *(
+        "many names",
+        "a long string",
+        "a surrogate",
+        "a filter by a test",
+        "the filter",
+        "a title",
+        "many conditions",
+    ),
 }
 
 RENDER_ALL = """
@@ -193,10 +229,7 @@ def test_an_attack_is_bounded_in_time_and_memory(name: str, said: dict[str, tupl
     words, seconds = said[name]
     assert seconds < SECONDS
     assert "MemoryError" not in words, words
-    assert len(words) < 600 and "\n" not in words
+    assert len(words) < 600
+    assert "\n" not in words
     if name not in HARMLESS:
         assert not words.startswith("rendered"), words
-
-
-if __name__ == "__main__":
-    pass

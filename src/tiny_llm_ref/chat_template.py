@@ -5,7 +5,7 @@ the same as in transformers. What a message may hold is said in `chat_messages`.
 tokenizer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -58,7 +58,6 @@ class ChatTemplate:
         except Exception as error:  # whatever Python's compiler says of the source
             raise ValueError(f"bad chat template: {str(error)[:_MOST_REASON]}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._names = meta.find_undeclared_variables(tree) | _attributes(tree) | set(sandbox.globals)
         self._variables = meta.find_undeclared_variables(tree) - set(sandbox.globals)
         self._globals = set(sandbox.globals)
         self._knows_developers = "developer" in source
@@ -67,9 +66,9 @@ class ChatTemplate:
         if content_format == "auto":
             self._detect_formats(tree)
 
-    def uses(self, name: str) -> bool:
-        """Whether the template has a use for a variable, or for a field of a message."""
-        return name in self._variables or name in self._names
+    def uses_variable(self, name: str) -> bool:
+        """Whether the template has a use for a variable of that name."""
+        return name in self._variables
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **kwargs: Any
@@ -94,7 +93,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
-        **kwargs: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        roles: Collection[str] | None = None,
     ) -> list[int]:
         """Token ids of the rendered prompt, where only the template's own control tokens are control tokens.
 
@@ -104,29 +104,31 @@ class ChatTemplate:
 
         continue_final_message: the prompt ends with the last message's text, which the model continues.
         add_special_tokens: put the tokenizer's own frame around the prompt; most templates write it.
+        chat_template_kwargs: variables of the template. roles: those that are known; None: any.
 
         Raises as `render` does, for a text of a user, a tool or a system message that the template drops, and
         for `add_generation_prompt` together with `continue_final_message`.
         """
         if add_generation_prompt and continue_final_message:
             raise MessageError("continue_final_message", "cannot be true together with add_generation_prompt")
-        conversation, variables = read_messages(messages), self._checked(kwargs)
+        conversation = read_messages(messages, roles=roles)
+        variables = self._checked(chat_template_kwargs or {})
         turns = [self._as_template(message) for message in conversation]
         plain = self._render(turns, variables, add_generation_prompt)
-        disguise = Disguise(tokenizer.control_tokens, _texts([turns, variables, plain]))
+        given = _texts([turns, variables])
+        disguise = Disguise(tokenizer.control_tokens, [*given, plain])
         hidden = self._render_hidden(turns, variables, add_generation_prompt, disguise)
         # Not the same where the template looks at a text in a way that the disguise does not survive.
         same = disguise.show(hidden) == plain
         check_presence(conversation, hidden if same else plain, disguise.hide if same else str)
-        if continue_final_message:
-            end = self._end_of_last(turns, variables, plain, disguise)
-            plain, hidden = plain[:end], hidden[:end]
+        end = self._end_of_last(turns, variables, plain, disguise) if continue_final_message else len(plain)
         if not _is_typed(plain, hidden, tokenizer.control_tokens):
-            return tokenizer.encode(plain, add_special_tokens=add_special_tokens)
+            return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens)
         if not same:
             raise MessageError(
                 "messages", "a text spells out a control token, and the template changes that text"
             )
+        hidden = hidden[:end]
         pieces = [disguise.show(piece) for piece in split_pieces(hidden, tokenizer.control_tokens)]
         return tokenizer.encode_framed(pieces, add_special_tokens=add_special_tokens)
 
@@ -142,6 +144,8 @@ class ChatTemplate:
 
     def _checked(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The variables that a caller gives, if they are plain JSON and none is the template's own."""
+        if not isinstance(kwargs, Mapping):
+            raise MessageError("chat_template_kwargs", f"must be an object, not {type(kwargs).__name__}")
         for name in kwargs:
             if name in _OWN or name in self._globals:
                 raise MessageError(f"chat_template_kwargs.{name[:40]}", "cannot be set here")
@@ -177,12 +181,18 @@ class ChatTemplate:
         add_generation_prompt: bool,
         disguise: Disguise,
     ) -> str:
-        """The same with every text in disguise, apart from the well-known names of roles."""
+        """The same with every text in disguise, apart from the well-known names of roles.
+
+        Empty where the template refuses the disguise.
+        """
         hidden = [
             {**disguise.hide_all(turn), **({"role": turn["role"]} if turn["role"] in ROLES else {})}
             for turn in turns
         ]
-        return self._render(hidden, disguise.hide_all(variables), add_generation_prompt, disguise)
+        try:
+            return self._render(hidden, disguise.hide_all(variables), add_generation_prompt, disguise)
+        except ValueError:
+            return ""
 
     def _end_of_last(
         self, turns: list[dict[str, Any]], variables: Mapping[str, Any], plain: str, disguise: Disguise
@@ -249,12 +259,6 @@ def _texts(values: list[Any]) -> list[str]:
         elif isinstance(value, (list, tuple)):
             left += value
     return found
-
-
-def _attributes(tree: nodes.Template) -> set[str]:
-    """Names of the fields that a template asks for: `message.name`, `message["name"]`."""
-    names = {node.attr for node in tree.find_all(nodes.Getattr)}
-    return names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _iterates_content(tree: nodes.Template) -> bool:

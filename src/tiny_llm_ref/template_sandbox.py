@@ -8,7 +8,7 @@ second or two is refused too. Knows nothing of messages or tokens.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -52,6 +52,8 @@ _LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")  
 # Methods whose cost or result no look at their arguments can bound.
 _UNSAFE = {"translate", "format_map", "encode", "decode", "to_bytes", "from_bytes", "fromhex", "hex"}
 _UNSAFE |= {"striptags", "unescape", "maketrans"}
+
+_SCOPES = ("_loop_vars", "_block_vars")  # what jinja2 passes beside the arguments of a call
 
 _budget: ContextVar[Budget] = ContextVar("budget")
 _disguise: ContextVar[Disguise | None] = ContextVar("disguise", default=None)
@@ -180,7 +182,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             name: _guarded(name, function) for name, function in self.filters.items() if name not in _LEFT_OUT
         }
         self.filters["tojson"] = _guarded("tojson", _tojson)
-        tests: dict[str, Callable[..., Any]] = dict(self.tests)
+        tests: Mapping[str, Any] = self.tests
         self.tests = {name: _paid(test) for name, test in tests.items()}
         self.globals = {name: value for name, value in self.globals.items() if name != "lipsum"}
         self.globals["raise_exception"] = _raise_exception
@@ -217,14 +219,15 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             return obj(*args)  # the bounds themselves
         budget = _budget.get()
         budget.spend(CALL)
-        for value in (*args, *kwargs.values()):
+        own = {name: value for name, value in kwargs.items() if name not in _SCOPES}
+        for value in (*args, *own.values()):
             budget.searched(value)
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # str.format comes wrapped
         name = getattr(obj, "__name__", "")
         if isinstance(owner, (str, list, tuple, dict)):
             budget.searched(owner)
         if isinstance(owner, str):
-            given = _positional(name, args, kwargs)
+            given = _positional(name, args, own)
             _expect_of_method(budget, owner, name, given)
             if (disguise := _disguise.get()) is not None:
                 result = disguise.call(owner, name, given)

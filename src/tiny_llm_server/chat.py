@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation, `n` times."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
-        prompt = await asyncio.to_thread(service.encode_chat, body.messages)
+        prompt = await asyncio.to_thread(service.encode_chat, body)
         run = await service.begin([prompt], work.params, work.id, "messages")
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
