@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from .chat_messages import ChatMessage, MessageError
@@ -19,12 +19,12 @@ class _Text(NamedTuple):
     role: str
 
 
-def check_presence(messages: Sequence[ChatMessage], prompt: str, worn: Callable[[str], str]) -> None:
+def check_presence(messages: Sequence[ChatMessage], prompt: str) -> None:
     """Raise `MessageError` for a text of a user, a tool or a system message that `prompt` does not hold.
 
-    Texts are compared without the white space around them, in the form that `worn` gives them. A template may
-    move a text, or write it as JSON; what is said twice must be there twice. What an assistant has said may
-    be left out: templates remove earlier reasoning.
+    Texts are compared without the white space around them. A template may move a text, write it as JSON, or
+    change its case and its white space; what is said twice must be there twice. What an assistant has said
+    may be left out: templates remove earlier reasoning.
     """
     wanted = [
         _Text(text, place, message.role)
@@ -32,27 +32,31 @@ def check_presence(messages: Sequence[ChatMessage], prompt: str, worn: Callable[
         if message.role in _GUARDED
         for text in _lines_of(message)
     ]
-    if _all_in_order(wanted, prompt, worn):
+    if _all_in_order(wanted, prompt):
         return
     spans = _Spans()
     for one in sorted(wanted, key=lambda one: len(one.text), reverse=True):
-        if not any(spans.take(prompt, form) for form in _forms(worn(one.text))):
-            _check_loosely(one, prompt, worn)
+        if any(spans.take(prompt, form) for form in _forms(one.text)):
+            continue
+        if any(form in prompt for form in _forms(one.text)) or _bare(one.text) not in _bare(prompt):
+            raise MessageError(
+                f"messages[{one.place}].content",
+                f"the chat template drops the text of this message (role {one.role[:40]!r})",
+            )
 
 
 def _lines_of(message: ChatMessage) -> list[str]:
     return [text for part in message.parts if (text := part.strip())]
 
 
-def _all_in_order(wanted: Sequence[_Text], prompt: str, worn: Callable[[str], str]) -> bool:
+def _all_in_order(wanted: Sequence[_Text], prompt: str) -> bool:
     """Whether all texts are there one behind the other: one pass over the prompt."""
     end = 0
     for one in wanted:
-        text = worn(one.text)
-        start = prompt.find(text, end)
+        start = prompt.find(one.text, end)
         if start < 0:
             return False
-        end = start + len(text)
+        end = start + len(one.text)
     return True
 
 
@@ -63,16 +67,8 @@ def _forms(text: str) -> Iterator[str]:
         yield json.dumps(text, ensure_ascii=ensure_ascii)[1:-1]
 
 
-def _check_loosely(one: _Text, prompt: str, worn: Callable[[str], str]) -> None:
-    """The last try: without any white space, and in small letters."""
-    if _bare(worn(one.text)) not in _bare(prompt):
-        raise MessageError(
-            f"messages[{one.place}].content",
-            f"the chat template drops the text of this message (role {one.role[:40]!r})",
-        )
-
-
 def _bare(text: str) -> str:
+    """A text without any white space, in small letters."""
     return "".join(text.split()).lower()
 
 

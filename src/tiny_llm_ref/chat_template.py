@@ -42,9 +42,8 @@ class ChatTemplate:
         Raises ValueError for a template that does not compile, or cannot within bounds.
         """
         if content_format not in CONTENT_FORMATS:
-            raise ValueError(
-                f"content_format must be one of {', '.join(CONTENT_FORMATS)}, not {content_format!r}"
-            )
+            known = ", ".join(CONTENT_FORMATS)
+            raise ValueError(f"chat_template_content_format must be one of {known}, not {content_format!r}")
         sandbox = TemplateSandbox()
         try:
             self._template = sandbox.from_string(source)
@@ -120,7 +119,7 @@ class ChatTemplate:
         hidden = self._render_hidden(turns, variables, add_generation_prompt, disguise)
         # Not the same where the template looks at a text in a way that the disguise does not survive.
         same = disguise.show(hidden) == plain
-        check_presence(conversation, hidden if same else plain, disguise.hide if same else str)
+        check_presence(conversation, plain)
         end = self._end_of_last(turns, variables, plain, disguise) if continue_final_message else len(plain)
         if not _is_typed(plain, hidden, tokenizer.control_tokens):
             return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens)

@@ -142,7 +142,7 @@ class LLM:
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta, None, None]:
-        """Answer one conversation as `chat` does, piece by piece; closing the iterator cancels the request."""
+        """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request."""
         options = _Options(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
         )

@@ -53,7 +53,9 @@ def _are_ids(ids: list[Any], place: str) -> None:
         if type(token) is not int:
             raise ValueError(f"{place}[{index}] is {type(token).__name__}: token ids are whole numbers")
         if not 0 <= token <= INT32:
-            raise ValueError(f"{place}[{index}] is {str(token)[:40]}: token ids begin at 0")
+            raise ValueError(
+                f"{place}[{index}] is {str(token)[:40]}: a token id is from 0 to the vocabulary's last"
+            )
 
 
 def _is_small(value: Any) -> Any:
@@ -291,12 +293,6 @@ class ChatCompletionRequest(Generation):
     parallel_tool_calls: bool | None = None
     prediction: Json | None = None
     include_reasoning: bool | None = None
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> "ChatCompletionRequest":
-        if self.tools and self.tool_choice != "none":
-            raise ValueError("tools: tool calls are not supported, only tool_choice: none")
-        return self
 
     @model_validator(mode="after")
     def _check_end(self) -> "ChatCompletionRequest":

@@ -183,8 +183,10 @@ class Service:
         self, template: ChatTemplate, body: ChatCompletionRequest, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The template's variables, with those that are fields of their own in OpenAI's API."""
+        if body.tools and body.tool_choice != "none":
+            raise refused("tools is not supported, only with tool_choice none", "tools", "unsupported_field")
         if body.tools and template.uses_variable("tools"):
-            message = "tools: this model's template would write them, and tool calls are not supported"
+            message = "tools is not supported: this model's template would write them"
             raise refused(message, "tools", "unsupported_field")
         if body.reasoning_effort is not None and template.uses_variable("reasoning_effort"):
             return {"reasoning_effort": body.reasoning_effort, **kwargs}
