@@ -90,17 +90,17 @@ def test_rendering_leaves_the_messages_as_they_were() -> None:
     ("messages", "message"),
     [
         ([], "at least one message"),
-        ("Hi", "messages must be a list of messages, not str"),
-        ({"role": "user", "content": "x"}, "messages must be a list of messages, not dict"),
-        ([*USER, "Hi"], r"messages\[1\] must be a mapping, not str"),
-        ([{"content": "x"}], r"messages\[0\] has no 'role'"),
-        ([{"role": "user"}], r"messages\[0\] has no 'content'"),
+        ("Hi", "messages: must be a list of messages, not str"),
+        ({"role": "user", "content": "x"}, "messages: must be a list of messages, not dict"),
+        ([*USER, "Hi"], r"messages\[1\]: must be an object, not str"),
+        ([{"content": "x"}], r"messages\[0\].role: required"),
+        ([{"role": "user"}], r"messages\[0\].content: a message of role 'user' needs a text"),
         (
             [*USER, {"role": "user", "content": None}],
-            r"messages\[1\]\['content'\] must be a string, not NoneType",
+            r"messages\[1\].content: a message of role 'user' needs",
         ),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"\['content'\] must be a string, not list"),
-        ([{"role": 1, "content": "x"}], r"messages\[0\]\['role'\] must be a string, not int"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: required"),
+        ([{"role": 1, "content": "x"}], r"messages\[0\].role: must be a text, not int"),
     ],
 )
 def test_bad_messages_are_refused_by_place_and_kind(messages: Any, message: str) -> None:

@@ -22,7 +22,8 @@ def check(options: EngineOptions, **others: Any) -> None:
     from tiny_llm import EngineConfig
 
     values = {**asdict(options), **others}
-    del values["model"]
+    for name in ("model", "chat_template_content_format"):
+        del values[name]
     EngineConfig.from_options(**values)
 
 

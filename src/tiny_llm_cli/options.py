@@ -60,6 +60,14 @@ class EngineOptions:
             rich_help_panel=_ENGINE,
         ),
     ] = None
+    chat_template_content_format: Annotated[
+        str,
+        typer.Option(
+            help="What the chat template gets as a message's content: string, openai (a list of parts), or "
+            "auto, which finds out.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto"
     block_size: Annotated[
         int, typer.Option(help="Tokens in one block of the KV pool.", rich_help_panel=_ENGINE)
     ] = 16

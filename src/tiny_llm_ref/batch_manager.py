@@ -114,11 +114,13 @@ def longest(tokens: list[int], params: SamplingParams, request_id: str, context:
     if len(tokens) + max_outputs > context or len(tokens) >= context:
         raise RequestTooLargeError(
             f"request {request_id!r}: {len(tokens)} prompt tokens and "
-            f"{max(1, max_outputs)} output tokens exceed the context of {context}"
+            f"{max(1, max_outputs)} output tokens exceed the context of {context}",
+            "max_tokens" if max_outputs >= context and len(tokens) < context else None,
         )
     if params.n > seats:
         raise RequestTooLargeError(
-            f"request {request_id!r}: n = {params.n} exceeds the {seats} sequences that may run at once"
+            f"request {request_id!r}: n = {params.n} exceeds the {seats} sequences that may run at once",
+            "n",
         )
     return len(tokens) + max_outputs
 

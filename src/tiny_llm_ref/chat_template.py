@@ -1,54 +1,88 @@
 """Messages to one prompt, through the chat template that came with the model.
 
 The template is jinja2 source from a model file, so it is untrusted: it runs in `TemplateSandbox`, and renders
-the same as in transformers. Only `encode` knows the tokenizer.
+the same as in transformers. What a message may hold is said in `chat_messages`. Only `encode` knows the
+tokenizer.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2 import meta, nodes
 
-from .template_sandbox import TemplateLimitError, TemplateSandbox, rendering
-from .tokenizer import Tokenizer, check_length
+from .chat_messages import ChatMessage, MessageError, check_json, read_messages
+from .chat_pieces import split_pieces
+from .chat_presence import check_presence
+from .template_budget import MOST_STEPS, TemplateLimitError
+from .template_sandbox import TemplateSandbox, rendering
+from .template_text import Disguise
+from .tokenizer import Tokenizer
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+CONTENT_FORMATS = ("auto", "string", "openai")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # their names are not typed by users
+MOST_KWARGS = 100_000  # characters of the variables that a caller gives a template
+_MOST_REASON = 300  # characters of what a template says when it refuses
+_OWN = {"messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template", "tokenize"}
+_OWN |= {"bos_token", "eos_token", "conversation", "tokenizer"}
+_NEEDLE = "tiny probe"  # a text that no template has
+_PROBE_STEPS = 50_000  # of a rendering that only finds out what a template renders
 
 
 class ChatTemplate:
     """One compiled chat template; rendering has no state, so any thread may use it."""
 
-    def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
-        """Compile `source`, in which `bos_token` and `eos_token` are variables. ValueError if it does not."""
+    def __init__(self, source: str, *, bos_token: str, eos_token: str, content_format: str = "auto") -> None:
+        """Compile `source`, in which `bos_token` and `eos_token` are variables.
+
+        content_format: what a template gets as a message's content: "string", a text; "openai", a list of
+        text parts; "auto" finds out for each role which of them it renders, a text where it renders both.
+
+        Raises ValueError for a template that does not compile, or cannot within bounds.
+        """
+        if content_format not in CONTENT_FORMATS:
+            known = ", ".join(CONTENT_FORMATS)
+            raise ValueError(f"chat_template_content_format must be one of {known}, not {content_format!r}")
+        sandbox = TemplateSandbox()
         try:
-            self._template = TemplateSandbox().from_string(source)
+            self._template = sandbox.from_string(source)
+            tree = sandbox.parse_bounded(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"bad chat template, line {error.lineno}: {error.message}") from error
+            raise ValueError(
+                f"bad chat template, line {error.lineno}: {str(error.message)[:_MOST_REASON]}"
+            ) from error
+        except (RecursionError, MemoryError) as error:
+            raise ValueError("bad chat template: it is nested too deeply") from error
+        except Exception as error:  # whatever Python's compiler says of the source
+            raise ValueError(f"bad chat template: {str(error)[:_MOST_REASON]}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._variables = meta.find_undeclared_variables(tree) - set(sandbox.globals)
+        self._globals = set(sandbox.globals)
+        self._knows_developers = "developer" in source
+        given = content_format == "openai"
+        self._takes_parts = dict.fromkeys(ROLES, given)
+        if content_format == "auto":
+            self._detect_formats(tree)
+
+    def uses_variable(self, name: str) -> bool:
+        """Whether the template has a use for a variable of that name."""
+        return name in self._variables
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt for `messages`: mappings with "role" and "content", both strings; other keys pass.
+        """The prompt for `messages`: mappings with "role" and "content"; other keys pass.
 
-        With `add_generation_prompt` it ends where the assistant's answer begins. Further keyword arguments
-        are variables of the template.
+        A content is a text or a list of text parts, which are joined by line breaks where the template takes
+        texts. With `add_generation_prompt` the prompt ends where the assistant's answer begins. Further
+        keyword arguments are variables of the template.
 
-        Raises ValueError for a bad message, with the template's own words where the template refuses, and
-        where it reaches for what it may not have or does more than it may.
+        Raises ValueError, `MessageError` for a bad message, with the template's own words where the template
+        refuses, and where it reaches for what it may not have or does more than it may.
         """
-        _check(messages)
-        variables = {**self._tokens, "tools": None, "documents": None, **kwargs}
-        variables |= {"messages": [dict(m) for m in messages], "add_generation_prompt": add_generation_prompt}
-        try:
-            with rendering() as bounded:
-                return bounded("".join(map(bounded, self._template.generate(variables))))
-        except TemplateLimitError as error:
-            raise ValueError(f"the chat template is stopped: {error}") from error
-        except Exception as error:  # a template can fail in any way that Python can
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the chat template refuses these messages: {reason}") from error
+        turns = [self._as_template(message) for message in read_messages(messages)]
+        return self._render(turns, self._checked(kwargs), add_generation_prompt)
 
     def encode(
         self,
@@ -56,57 +90,201 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        roles: Collection[str] | None = None,
         context: int | None = None,
-        **kwargs: Any,
     ) -> list[int]:
         """Token ids of the rendered prompt, where only the template's own control tokens are control tokens.
 
-        Equal to `tokenizer.encode(render(...))` unless a message spells out a control token: there it stays
-        text, so nobody ends a turn or opens a system turn by typing "<|im_end|>".
+        Equal to `tokenizer.encode(render(...))` unless a message, or an argument, spells out a control token:
+        that stays text, and no other token of the prompt changes. So typing "<|im_end|>" neither ends a
+        message nor begins one.
 
-        Raises as `render` does, and as `Tokenizer.encode` does with `context`.
+        continue_final_message: the prompt ends with the last message's text, which the model continues.
+        add_special_tokens: put the tokenizer's own frame around the prompt; most templates write it.
+        chat_template_kwargs: variables of the template. roles: those that are known; None: any.
+
+        Raises as `render` does, as `Tokenizer.encode` does with `context`, for a text of a user, a tool or a
+        system message that the template drops, and for `add_generation_prompt` together with
+        `continue_final_message`.
         """
-        prompt = self.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
-        texts = [text for message in messages for text in message.values() if isinstance(text, str)]
-        typed = [token for token in tokenizer.control_tokens if any(token in text for text in texts)]
-        if not typed:
-            return tokenizer.encode(prompt, context=context)
-        tokenizer.check_text(prompt, context)
+        if add_generation_prompt and continue_final_message:
+            raise MessageError("continue_final_message", "cannot be true together with add_generation_prompt")
+        conversation = read_messages(messages, roles=roles)
+        variables = self._checked(chat_template_kwargs or {})
+        turns = [self._as_template(message) for message in conversation]
+        plain = self._render(turns, variables, add_generation_prompt)
+        given = _texts([turns, variables])
+        disguise = Disguise(tokenizer.control_tokens, [*given, plain])
+        hidden = self._render_hidden(turns, variables, add_generation_prompt, disguise)
+        # Not the same where the template looks at a text in a way that the disguise does not survive.
+        same = disguise.show(hidden) == plain
+        check_presence(conversation, plain)
+        end = self._end_of_last(turns, variables, plain, disguise) if continue_final_message else len(plain)
+        if not _is_typed(plain, hidden, tokenizer.control_tokens):
+            return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens, context=context)
+        if not same:
+            raise MessageError(
+                "messages", "a text spells out a control token, and the template changes that text"
+            )
+        hidden = hidden[:end]
+        pieces = [disguise.show(piece) for piece in split_pieces(hidden, tokenizer.control_tokens)]
+        return tokenizer.encode_framed(pieces, add_special_tokens=add_special_tokens, context=context)
 
-        # Break what was typed with a character that nothing here holds, so that after rendering the control
-        # tokens still in one piece are the template's; then take that character out again.
-        mark = next(c for c in map(chr, range(0xE000, 0x110000)) if c not in prompt)
-        control = "|".join(re.escape(t) for t in sorted(tokenizer.control_tokens, key=len, reverse=True))
-        start = re.compile(f"(?=(?:{control}))(.)", re.DOTALL)
-        guarded = [
-            {
-                key: start.sub(rf"\1{mark}", value) if isinstance(value, str) else value
-                for key, value in m.items()
-            }
-            for m in messages
+    def _as_template(self, message: ChatMessage) -> dict[str, Any]:
+        """A message as this template takes it. Older templates say system for developer."""
+        role = message.role
+        if role == "developer" and not self._knows_developers:
+            role = "system"
+        parts = [{"type": "text", "text": part} for part in message.parts]
+        takes_parts = self._takes_parts.get(role, self._takes_parts["user"])
+        content: Any = parts if takes_parts else "\n".join(message.parts)
+        return {**message.with_content(content), "role": role}
+
+    def _checked(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The variables that a caller gives, if they are plain JSON and none is the template's own."""
+        if not isinstance(kwargs, Mapping):
+            raise MessageError("chat_template_kwargs", f"must be an object, not {type(kwargs).__name__}")
+        for name in kwargs:
+            if name in _OWN or name in self._globals:
+                raise MessageError(f"chat_template_kwargs.{name[:40]}", "cannot be set here")
+        check_json(kwargs, "chat_template_kwargs")
+        size = sum(map(len, _texts([kwargs])))
+        if size > MOST_KWARGS:
+            raise MessageError("chat_template_kwargs", f"{size} characters, expected at most {MOST_KWARGS}")
+        return kwargs
+
+    def _render(
+        self,
+        turns: list[dict[str, Any]],
+        variables: Mapping[str, Any],
+        add_generation_prompt: bool,
+        disguise: Disguise | None = None,
+        most_steps: int = MOST_STEPS,
+    ) -> str:
+        given = {**self._tokens, "tools": None, "documents": None, **variables}
+        given |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
+        try:
+            with rendering(disguise, most_steps) as bounded:
+                return bounded("".join(self._template.generate(given)))
+        except TemplateLimitError as error:
+            raise ValueError(f"the chat template is stopped: {error}") from error
+        except Exception as error:  # a template can fail in any way that Python can
+            reason = " ".join(str(error)[:_MOST_REASON].split()) or type(error).__name__
+            raise ValueError(f"the chat template refuses these messages: {reason}") from error
+
+    def _render_hidden(
+        self,
+        turns: list[dict[str, Any]],
+        variables: Mapping[str, Any],
+        add_generation_prompt: bool,
+        disguise: Disguise,
+    ) -> str:
+        """The same with every text in disguise, apart from the well-known names of roles.
+
+        Empty where the template refuses the disguise.
+        """
+        hidden = [
+            {**disguise.hide_all(turn), **({"role": turn["role"]} if turn["role"] in ROLES else {})}
+            for turn in turns
         ]
-        marked = self.render(guarded, add_generation_prompt=add_generation_prompt, **kwargs)
-        ids: list[int] = []
-        for place, piece in enumerate(re.split(f"({control})", marked)):
-            is_control = place % 2 == 1  # re.split puts what the group matched between the rest
-            ids += tokenizer.encode(piece.replace(mark, ""), special_tokens=is_control)
-        check_length(len(ids), context)
-        return ids
+        try:
+            return self._render(hidden, disguise.hide_all(variables), add_generation_prompt, disguise)
+        except ValueError:
+            return ""
+
+    def _end_of_last(
+        self, turns: list[dict[str, Any]], variables: Mapping[str, Any], plain: str, disguise: Disguise
+    ) -> int:
+        """Where the last message's text ends in the prompt: in front of a mark that is put behind it."""
+        last, mark = turns[-1], disguise.mark
+        content = last["content"]
+        if isinstance(content, str):
+            marked: Any = content + mark
+        else:
+            *others, final = content or [{"type": "text", "text": ""}]
+            marked = [*others, {**final, "text": final["text"] + mark}]
+        before, found, _ = self._render(
+            [*turns[:-1], {**last, "content": marked}], variables, False
+        ).rpartition(mark)
+        for start in (before, before.rstrip()):  # a template may strip the text
+            if found and plain.startswith(start):
+                return len(start)
+        raise MessageError("continue_final_message", "the template does not end with the last message's text")
+
+    def _detect_formats(self, tree: nodes.Template) -> None:
+        """Find out by rendering which form of a content each role needs; by reading where none renders."""
+        by_reading = _iterates_content(tree)
+        user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}
+        around: dict[str, tuple[list[Message], list[Message]]] = {
+            "user": ([], []),
+            "system": ([], [user]),
+            "developer": ([], [user]),
+            "assistant": ([user], [user]),
+            "tool": ([user, answer], []),
+        }
+        for role, (before, after) in around.items():
+            probe: list[Message] = [*before, {"role": role, "content": _NEEDLE}, *after]
+            default = self._takes_parts["user"] if role != "user" else by_reading
+            self._takes_parts[role] = self._needs_parts(probe, role, default)
+
+    def _needs_parts(self, probe: list[Message], role: str, default: bool) -> bool:
+        for takes_parts in (False, True):
+            self._takes_parts[role] = takes_parts
+            turns = [self._as_template(message) for message in read_messages(probe)]
+            try:
+                if _NEEDLE in self._render(turns, {}, add_generation_prompt=True, most_steps=_PROBE_STEPS):
+                    return takes_parts
+            except ValueError:
+                continue
+        return default
 
 
-def _check(messages: Sequence[Message]) -> None:
-    """Raise ValueError unless there are messages and each has a role and a content, both strings."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of messages, not {type(messages).__name__}")
-    if not messages:
-        raise ValueError("messages must hold at least one message")
-    for place, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"messages[{place}] must be a mapping, not {type(message).__name__}")
-        for key in ("role", "content"):
-            if key not in message:
-                raise ValueError(f"messages[{place}] has no {key!r}")
-            if not isinstance(message[key], str):
-                raise ValueError(
-                    f"messages[{place}][{key!r}] must be a string, not {type(message[key]).__name__}"
-                )
+def _is_typed(plain: str, hidden: str, control_tokens: Sequence[str]) -> bool:
+    """Whether the prompt spells a control token that the template did not write."""
+    return any(plain.count(token) != hidden.count(token) for token in control_tokens)
+
+
+def _texts(values: list[Any]) -> list[str]:
+    """Every text in values of plain JSON."""
+    found: list[str] = []
+    left = list(values)
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            left += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            left += value
+    return found
+
+
+def _iterates_content(tree: nodes.Template) -> bool:
+    """Whether a template loops over a message's content, as vLLM looks for it."""
+    contents = {name for name, node in _assigned(tree) if _is_content(node, set())}
+    return any(_is_content(loop.iter, contents) for loop in tree.find_all(nodes.For))
+
+
+def _assigned(tree: nodes.Template) -> list[tuple[str, nodes.Node]]:
+    """Names of variables that are set, each with what it is set to."""
+    return [
+        (one.target.name, one.node)
+        for one in tree.find_all(nodes.Assign)
+        if isinstance(one.target, nodes.Name)
+    ]
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    """Whether an expression is a message's content, or a part or a filtered form of it."""
+    if isinstance(node, nodes.Name):
+        return node.name in names
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    if isinstance(node, nodes.Getitem):
+        if isinstance(node.arg, nodes.Slice):
+            return _is_content(node.node, names)
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return isinstance(node, (nodes.Filter, nodes.Test)) and _is_content(node.node, names)

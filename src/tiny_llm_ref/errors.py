@@ -38,7 +38,14 @@ class UnknownBlockError(TinyLLMError, ValueError):
 
 
 class RequestTooLargeError(TinyLLMError, ValueError):
-    """A request could never run, however long it waited: refused at the door, with the figures."""
+    """A request could never run, however long it waited: refused at admission, with the figures.
+
+    field: the parameter that is too large; None: the prompt, alone or with its outputs.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class DuplicateRequestError(TinyLLMError, ValueError):

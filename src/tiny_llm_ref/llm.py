@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -17,6 +17,7 @@ from .engine import Engine, Prompt
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .engine_loop import Request
+from .errors import reading
 from .evaluation import text_logits
 from .kv_pool import DTYPES
 from .loader import load_model
@@ -26,22 +27,29 @@ from .outputs import BeamSearchOutput, RequestEvent, RequestOutput, TextDelta
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
     """A model, its tokenizer, and an engine that serves many prompts at once from one pool of pages.
 
     model: a `.gguf` file, a folder in Hugging Face's layout, or a hub id (`owner/name`, or one file of it,
-    `owner/name/FILE.gguf`); None is the embedded SmolLM2-135M-Instruct. engine_options: the fields of
-    `EngineConfig`. max_model_len: the longest prompt + output in tokens, which the pool holds. Any thread may
-    use it, and several at once: the arrays belong to a thread of its own, that ends when the `LLM` is
-    forgotten.
+    `owner/name/FILE.gguf`); None is the embedded SmolLM2-135M-Instruct. chat_template_content_format: what
+    the chat template gets as the content of a message: "string"; "openai", a list of text parts; "auto" finds
+    out. engine_options: the fields of `EngineConfig`. max_model_len: the longest prompt + output in tokens,
+    which the pool holds. Any thread may use it, and several at once: the arrays belong to a thread of its
+    own, that ends when the `LLM` is forgotten.
 
     Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option.
     """
 
-    def __init__(self, model: str | Path | None = None, **engine_options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        chat_template_content_format: str = "auto",
+        **engine_options: Any,
+    ) -> None:
         self.engine_config = EngineConfig.from_options(**engine_options)
         loaded = load_model(model, self.engine_config.activation_bits, self.engine_config.generation_config)
         self.model_name, self.model_path, self.model, self.tokenizer, self.sampling_defaults = loaded
@@ -49,7 +57,8 @@ class LLM:
         self.max_model_len = self.engine_config.model_len(
             self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
         )
-        self.chat_template = _chat_template(self.tokenizer)
+        with reading(_template_file(self.model_path)):
+            self.chat_template = _chat_template(self.tokenizer, chat_template_content_format)
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
         make_core = partial(_make_core, self.engine_config, self.model)
         vocab_size = self.model_config.vocab_size
@@ -89,14 +98,28 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together, through the model's chat template.
 
-        A message is a mapping with "role" and "content".
+        A message is a mapping with "role" and "content", a text or a list of text parts. Other fields go to
+        the template. add_generation_prompt: end the prompt where an answer begins; None: unless
+        `continue_final_message`, where the last message's text is continued. chat_template_kwargs: variables
+        of the template, such as `{"enable_thinking": False}`.
+
+        Raises `MessageError`, a ValueError that names place and field, for what is no conversation, and for
+        text that the template drops.
         """
         first = messages[0] if messages else None
         conversations = [messages] if first is None or isinstance(first, Mapping) else messages
-        encoded = [self._encode_chat(conversation) for conversation in conversations]  # type: ignore[arg-type]
+        options = _Options(
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+        )
+        encoded = [self._encode_chat(one, options) for one in conversations]  # type: ignore[arg-type]
         return self._run_all(encoded, sampling_params, use_tqdm)
 
     def beam_search(
@@ -121,10 +144,20 @@ class LLM:
         )
 
     def stream_chat(
-        self, messages: Messages, sampling_params: SamplingParams | None = None
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta, None, None]:
-        """Answer one conversation, piece by piece; closing the iterator cancels the request."""
-        return self.stream(self._encode_chat(messages), sampling_params)
+        """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request."""
+        options = _Options(
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+        )
+        return self.stream(self._encode_chat(messages, options), sampling_params)
 
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
@@ -137,10 +170,19 @@ class LLM:
         self.engine.check_token_ids(token_ids)
         return self.engine.call(partial(_evaluated_logits, self.model, token_ids, self.engine_config))
 
-    def _encode_chat(self, messages: Messages) -> list[int]:
+    def _encode_chat(self, messages: Messages, options: "_Options") -> list[int]:
         if self.chat_template is None:
             raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
-        return self.chat_template.encode(messages, self.tokenizer, context=self.max_model_len)
+        ends_open = options.add_generation_prompt
+        return self.chat_template.encode(
+            messages,
+            self.tokenizer,
+            add_generation_prompt=not options.continue_final_message if ends_open is None else ends_open,
+            continue_final_message=options.continue_final_message,
+            add_special_tokens=options.add_special_tokens,
+            chat_template_kwargs=options.chat_template_kwargs,
+            context=self.max_model_len,
+        )
 
     def _run_all(
         self,
@@ -181,6 +223,15 @@ class LLM:
                 self.engine.forget(requests)
 
 
+class _Options(NamedTuple):
+    """How a conversation becomes a prompt."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+    add_special_tokens: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
 def _make_core(config: EngineConfig, model: Model) -> EngineCore:
     return EngineCore(make_manager(config, model), model.config.eos_token_ids, config.seed)
 
@@ -191,12 +242,23 @@ def _evaluated_logits(model: Model, token_ids: Sequence[int], config: EngineConf
     return logits
 
 
-def _chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+def _template_file(model: Path) -> Path:
+    """The file that a chat template comes from."""
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    return next((model / name for name in names if (model / name).exists()), model)
+
+
+def _chat_template(tokenizer: Tokenizer, content_format: str) -> ChatTemplate | None:
     """The template that came with the tokenizer, where one did."""
     source = tokenizer.chat_template
     if source is None:
         return None
-    return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    return ChatTemplate(
+        source,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        content_format=content_format,
+    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -276,7 +276,10 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             raise RequestTooLargeError(
                 f"request {leader.request_id!r}: up to {leader.max_len} tokens in {num_completions} "
                 f"completions need {blocks} blocks of {self.block_size}; "
-                f"the pool has {self.max_pages}"
+                f"the pool has {self.max_pages}",
+                "n"
+                if num_completions > 1 and self._layout.most_blocks(leader.max_len) <= self.max_pages
+                else None,
             )
 
     def _most_blocks(self, leader: PagedSequence) -> int:

@@ -2,13 +2,13 @@
 
 A template is source from a model file, so it is untrusted. The sandbox keeps it from attributes that lead
 out; what it lacks is a limit: a template can loop for ever, or double a text forty times. Here everything
-that takes time or makes something spends from one budget for each rendering, and what would be too large is
-refused before it is made. Knows nothing of messages or tokens.
+that takes time or makes something pays from one `Budget` for each rendering: a block of statements by the
+number of its nodes, an operation by the size of its operands. Source that is too long to be compiled in a
+second or two is refused too. Knows nothing of messages or tokens.
 """
 
 import json
-import re
-from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
@@ -24,111 +24,97 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MOST_STEPS = 2_000_000  # a round, an operation, 64 characters are one; 1,000 long messages take 90 thousand
+from .template_budget import (
+    MOST_STEPS,
+    Budget,
+    TemplateLimitError,
+    expect,
+    expect_format,
+    expect_items,
+    expect_power,
+    expect_product,
+)
+from .template_text import Disguise, expect_parts
+
 CALL = 8  # steps of a call
-ITEM = 64  # characters that an item of a list counts for
-MOST_SIZE = 10_000_000  # characters of a text, or of all that is in a list
-MOST_BITS = 4096  # of a number
-MOST_SOURCE = 1_000_000  # characters of a template; the longest known have 20 thousand
+MOST_SOURCE = 200_000  # characters of a template; the longest known have 40 thousand
+MOST_NODES = 40_000  # of its syntax tree; the longest known have about 5 thousand
+MOST_DIGITS = 400  # that a number is rounded to
+MOST_DATE = 200  # characters of a date's format
 
 # Whose results can be far larger than what goes in: about the product of the sizes of their arguments.
-_GROWING = {"batch", "center", "expandtabs", "format", "indent", "join", "ljust", "replace", "rjust", "slice"}
+_GROWING = {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice"}
 _GROWING |= {"tojson", "zfill"}
-_LEFT_OUT = ("pprint", "random", "urlize", "wordwrap", "xmlattr")  # slow on long texts, or never the same
-_WIDE = re.compile(r"\d{6,}")  # a width in a format
+_PER_CHARACTER = {"title", "urlencode", "wordcount", "indent"}  # written in Python: a step a character
+_FROM_RIGHT = {"rfind", "rindex", "rsplit", "rpartition"}  # Python searches backwards in quadratic time
+_OF_ITEMS = {"batch", "join", "list", "map", "reject", "select", "slice", "sort", "unique"}
+_LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")  # too slow, or never the same
+# Methods whose cost or result no look at their arguments can bound.
+_UNSAFE = {"translate", "format_map", "encode", "decode", "to_bytes", "from_bytes", "fromhex", "hex"}
+_UNSAFE |= {"striptags", "unescape", "maketrans"}
 
+_SCOPES = ("_loop_vars", "_block_vars")  # what jinja2 passes beside the arguments of a call
 
-class TemplateLimitError(Exception):
-    """A template does more than a rendering may; the message says what."""
-
-
-class _Budget:
-    """What one rendering has spent, and how large the containers are that it has seen."""
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._sizes: dict[int, tuple[object, int]] = {}  # kept alive, so that no id is used twice
-
-    def spend(self, steps: int = 1) -> None:
-        """Count steps; refuse when there have been too many."""
-        self._steps += steps
-        if self._steps > MOST_STEPS:
-            raise TemplateLimitError(f"it takes more than {MOST_STEPS} steps")
-
-    def bounded(self, value: Any) -> Any:
-        """`value`, paid for, unless it is too large."""
-        if isinstance(value, int) and value.bit_length() > MOST_BITS:
-            raise TemplateLimitError(f"it computes a number of more than {MOST_BITS} bits")
-        size = self.size_of(value)
-        self.spend(1 + size // 64)
-        return value
-
-    def size_of(self, value: Any) -> int:
-        """Characters and items in a value, written out in full; refused where there are too many."""
-        if isinstance(value, (str, bytes)):
-            size = len(value)
-        elif isinstance(value, (list, tuple, dict, set)):
-            if id(value) not in self._sizes:
-                self.expect(ITEM * len(value))
-                parts = [*value, *value.values()] if isinstance(value, dict) else value
-                self._sizes[id(value)] = (value, 1 + ITEM * len(value) + sum(map(self.size_of, parts)))
-            size = self._sizes[id(value)][1]
-        else:
-            size = ITEM * len(value) if isinstance(value, (range, KeysView, ValuesView, ItemsView)) else 1
-        self.expect(size)
-        return size
-
-    def expect(self, size: int) -> None:
-        """Refuse before something of about that size is made."""
-        if size > MOST_SIZE:
-            raise TemplateLimitError(f"it makes something of more than {MOST_SIZE} characters")
-
-    def expect_growth(self, name: str, arguments: list[Any]) -> None:
-        """Refuse a call whose result could be too large: as large as its arguments' sizes multiplied.
-
-        The text that `replace` looks for divides.
-        """
-        product = 1
-        if name == "replace" and len(arguments) >= 3:
-            arguments = [self.size_of(arguments[0]) // max(1, self.size_of(arguments[1])) + 1, arguments[2]]
-        for argument in arguments:
-            if isinstance(argument, str) and _WIDE.search(argument) and len(arguments) > 1:
-                self.expect(max(map(int, _WIDE.findall(argument[:MOST_BITS]))))
-            is_number = isinstance(argument, (int, float)) and not isinstance(argument, bool)
-            product *= max(1, abs(int(argument)) if is_number else self.size_of(argument))
-        self.expect(product)
-
-
-_budget: ContextVar[_Budget] = ContextVar("budget")
+_budget: ContextVar[Budget] = ContextVar("budget")
+_disguise: ContextVar[Disguise | None] = ContextVar("disguise", default=None)
 
 
 @contextmanager
-def rendering() -> Iterator[Callable[[str], str]]:
-    """One rendering with a budget of its own; what it yields takes a piece of output and gives it back."""
-    budget = _Budget()
-    token = _budget.set(budget)
+def rendering(
+    disguise: Disguise | None = None, most_steps: int = MOST_STEPS
+) -> Iterator[Callable[[str], str]]:
+    """One rendering with a budget of its own; what it yields takes a piece of output and gives it back.
+
+    disguise: what the texts in the template's variables wear.
+    """
+    budget = Budget(most_steps)
+    tokens = _budget.set(budget), _disguise.set(disguise)
     try:
         yield budget.bounded
     finally:
-        _budget.reset(token)
+        _budget.reset(tokens[0])
+        _disguise.reset(tokens[1])
 
 
 class _Bounding(NodeTransformer):
-    """Puts a step into every round of a loop and every macro, and a bound around what is put together."""
+    """Lets every block of statements pay for its nodes, and every operation for its operands."""
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        costs = {field: _cost(getattr(node, field)) for field in _bodies(node)}
+        result = super().visit(node, *args, **kwargs)
+        for field, (steps, chars) in costs.items():
+            pay = _call("step", nodes.Const(steps), nodes.Const(chars))
+            getattr(node, field).insert(0, nodes.ExprStmt(pay))
+        return result
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        steps = 0 if node.test is None else _cost([node.test])[0]
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("step")))
         if node.test is not None:
-            node.test = nodes.And(_call("step"), node.test)
+            node.test = nodes.And(_call("step", nodes.Const(steps), nodes.Const(0)), node.test)
         return node
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("step")))
+        node.nodes = [
+            one if isinstance(one, nodes.TemplateData) else _call("written", one) for one in node.nodes
+        ]
         return node
 
-    visit_CallBlock = visit_Macro
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        node.expr = _call("operand", node.expr)
+        for operand in node.ops:
+            operand.expr = _call("operand", operand.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        cut = node.arg
+        if not isinstance(cut, nodes.Slice):
+            return node
+        none = nodes.Const(None)
+        return _call("sliced", node.node, cut.start or none, cut.stop or none, cut.step or none)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -143,6 +129,29 @@ class _Bounding(NodeTransformer):
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
         return _call("bounded", node) if node.ctx == "load" else node
+
+
+def _bodies(node: nodes.Node) -> list[str]:
+    """The fields of a node that are blocks of statements and run more than once, or only sometimes."""
+    always = isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
+    if isinstance(node, nodes.Template):
+        return []
+    return [
+        f
+        for f in ("body", "else_")
+        if isinstance(found := getattr(node, f, None), list) and (found or always)
+    ]
+
+
+def _cost(statements: Sequence[nodes.Node]) -> tuple[int, int]:
+    """Nodes that run when a block does, and characters that it writes; blocks inside of it pay themselves."""
+    count, chars, left = 1, 0, list(statements)
+    while left:
+        node = left.pop()
+        count += 1
+        chars += len(node.data) if isinstance(node, nodes.TemplateData) else 0
+        left += node.iter_child_nodes(exclude=("body", "else_"))
+    return count, chars
 
 
 def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
@@ -173,25 +182,36 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             name: _guarded(name, function) for name, function in self.filters.items() if name not in _LEFT_OUT
         }
         self.filters["tojson"] = _guarded("tojson", _tojson)
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: _paid(test) for name, test in tests.items()}
         self.globals = {name: value for name, value in self.globals.items() if name != "lipsum"}
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        self.globals["strftime_now"] = _strftime_now
+
+    def parse_bounded(self, source: str) -> nodes.Template:
+        """The syntax tree of a template as it is written, for those who look at it."""
+        _check_length(source)
+        return super()._parse(source, None, None)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        if len(source) > MOST_SOURCE:
-            raise jinja2.TemplateSyntaxError(f"{len(source)} characters, expected at most {MOST_SOURCE}", 1)
+        _check_length(source)
         tree = super()._parse(source, name, filename)
+        _check_nodes(tree)
         bounded: nodes.Template = _Bounding().visit(tree)
         bounded.set_environment(self)
         return bounded
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Nor the two methods whose result no look at their arguments can bound."""
-        return attr not in ("translate", "format_map") and super().is_safe_attribute(obj, attr, value)
+        """Nor the methods that no look at their arguments can bound."""
+        return attr not in _UNSAFE and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
         """Refuse at once; jinja2 would let it pass until it is used."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """`obj[argument]`: a text in disguise is the key that it shows."""
+        return super().getitem(obj, _shown(argument))
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Every call that a template makes."""
@@ -199,58 +219,187 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             return obj(*args)  # the bounds themselves
         budget = _budget.get()
         budget.spend(CALL)
+        own = {name: value for name, value in kwargs.items() if name not in _SCOPES}
+        for value in (*args, *own.values()):
+            budget.searched(value)
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # str.format comes wrapped
-        if isinstance(owner, str) and getattr(obj, "__name__", "") in _GROWING:
-            budget.expect_growth(obj.__name__, [owner, *args, *kwargs.values()])
+        name = getattr(obj, "__name__", "")
+        if isinstance(owner, (str, list, tuple, dict)):
+            budget.searched(owner)
+        if isinstance(owner, str):
+            given = _positional(name, args, own)
+            _expect_of_method(budget, owner, name, given)
+            if (disguise := _disguise.get()) is not None:
+                result = disguise.call(owner, name, given)
+                if result is not NotImplemented:
+                    return budget.bounded(result)
         return budget.bounded(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Every operation on two values."""
         budget = _budget.get()
         texts = any(isinstance(value, (str, list, tuple)) for value in (left, right))
-        if (operator == "*" and texts) or (operator == "%" and isinstance(left, str)):
-            budget.expect_growth(operator, [left, *right] if isinstance(right, tuple) else [left, right])
-        if operator == "**" and abs(right) * max(1, abs(left)).bit_length() > MOST_BITS:
-            raise TemplateLimitError(f"it computes a number of more than {MOST_BITS} bits")
+        if operator == "*" and texts:
+            expect_product(budget, [left, right])
+        if operator == "%" and isinstance(left, str):
+            expect_format(budget, left, _values(right))
+        if operator == "**":
+            expect_power(left, right)
         return budget.bounded(super().call_binop(context, operator, left, right))
 
     # What `_Bounding` puts into a template.
 
-    def step(self) -> bool:
-        """One round of a loop, one call of a macro."""
-        _budget.get().spend()
+    def step(self, steps: int, chars: int) -> bool:
+        """One run of a block of statements: so many nodes, and so many characters of its own to write."""
+        budget = _budget.get()
+        budget.spend(steps + chars // 64)
+        budget.write(chars)
         return True
 
     def bounded(self, value: Any) -> Any:
         """A list, tuple or dict that the template has just written down."""
         return _budget.get().bounded(value)
 
+    def written(self, value: Any) -> Any:
+        """A value that is about to be written out."""
+        budget = _budget.get()
+        budget.write(budget.size_of(value))
+        return budget.bounded(value)
+
+    def operand(self, value: Any) -> Any:
+        """One side of a comparison; of a text what it shows."""
+        return _shown(_budget.get().searched(value))
+
+    def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        """`value[start:stop:step]`."""
+        return _budget.get().bounded(value[start:stop:step])
+
     def concatenated(self, *parts: Any) -> str:
         """The parts as texts, one behind the other: `a ~ b`."""
         budget = _budget.get()
-        budget.expect(sum(map(budget.size_of, parts)))
+        expect(sum(map(budget.size_of, parts)))
         return str(budget.bounded("".join(map(str, parts))))
 
 
+def _check_length(source: str) -> None:
+    if len(source) > MOST_SOURCE:
+        raise jinja2.TemplateSyntaxError(f"{len(source)} characters, expected at most {MOST_SOURCE}", 1)
+
+
+def _check_nodes(tree: nodes.Template) -> None:
+    """Refuse a tree that would take long to compile."""
+    left: list[nodes.Node] = [tree]
+    count = 0
+    while left:
+        left += left.pop().iter_child_nodes()
+        count += 1
+        if count > MOST_NODES:
+            raise jinja2.TemplateSyntaxError(f"more than {MOST_NODES} parts of expressions and statements", 1)
+
+
+def _shown(value: Any) -> Any:
+    """A text without its disguise; anything else as it is."""
+    disguise = _disguise.get()
+    return disguise.show(value) if disguise is not None and isinstance(value, str) else value
+
+
+def _values(right: Any) -> list[Any]:
+    """What a `%` puts into its format."""
+    if isinstance(right, dict):
+        return list(right.values())
+    return list(right) if isinstance(right, tuple) else [right]
+
+
+def _positional(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of a text's method in their order."""
+    if name in ("split", "rsplit") and kwargs:
+        return [*args, *([kwargs.get("sep")] if not args else []), kwargs.get("maxsplit", -1)]
+    return [*args, *kwargs.values()]
+
+
+def _expect_of_method(budget: Budget, text: str, name: str, given: list[Any]) -> None:
+    """Refuse a method of a text that would make too much, and let it pay for what it searches."""
+    if name == "format":
+        expect_format(budget, text, given)
+    elif name == "replace" and len(given) >= 2 and isinstance(given[0], str):
+        expect_product(budget, [len(text) // max(1, len(given[0])) + 1, given[1]])
+    elif name in _GROWING:
+        expect_product(budget, [text, *given])
+    if name in ("split", "rsplit", "splitlines"):
+        expect_parts(text, name, given)
+    if name in _FROM_RIGHT and given and isinstance(given[0], str):
+        budget.spend(len(text) * len(given[0]) // 64)
+
+
+def _paid(test: Callable[..., Any]) -> Callable[..., Any]:
+    """A test that pays for what it looks at: `x is equalto y`."""
+
+    @wraps(test)
+    def paid(*args: Any, **kwargs: Any) -> Any:
+        budget = _budget.get()
+        budget.spend(CALL)
+        return test(*[_shown(budget.searched(value)) for value in args], **kwargs)
+
+    return paid
+
+
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that pays for its result, and is refused where that could be too large."""
+    """A filter that pays for what it takes and gives, and is refused where that could be too large."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the environment or context comes first
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
+        budget.spend(CALL)
         value, *others = args[first:]
         listed = list(value) if isinstance(value, (Iterator, range)) else value
-        if name in _GROWING:
-            budget.expect_growth(name, [listed, *others, *kwargs.values()])
-        result = function(*args[:first], listed, *others, **kwargs)
+        given = [*others, *kwargs.values()]
+        for one in (listed, *given):
+            budget.searched(one)
+        _expect_of_filter(budget, name, listed, given)
+        if name in _OF_TEXT and (disguise := _disguise.get()) is not None and isinstance(listed, str):
+            result = disguise.call(listed, _OF_TEXT[name], given)
+        else:
+            shown = _shown(listed) if name in ("int", "float", "wordcount") else listed
+            result = function(*args[:first], shown, *others, **kwargs)
         return budget.bounded(list(result) if isinstance(result, Iterator) else result)
 
     return guarded
 
 
+_OF_TEXT = {"trim": "strip", "replace": "replace"}  # filters that are methods of a text
+
+
+def _expect_of_filter(budget: Budget, name: str, value: Any, given: list[Any]) -> None:
+    """Refuse a filter that would make too much, and let it pay for what it does."""
+    size = budget.size_of(value)
+    if name == "format":
+        expect_format(budget, value if isinstance(value, str) else "", given)
+    elif name == "replace":
+        sought = budget.size_of(given[0]) if given else 1
+        expect_product(budget, [size // max(1, sought) + 1, given[1] if len(given) > 1 else ""])
+    elif name in _GROWING:
+        expect_product(budget, [value, *given])
+    if name in _OF_ITEMS:
+        expect_items(value)
+    if name in _PER_CHARACTER:
+        budget.spend(4 * size)
+    if name == "sort":
+        budget.spend(size)
+    if name == "round" and any(isinstance(one, (int, float)) and abs(one) > MOST_DIGITS for one in given):
+        raise TemplateLimitError(f"it rounds to more than {MOST_DIGITS} digits")
+    if name == "sum" and any(not isinstance(one, (int, float, str, type(None))) for one in given):
+        budget.spend(size * size // 64)  # lists are copied at every addition
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > MOST_DATE:
+        raise TemplateLimitError(f"it formats a date in more than {MOST_DATE} characters")
+    return datetime.now().strftime(format)
 
 
 def _tojson(

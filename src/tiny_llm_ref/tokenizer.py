@@ -13,6 +13,7 @@ import tokenizers
 from . import tokenizer_library as library
 from .decoder_stages import BYTE_TOKEN, REPLACEMENT, DecoderChain, bytes_of_piece, decoder_chain
 from .errors import RequestTooLargeError
+from .framed_text import FramedText
 from .least_tokens import least_tokens
 
 _ANCHOR = "\ue000"  # a token that no vocabulary has: what comes after it stands in the middle of a text
@@ -38,7 +39,7 @@ class Tokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
             added = tokenizer.get_added_tokens_decoder()
-            self._text_only = _without_special_tokens(tokenizer)
+            self._framed = FramedText(tokenizer)
             vocab = tokenizer.get_vocab()
             self.vocab_size = 1 + max([-1, *added, *vocab.values()])
             self._least_tokens = least_tokens(tokenizer, vocab)
@@ -82,8 +83,23 @@ class Tokenizer:
         while it runs.
         """
         self.check_text(text, context)
-        tokenizer = self._tokenizer if special_tokens else self._text_only
-        [ids] = library.encode(tokenizer, [text], add_special_tokens=add_special_tokens)
+        if special_tokens:
+            [ids] = library.encode(self._tokenizer, [text], add_special_tokens=add_special_tokens)
+        else:
+            ids = self._framed.encode([text], add_special_tokens=add_special_tokens)
+        check_length(len(ids), context)
+        return ids
+
+    def encode_framed(
+        self, pieces: Sequence[str], *, add_special_tokens: bool = False, context: int | None = None
+    ) -> list[int]:
+        """Token ids of one text in which every second piece is a control token, and the others are text.
+
+        Equal to `encode` of the pieces joined, unless a text spells out a control token: that stays text, and
+        no other token changes. Raises as `encode` does.
+        """
+        self.check_text("".join(pieces), context)
+        ids = self._framed.encode(pieces, add_special_tokens=add_special_tokens)
         check_length(len(ids), context)
         return ids
 
@@ -173,19 +189,6 @@ def check_length(num_tokens: int, context: int | None, at_least: str = "") -> No
         raise RequestTooLargeError(
             f"{at_least}{num_tokens} prompt tokens and 1 output token exceed the context of {context}"
         )
-
-
-def _without_special_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, to which special tokens are text; the vocabulary is shared, not copied.
-
-    The library offers a switch inside a tokenizer instead, which two threads would turn under each other.
-    """
-    plain = tokenizers.Tokenizer(tokenizer.model)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if getattr(tokenizer, part) is not None:
-            setattr(plain, part, getattr(tokenizer, part))
-    plain.add_tokens([token for token in tokenizer.get_added_tokens_decoder().values() if not token.special])
-    return plain
 
 
 class Detokenizer:

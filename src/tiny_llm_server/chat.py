@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation, `n` times."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
-        prompt = await asyncio.to_thread(service.encode_chat, body.messages, service.max_model_len)
+        prompt = await asyncio.to_thread(service.encode_chat, body, service.max_model_len)
         run = await service.begin([prompt], work.params, work.id, "messages")
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})

@@ -33,7 +33,8 @@ def router(service: Service) -> APIRouter:
         """Continue prompts: `n` times each, all of them together."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
-        run = await service.begin(work.prompts, work.params, work.id, "prompt")
+        prompts = await asyncio.to_thread(work.encoded)
+        run = await service.begin(prompts, work.params, work.id, "prompt")
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
@@ -66,6 +67,12 @@ class _Work:
         self._prompt_texts: list[_PromptText] = []
         self._prompt_places: dict[int, Places] = {}
         self._usages: list[RequestUsage] = []
+
+    def encoded(self) -> list[Prompt]:
+        """The prompts for the engine, which frames a text as the tokenizer does unless that is not wanted."""
+        if self._body.add_special_tokens:
+            return self.prompts
+        return [self.tokenizer.encode(one) if isinstance(one, str) else one for one in self.prompts]
 
     async def whole(self, run: Run) -> Completion:
         """Wait for all of it."""

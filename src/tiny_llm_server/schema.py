@@ -1,16 +1,20 @@
 """What clients may send: OpenAI's fields, and vLLM's where OpenAI has none. Anything else is refused by name.
 
 A field that is null counts as not sent, and so does one that asks for what is done anyway, such as no tools.
-Types are taken strictly: "1" is no number.
+A field that changes nothing in an answer is accepted, if it has the right type. docs/server.md lists all of
+them. Types are taken strictly: "1" is no number. Messages are checked by the engine (`read_messages`).
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MOST_LOGPROBS = 20
+MOST_METADATA = 16
 INT32 = 2**31 - 1
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _is_unicode(value: Any) -> Any:
@@ -23,9 +27,82 @@ def _is_unicode(value: Any) -> Any:
     return value
 
 
+def _are_prompts(value: Any) -> Any:
+    """A text, token ids, or a list of either: said for the first element that is none of it."""
+    if not isinstance(value, list):
+        if not isinstance(value, str):
+            raise ValueError(f"a text, a list of token ids, or a list of either, not {type(value).__name__}")
+        return value
+    if not value:
+        raise ValueError("the list is empty: there is nothing to continue")
+    first = type(value[0])
+    for place, item in enumerate(value):
+        if type(item) is not first or first not in (str, int, list):
+            raise ValueError(f"[{place}] is {type(item).__name__}: texts only, or token ids only")
+        if first is list:
+            _are_ids(item, f"[{place}]")
+    if first is int:
+        _are_ids(value, "")
+    return value
+
+
+def _are_ids(ids: list[Any], place: str) -> None:
+    if not ids:
+        raise ValueError(f"{place} is empty: there is nothing to continue")
+    for index, token in enumerate(ids):
+        if type(token) is not int:
+            raise ValueError(f"{place}[{index}] is {type(token).__name__}: token ids are whole numbers")
+        if not 0 <= token <= INT32:
+            raise ValueError(
+                f"{place}[{index}] is {str(token)[:40]}: a token id is from 0 to the vocabulary's last"
+            )
+
+
+def _is_small(value: Any) -> Any:
+    """Metadata, as OpenAI bounds it: stopped at the first entry that is wrong."""
+    if not isinstance(value, dict) or len(value) > MOST_METADATA:
+        raise ValueError(f"an object of at most {MOST_METADATA} entries")
+    for name, item in value.items():
+        if not isinstance(item, str):
+            raise ValueError(f"{name[:40]!r} must be a text, not {type(item).__name__}")
+    return value
+
+
 Text = Annotated[str, BeforeValidator(_is_unicode)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_PROMPTS = {  # what `_are_prompts` takes
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": INT32}},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        },
+    ]
+}
+_MESSAGE = {  # the outline of what `read_messages` takes
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
+    },
+}
+Prompts = Annotated[Any, BeforeValidator(_are_prompts), WithJsonSchema(_PROMPTS)]
+Messages = Annotated[
+    list[Any],
+    Field(min_length=1),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": _MESSAGE}),
+]
+Metadata = Annotated[
+    Any,
+    BeforeValidator(_is_small),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+]
+Json = Annotated[dict[str, Any], Field(max_length=1000)]
 
 
 class Body(BaseModel):
@@ -50,29 +127,36 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """include_usage: one more event at the end of a stream, with the request's usage."""
 
-    IDLE = {"include_obfuscation": (False,)}
+    IDLE = {"continuous_usage_stats": (False,)}
 
     include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="Without effect: there is no padding.")
 
 
 class Generation(Body):
     """What completions and chats have in common.
 
-    temperature, top_p, n, seed, stop, the penalties and logit_bias are OpenAI's; the rest is vLLM's. user is
-    for the client's own records, and changes nothing. Where the model recommends sampling parameters, they
-    replace the defaults of those that are not sent.
+    temperature, top_p, n, seed, stop, the penalties and logit_bias are OpenAI's; the rest is vLLM's.
+    Where the model recommends sampling parameters, they replace the defaults of those that are not sent.
+    WITHOUT_EFFECT: fields that change nothing in an answer.
     """
 
     IDLE = {
-        "tools": ([],),
-        "tool_choice": ("none",),
-        "functions": ([],),
-        "modalities": (["text"],),
-        "store": (False,),
-        "metadata": ({},),
-        "service_tier": ("auto", "default"),
         "seed": (-1,),  # none, as in vLLM
+        "use_beam_search": (False,),
+        "length_penalty": (1.0, 1),  # of beams
+        "spaces_between_special_tokens": (True,),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "return_tokens_as_token_ids": (False,),
+        "return_token_ids": (False,),
+        "truncate_prompt_tokens": (-1,),  # the context's length: never more than fits
+        "vllm_xargs": ({},),
     }
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
+        *("user", "metadata", "store", "safety_identifier", "service_tier", "session_id"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    )
 
     model: Text | None = Field(None, description="The served model's name; nothing: that one.")
     n: int = Field(1, ge=1, le=INT32, description="Completions of each prompt.")
@@ -87,7 +171,16 @@ class Generation(Body):
     )
     stream: bool = False
     stream_options: StreamOptions | None = None
+
     user: Text | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+    safety_identifier: Text | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    session_id: Text | None = None
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    prompt_cache_options: Json | None = None
 
     top_k: int = Field(0, ge=-1, le=INT32)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -135,11 +228,14 @@ _SAMPLING = {
 class CompletionRequest(Generation):
     """`/v1/completions`: texts or token ids that are to be continued."""
 
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)]
+    IDLE = {**Generation.IDLE, "suffix": ("",)}
+
+    prompt: Prompts
     max_tokens: int = Field(16, ge=0, le=INT32, description="0: nothing but the prompt, with echo.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = Field(False, description="Begin each text with its prompt.")
     best_of: int | None = Field(None, description="Only the number that n is: none is thrown away.")
+    add_special_tokens: bool = Field(True, description="Begin a text as the tokenizer frames it.")
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
@@ -154,28 +250,6 @@ class CompletionRequest(Generation):
         return self
 
 
-class TextPart(Body):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Body):
-    """One turn of a conversation. A list of texts is one text."""
-
-    IDLE = {"tool_calls": ([],), "annotations": ([],)}
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
-    tool_call_id: Text | None = Field(None, description="With role tool: which call this answers.")
-
-    @property
-    def text(self) -> str:
-        """The content in one piece."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
 class ResponseFormat(Body):
     """What an answer looks like: text. JSON is not enforced, so it is not offered."""
 
@@ -185,7 +259,23 @@ class ResponseFormat(Body):
 class ChatCompletionRequest(Generation):
     """`/v1/chat/completions`: a conversation that is to be answered, through the model's own template."""
 
-    messages: list[Message] = Field(min_length=1)
+    IDLE = {
+        **Generation.IDLE,
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "verbosity": ("medium",),
+        "echo": (False,),
+        "documents": ([],),
+        "mm_processor_kwargs": ({},),
+        "media_io_kwargs": ({},),
+    }
+    WITHOUT_EFFECT = (
+        *Generation.WITHOUT_EFFECT,
+        *("parallel_tool_calls", "prediction", "include_reasoning", "tool_choice"),
+    )
+
+    messages: Messages
     max_completion_tokens: int | None = Field(
         None, ge=1, le=INT32, description="Nothing: up to the context's end."
     )
@@ -193,6 +283,26 @@ class ChatCompletionRequest(Generation):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = Field(
+        None, description="End the prompt where the answer begins. Nothing: unless the last message goes on."
+    )
+    continue_final_message: bool = Field(False, description="Continue the last message.")
+    add_special_tokens: bool = Field(False, description="Begin the prompt as the tokenizer frames a text.")
+    chat_template_kwargs: Json | None = Field(None, description="Variables of the template.")
+    reasoning_effort: EFFORTS | None = Field(None, description="A variable of the template, if it has it.")
+    tools: Annotated[list[Any], Field(max_length=1000)] | None = Field(
+        None, description="Only with tool_choice none, for a template that does not write tools."
+    )
+    tool_choice: Literal["none", "auto"] | None = None
+
+    parallel_tool_calls: bool | None = None
+    prediction: Json | None = None
+    include_reasoning: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_end(self) -> "ChatCompletionRequest":
+        _check_end(self.add_generation_prompt, self.continue_final_message)
+        return self
 
     def leaves_out(self, name: str) -> bool:
         """`max_completion_tokens` is the new name of `max_tokens`."""
@@ -210,14 +320,29 @@ class ChatCompletionRequest(Generation):
         return self
 
 
+def _check_end(add_generation_prompt: bool | None, continue_final_message: bool) -> None:
+    if add_generation_prompt and continue_final_message:
+        raise ValueError("continue_final_message: not together with add_generation_prompt")
+
+
 class TokenizeRequest(Body):
     """`/tokenize`: a text, or a conversation as the model's template writes it."""
 
+    IDLE = {"tools": ([],), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
+
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
-    add_special_tokens: bool = True
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(None, description="Nothing: of a text only.")
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: Json | None = None
     return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_end(self) -> "TokenizeRequest":
+        _check_end(self.add_generation_prompt, self.continue_final_message)
+        return self
 
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":

@@ -11,6 +11,8 @@ from time import time
 from typing import Any
 
 from fastapi import Request
+from tiny_llm.chat_messages import MessageError
+from tiny_llm.chat_template import ChatTemplate
 from tiny_llm.engine import Prompt
 
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
@@ -19,7 +21,7 @@ from .config import ServerConfig
 from .errors import ApiError, refused
 from .metrics import Metrics
 from .run import Run
-from .schema import Generation, Message
+from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
 
 LOG = logging.getLogger("uvicorn.error")  # uvicorn's own, for whatever is no request's line
 
@@ -147,7 +149,7 @@ class Service:
             watch = self.metrics.watch(lengths, params.n)
             return await Run.begin(engine, requests, watch, self.config.request_timeout)
         except RequestTooLargeError as error:
-            raise refused(str(error).split(": ", 1)[-1], field, "context_length_exceeded") from error
+            raise _too_large(error, field) from error
         except SamplingParamsError as error:
             raise _of_params(error) from error
         except ValueError as error:
@@ -159,7 +161,9 @@ class Service:
             return body.cache_salt
         return f"{request.state.client}:{body.cache_salt}"
 
-    def encode_chat(self, messages: Sequence[Message], context: int | None = None) -> list[int]:
+    def encode_chat(
+        self, body: ChatCompletionRequest | TokenizeRequest, context: int | None = None
+    ) -> list[int]:
         """A conversation as the template writes it; what a message spells out is text, never control.
 
         context: refuse a conversation that leaves no place for an answer in so many tokens.
@@ -167,14 +171,40 @@ class Service:
         llm = self.llm
         if llm.chat_template is None:
             raise refused(f"{self.model_name} has no chat template: use /v1/completions", "messages")
-        knows_developers = "developer" in (llm.tokenizer.chat_template or "")
-        turns = [_turn(message, knows_developers) for message in messages]
+        kwargs = dict(body.chat_template_kwargs or {})
+        if isinstance(body, ChatCompletionRequest):
+            kwargs = self._of_template(llm.chat_template, body, kwargs)
         try:
-            return llm.chat_template.encode(turns, llm.tokenizer, context=context)
+            return llm.chat_template.encode(
+                body.messages or [],
+                llm.tokenizer,
+                add_generation_prompt=_ends_open(body),
+                continue_final_message=body.continue_final_message,
+                add_special_tokens=bool(body.add_special_tokens),
+                chat_template_kwargs=kwargs,
+                roles=ROLES,
+                context=context,
+            )
+        except MessageError as error:
+            code = "unsupported_field" if error.unsupported else None
+            raise refused(str(error), error.field, code) from error
         except RequestTooLargeError as error:
             raise refused(str(error), "messages", "context_length_exceeded") from error
         except ValueError as error:
             raise refused(str(error), "messages") from error
+
+    def _of_template(
+        self, template: ChatTemplate, body: ChatCompletionRequest, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The template's variables, with those that are fields of their own in OpenAI's API."""
+        if body.tools and body.tool_choice != "none":
+            raise refused("tools is not supported, only with tool_choice none", "tools", "unsupported_field")
+        if body.tools and template.uses_variable("tools"):
+            message = "tools is not supported: this model's template would write them"
+            raise refused(message, "tools", "unsupported_field")
+        if body.reasoning_effort is not None and template.uses_variable("reasoning_effort"):
+            return {"reasoning_effort": body.reasoning_effort, **kwargs}
+        return kwargs
 
     async def drain(self, seconds: float | None) -> None:
         """Take no new requests, and return when the others have ended, or their `seconds` are over."""
@@ -236,8 +266,15 @@ def _of_params(error: ValueError) -> ApiError:
     return refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0])
 
 
-def _turn(message: Message, knows_developers: bool) -> dict[str, str]:
-    """developer is what newer models call system."""
-    role = "system" if message.role == "developer" and not knows_developers else message.role
-    turn = {"role": role, "content": message.text}
-    return turn if message.tool_call_id is None else {**turn, "tool_call_id": message.tool_call_id}
+def _ends_open(body: ChatCompletionRequest | TokenizeRequest) -> bool:
+    """Whether the prompt ends where an answer begins: unless it is said, or the last message goes on."""
+    said = body.add_generation_prompt
+    return not body.continue_final_message if said is None else said
+
+
+def _too_large(error: RequestTooLargeError, field: str) -> ApiError:
+    """A request that could never run: the field that must be smaller is named."""
+    message = str(error).split(": ", 1)[-1]
+    if error.field == "n":
+        return refused(f"n: {message}" if not message.startswith("n = ") else message, "n")
+    return refused(message, error.field or field, "context_length_exceeded")

@@ -1,0 +1,186 @@
+"""Messages of a conversation as clients send them, checked and brought into one form.
+
+The one place that says what a message may hold: for `LLM.chat` and for HTTP. Errors name the place and the
+field, and end the check. Knows nothing of templates or tokens.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from .errors import TinyLLMError
+
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # change nothing in a prompt
+UNSUPPORTED = {
+    "tool_calls": "tool calls are not supported",
+    "function_call": "function calls are not supported",
+    "tools": "tool calls are not supported",
+    "audio": "audio is not supported",
+    "images": "images are not supported",
+    "videos": "videos are not supported",
+}
+MOST_DEPTH = 20  # of lists and objects in what a template gets
+MOST_VALUES = 10_000  # in what a template gets beside the contents
+_MAY_BE_SILENT = ("assistant", "tool")  # whose content may be null or missing
+
+
+class MessageError(TinyLLMError, ValueError):
+    """A message, or an argument of a template, cannot be used. `field` is the place: "messages[2].role"."""
+
+    def __init__(self, field: str, reason: str, *, unsupported: bool = False) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.unsupported = unsupported
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One message. fields: what it says beside its content, in the order in which it was sent.
+
+    parts: its content as texts. A content that is null or missing has none.
+    """
+
+    role: str
+    parts: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+    def with_content(self, content: str | list[dict[str, str]]) -> dict[str, Any]:
+        """The message as a template gets it."""
+        return {**self.fields, "content": content}
+
+
+def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> list[ChatMessage]:
+    """Check a conversation. roles: those that are known; None: any text is a role.
+
+    Raises `MessageError` for the first thing that is wrong.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise MessageError("messages", f"must be a list of messages, not {_kind(messages)}")
+    if not messages:
+        raise MessageError("messages", "must hold at least one message")
+    return [_read(message, f"messages[{place}]", roles) for place, message in enumerate(messages)]
+
+
+def check_json(value: Any, field: str) -> Any:
+    """`value` if it is plain JSON of a bounded depth and number of values, with texts that are Unicode.
+
+    Raises `MessageError` with the place of what is not.
+    """
+    count = 1
+    for item, place, depth in _walk(value, field):
+        _check_value(item, place)
+        count += len(item) if isinstance(item, (Mapping, list, tuple)) else 0
+        if depth > MOST_DEPTH or count > MOST_VALUES:
+            raise MessageError(field, f"at most {MOST_DEPTH} levels and {MOST_VALUES} values")
+    return value
+
+
+def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessage:
+    if not isinstance(message, Mapping):
+        raise MessageError(field, f"must be an object, not {_kind(message)}")
+    role = _text(message.get("role"), f"{field}.role") if "role" in message else None
+    if not role:
+        raise MessageError(f"{field}.role", "required")
+    if roles is not None and role not in roles:
+        raise MessageError(f"{field}.role", f"must be one of {', '.join(roles)}, not {role[:40]!r}")
+    fields = dict(_fields(message, field))
+    parts = _parts(message.get("content"), f"{field}.content")
+    if not parts and role == "assistant" and isinstance(message.get("refusal"), str):
+        parts = (message["refusal"],)  # what the model said instead
+    if not parts and role not in _MAY_BE_SILENT:
+        raise MessageError(f"{field}.content", f"a message of role {role[:40]!r} needs a text")
+    return ChatMessage(role, parts, fields)
+
+
+def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]:
+    """What a template gets beside the content. Reasoning has two names, and templates use either."""
+    for key, value in message.items():
+        if not isinstance(key, str):
+            raise MessageError(field, f"a key must be a text, not {_kind(key)}")
+        if key in UNSUPPORTED and value is not None and value != []:
+            raise MessageError(f"{field}.{key}", UNSUPPORTED[key], unsupported=True)
+        if key in UNSUPPORTED or key in IGNORED or (value is None and key != "content"):
+            continue
+        if key in ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content"):
+            _text(value, f"{field}.{key}")
+        if key == "content":
+            yield key, None
+        else:
+            yield key, check_json(value, f"{field}.{key[:40]}")
+    for one, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
+        if isinstance(message.get(one), str) and message.get(other) is None:
+            yield other, message[one]
+
+
+def _parts(content: Any, field: str) -> tuple[str, ...]:
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return (_text(content, field),)
+    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
+        raise MessageError(field, f"must be a text or a list of text parts, not {_kind(content)}")
+    return tuple(_part(part, f"{field}[{place}]") for place, part in enumerate(content))
+
+
+def _part(part: Any, field: str) -> str:
+    """The text of a part: `{"type": "text", "text": ...}`, or a text itself."""
+    if isinstance(part, str):
+        return _text(part, field)
+    if not isinstance(part, Mapping):
+        raise MessageError(field, f"must be a text part, not {_kind(part)}")
+    kind = part.get("type")
+    if kind is None:
+        raise MessageError(f"{field}.type", "required")
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
+        known = ", ".join(TEXT_PARTS)
+        raise MessageError(
+            f"{field}.type", f"{str(kind)[:40]!r} is not supported: text only ({known})", unsupported=True
+        )
+    for key in part:
+        if key not in ("type", TEXT_PARTS[kind], *IGNORED, "logprobs"):
+            raise MessageError(f"{field}.{str(key)[:40]}", "is not supported", unsupported=True)
+    return _text(part.get(TEXT_PARTS[kind]), f"{field}.{TEXT_PARTS[kind]}")
+
+
+def _text(value: Any, field: str) -> str:
+    if value is None:
+        raise MessageError(field, "required")
+    if not isinstance(value, str):
+        raise MessageError(field, f"must be a text, not {_kind(value)}")
+    _check_value(value, field)
+    return value
+
+
+def _walk(value: Any, field: str) -> Iterator[tuple[Any, str, int]]:
+    """Every value in a value, with its place and depth, outermost first."""
+    left = [(value, field, 1)]
+    while left:
+        item, place, depth = left.pop()
+        yield item, place, depth
+        if isinstance(item, Mapping):
+            for key, one in item.items():
+                left += [(key, place, depth + 1), (one, f"{place}.{str(key)[:40]}", depth + 1)]
+        elif isinstance(item, (list, tuple)):
+            left += [(one, f"{place}[{index}]", depth + 1) for index, one in enumerate(item)]
+
+
+def _check_value(value: Any, field: str) -> None:
+    """Refuse what JSON has no form for, and halves of characters."""
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            reason = f"not Unicode: a lone surrogate at character {error.start}"
+            raise MessageError(field, reason) from None
+    elif not isinstance(value, (Mapping, list, tuple, bool, int, float, type(None))):
+        raise MessageError(field, f"must be plain JSON, not {_kind(value)}")
+    elif isinstance(value, float) and not isfinite(value):
+        raise MessageError(field, f"must be a finite number, not {json.dumps(value)}")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words where JSON has it."""
+    return "null" if value is None else type(value).__name__

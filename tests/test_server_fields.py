@@ -1,0 +1,332 @@
+"""Every field that clients send has its place: supported, accepted without effect, or refused by name.
+
+Oracles: docs/server.md, the fields of OpenAI's client library, and the engine without HTTP.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import httpx2 as httpx
+import openai
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from chat_templates import NAMES, PARTS, REASONING
+from served import Served, serving
+from tiny_llm import LLM, ModelFileError, SamplingParams
+from tiny_llm_ref.chat_template import ChatTemplate
+from tiny_llm_server import ServerConfig
+from tiny_llm_server.schema import ChatCompletionRequest, CompletionRequest, Generation
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "server.md").read_text("utf-8")
+ENDPOINTS: dict[str, type[Generation]] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(num_blocks=256, max_num_seqs=4)
+
+
+@pytest.fixture(scope="module")
+def served(llm: LLM) -> Iterator[Served]:
+    with serving(lambda: llm, ServerConfig(served_model_name="smollm2")) as here:
+        yield here
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[httpx.Client]:
+    with served.client() as client:
+        yield client
+
+
+@pytest.fixture
+def sdk(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="anything", max_retries=0) as client:
+        yield client
+
+
+# The document.
+
+
+def documented(section: str, endpoint: str) -> set[str]:
+    """The fields that a section lists for an endpoint."""
+    [text] = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| `")]
+    place = 2 if section == "Accepted at one value" else 1
+    other = "completions" if endpoint == "chat" else "chat"
+    ours = [row for row in rows if not row[place].startswith(other)]
+    return {name for row in ours for name in re.findall(r"`(\w+)`", row[0])}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_the_document_lists_the_fields_of_the_schema(endpoint: str) -> None:
+    model = ENDPOINTS[endpoint]
+    without_effect = set(model.WITHOUT_EFFECT)
+    assert documented("Accepted without effect", endpoint) == without_effect
+    assert documented("Supported", endpoint) == set(model.model_fields) - without_effect
+    assert documented("Accepted at one value", endpoint) == set(model.IDLE)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "params"),
+    [("chat", chat_create_params), ("completions", completion_create_params)],
+)
+def test_every_field_of_openai_has_a_place(endpoint: str, params: Any) -> None:
+    known = set(get_type_hints(params.CompletionCreateParamsStreaming))
+    sections = ("Supported", "Accepted without effect", "Accepted at one value")
+    [refused] = re.findall(r"^## Refused$(.*?)(?=^## )", DOCUMENT, re.MULTILINE | re.DOTALL)
+    listed = {name for section in sections for name in documented(section, endpoint)}
+    assert known <= listed | set(re.findall(r"`(\w+)`", refused))
+
+
+# What has no effect.
+
+WITHOUT_EFFECT: dict[str, Any] = {
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": True,
+    "safety_identifier": "s",
+    "service_tier": "flex",
+    "session_id": "s",
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {"mode": "implicit"},
+    "parallel_tool_calls": True,
+    "prediction": {"type": "content", "content": "Paris"},
+    "include_reasoning": True,
+    "tool_choice": "none",
+}
+
+
+def test_every_field_without_effect_is_tried() -> None:
+    assert set(WITHOUT_EFFECT) == set(ChatCompletionRequest.WITHOUT_EFFECT)
+    assert set(CompletionRequest.WITHOUT_EFFECT) < set(WITHOUT_EFFECT)
+
+
+def test_fields_without_effect_change_nothing(client: httpx.Client) -> None:
+    """Of both endpoints, all together; and the idle values too."""
+    for path, model, body in (
+        (CHAT, ChatCompletionRequest, {"messages": FRANCE}),
+        (COMPLETE, CompletionRequest, {"prompt": "The sky is"}),
+    ):
+        ask = {**body, "temperature": 0, "max_tokens": 6}
+        fields = {name: WITHOUT_EFFECT[name] for name in model.WITHOUT_EFFECT}
+        idle = {name: values[0] for name, values in model.IDLE.items()}
+        answers = [client.post(path, json={**ask, **more}) for more in ({}, fields, idle)]
+        assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
+        first, *others = [answer.json()["choices"] for answer in answers]
+        assert others == [first, first]
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_field_without_effect_still_has_a_type(client: httpx.Client, name: str) -> None:
+    wrong = 1 if not isinstance(WITHOUT_EFFECT[name], bool) else "yes"
+    refused = client.post(CHAT, json={"messages": FRANCE, name: wrong})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+
+
+def test_metadata_is_bounded(client: httpx.Client) -> None:
+    for wrong in ({"a": 1}, {str(i): "x" for i in range(17)}):
+        refused = client.post(CHAT, json={"messages": FRANCE, "metadata": wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "metadata")
+
+
+def test_the_official_client_sends_what_it_likes(sdk: openai.OpenAI) -> None:
+    answer = sdk.chat.completions.create(
+        model="smollm2",
+        messages=[
+            {"role": "developer", "content": [{"type": "text", "text": "You are helpful."}], "name": "boss"},
+            {"role": "user", "content": [{"type": "text", "text": "What is the capital"}], "name": "ada"},
+            {"role": "assistant", "content": None, "refusal": "No."},
+            {"role": "user", "content": "of France?"},
+        ],
+        metadata={"run": "1"},
+        store=True,
+        user="ada",
+        safety_identifier="x",
+        prompt_cache_key="y",
+        service_tier="auto",
+        reasoning_effort="low",
+        parallel_tool_calls=False,
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        tool_choice="none",
+        max_completion_tokens=4,
+    )
+    assert answer.choices[0].message.content
+
+
+# What changes the prompt.
+
+
+def tokens(client: httpx.Client, **fields: Any) -> list[int]:
+    answer = client.post("/tokenize", json=fields)
+    assert answer.status_code == 200, answer.text
+    found: list[int] = answer.json()["tokens"]
+    return found
+
+
+def test_tokenize_takes_the_fields_of_a_chat(client: httpx.Client, llm: LLM) -> None:
+    answered = [*FRANCE, {"role": "assistant", "content": "The capital"}]
+    whole = tokens(client, messages=answered, add_generation_prompt=False)
+    open_ended = tokens(client, messages=answered, continue_final_message=True)
+    asked = tokens(client, messages=answered)
+    assert asked[: len(whole)] == whole
+    assert whole[: len(open_ended)] == open_ended
+    assert llm.tokenizer.decode(open_ended).endswith("The capital")
+    assert (
+        tokens(client, messages=answered, continue_final_message=True, add_generation_prompt=False)
+        == open_ended
+    )
+
+
+def test_python_and_http_make_the_same_prompt(client: httpx.Client, llm: LLM) -> None:
+    messages = [*FRANCE, {"role": "assistant", "content": ["The capital"], "name": "x"}]
+    params = SamplingParams(temperature=0, max_tokens=3)
+    [output] = llm.chat(messages, params, use_tqdm=False, continue_final_message=True)
+    assert list(output.prompt_token_ids) == tokens(client, messages=messages, continue_final_message=True)
+    ask = {"messages": messages, "temperature": 0, "max_tokens": 3, "continue_final_message": True}
+    said = client.post(CHAT, json=ask).json()["choices"][0]["message"]["content"]
+    assert said == output.outputs[0].text
+    assert said == "".join(d.text for d in llm.stream_chat(messages, params, continue_final_message=True))
+
+
+def test_a_template_of_parts_is_answered(
+    client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reported case: every word of the user was dropped."""
+    whole = tokens(client, messages=FRANCE, add_generation_prompt=False)
+    monkeypatch.setattr(llm, "chat_template", ChatTemplate(PARTS, bos_token="", eos_token=""))
+    assert tokens(client, messages=FRANCE)[:-3] == whole[-len(tokens(client, messages=FRANCE)[:-3]) :]
+
+
+def test_template_variables_come_from_their_fields(
+    client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = REASONING + "{% if reasoning_effort %}effort {{ reasoning_effort }}{% endif %}"
+    monkeypatch.setattr(llm, "chat_template", ChatTemplate(source, bos_token="", eos_token=""))
+    ask = {"messages": FRANCE, "max_tokens": 1}
+    lengths = [
+        client.post(CHAT, json={**ask, **more}).json()["usage"]["prompt_tokens"]
+        for more in ({}, {"reasoning_effort": "low"}, {"chat_template_kwargs": {"enable_thinking": False}})
+    ]
+    assert lengths[0] < lengths[1]
+    assert lengths[0] < lengths[2]
+
+
+def test_tools_that_the_template_would_write_are_refused(
+    client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = {"messages": FRANCE, "tools": [{"type": "function"}], "tool_choice": "none", "max_tokens": 1}
+    assert client.post(CHAT, json=ask).status_code == 200
+    source = NAMES + "{% if tools %}{{ tools }}{% endif %}"
+    monkeypatch.setattr(llm, "chat_template", ChatTemplate(source, bos_token="", eos_token=""))
+    error = client.post(CHAT, json=ask).json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "unsupported_field")
+
+
+def test_a_text_may_go_without_its_frame(client: httpx.Client) -> None:
+    answer = client.post(
+        COMPLETE, json={"prompt": "The sky", "add_special_tokens": False, "echo": True, "max_tokens": 1}
+    )
+    assert answer.json()["choices"][0]["text"].startswith("The sky")
+
+
+# Which field is named.
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "code"),
+    [
+        (CHAT, {"n": 5}, "n", None),
+        (COMPLETE, {"n": 5}, "n", None),
+        (COMPLETE, {"n": 17, "best_of": 17}, "n", None),
+        (COMPLETE, {"best_of": 2}, "best_of", None),
+        (CHAT, {"max_tokens": 1_000_000}, "max_tokens", "context_length_exceeded"),
+        (COMPLETE, {"max_tokens": 1_000_000}, "max_tokens", "context_length_exceeded"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "a " * 9000}]},
+            "messages",
+            "context_length_exceeded",
+        ),
+        (COMPLETE, {"prompt": "a " * 9000}, "prompt", "context_length_exceeded"),
+        (COMPLETE, {"prompt": [-1]}, "prompt", None),
+        (COMPLETE, {"prompt": [1, "a"]}, "prompt", None),
+        (COMPLETE, {"prompt": [[1], [-1]]}, "prompt", None),
+        (COMPLETE, {"prompt": [[[1]]]}, "prompt", None),
+        (COMPLETE, {"prompt": [[]]}, "prompt", None),
+        (COMPLETE, {"prompt": []}, "prompt", None),
+        (COMPLETE, {"prompt": ""}, "prompt", None),
+        (COMPLETE, {"prompt": None}, "prompt", None),
+        (COMPLETE, {"prompt": {}}, "prompt", None),
+        (COMPLETE, {"prompt": [True]}, "prompt", None),
+        (COMPLETE, {"prompt": [1.0]}, "prompt", None),
+        (COMPLETE, {"prompt": [10**30]}, "prompt", None),
+        (CHAT, {"messages": "Hi"}, "messages", None),
+        (CHAT, {"messages": ["Hi"]}, "messages[0]", None),
+        (
+            CHAT,
+            {"messages": [*FRANCE, {"role": "assistant", "tool_calls": [{}]}]},
+            "messages[1].tool_calls",
+            "unsupported_field",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": ["a", {"type": "image_url"}]}]},
+            "messages[0].content[1].type",
+            "unsupported_field",
+        ),
+        (CHAT, {"messages": [{"role": "function", "content": "a"}]}, "messages[0].role", None),
+        (CHAT, {"audio": {}}, "audio", "unsupported_field"),
+        (CHAT, {"verbosity": "low"}, "verbosity", "unsupported_field"),
+        (CHAT, {"modalities": ["text", "audio"]}, "modalities", "unsupported_field"),
+        (CHAT, {"chat_template": "x"}, "chat_template", "unsupported_field"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice", None),
+        (CHAT, {"tools": [{}]}, "tools", "unsupported_field"),
+        (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort", None),
+        (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", None),
+        (CHAT, {"chat_template_kwargs": []}, "chat_template_kwargs", None),
+        (
+            CHAT,
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            None,
+        ),
+    ],
+)
+def test_an_error_names_its_field(
+    client: httpx.Client, path: str, fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    body = {"messages": FRANCE} if path == CHAT else {"prompt": "x"}
+    refused = client.post(
+        path, content=json.dumps({**body, **fields}), headers={"Content-Type": "application/json"}
+    )
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == (param, code), error
+
+
+def test_what_is_wrong_with_a_token_id_is_said(client: httpx.Client) -> None:
+    said = client.post(COMPLETE, json={"prompt": [[5, -1]]}).json()["error"]["message"]
+    assert said == "prompt: [0][1] is -1: a token id is from 0 to the vocabulary's last"
+
+
+def test_n_is_named_where_the_pool_is_too_small_for_it() -> None:
+    llm = LLM(num_blocks=8, max_num_seqs=16, max_model_len=100, preemption_mode="none")
+    with serving(lambda: llm) as here, here.client() as client:
+        error = client.post(COMPLETE, json={"prompt": "x", "n": 8, "max_tokens": 90}).json()["error"]
+        assert (error["param"], error["code"]) == ("n", None)
+
+
+def test_a_model_with_a_bad_template_names_the_file(tmp_path: Path) -> None:
+    from tiny_llm_ref.llm import _template_file
+
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert _template_file(tmp_path).name == "tokenizer_config.json"
+    assert issubclass(ModelFileError, ValueError)
