@@ -7,9 +7,10 @@ and texts in frozen records. An array comes out only evaluated, because a lazy o
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Self, TypeVar
@@ -19,11 +20,12 @@ from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError
+from .errors import EngineStoppingError, SamplingParamsError
 from .inbox import Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
-from .sampling_params import SamplingParams, SamplingParamsError
+from .resources import needing
+from .sampling_params import SamplingParams
 from .search_state import SearchState
 from .tokenizer import Tokenizer
 from .waiting_room import WaitingRoom
@@ -31,6 +33,7 @@ from .waiting_room import WaitingRoom
 T = TypeVar("T")
 Prompt = str | Seq[int]
 
+ENGINE_STACK = 8 << 20  # bytes, as threads commonly have; `ulimit -s` may say less than MLX and Python need
 EXIT_SECONDS = 30.0  # how long the end of a program, or of an engine's owner, waits for a step to end
 
 
@@ -231,7 +234,8 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
     """Start the engine's thread; it is returned when the core is made. Raises what `make_core` raises."""
     ready = inbox.post(partial(loop.begin, make_core))
     thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
-    thread.start()
+    with needing("the engine's thread"), _stack_of(ENGINE_STACK):
+        thread.start()
     try:
         ready.result()
     except BaseException:  # Ctrl-C among them
@@ -240,6 +244,16 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
     finally:
         del ready  # it holds what it raises, which holds this frame
     return thread
+
+
+@contextmanager
+def _stack_of(nbytes: int) -> Iterator[None]:
+    """Threads that start in this block have a stack of so many bytes."""
+    usual = threading.stack_size(nbytes)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:

@@ -10,6 +10,7 @@ from .hf_reader import read_folder
 from .hub import find_model
 from .kernels import compiled_available
 from .model import Model
+from .resources import needing
 from .tokenizer import Tokenizer
 
 
@@ -28,14 +29,15 @@ def load_model(model: str | Path | None, activation_bits: int = 16) -> LoadedMod
     activation_bits: as in `EngineConfig`.
 
     Raises `ModelFileError` naming the file, what was found and what was expected, and ValueError where the
-    environment asks for kernels that there are not.
+    environment asks for kernels that there are not. Raises `OutOfResourcesError` where memory is short.
     """
     compiled_available()  # asked first: what is wrong with the kernels is not the file's fault
     path = find_model(model)
-    checkpoint = read_checkpoint(path)
     is_hub_id = model is not None and not Path(model).expanduser().exists()
     name = str(model) if is_hub_id else path.resolve().name.removesuffix(".gguf")
-    return LoadedModel(name, path, checkpoint.build(activation_bits), checkpoint.tokenizer)
+    with needing(f"the model {path}"):
+        checkpoint = read_checkpoint(path)
+        return LoadedModel(name, path, checkpoint.build(activation_bits), checkpoint.tokenizer)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
