@@ -139,7 +139,7 @@ def _other(llm: LLM, case: Case, with_field: bool, seed: int) -> Request:
     prompt = a_prompt(case.prompt, seed if case.in_prompt else case.prompt)
     if case.beams and with_field:
         return llm.engine.search(
-            prompt, BeamSearchParams(beam_width=case.beams, max_tokens=1000, ignore_eos=True)
+            prompt, BeamSearchParams(beam_width=case.beams, max_tokens=256, ignore_eos=True)
         )
     fields = case.fields if with_field else {}
     return llm.engine.request(
@@ -181,7 +181,7 @@ def main() -> None:
     options.add_argument("--field", action="append", help="this field only; may be repeated")
     options.add_argument("--no-long", action="store_true", help=f"no prompts of {LONG} tokens")
     args = options.parse_args()
-    llm = LLM(max_num_seqs=args.completions + 1, num_blocks=1500)
+    llm = LLM(max_num_seqs=args.completions + 1, num_blocks=1500 + 20 * args.completions)
     chosen = [
         case
         for case in cases(args.completions, not args.no_long)

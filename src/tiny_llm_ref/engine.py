@@ -15,6 +15,7 @@ from functools import partial
 from itertools import count
 from typing import Self, TypeVar
 
+from .batch_manager import refuse_too_many
 from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
@@ -49,6 +50,7 @@ class Engine:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._max_num_seqs = config.max_num_seqs
         self._request_ids = map(str, count())
         self._inbox = Inbox()
         self._room = WaitingRoom(config.max_num_waiting, config.max_num_seqs)
@@ -88,14 +90,16 @@ class Engine:
         request_id: what it is known by, unlike all requests that have not ended; None: a number.
 
         Raises ValueError for what is no text, and for ids outside the vocabulary; `SamplingParamsError` names
-        the field of `params` that has such ids.
+        the field of `params` that has such ids. Raises `RequestTooLargeError` where `n` exceeds
+        `max_num_seqs`.
         """
-        params = params or SamplingParams()
+        params, request_id = params or SamplingParams(), request_id or next(self._request_ids)
+        refuse_too_many(request_id, params.n, self._max_num_seqs)
         tokens = self._encode(prompt)
         for name in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(name, getattr(params, name) or ())
         text = prompt if isinstance(prompt, str) else None
-        return RequestState(request_id or next(self._request_ids), text, tokens, self._tokenizer, params)
+        return RequestState(request_id, text, tokens, self._tokenizer, params)
 
     def search(self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None) -> SearchState:
         """A beam search to submit: as `request`; its only event is its last."""
