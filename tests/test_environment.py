@@ -68,7 +68,8 @@ for name in names:
         out, *_ = k.write_and_attend(q, kv, kv, pool, mx.array(pool), places, tables, rows, places, 0.1)
         mx.eval(out, k.flash_attention(q, kv, kv, 0.1, True))
     for bits in (4, 8):
-        weights = k.pack(*mx.quantize(mx.random.normal((64, 256)), group_size=32, bits=bits), group_size=32, bits=bits)
+        quantized = mx.quantize(mx.random.normal((64, 256)), group_size=32, bits=bits)
+        weights = k.pack(*quantized, group_size=32, bits=bits)
         for activation_bits in (8, 16):
             x = mx.random.normal((50, 256))
             mx.eval(k.quantized_matmul(x, weights, 64, bits=bits, activation_bits=activation_bits))

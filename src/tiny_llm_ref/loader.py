@@ -13,6 +13,8 @@ from .model import Model
 from .resources import needing
 from .tokenizer import Tokenizer
 
+BESIDE_WEIGHTS = 192 << 20  # bytes: the file once more while it is read, the tokenizer, stacks of threads
+
 
 class LoadedModel(NamedTuple):
     """A model, its tokenizer, and where they came from; `name` is the hub's, or the file's or folder's."""
@@ -35,7 +37,7 @@ def load_model(model: str | Path | None, activation_bits: int = 16) -> LoadedMod
     path = find_model(model)
     is_hub_id = model is not None and not Path(model).expanduser().exists()
     name = str(model) if is_hub_id else path.resolve().name.removesuffix(".gguf")
-    with needing(f"the model {path}"):
+    with needing(f"the model {path}", _weight_bytes(path) + BESIDE_WEIGHTS):
         checkpoint = read_checkpoint(path)
         return LoadedModel(name, path, checkpoint.build(activation_bits), checkpoint.tokenizer)
 
@@ -47,3 +49,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path}: weights alone are no model: name the folder that it is in")
     return read_gguf(path)
+
+
+def _weight_bytes(path: Path) -> int:
+    """Bytes of the files that the weights are in."""
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -5,10 +5,12 @@ The allocator of MLX, C++ and Python each raise an error of their own where memo
 """
 
 import errno
+import math
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .errors import OutOfResourcesError
 
@@ -20,16 +22,19 @@ _NO_THREAD = ("Resource temporarily unavailable", "can't start new thread", "can
 def needing(what: str, nbytes: int | None = None) -> Iterator[None]:
     """Raise `OutOfResourcesError` where the block runs out of memory or threads; `what` says what needs them.
 
-    nbytes: how many bytes it takes, where that is known.
+    nbytes: how many bytes it takes, where that is known: where the limit leaves less, the block is not begun.
+    Libraries in C++ and Rust end the process where a small allocation fails.
     """
+    needs = "" if nbytes is None else f": needs {_megabytes(nbytes)}"
+    if (nbytes or 0) > _bytes_left():
+        raise OutOfResourcesError(f"not enough memory for {what}{needs} ({limits()})")
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         missing = missing_resource(error)
         if missing is None:
             raise
-        size = "" if nbytes is None else f": needs {_megabytes(nbytes)}"
-        raise OutOfResourcesError(f"not enough {missing} for {what}{size} ({limits()})") from error
+        raise OutOfResourcesError(f"not enough {missing} for {what}{needs} ({limits()})") from error
 
 
 def missing_resource(error: BaseException) -> str | None:
@@ -55,6 +60,14 @@ def limits() -> str:
     if processes != resource.RLIM_INFINITY:
         found.append(f"limit {processes} threads, ulimit -u")
     return "; ".join(found)
+
+
+def _bytes_left() -> float:
+    """Bytes that the limit on memory leaves; infinite without a limit, and where the use is not known."""
+    limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not pages.exists():
+        return math.inf
+    return limit - int(pages.read_text().split()[0]) * resource.getpagesize()
 
 
 def _megabytes(nbytes: int) -> str:
