@@ -177,7 +177,7 @@ def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
         ("stop_token_ids", [3, -1], "stop_token_ids[1] must be at least 0, not -1"),
         ("stop", ["a", 7], "stop[1] must be a text, not 7"),
         ("stop", ["a", "\ud800"], "stop[1] must be Unicode text, not '\\ud800'"),
-        ("stop", "x" * 1025, "stop[0] must be at most 1024 characters long, not '1025 characters'"),
+        ("stop", "x" * 1025, "stop[0] must have at most 1024 characters, not 1025"),
         ("stop", ["a"] * 65, "stop must have at most 64 texts, not 65"),
         ("stop_token_ids", [1] * 129, "stop_token_ids must have at most 128 token ids, not 129"),
         ("logit_bias", dict.fromkeys(range(1025), 1), "logit_bias must have at most 1024 tokens, not 1025"),
@@ -195,7 +195,7 @@ def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
         ("n", 10**9000, "n must be at most 2147483647, not a number of 29898 bits"),
         ("temperature", [10**9000], "temperature must be a number, not a value of type list"),
         ("temperature", Decimal("0.5"), "temperature must be a number, not Decimal('0.5')"),
-        ("cache_salt", "x" * 1025, "cache_salt must be at most 1024 characters long, not '1025 characters'"),
+        ("cache_salt", "x" * 1025, "cache_salt must have at most 1024 characters, not 1025"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )

@@ -51,9 +51,9 @@ def _of_resources(error: MemoryError | RuntimeError) -> str:
 
     from tiny_llm import TinyLLMError
 
-    missing = missing_resource(error)
     if isinstance(error, TinyLLMError):
         return str(error)
+    missing = missing_resource(error)
     if missing is None:
         raise error
     return f"not enough {missing} ({limits()})"

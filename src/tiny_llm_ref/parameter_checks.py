@@ -71,7 +71,8 @@ def text(name: str, value: object, most: int) -> str:
     """A text that UTF-8 can encode, of at most so many characters."""
     if not isinstance(value, str):
         refuse(name, "a text", value)
-    check(len(value) <= most, name, f"at most {most} characters long", f"{len(value)} characters")
+    if len(value) > most:
+        raise SamplingParamsError(f"{name} must have at most {most} characters, not {len(value)}")
     check(_is_unicode(value), name, "Unicode text", value)
     return value
 

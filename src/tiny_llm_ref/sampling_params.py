@@ -20,7 +20,7 @@ from .parameter_checks import (
 
 LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32, and leave no probabilities to draw from
 MOST_TEMPERATURE = 1e30  # divided by more, -inf is no number in float32
-LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond them products with a logit overflow float32
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # a logit changed by as much stays finite in float32
 MOST_BIAS = 100.0  # of a logit; OpenAI's limit
 MOST_DIGITS = 18  # of a token id that is written out
 MOST_SEED = 2**64 - 1
