@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from tiny_llm.beam_search import BeamSearch, Choice, Ended, Hypothesis
 from tiny_llm.dense_batch import DenseBatchManager
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.errors import ConfigError, DuplicateRequestError, OutOfBlocksError, RequestTooLargeError
+from tiny_llm.errors import DuplicateRequestError, OutOfBlocksError, RequestTooLargeError, SamplingParamsError
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.model import Model
 from tiny_llm.sampling_params import SamplingParams
@@ -253,7 +253,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("wrong", "message"), REFUSED.values(), ids=REFUSED)
 def test_parameters_that_cannot_work_are_refused(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SamplingParamsError, match=message):
         BeamSearchParams(**{"beam_width": 2, "max_tokens": 8, **wrong})  # type: ignore[arg-type]
 
 

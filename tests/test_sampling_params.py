@@ -1,11 +1,27 @@
 """SamplingParams: vLLM's names and defaults, and a refusal that names the parameter and its value."""
 
 import dataclasses
+import tracemalloc
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+from queue import SimpleQueue
+from typing import NoReturn
 
+import numpy as np
 import pytest
-from tiny_llm.sampling_params import SamplingParamsError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_llm.beam_search import BeamSearchParams
+from tiny_llm.delivery import Item
+from tiny_llm.errors import SamplingParamsError
+from tiny_llm.output_processor import RequestState
 
-from tiny_llm import SamplingParams
+from test_engine import SECONDS, make_engine
+from tiny_llm import Engine, RequestEvent, RequestTooLargeError, SamplingParams
+from tiny_model import examples, random_prompt
+
+TOO_LONG = (["a"] * 65, [1] * 129, dict.fromkeys(range(1025), 1.0))
 
 
 def test_the_defaults_are_vllms() -> None:
@@ -54,19 +70,31 @@ def test_the_defaults_are_vllms() -> None:
         ("stop", ""),
         ("stop", ("a", "")),
         ("stop", 7),
-        ("stop", ["a", 7]),
+        ("stop", b"a"),
+        ("stop", {"a": 1}),
+        ("stop", {"a"}),
         ("presence_penalty", 2.1),
         ("presence_penalty", float("nan")),
         ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("inf")),
+        ("repetition_penalty", 0.009),
+        ("repetition_penalty", 100.5),
+        ("temperature", 1e31),
         ("min_tokens", -1),
         ("min_tokens", 17),
         ("prompt_logprobs", -1),
         ("logit_bias", [1]),
         ("stop_token_ids", 7),
-        ("stop_token_ids", ["a"]),
-        ("stop_token_ids", [-1]),
+        ("stop_token_ids", {3}),
+        ("logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("top_k", 2**31),
+        ("max_tokens", 2**63),
+        ("priority", -(2**31)),
+        ("seed", 2**64),
+        ("cache_salt", 5),
+        ("cache_salt", None),
         ("temperature", "0.7"),
         ("temperature", True),
         ("temperature", None),
@@ -88,7 +116,13 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> No
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_k", -1), ("top_k", 0), ("top_p", 1.0), ("min_p", 1.0), ("max_tokens", None), ("seed", 0)],
+    [
+        *(("top_k", -1), ("top_k", 0), ("top_k", 2**31 - 1), ("top_p", 1.0), ("min_p", 1.0), ("min_p", -0.0)),
+        *(("max_tokens", None), ("seed", 0), ("seed", 2**64 - 1), ("n", 2**31 - 1), ("priority", 1 - 2**31)),
+        *(("repetition_penalty", 0.01), ("repetition_penalty", 100), ("temperature", 1e30), ("logprobs", 20)),
+        *(("stop", ("a" * 1024,) * 64), ("stop_token_ids", (1,) * 128), ("cache_salt", "é" * 1024)),
+        ("logit_bias", dict.fromkeys(range(1024), 1.0)),
+    ],
 )
 def test_the_ends_of_each_range_are_allowed(name: str, value: object) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]
@@ -134,3 +168,168 @@ def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
     assert SamplingParams(temperature=0).greedy
     assert SamplingParams(temperature=1e-30).greedy, "dividing by so little gives no probabilities"
     assert not SamplingParams(temperature=0.01).greedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("stop_token_ids", ["a"], "stop_token_ids[0] must be a whole number, not 'a'"),
+        ("stop_token_ids", [3, -1], "stop_token_ids[1] must be at least 0, not -1"),
+        ("stop", ["a", 7], "stop[1] must be a text, not 7"),
+        ("stop", ["a", "\ud800"], "stop[1] must be Unicode text, not '\\ud800'"),
+        ("stop", "x" * 1025, "stop[0] must have at most 1024 characters, not 1025"),
+        ("stop", ["a"] * 65, "stop must have at most 64 texts, not 65"),
+        ("stop_token_ids", [1] * 129, "stop_token_ids must have at most 128 token ids, not 129"),
+        ("logit_bias", dict.fromkeys(range(1025), 1), "logit_bias must have at most 1024 tokens, not 1025"),
+        ("logit_bias", {5: 1, "5": 2}, "logit_bias must be a mapping that has each token once, not '5'"),
+        ("logit_bias", {"\u0665": 1}, "logit_bias must be a mapping from token ids, not '\u0665'"),
+        ("logit_bias", {True: 1}, "logit_bias must be a whole number, not True"),
+        ("logit_bias", {5: float("nan")}, "logit_bias[5] must be from -100 to 100, not nan"),
+        ("logit_bias", {10**9000: 1}, "logit_bias must be at most 2147483647, not a number of 29898 bits"),
+        ("temperature", 10**400, "temperature must be from 0 to 1e+30, not a number of 1329 bits"),
+        (
+            "repetition_penalty",
+            10**9000,
+            "repetition_penalty must be from 0.01 to 100, not a number of 29898",
+        ),
+        ("n", 10**9000, "n must be at most 2147483647, not a number of 29898 bits"),
+        ("temperature", [10**9000], "temperature must be a number, not a value of type list"),
+        ("temperature", Decimal("0.5"), "temperature must be a number, not Decimal('0.5')"),
+        ("cache_salt", "x" * 1025, "cache_salt must have at most 1024 characters, not 1025"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_a_refusal_names_the_field_the_range_and_the_value_shortened(
+    name: str, value: object, said: str
+) -> None:
+    with pytest.raises(SamplingParamsError) as refusal:
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+    assert str(refusal.value).startswith(said)
+    assert len(str(refusal.value)) < 200
+
+
+class Untouched(list):  # type: ignore[type-arg]
+    """A list that nobody may look into."""
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("a list that is too long is refused by its length")
+
+    __getitem__ = __iter__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
+def test_a_list_that_is_too_long_is_refused_before_its_elements_are_looked_at(name: str) -> None:
+    with pytest.raises(SamplingParamsError, match=f"^{name} must have at most .*, not 1000000$"):
+        SamplingParams(**{name: Untouched([1] * 1_000_000)})  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_fractions_become_pythons() -> None:
+    params = SamplingParams(
+        n=np.int64(2),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        top_p=Fraction(1, 2),  # type: ignore[arg-type]
+        stop_token_ids=[np.int32(7)],  # type: ignore[list-item]
+        logit_bias={np.int64(3): np.float64(1.5)},
+    )
+    assert params == SamplingParams(n=2, temperature=0.5, top_p=0.5, stop_token_ids=(7,), logit_bias={3: 1.5})
+    assert [type(value) for value in (params.n, params.temperature, *params.stop_ids)] == [int, float, int]
+
+
+def test_lists_are_copies() -> None:
+    stop, ids = ["a"], [3]
+    params = SamplingParams(stop=stop, stop_token_ids=ids)
+    stop.clear()
+    ids.clear()
+    assert (params.stop_strings, params.stop_ids) == (("a",), {3})
+
+
+# What is accepted runs.
+
+odd_numbers = st.sampled_from(
+    [
+        *(0, -0.0, 1, -1, 2, 20, 127, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400, 10**5000),
+        *(0.5, 1e-5, 9e-6, 1e-300, 5e-324, 1e30, 1e38, 1e300, float("inf"), float("-inf"), float("nan")),
+        *(np.int64(3), np.float32(0.25), np.float64(1e-40), Fraction(1, 3), Decimal("0.5"), True, None, "1"),
+    ]
+)
+odd_values = st.one_of(
+    odd_numbers,
+    st.integers(),
+    st.floats(),
+    st.text(max_size=4),
+    st.binary(max_size=3),
+    st.lists(st.one_of(odd_numbers, st.text(max_size=3), st.integers(0, 200)), max_size=4),
+    st.dictionaries(
+        st.one_of(st.integers(0, 200), st.sampled_from(["7", "x"])), st.floats(-200, 200), max_size=4
+    ),
+    st.sampled_from([{"a"}, (), (1, 2), object(), b"x", np.array([1, 2]), np.array(3), range(3)]),
+    st.sampled_from(TOO_LONG),
+)
+FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = make_engine()
+    yield engine
+    engine.stop()
+
+
+def answers(engine: Engine, *requests: RequestState) -> list[list[tuple[int, ...]]]:
+    """The tokens of every completion of requests that are served together."""
+    items: SimpleQueue[list[Item]] = SimpleQueue()
+    engine.submit(requests, items.put).result(SECONDS)
+    while not all(request.finished for request in requests):
+        assert all(isinstance(item, RequestEvent) for item in items.get(timeout=SECONDS)), "one has failed"
+    return [[one.token_ids for one in request.output.outputs] for request in requests]
+
+
+def refused_or_made(values: dict[str, object]) -> SamplingParams | str:
+    """Parameters, or what they are refused with."""
+    try:
+        return SamplingParams(**values)  # type: ignore[arg-type]
+    except SamplingParamsError as error:
+        return str(error)
+
+
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(FIELDS), odd_values, min_size=1, max_size=2))
+def test_a_value_is_refused_by_name_or_the_request_and_its_neighbour_end_as_they_should(
+    engine: Engine, given_values: dict[str, object]
+) -> None:
+    """Whatever it is: nothing fails in the middle of a step, and the neighbour's answer is its own."""
+    params = refused_or_made({"max_tokens": 4, **given_values})
+    if isinstance(params, str):
+        assert params.split(" ")[0].split("[")[0] in {*given_values, "min_tokens"}
+        assert len(params) < 300
+        return
+    neighbour = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=2)
+    alone = answers(engine, engine.request(random_prompt(5, 1), neighbour))[0]
+    try:
+        together = answers(
+            engine,
+            engine.request(random_prompt(7, 2), params),
+            engine.request(random_prompt(5, 1), neighbour),
+        )
+    except (SamplingParamsError, RequestTooLargeError):  # the vocabulary, the context, sequences at once
+        return
+    assert together[1] == alone
+
+
+def test_completions_and_beams_beyond_what_runs_at_once_are_refused_before_anything_is_made(
+    engine: Engine,
+) -> None:
+    """Memory is the measure: half a gigabyte of ids was made before."""
+    tracemalloc.start()
+    try:
+        core = engine.core
+        with pytest.raises(RequestTooLargeError, match="n = 2000000 exceeds the 8"):
+            engine.call(lambda: core.add_request("a", [1], SamplingParams(n=2_000_000)))
+        with pytest.raises(RequestTooLargeError, match="n = 2000000 exceeds the 8"):
+            engine.request("a" * 1000, SamplingParams(n=2_000_000))
+        search = engine.search([1], BeamSearchParams(beam_width=50_000_000, max_tokens=4))
+        with pytest.raises(RequestTooLargeError, match="n = 50000000 exceeds the 8"):
+            engine.submit([search], print).result(SECONDS)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

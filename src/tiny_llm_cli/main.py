@@ -34,6 +34,8 @@ def run(arguments: Sequence[str]) -> int:
             return code if isinstance(code, int) else OK
         except TyperException as error:
             return _fail(error, error.format_message() + _where_help_is(error), error.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            return _fail(error, _of_resources(error), FAILED)
         except OSError as error:
             named = error.filename is not None and error.strerror is not None
             return _fail(error, f"{error.filename}: {error.strerror}" if named else str(error), FAILED)
@@ -41,6 +43,20 @@ def run(arguments: Sequence[str]) -> int:
             if not _is_refusal(error):
                 raise
             return _fail(error, str(error), USAGE if _is_option_error(error) else FAILED)
+
+
+def _of_resources(error: MemoryError | RuntimeError) -> str:
+    """What the system did not give, in one line; raises the error where it is about something else."""
+    from tiny_llm.resources import limits, missing_resource
+
+    from tiny_llm import TinyLLMError
+
+    if isinstance(error, TinyLLMError):
+        return str(error)
+    missing = missing_resource(error)
+    if missing is None:
+        raise error
+    return f"not enough {missing} ({limits()})"
 
 
 def _fail(error: Exception, message: str, code: int) -> int:

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import reprlib
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,10 @@ __all__ = [
     "write_and_attend",
     "zeros",
 ]
+
+
+MOST_THREADS = 1024
+MOST_DIGITS = 9  # of a number of threads that is written out
 
 
 def available() -> bool:
@@ -334,14 +339,20 @@ class TransformerBlock:
 
 
 def set_num_threads(n: int) -> None:
-    """Runs the kernels on `n` threads, the calling one included. Changes no result."""
-    if n < 1:
-        raise ValueError(f"the number of threads must be at least 1, got {n}")
+    """Runs the kernels on `n` threads, the calling one included, or as many as the system starts.
+
+    Changes no result. Raises ValueError for a number outside 1 .. `MOST_THREADS`.
+    """
+    if not 1 <= n <= MOST_THREADS:
+        raise ValueError(f"the number of threads must be from 1 to {MOST_THREADS}, got {n}")
     native.set_num_threads(n)
 
 
 def num_threads() -> int:
-    """The number of threads in use; at first, as many as this process may use processors."""
+    """The number of threads in use; before the first kernel runs, those that will be asked for.
+
+    At first as many as this process may use processors.
+    """
     return native.num_threads()
 
 
@@ -418,8 +429,12 @@ def _configure(wanted: str, threads: str | None) -> None:
     if wanted != "auto":
         select_instruction_set(wanted)
     if threads is not None:
-        if not threads.isdecimal() or int(threads) < 1:
-            raise ValueError(f"TINY_LLM_NUM_THREADS must be a whole number from 1, got {threads!r}")
+        is_number = threads.isdecimal() and len(threads) <= MOST_DIGITS
+        if not is_number or not 1 <= int(threads) <= MOST_THREADS:
+            raise ValueError(
+                f"TINY_LLM_NUM_THREADS must be a whole number from 1 to {MOST_THREADS}, "
+                f"got {reprlib.repr(threads)}"
+            )
         set_num_threads(int(threads))
 
 

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from .errors import EngineStoppingError as EngineStoppingError
     from .errors import ModelFileError as ModelFileError
     from .errors import OutOfBlocksError as OutOfBlocksError
+    from .errors import OutOfResourcesError as OutOfResourcesError
     from .errors import QueueFullError as QueueFullError
     from .errors import RequestFailedError as RequestFailedError
     from .errors import RequestTooLargeError as RequestTooLargeError
+    from .errors import SamplingParamsError as SamplingParamsError
     from .errors import TinyLLMError as TinyLLMError
     from .errors import UnknownBlockError as UnknownBlockError
     from .kernels import KernelInfo as KernelInfo
@@ -55,12 +57,10 @@ if TYPE_CHECKING:
     from .prefix_cache import PrefixCache as PrefixCache
     from .prefix_kv_cache import PrefixCachingKVCache as PrefixCachingKVCache
     from .sampling_params import SamplingParams as SamplingParams
-    from .sampling_params import SamplingParamsError as SamplingParamsError
 
 _MODULE_OF = {
     "LLM": "llm",
     "SamplingParams": "sampling_params",
-    "SamplingParamsError": "sampling_params",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
@@ -96,8 +96,10 @@ _MODULE_OF = {
     "compact_memory": "compaction",
     "compact_pages": "compaction",
     "share_budget": "chunked_prefill",
+    "SamplingParamsError": "errors",
     "TinyLLMError": "errors",
     "OutOfBlocksError": "errors",
+    "OutOfResourcesError": "errors",
     "DoubleFreeError": "errors",
     "UnknownBlockError": "errors",
     "RequestTooLargeError": "errors",

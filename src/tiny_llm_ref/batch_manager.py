@@ -117,12 +117,17 @@ def longest(tokens: list[int], params: SamplingParams, request_id: str, context:
             f"{max(1, max_outputs)} output tokens exceed the context of {context}",
             "max_tokens" if max_outputs >= context and len(tokens) < context else None,
         )
-    if params.n > seats:
+    refuse_too_many(request_id, params.n, seats)
+    return len(tokens) + max_outputs
+
+
+def refuse_too_many(request_id: str, n: int, seats: int) -> None:
+    """Raise `RequestTooLargeError` for more completions than sequences that may run at once."""
+    if n > seats:
         raise RequestTooLargeError(
-            f"request {request_id!r}: n = {params.n} exceeds the {seats} sequences that may run at once",
+            f"request {request_id!r}: n = {n} exceeds the {seats} sequences that may run at once",
             "n",
         )
-    return len(tokens) + max_outputs
 
 
 def wanted(sequence: Sequence) -> int:

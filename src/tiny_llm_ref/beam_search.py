@@ -10,8 +10,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .errors import ConfigError
 from .paged_attention import BlockAllocator, BlockCopy, BlockTable
+from .parameter_checks import MOST_COUNT, MOST_SALT_CHARACTERS, flag, number, text, whole_number
 
 MOST_PENALTY = 10  # a number of tokens to this power is still a float, and so is one part in as many
 
@@ -25,6 +25,8 @@ class BeamSearchParams:
     tokens' log-probabilities, divided by their number to this power, from -10 to 10; above 0 prefers longer
     texts.
     cache_salt, priority: as in `SamplingParams`.
+
+    Raises `SamplingParamsError` for a value that cannot work.
     """
 
     beam_width: int
@@ -35,15 +37,16 @@ class BeamSearchParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("beam_width", "max_tokens", "priority"):
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise ConfigError(f"{name} must be a whole number, not {value!r}")
-            if value < 1 and name != "priority":
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if not -MOST_PENALTY <= self.length_penalty <= MOST_PENALTY:
-            limits = f"from {-MOST_PENALTY} to {MOST_PENALTY}"
-            raise ConfigError(f"length_penalty must be {limits}, not {self.length_penalty}")
+        checked = {
+            "beam_width": whole_number("beam_width", self.beam_width, 1),
+            "max_tokens": whole_number("max_tokens", self.max_tokens, 1),
+            "ignore_eos": flag("ignore_eos", self.ignore_eos),
+            "length_penalty": number("length_penalty", self.length_penalty, -MOST_PENALTY, MOST_PENALTY),
+            "cache_salt": text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS),
+            "priority": whole_number("priority", self.priority, -MOST_COUNT),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def score(self, logprob: float, num_tokens: int) -> float:
         """What hypotheses are compared by once they have ended; higher is better."""
@@ -116,6 +119,8 @@ class BeamSearch:
                 choices.append(Choice(parent, token))
             elif reason is not None and rank < width:
                 self.ended.append(Ended(self.params.score(grown.logprob, len(grown.tokens)), grown, reason))
+            if len(choices) == width and rank + 1 >= width:
+                break  # those that rank below are neither
         self.ended = sorted(self.ended, key=lambda ended: -ended.score)[:width]
         if self._nothing_can_improve():
             self.beams, choices = [], []

@@ -7,23 +7,26 @@ and texts in frozen records. An array comes out only evaluated, because a lazy o
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Self, TypeVar
 
+from .batch_manager import refuse_too_many
 from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError
+from .errors import EngineStoppingError, SamplingParamsError
 from .inbox import Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
-from .sampling_params import SamplingParams, SamplingParamsError
+from .resources import needing
+from .sampling_params import SamplingParams
 from .search_state import SearchState
 from .tokenizer import Tokenizer, check_length
 from .waiting_room import WaitingRoom
@@ -31,6 +34,7 @@ from .waiting_room import WaitingRoom
 T = TypeVar("T")
 Prompt = str | Seq[int]
 
+ENGINE_STACK = 8 << 20  # bytes, as threads commonly have; `ulimit -s` may say less than MLX and Python need
 EXIT_SECONDS = 30.0  # how long the end of a program, or of an engine's owner, waits for a step to end
 
 
@@ -53,6 +57,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._max_num_seqs = config.max_num_seqs
         self._request_ids = map(str, count())
         self._inbox = Inbox()
         self._room = WaitingRoom(config.max_num_waiting, config.max_num_seqs)
@@ -91,16 +96,17 @@ class Engine:
 
         request_id: what it is known by, unlike all requests that have not ended; None: a number.
 
-        Raises ValueError for what is no text, and for ids outside the vocabulary; `RequestTooLargeError` for
-        a prompt that no context holds, as cheaply as that can be known; `SamplingParamsError` names
-        the field of `params` that has such ids.
+        Raises ValueError for what is no text, and for ids outside the vocabulary; `SamplingParamsError` names
+        the field of `params` that has such ids. Raises `RequestTooLargeError` if `n` exceeds `max_num_seqs`,
+        and, as cheaply as that can be known, for a prompt that the context cannot hold.
         """
-        params = params or SamplingParams()
+        params, request_id = params or SamplingParams(), request_id or next(self._request_ids)
+        refuse_too_many(request_id, params.n, self._max_num_seqs)
         tokens = self._encode(prompt)
         for name in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(name, getattr(params, name) or ())
         text = prompt if isinstance(prompt, str) else None
-        return RequestState(request_id or next(self._request_ids), text, tokens, self._tokenizer, params)
+        return RequestState(request_id, text, tokens, self._tokenizer, params)
 
     def search(self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None) -> SearchState:
         """A beam search to submit: as `request`; its only event is its last."""
@@ -241,7 +247,8 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
     """Start the engine's thread; it is returned when the core is made. Raises what `make_core` raises."""
     ready = inbox.post(partial(loop.begin, make_core))
     thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
-    thread.start()
+    with needing("the engine's thread"), _stack_of(ENGINE_STACK):
+        thread.start()
     try:
         ready.result()
     except BaseException:  # Ctrl-C among them
@@ -250,6 +257,16 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
     finally:
         del ready  # it holds what it raises, which holds this frame
     return thread
+
+
+@contextmanager
+def _stack_of(nbytes: int) -> Iterator[None]:
+    """Threads that start in this block have a stack of so many bytes."""
+    usual = threading.stack_size(nbytes)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:

@@ -137,6 +137,10 @@ class EngineConfig:
             )
         return blocks
 
+    def pool_bytes(self, model: ModelConfig, bytes_per_value: int) -> int:
+        """Bytes of the pool for `model`."""
+        return self.pool_blocks(model, bytes_per_value) * self._block_bytes(model, bytes_per_value)
+
     def swap_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
         """Blocks on the host for what is preempted; 0 unless that is the mode."""
         if self.preemption_mode != "swap":

@@ -76,6 +76,14 @@ class ConfigError(TinyLLMError, ValueError):
     """An option is unknown or has a value that cannot work; the message names both."""
 
 
+class SamplingParamsError(TinyLLMError, ValueError):
+    """A sampling parameter is unknown or has a value out of range; the message names it and the range."""
+
+
+class OutOfResourcesError(TinyLLMError, MemoryError):
+    """The operating system gives no more memory or threads; the message names the purpose and the limits."""
+
+
 class ModelFileError(TinyLLMError, ValueError):
     """A model file cannot be read: names the file, what was found, and what was expected.
 

@@ -13,7 +13,10 @@ from .hf_reader import read_folder
 from .hub import find_model, local_path
 from .kernels import compiled_available
 from .model import Model
+from .resources import needing
 from .tokenizer import Tokenizer
+
+BESIDE_WEIGHTS = 192 << 20  # bytes: the file once more while it is read, the tokenizer, stacks of threads
 
 
 class LoadedModel(NamedTuple):
@@ -37,14 +40,17 @@ def load_model(
     activation_bits, generation_config: as in `EngineConfig`.
 
     Raises `ModelFileError` naming the file, what was found and what was expected, and ValueError where the
-    environment asks for kernels that there are not.
+    environment asks for kernels that there are not. Raises `OutOfResourcesError` where memory is short.
     """
     compiled_available()  # asked first: what is wrong with the kernels is not the file's fault
     path = find_model(model)
-    checkpoint, defaults = _with_defaults(read_checkpoint(path), generation_config)
     is_hub_id = model is not None and not local_path(model).exists()
     name = str(model) if is_hub_id else stem(path.resolve().name)
-    return LoadedModel(name, path, checkpoint.build(activation_bits), checkpoint.tokenizer, defaults)
+    with needing(f"the model {path}", BESIDE_WEIGHTS):
+        checkpoint, defaults = _with_defaults(read_checkpoint(path), generation_config)
+    with needing(f"the model {path}", _weight_bytes(checkpoint) + BESIDE_WEIGHTS):
+        built = checkpoint.build(activation_bits)
+    return LoadedModel(name, path, built, checkpoint.tokenizer, defaults)
 
 
 def _with_defaults(checkpoint: Checkpoint, generation_config: str) -> tuple[Checkpoint, Defaults]:
@@ -66,3 +72,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise ModelFileError(f"{path}: neither a regular file nor a folder")
     return read_gguf(path)
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the files that the weights are in."""
+    return sum(file.stat().st_size for file in {tensor.file for tensor in checkpoint.tensors.values()})

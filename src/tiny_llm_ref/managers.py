@@ -17,15 +17,21 @@ from .paged_batch import PagedBatchManager
 from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy
 from .preemption import NewestFirst
 from .prefix_sharing import PrefixSharing
+from .resources import needing
 from .scheduler import AgedPriority
 from .windowed_prefix import WindowedPrefixSharing
 
 
 def make_manager(config: EngineConfig, model: Model) -> BatchManager:
-    """A batch manager for a loaded model, paged or dense, with all its memory taken."""
-    if config.batching == "dense":
-        return _dense_manager(config, model)
-    return _paged_manager(config, model.config, model)
+    """A batch manager for a loaded model, paged or dense, with all its memory taken.
+
+    Raises `OutOfResourcesError` where there is not so much.
+    """
+    value_bytes = DTYPES[config.kv_cache_dtype].size
+    with needing("keys and values", config.pool_bytes(model.config, value_bytes)):
+        if config.batching == "dense":
+            return _dense_manager(config, model)
+        return _paged_manager(config, model.config, model)
 
 
 def without_model(config: EngineConfig, model: ModelConfig) -> PagedBatchManager:

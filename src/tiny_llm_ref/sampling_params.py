@@ -2,21 +2,57 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Self
 
-from .errors import TinyLLMError
+from .errors import SamplingParamsError
+from .parameter_checks import (
+    MOST_COUNT,
+    MOST_SALT_CHARACTERS,
+    check,
+    flag,
+    listed,
+    number,
+    refuse,
+    text,
+    whole_number,
+)
 
 LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32, and leave no probabilities to draw from
+MOST_TEMPERATURE = 1e30  # divided by more, -inf is no number in float32
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # a logit changed by as much stays finite in float32
 MOST_BIAS = 100.0  # of a logit; OpenAI's limit
 MOST_DIGITS = 18  # of a token id that is written out
+MOST_SEED = 2**64 - 1
 
-_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "priority")
-_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+# Lists cost time in every step, so they are bounded: as in vLLM, where it has a limit.
+MOST_BIASES = 1024
+MOST_STOP_IDS = 128
+MOST_LOGPROBS = 20
+MOST_STOPS = 64
+MOST_STOP_CHARACTERS = 1024  # of each
+
+_WHOLE = {
+    "n": (1, MOST_COUNT),
+    "top_k": (-1, MOST_COUNT),
+    "min_tokens": (0, MOST_COUNT),
+    "priority": (-MOST_COUNT, MOST_COUNT),
+}
+_OPTIONAL = {
+    "seed": (0, MOST_SEED),
+    "max_tokens": (1, MOST_COUNT),
+    "logprobs": (0, MOST_LOGPROBS),
+    "prompt_logprobs": (0, MOST_LOGPROBS),
+}
+_NUMBERS = {
+    "temperature": (0.0, MOST_TEMPERATURE),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (LEAST_REPETITION, MOST_REPETITION),
+}
 _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
-
-
-class SamplingParamsError(TinyLLMError, ValueError):
-    """A sampling parameter is unknown or has a value out of range; the message names it and the range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +64,21 @@ class SamplingParams:
     top_p: keep the smallest set of likeliest tokens whose probabilities sum to at least this.
     top_k: keep the k likeliest tokens; 0 or -1 keeps all.
     min_p: drop tokens less likely than this fraction of the likeliest token's probability.
-    seed: completion i draws with seed + i; None takes a seed at admission.
+    seed: from 0 to 2**64 - 1; completion i draws with seed + i; None takes a seed at admission.
     presence_penalty, frequency_penalty: taken from the logit of a token that the output has, once, and once
         for each time; from -2 to 2.
     repetition_penalty: divides the logit of a token that prompt or output has where it is positive, and
-        multiplies it where it is negative; 1 is off.
-    stop: strings that end the text; the output never contains one. A control token that a string spells out
-        matches that token where it is produced, also where the text leaves it out.
-    stop_token_ids: tokens that end the output (the token is part of `token_ids`, not of the text).
+        multiplies it where it is negative; 1 is off; from 0.01 to 100.
+    stop: strings that end the text; the output never contains one. At most 64, of 1,024 characters each. A
+        control token that a string spells out matches that token where it is produced, also where the text
+        leaves it out.
+    stop_token_ids: at most 128 tokens that end the output (part of `token_ids`, not of the text).
     ignore_eos: go on after end-of-sequence tokens.
     max_tokens: longest output in tokens; None means up to the context's end.
     min_tokens: nothing ends the output before it has this many tokens.
-    logprobs: log-probabilities to return for each token: the chosen one and this many likeliest.
+    logprobs: log-probabilities to return for each token: the chosen one and this many likeliest, at most 20.
     prompt_logprobs: the same for each token of the prompt but the first.
-    logit_bias: what to add to the logits of some tokens, from -100 to 100, by token id.
+    logit_bias: what to add to the logits of at most 1,024 tokens, from -100 to 100, by token id.
     skip_special_tokens: leave control tokens out of the text.
     include_stop_str_in_output: let the text end with the stop string, or the stop token's text.
     cache_salt: the request shares the pages of a common beginning with requests of the same salt alone.
@@ -72,52 +109,30 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        self._check_types()
-        for name, penalty in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
-            _check(-2.0 <= penalty <= 2.0, f"{name}_penalty", "in [-2, 2]", penalty)
-        finite = float("inf")
-        _check(self.n >= 1, "n", "at least 1", self.n)
-        _check(0.0 <= self.temperature < finite, "temperature", "a finite number from 0 up", self.temperature)
-        _check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
-        _check(self.top_k >= -1, "top_k", "-1, 0 (both: off) or a positive number", self.top_k)
-        _check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]", self.min_p)
-        _check(
-            0.0 < self.repetition_penalty < finite,
-            "repetition_penalty",
-            "a finite number above 0",
-            self.repetition_penalty,
-        )
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
-        most = "max_tokens" if self.max_tokens is None else f"max_tokens, {self.max_tokens}"
-        _check(
-            self.min_tokens >= 0 and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
-            "min_tokens",
-            f"from 0 to {most}",
-            self.min_tokens,
-        )
-        for name in ("logprobs", "prompt_logprobs", "seed"):
-            value = getattr(self, name)
-            _check(value is None or value >= 0, name, "0 or more", value)
-        _check(all(self.stop_strings), "stop", "non-empty strings", self.stop)
+        """Refuse what is out of range; keep numbers as Python's, and lists as tuples of our own."""
+        for name, checked in self._checked().items():
+            object.__setattr__(self, name, checked)
+        if self.max_tokens is not None:
+            limit = f"at most max_tokens ({self.max_tokens})"
+            check(self.min_tokens <= self.max_tokens, "min_tokens", limit, self.min_tokens)
 
-    def _check_types(self) -> None:
-        """Refuse what is not a number, a flag, a text or a list of them; make the bias a dict of its own."""
-        for name in _INTEGERS:
-            value = getattr(self, name)
-            optional = self.__dataclass_fields__[name].default is None or name == "max_tokens"
-            _check(type(value) is int or (optional and value is None), name, "a whole number", value)
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            _check(isinstance(value, (int, float)) and type(value) is not bool, name, "a number", value)
+    def _checked(self) -> dict[str, Any]:
+        """Every field's value, checked by itself. Raises `SamplingParamsError`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        checked: dict[str, Any] = {}
+        for name, (least, most) in _WHOLE.items():
+            checked[name] = whole_number(name, values[name], least, most)
+        for name, (least, most) in _OPTIONAL.items():
+            checked[name] = None if values[name] is None else whole_number(name, values[name], least, most)
+        for name, limits in _NUMBERS.items():
+            checked[name] = number(name, values[name], *limits, above=name == "top_p")
         for name in _FLAGS:
-            _check(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
-        listed = isinstance(self.stop, (str, list, tuple, type(None)))
-        texts = listed and all(isinstance(text, str) for text in self.stop_strings)
-        _check(texts, "stop", "a text or a list of texts", self.stop)
-        _check(_are_ids(self.stop_token_ids or ()), "stop_token_ids", "token ids", self.stop_token_ids)
-        _check(isinstance(self.cache_salt, str), "cache_salt", "a text", self.cache_salt)
-        if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+            checked[name] = flag(name, values[name])
+        checked["stop"] = _stop(self.stop)
+        checked["stop_token_ids"] = None if self.stop_token_ids is None else _token_ids(self.stop_token_ids)
+        checked["logit_bias"] = None if self.logit_bias is None else _bias(self.logit_bias)
+        checked["cache_salt"] = text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS)
+        return checked
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
@@ -135,29 +150,54 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens of `stop_token_ids`."""
+        return frozenset(self.stop_token_ids or ())
+
     @property
     def greedy(self) -> bool:
         """True where the likeliest token is taken and no randomness is drawn."""
         return self.temperature < LEAST_TEMPERATURE
 
 
-def _bias(given: Mapping[Any, Any]) -> dict[int, float]:
+def _stop(given: object) -> str | tuple[str, ...] | None:
+    """One stop string, or several."""
+    if given is None:
+        return None
+    several = isinstance(given, (list, tuple))
+    if not several and not isinstance(given, str):
+        refuse("stop", "a text or a list of texts", given)
+    texts = listed("stop", given if several else (given,), "texts", MOST_STOPS)
+    check(all(texts), "stop", "non-empty strings", given)
+    found = tuple(text(f"stop[{i}]", one, MOST_STOP_CHARACTERS) for i, one in enumerate(texts))
+    return found if several else found[0]
+
+
+def _token_ids(given: object) -> tuple[int, ...]:
+    """The tokens that end the output."""
+    ids = listed("stop_token_ids", given, "token ids", MOST_STOP_IDS)
+    return tuple(whole_number(f"stop_token_ids[{i}]", token, 0) for i, token in enumerate(ids))
+
+
+def _bias(given: object) -> dict[int, float]:
     """A bias by token id; ids may be texts, as they are in JSON."""
-    _check(isinstance(given, Mapping), "logit_bias", "a mapping from token ids to numbers", given)
-    bias = {}
+    if not isinstance(given, Mapping):
+        refuse("logit_bias", "a mapping from token ids to numbers", given)
+    if len(given) > MOST_BIASES:
+        raise SamplingParamsError(f"logit_bias must have at most {MOST_BIASES} tokens, not {len(given)}")
+    bias: dict[int, float] = {}
     for key, value in given.items():
-        is_id = str(key).isdecimal() and len(str(key)) <= MOST_DIGITS
-        _check(is_id, "logit_bias", "a mapping from token ids", str(key)[: 2 * MOST_DIGITS])
-        is_number = isinstance(value, (int, float)) and type(value) is not bool
-        _check(is_number and -MOST_BIAS <= value <= MOST_BIAS, f"logit_bias[{key}]", "in [-100, 100]", value)
-        bias[int(key)] = float(value)
+        token = _token_of_key(key)
+        check(token not in bias, "logit_bias", "a mapping that has each token once", key)
+        bias[token] = number(f"logit_bias[{token}]", value, -MOST_BIAS, MOST_BIAS)
     return bias
 
 
-def _are_ids(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(type(v) is int and v >= 0 for v in values)
-
-
-def _check(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise SamplingParamsError(f"{name} must be {expected}, not {value!r}")
+def _token_of_key(key: object) -> int:
+    """The token id that a key is, or that it spells."""
+    if isinstance(key, str):
+        is_number = key.isascii() and key.isdecimal() and len(key) <= MOST_DIGITS
+        check(is_number, "logit_bias", "a mapping from token ids", key)
+        key = int(key)
+    return whole_number("logit_bias", key, 0)

@@ -74,7 +74,7 @@ def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
         token=token,
         logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
         finish_reason="stop" if token in end_token_ids(params, eos_token_ids) else "length" if full else None,
-        stop_token=token if token in (params.stop_token_ids or ()) else None,
+        stop_token=token if token in params.stop_ids else None,
         prompt_logprobs=tuple(sequence.prompt_logprobs) if tells_prompt else None,
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled=sequence.scheduled,
@@ -83,7 +83,7 @@ def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
 
 def end_token_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
     """The tokens that end a sequence."""
-    return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else eos_token_ids)
+    return params.stop_ids if params.ignore_eos else params.stop_ids | eos_token_ids
 
 
 def note_prompt_logprobs(sequence: Sequence, rows: Iterable[mx.array]) -> None:

@@ -52,7 +52,8 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
         finally:
             loading.cancel()  # a model that is not there by now is not waited for
             await asyncio.gather(loading, return_exceptions=True)
-            await asyncio.to_thread(service.stop)
+            if service.failure is None:  # a thread may be what the system did not give
+                await asyncio.to_thread(service.stop)
 
     app = FastAPI(
         title="tiny-llm",

@@ -14,6 +14,7 @@ from fastapi import Request
 from tiny_llm.chat_messages import MessageError
 from tiny_llm.chat_template import ChatTemplate
 from tiny_llm.engine import Prompt
+from tiny_llm.resources import needing
 
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
 
@@ -54,8 +55,9 @@ class Service:
     async def load(self) -> None:
         """Load the model; returns when it is there, or has failed. Cancelled, it waits for neither."""
         outcome: Future[LLM] = Future()
-        Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
         try:
+            with needing("the thread that loads the model"):
+                Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
             self._llm = await asyncio.wrap_future(outcome)
         except Exception as error:  # whatever it is, whoever started the server wants to know
             self.failure = error

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -25,8 +26,12 @@ class ThreadPool {
  public:
   using Body = std::function<void(int64_t begin, int64_t end)>;
 
+  /// So many threads, the caller included, or as many as the system starts.
   explicit ThreadPool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {  // a limit on processes or on memory: results do not depend on it
+    }
   }
 
   ~ThreadPool() {

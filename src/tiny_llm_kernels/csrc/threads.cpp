@@ -38,7 +38,10 @@ State& state() {
 
 std::shared_ptr<ThreadPool> pool() {
   std::lock_guard lock(state().mutex);
-  if (!state().pool) state().pool = std::make_shared<ThreadPool>(state().threads);
+  if (!state().pool) {
+    state().pool = std::make_shared<ThreadPool>(state().threads);
+    state().threads = state().pool->threads();
+  }
   return state().pool;
 }
 

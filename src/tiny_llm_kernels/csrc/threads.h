@@ -5,6 +5,7 @@
 
 namespace tiny_llm {
 
+/// The threads of the pool; until its first loop, those that it will ask the system for.
 int num_threads();
 void set_num_threads(int threads);
 

@@ -125,6 +125,8 @@ constexpr int PARTITION = 128;  // positions; what one is for: paged_attention.c
 
 constexpr int MAX_ROWS = 64;  // rows (token, query head) that are worked on together
 
+constexpr int64_t DESK_BYTES = 544 << 10;  // that `attend` works in; a thread's stack may be smaller
+
 /// What one call attends: tokens of one sequence side by side, with the query heads of one kv head; or with those
 /// of several, if all these rows fit beside each other.
 struct AttentionItem {
@@ -154,6 +156,7 @@ struct AttentionJob {
   const int32_t* apart;  // the tokens whose partitions are worked on apart
   float* partials;       // [apart, H, max_partitions, partial_floats(D)], from the first that a token sees
   int64_t max_partitions;
+  void* desk;  // DESK_BYTES that only the calling thread uses, aligned to 64
 
   __attribute__((always_inline)) bool slot_inside(int64_t token) const {
     return slots[token] >= 0 && slots[token] < num_blocks * block_size;

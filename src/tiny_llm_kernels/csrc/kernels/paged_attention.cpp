@@ -21,6 +21,8 @@
 // So what a row computes depends on its own position and on the window only. Tokens of a run and the heads of a
 // group share the loaded tile and nothing else: a token's bits are the same in any batch. Positions before
 // those that a run sees are not loaded: their blocks may have been given away, and hold anything.
+#include <new>
+
 #include "kernels.h"
 #include "online_softmax.h"
 
@@ -172,8 +174,9 @@ INLINE void refuse(const AttentionJob& job, int64_t token, Heads heads) {
 
 template <typename T>
 static void attend_items(const AttentionJob& job, int64_t begin, int64_t end) {
+  static_assert(sizeof(Desk<T>) <= DESK_BYTES);
   const int64_t group = job.H / job.Hkv;
-  Desk<T> desk;
+  Desk<T>& desk = *new (job.desk) Desk<T>;
   for (int64_t i = begin; i < end; ++i) {
     const AttentionItem& item = job.items[i];
     const int64_t table_row = job.row_of_token[item.first_token];

@@ -1,8 +1,10 @@
 // How the reading half of paged attention is cut up and shared out among threads.
-#include "paged_attention.h"
-
 #include <algorithm>
+#include <new>
 #include <vector>
+
+#include "desks.h"
+#include "paged_attention.h"
 
 namespace tiny_llm {
 namespace {
@@ -75,21 +77,41 @@ struct Items {
   }
 };
 
+Items cut_into_items(const AttentionJob& job, const std::vector<Run>& runs, int64_t share) {
+  Items items;
+  for (const Run& run : runs) items.add(job, run, share);
+  return items;
+}
+
+/// Memory for so many numbers, kept because the next step needs as much; null if there is not enough.
+float* kept_floats(size_t count) {
+  static thread_local std::vector<float> floats;
+  try {
+    floats.resize(std::max(floats.size(), count));
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+  return floats.data();
+}
+
 }  // namespace
 
 void attend_all(AttentionJob job, const Kernels& kernels) {
   const auto runs = cut_into_runs(job, num_threads());
   int64_t work = 0;
   for (const Run& run : runs) work += run.partitions() * run.count * job.Hkv;
-  Items items;
-  for (const Run& run : runs) items.add(job, run, work / (8 * num_threads()));
-
-  static thread_local std::vector<float> partials;  // kept: a step's are as large as the last one's
+  Items items = cut_into_items(job, runs, work / (8 * num_threads()));
   const size_t needed = items.apart.size() * job.H * items.max_partitions * partial_floats(job.D);
-  partials.resize(std::max(partials.size(), needed));
+  job.partials = kept_floats(needed);
+  if (needed && !job.partials)
+    items = cut_into_items(job, runs, work);  // slower, and nothing is written down
   job.items = items.all.data(), job.apart = items.apart.data();
-  job.partials = partials.data(), job.max_partitions = items.max_partitions;
-  parallel_for_each(items.all.size(), [&](int64_t begin, int64_t end) { kernels.attend(job, begin, end); });
+  job.max_partitions = items.max_partitions;
+  parallel_for_each(items.all.size(), [&](int64_t begin, int64_t end) {
+    AttentionJob own = job;
+    own.desk = own_desk();
+    kernels.attend(own, begin, end);
+  });
   parallel_for(items.apart.size() * job.H, 4,
                [&](int64_t begin, int64_t end) { kernels.reduce_partitions(job, begin, end); });
 }

@@ -1,4 +1,6 @@
 #include "paged_attention.h"
+
+#include "desks.h"
 #include "ops.h"
 
 namespace tiny_llm {
@@ -77,6 +79,7 @@ class WriteAndAttend : public Node {
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
                          const mx::array& row_of_token, const mx::array& positions, float scale,
                          int64_t window) {
+  provide_desks();
   AttentionJob job{};
   job.keys = const_cast<char*>(keys.data<char>()), job.values = const_cast<char*>(values.data<char>());
   job.storage = storage_of(keys.dtype());

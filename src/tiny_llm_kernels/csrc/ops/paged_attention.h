@@ -7,7 +7,8 @@
 
 namespace tiny_llm {
 
-/// A job that reads `keys` and `values` through `tables`; who asks adds q and out, and what is written.
+/// A job that reads `keys` and `values` through `tables`; the caller adds q and out, and what is written.
+/// Provides the memory that threads attend in. Throws std::bad_alloc.
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
                          const mx::array& row_of_token, const mx::array& positions, float scale,
                          int64_t window);

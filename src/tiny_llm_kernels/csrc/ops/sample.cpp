@@ -1,5 +1,3 @@
-#include <vector>
-
 #include "node.h"
 #include "ops.h"
 
@@ -17,11 +15,8 @@ class Sample : public Node {
     allocate(outputs[0]);
     SampleJob job = how_;
     job.logits = logits.data<float>(), job.V = logits.size(), job.token = outputs[0].data<uint32_t>();
-    queue.dispatch([job, &kernels = kernels()]() mutable {
-      static thread_local std::vector<float> scratch;  // kept: the next row is as long
-      if (job.temperature > 0) scratch.resize(2 * rounded_up(job.V, 8)), job.scratch = scratch.data();
-      kernels.sample(job, 0, 1);
-    });
+    if (job.temperature > 0) job.scratch = temporary<float>(2 * rounded_up(job.V, 8), queue);
+    queue.dispatch([job, &kernels = kernels()] { kernels.sample(job, 0, 1); });
   }
 
  private:

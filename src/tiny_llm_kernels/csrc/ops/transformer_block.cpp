@@ -8,8 +8,11 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "mlx/transforms.h"
@@ -34,37 +37,45 @@ void each(int64_t count, const Body& body) {
   });
 }
 
-/// What a block needs in passing, used again by the next one. The blocks of a step are described long before they
-/// are computed: with memory of their own they would all hold it at once.
+constexpr size_t CACHE_LINE = 64;
+
+/// Hands out pieces of the memory that begins at an address, one behind the other.
 class Workspace {
  public:
-  /// The next piece, for so many numbers: in the order of asking the same as the last time, if it is large enough.
+  explicit Workspace(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), next_(begin_) {}
+
   template <typename T>
   T* take(int64_t count) {
-    if (next_ == pieces_.size()) pieces_.emplace_back();
-    Piece& piece = pieces_[next_++];
-    const size_t bytes = rounded_up(count * sizeof(T), CACHE_LINE);
-    if (piece.bytes < bytes) piece = {bytes, Memory(std::aligned_alloc(CACHE_LINE, bytes), &std::free)};
-    if (!piece.memory) throw std::bad_alloc();
-    return static_cast<T*>(piece.memory.get());
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += rounded_up(count * sizeof(T), CACHE_LINE);
+    return piece;
   }
 
-  /// All pieces can be taken again.
-  Workspace& begin() {
-    next_ = 0;
-    return *this;
-  }
+  size_t taken() const { return next_ - begin_; }
 
  private:
-  static constexpr int64_t CACHE_LINE = 64;
-  using Memory = std::unique_ptr<void, decltype(&std::free)>;
-  struct Piece {
-    size_t bytes = 0;
-    Memory memory{nullptr, &std::free};
-  };
-  std::vector<Piece> pieces_;
-  size_t next_ = 0;
+  uintptr_t begin_, next_;
 };
+
+/// At least so many bytes that the tasks of one stream share, because they run one after the other. The blocks of
+/// a step are described long before they are computed: with memory of their own they would all hold it at once.
+/// A longer step gets new memory; tasks that hold the old one go on with it. Throws std::bad_alloc.
+std::shared_ptr<void> shared_memory(const mx::Stream& stream, size_t bytes) {
+  struct Kept {
+    size_t bytes = 0;
+    std::shared_ptr<void> memory;
+  };
+  static std::mutex mutex;
+  static auto* kept = new std::map<int, Kept>;  // never destroyed: MLX's threads may still run
+  std::lock_guard lock(mutex);
+  Kept& here = (*kept)[stream.index];
+  if (here.bytes < bytes) {
+    void* memory = std::aligned_alloc(CACHE_LINE, bytes);
+    if (!memory) throw std::bad_alloc();
+    here = {bytes, {memory, &std::free}};
+  }
+  return here.memory;
+}
 
 /// One block over one step: where everything lies.
 struct BlockJob {
@@ -187,11 +198,13 @@ class Block : public Node {
 
     auto reading = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_);
     reading.slots = slots.data<int32_t>();
-    queue.dispatch(
-        [reading, weights = w_, x = x.data<float>(), out = outputs[0].data<float>(), &kernels = kernels()] {
-          static thread_local Workspace space;
-          BlockJob(*weights, reading, x, out, space.begin()).run(kernels);
-        });
+    const auto job_in = [&](Workspace space) {
+      const BlockJob job(*w_, reading, x.data<float>(), outputs[0].data<float>(), space);
+      return std::pair(job, space.taken());
+    };
+    const auto memory = shared_memory(stream(), job_in(Workspace(nullptr)).second);
+    const BlockJob job = job_in(Workspace(memory.get())).first;
+    queue.dispatch([job, memory, weights = w_, &kernels = kernels()] { job.run(kernels); });
   }
 
  private:

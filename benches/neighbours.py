@@ -1,0 +1,204 @@
+"""How much does one request's field slow another request's steps?
+
+Two requests decode beside each other: a plain one, the neighbour, and one that has a field of
+`SamplingParams` at its limit. The figure is the neighbour's median step with the field, divided by its
+median step beside the same tokens without the field. Each field is measured alone, in pairs (without, with),
+with one completion and with `--completions`; penalties behind a long prompt too. `prompt_logprobs` count
+while the prompt is computed. Beams are compared with as many plain completions.
+
+Expected: at most 2 for every field, because lengths have limits and what does not change is made once.
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from threading import Event
+from time import perf_counter
+from typing import Any
+
+from tiny_llm.delivery import Item
+from tiny_llm.engine_loop import Request
+from tiny_llm.outputs import RequestEvent
+from tiny_llm.sampling_params import (
+    MOST_BIASES,
+    MOST_LOGPROBS,
+    MOST_STOP_CHARACTERS,
+    MOST_STOP_IDS,
+    MOST_STOPS,
+)
+
+import harness
+from tiny_llm import LLM, BeamSearchParams, SamplingParams
+
+NEIGHBOUR_PROMPT, SHORT, LONG = 32, 64, 8000  # tokens
+IDS = range(1000, 1000 + max(MOST_STOP_IDS, MOST_BIASES))
+PLAIN: dict[str, Any] = {"temperature": 0.0, "max_tokens": None, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A field at its limit. fields: what is added to plain parameters; prompt: tokens of the prompt."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    prompt: int = SHORT
+    completions: int = 1
+    in_prompt: bool = False  # the steps that count are those that compute the prompt
+    beams: int = 0
+
+
+def fields_at_their_limits() -> dict[str, dict[str, Any]]:
+    """What each field costs most with."""
+    stops = [chr(0x4E00 + i) * MOST_STOP_CHARACTERS for i in range(MOST_STOPS)]
+    stop_ids = list(IDS[:MOST_STOP_IDS])
+    return {
+        "stop_token_ids": {"stop_token_ids": stop_ids},
+        "min_tokens and stop_token_ids": {"stop_token_ids": stop_ids, "min_tokens": 4000},
+        "logit_bias": {"logit_bias": dict.fromkeys(IDS[:MOST_BIASES], 1.0)},
+        "stop": {"stop": stops},
+        "logprobs": {"logprobs": MOST_LOGPROBS},
+        "repetition_penalty": {"repetition_penalty": 1.1},
+        "frequency_penalty": {"frequency_penalty": 0.1},
+        "presence_penalty": {"presence_penalty": 0.1},
+        "temperature": {"temperature": 1.0},
+        "min_p": {"temperature": 1.0, "min_p": 0.05},
+        "top_k": {"temperature": 1.0, "top_k": 1000},
+        "top_p": {"temperature": 1.0, "top_p": 0.99},
+        "cache_salt": {"cache_salt": "s" * 1000},
+        "include_stop_str_in_output": {"include_stop_str_in_output": True, "skip_special_tokens": False},
+        "priority": {"priority": 1},
+    }
+
+
+def cases(completions: int, long: bool) -> list[Case]:
+    """Every field with one completion and with several, and what looks back at the tokens behind many."""
+    fields = fields_at_their_limits()
+    made = [Case(name, value, completions=n) for name, value in fields.items() for n in (1, completions)]
+    made += [Case("prompt_logprobs", {"prompt_logprobs": MOST_LOGPROBS}, 2000, in_prompt=True)]
+    made += [Case("beam_width", beams=width) for width in (4, completions)]
+    if long:
+        looking_back = ("repetition_penalty", "frequency_penalty", "logprobs")
+        made += [Case(name, fields[name], LONG, n) for name in looking_back for n in (1, completions)]
+    return made
+
+
+class Neighbour:
+    """Notes when its events come, in the engine's thread, and when those of the other request begin."""
+
+    def __init__(self, own: Request) -> None:
+        self.times: list[float] = []
+        self.others_first: float | None = None
+        self.enough = Event()
+        self.wanted = 0
+        self._own = own.request_id
+
+    def __call__(self, items: list[Item]) -> None:
+        """Take what a step has given both."""
+        now = perf_counter()
+        for item in items:
+            if not isinstance(item, RequestEvent):
+                raise item
+            if item.request_id != self._own and self.others_first is None:
+                self.others_first = now
+        if any(isinstance(item, RequestEvent) and item.request_id == self._own for item in items):
+            self.times.append(now)
+        counted = [time for time in self.times if self.others_first is not None and time > self.others_first]
+        if self.wanted and len(counted) >= self.wanted:
+            self.enough.set()
+
+
+def a_prompt(length: int, seed: int) -> list[int]:
+    """So many token ids; the same seed, the same ones."""
+    return random.Random(seed).choices(range(1000, 40_000), k=length)
+
+
+def steps_beside(llm: LLM, case: Case, with_field: bool, steps: int, seed: int) -> list[float]:
+    """Seconds of the neighbour's steps beside a case's request, with its field or without."""
+    own = llm.engine.request(a_prompt(NEIGHBOUR_PROMPT, 0), SamplingParams(**PLAIN))
+    other = _other(llm, case, with_field, seed)
+    neighbour = Neighbour(own)
+    neighbour.wanted = 2 if case.in_prompt else steps
+    try:
+        llm.engine.submit([own], neighbour).result()
+        begun = perf_counter()
+        llm.engine.submit([other], neighbour).result()
+        if case.beams:  # a search says nothing until it is over
+            neighbour.others_first = begun + 0.5
+        neighbour.enough.wait(600)
+    finally:
+        llm.engine.forget([own, other])
+    first = neighbour.others_first or begun
+    if case.in_prompt:
+        return _gaps(time for time in neighbour.times if begun < time <= first)
+    return _gaps(time for time in neighbour.times if time > first)
+
+
+def _other(llm: LLM, case: Case, with_field: bool, seed: int) -> Request:
+    prompt = a_prompt(case.prompt, seed if case.in_prompt else case.prompt)
+    if case.beams and with_field:
+        return llm.engine.search(
+            prompt, BeamSearchParams(beam_width=case.beams, max_tokens=256, ignore_eos=True)
+        )
+    fields = case.fields if with_field else {}
+    return llm.engine.request(
+        prompt, SamplingParams(**{**PLAIN, "n": case.beams or case.completions, **fields})
+    )
+
+
+def _gaps(times: Iterable[float]) -> list[float]:
+    moments = list(times)
+    return [later - earlier for earlier, later in pairwise(moments)]
+
+
+def compare(llm: LLM, case: Case, steps: int, repetitions: int) -> dict[str, Any]:
+    """Medians of the neighbour's steps without the field and with it, and the median ratio of the pairs."""
+    without, with_field = [], []
+    for repetition in range(repetitions + 1):
+        seed = 1000 + 2 * repetition
+        pair = [median(steps_beside(llm, case, with_it, steps, seed + with_it)) for with_it in (False, True)]
+        if repetition:  # the first pair warms up
+            without.append(pair[0])
+            with_field.append(pair[1])
+    ratios = [b / a for a, b in zip(without, with_field, strict=True)]
+    return {
+        "field": case.name,
+        "completions": case.beams or case.completions,
+        "prompt": case.prompt,
+        "without_s": harness.summary(without),
+        "with_s": harness.summary(with_field),
+        "ratio": harness.summary(ratios),
+    }
+
+
+def main() -> None:
+    """Print the neighbour's step without and with each field."""
+    options = harness.parser(__doc__ or "")
+    options.set_defaults(repetitions=3)
+    options.add_argument("--steps", type=harness.positive, default=30, help="timed steps (default: 30)")
+    options.add_argument("--completions", type=harness.positive, default=16, help="of n (default: 16)")
+    options.add_argument("--field", action="append", help="this field only; may be repeated")
+    options.add_argument("--no-long", action="store_true", help=f"no prompts of {LONG} tokens")
+    args = options.parse_args()
+    llm = LLM(max_num_seqs=args.completions + 1, num_blocks=1500 + 20 * args.completions)
+    chosen = [
+        case
+        for case in cases(args.completions, not args.no_long)
+        if args.field in (None, [case.name]) or case.name in args.field
+    ]
+    rows = []
+    for case in chosen:
+        rows.append(compare(llm, case, args.steps, args.repetitions))
+    lines = [f"{'':30}{'n':>4}{'prompt':>8}{'without':>12}{'with':>12}{'ratio':>8}"]
+    lines += [
+        f"{row['field']:30}{row['completions']:>4}{row['prompt']:>8}"
+        f"{row['without_s']['median'] * 1e3:>9.1f} ms{row['with_s']['median'] * 1e3:>9.1f} ms"
+        f"{row['ratio']['median']:>8.2f}"
+        for row in rows
+    ]
+    harness.show({"benchmark": "neighbours", "rows": rows}, as_json=args.json, text="\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
