@@ -32,7 +32,9 @@ def router(service: Service) -> APIRouter:
         """Continue prompts: `n` times each, all of them together."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
-        run = await service.begin(work.prompts, work.params, work.id, "prompt")
+        run = await service.begin(
+            work.prompts, work.params, work.id, "prompt", may_shorten=service.may_shorten(body)
+        )
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
