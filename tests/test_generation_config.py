@@ -260,6 +260,40 @@ def test_the_server_says_at_its_start_what_requests_get(llm: LLM, monkeypatch: p
     assert "temperature 0.6, top_p 0.9" in "".join(said)
 
 
+# A limit that does not fit.
+
+
+@pytest.fixture(scope="module")
+def long_winded(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """Recommends more tokens than the context of 128 has."""
+    path = folder_that_says(tmp_path_factory.mktemp("models") / "tiny", max_new_tokens=1000, temperature=0.0)
+    return LLM(path, num_blocks=64)
+
+
+def test_a_recommended_limit_gives_way_to_the_context(long_winded: LLM) -> None:
+    """As in vLLM: what is left after the prompt; a caller's own limit is refused where it does not fit."""
+    [output] = long_winded.generate("ab", use_tqdm=False)
+    assert output.finished
+    assert len(list(long_winded.stream("ab"))) <= 127
+    with pytest.raises(ValueError, match="exceed the context of 128"):
+        long_winded.generate("ab", SamplingParams(max_tokens=1000), use_tqdm=False)
+    with serving(lambda: long_winded) as here, here.client() as client:
+        for endpoint, body in ENDPOINTS.items():
+            usage = client.post(endpoint, json={**body, "ignore_eos": True}).json()["usage"]
+            assert usage["total_tokens"] == 128
+            assert client.post(endpoint, json={**body, "max_tokens": 1000}).status_code == 400
+
+
+@pytest.mark.parametrize("options", [[], ["--chat"]])
+def test_a_recommended_limit_gives_way_on_the_command_line_too(
+    options: list[str], long_winded: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "ab", "--json", "--no-progress", "--ignore-eos", *options]
+    assert run([*command, "--model", str(long_winded.model_path), "--num-blocks", "64"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["prompt_token_ids"]) + len(found["outputs"][0]["token_ids"]) == 128
+
+
 # The command line.
 
 

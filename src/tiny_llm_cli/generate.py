@@ -3,12 +3,17 @@
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .engine import asked_sampling, load
 from .options import EngineOptions, SamplingOptions, takes_groups
+
+if TYPE_CHECKING:
+    from tiny_llm import LLM, SamplingParams
+
+    from .prompts import PromptRequest
 
 _MAX_TOKENS = 128  # of an answer, where nothing else limits it
 
@@ -120,7 +125,7 @@ def generate(
 
         from .render import as_json_line, as_text
 
-        each = [request.asked.params(llm.sampling_defaults) for request in requests]
+        each = [_params(llm, request, chat) for request in requests]
         if chat:
             results = llm.chat([request.messages for request in requests], each, use_tqdm=progress)
         else:
@@ -129,3 +134,22 @@ def generate(
         for request, result in zip(requests, results, strict=True):
             prompt = request.prompt
             print(as_json_line(prompt, result) if as_json else as_text(prompt, result, titled), file=target)
+
+
+def _params(llm: "LLM", request: "PromptRequest", chat: bool) -> "SamplingParams":
+    """What a prompt runs with; a limit that the model recommends is less where less fits."""
+    from tiny_llm.generation_defaults import fitted
+
+    params = request.asked.params(llm.sampling_defaults)
+    if "max_tokens" in request.asked.given or "max_tokens" not in llm.sampling_defaults:
+        return params
+    fitting: SamplingParams = fitted(params, _num_tokens(llm, request, chat), llm.max_model_len)
+    return fitting
+
+
+def _num_tokens(llm: "LLM", request: "PromptRequest", chat: bool) -> int:
+    if not isinstance(request.prompt, str):
+        return len(request.prompt)
+    if chat and llm.chat_template is not None:
+        return len(llm.chat_template.encode(request.messages, llm.tokenizer))
+    return len(llm.tokenizer.encode(request.prompt, add_special_tokens=True))

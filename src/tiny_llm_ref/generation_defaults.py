@@ -81,6 +81,18 @@ def with_its_ends(config: ModelConfig, recommended: Recommendation) -> ModelConf
         return replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *ids})))
 
 
+def fitted(params: SamplingParams, num_prompt_tokens: int, context: int) -> SamplingParams:
+    """Parameters whose recommended `max_tokens` is no more than what the context has left after the prompt.
+
+    Only for a limit that the model recommends: one that a caller gives is refused where it does not fit. A
+    prompt that leaves nothing is refused as before.
+    """
+    left = context - num_prompt_tokens
+    if params.max_tokens is None or params.max_tokens <= left or left < max(1, params.min_tokens):
+        return params
+    return replace(params, max_tokens=left)
+
+
 def _defaults(found: Mapping[str, Any], fields: Mapping[str, str]) -> Defaults:
     defaults = {}
     for name, field in fields.items():

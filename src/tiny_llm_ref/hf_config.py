@@ -194,6 +194,8 @@ def _rope_parameters(config: Json) -> dict[str, Any]:
         raise ValueError(f"rope_parameters has {other!r}, expected one rotation for all layers")
     _refuse_other_computations(nested)
     kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind == "default" and _number(nested, "factor", 1.0) != 1.0:
+        raise ValueError(f"rope_scaling has the factor {nested['factor']}, but no rope_type that uses it")
     theta = config.get("rope_theta") if nested.get("rope_theta") is None else nested["rope_theta"]
     return {**nested, "rope_type": kind, "rope_theta": theta}
 
@@ -202,8 +204,6 @@ def _rope_factors(rope: Json, head_dim: int, theta: float) -> tuple[float, ...] 
     """What each rotary frequency is divided by; None for nothing."""
     kind = rope["rope_type"]
     if kind == "default":
-        if _number(rope, "factor", 1.0) != 1.0:
-            raise ValueError(f"rope_scaling has the factor {rope['factor']}, but no rope_type that uses it")
         return None
     if kind == "linear":
         return (_number(rope, "factor"),) * (head_dim // 2)

@@ -19,10 +19,12 @@ from .engine_core import EngineCore
 from .engine_loop import Request
 from .errors import reading
 from .evaluation import text_logits
+from .generation_defaults import fitted
 from .kv_pool import DTYPES
 from .loader import load_model
 from .managers import make_manager
 from .model import Model
+from .output_processor import RequestState
 from .outputs import BeamSearchOutput, RequestEvent, RequestOutput, TextDelta
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
@@ -139,9 +141,7 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Complete one prompt, piece by piece; closing the iterator cancels the request."""
-        return self._stream(
-            self.engine.request(prompt, sampling_params or self.get_default_sampling_params())
-        )
+        return self._stream(self._request(prompt, sampling_params))
 
     def stream_chat(
         self,
@@ -190,14 +190,21 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _one_for_each(
-            self.get_default_sampling_params() if sampling_params is None else sampling_params, len(prompts)
-        )
-        requests = [self.engine.request(*each) for each in zip(prompts, params, strict=True)]
+        params = _one_for_each(sampling_params, len(prompts))
+        requests = [self._request(*each) for each in zip(prompts, params, strict=True)]
         with _progress(len(requests), use_tqdm) as report, closing(self._serve(requests)) as steps:
             for step in steps:
                 report(step)
         return [request.output for request in requests]
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> RequestState:
+        """A request to submit; without parameters it has the default ones, and a limit that fits."""
+        chosen = self.get_default_sampling_params() if params is None else params
+        request = self.engine.request(prompt, chosen)
+        if params is not None or "max_tokens" not in self.sampling_defaults:
+            return request
+        fitting = fitted(chosen, len(request.prompt_token_ids), self.max_model_len)
+        return request if fitting is chosen else self.engine.request(prompt, fitting)
 
     def _stream(self, request: Request) -> Generator[TextDelta, None, None]:
         with closing(self._serve([request])) as steps:
@@ -269,9 +276,9 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _one_for_each(
-    params: SamplingParams | Sequence[SamplingParams], num_prompts: int
-) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
         return [params] * num_prompts
     if len(params) != num_prompts:
         raise ValueError(

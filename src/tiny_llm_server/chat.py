@@ -40,7 +40,9 @@ def router(service: Service) -> APIRouter:
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
         prompt = await asyncio.to_thread(service.encode_chat, body, service.max_model_len)
-        run = await service.begin([prompt], work.params, work.id, "messages")
+        run = await service.begin(
+            [prompt], work.params, work.id, "messages", may_shorten=service.may_shorten(body)
+        )
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id

@@ -34,7 +34,9 @@ def router(service: Service) -> APIRouter:
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
         prompts = await asyncio.to_thread(work.encoded)
-        run = await service.begin(prompts, work.params, work.id, "prompt")
+        run = await service.begin(
+            prompts, work.params, work.id, "prompt", may_shorten=service.may_shorten(body)
+        )
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id

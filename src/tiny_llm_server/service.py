@@ -14,6 +14,8 @@ from fastapi import Request
 from tiny_llm.chat_messages import MessageError
 from tiny_llm.chat_template import ChatTemplate
 from tiny_llm.engine import Prompt
+from tiny_llm.generation_defaults import fitted
+from tiny_llm.output_processor import RequestState
 from tiny_llm.resources import needing
 
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
@@ -131,9 +133,17 @@ class Service:
                 raise refused(f"{name}: at most {limit} here, not {count}", name)
 
     async def begin(
-        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, field: str
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        request_id: str,
+        field: str,
+        *,
+        may_shorten: bool = False,
     ) -> Run:
         """Queue prompts in the engine. field: where they came from, for what is wrong with them.
+
+        may_shorten: `max_tokens` is the model's recommendation, and less where the context has less left.
 
         A single prompt is known to the engine by `request_id`, several by that and their place.
         """
@@ -141,7 +151,8 @@ class Service:
         try:
             requests = await asyncio.to_thread(
                 lambda: [
-                    engine.request(prompt, params, name) for prompt, name in zip(prompts, ids, strict=True)
+                    self._request(prompt, params, name, may_shorten)
+                    for prompt, name in zip(prompts, ids, strict=True)
                 ]
             )
             if self.config.log_requests:
@@ -156,6 +167,19 @@ class Service:
             raise _of_params(error) from error
         except ValueError as error:
             raise refused(str(error), field) from error
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, may_shorten: bool
+    ) -> RequestState:
+        request = self.llm.engine.request(prompt, params, request_id)
+        if not may_shorten:
+            return request
+        fitting = fitted(params, len(request.prompt_token_ids), self.max_model_len)
+        return request if fitting is params else self.llm.engine.request(prompt, fitting, request_id)
+
+    def may_shorten(self, body: Generation) -> bool:
+        """Whether `max_tokens` of a request is what the model recommends."""
+        return "max_tokens" in self.llm.sampling_defaults and body.leaves_out("max_tokens")
 
     def cache_salt(self, body: Generation, request: Request) -> str:
         """What a request shares kept prompts by: its own salt, of its own key where keys are kept apart."""
