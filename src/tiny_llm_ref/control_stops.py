@@ -6,6 +6,7 @@ between two control tokens and the tokens themselves are searched in the order i
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 
 from .stop_string import Item, StopString
 from .tokenizer import Detokenizer, Tokenizer
@@ -16,11 +17,11 @@ class ControlStop:
 
     def __init__(self, text: str, pattern: Sequence[Item]) -> None:
         self.text = text
-        self._pattern = pattern
         self._string = StopString(pattern)
         self._lead = next(place for place, item in enumerate(pattern) if isinstance(item, int))
-        num_controls = sum(isinstance(item, int) for item in pattern)
-        self._shown: deque[int] = deque(maxlen=num_controls)  # at the last control tokens
+        # Of each beginning of the pattern, by its length.
+        self._num_controls = [0, *accumulate(int(isinstance(item, int)) for item in pattern)]
+        self._shown: deque[int] = deque(maxlen=self._num_controls[-1])  # at the last control tokens
 
     def push(self, piece: str) -> bool:
         """Take text; True where the string ends in it."""
@@ -38,9 +39,8 @@ class ControlStop:
 
     def limit(self, shown: int) -> int:
         """How many of the `shown` characters of the text can be no part of the string any more."""
-        matched = self._pattern[: self._string.matched]
-        num_controls = sum(isinstance(item, int) for item in matched)
-        begin = self._shown[-num_controls] - self._lead if num_controls else shown - len(matched)
+        num_controls = self._num_controls[self._string.matched]
+        begin = self._shown[-num_controls] - self._lead if num_controls else shown - self._string.matched
         return max(0, begin)
 
 
