@@ -248,7 +248,7 @@ def test_the_last_message_is_continued(source: str, said: str) -> None:
     assert whole.startswith(text)
     assert text.endswith((said, said.rstrip()))
     with pytest.raises(MessageError, match=r"^continue_final_message: cannot be true together"):
-        prompt(source, messages, continue_final_message=True)
+        prompt(source, messages, add_generation_prompt=True, continue_final_message=True)
 
 
 def test_a_template_that_drops_the_last_answer_cannot_continue_it() -> None:
