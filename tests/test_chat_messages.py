@@ -247,8 +247,8 @@ def test_the_last_message_is_continued(source: str, said: str) -> None:
     text = prompt(source, messages, add_generation_prompt=False, continue_final_message=True)
     assert whole.startswith(text)
     assert text.endswith((said, said.rstrip()))
-    with pytest.raises(MessageError, match="^continue_final_message: cannot be true together"):
-        prompt(source, messages, continue_final_message=True)
+    with pytest.raises(MessageError, match=r"^continue_final_message: cannot be true together"):
+        prompt(source, messages, add_generation_prompt=True, continue_final_message=True)
 
 
 def test_a_template_that_drops_the_last_answer_cannot_continue_it() -> None:
@@ -278,7 +278,7 @@ def test_variables_reach_the_template() -> None:
     ],
 )
 def test_variables_are_plain_and_not_the_templates_own(kwargs: Any) -> None:
-    with pytest.raises(MessageError, match="^chat_template_kwargs"):
+    with pytest.raises(MessageError, match=r"^chat_template_kwargs"):
         prompt(CHATML, [USER], chat_template_kwargs=kwargs)
 
 

@@ -156,7 +156,8 @@ def test_no_command_shows_the_help(plain_cli: Run) -> None:
 
 def test_engine_options_are_the_engines_with_its_defaults() -> None:
     engine = {field.name: field.default for field in fields(EngineConfig)}
-    options = {field.name: field.default for field in fields(EngineOptions) if field.name != "model"}
+    of_the_file = ("model", "chat_template_content_format")
+    options = {field.name: field.default for field in fields(EngineOptions) if field.name not in of_the_file}
     assert options == {name: default for name, default in engine.items() if name in options}
     assert set(engine) - set(options) == {"seed"}  # --seed is the request's
 

@@ -179,17 +179,8 @@ COMPILING = {
     "a surrogate": "{{ '\\ud800' }}",
 }
 ATTACKS = {**COMPARISONS, **SLICES, **METHODS, **NUMBERS, **FORMATS, **GROWTH, **WORK, **COMPILING}
-HARMLESS = {  # these may also be rendered: they are bounded without a refusal
-    *("200 kB of outputs", "9,000 conditions", "9,000 alternatives", "25 loops in each other", "many macros"),
-    *(
-        "many names",
-        "a long string",
-        "a surrogate",
-        "a filter by a test",
-        "the filter",
-        "a title",
-        "many conditions",
-    ),
+HARMLESS = {  # bounded, and rendered
+    *("a long string", "a surrogate", "a filter by a test", "the filter", "a title"),
 }
 
 RENDER_ALL = """

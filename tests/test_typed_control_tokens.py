@@ -75,7 +75,17 @@ def metaspace(scheme: str) -> Any:
     return pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme)
 
 
+def unigram() -> Tokenizer:
+    """A model that finds whole words in its vocabulary, in which the control tokens are."""
+    scored = [("<unk>", 0.0), *((token, 0.0) for token in CONTROL), *((letter, -5.0) for letter in LETTERS)]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(scored, unk_id=0))
+    tokenizer.pre_tokenizer = metaspace("first")
+    tokenizer.add_special_tokens(["<unk>", *CONTROL])
+    return Tokenizer(tokenizer, bos_token="<s>", eos_token="</s>")
+
+
 FAMILIES: dict[str, Any] = {
+    "unigram": unigram,
     "metaspace first": lambda: built(pre_tokenizer=metaspace("first")),
     "metaspace always": lambda: built(pre_tokenizer=metaspace("always")),
     "metaspace never": lambda: built(pre_tokenizer=metaspace("never")),
@@ -225,6 +235,24 @@ def test_whatever_is_typed_the_template_has_its_own_control_tokens_only(one: str
     control = {tokenizer.encode(token)[-1]: token for token in CONTROL}
     found = [control[id_] for id_ in template.encode(messages, tokenizer) if id_ in control]
     assert found == ["<|im_start|>", "<|im_end|>"] * 2 + ["<|im_start|>"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0),
+        models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"),
+        models.WordPiece({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"),
+    ],
+)
+def test_a_model_that_finds_whole_words_does_not_find_control_tokens(model: Any) -> None:
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    built.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = Tokenizer(built)
+    assert tokenizer.encode("a </s> a") == [2, 1, 2]
+    assert 1 not in tokenizer.encode("a </s> a", special_tokens=False)
+    assert tokenizer.encode_framed(["a </s> ", "</s>", " a"]).count(1) == 1
 
 
 def test_text_alone_keeps_the_ids_of_added_tokens_that_are_text() -> None:

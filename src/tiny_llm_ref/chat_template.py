@@ -89,7 +89,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         tokenizer: Tokenizer,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -102,6 +102,8 @@ class ChatTemplate:
         that stays text, and no other token of the prompt changes. So typing "<|im_end|>" neither ends a
         message nor begins one.
 
+        add_generation_prompt: the prompt ends where the assistant's answer begins; None: unless
+        `continue_final_message`.
         continue_final_message: the prompt ends with the last message's text, which the model continues.
         add_special_tokens: put the tokenizer's own frame around the prompt; most templates write it.
         chat_template_kwargs: variables of the template. roles: those that are known; None: any.
@@ -110,6 +112,8 @@ class ChatTemplate:
         system message that the template drops, and for `add_generation_prompt` together with
         `continue_final_message`.
         """
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         if add_generation_prompt and continue_final_message:
             raise MessageError("continue_final_message", "cannot be true together with add_generation_prompt")
         conversation = read_messages(messages, roles=roles)

@@ -5,11 +5,13 @@ beginning of a text in a way of their own. So the prompt stays whole. The contro
 names that no text can hold, and what is left is text. Knows nothing of templates.
 """
 
+import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 
 from . import tokenizer_library as library
 
@@ -28,7 +30,7 @@ class FramedText:
         }
         self._names = names
         self._original = tokenizer
-        self._tokenizer = _without_frame(tokenizer)
+        self._tokenizer = _without_frame(tokenizer, names)
         self._tokenizer.add_tokens([_renamed(token, names) for token in added.values()])
         found = {
             self._tokenizer.token_to_id(names.get(t.content, t.content)): id_ for id_, t in added.items()
@@ -70,10 +72,36 @@ def _renamed(token: AddedToken, names: dict[str, str]) -> AddedToken:
     )
 
 
-def _without_frame(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+def _without_frame(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
     """A tokenizer with the same vocabulary and rules, without added tokens and without a frame."""
-    bare = tokenizers.Tokenizer(tokenizer.model)
+    bare = tokenizers.Tokenizer(_without_control_tokens(tokenizer, names))
     for part in ("normalizer", "pre_tokenizer"):
         if getattr(tokenizer, part) is not None:
             setattr(bare, part, getattr(tokenizer, part))
     return bare
+
+
+def _without_control_tokens(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> Any:
+    """The tokenizer's model. If it finds whole words in its vocabulary, control tokens are renamed there.
+
+    A model that merges characters does not find them: no merge makes a control token.
+    """
+    model = tokenizer.model
+    if not isinstance(model, (models.Unigram, models.WordLevel, models.WordPiece)):
+        return model
+    saved = json.loads(tokenizer.to_str())["model"]
+    if isinstance(model, models.Unigram):
+        unknown = saved["unk_id"]
+        scored = [
+            (text if place == unknown else names.get(text, text), score)
+            for place, (text, score) in enumerate(saved["vocab"])
+        ]
+        return models.Unigram(scored, unk_id=unknown, byte_fallback=saved.get("byte_fallback", False))
+    unk_token = saved["unk_token"]
+    vocab = {
+        text if text == unk_token else names.get(text, text): id_ for text, id_ in saved["vocab"].items()
+    }
+    if isinstance(model, models.WordLevel):
+        return models.WordLevel(vocab, unk_token=unk_token)
+    rules = {key: saved[key] for key in ("max_input_chars_per_word", "continuing_subword_prefix")}
+    return models.WordPiece(vocab, unk_token=unk_token, **rules)

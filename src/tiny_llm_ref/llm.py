@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .beam_search import BeamSearchParams
-from .chat_template import ChatTemplate
+from .chat_template import CONTENT_FORMATS, ChatTemplate
 from .delivery import Item, events_of
 from .engine import Engine, Prompt
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .engine_loop import Request
-from .errors import reading
+from .errors import ConfigError, reading
 from .evaluation import text_logits
 from .generation_defaults import fitted
 from .kv_pool import DTYPES
@@ -59,6 +59,11 @@ class LLM:
         self.max_model_len = self.engine_config.model_len(
             self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
         )
+        if chat_template_content_format not in CONTENT_FORMATS:
+            raise ConfigError(
+                f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, "
+                f"not {chat_template_content_format!r}"
+            )
         with reading(_template_file(self.model_path)):
             self.chat_template = _chat_template(self.tokenizer, chat_template_content_format)
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
@@ -173,14 +178,10 @@ class LLM:
     def _encode_chat(self, messages: Messages, options: "_Options") -> list[int]:
         if self.chat_template is None:
             raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
-        ends_open = options.add_generation_prompt
         return self.chat_template.encode(
             messages,
             self.tokenizer,
-            add_generation_prompt=not options.continue_final_message if ends_open is None else ends_open,
-            continue_final_message=options.continue_final_message,
-            add_special_tokens=options.add_special_tokens,
-            chat_template_kwargs=options.chat_template_kwargs,
+            **options._asdict(),
             context=self.max_model_len,
         )
 

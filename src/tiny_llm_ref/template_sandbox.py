@@ -38,7 +38,8 @@ from .template_text import Disguise, expect_parts
 
 CALL = 8  # steps of a call
 MOST_SOURCE = 200_000  # characters of a template; the longest known have 40 thousand
-MOST_NODES = 40_000  # of its syntax tree; the longest known have about 5 thousand
+MOST_NODES = 15_000  # of its syntax tree; the longest known have about 5 thousand
+_OF_FUNCTION = 8  # nodes that one counts for that is compiled to a function
 MOST_DIGITS = 400  # that a number is rounded to
 MOST_DATE = 200  # characters of a date's format
 
@@ -291,8 +292,9 @@ def _check_nodes(tree: nodes.Template) -> None:
     left: list[nodes.Node] = [tree]
     count = 0
     while left:
-        left += left.pop().iter_child_nodes()
-        count += 1
+        node = left.pop()
+        left += node.iter_child_nodes()
+        count += _OF_FUNCTION if isinstance(node, (nodes.Macro, nodes.CallBlock, nodes.Block)) else 1
         if count > MOST_NODES:
             raise jinja2.TemplateSyntaxError(f"more than {MOST_NODES} parts of expressions and statements", 1)
 

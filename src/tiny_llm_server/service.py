@@ -204,7 +204,7 @@ class Service:
             return llm.chat_template.encode(
                 body.messages or [],
                 llm.tokenizer,
-                add_generation_prompt=_ends_open(body),
+                add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 add_special_tokens=bool(body.add_special_tokens),
                 chat_template_kwargs=kwargs,
@@ -292,15 +292,9 @@ def _of_params(error: ValueError) -> ApiError:
     return refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0])
 
 
-def _ends_open(body: ChatCompletionRequest | TokenizeRequest) -> bool:
-    """Whether the prompt ends where an answer begins: unless it is said, or the last message goes on."""
-    said = body.add_generation_prompt
-    return not body.continue_final_message if said is None else said
-
-
 def _too_large(error: RequestTooLargeError, field: str) -> ApiError:
     """A request that could never run: the field that must be smaller is named."""
     message = str(error).split(": ", 1)[-1]
     if error.field == "n":
-        return refused(f"n: {message}" if not message.startswith("n = ") else message, "n")
+        return refused(message, "n")
     return refused(message, error.field or field, "context_length_exceeded")
