@@ -33,6 +33,7 @@ import harness
 from tiny_llm import LLM, BeamSearchParams, SamplingParams
 
 NEIGHBOUR_PROMPT, SHORT, LONG = 32, 64, 8000  # tokens
+UNTIL_BEAMS = 0.5  # seconds after which a search has all its beams
 IDS = range(1000, 1000 + max(MOST_STOP_IDS, MOST_BIASES))
 PLAIN: dict[str, Any] = {"temperature": 0.0, "max_tokens": None, "ignore_eos": True}
 
@@ -87,11 +88,11 @@ def cases(completions: int, long: bool) -> list[Case]:
 class Neighbour:
     """Notes when its events come, in the engine's thread, and when those of the other request begin."""
 
-    def __init__(self, own: Request) -> None:
+    def __init__(self, own: Request, wanted: int) -> None:
         self.times: list[float] = []
         self.others_first: float | None = None
         self.enough = Event()
-        self.wanted = 0
+        self._wanted = wanted
         self._own = own.request_id
 
     def __call__(self, items: list[Item]) -> None:
@@ -105,7 +106,7 @@ class Neighbour:
         if any(isinstance(item, RequestEvent) and item.request_id == self._own for item in items):
             self.times.append(now)
         counted = [time for time in self.times if self.others_first is not None and time > self.others_first]
-        if self.wanted and len(counted) >= self.wanted:
+        if len(counted) >= self._wanted:
             self.enough.set()
 
 
@@ -118,14 +119,13 @@ def steps_beside(llm: LLM, case: Case, with_field: bool, steps: int, seed: int) 
     """Seconds of the neighbour's steps beside a case's request, with its field or without."""
     own = llm.engine.request(a_prompt(NEIGHBOUR_PROMPT, 0), SamplingParams(**PLAIN))
     other = _other(llm, case, with_field, seed)
-    neighbour = Neighbour(own)
-    neighbour.wanted = 2 if case.in_prompt else steps
+    neighbour = Neighbour(own, 2 if case.in_prompt else steps)
     try:
         llm.engine.submit([own], neighbour).result()
         begun = perf_counter()
         llm.engine.submit([other], neighbour).result()
         if case.beams:  # a search says nothing until it is over
-            neighbour.others_first = begun + 0.5
+            neighbour.others_first = begun + UNTIL_BEAMS
         neighbour.enough.wait(600)
     finally:
         llm.engine.forget([own, other])
@@ -174,22 +174,21 @@ def compare(llm: LLM, case: Case, steps: int, repetitions: int) -> dict[str, Any
 
 def main() -> None:
     """Print the neighbour's step without and with each field."""
+    names = sorted({case.name for case in cases(1, long=False)})
     options = harness.parser(__doc__ or "")
     options.set_defaults(repetitions=3)
     options.add_argument("--steps", type=harness.positive, default=30, help="timed steps (default: 30)")
     options.add_argument("--completions", type=harness.positive, default=16, help="of n (default: 16)")
-    options.add_argument("--field", action="append", help="this field only; may be repeated")
+    options.add_argument("--field", action="append", choices=names, help="this field only; may be repeated")
     options.add_argument("--no-long", action="store_true", help=f"no prompts of {LONG} tokens")
     args = options.parse_args()
     llm = LLM(max_num_seqs=args.completions + 1, num_blocks=1500 + 20 * args.completions)
-    chosen = [
-        case
+    chosen = args.field or names
+    rows = [
+        compare(llm, case, args.steps, args.repetitions)
         for case in cases(args.completions, not args.no_long)
-        if args.field in (None, [case.name]) or case.name in args.field
+        if case.name in chosen
     ]
-    rows = []
-    for case in chosen:
-        rows.append(compare(llm, case, args.steps, args.repetitions))
     lines = [f"{'':30}{'n':>4}{'prompt':>8}{'without':>12}{'with':>12}{'ratio':>8}"]
     lines += [
         f"{row['field']:30}{row['completions']:>4}{row['prompt']:>8}"

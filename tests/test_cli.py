@@ -571,11 +571,11 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
     ("option", "value", "message"),
     [
         ("--logit-bias", "a=1", "'a=1' is not ID=BIAS"),
-        ("--logit-bias", "5=101", "logit_bias[5] must be in [-100, 100], not 101"),
+        ("--logit-bias", "5=101", "logit_bias[5] must be from -100 to 100, not 101.0"),
         ("--logit-bias", "99999999=1", "logit_bias must be in the vocabulary (0 to 49151), not 99999999"),
         ("--stop-token-id", "49152", "stop_token_ids must be in the vocabulary (0 to 49151), not 49152"),
         ("--min-tokens", "500", "min_tokens must be from 0 to max_tokens, 128, not 500"),
-        ("--presence-penalty", "3", "presence_penalty must be in [-2, 2], not 3"),
+        ("--presence-penalty", "3", "presence_penalty must be from -2 to 2, not 3"),
         ("--prompt-logprobs", "1", "add --json"),
     ],
 )

@@ -289,7 +289,7 @@ CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": FRANCE, "stop": ["x"] * 17}, "stop", "at most 16 here, not 17"),
         (CHAT, {"messages": FRANCE, "stop": ""}, "stop", "non-empty"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
-        (CHAT, {"messages": FRANCE, "logit_bias": {"1": 101}}, "logit_bias", r"\[-100, 100\]"),
+        (CHAT, {"messages": FRANCE, "logit_bias": {"1": 101}}, "logit_bias", "from -100 to 100"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"999999": 1}}, "logit_bias", "not 999999"),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "system"),
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "lone surrogate at character 0"),

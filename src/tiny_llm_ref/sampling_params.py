@@ -113,7 +113,7 @@ class SamplingParams:
         for name, checked in self._checked().items():
             object.__setattr__(self, name, checked)
         if self.max_tokens is not None:
-            limit = f"at most max_tokens ({self.max_tokens})"
+            limit = f"from 0 to max_tokens, {self.max_tokens}"
             check(self.min_tokens <= self.max_tokens, "min_tokens", limit, self.min_tokens)
 
     def _checked(self) -> dict[str, Any]:
