@@ -58,6 +58,10 @@ class BatchManager(Protocol):
         """Who runs, oldest first."""
 
     @property
+    def num_waiting_requests(self) -> int:
+        """Requests that have a waiting sequence."""
+
+    @property
     def capacity(self) -> Capacity:
         """How full it is."""
 
@@ -116,11 +120,16 @@ def longest(tokens: list[int], params: SamplingParams, request_id: str, context:
             f"request {request_id!r}: {len(tokens)} prompt tokens and "
             f"{max(1, max_outputs)} output tokens exceed the context of {context}"
         )
-    if params.n > seats:
-        raise RequestTooLargeError(
-            f"request {request_id!r}: n = {params.n} exceeds the {seats} sequences that may run at once"
-        )
+    refuse_too_many(request_id, params.n, seats)
     return len(tokens) + max_outputs
+
+
+def refuse_too_many(request_id: str, n: int, seats: int) -> None:
+    """Raise `RequestTooLargeError` for more completions than sequences that may run at once."""
+    if n > seats:
+        raise RequestTooLargeError(
+            f"request {request_id!r}: n = {n} exceeds the {seats} sequences that may run at once"
+        )
 
 
 def wanted(sequence: Sequence) -> int:

@@ -101,6 +101,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         `DuplicateRequestError` for an id in use; none of them changes anything.
         """
         params = params or SamplingParams()
+        max_len = longest(tokens, params, request_id, self.max_seq_len, self.max_slots)
         seq_ids = completion_ids(request_id, params.n)
         self._queues.refuse_id_in_use(request_id, seq_ids)
         self._queues.add(
@@ -110,7 +111,7 @@ class DenseBatchManager(QueueViews[Sequence]):
                 prompt=tuple(tokens),
                 params=params,
                 seed=seed,
-                max_len=longest(tokens, params, request_id, self.max_seq_len, self.max_slots),
+                max_len=max_len,
                 num_forks=params.n - 1,
             )
         )

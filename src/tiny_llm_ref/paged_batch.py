@@ -104,6 +104,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         the figures, and `DuplicateRequestError` for an id in use; none of them changes anything.
         """
         params = params or SamplingParams()
+        max_len = longest(tokens, params, request_id, self._context, self._max_seqs)
         seq_ids = completion_ids(request_id, params.n)
         self._queues.refuse_id_in_use(request_id, seq_ids)
         leader = PagedSequence(
@@ -112,7 +113,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             prompt=tuple(tokens),
             params=params,
             seed=seed,
-            max_len=longest(tokens, params, request_id, self._context, self._max_seqs),
+            max_len=max_len,
             tables=self._layout.tables(self.allocator),
             streams=self._layout.streams(params.cache_salt),
             num_forks=params.n - 1,
@@ -193,7 +194,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     @property
     def num_swapped(self) -> int:
         """Sequences that wait with their keys and values on the host."""
-        return sum(sequence.swapped is not None for sequence in self.waiting)
+        return self._scheduler.num_swapped
 
     @property
     def prefix_stats(self) -> PrefixStats:
