@@ -114,10 +114,10 @@ def ends_process(error: BaseException) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """What an error says, or its type where it cannot say it."""
+    """What an error says, or its type where it cannot say it. Never raises."""
     try:
         return str(error) or type(error).__name__
-    except Exception:  # whatever its own text raised
+    except BaseException:  # whatever its own text raised
         return type(error).__name__
 
 

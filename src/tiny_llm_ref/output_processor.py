@@ -192,7 +192,7 @@ class RequestState:
 
     def abort(self) -> list[RequestEvent]:
         """End every completion that has not ended; their last events."""
-        return [self._event(completion, completion.abort()) for completion in self._running]
+        return [self._event(completion, _aborted(completion)) for completion in self._running]
 
     def fail(self, error: BaseException) -> list[RequestEvent]:
         """End every completion that has not ended with an error; their last events."""
@@ -264,6 +264,14 @@ class RequestState:
         pairs = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
         self._prompt_logprobs = (None, *(_with_text(*pair, self._tokenizer) for pair in pairs))
         return self._prompt_logprobs
+
+
+def _aborted(completion: CompletionText) -> TextDelta:
+    """End a completion from outside; it has failed where its text cannot be made."""
+    try:
+        return completion.abort()
+    except BaseException as error:  # as in `RequestState.push`
+        return completion.fail(error)
 
 
 class _Submitted(Protocol):
