@@ -1219,7 +1219,7 @@ def test_what_does_not_wait_works_in_the_engines_own_thread(engine: Engine) -> N
 
 
 def test_thousands_are_queued_by_many_threads_and_cancelled() -> None:
-    """16,000 took 155 s to queue and 42 s to cancel, and 2 s each afterwards, beside other work."""
+    """Measured with lists that were searched: 155 s to queue 16,000 and 42 s to cancel them."""
     engine = make_engine()
     held, params, began = Held(engine), SamplingParams(max_tokens=2), time.monotonic()
     first = engine.request([20], params)
@@ -1239,5 +1239,5 @@ def test_thousands_are_queued_by_many_threads_and_cancelled() -> None:
     for future in [engine.cancel(name) for name in names]:
         future.result(SECONDS)
     engine.call(lambda: check_all_returned(engine.core.manager))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < SECONDS
     engine.stop()
