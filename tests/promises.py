@@ -235,12 +235,21 @@ class Watched(PagedBatchManager):
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, the step before which it arrives, and the step before which it is cancelled, if ever."""
+    """A request, the step before which it arrives, and the step before which it is cancelled, if ever.
+
+    fails_after: tokens after which the last of several completions fails, as where its text cannot be made.
+    """
 
     step: int
     prompt: tuple[int, ...]
     params: SamplingParams | BeamSearchParams
     cancelled_at: int | None = None
+    fails_after: int | None = None
+
+    def fails(self, request_id: str, seq_id: str, num_tokens: int) -> bool:
+        """Whether a completion fails with its token of this number, counted from 1."""
+        is_last = self.width > 1 and seq_id == completion_ids(request_id, self.width)[-1]
+        return is_last and num_tokens == self.fails_after
 
     @property
     def width(self) -> int:
@@ -390,6 +399,7 @@ def scenarios(
                     kinds[0] if mood == "searching" and not arrivals else draw(st.sampled_from(kinds))
                 ),
                 cancelled_at=draw(st.sampled_from([None] * 7 + [step + 9, step + 2, step])),
+                fails_after=draw(st.sampled_from([None, None, 1, 3])),
             )
         )
     max_seqs = max(draw(st.integers(1, 9)), *(arrival.width for arrival in arrivals))
@@ -574,7 +584,11 @@ def _check_completions(
             happened["cancelled under way"] += 1
             continue
         params = replace(arrival.params, n=1, seed=served.seeds[request_id] + i)
-        check_same(seq_id, answer, answer_alone(model, arrival.prompt, params))
+        alone = answer_alone(model, arrival.prompt, params)
+        if answer.finish_reason == "error":
+            alone = Answer(*(column[: len(answer.tokens)] for column in alone[:4]), "error")  # type: ignore[arg-type]
+            happened["completions that failed"] += 1
+        check_same(seq_id, answer, alone)
         happened["answers compared"] += 1
 
 
@@ -672,6 +686,10 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
             got = (output.token, output.logprobs, rows[output.seq_id], output.prompt_logprobs)
             answers[output.seq_id].append(got)
             reasons[output.seq_id] = output.finish_reason
+            arrival, num_tokens = scenario.arrivals[int(output.request_id)], len(answers[output.seq_id])
+            if output.finish_reason is None and arrival.fails(output.request_id, output.seq_id, num_tokens):
+                engine.finish(output.seq_id)
+                reasons[output.seq_id] = "error"
         check_pages(manager)
         if step in scenario.compacted_at:
             _compact(manager)

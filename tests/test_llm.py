@@ -9,18 +9,29 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_llm.beam_search import BeamSearchParams
 from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
 from tiny_llm.kernels import kernel_info
 from tiny_llm.linear import PackedLinear
+from tiny_llm.output_processor import RequestState
+from tiny_llm.search_state import SearchState
 from tiny_llm.tokenizer import Detokenizer
 
 from promises import check_all_returned
 from tiny_checkpoints import CONFIGS, random_weights, write_folder
-from tiny_llm import LLM, EngineStoppingError, QueueFullError, RequestFailedError, SamplingParams
+from tiny_llm import (
+    LLM,
+    EngineStoppingError,
+    QueueFullError,
+    RequestFailedError,
+    SamplingParams,
+    WrongThreadError,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -245,18 +256,70 @@ def test_several_threads_get_what_one_gets(llm: LLM) -> None:
         assert all(pool.map(ask, range(12)))
 
 
-def test_a_call_of_which_one_request_fails_raises_and_leaves_nothing_behind(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    push, pushes = Detokenizer.push, Counter[Detokenizer]()
+class Fatal(BaseException):
+    """Like a panic of a library in Rust: no `Exception`."""
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException, *prompts: str) -> None:
+    """Let the third token of a completion have no text, where its request has one of these prompts."""
+    push, begin, broken = Detokenizer.push, RequestState.__init__, list[Detokenizer]()
+
+    def beginning(self: RequestState, request_id: str, text: str | None, *rest: Any) -> None:
+        begin(self, request_id, text, *rest)
+        if text in prompts:
+            broken.extend(one._detokenizer for one in self._completions.values())
 
     def raising(self: Detokenizer, token_id: int) -> str:
-        pushes[self] += 1
-        if pushes[self] == 4:
-            raise ArithmeticError("no text")
+        if self in broken:
+            pushed[id(self)] += 1
+            if pushed[id(self)] == 3:
+                raise error
         return push(self, token_id)
 
+    pushed: Counter[int] = Counter()
+    monkeypatch.setattr(RequestState, "__init__", beginning)
     monkeypatch.setattr(Detokenizer, "push", raising)
+
+
+@pytest.mark.parametrize("error", [ArithmeticError("no text"), Fatal("panic")])
+def test_a_prompt_that_fails_leaves_the_outputs_of_the_others(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Oracle: the same prompts undisturbed."""
+    expected = llm.generate(["one", "two", "three"], GREEDY, use_tqdm=False)
+    breaking(monkeypatch, error, "two")
+    first, failed, last = llm.generate(["one", "two", "three"], GREEDY, use_tqdm=False)
+    assert (first.outputs, last.outputs) == (expected[0].outputs, expected[2].outputs)
+    [output] = failed.outputs
+    assert (output.finish_reason, output.error, failed.finished) == ("error", str(error), True)
+    assert output.token_ids == expected[1].outputs[0].token_ids[:2]
+    assert failed.metrics is not None
+    assert failed.metrics.finished is not None
+    with pytest.raises(RequestFailedError, match=str(error)):
+        list(llm.stream("two", GREEDY))
+    check_all_returned(llm.core.manager)
+
+
+def test_a_search_that_fails_leaves_what_the_others_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, prompts = BeamSearchParams(beam_width=2, max_tokens=3), [[504, 600], [504, 700]]
+    expected = llm.beam_search(prompts, params)
+    with_text = SearchState._with_text
+
+    def raising(self: SearchState, ended: Any) -> Any:
+        if self._prompt[1] == 600:
+            raise Fatal("panic")
+        return with_text(self, ended)
+
+    monkeypatch.setattr(SearchState, "_with_text", raising)
+    failed, found = llm.beam_search(prompts, params)
+    assert (failed.sequences, failed.error) == ((), "panic")
+    assert found == expected[1]
+
+
+def test_a_call_of_which_every_request_fails_raises_and_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, ArithmeticError("no text"), "one", "two")
     with pytest.raises(RequestFailedError, match="no text") as raised:
         llm.generate(["one", "two"], GREEDY, use_tqdm=False)
     assert isinstance(raised.value.__cause__, ArithmeticError)
@@ -309,3 +372,23 @@ def test_a_stopped_engine_takes_no_more(tiny_path: Path) -> None:
     assert [delta.finish_reason for delta in stream][-1] in ("abort", "length")
     with pytest.raises(EngineStoppingError):
         llm.generate([5], GREEDY, use_tqdm=False)
+
+
+def test_calls_that_would_wait_in_the_engines_thread_raise_at_once(llm: LLM) -> None:
+    """Each of them would hang the engine for everyone."""
+    under_way = llm.stream("one", SamplingParams(max_tokens=50, ignore_eos=True))
+    calls: dict[str, Any] = {
+        "LLM.generate": lambda: llm.generate("a", GREEDY, use_tqdm=False),
+        "LLM.chat": lambda: llm.chat(QUESTION, GREEDY, use_tqdm=False),
+        "LLM.beam_search": lambda: llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2)),
+        "LLM.stream": lambda: llm.stream("a", GREEDY),
+        "LLM.stream_chat": lambda: llm.stream_chat(QUESTION, GREEDY),
+        "the next piece of a stream": lambda: next(under_way),
+    }
+    next(under_way)
+    for name, call in calls.items():
+        with pytest.raises(WrongThreadError, match=f"{name} in the engine's own thread"):
+            llm.engine.call(call)
+    assert llm.engine.call(lambda: llm.logits([5])).shape[0] == 1
+    llm.engine.call(lambda: None)
+    assert llm.generate("three", GREEDY, use_tqdm=False)[0].finished

@@ -103,7 +103,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         "blocks moved",
         "the pool grew",
     ]
-    now_and_then = ["searches compared", "hits within a block"]
+    now_and_then = ["searches compared", "hits within a block", "completions that failed"]
     pressure = ["preemptions", "preemptions of outputs", "sequences swapped out", "blocks swapped in"]
     if make is gemma_model:  # windows leave room: test_swap presses harder
         now_and_then += [*pressure, "blocks that windows passed"]

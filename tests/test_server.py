@@ -25,9 +25,11 @@ import openai
 import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from tiny_llm.output_processor import CompletionText
+from tiny_llm.token_output import TokenOutput
 
 from served import SECONDS, Served, serving, until
-from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, engine_core
+from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, TextDelta, engine_core
 from tiny_llm_cli.serve_load import WORDS, Answer, figures
 from tiny_llm_server import ServerConfig, guards, make_app
 
@@ -658,6 +660,41 @@ def test_completions_that_nobody_waited_for_count_as_aborted(served: Served, llm
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("broken", "status"), [({1}, 200), ({0, 1}, 500)])
+def test_a_choice_that_fails_is_marked_and_only_a_whole_failure_is_an_error(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, stream: bool, broken: set[int], status: int
+) -> None:
+    """Two prompts of two choices; the metrics count choices that failed apart from clients that left."""
+    push = CompletionText.push
+
+    def raising(self: CompletionText, output: TokenOutput) -> TextDelta:
+        if self.index in broken and len(self.token_ids) == 2:
+            raise ArithmeticError("no text")
+        return push(self, output)
+
+    before = scraped(client)
+    monkeypatch.setattr(CompletionText, "push", raising)
+    body = {"prompt": ["Once", "Twice"], "n": 2, "max_tokens": 4, "ignore_eos": True, "stream": stream}
+    answer = client.post(COMPLETE, json=body)
+    after = scraped(client)
+
+    def more(reason: str) -> float:
+        name = f"vllm:request_success_total{{finished_reason={reason}}}"
+        return after.get(name, 0) - before.get(name, 0)
+
+    failed = 2 * len(broken)
+    assert (more("error"), more("length"), more("abort")) == (failed, 4 - failed, 0)
+    if status == 500:
+        assert "no text" in answer.text
+        assert answer.status_code == (200 if stream else 500)
+        return
+    lines = [line[6:] for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    parts = [json.loads(line) for line in lines] if stream else [answer.json()]
+    reasons = {c["index"]: c["finish_reason"] for part in parts for c in part["choices"]}
+    assert reasons == {0: "length", 1: "error", 2: "length", 3: "error"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [COMPLETE, CHAT])
 def test_a_client_that_leaves_before_a_byte_is_sent_gives_its_pages_back(
     llm: LLM, path: str, stream: bool
@@ -799,6 +836,12 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
         assert streamed[-1] == "data: [DONE]"
         assert json.loads(streamed[-2].removeprefix("data: "))["error"]["code"] == "timeout"
         until(lambda: llm.engine.stats.num_running == 0)
+        counted = [
+            line for line in client.get("/metrics").text.splitlines() if "request_success_total{" in line
+        ]
+        assert [(re.findall('finished_reason="(.*?)"', line), line[-4:]) for line in counted] == [
+            (["timeout"], " 2.0")
+        ]
 
 
 def test_a_silent_stream_is_kept_alive() -> None:

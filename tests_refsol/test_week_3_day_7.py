@@ -175,11 +175,14 @@ class AlphabetCore:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), len(self.waiting), *[0] * 7)
+        waiting = len({one.request_id for one in self.waiting})
+        return EngineStats(len(self.running), len(self.waiting), *[0] * 7, num_waiting_requests=waiting)
 
     def has(self, request_id: str) -> bool:
         """Whether it works on a request, or is going to."""
         return any(one.request_id == request_id for one in self.waiting + self.running)
+
+    has_request = has
 
     def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
         if not tokens:
@@ -220,6 +223,9 @@ class AlphabetCore:
     def take_failures(self) -> list[Failure]:
         failures, self.failures = self.failures, []
         return failures
+
+    def take_ended_searches(self) -> list[str]:
+        return []
 
     def finish(self, seq_id: str) -> None:
         if all(one.seq_id != seq_id for one in self.running):

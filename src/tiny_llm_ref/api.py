@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import DuplicateRequestError as DuplicateRequestError
     from .errors import EngineDeadError as EngineDeadError
     from .errors import EngineStoppingError as EngineStoppingError
+    from .errors import ForkedProcessError as ForkedProcessError
     from .errors import ModelFileError as ModelFileError
     from .errors import OutOfBlocksError as OutOfBlocksError
     from .errors import OutOfResourcesError as OutOfResourcesError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .errors import SamplingParamsError as SamplingParamsError
     from .errors import TinyLLMError as TinyLLMError
     from .errors import UnknownBlockError as UnknownBlockError
+    from .errors import WrongThreadError as WrongThreadError
     from .kernels import KernelInfo as KernelInfo
     from .kernels import kernel_info as kernel_info
     from .kv_pool import KVPool as KVPool
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from .policies import Policies as Policies
     from .prefix_cache import PrefixCache as PrefixCache
     from .prefix_kv_cache import PrefixCachingKVCache as PrefixCachingKVCache
+    from .prompts import TextPrompt as TextPrompt
+    from .prompts import TokensPrompt as TokensPrompt
     from .sampling_params import SamplingParams as SamplingParams
 
 _MODULE_OF = {
@@ -65,6 +69,8 @@ _MODULE_OF = {
     "CompletionOutput": "outputs",
     "Logprob": "outputs",
     "TextDelta": "outputs",
+    "TextPrompt": "prompts",
+    "TokensPrompt": "prompts",
     "Engine": "engine",
     "RequestEvent": "outputs",
     "RequestUsage": "outputs",
@@ -109,6 +115,8 @@ _MODULE_OF = {
     "EngineDeadError": "errors",
     "DuplicateRequestError": "errors",
     "ModelFileError": "errors",
+    "ForkedProcessError": "errors",
+    "WrongThreadError": "errors",
 }
 
 if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then export nothing

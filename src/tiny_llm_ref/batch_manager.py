@@ -58,6 +58,10 @@ class BatchManager(Protocol):
         """Who runs, oldest first."""
 
     @property
+    def num_waiting_requests(self) -> int:
+        """Requests that have a waiting sequence."""
+
+    @property
     def capacity(self) -> Capacity:
         """How full it is."""
 

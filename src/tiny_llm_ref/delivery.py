@@ -5,9 +5,10 @@ slow reader: what it has not read yet lies in its own queue, and is never more t
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from .errors import TinyLLMError
+from .errors import RequestFailedError, TinyLLMError
 from .outputs import RequestEvent
 
 Item = RequestEvent | TinyLLMError  # an error is the last that a request gives
@@ -15,20 +16,20 @@ Listener = Callable[[list[Item]], None]
 
 
 class Outbox:
-    """What is ready to be delivered, by listener."""
+    """What is ready to be delivered, by listener: by the object itself, whatever it is equal to."""
 
     def __init__(self) -> None:
-        self._items: dict[Listener, list[Item]] = {}
+        self._items: dict[int, tuple[Listener, list[Item]]] = {}
 
     def add(self, listener: Listener, *items: Item) -> None:
         """Keep items for a listener."""
         if items:
-            self._items.setdefault(listener, []).extend(items)
+            self._items.setdefault(id(listener), (listener, []))[1].extend(items)
 
     def deliver(self) -> list[Listener]:
         """Call each listener once, with all that there is for it; returns those that raised."""
         items, self._items = self._items, {}
-        return [listener for listener, of_listener in items.items() if not _reached(listener, of_listener)]
+        return [listener for listener, of_listener in items.values() if not _reached(listener, of_listener)]
 
 
 class AsyncListener:
@@ -46,6 +47,69 @@ class AsyncListener:
         """The events of the next step that has some; raises the error where one came."""
         return events_of(await self._items.get())
 
+    async def next_items(self) -> list[Item]:
+        """What the next step that has something gave, errors included."""
+        return await self._items.get()
+
+
+class Served(Protocol):
+    """A request as those who wait for it see it."""
+
+    @property
+    def request_id(self) -> str:
+        """What its items are known by."""
+
+    @property
+    def has_failed(self) -> bool:
+        """True where nothing of it has come to its own end."""
+
+    def fail(self, error: BaseException) -> list[RequestEvent]:
+        """End what has not ended with an error; the last events."""
+
+
+class Gathering:
+    """The events of several requests that are waited for together: one that fails does not end the others.
+
+    unfinished: by id, the requests that have not ended.
+    """
+
+    def __init__(self, requests: Iterable[Served]) -> None:
+        self.unfinished = {request.request_id: request for request in requests}
+        self._num_left_to_fail = len(self.unfinished)
+        self._error: TinyLLMError | None = None
+
+    def take(self, items: list[Item]) -> list[RequestEvent]:
+        """The events of one delivery; a failed request gives its last ones, with the reason "error"."""
+        events: list[RequestEvent] = []
+        for item in items:
+            if isinstance(item, RequestEvent):
+                events.append(item)
+                if item.usage is not None:
+                    self.unfinished.pop(item.request_id, None)
+            else:
+                events += self._failed(item)
+        return events
+
+    def check(self) -> None:
+        """Raise where nothing came of any request: `RequestFailedError`; or what has ended the engine."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # whose frames hold this one
+
+    def _failed(self, error: TinyLLMError) -> list[RequestEvent]:
+        if not isinstance(error, RequestFailedError):
+            self._error = error
+            return []
+        request = self.unfinished.pop(error.request_id)
+        events = request.fail(error.__cause__ or error)
+        self._num_left_to_fail -= request.has_failed
+        if not self._num_left_to_fail:
+            self._error = error
+        return events
+
 
 def events_of(items: list[Item]) -> list[RequestEvent]:
     """The items where all are events; raises the first error where there is one."""
@@ -58,6 +122,6 @@ def events_of(items: list[Item]) -> list[RequestEvent]:
 def _reached(listener: Listener, items: list[Item]) -> bool:
     try:
         listener(items)
-    except Exception:  # a listener's fault is no reason to stop serving others
+    except BaseException:  # SystemExit among them: a listener's fault must not stop the engine
         return False
     return True

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Self, TypeVar
@@ -21,10 +22,12 @@ from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError, SamplingParamsError
-from .inbox import Inbox, fail, resolve
+from .errors import EngineStoppingError, SamplingParamsError, shown
+from .forking import note_engine, prepare_to_compute
+from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
+from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_list
 from .resources import needing
 from .sampling_params import SamplingParams
 from .search_state import SearchState
@@ -32,9 +35,10 @@ from .tokenizer import Tokenizer, check_length
 from .waiting_room import WaitingRoom
 
 T = TypeVar("T")
-Prompt = str | Seq[int]
+Prompt = PlainPrompt
 
 ENGINE_STACK = 8 << 20  # bytes, as threads commonly have; `ulimit -s` may say less than MLX and Python need
+MOST_ID_CHARACTERS = 256  # of a request id; every completion's id begins with it
 EXIT_SECONDS = 30.0  # how long the end of a program, or of an engine's owner, waits for a step to end
 
 
@@ -44,6 +48,9 @@ class Engine:
     make_core: makes the core, in the engine's thread; what it raises is raised here. It must not refer to
     whoever owns the engine: the thread ends when the engine is forgotten. max_model_len: longest prompt and
     output in tokens, so that a longer prompt is refused before it is tokenized; None: the core refuses it.
+
+    Calls that wait for the engine raise `WrongThreadError` in its own thread, and `ForkedProcessError` in a
+    process that was forked from its own.
     """
 
     def __init__(
@@ -66,16 +73,18 @@ class Engine:
         weakref.finalize(self, _stop, self._inbox, self._loop, self._thread)
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+        self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[RequestEvent, None]:
         """Complete a prompt: an event for each token, in order; the last one has the request's usage.
 
         prompt: a text, which is encoded here, or token ids. A request that is cancelled ends with reason
-        "abort". Leaving the iterator, however that happens, cancels the request before the next step.
+        "abort", and a completion that fails alone with "error". Leaving the iterator, however that happens,
+        cancels the request before the next step.
 
-        Raises, at the first event, what `request` and `submit` raise; later `RequestFailedError` if this
-        request has failed, and `EngineDeadError`.
+        Raises, at the first event, what `request` and `submit` raise; later `RequestFailedError` if the
+        whole request has failed, and `EngineDeadError`.
         """
+        self.refuse_to_wait("Engine.generate")
         request = self.request(prompt, params, request_id)
         listener, ended = AsyncListener(), False
         accepted = self.submit([request], listener)
@@ -90,28 +99,43 @@ class Engine:
                 self._inbox.post(partial(self._loop.forget, [request]))
 
     def request(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: PromptType | ParsedPrompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
     ) -> RequestState:
-        """A request to submit.
+        """A request to submit, once.
 
-        request_id: what it is known by, unlike all requests that have not ended; None: a number.
+        request_id: what it is known by, unlike all requests that have not ended: up to 256 characters; None:
+        a number.
 
-        Raises ValueError for what is no text, and for ids outside the vocabulary; `SamplingParamsError` names
-        the field of `params` that has such ids. Raises `RequestTooLargeError` if `n` exceeds `max_num_seqs`,
-        and, as cheaply as that can be known, for a prompt that the context cannot hold.
+        Raises ValueError for what is no prompt, no `SamplingParams` or no id, and for ids outside the
+        vocabulary; `SamplingParamsError` names the field of `params` that has such ids. Raises
+        `RequestTooLargeError` if `n` exceeds `max_num_seqs`, and, as cheaply as that can be known, for a
+        prompt that the context cannot hold.
         """
-        params, request_id = params or SamplingParams(), request_id or next(self._request_ids)
-        refuse_too_many(request_id, params.n, self._max_num_seqs)
-        tokens = self._encode(prompt)
+        params, name_of = _checked(params, SamplingParams, SamplingParams()), self._name(request_id)
+        parsed = parse_prompt(prompt)
+        if parsed.cache_salt is not None:
+            params = replace(params, cache_salt=parsed.cache_salt)
+        refuse_too_many(name_of, params.n, self._max_num_seqs)
+        tokens = self._encode(parsed.content)
         for name in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(name, getattr(params, name) or ())
-        text = prompt if isinstance(prompt, str) else None
-        return RequestState(request_id, text, tokens, self._tokenizer, params)
+        return RequestState(name_of, parsed.text, tokens, self._tokenizer, params)
 
-    def search(self, prompt: Prompt, params: BeamSearchParams, request_id: str | None = None) -> SearchState:
+    def search(
+        self,
+        prompt: PromptType | ParsedPrompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+    ) -> SearchState:
         """A beam search to submit: as `request`; its only event is its last."""
-        tokens = self._encode(prompt)
-        return SearchState(request_id or next(self._request_ids), tokens, self._tokenizer, params)
+        params, name_of = _checked(params, BeamSearchParams), self._name(request_id)
+        parsed = parse_prompt(prompt)
+        if parsed.cache_salt is not None:
+            params = replace(params, cache_salt=parsed.cache_salt)
+        return SearchState(name_of, self._encode(parsed.content), self._tokenizer, params)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
         """Queue requests, all of them or none; what is returned is done when they are queued.
@@ -120,10 +144,12 @@ class Engine:
         events, or an error that ended one of them. It must return at once; if it raises they are cancelled.
 
         Raises `QueueFullError` where `max_num_waiting` would be exceeded, `EngineStoppingError`,
-        `EngineDeadError`; who is refused here takes no place. The future raises these, ValueError for an
-        empty prompt and for what the batch manager cannot do, `RequestTooLargeError`, and
-        `DuplicateRequestError`.
+        `EngineDeadError`, and TypeError for what is no request or cannot be called; what is refused here
+        takes no place. The future raises these, ValueError for an empty prompt and for what the batch
+        manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was
+        submitted before.
         """
+        requests = self._submittable(requests, deliver)
         if self._loop.refusal is not None:
             raise self._loop.refusal()
         self._room.enter(len(requests))
@@ -138,8 +164,11 @@ class Engine:
     def cancel(self, request_id: str) -> Future[None]:
         """End a request before the next step; what is returned is done when its pages are back.
 
-        Its listener gets its last events, with reason "abort". An id that is not known is ignored.
+        Its listener gets its last events, with reason "abort". An id that is not known is ignored. Raises
+        TypeError for what is no id.
         """
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a text, not {shown(request_id)}")
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
@@ -151,8 +180,10 @@ class Engine:
     def call(self, function: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps; its value, or what it raises.
 
-        From the engine's own thread it runs at once. Arrays in the value must have been evaluated.
+        From the engine's own thread it runs at once. Arrays in the value must have been evaluated. Raises
+        TypeError for what cannot be called.
         """
+        _check_callable("function", function)
         if threading.current_thread() is self._thread:
             return function()
         return self._inbox.post(function).result()
@@ -161,21 +192,27 @@ class Engine:
         """Hear what is in the pool, and then what each step changes in it; what is returned ends it.
 
         watcher: called in the engine's thread; it must return at once, and hears no more once it has raised.
-        Nothing is looked at while nobody watches. Raises ValueError where the batch manager has no blocks.
+        Nothing is looked at while nobody watches. Raises ValueError where the batch manager has no blocks,
+        TypeError for what cannot be called.
         """
-        self.call(partial(self._loop.watch, watcher))
-        return lambda: self._inbox.post(partial(self._loop.unwatch, watcher))
+        _check_callable("watcher", watcher)
+        listener = partial(watcher)  # an object of this call's own: one watcher may watch twice
+        self.call(partial(self._loop.watch, listener))
+        return lambda: self._inbox.post(partial(self._loop.unwatch, listener))
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests, and return when all that were accepted have ended.
 
         timeout: in seconds; then those that have not ended are cancelled. None: however long it takes.
         """
+        self.refuse_to_wait("Engine.drain", "start_draining")
         await asyncio.wrap_future(self.start_draining(timeout))
 
     def start_draining(self, timeout: float | None = None) -> Future[None]:
         """`drain` for threads: returns at once, a future that is done when all have ended."""
-        drained: Future[None] = Future()
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+            raise TypeError(f"timeout must be a number of seconds or None, not {shown(timeout)}")
+        drained: Future[None] = Answer(self._inbox)
 
         def tell(posted: Future[None]) -> None:
             error = posted.exception()
@@ -188,7 +225,10 @@ class Engine:
         return drained
 
     def stop(self) -> None:
-        """Cancel all requests and end the thread; returns when it has ended. New requests are refused."""
+        """Cancel all requests and end the thread; returns when it has ended. New requests are refused.
+
+        In the engine's own thread it returns at once, and the thread ends after the present iteration.
+        """
         self._inbox.post(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -199,7 +239,10 @@ class Engine:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop it, without holding up the event loop."""
-        await asyncio.to_thread(self.stop)
+        if self._inbox.is_mine:
+            self.stop()
+        else:
+            await asyncio.to_thread(self.stop)
 
     @property
     def stats(self) -> EngineStats:
@@ -221,11 +264,42 @@ class Engine:
         """The engine's inside, to be looked at while nothing runs; what changes it goes through `call`."""
         return self._loop.core
 
-    def check_token_ids(self, tokens: Seq[int]) -> None:
-        """Raise ValueError for a token id outside the vocabulary."""
-        for token in tokens:
-            if not 0 <= token < self._vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary (0 to {self._vocab_size - 1})")
+    def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
+        """Refuse a call that waits for the engine where it would wait for ever.
+
+        Raises `WrongThreadError` in the engine's own thread, `ForkedProcessError` in a forked process.
+        """
+        self._inbox.refuse_to_wait(call, instead)
+
+    def check_token_ids(self, tokens: Seq[int]) -> list[int]:
+        """Token ids as a list of ints. Raises ValueError for what is none, or is outside the vocabulary."""
+        tokens = token_list(tokens, "token ids")
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
+            bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
+            raise ValueError(f"token id {shown(bad)} is outside the vocabulary (0 to {self._vocab_size - 1})")
+        return tokens
+
+    def _name(self, request_id: str | None) -> str:
+        """The id of a new request. Raises ValueError for what cannot be one."""
+        if request_id is None:
+            return next(self._request_ids)
+        if not isinstance(request_id, str) or not 0 < len(request_id) <= MOST_ID_CHARACTERS:
+            limits = f"a text of 1 to {MOST_ID_CHARACTERS} characters"
+            raise ValueError(f"request_id must be {limits}, not {shown(request_id)}")
+        return str.__str__(request_id)
+
+    def _submittable(self, requests: Seq[Request], deliver: Listener) -> Seq[Request]:
+        """Requests as a sequence of their own. Raises TypeError for what is none, or cannot be called."""
+        if (refusal := self._inbox.forked()) is not None:
+            raise refusal
+        if not isinstance(requests, Seq):
+            raise TypeError(f"requests must be a list, not {shown(requests)}")
+        for place, request in enumerate(requests):
+            if not isinstance(request, Request):
+                expected = "come from `request` or `search`"
+                raise TypeError(f"requests[{place}] must {expected}, not {shown(request)}")
+        _check_callable("deliver", deliver)
+        return tuple(requests)
 
     def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
         last = self._vocab_size - 1
@@ -239,16 +313,30 @@ class Engine:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
         check_length(len(prompt), context)
-        self.check_token_ids(prompt)
-        return list(prompt)
+        return self.check_token_ids(prompt)
+
+
+def _checked(params: T | None, kind: type[T], default: T | None = None) -> T:
+    """Parameters of the right kind. Raises ValueError for any other value."""
+    params = default if params is None else params
+    if not isinstance(params, kind):
+        raise ValueError(f"params must be {kind.__name__}, not {shown(params)}")
+    return params
+
+
+def _check_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {shown(value)}")
 
 
 def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) -> threading.Thread:
     """Start the engine's thread; it is returned when the core is made. Raises what `make_core` raises."""
+    prepare_to_compute()
     ready = inbox.post(partial(loop.begin, make_core))
     thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
     with needing("the engine's thread"), _stack_of(ENGINE_STACK):
         thread.start()
+    note_engine()
     try:
         ready.result()
     except BaseException:  # Ctrl-C among them

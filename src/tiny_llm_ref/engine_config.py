@@ -4,9 +4,10 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass, fields
 from functools import partial
+from operator import index
 from typing import Any, Self
 
-from .errors import ConfigError
+from .errors import ConfigError, is_whole, shown
 from .layer_groups import group_layers, layers_per_block
 from .model_config import ModelConfig
 
@@ -16,6 +17,15 @@ COMPUTE_DTYPES = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
+MOST = 2**62  # of any number: what is counted in the kernels fits 64 bits
+_OPTIONAL = (
+    "num_blocks",
+    "min_num_blocks",
+    "kv_cache_memory",
+    "swap_space",
+    "max_num_waiting",
+    "max_model_len",
+)
 _COUNTS = (
     "block_size",
     "num_blocks",
@@ -24,13 +34,17 @@ _COUNTS = (
     "swap_space",
     "max_num_seqs",
     "max_num_waiting",
+    "max_num_batched_tokens",
     "max_model_len",
 )
+_NAMES = ("dtype", "kv_cache_dtype", "preemption_mode", "batching")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How to serve: sizes, limits and policies. Every field has a default that works.
+
+    Numbers are whole numbers (numpy's too), sizes are in bytes. Raises `ConfigError` for any other value.
 
     block_size: tokens in one block of the KV pool.
     num_blocks: blocks in the pool; None derives it from `kv_cache_memory`.
@@ -89,9 +103,15 @@ class EngineConfig:
                 f"generation_config must be 'auto', 'vllm' or a folder, not {self.generation_config!r}"
             )
         for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
+            self._check_number(name, least=1)
+        self._check_number("seed", least=0)
+        self._check_number("activation_bits", least=min(ACTIVATION_BITS))
+        for name in _NAMES:
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, not {shown(getattr(self, name))}")
+        if not isinstance(self.enable_prefix_caching, bool):
+            value = shown(self.enable_prefix_caching)
+            raise ConfigError(f"enable_prefix_caching must be True or False, not {value}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
@@ -105,6 +125,20 @@ class EngineConfig:
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         _one_of("batching", self.batching, BATCHING)
+
+    def _check_number(self, name: str, least: int) -> None:
+        """Refuse what is no whole number, or out of range; make an int of another kind of whole number."""
+        value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
+        if not is_whole(value):
+            none = " or None" if name in _OPTIONAL else ""
+            raise ConfigError(f"{name} must be a whole number{none}, not {shown(value)}")
+        number = index(value)
+        if not least <= number <= MOST:
+            limit = f"at least {least}" if number < least else f"at most {MOST}"
+            raise ConfigError(f"{name} must be {limit}, not {shown(value)}")
+        object.__setattr__(self, name, number)
 
     def _check_min_num_blocks(self) -> None:
         """Refuse a beginning that is larger than the whole, or of a pool that does not grow."""

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from .batch_manager import BatchManager
 from .beam_search import BeamSearch, BeamSearchParams
+from .errors import ends_process
 from .faults import Failure, Trials
 from .paged_batch import PagedBatchManager
 from .paged_queues import BeamStep
@@ -34,6 +35,7 @@ class EngineStats:
     prefix_cache_hits: prompt tokens of requests that have begun, and those of them that were in the pool
     already. num_host_blocks: room on the host for what is swapped out. num_tokens: tokens computed in all
     steps. steps_of: how many steps computed up to 1, 2, 4, 8, ... tokens, and more than the power before.
+    num_waiting_requests: requests that have a waiting sequence.
     """
 
     num_running: int
@@ -48,6 +50,7 @@ class EngineStats:
     num_host_blocks: int = 0
     num_tokens: int = 0
     steps_of: tuple[int, ...] = ()
+    num_waiting_requests: int = 0
 
 
 @dataclass
@@ -73,7 +76,8 @@ class EngineCore:
         self._num_tokens = 0
         self._steps_of = [0] * STEP_SIZES
         self._searches: dict[str, _Searching] = {}
-        self._failures: list[Failure] = []
+        self._failures: dict[str, Failure] = {}
+        self._ended_searches: list[str] = []
         self._trials = Trials(manager)
 
     def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
@@ -114,7 +118,9 @@ class EngineCore:
         self._trials.begin_step()
         try:
             logits = self.manager.process_batch()
-        except Exception as error:  # whatever a kernel, an allocation or a policy raised
+        except BaseException as error:  # whatever a kernel, an allocation, a policy or a library raised
+            if ends_process(error):
+                raise
             guilty = self._trials.blame(error)
             if guilty is not None:
                 self._fail(guilty, error)
@@ -128,8 +134,13 @@ class EngineCore:
 
     def take_failures(self) -> list[Failure]:
         """The requests that have ended with an error since this was last asked."""
-        failures, self._failures = self._failures, []
-        return failures
+        failures, self._failures = self._failures, {}
+        return list(failures.values())
+
+    def take_ended_searches(self) -> list[str]:
+        """The beam searches that have come to their end since this was last asked."""
+        ended, self._ended_searches = self._ended_searches, []
+        return ended
 
     def finish(self, seq_id: str) -> None:
         """End one sequence, for a reason that is not its token's (a stop string)."""
@@ -139,6 +150,10 @@ class EngineCore:
         """End a request, whatever its state; an unknown or ended id is ignored."""
         self._searches.pop(request_id, None)
         self.manager.cancel(request_id)
+
+    def has_request(self, request_id: str) -> bool:
+        """True while a request has not ended."""
+        return self.manager.has_request(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -162,6 +177,7 @@ class EngineCore:
             num_host_blocks=capacity.num_host_blocks,
             num_tokens=self._num_tokens,
             steps_of=tuple(self._steps_of),
+            num_waiting_requests=manager.num_waiting_requests,
         )
 
     # What a step gave. Who raises here has failed alone.
@@ -236,6 +252,7 @@ class EngineCore:
         if choices:
             self.manager.advance(request_id, [BeamStep(ids[parent], token) for parent, token in choices])
         else:
+            self._ended_searches.append(request_id)
             self.cancel(request_id)
 
     @contextmanager
@@ -243,11 +260,12 @@ class EngineCore:
         """A request has failed if the block raises."""
         try:
             yield
-        except Exception as error:  # whatever it was
+        except BaseException as error:  # whatever it was
+            if ends_process(error):
+                raise
             self._fail(request_id, error)
 
-    def _fail(self, request_id: str, error: Exception) -> None:
+    def _fail(self, request_id: str, error: BaseException) -> None:
         """End a request with an error, once."""
-        if all(failure.request_id != request_id for failure in self._failures):
-            self._failures.append(Failure(request_id, error))
+        self._failures.setdefault(request_id, Failure(request_id, error))
         self.cancel(request_id)

@@ -1,7 +1,7 @@
-"""What runs in the engine's thread, which owns every array: errands first, then one step, then what it gave.
+"""What runs in the engine's thread, which owns every array: tasks first, then one step, then what it gave.
 
-A step's tokens become text here, and everybody hears of his own. Knows nothing of who asks: errands come
-through an inbox, and what is ready goes to listeners.
+A step's tokens become text here, and every listener gets those of its own requests. Knows nothing of the
+callers: tasks come through an inbox, and what is ready goes to listeners.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .block_events import BlockWatch, PoolChange
 from .delivery import Listener, Outbox
 from .engine_core import EngineCore, EngineStats
-from .errors import RequestFailedError
+from .errors import RequestFailedError, described
 from .inbox import Inbox, Refusal, dead, draining, fail, resolve, stopped
 from .output_processor import RequestState
 from .paged_batch import PagedBatchManager
@@ -71,7 +71,7 @@ class EngineLoop:
         self._watchers: list[PoolListener] = []
 
     def run(self) -> None:
-        """The thread: turn after turn until it is told to stop. The first errand must be `begin`.
+        """The thread: turn after turn until it is told to stop. The first task must be `begin`.
 
         Whatever is raised, everybody who waits is told.
         """
@@ -102,8 +102,8 @@ class EngineLoop:
     def step(self) -> None:
         """One step of the core: tokens go to the requests that are live, and their events to the listeners.
 
-        A completion that its text ends is finished in the core before the next step. A request whose text
-        cannot be made fails alone; its listener, and those of the core's failures, get `RequestFailedError`.
+        A completion that its text ends is finished in the core before the next step. A request whose push
+        raises fails alone; its listener, and those of the core's failures, get `RequestFailedError`.
         Whoever has ended is live no more. Tokens of requests that are not live are ignored.
         """
         start = perf_counter()
@@ -118,7 +118,7 @@ class EngineLoop:
         self._publish()
         assert self.core.has_work or not self.live, "a request has ended, and nobody was told"
 
-    # Errands.
+    # Tasks.
 
     def begin(self, make_core: Callable[[], EngineCore]) -> None:
         """Make the core. Raises what that raises; then the thread ends."""
@@ -206,7 +206,7 @@ class EngineLoop:
             event = live.request.push(output)
             if event.finish_reason is not None and output.finish_reason is None:
                 self.core.finish(output.seq_id)
-        except Exception as error:  # text is its request's alone
+        except BaseException as error:  # whatever a tokenizer raised: text belongs to its request only
             self.core.cancel(output.request_id)
             self._fail(output.request_id, error)
             return
@@ -218,19 +218,19 @@ class EngineLoop:
         for request_id, error in self.core.take_failures():
             self._fail(request_id, error)
 
-    def _fail(self, request_id: str, error: Exception) -> None:
+    def _fail(self, request_id: str, error: BaseException) -> None:
         """Tell the listener of a request that it has ended with an error."""
         live = self.live.pop(request_id, None)
         if live is not None:
-            failed = RequestFailedError(f"request {request_id!r} has failed: {error}", request_id)
+            failed = RequestFailedError(f"request {request_id!r} has failed: {described(error)}", request_id)
             failed.__cause__ = error
             self._outbox.add(live.listener, failed)
 
     def _end_searches(self) -> None:
-        for request_id, (request, listener) in list(self.live.items()):
-            if isinstance(request, SearchState) and request.finished:
-                del self.live[request_id]
-                self._outbox.add(listener, *request.end())
+        for request_id in self.core.take_ended_searches():
+            ended = self.live.pop(request_id, None)
+            if ended is not None and isinstance(ended.request, SearchState):
+                self._outbox.add(ended.listener, *ended.request.end())
 
     def _tell_watchers(self) -> None:
         """What has changed in the pool in this turn; who raises is told no more."""
@@ -239,24 +239,23 @@ class EngineLoop:
         for watcher in list(self._watchers):
             try:
                 watcher(change)
-            except Exception:  # a watcher's fault is no reason to stop serving
+            except BaseException:  # as a listener's: it must not stop the engine
                 self.unwatch(watcher)
 
     def _deliver(self) -> None:
         """Hand over what is ready; the requests of listeners that cannot be reached are cancelled."""
-        lost = self._outbox.deliver()
+        lost = {id(listener) for listener in self._outbox.deliver()}
         if lost:
-            self.cancel([request_id for request_id, live in self.live.items() if live.listener in lost])
+            self.cancel([request_id for request_id, live in self.live.items() if id(live.listener) in lost])
 
     # Beginning and end.
 
     def _publish(self) -> None:
         """Let other threads see how full it is."""
-        num_waiting = len({sequence.request_id for sequence in self.core.manager.waiting})
-        self._is_crowded = self._is_crowded and num_waiting > 0
-        num_running = len(self.core.manager.running)
-        self._room.occupancy = Occupancy(self._num_seen, num_waiting, num_running, self._is_crowded)
-        self.stats = self.core.stats
+        stats = self.stats = self.core.stats
+        waiting, running = stats.num_waiting_requests, stats.num_running
+        self._is_crowded = self._is_crowded and waiting > 0
+        self._room.occupancy = Occupancy(self._num_seen, waiting, running, self._is_crowded)
 
     def _end(self, error: BaseException | None) -> None:
         """Refuse whatever comes, and let nobody wait: with an error everybody hears of it."""

@@ -6,7 +6,10 @@ catches every refusal. Nothing past a raised error is half-done: what raised cha
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
+from reprlib import Repr
+from threading import current_thread, main_thread
 
 
 class TinyLLMError(Exception):
@@ -57,7 +60,10 @@ class QueueFullError(TinyLLMError):
 
 
 class RequestFailedError(TinyLLMError):
-    """A request has ended with an error that is not its caller's; `__cause__` has it. The others go on."""
+    """A request has failed as a whole, and not by its caller's fault; `__cause__` has the error.
+
+    Other requests go on. Where only some completions of a request fail, they end with the reason "error".
+    """
 
     def __init__(self, message: str, request_id: str) -> None:
         super().__init__(message)
@@ -66,6 +72,14 @@ class RequestFailedError(TinyLLMError):
 
 class EngineStoppingError(TinyLLMError):
     """The engine takes no more requests: it drains, or has been stopped."""
+
+
+class WrongThreadError(TinyLLMError, RuntimeError):
+    """A call that waits for the engine was made in the engine's own thread, which would wait for itself."""
+
+
+class ForkedProcessError(TinyLLMError, RuntimeError):
+    """The engine is used in a process that was forked from its own: its threads do not exist there."""
 
 
 class EngineDeadError(TinyLLMError):
@@ -102,6 +116,40 @@ def _printable(message: str) -> str:
     half = MOST_MESSAGE // 2
     shown = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its repr, shortened; never raises, and never takes long."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # whatever the value's own repr raised
+        return f"a {type(value).__name__}"
+
+
+def is_whole(value: object) -> bool:
+    """True for a whole number: an int, or another library's; True and False are none."""
+    try:
+        index(value)  # type: ignore[arg-type]
+    except Exception:  # a TypeError, or whatever the value's own method raised
+        return False
+    return not isinstance(value, bool)
+
+
+def ends_process(error: BaseException) -> bool:
+    """True for Ctrl-C and `sys.exit`, which are meant for the process; in the main thread only."""
+    return isinstance(error, (KeyboardInterrupt, SystemExit)) and current_thread() is main_thread()
+
+
+def described(error: BaseException) -> str:
+    """What an error says, or its type where it cannot say it. Never raises."""
+    try:
+        return str(error) or type(error).__name__
+    except BaseException:  # whatever its own text raised
+        return type(error).__name__
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Scheduling never changes the answer, so a request that is computed again, alone,
 Knows nothing of what went wrong.
 """
 
+from collections import deque
 from collections.abc import Container
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ class Failure(NamedTuple):
     """A request that has ended with an error."""
 
     request_id: str
-    error: Exception
+    error: BaseException
 
 
 class Trials:
@@ -26,7 +27,7 @@ class Trials:
 
     def __init__(self, manager: BatchManager) -> None:
         self._manager = manager
-        self._suspects: list[str] = []
+        self._suspects: deque[str] = deque()
         self._on_trial: str | None = None
         self._found_nobody = False
 
@@ -36,11 +37,11 @@ class Trials:
             return
         self._manager.recover()
         while self._on_trial is None and self._suspects:
-            request_id = self._suspects.pop(0)
+            request_id = self._suspects.popleft()
             self._on_trial = request_id if self._manager.has_request(request_id) else None
         self._manager.isolate(self._on_trial)
 
-    def blame(self, error: Exception) -> str | None:
+    def blame(self, error: BaseException) -> str | None:
         """Undo a step that raised. The request that has to end, or None while several are suspected."""
         computing = self._manager.recover()
         if isinstance(error, StuckRequestError):
@@ -52,7 +53,7 @@ class Trials:
         if len(computing) == 1 or (computing and self._found_nobody):
             self._found_nobody = False
             return computing[-1]
-        self._suspects, self._found_nobody = computing, True
+        self._suspects, self._found_nobody = deque(computing), True
         return None
 
     def passed(self, request_ids: Container[str]) -> None:

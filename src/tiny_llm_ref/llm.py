@@ -12,13 +12,14 @@ import mlx.core as mx
 
 from .beam_search import BeamSearchParams
 from .chat_template import CONTENT_FORMATS, ChatTemplate
-from .delivery import Item, events_of
-from .engine import Engine, Prompt
+from .delivery import Gathering, Item
+from .engine import Engine
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .engine_loop import Request
-from .errors import ConfigError, reading
+from .errors import ConfigError, ends_process, reading, shown
 from .evaluation import text_logits
+from .forking import prepare_to_compute
 from .generation_defaults import fitted
 from .kv_pool import DTYPES
 from .loader import load_model
@@ -26,7 +27,9 @@ from .managers import make_manager
 from .model import Model
 from .output_processor import RequestState
 from .outputs import BeamSearchOutput, RequestEvent, RequestOutput, TextDelta
+from .prompts import ParsedPrompt, PromptType, parse_prompts
 from .sampling_params import SamplingParams
+from .search_state import SearchState
 from .tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -42,7 +45,10 @@ class LLM:
     which the pool holds. Any thread may use it, and several at once: the arrays belong to a thread of its
     own, that ends when the `LLM` is forgotten.
 
-    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option.
+    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option. Calls that wait
+    raise `WrongThreadError` in the engine's thread (in a listener, a watcher, or a function for
+    `engine.call`), and `ForkedProcessError` in a process that was forked from one with an `LLM`, where making
+    another raises it too.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         self.engine_config = EngineConfig.from_options(**engine_options)
+        _check_model(model)
+        prepare_to_compute()
         loaded = load_model(model, self.engine_config.activation_bits, self.engine_config.generation_config)
         self.model_name, self.model_path, self.model, self.tokenizer, self.sampling_defaults = loaded
         self.model_config = self.model.config
@@ -86,19 +94,24 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts, all of them together; outputs in the order of the prompts.
 
-        prompts: a text, a list of token ids, or a list of either. sampling_params: one for all, or
-        one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard error
-        where that is a terminal.
+        prompts: a text, a list of token ids, a dict as in vLLM (`{"prompt": ...}` or
+        `{"prompt_token_ids": ...}`, with or without a "cache_salt"), or a list of these; an array of whole
+        numbers is a list of token ids, and one of two dimensions a list of prompts. sampling_params: one for
+        all, or one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard
+        error where that is a terminal.
 
-        Raises ValueError for a prompt or parameters that cannot run; then none of them has run.
+        A completion that fails does not end the others: it has the finish_reason "error", and its `error`
+        says why. Raises ValueError for a prompt or parameters that cannot run; then none of them has run.
+        Raises `RequestFailedError` where every completion of every prompt has failed.
         """
-        return self._run_all(_as_list(prompts), sampling_params, use_tqdm)
+        self.engine.refuse_to_wait("LLM.generate")
+        return self._run_all(parse_prompts(prompts), sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -121,31 +134,36 @@ class LLM:
         Raises `MessageError`, a ValueError that names place and field, for what is no conversation, and for
         text that the template drops.
         """
-        first = messages[0] if messages else None
-        conversations = [messages] if first is None or isinstance(first, Mapping) else messages
+        self.engine.refuse_to_wait("LLM.chat")
         options = _Options(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
         )
-        encoded = [self._encode_chat(one, options) for one in conversations]  # type: ignore[arg-type]
+        encoded = [self._encode_chat(one, options) for one in _conversations(messages)]
         return self._run_all(encoded, sampling_params, use_tqdm)
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+        self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
         """The best continuations of each prompt, all of them searched together; in the order of the prompts.
 
-        A search's beams share the pages of what they have in common. Raises ValueError for a prompt or
-        parameters that cannot run, and with batching="dense"; then none of them has run.
+        A search's beams share the pages of what they have in common. A search that fails has no sequences,
+        and its `error` says why. Raises ValueError for a prompt or parameters that cannot run, and with
+        batching="dense"; then none of them has run. Raises `RequestFailedError` where all have failed.
         """
-        searches = [self.engine.search(prompt, params) for prompt in _as_list(prompts)]
+        self.engine.refuse_to_wait("LLM.beam_search")
+        searches = [self.engine.search(prompt, params) for prompt in parse_prompts(prompts)]
         with closing(self._serve(searches)) as steps:
             deque(steps, maxlen=0)
-        return [search.output for search in searches]
+        return [_found(search) for search in searches]
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: PromptType, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
-        """Complete one prompt, piece by piece; closing the iterator cancels the request."""
+        """Complete one prompt, piece by piece; closing the iterator cancels the request.
+
+        Raises as `generate` does; `RequestFailedError` while the pieces come.
+        """
+        self.engine.refuse_to_wait("LLM.stream")
         return self._stream(self._request(prompt, sampling_params))
 
     def stream_chat(
@@ -159,21 +177,22 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request."""
+        self.engine.refuse_to_wait("LLM.stream_chat")
         options = _Options(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
         )
-        return self.stream(self._encode_chat(messages, options), sampling_params)
+        return self._stream(self._request(self._encode_chat(messages, options), sampling_params))
 
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
 
         Runs through pages of their own, in chunks of the step's token budget, whatever else waits.
-        Raises ValueError for no tokens and for ids outside the vocabulary.
+        Raises ValueError for no tokens, for what is no token id, and for ids outside the vocabulary.
         """
-        if not token_ids:
+        tokens = self.engine.check_token_ids(token_ids)
+        if not tokens:
             raise ValueError("logits of no tokens: there is nothing to compute")
-        self.engine.check_token_ids(token_ids)
-        return self.engine.call(partial(_evaluated_logits, self.model, token_ids, self.engine_config))
+        return self.engine.call(partial(_evaluated_logits, self.model, tokens, self.engine_config))
 
     def _encode_chat(self, messages: Messages, options: "_Options") -> list[int]:
         if self.chat_template is None:
@@ -187,10 +206,12 @@ class LLM:
 
     def _run_all(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptType | ParsedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if not isinstance(use_tqdm, bool):
+            raise ValueError(f"use_tqdm must be True or False, not {shown(use_tqdm)}")
         params = _one_for_each(sampling_params, len(prompts))
         requests = [self._request(*each) for each in zip(prompts, params, strict=True)]
         with _progress(len(requests), use_tqdm) as report, closing(self._serve(requests)) as steps:
@@ -198,7 +219,7 @@ class LLM:
                 report(step)
         return [request.output for request in requests]
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> RequestState:
+    def _request(self, prompt: PromptType | ParsedPrompt, params: SamplingParams | None) -> RequestState:
         """A request to submit; without parameters it has the default ones, and a limit that fits."""
         chosen = self.get_default_sampling_params() if params is None else params
         request = self.engine.request(prompt, chosen)
@@ -216,18 +237,19 @@ class LLM:
     def _serve(self, requests: Sequence[Request]) -> Generator[list[RequestEvent], None, None]:
         """Submit requests and yield what each step has for them, until all have ended.
 
-        What has not ended when this is left, by Ctrl-C too, is cancelled. Raises what the engine raises.
+        What has not ended when this is left, by Ctrl-C too, is cancelled. Raises as `Gathering.check` does.
         """
         inbox: SimpleQueue[list[Item]] = SimpleQueue()
-        left = len(requests)
+        gathering = Gathering(requests)
         try:
             self.engine.submit(requests, inbox.put).result()
-            while left:
-                step = events_of(inbox.get())
-                left -= sum(event.usage is not None for event in step)
+            while gathering.unfinished:
+                self.engine.refuse_to_wait("the next piece of a stream")
+                step = gathering.take(inbox.get())
+                gathering.check()
                 yield step
         finally:
-            if left:
+            if gathering.unfinished:
                 self.engine.forget(requests)
 
 
@@ -238,6 +260,12 @@ class _Options(NamedTuple):
     continue_final_message: bool
     add_special_tokens: bool
     chat_template_kwargs: Mapping[str, Any] | None
+
+
+def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
+    """A list of conversations; a single one becomes a list of one."""
+    first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
+    return list(messages) if isinstance(first, (list, tuple)) else [messages]  # type: ignore[list-item, arg-type]
 
 
 def _make_core(config: EngineConfig, model: Model) -> EngineCore:
@@ -269,11 +297,21 @@ def _chat_template(tokenizer: Tokenizer, content_format: str) -> ChatTemplate | 
     )
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt, as text or as token ids, becomes a list of one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+def _check_model(model: object) -> None:
+    """Raise `ConfigError` for what names no model."""
+    if not (model is None or isinstance(model, (str, Path))) or model == "" or "\0" in str(model):
+        raise ConfigError(f"model must be a path, a hub id or None, not {shown(model)}")
+
+
+def _found(search: SearchState) -> BeamSearchOutput:
+    """What a search has found; an error in its place where its texts cannot be made."""
+    try:
+        return search.output
+    except BaseException as error:  # a panic of the tokenizer's library among them
+        if ends_process(error):
+            raise
+        search.fail(error)
+        return search.output
 
 
 def _one_for_each(
@@ -281,10 +319,15 @@ def _one_for_each(
 ) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * num_prompts
+    if not isinstance(params, (list, tuple)):
+        raise ValueError(f"sampling_params must be SamplingParams, or a list of them, not {shown(params)}")
     if len(params) != num_prompts:
         raise ValueError(
             f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
         )
+    for place, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(f"sampling_params[{place}] must be SamplingParams, not {shown(one)}")
     return list(params)
 
 

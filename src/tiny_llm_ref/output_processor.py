@@ -6,11 +6,12 @@ until it is certain, so what was streamed never has to be taken back.
 
 from collections.abc import Sequence as Seq
 from time import monotonic
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
+from weakref import ref
 
 from .control_stops import ControlStops, control_patterns
 from .engine_core import EngineCore
-from .errors import QueueFullError
+from .errors import DuplicateRequestError, QueueFullError, described
 from .outputs import (
     CompletionOutput,
     Logprob,
@@ -56,6 +57,7 @@ class CompletionText:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self.error: str | None = None
         self._text = ""
         self._num_streamed = 0
         self._logprobs: list[dict[int, Logprob]] = []
@@ -94,6 +96,19 @@ class CompletionText:
         self.finish_reason = "abort"
         return TextDelta(self.index, self._stream(), (), self.finish_reason)
 
+    def fail(self, error: BaseException) -> TextDelta:
+        """End it with an error; the text that was held back."""
+        self.finish_reason, self.stop_reason, self.error = "error", None, described(error)
+        return TextDelta(self.index, self._stream(), (), self.finish_reason)
+
+    def undo_push(self, num_tokens: int) -> None:
+        """After a push that raised: only the first `num_tokens` tokens count."""
+        del self.token_ids[num_tokens:], self._logprobs[num_tokens:]
+        self._cumulative_logprob = 0.0
+        for token, place in zip(self.token_ids, self._logprobs, strict=False):
+            self._cumulative_logprob += place[token].logprob
+        self.finish_reason = self.stop_reason = None
+
     @property
     def last_logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
         """The log-probabilities of the last token that was pushed, where they are asked for."""
@@ -110,6 +125,7 @@ class CompletionText:
             logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )
 
     def _grow(self, piece: str) -> list[tuple[int, str]]:
@@ -172,26 +188,58 @@ class RequestState:
         self._scheduled: float | None = None
         self._num_cached_tokens = 0
         self._finished: float | None = None
+        self._core: ref[EngineCore] | None = None
 
     def begin(self, core: EngineCore) -> None:
-        """Queue it in the engine. Raises what the engine's door raises."""
+        """Queue it in the engine. Raises as the core's `add_request` does, and ValueError a second time."""
+        refuse_second_time(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self._params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
+        self._core = ref(core)
+
+    @property
+    def has_begun(self) -> bool:
+        """True when it has been given a token, or has ended."""
+        return any(one.token_ids or one.finish_reason for one in self._completions.values())
 
     def push(self, output: TokenOutput) -> RequestEvent:
-        """Take one token of one of the completions; what it gives."""
+        """Take one token of one of the completions; what it gives.
+
+        A completion whose text cannot be made ends with the reason "error", and the others go on. Where all
+        others have ended so, the whole request fails: raises what was raised.
+        """
         if self._first_token is None:
             self._first_token = monotonic()
             self._scheduled = output.scheduled
             self._num_cached_tokens = output.num_cached_tokens
         completion = self._completions[output.seq_id]
-        delta = completion.push(output)
-        return self._event(completion, delta, completion.last_logprobs, self._new_prompt_logprobs(output))
+        num_tokens = len(completion.token_ids)
+        try:
+            prompt_logprobs = self._new_prompt_logprobs(output)
+            delta = completion.push(output)
+        except BaseException as error:  # a panic of the tokenizer's library among them
+            completion.undo_push(num_tokens)
+            if all(one.error is not None for one in self._completions.values() if one is not completion):
+                raise
+            return self._event(completion, completion.fail(error))
+        return self._event(completion, delta, completion.last_logprobs, prompt_logprobs)
 
     def abort(self) -> list[RequestEvent]:
         """End every completion that has not ended; their last events."""
-        running = [one for one in self._completions.values() if one.finish_reason is None]
-        return [self._event(completion, completion.abort()) for completion in running]
+        return [self._event(completion, _aborted(completion)) for completion in self._running]
+
+    def fail(self, error: BaseException) -> list[RequestEvent]:
+        """End every completion that has not ended with an error; their last events."""
+        return [self._event(completion, completion.fail(error)) for completion in self._running]
+
+    @property
+    def has_failed(self) -> bool:
+        """True when every completion has ended with an error."""
+        return all(completion.error is not None for completion in self._completions.values())
+
+    @property
+    def _running(self) -> list[CompletionText]:
+        return [one for one in self._completions.values() if one.finish_reason is None]
 
     @property
     def finished(self) -> bool:
@@ -232,6 +280,7 @@ class RequestState:
             logprobs=logprobs,
             finish_reason=delta.finish_reason,
             stop_reason=completion.stop_reason,
+            error=completion.error,
             prompt_logprobs=prompt_logprobs,
             usage=self._end() if delta.finish_reason is not None and self.finished else None,
         )
@@ -249,6 +298,30 @@ class RequestState:
         pairs = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
         self._prompt_logprobs = (None, *(_with_text(*pair, self._tokenizer) for pair in pairs))
         return self._prompt_logprobs
+
+
+def _aborted(completion: CompletionText) -> TextDelta:
+    """End a completion from outside; it has failed where its text cannot be made."""
+    try:
+        return completion.abort()
+    except BaseException as error:  # as in `RequestState.push`
+        return completion.fail(error)
+
+
+class _Submitted(Protocol):
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def has_begun(self) -> bool: ...
+
+
+def refuse_second_time(request: _Submitted, core: "ref[EngineCore] | None") -> None:
+    """Raise ValueError for a request that has been served, or that is queued in a core; None: in no core."""
+    queued_in = None if core is None else core()
+    if request.has_begun or (queued_in is not None and queued_in.has_request(request.request_id)):
+        raise DuplicateRequestError(
+            f"request {request.request_id!r} was submitted before: make a new one with the engine's `request`"
+        )
 
 
 def _with_text(token: int, found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:

@@ -16,9 +16,10 @@ class Logprob(NamedTuple):
 class CompletionOutput:
     """One completion.
 
-    finish_reason: "stop" (end-of-sequence, a stop token or a stop string), "length", "abort", or
-    None while it is not finished. stop_reason: the stop string or token id; None otherwise.
-    logprobs: for each token a dict from token id to `Logprob`, the chosen one included.
+    finish_reason: "stop" (end-of-sequence, a stop token or a stop string), "length", "abort" (its caller
+    cancelled it), "error" (it failed), or None while it is not finished. stop_reason: the stop string or
+    token id; None otherwise. logprobs: for each token a dict from token id to `Logprob`, the chosen one
+    included. error: with the reason "error", what went wrong.
     """
 
     index: int
@@ -28,6 +29,7 @@ class CompletionOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,13 @@ class BeamSearchSequence:
 
 @dataclass(frozen=True)
 class BeamSearchOutput:
-    """What a beam search found, best first; `beam_width` hypotheses, or all that there are."""
+    """What a beam search found, best first; `beam_width` hypotheses, or all that there are.
+
+    error: what went wrong, where the search failed; `sequences` is empty then.
+    """
 
     sequences: tuple[BeamSearchSequence, ...]
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ class RequestEvent:
     """What one step gave one completion of a request: new text (may be empty) and the tokens behind it.
 
     index: which completion. logprobs: one dict for each of the tokens, where they are asked for, and
-    prompt_logprobs once, as in `RequestOutput`. finish_reason and stop_reason: with the completion's last
-    event, as in `CompletionOutput`. usage: with the request's last event, and with no other.
+    prompt_logprobs once, as in `RequestOutput`. finish_reason, stop_reason and error: with the completion's
+    last event, as in `CompletionOutput`. usage: with the request's last event, and with no other.
     """
 
     request_id: str
@@ -124,6 +130,7 @@ class RequestEvent:
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     usage: RequestUsage | None = None
+    error: str | None = None
 
 
 class TextDelta(NamedTuple):

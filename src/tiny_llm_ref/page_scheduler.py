@@ -38,6 +38,8 @@ class PageScheduler:
         self.prefix = policies.prefix(allocator, layout.block_size)
         self.swap_space = SwapSpace(policies.swap_blocks, layout.block_size) if policies.swap_blocks else None
         self._under_way: Plan[PagedSequence] = Plan()
+        self._ran: list[PagedSequence] = []  # the sequences that ran when the step began
+        self._swapped: set[PagedSequence] = set()  # all that are on the host, and perhaps some that were
         self.num_preemptions = 0
         self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
@@ -54,9 +56,15 @@ class PageScheduler:
         """Blocks that can be had: free, kept for nobody in particular, or not yet there."""
         return self._allocator.num_free + self.prefix.num_idle + self._max_blocks - self._allocator.num_blocks
 
+    @property
+    def num_swapped(self) -> int:
+        """Sequences that wait with their keys and values on the host."""
+        return sum(sequence.state is SequenceState.SWAPPED for sequence in self._swapped)
+
     def plan(self) -> Plan[PagedSequence]:
         """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
         plan = self._under_way = Plan()
+        self._ran = list(self._queues.running)
         self._admit(plan)
         self._share()
         running = list(self._queues.running)
@@ -79,7 +87,7 @@ class PageScheduler:
                 queries, hits = self.prefix_stats
                 found = sequence.num_cached_tokens
                 self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
-        self._under_way = Plan()
+        self._under_way, self._ran = Plan(), []
 
     def undo(self) -> list[str]:
         """After a step that failed: everybody who ran waits again; the requests that it was to compute.
@@ -90,18 +98,21 @@ class PageScheduler:
         half_out = [sequence for sequence in self._queues.running if sequence.seq_id not in returned]
         for sequence in [*self._under_way.departed, *half_out]:
             self._forget_swapped(sequence)
-        while self._queues.running:
-            self._put_back(self._queues.running[-1])
-        for sequence in self._queues.waiting:
-            self.give_up(sequence)  # what it was about to be admitted with
+        about_to_run = [self._queues.waiting[0]] if self._queues.waiting else []
+        for sequence in [*reversed(self._queues.running)]:
+            if sequence in self._queues.running:  # not put back yet, together with another beam
+                self._put_back(sequence)
+        for sequence in [*self._ran, *about_to_run]:
+            self.give_up(sequence)  # no other waiting sequence can hold pages
         self.prefix.released(self.prefix.blocks)
         return list(dict.fromkeys(chunk.sequence.request_id for chunk in self._under_way.chunks))
 
     def forget_everything(self) -> None:
         """Nothing that was computed can be read any more: what is kept or waits on the host is given up."""
         self.prefix.evict(len(self.prefix.blocks))
-        for sequence in [*self._queues.waiting, *self._queues.set_aside]:
+        for sequence in self._swapped:
             self._forget_swapped(sequence)
+        self._swapped.clear()
 
     def _forget_swapped(self, sequence: PagedSequence) -> None:
         """What a sequence has on the host is not to be had: it is computed again."""
@@ -206,7 +217,7 @@ class PageScheduler:
     def _make_room(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
         """Find pages for `count` more tokens, preempting if need be; False: `sequence` had to give way."""
         while (needed := sequence.blocks_to_append(count)) > self.num_available:
-            candidates = self._queues.running[self._queues.running.index(sequence) :]
+            candidates = [other for other in self._queues.running if other.rank >= sequence.rank]
             victim = self._preemption.choose_victim(candidates)
             if victim is None:
                 raise OutOfBlocksError(
@@ -245,6 +256,8 @@ class PageScheduler:
             self.give_up(stopped)
         if sequence.swapped is not None:
             sequence.state = SequenceState.SWAPPED
+            still = {other for other in self._swapped if other.state is SequenceState.SWAPPED}
+            self._swapped = still | {sequence}
 
     def _swap_out(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
         """Plan to copy what a sequence has computed to the host, unless it is there, or there is no room."""

@@ -194,7 +194,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     @property
     def num_swapped(self) -> int:
         """Sequences that wait with their keys and values on the host."""
-        return sum(sequence.swapped is not None for sequence in self.waiting)
+        return self._scheduler.num_swapped
 
     @property
     def prefix_stats(self) -> PrefixStats:

@@ -36,7 +36,7 @@ class PagedQueues(RequestQueues[PagedSequence]):
             leader.parked = Parked(others, num_shared)
             leader.num_forks += len(others)
             for beam in others:
-                self.running.remove(beam)
+                self.running.discard(beam)
                 beam.state = SequenceState.WAITING
         return [*super().put_back(leader), *others]
 
@@ -50,8 +50,8 @@ class PagedQueues(RequestQueues[PagedSequence]):
         leader.num_forks -= len(beams)
 
     def beams(self, request_id: str) -> list[PagedSequence]:
-        """The running sequences of a request."""
-        return [sequence for sequence in self.running if sequence.request_id == request_id]
+        """The running sequences of a request, in order."""
+        return self._in_order(request_id, self.running)
 
     def blocks_of_others(self, sequence: PagedSequence) -> dict[bytes, int]:
         """The full blocks of a request's other running sequences, by the hash of what is in them."""
@@ -79,12 +79,12 @@ class PagedQueues(RequestQueues[PagedSequence]):
             children.append(child)
         children[0].num_forks = width - len(children)
         for parent in parents:
-            self.running.remove(parent)
+            self.running.discard(parent)
             parent.state = SequenceState.FINISHED
+        self._know(request_id, ids, children[0])
         for child in children:
             self._run(child)
-        self._sequences.update(dict.fromkeys(ids, children[0]))
-        self._sequences.update({child.seq_id: child for child in children})
+            self._know(request_id, [child.seq_id], child)
         return parents
 
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence as Seq
 from time import monotonic
+from weakref import ref
 
 from .beam_search import BeamSearch, BeamSearchParams, Ended
 from .engine_core import EngineCore
+from .errors import described
+from .output_processor import refuse_second_time
 from .outputs import BeamSearchOutput, BeamSearchSequence, RequestEvent, RequestMetrics, RequestUsage
 from .tokenizer import Detokenizer, Tokenizer
 
@@ -21,10 +24,25 @@ class SearchState:
         self._tokenizer = tokenizer
         self._arrival = monotonic()
         self._search: BeamSearch | None = None
+        self._core: ref[EngineCore] | None = None
+        self._error: str | None = None
+        self._has_ended = False
 
     def begin(self, core: EngineCore) -> None:
-        """Queue it in the engine. Raises what the engine's door raises."""
+        """Queue it in the engine. Raises as the core's `add_beam_search` does, ValueError a second time."""
+        refuse_second_time(self, self._core)
         self._search = core.add_beam_search(self.request_id, list(self._prompt), self._params)
+        self._core = ref(core)
+
+    @property
+    def has_begun(self) -> bool:
+        """True when it has found something, or has ended."""
+        return self._has_ended or (self._search is not None and bool(self._search.ended))
+
+    @property
+    def has_failed(self) -> bool:
+        """True when it has ended with an error."""
+        return self._error is not None
 
     @property
     def finished(self) -> bool:
@@ -33,18 +51,28 @@ class SearchState:
 
     def end(self, reason: str = "stop") -> list[RequestEvent]:
         """Its only event: it is over; `output` says what was found until now."""
+        self._has_ended = True
         num_tokens = sum(len(one.hypothesis.tokens) for one in self._ended)
         metrics = RequestMetrics(self._arrival, None, monotonic())
         usage = RequestUsage(len(self._prompt), num_tokens, 0, metrics)
-        return [RequestEvent(self.request_id, 0, "", (), finish_reason=reason, usage=usage)]
+        return [
+            RequestEvent(self.request_id, 0, "", (), finish_reason=reason, usage=usage, error=self._error)
+        ]
 
     def abort(self) -> list[RequestEvent]:
         """End it from outside."""
         return self.end("abort")
 
+    def fail(self, error: BaseException) -> list[RequestEvent]:
+        """End it with an error."""
+        self._error = described(error)
+        return self.end("error")
+
     @property
     def output(self) -> BeamSearchOutput:
         """What has ended so far, with its texts."""
+        if self._search is None or self._error is not None:
+            return BeamSearchOutput((), self._error)
         behind_prompt = self._tokenizer.stream(self._prompt)
         return BeamSearchOutput(tuple(self._with_text(one, behind_prompt.fork()) for one in self._ended))
 

@@ -59,7 +59,7 @@ class Metrics:
         )
         self._ended = Counter(
             "vllm:request_success",
-            "Completions that have ended, by reason.",
+            "Completions that have ended, by reason: abort (the client left), timeout, error, stop, length.",
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
@@ -126,9 +126,9 @@ class Watch:
         if event.usage is not None:
             self._metrics.note_usage(event.usage)
 
-    def abort(self) -> None:
-        """Nobody waits any more for those that have not ended."""
-        self._metrics.note_end("abort", self._num_live)
+    def end(self, reason: str) -> None:
+        """Those that have not ended are given up: "abort", "timeout" or "error"."""
+        self._metrics.note_end(reason, self._num_live)
         self._num_live = 0
 
 

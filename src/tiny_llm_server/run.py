@@ -1,6 +1,8 @@
-"""Requests on their way through the engine: accepted together, heard of together, and cancelled together.
+"""Requests on their way through the engine: accepted together, waited for together, and cancelled together.
 
-Whoever leaves a run before its end, however that happens, gives its pages back before the next step.
+A run that is left before its end, however that happens, gives its pages back before the next step. A choice
+that fails has the finish_reason "error", and the others go on: the answer is an error (HTTP 500) only where
+every choice has failed.
 """
 
 import asyncio
@@ -9,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Self
 
-from tiny_llm.delivery import AsyncListener
+from tiny_llm.delivery import AsyncListener, Gathering
 from tiny_llm.output_processor import RequestState
 
 from tiny_llm import Engine, RequestEvent
@@ -39,7 +41,7 @@ class Run:
         self._engine = engine
         self._watch = watch
         self._places = {request.request_id: place for place, request in enumerate(requests)}
-        self._live = set(self._places)
+        self._gathering = Gathering(requests)
         self._listener = AsyncListener()
         self._timeout = timeout
         self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
@@ -62,11 +64,11 @@ class Run:
     async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:
         """What each step gives, until all requests have ended; nothing, after `patience` seconds of silence.
 
-        Raises what the engine raises for one of them, and `ApiError` when their time is over. Then, and when
-        this is left early, those that have not ended are cancelled.
+        Raises what the engine raises where all of them have failed, and `ApiError` when their time is over.
+        Then, and when this is left early, those that have not ended are cancelled.
         """
         try:
-            while self._live:
+            while self._gathering.unfinished:
                 yield await self._next(patience)
         finally:
             self.cancel()
@@ -79,28 +81,38 @@ class Run:
                     yield event
 
     def cancel(self) -> None:
-        """End what has not ended; nothing where all has."""
-        if self._live:
-            self._watch.abort()
+        """End what has not ended, because its client has left; nothing where all has ended."""
+        self._end("abort")
+
+    def _end(self, reason: str) -> None:
+        """End what has not ended; `reason` is what the metrics count it under."""
+        if self._gathering.unfinished:
+            self._watch.end(reason)
             self._end_all()
 
     def _end_all(self) -> None:
-        for request_id in self._live:
+        for request_id in self._gathering.unfinished:
             self._engine.cancel(request_id)
-        self._live.clear()
+        self._gathering.unfinished.clear()
 
     async def _next(self, patience: float) -> list[PromptEvent]:
         left = patience if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(max(0.0, min(left, patience))):
-                events = await self._listener.next()
+                items = await self._listener.next_items()
         except TimeoutError:
             if left <= patience:
+                self._end("timeout")
                 raise ApiError(
                     503, f"the request has not ended within {self._timeout:g} seconds", code="timeout"
                 ) from None
             return []
+        events = self._gathering.take(items)
         for event in events:
             self._watch.note(event)
-        self._live -= {event.request_id for event in events if event.usage is not None}
+        try:
+            self._gathering.check()
+        except Exception:  # all have failed, or the engine has ended
+            self._end("error")
+            raise
         return [PromptEvent(self._places[event.request_id], event) for event in events]

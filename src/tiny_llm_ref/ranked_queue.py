@@ -1,0 +1,80 @@
+"""A queue in the order of ranks: the first, joining and leaving cost O(log n), however many wait.
+
+A heap of ranks with lazy deletion over a dict of members. Knows nothing of requests beyond `Sequence.rank`.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from heapq import heapify, heappop, heappush
+from typing import TypeVar, overload
+
+from .sequence import Sequence
+
+S = TypeVar("S", bound=Sequence)
+Rank = tuple[int, int, int]
+
+
+class RankedQueue(Seq[S]):
+    """Sequences in the order of their ranks, the lowest first. No two members have one rank.
+
+    Invariant: every member's rank is in the heap. The heap may also hold ranks of members that have left:
+    they are dropped when they come to the top, and all at once when they are the larger part.
+    """
+
+    def __init__(self) -> None:
+        self._members: dict[Rank, S] = {}
+        self._heap: list[Rank] = []
+        self._in_order: list[S] | None = []  # None: something has changed since it was asked for
+
+    def add(self, sequence: S) -> None:
+        """Let a sequence join."""
+        assert sequence.rank not in self._members
+        self._members[sequence.rank] = sequence
+        heappush(self._heap, sequence.rank)
+        self._in_order = None
+
+    def discard(self, sequence: S) -> None:
+        """Let a sequence leave; nothing happens where it is no member."""
+        if sequence not in self:
+            return
+        del self._members[sequence.rank]
+        self._in_order = None
+        if len(self._heap) > 2 * len(self._members) + 8:
+            self._heap = list(self._members)
+            heapify(self._heap)
+
+    def first(self) -> S:
+        """The sequence with the lowest rank; IndexError where there is none."""
+        while self._heap and self._heap[0] not in self._members:
+            heappop(self._heap)
+        return self._members[self._heap[0]]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, sequence: object) -> bool:
+        return isinstance(sequence, Sequence) and self._members.get(sequence.rank) is sequence
+
+    def __iter__(self) -> Iterator[S]:
+        return iter(self._ordered())
+
+    @overload
+    def __getitem__(self, place: int) -> S: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[S]: ...
+    def __getitem__(self, place: int | slice) -> S | list[S]:
+        """By place in the order; place 0 is `first`, any other sorts the members if they have changed."""
+        return self.first() if place == 0 else self._ordered()[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (RankedQueue, list)) and [*self] == [*other]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"RankedQueue({[sequence.seq_id for sequence in self]})"
+
+    def _ordered(self) -> list[S]:
+        if self._in_order is None:
+            self._in_order = [self._members[rank] for rank in sorted(self._members)]
+        return self._in_order
