@@ -7,25 +7,34 @@ Types are taken strictly: "1" is no number.
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 MOST_LOGPROBS = 20
+MOST_MESSAGES = 16_384
+MOST_PRIORITY = 100
 INT32 = 2**31 - 1
 
 
-def _is_unicode(value: Any) -> Any:
-    """JSON can spell halves of characters, which no text has."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"not Unicode: a lone surrogate at character {error.start}") from None
-    return value
-
-
-Text = Annotated[str, BeforeValidator(_is_unicode)]
+Text = str  # Unicode: `bodies` refuses halves of characters, which JSON can spell
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+def _fail_fast(schema: Any) -> None:
+    """Set `fail_fast` on every list within a schema of pydantic's core."""
+    if isinstance(schema, dict) and schema.get("type") == "list":
+        schema["fail_fast"] = True
+    for part in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(part, dict | list | tuple):
+            _fail_fast(part)
 
 
 class Body(BaseModel):
@@ -34,6 +43,22 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     IDLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Have every list stop at its first wrong element: an error for each would cost gigabytes."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown_field(cls, fields: Any) -> Any:
+        """Of the fields that are refused, only the first: an error for each would cost gigabytes."""
+        if not isinstance(fields, dict) or len(fields) <= len(cls.model_fields):
+            return fields
+        unknown = [name for name in fields if name not in cls.model_fields and name not in cls.IDLE]
+        return {name: value for name, value in fields.items() if name not in set(unknown[1:])}
 
     @model_validator(mode="before")
     @classmethod
@@ -45,6 +70,14 @@ class Body(BaseModel):
     @classmethod
     def _is_idle(cls, name: str, value: Any) -> bool:
         return any(type(value) is type(idle) and value == idle for idle in cls.IDLE.get(name, ()))
+
+
+def _of_numbers(biases: Any) -> Any:
+    """Stop at the first value that is not a number: a mapping has no `fail_fast`."""
+    for name, bias in biases.items() if isinstance(biases, dict) else ():
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise ValueError(f"{name[:100]!r} must have a number, not {str(bias)[:100]!r}")
+    return biases
 
 
 class StreamOptions(Body):
@@ -81,7 +114,7 @@ class Generation(Body):
     stop: Text | list[Text] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[Text, float] | None = Field(
+    logit_bias: Annotated[dict[Text, float], BeforeValidator(_of_numbers)] | None = Field(
         None, description="From token id, as a text, to -100 .. 100."
     )
     stream: bool = False
@@ -97,7 +130,9 @@ class Generation(Body):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     cache_salt: Text = Field("", description="Shares kept prompts with requests of the same salt alone.")
-    priority: int = Field(0, ge=-INT32, le=INT32, description="The lower, the earlier.")
+    priority: int = Field(
+        0, ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="The lower, the earlier, if the server allows it."
+    )
 
     def sampling(self) -> dict[str, Any]:
         """The fields that are sampling parameters of the engine under the same names."""
@@ -180,7 +215,7 @@ class ResponseFormat(Body):
 class ChatCompletionRequest(Generation):
     """`/v1/chat/completions`: a conversation that is to be answered, through the model's own template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(
         None, ge=1, le=INT32, description="Nothing: up to the context's end."
     )
@@ -205,7 +240,7 @@ class TokenizeRequest(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MOST_MESSAGES)
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

@@ -42,7 +42,7 @@ class Service:
     def __init__(self, load: Callable[[], LLM], config: ServerConfig) -> None:
         self.config = config
         self.created = int(time())
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._load = load
         self._llm: LLM | None = None
         self.is_ending = False
@@ -55,7 +55,9 @@ class Service:
         Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
         try:
             self._llm = await asyncio.wrap_future(outcome)
-        except Exception as error:  # whatever it is, whoever started the server wants to know
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # also a panic of a library: the process ends with its message
             self.failure = error
         else:
             config, stats = self._llm.engine_config, self._llm.engine.stats
@@ -115,6 +117,8 @@ class Service:
         """Refuse another model's name, more of something than this server gives, and all while it is full."""
         self.check_model(body.model)
         self.llm.engine.check_room()
+        if body.priority and self.config.scheduling_policy == "fcfs":
+            raise refused("priority: refused by --scheduling-policy fcfs", "priority")
         most, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
         for name, count, limit in (("n", body.n, most.max_n), ("stop", len(stops), most.max_stop)):
             if count > limit:
@@ -199,7 +203,7 @@ def _settle(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
     outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it
     try:
         outcome.set_result(load())
-    except Exception as error:
+    except BaseException as error:
         outcome.set_exception(error)
 
 

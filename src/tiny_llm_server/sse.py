@@ -78,7 +78,9 @@ class EventStream(Response):
             try:
                 async for chunk in chunks:
                     await _send_part(send, KEEP_ALIVE if chunk is None else _event(chunk))
-            except Exception as error:  # the status is sent: what is left is to say so
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as error:  # also a panic of a library: the status is sent, so say it here
                 await _send_part(send, _event(api_error(error).body))
             await _send_part(send, DONE, more=False)
 
