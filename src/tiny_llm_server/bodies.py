@@ -20,9 +20,9 @@ from .errors import ApiError, refused
 
 SHORT = 16_384  # bytes that are parsed at once, on the event loop
 MOST = {  # of each sign outside of texts: objects, lists, fields, and values that follow another one
-    b"{": 100_000,
-    b"[": 100_000,
-    b":": 150_000,
+    b"{": 50_000,
+    b"[": 50_000,
+    b":": 100_000,
     b",": 1_000_000,
 }
 BOM = b"\xef\xbb\xbf"

@@ -26,6 +26,7 @@ SPARE_FILES = 64  # descriptors that are kept for everything but connections
 MOST_PIECES = 32_768  # of one body: a client that writes JSON piece by piece needs fewer
 READ_BYTES = 16_384  # taken from a socket at once, which bounds the work between two other connections
 PROGRESS_BYTES = 16_384  # an answer is being read while this much of it goes every `unread_timeout` seconds
+KERNEL_BYTES = 262_144  # that the system may hold of one connection, each way; it would take megabytes
 BODY_GRACE = 5.0  # seconds after `body_timeout` in which the application may answer 408 itself
 ACCEPT_PAUSE = 0.5  # seconds without accepting after the system refused a descriptor
 QUIET_SECONDS = 60.0  # between two log lines about the same shortage
@@ -87,7 +88,9 @@ class _Parser(h11.Connection):
 
 
 def _check_framing(request: h11.Request) -> None:
-    """Refuse a length that two servers could read differently: request smuggling (RFC 9112, section 6.1)."""
+    """Refuse another version, and a length that two servers could read differently (RFC 9112, 6.1)."""
+    if not request.http_version.startswith(b"1."):
+        raise h11.RemoteProtocolError("only HTTP/1 is spoken here", error_status_hint=505)
     names = {name for name, _ in request.headers}
     if b"transfer-encoding" not in names:
         return
@@ -231,7 +234,7 @@ class Connections:
 
     async def admit(self, client: socket.socket) -> None:
         """Serve a client that has connected, or refuse it with 503 if all connections are busy."""
-        if len(self._open) >= self._most and not self.evict():
+        if len(self._open) >= self._most and not self.evict(idle=True):
             self.say("all %d connections are busy (--max-connections): new clients get 503", self._most)
             _refuse(client)
             return
@@ -240,11 +243,14 @@ class Connections:
         except OSError:  # the client has gone
             client.close()
 
-    def evict(self) -> bool:
-        """Close the connection that has waited longest for a request's head; whether there is one."""
-        waiting = [one for one in self._open if one.phase is Phase.HEAD]
+    def evict(self, *, idle: bool) -> bool:
+        """Close the connection that has waited longest for its first request's head; whether there is one.
+
+        idle: if there is none, close the one that has been idle for longest.
+        """
+        waiting = [one for one in self._open if one.phase is Phase.HEAD and (idle or one.cycle is None)]
         if waiting:
-            min(waiting, key=lambda one: one.since).transport.abort()
+            min(waiting, key=lambda one: (one.cycle is not None, one.since)).transport.abort()
         return bool(waiting)
 
     def check(self) -> None:
@@ -289,11 +295,13 @@ class Listener:
     """Accepts connections at one socket; to uvicorn what `asyncio.Server` is.
 
     asyncio's own loop tries again at once, 2,048 times, when no file descriptor is left, and logs each
-    attempt. This one pauses, and makes a descriptor free if a connection is idle.
+    attempt. This one pauses, unless it can close a connection whose first request has not come.
     """
 
     def __init__(self, listening: socket.socket, connections: Connections) -> None:
         listening.setblocking(False)
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # connections inherit them
+            listening.setsockopt(socket.SOL_SOCKET, buffer, KERNEL_BYTES)
         self._socket = listening
         self._connections = connections
         self._task = asyncio.create_task(self._accept())
@@ -323,7 +331,7 @@ class Listener:
                 client, _ = await loop.sock_accept(self._socket)
             except OSError as error:
                 self._connections.say("cannot accept connections: %s", error.strerror)
-                self._connections.evict()
-                await asyncio.sleep(ACCEPT_PAUSE)
+                can_go_on = self._connections.evict(idle=False)
+                await asyncio.sleep(0 if can_go_on else ACCEPT_PAUSE)
             else:
                 await self._connections.admit(client)

@@ -106,7 +106,7 @@ async def answer(request: Request, error: Exception) -> Response:
 def _other_method(request: Request, error: HTTPException) -> Response:
     """405, or the methods that there are if that was the question."""
     known = (error.headers or {}).get("Allow", "GET").split(", ")
-    allowed = ", ".join([*known, *["HEAD"] * ("GET" in known), "OPTIONS"])
+    allowed = ", ".join(dict.fromkeys([*known, *["HEAD"] * ("GET" in known), "OPTIONS"]))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": allowed})
     path, method = request.url.path, request.method

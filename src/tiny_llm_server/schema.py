@@ -4,6 +4,7 @@ A field that is null counts as not sent, and so does one that asks for what is d
 Types are taken strictly: "1" is no number.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +19,8 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 MOST_LOGPROBS = 20
-MOST_MESSAGES = 16_384
+MOST_MESSAGES = 4096
+MOST_TOKENS = 131_072  # for /detokenize
 MOST_PRIORITY = 100
 INT32 = 2**31 - 1
 
@@ -57,8 +59,9 @@ class Body(BaseModel):
         """Of the fields that are refused, only the first: an error for each would cost gigabytes."""
         if not isinstance(fields, dict) or len(fields) <= len(cls.model_fields):
             return fields
-        unknown = [name for name in fields if name not in cls.model_fields and name not in cls.IDLE]
-        return {name: value for name, value in fields.items() if name not in set(unknown[1:])}
+        known = {*cls.model_fields, *cls.IDLE}
+        unknown = [name for name in fields if name not in known]
+        return {name: fields[name] for name in [*(known & {*fields}), *unknown[:1]]}
 
     @model_validator(mode="before")
     @classmethod
@@ -75,8 +78,8 @@ class Body(BaseModel):
 def _of_numbers(biases: Any) -> Any:
     """Stop at the first value that is not a number: a mapping has no `fail_fast`."""
     for name, bias in biases.items() if isinstance(biases, dict) else ():
-        if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise ValueError(f"{name[:100]!r} must have a number, not {str(bias)[:100]!r}")
+        if type(bias) not in (int, float) or not math.isfinite(bias):
+            raise ValueError(f"{name[:100]!r} must have a finite number")
     return biases
 
 
@@ -255,4 +258,4 @@ class DetokenizeRequest(Body):
     """`/detokenize`: token ids, special ones too."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(max_length=MOST_TOKENS)
