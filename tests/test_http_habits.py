@@ -113,19 +113,24 @@ def test_another_method_is_405_and_says_which_there_are(
     assert (asked.status_code, asked.headers["Allow"], asked.content) == (204, allowed, b"")
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/models/", "//v1//models", "/v1/models//", "///v1/models", "/v1/models/a/b/", "//v1/models/a%2Fb"],
-)
-def test_slashes_too_many_name_the_same_resource(client: httpx.Client, path: str) -> None:
-    answer = client.get(path)
-    assert answer.status_code == 200
-    assert not answer.history
+TOO_MANY = [
+    "/v1/models/",
+    "//v1//models",
+    "/v1/models//",
+    "///v1/models",
+    "/v1/models/a/b/",
+    "//v1/models/a%2Fb",
+]
+
+
+@pytest.mark.parametrize("path", TOO_MANY)
+def test_slashes_too_many_name_the_same_resource(served: Served, path: str) -> None:
+    assert status(raw(served, get(path, "Host: localhost"))) == 200
 
 
 @pytest.mark.parametrize("path", [COMPLETE + "/", "//v1//completions", "/v1/completions//"])
-def test_a_body_is_not_lost_with_them(client: httpx.Client, path: str) -> None:
-    answer = client.post(path, json={"prompt": "x", "max_tokens": 1}, follow_redirects=False)
+def test_a_body_is_not_lost_with_them(served: Served, client: httpx.Client, path: str) -> None:
+    answer = client.post(served.url + path, json={"prompt": "x", "max_tokens": 1}, follow_redirects=False)
     assert answer.status_code == 200, answer.text
 
 
@@ -157,48 +162,42 @@ def test_what_does_not_exist_is_404_and_says_in_a_line_what_does(
 
 
 AROUND_THE_KEY = [
-    *(
-        "/v1/models",
-        "//v1/models",
-        "/v1//models",
-        "/v1/models/",
-        "/V1/models",
-        "/%761/models",
-        "/v1%2Fmodels",
-    ),
-    *("/v1/../v1/models", "/health/../v1/models", "/./v1/models", "/health/..%2Fv1/models", "/%2Fv1/models"),
-    *(
-        "/v1/models?x=/health",
-        "/v1/models#/health",
-        "/v1/models;x",
-        "/v1/models%00",
-        "/v1/models%20",
-        "/%2e/v1/models",
-    ),
-    *(
-        "http://localhost/v1/models",
-        "HTTP://localhost//v1/models",
-        "http://x/http://x/v1/models",
-        "/page/../v1/models",
-    ),
-    *(
-        "/page/..%2F..%2Fv1/models",
-        "/page//v1/models",
-        "https://localhost/v1/models",
-        "http:///v1/models",
-        "*",
-    ),
-    *(
-        "/live",
-        "//live",
-        "/live/",
-        "/%6cive",
-        "/tokenize/",
-        "\\v1\\models",
-        "/v1\\models",
-        "/v1/models/x",
-        "v1/models",
-    ),
+    r"/v1/models",
+    r"//v1/models",
+    r"/v1//models",
+    r"/v1/models/",
+    r"/V1/models",
+    r"/%761/models",
+    r"/v1%2Fmodels",
+    r"/%2Fv1/models",
+    r"/v1/../v1/models",
+    r"/health/../v1/models",
+    r"/./v1/models",
+    r"/health/..%2Fv1/models",
+    r"/%2e/v1/models",
+    r"/v1/models?x=/health",
+    r"/v1/models#/health",
+    r"/v1/models;x",
+    r"/v1/models%00",
+    r"/v1/models%20",
+    r"http://localhost/v1/models",
+    r"HTTP://localhost//v1/models",
+    r"http://x/http://x/v1/models",
+    r"http:///v1/models",
+    r"https://localhost/v1/models",
+    r"/page/../v1/models",
+    r"/page/..%2F..%2Fv1/models",
+    r"/page//v1/models",
+    r"*",
+    r"/live",
+    r"//live",
+    r"/live/",
+    r"/%6cive",
+    r"/tokenize/",
+    r"\v1\models",
+    r"/v1\models",
+    r"/v1/models/x",
+    r"v1/models",
 ]
 
 
@@ -215,43 +214,33 @@ def test_no_way_of_writing_a_path_gets_round_the_key(locked: Served, method: str
 # Hosts.
 
 
+OWN = ["localhost", "LOCALHOST:8000", "localhost.", "localhost.:80", "localhost:", "127.0.0.1", "127.0.0.1."]
+OTHER = [
+    "",
+    "evil",
+    "localhost.evil",
+    "localhost..",
+    "localhost@evil",
+    "evil@localhost",
+    "[localhost]",
+    "[::1",
+]
+OTHER += [
+    "::1",
+    "localhost:80:80",
+    "localhost:x",
+    "localhost/",
+    "2130706433",
+    "localhost, evil",
+    "127.1",
+    "0",
+]
+OTHER += ["localhost evil", "[::1]evil", "localhost#", "localhost?", "\tevil", "[::1]:8000:1"]
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [
-        *(
-            (host, 200)
-            for host in ("localhost", "LOCALHOST:8000", "localhost.", "localhost.:80", "localhost:")
-        ),
-        *((host, 200) for host in ("127.0.0.1", "127.0.0.1.", "[::1]", "[::1]:8000")),
-        *(
-            (host, 403)
-            for host in ("", "evil", "localhost.evil", "localhost..", "localhost@evil", "evil@localhost")
-        ),
-        *(
-            (host, 403)
-            for host in (
-                "[localhost]",
-                "[::1",
-                "::1",
-                "localhost:80:80",
-                "localhost:x",
-                "localhost/",
-                "2130706433",
-            )
-        ),
-        *(
-            (host, 403)
-            for host in (
-                "localhost, evil",
-                "localhost evil",
-                "[::1]evil",
-                "127.1",
-                "0",
-                "localhost#",
-                "localhost?",
-            )
-        ),
-    ],
+    [*((one, 200) for one in [*OWN, "[::1]", "[::1]:8000"]), *((one, 403) for one in OTHER)],
 )
 def test_only_its_own_names_are_answered_however_they_are_written(
     served: Served, host: str, expected: int
