@@ -13,6 +13,7 @@ from tiny_llm import (
     EngineStoppingError,
     QueueFullError,
     RequestFailedError,
+    TinyLLMError,
 )
 
 LONGEST_MESSAGE = 1000  # characters; a message may quote what was sent
@@ -89,6 +90,15 @@ def api_error(error: BaseException) -> ApiError:
             found = ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
             found = ApiError(500, "the server met an unexpected error", code="internal_error")
+    return found
+
+
+def load_error(error: BaseException) -> Exception:
+    """Why a model cannot be loaded, as an error that the command line shows in one line."""
+    if isinstance(error, TinyLLMError | ValueError | ImportError | OSError):
+        return error
+    found = TinyLLMError(f"the model cannot be loaded: {type(error).__name__}: {error}")
+    found.__cause__ = error
     return found
 
 

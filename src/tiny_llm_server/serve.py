@@ -46,13 +46,13 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name could be so long
         raise _refusal(host, port, error) from error
     return [(family, address[:2]) for family, _, _, _, address in found]
 
 
-def _refusal(host: str, port: int, error: OSError) -> OSError:
-    why = (error.strerror or str(error)).partition(" (")[0]
+def _refusal(host: str, port: int, error: Exception) -> OSError:
+    why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
     return OSError(f"cannot listen on {host}, port {port}: {why}; see --host, --port")
 
 

@@ -16,7 +16,7 @@ from tiny_llm.engine import Prompt
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
 
 from .config import ServerConfig
-from .errors import ApiError, refused
+from .errors import ApiError, load_error, refused
 from .metrics import Metrics
 from .run import Run
 from .schema import Generation, Message
@@ -42,7 +42,7 @@ class Service:
     def __init__(self, load: Callable[[], LLM], config: ServerConfig) -> None:
         self.config = config
         self.created = int(time())
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self._load = load
         self._llm: LLM | None = None
         self.is_ending = False
@@ -52,13 +52,11 @@ class Service:
     async def load(self) -> None:
         """Load the model; returns when it is there, or has failed. Cancelled, it waits for neither."""
         outcome: Future[LLM] = Future()
-        Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
         try:
+            Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
             self._llm = await asyncio.wrap_future(outcome)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # also a panic of a library: the process ends with its message
-            self.failure = error
+        except Exception as error:  # the process ends with its message
+            self.failure = load_error(error)
         else:
             config, stats = self._llm.engine_config, self._llm.engine.stats
             LOG.info(
@@ -203,8 +201,8 @@ def _settle(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
     outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it
     try:
         outcome.set_result(load())
-    except BaseException as error:
-        outcome.set_exception(error)
+    except BaseException as error:  # also a panic of a library
+        outcome.set_exception(load_error(error))
 
 
 def prompt_ids(request_id: str, num_prompts: int) -> list[str]:
