@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import SECONDS, Served, serving, until
 from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, engine_core
 from tiny_llm_cli.serve_load import WORDS, Answer, figures
-from tiny_llm_server import ServerConfig, guards, make_app
+from tiny_llm_server import ServerConfig, body_limit, make_app
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -571,7 +571,7 @@ def test_a_body_that_is_too_long_and_slow_is_too_long(head: bytes, piece: bytes)
 
 
 def test_a_body_without_end_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "PASSED_OVER", 200_000)
+    monkeypatch.setattr(body_limit, "PASSED_OVER", 200_000)
     sent = 0
     with connected(served) as connection, suppress(ConnectionError):
         connection.sendall(LONG_BODY + b"Transfer-Encoding: chunked\r\n\r\n")

@@ -13,9 +13,10 @@ from starlette.exceptions import HTTPException
 from tiny_llm import LLM, TinyLLMError
 
 from . import chat, completions, live, status
+from .body_limit import BodyLimit
 from .config import ServerConfig
 from .errors import ApiError, ErrorBody, answer
-from .guards import BodyLimit, HostGuard, KeyGuard, LastResort, OriginGuard
+from .guards import HostGuard, KeyGuard, LastResort, OriginGuard
 from .live_page import add_page
 from .paths import PlainPaths
 from .service import Service
