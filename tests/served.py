@@ -38,7 +38,7 @@ def serving(
     server = GracefulServer(app, "127.0.0.1", 0, grace=5.0, log_level="warning")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until(lambda: server.started)
+    until(lambda: server.started and bool(server.servers))
     port = server.servers[0].sockets[0].getsockname()[1]
     service: Service = app.state.service
     try:

@@ -305,10 +305,10 @@ def test_a_search_that_fails_leaves_what_the_others_found(llm: LLM, monkeypatch:
     expected = llm.beam_search(prompts, params)
     with_text = SearchState._with_text
 
-    def raising(self: SearchState, ended: Any) -> Any:
+    def raising(self: SearchState, ended: Any, detokenizer: Detokenizer) -> Any:
         if self._prompt[1] == 600:
             raise Fatal("panic")
-        return with_text(self, ended)
+        return with_text(self, ended, detokenizer)
 
     monkeypatch.setattr(SearchState, "_with_text", raising)
     failed, found = llm.beam_search(prompts, params)

@@ -31,7 +31,7 @@ from tiny_llm.token_output import TokenOutput
 from served import SECONDS, Served, serving, until
 from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, TextDelta, engine_core
 from tiny_llm_cli.serve_load import WORDS, Answer, figures
-from tiny_llm_server import ServerConfig, guards, make_app
+from tiny_llm_server import ServerConfig, body_limit, make_app
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -294,7 +294,7 @@ CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"messages": FRANCE, "logit_bias": {"1": 101}}, "logit_bias", "from -100 to 100"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"999999": 1}}, "logit_bias", "not 999999"),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "system"),
-        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "lone surrogate at character 0"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "not JSON: .*hex escape at byte"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "text"),
         (COMPLETE, {"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
         (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of", "^best_of: only n, which is 1"),
@@ -525,7 +525,7 @@ def test_nobodys_answer_is_changed_by_what_others_send(
 def test_other_paths_and_methods_have_the_same_shape(client: httpx.Client) -> None:
     assert client.get("/v2/anything").json()["error"]["type"] == "not_found_error"
     assert client.delete(CHAT).status_code == 405
-    assert client.delete(CHAT).json()["error"]["message"] == "Method Not Allowed"
+    assert client.delete(CHAT).json()["error"]["code"] == "method_not_allowed"
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -573,7 +573,7 @@ def test_a_body_that_is_too_long_and_slow_is_too_long(head: bytes, piece: bytes)
 
 
 def test_a_body_without_end_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "PASSED_OVER", 200_000)
+    monkeypatch.setattr(body_limit, "PASSED_OVER", 200_000)
     sent = 0
     with connected(served) as connection, suppress(ConnectionError):
         connection.sendall(LONG_BODY + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -602,7 +602,7 @@ FINE_LENGTH = b"Content-Length: %d\r\n" % len(FINE_BODY)
     ],
     ids=range(8),
 )
-def test_abuse_of_http_ends_with_a_4xx(head: bytes, body: bytes) -> None:
+def test_abuse_of_http_is_refused(head: bytes, body: bytes) -> None:
     """Lengths, chunks and headers that are none, and a body that never comes; others are served meanwhile."""
     llm = LLM(num_blocks=64)
     with serving(lambda: llm, ServerConfig(body_timeout=1.0)) as here, here.client() as client:
@@ -610,7 +610,7 @@ def test_abuse_of_http_ends_with_a_4xx(head: bytes, body: bytes) -> None:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON + head + b"\r\n" + body)
             assert client.post(COMPLETE, json={"prompt": "x", "max_tokens": 1}).status_code == 200
             answer = connection.recv(65536)
-        assert re.match(rb"HTTP/1.1 4\d\d ", answer), answer[:200]
+        assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer), answer[:200]
 
 
 @pytest.mark.parametrize("piece", [b"y" * 10_000, b"X: y\r\n" * 2_000], ids=["one", "many"])

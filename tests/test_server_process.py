@@ -1,5 +1,6 @@
 """`tiny-llm serve` as a process: what it prints, what signals do to it, and what it refuses to begin with."""
 
+import asyncio
 import json
 import os
 import re
@@ -11,12 +12,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 
 from served import SECONDS, serving, until
-from tiny_llm import LLM
+from tiny_llm import LLM, TinyLLMError
+from tiny_llm_server import make_app
+from tiny_llm_server.serve import GracefulServer, listen
 
 BODY = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
 
@@ -181,10 +185,75 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path:
         assert not any("Traceback" in line for line in server.lines), server.lines
 
 
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Panic("called `unwrap()` on a `None` value"), "cannot be loaded: Panic: called"),
+        (MemoryError(), "cannot be loaded: MemoryError"),
+        (KeyboardInterrupt(), "cannot be loaded: KeyboardInterrupt"),
+        (SystemExit(0), "cannot be loaded: SystemExit"),
+        (StopIteration(), "cannot be loaded: StopIteration"),
+        (asyncio.CancelledError(), "cannot be loaded: CancelledError"),
+        (RecursionError("deep"), "cannot be loaded: RecursionError: deep"),
+        (ValueError("no such tensor"), "^no such tensor$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_loading_raises_ends_the_server(error: BaseException, said: str) -> None:
+    """With an error that the command line shows as one line."""
+
+    def load() -> LLM:
+        raise error
+
+    with pytest.raises((TinyLLMError, ValueError), match=said):
+        GracefulServer(make_app(load), "127.0.0.1", 0, log_level="critical").run()
+
+
+def test_a_thread_that_cannot_be_started_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "load":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(TinyLLMError, match="RuntimeError: can't start new thread"):
+        GracefulServer(make_app(LLM), "127.0.0.1", 0, log_level="critical").run()
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF" + b"\xff" * 100], ids=range(2))
+def test_a_model_file_that_is_none_ends_the_server_with_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    with process("--model", str(path), "--log-level", "error") as server:
+        assert server.ended(SECONDS) == 1
+        until(lambda: bool(server.lines))
+        server.reader.join(SECONDS)
+    [line] = server.lines
+    assert line.startswith("tiny-llm: error:")
+    assert "broken.gguf" in line
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", "a" * 300, "", "a\0b", "::1%nowhere"])
+def test_a_host_that_is_none_of_this_machines_is_refused_in_one_line(host: str) -> None:
+    with pytest.raises((OSError, ValueError)) as refused:
+        listen(host, 0)
+    assert "\n" not in str(refused.value)
+    assert "cannot listen" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--port", "70000"], "70000"),
+        (["--max-connections", "0"], "max_connections must be at least 1, not 0"),
+        (["--header-timeout", "0"], "header_timeout must be more than 0 seconds, not 0"),
+        (["--scheduling-policy", "lottery"], "scheduling_policy must be fcfs or priority, not 'lottery'"),
         (["--log-level", "loud"], "'loud' is no level"),
         (["--max-n", "0"], "max_n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),

@@ -79,6 +79,42 @@ class ServerOptions:
     body_timeout: Annotated[
         float, typer.Option(help="Seconds that a client has to send a body.", rich_help_panel=_SERVER)
     ] = 60.0
+    body_memory_bytes: Annotated[
+        int,
+        typer.Option(
+            "--body-memory",
+            help="Memory for the bodies of all requests together; more is answered with 503.",
+            metavar="SIZE",
+            parser=parse_bytes,
+            show_default="64MiB",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 64 << 20
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            help="Most open connections. For a new one the longest idle one is closed; if all are busy, the "
+            "new one gets 503.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 1000
+    header_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that a client has to send a request's headers.", rich_help_panel=_SERVER),
+    ] = 10.0
+    timeout_keep_alive: Annotated[
+        int,
+        typer.Option(
+            help="Seconds that an idle connection stays open between two requests.", rich_help_panel=_SERVER
+        ),
+    ] = 60
+    unread_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds in which a client must read some of an answer that waits for it.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 60.0
     max_n: Annotated[int, typer.Option(help="Most completions of a request.", rich_help_panel=_SERVER)] = 16
     max_stop: Annotated[
         int, typer.Option(help="Most stop strings of a request.", rich_help_panel=_SERVER)
@@ -86,6 +122,14 @@ class ServerOptions:
     max_prompts: Annotated[
         int, typer.Option(help="Most prompts of a request to /v1/completions.", rich_help_panel=_SERVER)
     ] = 64
+    scheduling_policy: Annotated[
+        str,
+        typer.Option(
+            help="fcfs: first come, first served, and a request with a priority is refused; priority: every "
+            "client may set one, the lower, the earlier.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = "fcfs"
     request_timeout: Annotated[
         float,
         typer.Option(

@@ -21,6 +21,7 @@ from .answers import (
     Usage,
     new_head,
 )
+from .bodies import JsonRoute
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
@@ -30,7 +31,7 @@ from .token_names import bytes_of
 
 def router(service: Service) -> APIRouter:
     """The route."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def chat(

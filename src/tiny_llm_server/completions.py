@@ -12,6 +12,7 @@ from tiny_llm.tokenizer import Detokenizer, Tokenizer
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 
 from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
+from .bodies import JsonRoute
 from .errors import refused
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
@@ -24,7 +25,7 @@ Places = tuple[dict[int, Logprob] | None, ...]
 
 def router(service: Service) -> APIRouter:
     """The route."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def complete(

@@ -1,10 +1,16 @@
 """How the server meets the world: names, keys and limits. Frozen; what cannot work is an error."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tiny_llm import ConfigError
 
 MIB = 1 << 20
+_COUNTS = ("max_body_bytes", "body_memory_bytes", "max_connections", "max_n", "max_stop", "max_prompts")
+_SECONDS = (
+    *("request_timeout", "keep_alive", "body_timeout", "header_timeout"),
+    *("timeout_keep_alive", "unread_timeout"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +26,16 @@ class ServerConfig:
         points at this machine (DNS rebinding).
     max_body_bytes: longest body of a request; more is answered with 413.
     body_timeout: seconds that a client may take to send a body; then 408.
+    body_memory_bytes: bytes that the bodies of all requests may hold together; more is answered with 503.
+    max_connections: most open connections; the one idle for longest is closed for a new one, or else the new
+        one is answered with 503. Fewer if the system allows fewer file descriptors.
+    header_timeout: seconds that a client may take to send the head of a request; then 408.
+    timeout_keep_alive: seconds that an idle connection stays open between two requests.
+    unread_timeout: seconds in which a client must read some of an answer that waits for it.
     max_n, max_stop: most completions, and most stop strings, of one request.
     max_prompts: most prompts in one request to /v1/completions.
+    scheduling_policy: `fcfs` serves requests in the order of their arrival and refuses those with a priority;
+        `priority` lets every client set one, which ages: each step lets 32 later requests pass.
     request_timeout: seconds after which a request is given up, queued or running; None: never.
     keep_alive: seconds of silence in a stream after which a comment is sent, so that nobody hangs up.
     live: there is a page at `/`, and `/live`, which tells it what happens in the pool.
@@ -35,22 +49,30 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 4 * MIB
     body_timeout: float = 60.0
+    body_memory_bytes: int = 64 * MIB
+    max_connections: int = 1000
+    header_timeout: float = 10.0
+    timeout_keep_alive: int = 60
+    unread_timeout: float = 60.0
     max_n: int = 16
     max_stop: int = 16
     max_prompts: int = 64
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
     live: bool = True
     log_requests: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_n", "max_stop", "max_prompts"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("request_timeout", "keep_alive", "body_timeout"):
+        for name in _SECONDS:
             seconds = getattr(self, name)
             if seconds is not None and not seconds > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise ConfigError(f"scheduling_policy must be fcfs or priority, not {self.scheduling_policy!r}")
         if not all(self.api_keys):
             raise ConfigError("an api key must not be empty")
         if any(key != key.strip() for key in self.api_keys):

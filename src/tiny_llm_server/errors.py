@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -13,8 +13,11 @@ from tiny_llm import (
     EngineStoppingError,
     QueueFullError,
     RequestFailedError,
+    TinyLLMError,
 )
 
+LONGEST_MESSAGE = 1000  # characters; a message may quote what was sent
+LONGEST_PARAM = 200
 RETRY_SECONDS = 1  # after which it is worth trying again, where the queue was full
 _KINDS = {
     401: "authentication_error",
@@ -51,6 +54,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = _shortened(message, LONGEST_MESSAGE)
+        param = None if param is None else _shortened(param, LONGEST_PARAM)
         super().__init__(message)
         kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.status = status
@@ -67,7 +72,7 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def api_error(error: Exception) -> ApiError:
+def api_error(error: BaseException) -> ApiError:
     """What an error of the engine, of the web framework or of a request's fields is to a client."""
     later = {"Retry-After": str(RETRY_SECONDS)}
     match error:
@@ -84,28 +89,61 @@ def api_error(error: Exception) -> ApiError:
         case HTTPException():
             found = ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            found = ApiError(500, "the server has met an error that nobody foresaw", code="internal_error")
+            found = ApiError(500, "the server met an unexpected error", code="internal_error")
     return found
 
 
-async def answer(_: Request, error: Exception) -> JSONResponse:
+def load_error(error: BaseException) -> Exception:
+    """Why a model cannot be loaded, as an error that the command line shows in one line."""
+    if isinstance(error, TinyLLMError | ValueError | ImportError | OSError):
+        return error
+    found = TinyLLMError(f"the model cannot be loaded: {type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found
+
+
+async def answer(request: Request, error: Exception) -> Response:
     """FastAPI's handler for all of them."""
+    if not isinstance(error, HTTPException):
+        return api_error(error).response()
+    if error.status_code == 405:
+        return _other_method(request, error)
+    if error.status_code == 404:
+        return _no_such_path(request).response()
     return api_error(error).response()
 
 
+def _other_method(request: Request, error: HTTPException) -> Response:
+    """405, or the methods that there are if that was the question."""
+    known = (error.headers or {}).get("Allow", "GET").split(", ")
+    allowed = ", ".join(dict.fromkeys([*known, *["HEAD"] * ("GET" in known), "OPTIONS"]))
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers={"Allow": allowed})
+    path, method = request.url.path, request.method
+    message = f"{path} has no {method}, only {allowed}"
+    return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()
+
+
+def _no_such_path(request: Request) -> ApiError:
+    """404, with what there is."""
+    paths = request.app.openapi()["paths"]
+    there = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
+    path = _shortened(request.url.path, LONGEST_PARAM)
+    return ApiError(404, f"there is no {path} here; there is {there}", code="unknown_path")
+
+
+def _shortened(text: str, most: int) -> str:
+    """At most `most` characters of a text, with its middle left out."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first field that does not fit, by its path; a body that is no JSON has none."""
+    """The first field that does not fit, by its path."""
     of_field = [one for one in error.errors() if one["loc"][1:2] == error.errors()[0]["loc"][1:2]]
     # Of a field's forms the one that fits best: wrong deep inside it, or else not in its type.
     first = max(of_field, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     path = [str(part) for part in first["loc"][1:] if part != "str" and "[" not in str(part)]
     field = ".".join(path) or None
-    if first["type"] == "json_invalid":
-        return refused(
-            f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json"
-        )
-    if not path and first["type"] != "value_error":
-        return refused("the body must be a JSON object, with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return refused(f"{field} is not supported", field, "unsupported_field")
     if first["type"] != "value_error":

@@ -1,14 +1,18 @@
-"""At the door, before anybody else sees a request: who asks, and how much. Plain ASGI."""
+"""Checks of a request before its route sees it: its host, its origin and its key. Plain ASGI."""
 
 import asyncio
 import hmac
+import logging
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, api_error
 
 GUARDED = (
     "/v1/",
@@ -17,7 +21,45 @@ GUARDED = (
     "/live",
 )  # what needs a key; the rest says nothing about anybody
 
-PASSED_OVER = 64 << 20  # bytes of a body that is too long: as many are read, and not kept
+LOG = logging.getLogger("uvicorn.error")
+
+
+class LastResort:
+    """Answers 500 for what nothing else has caught, also for a panic of a library, and logs it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            if has_begun or scope["type"] != "http":
+                raise  # uvicorn closes the connection
+            LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
+            await api_error(error).response()(scope, receive, send)
+
+
+class OriginGuard(CORSMiddleware):
+    """Starlette's CORS, which gives another origin's preflight no permission of any kind."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a browser that asks before it sends."""
+        origin = request_headers["origin"]
+        if self.is_allowed_origin(origin):
+            return super().preflight_response(request_headers)
+        message = f"{origin} may not send requests from a browser (see --allowed-origin)"
+        return ApiError(403, message, code="origin_not_allowed", headers={"Vary": "Origin"}).response()
 
 
 class KeyGuard:
@@ -53,17 +95,20 @@ class KeyGuard:
 
 
 class HostGuard:
-    """Answers only under names that it knows, whatever name the sender has given to this machine."""
+    """Answers only requests for hosts that it knows, whatever name the sender has given to this machine.
+
+    A request without a Host, which HTTP/1.0 allows, does not come from a browser, and is answered.
+    """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
-        self._hosts = {host.lower() for host in hosts}
+        self._hosts = {host.lower().rstrip(".") for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http":
-            host = Headers(scope=scope).get("host", "")
-            if _without_port(host) not in self._hosts:
+            host = Headers(scope=scope).get("host")
+            if host is not None and _name_of(host) not in self._hosts:
                 refusal = ApiError(
                     403, f"this server is not known as {host!r} (see --allowed-host)", code="host_not_allowed"
                 )
@@ -72,83 +117,7 @@ class HostGuard:
         await self._app(scope, receive, send)
 
 
-def _without_port(host: str) -> str:
-    """The name in a Host header: `[::1]:8000` is ::1."""
-    name, colon, port = host.lower().rpartition(":")
-    return (name if colon and port.isdecimal() else host.lower()).strip("[]")
-
-
-class BodyLimit:
-    """Reads a body before anybody else does; turns away what is longer than `most` bytes or `seconds`.
-
-    Where a connection is closed on somebody who still sends, the answer may be lost with it. So of a body
-    that is too long the rest is passed over first, as far as `PASSED_OVER` bytes beyond the limit.
-    """
-
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
-        self._app = app
-        self._most = most
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        said = headers.get("content-length", "")
-        is_more = self._is_more(said)
-        waits = headers.get("expect", "").lower() == "100-continue"  # with the body, for our leave
-        try:
-            body = None if waits and is_more else await self._read(receive, is_more)
-        except TimeoutError:
-            late = ApiError(
-                408, f"the body has not come within {self._seconds:g} seconds", code="body_too_slow"
-            )
-            await late.response()(scope, receive, send)
-            return
-        if body is None:
-            await self._refusal(said).response()(scope, receive, send)
-            return
-        await self._app(scope, _once(body, receive), send)
-
-    async def _read(self, receive: Receive, is_more: bool) -> bytes | None:
-        """The body, or what has come of it when the client leaves; None where it is too long.
-
-        is_more: its length says so. Raises TimeoutError where it is slow, and not too long so far.
-        """
-        body, size, more = bytearray(), 0, True
-        try:
-            async with asyncio.timeout(self._seconds):
-                while more and size <= self._most + PASSED_OVER:
-                    message = await receive()
-                    piece = message.get("body", b"")
-                    size += len(piece)
-                    is_more = is_more or size > self._most
-                    if not is_more:
-                        body += piece
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            if not is_more:
-                raise
-        return None if is_more else bytes(body)
-
-    def _is_more(self, said: str) -> bool:
-        return said.isdecimal() and (len(said) > 18 or int(said) > self._most)
-
-    def _refusal(self, said: str) -> ApiError:
-        size = f"{said} bytes" if self._is_more(said) else "more"
-        message = f"a body may have {self._most} bytes, this one has {size}"
-        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
-
-
-def _once(body: bytes, receive: Receive) -> Receive:
-    """The body in one piece, then whatever else comes: that the client has left."""
-    pieces = [body]
-
-    async def next_message() -> Message:
-        if pieces:
-            return {"type": "http.request", "body": pieces.pop(), "more_body": False}
-        return await receive()
-
-    return next_message
+def _name_of(host: str) -> str | None:
+    """The name in a Host header: `[::1]:8000` is ::1, `Localhost.` is localhost; None if it is malformed."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+?)\.?)(?::[0-9]*)?", host.lower())
+    return None if found is None else found[1] or found[2]

@@ -5,26 +5,29 @@ A field that changes nothing in an answer is accepted, if it has the right type.
 them. Types are taken strictly: "1" is no number. Messages are checked by the engine (`read_messages`).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 MOST_LOGPROBS = 20
 MOST_METADATA = 16
+MOST_MESSAGES = 4096
+MOST_TOKENS = 131_072  # for /detokenize
+MOST_PRIORITY = 100
 INT32 = 2**31 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-
-
-def _is_unicode(value: Any) -> Any:
-    """JSON can spell halves of characters, which no text has."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"not Unicode: a lone surrogate at character {error.start}") from None
-    return value
 
 
 def _are_prompts(value: Any) -> Any:
@@ -68,7 +71,7 @@ def _is_small(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_is_unicode)]
+Text = str  # Unicode: `bodies` refuses halves of characters, which JSON can spell
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 _PROMPTS = {  # what `_are_prompts` takes
@@ -94,8 +97,8 @@ _MESSAGE = {  # the outline of what `read_messages` takes
 Prompts = Annotated[Any, BeforeValidator(_are_prompts), WithJsonSchema(_PROMPTS)]
 Messages = Annotated[
     list[Any],
-    Field(min_length=1),
-    WithJsonSchema({"type": "array", "minItems": 1, "items": _MESSAGE}),
+    Field(min_length=1, max_length=MOST_MESSAGES),
+    WithJsonSchema({"type": "array", "minItems": 1, "maxItems": MOST_MESSAGES, "items": _MESSAGE}),
 ]
 Metadata = Annotated[
     Any,
@@ -105,12 +108,38 @@ Metadata = Annotated[
 Json = Annotated[dict[str, Any], Field(max_length=1000)]
 
 
+def _fail_fast(schema: Any) -> None:
+    """Set `fail_fast` on every list within a schema of pydantic's core."""
+    if isinstance(schema, dict) and schema.get("type") == "list":
+        schema["fail_fast"] = True
+    for part in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(part, dict | list | tuple):
+            _fail_fast(part)
+
+
 class Body(BaseModel):
     """A request's body: no fields but these. IDLE: values of a field that ask for what is done without it."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     IDLE: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Have every list stop at its first wrong element: an error for each would cost gigabytes."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown_field(cls, fields: Any) -> Any:
+        """Of the fields that are refused, only the first: an error for each would cost gigabytes."""
+        if not isinstance(fields, dict) or len(fields) <= len(cls.model_fields):
+            return fields
+        known = {*cls.model_fields, *cls.IDLE}
+        unknown = [name for name in fields if name not in known]
+        return {name: fields[name] for name in [*(known & {*fields}), *unknown[:1]]}
 
     @model_validator(mode="before")
     @classmethod
@@ -122,6 +151,14 @@ class Body(BaseModel):
     @classmethod
     def _is_idle(cls, name: str, value: Any) -> bool:
         return any(type(value) is type(idle) and value == idle for idle in cls.IDLE.get(name, ()))
+
+
+def _of_numbers(biases: Any) -> Any:
+    """Stop at the first value that is not a number: a mapping has no `fail_fast`."""
+    for name, bias in biases.items() if isinstance(biases, dict) else ():
+        if type(bias) not in (int, float) or not math.isfinite(bias):
+            raise ValueError(f"{name[:100]!r} must have a finite number")
+    return biases
 
 
 class StreamOptions(Body):
@@ -166,7 +203,7 @@ class Generation(Body):
     stop: Text | list[Text] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[Text, float] | None = Field(
+    logit_bias: Annotated[dict[Text, float], BeforeValidator(_of_numbers)] | None = Field(
         None, description="From token id, as a text, to -100 .. 100."
     )
     stream: bool = False
@@ -191,7 +228,9 @@ class Generation(Body):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     cache_salt: Text = Field("", description="Shares kept prompts with requests of the same salt alone.")
-    priority: int = Field(0, ge=-INT32, le=INT32, description="The lower, the earlier.")
+    priority: int = Field(
+        0, ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="The lower, the earlier, if the server allows it."
+    )
 
     def sampling(self) -> dict[str, Any]:
         """The fields that are sampling parameters of the engine under the same names."""
@@ -355,4 +394,4 @@ class DetokenizeRequest(Body):
     """`/detokenize`: token ids, special ones too."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: list[TokenId] = Field(max_length=MOST_TOKENS)

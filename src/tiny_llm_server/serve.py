@@ -10,15 +10,18 @@ import errno
 import logging
 import socket
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from .connections import Connections, Listener, raise_file_limit
 from .service import Service
 
+BACKLOG = 2048  # connections that the system holds until they are accepted
 LINGER = 5.0  # seconds that clients have to read what there is for them, once nothing more comes
 LINGER_AT_ONCE = 0.5  # the same, after a second signal
+TICKS_PER_CHECK = 5  # of uvicorn's, ten a second, between two looks at connections that wait too long
 LOG = logging.getLogger("uvicorn.error")
 
 
@@ -28,7 +31,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     failure: OSError | None = None
     for family, address in _addresses(host, port):
         try:
-            sockets.append(socket.create_server(address, family=family))
+            sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
         except OSError as error:
             failure = error
             if error.errno != errno.EADDRNOTAVAIL:  # names have an address of IPv6 also where that is off
@@ -43,13 +46,13 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name could be so long
         raise _refusal(host, port, error) from error
     return [(family, address[:2]) for family, _, _, _, address in found]
 
 
-def _refusal(host: str, port: int, error: OSError) -> OSError:
-    why = (error.strerror or str(error)).partition(" (")[0]
+def _refusal(host: str, port: int, error: Exception) -> OSError:
+    why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
     return OSError(f"cannot listen on {host}, port {port}: {why}; see --host, --port")
 
 
@@ -67,13 +70,19 @@ class GracefulServer(uvicorn.Server):
                 app,
                 host,
                 port,
-                http="h11",  # httptools, where somebody has it, takes headers without end
+                loop="asyncio",  # `Connection` reads less at once than uvloop would
+                http="h11",  # httptools, if it is installed, takes headers without end
+                ws="none",
                 log_level=log_level,
                 lifespan="on",
                 server_header=False,
+                proxy_headers=False,  # any local process could claim to be any client
+                timeout_keep_alive=app.state.service.config.timeout_keep_alive,
             )
         )
+        raise_file_limit()
         self._service: Service = app.state.service
+        self._connections = Connections(self, self._service.config)
         self._grace = grace
         self._draining: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -93,13 +102,17 @@ class GracefulServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and say where."""
-        await super().startup(sockets)
+        listening = listen(self.config.host, self.config.port) if sockets is None else sockets
+        await super().startup([])  # uvicorn's own accept loop is not used: see `Listener`
         if self.started:
+            self.servers = cast(Any, [Listener(one, self._connections) for one in listening])
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             LOG.info("Listening on http://%s:%d (Ctrl-C ends it)", f"[{host}]" if ":" in host else host, port)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: uvicorn asks ten times a second."""
+        if counter % TICKS_PER_CHECK == 0:
+            self._connections.check()
         ends = self._service.failure is not None or await super().on_tick(counter)
         if ends:
             self._service.end()

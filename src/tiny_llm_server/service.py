@@ -21,7 +21,7 @@ from tiny_llm.resources import needing
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
 
 from .config import ServerConfig
-from .errors import ApiError, refused
+from .errors import ApiError, load_error, refused
 from .metrics import Metrics
 from .run import Run
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
@@ -61,8 +61,8 @@ class Service:
             with needing("the thread that loads the model"):
                 Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
             self._llm = await asyncio.wrap_future(outcome)
-        except Exception as error:  # whatever it is, whoever started the server wants to know
-            self.failure = error
+        except Exception as error:  # the process ends with its message
+            self.failure = load_error(error)
         else:
             config, stats = self._llm.engine_config, self._llm.engine.stats
             LOG.info(
@@ -127,6 +127,8 @@ class Service:
         """Refuse another model's name, more of something than this server gives, and all while it is full."""
         self.check_model(body.model)
         self.llm.engine.check_room()
+        if body.priority and self.config.scheduling_policy == "fcfs":
+            raise refused("priority: refused by --scheduling-policy fcfs", "priority")
         most, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
         for name, count, limit in (("n", body.n, most.max_n), ("stop", len(stops), most.max_stop)):
             if count > limit:
@@ -266,8 +268,8 @@ def _settle(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
     outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it
     try:
         outcome.set_result(load())
-    except Exception as error:
-        outcome.set_exception(error)
+    except BaseException as error:  # also a panic of a library
+        outcome.set_exception(load_error(error))
 
 
 def prompt_ids(request_id: str, num_prompts: int) -> list[str]:

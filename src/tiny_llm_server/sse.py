@@ -59,11 +59,12 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._chunks = chunks
         self._end = end
+        self._is_open = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(self._left(receive, send))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -72,14 +73,24 @@ class EventStream(Response):
             await asyncio.gather(writing, leaving, return_exceptions=True)
             self._end()
 
+    async def _left(self, receive: Receive, send: Send) -> None:
+        """Return when the client has left. One that sends no more gets a comment, which shows if it has."""
+        while (await receive())["type"] != "http.disconnect":
+            if self._is_open:
+                await _send_part(send, KEEP_ALIVE)
+
     async def _write(self, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            self._is_open = True
             try:
                 async for chunk in chunks:
                     await _send_part(send, KEEP_ALIVE if chunk is None else _event(chunk))
-            except Exception as error:  # the status is sent: what is left is to say so
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as error:  # also a panic of a library: the status is sent, so say it here
                 await _send_part(send, _event(api_error(error).body))
+            self._is_open = False
             await _send_part(send, DONE, more=False)
 
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from tiny_llm import kernel_info
 
 from .answers import Detokenized, Health, ModelCard, ModelList, Tokenized, Version
+from .bodies import JsonRoute
 from .errors import refused
 from .schema import DetokenizeRequest, TokenizeRequest
 from .service import Service, Status
@@ -15,7 +16,7 @@ from .service import Service, Status
 
 def router(service: Service) -> APIRouter:
     """The routes."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.get("/health", response_model=Health)
     async def health(response: Response) -> Health:

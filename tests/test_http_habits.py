@@ -1,0 +1,453 @@
+"""What clients, browsers and load balancers do with HTTP beside asking models.
+
+Oracles: RFC 9110 and 9112, the Fetch standard's CORS protocol, OpenAI's shape of errors.
+"""
+
+import codecs
+import gzip
+import json
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from served import SECONDS, Served, serving
+from tiny_llm import LLM
+from tiny_llm_cli.serve import ServerOptions, server_config
+from tiny_llm_server import ServerConfig
+
+COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+ORIGIN = "https://example.org"
+GETS = ["/", "/health", "/version", "/v1/models", "/v1/models/a/b", "/page/live.js", "/openapi.json"]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """As `tiny-llm serve` begins without options: only for its own names."""
+    hosts = server_config(ServerOptions(), "127.0.0.1").allowed_hosts
+    with serving(
+        lambda: LLM(num_blocks=64), ServerConfig(served_model_name="a/b", allowed_hosts=hosts)
+    ) as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Served]:
+    """With a key, and an origin that may ask."""
+    config = ServerConfig(api_keys=("k",), allowed_origins=(ORIGIN,), max_body_bytes=1000)
+    with serving(lambda: LLM(num_blocks=64), config) as here:
+        yield here
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[httpx.Client]:
+    with served.client() as client:
+        yield client
+
+
+def raw(served: Served, sent: bytes) -> bytes:
+    """What is answered to bytes, until the server closes: they ask it to."""
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
+        connection.sendall(sent)
+        parts = []
+        with suppress(ConnectionError):
+            while part := connection.recv(65536):
+                parts.append(part)
+    return b"".join(parts)
+
+
+def get(target: str, *headers: str, version: str = "1.1") -> bytes:
+    return "\r\n".join([f"GET {target} HTTP/{version}", *headers, "Connection: close", "", ""]).encode()
+
+
+def status(answer: bytes) -> int:
+    return int(answer[9:12])
+
+
+# Methods and paths.
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
+    whole, head = client.get(path), client.head(path)
+    assert whole.status_code == head.status_code
+    assert head.content == b""
+    drop = {"date", "content-length"} if path == "/openapi.json" else {"date"}
+    assert {k: v for k, v in head.headers.items() if k not in drop} == {
+        k: v for k, v in whole.headers.items() if k not in drop
+    }
+
+
+def test_the_head_of_a_stream_ends(client: httpx.Client) -> None:
+    assert client.head("/live").status_code == 200
+    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"),
+        ("POST", "/health", "GET, HEAD, OPTIONS"),
+        ("POST", "/", "GET, HEAD, OPTIONS"),
+        ("PUT", "/page/live.js", "GET, HEAD, OPTIONS"),
+        ("GET", CHAT, "POST, OPTIONS"),
+        ("HEAD", COMPLETE, "POST, OPTIONS"),
+        ("PATCH", "/tokenize/", "POST, OPTIONS"),
+        ("BREW", "/detokenize", "POST, OPTIONS"),
+    ],
+)
+def test_another_method_is_405_and_says_which_there_are(
+    client: httpx.Client, method: str, path: str, allowed: str
+) -> None:
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+    if method != "HEAD":
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    asked = client.options(path)
+    assert (asked.status_code, asked.headers["Allow"], asked.content) == (204, allowed, b"")
+
+
+TOO_MANY = [
+    "/v1/models/",
+    "//v1//models",
+    "/v1/models//",
+    "///v1/models",
+    "/v1/models/a/b/",
+    "//v1/models/a%2Fb",
+]
+
+
+@pytest.mark.parametrize("path", TOO_MANY)
+def test_slashes_too_many_name_the_same_resource(served: Served, path: str) -> None:
+    assert status(raw(served, get(path, "Host: localhost"))) == 200
+
+
+@pytest.mark.parametrize("path", [COMPLETE + "/", "//v1//completions", "/v1/completions//"])
+def test_a_body_is_not_lost_with_them(served: Served, client: httpx.Client, path: str) -> None:
+    answer = client.post(served.url + path, json={"prompt": "x", "max_tokens": 1}, follow_redirects=False)
+    assert answer.status_code == 200, answer.text
+
+
+UNKNOWN = [
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/audio/speech",
+    "/api/generate",
+    "/v1",
+    "/page/x",
+]
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_does_not_exist_is_404_and_says_in_a_line_what_does(
+    client: httpx.Client, method: str, path: str
+) -> None:
+    answer = client.request(method, path, json={})
+    if path == "/page/x" and method == "POST":
+        assert answer.status_code == 405
+        return
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (404, "not_found_error", "unknown_path")
+    assert f"there is no {path} here" in error["message"]
+    assert f"POST {CHAT}" in error["message"]
+    assert "\n" not in error["message"]
+
+
+AROUND_THE_KEY = [
+    r"/v1/models",
+    r"//v1/models",
+    r"/v1//models",
+    r"/v1/models/",
+    r"/V1/models",
+    r"/%761/models",
+    r"/v1%2Fmodels",
+    r"/%2Fv1/models",
+    r"/v1/../v1/models",
+    r"/health/../v1/models",
+    r"/./v1/models",
+    r"/health/..%2Fv1/models",
+    r"/%2e/v1/models",
+    r"/v1/models?x=/health",
+    r"/v1/models#/health",
+    r"/v1/models;x",
+    r"/v1/models%00",
+    r"/v1/models%20",
+    r"http://localhost/v1/models",
+    r"HTTP://localhost//v1/models",
+    r"http://x/http://x/v1/models",
+    r"http:///v1/models",
+    r"https://localhost/v1/models",
+    r"/page/../v1/models",
+    r"/page/..%2F..%2Fv1/models",
+    r"/page//v1/models",
+    r"*",
+    r"/live",
+    r"//live",
+    r"/live/",
+    r"/%6cive",
+    r"/tokenize/",
+    r"\v1\models",
+    r"/v1\models",
+    r"/v1/models/x",
+    r"v1/models",
+]
+
+
+@pytest.mark.parametrize("target", AROUND_THE_KEY)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "QUERY"])
+def test_no_way_of_writing_a_path_gets_round_the_key(locked: Served, method: str, target: str) -> None:
+    """Without a key, nothing is answered but a refusal."""
+    sent = get(target, "Host: localhost").replace(b"GET", method.encode(), 1)
+    answer = raw(locked, sent)
+    assert status(answer) in (400, 401, 404, 405), answer
+    assert b'"object":"list"' not in answer
+
+
+# Hosts.
+
+
+OWN = ["localhost", "LOCALHOST:8000", "localhost.", "localhost.:80", "localhost:", "127.0.0.1", "127.0.0.1."]
+OTHER = [
+    "",
+    "evil",
+    "localhost.evil",
+    "localhost..",
+    "localhost@evil",
+    "evil@localhost",
+    "[localhost]",
+    "[::1",
+]
+OTHER += [
+    "::1",
+    "localhost:80:80",
+    "localhost:x",
+    "localhost/",
+    "2130706433",
+    "localhost, evil",
+    "127.1",
+    "0",
+]
+OTHER += ["localhost evil", "[::1]evil", "localhost#", "localhost?", "\tevil", "[::1]:8000:1"]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [*((one, 200) for one in [*OWN, "[::1]", "[::1]:8000"]), *((one, 403) for one in OTHER)],
+)
+def test_only_its_own_names_are_answered_however_they_are_written(
+    served: Served, host: str, expected: int
+) -> None:
+    answer = raw(served, get("/v1/models", f"Host: {host}"))
+    assert status(answer) in ({200} if expected == 200 else {400, 403}), answer
+
+
+def test_a_host_in_the_target_counts_instead_of_the_header(served: Served) -> None:
+    assert status(raw(served, get("http://evil/v1/models", "Host: localhost"))) == 403
+    assert status(raw(served, get("http://localhost:1/v1/models", "Host: localhost"))) == 200
+
+
+def test_two_hosts_or_none_are_refused_but_http_1_0_needs_none(served: Served) -> None:
+    """A health check of a load balancer; browsers do not speak HTTP/1.0."""
+    assert status(raw(served, get("/health", "Host: localhost", "Host: localhost"))) == 400
+    assert status(raw(served, get("/health"))) == 400
+    assert status(raw(served, get("/health", version="1.0"))) == 200
+    assert status(raw(served, get("/health", "Host: evil", version="1.0"))) == 403
+
+
+# Browsers.
+
+
+def preflight(client: httpx.Client, origin: str, **more: str) -> httpx.Response:
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST", **more}
+    return client.options(COMPLETE, headers=asked)
+
+
+PRIVATE = {"Access-Control-Request-Private-Network": "true"}
+
+
+def test_an_allowed_origin_may_ask_a_private_network(locked: Served) -> None:
+    """Without the key, which a browser does not send before it may."""
+    with locked.client() as client:
+        wanted = {"Access-Control-Request-Headers": "authorization, content-type"}
+        answer = preflight(client, ORIGIN, **PRIVATE, **wanted)
+        assert answer.status_code == 200
+        assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert answer.headers["Access-Control-Allow-Private-Network"] == "true"
+        assert "authorization" in answer.headers["Access-Control-Allow-Headers"]
+        assert "Access-Control-Allow-Private-Network" not in preflight(client, ORIGIN).headers
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "https://example.org.evil", "http://example.org", ""]
+)
+def test_another_origin_gets_no_permission_of_any_kind(locked: Served, served: Served, origin: str) -> None:
+    for here in (locked, served):
+        with here.client() as client:
+            answer = preflight(client, origin, **PRIVATE)
+        assert not [name for name in answer.headers if name.lower().startswith("access-control-allow")]
+
+
+def test_a_page_can_read_errors_and_the_headers_that_matter(
+    locked: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locked.client(headers={"Origin": ORIGIN}) as client:
+        key = {"Authorization": "Bearer k"}
+        answers = [
+            client.post(COMPLETE, json={"prompt": "x"}),
+            client.post(COMPLETE, json={"prompt": "x" * 2000}, headers=key),
+            client.post(COMPLETE, json={}, headers=key),
+            client.get("/nowhere"),
+        ]
+        monkeypatch.setattr(locked.service, "check", lambda _: 1 / 0)
+        answers.append(client.post(COMPLETE, json={"prompt": "x"}, headers=key))
+    assert [answer.status_code for answer in answers] == [401, 413, 400, 404, 500]
+    for answer in answers:
+        assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert answer.headers["Access-Control-Expose-Headers"] == "X-Request-Id, Retry-After"
+        assert answer.json()["error"]["message"]
+
+
+# Bodies.
+
+FINE = b'{"prompt": "x", "max_tokens": 1}'
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "gzip, identity", "GZIP", "unknown"])
+def test_a_compressed_body_is_415_which_says_what_is_accepted(client: httpx.Client, coding: str) -> None:
+    answer = client.post(COMPLETE, content=gzip.compress(FINE), headers={**JSON, "Content-Encoding": coding})
+    assert (answer.status_code, answer.headers["Accept-Encoding"]) == (415, "identity")
+    assert answer.json()["error"]["code"] == "unsupported_content_encoding"
+
+
+@pytest.mark.parametrize("coding", ["identity", "", "Identity"])
+def test_a_body_that_says_it_is_not_compressed_is_read(client: httpx.Client, coding: str) -> None:
+    answer = client.post(COMPLETE, content=FINE, headers={**JSON, "Content-Encoding": coding})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=UTF-8", 200),
+        ('application/json;charset="utf-8"', 200),
+        ("application/vnd.api+json", 200),
+        ("application/json; charset=utf-16", 415),
+        ("application/json; charset=latin-1", 415),
+        ("text/plain", 400),
+        ("application/x-www-form-urlencoded", 400),
+        ("multipart/form-data; boundary=x", 400),
+        ("", 400),
+    ],
+)
+def test_a_body_is_read_as_what_it_claims_to_be(client: httpx.Client, kind: str, expected: int) -> None:
+    answer = client.post(COMPLETE, content=FINE, headers={"Content-Type": kind})
+    assert answer.status_code == expected
+    assert expected == 200 or "application/json" in answer.text or "UTF-8" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"prompt": x}', r"at byte 11 \(line 1, column 12\)"),
+        (b'{"prompt": "x",\n "n": }', r"at byte 22 \(line 2, column 7\)"),
+        ('{"prompt": "\u00e9\u00e9" x}'.encode(), "at byte 18 "),
+        (b'{"prompt": "x"} x', "trailing characters at byte 16"),
+        (b"{'prompt': 1}", "at byte 1 "),
+        (b'{"prompt": "x"', "ends after 14 bytes"),
+        (b"", "ends after 0 bytes"),
+        (b'{"prompt": "\xff"}', "byte 0xff at byte 12 is not UTF-8"),
+        (b'{"prompt": NaN}', "at byte 11 "),
+        (b'{"prompt": "x", "top_p": -Infinity}', "at byte 2[56] "),
+        (b'{"prompt": "\\ud800"}', "hex escape at byte 1[78]"),
+        (b'{"prompt": "\\udc00"}', "hex escape at byte 1[78]"),
+        (b'{"prompt": "a\x00"}', "control character"),
+        (b"[" * 100_000, "recursion limit|too many"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "out of range at byte"),
+        ('{"prompt": "x"}'.encode("utf-16"), "byte 0xff at byte 0 is not UTF-8"),
+        ('{"prompt": "x"}'.encode("utf-16-le"), "at byte 1 "),
+        (b"null", "a JSON object, not null"),
+        (b"[]", "a JSON object, not an array"),
+        (b'"text"', "a JSON object, not a string"),
+        (b"1e999", "a JSON object, not a number"),
+        (b"true", "a JSON object, not a boolean"),
+    ],
+    ids=range(22),
+)
+def test_a_body_that_is_not_json_says_where(client: httpx.Client, body: bytes, said: str) -> None:
+    error = client.post(COMPLETE, content=body, headers=JSON)
+    assert error.status_code == 400
+    assert re.search(said, error.json()["error"]["message"]), error.text
+
+
+def test_a_byte_order_mark_is_passed_over_and_of_equal_fields_the_last_counts(client: httpx.Client) -> None:
+    twice = b'{"prompt": "x", "max_tokens": 9, "max_tokens": 1}'
+    answer = client.post(COMPLETE, content=codecs.BOM_UTF8 + twice, headers=JSON)
+    assert answer.json()["usage"]["completion_tokens"] == 1
+
+
+def test_a_message_of_an_error_is_short_whatever_was_sent(client: httpx.Client) -> None:
+    long = "\u00e9" * 500_000
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "x", long: 1},
+        {"prompt": "x", "model": long},
+        {"prompt": "x", "logit_bias": {long: 1}},
+        {"prompt": "x", "best_of": 10**4000},
+    ]
+    for body in bodies:
+        answer = client.post(COMPLETE, content=json.dumps(body), headers=JSON)
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 20_000, answer.text[:200]
+    assert len(client.get("/" + "x" * 10_000).content) < 20_000
+
+
+# What nobody foresaw.
+
+
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+@pytest.mark.parametrize(
+    "error", [Panic("in a library"), MemoryError(), SystemExit(3), RecursionError("deep")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_whatever_is_raised_in_a_request_is_its_own_error(
+    served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, error: BaseException, stream: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    body = {"prompt": "x", "max_tokens": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(served.service, "check", fail)
+        answer = client.post(COMPLETE, json={**body, "stream": stream})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert client.post(COMPLETE, json=body).status_code == 200
+
+
+# Priorities.
+
+
+def test_a_priority_is_refused_by_name_unless_the_server_allows_it(client: httpx.Client) -> None:
+    body = {"prompt": "x", "max_tokens": 1}
+    refused = client.post(COMPLETE, json={**body, "priority": -1})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "priority")
+    assert "--scheduling-policy fcfs" in refused.json()["error"]["message"]
+    assert client.post(COMPLETE, json={**body, "priority": 0}).status_code == 200
+    with (
+        serving(lambda: LLM(num_blocks=64), ServerConfig(scheduling_policy="priority")) as here,
+        here.client() as other,
+    ):
+        assert other.post(COMPLETE, json={**body, "priority": -100}).status_code == 200
+        beyond = other.post(COMPLETE, json={**body, "priority": -(2**31) + 1})
+        assert (beyond.status_code, beyond.json()["error"]["param"]) == (400, "priority")
