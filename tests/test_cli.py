@@ -17,6 +17,7 @@ import sys
 import termios
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
@@ -26,6 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from tiny_llm.output_processor import CompletionText
+from tiny_llm.outputs import TextDelta
+from tiny_llm.token_output import TokenOutput
 
 import tiny_llm
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
@@ -201,8 +205,8 @@ def test_sizes(text: str, size: int) -> None:
         (["chat", "--nonsense"], 2, ["--nonsense", "tiny-llm chat --help"]),
         (["chatt"], 2, ["chatt", "Did you mean 'chat'?"]),
         (["chat", "hi", "--temperature", "hot"], 2, ["hot", "--temperature"]),
-        (["chat", "hi", "--temperature", "-1"], 2, ["temperature", "-1.0", "from 0 up"]),
-        (["chat", "hi", "--top-p", "1.5"], 2, ["top_p", "1.5", "(0, 1]"]),
+        (["chat", "hi", "--temperature", "-1"], 2, ["temperature", "-1.0", "from 0 to 1e+30"]),
+        (["chat", "hi", "--top-p", "1.5"], 2, ["top_p", "1.5", "above 0 and at most 1"]),
         (["chat", "hi", "--block-size", "0"], 2, ["block_size", "at least 1", "not 0"]),
         (["chat", "hi", "--kv-cache-dtype", "int3"], 2, ["kv_cache_dtype", "float16", "int3"]),
         (["chat", "hi", "--dtype", "float16"], 2, ["dtype must be one of auto, float32", "float16"]),
@@ -467,6 +471,25 @@ def test_several_completions_have_headings(cli: Run) -> None:
     out = cli("generate", "Once upon", "The sky", "--n", "2", "--max-tokens", "3").out
     headings = [line for line in out.splitlines() if line.startswith("==>")]
     assert headings == [f"==> {prompt} ({i} of 2) <==" for prompt in ("Once upon", "The sky") for i in (1, 2)]
+
+
+def test_a_completion_that_fails_is_said_after_the_others_are_written(
+    cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, num_pushed = CompletionText.push, Counter[int]()
+
+    def raising(self: CompletionText, output: TokenOutput) -> TextDelta:
+        num_pushed[self.index] += 1
+        if (self.index, num_pushed[self.index]) == (1, 2):
+            raise ArithmeticError("no text")
+        return push(self, output)
+
+    monkeypatch.setattr(CompletionText, "push", raising)
+    ended = cli("generate", "--json", "Once", "--n", "2", "--max-tokens", "3", "--ignore-eos")
+    assert ended.code == 1
+    assert ended.err.endswith("1 of 2 completions failed; the first: no text\n")
+    [line] = [json.loads(line) for line in ended.out.splitlines()]
+    assert [found["finish_reason"] for found in line["outputs"]] == ["length", "error"]
 
 
 def test_prompts_come_from_standard_input_line_by_line(cli: Run) -> None:

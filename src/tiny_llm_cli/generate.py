@@ -1,6 +1,7 @@
 """`tiny-llm generate`: many prompts at once, from arguments, files or standard input."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from .engine import asked_sampling, load
 from .options import EngineOptions, SamplingOptions, takes_groups
 
 if TYPE_CHECKING:
-    from tiny_llm import LLM, SamplingParams
+    from tiny_llm import LLM, RequestOutput, SamplingParams
 
     from .prompts import PromptRequest
 
@@ -134,6 +135,20 @@ def generate(
         for request, result in zip(requests, results, strict=True):
             prompt = request.prompt
             print(as_json_line(prompt, result) if as_json else as_text(prompt, result, titled), file=target)
+    _check_failures(results)
+
+
+def _check_failures(results: "Sequence[RequestOutput]") -> None:
+    """Raise `RequestFailedError` for completions that failed, once all others are written."""
+    from tiny_llm import RequestFailedError
+
+    completions = [(result.request_id, output) for result in results for output in result.outputs]
+    failed = [(request_id, output.error) for request_id, output in completions if output.error is not None]
+    if failed:
+        request_id, first = failed[0]
+        raise RequestFailedError(
+            f"{len(failed)} of {len(completions)} completions failed; the first: {first}", request_id
+        )
 
 
 def _params(llm: "LLM", request: "PromptRequest", chat: bool) -> "SamplingParams":

@@ -59,6 +59,7 @@ def _completion(output: CompletionOutput) -> dict[str, object]:
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
+        "error": output.error,
         "cumulative_logprob": output.cumulative_logprob,
         "logprobs": output.logprobs and [_position(position) for position in output.logprobs],
     }
