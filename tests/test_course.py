@@ -11,6 +11,7 @@ import pytest
 
 import tiny_llm_kernels
 from tiny_llm_course import cpp
+from tiny_llm_course import days as demonstrations
 from tiny_llm_course import main as door
 from tiny_llm_course.check import check
 from tiny_llm_course.doctor import examine
@@ -929,13 +930,12 @@ def test_the_message_of_every_blank_is_known_as_one() -> None:
 
 
 def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
-    from tiny_llm_course.tries import TRIES
-    from tiny_llm_course.work import WORK
-
     here = House.here()
-    days = {day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come}
-    assert days == set(TRIES) == set(WORK)
-    assert all(function.__doc__ for function in (*TRIES.values(), *WORK.values()))
+    days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come]
+    files = {file.name for file in Path(demonstrations.__path__[0]).glob("week_*.py")}
+    assert files == {f"week_{day[0]}_day_{day[2]}.py" for day in days}
+    modules = [demonstrations.demonstration(day) for day in days]
+    assert all(function.__doc__ for module in modules for function in (module.show, module.work))
 
 
 def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .cpp import libraries
+from .days import demonstration
 from .errors import CourseError
 from .house import House
 from .progress import missing_modules, own_modules
 from .runs import overlay_of, run_python
 from .syllabus import Day
-from .work import WORK
 
 
 class Measured(NamedTuple):
@@ -60,7 +60,7 @@ def as_text(day: Day, found: Comparison) -> str:
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
         [
-            f"day {day.id}, {day.title}: {WORK[day.id].__doc__}",
+            f"day {day.id}, {day.title}: {demonstration(day.id).work.__doc__}",
             f"{'':28}{'yours':>22}{'reference':>22}",
             f"{'milliseconds (fastest-slowest)':28}{times[0]:>20}{times[1]:>22}",
             f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>20,}{reference.peak_bytes >> 10:>22,}",
@@ -81,7 +81,7 @@ def _measure(house: House, day: Day, whose: str) -> Measured:
     import numpy as np
 
     with _target() as target:
-        run = run_python(house, ["-m", "tiny_llm_course.work", day.id, str(target)])
+        run = run_python(house, ["-m", "tiny_llm_course.measure", day.id, str(target)])
         if run.returncode:
             said = run.stderr.strip().splitlines()[-4:] or ["no message"]
             raise CourseError(f"{whose} does not run the work of day {day.id}\n" + "\n".join(said))

@@ -8,6 +8,7 @@ import typer
 from . import views
 from .arguments import AnExercise, DayId, open_course
 from .compare import as_json_object, as_text, compare
+from .days import demonstration
 from .doctor import examine
 from .learner import learners_errors
 from .progress import own_modules
@@ -19,8 +20,6 @@ def on_try(day: DayId) -> None:
     \b
     pdm run try 1.6
     """
-    from .tries import TRIES
-
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
     yours = set(own_modules(house))
@@ -29,7 +28,7 @@ def on_try(day: DayId) -> None:
     )
     print(f"day {chosen.id}, {chosen.title}: {', '.join(whose)}")
     with learners_errors(house):
-        for line in TRIES[chosen.id]():
+        for line in demonstration(chosen.id).show():
             print(line, flush=True)
 
 
