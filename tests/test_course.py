@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,11 @@ from tiny_llm_course.house import House
 from tiny_llm_course.outcome import Outcome, begin_here
 from tiny_llm_course.progress import Result, State, remember, result, state
 from tiny_llm_course.rules import static_problems
-from tiny_llm_course.runs import culprits, overlay_of
+from tiny_llm_course.runs import overlay_of, own_sources
 from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_body_of
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
-from tiny_llm_course.testing import run_day, run_reference, run_started, watch
+from tiny_llm_course.testing import run_day, run_reference, run_started
 from tiny_llm_course.views import difference, hint, map_text, progress, progress_text, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -406,9 +406,8 @@ def test_an_earlier_module_is_found_to_be_the_reason(house: House, capfd: pytest
     day = syllabus.day("1.2")
     assert run_day(house, syllabus, day, []) == 1
     out = capfd.readouterr().out
-    assert "today's code is right: alone on the reference, day 1.2 passes." in out
+    assert "today's code is right: on the reference for everything else, test_task_1_counts passes." in out
     assert "it fails with your adding.py (day 1.1): pdm run test 1.1" in out
-    assert culprits(house, day) == ["adding"]
     assert run_day(house, syllabus, day, [], isolated=True) == 0
 
 
@@ -418,7 +417,8 @@ def test_todays_own_mistake_is_not_blamed_on_others(house: House, capfd: pytest.
     write(house, "counting", COUNTING)
     write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
-    assert "the fault is in counting.py or doubling.py: alone on the reference" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "the fault is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
 
 
 def test_blanks_alone_are_nobodys_fault(house: House, capfd: pytest.CaptureFixture[str]) -> None:
@@ -427,7 +427,7 @@ def test_blanks_alone_are_nobodys_fault(house: House, capfd: pytest.CaptureFixtu
     start(house, syllabus.day("1.2"))
     assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "looking where the fault is" not in out
+    assert "looking for the fault" not in out
     assert out.endswith(
         "first: 1.2.1 Counter.count (1 test waits): pdm run test 1.2.1 -x; pdm run hint 1.2.1\n"
     )
@@ -443,7 +443,7 @@ def test_a_mistake_comes_before_a_blank(
     write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(house, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
     out = capfd.readouterr().out
-    assert ("looking where the fault is" in out) is not isolated
+    assert ("looking for the fault" in out) is not isolated
     assert out.endswith("first: 1.2.2 double (1 test fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n")
 
 
@@ -473,24 +473,6 @@ def test_a_traceback_shows_the_learners_lines_and_not_the_references(
     assert "return sum((one, other))" in capfd.readouterr().out
 
 
-def test_watch_tests_again_after_each_save_and_survives_half_a_file(
-    house: House, capfd: pytest.CaptureFixture[str]
-) -> None:
-    syllabus = syllabus_of(house)
-    start(house, syllabus.day("1.1"))
-
-    def saving() -> Iterator[None]:
-        write(house, "adding", "def add(:\n")
-        yield
-        write(house, "adding", ADDING)
-        yield
-
-    assert watch(house, syllabus, syllabus.day("1.1"), [], saving()) == 0
-    out = capfd.readouterr().out
-    assert out.count("watching ") == 3
-    assert "line 1: " in out
-
-
 def test_the_reference_is_tested_without_the_learners_files(house: House) -> None:
     write(house, "adding", "broken")
     assert run_reference(house, [house.suites], []) == 0
@@ -499,8 +481,9 @@ def test_the_reference_is_tested_without_the_learners_files(house: House) -> Non
 def test_an_overlay_of_some_modules_holds_copies_of_those(house: House) -> None:
     write(house, "adding", ADDING)
     write(house, "doubling", DOUBLING)
-    with overlay_of(house, ["doubling"]) as alone:
-        assert [file.name for file in alone.overlay.iterdir()] == ["doubling.py"]
+    write(house, "my_tools", "")
+    with overlay_of(house, own_sources(house, ["doubling"])) as alone:
+        assert sorted(file.name for file in alone.overlay.iterdir()) == ["doubling.py", "my_tools.py"]
 
 
 # ---- views ----

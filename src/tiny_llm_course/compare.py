@@ -12,7 +12,7 @@ from .days import demonstration
 from .errors import CourseError
 from .house import House
 from .progress import missing_modules, own_modules
-from .runs import overlay_of, run_python
+from .runs import overlay_of, own_sources, run_python
 from .syllabus import Day
 
 
@@ -44,7 +44,8 @@ def compare(house: House, day: Day) -> Comparison:
     if missing_modules(house, day) and not (day.kernels and libraries(house)):
         raise CourseError(f"not started: pdm run start {day.id}")
     own = [module for module in own_modules(house) if module in day.modules]
-    with overlay_of(house, own, kernels=bool(day.kernels)) as mine, overlay_of(house, []) as theirs:
+    sources = own_sources(house, own)
+    with overlay_of(house, sources, kernels=bool(day.kernels)) as mine, overlay_of(house, {}) as theirs:
         sides = [_measure(mine, day, "your code"), _measure(theirs, day, "the reference")]
     first, second = (np.asarray(side.out) for side in sides)
     difference = float(np.abs(first - second).max()) if first.shape == second.shape else None

@@ -4,6 +4,7 @@ Nothing is stored but the outcome of test runs, and that counts only while the f
 same.
 """
 
+import ast
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from .errors import CourseError
 from .house import House
-from .source import SKIPPED, body_lines, functions, is_blank, related
+from .source import SKIPPED, body_lines, functions, imported, is_blank, related
 from .syllabus import Day, Exercise, Syllabus
 
 
@@ -44,16 +45,25 @@ class Record:
     passed: bool
 
 
+HELPERS = "my_*.py"  # files of the learner's own that stand for no module of the reference
+
+
+def helper_files(house: House) -> list[Path]:
+    """The learner's own files beside the modules, which these may import: `from .my_tools import f`."""
+    return sorted(house.overlay.glob(HELPERS))
+
+
 def own_modules(house: House) -> list[str]:
     """The modules in the overlay. Raises `CourseError` for a file that overrides nothing, with a guess."""
-    own = sorted(file.stem for file in house.overlay.glob("*.py") if file.stem != "__init__")
+    helpers = {file.stem for file in helper_files(house)}
+    own = sorted({file.stem for file in house.overlay.glob("*.py")} - {"__init__", *helpers})
     known = {file.stem for file in house.reference.glob("*.py")}
     for name in own:
         if name not in known:
             guess = get_close_matches(name, known, n=1)
             raise CourseError(
                 f"{house.shown(house.overlay / name)}.py overrides nothing"
-                f"{f'; did you mean {guess[0]}.py?' if guess else ': move it out of the folder'}"
+                f"{f'; did you mean {guess[0]}.py?' if guess else ''} (your own helper files are my_*.py)"
             )
     return own
 
@@ -94,7 +104,7 @@ def fingerprint(house: House, day: Day) -> str:
     """
     suite = house.suites / day.suite
     digest = hashlib.sha256(suite.read_bytes() if suite.exists() else b"")
-    for module in sorted(_reached(house, day)):
+    for module in sorted(reached(house, day)):
         own = house.overlay / f"{module}.py"
         file = own if own.exists() else house.reference / own.name
         digest.update(f"{module} {'yours' if own.exists() else ''}\0".encode())
@@ -105,10 +115,10 @@ def fingerprint(house: House, day: Day) -> str:
     return digest.hexdigest()
 
 
-def _reached(house: House, day: Day) -> set[str]:
-    """The day's modules and all that they import, directly or not."""
+def reached(house: House, day: Day) -> set[str]:
+    """The day's modules, those that its suite imports, and all that these import, directly or not."""
     reached: set[str] = set()
-    waiting = list(day.modules)
+    waiting = [*day.modules, *_tested(house, day)]
     while waiting:
         module = waiting.pop()
         own = house.overlay / f"{module}.py"
@@ -118,6 +128,28 @@ def _reached(house: House, day: Day) -> set[str]:
         reached.add(module)
         waiting += related(file.read_text(encoding="utf-8"))
     return reached
+
+
+def _tested(house: House, day: Day) -> list[str]:
+    """The modules behind the names that a day's suite imports."""
+    suite, public = house.suites / day.suite, public_names(house)
+    imports = imported(suite.read_text(encoding="utf-8")) if suite.exists() else []
+    found = [module.partition("tiny_llm.")[2] or public.get(name, "") for module, name in imports]
+    return [module for module in found if module]
+
+
+def public_names(house: House) -> dict[str, str]:
+    """The module behind each name that `from tiny_llm import NAME` gives."""
+    api = house.reference / "api.py"
+    if not api.exists():
+        return {}
+    for node in ast.parse(api.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
+        ):
+            found: dict[str, str] = ast.literal_eval(node.value)
+            return found
+    return {}
 
 
 def result(house: House, day: Day) -> Result:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from . import cpp
 from .errors import CourseError
 from .house import House
-from .source import body_lines, find, functions
+from .progress import public_names
+from .source import body_lines, find, functions, imported_by
 from .starter import starter
 from .syllabus import Day, Syllabus
 
@@ -110,10 +111,10 @@ def _suite_files(house: House, days: Iterable[Day]) -> Iterator[Problem]:
 def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> Iterator[Problem]:
     """A suite imports the engine's public names of days until its own, and looks into nothing."""
     tree = ast.parse(suite.read_text(encoding="utf-8"))
-    public = _public_names(house)
+    public = public_names(house)
     for node in ast.walk(tree):
         where = f"{suite.name}, line {getattr(node, 'lineno', 0)}"
-        for module, name in _imported(node):
+        for module, name in imported_by(node):
             if module.partition(".")[0] not in ALLOWED_IMPORTS:
                 yield Problem("imports", where, f"{module} is not for a suite: import from tiny_llm")
             if name.startswith("_"):
@@ -142,14 +143,6 @@ def _test_problems(tree: ast.Module, suite: Path) -> Iterator[Problem]:
             yield Problem("oracle", suite.name, f"{name} names none")
 
 
-def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The modules that a node imports, each with a name from it (or none)."""
-    if isinstance(node, ast.Import):
-        yield from ((alias.name, "") for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        yield from ((node.module or "", alias.name) for alias in node.names)
-
-
 def _compares_block_ids(node: ast.Compare) -> bool:
     """`x.blocks == [0, 1]` and the like: an id that was handed out, compared with a number."""
     sides = [node.left, *node.comparators]
@@ -176,17 +169,3 @@ def _is_literal_ids(side: ast.AST) -> bool:
     if isinstance(side, ast.List | ast.Tuple | ast.Set):
         return bool(side.elts) and all(isinstance(element, ast.Constant) for element in side.elts)
     return isinstance(side, ast.Constant) and isinstance(side.value, int)
-
-
-def _public_names(house: House) -> dict[str, str]:
-    """The module behind each name that `from tiny_llm import NAME` gives."""
-    api = house.reference / "api.py"
-    if not api.exists():
-        return {}
-    for node in ast.parse(api.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
-        ):
-            found: dict[str, str] = ast.literal_eval(node.value)
-            return found
-    return {}

@@ -6,7 +6,7 @@ byte, comments included.
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from textwrap import indent
 
 from .errors import CourseError
@@ -88,6 +88,19 @@ def related(source: str) -> list[str]:
     except SyntaxError:
         return []
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
+
+
+def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The modules that a node imports, each with a name from it (or none)."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, "") for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def imported(source: str) -> list[tuple[str, str]]:
+    """The modules that a source imports anywhere, each with a name from it (or none)."""
+    return [found for node in ast.walk(ast.parse(source)) for found in imported_by(node)]
 
 
 def docstrings(source: str) -> list[str]:

@@ -1,5 +1,6 @@
 """A day's modules as a learner begins with them: the reference's, with the exercises blank."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from .cpp import libraries
@@ -66,13 +67,25 @@ def _rename(file: Path) -> Path:
 def skip(house: House, day: Day, exercises: tuple[Exercise, ...]) -> list[Exercise]:
     """Put the reference's code where an exercise is blank, and the helpers that it calls; those that were."""
     blank = [exercise for exercise in exercises if state(house, exercise) is State.BLANK]
-    for exercise in blank:
-        file = house.overlay / f"{exercise.module}.py"
-        reference = (house.reference / file.name).read_text(encoding="utf-8")
-        own = file.read_text(encoding="utf-8")
-        filled, removed = with_body_of(own, reference, exercise.name), day.removed_from(exercise.module)
-        file.write_text(_with_helpers(filled, reference, removed, exercise.name), encoding="utf-8")
+    for module, source in filled(house, day, blank).items():
+        (house.overlay / f"{module}.py").write_text(source, encoding="utf-8")
     return blank
+
+
+def filled(house: House, day: Day, exercises: Iterable[Exercise]) -> dict[str, str]:
+    """The learner's modules with the reference's code in these exercises, and the helpers that it calls."""
+    sources: dict[str, str] = {}
+    for exercise in exercises:
+        file = house.overlay / f"{exercise.module}.py"
+        own = sources.get(exercise.module) or file.read_text(encoding="utf-8")
+        sources[exercise.module] = _filled(house, day, exercise, own)
+    return sources
+
+
+def _filled(house: House, day: Day, exercise: Exercise, own: str) -> str:
+    reference = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+    with_body, removed = with_body_of(own, reference, exercise.name), day.removed_from(exercise.module)
+    return _with_helpers(with_body, reference, removed, exercise.name)
 
 
 def _with_helpers(own: str, reference: str, removed: tuple[str, ...], name: str) -> str:
