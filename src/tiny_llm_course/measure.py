@@ -1,39 +1,58 @@
-"""Measures a day's work on the overlay of this process: one side of what `pdm run compare` shows.
+"""One side of `pdm run compare`: a day's work on the overlay of this process, a repetition each time it is
+asked.
 
-    python -m tiny_llm_course.measure 1.1 result.npz
+    python -m tiny_llm_course.measure 1.2 result.npz
 
-writes what came out, the seconds of each repetition, and the most memory that MLX held.
-Inputs are the same every time.
+makes one run that is not measured and writes `ready`. For each line that it reads it repeats the work and
+writes the seconds. When its input ends it stores what came out, and the most memory that MLX held. Inputs
+are the same every time. What the learner's code prints goes to the standard error.
 """
 
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from .days import demonstration
+from .errors import CourseError
+from .house import House
+from .learner import learners_errors
 
-REPEAT_SECONDS = 1.0
-MOST_REPETITIONS = 50
+READY = "ready"
 
 
 def main() -> None:
-    """Run the work named on the command line and store what came of it."""
+    """Measure the day named on the command line; what goes wrong in the learner's code is one line."""
     day, target = sys.argv[1:]
+    try:
+        with learners_errors(House.here()):
+            _measure(day, Path(target))
+    except CourseError as error:
+        sys.exit(str(error))
+
+
+def _measure(day: str, target: Path) -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr
     work = demonstration(day).work()
     out = work()
     mx.eval(out)  # the first run pays for what is made once
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    seconds: list[float] = []
-    while not seconds or (sum(seconds) < REPEAT_SECONDS and len(seconds) < MOST_REPETITIONS):
+    print(READY, file=answers, flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         out = work()
         mx.eval(out)
-        seconds.append(time.perf_counter() - start)
+        print(time.perf_counter() - start, file=answers, flush=True)
     peak = mx.get_peak_memory() - before
-    np.savez(target, out=np.array(out.astype(mx.float32)), seconds=np.array(seconds), peak=np.array(peak))
+    np.savez(target, out=_as_numpy(out), peak=np.array(peak))
+
+
+def _as_numpy(out: mx.array) -> np.ndarray:
+    """Whole numbers stay whole: a token id is no measured quantity."""
+    return np.array(out if mx.issubdtype(out.dtype, mx.integer) else out.astype(mx.float32))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,19 @@ def run_python(house: House, arguments: Sequence[str]) -> subprocess.CompletedPr
     return _run(command, house, _environment(house, ""), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def begin_python(house: House, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Begin Python on the engine as this house's overlay has it, with pipes to it."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=house.root,
+        env=_environment(house, ""),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 def _plugins(suites: Sequence[Path], arguments: Sequence[str]) -> list[str]:
     """The course's own plugins, and of the others those that are needed: all of them cost seconds to import.
 

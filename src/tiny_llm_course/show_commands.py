@@ -62,13 +62,18 @@ def on_compare(
     day: DayId,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Measure your code and the reference on the same work: results, speed, memory.
+    """Measure your code and the reference on the same work, alternating: results, speed, memory.
+
+    Left out on days where both sides do the same: the command then says why.
 
     \b
     pdm run compare 2.4
     """
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
+    if chosen.no_compare is not None and not as_json:
+        print(f"day {chosen.id} has nothing to compare: {chosen.no_compare}")
+        return
     found = compare(house, chosen)
     if as_json:
         print(json.dumps({"day": chosen.id, **as_json_object(found)}))

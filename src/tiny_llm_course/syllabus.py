@@ -12,7 +12,7 @@ from .errors import CourseError
 
 HINTS = 3  # a question, a fact, a sketch
 _DAY_ID = re.compile(r"[1-9]\.[1-9]")
-_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "kernel"}
+_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "kernel", "no_compare"}
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Kernel:
 class Day:
     """A day: the modules that it owns and, of these, what is written by the learner.
 
-    works: what works afterwards. chapter: its file in the book; None while it is to come. removed: functions
-    that would give the solution away, as `module.name`; the starter is without them. A day without modules is
-    to come as a whole.
+    works: what works afterwards. chapter: its file in the book; None while it is to come. removed:
+    functions that would give the solution away, as `module.name`; the starter is without them. no_compare:
+    why the day's code is not measured beside the reference's. A day without modules is to come as a whole.
     """
 
     id: str
@@ -76,6 +76,7 @@ class Day:
     exercises: tuple[Exercise, ...]
     removed: tuple[str, ...]
     kernels: tuple[Kernel, ...] = ()
+    no_compare: str | None = None
 
     @property
     def suite(self) -> str:
@@ -180,6 +181,7 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         modules=modules,
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
+        no_compare=entry.get("no_compare"),
         kernels=tuple(
             _kernel(f"{entry['id']}.{task}", one, entry, path)
             for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)

@@ -100,7 +100,8 @@ def _tell_blanks(house: House, day: Day) -> None:
 def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
     print(f"day {day.id} passes: {day.works}.")
     print(f"  pdm run try {day.id}       see it run")
-    print(f"  pdm run compare {day.id}   beside the reference")
+    if day.no_compare is None:
+        print(f"  pdm run compare {day.id}   beside the reference")
     print(f"  pdm run diff {day.id}      how the reference does it")
     after = syllabus.after(day)
     if after is not None:

@@ -2,8 +2,8 @@
 
 `show()` yields lines as they come: the real model where it can show the subject, otherwise a simulation,
 and the number that the day is about. `work()` prepares fixed input and returns a function that computes an
-array from it. Both run on `tiny_llm`, so on the learner's modules where there are any. A day's file needs MLX
-and the engine, so it is imported only where it is run.
+array from it; a day with `no_compare` in the syllabus has none. Both run on `tiny_llm`, so on the learner's
+modules where there are any. A day's file needs MLX and the engine, so it is imported only where it is run.
 """
 
 from importlib import import_module

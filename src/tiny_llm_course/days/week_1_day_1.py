@@ -1,10 +1,10 @@
-"""Day 1.1: what `pdm run try` shows and `pdm run compare` times."""
+"""Day 1.1: what `pdm run try` shows."""
 
 from types import SimpleNamespace
 
 import mlx.core as mx
 
-from .shared import Lines, Work, random_array
+from .shared import Lines
 
 
 def show() -> Lines:
@@ -38,15 +38,3 @@ def show() -> Lines:
         yield f"  {loaded.tokenizer.token_text(token):>10}  {weight:6.3f}  {'#' * round(40 * weight)}"
     error = float(mx.max(mx.abs(mx.sum(weights, axis=-1) - 1)))
     yield f"{weights.size // length:,} rows of attention; each sums to 1 within {error:.1e}"
-
-
-def work() -> Work:
-    """Causal attention of 128 tokens, 9 heads of 64."""
-    from tiny_llm.attention import causal_mask, scaled_dot_product_attention
-
-    q, k, v = (
-        random_array(1, 9, 128, 64),
-        random_array(1, 9, 129, 64)[:, :, 1:],
-        random_array(1, 9, 130, 64)[:, :, 2:],
-    )
-    return lambda: scaled_dot_product_attention(q, k, v, 0.125, causal_mask(128, 128))

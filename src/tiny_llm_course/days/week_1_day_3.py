@@ -1,6 +1,6 @@
-"""Day 1.3: what `pdm run try` shows and `pdm run compare` times."""
+"""Day 1.3: what `pdm run try` shows."""
 
-from .shared import CAPITAL, Lines, Work, likeliest, random_array
+from .shared import CAPITAL, Lines, likeliest
 
 
 def show() -> Lines:
@@ -16,11 +16,3 @@ def show() -> Lines:
         f"values: {shared:,} bytes a token in float16 instead of {own:,}"
     )
     yield from likeliest(CAPITAL)
-
-
-def work() -> Work:
-    """64 queries of 9 heads over 256 keys of 3 heads."""
-    from tiny_llm.grouped_attention import grouped_query_attention
-
-    q, k, v = random_array(1, 9, 64, 64), random_array(1, 3, 256, 64), random_array(1, 3, 257, 64)[:, :, 1:]
-    return lambda: grouped_query_attention(q, k, v, 0.125)

@@ -1,8 +1,8 @@
-"""Day 1.7: what `pdm run try` shows and `pdm run compare` times."""
+"""Day 1.7: what `pdm run try` shows."""
 
 import mlx.core as mx
 
-from .shared import Lines, Work, random_array
+from .shared import Lines
 
 
 def show() -> Lines:
@@ -21,17 +21,3 @@ def show() -> Lines:
             params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=14)
             [output] = llm.generate(text, params, use_tqdm=False)
             yield f"  seed {seed}: {text}{output.outputs[0].text.splitlines()[0]}"
-
-
-def work() -> Work:
-    """Min-p, top-k and top-p over 49,152 logits, four draws, and their log-probabilities."""
-    from tiny_llm.sampler import draw, keep_min_p, keep_top_k, keep_top_p, log_probabilities
-
-    logits = 3 * random_array(49_152)
-
-    def work() -> mx.array:
-        kept = keep_top_p(keep_top_k(keep_min_p(logits, 0.001), 200), 0.9)
-        tokens = mx.stack([draw(kept, 7, index) for index in range(4)])
-        return mx.concatenate([log_probabilities(logits), tokens.astype(mx.float32)])
-
-    return work

@@ -1,11 +1,9 @@
-"""Day 3.1: what `pdm run try` shows and `pdm run compare` times."""
+"""Day 3.1: what `pdm run try` shows."""
 
 from collections import Counter
 from typing import Any
 
-import mlx.core as mx
-
-from .shared import Lines, Work
+from .shared import Lines
 
 
 def show() -> Lines:
@@ -47,25 +45,3 @@ def _who_holds_what(what: str, tables: list[Any]) -> Lines:
     for table in tables:
         blocks = (f"{block:2}{'*' if held[block] > 1 else ' '}" for block in table.physical_indices())
         yield f"  {table.num_tokens} tokens in blocks {' '.join(blocks)}"
-
-
-def work() -> Work:
-    """Pages for 32 prompts, each forked into four that go on for 64 tokens: the bookkeeping alone."""
-    from tiny_llm.paged_attention import BlockAllocator, BlockTable
-
-    def work() -> mx.array:
-        allocator = BlockAllocator(2048)
-        leaders = [BlockTable(allocator, 16) for _ in range(32)]
-        for i, leader in enumerate(leaders):
-            leader.append_tokens(100 + i)
-        tables = [table for leader in leaders for table in (leader, *(leader.fork() for _ in range(3)))]
-        figures = []
-        for _ in range(64):
-            figures.append(sum(len(table.append_tokens(1)) for table in tables))
-            figures.append(allocator.num_free)
-        figures.append(len({slot for table in tables for slot in table.slots(0, table.num_tokens)}))
-        for table in tables:
-            table.release()
-        return mx.array([*figures, allocator.num_free])
-
-    return work

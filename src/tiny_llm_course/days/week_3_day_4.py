@@ -1,8 +1,6 @@
-"""Day 3.4: what `pdm run try` shows and `pdm run compare` times."""
+"""Day 3.4: what `pdm run try` shows."""
 
-import mlx.core as mx
-
-from .shared import STORY, Lines, Work
+from .shared import STORY, Lines
 
 
 def show() -> Lines:
@@ -34,32 +32,3 @@ def show() -> Lines:
         count = sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in together)
         yield f"  all three at once, from an empty cache: {count} tokens computed"
     yield f"the same answers every time: {all(answer == answers[0] for answer in answers)}; {answers[0][0]!r}"
-
-
-def work() -> Work:
-    """400 prompts of 96 tokens that begin in eight ways, in a pool that fills up: the bookkeeping alone."""
-    from tiny_llm.paged_attention import BlockAllocator, BlockTable
-    from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
-
-    prompts = [[*range(i % 8, i % 8 + 64), *range(1000 + i % 150, 1032 + i % 150)] for i in range(400)]
-
-    def work() -> mx.array:
-        allocator = BlockAllocator(256)
-        cache = PrefixCache(allocator, 16)
-        found = []
-        for prompt in prompts:
-            stream, table = TokenBlocks(16), BlockTable(allocator, 16)
-            stream.extend(prompt)
-            for block in cache.match(stream, 0, 5):
-                cache.share(table, block, 16)
-            found.append(table.num_tokens)
-            missing = 6 - len(table.blocks)
-            cache.evict(missing - allocator.num_free)
-            table.append_tokens(96 - table.num_tokens)
-            cache.keep(table, stream, 6 - missing, 6)
-            blocks = list(table.blocks)
-            table.release()
-            cache.released(blocks)
-        return mx.array([*found, len(cache), cache.num_idle, allocator.num_free])
-
-    return work

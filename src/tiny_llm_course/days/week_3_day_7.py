@@ -1,15 +1,12 @@
-"""Day 3.7: what `pdm run try` shows and `pdm run compare` times."""
+"""Day 3.7: what `pdm run try` shows."""
 
 import asyncio
 import time
 from collections.abc import Iterator
 from inspect import iscoroutine
-from types import SimpleNamespace
 from typing import Any
 
-import mlx.core as mx
-
-from .shared import STORY, Lines, Work
+from .shared import STORY, Lines
 
 TRY_SECONDS = 120  # a guard: an engine that is not right yet may leave its clients waiting
 
@@ -109,55 +106,3 @@ async def _five_clients(engine: Any, watched: _Watched) -> list[tuple[str, list[
             watched.refused = str(error)
         await drain
         return await asyncio.gather(*tasks)
-
-
-def work() -> Work:
-    """64 clients at once, 32 tokens each, through the thread and back: what serving costs, no model."""
-
-    from tiny_llm.engine import Engine
-    from tiny_llm.engine_config import EngineConfig
-    from tiny_llm.gguf_tokenizer import byte_level_bpe
-    from tiny_llm.sampling_params import SamplingParams
-    from tiny_llm.token_output import TokenOutput
-    from tiny_llm.tokenizer import Tokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    served: dict[str, list[int]] = {}
-
-    def add_request(request_id: str, tokens: list[int], params: SamplingParams) -> bool:
-        served[request_id] = [tokens[-1], params.max_tokens or 1]
-        return True
-
-    def step() -> list[TokenOutput]:
-        outputs = []
-        for request_id, (last, before) in list(served.items()):
-            token, left = (last + 1) % len(letters), before - 1
-            served[request_id] = [token, left]
-            reason = None if left else "length"
-            outputs.append(TokenOutput(request_id, request_id, token, None, reason, None))
-            if not left:
-                del served[request_id]
-        return outputs
-
-    core = SimpleNamespace(
-        manager=SimpleNamespace(waiting=[], running=[]),
-        stats=None,
-        has_work=True,
-        add_request=add_request,
-        step=step,
-        take_failures=list,
-        cancel=lambda request_id: served.pop(request_id, None),
-        finish=served.pop,
-    )
-    tokenizer = Tokenizer(byte_level_bpe(list(letters), [], "smollm"))
-    engine = Engine(lambda: core, tokenizer, len(letters), EngineConfig(max_num_seqs=64))
-    params = SamplingParams(max_tokens=32)
-
-    async def client(first: int) -> list[int]:
-        stream = engine.generate([first % len(letters)], params)
-        return [token async for event in stream for token in event.token_ids]
-
-    async def clients() -> list[list[int]]:
-        return await asyncio.gather(*(client(number) for number in range(64)))
-
-    return lambda: mx.array(asyncio.run(clients()))
