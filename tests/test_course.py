@@ -245,7 +245,7 @@ def test_days_and_exercises_are_found_by_id_with_a_guess(house: House) -> None:
     assert syllabus.exercise("1.2.2").name == "double"
     message = "1.2.2 double: pdm run hint 1.2.2"
     assert syllabus.exercise("1.2.2").message == message
-    with pytest.raises(CourseError, match=r"no day 1\.4; did you mean 1\."):
+    with pytest.raises(CourseError, match=r"no day 1\.4: `pdm run map`"):
         syllabus.day("1.4")
     with pytest.raises(CourseError, match=r"'1' is no day such as 1\.1"):
         syllabus.day("1")
@@ -954,6 +954,8 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),
+        (["restore", "1.1"], "nothing of day 1.1 was moved aside"),
+        (["test", "attention.py"], "not started: pdm run start 1.1"),
         (["skip", "1.1.1"], "not started: pdm run start 1.1"),
         (["compare", "1.2"], "not started"),
         (["start"], "Missing argument 'DAY'"),
@@ -987,6 +989,7 @@ def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str
         "progress",
         "map",
         "reset",
+        "restore",
         "skip",
     ]
     commands += ["doctor", "build-kernels", "course-check"]

@@ -7,7 +7,7 @@ same.
 import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -43,6 +43,7 @@ class Record:
 
     fingerprint: str
     passed: bool
+    files: dict[str, str] = field(default_factory=dict)  # the hash of each, by name
 
 
 HELPERS = "my_*.py"  # files of the learner's own that stand for no module of the reference
@@ -98,21 +99,31 @@ def state(house: House, exercise: Exercise) -> State:
 
 
 def fingerprint(house: House, day: Day) -> str:
-    """A hash of what a day's tests depend on: the suite, its modules, and whatever these import.
+    """A hash of what a day's tests depend on: see `file_hashes`."""
+    return hashlib.sha256(json.dumps(file_hashes(house, day)).encode()).hexdigest()
+
+
+def file_hashes(house: House, day: Day) -> dict[str, str]:
+    """The hash of each file that a day's tests depend on: the suite, its modules, and whatever these import.
 
     Of each module the learner's file where there is one. What the day does not reach makes no difference.
     """
-    suite = house.suites / day.suite
-    digest = hashlib.sha256(suite.read_bytes() if suite.exists() else b"")
-    for module in sorted(reached(house, day)):
-        own = house.overlay / f"{module}.py"
-        file = own if own.exists() else house.reference / own.name
-        digest.update(f"{module} {'yours' if own.exists() else ''}\0".encode())
-        digest.update(file.read_bytes())
-    for kernel in day.kernels:
-        own = house.overlay / kernel.file
-        digest.update(own.read_bytes() if own.exists() else b"")
-    return digest.hexdigest()
+    names = [f"{module}.py" for module in sorted(reached(house, day))]
+    files = [own if (own := house.overlay / name).exists() else house.reference / name for name in names]
+    files += [house.suites / day.suite, *(house.overlay / kernel.file for kernel in day.kernels)]
+    whose = {file: "yours " if file.parent == house.overlay else "" for file in files}
+    return {
+        file.name: f"{whose[file]}{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+        for file in files
+        if file.exists()
+    }
+
+
+def changed_files(house: House, day: Day) -> list[str]:
+    """The files that are not as they were when the day's tests ran last."""
+    record = _records(house).get(day.id)
+    before, now = record.files if record else {}, file_hashes(house, day)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def reached(house: House, day: Day) -> set[str]:
@@ -164,7 +175,8 @@ def result(house: House, day: Day) -> Result:
 
 def remember(house: House, day: Day, passed: bool) -> None:
     """Record the outcome of a test run of the files as they are."""
-    records = {**_records(house), day.id: Record(fingerprint(house, day), passed)}
+    record = Record(fingerprint(house, day), passed, file_hashes(house, day))
+    records = {**_records(house), day.id: record}
     house.records.mkdir(exist_ok=True)
     text = json.dumps({day_id: asdict(record) for day_id, record in sorted(records.items())}, indent=1)
     _file(house).write_text(text + "\n", encoding="utf-8")

@@ -57,6 +57,35 @@ def set_aside_kernel(house: House, kernel: Kernel) -> list[Path]:
     return [_rename(file)]
 
 
+def restore(house: House, day: Day) -> list[Path]:
+    """Bring back the newest of the files that were moved aside for each of the day's files; what is there
+    again.
+
+    A file that is there changes places with it, so that a second `restore` undoes the first.
+    """
+    names = [f"{module}.py" for module in day.modules] + [kernel.file for kernel in day.kernels]
+    restored = []
+    for name in names:
+        newest = _newest_aside(house.overlay / name)
+        if newest is None:
+            continue
+        current = house.overlay / name
+        aside = current.with_name(f"{name}.restoring")
+        newest.rename(aside)
+        if current.exists():
+            _rename(current)
+        restored.append(aside.rename(current))
+    return restored
+
+
+def _newest_aside(file: Path) -> Path | None:
+    """The copy of a file with the highest number."""
+    number = 1
+    while file.with_name(f"{file.name}.{number}.bak").exists():
+        number += 1
+    return file.with_name(f"{file.name}.{number - 1}.bak") if number > 1 else None
+
+
 def _rename(file: Path) -> Path:
     number = 1
     while (target := file.with_name(f"{file.name}.{number}.bak")).exists():

@@ -4,7 +4,6 @@ import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +104,27 @@ class Syllabus:
     days: tuple[Day, ...]
 
     def day(self, wanted: str) -> Day:
-        """The day of an id such as 1.1. Raises `CourseError`, with a guess, for one that there is not."""
+        """The day of an id such as 1.1, of one of its exercises, or of one of its files.
+
+        Raises `CourseError` for one that there is not.
+        """
         by_id = {day.id: day for day in self.days}
         if wanted in by_id:
             return by_id[wanted]
+        if (meant := self._meant(wanted)) is not None:
+            return meant
         if not _DAY_ID.fullmatch(wanted):
             raise CourseError(f"{wanted!r} is no day such as 1.1: `pdm run map` shows all")
-        raise CourseError(f"there is no day {wanted}{_guess(wanted, by_id)}: `pdm run map` shows all")
+        raise CourseError(f"there is no day {wanted}: `pdm run map` shows all")
+
+    def _meant(self, wanted: str) -> Day | None:
+        """The day of an exercise such as 1.1.1, or of a module such as attention, attention.py or a path to
+        it."""
+        for day in self.days:
+            tasks: tuple[Exercise | Kernel, ...] = (*day.exercises, *day.kernels)
+            if any(one.id == wanted for one in tasks):
+                return day
+        return self.owner(Path(wanted).name.removesuffix(".py"))
 
     def to_start(self, wanted: str) -> Day:
         """A day that can be started; raises `CourseError` for one that is to come."""
@@ -231,8 +244,3 @@ def _refuse_twice(names: Iterable[str], what: str, path: Path) -> None:
         if name in seen:
             raise CourseError(f"{path}: {what} {name} is there twice")
         seen.add(name)
-
-
-def _guess(wanted: str, known: Iterable[str]) -> str:
-    guess = get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f"; did you mean {guess[0]}?" if guess else ""

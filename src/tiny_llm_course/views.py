@@ -7,7 +7,7 @@ from .cpp import RULE, build_of, job, own_kernels, sources
 from .errors import CourseError
 from .house import House
 from .legend import legend
-from .progress import Result, State, missing_modules, own_modules, result, state
+from .progress import Result, State, changed_files, missing_modules, own_modules, result, state
 from .source import STAND_INS, functions
 from .syllabus import Day, Exercise, Kernel, Syllabus
 
@@ -95,11 +95,20 @@ def progress(house: House, syllabus: Syllabus) -> list[dict[str, object]]:
                 "started": started,
                 "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
                 "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-                "tests": State.BLANK.value if all_blank else outcome.value,
+                "tests": State.BLANK.value if all_blank else _told(house, day, outcome),
                 "done": started and outcome is Result.PASSING,
             }
         )
     return rows
+
+
+def _told(house: House, day: Day, outcome: Result) -> str:
+    """What the tests say; of tests that are out of date also the file that has changed."""
+    changed = changed_files(house, day) if outcome is Result.STALE else []
+    if not changed:
+        return outcome.value
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"{changed[0]}{more} changed since its tests ran"
 
 
 def progress_text(house: House, syllabus: Syllabus) -> str:
@@ -110,9 +119,10 @@ def progress_text(house: House, syllabus: Syllabus) -> str:
         for day in syllabus.days
     }
     width = max(len(mark) for mark in marks.values())
+    tests = max(len(str(row["tests"])) for row in rows)
     lines = [
         f"{row['day']}  {marks[str(row['day'])]:{width}}  "
-        f"{row['tests'] if row['started'] else 'not started':30}  {row['title']}"
+        f"{row['tests'] if row['started'] else 'not started':{tests}}  {row['title']}"
         for row in rows
     ]
     done = sum(bool(row["done"]) for row in rows)
