@@ -638,6 +638,18 @@ STATIC: dict[str, tuple[Change, str]] = {
         ),
         "leak: 1.2, counting.py: a line of Counter._next is left: return add(self.value, 1)",
     ),
+    "a removed helper that another function of its module calls": (
+        lambda h: replace(h.reference / "counting.py", "    return x\n", "    return Counter()._next()\n"),
+        "starter: 1.2, counting.py: given calls Counter._next, which is removed",
+    ),
+    "a removed helper that another module calls": (
+        lambda h: replace(
+            h.reference / "doubling.py",
+            "    return add(x, x)\n",
+            "    from .counting import Counter\n\n    return Counter()._next() + 2 * x - 1\n",
+        ),
+        "starter: 1.2, counting.py: doubling.py calls Counter._next, which is removed",
+    ),
     "a day without tests": (
         lambda h: suite(h, 2).unlink(),
         "suites: test_week_1_day_2.py: the day has no tests",

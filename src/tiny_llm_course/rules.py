@@ -10,7 +10,7 @@ from . import cpp
 from .errors import CourseError
 from .house import House
 from .progress import public_names
-from .source import body_lines, find, functions, imported_by
+from .source import Function, body_lines, find, functions, imported, imported_by, imports_of, names_in
 from .starter import starter
 from .syllabus import Day, Syllabus
 
@@ -39,6 +39,7 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
     if found:
         return found  # the rest would fail over the same names
     found += [problem for day in startable for problem in _starter_problems(house, day)]
+    found += [problem for day in startable for problem in _removed_problems(house, day)]
     found += _suite_files(house, startable)
     for day in startable:
         suite = house.suites / day.suite
@@ -83,6 +84,36 @@ def _starter_problems(house: House, day: Day) -> Iterator[Problem]:
             for line in map(str.strip, body_lines(reference, name)):
                 if line in lines and _tells_something(line):
                     yield Problem("leak", f"{day.id}, {module}.py", f"a line of {name} is left: {line}")
+
+
+def _removed_problems(house: House, day: Day) -> Iterator[Problem]:
+    """What a starter is without is called by nothing else: a passing day must leave the other days passing."""
+    for removed in day.removed:
+        module, _, name = removed.partition(".")
+        source = (house.reference / f"{module}.py").read_text(encoding="utf-8")
+        solutions = {exercise.name for exercise in day.of_module(module)} | set(day.removed_from(module))
+        called = name.rpartition(".")[2]
+        for given in functions(source).keys() - solutions:
+            if called in names_in(source, given):
+                yield Problem("starter", f"{day.id}, {module}.py", f"{given} calls {name}, which is removed")
+        for file in sorted(house.reference.glob("*.py")):
+            other = file.read_text(encoding="utf-8")
+            if (
+                file.stem != module
+                and _calls(other, called)
+                and module in imports_of(house.reference, file.stem)
+            ):
+                yield Problem(
+                    "starter", f"{day.id}, {module}.py", f"{file.name} calls {name}, which is removed"
+                )
+
+
+def _calls(source: str, name: str) -> bool:
+    """Whether a module uses a name that it does not define itself."""
+    tree = ast.parse(source)
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {name for _, name in imported(source)}
+    return name in used and name not in {node.name for node in ast.walk(tree) if isinstance(node, Function)}
 
 
 def _tells_something(line: str) -> bool:

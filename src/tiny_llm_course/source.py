@@ -7,6 +7,7 @@ byte, comments included.
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from textwrap import indent
 
 from .errors import CourseError
@@ -88,6 +89,18 @@ def related(source: str) -> list[str]:
     except SyntaxError:
         return []
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
+
+
+def imports_of(folder: Path, module: str) -> set[str]:
+    """The modules beside it that a module imports, directly or not."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        file = folder / f"{waiting.pop()}.py"
+        new = set(related(file.read_text(encoding="utf-8"))) - found if file.exists() else set()
+        found |= new
+        waiting += new
+    return found
 
 
 def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
