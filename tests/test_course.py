@@ -490,13 +490,14 @@ def test_an_overlay_of_some_modules_holds_copies_of_those(house: House) -> None:
 
 
 def test_hints_come_in_three_steps(house: House) -> None:
-    exercise = syllabus_of(house).exercise("1.1.1")
-    assert "a question:\n  Which is larger, 2 or 3?" in hint(exercise, 1)
-    assert "pdm run hint 1.1.1 2" in hint(exercise, 1)
-    assert "a sketch:\n  Take both" in hint(exercise, 3)
-    assert "pdm run skip 1.1.1" in hint(exercise, 3)
+    syllabus = syllabus_of(house)
+    exercise = syllabus.exercise("1.1.1")
+    assert "a question:\n  Which is larger, 2 or 3?" in hint(house, syllabus, exercise, 1)
+    assert "pdm run hint 1.1.1 2" in hint(house, syllabus, exercise, 1)
+    assert "a sketch:\n  Take both" in hint(house, syllabus, exercise, 3)
+    assert "pdm run skip 1.1.1" in hint(house, syllabus, exercise, 3)
     with pytest.raises(CourseError, match=r"no hint 4 of 1\.1\.1: 1 is a question"):
-        hint(exercise, 4)
+        hint(house, syllabus, exercise, 4)
 
 
 def test_the_difference_is_shown_after_passing_or_anyway(house: House) -> None:

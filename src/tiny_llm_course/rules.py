@@ -1,16 +1,32 @@
 """The rules of the course that can be read from its files: syllabus, starters and suites fit together."""
 
 import ast
+import builtins
+import re
 import sys
+from array import array
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 from . import cpp
 from .errors import CourseError
 from .house import House
+from .may_use import may_use
 from .progress import public_names
-from .source import Function, body_lines, find, functions, imported, imported_by, imports_of, names_in
+from .source import (
+    Function,
+    body_lines,
+    find,
+    functions,
+    imported,
+    imported_by,
+    imports_of,
+    names_in,
+    own_names,
+)
 from .starter import starter
 from .syllabus import Day, Syllabus
 
@@ -18,6 +34,9 @@ SHORT = 12  # characters of a line that many functions share, such as `return ou
 ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
 WHICHEVER = {"len", "set", "sorted"}
 PUBLIC = {"_replace", "_fields", "_asdict", "_make"}  # of a NamedTuple
+QUOTED = re.compile(r"`([^`]+)`")
+COMMON = {name for kind in (str, bytes, int, float, list, dict, set, tuple, deque) for name in dir(kind)}
+COMMON |= {name for kind in (Future, OrderedDict, array) for name in dir(kind)} | set(dir(builtins))
 BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
 
 
@@ -40,6 +59,7 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
         return found  # the rest would fail over the same names
     found += [problem for day in startable for problem in _starter_problems(house, day)]
     found += [problem for day in startable for problem in _removed_problems(house, day)]
+    found += [problem for day in startable for problem in _may_use_problems(house, day)]
     found += _suite_files(house, startable)
     for day in startable:
         suite = house.suites / day.suite
@@ -87,7 +107,8 @@ def _starter_problems(house: House, day: Day) -> Iterator[Problem]:
 
 
 def _removed_problems(house: House, day: Day) -> Iterator[Problem]:
-    """What a starter is without is called by nothing else: a passing day must leave the other days passing."""
+    """What a starter is without is called by nothing else: a passing day must leave the other days
+    passing."""
     for removed in day.removed:
         module, _, name = removed.partition(".")
         source = (house.reference / f"{module}.py").read_text(encoding="utf-8")
@@ -106,6 +127,50 @@ def _removed_problems(house: House, day: Day) -> Iterator[Problem]:
                 yield Problem(
                     "starter", f"{day.id}, {module}.py", f"{file.name} calls {name}, which is removed"
                 )
+
+
+def _may_use_problems(house: House, day: Day) -> Iterator[Problem]:
+    """What an exercise may use gives nothing away, and no name that it needs stands only in a hint."""
+    for exercise in day.exercises:
+        for name in set(exercise.may_use) & set(day.removed):
+            yield Problem("may use", exercise.id, f"{name} gives the solution away: it is removed")
+        try:
+            usable = may_use(house, day, exercise)
+        except CourseError as error:
+            yield Problem("may use", exercise.id, str(error))
+            continue
+        seen = _words(starter(house, exercise.module, day)) | _words(" ".join(map(str, usable)))
+        source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+        needed = names_in(source, exercise.name) - own_names(source, exercise.name)
+        needed -= COMMON | _of_other_packages(source)
+        hinted = {
+            word for hint in exercise.hints for quoted in QUOTED.findall(hint) for word in _words(quoted)
+        }
+        for name in sorted(needed & hinted - seen):
+            yield Problem("may use", exercise.id, f"{name} is needed, and stands only in a hint")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def _of_other_packages(source: str) -> set[str]:
+    """What is not the reference's: attributes of arrays, and those taken from a module, such as `mx.exp`."""
+    import mlx.core as mx
+
+    tree = ast.parse(source)
+    names = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    outside = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    found = {alias.asname or alias.name for node in outside for alias in node.names} | set(dir(mx.array))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            found.add(node.attr)
+    return found
 
 
 def _calls(source: str, name: str) -> bool:

@@ -41,8 +41,8 @@ def on_hint(
     pdm run hint 1.1.2
     pdm run hint 1.1.2 3
     """
-    _, syllabus = open_course()
-    print(views.hint(syllabus.exercise(exercise), step))
+    house, syllabus = open_course()
+    print(views.hint(house, syllabus, syllabus.exercise(exercise), step))
 
 
 def on_diff(

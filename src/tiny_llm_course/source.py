@@ -155,6 +155,12 @@ def names_in(source: str, name: str) -> set[str]:
     return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
+def own_names(source: str, name: str) -> set[str]:
+    """The names that a function's body gives to its own variables."""
+    nodes = [node for statement in _statements(find(source, name)) for node in ast.walk(statement)]
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
 def _statements(node: Function) -> list[ast.stmt]:
     """The body without its docstring."""
     return node.body[1:] if ast.get_docstring(node) is not None else node.body

@@ -18,7 +18,8 @@ _KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "ke
 class Exercise:
     """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`.
 
-    message: what a blank raises: which task it is, and where it is explained.
+    message: what a blank raises: which task it is, and where it is explained. may_use: interfaces that it may
+    use and that cannot be read from the reference, as `module.name`.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Exercise:
     name: str
     hints: tuple[str, ...]
     message: str
+    may_use: tuple[str, ...] = ()
 
     @property
     def day_id(self) -> str:
@@ -218,7 +220,9 @@ def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path
             f"{path}: exercise {exercise_id} is {entry.get('name')!r}, expected MODULE.FUNCTION of its day"
         )
     hints = _hints(exercise_id, entry, path)
-    return Exercise(exercise_id, module, name, hints, _message(exercise_id, name, day))
+    return Exercise(
+        exercise_id, module, name, hints, _message(exercise_id, name, day), tuple(entry.get("may_use", ()))
+    )
 
 
 def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:

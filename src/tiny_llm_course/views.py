@@ -7,6 +7,7 @@ from .cpp import RULE, build_of, job, own_kernels, sources
 from .errors import CourseError
 from .house import House
 from .legend import legend
+from .may_use import Interface, day_may_use, may_use
 from .progress import Result, State, changed_files, missing_modules, own_modules, result, state
 from .source import STAND_INS, functions
 from .syllabus import Day, Exercise, Kernel, Syllabus
@@ -35,6 +36,7 @@ def tasks(house: House, day: Day) -> str:
         [
             *lines,
             *([f"shapes:  {', '.join(letters)}"] if letters else []),
+            *_usable(day_may_use(house, day)),
             f"chapter: {chapter}",
             f"test:    pdm run test {day.id}",
             f"hints:   pdm run hint {day.exercises[0].id}",
@@ -44,6 +46,17 @@ def tasks(house: House, day: Day) -> str:
             ),
         ]
     )
+
+
+def _usable(interfaces: list[Interface]) -> list[str]:
+    """What may be used from other files, a line each; nothing where there is none."""
+    if not interfaces:
+        return []
+    return ["you may use, from other files (pdm run hint EXERCISE says which for what):", *_lines(interfaces)]
+
+
+def _lines(interfaces: list[Interface]) -> list[str]:
+    return [f"  {one}" for one in interfaces]
 
 
 def kernel_tasks(house: House, day: Day) -> str:
@@ -62,11 +75,14 @@ def kernel_tasks(house: House, day: Day) -> str:
     )
 
 
-def hint(exercise: Exercise | Kernel, step: int) -> str:
-    """One of the three steps of help."""
+def hint(house: House, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
+    """One of the three steps of help; with the first, what the exercise may use."""
     if not 1 <= step <= len(exercise.hints):
         raise CourseError(f"there is no hint {step} of {exercise.id}: 1 is a question, 2 a fact, 3 a sketch")
     text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
+    if step == 1 and isinstance(exercise, Exercise):
+        usable = may_use(house, syllabus.day(exercise.day_id), exercise)
+        text = "\n".join([text, *(["you may use, from other files:", *_lines(usable)] if usable else [])])
     if step < len(exercise.hints):
         return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
     if isinstance(exercise, Kernel):
