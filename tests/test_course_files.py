@@ -1,6 +1,8 @@
 """The learner's files: moved aside and back, helpers beside them, named when they change, ignored by git."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,36 @@ def test_a_starter_that_begins_a_removed_helper_is_no_fault_of_the_learners(hous
     replace(house.reference / "counting.py", "_next", "next")
     start(house, syllabus_of(house).day("1.2"))
     assert all(finding.ok for finding in examine(house, syllabus_of(house)) if finding.what == "counting.py")
+
+
+# ---- links for editors ----
+
+
+def test_start_links_every_module_that_is_not_the_learners(house: House) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.2"))
+    links = {file.name: file.resolve() for file in house.overlay.glob("*.pyi")}
+    assert links == {f"{name}.pyi": house.reference / f"{name}.py" for name in ("adding", "api")}
+    start(house, syllabus.day("1.1"))
+    assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
+    set_aside(house, syllabus.day("1.2"))
+    assert len(list(house.overlay.glob("*.pyi"))) == 3, "they are the reference's again"
+    restore(house, syllabus.day("1.2"))
+    assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
+
+
+def test_a_type_checker_resolves_what_falls_through_with_one_identity(house: House) -> None:
+    """Without the links: "Cannot find implementation or library stub for module named ...adding"."""
+    start(house, syllabus_of(house).day("1.2"))
+    write(house, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "-p", "tiny_llm.counting"],
+        cwd=house.root / "src",
+        env={**os.environ, "MYPYPATH": str(house.root / "src")},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    found = [line for line in checked.stdout.splitlines() if "counting.py" in line]
+    assert len(found) == 1, checked.stdout
+    assert 'Argument 2 to "add" has incompatible type "str"; expected "int"' in found[0]

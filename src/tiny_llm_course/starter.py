@@ -8,6 +8,7 @@ from .errors import CourseError
 from .house import House
 from .progress import State, own_modules, state
 from .source import blanked, functions, names_in, with_body_of, with_function
+from .stubs import link_stubs
 from .syllabus import Day, Exercise, Kernel
 
 
@@ -34,6 +35,7 @@ def start(house: House, day: Day) -> list[Path]:
         )
     for file in new:
         file.write_text(starter(house, file.stem, day), encoding="utf-8")
+    link_stubs(house)
     return new
 
 
@@ -44,6 +46,7 @@ def set_aside(house: House, day: Day) -> list[Path]:
     """
     files = [house.overlay / f"{module}.py" for module in day.modules]
     moved = [_rename(file) for file in files if file.exists()]
+    link_stubs(house)
     return moved + [file for kernel in day.kernels for file in set_aside_kernel(house, kernel)]
 
 
@@ -75,6 +78,7 @@ def restore(house: House, day: Day) -> list[Path]:
         if current.exists():
             _rename(current)
         restored.append(aside.rename(current))
+    link_stubs(house)
     return restored
 
 

@@ -1,8 +1,8 @@
 """Links for editors and type checkers, which do not know that the overlay falls through to the reference.
 
-`src/tiny_llm/X.pyi` is a link to the reference's `X.py`, for each module that is not the learner's. So `from .X
-import C` resolves in a learner's file, and every class has one identity. Python itself never reads `.pyi` files, and
-git ignores them.
+`src/tiny_llm/X.pyi` is a link to the reference's `X.py`, for each module that is not the learner's. So
+`from .X import C` resolves in a learner's file, and every class has one identity. Python itself never reads
+`.pyi` files, and git ignores them.
 """
 
 import os
