@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import tiny_llm_kernels
 from tiny_llm_course import cpp
+from tiny_llm_course import days as demonstrations
 from tiny_llm_course import main as door
 from tiny_llm_course.check import check
 from tiny_llm_course.doctor import examine
@@ -19,11 +20,11 @@ from tiny_llm_course.house import House
 from tiny_llm_course.outcome import Outcome, begin_here
 from tiny_llm_course.progress import Result, State, remember, result, state
 from tiny_llm_course.rules import static_problems
-from tiny_llm_course.runs import culprits, overlay_of
+from tiny_llm_course.runs import overlay_of, own_sources
 from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_body_of
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
-from tiny_llm_course.testing import run_day, run_reference, run_started, watch
+from tiny_llm_course.testing import run_day, run_reference, run_started
 from tiny_llm_course.views import difference, hint, map_text, progress, progress_text, tasks
 
 ROOT = Path(__file__).parents[1]
@@ -244,7 +245,7 @@ def test_days_and_exercises_are_found_by_id_with_a_guess(house: House) -> None:
     assert syllabus.exercise("1.2.2").name == "double"
     message = "1.2.2 double: pdm run hint 1.2.2"
     assert syllabus.exercise("1.2.2").message == message
-    with pytest.raises(CourseError, match=r"no day 1\.4; did you mean 1\."):
+    with pytest.raises(CourseError, match=r"no day 1\.4: `pdm run map`"):
         syllabus.day("1.4")
     with pytest.raises(CourseError, match=r"'1' is no day such as 1\.1"):
         syllabus.day("1")
@@ -405,9 +406,8 @@ def test_an_earlier_module_is_found_to_be_the_reason(house: House, capfd: pytest
     day = syllabus.day("1.2")
     assert run_day(house, syllabus, day, []) == 1
     out = capfd.readouterr().out
-    assert "today's code is right: alone on the reference, day 1.2 passes." in out
+    assert "today's code is right: on the reference for everything else, test_task_1_counts passes." in out
     assert "it fails with your adding.py (day 1.1): pdm run test 1.1" in out
-    assert culprits(house, day) == ["adding"]
     assert run_day(house, syllabus, day, [], isolated=True) == 0
 
 
@@ -417,7 +417,8 @@ def test_todays_own_mistake_is_not_blamed_on_others(house: House, capfd: pytest.
     write(house, "counting", COUNTING)
     write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
-    assert "the fault is in counting.py or doubling.py: alone on the reference" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "the fault is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
 
 
 def test_blanks_alone_are_nobodys_fault(house: House, capfd: pytest.CaptureFixture[str]) -> None:
@@ -426,7 +427,7 @@ def test_blanks_alone_are_nobodys_fault(house: House, capfd: pytest.CaptureFixtu
     start(house, syllabus.day("1.2"))
     assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "looking where the fault is" not in out
+    assert "looking for the fault" not in out
     assert out.endswith(
         "first: 1.2.1 Counter.count (1 test waits): pdm run test 1.2.1 -x; pdm run hint 1.2.1\n"
     )
@@ -442,7 +443,7 @@ def test_a_mistake_comes_before_a_blank(
     write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(house, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
     out = capfd.readouterr().out
-    assert ("looking where the fault is" in out) is not isolated
+    assert ("looking for the fault" in out) is not isolated
     assert out.endswith("first: 1.2.2 double (1 test fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n")
 
 
@@ -472,24 +473,6 @@ def test_a_traceback_shows_the_learners_lines_and_not_the_references(
     assert "return sum((one, other))" in capfd.readouterr().out
 
 
-def test_watch_tests_again_after_each_save_and_survives_half_a_file(
-    house: House, capfd: pytest.CaptureFixture[str]
-) -> None:
-    syllabus = syllabus_of(house)
-    start(house, syllabus.day("1.1"))
-
-    def saving() -> Iterator[None]:
-        write(house, "adding", "def add(:\n")
-        yield
-        write(house, "adding", ADDING)
-        yield
-
-    assert watch(house, syllabus, syllabus.day("1.1"), [], saving()) == 0
-    out = capfd.readouterr().out
-    assert out.count("watching ") == 3
-    assert "line 1: " in out
-
-
 def test_the_reference_is_tested_without_the_learners_files(house: House) -> None:
     write(house, "adding", "broken")
     assert run_reference(house, [house.suites], []) == 0
@@ -498,21 +481,23 @@ def test_the_reference_is_tested_without_the_learners_files(house: House) -> Non
 def test_an_overlay_of_some_modules_holds_copies_of_those(house: House) -> None:
     write(house, "adding", ADDING)
     write(house, "doubling", DOUBLING)
-    with overlay_of(house, ["doubling"]) as alone:
-        assert [file.name for file in alone.overlay.iterdir()] == ["doubling.py"]
+    write(house, "my_tools", "")
+    with overlay_of(house, own_sources(house, ["doubling"])) as alone:
+        assert sorted(file.name for file in alone.overlay.iterdir()) == ["doubling.py", "my_tools.py"]
 
 
 # ---- views ----
 
 
 def test_hints_come_in_three_steps(house: House) -> None:
-    exercise = syllabus_of(house).exercise("1.1.1")
-    assert "a question:\n  Which is larger, 2 or 3?" in hint(exercise, 1)
-    assert "pdm run hint 1.1.1 2" in hint(exercise, 1)
-    assert "a sketch:\n  Take both" in hint(exercise, 3)
-    assert "pdm run skip 1.1.1" in hint(exercise, 3)
+    syllabus = syllabus_of(house)
+    exercise = syllabus.exercise("1.1.1")
+    assert "a question:\n  Which is larger, 2 or 3?" in hint(house, syllabus, exercise, 1)
+    assert "pdm run hint 1.1.1 2" in hint(house, syllabus, exercise, 1)
+    assert "a sketch:\n  Take both" in hint(house, syllabus, exercise, 3)
+    assert "pdm run skip 1.1.1" in hint(house, syllabus, exercise, 3)
     with pytest.raises(CourseError, match=r"no hint 4 of 1\.1\.1: 1 is a question"):
-        hint(exercise, 4)
+        hint(house, syllabus, exercise, 4)
 
 
 def test_the_difference_is_shown_after_passing_or_anyway(house: House) -> None:
@@ -653,6 +638,18 @@ STATIC: dict[str, tuple[Change, str]] = {
             "    self = Counter()\n    return add(self.value, 1)\n",
         ),
         "leak: 1.2, counting.py: a line of Counter._next is left: return add(self.value, 1)",
+    ),
+    "a removed helper that another function of its module calls": (
+        lambda h: replace(h.reference / "counting.py", "    return x\n", "    return Counter()._next()\n"),
+        "starter: 1.2, counting.py: given calls Counter._next, which is removed",
+    ),
+    "a removed helper that another module calls": (
+        lambda h: replace(
+            h.reference / "doubling.py",
+            "    return add(x, x)\n",
+            "    from .counting import Counter\n\n    return Counter()._next() + 2 * x - 1\n",
+        ),
+        "starter: 1.2, counting.py: doubling.py calls Counter._next, which is removed",
     ),
     "a day without tests": (
         lambda h: suite(h, 2).unlink(),
@@ -929,13 +926,15 @@ def test_the_message_of_every_blank_is_known_as_one() -> None:
 
 
 def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
-    from tiny_llm_course.tries import TRIES
-    from tiny_llm_course.work import WORK
-
     here = House.here()
-    days = {day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come}
-    assert days == set(TRIES) == set(WORK)
-    assert all(function.__doc__ for function in (*TRIES.values(), *WORK.values()))
+    days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come]
+    files = {file.name for file in Path(demonstrations.__path__[0]).glob("week_*.py")}
+    assert files == {f"week_{day[0]}_day_{day[2]}.py" for day in days}
+    modules = [demonstrations.demonstration(day) for day in days]
+    assert all(module.show.__doc__ for module in modules)
+    measured = [module.work.__doc__ for module in modules if hasattr(module, "work")]
+    assert all(measured)
+    assert len(measured) == sum(day.no_compare is None for day in read_syllabus(here.syllabus).days)
 
 
 def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
@@ -951,8 +950,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
     passing = run(["test", "--week", "1", "--day", "1"], tmp_path)
     assert passing.returncode == 0, passing.stdout
     assert "yours: attention.py" in passing.stdout
-    compared = json.loads(run(["compare", "1.1", "--json"], tmp_path).stdout)
-    assert compared["largest_difference"] == 0
+    assert "day 1.1 has nothing to compare: both sides" in run(["compare", "1.1"], tmp_path).stdout
     assert "| " not in run(["try", "1.2"], tmp_path).stderr
     rows = json.loads(run(["progress", "--json"], tmp_path).stdout)
     assert rows[0]["exercises"] == dict.fromkeys(["1.1.1", "1.1.2", "1.1.3"], "skipped")
@@ -969,8 +967,10 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),
+        (["restore", "1.1"], "nothing of day 1.1 was moved aside"),
+        (["test", "attention.py"], "not started: pdm run start 1.1"),
         (["skip", "1.1.1"], "not started: pdm run start 1.1"),
-        (["compare", "1.1"], "not started"),
+        (["compare", "1.2"], "not started"),
         (["start"], "Missing argument 'DAY'"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
@@ -1002,6 +1002,7 @@ def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str
         "progress",
         "map",
         "reset",
+        "restore",
         "skip",
     ]
     commands += ["doctor", "build-kernels", "course-check"]

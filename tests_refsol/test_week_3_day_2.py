@@ -43,6 +43,7 @@ from tiny_llm.errors import (
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kv_context import KVContext
 from tiny_llm.kv_pool import KVPool
+from tiny_llm.layer_groups import LayerGroup
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
 from tiny_llm.model_config import ModelConfig
@@ -1493,6 +1494,18 @@ def ids(sequences: Sequence) -> list[str]:
 def check_pages(manager: PagedBatchManager) -> None:
     """Free and held blocks are the whole pool, each held once by each table that names it."""
     check_conserved(manager.allocator, *(sequence.table for sequence in [*manager.running, *manager.waiting]))
+
+
+def test_task_13_a_sequence_has_a_table_and_a_stream_for_each_group_of_layers() -> None:
+    """Oracle: by hand: two groups, so two tables of the kind that each needs, and two streams."""
+    groups = (LayerGroup((0,)), LayerGroup((1,), window=8))
+    manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=groups)
+    manager.add_request([5, 6, 7, 8, 9], "a", limits())
+    sequence = manager.sequence("a")
+    assert (len(sequence.tables), len(sequence.streams)) == (2, 2)
+    assert type(sequence.tables[0]) is not type(sequence.tables[1])
+    assert list(manager.process_batch()) == ["a"]
+    assert [table.num_tokens for table in manager.sequence("a").tables] == [5, 5]
 
 
 def test_task_13_a_request_waits_without_a_page() -> None:

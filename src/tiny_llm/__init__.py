@@ -3,7 +3,8 @@
 A module that is not written here falls through to the reference's file, loaded as `tiny_llm.X`, and
 its relative imports find the learner's modules first. `TINY_LLM_OVERLAY` names another folder to
 look in instead of this one; an empty folder is the plain reference. A file that overrides nothing
-is an error: without it, a misspelled module would be the reference's, silently.
+is an error: without it, a misspelled module would be the reference's, silently. Only `my_*.py` may be new:
+helper files of the learner's own.
 """
 
 import os
@@ -23,7 +24,8 @@ def _search_path() -> list[str]:
     folders = [str(overlay), *reference.submodule_search_locations]
     written, known = ({name for name in os.listdir(folder) if name.endswith(".py")} for folder in folders)
     for name in sorted(written - known):
-        _refuse(name, known, overlay)
+        if not name.startswith("my_"):
+            _refuse(name, known, overlay)
     return folders
 
 

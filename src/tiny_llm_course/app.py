@@ -8,7 +8,7 @@ from typer.main import get_group
 
 from .run_commands import on_course_check, on_test, on_test_refsol
 from .show_commands import on_compare, on_diff, on_doctor, on_hint, on_map, on_progress, on_try
-from .write_commands import on_build_kernels, on_reset, on_skip, on_start
+from .write_commands import on_build_kernels, on_reset, on_restore, on_skip, on_start
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "start": on_start,
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "map": on_map,
     "skip": on_skip,
     "reset": on_reset,
+    "restore": on_restore,
     "build-kernels": on_build_kernels,
     "doctor": on_doctor,
     "test-refsol": on_test_refsol,

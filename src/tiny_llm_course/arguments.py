@@ -7,7 +7,7 @@ import typer
 from .house import House
 from .syllabus import Syllabus, read_syllabus
 
-DayId = Annotated[str, typer.Argument(metavar="DAY", help="A week and a day, such as 1.1.")]
+DayId = Annotated[str, typer.Argument(metavar="DAY", help="A week and a day, such as 1.1; or a file of it.")]
 AnExercise = Annotated[str, typer.Argument(metavar="EXERCISE", help="Week, day and task, such as 1.1.2.")]
 
 

@@ -11,14 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from . import cpp
 from .house import House
 from .rules import Problem, static_problems
-from .runs import run_python, run_suites
+from .runs import overlay_of, run_python, run_suites
 from .source import blanked
 from .starter import starter
 from .syllabus import Day, Exercise, Kernel, Syllabus
@@ -71,7 +69,7 @@ def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
 
 
 def _reference_passes(house: House, day: Day) -> list[Problem]:
-    with _overlay(house, {}) as reference:
+    with overlay_of(house, {}) as reference:
         run = run_suites(reference, [house.suites / day.suite], ["-q"], quiet=True)
     if run.returncode == 0:
         return []
@@ -82,7 +80,7 @@ def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]
     """One exercise blank, everything else the reference's: its day fails and says so."""
     source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
     source = blanked(source, {exercise.name: exercise.message})
-    with _overlay(house, {exercise.module: source}) as alone:
+    with overlay_of(house, {exercise.module: source}) as alone:
         run = run_suites(alone, [house.suites / day.suite], ["-q", "-x"], quiet=True)
     if run.returncode == 0:
         return [Problem("blank", exercise.id, f"{day.suite} passes although {exercise.name} is blank")]
@@ -106,7 +104,7 @@ def _day_begun(house: House, day: Day) -> list[Problem]:
     """The day as a learner begins it: it can be imported, and is formatted."""
     sources = {module: starter(house, module, day) for module in day.modules}
     found = []
-    with _overlay(house, sources) as begun:
+    with overlay_of(house, sources) as begun:
         modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
         run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
@@ -119,7 +117,7 @@ def _later_blank(house: House, day: Day, later: Sequence[Day]) -> list[Problem]:
     """The day is done and none after it is begun: its suite passes."""
     modules = {module for one in later for module in one.modules}
     sources = {module: starter(house, module, *later) for module in sorted(modules)}
-    with _overlay(house, sources) as begun:
+    with overlay_of(house, sources) as begun:
         run = run_suites(begun, [house.suites / day.suite], ["-q", "-x"], quiet=True)
     if run.returncode == 0:
         return []
@@ -143,15 +141,6 @@ def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
     if run.returncode == 0:
         return []
     return [Problem("starter", day.id, f"is not formatted\n{_last(run.stdout + run.stderr)}")]
-
-
-@contextmanager
-def _overlay(house: House, sources: dict[str, str]) -> Iterator[House]:
-    """The house through an overlay with these modules."""
-    with TemporaryDirectory(prefix="tiny-llm-check-") as folder:
-        for module, source in sources.items():
-            Path(folder, f"{module}.py").write_text(source, encoding="utf-8")
-        yield house.with_overlay(Path(folder))
 
 
 def _last(output: str) -> str:

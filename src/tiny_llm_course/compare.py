@@ -1,5 +1,10 @@
-"""`pdm run compare`: the learner's modules and the reference's on the same work, side by side."""
+"""`pdm run compare`: the learner's modules and the reference's on the same work, side by side.
 
+The sides are processes that take turns, a repetition at a time, so that whatever else the machine does
+meanwhile meets both.
+"""
+
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,89 +13,166 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .cpp import libraries
+from .days import demonstration
 from .errors import CourseError
 from .house import House
 from .progress import missing_modules, own_modules
-from .runs import overlay_of, run_python
+from .runs import begin_python, overlay_of, own_sources
 from .syllabus import Day
-from .work import WORK
+
+SECONDS = 2.0  # of repetitions, both sides together
+MOST_REPETITIONS = 50
 
 
 class Measured(NamedTuple):
-    """One side's work: median, least and most seconds, bytes at the peak, and its numbers (an array)."""
+    """One side's work: median, least and most seconds, and bytes at the peak."""
 
     seconds: float
     least: float
     most: float
     peak_bytes: int
-    out: object
 
 
 class Comparison(NamedTuple):
-    """Both sides, and the largest difference between their numbers; None where shapes differ."""
+    """Both sides, and how their results differ.
+
+    differing: how many of `total` numbers are not the same; None where the shapes differ.
+    largest_difference: of measured quantities; None for whole numbers, such as token ids, whose distance
+    means nothing.
+    """
 
     own: Measured
     reference: Measured
+    differing: int | None
+    total: int
     largest_difference: float | None
 
 
 def compare(house: House, day: Day) -> Comparison:
-    """Run a day's work on the learner's modules of that day, then on the plain reference.
+    """Run a day's work on the learner's modules of that day and on the plain reference, alternating.
 
-    Raises `CourseError` where the day is not started, or its work does not run.
+    Raises `CourseError` where the day has nothing to compare or is not started, or its work does not run.
     """
     import numpy as np
 
+    if day.no_compare is not None:
+        raise CourseError(f"day {day.id} has nothing to compare: {day.no_compare}")
     if missing_modules(house, day) and not (day.kernels and libraries(house)):
         raise CourseError(f"not started: pdm run start {day.id}")
-    own = [module for module in own_modules(house) if module in day.modules]
-    with overlay_of(house, own, kernels=bool(day.kernels)) as mine, overlay_of(house, []) as theirs:
-        sides = [_measure(mine, day, "your code"), _measure(theirs, day, "the reference")]
-    first, second = (np.asarray(side.out) for side in sides)
-    difference = float(np.abs(first - second).max()) if first.shape == second.shape else None
-    return Comparison(sides[0], sides[1], difference)
+    own = own_sources(house, [module for module in own_modules(house) if module in day.modules])
+    with (
+        overlay_of(house, own, kernels=bool(day.kernels)) as mine,
+        overlay_of(house, {}) as theirs,
+        _begun(mine, day, f"your day {day.id}", house) as first,
+        _begun(theirs, day, "the reference", theirs) as second,
+    ):
+        while first.total + second.total < SECONDS and len(first.seconds) < MOST_REPETITIONS:
+            first.repeat()
+            second.repeat()
+        own_side, reference_side = first.end(), second.end()
+        outs = [np.asarray(first.out), np.asarray(second.out)]
+    if outs[0].shape != outs[1].shape:
+        return Comparison(own_side, reference_side, None, outs[1].size, None)
+    is_whole = all(np.issubdtype(out.dtype, np.integer) for out in outs)
+    largest = None if is_whole else float(np.abs(outs[0] - outs[1]).max())
+    differing = int((outs[0] != outs[1]).sum())
+    return Comparison(own_side, reference_side, differing, outs[1].size, largest)
 
 
 def as_text(day: Day, found: Comparison) -> str:
     """A table of both sides."""
     own, reference = found.own, found.reference
-    same = f"{found.largest_difference:.2g}"
-    if found.largest_difference is None:
-        same = "their shapes differ, so one of them is wrong"
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
         [
-            f"day {day.id}, {day.title}: {WORK[day.id].__doc__}",
-            f"{'':28}{'yours':>22}{'reference':>22}",
-            f"{'milliseconds (fastest-slowest)':28}{times[0]:>20}{times[1]:>22}",
-            f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>20,}{reference.peak_bytes >> 10:>22,}",
-            f"largest difference of the results: {same}",
+            f"day {day.id}, {day.title}: {demonstration(day.id).work.__doc__}",
+            f"{'':30}{'yours':>24}{'reference':>24}",
+            f"{'milliseconds (fastest-slowest)':30}{times[0]:>24}{times[1]:>24}",
+            f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
+            _results(found),
             "the reference runs compiled kernels where it has them; yours is what you wrote",
         ]
     )
 
 
 def as_json_object(found: Comparison) -> dict[str, object]:
-    """The figures without the numbers that came out."""
+    """The figures."""
     sides = {"own": found.own, "reference": found.reference}
     figures = {name: {"seconds": s.seconds, "peak_bytes": s.peak_bytes} for name, s in sides.items()}
-    return {**figures, "largest_difference": found.largest_difference}
+    same = {"differing": found.differing, "total": found.total}
+    return {**figures, **same, "largest_difference": found.largest_difference}
 
 
-def _measure(house: House, day: Day, whose: str) -> Measured:
-    import numpy as np
+def _results(found: Comparison) -> str:
+    if found.differing is None:
+        return "the shapes of the results differ, so one of them is wrong"
+    if found.largest_difference is not None:
+        return f"largest difference of the results: {found.largest_difference:.2g}"
+    if found.differing:
+        return f"{found.differing} of {found.total} numbers of the results differ"
+    return f"the {found.total} numbers of the results are the same"
 
-    with _target() as target:
-        run = run_python(house, ["-m", "tiny_llm_course.work", day.id, str(target)])
-        if run.returncode:
-            said = run.stderr.strip().splitlines()[-4:] or ["no message"]
-            raise CourseError(f"{whose} does not run the work of day {day.id}\n" + "\n".join(said))
-        with np.load(target) as stored:
-            seconds = stored["seconds"].tolist()
-            return Measured(median(seconds), min(seconds), max(seconds), int(stored["peak"]), stored["out"])
+
+class _Side:
+    """A process that repeats the work each time it is asked."""
+
+    def __init__(
+        self, process: subprocess.Popen[str], whose: str, folder: Path, shown: tuple[str, str]
+    ) -> None:
+        self.seconds: list[float] = []
+        self.out: object = None
+        self._process, self._whose, self._shown = process, whose, shown
+        self._target = folder / "result.npz"
+
+    @property
+    def total(self) -> float:
+        """Seconds of all repetitions."""
+        return sum(self.seconds)
+
+    def begin(self) -> None:
+        """Wait until it can be asked."""
+        self._answer()
+
+    def repeat(self) -> None:
+        """One repetition."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.seconds.append(float(self._answer()))
+
+    def end(self) -> Measured:
+        """No repetition more; what it has measured."""
+        import numpy as np
+
+        _, said = self._process.communicate()
+        if self._process.returncode:
+            self._refuse(said)
+        with np.load(self._target) as stored:
+            self.out, peak = stored["out"], int(stored["peak"])
+        return Measured(median(self.seconds), min(self.seconds), max(self.seconds), peak)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._refuse(self._process.communicate()[1])
+        return line.strip()
+
+    def _refuse(self, said: str) -> None:
+        last = (said.strip().splitlines() or ["no message"])[-1].replace(*self._shown)
+        raise CourseError(f"{self._whose} does not run: {last}")
 
 
 @contextmanager
-def _target() -> Iterator[Path]:
+def _begun(overlaid: House, day: Day, whose: str, shown: House) -> Iterator[_Side]:
+    """A side on this overlay, ready; ended at the end. Its messages name the files as `shown` has them."""
     with TemporaryDirectory(prefix="tiny-llm-compare-") as folder:
-        yield Path(folder, "result.npz")
+        arguments = ["-m", "tiny_llm_course.measure", day.id, str(Path(folder, "result.npz"))]
+        with begin_python(overlaid, arguments) as process:
+            paths = (str(overlaid.overlay), shown.shown(shown.overlay))
+            side = _Side(process, whose, Path(folder), paths)
+            try:
+                side.begin()
+                yield side
+            finally:
+                process.kill()

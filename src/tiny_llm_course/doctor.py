@@ -13,7 +13,7 @@ from .errors import CourseError
 from .house import House
 from .progress import own_modules
 from .source import functions, signature
-from .syllabus import Syllabus
+from .syllabus import Day, Syllabus
 
 PYTHONS = ((3, 11), (3, 13))
 COMPILERS = ("c++", "g++", "clang++")
@@ -124,14 +124,14 @@ def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
         if day is None:
             yield Finding(f"{module}.py", True, "belongs to no day: yours runs in place of the given one")
             continue
-        yield from _signatures(house, module, day.id)
+        yield from _signatures(house, module, day)
     for kernel in own_kernels(house, syllabus):
         build = build_of(house, kernel)
         advice = "" if build is Build.DONE else f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
         yield Finding(kernel.file, build is Build.DONE, build.value, advice)
 
 
-def _signatures(house: House, module: str, day: str) -> Iterator[Finding]:
+def _signatures(house: House, module: str, day: Day) -> Iterator[Finding]:
     own, reference = (
         (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (house.overlay, house.reference)
     )
@@ -145,12 +145,14 @@ def _signatures(house: House, module: str, day: str) -> Iterator[Finding]:
     for name in functions(reference):
         if name.rpartition(".")[2].startswith("_") and not name.endswith("__"):
             continue
+        if name in day.removed_from(module):
+            continue  # the starter is without it
         if name not in known:
             yield Finding(
                 f"{module}.py",
                 False,
                 f"has no {name}",
-                f"the reference has it: `pdm run diff {day} --anyway`",
+                f"other days call it: `pdm run diff {day.id} --anyway` shows the reference's",
             )
         elif signature(own, name) != signature(reference, name):
             advice = f"the reference has {signature(reference, name)}"

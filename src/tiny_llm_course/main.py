@@ -1,5 +1,6 @@
-"""The door: runs a command and turns what it raises into one line and an exit code."""
+"""Runs a command and turns what it raises into one line and an exit code."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,8 @@ FAILED, INTERRUPTED = 1, 130
 
 
 def main() -> None:
-    """Run the command of this process and exit."""
+    """Run the command of this process and exit. SIGTERM ends the processes that it has begun too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .syllabus import Day
+from .syllabus import Day, Exercise
 
 OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # the variable that tells the plugin where to write
 _TASK = re.compile(r"::test_task_(\d+)_")
@@ -21,30 +21,39 @@ class Outcome:
     """One run. code: pytest's. failed: ids of tests, and of files that could not be collected.
 
     waiting: for each test that met a blank, the blank's message, such as `1.4.1 rms_norm: book, ...`.
+    stopped: whether the run ended early because a test was out of time.
     """
 
     code: int
     failed: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    stopped: bool = False
 
 
-def write_outcome(file: Path, failed: Sequence[str], waiting: Sequence[str]) -> None:
+def write_outcome(file: Path, failed: Sequence[str], waiting: Sequence[str], *, stopped: bool) -> None:
     """Store what a run came to, for the process that started it."""
-    file.write_text(json.dumps([failed, waiting]), encoding="utf-8")
+    file.write_text(json.dumps([failed, waiting, stopped]), encoding="utf-8")
 
 
 def read_outcome(file: Path, code: int) -> Outcome:
     """What a run stored that ended with `code`; nothing failed and nothing waits where it stored nothing."""
     if not file.exists():
         return Outcome(code)
-    failed, waiting = json.loads(file.read_text(encoding="utf-8"))
-    return Outcome(code, tuple(failed), tuple(waiting))
+    failed, waiting, stopped = json.loads(file.read_text(encoding="utf-8"))
+    return Outcome(code, tuple(failed), tuple(waiting), stopped)
 
 
-def begin_here(outcome: Outcome, day: Day) -> str | None:
+def task_of(test: str) -> int:
+    """The number of the task that a test is about; 0 where its name says none."""
+    match = _TASK.search(test)
+    return int(match[1]) if match else 0
+
+
+def begin_here(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> str | None:
     """The first task to look at, as one line: the lowest with a mistake, or else the lowest blank.
 
-    None where neither says which task it is, such as a file that cannot be imported.
+    at_fault: the exercise that was found to make that task's tests fail, if it is known. None where nothing
+    says which task it is, such as a file that cannot be imported.
     """
     names = {one.id: one.name for one in day.exercises} | {one.id: one.name for one in day.kernels}
     found = Counter(f"{day.id}.{match[1]}" for test in outcome.failed if (match := _TASK.search(test)))
@@ -56,6 +65,8 @@ def begin_here(outcome: Outcome, day: Day) -> str | None:
     if not found:
         return None
     first = min(found, key=lambda task: [int(part) for part in task.split(".")])
-    tests = f"{found[first]} tests {says}" if found[first] > 1 else f"1 test {says}s"
-    what = f"{first} {names[first]}" if first in names else first
-    return f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {first}"
+    begin = first if at_fault is None else at_fault.id
+    what = f"{begin} {names[begin]}" if begin in names else begin
+    of_task = "" if begin == first else f" of {first}"
+    tests = f"{found[first]} tests{of_task} {says}" if found[first] > 1 else f"1 test{of_task} {says}s"
+    return f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {begin}"

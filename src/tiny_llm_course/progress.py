@@ -4,16 +4,17 @@ Nothing is stored but the outcome of test runs, and that counts only while the f
 same.
 """
 
+import ast
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
 from .errors import CourseError
 from .house import House
-from .source import SKIPPED, body_lines, functions, is_blank, related
+from .source import SKIPPED, body_lines, functions, imported, is_blank, related
 from .syllabus import Day, Exercise, Syllabus
 
 
@@ -42,18 +43,28 @@ class Record:
 
     fingerprint: str
     passed: bool
+    files: dict[str, str] = field(default_factory=dict)  # the hash of each, by name
+
+
+HELPERS = "my_*.py"  # files of the learner's own that stand for no module of the reference
+
+
+def helper_files(house: House) -> list[Path]:
+    """The learner's own files beside the modules, which these may import: `from .my_tools import f`."""
+    return sorted(house.overlay.glob(HELPERS))
 
 
 def own_modules(house: House) -> list[str]:
     """The modules in the overlay. Raises `CourseError` for a file that overrides nothing, with a guess."""
-    own = sorted(file.stem for file in house.overlay.glob("*.py") if file.stem != "__init__")
+    helpers = {file.stem for file in helper_files(house)}
+    own = sorted({file.stem for file in house.overlay.glob("*.py")} - {"__init__", *helpers})
     known = {file.stem for file in house.reference.glob("*.py")}
     for name in own:
         if name not in known:
             guess = get_close_matches(name, known, n=1)
             raise CourseError(
                 f"{house.shown(house.overlay / name)}.py overrides nothing"
-                f"{f'; did you mean {guess[0]}.py?' if guess else ': move it out of the folder'}"
+                f"{f'; did you mean {guess[0]}.py?' if guess else ''} (your own helper files are my_*.py)"
             )
     return own
 
@@ -88,27 +99,37 @@ def state(house: House, exercise: Exercise) -> State:
 
 
 def fingerprint(house: House, day: Day) -> str:
-    """A hash of what a day's tests depend on: the suite, its modules, and whatever these import.
+    """A hash of what a day's tests depend on: see `file_hashes`."""
+    return hashlib.sha256(json.dumps(file_hashes(house, day)).encode()).hexdigest()
+
+
+def file_hashes(house: House, day: Day) -> dict[str, str]:
+    """The hash of each file that a day's tests depend on: the suite, its modules, and whatever these import.
 
     Of each module the learner's file where there is one. What the day does not reach makes no difference.
     """
-    suite = house.suites / day.suite
-    digest = hashlib.sha256(suite.read_bytes() if suite.exists() else b"")
-    for module in sorted(_reached(house, day)):
-        own = house.overlay / f"{module}.py"
-        file = own if own.exists() else house.reference / own.name
-        digest.update(f"{module} {'yours' if own.exists() else ''}\0".encode())
-        digest.update(file.read_bytes())
-    for kernel in day.kernels:
-        own = house.overlay / kernel.file
-        digest.update(own.read_bytes() if own.exists() else b"")
-    return digest.hexdigest()
+    names = [f"{module}.py" for module in sorted(reached(house, day))]
+    files = [own if (own := house.overlay / name).exists() else house.reference / name for name in names]
+    files += [house.suites / day.suite, *(house.overlay / kernel.file for kernel in day.kernels)]
+    whose = {file: "yours " if file.parent == house.overlay else "" for file in files}
+    return {
+        file.name: f"{whose[file]}{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+        for file in files
+        if file.exists()
+    }
 
 
-def _reached(house: House, day: Day) -> set[str]:
-    """The day's modules and all that they import, directly or not."""
+def changed_files(house: House, day: Day) -> list[str]:
+    """The files that are not as they were when the day's tests ran last."""
+    record = _records(house).get(day.id)
+    before, now = record.files if record else {}, file_hashes(house, day)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def reached(house: House, day: Day) -> set[str]:
+    """The day's modules, those that its suite imports, and all that these import, directly or not."""
     reached: set[str] = set()
-    waiting = list(day.modules)
+    waiting = [*day.modules, *_tested(house, day)]
     while waiting:
         module = waiting.pop()
         own = house.overlay / f"{module}.py"
@@ -118,6 +139,28 @@ def _reached(house: House, day: Day) -> set[str]:
         reached.add(module)
         waiting += related(file.read_text(encoding="utf-8"))
     return reached
+
+
+def _tested(house: House, day: Day) -> list[str]:
+    """The modules behind the names that a day's suite imports."""
+    suite, public = house.suites / day.suite, public_names(house)
+    imports = imported(suite.read_text(encoding="utf-8")) if suite.exists() else []
+    found = [module.partition("tiny_llm.")[2] or public.get(name, "") for module, name in imports]
+    return [module for module in found if module]
+
+
+def public_names(house: House) -> dict[str, str]:
+    """The module behind each name that `from tiny_llm import NAME` gives."""
+    api = house.reference / "api.py"
+    if not api.exists():
+        return {}
+    for node in ast.parse(api.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
+        ):
+            found: dict[str, str] = ast.literal_eval(node.value)
+            return found
+    return {}
 
 
 def result(house: House, day: Day) -> Result:
@@ -132,7 +175,8 @@ def result(house: House, day: Day) -> Result:
 
 def remember(house: House, day: Day, passed: bool) -> None:
     """Record the outcome of a test run of the files as they are."""
-    records = {**_records(house), day.id: Record(fingerprint(house, day), passed)}
+    record = Record(fingerprint(house, day), passed, file_hashes(house, day))
+    records = {**_records(house), day.id: record}
     house.records.mkdir(exist_ok=True)
     text = json.dumps({day_id: asdict(record) for day_id, record in sorted(records.items())}, indent=1)
     _file(house).write_text(text + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from .outcome import OUTCOME_FILE, write_outcome
+from .time_limit import STOPPED
 
 BLANK = "blank"
 OF_A_BLANK = re.compile(r"\d\.\d\.\d+ \S+: ")
@@ -59,14 +60,23 @@ def pytest_report_teststatus(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Each blank once, with the number of tests that wait for it; and the outcome, where it is asked for."""
-    stats = terminalreporter.stats
-    waiting = [str(_message(report)) for report in stats.get(BLANK, ())]
-    for message, count in Counter(waiting).items():
+    """Each blank once, with the number of tests that wait for it."""
+    for message, count in Counter(_waiting(terminalreporter)).items():
         terminalreporter.write_line(f"{f'{count} tests wait' if count > 1 else '1 test waits'} for {message}")
-    if os.environ.get(OUTCOME_FILE):
-        failed = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, ())]
-        write_outcome(Path(os.environ[OUTCOME_FILE]), failed, waiting)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Store the outcome where it is asked for, before anything is shown of it."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get(OUTCOME_FILE) and reporter is not None:
+        failed = [report.nodeid for kind in ("failed", "error") for report in reporter.stats.get(kind, ())]
+        stopped = STOPPED in session.config.stash
+        write_outcome(Path(os.environ[OUTCOME_FILE]), failed, _waiting(reporter), stopped=stopped)
+
+
+def _waiting(reporter: pytest.TerminalReporter) -> list[str]:
+    """The message of the blank that each waiting test met."""
+    return [str(_message(report)) for report in reporter.stats.get(BLANK, ())]
 
 
 def _folders() -> list[Path]:

@@ -1,15 +1,32 @@
 """The rules of the course that can be read from its files: syllabus, starters and suites fit together."""
 
 import ast
+import builtins
+import re
 import sys
+from array import array
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 from . import cpp
 from .errors import CourseError
 from .house import House
-from .source import body_lines, find, functions
+from .may_use import may_use
+from .progress import public_names
+from .source import (
+    Function,
+    body_lines,
+    find,
+    functions,
+    imported,
+    imported_by,
+    imports_of,
+    names_in,
+    own_names,
+)
 from .starter import starter
 from .syllabus import Day, Syllabus
 
@@ -17,6 +34,9 @@ SHORT = 12  # characters of a line that many functions share, such as `return ou
 ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
 WHICHEVER = {"len", "set", "sorted"}
 PUBLIC = {"_replace", "_fields", "_asdict", "_make"}  # of a NamedTuple
+QUOTED = re.compile(r"`([^`]+)`")
+COMMON = {name for kind in (str, bytes, int, float, list, dict, set, tuple, deque) for name in dir(kind)}
+COMMON |= {name for kind in (Future, OrderedDict, array) for name in dir(kind)} | set(dir(builtins))
 BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
 
 
@@ -38,6 +58,8 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
     if found:
         return found  # the rest would fail over the same names
     found += [problem for day in startable for problem in _starter_problems(house, day)]
+    found += [problem for day in startable for problem in _removed_problems(house, day)]
+    found += [problem for day in startable for problem in _may_use_problems(house, day)]
     found += _suite_files(house, startable)
     for day in startable:
         suite = house.suites / day.suite
@@ -84,6 +106,81 @@ def _starter_problems(house: House, day: Day) -> Iterator[Problem]:
                     yield Problem("leak", f"{day.id}, {module}.py", f"a line of {name} is left: {line}")
 
 
+def _removed_problems(house: House, day: Day) -> Iterator[Problem]:
+    """What a starter is without is called by nothing else: a passing day must leave the other days
+    passing."""
+    for removed in day.removed:
+        module, _, name = removed.partition(".")
+        source = (house.reference / f"{module}.py").read_text(encoding="utf-8")
+        solutions = {exercise.name for exercise in day.of_module(module)} | set(day.removed_from(module))
+        called = name.rpartition(".")[2]
+        for given in functions(source).keys() - solutions:
+            if called in names_in(source, given):
+                yield Problem("starter", f"{day.id}, {module}.py", f"{given} calls {name}, which is removed")
+        for file in sorted(house.reference.glob("*.py")):
+            other = file.read_text(encoding="utf-8")
+            if (
+                file.stem != module
+                and _calls(other, called)
+                and module in imports_of(house.reference, file.stem)
+            ):
+                yield Problem(
+                    "starter", f"{day.id}, {module}.py", f"{file.name} calls {name}, which is removed"
+                )
+
+
+def _may_use_problems(house: House, day: Day) -> Iterator[Problem]:
+    """What an exercise may use gives nothing away, and no name that it needs stands only in a hint."""
+    for exercise in day.exercises:
+        for name in set(exercise.may_use) & set(day.removed):
+            yield Problem("may use", exercise.id, f"{name} gives the solution away: it is removed")
+        try:
+            usable = may_use(house, day, exercise)
+        except CourseError as error:
+            yield Problem("may use", exercise.id, str(error))
+            continue
+        seen = _words(starter(house, exercise.module, day)) | _words(" ".join(map(str, usable)))
+        source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+        needed = names_in(source, exercise.name) - own_names(source, exercise.name)
+        needed -= COMMON | _of_other_packages(source)
+        hinted = {
+            word for hint in exercise.hints for quoted in QUOTED.findall(hint) for word in _words(quoted)
+        }
+        for name in sorted(needed & hinted - seen):
+            yield Problem("may use", exercise.id, f"{name} is needed, and stands only in a hint")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def _of_other_packages(source: str) -> set[str]:
+    """What is not the reference's: attributes of arrays, and those taken from a module, such as `mx.exp`."""
+    import mlx.core as mx
+
+    tree = ast.parse(source)
+    names = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    outside = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    found = {alias.asname or alias.name for node in outside for alias in node.names} | set(dir(mx.array))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            found.add(node.attr)
+    return found
+
+
+def _calls(source: str, name: str) -> bool:
+    """Whether a module uses a name that it does not define itself."""
+    tree = ast.parse(source)
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {name for _, name in imported(source)}
+    return name in used and name not in {node.name for node in ast.walk(tree) if isinstance(node, Function)}
+
+
 def _tells_something(line: str) -> bool:
     """Whether a line says how, rather than being one that many functions have."""
     if len(line) <= SHORT or line.startswith(('"""', "#", "return self._", "raise NotImplementedError")):
@@ -110,10 +207,10 @@ def _suite_files(house: House, days: Iterable[Day]) -> Iterator[Problem]:
 def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> Iterator[Problem]:
     """A suite imports the engine's public names of days until its own, and looks into nothing."""
     tree = ast.parse(suite.read_text(encoding="utf-8"))
-    public = _public_names(house)
+    public = public_names(house)
     for node in ast.walk(tree):
         where = f"{suite.name}, line {getattr(node, 'lineno', 0)}"
-        for module, name in _imported(node):
+        for module, name in imported_by(node):
             if module.partition(".")[0] not in ALLOWED_IMPORTS:
                 yield Problem("imports", where, f"{module} is not for a suite: import from tiny_llm")
             if name.startswith("_"):
@@ -142,14 +239,6 @@ def _test_problems(tree: ast.Module, suite: Path) -> Iterator[Problem]:
             yield Problem("oracle", suite.name, f"{name} names none")
 
 
-def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The modules that a node imports, each with a name from it (or none)."""
-    if isinstance(node, ast.Import):
-        yield from ((alias.name, "") for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        yield from ((node.module or "", alias.name) for alias in node.names)
-
-
 def _compares_block_ids(node: ast.Compare) -> bool:
     """`x.blocks == [0, 1]` and the like: an id that was handed out, compared with a number."""
     sides = [node.left, *node.comparators]
@@ -176,17 +265,3 @@ def _is_literal_ids(side: ast.AST) -> bool:
     if isinstance(side, ast.List | ast.Tuple | ast.Set):
         return bool(side.elts) and all(isinstance(element, ast.Constant) for element in side.elts)
     return isinstance(side, ast.Constant) and isinstance(side.value, int)
-
-
-def _public_names(house: House) -> dict[str, str]:
-    """The module behind each name that `from tiny_llm import NAME` gives."""
-    api = house.reference / "api.py"
-    if not api.exists():
-        return {}
-    for node in ast.parse(api.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
-        ):
-            found: dict[str, str] = ast.literal_eval(node.value)
-            return found
-    return {}

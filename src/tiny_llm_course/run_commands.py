@@ -1,6 +1,8 @@
 """The commands that run suites: test, test-refsol, course-check. Each parses, calls, prints."""
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,9 @@ import typer
 from .arguments import open_course
 from .check import check
 from .errors import CourseError
-from .testing import run_day, run_reference, run_started, saves, watch
+from .runs import TIME_LIMIT
+from .testing import run_day, run_reference, run_started
+from .watch import saves, watch
 
 
 def on_test(
@@ -19,44 +23,61 @@ def on_test(
         typer.Argument(metavar="[DAY]", help="Such as 1.1; without it, all days that you started."),
     ] = None,
     isolated: Annotated[
-        bool, typer.Option("--isolated", help="Today's modules alone, on the reference.")
+        bool, typer.Option("--isolated", help="Only today's modules, on the reference.")
     ] = False,
-    watched: Annotated[bool, typer.Option("--watch", help="Test again after every save.")] = False,
+    watched: Annotated[
+        bool, typer.Option("--watch", help="Test again after every save; a save ends a run under way.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(min=0, help="Longest time of one test in seconds; 0 for no limit.")
+    ] = TIME_LIMIT,
     week: Annotated[int | None, typer.Option(help="With --day: another way to name a day.")] = None,
     day_number: Annotated[int | None, typer.Option("--day", help="With --week.")] = None,
 ) -> int:
-    """Run a day's tests on your code; what stands behind the day goes to pytest.
+    """Run a day's tests on your code; options after the day that are not ours go to pytest.
 
     \b
     pdm run test 1.1
-    pdm run test 1.1 -x           # stop at the first failure; -l shows the values of its variables
+    pdm run test 1.1 -x           # stop at the first failure and show it whole; -l adds its variables
+    pdm run test 1.1 -s           # show what your code prints, also where tests pass
+    pdm run test 1.1 --tb=short   # show every failure
     pdm run test 1.1.2            # one task
+    pdm run test 1.1 --watch      # keep this running while you write
     pdm run test --week 1 --day 1
     pdm run test
 
-    The header says which modules are yours. Tracebacks leave the lines of the reference out; --full-trace
-    shows them. When a day fails although its own code is right, the run finds which of your other modules is
-    the reason.
+    Of many failures the first of the first failing exercise is shown, last; the others are named. Then the
+    run looks for the fault: which exercise it is in, or which of your modules of other days.
+
+    \b
+    breakpoint() in your code stops there, in Python's debugger: p NAME prints a value, n goes on by a line,
+    c until the next stop, q ends. The time limit waits meanwhile.
+
+    Ctrl-C ends the run and says where it stood. The header says which modules are yours. Tracebacks leave the
+    lines of the reference out; --full-trace shows them.
     """
     house, syllabus = open_course()
     arguments = list(context.args)
     if day is not None and day.startswith("-"):
         arguments.insert(0, day)
         day = None
-    arguments, isolated, watched = _own_options(arguments, isolated, watched)
+    own, arguments = _own_options().parse_known_args(arguments)
+    isolated, watched = isolated or own.isolated, watched or own.watch
+    time_limit = own.time_limit if own.time_limit is not None else time_limit
     if week is not None or day_number is not None:
         if week is None or day_number is None:
             raise CourseError("--week and --day go together: pdm run test --week 1 --day 1")
         day = f"{week}.{day_number}"
     if day is None:
-        return run_started(house, syllabus, arguments)
+        return run_started(house, syllabus, arguments, time_limit=time_limit)
     if day.count(".") == 2:
         task = syllabus.exercise(day).id
         day, arguments = task.rpartition(".")[0], ["-k", f"test_task_{task.rpartition('.')[2]}_", *arguments]
     chosen = syllabus.to_start(day)
     if watched:
-        return watch(house, syllabus, chosen, arguments, saves(house))
-    return run_day(house, syllabus, chosen, arguments, isolated=isolated)
+        again = [sys.executable, "-m", "tiny_llm_course", "test", *(["--isolated"] if isolated else [])]
+        return watch(house, [*again, f"--time-limit={time_limit}", chosen.id, *arguments], saves(house))
+    return run_day(house, syllabus, chosen, arguments, isolated=isolated, time_limit=time_limit)
 
 
 def on_test_refsol(
@@ -111,8 +132,10 @@ def on_course_check(
     return int(bool(problems))
 
 
-def _own_options(arguments: list[str], isolated: bool, watched: bool) -> tuple[list[str], bool, bool]:
+def _own_options() -> argparse.ArgumentParser:
     """Options of ours that were written behind the day, where everything else is pytest's."""
-    isolated |= "--isolated" in arguments
-    watched |= "--watch" in arguments
-    return [a for a in arguments if a not in ("--isolated", "--watch")], isolated, watched
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--isolated", action="store_true")
+    own.add_argument("--watch", action="store_true")
+    own.add_argument("--time-limit", type=float)
+    return own

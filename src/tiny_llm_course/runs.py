@@ -1,35 +1,51 @@
-"""Runs suites in a process of their own, through a given overlay, and finds whose fault a failure is."""
+"""Runs suites and Python in a process of their own, through a given overlay."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .cpp import libraries
 from .house import House
 from .outcome import OUTCOME_FILE, Outcome, read_outcome
-from .progress import own_modules
+from .progress import helper_files
 from .syllabus import Day
 
-NO_TESTS = 5  # pytest's exit code where nothing was collected
+TIME_LIMIT = 30.0  # seconds for one test: ten times the slowest of the course
+PLUGINS = ("time_limit", "provenance", "steady_parse", "first_failure")
+GRACE = 15  # seconds after a test's time limit until a process that does not answer is ended
+SHOWS_ITSELF = (
+    "-x",
+    "--exitfirst",
+    "--full-trace",
+    "--pdb",
+    "--tb",
+)  # pytest's own ways
+LAST_WORDS = 5.0  # seconds that a process which was interrupted has to say where it stood
 
 
 @contextmanager
-def overlay_of(house: House, modules: Iterable[str], *, kernels: bool = False) -> Iterator[House]:
-    """The house through an overlay that holds copies of these modules of the learner's, and no others.
+def overlay_of(house: House, sources: Mapping[str, str], *, kernels: bool = False) -> Iterator[House]:
+    """The house through an overlay that holds these modules, by name, and the learner's helper files.
 
-    With `kernels`, their library goes with it.
+    With `kernels`, the learner's library goes with it.
     """
     with TemporaryDirectory(prefix="tiny-llm-overlay-") as folder:
-        for module in modules:
-            shutil.copy(house.overlay / f"{module}.py", folder)
-        for library in libraries(house) if kernels else ():
-            shutil.copy(library, folder)
+        for module, source in sources.items():
+            Path(folder, f"{module}.py").write_text(source, encoding="utf-8")
+        for file in (*helper_files(house), *(libraries(house) if kernels else ())):
+            shutil.copy(file, folder)
         yield house.with_overlay(Path(folder))
+
+
+def own_sources(house: House, modules: Iterable[str]) -> dict[str, str]:
+    """The learner's source of each of these modules."""
+    return {module: (house.overlay / f"{module}.py").read_text(encoding="utf-8") for module in modules}
 
 
 def run_suites(
@@ -40,72 +56,109 @@ def run_suites(
     about: str = "",
     quiet: bool = False,
     outcome: Path | None = None,
+    time_limit: float = TIME_LIMIT,
 ) -> subprocess.CompletedProcess[str]:
     """Run test files on the engine as this house's overlay has it; the output is kept where `quiet`.
 
-    outcome: where the run stores what it came to.
+    outcome: where the run stores what it came to. time_limit: seconds for each test, 0 for no limit.
     """
-    command = [sys.executable, "-m", "pytest", "-p", "tiny_llm_course.provenance", "-o", "addopts="]
+    suites = list(suites)
+    command = [sys.executable, "-m", "pytest", *_plugins(suites, arguments), "-o", "addopts="]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", "--no-header" if quiet else "--tb=short"]
+    if time_limit:
+        hard_limit = (f"faulthandler_timeout={time_limit + GRACE}", "faulthandler_exit_on_timeout=1")
+        command += [part for setting in hard_limit for part in ("-o", setting)]
     paths = [os.path.relpath(suite, house.root) for suite in suites]
-    return subprocess.run(
-        [*command, *arguments, *paths],
-        cwd=house.root,
-        env={**_environment(house, about), OUTCOME_FILE: str(outcome or "")},
-        text=True,
-        check=False,
+    return _run(
+        [*command, f"--time-limit={time_limit}", *arguments, *paths],
+        house,
+        {
+            **_environment(house, about),
+            OUTCOME_FILE: str(outcome or ""),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
     )
 
 
-def run_suite_of(house: House, day: Day, arguments: Sequence[str], about: str) -> Outcome:
+def run_suite_of(house: House, day: Day, arguments: Sequence[str], about: str, time_limit: float) -> Outcome:
     """Run one day's suite before the learner's eyes; what it came to."""
+    brief = [] if any(argument.startswith(SHOWS_ITSELF) for argument in arguments) else ["--brief"]
     with TemporaryDirectory(prefix="tiny-llm-outcome-") as folder:
         stored = Path(folder, "outcome.json")
-        run = run_suites(house, [house.suites / day.suite], arguments, about=about, outcome=stored)
+        suites = [house.suites / day.suite]
+        arguments = [*brief, *arguments]
+        run = run_suites(house, suites, arguments, about=about, outcome=stored, time_limit=time_limit)
         return read_outcome(stored, run.returncode)
 
 
 def run_python(house: House, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run Python on the engine as this house's overlay has it, and keep what it prints."""
-    return subprocess.run(
+    command = [sys.executable, *arguments]
+    return _run(command, house, _environment(house, ""), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def begin_python(house: House, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Begin Python on the engine as this house's overlay has it, with pipes to it."""
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=house.root,
         env=_environment(house, ""),
         text=True,
-        capture_output=True,
-        check=False,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
-def passes(house: House, suites: Iterable[Path]) -> bool:
-    """True where the suites pass."""
-    return run_suites(house, suites, ["-x", "-q"], quiet=True).returncode == 0
+def _plugins(suites: Sequence[Path], arguments: Sequence[str]) -> list[str]:
+    """The course's own plugins, and of the others those that are needed: all of them cost seconds to import.
 
-
-def passes_alone(house: House, day: Day) -> bool:
-    """True where the day's modules pass on the reference, without the learner's others."""
-    own = [module for module in own_modules(house) if module in day.modules]
-    with overlay_of(house, own, kernels=bool(day.kernels)) as alone:
-        return passes(alone, [house.suites / day.suite])
-
-
-def culprits(house: House, day: Day) -> list[str]:
-    """The learner's other modules with which the day's suite fails although it passes alone.
-
-    Each is tried by itself beside the day's modules; empty where only several together make it fail.
+    One of them (schemathesis) also makes Hypothesis print its examples without their values.
     """
-    own = own_modules(house)
-    today = [module for module in own if module in day.modules]
-    found = []
-    for module in own:
-        if module in today:
-            continue
-        with overlay_of(house, [*today, module], kernels=bool(day.kernels)) as pair:
-            if not passes(pair, [house.suites / day.suite]):
-                found.append(module)
-    return found
+    wanted = [f"tiny_llm_course.{name}" for name in PLUGINS]
+    files = [suite for suite in suites if suite.is_file()]
+    if not files or any("hypothesis" in file.read_text(encoding="utf-8") for file in files):
+        wanted.append("_hypothesis_pytestplugin")
+    if any(argument.startswith(("-n", "--dist")) for argument in arguments):
+        wanted.append("xdist.plugin")
+    return [part for name in wanted for part in ("-p", name)]
+
+
+def _run(
+    command: Sequence[str],
+    house: House,
+    environment: Mapping[str, str],
+    *,
+    stdout: int | None,
+    stderr: int | None,
+) -> subprocess.CompletedProcess[str]:
+    """Like `subprocess.run`, but a process that is interrupted has time to say where it stood."""
+    with subprocess.Popen(
+        command, cwd=house.root, env=environment, text=True, stdout=stdout, stderr=stderr
+    ) as process:
+        try:
+            out, err = process.communicate()
+        except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):
+                _let_it_speak(process)
+            process.kill()
+            raise
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _let_it_speak(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that a terminal has interrupted too; interrupt it where nothing has."""
+    try:
+        process.wait(timeout=LAST_WORDS / 2)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=LAST_WORDS)
 
 
 def _environment(house: House, about: str) -> dict[str, str]:

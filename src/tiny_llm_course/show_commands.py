@@ -8,6 +8,7 @@ import typer
 from . import views
 from .arguments import AnExercise, DayId, open_course
 from .compare import as_json_object, as_text, compare
+from .days import demonstration
 from .doctor import examine
 from .learner import learners_errors
 from .progress import own_modules
@@ -19,8 +20,6 @@ def on_try(day: DayId) -> None:
     \b
     pdm run try 1.6
     """
-    from .tries import TRIES
-
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
     yours = set(own_modules(house))
@@ -29,7 +28,7 @@ def on_try(day: DayId) -> None:
     )
     print(f"day {chosen.id}, {chosen.title}: {', '.join(whose)}")
     with learners_errors(house):
-        for line in TRIES[chosen.id]():
+        for line in demonstration(chosen.id).show():
             print(line, flush=True)
 
 
@@ -42,8 +41,8 @@ def on_hint(
     pdm run hint 1.1.2
     pdm run hint 1.1.2 3
     """
-    _, syllabus = open_course()
-    print(views.hint(syllabus.exercise(exercise), step))
+    house, syllabus = open_course()
+    print(views.hint(house, syllabus, syllabus.exercise(exercise), step))
 
 
 def on_diff(
@@ -63,13 +62,18 @@ def on_compare(
     day: DayId,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Measure your code and the reference on the same work: results, speed, memory.
+    """Measure your code and the reference on the same work, alternating: results, speed, memory.
+
+    Left out on days where both sides do the same: the command then says why.
 
     \b
     pdm run compare 2.4
     """
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
+    if chosen.no_compare is not None and not as_json:
+        print(f"day {chosen.id} has nothing to compare: {chosen.no_compare}")
+        return
     found = compare(house, chosen)
     if as_json:
         print(json.dumps({"day": chosen.id, **as_json_object(found)}))

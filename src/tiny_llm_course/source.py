@@ -6,7 +6,8 @@ byte, comments included.
 
 import ast
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from textwrap import indent
 
 from .errors import CourseError
@@ -90,6 +91,31 @@ def related(source: str) -> list[str]:
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
 
 
+def imports_of(folder: Path, module: str) -> set[str]:
+    """The modules beside it that a module imports, directly or not."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        file = folder / f"{waiting.pop()}.py"
+        new = set(related(file.read_text(encoding="utf-8"))) - found if file.exists() else set()
+        found |= new
+        waiting += new
+    return found
+
+
+def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The modules that a node imports, each with a name from it (or none)."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, "") for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def imported(source: str) -> list[tuple[str, str]]:
+    """The modules that a source imports anywhere, each with a name from it (or none)."""
+    return [found for node in ast.walk(ast.parse(source)) for found in imported_by(node)]
+
+
 def docstrings(source: str) -> list[str]:
     """Every docstring of a module: its own, its classes', its functions'."""
     nodes = ast.walk(ast.parse(source))
@@ -127,6 +153,12 @@ def names_in(source: str, name: str) -> set[str]:
     nodes = [node for statement in _statements(find(source, name)) for node in ast.walk(statement)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def own_names(source: str, name: str) -> set[str]:
+    """The names that a function's body gives to its own variables."""
+    nodes = [node for statement in _statements(find(source, name)) for node in ast.walk(statement)]
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _statements(node: Function) -> list[ast.stmt]:

@@ -4,7 +4,6 @@ import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ from .errors import CourseError
 
 HINTS = 3  # a question, a fact, a sketch
 _DAY_ID = re.compile(r"[1-9]\.[1-9]")
-_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "kernel"}
+_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "kernel", "no_compare"}
 
 
 @dataclass(frozen=True)
 class Exercise:
     """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`.
 
-    message: what a blank raises: which task it is, and where it is explained.
+    message: what a blank raises: which task it is, and where it is explained. may_use: interfaces that it may
+    use and that cannot be read from the reference, as `module.name`.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Exercise:
     name: str
     hints: tuple[str, ...]
     message: str
+    may_use: tuple[str, ...] = ()
 
     @property
     def day_id(self) -> str:
@@ -63,9 +64,9 @@ class Kernel:
 class Day:
     """A day: the modules that it owns and, of these, what is written by the learner.
 
-    works: what works afterwards. chapter: its file in the book; None while it is to come. removed: functions
-    that would give the solution away, as `module.name`; the starter is without them. A day without modules is
-    to come as a whole.
+    works: what works afterwards. chapter: its file in the book; None while it is to come. removed:
+    functions that would give the solution away, as `module.name`; the starter is without them. no_compare:
+    why the day's code is not measured beside the reference's. A day without modules is to come as a whole.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Day:
     exercises: tuple[Exercise, ...]
     removed: tuple[str, ...]
     kernels: tuple[Kernel, ...] = ()
+    no_compare: str | None = None
 
     @property
     def suite(self) -> str:
@@ -104,13 +106,27 @@ class Syllabus:
     days: tuple[Day, ...]
 
     def day(self, wanted: str) -> Day:
-        """The day of an id such as 1.1. Raises `CourseError`, with a guess, for one that there is not."""
+        """The day of an id such as 1.1, of one of its exercises, or of one of its files.
+
+        Raises `CourseError` for one that there is not.
+        """
         by_id = {day.id: day for day in self.days}
         if wanted in by_id:
             return by_id[wanted]
+        if (meant := self._meant(wanted)) is not None:
+            return meant
         if not _DAY_ID.fullmatch(wanted):
             raise CourseError(f"{wanted!r} is no day such as 1.1: `pdm run map` shows all")
-        raise CourseError(f"there is no day {wanted}{_guess(wanted, by_id)}: `pdm run map` shows all")
+        raise CourseError(f"there is no day {wanted}: `pdm run map` shows all")
+
+    def _meant(self, wanted: str) -> Day | None:
+        """The day of an exercise such as 1.1.1, or of a module such as attention, attention.py or a path to
+        it."""
+        for day in self.days:
+            tasks: tuple[Exercise | Kernel, ...] = (*day.exercises, *day.kernels)
+            if any(one.id == wanted for one in tasks):
+                return day
+        return self.owner(Path(wanted).name.removesuffix(".py"))
 
     def to_start(self, wanted: str) -> Day:
         """A day that can be started; raises `CourseError` for one that is to come."""
@@ -180,6 +196,7 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         modules=modules,
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
+        no_compare=entry.get("no_compare"),
         kernels=tuple(
             _kernel(f"{entry['id']}.{task}", one, entry, path)
             for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)
@@ -203,7 +220,9 @@ def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path
             f"{path}: exercise {exercise_id} is {entry.get('name')!r}, expected MODULE.FUNCTION of its day"
         )
     hints = _hints(exercise_id, entry, path)
-    return Exercise(exercise_id, module, name, hints, _message(exercise_id, name, day))
+    return Exercise(
+        exercise_id, module, name, hints, _message(exercise_id, name, day), tuple(entry.get("may_use", ()))
+    )
 
 
 def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:
@@ -229,8 +248,3 @@ def _refuse_twice(names: Iterable[str], what: str, path: Path) -> None:
         if name in seen:
             raise CourseError(f"{path}: {what} {name} is there twice")
         seen.add(name)
-
-
-def _guess(wanted: str, known: Iterable[str]) -> str:
-    guess = get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f"; did you mean {guess[0]}?" if guess else ""

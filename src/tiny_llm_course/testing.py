@@ -1,39 +1,47 @@
 """`pdm run test`: a day's suite on the learner's code, what it says, and what to do next."""
 
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from .blame import BUDGET, Blame, find_blame, others
 from .cpp import own_kernels, refuse_stale
 from .errors import CourseError
 from .house import House
 from .outcome import Outcome, begin_here
 from .progress import State, missing_modules, own_modules, remember, started_days, state
-from .runs import culprits, overlay_of, passes_alone, run_suite_of, run_suites
-from .syllabus import Day, Syllabus
+from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
+from .syllabus import Day, Exercise, Syllabus
 
-WATCH_SECONDS = 0.3
-ONLY_SHOWN = re.compile(r"-(v+|q+|x|l)|--tb=.*|--showlocals")  # pytest's options that leave no test out
+ONLY_SHOWN = re.compile(
+    r"-(v+|q+|x|l|s)|--tb=.*|--showlocals|--full-trace"
+)  # pytest's; they leave no test out
 
 
-def run_started(house: House, syllabus: Syllabus, arguments: Sequence[str]) -> int:
+def run_started(
+    house: House, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
+) -> int:
     """Test every day that was started; 1 if one fails."""
     days = started_days(house, syllabus)
     if not days:
         raise CourseError(
             "no day is started: `pdm run start 1.1` begins with the first, `pdm run map` shows all"
         )
-    return max(run_day(house, syllabus, day, arguments) for day in days)
+    return max(run_day(house, syllabus, day, arguments, time_limit=time_limit) for day in days)
 
 
 def run_day(
-    house: House, syllabus: Syllabus, day: Day, arguments: Sequence[str], *, isolated: bool = False
+    house: House,
+    syllabus: Syllabus,
+    day: Day,
+    arguments: Sequence[str],
+    *,
+    isolated: bool = False,
+    time_limit: float = TIME_LIMIT,
 ) -> int:
     """Run one day's suite, print what follows from it, and remember the outcome; pytest's exit code.
 
-    isolated: today's modules alone, on the reference for everything else.
+    isolated: only today's modules, on the reference for everything else. time_limit: seconds for each test.
     """
     own = own_modules(house)
     _refuse_not_started(house, day)
@@ -41,12 +49,12 @@ def run_day(
     _tell_blanks(house, day)
     about = f"day {day.id}, {day.title}"
     if isolated:
-        today = [module for module in own if module in day.modules]
+        today = own_sources(house, [module for module in own if module in day.modules])
         with overlay_of(house, today, kernels=bool(day.kernels)) as alone:
-            outcome = run_suite_of(alone, day, arguments, f"{about}, isolated")
+            outcome = run_suite_of(alone, day, arguments, f"{about}, isolated", time_limit)
             _tell_first(outcome, day)
             return outcome.code
-    outcome = run_suite_of(house, day, arguments, about)
+    outcome = run_suite_of(house, day, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
     if whole:  # part of a suite says nothing about the day
         remember(house, day, outcome.code == 0)
@@ -54,50 +62,17 @@ def run_day(
         print(f"what you chose passes; the whole day: pdm run test {day.id}", flush=True)
     elif outcome.code == 0:
         _tell_next(house, syllabus, day)
-    elif not (outcome.failed and set(own) - set(day.modules)) or _is_todays_fault(house, syllabus, day):
+    elif outcome.failed and not outcome.stopped:
+        _tell_blame(house, syllabus, day, outcome)
+    else:
         _tell_first(outcome, day)
     return outcome.code
 
 
 def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]) -> int:
     """Run suites on the plain reference; pytest's exit code."""
-    with TemporaryDirectory(prefix="tiny-llm-reference-") as empty:
-        reference = house.with_overlay(Path(empty))
+    with overlay_of(house, {}) as reference:
         return run_suites(reference, suites, arguments, about="the reference").returncode
-
-
-def watch(house: House, syllabus: Syllabus, day: Day, arguments: Sequence[str], saves: Iterator[None]) -> int:
-    """Test, and test again after every save, until `saves` ends; the last exit code."""
-    code = _test_patiently(house, syllabus, day, arguments)
-    for _ in saves:
-        code = _test_patiently(house, syllabus, day, arguments)
-    return code
-
-
-def saves(house: House) -> Iterator[None]:
-    """One item for each time that a file of the overlay was saved; ends never (Ctrl-C does it)."""
-    before = _times(house)
-    while True:
-        time.sleep(WATCH_SECONDS)
-        now = _times(house)
-        if now != before:
-            before = now
-            yield
-
-
-def _test_patiently(house: House, syllabus: Syllabus, day: Day, arguments: Sequence[str]) -> int:
-    """A half-written file is no reason to stop watching."""
-    try:
-        code = run_day(house, syllabus, day, arguments)
-    except CourseError as error:
-        print(f"error: {error}")
-        code = 1
-    print(f"watching {house.shown(house.overlay)}: save a file to test again, Ctrl-C to stop", flush=True)
-    return code
-
-
-def _times(house: House) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in house.overlay.glob("*.py")}
 
 
 def _refuse_not_started(house: House, day: Day) -> None:
@@ -125,7 +100,8 @@ def _tell_blanks(house: House, day: Day) -> None:
 def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
     print(f"day {day.id} passes: {day.works}.")
     print(f"  pdm run try {day.id}       see it run")
-    print(f"  pdm run compare {day.id}   beside the reference")
+    if day.no_compare is None:
+        print(f"  pdm run compare {day.id}   beside the reference")
     print(f"  pdm run diff {day.id}      how the reference does it")
     after = syllabus.after(day)
     if after is not None:
@@ -133,25 +109,42 @@ def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
         print(f"  pdm run {verb} {after.id}     next: {after.title}", flush=True)
 
 
-def _tell_first(outcome: Outcome, day: Day) -> None:
-    line = begin_here(outcome, day)
+def _tell_first(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> None:
+    line = begin_here(outcome, day, at_fault)
     if line is not None:
         print(line, flush=True)
 
 
-def _is_todays_fault(house: House, syllabus: Syllabus, day: Day) -> bool:
-    """False where today's modules pass without the learner's others; says which of them it is."""
-    print("looking where the fault is ...", flush=True)
-    if not passes_alone(house, day):
-        files = " or ".join(f"{module}.py" for module in day.modules)
-        print(f"the fault is in {files}: alone on the reference, day {day.id} fails too.", flush=True)
-        return True
-    print(f"today's code is right: alone on the reference, day {day.id} passes.")
-    found = culprits(house, day)
-    for module in found:
-        owner = syllabus.owner(module)
-        again = f": pdm run test {owner.id}" if owner is not None else ""
-        print(f"it fails with your {module}.py{f' (day {owner.id})' if owner else ''}{again}")
-    if not found:
-        print("no other module of yours makes it fail by itself: several of them together do.", flush=True)
-    return False
+def _tell_blame(house: House, syllabus: Syllabus, day: Day, outcome: Outcome) -> None:
+    """Which exercise of today makes the tests fail, or which of the learner's other modules."""
+    print("looking for the fault ...", flush=True)
+    found = find_blame(house, day, outcome)
+    if found.today:
+        for line in _about_today(house, day, found):
+            print(line)
+        _tell_first(outcome, day, found.exercise)
+    else:
+        for line in _about_others(house, syllabus, day, found):
+            print(line, flush=True)
+
+
+def _about_today(house: House, day: Day, found: Blame) -> list[str]:
+    if found.exercise is not None:
+        one = found.exercise
+        return [f"the fault is in {one.module}.py, {one.name}: with the reference's, {found.test} passes"]
+    files = " or ".join(f"{module}.py" for module in day.modules)
+    if not found.complete:
+        return [f"the fault is in {files}; the search for the exercise ended after {BUDGET:g} s"]
+    return [f"the fault is in {files}: in several exercises, or outside of them"]
+
+
+def _about_others(house: House, syllabus: Syllabus, day: Day, found: Blame) -> list[str]:
+    lines = [f"today's code is right: on the reference for everything else, {found.test} passes."]
+    if found.module is not None:
+        owner = syllabus.owner(found.module)
+        again = f" (day {owner.id}): pdm run test {owner.id}" if owner is not None else ""
+        return [*lines, f"it fails with your {found.module}.py{again}"]
+    names = ", ".join(f"{module}.py" for module in others(house, day))
+    if not found.complete:
+        return [*lines, f"it fails with one of your {names}; the search ended after {BUDGET:g} s"]
+    return [*lines, f"no other module of yours makes it fail by itself: several of {names} together do."]

@@ -7,7 +7,8 @@ from .cpp import RULE, build_of, job, own_kernels, sources
 from .errors import CourseError
 from .house import House
 from .legend import legend
-from .progress import Result, State, missing_modules, own_modules, result, state
+from .may_use import Interface, day_may_use, may_use
+from .progress import Result, State, changed_files, missing_modules, own_modules, result, state
 from .source import STAND_INS, functions
 from .syllabus import Day, Exercise, Kernel, Syllabus
 
@@ -35,6 +36,7 @@ def tasks(house: House, day: Day) -> str:
         [
             *lines,
             *([f"shapes:  {', '.join(letters)}"] if letters else []),
+            *_usable(day_may_use(house, day)),
             f"chapter: {chapter}",
             f"test:    pdm run test {day.id}",
             f"hints:   pdm run hint {day.exercises[0].id}",
@@ -44,6 +46,17 @@ def tasks(house: House, day: Day) -> str:
             ),
         ]
     )
+
+
+def _usable(interfaces: list[Interface]) -> list[str]:
+    """What may be used from other files, a line each; nothing where there is none."""
+    if not interfaces:
+        return []
+    return ["you may use, from other files (pdm run hint EXERCISE says which for what):", *_lines(interfaces)]
+
+
+def _lines(interfaces: list[Interface]) -> list[str]:
+    return [f"  {one}" for one in interfaces]
 
 
 def kernel_tasks(house: House, day: Day) -> str:
@@ -62,11 +75,14 @@ def kernel_tasks(house: House, day: Day) -> str:
     )
 
 
-def hint(exercise: Exercise | Kernel, step: int) -> str:
-    """One of the three steps of help."""
+def hint(house: House, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
+    """One of the three steps of help; with the first, what the exercise may use."""
     if not 1 <= step <= len(exercise.hints):
         raise CourseError(f"there is no hint {step} of {exercise.id}: 1 is a question, 2 a fact, 3 a sketch")
     text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
+    if step == 1 and isinstance(exercise, Exercise):
+        usable = may_use(house, syllabus.day(exercise.day_id), exercise)
+        text = "\n".join([text, *(["you may use, from other files:", *_lines(usable)] if usable else [])])
     if step < len(exercise.hints):
         return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
     if isinstance(exercise, Kernel):
@@ -95,11 +111,20 @@ def progress(house: House, syllabus: Syllabus) -> list[dict[str, object]]:
                 "started": started,
                 "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
                 "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-                "tests": State.BLANK.value if all_blank else outcome.value,
+                "tests": State.BLANK.value if all_blank else _told(house, day, outcome),
                 "done": started and outcome is Result.PASSING,
             }
         )
     return rows
+
+
+def _told(house: House, day: Day, outcome: Result) -> str:
+    """What the tests say; of tests that are out of date also the file that has changed."""
+    changed = changed_files(house, day) if outcome is Result.STALE else []
+    if not changed:
+        return outcome.value
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"{changed[0]}{more} changed since its tests ran"
 
 
 def progress_text(house: House, syllabus: Syllabus) -> str:
@@ -110,9 +135,10 @@ def progress_text(house: House, syllabus: Syllabus) -> str:
         for day in syllabus.days
     }
     width = max(len(mark) for mark in marks.values())
+    tests = max(len(str(row["tests"])) for row in rows)
     lines = [
         f"{row['day']}  {marks[str(row['day'])]:{width}}  "
-        f"{row['tests'] if row['started'] else 'not started':30}  {row['title']}"
+        f"{row['tests'] if row['started'] else 'not started':{tests}}  {row['title']}"
         for row in rows
     ]
     done = sum(bool(row["done"]) for row in rows)

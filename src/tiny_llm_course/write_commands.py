@@ -1,4 +1,5 @@
-"""The commands that write a learner's files: start, skip, reset, build-kernels. They parse, call, print."""
+"""The commands that write a learner's files: start, skip, reset, restore, build-kernels. They parse, call,
+print."""
 
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from .arguments import DayId, open_course
 from .cpp import build, own_kernels, start_kernels
 from .errors import CourseError
 from .house import House
-from .starter import set_aside, set_aside_kernel, skip, start
+from .starter import restore, set_aside, set_aside_kernel, skip, start
 from .syllabus import Day, Exercise, Kernel
 
 
@@ -88,12 +89,28 @@ def on_reset(day: DayId) -> None:
 
     \b
     pdm run reset 1.1             # attention.py becomes attention.py.1.bak
+    pdm run restore 1.1           # and is back
     """
     house, syllabus = open_course()
     moved = set_aside(house, syllabus.to_start(day))
     if not moved:
         raise CourseError(f"day {day} is not started: there is nothing to reset")
     print("\n".join(f"moved aside: {house.shown(file)}" for file in moved))
+
+
+def on_restore(day: DayId) -> None:
+    """Bring back what `reset` or `start --again` has moved aside, the newest of it.
+
+    \b
+    pdm run restore 1.1           # attention.py.1.bak becomes attention.py
+
+    A file that is there changes places with it: `restore` once more undoes it.
+    """
+    house, syllabus = open_course()
+    restored = restore(house, syllabus.to_start(day))
+    if not restored:
+        raise CourseError(f"nothing of day {day} was moved aside")
+    print("\n".join(f"restored: {house.shown(file)}" for file in restored))
 
 
 def on_build_kernels() -> None:

@@ -1,0 +1,144 @@
+"""Whose fault a failing day is: another module of the learner's, or which exercise of today.
+
+Only what failed is run again, in overlays where parts of the learner's code are exchanged for the
+reference's. The number of runs grows with the logarithm of the number of suspects, the search ends after
+`BUDGET` seconds, and what was found about the same files is remembered.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .house import House
+from .outcome import Outcome, task_of
+from .progress import State, fingerprint, own_modules, reached, state
+from .runs import overlay_of, own_sources, run_suites
+from .starter import filled
+from .syllabus import Day, Exercise
+
+BUDGET = 20.0  # seconds
+MOST_TESTS = 3  # failing tests that are run again
+REMEMBERED = 200  # runs
+T = TypeVar("T")
+
+
+class OutOfBudgetError(Exception):
+    """The search has taken as long as it may."""
+
+
+@dataclass(frozen=True)
+class Blame:
+    """What was found. today: False where the day passes without the learner's other modules.
+
+    module: the other module with which it fails. exercise: with the reference's code in it, `test` passes.
+    complete: False where the time ran out.
+    """
+
+    today: bool
+    test: str
+    module: str | None = None
+    exercise: Exercise | None = None
+    complete: bool = True
+
+
+def others(house: House, day: Day) -> list[str]:
+    """The learner's modules of other days that this day's tests reach."""
+    return sorted((set(own_modules(house)) & reached(house, day)) - set(day.modules))
+
+
+def find_blame(house: House, day: Day, outcome: Outcome) -> Blame:
+    """Why the first of the tests failed that did."""
+    first = min(map(task_of, outcome.failed))
+    tests = [test for test in outcome.failed if task_of(test) == first][:MOST_TESTS]
+    trials = Trials(house, day, tests)
+    today = own_sources(house, [module for module in own_modules(house) if module in day.modules])
+    suspects = others(house, day)
+    test = tests[0].partition("::")[2]
+    is_today = True
+    try:
+        is_today = not (suspects and trials.passes(today))
+        if not is_today:
+            return Blame(False, test, module=_module(house, trials, today, suspects))
+        return Blame(True, test, exercise=_exercise(house, day, trials, today) if first else None)
+    except OutOfBudgetError:
+        return Blame(is_today, test, complete=False)
+
+
+def _module(house: House, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
+    """The one other module beside which today's code fails; None where it takes several."""
+
+    def fails_with(some: Sequence[str]) -> bool:
+        return not trials.passes({**today, **own_sources(house, some)})
+
+    return _the_one(suspects, fails_with)
+
+
+def _exercise(house: House, day: Day, trials: "Trials", today: dict[str, str]) -> Exercise | None:
+    """The one exercise that makes the tests pass when the reference's code stands in it.
+
+    The one that the tests are about is asked first. None where no single one does.
+    """
+    there = (State.WRITTEN, State.SKIPPED)
+    written = [exercise for exercise in day.exercises if state(house, exercise) in there]
+
+    def passes_without(some: Sequence[Exercise]) -> bool:
+        return trials.passes({**today, **filled(house, day, some)})
+
+    about = [exercise for exercise in written if exercise.id == f"{day.id}.{trials.task}"]
+    if about and passes_without(about):
+        return about[0]
+    return _the_one([exercise for exercise in written if exercise not in about], passes_without)
+
+
+def _the_one(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | None:
+    """The one suspect that shows it, by halving; None where several are needed together, or none does."""
+    if not suspects:
+        return None
+    while len(suspects) > 1:
+        half = suspects[: len(suspects) // 2]
+        suspects = half if shows(half) else suspects[len(half) :]
+    return suspects[0] if shows(suspects) else None
+
+
+class Trials:
+    """Runs of a few tests on one exchanged overlay after the other, remembered, and bounded in time."""
+
+    def __init__(self, house: House, day: Day, tests: Sequence[str]) -> None:
+        self._house, self._day, self._tests = house, day, list(tests)
+        self.task = task_of(tests[0])
+        self._until = time.monotonic() + BUDGET
+        self._file = house.records / "trials.json"
+
+    def passes(self, sources: dict[str, str]) -> bool:
+        """True where the tests pass on these modules. Raises `OutOfBudgetError`."""
+        with overlay_of(self._house, sources, kernels=bool(self._day.kernels)) as exchanged:
+            known = self._known()
+            key = self._key(exchanged)
+            if key not in known:
+                known = {**known, key: self._run(exchanged)}
+                self._file.parent.mkdir(exist_ok=True)
+                self._file.write_text(json.dumps(dict(list(known.items())[-REMEMBERED:])), encoding="utf-8")
+            return known[key]
+
+    def _run(self, exchanged: House) -> bool:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise OutOfBudgetError
+        run = run_suites(exchanged, [], ["-x", "-q", *self._tests], quiet=True, time_limit=left)
+        if run.returncode and time.monotonic() > self._until:
+            raise OutOfBudgetError  # it may have been stopped
+        return run.returncode == 0
+
+    def _key(self, exchanged: House) -> str:
+        about = json.dumps([fingerprint(exchanged, self._day), self._tests])
+        return hashlib.sha256(about.encode()).hexdigest()
+
+    def _known(self) -> dict[str, bool]:
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # a lost or broken record says nothing
+        return known if isinstance(known, dict) else {}

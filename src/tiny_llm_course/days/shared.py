@@ -1,0 +1,36 @@
+"""What the days' demonstrations share: texts, types, fixed random input, and the likeliest next tokens."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+
+CAPITAL = "The capital of France is"
+STORY = "Once upon a time"
+Lines = Iterator[str]
+Work = Callable[[], mx.array]
+
+
+def random_array(*shape: int) -> mx.array:
+    """Normal numbers of that shape, the same in every process."""
+    return mx.random.normal(shape, key=mx.random.key(sum(shape)))
+
+
+def likeliest(text: str) -> Lines:
+    """The five likeliest next tokens of a text, computed without a cache."""
+    from tiny_llm.grouped_attention import NoCacheContext
+    from tiny_llm.loader import load_model
+
+    loaded = load_model(None)
+    tokens = loaded.tokenizer.encode(text)
+    context = NoCacheContext(len(tokens), loaded.model.config.attention_scale)
+    start = time.perf_counter()
+    row = loaded.model(mx.array([tokens], mx.int32), context)[0, -1]
+    probabilities = mx.softmax(row)
+    best = mx.argsort(-probabilities)[:5]
+    mx.eval(best)
+    seconds = time.perf_counter() - start
+    words = ", ".join(
+        f"{loaded.tokenizer.token_text(int(token))!r} {float(probabilities[token]):.0%}" for token in best
+    )
+    yield f"{text!r}: {words} ({1000 * seconds:.0f} ms)"

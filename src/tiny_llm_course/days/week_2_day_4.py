@@ -1,0 +1,32 @@
+"""Day 2.4: what `pdm run try` shows and `pdm run compare` times."""
+
+import mlx.core as mx
+
+from .shared import CAPITAL, Lines, Work, likeliest, random_array
+
+
+def show() -> Lines:
+    """Bytes and errors, and a model that still knows the answer."""
+    from tiny_llm.loader import load_model
+    from tiny_llm.quantize import dequantize, quantize
+
+    rows = load_model(None).model.embed_tokens.rows(mx.arange(4096))
+    size = float(mx.sqrt(mx.mean(rows * rows)))
+    yield f"{rows.shape[0]:,} rows of the embedding, {rows.nbytes / 2**20:.1f} MiB in float32, groups of 32"
+    for bits in (8, 4, 3, 2):
+        stored = quantize(rows.astype(mx.float16), 32, bits)
+        nbytes = sum(array.nbytes for array in stored[:3])
+        error = dequantize(*stored) - rows
+        yield (
+            f"  {bits} bits: {8 * nbytes / rows.size:4.1f} bits a value with scales and biases, error "
+            f"{float(mx.sqrt(mx.mean(error * error))) / size:.1%} of a value's size"
+        )
+    yield from likeliest(CAPITAL)
+
+
+def work() -> Work:
+    """A matrix [512, 576] stored in four bits, unpacked and multiplied with 4 rows."""
+    from tiny_llm.quantize import quantize, quantized_matmul
+
+    x, w = random_array(4, 576), random_array(512, 576)
+    return lambda: quantized_matmul(x, *quantize(w, 32, 4))

@@ -1,0 +1,437 @@
+"""What an exercise may use: the interfaces outside of its file that the reference's code of it calls.
+
+Read from the reference by `ast`, so it is never out of date: names that are imported from other modules,
+and attributes of objects whose class follows from annotations, constructors and results. What cannot be
+followed is declared in the syllabus (`may_use`). Helpers that a starter is without are looked through and
+never named, and the order is the alphabet's, so that the list says nothing of how the pieces go together.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import CourseError
+from .house import House
+from .source import Function, functions
+from .syllabus import Day, Exercise
+
+SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
+MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
+
+
+class Interface(NamedTuple):
+    """One thing that may be used. name: `function`, `Class` or `Class.member`; says: its docstring's first
+    line."""
+
+    module: str
+    name: str
+    signature: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.signature}{f': {self.says}' if self.says else ''}"
+
+
+def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
+    """What one exercise may use, by module and name. For `start`, for `hint`, and for the book."""
+    reference = Reference(house.reference)
+    removed = set(day.removed_from(exercise.module))
+    found = _used(reference, exercise.module, exercise.name, removed, set())
+    found |= {tuple(name.split(".", 1)) for name in exercise.may_use}  # type: ignore[misc]
+    gone = {tuple(name.split(".", 1)) for name in day.removed}
+    return [reference.interface(module, name) for module, name in sorted(found - gone)]
+
+
+def day_may_use(house: House, day: Day) -> list[Interface]:
+    """What any of a day's exercises may use, each interface once."""
+    return sorted({one for exercise in day.exercises for one in may_use(house, day, exercise)})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of the reference, or what a container of it holds. of: the kind of its items, where it is
+    one."""
+
+    module: str = ""
+    name: str = ""
+    of: "Kind | None" = None
+
+
+def _used(
+    reference: "Reference", module: str, name: str, removed: set[str], seen: set[str]
+) -> set[tuple[str, str]]:
+    """The interfaces of other modules that a function uses; through the removed helpers that it calls."""
+    if name in seen:
+        return set()
+    seen.add(name)
+    node = reference.functions(module)[name]
+    reader = _Reader(reference, module, name.rpartition(".")[0], node)
+    found = {one for one in reader.found if one[0] != module}
+    for helper in removed:
+        if helper.rpartition(".")[2] in reader.mentioned:
+            found |= _used(reference, module, helper, removed, seen)
+    return found
+
+
+class Reference:
+    """The reference's modules, parsed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def tree(self, module: str) -> ast.Module:
+        """A module's source, parsed; an empty one for a module that is not there."""
+        file = self.folder / f"{module}.py"
+        return _parsed(file, file.stat().st_mtime_ns if file.exists() else 0)
+
+    def functions(self, module: str) -> dict[str, Function]:
+        """Every function of a module by its name."""
+        return _functions(self.tree(module))
+
+    def imports(self, module: str) -> dict[str, tuple[str, str]]:
+        """The names that a module has from others beside it: where each is defined, and under which name."""
+        return _imports(self.tree(module))
+
+    def defined(self, module: str, name: str) -> ast.stmt | None:
+        """The class, function or constant of that name at the top of a module."""
+        for node in self.tree(module).body:
+            if isinstance(node, Function | ast.ClassDef) and node.name == name:
+                return node
+            if isinstance(node, ast.Assign) and any(_is_name(target, name) for target in node.targets):
+                return node
+            if isinstance(node, ast.AnnAssign) and _is_name(node.target, name):
+                return node
+        return None
+
+    def where(self, module: str, name: str) -> tuple[str, str] | None:
+        """Where a name that a module knows is defined; None for what is not of the reference."""
+        if self.defined(module, name) is not None:
+            return module, name
+        return self.imports(module).get(name)
+
+    def kind(self, module: str, annotation: ast.expr | None) -> Kind | None:
+        """What an annotation in a module stands for; of alternatives the first that is of the reference."""
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            annotation = ast.parse(annotation.value, mode="eval").body
+        if isinstance(annotation, ast.Name):
+            return self._named(self.where(module, annotation.id))
+        if isinstance(annotation, ast.BinOp):
+            return self.kind(module, annotation.left) or self.kind(module, annotation.right)
+        if isinstance(annotation, ast.Subscript):
+            return self._generic(module, annotation)
+        return self._written(module, annotation)
+
+    def _written(self, module: str, value: ast.expr | None) -> Kind | None:
+        """What a field holds that has no annotation and is given `C(...)`, or a container of such."""
+        if isinstance(value, ast.Call):
+            return self.kind(module, value.func)
+        held = self.kind(module, _held(value)) if value is not None else None
+        return Kind(of=held) if held is not None else None
+
+    def member(self, kind: Kind, name: str) -> tuple[str, str, ast.stmt | ast.expr | None] | None:
+        """Where a member of a class is defined, and its function or annotation; looked for in its bases
+        too."""
+        node = self.defined(kind.module, kind.name)
+        if not isinstance(node, ast.ClassDef):
+            return None
+        for part in node.body:
+            if isinstance(part, Function) and part.name == name:
+                return kind.module, f"{kind.name}.{name}", part
+            if isinstance(part, ast.AnnAssign) and _is_name(part.target, name):
+                return kind.module, f"{kind.name}.{name}", part.annotation
+        if (annotation := self._assigned(node, name)) is not _NOTHING:
+            return kind.module, f"{kind.name}.{name}", annotation  # type: ignore[return-value]
+        for base in node.bases:
+            base_kind = self.kind(kind.module, base.value if isinstance(base, ast.Subscript) else base)
+            found = self.member(base_kind, name) if base_kind is not None else None
+            if found is not None:
+                return found
+        return None
+
+    def result(self, module: str, found: ast.stmt | ast.expr | None) -> Kind | None:
+        """The kind of a field, or of what a function returns."""
+        annotation = found.returns if isinstance(found, Function) else found
+        return self.kind(module, annotation) if isinstance(annotation, ast.expr) else None
+
+    def interface(self, module: str, name: str) -> Interface:
+        """An interface as it is shown. Raises `CourseError` for one that there is not."""
+        owner, _, member = name.rpartition(".")
+        if not owner:
+            where = self.where(module, name)
+            if where is None:
+                raise CourseError(f"there is no {module}.{name}")
+            return _shown(module, name, self.defined(*where))
+        found = self.member(Kind(module, owner), member)
+        if found is None:
+            raise CourseError(f"there is no {module}.{name}")
+        return _shown(module, name, found[2])
+
+    def _named(self, where: tuple[str, str] | None) -> Kind | None:
+        """The kind of a class, or of what stands behind another name for a type."""
+        node = self.defined(*where) if where is not None else None
+        if isinstance(node, ast.Assign):
+            return self.kind(where[0], node.value) if where is not None else None
+        return Kind(*where) if where is not None and isinstance(node, ast.ClassDef) else None
+
+    def _generic(self, module: str, annotation: ast.Subscript) -> Kind | None:
+        outer = annotation.value.id if isinstance(annotation.value, ast.Name) else ""
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        if outer in SEQUENCES:
+            held = self.kind(module, inner[0])
+        elif outer in MAPPINGS:
+            held = self.kind(module, inner[-1])
+        else:
+            return self.kind(module, annotation.value)  # a generic class of the reference
+        return Kind(of=held) if held is not None else None
+
+    def _assigned(self, node: ast.ClassDef, name: str) -> object:
+        """The annotation of `self.name`, from where a method assigns it; `_NOTHING` where none does."""
+        for method in (part for part in node.body if isinstance(part, Function)):
+            parameters = {one.arg: one.annotation for one in [*method.args.args, *method.args.kwonlyargs]}
+            for part in ast.walk(method):
+                if isinstance(part, ast.AnnAssign) and _is_self(part.target, name):
+                    return part.annotation
+                if isinstance(part, ast.Assign) and (value := _value_for(part, name)) is not None:
+                    if isinstance(value, ast.Name) and value.id in parameters:
+                        return parameters[value.id]
+                    return value
+        return _NOTHING
+
+
+_NOTHING = object()
+
+
+@dataclass
+class _Reader:
+    """Reads one function: what it uses of other modules, and every name that it mentions."""
+
+    reference: Reference
+    module: str
+    owner: str
+    node: Function
+    found: set[tuple[str, str]] = field(default_factory=set)
+    mentioned: set[str] = field(default_factory=set)
+    known: dict[str, Kind] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._parameters()
+        body = self.node.body[1:] if ast.get_docstring(self.node) else self.node.body
+        for _ in range(2):  # a name may be used above the line that says what it is: a loop's
+            for statement in body:
+                for part in ast.walk(statement):
+                    self._bind(part)
+        for statement in body:
+            for part in ast.walk(statement):
+                self._use(part)
+
+    def _parameters(self) -> None:
+        if self.owner:
+            self.known["self"] = Kind(self.module, self.owner)
+        for one in [*self.node.args.args, *self.node.args.kwonlyargs]:
+            if (kind := self.reference.kind(self.module, one.annotation)) is not None:
+                self.known[one.arg] = kind
+
+    def _bind(self, part: ast.AST) -> None:
+        """Note what a name stands for where that follows from what is assigned to it."""
+        pairs: list[tuple[ast.expr, ast.expr, bool]] = []
+        if isinstance(part, ast.Assign):
+            pairs = [(target, part.value, False) for target in part.targets]
+        elif isinstance(part, ast.NamedExpr):
+            pairs = [(part.target, part.value, False)]
+        elif isinstance(part, ast.For | ast.comprehension | ast.AsyncFor):
+            pairs = [(part.target, part.iter, True)]
+        elif isinstance(part, ast.withitem) and part.optional_vars is not None:
+            pairs = [(part.optional_vars, part.context_expr, False)]
+        for target, value, is_item in pairs:
+            for name, source in _unpacked(target, value):
+                kind = self._kind(source)
+                kind = kind.of if kind is not None and is_item else kind
+                if kind is not None:
+                    self.known[name] = kind
+
+    def _use(self, part: ast.AST) -> None:
+        if isinstance(part, ast.Name):
+            self.mentioned.add(part.id)
+            where = self.reference.imports(self.module).get(part.id)
+            if where is not None:
+                self.found.add(where)
+        elif isinstance(part, ast.Attribute):
+            self.mentioned.add(part.attr)
+            kind = self._kind(part.value)
+            member = self.reference.member(kind, part.attr) if kind is not None else None
+            if member is not None:
+                self.found.add(member[:2])
+        elif isinstance(part, ast.Call) and not isinstance(part.func, ast.Name):
+            kind = self._kind(part.func)
+            member = self.reference.member(kind, "__call__") if kind is not None else None
+            if member is not None:
+                self.found.add(member[:2])
+
+    def _kind(self, value: ast.expr) -> Kind | None:
+        """What an expression gives, where that can be followed."""
+        if isinstance(value, ast.Name):
+            return self.known.get(value.id)
+        if isinstance(value, ast.Attribute):
+            return self._member_kind(value)
+        if isinstance(value, ast.Call):
+            return self._call(value)
+        if isinstance(value, ast.Subscript):
+            inner = self._kind(value.value)
+            return inner if isinstance(value.slice, ast.Slice) else inner.of if inner is not None else None
+        return self._kind_within(value)
+
+    def _kind_within(self, value: ast.expr) -> Kind | None:
+        """What an expression gives that only passes another on."""
+        if isinstance(value, ast.Await | ast.Starred):
+            return self._kind(value.value)
+        if isinstance(value, ast.IfExp):
+            return self._kind(value.body) or self._kind(value.orelse)
+        held = _held(value)
+        inside = self._kind(held) if held is not None else None
+        return Kind(of=inside) if inside is not None else None
+
+    def _member_kind(self, value: ast.Attribute) -> Kind | None:
+        kind = self._kind(value.value)
+        member = self.reference.member(kind, value.attr) if kind is not None else None
+        return self.reference.result(member[0], member[2]) if member is not None else None
+
+    def _call(self, value: ast.Call) -> Kind | None:
+        function = value.func
+        if isinstance(function, ast.Name):
+            if (
+                function.id in ("list", "tuple", "sorted", "reversed", "set", "enumerate", "next")
+                and value.args
+            ):
+                return self._kind(value.args[0])
+            where = self.reference.where(self.module, function.id)
+            if where is None:
+                return None
+            node = self.reference.defined(*where)
+            return Kind(*where) if isinstance(node, ast.ClassDef) else self.reference.result(where[0], node)
+        if isinstance(function, ast.Attribute):
+            if function.attr in ("values", "get", "pop", "popleft"):
+                inner = self._kind(function.value)
+                if inner is not None and inner.of is not None:
+                    return inner if function.attr == "values" else inner.of
+            return self._member_kind(function)
+        return None
+
+
+def _held(value: ast.expr) -> ast.expr | None:
+    """One of the items that a container is written with."""
+    if isinstance(value, ast.Dict):
+        return value.values[0] if value.values else None
+    if isinstance(value, ast.List | ast.Tuple | ast.Set):
+        return value.elts[0] if value.elts else None
+    if isinstance(value, ast.DictComp):
+        return value.value
+    return value.elt if isinstance(value, ast.ListComp | ast.SetComp | ast.GeneratorExp) else None
+
+
+def _unpacked(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """The names of an assignment, each with what it gets."""
+    if isinstance(target, ast.Name):
+        yield target.id, value
+    elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        for one, other in zip(target.elts, value.elts, strict=False):
+            yield from _unpacked(one, other)
+    elif isinstance(target, ast.Tuple) and _calls(value, "enumerate") and len(target.elts) == 2:
+        yield from _unpacked(target.elts[1], value)
+    elif isinstance(target, ast.Tuple) and _calls(value, "zip"):
+        assert isinstance(value, ast.Call)
+        for one, other in zip(target.elts, value.args, strict=False):
+            yield from _unpacked(one, other)
+
+
+def _calls(value: ast.expr, name: str) -> bool:
+    return isinstance(value, ast.Call) and _is_name(value.func, name)
+
+
+def _is_name(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _is_self(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == name and _is_name(node.value, "self")
+
+
+def _value_for(node: ast.Assign, name: str) -> ast.expr | None:
+    """What an assignment gives to `self.name`."""
+    for target in node.targets:
+        if _is_self(target, name):
+            return node.value
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            for one, value in zip(target.elts, node.value.elts, strict=False):
+                if _is_self(one, name):
+                    return value
+    return None
+
+
+@cache
+def _functions(tree: ast.Module) -> dict[str, Function]:
+    return functions(ast.unparse(tree))
+
+
+@cache
+def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return found
+
+
+@cache
+def _parsed(file: Path, changed: int) -> ast.Module:
+    """changed: when the file was written, so that another version is read anew."""
+    return ast.parse(file.read_text(encoding="utf-8") if changed else "")
+
+
+def _shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
+    """Signature and first line: of a class those of its constructor, of a field its type."""
+    if isinstance(node, Function):
+        is_field = any(_is_name(decorator, "property") for decorator in node.decorator_list)
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+        shown = (
+            f": {ast.unparse(node.returns)}"
+            if is_field and node.returns
+            else f"({_arguments(node)}){returns}"
+        )
+        return Interface(module, name, f"{name}{shown}", _first_line(node))
+    if isinstance(node, ast.ClassDef):
+        return Interface(module, name, f"{name}{_constructor(node)}", _first_line(node))
+    if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
+        return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
+    return Interface(module, name, name, "")
+
+
+def _constructor(node: ast.ClassDef) -> str:
+    """`(a, b)`: what a class is made from; nothing for an error or a protocol."""
+    for part in node.body:
+        if isinstance(part, Function) and part.name == "__init__":
+            return f"({_arguments(part)})"
+    decorators = [ast.unparse(one) for one in node.decorator_list]
+    bases = [ast.unparse(base) for base in node.bases]
+    if not any("dataclass" in one for one in decorators) and "NamedTuple" not in bases:
+        return ""
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    names = [ast.unparse(one.target) + (" = ..." if one.value is not None else "") for one in fields]
+    inherited = [
+        f"the fields of {base}" for base in bases if "NamedTuple" not in base and "Generic" not in base
+    ]
+    return f"({', '.join([*inherited, *names])})"
+
+
+def _arguments(node: Function) -> str:
+    arguments = ast.unparse(node.args)
+    return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
+
+
+def _first_line(node: Function | ast.ClassDef) -> str:
+    """The first sentence of a docstring."""
+    text = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
+    return re.split(r"\.\s+(?=[A-Z`])", text)[0].rstrip(".")

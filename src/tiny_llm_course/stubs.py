@@ -1,0 +1,35 @@
+"""Links for editors and type checkers, which do not know that the overlay falls through to the reference.
+
+`src/tiny_llm/X.pyi` is a link to the reference's `X.py`, for each module that is not the learner's. So
+`from .X import C` resolves in a learner's file, and every class has one identity. Python itself never reads
+`.pyi` files, and git ignores them.
+"""
+
+import os
+from pathlib import Path
+
+from .house import House
+
+
+def link_stubs(house: House) -> None:
+    """Bring the links up to date: one for each module of the reference that the overlay has no file for."""
+    known = {file.stem for file in house.reference.glob("*.py")} - {"__init__"}
+    own = {file.stem for file in house.overlay.glob("*.py")}
+    for stub in house.overlay.glob("*.pyi"):
+        if stub.is_symlink() and (stub.stem in own or stub.stem not in known):
+            stub.unlink()
+    for module in sorted(known - own):
+        _link(house.overlay / f"{module}.pyi", house.reference / f"{module}.py")
+
+
+def _link(stub: Path, module: Path) -> None:
+    """A relative link, so that the checkout can be moved; where links cannot be made there is none."""
+    target = os.path.relpath(module, stub.parent)
+    if stub.is_symlink() and os.readlink(stub) == target:
+        return
+    if stub.is_symlink():
+        stub.unlink()
+    try:
+        stub.symlink_to(target)
+    except OSError:
+        return  # a file of that name, or a system without links

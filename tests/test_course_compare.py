@@ -1,0 +1,84 @@
+"""`pdm run compare`: whole numbers are counted, sides alternate, a day with nothing to compare says so."""
+
+from pathlib import Path
+
+import pytest
+
+from test_course import syllabus_of
+from tiny_llm_course import compare as comparing
+from tiny_llm_course.compare import Comparison, Measured, as_text, compare
+from tiny_llm_course.errors import CourseError
+from tiny_llm_course.house import House
+from tiny_llm_course.starter import skip, start
+from tiny_llm_course.syllabus import Day
+
+SIDE = Measured(0.001, 0.001, 0.2, 2048)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    """The real course with an empty overlay, and short measurements."""
+    monkeypatch.setattr(comparing, "SECONDS", 0.1)
+    return House.here().with_overlay(tmp_path)
+
+
+def day(house: House, number: str) -> Day:
+    return syllabus_of(house).day(number)
+
+
+@pytest.mark.parametrize(
+    ("differing", "largest", "says"),
+    [
+        (0, None, "the 4 numbers of the results are the same"),
+        (1, None, "1 of 4 numbers of the results differ"),
+        (4, 1e-6, "largest difference of the results: 1e-06"),
+        (None, None, "the shapes of the results differ"),
+    ],
+)
+def test_whole_numbers_are_counted_and_others_measured(
+    here: House, differing: int | None, largest: float | None, says: str
+) -> None:
+    """The distance of two token ids means nothing."""
+    text = as_text(day(here, "1.2"), Comparison(SIDE, SIDE, differing, 4, largest))
+    assert says in text
+    assert "2.8e+04" not in text
+    table = text.splitlines()[1:4]
+    assert len({len(line) for line in table}) == 1, "the columns stand apart"
+
+
+def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    repeat = comparing._Side.repeat
+
+    def noted(side: comparing._Side) -> None:
+        asked.append(side._whose)
+        repeat(side)
+
+    monkeypatch.setattr(comparing._Side, "repeat", noted)
+    start(here, day(here, "2.6"))
+    skip(here, day(here, "2.6"), day(here, "2.6").exercises)
+    found = compare(here, day(here, "2.6"))
+    assert (found.differing, found.largest_difference) == (0, None)
+    assert asked[:4] == ["your day 2.6", "the reference"] * 2
+
+
+def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) -> None:
+    one = day(here, "1.2")
+    start(here, one)
+    with pytest.raises(CourseError) as blank:
+        compare(here, one)
+    assert "rope.py, line 14: 1.2.1 inverse_frequencies: pdm run hint 1.2.1" in str(blank.value)
+    assert f"{here.overlay}/rope.py" in str(blank.value), "the learner's file, not its copy"
+    assert "\n" not in str(blank.value)
+    skip(here, one, one.exercises)
+    source = (here.overlay / "rope.py").read_text("utf-8")
+    (here.overlay / "rope.py").write_text(f"{source}\nprint('hello')\nno_such_name\n", "utf-8")
+    with pytest.raises(CourseError, match="NameError: name 'no_such_name' is not defined") as mistake:
+        compare(here, one)
+    assert "\n" not in str(mistake.value)
+
+
+def test_a_day_with_nothing_to_compare_says_why(here: House) -> None:
+    for number in ("1.1", "1.3", "1.7", "3.1", "3.4", "3.7"):
+        with pytest.raises(CourseError, match=f"day {number} has nothing to compare: both sides "):
+            compare(here, day(here, number))

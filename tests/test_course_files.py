@@ -1,0 +1,143 @@
+"""The learner's files: moved aside and back, helpers beside them, named when they change, ignored by git."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_course import ADDING, COUNTING, DOUBLING, ROOT, house, replace, run, syllabus_of, write
+from tiny_llm_course.errors import CourseError
+from tiny_llm_course.house import House
+from tiny_llm_course.progress import remember
+from tiny_llm_course.starter import restore, set_aside, start
+from tiny_llm_course.testing import run_day
+from tiny_llm_course.views import progress_text
+
+__all__ = ["house"]
+
+
+def test_restore_brings_back_the_newest_and_undoes_itself(house: House) -> None:
+    day = syllabus_of(house).day("1.2")
+    for text in ("first", "second"):
+        write(house, "counting", f"x = '{text}'\n")
+        set_aside(house, day)
+    assert restore(house, day) == [house.overlay / "counting.py"]
+    assert (house.overlay / "counting.py").read_text("utf-8") == "x = 'second'\n"
+    write(house, "counting", "x = 'third'\n")
+    restore(house, day)
+    assert (house.overlay / "counting.py").read_text("utf-8") == "x = 'first'\n"
+    restore(house, day)
+    assert (house.overlay / "counting.py").read_text("utf-8") == "x = 'third'\n"
+    backups = {file.read_text("utf-8") for file in house.overlay.glob("*.bak")}
+    assert backups == {"x = 'first'\n"}, "nothing is lost"
+    assert restore(house, syllabus_of(house).day("1.1")) == []
+
+
+def test_a_helper_file_of_the_learners_own_is_no_module(house: House) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "my_tools", "def plus(a: int, b: int) -> int:\n    return a + b\n")
+    own = ADDING.replace("sum((one, other))", "plus(one, other)")
+    write(house, "adding", own.replace('"""Sums."""\n', '"""Sums."""\n\nfrom .my_tools import plus\n'))
+    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 0
+    assert run_day(house, syllabus, syllabus.day("1.1"), [], isolated=True) == 0, "it goes with the modules"
+    write(house, "my_tools", "def plus(a: int, b: int) -> int:\n    return a - b\n")
+    assert "my_tools.py changed since its tests ran" in progress_text(house, syllabus)
+    write(house, "tools", "")
+    with pytest.raises(CourseError, match=r"tools\.py overrides nothing \(your own helper"):
+        run_day(house, syllabus, syllabus.day("1.1"), [])
+
+
+def test_progress_names_the_file_that_has_changed(house: House) -> None:
+    syllabus = syllabus_of(house)
+    for module, source in (("adding", ADDING), ("counting", COUNTING), ("doubling", DOUBLING)):
+        write(house, module, source)
+    for day in syllabus.days[:2]:
+        remember(house, day, passed=True)
+    write(house, "adding", f"{ADDING}# mine\n")
+    rows = progress_text(house, syllabus).splitlines()
+    assert "adding.py changed since its tests ran" in rows[1], "the file is of another day"
+    write(house, "doubling", f"{DOUBLING}# mine\n")
+    assert "adding.py and 1 more changed since its tests ran" in progress_text(house, syllabus)
+
+
+@pytest.mark.parametrize("wanted", ["1.2.1", "counting", "counting.py", "src/tiny_llm/counting.py", "1.2"])
+def test_a_day_may_be_named_by_an_exercise_or_a_file_of_it(house: House, wanted: str) -> None:
+    assert syllabus_of(house).to_start(wanted).id == "1.2"
+
+
+@pytest.mark.parametrize("wanted", ["1", "1.9.1", "count", "x.py", ""])
+def test_what_names_no_day_is_told(house: House, wanted: str) -> None:
+    with pytest.raises(CourseError, match="pdm run map"):
+        syllabus_of(house).to_start(wanted)
+
+
+def test_reset_and_restore_are_commands(tmp_path: Path) -> None:
+    assert "wrote" in run(["start", "1.1.2"], tmp_path).stdout
+    before = (tmp_path / "attention.py").read_text("utf-8")
+    assert run(["reset", "attention.py"], tmp_path).returncode == 0
+    restored = run(["restore", "1.1"], tmp_path)
+    assert restored.stdout == f"restored: {tmp_path}/attention.py\n", restored.stderr
+    assert (tmp_path / "attention.py").read_text("utf-8") == before
+
+
+def test_a_learners_files_are_not_gits() -> None:
+    """Modules, backups, stubs, kernels and libraries are ignored; the package itself is not."""
+    names = [
+        "attention.py",
+        "attention.py.1.bak",
+        "my_tools.py",
+        "norm.pyi",
+        "quantized_matmul.cpp",
+        "_kernels.so",
+    ]
+    paths = [f"src/tiny_llm/{name}" for name in [*names, "__init__.py", "py.typed"]]
+    found = subprocess.run(
+        ["git", "check-ignore", "--no-index", *paths], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    if found.returncode == 128:
+        pytest.skip("no git checkout")
+    assert found.stdout.split() == paths[: len(names)]
+
+
+def test_a_starter_that_begins_a_removed_helper_is_no_fault_of_the_learners(house: House) -> None:
+    from tiny_llm_course.doctor import examine
+
+    replace(house.syllabus, "Counter._next", "Counter.next")
+    replace(house.reference / "counting.py", "_next", "next")
+    start(house, syllabus_of(house).day("1.2"))
+    assert all(finding.ok for finding in examine(house, syllabus_of(house)) if finding.what == "counting.py")
+
+
+# ---- links for editors ----
+
+
+def test_start_links_every_module_that_is_not_the_learners(house: House) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.2"))
+    links = {file.name: file.resolve() for file in house.overlay.glob("*.pyi")}
+    assert links == {f"{name}.pyi": house.reference / f"{name}.py" for name in ("adding", "api")}
+    start(house, syllabus.day("1.1"))
+    assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
+    set_aside(house, syllabus.day("1.2"))
+    assert len(list(house.overlay.glob("*.pyi"))) == 3, "they are the reference's again"
+    restore(house, syllabus.day("1.2"))
+    assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
+
+
+def test_a_type_checker_resolves_what_falls_through_with_one_identity(house: House) -> None:
+    """Without the links: "Cannot find implementation or library stub for module named ...adding"."""
+    start(house, syllabus_of(house).day("1.2"))
+    write(house, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "-p", "tiny_llm.counting"],
+        cwd=house.root / "src",
+        env={**os.environ, "MYPYPATH": str(house.root / "src")},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    found = [line for line in checked.stdout.splitlines() if "counting.py" in line]
+    assert len(found) == 1, checked.stdout
+    assert 'Argument 2 to "add" has incompatible type "str"; expected "int"' in found[0]

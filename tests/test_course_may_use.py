@@ -1,0 +1,192 @@
+"""What an exercise may use is read from the reference, shown where it is needed, and never gives a solution
+away."""
+
+import pytest
+
+from test_course import house, replace, syllabus_of
+from tiny_llm_course.house import House
+from tiny_llm_course.may_use import day_may_use, may_use
+from tiny_llm_course.rules import static_problems
+from tiny_llm_course.syllabus import Day, Exercise
+from tiny_llm_course.views import hint, tasks
+
+__all__ = ["house"]
+
+SHELF = '''"""Shelves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass
+class Base:
+    """What all have."""
+
+    size: int
+
+
+@dataclass
+class Shelf(Base):
+    """Holds books. And more."""
+
+    label: str = ""
+
+    @property
+    def is_full(self) -> bool:
+        """True where nothing fits any more."""
+        return False
+
+    def put(self, number: int, *, safely: bool = True) -> "Shelf":
+        """Put one book 0 .. n - 1. It stays there."""
+        return self
+
+    def hidden(self) -> None:
+        """Never called."""
+
+
+Some = Shelf | None
+
+
+def shelves(names: list[str]) -> Mapping[str, Shelf]:
+    """A shelf for each name."""
+    return {name: Shelf(3, name) for name in names}
+'''
+
+
+@pytest.fixture
+def shelved(house: House) -> House:
+    """The course of three days, where day 1.2 uses a given module in every way that can be followed."""
+    (house.reference / "shelf.py").write_text(SHELF, "utf-8")
+    return house
+
+
+def of(house: House, exercise_id: str) -> tuple[Day, Exercise]:
+    syllabus = syllabus_of(house)
+    exercise = syllabus.exercise(exercise_id)
+    assert isinstance(exercise, Exercise)
+    return syllabus.day(exercise.day_id), exercise
+
+
+def used(house: House, exercise_id: str) -> list[str]:
+    return [f"{one.module}.{one.name}" for one in may_use(house, *of(house, exercise_id))]
+
+
+def test_a_removed_helper_is_looked_through_and_not_named(house: House) -> None:
+    assert used(house, "1.2.1") == ["adding.add"]
+    assert used(house, "1.2.2") == ["adding.add"]
+    assert used(house, "1.1.1") == []
+    [one] = may_use(house, *of(house, "1.2.2"))
+    assert str(one) == "adding.add(one: int, other: int) -> int: The sum of both"
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ("return shelves(['a'])['a'].put(x).size", ["Shelf.put", "Base.size", "shelves"]),
+        ("for one in shelves([]).values():\n        one.put(x)\n    return x", ["Shelf.put", "shelves"]),
+        ("return sum(one.is_full for one in [Shelf(1)])", ["Shelf", "Shelf.is_full"]),
+        ("a, b = Shelf(1), Shelf(2)\n    return b.put(x).size", ["Shelf", "Shelf.put", "Base.size"]),
+        (
+            "if (one := shelves([]).get('a')) is None:\n        return x\n    return one.size",
+            ["Base.size", "shelves"],
+        ),
+        ("held = {1: Shelf(1)}\n    held[1].put(x)\n    return x", ["Shelf", "Shelf.put"]),
+        ("def inner(one: Some) -> int:\n        return x\n\n    return inner(None)", ["Some"]),
+    ],
+)
+def test_attributes_follow_from_annotations_constructors_and_results(
+    shelved: House, body: str, names: list[str]
+) -> None:
+    replace(shelved.reference / "doubling.py", "return add(x, x)", body)
+    replace(
+        shelved.reference / "doubling.py",
+        "from .adding import add",
+        "from .shelf import Shelf, Some, shelves",
+    )
+    found = used(shelved, "1.2.2")
+    assert found == sorted(f"shelf.{name}" for name in names)
+
+
+def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
+    body = "return Shelf(1).put(x).is_full"
+    replace(shelved.reference / "doubling.py", "return add(x, x)", body)
+    replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
+    assert [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))] == [
+        "shelf.Shelf(the fields of Base, label = ...): Holds books",
+        "shelf.Shelf.is_full: bool: True where nothing fits any more",
+        "shelf.Shelf.put(number: int, *, safely: bool=True) -> 'Shelf': Put one book 0 .. n - 1",
+    ]
+
+
+def test_what_cannot_be_read_is_declared(house: House) -> None:
+    replace(
+        house.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]'
+    )
+    assert used(house, "1.2.2") == ["adding.add", "adding.given"]
+
+
+def test_start_and_the_first_hint_show_it(house: House) -> None:
+    day, exercise = of(house, "1.2.2")
+    line = "  adding.add(one: int, other: int) -> int: The sum of both"
+    assert tasks(house, day).count(line) == 1, "once for the day"
+    assert line in hint(house, syllabus_of(house), exercise, 1)
+    assert line not in hint(house, syllabus_of(house), exercise, 2)
+    assert "you may use" not in tasks(house, syllabus_of(house).day("1.1"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            'name = "counting.Counter.count"',
+            'name = "counting.Counter.count"\nmay_use = ["counting.Counter._next"]',
+            "may use: 1.2.1: counting.Counter._next gives the solution away: it is removed",
+        ),
+        (
+            'name = "doubling.double"',
+            'name = "doubling.double"\nmay_use = ["adding.minus"]',
+            "may use: 1.2.2: there is no adding.minus",
+        ),
+        (
+            "The sum of 2 and 3 is 5.",
+            "Call `x.secret` for it, whatever it is.",
+            "may use: 1.1.1: secret is needed, and stands only in a hint",
+        ),
+    ],
+)
+def test_a_list_that_says_too_much_or_too_little_is_found(
+    house: House, old: str, new: str, problem: str
+) -> None:
+    replace(house.reference / "adding.py", "sum((one, other))", "one.secret + other")
+    replace(house.syllabus, old, new) if old.startswith("name") else house.syllabus.write_text(
+        house.syllabus.read_text("utf-8").replace(old, new, 1), "utf-8"
+    )
+    assert problem in [str(found) for found in static_problems(house, syllabus_of(house))]
+
+
+@pytest.mark.parametrize(
+    ("exercise_id", "names"),
+    [
+        ("1.3.3", ["kv_context.KVContext.attend", "linear.LinearLike.__call__", "rope.rope"]),
+        ("1.6.1", ["model_config.ModelConfig.attention_scale"]),
+        (
+            "3.2.13",
+            ["page_layout.PageLayout.tables", "page_layout.PageLayout.streams", "sequence.PagedSequence"],
+        ),
+        ("3.2.14", ["page_layout.PageLayout.context", "step.Plan.pack", "step.Plan.conclude"]),
+        ("3.2.15", ["page_scheduler.PageScheduler.give_up", "queues.RequestQueues.end"]),
+        ("3.7.2", ["output_processor.RequestState.begin"]),
+        ("3.7.5", ["engine_core.EngineCore.take_failures", "output_processor.RequestState.push"]),
+        ("3.7.6", ["inbox.Inbox.run"]),
+    ],
+)
+def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -> None:
+    """Names that a learner found only in the hints, or in the solution."""
+    assert set(names) <= set(used(House.here(), exercise_id))
+
+
+def test_no_day_of_the_course_names_what_its_starter_is_without() -> None:
+    here = House.here()
+    for day in syllabus_of(here).days:
+        shown = {f"{one.module}.{one.name}" for one in day_may_use(here, day)}
+        assert not shown & set(day.removed)

@@ -1,0 +1,338 @@
+"""The course's test runs where a learner's code goes wrong: loops, crashes, many failures, faults elsewhere.
+
+The course is that of three small days which `test_course` has; what needs a thread or a terminal runs on the
+real one.
+"""
+
+import ast
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from test_course import ADDING, COUNTING, DOUBLING, house, replace, suite, syllabus_of, write
+from tiny_llm_course import blame
+from tiny_llm_course.blame import find_blame
+from tiny_llm_course.first_failure import MOST_LINES, lines_of
+from tiny_llm_course.house import House
+from tiny_llm_course.outcome import Outcome, begin_here
+from tiny_llm_course.runs import run_suites
+from tiny_llm_course.steady_parse import steady_parse
+from tiny_llm_course.testing import run_day
+from tiny_llm_course.watch import watch
+
+__all__ = ["house"]
+
+LOOP = "    while True:\n        try:\n            pass\n        except Exception:\n            pass\n"
+
+
+def looping() -> str:
+    return ADDING.replace("    return sum((one, other))\n", LOOP)
+
+
+# ---- loops ----
+
+
+def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", looping())
+    start = time.monotonic()
+    assert run_day(house, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
+    assert time.monotonic() - start < 30
+    out = capfd.readouterr().out
+    assert "still running after 1 s" in out
+    assert "adding.py:6: in add" in out
+    assert "time_limit.py" not in out.replace("tiny_llm_course.time_limit", "")
+    assert "looking for the fault" not in out, "every other run would loop too"
+    assert out.endswith("first: 1.1.1 add (1 test fails): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
+
+
+def test_a_loop_at_the_top_of_a_module_ends_too(house: House, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", f"{ADDING}\nwhile True:\n    pass\n")
+    assert run_day(house, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
+    assert "still running after 1 s" in capfd.readouterr().out
+
+
+def test_a_thread_that_loops_is_named_and_not_waited_for(house: House) -> None:
+    """The test waits for a thread of the learner's that never ends, and neither does the process."""
+    threaded = "    import threading\n\n    def spin() -> None:\n        while True:\n            pass\n\n"
+    threaded += (
+        "    thread = threading.Thread(target=spin, name='engine')\n    thread.start()\n    thread.join()\n"
+    )
+    write(house, "adding", ADDING.replace("    return sum((one, other))\n", threaded))
+    run = run_suites(house, [suite(house, 1)], quiet=True, time_limit=1)
+    assert run.returncode == 1
+    assert re.search(r"the thread 'engine' is at adding\.py, line (9|10), in spin", run.stdout)
+
+
+def test_no_limit_and_a_debugger_have_all_the_time(house: House) -> None:
+    slow = "    import time\n\n    time.sleep(1.5)\n    return one + other\n"
+    write(house, "adding", ADDING.replace("    return sum((one, other))\n", slow))
+    assert run_suites(house, [suite(house, 1)], quiet=True, time_limit=0).returncode == 0
+    assert run_suites(house, [suite(house, 1)], quiet=True, time_limit=0.5).returncode != 0
+
+
+def interrupted(overlay: Path, until: str) -> subprocess.CompletedProcess[str]:
+    """`pdm run test 1.1` in a terminal of its own, where Ctrl-C comes once it has printed `until`."""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "tiny_llm_course", "test", "1.1", "-v"],
+        env={**os.environ, "TINY_LLM_OVERLAY": str(overlay), "PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        said = ""
+        while until not in said:
+            said += process.stdout.readline()
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    return subprocess.CompletedProcess([], process.returncode, said + rest)
+
+
+def real_loop(overlay: Path) -> None:
+    """Day 1.1 with a mask that loops."""
+    code = "from tiny_llm_course.house import House\nfrom tiny_llm_course.syllabus import read_syllabus\n"
+    code += "from tiny_llm_course.starter import start\nhouse = House.here()\n"
+    code += "start(house, read_syllabus(house.syllabus).day('1.1'))\n"
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TINY_LLM_OVERLAY": str(overlay)}, check=True
+    )
+    source = (overlay / "attention.py").read_text("utf-8")
+    blank = next(line for line in source.splitlines() if '"1.1.1 softmax' in line)
+    replace(overlay / "attention.py", blank, "    while True:\n        pass")
+
+
+def test_ctrl_c_says_where_the_code_stood(tmp_path: Path) -> None:
+    real_loop(tmp_path)
+    run = interrupted(tmp_path, "collected ")
+    assert run.returncode == 130, run.stdout
+    assert "Ctrl-C: it stood here" in run.stdout
+    assert "attention.py:" in run.stdout
+    assert ", softmax: " in run.stdout
+
+
+def test_a_save_ends_a_run_that_loops_and_begins_another(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command loops until its file is saved: it is ended with SIGTERM, and the next run is the mended
+    one."""
+    code = tmp_path / "code.py"
+    code.write_text("print('looping', flush=True)\nwhile True: pass\n", "utf-8")
+
+    def polls() -> Iterator[bool]:
+        time.sleep(1)
+        yield False
+        code.write_text("print('mended')\n", "utf-8")
+        yield True
+        for _ in range(60):
+            time.sleep(0.1)
+            yield False
+
+    assert watch(House(tmp_path, tmp_path), [sys.executable, str(code)], polls()) == 0
+    out = capfd.readouterr().out
+    assert "saved: this run is ended, and another begins" in out
+    assert out.index("looping") < out.index("mended") < out.index("watching ")
+
+
+# ---- crashes of pytest ----
+
+
+class _Parses:
+    """Garbage that parses when it goes: a future whose error nobody asked for logs it with a traceback."""
+
+    def __init__(self) -> None:
+        self.circle = self
+
+    def __del__(self) -> None:
+        ast.parse("a = 1\nfor i in x:\n    pass")
+
+
+def test_a_parse_is_not_disturbed_by_garbage_that_parses() -> None:
+    """`ast.parse` by itself fails here up to Python 3.11.7 and 3.12.1: that was pytest's INTERNALERROR."""
+    source = "\n".join(f"def f{i}(x):\n    return [x + {i}, (x, {i}, [x])]" for i in range(1000))
+    for _ in range(5):
+        garbage = [_Parses() for _ in range(50)]
+        del garbage
+        assert len(steady_parse(source).body) == 1000
+    assert gc.isenabled()
+
+
+def test_parses_of_many_threads_leave_the_collector_on() -> None:
+    threads = [threading.Thread(target=steady_parse, args=("a = 1\n" * 500,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gc.isenabled()
+
+
+# ---- many failures ----
+
+
+def test_of_many_failures_the_first_exercises_first_is_shown_last(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    many = "\n\n@pytest.mark.parametrize('x', range(60))\ndef test_task_2_many(x: int) -> None:\n"
+    many += '    """Oracle: by hand."""\n    print("value", x)\n    assert double(x) == 2 * x\n'
+    replace(suite(house, 2), "from tiny_llm.counting", "import pytest\nfrom tiny_llm.counting")
+    suite(house, 2).write_text(suite(house, 2).read_text("utf-8") + many, "utf-8")
+    write(house, "counting", COUNTING.replace("return add(self.value, 1)", "return add(self.value, 2)"))
+    write(house, "doubling", DOUBLING.replace("add(x, x)", "x - 1"))
+    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    out = capfd.readouterr().out
+    assert "  test_task_2_many (60)\n" in out
+    last = out[out.index("___ test_task_1_counts ___") :]
+    assert "assert [counter.count(), counter.count()] == [1, 2]" in last
+    assert "test_task_2_many" not in last
+    assert len(last.splitlines()) < MOST_LINES
+    assert len(out.splitlines()) < 2 * MOST_LINES
+    assert run_day(house, syllabus, syllabus.day("1.2"), ["--tb=short"]) == 1
+    assert capfd.readouterr().out.count("assert double(x) == 2 * x") == 60
+
+
+def test_a_long_failure_keeps_its_beginning_its_end_and_what_was_printed() -> None:
+    failure = "\n".join(f"line {number}" for number in range(200))
+    printed = "\n".join(f"said {number}" for number in range(20))
+    shown = lines_of(failure, printed)
+    assert len(shown) == MOST_LINES - 1, "and a title"
+    assert (shown[0], shown[-1]) == ("line 0", "said 19")
+    assert "line 199" in shown
+    [gap] = [line for line in shown if line.startswith("...")]
+    lines = [line for line in shown if line.startswith("line ")]
+    assert gap == f"... {200 - len(lines)} lines (-x shows them)"
+    assert lines_of("one\ntwo", "") == ["one", "two"]
+
+
+def test_an_example_of_hypothesis_is_shown_with_its_values(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A plugin that happens to be installed replaced the values by nothing."""
+    syllabus = syllabus_of(house)
+    drawn = "\n\n@given(x=st.integers(3, 30))\ndef test_task_1_any(x: int) -> None:\n"
+    drawn += '    """Oracle: by hand."""\n    assert add(x, 1) == x + 1\n'
+    replace(
+        suite(house, 1),
+        "from tiny_llm",
+        "from hypothesis import given\nimport hypothesis.strategies as st\nfrom tiny_llm",
+    )
+    suite(house, 1).write_text(suite(house, 1).read_text("utf-8") + drawn, "utf-8")
+    write(house, "adding", ADDING.replace("sum((one, other))", "5"))
+    assert run_day(house, syllabus, syllabus.day("1.1"), ["-k", "any"]) == 1
+    out = capfd.readouterr().out
+    assert "x=3," in out or "x=5," in out
+
+
+# ---- whose fault ----
+
+
+def failing(*tests: str, number: int = 2) -> Outcome:
+    return Outcome(1, tuple(f"tests_refsol/test_week_1_day_{number}.py::{test}" for test in tests))
+
+
+def test_the_exercise_at_fault_may_be_another_than_the_tests_are_about(house: House) -> None:
+    """Task 2's test calls task 1, whose own tests find nothing: the search by exchange does."""
+    syllabus = syllabus_of(house)
+    day = syllabus.day("1.2")
+    replace(suite(house, 2), "double(4) == 8", "double(4) == 8 and Counter().count() == 1")
+    replace(suite(house, 2), "== [1, 2]", "!= [0, 0]")
+    write(house, "counting", COUNTING.replace("        return self.value\n", "        return 7\n", 1))
+    write(house, "doubling", DOUBLING)
+    found = find_blame(house, day, failing("test_task_2_doubles"))
+    assert found.today
+    assert found.exercise is not None
+    assert found.exercise.id == "1.2.1"
+    line = begin_here(failing("test_task_2_doubles"), day, found.exercise)
+    assert line == (
+        "first: 1.2.1 Counter.count (1 test of 1.2.2 fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
+    )
+
+
+def test_a_fault_outside_of_the_exercises_is_said_to_be_there(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "counting", COUNTING.replace("self.value = 0", "self.value = 3"))
+    write(house, "doubling", DOUBLING)
+    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    assert "in several exercises, or outside of them" in capfd.readouterr().out
+
+
+def test_modules_that_the_day_does_not_reach_are_not_tried(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Day 1.1 does not use the other modules: one run finds the exercise."""
+    runs = counted_runs(monkeypatch)
+    write(house, "adding", ADDING.replace("sum((one, other))", "5"))
+    write(house, "counting", COUNTING)
+    write(house, "doubling", DOUBLING)
+    replace(suite(house, 1), "== 5", "== 5 and add(1, 1) == 2")
+    found = find_blame(house, syllabus_of(house).day("1.1"), failing("test_task_1_two_and_three", number=1))
+    assert found.exercise is not None
+    assert len(runs) == 1
+
+
+def test_what_was_found_is_remembered_until_a_file_changes(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = counted_runs(monkeypatch)
+    write(house, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
+    write(house, "doubling", DOUBLING)
+    day, outcome = syllabus_of(house).day("1.2"), failing("test_task_1_counts")
+    first = find_blame(house, day, outcome)
+    made = len(runs)
+    assert find_blame(house, day, outcome) == first
+    assert len(runs) == made
+    write(house, "doubling", f"{DOUBLING}# changed\n")
+    find_blame(house, day, outcome)
+    assert len(runs) > made
+
+
+def test_the_search_ends_in_time_and_says_so(
+    house: House, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blame, "BUDGET", 0.0)
+    syllabus = syllabus_of(house)
+    write(house, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
+    write(house, "doubling", DOUBLING)
+    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    assert "the search for the exercise ended after" in capfd.readouterr().out
+
+
+def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    runs: list[object] = []
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        runs.append(arguments)
+        return run_suites(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blame, "run_suites", run)
+    return runs
+
+
+# ---- how long a run takes ----
+
+
+def test_a_run_imports_no_plugin_that_it_does_not_use(house: House) -> None:
+    """A passing day took 6 s for 0.7 s of tests; most of it was pytest plugins that happen to be
+    installed."""
+    write(house, "adding", ADDING)
+    used = "\n\ndef test_task_1_plugins() -> None:\n" + '    """Oracle: by hand."""\n    import sys\n'
+    used += "    assert not {'schemathesis', 'xdist', 'anyio', 'hypothesis'} & sys.modules.keys()\n"
+    suite(house, 1).write_text(suite(house, 1).read_text("utf-8") + used, "utf-8")
+    run = run_suites(house, [suite(house, 1)], quiet=True)
+    assert run.returncode == 0, run.stdout
