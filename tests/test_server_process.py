@@ -222,9 +222,7 @@ def test_a_thread_that_cannot_be_started_ends_the_server(monkeypatch: pytest.Mon
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(
-        TinyLLMError, match="for the thread that loads the model"
-    ):
+    with pytest.raises(TinyLLMError, match="for the thread that loads the model"):
         GracefulServer(make_app(LLM), "127.0.0.1", 0, log_level="critical").run()
 
 
