@@ -24,6 +24,7 @@ UNSUPPORTED = {
 }
 MOST_DEPTH = 20  # of lists and objects in what a template gets
 MOST_VALUES = 10_000  # in what a template gets beside the contents
+MOST_FIELDS = 100  # of one message
 _MAY_BE_SILENT = ("assistant", "tool")  # whose content may be null or missing
 
 
@@ -97,6 +98,8 @@ def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessag
 
 def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]:
     """What a template gets beside the content. Reasoning has two names, and templates use either."""
+    if len(message) > MOST_FIELDS:
+        raise MessageError(field, f"{len(message)} fields, expected at most {MOST_FIELDS}")
     for key, value in message.items():
         if not isinstance(key, str):
             raise MessageError(field, f"a key must be a text, not {_kind(key)}")
