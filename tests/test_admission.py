@@ -260,7 +260,7 @@ def test_a_width_beyond_the_engines_is_refused_before_it_costs_anything(llm: LLM
     params = BeamSearchParams(beam_width=50_000_000, max_tokens=2)
     tracemalloc.start()
     try:
-        with pytest.raises(RequestTooLargeError, match="n = 50000000 exceeds the 8 sequences"):
+        with pytest.raises(RequestTooLargeError, match="beam_width = 50000000 exceeds the 8 sequences"):
             llm.beam_search("a", params)
         assert tracemalloc.get_traced_memory()[1] < 10**7
     finally:

@@ -125,12 +125,12 @@ def longest(tokens: list[int], params: SamplingParams, request_id: str, context:
     return len(tokens) + max_outputs
 
 
-def refuse_too_many(request_id: str, n: int, seats: int) -> None:
-    """Raise `RequestTooLargeError` for more completions than sequences that may run at once."""
+def refuse_too_many(request_id: str, n: int, seats: int, field: str = "n") -> None:
+    """Raise `RequestTooLargeError` for more completions, or beams, than sequences that may run at once."""
     if n > seats:
         raise RequestTooLargeError(
-            f"request {request_id!r}: n = {n} exceeds the {seats} sequences that may run at once",
-            "n",
+            f"request {request_id!r}: {field} = {n} exceeds the {seats} sequences that may run at once",
+            field,
         )
 
 

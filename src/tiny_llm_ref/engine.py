@@ -133,6 +133,7 @@ class Engine:
         """A beam search to submit: as `request`; its only event is its last."""
         params, name_of = _checked(params, BeamSearchParams), self._name(request_id)
         parsed = parse_prompt(prompt)
+        refuse_too_many(name_of, params.beam_width, self._max_num_seqs, "beam_width")
         if parsed.cache_salt is not None:
             params = replace(params, cache_salt=parsed.cache_salt)
         return SearchState(name_of, self._encode(parsed.content), self._tokenizer, params)
