@@ -1497,15 +1497,22 @@ def check_pages(manager: PagedBatchManager) -> None:
 
 
 def test_task_13_a_sequence_has_a_table_and_a_stream_for_each_group_of_layers() -> None:
-    """Oracle: by hand: two groups, so two tables of the kind that each needs, and two streams."""
-    groups = (LayerGroup((0,)), LayerGroup((1,), window=8))
-    manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=groups)
+    """Oracle: by hand: two groups, so two tables and two streams, and a step fills both tables."""
+    manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=(LayerGroup((0,)), LayerGroup((1,))))
     manager.add_request([5, 6, 7, 8, 9], "a", limits())
     sequence = manager.sequence("a")
     assert (len(sequence.tables), len(sequence.streams)) == (2, 2)
-    assert type(sequence.tables[0]) is not type(sequence.tables[1])
     assert list(manager.process_batch()) == ["a"]
     assert [table.num_tokens for table in manager.sequence("a").tables] == [5, 5]
+
+
+def test_task_13_a_table_is_of_the_kind_that_its_layers_need() -> None:
+    """Oracle: by hand: layers with a window need another kind than layers that see everything."""
+    groups = (LayerGroup((0,)), LayerGroup((1,), window=8))
+    manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=groups)
+    manager.add_request([5, 6, 7, 8, 9], "a", limits())
+    full, windowed = manager.sequence("a").tables
+    assert type(full) is not type(windowed)
 
 
 def test_task_13_a_request_waits_without_a_page() -> None:
