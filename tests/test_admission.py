@@ -10,6 +10,7 @@ import tracemalloc
 from collections import UserList, deque
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def llm(loaded: LLM) -> Iterator[LLM]:
     check_all_returned(loaded.core.manager)
 
 
+class Endless(UserList[int]):
+    """Three ids by its length; without an end to whoever walks through it."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return count(5)
+
+
 # ---- prompts ----
 
 IDS = [5, 6, 7]
@@ -102,6 +113,10 @@ def test_token_ids_in_every_form_are_one_prompt(prompt: Any) -> None:
     assert (parsed.text, parsed.token_ids) == (None, IDS)
     assert set(map(type, parsed.token_ids or ())) == {int}
     assert parse_prompts([prompt, prompt]) == [parsed, parsed]
+
+
+def test_a_sequence_without_an_end_has_as_many_ids_as_it_says() -> None:
+    assert parse_prompt(Endless()).token_ids == IDS
 
 
 def test_texts_and_dicts() -> None:

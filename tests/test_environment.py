@@ -102,7 +102,7 @@ def test_a_model_answers_on_a_small_stack() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("wrong", ["100000", "1025", "0", "-1", "abc", "1e9", "9" * 5000])
+@pytest.mark.parametrize("wrong", ["100000", "1025", "0", "-1", "abc", "1e9", "\u0662", "9" * 5000])
 def test_a_number_of_threads_that_is_none_is_refused_in_one_line(wrong: str) -> None:
     code, said = command("info", TINY_LLM_NUM_THREADS=wrong)
     assert code == 1

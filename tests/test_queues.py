@@ -185,6 +185,22 @@ def test_a_queue_is_a_sequence_in_the_order_of_ranks() -> None:
         queue.first()
 
 
+def test_the_head_has_each_member_once_though_some_left_and_came_again() -> None:
+    queue: RankedQueue[Sequence] = RankedQueue()
+    members = [leader(str(number)) for number in range(20)]
+    for number, member in enumerate(members):
+        member.rank = (number, number, 0)
+        queue.add(member)
+    for member in (members[0], members[2], members[3]):
+        queue.discard(member)
+    for member in (members[2], members[0]):
+        queue.add(member)
+    expected = [members[place] for place in (0, 1, 2, 4)]
+    assert queue.head(4) == queue.head(4) == expected
+    assert queue.head(99) == list(queue)
+    assert len(queue.head(99)) == 19
+
+
 def test_members_that_have_left_take_no_room_behind_one_that_stays() -> None:
     """A head that never leaves must not keep the ranks of all that came and went behind it."""
     queue: RankedQueue[Sequence] = RankedQueue()

@@ -193,7 +193,7 @@ def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
             "repetition_penalty must be from 0.01 to 100, not a number of 29898",
         ),
         ("n", 10**9000, "n must be at most 2147483647, not a number of 29898 bits"),
-        ("temperature", [10**9000], "temperature must be a number, not a value of type list"),
+        ("temperature", [10**9000], "temperature must be a number, not a list"),
         ("temperature", Decimal("0.5"), "temperature must be a number, not Decimal('0.5')"),
         ("cache_salt", "x" * 1025, "cache_salt must have at most 1024 characters, not 1025"),
     ],
@@ -333,3 +333,38 @@ def test_completions_and_beams_beyond_what_runs_at_once_are_refused_before_anyth
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+class Text(str):
+    """A text that cannot be compared, hashed or measured."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    def __hash__(self) -> int:
+        raise RuntimeError
+
+    __len__ = __hash__
+
+
+def test_texts_of_a_class_of_their_own_become_plain_ones() -> None:
+    """What a class of a caller's own does, it must not do in the engine's thread."""
+    params = SamplingParams(stop=[Text("a")], cache_salt=Text("b"))
+    assert (params.stop, params.cache_salt) == (("a",), "b")
+    assert type(params.stop_strings[0]) is type(params.cache_salt) is str
+
+
+class Broken(float):
+    """A number that is none in the end."""
+
+    def __float__(self) -> float:
+        raise RuntimeError
+
+    __repr__ = __float__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("value", [np.timedelta64(5, "s"), Broken(5)], ids=["span", "broken"])
+def test_a_number_that_cannot_be_converted_is_refused(value: object) -> None:
+    for name in ("n", "seed", "temperature", "repetition_penalty"):
+        with pytest.raises(SamplingParamsError, match=f"^{name} must be a (whole )?number, not "):
+            SamplingParams(**{name: value})  # type: ignore[arg-type]

@@ -29,9 +29,18 @@ from tiny_llm.output_processor import CompletionText
 from tiny_llm.token_output import TokenOutput
 
 from served import SECONDS, Served, serving, until
-from tiny_llm import LLM, ConfigError, PagedBatchManager, SamplingParams, TextDelta, engine_core
+from tiny_llm import (
+    LLM,
+    ConfigError,
+    PagedBatchManager,
+    RequestEvent,
+    SamplingParams,
+    TextDelta,
+    engine_core,
+)
 from tiny_llm_cli.serve_load import WORDS, Answer, figures
 from tiny_llm_server import ServerConfig, body_limit, make_app
+from tiny_llm_server.completions import _without_output
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -419,6 +428,15 @@ def test_a_prompt_is_scored_without_a_word_more(client: httpx.Client) -> None:
     with client.stream("POST", COMPLETE, json={**body, "max_tokens": 0, "stream": True}) as answer:
         events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
     assert "".join(event["choices"][0]["text"] for event in events) == "Once upon a time" * 2 + "x" * 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [("stop", "length"), ("length", "length"), ("error", "error"), ("abort", "abort"), (None, None)],
+)
+def test_a_prompt_that_is_only_scored_may_fail(reason: str | None, told: str | None) -> None:
+    event = RequestEvent("r", 0, "a", (5,), finish_reason=reason)
+    assert _without_output(event).finish_reason == told
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETE])

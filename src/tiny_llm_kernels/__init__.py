@@ -429,7 +429,7 @@ def _configure(wanted: str, threads: str | None) -> None:
     if wanted != "auto":
         select_instruction_set(wanted)
     if threads is not None:
-        is_number = threads.isdecimal() and len(threads) <= MOST_DIGITS
+        is_number = threads.isascii() and threads.isdecimal() and len(threads) <= MOST_DIGITS
         if not is_number or not 1 <= int(threads) <= MOST_THREADS:
             raise ValueError(
                 f"TINY_LLM_NUM_THREADS must be a whole number from 1 to {MOST_THREADS}, "

@@ -12,6 +12,8 @@ from .paged_batch import PagedBatchManager
 from .sequence import PagedSequence, SequenceState
 from .sliding_window import first_block
 
+MOST_WAITING = 256  # sequences that are shown; however many wait, a look costs the same
+
 
 class BlockEventKind(Enum):
     """What can happen to a block. Holders are tables; what the prefix cache keeps is counted apart."""
@@ -62,7 +64,11 @@ class SequenceView(NamedTuple):
 
 
 class PoolChange(NamedTuple):
-    """What a step has changed: blocks, sequences that are new or different, and ids of those that ended."""
+    """What a step has changed: blocks, sequences that are new or different, and ids of those that ended.
+
+    Of the waiting sequences only the first 256 count: one that others have displaced from these has ended
+    here, and comes again.
+    """
 
     events: list[BlockEvent]
     sequences: list[SequenceView]
@@ -111,8 +117,8 @@ class BlockWatch:
         return holders, set(self._manager.prefix.blocks)
 
     def _views(self) -> dict[str, SequenceView]:
-        """Who runs, oldest first, and who waits."""
-        there: Iterable[PagedSequence] = (*self._manager.running, *self._manager.waiting)
+        """The running sequences, oldest first, and the first that wait."""
+        there: Iterable[PagedSequence] = (*self._manager.running, *self._manager.first_waiting(MOST_WAITING))
         return {sequence.seq_id: _view(sequence) for sequence in there}
 
     def _copies(self, holders: dict[int, int]) -> list[BlockEvent]:

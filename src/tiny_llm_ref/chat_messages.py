@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from .errors import TinyLLMError
+from .errors import TinyLLMError, shown
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # change nothing in a prompt
@@ -140,7 +140,7 @@ def _part(part: Any, field: str) -> str:
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
         known = ", ".join(TEXT_PARTS)
         raise MessageError(
-            f"{field}.type", f"{str(kind)[:40]!r} is not supported: text only ({known})", unsupported=True
+            f"{field}.type", f"{shown(kind)} is not supported: text only ({known})", unsupported=True
         )
     for key in part:
         if key not in ("type", TEXT_PARTS[kind], *IGNORED, "logprobs"):

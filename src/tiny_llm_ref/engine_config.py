@@ -100,7 +100,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.generation_config, str) or not self.generation_config:
             raise ConfigError(
-                f"generation_config must be 'auto', 'vllm' or a folder, not {self.generation_config!r}"
+                f"generation_config must be 'auto', 'vllm' or a folder, not {shown(self.generation_config)}"
             )
         for name in _COUNTS:
             self._check_number(name, least=1)
@@ -250,4 +250,4 @@ def _memory_bytes() -> int:
 
 def _one_of(name: str, value: str | int, choices: tuple[str | int, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not {shown(value)}")

@@ -120,10 +120,13 @@ def _printable(message: str) -> str:
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+SHOWN_BITS = 256  # of a whole number; Python writes none of more than 4,300 digits
 
 
 def shown(value: object) -> str:
     """A value as an error message shows it: its repr, shortened; never raises, and never takes long."""
+    if isinstance(value, int) and int.bit_length(value) > SHOWN_BITS:
+        return f"a number of {int.bit_length(value)} bits"
     try:
         return _SHORT.repr(value)
     except Exception:  # whatever the value's own repr raised

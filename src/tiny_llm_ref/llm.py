@@ -60,6 +60,11 @@ class LLM:
     ) -> None:
         self.engine_config = EngineConfig.from_options(**engine_options)
         _check_model(model)
+        if chat_template_content_format not in CONTENT_FORMATS:
+            raise ConfigError(
+                f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, "
+                f"not {shown(chat_template_content_format)}"
+            )
         prepare_to_compute()
         loaded = load_model(model, self.engine_config.activation_bits, self.engine_config.generation_config)
         self.model_name, self.model_path, self.model, self.tokenizer, self.sampling_defaults = loaded
@@ -67,11 +72,6 @@ class LLM:
         self.max_model_len = self.engine_config.model_len(
             self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
         )
-        if chat_template_content_format not in CONTENT_FORMATS:
-            raise ConfigError(
-                f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, "
-                f"not {chat_template_content_format!r}"
-            )
         with reading(_template_file(self.model_path)):
             self.chat_template = _chat_template(self.tokenizer, chat_template_content_format)
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread

@@ -5,21 +5,20 @@ allowed and the value, shortened. Numbers may be NumPy's. A list that is too lon
 elements are looked at, so a refusal costs no more than the longest list that is allowed.
 """
 
-import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
+from operator import index
 from typing import Any, NoReturn
 
-from .errors import SamplingParamsError
+from .errors import SamplingParamsError, is_whole, shown
 
 MOST_COUNT = 2**31 - 1
 MOST_SALT_CHARACTERS = 1024
-SHOWN_BITS = 256  # of a whole number; Python writes none of more than 4,300 digits
 
 
 def refuse(name: str, expected: str, value: object) -> NoReturn:
     """Raise `SamplingParamsError`: the field, what it must be, and what it is."""
-    raise SamplingParamsError(f"{name} must be {expected}, not {shortened(value)}")
+    raise SamplingParamsError(f"{name} must be {expected}, not {shown(value)}")
 
 
 def check(holds: bool, name: str, expected: str, value: object) -> None:
@@ -28,21 +27,11 @@ def check(holds: bool, name: str, expected: str, value: object) -> None:
         refuse(name, expected, value)
 
 
-def shortened(value: object) -> str:
-    """A value as Python writes it, but never long: of a text or a list the beginning."""
-    if isinstance(value, int) and value.bit_length() > SHOWN_BITS:
-        return f"a number of {value.bit_length()} bits"
-    try:
-        return reprlib.repr(value)
-    except Exception:  # a class may write its values as it likes, and a list may hold such a number
-        return f"a value of type {type(value).__name__}"
-
-
 def whole_number(name: str, value: object, least: int, most: int = MOST_COUNT) -> int:
     """An int from `least` to `most`; a bool is none."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not isinstance(value, Integral) or not is_whole(value):
         refuse(name, "a whole number", value)
-    found = int(value)
+    found = index(value)
     check(found >= least, name, f"at least {least}", value)
     check(found <= most, name, f"at most {most}", value)
     return found
@@ -57,6 +46,8 @@ def number(name: str, value: object, least: float, most: float, *, above: bool =
         found = float(value)
     except OverflowError:
         refuse(name, expected, value)
+    except Exception:  # a span of time of NumPy's, or whatever the value's own method raised
+        refuse(name, "a number", value)
     check(least <= found <= most and not (above and found == least), name, expected, value)
     return found
 
@@ -68,9 +59,10 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object, most: int) -> str:
-    """A text that UTF-8 can encode, of at most so many characters."""
+    """A text that UTF-8 can encode, of at most so many characters; a subclass becomes a str."""
     if not isinstance(value, str):
         refuse(name, "a text", value)
+    value = str.__str__(value)
     if len(value) > most:
         raise SamplingParamsError(f"{name} must have at most {most} characters, not {len(value)}")
     check(_is_unicode(value), name, "Unicode text", value)

@@ -5,6 +5,7 @@ What cannot be a prompt is refused here, with its place and value, before anythi
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from itertools import islice
 from operator import index
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
@@ -112,9 +113,10 @@ def token_list(ids: object, place: str) -> list[int]:
         raise ValueError(f"{place}: token ids must be in a list, not {shown(ids)}")
     if len(ids) > MOST_TOKENS:
         raise ValueError(f"{place}: {len(ids)} token ids are more than {MOST_TOKENS}")
-    if set(map(type, ids)) <= {int}:
-        return list(ids)
-    return [_number(one, f"{place}[{at}]") for at, one in enumerate(ids)]
+    values = list(islice(ids, len(ids)))  # a sequence may have more than it says, without end
+    if set(map(type, values)) <= {int}:
+        return values
+    return [_number(one, f"{place}[{at}]") for at, one in enumerate(values)]
 
 
 def _parse_dict(prompt: Mapping[Any, Any], place: str) -> ParsedPrompt:

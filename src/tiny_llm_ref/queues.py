@@ -51,6 +51,10 @@ class RequestQueues(Generic[S]):
             return self._all_waiting
         return self._in_order(self._alone, self._all_waiting)
 
+    def first_waiting(self, most: int) -> list[S]:
+        """The first of those that wait, set aside or not; costs O(most log n)."""
+        return self._all_waiting.head(most)
+
     @property
     def set_aside(self) -> list[S]:
         """The sequences that wait and may not run, because another request runs alone."""
@@ -173,6 +177,10 @@ class QueueViews(Generic[S]):
     def waiting(self) -> Seq[S]:
         """Who waits, the next to run first."""
         return self._queues.waiting
+
+    def first_waiting(self, most: int) -> list[S]:
+        """The first of those that wait, at most `most`; costs O(most log n)."""
+        return self._queues.first_waiting(most)
 
     @property
     def running(self) -> Seq[S]:

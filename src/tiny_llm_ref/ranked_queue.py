@@ -49,6 +49,17 @@ class RankedQueue(Seq[S]):
             heappop(self._heap)
         return self._members[self._heap[0]]
 
+    def head(self, most: int) -> list[S]:
+        """The first members in order, at most `most`; costs O(most log n)."""
+        ranks: list[Rank] = []
+        while self._heap and len(ranks) < most:
+            rank = heappop(self._heap)
+            if rank in self._members and rank not in ranks[-1:]:  # one that has come again is there twice
+                ranks.append(rank)
+        for rank in ranks:
+            heappush(self._heap, rank)
+        return [self._members[rank] for rank in ranks]
+
     def __len__(self) -> int:
         return len(self._members)
 

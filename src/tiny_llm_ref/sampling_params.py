@@ -169,8 +169,8 @@ def _stop(given: object) -> str | tuple[str, ...] | None:
     if not several and not isinstance(given, str):
         refuse("stop", "a text or a list of texts", given)
     texts = listed("stop", given if several else (given,), "texts", MOST_STOPS)
-    check(all(texts), "stop", "non-empty strings", given)
     found = tuple(text(f"stop[{i}]", one, MOST_STOP_CHARACTERS) for i, one in enumerate(texts))
+    check(all(found), "stop", "non-empty strings", given)
     return found if several else found[0]
 
 

@@ -209,7 +209,7 @@ class _Piece:
 def _without_output(event: RequestEvent) -> RequestEvent:
     """The same of a prompt that was not to be continued: one token was computed all the same."""
     usage = None if event.usage is None else replace(event.usage, completion_tokens=0)
-    reason = event.finish_reason and "length"
+    reason = "length" if event.finish_reason == "stop" else event.finish_reason
     return replace(
         event, text="", token_ids=(), logprobs=None, finish_reason=reason, stop_reason=None, usage=usage
     )
