@@ -589,7 +589,9 @@ def test_json_that_cannot_be_read_is_refused_by_file(name: str, content: bytes, 
     assert refusal(broken).startswith(f"{broken / name}: ")
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, broken: Path) -> None:
     (broken / name).unlink(missing_ok=True)
     os.mkfifo(broken / name)

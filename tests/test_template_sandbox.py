@@ -81,6 +81,10 @@ METHODS = {
     "tags of safe text": "{{ (('<!---->' * 500000)|safe).striptags()|length }}",
     "punycode": "{{ ('ab' * 400000).encode('punycode') }}",
     "bytes of a number": "{{ (1).to_bytes(1000000000, 'big') }}",
+    "letters to strip": "{{ ('b' * 4000000).strip('a' * 100000 ~ 'b') }}",
+    "letters to trim": "{{ ('b' * 4000000)|trim('a' * 100000 ~ 'b') }}",
+    "a long name of an attribute": "{{ range(99999)|map(attribute='a.' * 100000)|list|length }}",
+    "long names to sort by": "{{ range(99999)|list|sort(attribute='a,' * 100000)|length }}",
     "keys of a dict": MANY + "{% set x = {}.fromkeys(range(99999)) %}" + END,
 }
 NUMBERS = {
@@ -96,6 +100,7 @@ FORMATS = {
     "many wide fields in braces": "{{ ('{0:99999}' * 100000).format(1) }}",
     "a width in a text": "{{ ('{0:{1}}' * 100000).format(1, '99999') }}",
     "a width in a list": "{{ '{0:{1[0]}}'.format(1, [1000000000]) }}",
+    "a width in pieces": "{{ '{0:{1}{1}{1}}'.format(1, 999) }}",
     "a width by name": "{{ '{0:{w}}'.format(1, w=1000000000) }}",
     "many long arguments": "{{ ('%(a)s' * 100000) % {'a': 'x' * 100000} }}",
     "the filter": "{{ ('%99999d' * 1)|format(1) * 1000 }}",
