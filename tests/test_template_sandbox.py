@@ -96,6 +96,7 @@ FORMATS = {
     "many wide fields in braces": "{{ ('{0:99999}' * 100000).format(1) }}",
     "a width in a text": "{{ ('{0:{1}}' * 100000).format(1, '99999') }}",
     "a width in a list": "{{ '{0:{1[0]}}'.format(1, [1000000000]) }}",
+    "a width of several arguments": "{{ '{0:{1}{2}{2}}'.format('x', '>', '9999') }}",
     "a width by name": "{{ '{0:{w}}'.format(1, w=1000000000) }}",
     "many long arguments": "{{ ('%(a)s' * 100000) % {'a': 'x' * 100000} }}",
     "the filter": "{{ ('%99999d' * 1)|format(1) * 1000 }}",
@@ -150,6 +151,9 @@ WORK = {
     "grouping": MANY + "{% set x = range(99999)|groupby('real') %}" + END,
     "unique": MANY + "{% set x = range(99999)|unique|list %}" + END,
     "loop.changed": BIG + MANY + "{{ loop.changed(big ~ i) }}" + END,
+    "a long name to sort by": MANY + "{% set x = [{'a': 1}]|sort(attribute='a,' * 1000000) %}" + END,
+    "many characters to strip": "{{ ('a' * 1000000).strip('b' * 1000000 ~ 'a') }}",
+    "many characters to trim": "{{ ('a' * 1000000)|trim('b' * 1000000 ~ 'a') }}",
     "an include": "{% include 'x' %}",
     "a parent": "{% extends 'x' %}",
 }

@@ -20,6 +20,7 @@ _CHARS = 64  # characters that a step copies, compares or searches
 _SHORT = 30_000  # in a shorter text Python may search for each character again
 _VIEWS = (KeysView, ValuesView, ItemsView)
 _NUMBER = re.compile(r"\d+")
+_NESTED_FIELD = re.compile(r"\{[^{}]*\{(?!\{)")  # whose digits others can lengthen: "{0:{1}{1}{1}}"
 
 
 class TemplateLimitError(Exception):
@@ -137,8 +138,8 @@ def expect_format(budget: Budget, text: str, arguments: Collection[Any]) -> None
         widest = max(widest, _widest(source))
     fields = text.count("%") + text.count("{")
     expect(len(text) + fields * (widest + 1))
-    if re.search(r"\{[^{}]*\{[^{}]*[.\[]", text):
-        raise TemplateLimitError("it takes the width of a format from inside of an argument")
+    if _NESTED_FIELD.search(text):
+        raise TemplateLimitError("it takes a part of a format from an argument")
 
 
 def expect_items(text: Any) -> Any:

@@ -47,7 +47,10 @@ MOST_DATE = 200  # characters of a date's format
 _GROWING = {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice"}
 _GROWING |= {"tojson", "zfill"}
 _PER_CHARACTER = {"title", "urlencode", "wordcount", "indent"}  # written in Python: a step a character
+_STRIPS = {"strip", "lstrip", "rstrip", "trim"}  # look for each character among those to be stripped
 _FROM_RIGHT = {"rfind", "rindex", "rsplit", "rpartition"}  # Python searches backwards in quadratic time
+# Filters that take an attribute's name, "a.b,c.d", apart and look it up for each item.
+_BY_ATTRIBUTE = {"groupby", "join", "map", "max", "min", "rejectattr", "selectattr", "sort", "sum", "unique"}
 _OF_ITEMS = {"batch", "join", "list", "map", "reject", "select", "slice", "sort", "unique"}
 _LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")  # too slow, or never the same
 # Methods whose cost or result no look at their arguments can bound.
@@ -331,6 +334,13 @@ def _expect_of_method(budget: Budget, text: str, name: str, given: list[Any]) ->
         expect_parts(text, name, given)
     if name in _FROM_RIGHT and given and isinstance(given[0], str):
         budget.spend(len(text) * len(given[0]) // 64)
+    if name in _STRIPS:
+        _pay_for_stripping(budget, text, given)
+
+
+def _pay_for_stripping(budget: Budget, text: str, given: list[Any]) -> None:
+    if given and isinstance(given[0], str):
+        budget.spend(len(text) * len(given[0]) // 64)
 
 
 def _paid(test: Callable[..., Any]) -> Callable[..., Any]:
@@ -384,6 +394,11 @@ def _expect_of_filter(budget: Budget, name: str, value: Any, given: list[Any]) -
         expect_product(budget, [value, *given])
     if name in _OF_ITEMS:
         expect_items(value)
+    if name in _BY_ATTRIBUTE and hasattr(value, "__len__"):
+        names = sum(one.count(".") + one.count(",") for one in given if isinstance(one, str))
+        budget.spend(4 * names * (1 + len(value)))
+    if name in _STRIPS and isinstance(value, str):
+        _pay_for_stripping(budget, value, given)
     if name in _PER_CHARACTER:
         budget.spend(4 * size)
     if name == "sort":
