@@ -303,6 +303,7 @@ CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
         (COMPLETE, {"prompt": ""}, "prompt", "empty|no tokens"),
         (COMPLETE, {"prompt": [49152]}, "prompt", "49152 is outside the vocabulary"),
         (COMPLETE, {"prompt": ["x"] * 65}, "prompt", "at most 64 prompts"),
+        (COMPLETE, {"prompt": ["x"] * 9, "n": 16}, "n", "at most 128 sequences .*not 144"),
         (COMPLETE, {"prompt": "x", "stop_token_ids": [999999]}, "stop_token_ids", "not 999999"),
         (COMPLETE, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "a mapping from token ids"),
         (COMPLETE, {"prompt": "x", "max_tokens": 0}, "max_tokens", "^max_tokens: at least 1, or 0 with echo"),

@@ -122,6 +122,10 @@ class ServerOptions:
     max_prompts: Annotated[
         int, typer.Option(help="Most prompts of a request to /v1/completions.", rich_help_panel=_SERVER)
     ] = 64
+    max_sequences: Annotated[
+        int,
+        typer.Option(help="Most sequences of a request: its prompts times n.", rich_help_panel=_SERVER),
+    ] = 128
     scheduling_policy: Annotated[
         str,
         typer.Option(

@@ -14,6 +14,7 @@ from .errors import TinyLLMError
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # change nothing in a prompt
+IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # what an answer's parts hold beside their text
 UNSUPPORTED = {
     "tool_calls": "tool calls are not supported",
     "function_call": "function calls are not supported",
@@ -100,7 +101,7 @@ def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]
     for key, value in message.items():
         if not isinstance(key, str):
             raise MessageError(field, f"a key must be a text, not {_kind(key)}")
-        if key in UNSUPPORTED and value is not None and value != []:
+        if key in UNSUPPORTED and not _is_empty(value):
             raise MessageError(f"{field}.{key}", UNSUPPORTED[key], unsupported=True)
         if key in UNSUPPORTED or key in IGNORED or (value is None and key != "content"):
             continue
@@ -139,10 +140,15 @@ def _part(part: Any, field: str) -> str:
         raise MessageError(
             f"{field}.type", f"{str(kind)[:40]!r} is not supported: text only ({known})", unsupported=True
         )
-    for key in part:
-        if key not in ("type", TEXT_PARTS[kind], *IGNORED, "logprobs"):
+    for key, value in part.items():
+        if value is not None and key not in ("type", TEXT_PARTS[kind], *IGNORED_IN_PARTS):
             raise MessageError(f"{field}.{str(key)[:40]}", "is not supported", unsupported=True)
     return _text(part.get(TEXT_PARTS[kind]), f"{field}.{TEXT_PARTS[kind]}")
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field says nothing."""
+    return value is None or (isinstance(value, (str, Mapping, list, tuple)) and not value)
 
 
 def _text(value: Any, field: str) -> str:

@@ -13,7 +13,6 @@ from tiny_llm import Logprob, RequestEvent, RequestUsage
 
 from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
 from .bodies import JsonRoute
-from .errors import refused
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
@@ -32,7 +31,7 @@ def router(service: Service) -> APIRouter:
         body: CompletionRequest, request: Request, response: Response
     ) -> Completion | Response:
         """Continue prompts: `n` times each, all of them together."""
-        service.check(body)
+        service.check(body, len(_prompts(body)))
         work = _Work(service, body, service.cache_salt(body, request))
         prompts = await asyncio.to_thread(work.encoded)
         run = await service.begin(
@@ -53,8 +52,6 @@ class _Work:
         self._service = service
         self._body = body
         self.prompts = _prompts(body)
-        if len(self.prompts) > (most := service.max_prompts):
-            raise refused(f"prompt: at most {most} prompts in one request, not {len(self.prompts)}", "prompt")
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(
             body,

@@ -6,7 +6,10 @@ from typing import Literal
 from tiny_llm import ConfigError
 
 MIB = 1 << 20
-_COUNTS = ("max_body_bytes", "body_memory_bytes", "max_connections", "max_n", "max_stop", "max_prompts")
+_COUNTS = (
+    *("max_body_bytes", "body_memory_bytes", "max_connections"),
+    *("max_n", "max_stop", "max_prompts", "max_sequences"),
+)
 _SECONDS = (
     *("request_timeout", "keep_alive", "body_timeout", "header_timeout"),
     *("timeout_keep_alive", "unread_timeout"),
@@ -34,6 +37,8 @@ class ServerConfig:
     unread_timeout: seconds in which a client must read some of an answer that waits for it.
     max_n, max_stop: most completions, and most stop strings, of one request.
     max_prompts: most prompts in one request to /v1/completions.
+    max_sequences: most sequences of one request, which are its prompts times n. It bounds how long a client
+        that comes later waits behind one request.
     scheduling_policy: `fcfs` serves requests in the order of their arrival and refuses those with a priority;
         `priority` lets every client set one, which ages: each step lets 32 later requests pass.
     request_timeout: seconds after which a request is given up, queued or running; None: never.
@@ -57,6 +62,7 @@ class ServerConfig:
     max_n: int = 16
     max_stop: int = 16
     max_prompts: int = 64
+    max_sequences: int = 128
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0

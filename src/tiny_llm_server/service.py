@@ -123,7 +123,7 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {known!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def check(self, body: Generation) -> None:
+    def check(self, body: Generation, num_prompts: int = 1) -> None:
         """Refuse another model's name, more of something than this server gives, and all while it is full."""
         self.check_model(body.model)
         self.llm.engine.check_room()
@@ -133,6 +133,16 @@ class Service:
         for name, count, limit in (("n", body.n, most.max_n), ("stop", len(stops), most.max_stop)):
             if count > limit:
                 raise refused(f"{name}: at most {limit} here, not {count}", name)
+        self._check_sequences(num_prompts, body.n)
+
+    def _check_sequences(self, num_prompts: int, n: int) -> None:
+        """Refuse a request that would keep later ones waiting for too long."""
+        if num_prompts > (most := self.max_prompts):
+            raise refused(f"prompt: at most {most} prompts in one request, not {num_prompts}", "prompt")
+        if (count := num_prompts * n) > (most := self.config.max_sequences):
+            product = f"{num_prompts} prompts times n {n}"
+            message = f"n: at most {most} sequences in one request (--max-sequences), not {count} ({product})"
+            raise refused(message, "n")
 
     async def begin(
         self,
