@@ -306,7 +306,7 @@ def test_a_page_can_read_errors_and_the_headers_that_matter(
             client.post(COMPLETE, json={}, headers=key),
             client.get("/nowhere"),
         ]
-        monkeypatch.setattr(locked.service, "check", lambda _: 1 / 0)
+        monkeypatch.setattr(locked.service, "check", lambda *_: 1 / 0)
         answers.append(client.post(COMPLETE, json={"prompt": "x"}, headers=key))
     assert [answer.status_code for answer in answers] == [401, 413, 400, 404, 500]
     for answer in answers:
