@@ -195,6 +195,13 @@ def test_an_echo_has_the_prompt_with_its_log_probabilities(llm: LLM, sdk: openai
             assert choice.text[offset : offset + len(token)] == token
 
 
+def test_a_negative_seed_is_the_number_with_the_same_bits(sdk: openai.OpenAI, llm: LLM) -> None:
+    """OpenAI's seeds are whole numbers of 64 bits with a sign. Oracle: the engine."""
+    found = sdk.completions.create(model="smollm2", prompt="Once", seed=-5, max_tokens=8).choices[0].text
+    params = SamplingParams(seed=2**64 - 5, max_tokens=8)
+    assert found == llm.generate("Once", params, use_tqdm=False)[0].outputs[0].text
+
+
 def test_stop_strings_seeds_and_bias_reach_the_engine(sdk: openai.OpenAI) -> None:
     ask = sdk.completions.create
     counted = ask(model="smollm2", prompt="1, 2, 3, 4,", temperature=0, max_tokens=30, stop=[" 9"])

@@ -199,7 +199,7 @@ class Generation(Body):
     n: int = Field(1, ge=1, le=INT32, description="Completions of each prompt.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="-1: none, as in vLLM.")
     stop: Text | list[Text] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -233,8 +233,12 @@ class Generation(Body):
     )
 
     def sampling(self) -> dict[str, Any]:
-        """The fields that are sampling parameters of the engine under the same names."""
-        return self.model_dump(include=_SAMPLING)
+        """The fields that are sampling parameters of the engine under the same names.
+
+        A negative seed is the number without sign that has the same 64 bits.
+        """
+        fields = self.model_dump(include=_SAMPLING)
+        return fields if self.seed is None else {**fields, "seed": self.seed % 2**64}
 
     def leaves_out(self, name: str) -> bool:
         """Whether the client has not sent a sampling parameter; sending our default is sending it."""
