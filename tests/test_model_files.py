@@ -589,13 +589,22 @@ def test_json_that_cannot_be_read_is_refused_by_file(name: str, content: bytes, 
     assert refusal(broken).startswith(f"{broken / name}: ")
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, broken: Path) -> None:
     (broken / name).unlink(missing_ok=True)
     os.mkfifo(broken / name)
     assert refusal(broken) == f"{broken / name}: not a regular file"
     os.mkfifo(broken / "tiny.gguf")
     assert "neither a regular file nor a folder" in refusal(broken / "tiny.gguf")
+
+
+def test_a_template_file_that_is_too_long_is_refused_before_it_is_read(broken: Path) -> None:
+    with (broken / "chat_template.jinja").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no place on the disk
+    expected = f"{broken / 'chat_template.jinja'}: {1 << 40} bytes, expected at most {1 << 24}"
+    assert refusal(broken) == expected
 
 
 def test_a_name_that_is_no_line_of_text_stays_in_one_line(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import tokenizers
 
 from .errors import ModelFileError, reading
-from .json_file import read_json
+from .json_file import read_json, read_regular
 from .tokenizer import Tokenizer
 from .tokenizer_library import load
 
 MOST_BYTES = 1 << 28  # of a tokenizer.json; one of 262,144 tokens has 33 million
+MOST_TEMPLATE = 1 << 24  # of a chat_template.jinja; a long one has 20 thousand
 
 
 def hf_tokenizer(path: Path) -> Tokenizer:
@@ -41,10 +42,7 @@ def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     if not file.exists() and (path / "tokenizer.model").exists():
         raise ModelFileError(f"{path}: there is a tokenizer.model, but only tokenizer.json is supported")
     with reading(file):
-        size = file.stat().st_size
-        if size > MOST_BYTES:
-            raise ValueError(f"{size} bytes, expected at most {MOST_BYTES}")
-        return load(file.read_bytes().decode())
+        return load(read_regular(file, MOST_BYTES).decode())
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def _chat_template(path: Path, settings: Mapping[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.exists():
         with reading(file):
-            return file.read_bytes().decode()
+            return read_regular(file, MOST_TEMPLATE).decode()
     found = settings.get("chat_template") or _json(path / "chat_template.json").get("chat_template")
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
