@@ -600,6 +600,13 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name: str, brok
     assert "neither a regular file nor a folder" in refusal(broken / "tiny.gguf")
 
 
+def test_a_template_file_that_is_too_long_is_refused_before_it_is_read(broken: Path) -> None:
+    with (broken / "chat_template.jinja").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no place on the disk
+    expected = f"{broken / 'chat_template.jinja'}: {1 << 40} bytes, expected at most {1 << 24}"
+    assert refusal(broken) == expected
+
+
 def test_a_name_that_is_no_line_of_text_stays_in_one_line(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, extra={"a\n\x1b[31mb": np.ones(8, np.float32)})
     assert "tensor a\\n\\x1b[31mb is not part of" in refusal(path)
