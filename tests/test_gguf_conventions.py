@@ -514,8 +514,9 @@ def test_a_part_under_another_name_says_how_it_must_be_called(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("first", "words"),
     [
-        ({"split.tensors.count": 99}, "split.tensors.count is 99, the parts have 12 tensors"),
+        ({"split.tensors.count": 99}, "split.tensors.count is not what it is in the first part, tiny-00001"),
         ({"split.count": 2}, "expected a name that ends in -00001-of-00002.gguf"),
+        ({"split.count": 0}, "part 1 of 0, expected a name that ends in"),
         ({"split.no": "x"}, "split.no is 'x', expected a whole number"),
     ],
 )
@@ -523,6 +524,17 @@ def test_parts_that_lie_about_each_other_are_refused(
     first: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     assert words in refusal(write_split(tmp_path, **first)[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("general.name", "another"), ("general.architecture", "qwen2")], ids=["name", "kind"]
+)
+def test_a_part_of_another_model_is_refused(key: str, value: str, tmp_path: Path) -> None:
+    paths = write_split(tmp_path)
+    other = {"split.no": 2, "split.count": 3, key: value}
+    name = next(iter(WEIGHTS))
+    write_gguf(paths[2], CONFIG, {name: WEIGHTS[name]}, other=other)
+    assert refusal(paths[0]) == f"{paths[2]}: {key} is not what it is in the first part, {paths[0].name}"
 
 
 def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:

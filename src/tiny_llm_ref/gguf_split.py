@@ -12,6 +12,7 @@ from .gguf_format import GGUFFile, read_gguf_header
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_SAME = (_TENSORS, "general.architecture", "general.name")  # in all parts that have them
 
 
 def read_gguf_files(path: Path) -> GGUFFile:
@@ -23,11 +24,11 @@ def read_gguf_files(path: Path) -> GGUFFile:
     first = _header(path)
     with reading(path):
         count = _integer(first, _COUNT, 1)
-        if count <= 1:
+        if count <= 1 and (_COUNT not in first.metadata or len(split_names(path.name)) == 1):
             return first
         names = _names(path, _integer(first, _NUMBER), count)
-    parts = [first, *(_part(path.with_name(name), place, count) for place, name in enumerate(names[1:], 1))]
-    return _joined(parts)
+    others = [_part(path.with_name(name), place, first) for place, name in enumerate(names[1:], 1)]
+    return _joined([first, *others])
 
 
 def split_names(name: str) -> list[str]:
@@ -57,8 +58,9 @@ def _names(path: Path, number: int, count: int) -> list[str]:
     return names
 
 
-def _part(path: Path, place: int, count: int) -> GGUFFile:
-    """One more file. place: counted from 0."""
+def _part(path: Path, place: int, first: GGUFFile) -> GGUFFile:
+    """One more file of the model that `first` begins. place: counted from 0."""
+    count = _integer(first, _COUNT)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such file: part {place + 1} of {count} is missing")
     part = _header(path)
@@ -66,6 +68,9 @@ def _part(path: Path, place: int, count: int) -> GGUFFile:
         for key, wanted in ((_NUMBER, place), (_COUNT, count)):
             if (found := _integer(part, key)) != wanted:
                 raise ValueError(f"{key} is {found}, expected {wanted}")
+        for key in _SAME:
+            if key in part.metadata and part.metadata[key] != first.metadata.get(key):
+                raise ValueError(f"{key} is not what it is in the first part, {first.path.name}")
     return part
 
 
