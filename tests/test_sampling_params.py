@@ -327,9 +327,11 @@ def test_completions_and_beams_beyond_what_runs_at_once_are_refused_before_anyth
             engine.call(lambda: core.add_request("a", [1], SamplingParams(n=2_000_000)))
         with pytest.raises(RequestTooLargeError, match="n = 2000000 exceeds the 8"):
             engine.request("a" * 1000, SamplingParams(n=2_000_000))
-        search = engine.search([1], BeamSearchParams(beam_width=50_000_000, max_tokens=4))
+        wide = BeamSearchParams(beam_width=50_000_000, max_tokens=4)
+        with pytest.raises(RequestTooLargeError, match="beam_width = 50000000 exceeds the 8"):
+            engine.search([1], wide)
         with pytest.raises(RequestTooLargeError, match="n = 50000000 exceeds the 8"):
-            engine.submit([search], print).result(SECONDS)
+            engine.call(lambda: core.add_beam_search("a", [1], wide))
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
