@@ -12,6 +12,8 @@ from .sampler import adjust_logits, log_probabilities, sample_token
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
 
+BLOCK = 64  # neighbouring logits whose largest is found at once
+
 
 class TokenOutput(NamedTuple):
     """One token that one sequence of a request has just got.
@@ -98,11 +100,29 @@ def likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
     num_top = min(num_top, logprobs.shape[-1])
     if num_top == 0:
         return []
-    best = mx.argpartition(-logprobs, num_top - 1)[:num_top]
-    values = logprobs[best]
+    among = _candidates(logprobs, num_top)
+    values = logprobs[among]
+    places = mx.argpartition(-values, num_top - 1)[:num_top]
+    best, values = among[places], values[places]
     mx.eval(best, values)
     pairs = zip(cast(Seq[int], best.tolist()), cast(Seq[float], values.tolist()), strict=True)
     return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _candidates(logprobs: mx.array, num_top: int) -> mx.array:
+    """Token ids among which the `num_top` likeliest of a row [V] are; partitioning all of them costs more.
+
+    A number that belongs to the largest is in one of the `num_top` blocks with the largest maxima.
+    """
+    vocab_size = logprobs.shape[-1]
+    num_blocks = vocab_size // BLOCK
+    if num_blocks <= num_top:
+        return mx.arange(vocab_size, dtype=mx.uint32)
+    whole = num_blocks * BLOCK
+    maxima = mx.max(logprobs[:whole].reshape(num_blocks, BLOCK), axis=-1)
+    blocks = mx.argpartition(-maxima, num_top - 1)[:num_top]
+    inside = (blocks[:, None] * BLOCK + mx.arange(BLOCK, dtype=mx.uint32)).reshape(-1)
+    return mx.concatenate([inside, mx.arange(whole, vocab_size, dtype=mx.uint32)])
 
 
 def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
