@@ -521,6 +521,10 @@ SWAPPED = Scenario(
 )
 
 
+# The same in smaller blocks, of which none is to spare: more of them go out.
+SWAPPED_OFTEN = replace(SWAPPED, block_size=2, spare_blocks=0)
+
+
 # Contexts of three partitions, whose attention is shared out: chunks that end within a partition, decodes
 # beside a prompt, and prefixes that are found.
 LONG = Scenario(

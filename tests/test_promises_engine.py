@@ -38,6 +38,7 @@ from promises import (
     LONG,
     SQUEEZED,
     SWAPPED,
+    SWAPPED_OFTEN,
     Arrival,
     Scenario,
     assert_caught,
@@ -84,6 +85,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(ALIKE)
     @example(SQUEEZED)
     @example(SWAPPED)
+    @example(SWAPPED_OFTEN)
     def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):
