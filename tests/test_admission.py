@@ -76,7 +76,7 @@ def llm(loaded: LLM) -> Iterator[LLM]:
 
 
 class Endless(UserList[int]):
-    """Three ids by its length; without an end to whoever walks through it."""
+    """Three ids by its length; without an end for a loop over it."""
 
     def __len__(self) -> int:
         return 3

@@ -46,7 +46,7 @@ class Engine:
     """Serves requests from any number of threads and event loops, all of them together.
 
     make_core: makes the core, in the engine's thread; what it raises is raised here. It must not refer to
-    whoever owns the engine: the thread ends when the engine is forgotten. max_model_len: longest prompt and
+    the owner of the engine: the thread ends when the engine is forgotten. max_model_len: longest prompt and
     output in tokens, so that a longer prompt is refused before it is tokenized; None: the core refuses it.
 
     Calls that wait for the engine raise `WrongThreadError` in its own thread, and `ForkedProcessError` in a

@@ -1,7 +1,7 @@
 """A GGUF file's metadata becomes a `ModelConfig`; what the engine does not compute is refused by its key.
 
 What a file leaves out has llama.cpp's default. A key that llama.cpp knows and that says another computation
-than the engine's is refused, also where llama.cpp ignores it in this architecture; a key that nobody knows is
+than the engine's is refused, also where llama.cpp ignores it in this architecture; an unknown key is
 ignored. docs/models.md lists them.
 """
 
