@@ -118,6 +118,31 @@ def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
     ]
 
 
+def test_the_package_under_the_reference_is_read_too(shelved: House) -> None:
+    below = shelved.reference.parent / "tiny_llm_checkpoints"
+    below.mkdir()
+    (below / "shelf.py").write_text(SHELF.replace("class Base:", "class Base(Deeper):"), "utf-8")
+    replace(below / "shelf.py", "from dataclasses", "from .deep import Deeper\nfrom dataclasses")
+    (below / "deep.py").write_text('class Deeper:\n    depth: int\n    """How deep."""\n', "utf-8")
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).put(x).depth")
+    replace(
+        shelved.reference / "doubling.py",
+        "from .adding import add",
+        "from tiny_llm_checkpoints.shelf import Shelf",
+    )
+    replace(
+        shelved.syllabus,
+        'name = "doubling.double"',
+        'name = "doubling.double"\nmay_use = ["tiny_llm_checkpoints.shelf.Shelf.is_full"]',
+    )
+    assert used(shelved, "1.2.2") == [
+        "tiny_llm_checkpoints.deep.Deeper.depth",
+        "tiny_llm_checkpoints.shelf.Shelf",
+        "tiny_llm_checkpoints.shelf.Shelf.is_full",
+        "tiny_llm_checkpoints.shelf.Shelf.put",
+    ]
+
+
 def test_what_cannot_be_read_is_declared(house: House) -> None:
     replace(
         house.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]'
@@ -168,7 +193,7 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
     ("exercise_id", "names"),
     [
         ("1.3.3", ["kv_context.KVContext.attend", "linear.LinearLike.__call__", "rope.rope"]),
-        ("1.6.1", ["model_config.ModelConfig.attention_scale"]),
+        ("1.6.1", ["tiny_llm_checkpoints.model_config.ModelConfig.attention_scale"]),
         (
             "3.2.13",
             ["page_layout.PageLayout.tables", "page_layout.PageLayout.streams", "sequence.PagedSequence"],

@@ -11,14 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.block import TransformerBlock
-from tiny_llm.checkpoint import Checkpoint
-from tiny_llm.embedded import embedded_model_path
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kv_context import KVContext
 from tiny_llm.linear import Linear
-from tiny_llm.loader import read_checkpoint
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
+
+from tiny_llm_checkpoints.checkpoint import Checkpoint
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.model_config import ModelConfig
+from tiny_llm_checkpoints.readers import read_checkpoint
 
 # The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")

@@ -37,11 +37,9 @@ from tiny_llm.errors import (
     RequestTooLargeError,
 )
 from tiny_llm.faults import Failure
-from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.inbox import Inbox
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.output_processor import RequestState
 from tiny_llm.outputs import RequestEvent
 from tiny_llm.paged_batch import PagedBatchManager
@@ -51,8 +49,11 @@ from tiny_llm.scheduler import AgedPriority
 from tiny_llm.search_state import SearchState
 from tiny_llm.sequence import completion_ids
 from tiny_llm.token_output import TokenOutput
-from tiny_llm.tokenizer import Tokenizer
 from tiny_llm.waiting_room import WaitingRoom
+
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.model_config import ModelConfig
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 # The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")

@@ -101,9 +101,8 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _model() -> Finding:
-    from tiny_llm.embedded import embedded_model_path
-
     from tiny_llm import ModelFileError
+    from tiny_llm_checkpoints.embedded import embedded_model_path
 
     try:
         return Finding("embedded model", True, embedded_model_path().name)

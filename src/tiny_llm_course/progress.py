@@ -159,7 +159,7 @@ def public_names(house: House) -> dict[str, str]:
             isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
         ):
             found: dict[str, str] = ast.literal_eval(node.value)
-            return found
+            return {name: module.removeprefix(".") for name, module in found.items()}
     return {}
 
 

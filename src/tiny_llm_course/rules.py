@@ -31,7 +31,8 @@ from .starter import starter
 from .syllabus import Day, Syllabus
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
-ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
+ALLOWED_IMPORTS = {"tiny_llm", "tiny_llm_checkpoints", "mlx", "numpy", "pytest", "hypothesis"}
+ALLOWED_IMPORTS |= sys.stdlib_module_names
 WHICHEVER = {"len", "set", "sorted"}
 PUBLIC = {"_replace", "_fields", "_asdict", "_make"}  # of a NamedTuple
 QUOTED = re.compile(r"`([^`]+)`")

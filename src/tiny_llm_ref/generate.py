@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.tokenizer import Tokenizer
+
 from .grouped_attention import NoCacheContext
 from .model import Model
-from .tokenizer import Tokenizer
 
 
 def next_token(model: Model, tokens: Sequence[int]) -> int:

@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.model_config import GELU, ModelConfig
+
 from .block import TransformerBlock
 from .gelu_mlp import GeluMLP
 from .gemma_block import GemmaBlock
@@ -17,7 +19,6 @@ from .grouped_attention import Attention
 from .kv_context import KVContext
 from .linear import LinearLike, ScaledRows, stack
 from .mlp import MLP
-from .model_config import GELU, ModelConfig
 from .norm import rms_norm
 from .rope import inverse_frequencies
 
