@@ -11,7 +11,6 @@ from tiny_llm.rope import inverse_frequencies, rope
 
 from common.numpy_oracles import numpy_rope
 
-
 # Task 1: inverse_frequencies
 
 
