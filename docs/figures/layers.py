@@ -109,7 +109,7 @@ def _arrows() -> list[list[Point]]:
         ("tiny_llm_ref", "tiny_llm_checkpoints", 622),
     ]
     arrows = [_down(upper, lower, x) for upper, lower, x in down]
-    return arrows + [_around("benches", LEFT), _around("tiny_llm_cli", LEFT), _around("labs", RIGHT)]
+    return [*arrows, _around("benches", LEFT), _around("tiny_llm_cli", LEFT), _around("labs", RIGHT)]
 
 
 def _down(upper: str, lower: str, x: float) -> list[Point]:
