@@ -64,8 +64,8 @@ def draw() -> str:
         760,
         "A token's path through tiny-llm",
         "The caller's thread turns a prompt into token ids and posts a task to the inbox. The engine's "
-        "thread admits the request, then steps: schedule, run, sample, commit. A step's tokens become text and "
-        "go through the outbox to the caller's listener.",
+        "thread admits the request, then steps: schedule, run, sample, commit. A step's tokens become text "
+        "and go through the outbox to the caller's listener.",
     )
     figure.box(CALLER, 16, 270, 728, "zone")
     figure.label(CALLER + 16, 42, "the caller's thread", "head")
