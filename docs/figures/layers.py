@@ -9,18 +9,32 @@ from drawing import Drawing, Point
 
 IMPORTS = {
     "tiny_llm_kernels": (),
-    "tiny_llm_checkpoints": (),
+    "tiny_llm_checkpoints": ("tiny_llm_kernels",),
     "tiny_llm_ref": ("tiny_llm_kernels", "tiny_llm_checkpoints"),
     "tiny_llm": ("tiny_llm_ref",),
     "tiny_llm_server": ("tiny_llm", "tiny_llm_checkpoints"),
     "tiny_llm_course": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"),
     "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"),
-    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_cli"),
+    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_server", "tiny_llm_cli"),
     "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
 }
 
-GROUND = {"tiny_llm_kernels": "orange", "tiny_llm_checkpoints": "teal"}
-LEFT, RIGHT, BUS = 60, 800, 32  # edges of the stack, and how far outside of it the outer arrows run
+# Imports that are drawn as a straight arrow down, and where. All others are arrows sideways, arrows around
+# the stack to the overlay, or small labels.
+DOWN = {
+    ("benches", "tiny_llm_cli"): 240,
+    ("labs", "tiny_llm_cli"): 490,
+    ("labs", "tiny_llm_course"): 670,
+    ("tiny_llm_cli", "tiny_llm_server"): 240,
+    ("tiny_llm_server", "tiny_llm"): 240,
+    ("tiny_llm_course", "tiny_llm"): 622,
+    ("tiny_llm", "tiny_llm_ref"): 430,
+    ("tiny_llm_ref", "tiny_llm_kernels"): 240,
+    ("tiny_llm_ref", "tiny_llm_checkpoints"): 622,
+}
+LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and how far outside of it the outer arrows run
+SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels")]
+AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT, "labs": RIGHT}
 
 
 class Package(NamedTuple):
@@ -76,54 +90,47 @@ def draw() -> str:
         figure.arrow(points)
     for package in PACKAGES.values():
         _draw_package(figure, package)
-    figure.label(
-        LEFT, 628, "Arrow: imports. Small labels: also imports this package of the ground level.", "small"
-    )
+    figure.label(LEFT, 628, "Arrows and small labels: imports.", "small")
     return figure.svg()
 
 
 def _draw_package(figure: Drawing, package: Package) -> None:
     figure.box(*package[2:5], package.height, package.style, [package.name, package.does])
     x = package.x + 14
-    if package.y > PACKAGES["tiny_llm_server"].y:
-        return
-    for name, style in GROUND.items():
-        if name in IMPORTS[package.name]:
-            short = name.removeprefix("tiny_llm_")
-            width = 8 * len(short) + 16
-            figure.chip(x, package.bottom - 27, width, style, short)
-            x += width + 8
+    for name in _labels(package.name):
+        short = name.removeprefix("tiny_llm_")
+        width = 8 * len(short) + 16
+        style = PACKAGES[name].style
+        figure.chip(x, package.bottom - 27, width, "zone" if style == "panel" else style, short)
+        x += width + 8
+
+
+def _labels(name: str) -> list[str]:
+    """The imports of a package that are not drawn as arrows."""
+    drawn = {lower for upper, lower in [*DOWN, *SIDEWAYS] if upper == name}
+    around = {"tiny_llm"} if name in AROUND else set()
+    return [imported for imported in IMPORTS[name] if imported not in drawn | around]
 
 
 def _arrows() -> list[list[Point]]:
     """Every import that is drawn as an arrow."""
-    down = [
-        ("benches", "tiny_llm_cli", 240),
-        ("labs", "tiny_llm_cli", 490),
-        ("labs", "tiny_llm_course", 670),
-        ("tiny_llm_cli", "tiny_llm_server", 240),
-        ("tiny_llm_server", "tiny_llm", 240),
-        ("tiny_llm_course", "tiny_llm", 622),
-        ("tiny_llm", "tiny_llm_ref", 430),
-        ("tiny_llm_ref", "tiny_llm_kernels", 240),
-        ("tiny_llm_ref", "tiny_llm_checkpoints", 622),
-    ]
-    arrows = [_down(upper, lower, x) for upper, lower, x in down]
-    return [*arrows, _around("benches", LEFT), _around("tiny_llm_cli", LEFT), _around("labs", RIGHT)]
+    down = [_down(upper, lower, x) for (upper, lower), x in DOWN.items()]
+    sideways = [_sideways(right, left) for right, left in SIDEWAYS]
+    return [*down, *sideways, *(_around(name, edge) for name, edge in AROUND.items())]
 
 
 def _down(upper: str, lower: str, x: float) -> list[Point]:
     return [(x, PACKAGES[upper].bottom), (x, PACKAGES[lower].y - 2)]
 
 
+def _sideways(right: str, left: str) -> list[Point]:
+    y = PACKAGES[left].middle
+    return [(PACKAGES[right].x, y), (PACKAGES[left].x + PACKAGES[left].width + 2, y)]
+
+
 def _around(name: str, edge: float) -> list[Point]:
     """From a package around the stack's edge to the overlay."""
-    outside = edge - BUS if edge == LEFT else edge + BUS
-    overlay = PACKAGES["tiny_llm"]
-    end = edge - 2 if edge == LEFT else edge + 2
-    return [
-        (edge, PACKAGES[name].middle),
-        (outside, PACKAGES[name].middle),
-        (outside, overlay.middle),
-        (end, overlay.middle),
-    ]
+    away = -1 if edge == LEFT else 1
+    start, end = PACKAGES[name].middle, PACKAGES["tiny_llm"].middle
+    outside = edge + away * OUTSIDE
+    return [(edge, start), (outside, start), (outside, end), (edge + away * 2, end)]
