@@ -155,6 +155,13 @@ def test_every_package_has_its_place() -> None:
     assert with_code | {"labs", "benches"} == set(ALLOWED)
 
 
+def test_the_architecture_page_states_the_same_table() -> None:
+    """ARCHITECTURE.md, "Packages": package, contents, imports."""
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Packages\n")[2]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.partition("\n### ")[0], re.MULTILINE)
+    assert {name: set(re.findall(r"`(\w+)`", imports)) for name, imports in rows} == ALLOWED
+
+
 def imports_within(file: Path, package: Path) -> set[Path]:
     """The files of its package that a file imports, wherever it does, for type checkers too."""
     found = set()
@@ -183,16 +190,25 @@ def test_no_module_imports_itself_through_others(package: str) -> None:
     assert {name_of(file): sorted(map(name_of, others)) for file, others in imports.items()} == {}
 
 
+def days_of_the_syllabus() -> list[tuple[str, str, list[str]]]:
+    """Id, title and modules of each day."""
+    text = (SRC / "tiny_llm_course" / "syllabus.toml").read_text(encoding="utf-8")
+    return [(day["id"], day["title"], day["modules"]) for day in tomllib.loads(text)["day"]]
+
+
 def test_every_module_belongs_to_one_day_or_is_given() -> None:
-    """ARCHITECTURE.md, "Days": a module in two days could not be written in either."""
-    days = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Days\n")[2]
-    before_table, bar, table = days.partition("\n|")
-    given = re.findall(r"`(\w+)`", before_table.partition("Given modules")[2])
-    rows = [line.split("|")[2] for line in (bar + table).splitlines() if re.match(r"\| \d\.\d ", line)]
-    owned = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    written = [name for row in rows for name in re.findall(r"`(\w+)`\*", row)]
-    assert len(given + owned) == len({*given, *owned})
-    assert sorted(given + written) == sorted({file.stem for file in MODULES} - {"__init__"})
+    """A module in two days could not be written in either. What no day owns is given."""
+    owned = [module for _, _, modules in days_of_the_syllabus() for module in modules]
+    assert len(owned) == len(set(owned))
+    assert set(owned) < {file.stem for file in MODULES}
+
+
+def test_the_table_of_days_is_the_syllabus() -> None:
+    """ARCHITECTURE.md, "Days": day, title, modules."""
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n### Days\n")[2]
+    rows = re.findall(r"^\| (\d\.\d) \| (.*) \| (.*) \|$", table, re.MULTILINE)
+    listed = [(day, title, re.findall(r"`(\w+)`", modules)) for day, title, modules in rows]
+    assert listed == days_of_the_syllabus()
 
 
 # ---- files that must agree ----
