@@ -25,7 +25,7 @@ ALLOWED = {
     "tiny_llm_course": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"},
     "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"},
     "labs": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
-    "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_kernels", "tiny_llm_server"},
+    "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_kernels"},
 }
 
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef

@@ -15,7 +15,7 @@ IMPORTS = {
     "tiny_llm_server": ("tiny_llm", "tiny_llm_checkpoints"),
     "tiny_llm_course": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"),
     "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"),
-    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_server", "tiny_llm_cli"),
+    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_cli"),
     "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
 }
 
