@@ -19,7 +19,8 @@ from .rules import Problem, static_problems
 from .runs import overlay_of, run_python, run_suites
 from .source import blanked
 from .starter import starter
-from .syllabus import Day, Exercise, Kernel, Syllabus
+from .syllabus import Syllabus
+from .units import Day, Exercise, Kernel
 
 LAST_LINES = 15
 Check = Callable[[], list[Problem]]

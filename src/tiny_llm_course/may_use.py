@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .errors import CourseError
 from .house import House
 from .source import Function, functions
-from .syllabus import Day, Exercise
+from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
@@ -46,9 +46,9 @@ def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
     return [reference.interface(module, name) for module, name in sorted(found - gone)]
 
 
-def day_may_use(house: House, day: Day) -> list[Interface]:
-    """What any of a day's exercises may use, each interface once."""
-    return sorted({one for exercise in day.exercises for one in may_use(house, day, exercise)})
+def unit_may_use(house: House, unit: Unit) -> list[Interface]:
+    """What any exercise of a day or a part may use, each interface once."""
+    return sorted({one for exercise in unit.exercises for one in may_use(house, unit.day, exercise)})
 
 
 @dataclass(frozen=True)

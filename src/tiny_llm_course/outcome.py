@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .syllabus import Day, Exercise
+from .units import Day, Exercise
 
 OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # the variable that tells the plugin where to write
 _TASK = re.compile(r"::test_task_(\d+)_")

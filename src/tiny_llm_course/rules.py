@@ -28,7 +28,8 @@ from .source import (
     own_names,
 )
 from .starter import starter
-from .syllabus import Day, Syllabus
+from .syllabus import Syllabus
+from .units import Day
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
 ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
@@ -217,8 +218,8 @@ def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> 
                 yield Problem("private", where, f"{module}.{name} is private")
             used = module.partition("tiny_llm.")[2] or public.get(name, "")
             owner = syllabus.owner(used) if module.startswith("tiny_llm") else None
-            if owner is not None and owner.id > day.id:
-                yield Problem("later day", where, f"{used} belongs to day {owner.id}")
+            if owner is not None and owner.day.id > day.id:
+                yield Problem("later day", where, f"{used} belongs to day {owner.day.id}")
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not _is_public(node.attr):
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):

@@ -135,6 +135,36 @@ def with_body_of(source: str, other: str, name: str) -> str:
     return "".join([*lines[: first - 1], body, *lines[last:]])
 
 
+def with_blank(source: str, name: str, message: str) -> str:
+    """The source with one function's body blank; everything else stays as it is."""
+    lines = source.splitlines(keepends=True)
+    node = find(source, name)
+    return "".join([*lines[: _body(node)[0] - 1], _raise(node, message), *lines[_last(node) :]])
+
+
+def is_given(source: str, other: str, name: str) -> bool:
+    """True where a function is another's as `with_body_of` or `with_function` has put it there, unchanged."""
+    if name not in functions(source) or name not in functions(other):
+        return False
+    own = body_lines(source, name)
+    above = source.splitlines()[_first(find(source, name)) - 2]
+    marked = SKIPPED in map(str.strip, [above, *own])
+    return marked and [line for line in own if line.strip() != SKIPPED] == body_lines(other, name)
+
+
+def without(source: str, name: str) -> str:
+    """The source without one function, the comment of `with_function` above it, and the gap before it."""
+    lines = source.splitlines(keepends=True)
+    node = find(source, name)
+    first = _first(node) - 1
+    if first and lines[first - 1].strip() == SKIPPED:
+        first -= 1
+    gap = 1 if "." in name else 2
+    while gap and first and not lines[first - 1].strip():
+        first, gap = first - 1, gap - 1
+    return "".join([*lines[:first], *lines[_last(node) :]])
+
+
 def with_function(source: str, other: str, name: str) -> str:
     """The source with one function more, taken from another: last in its class, or last of all."""
     lines = source.splitlines(keepends=True)
