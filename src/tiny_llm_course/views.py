@@ -77,7 +77,8 @@ def _tests(unit: Unit) -> list[str]:
         return [f"test:    pdm run test {unit.id}"]
     first, last = unit.parts[0].id, unit.parts[-1].id
     return [
-        f"test:    pdm run test {first}, an evening later the next part, until {last}; {unit.id} tests all"
+        f"parts:   {first} to {last}, about an evening each: pdm run start {first} shows only that one",
+        f"test:    pdm run test {first}; pdm run test {unit.id} tests all parts",
     ]
 
 
