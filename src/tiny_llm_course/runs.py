@@ -14,7 +14,8 @@ from .cpp import libraries
 from .house import House
 from .outcome import OUTCOME_FILE, Outcome, read_outcome
 from .progress import helper_files
-from .units import Exercise, Part, Unit
+from .suite_files import suite_files
+from .units import Part, Unit
 
 TIME_LIMIT = 30.0  # seconds for one test: ten times the slowest of the course
 PLUGINS = ("time_limit", "provenance", "steady_parse", "first_failure", "chosen_tasks")
@@ -82,14 +83,10 @@ def run_suites(
     )
 
 
-def only(exercises: Sequence[Exercise]) -> str:
-    """The option by which only the tests of these exercises run."""
-    return f"--tasks={','.join(str(exercise.task) for exercise in exercises)}"
-
-
 def tests_of(unit: Unit) -> list[str]:
     """What chooses a unit's tests in its suite: nothing for a day, which has them all."""
-    return [only(unit.exercises)] if isinstance(unit, Part) else []
+    tasks = ",".join(str(exercise.task) for exercise in unit.exercises)
+    return [f"--tasks={tasks}"] if isinstance(unit, Part) else []
 
 
 def run_suite_of(
@@ -130,7 +127,7 @@ def _plugins(suites: Sequence[Path], arguments: Sequence[str]) -> list[str]:
     One of them (schemathesis) also makes Hypothesis print its examples without their values.
     """
     wanted = [f"tiny_llm_course.{name}" for name in PLUGINS]
-    files = [suite for suite in suites if suite.is_file()]
+    files = [file for suite in suites if suite.is_file() for file in suite_files(suite)]
     if not files or any("hypothesis" in file.read_text(encoding="utf-8") for file in files):
         wanted.append("_hypothesis_pytestplugin")
     if any(argument.startswith(("-n", "--dist")) for argument in arguments):
