@@ -80,11 +80,19 @@ def started_days(house: House, syllabus: Syllabus) -> list[Day]:
 
 def started_units(house: House, syllabus: Syllabus) -> list[Unit]:
     """The days that the learner has, and of days that are there in part the parts that are."""
-    found: list[Unit] = []
-    for day in started_days(house, syllabus):
-        whole = not day.parts or not missing_modules(house, day)
-        found += [day] if whole else [part for part in day.parts if not missing_modules(house, part)]
-    return found
+    return [
+        unit
+        for day in started_days(house, syllabus)
+        for unit in (
+            [day] if not day.parts or not missing_modules(house, day) else _started_parts(house, day)
+        )
+    ]
+
+
+def _started_parts(house: House, day: Day) -> list[Part]:
+    """The parts of which something is the learner's, or where all is skipped those whose files are there."""
+    there = [part for part in day.parts if not missing_modules(house, part)]
+    return [part for part in there if is_started(house, part)] or there
 
 
 def is_started(house: House, unit: Unit) -> bool:

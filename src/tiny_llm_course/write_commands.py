@@ -11,7 +11,7 @@ from .cpp import build, own_kernels, start_kernels
 from .errors import CourseError
 from .house import House
 from .starter import restore, set_aside, set_aside_kernel, skip, start
-from .units import Day, Exercise, Kernel
+from .units import Exercise, Kernel, Unit
 
 
 def on_start(
@@ -71,9 +71,9 @@ def on_skip(
         _skip_kernel(house, one)
         return
     chosen = syllabus.to_start(what).exercises if one is None else (one,)
-    day = syllabus.day(chosen[0].day_id)
-    _refuse_unstarted(house, day, chosen)
-    skipped = skip(house, day, chosen)
+    unit = syllabus.to_start(what)
+    _refuse_unstarted(house, unit, chosen)
+    skipped = skip(house, unit.day, chosen)
     if not skipped:
         raise CourseError(f"nothing of {what} is blank")
     print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
@@ -89,9 +89,9 @@ def _skip_kernel(house: House, kernel: Kernel) -> None:
     print(f"moved aside: {house.shown(moved[0])}; the reference's {kernel.file} runs")
 
 
-def _refuse_unstarted(house: House, day: Day, exercises: tuple[Exercise, ...]) -> None:
+def _refuse_unstarted(house: House, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
     if not any((house.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
-        raise CourseError(f"not started: pdm run start {day.id}")
+        raise CourseError(f"not started: pdm run start {unit.id}")
 
 
 def on_reset(day: ADay) -> None:
