@@ -76,18 +76,30 @@ class Counter:
         self.value = 0
 
     def count(self) -> int:
-        """Add one and return the value."""
+        """Add one and return the value.
+
+        >>> Counter().count()
+        1
+        """
         self.value = self._next()
         return self.value
 
     def leap(self, steps: int) -> int:
-        """Count as often as `steps` says, and return the value."""
+        """Count as often as `steps` says, and return the value.
+
+        >>> Counter().leap(3)
+        3
+        """
         for _ in range(steps):
             self.count()
         return self.value
 
     def back(self) -> int:
-        """Take one away and return the value."""
+        """Take one away and return the value.
+
+        >>> Counter().back()
+        -1
+        """
         self.value = self._before()
         return self.value
 
@@ -131,6 +143,18 @@ def test_task_4_goes_back() -> None:
 '''
 
 
+def solved(source: str, name: str, body: str) -> str:
+    """The source with a learner's own body in a function."""
+    return with_blank(source, name, "mine").replace('        raise NotImplementedError("mine")', body)
+
+
+COUNT, LEAP, BACK = (
+    "        self.value += 1\n        return self.value",
+    "        self.value += steps\n        return self.value",
+    "        self.value -= 1\n        return self.value",
+)
+
+
 @pytest.fixture
 def course(house: House) -> House:
     """The house of `test_course`, its day 1.2 cut into parts."""
@@ -142,6 +166,10 @@ def course(house: House) -> House:
     house.syllabus.write_text(text, "utf-8")
     (house.reference / "counting.py").write_text(COUNTING, "utf-8")
     suite(house, 2).write_text(SUITE, "utf-8")
+    second = COUNTING
+    for name, body in (("count", COUNT), ("leap", LEAP), ("back", BACK)):
+        second = solved(second, f"Counter.{name}", body)
+    (house.root / "tests/second_solutions/week_1_day_2/counting.py").write_text(second, "utf-8")
     return house
 
 
@@ -151,18 +179,6 @@ def part(house: House, letter: str) -> Part:
 
 def own(house: House, module: str = "counting") -> str:
     return (house.overlay / f"{module}.py").read_text("utf-8")
-
-
-def solved(source: str, name: str, body: str) -> str:
-    """The source with a learner's own body in a function."""
-    return with_blank(source, name, "mine").replace('        raise NotImplementedError("mine")', body)
-
-
-COUNT, LEAP, BACK = (
-    "        self.value += 1\n        return self.value",
-    "        self.value += steps\n        return self.value",
-    "        self.value -= 1\n        return self.value",
-)
 
 
 def states(house: House) -> list[State]:
@@ -262,10 +278,8 @@ def test_a_function_that_was_put_in_is_taken_out_without_a_trace() -> None:
 def test_one_function_is_made_blank_and_nothing_else_changes() -> None:
     odd = COUNTING.replace("def given", "\n\n\n# mine   \ndef given").replace("return x\n", "return   x")
     blank = with_blank(odd, "Counter.leap", "1.2.2 Counter.leap: book")
-    before, after = odd.split('says, and return the value."""\n')
-    assert blank.startswith(
-        f'{before}says, and return the value."""\n        raise NotImplementedError("1.2.2'
-    )
+    before, after = odd.split('        3\n        """\n')
+    assert blank.startswith(f'{before}        3\n        """\n        raise NotImplementedError("1.2.2')
     assert blank.endswith(after.split("            self.count()\n        return self.value\n")[1])
 
 
