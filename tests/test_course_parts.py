@@ -511,6 +511,21 @@ def test_the_parts_pass_when_the_day_does(course: House) -> None:
     assert [result(course, one) for one in day.parts] == [Result.UNKNOWN] * 3
 
 
+def test_a_run_of_the_day_says_which_parts_pass(course: House, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(course)
+    day = syllabus.day("1.2")
+    start(course, day)
+    write(course, "counting", solved(own(course), "Counter.count", COUNT))
+    assert run_day(course, syllabus, day, ["-x"]) == 1
+    assert "parts that pass" not in capfd.readouterr().out, "it has not run all"
+    assert run_day(course, syllabus, day, []) == 1
+    assert "parts that pass: 1.2a\n" in capfd.readouterr().out
+    assert [result(course, one) for one in day.parts] == [Result.PASSING, Result.FAILING, Result.FAILING]
+    write(course, "doubling", "raise ValueError\n\n\ndef double(x):\n    return x\n")
+    assert run_day(course, syllabus, day, []) != 0
+    assert "parts that pass" not in capfd.readouterr().out, "the file cannot be imported"
+
+
 def test_a_part_does_not_depend_on_a_file_of_later_parts_only(course: House) -> None:
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")

@@ -9,7 +9,7 @@ from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
 from .house import House
-from .outcome import Outcome, begin_here
+from .outcome import Outcome, begin_here, task_of
 from .progress import (
     Result,
     State,
@@ -25,7 +25,7 @@ from .progress import (
 )
 from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
 from .syllabus import Syllabus
-from .units import Exercise, Part, Unit
+from .units import Day, Exercise, Part, Unit
 
 ONLY_SHOWN = re.compile(
     r"-(v+|q+|x|l|s)|--tb=.*|--showlocals|--full-trace"
@@ -73,6 +73,7 @@ def run_day(
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
     if whole:  # part of the tests says nothing about all
         remember(house, unit, outcome.code == 0)
+        _remember_parts(house, unit, outcome, arguments)
     if outcome.code == 0 and not whole:
         print(
             f"what you chose passes; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
@@ -115,6 +116,22 @@ def _tell_blanks(house: House, unit: Unit) -> None:
     blank = [f"{exercise.id} {exercise.name}" for exercise, found in states.items() if found is State.BLANK]
     if blank:
         print(f"still blank: {', '.join(blank)}", flush=True)
+
+
+def _remember_parts(house: House, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
+    """What a run of the whole day says about its parts, where it has run all of their tests."""
+    is_whole = outcome.code == 0 or (
+        outcome.code == 1
+        and not outcome.stopped
+        and "-x" not in arguments
+        and all(map(task_of, outcome.failed))  # a file that cannot be imported has no task
+    )
+    parts = unit.parts if isinstance(unit, Day) and is_whole else ()
+    for part in parts:
+        remember(house, part, outcome.passes(part.exercises))
+    if parts and outcome.code:
+        passing = ", ".join(part.id for part in parts if outcome.passes(part.exercises))
+        print(f"parts that pass: {passing or 'none'}", flush=True)
 
 
 def _tell_next(house: House, syllabus: Syllabus, unit: Unit) -> None:
