@@ -30,7 +30,7 @@ from tiny_llm_course.source import with_blank, with_function, without
 from tiny_llm_course.starter import restore, set_aside, skip, start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_started
-from tiny_llm_course.units import Day, Part, exercise_range
+from tiny_llm_course.units import Part, exercise_range
 from tiny_llm_course.views import begun, difference, moved_aside, tasks
 
 __all__ = ["house"]
@@ -804,8 +804,16 @@ def test_the_reference_passes_a_part_alone() -> None:
     assert " deselected" in done.stdout
 
 
+def test_what_a_days_file_has_for_parts_is_for_parts_that_there_are(real: Syllabus) -> None:
+    for day in real.days:
+        module = demonstrations.demonstration(day.id)
+        names = {name for name in vars(module) if name.startswith(("show_", "work_"))}
+        letters = {one.cut.letter for one in day.parts}
+        assert {name.partition("_")[2] for name in names} <= letters
+        assert all(getattr(module, name).__doc__ for name in names)
+
+
 def test_the_parts_of_real_days_have_titles_of_their_own(real: Syllabus) -> None:
     for day in real.days:
         titles = [one.title for one in day.parts]
         assert len(set(titles)) == len(titles)
-        assert isinstance(day, Day)

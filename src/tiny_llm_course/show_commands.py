@@ -8,7 +8,7 @@ import typer
 from . import overview, views
 from .arguments import ADay, AnExercise, open_course
 from .compare import as_json_object, as_text, compare
-from .days import function_of
+from .days import function_of, has_own
 from .doctor import examine
 from .learner import learners_errors
 from .progress import first_to_do, own_modules
@@ -28,6 +28,10 @@ def on_try(day: ADay) -> None:
         f"{m}.py is {'yours' if m in yours else 'the reference' + chr(39) + 's'}" for m in chosen.modules
     )
     print(f"{chosen.named}, {chosen.title}: {', '.join(whose)}")
+    if not has_own(chosen, "show"):
+        print(
+            f"part {chosen.id} has nothing of its own to show: this is day {chosen.day.id}'s, for all parts"
+        )
     with learners_errors(house):
         for line in function_of(chosen, "show")():
             print(line, flush=True)

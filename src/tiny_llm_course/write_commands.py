@@ -26,12 +26,13 @@ def on_start(
     pdm run start 1.1 --again     # your files become attention.py.1.bak
     pdm run start 2.4 --cpp       # a kernel of your own: quantized_matmul.cpp
 
-    A long day has parts, an evening each. A part can be started by itself; what its files hold of other
-    parts is yours, or else the reference's:
+    A long day has parts, about an evening each. In the files of a part, the exercises of other parts stay as
+    you have them; those that you have not are the reference's.
 
     \b
     pdm run start 3.2             # all parts
     pdm run start 3.2b            # one part
+    pdm run start 3.2b --again    # blanks only this part; the files of before are *.bak
 
     Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
     """
