@@ -18,6 +18,7 @@ from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
 from tiny_llm_course.outcome import Outcome, begin_here
+from tiny_llm_course.overview import map_text, progress, progress_text
 from tiny_llm_course.progress import Result, State, changed_files, remember, result, state
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.runs import overlay_of, own_sources
@@ -25,7 +26,7 @@ from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_b
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_reference, run_started
-from tiny_llm_course.views import difference, hint, map_text, progress, progress_text, tasks
+from tiny_llm_course.views import difference, hint, tasks
 
 ROOT = Path(__file__).parents[1]
 HINTS = 'hints = ["Which is larger, 2 or 3?", "The sum of 2 and 3 is 5.", "Take both, and add them up."]'
@@ -289,7 +290,7 @@ def test_days_and_exercises_are_found_by_id_with_a_guess(house: House) -> None:
 
 def test_start_writes_the_days_modules_blank_and_nothing_else(house: House) -> None:
     day = syllabus_of(house).day("1.2")
-    assert [file.name for file in start(house, day)] == ["counting.py", "doubling.py"]
+    assert [file.name for file in start(house, day).files] == ["counting.py", "doubling.py"]
     assert [state(house, exercise) for exercise in day.exercises] == [State.BLANK, State.BLANK]
     assert "1.2.1  counting.py  Counter.count()" in tasks(house, day)
     assert "pdm run test 1.2" in tasks(house, day)
@@ -302,7 +303,7 @@ def test_start_never_overwrites_and_again_moves_aside(house: House) -> None:
     with pytest.raises(CourseError, match=r"day 1\.2 is started already .*--again"):
         start(house, day)
     (house.overlay / "doubling.py").unlink()
-    assert [file.name for file in start(house, day)] == ["doubling.py"]
+    assert [file.name for file in start(house, day).files] == ["doubling.py"]
     assert (house.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
     set_aside(house, day)
     start(house, day)

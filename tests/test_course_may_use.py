@@ -5,9 +5,9 @@ import pytest
 
 from test_course import house, replace, syllabus_of
 from tiny_llm_course.house import House
-from tiny_llm_course.may_use import day_may_use, may_use
+from tiny_llm_course.may_use import may_use, unit_may_use
 from tiny_llm_course.rules import static_problems
-from tiny_llm_course.syllabus import Day, Exercise
+from tiny_llm_course.units import Day, Exercise
 from tiny_llm_course.views import hint, tasks
 
 __all__ = ["house"]
@@ -213,5 +213,5 @@ def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -
 def test_no_day_of_the_course_names_what_its_starter_is_without() -> None:
     here = House.here()
     for day in syllabus_of(here).days:
-        shown = {f"{one.module}.{one.name}" for one in day_may_use(here, day)}
+        shown = {f"{one.module}.{one.name}" for one in unit_may_use(here, day)}
         assert not shown & set(day.removed)

@@ -2,8 +2,9 @@
 
 What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
 reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
-day blanked can be imported and is formatted; each day passes while all days after it are blank, so no test
-needs a later day; the examples of the docstrings hold, and the second solutions pass.
+day blanked can be imported and is formatted, and so can each part; each day passes while all days after it
+are blank, and each part while all parts after it are too, so no test needs what comes later; the examples of
+the docstrings hold, and the second solutions pass.
 """
 
 import os
@@ -18,11 +19,12 @@ from .examples import failing_examples
 from .house import House
 from .problem import Problem, last_lines
 from .rules import static_problems
-from .runs import overlay_of, run_python, run_suites
+from .runs import overlay_of, run_python, run_suites, tests_of
 from .second_solutions import failing_solutions
 from .source import blanked
 from .starter import starter
-from .syllabus import Day, Exercise, Kernel, Syllabus
+from .syllabus import Syllabus
+from .units import Day, Exercise, Kernel, Part, Unit
 
 Check = Callable[[], list[Problem]]
 
@@ -73,9 +75,10 @@ def _example_checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Che
 def _checks(house: House, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tuple[str, Check]]:
     yield "second solutions", lambda: failing_solutions(house, only)
     for day in only:
-        yield f"{day.id} as it begins", lambda d=day: _day_begun(house, d)  # type: ignore[misc]
+        yield f"{day.id} as it begins", lambda d=day: _begun(house, d)  # type: ignore[misc]
         if later := days[days.index(day) + 1 :]:
             yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(house, d, after)  # type: ignore[misc]
+        yield from _checks_of_parts(house, day, later)
         yield f"{day.id} on the reference", lambda d=day: _reference_passes(house, d)  # type: ignore[misc]
         for exercise in day.exercises:
             yield (
@@ -84,6 +87,20 @@ def _checks(house: House, days: Sequence[Day], only: Sequence[Day]) -> Iterator[
             )
         for kernel in day.kernels:
             yield f"{kernel.id} {kernel.file} blank", lambda k=kernel: _kernel_blank(house, k)  # type: ignore[misc]
+
+
+def _checks_of_parts(house: House, day: Day, later: Sequence[Day]) -> Iterator[tuple[str, Check]]:
+    """What must hold of the parts beyond what holds of their day.
+
+    A file that begins as it does with the whole day needs no look of its own, and the last part passes
+    without the later days because the day does.
+    """
+    for part in day.parts:
+        if any(starter(house, module, part) != starter(house, module, day) for module in part.modules):
+            yield f"{part.id} as it begins", lambda p=part: _begun(house, p)  # type: ignore[misc]
+        if part.later:
+            after = [*part.later, *later]
+            yield f"{part.id}, later parts blank", lambda p=part, a=after: _later_blank(house, p, a)  # type: ignore[misc]
 
 
 def _reference_passes(house: House, day: Day) -> list[Problem]:
@@ -95,13 +112,15 @@ def _reference_passes(house: House, day: Day) -> list[Problem]:
 
 
 def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]:
-    """One exercise blank, everything else the reference's: its day fails and says so."""
+    """One exercise blank, everything else the reference's: its day, or its part, fails and says so."""
     source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
     source = blanked(source, {exercise.name: exercise.message})
+    unit = day.part_of(exercise) or day
     with overlay_of(house, {exercise.module: source}) as alone:
-        run = run_suites(alone, [house.suites / day.suite], ["-q", "-x"], quiet=True)
+        run = run_suites(alone, [house.suites / day.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
-        return [Problem("blank", exercise.id, f"{day.suite} passes although {exercise.name} is blank")]
+        what = day.suite if isinstance(unit, Day) else unit.named
+        return [Problem("blank", exercise.id, f"{what} passes although {exercise.name} is blank")]
     if exercise.message not in run.stdout:
         return [Problem("blank", exercise.id, f"fails without its message\n{last_lines(run.stdout)}")]
     return []
@@ -118,33 +137,32 @@ def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
     return []
 
 
-def _day_begun(house: House, day: Day) -> list[Problem]:
-    """The day as a learner begins it: it can be imported, and is formatted."""
-    sources = {module: starter(house, module, day) for module in day.modules}
+def _begun(house: House, unit: Unit) -> list[Problem]:
+    """A day or a part as a learner begins it: it can be imported, and is formatted."""
+    sources = {module: starter(house, module, unit) for module in unit.modules}
     found = []
     with overlay_of(house, sources) as begun:
         modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
         run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
-            found.append(Problem("starter", day.id, f"cannot be imported\n{last_lines(run.stderr)}"))
-        found += _formatted(house, begun.overlay, day)
+            found.append(Problem("starter", unit.id, f"cannot be imported\n{last_lines(run.stderr)}"))
+        found += _formatted(house, begun.overlay, unit)
     return found
 
 
-def _later_blank(house: House, day: Day, later: Sequence[Day]) -> list[Problem]:
-    """The day is done and none after it is begun: its suite passes."""
+def _later_blank(house: House, unit: Unit, later: Sequence[Unit]) -> list[Problem]:
+    """The day or the part is done and nothing after it is begun: its tests pass."""
     modules = {module for one in later for module in one.modules}
     sources = {module: starter(house, module, *later) for module in sorted(modules)}
     with overlay_of(house, sources) as begun:
-        run = run_suites(begun, [house.suites / day.suite], ["-q", "-x"], quiet=True)
+        run = run_suites(begun, [house.suites / unit.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
         return []
-    return [
-        Problem("later day", day.id, f"fails while the days after it are blank\n{last_lines(run.stdout)}")
-    ]
+    rule, what = ("later part", "parts") if isinstance(unit, Part) else ("later day", "days")
+    return [Problem(rule, unit.id, f"fails while the {what} after it are blank\n{last_lines(run.stdout)}")]
 
 
-def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
+def _formatted(house: House, folder: Path, unit: Unit) -> list[Problem]:
     config = house.root / "pyproject.toml"
     command = [
         sys.executable,
@@ -160,4 +178,4 @@ def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
     run = subprocess.run(command, text=True, capture_output=True, check=False)
     if run.returncode == 0:
         return []
-    return [Problem("starter", day.id, f"is not formatted\n{last_lines(run.stdout + run.stderr)}")]
+    return [Problem("starter", unit.id, f"is not formatted\n{last_lines(run.stdout + run.stderr)}")]

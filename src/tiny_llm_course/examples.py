@@ -18,7 +18,8 @@ from .house import House
 from .problem import Problem, last_lines
 from .runs import overlay_of, run_python
 from .source import find
-from .syllabus import Day, Syllabus
+from .syllabus import Syllabus
+from .units import Day
 
 FAILED = 1
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .errors import CourseError
 from .house import House
 from .source import Function, functions
-from .syllabus import Day, Exercise
+from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 CHECKPOINTS = "tiny_llm_checkpoints"  # the package under the reference that exercises call
@@ -54,9 +54,9 @@ def _split(name: str) -> tuple[str, str]:
     return package + module, rest
 
 
-def day_may_use(house: House, day: Day) -> list[Interface]:
-    """What any of a day's exercises may use, each interface once."""
-    return sorted({one for exercise in day.exercises for one in may_use(house, day, exercise)})
+def unit_may_use(house: House, unit: Unit) -> list[Interface]:
+    """What any exercise of a day or a part may use, each interface once."""
+    return sorted({one for exercise in unit.exercises for one in may_use(house, unit.day, exercise)})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .errors import CourseError
 from .examples import missing_examples
 from .house import House
 from .may_use import may_use
+from .outcome import task_of
 from .problem import Problem
 from .progress import public_names
 from .second_solutions import missing_solutions, unsound_solutions
@@ -31,7 +32,8 @@ from .source import (
 )
 from .starter import starter
 from .suite_files import CONFTEST, SHARED, folder_of, imported_files, parts_of, suite_files
-from .syllabus import Day, Syllabus
+from .syllabus import Syllabus
+from .units import Day
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
 ALLOWED_IMPORTS = {"tiny_llm", "tiny_llm_checkpoints", "mlx", "numpy", "pytest", "hypothesis"}
@@ -60,6 +62,7 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
         for file in files:
             found += _suite_problems(house, syllabus, day, file)
         found += _parts_problems(suite)
+        found += _untested_in_parts(house, day)
         found += _twice(house.suites, files)
         if day.id not in pending.WITHOUT_EXAMPLES:
             found += missing_examples(house, day)
@@ -237,6 +240,15 @@ def _is_pytests(node: Function) -> bool:
     )
 
 
+def _untested_in_parts(house: House, day: Day) -> Iterator[Problem]:
+    """Every test of a day with parts is about one of its exercises, so that a part runs it."""
+    tasks = {exercise.task for exercise in day.exercises} | {int(k.id.split(".")[2]) for k in day.kernels}
+    for file in suite_files(house.suites / day.suite) if day.parts else ():
+        for name in functions(file.read_text(encoding="utf-8")):
+            if name.startswith("test_task_") and task_of(f"::{name}") not in tasks:
+                yield Problem("parts", _shown(house.suites, file), f"{name} is about no exercise")
+
+
 def _shown(suites: Path, file: Path) -> str:
     return str(file.relative_to(suites))
 
@@ -256,8 +268,8 @@ def _suite_problems(house: House, syllabus: Syllabus, day: Day, file: Path) -> I
                 yield Problem("private", where, f"{module}.{name} is private")
             used = module.partition("tiny_llm.")[2] or public.get(name, "")
             owner = syllabus.owner(used) if module.startswith("tiny_llm") else None
-            if owner is not None and owner.id > day.id:
-                yield Problem("later day", where, f"{used} belongs to day {owner.id}")
+            if owner is not None and owner.day.id > day.id:
+                yield Problem("later day", where, f"{used} belongs to day {owner.day.id}")
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not _is_public(node.attr):
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):

@@ -16,7 +16,7 @@ from .runs import overlay_of, run_suites
 from .source import Function, functions, is_blank
 from .starter import starter
 from .suite_files import folder_of
-from .syllabus import Day
+from .units import Day
 
 LONGEST_ALIKE = 3  # lines of a function that two people write alike
 
