@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.kernels import twins
-from tiny_llm.linear import Linear, LinearLike, StackedLinear, quantized_linear, stack
+from tiny_llm.linear import Linear, LinearLike, quantized_linear
+from tiny_llm.stacked_linear import StackedLinear, stack
 
 K = 64
 
