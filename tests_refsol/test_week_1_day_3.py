@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_llm.grouped_attention import Attention, NoCacheContext, grouped_query_attention
+from tiny_llm.linear import BiasedLinear
+
 from common.matrices import matrix
 from common.numpy_oracles import numpy_attention, numpy_rope
 from common.toy_arrays import column, random_qkv
-from tiny_llm.grouped_attention import Attention, NoCacheContext, grouped_query_attention
-from tiny_llm.linear import BiasedLinear
 
 # The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
@@ -230,9 +231,9 @@ def test_task_2_heads_of_random_weights(
 def test_task_2_queries_and_keys_are_normalised_before_they_are_rotated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: by hand, with weights for a norm (`rms_norm` is day 1.4's): (1, 2) times (10, 1), then a quarter turn.
+    """Oracle: by hand: the query (1, 2) times (10, 1), then a quarter turn. Rotated first, it is (-20, 1).
 
-    Rotated first, the query is (-20, 1).
+    `rms_norm` is day 1.4's; a multiplication by the weight stands in for it.
     """
     monkeypatch.setattr("tiny_llm.grouped_attention.rms_norm", lambda x, weight, eps: x * weight)
     layer = replace(quarter_turns(), q_norm=mx.array([10.0, 1.0]), k_norm=mx.array([1.0, 100.0]))
@@ -242,7 +243,7 @@ def test_task_2_queries_and_keys_are_normalised_before_they_are_rotated(
 
 
 def test_task_2_the_projection_may_have_a_bias() -> None:
-    """Oracle: by hand: a layer calls its matrices, whatever they are; one that reads `.weight` loses the bias."""
+    """Oracle: by hand. A layer that reads `.weight` instead of calling its matrix loses the bias."""
     bias = mx.array([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
     layer = plain_layer(heads=1, kv_heads=1, size=2)
     found = replace(layer, qkv_proj=BiasedLinear(layer.qkv_proj, bias)).project(

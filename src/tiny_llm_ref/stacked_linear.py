@@ -38,8 +38,8 @@ def stack(*parts: LinearLike) -> LinearLike:
     - all are `Linear`, with weights of one dtype: a `Linear` of the joined weights;
     - otherwise: a `StackedLinear`. Converting parts to one form would change numbers, or memory.
 
-    Evaluate what was joined with `mx.eval` before you return it. MLX is lazy: an array that is not computed
-    yet keeps its inputs, and the model's weights would be in memory twice.
+    Evaluate what was joined with `mx.eval` before you return it. MLX is lazy: otherwise the first forward
+    pass would join the matrices of all layers at once, and the weights would be in memory twice.
 
     >>> both = stack(Linear(mx.array([[1.0], [2.0]])), Linear(mx.array([[30.0]])))
     >>> both(mx.array([[1.0], [2.0]])).tolist()
@@ -58,7 +58,7 @@ def stack(*parts: LinearLike) -> LinearLike:
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:
-    """Arrays one behind the other along the first axis, evaluated, so that the parts can be freed."""
+    """Arrays one behind the other along the first axis, evaluated, so that each part can be freed now."""
     joined = mx.concatenate(arrays)
     mx.eval(joined)
     return joined
