@@ -151,14 +151,14 @@ def check_stack(*parts: LinearLike, inputs: int = 8) -> LinearLike:
     """Assert that the stack of these gives their outputs side by side, each as it is alone; the stack."""
     x = mx.random.normal((2, 3, inputs), key=mx.random.key(99))
     alone = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
-    stacked = stack(*parts)
+    stacked = stack(parts)
     np.testing.assert_allclose(np.array(stacked(x)), alone, rtol=1e-5, atol=1e-5)
     return stacked
 
 
 def test_task_2_outputs_of_the_first_part_come_first() -> None:
     """Oracle: by hand: 1 and 2 times x, then 30 times x."""
-    both = stack(matrix(np.array([[1], [2]])), matrix(np.array([[30]])))
+    both = stack([matrix(np.array([[1], [2]])), matrix(np.array([[30]]))])
     np.testing.assert_allclose(np.array(both(mx.array([[1.0], [-2.0]]))), [[1, 2, 30], [-2, -4, -60]])
 
 
@@ -178,7 +178,7 @@ def test_task_2_matrices_of_different_types_are_left_as_they_are() -> None:
     assert not isinstance(check_stack(*parts), Linear)
     x = mx.random.normal((1, 8), key=mx.random.key(3))
     alone = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
-    np.testing.assert_array_equal(np.array(stack(*parts)(x)), alone)
+    np.testing.assert_array_equal(np.array(stack(parts)(x)), alone)
 
 
 def test_task_2_matrices_with_a_bias_become_one_with_a_bias() -> None:
@@ -246,7 +246,7 @@ def test_task_2_the_first_pass_does_not_copy_the_weights(biased: bool) -> None:
         return BiasedLinear(dense, vector) if biased else dense
 
     before = mx.get_active_memory()
-    stacks = [stack(part(2 * i), part(2 * i + 1)) for i in range(4)]
+    stacks = [stack([part(2 * i), part(2 * i + 1)]) for i in range(4)]
     mx.reset_peak_memory()
     mx.eval([stacked(mx.zeros((1, 512))) for stacked in stacks])
     mib = (mx.get_peak_memory() - before) / 2**20

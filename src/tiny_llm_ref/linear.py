@@ -110,7 +110,7 @@ class BiasedLinear:
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """A matrix whose rows are looked up times a scale, and which multiplies as it is.
+    """A matrix whose rows are multiplied by a scale when they are looked up; products have no scale.
 
     Gemma's embedding: the output projection tied to it is the same matrix without the scale.
     """

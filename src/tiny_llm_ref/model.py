@@ -131,7 +131,7 @@ def build_block(
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         inv_freq=inv_freq,
-        qkv_proj=stack(*(linears[f"{attention}.{name}_proj"] for name in "qkv")),
+        qkv_proj=stack([linears[f"{attention}.{name}_proj"] for name in "qkv"]),
         o_proj=linears[f"{attention}.o_proj"],
         q_norm=vectors[f"{attention}.q_norm"] if config.qk_norm else None,
         k_norm=vectors[f"{attention}.k_norm"] if config.qk_norm else None,
@@ -139,7 +139,7 @@ def build_block(
     )
     kind_of_mlp = GeluMLP if config.hidden_act == GELU else MLP
     feed_forward = kind_of_mlp(
-        gate_up_proj=stack(linears[f"{mlp}.gate_proj"], linears[f"{mlp}.up_proj"]),
+        gate_up_proj=stack([linears[f"{mlp}.{name}_proj"] for name in ("gate", "up")]),
         down_proj=linears[f"{mlp}.down_proj"],
     )
     norms = {f"{name}_layernorm": vectors[f"{prefix}.{name}_layernorm"] for name in config.layer_norms}
