@@ -26,9 +26,10 @@ def causal_mask(length: int, total: int) -> mx.array:
     """Return the mask [length, total] in float32 that hides later tokens from the last `length` of `total`.
 
     Row i belongs to the token at position `total - length + i`; columns are positions. It is 0 where the
-    token may look, at positions up to its own, and -inf at later positions. The mask is added to the scores:
-    -inf gives a weight of 0 after softmax, whereas a score *multiplied* by 0 would still weigh e^0 = 1. A
-    length of 0 gives an empty mask, [0, total]. Raises ValueError for a length below 0 or above total.
+    token may look, at positions up to its own, and -inf (`-mx.inf`) at later positions. The mask is added to
+    the scores: -inf gives a weight of 0 after softmax, whereas a score *multiplied* by 0 would still weigh
+    e^0 = 1. A length of 0 gives an empty mask, [0, total]. Raises ValueError for a length below 0 or above
+    total.
 
     >>> causal_mask(2, 4).tolist()
     [[0.0, 0.0, 0.0, -inf], [0.0, 0.0, 0.0, 0.0]]
@@ -45,10 +46,11 @@ def scaled_dot_product_attention(
     """Compute softmax(q k^T * scale + mask) v: for each query a weighted mean of the values.
 
     q [..., L, D], k and v [..., S, D] -> [..., L, D]. A query scores every key by their dot product, the
-    scores of one query become weights, and the weights mix the values. Use the scale that is given, often
-    1 / sqrt(D): it keeps scores at the same size whatever D is. The mask broadcasts to [..., L, S] and is
-    added after scaling; None hides nothing. Leading axes broadcast, as in any matrix product. In MLX `.T`
-    reverses all axes; `x.swapaxes(-1, -2)` exchanges the last two.
+    scores of one query become weights, and the weights mix the values. Use the scale that is given, often 1 /
+    sqrt(D): it keeps scores at the same size whatever D is. The mask broadcasts to [..., L, S] and is added
+    after scaling; None hides nothing. Leading axes broadcast, as in any matrix product. In MLX `.T` reverses
+    all axes, while `x.swapaxes(-1, -2)` exchanges the last two; float16 scores plus a float32 mask are
+    float32.
 
     >>> q, k = mx.array([[1.0, 1.0]]), mx.zeros((2, 2))  # both keys score 0, so both weigh 1/2
     >>> scaled_dot_product_attention(q, k, mx.array([[2.0, 0.0], [4.0, 6.0]]), 0.5).tolist()

@@ -71,11 +71,13 @@ class Attention:
     """One layer's attention.
 
     layer: the layer's number, by which a context finds the keys that the layer stored before.
-    num_heads, num_kv_heads: H and Hkv.
+    num_heads, num_kv_heads, head_dim: H, Hkv and D.
+    inv_freq: [D/2], the rotary frequencies of the layer.
     qkv_proj: one matrix that gives each token its queries, keys and values: H * D numbers, then Hkv * D, then
         Hkv * D. It is the checkpoint's q_proj, k_proj and v_proj in one.
-    o_proj: the matrix behind attention, [..., H * D] -> [..., E].
-    q_norm, k_norm: [D], only where the architecture normalises queries and keys head by head; else None.
+    o_proj: the matrix after attention, [..., H * D] -> [..., E].
+    q_norm, k_norm: [D], weights of the norms of each query and each key, with `eps`; None in an architecture
+        without these norms.
     """
 
     layer: int
@@ -92,9 +94,9 @@ class Attention:
     def project(self, x: mx.array, positions: mx.array) -> Heads:
         """Make the queries, keys and values of tokens x [B, L, E] at positions [L].
 
-        Call `qkv_proj` once: H + 2 Hkv heads of D numbers for each token, queries first, then keys, then
-        values. Bring them into the shape [B, heads, L, D]: a reshape from [B, L, heads * D] alone would mix
-        tokens and heads. Queries and keys are normalised by `_normed`, which takes both in one array
+        Call `qkv_proj` once: it gives H + 2 Hkv heads of D numbers for each token, queries first, then keys, then
+        values. Bring them into the shape [B, heads, L, D]; a reshape of [B, L, heads * D] that does not exchange
+        axes mixes tokens and heads. Queries and keys are normalised by `_normed`, which takes both in one array
         [B, H + Hkv, L, D], and then rotated; values are neither. H * D need not be E.
 
         >>> from tiny_llm.linear import Linear

@@ -35,10 +35,10 @@ class ByName(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer; its parts have their names in the checkpoint.
+    """A decoder-only transformer; its parts are named as in the checkpoint.
 
     embed_tokens: the embedding [vocab_size, E]; its `rows` turns token ids into vectors.
-    norm: [E], the weight of the norm behind the last layer.
+    norm: [E], the weight of the norm after the last layer.
     lm_head: the output projection, [..., E] -> [..., vocab_size]; may be the embedding itself.
     """
 
@@ -52,10 +52,10 @@ class Model:
         """Compute the logits of the next token: token ids [B, L] int32 -> [B, R, vocab_size].
 
         Every layer gets the context of the pass. `context.logit_rows`, [R] int32, names the rows along L that
-        need logits, the same in every sequence and in the order given; None: all, R = L. Choose them behind
-        the last layer, because other tokens read all rows until there, and before the last norm, because the
-        projection to a vocabulary is the largest matrix of the model: it must see only the R rows. The last
-        norm uses `config.rms_norm_eps`.
+        need logits, the same in every sequence and in the order given; None: all, R = L. Choose them after
+        the last layer: until there the other tokens read every row. Choose them before the last norm and the
+        projection, so that the largest matrix of the model sees only R rows. The last norm uses
+        `config.rms_norm_eps`.
 
         >>> from tiny_llm.linear import Linear
         >>> from types import SimpleNamespace as Some
@@ -73,7 +73,7 @@ class Model:
 
 
 def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByName[mx.array]) -> Model:
-    """Assemble a model from its parameters, which have their names in a checkpoint without `.weight`.
+    """Assemble a model from its parameters, named as in a checkpoint but without `.weight`.
 
     linears: the matrices; vectors: the norms' weights. Both read a parameter from the file when it is asked
     for and do not keep it: ask for each name once, and for none that `config.parameter_shapes` does not list.

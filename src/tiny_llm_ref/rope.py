@@ -60,7 +60,7 @@ def llama3_factors(
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
     """Rotate every pair of values by its token's position times the pair's frequency.
 
-    x [B, H, L, D], positions [L] int32, inv_freq [D/2] -> [B, H, L, D]. Token l stands at positions[l]; they
+    x [B, H, L, D], positions [L] int32, inv_freq [D/2] -> [B, H, L, D]. Token l is at positions[l]; they
     may be in any order and repeat, and all heads and sequences share them. Pair i is
     (a, b) = (x[i], x[i + D/2]), half a head apart; with angle = position * inv_freq[i] it becomes
     (a cos - b sin, b cos + a sin). The product of a rotated query and a rotated key depends only on how far

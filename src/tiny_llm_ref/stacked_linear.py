@@ -59,7 +59,7 @@ def stack(parts: Sequence[LinearLike]) -> LinearLike:
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:
-    """Arrays one behind the other along the first axis, evaluated, so that each part can be freed now."""
+    """Arrays joined along the first axis and evaluated, so that each part can be freed now."""
     joined = mx.concatenate(arrays)
     mx.eval(joined)
     return joined

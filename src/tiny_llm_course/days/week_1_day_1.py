@@ -39,7 +39,7 @@ def show() -> Lines:
     error = float(mx.max(mx.abs(mx.sum(weights, axis=-1) - 1)))
     found = loaded.tokenizer.token_text(tokens[after_last_time])
     yield (
-        f"it has found {found!r}, the token behind the last word's earlier occurrence: an induction head, by "
+        f"it has found {found!r}, the token after the last word's earlier occurrence: an induction head, by "
         "which a model repeats what it has read"
     )
     layers, heads = weights.shape[:2]

@@ -62,11 +62,13 @@ class Attention:
     """One layer's attention.
 
     layer: the layer's number, by which a context finds the keys that the layer stored before.
-    num_heads, num_kv_heads: H and Hkv.
+    num_heads, num_kv_heads, head_dim: H, Hkv and D.
+    inv_freq: [D/2], the rotary frequencies of the layer.
     qkv_proj: one matrix that gives each token its queries, keys and values: H * D numbers, then Hkv * D, then
         Hkv * D. It is the checkpoint's q_proj, k_proj and v_proj in one.
-    o_proj: the matrix behind attention, [..., H * D] -> [..., E].
-    q_norm, k_norm: [D], only where the architecture normalises queries and keys head by head; else None.
+    o_proj: the matrix after attention, [..., H * D] -> [..., E].
+    q_norm, k_norm: [D], weights of the norms of each query and each key, with `eps`; None in an architecture
+        without these norms.
     """
 
     layer: int

@@ -12,10 +12,10 @@ from .norm import rms_norm
 
 @dataclass(frozen=True, eq=False)
 class TransformerBlock:
-    """A pre-norm residual block; its parts have their names in the checkpoint.
+    """A pre-norm residual block; its parts are named as in the checkpoint.
 
     input_layernorm, post_attention_layernorm: [E], the weights of the norms before attention and before the
-        MLP. The second name says where the norm stands: behind attention, so in front of the MLP.
+        MLP. The second name says where it is: after attention, so before the MLP.
     """
 
     self_attn: Attention

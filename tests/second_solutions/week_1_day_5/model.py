@@ -31,10 +31,10 @@ class ByName(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer; its parts have their names in the checkpoint.
+    """A decoder-only transformer; its parts are named as in the checkpoint.
 
     embed_tokens: the embedding [vocab_size, E]; its `rows` turns token ids into vectors.
-    norm: [E], the weight of the norm behind the last layer.
+    norm: [E], the weight of the norm after the last layer.
     lm_head: the output projection, [..., E] -> [..., vocab_size]; may be the embedding itself.
     """
 
