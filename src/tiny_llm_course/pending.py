@@ -2,13 +2,6 @@
 
 WITHOUT_EXAMPLES = frozenset(
     {
-        "1.1",
-        "1.2",
-        "1.3",
-        "1.4",
-        "1.5",
-        "1.6",
-        "1.7",
         "2.1",
         "2.2",
         "2.3",
@@ -25,4 +18,4 @@ WITHOUT_EXAMPLES = frozenset(
         "3.7",
     }
 )
-WITHOUT_SECOND_SOLUTION = WITHOUT_EXAMPLES - {"1.1"}
+WITHOUT_SECOND_SOLUTION = WITHOUT_EXAMPLES
