@@ -94,10 +94,10 @@ class Attention:
     def project(self, x: mx.array, positions: mx.array) -> Heads:
         """Make the queries, keys and values of tokens x [B, L, E] at positions [L].
 
-        Call `qkv_proj` once: it gives H + 2 Hkv heads of D numbers for each token, queries first, then keys, then
-        values. Bring them into the shape [B, heads, L, D]; a reshape of [B, L, heads * D] that does not exchange
-        axes mixes tokens and heads. Queries and keys are normalised by `_normed`, which takes both in one array
-        [B, H + Hkv, L, D], and then rotated; values are neither. H * D need not be E.
+        Call `qkv_proj` once: it gives H + 2 Hkv heads of D numbers for each token, queries first, then keys,
+        then values. Bring them into the shape [B, heads, L, D]; a reshape of [B, L, heads * D] that does not
+        exchange axes mixes tokens and heads. Queries and keys are normalised by `_normed`, which takes both
+        in one array [B, H + Hkv, L, D], and then rotated; values are neither. H * D need not be E.
 
         >>> from tiny_llm.linear import Linear
         >>> same, no_turn = Linear(mx.eye(6)), mx.zeros(1)  # a projection and a rotation that change nothing
