@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_llm_cli.overlay import one_line
+from tiny_llm_course.mistake import one_line
 
 FOLDER = Path(__file__).parent
 NO_QUESTION = {"front", "harness", "numpy_llama", "servers"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm_cli.overlay import mistake
+from tiny_llm_course.mistake import mistake
 
 ROOT = Path(__file__).parents[1]
 BLANK = """

@@ -23,9 +23,9 @@ ALLOWED = {
     "tiny_llm": {"tiny_llm_ref"},  # its `__init__` only: the rest of the folder is a learner's
     "tiny_llm_server": {"tiny_llm", "tiny_llm_checkpoints"},
     "tiny_llm_course": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"},
-    "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"},
+    "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_server"},
     "labs": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
-    "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_kernels"},
+    "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course", "tiny_llm_kernels"},
 }
 
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef

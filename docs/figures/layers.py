@@ -14,8 +14,8 @@ IMPORTS = {
     "tiny_llm": ("tiny_llm_ref",),
     "tiny_llm_server": ("tiny_llm", "tiny_llm_checkpoints"),
     "tiny_llm_course": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"),
-    "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"),
-    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_cli"),
+    "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server", "tiny_llm_course"),
+    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_course", "tiny_llm_cli"),
     "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
 }
 
@@ -26,6 +26,7 @@ DOWN = {
     ("labs", "tiny_llm_cli"): 490,
     ("labs", "tiny_llm_course"): 670,
     ("tiny_llm_cli", "tiny_llm_server"): 240,
+    ("tiny_llm_cli", "tiny_llm_course"): 490,
     ("tiny_llm_server", "tiny_llm"): 240,
     ("tiny_llm_course", "tiny_llm"): 622,
     ("tiny_llm", "tiny_llm_ref"): 430,

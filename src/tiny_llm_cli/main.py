@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .overlay import one_line
+from tiny_llm_course.mistake import one_line
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

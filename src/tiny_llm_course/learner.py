@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tiny_llm_cli.overlay import mistake
-
 from .errors import CourseError
 from .house import House
+from .mistake import mistake
 
 
 @contextmanager

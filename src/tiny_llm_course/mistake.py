@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tiny_llm_checkpoints.errors import TinyLLMError
+
 _OF_A_BLANK = re.compile(r"\d\.\d\.\d+ \S+: ")
 
 
@@ -52,10 +54,9 @@ def one_line(error: BaseException) -> str | None:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error, the one that it was raised from, and so on, without those that are raised on purpose."""
-    named = getattr(sys.modules.get("tiny_llm.errors"), "TinyLLMError", ())
     following: BaseException | None = error
     while following is not None:
-        if not isinstance(following, named):
+        if not isinstance(following, TinyLLMError):
             yield following
         following = following.__cause__ or following.__context__
 
