@@ -91,14 +91,14 @@ class TokenBlocks:
 
 @dataclass(slots=True)
 class KeptBlock:
-    """A kept block of the pool, the tokens whose keys and values are in it, and the hash of the block before."""
+    """A kept block, the tokens whose keys and values are in it, and the hash of the block before."""
 
     block: int
     tokens: tuple[int, ...]
     parent: bytes
 
     def is_block(self, stream: TokenBlocks, index: int) -> bool:
-        """Return whether it holds block `index` of a stream with the same hash: compares tokens and parent."""
+        """Return whether it holds block `index` of a stream: compares the tokens and the parent."""
         return self.tokens == stream.tokens[index] and self.parent == stream.parent(index)
 
 
@@ -112,13 +112,12 @@ class PartMatch(NamedTuple):
 class PrefixCache:
     """Keeps full blocks after their tables have gone, until the pages are needed.
 
-    Every block of the pool is in one of four states:
+    Every block of the pool is in one of four states. Its holders are counted by `allocator.ref_count`:
 
-        state    holders (`allocator.ref_count`)   in the queue   leaves it by free     none: 0
-        no             a table allocates it -> private private  tables only                       no
-        `add` -> in use; the last table goes -> free in use   the cache, and tables: 2 or more  no
-        `released` by the last table -> idle idle     the cache only: 1                 yes            `share`
-        or `exchange` -> in use; `evict` -> free
+    - free, 0 holders. A table allocates it: private.
+    - private, held by tables only. `add`: in use. When the last table releases it: free.
+    - in use, held by the cache and by tables, 2 or more. When the last table has released it, `released`: idle.
+    - idle, held by the cache only, 1. It stands in the queue. `share`, `exchange`: in use. `evict`: free.
 
     "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
     The parent of a kept block is kept, and a table that holds a kept block holds its parent too, except where
@@ -130,9 +129,7 @@ class PrefixCache:
         self.block_size = block_size
         self._allocator = allocator
         self._kept: dict[bytes, KeptBlock] = {}  # every kept block, by its hash
-        self._queue: OrderedDict[bytes, KeptBlock] = (
-            OrderedDict()
-        )  # the idle ones; the first is evicted first
+        self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # idle ones, the next to be evicted first
         self._hash_of: dict[int, bytes] = {}  # the hash of every kept block, by the block's id
         self._newest_child: dict[tuple[bytes, int], bytes] = {}  # a hash, by its parent and first token
 
@@ -186,12 +183,11 @@ class PrefixCache:
         Looking changes nothing: no block gets a holder, and idle blocks stay idle. A caller that wants the
         blocks calls `share` for each of them, in order.
 
-        >>> allocator, stream, longer = BlockAllocator(4), TokenBlocks(2), TokenBlocks(2)
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
-        >>> stream.extend([5, 6]), longer.extend([5, 6, 7, 8])
-        (None, None)
+        >>> stream.extend([5, 6, 7, 8])
         >>> cache.add(block, stream, 0)
-        >>> cache.match(longer, 0, 2) == [block], cache.match(longer, 1, 2)
+        >>> cache.match(stream, 0, 2) == [block], cache.match(stream, 1, 2)
         (True, [])
         """
         found = []
@@ -203,8 +199,7 @@ class PrefixCache:
         return found
 
     def share(self, table: BlockTable, block: int, length: int) -> None:
-        """Append a kept block to a table of full blocks; its first `length` tokens become the table's next
-        ones.
+        """Append a kept block to a table of full blocks, which continues with its first `length` tokens.
 
         The table becomes a holder of it, so it is not idle any more.
         """
@@ -250,16 +245,14 @@ class PrefixCache:
         return given
 
     def exchange(self, table: BlockTable, index: int, block: int) -> None:
-        """Put a kept block in place `index` of a table, instead of the table's own block with the same
-        content.
+        """Put a kept block in place `index` of a table, instead of the table's own with the same content.
 
         The table becomes a holder of the kept block, which is not idle any more (as in `share`), and gives
         the reference to its own block back. If it is its own block already, nothing changes.
 
-        >>> allocator, stream, table = BlockAllocator(4), TokenBlocks(2), BlockTable(BlockAllocator(4), 2)
-        >>> cache, table = PrefixCache(allocator, 2), BlockTable(allocator, 2)
-        >>> kept, copies = allocator.allocate(), table.append_tokens(2)
-        >>> stream.extend([5, 6])
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
+        >>> cache, table, kept = PrefixCache(allocator, 2), BlockTable(allocator, 2), allocator.allocate()
+        >>> copies, _ = table.append_tokens(2), stream.extend([5, 6])
         >>> cache.add(kept, stream, 0)
         >>> cache.exchange(table, 0, kept)
         >>> table.blocks == [kept], allocator.ref_count(kept), allocator.num_free
@@ -280,16 +273,15 @@ class PrefixCache:
           So the pool holds a prefix once, however many sequences computed it.
         - Another text is kept under the hash: the table goes on with its own block, which is not kept.
 
-        Keep nothing that `match` could not reach: where the table's block before (index > 0) is not kept
-        under the hash `stream.parent(index)`, stop. Two cases, for a table with the blocks 4 and 9:
+        Keep nothing that `match` could not reach: stop where the table's block before (index > 0) is not kept
+        under the hash `stream.parent(index)`. There are two such cases. The table has the blocks 4 and 9:
 
-        A collision. Block 3 is kept, under a hash that this text's block 0 has too, but with other tokens.
-        Block 4 stays as it is, not kept.
-        Block 9 is not kept: the hash before it leads to block 3, never to block 4.
-
-        A gap. Block 4 was kept, and then the cache was cleared while the table went on.
-        `keep(table, stream, 1, 2)` finds that block 4 is not kept.
-        Block 9 is not kept: `match` would stop at the missing block 0.
+        - A collision. Block 3 is kept, with other tokens, under the hash of this text's block 0.
+          Block 4 stays in the table and is not kept.
+          Block 9 is not kept: the hash before it leads to block 3, never to block 4.
+        - A gap. Block 4 was kept; then the cache was cleared while the table went on.
+          `keep(table, stream, 1, 2)` finds that block 4 is not kept.
+          Block 9 is not kept: `match` would stop at the missing block 0.
 
         >>> allocator, stream = BlockAllocator(8), TokenBlocks(2)
         >>> cache, tables = PrefixCache(allocator, 2), [BlockTable(allocator, 2), BlockTable(allocator, 2)]
@@ -309,18 +301,17 @@ class PrefixCache:
                 self.exchange(table, index, kept.block)
 
     def match_part(self, parent: bytes, tokens: Seq[int]) -> PartMatch | None:
-        """Return a kept block that continues `parent` and begins like `tokens`, and how many tokens are
-        equal.
+        """Return a kept block that continues `parent` and begins like `tokens`, and the number of equal tokens.
 
         The count ends with the first difference: 1 .. block_size. `tokens` may be fewer than a block. Of
         several kept blocks with this parent and this first token only the newest is looked at
         (`_newest_child`), which may not be the one with the most equal tokens. None if there is none, if it
         has been evicted, or without tokens.
 
-        >>> cache, stream, block = PrefixCache(BlockAllocator(4), 4), TokenBlocks(4), 0
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(4)
+        >>> cache = PrefixCache(allocator, 4)
         >>> stream.extend([5, 6, 7, 8])
-        >>> copies = (table := BlockTable(cache._allocator, 4)).append_tokens(4)
-        >>> cache.keep(table, stream, 0, 1)
+        >>> cache.add(allocator.allocate(), stream, 0)
         >>> cache.match_part(stream.parent(0), [5, 6, 9, 8]).length
         2
         """
