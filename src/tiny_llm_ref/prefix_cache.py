@@ -116,7 +116,7 @@ class PrefixCache:
 
     - free, 0 holders. A table allocates it: private.
     - private, held by tables only. `add`: in use. When the last table releases it: free.
-    - in use, held by the cache and by tables, 2 or more. When the last table has released it, `released`: idle.
+    - in use, held by the cache and by tables, 2 or more. `released` after the last table is gone: idle.
     - idle, held by the cache only, 1. It stands in the queue. `share`, `exchange`: in use. `evict`: free.
 
     "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
@@ -301,7 +301,7 @@ class PrefixCache:
                 self.exchange(table, index, kept.block)
 
     def match_part(self, parent: bytes, tokens: Seq[int]) -> PartMatch | None:
-        """Return a kept block that continues `parent` and begins like `tokens`, and the number of equal tokens.
+        """Return a kept block that continues `parent` and begins like `tokens`, with the count of equal ones.
 
         The count ends with the first difference: 1 .. block_size. `tokens` may be fewer than a block. Of
         several kept blocks with this parent and this first token only the newest is looked at
