@@ -88,7 +88,7 @@ def work() -> Work:
 
     table = WindowedTable(BlockAllocator(128), 16)
     table.append_tokens(2048)
-    table.let_go(first_visible(2031, 512))
+    table.release_before(first_visible(2031, 512))
     batch = pack_batch([Span(table, 2031, 2047), Span(table, 2047, 2048)])
     q, keys, values = (
         random_array(1, 9, 17, 64),
