@@ -147,6 +147,11 @@ class PrefixCache:
         return [kept.block for kept in self._kept.values()]
 
     @property
+    def idle(self) -> list[int]:
+        """The ids of the idle blocks, the next to be evicted first."""
+        return [kept.block for kept in self._queue.values()]
+
+    @property
     def num_idle(self) -> int:
         """Number of idle blocks: how many `evict` could give back now."""
         return len(self._queue)

@@ -132,7 +132,7 @@ class WindowedTable(BlockTable):
         return super().slots(start - self.start, stop - self.start)
 
     def fork(self) -> "WindowedTable":
-        """Make a second table over the same blocks, from the same `start` on; each block gets a holder more."""
+        """Make a second table of the same blocks, from `start` on; each block counts one more holder."""
         child = WindowedTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens, child.start = list(self.blocks), self.num_tokens, self.start
         for shared in child.blocks:
