@@ -149,7 +149,7 @@ def test_task_1_many_tables_at_once() -> None:
         allocator = BlockAllocator(sum(-(-total // block_size) for total in totals))
         tables = [BlockTable(allocator, block_size) for _ in totals]
         for row in rng.permutation(np.repeat(np.arange(20), totals)):
-            tables[row].append_tokens(1)  # in turns, so that nobody's blocks lie side by side
+            tables[row].append_tokens(1)  # in turns, so that no sequence has its blocks side by side
         lengths = [int(rng.integers(0, total + 1)) for total in totals]
         expected = [
             table.blocks[i // block_size] * block_size + i % block_size

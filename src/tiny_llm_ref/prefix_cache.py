@@ -263,7 +263,7 @@ class PrefixCache:
         >>> table.blocks == [kept], allocator.ref_count(kept), allocator.num_free
         (True, 3, 3)
         """
-        self._queue.pop(self._hash_of[block], None)
+        self._queue.pop(self._hash_of[block], None)  # it may have been idle
         self._allocator.add_ref(block)
         self._allocator.free(table.blocks[index])
         table.blocks[index] = block

@@ -107,7 +107,7 @@ def test_task_2_a_text_that_comes_in_pieces_is_the_same_text() -> None:
 
 
 def test_task_2_another_salt_is_another_hash_for_every_block() -> None:
-    """Oracle: the docstring: tenants who do not share, with the same text of equal blocks."""
+    """Oracle: the docstring: tenants that do not share, with the same text of equal blocks."""
     streams = [stream_of([3] * 12, salt=salt) for salt in ("", "one", "two")]
     assert len({digest for stream in streams for digest in stream.hashes}) == 9
 
@@ -143,7 +143,8 @@ def test_task_3_a_block_that_is_kept_is_known_by_its_id() -> None:
     """Oracle: by hand: the block that is half full was not added."""
     allocator, cache = make_cache()
     table = added(allocator, cache, range(10))
-    assert [block in cache for block in table.blocks] == [True, True, False]
+    is_kept = [block in cache for block in table.blocks]
+    assert is_kept == [True, True, False]
 
 
 def test_task_3_a_block_in_use_is_not_idle() -> None:

@@ -172,7 +172,7 @@ def lost(cache: PrefixCache, texts: dict[str, Sequence[int]], number: int) -> li
 
 
 def test_task_6_the_least_recently_used_text_goes_first() -> None:
-    """Oracle: by hand: they were kept in one order and let go of in another, which counts."""
+    """Oracle: by hand: they were kept in one order and released in another, which counts."""
     allocator, cache = make_cache()
     texts: dict[str, Sequence[int]] = {"a": [1] * 8, "b": [2] * 4, "c": [3] * 8}
     tables = {name: kept(allocator, cache, tokens) for name, tokens in texts.items()}
@@ -402,7 +402,7 @@ class Prefixes(RuleBasedStateMachine):
         size = self.cache.block_size
         assert all(text[:-size] in left for text in left if len(text) > size), "an end without its beginning"
         in_use = {self.holds[block] for table, _ in self.texts for block in table.blocks}
-        assert gone.isdisjoint(in_use), "given up while somebody reads it"
+        assert gone.isdisjoint(in_use), "evicted while a table reads it"
 
     @invariant()
     def check(self) -> None:
@@ -419,7 +419,7 @@ class Prefixes(RuleBasedStateMachine):
     def check_reads_its_own(self, table: BlockTable, tokens: list[int]) -> None:
         size = table.block_size
         for i, block in enumerate(table.blocks):
-            assert self.holds[block] == tuple(tokens[: (i + 1) * size]), "somebody reads another's text"
+            assert self.holds[block] == tuple(tokens[: (i + 1) * size]), "a table reads another text"
 
 
 def test_task_8_blocks_are_conserved_and_no_table_reads_another_text() -> None:

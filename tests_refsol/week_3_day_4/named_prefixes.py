@@ -132,7 +132,7 @@ def test_task_13_full_blocks_are_shared_without_a_copy() -> None:
 
 
 def test_task_13_a_sequence_that_adds_nothing_shares_every_block() -> None:
-    """Oracle: by hand: the half-full block too, until somebody writes."""
+    """Oracle: by hand: the half-full block too, until one of them writes."""
     cache = with_prefix()
     cache.allocate_with_prefix("a", "sys", 6)
     assert cache.tables["a"].blocks == cache.tables["sys"].blocks

@@ -340,7 +340,7 @@ def check_blocks(manager: PagedBatchManager) -> None:
 def test_task_11_equal_prompts_that_come_together_are_computed_once(budget: int) -> None:
     """Oracle: by hand: 22 tokens are five blocks of 4 and two more, which everybody computes.
 
-    A batch in which nobody waits computes 66 tokens instead of 26.
+    A batch in which no prompt waits computes 66 tokens instead of 26.
     """
     prompt = range(22)
     assert run(manager_of(budget=budget), {"a": prompt, "b": prompt, "c": prompt}) == {
@@ -416,7 +416,7 @@ def answers(
 
 def test_task_11_the_real_model_answers_the_same_and_computes_less() -> None:
     """Oracle: the same manager without prefix caching; what is shared is counted in full blocks of 8."""
-    system = "You keep a lighthouse, and you answer whoever asks you in a single short sentence."
+    system = "You keep a lighthouse, and you answer every question in a single short sentence."
     prompts = [f"{system} Who are you?", f"{system} What shines?"]
     loaded = load_model(None)
     [plain] = answers(loaded, prompts, Policies(), waves=1)
