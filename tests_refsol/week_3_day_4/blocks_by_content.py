@@ -148,12 +148,10 @@ def test_task_3_a_block_that_is_kept_is_known_by_its_id() -> None:
 
 
 def test_task_3_a_block_in_use_is_not_idle() -> None:
-    """Oracle: by hand: its table holds it. A block that enters the queue at once would be evicted in use."""
+    """Oracle: by hand: its table holds it. A block in the queue may be evicted while it is read."""
     allocator, cache = make_cache()
-    table = added(allocator, cache, range(8))
-    assert cache.num_idle == 0
-    assert cache.evict(2) == 0
-    assert holders(table) == [2, 2]
+    added(allocator, cache, range(8))
+    assert (cache.num_idle, cache.idle) == (0, [])
 
 
 def test_task_3_what_is_kept_outlives_its_table() -> None:

@@ -416,7 +416,7 @@ def answers(
 
 def test_task_11_the_real_model_answers_the_same_and_computes_less() -> None:
     """Oracle: the same manager without prefix caching; what is shared is counted in full blocks of 8."""
-    system = "You keep a lighthouse, and you answer every question in a single short sentence."
+    system = "You keep a lighthouse, and you always answer every question in a single short sentence."
     prompts = [f"{system} Who are you?", f"{system} What shines?"]
     loaded = load_model(None)
     [plain] = answers(loaded, prompts, Policies(), waves=1)
