@@ -35,14 +35,13 @@ class PrefixSharing:
         return self.cache.num_idle
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Share the kept blocks that come next in a sequence, up to the first miss, instead of computing
-        them.
+        """Share the kept blocks that come next in a sequence, up to the first miss.
 
-        The next block has the index num_computed // block_size. The blocks come into the sequence's table by
-        `cache.share`, in order and with their full length, and the sequence learns by `note_shared` how many
-        tokens that makes. Share only blocks that lie within the first `num_shareable` tokens: all known
-        tokens except the last, which is always computed, because its row of the step gives the logits for the
-        next token.
+        What it shares it does not compute. The next block has the index num_computed // block_size. The
+        blocks come into the sequence's table by `cache.share`, in order and with their full length, and the
+        sequence learns by `note_shared` how many tokens that makes. Share only blocks that lie within the
+        first `num_shareable` tokens: all known tokens except the last, which is always computed, because its
+        row of the step gives the logits for the next token.
 
         Nothing happens if no block is left to share or if the given `_may_share` says no. `_stream(sequence,
         n)` is the sequence's text, cut into at least n blocks; `cache.match` finds the blocks.

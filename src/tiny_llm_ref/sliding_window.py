@@ -110,8 +110,7 @@ class WindowedTable(BlockTable):
         return blocks
 
     def physical_indices(self) -> list[int]:
-        """Return the physical block of each logical block of the text, in order: `NOWHERE` for those before
-        `start`.
+        """Return the physical block of each of the text's blocks, in order; `NOWHERE` before `start`.
 
         A kernel looks for position p in place p // block_size of this list and knows nothing of `start`. The
         list is the caller's own.
@@ -124,8 +123,7 @@ class WindowedTable(BlockTable):
         return [NOWHERE] * (self.start // self.block_size) + self.blocks
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """Return the slots of the positions start .. stop - 1; ValueError if the table does not hold them
-        all.
+        """Return the slots of the positions start .. stop - 1; ValueError if the table lacks one of them.
 
         The inherited method counts positions from the table's first token.
         """

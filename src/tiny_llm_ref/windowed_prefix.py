@@ -27,8 +27,7 @@ class WindowedPrefixSharing(PrefixSharing):
         self._groups = groups
 
     def first_needed(self, group: int, num_blocks: int) -> int:
-        """Return the first block that a group needs to continue after the first `num_blocks` blocks of a
-        text.
+        """Return the first block that a group needs to continue after `num_blocks` blocks of a text.
 
         The next token, at position num_blocks * block_size, decides: the block of the first position that it
         sees. A group whose window is None sees everything and needs block 0. With a window of 1 no block is
@@ -45,8 +44,7 @@ class WindowedPrefixSharing(PrefixSharing):
         return first_visible(num_blocks * self.block_size, window) // self.block_size
 
     def longest_hit(self, streams: Seq[TokenBlocks], first: int, stop: int) -> int:
-        """Return the largest n, `first` <= n <= `stop`, so that every group can continue after n blocks of a
-        text.
+        """Return the largest n from `first` to `stop` so that every group can continue after n blocks.
 
         streams: the text as each group sees it, cut into at least `stop` blocks. The sequence has computed
         the blocks before `first` itself. A group can continue after n blocks if those of the blocks first ..
@@ -103,9 +101,10 @@ class WindowedPrefixSharing(PrefixSharing):
 
         As `PrefixSharing.adopt` of day 3.4: the next block is num_computed // block_size; only blocks within
         the first `num_shareable` tokens are shared, so the last known token is computed; nothing happens if
-        no block is left to share or if `_may_share` says no. Ask for the longest hit before you change a
-        table: all tables of a sequence must end at the same token. `note_shared` counts the tokens once, not
-        once for each group.
+        no block is left to share or if `_may_share` says no. Group i has `sequence.tables[i]` and the stream
+        `sequence.stream_of(i, n)`, the text cut into at least n blocks. Find the longest hit before you
+        change a table: all tables of a sequence must end at the same token. `note_shared` counts the tokens
+        once, not once for each group.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -135,9 +134,10 @@ class WindowedPrefixSharing(PrefixSharing):
 
         The text's blocks start // block_size .. num_computed // block_size - 1 have become full; if there are
         none, nothing happens. `cache.keep(table, stream, first, stop)` uses one number for a place in the
-        table and for a block of the stream. But a windowed table's places count from its first block,
-        `first_block(table)`, and the stream's from the text's: `TokenBlocks.tail(n)` is the stream from block
-        n on. Blocks that the table has given back, or never had, are not kept: no place is negative.
+        table and for a block of the stream. But the places of a windowed table count from its first block,
+        `first_block(table)`, and those of `sequence.stream_of(group, n)` from the text's first block:
+        `TokenBlocks.tail(n)` is a stream from block n on. Blocks that the table has given back, or never had,
+        are not kept: no place is negative.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
