@@ -64,8 +64,9 @@ class PagedKVCache:
         """A new table enters `tables` after the allocator has agreed."""
         if num_tokens <= -1:
             raise ValueError(f"{num_tokens} tokens")
-        new = BlockTable(self.allocator, self.pool.block_size)
-        table = self.tables[seq_id] if seq_id in self.tables else new
+        table = self.tables.get(seq_id)
+        if table is None:
+            table = BlockTable(self.allocator, self.pool.block_size)
         if copies := table.append_tokens(num_tokens):
             self.pool.copy_blocks(copies)
         self.tables.update({seq_id: table})
