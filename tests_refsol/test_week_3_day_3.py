@@ -361,7 +361,7 @@ def test_task_3_keys_and_values_take_the_pools_type() -> None:
 
 @pytest.mark.parametrize("position", [0, 3, 4, 7, 8, 9])
 def test_task_3_a_shared_block_is_copied_before_it_is_written(position: int) -> None:
-    """Oracle: a Python list for each of the two. Any block may be shared, not the last one alone; its copy
+    """Oracle: a Python list for each of the two. Any block may be shared, not only the last one; its copy
     has all that was in it."""
     numbers = list(range(1, 11))
     changed = [*numbers[:position], 99, *numbers[position + 1 :]]
@@ -400,7 +400,7 @@ def test_task_3_in_a_full_pool_a_block_of_ones_own_is_written_where_it_is() -> N
 
 
 def test_task_3_three_that_share_a_block() -> None:
-    """Oracle: a Python list for each: the second copy leaves the third alone with the block."""
+    """Oracle: a Python list for each: the second copy leaves the block to the third."""
     cache = make_cache()
     begin(cache, "a", [1, 2, 3])
     for seq_id in ("b", "c"):

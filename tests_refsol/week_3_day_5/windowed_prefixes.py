@@ -201,8 +201,8 @@ def test_task_9_a_block_in_reach_that_is_missing_is_the_end() -> None:
 
 
 def test_task_9_a_hit_falls_back_to_where_all_groups_have_what_they_need() -> None:
-    """Oracle: by hand: who sees everything lacks block 5. Behind 5 blocks the window needs 3 and 4, and lacks
-    4; behind 4 it needs 2 and 3, which are there.
+    """Oracle: by hand: the group that sees everything lacks block 5. Behind 5 blocks the window needs 3 and 4,
+    and lacks 4; behind 4 it needs 2 and 3, which are there.
 
     Taking the smallest of what each group finds by itself is the mistake: that is 5, without block 4.
     """
@@ -234,7 +234,7 @@ def test_task_9_what_the_sequence_has_is_not_asked_for() -> None:
 
 
 def test_task_9_a_window_of_one_token_needs_no_block() -> None:
-    """Oracle: by hand: the next token sees itself alone."""
+    """Oracle: by hand: the next token sees only itself."""
     setup = Setup((None, 1))
     setup.put(0, TEXT, range(5))
     assert setup.longest_hit(0, 8) == 5
@@ -365,7 +365,7 @@ def test_task_11_each_table_gets_what_its_layers_need() -> None:
 
 
 def test_task_11_a_block_out_of_reach_may_be_gone() -> None:
-    """Oracle: by hand: the window has blocks 6 and 7 alone; 33 tokens are 8 blocks and one to compute.
+    """Oracle: by hand: the window has only blocks 6 and 7; 33 tokens are 8 blocks and one to compute.
 
     Holes that are filled up with blocks of other places are the mistake.
     """
@@ -440,7 +440,7 @@ def test_task_11_a_sequence_under_way_goes_on_behind_its_own_blocks() -> None:
 def test_task_11_what_a_window_has_passed_goes_back() -> None:
     """Oracle: by hand: two blocks are its own, and the hit is 8: the window needs blocks 6 and 7 of others.
 
-    Its own two are kept and idle then, which the cache has to be told: nobody could give them up otherwise.
+    Its own two are kept and idle then, which the cache must be told, or nothing could evict them.
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)

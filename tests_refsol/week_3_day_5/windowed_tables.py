@@ -130,7 +130,7 @@ def expect(table: WindowedTable, start: int, num_tokens: int, blocks: Sequence[i
 
 
 def test_task_3_blocks_that_end_before_a_position_go_back() -> None:
-    """Oracle: by hand: 10 tokens in blocks 7, 2 and 5 of 4; from position 8 on, the third is needed alone."""
+    """Oracle: by hand: 10 tokens in blocks 7, 2 and 5 of 4; from position 8 on, only the third is needed."""
     table = table_of([7, 2, 5], 10)
     assert list(table.release_before(8)) == [7, 2]
     expect(table, 8, 2, [5])

@@ -52,7 +52,7 @@ def show() -> Lines:
     blocks = sum(len(table.blocks) for table in again.tables)
     yield (
         f"the same text again: {again.num_cached_tokens:,} of {length:,} tokens are found, in "
-        f"{blocks:,} blocks; nobody asks for the {sum(table.start // size for table in again.tables[1:]):,} "
+        f"{blocks:,} blocks; no layer needs the {sum(table.start // size for table in again.tables[1:]):,} "
         "that no window reaches"
     )
 
