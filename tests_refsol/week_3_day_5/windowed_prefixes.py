@@ -201,7 +201,7 @@ def test_task_9_a_block_in_reach_that_is_missing_is_the_end() -> None:
 
 
 def test_task_9_a_hit_falls_back_to_where_all_groups_have_what_they_need() -> None:
-    """Oracle: by hand: the group that sees everything lacks block 5. Behind 5 blocks the window needs 3 and 4,
+    """Oracle: by hand: the group that sees everything lacks block 5. Behind 5 the window needs 3 and 4,
     and lacks 4; behind 4 it needs 2 and 3, which are there.
 
     Taking the smallest of what each group finds by itself is the mistake: that is 5, without block 4.
