@@ -383,7 +383,7 @@ def _pairs_named(blocks: int, window: int) -> int:
     """Blocks that a table of one-token blocks has at each token's step."""
     table, named = WindowedTable(BlockAllocator(blocks), 1), 0
     for position in range(blocks):
-        table.let_go(first_visible(position, window))
+        table.release_before(first_visible(position, window))
         table.append_tokens(1)
         named += len(table.blocks)
     return named

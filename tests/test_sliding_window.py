@@ -104,7 +104,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(text=texts, position=st.integers(0, 40))
     def let_go(self, text: Text, position: int) -> None:
         blocks = list(text.table.blocks)
-        passed = text.table.let_go(position)
+        passed = text.table.release_before(position)
         assert passed == blocks[: len(passed)]
         size = self.block_size
         whole = {p for p in text.values if p // size * size + size <= min(position, text.stop)}
@@ -188,9 +188,9 @@ def test_a_table_never_skips_back_into_what_it_holds_or_has_passed() -> None:
     """Oracle: by hand: positions 8 .. 13 in blocks of 4; the next edge behind them is 16."""
     table = WindowedTable(BlockAllocator(4), 4)
     table.append_tokens(14)
-    table.let_go(9)
+    table.release_before(9)
     for position in range(16):
-        with pytest.raises(ValueError, match=f"{position} is no edge of a block after 14 tokens"):
+        with pytest.raises(ValueError, match=f"{position} is no multiple of 4 at or behind the end, 14"):
             table.skip_to(position)
     assert (table.start, table.num_tokens, len(table.blocks)) == (8, 6, 2)
     assert len(table.skip_to(16)) == 2

@@ -62,7 +62,7 @@ class PageLayout:
             return passed
         for group, table in zip(self.groups, tables, strict=True):
             if isinstance(table, WindowedTable) and group.window is not None:
-                passed += table.let_go(first_visible(position, group.window))
+                passed += table.release_before(first_visible(position, group.window))
         return passed
 
     def context(

@@ -1,9 +1,10 @@
-"""A cache of full blocks by what they hold: prompts that begin alike find each other's keys and values.
+"""A cache of full blocks by content: prompts with the same prefix reuse its keys and values.
 
-It owns one reference to each block that it keeps, and gives idle ones up when asked: the least recently used
-first, and of one prompt the deepest first. Ints and bytes only; knows nothing of arrays, nor of who runs.
-Source: vLLM's automatic prefix caching. Its first hashes were predictable (CVE-2025-25183): these are
-SHA-256, the tokens are compared as well, and a salt keeps streams apart that must not share.
+The cache owns one reference to each block that it keeps, and gives back idle ones when pages are needed: the
+least recently used first, and of one prompt the last block first. Ints and bytes only; knows nothing of
+arrays, or of which sequence runs. Source: vLLM's automatic prefix caching. Its first hashes were predictable
+(CVE-2025-25183): these are SHA-256, the tokens are compared as well, and a salt separates streams that must
+not share.
 """
 
 from array import array
@@ -18,18 +19,30 @@ from .paged_attention import BlockAllocator, BlockTable
 
 
 def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
-    """What stands for a full block and all before it: 32 bytes, for the same text the same.
+    """Return the hash of a full block and of all blocks before it: 32 bytes, equal for equal texts.
 
-    parent: the hash of the block before, which stands for all before in its turn. tokens: the block's ids, a
-    list or a tuple. SHA-256, so that nobody can make up another text with the same hash.
+    parent: the hash of the block before, which stands for everything before that in the same way. tokens: the
+    block's token ids, a list or a tuple. Keys and values depend on all tokens before, so the parent is part
+    of the hash.
+
+    The hash is the SHA-256 digest of the parent's bytes, followed by the bytes of the tokens. With SHA-256 a
+    client cannot construct a second text with the same hash. Each id takes 8 bytes, as `array("q",
+    tokens).tobytes()` writes them: of ids written as digits side by side [5, 67] and [56, 7] are the same, of
+    one byte each 8 and 264, and `str(tokens)` makes a list and a tuple two texts.
+
+    >>> root = bytes(32)
+    >>> len(block_hash(root, [5, 6])), block_hash(root, [5, 6]) == block_hash(root, (5, 6))
+    (32, True)
+    >>> block_hash(block_hash(root, [1, 2]), [5, 6]) == block_hash(root, [5, 6])
+    False
     """
     return sha256(parent + array("q", tokens).tobytes()).digest()
 
 
 class TokenBlocks:
-    """A token stream cut into full blocks: `tokens[i]` of block i, and `hashes[i]` of blocks 0 .. i.
+    """A token stream cut into full blocks: `tokens[i]` of block i, and `hashes[i]` of the blocks 0 .. i.
 
-    salt: another salt, another hash for every block.
+    salt: streams with different salts have different hashes in every block.
     """
 
     def __init__(self, block_size: int, salt: str = "") -> None:
@@ -39,13 +52,22 @@ class TokenBlocks:
         self._root = sha256(salt.encode()).digest()
 
     def __len__(self) -> int:
+        """Number of blocks."""
         return len(self.hashes)
 
     def extend(self, token_ids: Seq[int]) -> None:
-        """Cut off the full blocks of the stream's next tokens; a rest is ignored, and must be given again.
+        """Append the full blocks of the stream's next tokens.
 
-        Each block adds its tokens to `tokens`, and to `hashes` its `block_hash`, whose parent is the hash of
-        the block before, or the salt's for the first one.
+        Each full block adds a tuple to `tokens`, and its `block_hash` to `hashes`. Its parent is
+        `parent(index)`, where `index` is the number of the block that is added: the hash of the block before,
+        or the salt's for block 0. Tokens left over at the end are ignored, not remembered: the caller gives
+        them again with the next ones.
+
+        >>> stream = TokenBlocks(4)
+        >>> stream.extend(range(11))
+        >>> stream.extend(range(8, 14))
+        >>> stream.tokens
+        [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
         """
         for start in range(0, len(token_ids) - self.block_size + 1, self.block_size):
             tokens = tuple(token_ids[start : start + self.block_size])
@@ -53,15 +75,15 @@ class TokenBlocks:
             self.tokens.append(tokens)
 
     def parent(self, index: int) -> bytes:
-        """What block `index` hangs on: the hash of the block before, or the salt's."""
+        """Return the parent of block `index`: the hash of the block before, or the salt's for block 0."""
         return self.hashes[index - 1] if index else self._root
 
     def copy(self) -> "TokenBlocks":
-        """The same stream so far, to go on differently."""
+        """Return a second stream with the same blocks, which can go on differently."""
         return self.tail(0)
 
     def tail(self, first: int) -> "TokenBlocks":
-        """The same stream from block `first` on, which is block 0 there and hangs on the same parent."""
+        """Return the stream from block `first` on: that is its block 0, with the same parent as here."""
         other = TokenBlocks(self.block_size)
         other._root, other.tokens, other.hashes = self.parent(first), self.tokens[first:], self.hashes[first:]
         return other
@@ -69,82 +91,109 @@ class TokenBlocks:
 
 @dataclass(slots=True)
 class KeptBlock:
-    """A block of the cache, the tokens whose keys and values are in it, and the hash that it hangs on."""
+    """A kept block, the tokens whose keys and values are in it, and the hash of the block before."""
 
     block: int
     tokens: tuple[int, ...]
     parent: bytes
 
     def is_block(self, stream: TokenBlocks, index: int) -> bool:
-        """True where it holds block `index` of a stream, which has its hash: a hash alone is not believed."""
+        """Return whether it holds block `index` of a stream: compares the tokens and the parent."""
         return self.tokens == stream.tokens[index] and self.parent == stream.parent(index)
 
 
 class PartMatch(NamedTuple):
-    """A kept block that begins with the `length` tokens that were asked for, and goes on differently."""
+    """A kept block whose first `length` tokens are those that were asked for, and whose next one differs."""
 
     block: int
     length: int
 
 
 class PrefixCache:
-    """Keeps full blocks after their tables have gone, until somebody needs the pages.
+    """Keeps full blocks after their tables have gone, until the pages are needed.
 
-    Invariants: the allocator counts the cache as one holder of each kept block. What a kept block hangs on is
-    kept, and a table that holds a kept block holds that too, unless a window has passed it. The queue has the
-    idle blocks, which no table holds, in the order of giving up: none stands behind one that hangs on it.
+    Every block of the pool is in one of four states. Its holders are counted by `allocator.ref_count`:
+
+    - free, 0 holders. A table allocates it: private.
+    - private, held by tables only. `add`: in use. When the last table releases it: free.
+    - in use, held by the cache and by tables, 2 or more. `released` after the last table is gone: idle.
+    - idle, held by the cache only, 1. It stands in the queue. `share`, `exchange`: in use. `evict`: free.
+
+    "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
+    The parent of a kept block is kept, and a table that holds a kept block holds its parent too, except where
+    a window has passed it. The queue holds exactly the idle blocks, in the order of eviction: no block stands
+    behind one that continues it.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.block_size = block_size
         self._allocator = allocator
         self._kept: dict[bytes, KeptBlock] = {}  # every kept block, by its hash
-        self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # the idle ones, the first to go first
-        self._hash_of: dict[int, bytes] = {}  # the hash of every kept block, by the block
-        self._newest_child: dict[tuple[bytes, int], bytes] = {}  # by parent and first token: a hash
+        self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # idle ones, the next to be evicted first
+        self._hash_of: dict[int, bytes] = {}  # the hash of every kept block, by the block's id
+        self._newest_child: dict[tuple[bytes, int], bytes] = {}  # a hash, by its parent and first token
 
     def __len__(self) -> int:
+        """Number of kept blocks."""
         return len(self._kept)
 
     def __contains__(self, block: int) -> bool:
+        """Return whether a block is kept."""
         return block in self._hash_of
 
     @property
     def blocks(self) -> list[int]:
-        """Every kept block."""
+        """The ids of all kept blocks."""
         return [kept.block for kept in self._kept.values()]
 
     @property
+    def idle(self) -> list[int]:
+        """The ids of the idle blocks, the next to be evicted first."""
+        return [kept.block for kept in self._queue.values()]
+
+    @property
     def num_idle(self) -> int:
-        """Kept blocks that no table holds: how many `evict` could give up now."""
+        """Number of idle blocks: how many `evict` could give back now."""
         return len(self._queue)
 
-    def keep(self, table: BlockTable, stream: TokenBlocks, first: int, stop: int) -> None:
-        """Keep a table's blocks first .. stop - 1, which have been computed and hold the stream's tokens.
+    def add(self, block: int, stream: TokenBlocks, index: int) -> None:
+        """Keep a block whose hash is not kept yet: a table holds it, and it holds block `index` of a stream.
 
-        The cache becomes one more holder of each. Where the same tokens behind the same parent are kept
-        already, the table holds that block from now on, and its own goes back: a prefix is in the pool once.
-        Where the hash stands for other tokens, or this table's block before is not kept, the block and those
-        behind it stay the table's alone: nobody could find them.
+        The cache becomes one more holder of it. It is entered in `_kept` as a `KeptBlock` by its hash,
+        `stream.hashes[index]`; in `_hash_of` by its id; and in `_newest_child` by its parent and first token,
+        where it replaces an older block. The parent is `stream.parent(index)`. It is in use, so it is not in
+        the queue. `_forget` undoes all of this.
+
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
+        >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
+        >>> stream.extend([5, 6])
+        >>> cache.add(block, stream, 0)
+        >>> block in cache, allocator.ref_count(block), cache.num_idle
+        (True, 2, 0)
         """
-        for index in range(first, stop):
-            digest, own = stream.hashes[index], table.blocks[index]
-            if index > 0 and self._hash_of.get(table.blocks[index - 1]) != stream.parent(index):
-                return
-            kept = self._kept.get(digest)
-            if kept is None:
-                self._add(digest, KeptBlock(own, stream.tokens[index], stream.parent(index)))
-            elif kept.is_block(stream, index):
-                self._queue.pop(self._hash_of[kept.block], None)
-                self._allocator.add_ref(kept.block)
-                self._allocator.free(own)
-                table.blocks[index] = kept.block
+        digest, tokens, parent = stream.hashes[index], stream.tokens[index], stream.parent(index)
+        self._allocator.add_ref(block)
+        self._kept[digest] = KeptBlock(block, tokens, parent)
+        self._hash_of[block] = digest
+        self._newest_child[parent, tokens[0]] = digest
 
     def match(self, stream: TokenBlocks, first: int, stop: int) -> list[int]:
-        """The kept blocks that hold blocks first .. stop - 1 of a stream, as far as they go unbroken.
+        """Return the kept blocks that hold the blocks first .. stop - 1 of a stream, up to the first miss.
 
-        A hash is not believed: a block whose tokens or whose parent differ is no match. Nobody holds what was
-        found more than before: whoever takes it calls `share`, and holds what is kept of the blocks before.
+        A block is a miss if its hash is not kept, or if the block that is kept under its hash has other
+        tokens or another parent. Equal hashes prove nothing: a client that found two texts with one hash
+        would be answered from the other text. `KeptBlock.is_block` compares both. Behind a miss nothing is of
+        use, even if it is kept: a table has no holes.
+
+        Looking changes nothing: no block gets a holder, and idle blocks stay idle. A caller that wants the
+        blocks calls `share` for each of them, in order.
+
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
+        >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
+        >>> stream.extend([5, 6, 7, 8])
+        >>> cache.add(block, stream, 0)
+        >>> cache.match(stream, 0, 2) == [block], cache.match(stream, 1, 2)
+        (True, [])
         """
         found = []
         for index in range(first, stop):
@@ -154,11 +203,122 @@ class PrefixCache:
             found.append(kept.block)
         return found
 
-    def match_part(self, parent: bytes, tokens: Seq[int]) -> PartMatch | None:
-        """How far a kept block that hangs on `parent` begins like `tokens`: their number is 1 .. block_size.
+    def share(self, table: BlockTable, block: int, length: int) -> None:
+        """Append a kept block to a table of full blocks, which continues with its first `length` tokens.
 
-        Of several blocks with the first of these tokens the one that was kept last is looked at. None where
-        there is none, or it has been given up.
+        The table becomes a holder of it, so it is not idle any more.
+        """
+        table.share_block(block, length)
+        self._queue.pop(self._hash_of[block], None)
+
+    def released(self, blocks: Seq[int]) -> None:
+        """Note that a table has given back its references to these blocks, listed in the table's order.
+
+        The kept ones that no table holds now become idle: the cache is their only holder (`ref_count` 1).
+        They go to the end of the queue, the last block of the table first: the queue is evicted from the
+        front, and a block is of no use without the blocks before it. Blocks that are not kept are ignored; an
+        empty list changes nothing.
+
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
+        >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
+        >>> stream.extend([5, 6])
+        >>> cache.add(block, stream, 0)
+        >>> allocator.free(block)  # as `BlockTable.release` does
+        >>> cache.released([block])
+        >>> cache.num_idle
+        1
+        """
+        for block in reversed(blocks):
+            digest = self._hash_of.get(block)
+            if digest is not None and self._allocator.ref_count(block) == 1:
+                self._queue[digest] = self._kept[digest]
+
+    def evict(self, num_blocks: int) -> int:
+        """Give up to `num_blocks` idle blocks back to the allocator, and return how many.
+
+        The front of the queue goes first. If fewer are idle, all of them go; 0 or a negative number gives
+        back none. An evicted block is not kept any more, so no match finds it: `_forget` does that for one
+        block.
+
+        >>> cache = PrefixCache(BlockAllocator(4), 2)
+        >>> cache.evict(3), cache.evict(-2)
+        (0, 0)
+        """
+        given = max(0, min(num_blocks, self.num_idle))
+        for _ in range(given):
+            self._forget(next(iter(self._queue)))
+        return given
+
+    def exchange(self, table: BlockTable, index: int, block: int) -> None:
+        """Put a kept block in place `index` of a table, instead of the table's own with the same content.
+
+        The table becomes a holder of the kept block, which is not idle any more (as in `share`), and gives
+        the reference to its own block back. If it is its own block already, nothing changes.
+
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
+        >>> cache, table, kept = PrefixCache(allocator, 2), BlockTable(allocator, 2), allocator.allocate()
+        >>> copies, _ = table.append_tokens(2), stream.extend([5, 6])
+        >>> cache.add(kept, stream, 0)
+        >>> cache.exchange(table, 0, kept)
+        >>> table.blocks == [kept], allocator.ref_count(kept), allocator.num_free
+        (True, 3, 3)
+        """
+        self._queue.pop(self._hash_of[block], None)  # it may have been idle
+        self._allocator.add_ref(block)
+        self._allocator.free(table.blocks[index])
+        table.blocks[index] = block
+
+    def keep(self, table: BlockTable, stream: TokenBlocks, first: int, stop: int) -> None:
+        """Keep a table's blocks first .. stop - 1: they are full and computed, and hold the stream's tokens.
+
+        In order, each block by its hash in the stream:
+
+        - The hash is not kept: `add` the table's block.
+        - A block with the same tokens and parent is kept (`is_block`): `exchange` the table's block for it.
+          So the pool holds a prefix once, however many sequences computed it.
+        - Another text is kept under the hash: the table goes on with its own block, which is not kept.
+
+        Keep nothing that `match` could not reach: stop where the table's block before (index > 0) is not kept
+        under the hash `stream.parent(index)`. There are two such cases. The table has the blocks 4 and 9:
+
+        - A collision. Block 3 is kept, with other tokens, under the hash of this text's block 0.
+          Block 4 stays in the table and is not kept.
+          Block 9 is not kept: the hash before it leads to block 3, never to block 4.
+        - A gap. Block 4 was kept; then the cache was cleared while the table went on.
+          `keep(table, stream, 1, 2)` finds that block 4 is not kept.
+          Block 9 is not kept: `match` would stop at the missing block 0.
+
+        >>> allocator, stream = BlockAllocator(8), TokenBlocks(2)
+        >>> cache, tables = PrefixCache(allocator, 2), [BlockTable(allocator, 2), BlockTable(allocator, 2)]
+        >>> stream.extend([5, 6, 7, 8])
+        >>> for table in tables:
+        ...     _ = table.append_tokens(4), cache.keep(table, stream, 0, 2)
+        >>> tables[0].blocks == tables[1].blocks, allocator.num_free
+        (True, 6)
+        """
+        for index in range(first, stop):
+            if index > 0 and self._hash_of.get(table.blocks[index - 1]) != stream.parent(index):
+                return
+            kept = self._kept.get(stream.hashes[index])
+            if kept is None:
+                self.add(table.blocks[index], stream, index)
+            elif kept.is_block(stream, index):
+                self.exchange(table, index, kept.block)
+
+    def match_part(self, parent: bytes, tokens: Seq[int]) -> PartMatch | None:
+        """Return a kept block that continues `parent` and begins like `tokens`, with the count of equal ones.
+
+        The count ends with the first difference: 1 .. block_size. `tokens` may be fewer than a block. Of
+        several kept blocks with this parent and this first token only the newest is looked at
+        (`_newest_child`), which may not be the one with the most equal tokens. None if there is none, if it
+        has been evicted, or without tokens.
+
+        >>> allocator, stream = BlockAllocator(4), TokenBlocks(4)
+        >>> cache = PrefixCache(allocator, 4)
+        >>> stream.extend([5, 6, 7, 8])
+        >>> cache.add(allocator.allocate(), stream, 0)
+        >>> cache.match_part(stream.parent(0), [5, 6, 9, 8]).length
+        2
         """
         digest = self._newest_child.get((parent, tokens[0])) if tokens else None
         if digest is None:
@@ -169,50 +329,19 @@ class PrefixCache:
             length += 1
         return PartMatch(kept.block, length)
 
-    def share(self, table: BlockTable, block: int, length: int) -> None:
-        """Put a kept block behind a table's full ones; its first `length` tokens count as the table's."""
-        table.share_block(block, length)
-        self._queue.pop(self._hash_of[block], None)
-
-    def released(self, blocks: Seq[int]) -> None:
-        """Take note that a table has let go of these blocks, given in the table's order.
-
-        Kept ones that no other table holds become idle: the last to be given up, the deepest of them first.
-        """
-        for block in reversed(blocks):
-            digest = self._hash_of.get(block)
-            if digest is not None and self._allocator.ref_count(block) == 1:
-                self._queue[digest] = self._kept[digest]
-
-    def evict(self, num_blocks: int) -> int:
-        """Give up to `num_blocks` idle blocks back to the allocator; returns how many.
-
-        The first of the queue go first. What is given up is found no more.
-        """
-        given = max(0, min(num_blocks, self.num_idle))
-        for _ in range(given):
-            self._forget(next(iter(self._queue)))
-        return given
-
     def clear(self) -> None:
-        """Give up every block; those in use stay with their tables."""
+        """Stop keeping every block; those in use stay with their tables."""
         for digest in list(self._kept):
             self._forget(digest)
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved to other places in the pool: from old ids to new ones."""
+        """Follow blocks that have moved in the pool: from old ids to new ones."""
         for kept in self._kept.values():
             kept.block = moved.get(kept.block, kept.block)
         self._hash_of = {kept.block: digest for digest, kept in self._kept.items()}
 
-    def _add(self, digest: bytes, kept: KeptBlock) -> None:
-        self._allocator.add_ref(kept.block)
-        self._kept[digest] = kept
-        self._hash_of[kept.block] = digest
-        self._newest_child[kept.parent, kept.tokens[0]] = digest
-
     def _forget(self, digest: bytes) -> None:
-        """Give up one block, idle or in use: nobody finds it from now on."""
+        """Stop keeping one block, idle or in use, and give back the cache's reference to it."""
         kept = self._kept.pop(digest)
         self._queue.pop(digest, None)
         del self._hash_of[kept.block]

@@ -1,7 +1,8 @@
-"""The lab's cache with shared prefixes: whoever knows a prefix by its hash shares its pages.
+"""The lab's cache with shared prefixes: sequences that name the same prefix share its blocks.
 
-Here the caller says what is alike; `PrefixCache` finds out by content. A prefix is a sequence that nobody
-continues: its table holds one reference to each of its blocks, so it outlives those who share it.
+Here the caller says which prefixes are equal; `PrefixCache` finds them by content. A prefix is a sequence
+that never grows: its table holds one reference to each of its blocks, so it outlives the sequences that share
+it.
 """
 
 from .errors import OutOfBlocksError
@@ -16,10 +17,20 @@ class PrefixCachingKVCache(PagedKVCache):
     """
 
     def get_or_create_prefix(self, prefix_hash: str, num_tokens: int) -> list[int]:
-        """The blocks of a prefix of `num_tokens` tokens; they are allocated where the hash is new.
+        """Return the blocks of a prefix of `num_tokens` tokens, in order; a new prefix gets its blocks now.
 
-        Raises ValueError where the hash stands for another number of tokens; `OutOfBlocksError`, unchanged,
-        where too few blocks are free.
+        prefix_hash: any name for the prefix, which is the id of its sequence in `tables`. Ask again, and no
+        block is taken: `allocate` must not run twice, because it lets a known sequence grow. The returned
+        list is the caller's own (`physical_indices`).
+
+        Raises ValueError if the prefix is there with another number of tokens, and `OutOfBlocksError`, with
+        nothing changed, if too few blocks are free.
+
+        >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
+        >>> cache.get_or_create_prefix("system", 6) == cache.get_or_create_prefix("system", 6)
+        True
+        >>> cache.allocator.num_free
+        6
         """
         if prefix_hash not in self.tables:
             return self.allocate(prefix_hash, num_tokens)
@@ -29,12 +40,21 @@ class PrefixCachingKVCache(PagedKVCache):
         return prefix.physical_indices()
 
     def allocate_with_prefix(self, seq_id: str, prefix_hash: str, total_tokens: int) -> list[int]:
-        """Begin a sequence of `total_tokens` tokens with a prefix -> all its blocks, in order.
+        """Begin a sequence of `total_tokens` tokens with a prefix, and return all its blocks in order.
 
-        The prefix's blocks are shared. Where its last one has room and the sequence goes on, the sequence
-        gets a copy of that one, to write its own tokens into. All or nothing: raises KeyError for an unknown
-        prefix, ValueError for a sequence that is there already or fewer tokens than the prefix has, and
-        `OutOfBlocksError` where too few blocks are free.
+        The sequence shares the prefix's blocks (`BlockTable.fork`). If the prefix's last block is not full
+        and the sequence has tokens of its own, it gets a copy of that block to write them into: `allocate`
+        does that. With as many tokens as the prefix it shares every block, until it writes.
+
+        Raises KeyError for an unknown prefix, ValueError for a sequence id that is there already or for fewer
+        tokens than the prefix has, and `OutOfBlocksError` if too few blocks are free. After an error nothing
+        has changed: if `allocate` refuses, the fork must give its references back.
+
+        >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
+        >>> prefix = cache.get_or_create_prefix("system", 6)
+        >>> blocks = cache.allocate_with_prefix("a", "system", 9)
+        >>> len(blocks), blocks[0] == prefix[0], blocks[1] == prefix[1], cache.allocator.num_free
+        (3, True, False, 4)
         """
         prefix = self.tables[prefix_hash]
         if seq_id in self.tables:

@@ -1,6 +1,6 @@
-"""The policy that puts the prefix cache to work: what a sequence finds there, it does not compute.
+"""The policy that uses the prefix cache: a sequence does not compute what it finds there.
 
-Knows sequences and their tables; the cache knows neither. Bookkeeping over ints, without an array.
+Knows sequences and their tables; the cache knows no sequences. Bookkeeping over ints, without an array.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ LEAST_WORTH_COPYING = 4  # tokens of a block; copying it costs as much as comput
 
 
 class PrefixSharing:
-    """Lets sequences share what is kept, and keeps what they have computed."""
+    """Lets sequences share kept blocks, and keeps the blocks that they have computed."""
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.cache = PrefixCache(allocator, block_size)
@@ -26,20 +26,35 @@ class PrefixSharing:
 
     @property
     def blocks(self) -> list[int]:
-        """Every kept block."""
+        """The ids of all kept blocks."""
         return self.cache.blocks
 
     @property
     def num_idle(self) -> int:
-        """Blocks that `evict` could give up now."""
+        """Number of blocks that `evict` could give back now."""
         return self.cache.num_idle
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """At a block's edge: share all kept blocks that come next, as far as they go unbroken.
+        """Share the kept blocks that come next in a sequence, up to the first miss.
 
-        They come into the sequence's table by `cache.share`, and `note_shared` says how many tokens need no
-        computing. Only blocks of tokens that are `num_shareable`: the last known token is always left to
-        compute, because somebody must produce its logits. Nothing happens where it may not share.
+        What it shares it does not compute. The next block has the index num_computed // block_size. The
+        blocks come into the sequence's table by `cache.share`, in order and with their full length, and the
+        sequence learns by `note_shared` how many tokens that makes. Share only blocks that lie within the
+        first `num_shareable` tokens: all known tokens except the last, which is always computed, because its
+        row of the step gives the logits for the next token.
+
+        Nothing happens if no block is left to share or if the given `_may_share` says no. `_stream(sequence,
+        n)` is the sequence's text, cut into at least n blocks; `cache.match` finds the blocks.
+
+        >>> from tiny_llm import SamplingParams
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> from tiny_llm.policies import Policies
+        >>> manager = PagedBatchManager(8, 4, 2, policies=Policies(prefix=PrefixSharing))  # 8 blocks of 4
+        >>> for name in ("first", "again"):
+        ...     added = manager.add_request(list(range(10)), name, SamplingParams(max_tokens=1))
+        ...     rows = manager.process_batch()
+        >>> [sequence.num_cached_tokens for sequence in manager.running]
+        [0, 8]
         """
         size = sequence.table.block_size
         first, stop = sequence.num_computed // size, sequence.num_shareable // size
@@ -50,9 +65,9 @@ class PrefixSharing:
             sequence.note_shared(len(found) * size)
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """At a block's edge: share the beginning of one kept block more; the next write copies it.
+        """Share the beginning of one more kept block, if its next tokens differ; the next write copies it.
 
-        Its owner never sees that write, and the last known token is left to compute here too.
+        The block's other holders never see that write. The last known token is left to compute here too.
         """
         size, start = sequence.table.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
@@ -64,10 +79,20 @@ class PrefixSharing:
                 sequence.note_shared(match.length)
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
-        """The hash of the block that a sequence fills next; None where its tokens are not all known.
+        """Return the hash of the block that a sequence fills next, or None if a token of it is not known yet.
 
-        The block of the first token that is not computed, which may be half full. Two sequences with one
-        answer would compute the same: the scheduler lets the later one wait, and share.
+        That is the block of the first token that is not computed; it may be partly full. Known are the prompt
+        and the outputs (`num_tokens`). Two sequences with the same hash would compute the same block: the
+        scheduler lets the later one wait, and share.
+
+        >>> from tiny_llm import SamplingParams
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager = PagedBatchManager(8, 4, 1)  # 8 blocks of 4 tokens
+        >>> added = manager.add_request(list(range(11)), "a", SamplingParams(max_tokens=1))
+        >>> sequence, sharing = manager.sequence("a"), PrefixSharing(manager.allocator, 4)
+        >>> sequence.num_computed = 9  # the next block, 2, has the tokens 8 .. 11, and 11 is not known
+        >>> sharing.next_block(sequence) is None
+        True
         """
         index = sequence.num_computed // sequence.table.block_size
         if (index + 1) * sequence.table.block_size > sequence.num_tokens:
@@ -75,30 +100,34 @@ class PrefixSharing:
         return self._stream(sequence, index + 1).hashes[index]
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
-        """Keep the blocks that a sequence has filled since it had `start` tokens computed."""
+        """Keep the blocks that a sequence has filled since it had computed `start` tokens."""
         first, stop = start // self.block_size, sequence.num_computed // self.block_size
         if first < stop:
             self.cache.keep(sequence.table, self._stream(sequence, stop), first, stop)
 
     def released(self, blocks: Seq[int]) -> None:
-        """Take note that a table has let go of these blocks, given in the table's order."""
+        """Note that a table has given back its references to these blocks, listed in the table's order."""
         self.cache.released(blocks)
 
     def evict(self, num_blocks: int) -> int:
-        """Give up to `num_blocks` idle blocks back to the allocator; returns how many."""
+        """Give up to `num_blocks` idle blocks back to the allocator, and return how many."""
         return self.cache.evict(num_blocks)
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved to other places in the pool."""
+        """Follow blocks that have moved in the pool: from old ids to new ones."""
         self.cache.rename_blocks(moved)
 
     def _may_share(self, sequence: PagedSequence) -> bool:
-        """True at a block's edge, behind kept blocks, unless log-probabilities of the prompt are due."""
+        """Return whether a sequence may share now.
+
+        Only at a block's edge, behind blocks that are all kept, and only if no log-probabilities of the
+        prompt are still to be computed.
+        """
         blocks = sequence.table.blocks
         is_behind_kept = not blocks or blocks[-1] in self.cache
         due = sequence.prompt_positions(sequence.num_computed, sequence.num_tokens)
         return sequence.is_at_edge and is_behind_kept and not due
 
     def _stream(self, sequence: PagedSequence, num_blocks: int) -> TokenBlocks:
-        """The sequence's stream, cut into at least so many blocks."""
+        """Return the sequence's stream, cut into at least so many blocks."""
         return sequence.stream_of(0, num_blocks)

@@ -68,7 +68,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far, prompt and outputs."""
+        """Number of tokens known so far: prompt and outputs."""
         return len(self.prompt) + len(self.outputs)
 
     @property
@@ -128,7 +128,7 @@ class PagedSequence(Sequence):
 
     @property
     def table(self) -> BlockTable:
-        """The only table, or the one of the layers that see most."""
+        """The only table, or the first: that of the layers that see most."""
         return self.tables[0]
 
     @property
@@ -137,7 +137,7 @@ class PagedSequence(Sequence):
         return self.streams[0]
 
     def stream_of(self, table: int, num_blocks: int) -> TokenBlocks:
-        """The stream of one of its tables, cut into at least so many blocks."""
+        """Return the stream of one of its tables, cut into at least `num_blocks` full blocks."""
         stream = self.streams[table]
         if len(stream) < num_blocks:
             size = stream.block_size
@@ -157,12 +157,12 @@ class PagedSequence(Sequence):
 
     @property
     def num_shareable(self) -> int:
-        """Tokens, from the first, that another may have computed: all but the last of those to compute."""
+        """Number of tokens from the first that may be shared: all but the last of those to compute."""
         return self.num_computed + self.num_uncomputed - 1
 
     @property
     def is_at_edge(self) -> bool:
-        """True where the next token begins a block."""
+        """Whether the next token to compute begins a block."""
         return self.num_computed % self.table.block_size == 0
 
     def blocks_to_append(self, num_new_tokens: int) -> int:
@@ -187,7 +187,7 @@ class PagedSequence(Sequence):
         self.num_computed = parent.num_computed
 
     def note_shared(self, num_tokens: int) -> None:
-        """The next tokens have come into the table by sharing, and need no computing."""
+        """Count the next tokens as computed: they have come into the tables by sharing."""
         self.num_computed += num_tokens
         if not self.outputs:
             self.num_cached_tokens += num_tokens

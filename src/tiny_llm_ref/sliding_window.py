@@ -1,8 +1,8 @@
-"""Sliding windows over pages: a query sees the last W tokens, and what no query can see goes back.
+"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see go back.
 
-Blocks behind the window are neither read nor kept, so a sequence of any length costs a window's memory and
-traffic in these layers. Source: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023). The
-window is the checkpoint's: `sliding_window` tokens, a query's own included.
+Blocks before the window are neither read nor held, so in these layers a sequence of any length costs a
+window's memory and traffic. W is the checkpoint's `sliding_window`; a query's own token counts. Source:
+Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
 """
 
 from collections.abc import Sequence as Seq
@@ -20,13 +20,17 @@ from .paged_kernel import Attended, PackedBatch, compute_meanwhile, write_and_at
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-NOWHERE = -1  # in a kernel's table: a block that was let go, which nothing may read
+NOWHERE = -1  # in a kernel's table: a block that was given back, which must not be read
 
 
 def first_visible(position: int, window: int) -> int:
-    """The first position that a query at `position` sees: it sees `window` tokens, its own included.
+    """Return the first position that the query at `position` sees.
 
-    Raises ValueError for a window below 1.
+    It sees `window` tokens, its own included, or fewer near the beginning: there is nothing before position
+    0. Raises ValueError for a window below 1, at any position.
+
+    >>> first_visible(5, 3), first_visible(1, 3), first_visible(7, 1)
+    (3, 0, 7)
     """
     if window < 1:
         raise ValueError(f"window must be at least 1 token, not {window}")
@@ -34,10 +38,13 @@ def first_visible(position: int, window: int) -> int:
 
 
 def sliding_window_mask(length: int, total: int, window: int) -> mx.array:
-    """Additive mask [length, total] for the last `length` of `total` tokens: 0 where a token may look.
+    """Return the additive mask [length, total] for the last `length` of `total` tokens.
 
-    Row i is the token at position `total - length + i`: it sees the `window` positions up to its own, and the
-    rest is -inf.
+    0 where a token may look, -inf elsewhere. Row i is the token at position total - length + i; it sees the
+    `window` positions up to its own. A window larger than the text gives the causal mask.
+
+    >>> sliding_window_mask(2, 5, 3).tolist()
+    [[-inf, 0.0, 0.0, 0.0, -inf], [-inf, -inf, 0.0, 0.0, 0.0]]
     """
     positions = mx.arange(total - length, total)[:, None]
     others = mx.arange(total)[None, :]
@@ -46,19 +53,32 @@ def sliding_window_mask(length: int, total: int, window: int) -> mx.array:
 
 
 class WindowedTable(BlockTable):
-    """A block table that begins at position `start`, a block's edge: what came before was let go.
+    """A block table that begins at position `start`: the blocks before it were given back.
 
-    `blocks` and `num_tokens` count from `start` on.
+    `start` is a multiple of the block size. `blocks` and `num_tokens` count from `start` on: the table holds
+    the positions start .. start + num_tokens - 1, and `blocks[0]` holds the first of them. Appending tokens
+    works as in every `BlockTable`.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         super().__init__(allocator, block_size)
         self.start = 0
 
-    def let_go(self, position: int) -> list[int]:
-        """Give back the reference to every block that ends at `position` or before; which, in order.
+    def release_before(self, position: int) -> list[int]:
+        """Give back this table's reference to every block that ends at `position` or before.
 
-        A last block that is not full stays. The table begins with the next block then.
+        Returns these blocks in order, so that a prefix cache can be told. Positions are those of the text.
+        Only full blocks go: the last block stays while it is not full, however far `position` is, because the
+        next tokens are written there. A last block that is full goes too. The table begins with the next
+        block then: `start`, `blocks` and `num_tokens` change together. A position at `start` or before it
+        changes nothing.
+
+        >>> table = WindowedTable(BlockAllocator(8), 4)
+        >>> copies = table.append_tokens(10)
+        >>> len(table.release_before(7)), table.start, table.num_tokens
+        (1, 4, 6)
+        >>> len(table.release_before(100)), table.start, table.num_tokens
+        (1, 8, 2)
         """
         count = min(max(0, position - self.start), self.num_tokens) // self.block_size
         passed, self.blocks = self.blocks[:count], self.blocks[count:]
@@ -69,27 +89,48 @@ class WindowedTable(BlockTable):
         return passed
 
     def skip_to(self, position: int) -> list[int]:
-        """Let go of everything and go on at `position`, a block's edge not before the end; which blocks.
+        """Give back every block and continue, empty, at `position`. Returns the blocks in order.
 
-        Raises ValueError, unchanged, for another position.
+        A prefix hit may lie so far ahead that the window sees nothing of what the table holds. Raises
+        ValueError, with nothing changed, if `position` is no multiple of the block size or lies before the
+        end of the table's tokens, start + num_tokens; at the end is allowed. The given `release` empties the
+        table and sets `start` to 0.
+
+        >>> table = WindowedTable(BlockAllocator(8), 4)
+        >>> copies = table.append_tokens(6)
+        >>> len(table.skip_to(12)), table.start, table.num_tokens, table.blocks
+        (2, 12, 0, [])
         """
         if position % self.block_size or position < self.start + self.num_tokens:
-            raise ValueError(f"{position} is no edge of a block after {self.start + self.num_tokens} tokens")
+            end = self.start + self.num_tokens
+            raise ValueError(f"{position} is no multiple of {self.block_size} at or behind the end, {end}")
         blocks = list(self.blocks)
         self.release()
         self.start = position
         return blocks
 
-    def slots(self, start: int, stop: int) -> list[int]:
-        """The flat addresses of the positions start .. stop - 1; ValueError where not all are the table's."""
-        return super().slots(start - self.start, stop - self.start)
-
     def physical_indices(self) -> list[int]:
-        """The physical block of each logical block, in order; `NOWHERE` for those that were let go."""
+        """Return the physical block of each of the text's blocks, in order; `NOWHERE` before `start`.
+
+        A kernel looks for position p in place p // block_size of this list and knows nothing of `start`. The
+        list is the caller's own.
+
+        >>> table = WindowedTable(BlockAllocator(8), 4)
+        >>> copies, passed = table.append_tokens(14), table.release_before(9)
+        >>> table.physical_indices() == [NOWHERE, NOWHERE, *table.blocks], len(table.blocks)
+        (True, 2)
+        """
         return [NOWHERE] * (self.start // self.block_size) + self.blocks
 
+    def slots(self, start: int, stop: int) -> list[int]:
+        """Return the slots of the positions start .. stop - 1; ValueError if the table lacks one of them.
+
+        The inherited method counts positions from the table's first token.
+        """
+        return super().slots(start - self.start, stop - self.start)
+
     def fork(self) -> "WindowedTable":
-        """A second table over the same blocks, from the same `start` on; each counts one more holder."""
+        """Make a second table of the same blocks, from `start` on; each block counts one more holder."""
         child = WindowedTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens, child.start = list(self.blocks), self.num_tokens, self.start
         for shared in child.blocks:
@@ -97,13 +138,13 @@ class WindowedTable(BlockTable):
         return child
 
     def release(self) -> None:
-        """Give back every block, and begin at position 0 again."""
+        """Give back every block and begin at position 0 again."""
         super().release()
         self.start = 0
 
 
 def first_block(table: BlockTable) -> int:
-    """Which of a sequence's blocks is the first that a table has."""
+    """Return the index of the text's block that is the table's first; 0 for a table without a window."""
     return table.start // table.block_size if isinstance(table, WindowedTable) else 0
 
 
@@ -119,11 +160,29 @@ def _compiled_read(
 def windowed_attention(
     q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float, window: int
 ) -> mx.array:
-    """Attend with q [1, H, T, D] to the last `window` stored tokens -> [1, H, T, D]; nothing is written.
+    """Attend with q [1, H, T, D] to the last `window` stored tokens of each sequence -> [1, H, T, D].
 
-    As `paged_attention`, but a token at position p sees its own sequence's positions `first_visible(p,
-    window)` .. p. Blocks that no token of a span sees are not read: the batch's tables may name anything
-    there.
+    keys and values are one layer of the pool, [N, Hkv, block_size, D]; nothing is written. As
+    `paged_attention` of day 3.2: the T queries are those of `batch.spans`, (table, start, stop), one span
+    behind the other, and span i reads the blocks in row i of `batch.tables`. But the query at position p sees
+    only the positions `first_visible(p, window)` .. p of its sequence.
+
+    Do not read blocks that no query of the span sees: the tables may name anything there, `NOWHERE` or a
+    block that another sequence has by now. A weight of 0 does not help, because 0 * NaN is NaN. So reading
+    begins with the block of the first position that the span's first query sees, and ends with the span's
+    last position. What is read and the span's queries end at the same token, so `sliding_window_mask` needs
+    only their two lengths.
+
+    Keys and values may be stored in float16: convert them to q's type. Scores are scaled by `scale`; 0 is a
+    scale. `keys[blocks]` with an array of n ids gives [n, Hkv, block_size, D]: swap heads and blocks before
+    the reshape to [1, Hkv, tokens, D].
+
+    >>> from tiny_llm.paged_kernel import Span, pack_batch
+    >>> table = BlockTable(BlockAllocator(2), 2)
+    >>> copies, q = table.append_tokens(4), mx.ones((1, 1, 1, 2))  # D = 2
+    >>> values = mx.array([[2.0, 0], [4, 0], [9, 0], [5, 0]]).reshape(2, 1, 2, 2)
+    >>> windowed_attention(q, 0 * values, values, pack_batch([Span(table, 3, 4)]), 1.0, window=2).tolist()
+    [[[[7.0, 0.0]]]]
     """
     block_size, outputs, packed = keys.shape[2], [], 0
     for row, (_, start, stop) in enumerate(batch.spans):
@@ -139,7 +198,7 @@ def windowed_attention(
 
 
 def _gather(pool: mx.array, blocks: mx.array, length: int) -> mx.array:
-    """The first `length` tokens of some blocks: pool [N, Hkv, block_size, D] -> [1, Hkv, length, D]."""
+    """Read the first `length` tokens of some blocks: pool [N, Hkv, block_size, D] -> [1, Hkv, length, D]."""
     gathered = pool[blocks].swapaxes(0, 1)  # [Hkv, blocks, block_size, D]
     return gathered.reshape(1, pool.shape[1], -1, pool.shape[3])[:, :, :length]
 
@@ -172,7 +231,7 @@ def write_and_attend_window(
 ) -> Attended:
     """Write k and v [1, Hkv, T, D] to their slots, then attend with q to the last `window` tokens.
 
-    As `write_and_attend`, whose own output is thrown away here.
+    The readable version uses `write_and_attend` for the write and discards its output.
     """
     written = write_and_attend(q, k, v, keys, values, batch, scale)
     out = windowed_attention(q, written.keys, written.values, batch, scale, window)
@@ -180,9 +239,10 @@ def write_and_attend_window(
 
 
 class WindowedContext:
-    """A forward pass over one packed step of a model whose layers see differently far.
+    """One packed step of a model whose layers see differently far: the context that the model gets.
 
     batches: the step as each group of layers sees it: the same tokens and positions, other tables and slots.
+    `_where[layer]` is the layer's place in its group, its group's batch, and its window or None.
     """
 
     def __init__(
@@ -204,9 +264,22 @@ class WindowedContext:
         }
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D], as far as the layer's window goes.
+        """Store k and v [1, Hkv, T, D] of a layer, then attend with q [1, H, T, D] -> [1, H, T, D].
 
-        The pool holds k and v afterwards: a layer's place in its group is the pool's layer that it writes to.
+        The model's layers share few arrays: a group writes to blocks of its own, so the first layers of all
+        groups are one layer of the pool, the second layers another. `pool.lend(place)` gives the keys and
+        values of the layer's place in its group, and `pool.put_back(place, keys, values)` must follow with
+        the arrays that the write returned. Write and attend with the group's batch and the scale: a layer
+        without a window by `write_and_attend` of day 3.2, another by the given `write_and_attend_window`.
+        Before you return the output, call `_compute(layer, attended)` with the `Attended` that came out: MLX
+        starts to compute then.
+
+        >>> from tiny_llm.paged_kernel import Span, pack_batch
+        >>> pool, table = KVPool(4, 2, 1, 2, dtype=mx.float32), WindowedTable(BlockAllocator(4), 2)
+        >>> copies, x = table.append_tokens(3), mx.array([[[[2.0, 0], [4, 0], [9, 0]]]])
+        >>> batch, groups = pack_batch([Span(table, 0, 3)]), [LayerGroup((0,), window=2)]
+        >>> WindowedContext(pool, groups, [batch], 1.0, None).attend(0, 0 * x, 0 * x, x).tolist()
+        [[[[2.0, 0.0], [3.0, 0.0], [6.5, 0.0]]]]
         """
         place, batch, window = self._where[layer]
         lent = self._pool.lend(place)
@@ -220,12 +293,12 @@ class WindowedContext:
 
     @property
     def fuses(self) -> bool:
-        """True where the compiled kernels write and attend, so that a compiled block may."""
+        """Whether compiled kernels write and attend, so that a compiled block may do it too."""
         attending = (write_and_attend, write_and_attend_window)
         return all(is_reference(one) for one in attending) and use_compiled()
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
-        """x [1, T, E] through one block -> [1, T, E]; the pool holds its keys and values afterwards."""
+        """Run x [1, T, E] through one compiled block -> [1, T, E]; its keys and values go into the pool."""
         in_pool, step, window = self._where[layer]
         lent = self._pool.lend(in_pool)
         out, *pools = block(
@@ -238,7 +311,8 @@ class WindowedContext:
     def _compute(self, layer: int, attended: Attended) -> None:
         """Let MLX compute while Python describes the next layers.
 
-        Groups share the pool's arrays. MLX would copy them for a write while a read waits.
+        Groups share the pool's arrays: without compiled kernels MLX would copy an array that is to be written
+        while a read of it waits, so everything is computed first.
         """
         if not use_compiled():
             mx.eval(attended)

@@ -1,8 +1,8 @@
-"""Slots: where the tokens of many sequences live, each as one number, in one array.
+"""Slots: the address of every token of a batch as one number, in one array.
 
-A block table answers for one position at a time. A kernel, a gather or a write wants the addresses of a whole
-batch at once: slot = block * block_size + offset, the row of that token in a pool seen as a flat list of
-tokens. Computed for whole blocks at a time, and used for every layer. Source: `slot_mapping` in vLLM.
+A block table gives the addresses of one sequence as a Python list. A kernel, a gather or a write needs those
+of a whole batch as one array: slot = block * block_size + offset, the token's row in a pool seen as a flat
+list of tokens. The array is computed once a step and used by every layer. Source: `slot_mapping` in vLLM.
 """
 
 from collections.abc import Sequence as Seq
@@ -14,13 +14,24 @@ from .paged_attention import BlockTable
 
 
 def flat_slots(tables: Seq[BlockTable], lengths: Seq[int]) -> mx.array:
-    """The slots of the positions 0 .. length - 1 of each table, one table after the other: int32 [total].
+    """Return the slots of the positions 0 .. length - 1 of each table, table after table: int32 [total].
 
-    Token i of a table is in block `blocks[i // block_size]` at offset `i % block_size`; its slot is
-    block * block_size + offset. Work is done for whole blocks: no step of Python for every token.
+    Token i of a table is in block `blocks[i // block_size]` at offset `i % block_size`; its slot is block *
+    block_size + offset. A length may be less than its table's tokens. Compute whole blocks as arrays, not one
+    token at a time in Python: a step of long sequences has a hundred thousand tokens.
 
-    Raises ValueError where a length is negative or more than its table's tokens, where there are not as many
-    lengths as tables, or where tables differ in block size, as those of one pool cannot.
+    No tables, or only lengths of 0, give an empty int32 array [0]. In MLX `mx.array([])` is float32 unless
+    the type is named, and `mx.concatenate([])` is an error.
+
+    Raises ValueError if a length is negative or more than its table's tokens, if there are not as many
+    lengths as tables, or if tables differ in block size: the given `_check_lengths` does all of this.
+
+    >>> from tiny_llm.paged_attention import BlockAllocator
+    >>> table = BlockTable(BlockAllocator(8), 4)
+    >>> copies = table.append_tokens(6)
+    >>> table.blocks = [7, 2]  # instead of the two that the allocator chose
+    >>> flat_slots([table], [6]).tolist()
+    [28, 29, 30, 31, 8, 9]
     """
     _check_lengths(tables, lengths)
     if not tables:

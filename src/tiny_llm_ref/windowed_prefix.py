@@ -1,76 +1,165 @@
-"""Prefix caching where layers see differently far: a hit needs, of each layer, only what can still be seen.
+"""Prefix caching for layers that see differently far: a hit needs only the blocks that can still be seen.
 
-Layers that see everything need every block of the prefix; a windowed layer needs the blocks in reach of the
-first token that is left to compute, and never asks for those before. A prefix counts as found where all
-groups of layers have what they need of it. Source: vLLM's hybrid KV cache.
+Layers that see everything need every block of the prefix. A windowed layer needs the blocks in reach of the
+first token that is left to compute, and none before. A prefix is found if every group of layers has the
+blocks that it needs of it. Source: vLLM's hybrid KV cache.
 """
 
 from collections.abc import Sequence as Seq
 
 from .layer_groups import LayerGroup
-from .paged_attention import BlockAllocator
+from .paged_attention import BlockAllocator, BlockTable
+from .prefix_cache import TokenBlocks
 from .prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
 from .sequence import PagedSequence
 from .sliding_window import WindowedTable, first_block, first_visible
 
 
 class WindowedPrefixSharing(PrefixSharing):
-    """Shares prefixes group by group, of groups of layers that each have a table and a stream.
+    """Shares prefixes for groups of layers: in each sequence a group has a table and a stream of its own.
 
-    The streams differ from their first hash on, so that one cache holds the blocks of all groups, and gives
-    them up in one order.
+    The streams differ from their first hash on, so one cache holds the blocks of all groups and evicts them
+    in one order. `_groups[i]` goes with `sequence.tables[i]` and `sequence.stream_of(i, n)`.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int, groups: Seq[LayerGroup]) -> None:
         super().__init__(allocator, block_size)
         self._groups = groups
 
-    def adopt(self, sequence: PagedSequence) -> None:
-        """At a block's edge: share the longest prefix of kept blocks that all groups can go on from.
+    def first_needed(self, group: int, num_blocks: int) -> int:
+        """Return the first block that a group needs to continue after `num_blocks` blocks of a text.
 
-        As `PrefixSharing.adopt`. Where the first block in reach lies behind what a windowed table has, the
-        table skips to it, and `released` is told what it held.
+        The next token, at position num_blocks * block_size, decides: the block of the first position that it
+        sees. A group whose window is None sees everything and needs block 0. With a window of 1 no block is
+        needed, and the answer is `num_blocks`.
+
+        >>> groups = (LayerGroup((0,)), LayerGroup((1,), window=6))
+        >>> sharing = WindowedPrefixSharing(BlockAllocator(8), 4, groups)
+        >>> sharing.first_needed(0, 3), sharing.first_needed(1, 3)  # token 12 sees 7 .. 12
+        (0, 1)
+        """
+        window = self._groups[group].window
+        if window is None:
+            return 0
+        return first_visible(num_blocks * self.block_size, window) // self.block_size
+
+    def longest_hit(self, streams: Seq[TokenBlocks], first: int, stop: int) -> int:
+        """Return the largest n from `first` to `stop` so that every group can continue after n blocks.
+
+        streams: the text as each group sees it, cut into at least `stop` blocks. The sequence has computed
+        the blocks before `first` itself. A group can continue after n blocks if those of the blocks first ..
+        n - 1 that it needs are kept: the blocks from `first_needed(group, n)` on. n = `first` needs none.
+
+        Begin with n = stop and ask one group after the other. Where a group lacks a block, n falls to the
+        first block that it lacks, and all groups are asked again: with a smaller n a window needs other
+        blocks. Looking changes nothing (`cache.match`).
+
+        >>> allocator, streams = BlockAllocator(20), [TokenBlocks(4, "all layers"), TokenBlocks(4, "window")]
+        >>> sharing = WindowedPrefixSharing(allocator, 4, (LayerGroup((0,)), LayerGroup((1,), window=6)))
+        >>> for stream, kept in zip(streams, ([0, 1, 2, 3, 4], [2, 3, 6, 7])):
+        ...     stream.extend(range(32))
+        ...     _ = [sharing.cache.add(allocator.allocate(), stream, index) for index in kept]
+        >>> sharing.longest_hit(streams, 0, 8)  # after 5 blocks the window needs 3 and 4, and lacks 4
+        4
+        """
+        group = 0
+        while group < len(self._groups):
+            start = max(first, self.first_needed(group, stop))
+            missing = start + len(self.cache.match(streams[group], start, stop))
+            group = 0 if missing < stop else group + 1
+            stop = missing
+        return stop
+
+    def share_hit(self, group: int, table: BlockTable, stream: TokenBlocks, first: int, hit: int) -> None:
+        """Let one group's table continue after `hit` blocks of a text, of which it has computed `first`.
+
+        The table gets the blocks that its group needs, from `first_needed(group, hit)` on but not before
+        `first`, by `cache.share`, in order and with their full length. `longest_hit` has made sure that they
+        are kept; the group's `stream` finds them.
+
+        If the first of them lies behind block `first`, the window sees nothing of what the table holds: the
+        `WindowedTable` skips to that block's position, and `released` is told which blocks it gave back.
+        Otherwise the table keeps its blocks. If `hit` is `first`, nothing changes.
+
+        >>> allocator, stream = BlockAllocator(20), TokenBlocks(4)
+        >>> sharing = WindowedPrefixSharing(allocator, 4, [LayerGroup((0,), window=6)])
+        >>> table = WindowedTable(allocator, 4)
+        >>> stream.extend(range(32))
+        >>> _ = [sharing.cache.add(allocator.allocate(), stream, index) for index in range(8)]
+        >>> sharing.share_hit(0, table, stream, 0, 8)
+        >>> table.start, len(table.blocks)  # token 32 sees 27 .. 32: blocks 6 and 7
+        (24, 2)
+        """
+        start = max(first, self.first_needed(group, hit))
+        if start > first and isinstance(table, WindowedTable):
+            self.released(table.skip_to(start * self.block_size))
+        for block in self.cache.match(stream, start, hit):
+            self.cache.share(table, block, self.block_size)
+
+    def adopt(self, sequence: PagedSequence) -> None:
+        """Share the longest prefix of kept blocks after which all groups can continue.
+
+        As `PrefixSharing.adopt` of day 3.4: the next block is num_computed // block_size; only blocks within
+        the first `num_shareable` tokens are shared, so the last known token is computed; nothing happens if
+        no block is left to share or if `_may_share` says no. Group i has `sequence.tables[i]` and the stream
+        `sequence.stream_of(i, n)`, the text cut into at least n blocks. Find the longest hit before you
+        change a table: all tables of a sequence must end at the same token. `note_shared` counts the tokens
+        once, not once for each group.
+
+        >>> from tiny_llm import SamplingParams
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> groups = (LayerGroup((0,)), LayerGroup((1,), window=6))
+        >>> manager = PagedBatchManager(40, 4, 1, groups=groups)
+        >>> added = manager.add_request(list(range(33)), "a", SamplingParams(max_tokens=1))
+        >>> sequence, allocator = manager.sequence("a"), manager.allocator
+        >>> sharing = WindowedPrefixSharing(allocator, 4, groups)
+        >>> for stream in (sequence.stream_of(0, 8), sequence.stream_of(1, 8)):
+        ...     _ = [sharing.cache.add(allocator.allocate(), stream, index) for index in range(8)]
+        >>> sharing.adopt(sequence)
+        >>> sequence.num_computed, [len(table.blocks) for table in sequence.tables]
+        (32, [8, 2])
         """
         size = self.block_size
         first, stop = sequence.num_computed // size, sequence.num_shareable // size
         if first >= stop or not self._may_share(sequence):
             return
-        stop = self.longest_hit(sequence, first, stop)
-        if stop == first:
-            return
-        for index, table in enumerate(sequence.tables):
-            start = max(first, self.first_needed(index, stop))
-            if start > first and isinstance(table, WindowedTable):
-                self.released(table.skip_to(start * size))
-            for block in self.cache.match(sequence.stream_of(index, stop), start, stop):
-                self.cache.share(table, block, size)
-        sequence.note_shared((stop - first) * size)
+        streams = [sequence.stream_of(group, stop) for group in range(len(self._groups))]
+        hit = self.longest_hit(streams, first, stop)
+        for group, (table, stream) in enumerate(zip(sequence.tables, streams, strict=True)):
+            self.share_hit(group, table, stream, first, hit)
+        sequence.note_shared((hit - first) * size)
 
-    def longest_hit(self, sequence: PagedSequence, first: int, stop: int) -> int:
-        """The largest n from `first` to `stop` such that every group has kept what blocks n and later need.
+    def keep(self, sequence: PagedSequence, start: int) -> None:
+        """Keep the blocks that a sequence has filled since it had computed `start` tokens, in every group.
 
-        That is, of the blocks first .. n - 1, those from `first_needed(index, n)` on. A group that lacks one
-        of them allows no n behind it that needs it too, so n falls to the missing block, and all are asked
-        again.
+        The text's blocks start // block_size .. num_computed // block_size - 1 have become full; if there are
+        none, nothing happens. `cache.keep(table, stream, first, stop)` uses one number for a place in the
+        table and for a block of the stream. But the places of a windowed table count from its first block,
+        `first_block(table)`, and those of `sequence.stream_of(group, n)` from the text's first block:
+        `TokenBlocks.tail(n)` is a stream from block n on. Blocks that the table has given back, or never had,
+        are not kept: no place is negative.
+
+        >>> from tiny_llm import SamplingParams
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> groups = (LayerGroup((0,)), LayerGroup((1,), window=6))
+        >>> manager = PagedBatchManager(40, 4, 1, groups=groups)
+        >>> added = manager.add_request(list(range(33)), "a", SamplingParams(max_tokens=1))
+        >>> sequence, sharing = manager.sequence("a"), WindowedPrefixSharing(manager.allocator, 4, groups)
+        >>> copies, sequence.num_computed = sequence.append_tokens(10), 10
+        >>> sharing.keep(sequence, 0)
+        >>> [[block in sharing.cache for block in table.blocks] for table in sequence.tables]
+        [[True, True, False], [True, True, False]]
         """
-        index = 0
-        while index < len(self._groups):
-            start = max(first, self.first_needed(index, stop))
-            found = self.cache.match(sequence.stream_of(index, stop), start, stop)
-            missing = start + len(found)
-            index = 0 if missing < stop else index + 1
-            stop = missing
-        return stop
-
-    def first_needed(self, index: int, num_blocks: int) -> int:
-        """The first block that a group needs to go on after `num_blocks`; 0 where it sees everything."""
-        window = self._groups[index].window
-        if window is None:
-            return 0
-        return first_visible(num_blocks * self.block_size, window) // self.block_size
+        first, stop = start // self.block_size, sequence.num_computed // self.block_size
+        if first == stop:
+            return
+        for group, table in enumerate(sequence.tables):
+            begin = first_block(table)
+            stream = sequence.stream_of(group, stop).tail(begin)
+            self.cache.keep(table, stream, max(0, first - begin), stop - begin)
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """At a block's edge: share the beginning of one block more, in every group."""
+        """Share the beginning of one more block in every group, if its next tokens differ."""
         size, start = self.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
         if known < LEAST_WORTH_COPYING or not self._may_share(sequence):
@@ -88,21 +177,7 @@ class WindowedPrefixSharing(PrefixSharing):
                 self.cache.share(table, match.block, length)
             sequence.note_shared(length)
 
-    def keep(self, sequence: PagedSequence, start: int) -> None:
-        """Keep the blocks that a sequence has filled since it had `start` tokens computed, group by group.
-
-        A table's blocks count from its first one on, and a stream's from the text's. What a table has no
-        more, or never had, is not kept.
-        """
-        first, stop = start // self.block_size, sequence.num_computed // self.block_size
-        if first == stop:
-            return
-        for index, table in enumerate(sequence.tables):
-            begin = first_block(table)
-            stream = sequence.stream_of(index, stop).tail(begin)
-            self.cache.keep(table, stream, max(0, first - begin), stop - begin)
-
     def _may_share(self, sequence: PagedSequence) -> bool:
-        """As for one table, and behind kept blocks in each."""
+        """Return whether a sequence may share now: as in `PrefixSharing`, for every table."""
         behind_kept = all(not table.blocks or table.blocks[-1] in self.cache for table in sequence.tables)
         return behind_kept and super()._may_share(sequence)

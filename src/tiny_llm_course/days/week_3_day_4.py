@@ -9,7 +9,7 @@ def show() -> Lines:
     from tiny_llm.sampling_params import SamplingParams
 
     subjects = ("sea", "moon", "weather", "rocks", "birds", "ships", "lamp", "stories", "harbour", "tides")
-    rules = (f"Rule {i}: when somebody asks about the {it}, be brief." for i, it in enumerate(subjects, 1))
+    rules = (f"Rule {i}: when a visitor asks about the {it}, be brief." for i, it in enumerate(subjects, 1))
     system = {"role": "system", "content": f"You keep a lighthouse. {' '.join(rules)}"}
     questions = ("Who are you?", "What is the moon?", "Why are there tides?")
     chats = [[system, {"role": "user", "content": question}] for question in questions]

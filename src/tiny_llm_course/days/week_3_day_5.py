@@ -52,7 +52,7 @@ def show() -> Lines:
     blocks = sum(len(table.blocks) for table in again.tables)
     yield (
         f"the same text again: {again.num_cached_tokens:,} of {length:,} tokens are found, in "
-        f"{blocks:,} blocks; nobody asks for the {sum(table.start // size for table in again.tables[1:]):,} "
+        f"{blocks:,} blocks; no layer needs the {sum(table.start // size for table in again.tables[1:]):,} "
         "that no window reaches"
     )
 
@@ -88,7 +88,7 @@ def work() -> Work:
 
     table = WindowedTable(BlockAllocator(128), 16)
     table.append_tokens(2048)
-    table.let_go(first_visible(2031, 512))
+    table.release_before(first_visible(2031, 512))
     batch = pack_batch([Span(table, 2031, 2047), Span(table, 2047, 2048)])
     q, keys, values = (
         random_array(1, 9, 17, 64),

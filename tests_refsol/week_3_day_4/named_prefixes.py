@@ -1,0 +1,196 @@
+"""Day 3.4, tasks 12 and 13: the lab's cache, in which the caller says what is alike."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+from tiny_llm.errors import OutOfBlocksError
+from tiny_llm.prefix_kv_cache import PrefixCachingKVCache
+
+from common.blocks import counts, holders
+
+# Task 12: PrefixCachingKVCache.get_or_create_prefix
+
+HEADS, D = 2, 3
+
+
+def make_kv_cache(total_blocks: int = 8) -> PrefixCachingKVCache:
+    """Blocks of 4 tokens."""
+    return PrefixCachingKVCache(total_blocks, 4, HEADS, D, mx.float32)
+
+
+def write(cache: PrefixCachingKVCache, seq_id: str, start: int, numbers: Sequence[float]) -> None:
+    """Write tokens from a position on: each number is another token."""
+    for position, number in enumerate(numbers, start):
+        cache.write_token(seq_id, position, mx.full((HEADS, D), number), mx.full((HEADS, D), -number))
+
+
+def read(cache: PrefixCachingKVCache, seq_id: str) -> list[float]:
+    """All tokens of a sequence, as numbers."""
+    keys, values = cache.read_blocks(seq_id, 0, cache.tables[seq_id].num_tokens)
+    assert keys.tolist() == (-values).tolist()
+    return keys[0, :, 0].tolist()
+
+
+def expect_conserved(cache: PrefixCachingKVCache) -> None:
+    """Every block is free, or counted once for each sequence and each prefix that holds it."""
+    held = Counter(block for table in cache.tables.values() for block in table.blocks)
+    total = cache.allocator.num_blocks
+    assert counts(cache.allocator) == [held[block] for block in range(total)]
+    assert cache.allocator.num_free == total - len(held)
+
+
+def test_task_12_a_new_prefix_takes_its_blocks() -> None:
+    """Oracle: by hand: 6 tokens in blocks of 4; it is a sequence that can be written and read."""
+    cache = make_kv_cache()
+    blocks = cache.get_or_create_prefix("sys", 6)
+    assert len(set(blocks)) == 2
+    assert cache.allocator.num_free == 6
+    write(cache, "sys", 0, range(1, 7))
+    assert read(cache, "sys") == [1, 2, 3, 4, 5, 6]
+
+
+def test_task_12_asking_again_takes_no_block_and_changes_nothing() -> None:
+    """Oracle: by hand: growing by as many tokens each time is the mistake."""
+    cache = make_kv_cache()
+    blocks = list(cache.get_or_create_prefix("sys", 6))
+    write(cache, "sys", 0, range(1, 7))
+    for _ in range(3):
+        assert list(cache.get_or_create_prefix("sys", 6)) == blocks
+    assert read(cache, "sys") == [1, 2, 3, 4, 5, 6]
+    expect_conserved(cache)
+
+
+def test_task_12_what_is_returned_is_the_callers() -> None:
+    """Oracle: by hand: a list that the table goes on using would let a caller change the table."""
+    cache = make_kv_cache()
+    for _ in range(2):
+        cache.get_or_create_prefix("sys", 6).clear()
+    assert len(cache.tables["sys"].blocks) == 2
+
+
+def test_task_12_another_length_under_the_same_name_is_refused() -> None:
+    """Oracle: the docstring."""
+    cache = make_kv_cache()
+    cache.get_or_create_prefix("sys", 6)
+    for length in (5, 7):
+        with pytest.raises(ValueError):
+            cache.get_or_create_prefix("sys", length)
+    assert cache.tables["sys"].num_tokens == 6
+    expect_conserved(cache)
+
+
+def test_task_12_prefixes_share_nothing() -> None:
+    """Oracle: by hand: the caller says what is alike."""
+    cache = make_kv_cache()
+    assert set(cache.get_or_create_prefix("one", 6)).isdisjoint(cache.get_or_create_prefix("two", 6))
+
+
+def test_task_12_a_prefix_that_does_not_fit_changes_nothing() -> None:
+    """Oracle: the docstring: 9 tokens need three blocks, and two are free."""
+    cache = make_kv_cache(4)
+    cache.get_or_create_prefix("one", 5)
+    with pytest.raises(OutOfBlocksError):
+        cache.get_or_create_prefix("two", 9)
+    assert set(cache.tables) == {"one"}
+    expect_conserved(cache)
+
+
+# Task 13: PrefixCachingKVCache.allocate_with_prefix
+
+
+def with_prefix(total_blocks: int = 8, length: int = 6) -> PrefixCachingKVCache:
+    """A cache with a prefix "sys" of the tokens 1, 2, 3 and so on."""
+    cache = make_kv_cache(total_blocks)
+    cache.get_or_create_prefix("sys", length)
+    write(cache, "sys", 0, range(1, length + 1))
+    return cache
+
+
+def test_task_13_a_sequence_begins_with_the_prefix() -> None:
+    """Oracle: by hand: 6 tokens and 3 more: one full block is shared, the half-full one is a copy."""
+    cache = with_prefix()
+    blocks = cache.allocate_with_prefix("a", "sys", 9)
+    assert len(blocks) == len(set(blocks)) == 3
+    assert blocks[0] == cache.tables["sys"].blocks[0]
+    assert blocks[1] != cache.tables["sys"].blocks[1]
+    write(cache, "a", 6, [7, 8, 9])
+    assert read(cache, "a") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert read(cache, "sys") == [1, 2, 3, 4, 5, 6]
+    assert cache.allocator.num_free == 8 - 4
+    expect_conserved(cache)
+
+
+def test_task_13_full_blocks_are_shared_without_a_copy() -> None:
+    """Oracle: by hand: a prefix of two full blocks, and three users with 1, 4 and 5 tokens of their own."""
+    cache = with_prefix(length=8)
+    for seq_id, total in (("a", 9), ("b", 12), ("c", 13)):
+        assert cache.allocate_with_prefix(seq_id, "sys", total)[:2] == cache.tables["sys"].blocks
+    assert cache.allocator.num_free == 8 - 2 - 1 - 1 - 2
+    assert holders(cache.tables["sys"]) == [4, 4]
+
+
+def test_task_13_a_sequence_that_adds_nothing_shares_every_block() -> None:
+    """Oracle: by hand: the half-full block too, until one of them writes."""
+    cache = with_prefix()
+    cache.allocate_with_prefix("a", "sys", 6)
+    assert cache.tables["a"].blocks == cache.tables["sys"].blocks
+    assert cache.allocator.num_free == 8 - 2
+    write(cache, "a", 5, [60])
+    assert read(cache, "sys") == [1, 2, 3, 4, 5, 6]
+    assert read(cache, "a") == [1, 2, 3, 4, 5, 60]
+    expect_conserved(cache)
+
+
+def test_task_13_fifty_users_hold_one_copy_of_it() -> None:
+    """Oracle: by hand: 64 tokens are 16 blocks, and each user has one block of its own: 66 instead of 850."""
+    cache = with_prefix(16 + 50, length=64)
+    for user in range(50):
+        cache.allocate_with_prefix(f"user {user}", "sys", 65 + user % 4)
+    assert cache.allocator.num_free == 0
+    assert holders(cache.tables["sys"]) == [51] * 16
+
+
+def test_task_13_the_prefix_and_its_users_outlive_each_other() -> None:
+    """Oracle: by hand."""
+    cache = with_prefix()
+    cache.allocate_with_prefix("a", "sys", 7)
+    cache.allocate_with_prefix("b", "sys", 7)
+    write(cache, "b", 6, [7])
+    cache.free_sequence("a")
+    assert read(cache, "sys") == [1, 2, 3, 4, 5, 6]
+    cache.free_sequence("sys")
+    assert read(cache, "b") == [1, 2, 3, 4, 5, 6, 7]
+    expect_conserved(cache)
+    cache.free_sequence("b")
+    assert cache.allocator.num_free == 8
+
+
+def test_task_13_what_cannot_be_is_refused() -> None:
+    """Oracle: the docstring: an unknown prefix, a sequence that is there, fewer tokens than the prefix."""
+    cache = with_prefix()
+    cache.allocate_with_prefix("a", "sys", 7)
+    before = {name: list(table.blocks) for name, table in cache.tables.items()}
+    with pytest.raises(KeyError):
+        cache.allocate_with_prefix("b", "other", 9)
+    for seq_id, total in (("a", 9), ("sys", 9), ("b", 5)):
+        with pytest.raises(ValueError):
+            cache.allocate_with_prefix(seq_id, "sys", total)
+    assert {name: list(table.blocks) for name, table in cache.tables.items()} == before
+    expect_conserved(cache)
+
+
+@pytest.mark.parametrize("total", [7, 8, 9, 40])
+def test_task_13_a_sequence_that_does_not_fit_changes_nothing(total: int) -> None:
+    """Oracle: the docstring: no block is free, and the copy needs one.
+
+    References that stay are the mistake.
+    """
+    cache = with_prefix(2)
+    with pytest.raises(OutOfBlocksError):
+        cache.allocate_with_prefix("a", "sys", total)
+    assert set(cache.tables) == {"sys"}
+    assert holders(cache.tables["sys"]) == [1, 1]
+    cache.free_sequence("sys")
+    assert cache.allocator.num_free == 2
