@@ -298,6 +298,23 @@ def test_a_part_begins_with_its_own_exercises_blank_and_the_references_for_other
     assert "_next" in own(course)
 
 
+@pytest.mark.parametrize("removed", [("_add", "_before"), ("_before", "_add")])
+def test_a_helper_that_only_a_helper_calls_goes_with_it(course: House, removed: tuple[str, str]) -> None:
+    called = "return add(self.value, -1)"
+    more = "return self._add(-1)\n\n    def _add(self, x: int) -> int:\n        return add(self.value, x)"
+    replace(course.reference / "counting.py", called, more)
+    names = ", ".join(f'"counting.Counter.{name}"' for name in removed)
+    replace(course.syllabus, '"counting.Counter._before"', names)
+    start(course, part(course, "b"))
+    before = own(course)
+    assert "def _add" in before
+    start(course, part(course, "c"))
+    assert "_add" not in own(course)
+    assert "_before" not in own(course)
+    skip(course, part(course, "c").day, part(course, "c").exercises)
+    assert own(course) == before
+
+
 def test_a_part_in_files_of_its_own_writes_only_these(course: House) -> None:
     replace(course.syllabus, "exercises = [1]", "exercises = [1, 2]")
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [3]")
