@@ -4,6 +4,7 @@ The course is that of `test_course`, with four exercises on day 1.2 in three par
 exercises of all of them.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from tiny_llm_course.source import with_blank, with_function, without
 from tiny_llm_course.starter import restore, set_aside, skip, start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_started
-from tiny_llm_course.units import Part, exercise_range
+from tiny_llm_course.units import Cut, Part, exercise_range
 from tiny_llm_course.views import begun, difference, moved_aside, tasks
 
 __all__ = ["house"]
@@ -819,6 +820,23 @@ def test_the_reference_passes_a_part_alone() -> None:
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
     assert " deselected" in done.stdout
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_parts_of_any_cut_one_after_the_other_are_the_day_as_it_begins(
+    real: Syllabus, order: str, tmp_path: Path
+) -> None:
+    """Helpers that one part has are taken out where the other part would have them as a solution."""
+    for day in real.days:
+        middle = (len(day.exercises) + 1) // 2
+        halves = [pair for pair in (("a", day.exercises[:middle]), ("b", day.exercises[middle:])) if pair[1]]
+        cut = dataclasses.replace(day, cuts=tuple(Cut(letter, letter, None, some) for letter, some in halves))
+        house = House.here().with_overlay(tmp_path / day.id)
+        house.overlay.mkdir()
+        for letter in order if len(halves) > 1 else "a":
+            start(house, cut.part(letter))
+        for module in day.modules:
+            assert own(house, module) == starter(house, module, day), f"{day.id}, {module}.py"
 
 
 def test_what_a_days_file_has_for_parts_is_for_parts_that_there_are(real: Syllabus) -> None:
