@@ -4,6 +4,7 @@ The course is that of `test_course`, with four exercises on day 1.2 in three par
 exercises of all of them.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from tiny_llm_course.source import with_blank, with_function, without
 from tiny_llm_course.starter import restore, set_aside, skip, start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_started
-from tiny_llm_course.units import Part, exercise_range
+from tiny_llm_course.units import Cut, Part, exercise_range
 from tiny_llm_course.views import begun, difference, moved_aside, tasks
 
 __all__ = ["house"]
@@ -296,6 +297,23 @@ def test_a_part_begins_with_its_own_exercises_blank_and_the_references_for_other
     assert states(course) == [State.SKIPPED, State.BLANK, State.BLANK, State.BLANK]
     assert "_before" not in own(course), "a helper of the exercise alone would give it away"
     assert "_next" in own(course)
+
+
+@pytest.mark.parametrize("removed", [("_add", "_before"), ("_before", "_add")])
+def test_a_helper_that_only_a_helper_calls_goes_with_it(course: House, removed: tuple[str, str]) -> None:
+    called = "return add(self.value, -1)"
+    more = "return self._add(-1)\n\n    def _add(self, x: int) -> int:\n        return add(self.value, x)"
+    replace(course.reference / "counting.py", called, more)
+    names = ", ".join(f'"counting.Counter.{name}"' for name in removed)
+    replace(course.syllabus, '"counting.Counter._before"', names)
+    start(course, part(course, "b"))
+    before = own(course)
+    assert "def _add" in before
+    start(course, part(course, "c"))
+    assert "_add" not in own(course)
+    assert "_before" not in own(course)
+    skip(course, part(course, "c").day, part(course, "c").exercises)
+    assert own(course) == before
 
 
 def test_a_part_in_files_of_its_own_writes_only_these(course: House) -> None:
@@ -802,6 +820,23 @@ def test_the_reference_passes_a_part_alone() -> None:
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
     assert " deselected" in done.stdout
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_parts_of_any_cut_one_after_the_other_are_the_day_as_it_begins(
+    real: Syllabus, order: str, tmp_path: Path
+) -> None:
+    """Helpers that one part has are taken out where the other part would have them as a solution."""
+    for day in real.days:
+        middle = (len(day.exercises) + 1) // 2
+        halves = [pair for pair in (("a", day.exercises[:middle]), ("b", day.exercises[middle:])) if pair[1]]
+        cut = dataclasses.replace(day, cuts=tuple(Cut(letter, letter, None, some) for letter, some in halves))
+        house = House.here().with_overlay(tmp_path / day.id)
+        house.overlay.mkdir()
+        for letter in order if len(halves) > 1 else "a":
+            start(house, cut.part(letter))
+        for module in day.modules:
+            assert own(house, module) == starter(house, module, day), f"{day.id}, {module}.py"
 
 
 def test_what_a_days_file_has_for_parts_is_for_parts_that_there_are(real: Syllabus) -> None:

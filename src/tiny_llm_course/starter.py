@@ -89,11 +89,18 @@ def _blank_again(house: House, day: Day, exercise: Exercise) -> None:
     """Make an exercise blank that is the reference's, and take out the helpers that only it has called."""
     own, reference = _sources(house, exercise)
     own = with_blank(own, exercise.name, exercise.message)
-    for helper in reversed(day.removed_from(exercise.module)):
-        called = any(helper.rpartition(".")[2] in names_in(own, name) for name in functions(own))
-        if is_given(own, reference, helper) and not called:
-            own = without(own, helper)
+    own = _without_helpers(own, reference, day.removed_from(exercise.module))
     (house.overlay / f"{exercise.module}.py").write_text(own, encoding="utf-8")
+
+
+def _without_helpers(own: str, reference: str, removed: tuple[str, ...]) -> str:
+    """The learner's source without those helpers of the reference that nothing calls."""
+    for helper in removed:
+        others = functions(own).keys() - {helper}
+        called = any(helper.rpartition(".")[2] in names_in(own, name) for name in others)
+        if is_given(own, reference, helper) and not called:
+            return _without_helpers(without(own, helper), reference, removed)
+    return own
 
 
 def set_aside(house: House, unit: Unit) -> list[Path]:

@@ -162,8 +162,10 @@ def _of_unit(house: House, unit: Unit, module: str) -> tuple[str, str]:
     others = [one for one in unit.day.of_module(module) if one not in unit.exercises]
     if not others:
         return own, reference
+    states = {exercise: state(house, exercise) for exercise in others}
     for exercise in others:
-        own = with_blank(own, exercise.name, exercise.message)
+        if states[exercise] is not State.MISSING:
+            own = with_blank(own, exercise.name, exercise.message)
         reference = with_blank(reference, exercise.name, exercise.message)
     for helper in unit.day.removed_from(module):
         if not any(helper.rpartition(".")[2] in names_in(reference, name) for name in functions(reference)):
