@@ -65,13 +65,13 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         self.block_size = page_size
         self._min_pages = min(max_pages, min_pages or max_pages)
         self.allocator = BlockAllocator(self._min_pages)
-        self.pool = (
+        self.pool: KVPool | None = (
             None if model is None else KVPool.for_model(model.config, self._min_pages, page_size, kv_dtype)
         )
         windows = (None,) if model is None else model.config.windows
         self._layout = PageLayout(tuple(groups or group_layers(windows)), page_size, max_batched_tokens)
         policies = policies or Policies()
-        self._swap_pool = (
+        self._swap_pool: KVPool | None = (
             None
             if model is None or not policies.swap_blocks
             else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
