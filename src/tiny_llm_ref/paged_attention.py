@@ -73,8 +73,7 @@ class BlockAllocator:
         share it with, and the next `allocate` may hand it out), `UnknownBlockError` if it is not in this
         pool.
         """
-        self._check_held(block)
-        self._ref_counts[block] += 1
+        self._ref_counts[block] = self._num_holders(block) + 1
 
     def free(self, block: int) -> None:
         """Count one holder less; when the last holder frees the block, it can be allocated again.
@@ -89,8 +88,7 @@ class BlockAllocator:
         >>> allocator.ref_count(block), allocator.num_free
         (1, 1)
         """
-        self._check_held(block)
-        self._ref_counts[block] -= 1
+        self._ref_counts[block] = self._num_holders(block) - 1
         if self._ref_counts[block] == 0:
             self._free.append(block)
 
@@ -123,9 +121,12 @@ class BlockAllocator:
         if not 0 <= block < self.num_blocks:
             raise UnknownBlockError(f"block {block} is not in this pool of {self.num_blocks} blocks")
 
-    def _check_held(self, block: int) -> None:
-        if self.ref_count(block) == 0:
+    def _num_holders(self, block: int) -> int:
+        """The number of holders of a held block; `DoubleFreeError` for a free one."""
+        count = self.ref_count(block)
+        if count == 0:
             raise DoubleFreeError(f"block {block} is free: it has no holder")
+        return count
 
 
 class BlockTable:

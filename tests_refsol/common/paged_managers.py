@@ -10,8 +10,8 @@ from tiny_llm.model import Model
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import Policies
 
-from .plain_pool import check_conserved
-from .toy_models import CountingModel, logits_after, tiny_model
+from common.plain_pool import check_conserved
+from common.toy_models import CountingModel, logits_after, tiny_model
 
 
 def manager_of(

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 
-from .toy_arrays import NOBODYS, floats
+from common.toy_arrays import NOBODYS, floats
 
 
 @dataclass

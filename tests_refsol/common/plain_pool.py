@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
 
-from .blocks import counts
+from common.blocks import counts
 
 
 class PlainPool:

@@ -71,7 +71,7 @@ def test_task_16_chunks_without_logits_are_computed_all_the_same(block_size: int
 
 
 def test_task_16_copies_are_made_before_the_pass_writes() -> None:
-    """Oracle: the model without cache and batch: two forks of 6 tokens, blocks of 4, each with its own next."""
+    """Oracle: the model without cache and batch: two forks of 6 tokens in blocks of 4, which part."""
     manager, tokens = with_model(), prompt(6, 6)
     queued(manager, {"a": tokens})
     first = manager.sequence("a")
