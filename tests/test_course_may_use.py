@@ -169,12 +169,13 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
     [
         ("1.3.3", ["kv_context.KVContext.attend", "linear.LinearLike.__call__", "rope.rope"]),
         ("1.6.1", ["model_config.ModelConfig.attention_scale"]),
+        ("3.2.14", ["batch_manager.longest", "queues.RequestQueues.add", "sequence.completion_ids"]),
+        ("3.2.15", ["kv_pool.KVPool.resize", "policies.PrefixPolicy.num_idle"]),
         (
-            "3.2.13",
-            ["page_layout.PageLayout.tables", "page_layout.PageLayout.streams", "sequence.PagedSequence"],
+            "3.2.16",
+            ["page_layout.PageLayout.context", "step.Plan.pack", "kv_pool.KVPool.start", "step.Scheduled"],
         ),
-        ("3.2.14", ["page_layout.PageLayout.context", "step.Plan.pack", "step.Plan.conclude"]),
-        ("3.2.15", ["page_scheduler.PageScheduler.give_up", "queues.RequestQueues.end"]),
+        ("3.2.17", ["page_scheduler.PageScheduler.computed", "step.Plan.conclude", "step.Plan.is_empty"]),
         ("3.7.2", ["output_processor.RequestState.begin"]),
         ("3.7.5", ["engine_core.EngineCore.take_failures", "output_processor.RequestState.push"]),
         ("3.7.6", ["inbox.Inbox.run"]),
