@@ -381,6 +381,21 @@ def test_task_5_positions_without_a_token_have_no_slot(start: int, stop: int) ->
         filled(6).slots(start, stop)
 
 
+class Forgetful(BlockTable):
+    """A table whose first tokens are forgotten: what a kernel is told has placeholders for their blocks."""
+
+    def physical_indices(self) -> list[int]:
+        """Two placeholders, and the blocks."""
+        return [0, 0, *self.blocks]
+
+
+def test_task_5_slots_are_in_the_blocks_that_the_table_has() -> None:
+    """Oracle: the docstring: ids from `blocks`; `physical_indices` is for kernels, and has more here."""
+    table = Forgetful(BlockAllocator(10), 4)
+    table.blocks, table.num_tokens = [9, 2], 6
+    assert table.slots(3, 6) == [39, 8, 9]
+
+
 def test_task_5_blocks_of_one_token() -> None:
     """Oracle: by hand: the slots are the blocks."""
     table = filled(3, block_size=1)

@@ -187,7 +187,7 @@ def test_task_12_the_end_of_the_pool_can_be_given_back() -> None:
 
 def test_task_12_what_is_compact_stays_where_it_is() -> None:
     """Oracle: by hand: nothing is copied, the first time or again."""
-    texts = Texts(BlockAllocator(6))
+    texts = Texts(BlockAllocator(2))
     texts.table(5)
     texts.fork(0)
     before = texts.state
