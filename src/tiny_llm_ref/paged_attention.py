@@ -209,9 +209,9 @@ class BlockTable:
     def slots(self, start: int, stop: int) -> list[int]:
         """The slots of the positions start .. stop - 1, in order: `block * block_size + offset` for each.
 
-        A slot is a token's place in the pool as one number; the ids are those in `blocks`. start == stop gives
-        []. Raises ValueError unless 0 <= start <= stop <= num_tokens: a place without a token holds what
-        another sequence left there.
+        A slot is a token's place in the pool as one number; the ids are those in `blocks`. Equal start and
+        stop give []. Raises ValueError unless 0 <= start <= stop <= num_tokens: a place without a token holds
+        what another sequence left there.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=64), block_size=4)
         >>> table.blocks, table.num_tokens = [7, 42], 6

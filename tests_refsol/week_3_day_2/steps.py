@@ -1,6 +1,6 @@
 """Day 3.2, tasks 16 and 17: steps of many requests on one pool of pages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +12,7 @@ from tiny_llm.kv_context import KVContext
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import LayerGroup
 from tiny_llm.page_layout import PageLayout
+from tiny_llm.page_scheduler import PageScheduler
 from tiny_llm.paged_attention import BlockAllocator, BlockCopy
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_queues import BeamStep
@@ -111,30 +112,55 @@ def test_task_16_every_position_that_is_asked_for_has_a_row() -> None:
     check_logits(dict(zip(known, rows, strict=True)), known)
 
 
+def filled_pool(manager: PagedBatchManager) -> KVPool:
+    """A manager's pool with random keys and values in the blocks 10 and 11, which no sequence has."""
+    pool, filling = manager.pool, mx.random.normal((2, 8, 2, 8), key=mx.random.key(1))
+    assert pool is not None
+    for layer in range(2):
+        pool.write(layer, mx.arange(40, 48), filling[layer], -filling[layer])
+    return pool
+
+
+def held(pool: KVPool, block: int) -> np.ndarray:
+    """The keys and values of one block in both layers."""
+    return np.stack([np.array(mx.stack(pool.read_blocks(layer, [block]))) for layer in range(2)])
+
+
 def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> None:
     """Oracle: what was in the blocks. A plan may have no chunk; a copy may go to a block that goes out.
 
     Copying first is the mistake: the host gets what came into the block by the copy.
     """
     manager = with_model(blocks=16, policies=Policies(swap_blocks=3))
-    pool, tokens = manager.pool, prompt(3, 10)
-    assert pool is not None
-    filling = mx.random.normal((2, 8, 2, 8), key=mx.random.key(1))
-    for layer in range(2):
-        pool.write(layer, mx.arange(40, 48), filling[layer], -filling[layer])  # the blocks 10 and 11
-
-    def held(block: int) -> np.ndarray:
-        return np.stack([np.array(mx.stack(pool.read_blocks(layer, [block]))) for layer in range(2)])
-
-    tenth, eleventh = held(10), held(11)
+    pool, tokens = filled_pool(manager), prompt(3, 10)
+    tenth, eleventh = held(pool, 10), held(pool, 11)
     queued(manager, {"a": tokens})
     copied = chunk(manager, "a", 0, 3)._replace(copies=[BlockCopy(10, 11, 4)])
     rows = manager.run_plan(Plan([copied], swapped_out=[(11, 2)]))
     assert rows is not None
     check_logits({"a": rows[0]}, {"a": tokens})
-    np.testing.assert_array_equal(held(11), tenth)
+    np.testing.assert_array_equal(held(pool, 11), tenth)
     assert manager.run_plan(Plan(swapped_in={14: 2})) is None
-    np.testing.assert_array_equal(held(14), eleventh)
+    np.testing.assert_array_equal(held(pool, 14), eleventh)
+
+
+@pytest.mark.parametrize("stop", [3, 5], ids=["no_row", "one_row"])
+def test_task_16_nothing_stays_a_description(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Oracle: the docstring: behind the model comes `evaluate` or `start`, whether there are logits or not."""
+    called: list[str] = []
+    model = WatchedModel()
+    manager = with_model(model=model)
+    queued(manager, {"a": prompt(5, 13)})
+    for name in ("evaluate", "start"):
+        own = getattr(KVPool, name)
+
+        def watched(pool: KVPool, *outputs: mx.array, name: str = name, own: Callable = own) -> None:
+            called.append(f"{name} behind {len(model.fed)} passes")
+            own(pool, *outputs)
+
+        monkeypatch.setattr(KVPool, name, watched)
+    manager.run_plan(Plan([chunk(manager, "a", 0, stop)]))
+    assert set(called) & {"evaluate behind 1 passes", "start behind 1 passes"}
 
 
 def test_task_16_the_layout_makes_the_context_of_all_tables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +240,19 @@ def test_task_17_the_scheduler_knows_before_completions_are_made() -> None:
     assert set(manager.process_batch()) == {"a/0", "a/1", "a/2"}
     assert isinstance(manager.prefix, ToldInOrder)
     assert manager.prefix.seen == [("a/0", 6, 2)]
+
+
+def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: what was in block 11: a plan puts it on the host, the next one into block 14; no plan has a chunk."""
+    manager = with_model(blocks=16, policies=Policies(swap_blocks=3))
+    pool = filled_pool(manager)
+    expected = held(pool, 11)
+    for plan in (Plan(swapped_out=[(11, 0)]), Plan(swapped_in={14: 0})):
+        monkeypatch.setattr(PageScheduler, "plan", lambda scheduler, plan=plan: plan)
+        assert len(manager.process_batch()) == 0
+    np.testing.assert_array_equal(held(pool, 14), expected)
 
 
 def test_task_17_where_there_is_nothing_to_do_nobody_is_ready() -> None:
