@@ -146,7 +146,7 @@ def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> N
 
 @pytest.mark.parametrize("stop", [3, 5], ids=["no_row", "one_row"])
 def test_task_16_nothing_stays_a_description(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Oracle: the docstring: behind the model comes `evaluate` or `start`, whether there are logits or not."""
+    """Oracle: the docstring: after the model comes `evaluate` or `start`, with logits or without."""
     called: list[str] = []
     model = WatchedModel()
     manager = with_model(model=model)
@@ -245,7 +245,7 @@ def test_task_17_the_scheduler_knows_before_completions_are_made() -> None:
 def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: what was in block 11: a plan puts it on the host, the next one into block 14; no plan has a chunk."""
+    """Oracle: what was in block 11: a plan puts it on the host, the next one into block 14."""
     manager = with_model(blocks=16, policies=Policies(swap_blocks=3))
     pool = filled_pool(manager)
     expected = held(pool, 11)
