@@ -126,7 +126,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         return None
 
     def process_batch(self) -> StepLogits:
-        """Schedule and run one step; returns the logits of every sequence that is ready for its next token."""
+        """Run one step; the logits of the sequences that are ready for their next token."""
         self.give_memory_back()
         plan = self._schedule()
         if not plan.is_empty:
