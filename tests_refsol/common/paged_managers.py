@@ -17,7 +17,7 @@ from common.toy_models import CountingModel, logits_after, tiny_model
 def manager_of(
     blocks: int = 8, seats: int = 4, *, budget: int = 64, context: int = 32, min_pages: int | None = None
 ) -> PagedBatchManager:
-    """Blocks of 4 tokens, and no model: the bookkeeping alone."""
+    """Blocks of 4 tokens, and no model: only the bookkeeping."""
     return PagedBatchManager(
         blocks, 4, seats, max_batched_tokens=budget, max_model_len=context, min_pages=min_pages
     )

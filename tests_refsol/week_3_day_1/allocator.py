@@ -86,7 +86,7 @@ def test_task_2_a_shared_block_is_free_after_its_last_holder() -> None:
     assert sorted([allocator.allocate(), allocator.allocate()]) == [0, 1]
 
 
-def test_task_2_a_block_that_nobody_holds_cannot_be_given_back() -> None:
+def test_task_2_a_free_block_cannot_be_freed() -> None:
     """Oracle: the docstring. A block that is free twice gets two owners: that is the mistake."""
     allocator = BlockAllocator(3)
     block = allocator.allocate()

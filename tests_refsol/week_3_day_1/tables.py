@@ -54,11 +54,11 @@ def state(*tables: BlockTable) -> tuple[object, ...]:
 
 
 def missing_blocks(table: BlockTable, num_new_tokens: int) -> int:
-    """Of the logical blocks that the new tokens are written to, those that the table does not hold alone."""
+    """Of the logical blocks that the new tokens are written to, those that it is not the only holder of."""
     new = range(table.num_tokens, table.num_tokens + num_new_tokens)
     written = {position // table.block_size for position in new}
-    alone = {place for place, number in enumerate(holders(table)) if number == 1}
-    return len(written - alone)
+    own = {place for place, number in enumerate(holders(table)) if number == 1}
+    return len(written - own)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def missing_blocks(table: BlockTable, num_new_tokens: int) -> int:
 def test_task_3_tokens_take_the_blocks_that_the_last_one_has_no_room_for(
     num_tokens: int, new: int, blocks: int
 ) -> None:
-    """Oracle: by hand, blocks of 4. Rounding up the new tokens alone is the mistake."""
+    """Oracle: by hand, blocks of 4. Rounding up only the new tokens is the mistake."""
     assert filled(num_tokens).blocks_to_append(new) == blocks
 
 
@@ -82,7 +82,7 @@ def test_task_3_a_shared_block_with_room_takes_one_more(new: int, blocks: int) -
 
 
 @pytest.mark.parametrize(("new", "blocks"), [(1, 1), (4, 1), (5, 2)])
-def test_task_3_full_blocks_are_read_by_all_and_written_by_nobody(new: int, blocks: int) -> None:
+def test_task_3_full_shared_blocks_are_not_copied(new: int, blocks: int) -> None:
     """Oracle: by hand: 8 tokens fill two blocks of 4. To copy the second of them is the mistake."""
     table = filled(8)
     assert sharing(table).blocks_to_append(new) == blocks
@@ -140,7 +140,7 @@ class SymbolicPool:
         copies = table.append_tokens(len(tokens))
         for copy in copies:
             for offset in range(copy.length):
-                assert (copy.src, offset) in self.held, "a place is copied that nobody has written to"
+                assert (copy.src, offset) in self.held, "a place is copied in which no token is"
                 self.held[copy.dst, offset] = self.held[copy.src, offset]
         for position, token in enumerate(tokens, start):
             self.held[self.place(table, position)] = token
@@ -299,7 +299,7 @@ def test_task_4_a_copy_needs_a_block_as_well(free: int, new: int) -> None:
     assert state(table, other) == before
 
 
-def test_task_4_what_is_copied_and_what_is_written_is_everybodys_own() -> None:
+def test_task_4_each_table_reads_its_own_tokens_after_a_copy() -> None:
     """Oracle: the words themselves, in a pool of plain values."""
     pool, table = SymbolicPool(), BlockTable(BlockAllocator(4), 4)
     pool.append(table, SENTENCE)
@@ -323,10 +323,10 @@ def test_task_4_what_is_copied_and_what_is_written_is_everybodys_own() -> None:
 def test_task_4_an_append_takes_what_is_missing_or_changes_nothing(
     block_size: int, num_tokens: int, new: int, free: int, others: list[int]
 ) -> None:
-    """Oracle: the positions of the new tokens, one by one: every block that is written to is held alone."""
+    """Oracle: the positions of the new tokens, one by one: every block that is written to has one holder."""
     table = filled(num_tokens, num_blocks=-(-num_tokens // block_size) + free + 1, block_size=block_size)
     allocator = table.allocator
-    allocator.allocate()  # somebody else's
+    allocator.allocate()  # another sequence's
     for block, number in zip(table.blocks, others, strict=False):
         for _ in range(number):
             allocator.add_ref(block)
@@ -459,7 +459,7 @@ def test_task_6_a_fork_of_a_fork() -> None:
 
 @pytest.mark.parametrize("num_tokens", [0, 3, 4, 6])
 @pytest.mark.parametrize("writer", ["parent", "child"])
-def test_task_6_who_goes_on_goes_on_alone(num_tokens: int, writer: str) -> None:
+def test_task_6_tables_go_on_independently(num_tokens: int, writer: str) -> None:
     """Oracle: by hand, blocks of 4. Two tables that share one list see each other's blocks: the mistake."""
     table = filled(num_tokens)
     held, child = list(table.blocks), table.fork()
@@ -531,7 +531,7 @@ def test_task_7_what_others_hold_stays_with_them() -> None:
     assert table.allocator.num_free == 8
 
 
-def test_task_7_who_is_left_writes_in_place() -> None:
+def test_task_7_the_last_holder_writes_in_place() -> None:
     """Oracle: by hand: the last block was shared until the others went."""
     table = filled(6)
     child, grandchild = table.fork(), table.fork()
@@ -611,14 +611,14 @@ class Tables(RuleBasedStateMachine):
         assert counts(self.allocator) == [held[block] for block in range(self.allocator.num_blocks)]
         assert self.allocator.num_free + len(held) == self.allocator.num_blocks
         for table, text in self.texts:
-            assert self.pool.read(table) == text, "somebody reads what another wrote"
+            assert self.pool.read(table) == text, "a table reads another's tokens"
             assert len(table.blocks) == len(set(table.blocks)) == -(-len(text) // table.block_size)
 
 
 def test_task_7_blocks_are_conserved_whatever_happens() -> None:
     """Oracle: a count of every table's blocks, and a pool of plain values.
 
-    Free blocks and held ones are the whole pool; a block has as many holders as tables name it; everybody
-    reads their own tokens; what does not fit changes nothing; when all have ended, all blocks are free.
+    Free blocks and held ones are the whole pool; a block has as many holders as tables name it; each table
+    reads its own tokens; what does not fit changes nothing; when all have ended, all blocks are free.
     """
     run_state_machine_as_test(Tables, settings=settings(quick, max_examples=60, stateful_step_count=30))

@@ -224,7 +224,7 @@ def test_task_9_the_ids_may_be_those_of_the_tables_themselves() -> None:
 
 
 def test_task_9_there_is_room_for_a_new_beam() -> None:
-    """Oracle: by hand: two of two live. A new one has an id that nobody had: who was pruned stays unknown."""
+    """Oracle: by hand: two of two live. A new one has an id that none had: a pruned one stays unknown."""
     beams = beams_of(beam_size=2)
     child = beams.fork_beam(0)
     beams.prune([0])
@@ -376,7 +376,7 @@ def test_task_10_equal_sums_go_to_the_better_parent_and_then_to_the_smaller_toke
     assert list(search.advance([level, level, level])) == [(0, 3), (0, 7), (1, 3)]
 
 
-def test_task_10_an_end_goes_on_no_more_and_takes_nobodys_place() -> None:
+def test_task_10_an_end_takes_no_beams_place() -> None:
     """Oracle: by hand: token 2 ends. Of three candidates the best ends, and the two others live on.
 
     Texts that go on behind their end are the mistake, and a beam that is one short of its width.

@@ -66,7 +66,7 @@ def test_task_11_as_few_moves_as_can_be(in_use: list[bool]) -> None:
 
 @dataclass
 class Kept:
-    """Somebody who holds blocks without being a table, as a cache of prompts does."""
+    """A holder of blocks that is no table, as a cache of prompts is."""
 
     blocks: list[int]
     block_size: int = 4
@@ -89,7 +89,7 @@ class Texts:
 
     @property
     def holders(self) -> list[BlockTable | Kept]:
-        """Everybody who holds a block."""
+        """Everything that holds a block."""
         return [*(table for table, _ in self.said), *(kept for kept, _ in self.kept)]
 
     def table(self, num_tokens: int) -> BlockTable:
@@ -116,7 +116,7 @@ class Texts:
         self.said.pop(which)[0].release()
 
     def keep(self, which: int) -> None:
-        """Somebody keeps the full blocks of a text."""
+        """A cache keeps the full blocks of a text."""
         table, text = self.said[which]
         kept = Kept(table.blocks[: len(text) // self.block_size], self.block_size)
         for block in kept.blocks:
@@ -128,16 +128,16 @@ class Texts:
         return [self.pages.held.get(block * self.block_size + i) for i in range(self.block_size)]
 
     def compact(self) -> list[BlockCopy]:
-        """Compact, make the copies, and check that everybody reads what they said."""
+        """Compact, make the copies, and check that every holder reads what it wrote."""
         copies = list(compact_pages(self.allocator, self.holders))
         self.pages.copy(copies, self.block_size)
         self.check()
         return copies
 
     def check(self) -> None:
-        """Everybody reads their own, and every reference is somebody's."""
+        """Every holder reads its own tokens, and every reference has a holder."""
         for table, text in self.said:
-            assert self.pages.read(table) == text, "somebody reads another's tokens"
+            assert self.pages.read(table) == text, "a table reads another's tokens"
         for kept, blocks in self.kept:
             assert [self.slots_of(block) for block in kept.blocks] == blocks, (
                 "a kept block holds others' tokens"
@@ -197,7 +197,7 @@ def test_task_12_what_is_compact_stays_where_it_is() -> None:
 
 
 def test_task_12_a_shared_block_moves_once_and_all_holders_follow() -> None:
-    """Oracle: the texts; by hand: two tables and somebody who keeps its blocks hold the second text."""
+    """Oracle: the texts; by hand: two tables and a cache hold the second text."""
     texts = Texts(BlockAllocator(8))
     texts.table(12)
     texts.table(8)
@@ -221,8 +221,8 @@ def test_task_12_a_kept_block_that_no_table_holds_moves_too() -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])
-def test_task_12_who_is_missing_would_read_anothers_keys(missing: int) -> None:
-    """Oracle: the docstring: a table, each of two forks, or who keeps: it is refused, and nothing changes."""
+def test_task_12_a_missing_holder_is_refused(missing: int) -> None:
+    """Oracle: the docstring: a table, each of two forks, or the cache: it is refused, and nothing changes."""
     texts = Texts(BlockAllocator(9))
     for num_tokens in (8, 7, 8):
         texts.table(num_tokens)
@@ -251,7 +251,7 @@ ACTIONS = st.sampled_from(["table", "table", "append", "fork", "release", "relea
 
 @settings(quick, max_examples=120)
 @given(st.integers(1, 4), st.lists(st.tuples(ACTIONS, st.integers(0, 9)), max_size=20))
-def test_task_12_everybody_reads_their_own_whatever_came_before(
+def test_task_12_every_holder_reads_its_own_tokens_afterwards(
     block_size: int, actions: list[tuple[str, int]]
 ) -> None:
     """Oracle: the texts, in a pool of plain values. Only what stands behind the new end moves."""
@@ -319,7 +319,7 @@ def test_task_13_without_a_pool_it_is_the_ids_alone() -> None:
     assert compact_memory(allocator, []) == 6
 
 
-def test_task_13_who_is_missing_is_refused() -> None:
+def test_task_13_a_missing_holder_is_refused() -> None:
     """Oracle: the docstring: nothing is copied either."""
     allocator, pool = BlockAllocator(6), KVPool(6, 4, 1, 2)
     tables = [filled(allocator, num_tokens) for num_tokens in (4, 8)]

@@ -181,7 +181,7 @@ def test_task_2_scores_are_scaled(scale: float) -> None:
 
 
 def test_task_2_forks_read_the_blocks_that_they_share() -> None:
-    """Oracle: each sequence alone: both read the same blocks."""
+    """Oracle: each sequence by itself: both read the same blocks."""
     pool = pool_of([6])
     [table] = pool.tables
     first, q = table.fork(), packed_queries([Span(table, 5, 6)], 4, 8)

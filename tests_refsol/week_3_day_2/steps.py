@@ -88,7 +88,7 @@ def test_task_16_copies_are_made_before_the_pass_writes() -> None:
 
 
 def test_task_16_the_pool_gets_the_allocators_size_first() -> None:
-    """Oracle: by hand and the model alone: the pool has no blocks yet for the second sequence."""
+    """Oracle: by hand, and the model without cache: the pool has no blocks yet for the second sequence."""
     manager, prompts = with_model(min_pages=2), {"a": prompt(7, 7), "b": prompt(9, 8)}
     queued(manager, prompts)
     manager.run_plan(Plan([chunk(manager, "a", 0, 7)]))
@@ -255,7 +255,7 @@ def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
     np.testing.assert_array_equal(held(pool, 14), expected)
 
 
-def test_task_17_where_there_is_nothing_to_do_nobody_is_ready() -> None:
+def test_task_17_without_work_no_sequence_is_ready() -> None:
     """Oracle: by hand: without a request, and with one whose token is not chosen yet."""
     manager = manager_of()
     assert len(manager.process_batch()) == 0
@@ -266,7 +266,7 @@ def test_task_17_where_there_is_nothing_to_do_nobody_is_ready() -> None:
 
 
 def test_task_17_a_long_prompt_is_computed_in_chunks_with_pages_as_they_are_needed() -> None:
-    """Oracle: by hand: 10 tokens at 4 a step, a block for each chunk; nobody is ready before the last one."""
+    """Oracle: by hand: 10 tokens at 4 a step, a block for each chunk; none is ready before the last."""
     manager, found = manager_of(budget=4), []
     manager.add_request([1] * 10, "a", limits())
     for _ in range(3):
@@ -291,7 +291,7 @@ def test_task_17_decodes_go_on_beside_a_long_prompt() -> None:
 
 
 def test_task_17_completions_are_forked_when_their_prompt_is_computed() -> None:
-    """Oracle: by hand: a prompt of 6 takes 2 blocks whoever shares them; then each of three writes alone."""
+    """Oracle: by hand: a prompt of 6 takes 2 blocks for all three; then each writes to its own."""
     manager = manager_of(budget=4)
     manager.add_request([1] * 6, "a", limits(n=3))
     assert len(manager.process_batch()) == 0
@@ -322,7 +322,7 @@ def test_task_17_a_search_begins_as_one_beam_and_goes_on_as_it_is_told() -> None
 
 
 def test_task_17_a_request_that_finds_too_few_pages_is_dropped_and_the_next_runs() -> None:
-    """Oracle: the docstring: somebody outside holds 3 of 4 blocks."""
+    """Oracle: the docstring: a table outside holds 3 of 4 blocks."""
     manager = manager_of(blocks=4)
     elsewhere = filled(manager.allocator, 12)
     manager.add_request([1] * 8, "big", limits())
@@ -440,14 +440,14 @@ def test_task_17_a_sequence_ends_and_its_pages_are_free() -> None:
     assert not manager.has_work
 
 
-def test_task_17_who_has_ended_is_unknown() -> None:
+def test_task_17_an_ended_sequence_is_unknown() -> None:
     """Oracle: the docstring: nothing is given back a second time."""
     manager = manager_of()
     manager.add_request([5, 6], "a", limits())
     manager.add_request([5, 6], "b", limits())
     manager.process_batch()
     manager.finish("a")
-    for name in ("a", "nobody"):
+    for name in ("a", "unknown"):
         with pytest.raises(KeyError):
             manager.finish(name)
     assert manager.capacity.num_free == 7
@@ -507,7 +507,7 @@ def test_task_17_a_cancelled_search_gives_everything_back() -> None:
 
 
 def test_task_17_a_pool_that_has_grown_gives_memory_back() -> None:
-    """Oracle: by hand and the model alone: the long one's blocks are far behind, and move to the front.
+    """Oracle: by hand, and the model without cache: blocks far behind move to the front.
 
     Two ask for many blocks and one of them ends: the pool shrinks while the other goes on.
     """
