@@ -34,8 +34,6 @@ class House:
         self.texts: list[tuple[BlockTable, list[int]]] = []
         self.kept: list[TokenBlocks] = []
         self.held: dict[int, int] = {}
-        self.pending: list[BlockCopy] = []
-        self.unwritten: list[tuple[BlockTable, int]] = []  # tables, and from which token on
         self.fresh = count()
 
     @property
@@ -57,18 +55,17 @@ class House:
         self.texts.append((table.fork(), list(text)))
         return self.tables[-1]
 
-    def append(self, which: int, num_tokens: int, *, later: bool = False) -> None:
-        """Let a table grow, with its copies and writes; `later`: they are still to be made."""
+    def append(self, which: int, num_tokens: int) -> None:
+        """Let a table grow, with its copies and writes."""
         table, text = self.texts[which]
         if table.blocks_to_append(num_tokens) > self.allocator.num_free:
             return
         copies = table.append_tokens(num_tokens)
         self.cache.released([copy.src for copy in copies])
-        self.pending += copies
-        self.unwritten.append((table, len(text)))
-        text.extend(next(self.fresh) for _ in range(num_tokens))
-        if not later:
-            self.perform(self.pending)
+        self.perform(copies)
+        new = [next(self.fresh) for _ in range(num_tokens)]
+        self.held |= dict(zip(table.slots(len(text), len(text) + num_tokens), new, strict=True))
+        text += new
 
     def release(self, which: int) -> None:
         table, _ = self.texts.pop(which)
@@ -85,17 +82,12 @@ class House:
         self.kept.append(stream)
 
     def perform(self, copies: Seq[BlockCopy]) -> None:
-        """Copies, all read before any is written; then the writes."""
+        """Make copies: all sources are read before any target is written."""
         assert len({copy.dst for copy in copies}) == len(copies), "two copies to one block"
         size = self.block_size
         read = [[self.held.get(src * size + i) for i in range(length)] for src, _, length in copies]
         for (_, dst, _), values in zip(copies, read, strict=True):
             self.held |= {dst * size + i: value for i, value in enumerate(values) if value is not None}
-        for table, start in self.unwritten:
-            text = next(text for other, text in self.texts if other is table)
-            for slot, token in zip(table.slots(start, len(text)), text[start:], strict=True):
-                self.held[slot] = token
-        self.pending, self.unwritten = [], []
 
     def check(self) -> None:
         """Everybody reads their own tokens, and every reference is somebody's."""
@@ -120,7 +112,7 @@ class House:
 
 @st.composite
 def houses(draw: st.DrawFn) -> House:
-    """Tables that came, grew, forked, were kept and went; perhaps with copies that are still to be made."""
+    """Tables that came, grew, forked, were kept and went."""
     house = House(draw(st.integers(1, 24)), draw(st.integers(1, 4)))
     actions = st.sampled_from(["table", "table", "append", "fork", "release", "release", "keep", "evict"])
     for action in draw(st.lists(actions, max_size=24)):
@@ -135,9 +127,6 @@ def houses(draw: st.DrawFn) -> House:
                 house.append(which, draw(st.integers(0, 5)))
             else:
                 getattr(house, action)(which)
-    for which in draw(st.sets(st.integers(0, 5))):
-        if which < len(house.texts):
-            house.append(which, draw(st.integers(1, 4)), later=True)
     return house
 
 
@@ -148,10 +137,10 @@ def test_blocks_change_places_and_everybody_reads_their_own(house: House, random
     behind = sum(holders > 0 for holders in before[in_use:])
     holders = house.holders
     random.shuffle(holders)  # type: ignore[attr-defined]
-    copies = compact_pages(house.allocator, iter(holders), house.pending)
+    copies = compact_pages(house.allocator, iter(holders))
     assert [holders > 0 for holders in house.counts] == [True] * in_use + [False] * house.allocator.num_free
     assert sorted(house.counts) == sorted(before), "whoever shared a block shares it"
-    assert len(copies) <= behind + len(house.pending), "only what stands behind the new end moves"
+    assert len(copies) == behind, "only what stands behind the new end moves"
     house.perform(copies)
     house.check()
     assert compact_pages(house.allocator, house.holders) == [], "a second time there is nothing to do"
@@ -200,38 +189,6 @@ def test_a_block_that_many_hold_moves_once() -> None:
     house.perform(copies)
     house.check()
     assert house.counts == [3, 3, 0, 0, 0, 0, 0, 0]
-
-
-def test_a_copy_that_is_still_to_be_made_goes_to_where_its_block_went() -> None:
-    house = House(8, 4)
-    house.table(8)
-    house.table(6)
-    house.fork(1)
-    house.append(2, 1, later=True)
-    house.release(0)
-    [pending] = house.pending
-    copies = compact_pages(house.allocator, house.holders, house.pending)
-    made = [copy for copy in copies if copy.length == pending.length]
-    assert len(made) == 1
-    assert made[0].src == pending.src, "it is read where it stands"
-    assert made[0].dst == house.tables[1].blocks[-1]
-    house.perform(copies)
-    house.check()
-
-
-def test_a_copy_that_nobody_waits_for_any_more_is_not_made() -> None:
-    """Its target would be the place of another block."""
-    house = House(6, 4)
-    house.table(2)
-    house.fork(0)
-    house.append(1, 1, later=True)
-    pending, house.pending, house.unwritten = house.pending, [], []
-    house.release(1)
-    house.table(9)
-    house.release(0)
-    copies = compact_pages(house.allocator, house.holders, pending)
-    house.perform(copies)
-    house.check()
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])

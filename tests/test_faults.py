@@ -117,7 +117,7 @@ def raising_once(
 POINTS: list[tuple[Any, str]] = [
     (PageScheduler, "plan"),
     (PageScheduler, "computed"),
-    (PagedBatchManager, "_run"),
+    (PagedBatchManager, "run_plan"),
     (PagedBatchManager, "_fork"),
     (PagedBatchManager, "commit"),
     (PagedBatchManager, "advance"),

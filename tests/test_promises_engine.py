@@ -365,15 +365,15 @@ def test_a_swap_that_is_made_after_the_pages_were_given_to_others_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blocks go out when the step has been computed, and not before."""
-    run, swap = PagedBatchManager._run, PagedBatchManager._swap
+    run, swap = PagedBatchManager.run_plan, PagedBatchManager._swap
 
-    def late(manager: PagedBatchManager, model: Model, plan: Plan) -> mx.array | None:
-        rows = run(manager, model, plan)
+    def late(manager: PagedBatchManager, plan: Plan) -> mx.array | None:
+        rows = run(manager, plan)
         swap(manager, manager.pool, plan)
         return rows
 
     monkeypatch.setattr(PagedBatchManager, "_swap", lambda manager, pool, plan: None)
-    monkeypatch.setattr(PagedBatchManager, "_run", late)
+    monkeypatch.setattr(PagedBatchManager, "run_plan", late)
     assert_seen(st.just(SWAPPED))
 
 

@@ -767,14 +767,14 @@ def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array]
 
 def break_step(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A step that computes the fourth token of whoever has the seed 666 raises, with all who are in it."""
-    run = PagedBatchManager._run
+    run = PagedBatchManager.run_plan
 
-    def raising(manager: PagedBatchManager, model: Any, plan: Any) -> Any:
+    def raising(manager: PagedBatchManager, plan: Any) -> Any:
         if any(chunk.sequence.seed == 666 and len(chunk.sequence.outputs) == 3 for chunk in plan.chunks):
             raise error
-        return run(manager, model, plan)
+        return run(manager, plan)
 
-    monkeypatch.setattr(PagedBatchManager, "_run", raising)
+    monkeypatch.setattr(PagedBatchManager, "run_plan", raising)
 
 
 def fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:

@@ -402,7 +402,7 @@ def test_out_goes_before_in_and_in_before_copies() -> None:
         pool.evaluate()
     plan = Moves(swapped_out=[(0, 2)], swapped_in={0: 1, 2: 0})
     plan.copies = [BlockCopy(0, 3, SIZE)]
-    assert manager._run(tiny_model(), plan) is None
+    assert manager.run_plan(plan) is None
     for layer in range(2):
         assert numbers(manager.pool, layer) == [70 + layer, 10 + layer, 60 + layer, 70 + layer]
         assert numbers(manager._swap_pool, layer) == [60 + layer, 70 + layer, 0 + layer]

@@ -1,8 +1,8 @@
-"""Beam search: the best few continuations grow side by side, and share the pages of what they have in common.
+"""Beam search: the best few continuations of a prompt grow side by side, and share the pages that they can.
 
-Which hypotheses live is arithmetic over floats (`BeamSearch`); whose pages they are is reference counting
-over tables (`BeamSearchPageManager`). Knows nothing of models, arrays or text. Source: the PagedAttention
-paper, section 4.4; the rules of transformers' beam search with `early_stopping="never"`.
+The pages are reference counting over block tables (`BeamSearchPageManager`); which continuations live on is
+arithmetic over log-probabilities (`BeamSearch`). Knows nothing of models, arrays or text. Source: the
+PagedAttention paper, section 4.4; the rules of transformers' beam search with `early_stopping="never"`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,12 +16,107 @@ from .parameter_checks import MOST_COUNT, MOST_SALT_CHARACTERS, flag, number, te
 MOST_PENALTY = 10  # a number of tokens to this power is still a float, and so is one part in as many
 
 
+def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -> None:
+    """Make each of the beams' tables a fork of the parent's: the same blocks and tokens, counted once more.
+
+    The tables stay the same objects. The blocks that they held before are freed; no block is copied, and
+    afterwards all tables are independent. The parent may be one of `beam_tables`: it stays as it is. All
+    tables have the parent's allocator and block size.
+
+    >>> allocator = BlockAllocator(8)
+    >>> parent, beam = BlockTable(allocator, block_size=4), BlockTable(allocator, block_size=4)
+    >>> _, _ = parent.append_tokens(6), beam.append_tokens(9)
+    >>> fork_sequence(parent, [beam])
+    >>> beam.blocks == parent.blocks, beam.num_tokens, allocator.num_free
+    (True, 6, 6)
+    """
+    for table in beam_tables:
+        fork = parent_table.fork()
+        table.release()
+        table.blocks, table.num_tokens = fork.blocks, fork.num_tokens
+
+
+class BeamSearchPageManager:
+    """The block tables of one search's living beams, by beam id.
+
+    beam_size: the most beams that live at once. page_size: tokens in a block. The search begins with beam 0,
+    which is empty. An id is used once: `_next_id` only grows.
+    """
+
+    def __init__(self, beam_size: int, page_allocator: BlockAllocator, page_size: int = 16) -> None:
+        if beam_size < 1:
+            raise ValueError(f"beam_size must be at least 1, not {beam_size}")
+        self.beam_size = beam_size
+        self._tables = {0: BlockTable(page_allocator, page_size)}
+        self._next_id = 1
+
+    @property
+    def tables(self) -> Mapping[int, BlockTable]:
+        """The block table of each living beam, by its id; not a copy, so it changes with the beams."""
+        return self._tables
+
+    def fork_beam(self, parent_beam_id: int) -> int:
+        """Add a beam that shares every page of its parent, and return its id, which no beam had before.
+
+        Raises, and changes nothing: ValueError if `beam_size` beams live already, KeyError if the parent is
+        no living beam.
+
+        >>> beams = BeamSearchPageManager(beam_size=2, page_allocator=BlockAllocator(8), page_size=4)
+        >>> _ = beams.expand_beam(0, [5, 6, 7, 8, 9, 10])
+        >>> child = beams.fork_beam(0)
+        >>> beams.tables[child].num_tokens, beams.num_logical_blocks, beams.num_physical_blocks
+        (6, 4, 2)
+        """
+        if len(self._tables) == self.beam_size:
+            raise ValueError(f"beam {parent_beam_id} cannot be forked: all {self.beam_size} beams live")
+        beam_id, self._next_id = self._next_id, self._next_id + 1
+        self._tables[beam_id] = self._tables[parent_beam_id].fork()
+        return beam_id
+
+    def expand_beam(self, beam_id: int, new_tokens: list[int]) -> list[BlockCopy]:
+        """Add places for a beam's new tokens, and return the copies to make before they are written.
+
+        A last block that is partly filled and shared is copied on write. Raises, and changes nothing:
+        KeyError for a beam that does not live, `OutOfBlocksError` if too few blocks are free.
+        """
+        return self._tables[beam_id].append_tokens(len(new_tokens))
+
+    def prune(self, beam_ids: Iterable[int]) -> None:
+        """End beams: their ids are unknown from now on, and pages that no other beam holds are free.
+
+        beam_ids: may be `tables` itself. Raises KeyError, and ends none of them, if one is no living beam.
+
+        >>> allocator = BlockAllocator(8)
+        >>> beams = BeamSearchPageManager(beam_size=2, page_allocator=allocator, page_size=4)
+        >>> _ = beams.expand_beam(0, [5, 6, 7, 8, 9, 10])
+        >>> child = beams.fork_beam(0)
+        >>> _ = beams.expand_beam(child, [11])  # copies the last block: one page is shared, each has one more
+        >>> beams.prune([0])
+        >>> list(beams.tables) == [child], allocator.num_free
+        (True, 6)
+        """
+        ending = {beam_id: self._tables[beam_id] for beam_id in beam_ids}
+        for beam_id, table in ending.items():
+            del self._tables[beam_id]
+            table.release()
+
+    @property
+    def num_logical_blocks(self) -> int:
+        """The number of blocks that the beams would need without sharing."""
+        return sum(len(table.blocks) for table in self._tables.values())
+
+    @property
+    def num_physical_blocks(self) -> int:
+        """The number of blocks that the beams hold, a shared one counted once."""
+        return len({block for table in self._tables.values() for block in table.blocks})
+
+
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """How one request searches; names and defaults are vLLM's.
 
-    beam_width: hypotheses that live at once, and that are returned. max_tokens: longest output.
-    ignore_eos: go on after end-of-sequence tokens. length_penalty: a hypothesis's score is the sum of its
+    beam_width: the most beams that live at once, and the most that are returned. max_tokens: longest output.
+    ignore_eos: continue after end-of-sequence tokens. length_penalty: a hypothesis's score is the sum of its
     tokens' log-probabilities, divided by their number to this power, from -10 to 10; above 0 prefers longer
     texts.
     cache_salt, priority: as in `SamplingParams`.
@@ -49,7 +144,7 @@ class BeamSearchParams:
             object.__setattr__(self, name, value)
 
     def score(self, logprob: float, num_tokens: int) -> float:
-        """What hypotheses are compared by once they have ended; higher is better."""
+        """The score of a hypothesis that has ended; higher is better."""
         return float(logprob / num_tokens**self.length_penalty)
 
 
@@ -61,7 +156,7 @@ class Hypothesis(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A hypothesis that has ended: its score, and why ("stop" for an end-of-sequence token, or "length")."""
+    """A hypothesis that has ended, its score, and why: "stop" (an end-of-sequence token) or "length"."""
 
     score: float
     hypothesis: Hypothesis
@@ -69,16 +164,17 @@ class Ended(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A beam of the next step: which of the present ones it continues, and with which token."""
+    """A beam of the next step: the index of the present beam that it continues, and the token it adds."""
 
     parent: int
     token: int
 
 
 class BeamSearch:
-    """One search: the beams that live, best first, and the best that have ended, the highest score first.
+    """One search: `beams`, the living hypotheses, best first, and `ended`, the best that have ended, best
+    first.
 
-    At most `beam_width` of each. It begins with one beam, without a token; a search without beams is over.
+    At most `beam_width` of each. It begins with one beam without a token; a search without beams is over.
     """
 
     def __init__(self, params: BeamSearchParams, eos_token_ids: Iterable[int]) -> None:
@@ -89,19 +185,31 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many of a beam's likeliest tokens matter: as many as the width go on, and others may end."""
+        """How many of a beam's likeliest tokens matter: `beam_width` may live on, and the others end."""
         return self.params.beam_width * (1 + len(self._eos))
 
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:
-        """Choose the next beams from the likeliest tokens of each present one; empty when the search is over.
+        """Choose the next beams from the likeliest tokens of each present beam; [] when the search is over.
 
-        candidates[i]: tokens that may follow beam i, with their log-probabilities, in any order. Each makes
-        an extended hypothesis; these are ranked by their sums. The best `beam_width` of those that do not end
-        live on: they are the new `beams`, best first, and the choices say, in this order, which of the old
-        ones each continues, and with which token. Those that end join `ended`, but only where they are among
-        the best `beam_width` of all. Equal sums: the better parent first, then the smaller token.
+        candidates[i]: tokens that may follow beam i, with their log-probabilities, in any order. Each makes a
+        longer hypothesis, with beam i's sum plus its log-probability. Rank all of them by their sums, the
+        highest first; of equal sums first the one with the better parent (the smaller i), then the smaller
+        token.
 
-        It is over where no beam is left, and where none can become better than what has ended.
+        - The best `beam_width` of those that do not end are the new `beams`, in this order. The returned
+          choices say of each which beam it continues and with which token.
+        - One that ends (`_finish_reason` says why) joins `ended` with its `params.score`, but only if its
+          rank among all of them, ended or not, is below `beam_width`. So an end takes no beam's place.
+        - `ended` has the highest score first, of equal scores the older first, and keeps at most
+          `beam_width`.
+        - The search is over, with no beams and no choices, if no beam is left or if `_nothing_can_improve()`,
+          which looks at the new `beams` and `ended`.
+
+        >>> search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), eos_token_ids=[7])
+        >>> search.advance([[(5, -1.0), (6, -3.0), (7, -2.0), (8, -2.5)]])  # 7 ends, with rank 1
+        [Choice(parent=0, token=5), Choice(parent=0, token=8)]
+        >>> search.beams[1], search.ended[0].hypothesis
+        (Hypothesis(tokens=(8,), logprob=-2.5), Hypothesis(tokens=(7,), logprob=-2.0))
         """
         width = self.params.beam_width
         ranked = sorted(
@@ -120,93 +228,26 @@ class BeamSearch:
             elif reason is not None and rank < width:
                 self.ended.append(Ended(self.params.score(grown.logprob, len(grown.tokens)), grown, reason))
             if len(choices) == width and rank + 1 >= width:
-                break  # those that rank below are neither
+                break  # the rest can be neither a beam nor an end
         self.ended = sorted(self.ended, key=lambda ended: -ended.score)[:width]
         if self._nothing_can_improve():
             self.beams, choices = [], []
         return choices
 
     def _finish_reason(self, hypothesis: Hypothesis) -> str | None:
+        """Why a hypothesis ends with its last token; None if it does not."""
         if hypothesis.tokens[-1] in self._eos:
             return "stop"
         return "length" if len(hypothesis.tokens) == self.params.max_tokens else None
 
     def _nothing_can_improve(self) -> bool:
-        """True when there are enough that have ended, and the best beam cannot become better than the worst.
+        """True if no beam is left, or `beam_width` have ended and no beam can become better than the worst.
 
-        Its sum can only fall; the best that a length can do for it is the longest where that is rewarded.
+        A beam's sum can only fall. Its best possible score has the present length, or the longest if the
+        penalty rewards length.
         """
         if not self.beams or len(self.ended) < self.params.beam_width:
             return not self.beams
         best = self.beams[0]
         length = self.params.max_tokens if self.params.length_penalty > 0 else len(best.tokens)
         return self.params.score(best.logprob, length) <= self.ended[-1].score
-
-
-def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -> None:
-    """Let each of the beams' tables hold what the parent's holds; what they held before goes back.
-
-    Nothing is copied, and every table goes on without the others. The parent may be one of them.
-    """
-    for table in beam_tables:
-        fork = parent_table.fork()
-        table.release()
-        table.blocks, table.num_tokens = fork.blocks, fork.num_tokens
-
-
-class BeamSearchPageManager:
-    """The block tables of one search's beams, by beam id.
-
-    beam_size: how many may live at once. page_size: tokens in a block. It begins with beam 0, which is empty.
-    """
-
-    def __init__(self, beam_size: int, page_allocator: BlockAllocator, page_size: int = 16) -> None:
-        if beam_size < 1:
-            raise ValueError(f"beam_size must be at least 1, not {beam_size}")
-        self.beam_size = beam_size
-        self._tables = {0: BlockTable(page_allocator, page_size)}
-        self._next_id = 1
-
-    @property
-    def tables(self) -> Mapping[int, BlockTable]:
-        """The table of each living beam."""
-        return self._tables
-
-    def fork_beam(self, parent_beam_id: int) -> int:
-        """A new beam that shares every page of its parent; returns its id.
-
-        Raises KeyError for a beam that does not live, ValueError when there would be more than `beam_size`.
-        """
-        if len(self._tables) == self.beam_size:
-            raise ValueError(f"beam {parent_beam_id} cannot be forked: all {self.beam_size} beams live")
-        beam_id, self._next_id = self._next_id, self._next_id + 1
-        self._tables[beam_id] = self._tables[parent_beam_id].fork()
-        return beam_id
-
-    def expand_beam(self, beam_id: int, new_tokens: list[int]) -> list[BlockCopy]:
-        """Make room for a beam's new tokens; the copies that must happen before they are written.
-
-        A last block that is partly filled and shared is copied on write. All or nothing: raises
-        `OutOfBlocksError`, unchanged, when the pool runs short.
-        """
-        return self._tables[beam_id].append_tokens(len(new_tokens))
-
-    def prune(self, beam_ids: Iterable[int]) -> None:
-        """End beams: pages that no other beam holds go back.
-
-        Raises KeyError, and ends none, for one that does not live.
-        """
-        ending = {beam_id: self._tables[beam_id] for beam_id in beam_ids}
-        for beam_id, table in ending.items():
-            del self._tables[beam_id]
-            table.release()
-
-    @property
-    def num_logical_blocks(self) -> int:
-        """Blocks that the beams would need without sharing."""
-        return sum(len(table.blocks) for table in self._tables.values())
-
-    @property
-    def num_physical_blocks(self) -> int:
-        """Blocks that they hold."""
-        return len({block for table in self._tables.values() for block in table.blocks})

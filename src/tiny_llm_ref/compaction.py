@@ -1,8 +1,7 @@
 """Compaction: blocks in use move to the front of the pool, so that its end can be given back.
 
-Pages have no external fragmentation: any free block serves anybody, so serving needs none of this. Its use is
-a pool that shrinks, and blocks that stand side by side for one long copy. Ints only, but for the copies that
-the pool makes.
+Pages have no external fragmentation: any free block serves any sequence, so serving needs none of this. It is
+for a pool that shrinks. Ints only; the pool makes the copies.
 """
 
 from collections import Counter
@@ -15,7 +14,7 @@ from .paged_attention import BlockAllocator, BlockCopy
 
 
 class BlockHolder(Protocol):
-    """Who owns references to blocks: a table, or the prefix cache."""
+    """A holder of blocks: a block table, or the prefix cache."""
 
     @property
     def block_size(self) -> int:
@@ -23,48 +22,77 @@ class BlockHolder(Protocol):
 
     @property
     def blocks(self) -> Seq[int]:
-        """The blocks, one entry for each reference."""
+        """The ids of its blocks, one entry for each reference."""
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved: from old ids to new ones."""
+        """Use the new ids of blocks that have moved: {old: new}; other blocks keep theirs."""
 
 
-def compact_pages(
-    allocator: BlockAllocator, active_tables: Iterable[BlockHolder], pending: Seq[BlockCopy] = ()
-) -> list[BlockCopy]:
-    """Give the blocks in use the ids 0 .. n - 1; the copies that the pool must make before it is used again.
+def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
+    """Return which blocks move so that those in use have the ids 0 .. n - 1: {old id: new id}. Moves nothing.
 
-    n is the number of blocks in use: those that are among the first n already stay, and the others take the
-    places of the free ones there. Every holder gets the new ids.
+    n is the number of blocks in use, those with a holder. Blocks in use among the first n stay where they
+    are: only those behind move, each to one of the free ids among the first n, in any assignment. So the
+    number of copies is as small as it can be.
 
-    active_tables: everybody who holds a block. pending: copies that were planned and not made. They are among
-    those returned, with their targets renamed, unless nobody holds the target any more. A target that moves
-    is not copied itself: nothing is in it yet. All sources are read before any target is written.
+    >>> allocator = BlockAllocator(6)
+    >>> for block in [allocator.allocate() for _ in range(6)]:
+    ...     if block not in (0, 2, 5):
+    ...         allocator.free(block)
+    >>> moves_to_front(allocator)
+    {5: 1}
+    """
+    in_use = [block for block in range(allocator.num_blocks) if allocator.ref_count(block) > 0]
+    holes = [block for block in range(len(in_use)) if allocator.ref_count(block) == 0]
+    return dict(zip(in_use[len(in_use) - len(holes) :], holes, strict=True))
 
-    Raises ValueError, unchanged, where somebody who holds a block is missing: he would read another's keys.
+
+def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder]) -> list[BlockCopy]:
+    """Give the blocks in use the ids 0 .. n - 1, and return the copies that the pool must make now.
+
+    active_tables: everything that holds a block: all block tables and the prefix cache; may be a generator.
+    The blocks move as `moves_to_front` says, in the allocator (`relocate`) and in every holder
+    (`rename_blocks`). There is one copy for each block that moved, of the whole block: `length` is the
+    holders' `block_size`. Without a holder there is nothing to copy: [].
+
+    Raises ValueError, and changes nothing, if a holder is missing: its ids would stay, and it would read
+    another sequence's keys. The given `_check_all_are_here` does this.
+
+    >>> from tiny_llm.paged_attention import BlockTable
+    >>> allocator = BlockAllocator(4)
+    >>> first, second = BlockTable(allocator, block_size=4), BlockTable(allocator, block_size=4)
+    >>> _, _ = first.append_tokens(8), second.append_tokens(3)
+    >>> first.release()
+    >>> compact_pages(allocator, [second])
+    [BlockCopy(src=2, dst=0, length=4)]
+    >>> second.blocks, allocator.ref_count(0), allocator.ref_count(2)
+    ([0], 1, 0)
     """
     holders = list(active_tables)
     _check_all_are_here(allocator, holders)
-    in_use = [block for block in range(allocator.num_blocks) if allocator.ref_count(block) > 0]
-    holes = [block for block in range(len(in_use)) if allocator.ref_count(block) == 0]
-    moved = dict(zip(in_use[len(in_use) - len(holes) :], holes, strict=True))
-    waited_for = [copy for copy in pending if allocator.ref_count(copy.dst) > 0]
+    moved = moves_to_front(allocator)
     allocator.relocate(moved)
     for holder in holders:
         holder.rename_blocks(moved)
-    to_come = {copy.dst for copy in waited_for}
-    copies = [BlockCopy(copy.src, moved.get(copy.dst, copy.dst), copy.length) for copy in waited_for]
-    size = holders[0].block_size if holders else 0
-    return copies + [BlockCopy(old, new, size) for old, new in moved.items() if old not in to_come]
+    return [BlockCopy(old, new, holders[0].block_size) for old, new in moved.items()]
 
 
 def compact_memory(
     allocator: BlockAllocator, active_requests: Iterable[BlockHolder], pool: KVPool | None = None
 ) -> int:
-    """Compact a pool between two steps; how many blocks at its end are free now, and can be given back.
+    """Compact a pool between two steps, and return how many blocks are free: they are all at its end now.
 
-    active_requests: everybody who holds a block, the prefix cache too. pool: where the keys and values are,
-    which move with their blocks; None: the ids alone. Raises as `compact_pages`.
+    active_requests: everything that holds a block, as in `compact_pages`. pool: the keys and values, which
+    move with their blocks in this call (`KVPool.copy_blocks`), before anything reads the new ids; None: only
+    ids move. Raises ValueError, and changes nothing, as `compact_pages` does.
+
+    >>> from tiny_llm.paged_attention import BlockTable
+    >>> allocator = BlockAllocator(6)
+    >>> first, second = BlockTable(allocator, block_size=4), BlockTable(allocator, block_size=4)
+    >>> _, _ = first.append_tokens(8), second.append_tokens(3)
+    >>> first.release()
+    >>> compact_memory(allocator, [second]), second.blocks
+    (5, [0])
     """
     copies = compact_pages(allocator, active_requests)
     if pool is not None:
@@ -73,10 +101,11 @@ def compact_memory(
 
 
 def _check_all_are_here(allocator: BlockAllocator, holders: Iterable[BlockHolder]) -> None:
+    """Raise ValueError unless the holders account for every reference that the allocator counts."""
     held = Counter(block for holder in holders for block in holder.blocks)
     for block in range(allocator.num_blocks):
         if allocator.ref_count(block) != held[block]:
             raise ValueError(
                 f"block {block} has {allocator.ref_count(block)} holders, {held[block]} of them are here: "
-                "who is not told that it moves would read another's keys"
+                "one that is not told of a move would read other keys"
             )

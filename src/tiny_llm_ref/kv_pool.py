@@ -65,7 +65,7 @@ class KVPool:
         mx.eval(*outputs, *self._keys, *self._values)
 
     def start(self, *outputs: mx.array) -> None:
-        """Let MLX compute `outputs` and every pending write; what is asked of either from now on waits."""
+        """Begin to compute `outputs` and every pending write, without waiting: a reader of them will wait."""
         arrays = (*outputs, *self._keys, *self._values)
         mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
 

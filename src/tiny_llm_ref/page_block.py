@@ -1,8 +1,8 @@
-"""Attention over pages that are arrays of their own: rectangular queries, one table for each row.
+"""Attention over pages that are arrays of their own: rectangular queries, one block table for each row.
 
-A `PageBlock` is one block of one layer, and who has pages and tables needs no pool. The packed kernel wants
-one: so the blocks that the tables name are laid side by side in a small pool, and numbered by their places
-there. Knows nothing of who holds which block; writes to a page happen on its arrays, in place.
+A `PageBlock` is one block of one layer; pages and tables need no pool. The packed kernel needs one, so the
+pages that the tables name are stacked to a small pool, and a block's number is its place in that pool. Knows
+nothing of reference counts; a page is written to through its arrays, in place.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 @dataclass(eq=False)
 class PageBlock:
-    """One block's keys and values of one layer, each [Hkv, block_size, D]; written in place.
+    """The keys and values of one block in one layer, each [Hkv, block_size, D]; written in place.
 
-    Raises ValueError where they are not floats of that rank, or not alike.
+    Raises ValueError unless both are float32, float16 or bfloat16, of that rank, and of one shape and type.
     """
 
     keys: mx.array
@@ -38,15 +38,26 @@ class PageBlock:
 
     @property
     def block_size(self) -> int:
-        """Tokens that it holds."""
+        """The number of tokens that it has places for."""
         return self.keys.shape[1]
 
 
 def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_start: int, length: int) -> None:
     """Copy `length` tokens, keys and values, from offset `src_start` of one page to `dst_start` of another.
 
-    Both may be the same page, with ranges that overlap: all is read before anything is written. Raises
-    ValueError, and copies nothing, where a range leaves its page or the pages differ in heads, D or type.
+    Both may be the same page, with ranges that overlap: the target then has what the source range held
+    before. (A slice of an MLX array is a value: a later write to the array does not change it.) The pages may
+    have different block sizes, and share nothing afterwards. A length of 0 copies nothing.
+
+    Raises ValueError, and copies nothing, if a range is not within its page (the given `_check_range` does
+    this), or if the pages differ in heads, D or type: MLX would not complain, it would broadcast one head to
+    all, and round.
+
+    >>> def page(*tokens): return PageBlock(*(mx.array(tokens, mx.float32).reshape(1, -1, 1) for _ in "kv"))
+    >>> one, other = page(1, 2, 3, 4), page(7, 8, 9)
+    >>> copy_block(one, other, src_start=1, dst_start=0, length=2)
+    >>> other.keys.flatten().tolist(), other.values.flatten().tolist()
+    ([2.0, 3.0, 9.0], [2.0, 3.0, 9.0])
     """
     src, dst = src_page.keys, dst_page.keys
     if (src.shape[0], src.shape[2], src.dtype) != (dst.shape[0], dst.shape[2], dst.dtype):
@@ -59,6 +70,29 @@ def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_sta
     dst_page.values[:, dst_start : dst_start + length] = values
 
 
+def pack_last_tokens(tables: Seq[BlockTable], length: int, place_of: Mapping[int, int]) -> PackedBatch:
+    """Pack the last `length` tokens of each of B tables, to be read from a pool with other block numbers.
+
+    place_of: for each block in which a table has tokens, its number in the small pool. The batch is that of
+    `pack_batch` for these B spans, in the tables' order, but with the small pool's numbers in `tables`: row b
+    has those of table b's blocks that hold tokens (the given `_filled_blocks`), filled up with 0 to the
+    longest row, int32. `slots` stay as `pack_batch` makes them: nothing is going to be written. A
+    `PackedBatch` is frozen; `dataclasses.replace` makes a changed one.
+
+    >>> from tiny_llm.paged_attention import BlockAllocator
+    >>> one, other = (BlockTable(BlockAllocator(64), block_size=4) for _ in range(2))
+    >>> one.blocks, one.num_tokens, other.blocks, other.num_tokens = [42, 7, 9], 10, [7], 3
+    >>> batch = pack_last_tokens([one, other], length=2, place_of={7: 0, 9: 1, 42: 2})
+    >>> batch.positions.tolist(), batch.tables.tolist()
+    ([8, 9, 1, 2], [[2, 0, 1], [0, 0, 0]])
+    """
+    batch = pack_batch([Span(table, table.num_tokens - length, table.num_tokens) for table in tables])
+    rows = [[place_of[block] for block in _filled_blocks(table)] for table in tables]
+    longest = max(map(len, rows))
+    padded = [row + [0] * (longest - len(row)) for row in rows]
+    return replace(batch, tables=mx.array(padded, mx.int32))
+
+
 def paged_attention_kernel(
     query: mx.array,
     page_tables: Seq[BlockTable],
@@ -68,12 +102,27 @@ def paged_attention_kernel(
 ) -> mx.array:
     """Attend with query [B, H, L, D] to the pages of B tables -> [B, H, L, D], in the query's type.
 
-    Row b's queries are the last L tokens of table b, whose own keys and values are in their pages already;
-    each sees its sequence's tokens up to itself. Tables may differ in length. page_blocks: pages by block id,
-    [Hkv, block_size, D] each, all alike; H is a multiple of Hkv. scale: None is D**-0.5.
+    The L queries of row b are the last L tokens of table b, whose own keys and values are in their pages
+    already; each sees the tokens of its sequence up to itself. Tables may differ in length and share pages.
+    page_blocks: pages by block id, each [Hkv, block_size, D], all alike; others in it are ignored. H is a
+    multiple of Hkv. scale: None is D**-0.5; 0.0 is a scale. The attention itself is float32.
 
     Raises ValueError for shapes, types, tables or a block size that do not fit together, and
-    `UnknownBlockError` for a block that a table names and `page_blocks` has not.
+    `UnknownBlockError` for a block that a table names and `page_blocks` lacks. The given `_check_tables`,
+    `_named_pages` and `_check_pages` do this, if they are called in this order: the second returns the pages
+    to stack, each once, by block id.
+
+    `paged_attention` wants a packed row [1, H, B * L, D], all queries of table 0 first. Reshape does not move
+    numbers: bring H in front of B (`swapaxes`) before B and L become one axis, and on the way back likewise.
+
+    >>> from tiny_llm.paged_attention import BlockAllocator
+    >>> table = BlockTable(BlockAllocator(64), block_size=2)
+    >>> table.blocks, table.num_tokens = [42, 7], 4
+    >>> pages = {7: PageBlock(mx.zeros((1, 2, 2)), mx.array([[[6.0, 0], [8.0, 0]]]))}
+    >>> pages[42] = PageBlock(mx.zeros((1, 2, 2)), mx.array([[[1.0, 0], [1.0, 0]]]))
+    >>> out = paged_attention_kernel(mx.ones((1, 1, 1, 2)), [table], pages, block_size=2)
+    >>> out.tolist()  # one query, the last token; equal keys: the mean of 1, 1, 6 and 8
+    [[[[4.0, 0.0]]]]
     """
     _check_tables(query, page_tables, block_size)
     pages = _named_pages(page_tables, page_blocks)
@@ -81,38 +130,29 @@ def paged_attention_kernel(
     B, H, L, D = query.shape
     keys = mx.stack([page.keys for page in pages.values()])  # [len(pages), Hkv, block_size, D]
     values = mx.stack([page.values for page in pages.values()])
-    batch = _last_tokens(page_tables, L, list(pages))
+    batch = pack_last_tokens(page_tables, L, {block: place for place, block in enumerate(pages)})
     packed = query.astype(mx.float32).swapaxes(0, 1).reshape(1, H, B * L, D)
     out = paged_attention(packed, keys, values, batch, D**-0.5 if scale is None else scale)
     return out.reshape(H, B, L, D).swapaxes(0, 1).astype(query.dtype)
 
 
 def _named_pages(tables: Seq[BlockTable], page_blocks: Mapping[int, PageBlock]) -> dict[int, PageBlock]:
-    """The pages that the tables' tokens are in, each once, by block id."""
+    """The pages in which the tables have tokens, each once, by block id."""
     pages: dict[int, PageBlock] = {}
     for number, table in enumerate(tables):
         for block in _filled_blocks(table):
             if block not in page_blocks:
-                raise UnknownBlockError(f"table {number} names block {block}, which page_blocks has not")
+                raise UnknownBlockError(f"table {number} names block {block}, which page_blocks lacks")
             pages[block] = page_blocks[block]
     return pages
 
 
-def _last_tokens(tables: Seq[BlockTable], length: int, laid_out: Seq[int]) -> PackedBatch:
-    """The last `length` tokens of each table, over a pool that holds the blocks `laid_out` in this order."""
-    batch = pack_batch([Span(table, table.num_tokens - length, table.num_tokens) for table in tables])
-    place_of = {block: place for place, block in enumerate(laid_out)}
-    rows = [[place_of[block] for block in _filled_blocks(table)] for table in tables]
-    longest = max(map(len, rows))
-    padded = [row + [0] * (longest - len(row)) for row in rows]
-    return replace(batch, tables=mx.array(padded, mx.int32))
-
-
 def _filled_blocks(table: BlockTable) -> list[int]:
+    """The blocks in which a table has tokens, in order."""
     return table.blocks[: -(-table.num_tokens // table.block_size)]
 
 
-# What does not fit together is refused here; the kernel below checks none of it.
+# Arguments that do not fit together are refused here; the packed kernel checks none of it.
 
 
 def _check_tables(query: mx.array, tables: Seq[BlockTable], block_size: int) -> None:

@@ -72,7 +72,7 @@ class PageLayout:
         scale: float,
         logit_rows: mx.array | None,
     ) -> KVContext:
-        """One packed forward pass. spans: a sequence's tables, and the positions start .. stop - 1."""
+        """The context of one packed forward pass, over chunks (a sequence's tables, start, stop) in order."""
         batches = [
             pack_batch([Span(tables[i], start, stop) for tables, start, stop in spans])
             for i in range(len(self.groups))

@@ -74,7 +74,7 @@ class PageScheduler:
         return plan
 
     def computed(self, plan: Plan[PagedSequence]) -> None:
-        """Take note of what a step has brought back and computed."""
+        """Take note that a plan is computed: its full blocks may be shared by content from now on."""
         for sequence in plan.returned:
             if self.swap_space is not None and sequence.state is SequenceState.RUNNING:
                 self.swap_space.forget(sequence)

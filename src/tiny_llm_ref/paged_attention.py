@@ -1,7 +1,8 @@
-"""Pages for keys and values: who holds which block, and which blocks a sequence's tokens live in.
+"""Pages for keys and values: how many holders each block has, and which blocks a sequence's tokens are in.
 
-Plain bookkeeping over ints, without an array in sight. Knows nothing of tokens' values, of the
-pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large
+A block is a place for the keys and values of `block_size` tokens; this module knows only its id. A holder
+is a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of tokens' values,
+of the pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large
 Language Model Serving with PagedAttention" (SOSP 2023).
 """
 
@@ -13,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """A copy of one block's first `length` tokens that must happen before the next write."""
+    """A copy of the first `length` tokens of block `src` to block `dst`, to be made before the next write."""
 
     src: int
     dst: int
@@ -21,10 +22,12 @@ class BlockCopy(NamedTuple):
 
 
 class BlockAllocator:
-    """Hands out the ids 0 .. num_blocks - 1 and counts the holders of each.
+    """Hands out the block ids 0 .. num_blocks - 1 and counts the holders of each block.
 
-    Invariant: free blocks + blocks with a positive count = num_blocks. A block costs O(1), however many there
-    are.
+    `_free` is a queue of the free ids, `_ref_counts[block]` the number of a block's holders. Invariant: a
+    block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive count =
+    num_blocks. Taking or returning a block costs O(1), whatever the size of the pool: that is why the free
+    ids have a queue.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -36,16 +39,27 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks without a holder."""
         return len(self._free)
 
     def ref_count(self, block: int) -> int:
-        """How many holders `block` has; 0 when it is free. `UnknownBlockError` for no block of this pool."""
+        """The number of holders of `block`; 0 if it is free.
+
+        Raises `UnknownBlockError` for an id that is not in this pool, such as -1 or `num_blocks`.
+        """
         self._check_known(block)
         return self._ref_counts[block]
 
     def allocate(self) -> int:
-        """Take any free block; its count becomes 1. Raises `OutOfBlocksError` when none is free."""
+        """Take a free block, any of them, and return its id; its count becomes 1: the caller is its holder.
+
+        Raises `OutOfBlocksError`, and changes nothing, if no block is free.
+
+        >>> allocator = BlockAllocator(num_blocks=2)
+        >>> block = allocator.allocate()
+        >>> allocator.ref_count(block), allocator.num_free
+        (1, 1)
+        """
         if not self._free:
             raise OutOfBlocksError(f"no free block: all {self.num_blocks} are held")
         block = self._free.popleft()
@@ -53,27 +67,36 @@ class BlockAllocator:
         return block
 
     def add_ref(self, block: int) -> None:
-        """Count one more holder of a held block.
+        """Count one more holder of a block that has one already; sharing takes no free block.
 
-        Raises `DoubleFreeError` when nobody holds it, `UnknownBlockError` when it is no block of
-        this pool; both change nothing.
+        Raises, and changes nothing: `DoubleFreeError` if the block is free (a free block has no holder to
+        share it with, and the next `allocate` may hand it out), `UnknownBlockError` if it is not in this
+        pool.
         """
-        self._check_held(block)
-        self._ref_counts[block] += 1
+        self._ref_counts[block] = self._num_holders(block) + 1
 
     def free(self, block: int) -> None:
-        """Count one holder less; the last one returns the block to the free queue.
+        """Count one holder less; when the last holder frees the block, it can be allocated again.
 
-        Raises `DoubleFreeError` when nobody holds it, `UnknownBlockError` when it is no block of
-        this pool; both change nothing.
+        Raises, and changes nothing: `DoubleFreeError` if the block is free already (it would be in the queue
+        twice, and get two owners), `UnknownBlockError` if it is not in this pool.
+
+        >>> allocator = BlockAllocator(num_blocks=2)
+        >>> block = allocator.allocate()
+        >>> allocator.add_ref(block)  # two holders
+        >>> allocator.free(block)
+        >>> allocator.ref_count(block), allocator.num_free
+        (1, 1)
         """
-        self._check_held(block)
-        self._ref_counts[block] -= 1
+        self._ref_counts[block] = self._num_holders(block) - 1
         if self._ref_counts[block] == 0:
             self._free.append(block)
 
     def resize(self, num_blocks: int) -> None:
-        """Grow or shrink to the ids 0 .. num_blocks - 1. ValueError, unchanged, while one behind is held."""
+        """Grow or shrink to the ids 0 .. num_blocks - 1, for a pool whose size follows its load.
+
+        Raises ValueError, and changes nothing, if a block beyond the new end is held.
+        """
         if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
             raise ValueError(
                 f"{self.num_blocks} blocks cannot become {num_blocks}: one behind the end is held"
@@ -86,7 +109,10 @@ class BlockAllocator:
         self.num_blocks = num_blocks
 
     def relocate(self, moved: Mapping[int, int]) -> None:
-        """Let held blocks go on under other, free ids, from old to new; whoever holds them must follow."""
+        """Give held blocks other ids, which must be free: {old: new}, for compaction.
+
+        The holders must rename the blocks too (`BlockTable.rename_blocks`).
+        """
         for old, new in moved.items():
             self._ref_counts[new], self._ref_counts[old] = self._ref_counts[old], 0
         self._free = deque(block for block, count in enumerate(self._ref_counts) if count == 0)
@@ -95,16 +121,19 @@ class BlockAllocator:
         if not 0 <= block < self.num_blocks:
             raise UnknownBlockError(f"block {block} is not in this pool of {self.num_blocks} blocks")
 
-    def _check_held(self, block: int) -> None:
-        if self.ref_count(block) == 0:
-            raise DoubleFreeError(f"block {block} is free: nobody holds it")
+    def _num_holders(self, block: int) -> int:
+        """The number of holders of a held block; `DoubleFreeError` for a free one."""
+        count = self.ref_count(block)
+        if count == 0:
+            raise DoubleFreeError(f"block {block} is free: it has no holder")
+        return count
 
 
 class BlockTable:
-    """Maps a sequence's logical positions to physical blocks, and owns one reference to each.
+    """Maps a sequence's positions to blocks of the pool, and is one holder of each of these blocks.
 
-    Token i lives in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
-    `len(blocks) == ceil(num_tokens / block_size)`.
+    Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
+    `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
@@ -116,21 +145,45 @@ class BlockTable:
         self.num_tokens = 0
 
     def blocks_to_append(self, num_new_tokens: int) -> int:
-        """Free blocks that `append_tokens(num_new_tokens)` would take, a copy-on-write included.
+        """The number of free blocks that `append_tokens(num_new_tokens)` would take. Changes nothing.
 
-        Takes none, and does not ask how many are free.
+        These are the blocks for the tokens that the last block has no place for, and one more for a copy on
+        write: new tokens go to the last block, and it is partly filled and has another holder too. No new
+        tokens take no block. How many blocks are free does not matter here.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)  # one block is full, the other has two tokens
+        >>> table.blocks_to_append(2), table.blocks_to_append(3)
+        (0, 1)
+        >>> _ = table.fork()  # the last block has two holders now
+        >>> table.blocks_to_append(2), table.blocks_to_append(3)
+        (1, 2)
         """
         total = self.num_tokens + num_new_tokens
         new_blocks = -(-total // self.block_size) - len(self.blocks)
         return new_blocks + (num_new_tokens > 0 and self._last_block_is_shared())
 
     def append_tokens(self, num_new_tokens: int) -> list[BlockCopy]:
-        """Make room for tokens at the end: fill the last block first, then allocate.
+        """Add places for new tokens at the end: in the last block first, then in newly allocated blocks.
 
-        A last block that others hold too and that still has room is copied on write: this table
-        gets a fresh block in its place, gives back its reference to the shared one, and returns the
-        copy, of the tokens that were there before. Full shared blocks are never copied; no new tokens
-        change nothing. All or nothing: raises `OutOfBlocksError`, unchanged, when the pool runs short.
+        Returns the copies to make before the new tokens are written: at most one. It is a copy on write: the
+        last block is partly filled and has another holder too, and a write would change that holder's tokens.
+        So this table frees its reference to the shared block, has a newly allocated block in its place, and
+        returns the copy from the one to the other, of the tokens that were in it before:
+        `num_tokens % block_size`. A full shared block is never written to again, and so never copied. No new
+        tokens change nothing.
+
+        All or nothing: raises `OutOfBlocksError`, and changes nothing, if fewer blocks are free than
+        `blocks_to_append` says.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> table.append_tokens(6), len(table.blocks)
+        ([], 2)
+        >>> child = table.fork()
+        >>> [copy.length for copy in child.append_tokens(1)]
+        [2]
+        >>> child.blocks[0] == table.blocks[0], child.blocks[1] == table.blocks[1]
+        (True, False)
         """
         needed = self.blocks_to_append(num_new_tokens)
         if needed > self.allocator.num_free:
@@ -147,13 +200,23 @@ class BlockTable:
         return copies
 
     def physical_indices(self) -> list[int]:
-        """The physical block of each logical block, in order."""
+        """The ids of the table's blocks, in the order of its tokens; a new list, for a kernel.
+
+        A kind of table that has forgotten its first tokens has placeholders here; `blocks` has none.
+        """
         return list(self.blocks)
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """The flat addresses of the positions start .. stop - 1: `block * block_size + offset` in the pool.
+        """The slots of the positions start .. stop - 1, in order: `block * block_size + offset` for each.
 
-        Raises ValueError where the range lies outside the table's tokens.
+        A slot is a token's place in the pool as one number; the ids are those in `blocks`. Equal start and
+        stop give []. Raises ValueError unless 0 <= start <= stop <= num_tokens: a place without a token holds
+        what another sequence left there.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=64), block_size=4)
+        >>> table.blocks, table.num_tokens = [7, 42], 6
+        >>> table.slots(3, 6)
+        [31, 168, 169]
         """
         if not 0 <= start <= stop <= self.num_tokens:
             held = f"the table's {self.num_tokens} tokens"
@@ -162,9 +225,10 @@ class BlockTable:
         return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
 
     def share_block(self, block: int, length: int) -> None:
-        """Go on with a block that others hold: its first `length` tokens become this table's next ones.
+        """Continue with a block of another holder: its first `length` tokens become this table's next ones.
 
-        Raises ValueError where this table's last block still has room, or `length` is not 1 .. block_size.
+        For the prefix cache. Raises ValueError if this table's last block is not full, or if `length` is not
+        in 1 .. block_size.
         """
         if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
             raise ValueError(
@@ -175,9 +239,18 @@ class BlockTable:
         self.num_tokens += length
 
     def fork(self) -> "BlockTable":
-        """A second table over the same blocks, each of which counts one more holder; nothing is copied.
+        """Return a second table with the same blocks and tokens; each block counts one more holder.
 
-        Afterwards each table goes on without the other: what one appends, the other never sees.
+        No block is taken or copied. Afterwards the two tables are independent: what one appends, the other
+        never sees (`append_tokens` copies the block in which both would write).
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)
+        >>> child = table.fork()
+        >>> child.blocks == table.blocks, child.num_tokens, table.allocator.num_free
+        (True, 6, 6)
+        >>> [table.allocator.ref_count(block) for block in child.blocks]
+        [2, 2]
         """
         child = BlockTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens = list(self.blocks), self.num_tokens
@@ -186,11 +259,20 @@ class BlockTable:
         return child
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved to other places in the pool: from old ids to new ones."""
+        """Use the new ids of blocks that have moved in the pool: {old: new}; other blocks keep theirs."""
         self.blocks = [moved.get(block, block) for block in self.blocks]
 
     def release(self) -> None:
-        """Give back this table's reference to every block, the deepest first, and become empty."""
+        """Free this table's reference to each of its blocks, and become empty: no blocks, no tokens.
+
+        Blocks with other holders stay theirs. Releasing again does nothing; the table can be filled again.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)
+        >>> table.release()
+        >>> table.blocks, table.num_tokens, table.allocator.num_free
+        ([], 0, 8)
+        """
         while self.blocks:
             self.allocator.free(self.blocks.pop())
         self.num_tokens = 0

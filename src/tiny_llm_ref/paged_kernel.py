@@ -1,8 +1,8 @@
-"""Attention over pages: a step's tokens, packed in one row, each attending to its own block table.
+"""Attention over pages: one step's tokens, packed in one row, each attending to its own sequence's blocks.
 
-A packed step holds prefill chunks and decodes side by side, [1, T], and pads nothing to the longest.
-A token's key and value are written first and read back as stored, its own included, so that it makes
-no difference in which step a neighbour was written.
+A packed step has prefill chunks and decodes side by side, [1, T], without padding to the longest. Write this
+step's keys and values to the pool first, then read everything from the pool, in the pool's type: so the
+result has the same bits whether the token before came in this step or in an earlier one.
 """
 
 from collections.abc import Sequence as Seq
@@ -24,13 +24,13 @@ LAYERS_AT_ONCE = 2
 
 
 def compute_meanwhile(layer: int, out: mx.array) -> None:
-    """Let MLX compute what is described so far, while Python describes the next layers."""
+    """Let MLX compute the layers described so far, while Python describes the next ones."""
     if layer % LAYERS_AT_ONCE == 0:
         mx.async_eval(out)  # type: ignore[no-untyped-call]
 
 
 class Span(NamedTuple):
-    """The positions start .. stop - 1 of one table, computed together in one step."""
+    """The positions start .. stop - 1 of one block table: tokens that are computed together in one step."""
 
     table: BlockTable
     start: int
@@ -39,12 +39,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Where the T packed tokens of a step stand, read and write; made once, used by every layer.
+    """Where the T packed tokens of a step are; made once a step, used by every layer. All arrays are int32.
 
-    positions [T]: position in the own sequence. slots [T]: where the key and value go.
-    tables [S, M]: block ids of each sequence, padded with 0; M is the most that one of them has.
-    row_of_token [T]: the token's row in `tables`. spans: the same as plain ints, in packed order.
-    All arrays int32.
+    positions [T]: each token's position in its own sequence. slots [T]: the place in the pool that its key
+    and value are written to. tables [S, M]: row i has the block ids of span i's table, filled up with 0 to M,
+    the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`, its span's
+    number. spans: the S spans, in packed order.
+
+    Block ids to read from are those in `tables`: a batch may have other ids there than `span.table` has.
     """
 
     positions: mx.array
@@ -55,10 +57,20 @@ class PackedBatch:
 
 
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
-    """Lay the tokens of S spans side by side, in order, and note where each stands.
+    """Put the tokens of S spans (at least 1) side by side, in order, as a `PackedBatch`.
 
-    Row i of `tables` has the `physical_indices` of span i's table, which has room for all its tokens already.
-    S is at least 1.
+    Each span's table has places for all tokens of the span already. Positions begin anew in each span, at its
+    `start`; slots are the table's own (`BlockTable.slots`), block ids its `physical_indices`. `mx.array`
+    makes int32 of Python ints if it is told to: `mx.array(numbers, mx.int32)`.
+
+    >>> from tiny_llm.paged_attention import BlockAllocator
+    >>> one, other = (BlockTable(BlockAllocator(8), block_size=4) for _ in range(2))
+    >>> one.blocks, one.num_tokens, other.blocks, other.num_tokens = [5, 1, 3], 9, [7], 2
+    >>> batch = pack_batch([Span(one, 7, 9), Span(other, 0, 2)])
+    >>> batch.positions.tolist(), batch.slots.tolist()
+    ([7, 8, 0, 1], [7, 12, 28, 29])
+    >>> batch.row_of_token.tolist(), batch.tables.tolist()
+    ([0, 0, 1, 1], [[5, 1, 3], [7, 0, 0]])
     """
     positions: list[int] = []
     slot_of_token: list[int] = []
@@ -79,7 +91,7 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
 
 
 class Attended(NamedTuple):
-    """What a write-and-attend returns: the output and the pool's two arrays after the write."""
+    """What `write_and_attend` returns: the output [1, H, T, D], and the pool's two arrays after the write."""
 
     out: mx.array
     keys: mx.array
@@ -98,12 +110,26 @@ def _compiled_read(
 def paged_attention(
     q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
 ) -> mx.array:
-    """Attend with q [1, H, T, D] to what is stored -> [1, H, T, D]; nothing is written.
+    """Attend with the packed queries q [1, H, T, D] to the tokens in the pool -> [1, H, T, D], both float32.
 
-    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D], perhaps of another type. A token
-    sees its own sequence's positions 0 .. its own, wherever their blocks lie; nothing else in these counts.
-    Query head h reads head h // (H / Hkv). The pool is read when the output is evaluated: let that be before
-    the next write.
+    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D], float32, float16 or bfloat16;
+    nothing is written. The queries of the spans follow one another in the order of `batch.spans`. A query at
+    position p sees the positions 0 .. p of its own sequence, and nothing else: no later token, no other
+    sequence, and not what is left in the places behind the last token. Position p of span i is in block
+    `batch.tables[i, p // block_size]` at offset p % block_size. Take the ids from `batch.tables`, not from
+    `span.table`: `paged_attention_kernel` below gives a batch other tables. Query head h reads key and value
+    head h // (H / Hkv), as `grouped_query_attention` does.
+
+    MLX computes late: the pool is read when the output is evaluated. If that comes after the next write to
+    the pool, MLX keeps both versions, which costs a copy of the whole pool.
+
+    >>> from tiny_llm.paged_attention import BlockAllocator
+    >>> table = BlockTable(BlockAllocator(3), block_size=1)
+    >>> table.blocks, table.num_tokens = [2, 0], 2
+    >>> values = mx.array([6.0, 0, 30, 0, 4, 0]).reshape(3, 1, 1, 2)  # ours are 4, then 6; 30 is not
+    >>> q, keys, batch = mx.ones((1, 1, 2, 2)), mx.zeros_like(values), pack_batch([Span(table, 0, 2)])
+    >>> paged_attention(q, keys, values, batch, scale=1.0).tolist()  # equal keys: the means so far
+    [[[[4.0, 0.0], [5.0, 0.0]]]]
     """
     outputs, packed = [], 0
     for row, (_, start, stop) in enumerate(batch.spans):
@@ -128,16 +154,30 @@ def _compiled(
 def write_and_attend(
     q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float
 ) -> Attended:
-    """Write k and v [1, Hkv, T, D] to their slots, then attend with q [1, H, T, D] -> out [1, H, T, D].
+    """Write k and v [1, Hkv, T, D] to the slots of the batch, then attend with q [1, H, T, D] to the pool.
 
-    keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D]; the arrays returned take
-    their place, and differ from them in the batch's slots alone. A token sees its own sequence's positions
-    0 .. its own as they are stored, its own rounded to the pool's type like the others.
+    q, k, v and the output are float32; keys, values: one layer of the pool, as in `paged_attention`. Slot s
+    is block s // block_size, offset s % block_size. The returned keys and values keep the pool's type, and
+    differ from the given ones in the batch's slots only. A token sees the tokens of its sequence as they are
+    stored, itself too: in a float16 pool all of them are rounded to float16. (MLX rounds when a float32 array
+    is assigned to part of a float16 array; no `astype` is needed.)
+
+    With arrays of ids in two places, `keys[blocks, :, offsets]` is [T, Hkv, D]: MLX, like NumPy, puts the
+    axis of the ids in front.
+
+    >>> from tiny_llm.paged_attention import BlockAllocator
+    >>> table = BlockTable(BlockAllocator(3), block_size=1)
+    >>> table.blocks, table.num_tokens = [2, 0], 2
+    >>> kv, pool = mx.array([[[[4.0, 1.0], [6.0, 1.0]]]]), mx.zeros((3, 1, 1, 2))
+    >>> batch = pack_batch([Span(table, 0, 2)])
+    >>> out, keys, values = write_and_attend(kv, kv, kv, pool, pool + 0, batch, scale=0.0)
+    >>> out.tolist(), values.flatten().tolist()  # a scale of 0: the means so far
+    ([[[[4.0, 1.0], [5.0, 1.0]]]], [6.0, 1.0, 0.0, 0.0, 4.0, 1.0])
     """
     block_size = keys.shape[2]
     blocks, offsets = batch.slots // block_size, batch.slots % block_size
-    keys[blocks, :, offsets] = k[0].swapaxes(0, 1).astype(keys.dtype)  # [T, Hkv, D]
-    values[blocks, :, offsets] = v[0].swapaxes(0, 1).astype(values.dtype)
+    keys[blocks, :, offsets] = k[0].swapaxes(0, 1)  # [T, Hkv, D], rounded to the pool's type
+    values[blocks, :, offsets] = v[0].swapaxes(0, 1)
     return Attended(paged_attention(q, keys, values, batch, scale), keys, values)
 
 
@@ -148,7 +188,7 @@ def _gather(pool: mx.array, blocks: mx.array, length: int) -> mx.array:
 
 
 class PagedContext:
-    """A forward pass over one packed step, with keys and values in the pool's pages."""
+    """The context of a forward pass over one packed step, with keys and values in the pool."""
 
     def __init__(self, pool: KVPool, batch: PackedBatch, scale: float, logit_rows: mx.array | None) -> None:
         self.positions = batch.positions
@@ -158,7 +198,7 @@ class PagedContext:
         self._scale = scale
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D]; the pool holds k and v afterwards."""
+        """Write k and v [1, Hkv, T, D] to the pool, attend with q [1, H, T, D] -> [1, H, T, D]."""
         attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
         self._pool.put_back(layer, attended.keys, attended.values)
         compute_meanwhile(layer, attended.out)
@@ -166,11 +206,11 @@ class PagedContext:
 
     @property
     def fuses(self) -> bool:
-        """True where the compiled kernels write and attend, so that a compiled block may."""
+        """True if the compiled kernels write and attend, so that a compiled block may do it too."""
         return is_reference(write_and_attend) and use_compiled()
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
-        """x [1, T, E] through one block -> [1, T, E]; the pool holds its keys and values afterwards."""
+        """Run x [1, T, E] through one block -> [1, T, E]; its keys and values are written to the pool."""
         step, lent = self._batch, self._pool.lend(layer)
         out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
         self._pool.put_back(layer, *pools)

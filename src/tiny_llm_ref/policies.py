@@ -47,7 +47,7 @@ class PrefixPolicy(Protocol):
 
     @property
     def num_idle(self) -> int:
-        """Those of them that nobody else holds, and that `evict` could give up now."""
+        """How many of them no table holds: `evict` can free these now."""
 
     def adopt(self, sequence: PagedSequence) -> None:
         """Let a sequence share the full blocks that come next and are there already."""
@@ -65,7 +65,7 @@ class PrefixPolicy(Protocol):
         """A table has let go of these blocks, given in the table's order."""
 
     def evict(self, num_blocks: int) -> int:
-        """Give up to `num_blocks` idle blocks back to the allocator; returns how many."""
+        """Free up to `num_blocks` idle blocks, none for a number below 1; returns how many."""
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
         """Blocks have moved to other places in the pool: from old ids to new ones."""

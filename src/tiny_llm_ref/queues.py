@@ -79,7 +79,7 @@ class RequestQueues(Generic[S]):
             )
 
     def add(self, leader: S) -> None:
-        """Queue a request's leader."""
+        """Queue a request's leader, and make the ids of all its completions known."""
         number, self._num_arrived = self._num_arrived, self._num_arrived + 1
         leader.rank = (self._turn(number, leader.params.priority), number, 0)
         self._wait(leader)

@@ -49,7 +49,7 @@ class StepLogits(Mapping[str, mx.array]):
 
 
 class Scheduled(NamedTuple, Generic[S]):
-    """A sequence, the positions start .. stop - 1 that a step computes, and the copies to make before."""
+    """A chunk: a sequence, the positions start .. stop - 1 to compute, and the copies to make before."""
 
     sequence: S
     start: int
@@ -89,7 +89,7 @@ class Plan(Generic[S]):
 
     @property
     def is_empty(self) -> bool:
-        """True where there is nothing to do."""
+        """True if there is nothing to compute and nothing to exchange with the host."""
         return not (self.chunks or self.swapped_out or self.swapped_in)
 
     def drop_who_stopped(self) -> None:
@@ -107,9 +107,10 @@ class Plan(Generic[S]):
         return tokens, logit_rows
 
     def conclude(self, rows: mx.array | None, fork: Callable[[S], list[S]]) -> StepLogits:
-        """What was computed is computed; hand out the rows of logits, in the order of `pack`.
+        """Count the chunks' tokens as computed, and say which row of logits is whose, in the order of `pack`.
 
-        fork: called with each sequence that is ready for its next token; the sequences that share its row.
+        fork: called with each sequence that is ready for its next token; returns the sequences that share its
+        row.
         """
         logits, next_row = StepLogits(rows, {}), 0
         for chunk in self.chunks:

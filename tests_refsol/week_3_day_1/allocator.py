@@ -1,0 +1,140 @@
+"""Day 3.1, tasks 1 and 2: blocks are handed out, shared and freed."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_llm.errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
+from tiny_llm.paged_attention import BlockAllocator
+
+from common.blocks import counts
+from common.examples import quick
+
+# Task 1: BlockAllocator.allocate
+
+
+def test_task_1_every_block_is_handed_out_once() -> None:
+    """Oracle: by hand: the pool has the ids 0 to 4. Which comes first is the allocator's choice."""
+    allocator = BlockAllocator(5)
+    taken = [allocator.allocate() for _ in range(5)]
+    assert sorted(taken) == [0, 1, 2, 3, 4]
+
+
+def test_task_1_the_taker_is_the_one_holder() -> None:
+    """Oracle: by hand."""
+    allocator = BlockAllocator(3)
+    block = allocator.allocate()
+    assert allocator.ref_count(block) == 1
+    assert sorted(counts(allocator)) == [0, 0, 1]
+    assert allocator.num_free == 2
+
+
+def test_task_1_an_empty_pool_refuses_and_nothing_changes() -> None:
+    """Oracle: the docstring: a named error, not that of whatever the free ids are kept in."""
+    allocator = BlockAllocator(2)
+    allocator.allocate()
+    allocator.allocate()
+    for _ in range(2):
+        with pytest.raises(OutOfBlocksError):
+            allocator.allocate()
+    assert allocator.num_free == 0
+    assert counts(allocator) == [1, 1]
+
+
+def test_task_1_pools_know_nothing_of_each_other() -> None:
+    """Oracle: by hand."""
+    first, second = BlockAllocator(2), BlockAllocator(2)
+    first.allocate()
+    assert (first.num_free, second.num_free) == (1, 2)
+
+
+def test_task_1_a_shared_block_is_not_handed_out() -> None:
+    """Oracle: by hand: the rest of the pool are the other three."""
+    allocator = BlockAllocator(4)
+    shared = allocator.allocate()
+    allocator.add_ref(shared)
+    assert sorted([shared, *(allocator.allocate() for _ in range(3))]) == [0, 1, 2, 3]
+    with pytest.raises(OutOfBlocksError):
+        allocator.allocate()
+
+
+# Task 2: BlockAllocator.free
+
+
+def test_task_2_what_is_given_back_can_be_taken_again() -> None:
+    """Oracle: by hand: it is the only free block, and its new holder is its first."""
+    allocator = BlockAllocator(3)
+    taken = [allocator.allocate() for _ in range(3)]
+    allocator.free(taken[1])
+    assert (allocator.num_free, allocator.ref_count(taken[1])) == (1, 0)
+    assert allocator.allocate() == taken[1]
+    assert counts(allocator) == [1, 1, 1]
+
+
+def test_task_2_a_shared_block_is_free_after_its_last_holder() -> None:
+    """Oracle: by hand: three holders go one by one. Free at the first of them is the mistake."""
+    allocator = BlockAllocator(2)
+    block = allocator.allocate()
+    allocator.add_ref(block)
+    allocator.add_ref(block)
+    seen = []
+    for _ in range(3):
+        allocator.free(block)
+        seen.append((allocator.ref_count(block), allocator.num_free))
+    assert seen == [(2, 1), (1, 1), (0, 2)]
+    assert sorted([allocator.allocate(), allocator.allocate()]) == [0, 1]
+
+
+def test_task_2_a_free_block_cannot_be_freed() -> None:
+    """Oracle: the docstring. A block that is free twice gets two owners: that is the mistake."""
+    allocator = BlockAllocator(3)
+    block = allocator.allocate()
+    allocator.free(block)
+    for free in (block, 0, 1, 2):
+        with pytest.raises(DoubleFreeError):
+            allocator.free(free)
+    assert counts(allocator) == [0, 0, 0]
+    assert allocator.num_free == 3
+    assert sorted(allocator.allocate() for _ in range(3)) == [0, 1, 2]
+    with pytest.raises(OutOfBlocksError):
+        allocator.allocate()
+
+
+@pytest.mark.parametrize("block", [-1, -3, 3, 100])
+def test_task_2_a_block_of_no_pool_cannot_be_given_back(block: int) -> None:
+    """Oracle: the docstring: all blocks stay held."""
+    allocator = BlockAllocator(3)
+    for _ in range(3):
+        allocator.allocate()
+    with pytest.raises(UnknownBlockError):
+        allocator.free(block)
+    assert counts(allocator) == [1, 1, 1]
+    assert allocator.num_free == 0
+
+
+@quick
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.sampled_from(["allocate", "add_ref", "free"]), st.integers(-2, 7)), max_size=40),
+)
+def test_task_2_counts_are_those_of_a_plain_counter(num_blocks: int, calls: list[tuple[str, int]]) -> None:
+    """Oracle: a Counter: each call does what it does there, or is refused by its own error."""
+    allocator, held = BlockAllocator(num_blocks), Counter[int]()
+    for name, block in calls:
+        if name == "allocate":
+            if all(held[b] for b in range(num_blocks)):
+                with pytest.raises(OutOfBlocksError):
+                    allocator.allocate()
+            else:
+                taken = allocator.allocate()
+                assert held[taken] == 0, "it was held already"
+                held[taken] += 1
+        elif held[block]:
+            getattr(allocator, name)(block)
+            held[block] += 1 if name == "add_ref" else -1
+        else:
+            with pytest.raises(DoubleFreeError if 0 <= block < num_blocks else UnknownBlockError):
+                getattr(allocator, name)(block)
+        assert counts(allocator) == [held[b] for b in range(num_blocks)]
+        assert allocator.num_free == counts(allocator).count(0)

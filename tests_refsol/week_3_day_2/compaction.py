@@ -1,0 +1,329 @@
+"""Day 3.2, tasks 11 to 13: blocks in use move to the front of the pool."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.compaction import compact_memory, compact_pages, moves_to_front
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
+
+from common.blocks import counts, filled
+from common.examples import quick
+from common.plain_pool import PlainPool
+
+# Task 11: moves_to_front
+
+
+def held(num_blocks: int, *blocks: int) -> BlockAllocator:
+    """A pool in which just these blocks have a holder."""
+    allocator = BlockAllocator(num_blocks)
+    for block in [allocator.allocate() for _ in range(num_blocks)]:
+        if block not in blocks:
+            allocator.free(block)
+    return allocator
+
+
+def test_task_11_just_the_blocks_behind_move_to_the_free_ids_before() -> None:
+    """Oracle: by hand: 4 blocks are in use, 5 and 7 stand behind the fourth place, and 1 and 3 are free."""
+    moved = moves_to_front(held(8, 0, 2, 5, 7))
+    assert (set(moved), set(moved.values())) == ({5, 7}, {1, 3})
+
+
+@pytest.mark.parametrize("blocks", [(), (0, 1, 2), (0, 1, 2, 3, 4, 5)], ids=["none", "in_front", "all"])
+def test_task_11_where_blocks_are_in_front_none_moves(blocks: tuple[int, ...]) -> None:
+    """Oracle: by hand."""
+    assert moves_to_front(held(6, *blocks)) == {}
+
+
+def test_task_11_it_only_looks() -> None:
+    """Oracle: by hand: a shared block is one block; the allocator counts what it counted."""
+    allocator = held(6, 3, 4)
+    allocator.add_ref(4)
+    assert set(moves_to_front(allocator).values()) == {0, 1}
+    assert counts(allocator) == [0, 0, 0, 1, 2, 0]
+    assert allocator.num_free == 4
+
+
+@quick
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_task_11_as_few_moves_as_can_be(in_use: list[bool]) -> None:
+    """Oracle: counting: those in use behind the new end move, each to an id of its own before it."""
+    blocks = [block for block, used in enumerate(in_use) if used]
+    moved = moves_to_front(held(len(in_use), *blocks))
+    assert set(moved) == {block for block in blocks if block >= len(blocks)}
+    assert {moved.get(block, block) for block in blocks} == set(range(len(blocks)))
+
+
+# Task 12: compact_pages
+
+
+@dataclass
+class Kept:
+    """A holder of blocks that is no table, as a cache of prompts is."""
+
+    blocks: list[int]
+    block_size: int = 4
+
+    def rename_blocks(self, moved: Mapping[int, int]) -> None:
+        """Follow blocks that have moved."""
+        self.blocks = [moved.get(block, block) for block in self.blocks]
+
+
+@dataclass
+class Texts:
+    """Tables and what they say, on a pool of plain values."""
+
+    allocator: BlockAllocator
+    block_size: int = 4
+    pages: PlainPool = field(default_factory=PlainPool)
+    said: list[tuple[BlockTable, list[int]]] = field(default_factory=list)
+    kept: list[tuple[Kept, list[list[object]]]] = field(default_factory=list)
+    fresh: Iterator[int] = field(default_factory=count)
+
+    @property
+    def holders(self) -> list[BlockTable | Kept]:
+        """Everything that holds a block."""
+        return [*(table for table, _ in self.said), *(kept for kept, _ in self.kept)]
+
+    def table(self, num_tokens: int) -> BlockTable:
+        """A new table with so many tokens."""
+        self.said.append((BlockTable(self.allocator, self.block_size), []))
+        self.append(len(self.said) - 1, num_tokens)
+        return self.said[-1][0]
+
+    def fork(self, which: int) -> None:
+        """A second owner of the same text."""
+        table, text = self.said[which]
+        self.said.append((table.fork(), list(text)))
+
+    def append(self, which: int, num_tokens: int) -> None:
+        """A text goes on."""
+        table, text = self.said[which]
+        tokens = [next(self.fresh) for _ in range(num_tokens)]
+        self.pages.copy(table.append_tokens(num_tokens), self.block_size)
+        self.pages.write(table, tokens)
+        text += tokens
+
+    def release(self, which: int) -> None:
+        """A text ends."""
+        self.said.pop(which)[0].release()
+
+    def keep(self, which: int) -> None:
+        """A cache keeps the full blocks of a text."""
+        table, text = self.said[which]
+        kept = Kept(table.blocks[: len(text) // self.block_size], self.block_size)
+        for block in kept.blocks:
+            self.allocator.add_ref(block)
+        self.kept.append((kept, [self.slots_of(block) for block in kept.blocks]))
+
+    def slots_of(self, block: int) -> list[object]:
+        """What stands in a block."""
+        return [self.pages.held.get(block * self.block_size + i) for i in range(self.block_size)]
+
+    def compact(self) -> list[BlockCopy]:
+        """Compact, make the copies, and check that every holder reads what it wrote."""
+        copies = list(compact_pages(self.allocator, self.holders))
+        self.pages.copy(copies, self.block_size)
+        self.check()
+        return copies
+
+    def check(self) -> None:
+        """Every holder reads its own tokens, and every reference has a holder."""
+        for table, text in self.said:
+            assert self.pages.read(table) == text, "a table reads another's tokens"
+        for kept, blocks in self.kept:
+            assert [self.slots_of(block) for block in kept.blocks] == blocks, (
+                "a kept block holds others' tokens"
+            )
+        held = Counter(block for holder in self.holders for block in holder.blocks)
+        assert self.counts == [held[block] for block in range(self.allocator.num_blocks)]
+        assert self.allocator.num_free == self.counts.count(0)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many holders each block has."""
+        return [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """All that there is to know."""
+        return self.counts, self.allocator.num_free, [list(holder.blocks) for holder in self.holders]
+
+
+def test_task_12_blocks_in_use_move_to_the_front() -> None:
+    """Oracle: the texts; by hand: 2 of 5 blocks in use stand behind the fifth place, and just these move."""
+    texts = Texts(BlockAllocator(9))
+    for num_tokens in (4, 7, 4, 9):
+        texts.table(num_tokens)
+    texts.release(1)
+    behind = [block for block, holders in enumerate(texts.counts) if holders and block >= 5]
+    copies = texts.compact()
+    assert [holders > 0 for holders in texts.counts] == [True] * 5 + [False] * 4
+    assert sorted(copy.src for copy in copies) == behind
+    assert all(copy.dst < 5 for copy in copies)
+    assert texts.allocator.num_free == 4
+
+
+def test_task_12_the_end_of_the_pool_can_be_given_back() -> None:
+    """Oracle: by hand: the four free blocks are the last four, and those in use can be all there are."""
+    texts = Texts(BlockAllocator(9))
+    for num_tokens in (4, 7, 4, 9):
+        texts.table(num_tokens)
+    texts.release(1)
+    texts.compact()
+    assert sorted(texts.allocator.allocate() for _ in range(4)) == [5, 6, 7, 8]
+    for block in (5, 6, 7, 8):
+        texts.allocator.free(block)
+    texts.allocator.resize(5)
+    texts.check()
+
+
+def test_task_12_what_is_compact_stays_where_it_is() -> None:
+    """Oracle: by hand: nothing is copied, the first time or again."""
+    texts = Texts(BlockAllocator(2))
+    texts.table(5)
+    texts.fork(0)
+    before = texts.state
+    assert texts.compact() == []
+    assert texts.state == before
+    assert list(compact_pages(BlockAllocator(3), [])) == []
+
+
+def test_task_12_a_shared_block_moves_once_and_all_holders_follow() -> None:
+    """Oracle: the texts; by hand: two tables and a cache hold the second text."""
+    texts = Texts(BlockAllocator(8))
+    texts.table(12)
+    texts.table(8)
+    texts.fork(1)
+    texts.keep(1)
+    texts.release(0)
+    assert len(texts.compact()) == 2
+    assert texts.counts == [3, 3, 0, 0, 0, 0, 0, 0]
+
+
+def test_task_12_a_kept_block_that_no_table_holds_moves_too() -> None:
+    """Oracle: what is in it. A block is in use as long as anybody holds it."""
+    texts = Texts(BlockAllocator(8))
+    for num_tokens in (8, 9):
+        texts.table(num_tokens)
+    texts.keep(1)
+    texts.release(1)
+    texts.release(0)
+    assert len(texts.compact()) == 2
+    assert texts.counts == [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 3])
+def test_task_12_a_missing_holder_is_refused(missing: int) -> None:
+    """Oracle: the docstring: a table, each of two forks, or the cache: it is refused, and nothing changes."""
+    texts = Texts(BlockAllocator(9))
+    for num_tokens in (8, 7, 8):
+        texts.table(num_tokens)
+    texts.fork(1)
+    texts.keep(2)
+    texts.release(0)
+    before, holders = texts.state, texts.holders
+    del holders[missing]
+    with pytest.raises(ValueError):
+        compact_pages(texts.allocator, holders)
+    assert texts.state == before
+
+
+def test_task_12_holders_may_come_one_by_one() -> None:
+    """Oracle: the texts. What can be gone through only once is the trap."""
+    texts = Texts(BlockAllocator(9))
+    for num_tokens in (8, 7):
+        texts.table(num_tokens)
+    texts.release(0)
+    texts.pages.copy(compact_pages(texts.allocator, iter(texts.holders)), 4)
+    texts.check()
+
+
+ACTIONS = st.sampled_from(["table", "table", "append", "fork", "release", "release", "keep"])
+
+
+@settings(quick, max_examples=120)
+@given(st.integers(1, 4), st.lists(st.tuples(ACTIONS, st.integers(0, 9)), max_size=20))
+def test_task_12_every_holder_reads_its_own_tokens_afterwards(
+    block_size: int, actions: list[tuple[str, int]]
+) -> None:
+    """Oracle: the texts, in a pool of plain values. Only what stands behind the new end moves."""
+    texts = Texts(BlockAllocator(60), block_size)
+    for action, number in actions:
+        if action == "table" or not texts.said:
+            texts.table(number)
+        elif action == "append":
+            texts.append(number % len(texts.said), 3)
+        else:
+            getattr(texts, action)(number % len(texts.said))
+        if texts.allocator.num_free < 10:
+            break
+    before, in_use = texts.counts, 60 - texts.allocator.num_free
+    copies = texts.compact()
+    assert [holders > 0 for holders in texts.counts] == [True] * in_use + [False] * (60 - in_use)
+    assert sorted(texts.counts) == sorted(before)
+    assert len(copies) == sum(holders > 0 for holders in before[in_use:])
+    assert texts.compact() == []
+
+
+# Task 13: compact_memory
+
+
+def stored(pool: KVPool, tables: Sequence[BlockTable]) -> list[np.ndarray]:
+    """The keys and values that tables find in every layer of a pool."""
+    return [
+        np.array(mx.stack(pool.read(layer, mx.array(table.slots(0, table.num_tokens), mx.int32))))
+        for table in tables
+        for layer in range(2)
+    ]
+
+
+def test_task_13_keys_and_values_move_with_their_blocks() -> None:
+    """Oracle: what the tables read before, in both layers, forks included; by hand: 5 of 12 blocks in use."""
+    allocator, pool = BlockAllocator(12), KVPool(12, 4, 2, 4, num_layers=2, dtype=mx.float32)
+    tables = [filled(allocator, num_tokens) for num_tokens in (9, 4, 7, 5)]
+    for number, table in enumerate(tables):
+        slots = mx.array(table.slots(0, table.num_tokens), mx.int32)
+        for layer in range(2):
+            tokens = mx.random.normal((2, slots.size, 2, 4), key=mx.random.key(2 * number + layer))
+            pool.write(layer, slots, tokens[0], tokens[1])
+    tables.pop(0).release()
+    tables.append(tables[1].fork())
+    expected = stored(pool, tables)
+    assert compact_memory(allocator, tables, pool) == 7
+    assert {block for table in tables for block in table.blocks} == set(range(5))
+    for found, want in zip(stored(pool, tables), expected, strict=True):
+        np.testing.assert_array_equal(found, want)
+    allocator.resize(5)
+    pool.resize(5)
+    for found, want in zip(stored(pool, tables), expected, strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
+def test_task_13_without_a_pool_it_is_the_ids_alone() -> None:
+    """Oracle: by hand: how many blocks are free at the end, not how many have moved."""
+    allocator = BlockAllocator(6)
+    first, second = filled(allocator, 4), filled(allocator, 8)
+    assert compact_memory(allocator, [first, second]) == 3
+    first.release()
+    assert compact_memory(allocator, iter([second])) == 4
+    assert sorted(second.blocks) == [0, 1]
+    second.release()
+    assert compact_memory(allocator, []) == 6
+
+
+def test_task_13_a_missing_holder_is_refused() -> None:
+    """Oracle: the docstring: nothing is copied either."""
+    allocator, pool = BlockAllocator(6), KVPool(6, 4, 1, 2)
+    tables = [filled(allocator, num_tokens) for num_tokens in (4, 8)]
+    tables.pop(0).release()
+    with pytest.raises(ValueError):
+        compact_memory(allocator, [], pool)
+    assert allocator.num_free == 4

@@ -1,0 +1,270 @@
+"""Day 3.2, tasks 4 to 6: pages that are arrays of their own, copied and attended to."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.errors import UnknownBlockError
+from tiny_llm.page_block import PageBlock, copy_block, pack_last_tokens, paged_attention_kernel
+from tiny_llm.paged_kernel import Span
+
+from common.blocks import table_of
+from common.examples import quick
+from common.numpy_oracles import causal_attention
+from common.paged_pools import SHAPES, Pool, pool_of, shaped_pool
+from common.toy_arrays import NOBODYS, floats, numbers
+
+TOLERANCE = {mx.float32: 2e-5, mx.float16: 3e-3, mx.bfloat16: 3e-2}  # of an output in that type
+
+# Task 4: copy_block
+
+
+def page_of(*tokens: int) -> PageBlock:
+    """A page of two heads of size 3 whose tokens are these numbers; values are the numbers and a half."""
+    keys = mx.broadcast_to(mx.array(tokens, mx.float32)[:, None], (2, len(tokens), 3)) + 0
+    return PageBlock(keys, keys + 0.5)
+
+
+def tokens_of(page: PageBlock) -> list[int]:
+    """The numbers in a page; fails where heads, or keys and values, differ."""
+    tokens = [int(number) for number in page.keys[0, :, 0].tolist()]
+    assert mx.array_equal(page.keys, page_of(*tokens).keys).item()
+    assert mx.array_equal(page.values, page_of(*tokens).values).item()
+    return tokens
+
+
+def test_task_4_a_range_is_copied_to_another_place() -> None:
+    """Oracle: by hand, pages of two sizes: keys and values of all heads, and nothing beside the range."""
+    source, target = page_of(1, 2, 3, 4, 5), page_of(11, 12, 13, 14)
+    copy_block(source, target, 1, 2, 2)
+    assert tokens_of(target) == [11, 12, 2, 3]
+    assert tokens_of(source) == [1, 2, 3, 4, 5]
+
+
+def test_task_4_a_whole_page_and_nothing_at_all() -> None:
+    """Oracle: by hand."""
+    source, target = page_of(1, 2, 3), page_of(11, 12, 13)
+    for place in (0, 1, 3):
+        copy_block(source, target, place, 3 - place, 0)
+    assert tokens_of(target) == [11, 12, 13]
+    copy_block(source, target, 0, 0, 3)
+    assert tokens_of(target) == [1, 2, 3]
+
+
+def test_task_4_pages_stay_two() -> None:
+    """Oracle: by hand: what is written to one afterwards, the other does not show."""
+    source, target = page_of(1, 2), page_of(8, 9)
+    copy_block(source, target, 0, 0, 2)
+    source.keys[:, 0] = 5.0
+    target.values[:, 1] = 6.0
+    assert target.keys[0, :, 0].tolist() == [1, 2]
+    assert source.values[0, :, 0].tolist() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(("src_start", "dst_start"), [(0, 1), (1, 0), (0, 2), (2, 0), (1, 1)])
+def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -> None:
+    """Oracle: a list, whose slice is read before it is written. Copying token by token is the mistake."""
+    page, expected = page_of(1, 2, 3, 4, 5), [1, 2, 3, 4, 5]
+    copy_block(page, page, src_start, dst_start, 3)
+    expected[dst_start : dst_start + 3] = expected[src_start : src_start + 3]
+    assert tokens_of(page) == expected
+
+
+@pytest.mark.parametrize(
+    ("src_start", "dst_start", "length"),
+    [(-1, 0, 1), (0, -1, 1), (3, 0, 2), (0, 2, 2), (0, 0, -1), (5, 0, 0), (0, 0, 5)],
+)
+def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_start: int, length: int) -> None:
+    """Oracle: the docstring: pages of 4 and 3 tokens, and nothing is copied."""
+    source, target = page_of(1, 2, 3, 4), page_of(7, 8, 9)
+    with pytest.raises(ValueError):
+        copy_block(source, target, src_start, dst_start, length)
+    assert tokens_of(target) == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 4, 3), mx.float32), ((2, 4, 6), mx.float32), ((2, 4, 3), mx.float16)]
+)
+def test_task_4_pages_of_another_kind_are_refused(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Oracle: the docstring: other heads, another D, another type. One head would broadcast to two."""
+    target = page_of(1, 2, 3, 4)
+    with pytest.raises(ValueError):
+        copy_block(PageBlock(mx.zeros(shape, dtype), mx.zeros(shape, dtype)), target, 0, 0, 2)
+    assert tokens_of(target) == [1, 2, 3, 4]
+
+
+# Task 5: pack_last_tokens
+
+
+def test_task_5_tables_name_places_and_everything_else_is_a_packed_batch() -> None:
+    """Oracle: by hand, blocks of 4: the last 3 of 10 tokens and of 3."""
+    tables = [table_of([42, 7, 9], 10), table_of([7], 3)]
+    batch = pack_last_tokens(tables, 3, {42: 2, 7: 0, 9: 1})
+    assert batch.tables.tolist() == [[2, 0, 1], [0, 0, 0]]
+    assert batch.positions.tolist() == [7, 8, 9, 0, 1, 2]
+    assert batch.row_of_token.tolist() == [0, 0, 0, 1, 1, 1]
+    assert list(batch.spans) == [Span(tables[0], 7, 10), Span(tables[1], 0, 3)]
+    arrays = (batch.positions, batch.row_of_token, batch.tables)
+    assert {array.dtype for array in arrays} == {mx.int32}
+
+
+def test_task_5_only_blocks_with_tokens_need_a_place() -> None:
+    """Oracle: by hand: one table has a block in which no token is yet; the other is longer in tokens."""
+    tables = [table_of([3, 8], 4), table_of([5, 3], 6)]
+    batch = pack_last_tokens(tables, 1, {3: 0, 5: 1})
+    assert batch.tables.tolist() == [[0, 0], [1, 0]]
+
+
+def test_task_5_every_token_is_asked_for() -> None:
+    """Oracle: by hand: as many tokens as the table has; the other order of the tables."""
+    tables = [table_of([7], 2), table_of([9, 4], 5)]
+    batch = pack_last_tokens(tables, 2, {4: 0, 7: 1, 9: 2})
+    assert batch.tables.tolist() == [[1, 0], [2, 0]]
+    assert batch.positions.tolist() == [0, 1, 3, 4]
+
+
+# Task 6: paged_attention_kernel
+
+
+def in_pages(pool: Pool) -> dict[int, PageBlock]:
+    """The blocks of a pool as pages of their own, by block id."""
+    return {
+        block: PageBlock(pool.keys[block] + 0, pool.values[block] + 0) for block in range(pool.keys.shape[0])
+    }
+
+
+def last_tokens(pool: Pool, query: mx.array, scale: float) -> np.ndarray:
+    """Dense attention of each row's L queries as the last L tokens of its table, [B, H, L, D] in float64."""
+    rows = zip(floats(query), pool.streams, strict=True)
+    return np.stack([causal_attention(q, keys, values, scale) for q, (keys, values) in rows])
+
+
+def test_task_6_the_queries_are_the_last_tokens_of_their_tables() -> None:
+    """Oracle: by hand: with equal keys, the means of 2, 4 and of 2, 4, 9; and of 6, 8 and of 6."""
+    tables = [table_of([2, 0], 3, block_size=2), table_of([1], 2, block_size=2)]
+    values = {0: numbers(9, NOBODYS), 1: numbers(6, 8), 2: numbers(2, 4)}
+    pages = {block: PageBlock(mx.zeros((1, 2, 2)), value[0]) for block, value in values.items()}
+    out = paged_attention_kernel(mx.ones((2, 1, 2, 2)), tables, pages, 2, 1.0)
+    np.testing.assert_allclose(np.array(out)[:, 0, :, 0], [[3, 5], [6, 7]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_task_6_mixed_lengths_heads_blocks_and_types(shape: dict, dtype: mx.Dtype) -> None:
+    """Oracle: each row alone and in one piece, NumPy in float64; the result has the type of the query."""
+    pool, heads = shaped_pool(shape)
+    block_size, size = pool.keys.shape[2:]
+    for length in {1, min(shape["totals"])}:
+        query_shape = (len(pool.tables), heads, length, size)
+        query = mx.random.normal(query_shape, key=mx.random.key(length)).astype(dtype)
+        out = paged_attention_kernel(query, pool.tables, in_pages(pool), block_size, 0.4)
+        assert (out.shape, out.dtype) == (query.shape, dtype)
+        np.testing.assert_allclose(floats(out), last_tokens(pool, query, 0.4), rtol=0, atol=TOLERANCE[dtype])
+
+
+@settings(quick, max_examples=60)
+@given(
+    totals=st.lists(st.integers(3, 30), min_size=1, max_size=4),
+    length=st.integers(1, 3),
+    block_size=st.integers(1, 9),
+    groups=st.sampled_from([(1, 1), (2, 1), (3, 2), (2, 3)]),
+)
+def test_task_6_whatever_the_lengths(
+    totals: list[int], length: int, block_size: int, groups: tuple[int, int]
+) -> None:
+    """Oracle: each row alone and in one piece, NumPy in float64."""
+    pool = pool_of(totals, kv_heads=groups[1], block_size=block_size, size=4)
+    query = mx.random.normal((len(totals), groups[0] * groups[1], length, 4), key=mx.random.key(1))
+    out = paged_attention_kernel(query, pool.tables, in_pages(pool), block_size)
+    np.testing.assert_allclose(floats(out), last_tokens(pool, query, 0.5), rtol=0, atol=2e-5)
+
+
+def test_task_6_scale_and_block_size_have_usual_values() -> None:
+    """Oracle: NumPy: one over the root of D = 16, and blocks of 16. A scale of 0 is a scale."""
+    pool = pool_of([20, 7], block_size=16, size=16)
+    query = mx.random.normal((2, 4, 2, 16), key=mx.random.key(2))
+    pages = in_pages(pool)
+    for scale, out in (
+        (0.25, paged_attention_kernel(query, pool.tables, pages)),
+        (0.7, paged_attention_kernel(query, pool.tables, pages, scale=0.7)),
+        (0.0, paged_attention_kernel(query, pool.tables, pages, scale=0.0)),
+    ):
+        np.testing.assert_allclose(np.array(out), last_tokens(pool, query, scale), rtol=0, atol=2e-5)
+
+
+def test_task_6_forks_read_the_pages_that_they_share() -> None:
+    """Oracle: each row alone."""
+    pool = pool_of([10])
+    query = mx.random.normal((2, 4, 2, 8), key=mx.random.key(3))
+    tables = [pool.tables[0], pool.tables[0].fork()]
+    out = np.array(paged_attention_kernel(query, tables, in_pages(pool), 4, 0.4))
+    for row in range(2):
+        alone = last_tokens(pool, query[row : row + 1], 0.4)
+        np.testing.assert_allclose(out[row : row + 1], alone, rtol=0, atol=2e-5)
+
+
+def test_task_6_pages_may_have_any_ids_and_others_look_like_anything() -> None:
+    """Oracle: NumPy. Block ids are names here: there is no page 0, and page 5 is of another kind."""
+    pool = pool_of([10, 3])
+    query = mx.random.normal((2, 4, 2, 8), key=mx.random.key(4))
+    named = {block for table in pool.tables for block in table.blocks}
+    pages = {block + 1000: page for block, page in in_pages(pool).items() if block in named}
+    pages[5] = PageBlock(mx.zeros((1, 1, 1)), mx.zeros((1, 1, 1)))
+    expected = last_tokens(pool, query, 0.4)
+    for table in pool.tables:
+        table.blocks = [block + 1000 for block in table.blocks]
+    out = paged_attention_kernel(query, pool.tables, pages, 4, 0.4)
+    np.testing.assert_allclose(np.array(out), expected, rtol=0, atol=2e-5)
+
+
+WRONG_QUERIES = {
+    "of_three_axes": mx.zeros((2, 4, 8)),
+    "of_integers": mx.zeros((2, 4, 1, 8), mx.int32),
+    "without_a_token": mx.zeros((2, 4, 0, 8)),
+    "with_a_row_too_many": mx.zeros((3, 4, 1, 8)),
+    "with_a_row_too_few": mx.zeros((1, 4, 1, 8)),
+    "with_heads_that_do_not_divide": mx.zeros((2, 5, 1, 8)),
+    "of_another_head_size": mx.zeros((2, 4, 1, 16)),
+    "longer_than_a_table": mx.zeros((2, 4, 6, 8)),
+}
+
+
+@pytest.mark.parametrize("query", WRONG_QUERIES.values(), ids=WRONG_QUERIES)
+def test_task_6_a_query_that_does_not_fit_is_refused(query: mx.array) -> None:
+    """Oracle: the docstring: two tables of 9 and 5 tokens, two heads of 8."""
+    pool = pool_of([9, 5])
+    with pytest.raises(ValueError):
+        paged_attention_kernel(query, pool.tables, in_pages(pool), 4)
+
+
+def test_task_6_a_block_without_a_page_is_refused() -> None:
+    """Oracle: the docstring."""
+    pool = pool_of([9, 5])
+    pages = in_pages(pool)
+    del pages[pool.tables[1].blocks[1]]
+    with pytest.raises(UnknownBlockError):
+        paged_attention_kernel(mx.zeros((2, 4, 1, 8)), pool.tables, pages, 4)
+
+
+def test_task_6_another_block_size_is_refused() -> None:
+    """Oracle: the docstring: the tables' blocks have 4 tokens; then the pages have 8."""
+    pool = pool_of([9, 5])
+    query = mx.zeros((2, 4, 1, 8))
+    with pytest.raises(ValueError):
+        paged_attention_kernel(query, pool.tables, in_pages(pool), 8)
+    wide = {block: PageBlock(mx.zeros((2, 8, 8)), mx.zeros((2, 8, 8))) for block in in_pages(pool)}
+    with pytest.raises(ValueError):
+        paged_attention_kernel(query, pool.tables, wide, 4)
+
+
+@pytest.mark.parametrize(
+    "other", [mx.zeros((2, 4, 8), mx.float16), mx.zeros((1, 4, 8))], ids=["type", "heads"]
+)
+def test_task_6_pages_that_are_not_alike_are_refused(other: mx.array) -> None:
+    """Oracle: the docstring."""
+    pool = pool_of([9, 5])
+    pages = in_pages(pool)
+    pages[pool.tables[0].blocks[2]] = PageBlock(other, other + 0)
+    with pytest.raises(ValueError):
+        paged_attention_kernel(mx.zeros((2, 4, 1, 8)), pool.tables, pages, 4)
