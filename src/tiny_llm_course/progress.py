@@ -101,7 +101,11 @@ def state(house: House, exercise: Exercise) -> State:
 
 def fingerprint(house: House, day: Day) -> str:
     """A hash of what a day's tests depend on: see `file_hashes`."""
-    return hashlib.sha256(json.dumps(file_hashes(house, day)).encode()).hexdigest()
+    return _fingerprint(file_hashes(house, day))
+
+
+def _fingerprint(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def file_hashes(house: House, day: Day) -> dict[str, str]:
@@ -177,7 +181,8 @@ def result(house: House, day: Day) -> Result:
 
 def remember(house: House, day: Day, passed: bool) -> None:
     """Record the outcome of a test run of the files as they are."""
-    record = Record(fingerprint(house, day), passed, file_hashes(house, day))
+    hashes = file_hashes(house, day)
+    record = Record(_fingerprint(hashes), passed, hashes)
     records = {**_records(house), day.id: record}
     house.records.mkdir(exist_ok=True)
     text = json.dumps({day_id: asdict(record) for day_id, record in sorted(records.items())}, indent=1)

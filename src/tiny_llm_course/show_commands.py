@@ -7,9 +7,7 @@ import typer
 
 from . import views
 from .arguments import AnExercise, DayId, open_course
-from .compare import as_json_object, as_text, compare
 from .days import demonstration
-from .doctor import examine
 from .learner import learners_errors
 from .progress import own_modules
 
@@ -69,6 +67,8 @@ def on_compare(
     \b
     pdm run compare 2.4
     """
+    from .compare import as_json_object, as_text, compare
+
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if chosen.no_compare is not None and not as_json:
@@ -107,6 +107,8 @@ def on_doctor(
 
     Ends with 1 when something needs mending, and says what to do.
     """
+    from .doctor import examine
+
     findings = list(examine(*open_course()))  # says itself what cannot be imported
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings]))

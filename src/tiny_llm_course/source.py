@@ -15,6 +15,7 @@ from .errors import CourseError
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
+STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # the fields of a node that hold statements
 SKIPPED = "# skipped: the reference's code"
 
 
@@ -85,10 +86,20 @@ def signature(source: str, name: str) -> str:
 def related(source: str) -> list[str]:
     """The modules beside it that a source imports; none where it cannot be read."""
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        nodes = list(import_statements(ast.parse(source)))
     except SyntaxError:
         return []
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
+
+
+def import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import, wherever it is. Walks over statements only: a tenth of what `ast.walk` visits."""
+    for field in STATEMENTS:
+        for node in getattr(tree, field, ()):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                yield node
+            else:
+                yield from import_statements(node)
 
 
 def imports_of(folder: Path, module: str) -> set[str]:
@@ -113,7 +124,7 @@ def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 def imported(source: str) -> list[tuple[str, str]]:
     """The modules that a source imports anywhere, each with a name from it (or none)."""
-    return [found for node in ast.walk(ast.parse(source)) for found in imported_by(node)]
+    return [found for node in import_statements(ast.parse(source)) for found in imported_by(node)]
 
 
 def docstrings(source: str) -> list[str]:
