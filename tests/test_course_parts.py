@@ -775,6 +775,7 @@ def test_a_part_from_start_to_restore(tmp_path: Path) -> None:
     row = next(row for row in json.loads(run(["progress", "--json"], tmp_path).stdout) if row["day"] == "3.2")
     assert [part["done"] for part in row["parts"]] == [False, True, False, False, False]
     assert "page_block.py" in run(["diff", "3.2b"], tmp_path).stdout
+    assert run(["start", "3.2b", "--again"], tmp_path).stdout.startswith("moved aside: ")
     assert "moved aside: " in run(["reset", "3.2b"], tmp_path).stdout
     assert "restored: " in run(["restore", "3.2b"], tmp_path).stdout
 

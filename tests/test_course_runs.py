@@ -51,7 +51,7 @@ def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
     assert time.monotonic() - start < 30
     out = capfd.readouterr().out
     assert "still running after 1 s" in out
-    assert "adding.py:6: in add" in out
+    assert "adding.py:10: in add" in out
     assert "time_limit.py" not in out.replace("tiny_llm_course.time_limit", "")
     assert "looking for the fault" not in out, "every other run would loop too"
     assert out.endswith("first: 1.1.1 add (1 test fails): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
@@ -73,7 +73,7 @@ def test_a_thread_that_loops_is_named_and_not_waited_for(house: House) -> None:
     write(house, "adding", ADDING.replace("    return sum((one, other))\n", threaded))
     run = run_suites(house, [suite(house, 1)], quiet=True, time_limit=1)
     assert run.returncode == 1
-    assert re.search(r"the thread 'engine' is at adding\.py, line (9|10), in spin", run.stdout)
+    assert re.search(r"the thread 'engine' is at adding\.py, line (13|14), in spin", run.stdout)
 
 
 def test_no_limit_and_a_debugger_have_all_the_time(house: House) -> None:

@@ -151,7 +151,11 @@ def refuse_missing(house: House, exercises: Iterable[Exercise]) -> None:
 
 def fingerprint(house: House, unit: Unit) -> str:
     """A hash of what a unit's tests depend on: see `file_hashes`."""
-    return hashlib.sha256(json.dumps(file_hashes(house, unit)).encode()).hexdigest()
+    return _fingerprint(file_hashes(house, unit))
+
+
+def _fingerprint(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def file_hashes(house: House, unit: Unit) -> dict[str, str]:
@@ -263,7 +267,8 @@ def _recorded(house: House, unit: Unit) -> Result:
 
 def remember(house: House, unit: Unit, passed: bool) -> None:
     """Record the outcome of a test run of the files as they are."""
-    record = Record(fingerprint(house, unit), passed, file_hashes(house, unit))
+    hashes = file_hashes(house, unit)
+    record = Record(_fingerprint(hashes), passed, hashes)
     records = {**_records(house), unit.id: record}
     house.records.mkdir(exist_ok=True)
     text = json.dumps({unit_id: asdict(record) for unit_id, record in sorted(records.items())}, indent=1)

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from .arguments import open_course
-from .check import check
 from .errors import CourseError
 from .runs import TIME_LIMIT, tests_of
 from .testing import run_day, run_reference, run_started
@@ -129,6 +128,8 @@ def on_course_check(
     asserts block ids; each part, such as 3.2b, passes while later parts are blank; every exercise has an
     example that holds; the reference and the second solutions pass all.
     """
+    from .check import check
+
     house, syllabus = open_course()
 
     def report(what: str, done: int, total: int) -> None:

@@ -7,9 +7,7 @@ import typer
 
 from . import overview, views
 from .arguments import ADay, AnExercise, open_course
-from .compare import as_json_object, as_text, compare
 from .days import function_of, has_own
-from .doctor import examine
 from .learner import learners_errors
 from .progress import first_to_do, own_modules
 
@@ -77,6 +75,8 @@ def on_compare(
     pdm run compare 2.4
     pdm run compare 3.2b          # a part's own work, where it has one; otherwise the day's
     """
+    from .compare import as_json_object, as_text, compare
+
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if chosen.day.no_compare is not None and not as_json:
@@ -116,6 +116,8 @@ def on_doctor(
 
     Ends with 1 when something needs mending, and says what to do, for which day, or for which part: 3.2b.
     """
+    from .doctor import examine
+
     findings = list(examine(*open_course()))  # says itself what cannot be imported
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings]))

@@ -16,6 +16,7 @@ from .errors import CourseError
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
+STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # the fields of a node that hold statements
 REMEMBERED = 500  # sources whose imports are read only once
 SKIPPED = "# skipped: the reference's code"
 
@@ -93,6 +94,16 @@ def related(source: str) -> list[str]:
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
 
 
+def import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import, wherever it is. Walks over statements only: a tenth of what `ast.walk` visits."""
+    for field in STATEMENTS:
+        for node in getattr(tree, field, ()):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                yield node
+            else:
+                yield from import_statements(node)
+
+
 def imports_of(folder: Path, module: str) -> set[str]:
     """The modules beside it that a module imports, directly or not."""
     found: set[str] = set()
@@ -120,10 +131,8 @@ def imported(source: str) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=REMEMBERED)
 def import_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
-    """Every import of a source, wherever it stands. Raises `SyntaxError` where it cannot be read."""
-    return tuple(
-        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)
-    )
+    """Every import of a source, wherever it is. Raises `SyntaxError` where it cannot be read."""
+    return tuple(import_statements(ast.parse(source)))
 
 
 def docstrings(source: str) -> list[str]:

@@ -12,7 +12,6 @@ import gc
 import threading
 from collections.abc import Generator
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -23,8 +22,11 @@ _one_at_a_time = threading.RLock()
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
     """For the whole of a run."""
-    with patch.object(ast, "parse", steady_parse):
+    ast.parse = steady_parse
+    try:
         return (yield)
+    finally:
+        ast.parse = _parse
 
 
 def steady_parse(*arguments: Any, **options: Any) -> Any:

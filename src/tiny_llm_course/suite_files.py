@@ -49,17 +49,16 @@ def imported_files(suites: Path, file: Path) -> list[Path]:
     return [found for node in nodes for found in _files_of(suites, base, node)]
 
 
-def _files_of(suites: Path, base: tuple[str, ...], node: ast.AST) -> Iterator[Path]:
+def _files_of(suites: Path, base: tuple[str, ...], node: ast.Import | ast.ImportFrom) -> Iterator[Path]:
     """The files that an import statement of a file in the package `base` runs, packages included."""
     if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield from _files_along(suites, alias.name.split("."))
-    elif isinstance(node, ast.ImportFrom):
+        names = [alias.name.split(".") for alias in node.names]
+    else:
         above = list(base[: len(base) - node.level + 1]) if node.level else []
         module = above + (node.module.split(".") if node.module else [])
-        yield from _files_along(suites, module)
-        for alias in node.names:
-            yield from _files_along(suites, [*module, alias.name])
+        names = [[*module, alias.name] for alias in node.names]
+    for path in names:
+        yield from _files_along(suites, path)
 
 
 def _files_along(suites: Path, names: list[str]) -> Iterator[Path]:

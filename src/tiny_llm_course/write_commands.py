@@ -44,10 +44,9 @@ def on_start(
         print("\n".join(f"wrote {house.shown(file)}" for file in written))
         print(views.kernel_tasks(house, chosen.day))
         return
-    moved = set_aside(house, chosen) if again else []
-    begun = start(house, chosen)
-    for file in moved:
+    for file in set_aside(house, chosen) if again else ():
         print(views.moved_aside(house, file))
+    begun = start(house, chosen)
     print(f"{chosen.named}: {chosen.title}.{f' Afterwards: {chosen.works}.' if chosen.works else ''}")
     print("\n".join(views.begun(house, chosen, begun)))
     print(views.tasks(house, chosen))
