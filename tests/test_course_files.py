@@ -1,6 +1,8 @@
 """The learner's files: moved aside and back, helpers beside them, named when they change, ignored by git."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +143,18 @@ def test_a_type_checker_resolves_what_falls_through_with_one_identity(house: Hou
     found = [line for line in checked.stdout.splitlines() if "counting.py" in line]
     assert len(found) == 1, checked.stdout
     assert 'Argument 2 to "add" has incompatible type "str"; expected "int"' in found[0]
+
+
+def test_an_editor_resolves_what_falls_through(house: House) -> None:
+    """Pyright is what editors run: it reads the links as mypy does."""
+    if (pyright := shutil.which("basedpyright") or shutil.which("pyright")) is None:
+        pytest.skip("neither basedpyright nor pyright is installed")
+    start(house, syllabus_of(house).day("1.2"))
+    write(house, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
+    command = [pyright, "--outputjson", "--pythonpath", sys.executable, "tiny_llm/counting.py"]
+    checked = subprocess.run(
+        command, cwd=house.root / "src", text=True, capture_output=True, check=False, timeout=300
+    )
+    of_links = {"reportMissingImports", "reportMissingModuleSource", "reportAttributeAccessIssue"}
+    rules = {found.get("rule") for found in json.loads(checked.stdout)["generalDiagnostics"]}
+    assert rules & {*of_links, "reportArgumentType"} == {"reportArgumentType"}, checked.stdout

@@ -15,19 +15,11 @@ Environment, read at import: TINY_LLM_KERNELS = auto | off | portable | avx2 | a
 TINY_LLM_NUM_THREADS.
 """
 
-import importlib.metadata
-import importlib.util
-import os
-import re
-import reprlib
-from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from . import _kernels as native
+from ._loading import MOST_THREADS, native, reason
 
 __all__ = [
     "TransformerBlock",
@@ -59,18 +51,19 @@ __all__ = [
 ]
 
 
-MOST_THREADS = 1024
-MOST_DIGITS = 9  # of a number of threads that is written out
-
-
 def available() -> bool:
     """Whether the compiled kernels can be called."""
-    return _reason is None
+    return reason is None
 
 
 def why_unavailable() -> str | None:
     """One line that says why the kernels cannot be called, or None if they can."""
-    return _reason
+    return reason
+
+
+def library() -> Path | None:
+    """The file that the kernels were loaded from; None where there are none."""
+    return Path(native.__file__) if available() else None
 
 
 # ---- linear layers ----
@@ -369,81 +362,3 @@ def instruction_sets() -> list[str]:
 def select_instruction_set(name: str) -> None:
     """Uses another instruction set from now on (for tests and comparisons)."""
     native.select_instruction_set(name)
-
-
-# ---- loading ----
-
-
-class _Unavailable:
-    """Stands in for the extension: any use says why it is not there."""
-
-    def __getattr__(self, name: str) -> object:
-        raise RuntimeError(f"tiny_llm_kernels.{name} cannot be called: {_reason}")
-
-
-def _built_for(extension: Path) -> str | None:
-    """The MLX version stamped into the extension's bytes, read without loading it."""
-    stamp = re.search(rb"tiny_llm_kernels built for mlx=([^;\0]+);", extension.read_bytes())
-    return stamp and stamp.group(1).decode()
-
-
-def library() -> Path | None:
-    """The file that the kernels were loaded from; None where there are none."""
-    return None if _reason is not None else Path(native.__file__)
-
-
-def _learners_own() -> ModuleSpec | None:
-    """A library in the overlay (tiny_llm's folder, or TINY_LLM_OVERLAY) stands in for the package's own."""
-    overlay = Path(os.environ.get("TINY_LLM_OVERLAY") or Path(__file__).parents[1] / "tiny_llm")
-    file = overlay / f"_kernels{EXTENSION_SUFFIXES[0]}"
-    if not file.exists():
-        return None
-    return importlib.util.spec_from_file_location(f"{__name__}._kernels", file)
-
-
-def _load(wanted: str) -> str | None:
-    """Loads the extension into `native`; returns why it could not be, or None."""
-    if wanted == "off":
-        return "switched off by TINY_LLM_KERNELS=off"
-    spec = _learners_own() or importlib.util.find_spec(f"{__name__}._kernels")
-    if spec is None or spec.origin is None or spec.loader is None:
-        return "not built (no C++ compiler when tiny-llm was installed, or not Linux)"
-    built, installed = _built_for(Path(spec.origin)), importlib.metadata.version("mlx")
-    if built != installed:
-        raise ImportError(
-            f"tiny_llm_kernels was built for mlx {built} but mlx {installed} is installed: run `pdm install` "
-            f"(or `pip install .`) again, or `pdm run build-kernels` for your own library ({spec.origin})"
-        )
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.swiglu(mx.array(0.0)[None], mx.array(0.0)[None])  # do MLX and we mean the same by an array?
-    except (ImportError, TypeError) as error:
-        return f"built, but cannot be loaded: {str(error).splitlines()[0]}"
-    globals()["native"] = module
-    return None
-
-
-def _configure(wanted: str, threads: str | None) -> None:
-    """Applies TINY_LLM_KERNELS and TINY_LLM_NUM_THREADS to the loaded extension."""
-    if wanted != "auto":
-        select_instruction_set(wanted)
-    if threads is not None:
-        is_number = threads.isascii() and threads.isdecimal() and len(threads) <= MOST_DIGITS
-        if not is_number or not 1 <= int(threads) <= MOST_THREADS:
-            raise ValueError(
-                f"TINY_LLM_NUM_THREADS must be a whole number from 1 to {MOST_THREADS}, "
-                f"got {reprlib.repr(threads)}"
-            )
-        set_num_threads(int(threads))
-
-
-if not TYPE_CHECKING:
-    native = _Unavailable()
-
-_wanted = os.environ.get("TINY_LLM_KERNELS", "auto")
-if _wanted not in ("auto", "off", "portable", "avx2", "avx512"):
-    raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable, avx2 or avx512, got {_wanted!r}")
-_reason = _load(_wanted)
-if _reason is None:
-    _configure(_wanted, os.environ.get("TINY_LLM_NUM_THREADS"))
