@@ -37,8 +37,8 @@ def show() -> Lines:
             f"per head and layer, {seconds[-1]:.2f} s"
         )
     yield (
-        f"{counts[0] / counts[1]:.0f} times fewer keys, {seconds[0] / seconds[1]:.0f} times faster: a pass for "
-        "one token still reads all weights of the model"
+        f"{counts[0] / counts[1]:.0f} times fewer keys, {seconds[0] / seconds[1]:.0f} times faster: a pass "
+        "for one token still reads all weights of the model"
     )
     yield "the same tokens" if answers[0] == answers[1] else "other tokens: rounding met a near-tie"
 
