@@ -5,13 +5,12 @@ generation that gives the same tokens as recomputing everything, at a fraction o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.grouped_attention import NoCacheContext
+from tiny_llm.generate import generate
 from tiny_llm.kv_cache import (
     CachedContext,
     attention_with_cache,
@@ -19,13 +18,11 @@ from tiny_llm.kv_cache import (
     generate_with_cache,
 )
 from tiny_llm.kv_context import KVContext
-from tiny_llm.linear import Linear
-from tiny_llm.model import Model, build_model
 from tiny_llm.model_config import ModelConfig
 
-# The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
-pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
-
+from common.numpy_oracles import causal_attention
+from common.toy_arrays import column, random_qkv
+from common.toy_models import CountingModel, recompute_everything, tiny_config, tiny_model
 
 # Task 1: attention_without_cache
 
@@ -41,13 +38,13 @@ def test_task_1_no_generated_token_costs_only_the_prompt() -> None:
 
 
 def test_task_1_the_formula_counts_one_pass_more_than_a_loop_runs() -> None:
-    """Oracle: the tokens that a plain loop feeds to a model.
+    """Oracle: the tokens that `generate` of day 1.6 feeds to a model.
 
     To generate 2 tokens after 3 it runs passes over 3 and 4 tokens. The course text's formula adds the pass
     over all 5, from which no token is chosen.
     """
     model = CountingModel(Successor(tiny_config()))
-    recompute_everything(model, [1, 2, 3], 2)
+    assert list(generate(model, [1, 2, 3], 2, ())) == [4, 5]
     assert model.fed == [3, 4]
     assert attention_without_cache(3, 2) == 3 + 4 + 5, "the formula counts the pass over all 5 tokens too"
 
@@ -139,11 +136,6 @@ def test_task_2_every_context_counts_for_itself() -> None:
 # Task 3: CachedContext.attend
 
 
-def column(*values: float) -> mx.array:
-    """Values of one sequence and one head of size 1: [1, 1, L, 1]."""
-    return mx.array(values, mx.float32).reshape(1, 1, -1, 1)
-
-
 def test_task_3_equal_keys_give_the_mean_of_the_values_so_far() -> None:
     """Oracle: by hand: of 2, 4 and 9 the means so far are 2, 3 and 5."""
     context, means = CachedContext(scale=1.0), []
@@ -181,28 +173,6 @@ def test_task_3_scores_are_scaled() -> None:
     np.testing.assert_allclose(np.array(out).ravel(), [0, 6], rtol=1e-6, atol=1e-6)
 
 
-def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    """Whole sequences in float64, one query at a time: shapes as in `attend`."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    out = np.zeros_like(q)
-    for b, h, i in np.ndindex(q.shape[:3]):
-        scores = k[b, h // group, : i + 1] @ q[b, h, i] * scale
-        weights = np.exp(scores - scores.max())
-        out[b, h, i] = weights / weights.sum() @ v[b, h // group, : i + 1]
-    return out
-
-
-def random_qkv(
-    seed: int, batch: int, heads: int, kv_heads: int, length: int, size: int = 8
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys and values of one layer, float32."""
-    rng = np.random.default_rng(seed)
-    shapes = [(batch, count, length, size) for count in (heads, kv_heads, kv_heads)]
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    return q, k, v
-
-
 def attend_in_passes(
     layers: Sequence[tuple[np.ndarray, ...]], passes: Sequence[int], scale: float
 ) -> list[np.ndarray]:
@@ -224,7 +194,7 @@ PASSES = [(7,), (1, 6), (6, 1), (5, 1, 1), (2, 3, 2), (1, 1, 1, 1, 1, 1, 1)]
 @pytest.mark.parametrize("passes", PASSES)
 def test_task_3_it_makes_no_difference_in_which_pass_a_token_comes(passes: tuple[int, ...]) -> None:
     """Oracle: NumPy in float64, the whole sequence at once."""
-    qkv = random_qkv(seed=1, batch=1, heads=2, kv_heads=2, length=7)
+    qkv = random_qkv(1, (1, 2, 7, 8), (1, 2, 7, 8))
     (out,) = attend_in_passes([qkv], passes, scale=0.3)
     np.testing.assert_allclose(out, causal_attention(*qkv, 0.3), rtol=1e-4, atol=1e-5)
 
@@ -232,14 +202,14 @@ def test_task_3_it_makes_no_difference_in_which_pass_a_token_comes(passes: tuple
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(2, 3, 3), (1, 4, 2), (3, 6, 2), (2, 4, 1)])
 def test_task_3_heads_in_groups_and_several_sequences(batch: int, heads: int, kv_heads: int) -> None:
     """Oracle: NumPy in float64; query head h reads key and value head h // (H / Hkv)."""
-    qkv = random_qkv(seed=2, batch=batch, heads=heads, kv_heads=kv_heads, length=6)
+    qkv = random_qkv(2, (batch, heads, 6, 8), (batch, kv_heads, 6, 8))
     (out,) = attend_in_passes([qkv], (3, 1, 2), scale=0.4)
     np.testing.assert_allclose(out, causal_attention(*qkv, 0.4), rtol=1e-4, atol=1e-5)
 
 
 def test_task_3_every_layer_has_its_own_past() -> None:
     """Oracle: NumPy in float64, each layer alone. One past for all layers is the mistake that this finds."""
-    layers = [random_qkv(seed, batch=1, heads=4, kv_heads=2, length=5) for seed in (3, 4, 5)]
+    layers = [random_qkv(seed, (1, 4, 5, 8), (1, 2, 5, 8)) for seed in (3, 4, 5)]
     outputs = attend_in_passes(layers, (2, 1, 1, 1), scale=0.35)
     for out, qkv in zip(outputs, layers, strict=True):
         np.testing.assert_allclose(out, causal_attention(*qkv, 0.35), rtol=1e-4, atol=1e-5)
@@ -257,22 +227,6 @@ def test_task_3_every_context_has_its_own_past() -> None:
 
 
 @dataclass
-class CountingModel:
-    """A model that notes how many tokens each call brings."""
-
-    model: "Model | Successor"
-    fed: list[int] = field(default_factory=list)
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
-        self.fed.append(tokens.shape[1])
-        return self.model(tokens, context)
-
-
-@dataclass
 class Successor:
     """A model in which the likeliest token after i is always i + 1: what comes is known without computing."""
 
@@ -282,47 +236,6 @@ class Successor:
         following = (tokens + 1) % self.config.vocab_size
         logits = (following[..., None] == mx.arange(self.config.vocab_size)).astype(mx.float32)
         return logits if context.logit_rows is None else logits[:, context.logit_rows]
-
-
-def tiny_config() -> ModelConfig:
-    """Two layers, four query heads on two key and value heads of 8, a vocabulary of 50."""
-    return ModelConfig(
-        architecture="llama",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        vocab_size=50,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-
-
-@cache
-def tiny_model() -> Model:
-    """A model of random float32 matrices, strong enough in attention that the past decides what comes."""
-    config, rng = tiny_config(), np.random.default_rng(0)
-    linears, vectors = {}, {}
-    for name, shape in config.parameter_shapes.items():
-        noise = rng.normal(size=shape).astype(np.float32)
-        if len(shape) == 1:
-            vectors[name.removesuffix(".weight")] = mx.array(1 + 0.1 * noise)
-        else:
-            gain = 1.0 if "embed" in name else 2.0 * shape[1] ** -0.5
-            linears[name.removesuffix(".weight")] = Linear(mx.array(gain * noise))
-    return build_model(config, linears, vectors)
-
-
-def recompute_everything(model: Model | CountingModel, tokens: Sequence[int], max_tokens: int) -> list[int]:
-    """The tokens that come, every one from nothing: no cache, nothing kept."""
-    known = list(tokens)
-    for _ in range(max_tokens):
-        context = NoCacheContext(len(known), model.config.attention_scale)
-        logits = model(mx.array([known], mx.int32), context)
-        known.append(int(mx.argmax(logits[0, -1])))
-    return known[len(tokens) :]
 
 
 def test_task_4_counts_on_from_the_prompt() -> None:

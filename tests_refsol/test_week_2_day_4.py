@@ -7,7 +7,7 @@ third of the bytes: with 4 bits in groups of 32 and scales in float16, 5 bits a 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.kernels import compiled_kernel, kernel_info
+from tiny_llm.kernels import compiled_kernel
 from tiny_llm.quantize import (
     Quantized,
     dequantize,
@@ -387,13 +387,6 @@ def test_task_5_equals_mlx() -> None:
 
 
 # Task 6, an option: quantized_matmul.cpp. Without a file of the learner's it is the reference's kernel.
-
-
-@pytest.fixture
-def compiled() -> None:
-    """Compiled kernels, or a reason why there are none."""
-    if not kernel_info().available:
-        pytest.skip(f"no compiled kernels: {kernel_info().why_unavailable}")
 
 
 def multiply(x: mx.array, stored: Quantized, activation_bits: int = 16) -> np.ndarray:

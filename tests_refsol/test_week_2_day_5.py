@@ -8,10 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.flash_attention import Running, absorb, flash_attention
-from tiny_llm.kernels import compiled_kernel, kernel_info
-
-# The readable function is this day's matter; the warning that nothing faster stands in for it is not.
-pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
+from tiny_llm.kernels import compiled_kernel
 
 
 def nothing_seen(*shape: int) -> Running:
@@ -297,13 +294,6 @@ def test_task_2_scores_that_grow_and_fall_by_thousands(tile: int) -> None:
 
 
 # Task 3, an option: flash_attention.cpp. Without a file of the learner's it is the reference's kernel.
-
-
-@pytest.fixture
-def compiled() -> None:
-    """Compiled kernels, or a reason why there are none."""
-    if not kernel_info().available:
-        pytest.skip(f"no compiled kernels: {kernel_info().why_unavailable}")
 
 
 def by_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> np.ndarray:
