@@ -175,9 +175,11 @@ class DenseBatchManager(QueueViews[Sequence]):
         logits if R > 0. MLX computes nothing until it must: without it, prompts would pile up as one growing
         graph. With R = 0 the model's result is not evaluated, so no logits are ever computed.
 
-        >>> from tiny_llm.chunked_prefill import plan_chunks
         >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, model=None)
-        >>> manager.compute(plan_chunks(manager.running, 8)) is None
+        >>> manager.add_request([5, 6, 7], "a")
+        True
+        >>> manager.admit()
+        >>> manager.compute(plan_chunks(manager.running, budget=8)) is None  # no model
         True
         """
         if self._model is None:
@@ -250,12 +252,12 @@ class DenseBatchManager(QueueViews[Sequence]):
 
     @property
     def capacity(self) -> Capacity:
-        """How many slots are free."""
+        """The slots as blocks: how many, of how many tokens, how many of them are free."""
         nbytes = sum(cache.allocated_bytes() for slot in self._slots for cache in slot)
         return Capacity(self.max_slots, self.max_seq_len, len(self._free), nbytes)
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
-        """The leader and, once its prompt is computed, its other completions; each copies its cache."""
+        """The leader and, once its prompt is computed, its other completions, each with a slot and a copy."""
         sequences = self._queues.fork(leader)
         for fork in sequences[1:]:
             self._take_slot(fork)
