@@ -208,7 +208,7 @@ def test_task_3_heads_in_groups_and_several_sequences(batch: int, heads: int, kv
 
 
 def test_task_3_every_layer_has_its_own_past() -> None:
-    """Oracle: NumPy in float64, each layer alone. One past for all layers is the mistake that this finds."""
+    """Oracle: NumPy in float64, each layer by itself. One past for all layers is the mistake."""
     layers = [random_qkv(seed, (1, 4, 5, 8), (1, 2, 5, 8)) for seed in (3, 4, 5)]
     outputs = attend_in_passes(layers, (2, 1, 1, 1), scale=0.35)
     for out, qkv in zip(outputs, layers, strict=True):
@@ -289,7 +289,7 @@ def test_task_4_the_prompt_is_computed_once_and_each_token_after_it_alone() -> N
 
 
 def test_task_4_two_generations_side_by_side_do_not_mix() -> None:
-    """Oracle: each alone, through a plain loop that remembers nothing."""
+    """Oracle: each by itself, through a plain loop that remembers nothing."""
     prompts = [[4, 40, 14], [23, 42]]
     streams = [generate_with_cache(tiny_model(), prompt, 8, ()) for prompt in prompts]
     pairs = list(zip(*streams, strict=True))

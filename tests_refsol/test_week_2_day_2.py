@@ -59,7 +59,7 @@ def test_task_1_a_token_keeps_its_heads() -> None:
     assert stored.values[:, :2].tolist() == (keys + 100).tolist()
 
 
-def test_task_1_as_many_tokens_as_there_is_room_for() -> None:
+def test_task_1_as_many_tokens_as_fit() -> None:
     """Oracle: by hand: the last place is a place too."""
     at_once, one_by_one = small_cache(3), small_cache(3)
     stored = at_once.update(tokens([1, 2, 3]), tokens([4, 5, 6]))
@@ -252,7 +252,7 @@ def test_task_3_the_waste_does_not_depend_on_the_memory() -> None:
 def test_task_3_forty_gigabytes_hold_640_caches_of_4096_tokens() -> None:
     """Oracle: by hand: 32 heads of 128 in bfloat16 are 16 KiB a token and layer; 256 of 4,096 tokens used.
 
-    This is the course text's example: room for 640 caches of 64 MiB, of which 94% hold nothing.
+    This is the course text's example: 640 caches of 64 MiB fit, and 94% of them hold nothing.
     """
     token_bytes = 2 * 32 * 128 * 2
     found = reserve([256] * 640, 4096, token_bytes, 40 * 2**30)

@@ -21,7 +21,7 @@ def make_pool(total_blocks: int, block_size: int = 2) -> GlobalAllocator:
 
 
 def leave_free(allocator: GlobalAllocator, free: Sequence[int]) -> None:
-    """Take the whole pool and give these blocks back: the one way to say which blocks are free."""
+    """Take the whole pool and give these blocks back: the only way to say which blocks are free."""
     allocator.alloc_blocks(allocator.total_blocks)
     allocator.free_blocks_ids(free)
 
@@ -38,7 +38,7 @@ def test_task_1_blocks_are_different_and_of_this_pool() -> None:
     assert set(taken) <= {0, 1, 2}
 
 
-def test_task_1_what_is_taken_is_not_given_to_anybody_else() -> None:
+def test_task_1_what_is_taken_is_not_given_out_again() -> None:
     """Oracle: by hand: 2, 1 and 2 blocks are the whole pool."""
     allocator = make_pool(5)
     taken = [*allocator.alloc_blocks(2), *allocator.alloc_blocks(1), *allocator.alloc_blocks(2)]
@@ -118,7 +118,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_task_2_a_block_that_nobody_holds_is_refused_and_none_is_given_back(wrong: list[int]) -> None:
+def test_task_2_a_block_that_is_not_held_is_refused_and_none_is_given_back(wrong: list[int]) -> None:
     """Oracle: the docstring: blocks 0 and 1 are free, 2 and 3 are held, -1, 4 and 7 are not of this pool.
 
     Giving back the good ones before the bad one is found is the mistake that the mixed lists find.
@@ -182,7 +182,7 @@ def test_task_3_the_whole_pool_lies_side_by_side() -> None:
         allocator.alloc_contiguous(1)
 
 
-def test_task_3_what_is_taken_is_not_given_to_anybody_else() -> None:
+def test_task_3_what_is_taken_is_not_given_out_again() -> None:
     """Oracle: by hand: the rest of the pool is what is left to take."""
     allocator = make_pool(6)
     taken = [*allocator.alloc_contiguous(3), *allocator.alloc_contiguous(1)]
@@ -499,7 +499,7 @@ def test_task_6_keys_and_values_of_many_heads() -> None:
     assert mx.array_equal(stored.values, rounded[1])
 
 
-def test_task_6_sequences_that_grow_in_turns_read_back_what_they_wrote() -> None:
+def test_task_6_sequences_that_grow_alternately_read_back_what_they_wrote() -> None:
     """Oracle: a Python list for each sequence; their blocks are mixed in the pool."""
     rng, allocator = np.random.default_rng(13), make_pool(20, block_size=3)
     caches = [DynamicKVCache(allocator, name) for name in "abcd"]

@@ -430,8 +430,8 @@ def test_task_6_activations_of_8_bits_too(bits: int) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_task_6_a_row_is_the_same_bits_alone_and_among_others() -> None:
-    """Oracle: each row alone. Sums in another order for another number of rows are the mistake."""
+def test_task_6_a_row_is_the_same_bits_by_itself_and_among_others() -> None:
+    """Oracle: each row by itself. Sums in another order for another number of rows are the mistake."""
     stored = Quantized(*mx.quantize(random_matrix(40, 576, seed=23), group_size=32, bits=4), 32, 4)
     x = random_matrix(60, 576, seed=24)
     together = multiply(x, stored)

@@ -112,7 +112,7 @@ def test_task_1_a_tile_that_may_not_be_seen_at_all_leaves_nothing_and_no_nan() -
 
 
 def test_task_1_a_visible_tile_after_hidden_ones_is_exact() -> None:
-    """Oracle: the definition, over the visible tile alone."""
+    """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(3)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
     running = absorb(nothing_seen(2, 3), mx.full((2, 5), -mx.inf), mx.full((5, 3), 7.0))
@@ -121,7 +121,7 @@ def test_task_1_a_visible_tile_after_hidden_ones_is_exact() -> None:
 
 
 def test_task_1_a_hidden_tile_after_a_visible_one_changes_nothing() -> None:
-    """Oracle: the definition, over the visible tile alone."""
+    """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(4)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
     running = absorb(nothing_seen(2, 3), mx.array(scores), mx.array(values))

@@ -16,7 +16,7 @@ from tiny_llm.sequence import Sequence
 # Task 1: share_budget
 
 
-def test_task_1_who_can_be_served_whole_is() -> None:
+def test_task_1_what_fits_is_granted_completely() -> None:
     """Oracle: by hand: 1 + 5 + 1 tokens fit into 10."""
     assert share_budget([1, 5, 1], 10) == [1, 5, 1]
 
@@ -38,7 +38,7 @@ def test_task_1_answers_stand_in_the_order_of_the_wants() -> None:
 
 
 def test_task_1_prompts_are_served_first_come_first_served() -> None:
-    """Oracle: by hand: 5 and 3 are served whole, and 2 are left for the last one."""
+    """Oracle: by hand: 5 and 3 are granted completely, and 2 are left for the last one."""
     assert share_budget([5, 3, 4], 10) == [5, 3, 2]
 
 
@@ -61,7 +61,7 @@ def test_task_1_decodes_beyond_the_budget_wait() -> None:
 
 
 def test_task_1_nothing_is_wanted() -> None:
-    """Oracle: by hand: nobody gets what nobody wants."""
+    """Oracle: by hand: what is not wanted is not granted."""
     assert share_budget([], 16) == []
     assert share_budget([0, 0], 16) == [0, 0]
     assert share_budget([0, 1, 0, 2], 16) == [0, 1, 0, 2]
@@ -82,7 +82,7 @@ def test_task_1_a_budget_that_is_just_enough() -> None:
     ("wants", "budget"), [([1, 5], -1), ([], -1), ([-1], 5), ([3, 1, -2], 5), ([-2, 9], 0)]
 )
 def test_task_1_negative_numbers_are_refused(wants: list[int], budget: int) -> None:
-    """Oracle: the docstring. Counting a negative want as a prompt gives tokens that nobody has."""
+    """Oracle: the docstring. Counting a negative want as a prompt gives tokens that do not exist."""
     with pytest.raises(ValueError):
         share_budget(wants, budget)
 
@@ -106,8 +106,8 @@ def random_cases() -> list[tuple[list[int], int]]:
     return cases
 
 
-def test_task_1_nobody_gets_more_than_wanted_and_all_together_no_more_than_the_budget() -> None:
-    """Oracle: the docstring, over random cases. And everything is used while somebody wants it."""
+def test_task_1_none_gets_more_than_wanted_and_all_together_no_more_than_the_budget() -> None:
+    """Oracle: the docstring, over random cases. And everything is used that is wanted."""
     for wants, budget in random_cases():
         granted = share_budget(wants, budget)
         assert len(granted) == len(wants), (wants, budget)
@@ -266,7 +266,7 @@ def test_task_3_a_decode_computes_its_last_output() -> None:
 
 
 def test_task_3_chunks_stand_in_the_order_of_the_sequences() -> None:
-    """Oracle: `share_budget` of [9, 1, 4, 1] and 8 tokens: [6, 1, 0, 1]; who gets nothing has no chunk."""
+    """Oracle: `share_budget` of [9, 1, 4, 1] and 8 tokens: [6, 1, 0, 1]; no tokens are no chunk."""
     running = [
         sequence("long", 9),
         sequence("decode", 5, num_computed=5, outputs=1),

@@ -44,7 +44,7 @@ def test_task_2_a_prompt_is_what_it_was_when_it_came() -> None:
 def test_task_2_the_length_is_limited_by_the_request_or_the_cache(
     max_tokens: int | None, max_len: int
 ) -> None:
-    """Oracle: by hand: 3 prompt tokens and the outputs, or all 16 that the cache has room for."""
+    """Oracle: by hand: 3 prompt tokens and the outputs, or all 16 that fit into the cache."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6, 7], "a", limits(max_tokens))
     assert manager.sequence("a").max_len == max_len

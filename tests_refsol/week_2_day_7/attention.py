@@ -76,7 +76,7 @@ def test_task_1_a_token_is_seen_as_it_is_stored(dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 3)])
 def test_task_1_prompts_chunks_and_decodes_side_by_side(heads: int, kv_heads: int) -> None:
-    """Oracle: each sequence alone and at once, NumPy in float64; each of two layers has keys of its own."""
+    """Oracle: each sequence by itself, NumPy in float64; each of two layers has its own keys."""
     rng = np.random.default_rng(31)
     steps = [[(0, 0, 5), (1, 0, 2)], [(0, 5, 6), (1, 2, 6), (2, 0, 1)], [(2, 1, 4), (0, 6, 7), (1, 6, 7)]]
     lengths = [7, 7, 4]

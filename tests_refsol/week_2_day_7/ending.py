@@ -1,4 +1,4 @@
-"""Day 2.7, task 6: sequences end, their slots serve others, and no answer depends on who runs beside it.
+"""Day 2.7, task 6: sequences end, their slots serve others, and no answer depends on what runs beside it.
 
 `cancel` and `commit`, which are given, come with it.
 """
@@ -36,13 +36,13 @@ def test_task_6_a_sequence_ends_and_its_slot_is_free() -> None:
     assert not manager.has_work
 
 
-def test_task_6_who_has_ended_is_unknown() -> None:
+def test_task_6_a_sequence_that_has_ended_is_unknown() -> None:
     """Oracle: the docstring. Giving the slot back a second time is the mistake: two would share it."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6], "a", limits())
     manager.process_batch()
     manager.finish("a")
-    for name in ("a", "nobody"):
+    for name in ("a", "unknown"):
         with pytest.raises(KeyError):
             manager.finish(name)
     with pytest.raises(KeyError):
@@ -124,7 +124,7 @@ def test_task_6_a_slot_comes_back_once_though_its_owner_s_id_is_used_again() -> 
 
 
 @pytest.mark.parametrize("name", list(REQUESTS))
-def test_task_6_a_request_alone_gets_the_likeliest_tokens(name: str) -> None:
+def test_task_6_a_single_request_gets_the_likeliest_tokens(name: str) -> None:
     """Oracle: a plain loop that recomputes everything. The last place of the cache is used too."""
     tokens, params = REQUESTS[name]
     assert params.max_tokens is not None
@@ -135,8 +135,10 @@ def test_task_6_a_request_alone_gets_the_likeliest_tokens(name: str) -> None:
 @pytest.mark.parametrize(
     ("slots", "budget", "every"), [(5, 512, 0), (5, 8, 0), (5, 8, 2), (2, 6, 0), (3, 16, 5)]
 )
-def test_task_6_a_request_gets_beside_others_what_it_gets_alone(slots: int, budget: int, every: int) -> None:
-    """Oracle: each request alone. They begin together or join in the middle; slots and budget are short."""
+def test_task_6_a_request_gets_the_same_beside_others_as_by_itself(
+    slots: int, budget: int, every: int
+) -> None:
+    """Oracle: each request by itself. They begin together or join later; slots and budget are short."""
     alone: dict[str, list[int]] = {}
     for name, request in REQUESTS.items():
         alone |= answers(with_model(1), {name: request})
@@ -159,7 +161,7 @@ def test_task_6_a_slot_shows_nothing_of_its_last_owner() -> None:
 
 
 def test_task_6_completions_leave_their_slots_as_they_found_them() -> None:
-    """Oracle: each request alone; the likeliest tokens are the same for all completions of a prompt."""
+    """Oracle: each request by itself; the likeliest tokens are the same for all completions of a prompt."""
     tokens, _ = REQUESTS["r0"]
     found = answers(with_model(3, 8), {"a": (tokens, limits(9, n=3)), **REQUESTS})
     want = recompute_everything(tiny_model(), tokens, 9)
@@ -190,13 +192,13 @@ def test_task_6_a_request_that_runs_gives_back_its_slot() -> None:
 
 
 def test_task_6_unknown_and_ended_requests_are_ignored() -> None:
-    """Oracle: the docstring: cancelling twice, or too late, is nobody's fault."""
+    """Oracle: the docstring: cancelling twice, or too late, is no error."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5], "a", limits())
     manager.add_request([6], "b", limits())
     manager.process_batch()
     manager.finish("b")
-    for name in ("nobody", "b", "b", "a/0"):
+    for name in ("unknown", "b", "b", "a/0"):
         manager.cancel(name)
     assert ids(manager.running) == ["a"]
     assert manager.capacity.num_free == 1
@@ -238,7 +240,7 @@ def test_task_6_all_completions_end_whenever_it_comes(steps: int) -> None:
 
 
 def test_task_6_slots_that_were_kept_for_completions_to_come_are_free_too() -> None:
-    """Oracle: by hand: who waited for them starts."""
+    """Oracle: by hand: the request that waited for them starts."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits(n=2))
     manager.add_request([2], "b", limits(n=2))
@@ -259,7 +261,7 @@ def test_task_6_completions_that_are_left_end_when_one_has_ended_already() -> No
 
 
 def test_task_6_the_answers_of_the_others_stay_the_same() -> None:
-    """Oracle: each alone; beside them one is cancelled in the middle of its prompt, one of its answer."""
+    """Oracle: each by itself; beside them one is cancelled in the middle of its prompt, one of its answer."""
     manager = with_model(4, 12)
     core, found = EngineCore(manager, eos_token_ids=()), {}
     for name in ("r0", "r2"):
@@ -278,8 +280,8 @@ def test_task_6_the_answers_of_the_others_stay_the_same() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_task_6_in_a_long_random_mix_slots_are_conserved_and_nobody_is_overtaken(seed: int) -> None:
-    """Oracle: the invariant: a slot is free or one running sequence's; who came earlier starts earlier."""
+def test_task_6_in_a_long_random_mix_slots_are_conserved_and_none_is_overtaken(seed: int) -> None:
+    """Oracle: the invariant: a slot is free or one running sequence's; earlier requests start earlier."""
     rng = np.random.default_rng(seed)
     slots, budget = int(rng.integers(1, 5)), int(rng.integers(5, 30))
     manager, arrivals = DenseBatchManager(slots, 32, max_batched_tokens=budget), []
@@ -299,7 +301,7 @@ def test_task_6_in_a_long_random_mix_slots_are_conserved_and_nobody_is_overtaken
             if sequence.num_tokens == sequence.max_len:
                 manager.finish(seq_id)
         order = [arrivals.index(sequence.request_id) for sequence in [*manager.running, *manager.waiting]]
-        assert order == sorted(order), "somebody was overtaken"
+        assert order == sorted(order), "a request was overtaken"
     for _ in range(2000):
         ready = manager.process_batch()
         manager.commit(dict.fromkeys(ready, 5))
@@ -309,5 +311,5 @@ def test_task_6_in_a_long_random_mix_slots_are_conserved_and_nobody_is_overtaken
                 manager.finish(seq_id)
         if not manager.has_work:
             break
-    assert not manager.has_work, "everybody's turn comes"
+    assert not manager.has_work, "every request ends"
     assert manager.capacity.num_free == slots

@@ -138,7 +138,7 @@ class Watched:
 
 
 def test_task_4_logits_that_are_needed_are_computed_before_it_returns() -> None:
-    """Oracle: MLX's own graph of the result. A lazy result would be computed by whoever reads it first."""
+    """Oracle: MLX's own graph of the result. A lazy result is computed by the first line that reads it."""
     manager = started(with_model(1), a=prompt(5, 13))
     logits = manager.compute(planned(manager))
     assert logits is not None
@@ -183,7 +183,7 @@ def test_task_5_a_prompt_is_computed_and_is_ready() -> None:
     assert manager.sequence("a").num_computed == 3
 
 
-def test_task_5_where_there_is_nothing_to_do_nobody_is_ready() -> None:
+def test_task_5_if_there_is_nothing_to_do_none_is_ready() -> None:
     """Oracle: by hand: without a request, and with one whose token is not chosen yet."""
     manager = DenseBatchManager(2, 16)
     assert len(manager.process_batch()) == 0
@@ -194,7 +194,7 @@ def test_task_5_where_there_is_nothing_to_do_nobody_is_ready() -> None:
 
 
 def test_task_5_a_long_prompt_is_computed_in_chunks() -> None:
-    """Oracle: by hand: 10 tokens at 4 a step; nobody is ready before the last one."""
+    """Oracle: by hand: 10 tokens at 4 a step; none is ready before the last one."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits())
     found = [(list(manager.process_batch()), manager.sequence("a").num_computed) for _ in range(3)]
@@ -213,7 +213,7 @@ def test_task_5_prompts_share_a_step() -> None:
 
 
 def test_task_5_a_single_token_is_computed_beside_an_older_long_prompt() -> None:
-    """Oracle: `share_budget`: of 4 tokens one goes to who wants one. Serving in order is the mistake."""
+    """Oracle: `share_budget`: of 4 tokens one is the decode's. Serving in order is the mistake."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "long", limits())
     manager.add_request([5], "short", limits())
@@ -221,7 +221,7 @@ def test_task_5_a_single_token_is_computed_beside_an_older_long_prompt() -> None
     assert manager.sequence("long").num_computed == 3
 
 
-def test_task_5_who_has_waited_longest_starts_first() -> None:
+def test_task_5_the_one_that_has_waited_longest_starts_first() -> None:
     """Oracle: by hand: there are slots for two of four."""
     manager = DenseBatchManager(2, 16)
     for name in ("d", "c", "b", "a"):
@@ -233,8 +233,8 @@ def test_task_5_who_has_waited_longest_starts_first() -> None:
     assert ids(manager.waiting) == ["b", "a"]
 
 
-def test_task_5_who_comes_later_starts_in_the_next_step() -> None:
-    """Oracle: by hand: nobody waits for the others to end."""
+def test_task_5_a_request_that_comes_later_starts_in_the_next_step() -> None:
+    """Oracle: by hand: it does not wait for the others to end."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 6, "a", limits())
     manager.process_batch()
@@ -242,7 +242,7 @@ def test_task_5_who_comes_later_starts_in_the_next_step() -> None:
     assert set(manager.process_batch()) == {"a", "b"}
 
 
-def test_task_5_who_starts_holds_a_slot_although_there_is_no_budget_for_it_yet() -> None:
+def test_task_5_a_request_that_starts_holds_a_slot_before_there_is_budget_for_it() -> None:
     """Oracle: by hand: the first prompt uses up the step, and both run."""
     manager = DenseBatchManager(3, 16, max_batched_tokens=4)
     manager.add_request([1] * 8, "a", limits())
@@ -268,7 +268,7 @@ def test_task_5_completions_are_forked_when_their_prompt_is_computed() -> None:
 
 
 def test_task_5_completions_need_a_slot_each_to_start() -> None:
-    """Oracle: by hand: one slot is free, and two are needed. Who comes behind does not overtake."""
+    """Oracle: by hand: one slot is free, and two are needed. A later request does not overtake."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([1], "a", limits())
     manager.add_request([2], "b", limits(n=2))
@@ -293,7 +293,7 @@ def test_task_5_slots_of_completions_to_come_are_not_given_away() -> None:
     assert ids(manager.waiting) == ["b"]
 
 
-def test_task_5_slots_are_kept_for_all_who_start_in_the_same_step() -> None:
+def test_task_5_slots_are_kept_for_all_that_start_in_the_same_step() -> None:
     """Oracle: by hand: two leaders and a fork of each are all four slots; the third request waits."""
     manager = DenseBatchManager(4, 16, max_batched_tokens=4)
     manager.add_request([1] * 6, "a", limits(n=2))
@@ -317,7 +317,7 @@ def test_task_5_a_prompt_of_which_all_logits_are_wanted_comes_in_smaller_chunks(
 
 @pytest.mark.parametrize("budget", [3, 8, 512])
 def test_task_5_logits_are_those_of_each_sequence_alone(budget: int) -> None:
-    """Oracle: the model without cache and batch. The prompts are packed, whole or in chunks."""
+    """Oracle: the model without cache and batch. The prompts are packed, complete or in chunks."""
     prompts = {"a": prompt(7, 1), "b": prompt(1, 2), "c": prompt(12, 3)}
     manager, found = with_model(3, budget), {}
     for name, tokens in prompts.items():
@@ -373,7 +373,7 @@ def test_task_5_each_sequence_gets_its_own_token() -> None:
     assert [manager.sequence(name).outputs for name in ("a/0", "a/1", "b")] == [[3], [2], [1]]
 
 
-def test_task_5_who_gets_no_token_stays_as_it_is() -> None:
+def test_task_5_a_sequence_without_a_new_token_stays_as_it_is() -> None:
     """Oracle: by hand: a prompt that is still computed gets no token, and no tokens change nothing."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([5], "a", limits())
