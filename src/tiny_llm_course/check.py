@@ -3,40 +3,51 @@
 What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
 reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
 day blanked can be imported and is formatted; each day passes while all days after it are blank, so no test
-needs a later day.
+needs a later day; the examples of the docstrings hold, and the second solutions pass.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import cpp
+from .examples import failing_examples
 from .house import House
-from .rules import Problem, static_problems
+from .problem import Problem, last_lines
+from .rules import static_problems
 from .runs import overlay_of, run_python, run_suites
+from .second_solutions import failing_solutions
 from .source import blanked
 from .starter import starter
 from .syllabus import Day, Exercise, Kernel, Syllabus
 
-LAST_LINES = 15
 Check = Callable[[], list[Problem]]
 
 
 def check(
-    house: House, syllabus: Syllabus, report: Callable[[str, int, int], None], *, static_only: bool = False
+    house: House,
+    syllabus: Syllabus,
+    report: Callable[[str, int, int], None],
+    *,
+    static_only: bool = False,
+    only: Collection[Day] = (),
 ) -> list[Problem]:
     """Everything that is wrong with the course.
 
-    report: told what was done, how many checks have been made, and of how many.
+    report: told what was done, how many checks have been made, and of how many. static_only: only what can be
+    read, and the examples. only: the days to run, none for all; what can be read is read of all days.
     """
     found = static_problems(house, syllabus)
     report("syllabus, starters and suites read", 0, 0)
-    if found or static_only:
+    if found:
         return found
-    checks = list(_checks(house, syllabus))
+    days = [day for day in syllabus.days if not day.is_to_come]
+    checks = list(_example_checks(house, syllabus))
+    if not static_only:
+        checks += _checks(house, days, [day for day in days if not only or day in only])
     done = 0
 
     def run(named: tuple[str, Check]) -> list[Problem]:
@@ -52,11 +63,18 @@ def check(
     return found
 
 
-def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
-    days = [day for day in syllabus.days if not day.is_to_come]
-    for place, day in enumerate(days):
+def _example_checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
+    """With compiled kernels and without, an example gives the same."""
+    yield "examples", lambda: failing_examples(house, syllabus)
+    off = {"TINY_LLM_KERNELS": "off"}
+    yield "examples without compiled kernels", lambda: failing_examples(house, syllabus, off)
+
+
+def _checks(house: House, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tuple[str, Check]]:
+    yield "second solutions", lambda: failing_solutions(house, only)
+    for day in only:
         yield f"{day.id} as it begins", lambda d=day: _day_begun(house, d)  # type: ignore[misc]
-        if later := days[place + 1 :]:
+        if later := days[days.index(day) + 1 :]:
             yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(house, d, after)  # type: ignore[misc]
         yield f"{day.id} on the reference", lambda d=day: _reference_passes(house, d)  # type: ignore[misc]
         for exercise in day.exercises:
@@ -73,7 +91,7 @@ def _reference_passes(house: House, day: Day) -> list[Problem]:
         run = run_suites(reference, [house.suites / day.suite], ["-q"], quiet=True)
     if run.returncode == 0:
         return []
-    return [Problem("reference", day.suite, f"fails on the reference\n{_last(run.stdout)}")]
+    return [Problem("reference", day.suite, f"fails on the reference\n{last_lines(run.stdout)}")]
 
 
 def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]:
@@ -85,7 +103,7 @@ def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]
     if run.returncode == 0:
         return [Problem("blank", exercise.id, f"{day.suite} passes although {exercise.name} is blank")]
     if exercise.message not in run.stdout:
-        return [Problem("blank", exercise.id, f"fails without its message\n{_last(run.stdout)}")]
+        return [Problem("blank", exercise.id, f"fails without its message\n{last_lines(run.stdout)}")]
     return []
 
 
@@ -94,9 +112,9 @@ def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
     source = (cpp.sources(house) / kernel.file).read_text(encoding="utf-8")
     whole, stopped = cpp.compiles(house, source), cpp.compiles(house, cpp.starter(house, kernel))
     if whole.returncode:
-        return [Problem("reference", kernel.file, f"does not compile\n{_last(whole.stderr)}")]
+        return [Problem("reference", kernel.file, f"does not compile\n{last_lines(whole.stderr)}")]
     if not stopped.returncode or kernel.message not in stopped.stderr:
-        return [Problem("blank", kernel.id, f"compiles without its message\n{_last(stopped.stderr)}")]
+        return [Problem("blank", kernel.id, f"compiles without its message\n{last_lines(stopped.stderr)}")]
     return []
 
 
@@ -108,7 +126,7 @@ def _day_begun(house: House, day: Day) -> list[Problem]:
         modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
         run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
-            found.append(Problem("starter", day.id, f"cannot be imported\n{_last(run.stderr)}"))
+            found.append(Problem("starter", day.id, f"cannot be imported\n{last_lines(run.stderr)}"))
         found += _formatted(house, begun.overlay, day)
     return found
 
@@ -121,7 +139,9 @@ def _later_blank(house: House, day: Day, later: Sequence[Day]) -> list[Problem]:
         run = run_suites(begun, [house.suites / day.suite], ["-q", "-x"], quiet=True)
     if run.returncode == 0:
         return []
-    return [Problem("later day", day.id, f"fails while the days after it are blank\n{_last(run.stdout)}")]
+    return [
+        Problem("later day", day.id, f"fails while the days after it are blank\n{last_lines(run.stdout)}")
+    ]
 
 
 def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
@@ -140,8 +160,4 @@ def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
     run = subprocess.run(command, text=True, capture_output=True, check=False)
     if run.returncode == 0:
         return []
-    return [Problem("starter", day.id, f"is not formatted\n{_last(run.stdout + run.stderr)}")]
-
-
-def _last(output: str) -> str:
-    return "\n".join(f"    {line}" for line in output.splitlines()[-LAST_LINES:])
+    return [Problem("starter", day.id, f"is not formatted\n{last_lines(run.stdout + run.stderr)}")]

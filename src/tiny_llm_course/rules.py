@@ -9,13 +9,15 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
 
-from . import cpp
+from . import cpp, pending
 from .errors import CourseError
+from .examples import missing_examples
 from .house import House
 from .may_use import may_use
+from .problem import Problem
 from .progress import public_names
+from .second_solutions import missing_solutions, unsound_solutions
 from .source import (
     Function,
     body_lines,
@@ -41,17 +43,6 @@ COMMON |= {name for kind in (Future, OrderedDict, array) for name in dir(kind)} 
 BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
 
 
-class Problem(NamedTuple):
-    """A rule that does not hold: which, where, and what was found."""
-
-    rule: str
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.rule}: {self.where}: {self.what}"
-
-
 def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
     """Everything that is wrong without running anything."""
     startable = [day for day in syllabus.days if not day.is_to_come]
@@ -64,9 +55,16 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
     found += _suites_there(house, startable)
     for day in startable:
         suite = house.suites / day.suite
-        for file in suite_files(suite):
+        files = suite_files(suite)
+        for file in files:
             found += _suite_problems(house, syllabus, day, file)
         found += _parts_problems(suite)
+        found += _twice(house.suites, files)
+        if day.id not in pending.WITHOUT_EXAMPLES:
+            found += missing_examples(house, day)
+        if day.id not in pending.WITHOUT_SECOND_SOLUTION:
+            found += missing_solutions(house, day)
+    found += unsound_solutions(house, startable)
     return found
 
 
@@ -177,6 +175,8 @@ def _of_other_packages(source: str) -> set[str]:
 
 def _calls(source: str, name: str) -> bool:
     """Whether a module uses a name that it does not define itself."""
+    if name not in source:
+        return False
     tree = ast.parse(source)
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {name for _, name in imported(source)}
@@ -210,19 +210,30 @@ def _suites_there(house: House, days: Iterable[Day]) -> Iterator[Problem]:
 
 
 def _parts_problems(suite: Path) -> Iterator[Problem]:
-    """The day's own file imports all files of its folder, and no two tests of a day have one name."""
+    """The day's own file imports all files of its folder."""
     own = imported_files(suite.parent, suite) if suite.exists() else []
     for part in parts_of(suite):
         if part not in own:
             yield Problem("suites", _shown(suite.parent, part), f"{suite.name} does not import it")
+
+
+def _twice(suites: Path, files: Iterable[Path]) -> Iterator[Problem]:
+    """Tests or fixtures of one name in several files: the last that is imported hides the others."""
     where: dict[str, str] = {}
-    for file in suite_files(suite):
+    for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, Function) and node.name.startswith("test_"):
-                here = f"{_shown(suite.parent, file)}, line {node.lineno}"
+            if isinstance(node, Function) and _is_pytests(node):
+                here = f"{_shown(suites, file)}, line {node.lineno}"
                 first = where.setdefault(node.name, here)
                 if first != here:
-                    yield Problem("suites", here, f"{node.name} is also in {first}: one of them is never run")
+                    yield Problem("suites", here, f"{node.name} is also in {first}: one hides the other")
+
+
+def _is_pytests(node: Function) -> bool:
+    """Whether pytest finds a function by its name: a test or a fixture."""
+    return node.name.startswith("test_") or any(
+        "fixture" in ast.unparse(decorator) for decorator in node.decorator_list
+    )
 
 
 def _shown(suites: Path, file: Path) -> str:

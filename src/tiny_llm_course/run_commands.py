@@ -107,8 +107,12 @@ def on_test_refsol(
 
 
 def on_course_check(
+    days: Annotated[
+        list[str] | None, typer.Argument(metavar="[DAY...]", help="Run only these days, such as 3.2.")
+    ] = None,
     static_only: Annotated[
-        bool, typer.Option("--static", help="Only what can be read from the files: seconds.")
+        bool,
+        typer.Option("--static", help="Only what can be read from the files, and examples: seconds."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list of problems.")] = False,
 ) -> int:
@@ -116,7 +120,8 @@ def on_course_check(
 
     Every blank exercise makes a test of its day fail, with its own message; every starter imports, is
     formatted and leaks no line of its solution; no test needs a later day, looks into private names or
-    asserts block ids; the reference passes all.
+    asserts block ids; every exercise has an example that holds; the reference and the second solutions pass
+    all.
     """
     house, syllabus = open_course()
 
@@ -124,7 +129,8 @@ def on_course_check(
         if not as_json:
             print(f"[{done}/{total}] {what}" if total else what, flush=True)
 
-    problems = check(house, syllabus, report, static_only=static_only)
+    only = [syllabus.to_start(day) for day in days or ()]
+    problems = check(house, syllabus, report, static_only=static_only, only=only)
     if as_json:
         print(json.dumps([problem._asdict() for problem in problems]))
     else:

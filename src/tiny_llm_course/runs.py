@@ -94,10 +94,15 @@ def run_suite_of(house: House, day: Day, arguments: Sequence[str], about: str, t
         return read_outcome(stored, run.returncode)
 
 
-def run_python(house: House, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run Python on the engine as this house's overlay has it, and keep what it prints."""
-    command = [sys.executable, *arguments]
-    return _run(command, house, _environment(house, ""), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def run_python(
+    house: House, arguments: Sequence[str], variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python on the engine as this house's overlay has it, and keep what it prints.
+
+    variables: of the environment, beside those that it has.
+    """
+    command, environment = [sys.executable, *arguments], {**_environment(house, ""), **(variables or {})}
+    return _run(command, house, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def begin_python(house: House, arguments: Sequence[str]) -> subprocess.Popen[str]:
