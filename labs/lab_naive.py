@@ -56,10 +56,10 @@ class Crowd(NamedTuple):
 
     def caches(self, max_seq_len: int) -> Iterator[NaiveKVCache]:
         """A cache for each, filled to its length; they take no memory until they are evaluated."""
-        shape = (self.num_heads, self.head_dim)
         for length in self.lengths:
-            cache = NaiveKVCache(max_seq_len, *shape, DTYPE)
-            cache.update(mx.zeros((length, *shape), DTYPE), mx.zeros((length, *shape), DTYPE))
+            cache = NaiveKVCache(max_seq_len, self.num_heads, self.head_dim, DTYPE)
+            tokens = mx.zeros((self.num_heads, length, self.head_dim), DTYPE)
+            cache.update(tokens, tokens)
             yield cache
 
     def ask(self, max_seq_len: int) -> Memory:

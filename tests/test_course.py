@@ -1036,7 +1036,7 @@ def test_a_kernel_of_the_learners_runs_in_place_of_the_references(tmp_path: Path
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
     replace(
         tmp_path / "quantized_matmul.cpp",
-        f'\n#error "{syllabus_of(House.here()).exercise("2.4.4").message}"',
+        f'\n#error "{syllabus_of(House.here()).exercise("2.4.6").message}"',
         PLAIN_MATMUL,
     )
     built = run(["build-kernels"], tmp_path)

@@ -5,13 +5,12 @@ generation that gives the same tokens as recomputing everything, at a fraction o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.grouped_attention import NoCacheContext
+from tiny_llm.generate import generate
 from tiny_llm.kv_cache import (
     CachedContext,
     attention_with_cache,
@@ -19,14 +18,11 @@ from tiny_llm.kv_cache import (
     generate_with_cache,
 )
 from tiny_llm.kv_context import KVContext
-from tiny_llm.linear import Linear
-from tiny_llm.model import Model, build_model
 
+from common.numpy_oracles import causal_attention
+from common.toy_arrays import column, random_qkv
+from common.toy_models import CountingModel, recompute_everything, tiny_config, tiny_model
 from tiny_llm_checkpoints.model_config import ModelConfig
-
-# The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
-pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
-
 
 # Task 1: attention_without_cache
 
@@ -36,17 +32,31 @@ def test_task_1_one_generated_token_costs_the_prompt_and_then_the_prompt_with_it
     assert attention_without_cache(3, 1) == 3 + 4
 
 
-def test_task_1_no_generated_token_costs_the_prompt_alone() -> None:
+def test_task_1_no_generated_token_costs_only_the_prompt() -> None:
     """Oracle: counted by hand."""
     assert attention_without_cache(5, 0) == 5
+
+
+def test_task_1_the_formula_counts_one_pass_more_than_a_loop_runs() -> None:
+    """Oracle: the tokens that `generate` of day 1.6 feeds to a model.
+
+    To generate 2 tokens after 3 it runs passes over 3 and 4 tokens. The course text's formula adds the pass
+    over all 5, from which no token is chosen.
+    """
+    model = CountingModel(Successor(tiny_config()))
+    assert list(generate(model, [1, 2, 3], 2, ())) == [4, 5]
+    assert model.fed == [3, 4]
+    assert attention_without_cache(3, 2) == 3 + 4 + 5, "the formula counts the pass over all 5 tokens too"
 
 
 def test_task_1_a_prompt_of_128_and_100_tokens() -> None:
     """Oracle: by hand: 128 for the prompt, 100 * 128 for the prompt again, 1 + 2 + ... + 100 for the tokens.
 
-    The figure 16,576 that some texts print does not follow from the definition.
+    The last of the 101 passes goes over all 228 tokens. The figure 16,576 that some texts print does not
+    follow from the definition.
     """
     assert attention_without_cache(128, 100) == 128 + 12_800 + 5_050 == 17_978
+    assert attention_with_cache(128, 100) == 228, "given: each token is computed once"
 
 
 @pytest.mark.parametrize(("prompt_len", "gen_len"), [(1, 1), (1, 7), (4, 3), (10, 25), (100, 2)])
@@ -66,147 +76,101 @@ def test_task_1_ten_times_the_tokens_cost_a_hundred_times_the_keys() -> None:
     )
 
 
-# Task 2: attention_with_cache
+# Task 2: CachedContext.begin_pass
 
 
-def test_task_2_every_token_is_computed_once() -> None:
-    """Oracle: counted by hand."""
-    assert attention_with_cache(3, 1) == 4
-    assert attention_with_cache(5, 0) == 5
-
-
-def test_task_2_a_prompt_of_128_and_100_tokens() -> None:
-    """Oracle: by hand: 128 and 100."""
-    assert attention_with_cache(128, 100) == 228
-
-
-def test_task_2_ten_times_the_tokens_cost_ten_times_the_keys() -> None:
-    """Oracle: the definition: the count grows with the length, not with its square."""
-    assert attention_with_cache(1, 10_000) / attention_with_cache(1, 1_000) == pytest.approx(10, rel=0.01)
-
-
-# Task 3: CachedContext.expect
-
-
-def test_task_3_the_first_pass_stands_at_the_beginning() -> None:
+def test_task_2_the_first_pass_stands_at_the_beginning() -> None:
     """Oracle: by hand."""
     context = CachedContext(scale=1.0)
-    context.expect(3)
+    context.begin_pass(3)
     assert context.positions.tolist() == [0, 1, 2]
 
 
-def test_task_3_the_next_passes_stand_behind_all_before() -> None:
+def test_task_2_the_next_passes_stand_behind_all_before() -> None:
     """Oracle: by hand. Positions that begin at 0 in each pass are the mistake that this finds."""
     context = CachedContext(scale=1.0)
-    context.expect(3)
-    context.expect(1)
+    context.begin_pass(3)
+    context.begin_pass(1)
     assert context.positions.tolist() == [3]
-    context.expect(2)
+    context.begin_pass(2)
     assert context.positions.tolist() == [4, 5]
-    context.expect(1)
+    context.begin_pass(1)
     assert context.positions.tolist() == [6]
 
 
-def test_task_3_only_the_last_of_the_new_tokens_needs_logits() -> None:
+def test_task_2_only_the_last_of_the_new_tokens_needs_logits() -> None:
     """Oracle: by hand: a row counts from the start of its pass, and is no position in the sequence."""
     context = CachedContext(scale=1.0)
     for num_new_tokens, row in [(3, 2), (1, 0), (4, 3), (1, 0)]:
-        context.expect(num_new_tokens)
+        context.begin_pass(num_new_tokens)
         assert context.logit_rows is not None
         assert context.logit_rows.tolist() == [row]
 
 
-def test_task_3_all_tokens_that_came_are_counted() -> None:
+def test_task_2_all_tokens_that_came_are_counted() -> None:
     """Oracle: by hand: 3 and 1 are 4, and 2 more are 6."""
     context = CachedContext(scale=1.0)
     for num_new_tokens, counted in [(3, 3), (1, 4), (2, 6)]:
-        context.expect(num_new_tokens)
+        context.begin_pass(num_new_tokens)
         assert context.num_tokens == counted
 
 
-def test_task_3_positions_are_int32() -> None:
+def test_task_2_positions_are_int32() -> None:
     """Oracle: the protocol of a context, `kv_context.KVContext`."""
     context = CachedContext(scale=1.0)
     for num_new_tokens in (4, 1):
-        context.expect(num_new_tokens)
+        context.begin_pass(num_new_tokens)
         assert context.positions.dtype == mx.int32
         assert context.positions.shape == (num_new_tokens,)
 
 
-def test_task_3_every_context_counts_for_itself() -> None:
+def test_task_2_every_context_counts_for_itself() -> None:
     """Oracle: by hand."""
     first, second = CachedContext(scale=1.0), CachedContext(scale=1.0)
-    first.expect(5)
-    second.expect(2)
+    first.begin_pass(5)
+    second.begin_pass(2)
     assert first.positions.tolist() == [0, 1, 2, 3, 4]
     assert second.positions.tolist() == [0, 1]
 
 
-# Task 4: CachedContext.attend
+# Task 3: CachedContext.attend
 
 
-def column(*values: float) -> mx.array:
-    """Values of one sequence and one head of size 1: [1, 1, L, 1]."""
-    return mx.array(values, mx.float32).reshape(1, 1, -1, 1)
-
-
-def test_task_4_equal_keys_give_the_mean_of_the_values_so_far() -> None:
+def test_task_3_equal_keys_give_the_mean_of_the_values_so_far() -> None:
     """Oracle: by hand: of 2, 4 and 9 the means so far are 2, 3 and 5."""
     context, means = CachedContext(scale=1.0), []
     for value in (2.0, 4.0, 9.0):
-        context.expect(1)
+        context.begin_pass(1)
         out = context.attend(0, column(1.0), column(0.0), column(value))
         assert out.shape == (1, 1, 1, 1)
         means.append(out.item())
     np.testing.assert_allclose(means, [2, 3, 5], rtol=1e-6)
 
 
-def test_task_4_tokens_of_one_pass_do_not_see_the_ones_behind_them() -> None:
+def test_task_3_tokens_of_one_pass_do_not_see_the_ones_behind_them() -> None:
     """Oracle: by hand: the same means when all three tokens come in one pass."""
     context = CachedContext(scale=1.0)
-    context.expect(3)
+    context.begin_pass(3)
     out = context.attend(0, column(1, 1, 1), column(0, 0, 0), column(2, 4, 9))
     np.testing.assert_allclose(np.array(out).ravel(), [2, 3, 5], rtol=1e-6)
 
 
-def test_task_4_a_later_pass_sees_the_whole_past() -> None:
+def test_task_3_a_later_pass_sees_the_whole_past() -> None:
     """Oracle: by hand. A mask that is causal from the first key on, not up to the last, hides the past."""
     context = CachedContext(scale=1.0)
-    context.expect(1)
+    context.begin_pass(1)
     context.attend(0, column(1), column(0), column(2))
-    context.expect(2)
+    context.begin_pass(2)
     out = context.attend(0, column(1, 1), column(0, 0), column(4, 9))
     np.testing.assert_allclose(np.array(out).ravel(), [3, 5], rtol=1e-6)
 
 
-def test_task_4_scores_are_scaled() -> None:
+def test_task_3_scores_are_scaled() -> None:
     """Oracle: by hand: with scores 0 and ln 3 * 2 * 0.5 the weights are 1/4 and 3/4."""
     context = CachedContext(scale=0.5)
-    context.expect(2)
+    context.begin_pass(2)
     out = context.attend(0, column(2, 2), column(0, np.log(3)), column(0, 8))
     np.testing.assert_allclose(np.array(out).ravel(), [0, 6], rtol=1e-6, atol=1e-6)
-
-
-def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
-    """Whole sequences in float64, one query at a time: shapes as in `attend`."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    out = np.zeros_like(q)
-    for b, h, i in np.ndindex(q.shape[:3]):
-        scores = k[b, h // group, : i + 1] @ q[b, h, i] * scale
-        weights = np.exp(scores - scores.max())
-        out[b, h, i] = weights / weights.sum() @ v[b, h // group, : i + 1]
-    return out
-
-
-def random_qkv(
-    seed: int, batch: int, heads: int, kv_heads: int, length: int, size: int = 8
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys and values of one layer, float32."""
-    rng = np.random.default_rng(seed)
-    shapes = [(batch, count, length, size) for count in (heads, kv_heads, kv_heads)]
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    return q, k, v
 
 
 def attend_in_passes(
@@ -216,7 +180,7 @@ def attend_in_passes(
     context, start = CachedContext(scale), 0
     outputs: list[list[np.ndarray]] = [[] for _ in layers]
     for count in passes:
-        context.expect(count)
+        context.begin_pass(count)
         for layer, qkv in enumerate(layers):
             q, k, v = (mx.array(x[:, :, start : start + count]) for x in qkv)
             outputs[layer].append(np.array(context.attend(layer, q, k, v)))
@@ -228,54 +192,38 @@ PASSES = [(7,), (1, 6), (6, 1), (5, 1, 1), (2, 3, 2), (1, 1, 1, 1, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("passes", PASSES)
-def test_task_4_it_makes_no_difference_in_which_pass_a_token_comes(passes: tuple[int, ...]) -> None:
+def test_task_3_it_makes_no_difference_in_which_pass_a_token_comes(passes: tuple[int, ...]) -> None:
     """Oracle: NumPy in float64, the whole sequence at once."""
-    qkv = random_qkv(seed=1, batch=1, heads=2, kv_heads=2, length=7)
+    qkv = random_qkv(1, (1, 2, 7, 8), (1, 2, 7, 8))
     (out,) = attend_in_passes([qkv], passes, scale=0.3)
     np.testing.assert_allclose(out, causal_attention(*qkv, 0.3), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(2, 3, 3), (1, 4, 2), (3, 6, 2), (2, 4, 1)])
-def test_task_4_heads_in_groups_and_several_sequences(batch: int, heads: int, kv_heads: int) -> None:
+def test_task_3_heads_in_groups_and_several_sequences(batch: int, heads: int, kv_heads: int) -> None:
     """Oracle: NumPy in float64; query head h reads key and value head h // (H / Hkv)."""
-    qkv = random_qkv(seed=2, batch=batch, heads=heads, kv_heads=kv_heads, length=6)
+    qkv = random_qkv(2, (batch, heads, 6, 8), (batch, kv_heads, 6, 8))
     (out,) = attend_in_passes([qkv], (3, 1, 2), scale=0.4)
     np.testing.assert_allclose(out, causal_attention(*qkv, 0.4), rtol=1e-4, atol=1e-5)
 
 
-def test_task_4_every_layer_has_its_own_past() -> None:
-    """Oracle: NumPy in float64, each layer alone. One past for all layers is the mistake that this finds."""
-    layers = [random_qkv(seed, batch=1, heads=4, kv_heads=2, length=5) for seed in (3, 4, 5)]
+def test_task_3_every_layer_has_its_own_past() -> None:
+    """Oracle: NumPy in float64, each layer by itself. One past for all layers is the mistake."""
+    layers = [random_qkv(seed, (1, 4, 5, 8), (1, 2, 5, 8)) for seed in (3, 4, 5)]
     outputs = attend_in_passes(layers, (2, 1, 1, 1), scale=0.35)
     for out, qkv in zip(outputs, layers, strict=True):
         np.testing.assert_allclose(out, causal_attention(*qkv, 0.35), rtol=1e-4, atol=1e-5)
 
 
-def test_task_4_every_context_has_its_own_past() -> None:
+def test_task_3_every_context_has_its_own_past() -> None:
     """Oracle: by hand: a second sequence begins with nothing."""
     for value in (2.0, 5.0):
         context = CachedContext(scale=1.0)
-        context.expect(1)
+        context.begin_pass(1)
         assert context.attend(0, column(1), column(0), column(value)).item() == pytest.approx(value)
 
 
-# Task 5: generate_with_cache
-
-
-@dataclass
-class CountingModel:
-    """A model that notes how many tokens each call brings."""
-
-    model: "Model | Successor"
-    fed: list[int] = field(default_factory=list)
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
-        self.fed.append(tokens.shape[1])
-        return self.model(tokens, context)
+# Task 4: generate_with_cache
 
 
 @dataclass
@@ -290,71 +238,30 @@ class Successor:
         return logits if context.logit_rows is None else logits[:, context.logit_rows]
 
 
-def tiny_config() -> ModelConfig:
-    """Two layers, four query heads on two key and value heads of 8, a vocabulary of 50."""
-    return ModelConfig(
-        architecture="llama",
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        vocab_size=50,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-
-
-@cache
-def tiny_model() -> Model:
-    """A model of random float32 matrices, strong enough in attention that the past decides what comes."""
-    config, rng = tiny_config(), np.random.default_rng(0)
-    linears, vectors = {}, {}
-    for name, shape in config.parameter_shapes.items():
-        noise = rng.normal(size=shape).astype(np.float32)
-        if len(shape) == 1:
-            vectors[name.removesuffix(".weight")] = mx.array(1 + 0.1 * noise)
-        else:
-            gain = 1.0 if "embed" in name else 2.0 * shape[1] ** -0.5
-            linears[name.removesuffix(".weight")] = Linear(mx.array(gain * noise))
-    return build_model(config, linears, vectors)
-
-
-def recompute_everything(model: Model, tokens: Sequence[int], max_tokens: int) -> list[int]:
-    """The tokens that come, every one from nothing: no cache, nothing kept."""
-    known = list(tokens)
-    for _ in range(max_tokens):
-        context = NoCacheContext(len(known), model.config.attention_scale)
-        logits = model(mx.array([known], mx.int32), context)
-        known.append(int(mx.argmax(logits[0, -1])))
-    return known[len(tokens) :]
-
-
-def test_task_5_counts_on_from_the_prompt() -> None:
+def test_task_4_counts_on_from_the_prompt() -> None:
     """Oracle: by hand, with a model that always counts on."""
     assert list(generate_with_cache(Successor(tiny_config()), [3], 4, ())) == [4, 5, 6, 7]
     assert list(generate_with_cache(Successor(tiny_config()), [30, 9, 20], 2, ())) == [21, 22]
     assert list(generate_with_cache(Successor(tiny_config()), [48], 2, ())) == [49, 0]
 
 
-def test_task_5_an_end_token_is_the_last_one_and_is_given_too() -> None:
+def test_task_4_an_end_token_is_the_last_one_and_is_given_too() -> None:
     """Oracle: by hand, with a model that always counts on."""
     assert list(generate_with_cache(Successor(tiny_config()), [3], 10, (99, 6))) == [4, 5, 6]
 
 
-def test_task_5_an_end_token_in_the_prompt_ends_nothing() -> None:
+def test_task_4_an_end_token_in_the_prompt_ends_nothing() -> None:
     """Oracle: by hand, with a model that always counts on."""
     assert list(generate_with_cache(Successor(tiny_config()), [6, 3], 2, (6,))) == [4, 5]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2])
-def test_task_5_at_most_max_tokens_come(max_tokens: int) -> None:
+def test_task_4_at_most_max_tokens_come(max_tokens: int) -> None:
     """Oracle: by hand, with a model that always counts on."""
     assert list(generate_with_cache(Successor(tiny_config()), [8], max_tokens, ())) == [9, 10][:max_tokens]
 
 
-def test_task_5_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -> None:
+def test_task_4_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -> None:
     """Oracle: the docstring."""
     model = CountingModel(Successor(tiny_config()))
     stream = generate_with_cache(model, [], 3, ())
@@ -364,13 +271,13 @@ def test_task_5_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -
 
 
 @pytest.mark.parametrize("prompt", [[7], [41, 3], [11, 5, 5, 30, 2, 49, 0, 17, 8]])
-def test_task_5_gives_the_tokens_of_recomputing_everything(prompt: list[int]) -> None:
+def test_task_4_gives_the_tokens_of_recomputing_everything(prompt: list[int]) -> None:
     """Oracle: a plain loop through `NoCacheContext`, which remembers nothing."""
     got = list(generate_with_cache(tiny_model(), prompt, 20, ()))
     assert got == recompute_everything(tiny_model(), prompt, 20)
 
 
-def test_task_5_the_prompt_is_computed_once_and_each_token_after_it_alone() -> None:
+def test_task_4_the_prompt_is_computed_once_and_each_token_after_it_alone() -> None:
     """Oracle: by hand, the tokens that the model is fed.
 
     The last token need not be fed: what comes after it is not asked for.
@@ -381,8 +288,8 @@ def test_task_5_the_prompt_is_computed_once_and_each_token_after_it_alone() -> N
     assert sum(model.fed) <= 9 + 12
 
 
-def test_task_5_two_generations_side_by_side_do_not_mix() -> None:
-    """Oracle: each alone, through a plain loop that remembers nothing."""
+def test_task_4_two_generations_side_by_side_do_not_mix() -> None:
+    """Oracle: each by itself, through a plain loop that remembers nothing."""
     prompts = [[4, 40, 14], [23, 42]]
     streams = [generate_with_cache(tiny_model(), prompt, 8, ()) for prompt in prompts]
     pairs = list(zip(*streams, strict=True))

@@ -1,7 +1,8 @@
 """Day 2.3: blocks on demand, from a pool that all sequences share.
 
 When it passes, you have an allocator and a cache of blocks: a sequence wastes part of one block at most, and
-you have seen why its blocks should not have to lie side by side (external fragmentation).
+you have seen why its blocks should not have to lie side by side (external fragmentation). Task 6 uses the
+whole cache: it also reads after `free`, which is given.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ def make_pool(total_blocks: int, block_size: int = 2) -> GlobalAllocator:
 
 
 def leave_free(allocator: GlobalAllocator, free: Sequence[int]) -> None:
-    """Take the whole pool and give these blocks back: the one way to say which blocks are free."""
+    """Take the whole pool and give these blocks back: the only way to say which blocks are free."""
     allocator.alloc_blocks(allocator.total_blocks)
     allocator.free_blocks_ids(free)
 
@@ -37,7 +38,7 @@ def test_task_1_blocks_are_different_and_of_this_pool() -> None:
     assert set(taken) <= {0, 1, 2}
 
 
-def test_task_1_what_is_taken_is_not_given_to_anybody_else() -> None:
+def test_task_1_what_is_taken_is_not_given_out_again() -> None:
     """Oracle: by hand: 2, 1 and 2 blocks are the whole pool."""
     allocator = make_pool(5)
     taken = [*allocator.alloc_blocks(2), *allocator.alloc_blocks(1), *allocator.alloc_blocks(2)]
@@ -117,7 +118,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_task_2_a_block_that_nobody_holds_is_refused_and_none_is_given_back(wrong: list[int]) -> None:
+def test_task_2_a_block_that_is_not_held_is_refused_and_none_is_given_back(wrong: list[int]) -> None:
     """Oracle: the docstring: blocks 0 and 1 are free, 2 and 3 are held, -1, 4 and 7 are not of this pool.
 
     Giving back the good ones before the bad one is found is the mistake that the mixed lists find.
@@ -181,7 +182,7 @@ def test_task_3_the_whole_pool_lies_side_by_side() -> None:
         allocator.alloc_contiguous(1)
 
 
-def test_task_3_what_is_taken_is_not_given_to_anybody_else() -> None:
+def test_task_3_what_is_taken_is_not_given_out_again() -> None:
     """Oracle: by hand: the rest of the pool is what is left to take."""
     allocator = make_pool(6)
     taken = [*allocator.alloc_contiguous(3), *allocator.alloc_contiguous(1)]
@@ -287,7 +288,7 @@ def test_task_4_an_empty_prompt_takes_nothing() -> None:
 
 
 def test_task_4_the_tokens_are_still_to_come() -> None:
-    """Oracle: the docstring. Counting the prompt as stored already is the mistake that this finds."""
+    """Oracle: the docstring: no token is stored yet. Counting the prompt as stored is the mistake."""
     cache = DynamicKVCache(make_pool(4), "a")
     cache.allocate_for_prompt(5)
     assert cache.current_len == 0
@@ -353,7 +354,8 @@ def is_in_block(cache: DynamicKVCache, place: int, number: float) -> bool:
     """Whether the sequence's block at this place in its list holds the token, key and value."""
     key, value = (x.tolist() for x in token(number))
     block, pool = cache.blocks[place], cache.allocator
-    return key in pool.keys[block].tolist() and value in pool.values[block].tolist()
+    keys, values = (x[block].swapaxes(0, 1).tolist() for x in (pool.keys, pool.values))  # token by token
+    return key in keys and value in values
 
 
 def test_task_5_the_first_token_takes_a_block_and_is_in_it() -> None:
@@ -442,9 +444,9 @@ def test_task_5_a_full_pool_takes_tokens_where_there_is_place_in_a_block() -> No
 def expect_tokens(cache: DynamicKVCache, numbers: Sequence[float]) -> None:
     """What is read is these tokens, in this order."""
     stored = cache.read()
-    assert stored.keys.shape == stored.values.shape == (len(numbers), 1, 2)
-    assert stored.keys.tolist() == [token(number)[0].tolist() for number in numbers]
-    assert stored.values.tolist() == [token(number)[1].tolist() for number in numbers]
+    assert stored.keys.shape == stored.values.shape == (1, len(numbers), 2), "[Hkv, current_len, D]"
+    assert stored.keys.swapaxes(0, 1).tolist() == [token(number)[0].tolist() for number in numbers]
+    assert stored.values.swapaxes(0, 1).tolist() == [token(number)[1].tolist() for number in numbers]
 
 
 def test_task_6_what_was_appended_comes_back_in_order() -> None:
@@ -491,13 +493,13 @@ def test_task_6_keys_and_values_of_many_heads() -> None:
     noise = mx.random.normal((2, 10, 3, 8), key=mx.random.key(6))
     for i in range(10):
         cache.append_token(noise[0, i], noise[1, i])
-    rounded = noise.astype(mx.bfloat16)  # the pool's type where none is given
+    rounded = noise.swapaxes(1, 2).astype(mx.bfloat16)  # heads first; the pool's type if none is given
     stored = cache.read()
     assert mx.array_equal(stored.keys, rounded[0])
     assert mx.array_equal(stored.values, rounded[1])
 
 
-def test_task_6_sequences_that_grow_in_turns_read_back_what_they_wrote() -> None:
+def test_task_6_sequences_that_grow_alternately_read_back_what_they_wrote() -> None:
     """Oracle: a Python list for each sequence; their blocks are mixed in the pool."""
     rng, allocator = np.random.default_rng(13), make_pool(20, block_size=3)
     caches = [DynamicKVCache(allocator, name) for name in "abcd"]
@@ -518,13 +520,10 @@ def test_task_6_a_cache_without_tokens_gives_arrays_of_no_tokens() -> None:
         cache.allocate_for_prompt(prompt_len)
         read = cache.read()
         assert isinstance(read, KeysValues), "read() gives KeysValues(keys, values)"
-        assert len(read.keys) == len(read.values) == 0
+        assert read.keys.shape == read.values.shape == (1, 0, 2)
 
 
-# Task 7: DynamicKVCache.free
-
-
-def test_task_7_every_block_comes_back() -> None:
+def test_task_6_every_block_comes_back() -> None:
     """Oracle: by hand: the whole pool can be taken."""
     allocator = make_pool(4, block_size=2)
     cache = DynamicKVCache(allocator, "a")
@@ -534,7 +533,7 @@ def test_task_7_every_block_comes_back() -> None:
     assert sorted(allocator.alloc_blocks(4)) == [0, 1, 2, 3]
 
 
-def test_task_7_blocks_of_a_prompt_that_were_never_filled_come_back_too() -> None:
+def test_task_6_blocks_of_a_prompt_that_were_never_filled_come_back_too() -> None:
     """Oracle: by hand: 4 blocks for 7 tokens, one of which was appended."""
     allocator = make_pool(5, block_size=2)
     cache = DynamicKVCache(allocator, "a")
@@ -544,7 +543,7 @@ def test_task_7_blocks_of_a_prompt_that_were_never_filled_come_back_too() -> Non
     assert len(allocator.free_blocks) == 5
 
 
-def test_task_7_no_token_is_left() -> None:
+def test_task_6_no_token_is_left() -> None:
     """Oracle: by hand: the sequence is as new, and reads what is appended from then on."""
     cache = DynamicKVCache(make_pool(4, block_size=2), "a")
     append(cache, [1, 2, 3])
@@ -555,7 +554,7 @@ def test_task_7_no_token_is_left() -> None:
     expect_tokens(cache, [4])
 
 
-def test_task_7_nothing_is_given_back_twice() -> None:
+def test_task_6_nothing_is_given_back_twice() -> None:
     """Oracle: by hand: a sequence that holds nothing gives nothing back. Blocks that stay in the list are the
     mistake: they would be given back again when another sequence holds them."""
     allocator = make_pool(2, block_size=2)
@@ -569,7 +568,7 @@ def test_task_7_nothing_is_given_back_twice() -> None:
     expect_tokens(second, [4, 5, 6])
 
 
-def test_task_7_the_others_keep_their_tokens() -> None:
+def test_task_6_the_others_keep_their_tokens() -> None:
     """Oracle: by hand: what one gives back another takes and writes over; the third sees none of it."""
     allocator = make_pool(4, block_size=2)
     first, second, third = (DynamicKVCache(allocator, name) for name in "abc")
@@ -581,7 +580,7 @@ def test_task_7_the_others_keep_their_tokens() -> None:
     expect_tokens(third, [7, 8, 9])
 
 
-def test_task_7_in_a_long_random_mix_nothing_is_mixed_up_and_nothing_is_lost() -> None:
+def test_task_6_in_a_long_random_mix_nothing_is_mixed_up_and_nothing_is_lost() -> None:
     """Oracle: a Python list for each sequence; at the end all blocks are free."""
     rng, allocator = np.random.default_rng(14), make_pool(10, block_size=3)
     living: list[tuple[DynamicKVCache, list[int]]] = []

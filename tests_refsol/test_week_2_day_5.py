@@ -8,10 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.flash_attention import Running, absorb, flash_attention
-from tiny_llm.kernels import compiled_kernel, kernel_info
-
-# The readable function is this day's matter; the warning that nothing faster stands in for it is not.
-pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
+from tiny_llm.kernels import compiled_kernel
 
 
 def nothing_seen(*shape: int) -> Running:
@@ -115,7 +112,7 @@ def test_task_1_a_tile_that_may_not_be_seen_at_all_leaves_nothing_and_no_nan() -
 
 
 def test_task_1_a_visible_tile_after_hidden_ones_is_exact() -> None:
-    """Oracle: the definition, over the visible tile alone."""
+    """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(3)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
     running = absorb(nothing_seen(2, 3), mx.full((2, 5), -mx.inf), mx.full((5, 3), 7.0))
@@ -124,7 +121,7 @@ def test_task_1_a_visible_tile_after_hidden_ones_is_exact() -> None:
 
 
 def test_task_1_a_hidden_tile_after_a_visible_one_changes_nothing() -> None:
-    """Oracle: the definition, over the visible tile alone."""
+    """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(4)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
     running = absorb(nothing_seen(2, 3), mx.array(scores), mx.array(values))
@@ -297,13 +294,6 @@ def test_task_2_scores_that_grow_and_fall_by_thousands(tile: int) -> None:
 
 
 # Task 3, an option: flash_attention.cpp. Without a file of the learner's it is the reference's kernel.
-
-
-@pytest.fixture
-def compiled() -> None:
-    """Compiled kernels, or a reason why there are none."""
-    if not kernel_info().available:
-        pytest.skip(f"no compiled kernels: {kernel_info().why_unavailable}")
 
 
 def by_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> np.ndarray:

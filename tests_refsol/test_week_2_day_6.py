@@ -1,19 +1,22 @@
-"""Day 2.6: how one step's budget of tokens is shared among the sequences that want to run.
+"""Day 2.6: how one step's budget of tokens is shared between the sequences that run.
 
-When it passes, you have the rule by which a long prompt is computed in chunks beside the decodes of everybody
-else, and holds none of them up.
+When it passes, you have the rule by which a long prompt is computed in chunks beside the decodes of other
+sequences, a simulation of what it means for the first token of each, and the plan of a step.
 """
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiny_llm.chunked_prefill import share_budget
+from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
+from tiny_llm.chunked_prefill import first_token_steps, plan_chunks, share_budget
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import Sequence
 
 # Task 1: share_budget
 
 
-def test_task_1_who_can_be_served_whole_is() -> None:
+def test_task_1_what_fits_is_granted_completely() -> None:
     """Oracle: by hand: 1 + 5 + 1 tokens fit into 10."""
     assert share_budget([1, 5, 1], 10) == [1, 5, 1]
 
@@ -35,7 +38,7 @@ def test_task_1_answers_stand_in_the_order_of_the_wants() -> None:
 
 
 def test_task_1_prompts_are_served_first_come_first_served() -> None:
-    """Oracle: by hand: 5 and 3 are served whole, and 2 are left for the last one."""
+    """Oracle: by hand: 5 and 3 are granted completely, and 2 are left for the last one."""
     assert share_budget([5, 3, 4], 10) == [5, 3, 2]
 
 
@@ -58,7 +61,7 @@ def test_task_1_decodes_beyond_the_budget_wait() -> None:
 
 
 def test_task_1_nothing_is_wanted() -> None:
-    """Oracle: by hand: nobody gets what nobody wants."""
+    """Oracle: by hand: what is not wanted is not granted."""
     assert share_budget([], 16) == []
     assert share_budget([0, 0], 16) == [0, 0]
     assert share_budget([0, 1, 0, 2], 16) == [0, 1, 0, 2]
@@ -79,7 +82,7 @@ def test_task_1_a_budget_that_is_just_enough() -> None:
     ("wants", "budget"), [([1, 5], -1), ([], -1), ([-1], 5), ([3, 1, -2], 5), ([-2, 9], 0)]
 )
 def test_task_1_negative_numbers_are_refused(wants: list[int], budget: int) -> None:
-    """Oracle: the docstring. Counting a negative want as a prompt gives tokens that nobody has."""
+    """Oracle: the docstring. Counting a negative want as a prompt gives tokens that do not exist."""
     with pytest.raises(ValueError):
         share_budget(wants, budget)
 
@@ -103,8 +106,8 @@ def random_cases() -> list[tuple[list[int], int]]:
     return cases
 
 
-def test_task_1_nobody_gets_more_than_wanted_and_all_together_no_more_than_the_budget() -> None:
-    """Oracle: the docstring, over random cases. And everything is used while somebody wants it."""
+def test_task_1_none_gets_more_than_wanted_and_all_together_no_more_than_the_budget() -> None:
+    """Oracle: the docstring, over random cases. And everything is used that is wanted."""
     for wants, budget in random_cases():
         granted = share_budget(wants, budget)
         assert len(granted) == len(wants), (wants, budget)
@@ -140,3 +143,184 @@ def test_task_1_tokens_handed_out_one_by_one_end_in_the_same_places() -> None:
             if open_wants:
                 slowly[min(open_wants, key=lambda i: (wants[i] > 1, i))] += 1
         assert share_budget(wants, budget) == slowly, (wants, budget)
+
+
+# Task 2: first_token_steps
+
+
+def test_task_2_one_prompt_takes_as_many_steps_as_it_has_chunks() -> None:
+    """Oracle: by hand: 1, 4, 5, 8 and 9 tokens at 4 a step."""
+    assert [first_token_steps([length], 4) for length in (1, 4, 5, 8, 9)] == [[1], [1], [2], [2], [3]]
+
+
+def test_task_2_prompts_that_fit_are_complete_in_the_first_step() -> None:
+    """Oracle: by hand."""
+    assert first_token_steps([3, 1, 4], 8) == [1, 1, 1]
+    assert first_token_steps([3, 1, 4], 7) == [1, 1, 2]
+
+
+def test_task_2_a_complete_prompt_goes_on_as_a_decode() -> None:
+    """Oracle: by hand: [4, 0], then the first one decodes and takes one token of each step: [1, 3], [1, 3].
+
+    Without its decodes the second prompt would be complete in step 3.
+    """
+    assert first_token_steps([4, 8], 4) == [1, 4]
+
+
+def test_task_2_a_short_prompt_waits_for_a_long_one_before_it() -> None:
+    """Oracle: by hand: [4, 0], [4, 0], [2, 2], [1, 1]; in the other order [3, 1], [1, 3], [1, 3], [1, 3]."""
+    assert first_token_steps([10, 3], 4) == [3, 4]
+    assert first_token_steps([3, 10], 4) == [1, 4]
+
+
+def test_task_2_a_prompt_of_one_token_is_served_like_a_decode() -> None:
+    """Oracle: `share_budget`: it wants 1, so the longer prompt before it does not delay it."""
+    assert first_token_steps([100, 1], 2) == [100, 1]
+
+
+def test_task_2_no_prompts() -> None:
+    """Oracle: the docstring; without an endless loop."""
+    assert first_token_steps([], 4) == []
+    assert first_token_steps([], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt_lens", "budget"), [([5], 0), ([5, 5], 1), ([1, 1, 1], 2), ([3, 0], 8), ([0], 8), ([-1], 8)]
+)
+def test_task_2_what_could_never_end_is_refused(prompt_lens: list[int], budget: int) -> None:
+    """Oracle: the docstring: fewer tokens than prompts, or a prompt of no tokens."""
+    with pytest.raises(ValueError):
+        first_token_steps(prompt_lens, budget)
+
+
+def test_task_2_a_token_for_each_prompt_is_enough() -> None:
+    """Oracle: by hand: [2, 0], [1, 1] (the first one decodes), [1, 1], [1, 1]."""
+    assert first_token_steps([2, 3], 2) == [1, 4]
+
+
+def test_task_2_what_is_given_is_not_changed() -> None:
+    """Oracle: the docstring: a simulation; the same again for the same prompts."""
+    prompt_lens = [5, 9, 2]
+    assert first_token_steps(prompt_lens, 4) == first_token_steps(tuple(prompt_lens), 4)
+    assert prompt_lens == [5, 9, 2]
+
+
+def test_task_2_tokens_handed_out_one_by_one_come_in_the_same_steps() -> None:
+    """Oracle: a slow loop that hands out each token of a step to the first that wants it."""
+    rng = np.random.default_rng(22)
+    for _ in range(200):
+        prompt_lens = rng.integers(1, 30, size=int(rng.integers(1, 6))).tolist()
+        budget = int(rng.integers(len(prompt_lens), 20))
+        left, found, step = list(prompt_lens), [0] * len(prompt_lens), 0
+        while 0 in found:
+            step += 1
+            wants = [max(1, tokens) for tokens in left]
+            got = [0] * len(wants)
+            for _ in range(budget):
+                open_wants = [i for i, want in enumerate(wants) if got[i] < want]
+                if open_wants:
+                    got[min(open_wants, key=lambda i: (wants[i] > 1, i))] += 1
+            left = [tokens - count for tokens, count in zip(left, got, strict=True)]
+            found = [known or (step if tokens <= 0 else 0) for known, tokens in zip(found, left, strict=True)]
+        assert first_token_steps(prompt_lens, budget) == found, (prompt_lens, budget)
+
+
+# Task 3: plan_chunks
+
+
+def sequence(
+    seq_id: str, prompt_len: int, num_computed: int = 0, outputs: int = 0, prompt_logprobs: int | None = None
+) -> Sequence:
+    """A sequence of which so much is known and computed."""
+    return Sequence(
+        seq_id=seq_id,
+        request_id=seq_id,
+        prompt=(7,) * prompt_len,
+        params=SamplingParams(prompt_logprobs=prompt_logprobs),
+        seed=0,
+        max_len=1000,
+        outputs=[8] * outputs,
+        num_computed=num_computed,
+    )
+
+
+def planned(running: list[Sequence], budget: int) -> list[tuple[str, int, int]]:
+    """The chunks of the next step: id, start, stop."""
+    return [(chunk.sequence.seq_id, chunk.start, chunk.stop) for chunk in plan_chunks(running, budget).chunks]
+
+
+def test_task_3_a_new_prompt_begins_at_its_first_token() -> None:
+    """Oracle: by hand."""
+    assert planned([sequence("a", 5)], 8) == [("a", 0, 5)]
+
+
+def test_task_3_a_chunk_begins_where_the_last_one_ended() -> None:
+    """Oracle: by hand: 6 of 10 tokens are computed, and 4 more fit, or 3."""
+    assert planned([sequence("a", 10, num_computed=6)], 8) == [("a", 6, 10)]
+    assert planned([sequence("a", 10, num_computed=6)], 3) == [("a", 6, 9)]
+
+
+def test_task_3_a_decode_computes_its_last_output() -> None:
+    """Oracle: by hand: of 5 prompt tokens and 3 outputs the last one is not computed yet."""
+    assert planned([sequence("a", 5, num_computed=7, outputs=3)], 8) == [("a", 7, 8)]
+
+
+def test_task_3_chunks_stand_in_the_order_of_the_sequences() -> None:
+    """Oracle: `share_budget` of [9, 1, 4, 1] and 8 tokens: [6, 1, 0, 1]; no tokens are no chunk."""
+    running = [
+        sequence("long", 9),
+        sequence("decode", 5, num_computed=5, outputs=1),
+        sequence("short", 4),
+        sequence("last", 3, num_computed=2),
+    ]
+    assert planned(running, 8) == [("long", 0, 6), ("decode", 5, 6), ("last", 2, 3)]
+
+
+def test_task_3_a_sequence_whose_token_is_not_sampled_yet_has_nothing_to_compute() -> None:
+    """Oracle: by hand: all of its tokens are computed."""
+    assert planned([sequence("a", 5, num_computed=5), sequence("b", 2)], 8) == [("b", 0, 2)]
+
+
+def test_task_3_without_sequences_or_budget_the_plan_is_empty() -> None:
+    """Oracle: by hand."""
+    assert planned([], 8) == []
+    assert planned([sequence("a", 5)], 0) == []
+    assert plan_chunks([], 8).is_empty
+
+
+def test_task_3_the_sequences_are_not_changed() -> None:
+    """Oracle: the docstring: a plan is not computed yet. Raising `num_computed` is the mistake."""
+    one = sequence("a", 5)
+    plan = plan_chunks([one], 3)
+    assert one.num_computed == 0
+    assert plan.chunks[0].sequence is one
+    assert planned([one], 3) == [("a", 0, 3)]
+
+
+def test_task_3_a_prompt_whose_logits_are_all_asked_for_comes_in_smaller_chunks() -> None:
+    """Oracle: `batch_manager.wanted`: at most `PROMPT_ROWS_AT_ONCE` rows of logits in a step."""
+    length = PROMPT_ROWS_AT_ONCE + 10
+    assert planned([sequence("a", length, prompt_logprobs=0)], 1000) == [("a", 0, PROMPT_ROWS_AT_ONCE)]
+    assert planned([sequence("a", length)], 1000) == [("a", 0, length)]
+
+
+def test_task_3_step_by_step_every_token_is_planned_once_and_first_tokens_come_as_simulated() -> None:
+    """Oracle: a list of the positions of each prompt, and `first_token_steps`."""
+    prompt_lens, budget = [23, 4, 11, 1], 6
+    running = [sequence(f"r{i}", length) for i, length in enumerate(prompt_lens)]
+    planned_positions: list[list[int]] = [[] for _ in running]
+    first_tokens = [0] * len(running)
+    step = 0
+    while 0 in first_tokens:
+        step += 1
+        plan = plan_chunks(running, budget)
+        assert sum(chunk.stop - chunk.start for chunk in plan.chunks) <= budget
+        for chunk in plan.chunks:
+            i = running.index(chunk.sequence)
+            planned_positions[i].extend(range(chunk.start, chunk.stop))
+            chunk.sequence.num_computed = chunk.stop
+            if chunk.is_last:
+                first_tokens[i] = first_tokens[i] or step
+                chunk.sequence.outputs.append(8)
+    assert all(positions == list(range(len(positions))) for positions in planned_positions)
+    assert first_tokens == first_token_steps(prompt_lens, budget)

@@ -63,7 +63,7 @@ def on_skip(
     pdm run skip 1.1.2
     pdm run skip 1.1
     pdm run skip 3.2b             # a part; `pdm run start 3.2b` makes it blank again
-    pdm run skip 2.4.4            # the option in C++: your file is moved aside, the reference's kernel runs
+    pdm run skip 2.4.6            # the option in C++: your file is moved aside, the reference's kernel runs
     """
     house, syllabus = open_course()
     one = syllabus.exercise(what) if what.count(".") >= 2 else None

@@ -107,10 +107,10 @@ class BatchManager(Protocol):
 
 
 def longest(tokens: list[int], params: SamplingParams, request_id: str, context: int, seats: int) -> int:
-    """The most tokens that a sequence of this request may have, prompt and outputs.
+    """Return the most tokens that a sequence of this request may have, prompt and outputs.
 
-    Raises ValueError for an empty prompt, and `RequestTooLargeError` for one that could never run in a
-    context of so many tokens, or with so many sequences at once.
+    Raises ValueError for an empty prompt, and `RequestTooLargeError` for a request that could never run in a
+    context of `context` tokens, or with `seats` sequences at once.
     """
     if not tokens:
         raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")
@@ -135,7 +135,10 @@ def refuse_too_many(request_id: str, n: int, seats: int, field: str = "n") -> No
 
 
 def wanted(sequence: Sequence) -> int:
-    """Tokens that a sequence could compute now; fewer where each of them needs a row of logits."""
+    """Count the tokens that a sequence could compute now: 1 for a decode, the rest of a prompt, or 0.
+
+    With `prompt_logprobs` each token needs a row of logits: at most `PROMPT_ROWS_AT_ONCE` then.
+    """
     if sequence.params.prompt_logprobs is None:
         return sequence.num_uncomputed
     return min(sequence.num_uncomputed, PROMPT_ROWS_AT_ONCE)

@@ -1,7 +1,7 @@
 """Continuous batching over contiguous caches: a request joins or leaves between any two steps.
 
-Each running sequence has a slot: room for the longest sequence in every layer, taken whole. The tokens of all
-sequences stand side by side in one row through every matrix, and each sequence attends to its own cache.
+Each running sequence has a slot: a cache for the longest sequence in every layer. The tokens of all sequences
+in a step are packed: side by side in one row through every matrix. Each sequence attends to its own caches.
 Source: Yu et al., "Orca" (OSDI 2022).
 """
 
@@ -11,21 +11,21 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .batch_manager import Capacity, PrefixStats, longest, wanted
-from .chunked_prefill import share_budget
+from .batch_manager import Capacity, PrefixStats, longest
+from .chunked_prefill import plan_chunks
 from .flash_attention import flash_attention
 from .model import Model
 from .naive_cache import NaiveKVCache
 from .queues import QueueViews, RequestQueues
 from .sampling_params import SamplingParams
 from .sequence import Sequence, completion_ids
-from .step import Plan, Scheduled, StepLogits
+from .step import Plan, StepLogits
 
 Slot = list[NaiveKVCache]  # one cache a layer
 
 
 class DenseSpan(NamedTuple):
-    """The positions start .. stop - 1 of one sequence, computed together in one step, and its slot."""
+    """The positions start .. stop - 1 of one sequence, computed in one step, and the sequence's slot."""
 
     slot: Slot
     start: int
@@ -33,7 +33,10 @@ class DenseSpan(NamedTuple):
 
 
 class DenseContext:
-    """A forward pass over the packed tokens of one step, [1, T]; each span attends to its own slot."""
+    """A forward pass over the packed tokens of one step, T in all: the tokens of span after span.
+
+    positions [T]: of each token in its own sequence. logit_rows: as in `KVContext`. scale: of the scores.
+    """
 
     def __init__(self, spans: Seq[DenseSpan], scale: float, logit_rows: mx.array | None) -> None:
         positions = [position for span in spans for position in range(span.start, span.stop)]
@@ -43,28 +46,38 @@ class DenseContext:
         self._scale = scale
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D]: span after span, in packed order.
+        """Store and attend span by span: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D], packed.
 
-        A span's keys and values are stored in its slot first; its queries then see all that the slot's cache
-        holds, as it is stored, up to their own position.
+        The spans of `_spans` follow each other in the packed rows, stop - start rows each. First a span's
+        keys and values are stored in `slot[layer]`, its cache. Then its queries attend, causally and scaled
+        with `_scale`, to all that this cache holds, rounded to the cache's type: `flash_attention` takes
+        queries as the last ones of its keys. Give it keys and values in q's type; the result has q's type.
+
+        >>> slot = [NaiveKVCache(8, num_heads=1, head_dim=2, dtype=mx.float32)]
+        >>> context, tokens = DenseContext([DenseSpan(slot, 0, 2)], 1.0, None), mx.ones((1, 1, 2, 2))
+        >>> context.attend(0, tokens, tokens, mx.array([[[[2.0, 0.0], [4.0, 0.0]]]])).tolist()
+        [[[[2.0, 0.0], [3.0, 0.0]]]]
         """
         outputs, packed = [], 0
         for slot, start, stop in self._spans:
             rows = slice(packed, packed + stop - start)
-            stored = slot[layer].update(k[0, :, rows].swapaxes(0, 1), v[0, :, rows].swapaxes(0, 1))
-            keys, values = (x.swapaxes(0, 1)[None].astype(q.dtype) for x in stored)  # [1, Hkv, S, D]
+            stored = slot[layer].update(k[0, :, rows], v[0, :, rows])
+            keys, values = (x[None].astype(q.dtype) for x in stored)  # [1, Hkv, S, D]
             outputs.append(flash_attention(q[:, :, rows], keys, values, self._scale, causal=True))
             packed += stop - start
         return mx.concatenate(outputs, axis=2)
 
 
 class DenseBatchManager(QueueViews[Sequence]):
-    """Runs up to `max_slots` sequences at once, each in a contiguous cache of `max_seq_len` tokens.
+    """Runs up to `max_slots` sequences at once, each in contiguous caches of `max_seq_len` tokens.
 
-    model: None schedules without computing anything. max_batched_tokens: tokens in one step.
+    model: None schedules without computing anything. max_batched_tokens: the most tokens in one step.
 
-    Invariant: every slot is free or belongs to exactly one running sequence. Nobody is ever preempted: a slot
-    has room for the whole life of a sequence.
+    `_queues` has all sequences that have not ended, waiting and running (`RequestQueues`). `_free` lists the
+    numbers of the free slots; `_slot_of` maps each running sequence's id to the number of its slot.
+
+    Invariant: every slot is free or belongs to exactly one running sequence. No sequence is ever preempted: a
+    slot is as long as the longest sequence.
     """
 
     num_preemptions = 0
@@ -92,13 +105,23 @@ class DenseBatchManager(QueueViews[Sequence]):
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
     ) -> bool:
-        """Queue a prompt; when it is its turn it gets a slot for each completion. True: it is queued.
+        """Queue a request's prompt; return True. `admit` starts it when there are slots.
 
-        The request's leader joins the queues (`RequestQueues`), which know it under all `completion_ids`; its
-        forks come when its prompt is computed. `longest` says how many tokens it may have.
+        A request for n completions (`params.n`; params None: `SamplingParams()`) is queued as one `Sequence`,
+        its leader: seq_id is the first of `completion_ids`, num_forks is n - 1, prompt is a tuple, max_len is
+        what `longest` says for a context of `max_seq_len` tokens and `max_slots` sequences at once. The other
+        completions are forked when the prompt is computed; until then the queues know the leader under all
+        ids (`RequestQueues.add` sees to it).
 
-        Raises ValueError for an empty prompt, `RequestTooLargeError` for a request that could never run, and
-        `DuplicateRequestError` for an id in use; none of them changes anything.
+        Raises ValueError for an empty prompt and `RequestTooLargeError` for a request that could never run
+        (`longest` raises both), `DuplicateRequestError` for an id in use (`RequestQueues.refuse_id_in_use`).
+        After an error nothing is queued.
+
+        >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32)
+        >>> manager.add_request([5, 6, 7], "a", SamplingParams(n=2))
+        True
+        >>> [sequence.seq_id for sequence in manager.waiting], manager.sequence("a/1").num_forks
+        (['a/0'], 1)
         """
         params = params or SamplingParams()
         max_len = longest(tokens, params, request_id, self.max_seq_len, self.max_slots)
@@ -117,39 +140,109 @@ class DenseBatchManager(QueueViews[Sequence]):
         )
         return True
 
-    def process_batch(self) -> StepLogits:
-        """Schedule and run one step; the logits of every sequence that is ready for its next token.
+    def admit(self) -> None:
+        """Start waiting sequences, the first one first, while there are slots for all their completions.
 
-        First whoever has waited longest starts, while there are free slots for all of its completions; slots
-        that running leaders still need for theirs are not free, and nobody overtakes the head of the queue.
-        Then the token budget is shared among all who run (`share_budget` of what each is `wanted` to
-        compute), each gets a chunk of the plan, and the chunks run together. `Plan.conclude` hands out the
-        rows, forking leaders whose prompt is complete. Where nothing is granted: `StepLogits(None, {})`.
+        A leader takes one slot when it starts; its `num_forks` other completions take theirs when they are
+        forked. Until then as many free slots are promised to it, and no other sequence may start in them. If
+        the first waiting sequence does not fit, no later one overtakes it: a request for many completions
+        would wait for ever behind small ones.
+
+        `RequestQueues.start_next` moves the first waiting sequence to the running ones and returns it;
+        `_take_slot` gives it an empty slot.
+
+        >>> manager = DenseBatchManager(max_slots=3, max_seq_len=32)
+        >>> queued = [manager.add_request([1], name, SamplingParams(n=2)) for name in ("a", "b")]
+        >>> manager.admit()  # "a/0" has a slot, and one is promised to "a/1"
+        >>> [sequence.seq_id for sequence in manager.running], manager.capacity.num_free
+        (['a/0'], 2)
         """
-        self._admit()
-        plan = self._schedule()
+        promised = sum(sequence.num_forks for sequence in self.running)
+        while self.waiting and 1 + self.waiting[0].num_forks <= len(self._free) - promised:
+            sequence = self._queues.start_next()
+            promised += sequence.num_forks
+            self._take_slot(sequence)
+
+    def compute(self, plan: Plan[Sequence]) -> mx.array | None:
+        """Compute the chunks of a plan in one packed forward pass -> logits [R, V]; None if R is 0.
+
+        `Plan.pack` returns the token ids of all chunks side by side, T of them, and the R indices among them
+        that need logits. The model (`_model`) takes the tokens as [1, T] and a `DenseContext` with a span for
+        each chunk in its sequence's slot (`_slot`), the config's `attention_scale`, and the R indices as an
+        int32 array, None for R = 0. Without a model nothing is computed, and the result is None.
+
+        Before it returns, one `mx.eval` computes the `k_cache` and `v_cache` of all these slots, and the
+        logits if R > 0. MLX computes nothing until it must: without it, prompts would pile up as one growing
+        graph. With R = 0 the model's result is not evaluated, so no logits are ever computed.
+
+        >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, model=None)
+        >>> manager.add_request([5, 6, 7], "a")
+        True
+        >>> manager.admit()
+        >>> manager.compute(plan_chunks(manager.running, budget=8)) is None  # no model
+        True
+        """
+        if self._model is None:
+            return None
+        tokens, logit_rows = plan.pack()
+        rows = mx.array(logit_rows, mx.int32) if logit_rows else None
+        spans = [DenseSpan(self._slot(sequence), start, stop) for sequence, start, stop, _ in plan.chunks]
+        context = DenseContext(spans, self._model.config.attention_scale, rows)
+        logits = self._model(mx.array([tokens], mx.int32), context)[0]
+        stored = [(cache.k_cache, cache.v_cache) for span in spans for cache in span.slot]
+        mx.eval(stored, *([logits] if logit_rows else []))
+        return logits if logit_rows else None
+
+    def process_batch(self) -> StepLogits:
+        """Run one step: admit, plan, compute; return the logits of each sequence that needs its next token.
+
+        `plan_chunks` shares `_max_tokens` among all that run after admission. A plan without chunks is not
+        computed: the result is `StepLogits(None, {})`. `Plan.conclude` takes the logits of `compute`, records
+        in each sequence what is computed, and returns the result; it calls its argument `fork` (here `_fork`)
+        with each sequence that is ready, because a leader is forked when its prompt is complete.
+
+        >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, max_batched_tokens=4)
+        >>> manager.add_request([1] * 6, "a")
+        True
+        >>> [list(manager.process_batch()) for _ in range(2)]  # 4 tokens of the prompt, then 2
+        [[], ['a']]
+        """
+        self.admit()
+        plan = plan_chunks(self.running, self._max_tokens)
         if not plan.chunks:
             return StepLogits(None, {})
-        return plan.conclude(self._run(plan), self._fork)
+        return plan.conclude(self.compute(plan), self._fork)
 
     def commit(self, tokens: Mapping[str, int]) -> None:
-        """Append each sequence's sampled token, by sequence id."""
+        """Append each sequence's sampled token, by sequence id. Its key is computed in the next step."""
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence: its slot is free. KeyError for one that has ended."""
+        """End one sequence, waiting or running; its slot, if it has one, is free for another.
+
+        `RequestQueues.end` takes the sequence out of the queues. It raises KeyError for an unknown id, also
+        one that has ended. `_slot_of` has the slot under the `seq_id` of the sequence that `end` returns, if
+        it runs. Forget it there, and add it to `_free`, once. `_take_slot` resets the caches, not `finish`.
+
+        >>> manager = DenseBatchManager(max_slots=1, max_seq_len=32)
+        >>> queued = [manager.add_request([1], name) for name in ("a", "b")]
+        >>> manager.admit()
+        >>> manager.finish("b")  # waits, so it has no slot
+        >>> manager.capacity.num_free, manager.finish("a"), manager.capacity.num_free
+        (0, None, 1)
+        """
         sequence = self._queues.end(seq_id)
         if sequence.seq_id in self._slot_of:
             self._free.append(self._slot_of.pop(sequence.seq_id))
 
     def cancel(self, request_id: str) -> None:
-        """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
+        """End every sequence of a request, waiting or running; unknown and ended ids are ignored."""
         for seq_id in self._queues.forget_forks_to_come(request_id):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
-        """After a step that raised: all who ran wait again, without their slots; their requests."""
+        """After a step that raised: all running sequences wait again, without slots; their requests."""
         stopped = list(self.running)
         for sequence in stopped:
             self._queues.put_back(sequence)
@@ -159,62 +252,32 @@ class DenseBatchManager(QueueViews[Sequence]):
 
     @property
     def capacity(self) -> Capacity:
-        """How many slots are free."""
+        """The slots as blocks: how many, of how many tokens, how many of them are free."""
         nbytes = sum(cache.allocated_bytes() for slot in self._slots for cache in slot)
         return Capacity(self.max_slots, self.max_seq_len, len(self._free), nbytes)
 
-    def _admit(self) -> None:
-        """Start waiting sequences, oldest first, while there are slots for all of their completions."""
-        promised = sum(sequence.num_forks for sequence in self.running)
-        while self.waiting and 1 + self.waiting[0].num_forks <= len(self._free) - promised:
-            sequence = self._queues.start_next()
-            promised += sequence.num_forks
-            self._take_slot(sequence)
-
-    def _schedule(self) -> Plan[Sequence]:
-        """What each running sequence computes in this step."""
-        plan: Plan[Sequence] = Plan([])
-        granted = share_budget([wanted(sequence) for sequence in self.running], self._max_tokens)
-        for sequence, count in zip(self.running, granted, strict=True):
-            if count:
-                start = sequence.num_computed
-                plan.chunks.append(Scheduled(sequence, start, start + count))
-        return plan
-
-    def _run(self, plan: Plan[Sequence]) -> mx.array | None:
-        """Compute the chunks of a plan in one packed forward pass -> logits [R, V]; None for R = 0."""
-        if self._model is None:
-            return None
-        tokens, logit_rows = plan.pack()
-        spans = [DenseSpan(self._slot(sequence), start, stop) for sequence, start, stop, _ in plan.chunks]
-        context = DenseContext(
-            spans, self._model.config.attention_scale, mx.array(logit_rows, mx.int32) if logit_rows else None
-        )
-        logits = self._model(mx.array([tokens], mx.int32), context)[0]
-        stored = [(cache.k_cache, cache.v_cache) for span in spans for cache in span.slot]
-        mx.eval(stored, *([logits] if logit_rows else []))
-        return logits if logit_rows else None
-
     def _fork(self, leader: Sequence) -> list[Sequence]:
-        """The leader and, once its prompt is computed, its other completions; each copies its cache."""
+        """The leader and, once its prompt is computed, its other completions, each with a slot and a copy."""
         sequences = self._queues.fork(leader)
         for fork in sequences[1:]:
             self._take_slot(fork)
             for own, cache in zip(self._slot(fork), self._slot(leader), strict=True):
-                own.update(cache.k_cache[: cache.current_len], cache.v_cache[: cache.current_len])
+                own.copy_from(cache)
         return sequences
 
     def _take_slot(self, sequence: Sequence) -> None:
+        """Give a sequence a free slot, its caches empty."""
         self._slot_of[sequence.seq_id] = self._free.pop()
         for cache in self._slot(sequence):
             cache.reset()
 
     def _slot(self, sequence: Sequence) -> Slot:
+        """The caches of a running sequence, one for each layer."""
         return self._slots[self._slot_of[sequence.seq_id]]
 
 
 def _make_slot(model: Model | None, max_seq_len: int, dtype: mx.Dtype) -> Slot:
-    """A cache for every layer of a model, its memory taken."""
+    """A cache for every layer of a model, its memory allocated."""
     if model is None:
         return []
     config = model.config

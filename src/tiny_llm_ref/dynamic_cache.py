@@ -1,7 +1,7 @@
 """Blocks on demand: a sequence holds as many as its tokens need, and gives them back when it ends.
 
-Internal waste shrinks to part of one block. Whether a sequence's blocks must lie side by side decides the
-rest: `alloc_contiguous` fails where enough blocks are free but scattered (external fragmentation), where
+What a sequence wastes shrinks to part of one block. The rest depends on whether its blocks must lie side by
+side: `alloc_contiguous` fails if enough blocks are free but scattered (external fragmentation),
 `alloc_blocks` never does.
 """
 
@@ -14,10 +14,12 @@ from .naive_cache import KeysValues
 
 
 class GlobalAllocator:
-    """A pool of `total_blocks` blocks of `block_size` tokens, shared by every sequence.
+    """A pool of `total_blocks` blocks of `block_size` tokens, shared by all sequences.
 
-    num_heads: heads of keys and values (Hkv). keys, values: [total_blocks, block_size, Hkv, D]. Knows which
-    blocks are free, not whose the others are.
+    num_heads: heads of keys and values (Hkv). keys, values: [total_blocks, Hkv, block_size, D]; a block is a
+    `NaiveKVCache` of `block_size` tokens, heads first as there. free_blocks: the ids of the free blocks, a
+    set of ints from 0 to total_blocks - 1. All other blocks are held; the allocator does not know by which
+    sequences.
     """
 
     def __init__(
@@ -30,12 +32,19 @@ class GlobalAllocator:
     ) -> None:
         self.block_size = block_size
         self.total_blocks = total_blocks
-        self.keys = mx.zeros((total_blocks, block_size, num_heads, head_dim), dtype)
-        self.values = mx.zeros((total_blocks, block_size, num_heads, head_dim), dtype)
+        self.keys = mx.zeros((total_blocks, num_heads, block_size, head_dim), dtype)
+        self.values = mx.zeros((total_blocks, num_heads, block_size, head_dim), dtype)
         self.free_blocks = set(range(total_blocks))
 
     def alloc_blocks(self, num_blocks: int) -> list[int]:
-        """Take any free blocks. Raises `OutOfBlocksError`, and takes none, where too few are free."""
+        """Take `num_blocks` free blocks, whichever; return their ids. For 0 blocks the list is empty.
+
+        Raises `OutOfBlocksError`, and takes none, if fewer are free.
+
+        >>> pool = GlobalAllocator(total_blocks=4, block_size=2, num_heads=1, head_dim=2)
+        >>> len(pool.alloc_blocks(3)), len(pool.free_blocks)
+        (3, 1)
+        """
         if num_blocks > len(self.free_blocks):
             raise OutOfBlocksError(
                 f"{num_blocks} blocks asked for, {len(self.free_blocks)} of {self.total_blocks} are free"
@@ -43,9 +52,16 @@ class GlobalAllocator:
         return [self.free_blocks.pop() for _ in range(num_blocks)]
 
     def free_blocks_ids(self, block_ids: Sequence[int]) -> None:
-        """Give blocks back.
+        """Give blocks back, in any order; an empty list changes nothing.
 
-        Raises ValueError, and gives none of them back, where one is free, not of this pool, or named twice.
+        Raises ValueError, and gives back none of them, if one is free already, is not of this pool (-1, or
+        total_blocks and above) or is named twice. Otherwise a bug in a caller would give one block to two
+        sequences later, which overwrite each other's tokens.
+
+        >>> pool = GlobalAllocator(total_blocks=2, block_size=2, num_heads=1, head_dim=2)
+        >>> pool.free_blocks_ids(pool.alloc_blocks(2))
+        >>> sorted(pool.free_blocks)
+        [0, 1]
         """
         held = set(range(self.total_blocks)) - self.free_blocks
         if len(set(block_ids)) < len(block_ids) or not held.issuperset(block_ids):
@@ -53,10 +69,15 @@ class GlobalAllocator:
         self.free_blocks.update(block_ids)
 
     def alloc_contiguous(self, num_blocks: int) -> list[int]:
-        """Take free blocks that lie side by side: ids that follow each other.
+        """Take `num_blocks` (1 or more) free blocks that lie side by side; return their ids, ascending.
 
-        Raises `OutOfBlocksError`, and takes none, where no run of free blocks is that long, however many are
-        free in all.
+        If there are several such runs, any of them will do. Raises `OutOfBlocksError`, and takes none, if no
+        run of free blocks is that long, however many are free in all. `longest_run` may go into the message.
+
+        >>> pool = GlobalAllocator(total_blocks=5, block_size=2, num_heads=1, head_dim=2)
+        >>> pool.free_blocks = {0, 2, 3}
+        >>> pool.alloc_contiguous(2), pool.free_blocks
+        ([2, 3], {0})
         """
         start = run = 0
         for block in range(self.total_blocks):
@@ -76,7 +97,7 @@ class GlobalAllocator:
         return taken
 
     def longest_run(self) -> int:
-        """How many free blocks lie side by side at most."""
+        """Count the blocks of the longest run of free blocks; 0 if none is free."""
         longest = run = 0
         for is_free in (block in self.free_blocks for block in range(self.total_blocks)):
             run = run + 1 if is_free else 0
@@ -87,9 +108,10 @@ class GlobalAllocator:
 class DynamicKVCache:
     """One sequence's keys and values of one layer, in blocks of a shared pool.
 
-    seq_id: a name, for messages. blocks: their ids, in the order of the tokens.
+    seq_id: a name, for messages. blocks: the ids of the blocks that it holds, in the order of the tokens.
+    current_len: tokens stored.
 
-    Invariant: token i is in block `blocks[i // block_size]`.
+    Invariant: token i is in block `blocks[i // block_size]`, at offset i % block_size.
     """
 
     def __init__(self, allocator: GlobalAllocator, seq_id: str) -> None:
@@ -99,39 +121,59 @@ class DynamicKVCache:
         self.current_len = 0
 
     def allocate_for_prompt(self, prompt_len: int) -> None:
-        """Take the blocks that a prompt of so many tokens needs; the tokens are appended afterwards.
+        """Take the blocks that `prompt_len` tokens fill or begin, behind the blocks held already.
 
-        They go behind the blocks that are held already. Raises `OutOfBlocksError`, and takes none, where
-        too few are free.
+        Stores no token: `current_len` stays. The blocks need not lie side by side. A prompt of 0 tokens takes
+        none. Raises `OutOfBlocksError`, and takes none, if too few are free.
+
+        >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=4, num_heads=1, head_dim=2), "a")
+        >>> cache.allocate_for_prompt(9)
+        >>> len(cache.blocks), cache.current_len
+        (3, 0)
         """
         self.blocks += self.allocator.alloc_blocks(-(-prompt_len // self.allocator.block_size))
 
     def append_token(self, k: mx.array, v: mx.array) -> None:
-        """Store the next token, k and v [Hkv, D]; a new block is taken only when all that are held are full.
+        """Store the next token, k and v [Hkv, D], in its place in the pool's `keys` and `values`.
 
-        Raises `OutOfBlocksError`, and stores nothing, where a block is needed and none is free.
+        Takes a new block only if all blocks held are full; after `allocate_for_prompt` several may be empty,
+        and are filled from the first. Raises `OutOfBlocksError` if a block is needed and none is free; then
+        nothing is stored, and the token may be appended later.
+
+        >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=4, num_heads=1, head_dim=2), "a")
+        >>> cache.append_token(mx.array([[1.0, 2.0]]), mx.array([[3.0, 4.0]]))
+        >>> len(cache.blocks), cache.allocator.keys[cache.blocks[0], :, 0].tolist()
+        (1, [[1.0, 2.0]])
         """
         place, offset = divmod(self.current_len, self.allocator.block_size)
         if place == len(self.blocks):
             self.blocks += self.allocator.alloc_blocks(1)
         block = self.blocks[place]
-        self.allocator.keys[block, offset] = k
-        self.allocator.values[block, offset] = v
+        self.allocator.keys[block, :, offset] = k
+        self.allocator.values[block, :, offset] = v
         self.current_len += 1
 
     def read(self) -> KeysValues:
-        """All stored tokens in their order, as `KeysValues(keys, values)`, [current_len, Hkv, D] each.
+        """Gather all stored tokens in their order: `KeysValues(keys, values)`, [Hkv, current_len, D] each.
 
-        A cache without any token gives arrays of length 0.
+        Copies blocks from all over the pool into one array, which the paged kernel (week 3) avoids: it reads
+        them where they are. A cache without tokens gives [Hkv, 0, D], whether or not it holds blocks. An
+        index array must hold ints: `mx.array([])` is float32 unless a dtype is given.
+
+        >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=2, num_heads=1, head_dim=1), "a")
+        >>> for number in (1.0, 2.0, 3.0):
+        ...     cache.append_token(mx.array([[number]]), mx.array([[-number]]))
+        >>> cache.read().values.tolist()
+        [[[-1.0], [-2.0], [-3.0]]]
         """
         index = mx.array(self.blocks, mx.int32)
+        _, heads, _, size = self.allocator.keys.shape
         pools = (self.allocator.keys, self.allocator.values)
-        gathered = (
-            pool[index].reshape(-1, *pool.shape[2:]) for pool in pools
-        )  # [blocks * block_size, Hkv, D]
-        return KeysValues(*(tokens[: self.current_len] for tokens in gathered))
+        gathered = (pool[index].swapaxes(0, 1) for pool in pools)  # [Hkv, blocks, block_size, D]
+        joined = (blocks.reshape(heads, -1, size) for blocks in gathered)
+        return KeysValues(*(tokens[:, : self.current_len] for tokens in joined))
 
     def free(self) -> None:
-        """Give every block back and forget every token."""
+        """Give every block back and forget every token; the empty cache may be used or freed again."""
         self.allocator.free_blocks_ids(self.blocks)
         self.blocks, self.current_len = [], 0

@@ -1,25 +1,32 @@
-"""One contiguous cache a sequence, as long as the longest that it may become: simple, and mostly empty.
+"""One contiguous cache per sequence, as long as its longest possible text: simple, and mostly empty.
 
-Writing a token costs that token's bytes, because the place is there already; but what is not written yet
-is nobody else's either. Measured here as `allocated_bytes` against `used_bytes`: internal fragmentation.
+A token is written into memory that is there already, so nothing moves. But memory that a sequence has not
+filled yet is of no use to any other sequence: internal fragmentation, the difference between
+`allocated_bytes` and `used_bytes`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one layer, each [S, Hkv, D]: token, head, value."""
+    """Keys and values of one layer, each [Hkv, S, D]: head, token, value."""
 
     keys: mx.array
     values: mx.array
 
 
 class NaiveKVCache:
-    """Room for `max_seq_len` tokens of one layer, taken at once: two arrays [max_seq_len, Hkv, D].
+    """Memory for `max_seq_len` tokens of one layer, allocated at once: two arrays [Hkv, max_seq_len, D].
 
-    num_heads: heads of keys and values (Hkv).
+    Heads come first, then tokens, as in q, k and v: attention reads one head's tokens after another, so every
+    cache of this course has this order and nothing is transposed. (The course text's sketches put tokens
+    first.)
+
+    num_heads: heads of keys and values (Hkv). k_cache, v_cache: the arrays. current_len: tokens stored; they
+    are the first in both arrays, and what lies behind them has no meaning.
     """
 
     def __init__(
@@ -29,34 +36,96 @@ class NaiveKVCache:
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.current_len = 0
-        self.k_cache = mx.zeros((max_seq_len, num_heads, head_dim), dtype)
-        self.v_cache = mx.zeros((max_seq_len, num_heads, head_dim), dtype)
+        self.k_cache = mx.zeros((num_heads, max_seq_len, head_dim), dtype)
+        self.v_cache = mx.zeros((num_heads, max_seq_len, head_dim), dtype)
 
     def update(self, new_k: mx.array, new_v: mx.array) -> KeysValues:
-        """Store the next tokens and return all that are stored, as they are stored.
+        """Store the next tokens behind those stored so far; return all stored tokens.
 
-        new_k, new_v: [Hkv, D] for one token, or [n, Hkv, D] for n. The result has [current_len, Hkv, D] each,
-        in the cache's type. Raises ValueError, and stores nothing, where they do not fit into `max_seq_len`.
+        new_k, new_v: [Hkv, D] for one token, or [Hkv, n, D] for n. Writes into `k_cache` and `v_cache`, which
+        keep their shape and type (MLX casts what is assigned to a slice), and raises `current_len` by n. The
+        result has [Hkv, current_len, D] each, in the cache's type.
+
+        Raises ValueError and changes nothing if they do not fit into `max_seq_len`. Check it first: MLX cuts
+        a slice that goes past the end and raises nothing.
+
+        >>> cache = NaiveKVCache(max_seq_len=4, num_heads=1, head_dim=2)
+        >>> stored = cache.update(mx.ones((1, 3, 2)), mx.zeros((1, 3, 2)))
+        >>> cache.update(mx.array([[5.0, 6.0]]), mx.zeros((1, 2))).keys.tolist()
+        [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [5.0, 6.0]]]
+        >>> cache.current_len, cache.k_cache.shape
+        (4, (1, 4, 2))
         """
-        new_k, new_v = (x.reshape(-1, self.num_heads, self.head_dim) for x in (new_k, new_v))
-        stop = self.current_len + len(new_k)
+        new_k, new_v = (x.reshape(self.num_heads, -1, self.head_dim) for x in (new_k, new_v))
+        stop = self.current_len + new_k.shape[1]
         if stop > self.max_seq_len:
             raise ValueError(
-                f"{len(new_k)} more tokens do not fit: {self.current_len} of {self.max_seq_len} are taken"
+                f"{new_k.shape[1]} more tokens do not fit: {self.current_len} of {self.max_seq_len} are taken"
             )
-        self.k_cache[self.current_len : stop] = new_k
-        self.v_cache[self.current_len : stop] = new_v
+        self.k_cache[:, self.current_len : stop] = new_k
+        self.v_cache[:, self.current_len : stop] = new_v
         self.current_len = stop
-        return KeysValues(self.k_cache[:stop], self.v_cache[:stop])
+        return KeysValues(self.k_cache[:, :stop], self.v_cache[:, :stop])
+
+    def copy_from(self, source: "NaiveKVCache") -> None:
+        """Forget the stored tokens and store those of `source`: two texts that begin alike.
+
+        Two completions of one prompt compute the prompt once, in the first one's cache; the second copies it
+        and then goes its own way: later updates of one cache do not show in the other. The prompt's keys and
+        values are then in memory twice, which sharing pages (week 3) avoids.
+
+        Both caches have the same heads; they may differ in `max_seq_len` and type. Raises ValueError and
+        changes nothing if the source's tokens do not fit.
+
+        >>> first, second = NaiveKVCache(8, 1, 2), NaiveKVCache(4, 1, 2)
+        >>> stored = first.update(mx.ones((1, 3, 2)), mx.ones((1, 3, 2)))
+        >>> second.copy_from(first)
+        >>> second.current_len, second.k_cache.shape
+        (3, (1, 4, 2))
+        """
+        length = source.current_len
+        if length > self.max_seq_len:
+            raise ValueError(f"{length} tokens do not fit into a cache of {self.max_seq_len}")
+        self.reset()
+        self.update(source.k_cache[:, :length], source.v_cache[:, :length])
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""
         self.current_len = 0
 
     def allocated_bytes(self) -> int:
-        """Bytes taken, whatever is stored."""
+        """Bytes of both arrays, however many tokens are stored."""
         return self.k_cache.nbytes + self.v_cache.nbytes
 
     def used_bytes(self) -> int:
-        """Bytes of the tokens that are stored, keys and values."""
+        """Bytes of the stored tokens, keys and values."""
         return 2 * self.current_len * self.num_heads * self.head_dim * self.k_cache.itemsize
+
+
+class Reservation(NamedTuple):
+    """What it means to give every sequence a cache of the same size.
+
+    num_caches: caches that fit into the memory. num_refused: sequences that do not fit into a cache.
+    wasted: of the caches of all other sequences, the share that holds no token, 0 to 1.
+    """
+
+    num_caches: int
+    num_refused: int
+    wasted: float
+
+
+def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: int) -> Reservation:
+    """Weigh a cache size: what caches of `max_seq_len` tokens mean for sequences of these lengths, in tokens.
+
+    token_bytes: a token's keys and values in all layers. memory: bytes for all caches; only whole caches
+    count. A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted`
+    counts each sequence that is not refused with one cache, whether or not all of them fit into the memory
+    at once; it is 0.0 if there is no such sequence.
+
+    >>> reserve([100, 300, 900], max_seq_len=500, token_bytes=1000, memory=1_600_000)
+    Reservation(num_caches=3, num_refused=1, wasted=0.6)
+    """
+    served = [length for length in lengths if length <= max_seq_len]
+    reserved = len(served) * max_seq_len
+    wasted = 1 - sum(served) / reserved if reserved else 0.0
+    return Reservation(memory // (max_seq_len * token_bytes), len(lengths) - len(served), wasted)

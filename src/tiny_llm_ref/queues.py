@@ -86,7 +86,7 @@ class RequestQueues(Generic[S]):
         self._know(leader.request_id, completion_ids(leader.request_id, 1 + leader.num_forks), leader)
 
     def start_next(self) -> S:
-        """The first of the waiting sequences runs."""
+        """Move the first waiting sequence to the running ones; return it."""
         sequence = self.waiting[0]
         self._stop_waiting(sequence)
         self._run(sequence)
@@ -111,7 +111,7 @@ class RequestQueues(Generic[S]):
         return [leader, *forks]
 
     def end(self, seq_id: str) -> S:
-        """Take out a sequence and return it. KeyError for one that has ended."""
+        """Take out a sequence, waiting or running; return it. KeyError for one that has ended."""
         sequence = self._forget(seq_id)
         self.running.discard(sequence)
         self._stop_waiting(sequence)
@@ -175,7 +175,7 @@ class QueueViews(Generic[S]):
 
     @property
     def waiting(self) -> Seq[S]:
-        """Who waits, the next to run first."""
+        """The waiting sequences, the next to start first."""
         return self._queues.waiting
 
     def first_waiting(self, most: int) -> list[S]:
@@ -184,7 +184,7 @@ class QueueViews(Generic[S]):
 
     @property
     def running(self) -> Seq[S]:
-        """Who runs, oldest first."""
+        """The running sequences, in the order of service."""
         return self._queues.running
 
     @property

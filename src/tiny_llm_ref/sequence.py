@@ -34,7 +34,9 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """Invariant: the keys and values of the first `num_computed` tokens are in memory.
+    """A prompt, its outputs so far, and how many of these tokens are computed (`num_computed`).
+
+    Invariant: the keys and values of the first `num_computed` tokens are in memory.
 
     `tokens` is the prompt followed by the outputs. Tokens recomputed after a preemption stay
     outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share

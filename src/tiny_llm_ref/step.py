@@ -70,7 +70,9 @@ class Scheduled(NamedTuple, Generic[S]):
 
 @dataclass
 class Plan(Generic[S]):
-    """What one step does: blocks out to the host, blocks in, all copies, and then the chunks, in this order.
+    """What one step does: the chunks to compute, and before them blocks to move and to copy.
+
+    In this order: blocks out to the host, blocks in, all copies, the chunks.
 
     swapped_out: blocks of the pool, and where on the host they go. swapped_in: the host's block that each of
     these blocks of the pool is filled from. departed, returned: the sequences that it is done for.

@@ -7,30 +7,39 @@ import mlx.core as mx
 
 from .shared import STORY, Lines, Work
 
+GENERATED = 24
+
 
 def show() -> Lines:
-    """Counted, then gone."""
+    """Counted, then run: the numbers counted are of the passes that are timed."""
     from tiny_llm.generate import generate
     from tiny_llm.kv_cache import attention_with_cache, attention_without_cache, generate_with_cache
     from tiny_llm.loader import load_model
 
+    without, cached = attention_without_cache(128, 1000), attention_with_cache(128, 1000)
+    yield (
+        f"128 + 1,000 tokens by the formula: {without:,} keys computed without a cache, {cached:,} with one: "
+        f"{without / cached:.0f} times fewer"
+    )
     loaded = load_model(None)
     tokens = loaded.tokenizer.encode(STORY * 16)
-    for prompt_len, gen_len in ((128, 1000), (len(tokens), 24)):
-        without = attention_without_cache(prompt_len, gen_len)
-        cached = attention_with_cache(prompt_len, gen_len)
-        yield (
-            f"{prompt_len} + {gen_len} tokens, counted: {without:,} keys computed without a cache, "
-            f"{cached:,} with one: {without / cached:.0f} times fewer"
-        )
+    last = GENERATED - 1  # the token that is chosen last is not passed through the model
+    counts = [count(len(tokens), last) for count in (attention_without_cache, attention_with_cache)]
     answers, seconds = [], []
-    for name, function in (("without", generate), ("with", generate_with_cache)):
+    for name, function, count in zip(
+        ("without", "with"), (generate, generate_with_cache), counts, strict=True
+    ):
         start = time.perf_counter()
-        answers.append(list(islice(function(loaded.model, tokens, 24, ()), 24)))
+        answers.append(list(islice(function(loaded.model, tokens, GENERATED, ()), GENERATED)))
         seconds.append(time.perf_counter() - start)
-        yield f"{len(tokens)} + 24 tokens, {name} a cache: {seconds[-1]:.2f} s"
-    times = seconds[0] / seconds[1]
-    yield f"{times:.0f} times faster: a pass for one token still reads all of the model's weights"
+        yield (
+            f"{len(tokens)} + {GENERATED} tokens, {GENERATED} passes {name} a cache: {count:,} keys computed "
+            f"per head and layer, {seconds[-1]:.2f} s"
+        )
+    yield (
+        f"{counts[0] / counts[1]:.0f} times fewer keys, {seconds[0] / seconds[1]:.0f} times faster: a pass "
+        "for one token still reads all weights of the model"
+    )
     yield "the same tokens" if answers[0] == answers[1] else "other tokens: rounding met a near-tie"
 
 

@@ -6,31 +6,34 @@ import mlx.core as mx
 
 from .shared import Lines, Work, random_array
 
+USERS, MEMORY = 16, 512 * 2**20
+
 
 def show() -> Lines:
-    """What sixteen users reserve, and what they use."""
+    """How long should a cache be? What each length refuses, and what it wastes."""
     from tiny_llm.loader import load_model
-    from tiny_llm.naive_cache import NaiveKVCache
+    from tiny_llm.naive_cache import NaiveKVCache, reserve
 
     config = load_model(None).model.config
-    lengths = [random.Random(user).randint(100, 500) for user in range(16)]
+    lengths = [random.Random(user).randint(100, 500) for user in range(USERS)]
     shape = (config.num_key_value_heads, config.head_dim)
-    yield f"a simulation: caches of the real model for 16 users of {min(lengths)} to {max(lengths)} tokens"
-    for reserved in (512, 2048, config.max_position_embeddings):
-        allocated = used = 0
-        for length in lengths:
-            cache = NaiveKVCache(reserved, *shape)
-            cache.update(mx.zeros((length, *shape)), mx.zeros((length, *shape)))
-            allocated += config.num_hidden_layers * cache.allocated_bytes()
-            used += config.num_hidden_layers * cache.used_bytes()
+    token_bytes = config.num_hidden_layers * NaiveKVCache(1, *shape).allocated_bytes()
+    yield (
+        f"a simulation: {USERS} users of {min(lengths)} to {max(lengths)} tokens, {token_bytes:,} bytes per "
+        f"token of the real model in all layers, {MEMORY / 2**20:.0f} MiB for caches"
+    )
+    for max_seq_len in (256, 512, 2048, config.max_position_embeddings):
+        found = reserve(lengths, max_seq_len, token_bytes, MEMORY)
         yield (
-            f"  room for {reserved:5,} tokens each: {allocated / 2**20:7,.0f} MiB taken, "
-            f"{used / 2**20:4,.0f} MiB used, {1 - used / allocated:.0%} wasted"
+            f"  caches of {max_seq_len:5,} tokens: {found.num_caches:3} at once, {found.num_refused:2} users "
+            f"refused, {found.wasted:.0%} of the other users' caches wasted"
         )
+    used = sum(lengths)
+    yield f"  without waste: all {USERS} users in {used * token_bytes / 2**20:.0f} MiB"
 
 
 def work() -> Work:
-    """256 tokens stored one by one in a contiguous cache with room for 512."""
+    """256 tokens stored one by one in a contiguous cache for 512."""
     from tiny_llm.naive_cache import NaiveKVCache
 
     tokens = random_array(256, 3, 64)

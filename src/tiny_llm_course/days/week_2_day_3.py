@@ -8,7 +8,7 @@ from .shared import Lines, Work, random_array
 
 
 def show() -> Lines:
-    """Enough is free, and nothing fits."""
+    """Enough blocks are free, and no run of them is long enough."""
     from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
     from tiny_llm.errors import OutOfBlocksError
 
@@ -33,7 +33,7 @@ def show() -> Lines:
             except OutOfBlocksError:
                 refused[name] += 1
     yield f"a simulation, without the model: {rounds} pools of {pool} blocks"
-    yield "  users come until all are full, half of them go, one more comes"
+    yield "  users arrive until a pool is nearly full, half of them leave, one more arrives"
     yield f"  free on average: {free / rounds:.0f} blocks; longest run of them: {longest / rounds:.0f}"
     for name, count in refused.items():
         yield f"  {wanted} blocks {name}: refused {count} times of {rounds}"

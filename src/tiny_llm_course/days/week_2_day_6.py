@@ -8,10 +8,16 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """How long others wait while a long prompt is computed."""
+    """First tokens simulated in steps; then, on the real model, the gaps in another request's answer."""
+    from tiny_llm.chunked_prefill import first_token_steps
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
+    prompt_lens = (1600, 30, 300)
+    lengths = ", ".join(f"{length:,}" for length in prompt_lens)
+    yield f"a simulation: prompts of {lengths} tokens; the steps in which they get their first tokens"
+    for budget in (2048, 512, 128):
+        yield f"  {budget:5,} tokens a step: {first_token_steps(prompt_lens, budget)}"
     for budget in (2048, 128):
         llm = LLM(max_num_batched_tokens=budget, max_num_seqs=8, num_blocks=256)
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -27,8 +33,8 @@ def show() -> Lines:
                 gaps.append(now - last)
                 last = now
         yield (
-            f"the real model, {budget:5,} tokens a step: while a prompt of 1,600 tokens comes in, one that "
-            f"is answering waits up to {1000 * max(gaps):5,.0f} ms for its next token"
+            f"the real model, {budget:5,} tokens a step: while a prompt of 1,600 tokens is computed, another "
+            f"request waits up to {1000 * max(gaps):5,.0f} ms for its next token"
         )
 
 
