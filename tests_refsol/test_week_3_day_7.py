@@ -357,13 +357,13 @@ def hang_up(loop: EngineLoop) -> None:
     within(loop.run)
 
 
-# Task 1: AgedPriority.turn
+# Task 1: AgedPriority.key
 
 
 def order(priorities: Sequence[int], patience: int) -> list[int]:
     """Who comes first, of requests that arrived in this order; among equal turns the earlier one does."""
-    turn = AgedPriority(patience).turn
-    return sorted(range(len(priorities)), key=lambda number: (turn(number, priorities[number]), number))
+    key = AgedPriority(patience).key
+    return sorted(range(len(priorities)), key=lambda number: (key(number, priorities[number]), number))
 
 
 def test_task_1_who_passes_whom() -> None:
@@ -394,10 +394,10 @@ def test_task_1_a_step_of_priority_is_worth_so_many_arrivals(patience: int, low:
 def test_task_1_a_turn_is_fixed_when_a_request_arrives() -> None:
     """Oracle: the same question twice, with others between: nothing that arrives later may move it."""
     policy = AgedPriority(5)
-    first = policy.turn(3, 2)
+    first = policy.key(3, 2)
     for number in range(4, 40):
-        policy.turn(number, number % 3)
-    assert policy.turn(3, 2) == first
+        policy.key(number, number % 3)
+    assert policy.key(3, 2) == first
 
 
 def test_task_1_everybodys_turn_comes() -> None:
@@ -407,7 +407,7 @@ def test_task_1_everybodys_turn_comes() -> None:
 
 def test_task_1_on_pages_the_waiting_run_in_that_order() -> None:
     """Oracle: by hand: one seat, patience 2. Larger numbers first is the mistake, and so is no age at all."""
-    manager = PagedBatchManager(8, 4, 1, max_model_len=8, policies=Policies(turn=AgedPriority(2).turn))
+    manager = PagedBatchManager(8, 4, 1, max_model_len=8, policies=Policies(priority_key=AgedPriority(2).key))
     for number, priority in enumerate([1, 0, 0, 2, 0, -1]):
         manager.add_request([1, 2], str(number), SamplingParams(max_tokens=1, priority=priority), 0)
     ran = []

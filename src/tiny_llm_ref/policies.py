@@ -105,7 +105,7 @@ class NoPrefixSharing:
 
 
 def in_order_of_arrival(number: int, priority: int) -> int:
-    """It is a request's turn when it was the `number`-th to come, whatever its priority."""
+    """The priority key of first come, first served: the number of the arrival, whatever the priority."""
     return number
 
 
@@ -114,11 +114,11 @@ class Policies:
     """One object for each decision; frozen, so a manager's behaviour never changes under way.
 
     prefix: makes the policy for a manager's allocator and block size. swap_blocks: blocks on the host for
-    what is preempted; without one to spare it is computed again. turn: when it is a request's turn, the
-    lowest first, by its number and its priority.
+    what is preempted; without one to spare it is computed again. priority_key: a request's place in the order
+    of service from its arrival number and its priority; the lowest is served first.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
     prefix: Callable[[BlockAllocator, int], PrefixPolicy] = NoPrefixSharing
     swap_blocks: int = 0
-    turn: Callable[[int, int], int] = in_order_of_arrival
+    priority_key: Callable[[int, int], int] = in_order_of_arrival
