@@ -27,7 +27,7 @@ from tiny_llm.delivery import Item
 from tiny_llm.engine import Engine
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore, EngineStats
-from tiny_llm.engine_loop import EngineLoop, Live, Request
+from tiny_llm.engine_loop import ActiveRequest, EngineLoop, Request
 from tiny_llm.errors import (
     DuplicateRequestError,
     EngineDeadError,
@@ -347,7 +347,7 @@ def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] 
     ear = Ear() if ear is None else ear
     for one in requests:
         one.begin(loop.core)
-        loop.live[one.request_id] = Live(one, ear)
+        loop.active[one.request_id] = ActiveRequest(one, ear)
     return ear
 
 
@@ -428,9 +428,9 @@ def test_task_2_a_request_is_queued_and_its_listener_known() -> None:
     loop, one, ear = make_loop(), request("one"), Ear()
     loop.add([one], ear)
     assert loop.core.log == ["add one"]
-    assert list(loop.live) == ["one"]
-    assert loop.live["one"].request is one
-    assert loop.live["one"].listener is ear
+    assert list(loop.active) == ["one"]
+    assert loop.active["one"].request is one
+    assert loop.active["one"].listener is ear
     assert ear.calls == []
 
 
@@ -440,7 +440,7 @@ def test_task_2_several_are_queued_in_their_order() -> None:
     put(loop, request("old"))
     loop.add([request("b"), request("a")], Ear())
     assert loop.core.log == ["add old", "add b", "add a"]
-    assert sorted(loop.live) == ["a", "b", "old"]
+    assert sorted(loop.active) == ["a", "b", "old"]
 
 
 @pytest.mark.parametrize(("prompt", "error"), [("", ValueError), ("a" * (LONGEST + 1), RequestTooLargeError)])
@@ -449,7 +449,7 @@ def test_task_2_the_doors_error_reaches_whoever_asks(prompt: str, error: type[Ex
     loop = make_loop()
     with pytest.raises(error):
         loop.add([request("one", prompt)], Ear())
-    assert not loop.live
+    assert not loop.active
     assert not loop.core.has_work
 
 
@@ -461,7 +461,7 @@ def test_task_2_all_or_none(place: int) -> None:
     requests[place] = request("bad", "")
     with pytest.raises(ValueError, match="no tokens"):
         loop.add(requests, Ear())
-    assert list(loop.live) == ["old"]
+    assert list(loop.active) == ["old"]
     assert [one.request_id for one in loop.core.waiting] == ["old"]
 
 
@@ -471,9 +471,9 @@ def test_task_2_an_id_in_use_does_not_end_its_owner() -> None:
     put(loop, owner)
     with pytest.raises(DuplicateRequestError):
         loop.add([request("new"), request("mine"), request("other")], Ear())
-    assert loop.live["mine"].request is owner
+    assert loop.active["mine"].request is owner
     assert [one.request_id for one in loop.core.waiting] == ["mine"]
-    assert list(loop.live) == ["mine"]
+    assert list(loop.active) == ["mine"]
 
 
 def test_task_2_a_core_that_can_queue_no_more() -> None:
@@ -482,7 +482,7 @@ def test_task_2_a_core_that_can_queue_no_more() -> None:
     loop.core.is_full = True
     with pytest.raises(QueueFullError):
         loop.add([request("one")], Ear())
-    assert not loop.live
+    assert not loop.active
 
 
 def test_task_2_an_engine_that_takes_no_more_says_so() -> None:
@@ -493,7 +493,7 @@ def test_task_2_an_engine_that_takes_no_more_says_so() -> None:
         with pytest.raises(EngineStoppingError, match="no more"):
             loop.add([request("one", prompt)], Ear())
     assert loop.core.log == []
-    assert not loop.live
+    assert not loop.active
 
 
 @pytest.mark.parametrize("how", ["taken", "refused by the core", "refused by the engine"])
@@ -504,13 +504,17 @@ def test_task_2_who_has_come_in_is_counted_once_however_it_ends(how: str) -> Non
     loop.core = AlphabetCore()  # type: ignore[assignment]
     if how == "refused by the engine":
         loop.refusal = partial(EngineStoppingError, "no more")
-    for turn in range(3):
+    for iteration in range(3):
         room.enter(2)
         with suppress(ValueError, EngineStoppingError):
             loop.add(
-                [request(f"a{turn}"), request(f"b{turn}", "" if how == "refused by the core" else "b")], Ear()
+                [
+                    request(f"a{iteration}"),
+                    request(f"b{iteration}", "" if how == "refused by the core" else "b"),
+                ],
+                Ear(),
             )
-        assert room.occupancy.num_seen == 2 * (turn + 1)
+        assert room.occupancy.num_seen == 2 * (iteration + 1)
         if how == "taken":
             with pytest.raises(QueueFullError):
                 room.enter(1)
@@ -528,7 +532,7 @@ def test_task_3_a_cancelled_request_has_ended_everywhere() -> None:
     put(loop, one)
     loop.cancel(["one"])
     assert not loop.core.has_work
-    assert not loop.live
+    assert not loop.active
     assert reason(one) == "abort"
 
 
@@ -538,7 +542,7 @@ def test_task_3_only_those_that_are_named() -> None:
     put(loop, *requests)
     loop.core.step()
     loop.cancel(["d", "b"])
-    assert list(loop.live) == ["a", "c"]
+    assert list(loop.active) == ["a", "c"]
     assert [one.request_id for one in loop.core.running] == ["a", "c"]
     assert [reason(one) for one in requests] == [None, "abort", None, "abort"]
 
@@ -560,7 +564,7 @@ def test_task_3_the_listener_gets_the_last_event() -> None:
     loop.cancel(["one"])
     loop.cancel(["one"])
     loop.core.cancel("two")
-    del loop.live["two"]
+    del loop.active["two"]
     hang_up(loop)
     [[event]] = ear.calls
     assert isinstance(event, RequestEvent)
@@ -620,7 +624,7 @@ def test_task_4_a_forgotten_request_has_ended() -> None:
     loop, one, other = make_loop(), request("one"), request("other")
     ear = put(loop, one, other)
     loop.forget([one])
-    assert list(loop.live) == ["other"]
+    assert list(loop.active) == ["other"]
     assert [left.request_id for left in loop.core.waiting] == ["other"]
     assert (reason(one), reason(other)) == ("abort", None)
     hang_up(loop)
@@ -634,7 +638,7 @@ def test_task_4_the_next_request_of_that_name_is_spared() -> None:
     loop.core.cancel("name")
     put(loop, new)
     loop.forget([old])
-    assert loop.live["name"].request is new
+    assert loop.active["name"].request is new
     assert loop.core.has("name")
     assert reason(new) is None
     loop.forget([new])
@@ -647,7 +651,7 @@ def test_task_4_some_have_ended_and_some_were_never_there() -> None:
     requests = [request(name) for name in names]
     put(loop, requests[1], request("c"))
     loop.forget(requests)
-    assert list(loop.live) == ["c"]
+    assert list(loop.active) == ["c"]
     assert loop.core.log == ["add b", "add c", "cancel b"]
 
 
@@ -674,7 +678,7 @@ def test_task_5_a_request_that_has_ended_is_gone() -> None:
     loop = make_loop()
     ear = put(loop, request("one", params=SamplingParams(max_tokens=1)))
     loop.step()
-    assert not loop.live
+    assert not loop.active
     hang_up(loop)
     [event] = ear.events
     assert (event.text, event.finish_reason) == ("b", "length")
@@ -688,10 +692,10 @@ def test_task_5_a_request_goes_when_its_last_completion_ends() -> None:
     put(loop, one)
     loop.core.waiting[0].left = 1
     loop.step()
-    assert list(loop.live) == ["one"]
+    assert list(loop.active) == ["one"]
     for _ in range(4):
         loop.step()
-    assert not loop.live
+    assert not loop.active
     assert [len(completion.token_ids) for completion in one.output.outputs] == [1, 5]
 
 
@@ -703,7 +707,7 @@ def test_task_5_a_stop_string_ends_a_request_before_the_next_step() -> None:
         assert loop.core.has("one")
         loop.step()
     assert not loop.core.has("one"), "it runs on, and its pages are not back"
-    assert not loop.live
+    assert not loop.active
     hang_up(loop)
     assert (text(ear.events), ear.events[-1].finish_reason, reason(one)) == ("b", "stop", "stop")
 
@@ -718,7 +722,7 @@ def test_task_5_a_stop_string_ends_one_completion_of_several() -> None:
     assert loop.core.log[-1] == f"finish {completion_ids('one', 2)[1]}"
     loop.step()
     loop.step()
-    assert not loop.live
+    assert not loop.active
     assert [completion.text for completion in one.output.outputs] == ["bcde", ""]
 
 
@@ -729,7 +733,7 @@ def test_task_5_what_the_core_has_ended_is_not_ended_again() -> None:
     loop.step()
     loop.step()
     assert reason(one) == "stop"
-    assert not loop.live
+    assert not loop.active
 
 
 def test_task_5_a_failure_reaches_its_listener_alone() -> None:
@@ -739,9 +743,9 @@ def test_task_5_a_failure_reaches_its_listener_alone() -> None:
     loop.step()
     loop.core.failing["bad"] = error
     loop.step()
-    assert list(loop.live) == ["good"]
+    assert list(loop.active) == ["good"]
     loop.core.cancel("good")
-    del loop.live["good"]
+    del loop.active["good"]
     hang_up(loop)
     [failed] = bad.errors
     assert failed.request_id == "bad"
@@ -756,7 +760,7 @@ def test_task_5_two_failures_are_two_errors() -> None:
     ear = put(loop, *[request(name) for name in "abc"])
     loop.core.failing = {"a": ArithmeticError("a"), "c": ArithmeticError("c")}
     loop.step()
-    assert list(loop.live) == ["b"]
+    assert list(loop.active) == ["b"]
     hang_up(loop)
     assert {str(error.__cause__): error.request_id for error in ear.errors} == {"a": "a", "c": "c"}
     assert len(ear.errors) == 2
@@ -777,7 +781,7 @@ def test_task_5_a_text_that_cannot_be_made_is_its_requests_alone() -> None:
     put(loop, Unspeakable("bad", "a", [0], TOKENIZER, SamplingParams(n=2, max_tokens=9)), ear=bad)
     put(loop, request("good"), ear=good)
     loop.step()
-    assert list(loop.live) == ["good"]
+    assert list(loop.active) == ["good"]
     assert not loop.core.has("bad")
     loop.step()
     hang_up(loop)
@@ -810,7 +814,7 @@ def test_task_5_a_search_ends_with_one_event() -> None:
     loop, search = make_loop(core), SearchState("beams", prompt, TOKENIZER, params)
     ear = put(loop, search)
     steps = 0
-    while loop.live and steps < 20:
+    while loop.active and steps < 20:
         loop.step()
         steps += 1
     assert steps == 4
@@ -842,7 +846,7 @@ def test_task_5_how_long_it_took_and_how_full_it_is() -> None:
     assert (loop.stats.num_running, loop.stats.num_waiting) == (0, 1)
 
 
-# Task 6: EngineLoop.turn
+# Task 6: EngineLoop.run_once
 
 
 class Posting:
@@ -854,17 +858,17 @@ class Posting:
         self.loop = EngineLoop(self.inbox, WaitingRoom(limit, 8))
         self.loop.core = self.core  # type: ignore[assignment]
 
-    def turn(self, *errands: Callable[[], Any]) -> list[Future[Any]]:
-        """Post errands, and let a turn pass."""
-        posted = [self.inbox.post(errand) for errand in errands]
-        within(self.loop.turn)
+    def run_once(self, *tasks: Callable[[], Any]) -> list[Future[Any]]:
+        """Post tasks, and let an iteration pass."""
+        posted = [self.inbox.post(task) for task in tasks]
+        within(self.loop.run_once)
         return posted
 
 
-def test_task_6_an_errand_and_then_a_step() -> None:
-    """Oracle: by hand: who is added is served in the same turn, and hears of it."""
+def test_task_6_an_task_and_then_a_step() -> None:
+    """Oracle: by hand: who is added is served in the same iteration, and hears of it."""
     at, ear = Posting(), Ear()
-    [added] = at.turn(partial(at.loop.add, [request("one")], ear))
+    [added] = at.run_once(partial(at.loop.add, [request("one")], ear))
     assert added.done()
     assert at.core.log == ["add one", "step"]
     assert [text(events(call)) for call in ear.calls] == ["b"]
@@ -874,22 +878,22 @@ def test_task_6_a_turn_is_one_step() -> None:
     """Oracle: by hand: three letters are three turns, and nobody has to post anything."""
     at = Posting()
     ear = put(at.loop, request("one"))
-    for turn in range(1, 4):
-        at.turn()
-        assert at.core.log.count("step") == turn
-        assert len(ear.calls) == turn
-    assert not at.loop.live
+    for iteration in range(1, 4):
+        at.run_once()
+        assert at.core.log.count("step") == iteration
+        assert len(ear.calls) == iteration
+    assert not at.loop.active
 
 
-def test_task_6_without_anybody_it_waits_for_an_errand() -> None:
+def test_task_6_without_anybody_it_waits_for_an_task() -> None:
     """Oracle: by hand: with nothing to do it waits until somebody asks for something; no step."""
     at = Posting()
-    turn = background(at.loop.turn)
+    iteration = background(at.loop.run_once)
     with suppress(TimeoutError):
-        turn.exception(0.05)
-    assert not turn.done() or turn.result(), "it did not wait: the thread would burn a processor"
+        iteration.exception(0.05)
+    assert not iteration.done() or iteration.result(), "it did not wait: the thread would burn a processor"
     asked = at.inbox.post(lambda: 7)
-    value(turn)
+    value(iteration)
     assert asked.result(0) == 7
     assert at.core.log == []
 
@@ -898,15 +902,15 @@ def test_task_6_no_step_is_taken_for_nobody() -> None:
     """Oracle: by hand: the core has work that nobody here listens to."""
     at = Posting()
     at.core.add_request("by hand", [5], THREE)
-    at.turn(lambda: None)
+    at.run_once(lambda: None)
     assert "step" not in at.core.log
 
 
 def test_task_6_everything_that_was_asked_for_comes_before_the_step() -> None:
-    """Oracle: by hand: in the order of asking. One errand a turn is the mistake: others wait a step."""
+    """Oracle: by hand: in the order of asking. One task an iteration is the mistake: others wait a step."""
     at, ran = Posting(), list[str]()
     put(at.loop, request("one"), request("two"))
-    at.turn(
+    at.run_once(
         lambda: ran.append("first"),
         partial(at.loop.cancel, ["one"]),
         lambda: ran.append("second"),
@@ -917,11 +921,11 @@ def test_task_6_everything_that_was_asked_for_comes_before_the_step() -> None:
 
 
 def test_task_6_who_is_cancelled_gets_no_further_letter() -> None:
-    """Oracle: by hand: its last event comes in this turn, though there is no step for anybody."""
+    """Oracle: by hand: its last event comes in this iteration, though there is no step for anybody."""
     at = Posting()
     ear = put(at.loop, request("one"))
-    at.turn()
-    at.turn(partial(at.loop.cancel, ["one"]))
+    at.run_once()
+    at.run_once(partial(at.loop.cancel, ["one"]))
     assert at.core.log.count("step") == 1
     assert [[event.finish_reason for event in events(call)] for call in ear.calls] == [[None], ["abort"]]
 
@@ -931,30 +935,30 @@ def test_task_6_a_listener_gets_all_of_a_step_at_once() -> None:
     at, pair = Posting(), SamplingParams(n=2, max_tokens=2)
     ear, other = put(at.loop, request("one", "a", pair), request("two", "m", pair)), Ear()
     put(at.loop, request("three", "x"), ear=other)
-    at.turn()
-    at.turn()
+    at.run_once()
+    at.run_once()
     assert [len(call) for call in ear.calls] == [4, 4]
     assert (text(ear.events, "one"), text(ear.events, "two")) == ("bbcc", "nnoo")
     assert [len(call) for call in other.calls] == [1, 1]
 
 
-def test_task_6_what_an_errand_raises_is_its_askers() -> None:
-    """Oracle: by hand: its future raises, and the turn goes on."""
+def test_task_6_what_an_task_raises_is_its_askers() -> None:
+    """Oracle: by hand: its future raises, and the iteration goes on."""
     at = Posting()
     ear = put(at.loop, request("one"))
-    [failed, fine] = at.turn(lambda: 1 // 0, lambda: 7)
+    [failed, fine] = at.run_once(lambda: 1 // 0, lambda: 7)
     assert isinstance(failed.exception(0), ZeroDivisionError)
     assert fine.result(0) == 7
     assert text(ear.events) == "b"
 
 
 def test_task_6_what_a_step_raises_ends_the_thread() -> None:
-    """Oracle: by hand: nobody foresaw it; a turn that goes on in silence leaves everybody waiting."""
+    """Oracle: by hand: nobody foresaw it; an iteration that goes on in silence leaves everybody waiting."""
     at = Posting()
     put(at.loop, request("one"))
     at.core.dies = SystemError("unforeseen")
     with pytest.raises(SystemError, match="unforeseen"):
-        at.turn()
+        at.run_once()
 
 
 def test_task_6_a_listener_that_raises_loses_its_requests() -> None:
@@ -966,11 +970,11 @@ def test_task_6_a_listener_that_raises_loses_its_requests() -> None:
 
     put(at.loop, request("one"), request("two"), ear=gone)
     ear = put(at.loop, request("other"))
-    at.turn()
-    at.turn()
+    at.run_once()
+    at.run_once()
     steps = at.core.log.index("step"), len(at.core.log) - 1 - at.core.log[::-1].index("step")
     assert sorted(at.core.log[steps[0] + 1 : steps[1]]) == ["cancel one", "cancel two"]
-    assert list(at.loop.live) == ["other"]
+    assert list(at.loop.active) == ["other"]
     assert text(ear.events) == "bc"
 
 
@@ -978,7 +982,7 @@ def test_task_6_a_last_turn_has_no_step() -> None:
     """Oracle: by hand."""
     at = Posting()
     put(at.loop, request("one"))
-    at.turn(at.loop.stop)
+    at.run_once(at.loop.stop)
     assert "step" not in at.core.log
 
 
@@ -1007,7 +1011,7 @@ def test_task_7_nobody_else_is_let_in() -> None:
     assert isinstance(at.loop.refusal(), EngineStoppingError)
     with pytest.raises(EngineStoppingError):
         at.loop.add([request("two")], Ear())
-    assert list(at.loop.live) == ["one"]
+    assert list(at.loop.active) == ["one"]
     assert not drained.done()
 
 
@@ -1015,11 +1019,11 @@ def test_task_7_it_is_over_when_all_have_ended() -> None:
     """Oracle: by hand: three letters, three turns, and nothing is cut off."""
     at, drained = Posting(), Future[None]()
     ear = put(at.loop, request("one"))
-    at.turn(partial(at.loop.drain, None, drained))
+    at.run_once(partial(at.loop.drain, None, drained))
     assert not drained.done()
-    at.turn()
+    at.run_once()
     assert not drained.done()
-    at.turn()
+    at.run_once()
     assert drained.result(0) is None
     assert (text(ear.events), ear.events[-1].finish_reason) == ("bcd", "length")
 
@@ -1029,16 +1033,16 @@ def test_task_7_it_is_over_at_once_where_nobody_is_there() -> None:
     at = Posting()
     for _ in range(2):
         drained: Future[None] = Future()
-        at.turn(partial(at.loop.drain, None, drained))
+        at.run_once(partial(at.loop.drain, None, drained))
         assert drained.result(0) is None
 
 
 def test_task_7_who_takes_too_long_is_cancelled_before_the_next_step() -> None:
-    """Oracle: by hand: no time at all: the last events come in the same turn, and it is over."""
+    """Oracle: by hand: no time at all: the last events come in the same iteration, and it is over."""
     at, drained = Posting(), Future[None]()
     ear = put(at.loop, request("one"), request("two"))
-    at.turn()
-    at.turn(partial(at.loop.drain, 0, drained))
+    at.run_once()
+    at.run_once(partial(at.loop.drain, 0, drained))
     assert at.core.log.count("step") == 1
     assert Counter(event.finish_reason for event in ear.events) == {None: 2, "abort": 2}
     assert drained.result(0) is None
@@ -1048,16 +1052,16 @@ def test_task_7_a_timeout_is_counted_from_now() -> None:
     """Oracle: by hand: time enough for all, so nobody is cut off; and then time that runs out."""
     at, first = Posting(), Future[None]()
     ear = put(at.loop, request("one", params=SamplingParams(max_tokens=2)))
-    at.turn(partial(at.loop.drain, 100.0, first))
-    at.turn()
+    at.run_once(partial(at.loop.drain, 100.0, first))
+    at.run_once()
     assert ear.events[-1].finish_reason == "length"
     assert first.result(0) is None
 
     at, second = Posting(), Future[None]()
     ear = put(at.loop, request("one", params=LONG))
-    at.turn(partial(at.loop.drain, 0.05, second))
+    at.run_once(partial(at.loop.drain, 0.05, second))
     time.sleep(0.06)
-    at.turn()
+    at.run_once()
     assert ear.events[-1].finish_reason == "abort"
     assert second.result(0) is None
 
@@ -1067,8 +1071,8 @@ def test_task_7_of_two_the_shorter_one_counts(timeouts: tuple[float | None, floa
     """Oracle: the docstring, for each of them; both are told."""
     at, drains = Posting(), (Future[None](), Future[None]())
     put(at.loop, request("one", params=LONG))
-    at.turn(*[partial(at.loop.drain, *each) for each in zip(timeouts, drains, strict=True)])
-    assert not at.loop.live
+    at.run_once(*[partial(at.loop.drain, *each) for each in zip(timeouts, drains, strict=True)])
+    assert not at.loop.active
     assert [drain.result(0) for drain in drains] == [None, None]
 
 

@@ -39,7 +39,7 @@ class StepTime:
     text: float
 
 
-class Live(NamedTuple):
+class ActiveRequest(NamedTuple):
     """A request that has not ended, and who listens to it."""
 
     request: Request
@@ -49,14 +49,14 @@ class Live(NamedTuple):
 class EngineLoop:
     """Serves requests in its thread. Others may read `stats`, `step_times` and `refusal`, and call nothing.
 
-    Invariant: between two turns `live` has, by id, the requests that the core works on for somebody.
+    Invariant: between two iterations `active` has, by id, the requests that the core works on for somebody.
     refusal: makes the error that new requests are refused with, whatever they are; None: they are taken.
     """
 
     def __init__(self, inbox: Inbox, room: WaitingRoom) -> None:
         self.core: EngineCore
         self.stats: EngineStats
-        self.live: dict[str, Live] = {}
+        self.active: dict[str, ActiveRequest] = {}
         self.step_times: deque[StepTime] = deque(maxlen=STEPS_KEPT)
         self.refusal: Refusal | None = None
         self._inbox = inbox
@@ -71,40 +71,40 @@ class EngineLoop:
         self._watchers: list[PoolListener] = []
 
     def run(self) -> None:
-        """The thread: turn after turn until it is told to stop. The first task must be `begin`.
+        """The thread: one iteration after another until it is told to stop. The first task must be `begin`.
 
         Whatever is raised, everybody who waits is told.
         """
         try:
             while not self._stopping:
-                self.turn()
-            if self.live:
-                self.cancel([*self.live])
+                self.run_once()
+            if self.active:
+                self.cancel([*self.active])
             self._end(None)
         except BaseException as error:  # nobody foresaw it, and nobody may hang
             self._end(error)
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """Do what was asked for, then one step for those who are served. Waits where there is neither.
 
-        All that came of it is delivered at the end. Where nobody is live then, those who drain are told.
+        All that came of it is delivered at the end. Where nobody is active then, those who drain are told.
         """
-        self._inbox.run(wait=not self.live)
+        self._inbox.run(wait=not self.active)
         if monotonic() > self._deadline:
-            self.cancel(list(self.live))
-        if self.live and not self._stopping:
+            self.cancel(list(self.active))
+        if self.active and not self._stopping:
             self.step()
         self._tell_watchers()
         self._deliver()
-        if not self.live:
+        if not self.active:
             self._end_drains(None)
 
     def step(self) -> None:
-        """One step of the core: tokens go to the requests that are live, and their events to the listeners.
+        """One step of the core: tokens go to the requests that are active, and their events to the listeners.
 
         A completion that its text ends is finished in the core before the next step. A request whose push
         raises fails alone; its listener, and those of the core's failures, get `RequestFailedError`.
-        Whoever has ended is live no more. Tokens of requests that are not live are ignored.
+        Whoever has ended is active no more. Tokens of requests that are not active are ignored.
         """
         start = perf_counter()
         outputs = self.core.step()
@@ -116,7 +116,7 @@ class EngineLoop:
         self.step_times.append(StepTime(computed - start, perf_counter() - computed))
         self._is_crowded = True  # if anybody waits: he has been passed over
         self._publish()
-        assert self.core.has_work or not self.live, "a request has ended, and nobody was told"
+        assert self.core.has_work or not self.active, "a request has ended, and nobody was told"
 
     # Tasks.
 
@@ -147,7 +147,7 @@ class EngineLoop:
             raise
         finally:
             self._publish()
-        self.live.update({request.request_id: Live(request, listener) for request in requests})
+        self.active.update({request.request_id: ActiveRequest(request, listener) for request in requests})
 
     def cancel(self, request_ids: Seq[str]) -> None:
         """End requests now: their pages go back, and their listeners get last events, with reason "abort".
@@ -155,16 +155,16 @@ class EngineLoop:
         Ids of requests that have ended, or never were, are ignored.
         """
         for request_id in request_ids:
-            live = self.live.pop(request_id, None)
-            if live is not None:
-                self._outbox.add(live.listener, *live.request.abort())
+            active = self.active.pop(request_id, None)
+            if active is not None:
+                self._outbox.add(active.listener, *active.request.abort())
                 self.core.cancel(request_id)
         self._publish()
 
     def forget(self, requests: Seq[Request]) -> None:
         """Cancel these very requests; others that have got their ids since go on."""
-        known = [(request, self.live.get(request.request_id)) for request in requests]
-        self.cancel([one.request_id for one, live in known if live is not None and live.request is one])
+        known = [(request, self.active.get(request.request_id)) for request in requests]
+        self.cancel([one.request_id for one, active in known if active is not None and active.request is one])
 
     def drain(self, timeout: float | None, drained: Future[None]) -> None:
         """Refuse new requests from now on. `drained` is done when all others have ended.
@@ -177,7 +177,7 @@ class EngineLoop:
             self._deadline = min(self._deadline, monotonic() + timeout)
 
     def stop(self) -> None:
-        """Let this turn be the last, without a step."""
+        """Let this iteration be the last, without a step."""
         self._stopping = True
 
     def watch(self, watcher: PoolListener) -> None:
@@ -199,20 +199,20 @@ class EngineLoop:
 
     def _take(self, output: TokenOutput) -> None:
         """Give a token to its request; a stop string that it completes ends the sequence here."""
-        live = self.live.get(output.request_id)
-        if live is None or not isinstance(live.request, RequestState):
+        active = self.active.get(output.request_id)
+        if active is None or not isinstance(active.request, RequestState):
             return  # it has failed in this step, or somebody steps the core by hand
         try:
-            event = live.request.push(output)
+            event = active.request.push(output)
             if event.finish_reason is not None and output.finish_reason is None:
                 self.core.finish(output.seq_id)
         except BaseException as error:  # whatever a tokenizer raised: text belongs to its request only
             self.core.cancel(output.request_id)
             self._fail(output.request_id, error)
             return
-        self._outbox.add(live.listener, event)
+        self._outbox.add(active.listener, event)
         if event.usage is not None:
-            del self.live[output.request_id]
+            del self.active[output.request_id]
 
     def _take_failures(self) -> None:
         for request_id, error in self.core.take_failures():
@@ -220,20 +220,20 @@ class EngineLoop:
 
     def _fail(self, request_id: str, error: BaseException) -> None:
         """Tell the listener of a request that it has ended with an error."""
-        live = self.live.pop(request_id, None)
-        if live is not None:
+        active = self.active.pop(request_id, None)
+        if active is not None:
             failed = RequestFailedError(f"request {request_id!r} has failed: {described(error)}", request_id)
             failed.__cause__ = error
-            self._outbox.add(live.listener, failed)
+            self._outbox.add(active.listener, failed)
 
     def _end_searches(self) -> None:
         for request_id in self.core.take_ended_searches():
-            ended = self.live.pop(request_id, None)
+            ended = self.active.pop(request_id, None)
             if ended is not None and isinstance(ended.request, SearchState):
                 self._outbox.add(ended.listener, *ended.request.end())
 
     def _tell_watchers(self) -> None:
-        """What has changed in the pool in this turn; who raises is told no more."""
+        """What has changed in the pool in this iteration; who raises is told no more."""
         if self._watch is None or (change := self._watch.look()).is_empty:
             return
         for watcher in list(self._watchers):
@@ -246,7 +246,9 @@ class EngineLoop:
         """Hand over what is ready; the requests of listeners that cannot be reached are cancelled."""
         lost = {id(listener) for listener in self._outbox.deliver()}
         if lost:
-            self.cancel([request_id for request_id, live in self.live.items() if id(live.listener) in lost])
+            self.cancel(
+                [request_id for request_id, active in self.active.items() if id(active.listener) in lost]
+            )
 
     # Beginning and end.
 
@@ -261,9 +263,9 @@ class EngineLoop:
         """Refuse whatever comes, and let nobody wait: with an error everybody hears of it."""
         self.refusal = refusal = stopped if error is None else partial(dead, error)
         self._inbox.close(refusal)
-        for live in self.live.values():
-            self._outbox.add(live.listener, refusal())
-        self.live.clear()
+        for active in self.active.values():
+            self._outbox.add(active.listener, refusal())
+        self.active.clear()
         self._outbox.deliver()
         self._end_drains(None if error is None else refusal())
 
