@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_llm.engine
+from tiny_llm.admission_control import AdmissionControl
 from tiny_llm.beam_search import BeamSearchParams
 from tiny_llm.delivery import Item
 from tiny_llm.engine import Engine
@@ -52,7 +53,6 @@ from tiny_llm.search_state import SearchState
 from tiny_llm.sequence import completion_ids
 from tiny_llm.token_output import TokenOutput
 from tiny_llm.tokenizer import Tokenizer
-from tiny_llm.waiting_room import WaitingRoom
 
 # The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
@@ -337,7 +337,7 @@ def reason(one: Request) -> str | None:
 
 def make_loop(core: Any = None) -> EngineLoop:
     """What runs in the engine's thread, without the thread: the test calls it."""
-    loop = EngineLoop(Inbox(), WaitingRoom(None, 8))
+    loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
     loop.core = core or AlphabetCore()
     return loop
 
@@ -498,14 +498,14 @@ def test_task_2_an_engine_that_takes_no_more_says_so() -> None:
 
 @pytest.mark.parametrize("how", ["taken", "refused by the core", "refused by the engine"])
 def test_task_2_who_has_come_in_is_counted_once_however_it_ends(how: str) -> None:
-    """Oracle: `WaitingRoom`, which lets the next one in. Who is never counted as seen waits for ever."""
-    inbox, room = Inbox(), WaitingRoom(2, 0)
-    loop = EngineLoop(inbox, room)
+    """Oracle: `AdmissionControl`, which lets the next one in. Who is never counted as seen waits for ever."""
+    inbox, admission = Inbox(), AdmissionControl(2, 0)
+    loop = EngineLoop(inbox, admission)
     loop.core = AlphabetCore()  # type: ignore[assignment]
     if how == "refused by the engine":
         loop.refusal = partial(EngineStoppingError, "no more")
     for iteration in range(3):
-        room.enter(2)
+        admission.admit(2)
         with suppress(ValueError, EngineStoppingError):
             loop.add(
                 [
@@ -514,13 +514,13 @@ def test_task_2_who_has_come_in_is_counted_once_however_it_ends(how: str) -> Non
                 ],
                 Ear(),
             )
-        assert room.occupancy.num_seen == 2 * (iteration + 1)
+        assert admission.occupancy.num_seen == 2 * (iteration + 1)
         if how == "taken":
             with pytest.raises(QueueFullError):
-                room.enter(1)
+                admission.admit(1)
             loop.core.end(lambda one: True)
             loop.add([], Ear())
-            assert room.occupancy.num_waiting == 0
+            assert admission.occupancy.num_waiting == 0
 
 
 # Task 3: EngineLoop.cancel
@@ -589,17 +589,17 @@ def test_task_3_every_completion_that_has_not_ended_gets_an_event() -> None:
 
 
 def test_task_3_others_can_see_at_once_that_there_is_room() -> None:
-    """Oracle: the core's own figures, as other threads see them: `stats`, and the waiting room."""
-    room = WaitingRoom(1, 0)
-    loop = EngineLoop(Inbox(), room)
+    """Oracle: the core's own figures, as other threads see them: `stats`, and the admission control."""
+    admission = AdmissionControl(1, 0)
+    loop = EngineLoop(Inbox(), admission)
     loop.core = AlphabetCore()  # type: ignore[assignment]
-    room.enter(1)
+    admission.admit(1)
     loop.add([request("one")], Ear())
     with pytest.raises(QueueFullError):
-        room.enter(1)
+        admission.admit(1)
     loop.cancel(["one"])
     assert loop.stats.num_waiting == 0
-    room.enter(1)
+    admission.admit(1)
 
 
 def test_task_3_a_beam_search_ends_too() -> None:
@@ -855,7 +855,7 @@ class Posting:
     def __init__(self, limit: int | None = None) -> None:
         self.inbox = Inbox()
         self.core = AlphabetCore()
-        self.loop = EngineLoop(self.inbox, WaitingRoom(limit, 8))
+        self.loop = EngineLoop(self.inbox, AdmissionControl(limit, 8))
         self.loop.core = self.core  # type: ignore[assignment]
 
     def run_once(self, *tasks: Callable[[], Any]) -> list[Future[Any]]:

@@ -16,6 +16,7 @@ from functools import partial
 from itertools import count
 from typing import Self, TypeVar
 
+from .admission_control import AdmissionControl
 from .batch_manager import refuse_too_many
 from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
@@ -32,7 +33,6 @@ from .resources import needing
 from .sampling_params import SamplingParams
 from .search_state import SearchState
 from .tokenizer import Tokenizer, check_length
-from .waiting_room import WaitingRoom
 
 T = TypeVar("T")
 Prompt = PlainPrompt
@@ -67,8 +67,8 @@ class Engine:
         self._max_num_seqs = config.max_num_seqs
         self._request_ids = map(str, count())
         self._inbox = Inbox()
-        self._room = WaitingRoom(config.max_num_waiting, config.max_num_seqs)
-        self._loop = EngineLoop(self._inbox, self._room)
+        self._admission = AdmissionControl(config.max_num_waiting, config.max_num_seqs)
+        self._loop = EngineLoop(self._inbox, self._admission)
         self._thread = _start(self._inbox, self._loop, make_core)
         weakref.finalize(self, _stop, self._inbox, self._loop, self._thread)
 
@@ -153,14 +153,14 @@ class Engine:
         requests = self._submittable(requests, deliver)
         if self._loop.refusal is not None:
             raise self._loop.refusal()
-        self._room.enter(len(requests))
+        self._admission.admit(len(requests))
         return self._inbox.post(partial(self._loop.add, requests, deliver))
 
-    def check_room(self, num_requests: int = 1) -> None:
+    def check_admission(self, num_requests: int = 1) -> None:
         """Raise what `submit` would raise now for so many requests, whatever they are; costs nothing."""
         if (refusal := self.refusal) is not None:
             raise refusal
-        self._room.check(num_requests)
+        self._admission.check(num_requests)
 
     def cancel(self, request_id: str) -> Future[None]:
         """End a request before the next step; what is returned is done when its pages are back.

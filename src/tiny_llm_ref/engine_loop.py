@@ -14,6 +14,7 @@ from functools import partial
 from time import monotonic, perf_counter
 from typing import NamedTuple
 
+from .admission_control import AdmissionControl, Occupancy
 from .block_events import BlockWatch, PoolChange
 from .delivery import Listener, Outbox
 from .engine_core import EngineCore, EngineStats
@@ -23,7 +24,6 @@ from .output_processor import RequestState
 from .paged_batch import PagedBatchManager
 from .search_state import SearchState
 from .token_output import TokenOutput
-from .waiting_room import Occupancy, WaitingRoom
 
 Request = RequestState | SearchState
 PoolListener = Callable[[PoolChange], None]
@@ -53,14 +53,14 @@ class EngineLoop:
     refusal: makes the error that new requests are refused with, whatever they are; None: they are taken.
     """
 
-    def __init__(self, inbox: Inbox, room: WaitingRoom) -> None:
+    def __init__(self, inbox: Inbox, admission: AdmissionControl) -> None:
         self.core: EngineCore
         self.stats: EngineStats
         self.active: dict[str, ActiveRequest] = {}
         self.step_times: deque[StepTime] = deque(maxlen=STEPS_KEPT)
         self.refusal: Refusal | None = None
         self._inbox = inbox
-        self._room = room
+        self._admission = admission
         self._outbox = Outbox()
         self._num_seen = 0
         self._is_crowded = False
@@ -131,7 +131,7 @@ class EngineLoop:
         """Queue requests in the core, all or none; `listener` is called with what they give.
 
         Raises what `refusal` makes, or what the core's door raises; then none is queued. All of them count as
-        seen, refused or not: until then they have places in the waiting room.
+        seen, refused or not: until then they count as waiting.
         """
         self._num_seen += len(requests)
         queued: list[Request] = []
@@ -257,7 +257,7 @@ class EngineLoop:
         stats = self.stats = self.core.stats
         waiting, running = stats.num_waiting_requests, stats.num_running
         self._is_crowded = self._is_crowded and waiting > 0
-        self._room.occupancy = Occupancy(self._num_seen, waiting, running, self._is_crowded)
+        self._admission.occupancy = Occupancy(self._num_seen, waiting, running, self._is_crowded)
 
     def _end(self, error: BaseException | None) -> None:
         """Refuse whatever comes, and let nobody wait: with an error everybody hears of it."""
