@@ -837,7 +837,7 @@ def test_in_pools_that_hold_one_and_little_more_everybody_gets_what_he_gets_alon
     """
     happened: Counter[str] = Counter()
     if hasty:
-        monkeypatch.setattr(NewestFirst, "promised_tokens", only_what_is_known)
+        monkeypatch.setattr(NewestFirst, "reserved_tokens", only_what_is_known)
 
     @settings(max_examples=examples(30))
     @given(pressed())

@@ -870,7 +870,7 @@ def test_task_9_tenants_do_not_wait_for_each_other() -> None:
 class NewestGivesWay:
     """Preemption as a later day has it: whoever came last gives way."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
         """The known tokens and a block to grow into."""
         return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
 

@@ -1333,7 +1333,7 @@ def serve(
 class NewestGivesWay:
     """Preemption as a later day has it: whoever came last gives way."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
         """The known tokens and a block to grow into."""
         return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
 

@@ -190,34 +190,34 @@ class Setup:
         assert counts(self.space.allocator) == [held[block] for block in range(self.host_blocks)]
 
 
-# Task 1: NewestFirst.promised_tokens
+# Task 1: NewestFirst.reserved_tokens
 
 
 @pytest.mark.parametrize(
-    ("num_prompt", "num_outputs", "max_len", "promised"),
+    ("num_prompt", "num_outputs", "max_len", "reserved"),
     [(10, 0, 40, 14), (10, 3, 40, 17), (1, 0, 40, 5), (10, 0, 14, 14), (10, 0, 12, 12), (10, 2, 12, 12)],
 )
 def test_task_1_what_is_known_and_one_block_more(
-    num_prompt: int, num_outputs: int, max_len: int, promised: int
+    num_prompt: int, num_outputs: int, max_len: int, reserved: int
 ) -> None:
-    """Oracle: by hand, blocks of 4: 10 known tokens are promised 14, or 12 where no more can come."""
+    """Oracle: by hand, blocks of 4: 10 known tokens are reserved 14, or 12 where no more can come."""
     sequence = Setup().sequence(TEXT[:num_prompt], 0, outputs=[7] * num_outputs)
     sequence.max_len = max_len
-    assert NewestFirst().promised_tokens(sequence) == promised
+    assert NewestFirst().reserved_tokens(sequence) == reserved
 
 
 @pytest.mark.parametrize("computed", [0, 3, 4, 10])
 def test_task_1_computed_or_not_makes_no_difference(computed: int) -> None:
-    """Oracle: by hand: pages are promised for tokens that are known; the scheduler knows which are there."""
-    assert NewestFirst().promised_tokens(Setup().sequence(TEXT[:10], computed)) == 14
+    """Oracle: by hand: blocks are reserved for tokens that are known; the scheduler knows which are there."""
+    assert NewestFirst().reserved_tokens(Setup().sequence(TEXT[:10], computed)) == 14
 
 
 def test_task_1_the_block_is_the_sequences() -> None:
     """Oracle: by hand, blocks of 16 and of 1."""
-    for size, promised in ((16, 26), (1, 11)):
+    for size, reserved in ((16, 26), (1, 11)):
         sequence = Setup().sequence(TEXT[:10], 0)
         sequence.tables = PageLayout((LayerGroup((0,)),), size, 16).tables(BlockAllocator(9))
-        assert NewestFirst().promised_tokens(sequence) == promised
+        assert NewestFirst().reserved_tokens(sequence) == reserved
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_task_1_the_block_is_the_sequences() -> None:
 def test_task_1_more_begin_than_whole_lives_would_fit(policy: PreemptionPolicy, begin: int) -> None:
     """Oracle: by hand: prompts of 4 tokens that may grow to 24, that is 6 blocks, in a pool of 6.
 
-    Promised whole lives one of them begins; promised 8 tokens each, that is 2 blocks, three do.
+    With whole lives reserved, one of them begins; with 8 tokens each, that is 2 blocks, three do.
     """
     manager = PagedBatchManager(6, SIZE, 9, policies=Policies(preemption=policy))
     for index in range(5):

@@ -13,19 +13,19 @@ from .sequence import PagedSequence
 
 
 class PreemptionPolicy(Protocol):
-    """Who gives up pages when the pool runs out, and how much is promised so that it rarely does."""
+    """Which sequence gives up its blocks when the pool runs out, and how many are reserved at admission."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
-        """Tokens of `sequence`, from its first, for which pages must be there once it is admitted."""
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
+        """Tokens of `sequence`, from its first, for which blocks must be available once it is admitted."""
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
-        """The sequence of `candidates` (oldest first, never empty) to preempt; None for nobody."""
+        """The sequence of `candidates` (oldest first, never empty) to preempt; None: none of them."""
 
 
 class NoPreemption:
     """A sequence is admitted only when pages for its whole life are free: nobody is ever preempted."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
         """All tokens that the sequence may ever have."""
         return sequence.max_len
 

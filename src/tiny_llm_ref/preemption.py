@@ -13,7 +13,7 @@ from .sequence import PagedSequence
 class NewestFirst:
     """Admits a sequence when its known tokens and one block more fit, and preempts the newest."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
         """The known tokens and a block to grow into, but never more than its whole life."""
         return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
 
