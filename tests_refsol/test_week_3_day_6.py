@@ -28,7 +28,7 @@ from tiny_llm.preemption import NewestFirst
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence, SwappedTable, completion_ids
 from tiny_llm.sliding_window import WindowedTable
-from tiny_llm.swap import SwapSpace
+from tiny_llm.swap import HostBlock, SwapSpace
 
 # The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
@@ -291,10 +291,121 @@ def test_task_2_everybody_ends_and_the_oldest_never_gives_way(
     serve_all(-(-(max(prompts) + max_tokens) // SIZE) + spare, prompts, max_tokens)
 
 
-# Task 3: SwapSpace.swap_out
+# Task 3: SwapSpace.hold
 
 
-def test_task_3_what_is_computed_gets_room_on_the_host() -> None:
+def held(space: SwapSpace, sequence: PagedSequence, place: int, index: int = 0) -> HostBlock:
+    """A host block for one block of a sequence; a failure where none is found."""
+    found = space.hold(sequence, index, place)
+    assert found is not None, "no host block, though some are free"
+    return found
+
+
+def test_task_3_a_new_block_has_one_holder() -> None:
+    """Oracle: by hand: three blocks of one sequence are three host blocks, full or not; all need a copy."""
+    setup = Setup()
+    sequence = setup.sequence(TEXT[:10], 10)
+    found = [held(setup.space, sequence, place) for place in range(3)]
+    assert [each.is_new for each in found] == [True, True, True]
+    assert len({each.block for each in found}) == 3
+    assert [setup.space.allocator.ref_count(each.block) for each in found] == [1, 1, 1]
+    assert in_use(setup.space.allocator) == 3
+
+
+def test_task_3_a_full_block_with_the_same_content_is_shared() -> None:
+    """Oracle: by hand: the first block of both is the same, the second is not."""
+    setup = Setup()
+    first, second = setup.sequence(TEXT[:8], 8), setup.sequence((*TEXT[:6], 1, 2), 8)
+    mine = [held(setup.space, first, place) for place in range(2)]
+    theirs = [held(setup.space, second, place) for place in range(2)]
+    assert theirs[0] == HostBlock(mine[0].block, is_new=False)
+    assert theirs[1].is_new
+    assert theirs[1].block != mine[1].block
+    assert [setup.space.allocator.ref_count(each.block) for each in (*mine, theirs[1])] == [2, 1, 1]
+
+
+def test_task_3_a_partly_filled_block_is_not_shared() -> None:
+    """Oracle: by hand: the same 6 tokens: block 1 has two of them, and both sequences will write to it."""
+    setup = Setup()
+    pair = [setup.sequence(TEXT[:6], 6) for _ in range(2)]
+    found = [held(setup.space, one, 1) for one in pair]
+    assert [each.is_new for each in found] == [True, True]
+    assert in_use(setup.space.allocator) == 2
+
+
+def test_task_3_each_table_has_blocks_of_its_own() -> None:
+    """Oracle: by hand: the same tokens in other layers are other keys, so the index of the table counts."""
+    setup = Setup(windows=(None, None))
+    sequence = setup.sequence(TEXT[:4], 4)
+    assert [held(setup.space, sequence, 0, index).is_new for index in (0, 1, 0, 1)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert in_use(setup.space.allocator) == 2
+
+
+def test_task_3_a_full_host_has_only_what_is_there_already() -> None:
+    """Oracle: by hand: one host block. None for other content, and nothing has changed; the same is found."""
+    setup = Setup(host_blocks=1)
+    sequence = setup.sequence(TEXT[:8], 8)
+    block = held(setup.space, sequence, 0).block
+    assert setup.space.hold(sequence, 0, 1) is None
+    assert counts(setup.space.allocator) == [1]
+    assert held(setup.space, sequence, 0) == HostBlock(block, is_new=False)
+    assert counts(setup.space.allocator) == [2]
+
+
+# Task 4: SwapSpace.release
+
+
+def test_task_4_every_block_of_every_table_goes_back() -> None:
+    """Oracle: by hand: two tables with 3 and 1 blocks, and a third one without any."""
+    space = SwapSpace(6, SIZE)
+    blocks = [space.allocator.allocate() for _ in range(5)]
+    space.release([SwappedTable(0, blocks[:3]), SwappedTable(7, blocks[3:4]), SwappedTable(0, [])])
+    assert [space.allocator.ref_count(block) for block in blocks] == [0, 0, 0, 0, 1]
+    space.release([])
+    assert in_use(space.allocator) == 1
+
+
+def test_task_4_one_reference_at_a_time() -> None:
+    """Oracle: by hand: what another holds is not free, and still found: it needs no copy."""
+    setup = Setup()
+    sequence = setup.sequence(TEXT[:4], 4)
+    block = held(setup.space, sequence, 0).block
+    held(setup.space, sequence, 0)
+    setup.space.release([SwappedTable(0, [block])])
+    assert setup.space.allocator.ref_count(block) == 1
+    assert held(setup.space, sequence, 0) == HostBlock(block, is_new=False)
+
+
+def test_task_4_a_block_without_holders_is_not_found_any_more() -> None:
+    """Oracle: by hand: one host block, for one text and then for another. A hash that is left is the mistake."""
+    setup = Setup(host_blocks=1)
+    one, other = setup.sequence(TEXT[:4], 4), setup.sequence([1, 2, 3, 4], 4)
+    for sequence in (one, other, one, one):
+        host_block = held(setup.space, sequence, 0)
+        assert host_block.is_new, "it was found by a hash that is another block's, or nobody's"
+        setup.space.release([SwappedTable(0, [host_block.block])])
+        assert in_use(setup.space.allocator) == 0
+
+
+def test_task_4_a_block_that_was_not_full_has_no_hash() -> None:
+    """Oracle: by hand: full and partly filled blocks of one sequence go back together."""
+    setup = Setup()
+    sequence = setup.sequence(TEXT[:6], 6)
+    found = [held(setup.space, sequence, place) for place in range(2)]
+    setup.space.release([SwappedTable(0, [each.block for each in found])])
+    assert in_use(setup.space.allocator) == 0
+    assert held(setup.space, sequence, 0).is_new
+
+
+# Task 5: SwapSpace.swap_out
+
+
+def test_task_5_what_is_computed_gets_room_on_the_host() -> None:
     """Oracle: by hand: 10 tokens are three blocks, the last of them half full. The sequence keeps its own."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -312,7 +423,7 @@ def test_task_3_what_is_computed_gets_room_on_the_host() -> None:
     assert [setup.allocator.ref_count(block) for block in blocks] == [1, 1, 1]
 
 
-def test_task_3_what_was_cached_is_remembered() -> None:
+def test_task_5_what_was_cached_is_remembered() -> None:
     """Oracle: `Swapped`: what a sequence had; 8 of its tokens had been found in a cache."""
     sequence = Setup().sequence(TEXT[:10], 10)
     sequence.num_cached_tokens = 8
@@ -322,7 +433,7 @@ def test_task_3_what_was_cached_is_remembered() -> None:
 
 
 @pytest.mark.parametrize(("computed", "blocks"), [(1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3), (16, 4)])
-def test_task_3_blocks_that_are_begun_go_too(computed: int, blocks: int) -> None:
+def test_task_5_blocks_that_are_begun_go_too(computed: int, blocks: int) -> None:
     """Oracle: by hand."""
     setup = Setup()
     sequence = setup.sequence(TEXT, computed)
@@ -331,7 +442,7 @@ def test_task_3_blocks_that_are_begun_go_too(computed: int, blocks: int) -> None
 
 
 @pytest.mark.parametrize(("computed", "blocks"), [(6, 2), (4, 1), (1, 1)])
-def test_task_3_pages_of_tokens_to_come_stay(computed: int, blocks: int) -> None:
+def test_task_5_pages_of_tokens_to_come_stay(computed: int, blocks: int) -> None:
     """Oracle: by hand: this step was to compute up to token 14, so the table has four blocks already.
 
     What they would hold is not there. Going by the table, not by what is computed, is the mistake.
@@ -343,7 +454,7 @@ def test_task_3_pages_of_tokens_to_come_stay(computed: int, blocks: int) -> None
     setup.check(waiting=[sequence])
 
 
-def test_task_3_what_two_have_in_common_is_on_the_host_once() -> None:
+def test_task_5_what_two_have_in_common_is_on_the_host_once() -> None:
     """Oracle: by hand: of 11 and 14 tokens the first 9 are the same: two full blocks.
 
     They lie in other blocks of the pool: what is in them counts.
@@ -362,7 +473,7 @@ def test_task_3_what_two_have_in_common_is_on_the_host_once() -> None:
     setup.check(waiting=[first, second])
 
 
-def test_task_3_forks_leave_their_prompt_once() -> None:
+def test_task_5_forks_leave_their_prompt_once() -> None:
     """Oracle: by hand: three forks of 8 tokens, each with 6 of its own: 2 blocks, and 2 for each of them."""
     setup = Setup()
     leader = setup.sequence(TEXT[:8], 8)
@@ -374,7 +485,7 @@ def test_task_3_forks_leave_their_prompt_once() -> None:
     setup.check(waiting=family)
 
 
-def test_task_3_a_block_that_is_not_full_is_each_ones_own() -> None:
+def test_task_5_a_block_that_is_not_full_is_each_ones_own() -> None:
     """Oracle: by hand: 6 tokens, the same twice: one block is shared, and each has one of its own."""
     setup = Setup()
     family = [setup.sequence(TEXT[:6], 6) for _ in range(2)]
@@ -384,7 +495,7 @@ def test_task_3_a_block_that_is_not_full_is_each_ones_own() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_task_3_a_block_whose_last_token_is_known_but_not_computed_is_not_full(order: Sequence[int]) -> None:
+def test_task_5_a_block_whose_last_token_is_known_but_not_computed_is_not_full(order: Sequence[int]) -> None:
     """Oracle: by hand: both know the same 8 tokens, and one of them has computed 7.
 
     Its tokens have a hash already. Whoever goes by that leaves a slot empty, or shares an empty one.
@@ -395,7 +506,7 @@ def test_task_3_a_block_whose_last_token_is_known_but_not_computed_is_not_full(o
     setup.check(waiting=pair)
 
 
-def test_task_3_the_same_tokens_after_another_text_are_another_block() -> None:
+def test_task_5_the_same_tokens_after_another_text_are_another_block() -> None:
     """Oracle: by hand: keys depend on all that comes before. Going by a block's own tokens is the mistake."""
     setup = Setup()
     pair = [setup.sequence((*start, *TEXT[:4]), 8) for start in ((1, 2, 3, 4), (5, 6, 7, 8))]
@@ -403,14 +514,14 @@ def test_task_3_the_same_tokens_after_another_text_are_another_block() -> None:
     setup.check(waiting=pair)
 
 
-def test_task_3_tenants_share_nothing() -> None:
+def test_task_5_tenants_share_nothing() -> None:
     """Oracle: by hand: another salt, other hashes."""
     setup = Setup()
     family = [setup.sequence(TEXT[:8], 8, salt=salt) for salt in ("one", "two", "")]
     assert [setup.out(one) for one in family] == [2, 2, 2]
 
 
-def test_task_3_outputs_are_shared_like_a_prompt() -> None:
+def test_task_5_outputs_are_shared_like_a_prompt() -> None:
     """Oracle: by hand: the one has as a prompt what the other has said."""
     setup = Setup()
     pair = [setup.sequence(TEXT[:5], 8, outputs=TEXT[5:9]), setup.sequence(TEXT[:9], 8)]
@@ -418,7 +529,7 @@ def test_task_3_outputs_are_shared_like_a_prompt() -> None:
     setup.check(waiting=pair)
 
 
-def test_task_3_a_windows_table_begins_where_it_begins() -> None:
+def test_task_5_a_windows_table_begins_where_it_begins() -> None:
     """Oracle: by hand: of 18 tokens a window of 6 has blocks 3 and 4; the next token sees from 13 on.
 
     Counting its blocks from 0 gives another's place to each: the mistake.
@@ -433,7 +544,7 @@ def test_task_3_a_windows_table_begins_where_it_begins() -> None:
     setup.check(waiting=[sequence])
 
 
-def test_task_3_windows_share_what_both_have() -> None:
+def test_task_5_windows_share_what_both_have() -> None:
     """Oracle: by hand: a window of 6 has blocks 3 and 4 of 18 tokens, and blocks 2 and 3 of 15.
 
     Block 3 of the second is not full; so of the windowed blocks none is shared, and of the others three are.
@@ -447,7 +558,7 @@ def test_task_3_windows_share_what_both_have() -> None:
         setup.check(waiting=[first, second])
 
 
-def test_task_3_groups_of_layers_share_nothing() -> None:
+def test_task_5_groups_of_layers_share_nothing() -> None:
     """Oracle: by hand: the same tokens in other layers are other keys."""
     setup = Setup(windows=(None, None, 50))
     sequence = setup.sequence(TEXT[:8], 8)
@@ -455,7 +566,7 @@ def test_task_3_groups_of_layers_share_nothing() -> None:
     setup.check(waiting=[sequence])
 
 
-def test_task_3_a_block_that_waits_for_its_copy_is_read_where_that_comes_from() -> None:
+def test_task_5_a_block_that_waits_for_its_copy_is_read_where_that_comes_from() -> None:
     """Oracle: by hand: a fork was to write into block 1, which it shared: its own block 1 is empty still."""
     setup = Setup()
     leader = setup.sequence(TEXT[:6], 6)
@@ -469,7 +580,7 @@ def test_task_3_a_block_that_waits_for_its_copy_is_read_where_that_comes_from() 
     setup.check(leader, waiting=[fork])
 
 
-def test_task_3_copies_that_wait_in_every_group() -> None:
+def test_task_5_copies_that_wait_in_every_group() -> None:
     """Oracle: by hand: two tables, two copies, in the middle of a text that windows have passed."""
     setup = Setup(windows=(None, 6, 3))
     leader = setup.sequence(TEXT, 18)
@@ -480,7 +591,7 @@ def test_task_3_copies_that_wait_in_every_group() -> None:
     setup.check(leader, waiting=[fork])
 
 
-def test_task_3_as_many_blocks_as_are_free() -> None:
+def test_task_5_as_many_blocks_as_are_free() -> None:
     """Oracle: by hand: three blocks for 10 tokens, and not one is left."""
     setup = Setup(host_blocks=3)
     sequence = setup.sequence(TEXT[:10], 10)
@@ -488,7 +599,7 @@ def test_task_3_as_many_blocks_as_are_free() -> None:
     setup.check(waiting=[sequence])
 
 
-def test_task_3_what_is_there_needs_no_room() -> None:
+def test_task_5_what_is_there_needs_no_room() -> None:
     """Oracle: by hand: the host is full of what the second one has. Counting its blocks is the mistake."""
     setup = Setup(host_blocks=3)
     first, second = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:8], 8)
@@ -498,7 +609,7 @@ def test_task_3_what_is_there_needs_no_room() -> None:
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, None)])
-def test_task_3_without_room_for_all_nothing_is_taken(windows: tuple[int | None, ...]) -> None:
+def test_task_5_without_room_for_all_nothing_is_taken(windows: tuple[int | None, ...]) -> None:
     """Oracle: by hand: two blocks and one for each of two groups, one too few; the pages stay the sequence's.
 
     A reference that is kept, or a hash that is, would be found by the next one.
@@ -514,7 +625,7 @@ def test_task_3_without_room_for_all_nothing_is_taken(windows: tuple[int | None,
     setup.check(sequence, waiting=[shorter])
 
 
-def test_task_3_who_finds_no_room_leaves_what_others_have() -> None:
+def test_task_5_who_finds_no_room_leaves_what_others_have() -> None:
     """Oracle: by hand: two blocks are on the host, one more is free, and two are needed.
 
     The two that were found are the first one's: given up once too often they would be free.
@@ -532,13 +643,13 @@ def test_task_3_who_finds_no_room_leaves_what_others_have() -> None:
     setup.check(second, waiting=[first, other, third])
 
 
-# Task 4: SwapSpace.blocks_to_swap_in
+# Task 6: SwapSpace.blocks_to_swap_in
 
 
 @pytest.mark.parametrize(
     ("computed", "adopted", "blocks"), [(10, 0, 3), (12, 0, 3), (1, 0, 1), (10, 1, 2), (10, 2, 1), (12, 2, 1)]
 )
-def test_task_4_what_the_cache_had_need_not_come(computed: int, adopted: int, blocks: int) -> None:
+def test_task_6_what_the_cache_had_need_not_come(computed: int, adopted: int, blocks: int) -> None:
     """Oracle: by hand, blocks of 4: of 10 tokens, 8 of which were adopted, one block is missing."""
     setup = Setup()
     donor, sequence = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:12], computed)
@@ -550,7 +661,7 @@ def test_task_4_what_the_cache_had_need_not_come(computed: int, adopted: int, bl
 @pytest.mark.parametrize(
     ("adopted", "blocks"), [(0, 5 + 2 + 1), (1, 4 + 2 + 1), (2, 3 + 2 + 1), (3, 2 + 2 + 1), (4, 1 + 1 + 1)]
 )
-def test_task_4_a_windows_blocks_count_from_its_first(adopted: int, blocks: int) -> None:
+def test_task_6_a_windows_blocks_count_from_its_first(adopted: int, blocks: int) -> None:
     """Oracle: by hand: 18 tokens; windows of 6 and 3 have blocks 3 and 4, and block 4, on the host.
 
     With one block adopted, 4 of the first table are missing and all of the others: a negative number of
@@ -565,7 +676,7 @@ def test_task_4_a_windows_blocks_count_from_its_first(adopted: int, blocks: int)
     assert setup.space.blocks_to_swap_in(sequence) == blocks
 
 
-def test_task_4_counting_takes_nothing() -> None:
+def test_task_6_counting_takes_nothing() -> None:
     """Oracle: by hand."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -575,10 +686,10 @@ def test_task_4_counting_takes_nothing() -> None:
     assert sequence.table.blocks == []
 
 
-# Task 5: SwapSpace.swap_in
+# Task 7: SwapSpace.swap_in
 
 
-def test_task_5_what_went_out_comes_back() -> None:
+def test_task_7_what_went_out_comes_back() -> None:
     """Oracle: by hand: 10 tokens in three new blocks, filled from the three on the host, in order."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -592,7 +703,7 @@ def test_task_5_what_went_out_comes_back() -> None:
 
 
 @pytest.mark.parametrize("computed", [1, 3, 4, 5, 8, 9, 16, 17])
-def test_task_5_as_many_tokens_as_there_were(computed: int) -> None:
+def test_task_7_as_many_tokens_as_there_were(computed: int) -> None:
     """Oracle: symbolic contents; and the text goes on where it was.
 
     A last block that counts as full would leave a hole behind it: the mistake.
@@ -606,7 +717,7 @@ def test_task_5_as_many_tokens_as_there_were(computed: int) -> None:
     setup.check(sequence, waiting=[sequence])
 
 
-def test_task_5_it_had_found_as_much_as_before() -> None:
+def test_task_7_it_had_found_as_much_as_before() -> None:
     """Oracle: by hand: 4 tokens had been cached when it came; that it finds 8 now says nothing about that."""
     setup = Setup()
     donor, sequence = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:10], 10)
@@ -618,7 +729,7 @@ def test_task_5_it_had_found_as_much_as_before() -> None:
 
 
 @pytest.mark.parametrize(("adopted", "copied"), [(0, 3), (1, 2), (2, 1)])
-def test_task_5_what_it_holds_already_stays(adopted: int, copied: int) -> None:
+def test_task_7_what_it_holds_already_stays(adopted: int, copied: int) -> None:
     """Oracle: by hand: blocks that the prefix cache still had are not copied, and not taken twice."""
     setup = Setup()
     donor, sequence = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:11], 11)
@@ -630,7 +741,7 @@ def test_task_5_what_it_holds_already_stays(adopted: int, copied: int) -> None:
     setup.check(donor, sequence, waiting=[sequence])
 
 
-def test_task_5_full_blocks_at_hand_are_shared() -> None:
+def test_task_7_full_blocks_at_hand_are_shared() -> None:
     """Oracle: by hand: the first of two forks is back, with 8 tokens of both and 3 of its own.
 
     The second shares 2 blocks with it, and is given 1: a holder more for each, and no copy.
@@ -650,7 +761,7 @@ def test_task_5_full_blocks_at_hand_are_shared() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_task_5_at_hand_is_what_has_the_hash_and_nothing_else(place: int) -> None:
+def test_task_7_at_hand_is_what_has_the_hash_and_nothing_else(place: int) -> None:
     """Oracle: by hand: one block of three is at hand; the others are copied, and all stand in their order.
 
     Block 0 of the pool is a block like any other.
@@ -664,7 +775,7 @@ def test_task_5_at_hand_is_what_has_the_hash_and_nothing_else(place: int) -> Non
     setup.check(donor, sequence, waiting=[sequence])
 
 
-def test_task_5_the_host_blocks_stay_until_they_are_forgotten() -> None:
+def test_task_7_the_host_blocks_stay_until_they_are_forgotten() -> None:
     """Oracle: by hand: the copies are still to be made, and it may have to give way again before.
 
     Then it comes back once more, from the same host blocks, without having been swapped out again.
@@ -683,7 +794,7 @@ def test_task_5_the_host_blocks_stay_until_they_are_forgotten() -> None:
     setup.check(sequence, waiting=[sequence])
 
 
-def test_task_5_a_window_begins_where_it_did() -> None:
+def test_task_7_a_window_begins_where_it_did() -> None:
     """Oracle: by hand: of 18 tokens windows of 6 and 3 had blocks 3 and 4, and block 4: from 12 and 16 on.
 
     A windowed table that begins at 0 has other positions than its keys: the mistake.
@@ -707,7 +818,7 @@ def test_task_5_a_window_begins_where_it_did() -> None:
         (4, 1 + 1 + 1, [0, 8, 12]),
     ],
 )
-def test_task_5_windows_go_on_where_they_are_or_skip(adopted: int, copied: int, starts: list[int]) -> None:
+def test_task_7_windows_go_on_where_they_are_or_skip(adopted: int, copied: int, starts: list[int]) -> None:
     """Oracle: by hand: 18 tokens, windows of 6 and 3, and a prefix cache that had the first blocks.
 
     With 2 of them the first window holds 0 .. 7, of which nothing is needed any more: those go back, and it
@@ -724,7 +835,7 @@ def test_task_5_windows_go_on_where_they_are_or_skip(adopted: int, copied: int, 
     setup.check(sequence, donor, waiting=[sequence])
 
 
-def test_task_5_windows_share_what_is_at_hand() -> None:
+def test_task_7_windows_share_what_is_at_hand() -> None:
     """Oracle: by hand: of 17 tokens a window of 6 has block 3 and the first token of block 4.
 
     Two forks in two groups: 4 full blocks and 1, and each of them begins a block of its own in each group.
@@ -742,7 +853,7 @@ def test_task_5_windows_share_what_is_at_hand() -> None:
     setup.check(*family, waiting=family)
 
 
-def test_task_5_the_same_at_hand_of_other_layers_is_no_help() -> None:
+def test_task_7_the_same_at_hand_of_other_layers_is_no_help() -> None:
     """Oracle: by hand: what is at hand is of the second group alone."""
     setup = Setup(windows=(None, None))
     donor, sequence = setup.sequence(TEXT[:8], 8), setup.sequence(TEXT[:8], 8)
@@ -752,10 +863,10 @@ def test_task_5_the_same_at_hand_of_other_layers_is_no_help() -> None:
     setup.check(donor, sequence, waiting=[sequence])
 
 
-# Task 6: SwapSpace.forget
+# Task 7: out and back together; `forget`, which is given, releases what is on the host
 
 
-def test_task_6_host_blocks_go_back() -> None:
+def test_task_7_host_blocks_go_back() -> None:
     """Oracle: by hand."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -765,7 +876,7 @@ def test_task_6_host_blocks_go_back() -> None:
     assert in_use(setup.space.allocator) == 0
 
 
-def test_task_6_who_has_nothing_there_has_nothing_to_give_back() -> None:
+def test_task_7_who_has_nothing_there_has_nothing_to_give_back() -> None:
     """Oracle: by hand: a second time is nothing too: the blocks are another's by then."""
     setup = Setup()
     sequence, other = setup.sequence(TEXT[:10], 10), setup.sequence(TEXT[:10], 10)
@@ -778,7 +889,7 @@ def test_task_6_who_has_nothing_there_has_nothing_to_give_back() -> None:
     assert in_use(setup.space.allocator) == 3
 
 
-def test_task_6_in_the_pool_nothing_changes() -> None:
+def test_task_7_in_the_pool_nothing_changes() -> None:
     """Oracle: symbolic contents: a sequence is back, and reads its own blocks."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -789,7 +900,7 @@ def test_task_6_in_the_pool_nothing_changes() -> None:
     assert (sequence.num_computed, sequence.table.num_tokens) == (10, 10)
 
 
-def test_task_6_out_and_in_again_with_what_came_since() -> None:
+def test_task_7_out_and_in_again_with_what_came_since() -> None:
     """Oracle: symbolic contents: it comes back, goes on for a block, and goes out again."""
     setup = Setup()
     sequence = setup.sequence(TEXT, 6)
@@ -803,7 +914,7 @@ def test_task_6_out_and_in_again_with_what_came_since() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_task_6_what_another_waits_for_stays(first: int) -> None:
+def test_task_7_what_another_waits_for_stays(first: int) -> None:
     """Oracle: by hand: two have 2 blocks in common and one each of their own, whoever goes first.
 
     What stays is still found: a third one with the same beginning shares it.
@@ -822,7 +933,7 @@ def test_task_6_what_another_waits_for_stays(first: int) -> None:
     setup.check(left, waiting=[left, third])
 
 
-def test_task_6_what_nobody_waits_for_is_found_no_more() -> None:
+def test_task_7_what_nobody_waits_for_is_found_no_more() -> None:
     """Oracle: by hand: its host blocks are others' by now; a hash that is left would lead to their keys."""
     setup = Setup(host_blocks=3)
     sequence, other, again = (setup.sequence(tokens, 10) for tokens in (TEXT[:10], range(10), TEXT[:10]))
@@ -834,7 +945,7 @@ def test_task_6_what_nobody_waits_for_is_found_no_more() -> None:
     setup.check(waiting=[again])
 
 
-def test_task_6_windows_give_back_too() -> None:
+def test_task_7_windows_give_back_too() -> None:
     """Oracle: by hand."""
     setup = Setup(windows=(None, 6, 3))
     sequence = setup.sequence(TEXT, 18)
@@ -962,7 +1073,7 @@ class Crowd:
         assert in_use(self.setup.space.allocator) == len(self.texts_on_host()) + partial
 
 
-def test_task_6_host_blocks_are_conserved_and_everybody_gets_his_own() -> None:
+def test_task_7_host_blocks_are_conserved_and_everybody_gets_his_own() -> None:
     """Oracle: symbolic contents, a set of texts, and a count of all references, after each event."""
     happened: Counter[str] = Counter()
     names = ["out", "back", "grow", "out", "back", "new", "fork", "end"]
@@ -1075,7 +1186,7 @@ def pools_that_look(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("pools_that_look")
 @pytest.mark.parametrize("swap_blocks", [60, 10])
 @pytest.mark.parametrize("window", [None, 6])
-def test_task_6_who_had_to_give_way_answers_as_in_a_roomy_pool(window: int | None, swap_blocks: int) -> None:
+def test_task_7_who_had_to_give_way_answers_as_in_a_roomy_pool(window: int | None, swap_blocks: int) -> None:
     """Oracle: the same requests in a pool where nobody gives way; with room on the host for all, and for few.
 
     The numbers are those of the same keys, summed in another order at most: others would be far off.
