@@ -18,7 +18,7 @@ from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
 from tiny_llm_course.outcome import Outcome, begin_here
-from tiny_llm_course.progress import Result, State, remember, result, state
+from tiny_llm_course.progress import Result, State, changed_files, remember, result, state
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.runs import overlay_of, own_sources
 from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_body_of
@@ -156,6 +156,7 @@ def house(tmp_path: Path) -> House:
         "src/tiny_llm_ref/counting.py": COUNTING,
         "src/tiny_llm_ref/doubling.py": DOUBLING,
         "src/tiny_llm/__init__.py": (ROOT / "src/tiny_llm/__init__.py").read_text("utf-8"),
+        "tests_refsol/conftest.py": (ROOT / "tests_refsol/conftest.py").read_text("utf-8"),
         "tests_refsol/test_week_1_day_1.py": SUITE_1,
         "tests_refsol/test_week_1_day_2.py": SUITE_2,
         "pyproject.toml": '[project]\ndependencies = ["mlx==0"]\n\n[tool.ruff]\nline-length = 110\n',
@@ -608,7 +609,54 @@ def suite(house: House, day: int) -> Path:
     return house.suites / f"test_week_1_day_{day}.py"
 
 
+SUM_OF_PART = """
+from common.numbers import FIVE
+from tiny_llm.adding import add
+
+
+def test_task_1_of_a_part() -> None:
+    \"\"\"Oracle: by hand.\"\"\"
+    assert add(2, 3) == FIVE
+"""
+
+
+def give_part(
+    house: House, part: str = SUM_OF_PART, numbers: str = "FIVE = 5\n", imported: str = "*"
+) -> None:
+    """Let the suite of day 1.1 have a second file, and a number from what all suites share."""
+    for name, text in {"week_1_day_1/sums.py": part, "common/numbers.py": numbers}.items():
+        file = house.suites / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, "utf-8")
+    if imported:
+        replace(suite(house, 1), "import add\n", f"import add\nfrom week_1_day_1.sums import {imported}\n")
+
+
 STATIC: dict[str, tuple[Change, str]] = {
+    "a part that the day does not import": (
+        lambda h: give_part(h, imported=""),
+        "suites: week_1_day_1/sums.py: test_week_1_day_1.py does not import it",
+    ),
+    "tests of one name in two files": (
+        lambda h: give_part(h, SUM_OF_PART.replace("of_a_part", "two_and_three")),
+        "suites: week_1_day_1/sums.py, line 6: test_task_1_two_and_three is also in test_week_1",
+    ),
+    "a folder of no day": (
+        lambda h: (h.suites / "week_9_day_1").mkdir() or (h.suites / "week_9_day_1" / "sums.py").touch(),
+        "suites: week_9_day_1/: belongs to no day",
+    ),
+    "a part that looks into private parts": (
+        lambda h: give_part(h, SUM_OF_PART.replace("== FIVE", "== FIVE._value")),
+        "private: week_1_day_1/sums.py, line 8: ._value is private",
+    ),
+    "a part of another day": (
+        lambda h: give_part(h, "from week_1_day_2 import sums\n"),
+        "imports: week_1_day_1/sums.py, line 1: week_1_day_2 is not for a suite",
+    ),
+    "a shared file that imports a later day": (
+        lambda h: give_part(h, numbers="from tiny_llm.doubling import double\n\nFIVE = 5\n"),
+        "later day: common/numbers.py, line 1: doubling belongs to day 1.2",
+    ),
     "an exercise that is not there": (
         lambda h: replace(h.syllabus, "doubling.double", "doubling.twice"),
         "names: 1.2, doubling.py: there is no function twice",
@@ -695,6 +743,32 @@ def test_a_rule_that_is_read_bites(house: House, what: str) -> None:
     change, message = STATIC[what]
     change(house)
     assert any(message in str(problem) for problem in static_problems(house, syllabus_of(house)))
+
+
+def test_a_suite_of_two_files_runs_whole_and_a_failure_shows_the_file(
+    house: House, capfd: pytest.CaptureFixture[str]
+) -> None:
+    give_part(house)
+    assert not static_problems(house, syllabus_of(house))
+    assert run_reference(house, [suite(house, 1)], []) == 0
+    assert "2 passed" in capfd.readouterr().out
+    replace(house.suites / "week_1_day_1/sums.py", "== FIVE", "== 1 + FIVE")
+    assert run_reference(house, [suite(house, 1)], []) == 1
+    out = capfd.readouterr().out
+    assert "tests_refsol/week_1_day_1/sums.py:8" in out
+    assert "assert 5 == (1 + 5)" in out
+
+
+@pytest.mark.parametrize("name", ["week_1_day_1/sums.py", "common/numbers.py"])
+def test_a_day_is_tested_again_when_any_file_of_its_suite_changes(house: House, name: str) -> None:
+    give_part(house)
+    start(house, syllabus_of(house).day("1.1"))
+    remember(house, syllabus_of(house).day("1.1"), passed=True)
+    with (house.suites / name).open("a", encoding="utf-8") as file:
+        file.write("\nSIX = 6\n")
+    assert result(house, syllabus_of(house).day("1.1")) is Result.STALE
+    assert changed_files(house, syllabus_of(house).day("1.1")) == [name]
+    assert result(house, syllabus_of(house).day("1.2")) is Result.UNKNOWN
 
 
 def test_counting_blocks_is_no_assertion_of_their_ids(house: House) -> None:

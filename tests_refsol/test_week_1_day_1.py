@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 from tiny_llm.attention import causal_mask, scaled_dot_product_attention, softmax
 
+from common.numpy_oracles import numpy_attention, numpy_softmax
+from common.toy_arrays import random_qkv
+
 # Task 1: softmax
-
-
-def numpy_softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in float64."""
-    weights = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def test_task_1_softmax_of_three_values() -> None:
@@ -125,23 +122,6 @@ def test_task_2_causal_mask_refuses_more_tokens_than_there_are(length: int, tota
 # Task 3: scaled_dot_product_attention
 
 
-def numpy_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, mask: np.ndarray | None = None
-) -> np.ndarray:
-    """The formula in float64."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    scores = np.einsum("...ld,...sd->...ls", q, k) * scale
-    if mask is not None:
-        scores = scores + mask
-    return numpy_softmax(scores) @ v
-
-
-def random_qkv(seed: int, leading: tuple[int, ...], length: int, total: int, size: int) -> list[np.ndarray]:
-    """Queries [..., length, size], keys and values [..., total, size], float32."""
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(*leading, n, size)).astype(np.float32) for n in (length, total, total)]
-
-
 def test_task_3_equal_keys_give_the_mean_of_the_values() -> None:
     """Oracle: by hand: all scores are 0, so the weights are 1/3 each."""
     q, k = mx.array([[1.0, -1.0]]), mx.zeros((3, 2))
@@ -172,7 +152,7 @@ def test_task_3_the_mask_is_added_and_not_scaled() -> None:
 
 def test_task_3_one_key_gives_its_value() -> None:
     """Oracle: by hand: the weight of a single key is 1, whatever its score."""
-    q, k, v = (mx.array(x) for x in random_qkv(4, (2,), length=3, total=1, size=4))
+    q, k, v = (mx.array(x) for x in random_qkv(4, (2, 3, 4), (2, 1, 4)))
     out = scaled_dot_product_attention(q, k, v, 0.5)
     np.testing.assert_allclose(np.array(out), np.repeat(np.array(v), 3, axis=1), rtol=1e-6)
 
@@ -190,7 +170,7 @@ def test_task_3_one_key_gives_its_value() -> None:
 )
 def test_task_3_shapes(leading: tuple[int, ...], length: int, total: int, size: int) -> None:
     """Oracle: NumPy in float64. A softmax over the queries, not the keys, is the mistake that this finds."""
-    q, k, v = random_qkv(5, leading, length, total, size)
+    q, k, v = random_qkv(5, (*leading, length, size), (*leading, total, size))
     out = scaled_dot_product_attention(mx.array(q), mx.array(k), mx.array(v), size**-0.5)
     assert out.shape == (*leading, length, size)
     np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, size**-0.5), rtol=1e-4, atol=1e-5)
@@ -199,7 +179,7 @@ def test_task_3_shapes(leading: tuple[int, ...], length: int, total: int, size: 
 @pytest.mark.parametrize("mask_shape", [(4, 6), (1, 6), (2, 3, 4, 6), (2, 1, 4, 6), (1, 3, 1, 6)])
 def test_task_3_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
     """Oracle: NumPy in float64, with masks for all heads, for each head, and for each sequence."""
-    q, k, v = random_qkv(6, (2, 3), length=4, total=6, size=8)
+    q, k, v = random_qkv(6, (2, 3, 4, 8), (2, 3, 6, 8))
     mask = np.random.default_rng(7).normal(size=mask_shape).astype(np.float32)
     mask[..., 1] = -np.inf
     out = scaled_dot_product_attention(mx.array(q), mx.array(k), mx.array(v), 0.3, mx.array(mask))
@@ -209,7 +189,7 @@ def test_task_3_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("length", "total"), [(6, 6), (1, 6), (2, 6)])
 def test_task_3_causal_attention_is_mlx_own(length: int, total: int) -> None:
     """Oracle: mx.fast.scaled_dot_product_attention with its causal mask, which ends at the last token too."""
-    q, k, v = (mx.array(x) for x in random_qkv(8, (2, 4), length, total, size=16))
+    q, k, v = (mx.array(x) for x in random_qkv(8, (2, 4, length, 16), (2, 4, total, 16)))
     positions = np.arange(total - length, total)[:, None]
     mask = mx.array(np.where(np.arange(total) <= positions, 0, -np.inf).astype(np.float32))
     out = scaled_dot_product_attention(q, k, v, 0.25, mask)
@@ -219,7 +199,7 @@ def test_task_3_causal_attention_is_mlx_own(length: int, total: int) -> None:
 
 def test_task_3_a_masked_token_changes_nothing() -> None:
     """Oracle: the same attention without the token. A mask that is added after softmax lets it through."""
-    q, k, v = random_qkv(9, (2,), length=3, total=5, size=4)
+    q, k, v = random_qkv(9, (2, 3, 4), (2, 5, 4))
     mask = np.zeros((3, 5), np.float32)
     mask[:, 4] = -np.inf
     out = scaled_dot_product_attention(mx.array(q), mx.array(k), mx.array(v), 0.5, mx.array(mask))

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from tiny_llm.rope import inverse_frequencies, rope
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
-pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
-
+from common.numpy_oracles import numpy_rope
 
 # Task 1: inverse_frequencies
 
@@ -59,19 +57,6 @@ def row(*values: float) -> mx.array:
 def numpy_frequencies(head_dim: int, base: float) -> np.ndarray:
     """[D/2] float32."""
     return (base ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-
-
-def numpy_rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Pair by pair, in float64 but for the angles, which are promised in float32."""
-    x, out = x.astype(np.float64), np.empty(x.shape)
-    half = x.shape[-1] // 2
-    for token, position in enumerate(positions):
-        for i, frequency in enumerate(frequencies):
-            angle = float(np.float32(position) * np.float32(frequency))
-            a, b = x[:, :, token, i], x[:, :, token, i + half]
-            out[:, :, token, i] = a * np.cos(angle) - b * np.sin(angle)
-            out[:, :, token, i + half] = b * np.cos(angle) + a * np.sin(angle)
-    return out
 
 
 def test_task_2_a_quarter_turn() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import CourseError
 from .house import House
 from .source import SKIPPED, body_lines, functions, imported, is_blank, related
+from .suite_files import suite_files
 from .syllabus import Day, Exercise, Syllabus
 
 
@@ -110,12 +111,13 @@ def file_hashes(house: House, day: Day) -> dict[str, str]:
     """
     names = [f"{module}.py" for module in sorted(reached(house, day))]
     files = [own if (own := house.overlay / name).exists() else house.reference / name for name in names]
-    files += [house.suites / day.suite, *(house.overlay / kernel.file for kernel in day.kernels)]
-    whose = {file: "yours " if file.parent == house.overlay else "" for file in files}
+    files += [house.overlay / kernel.file for kernel in day.kernels]
+    named = {file.name: file for file in files if file.exists()}
+    named |= {str(file.relative_to(house.suites)): file for file in suite_files(house.suites / day.suite)}
+    whose = {name: "yours " if file.parent == house.overlay else "" for name, file in named.items()}
     return {
-        file.name: f"{whose[file]}{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
-        for file in files
-        if file.exists()
+        name: f"{whose[name]}{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+        for name, file in named.items()
     }
 
 
@@ -143,8 +145,8 @@ def reached(house: House, day: Day) -> set[str]:
 
 def _tested(house: House, day: Day) -> list[str]:
     """The modules behind the names that a day's suite imports."""
-    suite, public = house.suites / day.suite, public_names(house)
-    imports = imported(suite.read_text(encoding="utf-8")) if suite.exists() else []
+    public, files = public_names(house), suite_files(house.suites / day.suite)
+    imports = [name for file in files for name in imported(file.read_text(encoding="utf-8"))]
     found = [module.partition("tiny_llm.")[2] or public.get(name, "") for module, name in imports]
     return [module for module in found if module]
 

@@ -28,6 +28,7 @@ from .source import (
     own_names,
 )
 from .starter import starter
+from .suite_files import CONFTEST, SHARED, folder_of, imported_files, parts_of, suite_files
 from .syllabus import Day, Syllabus
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
@@ -60,11 +61,12 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
     found += [problem for day in startable for problem in _starter_problems(house, day)]
     found += [problem for day in startable for problem in _removed_problems(house, day)]
     found += [problem for day in startable for problem in _may_use_problems(house, day)]
-    found += _suite_files(house, startable)
+    found += _suites_there(house, startable)
     for day in startable:
         suite = house.suites / day.suite
-        if suite.exists():
-            found += _suite_problems(house, syllabus, day, suite)
+        for file in suite_files(suite):
+            found += _suite_problems(house, syllabus, day, file)
+        found += _parts_problems(suite)
     return found
 
 
@@ -194,24 +196,49 @@ def _tells_something(line: str) -> bool:
     return not is_constant and not is_bare_call
 
 
-def _suite_files(house: House, days: Iterable[Day]) -> Iterator[Problem]:
-    """Every day has a suite, and every suite a day."""
+def _suites_there(house: House, days: Iterable[Day]) -> Iterator[Problem]:
+    """Every day has a suite, and every suite and every folder of one a day."""
     wanted = {day.suite for day in days}
-    there = {file.name for file in house.suites.glob("*.py")}
+    there = {file.name for file in house.suites.glob("*.py")} - {CONFTEST}
     for name in sorted(wanted - there):
         yield Problem("suites", name, "the day has no tests")
     for name in sorted(there - wanted):
         yield Problem("suites", name, "belongs to no day")
+    folders = {SHARED, *(folder_of(house.suites / name).name for name in wanted)}
+    for name in sorted({file.parent.name for file in house.suites.glob("*/*.py")} - folders):
+        yield Problem("suites", f"{name}/", "belongs to no day")
 
 
-def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> Iterator[Problem]:
-    """A suite imports the engine's public names of days until its own, and looks into nothing."""
-    tree = ast.parse(suite.read_text(encoding="utf-8"))
+def _parts_problems(suite: Path) -> Iterator[Problem]:
+    """The day's own file imports all files of its folder, and no two tests of a day have one name."""
+    own = imported_files(suite.parent, suite) if suite.exists() else []
+    for part in parts_of(suite):
+        if part not in own:
+            yield Problem("suites", _shown(suite.parent, part), f"{suite.name} does not import it")
+    where: dict[str, str] = {}
+    for file in suite_files(suite):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, Function) and node.name.startswith("test_"):
+                here = f"{_shown(suite.parent, file)}, line {node.lineno}"
+                first = where.setdefault(node.name, here)
+                if first != here:
+                    yield Problem("suites", here, f"{node.name} is also in {first}: one of them is never run")
+
+
+def _shown(suites: Path, file: Path) -> str:
+    return str(file.relative_to(suites))
+
+
+def _suite_problems(house: House, syllabus: Syllabus, day: Day, file: Path) -> Iterator[Problem]:
+    """A file of a suite imports the engine's public names of days until its own, and looks into nothing."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     public = public_names(house)
+    own = {SHARED, folder_of(house.suites / day.suite).name}
+    shown = _shown(house.suites, file)
     for node in ast.walk(tree):
-        where = f"{suite.name}, line {getattr(node, 'lineno', 0)}"
+        where = f"{shown}, line {getattr(node, 'lineno', 0)}"
         for module, name in imported_by(node):
-            if module.partition(".")[0] not in ALLOWED_IMPORTS:
+            if module.partition(".")[0] not in ALLOWED_IMPORTS | own:
                 yield Problem("imports", where, f"{module} is not for a suite: import from tiny_llm")
             if name.startswith("_"):
                 yield Problem("private", where, f"{module}.{name} is private")
@@ -223,20 +250,20 @@ def _suite_problems(house: House, syllabus: Syllabus, day: Day, suite: Path) -> 
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):
             yield Problem("block ids", where, f"{ast.unparse(node)} asserts which ids were given out")
-    yield from _test_problems(tree, suite)
+    yield from _test_problems(tree, shown)
 
 
 def _is_public(name: str) -> bool:
     return name in PUBLIC or name.startswith("__")
 
 
-def _test_problems(tree: ast.Module, suite: Path) -> Iterator[Problem]:
+def _test_problems(tree: ast.Module, shown: str) -> Iterator[Problem]:
     """A test's name says which task it is about, and its docstring against what it checks."""
     for name, node in functions(ast.unparse(tree)).items():
         if name.startswith("test_") and not name.startswith("test_task_"):
-            yield Problem("names", suite.name, f"{name} does not say which task it is about")
+            yield Problem("names", shown, f"{name} does not say which task it is about")
         if name.startswith("test_") and "Oracle: " not in (ast.get_docstring(node) or ""):
-            yield Problem("oracle", suite.name, f"{name} names none")
+            yield Problem("oracle", shown, f"{name} names none")
 
 
 def _compares_block_ids(node: ast.Compare) -> bool:

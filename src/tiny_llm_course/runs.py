@@ -14,6 +14,7 @@ from .cpp import libraries
 from .house import House
 from .outcome import OUTCOME_FILE, Outcome, read_outcome
 from .progress import helper_files
+from .suite_files import suite_files
 from .syllabus import Day
 
 TIME_LIMIT = 30.0  # seconds for one test: ten times the slowest of the course
@@ -118,7 +119,7 @@ def _plugins(suites: Sequence[Path], arguments: Sequence[str]) -> list[str]:
     One of them (schemathesis) also makes Hypothesis print its examples without their values.
     """
     wanted = [f"tiny_llm_course.{name}" for name in PLUGINS]
-    files = [suite for suite in suites if suite.is_file()]
+    files = [file for suite in suites if suite.is_file() for file in suite_files(suite)]
     if not files or any("hypothesis" in file.read_text(encoding="utf-8") for file in files):
         wanted.append("_hypothesis_pytestplugin")
     if any(argument.startswith(("-n", "--dist")) for argument in arguments):

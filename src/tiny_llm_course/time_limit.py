@@ -20,6 +20,7 @@ from types import FrameType
 
 import pytest
 
+SUITES = "tests_refsol"
 FRAMES = 6  # of a traceback after Ctrl-C
 STOPPED = pytest.StashKey[bool]()  # whether a test was out of time
 
@@ -140,4 +141,4 @@ def _is_own(file: Path) -> bool:
 
 
 def _is_shown(file: Path) -> bool:
-    return _is_own(file) or file.name.startswith("test_")
+    return _is_own(file) or SUITES in file.parts

@@ -1,0 +1,14 @@
+"""How Hypothesis looks for counterexamples in a suite."""
+
+from hypothesis import Phase, settings
+
+# The same examples in every run, and no file that remembers the last failure. Fewer examples for a slow
+# property: `settings(quick, max_examples=60)`.
+quick = settings(
+    max_examples=100,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    report_multiple_bugs=False,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+)
