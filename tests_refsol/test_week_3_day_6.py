@@ -9,3 +9,4 @@ from week_3_day_6.policy import *
 from week_3_day_6.swap_in import *
 from week_3_day_6.swap_out import *
 from week_3_day_6.there_and_back import *
+from week_3_day_6.two_pools import *
