@@ -47,12 +47,11 @@ class AdmissionControl:
         between two reads.
 
         >>> control = AdmissionControl(limit=4, max_num_seqs=2)
-        >>> control.admit(3)
         >>> control.num_waiting()
-        1
-        >>> control.occupancy = Occupancy(num_seen=3, num_waiting=0, num_running=1)
+        -2
+        >>> control.occupancy = Occupancy(num_seen=0, num_waiting=5, num_running=1)
         >>> control.num_waiting()
-        -1
+        4
         """
         seen = self.occupancy
         free = 0 if seen.is_crowded else max(0, self._max_num_seqs - seen.num_running)

@@ -1,7 +1,7 @@
-"""The serving engine as others see it: `generate` for coroutines, `submit` and `call` for threads.
+"""The serving engine as its clients see it: `generate` for coroutines, `submit` and `call` for threads.
 
-The thread behind it (`engine_loop`) owns every array. To it go functions, and from it come events: numbers
-and texts in frozen records. An array comes out only evaluated, because a lazy one belongs to its thread.
+The thread behind it (`engine_loop`) owns every array. Functions go to it through an inbox, and events come
+back: numbers and texts in frozen records. An array comes out evaluated: a lazy one belongs to its thread.
 """
 
 import asyncio
@@ -72,32 +72,6 @@ class Engine:
         self._thread = _start(self._inbox, self._loop, make_core)
         weakref.finalize(self, _stop, self._inbox, self._loop, self._thread)
 
-    async def generate(
-        self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncGenerator[RequestEvent, None]:
-        """Complete a prompt: an event for each token, in order; the last one has the request's usage.
-
-        prompt: a text, which is encoded here, or token ids. A request that is cancelled ends with reason
-        "abort", and a completion that fails alone with "error". Leaving the iterator, however that happens,
-        cancels the request before the next step.
-
-        Raises, at the first event, what `request` and `submit` raise; later `RequestFailedError` if the
-        whole request has failed, and `EngineDeadError`.
-        """
-        self.refuse_to_wait("Engine.generate")
-        request = self.request(prompt, params, request_id)
-        listener, ended = AsyncListener(), False
-        accepted = self.submit([request], listener)
-        try:
-            await asyncio.wrap_future(accepted)
-            while not ended:
-                for event in await listener.next():
-                    ended = event.usage is not None
-                    yield event
-        finally:
-            if not ended:
-                self._inbox.post(partial(self._loop.forget, [request]))
-
     def request(
         self,
         prompt: PromptType | ParsedPrompt,
@@ -139,16 +113,26 @@ class Engine:
         return SearchState(name_of, self._encode(parsed.content), self._tokenizer, params)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
-        """Queue requests, all of them or none; what is returned is done when they are queued.
+        """Queue requests, all of them or none; returns at once a future that is done when they are queued.
 
-        deliver: called in the engine's thread, once a step, with all that the step had for these requests:
-        events, or an error that ended one of them. It must return at once; if it raises they are cancelled.
+        deliver: the listener: a callback that is called in the engine's thread, at most once an iteration,
+        with a list of all that this brought for these requests: events, or an error that ended one of them.
+        It must return at once. If it raises, they are cancelled.
 
-        Raises `QueueFullError` where `max_num_waiting` would be exceeded, `EngineStoppingError`,
-        `EngineDeadError`, and TypeError for what is no request or cannot be called; what is refused here
-        takes no place. The future raises these, ValueError for an empty prompt and for what the batch
-        manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was
-        submitted before.
+        Refused at once, in the thread that calls: TypeError for what is no request or cannot be called
+        (`_submittable` checks both and returns the requests); the error that `_loop.refusal` makes where it
+        is set (`EngineStoppingError`, `EngineDeadError`); `QueueFullError` where more than `max_num_waiting`
+        would wait (`_admission.admit`). In that order: a request that is refused must not count as waiting.
+
+        Then the engine's thread queues them between two steps, by `_loop.add`. What that raises, the future
+        raises: ValueError for an empty prompt and for what the batch manager cannot do,
+        `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was submitted before.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> print(engine.submit([], deliver=print).result())
+        None
+        >>> engine.stop()
         """
         requests = self._submittable(requests, deliver)
         if self._loop.refusal is not None:
@@ -157,15 +141,15 @@ class Engine:
         return self._inbox.post(partial(self._loop.add, requests, deliver))
 
     def check_admission(self, num_requests: int = 1) -> None:
-        """Raise what `submit` would raise now for so many requests, whatever they are; costs nothing."""
+        """Raise what `submit` would raise now for so many requests, whatever they are."""
         if (refusal := self.refusal) is not None:
             raise refusal
         self._admission.check(num_requests)
 
     def cancel(self, request_id: str) -> Future[None]:
-        """End a request before the next step; what is returned is done when its pages are back.
+        """End a request before the next step; returns at once a future, done when its blocks are free.
 
-        Its listener gets its last events, with reason "abort". An id that is not known is ignored. Raises
+        Its listener gets its last events, with finish_reason "abort". An unknown id is ignored. Raises
         TypeError for what is no id.
         """
         if not isinstance(request_id, str):
@@ -173,21 +157,74 @@ class Engine:
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
-        """Cancel requests that were submitted and have not ended; returns when their pages are back."""
+        """Cancel requests that were submitted and have not ended; returns when their blocks are free."""
         forgotten = self._inbox.post(partial(self._loop.forget, requests))
         if threading.current_thread() is not self._thread:  # where a collected generator may be closed
             forgotten.exception()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the engine's thread, between two steps; its value, or what it raises.
+        """Run a function in the engine's thread (`_thread`), between two steps: its value, or what it raises.
 
-        From the engine's own thread it runs at once. Arrays in the value must have been evaluated. Raises
-        TypeError for what cannot be called.
+        Waits until it has run. In the engine's own thread it runs at once: that thread would wait for itself.
+        Arrays in the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError
+        for what cannot be called (`_check_callable`), and `EngineStoppingError` or `EngineDeadError` where
+        the engine has ended.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> engine.call(lambda: engine.call(lambda: 7))
+        7
+        >>> engine.stop()
         """
         _check_callable("function", function)
         if threading.current_thread() is self._thread:
             return function()
         return self._inbox.post(function).result()
+
+    async def generate(
+        self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncGenerator[RequestEvent, None]:
+        """Complete a prompt: an event for each token, in order; the last one has the request's `usage`.
+
+        prompt: a text, which is encoded here, or token ids. params: None: the defaults. request_id: None: a
+        new number. `self.request` makes the request of these three, and `submit` queues it; `AsyncListener`
+        is the callback that brings its events into the caller's event loop. Wait with `await` only, never in
+        `result()`, which would stop every other client of that event loop.
+
+        A request that is cancelled ends with finish_reason "abort"; of several completions, one that fails
+        ends with "error", and the others go on. The generator ends with the event that has a `usage`: a
+        finish_reason says only that one completion has ended.
+
+        A client may leave at any time, while it waits to be queued too: by `break`, `aclose`, an exception,
+        or the cancellation of its task. Then `_loop.forget`, posted to the inbox, cancels the request before
+        the next step, and nothing is awaited any more. A request that has ended is not cancelled.
+
+        Nothing happens before the first event is asked for. That raises `WrongThreadError` in the engine's
+        own thread (`refuse_to_wait`), and what `request` and `submit` raise. Later events raise
+        `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> async def first(events):
+        ...     return await anext(events)
+        >>> asyncio.run(first(engine.generate([26])))
+        Traceback (most recent call last):
+        ValueError: token id 26 is outside the vocabulary (0 to 25)
+        >>> engine.stop()
+        """
+        self.refuse_to_wait("Engine.generate")
+        request = self.request(prompt, params, request_id)
+        listener, ended = AsyncListener(), False
+        accepted = self.submit([request], listener)
+        try:
+            await asyncio.wrap_future(accepted)
+            while not ended:
+                for event in await listener.next():
+                    ended = event.usage is not None
+                    yield event
+        finally:
+            if not ended:
+                self._inbox.post(partial(self._loop.forget, [request]))
 
     def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
         """Hear what is in the pool, and then what each step changes in it; what is returned ends it.
