@@ -182,11 +182,11 @@ class EngineLoop:
 
     def fail_request(self, request_id: str, error: BaseException) -> None:
         """Make a request active no more; its listener gets a `RequestFailedError`. Ignores other ids."""
-        active = self.active.pop(request_id, None)
-        if active is not None:
-            failed = RequestFailedError(f"request {request_id!r} has failed: {described(error)}", request_id)
-            failed.__cause__ = error
-            self._outbox.add(active.listener, failed)
+        if (failed := self.active.pop(request_id, None)) is None:
+            return
+        told = RequestFailedError(f"request {request_id!r} has failed: {described(error)}", request_id)
+        told.__cause__ = error
+        self._outbox.add(failed.listener, told)
 
     def step(self) -> None:
         """Run one step of the core, and pass on what it gave.
