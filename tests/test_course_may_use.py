@@ -175,9 +175,10 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
         ),
         ("3.2.14", ["page_layout.PageLayout.context", "step.Plan.pack", "step.Plan.conclude"]),
         ("3.2.15", ["page_scheduler.PageScheduler.give_up", "queues.RequestQueues.end"]),
-        ("3.7.2", ["output_processor.RequestState.begin"]),
-        ("3.7.5", ["engine_core.EngineCore.take_failures", "output_processor.RequestState.push"]),
-        ("3.7.6", ["inbox.Inbox.run"]),
+        ("3.7.1", ["output_processor.RequestState.begin"]),
+        ("3.7.3", ["engine_core.EngineCore.finish", "output_processor.RequestState.push"]),
+        ("3.7.4", ["engine_core.EngineCore.step"]),
+        ("3.7.5", ["inbox.Inbox.run"]),
     ],
 )
 def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -> None:

@@ -35,7 +35,7 @@ class Answer(Future[T]):
         self._inbox = inbox
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the value, or raise what the task raised; while it is not done, `refuse_to_wait` may raise."""
+        """Wait for the value, or raise what the task raised; may raise as `refuse_to_wait` while it is not done."""
         self._refuse_to_wait("result", timeout)
         try:
             return super().result(timeout)
@@ -69,7 +69,7 @@ class Inbox:
         self._runner: int | None = None  # the thread that runs the tasks
 
     def post(self, function: Callable[[], T]) -> Answer[T]:
-        """Let the engine's thread run a function; returns at once a future. In a forked process that fails."""
+        """Let the engine's thread run a function; returns a future at once. It fails in a forked process."""
         task = Task(function, Answer[T](self))
         if (refusal := self.forked()) is not None:
             fail(task.answer, refusal)
