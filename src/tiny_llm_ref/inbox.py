@@ -35,7 +35,7 @@ class Answer(Future[T]):
         self._inbox = inbox
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the value, or raise what the task raised; may raise as `refuse_to_wait` while it is not done."""
+        """Wait for the value, or raise what the task raised; may raise like `refuse_to_wait` before."""
         self._refuse_to_wait("result", timeout)
         try:
             return super().result(timeout)
