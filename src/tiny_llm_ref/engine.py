@@ -127,6 +127,8 @@ class Engine:
         Then the engine's thread queues them between two steps, by `_loop.add`. What that raises, the future
         raises: ValueError for an empty prompt and for what the batch manager cannot do,
         `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was submitted before.
+        Post a `partial` of the loop's method: a lambda would hold the engine, whose thread ends when nothing
+        holds it any more.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -166,9 +168,10 @@ class Engine:
         """Run a function in the engine's thread (`_thread`), between two steps: its value, or what it raises.
 
         Waits until it has run. In the engine's own thread it runs at once: that thread would wait for itself.
-        Arrays in the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError
-        for what cannot be called (`_check_callable`), and `EngineStoppingError` or `EngineDeadError` where
-        the engine has ended.
+        Compare threads, not their idents: a new thread may get the ident of one that has ended. Arrays in
+        the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError for what
+        cannot be called (`_check_callable`), and `EngineStoppingError` or `EngineDeadError` where the engine
+        has ended.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
