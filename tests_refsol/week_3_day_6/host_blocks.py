@@ -1,4 +1,4 @@
-"""Tasks 3 and 4: who holds a host block, and when it is free again."""
+"""Tasks 3 and 4: which sequences hold a host block, and when it is free again."""
 
 from tiny_llm.sequence import PagedSequence, SwappedTable
 from tiny_llm.swap import HostBlock, SwapSpace
@@ -102,7 +102,7 @@ def test_task_4_a_block_without_holders_is_not_found_any_more() -> None:
     one, other = setup.sequence(TEXT[:4], 4), setup.sequence([1, 2, 3, 4], 4)
     for sequence in (one, other, one, one):
         host_block = held(setup.space, sequence, 0)
-        assert host_block.is_new, "it was found by a hash that is another block's, or nobody's"
+        assert host_block.is_new, "it was found by a hash that is another block's, or of none"
         setup.space.release([SwappedTable(0, [host_block.block])])
         assert in_use(setup.space.allocator) == 0
 

@@ -66,8 +66,8 @@ def test_task_1_more_begin_than_whole_lives_would_fit(policy: PreemptionPolicy, 
 # Task 2: NewestFirst.choose_victim
 
 
-def test_task_2_the_last_of_the_candidates_gives_way() -> None:
-    """Oracle: by hand: candidates stand oldest first. The first one is the mistake: nobody would ever end."""
+def test_task_2_the_last_of_the_candidates_is_chosen() -> None:
+    """Oracle: by hand: candidates are oldest first. Choosing the first one is the mistake: none would ever end."""
     sequences = [Setup().sequence(TEXT[:length], 0) for length in (5, 9, 1, 3)]
     for number in range(1, 5):
         assert NewestFirst().choose_victim(sequences[:number]) is sequences[number - 1]
@@ -102,7 +102,7 @@ def serve_all(num_blocks: int, prompts: Sequence[int], max_tokens: int) -> None:
         for seq_id in ready:
             if manager.sequence(seq_id).num_tokens == manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
-        assert steps < 400, "nobody gets on"
+        assert steps < 400, "no sequence advances"
     assert manager.allocator.num_free == num_blocks
 
 
@@ -112,7 +112,7 @@ def serve_all(num_blocks: int, prompts: Sequence[int], max_tokens: int) -> None:
     max_tokens=st.integers(4, 12),
     spare=st.integers(0, 3),
 )
-def test_task_2_everybody_ends_and_the_oldest_never_gives_way(
+def test_task_2_every_sequence_ends_and_the_oldest_is_never_preempted(
     prompts: list[int], max_tokens: int, spare: int
 ) -> None:
     """Oracle: the order of arrival, and a bound on the steps, in pools little larger than the longest."""

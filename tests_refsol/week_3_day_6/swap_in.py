@@ -138,7 +138,7 @@ def test_task_7_at_hand_is_what_has_the_hash_and_nothing_else(place: int) -> Non
 
 
 def test_task_7_the_host_blocks_stay_until_they_are_forgotten() -> None:
-    """Oracle: by hand: the copies are still to be made, and it may have to give way again before.
+    """Oracle: by hand: the copies are still to be made, and it may be preempted again before.
 
     Then it comes back once more, from the same host blocks, without having been swapped out again.
     """
@@ -216,7 +216,7 @@ def test_task_7_windows_share_what_is_at_hand() -> None:
 
 
 def test_task_7_the_same_at_hand_of_other_layers_is_no_help() -> None:
-    """Oracle: by hand: what is at hand is of the second group alone."""
+    """Oracle: by hand: what is at hand is of the second group only."""
     setup = Setup(windows=(None, None))
     donor, sequence = setup.sequence(TEXT[:8], 8), setup.sequence(TEXT[:8], 8)
     setup.out(sequence)

@@ -13,7 +13,7 @@ from week_3_day_6.two_pools import SIZE, TEXT, Setup, in_use
 # Task 5: SwapSpace.swap_out
 
 
-def test_task_5_what_is_computed_gets_room_on_the_host() -> None:
+def test_task_5_what_is_computed_gets_host_blocks() -> None:
     """Oracle: by hand: 10 tokens are three blocks, the last of them half full. The sequence keeps its own."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -207,7 +207,7 @@ def test_task_5_as_many_blocks_as_are_free() -> None:
     setup.check(waiting=[sequence])
 
 
-def test_task_5_what_is_there_needs_no_room() -> None:
+def test_task_5_what_is_there_needs_no_free_block() -> None:
     """Oracle: by hand: the host is full of what the second one has. Counting its blocks is the mistake."""
     setup = Setup(host_blocks=3)
     first, second = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:8], 8)
@@ -217,7 +217,7 @@ def test_task_5_what_is_there_needs_no_room() -> None:
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, None)])
-def test_task_5_without_room_for_all_nothing_is_taken(windows: tuple[int | None, ...]) -> None:
+def test_task_5_without_blocks_for_all_nothing_is_held(windows: tuple[int | None, ...]) -> None:
     """Oracle: by hand: two blocks and one for each of two groups, one too few; the pages stay the sequence's.
 
     A reference that is kept, or a hash that is, would be found by the next one.
@@ -233,7 +233,7 @@ def test_task_5_without_room_for_all_nothing_is_taken(windows: tuple[int | None,
     setup.check(sequence, waiting=[shorter])
 
 
-def test_task_5_who_finds_no_room_leaves_what_others_have() -> None:
+def test_task_5_a_full_host_leaves_what_others_hold() -> None:
     """Oracle: by hand: two blocks are on the host, one more is free, and two are needed.
 
     The two that were found are the first one's: given up once too often they would be free.

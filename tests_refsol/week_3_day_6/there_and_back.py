@@ -33,7 +33,7 @@ def test_task_7_host_blocks_go_back() -> None:
     assert in_use(setup.space.allocator) == 0
 
 
-def test_task_7_who_has_nothing_there_has_nothing_to_give_back() -> None:
+def test_task_7_without_host_blocks_there_is_nothing_to_release() -> None:
     """Oracle: by hand: a second time is nothing too: the blocks are another's by then."""
     setup = Setup()
     sequence, other = setup.sequence(TEXT[:10], 10), setup.sequence(TEXT[:10], 10)
@@ -71,8 +71,8 @@ def test_task_7_out_and_in_again_with_what_came_since() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_task_7_what_another_waits_for_stays(first: int) -> None:
-    """Oracle: by hand: two have 2 blocks in common and one each of their own, whoever goes first.
+def test_task_7_what_another_sequence_waits_for_stays(first: int) -> None:
+    """Oracle: by hand: two sequences share 2 blocks and have one each of their own; either goes first.
 
     What stays is still found: a third one with the same beginning shares it.
     """
@@ -90,7 +90,7 @@ def test_task_7_what_another_waits_for_stays(first: int) -> None:
     setup.check(left, waiting=[left, third])
 
 
-def test_task_7_what_nobody_waits_for_is_found_no_more() -> None:
+def test_task_7_a_released_block_is_not_found_any_more() -> None:
     """Oracle: by hand: its host blocks are others' by now; a hash that is left would lead to their keys."""
     setup = Setup(host_blocks=3)
     sequence, other, again = (setup.sequence(tokens, 10) for tokens in (TEXT[:10], range(10), TEXT[:10]))
@@ -102,7 +102,7 @@ def test_task_7_what_nobody_waits_for_is_found_no_more() -> None:
     setup.check(waiting=[again])
 
 
-def test_task_7_windows_give_back_too() -> None:
+def test_task_7_windowed_tables_release_too() -> None:
     """Oracle: by hand."""
     setup = Setup(windows=(None, 6, 3))
     sequence = setup.sequence(TEXT, 18)
@@ -122,19 +122,19 @@ class Crowd:
         self.fresh = 1000
 
     def new(self, number: int) -> None:
-        """Somebody comes, with 0 to 20 tokens in common and up to 3 of his own."""
+        """A new sequence, with 0 to 20 tokens in common with others and up to 3 of its own."""
         common, own = (20, 8, 15, 3)[number % 4], 1 + number % 3
         tokens = (*TEXT[:common], *range(self.fresh, self.fresh + own))
         self.fresh += own
         self.running.append(self.setup.sequence(tokens, len(tokens)))
 
     def fork(self, number: int) -> None:
-        """Somebody is forked."""
+        """A running sequence is forked."""
         if self.running:
             self.running.append(self.running[number % len(self.running)].fork(str(number), number))
 
     def grow(self, number: int) -> None:
-        """Somebody computes 1 to 6 new tokens: his own, or what others say too."""
+        """A running sequence computes 1 to 6 new tokens: its own, or the same as others."""
         if self.running:
             one, count = self.running[number % len(self.running)], 1 + number % 6
             one.outputs += [0] * count if number % 2 else range(self.fresh, self.fresh + count)
@@ -142,7 +142,7 @@ class Crowd:
             self.setup.compute(one, count)
 
     def out(self, number: int) -> None:
-        """Somebody gives way: he gets host blocks for what is not there yet, or finds no room."""
+        """A running sequence is swapped out, if the host has enough free blocks."""
         if not self.running:
             return
         one = self.running[number % len(self.running)]
@@ -153,7 +153,7 @@ class Crowd:
         free, before = self.setup.space.allocator.num_free, counts(self.setup.space.allocator)
         copied = self.setup.out(one)
         assert copied == (needed if needed <= free else None)
-        self.happened["no room" if copied is None else "swapped out"] += 1
+        self.happened["host full" if copied is None else "swapped out"] += 1
         if copied is None:
             assert counts(self.setup.space.allocator) == before
         else:
@@ -161,9 +161,9 @@ class Crowd:
             self.waiting.append(one)
 
     def back(self, number: int) -> None:
-        """Somebody comes back, by what others hold: found as in a prefix cache, or at hand, or neither.
+        """A swapped sequence comes back, with what others hold: adopted, at hand, or neither.
 
-        Every third time he has to give way again before a copy is made.
+        Every third time it is preempted again before a copy is made.
         """
         if not self.waiting:
             return
@@ -182,7 +182,7 @@ class Crowd:
             assert len(setup.space.swap_in(one, at_hand)) <= most
             one.give_up_pages()
             setup.spoil()
-            self.happened["gave way again"] += 1
+            self.happened["preempted again"] += 1
             return
         copied = setup.back(one, at_hand)
         assert copied == most if not at_hand else copied <= most
@@ -194,7 +194,7 @@ class Crowd:
         self.running.append(one)
 
     def end(self, number: int) -> None:
-        """Somebody ends, wherever he is."""
+        """A sequence ends, running or waiting."""
         everybody = [*self.running, *self.waiting]
         if everybody:
             one = everybody[number % len(everybody)]
@@ -212,7 +212,7 @@ class Crowd:
         ]
 
     def texts_on_host(self) -> set[object]:
-        """What the full blocks hold that somebody waits for."""
+        """What the full host blocks hold."""
         found: set[object] = set()
         for one in self.waiting:
             assert one.swapped is not None
@@ -221,7 +221,7 @@ class Crowd:
         return found - {None}
 
     def check(self) -> None:
-        """Everybody has his own, and the host has each full block once."""
+        """Each sequence has its own content, and the host has each full block once."""
         self.setup.check(*self.running, waiting=self.waiting)
         partial = 0
         for one in self.waiting:
@@ -230,7 +230,7 @@ class Crowd:
         assert in_use(self.setup.space.allocator) == len(self.texts_on_host()) + partial
 
 
-def test_task_7_host_blocks_are_conserved_and_everybody_gets_his_own() -> None:
+def test_task_7_host_blocks_are_conserved_and_each_sequence_gets_its_own() -> None:
     """Oracle: symbolic contents, a set of texts, and a count of all references, after each event."""
     happened: Counter[str] = Counter()
     names = ["out", "back", "grow", "out", "back", "new", "fork", "end"]
@@ -252,7 +252,7 @@ def test_task_7_host_blocks_are_conserved_and_everybody_gets_his_own() -> None:
         happened.update(crowd.happened)
 
     run()
-    expected = {"swapped out", "no room", "adopted", "skipped", "shared", "gave way again"}
+    expected = {"swapped out", "host full", "adopted", "skipped", "shared", "preempted again"}
     assert all(happened[name] > 20 for name in expected), f"too little happened: {happened}"
 
 
@@ -284,7 +284,7 @@ def answers(
     most_on_host = steps = 0
     while manager.has_work:
         steps += 1
-        assert steps < 600, "nobody gets on"
+        assert steps < 600, "no sequence advances"
         for seq_id, row in manager.process_batch().items():
             manager.commit({seq_id: forced[seq_id][len(rows[seq_id])]})
             rows[seq_id].append(np.array(row))
@@ -311,8 +311,8 @@ def pools_that_look(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("pools_that_look")
 @pytest.mark.parametrize("swap_blocks", [60, 10])
 @pytest.mark.parametrize("window", [None, 6])
-def test_task_7_who_had_to_give_way_answers_as_in_a_roomy_pool(window: int | None, swap_blocks: int) -> None:
-    """Oracle: the same requests in a pool where nobody gives way; with room on the host for all, and for few.
+def test_task_7_preempted_sequences_answer_as_in_a_large_pool(window: int | None, swap_blocks: int) -> None:
+    """Oracle: the same requests in a pool without preemption; the host has blocks for all, or for few.
 
     The numbers are those of the same keys, summed in another order at most: others would be far off.
     """
@@ -322,8 +322,8 @@ def test_task_7_who_had_to_give_way_answers_as_in_a_roomy_pool(window: int | Non
     squeezed, manager, most_on_host = answers(
         window, num_blocks, Policies(NewestFirst(), swap_blocks=swap_blocks)
     )
-    assert manager.num_preemptions > 3, "nobody had to give way"
-    assert most_on_host > 0, "nobody waited on the host"
+    assert manager.num_preemptions > 3, "no sequence was preempted"
+    assert most_on_host > 0, "no sequence waited on the host"
     for seq_id, expected in roomy.items():
         np.testing.assert_allclose(squeezed[seq_id], expected, rtol=0, atol=2e-3)
     assert manager.allocator.num_free == num_blocks

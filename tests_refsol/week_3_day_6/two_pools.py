@@ -20,7 +20,7 @@ Slots = dict[int, list[object]]  # what stands in each slot of each block
 
 
 def in_use(allocator: BlockAllocator) -> int:
-    """Blocks that somebody holds."""
+    """Blocks that have a holder."""
     return allocator.num_blocks - allocator.num_free
 
 
@@ -78,13 +78,13 @@ class Setup:
         self.spoil()
 
     def spoil(self) -> None:
-        """What nobody holds is overwritten at once, so that whoever reads it notices."""
+        """Blocks without a holder are overwritten at once, so that a test notices a read of them."""
         for block, count in enumerate(counts(self.allocator)):
             if count == 0:
                 self.pool[block] = ["nobody's"] * SIZE
 
     def out(self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None) -> int | None:
-        """Swap out and give the pages up, the copies made in between; how many. None: there was no room."""
+        """Swap out and give the pages up, the copies made in between; how many. None: the host was full."""
         copies = self.space.swap_out(sequence, filled_from)
         if copies is None:
             return None
@@ -133,7 +133,7 @@ class Setup:
         return found
 
     def check(self, *running: PagedSequence, waiting: Sequence[PagedSequence] = ()) -> None:
-        """Who runs has his own keys in the pool, who waits on the host; all references are theirs."""
+        """Running sequences have their keys in the pool, waiting ones on the host; no more references."""
         held = Counter(block for one in running for table in one.tables for block in table.blocks)
         assert counts(self.allocator) == [held[block] for block in range(self.num_blocks)]
         for one in running:

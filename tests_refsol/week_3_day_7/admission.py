@@ -96,7 +96,7 @@ class SlowFigures:
         return 0
 
 
-def test_task_8_the_last_places_are_given_once() -> None:
+def test_task_8_the_last_places_are_taken_once() -> None:
     """Oracle: by hand: eight threads ask at the same moment, three may wait. Without the lock all come in."""
     control = AdmissionControl(3, 1)
     control.occupancy = SlowFigures()  # type: ignore[assignment]

@@ -244,7 +244,7 @@ def make_loop(core: Any = None) -> EngineLoop:
 
 
 def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] | None = None) -> Any:
-    """Requests that are served already, whoever put them there; who listens to them."""
+    """Make requests active, as `add` does; returns their listener."""
     ear = Ear() if ear is None else ear
     for one in requests:
         one.begin(loop.core)
@@ -253,6 +253,6 @@ def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] 
 
 
 def hang_up(loop: EngineLoop) -> None:
-    """The end of the thread: without another step, what is ready is delivered to those who listen."""
+    """End the loop as its thread would: without another step, all that is ready is delivered."""
     loop.stop()
     within(loop.run)

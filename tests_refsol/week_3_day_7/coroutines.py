@@ -73,7 +73,7 @@ def test_task_11_several_completions_end_with_the_last_of_them() -> None:
     assert [event.usage is None for event in found] == [True] * 5 + [False]
 
 
-def test_task_11_five_clients_at_once_get_what_each_gets_alone() -> None:
+def test_task_11_five_clients_at_once_get_what_each_gets_by_itself() -> None:
     """Oracle: `EngineCore` on a small model, one request at a time, stepped by hand; there are four seats."""
     requests = [
         ([1 + i, 2, 3 * i % 26], SamplingParams(max_tokens=8 + i, seed=i, ignore_eos=True)) for i in range(5)
@@ -100,7 +100,7 @@ def test_task_11_five_clients_at_once_get_what_each_gets_alone() -> None:
     ("prompt", "error"),
     [([], ValueError), ([26], ValueError), ([0] * (LONGEST + 1), RequestTooLargeError)],
 )
-def test_task_11_the_doors_errors_come_at_the_first_event(prompt: list[int], error: type[Exception]) -> None:
+def test_task_11_a_refusal_comes_at_the_first_event(prompt: list[int], error: type[Exception]) -> None:
     """Oracle: by hand: an empty prompt, a token that there is not, and a prompt that is too long."""
     with serving() as engine:
         with pytest.raises(error):
@@ -142,7 +142,7 @@ def test_task_11_an_iterator_that_is_never_begun_asks_for_nothing() -> None:
     assert [entry for entry in core.log if entry.startswith("add")] == ["add begun"]
 
 
-def test_task_11_nobody_else_waits_while_a_step_runs() -> None:
+def test_task_11_the_event_loop_goes_on_while_a_step_runs() -> None:
     """Oracle: by hand: the event loop goes on during a step. Waiting for the thread itself holds up all."""
     core = AlphabetCore()
     core.hold()
@@ -183,7 +183,7 @@ async def stumble(stream: AsyncGenerator[RequestEvent, None], now: asyncio.Event
 
 
 @pytest.mark.parametrize("leave", [stop_reading, close, stumble])
-def test_task_11_who_leaves_is_cancelled_before_the_next_step(leave: Callable[..., Any]) -> None:
+def test_task_11_a_client_that_leaves_is_cancelled_before_the_next_step(leave: Callable[..., Any]) -> None:
     """Oracle: by hand: one letter is read, and left during the second step: there is no third."""
     core = AlphabetCore()
     core.hold()
@@ -237,7 +237,7 @@ def test_task_11_a_task_that_is_cancelled_leaves_too(is_queued: bool) -> None:
         run(main())
 
 
-def test_task_11_who_leaves_spares_the_next_one_of_that_name() -> None:
+def test_task_11_a_client_that_leaves_does_not_cancel_another_request_with_its_id() -> None:
     """Oracle: by hand: a request that was refused, because its id is in use, does not end the owner of it."""
     core = AlphabetCore()
     core.hold()
@@ -298,8 +298,8 @@ def test_task_11_an_error_reaches_the_client_that_it_befell() -> None:
     assert (failed.request_id, failed.__cause__) == ("b", error)
 
 
-def test_task_11_an_engine_that_dies_tells_everybody() -> None:
-    """Oracle: by hand: with its cause, and at once; nobody waits for an event that never comes."""
+def test_task_11_an_engine_that_dies_tells_all_clients() -> None:
+    """Oracle: by hand: with its cause, and at once: no client waits for an event that never comes."""
     core, error = AlphabetCore(), SystemError("unforeseen")
     core.hold()
     with serving(core) as engine:
@@ -316,7 +316,7 @@ def test_task_11_an_engine_that_dies_tells_everybody() -> None:
     assert {one.__cause__ for one in found} == {error}
 
 
-def test_task_11_a_slow_reader_misses_nothing_and_nobody_waits_for_it() -> None:
+def test_task_11_a_slow_client_misses_nothing_and_delays_no_other() -> None:
     """Oracle: by hand: another request runs to its end between the first letter and the second."""
     with serving() as engine:
 
@@ -342,7 +342,7 @@ def test_task_11_two_event_loops_share_one_engine() -> None:
 
 
 def test_task_11_draining_lets_clients_end() -> None:
-    """Oracle: by hand: who is there gets all letters, who comes is refused."""
+    """Oracle: by hand: a client that is there gets all letters, a new one is refused."""
     core = AlphabetCore()
     core.hold()
     with serving(core) as engine:

@@ -40,8 +40,8 @@ class Posting:
         return posted
 
 
-def test_task_5_an_task_and_then_a_step() -> None:
-    """Oracle: by hand: who is added is served in the same iteration, and hears of it."""
+def test_task_5_a_task_and_then_a_step() -> None:
+    """Oracle: by hand: a request that is added is served in the same iteration, and its listener called."""
     at, ear = Posting(), Ear()
     [added] = at.run_once(partial(at.loop.add, [request("one")], ear))
     assert added.done()
@@ -49,8 +49,8 @@ def test_task_5_an_task_and_then_a_step() -> None:
     assert [text(events(call)) for call in ear.calls] == ["b"]
 
 
-def test_task_5_a_turn_is_one_step() -> None:
-    """Oracle: by hand: three letters are three turns, and nobody has to post anything."""
+def test_task_5_an_iteration_is_one_step() -> None:
+    """Oracle: by hand: three letters are three iterations, without any task."""
     at = Posting()
     ear = put(at.loop, request("one"))
     for iteration in range(1, 4):
@@ -60,8 +60,8 @@ def test_task_5_a_turn_is_one_step() -> None:
     assert not at.loop.active
 
 
-def test_task_5_without_anybody_it_waits_for_an_task() -> None:
-    """Oracle: by hand: with nothing to do it waits until somebody asks for something; no step."""
+def test_task_5_without_an_active_request_it_waits_for_a_task() -> None:
+    """Oracle: by hand: with nothing to do it waits until a task is posted; no step."""
     at = Posting()
     iteration = background(at.loop.run_once)
     with suppress(TimeoutError):
@@ -73,8 +73,8 @@ def test_task_5_without_anybody_it_waits_for_an_task() -> None:
     assert at.core.log == []
 
 
-def test_task_5_no_step_is_taken_for_nobody() -> None:
-    """Oracle: by hand: the core has work that nobody here listens to."""
+def test_task_5_no_step_without_an_active_request() -> None:
+    """Oracle: by hand: the core has work, but no listener waits for it."""
     at = Posting()
     at.core.add_request("by hand", [5], THREE)
     at.run_once(lambda: None)
@@ -82,7 +82,7 @@ def test_task_5_no_step_is_taken_for_nobody() -> None:
 
 
 def test_task_5_everything_that_was_asked_for_comes_before_the_step() -> None:
-    """Oracle: by hand: in the order of asking. One task an iteration is the mistake: others wait a step."""
+    """Oracle: by hand: in the order of posting. One task per iteration is the mistake: others wait."""
     at, ran = Posting(), list[str]()
     put(at.loop, request("one"), request("two"))
     at.run_once(
@@ -95,7 +95,7 @@ def test_task_5_everything_that_was_asked_for_comes_before_the_step() -> None:
     assert at.core.log == ["add one", "add two", "cancel one", "add three", "step"]
 
 
-def test_task_5_who_is_cancelled_gets_no_further_letter() -> None:
+def test_task_5_a_cancelled_request_gets_no_further_letter() -> None:
     """Oracle: by hand: its last event comes in this iteration, though there is no step for anybody."""
     at = Posting()
     ear = put(at.loop, request("one"))
@@ -117,7 +117,7 @@ def test_task_5_a_listener_gets_all_of_a_step_at_once() -> None:
     assert [len(call) for call in other.calls] == [1, 1]
 
 
-def test_task_5_what_an_task_raises_is_its_askers() -> None:
+def test_task_5_what_a_task_raises_goes_to_its_future() -> None:
     """Oracle: by hand: its future raises, and the iteration goes on."""
     at = Posting()
     ear = put(at.loop, request("one"))
@@ -128,7 +128,7 @@ def test_task_5_what_an_task_raises_is_its_askers() -> None:
 
 
 def test_task_5_what_a_step_raises_ends_the_thread() -> None:
-    """Oracle: by hand: nobody foresaw it; an iteration that goes on in silence leaves everybody waiting."""
+    """Oracle: by hand: unforeseen: an iteration that goes on in silence leaves all clients waiting."""
     at = Posting()
     put(at.loop, request("one"))
     at.core.dies = SystemError("unforeseen")
@@ -153,7 +153,7 @@ def test_task_5_a_listener_that_raises_loses_its_requests() -> None:
     assert text(ear.events) == "bc"
 
 
-def test_task_5_a_last_turn_has_no_step() -> None:
+def test_task_5_the_last_iteration_has_no_step() -> None:
     """Oracle: by hand."""
     at = Posting()
     put(at.loop, request("one"))
@@ -161,7 +161,7 @@ def test_task_5_a_last_turn_has_no_step() -> None:
     assert "step" not in at.core.log
 
 
-def test_task_5_the_thread_takes_turns_until_it_is_told_to_stop() -> None:
+def test_task_5_the_thread_iterates_until_a_task_stops_it() -> None:
     """Oracle: by hand: the given `run`, which everything hangs on: start, serve, stop."""
     at, ear = Posting(), Ear()
     begun = at.inbox.post(partial(at.loop.begin, lambda: at.core))
@@ -177,8 +177,8 @@ def test_task_5_the_thread_takes_turns_until_it_is_told_to_stop() -> None:
 # Task 6: EngineLoop.drain
 
 
-def test_task_6_nobody_else_is_let_in() -> None:
-    """Oracle: by hand: who comes is refused, and who is there stays."""
+def test_task_6_new_requests_are_refused() -> None:
+    """Oracle: by hand: new requests are refused, active ones stay."""
     at, drained = Posting(), Future[None]()
     put(at.loop, request("one"))
     at.loop.drain(None, drained)
@@ -203,7 +203,7 @@ def test_task_6_it_is_over_when_all_have_ended() -> None:
     assert (text(ear.events), ear.events[-1].finish_reason) == ("bcd", "length")
 
 
-def test_task_6_it_is_over_at_once_where_nobody_is_there() -> None:
+def test_task_6_it_is_over_at_once_without_active_requests() -> None:
     """Oracle: by hand; a second time too."""
     at = Posting()
     for _ in range(2):
@@ -212,7 +212,7 @@ def test_task_6_it_is_over_at_once_where_nobody_is_there() -> None:
         assert drained.result(0) is None
 
 
-def test_task_6_who_takes_too_long_is_cancelled_before_the_next_step() -> None:
+def test_task_6_a_request_that_takes_too_long_is_cancelled_before_the_next_step() -> None:
     """Oracle: by hand: no time at all: the last events come in the same iteration, and it is over."""
     at, drained = Posting(), Future[None]()
     ear = put(at.loop, request("one"), request("two"))
@@ -224,7 +224,7 @@ def test_task_6_who_takes_too_long_is_cancelled_before_the_next_step() -> None:
 
 
 def test_task_6_a_timeout_is_counted_from_now() -> None:
-    """Oracle: by hand: time enough for all, so nobody is cut off; and then time that runs out."""
+    """Oracle: by hand: time enough for all, so none is cancelled; and then time that runs out."""
     at, first = Posting(), Future[None]()
     ear = put(at.loop, request("one", params=SamplingParams(max_tokens=2)))
     at.run_once(partial(at.loop.drain, 100.0, first))

@@ -11,7 +11,7 @@ from tiny_llm.errors import (
     EngineDeadError,
 )
 
-# A thread that does not end is a failure, and nobody waits for it at the end of the run as well.
+# A thread that does not end is a failure; the end of the run does not wait for it again.
 tiny_llm.engine.EXIT_SECONDS = 0.2
 
 
@@ -19,7 +19,7 @@ tiny_llm.engine.EXIT_SECONDS = 0.2
 
 
 class Patience:
-    """How long anything may take. Who has waited for nothing once does not wait so long again."""
+    """How long anything may take. After one wait in vain the next ones are shorter."""
 
     seconds = 10.0
 
@@ -32,11 +32,11 @@ PATIENCE = Patience()
 
 
 def background(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Run a function in a thread of its own, which nobody has to wait for."""
+    """Run a function in a thread of its own, which does not hold up the end of the run."""
     outcome: Future[Any] = Future()
 
     def work() -> None:
-        outcome.set_running_or_notify_cancel()  # from now on nobody takes it back
+        outcome.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         try:
             outcome.set_result(function(*args))
         except BaseException as error:

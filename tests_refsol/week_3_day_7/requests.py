@@ -46,7 +46,7 @@ def test_task_1_a_request_is_queued_and_its_listener_known() -> None:
 
 
 def test_task_1_several_are_queued_in_their_order() -> None:
-    """Oracle: by hand; who was there before stays."""
+    """Oracle: by hand; an active request stays."""
     loop = make_loop()
     put(loop, request("old"))
     loop.add([request("b"), request("a")], Ear())
@@ -55,7 +55,7 @@ def test_task_1_several_are_queued_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "error"), [("", ValueError), ("a" * (LONGEST + 1), RequestTooLargeError)])
-def test_task_1_the_doors_error_reaches_whoever_asks(prompt: str, error: type[Exception]) -> None:
+def test_task_1_the_cores_error_is_raised(prompt: str, error: type[Exception]) -> None:
     """Oracle: what the core raises."""
     loop = make_loop()
     with pytest.raises(error):
@@ -66,7 +66,7 @@ def test_task_1_the_doors_error_reaches_whoever_asks(prompt: str, error: type[Ex
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_task_1_all_or_none(place: int) -> None:
-    """Oracle: by hand: one of three cannot run, so none of them does, and who was there goes on."""
+    """Oracle: by hand: one of three cannot run, so none of them does; an active request goes on."""
     loop, requests = make_loop(), [request(name) for name in "abc"]
     put(loop, request("old"))
     requests[place] = request("bad", "")
@@ -148,7 +148,7 @@ def test_task_2_only_those_that_are_named() -> None:
     assert [reason(one) for one in requests] == [None, "abort", None, "abort"]
 
 
-def test_task_2_ids_that_nobody_has_are_ignored() -> None:
+def test_task_2_unknown_ids_are_ignored() -> None:
     """Oracle: by hand: an unknown id, one that has ended, and one that is named twice."""
     loop, one = make_loop(), request("one")
     put(loop, one)
@@ -159,7 +159,7 @@ def test_task_2_ids_that_nobody_has_are_ignored() -> None:
 
 
 def test_task_2_the_listener_gets_the_last_event() -> None:
-    """Oracle: by hand: one event, with reason "abort" and the request's usage, and nobody else gets one."""
+    """Oracle: by hand: one event, with reason "abort" and the usage, and no other listener gets one."""
     loop = make_loop()
     ear, other = put(loop, request("one", "ab")), put(loop, request("two"))
     loop.cancel(["one"])
@@ -230,8 +230,8 @@ def test_task_2_a_forgotten_request_has_ended() -> None:
     assert ear.events[0].request_id == "one"
 
 
-def test_task_2_the_next_request_of_that_name_is_spared() -> None:
-    """Oracle: by hand: the old one ended, and somebody else took its id. Cancelling by id is the mistake."""
+def test_task_2_forget_does_not_cancel_another_request_with_the_id() -> None:
+    """Oracle: by hand: the old one ended, and a new one took its id. Cancelling by id is the mistake."""
     loop, old, new = make_loop(), request("name"), request("name")
     put(loop, old)
     loop.core.cancel("name")

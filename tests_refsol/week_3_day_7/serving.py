@@ -73,7 +73,7 @@ def small_model() -> Model:
 
 
 def small_core() -> EngineCore:
-    """A real core on the small model, with room for four sequences."""
+    """A real core on the small model, for four sequences at once."""
     return EngineCore(PagedBatchManager(40, 4, 4, model=small_model(), max_batched_tokens=12), ())
 
 

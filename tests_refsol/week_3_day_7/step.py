@@ -55,7 +55,7 @@ def test_task_3_a_token_becomes_an_event_of_its_request() -> None:
 
 
 def test_task_3_a_request_that_has_ended_is_gone() -> None:
-    """Oracle: by hand: one token, reason "length", and its usage; there is nobody to abort afterwards."""
+    """Oracle: by hand: one token, reason "length", and its usage; there is nothing to abort afterwards."""
     loop = make_loop()
     ear = put(loop, request("one", params=SamplingParams(max_tokens=1)))
     take_all(loop)
@@ -125,7 +125,7 @@ class Unspeakable(RequestState):
         raise ArithmeticError("no text")
 
 
-def test_task_3_a_text_that_cannot_be_made_is_its_requests_alone() -> None:
+def test_task_3_a_text_that_cannot_be_made_fails_only_its_request() -> None:
     """Oracle: by hand: it ends in the core too, with one error for its two completions; the other goes on."""
     loop = make_loop()
     bad, good = Ear(), Ear()
@@ -143,8 +143,8 @@ def test_task_3_a_text_that_cannot_be_made_is_its_requests_alone() -> None:
     assert text(good.events) == "bc"
 
 
-def test_task_3_tokens_that_nobody_listens_to_are_left_alone() -> None:
-    """Oracle: by hand: somebody gave the core a request behind the loop's back."""
+def test_task_3_tokens_without_a_listener_are_ignored() -> None:
+    """Oracle: by hand: a request was added to the core directly."""
     loop = make_loop()
     ear = put(loop, request("mine"))
     loop.core.add_request("by hand", [5], THREE)
@@ -173,7 +173,7 @@ def test_task_4_a_step_is_a_letter_for_each() -> None:
     ]
 
 
-def test_task_4_a_failure_reaches_its_listener_alone() -> None:
+def test_task_4_a_failure_reaches_only_its_listener() -> None:
     """Oracle: by hand: the error names the request, and has its cause; the other gets its letter."""
     loop, error = make_loop(), ArithmeticError("broken")
     bad, good = put(loop, request("bad")), put(loop, request("good"))
@@ -192,7 +192,7 @@ def test_task_4_a_failure_reaches_its_listener_alone() -> None:
 
 
 def test_task_4_two_failures_are_two_errors() -> None:
-    """Oracle: by hand: in one step, for one listener, who has a third request that goes on."""
+    """Oracle: by hand: in one step, for one listener, whose third request goes on."""
     loop = make_loop()
     ear = put(loop, *[request(name) for name in "abc"])
     loop.core.failing = {"a": ArithmeticError("a"), "c": ArithmeticError("c")}

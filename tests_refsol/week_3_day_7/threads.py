@@ -59,7 +59,7 @@ def test_task_9_it_does_not_wait_for_the_step_that_runs() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "error"), [([], ValueError), ([0] * (LONGEST + 1), RequestTooLargeError)])
-def test_task_9_the_door_speaks_to_whoever_asks(prompt: list[int], error: type[Exception]) -> None:
+def test_task_9_the_future_raises_the_cores_error(prompt: list[int], error: type[Exception]) -> None:
     """Oracle: the core's error, and nothing of a batch of three is queued."""
     core, ear = AlphabetCore(), Ear()
     with serving(core) as engine:
@@ -122,7 +122,7 @@ def test_task_9_requests_enter_together_or_not_at_all() -> None:
 
 
 def test_task_9_an_engine_that_drains_refuses_at_once() -> None:
-    """Oracle: by hand: raised here and now, while a step runs; not by a future that nobody may look at."""
+    """Oracle: by hand: raised here and now, while a step runs, not by a future."""
     core = AlphabetCore()
     with serving(core) as engine:
         ear = Ear()
@@ -141,19 +141,19 @@ def test_task_9_an_engine_that_drains_refuses_at_once() -> None:
 
 
 def test_task_9_an_engine_that_was_stopped() -> None:
-    """Oracle: by hand: who is there is cancelled, and who comes is refused, however often that is."""
+    """Oracle: by hand: active requests are cancelled, and new ones refused, however many."""
     with serving(max_num_waiting=1) as engine:
         ear = Ear()
         value(engine.submit([engine.request("a", LONG)], ear))
         within(engine.stop)
         assert ear.until_end()[-1].finish_reason == "abort"
-        for _ in range(10):  # more than would find room
+        for _ in range(10):  # more than may wait
             with pytest.raises(EngineStoppingError):
                 within(engine.submit, [engine.request("b", THREE)], Ear())
 
 
-def test_task_9_when_the_engine_dies_everybody_hears_of_it() -> None:
-    """Oracle: by hand: the listener gets the error with its cause, and who comes afterwards as well."""
+def test_task_9_when_the_engine_dies_listeners_and_new_clients_get_its_error() -> None:
+    """Oracle: by hand: the listener gets the error with its cause, and a later client too."""
     core, error = AlphabetCore(), SystemError("unforeseen")
     with serving(core) as engine:
         ear = Ear()
@@ -229,7 +229,7 @@ def test_task_10_a_functions_value() -> None:
 
 
 def test_task_10_what_a_function_raises() -> None:
-    """Oracle: by hand: it reaches the caller, and nobody else; the engine goes on."""
+    """Oracle: by hand: it reaches only the caller; the engine goes on."""
     with serving() as engine:
         ear = Ear()
         value(engine.submit([engine.request("a", LONG)], ear))
@@ -266,7 +266,7 @@ def test_task_10_a_call_within_a_call() -> None:
         assert within(engine.call, lambda: engine.call(lambda: engine.call(lambda: 7))) == 7
 
 
-def test_task_10_nobody_is_there_any_more() -> None:
+def test_task_10_a_stopped_engine_raises() -> None:
     """Oracle: the docstring of `stop`: an error, instead of an answer that never comes."""
     with serving() as engine:
         within(engine.stop)
