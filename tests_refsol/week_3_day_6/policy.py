@@ -67,7 +67,7 @@ def test_task_1_more_begin_than_whole_lives_would_fit(policy: PreemptionPolicy, 
 
 
 def test_task_2_the_last_of_the_candidates_is_chosen() -> None:
-    """Oracle: by hand: candidates are oldest first. Choosing the first one is the mistake: none would ever end."""
+    """Oracle: by hand: candidates are oldest first. Choosing the first is the mistake: none would end."""
     sequences = [Setup().sequence(TEXT[:length], 0) for length in (5, 9, 1, 3)]
     for number in range(1, 5):
         assert NewestFirst().choose_victim(sequences[:number]) is sequences[number - 1]
