@@ -36,6 +36,10 @@ class Shelf(Base):
         """True where nothing fits any more."""
         return False
 
+    def clear(self) -> None:
+        """Make it smaller."""
+        self.size = 0
+
     def put(self, number: int, *, safely: bool = True) -> "Shelf":
         """Put one book 0 .. n - 1. It stays there."""
         return self
@@ -116,6 +120,13 @@ def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
         "shelf.Shelf.is_full: bool: True where nothing fits any more",
         "shelf.Shelf.put(number: int, *, safely: bool=True) -> 'Shelf': Put one book 0 .. n - 1",
     ]
+
+
+def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: House) -> None:
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
+    replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
+    shown = [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
+    assert shown[0] == "shelf.Base.size: int"
 
 
 def test_what_cannot_be_read_is_declared(house: House) -> None:
