@@ -6,10 +6,13 @@
 
 import ast
 import difflib
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+from tiny_llm_cli.overlay import one_line
 
 FOLDER = Path(__file__).parent
 NO_QUESTION = {"front", "harness", "numpy_llama", "servers"}
@@ -56,7 +59,13 @@ def main() -> int:
     path = FOLDER / f"{name}.py"
     sys.argv = [str(path), *arguments[1:]]
     sys.path.insert(0, str(FOLDER))
-    runpy.run_path(str(path), run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except Exception as error:
+        if os.environ.get("TINY_LLM_DEBUG") or (mistake := one_line(error)) is None:
+            raise
+        print(f"pdm run bench: error: {mistake}", file=sys.stderr)
+        return 1
     return 0
 
 

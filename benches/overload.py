@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
-from tiny_llm.embedded import embedded_model_path
 
 import harness
 import tiny_llm_kernels
 from servers import Running, ours, running
+from tiny_llm_checkpoints.embedded import embedded_model_path
 
 SEATS, WAITING, TIMES, KINDS = 16, 32, 10, 24
 MIB = 1 << 20

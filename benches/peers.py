@@ -23,10 +23,9 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from tiny_llm.embedded import embedded_model_path
-
 import harness
 import tiny_llm_kernels
+from tiny_llm_checkpoints.embedded import embedded_model_path
 
 MINUTES = 15  # no start and no job takes as long; an engine that does is ended
 WORKERS = Path(__file__).parent / "peer_workers"

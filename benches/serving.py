@@ -19,12 +19,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tiny_llm.embedded import embedded_model_path
-
 import harness
 import tiny_llm_kernels
 from servers import ServerError, ours, peers, running, some_load
 from tiny_llm import LLM, SamplingParams
+from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
 from tiny_llm_cli.serve_load import Answer, Ask, ServeRun, put_load
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
-from tiny_llm.embedded import embedded_model_path
 
 import harness
 import tiny_llm_kernels
 from servers import ours, running, some_load
+from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
 
 CLIENTS, REQUESTS = 16, 48

@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tiny_llm.errors import ConfigError, ModelFileError
-from tiny_llm.gguf_format import GGUFFile, read_gguf_header
 from tiny_llm.loader import load_model
 
 from tiny_checkpoints import CONFIGS, WINDOWED_CONFIGS, random_weights, write_folder, write_gguf
+from tiny_llm_checkpoints.errors import ConfigError, ModelFileError
+from tiny_llm_checkpoints.gguf_format import GGUFFile, read_gguf_header
 
 SMALL = {**CONFIGS["llama3-scaling"], "num_hidden_layers": 1}
 GEMMA = {**WINDOWED_CONFIGS["gemma3"], "num_hidden_layers": 2}

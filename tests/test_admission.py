@@ -18,7 +18,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.beam_search import BeamSearchParams
-from tiny_llm.errors import shown
 from tiny_llm.prompts import parse_prompt, parse_prompts
 
 from promises import check_all_returned
@@ -30,6 +29,7 @@ from tiny_llm import (
     RequestTooLargeError,
     SamplingParams,
 )
+from tiny_llm_checkpoints.errors import shown
 from tiny_model import tiny_config
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2)

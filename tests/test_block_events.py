@@ -9,13 +9,13 @@ from tiny_llm.block_events import MOST_WAITING, BlockEventKind, BlockWatch, Pool
 from tiny_llm.engine import Engine
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.tokenizer import Tokenizer
 
 from mirror import Mirror
 from promises import policies
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_model import VOCAB, random_prompt, tiny_model
 
 Kind = BlockEventKind

@@ -9,9 +9,9 @@ import pytest
 
 from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MACROS, NAMES, PARTS, REASONING, TEMPLATES
 from test_typed_control_tokens import built
-from tiny_llm_ref.chat_messages import MOST_VALUES, MessageError, read_messages
-from tiny_llm_ref.chat_template import ChatTemplate
-from tiny_llm_ref.tokenizer import Tokenizer
+from tiny_llm_checkpoints.chat_messages import MOST_VALUES, MessageError, read_messages
+from tiny_llm_checkpoints.chat_template import ChatTemplate
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 TOKENIZER = built()

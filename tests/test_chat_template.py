@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiny_llm_ref.chat_template import ChatTemplate
-from tiny_llm_ref.embedded import embedded_model_path
-from tiny_llm_ref.gguf_format import read_gguf_header
-from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.chat_template import ChatTemplate
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "chat.json").read_text(encoding="utf-8"))
 TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -222,7 +222,7 @@ HOSTILE = {**LOOPS, **GROWTH, **ESCAPES}
 RENDER_ALL = """
 import json, resource, sys, time
 from pathlib import Path
-from tiny_llm.chat_template import ChatTemplate
+from tiny_llm_checkpoints.chat_template import ChatTemplate
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
 for name, source in json.load(sys.stdin).items():

@@ -19,7 +19,7 @@ import pytest
 from tiny_llm.kernels import twins
 from tiny_llm.linear import quantized_linear
 from tiny_llm.llm import LLM
-from tiny_llm.loader import read_checkpoint
+from tiny_llm.loader import build
 from tiny_llm.quantize import dequantize
 
 from tiny_checkpoints import (
@@ -31,7 +31,8 @@ from tiny_checkpoints import (
     write_gguf,
     write_safetensors,
 )
-from tiny_llm import ggml_blocks
+from tiny_llm_checkpoints import ggml_blocks
+from tiny_llm_checkpoints.readers import read_checkpoint
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "checkpoints.json").read_text())
 TOLERANCE = 1e-4
@@ -163,8 +164,13 @@ def test_k_quants_mean_what_ggmls_own_package_says(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0"])
-def test_what_stays_quantized_is_the_same_numbers_bit_for_bit(kind: str) -> None:
+@pytest.mark.parametrize("readable", [False, True], ids=["kernel", "readable"])
+def test_what_stays_quantized_is_the_same_numbers_bit_for_bit(
+    kind: str, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oracle: ggml's own package; of the readable layout and of the packed one."""
+    if readable:
+        monkeypatch.setattr(ggml_blocks, "quants", ggml_blocks.readable_quants)
     if kind == "Q4_K":
         blocks = random_blocks(kind, 48, 512)
     else:
@@ -262,7 +268,7 @@ def test_weights_are_held_once_and_read_one_by_one(tmp_path: Path) -> None:
     gc.collect()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = read_checkpoint(path).build()
+    model = build(read_checkpoint(path))
     assert mx.get_active_memory() - before < 1.05 * stored
     assert mx.get_peak_memory() - before < 1.2 * stored
     del model

@@ -5,11 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 from tiny_llm.engine_config import EngineConfig
-from tiny_llm.errors import ConfigError, RequestTooLargeError
+from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.layer_groups import group_layers
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
+from tiny_llm_checkpoints.errors import ConfigError
 from tiny_model import CONTEXT, tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny_llm_kernels
-from tiny_llm_course import cpp
+from tiny_llm_course import cpp, pending
 from tiny_llm_course import days as demonstrations
 from tiny_llm_course import main as door
 from tiny_llm_course.check import check
@@ -18,6 +19,7 @@ from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
 from tiny_llm_course.outcome import Outcome, begin_here
+from tiny_llm_course.overview import map_text, progress, progress_text
 from tiny_llm_course.progress import Result, State, changed_files, remember, result, state
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.runs import overlay_of, own_sources
@@ -25,7 +27,7 @@ from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_b
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_reference, run_started
-from tiny_llm_course.views import difference, hint, map_text, progress, progress_text, tasks
+from tiny_llm_course.views import difference, hint, tasks
 
 ROOT = Path(__file__).parents[1]
 HINTS = 'hints = ["Which is larger, 2 or 3?", "The sum of 2 and 3 is 5.", "Take both, and add them up."]'
@@ -63,7 +65,11 @@ ADDING = '''"""Sums."""
 
 
 def add(one: int, other: int) -> int:
-    """The sum of both."""
+    """The sum of both.
+
+    >>> add(2, 3)
+    5
+    """
     return sum((one, other))
 
 
@@ -84,7 +90,12 @@ class Counter:
         self.value = 0
 
     def count(self) -> int:
-        """Add one and return the value."""
+        """Add one and return the value.
+
+        >>> counter = Counter()
+        >>> [counter.count(), counter.count()]
+        [1, 2]
+        """
         # The first time it is 1.
         self.value = self._next()
         return self.value
@@ -104,7 +115,11 @@ from .adding import add
 
 
 def double(x: int) -> int:
-    """x and x."""
+    """x and x.
+
+    >>> double(4)
+    8
+    """
     return add(x, x)
 '''
 
@@ -141,13 +156,25 @@ SITE = """import sys
 sys.meta_path[:] = [one for one in sys.meta_path if not type(one).__module__.startswith("_editable")]
 """
 
+SOLUTIONS = {
+    "week_1_day_1/adding.py": "def add(one, other):\n    return one + other\n",
+    "week_1_day_2/counting.py": (
+        "class Counter:\n    def __init__(self):\n        self.value = 0\n\n"
+        "    def count(self):\n        self.value += 1\n        return self.value\n"
+    ),
+    "week_1_day_2/doubling.py": "def double(x):\n    return 2 * x\n",
+}
+
 API = "__all__ = []\n\n\ndef __getattr__(name):\n    raise AttributeError(name)\n"
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    """A checkout with a course of its own."""
-    files = {
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    """A checkout with a course of its own, which lacks nothing."""
+    monkeypatch.setattr(pending, "WITHOUT_EXAMPLES", frozenset())
+    monkeypatch.setattr(pending, "WITHOUT_SECOND_SOLUTION", frozenset())
+    files = {f"tests/second_solutions/{name}": source for name, source in SOLUTIONS.items()}
+    files |= {
         "src/tiny_llm_course/syllabus.toml": SYLLABUS,
         "src/sitecustomize.py": SITE,
         "src/tiny_llm_ref/__init__.py": "",
@@ -188,7 +215,7 @@ def replace(file: Path, old: str, new: str) -> None:
 def test_a_blank_keeps_signature_docstring_and_everything_around_it() -> None:
     blank = blanked(COUNTING, {"Counter.count": "1.2.1 Counter.count: book"}, ["Counter._next"])
     assert is_blank(blank, "Counter.count")
-    assert '"""Add one and return the value."""' in blank
+    assert '"""Add one and return the value.\n' in blank
     assert 'raise NotImplementedError("1.2.1 Counter.count: book")' in blank
     assert "_next" not in blank
     assert "The first time" not in blank
@@ -264,7 +291,7 @@ def test_days_and_exercises_are_found_by_id_with_a_guess(house: House) -> None:
 
 def test_start_writes_the_days_modules_blank_and_nothing_else(house: House) -> None:
     day = syllabus_of(house).day("1.2")
-    assert [file.name for file in start(house, day)] == ["counting.py", "doubling.py"]
+    assert [file.name for file in start(house, day).files] == ["counting.py", "doubling.py"]
     assert [state(house, exercise) for exercise in day.exercises] == [State.BLANK, State.BLANK]
     assert "1.2.1  counting.py  Counter.count()" in tasks(house, day)
     assert "pdm run test 1.2" in tasks(house, day)
@@ -277,7 +304,7 @@ def test_start_never_overwrites_and_again_moves_aside(house: House) -> None:
     with pytest.raises(CourseError, match=r"day 1\.2 is started already .*--again"):
         start(house, day)
     (house.overlay / "doubling.py").unlink()
-    assert [file.name for file in start(house, day)] == ["doubling.py"]
+    assert [file.name for file in start(house, day).files] == ["doubling.py"]
     assert (house.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
     set_aside(house, day)
     start(house, day)
@@ -597,9 +624,18 @@ def problems_of(house: House) -> list[str]:
 def test_a_sound_course_has_no_problems(house: House) -> None:
     told: list[tuple[str, int, int]] = []
     assert check(house, syllabus_of(house), lambda *said: told.append(said)) == []
-    # two days as they begin, one without those after it, two on the reference, three exercises blank
-    assert told[-1][1] == told[-1][2] == 8
-    assert len(told) == 9
+    # two days as they begin, one without those after it, two on the reference, three exercises blank;
+    # examples with and without kernels, second solutions
+    assert told[-1][1] == told[-1][2] == 11
+    assert len(told) == 12
+
+
+def test_only_some_days_are_checked(house: House) -> None:
+    told: list[str] = []
+    day = syllabus_of(house).day("1.2")
+    assert check(house, syllabus_of(house), lambda what, *_: told.append(what), only=[day]) == []
+    assert not [what for what in told if what.startswith("1.1")]
+    assert "1.2.2 double blank" in told
 
 
 Change = Callable[[House], None]
@@ -609,6 +645,12 @@ def suite(house: House, day: int) -> Path:
     return house.suites / f"test_week_1_day_{day}.py"
 
 
+def solution(house: House, module: str) -> Path:
+    [file] = house.root.glob(f"tests/second_solutions/*/{module}.py")
+    return file
+
+
+LONG = "y = x\n    z = y + y\n    x = 0\n    return z + x"
 SUM_OF_PART = """
 from common.numbers import FIVE
 from tiny_llm.adding import add
@@ -644,6 +686,33 @@ STATIC: dict[str, tuple[Change, str]] = {
     "a folder of no day": (
         lambda h: (h.suites / "week_9_day_1").mkdir() or (h.suites / "week_9_day_1" / "sums.py").touch(),
         "suites: week_9_day_1/: belongs to no day",
+    ),
+    "fixtures of one name in two files": (
+        lambda h: give_part(
+            h,
+            SUM_OF_PART + "\n\n@pytest.fixture\ndef five():\n    return FIVE\n",
+            "import pytest\n\nFIVE = 5\n\n\n@pytest.fixture\ndef five():\n    return 5\n",
+        ),
+        "five is also in week_1_day_1/sums.py",
+    ),
+    "an exercise without an example": (
+        lambda h: replace(h.reference / "doubling.py", ">>> double(4)\n    8\n", ""),
+        "examples: 1.2.2: double has no example",
+    ),
+    "a day without a second solution": (
+        lambda h: solution(h, "doubling").unlink(),
+        "second solution: 1.2: there is no tests/second_solutions/week_1_day_2/doubling.py",
+    ),
+    "a second solution of no day": (
+        lambda h: solution(h, "doubling").rename(solution(h, "doubling").with_name("halving.py")),
+        "second solution: tests/second_solutions/week_1_day_2/halving.py: is no module of a day",
+    ),
+    "a second solution that is the reference's": (
+        lambda h: [
+            replace(h.reference / "doubling.py", "return add(x, x)", LONG),
+            replace(solution(h, "doubling"), "return 2 * x", f'"""Mine."""\n    {LONG}'),
+        ],
+        "second solution: 1.2, doubling.py: double is the reference's",
     ),
     "a part that looks into private parts": (
         lambda h: give_part(h, SUM_OF_PART.replace("== FIVE", "== FIVE._value")),
@@ -777,6 +846,18 @@ def test_counting_blocks_is_no_assertion_of_their_ids(house: House) -> None:
 
 
 DYNAMIC: dict[str, tuple[Change, str]] = {
+    "an example that gives something else": (
+        lambda h: replace(h.reference / "counting.py", "[1, 2]", "[1, 3]"),
+        'examples: 1.2.1: counting.Counter.count File "counting.py", line 16',
+    ),
+    "an example that cannot be run": (
+        lambda h: replace(h.reference / "doubling.py", "import add\n", "import add\n\n1 / 0\n"),
+        "examples: all days: cannot be run",
+    ),
+    "a second solution that fails": (
+        lambda h: replace(solution(h, "doubling"), "2 * x", "3 * x"),
+        "second solution: 1.2: fails tests_refsol/test_week_1_day_2.py::test_task_2_doubles",
+    ),
     "a reference that fails": (
         lambda h: replace(suite(h, 1), "== 5", "== 6"),
         "reference: test_week_1_day_1.py: fails on the reference",
@@ -1019,7 +1100,8 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
     failing = run(["test", "1.1"], tmp_path)
     assert failing.returncode == 1
     assert "wait for 1.1.1 softmax: pdm run hint 1.1.1" in failing.stdout
-    assert "attention.py, line 20: 1.1.2 causal_mask: " in run(["try", "1.1"], tmp_path).stderr
+    tried = run(["try", "1.1"], tmp_path).stderr
+    assert re.search(r"attention\.py, line \d+: 1\.1\.2 causal_mask: ", tried), tried
     assert run(["skip", "1.1"], tmp_path).returncode == 0
     passing = run(["test", "--week", "1", "--day", "1"], tmp_path)
     assert passing.returncode == 0, passing.stdout

@@ -10,8 +10,9 @@ from tiny_llm_course.compare import Comparison, Measured, as_text, compare
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
 from tiny_llm_course.starter import skip, start
-from tiny_llm_course.syllabus import Day
+from tiny_llm_course.units import Day
 
+BLANK = '    raise NotImplementedError("1.2.1 inverse_frequencies: pdm run hint 1.2.1")'
 SIDE = Measured(0.001, 0.001, 0.2, 2048)
 
 
@@ -67,7 +68,8 @@ def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) 
     start(here, one)
     with pytest.raises(CourseError) as blank:
         compare(here, one)
-    assert "rope.py, line 14: 1.2.1 inverse_frequencies: pdm run hint 1.2.1" in str(blank.value)
+    line = (here.overlay / "rope.py").read_text("utf-8").splitlines().index(BLANK) + 1
+    assert f"rope.py, line {line}: 1.2.1 inverse_frequencies: pdm run hint 1.2.1" in str(blank.value)
     assert f"{here.overlay}/rope.py" in str(blank.value), "the learner's file, not its copy"
     assert "\n" not in str(blank.value)
     skip(here, one, one.exercises)

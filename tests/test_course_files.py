@@ -10,10 +10,10 @@ import pytest
 from test_course import ADDING, COUNTING, DOUBLING, ROOT, house, replace, run, syllabus_of, write
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
+from tiny_llm_course.overview import progress_text
 from tiny_llm_course.progress import remember
 from tiny_llm_course.starter import restore, set_aside, start
 from tiny_llm_course.testing import run_day
-from tiny_llm_course.views import progress_text
 
 __all__ = ["house"]
 

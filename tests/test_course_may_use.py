@@ -5,9 +5,9 @@ import pytest
 
 from test_course import house, replace, syllabus_of
 from tiny_llm_course.house import House
-from tiny_llm_course.may_use import day_may_use, may_use
+from tiny_llm_course.may_use import may_use, unit_may_use
 from tiny_llm_course.rules import static_problems
-from tiny_llm_course.syllabus import Day, Exercise
+from tiny_llm_course.units import Day, Exercise
 from tiny_llm_course.views import hint, tasks
 
 __all__ = ["house"]
@@ -129,6 +129,31 @@ def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(she
     assert shown[0] == "shelf.Base.size: int"
 
 
+def test_the_package_under_the_reference_is_read_too(shelved: House) -> None:
+    below = shelved.reference.parent / "tiny_llm_checkpoints"
+    below.mkdir()
+    (below / "shelf.py").write_text(SHELF.replace("class Base:", "class Base(Deeper):"), "utf-8")
+    replace(below / "shelf.py", "from dataclasses", "from .deep import Deeper\nfrom dataclasses")
+    (below / "deep.py").write_text('class Deeper:\n    depth: int\n    """How deep."""\n', "utf-8")
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).put(x).depth")
+    replace(
+        shelved.reference / "doubling.py",
+        "from .adding import add",
+        "from tiny_llm_checkpoints.shelf import Shelf",
+    )
+    replace(
+        shelved.syllabus,
+        'name = "doubling.double"',
+        'name = "doubling.double"\nmay_use = ["tiny_llm_checkpoints.shelf.Shelf.is_full"]',
+    )
+    assert used(shelved, "1.2.2") == [
+        "tiny_llm_checkpoints.deep.Deeper.depth",
+        "tiny_llm_checkpoints.shelf.Shelf",
+        "tiny_llm_checkpoints.shelf.Shelf.is_full",
+        "tiny_llm_checkpoints.shelf.Shelf.put",
+    ]
+
+
 def test_what_cannot_be_read_is_declared(house: House) -> None:
     replace(
         house.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]'
@@ -178,8 +203,9 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
 @pytest.mark.parametrize(
     ("exercise_id", "names"),
     [
-        ("1.3.3", ["kv_context.KVContext.attend", "linear.LinearLike.__call__", "rope.rope"]),
-        ("1.6.1", ["model_config.ModelConfig.attention_scale"]),
+        ("1.3.2", ["linear.LinearLike.__call__", "rope.rope"]),
+        ("1.3.3", ["kv_context.KVContext.attend", "kv_context.KVContext.positions"]),
+        ("1.6.1", ["tiny_llm_checkpoints.model_config.ModelConfig.attention_scale"]),
         (
             "3.2.13",
             ["page_layout.PageLayout.tables", "page_layout.PageLayout.streams", "sequence.PagedSequence"],
@@ -200,5 +226,5 @@ def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -
 def test_no_day_of_the_course_names_what_its_starter_is_without() -> None:
     here = House.here()
     for day in syllabus_of(here).days:
-        shown = {f"{one.module}.{one.name}" for one in day_may_use(here, day)}
+        shown = {f"{one.module}.{one.name}" for one in unit_may_use(here, day)}
         assert not shown & set(day.removed)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.dense_batch import DenseBatchManager
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.errors import ConfigError
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
 import tiny_llm_kernels
 from tiny_llm import LLM
+from tiny_llm_checkpoints.errors import ConfigError
 from tiny_model import CONTEXT, VOCAB, examples, random_prompt, tiny_model
 
 TOLERANCE = 1e-3  # of log-probabilities: another attention, whose outputs are then rounded to 16 bits

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models
 from tokenizers import Tokenizer as Library
 
-from tiny_llm_ref.embedded import embedded_model_path
-from tiny_llm_ref.gguf_format import read_gguf_header
-from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
-from tiny_llm_ref.hf_tokenizer import hf_tokenizer
-from tiny_llm_ref.tokenizer import Tokenizer
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 SPACE = "\u2581"

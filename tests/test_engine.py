@@ -22,10 +22,8 @@ import pytest
 from tiny_llm.beam_search import BeamSearchParams
 from tiny_llm.delivery import AsyncListener, Item, events_of
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.kv_context import KVContext
 from tiny_llm.model import Model
-from tiny_llm.tokenizer import Detokenizer, Tokenizer
 
 from promises import check_all_returned, policies
 from tiny_llm import (
@@ -43,6 +41,8 @@ from tiny_llm import (
     SamplingParamsError,
     WrongThreadError,
 )
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 from tiny_model import EOS, VOCAB, random_prompt, tiny_model
 
 SECONDS = 60  # a guard against hanging, not a speed that is asked for

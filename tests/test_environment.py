@@ -151,9 +151,9 @@ NO_THREAD = f"""
 import os, resource, sys
 from tiny_llm_cli.main import main
 import tiny_llm.llm, tiny_llm.resources, typer.exceptions, tiny_llm_cli.app
-import tiny_llm.embedded
-model = str(tiny_llm.embedded.embedded_model_path())
-import tiny_llm.gguf_tokenizer, mlx.core as mx
+import tiny_llm_checkpoints.embedded
+model = str(tiny_llm_checkpoints.embedded.embedded_model_path())
+import tiny_llm_checkpoints.gguf_tokenizer, mlx.core as mx
 from tiny_llm.engine import Engine
 from tiny_llm import EngineConfig
 mx.eval(mx.zeros(1) + 1)

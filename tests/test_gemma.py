@@ -13,17 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.checkpoint import Checkpoint
-from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
+from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.gelu_mlp import geglu
-from tiny_llm.hf_config import model_config
-from tiny_llm.hub import find_model
 from tiny_llm.kernels import twins
 from tiny_llm.linear import Linear, ScaledRows
 from tiny_llm.llm import LLM
-from tiny_llm.loader import LoadedModel, read_checkpoint
+from tiny_llm.loader import LoadedModel, build
 from tiny_llm.model import Model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.page_scheduler import PageScheduler
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
@@ -32,6 +28,12 @@ from tiny_llm.sequence import PagedSequence
 import tiny_llm_kernels
 from promises import check_all_returned, check_pages
 from tiny_checkpoints import WINDOWED_CONFIGS, random_weights, to_bfloat16, write_folder, write_gguf
+from tiny_llm_checkpoints.checkpoint import Checkpoint
+from tiny_llm_checkpoints.errors import ConfigError, ModelFileError
+from tiny_llm_checkpoints.hf_config import model_config
+from tiny_llm_checkpoints.hub import find_model
+from tiny_llm_checkpoints.model_config import ModelConfig
+from tiny_llm_checkpoints.readers import read_checkpoint
 from windowed_context import WindowedNoCacheContext, window_mask
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "gemma.json").read_text(encoding="utf-8"))
@@ -59,7 +61,7 @@ def logits(model: Model, tokens: list[int], rows: list[int], *, windows: Any = N
 
 def our_logits(path: Path) -> np.ndarray:
     """Ours of a file or folder at the goldens' positions."""
-    return logits(read_checkpoint(path).build(), PROMPT, POSITIONS)
+    return logits(build(read_checkpoint(path)), PROMPT, POSITIONS)
 
 
 # Tiny checkpoints.
@@ -90,9 +92,11 @@ def test_a_bfloat16_folder_gives_the_logits_of_its_numbers(tmp_path: Path) -> No
 @pytest.mark.parametrize("off_by", [-1, 1, None])
 def test_a_wrong_window_shows_as_soon_as_it_matters(name: str, off_by: int | None, tmp_path: Path) -> None:
     """Oracle: the goldens; position p sees a token too many or too few from the window's size on."""
-    model = read_checkpoint(
-        write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
-    ).build()
+    model = build(
+        read_checkpoint(
+            write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
+        )
+    )
     wrong = [window and (window + off_by if off_by else None) for window in model.config.windows]
     apart = np.abs(logits(model, PROMPT, POSITIONS, windows=wrong) - golden_logits(name)).max(axis=-1)
     first = 7 if off_by == -1 else 8  # the window is 8
@@ -330,7 +334,7 @@ def test_scaled_rows_scale_what_is_looked_up_and_nothing_else() -> None:
 
 
 def test_a_scaled_embedding_and_the_projection_tied_to_it_are_one_matrix(tmp_path: Path) -> None:
-    model = read_checkpoint(write_folder(tmp_path, GEMMA, random_weights(GEMMA))).build()
+    model = build(read_checkpoint(write_folder(tmp_path, GEMMA, random_weights(GEMMA))))
     assert isinstance(model.embed_tokens, ScaledRows)
     assert model.embed_tokens.matrix is model.lm_head
     assert model.embed_tokens.scale == 8.0  # sqrt(64)
@@ -368,7 +372,7 @@ def test_transformers_conversion_cuts_only_long_runs_of_spaces_otherwise() -> No
 @pytest.fixture(scope="module")
 def real_model(gemma: Checkpoint) -> Model:
     """Its weights, read once for all tests."""
-    return gemma.build()
+    return build(gemma)
 
 
 def test_the_real_model_goes_on_as_transformers_does(gemma: Checkpoint, real_model: Model) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from tiny_llm.errors import ConfigError, ModelFileError
 from tiny_llm.loader import load_model
 
 from served import serving
 from tiny_checkpoints import CONFIGS, EOS, random_weights, write_folder, write_gguf
 from tiny_llm import LLM, SamplingParams
+from tiny_llm_checkpoints.errors import ConfigError, ModelFileError
 from tiny_llm_cli.engine import AskedSampling, asked_sampling
 from tiny_llm_cli.main import run
 from tiny_llm_cli.options import SamplingOptions

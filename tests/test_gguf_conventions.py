@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_llm.errors import ModelFileError
-from tiny_llm.gguf_tokenizer import gguf_tokenizer
 from tiny_llm.llm import LLM
-from tiny_llm.loader import load_model, read_checkpoint
+from tiny_llm.loader import load_model
 from tiny_llm.sampling_params import SamplingParams
 
 from tiny_checkpoints import CONFIGS, WINDOWED_CONFIGS, gguf_name, random_weights, write_folder, write_gguf
+from tiny_llm_checkpoints.errors import ModelFileError
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.readers import read_checkpoint
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
 WEIGHTS = random_weights(CONFIG)

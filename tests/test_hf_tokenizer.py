@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Library
 
-from tiny_llm_ref.errors import ModelFileError
-from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
-from tiny_llm_ref.hf_tokenizer import hf_tokenizer
-from tiny_llm_ref.tokenizer import Tokenizer
-from tiny_llm_ref.tokenizer_library import TokenizerError
+from tiny_llm_checkpoints.errors import ModelFileError
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
+from tiny_llm_checkpoints.tokenizer import Tokenizer
+from tiny_llm_checkpoints.tokenizer_library import TokenizerError
 from tokenizer_fuzz import broken_files, ending
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_llm.embedded import embedded_model_path
-from tiny_llm.errors import ModelFileError
-from tiny_llm.hub import find_model
 
 from hub_stub import Hub, served
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf, write_safetensors
-from tiny_llm import embedded
+from tiny_llm_checkpoints import embedded
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.errors import ModelFileError
+from tiny_llm_checkpoints.hub import find_model
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
 ANSWER = """
@@ -267,7 +267,7 @@ def test_parts_of_something_else_leave_nothing_behind(tmp_path: Path, parts: lis
 def test_processes_that_join_parts_at_once_all_find_the_whole(tmp_path: Path, parts: list[Path]) -> None:
     target = tmp_path / "cache" / "whole"
     program = (
-        "import sys; from pathlib import Path; from tiny_llm.embedded import join_parts\n"
+        "import sys; from pathlib import Path; from tiny_llm_checkpoints.embedded import join_parts\n"
         "*parts, target, expected = sys.argv[1:]\n"
         "join_parts([Path(part) for part in parts], Path(target), expected)\n"
         "print(len(Path(target).read_bytes()))"
@@ -280,7 +280,9 @@ def test_processes_that_join_parts_at_once_all_find_the_whole(tmp_path: Path, pa
 
 
 def test_the_hub_is_not_imported_for_what_is_here() -> None:
-    program = "import sys; from tiny_llm.hub import find_model; find_model(None); print(*sys.modules)"
+    program = (
+        "import sys; from tiny_llm_checkpoints.hub import find_model; find_model(None); print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "tiny_llm.hub" in done.stdout.split()
+    assert "tiny_llm_checkpoints.hub" in done.stdout.split()
     assert "huggingface_hub" not in done.stdout.split()

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from tiny_llm.kernels import twins
 from tiny_llm.kv_pool import KVPool
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import PagedContext, Span, pack_batch
 from tiny_llm.sampling_params import SamplingParams
 
+from tiny_llm_checkpoints.model_config import ModelConfig
 from tiny_model import random_prompt, tiny_config, tiny_model
 
 BLOCK = 4

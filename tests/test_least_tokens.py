@@ -8,12 +8,12 @@ import pytest
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
-from tiny_llm_ref.decoder_stages import BYTE_OF
-from tiny_llm_ref.embedded import embedded_model_path
-from tiny_llm_ref.gguf_format import read_gguf_header
-from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
-from tiny_llm_ref.hf_tokenizer import hf_tokenizer
-from tiny_llm_ref.least_tokens import LeastTokens, least_tokens
+from tiny_llm_checkpoints.decoder_stages import BYTE_OF
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
+from tiny_llm_checkpoints.least_tokens import LeastTokens, least_tokens
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 TOKENIZERS = {

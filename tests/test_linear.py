@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.kernels import twins
-from tiny_llm.linear import Linear, LinearLike, StackedLinear, quantized_linear, stack
+from tiny_llm.linear import Linear, LinearLike, quantized_linear
+from tiny_llm.stacked_linear import StackedLinear, stack
 
 K = 64
 
@@ -36,14 +37,14 @@ def test_a_stack_gives_its_parts_outputs_side_by_side(
     parts = [make(outputs, seed) for seed, outputs in enumerate(sizes)]
     x = random_matrix(5, seed=99)
     want = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
-    assert np.array_equal(np.array(stack(*parts)(x)), want)
+    assert np.array_equal(np.array(stack(parts)(x)), want)
 
 
 def test_packed_matrices_of_whole_tiles_become_one() -> None:
     parts = [quantized(32, 1), quantized(16, 2)]
     if any(type(part).__name__ != "PackedLinear" for part in parts):
         pytest.skip("no compiled kernels: nothing is packed")
-    assert type(stack(*parts)) is type(parts[0])
+    assert type(stack(parts)) is type(parts[0])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

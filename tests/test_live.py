@@ -169,8 +169,8 @@ def test_a_silent_pool_keeps_its_watchers(served: Served) -> None:
 
 
 def test_who_reads_too_slowly_is_told_anew(served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "MOST_STEPS", 4)
-    monkeypatch.setattr(live, "FRAME_SECONDS", 0.2)
+    monkeypatch.setattr(live, "MOST_STEPS", 1)
+    monkeypatch.setattr(live, "FRAME_SECONDS", 1)  # a message a second, and a step takes milliseconds
     with Viewer(served) as viewer:
         load_it(served)
         until(lambda: viewer.knows(llm))

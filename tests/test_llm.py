@@ -15,12 +15,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.beam_search import BeamSearchParams
-from tiny_llm.errors import ConfigError, ModelFileError, RequestTooLargeError
+from tiny_llm.errors import RequestTooLargeError
 from tiny_llm.kernels import kernel_info
 from tiny_llm.linear import PackedLinear
 from tiny_llm.output_processor import RequestState
 from tiny_llm.search_state import SearchState
-from tiny_llm.tokenizer import Detokenizer
 
 from promises import check_all_returned
 from tiny_checkpoints import CONFIGS, random_weights, write_folder
@@ -32,6 +31,8 @@ from tiny_llm import (
     SamplingParams,
     WrongThreadError,
 )
+from tiny_llm_checkpoints.errors import ConfigError, ModelFileError
+from tiny_llm_checkpoints.tokenizer import Detokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

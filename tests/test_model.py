@@ -6,8 +6,8 @@ import pytest
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kernels import twins
 from tiny_llm.model import Model
-from tiny_llm.model_config import ModelConfig
 
+from tiny_llm_checkpoints.model_config import ModelConfig
 from tiny_model import (
     CONTEXT,
     dense_model,

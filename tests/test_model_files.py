@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_llm.errors import ModelFileError
-from tiny_llm.gguf_format import read_gguf_header
-from tiny_llm.loader import load_model, read_checkpoint
-from tiny_llm.safetensors_format import read_safetensors_header
+from tiny_llm.loader import build, load_model
 
 from lying_files import LIES, ending, write_good
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_gguf, write_safetensors
+from tiny_llm_checkpoints.errors import ModelFileError
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.readers import read_checkpoint
+from tiny_llm_checkpoints.safetensors_format import read_safetensors_header
 from tiny_model import examples
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
@@ -442,8 +443,8 @@ def test_absurd_headers_cost_no_memory(tmp_path: Path) -> None:
     program = """
         import resource, sys
         from pathlib import Path
-        from tiny_llm.gguf_format import read_gguf_header
-        from tiny_llm.safetensors_format import read_safetensors_header
+        from tiny_llm_checkpoints.gguf_format import read_gguf_header
+        from tiny_llm_checkpoints.safetensors_format import read_safetensors_header
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
         for file in sorted(Path(sys.argv[1]).iterdir()):
@@ -660,7 +661,7 @@ def read_to_the_end(path: Path) -> None:
     """Load it, or refuse it in one line; nothing else may happen."""
     said = str(path)
     try:
-        read_checkpoint(path).build()
+        build(read_checkpoint(path))
     except ModelFileError as error:
         said = str(error)
     assert said.startswith(str(path))

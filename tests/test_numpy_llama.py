@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tiny_llm_ref.embedded import embedded_model_path
+from tiny_llm_checkpoints.embedded import embedded_model_path
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "greedy.json").read_text(encoding="utf-8"))

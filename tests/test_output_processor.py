@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.output_processor import CompletionText, RequestState
 from tiny_llm.outputs import Logprob, RequestUsage, TextDelta
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import TokenLogprobs
 from tiny_llm.stop_string import StopString
 from tiny_llm.token_output import TokenOutput
-from tiny_llm.tokenizer import Tokenizer
+
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 
 def byte_alphabet() -> list[str]:

@@ -70,7 +70,7 @@ answer["homes"] = sorted({value.__module__.partition(".")[0] for value in values
 answer["reference"] = "tiny_llm_ref" in sys.modules
 """
     files = ask(code, overlay)
-    assert files.pop("homes") == ["tiny_llm"]
+    assert files.pop("homes") == ["tiny_llm", "tiny_llm_checkpoints"]
     assert files.pop("reference") is False, "the reference was imported a second time, under its own name"
     assert files["tiny_llm.llm"] == str(REFERENCE / "llm.py")
     for name, file in files.items():

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from tiny_llm.attention import causal_mask
-from tiny_llm.errors import ModelFileError
 from tiny_llm.grouped_attention import grouped_query_attention
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.linear import Linear, PackedLinear
@@ -48,6 +47,7 @@ from promises import (
     scenarios,
 )
 from tiny_llm import paged_kernel, prefix_cache
+from tiny_llm_checkpoints.errors import ModelFileError
 from tiny_model import (
     VOCAB,
     eight_bit_model,

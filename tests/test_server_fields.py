@@ -18,7 +18,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from chat_templates import NAMES, PARTS, REASONING
 from served import Served, serving
 from tiny_llm import LLM, ModelFileError, SamplingParams
-from tiny_llm_ref.chat_template import ChatTemplate
+from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_server import ServerConfig
 from tiny_llm_server.schema import ChatCompletionRequest, CompletionRequest, Generation
 

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.errors import ConfigError, OutOfBlocksError, RequestTooLargeError
+from tiny_llm.errors import OutOfBlocksError, RequestTooLargeError
 from tiny_llm.evaluation import text_logits
 from tiny_llm.kernels import twins, use_compiled
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import LayerGroup, group_layers, layers_per_block
-from tiny_llm.loader import read_checkpoint
+from tiny_llm.loader import build
 from tiny_llm.managers import make_manager
-from tiny_llm.model_config import FULL, SLIDING, ModelConfig
 from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
@@ -40,6 +39,9 @@ from tiny_llm.sliding_window import (
 
 from promises import check_all_returned, check_pages
 from tiny_checkpoints import WINDOWED_CONFIGS, random_weights, write_folder
+from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.model_config import FULL, SLIDING, ModelConfig
+from tiny_llm_checkpoints.readers import read_checkpoint
 from tiny_model import EOS, examples, gemma_model, logits_through_pages, random_prompt, tiny_config
 from windowed_context import WindowedNoCacheContext
 
@@ -504,7 +506,7 @@ def test_keys_in_half_the_bytes_move_logits_little(oracle: tuple[list[int], np.n
 def test_pages_give_transformers_logits(name: str, chunks: list[int], tmp_path: Path) -> None:
     """Oracle: the goldens of tiny checkpoints whose layers see 8 tokens."""
     config = WINDOWED_CONFIGS[name]
-    model = read_checkpoint(write_folder(tmp_path, config, random_weights(config))).build()
+    model = build(read_checkpoint(write_folder(tmp_path, config, random_weights(config))))
     [golden] = [record["logits"] for record in GOLDENS["logits"] if record["checkpoint"] == name]
     for block_size in (3, 16):
         found = logits_through_pages(model, PROMPT, chunks, block_size=block_size, kv_dtype=mx.float32)

@@ -16,14 +16,14 @@ import pytest
 from tiny_llm.engine import Engine
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.layer_groups import group_layers
 from tiny_llm.model import Model
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.tokenizer import Tokenizer
 
 from promises import check_all_returned, check_pages, policies
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_model import EOS, VOCAB, gemma_model, random_prompt, tiny_model
 
 REQUESTS, WAVES, AT_ONCE, KINDS = 2000, 4, 24, 40

@@ -1,4 +1,4 @@
-"""The shape of the house: what imports what, what is documented, and where two files must agree."""
+"""The structure: which package imports which, what is documented, and where two files must agree."""
 
 import ast
 import re
@@ -12,8 +12,21 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
 REFERENCE = SRC / "tiny_llm_ref"
 MODULES = sorted(REFERENCE.glob("*.py"))
-FRONT_ENDS = [SRC / "tiny_llm_cli", SRC / "tiny_llm_server", ROOT / "benches", ROOT / "labs"]
-FRONT_END_FILES = sorted(file for folder in FRONT_ENDS for file in folder.rglob("*.py"))
+CHECKPOINTS = sorted((SRC / "tiny_llm_checkpoints").glob("*.py"))
+READ = MODULES + CHECKPOINTS  # what is read as a book: documented and annotated throughout
+
+# Which of our packages each may import, ground up. An import for type checkers only counts as one.
+ALLOWED = {
+    "tiny_llm_kernels": set(),
+    "tiny_llm_checkpoints": {"tiny_llm_kernels"},
+    "tiny_llm_ref": {"tiny_llm_checkpoints", "tiny_llm_kernels"},
+    "tiny_llm": {"tiny_llm_ref"},  # its `__init__` only: the rest of the folder is a learner's
+    "tiny_llm_server": {"tiny_llm", "tiny_llm_checkpoints"},
+    "tiny_llm_course": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"},
+    "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"},
+    "labs": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
+    "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_kernels"},
+}
 
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -75,13 +88,7 @@ def test_the_reference_imports_itself_relatively(file: Path) -> None:
     assert levels <= {0, 1}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_the_reference_knows_nothing_of_what_is_built_on_it(file: Path) -> None:
-    above = {folder.name for folder in FRONT_ENDS} | {"tiny_llm_course", "typer"}
-    assert {top_package(m) for m in absolute_imports(parse(file))}.isdisjoint(above)
-
-
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
+@pytest.mark.parametrize("file", READ, ids=name_of)
 def test_compiled_kernels_are_imported_where_they_are_used(file: Path) -> None:
     """At module level a missing or mismatched extension would take the readable function with it."""
     at_module_level = [node for node in parse(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -89,7 +96,7 @@ def test_compiled_kernels_are_imported_where_they_are_used(file: Path) -> None:
     assert "tiny_llm_kernels" not in imports
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
+@pytest.mark.parametrize("file", READ, ids=name_of)
 def test_every_module_and_public_name_has_a_docstring(file: Path) -> None:
     tree = parse(file)
     assert ast.get_docstring(tree), "no module docstring"
@@ -97,14 +104,14 @@ def test_every_module_and_public_name_has_a_docstring(file: Path) -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
+@pytest.mark.parametrize("file", READ, ids=name_of)
 def test_every_function_is_annotated(file: Path) -> None:
     functions = [node for node in ast.walk(parse(file)) if isinstance(node, AnyFunction)]
     missing = {f"{f.name}, line {f.lineno}": unannotated(f) for f in functions if unannotated(f)}
     assert missing == {}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
+@pytest.mark.parametrize("file", READ, ids=name_of)
 def test_the_engine_never_prints(file: Path) -> None:
     calls = [node.func for node in ast.walk(parse(file)) if isinstance(node, ast.Call)]
     assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}
@@ -114,7 +121,7 @@ def test_the_public_names_are_the_same_at_run_time_and_for_type_checkers() -> No
     tree = parse(REFERENCE / "api.py")
     block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
     typed = {
-        alias.asname: node.module
+        alias.asname: "." * node.level + (node.module or "")
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
@@ -125,25 +132,83 @@ def test_the_public_names_are_the_same_at_run_time_and_for_type_checkers() -> No
     assert typed == ast.literal_eval(table.value)
 
 
-# ---- the rooms around it ----
+# ---- the packages ----
 
 
-@pytest.mark.parametrize("file", FRONT_END_FILES, ids=name_of)
-def test_front_ends_import_tiny_llm_and_never_the_reference(file: Path) -> None:
-    """Otherwise they would not run what the learner wrote."""
-    assert "tiny_llm_ref" not in {top_package(m) for m in absolute_imports(parse(file))}
+def files_of(package: str) -> list[Path]:
+    """A package's files; of the overlay its own one, because the others are a learner's."""
+    folder = SRC / package if (SRC / package).is_dir() else ROOT / package
+    return [folder / "__init__.py"] if package == "tiny_llm" else sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_lies_under_it(package: str) -> None:
+    """Front ends import `tiny_llm`, never the reference: otherwise they would not run a learner's code."""
+    packages = {*ALLOWED, *(folder.name for folder in SRC.iterdir() if folder.is_dir())}
+    for file in files_of(package):
+        imported = {top_package(module) for module in absolute_imports(parse(file))} & packages
+        assert imported <= ALLOWED[package] | {package}, name_of(file)
+
+
+def test_every_package_has_its_place() -> None:
+    with_code = {folder.name for folder in SRC.iterdir() if list(folder.glob("*.py"))}
+    assert with_code | {"labs", "benches"} == set(ALLOWED)
+
+
+def test_the_architecture_page_states_the_same_table() -> None:
+    """ARCHITECTURE.md, "Packages": package, contents, imports."""
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Packages\n")[2]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.partition("\n### ")[0], re.MULTILINE)
+    assert {name: set(re.findall(r"`(\w+)`", imports)) for name, imports in rows} == ALLOWED
+
+
+def imports_within(file: Path, package: Path) -> set[Path]:
+    """The files of its package that a file imports, wherever it does, for type checkers too."""
+    found = set()
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = file.parents[node.level - 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and top_package(node.module or "") == package.name:
+            folder, names = package.parent, [node.module or ""]
+        else:
+            continue
+        for name in names:
+            module = folder.joinpath(*name.split("."))
+            found |= {path for path in (module.with_suffix(".py"), module / "__init__.py") if path.exists()}
+    return found - {file}
+
+
+@pytest.mark.parametrize("package", [name for name in ALLOWED if name.startswith("tiny_llm_")])
+def test_no_module_imports_itself_through_others(package: str) -> None:
+    """A circle is two files that can only be read together; one for type checkers only is one as well."""
+    folder = SRC / package
+    imports = {file: imports_within(file, folder) for file in files_of(package)}
+    while leaves := [file for file, others in imports.items() if not others & imports.keys()]:
+        for file in leaves:
+            del imports[file]
+    assert {name_of(file): sorted(map(name_of, others)) for file, others in imports.items()} == {}
+
+
+def days_of_the_syllabus() -> list[tuple[str, str, list[str]]]:
+    """Id, title and modules of each day."""
+    text = (SRC / "tiny_llm_course" / "syllabus.toml").read_text(encoding="utf-8")
+    return [(day["id"], day["title"], day["modules"]) for day in tomllib.loads(text)["day"]]
 
 
 def test_every_module_belongs_to_one_day_or_is_given() -> None:
-    """ARCHITECTURE.md, "Days": a module in two days could not be written in either."""
-    days = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Days\n")[2]
-    before_table, bar, table = days.partition("\n|")
-    given = re.findall(r"`(\w+)`", before_table.partition("Given modules")[2])
-    rows = [line.split("|")[2] for line in (bar + table).splitlines() if re.match(r"\| \d\.\d ", line)]
-    owned = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    written = [name for row in rows for name in re.findall(r"`(\w+)`\*", row)]
-    assert len(given + owned) == len({*given, *owned})
-    assert sorted(given + written) == sorted({file.stem for file in MODULES} - {"__init__"})
+    """A module in two days could not be written in either. What no day owns is given."""
+    owned = [module for _, _, modules in days_of_the_syllabus() for module in modules]
+    assert len(owned) == len(set(owned))
+    assert set(owned) < {file.stem for file in MODULES}
+
+
+def test_the_table_of_days_is_the_syllabus() -> None:
+    """ARCHITECTURE.md, "Days": day, title, modules."""
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n### Days\n")[2]
+    rows = re.findall(r"^\| (\d\.\d) \| (.*) \| (.*) \|$", table, re.MULTILINE)
+    listed = [(day, title, re.findall(r"`(\w+)`", modules)) for day, title, modules in rows]
+    assert listed == days_of_the_syllabus()
 
 
 # ---- files that must agree ----

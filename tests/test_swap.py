@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
-from tiny_llm.errors import ConfigError
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import LayerGroup, group_layers
 from tiny_llm.managers import make_manager
@@ -48,6 +47,7 @@ from promises import (
     threads,
 )
 from symbolic_pool import SymbolicPool
+from tiny_llm_checkpoints.errors import ConfigError
 from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
 
 Said = list[tuple[int, TokenLogprobs | None, str | None]]

@@ -191,7 +191,7 @@ HARMLESS = {  # bounded, and rendered
 RENDER_ALL = """
 import json, resource, sys, time
 from pathlib import Path
-from tiny_llm.chat_template import ChatTemplate
+from tiny_llm_checkpoints.chat_template import ChatTemplate
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
 for name, source in json.load(sys.stdin).items():

@@ -145,7 +145,7 @@ def test_a_prompt_far_beyond_the_context_is_refused_without_being_tokenized(
     def untouched(*_: object, **__: object) -> None:
         raise AssertionError("it was tokenized")
 
-    monkeypatch.setattr("tiny_llm.tokenizer.library.encode", untouched)
+    monkeypatch.setattr("tiny_llm_checkpoints.tokenizer.library.encode", untouched)
     text = "no end " * 100_000
     asked = (
         {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}

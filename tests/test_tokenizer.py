@@ -12,11 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiny_llm_ref import tokenizer_library
-from tiny_llm_ref.embedded import embedded_model_path
-from tiny_llm_ref.errors import RequestTooLargeError
-from tiny_llm_ref.gguf_format import read_gguf_header
-from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints import tokenizer_library
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.errors import PromptTooLongError
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "tokens.json").read_text(encoding="utf-8"))
 # The bytes that the embedded vocabulary has no token for and that valid text can hold.
@@ -254,7 +254,7 @@ def test_a_prompt_that_leaves_no_place_for_an_output_is_refused_with_the_figures
     text = "one two three"
     assert TOKENIZER.encode(text, context=4) == TOKENIZER.encode(text)
     message = "3 prompt tokens and 1 output token exceed the context of 3"
-    with pytest.raises(RequestTooLargeError, match=message):
+    with pytest.raises(PromptTooLongError, match=message):
         TOKENIZER.encode(text, context=3)
 
 
@@ -262,7 +262,7 @@ def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokenizer_library, "encode", None)
-    with pytest.raises(RequestTooLargeError, match=r"at least \d+ prompt tokens and .* the context of 8192"):
+    with pytest.raises(PromptTooLongError, match=r"at least \d+ prompt tokens and .* the context of 8192"):
         TOKENIZER.encode("no end " * 100_000, context=8192)
 
 

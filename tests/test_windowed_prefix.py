@@ -16,7 +16,6 @@ from tiny_llm.engine_core import EngineCore
 from tiny_llm.layer_groups import LayerGroup, group_layers, layers_per_block
 from tiny_llm.managers import sharing
 from tiny_llm.model import Model
-from tiny_llm.model_config import SLIDING
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import NoPrefixSharing, Policies
 from tiny_llm.preemption import NewestFirst
@@ -28,6 +27,7 @@ from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 from counted import Counted
 from promises import check_all_returned, check_pages, policies
+from tiny_llm_checkpoints.model_config import SLIDING
 from tiny_model import EOS, examples, gemma_model, random_prompt, tiny_model
 
 Windows = tuple[int | None, ...]

@@ -13,9 +13,10 @@ from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import group_layers
 from tiny_llm.linear import BiasedLinear, Linear, LinearLike, quantized_linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockAllocator
+
+from tiny_llm_checkpoints.model_config import ModelConfig
 
 VOCAB = 160
 CONTEXT = 128

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tiny_llm_ref.errors import ModelFileError
-from tiny_llm_ref.hf_tokenizer import hf_tokenizer
-from tiny_llm_ref.tokenizer import Tokenizer
+from tiny_llm_checkpoints.errors import ModelFileError
+from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 TEXTS = [

@@ -1,55 +1,29 @@
 """Day 1.3: the attention layer, with query heads in groups that share keys and values.
 
-When it passes, you have grouped-query attention, a context for whole sequences, and the layer that projects,
-rotates, attends and projects back.
+When it passes, you have grouped-query attention, and the layer that projects, rotates, hands its heads to a
+context, and projects back.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.grouped_attention import Attention, NoCacheContext, grouped_query_attention
-from tiny_llm.linear import BiasedLinear, Linear
+from tiny_llm.linear import BiasedLinear
+
+from common.matrices import matrix
+from common.numpy_oracles import numpy_attention, numpy_rope
+from common.toy_arrays import column, random_qkv
 
 # The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
-
-
-def numpy_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, mask: np.ndarray | None = None
-) -> np.ndarray:
-    """Grouped attention in float64, one query head at a time: q [B, H, L, D], k and v [B, Hkv, S, D]."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    out = np.empty_like(q)
-    for b, h in np.ndindex(q.shape[:2]):
-        scores = q[b, h] @ k[b, h // group].T * scale
-        if mask is not None:
-            scores = scores + mask
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[b, h] = weights / weights.sum(axis=-1, keepdims=True) @ v[b, h // group]
-    return out
 
 
 def numpy_causal_mask(length: int, total: int) -> np.ndarray:
     """[length, total] float32, for the last tokens."""
     positions = np.arange(total - length, total)[:, None]
     return np.where(np.arange(total) <= positions, 0, -np.inf).astype(np.float32)
-
-
-def random_qkv(
-    seed: int, batch: int, heads: int, kv_heads: int, length: int, total: int, size: int = 8
-) -> list[np.ndarray]:
-    """Queries, keys and values of one layer, float32."""
-    rng = np.random.default_rng(seed)
-    shapes = [(batch, heads, length, size), (batch, kv_heads, total, size), (batch, kv_heads, total, size)]
-    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-
-
-def column(*values: float) -> mx.array:
-    """Values of one sequence and one head of size 1: [1, 1, L, 1]."""
-    return mx.array(values, mx.float32).reshape(1, 1, -1, 1)
 
 
 # Task 1: grouped_query_attention
@@ -83,7 +57,7 @@ def test_task_1_scores_are_multiplied_by_the_scale() -> None:
 @pytest.mark.parametrize(("batch", "length", "total"), [(1, 1, 1), (1, 1, 7), (2, 5, 5), (3, 2, 4)])
 def test_task_1_shapes(heads: int, kv_heads: int, batch: int, length: int, total: int) -> None:
     """Oracle: NumPy in float64: query head h reads key and value head h // (H / Hkv)."""
-    q, k, v = random_qkv(1, batch, heads, kv_heads, length, total)
+    q, k, v = random_qkv(1, (batch, heads, length, 8), (batch, kv_heads, total, 8))
     out = grouped_query_attention(mx.array(q), mx.array(k), mx.array(v), 0.4)
     assert out.shape == (batch, heads, length, 8)
     np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, 0.4), rtol=1e-4, atol=1e-5)
@@ -92,7 +66,7 @@ def test_task_1_shapes(heads: int, kv_heads: int, batch: int, length: int, total
 @pytest.mark.parametrize("mask_shape", [(3, 5), (1, 5)])
 def test_task_1_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
     """Oracle: NumPy in float64. The same mask for all sequences and heads."""
-    q, k, v = random_qkv(2, batch=2, heads=6, kv_heads=2, length=3, total=5)
+    q, k, v = random_qkv(2, (2, 6, 3, 8), (2, 2, 5, 8))
     mask = np.random.default_rng(3).normal(size=mask_shape).astype(np.float32)
     mask[..., 2] = -np.inf
     out = grouped_query_attention(mx.array(q), mx.array(k), mx.array(v), 0.4, mx.array(mask))
@@ -102,7 +76,7 @@ def test_task_1_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("length", "total"), [(6, 6), (2, 6), (1, 6)])
 def test_task_1_causal_attention_is_mlx_own(length: int, total: int) -> None:
     """Oracle: mx.fast.scaled_dot_product_attention, which groups heads in the same way."""
-    q, k, v = (mx.array(x) for x in random_qkv(4, 2, 9, 3, length, total, size=16))
+    q, k, v = (mx.array(x) for x in random_qkv(4, (2, 9, length, 16), (2, 3, total, 16)))
     mask = mx.array(numpy_causal_mask(length, total))
     out = grouped_query_attention(q, k, v, 0.25, mask)
     oracle = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask=mask)
@@ -112,85 +86,30 @@ def test_task_1_causal_attention_is_mlx_own(length: int, total: int) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (2, 4), (9, 4)])
 def test_task_1_heads_that_do_not_share_evenly_are_refused(heads: int, kv_heads: int) -> None:
     """Oracle: the docstring: ValueError where H is no multiple of Hkv."""
-    q, k, v = (mx.array(x) for x in random_qkv(5, 1, heads, kv_heads, length=2, total=2))
+    q, k, v = (mx.array(x) for x in random_qkv(5, (1, heads, 2, 8), (1, kv_heads, 2, 8)))
     with pytest.raises(ValueError):
         grouped_query_attention(q, k, v, 1.0)
 
 
-# Task 2: NoCacheContext.attend
-
-
-def test_task_2_equal_keys_give_the_mean_of_the_values_so_far() -> None:
+def test_task_1_a_context_of_whole_sequences_attends_with_it() -> None:
     """Oracle: by hand: of 2, 4 and 9 the means so far are 2, 3 and 5; without a mask all would be 5."""
     out = NoCacheContext(3, 1.0).attend(0, column(1, 1, 1), column(0, 0, 0), column(2, 4, 9))
     np.testing.assert_allclose(np.array(out).ravel(), [2, 3, 5], rtol=1e-6)
 
 
-def test_task_2_one_token_sees_itself() -> None:
-    """Oracle: by hand."""
-    out = NoCacheContext(1, 1.0).attend(0, column(3), column(5), column(2.5))
-    np.testing.assert_allclose(np.array(out).ravel(), [2.5], rtol=1e-6)
-
-
-def test_task_2_scores_are_multiplied_by_the_scale_of_the_context() -> None:
-    """Oracle: by hand: with scores 0 and ln 3 the weights of the second token are 1/4 and 3/4."""
-    out = NoCacheContext(2, 0.5).attend(0, column(2, 2), column(0, np.log(3)), column(0, 8))
-    np.testing.assert_allclose(np.array(out).ravel(), [0, 6], rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 2, 2), (2, 4, 2), (3, 6, 2), (2, 4, 1)])
-def test_task_2_heads_in_groups_and_several_sequences(batch: int, heads: int, kv_heads: int) -> None:
+def test_task_1_heads_in_groups_and_several_sequences_in_a_context(
+    batch: int, heads: int, kv_heads: int
+) -> None:
     """Oracle: NumPy in float64, causal."""
-    q, k, v = random_qkv(6, batch, heads, kv_heads, length=5, total=5)
+    q, k, v = random_qkv(6, (batch, heads, 5, 8), (batch, kv_heads, 5, 8))
     out = NoCacheContext(5, 0.3).attend(0, mx.array(q), mx.array(k), mx.array(v))
     assert out.shape == (batch, heads, 5, 8)
     expected = numpy_attention(q, k, v, 0.3, numpy_causal_mask(5, 5))
     np.testing.assert_allclose(np.array(out), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_task_2_a_later_token_changes_nothing_before_it() -> None:
-    """Oracle: the same tokens with another one at the end."""
-    q, k, v = random_qkv(7, batch=1, heads=4, kv_heads=2, length=6, total=6)
-    other_k, other_v = k.copy(), v.copy()
-    other_k[:, :, -1], other_v[:, :, -1] = 9.0, -9.0
-    context = NoCacheContext(6, 0.3)
-    first = np.array(context.attend(0, mx.array(q), mx.array(k), mx.array(v)))
-    second = np.array(context.attend(0, mx.array(q), mx.array(other_k), mx.array(other_v)))
-    np.testing.assert_allclose(second[:, :, :-1], first[:, :, :-1], rtol=1e-6, atol=1e-6)
-    assert not np.allclose(second[:, :, -1], first[:, :, -1])
-
-
-def test_task_2_nothing_is_remembered_from_layer_to_layer() -> None:
-    """Oracle: NumPy in float64, each call alone: keys and values are this call's."""
-    context, mask = NoCacheContext(4, 0.3), numpy_causal_mask(4, 4)
-    for call, layer in enumerate((0, 1, 0)):
-        q, k, v = random_qkv(20 + call, batch=1, heads=2, kv_heads=1, length=4, total=4)
-        out = context.attend(layer, mx.array(q), mx.array(k), mx.array(v))
-        np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, 0.3, mask), rtol=1e-4, atol=1e-5)
-
-
-# Task 3: Attention.__call__
-
-
-@dataclass
-class FakeContext:
-    """A context that notes what it is given, and gives back what it was made with, or else the queries."""
-
-    positions: mx.array
-    result: mx.array | None = None
-    logit_rows: mx.array | None = None
-    layers: list[int] = field(default_factory=list)
-    given: list[np.ndarray] = field(default_factory=list)
-
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        self.layers.append(layer)
-        self.given = [np.array(x) for x in (q, k, v)]
-        return q if self.result is None else self.result
-
-
-def matrix(weight: np.ndarray) -> Linear:
-    """A dense matrix [outputs, inputs]."""
-    return Linear(mx.array(weight.astype(np.float32)))
+# Task 2: Attention.project
 
 
 @dataclass(frozen=True)
@@ -237,30 +156,13 @@ def numpy_split(x: np.ndarray, size: int) -> np.ndarray:
     return np.stack(np.split(x, x.shape[-1] // size, axis=-1), axis=1)
 
 
-def numpy_rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """x [B, N, L, D], each pair (i, i + D/2) turned by position times frequency."""
-    angles = positions[:, None] * frequencies.astype(np.float64)
-    first, second = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def numpy_layer(weights: Weights, x: np.ndarray) -> np.ndarray:
-    """The whole layer in float64, over whole sequences x [B, L, E]."""
-    x, positions = x.astype(np.float64), np.arange(x.shape[1])
+def numpy_project(weights: Weights, x: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
+    """Queries, keys and values in float64 of x [B, L, E] at positions [L]."""
     q, k, v = (
-        numpy_split(x @ w.astype(np.float64).T, weights.size) for w in (weights.q, weights.k, weights.v)
+        numpy_split(x.astype(np.float64) @ w.astype(np.float64).T, weights.size)
+        for w in (weights.q, weights.k, weights.v)
     )
-    q, k = (numpy_rope(y, positions, weights.frequencies) for y in (q, k))
-    mask = numpy_causal_mask(x.shape[1], x.shape[1])
-    out = numpy_attention(q, k, v, weights.size**-0.5, mask)  # [B, H, L, D]
-    return np.concatenate(list(out.swapaxes(0, 1)), axis=-1) @ weights.o.astype(np.float64).T
-
-
-def run_layer(layer: Attention, x: np.ndarray) -> np.ndarray:
-    """The layer over whole sequences x [B, L, E]."""
-    out = layer(mx.array(x), NoCacheContext(x.shape[1], layer.head_dim**-0.5))
-    return np.array(out)
+    return [*(numpy_rope(y, positions, weights.frequencies) for y in (q, k)), v]
 
 
 def plain_layer(heads: int, kv_heads: int, size: int, layer: int = 0) -> Attention:
@@ -279,39 +181,130 @@ def plain_layer(heads: int, kv_heads: int, size: int, layer: int = 0) -> Attenti
     )
 
 
-def test_task_3_one_token_gives_its_own_value() -> None:
-    """Oracle: by hand: a single token has weight 1 on itself, so that its value comes out, projected back."""
-    layer = Attention(
-        layer=0,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=2,
-        inv_freq=mx.zeros(1),
-        qkv_proj=matrix(np.array([[5, 0], [0, 5], [7, 0], [0, 7], [1, 0], [0, 2]])),  # q, k, v: two rows each
-        o_proj=matrix(np.array([[10, 0], [1, 1]])),
-        q_norm=None,
-        k_norm=None,
-        eps=1e-5,
-    )
-    out = run_layer(layer, np.array([[[3.0, 4.0]]], np.float32))  # its value is (3, 8)
-    np.testing.assert_allclose(out, [[[30, 11]]], rtol=1e-5)
+def quarter_turns() -> Attention:
+    """A layer of one head of 2 values, rotated by a quarter turn per position; it changes nothing else."""
+    return replace(plain_layer(heads=1, kv_heads=1, size=2), inv_freq=mx.array([np.pi / 2], mx.float32))
 
 
-def test_task_3_the_projection_holds_all_queries_then_all_keys_then_all_values() -> None:
-    """Oracle: by hand: with identities for projections, the heads are slices of x, and all go to the context.
+def test_task_2_the_projection_holds_all_queries_then_all_keys_then_all_values() -> None:
+    """Oracle: by hand: with the identity for a projection, the heads are slices of x.
 
     A reshape to [B, N, L, D] without a transpose mixes tokens and heads.
     """
     x = np.arange(2 * 3 * 12, dtype=np.float32).reshape(2, 3, 12)
-    context = FakeContext(mx.arange(3, dtype=mx.int32))
-    context.result = mx.zeros((2, 4, 3, 2))
-    plain_layer(heads=4, kv_heads=1, size=2)(mx.array(x), context)
-    q, k, v = context.given
+    found = plain_layer(heads=4, kv_heads=1, size=2).project(mx.array(x), mx.arange(3, dtype=mx.int32))
+    q, k, v = np.array(found.q), np.array(found.k), np.array(found.v)
     assert (q.shape, k.shape, v.shape) == ((2, 4, 3, 2), (2, 1, 3, 2), (2, 1, 3, 2))
     for head in range(4):
         np.testing.assert_allclose(q[:, head], x[:, :, 2 * head : 2 * head + 2], rtol=1e-6)
     np.testing.assert_allclose(k[:, 0], x[:, :, 8:10], rtol=1e-6)
     np.testing.assert_allclose(v[:, 0], x[:, :, 10:12], rtol=1e-6)
+
+
+def test_task_2_queries_and_keys_are_rotated_by_the_positions_given_and_values_are_not() -> None:
+    """Oracle: by hand: a quarter turn per position, at positions 2 and 5; 0 and 1 are the mistake."""
+    x = mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2])
+    found = quarter_turns().project(x, mx.array([2, 5], mx.int32))
+    q, k, v = (np.array(heads).reshape(2, 2) for heads in (found.q, found.k, found.v))
+    np.testing.assert_allclose(q, [[-1, -2], [-2, 1]], rtol=1e-5)
+    np.testing.assert_allclose(k, [[-3, -4], [-4, 3]], rtol=1e-5)
+    np.testing.assert_allclose(v, [[5, 6], [5, 6]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "width"), [(1, 1, 8, 8), (2, 2, 4, 8), (4, 2, 8, 32), (9, 3, 8, 24)]
+)
+@pytest.mark.parametrize("positions", [[0], [0, 1, 2, 3], [7, 3, 3]])
+def test_task_2_heads_of_random_weights(
+    heads: int, kv_heads: int, size: int, width: int, positions: list[int]
+) -> None:
+    """Oracle: NumPy in float64, one matrix after the other, also where H * D is not E."""
+    weights = random_weights(21, heads, kv_heads, size, width)
+    x = np.random.default_rng(22).normal(size=(2, len(positions), width)).astype(np.float32)
+    found = weights.layer().project(mx.array(x), mx.array(positions, mx.int32))
+    expected = numpy_project(weights, x, np.array(positions))
+    for out, oracle in zip((found.q, found.k, found.v), expected, strict=True):
+        assert out.shape == oracle.shape
+        np.testing.assert_allclose(np.array(out), oracle, rtol=1e-3, atol=1e-4)
+
+
+def test_task_2_queries_and_keys_are_normalised_before_they_are_rotated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: by hand: the query (1, 2) times (10, 1), then a quarter turn. Rotated first, it is (-20, 1).
+
+    `rms_norm` is day 1.4's; a multiplication by the weight stands in for it.
+    """
+    monkeypatch.setattr("tiny_llm.grouped_attention.rms_norm", lambda x, weight, eps: x * weight)
+    layer = replace(quarter_turns(), q_norm=mx.array([10.0, 1.0]), k_norm=mx.array([1.0, 100.0]))
+    found = layer.project(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]), mx.array([1], mx.int32))
+    for out, expected in [(found.q, [-2, 10]), (found.k, [-400, 3]), (found.v, [5, 6])]:
+        np.testing.assert_allclose(np.array(out).ravel(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_task_2_the_projection_may_have_a_bias() -> None:
+    """Oracle: by hand. A layer that reads `.weight` instead of calling its matrix loses the bias."""
+    bias = mx.array([10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
+    layer = plain_layer(heads=1, kv_heads=1, size=2)
+    found = replace(layer, qkv_proj=BiasedLinear(layer.qkv_proj, bias)).project(
+        mx.ones((1, 1, 6)), mx.array([0], mx.int32)
+    )
+    for out, expected in [(found.q, [11, 21]), (found.k, [31, 41]), (found.v, [51, 61])]:
+        np.testing.assert_allclose(np.array(out).ravel(), expected, rtol=1e-6)
+
+
+# Task 3: Attention.__call__
+
+
+@dataclass
+class FakeContext:
+    """A context that notes what it is given, and gives back what it was made with, or else the queries."""
+
+    positions: mx.array
+    result: mx.array | None = None
+    logit_rows: mx.array | None = None
+    layers: list[int] = field(default_factory=list)
+    given: list[np.ndarray] = field(default_factory=list)
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        self.layers.append(layer)
+        self.given = [np.array(x) for x in (q, k, v)]
+        return q if self.result is None else self.result
+
+
+def numpy_layer(weights: Weights, x: np.ndarray) -> np.ndarray:
+    """The whole layer in float64, over whole sequences x [B, L, E]."""
+    length = x.shape[1]
+    q, k, v = numpy_project(weights, x, np.arange(length))
+    out = numpy_attention(q, k, v, weights.size**-0.5, numpy_causal_mask(length, length))  # [B, H, L, D]
+    return np.concatenate(list(out.swapaxes(0, 1)), axis=-1) @ weights.o.astype(np.float64).T
+
+
+def run_layer(layer: Attention, x: np.ndarray) -> np.ndarray:
+    """The layer over whole sequences x [B, L, E]."""
+    out = layer(mx.array(x), NoCacheContext(x.shape[1], layer.head_dim**-0.5))
+    return np.array(out)
+
+
+def test_task_3_one_token_gives_its_own_value() -> None:
+    """Oracle: by hand: a single token has weight 1 on itself, so that its value comes out, projected back."""
+    layer = replace(
+        plain_layer(heads=1, kv_heads=1, size=2),
+        qkv_proj=matrix(np.array([[5, 0], [0, 5], [7, 0], [0, 7], [1, 0], [0, 2]])),  # q, k, v: two rows each
+        o_proj=matrix(np.array([[10, 0], [1, 1]])),
+    )
+    out = run_layer(layer, np.array([[[3.0, 4.0]]], np.float32))  # its value is (3, 8)
+    np.testing.assert_allclose(out, [[[30, 11]]], rtol=1e-5)
+
+
+def test_task_3_the_context_gets_the_heads_at_its_own_positions() -> None:
+    """Oracle: by hand: a quarter turn per position, at positions 2 and 5; 0 and 1 are the mistake."""
+    context = FakeContext(mx.array([2, 5], mx.int32))
+    quarter_turns()(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2]), context)
+    q, k, v = (x.reshape(2, 2) for x in context.given)
+    np.testing.assert_allclose(q, [[-1, -2], [-2, 1]], rtol=1e-5)
+    np.testing.assert_allclose(k, [[-3, -4], [-4, 3]], rtol=1e-5)
+    np.testing.assert_allclose(v, [[5, 6], [5, 6]], rtol=1e-5)
 
 
 def test_task_3_heads_lie_side_by_side_when_they_are_projected_back() -> None:
@@ -323,28 +316,6 @@ def test_task_3_heads_lie_side_by_side_when_they_are_projected_back() -> None:
     assert out.shape == (2, 4, 6)
     np.testing.assert_allclose(np.array(out)[0, 1], [1, 1, 11, 11, 21, 21], rtol=1e-6)
     np.testing.assert_allclose(np.array(out)[1, 3], [103, 103, 113, 113, 123, 123], rtol=1e-6)
-
-
-def test_task_3_queries_and_keys_are_rotated_by_the_positions_of_the_context_and_values_are_not() -> None:
-    """Oracle: by hand: a quarter turn per position, at positions 2 and 5; 0 and 1 are the mistake."""
-    layer = Attention(
-        layer=0,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=2,
-        inv_freq=mx.array([np.pi / 2], mx.float32),
-        qkv_proj=matrix(np.eye(6)),
-        o_proj=matrix(np.eye(2)),
-        q_norm=None,
-        k_norm=None,
-        eps=1e-5,
-    )
-    context = FakeContext(mx.array([2, 5], mx.int32))
-    layer(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2]), context)
-    q, k, v = (x.reshape(2, 2) for x in context.given)
-    np.testing.assert_allclose(q, [[-1, -2], [-2, 1]], rtol=1e-5)
-    np.testing.assert_allclose(k, [[-3, -4], [-4, 3]], rtol=1e-5)
-    np.testing.assert_allclose(v, [[5, 6], [5, 6]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [0, 5])
@@ -386,29 +357,11 @@ def test_task_3_the_whole_layer_of_mlx_own_operators() -> None:
     np.testing.assert_allclose(out, np.array(oracle), rtol=1e-3, atol=1e-4)
 
 
-def test_task_3_projections_may_have_a_bias() -> None:
-    """Oracle: NumPy in float64: a bias is one more column, for an input that is always 1.
-
-    A layer calls its matrices, whatever they are; one that reads `.weight` loses the bias.
-    """
-    weights = random_weights(13, heads=4, kv_heads=2, size=8, width=16)
-    x = np.random.default_rng(14).normal(size=(2, 5, 16)).astype(np.float32)
-    x[:, :, -1] = 1.0
-    stacked = np.concatenate([weights.q, weights.k, weights.v])
-    plain = weights.layer()
-    biased = Attention(
-        layer=0,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        inv_freq=plain.inv_freq,
-        qkv_proj=BiasedLinear(matrix(stacked * (np.arange(16) < 15)), mx.array(stacked[:, -1])),
-        o_proj=plain.o_proj,
-        q_norm=None,
-        k_norm=None,
-        eps=1e-5,
-    )
-    np.testing.assert_allclose(run_layer(biased, x), numpy_layer(weights, x), rtol=1e-3, atol=1e-4)
+def test_task_3_the_matrix_behind_attention_may_have_a_bias() -> None:
+    """Oracle: by hand: with zeros for queries, keys and values the bias comes out."""
+    layer = plain_layer(heads=2, kv_heads=1, size=2)
+    biased = replace(layer, o_proj=BiasedLinear(layer.o_proj, mx.array([1.0, 2.0, 3.0, 4.0])))
+    np.testing.assert_allclose(run_layer(biased, np.zeros((1, 2, 8), np.float32)), [[[1, 2, 3, 4]] * 2])
 
 
 def test_task_3_a_later_token_changes_nothing_before_it() -> None:

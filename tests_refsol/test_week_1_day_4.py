@@ -1,16 +1,20 @@
-"""Day 1.4: RMSNorm and the feed-forward network.
+"""Day 1.4: RMSNorm, stacked matrices and the feed-forward network.
 
-When it passes, you have the norm in front of each half of a block, and the gated network that is the second
-half.
+When it passes, you have the norm in front of each half of a block, the gated network that is the second half,
+and one matrix that does the work of several.
 """
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.grouped_attention import Attention
-from tiny_llm.linear import BiasedLinear, Linear
+from tiny_llm.kernels import compiled_kernel
+from tiny_llm.linear import BiasedLinear, Linear, LinearLike, PackedLinear
 from tiny_llm.mlp import MLP, swiglu
 from tiny_llm.norm import rms_norm
+from tiny_llm.stacked_linear import stack
+
+from common.matrices import matrix
 
 # The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
@@ -130,7 +134,126 @@ def test_task_1_an_attention_layer_with_norms_normalises_each_head_with_its_own(
     np.testing.assert_allclose(np.array(context.keys), normed[:, 2:3] * k_norm, rtol=1e-3, atol=1e-4)
 
 
-# Task 2: swiglu
+# Task 2: stack
+
+
+def random_matrix(seed: int, outputs: int, inputs: int, dtype: mx.Dtype = mx.float32) -> Linear:
+    """A dense matrix of that type."""
+    return Linear(mx.random.normal((outputs, inputs), key=mx.random.key(seed)).astype(dtype))
+
+
+def random_vector(seed: int, size: int) -> mx.array:
+    """[size] float32."""
+    return mx.random.normal((size,), key=mx.random.key(seed))
+
+
+def check_stack(*parts: LinearLike, inputs: int = 8) -> LinearLike:
+    """Assert that the stack of these gives their outputs side by side, each as it is alone; the stack."""
+    x = mx.random.normal((2, 3, inputs), key=mx.random.key(99))
+    alone = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
+    stacked = stack(parts)
+    np.testing.assert_allclose(np.array(stacked(x)), alone, rtol=1e-5, atol=1e-5)
+    return stacked
+
+
+def test_task_2_outputs_of_the_first_part_come_first() -> None:
+    """Oracle: by hand: 1 and 2 times x, then 30 times x."""
+    both = stack([matrix(np.array([[1], [2]])), matrix(np.array([[30]]))])
+    np.testing.assert_allclose(np.array(both(mx.array([[1.0], [-2.0]]))), [[1, 2, 30], [-2, -4, -60]])
+
+
+@pytest.mark.parametrize("sizes", [(4,), (4, 4), (6, 2, 2), (1, 5)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_task_2_dense_matrices_of_one_type_become_one(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Oracle: each matrix alone. A weight that is converted on the way costs memory."""
+    stacked = check_stack(*(random_matrix(seed, size, 8, dtype) for seed, size in enumerate(sizes)))
+    assert isinstance(stacked, Linear)
+    assert stacked.weight.shape == (sum(sizes), 8)
+    assert stacked.weight.dtype == dtype
+
+
+def test_task_2_matrices_of_different_types_are_left_as_they_are() -> None:
+    """Oracle: each matrix alone, bit for bit: a weight in another type would give other numbers."""
+    parts = random_matrix(1, 4, 8), random_matrix(2, 4, 8, mx.float16)
+    assert not isinstance(check_stack(*parts), Linear)
+    x = mx.random.normal((1, 8), key=mx.random.key(3))
+    alone = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
+    np.testing.assert_array_equal(np.array(stack(parts)(x)), alone)
+
+
+def test_task_2_matrices_with_a_bias_become_one_with_a_bias() -> None:
+    """Oracle: each matrix alone. Biases that are added up, or belong to the first part, are the mistake."""
+    parts = [
+        BiasedLinear(random_matrix(seed, size, 8), random_vector(seed, size))
+        for seed, size in enumerate((4, 2, 2))
+    ]
+    stacked = check_stack(*parts)
+    assert isinstance(stacked, BiasedLinear)
+    assert isinstance(stacked.matrix, Linear)
+    assert stacked.bias.shape == (8,)
+
+
+def test_task_2_a_matrix_with_a_bias_and_one_without_work_together() -> None:
+    """Oracle: each matrix alone."""
+    biased = BiasedLinear(random_matrix(1, 4, 8), random_vector(2, 4))
+    check_stack(biased, random_matrix(3, 4, 8))
+    check_stack(random_matrix(3, 4, 8), biased)
+
+
+def test_task_2_a_matrix_of_a_form_of_its_own_is_called() -> None:
+    """Oracle: each matrix alone. Whatever can be called like a matrix is one."""
+
+    class Doubling:
+        def __call__(self, x: mx.array) -> mx.array:
+            return 2 * x
+
+        def rows(self, ids: mx.array) -> mx.array:
+            raise AssertionError("nobody looks anything up")
+
+    check_stack(Doubling(), random_matrix(1, 4, 8), Doubling())
+    check_stack(BiasedLinear(Doubling(), random_vector(1, 8)), BiasedLinear(Doubling(), random_vector(2, 8)))
+
+
+def packed_matrix(seed: int, outputs: int, bits: int) -> PackedLinear:
+    """A quantized matrix of 64 inputs in the form of the compiled kernels."""
+    weight = mx.random.normal((outputs, 64), key=mx.random.key(seed)).astype(mx.float16)
+    packed = compiled_kernel("pack")(*mx.quantize(weight, group_size=32, bits=bits), group_size=32, bits=bits)
+    return PackedLinear(packed, 64, outputs, bits)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_2_matrices_of_the_compiled_kernels_become_one_where_they_fit_together() -> None:
+    """Oracle: each matrix alone. Matrices of the embedded model that are called one by one cost time."""
+    one = check_stack(packed_matrix(1, 32, 4), packed_matrix(2, 16, 4), packed_matrix(3, 16, 4), inputs=64)
+    assert isinstance(one, PackedLinear)
+    assert one.out_features == 64
+    check_stack(packed_matrix(1, 32, 4), packed_matrix(2, 16, 8), inputs=64)
+    biased = [BiasedLinear(packed_matrix(seed, 16, 4), random_vector(seed, 16)) for seed in range(2)]
+    stacked = check_stack(*biased, inputs=64)
+    assert isinstance(stacked, BiasedLinear)
+    assert isinstance(stacked.matrix, PackedLinear)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_task_2_the_first_pass_does_not_copy_the_weights(biased: bool) -> None:
+    """Oracle: by hand: 16 MiB of weights. What is not evaluated before is copied in the first pass, all at
+    once."""
+
+    def part(seed: int) -> LinearLike:
+        dense = random_matrix(seed, 1024, 512)
+        vector = random_vector(seed, 1024)
+        mx.eval(dense.weight, vector)
+        return BiasedLinear(dense, vector) if biased else dense
+
+    before = mx.get_active_memory()
+    stacks = [stack([part(2 * i), part(2 * i + 1)]) for i in range(4)]
+    mx.reset_peak_memory()
+    mx.eval([stacked(mx.zeros((1, 512))) for stacked in stacks])
+    mib = (mx.get_peak_memory() - before) / 2**20
+    assert mib < 20, f"{mib:.0f} MiB at the peak"
+
+
+# Task 3: swiglu
 
 
 def numpy_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -139,25 +262,25 @@ def numpy_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
-def test_task_2_a_gate_of_zero_lets_nothing_through() -> None:
+def test_task_3_a_gate_of_zero_lets_nothing_through() -> None:
     """Oracle: by hand: 0 times one half."""
     np.testing.assert_array_equal(np.array(swiglu(mx.zeros(2), mx.array([5.0, -5.0]))), [0, 0])
 
 
-def test_task_2_a_gate_of_ln_3() -> None:
+def test_task_3_a_gate_of_ln_3() -> None:
     """Oracle: by hand: sigmoid(ln 3) is 3/4, so 4 becomes 3 ln 3. A plain sigmoid for a gate gives 3."""
     out = swiglu(mx.array([np.log(3.0)]), mx.array([4.0]))
     np.testing.assert_allclose(np.array(out), [3 * np.log(3)], rtol=1e-5)
 
 
-def test_task_2_the_first_argument_is_the_gate() -> None:
+def test_task_3_the_first_argument_is_the_gate() -> None:
     """Oracle: by hand: -ln 3 / 4 times 2. The other way round it is -1.93."""
     out = swiglu(mx.array([-np.log(3.0)]), mx.array([2.0]))
     np.testing.assert_allclose(np.array(out), [-np.log(3) / 2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 5), (2, 3, 48)])
-def test_task_2_values_follow_the_formula(shape: tuple[int, ...]) -> None:
+def test_task_3_values_follow_the_formula(shape: tuple[int, ...]) -> None:
     """Oracle: NumPy in float64. gelu in place of silu is the mistake that this finds."""
     rng = np.random.default_rng(5)
     gate, up = (rng.normal(size=shape, scale=2.0).astype(np.float32) for _ in range(2))
@@ -166,18 +289,13 @@ def test_task_2_values_follow_the_formula(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(np.array(out), numpy_swiglu(gate, up), rtol=1e-4, atol=1e-5)
 
 
-def test_task_2_gates_far_from_zero_are_open_or_shut() -> None:
+def test_task_3_gates_far_from_zero_are_open_or_shut() -> None:
     """Oracle: by hand: silu(100) is 100, silu(-100) is 0. exp(100) by 1 + exp(100) is nan in float32."""
     out = swiglu(mx.array([100.0, -100.0]), mx.array([0.5, 0.5]))
     np.testing.assert_allclose(np.array(out), [50, 0], rtol=1e-5, atol=1e-6)
 
 
-# Task 3: MLP.__call__
-
-
-def matrix(weight: np.ndarray) -> Linear:
-    """A dense matrix [outputs, inputs]."""
-    return Linear(mx.array(weight.astype(np.float32)))
+# Task 4: MLP.__call__
 
 
 def numpy_mlp(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -193,14 +311,14 @@ def random_matrices(seed: int, width: int, inner: int) -> list[np.ndarray]:
     return [(rng.normal(size=shape) * 2 / shape[1] ** 0.5).astype(np.float32) for shape in shapes]
 
 
-def test_task_3_one_value() -> None:
+def test_task_4_one_value() -> None:
     """Oracle: by hand: gate ln 3 and up 4 give 3 ln 3, and down doubles it. With up for gate it is 8.63."""
     mlp = MLP(gate_up_proj=matrix(np.array([[1.0], [4 / np.log(3)]])), down_proj=matrix(np.array([[2.0]])))
     out = mlp(mx.array([[[np.log(3.0)]]]))
     np.testing.assert_allclose(np.array(out), [[[6 * np.log(3)]]], rtol=1e-5)
 
 
-def test_task_3_the_first_half_of_the_stack_is_the_gate() -> None:
+def test_task_4_the_first_half_of_the_stack_is_the_gate() -> None:
     """Oracle: by hand: gates 100 and 0, ups 3 and 5. Every other row as a gate is the mistake."""
     mlp = MLP(gate_up_proj=matrix(np.array([[100], [0], [3], [5]])), down_proj=matrix(np.eye(2)))
     np.testing.assert_allclose(np.array(mlp(mx.array([[[1.0]]]))), [[[300, 0]]], rtol=1e-5, atol=1e-5)
@@ -208,7 +326,7 @@ def test_task_3_the_first_half_of_the_stack_is_the_gate() -> None:
 
 @pytest.mark.parametrize(("width", "inner"), [(1, 4), (8, 8), (8, 24), (32, 96), (24, 8)])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 6), (3, 4)])
-def test_task_3_the_whole_network(width: int, inner: int, batch: int, length: int) -> None:
+def test_task_4_the_whole_network(width: int, inner: int, batch: int, length: int) -> None:
     """Oracle: NumPy in float64."""
     gate, up, down = random_matrices(6, width, inner)
     x = np.random.default_rng(7).normal(size=(batch, length, width)).astype(np.float32)
@@ -217,7 +335,7 @@ def test_task_3_the_whole_network(width: int, inner: int, batch: int, length: in
     np.testing.assert_allclose(np.array(out), numpy_mlp(x, gate, up, down), rtol=1e-3, atol=1e-4)
 
 
-def test_task_3_tokens_do_not_see_each_other() -> None:
+def test_task_4_tokens_do_not_see_each_other() -> None:
     """Oracle: each token alone."""
     gate, up, down = random_matrices(8, 8, 24)
     mlp = MLP(gate_up_proj=matrix(np.concatenate([gate, up])), down_proj=matrix(down))
@@ -226,7 +344,7 @@ def test_task_3_tokens_do_not_see_each_other() -> None:
     np.testing.assert_allclose(np.array(mlp(x)), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_task_3_projections_may_have_a_bias() -> None:
+def test_task_4_projections_may_have_a_bias() -> None:
     """Oracle: NumPy in float64: a bias is one more column, for an input that is always 1.
 
     A network calls its matrices, whatever they are; one that reads `.weight` loses the bias.

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.embedded import embedded_model_path
 from tiny_llm.generate import generate, next_token, stream_text
-from tiny_llm.gguf_format import read_gguf_header
-from tiny_llm.gguf_tokenizer import gguf_tokenizer
 from tiny_llm.kv_context import KVContext
-from tiny_llm.tokenizer import Tokenizer
+
+from tiny_llm_checkpoints.embedded import embedded_model_path
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 VOCABULARY = 50
 FACE, LLAMA = "\N{GRINNING FACE}", "\N{LLAMA}"

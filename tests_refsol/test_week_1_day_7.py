@@ -18,8 +18,11 @@ from tiny_llm.sampler import (
     penalize_output,
     penalize_repetition,
     sample_token,
+    uniform,
 )
 from tiny_llm.sampling_params import SamplingParams
+
+from common.numpy_oracles import numpy_softmax
 
 INF = float("inf")
 
@@ -32,12 +35,6 @@ def logits_of(*probabilities: float) -> mx.array:
 def random_logits(seed: int, size: int) -> np.ndarray:
     """[size] float32, no two alike."""
     return np.random.default_rng(seed).normal(size=size, scale=3.0).astype(np.float32)
-
-
-def numpy_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64."""
-    weights = np.exp(logits.astype(np.float64) - logits.max())
-    return weights / weights.sum()
 
 
 def check_kept(out: mx.array, logits: mx.array, kept: Iterable[int]) -> None:
@@ -287,6 +284,16 @@ def test_task_4_first_tokens_are_drawn_as_likely_as_they_are() -> None:
     check_distribution(drawn(lambda seed: draw(logits_of(*probabilities), seed, 0), 2000), probabilities)
 
 
+def test_task_4_a_token_is_the_first_whose_cumulative_probability_reaches_the_threshold() -> None:
+    """Oracle: the docstring, by hand: of (1 - u) against sums of 0.25, 0.75, 0.75 and 1.
+
+    Drawn with u instead of 1 - u, tokens are as likely, but they are not the reference's.
+    """
+    logits, sums = logits_of(0.25, 0.5, 0.0, 0.25), np.array([0.25, 0.75, 0.75, 1.0])
+    expected = [int((sums >= 1 - uniform(7, index)).argmax()) for index in range(60)]
+    assert drawn(lambda index: draw(logits, 7, index), 60).tolist() == expected
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
 def test_task_4_the_least_and_the_greatest_random_number_draw_a_possible_token(
     number: float, monkeypatch: pytest.MonkeyPatch
@@ -347,9 +354,15 @@ def test_task_5_the_same_seed_and_index_give_the_same_token() -> None:
 
 @pytest.mark.parametrize("top_k", [-1, 0])
 def test_task_5_top_k_of_zero_or_less_is_off(top_k: int) -> None:
-    """Oracle: the docstring of `SamplingParams`."""
+    """Oracle: the docstring: the same draw without a filter."""
     params = SamplingParams(top_k=top_k)
     assert set(sampled(logits_of(0.1, 0.2, 0.3, 0.4), params, 300).tolist()) == {0, 1, 2, 3}
+
+
+def test_task_5_top_p_of_one_and_min_p_of_zero_are_off() -> None:
+    """Oracle: the draw itself, at every index: a filter that keeps all changes no threshold."""
+    logits, params = mx.random.normal((100,), key=mx.random.key(9)), SamplingParams(top_p=1.0, min_p=0.0)
+    assert sampled(logits, params).tolist() == drawn(lambda index: draw(logits, 13, index), 60).tolist()
 
 
 @pytest.mark.parametrize(

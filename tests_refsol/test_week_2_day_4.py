@@ -8,7 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.kernels import compiled_kernel, kernel_info
-from tiny_llm.quantize import Quantized, dequantize, quantize, quantized_matmul
+from tiny_llm.quantize import dequantize, quantize, quantized_matmul
+
+from tiny_llm_checkpoints.quantized import Quantized
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

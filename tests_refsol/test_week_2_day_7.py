@@ -19,9 +19,10 @@ from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.kv_context import KVContext
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.naive_cache import NaiveKVCache
 from tiny_llm.sampling_params import SamplingParams
+
+from tiny_llm_checkpoints.model_config import ModelConfig
 
 # The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")

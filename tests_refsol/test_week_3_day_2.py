@@ -46,13 +46,14 @@ from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import LayerGroup
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.page_block import PageBlock, copy_block, paged_attention_kernel
 from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import Span, pack_batch, paged_attention, write_and_attend
 from tiny_llm.paged_queues import BeamStep
 from tiny_llm.sampling_params import SamplingParams
+
+from tiny_llm_checkpoints.model_config import ModelConfig
 
 # The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")

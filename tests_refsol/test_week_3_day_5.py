@@ -20,7 +20,6 @@ from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import LayerGroup, group_layers
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
@@ -37,6 +36,8 @@ from tiny_llm.sliding_window import (
     windowed_attention,
 )
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
+
+from tiny_llm_checkpoints.model_config import ModelConfig
 
 # The model runs with and without compiled kernels; the warning that there are none is not this day's matter.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")

@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from .overlay import one_line
+
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -34,29 +36,32 @@ def run(arguments: Sequence[str]) -> int:
             return code if isinstance(code, int) else OK
         except TyperException as error:
             return _fail(error, error.format_message() + _where_help_is(error), error.exit_code)
-        except (MemoryError, RuntimeError) as error:
-            return _fail(error, _of_resources(error), FAILED)
-        except OSError as error:
-            named = error.filename is not None and error.strerror is not None
-            return _fail(error, f"{error.filename}: {error.strerror}" if named else str(error), FAILED)
         except Exception as error:
-            if not _is_refusal(error):
-                raise
-            return _fail(error, str(error), USAGE if _is_option_error(error) else FAILED)
+            return _fail(error, *_explained(error))
 
 
-def _of_resources(error: MemoryError | RuntimeError) -> str:
-    """What the system did not give, in one line; raises the error where it is about something else."""
+def _explained(error: Exception) -> tuple[str, int]:
+    """An error in one line, and the exit code. Raises it again where it is a mistake of ours."""
+    if isinstance(error, MemoryError | RuntimeError) and (resource := _missing_resource(error)) is not None:
+        return resource, FAILED
+    if (of_a_learner := one_line(error)) is not None:
+        return of_a_learner, FAILED
+    if isinstance(error, OSError):
+        named = error.filename is not None and error.strerror is not None
+        return (f"{error.filename}: {error.strerror}" if named else str(error)), FAILED
+    if not _is_refusal(error):
+        raise error
+    return str(error), USAGE if _is_option_error(error) else FAILED
+
+
+def _missing_resource(error: MemoryError | RuntimeError) -> str | None:
+    """What the system did not give, in one line; None where the error is about something else."""
     from tiny_llm.resources import limits, missing_resource
 
     from tiny_llm import TinyLLMError
 
-    if isinstance(error, TinyLLMError):
-        return str(error)
-    missing = missing_resource(error)
-    if missing is None:
-        raise error
-    return f"not enough {missing} ({limits()})"
+    missing = None if isinstance(error, TinyLLMError) else missing_resource(error)
+    return None if missing is None else f"not enough {missing} ({limits()})"
 
 
 def _fail(error: Exception, message: str, code: int) -> int:

@@ -7,8 +7,15 @@ import typer
 from .house import House
 from .syllabus import Syllabus, read_syllabus
 
-DayId = Annotated[str, typer.Argument(metavar="DAY", help="A week and a day, such as 1.1; or a file of it.")]
-AnExercise = Annotated[str, typer.Argument(metavar="EXERCISE", help="Week, day and task, such as 1.1.2.")]
+ADay = Annotated[
+    str, typer.Argument(metavar="DAY", help="Such as 1.1; a part of it, such as 3.2b; or a file of it.")
+]
+AnExercise = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXERCISE", help="Such as 1.1.2; a part, such as 3.2b, is its first exercise to do."
+    ),
+]
 
 
 def open_course() -> tuple[House, Syllabus]:

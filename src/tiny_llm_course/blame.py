@@ -1,4 +1,4 @@
-"""Whose fault a failing day is: another module of the learner's, or which exercise of today.
+"""Whose fault a failing day or part is: another module of the learner's, or which exercise of today.
 
 Only what failed is run again, in overlays where parts of the learner's code are exchanged for the
 reference's. The number of runs grows with the logarithm of the number of suspects, the search ends after
@@ -17,7 +17,7 @@ from .outcome import Outcome, task_of
 from .progress import State, fingerprint, own_modules, reached, state
 from .runs import overlay_of, own_sources, run_suites
 from .starter import filled
-from .syllabus import Day, Exercise
+from .units import Exercise, Unit
 
 BUDGET = 20.0  # seconds
 MOST_TESTS = 3  # failing tests that are run again
@@ -44,25 +44,25 @@ class Blame:
     complete: bool = True
 
 
-def others(house: House, day: Day) -> list[str]:
-    """The learner's modules of other days that this day's tests reach."""
-    return sorted((set(own_modules(house)) & reached(house, day)) - set(day.modules))
+def others(house: House, unit: Unit) -> list[str]:
+    """The learner's modules of other days and parts that this unit's tests reach."""
+    return sorted((set(own_modules(house)) & reached(house, unit)) - set(unit.modules))
 
 
-def find_blame(house: House, day: Day, outcome: Outcome) -> Blame:
+def find_blame(house: House, unit: Unit, outcome: Outcome) -> Blame:
     """Why the first of the tests failed that did."""
     first = min(map(task_of, outcome.failed))
     tests = [test for test in outcome.failed if task_of(test) == first][:MOST_TESTS]
-    trials = Trials(house, day, tests)
-    today = own_sources(house, [module for module in own_modules(house) if module in day.modules])
-    suspects = others(house, day)
+    trials = Trials(house, unit, tests)
+    today = own_sources(house, [module for module in own_modules(house) if module in unit.modules])
+    suspects = others(house, unit)
     test = tests[0].partition("::")[2]
     is_today = True
     try:
         is_today = not (suspects and trials.passes(today))
         if not is_today:
             return Blame(False, test, module=_module(house, trials, today, suspects))
-        return Blame(True, test, exercise=_exercise(house, day, trials, today) if first else None)
+        return Blame(True, test, exercise=_exercise(house, unit, trials, today) if first else None)
     except OutOfBudgetError:
         return Blame(is_today, test, complete=False)
 
@@ -76,18 +76,20 @@ def _module(house: House, trials: "Trials", today: dict[str, str], suspects: lis
     return _the_one(suspects, fails_with)
 
 
-def _exercise(house: House, day: Day, trials: "Trials", today: dict[str, str]) -> Exercise | None:
+def _exercise(house: House, unit: Unit, trials: "Trials", today: dict[str, str]) -> Exercise | None:
     """The one exercise that makes the tests pass when the reference's code stands in it.
 
-    The one that the tests are about is asked first. None where no single one does.
+    The one that the tests are about is asked first, and those of other parts in the same files too. None
+    where no single one does.
     """
     there = (State.WRITTEN, State.SKIPPED)
-    written = [exercise for exercise in day.exercises if state(house, exercise) in there]
+    in_files = [exercise for module in unit.modules for exercise in unit.day.of_module(module)]
+    written = [exercise for exercise in in_files if state(house, exercise) in there]
 
     def passes_without(some: Sequence[Exercise]) -> bool:
-        return trials.passes({**today, **filled(house, day, some)})
+        return trials.passes({**today, **filled(house, unit.day, some)})
 
-    about = [exercise for exercise in written if exercise.id == f"{day.id}.{trials.task}"]
+    about = [exercise for exercise in written if exercise.task == trials.task]
     if about and passes_without(about):
         return about[0]
     return _the_one([exercise for exercise in written if exercise not in about], passes_without)
@@ -106,8 +108,8 @@ def _the_one(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T |
 class Trials:
     """Runs of a few tests on one exchanged overlay after the other, remembered, and bounded in time."""
 
-    def __init__(self, house: House, day: Day, tests: Sequence[str]) -> None:
-        self._house, self._day, self._tests = house, day, list(tests)
+    def __init__(self, house: House, unit: Unit, tests: Sequence[str]) -> None:
+        self._house, self._day, self._tests = house, unit.day, list(tests)
         self.task = task_of(tests[0])
         self._until = time.monotonic() + BUDGET
         self._file = house.records / "trials.json"

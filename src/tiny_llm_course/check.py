@@ -2,41 +2,54 @@
 
 What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
 reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
-day blanked can be imported and is formatted; each day passes while all days after it are blank, so no test
-needs a later day.
+day blanked can be imported and is formatted, and so can each part; each day passes while all days after it
+are blank, and each part while all parts after it are too, so no test needs what comes later; the examples of
+the docstrings hold, and the second solutions pass.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import cpp
+from .examples import failing_examples
 from .house import House
-from .rules import Problem, static_problems
-from .runs import overlay_of, run_python, run_suites
+from .problem import Problem, last_lines
+from .rules import static_problems
+from .runs import overlay_of, run_python, run_suites, tests_of
+from .second_solutions import failing_solutions
 from .source import blanked
 from .starter import starter
-from .syllabus import Day, Exercise, Kernel, Syllabus
+from .syllabus import Syllabus
+from .units import Day, Exercise, Kernel, Part, Unit
 
-LAST_LINES = 15
 Check = Callable[[], list[Problem]]
 
 
 def check(
-    house: House, syllabus: Syllabus, report: Callable[[str, int, int], None], *, static_only: bool = False
+    house: House,
+    syllabus: Syllabus,
+    report: Callable[[str, int, int], None],
+    *,
+    static_only: bool = False,
+    only: Collection[Day] = (),
 ) -> list[Problem]:
     """Everything that is wrong with the course.
 
-    report: told what was done, how many checks have been made, and of how many.
+    report: told what was done, how many checks have been made, and of how many. static_only: only what can be
+    read, and the examples. only: the days to run, none for all; what can be read is read of all days.
     """
     found = static_problems(house, syllabus)
     report("syllabus, starters and suites read", 0, 0)
-    if found or static_only:
+    if found:
         return found
-    checks = list(_checks(house, syllabus))
+    days = [day for day in syllabus.days if not day.is_to_come]
+    checks = list(_example_checks(house, syllabus))
+    if not static_only:
+        checks += _checks(house, days, [day for day in days if not only or day in only])
     done = 0
 
     def run(named: tuple[str, Check]) -> list[Problem]:
@@ -52,12 +65,20 @@ def check(
     return found
 
 
-def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
-    days = [day for day in syllabus.days if not day.is_to_come]
-    for place, day in enumerate(days):
-        yield f"{day.id} as it begins", lambda d=day: _day_begun(house, d)  # type: ignore[misc]
-        if later := days[place + 1 :]:
+def _example_checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
+    """With compiled kernels and without, an example gives the same."""
+    yield "examples", lambda: failing_examples(house, syllabus)
+    off = {"TINY_LLM_KERNELS": "off"}
+    yield "examples without compiled kernels", lambda: failing_examples(house, syllabus, off)
+
+
+def _checks(house: House, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tuple[str, Check]]:
+    yield "second solutions", lambda: failing_solutions(house, only)
+    for day in only:
+        yield f"{day.id} as it begins", lambda d=day: _begun(house, d)  # type: ignore[misc]
+        if later := days[days.index(day) + 1 :]:
             yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(house, d, after)  # type: ignore[misc]
+        yield from _checks_of_parts(house, day, later)
         yield f"{day.id} on the reference", lambda d=day: _reference_passes(house, d)  # type: ignore[misc]
         for exercise in day.exercises:
             yield (
@@ -68,24 +89,40 @@ def _checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
             yield f"{kernel.id} {kernel.file} blank", lambda k=kernel: _kernel_blank(house, k)  # type: ignore[misc]
 
 
+def _checks_of_parts(house: House, day: Day, later: Sequence[Day]) -> Iterator[tuple[str, Check]]:
+    """What must hold of the parts beyond what holds of their day.
+
+    A file that begins as it does with the whole day needs no look of its own, and the last part passes
+    without the later days because the day does.
+    """
+    for part in day.parts:
+        if any(starter(house, module, part) != starter(house, module, day) for module in part.modules):
+            yield f"{part.id} as it begins", lambda p=part: _begun(house, p)  # type: ignore[misc]
+        if part.later:
+            after = [*part.later, *later]
+            yield f"{part.id}, later parts blank", lambda p=part, a=after: _later_blank(house, p, a)  # type: ignore[misc]
+
+
 def _reference_passes(house: House, day: Day) -> list[Problem]:
     with overlay_of(house, {}) as reference:
         run = run_suites(reference, [house.suites / day.suite], ["-q"], quiet=True)
     if run.returncode == 0:
         return []
-    return [Problem("reference", day.suite, f"fails on the reference\n{_last(run.stdout)}")]
+    return [Problem("reference", day.suite, f"fails on the reference\n{last_lines(run.stdout)}")]
 
 
 def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]:
-    """One exercise blank, everything else the reference's: its day fails and says so."""
+    """One exercise blank, everything else the reference's: its day, or its part, fails and says so."""
     source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
     source = blanked(source, {exercise.name: exercise.message})
+    unit = day.part_of(exercise) or day
     with overlay_of(house, {exercise.module: source}) as alone:
-        run = run_suites(alone, [house.suites / day.suite], ["-q", "-x"], quiet=True)
+        run = run_suites(alone, [house.suites / day.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
-        return [Problem("blank", exercise.id, f"{day.suite} passes although {exercise.name} is blank")]
+        what = day.suite if isinstance(unit, Day) else unit.named
+        return [Problem("blank", exercise.id, f"{what} passes although {exercise.name} is blank")]
     if exercise.message not in run.stdout:
-        return [Problem("blank", exercise.id, f"fails without its message\n{_last(run.stdout)}")]
+        return [Problem("blank", exercise.id, f"fails without its message\n{last_lines(run.stdout)}")]
     return []
 
 
@@ -94,37 +131,38 @@ def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
     source = (cpp.sources(house) / kernel.file).read_text(encoding="utf-8")
     whole, stopped = cpp.compiles(house, source), cpp.compiles(house, cpp.starter(house, kernel))
     if whole.returncode:
-        return [Problem("reference", kernel.file, f"does not compile\n{_last(whole.stderr)}")]
+        return [Problem("reference", kernel.file, f"does not compile\n{last_lines(whole.stderr)}")]
     if not stopped.returncode or kernel.message not in stopped.stderr:
-        return [Problem("blank", kernel.id, f"compiles without its message\n{_last(stopped.stderr)}")]
+        return [Problem("blank", kernel.id, f"compiles without its message\n{last_lines(stopped.stderr)}")]
     return []
 
 
-def _day_begun(house: House, day: Day) -> list[Problem]:
-    """The day as a learner begins it: it can be imported, and is formatted."""
-    sources = {module: starter(house, module, day) for module in day.modules}
+def _begun(house: House, unit: Unit) -> list[Problem]:
+    """A day or a part as a learner begins it: it can be imported, and is formatted."""
+    sources = {module: starter(house, module, unit) for module in unit.modules}
     found = []
     with overlay_of(house, sources) as begun:
         modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
         run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
-            found.append(Problem("starter", day.id, f"cannot be imported\n{_last(run.stderr)}"))
-        found += _formatted(house, begun.overlay, day)
+            found.append(Problem("starter", unit.id, f"cannot be imported\n{last_lines(run.stderr)}"))
+        found += _formatted(house, begun.overlay, unit)
     return found
 
 
-def _later_blank(house: House, day: Day, later: Sequence[Day]) -> list[Problem]:
-    """The day is done and none after it is begun: its suite passes."""
+def _later_blank(house: House, unit: Unit, later: Sequence[Unit]) -> list[Problem]:
+    """The day or the part is done and nothing after it is begun: its tests pass."""
     modules = {module for one in later for module in one.modules}
     sources = {module: starter(house, module, *later) for module in sorted(modules)}
     with overlay_of(house, sources) as begun:
-        run = run_suites(begun, [house.suites / day.suite], ["-q", "-x"], quiet=True)
+        run = run_suites(begun, [house.suites / unit.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
         return []
-    return [Problem("later day", day.id, f"fails while the days after it are blank\n{_last(run.stdout)}")]
+    rule, what = ("later part", "parts") if isinstance(unit, Part) else ("later day", "days")
+    return [Problem(rule, unit.id, f"fails while the {what} after it are blank\n{last_lines(run.stdout)}")]
 
 
-def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
+def _formatted(house: House, folder: Path, unit: Unit) -> list[Problem]:
     config = house.root / "pyproject.toml"
     command = [
         sys.executable,
@@ -140,8 +178,4 @@ def _formatted(house: House, folder: Path, day: Day) -> list[Problem]:
     run = subprocess.run(command, text=True, capture_output=True, check=False)
     if run.returncode == 0:
         return []
-    return [Problem("starter", day.id, f"is not formatted\n{_last(run.stdout + run.stderr)}")]
-
-
-def _last(output: str) -> str:
-    return "\n".join(f"    {line}" for line in output.splitlines()[-LAST_LINES:])
+    return [Problem("starter", unit.id, f"is not formatted\n{last_lines(run.stdout + run.stderr)}")]

@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from .cpp import libraries
-from .days import demonstration
+from .days import function_name, function_of
 from .errors import CourseError
 from .house import House
 from .progress import missing_modules, own_modules
 from .runs import begin_python, overlay_of, own_sources
-from .syllabus import Day
+from .units import Unit
 
 SECONDS = 2.0  # of repetitions, both sides together
 MOST_REPETITIONS = 50
@@ -48,23 +48,24 @@ class Comparison(NamedTuple):
     largest_difference: float | None
 
 
-def compare(house: House, day: Day) -> Comparison:
-    """Run a day's work on the learner's modules of that day and on the plain reference, alternating.
+def compare(house: House, unit: Unit) -> Comparison:
+    """Run a unit's work on the learner's modules of its day and on the plain reference, alternating.
 
-    Raises `CourseError` where the day has nothing to compare or is not started, or its work does not run.
+    Raises `CourseError` where there is nothing to compare, it is not started, or its work does not run.
     """
     import numpy as np
 
+    day = unit.day
     if day.no_compare is not None:
         raise CourseError(f"day {day.id} has nothing to compare: {day.no_compare}")
-    if missing_modules(house, day) and not (day.kernels and libraries(house)):
-        raise CourseError(f"not started: pdm run start {day.id}")
+    if missing_modules(house, unit) and not (unit.kernels and libraries(house)):
+        raise CourseError(f"not started: pdm run start {unit.id}")
     own = own_sources(house, [module for module in own_modules(house) if module in day.modules])
     with (
         overlay_of(house, own, kernels=bool(day.kernels)) as mine,
         overlay_of(house, {}) as theirs,
-        _begun(mine, day, f"your day {day.id}", house) as first,
-        _begun(theirs, day, "the reference", theirs) as second,
+        _begun(mine, unit, f"your {unit.named}", house) as first,
+        _begun(theirs, unit, "the reference", theirs) as second,
     ):
         while first.total + second.total < SECONDS and len(first.seconds) < MOST_REPETITIONS:
             first.repeat()
@@ -79,13 +80,13 @@ def compare(house: House, day: Day) -> Comparison:
     return Comparison(own_side, reference_side, differing, outs[1].size, largest)
 
 
-def as_text(day: Day, found: Comparison) -> str:
+def as_text(unit: Unit, found: Comparison) -> str:
     """A table of both sides."""
     own, reference = found.own, found.reference
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
         [
-            f"day {day.id}, {day.title}: {demonstration(day.id).work.__doc__}",
+            f"{unit.named}, {unit.title}: {function_of(unit, 'work').__doc__}",
             f"{'':30}{'yours':>24}{'reference':>24}",
             f"{'milliseconds (fastest-slowest)':30}{times[0]:>24}{times[1]:>24}",
             f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
@@ -164,10 +165,16 @@ class _Side:
 
 
 @contextmanager
-def _begun(overlaid: House, day: Day, whose: str, shown: House) -> Iterator[_Side]:
+def _begun(overlaid: House, unit: Unit, whose: str, shown: House) -> Iterator[_Side]:
     """A side on this overlay, ready; ended at the end. Its messages name the files as `shown` has them."""
     with TemporaryDirectory(prefix="tiny-llm-compare-") as folder:
-        arguments = ["-m", "tiny_llm_course.measure", day.id, str(Path(folder, "result.npz"))]
+        arguments = [
+            "-m",
+            "tiny_llm_course.measure",
+            unit.day.id,
+            function_name(unit, "work"),
+            str(Path(folder, "result.npz")),
+        ]
         with begin_python(overlaid, arguments) as process:
             paths = (str(overlaid.overlay), shown.shown(shown.overlay))
             side = _Side(process, whose, Path(folder), paths)

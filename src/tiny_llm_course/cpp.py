@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .errors import CourseError
 from .house import House
-from .syllabus import Day, Kernel, Syllabus
+from .syllabus import Syllabus
+from .units import Kernel, Unit
 
 LAST_LINES = 20
 RULE = "use names of the namespace tiny_llm alone, nothing of the standard library"
@@ -67,16 +68,16 @@ def body_lines(source: str, name: str) -> list[str]:
     raise CourseError(f"there is no {name}")
 
 
-def start_kernels(house: House, day: Day) -> list[Path]:
-    """Write the day's C++ files into the overlay, blank; never overwrites."""
-    if not day.kernels:
-        raise CourseError(f"day {day.id} has no option in C++")
+def start_kernels(house: House, unit: Unit) -> list[Path]:
+    """Write a day's C++ files into the overlay, blank; never overwrites."""
+    if not unit.kernels:
+        raise CourseError(f"{unit.named} has no option in C++")
     written = []
-    for kernel in day.kernels:
+    for kernel in unit.kernels:
         file = house.overlay / kernel.file
         if file.exists():
             raise CourseError(
-                f"{house.shown(file)} is there already: `pdm run reset {day.id}` moves it aside"
+                f"{house.shown(file)} is there already: `pdm run reset {unit.id}` moves it aside"
             )
         file.write_text(_preface(house, kernel) + starter(house, kernel), encoding="utf-8")
         written.append(file)

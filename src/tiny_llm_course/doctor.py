@@ -13,7 +13,8 @@ from .errors import CourseError
 from .house import House
 from .progress import own_modules
 from .source import functions, signature
-from .syllabus import Day, Syllabus
+from .syllabus import Syllabus
+from .units import Unit
 
 PYTHONS = ((3, 11), (3, 13))
 COMPILERS = ("c++", "g++", "clang++")
@@ -101,9 +102,8 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _model() -> Finding:
-    from tiny_llm.embedded import embedded_model_path
-
     from tiny_llm import ModelFileError
+    from tiny_llm_checkpoints.embedded import embedded_model_path
 
     try:
         return Finding("embedded model", True, embedded_model_path().name)
@@ -120,18 +120,18 @@ def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
         return
     yield Finding("your modules", True, ", ".join(own) or "none yet: `pdm run start 1.1`")
     for module in own:
-        day = syllabus.owner(module)
-        if day is None:
+        unit = syllabus.owner(module)
+        if unit is None:
             yield Finding(f"{module}.py", True, "belongs to no day: yours runs in place of the given one")
             continue
-        yield from _signatures(house, module, day)
+        yield from _signatures(house, module, unit)
     for kernel in own_kernels(house, syllabus):
         build = build_of(house, kernel)
         advice = "" if build is Build.DONE else f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
         yield Finding(kernel.file, build is Build.DONE, build.value, advice)
 
 
-def _signatures(house: House, module: str, day: Day) -> Iterator[Finding]:
+def _signatures(house: House, module: str, unit: Unit) -> Iterator[Finding]:
     own, reference = (
         (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (house.overlay, house.reference)
     )
@@ -145,14 +145,14 @@ def _signatures(house: House, module: str, day: Day) -> Iterator[Finding]:
     for name in functions(reference):
         if name.rpartition(".")[2].startswith("_") and not name.endswith("__"):
             continue
-        if name in day.removed_from(module):
+        if name in unit.day.removed_from(module):
             continue  # the starter is without it
         if name not in known:
             yield Finding(
                 f"{module}.py",
                 False,
                 f"has no {name}",
-                f"other days call it: `pdm run diff {day.id} --anyway` shows the reference's",
+                f"other days call it: `pdm run diff {unit.id} --anyway` shows the reference's",
             )
         elif signature(own, name) != signature(reference, name):
             advice = f"the reference has {signature(reference, name)}"

@@ -6,19 +6,19 @@ import re
 from .house import House
 from .source import docstrings
 from .starter import starter
-from .syllabus import Day
+from .units import Unit
 
 
-def legend(house: House, day: Day) -> list[str]:
-    """`B batch` and so on, of the letters that the day uses; empty where its docstrings need none.
+def legend(house: House, unit: Unit) -> list[str]:
+    """`B batch` and so on, of the letters that a day or a part uses; empty where its docstrings need none.
 
-    A letter beside one of the day's own, such as N in the [N, K] of a matrix, is explained where it stands.
+    A letter beside one of its own, such as N in the [N, K] of a matrix, is explained where it stands.
     """
     meanings = _meanings(house)
     shapes = [
         set(re.findall(r"\b[A-Z][a-z]*\b", shape))
-        for module in day.modules
-        for text in docstrings(starter(house, module, day))
+        for module in unit.modules
+        for text in docstrings(starter(house, module, unit))
         for shape in re.findall(r"\[.*?\]", text)
     ]
     elsewhere = set().union(*(letters for letters in shapes if letters - meanings.keys()))

@@ -17,10 +17,11 @@ from typing import NamedTuple
 from .errors import CourseError
 from .house import House
 from .source import Function, functions
-from .syllabus import Day, Exercise
+from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 PRIVATE = re.compile(r"\._(?!_)")
+CHECKPOINTS = "tiny_llm_checkpoints"  # the package under the reference that exercises call
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 
 
@@ -46,14 +47,21 @@ def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
     reference = Reference(house.reference)
     removed = set(day.removed_from(exercise.module))
     found = _used(reference, exercise.module, exercise.name, removed, set())
-    found |= {tuple(name.split(".", 1)) for name in exercise.may_use}  # type: ignore[misc]
-    gone = {tuple(name.split(".", 1)) for name in day.removed}
+    found |= {_split(name) for name in exercise.may_use}
+    gone = {_split(name) for name in day.removed}
     return [reference.interface(module, name) for module, name in sorted(found - gone)]
 
 
-def day_may_use(house: House, day: Day) -> list[Interface]:
-    """What any of a day's exercises may use, each interface once."""
-    return sorted({one for exercise in day.exercises for one in may_use(house, day, exercise)})
+def _split(name: str) -> tuple[str, str]:
+    """`module.name` of the reference, or `package.module.name` of the one under it."""
+    package = f"{CHECKPOINTS}." if _is_below(name) else ""
+    module, _, rest = name.removeprefix(package).partition(".")
+    return package + module, rest
+
+
+def unit_may_use(house: House, unit: Unit) -> list[Interface]:
+    """What any exercise of a day or a part may use, each interface once."""
+    return sorted({one for exercise in unit.exercises for one in may_use(house, unit.day, exercise)})
 
 
 @dataclass(frozen=True)
@@ -83,14 +91,16 @@ def _used(
 
 
 class Reference:
-    """The reference's modules, parsed once."""
+    """The reference's modules, and those of the packages under it (`tiny_llm_checkpoints.X`), parsed once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def tree(self, module: str) -> ast.Module:
         """A module's source, parsed; an empty one for a module that is not there."""
-        file = self.folder / f"{module}.py"
+        package, _, name = module.rpartition(".")
+        folder = self.folder.parent / package if package else self.folder
+        file = folder / f"{name}.py"
         return _parsed(file, file.stat().st_mtime_ns if file.exists() else 0)
 
     def functions(self, module: str) -> dict[str, Function]:
@@ -99,7 +109,7 @@ class Reference:
 
     def imports(self, module: str) -> dict[str, tuple[str, str]]:
         """The names that a module has from others beside it: where each is defined, and under which name."""
-        return _imports(self.tree(module))
+        return _imports(self.tree(module), module.rpartition(".")[0])
 
     def defined(self, module: str, name: str) -> ast.stmt | None:
         """The class, function or constant of that name at the top of a module."""
@@ -394,12 +404,18 @@ def _functions(tree: ast.Module) -> dict[str, Function]:
 
 
 @cache
-def _imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
+def _imports(tree: ast.Module, package: str) -> dict[str, tuple[str, str]]:
+    """package: the one under the reference that the module is in; empty for the reference's own."""
     found: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module:
-            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and (node.level or _is_below(node.module)):
+            module = f"{package}.{node.module}" if node.level and package else node.module
+            found |= {alias.asname or alias.name: (module, alias.name) for alias in node.names}
     return found
+
+
+def _is_below(module: str) -> bool:
+    return module.partition(".")[0] == CHECKPOINTS
 
 
 @cache

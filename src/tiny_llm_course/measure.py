@@ -1,7 +1,7 @@
 """One side of `pdm run compare`: a day's work on the overlay of this process, a repetition each time it is
 asked.
 
-    python -m tiny_llm_course.measure 1.2 result.npz
+    python -m tiny_llm_course.measure 1.2 work result.npz
 
 makes one run that is not measured and writes `ready`. For each line that it reads it repeats the work and
 writes the seconds. When its input ends it stores what came out, and the most memory that MLX held. Inputs
@@ -24,18 +24,18 @@ READY = "ready"
 
 
 def main() -> None:
-    """Measure the day named on the command line; what goes wrong in the learner's code is one line."""
-    day, target = sys.argv[1:]
+    """Measure what the command line names; what goes wrong in the learner's code is one line."""
+    day, function, target = sys.argv[1:]
     try:
         with learners_errors(House.here()):
-            _measure(day, Path(target))
+            _measure(day, function, Path(target))
     except CourseError as error:
         sys.exit(str(error))
 
 
-def _measure(day: str, target: Path) -> None:
+def _measure(day: str, function: str, target: Path) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
-    work = demonstration(day).work()
+    work = getattr(demonstration(day), function)()
     out = work()
     mx.eval(out)  # the first run pays for what is made once
     mx.reset_peak_memory()

@@ -6,11 +6,11 @@ The plugin (`provenance`) writes it in the process of the run; `pdm run test` re
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .syllabus import Day, Exercise
+from .units import Day, Exercise
 
 OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # the variable that tells the plugin where to write
 _TASK = re.compile(r"::test_task_(\d+)_")
@@ -21,17 +21,26 @@ class Outcome:
     """One run. code: pytest's. failed: ids of tests, and of files that could not be collected.
 
     waiting: for each test that met a blank, the blank's message, such as `1.4.1 rms_norm: book, ...`.
-    stopped: whether the run ended early because a test was out of time.
+    stopped: whether the run ended early because a test was out of time. blank: ids of the tests that wait.
     """
 
     code: int
     failed: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
     stopped: bool = False
+    blank: tuple[str, ...] = ()
+
+    def passes(self, exercises: Iterable[Exercise]) -> bool:
+        """Whether no test of these exercises failed or waits, in a run that had them all."""
+        tasks = {exercise.task for exercise in exercises}
+        return not tasks & set(map(task_of, (*self.failed, *self.blank)))
 
 
-def write_outcome(file: Path, failed: Sequence[str], waiting: Sequence[str], *, stopped: bool) -> None:
-    """Store what a run came to, for the process that started it."""
+def write_outcome(
+    file: Path, failed: Sequence[str], waiting: Sequence[tuple[str, str]], *, stopped: bool
+) -> None:
+    """Store what a run came to, for the process that started it. waiting: a test's id and its blank's
+    message."""
     file.write_text(json.dumps([failed, waiting, stopped]), encoding="utf-8")
 
 
@@ -40,7 +49,8 @@ def read_outcome(file: Path, code: int) -> Outcome:
     if not file.exists():
         return Outcome(code)
     failed, waiting, stopped = json.loads(file.read_text(encoding="utf-8"))
-    return Outcome(code, tuple(failed), tuple(waiting), stopped)
+    blank, messages = (tuple(each) for each in zip(*waiting, strict=True)) if waiting else ((), ())
+    return Outcome(code, tuple(failed), messages, stopped, blank)
 
 
 def task_of(test: str) -> int:

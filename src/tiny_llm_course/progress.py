@@ -7,6 +7,7 @@ same.
 import ast
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from .errors import CourseError
 from .house import House
-from .source import SKIPPED, body_lines, functions, imported, is_blank, related
+from .source import SKIPPED, body_lines, functions, imported, is_blank, related, with_blank
 from .suite_files import suite_files
-from .syllabus import Day, Exercise, Syllabus
+from .syllabus import Syllabus
+from .units import Day, Exercise, Kernel, Part, Unit
 
 
 class State(Enum):
@@ -30,7 +32,7 @@ class State(Enum):
 
 
 class Result(Enum):
-    """What is known of a day's tests on the files as they are now."""
+    """What is known of the tests of a day or a part on the files as they are now."""
 
     UNKNOWN = "not tested"
     STALE = "changed since its tests ran"
@@ -40,7 +42,7 @@ class Result(Enum):
 
 @dataclass(frozen=True)
 class Record:
-    """The outcome of a day's last test run, and of which files it was."""
+    """The outcome of the last test run of a day or a part, and of which files it was."""
 
     fingerprint: str
     passed: bool
@@ -76,9 +78,38 @@ def started_days(house: House, syllabus: Syllabus) -> list[Day]:
     return [day for day in syllabus.days if own & set(day.modules)]
 
 
-def missing_modules(house: House, day: Day) -> list[str]:
-    """The modules of a day that the learner has not."""
-    return [module for module in day.modules if not (house.overlay / f"{module}.py").exists()]
+def started_units(house: House, syllabus: Syllabus) -> list[Unit]:
+    """The days that the learner has, and of days that are there in part the parts that are."""
+    return [
+        unit
+        for day in started_days(house, syllabus)
+        for unit in (
+            [day] if not day.parts or not missing_modules(house, day) else _started_parts(house, day)
+        )
+    ]
+
+
+def _started_parts(house: House, day: Day) -> list[Part]:
+    """The parts of which something is the learner's, or where all is skipped those whose files are there."""
+    there = [part for part in day.parts if not missing_modules(house, part)]
+    return [part for part in there if is_started(house, part)] or there
+
+
+def is_started(house: House, unit: Unit) -> bool:
+    """Whether the files of a unit are there, and of a part not all of it is the reference's."""
+    if missing_modules(house, unit):
+        return False
+    return isinstance(unit, Day) or {state(house, one) for one in unit.exercises} != {State.SKIPPED}
+
+
+def is_untouched(house: House, unit: Unit) -> bool:
+    """Whether a unit is there, and all of it is blank."""
+    return {state(house, exercise) for exercise in unit.exercises} == {State.BLANK}
+
+
+def missing_modules(house: House, unit: Unit) -> list[str]:
+    """The modules of a day or a part that the learner has not."""
+    return [module for module in unit.modules if not (house.overlay / f"{module}.py").exists()]
 
 
 def state(house: House, exercise: Exercise) -> State:
@@ -99,44 +130,87 @@ def state(house: House, exercise: Exercise) -> State:
     return State.SKIPPED if skipped else State.WRITTEN
 
 
-def fingerprint(house: House, day: Day) -> str:
-    """A hash of what a day's tests depend on: see `file_hashes`."""
-    return hashlib.sha256(json.dumps(file_hashes(house, day)).encode()).hexdigest()
+def first_to_do(house: House, syllabus: Syllabus, wanted: str) -> Exercise | Kernel:
+    """The exercise of an id such as 3.2.4, or of a part such as 3.2b the first that is not written."""
+    if not wanted[-1:].isalpha() or wanted.count(".") != 1:
+        return syllabus.exercise(wanted)
+    exercises = syllabus.to_start(wanted).exercises
+    written = (State.WRITTEN, State.SKIPPED)
+    return next((one for one in exercises if state(house, one) not in written), exercises[0])
 
 
-def file_hashes(house: House, day: Day) -> dict[str, str]:
-    """The hash of each file that a day's tests depend on: the suite, its modules, and whatever these import.
+def refuse_missing(house: House, exercises: Iterable[Exercise]) -> None:
+    """Raise `CourseError` for an exercise that is not in its file under its name."""
+    for exercise in exercises:
+        if state(house, exercise) is State.MISSING:
+            file = house.shown(house.overlay / f"{exercise.module}.py")
+            raise CourseError(
+                f"{file} has no {exercise.name} (exercise {exercise.id}): it must keep its name"
+            )
 
-    Of each module the learner's file where there is one. What the day does not reach makes no difference.
+
+def fingerprint(house: House, unit: Unit) -> str:
+    """A hash of what a unit's tests depend on: see `file_hashes`."""
+    return hashlib.sha256(json.dumps(file_hashes(house, unit)).encode()).hexdigest()
+
+
+def file_hashes(house: House, unit: Unit) -> dict[str, str]:
+    """The hash of each file that a unit's tests depend on: the suite, its modules, and whatever these import.
+
+    Of each module the learner's file where there is one. What the unit does not reach makes no difference,
+    and neither do the exercises of later parts: a part passes while these are blank.
     """
-    names = [f"{module}.py" for module in sorted(reached(house, day))]
+    names = [f"{module}.py" for module in sorted(reached(house, unit))]
     files = [own if (own := house.overlay / name).exists() else house.reference / name for name in names]
-    files += [house.overlay / kernel.file for kernel in day.kernels]
+    files += [house.overlay / kernel.file for kernel in unit.kernels]
     named = {file.name: file for file in files if file.exists()}
-    named |= {str(file.relative_to(house.suites)): file for file in suite_files(house.suites / day.suite)}
+    named |= {str(file.relative_to(house.suites)): file for file in suite_files(house.suites / unit.suite)}
     whose = {name: "yours " if file.parent == house.overlay else "" for name, file in named.items()}
     return {
-        name: f"{whose[name]}{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+        name: f"{whose[name]}{hashlib.sha256(_needed(file, unit).encode()).hexdigest()[:16]}"
         for name, file in named.items()
     }
 
 
-def changed_files(house: House, day: Day) -> list[str]:
-    """The files that are not as they were when the day's tests ran last."""
-    record = _records(house).get(day.id)
-    before, now = record.files if record else {}, file_hashes(house, day)
+def _needed(file: Path, unit: Unit) -> str:
+    """The text of a file, without the bodies of exercises of later parts."""
+    text = file.read_text(encoding="utf-8")
+    later = [one for part in _later(unit) for one in part.of_module(file.stem)]
+    try:
+        known = functions(text) if later else {}
+    except SyntaxError:
+        return text
+    for exercise in later:
+        text = with_blank(text, exercise.name, "") if exercise.name in known else text
+    return text
+
+
+def _later(unit: Unit) -> tuple[Part, ...]:
+    return unit.later if isinstance(unit, Part) else ()
+
+
+def changed_files(house: House, unit: Unit) -> list[str]:
+    """The files that are not as they were when the unit's tests ran last."""
+    record = _records(house).get(unit.id)
+    before, now = record.files if record else {}, file_hashes(house, unit)
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
-def reached(house: House, day: Day) -> set[str]:
-    """The day's modules, those that its suite imports, and all that these import, directly or not."""
+def reached(house: House, unit: Unit) -> set[str]:
+    """The unit's modules, those that its suite imports, and all that these import, directly or not.
+
+    Without the modules of later parts only.
+    """
+    later = {module for part in _later(unit) for module in part.modules}
+    needed = {module for part in set(unit.day.parts) - set(_later(unit)) for module in part.modules}
+    skipped = later - needed
     reached: set[str] = set()
-    waiting = [*day.modules, *_tested(house, day)]
+    waiting = [*unit.modules, *_tested(house, unit.day)]
     while waiting:
         module = waiting.pop()
         own = house.overlay / f"{module}.py"
         file = own if own.exists() else house.reference / own.name
-        if module in reached or not file.exists():
+        if module in reached | skipped or not file.exists():
             continue
         reached.add(module)
         waiting += related(file.read_text(encoding="utf-8"))
@@ -161,33 +235,45 @@ def public_names(house: House) -> dict[str, str]:
             isinstance(target, ast.Name) and target.id == "_MODULE_OF" for target in node.targets
         ):
             found: dict[str, str] = ast.literal_eval(node.value)
-            return found
+            return {name: module.removeprefix(".") for name, module in found.items()}
     return {}
 
 
-def result(house: House, day: Day) -> Result:
-    """What the day's last test run says about the files as they are."""
-    record = _records(house).get(day.id)
+def result(house: House, unit: Unit) -> Result:
+    """What the last test runs say about the files as they are.
+
+    A day passes too where all of its parts do, and a part where its day does.
+    """
+    found = _recorded(house, unit)
+    if found is Result.PASSING or not unit.day.parts:
+        return found
+    others: tuple[Unit, ...] = unit.parts if isinstance(unit, Day) else (unit.day,)
+    passing = all(_recorded(house, other) is Result.PASSING for other in others)
+    return Result.PASSING if passing else found
+
+
+def _recorded(house: House, unit: Unit) -> Result:
+    record = _records(house).get(unit.id)
     if record is None:
         return Result.UNKNOWN
-    if record.fingerprint != fingerprint(house, day):
+    if record.fingerprint != fingerprint(house, unit):
         return Result.STALE
     return Result.PASSING if record.passed else Result.FAILING
 
 
-def remember(house: House, day: Day, passed: bool) -> None:
+def remember(house: House, unit: Unit, passed: bool) -> None:
     """Record the outcome of a test run of the files as they are."""
-    record = Record(fingerprint(house, day), passed, file_hashes(house, day))
-    records = {**_records(house), day.id: record}
+    record = Record(fingerprint(house, unit), passed, file_hashes(house, unit))
+    records = {**_records(house), unit.id: record}
     house.records.mkdir(exist_ok=True)
-    text = json.dumps({day_id: asdict(record) for day_id, record in sorted(records.items())}, indent=1)
+    text = json.dumps({unit_id: asdict(record) for unit_id, record in sorted(records.items())}, indent=1)
     _file(house).write_text(text + "\n", encoding="utf-8")
 
 
 def _records(house: House) -> dict[str, Record]:
     try:
         found = json.loads(_file(house).read_text(encoding="utf-8"))
-        return {day_id: Record(**record) for day_id, record in found.items()}
+        return {unit_id: Record(**record) for unit_id, record in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # a lost or broken record says nothing
 

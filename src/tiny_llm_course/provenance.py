@@ -61,7 +61,7 @@ def pytest_report_teststatus(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Each blank once, with the number of tests that wait for it."""
-    for message, count in Counter(_waiting(terminalreporter)).items():
+    for message, count in Counter(message for _, message in _waiting(terminalreporter)).items():
         terminalreporter.write_line(f"{f'{count} tests wait' if count > 1 else '1 test waits'} for {message}")
 
 
@@ -74,9 +74,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         write_outcome(Path(os.environ[OUTCOME_FILE]), failed, _waiting(reporter), stopped=stopped)
 
 
-def _waiting(reporter: pytest.TerminalReporter) -> list[str]:
-    """The message of the blank that each waiting test met."""
-    return [str(_message(report)) for report in reporter.stats.get(BLANK, ())]
+def _waiting(reporter: pytest.TerminalReporter) -> list[tuple[str, str]]:
+    """Each waiting test, and the message of the blank that it met."""
+    return [(report.nodeid, str(_message(report))) for report in reporter.stats.get(BLANK, ())]
 
 
 def _folders() -> list[Path]:

@@ -9,13 +9,16 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple
 
-from . import cpp
+from . import cpp, pending
 from .errors import CourseError
+from .examples import missing_examples
 from .house import House
 from .may_use import may_use
+from .outcome import task_of
+from .problem import Problem
 from .progress import public_names
+from .second_solutions import missing_solutions, unsound_solutions
 from .source import (
     Function,
     body_lines,
@@ -29,27 +32,18 @@ from .source import (
 )
 from .starter import starter
 from .suite_files import CONFTEST, SHARED, folder_of, imported_files, parts_of, suite_files
-from .syllabus import Day, Syllabus
+from .syllabus import Syllabus
+from .units import Day
 
 SHORT = 12  # characters of a line that many functions share, such as `return out`
-ALLOWED_IMPORTS = {"tiny_llm", "mlx", "numpy", "pytest", "hypothesis", *sys.stdlib_module_names}
+ALLOWED_IMPORTS = {"tiny_llm", "tiny_llm_checkpoints", "mlx", "numpy", "pytest", "hypothesis"}
+ALLOWED_IMPORTS |= sys.stdlib_module_names
 WHICHEVER = {"len", "set", "sorted"}
 PUBLIC = {"_replace", "_fields", "_asdict", "_make"}  # of a NamedTuple
 QUOTED = re.compile(r"`([^`]+)`")
 COMMON = {name for kind in (str, bytes, int, float, list, dict, set, tuple, deque) for name in dir(kind)}
 COMMON |= {name for kind in (Future, OrderedDict, array) for name in dir(kind)} | set(dir(builtins))
 BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
-
-
-class Problem(NamedTuple):
-    """A rule that does not hold: which, where, and what was found."""
-
-    rule: str
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.rule}: {self.where}: {self.what}"
 
 
 def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
@@ -64,9 +58,17 @@ def static_problems(house: House, syllabus: Syllabus) -> list[Problem]:
     found += _suites_there(house, startable)
     for day in startable:
         suite = house.suites / day.suite
-        for file in suite_files(suite):
+        files = suite_files(suite)
+        for file in files:
             found += _suite_problems(house, syllabus, day, file)
         found += _parts_problems(suite)
+        found += _untested_in_parts(house, day)
+        found += _twice(house.suites, files)
+        if day.id not in pending.WITHOUT_EXAMPLES:
+            found += missing_examples(house, day)
+        if day.id not in pending.WITHOUT_SECOND_SOLUTION:
+            found += missing_solutions(house, day)
+    found += unsound_solutions(house, startable)
     return found
 
 
@@ -177,6 +179,8 @@ def _of_other_packages(source: str) -> set[str]:
 
 def _calls(source: str, name: str) -> bool:
     """Whether a module uses a name that it does not define itself."""
+    if name not in source:
+        return False
     tree = ast.parse(source)
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {name for _, name in imported(source)}
@@ -210,19 +214,39 @@ def _suites_there(house: House, days: Iterable[Day]) -> Iterator[Problem]:
 
 
 def _parts_problems(suite: Path) -> Iterator[Problem]:
-    """The day's own file imports all files of its folder, and no two tests of a day have one name."""
+    """The day's own file imports all files of its folder."""
     own = imported_files(suite.parent, suite) if suite.exists() else []
     for part in parts_of(suite):
         if part not in own:
             yield Problem("suites", _shown(suite.parent, part), f"{suite.name} does not import it")
+
+
+def _twice(suites: Path, files: Iterable[Path]) -> Iterator[Problem]:
+    """Tests or fixtures of one name in several files: the last that is imported hides the others."""
     where: dict[str, str] = {}
-    for file in suite_files(suite):
+    for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, Function) and node.name.startswith("test_"):
-                here = f"{_shown(suite.parent, file)}, line {node.lineno}"
+            if isinstance(node, Function) and _is_pytests(node):
+                here = f"{_shown(suites, file)}, line {node.lineno}"
                 first = where.setdefault(node.name, here)
                 if first != here:
-                    yield Problem("suites", here, f"{node.name} is also in {first}: one of them is never run")
+                    yield Problem("suites", here, f"{node.name} is also in {first}: one hides the other")
+
+
+def _is_pytests(node: Function) -> bool:
+    """Whether pytest finds a function by its name: a test or a fixture."""
+    return node.name.startswith("test_") or any(
+        "fixture" in ast.unparse(decorator) for decorator in node.decorator_list
+    )
+
+
+def _untested_in_parts(house: House, day: Day) -> Iterator[Problem]:
+    """Every test of a day with parts is about one of its exercises, so that a part runs it."""
+    tasks = {exercise.task for exercise in day.exercises} | {int(k.id.split(".")[2]) for k in day.kernels}
+    for file in suite_files(house.suites / day.suite) if day.parts else ():
+        for name in functions(file.read_text(encoding="utf-8")):
+            if name.startswith("test_task_") and task_of(f"::{name}") not in tasks:
+                yield Problem("parts", _shown(house.suites, file), f"{name} is about no exercise")
 
 
 def _shown(suites: Path, file: Path) -> str:
@@ -244,8 +268,8 @@ def _suite_problems(house: House, syllabus: Syllabus, day: Day, file: Path) -> I
                 yield Problem("private", where, f"{module}.{name} is private")
             used = module.partition("tiny_llm.")[2] or public.get(name, "")
             owner = syllabus.owner(used) if module.startswith("tiny_llm") else None
-            if owner is not None and owner.id > day.id:
-                yield Problem("later day", where, f"{used} belongs to day {owner.id}")
+            if owner is not None and owner.day.id > day.id:
+                yield Problem("later day", where, f"{used} belongs to day {owner.day.id}")
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not _is_public(node.attr):
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):

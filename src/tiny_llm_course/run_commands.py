@@ -11,7 +11,7 @@ import typer
 from .arguments import open_course
 from .check import check
 from .errors import CourseError
-from .runs import TIME_LIMIT
+from .runs import TIME_LIMIT, tests_of
 from .testing import run_day, run_reference, run_started
 from .watch import saves, watch
 
@@ -20,10 +20,12 @@ def on_test(
     context: typer.Context,
     day: Annotated[
         str | None,
-        typer.Argument(metavar="[DAY]", help="Such as 1.1; without it, all days that you started."),
+        typer.Argument(
+            metavar="[DAY]", help="Such as 1.1 or the part 3.2b; without it, all that you started."
+        ),
     ] = None,
     isolated: Annotated[
-        bool, typer.Option("--isolated", help="Only today's modules, on the reference.")
+        bool, typer.Option("--isolated", help="Only the modules of this day or part, on the reference.")
     ] = False,
     watched: Annotated[
         bool, typer.Option("--watch", help="Test again after every save; a save ends a run under way.")
@@ -42,6 +44,7 @@ def on_test(
     pdm run test 1.1 -s           # show what your code prints, also where tests pass
     pdm run test 1.1 --tb=short   # show every failure
     pdm run test 1.1.2            # one task
+    pdm run test 3.2b             # one part; a day passes when all of its parts do
     pdm run test 1.1 --watch      # keep this running while you write
     pdm run test --week 1 --day 1
     pdm run test
@@ -71,8 +74,7 @@ def on_test(
     if day is None:
         return run_started(house, syllabus, arguments, time_limit=time_limit)
     if day.count(".") == 2:
-        task = syllabus.exercise(day).id
-        day, arguments = task.rpartition(".")[0], ["-k", f"test_task_{task.rpartition('.')[2]}_", *arguments]
+        arguments = [f"--tasks={syllabus.exercise(day).id.rpartition('.')[2]}", *arguments]
     chosen = syllabus.to_start(day)
     if watched:
         again = [sys.executable, "-m", "tiny_llm_course", "test", *(["--isolated"] if isolated else [])]
@@ -84,7 +86,9 @@ def on_test_refsol(
     context: typer.Context,
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[DAY|FILE]", help="Such as 1.1, or tests_refsol/test_week_1_day_1.py."),
+        typer.Argument(
+            metavar="[DAY|FILE]", help="Such as 1.1, the part 3.2b, or tests_refsol/test_week_1_day_1.py."
+        ),
     ] = None,
 ) -> int:
     """Run the course's tests on the reference; what stands behind goes to pytest.
@@ -92,6 +96,7 @@ def on_test_refsol(
     \b
     pdm run test-refsol
     pdm run test-refsol 1.1
+    pdm run test-refsol 3.2b      # one part
     pdm run test-refsol tests_refsol/test_week_1_day_1.py -k softmax
     """
     house, syllabus = open_course()
@@ -103,12 +108,17 @@ def on_test_refsol(
         return run_reference(house, [house.suites], arguments)
     if Path(what.partition("::")[0]).exists():
         return run_reference(house, [], [*arguments, what])
-    return run_reference(house, [house.suites / syllabus.to_start(what).suite], arguments)
+    unit = syllabus.to_start(what)
+    return run_reference(house, [house.suites / unit.suite], [*tests_of(unit), *arguments])
 
 
 def on_course_check(
+    days: Annotated[
+        list[str] | None, typer.Argument(metavar="[DAY...]", help="Run only these days, such as 3.2.")
+    ] = None,
     static_only: Annotated[
-        bool, typer.Option("--static", help="Only what can be read from the files: seconds.")
+        bool,
+        typer.Option("--static", help="Only what can be read from the files, and examples: seconds."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list of problems.")] = False,
 ) -> int:
@@ -116,7 +126,8 @@ def on_course_check(
 
     Every blank exercise makes a test of its day fail, with its own message; every starter imports, is
     formatted and leaks no line of its solution; no test needs a later day, looks into private names or
-    asserts block ids; the reference passes all.
+    asserts block ids; each part, such as 3.2b, passes while later parts are blank; every exercise has an
+    example that holds; the reference and the second solutions pass all.
     """
     house, syllabus = open_course()
 
@@ -124,7 +135,8 @@ def on_course_check(
         if not as_json:
             print(f"[{done}/{total}] {what}" if total else what, flush=True)
 
-    problems = check(house, syllabus, report, static_only=static_only)
+    only = [syllabus.to_start(day).day for day in days or ()]
+    problems = check(house, syllabus, report, static_only=static_only, only=only)
     if as_json:
         print(json.dumps([problem._asdict() for problem in problems]))
     else:

@@ -15,10 +15,10 @@ from .house import House
 from .outcome import OUTCOME_FILE, Outcome, read_outcome
 from .progress import helper_files
 from .suite_files import suite_files
-from .syllabus import Day
+from .units import Part, Unit
 
 TIME_LIMIT = 30.0  # seconds for one test: ten times the slowest of the course
-PLUGINS = ("time_limit", "provenance", "steady_parse", "first_failure")
+PLUGINS = ("time_limit", "provenance", "steady_parse", "first_failure", "chosen_tasks")
 GRACE = 15  # seconds after a test's time limit until a process that does not answer is ended
 SHOWS_ITSELF = (
     "-x",
@@ -83,21 +83,34 @@ def run_suites(
     )
 
 
-def run_suite_of(house: House, day: Day, arguments: Sequence[str], about: str, time_limit: float) -> Outcome:
-    """Run one day's suite before the learner's eyes; what it came to."""
+def tests_of(unit: Unit) -> list[str]:
+    """What chooses a unit's tests in its suite: nothing for a day, which has them all."""
+    tasks = ",".join(str(exercise.task) for exercise in unit.exercises)
+    return [f"--tasks={tasks}"] if isinstance(unit, Part) else []
+
+
+def run_suite_of(
+    house: House, unit: Unit, arguments: Sequence[str], about: str, time_limit: float
+) -> Outcome:
+    """Run the tests of a day or a part before the learner's eyes; what it came to."""
     brief = [] if any(argument.startswith(SHOWS_ITSELF) for argument in arguments) else ["--brief"]
     with TemporaryDirectory(prefix="tiny-llm-outcome-") as folder:
         stored = Path(folder, "outcome.json")
-        suites = [house.suites / day.suite]
-        arguments = [*brief, *arguments]
+        suites = [house.suites / unit.suite]
+        arguments = [*brief, *tests_of(unit), *arguments]
         run = run_suites(house, suites, arguments, about=about, outcome=stored, time_limit=time_limit)
         return read_outcome(stored, run.returncode)
 
 
-def run_python(house: House, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run Python on the engine as this house's overlay has it, and keep what it prints."""
-    command = [sys.executable, *arguments]
-    return _run(command, house, _environment(house, ""), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def run_python(
+    house: House, arguments: Sequence[str], variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python on the engine as this house's overlay has it, and keep what it prints.
+
+    variables: of the environment, beside those that it has.
+    """
+    command, environment = [sys.executable, *arguments], {**_environment(house, ""), **(variables or {})}
+    return _run(command, house, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def begin_python(house: House, arguments: Sequence[str]) -> subprocess.Popen[str]:

@@ -5,20 +5,21 @@ from typing import Annotated
 
 import typer
 
-from . import views
-from .arguments import AnExercise, DayId, open_course
+from . import overview, views
+from .arguments import ADay, AnExercise, open_course
 from .compare import as_json_object, as_text, compare
-from .days import demonstration
+from .days import function_of, has_own
 from .doctor import examine
 from .learner import learners_errors
-from .progress import own_modules
+from .progress import first_to_do, own_modules
 
 
-def on_try(day: DayId) -> None:
+def on_try(day: ADay) -> None:
     """See a day's thing run through your modules, on the real model where it can show it, with its number.
 
     \b
     pdm run try 1.6
+    pdm run try 3.2b              # a part's own, where it has one; otherwise the day's
     """
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
@@ -26,9 +27,13 @@ def on_try(day: DayId) -> None:
     whose = (
         f"{m}.py is {'yours' if m in yours else 'the reference' + chr(39) + 's'}" for m in chosen.modules
     )
-    print(f"day {chosen.id}, {chosen.title}: {', '.join(whose)}")
+    print(f"{chosen.named}, {chosen.title}: {', '.join(whose)}")
+    if not has_own(chosen, "show"):
+        print(
+            f"part {chosen.id} has nothing of its own to show: this is day {chosen.day.id}'s, for all parts"
+        )
     with learners_errors(house):
-        for line in demonstration(chosen.id).show():
+        for line in function_of(chosen, "show")():
             print(line, flush=True)
 
 
@@ -40,26 +45,28 @@ def on_hint(
     \b
     pdm run hint 1.1.2
     pdm run hint 1.1.2 3
+    pdm run hint 3.2b             # the first exercise of the part that is not written
     """
     house, syllabus = open_course()
-    print(views.hint(house, syllabus, syllabus.exercise(exercise), step))
+    print(views.hint(house, syllabus, first_to_do(house, syllabus, exercise), step))
 
 
 def on_diff(
-    day: DayId,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Although the day does not pass yet.")] = False,
+    day: ADay,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Although it does not pass yet.")] = False,
 ) -> None:
-    """Show what the reference does otherwise, once the day passes.
+    """Show what the reference does otherwise, once the day or the part passes.
 
     \b
     pdm run diff 1.1
+    pdm run diff 3.2b             # one part, once it passes
     """
     house, syllabus = open_course()
     print(views.difference(house, syllabus.to_start(day), anyway=anyway))
 
 
 def on_compare(
-    day: DayId,
+    day: ADay,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Measure your code and the reference on the same work, alternating: results, speed, memory.
@@ -68,11 +75,12 @@ def on_compare(
 
     \b
     pdm run compare 2.4
+    pdm run compare 3.2b          # a part's own work, where it has one; otherwise the day's
     """
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
-    if chosen.no_compare is not None and not as_json:
-        print(f"day {chosen.id} has nothing to compare: {chosen.no_compare}")
+    if chosen.day.no_compare is not None and not as_json:
+        print(f"day {chosen.day.id} has nothing to compare: {chosen.day.no_compare}")
         return
     found = compare(house, chosen)
     if as_json:
@@ -86,18 +94,19 @@ def on_progress(
 ) -> None:
     """Show how far you are: which exercises are written, and which days pass.
 
-    Read from your files; a day passes when its tests passed on the files as they are now.
+    Read from your files; a day passes when its tests passed on the files as they are now, or those of all its
+    parts, which are listed once the day is started: 3.2a, 3.2b and so on.
     """
     house, syllabus = open_course()
     if as_json:
-        print(json.dumps(views.progress(house, syllabus)))
+        print(json.dumps(overview.progress(house, syllabus)))
     else:
-        print(views.progress_text(house, syllabus))
+        print(overview.progress_text(house, syllabus))
 
 
 def on_map() -> None:
-    """Show all days, their modules, and which of them are yours."""
-    print(views.map_text(*open_course()))
+    """Show all days, their modules, which of them are yours, and the parts of long days, such as 3.2b."""
+    print(overview.map_text(*open_course()))
 
 
 def on_doctor(
@@ -105,7 +114,7 @@ def on_doctor(
 ) -> int:
     """Look whether everything is here: Python, MLX, kernels, the model, and your files against the reference.
 
-    Ends with 1 when something needs mending, and says what to do.
+    Ends with 1 when something needs mending, and says what to do, for which day, or for which part: 3.2b.
     """
     findings = list(examine(*open_course()))  # says itself what cannot be imported
     if as_json:

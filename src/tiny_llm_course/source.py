@@ -7,6 +7,7 @@ byte, comments included.
 import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
 
@@ -15,6 +16,7 @@ from .errors import CourseError
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
+REMEMBERED = 500  # sources whose imports are read only once
 SKIPPED = "# skipped: the reference's code"
 
 
@@ -85,7 +87,7 @@ def signature(source: str, name: str) -> str:
 def related(source: str) -> list[str]:
     """The modules beside it that a source imports; none where it cannot be read."""
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        nodes = import_nodes(source)
     except SyntaxError:
         return []
     return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
@@ -113,7 +115,15 @@ def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 def imported(source: str) -> list[tuple[str, str]]:
     """The modules that a source imports anywhere, each with a name from it (or none)."""
-    return [found for node in ast.walk(ast.parse(source)) for found in imported_by(node)]
+    return [found for node in import_nodes(source) for found in imported_by(node)]
+
+
+@lru_cache(maxsize=REMEMBERED)
+def import_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Every import of a source, wherever it stands. Raises `SyntaxError` where it cannot be read."""
+    return tuple(
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)
+    )
 
 
 def docstrings(source: str) -> list[str]:
@@ -133,6 +143,36 @@ def with_body_of(source: str, other: str, name: str) -> str:
     body = f"{' ' * (node.col_offset + 4)}{SKIPPED}\n"
     body += "".join(f"{line}\n" for line in body_lines(other, name))
     return "".join([*lines[: first - 1], body, *lines[last:]])
+
+
+def with_blank(source: str, name: str, message: str) -> str:
+    """The source with one function's body blank; everything else stays as it is."""
+    lines = source.splitlines(keepends=True)
+    node = find(source, name)
+    return "".join([*lines[: _body(node)[0] - 1], _raise(node, message), *lines[_last(node) :]])
+
+
+def is_given(source: str, other: str, name: str) -> bool:
+    """True where a function is another's as `with_body_of` or `with_function` has put it there, unchanged."""
+    if name not in functions(source) or name not in functions(other):
+        return False
+    own = body_lines(source, name)
+    above = source.splitlines()[_first(find(source, name)) - 2]
+    marked = SKIPPED in map(str.strip, [above, *own])
+    return marked and [line for line in own if line.strip() != SKIPPED] == body_lines(other, name)
+
+
+def without(source: str, name: str) -> str:
+    """The source without one function, the comment of `with_function` above it, and the gap before it."""
+    lines = source.splitlines(keepends=True)
+    node = find(source, name)
+    first = _first(node) - 1
+    if first and lines[first - 1].strip() == SKIPPED:
+        first -= 1
+    gap = 1 if "." in name else 2
+    while gap and first and not lines[first - 1].strip():
+        first, gap = first - 1, gap - 1
+    return "".join([*lines[:first], *lines[_last(node) :]])
 
 
 def with_function(source: str, other: str, name: str) -> str:

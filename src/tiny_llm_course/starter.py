@@ -1,53 +1,126 @@
 """A day's modules as a learner begins with them: the reference's, with the exercises blank."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from .cpp import libraries
 from .errors import CourseError
 from .house import House
-from .progress import State, own_modules, state
-from .source import blanked, functions, names_in, with_body_of, with_function
+from .progress import State, is_untouched, missing_modules, own_modules, refuse_missing, state
+from .source import (
+    blanked,
+    functions,
+    is_given,
+    names_in,
+    with_blank,
+    with_body_of,
+    with_function,
+    without,
+)
 from .stubs import link_stubs
-from .syllabus import Day, Exercise, Kernel
+from .units import Day, Exercise, Kernel, Part, Unit
 
 
-def starter(house: House, module: str, *days: Day) -> str:
-    """The source of one module, its exercises of these days blank."""
+@dataclass(frozen=True)
+class Begun:
+    """What a start has done. files: written anew. blanked: exercises that were the reference's in a file of
+    the learner's, and are blank now."""
+
+    files: list[Path]
+    blanked: list[Exercise]
+
+
+def starter(house: House, module: str, *units: Unit) -> str:
+    """The source of one module, its exercises of these days and parts blank.
+
+    The exercises of a day's other parts are there as `skip` puts them, with the helpers that they call.
+    """
     source = (house.reference / f"{module}.py").read_text(encoding="utf-8")
-    messages = {exercise.name: exercise.message for day in days for exercise in day.of_module(module)}
-    removed = dict.fromkeys(name for day in days for name in day.removed_from(module))
-    return blanked(source, messages, removed)
+    days = list(dict.fromkeys(unit.day for unit in units))
+    exercises = [exercise for day in days for exercise in day.of_module(module)]
+    removed = [name for day in days for name in day.removed_from(module)]
+    source = blanked(source, {one.name: one.message for one in exercises}, removed)
+    blank = {exercise.id for unit in units for exercise in unit.of_module(module)}
+    for day in days:
+        for exercise in day.of_module(module):
+            source = source if exercise.id in blank else _filled(house, day, exercise, source)
+    return source
 
 
-def start(house: House, day: Day) -> list[Path]:
-    """Write the day's modules into the overlay; the files that were written.
+def start(house: House, unit: Unit) -> Begun:
+    """Write the modules of a day or a part into the overlay.
 
-    Never overwrites: a module that is there stays, and if all of them are, `CourseError` says so.
+    A module that is there stays as it is, apart from exercises of the unit that are the reference's, where
+    the day has parts: these become blank. What the learner has written always stays. Raises `CourseError`
+    where there is nothing to do, unless the unit is a part that is blank.
     """
     own_modules(house)
-    new = [house.overlay / f"{module}.py" for module in day.modules]
-    new = [file for file in new if not file.exists()]
-    if not new:
+    new = [house.overlay / f"{module}.py" for module in missing_modules(house, unit)]
+    given = [exercise for exercise in unit.exercises if unit.day.parts and _is_given(house, exercise)]
+    if not new and not given and not (isinstance(unit, Part) and is_untouched(house, unit)):
         raise CourseError(
-            f"day {day.id} is started already ({', '.join(f'{module}.py' for module in day.modules)}): "
-            f"`pdm run start {day.id} --again` moves your files aside and begins anew"
+            f"{unit.named} is started already ({', '.join(f'{module}.py' for module in unit.modules)}): "
+            f"`pdm run start {unit.id} --again` moves your files aside and begins anew"
         )
     for file in new:
-        file.write_text(starter(house, file.stem, day), encoding="utf-8")
+        file.write_text(starter(house, file.stem, unit), encoding="utf-8")
+    for exercise in given:
+        _blank_again(house, unit.day, exercise)
     link_stubs(house)
-    return new
+    return Begun(new, given)
 
 
-def set_aside(house: House, day: Day) -> list[Path]:
-    """Rename the day's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; the new names.
+def _is_given(house: House, exercise: Exercise) -> bool:
+    """Whether an exercise is the reference's in the learner's file, unchanged."""
+    if state(house, exercise) is not State.SKIPPED:
+        return False
+    own, reference = _sources(house, exercise)
+    return is_given(own, reference, exercise.name)
 
+
+def _sources(house: House, exercise: Exercise) -> list[str]:
+    """The learner's and the reference's source of an exercise's module."""
+    folders = (house.overlay, house.reference)
+    return [(folder / f"{exercise.module}.py").read_text(encoding="utf-8") for folder in folders]
+
+
+def _blank_again(house: House, day: Day, exercise: Exercise) -> None:
+    """Make an exercise blank that is the reference's, and take out the helpers that only it has called."""
+    own, reference = _sources(house, exercise)
+    own = with_blank(own, exercise.name, exercise.message)
+    for helper in reversed(day.removed_from(exercise.module)):
+        called = any(helper.rpartition(".")[2] in names_in(own, name) for name in functions(own))
+        if is_given(own, reference, helper) and not called:
+            own = without(own, helper)
+    (house.overlay / f"{exercise.module}.py").write_text(own, encoding="utf-8")
+
+
+def set_aside(house: House, unit: Unit) -> list[Path]:
+    """Rename the unit's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; the new names.
+
+    A file with work of other parts is copied instead, and the part's exercises in it become the reference's.
     A library that holds a kernel of the day's is deleted: it can be built again.
     """
-    files = [house.overlay / f"{module}.py" for module in day.modules]
-    moved = [_rename(file) for file in files if file.exists()]
+    files = [house.overlay / f"{module}.py" for module in unit.modules]
+    moved = [aside for file in files if file.exists() and (aside := _set_aside(house, unit, file))]
     link_stubs(house)
-    return moved + [file for kernel in day.kernels for file in set_aside_kernel(house, kernel)]
+    return moved + [file for kernel in unit.kernels for file in set_aside_kernel(house, kernel)]
+
+
+def _set_aside(house: House, unit: Unit, file: Path) -> Path | None:
+    """Where the file was moved or copied to; None where the part's exercises are the reference's already."""
+    of_others = [one for one in unit.day.of_module(file.stem) if one not in unit.exercises]
+    if all(_is_given(house, one) for one in of_others):
+        return _rename(file)
+    of_unit = [one for one in unit.of_module(file.stem) if not _is_given(house, one)]
+    if not of_unit:
+        return None
+    refuse_missing(house, of_unit)
+    sources = filled(house, unit.day, of_unit)
+    aside = _rename(file)
+    file.write_text(sources[file.stem], encoding="utf-8")
+    return aside
 
 
 def set_aside_kernel(house: House, kernel: Kernel) -> list[Path]:
@@ -60,13 +133,13 @@ def set_aside_kernel(house: House, kernel: Kernel) -> list[Path]:
     return [_rename(file)]
 
 
-def restore(house: House, day: Day) -> list[Path]:
-    """Bring back the newest of the files that were moved aside for each of the day's files; what is there
+def restore(house: House, unit: Unit) -> list[Path]:
+    """Bring back the newest of the files that were moved aside for each of the unit's files; what is there
     again.
 
     A file that is there changes places with it, so that a second `restore` undoes the first.
     """
-    names = [f"{module}.py" for module in day.modules] + [kernel.file for kernel in day.kernels]
+    names = [f"{module}.py" for module in unit.modules] + [kernel.file for kernel in unit.kernels]
     restored = []
     for name in names:
         newest = _newest_aside(house.overlay / name)

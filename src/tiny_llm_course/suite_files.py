@@ -8,6 +8,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from .source import import_nodes
+
 SHARED = "common"
 CONFTEST = "conftest.py"
 
@@ -40,11 +42,11 @@ def parts_of(suite: Path) -> list[Path]:
 def imported_files(suites: Path, file: Path) -> list[Path]:
     """The files of the suites' folder that a file imports; none of one that does not parse."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = import_nodes(file.read_text(encoding="utf-8"))
     except SyntaxError:
         return []
     base = file.parent.relative_to(suites).parts
-    return [found for node in ast.walk(tree) for found in _files_of(suites, base, node)]
+    return [found for node in nodes for found in _files_of(suites, base, node)]
 
 
 def _files_of(suites: Path, base: tuple[str, ...], node: ast.AST) -> Iterator[Path]:

@@ -1,102 +1,21 @@
-"""The days of the course as syllabus.toml lists them: modules, exercises, hints, chapters."""
+"""The days of the course as syllabus.toml lists them: modules, parts, exercises, hints, chapters."""
 
 import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from .errors import CourseError
+from .units import Cut, Day, Exercise, Kernel, Unit
 
 HINTS = 3  # a question, a fact, a sketch
 _DAY_ID = re.compile(r"[1-9]\.[1-9]")
-_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "exercise", "kernel", "no_compare"}
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`.
-
-    message: what a blank raises: which task it is, and where it is explained. may_use: interfaces that it may
-    use and that cannot be read from the reference, as `module.name`.
-    """
-
-    id: str
-    module: str
-    name: str
-    hints: tuple[str, ...]
-    message: str
-    may_use: tuple[str, ...] = ()
-
-    @property
-    def day_id(self) -> str:
-        """The day that it belongs to."""
-        return self.id.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A day's option in C++: a kernel's file, the functions to write, those that would give them away.
-
-    message: what the compiler says where it is blank.
-    """
-
-    id: str
-    name: str
-    functions: tuple[str, ...]
-    removed: tuple[str, ...]
-    hints: tuple[str, ...]
-    message: str
-
-    @property
-    def day_id(self) -> str:
-        """The day that it belongs to."""
-        return self.id.rpartition(".")[0]
-
-    @property
-    def file(self) -> str:
-        """The name of its file, in the overlay as in the kernels' sources."""
-        return f"{self.name}.cpp"
-
-
-@dataclass(frozen=True)
-class Day:
-    """A day: the modules that it owns and, of these, what is written by the learner.
-
-    works: what works afterwards. chapter: its file in the book; None while it is to come. removed:
-    functions that would give the solution away, as `module.name`; the starter is without them. no_compare:
-    why the day's code is not measured beside the reference's. A day without modules is to come as a whole.
-    """
-
-    id: str
-    title: str
-    works: str
-    chapter: str | None
-    modules: tuple[str, ...]
-    exercises: tuple[Exercise, ...]
-    removed: tuple[str, ...]
-    kernels: tuple[Kernel, ...] = ()
-    no_compare: str | None = None
-
-    @property
-    def suite(self) -> str:
-        """The name of its test file."""
-        week, day = self.id.split(".")
-        return f"test_week_{week}_day_{day}.py"
-
-    @property
-    def is_to_come(self) -> bool:
-        """True where the day cannot be started yet."""
-        return not self.modules
-
-    def of_module(self, module: str) -> tuple[Exercise, ...]:
-        """The exercises in one of its modules."""
-        return tuple(exercise for exercise in self.exercises if exercise.module == module)
-
-    def removed_from(self, module: str) -> tuple[str, ...]:
-        """The functions that a starter of that module is without."""
-        return tuple(name.partition(".")[2] for name in self.removed if name.partition(".")[0] == module)
+_PART_ID = re.compile(r"([1-9]\.[1-9])([A-Za-z]+)")
+_KEYS = {"id", "title", "works", "chapter", "modules", "remove", "part", "exercise", "kernel", "no_compare"}
+_PART_KEYS = {"id", "title", "works", "exercises"}
 
 
 @dataclass(frozen=True)
@@ -106,34 +25,48 @@ class Syllabus:
     days: tuple[Day, ...]
 
     def day(self, wanted: str) -> Day:
-        """The day of an id such as 1.1, of one of its exercises, or of one of its files.
+        """The day of an id such as 1.1, of a part, of an exercise, or of a file.
 
         Raises `CourseError` for one that there is not.
+        """
+        return self.unit(wanted).day
+
+    def unit(self, wanted: str) -> Unit:
+        """The day of an id such as 1.1, or the part of an id such as 3.2b.
+
+        Of an exercise such as 1.1.1, or of a module such as attention, attention.py or a path to it: its
+        part, or else its day. Raises `CourseError` for one that there is not.
         """
         by_id = {day.id: day for day in self.days}
         if wanted in by_id:
             return by_id[wanted]
+        part = _PART_ID.fullmatch(wanted)
+        if part is not None and part[1] in by_id:
+            return by_id[part[1]].part(part[2])
         if (meant := self._meant(wanted)) is not None:
             return meant
-        if not _DAY_ID.fullmatch(wanted):
+        if not _DAY_ID.fullmatch(part[1] if part else wanted):
             raise CourseError(f"{wanted!r} is no day such as 1.1: `pdm run map` shows all")
-        raise CourseError(f"there is no day {wanted}: `pdm run map` shows all")
+        raise CourseError(f"there is no day {part[1] if part else wanted}: `pdm run map` shows all")
 
-    def _meant(self, wanted: str) -> Day | None:
-        """The day of an exercise such as 1.1.1, or of a module such as attention, attention.py or a path to
-        it."""
+    def _meant(self, wanted: str) -> Unit | None:
+        """The unit of an exercise or of a module."""
         for day in self.days:
-            tasks: tuple[Exercise | Kernel, ...] = (*day.exercises, *day.kernels)
-            if any(one.id == wanted for one in tasks):
+            if any(kernel.id == wanted for kernel in day.kernels):
                 return day
+            for exercise in day.exercises:
+                if exercise.id == wanted:
+                    return day.part_of(exercise) or day
         return self.owner(Path(wanted).name.removesuffix(".py"))
 
-    def to_start(self, wanted: str) -> Day:
-        """A day that can be started; raises `CourseError` for one that is to come."""
-        day = self.day(wanted)
-        if day.is_to_come:
-            raise CourseError(f"day {day.id} ({day.title}) is to come: the engine has it, the course not yet")
-        return day
+    def to_start(self, wanted: str) -> Unit:
+        """A day or a part that can be started; raises `CourseError` for one that is to come."""
+        unit = self.unit(wanted)
+        if unit.day.is_to_come:
+            raise CourseError(
+                f"day {unit.day.id} ({unit.day.title}) is to come: the engine has it, the course not yet"
+            )
+        return unit
 
     def exercise(self, wanted: str) -> Exercise | Kernel:
         """The exercise of an id such as 1.1.2. Raises `CourseError`, with a guess."""
@@ -143,18 +76,23 @@ class Syllabus:
             by_id |= {kernel.id: kernel for kernel in day.kernels}
         if wanted in by_id:
             return by_id[wanted]
-        day = self.to_start(".".join(wanted.split(".")[:2]))
-        of_day = [exercise_id for exercise_id in by_id if exercise_id.startswith(f"{day.id}.")]
-        raise CourseError(f"there is no exercise {wanted!r}: day {day.id} has {of_day[0]} to {of_day[-1]}")
+        unit = self.to_start(".".join(wanted.split(".")[:2]))
+        tasks = [*(one.id for one in unit.exercises), *(one.id for one in unit.kernels)]
+        raise CourseError(f"there is no exercise {wanted!r}: {unit.named} has {tasks[0]} to {tasks[-1]}")
 
-    def owner(self, module: str) -> Day | None:
-        """The day that a module belongs to; None for a given one."""
-        return next((day for day in self.days if module in day.modules), None)
+    def owner(self, module: str) -> Unit | None:
+        """The part that a module belongs to, or else the day; None for a given one."""
+        day = next((day for day in self.days if module in day.modules), None)
+        if day is None:
+            return None
+        parts = [part for part in day.parts if module in part.modules]
+        return parts[0] if len(parts) == 1 else day
 
-    def after(self, day: Day) -> Day | None:
-        """The next day that can be started."""
-        later = self.days[self.days.index(day) + 1 :]
-        return next((candidate for candidate in later if not candidate.is_to_come), None)
+    def after(self, unit: Unit) -> Unit | None:
+        """The next part of the day, or else the next day that can be started."""
+        later = self.days[self.days.index(unit.day) + 1 :]
+        following = next((candidate for candidate in later if not candidate.is_to_come), None)
+        return following if isinstance(unit, Day) else next(iter(unit.later), following)
 
 
 def read_syllabus(path: Path) -> Syllabus:
@@ -197,11 +135,52 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
         no_compare=entry.get("no_compare"),
+        cuts=_cuts(entry, exercises, path),
         kernels=tuple(
             _kernel(f"{entry['id']}.{task}", one, entry, path)
             for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)
         ),
     )
+
+
+def _cuts(entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path) -> tuple[Cut, ...]:
+    """The parts of a day: lettered from a, and each exercise in one of them, in order."""
+    parts = entry.get("part", ())
+    for letter, part in zip(ascii_lowercase, parts, strict=False):
+        _refuse_part(f"{path}: day {entry['id']}", letter, part)
+    tasks = [task for part in parts for task in part["exercises"]]
+    if parts and tasks != list(range(1, len(exercises) + 1)):
+        raise CourseError(
+            f"{path}: the parts of day {entry['id']} have the exercises {', '.join(map(str, tasks))}: "
+            f"expected 1 to {len(exercises)}, each once, in order"
+        )
+    return tuple(
+        Cut(
+            part["id"],
+            part["title"],
+            part.get("works"),
+            tuple(exercises[task - 1] for task in part["exercises"]),
+        )
+        for part in parts
+    )
+
+
+def _refuse_part(where: str, letter: str, part: dict[str, Any]) -> None:
+    """Raise `CourseError` for a part that is misspelled; letter: the id that it must have."""
+    if part.get("id") != letter:
+        raise CourseError(f"{where} has a part {part.get('id')!r} where {letter!r} was expected")
+    unknown = part.keys() - _PART_KEYS
+    if unknown:
+        raise CourseError(f"{where}: part {letter} has the unknown keys {', '.join(sorted(unknown))}")
+    if not isinstance(part.get("title"), str):
+        raise CourseError(f"{where}: part {letter} has no text 'title'")
+    if not isinstance(part.get("works", ""), str):
+        raise CourseError(f"{where}: part {letter} has works = {part['works']!r}, expected a text")
+    tasks = part.get("exercises")
+    if not isinstance(tasks, list) or not tasks or not all(type(task) is int for task in tasks):
+        raise CourseError(
+            f"{where}: part {letter} has exercises = {tasks!r}, expected numbers of tasks such as [1, 2]"
+        )
 
 
 def _kernel(kernel_id: str, entry: dict[str, Any], day: dict[str, Any], path: Path) -> Kernel:

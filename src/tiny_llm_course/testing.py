@@ -1,17 +1,31 @@
-"""`pdm run test`: a day's suite on the learner's code, what it says, and what to do next."""
+"""`pdm run test`: the tests of a day or a part on the learner's code, what it says, and what to do next."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .blame import BUDGET, Blame, find_blame, others
 from .cpp import own_kernels, refuse_stale
+from .days import has_own
 from .errors import CourseError
 from .house import House
-from .outcome import Outcome, begin_here
-from .progress import State, missing_modules, own_modules, remember, started_days, state
+from .outcome import Outcome, begin_here, task_of
+from .progress import (
+    Result,
+    State,
+    is_started,
+    is_untouched,
+    missing_modules,
+    own_modules,
+    refuse_missing,
+    remember,
+    result,
+    started_units,
+    state,
+)
 from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
-from .syllabus import Day, Exercise, Syllabus
+from .syllabus import Syllabus
+from .units import Day, Exercise, Part, Unit
 
 ONLY_SHOWN = re.compile(
     r"-(v+|q+|x|l|s)|--tb=.*|--showlocals|--full-trace"
@@ -21,51 +35,56 @@ ONLY_SHOWN = re.compile(
 def run_started(
     house: House, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
 ) -> int:
-    """Test every day that was started; 1 if one fails."""
-    days = started_days(house, syllabus)
-    if not days:
+    """Test every day that was started, or what was started of it; 1 if one fails."""
+    units = started_units(house, syllabus)
+    if not units:
         raise CourseError(
             "no day is started: `pdm run start 1.1` begins with the first, `pdm run map` shows all"
         )
-    return max(run_day(house, syllabus, day, arguments, time_limit=time_limit) for day in days)
+    return max(run_day(house, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
 
 
 def run_day(
     house: House,
     syllabus: Syllabus,
-    day: Day,
+    unit: Unit,
     arguments: Sequence[str],
     *,
     isolated: bool = False,
     time_limit: float = TIME_LIMIT,
 ) -> int:
-    """Run one day's suite, print what follows from it, and remember the outcome; pytest's exit code.
+    """Run the tests of a day or a part, print what follows, and remember the outcome; pytest's exit code.
 
-    isolated: only today's modules, on the reference for everything else. time_limit: seconds for each test.
+    isolated: only the unit's modules, on the reference for everything else. time_limit: seconds for each
+    test.
     """
     own = own_modules(house)
-    _refuse_not_started(house, day)
+    _refuse_not_started(house, unit)
     refuse_stale(house, syllabus)
-    _tell_blanks(house, day)
-    about = f"day {day.id}, {day.title}"
+    _tell_blanks(house, unit)
+    about = f"{unit.named}, {unit.title}"
     if isolated:
-        today = own_sources(house, [module for module in own if module in day.modules])
-        with overlay_of(house, today, kernels=bool(day.kernels)) as alone:
-            outcome = run_suite_of(alone, day, arguments, f"{about}, isolated", time_limit)
-            _tell_first(outcome, day)
+        today = own_sources(house, [module for module in own if module in unit.modules])
+        with overlay_of(house, today, kernels=bool(unit.kernels)) as alone:
+            outcome = run_suite_of(alone, unit, arguments, f"{about}, isolated", time_limit)
+            _tell_first(outcome, unit)
             return outcome.code
-    outcome = run_suite_of(house, day, arguments, about, time_limit)
+    outcome = run_suite_of(house, unit, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
-    if whole:  # part of a suite says nothing about the day
-        remember(house, day, outcome.code == 0)
+    if whole:  # part of the tests says nothing about all
+        remember(house, unit, outcome.code == 0)
+        _remember_parts(house, unit, outcome, arguments)
     if outcome.code == 0 and not whole:
-        print(f"what you chose passes; the whole day: pdm run test {day.id}", flush=True)
+        print(
+            f"what you chose passes; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
+            flush=True,
+        )
     elif outcome.code == 0:
-        _tell_next(house, syllabus, day)
+        _tell_next(house, syllabus, unit)
     elif outcome.failed and not outcome.stopped:
-        _tell_blame(house, syllabus, day, outcome)
+        _tell_blame(house, syllabus, unit, outcome)
     else:
-        _tell_first(outcome, day)
+        _tell_first(outcome, unit)
     return outcome.code
 
 
@@ -75,76 +94,111 @@ def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]
         return run_suites(reference, suites, arguments, about="the reference").returncode
 
 
-def _refuse_not_started(house: House, day: Day) -> None:
-    missing = missing_modules(house, day)
-    if missing and not set(own_kernels(house, Syllabus((day,)))):
-        files = " and ".join(f"{module}.py" for module in missing)
-        raise CourseError(f"not started: pdm run start {day.id} (writes {files})")
+def _refuse_not_started(house: House, unit: Unit) -> None:
+    missing = missing_modules(house, unit)
+    if not missing or set(own_kernels(house, Syllabus((unit.day,)))):
+        return
+    files = " and ".join(f"{module}.py" for module in missing)
+    begun = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(house, one)]
+    if begun:
+        parts = " and ".join(f"`pdm run test {part.id}`" for part in begun)
+        raise CourseError(
+            f"{unit.named} is started only in part: {parts}, or pdm run start {unit.id} (writes {files})"
+        )
+    raise CourseError(f"not started: pdm run start {unit.id} (writes {files})")
 
 
-def _tell_blanks(house: House, day: Day) -> None:
-    states = {exercise: state(house, exercise) for exercise in day.exercises}
+def _tell_blanks(house: House, unit: Unit) -> None:
+    states = {exercise: state(house, exercise) for exercise in unit.exercises}
     if all(found is State.NOT_STARTED for found in states.values()):
         return  # the day's option in C++ alone
-    for exercise, found in states.items():
-        if found is State.MISSING:
-            file = house.shown(house.overlay / f"{exercise.module}.py")
-            raise CourseError(
-                f"{file} has no {exercise.name} (exercise {exercise.id}): it must keep its name"
-            )
+    refuse_missing(house, unit.exercises)
     blank = [f"{exercise.id} {exercise.name}" for exercise, found in states.items() if found is State.BLANK]
     if blank:
         print(f"still blank: {', '.join(blank)}", flush=True)
 
 
-def _tell_next(house: House, syllabus: Syllabus, day: Day) -> None:
-    print(f"day {day.id} passes: {day.works}.")
-    print(f"  pdm run try {day.id}       see it run")
-    if day.no_compare is None:
-        print(f"  pdm run compare {day.id}   beside the reference")
-    print(f"  pdm run diff {day.id}      how the reference does it")
-    after = syllabus.after(day)
+def _remember_parts(house: House, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
+    """What a run of the whole day says about its parts, where it has run all of their tests."""
+    is_whole = outcome.code == 0 or (
+        outcome.code == 1
+        and not outcome.stopped
+        and "-x" not in arguments
+        and all(map(task_of, outcome.failed))  # a file that cannot be imported has no task
+    )
+    parts = unit.parts if isinstance(unit, Day) and is_whole else ()
+    for part in parts:
+        remember(house, part, outcome.passes(part.exercises))
+    if parts and outcome.code:
+        passing = ", ".join(part.id for part in parts if outcome.passes(part.exercises))
+        print(f"parts that pass: {passing or 'none'}", flush=True)
+
+
+def _tell_next(house: House, syllabus: Syllabus, unit: Unit) -> None:
+    print(f"{unit.named} passes{f': {unit.works}' if unit.works else ''}.")
+    for command, says in _next_commands(house, syllabus, unit):
+        print(f"  pdm run {command:13}  {says}", flush=True)
+
+
+def _next_commands(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
+    """What can be done after a unit that passes, and why."""
+    if has_own(unit, "show"):
+        yield f"try {unit.id}", "see it run"
+    if unit.day.no_compare is None and has_own(unit, "work"):
+        yield f"compare {unit.id}", "beside the reference"
+    yield f"diff {unit.id}", "how the reference does it"
+    if isinstance(unit, Part) and not unit.later:
+        passing = result(house, unit.day) is Result.PASSING
+        yield (
+            (f"try {unit.day.id}", "the whole day")
+            if passing
+            else (
+                f"test {unit.day.id}",
+                "the whole day, of which not every part passes yet",
+            )
+        )
+    after = syllabus.after(unit)
     if after is not None:
-        verb = "start" if missing_modules(house, after) else "test"
-        print(f"  pdm run {verb} {after.id}     next: {after.title}", flush=True)
+        begun = is_started(house, after) and not (isinstance(after, Part) and is_untouched(house, after))
+        yield f"{'test' if begun else 'start'} {after.id}", f"next: {after.title}"
 
 
-def _tell_first(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> None:
-    line = begin_here(outcome, day, at_fault)
+def _tell_first(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
+    line = begin_here(outcome, unit.day, at_fault)
     if line is not None:
         print(line, flush=True)
 
 
-def _tell_blame(house: House, syllabus: Syllabus, day: Day, outcome: Outcome) -> None:
-    """Which exercise of today makes the tests fail, or which of the learner's other modules."""
+def _tell_blame(house: House, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
+    """Which exercise of the unit makes the tests fail, or which of the learner's other modules."""
     print("looking for the fault ...", flush=True)
-    found = find_blame(house, day, outcome)
+    found = find_blame(house, unit, outcome)
     if found.today:
-        for line in _about_today(house, day, found):
+        for line in _about_today(unit, found):
             print(line)
-        _tell_first(outcome, day, found.exercise)
+        _tell_first(outcome, unit, found.exercise)
     else:
-        for line in _about_others(house, syllabus, day, found):
+        for line in _about_others(house, syllabus, unit, found):
             print(line, flush=True)
 
 
-def _about_today(house: House, day: Day, found: Blame) -> list[str]:
+def _about_today(unit: Unit, found: Blame) -> list[str]:
     if found.exercise is not None:
         one = found.exercise
         return [f"the fault is in {one.module}.py, {one.name}: with the reference's, {found.test} passes"]
-    files = " or ".join(f"{module}.py" for module in day.modules)
+    files = " or ".join(f"{module}.py" for module in unit.modules)
     if not found.complete:
         return [f"the fault is in {files}; the search for the exercise ended after {BUDGET:g} s"]
     return [f"the fault is in {files}: in several exercises, or outside of them"]
 
 
-def _about_others(house: House, syllabus: Syllabus, day: Day, found: Blame) -> list[str]:
+def _about_others(house: House, syllabus: Syllabus, unit: Unit, found: Blame) -> list[str]:
     lines = [f"today's code is right: on the reference for everything else, {found.test} passes."]
     if found.module is not None:
         owner = syllabus.owner(found.module)
-        again = f" (day {owner.id}): pdm run test {owner.id}" if owner is not None else ""
+        again = f" ({owner.named}): pdm run test {owner.id}" if owner is not None else ""
         return [*lines, f"it fails with your {found.module}.py{again}"]
-    names = ", ".join(f"{module}.py" for module in others(house, day))
+    names = ", ".join(f"{module}.py" for module in others(house, unit))
     if not found.complete:
         return [*lines, f"it fails with one of your {names}; the search ended after {BUDGET:g} s"]
     return [*lines, f"no other module of yours makes it fail by itself: several of {names} together do."]

@@ -1,51 +1,85 @@
-"""What the course shows of itself as text: a day's tasks, hints, progress, the map, the difference."""
+"""What the course shows of a day or a part as text: its tasks, hints, and how the reference differs."""
 
 import difflib
 from pathlib import Path
 
-from .cpp import RULE, build_of, job, own_kernels, sources
+from .cpp import RULE, job, sources
 from .errors import CourseError
 from .house import House
 from .legend import legend
-from .may_use import Interface, day_may_use, may_use
-from .progress import Result, State, changed_files, missing_modules, own_modules, result, state
-from .source import STAND_INS, functions
-from .syllabus import Day, Exercise, Kernel, Syllabus
+from .may_use import Interface, may_use, unit_may_use
+from .progress import Result, State, result, state
+from .source import STAND_INS, functions, names_in, with_blank, without
+from .starter import Begun
+from .syllabus import Syllabus
+from .units import Day, Exercise, Kernel, Part, Unit
 
 STEPS = ("a question", "a fact", "a sketch")
-_MARKS = {
-    State.NOT_STARTED: "-",
-    State.BLANK: ".",
-    State.MISSING: "?",
-    State.WRITTEN: "x",
-    State.SKIPPED: "s",
-}
-_LEGEND = "x written   . blank   s skipped   ? its function is missing   - its file is not there"
 _STAND_INS = (
     "@accelerated, _fused, _compiled in the reference: faster code that runs in place of the function below. "
     "Yours always runs itself, and needs none of it."
 )
 
 
-def tasks(house: House, day: Day) -> str:
-    """A day's exercises, its chapter and its test command."""
-    lines = [f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}" for e in day.exercises]
-    letters = legend(house, day)
-    chapter = f"book/src/{day.chapter}" if day.chapter else "to come; the docstrings say what each must do"
+def begun(house: House, unit: Unit, begun: Begun) -> list[str]:
+    """What a start has written, made blank again, or left as it was."""
+    lines = [f"wrote {house.shown(file)}" for file in begun.files]
+    lines += [
+        f"blank again in {house.shown(house.overlay / e.module)}.py: {e.id} {e.name}" for e in begun.blanked
+    ]
+    if isinstance(unit, Part):
+        kept = [e for e in unit.exercises if state(house, e) in (State.WRITTEN, State.SKIPPED)]
+        lines += [f"stays as it is: {e.id} {e.name}" for e in kept]
+    return lines or ["it is there already, blank"]
+
+
+def moved_aside(house: House, file: Path) -> str:
+    """What was set aside: a file, or the copy of one that stays for its other parts."""
+    name = file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
+    if file.with_name(name).exists():
+        return f"copied aside: {house.shown(file)}; {name} keeps what is of other parts"
+    return f"moved aside: {house.shown(file)}"
+
+
+def tasks(house: House, unit: Unit) -> str:
+    """The exercises of a day or a part, its chapter and its test command."""
+    letters = legend(house, unit)
+    chapter = f"book/src/{unit.day.chapter}" if unit.day.chapter else "to come; the docstrings say all"
     return "\n".join(
         [
-            *lines,
+            *_exercises(house, unit),
             *([f"shapes:  {', '.join(letters)}"] if letters else []),
-            *_usable(day_may_use(house, day)),
+            *_usable(unit_may_use(house, unit)),
             f"chapter: {chapter}",
-            f"test:    pdm run test {day.id}",
-            f"hints:   pdm run hint {day.exercises[0].id}",
+            *_tests(unit),
+            f"hints:   pdm run hint {unit.exercises[0].id}",
             *(
-                f"option:  {k.file} in C++: pdm run start {day.id} --cpp, then build-kernels"
-                for k in day.kernels
+                f"option:  {k.file} in C++: pdm run start {unit.id} --cpp, then build-kernels"
+                for k in unit.kernels
             ),
         ]
     )
+
+
+def _exercises(house: House, unit: Unit) -> list[str]:
+    """A line for each exercise, under a heading where the day has parts."""
+    if isinstance(unit, Day) and unit.parts:
+        return [
+            line
+            for part in unit.parts
+            for line in (f"{part.id}  {part.title}", *(f"  {one}" for one in _exercises(house, part)))
+        ]
+    return [f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}" for e in unit.exercises]
+
+
+def _tests(unit: Unit) -> list[str]:
+    if isinstance(unit, Part) or not unit.parts:
+        return [f"test:    pdm run test {unit.id}"]
+    first, last = unit.parts[0].id, unit.parts[-1].id
+    return [
+        f"parts:   {first} to {last}, about an evening each: pdm run start {first} shows only that one",
+        f"test:    pdm run test {first}; pdm run test {unit.id} tests all parts",
+    ]
 
 
 def _usable(interfaces: list[Interface]) -> list[str]:
@@ -93,113 +127,57 @@ def hint(house: House, syllabus: Syllabus, exercise: Exercise | Kernel, step: in
     return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
 
 
-def progress(house: House, syllabus: Syllabus) -> list[dict[str, object]]:
-    """One row a day that can be started: its exercises by state, and what its tests say."""
-    own_modules(house)
-    rows: list[dict[str, object]] = []
-    for day in syllabus.days:
-        if day.is_to_come:
-            continue
-        states = {exercise.id: state(house, exercise) for exercise in day.exercises}
-        started = len(missing_modules(house, day)) < len(day.modules)
-        outcome = result(house, day) if started else Result.UNKNOWN
-        all_blank = set(states.values()) == {State.BLANK}
-        rows.append(
-            {
-                "day": day.id,
-                "title": day.title,
-                "started": started,
-                "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
-                "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-                "tests": State.BLANK.value if all_blank else _told(house, day, outcome),
-                "done": started and outcome is Result.PASSING,
-            }
-        )
-    return rows
+def difference(house: House, unit: Unit, *, anyway: bool) -> str:
+    """How the reference differs from the learner's modules. Raises `CourseError` before the unit passes.
 
-
-def _told(house: House, day: Day, outcome: Result) -> str:
-    """What the tests say; of tests that are out of date also the file that has changed."""
-    changed = changed_files(house, day) if outcome is Result.STALE else []
-    if not changed:
-        return outcome.value
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return f"{changed[0]}{more} changed since its tests ran"
-
-
-def progress_text(house: House, syllabus: Syllabus) -> str:
-    """The same as a table, with what to do next."""
-    rows = progress(house, syllabus)
-    marks = {
-        day.id: f"[{''.join(_MARKS[state(house, exercise)] for exercise in day.exercises)}]"
-        for day in syllabus.days
-    }
-    width = max(len(mark) for mark in marks.values())
-    tests = max(len(str(row["tests"])) for row in rows)
-    lines = [
-        f"{row['day']}  {marks[str(row['day'])]:{width}}  "
-        f"{row['tests'] if row['started'] else 'not started':{tests}}  {row['title']}"
-        for row in rows
-    ]
-    done = sum(bool(row["done"]) for row in rows)
-    following = _following(rows)
-    lines += ["", _LEGEND, f"{done} of {len(rows)} days pass."]
-    if following is not None:
-        verb = "test" if following["started"] else "start"
-        lines.append(f"next: pdm run {verb} {following['day']}")
-    return "\n".join(lines)
-
-
-def _following(rows: list[dict[str, object]]) -> dict[str, object] | None:
-    """The day to do next: one that is under way, or else the first after the last that is done."""
-    under_way = [row for row in rows if row["started"] and not row["done"]]
-    if under_way:
-        return under_way[0]
-    last = max((place for place, row in enumerate(rows) if row["done"]), default=-1)
-    return next((row for row in [*rows[last + 1 :], *rows] if not row["done"]), None)
-
-
-def map_text(house: House, syllabus: Syllabus) -> str:
-    """Every day with its modules and whose they are; a kernel in C++ where it is the learner's."""
-    own = set(own_modules(house))
-    kernels = {kernel: build_of(house, kernel) for kernel in own_kernels(house, syllabus)}
-    lines = []
-    for day in syllabus.days:
-        if day.id.endswith(".1"):
-            lines += ["", f"week {day.id[0]}"]
-        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "to come"
-        modules += "".join(f"  [{k.file}, {kernels[k].value}]" for k in day.kernels if k in kernels)
-        lines.append(f"  {day.id}  {day.title:38}  {modules}")
-    return "\n".join([*lines[1:], "", "[in brackets]: yours; every other module is the reference's"])
-
-
-def difference(house: House, day: Day, *, anyway: bool) -> str:
-    """How the reference differs from the learner's modules. Raises `CourseError` before the day passes."""
-    pairs = [(house.overlay / f"{module}.py", house.reference / f"{module}.py") for module in day.modules]
-    pairs += [(house.overlay / kernel.file, sources(house) / kernel.file) for kernel in day.kernels]
-    pairs = [(own, reference) for own, reference in pairs if own.exists()]
-    if not pairs:
-        raise CourseError(f"not started: pdm run start {day.id}")
-    if not anyway and result(house, day) is not Result.PASSING:
-        raise CourseError(
-            f"day {day.id} {result(house, day).value}: `pdm run test {day.id}` first, or add --anyway"
-        )
+    Of a module with exercises of other parts these are left out.
+    """
+    modules = [module for module in unit.modules if (house.overlay / f"{module}.py").exists()]
+    kernels = [kernel for kernel in unit.kernels if (house.overlay / kernel.file).exists()]
+    if not modules and not kernels:
+        raise CourseError(f"not started: pdm run start {unit.id}")
+    found = result(house, unit)
+    if not anyway and found is not Result.PASSING:
+        raise CourseError(f"{unit.named} {found.value}: `pdm run test {unit.id}` first, or add --anyway")
+    pairs = [_of_unit(house, unit, module) for module in modules]
+    pairs += [(_text(house.overlay / k.file), _text(sources(house) / k.file)) for k in kernels]
+    names = [f"{module}.py" for module in modules] + [kernel.file for kernel in kernels]
+    theirs = [house.reference] * len(modules) + [sources(house)] * len(kernels)
     parts = [_STAND_INS] if any(_has_stand_ins(reference) for _, reference in pairs) else []
-    for own, reference in pairs:
+    for name, folder, (own, reference) in zip(names, theirs, pairs, strict=True):
         lines = difflib.unified_diff(
-            own.read_text(encoding="utf-8").splitlines(),
-            reference.read_text(encoding="utf-8").splitlines(),
-            house.shown(own),
-            house.shown(reference),
+            own.splitlines(),
+            reference.splitlines(),
+            house.shown(house.overlay / name),
+            house.shown(folder / name),
             lineterm="",
         )
-        parts.append("\n".join(lines) or f"{own.name}: no difference")
+        parts.append("\n".join(lines) or f"{name}: no difference")
     return "\n\n".join(parts)
 
 
-def _has_stand_ins(reference: Path) -> bool:
-    text = reference.read_text(encoding="utf-8")
-    return any(f"@{name}(" in text for name in STAND_INS)
+def _of_unit(house: House, unit: Unit, module: str) -> tuple[str, str]:
+    """The learner's and the reference's source of a module, what is of other parts blank in both."""
+    own, reference = _text(house.overlay / f"{module}.py"), _text(house.reference / f"{module}.py")
+    others = [one for one in unit.day.of_module(module) if one not in unit.exercises]
+    if not others:
+        return own, reference
+    for exercise in others:
+        own = with_blank(own, exercise.name, exercise.message)
+        reference = with_blank(reference, exercise.name, exercise.message)
+    for helper in unit.day.removed_from(module):
+        if not any(helper.rpartition(".")[2] in names_in(reference, name) for name in functions(reference)):
+            reference = without(reference, helper)
+            own = without(own, helper) if helper in functions(own) else own
+    return own, reference
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def _has_stand_ins(reference: str) -> bool:
+    return any(f"@{name}(" in reference for name in STAND_INS)
 
 
 def _parameters(house: House, exercise: Exercise) -> str:

@@ -1,4 +1,4 @@
-"""`pdm run test --watch`: a day's tests, run again after every save."""
+"""`pdm run test --watch`: the tests of a day or a part, run again after every save."""
 
 import subprocess
 import time

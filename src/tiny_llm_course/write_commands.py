@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 from . import views
-from .arguments import DayId, open_course
+from .arguments import ADay, open_course
 from .cpp import build, own_kernels, start_kernels
 from .errors import CourseError
 from .house import House
 from .starter import restore, set_aside, set_aside_kernel, skip, start
-from .syllabus import Day, Exercise, Kernel
+from .units import Exercise, Kernel, Unit
 
 
 def on_start(
-    day: DayId,
+    day: ADay,
     again: Annotated[bool, typer.Option("--again", help="Move your files aside and begin anew.")] = False,
     in_cpp: Annotated[bool, typer.Option("--cpp", help="The day's kernel in C++ instead.")] = False,
 ) -> None:
@@ -26,33 +26,44 @@ def on_start(
     pdm run start 1.1 --again     # your files become attention.py.1.bak
     pdm run start 2.4 --cpp       # a kernel of your own: quantized_matmul.cpp
 
+    A long day has parts, about an evening each. In the files of a part, the exercises of other parts stay as
+    you have them; those that you have not are the reference's.
+
+    \b
+    pdm run start 3.2             # all parts
+    pdm run start 3.2b            # one part
+    pdm run start 3.2b --again    # blanks only this part; the files of before are *.bak
+
     Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
     """
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if in_cpp:
         written = start_kernels(house, chosen)
-        print(f"day {chosen.id}: {chosen.title}, in C++. The tasks in Python are not needed for it.")
+        print(f"{chosen.named}: {chosen.title}, in C++. The tasks in Python are not needed for it.")
         print("\n".join(f"wrote {house.shown(file)}" for file in written))
-        print(views.kernel_tasks(house, chosen))
+        print(views.kernel_tasks(house, chosen.day))
         return
     moved = set_aside(house, chosen) if again else []
-    written = start(house, chosen)
+    begun = start(house, chosen)
     for file in moved:
-        print(f"moved aside: {house.shown(file)}")
-    print(f"day {chosen.id}: {chosen.title}. Afterwards: {chosen.works}.")
-    print("\n".join(f"wrote {house.shown(file)}" for file in written))
+        print(views.moved_aside(house, file))
+    print(f"{chosen.named}: {chosen.title}.{f' Afterwards: {chosen.works}.' if chosen.works else ''}")
+    print("\n".join(views.begun(house, chosen, begun)))
     print(views.tasks(house, chosen))
 
 
 def on_skip(
-    what: Annotated[str, typer.Argument(metavar="DAY|EXERCISE", help="Such as 1.1, or 1.1.2 alone.")],
+    what: Annotated[
+        str, typer.Argument(metavar="DAY|EXERCISE", help="Such as 1.1, the part 3.2b, or only 1.1.2.")
+    ],
 ) -> None:
     """Put the reference's code where your exercises are still blank, to go on with the next.
 
     \b
     pdm run skip 1.1.2
     pdm run skip 1.1
+    pdm run skip 3.2b             # a part; `pdm run start 3.2b` makes it blank again
     pdm run skip 2.4.4            # the option in C++: your file is moved aside, the reference's kernel runs
     """
     house, syllabus = open_course()
@@ -61,9 +72,9 @@ def on_skip(
         _skip_kernel(house, one)
         return
     chosen = syllabus.to_start(what).exercises if one is None else (one,)
-    day = syllabus.to_start(chosen[0].day_id)
-    _refuse_unstarted(house, day, chosen)
-    skipped = skip(house, day, chosen)
+    unit = syllabus.to_start(what)
+    _refuse_unstarted(house, unit, chosen)
+    skipped = skip(house, unit.day, chosen)
     if not skipped:
         raise CourseError(f"nothing of {what} is blank")
     print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
@@ -79,37 +90,44 @@ def _skip_kernel(house: House, kernel: Kernel) -> None:
     print(f"moved aside: {house.shown(moved[0])}; the reference's {kernel.file} runs")
 
 
-def _refuse_unstarted(house: House, day: Day, exercises: tuple[Exercise, ...]) -> None:
+def _refuse_unstarted(house: House, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
     if not any((house.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
-        raise CourseError(f"not started: pdm run start {day.id}")
+        raise CourseError(f"not started: pdm run start {unit.id}")
 
 
-def on_reset(day: DayId) -> None:
+def on_reset(day: ADay) -> None:
     """Go back to the reference for a day: your files are moved aside, never deleted.
 
     \b
     pdm run reset 1.1             # attention.py becomes attention.py.1.bak
     pdm run restore 1.1           # and is back
+    pdm run reset 3.2b            # one part
+
+    A file that holds work of other parts too is copied aside, and in it only the part's exercises become the
+    reference's.
     """
     house, syllabus = open_course()
-    moved = set_aside(house, syllabus.to_start(day))
+    unit = syllabus.to_start(day)
+    moved = set_aside(house, unit)
     if not moved:
-        raise CourseError(f"day {day} is not started: there is nothing to reset")
-    print("\n".join(f"moved aside: {house.shown(file)}" for file in moved))
+        raise CourseError(f"{unit.named} is not started: there is nothing to reset")
+    print("\n".join(views.moved_aside(house, file) for file in moved))
 
 
-def on_restore(day: DayId) -> None:
+def on_restore(day: ADay) -> None:
     """Bring back what `reset` or `start --again` has moved aside, the newest of it.
 
     \b
     pdm run restore 1.1           # attention.py.1.bak becomes attention.py
+    pdm run restore 3.2b          # the files of one part, whole: also what they hold of other parts
 
     A file that is there changes places with it: `restore` once more undoes it.
     """
     house, syllabus = open_course()
-    restored = restore(house, syllabus.to_start(day))
+    unit = syllabus.to_start(day)
+    restored = restore(house, unit)
     if not restored:
-        raise CourseError(f"nothing of day {day} was moved aside")
+        raise CourseError(f"nothing of {unit.named} was moved aside")
     print("\n".join(f"restored: {house.shown(file)}" for file in restored))
 
 

@@ -1,4 +1,6 @@
-"""The public names, and the module that each lives in. Both packages export exactly these.
+"""The public names, and the module that each lives in: of this package, or of `tiny_llm_checkpoints`.
+
+Both packages export exactly these.
 
 Names are resolved on first use, so that importing the package costs nothing.
 """
@@ -7,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tiny_llm_checkpoints.errors import ConfigError as ConfigError
+    from tiny_llm_checkpoints.errors import ModelFileError as ModelFileError
+    from tiny_llm_checkpoints.errors import TinyLLMError as TinyLLMError
+    from tiny_llm_checkpoints.model_config import ModelConfig as ModelConfig
+
     from .beam_search import BeamSearchPageManager as BeamSearchPageManager
     from .beam_search import BeamSearchParams as BeamSearchParams
     from .beam_search import fork_sequence as fork_sequence
@@ -19,27 +26,23 @@ if TYPE_CHECKING:
     from .engine_config import EngineConfig as EngineConfig
     from .engine_core import EngineCore as EngineCore
     from .engine_core import EngineStats as EngineStats
-    from .errors import ConfigError as ConfigError
     from .errors import DoubleFreeError as DoubleFreeError
     from .errors import DuplicateRequestError as DuplicateRequestError
     from .errors import EngineDeadError as EngineDeadError
     from .errors import EngineStoppingError as EngineStoppingError
     from .errors import ForkedProcessError as ForkedProcessError
-    from .errors import ModelFileError as ModelFileError
     from .errors import OutOfBlocksError as OutOfBlocksError
     from .errors import OutOfResourcesError as OutOfResourcesError
     from .errors import QueueFullError as QueueFullError
     from .errors import RequestFailedError as RequestFailedError
     from .errors import RequestTooLargeError as RequestTooLargeError
     from .errors import SamplingParamsError as SamplingParamsError
-    from .errors import TinyLLMError as TinyLLMError
     from .errors import UnknownBlockError as UnknownBlockError
     from .errors import WrongThreadError as WrongThreadError
     from .kernels import KernelInfo as KernelInfo
     from .kernels import kernel_info as kernel_info
     from .kv_pool import KVPool as KVPool
     from .llm import LLM as LLM
-    from .model_config import ModelConfig as ModelConfig
     from .outputs import BeamSearchOutput as BeamSearchOutput
     from .outputs import BeamSearchSequence as BeamSearchSequence
     from .outputs import CompletionOutput as CompletionOutput
@@ -63,60 +66,60 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams as SamplingParams
 
 _MODULE_OF = {
-    "LLM": "llm",
-    "SamplingParams": "sampling_params",
-    "RequestOutput": "outputs",
-    "CompletionOutput": "outputs",
-    "Logprob": "outputs",
-    "TextDelta": "outputs",
-    "TextPrompt": "prompts",
-    "TokensPrompt": "prompts",
-    "Engine": "engine",
-    "RequestEvent": "outputs",
-    "RequestUsage": "outputs",
-    "EngineConfig": "engine_config",
-    "ModelConfig": "model_config",
-    "ConfigError": "errors",
-    "EngineCore": "engine_core",
-    "EngineStats": "engine_core",
-    "PoolChange": "block_events",
-    "SequenceView": "block_events",
-    "BlockAllocator": "paged_attention",
-    "BlockTable": "paged_attention",
-    "KVPool": "kv_pool",
-    "PageBlock": "page_block",
-    "copy_block": "page_block",
-    "paged_attention_kernel": "page_block",
-    "PagedBatchManager": "paged_batch",
-    "PagedKVCache": "paged_cache",
-    "KernelInfo": "kernels",
-    "kernel_info": "kernels",
-    "Policies": "policies",
-    "PrefixCache": "prefix_cache",
-    "PrefixCachingKVCache": "prefix_kv_cache",
-    "BeamSearchParams": "beam_search",
-    "BeamSearchPageManager": "beam_search",
-    "BeamSearchOutput": "outputs",
-    "BeamSearchSequence": "outputs",
-    "fork_sequence": "beam_search",
-    "compact_memory": "compaction",
-    "compact_pages": "compaction",
-    "share_budget": "chunked_prefill",
-    "SamplingParamsError": "errors",
-    "TinyLLMError": "errors",
-    "OutOfBlocksError": "errors",
-    "OutOfResourcesError": "errors",
-    "DoubleFreeError": "errors",
-    "UnknownBlockError": "errors",
-    "RequestTooLargeError": "errors",
-    "RequestFailedError": "errors",
-    "QueueFullError": "errors",
-    "EngineStoppingError": "errors",
-    "EngineDeadError": "errors",
-    "DuplicateRequestError": "errors",
-    "ModelFileError": "errors",
-    "ForkedProcessError": "errors",
-    "WrongThreadError": "errors",
+    "LLM": ".llm",
+    "SamplingParams": ".sampling_params",
+    "RequestOutput": ".outputs",
+    "CompletionOutput": ".outputs",
+    "Logprob": ".outputs",
+    "TextDelta": ".outputs",
+    "TextPrompt": ".prompts",
+    "TokensPrompt": ".prompts",
+    "Engine": ".engine",
+    "RequestEvent": ".outputs",
+    "RequestUsage": ".outputs",
+    "EngineConfig": ".engine_config",
+    "ModelConfig": "tiny_llm_checkpoints.model_config",
+    "ConfigError": "tiny_llm_checkpoints.errors",
+    "EngineCore": ".engine_core",
+    "EngineStats": ".engine_core",
+    "PoolChange": ".block_events",
+    "SequenceView": ".block_events",
+    "BlockAllocator": ".paged_attention",
+    "BlockTable": ".paged_attention",
+    "KVPool": ".kv_pool",
+    "PageBlock": ".page_block",
+    "copy_block": ".page_block",
+    "paged_attention_kernel": ".page_block",
+    "PagedBatchManager": ".paged_batch",
+    "PagedKVCache": ".paged_cache",
+    "KernelInfo": ".kernels",
+    "kernel_info": ".kernels",
+    "Policies": ".policies",
+    "PrefixCache": ".prefix_cache",
+    "PrefixCachingKVCache": ".prefix_kv_cache",
+    "BeamSearchParams": ".beam_search",
+    "BeamSearchPageManager": ".beam_search",
+    "BeamSearchOutput": ".outputs",
+    "BeamSearchSequence": ".outputs",
+    "fork_sequence": ".beam_search",
+    "compact_memory": ".compaction",
+    "compact_pages": ".compaction",
+    "share_budget": ".chunked_prefill",
+    "SamplingParamsError": ".errors",
+    "TinyLLMError": "tiny_llm_checkpoints.errors",
+    "OutOfBlocksError": ".errors",
+    "OutOfResourcesError": ".errors",
+    "DoubleFreeError": ".errors",
+    "UnknownBlockError": ".errors",
+    "RequestTooLargeError": ".errors",
+    "RequestFailedError": ".errors",
+    "QueueFullError": ".errors",
+    "EngineStoppingError": ".errors",
+    "EngineDeadError": ".errors",
+    "DuplicateRequestError": ".errors",
+    "ModelFileError": "tiny_llm_checkpoints.errors",
+    "ForkedProcessError": ".errors",
+    "WrongThreadError": ".errors",
 }
 
 if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then export nothing
@@ -127,4 +130,4 @@ def __getattr__(name: str) -> object:
     """Import a public name from its module; AttributeError for any other name."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __package__), name)
+    return getattr(import_module(_MODULE_OF[name], __package__), name)

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
 
+from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
+
 from .stop_string import Item, StopString
-from .tokenizer import Detokenizer, Tokenizer
 
 
 class ControlStop:

@@ -8,7 +8,9 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from .errors import RequestFailedError, TinyLLMError
+from tiny_llm_checkpoints.errors import TinyLLMError
+
+from .errors import RequestFailedError
 from .outputs import RequestEvent
 
 Item = RequestEvent | TinyLLMError  # an error is the last that a request gives

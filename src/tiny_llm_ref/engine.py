@@ -16,6 +16,9 @@ from functools import partial
 from itertools import count
 from typing import Self, TypeVar
 
+from tiny_llm_checkpoints.errors import shown
+from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
+
 from .admission_control import AdmissionControl
 from .batch_manager import refuse_too_many
 from .beam_search import BeamSearchParams
@@ -23,7 +26,7 @@ from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError, SamplingParamsError, shown
+from .errors import EngineStoppingError, SamplingParamsError, fitting
 from .forking import note_engine, prepare_to_compute
 from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
@@ -32,7 +35,6 @@ from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_
 from .resources import needing
 from .sampling_params import SamplingParams
 from .search_state import SearchState
-from .tokenizer import Tokenizer, check_length
 
 T = TypeVar("T")
 Prompt = PlainPrompt
@@ -351,9 +353,10 @@ class Engine:
     def _encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, all of them in the vocabulary, and no more than may ever run."""
         context = self._max_model_len
-        if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
-        check_length(len(prompt), context)
+        with fitting():
+            if isinstance(prompt, str):
+                return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
+            check_length(len(prompt), context)
         return self.check_token_ids(prompt)
 
 

@@ -7,9 +7,11 @@ from functools import partial
 from operator import index
 from typing import Any, Self
 
-from .errors import ConfigError, is_whole, shown
+from tiny_llm_checkpoints.errors import ConfigError, shown
+from tiny_llm_checkpoints.model_config import ModelConfig
+
+from .errors import is_whole
 from .layer_groups import group_layers, layers_per_block
-from .model_config import ModelConfig
 
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")

@@ -1,5 +1,6 @@
-"""The named errors of the engine. Each message names the offending value and the limit.
+"""The named errors of the engine; those of a model's files are in `tiny_llm_checkpoints.errors`.
 
+Each message names the offending value and the limit.
 Errors that a caller can cause are also `ValueError`s, so that `except ValueError` at a front door
 catches every refusal. Nothing past a raised error is half-done: what raised changed nothing.
 """
@@ -7,13 +8,9 @@ catches every refusal. Nothing past a raised error is half-done: what raised cha
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import index
-from pathlib import Path
-from reprlib import Repr
 from threading import current_thread, main_thread
 
-
-class TinyLLMError(Exception):
-    """The root of every error that this package raises on purpose."""
+from tiny_llm_checkpoints.errors import PromptTooLongError, TinyLLMError
 
 
 class OutOfBlocksError(TinyLLMError):
@@ -86,51 +83,12 @@ class EngineDeadError(TinyLLMError):
     """The engine's thread has ended with an error that nobody foresaw; `__cause__` has it."""
 
 
-class ConfigError(TinyLLMError, ValueError):
-    """An option is unknown or has a value that cannot work; the message names both."""
-
-
 class SamplingParamsError(TinyLLMError, ValueError):
     """A sampling parameter is unknown or has a value out of range; the message names it and the range."""
 
 
 class OutOfResourcesError(TinyLLMError, MemoryError):
     """The operating system gives no more memory or threads; the message names the purpose and the limits."""
-
-
-class ModelFileError(TinyLLMError, ValueError):
-    """A model file cannot be read: names the file, what was found, and what was expected.
-
-    The message is one line of printable text, whatever names the file contains.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(_printable(message))
-
-
-MOST_MESSAGE = 2000  # characters of a message about a file, which may quote what the file says
-
-
-def _printable(message: str) -> str:
-    """The message, its middle left out where it is too long, and what is not printable as an escape."""
-    half = MOST_MESSAGE // 2
-    shown = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-SHOWN_BITS = 256  # of a whole number; Python writes none of more than 4,300 digits
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: its repr, shortened; never raises, and never takes long."""
-    if isinstance(value, int) and int.bit_length(value) > SHOWN_BITS:
-        return f"a number of {int.bit_length(value)} bits"
-    try:
-        return _SHORT.repr(value)
-    except Exception:  # whatever the value's own repr raised
-        return f"a {type(value).__name__}"
 
 
 def is_whole(value: object) -> bool:
@@ -156,13 +114,9 @@ def described(error: BaseException) -> str:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """What goes wrong in this block is wrong with that file: it becomes a `ModelFileError` that names it."""
+def fitting() -> Iterator[None]:
+    """A prompt that the tokenizer finds too long in this block is a request that is too large."""
     try:
         yield
-    except ModelFileError:
-        raise
-    except OSError as error:
-        raise ModelFileError(f"{file}: {(error.strerror or str(error)).lower()}") from error
-    except ValueError as error:
-        raise ModelFileError(f"{file}: {error}") from error
+    except PromptTooLongError as error:
+        raise RequestTooLargeError(str(error)) from None

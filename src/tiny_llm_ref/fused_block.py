@@ -7,7 +7,7 @@ cannot be fused: parts of a learner's, matrices that are not packed, contexts wi
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -24,15 +24,38 @@ from .rope import rope
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-    from .block import TransformerBlock
-    from .gemma_block import GemmaBlock
+# A block's norms: the operator's names for them, and the checkpoint's.
+PRE_NORM = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+SANDWICH_NORM = {
+    "attention_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+# The MLPs that a compiled block is made of: whether the gate is a GELU.
+GATES: dict[type, bool] = {MLP: False, GeluMLP: True}
 
-    Block: TypeAlias = TransformerBlock | GemmaBlock
+
+class Block(Protocol):
+    """What every block has; its norms go by their checkpoint names."""
+
+    @property
+    def self_attn(self) -> Attention:
+        """Its attention layer."""
+
+    @property
+    def mlp(self) -> MLP:
+        """Its feed-forward half."""
+
+    @property
+    def eps(self) -> float:
+        """What its norms add to the mean square."""
+
 
 _fused: "WeakKeyDictionary[Block, FusedBlock | None]" = WeakKeyDictionary()
 
 
-def can_fuse(block: "Block", x: mx.array, context: KVContext) -> bool:
+def can_fuse(block: Block, x: mx.array, context: KVContext) -> bool:
     """True where the block runs as one operator in this context."""
     if not getattr(context, "fuses", False):
         return False
@@ -41,19 +64,19 @@ def can_fuse(block: "Block", x: mx.array, context: KVContext) -> bool:
     return _fused[block] is not None
 
 
-def run_fused(block: "Block", x: mx.array, context: KVContext) -> mx.array:
+def run_fused(block: Block, x: mx.array, context: KVContext) -> mx.array:
     """What the block does with x, as one operator; call it only where it `can_fuse`."""
     operator = _fused[block]
     assert operator is not None
     return cast(FusingContext, context).run_block(block.self_attn.layer, operator, x)
 
 
-def fuse(block: "Block") -> "FusedBlock | None":
+def fuse(block: Block) -> "FusedBlock | None":
     """The block as one operator; None where a part of it is not one that the compiled block is made of."""
     attention, mlp = block.self_attn, block.mlp
     if not use_compiled() or not all(is_reference(one) for one in (rms_norm, rope, swiglu, geglu)):
         return None
-    if not _is_one_of(attention, Attention) or not _is_one_of(mlp, MLP, GeluMLP):
+    if not _is_one_of(attention, Attention) or not _is_one_of(mlp, *GATES):
         return None
     qkv, bias = _without_bias(attention.qkv_proj)
     matrices = (qkv, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
@@ -73,22 +96,15 @@ def fuse(block: "Block") -> "FusedBlock | None":
         qkv_bias=bias,
         q_norm=attention.q_norm,
         k_norm=attention.k_norm,
-        gelu=isinstance(mlp, GeluMLP),
+        gelu=GATES[type(mlp)],
     )
     return fused
 
 
-def _norms(block: "Block") -> dict[str, mx.array]:
-    """A block's norms by what they stand before or behind; what Gemma calls otherwise than the others."""
-    before_mlp = getattr(block, "pre_feedforward_layernorm", None)
-    if before_mlp is None:
-        return {"attention_norm": block.input_layernorm, "mlp_norm": block.post_attention_layernorm}
-    return {
-        "attention_norm": block.input_layernorm,
-        "attention_out_norm": block.post_attention_layernorm,
-        "mlp_norm": before_mlp,
-        "mlp_out_norm": cast("GemmaBlock", block).post_feedforward_layernorm,
-    }
+def _norms(block: Block) -> dict[str, mx.array]:
+    """A block's norms by the operator's names."""
+    names = SANDWICH_NORM if hasattr(block, SANDWICH_NORM["mlp_norm"]) else PRE_NORM
+    return {place: getattr(block, name) for place, name in names.items()}
 
 
 def _is_one_of(part: object, *kinds: type) -> bool:

@@ -1,10 +1,11 @@
-"""The attention layer: projections, rotation, and heads in groups that share keys and values.
+"""The attention layer: projections, rotation, and query heads in groups that share keys and values.
 
-Source: Ainslie et al., "GQA" (2023). The layer does not know where keys and values live: it hands
-them to the context of the forward pass.
+The layer does not know where keys and values are stored: it hands them to the context of the forward pass.
+`NoCacheContext` is the simplest context; caches and pages are others. Source: Ainslie et al., "GQA" (2023).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -18,11 +19,17 @@ from .rope import rope
 def grouped_query_attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
 ) -> mx.array:
-    """Attention in which H / Hkv query heads share one key and value head.
+    """Compute attention in which H / Hkv neighbouring query heads share one key and value head.
 
-    q [B, H, L, D], k and v [B, Hkv, S, D], mask broadcastable to [L, S] -> [B, H, L, D]. Query head
-    h reads key and value head h // (H / Hkv). Nothing need be repeated in memory: the group can be an
-    axis over which k and v broadcast. Raises ValueError where H is no multiple of Hkv.
+    q [B, H, L, D], k and v [B, Hkv, S, D], mask broadcastable to [L, S] or None -> [B, H, L, D]. Query head h
+    reads key and value head h // (H / Hkv): of 4 query heads on 2 key heads, 0 and 1 read the first, 2 and 3
+    the second. Copying keys for every query head is not needed: with the group as an axis of its own,
+    q [B, Hkv, H / Hkv, L, D] and k [B, Hkv, 1, S, D] broadcast in a matrix product.
+    Raises ValueError if H is not a multiple of Hkv.
+
+    >>> q, k, v = mx.zeros((1, 4, 1, 1)), mx.zeros((1, 2, 1, 1)), mx.array([10.0, 20.0]).reshape(1, 2, 1, 1)
+    >>> grouped_query_attention(q, k, v, 1.0).flatten().tolist()
+    [10.0, 10.0, 20.0, 20.0]
     """
     B, H, L, D = q.shape
     kv_heads = k.shape[1]
@@ -34,7 +41,11 @@ def grouped_query_attention(
 
 
 class NoCacheContext:
-    """A forward pass over whole sequences that remembers nothing: keys and values are this call's."""
+    """The context of a forward pass over whole sequences: keys and values are this pass's, nothing is stored.
+
+    length: tokens in each sequence; they stand at positions 0 to length - 1. scale: what attention scores are
+    multiplied by. logit_rows: which of the tokens need logits, [R] int32; None, as at first, for all.
+    """
 
     def __init__(self, length: int, scale: float) -> None:
         self.positions = mx.arange(length, dtype=mx.int32)
@@ -43,15 +54,30 @@ class NoCacheContext:
         self._mask = causal_mask(length, length)
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D], causal."""
+        """q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D], causal; the same in every layer."""
         return grouped_query_attention(q, k, v, self._scale, self._mask)
+
+
+class Heads(NamedTuple):
+    """The queries of some tokens [B, H, L, D], and their keys and values [B, Hkv, L, D]."""
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention; qkv_proj is the checkpoint's q_proj, k_proj and v_proj, stacked.
+    """One layer's attention.
 
-    q_norm and k_norm [D] are there where the architecture normalises queries and keys head by head.
+    layer: the layer's number, by which a context finds the keys that the layer stored before.
+    num_heads, num_kv_heads, head_dim: H, Hkv and D.
+    inv_freq: [D/2], the rotary frequencies of the layer.
+    qkv_proj: one matrix that gives each token its queries, keys and values: H * D numbers, then Hkv * D, then
+        Hkv * D. It is the checkpoint's q_proj, k_proj and v_proj in one.
+    o_proj: the matrix after attention, [..., H * D] -> [..., E].
+    q_norm, k_norm: [D], weights of the norms of each query and each key, with `eps`; None in an architecture
+        without these norms.
     """
 
     layer: int
@@ -65,22 +91,50 @@ class Attention:
     k_norm: mx.array | None
     eps: float
 
-    def __call__(self, x: mx.array, context: KVContext) -> mx.array:
-        """x [B, L, E] -> [B, L, E]: project, split into heads, rotate q and k, attend, project back.
+    def project(self, x: mx.array, positions: mx.array) -> Heads:
+        """Make the queries, keys and values of tokens x [B, L, E] at positions [L].
 
-        Heads come out of the projection as queries, keys, values; queries and keys together are normalised
-        (`_normed`) and then rotated.
+        Call `qkv_proj` once: it gives H + 2 Hkv heads of D numbers for each token, queries first, then keys, then
+        values. Bring them into the shape [B, heads, L, D]; a reshape of [B, L, heads * D] that does not exchange
+        axes mixes tokens and heads. Queries and keys are normalised by `_normed`, which takes both in one array
+        [B, H + Hkv, L, D], and then rotated; values are neither. H * D need not be E.
+
+        >>> from tiny_llm.linear import Linear
+        >>> same, no_turn = Linear(mx.eye(6)), mx.zeros(1)  # a projection and a rotation that change nothing
+        >>> layer = Attention(0, 1, 1, 2, no_turn, same, same, None, None, 1e-5)
+        >>> heads = layer.project(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]), mx.array([0]))
+        >>> heads.q.tolist(), heads.v.tolist()
+        ([[[[1.0, 2.0]]]], [[[[5.0, 6.0]]]])
         """
         B, L, _ = x.shape
         heads = self.qkv_proj(x).reshape(B, L, -1, self.head_dim).swapaxes(1, 2)  # [B, H + 2 Hkv, L, D]
         qk, v = mx.split(heads, [self.num_heads + self.num_kv_heads], axis=1)
-        qk = rope(self._normed(qk), context.positions, self.inv_freq)
+        qk = rope(self._normed(qk), positions, self.inv_freq)
         q, k = mx.split(qk, [self.num_heads], axis=1)
+        return Heads(q, k, v)
+
+    def __call__(self, x: mx.array, context: KVContext) -> mx.array:
+        """Let tokens x [B, L, E] read each other through the context -> [B, L, E].
+
+        `project` them at the context's positions, hand layer number, queries, keys and values to the
+        context's `attend`, which gives [B, H, L, D], and lay the heads of each token side by side, [B, L, H *
+        D], for `o_proj`. Only the context knows which tokens are read and where their keys are stored, so the
+        layer works with any cache.
+
+        >>> from tiny_llm.linear import Linear
+        >>> to_qkv = Linear(mx.array([[1.0], [1.0], [5.0], [5.0], [1.0], [2.0]]))  # of x: q, k, v = (x, 2x)
+        >>> o_proj = Linear(mx.array([[10.0, 1.0]]))
+        >>> layer = Attention(0, 1, 1, 2, mx.zeros(1), to_qkv, o_proj, None, None, 1e-5)
+        >>> layer(mx.array([[[3.0]]]), NoCacheContext(1, 1.0)).tolist()  # one token reads its value, (3, 6)
+        [[[36.0]]]
+        """
+        B, L, _ = x.shape
+        q, k, v = self.project(x, context.positions)
         out = context.attend(self.layer, q, k, v)  # [B, H, L, D]
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
     def _normed(self, qk: mx.array) -> mx.array:
-        """qk [B, H + Hkv, L, D] -> the same, each head normalised where the architecture does it."""
+        """qk [B, H + Hkv, L, D] -> the same, each head normalised if the architecture does that."""
         if self.q_norm is None or self.k_norm is None:
             return qk
         queries, keys = mx.split(qk, [self.num_heads], axis=1)

@@ -13,14 +13,9 @@ from queue import Empty, SimpleQueue
 from threading import get_ident
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from .errors import (
-    EngineDeadError,
-    EngineStoppingError,
-    ForkedProcessError,
-    TinyLLMError,
-    WrongThreadError,
-    described,
-)
+from tiny_llm_checkpoints.errors import TinyLLMError
+
+from .errors import EngineDeadError, EngineStoppingError, ForkedProcessError, WrongThreadError, described
 from .forking import forked_from
 
 T = TypeVar("T")

@@ -11,9 +11,10 @@ from typing import Self
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.model_config import ModelConfig
+
 from .kernels import compiled_kernel, use_compiled
 from .layer_groups import group_layers, layers_per_block
-from .model_config import ModelConfig
 from .paged_attention import BlockCopy
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -4,8 +4,9 @@ Each is one object that multiplies and that looks rows up, so that an embedding 
 projection tied to it are one matrix, held once. The loader makes them; the model only calls them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -20,10 +21,10 @@ class LinearLike(Protocol):
     """A matrix [N, K] with an optional bias."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> x W^T + bias [..., N]."""
+        """Multiply: x [..., K] -> x W^T + bias, [..., N]."""
 
     def rows(self, ids: mx.array) -> mx.array:
-        """Rows of W by index: ids [...] -> [..., K] in float32."""
+        """Look up rows of W by index, without the bias: ids [...] -> [..., K] in float32."""
 
 
 @accelerated(compiled="dense_matmul")
@@ -109,7 +110,7 @@ class BiasedLinear:
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """A matrix whose rows are looked up times a scale, and which multiplies as it is.
+    """A matrix whose rows are multiplied by a scale when they are looked up; products have no scale.
 
     Gemma's embedding: the output projection tied to it is the same matrix without the scale.
     """
@@ -126,51 +127,19 @@ class ScaledRows:
         return self.matrix.rows(ids) * self.scale
 
 
-@dataclass(frozen=True)
-class StackedLinear:
-    """Several matrices over the same input, each in its own form; the outputs lie side by side."""
+def stack_packed(parts: Sequence[LinearLike]) -> PackedLinear | None:
+    """Join matrices that are packed for the compiled kernels into one; None if they cannot be joined.
 
-    parts: tuple[LinearLike, ...]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N1 + N2 + ...]."""
-        return mx.concatenate([part(x) for part in self.parts], axis=-1)
-
-    def rows(self, ids: mx.array) -> mx.array:
-        """Not a table: raises TypeError."""
-        raise TypeError("a stack of matrices is multiplied with, never looked up")
-
-
-def stack(*parts: LinearLike) -> LinearLike:
-    """One matrix that does the work of several over the same input, their outputs side by side.
-
-    One call instead of three for queries, keys and values. Matrices in the same form become one;
-    others are called one by one. The results are the same bits either way.
+    They can if all are packed, have the same inputs and bits, and consist of whole tiles.
     """
-    if all(isinstance(part, BiasedLinear) for part in parts):
-        biased = cast(tuple[BiasedLinear, ...], parts)
-        matrix = stack(*(part.matrix for part in biased))
-        return BiasedLinear(matrix, _joined([part.bias for part in biased]))
-    if all(isinstance(part, PackedLinear) for part in parts):
-        packed = cast(tuple[PackedLinear, ...], parts)
-        whole_tiles = all(part.out_features % PACKED_TILE == 0 for part in packed)
-        if whole_tiles and len({(part.packed.shape[1:], part.bits) for part in packed}) == 1:
-            blob: mx.array = compiled_kernel("stack_packed")([part.packed for part in packed])
-            mx.eval(blob)  # so that the parts can go
-            outputs = sum(part.out_features for part in packed)
-            return replace(packed[0], packed=blob, out_features=outputs)
-    if all(isinstance(part, Linear) for part in parts):
-        dense = cast(tuple[Linear, ...], parts)
-        if len({part.weight.dtype for part in dense}) == 1:
-            return Linear(_joined([part.weight for part in dense]))
-    return StackedLinear(parts)
-
-
-def _joined(arrays: list[mx.array]) -> mx.array:
-    """Arrays one behind the other along the first axis, evaluated, so that the parts can go."""
-    joined = mx.concatenate(arrays)
-    mx.eval(joined)
-    return joined
+    packed = [part for part in parts if isinstance(part, PackedLinear)]
+    if len(packed) < len(parts) or any(part.out_features % PACKED_TILE for part in packed):
+        return None
+    if len({(part.packed.shape[1:], part.bits) for part in packed}) > 1:
+        return None
+    blob: mx.array = compiled_kernel("stack_packed")([part.packed for part in packed])
+    mx.eval(blob)  # so that the parts can be freed
+    return replace(packed[0], packed=blob, out_features=sum(part.out_features for part in packed))
 
 
 def dense_linear(weight: mx.array) -> LinearLike:

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.chat_template import CONTENT_FORMATS, ChatTemplate
+from tiny_llm_checkpoints.errors import ConfigError, reading, shown
+from tiny_llm_checkpoints.tokenizer import Tokenizer
+
 from .beam_search import BeamSearchParams
-from .chat_template import CONTENT_FORMATS, ChatTemplate
 from .delivery import Gathering, Item
 from .engine import Engine
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .engine_loop import Request
-from .errors import ConfigError, ends_process, reading, shown
+from .errors import ends_process, fitting
 from .evaluation import text_logits
 from .forking import prepare_to_compute
 from .generation_defaults import fitted
@@ -30,7 +33,6 @@ from .outputs import BeamSearchOutput, RequestEvent, RequestOutput, TextDelta
 from .prompts import ParsedPrompt, PromptType, parse_prompts
 from .sampling_params import SamplingParams
 from .search_state import SearchState
-from .tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -197,12 +199,10 @@ class LLM:
     def _encode_chat(self, messages: Messages, options: "_Options") -> list[int]:
         if self.chat_template is None:
             raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
-        return self.chat_template.encode(
-            messages,
-            self.tokenizer,
-            **options._asdict(),
-            context=self.max_model_len,
-        )
+        with fitting():
+            return self.chat_template.encode(
+                messages, self.tokenizer, **options._asdict(), context=self.max_model_len
+            )
 
     def _run_all(
         self,

@@ -1,20 +1,28 @@
 """From a model's name to a model that runs: find it, read its description, check it, load its weights."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-from .checkpoint import Checkpoint
-from .errors import ModelFileError
-from .generation_defaults import AUTO, NEUTRAL, Defaults, of_other_folder, with_its_ends
-from .gguf_reader import read_gguf
-from .gguf_split import stem
-from .hf_reader import read_folder
-from .hub import find_model, local_path
+import mlx.core as mx
+
+from tiny_llm_checkpoints.checkpoint import Checkpoint
+from tiny_llm_checkpoints.errors import ModelFileError, reading
+from tiny_llm_checkpoints.gguf_split import stem
+from tiny_llm_checkpoints.hub import find_model, local_path
+from tiny_llm_checkpoints.quantized import Quantized
+from tiny_llm_checkpoints.readers import read_checkpoint
+from tiny_llm_checkpoints.recommendation import with_its_ends
+from tiny_llm_checkpoints.tokenizer import Tokenizer
+
+from .generation_defaults import AUTO, NEUTRAL, Defaults, defaults_of, of_other_folder
 from .kernels import compiled_available
-from .model import Model
+from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
+from .model import Model, build_model
 from .resources import needing
-from .tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 BESIDE_WEIGHTS = 192 << 20  # bytes: the file once more while it is read, the tokenizer, stacks of threads
 
@@ -49,8 +57,57 @@ def load_model(
     with needing(f"the model {path}", BESIDE_WEIGHTS):
         checkpoint, defaults = _with_defaults(read_checkpoint(path), generation_config)
     with needing(f"the model {path}", _weight_bytes(checkpoint) + BESIDE_WEIGHTS):
-        built = checkpoint.build(activation_bits)
+        built = build(checkpoint, activation_bits)
     return LoadedModel(name, path, built, checkpoint.tokenizer, defaults)
+
+
+def build(checkpoint: Checkpoint, activation_bits: int = 16) -> Model:
+    """Read the weights and assemble the model; its packed matrices round activations to so many bits.
+
+    One tensor at a time: each is read, brought into the form that it is multiplied in, and forgotten, so that
+    the weights are never in memory twice. Raises `ModelFileError` for a tensor that cannot be read.
+    """
+    linears = _OnDemand(lambda name: _linear(checkpoint, name, activation_bits))
+    vectors = _OnDemand(lambda name: _vector(checkpoint, f"{name}.weight"))
+    return build_model(checkpoint.config, linears, vectors)
+
+
+@dataclass(frozen=True)
+class _OnDemand(Generic[T]):
+    """Makes each parameter when it is asked for, and keeps none."""
+
+    make: Callable[[str], T]
+
+    def __getitem__(self, name: str) -> T:
+        return self.make(name)
+
+
+def _linear(checkpoint: Checkpoint, name: str, activation_bits: int) -> LinearLike:
+    """One matrix, in the form that this device multiplies best, with its bias where it has one."""
+    stored = _load(checkpoint, f"{name}.weight")
+    if isinstance(stored, Quantized):
+        matrix = quantized_linear(*stored, activation_bits=activation_bits)
+    else:
+        matrix = dense_linear(stored)
+    if f"{name}.bias" not in checkpoint.tensors:
+        return matrix
+    return BiasedLinear(matrix, _vector(checkpoint, f"{name}.bias"))
+
+
+def _vector(checkpoint: Checkpoint, name: str) -> mx.array:
+    """A vector in float32."""
+    stored = _load(checkpoint, name)
+    if isinstance(stored, Quantized):
+        raise ModelFileError(f"{checkpoint.path}: tensor {name} is quantized, expected plain numbers")
+    vector = stored.astype(mx.float32)
+    mx.eval(vector)
+    return vector
+
+
+def _load(checkpoint: Checkpoint, name: str) -> mx.array | Quantized:
+    tensor = checkpoint.tensors[name]
+    with reading(tensor.file):
+        return tensor.load()
 
 
 def _with_defaults(checkpoint: Checkpoint, generation_config: str) -> tuple[Checkpoint, Defaults]:
@@ -58,20 +115,9 @@ def _with_defaults(checkpoint: Checkpoint, generation_config: str) -> tuple[Chec
     if generation_config == NEUTRAL:
         return checkpoint, {}
     if generation_config == AUTO:
-        return checkpoint, checkpoint.recommended.defaults()
+        return checkpoint, defaults_of(checkpoint.recommended)
     other = of_other_folder(generation_config)
-    return replace(checkpoint, config=with_its_ends(checkpoint.config, other)), other.defaults()
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at a path, by what is there; no weight is read yet."""
-    if path.is_dir():
-        return read_folder(path)
-    if path.suffix == ".safetensors":
-        raise ModelFileError(f"{path}: weights alone are no model: name the folder that it is in")
-    if not path.is_file():
-        raise ModelFileError(f"{path}: neither a regular file nor a folder")
-    return read_gguf(path)
+    return replace(checkpoint, config=with_its_ends(checkpoint.config, other)), defaults_of(other)
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:

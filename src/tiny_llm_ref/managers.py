@@ -4,14 +4,15 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 
+from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.model_config import ModelConfig
+
 from .batch_manager import BatchManager
 from .dense_batch import DenseBatchManager
 from .engine_config import EngineConfig
-from .errors import ConfigError
 from .kv_pool import DTYPES
 from .layer_groups import LayerGroup, group_layers
 from .model import Model
-from .model_config import ModelConfig
 from .paged_attention import BlockAllocator
 from .paged_batch import PagedBatchManager
 from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy

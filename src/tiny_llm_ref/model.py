@@ -1,6 +1,6 @@
-"""The decoder: embed, thirty-odd blocks, normalise, project to logits. One file for every week.
+"""The decoder: look tokens up, run the blocks, normalise, project to logits. One file for every week.
 
-Knows nothing of caches, pages, batches or quantization: its layers are objects that the loader made,
+It knows nothing of caches, pages, batches or quantization: its matrices are objects that the loader made,
 and keys and values go to the context.
 """
 
@@ -10,31 +10,38 @@ from typing import Protocol, TypeVar
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.model_config import GELU, ModelConfig
+
 from .block import TransformerBlock
 from .gelu_mlp import GeluMLP
 from .gemma_block import GemmaBlock
 from .grouped_attention import Attention
 from .kv_context import KVContext
-from .linear import LinearLike, ScaledRows, stack
+from .linear import LinearLike, ScaledRows
 from .mlp import MLP
-from .model_config import GELU, ModelConfig
 from .norm import rms_norm
 from .rope import inverse_frequencies
+from .stacked_linear import stack
 
 T_co = TypeVar("T_co", covariant=True)
 Block = TransformerBlock | GemmaBlock
 
 
 class ByName(Protocol[T_co]):
-    """Parameters by name: a dict, or something that makes each when it is asked for."""
+    """Parameters by name: a dict, or an object that makes each parameter when it is asked for."""
 
     def __getitem__(self, name: str, /) -> T_co:
-        """The parameter of that name."""
+        """Return the parameter of that name, such as `linears["lm_head"]`."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer; parameter names are the checkpoint's."""
+    """A decoder-only transformer; its parts are named as in the checkpoint.
+
+    embed_tokens: the embedding [vocab_size, E]; its `rows` turns token ids into vectors.
+    norm: [E], the weight of the norm after the last layer.
+    lm_head: the output projection, [..., E] -> [..., vocab_size]; may be the embedding itself.
+    """
 
     config: ModelConfig
     embed_tokens: LinearLike
@@ -43,7 +50,21 @@ class Model:
     lm_head: LinearLike
 
     def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
-        """Token ids [B, L] (int32) -> logits [B, R, vocab_size] of the context's `logit_rows` (None: all)."""
+        """Compute the logits of the next token: token ids [B, L] int32 -> [B, R, vocab_size].
+
+        Every layer gets the context of the pass. `context.logit_rows`, [R] int32, names the rows along L that
+        need logits, the same in every sequence and in the order given; None: all, R = L. Choose them after
+        the last layer: until there the other tokens read every row. Choose them before the last norm and the
+        projection, so that the largest matrix of the model sees only R rows. The last norm uses
+        `config.rms_norm_eps`.
+
+        >>> from tiny_llm.linear import Linear
+        >>> from types import SimpleNamespace as Some
+        >>> table = Linear(mx.array([[4.0, 4.0], [-2.0, 2.0]]))  # two tokens, and no layers
+        >>> model = Model(Some(rms_norm_eps=0.0), table, (), mx.ones(2), table)
+        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()
+        [[[8.0, 0.0], [0.0, 4.0]]]
+        """
         x = self.embed_tokens.rows(tokens)  # [B, L, E]
         for layer in self.layers:
             x = layer(x, context)
@@ -53,41 +74,56 @@ class Model:
 
 
 def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByName[mx.array]) -> Model:
-    """Assemble a model from its parameters by their checkpoint names, without the `.weight` at the end.
+    """Assemble a model from its parameters, named as in a checkpoint but without `.weight`.
 
-    Each is asked for once, layer after layer, so whoever makes them need not hold them all.
+    linears: the matrices; vectors: the norms' weights. Both read a parameter from the file when it is asked
+    for and do not keep it: ask for each name once, and for none that `config.parameter_shapes` does not list.
+
+    - `embed_tokens` is the matrix "model.embed_tokens". If `config.scale_embeddings` (Gemma), rows that are
+      looked up are multiplied by sqrt(hidden_size): wrap the matrix in `ScaledRows(matrix, scale)`.
+    - `layers`, a tuple: `build_block` for each layer from 0 on, with its array of
+      `layer_frequencies(config)`.
+    - `norm` is the vector "model.norm".
+    - `lm_head` is the matrix "lm_head". If `config.tie_word_embeddings`, there is none of that name: it is
+      the embedding's matrix, the same object, so that it is in memory once, and without the scale.
+
+    >>> from tiny_llm.loader import load_model
+    >>> model = load_model(None).model  # the embedded model, assembled by this function
+    >>> len(model.layers), model.lm_head is model.embed_tokens
+    (30, True)
     """
-    full, windowed = _inverse_frequencies(config)
     table = linears["model.embed_tokens"]
     return Model(
         config=config,
         embed_tokens=ScaledRows(table, sqrt(config.hidden_size)) if config.scale_embeddings else table,
         layers=tuple(
-            _build_block(config, layer, full if window is None else windowed, linears, vectors)
-            for layer, window in enumerate(config.windows)
+            build_block(config, layer, inv_freq, linears, vectors)
+            for layer, inv_freq in enumerate(layer_frequencies(config))
         ),
         norm=vectors["model.norm"],
         lm_head=table if config.tie_word_embeddings else linears["lm_head"],
     )
 
 
-def _inverse_frequencies(config: ModelConfig) -> tuple[mx.array, mx.array]:
-    """[D/2] each: those of layers that see everything, and those of windowed layers."""
+def layer_frequencies(config: ModelConfig) -> list[mx.array]:
+    """The rotary frequencies of each layer, [D/2]; windowed layers may have a base of their own."""
     full = inverse_frequencies(config.head_dim, config.rope_theta)
     if config.rope_factors is not None:
         full = full / mx.array(config.rope_factors, mx.float32)
-    if config.rope_local_theta is None:
-        return full, full
-    return full, inverse_frequencies(config.head_dim, config.rope_local_theta)
+    windowed = full
+    if config.rope_local_theta is not None:
+        windowed = inverse_frequencies(config.head_dim, config.rope_local_theta)
+    return [full if window is None else windowed for window in config.windows]
 
 
-def _build_block(
+def build_block(
     config: ModelConfig,
     layer: int,
     inv_freq: mx.array,
     linears: ByName[LinearLike],
     vectors: ByName[mx.array],
 ) -> Block:
+    """Assemble one layer; inv_freq: its rotary frequencies. It asks for each of its parameters once."""
     prefix = f"model.layers.{layer}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     self_attn = Attention(
@@ -96,7 +132,7 @@ def _build_block(
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         inv_freq=inv_freq,
-        qkv_proj=stack(*(linears[f"{attention}.{name}_proj"] for name in "qkv")),
+        qkv_proj=stack([linears[f"{attention}.{name}_proj"] for name in "qkv"]),
         o_proj=linears[f"{attention}.o_proj"],
         q_norm=vectors[f"{attention}.q_norm"] if config.qk_norm else None,
         k_norm=vectors[f"{attention}.k_norm"] if config.qk_norm else None,
@@ -104,7 +140,7 @@ def _build_block(
     )
     kind_of_mlp = GeluMLP if config.hidden_act == GELU else MLP
     feed_forward = kind_of_mlp(
-        gate_up_proj=stack(linears[f"{mlp}.gate_proj"], linears[f"{mlp}.up_proj"]),
+        gate_up_proj=stack([linears[f"{mlp}.{name}_proj"] for name in ("gate", "up")]),
         down_proj=linears[f"{mlp}.down_proj"],
     )
     norms = {f"{name}_layernorm": vectors[f"{prefix}.{name}_layernorm"] for name in config.layer_norms}

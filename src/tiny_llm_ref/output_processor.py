@@ -9,6 +9,8 @@ from time import monotonic
 from typing import NamedTuple, Protocol, Self
 from weakref import ref
 
+from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
+
 from .control_stops import ControlStops, control_patterns
 from .engine_core import EngineCore
 from .errors import DuplicateRequestError, QueueFullError, described
@@ -25,7 +27,6 @@ from .sampling_params import SamplingParams
 from .sequence import TokenLogprobs, completion_ids
 from .stop_string import Item, StopString
 from .token_output import TokenOutput
-from .tokenizer import Detokenizer, Tokenizer
 
 
 class Start(NamedTuple):

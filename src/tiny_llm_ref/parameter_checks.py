@@ -10,7 +10,9 @@ from numbers import Integral, Real
 from operator import index
 from typing import Any, NoReturn
 
-from .errors import SamplingParamsError, is_whole, shown
+from tiny_llm_checkpoints.errors import shown
+
+from .errors import SamplingParamsError, is_whole
 
 MOST_COUNT = 2**31 - 1
 MOST_SALT_CHARACTERS = 1024

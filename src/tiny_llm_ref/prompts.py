@@ -9,7 +9,9 @@ from itertools import islice
 from operator import index
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
-from .errors import is_whole, shown
+from tiny_llm_checkpoints.errors import shown
+
+from .errors import is_whole
 
 MOST_TOKENS = 10_000_000  # of a prompt: more than any model reads
 FORMS = "a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"

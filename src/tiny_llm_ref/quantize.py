@@ -4,24 +4,11 @@ MLX's layout: a row is one stream of bits in uint32 words, lowest bits first, gr
 axis. The readable matmul unpacks the weights; the fast ones never do.
 """
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
+from tiny_llm_checkpoints.quantized import Quantized
+
 from .kernels import accelerated
-
-
-class Quantized(NamedTuple):
-    """A matrix [N, K] in MLX's quantized layout.
-
-    weight [N, K * bits / 32] uint32, scales and biases [N, K / group_size].
-    """
-
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array
-    group_size: int
-    bits: int
 
 
 def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:

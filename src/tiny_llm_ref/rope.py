@@ -4,55 +4,42 @@ The pairs are (i, i + D/2), Hugging Face's layout; a GGUF file stores some archi
 and its reader undoes that. Source: Su et al., "RoFormer" (2021).
 """
 
-from math import pi
-
 import mlx.core as mx
 
 from .kernels import accelerated
 
 
 def inverse_frequencies(head_dim: int, base: float) -> mx.array:
-    """[D/2] float32: base ** (-2i / D), radians per position of each pair. ValueError for an odd head_dim."""
+    """Return the angle in radians by which each pair turns per position: [D/2] float32.
+
+    Pair i turns by base ** (-2i / D), where D is head_dim: the first pair by 1 radian whatever the base, each
+    further pair more slowly. Fast pairs tell neighbours apart, slow ones distant tokens. In MLX `mx.arange`
+    of whole numbers is int32 unless a dtype is given. Raises ValueError for an odd head_dim: one value would
+    have no partner.
+
+    >>> inverse_frequencies(4, 16.0).tolist()
+    [1.0, 0.25]
+    """
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, not {head_dim}")
     return mx.power(base, -mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
 
 
-def llama3_factors(
-    head_dim: int,
-    base: float,
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_context: int,
-) -> tuple[float, ...]:
-    """What llama 3.1 divides each of the head_dim / 2 frequencies by, to reach beyond its first context.
-
-    A pair that turns fewer than `low_freq_factor` times over the original context is slowed down by `factor`,
-    one that turns more than `high_freq_factor` times is left alone, and between them the two are mixed.
-    Source: the Llama 3.1 release.
-    """
-    if not 0.0 < low_freq_factor < high_freq_factor or factor <= 0.0:
-        raise ValueError(
-            f"rope scaling needs factor > 0 and 0 < low_freq_factor < high_freq_factor, not {factor}, "
-            f"{low_freq_factor} and {high_freq_factor}"
-        )
-    factors = []
-    for pair in range(head_dim // 2):
-        turns = original_context * base ** (-2 * pair / head_dim) / (2 * pi)
-        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        kept = min(1.0, max(0.0, kept))
-        factors.append(1 / (kept + (1 - kept) / factor))
-    return tuple(factors)
-
-
 @accelerated(compiled="rope")
 def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
-    """Rotate x [B, H, L, D] by positions [L] (int32) with inv_freq [D/2] -> [B, H, L, D].
+    """Rotate every pair of values by its token's position times the pair's frequency.
 
-    For each pair (a, b) = (x[i], x[i + D/2]) and angle = position * inv_freq[i]:
-    (a cos - b sin, b cos + a sin). Angles are computed in float32, and the result has x's type.
+    x [B, H, L, D], positions [L] int32, inv_freq [D/2] -> [B, H, L, D]. Token l is at positions[l]; they
+    may be in any order and repeat, and all heads and sequences share them. Pair i is
+    (a, b) = (x[i], x[i + D/2]), half a head apart; with angle = position * inv_freq[i] it becomes
+    (a cos - b sin, b cos + a sin). The product of a rotated query and a rotated key depends only on how far
+    apart the two tokens are. Compute angles in float32, because float16 cannot hold a position above 2048
+    exactly; the result has x's type (in MLX float16 times float32 is float32).
+
+    >>> x = mx.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    >>> turned = rope(x, mx.array([1]), mx.array([mx.pi / 2, 0.0]))  # the pair (1, 3) makes a quarter turn
+    >>> mx.round(turned).tolist()
+    [[[[-3.0, 2.0, 1.0, 4.0]]]]
     """
     angles = positions[:, None].astype(mx.float32) * inv_freq  # [L, D/2]
     cos, sin = mx.cos(angles), mx.sin(angles)

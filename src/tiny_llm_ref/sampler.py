@@ -1,7 +1,8 @@
-"""From logits to a token: biases, penalties, temperature, filters, and a draw of the request's own.
+"""From logits to a token: temperature, filters and a draw; penalties and biases; log-probabilities.
 
-Every function here sees one row. A row's token is a pure function of its logits, its parameters, its
-tokens so far, its seed and its output index: never of the other rows of the batch.
+Every function sees one row, logits [V]. A row's token is a pure function of its logits, its parameters, its
+tokens so far, its seed and its output index: never of the other rows of the batch. A token that must not be
+drawn gets the logit -inf, which is a probability of 0.
 """
 
 from collections import Counter
@@ -17,81 +18,30 @@ from .sampling_params import SamplingParams
 SUMMED_AT_ONCE = 256  # numbers that are added one by one; their sums are added again
 
 
-def forbid(logits: mx.array, token_ids: Iterable[int]) -> mx.array:
-    """The logits [V] of these tokens become -inf."""
-    return _changed(logits, list(token_ids), lambda chosen: mx.full(chosen.shape, -mx.inf))
-
-
-def add_bias(logits: mx.array, bias: Mapping[int, float]) -> mx.array:
-    """Add to the logits [V] of some tokens, by token id."""
-    return _changed(logits, list(bias), lambda chosen: chosen + mx.array(list(bias.values())))
-
-
-def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -> mx.array:
-    """Make tokens of prompt and output less likely (penalty > 1) or more: logits [V].
-
-    A positive logit is divided by the penalty, a negative one multiplied, however often the token was
-    there. The array that was given stays as it is. Source: Keskar et al., "CTRL" (2019).
-    """
-    return _changed(
-        logits, sorted(set(seen)), lambda chosen: mx.where(chosen > 0, chosen / penalty, chosen * penalty)
-    )
-
-
-def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, presence: float) -> mx.array:
-    """Lower the logits [V] of tokens of the output: by `presence`, and `frequency` for each time.
-
-    The array that was given stays as it is.
-    """
-    counts = Counter(outputs)
-    times = mx.array(list(counts.values()), mx.float32)
-    return _changed(logits, list(counts), lambda chosen: chosen - frequency * times - presence)
-
-
-def adjust_logits(
-    logits: mx.array,
-    params: SamplingParams,
-    prompt: Seq[int],
-    outputs: Seq[int],
-    end_token_ids: Iterable[int],
-) -> mx.array:
-    """The logits [V] that a token is chosen from: limits, bias and penalties, in vLLM's order.
-
-    end_token_ids: tokens that would end the sequence; impossible while it has fewer than `min_tokens`.
-    """
-    if len(outputs) < params.min_tokens:
-        logits = forbid(logits, end_token_ids)
-    if params.logit_bias:
-        logits = add_bias(logits, params.logit_bias)
-    if params.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, [*prompt, *outputs], params.repetition_penalty)
-    if params.frequency_penalty or params.presence_penalty:
-        logits = penalize_output(logits, outputs, params.frequency_penalty, params.presence_penalty)
-    return logits
-
-
-def _changed(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
-    """A copy of logits [V] in which the chosen ones are `change` of what they were."""
-    if not token_ids:
-        return logits
-    chosen = mx.array(token_ids)
-    copy = mx.array(logits)
-    copy[chosen] = change(logits[chosen])
-    return copy
-
-
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
-    """All but the k largest of logits [V] become -inf (ties with the k-th stay; k above V keeps all)."""
+    """Keep the k largest of logits [V]; all others become -inf, [V].
+
+    k is at least 1. Tokens with the same logit as the k-th stay too, so more than k may stay, and which ones
+    stay does not depend on the order of a sort. A k of V or more keeps all.
+
+    >>> keep_top_k(mx.array([1.0, 3.0, 2.0, 3.0]), 1).tolist()
+    [-inf, 3.0, -inf, 3.0]
+    """
     kth = mx.min(mx.topk(logits, min(k, logits.shape[-1])))
     return mx.where(logits >= kth, logits, -mx.inf)
 
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """All but the smallest set of likeliest tokens with total probability >= p become -inf.
+    """Keep the smallest set of likeliest tokens whose probabilities sum to at least p; logits [V] -> [V].
 
-    logits [V]; probabilities are those of the logits given, so a filter before this one renormalises
-    them. The likeliest token always stays, and so do ties with the last one that stays; a token of
-    probability zero never does.
+    All other logits become -inf. Probabilities are the softmax of the logits that are given, so they are
+    shares of what a filter before this one has left. p is above 0 and at most 1. The likeliest token always
+    stays: going from the likeliest on, a token stays while those before it sum to less than p. Tokens as
+    likely as the last one that stays, stay too. A token of probability 0 never stays, even at a p of 1: that
+    is a logit of -inf, and also one so low that its probability is 0 in float32.
+
+    >>> keep_top_p(mx.log(mx.array([0.5, 0.125, 0.25, 0.125])), 0.625).tolist()  # 0.5 is less, 0.75 enough
+    [-0.6931471824645996, -inf, -1.3862943649291992, -inf]
     """
     probabilities = mx.softmax(logits)
     descending = -mx.sort(-probabilities)
@@ -101,21 +51,36 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
 
 
 def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
-    """Tokens less likely than min_p times the likeliest become -inf; logits [V]."""
+    """Keep tokens that are at least min_p times as likely as the likeliest; logits [V] -> [V].
+
+    All other logits become -inf; the result has logits, not probabilities. min_p is from 0, which keeps all,
+    to 1, which keeps the likeliest token and those as likely.
+
+    >>> keep_min_p(mx.array([0.0, -1.0, -3.0]), 0.25).tolist()  # of the likeliest one's: 1, 0.37 and 0.05
+    [0.0, -1.0, -inf]
+    """
     probabilities = mx.softmax(logits)
     return mx.where(probabilities >= min_p * mx.max(probabilities), logits, -mx.inf)
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on the request's seed and the output index alone."""
+    """Return a random number in [0, 1) that depends only on the request's seed and the output index."""
     odd = 0x9E3779B97F4A7C15  # spreads neighbouring seeds over all numbers; invertible modulo 2**64
     return Random((seed * odd + index) % 2**64).random()
 
 
 def draw(logits: mx.array, seed: int, index: int) -> mx.array:
-    """Draw a token id from softmax(logits [V]) by inverting the cumulative distribution.
+    """Draw a token id with the probabilities softmax(logits), logits [V]; the result has no axes.
 
-    The threshold lies in (0, total], so a token of probability zero is never drawn.
+    Invert the cumulative distribution: lay the probabilities side by side in the order of the ids. The token
+    is the first whose cumulative sum reaches (1 - u) * total, where u = uniform(seed, index) and total is the
+    last cumulative sum. In float32 that need not be 1, and a u near 0 could otherwise reach no token at all.
+    u can be 0 but not 1; 1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
+    The only randomness is u: the same seed and index give the same token, whatever else is drawn in between.
+
+    >>> probabilities = mx.array([0.25, 0.5, 0.0, 0.25])  # cumulative: 0.25, 0.75, 0.75, 1
+    >>> [(round(1 - uniform(7, i), 2), draw(mx.log(probabilities), 7, i).item()) for i in range(4)]
+    [(0.15, 0), (0.21, 0), (0.83, 3), (0.67, 1)]
     """
     cumulative = mx.cumsum(mx.softmax(logits))
     threshold = (1 - uniform(seed, index)) * cumulative[-1]
@@ -133,9 +98,25 @@ def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -
 
 @accelerated(compiled=_compiled)
 def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
-    """The token id, unevaluated, for one row: logits [V] float32.
+    """Choose the token of one row, logits [V] in float32, as its parameters say; the result has no axes.
 
-    Temperature first, then min-p, top-k and top-p, each on what the one before it left, renormalised.
+    If `params.greedy` (a temperature of 0, or below 1e-5), it is the index of the largest logit: nothing is
+    divided, filtered or drawn. Otherwise, in this order:
+
+    - divide by `params.temperature`;
+    - keep by `params.min_p`; 0 is off;
+    - keep by `params.top_k`; 0 and -1 are off;
+    - keep by `params.top_p`; 1 is off;
+    - draw with the seed and the index.
+
+    Each filter sees the logits that the one before it left, so their probabilities sum to 1 again. Return an
+    mx.array: `int(...)` or `.item()` here would make MLX compute now, once for each row of the batch.
+
+    >>> logits = mx.array([1.0, 4.0, 3.0])
+    >>> sample_token(logits, SamplingParams(temperature=0), seed=1, index=0).item()
+    1
+    >>> [sample_token(logits, SamplingParams(top_k=2), seed=1, index=i).item() for i in range(8)]
+    [1, 1, 1, 1, 1, 2, 1, 1]
     """
     if params.greedy:
         return mx.argmax(logits)
@@ -149,12 +130,101 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
     return draw(logits, seed, index)
 
 
-def log_probabilities(logits: mx.array) -> mx.array:
-    """log softmax of logits [V], before everything that changes them.
+def change_logits(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
+    """Return a copy of logits [V] in which those of `token_ids` are `change` of what they were.
 
-    Added up in two rounds: one long sum in float32 would be off by 1e-4 at a vocabulary of 49,152.
+    token_ids: no id twice. change: takes the logits [n] of these ids in their order, and gives [n].
+    No ids: the logits themselves.
+
+    >>> change_logits(mx.array([1.0, 2.0, 3.0]), [2, 0], lambda chosen: 10 * chosen).tolist()
+    [10.0, 2.0, 30.0]
+    """
+    if not token_ids:
+        return logits
+    chosen = mx.array(token_ids)
+    copy = mx.array(logits)
+    copy[chosen] = change(logits[chosen])
+    return copy
+
+
+def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -> mx.array:
+    """Make the tokens of prompt and output less likely (penalty above 1) or likelier (below 1): logits [V].
+
+    A positive logit of a token in `seen` is divided by the penalty, a negative one is multiplied by it: a
+    division would bring it nearer to 0, and so make it likelier. 0 and -inf stay. A token counts once,
+    however often it was there; `seen` may be empty, and any iterable. The array that is given stays as it is;
+    `change_logits` makes the copy. Source: Keskar et al., "CTRL" (2019).
+
+    >>> penalize_repetition(mx.array([2.0, -2.0, 4.0]), [1, 0, 0], 2.0).tolist()
+    [1.0, -4.0, 4.0]
+    """
+    return change_logits(
+        logits, sorted(set(seen)), lambda chosen: mx.where(chosen > 0, chosen / penalty, chosen * penalty)
+    )
+
+
+def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, presence: float) -> mx.array:
+    """Make the tokens of the output less likely: logits [V], less `frequency` for each time and `presence`
+    once.
+
+    For a token that is n times in `outputs`, n above 0, take n * frequency + presence from its logit;
+    negative penalties make it likelier. `outputs` may be empty, and any iterable. The array that is given
+    stays as it is; `change_logits` makes the copy. In MLX a subtraction through an index array that names an
+    id twice takes effect once, so count first.
+
+    >>> penalize_output(mx.array([5.0, 5.0, 5.0]), [0, 2, 0], 0.5, 1.0).tolist()
+    [3.0, 5.0, 3.5]
+    """
+    counts = Counter(outputs)
+    times = mx.array(list(counts.values()), mx.float32)
+    return change_logits(logits, list(counts), lambda chosen: chosen - frequency * times - presence)
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Return log(softmax(logits)), [V]: what a request's `logprobs` report, of logits before any change.
+
+    Compute it as a difference, logit - max - log(sum of e^(logit - max)): the softmax itself would be 0 for a
+    token 200 below the best one, and its log -inf. A logit of -inf gives -inf. Add the exponentials up in two
+    rounds, `SUMMED_AT_ONCE` (256) neighbours at a time and then these sums, with zeros where V is no multiple
+    of 256. In one long float32 sum each small number is rounded against a large total: at 49,152 tokens the
+    result can be off by 0.001 (`mx.logsumexp` too), in two rounds by less than 0.00005.
+
+    >>> log_probabilities(mx.array([0.0, 0.0, -200.0, -mx.inf])).tolist()
+    [-0.6931471824645996, -0.6931471824645996, -200.69314575195312, -inf]
     """
     shifted = logits - mx.max(logits)
     missing = -shifted.shape[-1] % SUMMED_AT_ONCE
     weights = mx.pad(mx.exp(shifted), (0, missing)).reshape(-1, SUMMED_AT_ONCE)
     return shifted - mx.log(mx.sum(mx.sum(weights, axis=-1)))
+
+
+def forbid(logits: mx.array, token_ids: Iterable[int]) -> mx.array:
+    """Set the logits of these tokens to -inf: logits [V] -> [V]."""
+    return change_logits(logits, list(token_ids), lambda chosen: mx.full(chosen.shape, -mx.inf))
+
+
+def add_bias(logits: mx.array, bias: Mapping[int, float]) -> mx.array:
+    """Add to the logits of some tokens, by token id: logits [V] -> [V]."""
+    return change_logits(logits, list(bias), lambda chosen: chosen + mx.array(list(bias.values())))
+
+
+def adjust_logits(
+    logits: mx.array,
+    params: SamplingParams,
+    prompt: Seq[int],
+    outputs: Seq[int],
+    end_token_ids: Iterable[int],
+) -> mx.array:
+    """Return the logits [V] that a token is chosen from: limits, bias and penalties, in vLLM's order.
+
+    end_token_ids: tokens that would end the sequence; impossible while it has fewer than `min_tokens`.
+    """
+    if len(outputs) < params.min_tokens:
+        logits = forbid(logits, end_token_ids)
+    if params.logit_bias:
+        logits = add_bias(logits, params.logit_bias)
+    if params.repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, [*prompt, *outputs], params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        logits = penalize_output(logits, outputs, params.frequency_penalty, params.presence_penalty)
+    return logits

@@ -4,12 +4,13 @@ from collections.abc import Sequence as Seq
 from time import monotonic
 from weakref import ref
 
+from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
+
 from .beam_search import BeamSearch, BeamSearchParams, Ended
 from .engine_core import EngineCore
 from .errors import described
 from .output_processor import refuse_second_time
 from .outputs import BeamSearchOutput, BeamSearchSequence, RequestEvent, RequestMetrics, RequestUsage
-from .tokenizer import Detokenizer, Tokenizer
 
 
 class SearchState:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from fastapi import APIRouter, Request, Response
 from tiny_llm.engine import Prompt
-from tiny_llm.tokenizer import Detokenizer, Tokenizer
 
 from tiny_llm import Logprob, RequestEvent, RequestUsage
+from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
 from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
 from .bodies import JsonRoute

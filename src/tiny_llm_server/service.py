@@ -11,14 +11,15 @@ from time import time
 from typing import Any
 
 from fastapi import Request
-from tiny_llm.chat_messages import MessageError
-from tiny_llm.chat_template import ChatTemplate
 from tiny_llm.engine import Prompt
 from tiny_llm.generation_defaults import fitted
 from tiny_llm.output_processor import RequestState
 from tiny_llm.resources import needing
 
 from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
+from tiny_llm_checkpoints.chat_messages import MessageError
+from tiny_llm_checkpoints.chat_template import ChatTemplate
+from tiny_llm_checkpoints.errors import PromptTooLongError
 
 from .config import ServerConfig
 from .errors import ApiError, load_error, refused
@@ -226,7 +227,7 @@ class Service:
         except MessageError as error:
             code = "unsupported_field" if error.unsupported else None
             raise refused(str(error), error.field, code) from error
-        except RequestTooLargeError as error:
+        except PromptTooLongError as error:
             raise refused(str(error), "messages", "context_length_exceeded") from error
         except ValueError as error:
             raise refused(str(error), "messages") from error

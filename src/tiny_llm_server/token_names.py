@@ -5,7 +5,7 @@ text: the token's, as the engine gives it, in which such a part is U+FFFD: only 
 
 from collections.abc import Iterable
 
-from tiny_llm.tokenizer import Tokenizer
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 PART = "\ufffd"
 

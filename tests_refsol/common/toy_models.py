@@ -10,7 +10,8 @@ import numpy as np
 from tiny_llm.grouped_attention import NoCacheContext
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
+
+from tiny_llm_checkpoints.model_config import ModelConfig
 
 Windows = tuple[int | None, ...]
 VOCAB_SIZE = 50

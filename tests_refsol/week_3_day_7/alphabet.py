@@ -18,15 +18,15 @@ from tiny_llm.errors import (
     RequestTooLargeError,
 )
 from tiny_llm.faults import Failure
-from tiny_llm.gguf_tokenizer import byte_level_bpe
 from tiny_llm.inbox import Inbox
 from tiny_llm.output_processor import RequestState
 from tiny_llm.outputs import RequestEvent
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import completion_ids
 from tiny_llm.token_output import TokenOutput
-from tiny_llm.tokenizer import Tokenizer
 
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 from week_3_day_7.patience import PATIENCE, blank_or, within
 
 # A core that a test understands: every completion gets the letters that follow its prompt in the alphabet.

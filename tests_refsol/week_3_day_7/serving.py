@@ -12,9 +12,9 @@ from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
 from tiny_llm.linear import Linear
 from tiny_llm.model import Model, build_model
-from tiny_llm.model_config import ModelConfig
 from tiny_llm.paged_batch import PagedBatchManager
 
+from tiny_llm_checkpoints.model_config import ModelConfig
 from week_3_day_7.alphabet import ALPHABET, TOKENIZER, AlphabetCore
 from week_3_day_7.patience import background, within
 

@@ -6,7 +6,7 @@ from .shared import Lines, Work, random_array
 
 
 def show() -> Lines:
-    """Only distances matter."""
+    """Show that only the distances between tokens matter."""
     from tiny_llm.grouped_attention import NoCacheContext
     from tiny_llm.loader import load_model
 
@@ -26,11 +26,11 @@ def show() -> Lines:
         best = loaded.tokenizer.token_text(int(mx.argmax(rows[-1])))
         difference = float(mx.max(mx.abs(rows[-1] - rows[0])))
         yield f"positions {name:22} {text!r} goes on with {best!r}; logits differ by {difference:.4f}"
-    yield "moved together, tokens keep their distances; without positions, words are a heap"
+    yield "tokens that are all moved keep their distances; at one position, the model cannot see their order"
 
 
 def work() -> Work:
-    """512 positions of 9 heads of 64, turned."""
+    """9 heads of 64 values, rotated at 512 positions."""
     from tiny_llm.rope import inverse_frequencies, rope
 
     x, positions = random_array(1, 9, 512, 64), mx.arange(512, dtype=mx.int32)

@@ -6,7 +6,7 @@ from .shared import CAPITAL, Lines, Work, likeliest
 
 
 def show() -> Lines:
-    """Logits of a checkpoint, as words."""
+    """Print a checkpoint's likeliest next tokens."""
     for text in (CAPITAL, "Water boils at a temperature of 100 degrees", "def fibonacci("):
         yield from likeliest(text)
 

@@ -9,7 +9,7 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """Text, and what each token cost."""
+    """Print a text, and what its tokens cost."""
     from tiny_llm.generate import generate, stream_text
     from tiny_llm.loader import load_model
 
@@ -27,13 +27,13 @@ def show() -> Lines:
     yield STORY + "".join(stream_text(timed(), loaded.tokenizer))
     first, last = (sum(part) / len(part) * 1000 for part in (times[:8], times[-8:]))
     yield (
-        f"{len(times)} tokens; the first eight took {first:.1f} ms each, the last eight {last:.1f} ms: every "
-        "token computes all before it again (day 2.1 ends that)"
+        f"{len(times)} tokens; the first eight took {first:.1f} ms each, the last eight {last:.1f} ms: each "
+        "token computes all tokens before it again (until day 2.1)"
     )
 
 
 def work() -> Work:
-    """Eight tokens of the real model, everything computed anew for each."""
+    """Eight tokens of the real model, the whole sequence computed again for each."""
     from tiny_llm.generate import generate
     from tiny_llm.loader import load_model
 

@@ -12,14 +12,14 @@ import mlx.core as mx
 
 from .checkpoint import Checkpoint, as_array
 from .errors import reading
-from .generation_defaults import of_gguf
 from .ggml_blocks import QUANTIZED, dequantized
 from .gguf_config import ROPE_FACTORS, WITH_ROPE_FACTORS, gguf_config
 from .gguf_format import GGUFTensor
 from .gguf_split import read_gguf_files
 from .gguf_tokenizer import gguf_tokenizer
 from .model_config import ModelConfig
-from .quantize import Quantized
+from .quantized import Quantized
+from .recommendation import of_gguf
 
 INTERLEAVED = ("llama",)  # architectures whose query and key rows GGUF reorders
 

@@ -12,7 +12,7 @@ import tokenizers
 
 from . import tokenizer_library as library
 from .decoder_stages import BYTE_TOKEN, REPLACEMENT, DecoderChain, bytes_of_piece, decoder_chain
-from .errors import RequestTooLargeError
+from .errors import PromptTooLongError
 from .framed_text import FramedText
 from .least_tokens import least_tokens
 
@@ -75,7 +75,7 @@ class Tokenizer:
         of llama, nothing for most others. A chat template writes its own.
 
         With `context`, a prompt that leaves no place for an output in so many tokens raises
-        `RequestTooLargeError`: before it is tokenized where the text is so long that it must.
+        `PromptTooLongError`: before it is tokenized where the text is so long that it must.
 
         A byte that the vocabulary has no token for is dropped, as by the checkpoint's own tokenizer (in the
         embedded model six control characters such as U+0004, and the first byte of planes 4 to 11, which
@@ -184,9 +184,9 @@ class Tokenizer:
 
 
 def check_length(num_tokens: int, context: int | None, at_least: str = "") -> None:
-    """Raise `RequestTooLargeError` for a prompt of so many tokens that no output fits into the context."""
+    """Raise `PromptTooLongError` for a prompt of so many tokens that no output fits into the context."""
     if context is not None and num_tokens >= context:
-        raise RequestTooLargeError(
+        raise PromptTooLongError(
             f"{at_least}{num_tokens} prompt tokens and 1 output token exceed the context of {context}"
         )
 

@@ -13,12 +13,12 @@ import mlx.core as mx
 
 from .checkpoint import Checkpoint, as_array
 from .errors import ModelFileError, reading
-from .generation_defaults import of_folder, with_its_ends
 from .hf_config import model_config
 from .hf_tokenizer import hf_tokenizer
 from .json_file import read_json
 from .model_config import ModelConfig
-from .quantize import Quantized
+from .quantized import Quantized
+from .recommendation import of_folder, with_its_ends
 from .safetensors_format import SafeTensor, read_safetensors_header
 from .token_ids import token_ids
 from .weight_files import weight_files

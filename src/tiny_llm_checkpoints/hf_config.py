@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .model_config import FULL, GELU, SILU, SLIDING, ModelConfig
-from .rope import llama3_factors
+from .rope_scaling import llama3_factors
 
 Json = Mapping[str, Any]
 

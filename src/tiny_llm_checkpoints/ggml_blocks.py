@@ -10,8 +10,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .gguf_format import GGMLType
-from .kernels import compiled_kernel, use_compiled
-from .quantize import Quantized
+from .quantized import Quantized
 
 
 def q4_0(blocks: mx.array) -> Quantized:
@@ -83,9 +82,15 @@ def quants(blocks: mx.array, bits: int) -> mx.array:
     8 bits: two's complement + 128. 4 bits: ggml's byte i holds value i in its low and value i + 16 in its
     high half, MLX's byte i the values 2i and 2i + 1.
     """
-    if use_compiled():
-        words: mx.array = compiled_kernel("ggml_quants")(blocks, bits=bits)
-        return words
+    if _compiled():
+        import tiny_llm_kernels
+
+        return tiny_llm_kernels.ggml_quants(blocks, bits=bits)
+    return readable_quants(blocks, bits)
+
+
+def readable_quants(blocks: mx.array, bits: int) -> mx.array:
+    """What `quants` gives, in MLX's own operators: the oracle of the kernel, and the way on other devices."""
     values = blocks[..., -4 * bits :]
     if bits == 8:
         values = values ^ 0x80
@@ -93,6 +98,13 @@ def quants(blocks: mx.array, bits: int) -> mx.array:
         both = mx.concatenate([values & 0x0F, values >> 4], axis=-1)  # [N, K/32, 32]
         values = both[..., 0::2] | (both[..., 1::2] << 4)
     return _words(values)
+
+
+def _compiled() -> bool:
+    """True where the compiled kernels can run: built, and MLX's default device is the CPU."""
+    import tiny_llm_kernels
+
+    return mx.default_device() == mx.Device(mx.cpu) and tiny_llm_kernels.available()
 
 
 def _words(values: mx.array) -> mx.array:

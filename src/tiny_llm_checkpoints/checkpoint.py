@@ -1,26 +1,21 @@
-"""What a model file holds, whatever its format, and how it becomes a model.
+"""What a model file holds, whatever its format.
 
-A reader translates a file's names, shapes and layouts into this; `build` makes the model from it, one
-tensor at a time: each is read, brought into the form that it is multiplied in, and forgotten, so that
-the weights are never in memory twice. Knows nothing of file formats.
+A reader translates a file's names, shapes and layouts into this, and the tensors stay in their files until
+they are loaded. Knows nothing of file formats, and nothing of the model that is built from it.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import mlx.core as mx
 
-from .errors import ModelFileError, reading
-from .generation_defaults import Recommendation
-from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
-from .model import Model, build_model
+from .errors import ModelFileError
 from .model_config import ModelConfig
-from .quantize import Quantized
+from .quantized import Quantized
+from .recommendation import Recommendation
 from .tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 MOST_NAMED = 5  # tensors that an error names, of those that are missing or too many
 
@@ -88,47 +83,6 @@ class Checkpoint:
                 f"{self.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding only "
                 f"{self.config.vocab_size} rows"
             )
-
-    def build(self, activation_bits: int = 16) -> Model:
-        """Read the weights and assemble the model; its packed matrices round activations to so many bits."""
-        linears = _OnDemand(lambda name: self._linear(name, activation_bits))
-        vectors = _OnDemand(lambda name: self._vector(f"{name}.weight"))
-        return build_model(self.config, linears, vectors)
-
-    def _linear(self, name: str, activation_bits: int) -> LinearLike:
-        """One matrix, in the form that this device multiplies best, with its bias where it has one."""
-        stored = self._load(f"{name}.weight")
-        if isinstance(stored, Quantized):
-            matrix = quantized_linear(*stored, activation_bits=activation_bits)
-        else:
-            matrix = dense_linear(stored)
-        if f"{name}.bias" not in self.tensors:
-            return matrix
-        return BiasedLinear(matrix, self._vector(f"{name}.bias"))
-
-    def _vector(self, name: str) -> mx.array:
-        """A vector in float32."""
-        stored = self._load(name)
-        if isinstance(stored, Quantized):
-            raise ModelFileError(f"{self.path}: tensor {name} is quantized, expected plain numbers")
-        vector = stored.astype(mx.float32)
-        mx.eval(vector)
-        return vector
-
-    def _load(self, name: str) -> mx.array | Quantized:
-        tensor = self.tensors[name]
-        with reading(tensor.file):
-            return tensor.load()
-
-
-@dataclass(frozen=True)
-class _OnDemand(Generic[T]):
-    """Makes each parameter when it is asked for, and keeps none."""
-
-    make: Callable[[str], T]
-
-    def __getitem__(self, name: str) -> T:
-        return self.make(name)
 
 
 def _some(names: list[str]) -> str:

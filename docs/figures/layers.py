@@ -1,0 +1,136 @@
+"""The figure of the packages: what each is, and what it imports.
+
+`IMPORTS` is the table that ARCHITECTURE.md prints; a test holds the two equal.
+"""
+
+from typing import NamedTuple
+
+from drawing import Drawing, Point
+
+IMPORTS = {
+    "tiny_llm_kernels": (),
+    "tiny_llm_checkpoints": ("tiny_llm_kernels",),
+    "tiny_llm_ref": ("tiny_llm_kernels", "tiny_llm_checkpoints"),
+    "tiny_llm": ("tiny_llm_ref",),
+    "tiny_llm_server": ("tiny_llm", "tiny_llm_checkpoints"),
+    "tiny_llm_course": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"),
+    "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"),
+    "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_cli"),
+    "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
+}
+
+# Imports that are drawn as a straight arrow down, and where. All others are arrows sideways, arrows around
+# the stack to the overlay, or small labels.
+DOWN = {
+    ("benches", "tiny_llm_cli"): 240,
+    ("labs", "tiny_llm_cli"): 490,
+    ("labs", "tiny_llm_course"): 670,
+    ("tiny_llm_cli", "tiny_llm_server"): 240,
+    ("tiny_llm_server", "tiny_llm"): 240,
+    ("tiny_llm_course", "tiny_llm"): 622,
+    ("tiny_llm", "tiny_llm_ref"): 430,
+    ("tiny_llm_ref", "tiny_llm_kernels"): 240,
+    ("tiny_llm_ref", "tiny_llm_checkpoints"): 622,
+}
+LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and how far outside of it the outer arrows run
+SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels")]
+AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT, "labs": RIGHT}
+
+
+class Package(NamedTuple):
+    """A package's place in the figure, and one line of what it does."""
+
+    name: str
+    does: str
+    x: float
+    y: float
+    width: float
+    style: str = "panel"
+    height: float = 76
+
+    @property
+    def middle(self) -> float:
+        """The height of its middle."""
+        return self.y + self.height / 2
+
+    @property
+    def bottom(self) -> float:
+        """Its lower edge."""
+        return self.y + self.height
+
+
+PACKAGES = {
+    package.name: package
+    for package in (
+        Package("benches", "one question each, figures as JSON", LEFT, 20, 355),
+        Package("labs", "the book's experiments", 445, 20, 355),
+        Package("tiny_llm_cli", "the tiny-llm command", LEFT, 132, 475),
+        Package("tiny_llm_server", "OpenAI's API over HTTP", LEFT, 244, 355),
+        Package("tiny_llm_course", "syllabus, starters, tests, hints", 445, 244, 355),
+        Package(
+            "tiny_llm", "overlay: the learner's modules, else the reference's", LEFT, 356, 740, "green", 58
+        ),
+        Package("tiny_llm_ref", "reference: the complete engine, flat", LEFT, 450, 740, "blue", 58),
+        Package("tiny_llm_kernels", "MLX operators in C++ for the CPU", LEFT, 544, 355, "orange", 58),
+        Package("tiny_llm_checkpoints", "what a model file says", 445, 544, 355, "teal", 58),
+    )
+}
+
+
+def draw() -> str:
+    """The figure as SVG."""
+    figure = Drawing(
+        860,
+        640,
+        "The packages of tiny-llm and their imports",
+        "An arrow leads from a package to one that it imports. "
+        + " ".join(f"{name} imports {', '.join(uses) or 'none of them'}." for name, uses in IMPORTS.items()),
+    )
+    for points in _arrows():
+        figure.arrow(points)
+    for package in PACKAGES.values():
+        _draw_package(figure, package)
+    figure.label(LEFT, 628, "Arrows and small labels: imports.", "small")
+    return figure.svg()
+
+
+def _draw_package(figure: Drawing, package: Package) -> None:
+    figure.box(*package[2:5], package.height, package.style, [package.name, package.does])
+    x = package.x + 14
+    for name in _labels(package.name):
+        short = name.removeprefix("tiny_llm_")
+        width = 8 * len(short) + 16
+        style = PACKAGES[name].style
+        figure.chip(x, package.bottom - 27, width, "zone" if style == "panel" else style, short)
+        x += width + 8
+
+
+def _labels(name: str) -> list[str]:
+    """The imports of a package that are not drawn as arrows."""
+    drawn = {lower for upper, lower in [*DOWN, *SIDEWAYS] if upper == name}
+    around = {"tiny_llm"} if name in AROUND else set()
+    return [imported for imported in IMPORTS[name] if imported not in drawn | around]
+
+
+def _arrows() -> list[list[Point]]:
+    """Every import that is drawn as an arrow."""
+    down = [_down(upper, lower, x) for (upper, lower), x in DOWN.items()]
+    sideways = [_sideways(right, left) for right, left in SIDEWAYS]
+    return [*down, *sideways, *(_around(name, edge) for name, edge in AROUND.items())]
+
+
+def _down(upper: str, lower: str, x: float) -> list[Point]:
+    return [(x, PACKAGES[upper].bottom), (x, PACKAGES[lower].y - 2)]
+
+
+def _sideways(right: str, left: str) -> list[Point]:
+    y = PACKAGES[left].middle
+    return [(PACKAGES[right].x, y), (PACKAGES[left].x + PACKAGES[left].width + 2, y)]
+
+
+def _around(name: str, edge: float) -> list[Point]:
+    """From a package around the stack's edge to the overlay."""
+    away = -1 if edge == LEFT else 1
+    start, end = PACKAGES[name].middle, PACKAGES["tiny_llm"].middle
+    outside = edge + away * OUTSIDE
+    return [(edge, start), (outside, start), (outside, end), (edge + away * 2, end)]

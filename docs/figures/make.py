@@ -1,0 +1,19 @@
+"""Write the figures of ARCHITECTURE.md beside this file: `pdm run figures`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import layers
+import token_path
+
+FIGURES: dict[str, Callable[[], str]] = {"layers.svg": layers.draw, "token_path.svg": token_path.draw}
+
+
+def main() -> None:
+    """Write every figure."""
+    for name, draw in FIGURES.items():
+        (Path(__file__).parent / name).write_text(draw(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

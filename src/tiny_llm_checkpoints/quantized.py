@@ -1,0 +1,18 @@
+"""A quantized matrix as MLX lays it out: what a file gives, and what the engine multiplies."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class Quantized(NamedTuple):
+    """A matrix [N, K] in MLX's quantized layout.
+
+    weight [N, K * bits / 32] uint32, scales and biases [N, K / group_size].
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int

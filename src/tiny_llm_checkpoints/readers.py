@@ -1,0 +1,19 @@
+"""The checkpoint at a path: a GGUF file, or a folder in Hugging Face's layout."""
+
+from pathlib import Path
+
+from .checkpoint import Checkpoint
+from .errors import ModelFileError
+from .gguf_reader import read_gguf
+from .hf_reader import read_folder
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at a path, by what is there; no weight is read yet."""
+    if path.is_dir():
+        return read_folder(path)
+    if path.suffix == ".safetensors":
+        raise ModelFileError(f"{path}: weights alone are no model: name the folder that it is in")
+    if not path.is_file():
+        raise ModelFileError(f"{path}: neither a regular file nor a folder")
+    return read_gguf(path)

@@ -1,0 +1,66 @@
+"""The examples in the exercises' docstrings: each exercise has one, and all of them give what they say.
+
+An example is a doctest, such as `>>> softmax(mx.zeros(2)).tolist()`, and has the names of its module. The
+docstrings are read from the source: Python's own search for doctests passes over functions for which compiled
+kernels stand in. `python -m tiny_llm_course.examples MODULE.NAME ...` runs the examples of some functions in
+one process, on `tiny_llm` as the overlay has it.
+"""
+
+import ast
+import doctest
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .house import House
+from .problem import Problem, last_lines
+from .runs import overlay_of, run_python
+from .source import find
+from .syllabus import Syllabus
+from .units import Day
+
+FAILED = 1
+
+
+def missing_examples(house: House, day: Day) -> Iterator[Problem]:
+    """The exercises of a day whose docstring shows no example."""
+    for exercise in day.exercises:
+        source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+        if not doctest.DocTestParser().get_examples(ast.get_docstring(find(source, exercise.name)) or ""):
+            yield Problem("examples", exercise.id, f"{exercise.name} has no example: `>>> ...`")
+
+
+def failing_examples(
+    house: House, syllabus: Syllabus, environment: dict[str, str] | None = None
+) -> list[Problem]:
+    """The examples that give something else on the reference. environment: variables for the run."""
+    names = {f"{one.module}.{one.name}": one.id for day in syllabus.days for one in day.exercises}
+    with overlay_of(house, {}) as reference:
+        run = run_python(reference, ["-m", "tiny_llm_course.examples", *names], environment)
+    if run.returncode:
+        return [Problem("examples", "all days", f"cannot be run\n{last_lines(run.stderr)}")]
+    return [Problem("examples", names[name], f"{name} {said}") for name, said in json.loads(run.stdout)]
+
+
+def main(names: Sequence[str]) -> None:
+    """Run the examples of these functions, and print what failed as JSON: a list of [name, what it gave]."""
+    print(json.dumps([[name, said] for name in names for said in _failures(name)]))
+
+
+def _failures(name: str) -> Iterator[str]:
+    """What each failing example of a function gave, in doctest's words."""
+    module_name, _, function = name.partition(".")
+    module = importlib.import_module(f"tiny_llm.{module_name}")
+    file = Path(str(module.__file__))
+    node = find(file.read_text(encoding="utf-8"), function)
+    docstring, line = ast.get_docstring(node), node.body[0].lineno - 1
+    test = doctest.DocTestParser().get_doctest(docstring or "", dict(vars(module)), function, file.name, line)
+    said: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    yield from (text.replace("*" * 70 + "\n", "").rstrip() for text in said)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

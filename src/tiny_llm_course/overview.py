@@ -1,0 +1,131 @@
+"""How far the learner is, over all days: `pdm run progress` and `pdm run map`."""
+
+from typing import Any
+
+from .cpp import build_of, own_kernels
+from .house import House
+from .progress import (
+    Result,
+    State,
+    changed_files,
+    is_started,
+    missing_modules,
+    own_modules,
+    result,
+    state,
+)
+from .syllabus import Syllabus
+from .units import Day, Unit, exercise_range
+
+_MARKS = {
+    State.NOT_STARTED: "-",
+    State.BLANK: ".",
+    State.MISSING: "?",
+    State.WRITTEN: "x",
+    State.SKIPPED: "s",
+}
+_LEGEND = "x written   . blank   s skipped   ? its function is missing   - its file is not there"
+
+
+def progress(house: House, syllabus: Syllabus) -> list[dict[str, Any]]:
+    """One row a day that can be started: its exercises by state, what its tests say, a row for each part."""
+    own_modules(house)
+    return [
+        {"day": day.id, **_row(house, day), "parts": [{"part": p.id, **_row(house, p)} for p in day.parts]}
+        for day in syllabus.days
+        if not day.is_to_come
+    ]
+
+
+def _row(house: House, unit: Unit) -> dict[str, Any]:
+    states = {exercise.id: state(house, exercise) for exercise in unit.exercises}
+    started = len(missing_modules(house, unit)) < len(unit.modules)
+    outcome = result(house, unit) if started else Result.UNKNOWN
+    all_blank = set(states.values()) == {State.BLANK}
+    return {
+        "title": unit.title,
+        "started": started,
+        "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
+        "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
+        "tests": State.BLANK.value if all_blank else _told(house, unit, outcome),
+        "done": started and outcome is Result.PASSING,
+    }
+
+
+def _told(house: House, unit: Unit, outcome: Result) -> str:
+    """What the tests say; of tests that are out of date also the file that has changed."""
+    changed = changed_files(house, unit) if outcome is Result.STALE else []
+    if not changed:
+        return outcome.value
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"{changed[0]}{more} changed since its tests ran"
+
+
+def progress_text(house: House, syllabus: Syllabus) -> str:
+    """The same as a table, with what to do next; the parts of a day once it is started."""
+    rows = progress(house, syllabus)
+    lines = _table(house, syllabus, rows)
+    done = sum(bool(row["done"]) for row in rows)
+    lines += ["", _LEGEND, f"{done} of {len(rows)} days pass."]
+    following = _following(house, syllabus, rows)
+    if following is not None:
+        lines.append(f"next: pdm run {'test' if is_started(house, following) else 'start'} {following.id}")
+    return "\n".join(lines)
+
+
+def _table(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[str]:
+    shown: list[tuple[str, Unit, dict[str, Any]]] = []
+    for row in rows:
+        day = syllabus.day(row["day"])
+        shown.append(("", day, row))
+        if row["started"]:
+            shown += [("  ", part, one) for part, one in zip(day.parts, row["parts"], strict=True)]
+    marks = [f"[{''.join(_MARKS[state(house, e)] for e in unit.exercises)}]" for _, unit, _ in shown]
+    names = [f"{indent}{unit.id}" for indent, unit, _ in shown]
+    tests = [row["tests"] if row["started"] else "not started" for _, _, row in shown]
+    first, second, third = (max(map(len, column)) for column in (names, marks, tests))
+    return [
+        f"{name:{first}}  {mark:{second}}  {test:{third}}  {unit.title}"
+        for name, mark, test, (_, unit, _) in zip(names, marks, tests, shown, strict=True)
+    ]
+
+
+def _following(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> Unit | None:
+    """What to do next: a day that is under way, or else the first after the last that is done; its part."""
+    under_way = [row for row in rows if row["started"] and not row["done"]]
+    last = max((place for place, row in enumerate(rows) if row["done"]), default=-1)
+    later = [*under_way, *rows[last + 1 :], *rows]
+    row = next((row for row in later if not row["done"]), None)
+    if row is None:
+        return None
+    day = syllabus.day(row["day"])
+    return _part_to_do(house, day) or day
+
+
+def _part_to_do(house: House, day: Day) -> Unit | None:
+    """The first part with something of the learner's that does not pass, or else the first after the last
+    that passes; None where the day has no parts, or all pass."""
+    open_parts = [part for part in day.parts if result(house, part) is not Result.PASSING]
+    under_way = [part for part in open_parts if is_started(house, part)]
+    passing = [place for place, part in enumerate(day.parts) if part not in open_parts]
+    later = [part for part in day.parts[max(passing, default=-1) + 1 :] if part in open_parts]
+    return next(iter([*under_way, *later, *open_parts]), None)
+
+
+def map_text(house: House, syllabus: Syllabus) -> str:
+    """Every day with its modules and whose they are, and its parts with what their tests say; a kernel in C++
+    where it is the learner's."""
+    own = set(own_modules(house))
+    kernels = {kernel: build_of(house, kernel) for kernel in own_kernels(house, syllabus)}
+    lines = []
+    for day in syllabus.days:
+        if day.id.endswith(".1"):
+            lines += ["", f"week {day.id[0]}"]
+        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "to come"
+        modules += "".join(f"  [{k.file}, {kernels[k].value}]" for k in day.kernels if k in kernels)
+        lines.append(f"  {day.id}  {day.title:38}  {modules}")
+        for part in day.parts:
+            row = _row(house, part)
+            tests = row["tests"] if row["started"] else "not started"
+            lines.append(f"    {part.id}  {part.title:35}  {exercise_range(part.exercises)}: {tests}")
+    return "\n".join([*lines[1:], "", "[in brackets]: yours; every other module is the reference's"])

@@ -1,0 +1,107 @@
+"""Second solutions: each day solved once more from its docstrings, by other code than the reference's.
+
+They show that a suite accepts any correct solution, and that a docstring says all that its tests ask for.
+They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .house import House
+from .outcome import Outcome, read_outcome
+from .problem import Problem, last_lines
+from .runs import overlay_of, run_suites
+from .source import Function, functions, is_blank
+from .starter import starter
+from .suite_files import folder_of
+from .units import Day
+
+LONGEST_ALIKE = 3  # lines of a function that two people write alike
+
+
+def folder(house: House, day: Day) -> Path:
+    """Where a day's second solution is, or would be."""
+    return house.root / "tests" / "second_solutions" / folder_of(house.suites / day.suite).name
+
+
+def missing_solutions(house: House, day: Day) -> Iterator[Problem]:
+    """The modules of a day that are not solved a second time."""
+    for module in day.modules:
+        file = folder(house, day) / f"{module}.py"
+        if not file.exists():
+            yield Problem("second solution", day.id, f"there is no {house.shown(file)}")
+
+
+def unsound_solutions(house: House, days: Iterable[Day]) -> Iterator[Problem]:
+    """Files that solve no module of their day, and functions that are the reference's."""
+    days = list(days)
+    known = {folder(house, day) / f"{module}.py" for day in days for module in day.modules}
+    for file in sorted((house.root / "tests" / "second_solutions").glob("*/*.py")):
+        if file not in known:
+            yield Problem("second solution", house.shown(file), "is no module of a day")
+    for day in days:
+        for module in day.modules:
+            yield from _copies(house, day, module)
+
+
+def failing_solutions(house: House, days: Iterable[Day]) -> list[Problem]:
+    """What fails on all second solutions together; each is then tried by itself, to say whose fault it is."""
+    solved = {day: sources for day in days if (sources := _sources(house, day))}
+    together = {module: source for sources in solved.values() for module, source in sources.items()}
+    if not solved:
+        return []
+    outcome, output = _run(house, together, [house.suites])
+    if outcome.code == 0:
+        return []
+    suites = sorted({Path(test.partition("::")[0]).name for test in outcome.failed})
+    found = [
+        Problem("second solution", day.id, f"fails {alone.failed[0]}\n{last_lines(output)}")
+        for day, sources in solved.items()
+        for alone, output in [_run(house, sources, [house.suites / name for name in suites])]
+        if alone.failed
+    ]
+    return found or [Problem("second solution", "all together", f"fail\n{last_lines(output)}")]
+
+
+def _sources(house: House, day: Day) -> dict[str, str]:
+    """The second solution of a day, by module."""
+    files = [folder(house, day) / f"{module}.py" for module in day.modules]
+    return {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+
+
+def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
+    """What suites come to on these modules, and what was printed."""
+    with overlay_of(house, sources) as overlay, TemporaryDirectory(prefix="tiny-llm-outcome-") as stored:
+        file = Path(stored, "outcome.json")
+        run = run_suites(overlay, suites, ["-q"], quiet=True, outcome=file)
+        return read_outcome(file, run.returncode), run.stdout
+
+
+def _copies(house: House, day: Day, module: str) -> Iterator[Problem]:
+    """The functions of a second solution that are the reference's, line for line; given ones may be."""
+    file = folder(house, day) / f"{module}.py"
+    if not file.exists():
+        return
+    reference = (house.reference / f"{module}.py").read_text(encoding="utf-8")
+    begun = starter(house, module, day)
+    given = {name for name in functions(begun) if not is_blank(begun, name)}
+    originals = {_body_of(node) for node in functions(reference).values()}
+    for name, node in functions(file.read_text(encoding="utf-8")).items():
+        if name not in given and _num_lines(node) > LONGEST_ALIKE and _body_of(node) in originals:
+            yield Problem("second solution", f"{day.id}, {module}.py", f"{name} is the reference's")
+
+
+def _statements(node: Function) -> list[ast.stmt]:
+    """The body without its docstring."""
+    return node.body[1:] if ast.get_docstring(node) is not None else node.body
+
+
+def _body_of(node: Function) -> str:
+    return "\n".join(ast.dump(statement) for statement in _statements(node))
+
+
+def _num_lines(node: Function) -> int:
+    statements = _statements(node)
+    return (node.end_lineno or 0) - statements[0].lineno + 1 if statements else 0

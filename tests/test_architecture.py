@@ -1,0 +1,165 @@
+"""ARCHITECTURE.md, its figures and the pages of decisions: what they name exists, and they agree.
+
+Oracles: the folders and modules of the repository, and the script that draws the figures.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "docs" / "figures"
+DECISIONS = ROOT / "docs" / "decisions"
+PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "ARCHITECTURE.md", *sorted(DECISIONS.glob("*.md"))]
+NUMBERED = sorted(DECISIONS.glob("[0-9]*.md"))
+
+Imports = dict[str, tuple[str, ...]]
+
+
+class Figures(NamedTuple):
+    """What the script knows: how each file is drawn, the table of imports, the boxes of the first figure."""
+
+    draw: dict[str, Callable[[], str]]
+    imports: Imports
+    boxes: set[str]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Figures:
+    monkeypatch.syspath_prepend(str(FIGURES))
+    layers = import_module("layers")
+    return Figures(import_module("make").FIGURES, layers.IMPORTS, set(layers.PACKAGES))
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def rows(heading: str) -> Iterator[list[str]]:
+    """The rows of the first table under a heading, as texts of cells, without the table's own head."""
+    section = re.split(r"^#+ ", PAGE.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    for line in lines[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def in_code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# ---- the page ----
+
+
+def test_the_page_can_be_read_in_a_quarter_of_an_hour() -> None:
+    assert len(PAGE.split()) <= 2500
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    inline = re.findall(r"\]\(([^)\s]+)\)", text)
+    definition = re.compile(r"^\[(\d{4})\]: (\S+)$", re.MULTILINE)
+    defined = dict(definition.findall(text))
+    used = re.findall(r"\[(\d{4})\](?!\()", definition.sub("", text))
+    assert set(used) == set(defined)
+    targets = [target for target in [*inline, *defined.values()] if "://" not in target]
+    assert [target for target in targets if not (page.parent / target.partition("#")[0]).exists()] == []
+
+
+def documented_interfaces() -> list[tuple[str, str]]:
+    """Module and dotted name of each entry of "Interfaces"; `.name` belongs to the class before it."""
+    entries = []
+    for modules, interfaces, _ in rows("Interfaces"):
+        owner = ""
+        for code in in_code(interfaces):
+            name = code.partition("(")[0]
+            if not name.startswith("."):
+                owner = name.partition(".")[0]
+            full_name = owner + name if name.startswith(".") else name
+            entries.append((" ".join(in_code(modules)), full_name))
+    return entries
+
+
+def defined_in(module: str) -> set[str]:
+    """Functions, classes and methods, by dotted name, of the modules of that name in any package."""
+    names = set()
+    for file in (ROOT / "src").glob(f"*/{module}.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+                inner = node.body if isinstance(node, ast.ClassDef) else []
+                functions = [one for one in inner if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+                names |= {f"{node.name}.{function.name}" for function in functions}
+    return names
+
+
+@pytest.mark.parametrize(("modules", "name"), documented_interfaces())
+def test_every_interface_that_the_page_lists_exists(modules: str, name: str) -> None:
+    assert name in set[str]().union(*(defined_in(module) for module in modules.split()))
+
+
+# ---- the figures ----
+
+
+def test_the_table_of_imports_is_the_one_that_is_drawn(figures: Figures) -> None:
+    table = {in_code(name)[0]: set(in_code(imports)) for name, _, imports in rows("Packages")}
+    assert table == {name: set(imports) for name, imports in figures.imports.items()}
+
+
+def test_every_package_that_is_drawn_exists(figures: Figures) -> None:
+    """And every package is drawn: folders of `src` that hold Python, benches and labs."""
+    packages = {file.parent.name for file in (ROOT / "src").glob("*/__init__.py")}
+    assert figures.boxes == set(figures.imports) == packages | {"benches", "labs"}
+    assert (ROOT / "benches").is_dir()
+    assert (ROOT / "labs").is_dir()
+
+
+def test_a_package_is_drawn_above_all_that_it_imports(figures: Figures) -> None:
+    """So there is no circle: the table lists packages from the ground up."""
+    order = list(figures.imports)
+    for name, imports in figures.imports.items():
+        assert all(order.index(imported) < order.index(name) for imported in imports)
+
+
+def test_the_committed_figures_are_what_the_script_makes(figures: Figures) -> None:
+    """`pdm run figures` makes them anew."""
+    committed = {file.name: file.read_text(encoding="utf-8") for file in FIGURES.glob("*.svg")}
+    assert committed == {name: draw() for name, draw in figures.draw.items()}
+
+
+def test_figures_have_colours_for_light_and_dark_backgrounds(figures: Figures) -> None:
+    """Every class of a mark that has a colour in one scheme has one in the other."""
+    for draw in figures.draw.values():
+        style = draw().partition("<style>")[2].partition("</style>")[0]
+        light, dark = style.split("@media (prefers-color-scheme: dark)")
+        coloured = re.compile(r"^(\S.*?) \{ (?:fill|stroke): #", re.MULTILINE)
+        assert set(coloured.findall(light)) == set(coloured.findall(dark)) != set()
+
+
+# ---- decisions ----
+
+
+def test_decisions_are_numbered_without_gaps_and_listed() -> None:
+    assert [int(file.name[:4]) for file in NUMBERED] == list(range(1, len(NUMBERED) + 1))
+    index = (DECISIONS / "README.md").read_text(encoding="utf-8")
+    titles = [file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for file in NUMBERED]
+    listed = re.findall(r"^\| (\d{4}) \| \[(.*)\]\((.*)\) \|$", index, re.MULTILINE)
+    assert listed == [(file.name[:4], title, file.name) for file, title in zip(NUMBERED, titles, strict=True)]
+
+
+@pytest.mark.parametrize("file", NUMBERED, ids=name_of)
+def test_a_decision_has_context_choice_and_consequence(file: Path) -> None:
+    parts = re.split(r"^## (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert parts[1::2] == ["Context", "Choice", "Consequence"]
+    assert all(len(part.split()) > 5 for part in parts[2::2])
+
+
+@pytest.mark.parametrize("file", NUMBERED, ids=name_of)
+def test_a_decision_is_cited_by_the_page(file: Path) -> None:
+    assert f"[{file.name[:4]}]" in PAGE
