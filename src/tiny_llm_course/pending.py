@@ -14,8 +14,6 @@ WITHOUT_EXAMPLES = frozenset(
         "3.3",
         "3.4",
         "3.5",
-        "3.6",
-        "3.7",
     }
 )
 WITHOUT_SECOND_SOLUTION = WITHOUT_EXAMPLES

@@ -1,7 +1,8 @@
 """Second solutions: each day solved once more from its docstrings, by other code than the reference's.
 
 They show that a suite accepts any correct solution, and that a docstring says all that its tests ask for.
-They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day.
+They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file may have only
+the exercises, and new helpers: the starter has the rest, imports included.
 """
 
 import ast
@@ -13,7 +14,7 @@ from .house import House
 from .outcome import Outcome, read_outcome
 from .problem import Problem, last_lines
 from .runs import overlay_of, run_suites
-from .source import Function, functions, is_blank
+from .source import Function, functions, is_blank, with_body_of, with_function
 from .starter import starter
 from .suite_files import folder_of
 from .units import Day
@@ -68,7 +69,20 @@ def failing_solutions(house: House, days: Iterable[Day]) -> list[Problem]:
 def _sources(house: House, day: Day) -> dict[str, str]:
     """The second solution of a day, by module."""
     files = [folder(house, day) / f"{module}.py" for module in day.modules]
-    return {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    return {file.stem: _completed(house, day, file) for file in files if file.exists()}
+
+
+def _completed(house: House, day: Day, file: Path) -> str:
+    """A module solved a second time: the file, or its functions in the starter where it has only some."""
+    solution, begun = file.read_text(encoding="utf-8"), starter(house, file.stem, day)
+    own, needed = functions(solution).keys(), functions(begun).keys()
+    if needed <= own:
+        return solution
+    for name in (exercise.name for exercise in day.of_module(file.stem)):
+        begun = with_body_of(begun, solution, name)
+    for helper in sorted(own - needed):
+        begun = with_function(begun, solution, helper)
+    return begun
 
 
 def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
