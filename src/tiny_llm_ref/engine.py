@@ -82,8 +82,7 @@ class Engine:
     ) -> RequestState:
         """A request to submit, once.
 
-        request_id: what it is known by, unlike all requests that have not ended: up to 256 characters; None:
-        a number.
+        request_id: a text of 1 to 256 characters that no request in progress has; None: a new number.
 
         Raises ValueError for what is no prompt, no `SamplingParams` or no id, and for ids outside the
         vocabulary; `SamplingParamsError` names the field of `params` that has such ids. Raises
@@ -119,7 +118,7 @@ class Engine:
 
         deliver: the listener: a callback that is called in the engine's thread, at most once an iteration,
         with a list of all that this brought for these requests: events, or an error that ended one of them.
-        It must return at once. If it raises, they are cancelled.
+        It must return at once. If it raises, its requests are cancelled.
 
         Refused at once, in the thread that calls: TypeError for what is no request or cannot be called
         (`_submittable` checks both and returns the requests); the error that `_loop.refusal` makes where it
@@ -232,10 +231,10 @@ class Engine:
                 self._inbox.post(partial(self._loop.forget, [request]))
 
     def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
-        """Hear what is in the pool, and then what each step changes in it; what is returned ends it.
+        """Show a watcher what is in the pool, then what each step changes; returns a function that ends this.
 
-        watcher: called in the engine's thread; it must return at once, and hears no more once it has raised.
-        Nothing is looked at while nobody watches. Raises ValueError where the batch manager has no blocks,
+        watcher: called in the engine's thread; it must return at once. Once it has raised, it is removed.
+        The pool is compared only while there is a watcher. Raises ValueError where the manager has no blocks,
         TypeError for what cannot be called.
         """
         _check_callable("watcher", watcher)
@@ -402,7 +401,7 @@ def _stack_of(nbytes: int) -> Iterator[None]:
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
-    """Nobody has the engine any more, or the program ends: a thread cut off within a step would abort it."""
+    """End the thread of an engine that is forgotten; also at exit, where it must not be cut off in a step."""
     inbox.post(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(EXIT_SECONDS)
