@@ -302,7 +302,7 @@ def policies(
     prefixes = sharing(groups) if prefix else NoPrefixSharing
     patience = 3  # little, so that there is something to overtake in a small crowd
     return Policies(
-        NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks, AgedPriority(patience).turn
+        NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks, AgedPriority(patience).key
     )
 
 

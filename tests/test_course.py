@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny_llm_kernels
-from tiny_llm_course import cpp, pending
+from tiny_llm_course import cpp
 from tiny_llm_course import days as demonstrations
 from tiny_llm_course import main as door
 from tiny_llm_course.check import check
@@ -23,6 +23,7 @@ from tiny_llm_course.overview import map_text, progress, progress_text
 from tiny_llm_course.progress import Result, State, changed_files, remember, result, state
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.runs import overlay_of, own_sources
+from tiny_llm_course.second_solutions import failing_solutions
 from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_body_of
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
@@ -169,10 +170,8 @@ API = "__all__ = []\n\n\ndef __getattr__(name):\n    raise AttributeError(name)\
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def house(tmp_path: Path) -> House:
     """A checkout with a course of its own, which lacks nothing."""
-    monkeypatch.setattr(pending, "WITHOUT_EXAMPLES", frozenset())
-    monkeypatch.setattr(pending, "WITHOUT_SECOND_SOLUTION", frozenset())
     files = {f"tests/second_solutions/{name}": source for name, source in SOLUTIONS.items()}
     files |= {
         "src/tiny_llm_course/syllabus.toml": SYLLABUS,
@@ -648,6 +647,17 @@ def suite(house: House, day: int) -> Path:
 def solution(house: House, module: str) -> Path:
     [file] = house.root.glob(f"tests/second_solutions/*/{module}.py")
     return file
+
+
+def test_a_second_solution_may_have_only_the_exercises_and_new_helpers(house: House) -> None:
+    """The starter has the rest: here `Counter.__init__`."""
+    solution(house, "counting").write_text(
+        "class Counter:\n"
+        "    def count(self):\n        self.value = self.more()\n        return self.value\n\n"
+        "    def more(self):\n        return self.value + 1\n",
+        "utf-8",
+    )
+    assert failing_solutions(house, syllabus_of(house).days) == []
 
 
 LONG = "y = x\n    z = y + y\n    x = 0\n    return z + x"

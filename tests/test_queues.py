@@ -24,7 +24,7 @@ from tiny_llm.sequence import Sequence, SequenceState, completion_ids
 from tiny_llm import EngineCore, PagedBatchManager
 from tiny_model import examples
 
-TURN = AgedPriority(patience=3).turn
+KEY = AgedPriority(patience=3).key
 
 
 def leader(request_id: str, n: int = 1, priority: int = 0) -> Sequence:
@@ -52,7 +52,7 @@ class Lists:
 
     def add(self, request_id: str, n: int, priority: int) -> None:
         first, *others = completion_ids(request_id, n)
-        insort(self.waiting, ((TURN(self.num_arrived, priority), self.num_arrived, 0), first))
+        insort(self.waiting, ((KEY(self.num_arrived, priority), self.num_arrived, 0), first))
         self.num_arrived += 1
         self.to_come[first] = others
         self.request_of.update(dict.fromkeys([first, *others], request_id))
@@ -86,7 +86,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queues: RequestQueues[Sequence] = RequestQueues(TURN)
+        self.queues: RequestQueues[Sequence] = RequestQueues(KEY)
         self.lists = Lists()
 
     @rule(name=st.sampled_from("abcdef"), n=st.integers(1, 3), priority=st.integers(-2, 2))

@@ -752,7 +752,7 @@ def test_an_old_request_of_low_priority_ends_while_urgent_ones_keep_coming(
     By hand: those that come up to `patience` requests later go before an old one and no others do. So when it
     ends, nobody who came after that has ended who had not been in the pool beside it.
     """
-    those = Policies(NewestFirst(), swap_blocks=swap_blocks, turn=AgedPriority(patience).turn)
+    those = Policies(NewestFirst(), swap_blocks=swap_blocks, priority_key=AgedPriority(patience).key)
     manager = PagedBatchManager(9, 3, 4, model=tiny_model(), max_batched_tokens=24, policies=those)
     slow = [asks("slow1", 9, 12, priority=1, step=2), asks("slow2", 7, 12, priority=1, step=5)]
     urgent = [asks(f"{i}", 4 + i % 5, 6, step=i) for i in range(80)]
@@ -837,7 +837,7 @@ def test_in_pools_that_hold_one_and_little_more_everybody_gets_what_he_gets_alon
     """
     happened: Counter[str] = Counter()
     if hasty:
-        monkeypatch.setattr(NewestFirst, "promised_tokens", only_what_is_known)
+        monkeypatch.setattr(NewestFirst, "reserved_tokens", only_what_is_known)
 
     @settings(max_examples=examples(30))
     @given(pressed())

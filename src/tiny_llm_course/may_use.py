@@ -20,8 +20,13 @@ from .source import Function, functions
 from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
+PRIVATE = re.compile(r"\._(?!_)")
 CHECKPOINTS = "tiny_llm_checkpoints"  # the package under the reference that exercises call
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
+
+
+# A member of a class: its module, its name with the class, and its function, annotation or value.
+Member = tuple[str, str, ast.stmt | ast.expr]
 
 
 class Interface(NamedTuple):
@@ -78,7 +83,7 @@ def _used(
     seen.add(name)
     node = reference.functions(module)[name]
     reader = _Reader(reference, module, name.rpartition(".")[0], node)
-    found = {one for one in reader.found if one[0] != module}
+    found = {one for one in reader.found if one[0] != module and not PRIVATE.search(one[1])}
     for helper in removed:
         if helper.rpartition(".")[2] in reader.mentioned:
             found |= _used(reference, module, helper, removed, seen)
@@ -142,22 +147,34 @@ class Reference:
         held = self.kind(module, _held(value)) if value is not None else None
         return Kind(of=held) if held is not None else None
 
-    def member(self, kind: Kind, name: str) -> tuple[str, str, ast.stmt | ast.expr | None] | None:
-        """Where a member of a class is defined, and its function or annotation; looked for in its bases
-        too."""
+    def member(self, kind: Kind, name: str) -> Member | None:
+        """Where a member of a class is defined, and its function or annotation; looked for in its bases too.
+
+        A value that a method assigns says the least of its type, so it counts where nothing else is found.
+        """
         node = self.defined(kind.module, kind.name)
         if not isinstance(node, ast.ClassDef):
             return None
+        found = self._declared(node, name)
+        if found is None and (inherited := self._inherited(kind.module, node, name)) is not None:
+            return inherited
+        found = found or self._assigned(node, name, is_annotated=False)
+        return None if found is None else (kind.module, f"{kind.name}.{name}", found)
+
+    def _declared(self, node: ast.ClassDef, name: str) -> ast.stmt | ast.expr | None:
+        """A class's own member, as a function, or with its annotation."""
         for part in node.body:
             if isinstance(part, Function) and part.name == name:
-                return kind.module, f"{kind.name}.{name}", part
+                return part
             if isinstance(part, ast.AnnAssign) and _is_name(part.target, name):
-                return kind.module, f"{kind.name}.{name}", part.annotation
-        if (annotation := self._assigned(node, name)) is not _NOTHING:
-            return kind.module, f"{kind.name}.{name}", annotation  # type: ignore[return-value]
+                return part.annotation
+        return self._assigned(node, name, is_annotated=True)
+
+    def _inherited(self, module: str, node: ast.ClassDef, name: str) -> Member | None:
+        """A member of a class's bases."""
         for base in node.bases:
-            base_kind = self.kind(kind.module, base.value if isinstance(base, ast.Subscript) else base)
-            found = self.member(base_kind, name) if base_kind is not None else None
+            kind = self.kind(module, base.value if isinstance(base, ast.Subscript) else base)
+            found = self.member(kind, name) if kind is not None else None
             if found is not None:
                 return found
         return None
@@ -198,21 +215,21 @@ class Reference:
             return self.kind(module, annotation.value)  # a generic class of the reference
         return Kind(of=held) if held is not None else None
 
-    def _assigned(self, node: ast.ClassDef, name: str) -> object:
-        """The annotation of `self.name`, from where a method assigns it; `_NOTHING` where none does."""
+    def _assigned(self, node: ast.ClassDef, name: str, *, is_annotated: bool) -> ast.expr | None:
+        """The annotation of `self.name`, from where a method assigns it.
+
+        is_annotated: False: the value that is assigned, where that has no annotation.
+        """
         for method in (part for part in node.body if isinstance(part, Function)):
             parameters = {one.arg: one.annotation for one in [*method.args.args, *method.args.kwonlyargs]}
             for part in ast.walk(method):
-                if isinstance(part, ast.AnnAssign) and _is_self(part.target, name):
+                if is_annotated and isinstance(part, ast.AnnAssign) and _is_self(part.target, name):
                     return part.annotation
                 if isinstance(part, ast.Assign) and (value := _value_for(part, name)) is not None:
-                    if isinstance(value, ast.Name) and value.id in parameters:
-                        return parameters[value.id]
-                    return value
-        return _NOTHING
-
-
-_NOTHING = object()
+                    is_parameter = isinstance(value, ast.Name) and value.id in parameters
+                    if is_parameter == is_annotated:
+                        return parameters[value.id] if isinstance(value, ast.Name) and is_parameter else value
+        return None
 
 
 @dataclass

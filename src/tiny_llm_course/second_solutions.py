@@ -1,11 +1,12 @@
 """Second solutions: each day solved once more from its docstrings, by other code than the reference's.
 
 They show that a suite accepts any correct solution, and that a docstring says all that its tests ask for.
-They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day.
+They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file may have only
+the exercises, and new helpers: the starter has the rest, imports included.
 """
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,12 +14,16 @@ from .house import House
 from .outcome import Outcome, read_outcome
 from .problem import Problem, last_lines
 from .runs import overlay_of, run_suites
-from .source import Function, functions, is_blank
+from .source import Function, functions, is_blank, with_body_of, with_function
 from .starter import starter
 from .suite_files import folder_of
 from .units import Day
 
 LONGEST_ALIKE = 3  # lines of a function that two people write alike
+
+# Tried by their own day's suite only: a readable matmul of one's own unpacks every matrix in each step, and
+# the suites of later days run a real model.
+BY_ITSELF = frozenset({"2.4"})
 
 
 def folder(house: House, day: Day) -> Path:
@@ -49,6 +54,16 @@ def unsound_solutions(house: House, days: Iterable[Day]) -> Iterator[Problem]:
 def failing_solutions(house: House, days: Iterable[Day]) -> list[Problem]:
     """What fails on all second solutions together; each is then tried by itself, to say whose fault it is."""
     solved = {day: sources for day in days if (sources := _sources(house, day))}
+    found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(house, day, solved)]
+    return found + _together(house, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})
+
+
+def _by_itself(house: House, day: Day, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
+    outcome, output = _run(house, solved[day], [house.suites / day.suite])
+    return [] if outcome.code == 0 else [Problem("second solution", day.id, f"fails\n{last_lines(output)}")]
+
+
+def _together(house: House, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
     together = {module: source for sources in solved.values() for module, source in sources.items()}
     if not solved:
         return []
@@ -68,7 +83,20 @@ def failing_solutions(house: House, days: Iterable[Day]) -> list[Problem]:
 def _sources(house: House, day: Day) -> dict[str, str]:
     """The second solution of a day, by module."""
     files = [folder(house, day) / f"{module}.py" for module in day.modules]
-    return {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    return {file.stem: _completed(house, day, file) for file in files if file.exists()}
+
+
+def _completed(house: House, day: Day, file: Path) -> str:
+    """A module solved a second time: the file, or its functions in the starter where it has only some."""
+    solution, begun = file.read_text(encoding="utf-8"), starter(house, file.stem, day)
+    own, needed = functions(solution).keys(), functions(begun).keys()
+    if needed <= own:
+        return solution
+    for name in (exercise.name for exercise in day.of_module(file.stem)):
+        begun = with_body_of(begun, solution, name)
+    for helper in sorted(own - needed):
+        begun = with_function(begun, solution, helper)
+    return begun
 
 
 def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:

@@ -1,7 +1,7 @@
-"""From the engine's thread to whoever listens: what a step has for each of them, handed over at once.
+"""From the engine's thread to its listeners: callbacks that get a list of what an iteration has for them.
 
-A listener is called in the engine's thread, so it puts what it gets somewhere and returns. Nobody waits for a
-slow reader: what it has not read yet lies in its own queue, and is never more than its requests' output.
+A listener is called in the engine's thread, so it stores what it gets and returns. The engine never waits for
+a slow client: what that has not read yet lies in its own queue, and is never more than its requests' output.
 """
 
 import asyncio
@@ -18,39 +18,39 @@ Listener = Callable[[list[Item]], None]
 
 
 class Outbox:
-    """What is ready to be delivered, by listener: by the object itself, whatever it is equal to."""
+    """Events and errors that are not delivered yet, by listener: by the object, whatever it is equal to."""
 
     def __init__(self) -> None:
         self._items: dict[int, tuple[Listener, list[Item]]] = {}
 
     def add(self, listener: Listener, *items: Item) -> None:
-        """Keep items for a listener."""
+        """Keep events, or errors, for a listener until they are delivered."""
         if items:
             self._items.setdefault(id(listener), (listener, []))[1].extend(items)
 
     def deliver(self) -> list[Listener]:
-        """Call each listener once, with all that there is for it; returns those that raised."""
+        """Call each listener once, with the list of all that is kept for it; returns those that raised."""
         items, self._items = self._items, {}
         return [listener for listener, of_listener in items.values() if not _reached(listener, of_listener)]
 
 
 class AsyncListener:
-    """Takes items in the engine's thread; gives them to a coroutine of the event loop that it was made in."""
+    """A listener for coroutines: brings what it gets into the event loop in which it was made."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[list[Item]] = asyncio.Queue()
 
     def __call__(self, items: list[Item]) -> None:
-        """Wake the event loop, once. RuntimeError where it is closed."""
+        """Take a list in the engine's thread, and wake the event loop. RuntimeError where that is closed."""
         self._loop.call_soon_threadsafe(self._items.put_nowait, items)
 
     async def next(self) -> list[RequestEvent]:
-        """The events of the next step that has some; raises the error where one came."""
+        """Wait for the next list of events; raises the error where one came instead."""
         return events_of(await self._items.get())
 
     async def next_items(self) -> list[Item]:
-        """What the next step that has something gave, errors included."""
+        """Wait for the next list, errors included."""
         return await self._items.get()
 
 

@@ -1,7 +1,7 @@
-"""The serving engine as others see it: `generate` for coroutines, `submit` and `call` for threads.
+"""The serving engine as its clients see it: `generate` for coroutines, `submit` and `call` for threads.
 
-The thread behind it (`engine_loop`) owns every array. To it go functions, and from it come events: numbers
-and texts in frozen records. An array comes out only evaluated, because a lazy one belongs to its thread.
+The thread behind it (`engine_loop`) owns every array. Functions go to it through an inbox, and events come
+back: numbers and texts in frozen records. An array comes out evaluated: a lazy one belongs to its thread.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
 
+from .admission_control import AdmissionControl
 from .batch_manager import refuse_too_many
 from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
@@ -34,7 +35,6 @@ from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_
 from .resources import needing
 from .sampling_params import SamplingParams
 from .search_state import SearchState
-from .waiting_room import WaitingRoom
 
 T = TypeVar("T")
 Prompt = PlainPrompt
@@ -69,36 +69,10 @@ class Engine:
         self._max_num_seqs = config.max_num_seqs
         self._request_ids = map(str, count())
         self._inbox = Inbox()
-        self._room = WaitingRoom(config.max_num_waiting, config.max_num_seqs)
-        self._loop = EngineLoop(self._inbox, self._room)
+        self._admission = AdmissionControl(config.max_num_waiting, config.max_num_seqs)
+        self._loop = EngineLoop(self._inbox, self._admission)
         self._thread = _start(self._inbox, self._loop, make_core)
         weakref.finalize(self, _stop, self._inbox, self._loop, self._thread)
-
-    async def generate(
-        self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncGenerator[RequestEvent, None]:
-        """Complete a prompt: an event for each token, in order; the last one has the request's usage.
-
-        prompt: a text, which is encoded here, or token ids. A request that is cancelled ends with reason
-        "abort", and a completion that fails alone with "error". Leaving the iterator, however that happens,
-        cancels the request before the next step.
-
-        Raises, at the first event, what `request` and `submit` raise; later `RequestFailedError` if the
-        whole request has failed, and `EngineDeadError`.
-        """
-        self.refuse_to_wait("Engine.generate")
-        request = self.request(prompt, params, request_id)
-        listener, ended = AsyncListener(), False
-        accepted = self.submit([request], listener)
-        try:
-            await asyncio.wrap_future(accepted)
-            while not ended:
-                for event in await listener.next():
-                    ended = event.usage is not None
-                    yield event
-        finally:
-            if not ended:
-                self._inbox.post(partial(self._loop.forget, [request]))
 
     def request(
         self,
@@ -108,8 +82,7 @@ class Engine:
     ) -> RequestState:
         """A request to submit, once.
 
-        request_id: what it is known by, unlike all requests that have not ended: up to 256 characters; None:
-        a number.
+        request_id: a text of 1 to 256 characters that no request in progress has; None: a new number.
 
         Raises ValueError for what is no prompt, no `SamplingParams` or no id, and for ids outside the
         vocabulary; `SamplingParamsError` names the field of `params` that has such ids. Raises
@@ -141,33 +114,45 @@ class Engine:
         return SearchState(name_of, self._encode(parsed.content), self._tokenizer, params)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
-        """Queue requests, all of them or none; what is returned is done when they are queued.
+        """Queue requests, all of them or none; returns at once a future that is done when they are queued.
 
-        deliver: called in the engine's thread, once a step, with all that the step had for these requests:
-        events, or an error that ended one of them. It must return at once; if it raises they are cancelled.
+        deliver: the listener: a callback that is called in the engine's thread, at most once an iteration,
+        with a list of all that this brought for these requests: events, or an error that ended one of them.
+        It must return at once. If it raises, its requests are cancelled.
 
-        Raises `QueueFullError` where `max_num_waiting` would be exceeded, `EngineStoppingError`,
-        `EngineDeadError`, and TypeError for what is no request or cannot be called; what is refused here
-        takes no place. The future raises these, ValueError for an empty prompt and for what the batch
-        manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was
-        submitted before.
+        Refused at once, in the thread that calls: TypeError for what is no request or cannot be called
+        (`_submittable` checks both and returns the requests); the error that `_loop.refusal` makes where it
+        is set (`EngineStoppingError`, `EngineDeadError`); `QueueFullError` where more than `max_num_waiting`
+        would wait (`_admission.admit`). In that order: a request that is refused must not count as waiting.
+
+        Then the engine's thread queues them between two steps, by `_loop.add`. What that raises, the future
+        raises: ValueError for an empty prompt and for what the batch manager cannot do,
+        `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was submitted before.
+        Post a `partial` of the loop's method: a lambda would hold the engine, whose thread ends when nothing
+        holds it any more.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> print(engine.submit([], deliver=print).result())
+        None
+        >>> engine.stop()
         """
         requests = self._submittable(requests, deliver)
         if self._loop.refusal is not None:
             raise self._loop.refusal()
-        self._room.enter(len(requests))
+        self._admission.admit(len(requests))
         return self._inbox.post(partial(self._loop.add, requests, deliver))
 
-    def check_room(self, num_requests: int = 1) -> None:
-        """Raise what `submit` would raise now for so many requests, whatever they are; costs nothing."""
+    def check_admission(self, num_requests: int = 1) -> None:
+        """Raise what `submit` would raise now for so many requests, whatever they are."""
         if (refusal := self.refusal) is not None:
             raise refusal
-        self._room.check(num_requests)
+        self._admission.check(num_requests)
 
     def cancel(self, request_id: str) -> Future[None]:
-        """End a request before the next step; what is returned is done when its pages are back.
+        """End a request before the next step; returns at once a future, done when its blocks are free.
 
-        Its listener gets its last events, with reason "abort". An id that is not known is ignored. Raises
+        Its listener gets its last events, with finish_reason "abort". An unknown id is ignored. Raises
         TypeError for what is no id.
         """
         if not isinstance(request_id, str):
@@ -175,27 +160,81 @@ class Engine:
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
-        """Cancel requests that were submitted and have not ended; returns when their pages are back."""
+        """Cancel requests that were submitted and have not ended; returns when their blocks are free."""
         forgotten = self._inbox.post(partial(self._loop.forget, requests))
         if threading.current_thread() is not self._thread:  # where a collected generator may be closed
             forgotten.exception()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the engine's thread, between two steps; its value, or what it raises.
+        """Run a function in the engine's thread (`_thread`), between two steps: its value, or what it raises.
 
-        From the engine's own thread it runs at once. Arrays in the value must have been evaluated. Raises
-        TypeError for what cannot be called.
+        Waits until it has run. In the engine's own thread it runs at once: that thread would wait for itself.
+        Compare threads, not their idents: a new thread may get the ident of one that has ended. Arrays in
+        the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError for what
+        cannot be called (`_check_callable`), and `EngineStoppingError` or `EngineDeadError` where the engine
+        has ended.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> engine.call(lambda: engine.call(lambda: 7))
+        7
+        >>> engine.stop()
         """
         _check_callable("function", function)
         if threading.current_thread() is self._thread:
             return function()
         return self._inbox.post(function).result()
 
-    def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
-        """Hear what is in the pool, and then what each step changes in it; what is returned ends it.
+    async def generate(
+        self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncGenerator[RequestEvent, None]:
+        """Complete a prompt: an event for each token, in order; the last one has the request's `usage`.
 
-        watcher: called in the engine's thread; it must return at once, and hears no more once it has raised.
-        Nothing is looked at while nobody watches. Raises ValueError where the batch manager has no blocks,
+        prompt: a text, which is encoded here, or token ids. params: None: the defaults. request_id: None: a
+        new number. `self.request` makes the request of these three, and `submit` queues it; `AsyncListener`
+        is the callback that brings its events into the caller's event loop. Wait with `await` only, never in
+        `result()`, which would stop every other client of that event loop.
+
+        A request that is cancelled ends with finish_reason "abort"; of several completions, one that fails
+        ends with "error", and the others go on. The generator ends with the event that has a `usage`: a
+        finish_reason says only that one completion has ended.
+
+        A client may leave at any time, while it waits to be queued too: by `break`, `aclose`, an exception,
+        or the cancellation of its task. Then `_loop.forget`, posted to the inbox, cancels the request before
+        the next step, and nothing is awaited any more. A request that has ended is not cancelled.
+
+        Nothing happens before the first event is asked for. That raises `WrongThreadError` in the engine's
+        own thread (`refuse_to_wait`), and what `request` and `submit` raise. Later events raise
+        `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> async def first(events):
+        ...     return await anext(events)
+        >>> asyncio.run(first(engine.generate([26])))
+        Traceback (most recent call last):
+        ValueError: token id 26 is outside the vocabulary (0 to 25)
+        >>> engine.stop()
+        """
+        self.refuse_to_wait("Engine.generate")
+        request = self.request(prompt, params, request_id)
+        listener, ended = AsyncListener(), False
+        accepted = self.submit([request], listener)
+        try:
+            await asyncio.wrap_future(accepted)
+            while not ended:
+                for event in await listener.next():
+                    ended = event.usage is not None
+                    yield event
+        finally:
+            if not ended:
+                self._inbox.post(partial(self._loop.forget, [request]))
+
+    def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
+        """Show a watcher what is in the pool, then what each step changes; returns a function that ends this.
+
+        watcher: called in the engine's thread; it must return at once. Once it has raised, it is removed.
+        The pool is compared only while there is a watcher. Raises ValueError where the manager has no blocks,
         TypeError for what cannot be called.
         """
         _check_callable("watcher", watcher)
@@ -362,7 +401,7 @@ def _stack_of(nbytes: int) -> Iterator[None]:
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
-    """Nobody has the engine any more, or the program ends: a thread cut off within a step would abort it."""
+    """End the thread of an engine that is forgotten; also at exit, where it must not be cut off in a step."""
     inbox.post(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(EXIT_SECONDS)

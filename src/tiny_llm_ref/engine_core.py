@@ -111,7 +111,7 @@ class EngineCore:
         return search
 
     def step(self) -> list[TokenOutput]:
-        """Run one step; the tokens that it gave, at most one for each running sequence.
+        """Run one step; its outputs, one token each, at most one for each running sequence.
 
         Never raises for what a request or the step did: see `take_failures`.
         """

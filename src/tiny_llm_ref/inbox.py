@@ -1,4 +1,4 @@
-"""What other threads ask of the engine's: tasks in order, each with a future for its answer.
+"""Tasks from other threads for the engine's: functions, run in order, each with a future of its answer.
 
 Posting never waits and takes no lock, so a finalizer or a signal handler may post as well. No task is lost:
 it runs, or is refused once the inbox is closed. Knows nothing of what the tasks do.
@@ -30,7 +30,7 @@ class Answer(Future[T]):
         self._inbox = inbox
 
     def result(self, timeout: float | None = None) -> T:
-        """As `Future.result`. Raises what `Inbox.refuse_to_wait` raises while it is not done."""
+        """Wait for the value, or raise what the task raised; may raise like `refuse_to_wait` before."""
         self._refuse_to_wait("result", timeout)
         try:
             return super().result(timeout)
@@ -64,7 +64,7 @@ class Inbox:
         self._runner: int | None = None  # the thread that runs the tasks
 
     def post(self, function: Callable[[], T]) -> Answer[T]:
-        """Ask for a function to be run; the future of its answer. In a forked process that fails at once."""
+        """Let the engine's thread run a function; returns a future at once. It fails in a forked process."""
         task = Task(function, Answer[T](self))
         if (refusal := self.forked()) is not None:
             fail(task.answer, refusal)
@@ -75,7 +75,7 @@ class Inbox:
         return task.answer
 
     def run(self, *, wait: bool) -> None:
-        """Run all tasks that have come; with `wait` at least one, however long it takes to come."""
+        """Run all tasks that have come; with `wait`, first wait until there is one."""
         self._runner = get_ident()
         tasks = deque(self._take(wait=wait))
         while tasks:
@@ -150,17 +150,17 @@ def fail(future: Future[Any], error: BaseException) -> None:
 
 
 def draining() -> TinyLLMError:
-    """What requests are refused with that come while the others end."""
+    """The error of requests that come while the engine drains."""
     return EngineStoppingError("the engine is draining: it takes no more requests")
 
 
 def stopped() -> TinyLLMError:
-    """What everything is refused with after the end."""
+    """The error of all requests and tasks after the engine has been stopped."""
     return EngineStoppingError("the engine has been stopped")
 
 
 def dead(error: BaseException) -> TinyLLMError:
-    """What everything is refused with once the thread has ended with an error."""
+    """The error of all requests and tasks once the thread has ended with an error."""
     told = EngineDeadError(f"the engine has died of {type(error).__name__}: {described(error)}")
     told.__cause__ = error
     return told

@@ -62,7 +62,7 @@ def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
         preemption=NoPreemption() if config.preemption_mode == "none" else NewestFirst(),
         prefix=sharing(group_layers(model.windows)) if config.enable_prefix_caching else NoPrefixSharing,
         swap_blocks=config.swap_blocks(model, DTYPES[config.kv_cache_dtype].size),
-        turn=AgedPriority().turn,
+        priority_key=AgedPriority().key,
     )
 
 

@@ -192,7 +192,7 @@ class RequestState:
         self._core: ref[EngineCore] | None = None
 
     def begin(self, core: EngineCore) -> None:
-        """Queue it in the engine. Raises as the core's `add_request` does, and ValueError a second time."""
+        """Queue it in the core. Raises what the core's `add_request` raises, and ValueError a second time."""
         refuse_second_time(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self._params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
@@ -204,7 +204,7 @@ class RequestState:
         return any(one.token_ids or one.finish_reason for one in self._completions.values())
 
     def push(self, output: TokenOutput) -> RequestEvent:
-        """Take one token of one of the completions; what it gives.
+        """Take one token of one of the completions; the event that it makes.
 
         A completion whose text cannot be made ends with the reason "error", and the others go on. Where all
         others have ended so, the whole request fails: raises what was raised.

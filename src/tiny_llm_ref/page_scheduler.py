@@ -21,7 +21,7 @@ class PageScheduler:
     max_seqs: sequences that run at once, completions and beams to come included. max_tokens: in one step.
     max_blocks: what the pool may grow to; the allocator begins with as many or fewer.
 
-    Whoever is admitted finds the pages that the preemption policy promises him free, idle or not yet there.
+    Every admitted sequence has its reserved blocks available: free, cached but idle, or not yet allocated.
     """
 
     def __init__(
@@ -129,35 +129,35 @@ class PageScheduler:
         if self.swap_space is not None and sequence.state is SequenceState.FINISHED:
             self.swap_space.forget(sequence)
 
-    def promised_blocks(self, sequence: PagedSequence) -> int:
+    def reserved_blocks(self, sequence: PagedSequence) -> int:
         """Blocks that must stay available for a sequence beyond those that it holds."""
-        tokens = self._preemption.promised_tokens(sequence)
+        tokens = self._preemption.reserved_tokens(sequence)
         own = self._layout.blocks_to_come(sequence, tokens)
         return own + sequence.num_forks * self._layout.blocks_of_fork(len(sequence.prompt), tokens)
 
     def _admit(self, plan: Plan[PagedSequence]) -> None:
-        """Start waiting sequences, oldest first, while there are seats and the pages promised to them."""
+        """Start waiting sequences, oldest first, while there are places and blocks to reserve for them."""
         if not self._queues.waiting:
             return
-        promised = sum(map(self.promised_blocks, self._queues.running))
+        reserved = sum(map(self.reserved_blocks, self._queues.running))
         seats = self._max_seqs - sum(1 + running.num_forks for running in self._queues.running)
         while self._queues.waiting:
             sequence = self._queues.waiting[0]
             if 1 + sequence.num_forks > seats:
                 return
             self.prefix.adopt(sequence)
-            needed = self.promised_blocks(sequence)
-            if promised + needed > self.num_available:
-                # Windows are promised that nothing comes back of what they share; alone it all does.
+            needed = self.reserved_blocks(sequence)
+            if reserved + needed > self.num_available:
+                # Blocks that windows share are not expected back; those that the sequence computes alone are.
                 self.give_up(sequence)
-                needed = self.promised_blocks(sequence)
-            if promised + needed > self.num_available:
+                needed = self.reserved_blocks(sequence)
+            if reserved + needed > self.num_available:
                 if not self._queues.running:
                     self._refuse_stuck(sequence, needed)
                 return
             self._queues.start_next()
             self._swap_in(sequence, plan)
-            promised += needed
+            reserved += needed
             seats -= 1 + sequence.num_forks
 
     def _swap_in(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:

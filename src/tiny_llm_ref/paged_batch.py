@@ -77,7 +77,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
         )
         self.last_plan: Plan[PagedSequence] = Plan()
-        self._queues: PagedQueues = PagedQueues(policies.turn)
+        self._queues: PagedQueues = PagedQueues(policies.priority_key)
         self._model = model
         self._max_seqs = max_batch_size
         self._context = max_model_len or (
@@ -362,7 +362,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     def _refuse_what_never_fits(self, leader: PagedSequence) -> None:
         """Raise `RequestTooLargeError` for a request that could not run even with the whole pool."""
         num_completions = 1 + leader.num_forks
-        blocks = max(self._most_blocks(leader), self._scheduler.promised_blocks(leader))
+        blocks = max(self._most_blocks(leader), self._scheduler.reserved_blocks(leader))
         if blocks > self.max_pages:
             raise RequestTooLargeError(
                 f"request {leader.request_id!r}: up to {leader.max_len} tokens in {num_completions} "

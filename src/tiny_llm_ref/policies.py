@@ -13,19 +13,19 @@ from .sequence import PagedSequence
 
 
 class PreemptionPolicy(Protocol):
-    """Who gives up pages when the pool runs out, and how much is promised so that it rarely does."""
+    """Which sequence gives up its blocks when the pool runs out, and how many are reserved at admission."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
-        """Tokens of `sequence`, from its first, for which pages must be there once it is admitted."""
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
+        """Tokens of `sequence`, from its first, for which blocks must be available once it is admitted."""
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
-        """The sequence of `candidates` (oldest first, never empty) to preempt; None for nobody."""
+        """The sequence of `candidates` (oldest first, never empty) to preempt; None: none of them."""
 
 
 class NoPreemption:
     """A sequence is admitted only when pages for its whole life are free: nobody is ever preempted."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
         """All tokens that the sequence may ever have."""
         return sequence.max_len
 
@@ -105,7 +105,7 @@ class NoPrefixSharing:
 
 
 def in_order_of_arrival(number: int, priority: int) -> int:
-    """It is a request's turn when it was the `number`-th to come, whatever its priority."""
+    """The priority key of first come, first served: the number of the arrival, whatever the priority."""
     return number
 
 
@@ -114,11 +114,11 @@ class Policies:
     """One object for each decision; frozen, so a manager's behaviour never changes under way.
 
     prefix: makes the policy for a manager's allocator and block size. swap_blocks: blocks on the host for
-    what is preempted; without one to spare it is computed again. turn: when it is a request's turn, the
-    lowest first, by its number and its priority.
+    what is preempted; without one to spare it is computed again. priority_key: a request's place in the order
+    of service from its arrival number and its priority; the lowest is served first.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
     prefix: Callable[[BlockAllocator, int], PrefixPolicy] = NoPrefixSharing
     swap_blocks: int = 0
-    turn: Callable[[int, int], int] = in_order_of_arrival
+    priority_key: Callable[[int, int], int] = in_order_of_arrival

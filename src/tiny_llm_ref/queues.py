@@ -20,16 +20,16 @@ class RequestQueues(Generic[S]):
     """Invariants: a sequence that has not ended is waiting, running, set aside, or parked behind one that is.
     Waiting and running sequences are in the order of their ranks.
 
-    A completion that is not forked yet is known by its id already: it stands for its leader. turn: the place
-    in the order of service of a request, from its number, counted from 0, and its priority.
+    A completion that is not forked yet is known by its id already: it stands for its leader. priority_key:
+    a request's place in the order of service, from its number, counted from 0, and its priority.
     """
 
-    def __init__(self, turn: Callable[[int, int], int] = lambda number, priority: number) -> None:
+    def __init__(self, priority_key: Callable[[int, int], int] = lambda number, priority: number) -> None:
         self.running: RankedQueue[S] = RankedQueue()
         self._all_waiting: RankedQueue[S] = RankedQueue()
         self._num_waiting_of: Counter[str] = Counter()  # sequences in `_all_waiting`, by request
         self._alone: str | None = None
-        self._turn = turn
+        self._priority_key = priority_key
         self._num_arrived = 0
         self._sequences: dict[str, S] = {}
         self._of_request: dict[str, dict[str, S]] = {}  # the same, request by request
@@ -81,7 +81,7 @@ class RequestQueues(Generic[S]):
     def add(self, leader: S) -> None:
         """Queue a request's leader, and make the ids of all its completions known."""
         number, self._num_arrived = self._num_arrived, self._num_arrived + 1
-        leader.rank = (self._turn(number, leader.params.priority), number, 0)
+        leader.rank = (self._priority_key(number, leader.params.priority), number, 0)
         self._wait(leader)
         self._know(leader.request_id, completion_ids(leader.request_id, 1 + leader.num_forks), leader)
 

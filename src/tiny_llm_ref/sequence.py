@@ -44,7 +44,7 @@ class Sequence:
     is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
     num_cached_tokens: tokens of the prompt that somebody else had computed. scheduled: when it ran for the
     first time, in seconds on the monotonic clock. rank: its place in the order of service, the lowest first:
-    its request's turn and number, and its own place among the completions.
+    its request's priority key and number, and its own place among the completions.
     """
 
     seq_id: str

@@ -1,8 +1,8 @@
-"""Preemption by swap: what a sequence has computed waits in blocks on the host, and comes back as it was.
+"""Preemption by swap: a sequence's computed blocks are copied to the host, and back when it runs again.
 
-Copies blocks instead of computing them again. Full blocks are known by what they hold, so that what sequences
-share is on the host once, however many of them wait there. Plain bookkeeping over ints: copies are planned
-here, and the pools make them. Source: section 4.5 of the PagedAttention paper.
+Copies blocks instead of computing them again. Full host blocks are found by their content, so what several
+sequences share is on the host once. Plain bookkeeping over ints: copies are planned here, and the pools make
+them. Source: section 4.5 of the PagedAttention paper.
 """
 
 from collections.abc import Mapping
@@ -15,33 +15,94 @@ from .sliding_window import WindowedTable, first_block
 
 
 class SwapCopy(NamedTuple):
-    """A block's way, out or in: `block` of the pool and `host_block` of the swap space."""
+    """A copy to make, out or in, between `block` of the pool and `host_block` of the swap space."""
 
     block: int
     host_block: int
 
 
-class SwapSpace:
-    """Blocks on the host, and what is in the full ones.
+class HostBlock(NamedTuple):
+    """A host block that a sequence holds. is_new: nothing is in it yet, so it needs a copy."""
 
-    Invariant: the allocator counts a host block once for each sequence that waits for it.
+    block: int
+    is_new: bool
+
+
+class SwapSpace:
+    """The blocks on the host: who holds them, and what the full ones contain.
+
+    Invariant: the allocator counts a host block once for each sequence that waits for it. `_held` has every
+    full host block by its hash, `_hash_of` its hash by the block; a block that is not full is in neither.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.allocator = BlockAllocator(num_blocks)
-        self._held: dict[bytes, KeptBlock] = {}  # every full block, by its hash
-        self._hash_of: dict[int, bytes] = {}  # and the other way round
+        self._held: dict[bytes, KeptBlock] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    def hold(self, sequence: PagedSequence, index: int, place: int) -> HostBlock | None:
+        """Take a reference to a host block for one block of a sequence; None, unchanged, where none is free.
+
+        index: which of the sequence's tables. place: which block of its text, counted from 0, whatever the
+        table begins with. `_find` gives the host block that has the same content already, if there is one:
+        add a reference to it; no free block is needed, and no copy. Otherwise `_take` allocates a free one,
+        which must exist.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> [space.hold(manager.sequence("a"), 0, 0).is_new for _ in range(2)]
+        [True, False]
+        """
+        host_block = self._find(sequence, index, place)
+        if host_block is not None:
+            self.allocator.add_ref(host_block)
+            return HostBlock(host_block, is_new=False)
+        if not self.allocator.num_free:
+            return None
+        return HostBlock(self._take(sequence, index, place), is_new=True)
+
+    def release(self, tables: list[SwappedTable]) -> None:
+        """Give back one reference to every host block of these tables.
+
+        A block with no holder left is free, and will get other content: if it was full, its hash must no
+        longer lead to it, so take it out of `_hash_of` and the hash out of `_held`. A block that another
+        sequence still holds stays in both.
+
+        >>> space = SwapSpace(num_blocks=8, block_size=4)
+        >>> host_block = space.allocator.allocate()
+        >>> space.release([SwappedTable(first=0, host_blocks=[host_block])])
+        >>> space.allocator.num_free
+        8
+        """
+        for host_block in (block for table in tables for block in table.host_blocks):
+            self.allocator.free(host_block)
+            if self.allocator.ref_count(host_block) == 0 and host_block in self._hash_of:
+                del self._held[self._hash_of.pop(host_block)]
 
     def swap_out(
         self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None
     ) -> list[SwapCopy] | None:
-        """Take host blocks for what a sequence has computed, and note them in `sequence.swapped`.
+        """Hold host blocks for what a sequence has computed; the copies to make before the pool is written.
 
-        Returns the copies to make before the pool is written to again; a full block whose tokens are on the
-        host already is held once more, and not copied. The sequence keeps its tables. None, and nothing
-        changed, where the host runs out of blocks. filled_from: blocks that wait for a copy on write, and its
-        source.
+        Every block with a computed token is held (`hold`), in every table, in the order of the text; the last
+        one may be partly filled. A table may have blocks beyond these, for tokens that are not computed yet:
+        leave them out. A windowed table begins with block `first_block(table)` of the text: that one is
+        `table.blocks[0]`. Only new host blocks need a copy.
+
+        Afterwards `sequence.swapped` has a `SwappedTable` for each table, and the sequence's `num_computed`
+        and `num_cached_tokens`. The sequence itself keeps its tables. Where the host has no block left, all
+        that was held for this call is released, nothing has changed, and the result is None.
+
+        filled_from: blocks of the pool that still wait for a copy on write, each with the block that it will
+        be copied from: until then the content is there, so that is the block to copy.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> space.swap_out(manager.sequence("a"))
+        [SwapCopy(block=0, host_block=0), SwapCopy(block=1, host_block=1)]
         """
         filled_from, tables, copies = filled_from or {}, [], []
         num_blocks = -(-sequence.num_computed // self.block_size)
@@ -50,22 +111,33 @@ class SwapSpace:
             swapped = SwappedTable(first, [])
             tables.append(swapped)
             for place in range(first, num_blocks):
-                host_block = self._find(sequence, index, place)
-                if host_block is not None:
-                    self.allocator.add_ref(host_block)
-                elif self.allocator.num_free:
-                    host_block = self._take(sequence, index, place)
-                    block = table.blocks[place - first]
-                    copies.append(SwapCopy(filled_from.get(block, block), host_block))
-                else:
-                    self._give_back(tables)
+                held = self.hold(sequence, index, place)
+                if held is None:
+                    self.release(tables)
                     return None
-                swapped.host_blocks.append(host_block)
+                if held.is_new:
+                    block = table.blocks[place - first]
+                    copies.append(SwapCopy(filled_from.get(block, block), held.block))
+                swapped.host_blocks.append(held.block)
         sequence.swapped = Swapped(tables, sequence.num_computed, sequence.num_cached_tokens)
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
-        """Blocks that `swap_in` would take from the pool, if none are at hand."""
+        """Blocks of the pool that `swap_in` would take for a swapped sequence, if none are at hand.
+
+        The sequence may have found its first tokens in the prefix cache by now: they are computed
+        (`num_computed`, a multiple of the block size), and their blocks need no copy. The sum over all tables
+        of the host blocks behind those tokens. `host_blocks[0]` is block `first` of the text: if the tokens
+        found end before that, all of the table's host blocks count.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> sequence = manager.sequence("a")
+        >>> _ = space.swap_out(sequence), sequence.give_up_pages()
+        >>> space.blocks_to_swap_in(sequence)
+        2
+        """
         assert sequence.swapped is not None
         place = sequence.num_computed // self.block_size
         tables = sequence.swapped.tables
@@ -74,9 +146,27 @@ class SwapSpace:
     def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> list[SwapCopy]:
         """Let a sequence's tables hold what they held when it was swapped out; the copies to make at once.
 
-        What they hold already, up to a block's edge, stays. at_hand: full blocks of the pool by their hash,
-        which are shared and not copied. The blocks that are taken must be free. The host blocks stay the
-        sequence's until `forget`, so that it can be swapped out again before the copies are made.
+        Tokens that it has found in the prefix cache (`num_computed`, a multiple of the block size) stay, and
+        every table goes on behind them. Where a `WindowedTable` has its first host block later than that,
+        it goes on there: `skip_to(position)` releases what it holds. From that place on, each host block
+        gets a free block of the pool (`append_tokens`, then it is `table.blocks[-1]`) and a copy; the pool
+        has enough of them (`blocks_to_swap_in`). The last host block may be partly filled: append only as
+        many tokens as were computed.
+
+        at_hand: full blocks of the pool by their hash. A host block with one of these hashes (`_hash_of`)
+        needs no copy: the table shares the pool's block instead (`share_block`).
+
+        Afterwards `num_computed` and `num_cached_tokens` are as they were when the sequence was swapped out.
+        The host blocks stay the sequence's until `forget`: it may lose its blocks again before the copies
+        are made.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> sequence = manager.sequence("a")
+        >>> _ = space.swap_out(sequence), sequence.give_up_pages()
+        >>> [copy.host_block for copy in space.swap_in(sequence)], sequence.num_computed
+        ([0, 1], 5)
         """
         assert sequence.swapped is not None
         at_hand, copies = at_hand or {}, []
@@ -98,32 +188,29 @@ class SwapSpace:
         return copies
 
     def forget(self, sequence: PagedSequence) -> None:
-        """Give back the host blocks of a sequence that is in the pool again, or has ended."""
+        """Release the host blocks of a sequence that is in the pool again, or has ended; if it has any."""
         if sequence.swapped is not None:
-            self._give_back(sequence.swapped.tables)
+            self.release(sequence.swapped.tables)
             sequence.swapped = None
 
-    def _find(self, sequence: PagedSequence, table: int, place: int) -> int | None:
-        """The host block with the same tokens and the same before them; None for a block that is not full."""
+    def _find(self, sequence: PagedSequence, index: int, place: int) -> int | None:
+        """The host block with the same content: the same tokens after the same text, in the same table.
+
+        None where there is none, and for a block that is not full.
+        """
         if (place + 1) * self.block_size > sequence.num_computed:
             return None
-        stream = sequence.stream_of(table, place + 1)
+        stream = sequence.stream_of(index, place + 1)
         held = self._held.get(stream.hashes[place])
         return None if held is None or not held.is_block(stream, place) else held.block
 
-    def _take(self, sequence: PagedSequence, table: int, place: int) -> int:
-        """A free host block, which is found from now on if it is to be full."""
+    def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
+        """A free host block, which must exist; `_find` finds it from now on if it is to be full."""
         host_block = self.allocator.allocate()
         if (place + 1) * self.block_size <= sequence.num_computed:
-            stream = sequence.stream_of(table, place + 1)
+            stream = sequence.stream_of(index, place + 1)
             digest = stream.hashes[place]
             if digest not in self._held:
                 self._held[digest] = KeptBlock(host_block, stream.tokens[place], stream.parent(place))
                 self._hash_of[host_block] = digest
         return host_block
-
-    def _give_back(self, tables: list[SwappedTable]) -> None:
-        for host_block in (block for table in tables for block in table.host_blocks):
-            self.allocator.free(host_block)
-            if self.allocator.ref_count(host_block) == 0 and host_block in self._hash_of:
-                del self._held[self._hash_of.pop(host_block)]

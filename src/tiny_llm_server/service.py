@@ -127,7 +127,7 @@ class Service:
     def check(self, body: Generation, num_prompts: int = 1) -> None:
         """Refuse another model's name, more of something than this server gives, and all while it is full."""
         self.check_model(body.model)
-        self.llm.engine.check_room()
+        self.llm.engine.check_admission()
         if body.priority and self.config.scheduling_policy == "fcfs":
             raise refused("priority: refused by --scheduling-policy fcfs", "priority")
         most, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []

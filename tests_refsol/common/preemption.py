@@ -8,7 +8,7 @@ from tiny_llm.sequence import PagedSequence
 class NewestGivesWay:
     """Preempt the sequence that was admitted last."""
 
-    def promised_tokens(self, sequence: PagedSequence) -> int:
+    def reserved_tokens(self, sequence: PagedSequence) -> int:
         """The known tokens and one block more, up to the longest that the sequence may become."""
         return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
 

@@ -8,7 +8,7 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """Six stories in pages for two: who waits and when, what is computed again, what is copied."""
+    """Six stories in blocks for two: which wait and when, what is computed again, what is copied."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -38,17 +38,18 @@ def show() -> Lines:
         steps, seconds = len(shown[animals[0]]), time.perf_counter() - start
         answers.append(said)
         yield (
-            f"{blocks} blocks, preemption_mode {mode!r}: {steps} steps, {seconds:.1f} s; gave way "
-            f"{manager.num_preemptions} times; computed again: {again} tokens; copied out: {copied} blocks"
+            f"{blocks} blocks, preemption_mode {mode!r}: {steps} steps, {seconds:.1f} s; "
+            f"{manager.num_preemptions} preemptions; computed again: {again} tokens; "
+            f"copied to the host: {copied} blocks"
         )
         every = -(-steps // 80)
         yield from (f"  {animal:4} {line[::every].rstrip()}" for animal, line in shown.items())
-    yield f"  #: runs. .: waits. o: waits with its keys and values on the host. A sign is {every} steps"
+    yield f"  #: runs. .: waits. o: waits with its keys and values on the host. Each sign is {every} steps"
     yield f"the same answers every time: {all(said == answers[0] for said in answers)}"
 
 
 def work() -> Work:
-    """32 prompts with four completions each, out to the host and back, three times: the bookkeeping alone."""
+    """32 prompts with four completions each, out to the host and back, three times: only the bookkeeping."""
     from tiny_llm.paged_attention import BlockAllocator, BlockTable
     from tiny_llm.prefix_cache import TokenBlocks
     from tiny_llm.sampling_params import SamplingParams

@@ -12,7 +12,7 @@ TRY_SECONDS = 120  # a guard: an engine that is not right yet may leave its clie
 
 
 def show() -> Lines:
-    """Five clients of one engine with two seats: who waits, who overtakes, and who is cancelled."""
+    """Five clients of one engine that runs two sequences: which wait, which overtakes, which is cancelled."""
     from tiny_llm.errors import EngineDeadError
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
@@ -20,8 +20,9 @@ def show() -> Lines:
     llm = LLM(num_blocks=32, max_num_seqs=2, enable_prefix_caching=False)
     llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
     watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
-    yield "the real model, 2 seats: five clients ask at the same moment, the wolf last, with priority -1"
-    yield "and the owl with 1; the client of the cat cancels when it has read 12 tokens"
+    yield "the real model, 2 sequences at once: five clients ask at the same moment, the wolf last. It has"
+    yield "priority -1, so it overtakes all that wait; no request runs yet when all are queued. The owl has"
+    yield "priority 1. The client of the cat cancels when it has read 12 tokens"
     start = time.perf_counter()
     try:
         clients = asyncio.run(_five_clients(llm.engine, watched))
@@ -43,7 +44,7 @@ def show() -> Lines:
 
 
 class _Watched:
-    """Who runs and who waits in each step of a core, seen from within its thread."""
+    """Which requests run and which wait in each step of a core, seen from within its thread."""
 
     def __init__(self, core: Any, names: tuple[str, ...]) -> None:
         self.names = names

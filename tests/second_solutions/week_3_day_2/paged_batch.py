@@ -246,7 +246,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     def _refuse_what_never_fits(self, leader: PagedSequence) -> None:
         """Raise `RequestTooLargeError` for a request that could not run even with the whole pool."""
         num_completions = 1 + leader.num_forks
-        blocks = max(self._most_blocks(leader), self._scheduler.promised_blocks(leader))
+        blocks = max(self._most_blocks(leader), self._scheduler.reserved_blocks(leader))
         if blocks > self.max_pages:
             raise RequestTooLargeError(
                 f"request {leader.request_id!r}: up to {leader.max_len} tokens in {num_completions} "

@@ -1,0 +1,102 @@
+"""Weights in a few bits: groups of values share a scale and a bias, and a value is scale * q + bias.
+
+MLX's layout: a row is one stream of bits in uint32 words, lowest bits first, groups along the input
+axis. The readable matmul unpacks the weights; the fast ones never do.
+"""
+
+import mlx.core as mx
+
+from tiny_llm_checkpoints.quantized import Quantized
+
+
+def pack_bits(q: mx.array, bits: int) -> mx.array:
+    """Write each row of q [N, K] uint32 as one stream of bits -> words [N, K * bits / 32] uint32.
+
+    bits: 2, 3, 4, 5, 6 or 8; each number is below 2^bits, and 32 divides K * bits. Number i is the bits
+    i * bits .. i * bits + bits - 1 of its row, its lowest bit first; bit b of a row is bit b % 32 of word
+    b // 32, counted from the lowest. So with 3, 5 and 6 bits a number may lie in two words.
+
+    MLX trap: keep every array uint32 (`mx.arange` takes a dtype): with int32 the result is int64.
+
+    >>> row = mx.array([[1, 2, 3, 4, 5, 6, 7, 8]], mx.uint32)
+    >>> hex(pack_bits(row, 4).item())
+    '0x87654321'
+    """
+    rows = []
+    for row in q.tolist():
+        stream = sum(x << (bits * i) for i, x in enumerate(row))
+        rows.append([(stream >> (32 * w)) & 0xFFFFFFFF for w in range(len(row) * bits // 32)])
+    return mx.array(rows, mx.uint32)
+
+
+def unpack_bits(words: mx.array, bits: int) -> mx.array:
+    """Read the numbers of rows that `pack_bits` wrote: words [..., W] uint32 -> [..., W * 32 / bits] uint32.
+
+    bits: 2, 3, 4, 5, 6 or 8. Any number of leading axes, none included: [W] is one row.
+
+    MLX traps: an index past the end of an array raises nothing and reads other memory, so keep the index of a
+    number's second word within the row even where the number has none. A shift by 32 does not give 0.
+
+    >>> unpack_bits(mx.array([0x87654321], mx.uint32), 4).tolist()
+    [1, 2, 3, 4, 5, 6, 7, 8]
+    """
+    b = (words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    b = b.reshape(*words.shape[:-1], -1, bits)
+    return mx.sum(b << mx.arange(bits, dtype=mx.uint32), axis=-1)
+
+
+def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
+    """Round w [N, K] to 2^bits equally spaced values for each group of `group_size` neighbours in a row.
+
+    bits: 2, 3, 4, 5, 6 or 8; group_size divides K, and 32 divides K * bits. A group's bias is its least value
+    and its scale the step (greatest - least) / (2^bits - 1); both are stored in w's type. Each value becomes
+    the q from 0 to 2^bits - 1 whose scale * q + bias is nearest to it, computed in float32 with the scale and
+    the bias as they are stored: a step rounded to 16 bits can put the greatest value behind the last q, which
+    it then gets. A group of equal values comes back exactly; its step would be 0, so store any other scale.
+    `Quantized.weight` holds the q as `pack_bits` writes them. (`mx.quantize` chooses scales in another way;
+    the layout is the same.)
+
+    >>> w = mx.array([[0.5 * (i % 16) - 3 for i in range(32)]])
+    >>> stored = quantize(w, group_size=32, bits=4)
+    >>> stored.scales.tolist(), stored.biases.tolist(), hex(stored.weight[0, 0].item())
+    ([[0.5]], [[-3.0]], '0x76543210')
+    """
+    g = w.reshape(w.shape[0], w.shape[1] // group_size, group_size)
+    lo, hi = g.min(axis=-1), g.max(axis=-1)
+    step = ((hi - lo) / (2**bits - 1)).astype(w.dtype)
+    step = mx.where(step == 0, mx.ones_like(step), step)
+    q = mx.round(
+        (g.astype(mx.float32) - lo.astype(mx.float32)[..., None]) / step.astype(mx.float32)[..., None]
+    )
+    q = mx.minimum(mx.maximum(q, 0), 2**bits - 1).astype(mx.uint32).reshape(w.shape)
+    return Quantized(weight=pack_bits(q, bits), scales=step, biases=lo, group_size=group_size, bits=bits)
+
+
+def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
+    """Compute scale * q + bias of every q: weight [..., K * bits / 32] uint32 -> [..., K] float32.
+
+    scales and biases [..., K / group_size] in any float type: those of value i are at i // group_size. They
+    become float32 before they are used, not afterwards. bits: 2, 3, 4, 5, 6 or 8.
+
+    >>> words, scales, biases = mx.array([[0x3210] * 4], mx.uint32), mx.array([[0.5]]), mx.array([[-1.0]])
+    >>> dequantize(words, scales, biases, group_size=32, bits=4)[0, :5].tolist()
+    [-1.0, -0.5, 0.0, 0.5, -1.0]
+    """
+    q = unpack_bits(weight, bits).astype(mx.float32)
+    s, b = (mx.repeat(x.astype(mx.float32), group_size, axis=-1) for x in (scales, biases))
+    return s * q + b
+
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Multiply x [..., K] with the transpose of a quantized weight [N, K] -> [..., N].
+
+    A weight has one row per output, as checkpoints store it. The result is float32 for float32 x. This
+    readable version unpacks the whole matrix; the compiled ones (this day's option in C++) never do.
+
+    >>> w = quantize(mx.array([[float(i % 16) for i in range(32)]] * 2), group_size=32, bits=4)
+    >>> quantized_matmul(mx.ones((1, 32)), *w).tolist()  # 2 * (0 + 1 + ... + 15), for each of two outputs
+    [[240.0, 240.0]]
+    """
+    return mx.matmul(x, mx.transpose(dequantize(weight, scales, biases, group_size, bits)))

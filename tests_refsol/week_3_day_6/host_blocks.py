@@ -1,0 +1,117 @@
+"""Tasks 3 and 4: which sequences hold a host block, and when it is free again."""
+
+from tiny_llm.sequence import PagedSequence, SwappedTable
+from tiny_llm.swap import HostBlock, SwapSpace
+
+from common.blocks import counts
+from week_3_day_6.two_pools import SIZE, TEXT, Setup, in_use
+
+# Task 3: SwapSpace.hold
+
+
+def held(space: SwapSpace, sequence: PagedSequence, place: int, index: int = 0) -> HostBlock:
+    """A host block for one block of a sequence; a failure where none is found."""
+    found = space.hold(sequence, index, place)
+    assert found is not None, "no host block, though some are free"
+    return found
+
+
+def test_task_3_a_new_block_has_one_holder() -> None:
+    """Oracle: by hand: three blocks of one sequence are three host blocks, full or not; all need a copy."""
+    setup = Setup()
+    sequence = setup.sequence(TEXT[:10], 10)
+    found = [held(setup.space, sequence, place) for place in range(3)]
+    assert [each.is_new for each in found] == [True, True, True]
+    assert len({each.block for each in found}) == 3
+    assert [setup.space.allocator.ref_count(each.block) for each in found] == [1, 1, 1]
+    assert in_use(setup.space.allocator) == 3
+
+
+def test_task_3_a_full_block_with_the_same_content_is_shared() -> None:
+    """Oracle: by hand: the first block of both is the same, the second is not."""
+    setup = Setup()
+    first, second = setup.sequence(TEXT[:8], 8), setup.sequence((*TEXT[:6], 1, 2), 8)
+    mine = [held(setup.space, first, place) for place in range(2)]
+    theirs = [held(setup.space, second, place) for place in range(2)]
+    assert theirs[0] == HostBlock(mine[0].block, is_new=False)
+    assert theirs[1].is_new
+    assert theirs[1].block != mine[1].block
+    assert [setup.space.allocator.ref_count(each.block) for each in (*mine, theirs[1])] == [2, 1, 1]
+
+
+def test_task_3_a_partly_filled_block_is_not_shared() -> None:
+    """Oracle: by hand: the same 6 tokens: block 1 has two of them, and both sequences will write to it."""
+    setup = Setup()
+    pair = [setup.sequence(TEXT[:6], 6) for _ in range(2)]
+    found = [held(setup.space, one, 1) for one in pair]
+    assert [each.is_new for each in found] == [True, True]
+    assert in_use(setup.space.allocator) == 2
+
+
+def test_task_3_each_table_has_blocks_of_its_own() -> None:
+    """Oracle: by hand: the same tokens in other layers are other keys, so the index of the table counts."""
+    setup = Setup(windows=(None, None))
+    sequence = setup.sequence(TEXT[:4], 4)
+    assert [held(setup.space, sequence, 0, index).is_new for index in (0, 1, 0, 1)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert in_use(setup.space.allocator) == 2
+
+
+def test_task_3_a_full_host_has_only_what_is_there_already() -> None:
+    """Oracle: by hand: one host block. None for other content, and nothing has changed; the same is found."""
+    setup = Setup(host_blocks=1)
+    sequence = setup.sequence(TEXT[:8], 8)
+    block = held(setup.space, sequence, 0).block
+    assert setup.space.hold(sequence, 0, 1) is None
+    assert counts(setup.space.allocator) == [1]
+    assert held(setup.space, sequence, 0) == HostBlock(block, is_new=False)
+    assert counts(setup.space.allocator) == [2]
+
+
+# Task 4: SwapSpace.release
+
+
+def test_task_4_every_block_of_every_table_goes_back() -> None:
+    """Oracle: by hand: two tables with 3 and 1 blocks, and a third one without any."""
+    space = SwapSpace(6, SIZE)
+    blocks = [space.allocator.allocate() for _ in range(5)]
+    space.release([SwappedTable(0, blocks[:3]), SwappedTable(7, blocks[3:4]), SwappedTable(0, [])])
+    assert [space.allocator.ref_count(block) for block in blocks] == [0, 0, 0, 0, 1]
+    space.release([])
+    assert in_use(space.allocator) == 1
+
+
+def test_task_4_one_reference_at_a_time() -> None:
+    """Oracle: by hand: what another holds is not free, and still found: it needs no copy."""
+    setup = Setup()
+    sequence = setup.sequence(TEXT[:4], 4)
+    block = held(setup.space, sequence, 0).block
+    held(setup.space, sequence, 0)
+    setup.space.release([SwappedTable(0, [block])])
+    assert setup.space.allocator.ref_count(block) == 1
+    assert held(setup.space, sequence, 0) == HostBlock(block, is_new=False)
+
+
+def test_task_4_a_block_without_holders_is_not_found_any_more() -> None:
+    """Oracle: by hand: one host block, for one text and then another. A hash that is left is the mistake."""
+    setup = Setup(host_blocks=1)
+    one, other = setup.sequence(TEXT[:4], 4), setup.sequence([1, 2, 3, 4], 4)
+    for sequence in (one, other, one, one):
+        host_block = held(setup.space, sequence, 0)
+        assert host_block.is_new, "it was found by a hash that is another block's, or of none"
+        setup.space.release([SwappedTable(0, [host_block.block])])
+        assert in_use(setup.space.allocator) == 0
+
+
+def test_task_4_a_block_that_was_not_full_has_no_hash() -> None:
+    """Oracle: by hand: full and partly filled blocks of one sequence go back together."""
+    setup = Setup()
+    sequence = setup.sequence(TEXT[:6], 6)
+    found = [held(setup.space, sequence, place) for place in range(2)]
+    setup.space.release([SwappedTable(0, [each.block for each in found])])
+    assert in_use(setup.space.allocator) == 0
+    assert held(setup.space, sequence, 0).is_new

@@ -1,0 +1,156 @@
+"""A pool and a swap space whose blocks are lists, so that a test sees whose keys are where."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tiny_llm.layer_groups import LayerGroup
+from tiny_llm.page_layout import PageLayout
+from tiny_llm.paged_attention import BlockAllocator
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import PagedSequence
+from tiny_llm.sliding_window import WindowedTable
+from tiny_llm.swap import SwapSpace
+
+from common.blocks import counts
+
+SIZE = 4  # tokens in a block, everywhere in this suite
+TEXT = tuple(range(100, 160))
+Slots = dict[int, list[object]]  # what stands in each slot of each block
+
+
+def in_use(allocator: BlockAllocator) -> int:
+    """Blocks that have a holder."""
+    return allocator.num_blocks - allocator.num_free
+
+
+@dataclass
+class Setup:
+    """A pool and a swap space whose blocks are lists, so that a test sees whose keys are where.
+
+    A slot holds the group of layers and the text up to its token: what keys depend on. windows: of one group
+    of layers each.
+    """
+
+    windows: tuple[int | None, ...] = (None,)
+    num_blocks: int = 80
+    host_blocks: int = 40
+    pool: Slots = field(default_factory=dict)
+    host: Slots = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = tuple(LayerGroup((layer,), window) for layer, window in enumerate(self.windows))
+        self.layout = PageLayout(groups, SIZE, 16)
+        self.allocator = BlockAllocator(self.num_blocks)
+        self.space = SwapSpace(self.host_blocks, SIZE)
+        self.pool = {block: [None] * SIZE for block in range(self.num_blocks)}
+        self.host = {block: [None] * SIZE for block in range(self.host_blocks)}
+
+    def sequence(
+        self, tokens: Sequence[int], computed: int, outputs: Sequence[int] = (), salt: str = ""
+    ) -> PagedSequence:
+        """A sequence that runs, with so many of its tokens computed."""
+        sequence = PagedSequence(
+            seq_id="one",
+            request_id="one",
+            prompt=tuple(tokens),
+            params=SamplingParams(cache_salt=salt),
+            seed=0,
+            max_len=200,
+            outputs=list(outputs),
+            tables=self.layout.tables(self.allocator),
+            streams=self.layout.streams(salt),
+        )
+        self.compute(sequence, computed)
+        return sequence
+
+    def compute(self, sequence: PagedSequence, count: int) -> None:
+        """Compute the next known tokens as a step does it: copies, then writes; then windows pass."""
+        start = sequence.num_computed
+        for copy in sequence.append_tokens(count):
+            self.pool[copy.dst] = list(self.pool[copy.src])
+        sequence.num_computed += count
+        for group, table in enumerate(sequence.tables):
+            for position in range(start, sequence.num_computed):
+                [slot] = table.slots(position, position + 1)
+                self.pool[slot // SIZE][slot % SIZE] = (group, *sequence.tokens(0, position + 1))
+        self.layout.let_go(sequence.tables, sequence.num_computed)
+        self.spoil()
+
+    def spoil(self) -> None:
+        """Blocks without a holder are overwritten at once, so that a test notices a read of them."""
+        for block, count in enumerate(counts(self.allocator)):
+            if count == 0:
+                self.pool[block] = ["nobody's"] * SIZE
+
+    def out(self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None) -> int | None:
+        """Swap out and give the pages up, the copies made in between; how many. None: the host was full."""
+        copies = self.space.swap_out(sequence, filled_from)
+        if copies is None:
+            return None
+        for block, host_block in copies:
+            self.host[host_block] = list(self.pool[block])
+        sequence.give_up_pages()
+        self.spoil()
+        return len(copies)
+
+    def back(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> int:
+        """Swap in, and make the copies; how many."""
+        copies = self.space.swap_in(sequence, at_hand)
+        for block, host_block in copies:
+            assert block in self.pool
+            self.pool[block] = list(self.host[host_block])
+        self.spoil()
+        return len(copies)
+
+    def adopt(self, sequence: PagedSequence, donor: PagedSequence, num_blocks: int) -> bool:
+        """Let a sequence begin with the first blocks of another, as it would find them in a prefix cache.
+
+        Windowed tables get what the next token sees. False, and nothing done, where the other has less.
+        """
+        firsts = [
+            0 if window is None else max(0, num_blocks * SIZE - window + 1) // SIZE for window in self.windows
+        ]
+        donors = [getattr(table, "start", 0) // SIZE for table in donor.tables]
+        if any(has > needed for has, needed in zip(donors, firsts, strict=True)):
+            return False
+        for table, other, first, begin in zip(sequence.tables, donor.tables, firsts, donors, strict=True):
+            if isinstance(table, WindowedTable):
+                table.skip_to(first * SIZE)
+            for block in other.blocks[first - begin : num_blocks - begin]:
+                table.share_block(block, SIZE)
+        sequence.note_shared(num_blocks * SIZE)
+        return True
+
+    def at_hand(self, *others: PagedSequence) -> dict[bytes, int]:
+        """The full blocks of others by the hash of what is in them."""
+        found: dict[bytes, int] = {}
+        for other in others:
+            stop = other.num_computed // SIZE
+            for group, table in enumerate(other.tables):
+                hashes = other.stream_of(group, stop).hashes[getattr(table, "start", 0) // SIZE : stop]
+                found.update(zip(hashes, table.blocks, strict=False))
+        return found
+
+    def check(self, *running: PagedSequence, waiting: Sequence[PagedSequence] = ()) -> None:
+        """Running sequences have their keys in the pool, waiting ones on the host; no more references."""
+        held = Counter(block for one in running for table in one.tables for block in table.blocks)
+        assert counts(self.allocator) == [held[block] for block in range(self.num_blocks)]
+        for one in running:
+            for group, table in enumerate(one.tables):
+                start = getattr(table, "start", 0)
+                assert start + table.num_tokens == one.num_computed, "a table ends elsewhere"
+                for position, slot in enumerate(table.slots(start, one.num_computed), start):
+                    found = self.pool[slot // SIZE][slot % SIZE]
+                    assert found == (group, *one.tokens(0, position + 1)), "another's keys, or none"
+        held = Counter()
+        for one in waiting:
+            assert one.swapped is not None
+            tables, num_computed, _ = one.swapped
+            for group, (first, host_blocks) in enumerate(tables):
+                held.update(host_blocks)
+                assert first + len(host_blocks) == -(-num_computed // SIZE)
+                for position in range(first * SIZE, num_computed):
+                    found = self.host[host_blocks[position // SIZE - first]][position % SIZE]
+                    assert found == (group, *one.tokens(0, position + 1)), "another's keys, or none"
+        assert counts(self.space.allocator) == [held[block] for block in range(self.host_blocks)]

@@ -1,0 +1,258 @@
+"""A core whose answers a test can say by heart, requests for it, and a listener that keeps what it gets."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from types import SimpleNamespace
+from typing import Any
+
+from tiny_llm.admission_control import AdmissionControl
+from tiny_llm.delivery import Item
+from tiny_llm.engine_core import EngineStats
+from tiny_llm.engine_loop import ActiveRequest, EngineLoop, Request
+from tiny_llm.errors import (
+    DuplicateRequestError,
+    EngineDeadError,
+    RequestFailedError,
+    RequestTooLargeError,
+)
+from tiny_llm.faults import Failure
+from tiny_llm.inbox import Inbox
+from tiny_llm.output_processor import RequestState
+from tiny_llm.outputs import RequestEvent
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import completion_ids
+from tiny_llm.token_output import TokenOutput
+
+from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
+from tiny_llm_checkpoints.tokenizer import Tokenizer
+from week_3_day_7.patience import PATIENCE, blank_or, within
+
+# A core that a test understands: every completion gets the letters that follow its prompt in the alphabet.
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+TOKENIZER = Tokenizer(byte_level_bpe(list(ALPHABET), [], "smollm"))
+LONGEST = 20  # tokens of a prompt
+THREE = SamplingParams(max_tokens=3)
+LONG = SamplingParams(max_tokens=10**6)
+
+
+@dataclass
+class Letters:
+    """One completion in the core."""
+
+    request_id: str
+    seq_id: str
+    token: int
+    left: int
+
+
+class AlphabetCore:
+    """Stands in for `EngineCore`, without a model: "abc" gets "d", "e", "f" and so on, a letter a step.
+
+    log: what was asked of it. failing: requests that fail in the next step. dies: what the next step raises.
+    """
+
+    def __init__(self, seats: int = 8) -> None:
+        self.seats = seats
+        self.waiting: list[Letters] = []
+        self.running: list[Letters] = []
+        self.log: list[str] = []
+        self.failing: dict[str, Exception] = {}
+        self.failures: list[Failure] = []
+        self.dies: BaseException | None = None
+        self.is_full = False
+        self.is_held = False
+        self.begun, self.permits = threading.Semaphore(0), threading.Semaphore(0)
+
+    @property
+    def manager(self) -> Any:
+        return SimpleNamespace(waiting=self.waiting, running=self.running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def stats(self) -> EngineStats:
+        waiting = len({one.request_id for one in self.waiting})
+        return EngineStats(len(self.running), len(self.waiting), *[0] * 7, num_waiting_requests=waiting)
+
+    def has(self, request_id: str) -> bool:
+        """Whether it works on a request, or is going to."""
+        return any(one.request_id == request_id for one in self.waiting + self.running)
+
+    has_request = has
+
+    def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
+        if not tokens:
+            raise ValueError("no tokens")
+        if len(tokens) > LONGEST:
+            raise RequestTooLargeError(f"{len(tokens)} tokens")
+        if self.has(request_id):
+            raise DuplicateRequestError(f"{request_id!r} is in use")
+        if self.is_full:
+            return False
+        self.log.append(f"add {request_id}")
+        ids = completion_ids(request_id, params.n)
+        self.waiting += [Letters(request_id, seq_id, tokens[-1], params.max_tokens or 16) for seq_id in ids]
+        return True
+
+    def step(self) -> list[TokenOutput]:
+        self.log.append("step")
+        if self.is_held:
+            self.begun.release()
+            self.permits.acquire(timeout=PATIENCE.seconds)
+        if self.dies is not None:
+            raise self.dies
+        for request_id, error in self.failing.items():
+            if self.has(request_id):
+                self.end(lambda one, who=request_id: one.request_id == who)  # type: ignore[misc]
+                self.failures.append(Failure(request_id, error))
+        self.failing = {}
+        while self.waiting and len(self.running) < self.seats:
+            self.running.append(self.waiting.pop(0))
+        outputs = []
+        for one in self.running:
+            one.token, one.left = (one.token + 1) % len(ALPHABET), one.left - 1
+            reason = None if one.left else "length"
+            outputs.append(TokenOutput(one.request_id, one.seq_id, one.token, None, reason, None))
+        self.end(lambda one: not one.left)
+        return outputs
+
+    def take_failures(self) -> list[Failure]:
+        failures, self.failures = self.failures, []
+        return failures
+
+    def take_ended_searches(self) -> list[str]:
+        return []
+
+    def finish(self, seq_id: str) -> None:
+        if all(one.seq_id != seq_id for one in self.running):
+            raise KeyError(seq_id)  # the real one raises it too: it has ended
+        self.log.append(f"finish {seq_id}")
+        self.end(lambda one: one.seq_id == seq_id)
+
+    def cancel(self, request_id: str) -> None:
+        if self.has(request_id):
+            self.log.append(f"cancel {request_id}")
+        self.end(lambda one: one.request_id == request_id)
+
+    def end(self, has_ended: Callable[[Letters], bool]) -> None:
+        self.waiting = [one for one in self.waiting if not has_ended(one)]
+        self.running = [one for one in self.running if not has_ended(one)]
+
+    # Steps that wait until a test lets them.
+
+    def hold(self) -> None:
+        """From now on each step waits in its beginning."""
+        self.is_held = True
+
+    def wait_for_step(self) -> None:
+        """Return when a step is being held."""
+        if not self.begun.acquire(timeout=PATIENCE.seconds):
+            PATIENCE.lose()
+            raise AssertionError("no step began")
+
+    def let_step(self) -> None:
+        """Let one step happen."""
+        self.permits.release()
+
+    def let_go(self) -> None:
+        """Hold no step any more."""
+        self.is_held = False
+        self.permits.release(100)
+
+
+def request(request_id: str, prompt: str = "a", params: SamplingParams = THREE) -> RequestState:
+    """A request whose completions go on in the alphabet."""
+    tokens = [ALPHABET.index(letter) for letter in prompt]
+    return RequestState(request_id, prompt, tokens, TOKENIZER, params)
+
+
+def events(items: Sequence[Item]) -> list[RequestEvent]:
+    """What a listener was called with, where all of it is events; raises the first error."""
+    for item in items:
+        if not isinstance(item, RequestEvent):
+            raise item
+    return [item for item in items if isinstance(item, RequestEvent)]
+
+
+class Ear:
+    """A listener that keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Item]] = []
+        self.queue: SimpleQueue[list[Item]] = SimpleQueue()
+        self.threads: set[threading.Thread] = set()
+
+    def __call__(self, items: list[Item]) -> None:
+        self.calls.append(list(items))
+        self.threads.add(threading.current_thread())
+        self.queue.put(list(items))
+
+    @property
+    def items(self) -> list[Item]:
+        """Everything, whenever it came."""
+        return [item for call in self.calls for item in call]
+
+    @property
+    def events(self) -> list[RequestEvent]:
+        """Everything but errors."""
+        return [item for item in self.items if isinstance(item, RequestEvent)]
+
+    @property
+    def errors(self) -> list[RequestFailedError]:
+        """The requests that failed."""
+        return [item for item in self.items if isinstance(item, RequestFailedError)]
+
+    def next(self) -> list[RequestEvent]:
+        """The events of the next call; raises the error where one came."""
+        try:
+            return events(self.queue.get(timeout=PATIENCE.seconds))
+        except EngineDeadError as error:
+            raise blank_or(error) from error.__cause__
+        except Empty:
+            PATIENCE.lose()
+            raise AssertionError("nothing was delivered") from None
+
+    def until_end(self) -> list[RequestEvent]:
+        """The events up to a request's last."""
+        found: list[RequestEvent] = []
+        while not found or found[-1].usage is None:
+            found += self.next()
+        return found
+
+
+def text(heard: Sequence[RequestEvent], request_id: str | None = None) -> str:
+    """What the events say, of one request or of all."""
+    return "".join(event.text for event in heard if request_id in (None, event.request_id))
+
+
+def reason(one: Request) -> str | None:
+    """Why a request's first completion has ended."""
+    assert isinstance(one, RequestState)
+    return one.output.outputs[0].finish_reason
+
+
+def make_loop(core: Any = None) -> EngineLoop:
+    """What runs in the engine's thread, without the thread: the test calls it."""
+    loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
+    loop.core = core or AlphabetCore()
+    return loop
+
+
+def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] | None = None) -> Any:
+    """Make requests active, as `add` does; returns their listener."""
+    ear = Ear() if ear is None else ear
+    for one in requests:
+        one.begin(loop.core)
+        loop.active[one.request_id] = ActiveRequest(one, ear)
+    return ear
+
+
+def hang_up(loop: EngineLoop) -> None:
+    """End the loop as its thread would: without another step, all that is ready is delivered."""
+    loop.stop()
+    within(loop.run)
