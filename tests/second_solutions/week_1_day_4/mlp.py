@@ -1,4 +1,5 @@
-"""The gated network by the tanh form of the sigmoid."""
+# A second solution of day 1.4, written from the docstrings alone.
+"""The feed-forward half of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
 from dataclasses import dataclass
 
@@ -8,9 +9,16 @@ from .linear import LinearLike
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """sigmoid(x) = (1 + tanh(x / 2)) / 2."""
-    opened = 0.5 * (1 + mx.tanh(0.5 * gate))
-    return up * (gate * opened)
+    """Let one half of the hidden values decide how much of the other passes: silu(gate) * up, value by value.
+
+    Both [..., I] -> [..., I]. silu(x) = x * sigmoid(x) with sigmoid(x) = 1 / (1 + e^-x): close to x for large
+    x, close to 0 for very negative x, and slightly below 0 in between. Gates of 100 and -100 must give 100
+    and 0: e^100 is inf in float32, and inf / inf is nan. `mx.sigmoid` is safe.
+
+    >>> swiglu(mx.array([0.0, 100.0]), mx.array([5.0, 0.5])).tolist()
+    [0.0, 50.0]
+    """
+    return gate * mx.sigmoid(gate) * up
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,15 @@ class MLP:
     down_proj: LinearLike
 
     def __call__(self, x: mx.array) -> mx.array:
-        """The hidden values are cut in the middle by slices."""
-        hidden = self.gate_up_proj(x)
-        middle = hidden.shape[-1] // 2
-        return self.down_proj(swiglu(hidden[..., :middle], hidden[..., middle:]))
+        """Run the network on every token by itself: x [B, L, E] -> [B, L, E].
+
+        Call each matrix once; it is an object, dense or quantized, with a bias or without, and not an array.
+        In MLX `mx.split(a, 2)` cuts the first axis unless another is named.
+
+        >>> from tiny_llm.linear import Linear
+        >>> mlp = MLP(Linear(mx.array([[100.0], [3.0]])), Linear(mx.array([[2.0]])))  # gate 100, up 3, down 2
+        >>> mlp(mx.array([[[1.0]]])).tolist()
+        [[[600.0]]]
+        """
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(swiglu(gate, up))

@@ -1,4 +1,5 @@
-"""The block: both halves in one loop."""
+# A second solution of day 1.5, written from the docstrings alone.
+"""One transformer block: attention and MLP each read a normalised copy of the stream and add to it."""
 
 from dataclasses import dataclass
 
@@ -25,11 +26,17 @@ class TransformerBlock:
     eps: float
 
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
-        """Both halves are the same step with another function."""
-        halves = (
-            (self.input_layernorm, lambda normed: self.self_attn(normed, context)),
-            (self.post_attention_layernorm, self.mlp),
-        )
-        for weight, half in halves:
-            x = half(rms_norm(x, weight, self.eps)) + x
-        return x
+        """Run both halves on the stream x [B, L, E] -> [B, L, E].
+
+        Attention, called with the context, reads the stream normalised by `input_layernorm`; its output is
+        added to the stream. The MLP reads that sum normalised by `post_attention_layernorm`; its output is
+        added to the sum. The stream itself is never normalised: if both halves give 0, x comes out as it was.
+        `eps` goes into both norms. In the example attention gives back what it reads, and the MLP gives 0.
+
+        >>> ones, no_mlp = mx.ones(2), mx.zeros_like
+        >>> block = TransformerBlock(lambda x, context: x, no_mlp, ones, ones, 0.0)
+        >>> block(mx.array([[[4.0, 4.0]]]), None).tolist()
+        [[[5.0, 5.0]]]
+        """
+        x = x + self.self_attn(rms_norm(x, self.input_layernorm, self.eps), context)
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))
