@@ -111,14 +111,14 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
     """
     if params.greedy:
         return mx.argmax(logits)
-    logits = logits / params.temperature
+    kept = logits / params.temperature
     if params.min_p > 0:
-        logits = keep_min_p(logits, params.min_p)
+        kept = keep_min_p(kept, params.min_p)
     if params.top_k > 0:
-        logits = keep_top_k(logits, params.top_k)
+        kept = keep_top_k(kept, params.top_k)
     if params.top_p < 1:
-        logits = keep_top_p(logits, params.top_p)
-    return draw(logits, seed, index)
+        kept = keep_top_p(kept, params.top_p)
+    return draw(kept, seed, index)
 
 
 def change_logits(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
