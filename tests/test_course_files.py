@@ -155,6 +155,6 @@ def test_an_editor_resolves_what_falls_through(house: House) -> None:
     checked = subprocess.run(
         command, cwd=house.root / "src", text=True, capture_output=True, check=False, timeout=300
     )
-    of_links = {"reportMissingImports", "reportMissingModuleSource", "reportAttributeAccessIssue"}
+    unresolved = {"reportMissingImports", "reportAttributeAccessIssue"}  # a missing source is a warning
     rules = {found.get("rule") for found in json.loads(checked.stdout)["generalDiagnostics"]}
-    assert rules & {*of_links, "reportArgumentType"} == {"reportArgumentType"}, checked.stdout
+    assert rules & {*unresolved, "reportArgumentType"} == {"reportArgumentType"}, checked.stdout
