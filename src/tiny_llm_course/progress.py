@@ -90,9 +90,10 @@ def started_units(house: House, syllabus: Syllabus) -> list[Unit]:
 
 
 def _started_parts(house: House, day: Day) -> list[Part]:
-    """The parts of which something is the learner's, or where all is skipped those whose files are there."""
+    """The parts of which something is the learner's, and the first that is blank; where all is skipped, all."""
     there = [part for part in day.parts if not missing_modules(house, part)]
-    return [part for part in there if is_started(house, part)] or there
+    blank = [part for part in there if is_untouched(house, part)]
+    return [part for part in there if is_started(house, part) and part not in blank[1:]] or there
 
 
 def is_started(house: House, unit: Unit) -> bool:

@@ -34,14 +34,16 @@ class Begun:
 def starter(house: House, module: str, *units: Unit) -> str:
     """The source of one module, its exercises of these days and parts blank.
 
-    The exercises of a day's other parts are there as `skip` puts them, with the helpers that they call.
+    Those of a day's earlier parts are there as `skip` puts them, with the helpers that they call; those of
+    later parts are blank too, because their solutions would be read before they are looked for.
     """
     source = (house.reference / f"{module}.py").read_text(encoding="utf-8")
     days = list(dict.fromkeys(unit.day for unit in units))
     exercises = [exercise for day in days for exercise in day.of_module(module)]
     removed = [name for day in days for name in day.removed_from(module)]
     source = blanked(source, {one.name: one.message for one in exercises}, removed)
-    blank = {exercise.id for unit in units for exercise in unit.of_module(module)}
+    begun = [one for unit in units for one in (unit, *(unit.later if isinstance(unit, Part) else ()))]
+    blank = {exercise.id for unit in begun for exercise in unit.of_module(module)}
     for day in days:
         for exercise in day.of_module(module):
             source = source if exercise.id in blank else _filled(house, day, exercise, source)
@@ -118,8 +120,8 @@ def set_aside(house: House, unit: Unit) -> list[Path]:
 def _set_aside(house: House, unit: Unit, file: Path) -> Path | None:
     """Where the file was moved or copied to; None where the part's exercises are the reference's already."""
     of_others = [one for one in unit.day.of_module(file.stem) if one not in unit.exercises]
-    if all(_is_given(house, one) for one in of_others):
-        return _rename(file)
+    if all(_is_given(house, one) or state(house, one) is State.BLANK for one in of_others):
+        return _rename(file)  # nothing of the learner's is in it beside the unit's
     of_unit = [one for one in unit.of_module(file.stem) if not _is_given(house, one)]
     if not of_unit:
         return None
