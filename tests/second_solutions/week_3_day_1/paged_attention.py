@@ -1,4 +1,10 @@
-"""Blocks from a stack, tokens placed one by one, slots cut out of all slots."""
+"""Pages for keys and values: how many holders each block has, and which blocks a sequence's tokens are in.
+
+A block is a place for the keys and values of `block_size` tokens; this module knows only its id. A holder
+is a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of tokens' values,
+of the pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large
+Language Model Serving with PagedAttention" (SOSP 2023).
+"""
 
 from collections import deque
 from collections.abc import Mapping
@@ -16,7 +22,13 @@ class BlockCopy(NamedTuple):
 
 
 class BlockAllocator:
-    """Hands out the block ids 0 .. num_blocks - 1 and counts the holders of each block."""
+    """Hands out the block ids 0 .. num_blocks - 1 and counts the holders of each block.
+
+    `_free` is a queue of the free ids, `_ref_counts[block]` the number of a block's holders. Invariant: a
+    block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive count =
+    num_blocks. Taking or returning a block costs O(1), whatever the size of the pool: that is why the free
+    ids have a queue.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 1:
@@ -31,33 +43,60 @@ class BlockAllocator:
         return len(self._free)
 
     def ref_count(self, block: int) -> int:
-        """The number of holders of `block`; 0 if it is free."""
+        """The number of holders of `block`; 0 if it is free.
+
+        Raises `UnknownBlockError` for an id that is not in this pool, such as -1 or `num_blocks`.
+        """
         self._check_known(block)
         return self._ref_counts[block]
 
     def allocate(self) -> int:
-        """Take a free block, any of them, and return its id."""
-        if self.num_free == 0:
-            raise OutOfBlocksError(f"none of {self.num_blocks} blocks is free")
-        block = self._free.pop()
-        self._ref_counts[block] += 1
+        """Take a free block, any of them, and return its id; its count becomes 1: the caller is its holder.
+
+        Raises `OutOfBlocksError`, and changes nothing, if no block is free.
+
+        >>> allocator = BlockAllocator(num_blocks=2)
+        >>> block = allocator.allocate()
+        >>> allocator.ref_count(block), allocator.num_free
+        (1, 1)
+        """
+        if not self._free:
+            raise OutOfBlocksError(f"none of the {self.num_blocks} blocks is free")
+        block = self._free.popleft()
+        self._ref_counts[block] = 1
         return block
 
     def add_ref(self, block: int) -> None:
-        """Count one more holder of a block that has one already; sharing takes no free block."""
+        """Count one more holder of a block that has one already; sharing takes no free block.
+
+        Raises, and changes nothing: `DoubleFreeError` if the block is free (a free block has no holder to
+        share it with, and the next `allocate` may hand it out), `UnknownBlockError` if it is not in this
+        pool.
+        """
         self._ref_counts[block] = self._num_holders(block) + 1
 
     def free(self, block: int) -> None:
-        """Count one holder less; when the last holder frees the block, it can be allocated again."""
-        if self.ref_count(block) < 1:
-            raise DoubleFreeError(f"block {block} is free")
-        left = self._ref_counts[block] - 1
-        self._ref_counts[block] = left
-        if not left:
-            self._free.appendleft(block)
+        """Count one holder less; when the last holder frees the block, it can be allocated again.
+
+        Raises, and changes nothing: `DoubleFreeError` if the block is free already (it would be in the queue
+        twice, and get two owners), `UnknownBlockError` if it is not in this pool.
+
+        >>> allocator = BlockAllocator(num_blocks=2)
+        >>> block = allocator.allocate()
+        >>> allocator.add_ref(block)  # two holders
+        >>> allocator.free(block)
+        >>> allocator.ref_count(block), allocator.num_free
+        (1, 1)
+        """
+        self._ref_counts[block] = self._num_holders(block) - 1
+        if self._ref_counts[block] == 0:
+            self._free.append(block)
 
     def resize(self, num_blocks: int) -> None:
-        """Grow or shrink to the ids 0 .. num_blocks - 1, for a pool whose size follows its load."""
+        """Grow or shrink to the ids 0 .. num_blocks - 1, for a pool whose size follows its load.
+
+        Raises ValueError, and changes nothing, if a block beyond the new end is held.
+        """
         if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
             raise ValueError(
                 f"{self.num_blocks} blocks cannot become {num_blocks}: one behind the end is held"
@@ -70,7 +109,10 @@ class BlockAllocator:
         self.num_blocks = num_blocks
 
     def relocate(self, moved: Mapping[int, int]) -> None:
-        """Give held blocks other ids, which must be free: {old: new}, for compaction."""
+        """Give held blocks other ids, which must be free: {old: new}, for compaction.
+
+        The holders must rename the blocks too (`BlockTable.rename_blocks`).
+        """
         for old, new in moved.items():
             self._ref_counts[new], self._ref_counts[old] = self._ref_counts[old], 0
         self._free = deque(block for block, count in enumerate(self._ref_counts) if count == 0)
@@ -88,7 +130,11 @@ class BlockAllocator:
 
 
 class BlockTable:
-    """Maps a sequence's positions to blocks of the pool, and is one holder of each of these blocks."""
+    """Maps a sequence's positions to blocks of the pool, and is one holder of each of these blocks.
+
+    Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
+    `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
+    """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         if block_size < 1:
@@ -99,48 +145,99 @@ class BlockTable:
         self.num_tokens = 0
 
     def blocks_to_append(self, num_new_tokens: int) -> int:
-        """The number of free blocks that `append_tokens(num_new_tokens)` would take. Changes nothing."""
+        """The number of free blocks that `append_tokens(num_new_tokens)` would take. Changes nothing.
+
+        These are the blocks for the tokens that the last block has no place for, and one more for a copy on
+        write: new tokens go to the last block, and it is partly filled and has another holder too. No new
+        tokens take no block. How many blocks are free does not matter here.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)  # one block is full, the other has two tokens
+        >>> table.blocks_to_append(2), table.blocks_to_append(3)
+        (0, 1)
+        >>> _ = table.fork()  # the last block has two holders now
+        >>> table.blocks_to_append(2), table.blocks_to_append(3)
+        (1, 2)
+        """
         if num_new_tokens == 0:
             return 0
-        room = len(self.blocks) * self.block_size - self.num_tokens
-        blocks, rest = divmod(max(0, num_new_tokens - room), self.block_size)
-        if rest:
-            blocks += 1
-        if room and self.allocator.ref_count(self.blocks[-1]) >= 2:
-            blocks += 1
-        return blocks
+        num_blocks = -(-(self.num_tokens + num_new_tokens) // self.block_size)
+        return num_blocks - len(self.blocks) + int(self._must_copy())
+
+    def _must_copy(self) -> bool:
+        """Whether a write to the last block needs a copy first: partly filled, and not ours alone."""
+        if self.num_tokens % self.block_size == 0:
+            return False
+        return self.allocator.ref_count(self.blocks[-1]) > 1
 
     def append_tokens(self, num_new_tokens: int) -> list[BlockCopy]:
-        """Add places for new tokens at the end: in the last block first, then in newly allocated blocks."""
-        if self.blocks_to_append(num_new_tokens) > self.allocator.num_free:
-            raise OutOfBlocksError(f"{num_new_tokens} tokens do not fit")
+        """Add places for new tokens at the end: in the last block first, then in newly allocated blocks.
+
+        Returns the copies to make before the new tokens are written: at most one. It is a copy on write: the
+        last block is partly filled and has another holder too, and a write would change that holder's tokens.
+        So this table frees its reference to the shared block, has a newly allocated block in its place, and
+        returns the copy from the one to the other, of the tokens that were in it before:
+        `num_tokens % block_size`. A full shared block is never written to again, and so never copied. No new
+        tokens change nothing.
+
+        All or nothing: raises `OutOfBlocksError`, and changes nothing, if fewer blocks are free than
+        `blocks_to_append` says.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> table.append_tokens(6), len(table.blocks)
+        ([], 2)
+        >>> child = table.fork()
+        >>> [copy.length for copy in child.append_tokens(1)]
+        [2]
+        >>> child.blocks[0] == table.blocks[0], child.blocks[1] == table.blocks[1]
+        (True, False)
+        """
+        if num_new_tokens == 0:
+            return []
+        needed = self.blocks_to_append(num_new_tokens)
+        if needed > self.allocator.num_free:
+            raise OutOfBlocksError(f"{needed} blocks are needed, {self.allocator.num_free} are free")
         copies = []
-        used = self.num_tokens % self.block_size
-        if num_new_tokens and used and self.allocator.ref_count(self.blocks[-1]) > 1:
-            old = self.blocks.pop()
-            self.blocks.append(self.allocator.allocate())
-            self.allocator.free(old)
-            copies = [BlockCopy(old, self.blocks[-1], used)]
-        for _ in range(num_new_tokens):
-            if self.num_tokens == len(self.blocks) * self.block_size:
-                self.blocks += [self.allocator.allocate()]
-            self.num_tokens += 1
+        if self._must_copy():
+            src, dst = self.blocks[-1], self.allocator.allocate()
+            self.allocator.free(src)
+            self.blocks[-1] = dst
+            copies.append(BlockCopy(src, dst, self.num_tokens % self.block_size))
+            needed -= 1
+        self.blocks += [self.allocator.allocate() for _ in range(needed)]
+        self.num_tokens += num_new_tokens
         return copies
 
     def physical_indices(self) -> list[int]:
-        """The ids of the table's blocks, in the order of its tokens; a new list, for a kernel."""
+        """The ids of the table's blocks, in the order of its tokens; a new list, for a kernel.
+
+        A kind of table that has forgotten its first tokens has placeholders here; `blocks` has none.
+        """
         return list(self.blocks)
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """The slots of the positions start .. stop - 1, in order: `block * block_size + offset` for each."""
-        if start < 0 or stop < start or stop > self.num_tokens:
-            raise ValueError(f"{start} to {stop} of {self.num_tokens} tokens")
+        """The slots of the positions start .. stop - 1, in order: `block * block_size + offset` for each.
+
+        A slot is a token's place in the pool as one number; the ids are those in `blocks`. Equal start and
+        stop give []. Raises ValueError unless 0 <= start <= stop <= num_tokens: a place without a token holds
+        what another sequence left there.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=64), block_size=4)
+        >>> table.blocks, table.num_tokens = [7, 42], 6
+        >>> table.slots(3, 6)
+        [31, 168, 169]
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"positions {start} .. {stop} are not within the {self.num_tokens} tokens")
         size = self.block_size
-        every = [slot for block in self.blocks for slot in range(block * size, (block + 1) * size)]
-        return every[start:stop]
+        return [self.blocks[i // size] * size + i % size for i in range(start, stop)]
 
     def share_block(self, block: int, length: int) -> None:
-        """Continue with a block of another holder."""
+        """Continue with a block of another holder: its first `length` tokens become this table's next ones.
+
+        For the prefix cache. Raises ValueError if this table's last block is not full, or if `length` is not
+        in 1 .. block_size.
+        """
         if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
             raise ValueError(
                 f"{length} tokens of a shared block after {self.num_tokens}, in blocks of {self.block_size}"
@@ -150,20 +247,42 @@ class BlockTable:
         self.num_tokens += length
 
     def fork(self) -> "BlockTable":
-        """Return a second table with the same blocks and tokens; each block counts one more holder."""
-        other = BlockTable(self.allocator, self.block_size)
+        """Return a second table with the same blocks and tokens; each block counts one more holder.
+
+        No block is taken or copied. Afterwards the two tables are independent: what one appends, the other
+        never sees (`append_tokens` copies the block in which both would write).
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)
+        >>> child = table.fork()
+        >>> child.blocks == table.blocks, child.num_tokens, table.allocator.num_free
+        (True, 6, 6)
+        >>> [table.allocator.ref_count(block) for block in child.blocks]
+        [2, 2]
+        """
+        child = BlockTable(self.allocator, self.block_size)
         for block in self.blocks:
             self.allocator.add_ref(block)
-            other.blocks.append(block)
-        other.num_tokens = self.num_tokens
-        return other
+        child.blocks = list(self.blocks)
+        child.num_tokens = self.num_tokens
+        return child
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
         """Use the new ids of blocks that have moved in the pool: {old: new}; other blocks keep theirs."""
         self.blocks = [moved.get(block, block) for block in self.blocks]
 
     def release(self) -> None:
-        """Free this table's reference to each of its blocks, and become empty: no blocks, no tokens."""
-        blocks, self.blocks, self.num_tokens = self.blocks, [], 0
-        for block in blocks:
+        """Free this table's reference to each of its blocks, and become empty: no blocks, no tokens.
+
+        Blocks with other holders stay theirs. Releasing again does nothing; the table can be filled again.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)
+        >>> table.release()
+        >>> table.blocks, table.num_tokens, table.allocator.num_free
+        ([], 0, 8)
+        """
+        for block in self.blocks:
             self.allocator.free(block)
+        self.blocks = []
+        self.num_tokens = 0

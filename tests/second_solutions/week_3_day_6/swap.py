@@ -1,84 +1,222 @@
-"""Swap: blocks by their positions in the text, instead of slices of the tables."""
+"""Preemption by swap: a sequence's computed blocks are copied to the host, and back when it runs again.
+
+Copies blocks instead of computing them again. Full host blocks are found by their content, so what several
+sequences share is on the host once. Plain bookkeeping over ints: copies are planned here, and the pools make
+them. Source: section 4.5 of the PagedAttention paper.
+"""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from .paged_attention import BlockAllocator
+from .prefix_cache import KeptBlock
 from .sequence import PagedSequence, Swapped, SwappedTable
 from .sliding_window import WindowedTable, first_block
-from .swap import HostBlock, SwapCopy
+
+
+class SwapCopy(NamedTuple):
+    """A copy to make, out or in, between `block` of the pool and `host_block` of the swap space."""
+
+    block: int
+    host_block: int
+
+
+class HostBlock(NamedTuple):
+    """A host block that a sequence holds. is_new: nothing is in it yet, so it needs a copy."""
+
+    block: int
+    is_new: bool
 
 
 class SwapSpace:
-    """The exercises only."""
+    """The blocks on the host: who holds them, and what the full ones contain.
+
+    Invariant: the allocator counts a host block once for each sequence that waits for it. `_held` has every
+    full host block by its hash, `_hash_of` its hash by the block; a block that is not full is in neither.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.allocator = BlockAllocator(num_blocks)
+        self._held: dict[bytes, KeptBlock] = {}
+        self._hash_of: dict[int, bytes] = {}
 
     def hold(self, sequence: PagedSequence, index: int, place: int) -> HostBlock | None:
-        """The host block that is there, or a free one."""
-        there = self._find(sequence, index, place)
-        if there is None and self.allocator.num_free == 0:
+        """Take a reference to a host block for one block of a sequence; None, unchanged, where none is free.
+
+        index: which of the sequence's tables. place: which block of its text, counted from 0, whatever the
+        table begins with. `_find` gives the host block that has the same content already, if there is one:
+        add a reference to it; no free block is needed, and no copy. Otherwise `_take` allocates a free one,
+        which must exist.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> [space.hold(manager.sequence("a"), 0, 0).is_new for _ in range(2)]
+        [True, False]
+        """
+        found = self._find(sequence, index, place)
+        if found is not None:
+            self.allocator.add_ref(found)
+            return HostBlock(found, is_new=False)
+        if self.allocator.num_free == 0:
             return None
-        if there is None:
-            return HostBlock(self._take(sequence, index, place), True)
-        self.allocator.add_ref(there)
-        return HostBlock(there, False)
+        return HostBlock(self._take(sequence, index, place), is_new=True)
 
     def release(self, tables: list[SwappedTable]) -> None:
-        """The last holder takes the hash away."""
+        """Give back one reference to every host block of these tables.
+
+        A block with no holder left is free, and will get other content: if it was full, its hash must no
+        longer lead to it, so take it out of `_hash_of` and the hash out of `_held`. A block that another
+        sequence still holds stays in both.
+
+        >>> space = SwapSpace(num_blocks=8, block_size=4)
+        >>> host_block = space.allocator.allocate()
+        >>> space.release([SwappedTable(first=0, host_blocks=[host_block])])
+        >>> space.allocator.num_free
+        8
+        """
         for table in tables:
             for block in table.host_blocks:
-                is_last = self.allocator.ref_count(block) == 1
                 self.allocator.free(block)
-                digest = self._hash_of.get(block)
-                if is_last and digest is not None:
-                    self._hash_of.pop(block)
-                    self._held.pop(digest)
+                if self.allocator.ref_count(block) == 0 and block in self._hash_of:
+                    del self._held[self._hash_of.pop(block)]
 
     def swap_out(
         self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None
     ) -> list[SwapCopy] | None:
-        """Block after block of the text, table after table."""
-        sources, done, copies = dict(filled_from or {}), [], []
-        stop = (sequence.num_computed + self.block_size - 1) // self.block_size
+        """Hold host blocks for what a sequence has computed; the copies to make before the pool is written.
+
+        Every block with a computed token is held (`hold`), in every table, in the order of the text; the last
+        one may be partly filled. A table may have blocks beyond these, for tokens that are not computed yet:
+        leave them out. A windowed table begins with block `first_block(table)` of the text: that one is
+        `table.blocks[0]`. Only new host blocks need a copy.
+
+        Afterwards `sequence.swapped` has a `SwappedTable` for each table, and the sequence's `num_computed`
+        and `num_cached_tokens`. The sequence itself keeps its tables. Where the host has no block left, all
+        that was held for this call is released, nothing has changed, and the result is None.
+
+        filled_from: blocks of the pool that still wait for a copy on write, each with the block that it will
+        be copied from: until then the content is there, so that is the block to copy.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> space.swap_out(manager.sequence("a"))
+        [SwapCopy(block=0, host_block=0), SwapCopy(block=1, host_block=1)]
+        """
+        waiting = filled_from or {}
+        end = -(-sequence.num_computed // self.block_size)  # blocks of the text with a computed token
+        swapped_tables: list[SwappedTable] = []
+        copies: list[SwapCopy] = []
         for index, table in enumerate(sequence.tables):
-            begin, blocks = first_block(table), []
-            done.append(SwappedTable(begin, blocks))
-            for place in range(begin, stop):
-                got = self.hold(sequence, index, place)
-                if got is None:
-                    self.release(done)
+            first = first_block(table)
+            host_blocks: list[int] = []
+            swapped_tables.append(SwappedTable(first, host_blocks))
+            for place, block in zip(range(first, end), table.blocks, strict=False):
+                host_block = self.hold(sequence, index, place)
+                if host_block is None:
+                    self.release(swapped_tables)
                     return None
-                blocks.append(got.block)
-                own = table.blocks[place - begin]
-                copies += [SwapCopy(sources.get(own, own), got.block)] if got.is_new else []
-        sequence.swapped = Swapped(done, sequence.num_computed, sequence.num_cached_tokens)
+                host_blocks.append(host_block.block)
+                if host_block.is_new:
+                    copies.append(SwapCopy(waiting.get(block, block), host_block.block))
+        sequence.swapped = Swapped(swapped_tables, sequence.num_computed, sequence.num_cached_tokens)
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
-        """Those that begin at or behind the computed tokens."""
-        return sum(
-            (table.first + number) * self.block_size >= sequence.num_computed
-            for table in sequence.swapped.tables
-            for number in range(len(table.host_blocks))
-        )
+        """Blocks of the pool that `swap_in` would take for a swapped sequence, if none are at hand.
+
+        The sequence may have found its first tokens in the prefix cache by now: they are computed
+        (`num_computed`, a multiple of the block size), and their blocks need no copy. The sum over all tables
+        of the host blocks behind those tokens. `host_blocks[0]` is block `first` of the text: if the tokens
+        found end before that, all of the table's host blocks count.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> sequence = manager.sequence("a")
+        >>> _ = space.swap_out(sequence), sequence.give_up_pages()
+        >>> space.blocks_to_swap_in(sequence)
+        2
+        """
+        found = sequence.num_computed // self.block_size
+        num_blocks = 0
+        for swapped in sequence.swapped.tables:
+            already_there = max(found - swapped.first, 0)
+            num_blocks += max(len(swapped.host_blocks) - already_there, 0)
+        return num_blocks
 
     def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> list[SwapCopy]:
-        """The host blocks that begin at or behind the computed tokens, one after the other."""
-        known, was, here = at_hand or {}, sequence.swapped, sequence.num_computed
-        copies = []
-        for table, kept in zip(sequence.tables, was.tables, strict=True):
-            if isinstance(table, WindowedTable) and kept.first * self.block_size > here:
-                table.skip_to(kept.first * self.block_size)
-            for offset, host_block in enumerate(kept.host_blocks):
-                position = (kept.first + offset) * self.block_size
-                if position < here:
-                    continue
-                tokens, digest = (
-                    min(self.block_size, was.num_computed - position),
-                    self._hash_of.get(host_block),
-                )
-                if digest is not None and digest in known:
-                    table.share_block(known[digest], tokens)
+        """Let a sequence's tables hold what they held when it was swapped out; the copies to make at once.
+
+        Tokens that it has found in the prefix cache (`num_computed`, a multiple of the block size) stay, and
+        every table goes on behind them. Where a `WindowedTable` has its first host block later than that,
+        it goes on there: `skip_to(position)` releases what it holds. From that place on, each host block
+        gets a free block of the pool (`append_tokens`, then it is `table.blocks[-1]`) and a copy; the pool
+        has enough of them (`blocks_to_swap_in`). The last host block may be partly filled: append only as
+        many tokens as were computed.
+
+        at_hand: full blocks of the pool by their hash. A host block with one of these hashes (`_hash_of`)
+        needs no copy: the table shares the pool's block instead (`share_block`).
+
+        Afterwards `num_computed` and `num_cached_tokens` are as they were when the sequence was swapped out.
+        The host blocks stay the sequence's until `forget`: it may lose its blocks again before the copies
+        are made.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
+        >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
+        >>> sequence = manager.sequence("a")
+        >>> _ = space.swap_out(sequence), sequence.give_up_pages()
+        >>> [copy.host_block for copy in space.swap_in(sequence)], sequence.num_computed
+        ([0, 1], 5)
+        """
+        pool_blocks = at_hand or {}
+        size = self.block_size
+        found = sequence.num_computed // size
+        swapped = sequence.swapped
+        copies: list[SwapCopy] = []
+        for table, on_host in zip(sequence.tables, swapped.tables, strict=True):
+            start = max(found, on_host.first)
+            if start > found and isinstance(table, WindowedTable):
+                table.skip_to(start * size)
+            for place, host_block in enumerate(on_host.host_blocks[start - on_host.first :], start):
+                length = min(size, swapped.num_computed - place * size)
+                block = pool_blocks.get(self._hash_of.get(host_block))
+                if block is not None:
+                    table.share_block(block, length)
                 else:
-                    table.append_tokens(tokens)
+                    table.append_tokens(length)
                     copies.append(SwapCopy(table.blocks[-1], host_block))
-        sequence.num_computed = was.num_computed
-        sequence.num_cached_tokens = was.num_cached_tokens
+        sequence.num_computed = swapped.num_computed
+        sequence.num_cached_tokens = swapped.num_cached_tokens
         return copies
+
+    def forget(self, sequence: PagedSequence) -> None:
+        """Release the host blocks of a sequence that is in the pool again, or has ended; if it has any."""
+        if sequence.swapped is not None:
+            self.release(sequence.swapped.tables)
+            sequence.swapped = None
+
+    def _find(self, sequence: PagedSequence, index: int, place: int) -> int | None:
+        """The host block with the same content: the same tokens after the same text, in the same table.
+
+        None where there is none, and for a block that is not full.
+        """
+        if (place + 1) * self.block_size > sequence.num_computed:
+            return None
+        stream = sequence.stream_of(index, place + 1)
+        held = self._held.get(stream.hashes[place])
+        return None if held is None or not held.is_block(stream, place) else held.block
+
+    def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
+        """A free host block, which must exist; `_find` finds it from now on if it is to be full."""
+        host_block = self.allocator.allocate()
+        if (place + 1) * self.block_size <= sequence.num_computed:
+            stream = sequence.stream_of(index, place + 1)
+            digest = stream.hashes[place]
+            if digest not in self._held:
+                self._held[digest] = KeptBlock(host_block, stream.tokens[place], stream.parent(place))
+                self._hash_of[host_block] = digest
+        return host_block
