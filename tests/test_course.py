@@ -722,7 +722,7 @@ STATIC: dict[str, tuple[Change, str]] = {
             replace(h.reference / "doubling.py", "return add(x, x)", LONG),
             replace(solution(h, "doubling"), "return 2 * x", f'"""Mine."""\n    {LONG}'),
         ],
-        "second solution: 1.2, doubling.py: double is the reference's",
+        "second solution: 1.2, doubling.py: double: the reference's code",
     ),
     "a part that looks into private parts": (
         lambda h: give_part(h, SUM_OF_PART.replace("== FIVE", "== FIVE._value")),

@@ -90,7 +90,7 @@ def started_units(house: House, syllabus: Syllabus) -> list[Unit]:
 
 
 def _started_parts(house: House, day: Day) -> list[Part]:
-    """The parts of which something is the learner's, and the first that is blank; where all is skipped, all."""
+    """The parts with something of the learner's, and the first blank one; where all is skipped, all."""
     there = [part for part in day.parts if not missing_modules(house, part)]
     blank = [part for part in there if is_untouched(house, part)]
     return [part for part in there if is_started(house, part) and part not in blank[1:]] or there

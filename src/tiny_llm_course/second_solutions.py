@@ -19,7 +19,7 @@ from .starter import starter
 from .suite_files import folder_of
 from .units import Day
 
-LONGEST_ALIKE = 6  # lines of a function that two people write alike, where the docstring leaves few ways
+SHORT = 3  # lines of a function that comes out alike by itself
 
 # Tried by their own day's suite only: a readable matmul of one's own unpacks every matrix in each step, and
 # the suites of later days run a real model.
@@ -108,7 +108,10 @@ def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple
 
 
 def _copies(house: House, day: Day, module: str) -> Iterator[Problem]:
-    """The functions of a second solution that are the reference's, line for line; given ones may be."""
+    """A module of which more than half of the longer functions are the reference's; given ones may be.
+
+    Where a docstring leaves few ways, one function or another comes out alike.
+    """
     file = folder(house, day) / f"{module}.py"
     if not file.exists():
         return
@@ -116,9 +119,13 @@ def _copies(house: House, day: Day, module: str) -> Iterator[Problem]:
     begun = starter(house, module, day)
     given = {name for name in functions(begun) if not is_blank(begun, name)}
     originals = {_body_of(node) for node in functions(reference).values()}
-    for name, node in functions(file.read_text(encoding="utf-8")).items():
-        if name not in given and _num_lines(node) > LONGEST_ALIKE and _body_of(node) in originals:
-            yield Problem("second solution", f"{day.id}, {module}.py", f"{name} is the reference's")
+    own = functions(file.read_text(encoding="utf-8")).items()
+    longer = {name: node for name, node in own if name not in given and _num_lines(node) > SHORT}
+    alike = [name for name, node in longer.items() if _body_of(node) in originals]
+    if 2 * len(alike) > len(longer):
+        yield Problem(
+            "second solution", f"{day.id}, {module}.py", f"{', '.join(alike)}: the reference's code"
+        )
 
 
 def _statements(node: Function) -> list[ast.stmt]:
