@@ -1,4 +1,9 @@
-"""The contiguous cache: tokens are written one by one."""
+"""One contiguous cache per sequence, as long as its longest possible text: simple, and mostly empty.
+
+A token is written into memory that is there already, so nothing moves. But memory that a sequence has not
+filled yet is of no use to any other sequence: internal fragmentation, the difference between
+`allocated_bytes` and `used_bytes`.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,14 +12,22 @@ import mlx.core as mx
 
 
 class KeysValues(NamedTuple):
-    """Of one layer, [Hkv, S, D] each."""
+    """Keys and values of one layer, each [Hkv, S, D]: head, token, value."""
 
     keys: mx.array
     values: mx.array
 
 
 class NaiveKVCache:
-    """Two arrays as long as the longest text."""
+    """Memory for `max_seq_len` tokens of one layer, allocated at once: two arrays [Hkv, max_seq_len, D].
+
+    Heads come first, then tokens, as in q, k and v: attention reads one head's tokens after another, so every
+    cache of this course has this order and nothing is transposed. (The course text's sketches put tokens
+    first.)
+
+    num_heads: heads of keys and values (Hkv). k_cache, v_cache: the arrays. current_len: tokens stored; they
+    are the first in both arrays, and what lies behind them has no meaning.
+    """
 
     def __init__(
         self, max_seq_len: int, num_heads: int, head_dim: int, dtype: mx.Dtype = mx.bfloat16
@@ -27,42 +40,73 @@ class NaiveKVCache:
         self.v_cache = mx.zeros((num_heads, max_seq_len, head_dim), dtype)
 
     def update(self, new_k: mx.array, new_v: mx.array) -> KeysValues:
-        """One token gets an axis; each is written by itself."""
+        """Store the next tokens behind those stored so far; return all stored tokens.
+
+        new_k, new_v: [Hkv, D] for one token, or [Hkv, n, D] for n. Writes into `k_cache` and `v_cache`, which
+        keep their shape and type (MLX casts what is assigned to a slice), and raises `current_len` by n. The
+        result has [Hkv, current_len, D] each, in the cache's type.
+
+        Raises ValueError and changes nothing if they do not fit into `max_seq_len`. Check it first: MLX cuts
+        a slice that goes past the end and raises nothing.
+
+        >>> cache = NaiveKVCache(max_seq_len=4, num_heads=1, head_dim=2)
+        >>> stored = cache.update(mx.ones((1, 3, 2)), mx.zeros((1, 3, 2)))
+        >>> cache.update(mx.array([[5.0, 6.0]]), mx.zeros((1, 2))).keys.tolist()
+        [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [5.0, 6.0]]]
+        >>> cache.current_len, cache.k_cache.shape
+        (4, (1, 4, 2))
+        """
         if new_k.ndim == 2:
-            new_k, new_v = mx.expand_dims(new_k, 1), mx.expand_dims(new_v, 1)
-        count = new_k.shape[1]
-        if count > self.max_seq_len - self.current_len:
-            raise ValueError(f"{count} tokens, {self.max_seq_len - self.current_len} places")
-        for i in range(count):
-            self.k_cache[:, self.current_len] = new_k[:, i]
-            self.v_cache[:, self.current_len] = new_v[:, i]
-            self.current_len += 1
-        return KeysValues(self.k_cache[:, : self.current_len], self.v_cache[:, : self.current_len])
+            new_k, new_v = new_k[:, None], new_v[:, None]
+        start, stop = self.current_len, self.current_len + new_k.shape[1]
+        if stop > self.max_seq_len:
+            raise ValueError(f"{stop} tokens do not fit into a cache of {self.max_seq_len}")
+        self.k_cache[:, start:stop] = new_k
+        self.v_cache[:, start:stop] = new_v
+        self.current_len = stop
+        return KeysValues(self.k_cache[:, :stop], self.v_cache[:, :stop])
 
     def copy_from(self, source: "NaiveKVCache") -> None:
-        """Straight from array to array."""
-        count = source.current_len
-        if count > self.max_seq_len:
-            raise ValueError(f"{count} tokens, {self.max_seq_len} places")
-        self.k_cache[:, :count] = source.k_cache[:, :count]
-        self.v_cache[:, :count] = source.v_cache[:, :count]
-        self.current_len = count
+        """Forget the stored tokens and store those of `source`: two texts that begin alike.
+
+        Two completions of one prompt compute the prompt once, in the first one's cache; the second copies it
+        and then goes its own way: later updates of one cache do not show in the other. The prompt's keys and
+        values are then in memory twice, which sharing pages (week 3) avoids.
+
+        Both caches have the same heads; they may differ in `max_seq_len` and type. Raises ValueError and
+        changes nothing if the source's tokens do not fit.
+
+        >>> first, second = NaiveKVCache(8, 1, 2), NaiveKVCache(4, 1, 2)
+        >>> stored = first.update(mx.ones((1, 3, 2)), mx.ones((1, 3, 2)))
+        >>> second.copy_from(first)
+        >>> second.current_len, second.k_cache.shape
+        (3, (1, 4, 2))
+        """
+        length = source.current_len
+        if length > self.max_seq_len:
+            raise ValueError(f"{length} tokens do not fit into a cache of {self.max_seq_len}")
+        self.reset()
+        self.update(source.k_cache[:, :length], source.v_cache[:, :length])
 
     def reset(self) -> None:
-        """No tokens."""
+        """Forget every token; the memory stays."""
         self.current_len = 0
 
     def allocated_bytes(self) -> int:
-        """Of both arrays."""
+        """Bytes of both arrays, however many tokens are stored."""
         return self.k_cache.nbytes + self.v_cache.nbytes
 
     def used_bytes(self) -> int:
-        """Of the stored tokens."""
+        """Bytes of the stored tokens, keys and values."""
         return 2 * self.current_len * self.num_heads * self.head_dim * self.k_cache.itemsize
 
 
 class Reservation(NamedTuple):
-    """What a cache size means."""
+    """What it means to give every sequence a cache of the same size.
+
+    num_caches: caches that fit into the memory. num_refused: sequences that do not fit into a cache.
+    wasted: of the caches of all other sequences, the share that holds no token, 0 to 1.
+    """
 
     num_caches: int
     num_refused: int
@@ -70,9 +114,18 @@ class Reservation(NamedTuple):
 
 
 def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: int) -> Reservation:
-    """Counts the empty places."""
-    empty = [max_seq_len - length for length in lengths if length <= max_seq_len]
-    caches = memory // max_seq_len // token_bytes
-    if not empty:
-        return Reservation(caches, len(lengths), 0.0)
-    return Reservation(caches, len(lengths) - len(empty), sum(empty) / len(empty) / max_seq_len)
+    """Weigh a cache size: what caches of `max_seq_len` tokens mean for sequences of these lengths, in tokens.
+
+    token_bytes: a token's keys and values in all layers. memory: bytes for all caches; only whole caches
+    count. A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted`
+    counts each sequence that is not refused with one cache, whether or not all of them fit into the memory
+    at once; it is 0.0 if there is no such sequence.
+
+    >>> reserve([100, 300, 900], max_seq_len=500, token_bytes=1000, memory=1_600_000)
+    Reservation(num_caches=3, num_refused=1, wasted=0.6)
+    """
+    num_caches = memory // (max_seq_len * token_bytes)
+    accepted = [length for length in lengths if length <= max_seq_len]
+    reserved = len(accepted) * max_seq_len
+    wasted = 1 - sum(accepted) / reserved if accepted else 0.0
+    return Reservation(num_caches, len(lengths) - len(accepted), wasted)

@@ -22,11 +22,9 @@ def pack_bits(q: mx.array, bits: int) -> mx.array:
     >>> hex(pack_bits(row, 4).item())
     '0x87654321'
     """
-    rows = []
-    for row in q.tolist():
-        stream = sum(x << (bits * i) for i, x in enumerate(row))
-        rows.append([(stream >> (32 * w)) & 0xFFFFFFFF for w in range(len(row) * bits // 32)])
-    return mx.array(rows, mx.uint32)
+    stream = (q[:, :, None] >> mx.arange(bits, dtype=mx.uint32)) & 1  # [N, K, bits]
+    by_word = stream.reshape(q.shape[0], -1, 32)
+    return mx.sum(by_word << mx.arange(32, dtype=mx.uint32), axis=-1)
 
 
 def unpack_bits(words: mx.array, bits: int) -> mx.array:
@@ -40,9 +38,9 @@ def unpack_bits(words: mx.array, bits: int) -> mx.array:
     >>> unpack_bits(mx.array([0x87654321], mx.uint32), 4).tolist()
     [1, 2, 3, 4, 5, 6, 7, 8]
     """
-    b = (words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
-    b = b.reshape(*words.shape[:-1], -1, bits)
-    return mx.sum(b << mx.arange(bits, dtype=mx.uint32), axis=-1)
+    stream = (words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1  # [..., W, 32]
+    by_number = stream.reshape(*words.shape[:-1], -1, bits)
+    return mx.sum(by_number << mx.arange(bits, dtype=mx.uint32), axis=-1)
 
 
 def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
@@ -61,15 +59,16 @@ def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
     >>> stored.scales.tolist(), stored.biases.tolist(), hex(stored.weight[0, 0].item())
     ([[0.5]], [[-3.0]], '0x76543210')
     """
-    g = w.reshape(w.shape[0], w.shape[1] // group_size, group_size)
-    lo, hi = g.min(axis=-1), g.max(axis=-1)
-    step = ((hi - lo) / (2**bits - 1)).astype(w.dtype)
-    step = mx.where(step == 0, mx.ones_like(step), step)
-    q = mx.round(
-        (g.astype(mx.float32) - lo.astype(mx.float32)[..., None]) / step.astype(mx.float32)[..., None]
-    )
-    q = mx.minimum(mx.maximum(q, 0), 2**bits - 1).astype(mx.uint32).reshape(w.shape)
-    return Quantized(weight=pack_bits(q, bits), scales=step, biases=lo, group_size=group_size, bits=bits)
+    rows, columns = w.shape
+    groups = w.reshape(rows, columns // group_size, group_size).astype(mx.float32)
+    largest_q = 2**bits - 1
+    low = mx.min(groups, axis=-1)
+    step = (mx.max(groups, axis=-1) - low) / largest_q
+    scales, biases = step.astype(w.dtype), low.astype(w.dtype)
+    scales = mx.where(scales == 0, mx.ones_like(scales), scales)
+    stored_scale, stored_bias = (a.astype(mx.float32)[:, :, None] for a in (scales, biases))
+    q = mx.clip(mx.round((groups - stored_bias) / stored_scale), 0, largest_q).astype(mx.uint32)
+    return Quantized(pack_bits(q.reshape(rows, columns), bits), scales, biases, group_size, bits)
 
 
 def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
@@ -83,8 +82,9 @@ def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size:
     [-1.0, -0.5, 0.0, 0.5, -1.0]
     """
     q = unpack_bits(weight, bits).astype(mx.float32)
-    s, b = (mx.repeat(x.astype(mx.float32), group_size, axis=-1) for x in (scales, biases))
-    return s * q + b
+    groups = q.reshape(*q.shape[:-1], -1, group_size)
+    values = scales.astype(mx.float32)[..., None] * groups + biases.astype(mx.float32)[..., None]
+    return values.reshape(q.shape)
 
 
 def quantized_matmul(
@@ -99,4 +99,4 @@ def quantized_matmul(
     >>> quantized_matmul(mx.ones((1, 32)), *w).tolist()  # 2 * (0 + 1 + ... + 15), for each of two outputs
     [[240.0, 240.0]]
     """
-    return mx.matmul(x, mx.transpose(dequantize(weight, scales, biases, group_size, bits)))
+    return x @ dequantize(weight, scales, biases, group_size, bits).T
