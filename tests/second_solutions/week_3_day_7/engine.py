@@ -1,53 +1,408 @@
-"""The engine: one way out of `call`, and a generator that leaves by `return`."""
+"""The serving engine as its clients see it: `generate` for coroutines, `submit` and `call` for threads.
+
+The thread behind it (`engine_loop`) owns every array. Functions go to it through an inbox, and events come
+back: numbers and texts in frozen records. An array comes out evaluated: a lazy one belongs to its thread.
+"""
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+import weakref
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import count
+from typing import Self, TypeVar
 
+from tiny_llm_checkpoints.errors import shown
+from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
+
+from .admission_control import AdmissionControl
+from .batch_manager import refuse_too_many
+from .beam_search import BeamSearchParams
 from .delivery import AsyncListener, Listener
-from .engine import Request, T, _check_callable
+from .engine_config import EngineConfig
+from .engine_core import EngineCore, EngineStats
+from .engine_loop import EngineLoop, PoolListener, Request, StepTime
+from .errors import EngineStoppingError, SamplingParamsError, fitting
+from .forking import note_engine, prepare_to_compute
+from .inbox import Answer, Inbox, fail, resolve
+from .output_processor import RequestState
 from .outputs import RequestEvent
-from .prompts import PromptType
+from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_list
+from .resources import needing
 from .sampling_params import SamplingParams
+from .search_state import SearchState
+
+T = TypeVar("T")
+Prompt = PlainPrompt
+
+ENGINE_STACK = 8 << 20  # bytes, as threads commonly have; `ulimit -s` may say less than MLX and Python need
+MOST_ID_CHARACTERS = 256  # of a request id; every completion's id begins with it
+EXIT_SECONDS = 30.0  # how long the end of a program, or of an engine's owner, waits for a step to end
 
 
 class Engine:
-    """The exercises only."""
+    """Serves requests from any number of threads and event loops, all of them together.
+
+    make_core: makes the core, in the engine's thread; what it raises is raised here. It must not refer to
+    the owner of the engine: the thread ends when the engine is forgotten. max_model_len: longest prompt and
+    output in tokens, so that a longer prompt is refused before it is tokenized; None: the core refuses it.
+
+    Calls that wait for the engine raise `WrongThreadError` in its own thread, and `ForkedProcessError` in a
+    process that was forked from its own.
+    """
+
+    def __init__(
+        self,
+        make_core: Callable[[], EngineCore],
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        config: EngineConfig,
+        max_model_len: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._max_num_seqs = config.max_num_seqs
+        self._request_ids = map(str, count())
+        self._inbox = Inbox()
+        self._admission = AdmissionControl(config.max_num_waiting, config.max_num_seqs)
+        self._loop = EngineLoop(self._inbox, self._admission)
+        self._thread = _start(self._inbox, self._loop, make_core)
+        weakref.finalize(self, _stop, self._inbox, self._loop, self._thread)
+
+    def request(
+        self,
+        prompt: PromptType | ParsedPrompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> RequestState:
+        """A request to submit, once.
+
+        request_id: a text of 1 to 256 characters that no request in progress has; None: a new number.
+
+        Raises ValueError for what is no prompt, no `SamplingParams` or no id, and for ids outside the
+        vocabulary; `SamplingParamsError` names the field of `params` that has such ids. Raises
+        `RequestTooLargeError` if `n` exceeds `max_num_seqs`, and, as cheaply as that can be known, for a
+        prompt that the context cannot hold.
+        """
+        params, name_of = _checked(params, SamplingParams, SamplingParams()), self._name(request_id)
+        parsed = parse_prompt(prompt)
+        if parsed.cache_salt is not None:
+            params = replace(params, cache_salt=parsed.cache_salt)
+        refuse_too_many(name_of, params.n, self._max_num_seqs)
+        tokens = self._encode(parsed.content)
+        for name in ("stop_token_ids", "logit_bias"):
+            self._check_vocabulary(name, getattr(params, name) or ())
+        return RequestState(name_of, parsed.text, tokens, self._tokenizer, params)
+
+    def search(
+        self,
+        prompt: PromptType | ParsedPrompt,
+        params: BeamSearchParams,
+        request_id: str | None = None,
+    ) -> SearchState:
+        """A beam search to submit: as `request`; its only event is its last."""
+        params, name_of = _checked(params, BeamSearchParams), self._name(request_id)
+        parsed = parse_prompt(prompt)
+        refuse_too_many(name_of, params.beam_width, self._max_num_seqs, "beam_width")
+        if parsed.cache_salt is not None:
+            params = replace(params, cache_salt=parsed.cache_salt)
+        return SearchState(name_of, self._encode(parsed.content), self._tokenizer, params)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
-        """The refusal is read once."""
-        checked = self._submittable(requests, deliver)
-        refusal = self._loop.refusal
-        if refusal is not None:
-            raise refusal()
-        self._admission.admit(len(checked))
-        return self._inbox.post(partial(self._loop.add, requests=checked, listener=deliver))
+        """Queue requests, all of them or none; returns at once a future that is done when they are queued.
+
+        deliver: the listener: a callback that is called in the engine's thread, at most once an iteration,
+        with a list of all that this brought for these requests: events, or an error that ended one of them.
+        It must return at once. If it raises, its requests are cancelled.
+
+        Refused at once, in the thread that calls: TypeError for what is no request or cannot be called
+        (`_submittable` checks both and returns the requests); the error that `_loop.refusal` makes where it
+        is set (`EngineStoppingError`, `EngineDeadError`); `QueueFullError` where more than `max_num_waiting`
+        would wait (`_admission.admit`). In that order: a request that is refused must not count as waiting.
+
+        Then the engine's thread queues them between two steps, by `_loop.add`. What that raises, the future
+        raises: ValueError for an empty prompt and for what the batch manager cannot do,
+        `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was submitted before.
+        Post a `partial` of the loop's method: a lambda would hold the engine, whose thread ends when nothing
+        holds it any more.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> print(engine.submit([], deliver=print).result())
+        None
+        >>> engine.stop()
+        """
+        requests = self._submittable(requests, deliver)
+        if (refusal := self.refusal) is not None:
+            raise refusal
+        self._admission.admit(len(requests))
+        return self._inbox.post(partial(self._loop.add, requests, deliver))
+
+    def check_admission(self, num_requests: int = 1) -> None:
+        """Raise what `submit` would raise now for so many requests, whatever they are."""
+        if (refusal := self.refusal) is not None:
+            raise refusal
+        self._admission.check(num_requests)
+
+    def cancel(self, request_id: str) -> Future[None]:
+        """End a request before the next step; returns at once a future, done when its blocks are free.
+
+        Its listener gets its last events, with finish_reason "abort". An unknown id is ignored. Raises
+        TypeError for what is no id.
+        """
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a text, not {shown(request_id)}")
+        return self._inbox.post(partial(self._loop.cancel, [request_id]))
+
+    def forget(self, requests: Seq[Request]) -> None:
+        """Cancel requests that were submitted and have not ended; returns when their blocks are free."""
+        forgotten = self._inbox.post(partial(self._loop.forget, requests))
+        if threading.current_thread() is not self._thread:  # where a collected generator may be closed
+            forgotten.exception()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Both ways give one value."""
+        """Run a function in the engine's thread (`_thread`), between two steps: its value, or what it raises.
+
+        Waits until it has run. In the engine's own thread it runs at once: that thread would wait for itself.
+        Compare threads, not their idents: a new thread may get the ident of one that has ended. Arrays in
+        the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError for what
+        cannot be called (`_check_callable`), and `EngineStoppingError` or `EngineDeadError` where the engine
+        has ended.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> engine.call(lambda: engine.call(lambda: 7))
+        7
+        >>> engine.stop()
+        """
         _check_callable("function", function)
-        is_mine = threading.current_thread() == self._thread
-        return function() if is_mine else self._inbox.post(function).result()
+        if threading.current_thread() is self._thread:
+            return function()
+        return self._inbox.post(function).result()
 
     async def generate(
         self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[RequestEvent, None]:
-        """A loop without a condition: a list of events with a usage is the last."""
+        """Complete a prompt: an event for each token, in order; the last one has the request's `usage`.
+
+        prompt: a text, which is encoded here, or token ids. params: None: the defaults. request_id: None: a
+        new number. `self.request` makes the request of these three, and `submit` queues it; `AsyncListener`
+        is the callback that brings its events into the caller's event loop. Wait with `await` only, never in
+        `result()`, which would stop every other client of that event loop.
+
+        A request that is cancelled ends with finish_reason "abort"; of several completions, one that fails
+        ends with "error", and the others go on. The generator ends with the event that has a `usage`: a
+        finish_reason says only that one completion has ended.
+
+        A client may leave at any time, while it waits to be queued too: by `break`, `aclose`, an exception,
+        or the cancellation of its task. Then `_loop.forget`, posted to the inbox, cancels the request before
+        the next step, and nothing is awaited any more. A request that has ended is not cancelled.
+
+        Nothing happens before the first event is asked for. That raises `WrongThreadError` in the engine's
+        own thread (`refuse_to_wait`), and what `request` and `submit` raise. Later events raise
+        `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+
+        >>> from tiny_llm.paged_batch import PagedBatchManager
+        >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
+        >>> async def first(events):
+        ...     return await anext(events)
+        >>> asyncio.run(first(engine.generate([26])))
+        Traceback (most recent call last):
+        ValueError: token id 26 is outside the vocabulary (0 to 25)
+        >>> engine.stop()
+        """
         self.refuse_to_wait("Engine.generate")
-        request, events = self.request(prompt, params, request_id), AsyncListener()
-        queued = self.submit([request], events)
-        is_over = False
+        request = self.request(prompt, params, request_id)
+        listener = AsyncListener()
+        queued = self.submit([request], listener)
+        ended = False
         try:
             await asyncio.wrap_future(queued)
-            while True:
-                for event in await events.next():
-                    is_over = is_over or event.usage is not None
+            while not ended:
+                for event in await listener.next():
+                    ended = event.usage is not None
                     yield event
-                if is_over:
-                    return
         finally:
-            if not is_over:
-                self._inbox.post(partial(self._loop.forget, (request,)))
+            if not ended:
+                self._inbox.post(partial(self._loop.forget, [request]))
+
+    def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
+        """Show a watcher what is in the pool, then what each step changes; returns a function that ends this.
+
+        watcher: called in the engine's thread; it must return at once. Once it has raised, it is removed.
+        The pool is compared only while there is a watcher. Raises ValueError where the manager has no blocks,
+        TypeError for what cannot be called.
+        """
+        _check_callable("watcher", watcher)
+        listener = partial(watcher)  # an object of this call's own: one watcher may watch twice
+        self.call(partial(self._loop.watch, listener))
+        return lambda: self._inbox.post(partial(self._loop.unwatch, listener))
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Refuse new requests, and return when all that were accepted have ended.
+
+        timeout: in seconds; then those that have not ended are cancelled. None: however long it takes.
+        """
+        self.refuse_to_wait("Engine.drain", "start_draining")
+        await asyncio.wrap_future(self.start_draining(timeout))
+
+    def start_draining(self, timeout: float | None = None) -> Future[None]:
+        """`drain` for threads: returns at once, a future that is done when all have ended."""
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+            raise TypeError(f"timeout must be a number of seconds or None, not {shown(timeout)}")
+        drained: Future[None] = Answer(self._inbox)
+
+        def tell(posted: Future[None]) -> None:
+            error = posted.exception()
+            if isinstance(error, EngineStoppingError):
+                resolve(drained, None)
+            elif error is not None:
+                fail(drained, error)
+
+        self._inbox.post(partial(self._loop.drain, timeout, drained)).add_done_callback(tell)
+        return drained
+
+    def stop(self) -> None:
+        """Cancel all requests and end the thread; returns when it has ended. New requests are refused.
+
+        In the engine's own thread it returns at once, and the thread ends after the present iteration.
+        """
+        self._inbox.post(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        """The engine runs already."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop it, without holding up the event loop."""
+        if self._inbox.is_mine:
+            self.stop()
+        else:
+            await asyncio.to_thread(self.stop)
+
+    @property
+    def stats(self) -> EngineStats:
+        """How full it was after the last step; never waits."""
+        return self._loop.stats
+
+    @property
+    def step_times(self) -> tuple[StepTime, ...]:
+        """How long the last steps took, the latest last; never waits."""
+        return tuple(self._loop.step_times)
+
+    @property
+    def refusal(self) -> Exception | None:
+        """What a new request would be refused with, whatever it is; None while the engine takes requests."""
+        return None if self._loop.refusal is None else self._loop.refusal()
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine's inside, to be looked at while nothing runs; what changes it goes through `call`."""
+        return self._loop.core
+
+    def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
+        """Refuse a call that waits for the engine where it would wait for ever.
+
+        Raises `WrongThreadError` in the engine's own thread, `ForkedProcessError` in a forked process.
+        """
+        self._inbox.refuse_to_wait(call, instead)
+
+    def check_token_ids(self, tokens: Seq[int]) -> list[int]:
+        """Token ids as a list of ints. Raises ValueError for what is none, or is outside the vocabulary."""
+        tokens = token_list(tokens, "token ids")
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
+            bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
+            raise ValueError(f"token id {shown(bad)} is outside the vocabulary (0 to {self._vocab_size - 1})")
+        return tokens
+
+    def _name(self, request_id: str | None) -> str:
+        """The id of a new request. Raises ValueError for what cannot be one."""
+        if request_id is None:
+            return next(self._request_ids)
+        if not isinstance(request_id, str) or not 0 < len(request_id) <= MOST_ID_CHARACTERS:
+            limits = f"a text of 1 to {MOST_ID_CHARACTERS} characters"
+            raise ValueError(f"request_id must be {limits}, not {shown(request_id)}")
+        return str.__str__(request_id)
+
+    def _submittable(self, requests: Seq[Request], deliver: Listener) -> Seq[Request]:
+        """Requests as a sequence of their own. Raises TypeError for what is none, or cannot be called."""
+        if (refusal := self._inbox.forked()) is not None:
+            raise refusal
+        if not isinstance(requests, Seq):
+            raise TypeError(f"requests must be a list, not {shown(requests)}")
+        for place, request in enumerate(requests):
+            if not isinstance(request, Request):
+                expected = "come from `request` or `search`"
+                raise TypeError(f"requests[{place}] must {expected}, not {shown(request)}")
+        _check_callable("deliver", deliver)
+        return tuple(requests)
+
+    def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
+        last = self._vocab_size - 1
+        for token in tokens:
+            if token > last:
+                raise SamplingParamsError(f"{name} must be in the vocabulary (0 to {last}), not {token}")
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, all of them in the vocabulary, and no more than may ever run."""
+        context = self._max_model_len
+        with fitting():
+            if isinstance(prompt, str):
+                return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
+            check_length(len(prompt), context)
+        return self.check_token_ids(prompt)
+
+
+def _checked(params: T | None, kind: type[T], default: T | None = None) -> T:
+    """Parameters of the right kind. Raises ValueError for any other value."""
+    params = default if params is None else params
+    if not isinstance(params, kind):
+        raise ValueError(f"params must be {kind.__name__}, not {shown(params)}")
+    return params
+
+
+def _check_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {shown(value)}")
+
+
+def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) -> threading.Thread:
+    """Start the engine's thread; it is returned when the core is made. Raises what `make_core` raises."""
+    prepare_to_compute()
+    ready = inbox.post(partial(loop.begin, make_core))
+    thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
+    with needing("the engine's thread"), _stack_of(ENGINE_STACK):
+        thread.start()
+    note_engine()
+    try:
+        ready.result()
+    except BaseException:  # Ctrl-C among them
+        inbox.post(loop.stop)
+        raise
+    finally:
+        del ready  # it holds what it raises, which holds this frame
+    return thread
+
+
+@contextmanager
+def _stack_of(nbytes: int) -> Iterator[None]:
+    """Threads that start in this block have a stack of so many bytes."""
+    usual = threading.stack_size(nbytes)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)
+
+
+def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
+    """End the thread of an engine that is forgotten; also at exit, where it must not be cut off in a step."""
+    inbox.post(loop.stop)
+    if threading.current_thread() is not thread:
+        thread.join(EXIT_SECONDS)
