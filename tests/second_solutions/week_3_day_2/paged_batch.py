@@ -78,7 +78,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
         )
         self.last_plan: Plan[PagedSequence] = Plan()
-        self._queues: PagedQueues = PagedQueues(policies.turn)
+        self._queues: PagedQueues = PagedQueues(policies.priority_key)
         self._model = model
         self._max_seqs = max_batch_size
         self._context = max_model_len or (
