@@ -43,9 +43,9 @@ class Sequence:
     the first, whose keys and values are in memory. `num_forks` counts the completions that still share
     this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
     is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
-    num_cached_tokens: tokens of the prompt that were found in the prefix cache. scheduled: when it ran for the
-    first time, in seconds on the monotonic clock. rank: its place in the order of service, the lowest first:
-    its request's priority key and number, and its own place among the completions.
+    num_cached_tokens: tokens of the prompt that were found in the prefix cache. scheduled: when it ran for
+    the first time, in seconds on the monotonic clock. rank: its place in the order of service, the lowest
+    first: its request's priority key and number, and its own place among the completions.
     """
 
     seq_id: str
@@ -129,7 +129,8 @@ class PagedSequence(Sequence):
     tables: one for each group of layers that see equally far; a single one where all layers see everything.
     streams: for each table its stream, the tokens cut into full blocks, as far as was asked for. is_beam:
     its request is a beam search: `num_forks` counts the places that are kept for more beams. parked: beams
-    that were preempted with this one, and wait behind it. swapped: what it has on the host, None if nothing is there.
+    that were preempted with this one, and wait behind it. swapped: what it has on the host; None if
+    nothing.
     """
 
     tables: list[BlockTable]
