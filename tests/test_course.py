@@ -471,13 +471,17 @@ def test_a_mistake_comes_before_a_blank(
     assert run_day(house, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
     out = capfd.readouterr().out
     assert ("looking for the fault" in out) is not isolated
-    assert out.endswith("first: 1.2.2 double (1 test fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n")
+    assert out.endswith(
+        "first: 1.2.2 double (1 of its tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n"
+    )
 
 
 def test_the_first_task_is_the_lowest_with_a_mistake(house: House) -> None:
     day = syllabus_of(house).day("1.2")
     tests = [f"test_week_1_day_2.py::test_task_{task}_x[{n}]" for task in (10, 2) for n in range(3)]
-    assert "first: 1.2.2 double (3 tests fail)" in str(begin_here(Outcome(1, (*tests, "x.py"), ("m",)), day))
+    assert "first: 1.2.2 double (3 of its tests fail)" in str(
+        begin_here(Outcome(1, (*tests, "x.py"), ("m",)), day)
+    )
     other_day = Outcome(1, (), ("1.1.1 add: book", "1.1.1 add: book", "1.2.1 Counter.count: book"))
     assert "first: 1.1.1 add (2 tests wait)" in str(begin_here(other_day, day))
     assert begin_here(Outcome(2, ("test_week_1_day_2.py",)), day) is None

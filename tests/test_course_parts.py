@@ -603,6 +603,12 @@ def test_the_last_part_leads_to_the_day(course: House, capfd: pytest.CaptureFixt
     assert "pdm run test 1.2       the whole day, of which not every part" in capfd.readouterr().out
     for one in syllabus.day("1.2").parts[:2]:
         remember(course, one, passed=True)
+    write(course, "counting", own(course) + "\n\nmore = 1\n")
+    remember(course, part(course, "c"), passed=True)
+    assert run_day(course, syllabus, part(course, "c"), []) == 0
+    out = capfd.readouterr().out
+    assert "pdm run test 1.2       run the whole day once: files have changed since 1.2a" in out
+    remember(course, part(course, "a"), passed=True)
     write(course, "doubling", "def double(x):\n    return 2 * x\n")
     remember(course, part(course, "b"), passed=True)
     assert run_day(course, syllabus, part(course, "c"), []) == 0
@@ -645,7 +651,7 @@ def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: House) ->
     assert found.exercise is not None
     assert found.exercise.id == "1.2.1"
     assert begin_here(outcome, day, found.exercise) == (
-        "first: 1.2.1 Counter.count (1 test of 1.2.2 fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
+        "first: 1.2.1 Counter.count (1 of 1.2.2's tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
     )
 
 

@@ -54,7 +54,9 @@ def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
     assert "adding.py:10: in add" in out
     assert "time_limit.py" not in out.replace("tiny_llm_course.time_limit", "")
     assert "looking for the fault" not in out, "every other run would loop too"
-    assert out.endswith("first: 1.1.1 add (1 test fails): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
+    assert out.endswith(
+        "first: 1.1.1 add (1 of its tests fails): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n"
+    )
 
 
 def test_a_loop_at_the_top_of_a_module_ends_too(house: House, capfd: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +261,7 @@ def test_the_exercise_at_fault_may_be_another_than_the_tests_are_about(house: Ho
     assert found.exercise.id == "1.2.1"
     line = begin_here(failing("test_task_2_doubles"), day, found.exercise)
     assert line == (
-        "first: 1.2.1 Counter.count (1 test of 1.2.2 fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
+        "first: 1.2.1 Counter.count (1 of 1.2.2's tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
     )
 
 

@@ -75,6 +75,18 @@ def test_task_1_softmax_of_one_finite_value_among_minus_infinity_is_exact(value:
     np.testing.assert_array_equal(np.array(softmax(mx.array(x))), np.eye(4))
 
 
+def test_task_1_softmax_of_a_long_row_in_float16_sums_in_float32() -> None:
+    """Oracle: by hand: 100,000 equal scores weigh 1/100,000 each, but in float16 their sum is infinite."""
+    out = softmax(mx.ones((2, 100_000), mx.float16))
+    np.testing.assert_allclose(np.array(out), np.full((2, 100_000), 1e-5), rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_task_1_softmax_keeps_the_type(dtype: mx.Dtype) -> None:
+    """Oracle: the docstring. A float32 sum makes the weights float32 too: the mistake that this finds."""
+    assert softmax(mx.array([[1.0, 2.0]], dtype)).dtype == dtype
+
+
 # Task 2: causal_mask
 
 
@@ -206,3 +218,14 @@ def test_task_3_a_masked_token_changes_nothing() -> None:
     np.testing.assert_allclose(
         np.array(out), numpy_attention(q, k[:, :4], v[:, :4], 0.5), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_task_3_the_result_has_the_type_that_mlx_gives(dtype: mx.Dtype) -> None:
+    """Oracle: MLX's promotion: 16 bits stay, plus a float32 mask they are float32. The mean is 3 in both."""
+    q, k = mx.array([[1.0, -1.0]], dtype), mx.zeros((2, 2), dtype)
+    v = mx.array([[2.0, 0.0], [4.0, 6.0]], dtype)
+    plain = scaled_dot_product_attention(q, k, v, 1.0)
+    masked = scaled_dot_product_attention(q, k, v, 1.0, mx.zeros((1, 2)))
+    assert (plain.dtype, masked.dtype) == (dtype, mx.float32)
+    assert plain.tolist() == masked.tolist() == [[3.0, 3.0]]

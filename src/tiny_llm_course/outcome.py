@@ -77,6 +77,11 @@ def begin_here(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> 
     first = min(found, key=lambda task: [int(part) for part in task.split(".")])
     begin = first if at_fault is None else at_fault.id
     what = f"{begin} {names[begin]}" if begin in names else begin
-    of_task = "" if begin == first else f" of {first}"
-    tests = f"{found[first]} tests{of_task} {says}" if found[first] > 1 else f"1 test{of_task} {says}s"
+    tests = _tests(found[first], says, "its" if begin == first else f"{first}'s")
     return f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {begin}"
+
+
+def _tests(number: int, says: str, whose: str) -> str:
+    """How many tests fail or wait. Those that fail are a task's; those of any task may wait for a blank."""
+    of = f" of {whose}" if says == "fail" else ""
+    return f"{number}{of} tests {says}" if number > 1 else f"1{of} test{'s' if of else ''} {says}s"

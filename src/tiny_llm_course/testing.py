@@ -152,15 +152,21 @@ def _next_commands(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[tup
         yield (
             (f"try {unit.day.id}", "the whole day")
             if passing
-            else (
-                f"test {unit.day.id}",
-                "the whole day, of which not every part passes yet",
-            )
+            else (f"test {unit.day.id}", _why_whole(house, unit.day))
         )
     after = syllabus.after(unit)
     if after is not None:
         begun = is_started(house, after) and not (isinstance(after, Part) and is_untouched(house, after))
         yield f"{'test' if begun else 'start'} {after.id}", f"next: {after.title}"
+
+
+def _why_whole(house: House, day: Day) -> str:
+    """Why to test the whole day after its last part: a later part in the same file makes a result stale."""
+    of_part = {part.id: result(house, part) for part in day.parts}
+    stale = [part for part, found in of_part.items() if found is Result.STALE]
+    if set(of_part.values()) <= {Result.PASSING, Result.STALE}:
+        return f"run the whole day once: files have changed since {' and '.join(stale)} ran"
+    return "the whole day, of which not every part passes yet"
 
 
 def _tell_first(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:

@@ -14,12 +14,16 @@ def softmax(x: mx.array) -> mx.array:
     -inf gets a weight of exactly 0, so a row with one finite score and -inf elsewhere gives exactly 1 there
     and exactly 0 elsewhere. No caller passes a row of -inf only.
 
+    The weights have x's type, but sum in float32: float16 ends at 65504, so in float16 a row of 100,000 equal
+    scores has a sum of inf, and weights of 0 instead of 0.00001. MLX sums in the type of what it sums, and
+    float16 divided by float32 is float32: convert with `astype`.
+
     >>> softmax(mx.array([[1000.0, 1000.0], [5.0, -mx.inf]])).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
     """
     shifted = x - mx.max(x, axis=-1, keepdims=True)
     weights = mx.exp(shifted)
-    return weights / mx.sum(weights, axis=-1, keepdims=True)
+    return (weights / mx.sum(weights.astype(mx.float32), axis=-1, keepdims=True)).astype(x.dtype)
 
 
 def causal_mask(length: int, total: int) -> mx.array:
@@ -49,8 +53,11 @@ def scaled_dot_product_attention(
     scores of one query become weights, and the weights mix the values. Use the scale that is given, often 1 /
     sqrt(D): it keeps scores at the same size whatever D is. The mask broadcasts to [..., L, S] and is added
     after scaling; None hides nothing. Leading axes broadcast, as in any matrix product. In MLX `.T` reverses
-    all axes, while `x.swapaxes(-1, -2)` exchanges the last two; float16 scores plus a float32 mask are
-    float32.
+    all axes, while `x.swapaxes(-1, -2)` exchanges the last two.
+
+    The result has the type that MLX's operators give, and is not converted: float16 for q, k and v in float16
+    without a mask. float16 scores plus a float32 mask are float32, and so are then the weights and the
+    result.
 
     >>> q, k = mx.array([[1.0, 1.0]]), mx.zeros((2, 2))  # both keys score 0, so both weigh 1/2
     >>> scaled_dot_product_attention(q, k, mx.array([[2.0, 0.0], [4.0, 6.0]]), 0.5).tolist()

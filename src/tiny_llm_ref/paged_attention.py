@@ -134,6 +134,9 @@ class BlockTable:
 
     Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
     `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
+
+    block_size: tokens in a block. blocks: the block ids, those of the first tokens first. num_tokens: tokens
+    that have a place in them.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:

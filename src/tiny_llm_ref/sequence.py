@@ -39,12 +39,13 @@ class Sequence:
     Invariant: the keys and values of the first `num_computed` tokens are in memory.
 
     `tokens` is the prompt followed by the outputs. Tokens recomputed after a preemption stay
-    outputs. `max_len` bounds prompt + outputs. `num_forks` counts the completions that still share
+    outputs. max_len: the most tokens that it may ever have, prompt and outputs. num_computed: tokens, from
+    the first, whose keys and values are in memory. `num_forks` counts the completions that still share
     this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
     is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
-    num_cached_tokens: tokens of the prompt that somebody else had computed. scheduled: when it ran for the
-    first time, in seconds on the monotonic clock. rank: its place in the order of service, the lowest first:
-    its request's priority key and number, and its own place among the completions.
+    num_cached_tokens: tokens of the prompt that were found in the prefix cache. scheduled: when it ran for
+    the first time, in seconds on the monotonic clock. rank: its place in the order of service, the lowest
+    first: its request's priority key and number, and its own place among the completions.
     """
 
     seq_id: str
@@ -98,14 +99,23 @@ class Sequence:
 
 
 class SwappedTable(NamedTuple):
-    """What a table held, on the host: its blocks from block `first` of the sequence on."""
+    """What a table held, on the host: its blocks from block `first` of the sequence on.
+
+    first: the number of the text's block that was the table's first, 0 without a window. host_blocks: the
+    host blocks that hold the text's blocks first, first + 1 and so on; empty for a window that had passed
+    them all.
+    """
 
     first: int
     host_blocks: list[int]
 
 
 class Swapped(NamedTuple):
-    """What a sequence had when it was swapped out."""
+    """What a sequence had when it was swapped out.
+
+    tables: one for each of its tables, in their order. num_computed: tokens that were computed then.
+    num_cached_tokens: how many of its prompt had been found in the prefix cache.
+    """
 
     tables: list[SwappedTable]
     num_computed: int
@@ -117,9 +127,10 @@ class PagedSequence(Sequence):
     """A sequence whose keys and values are in the blocks of its tables.
 
     tables: one for each group of layers that see equally far; a single one where all layers see everything.
-    streams: for each of them the tokens as the prefix cache sees them, as far as that has looked. is_beam:
+    streams: for each table its stream, the tokens cut into full blocks, as far as was asked for. is_beam:
     its request is a beam search: `num_forks` counts the places that are kept for more beams. parked: beams
-    that were preempted with this one, and wait behind it. swapped: what waits for it on the host.
+    that were preempted with this one, and wait behind it. swapped: what it has on the host; None if
+    nothing.
     """
 
     tables: list[BlockTable]

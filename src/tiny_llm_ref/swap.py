@@ -29,10 +29,17 @@ class HostBlock(NamedTuple):
 
 
 class SwapSpace:
-    """The blocks on the host: who holds them, and what the full ones contain.
+    """The blocks on the host: which sequences hold them, and what the full ones contain.
 
-    Invariant: the allocator counts a host block once for each sequence that waits for it. `_held` has every
-    full host block by its hash, `_hash_of` its hash by the block; a block that is not full is in neither.
+    block_size: tokens in a block. allocator: counts the holders of each host block; one for each sequence
+    that waits for it. The content of a full block is found by its hash: in a sequence's stream
+    (`stream_of`: its tokens cut into full blocks) block i has the hash `hashes[i]`, which stands for the
+    tokens 0 .. (i + 1) * block_size - 1.
+
+    `_held` has a `KeptBlock` by its hash: a host block, its tokens, and the hash of the block before, which
+    `is_block` compares with a stream's. `_hash_of` has that hash by the host block. Invariant: both have the
+    same host blocks. They are full, but not every full block is among them: if a block of another text has
+    the same hash already, the later one is in neither. Nor is a block that is not full.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -46,8 +53,8 @@ class SwapSpace:
 
         index: which of the sequence's tables. place: which block of its text, counted from 0, whatever the
         table begins with. `_find` gives the host block that has the same content already, if there is one:
-        add a reference to it; no free block is needed, and no copy. Otherwise `_take` allocates a free one,
-        which must exist.
+        add a reference to it; no free block is needed, and no copy. Otherwise `_take` allocates a free one;
+        it raises where there is none, so look at `allocator.num_free` before.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -66,9 +73,10 @@ class SwapSpace:
     def release(self, tables: list[SwappedTable]) -> None:
         """Give back one reference to every host block of these tables.
 
-        A block with no holder left is free, and will get other content: if it was full, its hash must no
-        longer lead to it, so take it out of `_hash_of` and the hash out of `_held`. A block that another
-        sequence still holds stays in both.
+        A block with no holder left is free, and will get other content: if it is in `_hash_of`, its hash must
+        no longer lead to it, so take it out of `_hash_of` and the hash out of `_held`. Not every full block
+        is there: if a block of another text had the same hash first, only that one is, and it stays found. A
+        block that another sequence still holds stays in both.
 
         >>> space = SwapSpace(num_blocks=8, block_size=4)
         >>> host_block = space.allocator.allocate()
@@ -96,7 +104,8 @@ class SwapSpace:
         that was held for this call is released, nothing has changed, and the result is None.
 
         filled_from: blocks of the pool that still wait for a copy on write, each with the block that it will
-        be copied from: until then the content is there, so that is the block to copy.
+        be copied from, `{block: source}`. Until then the content is still in the block it is copied from, so
+        copy that one: `SwapCopy(source, host_block)`.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -146,19 +155,30 @@ class SwapSpace:
     def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> list[SwapCopy]:
         """Let a sequence's tables hold what they held when it was swapped out; the copies to make at once.
 
-        Tokens that it has found in the prefix cache (`num_computed`, a multiple of the block size) stay, and
-        every table goes on behind them. Where a `WindowedTable` has its first host block later than that,
-        it goes on there: `skip_to(position)` releases what it holds. From that place on, each host block
-        gets a free block of the pool (`append_tokens`, then it is `table.blocks[-1]`) and a copy; the pool
-        has enough of them (`blocks_to_swap_in`). The last host block may be partly filled: append only as
-        many tokens as were computed.
+        Two numbers count computed tokens. `sequence.num_computed` is today's, a multiple of the block size:
+        the tokens that it has found in the prefix cache since. `sequence.swapped.num_computed` is the old
+        one, of when it was swapped out.
+
+        For each table: the tokens found stay, and the table goes on behind them, at block `place` of the
+        text. If the `first` of a `WindowedTable` lies behind those tokens, call
+        `table.skip_to(first * block_size)` before, and go on at `first`: what the table holds by then is no
+        longer visible. Of 18 tokens, in blocks of 4, a windowed table has blocks 3 and 4 on the host. If 8
+        tokens were found, it holds their two blocks, skips to position 12, and goes on at block 3; if 12 or
+        16 were found, it skips nothing, and goes on at block 3 or 4.
+
+        From there on each host block, in order, gets a free block of the pool and a copy: `append_tokens`
+        takes that block, which is `table.blocks[-1]` then, and the pool has enough (`blocks_to_swap_in`).
+        Append `block_size` tokens for each; the last host block may be partly filled, so never more than the
+        old `num_computed - place * block_size`, where `place` is that block's. In the example block 4 has 2
+        tokens. A windowed table may have no `host_blocks` at all, because the next token saw none of its
+        blocks: it skips to its `first` all the same.
 
         at_hand: full blocks of the pool by their hash. A host block with one of these hashes (`_hash_of`)
-        needs no copy: the table shares the pool's block instead (`share_block`).
+        needs no copy: the table shares the pool's block instead (`share_block`, with as many tokens).
 
-        Afterwards `num_computed` and `num_cached_tokens` are as they were when the sequence was swapped out.
-        The host blocks stay the sequence's until `forget`: it may lose its blocks again before the copies
-        are made.
+        Afterwards both numbers, `num_computed` and `num_cached_tokens`, are the old ones. Every table starts
+        from today's `num_computed`, so change it last. The host blocks stay the sequence's until `forget`: it
+        may lose its blocks again before the copies are made.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -196,7 +216,9 @@ class SwapSpace:
     def _find(self, sequence: PagedSequence, index: int, place: int) -> int | None:
         """The host block with the same content: the same tokens after the same text, in the same table.
 
-        None where there is none, and for a block that is not full.
+        None where there is none, and for a block that is not full. A stream is a table's tokens, cut into
+        full blocks; `stream_of` cuts as many as are asked for. `is_block` compares tokens and parent, so that
+        two texts with the same hash would not be mixed up.
         """
         if (place + 1) * self.block_size > sequence.num_computed:
             return None
@@ -205,7 +227,11 @@ class SwapSpace:
         return None if held is None or not held.is_block(stream, place) else held.block
 
     def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
-        """A free host block, which must exist; `_find` finds it from now on if it is to be full."""
+        """Allocate a host block, one of which must be free; `_find` finds it from now on if it is full.
+
+        Where its hash has a block in `_held` already, that one stays, and the new block is not found. A
+        `KeptBlock` is the block, its tokens, and its parent: the hash of the block before.
+        """
         host_block = self.allocator.allocate()
         if (place + 1) * self.block_size <= sequence.num_computed:
             stream = sequence.stream_of(index, place + 1)

@@ -1,6 +1,7 @@
 """Tasks 6 and 7: what waits on the host comes back, beside what is in the pool already."""
 
 import pytest
+from tiny_llm.sequence import SwappedTable
 
 from common.blocks import counts
 from week_3_day_6.two_pools import TEXT, Setup, in_use
@@ -17,7 +18,7 @@ def test_task_6_what_the_cache_had_need_not_come(computed: int, adopted: int, bl
     donor, sequence = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:12], computed)
     assert setup.out(sequence) is not None
     assert setup.adopt(sequence, donor, adopted)
-    assert setup.space.blocks_to_swap_in(sequence) == blocks
+    assert setup.space.blocks_to_swap_in(sequence) == blocks, "blocks that it would take"
 
 
 @pytest.mark.parametrize(
@@ -31,11 +32,11 @@ def test_task_6_a_windows_blocks_count_from_its_first(adopted: int, blocks: int)
     """
     setup = Setup(windows=(None, 6, 3))
     sequence, donor = setup.sequence(TEXT, 18), setup.sequence(TEXT, 0)
-    assert setup.out(sequence) == 8
+    assert setup.out(sequence) == 8, "copies made when going out"
     for count in (4,) * adopted:
         setup.compute(donor, count)
     assert setup.adopt(sequence, donor, adopted)
-    assert setup.space.blocks_to_swap_in(sequence) == blocks
+    assert setup.space.blocks_to_swap_in(sequence) == blocks, "blocks that it would take"
 
 
 def test_task_6_counting_takes_nothing() -> None:
@@ -43,7 +44,7 @@ def test_task_6_counting_takes_nothing() -> None:
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
     setup.out(sequence)
-    assert [setup.space.blocks_to_swap_in(sequence) for _ in range(2)] == [3, 3]
+    assert [setup.space.blocks_to_swap_in(sequence) for _ in range(2)] == [3, 3], "blocks that it would take"
     setup.check(waiting=[sequence])
     assert sequence.table.blocks == []
 
@@ -61,7 +62,7 @@ def test_task_7_what_went_out_comes_back() -> None:
     copies = setup.space.swap_in(sequence)
     assert dict(copies) == dict(zip(sequence.table.blocks, waiting, strict=True))
     assert (sequence.table.num_tokens, sequence.num_computed) == (10, 10)
-    assert in_use(setup.allocator) == 3
+    assert in_use(setup.allocator) == 3, "blocks in use"
 
 
 @pytest.mark.parametrize("computed", [1, 3, 4, 5, 8, 9, 16, 17])
@@ -73,7 +74,7 @@ def test_task_7_as_many_tokens_as_there_were(computed: int) -> None:
     setup = Setup()
     sequence = setup.sequence(TEXT, computed)
     blocks = setup.out(sequence)
-    assert setup.back(sequence) == blocks
+    assert setup.back(sequence) == blocks, "copies made when coming back"
     setup.check(sequence, waiting=[sequence])
     setup.compute(sequence, 6)
     setup.check(sequence, waiting=[sequence])
@@ -97,9 +98,9 @@ def test_task_7_what_it_holds_already_stays(adopted: int, copied: int) -> None:
     donor, sequence = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:11], 11)
     setup.out(sequence)
     setup.adopt(sequence, donor, adopted)
-    assert setup.back(sequence) == copied
+    assert setup.back(sequence) == copied, "copies made when coming back"
     assert sequence.table.blocks[:adopted] == donor.table.blocks[:adopted]
-    assert in_use(setup.allocator) == 3 + copied
+    assert in_use(setup.allocator) == 3 + copied, "blocks in use"
     setup.check(donor, sequence, waiting=[sequence])
 
 
@@ -114,11 +115,11 @@ def test_task_7_full_blocks_at_hand_are_shared() -> None:
     for index, one in enumerate(family):
         one.outputs += [index] * 3
         setup.compute(one, 3)
-    assert [setup.out(one) for one in family] == [3, 1]
-    assert setup.back(family[0]) == 3
-    assert setup.back(family[1], setup.at_hand(family[0])) == 1
+    assert [setup.out(one) for one in family] == [3, 1], "copies made when going out"
+    assert setup.back(family[0]) == 3, "copies made when coming back"
+    assert setup.back(family[1], setup.at_hand(family[0])) == 1, "copies made when coming back"
     assert family[1].table.blocks[:2] == family[0].table.blocks[:2]
-    assert in_use(setup.allocator) == 4
+    assert in_use(setup.allocator) == 4, "blocks in use"
     setup.check(*family, waiting=family)
 
 
@@ -151,8 +152,8 @@ def test_task_7_the_host_blocks_stay_until_they_are_forgotten() -> None:
         assert counts(setup.space.allocator) == before
         sequence.give_up_pages()
         setup.spoil()
-        assert setup.space.blocks_to_swap_in(sequence) == 3
-    assert setup.back(sequence) == 3
+        assert setup.space.blocks_to_swap_in(sequence) == 3, "blocks that it would take"
+    assert setup.back(sequence) == 3, "copies made when coming back"
     setup.check(sequence, waiting=[sequence])
 
 
@@ -164,7 +165,7 @@ def test_task_7_a_window_begins_where_it_did() -> None:
     setup = Setup(windows=(None, 6, 3))
     sequence = setup.sequence(TEXT, 18)
     setup.out(sequence)
-    assert setup.back(sequence) == 5 + 2 + 1
+    assert setup.back(sequence) == 5 + 2 + 1, "copies made when coming back"
     assert [getattr(table, "start", 0) for table in sequence.tables] == [0, 12, 16]
     setup.check(sequence, waiting=[sequence])
     setup.compute(sequence, 7)
@@ -192,8 +193,28 @@ def test_task_7_windows_go_on_where_they_are_or_skip(adopted: int, copied: int, 
     for _ in range(adopted):
         setup.compute(donor, 4)
     assert setup.adopt(sequence, donor, adopted)
-    assert setup.back(sequence) == copied
+    assert setup.back(sequence) == copied, "copies made when coming back"
     assert [getattr(table, "start", 0) for table in sequence.tables] == starts
+    setup.check(sequence, donor, waiting=[sequence])
+
+
+@pytest.mark.parametrize("adopted", [0, 1, 2])
+def test_task_7_a_window_with_nothing_on_the_host_skips_too(adopted: int) -> None:
+    """Oracle: by hand: a window of 1 has passed all 8 tokens: its table begins at 8, and has no block.
+
+    A table that is left at 0, since nothing is to be copied, writes the next token to another place.
+    """
+    setup = Setup(windows=(None, 1))
+    sequence, donor = setup.sequence(TEXT, 8), setup.sequence(TEXT, 0)
+    assert setup.out(sequence) == 2, "copies made when going out"
+    assert sequence.swapped is not None
+    assert sequence.swapped.tables[1] == SwappedTable(2, [])
+    for _ in range(adopted):
+        setup.compute(donor, 4)
+    assert setup.adopt(sequence, donor, adopted)
+    assert setup.back(sequence) == 2 - adopted, "copies made when coming back"
+    assert [getattr(table, "start", 0) for table in sequence.tables] == [0, 8]
+    setup.compute(sequence, 3)
     setup.check(sequence, donor, waiting=[sequence])
 
 
@@ -208,10 +229,10 @@ def test_task_7_windows_share_what_is_at_hand() -> None:
     for index, one in enumerate(family):
         one.outputs.append(index)
         setup.compute(one, 1)
-    assert [setup.out(one) for one in family] == [5 + 2, 1 + 1]
-    assert setup.back(family[0]) == 7
-    assert setup.back(family[1], setup.at_hand(family[0])) == 2
-    assert in_use(setup.allocator) == 9
+    assert [setup.out(one) for one in family] == [5 + 2, 1 + 1], "copies made when going out"
+    assert setup.back(family[0]) == 7, "copies made when coming back"
+    assert setup.back(family[1], setup.at_hand(family[0])) == 2, "copies made when coming back"
+    assert in_use(setup.allocator) == 9, "blocks in use"
     setup.check(*family, waiting=family)
 
 
@@ -221,5 +242,5 @@ def test_task_7_the_same_at_hand_of_other_layers_is_no_help() -> None:
     donor, sequence = setup.sequence(TEXT[:8], 8), setup.sequence(TEXT[:8], 8)
     setup.out(sequence)
     at_hand = dict(zip(donor.stream_of(1, 2).hashes, donor.tables[1].blocks, strict=True))
-    assert setup.back(sequence, at_hand) == 2
+    assert setup.back(sequence, at_hand) == 2, "copies made when coming back"
     setup.check(donor, sequence, waiting=[sequence])

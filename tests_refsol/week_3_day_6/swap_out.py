@@ -26,7 +26,7 @@ def test_task_5_what_is_computed_gets_host_blocks() -> None:
     host_block_of = dict(copies)
     assert list(sequence.swapped.tables) == [SwappedTable(0, [host_block_of[block] for block in blocks])]
     assert sequence.swapped.num_computed == 10
-    assert in_use(setup.space.allocator) == 3
+    assert in_use(setup.space.allocator) == 3, "blocks in use"
     assert (sequence.table.blocks, sequence.num_computed) == (blocks, 10)
     assert [setup.allocator.ref_count(block) for block in blocks] == [1, 1, 1]
 
@@ -45,7 +45,7 @@ def test_task_5_blocks_that_are_begun_go_too(computed: int, blocks: int) -> None
     """Oracle: by hand."""
     setup = Setup()
     sequence = setup.sequence(TEXT, computed)
-    assert setup.out(sequence) == in_use(setup.space.allocator) == blocks
+    assert setup.out(sequence) == in_use(setup.space.allocator) == blocks, "copies made when going out"
     setup.check(waiting=[sequence])
 
 
@@ -58,7 +58,7 @@ def test_task_5_pages_of_tokens_to_come_stay(computed: int, blocks: int) -> None
     setup = Setup()
     sequence = setup.sequence(TEXT, computed)
     sequence.append_tokens(14 - computed)
-    assert setup.out(sequence) == blocks
+    assert setup.out(sequence) == blocks, "copies made when going out"
     setup.check(waiting=[sequence])
 
 
@@ -70,14 +70,14 @@ def test_task_5_what_two_have_in_common_is_on_the_host_once() -> None:
     setup = Setup()
     first = setup.sequence(TEXT[:11], 11)
     second = setup.sequence((*TEXT[:9], *range(5)), 14)
-    assert setup.out(first) == 3
-    assert setup.out(second) == 2
+    assert setup.out(first) == 3, "copies made when going out"
+    assert setup.out(second) == 2, "copies made when going out"
     assert first.swapped is not None
     assert second.swapped is not None
     shared = first.swapped.tables[0].host_blocks[:2]
     assert second.swapped.tables[0].host_blocks[:2] == shared
     assert [setup.space.allocator.ref_count(block) for block in shared] == [2, 2]
-    assert in_use(setup.space.allocator) == 5
+    assert in_use(setup.space.allocator) == 5, "blocks in use"
     setup.check(waiting=[first, second])
 
 
@@ -89,7 +89,7 @@ def test_task_5_forks_leave_their_prompt_once() -> None:
     for index, one in enumerate(family):
         one.outputs += [index] * 6
         setup.compute(one, 6)
-    assert [setup.out(one) for one in family] == [4, 2, 2]
+    assert [setup.out(one) for one in family] == [4, 2, 2], "copies made when going out"
     setup.check(waiting=family)
 
 
@@ -97,8 +97,8 @@ def test_task_5_a_block_that_is_not_full_is_each_ones_own() -> None:
     """Oracle: by hand: 6 tokens, the same twice: one block is shared, and each has one of its own."""
     setup = Setup()
     family = [setup.sequence(TEXT[:6], 6) for _ in range(2)]
-    assert [setup.out(one) for one in family] == [2, 1]
-    assert in_use(setup.space.allocator) == 3
+    assert [setup.out(one) for one in family] == [2, 1], "copies made when going out"
+    assert in_use(setup.space.allocator) == 3, "blocks in use"
     setup.check(waiting=family)
 
 
@@ -110,7 +110,7 @@ def test_task_5_a_block_whose_last_token_is_known_but_not_computed_is_not_full(o
     """
     setup = Setup()
     pair = [setup.sequence(TEXT[:8], 7), setup.sequence(TEXT[:8], 8)]
-    assert [setup.out(pair[i]) for i in order] == [2, 1]
+    assert [setup.out(pair[i]) for i in order] == [2, 1], "copies made when going out"
     setup.check(waiting=pair)
 
 
@@ -118,7 +118,7 @@ def test_task_5_the_same_tokens_after_another_text_are_another_block() -> None:
     """Oracle: by hand: keys depend on all that comes before. Going by a block's own tokens is the mistake."""
     setup = Setup()
     pair = [setup.sequence((*start, *TEXT[:4]), 8) for start in ((1, 2, 3, 4), (5, 6, 7, 8))]
-    assert [setup.out(one) for one in pair] == [2, 2]
+    assert [setup.out(one) for one in pair] == [2, 2], "copies made when going out"
     setup.check(waiting=pair)
 
 
@@ -126,14 +126,14 @@ def test_task_5_tenants_share_nothing() -> None:
     """Oracle: by hand: another salt, other hashes."""
     setup = Setup()
     family = [setup.sequence(TEXT[:8], 8, salt=salt) for salt in ("one", "two", "")]
-    assert [setup.out(one) for one in family] == [2, 2, 2]
+    assert [setup.out(one) for one in family] == [2, 2, 2], "copies made when going out"
 
 
 def test_task_5_outputs_are_shared_like_a_prompt() -> None:
     """Oracle: by hand: the one has as a prompt what the other has said."""
     setup = Setup()
     pair = [setup.sequence(TEXT[:5], 8, outputs=TEXT[5:9]), setup.sequence(TEXT[:9], 8)]
-    assert [setup.out(one) for one in pair] == [2, 0]
+    assert [setup.out(one) for one in pair] == [2, 0], "copies made when going out"
     setup.check(waiting=pair)
 
 
@@ -146,7 +146,7 @@ def test_task_5_a_windows_table_begins_where_it_begins() -> None:
     sequence = setup.sequence(TEXT, 18)
     near = sequence.tables[1]
     assert (getattr(near, "start", 0), len(near.blocks)) == (12, 2)
-    assert setup.out(sequence) == 5 + 2
+    assert setup.out(sequence) == 5 + 2, "copies made when going out"
     assert sequence.swapped is not None
     assert [(table.first, len(table.host_blocks)) for table in sequence.swapped.tables] == [(0, 5), (3, 2)]
     setup.check(waiting=[sequence])
@@ -161,8 +161,8 @@ def test_task_5_windows_share_what_both_have() -> None:
     for tokens, copied in ((15, 1 + 2), (16, 0 + 1)):
         setup = Setup(windows=(None, 6))
         first, second = setup.sequence(TEXT, 18), setup.sequence(TEXT, tokens)
-        assert setup.out(first) == 7
-        assert setup.out(second) == copied
+        assert setup.out(first) == 7, "copies made when going out"
+        assert setup.out(second) == copied, "copies made when going out"
         setup.check(waiting=[first, second])
 
 
@@ -170,7 +170,7 @@ def test_task_5_groups_of_layers_share_nothing() -> None:
     """Oracle: by hand: the same tokens in other layers are other keys."""
     setup = Setup(windows=(None, None, 50))
     sequence = setup.sequence(TEXT[:8], 8)
-    assert setup.out(sequence) == 6
+    assert setup.out(sequence) == 6, "copies made when going out"
     setup.check(waiting=[sequence])
 
 
@@ -184,7 +184,7 @@ def test_task_5_a_block_that_waits_for_its_copy_is_read_where_that_comes_from() 
     copies = SwapSpace(9, SIZE).swap_out(fork, {copy.dst: copy.src, 77: 78})
     assert copies is not None
     assert Counter(block for block, _ in copies) == Counter(leader.table.blocks)
-    assert setup.out(fork, {copy.dst: copy.src}) == 2
+    assert setup.out(fork, {copy.dst: copy.src}) == 2, "copies made when going out"
     setup.check(leader, waiting=[fork])
 
 
@@ -195,7 +195,7 @@ def test_task_5_copies_that_wait_in_every_group() -> None:
     fork = leader.fork("fork", 1)
     filled_from = {copy.dst: copy.src for copy in fork.append_tokens(5)}
     assert len(filled_from) == 3
-    assert setup.out(fork, filled_from) == 5 + 2 + 1
+    assert setup.out(fork, filled_from) == 5 + 2 + 1, "copies made when going out"
     setup.check(leader, waiting=[fork])
 
 
@@ -203,7 +203,7 @@ def test_task_5_as_many_blocks_as_are_free() -> None:
     """Oracle: by hand: three blocks for 10 tokens, and not one is left."""
     setup = Setup(host_blocks=3)
     sequence = setup.sequence(TEXT[:10], 10)
-    assert setup.out(sequence) == 3
+    assert setup.out(sequence) == 3, "copies made when going out"
     setup.check(waiting=[sequence])
 
 
@@ -211,8 +211,8 @@ def test_task_5_what_is_there_needs_no_free_block() -> None:
     """Oracle: by hand: the host is full of what the second one has. Counting its blocks is the mistake."""
     setup = Setup(host_blocks=3)
     first, second = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:8], 8)
-    assert setup.out(first) == 3
-    assert setup.out(second) == 0
+    assert setup.out(first) == 3, "copies made when going out"
+    assert setup.out(second) == 0, "copies made when going out"
     setup.check(waiting=[first, second])
 
 
@@ -226,7 +226,7 @@ def test_task_5_without_blocks_for_all_nothing_is_held(windows: tuple[int | None
     sequence = setup.sequence(TEXT[:10], 10)
     assert setup.space.swap_out(sequence) is None
     assert sequence.swapped is None
-    assert in_use(setup.space.allocator) == 0
+    assert in_use(setup.space.allocator) == 0, "blocks in use"
     setup.check(sequence)
     shorter = setup.sequence(TEXT[:8], 8)
     assert setup.out(shorter) == 2 * len(windows), "nothing of it is on the host"
@@ -240,7 +240,7 @@ def test_task_5_a_full_host_leaves_what_others_hold() -> None:
     """
     setup = Setup(host_blocks=4)
     first, other = setup.sequence(TEXT[:8], 8), setup.sequence([1, 2], 2)
-    assert (setup.out(first), setup.out(other)) == (2, 1)
+    assert (setup.out(first), setup.out(other)) == (2, 1), "copies made when going out"
     before = counts(setup.space.allocator)
     second = setup.sequence((*TEXT[:8], *range(6)), 14)
     assert setup.space.swap_out(second) is None

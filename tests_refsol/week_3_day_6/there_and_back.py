@@ -30,7 +30,7 @@ def test_task_7_host_blocks_go_back() -> None:
     setup.out(sequence)
     setup.space.forget(sequence)
     assert sequence.swapped is None
-    assert in_use(setup.space.allocator) == 0
+    assert in_use(setup.space.allocator) == 0, "blocks in use"
 
 
 def test_task_7_without_host_blocks_there_is_nothing_to_release() -> None:
@@ -43,7 +43,7 @@ def test_task_7_without_host_blocks_there_is_nothing_to_release() -> None:
     setup.out(other)
     setup.space.forget(sequence)
     setup.check(waiting=[other])
-    assert in_use(setup.space.allocator) == 3
+    assert in_use(setup.space.allocator) == 3, "blocks in use"
 
 
 def test_task_7_in_the_pool_nothing_changes() -> None:
@@ -78,13 +78,13 @@ def test_task_7_what_another_sequence_waits_for_stays(first: int) -> None:
     """
     setup = Setup()
     pair = [setup.sequence((*TEXT[:8], i), 9) for i in range(2)]
-    assert [setup.out(one) for one in pair] == [3, 1]
+    assert [setup.out(one) for one in pair] == [3, 1], "copies made when going out"
     setup.space.forget(pair[first])
-    assert in_use(setup.space.allocator) == 3
+    assert in_use(setup.space.allocator) == 3, "blocks in use"
     left = pair[1 - first]
     setup.check(waiting=[left])
     third = setup.sequence(TEXT[:8], 8)
-    assert setup.out(third) == 0
+    assert setup.out(third) == 0, "copies made when going out"
     setup.check(waiting=[left, third])
     setup.back(left)
     setup.check(left, waiting=[left, third])
@@ -94,11 +94,11 @@ def test_task_7_a_released_block_is_not_found_any_more() -> None:
     """Oracle: by hand: its host blocks are others' by now; a hash that is left would lead to their keys."""
     setup = Setup(host_blocks=3)
     sequence, other, again = (setup.sequence(tokens, 10) for tokens in (TEXT[:10], range(10), TEXT[:10]))
-    assert setup.out(sequence) == 3
+    assert setup.out(sequence) == 3, "copies made when going out"
     setup.space.forget(sequence)
-    assert setup.out(other) == 3
+    assert setup.out(other) == 3, "copies made when going out"
     setup.space.forget(other)
-    assert setup.out(again) == 3
+    assert setup.out(again) == 3, "copies made when going out"
     setup.check(waiting=[again])
 
 
@@ -108,7 +108,7 @@ def test_task_7_windowed_tables_release_too() -> None:
     sequence = setup.sequence(TEXT, 18)
     setup.out(sequence)
     setup.space.forget(sequence)
-    assert in_use(setup.space.allocator) == 0
+    assert in_use(setup.space.allocator) == 0, "blocks in use"
 
 
 class Crowd:
@@ -227,7 +227,7 @@ class Crowd:
         for one in self.waiting:
             assert one.swapped is not None
             partial += len(one.swapped.tables) * (one.swapped.num_computed % SIZE > 0)
-        assert in_use(self.setup.space.allocator) == len(self.texts_on_host()) + partial
+        assert in_use(self.setup.space.allocator) == len(self.texts_on_host()) + partial, "blocks in use"
 
 
 def test_task_7_host_blocks_are_conserved_and_each_sequence_gets_its_own() -> None:
@@ -248,7 +248,7 @@ def test_task_7_host_blocks_are_conserved_and_each_sequence_gets_its_own() -> No
             crowd.check()
         while crowd.running or crowd.waiting:
             crowd.end(0)
-        assert in_use(crowd.setup.space.allocator) == in_use(crowd.setup.allocator) == 0
+        assert in_use(crowd.setup.space.allocator) == in_use(crowd.setup.allocator) == 0, "blocks in use"
         happened.update(crowd.happened)
 
     run()

@@ -24,7 +24,14 @@ def in_use(allocator: BlockAllocator) -> int:
     return allocator.num_blocks - allocator.num_free
 
 
-@dataclass
+class Told(PagedSequence):
+    """A sequence that a failing test shows in a line."""
+
+    def __repr__(self) -> str:
+        return f"<{self.seq_id!r}: {self.num_computed} of {self.num_tokens} tokens computed>"
+
+
+@dataclass(repr=False)
 class Setup:
     """A pool and a swap space whose blocks are lists, so that a test sees whose keys are where.
 
@@ -46,11 +53,15 @@ class Setup:
         self.pool = {block: [None] * SIZE for block in range(self.num_blocks)}
         self.host = {block: [None] * SIZE for block in range(self.host_blocks)}
 
+    def __repr__(self) -> str:
+        """Without what is in the blocks: a failing test shows it in a line."""
+        return f"Setup(windows={self.windows}, {self.num_blocks} blocks, {self.host_blocks} on the host)"
+
     def sequence(
         self, tokens: Sequence[int], computed: int, outputs: Sequence[int] = (), salt: str = ""
     ) -> PagedSequence:
         """A sequence that runs, with so many of its tokens computed."""
-        sequence = PagedSequence(
+        sequence = Told(
             seq_id="one",
             request_id="one",
             prompt=tuple(tokens),
