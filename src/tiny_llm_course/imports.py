@@ -49,7 +49,8 @@ def _with_import(source: str, other: str, node: Import, missing: list[ast.alias]
 
 def _place(source: str, own: list[Import], followers: set[str]) -> int:
     """The line before which a new import belongs: behind those before it, not behind those that follow it."""
-    later = next((i for i, one in enumerate(own) if _key(one) in followers), len(own))
+    follow = (i for i, one in enumerate(own) if _key(one) in followers or not _is_standard(one))
+    later = next(follow, len(own))
     if later and _is_standard(own[later - 1]):
         return _last(own[later - 1])
     if later < len(own):
