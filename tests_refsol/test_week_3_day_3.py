@@ -5,14 +5,17 @@ PagedKVCache as a view on pool, allocator and tables: it grows without losing to
 that another sequence holds, and reads exactly the tokens that it is asked for.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.errors import OutOfBlocksError
 from tiny_llm.kv_pool import KVPool
-from tiny_llm.paged_attention import BlockAllocator, BlockTable
+from tiny_llm.paged_attention import BlockAllocator, BlockCopy, BlockTable
 from tiny_llm.paged_cache import PagedKVCache
 from tiny_llm.slot_mapping import flat_slots
 
@@ -157,6 +160,36 @@ def test_task_1_many_tables_at_once() -> None:
             for i in range(length)
         ]
         assert flat_slots(tables, lengths).tolist() == expected
+
+
+def num_instructions(run: Callable[[], object]) -> int:
+    """The number of Python's own instructions that a call takes; those inside C and MLX do not count."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_task_1_larger_blocks_are_no_more_work_for_python() -> None:
+    """Oracle: by count: two tables of two blocks, of 4 and of 512 tokens. One token at a time is the mistake:
+    `BlockTable.slots` gives the right slots, in more than a hundred times the instructions."""
+    counts = []
+    for block_size in (4, 512):
+        tables, lengths = [make_table(2 * block_size, block_size) for _ in range(2)], [2 * block_size] * 2
+        counts.append(num_instructions(lambda t=tables, n=lengths: flat_slots(t, n)))  # type: ignore[misc]
+    small, large = counts
+    assert large <= 2 * small, f"{large} instructions for blocks of 512 tokens, {small} for blocks of 4"
 
 
 # Task 2: PagedKVCache.allocate
@@ -397,6 +430,29 @@ def test_task_3_in_a_full_pool_a_block_of_ones_own_is_written_where_it_is() -> N
     for position in range(5):
         cache.write_token("a", position, *token(10 + position))
     expect_stored(cache, "a", [10, 11, 12, 13, 14])
+
+
+class NotingPool(KVPool):
+    """A pool that notes the copies that it is asked for."""
+
+    noted: tuple[BlockCopy, ...] = ()
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Note them, and copy."""
+        self.noted += tuple(copies)
+        super().copy_blocks(copies)
+
+
+@pytest.mark.parametrize("position", [0, 3, 4, 5])
+def test_task_3_a_copy_is_of_all_the_blocks_tokens(position: int) -> None:
+    """Oracle: by hand: 4, also of the last block, which has 2 tokens; `length` is only a promise to the pool,
+    which copies whole blocks whatever it says."""
+    pool, allocator = NotingPool(4, 4, HEADS, D, dtype=mx.float32), BlockAllocator(4)
+    cache = PagedKVCache.of(pool, allocator, {"a": BlockTable(allocator, 4)})
+    shared = cache.allocate("a", 6)[position // 4]
+    cache.tables["b"] = cache.tables["a"].fork()
+    cache.write_token("b", position, *token(9))
+    assert pool.noted == (BlockCopy(shared, cache.tables["b"].blocks[position // 4], 4),)
 
 
 def test_task_3_three_that_share_a_block() -> None:

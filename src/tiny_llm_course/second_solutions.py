@@ -2,7 +2,7 @@
 
 They show that a suite accepts any correct solution, and that a docstring says all that its tests ask for.
 They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file may have only
-the exercises, and new helpers: the starter has the rest, imports included.
+the exercises, new helpers, and imports from the standard library: the starter has the rest.
 """
 
 import ast
@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .house import House
+from .imports import with_imports
 from .outcome import Outcome, read_outcome
 from .problem import Problem, last_lines
 from .runs import overlay_of, run_suites
@@ -96,7 +97,7 @@ def _completed(house: House, day: Day, file: Path) -> str:
         begun = with_body_of(begun, solution, name)
     for helper in sorted(own - needed):
         begun = with_function(begun, solution, helper)
-    return begun
+    return with_imports(begun, solution)
 
 
 def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:

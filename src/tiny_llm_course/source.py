@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import indent
 
 from .errors import CourseError
+from .imports import without_idle_imports
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
@@ -44,7 +45,8 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
     """The source with the bodies of some functions blank, and others taken out.
 
     messages: by function, what its blank raises. A blank keeps its signature and docstring. Decorators by
-    which compiled kernels stand in are taken out with their imports.
+    which compiled kernels stand in are taken out with their imports, and so is what is imported from the
+    standard library only for what is gone.
     """
     lines = source.splitlines(keepends=True)
     edits: list[tuple[int, int, str]] = []  # first and last line, from 1; what takes their place
@@ -58,7 +60,8 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
         edits += [(d.lineno, d.end_lineno or d.lineno, "") for d in node.decorator_list if _is_stand_in(d)]
     for first, last, text in sorted(edits, reverse=True):
         lines[first - 1 : last] = [text] if text else []
-    return _tidy(_without_unused_stand_ins("".join(lines)))
+    begun = _without_unused_stand_ins("".join(lines))
+    return _tidy(without_idle_imports(begun, source))
 
 
 def body_lines(source: str, name: str) -> list[str]:

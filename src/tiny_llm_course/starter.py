@@ -7,6 +7,7 @@ from pathlib import Path
 from .cpp import libraries
 from .errors import CourseError
 from .house import House
+from .imports import with_imports, without_idle_imports
 from .progress import State, is_untouched, missing_modules, own_modules, refuse_missing, state
 from .source import (
     blanked,
@@ -90,9 +91,10 @@ def _sources(house: House, exercise: Exercise) -> list[str]:
 def _blank_again(house: House, day: Day, exercise: Exercise) -> None:
     """Make an exercise blank that is the reference's, and take out the helpers that only it has called."""
     own, reference = _sources(house, exercise)
-    own = with_blank(own, exercise.name, exercise.message)
-    own = _without_helpers(own, reference, day.removed_from(exercise.module))
-    (house.overlay / f"{exercise.module}.py").write_text(own, encoding="utf-8")
+    blank = with_blank(own, exercise.name, exercise.message)
+    blank = _without_helpers(blank, reference, day.removed_from(exercise.module))
+    blank = without_idle_imports(blank, own)
+    (house.overlay / f"{exercise.module}.py").write_text(blank, encoding="utf-8")
 
 
 def _without_helpers(own: str, reference: str, removed: tuple[str, ...]) -> str:
@@ -180,7 +182,8 @@ def _rename(file: Path) -> Path:
 
 
 def skip(house: House, day: Day, exercises: tuple[Exercise, ...]) -> list[Exercise]:
-    """Put the reference's code where an exercise is blank, and the helpers that it calls; those that were."""
+    """Put the reference's code where an exercise is blank, with the helpers and imports that it needs; those
+    that were blank."""
     blank = [exercise for exercise in exercises if state(house, exercise) is State.BLANK]
     for module, source in filled(house, day, blank).items():
         (house.overlay / f"{module}.py").write_text(source, encoding="utf-8")
@@ -188,7 +191,7 @@ def skip(house: House, day: Day, exercises: tuple[Exercise, ...]) -> list[Exerci
 
 
 def filled(house: House, day: Day, exercises: Iterable[Exercise]) -> dict[str, str]:
-    """The learner's modules with the reference's code in these exercises, and the helpers that it calls."""
+    """The learner's modules with the reference's code in these exercises, helpers and imports included."""
     sources: dict[str, str] = {}
     for exercise in exercises:
         file = house.overlay / f"{exercise.module}.py"
@@ -200,7 +203,7 @@ def filled(house: House, day: Day, exercises: Iterable[Exercise]) -> dict[str, s
 def _filled(house: House, day: Day, exercise: Exercise, own: str) -> str:
     reference = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
     with_body, removed = with_body_of(own, reference, exercise.name), day.removed_from(exercise.module)
-    return _with_helpers(with_body, reference, removed, exercise.name)
+    return with_imports(_with_helpers(with_body, reference, removed, exercise.name), reference)
 
 
 def _with_helpers(own: str, reference: str, removed: tuple[str, ...], name: str) -> str:

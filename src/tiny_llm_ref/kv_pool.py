@@ -92,7 +92,10 @@ class KVPool:
         self.num_blocks = num_blocks
 
     def copy_blocks(self, copies: Seq[BlockCopy]) -> None:
-        """Copy whole blocks in all layers, as if all sources were read before any is written."""
+        """Copy whole blocks in all layers, as if all sources were read before any is written.
+
+        A copy's `length` is ignored: behind the tokens that it counts the target has what the source has.
+        """
         self.fill_from(self, [(copy.src, copy.dst) for copy in copies])
 
     def fill_from(self, source: "KVPool", pairs: Seq[tuple[int, int]]) -> None:

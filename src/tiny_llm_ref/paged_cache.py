@@ -68,9 +68,10 @@ class PagedKVCache:
         own.
 
         The table's `append_tokens` returns the copies that a shared last block needs; `pool.copy_blocks`
-        makes them. Raises ValueError for a negative number, and `OutOfBlocksError` if too few blocks are
-        free. After either error nothing has changed, and a new sequence is not in `tables`. 0 tokens are
-        allowed.
+        makes them. It raises `OutOfBlocksError`, with nothing changed, if too few blocks are free; let that
+        error pass. Check yourself that `num_tokens` is not negative, and raise ValueError if it is:
+        `append_tokens` does not check. After either error nothing has changed, and a new sequence is not in
+        `tables`. 0 tokens are allowed.
 
         >>> cache = PagedKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> len(cache.allocate("a", 5)), len(cache.allocate("a", 4)), cache.tables["a"].num_tokens
@@ -90,7 +91,9 @@ class PagedKVCache:
         token_idx: a position that `allocate` made room for, written before or not. Other sequences never see
         the write: if the block at that position, whichever it is, has more than one holder, this table first
         gets a copy of the whole block, in all layers, in the shared block's place, and gives its reference to
-        the shared one back. A block of its own is written where it is, and needs no free block.
+        the shared one back. `pool.copy_blocks([BlockCopy(src, dst, length)])` copies; the length is
+        `block_size`, because any of the block's tokens may be needed. A block of its own is written where it
+        is, and needs no free block.
 
         Raises ValueError for a position without a token or for another shape, `OutOfBlocksError` if a copy
         finds no free block. Check before you take a block: after an error nothing has changed.

@@ -26,9 +26,9 @@ def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
     of the hash.
 
     The hash is the SHA-256 digest of the parent's bytes, followed by the bytes of the tokens. With SHA-256 a
-    client cannot construct a second text with the same hash. Each id takes 8 bytes, as `array("q",
-    tokens).tobytes()` writes them: of ids written as digits side by side [5, 67] and [56, 7] are the same, of
-    one byte each 8 and 264, and `str(tokens)` makes a list and a tuple two texts.
+    client cannot construct a second text with the same hash. Each id takes 8 bytes, a signed integer in the
+    machine's byte order, and nothing stands between two ids. With a fixed size, different lists never have
+    the same bytes.
 
     >>> root = bytes(32)
     >>> len(block_hash(root, [5, 6])), block_hash(root, [5, 6]) == block_hash(root, (5, 6))
@@ -60,8 +60,8 @@ class TokenBlocks:
 
         Each full block adds a tuple to `tokens`, and its `block_hash` to `hashes`. Its parent is
         `parent(index)`, where `index` is the number of the block that is added: the hash of the block before,
-        or the salt's for block 0. Tokens left over at the end are ignored, not remembered: the caller gives
-        them again with the next ones.
+        or the salt's for block 0. Tokens left over at the end are ignored, not remembered. The next call
+        must begin at the first token that was left over.
 
         >>> stream = TokenBlocks(4)
         >>> stream.extend(range(11))
@@ -186,7 +186,7 @@ class PrefixCache:
         use, even if it is kept: a table has no holes.
 
         Looking changes nothing: no block gets a holder, and idle blocks stay idle. A caller that wants the
-        blocks calls `share` for each of them, in order.
+        blocks calls the given `share` for each of them, in order.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
@@ -278,8 +278,10 @@ class PrefixCache:
           So the pool holds a prefix once, however many sequences computed it.
         - Another text is kept under the hash: the table goes on with its own block, which is not kept.
 
-        Keep nothing that `match` could not reach: stop where the table's block before (index > 0) is not kept
-        under the hash `stream.parent(index)`. There are two such cases. The table has the blocks 4 and 9:
+        Keep nothing that `match` could not reach. For an index above 0, look first at the table's block
+        before it, `table.blocks[index - 1]`. Its hash in the cache must be `stream.parent(index)`. If it has
+        another hash or is not kept, stop: this block and all behind it are not kept. There are two such
+        cases. The table has the blocks 4 and 9:
 
         - A collision. Block 3 is kept, with other tokens, under the hash of this text's block 0.
           Block 4 stays in the table and is not kept.

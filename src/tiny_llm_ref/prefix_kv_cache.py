@@ -23,8 +23,8 @@ class PrefixCachingKVCache(PagedKVCache):
         block is taken: `allocate` must not run twice, because it lets a known sequence grow. The returned
         list is the caller's own (`physical_indices`).
 
-        Raises ValueError if the prefix is there with another number of tokens, and `OutOfBlocksError`, with
-        nothing changed, if too few blocks are free.
+        Raises ValueError if the prefix is there with another number of tokens, and `OutOfBlocksError` if too
+        few blocks are free. After an error nothing has changed: `allocate` changes nothing when it raises.
 
         >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> cache.get_or_create_prefix("system", 6) == cache.get_or_create_prefix("system", 6)
@@ -46,9 +46,10 @@ class PrefixCachingKVCache(PagedKVCache):
         and the sequence has tokens of its own, it gets a copy of that block to write them into: `allocate`
         does that. With as many tokens as the prefix it shares every block, until it writes.
 
-        Raises KeyError for an unknown prefix, ValueError for a sequence id that is there already or for fewer
-        tokens than the prefix has, and `OutOfBlocksError` if too few blocks are free. After an error nothing
-        has changed: if `allocate` refuses, the fork must give its references back.
+        Raises, in this order: KeyError for an unknown prefix; ValueError for a sequence id that is there
+        already, or for fewer tokens than the prefix has; `OutOfBlocksError` if too few blocks are free. After
+        an error nothing has changed. `allocate` changes nothing when it raises, but by then the fork is in
+        `tables` and holds the prefix's blocks: take it out, and give its references back.
 
         >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> prefix = cache.get_or_create_prefix("system", 6)

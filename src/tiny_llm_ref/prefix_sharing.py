@@ -37,11 +37,11 @@ class PrefixSharing:
     def adopt(self, sequence: PagedSequence) -> None:
         """Share the kept blocks that come next in a sequence, up to the first miss.
 
-        What it shares it does not compute. The next block has the index num_computed // block_size. The
-        blocks come into the sequence's table by `cache.share`, in order and with their full length, and the
-        sequence learns by `note_shared` how many tokens that makes. Share only blocks that lie within the
-        first `num_shareable` tokens: all known tokens except the last, which is always computed, because its
-        row of the step gives the logits for the next token.
+        What it shares it does not compute. The next block has the index `sequence.num_computed //
+        self.block_size`. The blocks come into the sequence's table by the given `cache.share`, in order and
+        with their full length, and the sequence learns by `note_shared` how many tokens that makes. Share
+        only blocks that lie within the first `num_shareable` tokens: all known tokens except the last, which
+        is always computed, because its row of the step gives the logits for the next token.
 
         Nothing happens if no block is left to share or if the given `_may_share` says no. `_stream(sequence,
         n)` is the sequence's text, cut into at least n blocks; `cache.match` finds the blocks.
@@ -56,7 +56,7 @@ class PrefixSharing:
         >>> [sequence.num_cached_tokens for sequence in manager.running]
         [0, 8]
         """
-        size = sequence.table.block_size
+        size = self.block_size
         first, stop = sequence.num_computed // size, sequence.num_shareable // size
         if first < stop and self._may_share(sequence):
             found = self.cache.match(self._stream(sequence, stop), first, stop)
@@ -85,6 +85,10 @@ class PrefixSharing:
         and the outputs (`num_tokens`). Two sequences with the same hash would compute the same block: the
         scheduler lets the later one wait, and share.
 
+        The block's index is `sequence.num_computed // self.block_size`. `_stream(sequence, n)` is the
+        sequence's text, cut into at least n blocks. It may have more: a sequence that was preempted computes
+        its first block again, and its stream was cut further before.
+
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager = PagedBatchManager(8, 4, 1)  # 8 blocks of 4 tokens
@@ -94,8 +98,9 @@ class PrefixSharing:
         >>> sharing.next_block(sequence) is None
         True
         """
-        index = sequence.num_computed // sequence.table.block_size
-        if (index + 1) * sequence.table.block_size > sequence.num_tokens:
+        size = self.block_size
+        index = sequence.num_computed // size
+        if (index + 1) * size > sequence.num_tokens:
             return None
         return self._stream(sequence, index + 1).hashes[index]
 

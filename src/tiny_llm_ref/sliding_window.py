@@ -160,22 +160,21 @@ def _compiled_read(
 def windowed_attention(
     q: mx.array, keys: mx.array, values: mx.array, batch: PackedBatch, scale: float, window: int
 ) -> mx.array:
-    """Attend with q [1, H, T, D] to the last `window` stored tokens of each sequence -> [1, H, T, D].
+    """Attend with q [1, H, T, D] to the last `window` stored tokens -> [1, H, T, D], both float32.
 
-    keys and values are one layer of the pool, [N, Hkv, block_size, D]; nothing is written. As
-    `paged_attention` of day 3.2: the T queries are those of `batch.spans`, (table, start, stop), one span
-    behind the other, and span i reads the blocks in row i of `batch.tables`. But the query at position p sees
-    only the positions `first_visible(p, window)` .. p of its sequence.
+    keys and values are one layer of the pool, [N, Hkv, block_size, D], float32, float16 or bfloat16; nothing
+    is written. As `paged_attention` of day 3.2: the T queries are those of `batch.spans`, (table, start,
+    stop), one span behind the other, and span i reads the blocks in row i of `batch.tables`. But the query at
+    position p sees only the positions `first_visible(p, window)` .. p of its sequence.
 
     Do not read blocks that no query of the span sees: the tables may name anything there, `NOWHERE` or a
     block that another sequence has by now. A weight of 0 does not help, because 0 * NaN is NaN. So reading
     begins with the block of the first position that the span's first query sees, and ends with the span's
     last position. What is read and the span's queries end at the same token, so `sliding_window_mask` needs
-    only their two lengths.
+    only their two lengths: the mask's `total` is the number of tokens read, not of the text.
 
-    Keys and values may be stored in float16: convert them to q's type. Scores are scaled by `scale`; 0 is a
-    scale. `keys[blocks]` with an array of n ids gives [n, Hkv, block_size, D]: swap heads and blocks before
-    the reshape to [1, Hkv, tokens, D].
+    Scores are scaled by `scale`; 0 is a scale. `keys[blocks]` with an array of n ids gives [n, Hkv,
+    block_size, D]: swap heads and blocks before the reshape to [1, Hkv, tokens, D].
 
     >>> from tiny_llm.paged_kernel import Span, pack_batch
     >>> table = BlockTable(BlockAllocator(2), 2)

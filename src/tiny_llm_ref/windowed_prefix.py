@@ -78,7 +78,9 @@ class WindowedPrefixSharing(PrefixSharing):
         are kept; the group's `stream` finds them.
 
         If the first of them lies behind block `first`, the window sees nothing of what the table holds: the
-        `WindowedTable` skips to that block's position, and `released` is told which blocks it gave back.
+        `WindowedTable` skips to that block's position, and `released` is told which blocks it gave back. A
+        `BlockTable` has no `skip_to`, and only a windowed one ever has to skip. A type checker does not know
+        that: ask `isinstance(table, WindowedTable)`, or assert it, before you call `skip_to`.
         Otherwise the table keeps its blocks. If `hit` is `first`, nothing changes.
 
         >>> allocator, stream = BlockAllocator(20), TokenBlocks(4)
@@ -99,12 +101,12 @@ class WindowedPrefixSharing(PrefixSharing):
     def adopt(self, sequence: PagedSequence) -> None:
         """Share the longest prefix of kept blocks after which all groups can continue.
 
-        As `PrefixSharing.adopt` of day 3.4: the next block is num_computed // block_size; only blocks within
-        the first `num_shareable` tokens are shared, so the last known token is computed; nothing happens if
-        no block is left to share or if `_may_share` says no. Group i has `sequence.tables[i]` and the stream
-        `sequence.stream_of(i, n)`, the text cut into at least n blocks. Find the longest hit before you
-        change a table: all tables of a sequence must end at the same token. `note_shared` counts the tokens
-        once, not once for each group.
+        As `PrefixSharing.adopt` of day 3.4: the next block is `sequence.num_computed // self.block_size`;
+        only blocks within the first `num_shareable` tokens are shared, so the last known token is computed;
+        nothing happens if no block is left to share or if `_may_share` says no. Group i has
+        `sequence.tables[i]` and the stream `sequence.stream_of(i, n)`, the text cut into at least n blocks.
+        Find the longest hit before you change a table: all tables of a sequence must end at the same token.
+        `note_shared` counts the tokens once, not once for each group.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -132,11 +134,13 @@ class WindowedPrefixSharing(PrefixSharing):
     def keep(self, sequence: PagedSequence, start: int) -> None:
         """Keep the blocks that a sequence has filled since it had computed `start` tokens, in every group.
 
-        The text's blocks start // block_size .. num_computed // block_size - 1 have become full; if there are
-        none, nothing happens. `cache.keep(table, stream, first, stop)` uses one number for a place in the
-        table and for a block of the stream. But the places of a windowed table count from its first block,
-        `first_block(table)`, and those of `sequence.stream_of(group, n)` from the text's first block:
-        `TokenBlocks.tail(n)` is a stream from block n on. Blocks that the table has given back, or never had,
+        The text's blocks start // self.block_size .. num_computed // self.block_size - 1 have become full; if
+        there are none, nothing happens.
+
+        `cache.keep(table, stream, first, stop)` takes block i of the stream to be in `table.blocks[i]`. That
+        is not so for a windowed table: its `blocks[0]` is the text's block `first_block(table)`, while block
+        0 of `sequence.stream_of(group, n)` is the text's first. `TokenBlocks.tail(n)` is a stream from block
+        n on, so that both count from the same block. Blocks that the table has given back, or never had,
         are not kept: no place is negative.
 
         >>> from tiny_llm import SamplingParams

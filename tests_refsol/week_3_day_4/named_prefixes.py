@@ -172,8 +172,9 @@ def test_task_13_what_cannot_be_is_refused() -> None:
     cache = with_prefix()
     cache.allocate_with_prefix("a", "sys", 7)
     before = {name: list(table.blocks) for name, table in cache.tables.items()}
-    with pytest.raises(KeyError):
-        cache.allocate_with_prefix("b", "other", 9)
+    for seq_id, total in (("b", 9), ("a", 9), ("b", -1)):
+        with pytest.raises(KeyError):
+            cache.allocate_with_prefix(seq_id, "other", total)
     for seq_id, total in (("a", 9), ("sys", 9), ("b", 5)):
         with pytest.raises(ValueError):
             cache.allocate_with_prefix(seq_id, "sys", total)

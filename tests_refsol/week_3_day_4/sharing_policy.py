@@ -281,6 +281,18 @@ def test_task_11_a_block_with_an_unknown_token_has_no_hash(length: int, count: i
     assert (sharing.next_block(sequence) is not None) == is_known
 
 
+def test_task_11_a_preempted_sequence_fills_its_first_block_next() -> None:
+    """Oracle: by hand: its stream is cut into four blocks, and none is computed any more. The last hash of
+    the stream is the mistake."""
+    allocator, sharing = make_sharing()
+    sequence = sequence_of(allocator, range(17))
+    first = sharing.next_block(sequence)
+    compute(sharing, sequence, 16)
+    sequence.give_up_pages()
+    assert len(sequence.stream) == 4
+    assert sharing.next_block(sequence) == first == stream_of(range(4)).hashes[0]
+
+
 def test_task_11_outputs_are_known_tokens() -> None:
     """Oracle: by hand: 2 tokens of a prompt and 3 outputs fill one block of 4, as a prompt of 5 does."""
     allocator, sharing = make_sharing()

@@ -10,7 +10,7 @@ from tiny_llm.kv_pool import KVPool
 from tiny_llm.layer_groups import LayerGroup
 from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
-from tiny_llm.paged_kernel import PackedBatch, Span, pack_batch
+from tiny_llm.paged_kernel import Attended, PackedBatch, Span, pack_batch
 from tiny_llm.sliding_window import NOWHERE, WindowedContext, WindowedTable, windowed_attention
 
 from common.blocks import table_of as plain_table
@@ -252,6 +252,34 @@ def test_task_7_a_layer_writes_to_its_place_in_the_group() -> None:
         for place, layer in enumerate(group.layers):
             keys, values = pool.read(place, mx.array(table.slots(0, 2), mx.int32))
             assert keys.tolist() == (-values).tolist() == np.full((2, 1, 2), layer + 1).tolist()
+
+
+class NotingContext(WindowedContext):
+    """A context that notes what it is told to compute, and leaves it to the reader of the outputs."""
+
+    noted: tuple[tuple[int, Attended], ...] = ()
+
+    def _compute(self, layer: int, attended: Attended) -> None:
+        self.noted += ((layer, attended),)
+
+
+def test_task_7_each_layer_is_computed_once_with_what_its_write_returned() -> None:
+    """Oracle: by count, and by hand: layers 0 and 3 see everything and layer 2 sees two tokens.
+
+    Without the call the answers are the same, and nothing is computed before the last layer is described.
+    """
+    groups = (LayerGroup((0, 3), None), LayerGroup((2,), 2))
+    pool, allocator = KVPool(4, 2, 1, 2, num_layers=2, dtype=mx.float32), BlockAllocator(4)
+    tables = [BlockTable(allocator, 2), WindowedTable(allocator, 2)]
+    for table in tables:
+        table.append_tokens(4)
+    batches = [pack_batch([Span(table, 0, 4)]) for table in tables]
+    context, x = NotingContext(pool, groups, batches, 1.0, None), numbers(2, 4, 9, 5).reshape(1, 1, 4, 2)
+    outputs = [context.attend(layer, queries(1, 4), x, x) for layer in (3, 2, 0)]
+    assert [layer for layer, _ in context.noted] == [3, 2, 0]
+    for (_, attended), out in zip(context.noted, outputs, strict=True):
+        assert attended.out.tolist() == out.tolist()
+        assert attended.keys.shape == attended.values.shape == (4, 1, 2, 2)
 
 
 MIXED = (LayerGroup((1, 4), None), LayerGroup((0, 2), 3), LayerGroup((3,), 6), LayerGroup((5, 6), 1))

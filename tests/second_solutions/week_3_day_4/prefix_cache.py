@@ -172,11 +172,11 @@ class PrefixCache:
         >>> block in cache, allocator.ref_count(block), cache.num_idle
         (True, 2, 0)
         """
-        digest, tokens, parent = stream.hashes[index], stream.tokens[index], stream.parent(index)
+        entry = KeptBlock(block, stream.tokens[index], stream.parent(index))
+        name = stream.hashes[index]
+        self._kept[name], self._hash_of[block] = entry, name
+        self._newest_child[entry.parent, entry.tokens[0]] = name
         self._allocator.add_ref(block)
-        self._kept[digest] = KeptBlock(block, tokens, parent)
-        self._hash_of[block] = digest
-        self._newest_child[parent, tokens[0]] = digest
 
     def match(self, stream: TokenBlocks, first: int, stop: int) -> list[int]:
         """Return the kept blocks that hold the blocks first .. stop - 1 of a stream, up to the first miss.

@@ -39,9 +39,8 @@ class WindowedPrefixSharing(PrefixSharing):
         (0, 1)
         """
         window = self._groups[group].window
-        if window is None:
-            return 0
-        return first_visible(num_blocks * self.block_size, window) // self.block_size
+        position = 0 if window is None else first_visible(num_blocks * self.block_size, window)
+        return position // self.block_size
 
     def longest_hit(self, streams: Seq[TokenBlocks], first: int, stop: int) -> int:
         """Return the largest n from `first` to `stop` so that every group can continue after n blocks.

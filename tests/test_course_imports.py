@@ -1,0 +1,131 @@
+"""What a starter imports: what given code uses, and the project's own names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_llm_course.house import House
+from tiny_llm_course.imports import with_imports, without_idle_imports
+from tiny_llm_course.source import blanked
+from tiny_llm_course.starter import set_aside, skip, start, starter
+from tiny_llm_course.syllabus import Syllabus, read_syllabus
+
+WHOLE = '''"""M."""
+
+import heapq
+from collections import Counter, OrderedDict
+from itertools import chain
+
+import mlx.core as mx
+
+from .own import helper
+
+
+def given(rows: OrderedDict, counts: "Counter") -> None:
+    """Nothing to do here."""
+
+
+def f(x: mx.array) -> list[int]:
+    """F."""
+    return helper(heapq.merge(chain([1], x)), Counter, OrderedDict)
+'''
+
+
+def test_only_what_blank_bodies_import_from_the_standard_library_is_left_out() -> None:
+    """Annotations keep an import, quoted ones too; a name of the project's stays, used or not."""
+    head = blanked(WHOLE, {"f": "m"}).partition("\n\n\n")[0]
+    assert head == (
+        '"""M."""\n\nfrom collections import Counter, OrderedDict\n\nimport mlx.core as mx\n\n'
+        "from .own import helper"
+    )
+
+
+def test_some_names_of_an_import_may_go() -> None:
+    whole = WHOLE.replace("rows: OrderedDict, ", "")
+    blank = blanked(whole, {"f": "m"})
+    assert "from collections import Counter\n" in blank
+    assert with_imports(blank.replace('raise NotImplementedError("m")', "f(OrderedDict)"), whole).count(
+        "from collections import Counter, OrderedDict\n"
+    )
+
+
+def test_an_import_that_was_idle_before_is_not_touched() -> None:
+    own = "import heapq\nimport math\n\nx = 1\n"
+    assert without_idle_imports(own, own + "heapq.merge\n") == "import math\n\nx = 1\n"
+
+
+@pytest.mark.parametrize("annotated", ["rows: OrderedDict, ", "rows: OrderedDict, counts: 'Counter'"])
+def test_what_is_filled_in_has_its_imports_again(annotated: str) -> None:
+    """Where the whole group has gone, and where one of it has stayed: the file is as it was."""
+    whole = WHOLE.replace('rows: OrderedDict, counts: "Counter"', annotated if "Counter" in annotated else "")
+    blank = blanked(whole, {"f": "m"})
+    assert "itertools" not in blank
+    body = whole[whole.index("    return helper") :]
+    filled = blank.replace('    raise NotImplementedError("m")\n', body)
+    assert with_imports(filled, whole) == whole
+
+
+def test_what_a_learner_has_imported_is_not_imported_twice() -> None:
+    own = WHOLE.replace("import heapq\n", "import heapq, math\n")
+    assert with_imports(own, WHOLE) == own
+    mine = "from .mine import chain\n\nx = chain(heapq)\n"
+    assert with_imports(mine, WHOLE) == "import heapq\n\n" + mine
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    """The course itself, with an empty overlay."""
+    return House.here().with_overlay(tmp_path)
+
+
+def syllabus_of(house: House) -> Syllabus:
+    return read_syllabus(house.root / "src" / "tiny_llm_course" / "syllabus.toml")
+
+
+def test_a_start_gives_no_approach_away_and_a_skip_can_run(house: House) -> None:
+    day = syllabus_of(house).day("3.3")
+    start(house, day)
+    file = house.overlay / "slot_mapping.py"
+    assert "itertools" not in file.read_text("utf-8")
+    skip(house, day, day.of_module("slot_mapping"))
+    assert "from itertools import chain\n\nimport mlx" in file.read_text("utf-8")
+
+
+def test_a_part_that_begins_again_has_no_idle_imports(house: House) -> None:
+    """Other parts' exercises are the reference's, with the imports that they need."""
+    syllabus = syllabus_of(house)
+    later, first = syllabus.unit("3.4b"), syllabus.unit("3.4a")
+    start(house, later)
+    file = house.overlay / "prefix_cache.py"
+    assert "from array import array\n" in file.read_text("utf-8")
+    start(house, first)
+    assert "from array import array\n" not in file.read_text("utf-8")
+    assert set_aside(house, first)
+    assert "from array import array\n" in file.read_text("utf-8")
+
+
+def test_no_starter_of_any_day_or_part_has_an_idle_import_but_of_the_projects_names(house: House) -> None:
+    """Oracle: ruff. MLX, which every day is about, may be idle too."""
+    for day in syllabus_of(house).days:
+        for unit in () if day.is_to_come else (day, *day.parts):
+            folder = house.overlay / unit.id
+            folder.mkdir()
+            for module in unit.modules:
+                (folder / f"{module}.py").write_text(starter(house, module, unit), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--select=F",
+        "--output-format=concise",
+    ]
+    found = subprocess.run([*command, str(house.overlay)], text=True, capture_output=True, check=False).stdout
+    idle = re.findall(r"F\d+ .*", found)
+    assert idle
+    assert [one for one in idle if not re.match(r"F401 \S* ?`(\.|tiny_llm|mlx)", one)] == []
