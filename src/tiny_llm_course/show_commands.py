@@ -8,7 +8,7 @@ import typer
 from . import overview, views
 from .arguments import ADay, AnExercise, open_course
 from .days import function_of, has_own
-from .learner import learners_errors
+from .learner import blanks_of_others, learners_errors
 from .progress import first_to_do, own_modules
 
 
@@ -30,7 +30,7 @@ def on_try(day: ADay) -> None:
         print(
             f"part {chosen.id} has nothing of its own to show: this is day {chosen.day.id}'s, for all parts"
         )
-    with learners_errors(house):
+    with blanks_of_others(house, syllabus, chosen), learners_errors(house):
         for line in function_of(chosen, "show")():
             print(line, flush=True)
 
