@@ -564,6 +564,22 @@ def test_progress_is_read_from_the_files(house: House) -> None:
     assert "next: pdm run test 1.2" in text
 
 
+def test_a_day_that_was_left_out_is_named_beside_the_next(house: House) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.2"))
+    assert progress_text(house, syllabus).splitlines()[-1] == "next: pdm run test 1.2", "it came first"
+    remember(house, syllabus.day("1.2"), passed=True)
+    assert progress_text(house, syllabus).splitlines()[-1] == "next: pdm run start 1.1"
+    later = SYLLABUS[SYLLABUS.index('[[day]]\nid = "1.2"') : SYLLABUS.index('[[day]]\nid = "1.3"')]
+    later = later.replace("1.2", "1.4").replace("counting", "given").replace("doubling", "more")
+    house.syllabus.write_text(house.syllabus.read_text("utf-8") + later, "utf-8")
+    for name, source in (("given", COUNTING), ("more", DOUBLING)):
+        (house.reference / f"{name}.py").write_text(source, "utf-8")
+    assert progress_text(house, syllabus_of(house)).splitlines()[-1] == (
+        "next: pdm run start 1.4; day 1.1 before it is left out: pdm run start 1.1"
+    )
+
+
 def test_a_broken_record_says_nothing(house: House) -> None:
     day = syllabus_of(house).day("1.1")
     write(house, "adding", ADDING)

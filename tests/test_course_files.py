@@ -60,7 +60,8 @@ def test_progress_names_the_file_that_has_changed(house: House) -> None:
         remember(house, day, passed=True)
     write(house, "adding", f"{ADDING}# mine\n")
     rows = progress_text(house, syllabus).splitlines()
-    assert "adding.py changed since its tests ran" in rows[1], "the file is of another day"
+    says = "adding.py changed since its tests ran: pdm run test 1.2"
+    assert says in rows[1], "the file is of another day"
     write(house, "doubling", f"{DOUBLING}# mine\n")
     assert "adding.py and 1 more changed since its tests ran" in progress_text(house, syllabus)
 
