@@ -69,6 +69,9 @@ def on_compare(
 ) -> None:
     """Measure your code and the reference on the same work, alternating: results, speed, memory.
 
+    Only this day's modules are exchanged; the others are the reference's on both sides. Memory is the most
+    that a run needs: weights and inputs, which both have, are not counted.
+
     Left out on days where both sides do the same: the command then says why.
 
     \b
@@ -86,7 +89,7 @@ def on_compare(
     if as_json:
         print(json.dumps({"day": chosen.id, **as_json_object(found)}))
     else:
-        print(as_text(chosen, found))
+        print(as_text(house, chosen, found))
 
 
 def on_progress(
