@@ -69,7 +69,7 @@ def _running(file: Path) -> Path:
 
 def read_outcome(file: Path, code: int) -> Outcome:
     """What a run stored that ended with `code`; nothing failed and nothing waits where it stored nothing."""
-    running = _running(file).read_text(encoding="utf-8") if _running(file).exists() else ""
+    running = _running(file).read_text(encoding="utf-8") if code < 0 and _running(file).exists() else ""
     if not file.exists():
         return Outcome(code, running=running)
     failed, waiting, stopped = json.loads(file.read_text(encoding="utf-8"))
