@@ -28,7 +28,7 @@ from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_b
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_reference, run_started
-from tiny_llm_course.views import difference, hint, tasks
+from tiny_llm_course.views import after_reset, difference, hint, tasks
 
 ROOT = Path(__file__).parents[1]
 HINTS = 'hints = ["Which is larger, 2 or 3?", "The sum of 2 and 3 is 5.", "Take both, and add them up."]'
@@ -315,7 +315,9 @@ def test_start_never_overwrites_and_again_moves_aside(house: House) -> None:
 def test_reset_moves_files_aside(house: House) -> None:
     day = syllabus_of(house).day("1.1")
     start(house, day)
-    assert [file.name for file in set_aside(house, day)] == ["adding.py.1.bak"]
+    moved = set_aside(house, day)
+    assert [file.name for file in moved] == ["adding.py.1.bak"]
+    assert after_reset(day, moved) == "the reference's again: adding.py"
     assert state(house, day.exercises[0]) is State.NOT_STARTED
 
 

@@ -32,7 +32,7 @@ from tiny_llm_course.starter import restore, set_aside, skip, start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_started
 from tiny_llm_course.units import Cut, Part, exercise_range
-from tiny_llm_course.views import begun, difference, how_again, moved_aside, tasks
+from tiny_llm_course.views import after_reset, begun, difference, how_again, moved_aside, tasks
 
 __all__ = ["house"]
 
@@ -369,6 +369,8 @@ def test_again_sets_a_copy_aside_and_blanks_only_the_part(course: House) -> None
     aside = set_aside(course, part(course, "b"))
     assert [file.name for file in aside] == ["counting.py.1.bak", "doubling.py.1.bak"]
     assert aside[0].read_text("utf-8") == mine
+    again = "the reference's again: doubling.py, 1.2.2 in counting.py"
+    assert after_reset(part(course, "b"), aside) == again
     assert [moved_aside(course, file) for file in aside] == [
         "copied aside: src/tiny_llm/counting.py.1.bak; counting.py keeps what is of other parts",
         "moved aside: src/tiny_llm/doubling.py.1.bak",

@@ -52,10 +52,27 @@ def how_again(house: House, unit: Unit, begun: Begun) -> list[str]:
 
 def moved_aside(house: House, file: Path) -> str:
     """What was set aside: a file, or the copy of one that stays for its other parts."""
-    name = file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
+    name = _name_before(file)
     if file.with_name(name).exists():
         return f"copied aside: {house.shown(file)}; {name} keeps what is of other parts"
     return f"moved aside: {house.shown(file)}"
+
+
+def after_reset(unit: Unit, moved: list[Path]) -> str:
+    """What is the reference's again: files, or of a file that stays the exercises of the unit."""
+    names = {_name_before(file): file.with_name(_name_before(file)).exists() for file in moved}
+    whole = [name for name, stays in names.items() if not stays]
+    some = [
+        f"{exercise.id} in {name}"
+        for name, stays in names.items()
+        for exercise in (unit.of_module(name.removesuffix(".py")) if stays else ())
+    ]
+    return f"the reference's again: {', '.join(whole + some)}"
+
+
+def _name_before(file: Path) -> str:
+    """`norm.py` of `norm.py.1.bak`."""
+    return file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
 
 
 def tasks(house: House, unit: Unit) -> str:

@@ -115,7 +115,7 @@ def on_reset(day: ADay) -> None:
     moved = set_aside(house, unit)
     if not moved:
         raise CourseError(f"{unit.named} is not started: there is nothing to reset")
-    print("\n".join(views.moved_aside(house, file) for file in moved))
+    print("\n".join([*(views.moved_aside(house, file) for file in moved), views.after_reset(unit, moved)]))
 
 
 def on_restore(day: ADay) -> None:
