@@ -214,7 +214,7 @@ class Decoder:
         self.most_held = max(self.most_held, self.held)
 
     def _forget(self) -> None:
-        self._layout.let_go(self._tables, self._length)
+        self._layout.release_passed(self._tables, self._length)
 
 
 class Stopwatch:

@@ -172,7 +172,7 @@ class Watched(PagedBatchManager):
         self._watch = watch
         self._watch_moves = watch_moves
         self._preempted, self._scheduler._preempt = self._scheduler._preempt, self._preempt
-        self._passed, self._scheduler._let_go = self._scheduler._let_go, self._let_go
+        self._passed, self._scheduler._release_passed = self._scheduler._release_passed, self._release_passed
 
     def _schedule(self) -> Plan:
         had = {sequence.seq_id: sequence.num_computed for sequence in self.running}
@@ -211,7 +211,7 @@ class Watched(PagedBatchManager):
         self._preempted(sequence, plan)
         self.happened["sequences swapped out"] += sequence.swapped is not None
 
-    def _let_go(self, sequence: PagedSequence) -> None:
+    def _release_passed(self, sequence: PagedSequence) -> None:
         held = len(sequence.blocks)
         self._passed(sequence)
         self.happened["blocks that windows passed"] += held - len(sequence.blocks)

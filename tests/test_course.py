@@ -28,7 +28,7 @@ from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_b
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_reference, run_started
-from tiny_llm_course.views import difference, hint, tasks
+from tiny_llm_course.views import after_reset, difference, hint, tasks
 
 ROOT = Path(__file__).parents[1]
 HINTS = 'hints = ["Which is larger, 2 or 3?", "The sum of 2 and 3 is 5.", "Take both, and add them up."]'
@@ -315,7 +315,9 @@ def test_start_never_overwrites_and_again_moves_aside(house: House) -> None:
 def test_reset_moves_files_aside(house: House) -> None:
     day = syllabus_of(house).day("1.1")
     start(house, day)
-    assert [file.name for file in set_aside(house, day)] == ["adding.py.1.bak"]
+    moved = set_aside(house, day)
+    assert [file.name for file in moved] == ["adding.py.1.bak"]
+    assert after_reset(day, moved) == "the reference's again: adding.py"
     assert state(house, day.exercises[0]) is State.NOT_STARTED
 
 
@@ -566,6 +568,22 @@ def test_progress_is_read_from_the_files(house: House) -> None:
     assert "- its file is not there" in text
     assert "1 of 2 days pass." in text
     assert "next: pdm run test 1.2" in text
+
+
+def test_a_day_that_was_left_out_is_named_beside_the_next(house: House) -> None:
+    syllabus = syllabus_of(house)
+    start(house, syllabus.day("1.2"))
+    assert progress_text(house, syllabus).splitlines()[-1] == "next: pdm run test 1.2", "it came first"
+    remember(house, syllabus.day("1.2"), passed=True)
+    assert progress_text(house, syllabus).splitlines()[-1] == "next: pdm run start 1.1"
+    later = SYLLABUS[SYLLABUS.index('[[day]]\nid = "1.2"') : SYLLABUS.index('[[day]]\nid = "1.3"')]
+    later = later.replace("1.2", "1.4").replace("counting", "given").replace("doubling", "more")
+    house.syllabus.write_text(house.syllabus.read_text("utf-8") + later, "utf-8")
+    for name, source in (("given", COUNTING), ("more", DOUBLING)):
+        (house.reference / f"{name}.py").write_text(source, "utf-8")
+    assert progress_text(house, syllabus_of(house)).splitlines()[-1] == (
+        "next: pdm run start 1.4; day 1.1 before it is left out: pdm run start 1.1"
+    )
 
 
 def test_a_broken_record_says_nothing(house: House) -> None:

@@ -40,11 +40,29 @@ def test_whole_numbers_are_counted_and_others_measured(
     here: House, differing: int | None, largest: float | None, says: str
 ) -> None:
     """The distance of two token ids means nothing."""
-    text = as_text(day(here, "1.2"), Comparison(SIDE, SIDE, differing, 4, largest))
+    text = as_text(here, day(here, "1.2"), Comparison(SIDE, SIDE, differing, 4, largest))
     assert says in text
     assert "2.8e+04" not in text
     table = text.splitlines()[1:4]
     assert len({len(line) for line in table}) == 1, "the columns stand apart"
+
+
+@pytest.mark.parametrize(("is_compiled", "ran"), [(True, "a compiled kernel"), (False, "MLX's own operator")])
+def test_the_exercises_whose_reference_is_faster_code_say_so(
+    here: House, is_compiled: bool, ran: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "compiled_runs", lambda: is_compiled)
+    start(here, day(here, "1.4"))
+    lines = as_text(here, day(here, "1.4"), Comparison(SIDE, SIDE, None, 4, 0.0)).splitlines()
+    assert any(
+        line.startswith("exchanged: ") and "norm.py" in line and "rope.py" not in line for line in lines
+    )
+    says = "yours is what you wrote, the reference runs"
+    assert f"1.4.1 rms_norm: {says} {ran}" in lines
+    assert (
+        any("swiglu" in line and line.endswith(says + " a compiled kernel") for line in lines) == is_compiled
+    )
+    assert any(line.startswith("memory: ") and "not counted" in line for line in lines)
 
 
 def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.MonkeyPatch) -> None:

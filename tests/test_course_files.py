@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from test_course import ADDING, COUNTING, DOUBLING, ROOT, house, replace, run, syllabus_of, write
+from tiny_llm_course import views
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
 from tiny_llm_course.overview import progress_text
@@ -59,7 +60,8 @@ def test_progress_names_the_file_that_has_changed(house: House) -> None:
         remember(house, day, passed=True)
     write(house, "adding", f"{ADDING}# mine\n")
     rows = progress_text(house, syllabus).splitlines()
-    assert "adding.py changed since its tests ran" in rows[1], "the file is of another day"
+    says = "adding.py changed since its tests ran: pdm run test 1.2"
+    assert says in rows[1], "the file is of another day"
     write(house, "doubling", f"{DOUBLING}# mine\n")
     assert "adding.py and 1 more changed since its tests ran" in progress_text(house, syllabus)
 
@@ -117,10 +119,12 @@ def test_a_starter_that_begins_a_removed_helper_is_no_fault_of_the_learners(hous
 
 def test_start_links_every_module_that_is_not_the_learners(house: House) -> None:
     syllabus = syllabus_of(house)
-    start(house, syllabus.day("1.2"))
+    done = start(house, syllabus.day("1.2"))
+    assert views.begun(house, syllabus.day("1.2"), done)[-1] == views.LINKS
     links = {file.name: file.resolve() for file in house.overlay.glob("*.pyi")}
     assert links == {f"{name}.pyi": house.reference / f"{name}.py" for name in ("adding", "api")}
-    start(house, syllabus.day("1.1"))
+    done = start(house, syllabus.day("1.1"))
+    assert views.LINKS not in views.begun(house, syllabus.day("1.1"), done), "it is said where they are new"
     assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
     set_aside(house, syllabus.day("1.2"))
     assert len(list(house.overlay.glob("*.pyi"))) == 3, "they are the reference's again"

@@ -122,6 +122,24 @@ def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
     ]
 
 
+def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: House) -> None:
+    said = '"""What all have.\n\n    label, size: how many books\n        fit. colour: none.\n    """'
+    replace(shelved.reference / "shelf.py", '"""What all have."""', said)
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
+    replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
+    shown = [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
+    assert shown[0] == "shelf.Base.size: int: how many books fit"
+
+
+def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelved: House) -> None:
+    fields = "".join(f"    field_{number}: int = 0\n" for number in range(7))
+    replace(shelved.reference / "shelf.py", "    size: int\n\n\n", f"    size: int\n{fields}\n\n")
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Base(1)")
+    replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Base")
+    [shown] = [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
+    assert shown == "shelf.Base(size, field_0 = ..., field_1 = ..., ...): What all have"
+
+
 def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: House) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")

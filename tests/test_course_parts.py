@@ -32,7 +32,7 @@ from tiny_llm_course.starter import restore, set_aside, skip, start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_started
 from tiny_llm_course.units import Cut, Part, exercise_range
-from tiny_llm_course.views import begun, difference, moved_aside, tasks
+from tiny_llm_course.views import after_reset, begun, difference, how_again, moved_aside, tasks
 
 __all__ = ["house"]
 
@@ -344,8 +344,7 @@ def test_what_the_learner_has_written_stays_without_again(course: House) -> None
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(own(course), "Counter.leap", LEAP)
     write(course, "counting", mine)
-    with pytest.raises(CourseError, match=r"part 1\.2b is started already .*`pdm run start 1\.2b --again`"):
-        start(course, part(course, "b"))
+    assert start(course, part(course, "b")).is_nothing
     skip(course, part(course, "b").day, part(course, "b").exercises)
     done = start(course, part(course, "b"))
     assert [one.id for one in done.blanked] == ["1.2.3"]
@@ -374,6 +373,8 @@ def test_again_sets_a_copy_aside_and_blanks_only_the_part(course: House) -> None
     aside = set_aside(course, part(course, "b"))
     assert [file.name for file in aside] == ["counting.py.1.bak", "doubling.py.1.bak"]
     assert aside[0].read_text("utf-8") == mine
+    again = "the reference's again: doubling.py, 1.2.2 in counting.py"
+    assert after_reset(part(course, "b"), aside) == again
     assert [moved_aside(course, file) for file in aside] == [
         "copied aside: src/tiny_llm/counting.py.1.bak; counting.py keeps what is of other parts",
         "moved aside: src/tiny_llm/doubling.py.1.bak",
@@ -457,6 +458,22 @@ def test_a_part_that_is_there_and_blank_is_shown_once_more(course: House) -> Non
     assert begun(course, part(course, "a"), start(course, part(course, "a"))) == [
         "it is there already, blank"
     ]
+
+
+def test_a_part_that_is_partly_written_is_shown_with_its_states(course: House) -> None:
+    start(course, syllabus_of(course).day("1.2"))
+    solution = solved(own(course), "Counter.leap", LEAP)
+    write(course, "counting", solution)
+    done = start(course, part(course, "b"))
+    assert own(course) == solution
+    assert begun(course, part(course, "b"), done) == ["part 1.2b is started already: nothing was changed"]
+    shown = tasks(course, part(course, "b"))
+    assert "1.2.2  counting.py  Counter.leap(steps): written\n" in shown
+    assert "1.2.3  doubling.py  double(x): blank\n" in shown
+    assert how_again(course, part(course, "b"), done) == [
+        "anew:    pdm run start 1.2b --again (copies your files aside first)"
+    ]
+    assert how_again(course, part(course, "c"), start(course, part(course, "c"))) == [], "it is blank"
 
 
 # ---- test ----

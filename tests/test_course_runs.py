@@ -183,6 +183,32 @@ def test_parses_of_many_threads_leave_the_collector_on() -> None:
     assert gc.isenabled()
 
 
+CRASH = "    import os\n    import signal\n\n    os.kill(os.getpid(), signal.SIGSEGV)\n    return one\n"
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_crash_of_python_names_the_signal_the_test_and_its_exercise(
+    house: House, isolated: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING.replace("    return sum((one, other))\n", CRASH))
+    assert run_day(house, syllabus, syllabus.day("1.1"), [], isolated=isolated) == 128 + signal.SIGSEGV
+    assert capfd.readouterr().out.splitlines()[-4:] == [
+        "SIGSEGV ended Python in test_task_1_two_and_three",
+        "the test is about 1.1.1 add. MLX checks no index: one outside of an array can do this.",
+        "Python's lines are where MLX computed, perhaps behind the fault: read adding.py, add",
+        "again: pdm run test 1.1.1 -x; pdm run hint 1.1.1",
+    ]
+
+
+def test_a_crash_while_a_file_is_read_names_the_file(house: House, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(house)
+    write(house, "adding", f"{ADDING}\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 128 + signal.SIGSEGV
+    out = capfd.readouterr().out
+    assert out.endswith("SIGSEGV ended Python while tests_refsol/test_week_1_day_1.py was read\n")
+
+
 # ---- many failures ----
 
 

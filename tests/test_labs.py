@@ -160,14 +160,15 @@ def test_the_screen_has_predictions_beside_measurements(run: Run, capsys: pytest
 
 
 def test_a_learners_blank_is_one_line_that_says_where(tmp_path: Path) -> None:
+    message = "2.2.1 NaiveKVCache.append: pdm run hint 2.2.1"
     (tmp_path / "naive_cache.py").write_text(
-        "def blank():\n    raise NotImplementedError('2.2.1 is blank')\n\n\nblank()\n", encoding="utf-8"
+        f"def blank():\n    raise NotImplementedError('{message}')\n\n\nblank()\n", encoding="utf-8"
     )
     environment = {**os.environ, "TINY_LLM_OVERLAY": str(tmp_path)}
     command = [sys.executable, str(LABS / "main.py"), "naive"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'naive_cache.py'}, line 2: 2.2.1 is blank"]
+    assert done.stderr.splitlines() == [f"error: {tmp_path / 'naive_cache.py'}, line 2: {message}"]
 
 
 # ---- what they count ----

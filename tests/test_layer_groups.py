@@ -114,7 +114,7 @@ def most_held(group: LayerGroup, num_tokens: int, block_size: int, most_at_once:
         table.append_tokens(count)
         position += count
         most = max(most, len(table.blocks))
-        layout.let_go([table], position)
+        layout.release_passed([table], position)
     return most
 
 

@@ -1,6 +1,7 @@
 """A blank exercise or a mistake in a learner's module: one line that says where, from every command."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +67,21 @@ def test_every_command_says_it_in_one_line(command: list[str], tmp_path: Path) -
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "tiny-llm: error: still blank: 3.2.9 LLM: pdm run hint 3.2.9"
     assert "Traceback" not in done.stderr
+
+
+def test_a_show_that_meets_a_blank_of_another_day_says_which_and_what_to_do(tmp_path: Path) -> None:
+    for day in ("1.3", "1.4"):
+        assert run(tmp_path, "-m", "tiny_llm_course", "start", day).returncode == 0
+    assert run(tmp_path, "-m", "tiny_llm_course", "skip", "1.3").returncode == 0
+    done = run(tmp_path, "-m", "tiny_llm_course", "try", "1.3")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: what day 1\.3 shows needs 1\.4\.\d \w+ of (day|part) (1\.4\w*) too, "
+        r"still blank in your \w+\.py: write it, or `pdm run skip \2`\n",
+        done.stderr,
+    ), done.stderr
+    own = run(tmp_path, "-m", "tiny_llm_course", "try", "1.4")
+    assert ", line " in own.stderr, "a blank of the day itself is where it stands"
 
 
 def test_a_benchmark_of_this_repository_says_it_in_one_line(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class TableMachine(RuleBasedStateMachine):
         text.stop += count
 
     @rule(text=texts, position=st.integers(0, 40))
-    def let_go(self, text: Text, position: int) -> None:
+    def release_passed(self, text: Text, position: int) -> None:
         blocks = list(text.table.blocks)
         passed = text.table.release_before(position)
         assert passed == blocks[: len(passed)]
@@ -277,7 +277,7 @@ class Texts:
         again = windowed_attention(q[None], self.keys, self.values, *where)
         assert mx.array_equal(again, out).item(), "what was written is read again, with the same bits"
         for row in rows:
-            self.layout.let_go([self.tables[row]], self.done[row])
+            self.layout.release_passed([self.tables[row]], self.done[row])
         expected = [
             dense_attention(self.q[row][:, s.start : s.stop], *self.stored(row, s.stop), self.window)
             for row, s in zip(rows, spans, strict=True)
@@ -406,7 +406,7 @@ class Layers:
             ]
             np.testing.assert_allclose(np.array(out), np.concatenate(expected, 1), rtol=0, atol=2e-5)
         for text, _, stop in spans:
-            self.layout.let_go(self.tables[text], stop)
+            self.layout.release_passed(self.tables[text], stop)
 
     def stored(self, layer: int, text: int, stop: int) -> list[np.ndarray]:
         streams = (mx.array(x[layer][text][:, :stop]).astype(self.pool.dtype) for x in (self.k, self.v))

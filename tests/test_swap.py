@@ -102,7 +102,7 @@ class Host:
             for place, block in enumerate(table.blocks, first):
                 end = min((place + 1) * SIZE, sequence.num_computed)
                 self.held[block] = (group, *sequence.tokens(0, end))
-        self.layout.let_go(sequence.tables, sequence.num_computed)
+        self.layout.release_passed(sequence.tables, sequence.num_computed)
 
     def grow(self) -> None:
         if self.running:

@@ -159,6 +159,6 @@ def logits_through_pages(
         rows.append(model(mx.array([tokens[start : start + chunk]], mx.int32), context)[0])
         pool.evaluate(rows[-1])
         start += chunk
-        layout.let_go(tables, start)
+        layout.release_passed(tables, start)
     assert start == len(tokens)
     return mx.concatenate(rows)

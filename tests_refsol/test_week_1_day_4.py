@@ -253,6 +253,17 @@ def test_task_2_the_first_pass_does_not_copy_the_weights(biased: bool) -> None:
     assert mib < 20, f"{mib:.0f} MiB at the peak"
 
 
+def test_task_2_joined_biases_are_evaluated() -> None:
+    """Oracle: by hand: evaluating them once more takes no memory. Joined later, 2 MiB would be added."""
+    parts = [BiasedLinear(random_matrix(seed, 2**18, 1), random_vector(seed, 2**18)) for seed in range(2)]
+    mx.eval([(part.bias, part(mx.zeros((1, 1)))) for part in parts])
+    stacked = stack(parts)
+    assert isinstance(stacked, BiasedLinear)
+    before = mx.get_active_memory()
+    mx.eval(stacked.bias)
+    assert mx.get_active_memory() == before
+
+
 # Task 3: swiglu
 
 

@@ -213,10 +213,11 @@ def test_task_2_tokens_come_as_they_are_asked_for() -> None:
         assert len(model.sequences) <= taken
 
 
-def test_task_2_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -> None:
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_task_2_an_empty_prompt_is_refused_when_the_first_token_is_asked_for(max_tokens: int) -> None:
     """Oracle: the docstring."""
     model = RuleModel()
-    stream = generate(model, [], 3, ())
+    stream = generate(model, [], max_tokens, ())
     with pytest.raises(ValueError):
         next(stream)
     assert model.sequences == [], "the model has nothing to do with an empty prompt"

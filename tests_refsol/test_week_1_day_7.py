@@ -103,6 +103,12 @@ def test_task_2_the_smallest_set_that_reaches_p_stays(p: float, kept: list[int])
     check_kept(keep_top_p(logits, p), logits, kept)
 
 
+def test_task_2_a_set_that_has_exactly_p_is_enough() -> None:
+    """Oracle: the docstring: before the second token the sum is 0.5, which is not less than p."""
+    logits = mx.log(mx.array([0.5, 0.25, 0.25]))
+    check_kept(keep_top_p(logits, 0.5), logits, [0])
+
+
 def test_task_2_logits_need_not_be_log_probabilities() -> None:
     """Oracle: by hand: a constant that is added to all logits changes no probability."""
     for shift in (-300.0, 5.0, 300.0):
@@ -363,6 +369,15 @@ def test_task_5_top_p_of_one_and_min_p_of_zero_are_off() -> None:
     """Oracle: the draw itself, at every index: a filter that keeps all changes no threshold."""
     logits, params = mx.random.normal((100,), key=mx.random.key(9)), SamplingParams(top_p=1.0, min_p=0.0)
     assert sampled(logits, params).tolist() == drawn(lambda index: draw(logits, 13, index), 60).tolist()
+
+
+def test_task_5_top_p_of_one_takes_no_unlikely_token_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: token 0 has 1.5e-8, and 1 - u is half of that, so it is drawn.
+
+    In float32 the likeliest token has all of the probability: a filter at 1 would take token 0 away.
+    """
+    monkeypatch.setattr("tiny_llm.sampler.uniform", lambda seed, index: 1 - 2.0**-27)
+    assert sample_token(mx.array([-18.0, 0.0]), SamplingParams(top_p=1.0), 1, 1).item() == 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from .errors import CourseError
 from .house import House
 from .progress import missing_modules, own_modules
 from .runs import begin_python, overlay_of, own_sources
+from .source import stand_ins
 from .units import Unit
 
 SECONDS = 2.0  # of repetitions, both sides together
@@ -80,8 +81,8 @@ def compare(house: House, unit: Unit) -> Comparison:
     return Comparison(own_side, reference_side, differing, outs[1].size, largest)
 
 
-def as_text(unit: Unit, found: Comparison) -> str:
-    """A table of both sides."""
+def as_text(house: House, unit: Unit, found: Comparison) -> str:
+    """A table of both sides, and what ran on each."""
     own, reference = found.own, found.reference
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
@@ -91,9 +92,32 @@ def as_text(unit: Unit, found: Comparison) -> str:
             f"{'milliseconds (fastest-slowest)':30}{times[0]:>24}{times[1]:>24}",
             f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
             _results(found),
-            "the reference runs compiled kernels where it has them; yours is what you wrote",
+            "memory: the most that a run needs beside its weights and inputs, which are not counted",
+            *_what_runs(house, unit),
         ]
     )
+
+
+def _what_runs(house: House, unit: Unit) -> list[str]:
+    """Which modules are exchanged, and for which exercises the reference has faster code."""
+    modules = [f"{module}.py" for module in unit.day.modules if (house.overlay / f"{module}.py").exists()]
+    kernels = [kernel.file for kernel in unit.kernels if (house.overlay / kernel.file).exists()]
+    lines = [f"exchanged: only {', '.join(modules + kernels)}; the others are the reference's on both sides"]
+    for exercise in unit.exercises:
+        kinds = stand_ins((house.reference / f"{exercise.module}.py").read_text("utf-8"), exercise.name)
+        fast = "a compiled kernel" if "compiled" in kinds and compiled_runs() else "MLX's own operator"
+        if "fused" in kinds or fast == "a compiled kernel":
+            lines.append(f"{exercise.id} {exercise.name}: yours is what you wrote, the reference runs {fast}")
+    return lines
+
+
+def compiled_runs() -> bool:
+    """Whether the reference's compiled kernels run here: built, and MLX's device is the CPU."""
+    import mlx.core as mx
+
+    import tiny_llm_kernels
+
+    return tiny_llm_kernels.available() and mx.default_device() == mx.Device(mx.cpu)
 
 
 def as_json_object(found: Comparison) -> dict[str, object]:

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 
 from .errors import CourseError
 from .house import House
-from .mistake import mistake
+from .mistake import Mistake, mistake
+from .syllabus import Syllabus
+from .units import Unit
 
 
 @contextmanager
@@ -18,3 +20,24 @@ def learners_errors(house: House) -> Iterator[None]:
         if found is None:
             raise
         raise CourseError(f"{house.shown(found.file)}, line {found.line}: {found.what}") from error
+
+
+@contextmanager
+def blanks_of_others(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[None]:
+    """A blank of another day or part becomes a `CourseError` that says what to do with it."""
+    try:
+        yield
+    except Exception as error:
+        found = mistake(error, house.overlay)
+        if found is None or not found.is_blank or _is_of(found, unit):
+            raise
+        exercise = syllabus.exercise(found.what.partition(" ")[0])
+        owner = syllabus.unit(exercise.id)
+        raise CourseError(
+            f"what {unit.named} shows needs {exercise.id} {exercise.name} of {owner.named} too, "
+            f"still blank in your {found.file.name}: write it, or `pdm run skip {owner.id}`"
+        ) from error
+
+
+def _is_of(blank: Mistake, unit: Unit) -> bool:
+    return any(blank.what.startswith(f"{exercise.id} ") for exercise in unit.exercises)

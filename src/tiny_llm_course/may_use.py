@@ -22,6 +22,8 @@ from .units import Day, Exercise, Unit
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 PRIVATE = re.compile(r"\._(?!_)")
 CHECKPOINTS = "tiny_llm_checkpoints"  # the package under the reference that exercises call
+MOST_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
+FIELDS_SHOWN = 3
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 
 
@@ -31,7 +33,7 @@ Member = tuple[str, str, ast.stmt | ast.expr]
 
 class Interface(NamedTuple):
     """One thing that may be used. name: `function`, `Class` or `Class.member`; says: its docstring's first
-    line."""
+    line, of a field the sentence that its class's docstring has for it."""
 
     module: str
     name: str
@@ -195,7 +197,9 @@ class Reference:
         found = self.member(Kind(module, owner), member)
         if found is None:
             raise CourseError(f"there is no {module}.{name}")
-        return _shown(module, name, found[2])
+        shown = _shown(module, name, found[2])
+        holder = self.defined(found[0], found[1].rpartition(".")[0])
+        return shown._replace(says=shown.says or _said_of_field(holder, member))
 
     def _named(self, where: tuple[str, str] | None) -> Kind | None:
         """The kind of a class, or of what stands behind another name for a type."""
@@ -453,6 +457,9 @@ def _constructor(node: ast.ClassDef) -> str:
         return ""
     fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
     names = [ast.unparse(one.target) + (" = ..." if one.value is not None else "") for one in fields]
+    if len(names) > MOST_FIELDS:
+        required = sum(one.value is None for one in fields)
+        names = [*names[: max(FIELDS_SHOWN, required)], "..."]
     inherited = [
         f"the fields of {base}" for base in bases if "NamedTuple" not in base and "Generic" not in base
     ]
@@ -462,6 +469,14 @@ def _constructor(node: ast.ClassDef) -> str:
 def _arguments(node: Function) -> str:
     arguments = ast.unparse(node.args)
     return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
+
+
+def _said_of_field(node: ast.stmt | None, name: str) -> str:
+    """The sentence `name: text` of a class's docstring; one may be about several fields, `a, b: text`."""
+    text = (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef) else ""
+    about = rf"(?:^|[.;] )(?:\w+, )*{name}(?:, \w+)*: (.+?)(?=\.(?: |$)|; \w+: )"
+    found = re.search(about, " ".join(text.split()))
+    return found[1] if found else ""
 
 
 def _first_line(node: Function | ast.ClassDef) -> str:

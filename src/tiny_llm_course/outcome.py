@@ -1,10 +1,12 @@
 """What a run of a day's suite came to: which tests failed over a mistake, and which met a blank.
 
 The plugin (`provenance`) writes it in the process of the run; `pdm run test` reads it to say where to begin.
+While tests run, a file beside it names the one that runs now: the process may end without another word.
 """
 
 import json
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ class Outcome:
 
     waiting: for each test that met a blank, the blank's message, such as `1.4.1 rms_norm: book, ...`.
     stopped: whether the run ended early because a test was out of time. blank: ids of the tests that wait.
+    running: of a process that a signal has ended, the id of the test that ran, or of the file that was read.
     """
 
     code: int
@@ -29,6 +32,17 @@ class Outcome:
     waiting: tuple[str, ...] = ()
     stopped: bool = False
     blank: tuple[str, ...] = ()
+    running: str = ""
+
+    @property
+    def ended_by(self) -> str:
+        """The name of the signal that ended the process, such as SIGSEGV; empty where it ended by itself."""
+        return signal.Signals(-self.code).name if self.code < 0 else ""
+
+    @property
+    def exit_code(self) -> int:
+        """The run's exit code as a shell has it: 128 and more where a signal has ended it."""
+        return 128 - self.code if self.code < 0 else self.code
 
     def passes(self, exercises: Iterable[Exercise]) -> bool:
         """Whether no test of these exercises failed or waits, in a run that had them all."""
@@ -44,19 +58,45 @@ def write_outcome(
     file.write_text(json.dumps([failed, waiting, stopped]), encoding="utf-8")
 
 
+def write_running(file: Path, what: str) -> None:
+    """Store which test runs, or which file is read, beside the outcome `file` that is still to come."""
+    _running(file).write_text(what, encoding="utf-8")
+
+
+def _running(file: Path) -> Path:
+    return file.with_suffix(".running")
+
+
 def read_outcome(file: Path, code: int) -> Outcome:
     """What a run stored that ended with `code`; nothing failed and nothing waits where it stored nothing."""
+    running = _running(file).read_text(encoding="utf-8") if code < 0 and _running(file).exists() else ""
     if not file.exists():
-        return Outcome(code)
+        return Outcome(code, running=running)
     failed, waiting, stopped = json.loads(file.read_text(encoding="utf-8"))
     blank, messages = (tuple(each) for each in zip(*waiting, strict=True)) if waiting else ((), ())
-    return Outcome(code, tuple(failed), messages, stopped, blank)
+    return Outcome(code, tuple(failed), messages, stopped, blank, running)
 
 
 def task_of(test: str) -> int:
     """The number of the task that a test is about; 0 where its name says none."""
     match = _TASK.search(test)
     return int(match[1]) if match else 0
+
+
+def about_signal(outcome: Outcome, day: Day) -> list[str]:
+    """What is said of a run that a signal has ended: the signal, the test, its exercise and what to do."""
+    file, _, test = outcome.running.partition("::")
+    where = f"in {test}" if test else f"while {file} was read" if file else "before the first test"
+    lines = ["", f"{outcome.ended_by} ended Python {where}"]
+    one = next((one for one in day.exercises if one.task == task_of(outcome.running)), None)
+    if one is None:
+        return lines
+    return [
+        *lines,
+        f"the test is about {one.id} {one.name}. MLX checks no index: one outside of an array can do this.",
+        f"Python's lines are where MLX computed, perhaps behind the fault: read {one.module}.py, {one.name}",
+        f"again: pdm run test {one.id} -x; pdm run hint {one.id}",
+    ]
 
 
 def begin_here(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> str | None:

@@ -53,12 +53,12 @@ def _row(house: House, unit: Unit) -> dict[str, Any]:
 
 
 def _told(house: House, unit: Unit, outcome: Result) -> str:
-    """What the tests say; of tests that are out of date also the file that has changed."""
+    """What the tests say; of tests that are out of date also the file that has changed, and the command."""
     changed = changed_files(house, unit) if outcome is Result.STALE else []
     if not changed:
         return outcome.value
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return f"{changed[0]}{more} changed since its tests ran"
+    return f"{changed[0]}{more} changed since its tests ran: pdm run test {unit.id}"
 
 
 def progress_text(house: House, syllabus: Syllabus) -> str:
@@ -69,8 +69,21 @@ def progress_text(house: House, syllabus: Syllabus) -> str:
     lines += ["", _LEGEND, f"{done} of {len(rows)} days pass."]
     following = _following(house, syllabus, rows)
     if following is not None:
-        lines.append(f"next: pdm run {'test' if is_started(house, following) else 'start'} {following.id}")
+        lines.append(f"next: {_command(house, following)}{_gap(house, syllabus, rows, following)}")
     return "\n".join(lines)
+
+
+def _command(house: House, unit: Unit) -> str:
+    return f"pdm run {'test' if is_started(house, unit) else 'start'} {unit.id}"
+
+
+def _gap(house: House, syllabus: Syllabus, rows: list[dict[str, Any]], following: Unit) -> str:
+    """The first day before the next that does not pass, where a later one does; empty where there is none."""
+    first = next(row for row in rows if not row["done"])
+    day = syllabus.day(first["day"])
+    if day == following.day or not any(row["done"] for row in rows[rows.index(first) :]):
+        return ""
+    return f"; day {day.id} before it is left out: {_command(house, _part_to_do(house, day) or day)}"
 
 
 def _table(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[str]:

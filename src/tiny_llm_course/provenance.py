@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .outcome import OUTCOME_FILE, write_outcome
+from .outcome import OUTCOME_FILE, write_outcome, write_running
 from .time_limit import STOPPED
 
 BLANK = "blank"
@@ -34,6 +34,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     kernels = "none" if library is None else "yours" if library.parent == overlay else "the reference's"
     about = f"course: {whose}" if whose else "course:"
     return [about, f"yours: {yours}; the reference's: {number} modules; compiled kernels: {kernels}"]
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Store which file is read: a crash leaves no report."""
+    _note_running(collector.nodeid)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Store which test runs: a crash leaves no report."""
+    _note_running(nodeid)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,6 +82,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         failed = [report.nodeid for kind in ("failed", "error") for report in reporter.stats.get(kind, ())]
         stopped = STOPPED in session.config.stash
         write_outcome(Path(os.environ[OUTCOME_FILE]), failed, _waiting(reporter), stopped=stopped)
+
+
+def _note_running(what: str) -> None:
+    if os.environ.get(OUTCOME_FILE):
+        write_running(Path(os.environ[OUTCOME_FILE]), what)
 
 
 def _waiting(reporter: pytest.TerminalReporter) -> list[tuple[str, str]]:

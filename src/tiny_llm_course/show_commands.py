@@ -8,7 +8,7 @@ import typer
 from . import overview, views
 from .arguments import ADay, AnExercise, open_course
 from .days import function_of, has_own
-from .learner import learners_errors
+from .learner import blanks_of_others, learners_errors
 from .progress import first_to_do, own_modules
 
 
@@ -30,7 +30,7 @@ def on_try(day: ADay) -> None:
         print(
             f"part {chosen.id} has nothing of its own to show: this is day {chosen.day.id}'s, for all parts"
         )
-    with learners_errors(house):
+    with blanks_of_others(house, syllabus, chosen), learners_errors(house):
         for line in function_of(chosen, "show")():
             print(line, flush=True)
 
@@ -69,6 +69,9 @@ def on_compare(
 ) -> None:
     """Measure your code and the reference on the same work, alternating: results, speed, memory.
 
+    Only this day's modules are exchanged; the others are the reference's on both sides. Memory is the most
+    that a run needs: weights and inputs, which both have, are not counted.
+
     Left out on days where both sides do the same: the command then says why.
 
     \b
@@ -86,7 +89,7 @@ def on_compare(
     if as_json:
         print(json.dumps({"day": chosen.id, **as_json_object(found)}))
     else:
-        print(as_text(chosen, found))
+        print(as_text(house, chosen, found))
 
 
 def on_progress(

@@ -239,6 +239,13 @@ def _raise(node: Function, message: str) -> str:
     return indent(f'raise NotImplementedError("{message}")\n', " " * column)
 
 
+def stand_ins(source: str, name: str) -> set[str]:
+    """By what kinds of fast code a function may be replaced: `compiled`, `fused`, both or none."""
+    calls = [one for one in find(source, name).decorator_list if isinstance(one, ast.Call)]
+    given = {keyword.arg for one in calls if _is_stand_in(one) for keyword in one.keywords}
+    return {kind for kind in ("compiled", "fused") if kind in given}
+
+
 def _is_stand_in(decorator: ast.expr) -> bool:
     function = decorator.func if isinstance(decorator, ast.Call) else decorator
     return isinstance(function, ast.Name) and function.id in STAND_INS

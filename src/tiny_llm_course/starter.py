@@ -8,7 +8,7 @@ from .cpp import libraries
 from .errors import CourseError
 from .house import House
 from .imports import with_imports, without_idle_imports
-from .progress import State, is_untouched, missing_modules, own_modules, refuse_missing, state
+from .progress import State, missing_modules, own_modules, refuse_missing, state
 from .source import (
     blanked,
     functions,
@@ -26,10 +26,16 @@ from .units import Day, Exercise, Kernel, Part, Unit
 @dataclass(frozen=True)
 class Begun:
     """What a start has done. files: written anew. blanked: exercises that were the reference's in a file of
-    the learner's, and are blank now."""
+    the learner's, and are blank now. links: links for editors that were not there before."""
 
     files: list[Path]
     blanked: list[Exercise]
+    links: int = 0
+
+    @property
+    def is_nothing(self) -> bool:
+        """True where all was started already."""
+        return not self.files and not self.blanked
 
 
 def starter(house: House, module: str, *units: Unit) -> str:
@@ -56,12 +62,12 @@ def start(house: House, unit: Unit) -> Begun:
 
     A module that is there stays as it is, apart from exercises of the unit that are the reference's, where
     the day has parts: these become blank. What the learner has written always stays. Raises `CourseError`
-    where there is nothing to do, unless the unit is a part that is blank.
+    for a day that is started already; a part may be, and nothing is done then.
     """
     own_modules(house)
     new = [house.overlay / f"{module}.py" for module in missing_modules(house, unit)]
     given = [exercise for exercise in unit.exercises if unit.day.parts and _is_given(house, exercise)]
-    if not new and not given and not (isinstance(unit, Part) and is_untouched(house, unit)):
+    if not new and not given and not isinstance(unit, Part):
         raise CourseError(
             f"{unit.named} is started already ({', '.join(f'{module}.py' for module in unit.modules)}): "
             f"`pdm run start {unit.id} --again` moves your files aside and begins anew"
@@ -70,8 +76,7 @@ def start(house: House, unit: Unit) -> Begun:
         file.write_text(starter(house, file.stem, unit), encoding="utf-8")
     for exercise in given:
         _blank_again(house, unit.day, exercise)
-    link_stubs(house)
-    return Begun(new, given)
+    return Begun(new, given, link_stubs(house))
 
 
 def _is_given(house: House, exercise: Exercise) -> bool:

@@ -11,25 +11,32 @@ from pathlib import Path
 from .house import House
 
 
-def link_stubs(house: House) -> None:
-    """Bring the links up to date: one for each module of the reference that the overlay has no file for."""
+def link_stubs(house: House) -> int:
+    """Bring the links up to date: one for each module of the reference that the overlay has no file for.
+
+    How many were made that were not there before.
+    """
     known = {file.stem for file in house.reference.glob("*.py")} - {"__init__"}
     own = {file.stem for file in house.overlay.glob("*.py")}
     for stub in house.overlay.glob("*.pyi"):
         if stub.is_symlink() and (stub.stem in own or stub.stem not in known):
             stub.unlink()
-    for module in sorted(known - own):
-        _link(house.overlay / f"{module}.pyi", house.reference / f"{module}.py")
+    modules = sorted(known - own)
+    return sum(_link(house.overlay / f"{one}.pyi", house.reference / f"{one}.py") for one in modules)
 
 
-def _link(stub: Path, module: Path) -> None:
-    """A relative link, so that the checkout can be moved; where links cannot be made there is none."""
+def _link(stub: Path, module: Path) -> bool:
+    """A relative link, so that the checkout can be moved; where links cannot be made there is none.
+
+    Whether it is new.
+    """
     target = os.path.relpath(module, stub.parent)
     if stub.is_symlink() and os.readlink(stub) == target:
-        return
+        return False
     if stub.is_symlink():
         stub.unlink()
     try:
         stub.symlink_to(target)
     except OSError:
-        return  # a file of that name, or a system without links
+        return False  # a file of that name, or a system without links
+    return True

@@ -9,7 +9,7 @@ from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
 from .house import House
-from .outcome import Outcome, begin_here, task_of
+from .outcome import Outcome, about_signal, begin_here, task_of
 from .progress import (
     Result,
     State,
@@ -68,7 +68,7 @@ def run_day(
         with overlay_of(house, today, kernels=bool(unit.kernels)) as alone:
             outcome = run_suite_of(alone, unit, arguments, f"{about}, isolated", time_limit)
             _tell_first(outcome, unit)
-            return outcome.code
+            return outcome.exit_code
     outcome = run_suite_of(house, unit, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
     if whole:  # part of the tests says nothing about all
@@ -85,7 +85,7 @@ def run_day(
         _tell_blame(house, syllabus, unit, outcome)
     else:
         _tell_first(outcome, unit)
-    return outcome.code
+    return outcome.exit_code
 
 
 def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]) -> int:
@@ -170,6 +170,9 @@ def _why_whole(house: House, day: Day) -> str:
 
 
 def _tell_first(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
+    if outcome.ended_by:
+        print("\n".join(about_signal(outcome, unit.day)), flush=True)
+        return
     line = begin_here(outcome, unit.day, at_fault)
     if line is not None:
         print(line, flush=True)

@@ -8,13 +8,17 @@ from .errors import CourseError
 from .house import House
 from .legend import legend
 from .may_use import Interface, may_use, unit_may_use
-from .progress import Result, State, result, state
+from .progress import Result, State, is_untouched, result, state
 from .source import STAND_INS, functions, names_in, with_blank, without
 from .starter import Begun
 from .syllabus import Syllabus
 from .units import Day, Exercise, Kernel, Part, Unit
 
 STEPS = ("a question", "a fact", "a sketch")
+LINKS = (
+    "links NAME.pyi for editors: they lead to the reference's files; go-to-definition shows its code, "
+    "exercises of later days included"
+)
 _STAND_INS = (
     "@accelerated, _fused, _compiled in the reference: faster code that runs in place of the function below. "
     "Yours always runs itself, and needs none of it."
@@ -22,7 +26,13 @@ _STAND_INS = (
 
 
 def begun(house: House, unit: Unit, begun: Begun) -> list[str]:
-    """What a start has written, made blank again, or left as it was."""
+    """What a start has written, made blank again, or left as it was; links for editors where they are new."""
+    if begun.is_nothing:
+        return [
+            "it is there already, blank"
+            if is_untouched(house, unit)
+            else f"{unit.named} is started already: nothing was changed"
+        ]
     lines = [f"wrote {house.shown(file)}" for file in begun.files]
     lines += [
         f"blank again in {house.shown(house.overlay / e.module)}.py: {e.id} {e.name}" for e in begun.blanked
@@ -30,19 +40,46 @@ def begun(house: House, unit: Unit, begun: Begun) -> list[str]:
     if isinstance(unit, Part):
         kept = [e for e in unit.exercises if state(house, e) in (State.WRITTEN, State.SKIPPED)]
         lines += [f"stays as it is: {e.id} {e.name}" for e in kept]
-    return lines or ["it is there already, blank"]
+    return [*lines, *([LINKS] if begun.links else [])]
+
+
+def how_again(house: House, unit: Unit, begun: Begun) -> list[str]:
+    """How to begin anew with what is started already; nothing where it was not, or is blank."""
+    if not begun.is_nothing or is_untouched(house, unit):
+        return []
+    return [f"anew:    pdm run start {unit.id} --again (copies your files aside first)"]
 
 
 def moved_aside(house: House, file: Path) -> str:
     """What was set aside: a file, or the copy of one that stays for its other parts."""
-    name = file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
+    name = _name_before(file)
     if file.with_name(name).exists():
         return f"copied aside: {house.shown(file)}; {name} keeps what is of other parts"
     return f"moved aside: {house.shown(file)}"
 
 
+def after_reset(unit: Unit, moved: list[Path]) -> str:
+    """What is the reference's again: files, or of a file that stays the exercises of the unit."""
+    names = {_name_before(file): file.with_name(_name_before(file)).exists() for file in moved}
+    whole = [name for name, stays in names.items() if not stays]
+    some = [
+        f"{exercise.id} in {name}"
+        for name, stays in names.items()
+        for exercise in (unit.of_module(name.removesuffix(".py")) if stays else ())
+    ]
+    return f"the reference's again: {', '.join(whole + some)}"
+
+
+def _name_before(file: Path) -> str:
+    """`norm.py` of `norm.py.1.bak`."""
+    return file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
+
+
 def tasks(house: House, unit: Unit) -> str:
-    """The exercises of a day or a part, its chapter and its test command."""
+    """The exercises of a day or a part, its chapter and its test command.
+
+    Where something of it is written, each exercise says whether it is.
+    """
     letters = legend(house, unit)
     chapter = f"book/src/{unit.day.chapter}" if unit.day.chapter else "to come; the docstrings say all"
     return "\n".join(
@@ -69,7 +106,12 @@ def _exercises(house: House, unit: Unit) -> list[str]:
             for part in unit.parts
             for line in (f"{part.id}  {part.title}", *(f"  {one}" for one in _exercises(house, part)))
         ]
-    return [f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}" for e in unit.exercises]
+    states = {e: state(house, e) for e in unit.exercises}
+    is_new = set(states.values()) <= {State.BLANK, State.NOT_STARTED}
+    return [
+        f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}{'' if is_new else f': {found.value}'}"
+        for e, found in states.items()
+    ]
 
 
 def _tests(unit: Unit) -> list[str]:

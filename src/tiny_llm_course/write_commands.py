@@ -34,6 +34,11 @@ def on_start(
     pdm run start 3.2b            # one part
     pdm run start 3.2b --again    # blanks only this part; the files of before are *.bak
 
+    A part that is started already is shown with what is written of it, and nothing is changed.
+
+    Beside your files there are links NAME.pyi for editors: they lead to the reference's files, so
+    go-to-definition shows its code, exercises of later days included.
+
     Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
     """
     house, syllabus = open_course()
@@ -49,7 +54,7 @@ def on_start(
     begun = start(house, chosen)
     print(f"{chosen.named}: {chosen.title}.{f' Afterwards: {chosen.works}.' if chosen.works else ''}")
     print("\n".join(views.begun(house, chosen, begun)))
-    print(views.tasks(house, chosen))
+    print("\n".join([views.tasks(house, chosen), *views.how_again(house, chosen, begun)]))
 
 
 def on_skip(
@@ -110,7 +115,7 @@ def on_reset(day: ADay) -> None:
     moved = set_aside(house, unit)
     if not moved:
         raise CourseError(f"{unit.named} is not started: there is nothing to reset")
-    print("\n".join(views.moved_aside(house, file) for file in moved))
+    print("\n".join([*(views.moved_aside(house, file) for file in moved), views.after_reset(unit, moved)]))
 
 
 def on_restore(day: ADay) -> None:

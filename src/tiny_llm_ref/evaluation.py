@@ -31,5 +31,5 @@ def text_logits(model: Model, token_ids: Seq[int], config: EngineConfig) -> mx.a
         context = layout.context(pool, spans, model.config.attention_scale, None)
         rows.append(model(mx.array([list(tokens)], mx.int32), context)[0])
         pool.evaluate(rows[-1])
-        layout.let_go(tables, start + len(tokens))
+        layout.release_passed(tables, start + len(tokens))
     return mx.concatenate(rows)

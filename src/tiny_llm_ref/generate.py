@@ -44,7 +44,8 @@ def generate(
     Yields at most `max_tokens` new tokens, none for 0. An end token, one of `eos_token_ids`, is yielded too,
     and is the last; one in the prompt ends nothing. The model is called once for each token that is yielded,
     and not before that token is asked for, so a caller that stops early pays for nothing more. The caller's
-    `tokens` stay as they are. Raises ValueError for an empty prompt, when the first token is asked for.
+    `tokens` stay as they are. Raises ValueError for an empty prompt, at a `max_tokens` of 0 too, when the
+    first token is asked for.
 
     >>> from tiny_llm.loader import load_model
     >>> loaded = load_model(None)  # the embedded model

@@ -85,7 +85,8 @@ def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByNam
       `layer_frequencies(config)`.
     - `norm` is the vector "model.norm".
     - `lm_head` is the matrix "lm_head". If `config.tie_word_embeddings`, there is none of that name: it is
-      the embedding's matrix, the same object, so that it is in memory once, and without the scale.
+      the matrix "model.embed_tokens" itself, the same object and not its `ScaledRows`: it is in memory once,
+      and logits are not multiplied by Gemma's scale.
 
     >>> from tiny_llm.loader import load_model
     >>> model = load_model(None).model  # the embedded model, assembled by this function

@@ -55,8 +55,8 @@ class PageLayout:
         own = max(0, -(-num_tokens // self.block_size) - num_shared // self.block_size)
         return sum(min(own, self._most(group, num_tokens)) for group in self.groups)
 
-    def let_go(self, tables: Seq[BlockTable], position: int) -> list[int]:
-        """Give back the blocks that no query from `position` on sees; which, table by table."""
+    def release_passed(self, tables: Seq[BlockTable], position: int) -> list[int]:
+        """Release the blocks that no query from `position` on sees; return them, table by table."""
         passed: list[int] = []
         if not self._has_windows:
             return passed

@@ -82,7 +82,7 @@ class PageScheduler:
         for sequence, start, stop, _ in plan.chunks:
             sequence.num_computed = stop
             self.prefix.keep(sequence, start)
-            self._let_go(sequence)
+            self._release_passed(sequence)
             if start < len(sequence.prompt) <= stop and not sequence.outputs:
                 queries, hits = self.prefix_stats
                 found = sequence.num_cached_tokens
@@ -176,7 +176,7 @@ class PageScheduler:
         """Let everybody who runs take what the prefix cache has by now, and parked beams join."""
         for sequence in list(self._queues.running):
             self.prefix.adopt(sequence)
-            self._let_go(sequence)
+            self._release_passed(sequence)
             if sequence.parked is not None and sequence.num_uncomputed == 0:
                 self._queues.join(sequence)
 
@@ -198,7 +198,7 @@ class PageScheduler:
         """Plan up to `count` tokens of a sequence and take their pages; none where it has to give way."""
         if sequence.blocks_to_append(count) + len(sequence.tables) <= self.num_available:
             self.prefix.adopt_part(sequence)
-            self._let_go(sequence)
+            self._release_passed(sequence)
             count = min(count, sequence.num_uncomputed)
             if sequence.blocks_to_append(count) > self.num_available:
                 # Only what is left of the shared blocks' copies: their originals can be had again afterwards.
@@ -210,9 +210,9 @@ class PageScheduler:
             self.prefix.released([copy.src for copy in copies])
             plan.chunks.append(Scheduled(sequence, start, start + count, copies))
 
-    def _let_go(self, sequence: PagedSequence) -> None:
-        """Give back what the windows of a sequence have passed."""
-        self.prefix.released(self._layout.let_go(sequence.tables, sequence.num_computed))
+    def _release_passed(self, sequence: PagedSequence) -> None:
+        """Release the blocks that the windows of a sequence have passed."""
+        self.prefix.released(self._layout.release_passed(sequence.tables, sequence.num_computed))
 
     def _make_room(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
         """Find pages for `count` more tokens, preempting if need be; False: `sequence` had to give way."""

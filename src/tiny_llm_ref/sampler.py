@@ -24,6 +24,9 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
     k is at least 1. Tokens with the same logit as the k-th stay too, so more than k may stay, and which ones
     stay does not depend on the order of a sort. A k of V or more keeps all.
 
+    MLX checks no index: `sorted_logits[-k]` with a k above V reads outside of the array, which gives any
+    number or ends Python with a segmentation fault.
+
     >>> keep_top_k(mx.array([1.0, 3.0, 2.0, 3.0]), 1).tolist()
     [-inf, 3.0, -inf, 3.0]
     """
@@ -38,7 +41,8 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     shares of what a filter before this one has left. p is above 0 and at most 1. The likeliest token always
     stays: going from the likeliest on, a token stays while those before it sum to less than p. Tokens as
     likely as the last one that stays, stay too. A token of probability 0 never stays, even at a p of 1: that
-    is a logit of -inf, and also one so low that its probability is 0 in float32.
+    is a logit of -inf, and also one so low that its probability is 0 in float32. At a p of 1 all others stay,
+    but in float32 the sum can reach 1 before the last of them: tokens of about 1e-7 and less may go then.
 
     >>> keep_top_p(mx.log(mx.array([0.5, 0.125, 0.25, 0.125])), 0.625).tolist()  # 0.5 is less, 0.75 enough
     [-0.6931471824645996, -inf, -1.3862943649291992, -inf]
@@ -106,7 +110,7 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
     - divide by `params.temperature`;
     - keep by `params.min_p`; 0 is off;
     - keep by `params.top_k`; 0 and -1 are off;
-    - keep by `params.top_p`; 1 is off;
+    - keep by `params.top_p`; 1 is off, which keeps the unlikely tokens too that `keep_top_p` drops at 1;
     - draw with the seed and the index.
 
     Each filter sees the logits that the one before it left, so their probabilities sum to 1 again. Return an

@@ -40,7 +40,8 @@ def stack(parts: Sequence[LinearLike]) -> LinearLike:
     - otherwise: a `StackedLinear`, which leaves every part as it is.
 
     Evaluate what was joined with `mx.eval` before you return it. MLX is lazy: otherwise the first forward
-    pass would join the matrices of all layers at once, and the weights would be in memory twice.
+    pass would join the matrices of all layers at once, and the weights would be in memory twice. Weights and
+    biases need it; what `stack_packed` returns is evaluated already.
 
     >>> both = stack([Linear(mx.array([[1.0], [2.0]])), Linear(mx.array([[30.0]]))])
     >>> both(mx.array([[1.0], [2.0]])).tolist()

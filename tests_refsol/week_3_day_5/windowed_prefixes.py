@@ -84,7 +84,7 @@ class Setup:
         sequence.append_tokens(count)
         sequence.num_computed += count
         self.sharing.keep(sequence, start)
-        self.sharing.released(self.layout.let_go(sequence.tables, sequence.num_computed))
+        self.sharing.released(self.layout.release_passed(sequence.tables, sequence.num_computed))
 
     def streams(self, tokens: Sequence[int]) -> list[TokenBlocks]:
         """A text as each group sees it, cut into full blocks."""
@@ -538,7 +538,7 @@ def test_task_12_a_table_that_begins_later_keeps_the_right_blocks() -> None:
     setup.check(sequence)
 
 
-def test_task_12_what_a_table_has_let_go_is_not_kept() -> None:
+def test_task_12_what_a_table_has_released_is_not_kept() -> None:
     """Oracle: by hand: 16 tokens since the beginning, of which the window's table has 8 to 15.
 
     First less the table's first block is negative then, and counts from the end of a list: the mistake.

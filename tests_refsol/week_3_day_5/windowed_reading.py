@@ -337,6 +337,6 @@ def test_task_7_texts_grow_while_their_pages_go_back(block_size: int, dtype: mx.
                     row += stop - start
                 np.testing.assert_allclose(out, np.concatenate(parts, axis=1), rtol=0, atol=2e-5)
         for i, _, stop in steps:
-            for block in layout.let_go(tables[i], stop):
+            for block in layout.release_passed(tables[i], stop):
                 write_over(pool, block)
         done = stops

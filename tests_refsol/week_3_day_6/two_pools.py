@@ -85,7 +85,7 @@ class Setup:
             for position in range(start, sequence.num_computed):
                 [slot] = table.slots(position, position + 1)
                 self.pool[slot // SIZE][slot % SIZE] = (group, *sequence.tokens(0, position + 1))
-        self.layout.let_go(sequence.tables, sequence.num_computed)
+        self.layout.release_passed(sequence.tables, sequence.num_computed)
         self.spoil()
 
     def spoil(self) -> None:
