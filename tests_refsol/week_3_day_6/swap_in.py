@@ -185,7 +185,7 @@ def test_task_7_windows_go_on_where_they_are_or_skip(adopted: int, copied: int, 
     """Oracle: by hand: 18 tokens, windows of 6 and 3, and a prefix cache that had the first blocks.
 
     With 2 of them the first window holds 0 .. 7, of which nothing is needed any more: those go back, and it
-    goes on at 12. With 3 it holds 4 .. 11, and 12 is just behind: it goes on; `release_passed` may come later.
+    goes on at 12. With 3 it holds 4 .. 11, and 12 is just behind: it goes on, and may release later.
     """
     setup = Setup(windows=(None, 6, 3))
     sequence, donor = setup.sequence(TEXT, 18), setup.sequence(TEXT, 0)
