@@ -78,7 +78,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             else KVPool.for_model(model.config, policies.swap_blocks, page_size, kv_dtype)
         )
         self.last_plan: Plan[PagedSequence] = Plan()
-        self._queues: PagedQueues = PagedQueues(policies.turn)
+        self._queues: PagedQueues = PagedQueues(policies.priority_key)
         self._model = model
         self._max_seqs = max_batch_size
         self._context = max_model_len or (
@@ -237,11 +237,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         """
         self.give_memory_back()
         plan = self._schedule()
-        if plan.is_empty:
-            return StepLogits(None, {})
-        rows = self.run_plan(plan)
-        self._scheduler.computed(plan)
-        return plan.conclude(rows, self._fork)
+        result = StepLogits(None, {})
+        if not plan.is_empty:
+            rows = self.run_plan(plan)
+            self._scheduler.computed(plan)
+            result = plan.conclude(rows, self._fork)
+        return result
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id."""
