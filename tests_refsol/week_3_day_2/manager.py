@@ -287,4 +287,6 @@ def test_task_15_keys_and_values_move_with_the_blocks_that_are_held() -> None:
     slots = [block * 4 + offset for block in kept.blocks for offset in range(4)]
     after = [array for layer in range(2) for array in manager.pool.read(layer, mx.array(slots))]
     for found, want in zip(after, before, strict=True):
-        np.testing.assert_array_equal(np.array(found), want)
+        np.testing.assert_array_equal(
+            np.array(found), want, err_msg="a held block has other keys or values after the pool was halved"
+        )

@@ -141,9 +141,13 @@ def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> N
     rows = manager.run_plan(Plan([copied], swapped_out=[(11, 2)]))
     assert rows is not None
     check_logits({"a": rows[0]}, {"a": tokens})
-    np.testing.assert_array_equal(held(pool, 11), tenth)
+    np.testing.assert_array_equal(held(pool, 11), tenth, err_msg="the plan's copy from 10 to 11 was not made")
     assert manager.run_plan(Plan(swapped_in={14: 2})) is None
-    np.testing.assert_array_equal(held(pool, 14), eleventh)
+    np.testing.assert_array_equal(
+        held(pool, 14),
+        eleventh,
+        err_msg="block 14 is not what block 11 held before the plan: swapping out comes before the copies",
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +247,7 @@ def test_task_17_a_prompt_is_computed_and_is_ready() -> None:
     assert (ids(manager.waiting), ids(manager.running)) == ([], ["a"])
     assert manager.sequence("a").num_computed == 6
     assert manager.capacity.num_free == 6
-    assert manager.prefix_stats.queries == 6, "the scheduler was told what was computed"
+    assert manager.prefix_stats.queries == 6, "the scheduler was not told what was computed"
     check_pages(manager)
 
 
@@ -324,7 +328,11 @@ def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
     for plan in (Plan(swapped_out=[(11, 0)]), Plan(swapped_in={14: 0})):
         monkeypatch.setattr(PageScheduler, "plan", lambda scheduler, plan=plan: plan)
         assert len(manager.process_batch()) == 0
-    np.testing.assert_array_equal(held(pool, 14), expected)
+    np.testing.assert_array_equal(
+        held(pool, 14),
+        expected,
+        err_msg="block 14 is not what block 11 held: blocks are exchanged without chunks too",
+    )
 
 
 def test_task_17_without_work_no_sequence_is_ready() -> None:
@@ -597,8 +605,8 @@ def test_task_17_a_pool_that_has_grown_gives_memory_back() -> None:
         manager.commit({name: known[name][-1] for name in ready})
         if step == 2:
             manager.finish("a")
-    assert max(sizes) >= 13
-    assert sizes[-1] <= 8
+    assert max(sizes) >= 13, "the pool did not grow"
+    assert sizes[-1] <= 8, "the pool did not shrink: each step gives memory back before it plans"
     assert manager.pool is not None
     assert manager.pool.num_blocks == sizes[-1]
     assert manager.capacity.num_free == 64 - 3
