@@ -672,6 +672,31 @@ def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: House) ->
     )
 
 
+def test_a_learners_helper_may_have_the_name_of_one_of_the_references(course: House) -> None:
+    """The reference's code called the learner's helper, so that the search blamed several exercises."""
+    day = syllabus_of(course).day("1.2")
+    start(course, day)
+    wrong = solved(own(course), "Counter.count", COUNT)
+    wrong = solved(wrong, "Counter.back", "        self.value = self._before(2)\n        return self.value")
+    helper = "    def _before(self, steps: int) -> int:\n        return self.value - steps\n\n\ndef given"
+    write(course, "counting", wrong.replace("\ndef given", helper))
+    found = find_blame(course, day, failing("test_task_4_goes_back"))
+    assert found.exercise is not None
+    assert found.exercise.id == "1.2.4"
+
+
+def test_what_is_skipped_calls_the_references_helper_and_not_the_learners(course: House) -> None:
+    day = syllabus_of(course).day("1.2")
+    start(course, day)
+    helper = "    def _before(self) -> int:\n        return 7\n\n\ndef given"
+    write(course, "counting", own(course).replace("\ndef given", helper))
+    skip(course, day, day.exercises)
+    assert "self.value = self._before_of_reference()" in own(course)
+    assert "        return add(self.value, -1)\n" in own(course)
+    assert "    def _before(self) -> int:\n        return 7\n" in own(course)
+    assert run_day(course, syllabus_of(course), day, []) == 0
+
+
 # ---- what is shown ----
 
 

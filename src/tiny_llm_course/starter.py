@@ -1,5 +1,6 @@
 """A day's modules as a learner begins with them: the reference's, with the exercises blank."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from .imports import with_imports, without_idle_imports
 from .progress import State, missing_modules, own_modules, refuse_missing, state
 from .source import (
     blanked,
+    body_lines,
     functions,
     is_given,
     names_in,
+    signature,
     with_blank,
     with_body_of,
     with_function,
@@ -21,6 +24,8 @@ from .source import (
 )
 from .stubs import link_stubs
 from .units import Day, Exercise, Kernel, Part, Unit
+
+APART = "_of_reference"  # behind the name of a helper where the learner has another one of that name
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,29 @@ def filled(house: House, day: Day, exercises: Iterable[Exercise]) -> dict[str, s
 
 def _filled(house: House, day: Day, exercise: Exercise, own: str) -> str:
     reference = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
-    with_body, removed = with_body_of(own, reference, exercise.name), day.removed_from(exercise.module)
-    return with_imports(_with_helpers(with_body, reference, removed, exercise.name), reference)
+    reference, helpers = _apart(own, reference, day.removed_from(exercise.module))
+    with_body = with_body_of(own, reference, exercise.name)
+    return with_imports(_with_helpers(with_body, reference, helpers, exercise.name), reference)
+
+
+def _apart(own: str, reference: str, helpers: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The reference and its helpers, renamed where the learner has a function of the same name.
+
+    Otherwise the reference's code would call the learner's helper, which may take or return something else.
+    """
+    taken = {helper.rpartition(".")[2] for helper in helpers if _has_another(own, reference, helper)}
+    for name in taken:
+        reference = re.sub(rf"\b{name}\b", f"{name}{APART}", reference)
+    names = (f"{one}{APART}" if one.rpartition(".")[2] in taken else one for one in helpers)
+    return reference, tuple(names)
+
+
+def _has_another(own: str, reference: str, helper: str) -> bool:
+    """Whether a source has a function of a helper's name that is not the helper."""
+    if helper not in functions(own):
+        return False
+    first, second = ((signature(one, helper), body_lines(one, helper)) for one in (own, reference))
+    return first != second
 
 
 def _with_helpers(own: str, reference: str, removed: tuple[str, ...], name: str) -> str:

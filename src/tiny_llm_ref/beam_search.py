@@ -84,7 +84,8 @@ class BeamSearchPageManager:
     def prune(self, beam_ids: Iterable[int]) -> None:
         """End beams: their ids are unknown from now on, and pages that no other beam holds are free.
 
-        beam_ids: may be `tables` itself. Raises KeyError, and ends none of them, if one is no living beam.
+        beam_ids: may be `tables` itself; an id that comes twice is one beam. Raises KeyError, and ends none
+        of them, if one is no living beam.
 
         >>> allocator = BlockAllocator(8)
         >>> beams = BeamSearchPageManager(beam_size=2, page_allocator=allocator, page_size=4)
@@ -192,16 +193,16 @@ class BeamSearch:
         """Choose the next beams from the likeliest tokens of each present beam; [] when the search is over.
 
         candidates[i]: tokens that may follow beam i, with their log-probabilities, in any order. Each makes a
-        longer hypothesis, with beam i's sum plus its log-probability. Rank all of them by their sums, the
-        highest first; of equal sums first the one with the better parent (the smaller i), then the smaller
-        token.
+        longer hypothesis, with beam i's sum plus its log-probability. Rank all of them, those that end
+        included, by their sums, the highest first; of equal sums first the one with the better parent (the
+        smaller i), then the smaller token. Ranks begin at 0.
 
         - The best `beam_width` of those that do not end are the new `beams`, in this order. The returned
           choices say of each which beam it continues and with which token.
-        - One that ends (`_finish_reason` says why) joins `ended` with its `params.score`, but only if its
-          rank among all of them, ended or not, is below `beam_width`. So an end takes no beam's place.
-        - `ended` has the highest score first, of equal scores the older first, and keeps at most
-          `beam_width`.
+        - One that ends (`_finish_reason` says why) takes no beam's place. It joins `ended` with its
+          `params.score`, but only if it is among the first `beam_width` of the whole ranking.
+        - `ended` has the highest score first; of equal scores the older first, and of those that end in one
+          step the one with the better rank. It keeps at most `beam_width`.
         - The search is over, with no beams and no choices, if no beam is left or if `_nothing_can_improve()`,
           which looks at the new `beams` and `ended`.
 

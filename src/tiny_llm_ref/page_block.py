@@ -47,7 +47,8 @@ def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_sta
 
     Both may be the same page, with ranges that overlap: the target then has what the source range held
     before. (A slice of an MLX array is a value: a later write to the array does not change it.) The pages may
-    have different block sizes, and share nothing afterwards. A length of 0 copies nothing.
+    have different block sizes, and share nothing afterwards. The target's two arrays are written to
+    (`page.keys[:, a:b] = ...`) and stay the same objects: others may have them. A length of 0 copies nothing.
 
     Raises ValueError, and copies nothing, if a range is not within its page (the given `_check_range` does
     this), or if the pages differ in heads, D or type: MLX would not complain, it would broadcast one head to

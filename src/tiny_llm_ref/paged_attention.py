@@ -14,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """A copy of the first `length` tokens of block `src` to block `dst`, to be made before the next write."""
+    """Copy the first `length` tokens of block `src` to block `dst`, before anything is written to either."""
 
     src: int
     dst: int
@@ -26,8 +26,8 @@ class BlockAllocator:
 
     `_free` is a queue of the free ids, `_ref_counts[block]` the number of a block's holders. Invariant: a
     block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive count =
-    num_blocks. Taking or returning a block costs O(1), whatever the size of the pool: that is why the free
-    ids have a queue.
+    num_blocks. With a queue no block has to be searched for: its ends are reached at once in a pool of any
+    size.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -150,6 +150,8 @@ class BlockTable:
     def blocks_to_append(self, num_new_tokens: int) -> int:
         """The number of free blocks that `append_tokens(num_new_tokens)` would take. Changes nothing.
 
+        num_new_tokens: 0 or more; a negative number is the caller's mistake, and need not be found here.
+
         These are the blocks for the tokens that the last block has no place for, and one more for a copy on
         write: new tokens go to the last block, and it is partly filled and has another holder too. No new
         tokens take no block. How many blocks are free does not matter here.
@@ -170,11 +172,12 @@ class BlockTable:
         """Add places for new tokens at the end: in the last block first, then in newly allocated blocks.
 
         Returns the copies to make before the new tokens are written: at most one. It is a copy on write: the
-        last block is partly filled and has another holder too, and a write would change that holder's tokens.
-        So this table frees its reference to the shared block, has a newly allocated block in its place, and
-        returns the copy from the one to the other, of the tokens that were in it before:
-        `num_tokens % block_size`. A full shared block is never written to again, and so never copied. No new
-        tokens change nothing.
+        last block is partly filled and has another holder too, so a write would go to a place where that
+        holder has a token, or will put its own next one. So this table frees its reference to the shared
+        block, has a newly allocated block in its place, and returns the copy from the one to the other, of
+        the tokens that were in it before: `num_tokens % block_size`. A full shared block is never written to
+        again, and so never copied. No new tokens change nothing; a negative number is the caller's mistake,
+        as in `blocks_to_append`.
 
         All or nothing: raises `OutOfBlocksError`, and changes nothing, if fewer blocks are free than
         `blocks_to_append` says.
@@ -245,7 +248,8 @@ class BlockTable:
         """Return a second table with the same blocks and tokens; each block counts one more holder.
 
         No block is taken or copied. Afterwards the two tables are independent: what one appends, the other
-        never sees (`append_tokens` copies the block in which both would write).
+        never sees (`append_tokens` copies the block in which both would write). The second table is a plain
+        `BlockTable`: a kind of table with more fields has a `fork` of its own.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
         >>> _ = table.append_tokens(6)

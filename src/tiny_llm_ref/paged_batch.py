@@ -109,9 +109,11 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         search's width.
 
         Everything that is wrong with a request is found here, and then nothing changes: the id stays free for
-        another request. `_queues.add` changes something; these only look:
+        another request. `_queues.add` changes something; these only look. Call them in this order, so that a
+        request that is wrong in two ways gets the first error:
         - `longest`: ValueError for an empty prompt, `RequestTooLargeError` for a request that is longer than
-          `_context` tokens or has more completions than `_max_seqs`. Its result is the leader's `max_len`.
+          `_context` tokens or has more completions (or beams) than `_max_seqs`, which would wait for ever.
+          Its result is the leader's `max_len`.
         - `_queues.refuse_id_in_use`: `DuplicateRequestError` if the request's id or one of its
           `completion_ids` belongs to a request that has not ended.
         - `_refuse_what_never_fits`: `RequestTooLargeError` for a leader whose request needs more blocks than
@@ -142,7 +144,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         every few steps.
 
         Blocks in use need not be in the front half, and idle ones may be too many for it. `prefix.evict(n)`
-        frees n idle blocks: n is what is held, in use or idle, beyond the half (for n < 1 it does nothing).
+        frees n idle blocks: n = held - half, where held = in use + idle (for n < 1 it does nothing).
         `compact` moves what is held to the front, and `resize` of the allocator and of the pool (None without
         a model) cuts the end off.
 
@@ -178,9 +180,9 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         while every sequence has one table.)
 
         MLX is lazy: the pass is only described until something evaluates it, and that must happen before the
-        next write to the pool. With R > 0 `pool.start` begins with the logits and all writes, and the caller
-        goes on meanwhile. With R = 0, where all chunks are beginnings of prompts, only the writes matter:
-        `pool.evaluate`.
+        next write to the pool. With R > 0 `pool.start(logits)` begins with the logits and all writes, and
+        the caller goes on meanwhile; the logits are waited for when the caller samples. With R = 0, where all
+        chunks are beginnings of prompts, no caller will wait: `pool.evaluate()` computes the writes here.
 
         Returns None without a model (then nothing happens at all), without a chunk, and for R = 0.
 
@@ -211,15 +213,15 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
         It has five parts, each called once. What they need from one another tells their order:
         - `_scheduler.computed(plan)`: from now on other sequences may share the plan's blocks by content, so
-          they must have been computed (without a model there is nothing to compute, and the rest happens all
-          the same).
+          they must have been computed: if the model raises, nothing of the plan may be shared (without a
+          model there is nothing to compute, and the rest happens all the same).
         - `give_memory_back`: moves blocks, so no plan may have named any yet.
         - `plan.conclude(rows, self._fork)`: counts the chunks' tokens as computed, makes the completions of a
           leader whose prompt is complete, which share its pages as `computed` left them, and says which row
           of `rows` (or None) is whose: its `StepLogits` is the result.
         - `run_plan`: the rows.
-        - `_schedule`: plans the step and takes its pages. A plan that `is_empty` has nothing to do: the step
-          is over, with `StepLogits(None, {})`.
+        - `_schedule`: plans the step, takes its pages, and keeps the plan as `last_plan`. A plan that
+          `is_empty` has nothing to do: the step is over, with `StepLogits(None, {})`.
 
         Raises `OutOfBlocksError` if nothing runs and the next request finds too few pages; that request is
         dropped. `_schedule` does this.
@@ -315,7 +317,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         )
 
     def _schedule(self) -> Plan[PagedSequence]:
-        """Plan the next step, and take its pages."""
+        """Plan the next step, take its pages, and keep the plan as `last_plan`."""
         self.last_plan = self._scheduler.plan()
         return self.last_plan
 

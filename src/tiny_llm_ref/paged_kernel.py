@@ -42,7 +42,7 @@ class PackedBatch:
     """Where the T packed tokens of a step are; made once a step, used by every layer. All arrays are int32.
 
     positions [T]: each token's position in its own sequence. slots [T]: the place in the pool that its key
-    and value are written to. tables [S, M]: row i has the block ids of span i's table, filled up with 0 to M,
+    and value are written to. tables [S, M]: row i has all block ids of span i's table, filled up with 0 to M,
     the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`, its span's
     number. spans: the S spans, in packed order.
 
@@ -59,9 +59,10 @@ class PackedBatch:
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
     """Put the tokens of S spans (at least 1) side by side, in order, as a `PackedBatch`.
 
-    Each span's table has places for all tokens of the span already. Positions begin anew in each span, at its
-    `start`; slots are the table's own (`BlockTable.slots`), block ids its `physical_indices`. `mx.array`
-    makes int32 of Python ints if it is told to: `mx.array(numbers, mx.int32)`.
+    Each span has at least one token, and its table has places for all of them already. Positions begin anew
+    in each span, at its `start`; slots are the table's own (`table.slots(start, stop)`), block ids its
+    `physical_indices()`: all of them, those behind `stop` too. `mx.array` makes int32 of Python ints if it is
+    told to: `mx.array(numbers, mx.int32)`.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> one, other = (BlockTable(BlockAllocator(8), block_size=4) for _ in range(2))
@@ -118,7 +119,8 @@ def paged_attention(
     sequence, and not what is left in the places behind the last token. Position p of span i is in block
     `batch.tables[i, p // block_size]` at offset p % block_size. Take the ids from `batch.tables`, not from
     `span.table`: `paged_attention_kernel` below gives a batch other tables. Query head h reads key and value
-    head h // (H / Hkv), as `grouped_query_attention` does.
+    head h // (H / Hkv), as `grouped_query_attention` does. A Python loop over the spans is fine here; the
+    compiled kernel that the engine runs in its place has none.
 
     MLX computes late: the pool is read when the output is evaluated. If that comes after the next write to
     the pool, MLX keeps both versions, which costs a copy of the whole pool.
@@ -158,7 +160,8 @@ def write_and_attend(
 
     q, k, v and the output are float32; keys, values: one layer of the pool, as in `paged_attention`. Slot s
     is block s // block_size, offset s % block_size. The returned keys and values keep the pool's type, and
-    differ from the given ones in the batch's slots only. A token sees the tokens of its sequence as they are
+    differ from the given ones in the batch's slots only. The given arrays may be written to: the caller uses
+    the returned ones from now on. A token sees the tokens of its sequence as they are
     stored, itself too: in a float16 pool all of them are rounded to float16. (MLX rounds when a float32 array
     is assigned to part of a float16 array; no `astype` is needed.)
 
@@ -170,7 +173,8 @@ def write_and_attend(
     >>> table.blocks, table.num_tokens = [2, 0], 2
     >>> kv, pool = mx.array([[[[4.0, 1.0], [6.0, 1.0]]]]), mx.zeros((3, 1, 1, 2))
     >>> batch = pack_batch([Span(table, 0, 2)])
-    >>> out, keys, values = write_and_attend(kv, kv, kv, pool, pool + 0, batch, scale=0.0)
+    >>> other = pool + 0  # an array of its own: keys and values are two
+    >>> out, keys, values = write_and_attend(kv, kv, kv, pool, other, batch, scale=0.0)
     >>> out.tolist(), values.flatten().tolist()  # a scale of 0: the means so far
     ([[[[4.0, 1.0], [5.0, 1.0]]]], [6.0, 1.0, 0.0, 0.0, 4.0, 1.0])
     """

@@ -79,6 +79,7 @@ def with_model(
 def check_logits(ready: Mapping[str, mx.array], known: Mapping[str, Sequence[int]]) -> None:
     """Each row of logits is what the model answers to the sequence's own tokens."""
     for name, row in ready.items():
+        expected = logits_after(tiny_model(), known[name])
         np.testing.assert_allclose(
-            np.array(row), logits_after(tiny_model(), known[name]), rtol=1e-3, atol=1e-3
+            np.array(row), expected, rtol=1e-3, atol=1e-3, err_msg=f"the logits of {name!r}"
         )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
+from typing import cast
 
 import numpy as np
 import pytest
@@ -149,6 +150,22 @@ def test_task_8_a_beam_that_does_not_live_has_no_children(beam_id: int) -> None:
     check_conserved(beams.tables[0].allocator, *beams.tables.values())
 
 
+@pytest.mark.parametrize("ended", [1, 2])
+def test_task_8_an_id_is_used_once(ended: int) -> None:
+    """Oracle: the docstring: of the beams 0, 1 and 2 one has ended; the next id is none of the three.
+
+    The number of living beams, or one more than the highest of their ids, is the mistake.
+    """
+    beams = beams_of()
+    ids = {0, beams.fork_beam(0), beams.fork_beam(0)}
+    living = cast("dict[int, BlockTable]", beams.tables)
+    living.pop(sorted(ids)[ended]).release()  # what `prune`, the next exercise, is going to do
+    child = beams.fork_beam(0)
+    assert child not in ids, "an id that a beam had before"
+    assert len(beams.tables) == 3
+    check_conserved(beams.tables[0].allocator, *beams.tables.values())
+
+
 class BeamPages(PlainPool):
     """The pages of one search's beams."""
 
@@ -221,6 +238,15 @@ def test_task_9_the_ids_may_be_those_of_the_tables_themselves() -> None:
     beams.prune(iter(list(beams.tables)))
     assert (len(beams.tables), allocator.num_free) == (0, 8)
     beams.prune([])
+
+
+def test_task_9_an_id_may_come_twice() -> None:
+    """Oracle: the docstring: it is one beam, and its references are freed once."""
+    beams = beams_of()
+    allocator, child = beams.tables[0].allocator, beams.fork_beam(0)
+    beams.prune([0, 0])
+    assert set(beams.tables) == {child}
+    check_conserved(allocator, beams.tables[child])
 
 
 def test_task_9_there_is_room_for_a_new_beam() -> None:
@@ -391,6 +417,22 @@ def test_task_10_an_end_counts_only_among_the_best() -> None:
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), (2,))
     search.advance([[(0, -1.0), (1, -2.0), (2, -3.0)]])
     assert len(search.ended) == 0
+
+
+def test_task_10_ends_count_in_the_ranking_and_take_no_beams_place() -> None:
+    """Oracle: by hand: of four the first and the last end; with a width of 2 the last is forgotten."""
+    search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9, length_penalty=0), (0, 3))
+    choices = search.advance([[(0, -0.5), (1, -1.0), (2, -1.2), (3, -1.4)]])
+    assert choices == [Choice(0, 1), Choice(0, 2)]
+    assert [one.hypothesis.tokens for one in search.ended] == [(0,)]
+
+
+def test_task_10_ends_of_one_step_are_in_the_order_of_their_ranks() -> None:
+    """Oracle: the docstring: equal scores, so first the older one, then the smaller token."""
+    search = BeamSearch(BeamSearchParams(beam_width=4, max_tokens=9, length_penalty=0), (2, 3))
+    search.advance([[(3, -2.0), (1, -1.0)]])
+    search.advance([[(3, -1.0), (2, -1.0), (1, -0.5)]])
+    assert [one.hypothesis.tokens for one in search.ended] == [(3,), (1, 2), (1, 3)]
 
 
 def test_task_10_the_longest_text_ends_by_its_length() -> None:

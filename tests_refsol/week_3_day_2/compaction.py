@@ -300,11 +300,11 @@ def test_task_13_keys_and_values_move_with_their_blocks() -> None:
     assert compact_memory(allocator, tables, pool) == 7
     assert {block for table in tables for block in table.blocks} == set(range(5))
     for found, want in zip(stored(pool, tables), expected, strict=True):
-        np.testing.assert_array_equal(found, want)
+        np.testing.assert_array_equal(found, want, err_msg="a table reads other keys or values than before")
     allocator.resize(5)
     pool.resize(5)
     for found, want in zip(stored(pool, tables), expected, strict=True):
-        np.testing.assert_array_equal(found, want)
+        np.testing.assert_array_equal(found, want, err_msg="a table reads other keys or values than before")
 
 
 def test_task_13_without_a_pool_it_is_the_ids_alone() -> None:

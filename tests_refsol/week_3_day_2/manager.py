@@ -142,6 +142,30 @@ def test_task_14_what_could_never_run_is_refused(length: int, params: SamplingPa
     assert ids(manager.waiting) == ["a"]
 
 
+@pytest.mark.parametrize("is_beam", [False, True])
+def test_task_14_more_completions_or_beams_than_run_at_once_are_refused(is_beam: bool) -> None:
+    """Oracle: by hand: 2 sequences run at once, and 64 blocks are enough for any number of completions.
+
+    Three would wait for ever. Two run.
+    """
+    manager = manager_of(blocks=64, seats=2)
+    with pytest.raises(RequestTooLargeError):
+        manager.add_request([1, 2], "a", limits(n=3), beam_search=is_beam)
+    assert not manager.has_work
+    assert manager.add_request([1, 2], "a", limits(n=2), beam_search=is_beam)
+
+
+def test_task_14_a_request_that_is_wrong_in_two_ways_gets_the_first_error() -> None:
+    """Oracle: the docstring's order: what `longest` refuses, then the id, then the blocks."""
+    manager = manager_of(blocks=6)
+    manager.add_request([1, 2], "a", limits())
+    with pytest.raises(RequestTooLargeError):
+        manager.add_request([1] * 20, "a", limits(13))  # longer than the context of 32
+    with pytest.raises(DuplicateRequestError):
+        manager.add_request([1] * 14, "a", limits(12))  # 7 blocks, one more than there are
+    assert ids(manager.waiting) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("name", "n"), [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b/0", 1), ("b/1", 1), ("c", 2)]
 )
@@ -263,4 +287,6 @@ def test_task_15_keys_and_values_move_with_the_blocks_that_are_held() -> None:
     slots = [block * 4 + offset for block in kept.blocks for offset in range(4)]
     after = [array for layer in range(2) for array in manager.pool.read(layer, mx.array(slots))]
     for found, want in zip(after, before, strict=True):
-        np.testing.assert_array_equal(np.array(found), want)
+        np.testing.assert_array_equal(
+            np.array(found), want, err_msg="a held block has other keys or values after the pool was halved"
+        )

@@ -40,6 +40,12 @@ def test_task_1_a_row_of_blocks_for_each_span() -> None:
     assert batch.tables.tolist() == [[7, 0, 0], [5, 1, 3]]
 
 
+def test_task_1_a_row_has_the_blocks_behind_its_span_too() -> None:
+    """Oracle: by hand: the table's 3 blocks, of which the span needs one."""
+    batch = pack_batch([Span(table_of([5, 1, 3], 9), 0, 2), Span(table_of([7, 2], 8), 0, 8)])
+    assert batch.tables.tolist() == [[5, 1, 3], [7, 2, 0]]
+
+
 def test_task_1_all_are_arrays_of_int32() -> None:
     """Oracle: the docstring of `PackedBatch`: the kernels read them as such."""
     batch = pack_batch([Span(table_of([1, 0], 5), 0, 5)])

@@ -62,6 +62,16 @@ def test_task_4_pages_stay_two() -> None:
     assert source.values[0, :, 0].tolist() == [1.5, 2.5]
 
 
+def test_task_4_a_page_keeps_its_arrays() -> None:
+    """Oracle: the docstring: another holder of the arrays sees the copy. New arrays are the mistake."""
+    source, target = page_of(1, 2), page_of(8, 9)
+    keys, values = target.keys, target.values
+    copy_block(source, target, 0, 1, 1)
+    assert target.keys is keys, "the page has another array of keys now"
+    assert target.values is values, "the page has another array of values now"
+    assert tokens_of(target) == [8, 1]
+
+
 @pytest.mark.parametrize(("src_start", "dst_start"), [(0, 1), (1, 0), (0, 2), (2, 0), (1, 1)])
 def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -> None:
     """Oracle: a list, whose slice is read before it is written. Copying token by token is the mistake."""

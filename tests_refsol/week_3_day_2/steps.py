@@ -1,6 +1,7 @@
 """Day 3.2, tasks 16 and 17: steps of many requests on one pool of pages."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +28,7 @@ from common.paged_managers import WatchedModel, check_logits, check_pages, manag
 from common.plain_pool import check_conserved
 from common.toy_models import logits_after, recompute_everything, tiny_model
 from common.toy_requests import REQUESTS, Requests, answers, ids, limits, prompt
+from tiny_llm_checkpoints.model_config import ModelConfig
 
 # Task 16: PagedBatchManager.run_plan
 
@@ -139,14 +141,28 @@ def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> N
     rows = manager.run_plan(Plan([copied], swapped_out=[(11, 2)]))
     assert rows is not None
     check_logits({"a": rows[0]}, {"a": tokens})
-    np.testing.assert_array_equal(held(pool, 11), tenth)
+    np.testing.assert_array_equal(held(pool, 11), tenth, err_msg="the plan's copy from 10 to 11 was not made")
     assert manager.run_plan(Plan(swapped_in={14: 2})) is None
-    np.testing.assert_array_equal(held(pool, 14), eleventh)
+    np.testing.assert_array_equal(
+        held(pool, 14),
+        eleventh,
+        err_msg="block 14 is not what block 11 held before the plan: swapping out comes before the copies",
+    )
 
 
-@pytest.mark.parametrize("stop", [3, 5], ids=["no_row", "one_row"])
-def test_task_16_nothing_stays_a_description(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Oracle: the docstring: after the model comes `evaluate` or `start`, with logits or without."""
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [(3, ["evaluate"]), (5, ["start with logits"])],
+    ids=["no_row", "one_row"],
+)
+def test_task_16_nothing_stays_a_description(
+    monkeypatch: pytest.MonkeyPatch, stop: int, expected: list[str]
+) -> None:
+    """Oracle: the docstring: after the model comes `evaluate` without rows, and `start` with them.
+
+    Waiting for the logits is one mistake, and `start` without rows the other: the next step may write to the
+    pool at once.
+    """
     called: list[str] = []
     model = WatchedModel()
     manager = with_model(model=model)
@@ -155,12 +171,38 @@ def test_task_16_nothing_stays_a_description(monkeypatch: pytest.MonkeyPatch, st
         own = getattr(KVPool, name)
 
         def watched(pool: KVPool, *outputs: mx.array, name: str = name, own: Callable = own) -> None:
-            called.append(f"{name} behind {len(model.fed)} passes")
+            if model.fed:
+                called.append(f"{name} with logits" if any(one.size for one in outputs) else name)
             own(pool, *outputs)
 
         monkeypatch.setattr(KVPool, name, watched)
     manager.run_plan(Plan([chunk(manager, "a", 0, stop)]))
-    assert set(called) & {"evaluate behind 1 passes", "start behind 1 passes"}
+    assert called == expected, "what `run_plan` asked of the pool after the model"
+
+
+class OtherScale(WatchedModel):
+    """A model whose configuration asks for another scale than that of its head size."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The tiny model's with a `query_pre_attn_scalar` of 64: a scale of 1/8, for heads of size 8."""
+        return replace(super().config, query_pre_attn_scalar=64.0)
+
+
+def test_task_16_the_scale_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: 64 ** -0.5. One over the root of the head size is the mistake: some models differ."""
+    seen: list[float] = []
+    make_context = PageLayout.context
+
+    def watched(layout: PageLayout, pool: KVPool, spans: Sequence, scale: float, rows: mx.array) -> KVContext:
+        seen.append(scale)
+        return make_context(layout, pool, spans, scale, rows)
+
+    monkeypatch.setattr(PageLayout, "context", watched)
+    manager = with_model(model=OtherScale())
+    queued(manager, {"a": prompt(3, 14)})
+    manager.run_plan(Plan([chunk(manager, "a", 0, 3)]))
+    assert seen == [pytest.approx(0.125)], "the scale that `_layout.context` was given"
 
 
 def test_task_16_the_layout_makes_the_context_of_all_tables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +247,7 @@ def test_task_17_a_prompt_is_computed_and_is_ready() -> None:
     assert (ids(manager.waiting), ids(manager.running)) == ([], ["a"])
     assert manager.sequence("a").num_computed == 6
     assert manager.capacity.num_free == 6
-    assert manager.prefix_stats.queries == 6, "the scheduler was told what was computed"
+    assert manager.prefix_stats.queries == 6, "the scheduler was not told what was computed"
     check_pages(manager)
 
 
@@ -239,7 +281,41 @@ def test_task_17_the_scheduler_knows_before_completions_are_made() -> None:
     manager.add_request([5] * 6, "a", limits(n=3))
     assert set(manager.process_batch()) == {"a/0", "a/1", "a/2"}
     assert isinstance(manager.prefix, ToldInOrder)
-    assert manager.prefix.seen == [("a/0", 6, 2)]
+    assert manager.prefix.seen == [("a/0", 6, 2)], (
+        "each is a sequence, its computed tokens, and its completions to come: `conclude` makes these, and "
+        "must come after `computed`"
+    )
+
+
+class FailingModel(WatchedModel):
+    """A model that raises in its pass."""
+
+    def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
+        """Raise."""
+        raise RuntimeError("no memory on the device")
+
+
+def test_task_17_what_was_not_computed_is_not_shared() -> None:
+    """Oracle: the docstring: the pass raises, so the plan's blocks hold no keys, and no cache may have them.
+
+    Telling the scheduler before the pass is the mistake.
+    """
+    manager = with_model(model=FailingModel(), policies=Policies(prefix=ToldInOrder))
+    manager.add_request(prompt(6, 15), "a", limits())
+    with pytest.raises(RuntimeError):
+        manager.process_batch()
+    assert isinstance(manager.prefix, ToldInOrder)
+    assert manager.prefix.seen == [], "`computed` was called before the model had computed the plan"
+
+
+def test_task_17_the_plan_of_the_step_can_be_looked_at() -> None:
+    """Oracle: by hand: `_schedule` keeps it as `last_plan`. `_scheduler.plan()` is the mistake."""
+    manager, planned = manager_of(budget=4), []
+    manager.add_request([5] * 6, "a", limits())
+    for _ in range(2):
+        manager.process_batch()
+        planned.append([(one.sequence.seq_id, one.start, one.stop) for one in manager.last_plan.chunks])
+    assert planned == [[("a", 0, 4)], [("a", 4, 6)]], "`last_plan` is what `_schedule` keeps"
 
 
 def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
@@ -252,7 +328,11 @@ def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
     for plan in (Plan(swapped_out=[(11, 0)]), Plan(swapped_in={14: 0})):
         monkeypatch.setattr(PageScheduler, "plan", lambda scheduler, plan=plan: plan)
         assert len(manager.process_batch()) == 0
-    np.testing.assert_array_equal(held(pool, 14), expected)
+    np.testing.assert_array_equal(
+        held(pool, 14),
+        expected,
+        err_msg="block 14 is not what block 11 held: blocks are exchanged without chunks too",
+    )
 
 
 def test_task_17_without_work_no_sequence_is_ready() -> None:
@@ -525,8 +605,8 @@ def test_task_17_a_pool_that_has_grown_gives_memory_back() -> None:
         manager.commit({name: known[name][-1] for name in ready})
         if step == 2:
             manager.finish("a")
-    assert max(sizes) >= 13
-    assert sizes[-1] <= 8
+    assert max(sizes) >= 13, "the pool did not grow"
+    assert sizes[-1] <= 8, "the pool did not shrink: each step gives memory back before it plans"
     assert manager.pool is not None
     assert manager.pool.num_blocks == sizes[-1]
     assert manager.capacity.num_free == 64 - 3

@@ -237,11 +237,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         """
         self.give_memory_back()
         plan = self._schedule()
-        if plan.is_empty:
-            return StepLogits(None, {})
-        rows = self.run_plan(plan)
-        self._scheduler.computed(plan)
-        return plan.conclude(rows, self._fork)
+        result = StepLogits(None, {})
+        if not plan.is_empty:
+            rows = self.run_plan(plan)
+            self._scheduler.computed(plan)
+            result = plan.conclude(rows, self._fork)
+        return result
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id."""
