@@ -95,9 +95,9 @@ def generate_with_cache(
 
     Makes one `CachedContext` with `model.config.attention_scale`. The model takes token ids [1, L] and the
     context, and returns logits [1, R, vocab_size], a row for each of the context's R `logit_rows`. The first
-    pass brings the whole prompt, each later pass only the token chosen last. Yields each token when it is chosen, at most `max_tokens` of
-    them (0: none). A token of `eos_token_ids` is yielded too and is the last; in the prompt it ends nothing.
-    Of tokens with equal logits, takes the lowest id (`mx.argmax` does).
+    pass brings the whole prompt, each later pass only the token chosen last. Yields each token when it is
+    chosen, at most `max_tokens` of them (0: none). A token of `eos_token_ids` is yielded too and is the last;
+    in the prompt it ends nothing. Of tokens with equal logits, takes the lowest id (`mx.argmax` does).
 
     Raises ValueError for an empty prompt when the first token is asked for, before it runs the model.
 
