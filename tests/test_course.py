@@ -972,6 +972,8 @@ def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp
     days = [day for day in syllabus.days if day.kernels]
     assert [day.id for day in days] == ["2.4", "2.5"]
     for day in days:
+        [option] = [line for line in tasks(here, day).splitlines() if line.startswith("option:")]
+        assert option.startswith(f"option:  {day.id}.{len(day.exercises) + 1}, if you like: ")
         [file] = cpp.start_kernels(here, day)
         run = cpp.compiles(here, file.read_text("utf-8"))
         assert run.returncode
