@@ -12,7 +12,7 @@ SLOW = {"quantize": "it unpacks every matrix in each pass"}
 
 
 def slow_modules(house: House, syllabus: Syllabus, unit: Unit) -> tuple[list[str], list[str]]:
-    """Of the learner's slow modules those that this unit's demonstration leaves out; a line on each of all."""
+    """Of the learner's slow modules those that this unit's demonstration leaves out; a line on each."""
     own = [module for module in own_modules(house) if module in SLOW]
     left_out = [module for module in own if module not in unit.day.modules]
     lines = [
