@@ -43,6 +43,7 @@ def test_whole_numbers_are_counted_and_others_measured(
     text = as_text(day(here, "1.2"), Comparison(SIDE, SIDE, differing, 4, largest))
     assert says in text
     assert "2.8e+04" not in text
+    assert "of your modules only those of day 1.2 run" in text
     table = text.splitlines()[1:4]
     assert len({len(line) for line in table}) == 1, "the columns stand apart"
 
@@ -61,6 +62,14 @@ def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.Mo
     found = compare(here, day(here, "2.6"))
     assert (found.differing, found.largest_difference) == (0, None)
     assert asked[:4] == ["your day 2.6", "the reference"] * 2
+
+
+def test_modules_of_other_days_do_not_run(here: House) -> None:
+    """A quantize.py of the learner's would make every pass of the real model slow."""
+    (here.overlay / "quantize.py").write_text("raise RuntimeError('of another day')\n", "utf-8")
+    start(here, day(here, "2.6"))
+    skip(here, day(here, "2.6"), day(here, "2.6").exercises)
+    assert compare(here, day(here, "2.6")).differing == 0
 
 
 def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) -> None:

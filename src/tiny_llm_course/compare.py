@@ -91,7 +91,8 @@ def as_text(unit: Unit, found: Comparison) -> str:
             f"{'milliseconds (fastest-slowest)':30}{times[0]:>24}{times[1]:>24}",
             f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
             _results(found),
-            "the reference runs compiled kernels where it has them; yours is what you wrote",
+            f"of your modules only those of day {unit.day.id} run, as you wrote them; the reference runs "
+            "compiled kernels where it has them",
         ]
     )
 
