@@ -994,6 +994,8 @@ def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp
     days = [day for day in syllabus.days if day.kernels]
     assert [day.id for day in days] == ["2.4", "2.5"]
     for day in days:
+        [option] = [line for line in tasks(here, day).splitlines() if line.startswith("option:")]
+        assert option.startswith(f"option:  {day.id}.{len(day.exercises) + 1}, if you like: ")
         [file] = cpp.start_kernels(here, day)
         run = cpp.compiles(here, file.read_text("utf-8"))
         assert run.returncode
@@ -1095,6 +1097,52 @@ def run(arguments: list[str], overlay: Path) -> subprocess.CompletedProcess[str]
         capture_output=True,
         check=False,
     )
+
+
+WHICH_FILES = """
+import sys
+from importlib import import_module
+from inspect import unwrap
+from tiny_llm_course import show_commands
+file_of = lambda function: unwrap(function).__code__.co_filename
+show_commands.function_of = lambda *_: lambda: [
+    file_of(import_module("tiny_llm.linear").quantized_matmul), file_of(import_module("tiny_llm.rope").rope)
+]
+show_commands.on_try(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("tried", "says", "is_mine"),
+    [
+        (
+            "2.7",
+            "your quantize.py is left out here: it unpacks every matrix in each pass; day 2.4 shows it",
+            False,
+        ),
+        ("2.4", "this takes some seconds with your quantize.py: it unpacks every matrix in each pass", True),
+    ],
+)
+def test_a_slow_module_runs_in_its_own_day_only(tmp_path: Path, tried: str, says: str, is_mine: bool) -> None:
+    """The learner's other modules run in every day."""
+    reference = House.here().reference
+    for name in ("quantize.py", "rope.py"):
+        (tmp_path / name).write_text((reference / name).read_text("utf-8"), "utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-c", WHICH_FILES, tried],
+        env={**os.environ, "TINY_LLM_OVERLAY": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    quantize = (tmp_path if is_mine else reference) / "quantize.py"
+    assert ran.stdout.splitlines()[1:] == [says, str(quantize), str(tmp_path / "rope.py")], ran.stderr
+
+
+def test_days_without_a_slow_module_say_nothing_of_it(tmp_path: Path) -> None:
+    ran = run(["try", "2.3"], tmp_path)
+    assert "quantize.py" not in ran.stdout
+    assert ran.stdout.splitlines()[1].startswith("a simulation"), ran.stderr
 
 
 def test_the_real_course_can_be_read() -> None:

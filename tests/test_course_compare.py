@@ -81,6 +81,14 @@ def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.Mo
     assert asked[:4] == ["your day 2.6", "the reference"] * 2
 
 
+def test_modules_of_other_days_do_not_run(here: House) -> None:
+    """A quantize.py of the learner's would make every pass of the real model slow."""
+    (here.overlay / "quantize.py").write_text("raise RuntimeError('of another day')\n", "utf-8")
+    start(here, day(here, "2.6"))
+    skip(here, day(here, "2.6"), day(here, "2.6").exercises)
+    assert compare(here, day(here, "2.6")).differing == 0
+
+
 def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) -> None:
     one = day(here, "1.2")
     start(here, one)

@@ -140,6 +140,48 @@ def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelv
     assert shown == "shelf.Base(size, field_0 = ..., field_1 = ..., ...): What all have"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "shown"),
+    [
+        ("", "", "(the fields of Base, label = ...)"),
+        (
+            "@dataclass\nclass Shelf",
+            "@dataclass(kw_only=True)\nclass Shelf",
+            "(the fields of Base, *, label = ...)",
+        ),
+        (
+            "@dataclass\nclass",
+            "@dataclass(eq=False, kw_only=True)\nclass",
+            "(*, the fields of Base, label = ...)",
+        ),
+        (
+            'label: str = ""',
+            "label: str\n    height: int = field(kw_only=True)\n    depth: int",
+            "(the fields of Base, label, depth, *, height = ...)",
+        ),
+        (
+            'label: str = ""',
+            "label: str\n    _: KW_ONLY\n    height: int = 3\n    depth: int = field(kw_only=False)",
+            "(the fields of Base, label, depth = ..., *, height = ...)",
+        ),
+    ],
+)
+def test_fields_that_are_given_by_name_stand_behind_a_star(
+    shelved: House, old: str, new: str, shown: str
+) -> None:
+    file = shelved.reference / "shelf.py"
+    file.write_text(SHELF.replace(old, new) if old else SHELF, "utf-8")
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
+    replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
+    assert f"shelf.Shelf{shown}: Holds books" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
+
+
+def test_the_sequence_of_the_engine_is_made_by_name() -> None:
+    day = syllabus_of(House.here()).day("2.7")
+    [shown] = [one.signature for one in unit_may_use(House.here(), day) if one.name == "Sequence"]
+    assert shown == "Sequence(*, seq_id, request_id, prompt, params, seed, max_len, ...)"
+
+
 def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: House) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")

@@ -4,7 +4,7 @@ When it passes, you have a forward pass that brings only new tokens and still se
 generation that gives the same tokens as recomputing everything, at a fraction of the work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -270,11 +270,21 @@ def test_task_4_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -
     assert model.fed == [], "the model has nothing to do with an empty prompt"
 
 
+def expect_tokens(got: Iterable[int], prompt: list[int], count: int = 20) -> None:
+    """The tokens are those of a plain loop that remembers nothing; otherwise says which one is not."""
+    tokens, want = list(got), recompute_everything(tiny_model(), prompt, count)
+    assert len(tokens) == count, f"{len(tokens)} tokens came, {count} were asked for"
+    for i, (token, other) in enumerate(zip(tokens, want, strict=True)):
+        assert token == other, (
+            f"generated token {i} (from 0) is {token}; when everything is computed again it is {other}. "
+            f"All before it are right: {tokens[:i]}"
+        )
+
+
 @pytest.mark.parametrize("prompt", [[7], [41, 3], [11, 5, 5, 30, 2, 49, 0, 17, 8]])
 def test_task_4_gives_the_tokens_of_recomputing_everything(prompt: list[int]) -> None:
     """Oracle: a plain loop through `NoCacheContext`, which remembers nothing."""
-    got = list(generate_with_cache(tiny_model(), prompt, 20, ()))
-    assert got == recompute_everything(tiny_model(), prompt, 20)
+    expect_tokens(generate_with_cache(tiny_model(), prompt, 20, ()), prompt)
 
 
 def test_task_4_the_prompt_is_computed_once_and_each_token_after_it_alone() -> None:
@@ -284,7 +294,8 @@ def test_task_4_the_prompt_is_computed_once_and_each_token_after_it_alone() -> N
     """
     model, prompt = CountingModel(tiny_model()), [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert len(list(generate_with_cache(model, prompt, 12, ()))) == 12
-    assert model.fed[:12] == [9] + [1] * 11
+    assert model.fed[0] == 9, "the first pass brings the whole prompt"
+    assert set(model.fed[1:12]) == {1}, f"each later pass brings one token; yours brought {model.fed[1:12]}"
     assert sum(model.fed) <= 9 + 12
 
 
@@ -294,4 +305,4 @@ def test_task_4_two_generations_side_by_side_do_not_mix() -> None:
     streams = [generate_with_cache(tiny_model(), prompt, 8, ()) for prompt in prompts]
     pairs = list(zip(*streams, strict=True))
     for prompt, got in zip(prompts, zip(*pairs, strict=True), strict=True):
-        assert list(got) == recompute_everything(tiny_model(), prompt, 8)
+        expect_tokens(got, prompt, 8)

@@ -182,6 +182,15 @@ def test_task_2_an_empty_source_leaves_an_empty_copy() -> None:
     assert copy.current_len == 0
 
 
+def test_task_2_a_cache_that_is_copied_from_itself_holds_what_it_held() -> None:
+    """Oracle: by hand. Reading the source's length after the reset is the mistake that this finds."""
+    cache = small_cache()
+    cache.update(tokens([1, 2]), tokens([3, 4]))
+    cache.copy_from(cache)
+    assert stored(cache).keys.tolist() == tokens([1, 2]).tolist()
+    assert stored(cache).values.tolist() == tokens([3, 4]).tolist()
+
+
 def test_task_2_a_shorter_cache_takes_what_fits_exactly() -> None:
     """Oracle: by hand: the array of the copy stays as long as it was, and no place of it is left."""
     source, copy = small_cache(6), small_cache(2)

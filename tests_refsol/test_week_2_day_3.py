@@ -336,6 +336,15 @@ def test_task_4_a_second_prompt_goes_behind_the_blocks_that_are_held() -> None:
     assert len(allocator.free_blocks) == 3
 
 
+def test_task_4_a_second_prompt_does_not_count_places_that_are_free() -> None:
+    """Oracle: by hand: 5 and 3 tokens are 2 and 1 new blocks of 4, although the second block has 3 places."""
+    cache = DynamicKVCache(make_pool(6, block_size=4), "a")
+    cache.allocate_for_prompt(5)
+    append(cache, [1, 2, 3, 4, 5])
+    cache.allocate_for_prompt(3)
+    assert len(cache.blocks) == 3
+
+
 # Task 5: DynamicKVCache.append_token
 
 

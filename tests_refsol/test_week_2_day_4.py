@@ -184,9 +184,17 @@ def check_nearest(w: mx.array, got: Quantized) -> None:
     """Every value has the code that is nearest to it: all of them are tried, in float64."""
     groups = float64(w).reshape(*got.scales.shape, got.group_size, 1)
     scales, biases = (float64(x)[..., None, None] for x in (got.scales, got.biases))
-    best = np.abs(scales * np.arange(2**got.bits) + biases - groups).min(axis=-1)
-    values = values_of(got.weight, got.scales, got.biases, got.bits)
-    np.testing.assert_allclose(np.abs(values - float64(w)), best.reshape(w.shape), rtol=1e-3, atol=1e-6)
+    distances = np.abs(scales * np.arange(2**got.bits) + biases - groups)
+    codes, best = codes_of(got.weight, got.bits).reshape(groups.shape), distances.argmin(axis=-1)
+    error = np.take_along_axis(distances, codes, axis=-1)[..., 0]
+    least = distances.min(axis=-1)
+    for row, group, i in np.argwhere(error > least * 1.001 + 1e-6)[:1]:
+        pytest.fail(
+            f"row {row}, group {group}, value {i} of it: {groups[row, group, i, 0]:.9g} is stored as q = "
+            f"{codes[row, group, i, 0]}, an error of {error[row, group, i]:.3g}; q = {best[row, group, i]} "
+            f"has an error of {least[row, group, i]:.3g}. "
+            f"Stored scale {scales[row, group, 0, 0]:.9g}, bias {biases[row, group, 0, 0]:.9g}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -222,6 +230,19 @@ def test_task_3_a_group_of_equal_values_is_exact(bits: int) -> None:
     got = quantize(w, 32, bits)
     back = mx.dequantize(got.weight, got.scales, got.biases, group_size=32, bits=bits)
     assert mx.array_equal(back, w)
+    assert got.scales.tolist() == [[1] * 4], "a step of 0 is stored as 1"
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_task_3_a_step_that_is_rounded_to_0_is_stored_as_1(bits: int) -> None:
+    """Oracle: by hand: one step of float16's least number, in 2^bits - 1 parts, is less than half of it.
+
+    Replacing a step of 0 before it is rounded to 16 bits is the mistake that this finds.
+    """
+    nearly_equal = [(i % 2) * 2.0**-24 for i in range(32)]
+    got = quantize(mx.array([nearly_equal + [0.5] * 32]).astype(mx.float16), 32, bits)
+    assert got.scales.tolist() == [[1, 1]], "no scale is 0"
+    assert codes_of(got.weight, bits).max() == 0, "2^-24 is nearer to 0 than to 1"
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

@@ -193,13 +193,23 @@ class Reference:
             where = self.where(module, name)
             if where is None:
                 raise CourseError(f"there is no {module}.{name}")
-            return _shown(module, name, self.defined(*where))
+            node = self.defined(*where)
+            if isinstance(node, ast.ClassDef):
+                made_from = _constructor(node, self._keyword_bases(where[0], node))
+                return Interface(module, name, f"{name}{made_from}", _first_line(node))
+            return _shown(module, name, node)
         found = self.member(Kind(module, owner), member)
         if found is None:
             raise CourseError(f"there is no {module}.{name}")
         shown = _shown(module, name, found[2])
         holder = self.defined(found[0], found[1].rpartition(".")[0])
         return shown._replace(says=shown.says or _said_of_field(holder, member))
+
+    def _keyword_bases(self, module: str, node: ast.ClassDef) -> set[str]:
+        """The bases of a class that are made from keyword-only fields."""
+        kinds = {ast.unparse(base): self.kind(module, base) for base in node.bases}
+        defined = {name: self.defined(kind.module, kind.name) for name, kind in kinds.items() if kind}
+        return {name for name, base in defined.items() if base is not None and _is_keyword_only(base)}
 
     def _named(self, where: tuple[str, str] | None) -> Kind | None:
         """The kind of a class, or of what stands behind another name for a type."""
@@ -429,7 +439,7 @@ def _parsed(file: Path, changed: int) -> ast.Module:
 
 
 def _shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
-    """Signature and first line: of a class those of its constructor, of a field its type."""
+    """Signature and first line of a function, type of a field."""
     if isinstance(node, Function):
         is_field = any(_is_name(decorator, "property") for decorator in node.decorator_list)
         returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
@@ -439,15 +449,13 @@ def _shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interfac
             else f"({_arguments(node)}){returns}"
         )
         return Interface(module, name, f"{name}{shown}", _first_line(node))
-    if isinstance(node, ast.ClassDef):
-        return Interface(module, name, f"{name}{_constructor(node)}", _first_line(node))
     if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
         return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
     return Interface(module, name, name, "")
 
 
-def _constructor(node: ast.ClassDef) -> str:
-    """`(a, b)`: what a class is made from; nothing for an error or a protocol."""
+def _constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
+    """`(a, *, b)`: what a class is made from; nothing for an error or a protocol."""
     for part in node.body:
         if isinstance(part, Function) and part.name == "__init__":
             return f"({_arguments(part)})"
@@ -455,15 +463,50 @@ def _constructor(node: ast.ClassDef) -> str:
     bases = [ast.unparse(base) for base in node.bases]
     if not any("dataclass" in one for one in decorators) and "NamedTuple" not in bases:
         return ""
-    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-    names = [ast.unparse(one.target) + (" = ..." if one.value is not None else "") for one in fields]
-    if len(names) > MOST_FIELDS:
-        required = sum(one.value is None for one in fields)
-        names = [*names[: max(FIELDS_SHOWN, required)], "..."]
-    inherited = [
-        f"the fields of {base}" for base in bases if "NamedTuple" not in base and "Generic" not in base
-    ]
-    return f"({', '.join([*inherited, *names])})"
+    named = [base for base in bases if "NamedTuple" not in base and "Generic" not in base]
+    places = [f"the fields of {base}" for base in named if base not in keyword_bases]
+    keywords = [f"the fields of {base}" for base in named if base in keyword_bases]
+    fields = _fields(node)
+    num_shown = len(fields)
+    if num_shown > MOST_FIELDS:
+        num_shown = max(FIELDS_SHOWN, sum(one.is_required for one in fields))
+    for one in fields[:num_shown]:
+        (keywords if one.by_name else places).append(one.name + ("" if one.is_required else " = ..."))
+    rest = ["..."] if num_shown < len(fields) else []
+    return f"({', '.join([*places, *(['*', *keywords] if keywords else []), *rest])})"
+
+
+class _Field(NamedTuple):
+    """A field of a class that a constructor takes. by_name: only as a keyword."""
+
+    name: str
+    is_required: bool
+    by_name: bool
+
+
+def _fields(node: ast.ClassDef) -> list[_Field]:
+    """The annotated fields of a class, in order."""
+    found, is_keyword = [], _is_keyword_only(node)
+    for one in (part for part in node.body if isinstance(part, ast.AnnAssign)):
+        if ast.unparse(one.annotation).endswith("KW_ONLY"):
+            is_keyword = True
+            continue
+        by_name = _says_keyword_only(one.value, otherwise=is_keyword)
+        found.append(_Field(ast.unparse(one.target), one.value is None, by_name))
+    return found
+
+
+def _is_keyword_only(node: ast.stmt) -> bool:
+    """Whether a class is a dataclass with `kw_only=True`."""
+    return isinstance(node, ast.ClassDef) and any(
+        _says_keyword_only(one, otherwise=False) for one in node.decorator_list
+    )
+
+
+def _says_keyword_only(call: ast.expr | None, *, otherwise: bool) -> bool:
+    """What `dataclass(kw_only=...)` or `field(kw_only=...)` says; `otherwise` where it says nothing."""
+    said = [one.value for one in call.keywords if one.arg == "kw_only"] if isinstance(call, ast.Call) else []
+    return ast.unparse(said[0]) == "True" if said else otherwise
 
 
 def _arguments(node: Function) -> str:

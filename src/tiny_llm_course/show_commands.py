@@ -10,6 +10,7 @@ from .arguments import ADay, AnExercise, open_course
 from .days import function_of, has_own
 from .learner import blanks_of_others, learners_errors
 from .progress import first_to_do, own_modules
+from .slow import leave_out, slow_modules
 
 
 def on_try(day: ADay) -> None:
@@ -18,6 +19,8 @@ def on_try(day: ADay) -> None:
     \b
     pdm run try 1.6
     pdm run try 3.2b              # a part's own, where it has one; otherwise the day's
+
+    Your quantize.py runs in day 2.4 only: it unpacks every matrix in each pass.
     """
     house, syllabus = open_course()
     chosen = syllabus.to_start(day)
@@ -30,7 +33,11 @@ def on_try(day: ADay) -> None:
         print(
             f"part {chosen.id} has nothing of its own to show: this is day {chosen.day.id}'s, for all parts"
         )
+    left_out, lines = slow_modules(house, syllabus, chosen)
+    print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     with blanks_of_others(house, syllabus, chosen), learners_errors(house):
+        for module in left_out:
+            leave_out(house, module)
         for line in function_of(chosen, "show")():
             print(line, flush=True)
 

@@ -91,7 +91,8 @@ def tasks(house: House, unit: Unit) -> str:
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
             *(
-                f"option:  {k.file} in C++: pdm run start {unit.id} --cpp, then build-kernels"
+                f"option:  {k.id}, if you like: {k.file} in C++: pdm run start {unit.id} --cpp, then "
+                f"build-kernels; hints: pdm run hint {k.id}"
                 for k in unit.kernels
             ),
         ]

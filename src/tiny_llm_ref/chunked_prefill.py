@@ -19,8 +19,8 @@ def share_budget(wants: Seq[int], budget: int) -> list[int]:
 
     `wants[i]` is how many tokens sequence i could compute now: 1 for a decode, more for a prompt, 0 for none.
     Decodes are served first, then prompts; among decodes, and among prompts, the lower index first. A prompt
-    that does not fit into what is left gets a chunk, the rest of the budget; prompts behind it get 0. (The
-    last token of a chunked prompt is a want of 1, and is served like a decode.)
+    that does not fit into what is left gets a chunk, the rest of the budget; prompts behind it get 0. A want
+    of 1 is served like a decode, also if it is the last token of a chunked prompt.
 
     No sequence gets more than it wants, all together at most `budget`; what is wanted and fits is granted.
     `wants` is not changed. Raises ValueError for a negative want or budget.

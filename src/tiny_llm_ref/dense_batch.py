@@ -49,9 +49,10 @@ class DenseContext:
         """Store and attend span by span: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D], packed.
 
         The spans of `_spans` follow each other in the packed rows, stop - start rows each. First a span's
-        keys and values are stored in `slot[layer]`, its cache. Then its queries attend, causally and scaled
-        with `_scale`, to all that this cache holds, rounded to the cache's type: `flash_attention` takes
-        queries as the last ones of its keys. Give it keys and values in q's type; the result has q's type.
+        keys and values are stored in its cache: `slot[layer].update(k, v)` takes both as [Hkv, n, D], without
+        the batch axis, and returns all that the cache holds, [Hkv, S, D] each, in the cache's type. Then its
+        queries attend to these, causally and scaled with `_scale`: `flash_attention` takes queries as the
+        last ones of its keys. Give it keys and values in q's type; the result has q's type.
 
         >>> slot = [NaiveKVCache(8, num_heads=1, head_dim=2, dtype=mx.float32)]
         >>> context, tokens = DenseContext([DenseSpan(slot, 0, 2)], 1.0, None), mx.ones((1, 1, 2, 2))
@@ -144,9 +145,9 @@ class DenseBatchManager(QueueViews[Sequence]):
         """Start waiting sequences, the first one first, while there are slots for all their completions.
 
         A leader takes one slot when it starts; its `num_forks` other completions take theirs when they are
-        forked. Until then as many free slots are promised to it, and no other sequence may start in them. If
-        the first waiting sequence does not fit, no later one overtakes it: a request for many completions
-        would wait for ever behind small ones.
+        forked. Until then as many free slots are promised to it, and no other sequence may start in them.
+        After the fork a leader's `num_forks` is 0. If the first waiting sequence does not fit, no later one
+        overtakes it: a request for many completions would wait for ever behind small ones.
 
         `RequestQueues.start_next` moves the first waiting sequence to the running ones and returns it;
         `_take_slot` gives it an empty slot.

@@ -123,8 +123,9 @@ class DynamicKVCache:
     def allocate_for_prompt(self, prompt_len: int) -> None:
         """Take the blocks that `prompt_len` tokens fill or begin, behind the blocks held already.
 
-        Stores no token: `current_len` stays. The blocks need not lie side by side. A prompt of 0 tokens takes
-        none. Raises `OutOfBlocksError`, and takes none, if too few are free.
+        These are always ceil(prompt_len / block_size) new ones, also if blocks held already are empty or not
+        full. Stores no token: `current_len` stays. The blocks need not lie side by side. Raises
+        `OutOfBlocksError`, and takes none, if too few are free.
 
         >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=4, num_heads=1, head_dim=2), "a")
         >>> cache.allocate_for_prompt(9)

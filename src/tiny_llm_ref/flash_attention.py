@@ -68,9 +68,10 @@ def flash_attention(
 
     Query head h reads head h // (H / Hkv) of k and v, and scores are multiplied by `scale`. causal: the
     queries are the last L of the S positions, and each sees the positions up to its own; otherwise each sees
-    all. The result has q's type and equals `grouped_query_attention` (with `causal_mask`) up to rounding, for
-    every tile size from 1 up. At most [.., L, tile] scores exist at a time; the last tile may be shorter, and
-    a tile may be hidden from some queries or from all.
+    all. For 16-bit inputs, carry float32 from tile to tile; the scores may be in either type. The result has
+    q's type and equals `grouped_query_attention` (with `causal_mask`) up to rounding, for every tile size
+    from 1 up. At most [.., L, tile] scores exist at a time; the last tile may be shorter, and a tile may be
+    hidden from some queries or from all.
 
     >>> q, values = mx.ones((1, 1, 2, 1)), mx.array([[[[2.0], [4.0], [9.0]]]])
     >>> flash_attention(q, mx.zeros((1, 1, 3, 1)), values, scale=1.0, causal=True, tile=2).tolist()

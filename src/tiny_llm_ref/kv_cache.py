@@ -19,8 +19,9 @@ def attention_without_cache(prompt_len: int, gen_len: int) -> int:
     The course text's formula: one pass over the prompt, then for each generated token s = 1 .. gen_len a pass
     over prompt_len + s tokens, which computes all their keys again. gen_len = 0 leaves the prompt's pass.
 
-    The last of these passes is not needed: it would choose the token after the last one. The loop of day 1.6
-    stops before it: to generate 2 tokens after 3 it runs passes over 3 and 4 tokens, and the formula adds 5.
+    The formula counts one pass too many, on purpose: the loop of day 1.6 stops before it. To generate 2
+    tokens after 3 that loop runs passes over 3 and 4 tokens, and the formula adds the one over 5, which would
+    choose the token after the last one.
 
     >>> attention_without_cache(3, 2)  # 3 + 4 + 5
     12
@@ -92,10 +93,11 @@ def generate_with_cache(
 ) -> Iterator[int]:
     """Continue `tokens` greedily: the tokens of `generate` (day 1.6), each computed once.
 
-    Makes one `CachedContext` with `model.config.attention_scale`. The first pass brings the whole prompt,
-    each later pass only the token chosen last. Yields each token when it is chosen, at most `max_tokens` of
-    them (0: none). A token of `eos_token_ids` is yielded too and is the last; in the prompt it ends nothing.
-    Of tokens with equal logits, takes the lowest id (`mx.argmax` does).
+    Makes one `CachedContext` with `model.config.attention_scale`. The model takes token ids [1, L] and the
+    context, and returns logits [1, R, vocab_size], a row for each of the context's R `logit_rows`. The first
+    pass brings the whole prompt, each later pass only the token chosen last. Yields each token when it is
+    chosen, at most `max_tokens` of them (0: none). A token of `eos_token_ids` is yielded too and is the last;
+    in the prompt it ends nothing. Of tokens with equal logits, takes the lowest id (`mx.argmax` does).
 
     Raises ValueError for an empty prompt when the first token is asked for, before it runs the model.
 

@@ -74,8 +74,9 @@ class NaiveKVCache:
         and then goes its own way: later updates of one cache do not show in the other. The prompt's keys and
         values are then in memory twice, which sharing pages (week 3) avoids.
 
-        Both caches have the same heads; they may differ in `max_seq_len` and type. Raises ValueError and
-        changes nothing if the source's tokens do not fit.
+        Both caches have the same heads; they may differ in `max_seq_len` and type. A cache that is copied
+        from itself holds what it held. Raises ValueError and changes nothing if the source's tokens do not
+        fit.
 
         >>> first, second = NaiveKVCache(8, 1, 2), NaiveKVCache(4, 1, 2)
         >>> stored = first.update(mx.ones((1, 3, 2)), mx.ones((1, 3, 2)))
@@ -118,9 +119,10 @@ def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: 
     """Weigh a cache size: what caches of `max_seq_len` tokens mean for sequences of these lengths, in tokens.
 
     token_bytes: a token's keys and values in all layers. memory: bytes for all caches; only whole caches
-    count. A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted`
-    counts each sequence that is not refused with one cache, whether or not all of them fit into the memory
-    at once; it is 0.0 if there is no such sequence.
+    count. `max_seq_len` and `token_bytes` are 1 or more; 0 is a caller's mistake that needs no check. A
+    sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted` counts each
+    sequence that is not refused with one cache, whether or not all of them fit into the memory at once; it is
+    0.0 if there is no such sequence.
 
     >>> reserve([100, 300, 900], max_seq_len=500, token_bytes=1000, memory=1_600_000)
     Reservation(num_caches=3, num_refused=1, wasted=0.6)

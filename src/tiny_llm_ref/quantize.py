@@ -34,8 +34,9 @@ def unpack_bits(words: mx.array, bits: int) -> mx.array:
 
     bits: 2, 3, 4, 5, 6 or 8. Any number of leading axes, none included: [W] is one row.
 
-    MLX traps: an index past the end of an array raises nothing and reads other memory, so keep the index of a
-    number's second word within the row even where the number has none. A shift by 32 does not give 0.
+    If you read a number from two words: an index past the end of an array raises nothing in MLX and reads
+    other memory, so keep the index of a number's second word within the row even where the number has none.
+    A shift by 32 does not give 0.
 
     >>> unpack_bits(mx.array([0x87654321], mx.uint32), 4).tolist()
     [1, 2, 3, 4, 5, 6, 7, 8]
@@ -54,8 +55,10 @@ def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
     bits: 2, 3, 4, 5, 6 or 8; group_size divides K, and 32 divides K * bits. A group's bias is its least value
     and its scale the step (greatest - least) / (2^bits - 1); both are stored in w's type. Each value becomes
     the q from 0 to 2^bits - 1 whose scale * q + bias is nearest to it, computed in float32 with the scale and
-    the bias as they are stored: a step rounded to 16 bits can put the greatest value behind the last q, which
-    it then gets. A group of equal values comes back exactly; its step would be 0, so store any other scale.
+    the bias as they are stored. With a rounded step the greatest value may compute to q = 2^bits: clip it.
+
+    A group of equal values comes back exactly; its step is 0; store 1 instead, so that nothing is divided by
+    0. In 16 bits a step may also be rounded to 0, with nearly equal values: no stored scale is ever 0.
     `Quantized.weight` holds the q as `pack_bits` writes them. (`mx.quantize` chooses scales in another way;
     the layout is the same.)
 
