@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_llm.admission_control import AdmissionControl
+from tiny_llm.block_events import PoolChange
 from tiny_llm.delivery import Item
 from tiny_llm.engine_loop import EngineLoop
 from tiny_llm.errors import (
@@ -20,6 +21,7 @@ from tiny_llm.sampling_params import SamplingParams
 
 from week_3_day_7.alphabet import LONG, THREE, AlphabetCore, Ear, events, put, request, text
 from week_3_day_7.patience import background, value, within
+from week_3_day_7.serving import small_core
 
 # Task 5: EngineLoop.run_once
 
@@ -27,11 +29,19 @@ from week_3_day_7.patience import background, value, within
 class Posting:
     """A loop with its inbox and its core, whose turns a test takes one by one."""
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, core: Any = None) -> None:
         self.inbox = Inbox()
-        self.core = AlphabetCore()
-        self.loop = EngineLoop(self.inbox, AdmissionControl(limit, 8))
-        self.loop.core = self.core  # type: ignore[assignment]
+        self.core = core or AlphabetCore()
+        self.loop = EngineLoop(self.inbox, AdmissionControl(None, 8))
+        self.loop.core = self.core
+
+    def set_deadline(self, moment: float) -> None:
+        """As task 6 sets it: the docstring of `run_once` names the attribute."""
+        vars(self.loop)["_deadline"] = moment
+
+    def add_drain(self, drained: Future[None]) -> None:
+        """As task 6 adds it, without a deadline."""
+        vars(self.loop)["_drained"].append(drained)
 
     def run_once(self, *tasks: Callable[[], Any]) -> list[Future[Any]]:
         """Post tasks, and let an iteration pass."""
@@ -153,6 +163,58 @@ def test_task_5_a_listener_that_raises_loses_its_requests() -> None:
     assert text(ear.events) == "bc"
 
 
+def test_task_5_a_deadline_that_has_passed_cancels_all_before_the_step() -> None:
+    """Oracle: by hand: a task sets it. Looking at it before the tasks is the mistake: one step too many."""
+    at = Posting()
+    ear = put(at.loop, request("one"), request("two"))
+    at.run_once(partial(at.set_deadline, time.monotonic() + 100))
+    assert list(at.loop.active) == ["one", "two"], "the deadline is not reached yet"
+    at.run_once(partial(at.set_deadline, time.monotonic()))
+    assert at.core.log.count("step") == 1, "a step was made after the deadline"
+    assert Counter(event.finish_reason for event in ear.events) == {None: 2, "abort": 2}
+    assert not at.loop.active
+
+
+def test_task_5_a_drain_is_over_after_the_last_events_are_delivered() -> None:
+    """Oracle: by hand: what is reported as done must have been delivered."""
+    at, drained, was_done = Posting(), Future[None](), list[bool]()
+    put(
+        at.loop,
+        request("one", params=SamplingParams(max_tokens=2)),
+        ear=lambda _: was_done.append(drained.done()),
+    )
+    at.run_once(partial(at.add_drain, drained))
+    assert not drained.done(), "a request is active"
+    at.run_once()
+    assert was_done == [False, False], "the drain was over before the last event was delivered"
+    assert drained.done(), "no request is active any more"
+
+
+def test_task_5_a_drain_is_over_when_a_lost_listener_had_the_last_request() -> None:
+    """Oracle: by hand: delivering cancels it, so `active` is looked at after that."""
+    at, drained = Posting(), Future[None]()
+
+    def gone(items: list[Item]) -> None:
+        raise OSError("gone")
+
+    put(at.loop, request("one"), ear=gone)
+    at.run_once(partial(at.add_drain, drained))
+    assert drained.done(), "no request is active any more"
+
+
+def test_task_5_watchers_see_the_pool_after_each_iteration() -> None:
+    """Oracle: by hand: blocks are taken in a step, and are back in an iteration without one."""
+    at, changes = Posting(core=small_core()), list[PoolChange]()
+    at.run_once(partial(at.loop.watch, changes.append))
+    assert len(changes) == 1, "the watcher was told of changes where there are none"
+    put(at.loop, request("one", "abc", SamplingParams(max_tokens=9, ignore_eos=True)))
+    at.run_once()
+    assert len(changes) == 2, "the watcher was not told of the step"
+    at.run_once(partial(at.loop.cancel, ["one"]))
+    assert len(changes) == 3, "the watcher was not told of an iteration without a step"
+    assert changes[-1].ended == ["one"]
+
+
 def test_task_5_the_last_iteration_has_no_step() -> None:
     """Oracle: by hand."""
     at = Posting()
@@ -188,6 +250,14 @@ def test_task_6_new_requests_are_refused() -> None:
         at.loop.add([request("two")], Ear())
     assert list(at.loop.active) == ["one"]
     assert not drained.done()
+
+
+def test_task_6_a_refusal_that_is_there_stays() -> None:
+    """Oracle: the docstring: an engine that was stopped, or has died, still says so."""
+    at, there = Posting(), partial(EngineStoppingError, "stopped before")
+    at.loop.refusal = there
+    at.loop.drain(None, Future())
+    assert at.loop.refusal is there
 
 
 def test_task_6_it_is_over_when_all_have_ended() -> None:

@@ -164,6 +164,7 @@ def test_task_2_the_listener_gets_the_last_event() -> None:
     ear, other = put(loop, request("one", "ab")), put(loop, request("two"))
     loop.cancel(["one"])
     loop.cancel(["one"])
+    assert ear.calls == [], "`cancel` delivers nothing itself: the iteration does, when it ends"
     loop.core.cancel("two")
     del loop.active["two"]
     hang_up(loop)

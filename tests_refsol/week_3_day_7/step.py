@@ -40,6 +40,13 @@ def take_all(loop: EngineLoop) -> None:
         loop.take_output(output)
 
 
+def only_failure(ear: Ear) -> RequestFailedError:
+    """What a listener got, where that is one error and nothing else."""
+    kinds = [type(item).__name__ for item in ear.items]
+    assert kinds == ["RequestFailedError"], "the listener of a failed request gets one error, and no event"
+    return ear.errors[0]
+
+
 def test_task_3_a_token_becomes_an_event_of_its_request() -> None:
     """Oracle: by hand: "b" follows "a", and "n" follows "m"; each listener gets its own."""
     loop = make_loop()
@@ -117,12 +124,18 @@ def test_task_3_what_the_core_has_ended_is_not_ended_again() -> None:
     assert not loop.active
 
 
+class Panic(BaseException):
+    """What a tokenizer written in Rust raises: no `Exception`."""
+
+
 class Unspeakable(RequestState):
     """A request whose text cannot be made."""
 
+    error: BaseException = ArithmeticError("no text")
+
     def push(self, output: TokenOutput) -> RequestEvent:
         """Raise, whatever the token is."""
-        raise ArithmeticError("no text")
+        raise self.error
 
 
 def test_task_3_a_text_that_cannot_be_made_fails_only_its_request() -> None:
@@ -136,11 +149,40 @@ def test_task_3_a_text_that_cannot_be_made_fails_only_its_request() -> None:
     assert not loop.core.has("bad")
     take_all(loop)
     hang_up(loop)
-    [failed] = bad.items
-    assert isinstance(failed, RequestFailedError)
+    failed = only_failure(bad)
     assert isinstance(failed.__cause__, ArithmeticError)
     assert failed.request_id == "bad"
     assert text(good.events) == "bc"
+
+
+def test_task_3_a_panic_of_the_tokenizer_fails_only_its_request() -> None:
+    """Oracle: by hand. Catching `Exception` is the mistake: the engine would die of one request's text."""
+    loop, bad = make_loop(), Unspeakable("bad", "a", [0], TOKENIZER, THREE)
+    bad.error = Panic("no text")
+    failing, ear = put(loop, bad), put(loop, request("good"))
+    take_all(loop)
+    assert list(loop.active) == ["good"]
+    assert not loop.core.has("bad")
+    hang_up(loop)
+    assert only_failure(failing).__cause__ is bad.error
+    assert text(ear.events) == "b"
+
+
+def test_task_3_a_sequence_that_cannot_be_finished_fails_only_its_request() -> None:
+    """Oracle: by hand: the core's `finish` raises; the event is dropped, and the error comes instead."""
+    loop, error = make_loop(), ArithmeticError("not finished")
+    bad, good = put(loop, request("bad", params=SamplingParams(stop="b"))), put(loop, request("good"))
+
+    def unfinished(seq_id: str) -> None:
+        raise error
+
+    loop.core.finish = unfinished  # type: ignore[method-assign]
+    take_all(loop)
+    assert list(loop.active) == ["good"]
+    assert not loop.core.has("bad")
+    hang_up(loop)
+    assert only_failure(bad).__cause__ is error
+    assert text(good.events) == "b"
 
 
 def test_task_3_tokens_without_a_listener_are_ignored() -> None:
@@ -184,7 +226,8 @@ def test_task_4_a_failure_reaches_only_its_listener() -> None:
     loop.core.cancel("good")
     del loop.active["good"]
     hang_up(loop)
-    [failed] = bad.errors
+    assert len(bad.errors) == 1, "the listener of a failed request gets one error"
+    failed = bad.errors[0]
     assert failed.request_id == "bad"
     assert failed.__cause__ is error
     assert text(bad.events) == "b"
@@ -243,6 +286,29 @@ def test_task_4_how_long_it_took_and_how_full_it_is() -> None:
         assert loop.step_times[-1].text >= 0
     loop.core.step = step  # type: ignore[method-assign]
     assert (loop.stats.num_running, loop.stats.num_waiting) == (0, 1)
+
+
+def test_task_4_a_core_that_is_slow_and_a_text_that_is_slow() -> None:
+    """Oracle: by hand: one of the two sleeps for 50 ms, and the other takes less than that."""
+    loop, slow = make_loop(), request("slow")
+    put(loop, slow)
+    step, push = loop.core.step, slow.push
+
+    def slow_step() -> list[TokenOutput]:
+        time.sleep(0.05)
+        return step()
+
+    def slow_push(output: TokenOutput) -> RequestEvent:
+        time.sleep(0.05)
+        return push(output)
+
+    loop.core.step = slow_step  # type: ignore[method-assign]
+    loop.step()
+    assert loop.step_times[-1].text < loop.step_times[-1].core, "the text's seconds include the core's"
+    loop.core.step = step  # type: ignore[method-assign]
+    slow.push = slow_push  # type: ignore[method-assign]
+    loop.step()
+    assert loop.step_times[-1].core < loop.step_times[-1].text, "the core's seconds include the text's"
 
 
 def test_task_4_admission_control_sees_that_a_step_left_a_request_waiting() -> None:
