@@ -38,6 +38,10 @@ THREE = SamplingParams(max_tokens=3)
 LONG = SamplingParams(max_tokens=10**6)
 
 
+class Panic(BaseException):
+    """What a tokenizer written in Rust may raise: no `Exception`."""
+
+
 @dataclass
 class Letters:
     """One completion in the core."""

@@ -23,6 +23,7 @@ from week_3_day_7.alphabet import (
     TOKENIZER,
     AlphabetCore,
     Ear,
+    Panic,
     hang_up,
     make_loop,
     put,
@@ -62,6 +63,20 @@ def test_task_1_the_cores_error_is_raised(prompt: str, error: type[Exception]) -
         loop.add([request("one", prompt)], Ear())
     assert not loop.active
     assert not loop.core.has_work
+
+
+def test_task_1_whatever_is_raised_none_is_queued() -> None:
+    """Oracle: by hand: no `Exception`, from the second of two: the first is cancelled in the core."""
+    loop, second = make_loop(), request("second")
+
+    def interrupted(core: object) -> None:
+        raise Panic
+
+    second.begin = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Panic):
+        loop.add([request("first"), second], Ear())
+    assert not loop.core.has("first"), "a request that had begun stays in the core"
+    assert not loop.active
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -22,6 +22,7 @@ from week_3_day_7.alphabet import (
     TOKENIZER,
     AlphabetCore,
     Ear,
+    Panic,
     hang_up,
     make_loop,
     put,
@@ -122,10 +123,6 @@ def test_task_3_what_the_core_has_ended_is_not_ended_again() -> None:
     take_all(loop)
     assert reason(one) == "stop"
     assert not loop.active
-
-
-class Panic(BaseException):
-    """What a tokenizer written in Rust raises: no `Exception`."""
 
 
 class Unspeakable(RequestState):
