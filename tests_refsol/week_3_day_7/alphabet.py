@@ -256,6 +256,14 @@ def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] 
     return ear
 
 
+def published(loop: EngineLoop) -> EngineStats:
+    """The figures that other threads see."""
+    assert hasattr(loop, "stats"), (
+        "nothing was published yet: other threads and admission control see no figures"
+    )
+    return loop.stats
+
+
 def hang_up(loop: EngineLoop) -> None:
     """End the loop as its thread would: without another step, all that is ready is delivered."""
     loop.stop()

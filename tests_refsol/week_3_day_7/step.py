@@ -25,6 +25,7 @@ from week_3_day_7.alphabet import (
     Panic,
     hang_up,
     make_loop,
+    published,
     put,
     reason,
     request,
@@ -69,7 +70,8 @@ def test_task_3_a_request_that_has_ended_is_gone() -> None:
     take_all(loop)
     assert not loop.active
     hang_up(loop)
-    [event] = ear.events
+    assert len(ear.events) == 1, "one token is one event"
+    event = ear.events[0]
     assert (event.text, event.finish_reason) == ("b", "length")
     assert event.usage is not None
     assert event.usage.completion_tokens == 1
@@ -202,7 +204,7 @@ def test_task_4_a_step_is_a_letter_for_each() -> None:
     loop = make_loop()
     one, two = put(loop, request("one", "a")), put(loop, request("two", "m"))
     loop.step()
-    assert loop.core.log.count("step") == 1
+    assert loop.core.log.count("step") == 1, "`step` is one step of the core"
     hang_up(loop)
     assert [(event.request_id, event.text, event.token_ids) for event in one.events[:1]] == [
         ("one", "b", (1,))
@@ -240,7 +242,7 @@ def test_task_4_two_failures_are_two_errors() -> None:
     assert list(loop.active) == ["b"]
     hang_up(loop)
     assert {str(error.__cause__): error.request_id for error in ear.errors} == {"a": "a", "c": "c"}
-    assert len(ear.errors) == 2
+    assert len(ear.errors) == 2, "two requests have failed, and each has one error"
 
 
 def test_task_4_a_search_ends_with_one_event() -> None:
@@ -256,9 +258,10 @@ def test_task_4_a_search_ends_with_one_event() -> None:
     while loop.active and steps < 20:
         loop.step()
         steps += 1
-    assert steps == 4
+    assert steps == 4, "the search has 4 tokens: it ends in the 4th step, and is active no more"
     hang_up(loop)
-    [event] = ear.events
+    assert len(ear.events) == 1, "a search has one event, its last"
+    event = ear.events[0]
     assert event.finish_reason == "stop"
     assert event.usage is not None
     found = [sequence.tokens[4:] for sequence in search.output.sequences]
@@ -278,11 +281,12 @@ def test_task_4_how_long_it_took_and_how_full_it_is() -> None:
     loop.core.step = slow  # type: ignore[method-assign]
     for number in range(1, 4):
         loop.step()
-        assert len(loop.step_times) == number
+        assert len(loop.step_times) == number, "each step has its times, once"
         assert loop.step_times[-1].core >= 0.015
         assert loop.step_times[-1].text >= 0
     loop.core.step = step  # type: ignore[method-assign]
-    assert (loop.stats.num_running, loop.stats.num_waiting) == (0, 1)
+    stats = published(loop)
+    assert (stats.num_running, stats.num_waiting) == (0, 1), "the figures are not those after the step"
 
 
 def test_task_4_a_core_that_is_slow_and_a_text_that_is_slow() -> None:
