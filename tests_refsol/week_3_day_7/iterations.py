@@ -50,6 +50,12 @@ class Posting:
         return posted
 
 
+def is_over(drained: Future[None]) -> bool:
+    """Whether a drain's future is done; raises what it raises."""
+    assert drained.done(), "no request is active any more, and the drain's future is not done"
+    return drained.result(0) is None
+
+
 def test_task_5_a_task_and_then_a_step() -> None:
     """Oracle: by hand: a request that is added is served in the same iteration, and its listener called."""
     at, ear = Posting(), Ear()
@@ -184,10 +190,10 @@ def test_task_5_a_drain_is_over_after_the_last_events_are_delivered() -> None:
         ear=lambda _: was_done.append(drained.done()),
     )
     at.run_once(partial(at.add_drain, drained))
-    assert not drained.done(), "a request is active"
+    assert not drained.done(), "the drain is over although a request is active"
     at.run_once()
     assert was_done == [False, False], "the drain was over before the last event was delivered"
-    assert drained.done(), "no request is active any more"
+    assert is_over(drained)
 
 
 def test_task_5_a_drain_is_over_when_a_lost_listener_had_the_last_request() -> None:
@@ -199,7 +205,7 @@ def test_task_5_a_drain_is_over_when_a_lost_listener_had_the_last_request() -> N
 
     put(at.loop, request("one"), ear=gone)
     at.run_once(partial(at.add_drain, drained))
-    assert drained.done(), "no request is active any more"
+    assert is_over(drained)
 
 
 def test_task_5_watchers_see_the_pool_after_each_iteration() -> None:
@@ -237,12 +243,6 @@ def test_task_5_the_thread_iterates_until_a_task_stops_it() -> None:
 
 
 # Task 6: EngineLoop.drain
-
-
-def is_over(drained: Future[None]) -> bool:
-    """Whether a drain's future is done; raises what it raises."""
-    assert drained.done(), "no request is active any more, and the drain's future is not done"
-    return drained.result(0) is None
 
 
 def test_task_6_new_requests_are_refused() -> None:

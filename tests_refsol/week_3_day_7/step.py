@@ -144,8 +144,8 @@ def test_task_3_a_text_that_cannot_be_made_fails_only_its_request() -> None:
     put(loop, Unspeakable("bad", "a", [0], TOKENIZER, SamplingParams(n=2, max_tokens=9)), ear=bad)
     put(loop, request("good"), ear=good)
     take_all(loop)
-    assert list(loop.active) == ["good"]
-    assert not loop.core.has("bad")
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
+    assert not loop.core.has("bad"), "what has failed is still in the core"
     take_all(loop)
     hang_up(loop)
     failed = only_failure(bad)
@@ -160,8 +160,8 @@ def test_task_3_a_panic_of_the_tokenizer_fails_only_its_request() -> None:
     bad.error = Panic("no text")
     failing, ear = put(loop, bad), put(loop, request("good"))
     take_all(loop)
-    assert list(loop.active) == ["good"]
-    assert not loop.core.has("bad")
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
+    assert not loop.core.has("bad"), "what has failed is still in the core"
     hang_up(loop)
     assert only_failure(failing).__cause__ is bad.error
     assert text(ear.events) == "b"
@@ -177,8 +177,8 @@ def test_task_3_a_sequence_that_cannot_be_finished_fails_only_its_request() -> N
 
     loop.core.finish = unfinished  # type: ignore[method-assign]
     take_all(loop)
-    assert list(loop.active) == ["good"]
-    assert not loop.core.has("bad")
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
+    assert not loop.core.has("bad"), "what has failed is still in the core"
     hang_up(loop)
     assert only_failure(bad).__cause__ is error
     assert text(good.events) == "b"
@@ -221,7 +221,7 @@ def test_task_4_a_failure_reaches_only_its_listener() -> None:
     loop.step()
     loop.core.failing["bad"] = error
     loop.step()
-    assert list(loop.active) == ["good"]
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
     loop.core.cancel("good")
     del loop.active["good"]
     hang_up(loop)

@@ -262,8 +262,8 @@ def test_task_9_when_it_is_done_the_pages_are_back() -> None:
         value(engine.submit([engine.request([1, 2, 3], params, "mine")], ear))
         ear.next()
         value(engine.cancel("mine"))
-        assert engine.stats.num_running == 0
-        assert free_blocks(core) == 40
+        assert engine.stats.num_running == 0, "it was cancelled, and the published figures say that it runs"
+        assert free_blocks(core) == 40, "not all blocks are back"
         assert ear.until_end()[-1].finish_reason == "abort"
 
 
