@@ -121,9 +121,10 @@ class Engine:
         It must return at once. If it raises, its requests are cancelled.
 
         Refused at once, in the thread that calls: TypeError for what is no request or cannot be called
-        (`_submittable` checks both and returns the requests); the error that `_loop.refusal` makes where it
-        is set (`EngineStoppingError`, `EngineDeadError`); `QueueFullError` where more than `max_num_waiting`
-        would wait (`_admission.admit`). In that order: a request that is refused must not count as waiting.
+        (`_submittable` checks both, and returns the requests in a tuple to go on with: the caller may change
+        its list); the error that `_loop.refusal` makes where it is set (`EngineStoppingError`,
+        `EngineDeadError`); `QueueFullError` where more than `max_num_waiting` would wait
+        (`_admission.admit`). In that order: a request that is refused must not count as waiting.
 
         Then the engine's thread queues them between two steps, by `_loop.add`. What that raises, the future
         raises: ValueError for an empty prompt and for what the batch manager cannot do,
@@ -192,8 +193,9 @@ class Engine:
 
         prompt: a text, which is encoded here, or token ids. params: None: the defaults. request_id: None: a
         new number. `self.request` makes the request of these three, and `submit` queues it; `AsyncListener`
-        is the callback that brings its events into the caller's event loop. Wait with `await` only, never in
-        `result()`, which would stop every other client of that event loop.
+        is the callback that brings its events into the caller's event loop. Wait for what `submit` returns
+        with `asyncio.wrap_future`, never in `result()`, which would stop every other client of that event
+        loop.
 
         A request that is cancelled ends with finish_reason "abort"; of several completions, one that fails
         ends with "error", and the others go on. The generator ends with the event that has a `usage`: a
@@ -201,7 +203,9 @@ class Engine:
 
         A client may leave at any time, while it waits to be queued too: by `break`, `aclose`, an exception,
         or the cancellation of its task. Then `_loop.forget`, posted to the inbox, cancels the request before
-        the next step, and nothing is awaited any more. A request that has ended is not cancelled.
+        the next step, and nothing is awaited any more. Leaving cancels only the waiting: the posted task runs
+        all the same, and `forget` comes after it. For a request that has ended nothing is posted, also if the
+        client leaves with its last event.
 
         Nothing happens before the first event is asked for. That raises `WrongThreadError` in the engine's
         own thread (`refuse_to_wait`), and what `request` and `submit` raise. Later events raise

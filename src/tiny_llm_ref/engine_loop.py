@@ -1,7 +1,11 @@
 """The engine's thread, which owns every array: an iteration runs tasks, makes one step, delivers its events.
 
-A step's tokens become text here, and each listener, a callback, gets the events of its own requests. Knows
-nothing of the callers: tasks come through an inbox, and events go to listeners.
+A request is what a client submits, with an id. It has `n` completions, each of which is a sequence in the
+core, with a `seq_id` of its own. In a step a sequence gives an output: one token. Here the output becomes an
+event: the text that it adds. A completion ends with a finish_reason, the request's last event has a `usage`.
+
+Listeners are callbacks: `_outbox` keeps the events of each, and `_outbox.deliver()` calls it with their list;
+it returns the listeners that raised. Knows nothing of the callers: tasks come through an inbox.
 """
 
 import math
@@ -83,10 +87,10 @@ class EngineLoop:
         """Queue requests in the core, all of them or none; then all are active, with this listener.
 
         `request.begin(self.core)` queues one request, or raises: ValueError for an empty prompt,
-        `RequestTooLargeError`, `QueueFullError`, `DuplicateRequestError` for an id in use. Then those of this
-        call that were queued before are cancelled in the core, no others (an id in use belongs to another
-        request), and the error is raised. Where `self.refusal` is set, the error that it makes is raised
-        instead, before any request begins.
+        `RequestTooLargeError`, `QueueFullError`, `DuplicateRequestError` for an id in use. Whatever is raised
+        (a BaseException counts too), the requests of this call that had begun before the one that raised are
+        cancelled in the core, no others (an id in use belongs to another request), and the error is raised
+        again. Where `self.refusal` is set, the error that it makes is raised before any request begins.
 
         Accepted or refused, the requests are added to `_num_seen`, and `_publish` shows it: until then
         admission control counts them as waiting.
@@ -153,7 +157,8 @@ class EngineLoop:
           step. Where the output has a finish_reason, the core has ended it already.
         - The event has a `usage`: it is the request's last, and the request is active no more.
         - `push` or `finish` raises, whatever it is (a tokenizer written in Rust may raise a BaseException):
-          only this request fails. It is cancelled in the core, and `fail_request` tells its listener.
+          the event is dropped and only this request fails. It is cancelled in the core, and `fail_request`
+          tells its listener.
 
         Ignored: an output whose request is not active (it failed earlier in this step, or was added to the
         core directly), or is not a `RequestState`: a beam search has no outputs.
@@ -242,12 +247,13 @@ class EngineLoop:
     def run_once(self) -> None:
         """One iteration: run the tasks that were posted, make a step, deliver what came of both.
 
-        The tasks come first, all of them (`_inbox.run(wait=...)`). Only where no request is active, wait for
-        one: a waiting thread costs nothing. Then, if `monotonic()` is past `_deadline`, every active request
-        is cancelled. There is one `step`, if a request is active and no task has set `_stopping`; what it
-        raises is not caught, and ends the thread. `_tell_watchers` shows what has changed in the pool, and
-        `_deliver` calls the listeners, both in every iteration: a cancelled request has its last event
-        without a step. Where no request is active after that, `_end_drains(None)` ends all drains.
+        The tasks come first, all of them (`_inbox.run(wait=...)`). Only if no request is active, wait for a
+        task: a waiting thread costs nothing. Then, if `monotonic()` has reached `_deadline`, every active
+        request is cancelled: a task may have set the deadline. There is one `step`, if a request is active
+        and no task has set `_stopping`; what it raises is not caught, and ends the thread. `_tell_watchers`
+        shows what has changed in the pool, and `_deliver` calls the listeners, both in every iteration: a
+        cancelled request has its last event without a step. If no request is active after that,
+        `_end_drains(None)` ends all drains: a drain is over when its last events have been delivered.
 
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
         >>> answer = loop._inbox.post(lambda: "a task has run")
@@ -256,7 +262,7 @@ class EngineLoop:
         'a task has run'
         """
         self._inbox.run(wait=not self.active)
-        if monotonic() > self._deadline:
+        if monotonic() >= self._deadline:
             self.cancel(list(self.active))
         if self.active and not self._stopping:
             self.step()

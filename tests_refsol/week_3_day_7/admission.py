@@ -48,6 +48,25 @@ def test_task_7_asking_changes_nothing() -> None:
     assert [control.num_waiting() for _ in range(3)] == [2, 2, 2]
 
 
+def test_task_7_the_figures_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: 2 requests wait, 2 can start; then 2 run. None is left over, before or after it.
+
+    Here the engine replaces the figures after each read.
+    """
+    before, after = Occupancy(num_waiting=2), Occupancy(num_running=2)
+    reads: list[Occupancy] = []
+
+    def read(control: AdmissionControl) -> Occupancy:
+        reads.append(before if len(reads) % 2 == 0 else after)
+        return reads[-1]
+
+    control = AdmissionControl(None, 2)
+    monkeypatch.setattr(AdmissionControl, "occupancy", property(read), raising=False)
+    for number in (1, 2):
+        assert control.num_waiting() == 0, "figures of two moments are mixed"
+        assert len(reads) == number, "the engine may replace `occupancy` between two reads"
+
+
 # Task 8: AdmissionControl.admit
 
 

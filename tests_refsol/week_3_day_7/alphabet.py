@@ -38,6 +38,10 @@ THREE = SamplingParams(max_tokens=3)
 LONG = SamplingParams(max_tokens=10**6)
 
 
+class Panic(BaseException):
+    """What a tokenizer written in Rust may raise: no `Exception`."""
+
+
 @dataclass
 class Letters:
     """One completion in the core."""
@@ -250,6 +254,14 @@ def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] 
         one.begin(loop.core)
         loop.active[one.request_id] = ActiveRequest(one, ear)
     return ear
+
+
+def published(loop: EngineLoop) -> EngineStats:
+    """The figures that other threads see."""
+    assert hasattr(loop, "stats"), (
+        "nothing was published yet: other threads and admission control see no figures"
+    )
+    return loop.stats
 
 
 def hang_up(loop: EngineLoop) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tiny_llm.engine import Engine
+from tiny_llm.engine_loop import EngineLoop, Request
 from tiny_llm.errors import (
     DuplicateRequestError,
     EngineDeadError,
@@ -15,12 +16,13 @@ from tiny_llm.errors import (
     QueueFullError,
     RequestFailedError,
     RequestTooLargeError,
+    WrongThreadError,
 )
 from tiny_llm.outputs import RequestEvent
 from tiny_llm.sampling_params import SamplingParams
 
 from week_3_day_7.alphabet import LONG, LONGEST, THREE, AlphabetCore, text
-from week_3_day_7.patience import background, elsewhere, run, value
+from week_3_day_7.patience import background, elsewhere, run, value, within
 from week_3_day_7.serving import free_blocks, serving, small_core
 
 # Task 11: Engine.generate
@@ -158,6 +160,44 @@ def test_task_11_the_event_loop_goes_on_while_a_step_runs() -> None:
             return text(await first) + text(await second)
 
         assert run(main()) == "bcdnop"
+
+
+def test_task_11_the_engines_own_thread_must_not_wait_for_itself() -> None:
+    """Oracle: the docstring: an error, and no request is queued, instead of an event that never comes."""
+    core = AlphabetCore()
+    with serving(core) as engine:
+
+        async def waiting() -> list[RequestEvent]:
+            async with asyncio.timeout(1):
+                return await heard(engine, "a", THREE)
+
+        with pytest.raises(WrongThreadError):
+            within(engine.call, lambda: asyncio.run(waiting()))
+        within(engine.call, lambda: None)
+    assert core.log == []
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_task_11_a_request_that_has_ended_is_not_cancelled(
+    is_closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: by hand: the client reads to the end, or leaves with the last event in its hands."""
+    forgotten: list[Request] = []
+    monkeypatch.setattr(EngineLoop, "forget", lambda self, requests: forgotten.extend(requests))
+    with serving() as engine:
+
+        async def main() -> str:
+            found = []
+            async with aclosing(await opened(engine, "a", THREE)) as stream:
+                async for event in stream:
+                    found.append(event)
+                    if is_closed and event.usage is not None:
+                        break
+            return text(found)
+
+        assert run(main()) == "bcd"
+        within(engine.call, lambda: None)
+    assert forgotten == [], "`forget` was posted for a request that had ended"
 
 
 async def stop_reading(stream: AsyncGenerator[RequestEvent, None], now: asyncio.Event) -> None:

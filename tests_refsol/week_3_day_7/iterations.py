@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_llm.admission_control import AdmissionControl
+from tiny_llm.block_events import PoolChange
 from tiny_llm.delivery import Item
 from tiny_llm.engine_loop import EngineLoop
 from tiny_llm.errors import (
@@ -20,6 +21,7 @@ from tiny_llm.sampling_params import SamplingParams
 
 from week_3_day_7.alphabet import LONG, THREE, AlphabetCore, Ear, events, put, request, text
 from week_3_day_7.patience import background, value, within
+from week_3_day_7.serving import small_core
 
 # Task 5: EngineLoop.run_once
 
@@ -27,11 +29,19 @@ from week_3_day_7.patience import background, value, within
 class Posting:
     """A loop with its inbox and its core, whose turns a test takes one by one."""
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, core: Any = None) -> None:
         self.inbox = Inbox()
-        self.core = AlphabetCore()
-        self.loop = EngineLoop(self.inbox, AdmissionControl(limit, 8))
-        self.loop.core = self.core  # type: ignore[assignment]
+        self.core = core or AlphabetCore()
+        self.loop = EngineLoop(self.inbox, AdmissionControl(None, 8))
+        self.loop.core = self.core
+
+    def set_deadline(self, moment: float) -> None:
+        """As task 6 sets it: the docstring of `run_once` names the attribute."""
+        vars(self.loop)["_deadline"] = moment
+
+    def add_drain(self, drained: Future[None]) -> None:
+        """As task 6 adds it, without a deadline."""
+        vars(self.loop)["_drained"].append(drained)
 
     def run_once(self, *tasks: Callable[[], Any]) -> list[Future[Any]]:
         """Post tasks, and let an iteration pass."""
@@ -40,11 +50,17 @@ class Posting:
         return posted
 
 
+def is_over(drained: Future[None]) -> bool:
+    """Whether a drain's future is done; raises what it raises."""
+    assert drained.done(), "no request is active any more, and the drain's future is not done"
+    return drained.result(0) is None
+
+
 def test_task_5_a_task_and_then_a_step() -> None:
     """Oracle: by hand: a request that is added is served in the same iteration, and its listener called."""
     at, ear = Posting(), Ear()
     [added] = at.run_once(partial(at.loop.add, [request("one")], ear))
-    assert added.done()
+    assert added.done(), "the task has not run"
     assert at.core.log == ["add one", "step"]
     assert [text(events(call)) for call in ear.calls] == ["b"]
 
@@ -55,8 +71,8 @@ def test_task_5_an_iteration_is_one_step() -> None:
     ear = put(at.loop, request("one"))
     for iteration in range(1, 4):
         at.run_once()
-        assert at.core.log.count("step") == iteration
-        assert len(ear.calls) == iteration
+        assert at.core.log.count("step") == iteration, "an iteration is one step"
+        assert len(ear.calls) == iteration, "what a step gave is delivered at the end of its iteration, once"
     assert not at.loop.active
 
 
@@ -78,7 +94,7 @@ def test_task_5_no_step_without_an_active_request() -> None:
     at = Posting()
     at.core.add_request("by hand", [5], THREE)
     at.run_once(lambda: None)
-    assert "step" not in at.core.log
+    assert "step" not in at.core.log, "there was a step"
 
 
 def test_task_5_everything_that_was_asked_for_comes_before_the_step() -> None:
@@ -101,7 +117,7 @@ def test_task_5_a_cancelled_request_gets_no_further_letter() -> None:
     ear = put(at.loop, request("one"))
     at.run_once()
     at.run_once(partial(at.loop.cancel, ["one"]))
-    assert at.core.log.count("step") == 1
+    assert at.core.log.count("step") == 1, "there was a step although no request is active"
     assert [[event.finish_reason for event in events(call)] for call in ear.calls] == [[None], ["abort"]]
 
 
@@ -153,12 +169,64 @@ def test_task_5_a_listener_that_raises_loses_its_requests() -> None:
     assert text(ear.events) == "bc"
 
 
+def test_task_5_a_deadline_that_has_passed_cancels_all_before_the_step() -> None:
+    """Oracle: by hand: a task sets it. Looking at it before the tasks is the mistake: one step too many."""
+    at = Posting()
+    ear = put(at.loop, request("one"), request("two"))
+    at.run_once(partial(at.set_deadline, time.monotonic() + 100))
+    assert list(at.loop.active) == ["one", "two"], "the deadline is not reached yet"
+    at.run_once(partial(at.set_deadline, time.monotonic()))
+    assert at.core.log.count("step") == 1, "a step was made after the deadline"
+    assert Counter(event.finish_reason for event in ear.events) == {None: 2, "abort": 2}
+    assert not at.loop.active
+
+
+def test_task_5_a_drain_is_over_after_the_last_events_are_delivered() -> None:
+    """Oracle: by hand: what is reported as done must have been delivered."""
+    at, drained, was_done = Posting(), Future[None](), list[bool]()
+    put(
+        at.loop,
+        request("one", params=SamplingParams(max_tokens=2)),
+        ear=lambda _: was_done.append(drained.done()),
+    )
+    at.run_once(partial(at.add_drain, drained))
+    assert not drained.done(), "the drain is over although a request is active"
+    at.run_once()
+    assert was_done == [False, False], "the drain was over before the last event was delivered"
+    assert is_over(drained)
+
+
+def test_task_5_a_drain_is_over_when_a_lost_listener_had_the_last_request() -> None:
+    """Oracle: by hand: delivering cancels it, so `active` is looked at after that."""
+    at, drained = Posting(), Future[None]()
+
+    def gone(items: list[Item]) -> None:
+        raise OSError("gone")
+
+    put(at.loop, request("one"), ear=gone)
+    at.run_once(partial(at.add_drain, drained))
+    assert is_over(drained)
+
+
+def test_task_5_watchers_see_the_pool_after_each_iteration() -> None:
+    """Oracle: by hand: blocks are taken in a step, and are back in an iteration without one."""
+    at, changes = Posting(core=small_core()), list[PoolChange]()
+    at.run_once(partial(at.loop.watch, changes.append))
+    assert len(changes) == 1, "the watcher was told of changes where there are none"
+    put(at.loop, request("one", "abc", SamplingParams(max_tokens=9, ignore_eos=True)))
+    at.run_once()
+    assert len(changes) == 2, "the watcher was not told of the step"
+    at.run_once(partial(at.loop.cancel, ["one"]))
+    assert len(changes) == 3, "the watcher was not told of an iteration without a step"
+    assert changes[-1].ended == ["one"]
+
+
 def test_task_5_the_last_iteration_has_no_step() -> None:
     """Oracle: by hand."""
     at = Posting()
     put(at.loop, request("one"))
     at.run_once(at.loop.stop)
-    assert "step" not in at.core.log
+    assert "step" not in at.core.log, "there was a step"
 
 
 def test_task_5_the_thread_iterates_until_a_task_stops_it() -> None:
@@ -171,7 +239,7 @@ def test_task_5_the_thread_iterates_until_a_task_stops_it() -> None:
     assert text(ear.until_end()) == "bcd"
     value(at.inbox.post(at.loop.stop))
     value(thread)
-    assert at.core.log.count("step") == 3
+    assert at.core.log.count("step") == 3, "three letters are three steps"
 
 
 # Task 6: EngineLoop.drain
@@ -190,6 +258,14 @@ def test_task_6_new_requests_are_refused() -> None:
     assert not drained.done()
 
 
+def test_task_6_a_refusal_that_is_there_stays() -> None:
+    """Oracle: the docstring: an engine that was stopped, or has died, still says so."""
+    at, there = Posting(), partial(EngineStoppingError, "stopped before")
+    at.loop.refusal = there
+    at.loop.drain(None, Future())
+    assert at.loop.refusal is there
+
+
 def test_task_6_it_is_over_when_all_have_ended() -> None:
     """Oracle: by hand: three letters, three turns, and nothing is cut off."""
     at, drained = Posting(), Future[None]()
@@ -199,7 +275,7 @@ def test_task_6_it_is_over_when_all_have_ended() -> None:
     at.run_once()
     assert not drained.done()
     at.run_once()
-    assert drained.result(0) is None
+    assert is_over(drained)
     assert (text(ear.events), ear.events[-1].finish_reason) == ("bcd", "length")
 
 
@@ -209,7 +285,7 @@ def test_task_6_it_is_over_at_once_without_active_requests() -> None:
     for _ in range(2):
         drained: Future[None] = Future()
         at.run_once(partial(at.loop.drain, None, drained))
-        assert drained.result(0) is None
+        assert is_over(drained)
 
 
 def test_task_6_a_request_that_takes_too_long_is_cancelled_before_the_next_step() -> None:
@@ -218,9 +294,9 @@ def test_task_6_a_request_that_takes_too_long_is_cancelled_before_the_next_step(
     ear = put(at.loop, request("one"), request("two"))
     at.run_once()
     at.run_once(partial(at.loop.drain, 0, drained))
-    assert at.core.log.count("step") == 1
+    assert at.core.log.count("step") == 1, "a step was made after the deadline"
     assert Counter(event.finish_reason for event in ear.events) == {None: 2, "abort": 2}
-    assert drained.result(0) is None
+    assert is_over(drained)
 
 
 def test_task_6_a_timeout_is_counted_from_now() -> None:
@@ -230,7 +306,7 @@ def test_task_6_a_timeout_is_counted_from_now() -> None:
     at.run_once(partial(at.loop.drain, 100.0, first))
     at.run_once()
     assert ear.events[-1].finish_reason == "length"
-    assert first.result(0) is None
+    assert is_over(first)
 
     at, second = Posting(), Future[None]()
     ear = put(at.loop, request("one", params=LONG))
@@ -238,7 +314,7 @@ def test_task_6_a_timeout_is_counted_from_now() -> None:
     time.sleep(0.06)
     at.run_once()
     assert ear.events[-1].finish_reason == "abort"
-    assert second.result(0) is None
+    assert is_over(second)
 
 
 @pytest.mark.parametrize("timeouts", [(-0.001, None), (None, -0.001), (-0.001, 1000.0), (1000.0, -0.001)])
@@ -248,4 +324,4 @@ def test_task_6_of_two_the_shorter_one_counts(timeouts: tuple[float | None, floa
     put(at.loop, request("one", params=LONG))
     at.run_once(*[partial(at.loop.drain, *each) for each in zip(timeouts, drains, strict=True)])
     assert not at.loop.active
-    assert [drain.result(0) for drain in drains] == [None, None]
+    assert all(map(is_over, drains))

@@ -71,8 +71,14 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     """What a coroutine gives, in an event loop of its own; a failure where it hangs."""
 
     async def guarded() -> Any:
-        async with asyncio.timeout(0.8 * PATIENCE.seconds):
-            return await main
+        try:
+            async with asyncio.timeout(0.8 * PATIENCE.seconds) as limit:
+                return await main
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            PATIENCE.lose()
+            raise AssertionError("it did not end: a coroutine awaits what never comes") from None
 
     return within(asyncio.run, guarded())
 

@@ -23,8 +23,10 @@ from week_3_day_7.alphabet import (
     TOKENIZER,
     AlphabetCore,
     Ear,
+    Panic,
     hang_up,
     make_loop,
+    published,
     put,
     reason,
     request,
@@ -62,6 +64,20 @@ def test_task_1_the_cores_error_is_raised(prompt: str, error: type[Exception]) -
         loop.add([request("one", prompt)], Ear())
     assert not loop.active
     assert not loop.core.has_work
+
+
+def test_task_1_whatever_is_raised_none_is_queued() -> None:
+    """Oracle: by hand: no `Exception`, from the second of two: the first is cancelled in the core."""
+    loop, second = make_loop(), request("second")
+
+    def interrupted(core: object) -> None:
+        raise Panic
+
+    second.begin = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Panic):
+        loop.add([request("first"), second], Ear())
+    assert not loop.core.has("first"), "a request that had begun stays in the core"
+    assert not loop.active
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -119,9 +135,11 @@ def test_task_1_requests_are_counted_as_seen_however_it_ends(how: str) -> None:
         second = request(f"b{number}", "" if how == "refused by the core" else "b")
         with suppress(ValueError, EngineStoppingError):
             loop.add([request(f"a{number}"), second], Ear())
-        assert control.occupancy.num_seen == 2 * (number + 1)
-        assert control.occupancy.num_waiting == loop.stats.num_waiting_requests
-        assert loop.stats.num_waiting_requests == (2 * (number + 1) if how == "taken" else 0)
+        seen, waiting = control.occupancy.num_seen, control.occupancy.num_waiting
+        asked = 2 * (number + 1)
+        assert seen == asked, f"{asked} requests have come to `add`, and admission control sees {seen}"
+        assert waiting == published(loop).num_waiting_requests
+        assert waiting == (asked if how == "taken" else 0), "other threads see another number that waits"
 
 
 # Task 2: EngineLoop.cancel
@@ -164,10 +182,12 @@ def test_task_2_the_listener_gets_the_last_event() -> None:
     ear, other = put(loop, request("one", "ab")), put(loop, request("two"))
     loop.cancel(["one"])
     loop.cancel(["one"])
+    assert ear.calls == [], "`cancel` delivers nothing itself: the iteration does, when it ends"
     loop.core.cancel("two")
     del loop.active["two"]
     hang_up(loop)
-    [[event]] = ear.calls
+    assert [len(call) for call in ear.calls] == [1], "one last event, delivered once"
+    event = ear.items[0]
     assert isinstance(event, RequestEvent)
     assert (event.request_id, event.finish_reason, event.token_ids) == ("one", "abort", ())
     assert event.usage is not None
@@ -196,9 +216,11 @@ def test_task_2_others_see_the_free_capacity_at_once() -> None:
     loop.core = AlphabetCore()  # type: ignore[assignment]
     put(loop, request("one"), request("two"))
     loop.cancel(["one"])
-    assert (loop.stats.num_waiting, control.occupancy.num_waiting) == (1, 1)
+    seen = (published(loop).num_waiting, control.occupancy.num_waiting)
+    assert seen == (1, 1), "one of two was cancelled, and other threads see another number that waits"
     loop.cancel(["two"])
-    assert (loop.stats.num_waiting, control.occupancy.num_waiting) == (0, 0)
+    seen = (published(loop).num_waiting, control.occupancy.num_waiting)
+    assert seen == (0, 0), "both were cancelled, and other threads see that one waits"
 
 
 def test_task_2_a_beam_search_ends_too() -> None:
@@ -210,7 +232,8 @@ def test_task_2_a_beam_search_ends_too() -> None:
     loop.cancel(["beams"])
     assert free_blocks(core) == core.manager.capacity.num_blocks
     hang_up(loop)
-    [event] = ear.events
+    assert len(ear.events) == 1, "a search that is cancelled has one event, its last"
+    event = ear.events[0]
     assert event.finish_reason == "abort"
     assert event.usage is not None
 

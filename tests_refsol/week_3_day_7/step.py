@@ -22,8 +22,10 @@ from week_3_day_7.alphabet import (
     TOKENIZER,
     AlphabetCore,
     Ear,
+    Panic,
     hang_up,
     make_loop,
+    published,
     put,
     reason,
     request,
@@ -38,6 +40,13 @@ def take_all(loop: EngineLoop) -> None:
     """A step of the core, each of its outputs taken."""
     for output in loop.core.step():
         loop.take_output(output)
+
+
+def only_failure(ear: Ear) -> RequestFailedError:
+    """What a listener got, where that is one error and nothing else."""
+    kinds = [type(item).__name__ for item in ear.items]
+    assert kinds == ["RequestFailedError"], "the listener of a failed request gets one error, and no event"
+    return ear.errors[0]
 
 
 def test_task_3_a_token_becomes_an_event_of_its_request() -> None:
@@ -61,7 +70,8 @@ def test_task_3_a_request_that_has_ended_is_gone() -> None:
     take_all(loop)
     assert not loop.active
     hang_up(loop)
-    [event] = ear.events
+    assert len(ear.events) == 1, "one token is one event"
+    event = ear.events[0]
     assert (event.text, event.finish_reason) == ("b", "length")
     assert event.usage is not None
     assert event.usage.completion_tokens == 1
@@ -120,9 +130,11 @@ def test_task_3_what_the_core_has_ended_is_not_ended_again() -> None:
 class Unspeakable(RequestState):
     """A request whose text cannot be made."""
 
+    error: BaseException = ArithmeticError("no text")
+
     def push(self, output: TokenOutput) -> RequestEvent:
         """Raise, whatever the token is."""
-        raise ArithmeticError("no text")
+        raise self.error
 
 
 def test_task_3_a_text_that_cannot_be_made_fails_only_its_request() -> None:
@@ -132,15 +144,44 @@ def test_task_3_a_text_that_cannot_be_made_fails_only_its_request() -> None:
     put(loop, Unspeakable("bad", "a", [0], TOKENIZER, SamplingParams(n=2, max_tokens=9)), ear=bad)
     put(loop, request("good"), ear=good)
     take_all(loop)
-    assert list(loop.active) == ["good"]
-    assert not loop.core.has("bad")
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
+    assert not loop.core.has("bad"), "what has failed is still in the core"
     take_all(loop)
     hang_up(loop)
-    [failed] = bad.items
-    assert isinstance(failed, RequestFailedError)
+    failed = only_failure(bad)
     assert isinstance(failed.__cause__, ArithmeticError)
     assert failed.request_id == "bad"
     assert text(good.events) == "bc"
+
+
+def test_task_3_a_panic_of_the_tokenizer_fails_only_its_request() -> None:
+    """Oracle: by hand. Catching `Exception` is the mistake: the engine would die of one request's text."""
+    loop, bad = make_loop(), Unspeakable("bad", "a", [0], TOKENIZER, THREE)
+    bad.error = Panic("no text")
+    failing, ear = put(loop, bad), put(loop, request("good"))
+    take_all(loop)
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
+    assert not loop.core.has("bad"), "what has failed is still in the core"
+    hang_up(loop)
+    assert only_failure(failing).__cause__ is bad.error
+    assert text(ear.events) == "b"
+
+
+def test_task_3_a_sequence_that_cannot_be_finished_fails_only_its_request() -> None:
+    """Oracle: by hand: the core's `finish` raises; the event is dropped, and the error comes instead."""
+    loop, error = make_loop(), ArithmeticError("not finished")
+    bad, good = put(loop, request("bad", params=SamplingParams(stop="b"))), put(loop, request("good"))
+
+    def unfinished(seq_id: str) -> None:
+        raise error
+
+    loop.core.finish = unfinished  # type: ignore[method-assign]
+    take_all(loop)
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
+    assert not loop.core.has("bad"), "what has failed is still in the core"
+    hang_up(loop)
+    assert only_failure(bad).__cause__ is error
+    assert text(good.events) == "b"
 
 
 def test_task_3_tokens_without_a_listener_are_ignored() -> None:
@@ -163,7 +204,7 @@ def test_task_4_a_step_is_a_letter_for_each() -> None:
     loop = make_loop()
     one, two = put(loop, request("one", "a")), put(loop, request("two", "m"))
     loop.step()
-    assert loop.core.log.count("step") == 1
+    assert loop.core.log.count("step") == 1, "`step` is one step of the core"
     hang_up(loop)
     assert [(event.request_id, event.text, event.token_ids) for event in one.events[:1]] == [
         ("one", "b", (1,))
@@ -180,11 +221,12 @@ def test_task_4_a_failure_reaches_only_its_listener() -> None:
     loop.step()
     loop.core.failing["bad"] = error
     loop.step()
-    assert list(loop.active) == ["good"]
+    assert list(loop.active) == ["good"], "a request that has failed is active no more, the other goes on"
     loop.core.cancel("good")
     del loop.active["good"]
     hang_up(loop)
-    [failed] = bad.errors
+    assert len(bad.errors) == 1, "the listener of a failed request gets one error"
+    failed = bad.errors[0]
     assert failed.request_id == "bad"
     assert failed.__cause__ is error
     assert text(bad.events) == "b"
@@ -200,7 +242,7 @@ def test_task_4_two_failures_are_two_errors() -> None:
     assert list(loop.active) == ["b"]
     hang_up(loop)
     assert {str(error.__cause__): error.request_id for error in ear.errors} == {"a": "a", "c": "c"}
-    assert len(ear.errors) == 2
+    assert len(ear.errors) == 2, "two requests have failed, and each has one error"
 
 
 def test_task_4_a_search_ends_with_one_event() -> None:
@@ -216,9 +258,10 @@ def test_task_4_a_search_ends_with_one_event() -> None:
     while loop.active and steps < 20:
         loop.step()
         steps += 1
-    assert steps == 4
+    assert steps == 4, "the search has 4 tokens: it ends in the 4th step, and is active no more"
     hang_up(loop)
-    [event] = ear.events
+    assert len(ear.events) == 1, "a search has one event, its last"
+    event = ear.events[0]
     assert event.finish_reason == "stop"
     assert event.usage is not None
     found = [sequence.tokens[4:] for sequence in search.output.sequences]
@@ -238,11 +281,35 @@ def test_task_4_how_long_it_took_and_how_full_it_is() -> None:
     loop.core.step = slow  # type: ignore[method-assign]
     for number in range(1, 4):
         loop.step()
-        assert len(loop.step_times) == number
+        assert len(loop.step_times) == number, "each step has its times, once"
         assert loop.step_times[-1].core >= 0.015
         assert loop.step_times[-1].text >= 0
     loop.core.step = step  # type: ignore[method-assign]
-    assert (loop.stats.num_running, loop.stats.num_waiting) == (0, 1)
+    stats = published(loop)
+    assert (stats.num_running, stats.num_waiting) == (0, 1), "the figures are not those after the step"
+
+
+def test_task_4_a_core_that_is_slow_and_a_text_that_is_slow() -> None:
+    """Oracle: by hand: one of the two sleeps for 50 ms, and the other takes less than that."""
+    loop, slow = make_loop(), request("slow")
+    put(loop, slow)
+    step, push = loop.core.step, slow.push
+
+    def slow_step() -> list[TokenOutput]:
+        time.sleep(0.05)
+        return step()
+
+    def slow_push(output: TokenOutput) -> RequestEvent:
+        time.sleep(0.05)
+        return push(output)
+
+    loop.core.step = slow_step  # type: ignore[method-assign]
+    loop.step()
+    assert loop.step_times[-1].text < loop.step_times[-1].core, "the text's seconds include the core's"
+    loop.core.step = step  # type: ignore[method-assign]
+    slow.push = slow_push  # type: ignore[method-assign]
+    loop.step()
+    assert loop.step_times[-1].core < loop.step_times[-1].text, "the core's seconds include the text's"
 
 
 def test_task_4_admission_control_sees_that_a_step_left_a_request_waiting() -> None:

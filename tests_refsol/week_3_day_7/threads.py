@@ -1,9 +1,15 @@
 """Tasks 9 and 10: the engine for other threads."""
 
+import gc
 import threading
+import time
+import weakref
 from functools import partial
+from typing import Any
 
 import pytest
+from tiny_llm.engine import Engine
+from tiny_llm.engine_config import EngineConfig
 from tiny_llm.errors import (
     DuplicateRequestError,
     EngineDeadError,
@@ -13,7 +19,7 @@ from tiny_llm.errors import (
 )
 from tiny_llm.sampling_params import SamplingParams
 
-from week_3_day_7.alphabet import LONG, LONGEST, THREE, AlphabetCore, Ear, text
+from week_3_day_7.alphabet import ALPHABET, LONG, LONGEST, THREE, TOKENIZER, AlphabetCore, Ear, text
 from week_3_day_7.patience import background, value, within
 from week_3_day_7.serving import free_blocks, serving, small_core
 
@@ -140,6 +146,62 @@ def test_task_9_an_engine_that_drains_refuses_at_once() -> None:
         value(drained)
 
 
+@pytest.mark.parametrize("bad", [["a"], "a", 7, [None]])
+def test_task_9_what_is_no_request_is_a_type_error(bad: Any) -> None:
+    """Oracle: by hand: raised at once, counted as nothing, and the same in an engine that takes no more."""
+    with serving(max_num_seqs=1, max_num_waiting=1) as engine:
+        for _ in range(10):  # more than may wait
+            with pytest.raises(TypeError):
+                within(engine.submit, bad, Ear())
+        ear = Ear()
+        value(engine.submit([engine.request("a", THREE)], ear))
+        assert text(ear.until_end()) == "bcd"
+        within(engine.stop)
+        with pytest.raises(TypeError):
+            within(engine.submit, bad, Ear())
+
+
+def test_task_9_a_listener_that_cannot_be_called_is_a_type_error() -> None:
+    """Oracle: by hand: raised at once, not by the engine's thread when the first event comes."""
+    with serving() as engine, pytest.raises(TypeError):
+        within(engine.submit, [engine.request("a", THREE)], None)
+
+
+def test_task_9_the_callers_list_may_change_afterwards() -> None:
+    """Oracle: by hand: what was submitted is queued, although the list is empty by then."""
+    core, ear = AlphabetCore(), Ear()
+    core.hold()
+    with serving(core) as engine:
+        within(engine.submit, [engine.request("m", LONG)], Ear())
+        core.wait_for_step()
+        requests = [engine.request("a", THREE, "mine")]
+        queued = within(engine.submit, requests, ear)
+        requests.clear()
+        core.let_go()
+        value(queued)
+        assert "add mine" in core.log, "the engine's thread got the caller's list, which has changed since"
+        assert text(ear.until_end()) == "bcd"
+
+
+def test_task_9_a_task_that_waits_does_not_hold_the_engine() -> None:
+    """Oracle: a weak reference: the engine is forgotten while a step runs. A lambda holds `self`."""
+    core = AlphabetCore()
+    core.hold()
+    engine = within(Engine, lambda: core, TOKENIZER, len(ALPHABET), EngineConfig(max_num_seqs=8))
+    try:
+        within(engine.submit, [engine.request("a", LONG)], Ear())
+        core.wait_for_step()
+        within(engine.submit, [engine.request("b", LONG)], Ear())
+        forgotten, end = weakref.ref(engine), time.monotonic() + 1
+        del engine
+        while forgotten() is not None and time.monotonic() < end:
+            time.sleep(0.01)
+            gc.collect()
+        assert forgotten() is None, "what was posted holds the engine, so its thread would never end"
+    finally:
+        core.let_go()
+
+
 def test_task_9_an_engine_that_was_stopped() -> None:
     """Oracle: by hand: active requests are cancelled, and new ones refused, however many."""
     with serving(max_num_waiting=1) as engine:
@@ -200,8 +262,8 @@ def test_task_9_when_it_is_done_the_pages_are_back() -> None:
         value(engine.submit([engine.request([1, 2, 3], params, "mine")], ear))
         ear.next()
         value(engine.cancel("mine"))
-        assert engine.stats.num_running == 0
-        assert free_blocks(core) == 40
+        assert engine.stats.num_running == 0, "it was cancelled, and the published figures say that it runs"
+        assert free_blocks(core) == 40, "not all blocks are back"
         assert ear.until_end()[-1].finish_reason == "abort"
 
 
@@ -272,3 +334,13 @@ def test_task_10_a_stopped_engine_raises() -> None:
         within(engine.stop)
         with pytest.raises(EngineStoppingError):
             within(engine.call, lambda: 7)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_task_10_what_cannot_be_called_is_a_type_error(is_stopped: bool) -> None:
+    """Oracle: the docstring: refused in the thread that calls, before anything is posted."""
+    with serving() as engine:
+        if is_stopped:
+            within(engine.stop)
+        with pytest.raises(TypeError, match="must be callable"):
+            within(engine.call, 7)

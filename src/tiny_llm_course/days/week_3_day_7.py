@@ -2,13 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from inspect import iscoroutine
 from typing import Any
 
 from .shared import STORY, Lines
 
 TRY_SECONDS = 120  # a guard: an engine that is not right yet may leave its clients waiting
+MOST_ITERATIONS = 20  # likewise, of a loop
 
 
 def show() -> Lines:
@@ -41,6 +44,92 @@ def show() -> Lines:
     held, more = watched.after_the_cancel("cat")
     yield f"the cat held {held} blocks when it was cancelled; further steps that computed it: {more}"
     yield f"a client that comes while the engine drains: {watched.refused}"
+
+
+def show_a() -> Lines:
+    """The loop with its iterations run by hand in this thread, without an `Engine`: tasks in, events out."""
+    stepped = _Stepped(("cat", "dog", "fox"))
+    yield "the real model, and the loop without its thread: each line is one `run_once`. The text of the fox"
+    yield "cannot be made, the cat is cancelled, and then the engine drains"
+    yield "     tasks                    active after it   delivered"
+    for number, tasks in enumerate(stepped.tasks(), 1):
+        delivered = stepped.run_once(list(tasks.values()))
+        yield f"  {number:2} {', '.join(tasks):24} {', '.join(stepped.loop.active):17} {delivered}".rstrip()
+    times = stepped.loop.step_times
+    core, text = (1000 * sum(getattr(one, kind) for one in times) for kind in ("core", "text"))
+    yield f"{len(times)} steps took {core:.0f} ms in the core, and {text:.1f} ms to make text of the tokens"
+    refused = "no refusal" if stepped.loop.refusal is None else str(stepped.loop.refusal())
+    yield f"the drain is {'over' if stepped.drained.done() else 'not over'}; a new request: {refused}"
+
+
+class _Stepped:
+    """A loop that no thread runs, with a request for each name."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        from tiny_llm.admission_control import AdmissionControl
+        from tiny_llm.engine_core import EngineCore
+        from tiny_llm.engine_loop import EngineLoop
+        from tiny_llm.inbox import Inbox
+        from tiny_llm.loader import load_model
+        from tiny_llm.output_processor import RequestState
+        from tiny_llm.paged_batch import PagedBatchManager
+        from tiny_llm.sampling_params import SamplingParams
+
+        model, tokenizer = (loaded := load_model(None)).model, loaded.tokenizer
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        self.requests = {}
+        for name in names:
+            prompt = f"{STORY}, there was a {name}"
+            self.requests[name] = RequestState(name, prompt, tokenizer.encode(prompt), tokenizer, params)
+        self.drained: Future[None] = Future()
+        self._inbox, self._heard = Inbox(), list[str]()
+        self.loop = EngineLoop(self._inbox, AdmissionControl(None, len(names)))
+        manager = PagedBatchManager(32, 16, len(names), model=model)
+        self._make_core = partial(EngineCore, manager, model.config.eos_token_ids)
+
+    def tasks(self) -> Iterator[dict[str, Callable[[], None]]]:
+        """What is posted before each iteration, by the name that is shown; until no request is active."""
+        yield {
+            "begin": partial(self.loop.begin, self._make_core),
+            "add cat": self._adding("cat"),
+            "add dog": self._adding("dog"),
+        }
+        self.requests["fox"].push = _without_text
+        yield {"add fox": self._adding("fox")}
+        yield {"cancel cat": partial(self.loop.cancel, ["cat"])}
+        yield {"drain": partial(self.loop.drain, None, self.drained)}
+        for _ in range(MOST_ITERATIONS):
+            if self.loop.active:
+                yield {}
+
+    def run_once(self, tasks: list[Callable[[], None]]) -> str:
+        """Post tasks, run an iteration, and return what the listeners got. Raises what a task has raised."""
+        self._heard.clear()
+        posted = [self._inbox.post(task) for task in (*tasks, _nothing)]
+        self.loop.run_once()
+        for answer in posted:
+            answer.result(0)
+        return "; ".join(self._heard)
+
+    def _adding(self, name: str) -> Callable[[], None]:
+        return partial(self.loop.add, [self.requests[name]], partial(self._hear, name))
+
+    def _hear(self, name: str, items: list[Any]) -> None:
+        """The listener: an error says what it is, an event has text, and perhaps a finish_reason."""
+        for item in items:
+            if isinstance(item, Exception):
+                self._heard.append(f"{name} {type(item).__name__}")
+            else:
+                ended = f" ({item.finish_reason})" if item.finish_reason else ""
+                self._heard.append(f"{name} {item.text!r}{ended}")
+
+
+def _nothing() -> None:
+    """Posted in each iteration: a loop that is not right yet may wait for a task, and nothing else comes."""
+
+
+def _without_text(output: Any) -> Any:
+    raise ArithmeticError("the tokenizer has failed")
 
 
 class _Watched:
