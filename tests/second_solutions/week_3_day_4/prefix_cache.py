@@ -245,12 +245,10 @@ class PrefixCache:
         >>> cache.evict(3), cache.evict(-2)
         (0, 0)
         """
-        evicted = 0
-        while evicted < num_blocks and self._queue:
-            oldest = next(iter(self._queue))
-            self._forget(oldest)
-            evicted += 1
-        return evicted
+        count = max(0, min(num_blocks, len(self._queue)))
+        for _ in range(count):
+            self._forget(next(iter(self._queue)))
+        return count
 
     def exchange(self, table: BlockTable, index: int, block: int) -> None:
         """Put a kept block in place `index` of a table, instead of the table's own with the same content.
@@ -303,8 +301,8 @@ class PrefixCache:
         (True, 6)
         """
         for index in range(first, stop):
-            if index > 0 and self._hash_of.get(table.blocks[index - 1]) != stream.parent(index):
-                break
+            if index and self._hash_of.get(table.blocks[index - 1]) != stream.parent(index):
+                return
             kept = self._kept.get(stream.hashes[index])
             if kept is None:
                 self.add(table.blocks[index], stream, index)

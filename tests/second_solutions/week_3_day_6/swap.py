@@ -105,23 +105,23 @@ class SwapSpace:
         >>> space.swap_out(manager.sequence("a"))
         [SwapCopy(block=0, host_block=0), SwapCopy(block=1, host_block=1)]
         """
-        waiting = filled_from or {}
-        end = -(-sequence.num_computed // self.block_size)  # blocks of the text with a computed token
-        swapped_tables: list[SwappedTable] = []
+        filled_from = filled_from or {}
+        num_blocks = -(-sequence.num_computed // self.block_size)
+        tables: list[SwappedTable] = []
         copies: list[SwapCopy] = []
         for index, table in enumerate(sequence.tables):
             first = first_block(table)
-            host_blocks: list[int] = []
-            swapped_tables.append(SwappedTable(first, host_blocks))
-            for place, block in zip(range(first, end), table.blocks, strict=False):
-                host_block = self.hold(sequence, index, place)
-                if host_block is None:
-                    self.release(swapped_tables)
+            tables.append(SwappedTable(first, []))
+            for place in range(first, num_blocks):
+                held = self.hold(sequence, index, place)
+                if held is None:
+                    self.release(tables)
                     return None
-                host_blocks.append(host_block.block)
-                if host_block.is_new:
-                    copies.append(SwapCopy(waiting.get(block, block), host_block.block))
-        sequence.swapped = Swapped(swapped_tables, sequence.num_computed, sequence.num_cached_tokens)
+                tables[-1].host_blocks.append(held.block)
+                if held.is_new:
+                    block = table.blocks[place - first]
+                    copies.append(SwapCopy(filled_from.get(block, block), held.block))
+        sequence.swapped = Swapped(tables, sequence.num_computed, sequence.num_cached_tokens)
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
@@ -141,11 +141,9 @@ class SwapSpace:
         2
         """
         found = sequence.num_computed // self.block_size
-        num_blocks = 0
-        for swapped in sequence.swapped.tables:
-            already_there = max(found - swapped.first, 0)
-            num_blocks += max(len(swapped.host_blocks) - already_there, 0)
-        return num_blocks
+        return sum(
+            max(0, len(table.host_blocks) - max(0, found - table.first)) for table in sequence.swapped.tables
+        )
 
     def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> list[SwapCopy]:
         """Let a sequence's tables hold what they held when it was swapped out; the copies to make at once.
@@ -172,20 +170,19 @@ class SwapSpace:
         >>> [copy.host_block for copy in space.swap_in(sequence)], sequence.num_computed
         ([0, 1], 5)
         """
-        pool_blocks = at_hand or {}
-        size = self.block_size
-        found = sequence.num_computed // size
+        at_hand = at_hand or {}
         swapped = sequence.swapped
-        copies: list[SwapCopy] = []
-        for table, on_host in zip(sequence.tables, swapped.tables, strict=True):
-            start = max(found, on_host.first)
-            if start > found and isinstance(table, WindowedTable):
-                table.skip_to(start * size)
-            for place, host_block in enumerate(on_host.host_blocks[start - on_host.first :], start):
-                length = min(size, swapped.num_computed - place * size)
-                block = pool_blocks.get(self._hash_of.get(host_block))
-                if block is not None:
-                    table.share_block(block, length)
+        found = sequence.num_computed // self.block_size
+        copies = []
+        for table, (first, host_blocks) in zip(sequence.tables, swapped.tables, strict=True):
+            if isinstance(table, WindowedTable) and first > found:
+                table.skip_to(first * self.block_size)
+            start = max(first, found)
+            for place, host_block in enumerate(host_blocks[start - first :], start):
+                length = min(self.block_size, swapped.num_computed - place * self.block_size)
+                digest = self._hash_of.get(host_block)
+                if digest in at_hand:
+                    table.share_block(at_hand[digest], length)
                 else:
                     table.append_tokens(length)
                     copies.append(SwapCopy(table.blocks[-1], host_block))
