@@ -253,7 +253,8 @@ class PrefixCache:
         """Put a kept block in place `index` of a table, instead of the table's own with the same content.
 
         The table becomes a holder of the kept block, which is not idle any more (as in `share`), and gives
-        the reference to its own block back. If it is its own block already, nothing changes.
+        the reference to its own block back, which is not a kept one. If the kept block is the table's own
+        already, nothing changes.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, table, kept = PrefixCache(allocator, 2), BlockTable(allocator, 2), allocator.allocate()
@@ -279,9 +280,9 @@ class PrefixCache:
         - Another text is kept under the hash: the table goes on with its own block, which is not kept.
 
         Keep nothing that `match` could not reach. For an index above 0, look first at the table's block
-        before it, `table.blocks[index - 1]`. Its hash in the cache must be `stream.parent(index)`. If it has
-        another hash or is not kept, stop: this block and all behind it are not kept. There are two such
-        cases. The table has the blocks 4 and 9:
+        before it, `table.blocks[index - 1]`, as the step before has left it. Its hash in the cache must be
+        `stream.parent(index)`. If it has another hash or is not kept, stop: this block and all behind it are
+        not kept. There are two such cases. The table has the blocks 4 and 9:
 
         - A collision. Block 3 is kept, with other tokens, under the hash of this text's block 0.
           Block 4 stays in the table and is not kept.

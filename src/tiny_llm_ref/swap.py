@@ -162,9 +162,10 @@ class SwapSpace:
         For each table: the tokens found stay, and the table goes on behind them, at block `place` of the
         text. If the `first` of a `WindowedTable` lies behind those tokens, call
         `table.skip_to(first * block_size)` before, and go on at `first`: what the table holds by then is no
-        longer visible. Of 18 tokens, in blocks of 4, a windowed table has blocks 3 and 4 on the host. If 8
-        tokens were found, it holds their two blocks, skips to position 12, and goes on at block 3; if 12 or
-        16 were found, it skips nothing, and goes on at block 3 or 4.
+        longer visible. (Ignore what it returns: the caller compares the blocks before and after.) Of 18
+        tokens, in blocks of 4, a windowed table has blocks 3 and 4 on the host. If 8 tokens were found, it
+        holds their two blocks, skips to position 12, and goes on at block 3; if 12 or 16 were found, it skips
+        nothing, and goes on at block 3 or 4.
 
         From there on each host block, in order, gets a free block of the pool and a copy: `append_tokens`
         takes that block, which is `table.blocks[-1]` then, and the pool has enough (`blocks_to_swap_in`).
@@ -173,7 +174,8 @@ class SwapSpace:
         tokens. A windowed table may have no `host_blocks` at all, because the next token saw none of its
         blocks: it skips to its `first` all the same.
 
-        at_hand: full blocks of the pool by their hash. A host block with one of these hashes (`_hash_of`)
+        at_hand: full blocks of the pool by their hash, of the request's other sequences: a client that found
+        two texts with one hash would deceive only itself. A host block with one of these hashes (`_hash_of`)
         needs no copy: the table shares the pool's block instead (`share_block`, with as many tokens).
 
         Afterwards both numbers, `num_computed` and `num_cached_tokens`, are the old ones. Every table starts
