@@ -6,26 +6,10 @@ group.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from .linear import BiasedLinear, Linear, LinearLike, stack_packed
-
-
-@dataclass(frozen=True)
-class StackedLinear:
-    """Several matrices over the same input, called one by one; their outputs lie side by side."""
-
-    parts: tuple[LinearLike, ...]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N1 + N2 + ...]."""
-        return mx.concatenate([part(x) for part in self.parts], axis=-1)
-
-    def rows(self, ids: mx.array) -> mx.array:
-        """Raise TypeError: a stack is not a table."""
-        raise TypeError("a stack of matrices is multiplied with, never looked up")
 
 
 def stack(parts: Sequence[LinearLike]) -> LinearLike:

@@ -7,15 +7,11 @@ drawn gets the logit -inf, which is a probability of 0.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
-from random import Random
+from collections.abc import Iterable
 
 import mlx.core as mx
 
 from .sampling_params import SamplingParams
-
-SUMMED_AT_ONCE = 256  # numbers that are added one by one; their sums are added again
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
@@ -62,12 +58,6 @@ def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
     """
     ratio = mx.exp(logits - mx.max(logits))
     return mx.where(ratio >= min_p, logits, -mx.inf)
-
-
-def uniform(seed: int, index: int) -> float:
-    """Return a random number in [0, 1) that depends only on the request's seed and the output index."""
-    odd = 0x9E3779B97F4A7C15  # spreads neighbouring seeds over all numbers; invertible modulo 2**64
-    return Random((seed * odd + index) % 2**64).random()
 
 
 def draw(logits: mx.array, seed: int, index: int) -> mx.array:
@@ -119,23 +109,6 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
     if params.top_p < 1:
         kept = keep_top_p(kept, params.top_p)
     return draw(kept, seed, index)
-
-
-def change_logits(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
-    """Return a copy of logits [V] in which those of `token_ids` are `change` of what they were.
-
-    token_ids: no id twice. change: takes the logits [n] of these ids in their order, and gives [n].
-    No ids: the logits themselves.
-
-    >>> change_logits(mx.array([1.0, 2.0, 3.0]), [2, 0], lambda chosen: 10 * chosen).tolist()
-    [10.0, 2.0, 30.0]
-    """
-    if not token_ids:
-        return logits
-    chosen = mx.array(token_ids)
-    copy = mx.array(logits)
-    copy[chosen] = change(logits[chosen])
-    return copy
 
 
 def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -> mx.array:
@@ -190,35 +163,3 @@ def log_probabilities(logits: mx.array) -> mx.array:
     padded = mx.pad(exponentials, (0, -exponentials.size % SUMMED_AT_ONCE))
     total = mx.sum(mx.sum(padded.reshape(-1, SUMMED_AT_ONCE), axis=1))
     return shifted - mx.log(total)
-
-
-def forbid(logits: mx.array, token_ids: Iterable[int]) -> mx.array:
-    """Set the logits of these tokens to -inf: logits [V] -> [V]."""
-    return change_logits(logits, list(token_ids), lambda chosen: mx.full(chosen.shape, -mx.inf))
-
-
-def add_bias(logits: mx.array, bias: Mapping[int, float]) -> mx.array:
-    """Add to the logits of some tokens, by token id: logits [V] -> [V]."""
-    return change_logits(logits, list(bias), lambda chosen: chosen + mx.array(list(bias.values())))
-
-
-def adjust_logits(
-    logits: mx.array,
-    params: SamplingParams,
-    prompt: Seq[int],
-    outputs: Seq[int],
-    end_token_ids: Iterable[int],
-) -> mx.array:
-    """Return the logits [V] that a token is chosen from: limits, bias and penalties, in vLLM's order.
-
-    end_token_ids: tokens that would end the sequence; impossible while it has fewer than `min_tokens`.
-    """
-    if len(outputs) < params.min_tokens:
-        logits = forbid(logits, end_token_ids)
-    if params.logit_bias:
-        logits = add_bias(logits, params.logit_bias)
-    if params.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, [*prompt, *outputs], params.repetition_penalty)
-    if params.frequency_penalty or params.presence_penalty:
-        logits = penalize_output(logits, outputs, params.frequency_penalty, params.presence_penalty)
-    return logits

@@ -28,28 +28,7 @@ def attention_without_cache(prompt_len: int, gen_len: int) -> int:
     return prompt_len + sum(prompt_len + s for s in range(1, gen_len + 1))
 
 
-def attention_with_cache(prompt_len: int, gen_len: int) -> int:
-    """Count the same keys when each token's key and value are computed once and kept: one per token."""
-    return prompt_len + gen_len
-
-
 class CachedContext:
-    """Consecutive forward passes over one sequence; each sees the keys and values of all passes before it.
-
-    Before each pass call `begin_pass`, then run the model with this context. The model calls `attend` once in
-    every layer. scale: what scores are multiplied by (`ModelConfig.attention_scale`).
-
-    positions, logit_rows: of the current pass, as `KVContext` describes them. num_tokens: the tokens of all
-    passes so far, the current one included.
-    """
-
-    def __init__(self, scale: float) -> None:
-        self.positions = mx.array([], mx.int32)
-        self.logit_rows: mx.array | None = None
-        self.num_tokens = 0
-        self._scale = scale
-        self._past: dict[int, tuple[mx.array, mx.array]] = {}  # by layer; each [B, Hkv, S, D]
-
     def begin_pass(self, num_new_tokens: int) -> None:
         """Prepare a pass over `num_new_tokens` tokens (1 or more) that follow all tokens before.
 

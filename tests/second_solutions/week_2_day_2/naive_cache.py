@@ -6,39 +6,11 @@ filled yet is of no use to any other sequence: internal fragmentation, the diffe
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import mlx.core as mx
 
 
-class KeysValues(NamedTuple):
-    """Keys and values of one layer, each [Hkv, S, D]: head, token, value."""
-
-    keys: mx.array
-    values: mx.array
-
-
 class NaiveKVCache:
-    """Memory for `max_seq_len` tokens of one layer, allocated at once: two arrays [Hkv, max_seq_len, D].
-
-    Heads come first, then tokens, as in q, k and v: attention reads one head's tokens after another, so every
-    cache of this course has this order and nothing is transposed. (The course text's sketches put tokens
-    first.)
-
-    num_heads: heads of keys and values (Hkv). k_cache, v_cache: the arrays. current_len: tokens stored; they
-    are the first in both arrays, and what lies behind them has no meaning.
-    """
-
-    def __init__(
-        self, max_seq_len: int, num_heads: int, head_dim: int, dtype: mx.Dtype = mx.bfloat16
-    ) -> None:
-        self.max_seq_len = max_seq_len
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.current_len = 0
-        self.k_cache = mx.zeros((num_heads, max_seq_len, head_dim), dtype)
-        self.v_cache = mx.zeros((num_heads, max_seq_len, head_dim), dtype)
-
     def update(self, new_k: mx.array, new_v: mx.array) -> KeysValues:
         """Store the next tokens behind those stored so far; return all stored tokens.
 
@@ -87,30 +59,6 @@ class NaiveKVCache:
             raise ValueError(f"{length} tokens do not fit into a cache of {self.max_seq_len}")
         self.reset()
         self.update(source.k_cache[:, :length], source.v_cache[:, :length])
-
-    def reset(self) -> None:
-        """Forget every token; the memory stays."""
-        self.current_len = 0
-
-    def allocated_bytes(self) -> int:
-        """Bytes of both arrays, however many tokens are stored."""
-        return self.k_cache.nbytes + self.v_cache.nbytes
-
-    def used_bytes(self) -> int:
-        """Bytes of the stored tokens, keys and values."""
-        return 2 * self.current_len * self.num_heads * self.head_dim * self.k_cache.itemsize
-
-
-class Reservation(NamedTuple):
-    """What it means to give every sequence a cache of the same size.
-
-    num_caches: caches that fit into the memory. num_refused: sequences that do not fit into a cache.
-    wasted: of the caches of all other sequences, the share that holds no token, 0 to 1.
-    """
-
-    num_caches: int
-    num_refused: int
-    wasted: float
 
 
 def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: int) -> Reservation:

@@ -14,28 +14,6 @@ from .naive_cache import KeysValues
 
 
 class GlobalAllocator:
-    """A pool of `total_blocks` blocks of `block_size` tokens, shared by all sequences.
-
-    num_heads: heads of keys and values (Hkv). keys, values: [total_blocks, Hkv, block_size, D]; a block is a
-    `NaiveKVCache` of `block_size` tokens, heads first as there. free_blocks: the ids of the free blocks, a
-    set of ints from 0 to total_blocks - 1. All other blocks are held; the allocator does not know by which
-    sequences.
-    """
-
-    def __init__(
-        self,
-        total_blocks: int,
-        block_size: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: mx.Dtype = mx.bfloat16,
-    ) -> None:
-        self.block_size = block_size
-        self.total_blocks = total_blocks
-        self.keys = mx.zeros((total_blocks, num_heads, block_size, head_dim), dtype)
-        self.values = mx.zeros((total_blocks, num_heads, block_size, head_dim), dtype)
-        self.free_blocks = set(range(total_blocks))
-
     def alloc_blocks(self, num_blocks: int) -> list[int]:
         """Take `num_blocks` free blocks, whichever; return their ids. For 0 blocks the list is empty.
 
@@ -94,30 +72,8 @@ class GlobalAllocator:
             f"{num_blocks} blocks side by side asked for, the longest run is {self.longest_run()}"
         )
 
-    def longest_run(self) -> int:
-        """Count the blocks of the longest run of free blocks; 0 if none is free."""
-        longest = run = 0
-        for is_free in (block in self.free_blocks for block in range(self.total_blocks)):
-            run = run + 1 if is_free else 0
-            longest = max(longest, run)
-        return longest
-
 
 class DynamicKVCache:
-    """One sequence's keys and values of one layer, in blocks of a shared pool.
-
-    seq_id: a name, for messages. blocks: the ids of the blocks that it holds, in the order of the tokens.
-    current_len: tokens stored.
-
-    Invariant: token i is in block `blocks[i // block_size]`, at offset i % block_size.
-    """
-
-    def __init__(self, allocator: GlobalAllocator, seq_id: str) -> None:
-        self.allocator = allocator
-        self.seq_id = seq_id
-        self.blocks: list[int] = []
-        self.current_len = 0
-
     def allocate_for_prompt(self, prompt_len: int) -> None:
         """Take the blocks that `prompt_len` tokens fill or begin, behind the blocks held already.
 
@@ -174,8 +130,3 @@ class DynamicKVCache:
             return tokens[:, : self.current_len]
 
         return KeysValues(gather(self.allocator.keys), gather(self.allocator.values))
-
-    def free(self) -> None:
-        """Give every block back and forget every token; the empty cache may be used or freed again."""
-        self.allocator.free_blocks_ids(self.blocks)
-        self.blocks, self.current_len = [], 0

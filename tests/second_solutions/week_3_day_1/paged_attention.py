@@ -6,50 +6,10 @@ of the pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Me
 Language Model Serving with PagedAttention" (SOSP 2023).
 """
 
-from collections import deque
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
-
-
-class BlockCopy(NamedTuple):
-    """A copy of the first `length` tokens of block `src` to block `dst`, to be made before the next write."""
-
-    src: int
-    dst: int
-    length: int
+from .errors import OutOfBlocksError
 
 
 class BlockAllocator:
-    """Hands out the block ids 0 .. num_blocks - 1 and counts the holders of each block.
-
-    `_free` is a queue of the free ids, `_ref_counts[block]` the number of a block's holders. Invariant: a
-    block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive count =
-    num_blocks. Taking or returning a block costs O(1), whatever the size of the pool: that is why the free
-    ids have a queue.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
-        self.num_blocks = num_blocks
-        self._free = deque(range(num_blocks))
-        self._ref_counts = [0] * num_blocks
-
-    @property
-    def num_free(self) -> int:
-        """Blocks without a holder."""
-        return len(self._free)
-
-    def ref_count(self, block: int) -> int:
-        """The number of holders of `block`; 0 if it is free.
-
-        Raises `UnknownBlockError` for an id that is not in this pool, such as -1 or `num_blocks`.
-        """
-        self._check_known(block)
-        return self._ref_counts[block]
-
     def allocate(self) -> int:
         """Take a free block, any of them, and return its id; its count becomes 1: the caller is its holder.
 
@@ -65,15 +25,6 @@ class BlockAllocator:
         block = self._free.popleft()
         self._ref_counts[block] = 1
         return block
-
-    def add_ref(self, block: int) -> None:
-        """Count one more holder of a block that has one already; sharing takes no free block.
-
-        Raises, and changes nothing: `DoubleFreeError` if the block is free (a free block has no holder to
-        share it with, and the next `allocate` may hand it out), `UnknownBlockError` if it is not in this
-        pool.
-        """
-        self._ref_counts[block] = self._num_holders(block) + 1
 
     def free(self, block: int) -> None:
         """Count one holder less; when the last holder frees the block, it can be allocated again.
@@ -92,58 +43,8 @@ class BlockAllocator:
         if self._ref_counts[block] == 0:
             self._free.append(block)
 
-    def resize(self, num_blocks: int) -> None:
-        """Grow or shrink to the ids 0 .. num_blocks - 1, for a pool whose size follows its load.
-
-        Raises ValueError, and changes nothing, if a block beyond the new end is held.
-        """
-        if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
-            raise ValueError(
-                f"{self.num_blocks} blocks cannot become {num_blocks}: one behind the end is held"
-            )
-        if num_blocks < self.num_blocks:
-            self._free = deque(block for block in self._free if block < num_blocks)
-            del self._ref_counts[num_blocks:]
-        self._free.extend(range(self.num_blocks, num_blocks))
-        self._ref_counts.extend([0] * (num_blocks - self.num_blocks))
-        self.num_blocks = num_blocks
-
-    def relocate(self, moved: Mapping[int, int]) -> None:
-        """Give held blocks other ids, which must be free: {old: new}, for compaction.
-
-        The holders must rename the blocks too (`BlockTable.rename_blocks`).
-        """
-        for old, new in moved.items():
-            self._ref_counts[new], self._ref_counts[old] = self._ref_counts[old], 0
-        self._free = deque(block for block, count in enumerate(self._ref_counts) if count == 0)
-
-    def _check_known(self, block: int) -> None:
-        if not 0 <= block < self.num_blocks:
-            raise UnknownBlockError(f"block {block} is not in this pool of {self.num_blocks} blocks")
-
-    def _num_holders(self, block: int) -> int:
-        """The number of holders of a held block; `DoubleFreeError` for a free one."""
-        count = self.ref_count(block)
-        if count == 0:
-            raise DoubleFreeError(f"block {block} is free: it has no holder")
-        return count
-
 
 class BlockTable:
-    """Maps a sequence's positions to blocks of the pool, and is one holder of each of these blocks.
-
-    Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
-    `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
-    """
-
-    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, not {block_size}")
-        self.allocator = allocator
-        self.block_size = block_size
-        self.blocks: list[int] = []
-        self.num_tokens = 0
-
     def blocks_to_append(self, num_new_tokens: int) -> int:
         """The number of free blocks that `append_tokens(num_new_tokens)` would take. Changes nothing.
 
@@ -208,13 +109,6 @@ class BlockTable:
         self.num_tokens += num_new_tokens
         return copies
 
-    def physical_indices(self) -> list[int]:
-        """The ids of the table's blocks, in the order of its tokens; a new list, for a kernel.
-
-        A kind of table that has forgotten its first tokens has placeholders here; `blocks` has none.
-        """
-        return list(self.blocks)
-
     def slots(self, start: int, stop: int) -> list[int]:
         """The slots of the positions start .. stop - 1, in order: `block * block_size + offset` for each.
 
@@ -231,20 +125,6 @@ class BlockTable:
             raise ValueError(f"positions {start} .. {stop} are not within the {self.num_tokens} tokens")
         size = self.block_size
         return [self.blocks[i // size] * size + i % size for i in range(start, stop)]
-
-    def share_block(self, block: int, length: int) -> None:
-        """Continue with a block of another holder: its first `length` tokens become this table's next ones.
-
-        For the prefix cache. Raises ValueError if this table's last block is not full, or if `length` is not
-        in 1 .. block_size.
-        """
-        if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
-            raise ValueError(
-                f"{length} tokens of a shared block after {self.num_tokens}, in blocks of {self.block_size}"
-            )
-        self.allocator.add_ref(block)
-        self.blocks.append(block)
-        self.num_tokens += length
 
     def fork(self) -> "BlockTable":
         """Return a second table with the same blocks and tokens; each block counts one more holder.
@@ -266,10 +146,6 @@ class BlockTable:
         child.blocks = list(self.blocks)
         child.num_tokens = self.num_tokens
         return child
-
-    def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Use the new ids of blocks that have moved in the pool: {old: new}; other blocks keep theirs."""
-        self.blocks = [moved.get(block, block) for block in self.blocks]
 
     def release(self) -> None:
         """Free this table's reference to each of its blocks, and become empty: no blocks, no tokens.

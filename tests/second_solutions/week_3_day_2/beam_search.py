@@ -6,15 +6,10 @@ arithmetic over log-probabilities (`BeamSearch`). Knows nothing of models, array
 PagedAttention paper, section 4.4; the rules of transformers' beam search with `early_stopping="never"`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import NamedTuple
 
-from .paged_attention import BlockAllocator, BlockCopy, BlockTable
-from .parameter_checks import MOST_COUNT, MOST_SALT_CHARACTERS, flag, number, text, whole_number
-
-MOST_PENALTY = 10  # a number of tokens to this power is still a float, and so is one part in as many
+from .paged_attention import BlockTable
 
 
 def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -> None:
@@ -40,24 +35,6 @@ def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -
 
 
 class BeamSearchPageManager:
-    """The block tables of one search's living beams, by beam id.
-
-    beam_size: the most beams that live at once. page_size: tokens in a block. The search begins with beam 0,
-    which is empty. An id is used once: `_next_id` only grows.
-    """
-
-    def __init__(self, beam_size: int, page_allocator: BlockAllocator, page_size: int = 16) -> None:
-        if beam_size < 1:
-            raise ValueError(f"beam_size must be at least 1, not {beam_size}")
-        self.beam_size = beam_size
-        self._tables = {0: BlockTable(page_allocator, page_size)}
-        self._next_id = 1
-
-    @property
-    def tables(self) -> Mapping[int, BlockTable]:
-        """The block table of each living beam, by its id; not a copy, so it changes with the beams."""
-        return self._tables
-
     def fork_beam(self, parent_beam_id: int) -> int:
         """Add a beam that shares every page of its parent, and return its id, which no beam had before.
 
@@ -77,14 +54,6 @@ class BeamSearchPageManager:
         self._next_id += 1
         self._tables[beam_id] = child
         return beam_id
-
-    def expand_beam(self, beam_id: int, new_tokens: list[int]) -> list[BlockCopy]:
-        """Add places for a beam's new tokens, and return the copies to make before they are written.
-
-        A last block that is partly filled and shared is copied on write. Raises, and changes nothing:
-        KeyError for a beam that does not live, `OutOfBlocksError` if too few blocks are free.
-        """
-        return self._tables[beam_id].append_tokens(len(new_tokens))
 
     def prune(self, beam_ids: Iterable[int]) -> None:
         """End beams: their ids are unknown from now on, and pages that no other beam holds are free.
@@ -107,94 +76,8 @@ class BeamSearchPageManager:
         for beam_id in doomed:
             self._tables.pop(beam_id).release()
 
-    @property
-    def num_logical_blocks(self) -> int:
-        """The number of blocks that the beams would need without sharing."""
-        return sum(len(table.blocks) for table in self._tables.values())
-
-    @property
-    def num_physical_blocks(self) -> int:
-        """The number of blocks that the beams hold, a shared one counted once."""
-        return len({block for table in self._tables.values() for block in table.blocks})
-
-
-@dataclass(frozen=True, kw_only=True)
-class BeamSearchParams:
-    """How one request searches; names and defaults are vLLM's.
-
-    beam_width: the most beams that live at once, and the most that are returned. max_tokens: longest output.
-    ignore_eos: continue after end-of-sequence tokens. length_penalty: a hypothesis's score is the sum of its
-    tokens' log-probabilities, divided by their number to this power, from -10 to 10; above 0 prefers longer
-    texts.
-    cache_salt, priority: as in `SamplingParams`.
-
-    Raises `SamplingParamsError` for a value that cannot work.
-    """
-
-    beam_width: int
-    max_tokens: int
-    ignore_eos: bool = False
-    length_penalty: float = 1.0
-    cache_salt: str = ""
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        checked = {
-            "beam_width": whole_number("beam_width", self.beam_width, 1),
-            "max_tokens": whole_number("max_tokens", self.max_tokens, 1),
-            "ignore_eos": flag("ignore_eos", self.ignore_eos),
-            "length_penalty": number("length_penalty", self.length_penalty, -MOST_PENALTY, MOST_PENALTY),
-            "cache_salt": text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS),
-            "priority": whole_number("priority", self.priority, -MOST_COUNT),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def score(self, logprob: float, num_tokens: int) -> float:
-        """The score of a hypothesis that has ended; higher is better."""
-        return float(logprob / num_tokens**self.length_penalty)
-
-
-class Hypothesis(NamedTuple):
-    """Tokens after the prompt, and the sum of their log-probabilities."""
-
-    tokens: tuple[int, ...]
-    logprob: float
-
-
-class Ended(NamedTuple):
-    """A hypothesis that has ended, its score, and why: "stop" (an end-of-sequence token) or "length"."""
-
-    score: float
-    hypothesis: Hypothesis
-    finish_reason: str
-
-
-class Choice(NamedTuple):
-    """A beam of the next step: the index of the present beam that it continues, and the token it adds."""
-
-    parent: int
-    token: int
-
 
 class BeamSearch:
-    """One search: `beams`, the living hypotheses, best first, and `ended`, the best that have ended, best
-    first.
-
-    At most `beam_width` of each. It begins with one beam without a token; a search without beams is over.
-    """
-
-    def __init__(self, params: BeamSearchParams, eos_token_ids: Iterable[int]) -> None:
-        self.params = params
-        self.beams: list[Hypothesis] = [Hypothesis((), 0.0)]
-        self.ended: list[Ended] = []
-        self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
-
-    @property
-    def num_candidates(self) -> int:
-        """How many of a beam's likeliest tokens matter: `beam_width` may live on, and the others end."""
-        return self.params.beam_width * (1 + len(self._eos))
-
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:
         """Choose the next beams from the likeliest tokens of each present beam; [] when the search is over.
 
@@ -242,21 +125,3 @@ class BeamSearch:
         if self._nothing_can_improve():
             self.beams, choices = [], []
         return choices
-
-    def _finish_reason(self, hypothesis: Hypothesis) -> str | None:
-        """Why a hypothesis ends with its last token; None if it does not."""
-        if hypothesis.tokens[-1] in self._eos:
-            return "stop"
-        return "length" if len(hypothesis.tokens) == self.params.max_tokens else None
-
-    def _nothing_can_improve(self) -> bool:
-        """True if no beam is left, or `beam_width` have ended and no beam can become better than the worst.
-
-        A beam's sum can only fall. Its best possible score has the present length, or the longest if the
-        penalty rewards length.
-        """
-        if not self.beams or len(self.ended) < self.params.beam_width:
-            return not self.beams
-        best = self.beams[0]
-        length = self.params.max_tokens if self.params.length_penalty > 0 else len(best.tokens)
-        return self.params.score(best.logprob, length) <= self.ended[-1].score

@@ -5,28 +5,10 @@ Pages have no external fragmentation: any free block serves any sequence, so ser
 for a pool that shrinks. Ints only; the pool makes the copies.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
-from typing import Protocol
+from collections.abc import Iterable
 
 from .kv_pool import KVPool
 from .paged_attention import BlockAllocator, BlockCopy
-
-
-class BlockHolder(Protocol):
-    """A holder of blocks: a block table, or the prefix cache."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a block."""
-
-    @property
-    def blocks(self) -> Seq[int]:
-        """The ids of its blocks, one entry for each reference."""
-
-    def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Use the new ids of blocks that have moved: {old: new}; other blocks keep theirs."""
 
 
 def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
@@ -103,14 +85,3 @@ def compact_memory(
     if pool is not None:
         pool.copy_blocks(copies)
     return allocator.num_free
-
-
-def _check_all_are_here(allocator: BlockAllocator, holders: Iterable[BlockHolder]) -> None:
-    """Raise ValueError unless the holders account for every reference that the allocator counts."""
-    held = Counter(block for holder in holders for block in holder.blocks)
-    for block in range(allocator.num_blocks):
-        if allocator.ref_count(block) != held[block]:
-            raise ValueError(
-                f"block {block} has {allocator.ref_count(block)} holders, {held[block]} of them are here: "
-                "one that is not told of a move would read other keys"
-            )

@@ -8,39 +8,12 @@ nothing of reference counts; a page is written to through its arrays, in place.
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 
-from .errors import UnknownBlockError
 from .paged_attention import BlockTable
 from .paged_kernel import PackedBatch, Span, pack_batch, paged_attention
-
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-
-
-@dataclass(eq=False)
-class PageBlock:
-    """The keys and values of one block in one layer, each [Hkv, block_size, D]; written in place.
-
-    Raises ValueError unless both are float32, float16 or bfloat16, of that rank, and of one shape and type.
-    """
-
-    keys: mx.array
-    values: mx.array
-
-    def __post_init__(self) -> None:
-        if self.keys.ndim != 3 or 0 in self.keys.shape or self.keys.dtype not in FLOATS:
-            raise ValueError(
-                f"keys must be floats [Hkv, block_size, D], none of them 0, not {_described(self.keys)}"
-            )
-        if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
-            raise ValueError(f"keys are {_described(self.keys)}, values {_described(self.values)}")
-
-    @property
-    def block_size(self) -> int:
-        """The number of tokens that it has places for."""
-        return self.keys.shape[1]
 
 
 def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_start: int, length: int) -> None:
@@ -135,71 +108,3 @@ def paged_attention_kernel(
     q = query.swapaxes(0, 1).reshape(1, H, B * L, D).astype(mx.float32)
     out = paged_attention(q, keys, values, batch, scale)
     return out.reshape(H, B, L, D).swapaxes(0, 1).astype(query.dtype)
-
-
-def _named_pages(tables: Seq[BlockTable], page_blocks: Mapping[int, PageBlock]) -> dict[int, PageBlock]:
-    """The pages in which the tables have tokens, each once, by block id."""
-    pages: dict[int, PageBlock] = {}
-    for number, table in enumerate(tables):
-        for block in _filled_blocks(table):
-            if block not in page_blocks:
-                raise UnknownBlockError(f"table {number} names block {block}, which page_blocks lacks")
-            pages[block] = page_blocks[block]
-    return pages
-
-
-def _filled_blocks(table: BlockTable) -> list[int]:
-    """The blocks in which a table has tokens, in order."""
-    return table.blocks[: -(-table.num_tokens // table.block_size)]
-
-
-# Arguments that do not fit together are refused here; the packed kernel checks none of it.
-
-
-def _check_tables(query: mx.array, tables: Seq[BlockTable], block_size: int) -> None:
-    if query.ndim != 4 or 0 in query.shape or query.dtype not in FLOATS:
-        raise ValueError(f"query must be floats [B, H, L, D], none of them 0, not {_described(query)}")
-    B, _, L, _ = query.shape
-    if len(tables) != B:
-        raise ValueError(f"query has {B} rows, and there are {len(tables)} page tables")
-    for row, table in enumerate(tables):
-        if table.block_size != block_size:
-            raise ValueError(
-                f"table {row} has blocks of {table.block_size} tokens, block_size is {block_size}"
-            )
-        if table.num_tokens < L:
-            raise ValueError(f"table {row} holds {table.num_tokens} tokens, the query's rows {L}")
-        if len(table.blocks) * block_size < table.num_tokens:
-            raise ValueError(
-                f"table {row} has {len(table.blocks)} blocks of {block_size} for {table.num_tokens} tokens"
-            )
-
-
-def _check_pages(query: mx.array, pages: Mapping[int, PageBlock], block_size: int) -> None:
-    H, D = query.shape[1], query.shape[3]
-    block, first = next(iter(pages.items()))
-    Hkv = first.keys.shape[0]
-    if first.keys.shape != (Hkv, block_size, D):
-        raise ValueError(
-            f"block_size {block_size} and a query of D = {D} want pages of [Hkv, {block_size}, {D}]; "
-            f"block {block} is {_described(first.keys)}"
-        )
-    if H % Hkv:
-        raise ValueError(f"H must be a multiple of Hkv: the query has {H} heads, the pages have {Hkv}")
-    for other, page in pages.items():
-        if (page.keys.shape, page.keys.dtype) != (first.keys.shape, first.keys.dtype):
-            raise ValueError(
-                f"pages must be alike: block {block} is {_described(first.keys)}, "
-                f"block {other} is {_described(page.keys)}"
-            )
-
-
-def _check_range(name: str, page: PageBlock, start: int, length: int) -> None:
-    if not 0 <= start <= start + length <= page.block_size:
-        raise ValueError(
-            f"the {name}, {length} tokens from {start}, is not within a page of {page.block_size}"
-        )
-
-
-def _described(array: mx.array) -> str:
-    return f"{array.dtype} {array.shape}".removeprefix("mlx.core.")

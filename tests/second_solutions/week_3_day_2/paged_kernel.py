@@ -7,54 +7,11 @@ result has the same bits whether the token before came in this step or in an ear
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
 from .attention import causal_mask
 from .grouped_attention import grouped_query_attention
-from .kernels import is_reference, use_compiled
-from .kv_pool import KVPool
-from .paged_attention import BlockTable
-
-if TYPE_CHECKING:
-    from tiny_llm_kernels import TransformerBlock as FusedBlock
-
-LAYERS_AT_ONCE = 2
-
-
-def compute_meanwhile(layer: int, out: mx.array) -> None:
-    """Let MLX compute the layers described so far, while Python describes the next ones."""
-    if layer % LAYERS_AT_ONCE == 0:
-        mx.async_eval(out)  # type: ignore[no-untyped-call]
-
-
-class Span(NamedTuple):
-    """The positions start .. stop - 1 of one block table: tokens that are computed together in one step."""
-
-    table: BlockTable
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Where the T packed tokens of a step are; made once a step, used by every layer. All arrays are int32.
-
-    positions [T]: each token's position in its own sequence. slots [T]: the place in the pool that its key
-    and value are written to. tables [S, M]: row i has the block ids of span i's table, filled up with 0 to M,
-    the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`, its span's
-    number. spans: the S spans, in packed order.
-
-    Block ids to read from are those in `tables`: a batch may have other ids there than `span.table` has.
-    """
-
-    positions: mx.array
-    slots: mx.array
-    tables: mx.array
-    row_of_token: mx.array
-    spans: tuple[Span, ...]
 
 
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
@@ -88,14 +45,6 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
         mx.array(rows, mx.int32),
         tuple(spans),
     )
-
-
-class Attended(NamedTuple):
-    """What `write_and_attend` returns: the output [1, H, T, D], and the pool's two arrays after the write."""
-
-    out: mx.array
-    keys: mx.array
-    values: mx.array
 
 
 def _gather(pool: mx.array, blocks: mx.array, length: int) -> mx.array:
@@ -169,34 +118,3 @@ def write_and_attend(
     keys[blocks, :, offsets] = k[0].transpose(1, 0, 2)
     values[blocks, :, offsets] = v[0].transpose(1, 0, 2)
     return Attended(paged_attention(q, keys, values, batch, scale), keys, values)
-
-
-class PagedContext:
-    """The context of a forward pass over one packed step, with keys and values in the pool."""
-
-    def __init__(self, pool: KVPool, batch: PackedBatch, scale: float, logit_rows: mx.array | None) -> None:
-        self.positions = batch.positions
-        self.logit_rows = logit_rows
-        self._pool = pool
-        self._batch = batch
-        self._scale = scale
-
-    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Write k and v [1, Hkv, T, D] to the pool, attend with q [1, H, T, D] -> [1, H, T, D]."""
-        attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
-        self._pool.put_back(layer, attended.keys, attended.values)
-        compute_meanwhile(layer, attended.out)
-        return attended.out
-
-    @property
-    def fuses(self) -> bool:
-        """True if the compiled kernels write and attend, so that a compiled block may do it too."""
-        return is_reference(write_and_attend) and use_compiled()
-
-    def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
-        """Run x [1, T, E] through one block -> [1, T, E]; its keys and values are written to the pool."""
-        step, lent = self._batch, self._pool.lend(layer)
-        out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
-        self._pool.put_back(layer, *pools)
-        compute_meanwhile(layer, out)
-        return out

@@ -39,15 +39,3 @@ def flat_slots(tables: Seq[BlockTable], lengths: Seq[int]) -> mx.array:
         blocks = mx.array(table.physical_indices()[: -(-length // size)], mx.int32)
         slots.append((blocks[:, None] * size + mx.arange(size)).reshape(-1)[:length])
     return mx.concatenate(slots)
-
-
-def _check_lengths(tables: Seq[BlockTable], lengths: Seq[int]) -> None:
-    if len(tables) != len(lengths):
-        raise ValueError(f"there are {len(tables)} tables and {len(lengths)} lengths")
-    for table, length in zip(tables, lengths, strict=True):
-        if not 0 <= length <= table.num_tokens:
-            raise ValueError(f"a length of {length} is not within the table's {table.num_tokens} tokens")
-        if table.block_size != tables[0].block_size:
-            raise ValueError(
-                f"tables of one pool differ in block size: {tables[0].block_size} and {table.block_size}"
-            )

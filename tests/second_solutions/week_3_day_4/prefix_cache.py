@@ -8,14 +8,10 @@ not share.
 """
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from hashlib import sha256
-from typing import NamedTuple
 
-from .paged_attention import BlockAllocator, BlockTable
+from .paged_attention import BlockTable
 
 
 def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
@@ -40,21 +36,6 @@ def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
 
 
 class TokenBlocks:
-    """A token stream cut into full blocks: `tokens[i]` of block i, and `hashes[i]` of the blocks 0 .. i.
-
-    salt: streams with different salts have different hashes in every block.
-    """
-
-    def __init__(self, block_size: int, salt: str = "") -> None:
-        self.block_size = block_size
-        self.tokens: list[tuple[int, ...]] = []
-        self.hashes: list[bytes] = []
-        self._root = sha256(salt.encode()).digest()
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        return len(self.hashes)
-
     def extend(self, token_ids: Seq[int]) -> None:
         """Append the full blocks of the stream's next tokens.
 
@@ -75,88 +56,8 @@ class TokenBlocks:
             self.tokens.append(tokens)
             self.hashes.append(digest)
 
-    def parent(self, index: int) -> bytes:
-        """Return the parent of block `index`: the hash of the block before, or the salt's for block 0."""
-        return self.hashes[index - 1] if index else self._root
-
-    def copy(self) -> "TokenBlocks":
-        """Return a second stream with the same blocks, which can go on differently."""
-        return self.tail(0)
-
-    def tail(self, first: int) -> "TokenBlocks":
-        """Return the stream from block `first` on: that is its block 0, with the same parent as here."""
-        other = TokenBlocks(self.block_size)
-        other._root, other.tokens, other.hashes = self.parent(first), self.tokens[first:], self.hashes[first:]
-        return other
-
-
-@dataclass(slots=True)
-class KeptBlock:
-    """A kept block, the tokens whose keys and values are in it, and the hash of the block before."""
-
-    block: int
-    tokens: tuple[int, ...]
-    parent: bytes
-
-    def is_block(self, stream: TokenBlocks, index: int) -> bool:
-        """Return whether it holds block `index` of a stream: compares the tokens and the parent."""
-        return self.tokens == stream.tokens[index] and self.parent == stream.parent(index)
-
-
-class PartMatch(NamedTuple):
-    """A kept block whose first `length` tokens are those that were asked for, and whose next one differs."""
-
-    block: int
-    length: int
-
 
 class PrefixCache:
-    """Keeps full blocks after their tables have gone, until the pages are needed.
-
-    Every block of the pool is in one of four states. Its holders are counted by `allocator.ref_count`:
-
-    - free, 0 holders. A table allocates it: private.
-    - private, held by tables only. `add`: in use. When the last table releases it: free.
-    - in use, held by the cache and by tables, 2 or more. `released` after the last table is gone: idle.
-    - idle, held by the cache only, 1. It stands in the queue. `share`, `exchange`: in use. `evict`: free.
-
-    "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
-    The parent of a kept block is kept, and a table that holds a kept block holds its parent too, except where
-    a window has passed it. The queue holds exactly the idle blocks, in the order of eviction: no block stands
-    behind one that continues it.
-    """
-
-    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
-        self.block_size = block_size
-        self._allocator = allocator
-        self._kept: dict[bytes, KeptBlock] = {}  # every kept block, by its hash
-        self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # idle ones, the next to be evicted first
-        self._hash_of: dict[int, bytes] = {}  # the hash of every kept block, by the block's id
-        self._newest_child: dict[tuple[bytes, int], bytes] = {}  # a hash, by its parent and first token
-
-    def __len__(self) -> int:
-        """Number of kept blocks."""
-        return len(self._kept)
-
-    def __contains__(self, block: int) -> bool:
-        """Return whether a block is kept."""
-        return block in self._hash_of
-
-    @property
-    def blocks(self) -> list[int]:
-        """The ids of all kept blocks."""
-        return [kept.block for kept in self._kept.values()]
-
-    @property
-    def idle(self) -> list[int]:
-        """The ids of the idle blocks, the next to be evicted first."""
-        return [kept.block for kept in self._queue.values()]
-
-    @property
-    def num_idle(self) -> int:
-        """Number of idle blocks: how many `evict` could give back now."""
-        return len(self._queue)
-
     def add(self, block: int, stream: TokenBlocks, index: int) -> None:
         """Keep a block whose hash is not kept yet: a table holds it, and it holds block `index` of a stream.
 
@@ -203,14 +104,6 @@ class PrefixCache:
                 break
             blocks.append(kept.block)
         return blocks
-
-    def share(self, table: BlockTable, block: int, length: int) -> None:
-        """Append a kept block to a table of full blocks, which continues with its first `length` tokens.
-
-        The table becomes a holder of it, so it is not idle any more.
-        """
-        table.share_block(block, length)
-        self._queue.pop(self._hash_of[block], None)
 
     def released(self, blocks: Seq[int]) -> None:
         """Note that a table has given back its references to these blocks, listed in the table's order.
@@ -336,23 +229,3 @@ class PrefixCache:
                 break
             length += 1
         return PartMatch(kept.block, length)
-
-    def clear(self) -> None:
-        """Stop keeping every block; those in use stay with their tables."""
-        for digest in list(self._kept):
-            self._forget(digest)
-
-    def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved in the pool: from old ids to new ones."""
-        for kept in self._kept.values():
-            kept.block = moved.get(kept.block, kept.block)
-        self._hash_of = {kept.block: digest for digest, kept in self._kept.items()}
-
-    def _forget(self, digest: bytes) -> None:
-        """Stop keeping one block, idle or in use, and give back the cache's reference to it."""
-        kept = self._kept.pop(digest)
-        self._queue.pop(digest, None)
-        del self._hash_of[kept.block]
-        if self._newest_child.get((kept.parent, kept.tokens[0])) == digest:
-            del self._newest_child[kept.parent, kept.tokens[0]]
-        self._allocator.free(kept.block)

@@ -7,25 +7,13 @@ blocks that it needs of it. Source: vLLM's hybrid KV cache.
 
 from collections.abc import Sequence as Seq
 
-from .layer_groups import LayerGroup
-from .paged_attention import BlockAllocator, BlockTable
+from .paged_attention import BlockTable
 from .prefix_cache import TokenBlocks
-from .prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
 from .sequence import PagedSequence
 from .sliding_window import WindowedTable, first_block, first_visible
 
 
-class WindowedPrefixSharing(PrefixSharing):
-    """Shares prefixes for groups of layers: in each sequence a group has a table and a stream of its own.
-
-    The streams differ from their first hash on, so one cache holds the blocks of all groups and evicts them
-    in one order. `_groups[i]` goes with `sequence.tables[i]` and `sequence.stream_of(i, n)`.
-    """
-
-    def __init__(self, allocator: BlockAllocator, block_size: int, groups: Seq[LayerGroup]) -> None:
-        super().__init__(allocator, block_size)
-        self._groups = groups
-
+class WindowedPrefixSharing:
     def first_needed(self, group: int, num_blocks: int) -> int:
         """Return the first block that a group needs to continue after `num_blocks` blocks of a text.
 
@@ -162,27 +150,3 @@ class WindowedPrefixSharing(PrefixSharing):
             begin = first_block(table)
             stream = sequence.stream_of(group, stop).tail(begin)
             self.cache.keep(table, stream, max(0, first - begin), stop - begin)
-
-    def adopt_part(self, sequence: PagedSequence) -> None:
-        """Share the beginning of one more block in every group, if its next tokens differ."""
-        size, start = self.block_size, sequence.num_computed
-        known = min(sequence.num_shareable - start, size)
-        if known < LEAST_WORTH_COPYING or not self._may_share(sequence):
-            return
-        tokens = sequence.tokens(start, start + known)
-        parents = [
-            sequence.stream_of(index, start // size).parent(start // size)
-            for index in range(len(self._groups))
-        ]
-        matches = [self.cache.match_part(parent, tokens) for parent in parents]
-        length = min(0 if match is None else match.length for match in matches)
-        if length >= LEAST_WORTH_COPYING:
-            for table, match in zip(sequence.tables, matches, strict=True):
-                assert match is not None
-                self.cache.share(table, match.block, length)
-            sequence.note_shared(length)
-
-    def _may_share(self, sequence: PagedSequence) -> bool:
-        """Return whether a sequence may share now: as in `PrefixSharing`, for every table."""
-        behind_kept = all(not table.blocks or table.blocks[-1] in self.cache for table in sequence.tables)
-        return behind_kept and super()._may_share(sequence)

@@ -6,41 +6,12 @@ them. Source: section 4.5 of the PagedAttention paper.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-from .paged_attention import BlockAllocator
-from .prefix_cache import KeptBlock
 from .sequence import PagedSequence, Swapped, SwappedTable
 from .sliding_window import WindowedTable, first_block
 
 
-class SwapCopy(NamedTuple):
-    """A copy to make, out or in, between `block` of the pool and `host_block` of the swap space."""
-
-    block: int
-    host_block: int
-
-
-class HostBlock(NamedTuple):
-    """A host block that a sequence holds. is_new: nothing is in it yet, so it needs a copy."""
-
-    block: int
-    is_new: bool
-
-
 class SwapSpace:
-    """The blocks on the host: who holds them, and what the full ones contain.
-
-    Invariant: the allocator counts a host block once for each sequence that waits for it. `_held` has every
-    full host block by its hash, `_hash_of` its hash by the block; a block that is not full is in neither.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.allocator = BlockAllocator(num_blocks)
-        self._held: dict[bytes, KeptBlock] = {}
-        self._hash_of: dict[int, bytes] = {}
-
     def hold(self, sequence: PagedSequence, index: int, place: int) -> HostBlock | None:
         """Take a reference to a host block for one block of a sequence; None, unchanged, where none is free.
 
@@ -189,31 +160,3 @@ class SwapSpace:
         sequence.num_computed = swapped.num_computed
         sequence.num_cached_tokens = swapped.num_cached_tokens
         return copies
-
-    def forget(self, sequence: PagedSequence) -> None:
-        """Release the host blocks of a sequence that is in the pool again, or has ended; if it has any."""
-        if sequence.swapped is not None:
-            self.release(sequence.swapped.tables)
-            sequence.swapped = None
-
-    def _find(self, sequence: PagedSequence, index: int, place: int) -> int | None:
-        """The host block with the same content: the same tokens after the same text, in the same table.
-
-        None where there is none, and for a block that is not full.
-        """
-        if (place + 1) * self.block_size > sequence.num_computed:
-            return None
-        stream = sequence.stream_of(index, place + 1)
-        held = self._held.get(stream.hashes[place])
-        return None if held is None or not held.is_block(stream, place) else held.block
-
-    def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
-        """A free host block, which must exist; `_find` finds it from now on if it is to be full."""
-        host_block = self.allocator.allocate()
-        if (place + 1) * self.block_size <= sequence.num_computed:
-            stream = sequence.stream_of(index, place + 1)
-            digest = stream.hashes[place]
-            if digest not in self._held:
-                self._held[digest] = KeptBlock(host_block, stream.tokens[place], stream.parent(place))
-                self._hash_of[host_block] = digest
-        return host_block

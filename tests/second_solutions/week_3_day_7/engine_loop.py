@@ -4,81 +4,17 @@ A step's tokens become text here, and each listener, a callback, gets the events
 nothing of the callers: tasks come through an inbox, and events go to listeners.
 """
 
-import math
-from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
 from time import monotonic, perf_counter
-from typing import NamedTuple
 
-from .admission_control import AdmissionControl, Occupancy
-from .block_events import BlockWatch, PoolChange
-from .delivery import Listener, Outbox
-from .engine_core import EngineCore, EngineStats
-from .errors import RequestFailedError, described
-from .inbox import Inbox, Refusal, dead, draining, fail, resolve, stopped
+from .delivery import Listener
+from .inbox import draining
 from .output_processor import RequestState
-from .paged_batch import PagedBatchManager
-from .search_state import SearchState
 from .token_output import TokenOutput
-
-Request = RequestState | SearchState
-PoolListener = Callable[[PoolChange], None]
-
-STEPS_KEPT = 256  # whose times are kept
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one step: in the core, and in making text of its tokens."""
-
-    core: float
-    text: float
-
-
-class ActiveRequest(NamedTuple):
-    """A request that has not ended, and the callback that gets its events."""
-
-    request: Request
-    listener: Listener
 
 
 class EngineLoop:
-    """Serves requests in its own thread. Other threads may read `stats`, `step_times` and `refusal` only.
-
-    active: by request id, the requests that have not ended: those that the core works on for a listener.
-    refusal: makes the error that every new request is refused with; None: new requests are taken.
-    """
-
-    def __init__(self, inbox: Inbox, admission: AdmissionControl) -> None:
-        self.core: EngineCore
-        self.stats: EngineStats
-        self.active: dict[str, ActiveRequest] = {}
-        self.step_times: deque[StepTime] = deque(maxlen=STEPS_KEPT)
-        self.refusal: Refusal | None = None
-        self._inbox = inbox
-        self._admission = admission
-        self._outbox = Outbox()  # events that are not delivered yet
-        self._num_seen = 0  # requests that have come to `add` so far, accepted or refused
-        self._is_crowded = False  # the last step left a request waiting
-        self._drained: list[Future[None]] = []  # done when no request is active any more
-        self._deadline = math.inf  # on the clock of `monotonic`: then all active requests are cancelled
-        self._stopping = False
-        self._watch: BlockWatch | None = None
-        self._watchers: list[PoolListener] = []
-
-    # Tasks: other threads post them to the inbox, and they run between two steps.
-
-    def begin(self, make_core: Callable[[], EngineCore]) -> None:
-        """Make the core: the first task. Raises what `make_core` raises; then the thread ends."""
-        self._stopping = True
-        self.core = make_core()
-        self._stopping = False
-        self._publish()
-
     def add(self, requests: Seq[Request], listener: Listener) -> None:
         """Queue requests in the core, all of them or none; then all are active, with this listener.
 
@@ -139,13 +75,6 @@ class EngineLoop:
             self._outbox.add(active.listener, *active.request.abort())
         self._publish()
 
-    def forget(self, requests: Seq[Request]) -> None:
-        """Cancel these very requests. Another request that has got the id of an ended one goes on."""
-        known = [(request, self.active.get(request.request_id)) for request in requests]
-        self.cancel([one.request_id for one, active in known if active is not None and active.request is one])
-
-    # A step.
-
     def take_output(self, output: TokenOutput) -> None:
         """Give one token to its request, and put the event that it makes into `_outbox`.
 
@@ -183,14 +112,6 @@ class EngineLoop:
         if event.usage is not None:
             del self.active[output.request_id]
 
-    def fail_request(self, request_id: str, error: BaseException) -> None:
-        """Make a request active no more; its listener gets a `RequestFailedError`. Ignores other ids."""
-        if (failed := self.active.pop(request_id, None)) is None:
-            return
-        told = RequestFailedError(f"request {request_id!r} has failed: {described(error)}", request_id)
-        told.__cause__ = error
-        self._outbox.add(failed.listener, told)
-
     def step(self) -> None:
         """Run one step of the core, and pass on what it gave.
 
@@ -218,30 +139,6 @@ class EngineLoop:
         self._end_searches()
         self._note_step(StepTime(stepped - begun, perf_counter() - stepped))
 
-    def _take_failures(self) -> None:
-        """Fail the requests that the core has ended with an error in this step.
-
-        Not a part of `step`: an error's traceback holds the frames up to `step`, which must not hold it.
-        """
-        for request_id, error in self.core.take_failures():
-            self.fail_request(request_id, error)
-
-    def _end_searches(self) -> None:
-        """Put the only event of each beam search that has ended into `_outbox`."""
-        for request_id in self.core.take_ended_searches():
-            ended = self.active.pop(request_id, None)
-            if ended is not None and isinstance(ended.request, SearchState):
-                self._outbox.add(ended.listener, *ended.request.end())
-
-    def _note_step(self, times: StepTime) -> None:
-        """After a step: keep its times, and publish how full the engine is."""
-        self.step_times.append(times)
-        self._is_crowded = True  # if any request waits: this step has passed it over
-        self._publish()
-        assert self.core.has_work or not self.active, "a request has ended without its last event"
-
-    # The loop.
-
     def run_once(self) -> None:
         """One iteration: run the tasks that were posted, make a step, deliver what came of both.
 
@@ -268,22 +165,6 @@ class EngineLoop:
         if not self.active:
             self._end_drains(None)
 
-    def run(self) -> None:
-        """The thread: iterations until a task calls `stop`. The first task must be `begin`.
-
-        Whatever is raised, every client that waits is told.
-        """
-        try:
-            while not self._stopping:
-                self.run_once()
-            if self.active:
-                self.cancel([*self.active])
-            self._end(None)
-        except BaseException as error:  # unforeseen, and no client may wait for ever
-            self._end(error)
-
-    # The end, which tasks ask for as well.
-
     def drain(self, timeout: float | None, drained: Future[None]) -> None:
         """Refuse new requests from now on; `drained` is done when none is active any more.
 
@@ -302,70 +183,3 @@ class EngineLoop:
         self._drained.append(drained)
         if timeout is not None:
             self._deadline = min(self._deadline, monotonic() + timeout)
-
-    def stop(self) -> None:
-        """Let this iteration be the last, without a step."""
-        self._stopping = True
-
-    def _end(self, error: BaseException | None) -> None:
-        """Refuse all new requests and tasks, and end the active ones; error: what the thread has died of."""
-        self.refusal = refusal = stopped if error is None else partial(dead, error)
-        self._inbox.close(refusal)
-        for active in self.active.values():
-            self._outbox.add(active.listener, refusal())
-        self.active.clear()
-        self._outbox.deliver()
-        self._end_drains(None if error is None else refusal())
-
-    def _end_drains(self, error: Exception | None) -> None:
-        """Every drain is over; error: what the thread has died of, None where all requests have ended."""
-        for drained in self._drained:
-            if error is None:
-                resolve(drained, None)
-            else:
-                fail(drained, error)
-        self._drained.clear()
-
-    # Watchers of the pool.
-
-    def watch(self, watcher: PoolListener) -> None:
-        """Show a watcher what is in the pool, and from now on what changes. ValueError without a pool."""
-        if not isinstance(self.core.manager, PagedBatchManager):
-            raise ValueError("only batching='paged' has blocks to watch")
-        self._tell_watchers()  # of what came before, which is not this one's
-        watch = self._watch or BlockWatch(self.core.manager)
-        watcher(watch.so_far())
-        self._watch = watch
-        self._watchers.append(watcher)
-
-    def unwatch(self, watcher: PoolListener) -> None:
-        """Show a watcher nothing more; without any, the pool is not compared."""
-        self._watchers = [other for other in self._watchers if other is not watcher]
-        self._watch = self._watch if self._watchers else None
-
-    def _tell_watchers(self) -> None:
-        """Show what has changed in the pool in this iteration; a watcher that raises is removed."""
-        if self._watch is None or (change := self._watch.look()).is_empty:
-            return
-        for watcher in list(self._watchers):
-            try:
-                watcher(change)
-            except BaseException:  # as a listener's: it must not stop the engine
-                self.unwatch(watcher)
-
-    # What leaves the thread.
-
-    def _deliver(self) -> None:
-        """Call each listener with its events; cancel the requests of those that raise."""
-        lost = {id(listener) for listener in self._outbox.deliver()}
-        if lost:
-            self.cancel(
-                [request_id for request_id, active in self.active.items() if id(active.listener) in lost]
-            )
-
-    def _publish(self) -> None:
-        """Let other threads, and admission control, see how full the engine is."""
-        stats = self.stats = self.core.stats
-        waiting, running = stats.num_waiting_requests, stats.num_running
-        self._is_crowded = self._is_crowded and waiting > 0
-        self._admission.occupancy = Occupancy(self._num_seen, waiting, running, self._is_crowded)
