@@ -17,22 +17,6 @@ from .paged_kernel import PackedBatch, Span, pack_batch, paged_attention
 
 
 def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_start: int, length: int) -> None:
-    """Copy `length` tokens, keys and values, from offset `src_start` of one page to `dst_start` of another.
-
-    Both may be the same page, with ranges that overlap: the target then has what the source range held
-    before. (A slice of an MLX array is a value: a later write to the array does not change it.) The pages may
-    have different block sizes, and share nothing afterwards. A length of 0 copies nothing.
-
-    Raises ValueError, and copies nothing, if a range is not within its page (the given `_check_range` does
-    this), or if the pages differ in heads, D or type: MLX would not complain, it would broadcast one head to
-    all, and round.
-
-    >>> def page(*tokens): return PageBlock(*(mx.array(tokens, mx.float32).reshape(1, -1, 1) for _ in "kv"))
-    >>> one, other = page(1, 2, 3, 4), page(7, 8, 9)
-    >>> copy_block(one, other, src_start=1, dst_start=0, length=2)
-    >>> other.keys.flatten().tolist(), other.values.flatten().tolist()
-    ([2.0, 3.0, 9.0], [2.0, 3.0, 9.0])
-    """
     _check_range("source", src_page, src_start, length)
     _check_range("target", dst_page, dst_start, length)
     for src, dst in ((src_page.keys, dst_page.keys), (src_page.values, dst_page.values)):
@@ -43,21 +27,6 @@ def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_sta
 
 
 def pack_last_tokens(tables: Seq[BlockTable], length: int, place_of: Mapping[int, int]) -> PackedBatch:
-    """Pack the last `length` tokens of each of B tables, to be read from a pool with other block numbers.
-
-    place_of: for each block in which a table has tokens, its number in the small pool. The batch is that of
-    `pack_batch` for these B spans, in the tables' order, but with the small pool's numbers in `tables`: row b
-    has those of table b's blocks that hold tokens (the given `_filled_blocks`), filled up with 0 to the
-    longest row, int32. `slots` stay as `pack_batch` makes them: nothing is going to be written. A
-    `PackedBatch` is frozen; `dataclasses.replace` makes a changed one.
-
-    >>> from tiny_llm.paged_attention import BlockAllocator
-    >>> one, other = (BlockTable(BlockAllocator(64), block_size=4) for _ in range(2))
-    >>> one.blocks, one.num_tokens, other.blocks, other.num_tokens = [42, 7, 9], 10, [7], 3
-    >>> batch = pack_last_tokens([one, other], length=2, place_of={7: 0, 9: 1, 42: 2})
-    >>> batch.positions.tolist(), batch.tables.tolist()
-    ([8, 9, 1, 2], [[2, 0, 1], [0, 0, 0]])
-    """
     batch = pack_batch([Span(table, table.num_tokens - length, table.num_tokens) for table in tables])
     rows = [[place_of[block] for block in _filled_blocks(table)] for table in tables]
     longest = max(len(row) for row in rows)
@@ -72,30 +41,6 @@ def paged_attention_kernel(
     block_size: int = 16,
     scale: float | None = None,
 ) -> mx.array:
-    """Attend with query [B, H, L, D] to the pages of B tables -> [B, H, L, D], in the query's type.
-
-    The L queries of row b are the last L tokens of table b, whose own keys and values are in their pages
-    already; each sees the tokens of its sequence up to itself. Tables may differ in length and share pages.
-    page_blocks: pages by block id, each [Hkv, block_size, D], all alike; others in it are ignored. H is a
-    multiple of Hkv. scale: None is D**-0.5; 0.0 is a scale. The attention itself is float32.
-
-    Raises ValueError for shapes, types, tables or a block size that do not fit together, and
-    `UnknownBlockError` for a block that a table names and `page_blocks` lacks. The given `_check_tables`,
-    `_named_pages` and `_check_pages` do this, if they are called in this order: the second returns the pages
-    to stack, each once, by block id.
-
-    `paged_attention` wants a packed row [1, H, B * L, D], all queries of table 0 first. Reshape does not move
-    numbers: bring H in front of B (`swapaxes`) before B and L become one axis, and on the way back likewise.
-
-    >>> from tiny_llm.paged_attention import BlockAllocator
-    >>> table = BlockTable(BlockAllocator(64), block_size=2)
-    >>> table.blocks, table.num_tokens = [42, 7], 4
-    >>> pages = {7: PageBlock(mx.zeros((1, 2, 2)), mx.array([[[6.0, 0], [8.0, 0]]]))}
-    >>> pages[42] = PageBlock(mx.zeros((1, 2, 2)), mx.array([[[1.0, 0], [1.0, 0]]]))
-    >>> out = paged_attention_kernel(mx.ones((1, 1, 1, 2)), [table], pages, block_size=2)
-    >>> out.tolist()  # one query, the last token; equal keys: the mean of 1, 1, 6 and 8
-    [[[[4.0, 0.0]]]]
-    """
     _check_tables(query, page_tables, block_size)
     pages = _named_pages(page_tables, page_blocks)
     _check_pages(query, pages, block_size)

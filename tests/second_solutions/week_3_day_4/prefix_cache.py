@@ -15,41 +15,11 @@ from .paged_attention import BlockTable
 
 
 def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
-    """Return the hash of a full block and of all blocks before it: 32 bytes, equal for equal texts.
-
-    parent: the hash of the block before, which stands for everything before that in the same way. tokens: the
-    block's token ids, a list or a tuple. Keys and values depend on all tokens before, so the parent is part
-    of the hash.
-
-    The hash is the SHA-256 digest of the parent's bytes, followed by the bytes of the tokens. With SHA-256 a
-    client cannot construct a second text with the same hash. Each id takes 8 bytes, as `array("q",
-    tokens).tobytes()` writes them: of ids written as digits side by side [5, 67] and [56, 7] are the same, of
-    one byte each 8 and 264, and `str(tokens)` makes a list and a tuple two texts.
-
-    >>> root = bytes(32)
-    >>> len(block_hash(root, [5, 6])), block_hash(root, [5, 6]) == block_hash(root, (5, 6))
-    (32, True)
-    >>> block_hash(block_hash(root, [1, 2]), [5, 6]) == block_hash(root, [5, 6])
-    False
-    """
     return sha256(parent + array("q", tokens).tobytes()).digest()
 
 
 class TokenBlocks:
     def extend(self, token_ids: Seq[int]) -> None:
-        """Append the full blocks of the stream's next tokens.
-
-        Each full block adds a tuple to `tokens`, and its `block_hash` to `hashes`. Its parent is
-        `parent(index)`, where `index` is the number of the block that is added: the hash of the block before,
-        or the salt's for block 0. Tokens left over at the end are ignored, not remembered: the caller gives
-        them again with the next ones.
-
-        >>> stream = TokenBlocks(4)
-        >>> stream.extend(range(11))
-        >>> stream.extend(range(8, 14))
-        >>> stream.tokens
-        [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
-        """
         for start in range(0, len(token_ids) - self.block_size + 1, self.block_size):
             tokens = tuple(token_ids[start : start + self.block_size])
             digest = block_hash(self.parent(len(self)), tokens)
@@ -59,20 +29,6 @@ class TokenBlocks:
 
 class PrefixCache:
     def add(self, block: int, stream: TokenBlocks, index: int) -> None:
-        """Keep a block whose hash is not kept yet: a table holds it, and it holds block `index` of a stream.
-
-        The cache becomes one more holder of it. It is entered in `_kept` as a `KeptBlock` by its hash,
-        `stream.hashes[index]`; in `_hash_of` by its id; and in `_newest_child` by its parent and first token,
-        where it replaces an older block. The parent is `stream.parent(index)`. It is in use, so it is not in
-        the queue. `_forget` undoes all of this.
-
-        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
-        >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
-        >>> stream.extend([5, 6])
-        >>> cache.add(block, stream, 0)
-        >>> block in cache, allocator.ref_count(block), cache.num_idle
-        (True, 2, 0)
-        """
         entry = KeptBlock(block, stream.tokens[index], stream.parent(index))
         name = stream.hashes[index]
         self._kept[name], self._hash_of[block] = entry, name
@@ -80,23 +36,6 @@ class PrefixCache:
         self._allocator.add_ref(block)
 
     def match(self, stream: TokenBlocks, first: int, stop: int) -> list[int]:
-        """Return the kept blocks that hold the blocks first .. stop - 1 of a stream, up to the first miss.
-
-        A block is a miss if its hash is not kept, or if the block that is kept under its hash has other
-        tokens or another parent. Equal hashes prove nothing: a client that found two texts with one hash
-        would be answered from the other text. `KeptBlock.is_block` compares both. Behind a miss nothing is of
-        use, even if it is kept: a table has no holes.
-
-        Looking changes nothing: no block gets a holder, and idle blocks stay idle. A caller that wants the
-        blocks calls `share` for each of them, in order.
-
-        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
-        >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
-        >>> stream.extend([5, 6, 7, 8])
-        >>> cache.add(block, stream, 0)
-        >>> cache.match(stream, 0, 2) == [block], cache.match(stream, 1, 2)
-        (True, [])
-        """
         blocks: list[int] = []
         for index in range(first, stop):
             kept = self._kept.get(stream.hashes[index])
@@ -106,57 +45,18 @@ class PrefixCache:
         return blocks
 
     def released(self, blocks: Seq[int]) -> None:
-        """Note that a table has given back its references to these blocks, listed in the table's order.
-
-        The kept ones that no table holds now become idle: the cache is their only holder (`ref_count` 1).
-        They go to the end of the queue, the last block of the table first: the queue is evicted from the
-        front, and a block is of no use without the blocks before it. Blocks that are not kept are ignored; an
-        empty list changes nothing.
-
-        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
-        >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
-        >>> stream.extend([5, 6])
-        >>> cache.add(block, stream, 0)
-        >>> allocator.free(block)  # as `BlockTable.release` does
-        >>> cache.released([block])
-        >>> cache.num_idle
-        1
-        """
         for block in reversed(blocks):
             if block in self and self._allocator.ref_count(block) == 1:
                 digest = self._hash_of[block]
                 self._queue[digest] = self._kept[digest]
 
     def evict(self, num_blocks: int) -> int:
-        """Give up to `num_blocks` idle blocks back to the allocator, and return how many.
-
-        The front of the queue goes first. If fewer are idle, all of them go; 0 or a negative number gives
-        back none. An evicted block is not kept any more, so no match finds it: `_forget` does that for one
-        block.
-
-        >>> cache = PrefixCache(BlockAllocator(4), 2)
-        >>> cache.evict(3), cache.evict(-2)
-        (0, 0)
-        """
         count = max(0, min(num_blocks, len(self._queue)))
         for _ in range(count):
             self._forget(next(iter(self._queue)))
         return count
 
     def exchange(self, table: BlockTable, index: int, block: int) -> None:
-        """Put a kept block in place `index` of a table, instead of the table's own with the same content.
-
-        The table becomes a holder of the kept block, which is not idle any more (as in `share`), and gives
-        the reference to its own block back. If it is its own block already, nothing changes.
-
-        >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
-        >>> cache, table, kept = PrefixCache(allocator, 2), BlockTable(allocator, 2), allocator.allocate()
-        >>> copies, _ = table.append_tokens(2), stream.extend([5, 6])
-        >>> cache.add(kept, stream, 0)
-        >>> cache.exchange(table, 0, kept)
-        >>> table.blocks == [kept], allocator.ref_count(kept), allocator.num_free
-        (True, 3, 3)
-        """
         own = table.blocks[index]
         if own == block:
             return
@@ -166,33 +66,6 @@ class PrefixCache:
         self._allocator.free(own)
 
     def keep(self, table: BlockTable, stream: TokenBlocks, first: int, stop: int) -> None:
-        """Keep a table's blocks first .. stop - 1: they are full and computed, and hold the stream's tokens.
-
-        In order, each block by its hash in the stream:
-
-        - The hash is not kept: `add` the table's block.
-        - A block with the same tokens and parent is kept (`is_block`): `exchange` the table's block for it.
-          So the pool holds a prefix once, however many sequences computed it.
-        - Another text is kept under the hash: the table goes on with its own block, which is not kept.
-
-        Keep nothing that `match` could not reach: stop where the table's block before (index > 0) is not kept
-        under the hash `stream.parent(index)`. There are two such cases. The table has the blocks 4 and 9:
-
-        - A collision. Block 3 is kept, with other tokens, under the hash of this text's block 0.
-          Block 4 stays in the table and is not kept.
-          Block 9 is not kept: the hash before it leads to block 3, never to block 4.
-        - A gap. Block 4 was kept; then the cache was cleared while the table went on.
-          `keep(table, stream, 1, 2)` finds that block 4 is not kept.
-          Block 9 is not kept: `match` would stop at the missing block 0.
-
-        >>> allocator, stream = BlockAllocator(8), TokenBlocks(2)
-        >>> cache, tables = PrefixCache(allocator, 2), [BlockTable(allocator, 2), BlockTable(allocator, 2)]
-        >>> stream.extend([5, 6, 7, 8])
-        >>> for table in tables:
-        ...     _ = table.append_tokens(4), cache.keep(table, stream, 0, 2)
-        >>> tables[0].blocks == tables[1].blocks, allocator.num_free
-        (True, 6)
-        """
         for index in range(first, stop):
             if index and self._hash_of.get(table.blocks[index - 1]) != stream.parent(index):
                 return
@@ -203,20 +76,6 @@ class PrefixCache:
                 self.exchange(table, index, kept.block)
 
     def match_part(self, parent: bytes, tokens: Seq[int]) -> PartMatch | None:
-        """Return a kept block that continues `parent` and begins like `tokens`, with the count of equal ones.
-
-        The count ends with the first difference: 1 .. block_size. `tokens` may be fewer than a block. Of
-        several kept blocks with this parent and this first token only the newest is looked at
-        (`_newest_child`), which may not be the one with the most equal tokens. None if there is none, if it
-        has been evicted, or without tokens.
-
-        >>> allocator, stream = BlockAllocator(4), TokenBlocks(4)
-        >>> cache = PrefixCache(allocator, 4)
-        >>> stream.extend([5, 6, 7, 8])
-        >>> cache.add(allocator.allocate(), stream, 0)
-        >>> cache.match_part(stream.parent(0), [5, 6, 9, 8]).length
-        2
-        """
         if not tokens:
             return None
         digest = self._newest_child.get((parent, tokens[0]))
