@@ -43,8 +43,8 @@ class PackedBatch:
 
     positions [T]: each token's position in its own sequence. slots [T]: the place in the pool that its key
     and value are written to. tables [number of spans, M]: row i has all block ids of span i's table, filled
-    up with 0 to M, the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`, its
-    span's number. spans: the spans, in packed order.
+    up with 0 to M, the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`,
+    its span's number. spans: the spans, in packed order.
 
     Block ids to read from are those in `tables`: a batch may have other ids there than `span.table` has.
     """
@@ -57,7 +57,7 @@ class PackedBatch:
 
 
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
-    """Put the tokens of spans (at least 1) side by side, in order, as a `PackedBatch`.
+    """Put the tokens of all spans (at least 1) side by side, in order, as a `PackedBatch`.
 
     Each span has at least one token, and its table has places for all of them already. Positions begin anew
     in each span, at its `start`; slots are the table's own (`table.slots(start, stop)`), block ids its
