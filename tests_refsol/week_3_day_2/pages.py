@@ -81,10 +81,18 @@ def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -
     assert tokens_of(page) == expected
 
 
-@pytest.mark.parametrize(
-    ("src_start", "dst_start", "length"),
-    [(-1, 0, 1), (0, -1, 1), (3, 0, 2), (0, 2, 2), (0, 0, -1), (5, 0, 0), (0, 0, 5)],
-)
+OUTSIDE = {  # src_start, dst_start, length
+    "the_source_begins_before_its_page": (-1, 0, 1),
+    "the_target_begins_before_its_page": (0, -1, 1),
+    "the_source_ends_behind_its_page": (3, 0, 2),
+    "the_target_ends_behind_its_page": (0, 2, 2),
+    "a_length_of_minus_1": (0, 0, -1),
+    "an_empty_source_behind_its_page": (5, 0, 0),
+    "longer_than_both_pages": (0, 0, 5),
+}
+
+
+@pytest.mark.parametrize(("src_start", "dst_start", "length"), OUTSIDE.values(), ids=OUTSIDE)
 def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_start: int, length: int) -> None:
     """Oracle: the docstring: pages of 4 and 3 tokens, and nothing is copied."""
     source, target = page_of(1, 2, 3, 4), page_of(7, 8, 9)
@@ -94,7 +102,9 @@ def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_star
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((1, 4, 3), mx.float32), ((2, 4, 6), mx.float32), ((2, 4, 3), mx.float16)]
+    ("shape", "dtype"),
+    [((1, 4, 3), mx.float32), ((2, 4, 6), mx.float32), ((2, 4, 3), mx.float16)],
+    ids=["other_heads", "another_D", "another_type"],
 )
 def test_task_4_pages_of_another_kind_are_refused(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
     """Oracle: the docstring: other heads, another D, another type. One head would broadcast to two."""
