@@ -10,3 +10,4 @@ from week_3_day_2.manager import *
 from week_3_day_2.packed import *
 from week_3_day_2.pages import *
 from week_3_day_2.steps import *
+from week_3_day_2.whole_requests import *

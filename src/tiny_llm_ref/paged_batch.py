@@ -113,7 +113,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         request that is wrong in two ways gets the first error:
         - `longest`: ValueError for an empty prompt, `RequestTooLargeError` for a request that is longer than
           `_context` tokens or has more completions (or beams) than `_max_seqs`, which would wait for ever.
-          Its result is the leader's `max_len`.
+          Its argument `context` is `_context`, `seats` is `_max_seqs`; its result is the leader's `max_len`.
         - `_queues.refuse_id_in_use`: `DuplicateRequestError` if the request's id or one of its
           `completion_ids` belongs to a request that has not ended.
         - `_refuse_what_never_fits`: `RequestTooLargeError` for a leader whose request needs more blocks than
@@ -150,9 +150,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
         >>> manager = PagedBatchManager(max_pages=64, page_size=4, max_batch_size=4, min_pages=4)
         >>> manager.allocator.resize(20)
-        >>> sizes = [(manager.give_memory_back(), manager.allocator.num_blocks)[1] for _ in range(4)]
-        >>> sizes
-        [10, 5, 5, 5]
+        >>> for _ in range(3):
+        ...     manager.give_memory_back()
+        ...     print(manager.allocator.num_blocks)
+        10
+        5
+        5
         """
         size, half = self.allocator.num_blocks, self.allocator.num_blocks // 2
         in_use = size - self.allocator.num_free - self.prefix.num_idle
@@ -215,7 +218,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         - `_scheduler.computed(plan)`: from now on other sequences may share the plan's blocks by content, so
           they must have been computed: if the model raises, nothing of the plan may be shared (without a
           model there is nothing to compute, and the rest happens all the same).
-        - `give_memory_back`: moves blocks, so no plan may have named any yet.
+        - `give_memory_back`: moves blocks, so it comes before this step's plan names any; an idle step gives
+          memory back too.
         - `plan.conclude(rows, self._fork)`: counts the chunks' tokens as computed, makes the completions of a
           leader whose prompt is complete, which share its pages as `computed` left them, and says which row
           of `rows` (or None) is whose: its `StepLogits` is the result.

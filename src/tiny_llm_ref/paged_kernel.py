@@ -42,9 +42,9 @@ class PackedBatch:
     """Where the T packed tokens of a step are; made once a step, used by every layer. All arrays are int32.
 
     positions [T]: each token's position in its own sequence. slots [T]: the place in the pool that its key
-    and value are written to. tables [S, M]: row i has all block ids of span i's table, filled up with 0 to M,
-    the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`, its span's
-    number. spans: the S spans, in packed order.
+    and value are written to. tables [number of spans, M]: row i has all block ids of span i's table, filled
+    up with 0 to M, the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`,
+    its span's number. spans: the spans, in packed order.
 
     Block ids to read from are those in `tables`: a batch may have other ids there than `span.table` has.
     """
@@ -57,7 +57,7 @@ class PackedBatch:
 
 
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
-    """Put the tokens of S spans (at least 1) side by side, in order, as a `PackedBatch`.
+    """Put the tokens of all spans (at least 1) side by side, in order, as a `PackedBatch`.
 
     Each span has at least one token, and its table has places for all of them already. Positions begin anew
     in each span, at its `start`; slots are the table's own (`table.slots(start, stop)`), block ids its
@@ -118,9 +118,9 @@ def paged_attention(
     position p sees the positions 0 .. p of its own sequence, and nothing else: no later token, no other
     sequence, and not what is left in the places behind the last token. Position p of span i is in block
     `batch.tables[i, p // block_size]` at offset p % block_size. Take the ids from `batch.tables`, not from
-    `span.table`: `paged_attention_kernel` below gives a batch other tables. Query head h reads key and value
-    head h // (H / Hkv), as `grouped_query_attention` does. A Python loop over the spans is fine here; the
-    compiled kernel that the engine runs in its place has none.
+    `span.table`: `page_block.paged_attention_kernel` (3.2.6, the next part) gives a batch other tables. Query
+    head h reads key and value head h // (H / Hkv), as `grouped_query_attention` does. A Python loop over the
+    spans is fine here; the compiled kernel that the engine runs in its place has none.
 
     MLX computes late: the pool is read when the output is evaluated. If that comes after the next write to
     the pool, MLX keeps both versions, which costs a copy of the whole pool.
@@ -161,9 +161,9 @@ def write_and_attend(
     q, k, v and the output are float32; keys, values: one layer of the pool, as in `paged_attention`. Slot s
     is block s // block_size, offset s % block_size. The returned keys and values keep the pool's type, and
     differ from the given ones in the batch's slots only. The given arrays may be written to: the caller uses
-    the returned ones from now on. A token sees the tokens of its sequence as they are
-    stored, itself too: in a float16 pool all of them are rounded to float16. (MLX rounds when a float32 array
-    is assigned to part of a float16 array; no `astype` is needed.)
+    the returned ones from now on. A token sees the tokens of its sequence as they are stored, itself too: in
+    a float16 pool all of them are rounded to float16. (MLX rounds when a float32 array is assigned to part of
+    a float16 array; no `astype` is needed.)
 
     With arrays of ids in two places, `keys[blocks, :, offsets]` is [T, Hkv, D]: MLX, like NumPy, puts the
     axis of the ids in front.

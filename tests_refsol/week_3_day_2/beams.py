@@ -55,7 +55,7 @@ def test_task_7_what_they_held_before_goes_back() -> None:
     allocator = BlockAllocator(8)
     parent, beam, other = filled(allocator, 6), filled(allocator, 9), filled(allocator, 3)
     fork_sequence(parent, [beam])
-    assert allocator.num_free == 5
+    assert allocator.num_free == 5, "the 3 blocks that the beam's table held before were not freed"
     check_conserved(allocator, parent, beam, other)
 
 
@@ -416,7 +416,18 @@ def test_task_10_an_end_counts_only_among_the_best() -> None:
     """Oracle: by hand: with a width of 2 the end is the third of its step, and is forgotten."""
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), (2,))
     search.advance([[(0, -1.0), (1, -2.0), (2, -3.0)]])
-    assert len(search.ended) == 0
+    assert len(search.ended) == 0, "an end behind the first `beam_width` of the ranking was kept"
+
+
+def test_task_10_no_more_ends_are_kept_than_the_width() -> None:
+    """Oracle: by hand: token 2 ends, once in each of three steps; with a width of 2 the worst is left out."""
+    search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9, length_penalty=0), (2,))
+    search.advance([[(1, -0.1), (2, -1.0), (0, -1.5)]])
+    search.advance([[(1, -0.2), (2, -0.3), (0, -9.0)], []])
+    search.advance([[(1, -0.1), (2, -0.2), (0, -9.0)], []])
+    assert [one.hypothesis.tokens for one in search.ended] == [(1, 2), (1, 1, 2)], (
+        "`ended` keeps the best `beam_width`, whatever ended before"
+    )
 
 
 def test_task_10_ends_count_in_the_ranking_and_take_no_beams_place() -> None:

@@ -220,7 +220,11 @@ def test_task_12_a_kept_block_that_no_table_holds_moves_too() -> None:
     assert texts.counts == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("missing", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "missing",
+    [0, 1, 2, 3],
+    ids=["without_the_forked_table", "without_the_kept_table", "without_the_fork", "without_the_cache"],
+)
 def test_task_12_a_missing_holder_is_refused(missing: int) -> None:
     """Oracle: the docstring: a table, each of two forks, or the cache: it is refused, and nothing changes."""
     texts = Texts(BlockAllocator(9))

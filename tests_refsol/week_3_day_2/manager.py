@@ -47,7 +47,7 @@ def test_task_14_a_request_waits_without_a_page() -> None:
     assert manager.capacity.num_free == 8
     sequence = manager.sequence("a")
     assert (sequence.seq_id, sequence.request_id, sequence.prompt) == ("a", "a", (5, 6, 7))
-    assert (sequence.params, sequence.seed) == (limits(), 9)
+    assert (sequence.params, sequence.seed) == (limits(), 9), "the parameters or the seed of the leader"
     assert (sequence.outputs, sequence.num_computed, sequence.num_forks) == ([], 0, 0)
     assert (len(sequence.table.blocks), sequence.table.num_tokens, sequence.table.block_size) == (0, 0, 4)
     assert not sequence.is_beam
@@ -94,7 +94,8 @@ def test_task_14_completions_and_beams_wait_as_one_sequence(is_beam: bool) -> No
     manager.add_request([5, 6], "a", limits(n=3), beam_search=is_beam)
     assert ids(manager.waiting) == ["a/0"]
     leader = manager.sequence("a/0")
-    assert (leader.request_id, leader.num_forks, leader.is_beam) == ("a", 2, is_beam)
+    assert (leader.request_id, leader.num_forks) == ("a", 2), "the leader of three has two to come"
+    assert leader.is_beam is is_beam, "the leader's `is_beam` is the argument `beam_search`"
     assert manager.sequence("a/1") is manager.sequence("a/2") is leader
 
 
@@ -244,28 +245,30 @@ def test_task_15_a_pool_that_never_grows_never_shrinks() -> None:
     assert manager.allocator.num_blocks == 8
 
 
-@pytest.mark.parametrize(
-    ("held", "idle", "size", "held_then"),
-    [
-        (4, 0, 16, 4),
-        (3, 0, 8, 3),
-        (5, 1, 16, 5),
-        (6, 3, 8, 6),
-        (10, 8, 8, 8),
-        (16, 16, 8, 8),
-        (16, 12, 16, 16),
-    ],
-)
+IN_A_POOL_OF_16 = {  # held, idle ones among them; the size afterwards, and how many are held then
+    "4_in_use_are_a_quarter": (4, 0, 16, 4),
+    "3_in_use_are_less": (3, 0, 8, 3),
+    "5_held_and_1_of_them_idle": (5, 1, 16, 5),
+    "6_held_and_3_of_them_idle": (6, 3, 8, 6),
+    "10_held_and_8_of_them_idle_so_2_go": (10, 8, 8, 8),
+    "16_held_and_all_idle_so_8_go": (16, 16, 8, 8),
+    "16_held_and_12_of_them_idle_are_a_quarter_in_use": (16, 12, 16, 16),
+}
+
+
+@pytest.mark.parametrize(("held", "idle", "size", "held_then"), IN_A_POOL_OF_16.values(), ids=IN_A_POOL_OF_16)
 def test_task_15_idle_blocks_are_not_in_use_and_go_only_if_they_must(
     held: int, idle: int, size: int, held_then: int
 ) -> None:
     """Oracle: by hand, 16 blocks: 4 in use are a quarter, 3 are less; 8 held ones fit into the half."""
+    case = f"a pool of 16 blocks, {held} held, {idle} of them idle, so {held - idle} in use"
     manager = PagedBatchManager(64, 4, 4, min_pages=2, policies=KEEPING)
     manager.allocator.resize(16)
     kept = keep_last(manager, held, idle)
     manager.give_memory_back()
-    assert (manager.allocator.num_blocks, len(kept.blocks)) == (size, held_then)
-    assert len(set(kept.blocks)) == held_then
+    assert manager.allocator.num_blocks == size, f"{case}: the pool has another size now"
+    assert len(kept.blocks) == held_then, f"{case}: another number of blocks is held now"
+    assert len(set(kept.blocks)) == held_then, f"{case}: two of the held blocks became one"
     assert manager.allocator.num_free == size - held_then
     assert sum(counts(manager.allocator)) == held_then
 

@@ -141,6 +141,26 @@ def test_task_2_neighbouring_query_heads_share_a_head_of_keys_and_values() -> No
     np.testing.assert_allclose(np.array(out)[0, :, 0, 0], [5, 5, 5, 70, 70, 70], rtol=1e-6)
 
 
+def test_task_2_small_numbers_of_two_heads() -> None:
+    """Oracle: by hand: equal keys, so each output is the mean of the values so far, [n, -n] in each token.
+
+    One sequence has 2, 4 and 9 in the first head, and ten times as much in the second; the other has 6 and 8.
+    Heads and block places that change places, or a reshape before the swap, are the mistake.
+    """
+    first = [[[9, NOBODYS], [90, NOBODYS]], [[6, 8], [60, 80]], [[2, 4], [20, 40]]]  # blocks, heads, places
+    numbers = mx.array(first)
+    values = mx.stack([numbers, -numbers], axis=-1)
+    spans = [Span(table_of([2, 0], 3, block_size=2), 1, 3), Span(table_of([1], 2, block_size=2), 1, 2)]
+    out = paged_attention(queries(2, 3), mx.zeros_like(values), values, pack_batch(spans), 1.0)
+    assert out.shape == (1, 2, 3, 2), "the output has the shape of q, [1, H, T, D]"
+    found = np.array(out)
+    for packed, (span, position, mean) in enumerate([(0, 1, 3), (0, 2, 5), (1, 1, 7)]):
+        for head, expected in enumerate([mean, 10 * mean]):
+            assert found[0, head, packed].tolist() == pytest.approx([expected, -expected]), (
+                f"span {span}, token at position {position}, head {head}"
+            )
+
+
 def packed_queries(spans: Sequence[Span], heads: int, size: int) -> mx.array:
     """Random queries for every token of a step, [1, H, T, D]."""
     length = sum(span.stop - span.start for span in spans)

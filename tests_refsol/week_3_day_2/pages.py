@@ -81,10 +81,18 @@ def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -
     assert tokens_of(page) == expected
 
 
-@pytest.mark.parametrize(
-    ("src_start", "dst_start", "length"),
-    [(-1, 0, 1), (0, -1, 1), (3, 0, 2), (0, 2, 2), (0, 0, -1), (5, 0, 0), (0, 0, 5)],
-)
+OUTSIDE = {  # src_start, dst_start, length
+    "the_source_begins_before_its_page": (-1, 0, 1),
+    "the_target_begins_before_its_page": (0, -1, 1),
+    "the_source_ends_behind_its_page": (3, 0, 2),
+    "the_target_ends_behind_its_page": (0, 2, 2),
+    "a_length_of_minus_1": (0, 0, -1),
+    "an_empty_source_behind_its_page": (5, 0, 0),
+    "longer_than_both_pages": (0, 0, 5),
+}
+
+
+@pytest.mark.parametrize(("src_start", "dst_start", "length"), OUTSIDE.values(), ids=OUTSIDE)
 def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_start: int, length: int) -> None:
     """Oracle: the docstring: pages of 4 and 3 tokens, and nothing is copied."""
     source, target = page_of(1, 2, 3, 4), page_of(7, 8, 9)
@@ -94,7 +102,9 @@ def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_star
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((1, 4, 3), mx.float32), ((2, 4, 6), mx.float32), ((2, 4, 3), mx.float16)]
+    ("shape", "dtype"),
+    [((1, 4, 3), mx.float32), ((2, 4, 6), mx.float32), ((2, 4, 3), mx.float16)],
+    ids=["other_heads", "another_D", "another_type"],
 )
 def test_task_4_pages_of_another_kind_are_refused(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
     """Oracle: the docstring: other heads, another D, another type. One head would broadcast to two."""
@@ -159,6 +169,42 @@ def test_task_6_the_queries_are_the_last_tokens_of_their_tables() -> None:
     np.testing.assert_allclose(np.array(out)[:, 0, :, 0], [[3, 5], [6, 7]], rtol=1e-6)
 
 
+def test_task_6_each_query_picks_one_token_of_its_row_and_head() -> None:
+    """Oracle: by hand: the query [40, 0] picks the first token of its row, and [0, 40] the second.
+
+    Row 0 has the values 2, 4 and 9 in the first head, and ten times as much in the second; row 1 has 6 and 8,
+    and its first query sees the first token only. A value n is [n, -n]. A reshape between [B, H, L, D] and
+    the packed row without `swapaxes` is the mistake.
+    """
+    tables = [table_of([2, 0], 3, block_size=2), table_of([1], 2, block_size=2)]
+    first, second, neither = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
+    pages = {}
+    for block, tokens, keys in (
+        (2, [2.0, 4.0], [first, second]),
+        (0, [9.0, NOBODYS], [neither, neither]),
+        (1, [6.0, 8.0], [first, second]),
+    ):
+        heads = mx.array([tokens, [10 * token for token in tokens]])
+        pages[block] = PageBlock(mx.array([keys, keys]), mx.stack([heads, -heads], axis=-1))
+    query = 40 * mx.array([[[first, second], [second, first]]] * 2)  # two rows, two heads, two queries
+    out = paged_attention_kernel(query, tables, pages, 2, 1.0)
+    assert out.shape == (2, 2, 2, 2), "the output has the shape of the query, [B, H, L, D]"
+    expected = [[[2, 4], [40, 20]], [[6, 8], [60, 60]]]
+    for row, head, number in np.ndindex(2, 2, 2):
+        picked = expected[row][head][number]
+        assert out[row, head, number].tolist() == pytest.approx([picked, -picked]), (
+            f"row {row}, head {head}, query {number} of the row"
+        )
+
+
+def test_task_6_a_scale_of_0_is_a_scale() -> None:
+    """Oracle: by hand: with a scale of 0 all scores are equal, so the mean of 2 and 4, whatever the keys."""
+    keys = mx.array([[[9.0, 9.0], [0.0, 0.0]]])
+    pages = {0: PageBlock(keys, numbers(2, 4)[0])}
+    out = paged_attention_kernel(mx.ones((1, 1, 1, 2)), [table_of([0], 2, block_size=2)], pages, 2, 0.0)
+    assert out[0, 0, 0, 0].item() == pytest.approx(3), "scale=0.0 was not used; None is D**-0.5, 0.0 is not"
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_task_6_mixed_lengths_heads_blocks_and_types(shape: dict, dtype: mx.Dtype) -> None:
@@ -191,14 +237,13 @@ def test_task_6_whatever_the_lengths(
 
 
 def test_task_6_scale_and_block_size_have_usual_values() -> None:
-    """Oracle: NumPy: one over the root of D = 16, and blocks of 16. A scale of 0 is a scale."""
+    """Oracle: NumPy: one over the root of D = 16, and blocks of 16."""
     pool = pool_of([20, 7], block_size=16, size=16)
     query = mx.random.normal((2, 4, 2, 16), key=mx.random.key(2))
     pages = in_pages(pool)
     for scale, out in (
         (0.25, paged_attention_kernel(query, pool.tables, pages)),
         (0.7, paged_attention_kernel(query, pool.tables, pages, scale=0.7)),
-        (0.0, paged_attention_kernel(query, pool.tables, pages, scale=0.0)),
     ):
         np.testing.assert_allclose(np.array(out), last_tokens(pool, query, scale), rtol=0, atol=2e-5)
 

@@ -148,7 +148,7 @@ def show_d() -> Lines:
 
 
 def show_e() -> Lines:
-    """Requests come and go: the pool's size, its free blocks, and what runs and waits."""
+    """Requests come and go: the pool's size, its free and cached blocks, and what runs and waits."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -161,18 +161,27 @@ def show_e() -> Lines:
         params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         core.add_request(name, tokens, params)
     yield f"the real model, five requests of {len(tokens)} tokens, at most 3 at once, blocks of 8"
+    yield "cached: no request has the block, and the prefix cache keeps it until its place is needed"
     steps, start = 0, time.perf_counter()
     while core.has_work:
         core.step()
         steps += 1
-        runs, waits = (
-            " ".join(one.seq_id for one in queue) or "-" for queue in (manager.running, manager.waiting)
-        )
-        size, free = manager.allocator.num_blocks, manager.allocator.num_free
-        if (size, runs, waits) != seen:
-            yield f"  after step {steps:2}: {free:2} of {size:2} blocks free; runs {runs:5}; waits {waits}"
-        seen = (size, runs, waits)
+        queues = (manager.running, manager.waiting)
+        runs, waits = (" ".join(one.seq_id for one in queue) or "-" for queue in queues)
+        if (manager.allocator.num_blocks, runs, waits) != seen:
+            yield f"  after step {steps:2}: {_pool(manager)}; runs {runs:5}; waits {waits}"
+        seen = (manager.allocator.num_blocks, runs, waits)
     yield f"{sum(lengths.values())} tokens in {steps} steps, {time.perf_counter() - start:.1f} s"
+    yield "nothing is in use now; each step, even one without work, halves the pool, down to its first 4"
+    for idle in (1, 2):
+        core.step()
+        yield f"  idle step {idle}:    {_pool(manager)}"
+
+
+def _pool(manager: Any) -> str:
+    """How a manager's pool is used."""
+    free, size = manager.allocator.num_free, manager.allocator.num_blocks
+    return f"{free:2} free and {manager.prefix.num_idle:2} cached of {size:2} blocks"
 
 
 def _tables(size: int, *lengths: int, num_blocks: int = 12) -> list[Any]:
