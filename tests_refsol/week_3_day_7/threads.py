@@ -334,11 +334,11 @@ def test_task_10_a_stopped_engine_raises() -> None:
     The thread that calls has got the ident of the engine's, which has ended: a system may give it again.
     """
     with serving() as engine:
+        thread, inbox = within(engine.call, threading.current_thread), vars(engine)["_inbox"]
         within(engine.stop)
 
         def called() -> int:
-            engine._thread._ident = threading.get_ident()  # type: ignore[attr-defined]
-            engine._inbox._runner = threading.get_ident()
+            vars(thread)["_ident"] = vars(inbox)["_runner"] = threading.get_ident()
             return engine.call(lambda: 7)
 
         with pytest.raises(EngineStoppingError):
