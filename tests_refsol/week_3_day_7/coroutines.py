@@ -246,7 +246,10 @@ def test_task_11_a_client_that_leaves_is_cancelled_before_the_next_step(leave: C
             core.let_step()
             await elsewhere(engine.call, lambda: None)
 
-        run(main(), "the end of a client that leaves, or of `Engine.call`")
+        run(
+            main(),
+            "the end of the second step without a third (is the request of the client that left cancelled?)",
+        )
         steps = core.log.count("step")
         assert steps == 2, (
             f"{steps} steps: the request of a client that has left must be cancelled before the third"
