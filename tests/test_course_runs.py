@@ -301,6 +301,39 @@ def test_a_fault_outside_of_the_exercises_is_said_to_be_there(
     assert "in several exercises, or outside of them" in capfd.readouterr().out
 
 
+SOMETIMES = """from collections.abc import Callable
+from pathlib import Path
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.value = 0
+        self.runs = Path({runs!r})
+
+    def count(self) -> int:
+        self.runs.write_text(self.runs.read_text() + "x")
+        self.value += 1 if len(self.runs.read_text()) > 1 else 7
+        return self.value
+"""
+
+
+def test_code_that_fails_only_sometimes_is_not_acquitted(
+    house: House, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The search said that the learner's code is right, and that one other module makes it fail together."""
+    runs = tmp_path / "runs"
+    runs.write_text("")
+    syllabus = syllabus_of(house)
+    write(house, "adding", ADDING)
+    write(house, "counting", SOMETIMES.format(runs=str(runs)))
+    write(house, "doubling", DOUBLING)
+    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    out = capfd.readouterr().out
+    assert "test_task_1_counts fails only sometimes: the same code has passed now" in out
+    assert "today's code is right" not in out
+    assert "together do" not in out
+
+
 def test_modules_that_the_day_does_not_reach_are_not_tried(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,13 +34,14 @@ class Blame:
     """What was found. today: False where the day passes without the learner's other modules.
 
     module: the other module with which it fails. exercise: with the reference's code in it, `test` passes.
-    complete: False where the time ran out.
+    sometimes: the learner's code has passed now, unchanged. complete: False where the time ran out.
     """
 
     today: bool
     test: str
     module: str | None = None
     exercise: Exercise | None = None
+    sometimes: bool = False
     complete: bool = True
 
 
@@ -60,6 +61,8 @@ def find_blame(house: House, unit: Unit, outcome: Outcome) -> Blame:
     is_today = True
     try:
         is_today = not (suspects and trials.passes(today))
+        if not is_today and trials.passes(own_sources(house, own_modules(house)), again=True):
+            return Blame(False, test, sometimes=True)
         if not is_today:
             return Blame(False, test, module=_module(house, trials, today, suspects))
         return Blame(True, test, exercise=_exercise(house, unit, trials, today) if first else None)
@@ -68,7 +71,12 @@ def find_blame(house: House, unit: Unit, outcome: Outcome) -> Blame:
 
 
 def _module(house: House, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
-    """The one other module beside which today's code fails; None where it takes several."""
+    """The one other module beside which today's code fails; None where it takes several.
+
+    With all of them it is known to fail.
+    """
+    if len(suspects) == 1:
+        return suspects[0]
 
     def fails_with(some: Sequence[str]) -> bool:
         return not trials.passes({**today, **own_sources(house, some)})
@@ -114,12 +122,15 @@ class Trials:
         self._until = time.monotonic() + BUDGET
         self._file = house.records / "trials.json"
 
-    def passes(self, sources: dict[str, str]) -> bool:
-        """True where the tests pass on these modules. Raises `OutOfBudgetError`."""
+    def passes(self, sources: dict[str, str], *, again: bool = False) -> bool:
+        """True where the tests pass on these modules; again: run them, whatever is remembered.
+
+        Raises `OutOfBudgetError`.
+        """
         with overlay_of(self._house, sources, kernels=bool(self._day.kernels)) as exchanged:
             known = self._known()
             key = self._key(exchanged)
-            if key not in known:
+            if again or key not in known:
                 known = {**known, key: self._run(exchanged)}
                 self._file.parent.mkdir(exist_ok=True)
                 self._file.write_text(json.dumps(dict(list(known.items())[-REMEMBERED:])), encoding="utf-8")

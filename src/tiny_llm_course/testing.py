@@ -182,7 +182,11 @@ def _tell_blame(house: House, syllabus: Syllabus, unit: Unit, outcome: Outcome) 
     """Which exercise of the unit makes the tests fail, or which of the learner's other modules."""
     print("looking for the fault ...", flush=True)
     found = find_blame(house, unit, outcome)
-    if found.today:
+    if found.sometimes:
+        print(f"{found.test} fails only sometimes: the same code has passed now, run again")
+        print("look for what depends on threads, on time or on chance")
+        _tell_first(outcome, unit)
+    elif found.today:
         for line in _about_today(unit, found):
             print(line)
         _tell_first(outcome, unit, found.exercise)

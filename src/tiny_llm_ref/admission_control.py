@@ -42,9 +42,9 @@ class AdmissionControl:
 
         The sum of the requests that wait in the engine and of those that were admitted here and that the
         engine has not seen yet, less the free places; the result may be negative. Free places are
-        `max_num_seqs` less those that run, at least 0, and 0 while `is_crowded`: the pool has no blocks for
-        more sequences, or the requests that wait already take the places. Read `self.occupancy` once: the
-        engine may replace it between two reads.
+        `max_num_seqs` less those that run, at least 0, and 0 while `is_crowded` (why it may be: the pool has
+        no blocks for more sequences, or the requests that wait already take the places). Read
+        `self.occupancy` once: the engine may replace it between two reads.
 
         >>> control = AdmissionControl(limit=4, max_num_seqs=2)
         >>> control.num_waiting()

@@ -172,8 +172,8 @@ class Engine:
         Waits until it has run. In the engine's own thread it runs at once: that thread would wait for itself.
         Compare threads, not their idents: a new thread may get the ident of one that has ended. Arrays in
         the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError for what
-        cannot be called (`_check_callable`), and `EngineStoppingError` or `EngineDeadError` where the engine
-        has ended.
+        cannot be called (`_check_callable("function", function)`), and `EngineStoppingError` or
+        `EngineDeadError` where the engine has ended.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -202,14 +202,15 @@ class Engine:
         finish_reason says only that one completion has ended.
 
         A client may leave at any time, while it waits to be queued too: by `break`, `aclose`, an exception,
-        or the cancellation of its task. Then `_loop.forget`, posted to the inbox, cancels the request before
-        the next step, and nothing is awaited any more. Leaving cancels only the waiting: the posted task runs
-        all the same, and `forget` comes after it. For a request that has ended nothing is posted, also if the
-        client leaves with its last event.
+        or the cancellation of its task. Then `_loop.forget` (not `self.forget`, which waits), posted
+        to the inbox, cancels the request before the next step, and nothing is awaited any more. Leaving
+        cancels only the waiting: the posted task runs all the same, and `forget` comes after it. Nothing is
+        posted for a request that has ended, which is one whose event with a `usage` has come, also if the
+        client leaves with that event. A `forget` for one that was refused or has failed does no harm.
 
         Nothing happens before the first event is asked for. That raises `WrongThreadError` in the engine's
-        own thread (`refuse_to_wait`), and what `request` and `submit` raise. Later events raise
-        `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+        own thread (`refuse_to_wait("Engine.generate")`), and what `request` and `submit` raise. Later events
+        raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())

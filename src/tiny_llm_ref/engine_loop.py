@@ -69,7 +69,7 @@ class EngineLoop:
         self._num_seen = 0  # requests that have come to `add` so far, accepted or refused
         self._is_crowded = False  # the last step left a request waiting
         self._drained: list[Future[None]] = []  # done when no request is active any more
-        self._deadline = math.inf  # on the clock of `monotonic`: then all active requests are cancelled
+        self._deadline = math.inf  # a moment of `time.monotonic()`: then all active requests are cancelled
         self._stopping = False
         self._watch: BlockWatch | None = None
         self._watchers: list[PoolListener] = []
@@ -92,8 +92,8 @@ class EngineLoop:
         cancelled in the core, no others (an id in use belongs to another request), and the error is raised
         again. Where `self.refusal` is set, the error that it makes is raised before any request begins.
 
-        Accepted or refused, the requests are added to `_num_seen`, and `_publish` shows it: until then
-        admission control counts them as waiting.
+        Accepted or refused (by `refusal` too), the requests are added to `_num_seen`, and `_publish` shows
+        it: until then admission control counts them as waiting.
 
         >>> from unittest.mock import Mock
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
@@ -157,8 +157,8 @@ class EngineLoop:
           step. Where the output has a finish_reason, the core has ended it already.
         - The event has a `usage`: it is the request's last, and the request is active no more.
         - `push` or `finish` raises, whatever it is (a tokenizer written in Rust may raise a BaseException):
-          the event is dropped and only this request fails. It is cancelled in the core, and `fail_request`
-          tells its listener.
+          the event is dropped, so put the event into `_outbox` last, and only this request fails. It is
+          cancelled in the core, and `fail_request` tells its listener.
 
         Ignored: an output whose request is not active (it failed earlier in this step, or was added to the
         core directly), or is not a `RequestState`: a beam search has no outputs.
@@ -201,7 +201,7 @@ class EngineLoop:
         Beam searches that have ended have none either, and are left to `_end_searches`.
 
         Last comes `_note_step` with a `StepTime`: the seconds in `core.step`, and those after it until here,
-        by `perf_counter`. What `core.step` raises is not caught: it is the engine's fault, not a request's.
+        by `time.perf_counter()`. What `core.step` raises is not caught: the fault is the engine's.
 
         >>> from unittest.mock import Mock
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
@@ -223,7 +223,8 @@ class EngineLoop:
     def _take_failures(self) -> None:
         """Fail the requests that the core has ended with an error in this step.
 
-        Not a part of `step`: an error's traceback holds the frames up to `step`, which must not hold it.
+        Not a part of `step`: an error refers to the frame of `step`. If a variable of `step` referred to the
+        error, both would stay in memory.
         """
         for request_id, error in self.core.take_failures():
             self.fail_request(request_id, error)
@@ -248,11 +249,11 @@ class EngineLoop:
         """One iteration: run the tasks that were posted, make a step, deliver what came of both.
 
         The tasks come first, all of them (`_inbox.run(wait=...)`). Only if no request is active, wait for a
-        task: a waiting thread costs nothing. Then, if `monotonic()` has reached `_deadline`, every active
-        request is cancelled: a task may have set the deadline. There is one `step`, if a request is active
-        and no task has set `_stopping`; what it raises is not caught, and ends the thread. `_tell_watchers`
-        shows what has changed in the pool, and `_deliver` calls the listeners, both in every iteration: a
-        cancelled request has its last event without a step. If no request is active after that,
+        task: a waiting thread costs nothing. Then, if `time.monotonic()` has reached `_deadline`, every
+        active request is cancelled: a task may have set the deadline. There is one `step`, if a request is
+        active and no task has set `_stopping`; what it raises is not caught, and ends the thread.
+        `_tell_watchers` shows what has changed in the pool, and `_deliver` calls the listeners, both in every
+        iteration: a cancelled request has its last event without a step. If no request is active after that,
         `_end_drains(None)` ends all drains: a drain is over when its last events have been delivered.
 
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
@@ -292,7 +293,7 @@ class EngineLoop:
 
         New requests get the error that `draining` makes (`self.refusal`); a refusal that is there already
         stays. `run_once` ends the futures in `_drained`. Requests that are active after `timeout` seconds are
-        cancelled then (`_deadline`, on the clock of `monotonic`); of several drains the earliest deadline
+        cancelled then (`_deadline`, a moment of `time.monotonic()`); of several drains the earliest deadline
         counts. None: this drain has no deadline. A timeout of 0 or below: at once, in this iteration.
 
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))

@@ -155,9 +155,9 @@ class AlphabetCore:
 
     def wait_for_step(self) -> None:
         """Return when a step is being held."""
-        if not self.begun.acquire(timeout=PATIENCE.seconds):
+        if not self.begun.acquire(timeout=0.6 * PATIENCE.seconds):  # less than `run` waits
             PATIENCE.lose()
-            raise AssertionError("no step began")
+            raise AssertionError("no step began: the core has no request, or the engine's thread waits")
 
     def let_step(self) -> None:
         """Let one step happen."""

@@ -246,8 +246,14 @@ def test_task_11_a_client_that_leaves_is_cancelled_before_the_next_step(leave: C
             core.let_step()
             await elsewhere(engine.call, lambda: None)
 
-        run(main())
-        assert core.log.count("step") == 2
+        run(
+            main(),
+            "the end of the second step without a third (is the request of the client that left cancelled?)",
+        )
+        steps = core.log.count("step")
+        assert steps == 2, (
+            f"{steps} steps: the request of a client that has left must be cancelled before the third"
+        )
         assert not core.has_work
 
 
@@ -269,12 +275,13 @@ def test_task_11_a_task_that_is_cancelled_leaves_too(is_queued: bool) -> None:
                 await leaving
             core.let_step()
             await elsewhere(core.wait_for_step)
-            assert core.has("second" if is_queued else "first")
-            assert not core.has("first" if is_queued else "second")
+            stays, left = ("second", "first") if is_queued else ("first", "second")
+            assert core.has(stays), "one client was cancelled, and the request of the other one is gone"
+            assert not core.has(left), "the task was cancelled, and its request is still in the core"
             core.let_go()
             (second if is_queued else first).cancel()
 
-        run(main())
+        run(main(), "the end of a client whose task was cancelled")
 
 
 def test_task_11_a_client_that_leaves_does_not_cancel_another_request_with_its_id() -> None:
@@ -296,7 +303,7 @@ def test_task_11_a_client_that_leaves_does_not_cancel_another_request_with_its_i
             core.let_go()
             return text(await owner)
 
-        assert run(main()) == "bcd"
+        assert run(main()) == "bcd", "the client that was refused has ended the request that owns the id"
 
 
 def test_task_11_a_request_that_is_cancelled_ends_with_abort() -> None:
@@ -378,7 +385,11 @@ def test_task_11_two_event_loops_share_one_engine() -> None:
             return [text(one) for one in found]
 
         loops = [background(asyncio.run, main(letters)) for letters in ("aceg", "moqs")]
-        assert [value(each) for each in loops] == [["bcd", "def", "fgh", "hij"], ["nop", "pqr", "rst", "tuv"]]
+        missing = "one of two event loops, each in its thread, does not end"
+        assert [value(each, missing) for each in loops] == [
+            ["bcd", "def", "fgh", "hij"],
+            ["nop", "pqr", "rst", "tuv"],
+        ]
 
 
 def test_task_11_draining_lets_clients_end() -> None:
@@ -401,4 +412,4 @@ def test_task_11_draining_lets_clients_end() -> None:
             await drain
             return await client
 
-        assert text(run(main())) == "bcd"
+        assert text(run(main(), "an event of `generate`, or the end of a drain")) == "bcd"

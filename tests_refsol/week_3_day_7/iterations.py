@@ -84,7 +84,7 @@ def test_task_5_without_an_active_request_it_waits_for_a_task() -> None:
         iteration.exception(0.05)
     assert not iteration.done() or iteration.result(), "it did not wait: the thread would burn a processor"
     asked = at.inbox.post(lambda: 7)
-    value(iteration)
+    value(iteration, "`run_once` does not return, although a task was posted")
     assert asked.result(0) == 7
     assert at.core.log == []
 
@@ -234,11 +234,12 @@ def test_task_5_the_thread_iterates_until_a_task_stops_it() -> None:
     at, ear = Posting(), Ear()
     begun = at.inbox.post(partial(at.loop.begin, lambda: at.core))
     thread = background(at.loop.run)
-    value(begun)
-    value(at.inbox.post(partial(at.loop.add, [request("one")], ear)))
+    value(begun, "`run` has not run the task `begin`")
+    added = at.inbox.post(partial(at.loop.add, [request("one")], ear))
+    value(added, "the second task was not run")
     assert text(ear.until_end()) == "bcd"
-    value(at.inbox.post(at.loop.stop))
-    value(thread)
+    value(at.inbox.post(at.loop.stop), "the task `stop` was not run: does `run_once` wait for tasks?")
+    value(thread, "`run` does not return after `stop`")
     assert at.core.log.count("step") == 3, "three letters are three steps"
 
 

@@ -46,15 +46,25 @@ def background(function: Callable[..., Any], *args: Any) -> Future[Any]:
     return outcome
 
 
-def value(outcome: "Future[Any]") -> Any:
-    """The value of a future, or what it raises; a failure where it does not come."""
+def value(outcome: "Future[Any]", missing: str) -> Any:
+    """The value of a future, or what it raises; a failure with the text `missing` where it does not come."""
     try:
         return outcome.result(PATIENCE.seconds)
     except EngineDeadError as error:
         raise blank_or(error) from error.__cause__
     except TimeoutError:
         PATIENCE.lose()
-        raise AssertionError("it did not end: somebody waits for what never comes") from None
+        raise AssertionError(missing) from None
+
+
+def queued(outcome: "Future[Any]") -> Any:
+    """The value of the future that `submit` has returned."""
+    return value(outcome, "the future that `submit` returned is not done: the requests are never queued")
+
+
+def cancelled(outcome: "Future[Any]") -> Any:
+    """The value of the future that `cancel` has returned."""
+    return value(outcome, "the future that `cancel` returned is not done: nothing is ever cancelled")
 
 
 def blank_or(error: BaseException) -> BaseException:
@@ -64,11 +74,12 @@ def blank_or(error: BaseException) -> BaseException:
 
 def within(function: Callable[..., Any], *args: Any) -> Any:
     """What a function gives, or raises; a failure where it hangs."""
-    return value(background(function, *args))
+    name = getattr(function, "__qualname__", repr(function)).rpartition("<locals>.")[2]
+    return value(background(function, *args), f"`{name}` does not return: it waits for what never comes")
 
 
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine gives, in an event loop of its own; a failure where it hangs."""
+def run(main: Coroutine[Any, Any, Any], missing: str = "an event of `generate`") -> Any:
+    """What a coroutine gives, in an event loop of its own; a failure where `missing` never comes."""
 
     async def guarded() -> Any:
         try:
@@ -78,9 +89,10 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
             if not limit.expired():
                 raise
             PATIENCE.lose()
-            raise AssertionError("it did not end: a coroutine awaits what never comes") from None
+            raise AssertionError(f"a coroutine still awaits {missing}, which never comes") from None
 
-    return within(asyncio.run, guarded())
+    stands = "the event loop stands still: a coroutine waits in it without `await`"
+    return value(background(asyncio.run, guarded()), stands)
 
 
 def elsewhere(function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":

@@ -4,7 +4,7 @@ import time
 
 from tiny_llm.admission_control import AdmissionControl
 from tiny_llm.beam_search import BeamSearchParams
-from tiny_llm.engine_loop import EngineLoop
+from tiny_llm.engine_loop import ActiveRequest, EngineLoop
 from tiny_llm.errors import (
     RequestFailedError,
 )
@@ -194,6 +194,19 @@ def test_task_3_tokens_without_a_listener_are_ignored() -> None:
     assert loop.core.has("by hand")
     hang_up(loop)
     assert {event.request_id for event in ear.events} == {"mine"}
+
+
+def test_task_3_a_search_has_no_outputs() -> None:
+    """Oracle: by hand: a token with the id of a beam search is ignored; the search goes on."""
+    loop, ear = make_loop(), Ear()
+    search = SearchState("beams", [1, 2], TOKENIZER, BeamSearchParams(beam_width=2, max_tokens=9))
+    loop.active["beams"] = ActiveRequest(search, ear)
+    loop.take_output(TokenOutput("beams", "beams", 3, None, None, None))
+    assert list(loop.active) == ["beams"], "an output for a request that is no `RequestState` is ignored"
+    assert loop.core.log == []
+    loop.cancel(["beams"])
+    hang_up(loop)
+    assert [event.finish_reason for event in ear.events] == ["abort"]
 
 
 # Task 4: EngineLoop.step

@@ -20,7 +20,7 @@ from tiny_llm.errors import (
 from tiny_llm.sampling_params import SamplingParams
 
 from week_3_day_7.alphabet import ALPHABET, LONG, LONGEST, THREE, TOKENIZER, AlphabetCore, Ear, text
-from week_3_day_7.patience import background, value, within
+from week_3_day_7.patience import background, cancelled, queued, value, within
 from week_3_day_7.serving import free_blocks, serving, small_core
 
 # Task 9: Engine.submit
@@ -30,7 +30,7 @@ def test_task_9_a_request_from_another_thread() -> None:
     """Oracle: by hand: a letter a step, the usage with the last."""
     with serving() as engine:
         ear, one = Ear(), engine.request("abc", THREE)
-        assert value(engine.submit([one], ear)) is None
+        assert queued(engine.submit([one], ear)) is None
         heard = ear.until_end()
     assert text(heard) == "def"
     assert [event.usage is None for event in heard] == [True, True, False]
@@ -41,7 +41,7 @@ def test_task_9_the_listener_is_called_in_the_engines_thread() -> None:
     """Oracle: the threads' names: not this one, which would have to wait for a step."""
     with serving() as engine:
         ear = Ear()
-        value(engine.submit([engine.request("a", THREE)], ear))
+        queued(engine.submit([engine.request("a", THREE)], ear))
         ear.until_end()
     assert [thread.name for thread in ear.threads] == ["tiny-llm-engine"]
 
@@ -54,11 +54,11 @@ def test_task_9_it_does_not_wait_for_the_step_that_runs() -> None:
         within(engine.submit, [engine.request("a", LONG)], Ear())
         core.wait_for_step()
         ear = Ear()
-        queued = within(engine.submit, [engine.request("m", LONG, "second")], ear)
-        assert not queued.done()
+        answer = within(engine.submit, [engine.request("m", LONG, "second")], ear)
+        assert not answer.done()
         core.let_step()
         core.wait_for_step()
-        assert queued.done()
+        assert answer.done()
         assert core.log[-3:] == ["step", "add second", "step"]
         core.let_step()
         assert text(ear.next()) == "n"
@@ -71,8 +71,8 @@ def test_task_9_the_future_raises_the_cores_error(prompt: list[int], error: type
     with serving(core) as engine:
         requests = [engine.request(tokens, THREE) for tokens in ([0], prompt, [1])]
         with pytest.raises(error):
-            value(engine.submit(requests, ear))
-        value(engine.submit([engine.request("x", SamplingParams(max_tokens=1), "last")], ear))
+            queued(engine.submit(requests, ear))
+        queued(engine.submit([engine.request("x", SamplingParams(max_tokens=1), "last")], ear))
         assert [event.request_id for event in ear.until_end()] == ["last"]
     assert len(ear.calls) == 1
 
@@ -87,7 +87,7 @@ def test_task_9_an_id_in_use() -> None:
         refused = within(engine.submit, [engine.request("m", THREE, "name")], Ear())
         core.let_go()
         with pytest.raises(DuplicateRequestError):
-            value(refused)
+            queued(refused)
         assert text(ear.until_end()) == "bcd"
 
 
@@ -96,7 +96,7 @@ def test_task_9_a_full_queue_refuses_at_once() -> None:
     core = AlphabetCore(seats=2)
     with serving(core, max_num_seqs=2, max_num_waiting=2) as engine:
         first, second = Ear(), Ear()
-        value(engine.submit([engine.request(letter, LONG, letter) for letter in "ab"], first))
+        queued(engine.submit([engine.request(letter, LONG, letter) for letter in "ab"], first))
         first.next()
         core.hold()
         core.wait_for_step()
@@ -105,13 +105,13 @@ def test_task_9_a_full_queue_refuses_at_once() -> None:
             with pytest.raises(QueueFullError):
                 within(engine.submit, [engine.request("e", THREE)], Ear())
         core.let_go()
-        value(waiting)
+        queued(waiting)
         for letter in "ab":
-            value(engine.cancel(letter))
+            cancelled(engine.cancel(letter))
         while sum(event.usage is not None for event in second.events) < 2:
             second.next()
         third = Ear()
-        value(engine.submit([engine.request("e", THREE)], third))
+        queued(engine.submit([engine.request("e", THREE)], third))
         assert text(third.until_end()) == "fgh"
 
 
@@ -123,7 +123,7 @@ def test_task_9_requests_enter_together_or_not_at_all() -> None:
         with pytest.raises(QueueFullError):
             within(engine.submit, requests, Ear())
         ear = Ear()
-        value(engine.submit(requests[:2], ear))
+        queued(engine.submit(requests[:2], ear))
         assert text(ear.until_end() + ear.until_end()) == "bcdbcd"
 
 
@@ -132,18 +132,18 @@ def test_task_9_an_engine_that_drains_refuses_at_once() -> None:
     core = AlphabetCore()
     with serving(core) as engine:
         ear = Ear()
-        value(engine.submit([engine.request("a", LONG, "a")], ear))
+        queued(engine.submit([engine.request("a", LONG, "a")], ear))
         ear.next()
         drained = engine.start_draining()
-        value(engine.cancel("nobody"))
+        cancelled(engine.cancel("nobody"))
         core.hold()
         core.wait_for_step()
         with pytest.raises(EngineStoppingError):
             within(engine.submit, [engine.request("b", THREE)], Ear())
-        cancelled = engine.cancel("a")
+        ended = engine.cancel("a")
         core.let_go()
-        value(cancelled)
-        value(drained)
+        cancelled(ended)
+        value(drained, "the drain is not over, although its last request was cancelled")
 
 
 @pytest.mark.parametrize("bad", [["a"], "a", 7, [None]])
@@ -154,7 +154,7 @@ def test_task_9_what_is_no_request_is_a_type_error(bad: Any) -> None:
             with pytest.raises(TypeError):
                 within(engine.submit, bad, Ear())
         ear = Ear()
-        value(engine.submit([engine.request("a", THREE)], ear))
+        queued(engine.submit([engine.request("a", THREE)], ear))
         assert text(ear.until_end()) == "bcd"
         within(engine.stop)
         with pytest.raises(TypeError):
@@ -175,10 +175,10 @@ def test_task_9_the_callers_list_may_change_afterwards() -> None:
         within(engine.submit, [engine.request("m", LONG)], Ear())
         core.wait_for_step()
         requests = [engine.request("a", THREE, "mine")]
-        queued = within(engine.submit, requests, ear)
+        answer = within(engine.submit, requests, ear)
         requests.clear()
         core.let_go()
-        value(queued)
+        queued(answer)
         assert "add mine" in core.log, "the engine's thread got the caller's list, which has changed since"
         assert text(ear.until_end()) == "bcd"
 
@@ -206,7 +206,7 @@ def test_task_9_an_engine_that_was_stopped() -> None:
     """Oracle: by hand: active requests are cancelled, and new ones refused, however many."""
     with serving(max_num_waiting=1) as engine:
         ear = Ear()
-        value(engine.submit([engine.request("a", LONG)], ear))
+        queued(engine.submit([engine.request("a", LONG)], ear))
         within(engine.stop)
         assert ear.until_end()[-1].finish_reason == "abort"
         for _ in range(10):  # more than may wait
@@ -219,14 +219,14 @@ def test_task_9_when_the_engine_dies_listeners_and_new_clients_get_its_error() -
     core, error = AlphabetCore(), SystemError("unforeseen")
     with serving(core) as engine:
         ear = Ear()
-        value(engine.submit([engine.request("a", LONG)], ear))
+        queued(engine.submit([engine.request("a", LONG)], ear))
         ear.next()
         core.dies = error
         with pytest.raises(EngineDeadError) as raised:
             ear.until_end()
         assert raised.value.__cause__ is error
         with pytest.raises(EngineDeadError):
-            value(engine.submit([engine.request("b", THREE)], Ear()))
+            queued(engine.submit([engine.request("b", THREE)], Ear()))
 
 
 # `cancel`, which is given, in an engine that `submit` fills
@@ -245,7 +245,7 @@ def test_task_9_it_takes_effect_before_the_next_step() -> None:
         assert not done.done()
         core.let_step()
         core.wait_for_step()
-        assert value(done) is None
+        assert cancelled(done) is None
         assert core.log[-3:] == ["step", "cancel mine", "step"]
     mine = [event for event in ear.events if event.request_id == "mine"]
     assert (text(mine), mine[-1].finish_reason) == ("bc", "abort")
@@ -259,9 +259,9 @@ def test_task_9_when_it_is_done_the_pages_are_back() -> None:
     with serving(core) as engine:
         ear = Ear()
         params = SamplingParams(max_tokens=50, ignore_eos=True, seed=1)
-        value(engine.submit([engine.request([1, 2, 3], params, "mine")], ear))
+        queued(engine.submit([engine.request([1, 2, 3], params, "mine")], ear))
         ear.next()
-        value(engine.cancel("mine"))
+        cancelled(engine.cancel("mine"))
         assert engine.stats.num_running == 0, "it was cancelled, and the published figures say that it runs"
         assert free_blocks(core) == 40, "not all blocks are back"
         assert ear.until_end()[-1].finish_reason == "abort"
@@ -271,11 +271,11 @@ def test_task_9_an_id_that_is_not_known_is_ignored() -> None:
     """Oracle: by hand: none, one that has ended, and others go on."""
     with serving() as engine:
         ear = Ear()
-        value(engine.submit([engine.request("a", THREE, "a")], ear))
+        queued(engine.submit([engine.request("a", THREE, "a")], ear))
         ear.until_end()
-        assert [value(engine.cancel(name)) for name in ("nobody", "a")] == [None, None]
+        assert [cancelled(engine.cancel(name)) for name in ("nobody", "a")] == [None, None]
         other = Ear()
-        value(engine.submit([engine.request("a", THREE, "a")], other))
+        queued(engine.submit([engine.request("a", THREE, "a")], other))
         assert text(other.until_end()) == "bcd"
 
 
@@ -294,7 +294,7 @@ def test_task_10_what_a_function_raises() -> None:
     """Oracle: by hand: it reaches only the caller; the engine goes on."""
     with serving() as engine:
         ear = Ear()
-        value(engine.submit([engine.request("a", LONG)], ear))
+        queued(engine.submit([engine.request("a", LONG)], ear))
         with pytest.raises(ZeroDivisionError):
             within(engine.call, lambda: 1 // 0)
         assert within(engine.call, lambda: 7) == 7
@@ -316,7 +316,10 @@ def test_task_10_between_two_steps() -> None:
                 core.wait_for_step()
 
         within(steps)
-        value(called)
+        value(
+            called,
+            "`Engine.call` does not return: the function is never run, or waits for the end of all steps",
+        )
         first = core.log.index("called")
         assert core.log[first - 1] == "step"
         assert core.log[first + 1] == "step"
@@ -329,11 +332,20 @@ def test_task_10_a_call_within_a_call() -> None:
 
 
 def test_task_10_a_stopped_engine_raises() -> None:
-    """Oracle: the docstring of `stop`: an error, instead of an answer that never comes."""
+    """Oracle: the docstring of `stop`: an error, instead of an answer that never comes.
+
+    The thread that calls has got the ident of the engine's, which has ended: a system may give it again.
+    """
     with serving() as engine:
+        thread, inbox = within(engine.call, threading.current_thread), vars(engine)["_inbox"]
         within(engine.stop)
+
+        def called() -> int:
+            vars(thread)["_ident"] = vars(inbox)["_runner"] = threading.get_ident()
+            return engine.call(lambda: 7)
+
         with pytest.raises(EngineStoppingError):
-            within(engine.call, lambda: 7)
+            within(called)
 
 
 @pytest.mark.parametrize("is_stopped", [False, True])
