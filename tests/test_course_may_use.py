@@ -176,6 +176,14 @@ def test_fields_that_are_given_by_name_stand_behind_a_star(
     assert f"shelf.Shelf{shown}: Holds books" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
 
 
+def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: House) -> None:
+    more = "    def __init__(self) -> None:\n        self.held = 0\n\n    @property\n    def is_full"
+    replace(shelved.reference / "shelf.py", "    @property\n    def is_full", more)
+    replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf().held")
+    replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
+    assert "shelf.Shelf.held: int" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
+
+
 def test_the_sequence_of_the_engine_is_made_by_name() -> None:
     day = syllabus_of(House.here()).day("2.7")
     [shown] = [one.signature for one in unit_may_use(House.here(), day) if one.name == "Sequence"]

@@ -449,6 +449,8 @@ def _shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interfac
             else f"({_arguments(node)}){returns}"
         )
         return Interface(module, name, f"{name}{shown}", _first_line(node))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its first value
+        return Interface(module, name, f"{name}: {type(node.value).__name__}", "")
     if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
         return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
     return Interface(module, name, name, "")
