@@ -28,6 +28,7 @@ class ModelConfig:
 
     One description for every architecture that the engine runs; they differ only in the switches.
 
+    hidden_size: the size E of a token's vector. rms_norm_eps: what a norm adds to the mean square.
     max_position_embeddings: the longest context in tokens.
     layer_types: what each layer's queries see: "full_attention", all tokens up to their own, or
         "sliding_attention", the last `sliding_window` of these, their own included; None: all layers see all.

@@ -38,6 +38,7 @@ class ByName(Protocol[T_co]):
 class Model:
     """A decoder-only transformer; its parts are named as in the checkpoint.
 
+    config: the hyper-parameters that it was built from.
     embed_tokens: the embedding [vocab_size, E]; its `rows` turns token ids into vectors.
     norm: [E], the weight of the norm after the last layer.
     lm_head: the output projection, [..., E] -> [..., vocab_size]; may be the embedding itself.

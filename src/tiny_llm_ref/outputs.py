@@ -117,8 +117,8 @@ class RequestEvent:
     """What one step gave one completion of a request: new text (may be empty) and the tokens behind it.
 
     index: which completion. logprobs: one dict for each of the tokens, where they are asked for, and
-    prompt_logprobs once, as in `RequestOutput`. finish_reason, stop_reason and error: with the completion's
-    last event, as in `CompletionOutput`. usage: with the request's last event, and with no other.
+    prompt_logprobs once, as in `RequestOutput`. finish_reason, stop_reason, error: with the completion's last
+    event, as in `CompletionOutput`. usage: with the request's last event, and with no other.
     """
 
     request_id: str

@@ -28,6 +28,8 @@ class BlockAllocator:
     block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive count =
     num_blocks. With a queue no block has to be searched for: its ends are reached at once in a pool of any
     size.
+
+    num_blocks: blocks in the pool, free or not.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -135,8 +137,8 @@ class BlockTable:
     Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
     `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
 
-    block_size: tokens in a block. blocks: the block ids, those of the first tokens first. num_tokens: tokens
-    that have a place in them.
+    allocator: where its blocks come from and go back to. block_size: tokens in a block. blocks: the block
+    ids, those of the first tokens first. num_tokens: tokens that have a place in them.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:

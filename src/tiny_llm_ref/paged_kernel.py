@@ -92,7 +92,10 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
 
 
 class Attended(NamedTuple):
-    """What `write_and_attend` returns: the output [1, H, T, D], and the pool's two arrays after the write."""
+    """What `write_and_attend` returns.
+
+    out: the output [1, H, T, D]. keys, values: the pool's two arrays after the write.
+    """
 
     out: mx.array
     keys: mx.array

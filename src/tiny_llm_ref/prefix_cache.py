@@ -42,7 +42,8 @@ def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
 class TokenBlocks:
     """A token stream cut into full blocks: `tokens[i]` of block i, and `hashes[i]` of the blocks 0 .. i.
 
-    salt: streams with different salts have different hashes in every block.
+    hashes: one for each full block, which depends on the blocks before it too. salt: streams with different
+    salts have different hashes in every block.
     """
 
     def __init__(self, block_size: int, salt: str = "") -> None:

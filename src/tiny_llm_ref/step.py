@@ -76,6 +76,7 @@ class Plan(Generic[S]):
 
     swapped_out: blocks of the pool, and where on the host they go. swapped_in: the host's block that each of
     these blocks of the pool is filled from. departed, returned: the sequences that it is done for.
+    chunks: for each sequence of the step, the tokens that it computes.
     """
 
     chunks: list[Scheduled[S]] = field(default_factory=list)
