@@ -17,9 +17,9 @@ from tiny_llm.delivery import Item
 from tiny_llm.errors import SamplingParamsError
 from tiny_llm.output_processor import RequestState
 
-from test_engine import SECONDS, make_engine
 from tiny_llm import Engine, RequestEvent, RequestTooLargeError, SamplingParams
 from tiny_model import examples, random_prompt
+from toy_engine import SECONDS, make_engine
 
 TOO_LONG = (["a"] * 65, [1] * 129, dict.fromkeys(range(1025), 1.0))
 

@@ -1,0 +1,290 @@
+"""How requests and engines end: a fault takes its own request, a stop everybody, and nothing is left.
+
+Faults, draining, stopping, an engine that is forgotten, a program that ends. Oracle: `EngineCore`, stepped by
+hand in this thread.
+"""
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from queue import SimpleQueue
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from tiny_llm.delivery import Item
+from tiny_llm.engine_core import EngineCore
+
+from promises import check_all_returned
+from tiny_llm import (
+    Engine,
+    EngineDeadError,
+    EngineStoppingError,
+    RequestEvent,
+    RequestFailedError,
+    RequestTooLargeError,
+    SamplingParams,
+)
+from tiny_llm_checkpoints.tokenizer import Detokenizer
+from tiny_model import random_prompt
+from toy_engine import (
+    LONG,
+    POISON,
+    SECONDS,
+    Held,
+    Poisoned,
+    begun,
+    by_core,
+    crowd,
+    engine,
+    hear,
+    heard,
+    held,
+    make_core,
+    make_engine,
+    run,
+    said,
+)
+
+__all__ = ["engine", "held"]
+
+
+# ---- faults ----
+
+
+def test_a_request_that_fails_fails_alone() -> None:
+    engine = make_engine(lambda: make_core(Poisoned()))  # type: ignore[arg-type]
+    requests = crowd(12, seed=4)
+    requests[5] = ([*random_prompt(6, 1), POISON], LONG)
+
+    async def main() -> list[Any]:
+        clients = (heard(engine, *request, request_id=f"c{i}") for i, request in enumerate(requests))
+        return await asyncio.gather(*clients, return_exceptions=True)
+
+    outcomes = run(main())
+    failed = outcomes.pop(5)
+    assert isinstance(failed, RequestFailedError)
+    assert (failed.request_id, type(failed.__cause__)) == ("c5", ArithmeticError)
+    del requests[5]
+    for (prompt, params), events in zip(requests, outcomes, strict=True):
+        assert said(events) == by_core(prompt, params)
+    engine.stop()
+    check_all_returned(engine.core.manager)
+
+
+def test_a_text_that_cannot_be_made_fails_its_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, broken = Detokenizer.push, []
+
+    def raising(self: Detokenizer, token_id: int) -> str:
+        if self in broken:
+            raise ArithmeticError("no text")
+        return push(self, token_id)
+
+    monkeypatch.setattr(Detokenizer, "push", raising)
+    deliveries: SimpleQueue[list[Item]] = SimpleQueue()
+    short = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    bad, good = engine.request([20, 21], LONG), engine.request([20, 21], short)
+    broken.extend(completion._detokenizer for completion in bad._completions.values())
+    engine.submit([bad, good], deliveries.put).result(SECONDS)
+    items = deliveries.get(timeout=SECONDS)
+    [error] = [item for item in items if isinstance(item, RequestFailedError)]
+    assert (error.request_id, type(error.__cause__)) == (bad.request_id, ArithmeticError)
+    while not good.finished:
+        deliveries.get(timeout=SECONDS)
+    assert good.output.outputs[0].token_ids == by_core([20, 21], short)[0].tokens
+    engine.call(lambda: check_all_returned(engine.core.manager))
+
+
+def test_when_the_engine_dies_everybody_hears_of_it() -> None:
+    engine, begun, die = make_engine(), threading.Event(), threading.Event()
+
+    def dying() -> Any:
+        begun.set()
+        assert die.wait(SECONDS)
+        raise SystemError("unforeseen")
+
+    engine.core.step = dying  # type: ignore[method-assign]
+
+    async def main() -> None:
+        first = asyncio.create_task(heard(engine, [20], LONG))
+        await asyncio.to_thread(begun.wait, SECONDS)
+        waiting = [first, asyncio.create_task(heard(engine, [21], LONG)), asyncio.create_task(engine.drain())]
+        called = asyncio.create_task(asyncio.to_thread(engine.call, lambda: None))
+        await asyncio.sleep(0.02)
+        die.set()
+        outcomes = await asyncio.gather(*waiting, called, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [EngineDeadError] * 4
+        assert {type(outcome.__cause__) for outcome in outcomes} == {SystemError}
+        with pytest.raises(EngineDeadError, match="SystemError: unforeseen"):
+            await heard(engine, [20], LONG)
+        with pytest.raises(EngineDeadError):
+            await engine.drain()
+
+    run(main())
+    with pytest.raises(EngineDeadError):
+        engine.call(lambda: None)
+    with pytest.raises(EngineDeadError):
+        engine.cancel("a").result(SECONDS)
+    assert isinstance(engine.refusal, EngineDeadError)
+    engine.stop()
+
+
+def test_a_core_that_cannot_be_made_is_told_to_the_maker() -> None:
+    def broken() -> EngineCore:
+        raise MemoryError("no room")
+
+    others = set(threading.enumerate())  # an engine of an earlier test may not be collected yet
+    with pytest.raises(MemoryError, match="no room"):
+        make_engine(broken)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+# ---- the end ----
+
+
+def test_draining_serves_who_is_there_and_refuses_who_comes(engine: Engine, held: Held) -> None:
+    async def main() -> list[RequestEvent]:
+        client = asyncio.create_task(heard(engine, [20, 21], LONG))
+        await asyncio.to_thread(held.wait)
+        drains = [asyncio.create_task(engine.drain()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        held.step()
+        await asyncio.to_thread(held.wait)
+        with pytest.raises(EngineStoppingError, match="draining"):
+            await heard(engine, [20], LONG)
+        assert not any(drain.done() for drain in drains)
+        held.let_go()
+        await asyncio.gather(*drains)
+        assert engine.stats.num_running == 0
+        await engine.drain()
+        return await client
+
+    assert said(run(main())) == by_core([20, 21], LONG)
+    engine.start_draining().result(SECONDS)
+    assert isinstance(engine.refusal, EngineStoppingError)
+
+
+def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held: Held) -> None:
+    async def main() -> list[RequestEvent]:
+        client = asyncio.create_task(heard(engine, [20, 21], LONG))
+        await asyncio.to_thread(held.wait)
+        drain = asyncio.create_task(engine.drain(1.5))
+        await asyncio.sleep(0.01)
+        held.step()
+        await asyncio.to_thread(held.wait)
+        await asyncio.sleep(1.6)
+        held.step()
+        await drain
+        return await client
+
+    events = run(main())
+    assert (events[-1].finish_reason, events[-1].usage.completion_tokens) == ("abort", 2)
+
+
+def test_a_drain_that_nobody_waits_for_any_more_goes_on(engine: Engine, held: Held) -> None:
+    async def main() -> None:
+        client = asyncio.create_task(heard(engine, [20, 21], SamplingParams(max_tokens=3, ignore_eos=True)))
+        await asyncio.to_thread(held.wait)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.drain(), 0.01)
+        held.let_go()
+        assert len(await client) == 3
+        await engine.drain()
+
+    run(main())
+
+
+def test_stopping_cancels_and_refuses(engine: Engine, held: Held) -> None:
+    async def main() -> list[RequestEvent]:
+        events, first = await begun(engine, held)
+        stops = [asyncio.create_task(asyncio.to_thread(engine.stop)) for _ in range(2)]
+        while engine.refusal is None:
+            await asyncio.sleep(0.01)
+            held.step()
+        await asyncio.gather(*stops)
+        with pytest.raises(EngineStoppingError, match="stopped"):
+            await heard(engine, [20], LONG)
+        await engine.drain()
+        return [first] + [event async for event in events]
+
+    assert run(main())[-1].finish_reason == "abort"
+    with pytest.raises(EngineStoppingError):
+        engine.submit([engine.request([20])], print)
+    with pytest.raises(EngineStoppingError):
+        engine.call(int)
+    assert not engine._thread.is_alive()
+
+
+def test_a_block_ends_with_the_engine() -> None:
+    async def main() -> Engine:
+        async with make_engine() as engine:
+            await anext(engine.generate([20, 21], LONG))
+        return engine
+
+    engine = run(main())
+    assert not engine._thread.is_alive()
+    check_all_returned(engine.core.manager)
+
+
+def test_a_forgotten_engine_frees_its_arrays_and_ends_its_thread() -> None:
+    def live_bytes() -> int:
+        gc.collect()
+        return mx.get_active_memory()
+
+    make_core()
+    before = live_bytes()
+    engine = make_engine(lambda: make_core(Poisoned(), blocks=4000))  # type: ignore[arg-type]
+    size = engine.core.manager.capacity.nbytes
+    assert size > 10**6
+    assert live_bytes() > before + 0.9 * size
+    run(heard(engine, [20, 21], LONG))
+    gc.collect()  # asyncio's own cycles
+    with pytest.raises(RequestTooLargeError):
+        engine.submit([engine.request([20] * 999, LONG)], print).result(SECONDS)
+    with pytest.raises(RequestFailedError):
+        hear(engine, [20, POISON])
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 // 0)
+    engine.call(int)  # by now its thread has let go of the error, and of whoever was told
+    thread, gone = engine._thread, weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert gone() is None, "something holds it"
+        assert not thread.is_alive()
+        assert mx.get_active_memory() < before + size // 100
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("how", ["return", "sys.exit(3)", "raise KeyboardInterrupt"])
+def test_a_program_may_end_while_a_request_runs(how: str) -> None:
+    """A thread that the interpreter cuts off in the middle of a step would abort the process."""
+    program = f"""
+import sys
+from test_engine import LONG, make_engine
+def main():
+    engine = make_engine()
+    engine.submit([engine.request([20 + i], LONG) for i in range(20)], lambda items: None).result()
+    while not engine.stats.num_running: pass
+    {how}
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    codes = {"return": 0, "sys.exit(3)": 3, "raise KeyboardInterrupt": -2}
+    assert ended.returncode == codes[how], ended.stderr.decode()
+    assert ended.stdout == b""
+    assert how.startswith("raise") or ended.stderr == b""

@@ -1,0 +1,180 @@
+"""The engine's own thread: what runs in it, what never waits for it, and what would wait for itself.
+
+Oracle: `EngineCore`, stepped by hand in this thread. `Held` cores let a test decide when a step begins.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from tiny_llm.delivery import Item, events_of
+
+from tiny_llm import Engine, RequestEvent, SamplingParams, WrongThreadError
+from toy_engine import (
+    LONG,
+    SECONDS,
+    Held,
+    Listening,
+    by_core,
+    crowd,
+    engine,
+    heard,
+    held,
+    make_engine,
+    run,
+    said,
+)
+
+__all__ = ["engine", "held"]
+
+
+# ---- threads ----
+
+
+def test_two_event_loops_share_one_engine(engine: Engine) -> None:
+    requests = crowd(12, seed=5)
+
+    def client(part: int) -> list[list[RequestEvent]]:
+        async def main() -> list[list[RequestEvent]]:
+            return await asyncio.gather(*(heard(engine, *request) for request in requests[part::2]))
+
+        return run(main())
+
+    with ThreadPoolExecutor(2) as pool:
+        for part, answers in enumerate(pool.map(client, range(2))):
+            expected = [by_core(*request) for request in requests[part::2]]
+            assert [said(events) for events in answers] == expected
+
+
+def test_everything_that_touches_an_array_runs_in_one_thread(engine: Engine) -> None:
+    threads = set()
+    manager, model = engine.core.manager, engine.core.manager._model
+
+    def watched(*args: Any) -> mx.array:
+        threads.add(threading.current_thread())
+        return model(*args)
+
+    watched.config = model.config  # type: ignore[attr-defined]
+    manager._model = watched
+    run(heard(engine, [20, 21], LONG))
+    manager._model = model
+    assert threads == {engine.call(threading.current_thread)}
+    assert threading.main_thread() not in threads
+
+
+def test_a_function_runs_between_two_steps_and_gives_its_value_or_its_error(engine: Engine) -> None:
+    assert engine.call(lambda: engine.call(threading.current_thread)).name == "tiny-llm-engine"
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 // 0)
+    assert len(run(heard(engine, [20], SamplingParams(max_tokens=3, ignore_eos=True)))) == 3
+
+
+def test_whoever_asks_how_full_it_is_never_waits_for_a_step(engine: Engine, held: Held) -> None:
+    requests = [engine.request([20], LONG), engine.request([21], LONG)]
+    engine.submit(requests, lambda items: None).result(SECONDS)
+    held.wait()
+    assert (engine.stats.num_running, engine.stats.num_waiting, engine.step_times) == (0, 2, ())
+    held.step()
+    held.wait()
+    assert (engine.stats.num_running, engine.stats.num_waiting) == (2, 0)
+    [times] = engine.step_times
+    assert times.core > 0
+    assert times.text > 0
+
+
+def test_a_core_that_is_stepped_by_hand_is_left_alone(engine: Engine) -> None:
+    core = engine.core
+    engine.call(lambda: core.add_request("by hand", [20, 21], LONG))
+    assert len(engine.call(core.step)) == 1
+    time.sleep(0.02)
+    assert engine.call(lambda: len(core.manager.sequence("by hand").outputs)) == 1
+    engine.call(lambda: core.cancel("by hand"))
+
+
+def test_an_idle_engine_takes_no_time(engine: Engine) -> None:
+    run(heard(engine, [20], LONG))
+    clock = time.pthread_getcpuclockid(engine._thread.ident)
+    before = time.clock_gettime(clock)
+    time.sleep(0.3)
+    assert time.clock_gettime(clock) - before < 0.01
+
+
+def test_a_future_that_nobody_waits_for_any_more_does_no_harm(engine: Engine, held: Held) -> None:
+    engine.submit([engine.request([20], LONG)], lambda items: None).result(SECONDS)
+    held.wait()
+    posted: list[Future[Any]] = [engine.cancel("a"), engine.start_draining()]
+    assert all(future.cancel() for future in posted)
+    held.let_go()
+    engine.stop()
+
+
+# ---- the engine's own thread ----
+
+
+async def _first(events: AsyncGenerator[RequestEvent, None]) -> RequestEvent:
+    return await anext(events)
+
+
+WAITING_CALLS: dict[str, Callable[[Engine], object]] = {
+    "Engine.generate": lambda engine: asyncio.run(_first(engine.generate([20], LONG))),
+    "Engine.drain": lambda engine: asyncio.run(engine.drain()),
+    "result()": lambda engine: engine.submit([engine.request([20], LONG)], lambda items: None).result(),
+    "exception()": lambda engine: engine.cancel("x").exception(5.0),
+    "result() ": lambda engine: engine.start_draining().result(),
+}
+
+
+@pytest.mark.parametrize("call", WAITING_CALLS)
+@pytest.mark.parametrize("where", ["listener", "watcher", "call", "callback"])
+def test_a_call_that_would_wait_for_itself_raises_at_once(call: str, where: str) -> None:
+    engine, raised = make_engine(), SimpleQueue[BaseException]()
+
+    def misuse(*_: object) -> None:
+        try:
+            WAITING_CALLS[call](engine)
+        except BaseException as error:
+            raised.put(error)
+
+    if where == "listener":
+        engine.submit([engine.request([20], SamplingParams(max_tokens=1))], misuse).result(SECONDS)
+    elif where == "watcher":
+        engine.watch_blocks(misuse)
+    elif where == "call":
+        engine.call(misuse)
+    else:
+        gate = threading.Event()
+        engine._inbox.post(gate.wait)
+        engine.cancel("x").add_done_callback(misuse)  # not done yet: it is called in the engine's thread
+        gate.set()
+    error = raised.get(timeout=SECONDS)
+    assert isinstance(error, WrongThreadError), error
+    assert call.strip() in str(error)
+    assert "would wait for itself" in str(error)
+    engine.stop()
+
+
+def test_what_does_not_wait_works_in_the_engines_own_thread(engine: Engine) -> None:
+    done, listener = threading.Event(), Listening()
+
+    def chain(items: list[Item]) -> None:
+        assert engine.call(lambda: engine.stats.num_running) >= 0
+        engine.cancel("nobody")
+        engine.submit([engine.request([21], LONG)], listener)
+        assert not engine._inbox.post(int).done()
+        with pytest.raises(TimeoutError):
+            engine._inbox.post(int).result(0)
+        done.set()
+
+    engine.submit([engine.request([20], SamplingParams(max_tokens=1))], chain).result(SECONDS)
+    assert done.wait(SECONDS)
+    assert listener.ended.wait(SECONDS)
+    assert said(events_of(listener.heard)) == by_core([21], LONG)
+    engine.call(engine.stop)
+    engine._thread.join(SECONDS)
+    assert not engine._thread.is_alive()
