@@ -23,4 +23,4 @@ cmake --build "$copy/build" -j 2
 cd "$copy"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=src \
-  python -m pytest tests/test_kernels.py tests/test_fused_block.py -p no:cacheprovider "$@"
+  python -m pytest tests/test_kernels*.py tests/test_fused_block.py -p no:cacheprovider "$@"

@@ -1,0 +1,41 @@
+"""What the tests of the compiled kernels share: the instruction sets, numbers to compute with, addresses.
+
+The fixture `isa` runs every test of a module that imports it for each instruction set of this processor.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import tiny_llm_kernels as kernels
+
+INSTRUCTION_SETS = kernels.instruction_sets() if kernels.available() else []
+THREADS = [1, 2, 3, 5]
+SEED = 7
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
+def isa(request: pytest.FixtureRequest) -> str:
+    """The set in use; conftest.py puts set and threads back."""
+    kernels.select_instruction_set(request.param)
+    return request.param
+
+
+def normal(*shape: int, seed: int = SEED) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def by_property(examples: int) -> Callable:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
+def address_of(a: mx.array) -> int:
+    return np.array(a, copy=False).__array_interface__["data"][0]
