@@ -269,7 +269,7 @@ def test_a_program_may_end_while_a_request_runs(how: str) -> None:
     """A thread that the interpreter cuts off in the middle of a step would abort the process."""
     program = f"""
 import sys
-from test_engine import LONG, make_engine
+from toy_engine import LONG, make_engine
 def main():
     engine = make_engine()
     engine.submit([engine.request([20 + i], LONG) for i in range(20)], lambda items: None).result()
