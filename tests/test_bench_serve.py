@@ -1,0 +1,232 @@
+"""`tiny-llm bench serve`: the figures of vLLM's benchmark, measured at a server, and what cannot be asked.
+
+The servers are the real one, and small ones that hang up or send no usage.
+"""
+
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+import uvicorn
+
+from served import SECONDS, Served, until
+from smollm2_server import llm, served
+from tiny_llm import LLM
+from tiny_llm_cli.serve_load import WORDS, Answer, figures
+
+__all__ = ["llm", "served"]
+
+
+def run_bench(url: str, *options: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--base-url", url, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=check)
+
+
+def no_json(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def bench_serve(served: Served, *options: str) -> dict[str, Any]:
+    done = run_bench(served.url, "--json", *options)
+    return dict(json.loads(done.stdout, parse_constant=no_json))
+
+
+def test_a_server_is_measured_with_the_figures_of_vllm(served: Served) -> None:
+    options = ("--num-prompts", "6", "--max-concurrency", "3", "--random-input-len", "12")
+    found = bench_serve(served, *options, "--random-output-len", "5", "--random-prefix-len", "4")
+    assert (found["completed"], found["failed"], found["error_counts"]) == (6, 0, {})
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (6 * 16, 6 * 5)
+    assert found["output_throughput"] == pytest.approx(30 / found["duration"])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        for kind in ("mean", "median", "std", "p99"):
+            assert found[f"{kind}_{name}_ms"] >= 0
+    assert found["median_ttft_ms"] <= found["median_e2el_ms"]
+    assert (found["backend"], found["model_id"], found["num_prompts"]) == ("openai", "smollm2", 6)
+    assert (found["max_concurrency"], found["request_rate"], found["burstiness"]) == (3, "inf", 1.0)
+    assert re.fullmatch(r"\d{8}-\d{6}", found["date"])
+    assert (found["label"], found["tokenizer_id"], found["output_tokens_are"]) == (None, None, "usage")
+    assert not set(found["run"]) & {*found, "model", "api_key"}
+    assert found["run"]["ignore_eos"] is True
+
+
+@pytest.mark.parametrize("place", ["{url}/v1", "{url}/v1/", "{url}/"])
+def test_a_server_may_be_named_with_the_v1_of_its_api(served: Served, place: str) -> None:
+    options = ("--num-prompts", "1", "--random-output-len", "2", "--request-rate", "1000")
+    found = bench_serve(served, *options, "--base-url", place.format(url=served.url))
+    assert (found["completed"], found["request_rate"]) == (1, 1000)
+    assert (found["run"]["base_url"], found["run"]["endpoint"]) == (served.url, "/v1/completions")
+
+
+def test_chats_are_measured_too(served: Served) -> None:
+    options = ("--backend", "openai-chat", "--num-prompts", "3", "--random-input-len", "40")
+    found = bench_serve(served, *options, "--random-output-len", "6", "--random-prefix-len", "8")
+    assert (found["backend"], found["run"]["endpoint"]) == ("openai-chat", "/v1/chat/completions")
+    assert (found["completed"], found["total_output_tokens"]) == (3, 18), found["error_counts"]
+    assert 3 * 48 < found["total_input_tokens"] < 3 * 48 + 3 * 50, "the words, and the template's tokens"
+    assert 0 < found["median_ttft_ms"] < found["median_e2el_ms"]
+
+
+def test_words_of_a_chat_are_a_token_each(llm: LLM) -> None:
+    assert len(llm.tokenizer.encode(" " + " ".join(WORDS))) == len(WORDS) == len(set(WORDS))
+
+
+def test_vllms_way_to_name_a_server_is_known(served: Served) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--host", host, "--port", port]
+    options = ["--backend", "vllm", "--dataset-name", "random", "--num-prompts", "2", "--no-ignore-eos"]
+    done = subprocess.run([*command, *options, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert (found["backend"], found["completed"], found["run"]["ignore_eos"]) == ("vllm", 2, False)
+    assert (found["run"]["base_url"], found["run"]["endpoint"]) == (served.url, "/v1/completions")
+
+
+def test_the_table_says_what_was_run_and_its_units(served: Served) -> None:
+    options = ("--num-prompts", "2", "--max-concurrency", "1", "--random-input-len", "10")
+    shown = run_bench(served.url, *options, "--random-output-len", "4", "--random-range-ratio", "0.5")
+    first, second, *rows = shown.stdout.splitlines()
+    asked = "2 requests, 1 at a time, 5 to 15 tokens in, 2 to 6 out"
+    assert first == f"openai at {served.url}/v1/completions: {asked}"
+    assert "smollm2" in second
+    units = {line.split()[0]: line.split()[2] for line in rows if "_" in line or line[:8] == "duration"}
+    assert (units["duration"], units["total_output_tokens"]) == ("s", "tok")
+    assert (units["request_throughput"], units["output_throughput"]) == ("req/s", "tok/s")
+    times = rows[rows.index("") + 1 :]
+    times = times[times.index("") + 1 :]
+    assert times[0].split() == ["milliseconds", "mean", "median", "std", "p99"]
+    assert [line.split()[0] for line in times[1:]] == ["ttft", "tpot", "itl", "e2el"]
+    assert shown.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--random-input-len", "9000"], "exceed the context of 8192"),
+        (["--endpoint", "/nowhere"], "404"),
+        (["--model", "gpt-9"], "'gpt-9' does not exist"),
+        (["--base-url", "http://127.0.0.1:9"], "does not answer"),
+        (["--request-rate", "0"], "0.0 is no rate"),
+        (["--dataset-name", "sharegpt"], "'sharegpt' is not here: prompts are random"),
+        (["--backend", "tgi"], "'tgi'"),
+        (["--backend", "openai-chat", "--endpoint", "/v1/completions"], "--backend openai does"),
+        (["--endpoint", "/v1/chat/completions"], "--backend openai-chat does"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_is_named(served: Served, options: list[str], said: str) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        bench_serve(served, "--num-prompts", "1", *options)
+    assert said in failed.value.stderr
+
+
+def hang_up_now_and_then(listener: socket.socket, answers: int) -> None:
+    """A server that closes a connection without a word at the request after so many."""
+    body = b'data: {"choices": [{"text": "x"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n'
+    models = b'{"data": [{"id": "m"}]}'
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection, connection.makefile("rb") as lines:
+                for _ in range(answers):
+                    head = b"".join(iter(lambda: lines.readline().rstrip(b"\r\n") + b"\n", b"\n")).lower()
+                    length = re.search(rb"content-length: (\d+)", head)
+                    lines.read(int(length[1]) if length else 0)
+                    told = models if head.startswith(b"get") else body
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(told), told))
+                lines.readline()
+
+
+@pytest.mark.parametrize(("answers", "failed"), [(3, 0), (0, 5)])
+def test_a_connection_that_a_server_has_closed_is_no_failed_request(answers: int, failed: int) -> None:
+    """Asked again over a new one, once: a server that never answers has failed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=hang_up_now_and_then, args=(listener, answers), daemon=True).start()
+        command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--json", "--num-prompts", "5"]
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        options = ["--max-concurrency", "1", "--base-url", url]
+        done = subprocess.run(
+            [*command, *options], capture_output=True, text=True, check=False, timeout=SECONDS
+        )
+    if failed:
+        assert done.returncode == 1
+        assert "does not answer" in done.stderr
+    else:
+        assert json.loads(done.stdout)["completed"] == 5, done.stdout
+
+
+CHUNKS = {
+    "openai": [{"text": "a"}, {"text": ""}, {"text": "b"}],
+    "openai-chat": [
+        {"delta": {"role": "assistant", "content": ""}},
+        {"delta": {"content": "a"}},
+        {"delta": {"content": "b"}},
+        {"delta": {}, "finish_reason": "stop"},
+    ],
+}
+
+
+@contextmanager
+def serving_app(app: Any) -> Iterator[str]:
+    """The URL of an ASGI application that is served."""
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, lifespan="off", log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(SECONDS)
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_without_usage_chunks_with_text_are_counted_and_it_is_said(backend: str) -> None:
+    """The second chunk comes late. A chat's first is its role, which is no token; a completion's is one."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        body = b'{"data": [{"id": "m"}]}'
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] != "/v1/models":
+            for number, choice in enumerate(CHUNKS[backend]):
+                await asyncio.sleep(0.5 if number == 1 else 0)
+                event = {"choices": [choice], "error": None}
+                part = b"data:" + json.dumps(event).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            body = b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": body})
+
+    with serving_app(app) as url:
+        options = ("--backend", backend, "--num-prompts", "2", "--random-input-len", "7")
+        done = run_bench(url, *options, "--json")
+        table = run_bench(url, *options).stdout
+    found = json.loads(done.stdout)
+    assert (found["total_output_tokens"], found["output_tokens_are"]) == (4, "chunks")
+    assert found["total_input_tokens"] == 14, "what was sent"
+    assert done.stderr.startswith("tiny-llm: warning:")
+    assert "sends no usage" in done.stderr
+    assert "4 tok (chunks with text: no usage)" in table
+    after_first = found["mean_e2el_ms"] - found["mean_ttft_ms"]
+    assert found["mean_itl_ms"] * 2 == pytest.approx(after_first)
+    assert (found["mean_ttft_ms"] if backend == "openai-chat" else after_first) > 250
+
+
+def test_requests_that_fail_count_as_failed_and_no_more() -> None:
+    answers = [
+        Answer(10.0, [10.5, 10.75, 11.0], 7, 3),
+        Answer(11.0, [12.0], 9, 1),
+        Answer(11.0, [11.5], 0, 0, "503: busy"),
+    ]
+    found = figures(answers, 4.0)
+    assert (found["completed"], found["failed"], found["error_counts"]) == (2, 1, {"503: busy": 1})
+    assert (found["total_input_tokens"], found["total_output_tokens"], found["output_throughput"]) == (
+        16,
+        4,
+        1.0,
+    )
+    assert (found["mean_ttft_ms"], found["mean_itl_ms"], found["mean_tpot_ms"]) == (750.0, 250.0, 250.0)
+    assert found["p99_e2el_ms"] == 1000.0

@@ -1,0 +1,126 @@
+"""`tiny-llm bench` and `tiny-llm info`: what was measured with what, and what a model is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny_llm
+from command_line import Run, cli, every_page_comes_back, llm, plain_cli
+from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
+from tiny_llm import LLM
+from tiny_llm_cli.bench_latency import LatencyRun, measure_latency
+from tiny_llm_cli.bench_throughput import ThroughputRun, measure_throughput
+from tiny_llm_cli.engine import control_token_ids
+from tiny_llm_cli.statistics_of import statistics_of
+
+__all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def test_bench_latency_says_what_was_run(llm: LLM) -> None:
+    run = LatencyRun(prefill_tokens=16, prompt_tokens=4, output_tokens=3, repetitions=2, warmups=0, seed=0)
+    result = measure_latency(llm, run, quiet)
+    for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms"):
+        assert 0 < result[f"{key}_min"] <= result[key] <= result[f"{key}_max"]  # type: ignore[operator]
+    assert run._asdict().items() <= result["run"].items()  # type: ignore[attr-defined]
+    for key in ("model", "mlx", "device", "kernels", "instruction_set", "threads"):
+        assert key in result["run"]  # type: ignore[operator]
+
+
+def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, most = llm.core.step, 0
+
+    def watched() -> Any:
+        nonlocal most
+        most = max(most, llm.core.stats.num_running + llm.core.stats.num_waiting)
+        return step()
+
+    monkeypatch.setattr(llm.core, "step", watched)
+    run = ThroughputRun(5, 2, 4, 8, output_tokens=3, shared_prefix=16, seed=0)
+    result = measure_throughput(llm, run, quiet)
+    assert most == 2
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (5, 0, 15)
+    assert 5 * (16 + 4) <= result["total_input_tokens"] <= 5 * (16 + 8)  # type: ignore[operator]
+    statistics = {
+        f"{s}_{what}_ms" for s in ("mean", "median", "std", "p99") for what in ("ttft", "tpot", "itl", "e2el")
+    }
+    assert statistics < set(result)
+    assert {"duration", "request_throughput", "output_throughput", "total_token_throughput"} < set(result)
+
+
+def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
+    assert [llm.tokenizer.token_text(token) for token in sorted(control_token_ids(llm))[:3]] == [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 250])
+def test_p99_is_numpys(count: int) -> None:
+    seconds = np.random.default_rng(count).exponential(size=count).tolist()
+    result = statistics_of("itl", seconds)
+    for kind, expected in (("p99", np.percentile(seconds, 99)), ("median", np.median(seconds))):
+        assert result[f"{kind}_itl_ms"] == pytest.approx(1000 * float(expected), rel=1e-12)
+
+
+def test_bench_prints_json_or_a_table(cli: Run) -> None:
+    arguments = ["bench", "latency", "--prefill-tokens", "4", "--output-tokens", "2", "--repetitions", "1"]
+    assert json.loads(cli(*arguments, "--json").out)["decode_tokens_per_s"] > 0
+    table = cli(*arguments)
+    assert table.err == ""
+    assert {"decode_tokens_per_s", "ttft_ms", "instruction_set"} & {
+        line.split()[0] for line in table.out.splitlines() if line
+    }
+
+
+def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
+    found = json.loads(cli("info", "--json").out)
+    assert found["model"]["parameters"] == 134_515_008  # SmolLM2-135M's own figure
+    assert found["model"]["context"] == 8192
+    assert found["pool"]["blocks"] * found["pool"]["block_size"] == found["pool"]["tokens"] == 64 * 16
+    assert found["pool"]["bytes"] == found["pool"]["tokens"] * 2 * 30 * 3 * 64 * 2
+    assert found["machine"]["mlx"]
+    assert found["overlay"]["path"] == tiny_llm.__path__[0]
+    assert "tokens" in cli("info").out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_folder_is_described_and_answers(name: str, tmp_path: Path, plain_cli: Run) -> None:
+    """Tiny random checkpoints; qwen2's projections have biases, and its head is tied."""
+    path = write_folder(tmp_path / name, CONFIGS[name], random_weights(CONFIGS[name]))
+    write_tokenizer(path)
+    found = json.loads(plain_cli("info", "--model", str(path), "--num-blocks", "16", "--json").out)["model"]
+    assert (found["name"], found["architecture"], found["path"]) == (name, name, str(path))
+    assert found["quantization"].startswith("float32 x ")
+    assert 0 <= found["bytes"] - 4 * found["parameters"] < 256  # the rotations' frequencies are no parameters
+    answered = plain_cli("generate", "ab", "--model", str(path), "--max-tokens", "3", "--json")
+    assert len(json.loads(answered.out)["outputs"][0]["token_ids"]) == 3
+    too_long = plain_cli("generate", "ab " * 200, "--model", str(path))
+    assert too_long.code == 1
+    assert "128" in too_long.err
+
+
+def test_info_without_a_model_still_describes_the_machine(plain_cli: Run) -> None:
+    ended = plain_cli("info", "--model", "/nowhere.gguf", "--json")
+    assert ended.code == 1
+    assert "mlx" in json.loads(ended.out)["machine"]
+    assert "/nowhere.gguf" in ended.err
+
+
+def test_info_names_the_learners_modules(
+    tmp_path: Path, plain_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sampler.py").touch()
+    (tmp_path / "kvcache.py").touch()
+    monkeypatch.setattr(tiny_llm, "__path__", [str(tmp_path), *tiny_llm.__path__[1:]])
+    found = json.loads(plain_cli("info", "--model", "/nowhere.gguf", "--json").out)["overlay"]
+    assert (found["modules"], found["unknown_modules"]) == (["sampler"], ["kvcache"])

@@ -1,0 +1,165 @@
+"""`tiny-llm generate`: its prompts, what it prints, and parameters that reach the engine.
+
+Oracle: the engine's own `generate` with the same parameters.
+"""
+
+import json
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from tiny_llm.output_processor import CompletionText
+from tiny_llm.outputs import TextDelta
+from tiny_llm.token_output import TokenOutput
+
+from command_line import Ended, Run, cli, every_page_comes_back, expected_answer, llm, plain_cli
+from tiny_llm import LLM, SamplingParams
+
+__all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
+
+
+def test_one_prompt_gives_its_text_alone(cli: Run, llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    text = llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].text
+    assert cli("generate", "Once upon a time", "--max-tokens", "6") == Ended(0, text + "\n", "")
+
+
+def test_several_completions_have_headings(cli: Run) -> None:
+    out = cli("generate", "Once upon", "The sky", "--n", "2", "--max-tokens", "3").out
+    headings = [line for line in out.splitlines() if line.startswith("==>")]
+    assert headings == [f"==> {prompt} ({i} of 2) <==" for prompt in ("Once upon", "The sky") for i in (1, 2)]
+
+
+def test_a_completion_that_fails_is_said_after_the_others_are_written(
+    cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, num_pushed = CompletionText.push, Counter[int]()
+
+    def raising(self: CompletionText, output: TokenOutput) -> TextDelta:
+        num_pushed[self.index] += 1
+        if (self.index, num_pushed[self.index]) == (1, 2):
+            raise ArithmeticError("no text")
+        return push(self, output)
+
+    monkeypatch.setattr(CompletionText, "push", raising)
+    ended = cli("generate", "--json", "Once", "--n", "2", "--max-tokens", "3", "--ignore-eos")
+    assert ended.code == 1
+    assert ended.err.endswith("1 of 2 completions failed; the first: no text\n")
+    [line] = [json.loads(line) for line in ended.out.splitlines()]
+    assert [found["finish_reason"] for found in line["outputs"]] == ["length", "error"]
+
+
+def test_prompts_come_from_standard_input_line_by_line(cli: Run) -> None:
+    ended = cli("generate", "--json", "--max-tokens", "1", stdin="one\n\ntwo\r\nthree")
+    assert [json.loads(line)["prompt"] for line in ended.out.splitlines()] == ["one", "two", "three"]
+
+
+def test_json_lines_have_everything(cli: Run, llm: LLM) -> None:
+    arguments = ["Once upon a time", "--n", "2", "--seed", "3", "--max-tokens", "4", "--logprobs", "2"]
+    ended = cli("generate", "--json", *arguments)
+    [line] = [json.loads(line) for line in ended.out.splitlines()]
+    params = SamplingParams(n=2, seed=3, max_tokens=4, logprobs=2)
+    expected = llm.generate("Once upon a time", params, use_tqdm=False)[0]
+    assert line["prompt"] == "Once upon a time"
+    assert tuple(line["prompt_token_ids"]) == expected.prompt_token_ids
+    for found, output in zip(line["outputs"], expected.outputs, strict=True):
+        assert set(found) == {field.name for field in fields(output)}
+        assert tuple(found["token_ids"]) == output.token_ids
+        assert output.logprobs is not None
+        for position, logprobs in zip(found["logprobs"], output.logprobs, strict=True):
+            assert position == {str(token): logprob._asdict() for token, logprob in logprobs.items()}
+        for name in ("index", "text", "finish_reason", "stop_reason", "cumulative_logprob"):
+            assert found[name] == getattr(output, name)
+
+
+def test_jsonl_prompts_bring_their_own_parameters(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Once", "max_tokens": 1}\n\n{"prompt": [19556, 17], "n": 2, "seed": 1}\n')
+    output = tmp_path / "answers.jsonl"
+    ended = cli("generate", "--file", str(file), "--json", "--max-tokens", "2", "--output", str(output))
+    assert ended == Ended(0, "", "")
+    first, second = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [len(completion["token_ids"]) for completion in first["outputs"]] == [1]
+    assert (second["prompt"], second["prompt_token_ids"]) == (None, [19556, 17])
+    assert len(second["outputs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", 'not an object with a "prompt"'),
+        ('{"prompt": ""}', "not empty"),
+        ('{"prompt": 3}', "not 3"),
+        ('{"prompt": "a", "temprature": 1}', "unknown field 'temprature'"),
+        ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be at least 1, not 0"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(line: str, words: str, tmp_path: Path, plain_cli: Run) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line)
+    ended = plain_cli("generate", "--file", str(file))
+    assert ended.code == 1
+    assert f"{file}:2: " in ended.err
+    assert words in ended.err
+
+
+def test_chat_flag_asks_through_the_template(cli: Run, llm: LLM) -> None:
+    ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "Name a colour.")
+    line = json.loads(ended.out)
+    assert line["prompt"] == "Name a colour."
+    assert line["outputs"][0]["text"] == expected_answer(llm, "Name a colour.")
+
+
+def test_generate_is_the_same_text_every_time(cli: Run, tmp_path: Path) -> None:
+    arguments = ["generate", "Once upon a time", "--n", "2", "--max-tokens", "4", "--seed", "1"]
+    assert cli(*arguments).out == cli(*arguments).out
+
+
+def test_a_prompt_that_never_fits_is_refused_before_any_runs(cli: Run) -> None:
+    ended = cli("generate", "short", "word " * 2000, "--json")
+    assert (ended.code, ended.out) == (1, "")
+    assert "the context of 1024" in ended.err, "what 64 blocks hold"
+
+
+def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None:
+    """Oracle: the same parameters through the Python interface."""
+    options = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "repetition_penalty": 1.2,
+        "min_tokens": 3,
+        "prompt_logprobs": 1,
+        "logit_bias": {338: -100.0, 253: 2.0},
+        "stop_token_ids": [30],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
+    arguments = ["--presence-penalty", "0.5", "--frequency-penalty", "0.25", "--repetition-penalty", "1.2"]
+    arguments += ["--min-tokens", "3", "--prompt-logprobs", "1", "--stop-token-id", "30", "--include-stop"]
+    arguments += ["--logit-bias", "338=-100", "--logit-bias", "253=2", "--show-special-tokens"]
+    params = SamplingParams(temperature=0.0, max_tokens=12, **options)  # type: ignore[arg-type]
+    [expected] = llm.generate(["The sky is"], params, use_tqdm=False)
+    found = json.loads(cli("generate", "The sky is", "--json", "--max-tokens", "12", *arguments).out)
+    assert tuple(found["outputs"][0]["token_ids"]) == expected.outputs[0].token_ids
+    assert found["outputs"][0]["text"] == expected.outputs[0].text
+    assert len(found["prompt_logprobs"]) == len(expected.prompt_token_ids)
+    assert found["prompt_logprobs"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--logit-bias", "a=1", "'a=1' is not ID=BIAS"),
+        ("--logit-bias", "5=101", "logit_bias[5] must be from -100 to 100, not 101.0"),
+        ("--logit-bias", "99999999=1", "logit_bias must be in the vocabulary (0 to 49151), not 99999999"),
+        ("--stop-token-id", "49152", "stop_token_ids must be in the vocabulary (0 to 49151), not 49152"),
+        ("--min-tokens", "500", "min_tokens must be from 0 to max_tokens, 128, not 500"),
+        ("--presence-penalty", "3", "presence_penalty must be from -2 to 2, not 3"),
+        ("--prompt-logprobs", "1", "add --json"),
+    ],
+)
+def test_a_bad_sampling_parameter_is_named(plain_cli: Run, option: str, value: str, message: str) -> None:
+    ended = plain_cli("generate", "hello", option, value)
+    assert message in " ".join(ended.err.split())

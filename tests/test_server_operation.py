@@ -1,0 +1,130 @@
+"""What those who run a server set and see: keys, origins and limits, figures and the version."""
+
+import math
+from hashlib import sha256
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from served import serving
+from smollm2_server import CHAT, COMPLETE, client, llm, scraped, served
+from tiny_llm import LLM, ConfigError
+from tiny_llm_server import ServerConfig
+
+__all__ = ["client", "llm", "served"]
+
+
+def test_keys_guard_what_is_said_and_not_how_it_goes() -> None:
+    config = ServerConfig(api_keys=("one", "zwö lf"))
+    with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
+        body = {"prompt": "x", "max_tokens": 1}
+        for given in (
+            None,
+            "Bearer",
+            "Bearer two",
+            "Basic one",
+            "Bearer onee",
+            "Bearer on",
+            "one",
+            "Bearer \xff",
+        ):
+            headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+            refused = client.post(COMPLETE, json=body, headers=headers)  # type: ignore[arg-type]
+            assert refused.status_code == 401, given
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+        for key in config.api_keys:
+            known = {"Authorization": f"Bearer {key}".encode()}
+            assert client.post(COMPLETE, json=body, headers=known).status_code == 200  # type: ignore[arg-type]
+        assert client.get("/health").status_code == 200
+        assert client.get("/metrics").status_code == 200
+        assert client.post("/tokenize", json={"prompt": "x"}).status_code == 401
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+def test_nobody_finds_another_keys_prompt_in_the_cache_where_keys_are_kept_apart(
+    path: str, isolated: bool
+) -> None:
+    """Whoever guesses a prompt to the letter learns nothing, whatever salt he brings; its owner finds it."""
+    secret = "The password of the vault is xyzzy, and nobody but me must ever know of it. " * 4
+    asked = {"prompt": secret} if path == COMPLETE else {"messages": [{"role": "user", "content": secret}]}
+    config = ServerConfig(api_keys=("owner", "thief"), isolate_keys=isolated)
+    salts = ["owner", "thief", f"{sha256(b'owner').hexdigest()}:", sha256(b"owner").hexdigest()]
+
+    with serving(lambda: LLM(num_blocks=256), config) as here, here.client() as client:
+
+        def cached(key: str, salt: str = "") -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = client.post(path, json={**asked, "cache_salt": salt, "max_tokens": 1}, headers=headers)
+            return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached("owner") == 0
+        assert cached("owner") > 50
+        assert (cached("thief") > 50) != isolated
+        assert cached("owner", "mine") == 0
+        if isolated:
+            assert [cached("thief", salt) for salt in salts] == [0] * len(salts), (
+                "each of them for the first time"
+            )
+
+
+def test_browsers_of_other_pages_may_ask_only_where_that_is_allowed(client: httpx.Client) -> None:
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in client.options(COMPLETE, headers=asked).headers
+    config = ServerConfig(allowed_origins=("https://example.org",), api_keys=("k",))
+    with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as other:
+        allowed = other.options(COMPLETE, headers=asked)
+        assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+
+
+# Figures.
+
+
+def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None:
+    before = scraped(client)
+    body = {"prompt": ["The sky is", "Once upon"], "n": 2, "max_tokens": 5, "ignore_eos": True}
+    usage = client.post(COMPLETE, json=body).json()["usage"]
+    after = scraped(client)
+
+    def more(name: str) -> float:
+        return after[f"vllm:{name}"] - before.get(f"vllm:{name}", 0.0)
+
+    assert usage["completion_tokens"] == 20
+    assert more("generation_tokens_total") == 20
+    assert more("prompt_tokens_total") == more("prefix_cache_queries_total") == usage["prompt_tokens"]
+    assert more("request_success_total{finished_reason=length}") == 4
+    assert more("time_to_first_token_seconds_count") == more("e2e_request_latency_seconds_count") == 2
+    assert more("inter_token_latency_seconds_count") == 16
+    assert more("request_queue_time_seconds_count") == 2
+    assert 0 < more("request_queue_time_seconds_sum") < more("time_to_first_token_seconds_sum")
+    assert more("iteration_tokens_total_sum") == usage["prompt_tokens"] + 16  # nobody computes a last token
+    assert more("iteration_tokens_total_count") == more("iteration_tokens_total_bucket{le=+Inf}") == 5
+    assert more("iteration_tokens_total_bucket{le=4.0}") == 4, "four completions together, after a prefill"
+    assert more("request_prompt_tokens_sum") == usage["prompt_tokens"]
+    assert more("request_generation_tokens_sum") == 20
+    assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
+    assert 0 <= after["vllm:kv_cache_usage_perc"] <= 1
+    assert all(math.isfinite(value) for value in after.values())
+
+
+def test_the_version_is_the_packages(client: httpx.Client) -> None:
+    told = client.get("/version").json()
+    assert set(told) == {"version", "mlx", "kernels"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_n": 0},
+        {"max_body_bytes": 0},
+        {"request_timeout": 0},
+        {"keep_alive": -1},
+        {"body_timeout": 0},
+        {"api_keys": ("",)},
+        {"isolate_keys": True},
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options)).rstrip("s").replace("_", "[ _]")):
+        ServerConfig(**options)

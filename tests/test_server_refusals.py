@@ -1,0 +1,274 @@
+"""What the HTTP API refuses, by name and in OpenAI's shape of an error: fields, bodies, abuse of HTTP.
+
+What one client is refused changes nothing for the others; a field that asks for what is done anyway
+is fine.
+"""
+
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from served import Served, serving
+from smollm2_server import CHAT, COMPLETE, FRANCE, alone, client, connected, llm, served
+from tiny_llm import LLM
+from tiny_llm_server import ServerConfig, body_limit
+
+__all__ = ["client", "llm", "served"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "said"),
+    [
+        (CHAT, {"messages": []}, "messages", "at least 1 item"),
+        (CHAT, {}, "messages", "Field required"),
+        (CHAT, {"messages": FRANCE, "tools": [{}]}, "tools", "tools is not supported"),
+        (CHAT, {"messages": FRANCE, "store": 0}, "store", "valid boolean"),
+        (CHAT, {"messages": FRANCE, "n": 17}, "n", "at most 16 here, not 17"),
+        (CHAT, {"messages": FRANCE, "n": 0}, "n", "greater than or equal to 1"),
+        (CHAT, {"messages": FRANCE, "n": "2"}, "n", "valid integer"),
+        (CHAT, {"messages": FRANCE, "temperature": -1}, "temperature", "greater than or equal to 0"),
+        (CHAT, {"messages": FRANCE, "temperature": 2.5}, "temperature", "less than or equal to 2"),
+        (CHAT, {"messages": FRANCE, "seed": 10**400}, "seed", "less than or equal"),
+        (CHAT, {"messages": FRANCE, "top_logprobs": 2}, "top_logprobs", "^top_logprobs: only with logprobs"),
+        (CHAT, {"messages": FRANCE, "stream_options": {}}, "stream_options", "only with stream: true"),
+        (
+            CHAT,
+            {"messages": FRANCE, "response_format": {"type": "json_object"}},
+            "response_format.type",
+            "text",
+        ),
+        (CHAT, {"messages": FRANCE, "max_tokens": 9000}, "max_tokens", "exceed the context of 8192"),
+        (CHAT, {"messages": FRANCE, "stop": ["x"] * 17}, "stop", "at most 16 here, not 17"),
+        (CHAT, {"messages": FRANCE, "stop": ""}, "stop", "non-empty"),
+        (CHAT, {"messages": FRANCE, "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+        (CHAT, {"messages": FRANCE, "logit_bias": {"1": 101}}, "logit_bias", "from -100 to 100"),
+        (CHAT, {"messages": FRANCE, "logit_bias": {"999999": 1}}, "logit_bias", "not 999999"),
+        (CHAT, {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "system"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "not JSON: .*hex escape at byte"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "text"),
+        (COMPLETE, {"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
+        (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of", "^best_of: only n, which is 1"),
+        (COMPLETE, {"prompt": [[1], "x"]}, "prompt", "texts only, or token ids only"),
+        (COMPLETE, {"prompt": []}, "prompt", "the list is empty"),
+        (COMPLETE, {"prompt": ""}, "prompt", "empty|no tokens"),
+        (COMPLETE, {"prompt": [49152]}, "prompt", "49152 is outside the vocabulary"),
+        (COMPLETE, {"prompt": ["x"] * 65}, "prompt", "at most 64 prompts"),
+        (COMPLETE, {"prompt": ["x"] * 40, "n": 4}, "n", "at most 128 sequences .*, not 160"),
+        (COMPLETE, {"prompt": "x", "stop_token_ids": [999999]}, "stop_token_ids", "not 999999"),
+        (COMPLETE, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "a mapping from token ids"),
+        (COMPLETE, {"prompt": "x", "max_tokens": 0}, "max_tokens", "^max_tokens: at least 1, or 0 with echo"),
+        (COMPLETE, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
+        (COMPLETE, {"prompt": "x", "min_tokens": 17}, "min_tokens", "from 0 to max_tokens, 16, not 17"),
+        ("/tokenize", {}, "prompt", "either prompt or messages"),
+        ("/detokenize", {"tokens": [-1]}, "tokens.0", "greater than or equal to 0"),
+        ("/detokenize", {"tokens": [2**31 - 1]}, "tokens", "outside the vocabulary"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    client: httpx.Client, path: str, fields: dict[str, Any], param: str | None, said: str
+) -> None:
+    refused = client.post(path, content=json.dumps(fields), headers={"Content-Type": "application/json"})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert re.search(said, error["message"]), error
+    if param is not None:
+        assert error["param"] == param, error
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        (
+            {"tools": [], "tool_choice": "none", "store": False, "modalities": ["text"], "metadata": {}},
+            FRANCE,
+        ),
+        ({"seed": -1, "model": "", "service_tier": "auto", "temperature": 0}, FRANCE),
+        (
+            {},
+            [
+                FRANCE[0],
+                {"role": "assistant", "content": "Paris.", "tool_calls": [], "refusal": None},
+                FRANCE[0],
+            ],
+        ),
+    ],
+)
+def test_what_asks_for_what_is_done_anyway_is_fine(
+    client: httpx.Client, fields: dict[str, Any], messages: list[Any]
+) -> None:
+    answer = client.post(CHAT, json={"messages": messages, "max_tokens": 1, **fields})
+    assert answer.status_code == 200, answer.text
+
+
+def test_what_never_fits_is_no_reason_to_come_again() -> None:
+    llm = LLM(num_blocks=64, max_num_seqs=4, max_num_waiting=2)
+    with serving(lambda: llm) as here, here.client() as client:
+        refused = client.post(COMPLETE, json={"prompt": ["x"] * 8, "max_tokens": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        assert "Retry-After" not in refused.headers
+        assert client.post(COMPLETE, json={"prompt": ["x"] * 6, "max_tokens": 1}).status_code == 200
+
+
+CRUEL = [
+    b"",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"{",
+    b"\xff\xfe{}",
+    b'{"prompt": "\xc3\x28"}',
+    b'{"prompt": "x", "temperature": NaN}',
+    b'{"prompt": "x", "temperature": Infinity}',
+    b'{"prompt": "x", "top_p": 1e999}',
+    b'{"prompt": "x", "seed": ' + b"9" * 6000 + b"}",
+    b"[" * 50_000,
+    b'{"prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
+    b'{"a":' * 9_000 + b"1" + b"}" * 9_000,
+    b'{"prompt": {"__class__": "x"}}',
+]
+
+
+@pytest.mark.parametrize("body", CRUEL, ids=range(len(CRUEL)))
+@pytest.mark.parametrize("path", [CHAT, COMPLETE, "/tokenize", "/detokenize"])
+def test_a_body_that_is_no_request_gets_a_reason(client: httpx.Client, path: str, body: bytes) -> None:
+    refused = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["message"]
+
+
+def test_nobodys_answer_is_changed_by_what_others_send(
+    client: httpx.Client, served: Served, llm: LLM
+) -> None:
+    """A stream goes on, and says what it says alone, while every body that is no request comes at once."""
+    expected = alone(llm, "Once upon a time", temperature=0, max_tokens=200, ignore_eos=True)
+    body = {
+        "prompt": "Once upon a time",
+        "temperature": 0,
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+    def send(body: bytes) -> int:
+        with served.client() as other:
+            return other.post(
+                COMPLETE, content=body, headers={"Content-Type": "application/json"}
+            ).status_code
+
+    with client.stream("POST", COMPLETE, json=body) as answer, ThreadPoolExecutor(8) as pool:
+        lines = answer.iter_lines()
+        said = [next(lines)]
+        statuses = pool.map(send, CRUEL * 3)
+        said += [line for line in lines if line]
+        assert set(statuses) == {400}
+    events = [json.loads(line.removeprefix("data: ")) for line in said[:-1]]
+    assert "".join(event["choices"][0]["text"] for event in events) == expected
+
+
+def test_other_paths_and_methods_have_the_same_shape(client: httpx.Client) -> None:
+    assert client.get("/v2/anything").json()["error"]["type"] == "not_found_error"
+    assert client.delete(CHAT).status_code == 405
+    assert client.delete(CHAT).json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_body_that_is_too_long_is_refused(client: httpx.Client, said: bool) -> None:
+    """With a length that says so, and in chunks without one."""
+    body = b'{"prompt": "' + b"x" * 200_000 + b'"}'
+    pieces = body if said else iter([body[i : i + 5000] for i in range(0, len(body), 5000)])
+    refused = client.post(COMPLETE, content=pieces, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 413
+    assert refused.json()["error"]["code"] == "body_too_large"
+    assert "100000 bytes" in refused.json()["error"]["message"]
+
+
+LONG_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def test_who_still_sends_a_body_that_is_too_long_gets_the_answer_too(served: Served) -> None:
+    """Not a connection that is reset: a client may send all before it reads."""
+    with connected(served) as connection:
+        connection.sendall(LONG_BODY + b"Content-Length: 300000\r\n\r\n" + b"x" * 150_000)
+        time.sleep(0.2)
+        connection.sendall(b"x" * 150_000)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_who_asks_before_he_sends_a_body_that_is_too_long_need_not(served: Served) -> None:
+    with connected(served) as connection:
+        connection.sendall(LONG_BODY + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"Content-Length: 300\r\n\r\n", b"x"),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"78\r\n%b\r\n" % (b"x" * 120)),
+    ],
+    ids=["said", "seen"],
+)
+def test_a_body_that_is_too_long_and_slow_is_too_long(head: bytes, piece: bytes) -> None:
+    config = ServerConfig(max_body_bytes=100, body_timeout=0.3)
+    with serving(lambda: LLM(num_blocks=64), config) as here, connected(here) as connection:
+        connection.sendall(LONG_BODY + head + piece)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_without_end_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_limit, "PASSED_OVER", 200_000)
+    sent = 0
+    with connected(served) as connection, suppress(ConnectionError):
+        connection.sendall(LONG_BODY + b"Transfer-Encoding: chunked\r\n\r\n")
+        while sent < 50_000_000:
+            connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            sent += 65536
+    assert sent < 20_000_000, "it took all of it"
+
+
+JSON = b"Content-Type: application/json\r\n"
+FINE_BODY = b'{"prompt": "x", "max_tokens": 1}'
+FINE_LENGTH = b"Content-Length: %d\r\n" % len(FINE_BODY)
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"Content-Length: -5\r\n", b"{}"),
+        (b"Content-Length: nine\r\n", b"{}"),
+        (b"Content-Length: 2\r\nContent-Length: 3\r\n", b"{}"),
+        (b"Transfer-Encoding: chunked\r\n", b"zz\r\n{}\r\n0\r\n\r\n"),
+        (b"Transfer-Encoding: chunked\r\n", b"fffffffffffffffffffffff\r\n{}"),
+        (b"Transfer-Encoding: gzip\r\n", b"{}"),
+        (FINE_LENGTH + b"Bad Header: x\r\n", FINE_BODY),
+        (b"Content-Length: 9\r\n", b"{}"),
+    ],
+    ids=range(8),
+)
+def test_abuse_of_http_is_refused(head: bytes, body: bytes) -> None:
+    """Lengths, chunks and headers that are none, and a body that never comes; others are served meanwhile."""
+    llm = LLM(num_blocks=64)
+    with serving(lambda: llm, ServerConfig(body_timeout=1.0)) as here, here.client() as client:
+        with connected(here) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + JSON + head + b"\r\n" + body)
+            assert client.post(COMPLETE, json={"prompt": "x", "max_tokens": 1}).status_code == 200
+            answer = connection.recv(65536)
+        assert re.match(rb"HTTP/1.1 (4\d\d|501) ", answer), answer[:200]
+
+
+@pytest.mark.parametrize("piece", [b"y" * 10_000, b"X: y\r\n" * 2_000], ids=["one", "many"])
+def test_headers_without_end_are_not_collected(served: Served, piece: bytes) -> None:
+    sent = 0
+    with connected(served) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ")
+        with suppress(ConnectionError):
+            while sent < 20_000_000:
+                sent += connection.send(piece)
+    assert sent < 10_000_000, "it took all of them"
