@@ -1,6 +1,6 @@
 """Days that are cut into parts: one part is started, tested, skipped and reset by itself.
 
-The course is that of `test_course`, with four exercises on day 1.2 in three parts; one module holds
+The course is that of `toy_course`, with four exercises on day 1.2 in three parts; one module holds
 exercises of all of them.
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from test_course import ADDING, HINTS, house, problems_of, replace, run, suite, syllabus_of, write
 from tiny_llm_course import days as demonstrations
 from tiny_llm_course import main as door
 from tiny_llm_course.blame import find_blame
@@ -33,6 +32,7 @@ from tiny_llm_course.syllabus import Syllabus, read_syllabus
 from tiny_llm_course.testing import run_day, run_started
 from tiny_llm_course.units import Cut, Part, exercise_range
 from tiny_llm_course.views import after_reset, begun, difference, how_again, moved_aside, tasks
+from toy_course import ADDING, HINTS, house, problems_of, replace, run, suite, syllabus_of, write
 
 __all__ = ["house"]
 
@@ -158,7 +158,7 @@ COUNT, LEAP, BACK = (
 
 @pytest.fixture
 def course(house: House) -> House:
-    """The house of `test_course`, its day 1.2 cut into parts."""
+    """The house of `toy_course`, its day 1.2 cut into parts."""
     text = house.syllabus.read_text("utf-8")
     first, rest = text.split('remove = ["counting.Counter._next"]')
     removed = 'remove = ["counting.Counter._next", "counting.Counter._before"]'
