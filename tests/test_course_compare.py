@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from test_course import syllabus_of
 from tiny_llm_course import compare as comparing
 from tiny_llm_course.compare import Comparison, Measured, as_text, compare
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
 from tiny_llm_course.starter import skip, start
 from tiny_llm_course.units import Day
+from toy_course import syllabus_of
 
 BLANK = '    raise NotImplementedError("1.2.1 inverse_frequencies: pdm run hint 1.2.1")'
 SIDE = Measured(0.001, 0.001, 0.2, 2048)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from test_course import ADDING, COUNTING, DOUBLING, ROOT, house, replace, run, syllabus_of, write
 from tiny_llm_course import views
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.house import House
@@ -17,6 +16,7 @@ from tiny_llm_course.overview import progress_text
 from tiny_llm_course.progress import remember
 from tiny_llm_course.starter import restore, set_aside, start
 from tiny_llm_course.testing import run_day
+from toy_course import ADDING, COUNTING, DOUBLING, ROOT, house, replace, run, syllabus_of, write
 
 __all__ = ["house"]
 

@@ -3,12 +3,12 @@ away."""
 
 import pytest
 
-from test_course import house, replace, syllabus_of
 from tiny_llm_course.house import House
 from tiny_llm_course.may_use import may_use, unit_may_use
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.units import Day, Exercise
 from tiny_llm_course.views import hint, tasks
+from toy_course import house, replace, syllabus_of
 
 __all__ = ["house"]
 

@@ -1,6 +1,6 @@
 """The course's test runs where a learner's code goes wrong: loops, crashes, many failures, faults elsewhere.
 
-The course is that of three small days which `test_course` has; what needs a thread or a terminal runs on the
+The course is that of three small days which `toy_course` has; what needs a thread or a terminal runs on the
 real one.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from test_course import ADDING, COUNTING, DOUBLING, house, replace, suite, syllabus_of, write
 from tiny_llm_course import blame
 from tiny_llm_course.blame import find_blame
 from tiny_llm_course.first_failure import MOST_LINES, lines_of
@@ -28,6 +27,7 @@ from tiny_llm_course.runs import run_suites
 from tiny_llm_course.steady_parse import steady_parse
 from tiny_llm_course.testing import run_day
 from tiny_llm_course.watch import watch
+from toy_course import ADDING, COUNTING, DOUBLING, house, replace, suite, syllabus_of, write
 
 __all__ = ["house"]
 

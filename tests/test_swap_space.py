@@ -1,0 +1,382 @@
+"""The space on the host: what its blocks hold, who finds them, and the pools that copy from each other.
+
+Oracle: blocks as dicts of what they hold.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.layer_groups import LayerGroup
+from tiny_llm.page_layout import PageLayout
+from tiny_llm.paged_attention import BlockAllocator, BlockCopy
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.policies import Policies
+from tiny_llm.preemption import NewestFirst
+from tiny_llm.sampling_params import SamplingParams
+from tiny_llm.sequence import PagedSequence
+from tiny_llm.step import Plan
+from tiny_llm.swap import SwapSpace
+
+from tiny_model import examples, tiny_model
+
+# ---- the space, against what its blocks hold ----
+
+SIZE = 3
+
+
+@dataclass
+class Host:
+    """A swap space beside dicts from blocks to texts, of sequences in layers with one window each."""
+
+    windows: tuple[int | None, ...]
+    num_blocks: int
+    rng: random.Random
+    running: list[PagedSequence] = field(default_factory=list)
+    waiting: list[PagedSequence] = field(default_factory=list)
+    held: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of the pool: group, text up to its end
+    on_host: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    happened: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.layout = PageLayout(
+            tuple(LayerGroup((i,), window) for i, window in enumerate(self.windows)), SIZE, 8
+        )
+        self.allocator = BlockAllocator(500)
+        self.space = SwapSpace(self.num_blocks, SIZE)
+
+    def new(self) -> None:
+        """A sequence of few different tokens, so that many begin alike."""
+        tokens = tuple(self.rng.choices((1, 2), weights=(6, 1), k=self.rng.randint(1, 14)))
+        sequence = PagedSequence(
+            seq_id="x",
+            request_id="x",
+            prompt=tokens,
+            params=SamplingParams(),
+            seed=0,
+            max_len=999,
+            tables=self.layout.tables(self.allocator),
+            streams=self.layout.streams(""),
+        )
+        self.running.append(sequence)
+        self.compute(sequence, len(tokens) - (len(tokens) > 1 and self.rng.random() < 0.3))
+
+    def compute(self, sequence: PagedSequence, count: int) -> None:
+        """Compute known tokens; what was in a block that is copied need not be noted, for all is written."""
+        sequence.append_tokens(count)
+        sequence.num_computed += count
+        for group, table in enumerate(sequence.tables):
+            first = getattr(table, "start", 0) // SIZE
+            for place, block in enumerate(table.blocks, first):
+                end = min((place + 1) * SIZE, sequence.num_computed)
+                self.held[block] = (group, *sequence.tokens(0, end))
+        self.layout.release_passed(sequence.tables, sequence.num_computed)
+
+    def grow(self) -> None:
+        if self.running:
+            sequence = self.rng.choice(self.running)
+            count = self.rng.randint(1, 5)
+            sequence.outputs += self.rng.choices((1, 2), weights=(6, 1), k=count)
+            self.compute(sequence, self.rng.randint(1, sequence.num_uncomputed))
+
+    def fork(self) -> None:
+        if self.running:
+            self.running.append(self.rng.choice(self.running).fork("y", 1))
+
+    def out(self) -> None:
+        """Somebody gives way, now and then with a step planned whose copies on write are not made."""
+        if not self.running:
+            return
+        sequence, filled_from = self.rng.choice(self.running), {}
+        if self.rng.random() < 0.4:
+            filled_from = {copy.dst: copy.src for copy in sequence.append_tokens(self.rng.randint(1, 4))}
+            for block in filled_from:
+                self.held[block] = ()
+        self.happened["copies that wait"] += len(filled_from)
+        before = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
+        copies = self.space.swap_out(sequence, filled_from)
+        if copies is None:
+            self.happened["no room"] += 1
+            assert sequence.swapped is None
+            assert before == [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
+            sequence.give_up_pages()
+            self.running.remove(sequence)
+            return
+        for block, host_block in copies:
+            assert before[host_block] == 0, "what is on the host was overwritten"
+            self.on_host[host_block] = self.held[block]
+        self.happened["blocks out"] += len(copies)
+        assert sequence.swapped is not None
+        shared = sum(len(table.host_blocks) for table in sequence.swapped.tables) - len(copies)
+        self.happened["blocks found on the host"] += shared
+        sequence.give_up_pages()
+        self.running.remove(sequence)
+        self.waiting.append(sequence)
+
+    def back(self) -> None:
+        """Somebody comes back, and shares some of what the others hold; some have to go again at once."""
+        if not self.waiting:
+            return
+        sequence, at_hand = self.rng.choice(self.waiting), dict[bytes, int]()
+        for other in self.running if self.rng.random() < 0.6 else ():
+            stop = other.num_computed // SIZE
+            for group, table in enumerate(other.tables):
+                hashes = other.stream_of(group, stop).hashes[getattr(table, "start", 0) // SIZE : stop]
+                at_hand |= zip(hashes, table.blocks, strict=False)
+        most, free = self.space.blocks_to_swap_in(sequence), self.allocator.num_free
+        copies = self.space.swap_in(sequence, at_hand)
+        assert free - self.allocator.num_free == len(copies) <= most
+        self.happened["blocks shared"] += most - len(copies)
+        if self.rng.random() < 0.3:
+            self.happened["went again at once"] += 1
+            sequence.give_up_pages()
+            return
+        for block, host_block in copies:
+            self.held[block] = self.on_host[host_block]
+        self.space.forget(sequence)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+
+    def end(self) -> None:
+        everybody = [*self.running, *self.waiting]
+        if everybody:
+            sequence = self.rng.choice(everybody)
+            sequence.give_up_pages()
+            self.space.forget(sequence)
+            (self.running if sequence in self.running else self.waiting).remove(sequence)
+
+    def check(self) -> None:
+        for sequence in self.running:
+            for group, table in enumerate(sequence.tables):
+                first = getattr(table, "start", 0) // SIZE
+                assert first * SIZE + table.num_tokens == sequence.num_computed
+                for place, block in enumerate(table.blocks, first):
+                    self.check_block(self.held[block], sequence, group, place)
+        owed, full = Counter[int](), set[tuple[int, tuple[int, ...]]]()
+        for sequence in self.waiting:
+            assert sequence.swapped is not None
+            for group, (first, host_blocks) in enumerate(sequence.swapped.tables):
+                owed.update(host_blocks)
+                for place, host_block in enumerate(host_blocks, first):
+                    text = self.check_block(self.on_host[host_block], sequence, group, place)
+                    full |= {(host_block, text)} if len(text) > (place + 1) * SIZE else set()
+        counted = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
+        assert counted == [owed[block] for block in range(self.num_blocks)]
+        assert len({block for block, _ in full}) == len({text for _, text in full}), "a block is there twice"
+        assert self.space._hash_of.keys() == {block for block, _ in full}, "who is found is not who is there"
+        assert {kept.block: digest for digest, kept in self.space._held.items()} == self.space._hash_of
+
+    def check_block(
+        self, held: tuple[int, ...], sequence: PagedSequence, group: int, place: int
+    ) -> tuple[int, ...]:
+        """What a block holds begins as the sequence has it; returns it as far as the sequence needs it."""
+        computed = sequence.num_computed if sequence.swapped is None else sequence.swapped.num_computed
+        needed = (group, *sequence.tokens(0, min((place + 1) * SIZE, computed)))
+        assert held[: len(needed)] == needed, "another's keys"
+        return needed
+
+
+@settings(max_examples=examples(120))
+@given(
+    windows=st.sampled_from([(None,), (4,), (None, 4), (None, 1, 7)]),
+    num_blocks=st.sampled_from([4, 12, 300]),
+    seed=st.integers(0, 2**32),
+)
+def test_whoever_comes_back_has_what_he_left_and_the_host_has_it_once(
+    windows: tuple[int | None, ...], num_blocks: int, seed: int
+) -> None:
+    host = Host(windows, num_blocks, random.Random(seed))
+    for _ in range(60):
+        host.rng.choice(
+            [host.new, host.grow, host.grow, host.fork, host.out, host.out, host.back, host.end]
+        )()
+        host.check()
+    while host.running or host.waiting:
+        host.end()
+    host.check()
+    assert host.space.allocator.num_free == num_blocks
+    assert host.allocator.num_free == 500
+
+
+def test_the_events_of_that_test_happen() -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(30):
+        host = Host((None, 4), 12 if seed % 3 else 300, random.Random(seed))
+        for _ in range(60):
+            host.rng.choice([host.new, host.grow, host.fork, host.out, host.out, host.back, host.end])()
+        happened.update(host.happened)
+    expected = {"blocks out", "blocks found on the host", "blocks shared", "copies that wait", "no room"}
+    assert all(happened[name] > 20 for name in {*expected, "went again at once"}), (
+        f"hardly anything: {happened}"
+    )
+
+
+def on_their_own(tokens: Sequence[int], allocator: BlockAllocator) -> PagedSequence:
+    """A sequence that has computed all its tokens, in blocks of 3."""
+    layout = PageLayout((LayerGroup((0,)),), SIZE, 8)
+    sequence = PagedSequence(
+        seq_id="x",
+        request_id="x",
+        prompt=tuple(tokens),
+        params=SamplingParams(),
+        seed=0,
+        max_len=99,
+        tables=layout.tables(allocator),
+        streams=layout.streams(""),
+    )
+    sequence.append_tokens(len(tokens))
+    sequence.num_computed = len(tokens)
+    return sequence
+
+
+def test_a_hash_is_not_believed() -> None:
+    """Two texts under the same hashes, which somebody may look for: each is copied, and comes back alone."""
+    allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
+    first, second = on_their_own(range(6), allocator), on_their_own(range(10, 16), allocator)
+    second.stream_of(0, 2).hashes[:] = first.stream_of(0, 2).hashes
+    for sequence in (first, second):
+        assert len(space.swap_out(sequence) or ()) == 2
+    at_hand = dict(zip(first.stream.hashes, first.table.blocks, strict=True))
+    second.give_up_pages()
+    assert len(space.swap_in(second, at_hand)) == 2, "the other text's blocks are no help"
+    space.forget(first)
+    space.forget(second)
+    assert space.allocator.num_free == 20
+    assert not space._held
+
+
+def test_the_same_tokens_behind_another_parent_are_not_believed_either() -> None:
+    """Only the first blocks differ; the second has the right hash by forgery, and a wrong past."""
+    allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
+    first, second = on_their_own(range(6), allocator), on_their_own((7, 7, 7, 3, 4, 5), allocator)
+    second.stream_of(0, 2).hashes[1] = first.stream_of(0, 2).hashes[1]
+    assert [len(space.swap_out(sequence) or ()) for sequence in (first, second)] == [2, 2]
+
+
+# ---- pools that copy from each other ----
+
+
+def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, begin: float) -> KVPool:
+    """A pool whose block b holds `begin` + 10 b + layer everywhere, and a half more for values."""
+    pool = KVPool(num_blocks, SIZE, num_heads=2, head_dim=4, num_layers=layers, dtype=dtype)
+    for layer in range(layers):
+        numbers = (begin + 10 * mx.arange(num_blocks) + layer)[:, None, None, None]
+        keys = mx.broadcast_to(numbers, (num_blocks, 2, SIZE, 4)).astype(dtype)
+        pool.put_back(layer, keys + 0, keys + 0.5)
+    pool.evaluate()
+    return pool
+
+
+def numbers(pool: KVPool, layer: int) -> list[float]:
+    """What each block of such a pool holds; the same everywhere, and values half more."""
+    keys, values = (part.astype(mx.float32) for part in pool.read_blocks(layer, range(pool.num_blocks)))
+    assert mx.all(keys == keys[:, :1, :1, :1]).item()
+    assert mx.array_equal(values, keys + 0.5).item()
+    return [float(number) for number in keys[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_blocks_go_from_one_pool_to_another(dtype: mx.Dtype, layers: int) -> None:
+    """Every layer's, keys and values, and no other block; a source may serve twice. No bit is lost."""
+    fine = 2**-16 if dtype == mx.float32 else 0  # which no shorter type could tell
+    pool, host = numbered(6, layers, dtype, fine), numbered(4, layers, dtype, 60 + fine)
+    host.fill_from(pool, [(5, 0), (2, 3)])
+    for layer in range(layers):
+        here = layer + fine
+        assert numbers(host, layer) == [50 + here, 70 + here, 80 + here, 20 + here]
+    pool.fill_from(host, [(3, 1), (0, 4), (3, 5)])
+    for layer in range(layers):
+        here = layer + fine
+        assert numbers(pool, layer) == [here, 20 + here, 20 + here, 30 + here, 50 + here, 20 + here]
+        assert numbers(host, layer) == [50 + here, 70 + here, 80 + here, 20 + here]
+        assert {array.dtype for array in (*pool.lend(layer), *host.lend(layer))} == {dtype}
+
+
+def test_within_one_pool_all_are_read_before_any_is_written() -> None:
+    pool = numbered(4, 2, mx.float32, 0)
+    pool.fill_from(pool, [(0, 1), (1, 0), (2, 3)])
+    assert [numbers(pool, layer) for layer in range(2)] == [[10, 0, 20, 20], [11, 1, 21, 21]]
+
+
+def test_nothing_to_copy_is_nothing_done() -> None:
+    pool, host = numbered(3, 1, mx.float32, 0), numbered(3, 1, mx.float32, 60)
+    before = pool.lend(0)
+    pool.fill_from(host, [])
+    assert pool.lend(0)[0] is before[0]
+
+
+def test_what_was_written_and_not_evaluated_goes_along() -> None:
+    """A write that is described and not computed is part of what the source holds."""
+    pool, host = numbered(3, 1, mx.float32, 0), numbered(3, 1, mx.float32, 60)
+    keys, values = pool.lend(0)
+    pool.put_back(0, keys + 1, values + 1)
+    host.fill_from(pool, [(2, 0)])
+    assert numbers(host, 0) == [21, 70, 80]
+
+
+@pytest.mark.parametrize("who", ["target", "source"])
+def test_who_described_a_read_before_sees_what_was_there_then(who: str) -> None:
+    """Nobody should hold the arrays; who does all the same pays with a copy, and reads what was there."""
+    pool, host = numbered(3, 2, mx.float32, 0), numbered(3, 2, mx.float32, 60)
+    reader = [2 * part for part in (host if who == "target" else pool).lend(1)]
+    expected = [2.0 * number for number in ([61, 71, 81] if who == "target" else [1, 11, 21])]
+    host.fill_from(pool, [(2, 0), (1, 1)])
+    pool.fill_from(host, [(2, 0), (1, 2)])
+    assert reader[0][:, 0, 0, 0].tolist() == expected
+    assert reader[1][:, 0, 0, 0].tolist() == [number + 1 for number in expected]
+    assert [numbers(host, layer) for layer in range(2)] == [[20, 10, 80], [21, 11, 81]]
+    assert [numbers(pool, layer) for layer in range(2)] == [[80, 10, 10], [81, 11, 11]]
+
+
+def test_both_pools_are_written_to_in_place_when_they_have_copied() -> None:
+    """A copy of a block takes memory of a few blocks, and so does every write after it, in either pool."""
+    pools = [KVPool(2000, 16, num_heads=2, head_dim=32, num_layers=2) for _ in range(2)]
+    one_array = pools[0].nbytes // 4
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for turn in range(3):
+        pools[0].fill_from(pools[1], [(turn, 5), (7, turn)])
+        pools[1].fill_from(pools[0], [(turn, 9)])
+        for pool in pools:
+            ones = mx.ones((2, 2, 32))
+            pool.write(1, mx.array([turn, 40 + turn]), ones, ones)
+    assert mx.get_peak_memory() - before < one_array / 4, "an array of a pool was copied"
+
+
+class Moves(Plan[PagedSequence]):
+    """A plan whose copies are given; nothing is computed."""
+
+    copies: list[BlockCopy] = []  # type: ignore[assignment,misc]  # noqa: RUF012
+
+
+def test_out_goes_before_in_and_in_before_copies() -> None:
+    """By hand: block 0 goes out to 2, comes back from host block 1 with other content, and is copied to 3.
+
+    Any other order would send out what has just come, or copy what was there before.
+    """
+    manager = PagedBatchManager(
+        4, SIZE, 2, model=tiny_model(), policies=Policies(NewestFirst(), swap_blocks=3)
+    )
+    assert manager.pool is not None
+    assert manager._swap_pool is not None
+    for pool, begin in ((manager.pool, 0), (manager._swap_pool, 60)):
+        for layer in range(2):
+            keys, values = pool.lend(layer)
+            filled = begin + 10 * mx.arange(pool.num_blocks)[:, None, None, None] + layer
+            pool.put_back(
+                layer, (0 * keys + filled).astype(pool.dtype), (0 * values + filled + 0.5).astype(pool.dtype)
+            )
+        pool.evaluate()
+    plan = Moves(swapped_out=[(0, 2)], swapped_in={0: 1, 2: 0})
+    plan.copies = [BlockCopy(0, 3, SIZE)]
+    assert manager.run_plan(plan) is None
+    for layer in range(2):
+        assert numbers(manager.pool, layer) == [70 + layer, 10 + layer, 60 + layer, 70 + layer]
+        assert numbers(manager._swap_pool, layer) == [60 + layer, 70 + layer, 0 + layer]
