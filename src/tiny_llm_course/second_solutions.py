@@ -88,14 +88,12 @@ def _sources(house: House, day: Day) -> dict[str, str]:
 
 
 def _completed(house: House, day: Day, file: Path) -> str:
-    """A module solved a second time: the file, or its functions in the starter where it has only some."""
+    """A module solved a second time: the starter with the file's exercises and helpers."""
     solution, begun = file.read_text(encoding="utf-8"), starter(house, file.stem, day)
-    own, needed = functions(solution).keys(), functions(begun).keys()
-    if needed <= own:
-        return solution
+    helpers = functions(solution).keys() - functions(begun).keys()
     for name in (exercise.name for exercise in day.of_module(file.stem)):
         begun = with_body_of(begun, solution, name)
-    for helper in sorted(own - needed):
+    for helper in sorted(helpers):
         begun = with_function(begun, solution, helper)
     return with_imports(begun, solution)
 

@@ -17,20 +17,6 @@ from .model import Model
 
 
 def next_token(model: Model, tokens: Sequence[int]) -> int:
-    """Return the likeliest token after `tokens` (one or more), computed from nothing.
-
-    Run the model once, on all tokens as one sequence [1, L] in int32, in a `NoCacheContext` of their number
-    and of `model.config.attention_scale`. Only the last token's logits are needed: set the context's
-    `logit_rows` (an mx.array of indices, here of one), because a row of logits is a whole vocabulary. The
-    model then answers [1, 1, vocab_size]. Of tokens with the same logit, return the one with the lowest id.
-    The result is a Python int, not an mx.array.
-
-    >>> from tiny_llm.loader import load_model
-    >>> loaded = load_model(None)  # the embedded model
-    >>> token = next_token(loaded.model, loaded.tokenizer.encode("The capital of France is"))
-    >>> loaded.tokenizer.decode([token])
-    ' Paris'
-    """
     context = NoCacheContext(len(tokens), model.config.attention_scale)
     context.logit_rows = mx.array([len(tokens) - 1], dtype=mx.int32)
     logits = model(mx.array([list(tokens)], dtype=mx.int32), context)
@@ -40,19 +26,6 @@ def next_token(model: Model, tokens: Sequence[int]) -> int:
 def generate(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
-    """Continue `tokens` with the likeliest token each time, and yield each as soon as it is known.
-
-    Yields at most `max_tokens` new tokens, none for 0. An end token, one of `eos_token_ids`, is yielded too,
-    and is the last; one in the prompt ends nothing. The model is called once for each token that is yielded,
-    and not before that token is asked for, so a caller that stops early pays for nothing more. The caller's
-    `tokens` stay as they are. Raises ValueError for an empty prompt, when the first token is asked for.
-
-    >>> from tiny_llm.loader import load_model
-    >>> loaded = load_model(None)  # the embedded model
-    >>> prompt = loaded.tokenizer.encode("One, two, three,")
-    >>> loaded.tokenizer.decode(list(generate(loaded.model, prompt, 4, ())))
-    ' four, five,'
-    """
     if not tokens:
         raise ValueError("there is no prompt to continue")
     sequence = list(tokens)
@@ -65,20 +38,6 @@ def generate(
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of token ids that arrive one by one, in pieces that are final; no piece is empty.
-
-    A token is a few bytes, and a character may need several tokens. The detokenizer of `tokenizer.stream()`
-    holds the bytes of unfinished characters back: its `push(token)` returns the text that is final now, which
-    may be "", and after the last token its `flush()` returns what it still holds, which may be "" too. Yield
-    a piece as soon as the token that completes it has arrived, before you take the next token. Joined, the
-    pieces are the text of all tokens. Each call has a detokenizer of its own.
-
-    >>> from tiny_llm.loader import load_model
-    >>> tokenizer = load_model(None).tokenizer
-    >>> tokens = tokenizer.encode("in 東京")
-    >>> len(tokens), list(stream_text(tokens, tokenizer))
-    (6, ['in', ' ', '東', '京'])
-    """
     detokenizer = tokenizer.stream()
     for token in tokens:
         piece = detokenizer.push(token)

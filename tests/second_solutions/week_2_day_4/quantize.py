@@ -10,55 +10,18 @@ from tiny_llm_checkpoints.quantized import Quantized
 
 
 def pack_bits(q: mx.array, bits: int) -> mx.array:
-    """Write each row of q [N, K] uint32 as one stream of bits -> words [N, K * bits / 32] uint32.
-
-    bits: 2, 3, 4, 5, 6 or 8; each number is below 2^bits, and 32 divides K * bits. Number i is the bits
-    i * bits .. i * bits + bits - 1 of its row, its lowest bit first; bit b of a row is bit b % 32 of word
-    b // 32, counted from the lowest. So with 3, 5 and 6 bits a number may lie in two words.
-
-    MLX trap: keep every array uint32 (`mx.arange` takes a dtype): with int32 the result is int64.
-
-    >>> row = mx.array([[1, 2, 3, 4, 5, 6, 7, 8]], mx.uint32)
-    >>> hex(pack_bits(row, 4).item())
-    '0x87654321'
-    """
     stream = (q[:, :, None] >> mx.arange(bits, dtype=mx.uint32)) & 1  # [N, K, bits]
     by_word = stream.reshape(q.shape[0], -1, 32)
     return mx.sum(by_word << mx.arange(32, dtype=mx.uint32), axis=-1)
 
 
 def unpack_bits(words: mx.array, bits: int) -> mx.array:
-    """Read the numbers of rows that `pack_bits` wrote: words [..., W] uint32 -> [..., W * 32 / bits] uint32.
-
-    bits: 2, 3, 4, 5, 6 or 8. Any number of leading axes, none included: [W] is one row.
-
-    MLX traps: an index past the end of an array raises nothing and reads other memory, so keep the index of a
-    number's second word within the row even where the number has none. A shift by 32 does not give 0.
-
-    >>> unpack_bits(mx.array([0x87654321], mx.uint32), 4).tolist()
-    [1, 2, 3, 4, 5, 6, 7, 8]
-    """
     stream = (words[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1  # [..., W, 32]
     by_number = stream.reshape(*words.shape[:-1], -1, bits)
     return mx.sum(by_number << mx.arange(bits, dtype=mx.uint32), axis=-1)
 
 
 def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
-    """Round w [N, K] to 2^bits equally spaced values for each group of `group_size` neighbours in a row.
-
-    bits: 2, 3, 4, 5, 6 or 8; group_size divides K, and 32 divides K * bits. A group's bias is its least value
-    and its scale the step (greatest - least) / (2^bits - 1); both are stored in w's type. Each value becomes
-    the q from 0 to 2^bits - 1 whose scale * q + bias is nearest to it, computed in float32 with the scale and
-    the bias as they are stored: a step rounded to 16 bits can put the greatest value behind the last q, which
-    it then gets. A group of equal values comes back exactly; its step would be 0, so store any other scale.
-    `Quantized.weight` holds the q as `pack_bits` writes them. (`mx.quantize` chooses scales in another way;
-    the layout is the same.)
-
-    >>> w = mx.array([[0.5 * (i % 16) - 3 for i in range(32)]])
-    >>> stored = quantize(w, group_size=32, bits=4)
-    >>> stored.scales.tolist(), stored.biases.tolist(), hex(stored.weight[0, 0].item())
-    ([[0.5]], [[-3.0]], '0x76543210')
-    """
     rows, columns = w.shape
     groups = w.reshape(rows, columns // group_size, group_size).astype(mx.float32)
     largest_q = 2**bits - 1
@@ -72,15 +35,6 @@ def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
 
 
 def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
-    """Compute scale * q + bias of every q: weight [..., K * bits / 32] uint32 -> [..., K] float32.
-
-    scales and biases [..., K / group_size] in any float type: those of value i are at i // group_size. They
-    become float32 before they are used, not afterwards. bits: 2, 3, 4, 5, 6 or 8.
-
-    >>> words, scales, biases = mx.array([[0x3210] * 4], mx.uint32), mx.array([[0.5]]), mx.array([[-1.0]])
-    >>> dequantize(words, scales, biases, group_size=32, bits=4)[0, :5].tolist()
-    [-1.0, -0.5, 0.0, 0.5, -1.0]
-    """
     q = unpack_bits(weight, bits).astype(mx.float32)
     groups = q.reshape(*q.shape[:-1], -1, group_size)
     values = scales.astype(mx.float32)[..., None] * groups + biases.astype(mx.float32)[..., None]
@@ -90,13 +44,4 @@ def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size:
 def quantized_matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array:
-    """Multiply x [..., K] with the transpose of a quantized weight [N, K] -> [..., N].
-
-    A weight has one row per output, as checkpoints store it. The result is float32 for float32 x. This
-    readable version unpacks the whole matrix; the compiled ones (this day's option in C++) never do.
-
-    >>> w = quantize(mx.array([[float(i % 16) for i in range(32)]] * 2), group_size=32, bits=4)
-    >>> quantized_matmul(mx.ones((1, 32)), *w).tolist()  # 2 * (0 + 1 + ... + 15), for each of two outputs
-    [[240.0, 240.0]]
-    """
     return x @ dequantize(weight, scales, biases, group_size, bits).T

@@ -5,29 +5,12 @@ counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serv
 """
 
 from collections.abc import Sequence as Seq
-from typing import TypeVar
 
 from .batch_manager import wanted
-from .sequence import Sequence
 from .step import Plan, Scheduled
-
-S = TypeVar("S", bound=Sequence)
 
 
 def share_budget(wants: Seq[int], budget: int) -> list[int]:
-    """Share `budget` tokens: how many each sequence may compute in this step, in the order of `wants`.
-
-    `wants[i]` is how many tokens sequence i could compute now: 1 for a decode, more for a prompt, 0 for none.
-    Decodes are served first, then prompts; among decodes, and among prompts, the lower index first. A prompt
-    that does not fit into what is left gets a chunk, the rest of the budget; prompts behind it get 0. (The
-    last token of a chunked prompt is a want of 1, and is served like a decode.)
-
-    No sequence gets more than it wants, all together at most `budget`; what is wanted and fits is granted.
-    `wants` is not changed. Raises ValueError for a negative want or budget.
-
-    >>> share_budget([5, 1, 9, 1], 10)
-    [5, 1, 3, 1]
-    """
     if budget < 0 or any(want < 0 for want in wants):
         raise ValueError("wants and budget must not be negative")
     shares = [0] * len(wants)
@@ -40,19 +23,6 @@ def share_budget(wants: Seq[int], budget: int) -> list[int]:
 
 
 def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
-    """Simulate steps: in which step, counted from 1, is each prompt complete and its first token sampled?
-
-    All prompts are there from the start and run together. In each step a sequence wants the tokens of its
-    prompt that are not computed yet; from the step after its prompt is complete it wants 1, a decode, and
-    never ends. `share_budget` decides. A small budget lets decodes go on often, and makes new requests wait.
-
-    Raises ValueError for a prompt of no tokens, and for a budget of fewer tokens than there are prompts: all
-    decodes together could then use up every step, and a later prompt would wait for ever. The engine demands
-    the same (`max_num_batched_tokens` >= `max_num_seqs`). No prompts: the list is empty.
-
-    >>> first_token_steps([10, 3], budget=4)  # granted: [4, 0], [4, 0], [2, 2], [1, 1]
-    [3, 4]
-    """
     if any(length < 1 for length in prompt_lens):
         raise ValueError("every prompt must have at least one token")
     if budget < len(prompt_lens):
@@ -73,20 +43,6 @@ def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
 
 
 def plan_chunks(running: Seq[S], budget: int) -> Plan[S]:
-    """Plan the next step of the running sequences: a `Plan` with a chunk for each that gets a share.
-
-    `wanted` says how many tokens a sequence could compute, `share_budget` how many it may. One that may
-    compute n > 0 tokens gets `Scheduled(sequence, start, start + n)`, where start is its `num_computed`: the
-    tokens before are computed. The chunks are in the order of `running`; the others get none. Changes no
-    sequence: the chunks are not computed yet.
-
-    >>> from tiny_llm.sampling_params import SamplingParams
-    >>> from tiny_llm.sequence import Sequence
-    >>> given = {"request_id": "r", "params": SamplingParams(), "seed": 0, "max_len": 99}
-    >>> long, short = (Sequence(seq_id=name, prompt=tuple(name), **given) for name in ("abcdefghi", "x"))
-    >>> [(chunk.start, chunk.stop) for chunk in plan_chunks([long, short], budget=4).chunks]
-    [(0, 3), (0, 1)]
-    """
     shares = share_budget([wanted(sequence) for sequence in running], budget)
     return Plan(
         chunks=[
