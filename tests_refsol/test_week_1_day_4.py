@@ -165,7 +165,7 @@ def test_task_2_outputs_of_the_first_part_come_first() -> None:
 @pytest.mark.parametrize("sizes", [(4,), (4, 4), (6, 2, 2), (1, 5)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_task_2_dense_matrices_of_one_type_become_one(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Oracle: each matrix alone. A weight that is converted on the way costs memory."""
+    """Oracle: each matrix by itself. A weight that is converted on the way costs memory."""
     stacked = check_stack(*(random_matrix(seed, size, 8, dtype) for seed, size in enumerate(sizes)))
     assert isinstance(stacked, Linear)
     assert stacked.weight.shape == (sum(sizes), 8)
@@ -173,7 +173,7 @@ def test_task_2_dense_matrices_of_one_type_become_one(sizes: tuple[int, ...], dt
 
 
 def test_task_2_matrices_of_different_types_are_left_as_they_are() -> None:
-    """Oracle: each matrix alone, bit for bit: a weight in another type would give other numbers."""
+    """Oracle: each matrix by itself, bit for bit: a weight in another type would give other numbers."""
     parts = random_matrix(1, 4, 8), random_matrix(2, 4, 8, mx.float16)
     assert not isinstance(check_stack(*parts), Linear)
     x = mx.random.normal((1, 8), key=mx.random.key(3))
@@ -182,7 +182,7 @@ def test_task_2_matrices_of_different_types_are_left_as_they_are() -> None:
 
 
 def test_task_2_matrices_with_a_bias_become_one_with_a_bias() -> None:
-    """Oracle: each matrix alone. Biases that are added up, or belong to the first part, are the mistake."""
+    """Oracle: each matrix by itself. The mistake: biases added up, or only the first part's."""
     parts = [
         BiasedLinear(random_matrix(seed, size, 8), random_vector(seed, size))
         for seed, size in enumerate((4, 2, 2))
@@ -194,21 +194,21 @@ def test_task_2_matrices_with_a_bias_become_one_with_a_bias() -> None:
 
 
 def test_task_2_a_matrix_with_a_bias_and_one_without_work_together() -> None:
-    """Oracle: each matrix alone."""
+    """Oracle: each matrix by itself."""
     biased = BiasedLinear(random_matrix(1, 4, 8), random_vector(2, 4))
     check_stack(biased, random_matrix(3, 4, 8))
     check_stack(random_matrix(3, 4, 8), biased)
 
 
 def test_task_2_a_matrix_of_a_form_of_its_own_is_called() -> None:
-    """Oracle: each matrix alone. Whatever can be called like a matrix is one."""
+    """Oracle: each matrix by itself. Whatever can be called like a matrix is one."""
 
     class Doubling:
         def __call__(self, x: mx.array) -> mx.array:
             return 2 * x
 
         def rows(self, ids: mx.array) -> mx.array:
-            raise AssertionError("nobody looks anything up")
+            raise AssertionError("no lookup is expected")
 
     check_stack(Doubling(), random_matrix(1, 4, 8), Doubling())
     check_stack(BiasedLinear(Doubling(), random_vector(1, 8)), BiasedLinear(Doubling(), random_vector(2, 8)))
@@ -223,7 +223,7 @@ def packed_matrix(seed: int, outputs: int, bits: int) -> PackedLinear:
 
 @pytest.mark.usefixtures("compiled")
 def test_task_2_matrices_of_the_compiled_kernels_become_one_where_they_fit_together() -> None:
-    """Oracle: each matrix alone. Matrices of the embedded model that are called one by one cost time."""
+    """Oracle: each matrix by itself. Matrices of the embedded model that are called one by one cost time."""
     one = check_stack(packed_matrix(1, 32, 4), packed_matrix(2, 16, 4), packed_matrix(3, 16, 4), inputs=64)
     assert isinstance(one, PackedLinear)
     assert one.out_features == 64

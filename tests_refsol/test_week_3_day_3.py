@@ -152,7 +152,7 @@ def test_task_1_many_tables_at_once() -> None:
         allocator = BlockAllocator(sum(-(-total // block_size) for total in totals))
         tables = [BlockTable(allocator, block_size) for _ in totals]
         for row in rng.permutation(np.repeat(np.arange(20), totals)):
-            tables[row].append_tokens(1)  # in turns, so that no sequence has its blocks side by side
+            tables[row].append_tokens(1)  # alternating, so that no sequence has its blocks side by side
         lengths = [int(rng.integers(0, total + 1)) for total in totals]
         expected = [
             table.blocks[i // block_size] * block_size + i % block_size
@@ -315,7 +315,7 @@ def test_task_2_blocks_that_others_hold_survive() -> None:
 
 
 def test_task_2_a_mapping_finds_the_tokens_of_a_batch_in_the_pool() -> None:
-    """Oracle: Python lists: sequences that grew in turns, some of their tokens each, one of them twice."""
+    """Oracle: Python lists: sequences that grew alternately, some of their tokens each, one of them twice."""
     cache = make_cache()
     for start in (0, 3):
         for seq_id, first in (("a", 100), ("b", 200), ("c", 300)):

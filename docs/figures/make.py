@@ -1,5 +1,6 @@
 """Write the figures of ARCHITECTURE.md beside this file: `pdm run figures`."""
 
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ FIGURES: dict[str, Callable[[], str]] = {"layers.svg": layers.draw, "token_path.
 
 
 def main() -> None:
-    """Write every figure."""
+    """Write every figure, and print which."""
+    ArgumentParser(prog="pdm run figures", description=__doc__).parse_args()
     for name, draw in FIGURES.items():
         (Path(__file__).parent / name).write_text(draw(), encoding="utf-8")
+        print(f"wrote docs/figures/{name}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Up to Python 3.11.7 and 3.12.1, `ast.parse` fails with "AST constructor recursion depth mismatch" when a
 second parse runs in the middle of the first (CPython issue 106905). That happens when garbage is collected
-meanwhile: a future whose error nobody asked for logs it as it goes, with a traceback, which Python parses
-to underline. A day about threads leaves many such futures when it fails, while pytest parses files to show
-the failures.
+meanwhile: a future that is destroyed with an unread error logs it with a traceback, which Python parses to
+underline. A day about threads leaves many such futures when it fails, while pytest parses files to show the
+failures.
 """
 
 import ast

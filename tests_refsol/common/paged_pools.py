@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 
-from common.toy_arrays import NOBODYS, floats
+from common.toy_arrays import EMPTY, floats
 
 
 @dataclass
@@ -29,14 +29,14 @@ def pool_of(
     dtype: mx.Dtype = mx.float32,
     seed: int = 0,
 ) -> Pool:
-    """`totals` random tokens in each table; places without a token hold `NOBODYS`."""
+    """`totals` random tokens in each table; places without a token hold `EMPTY`."""
     rng = np.random.default_rng(seed)
     allocator = BlockAllocator(sum(-(-total // block_size) for total in totals) + 2)
     allocator.allocate()  # another sequence's
     tables = [BlockTable(allocator, block_size) for _ in totals]
     for row in rng.permutation(np.repeat(np.arange(len(totals)), totals)):
         tables[row].append_tokens(1)
-    layer = np.full((2, allocator.num_blocks, kv_heads, block_size, size), NOBODYS, np.float32)
+    layer = np.full((2, allocator.num_blocks, kv_heads, block_size, size), EMPTY, np.float32)
     streams = []
     for table, total in zip(tables, totals, strict=True):
         tokens = floats(mx.array(rng.normal(size=(2, kv_heads, total, size)), dtype))

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-NOBODYS = 30.0  # fills slots without a token: large enough that a test notices when one is read
+EMPTY = 30.0  # fills slots without a token: large enough that a test notices when one is read
 
 
 def random_qkv(

@@ -15,7 +15,7 @@ from common.blocks import filled, table_of
 from common.examples import quick
 from common.numpy_oracles import causal_attention
 from common.paged_pools import SHAPES, Pool, pool_of, shaped_pool
-from common.toy_arrays import NOBODYS, floats, numbers, queries
+from common.toy_arrays import EMPTY, floats, numbers, queries
 
 # Task 1: pack_batch
 
@@ -80,7 +80,7 @@ def test_task_1_every_token_finds_its_slot_through_its_row(
 
 def test_task_2_a_token_sees_its_past_wherever_the_blocks_lie() -> None:
     """Oracle: by hand: 2, 4 and 9 are in blocks 2 and 0; with equal keys the means so far are 2, 3 and 5."""
-    values = numbers(9, NOBODYS, NOBODYS, NOBODYS, 2, 4)
+    values = numbers(9, EMPTY, EMPTY, EMPTY, 2, 4)
     batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 0, 3)])
     out = paged_attention(queries(1, 3), mx.zeros_like(values), values, batch, 1.0)
     assert out.shape == (1, 1, 3, 2)
@@ -92,7 +92,7 @@ def test_task_2_blocks_come_from_the_batchs_tables() -> None:
 
     Reading where `span.table` points is the mistake: the pool has no block 7.
     """
-    values = numbers(2, 4, 9, NOBODYS, NOBODYS, NOBODYS)
+    values = numbers(2, 4, 9, EMPTY, EMPTY, EMPTY)
     batch = pack_batch([Span(table_of([2, 7], 3, block_size=2), 0, 3)])
     batch = replace(batch, tables=mx.array([[0, 1]], mx.int32))
     out = paged_attention(queries(1, 3), mx.zeros_like(values), values, batch, 1.0)
@@ -111,7 +111,7 @@ def test_task_2_each_span_has_its_own_row_of_tables() -> None:
 
 def test_task_2_only_the_tokens_of_the_step_are_asked_for() -> None:
     """Oracle: by hand: the last two of three tokens; the first was computed before."""
-    values = numbers(9, NOBODYS, NOBODYS, NOBODYS, 2, 4)
+    values = numbers(9, EMPTY, EMPTY, EMPTY, 2, 4)
     batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 1, 3)])
     out = paged_attention(queries(1, 2), mx.zeros_like(values), values, batch, 1.0)
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [3, 5], rtol=1e-6)
@@ -119,7 +119,7 @@ def test_task_2_only_the_tokens_of_the_step_are_asked_for() -> None:
 
 def test_task_2_what_comes_later_is_not_seen() -> None:
     """Oracle: by hand: 9 and 7 are of the same sequence, and stand behind the two of this step."""
-    values = numbers(9, 7, NOBODYS, NOBODYS, 2, 4)
+    values = numbers(9, 7, EMPTY, EMPTY, 2, 4)
     batch = pack_batch([Span(table_of([2, 0], 4, block_size=2), 0, 2)])
     out = paged_attention(queries(1, 2), mx.zeros_like(values), values, batch, 1.0)
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3], rtol=1e-6)
@@ -127,7 +127,7 @@ def test_task_2_what_comes_later_is_not_seen() -> None:
 
 def test_task_2_every_span_has_a_past_of_its_own() -> None:
     """Oracle: by hand: 6 of one sequence, 1, 3 and 8 of another; the step has 1 and 2 tokens of them."""
-    values = numbers(1, 3, 6, NOBODYS, 8, NOBODYS)
+    values = numbers(1, 3, 6, EMPTY, 8, EMPTY)
     spans = [Span(table_of([1], 1, block_size=2), 0, 1), Span(table_of([0, 2], 3, block_size=2), 1, 3)]
     out = paged_attention(queries(1, 3), mx.zeros_like(values), values, pack_batch(spans), 1.0)
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [6, 2, 4], rtol=1e-6)
@@ -147,7 +147,11 @@ def test_task_2_small_numbers_of_two_heads() -> None:
     One sequence has 2, 4 and 9 in the first head, and ten times as much in the second; the other has 6 and 8.
     Heads and block places that change places, or a reshape before the swap, are the mistake.
     """
-    first = [[[9, NOBODYS], [90, NOBODYS]], [[6, 8], [60, 80]], [[2, 4], [20, 40]]]  # blocks, heads, places
+    first = [
+        [[9, EMPTY], [90, EMPTY]],
+        [[6, 8], [60, 80]],
+        [[2, 4], [20, 40]],
+    ]  # blocks, heads, places
     numbers = mx.array(first)
     values = mx.stack([numbers, -numbers], axis=-1)
     spans = [Span(table_of([2, 0], 3, block_size=2), 1, 3), Span(table_of([1], 2, block_size=2), 1, 2)]
@@ -235,7 +239,7 @@ def empty(
     num_blocks: int, kv_heads: int, block_size: int, size: int, dtype: mx.Dtype = mx.float32
 ) -> mx.array:
     """Keys or values of a pool in which no token is."""
-    return mx.full((num_blocks, kv_heads, block_size, size), NOBODYS, dtype)
+    return mx.full((num_blocks, kv_heads, block_size, size), EMPTY, dtype)
 
 
 def test_task_3_keys_and_values_go_to_their_slots_and_nothing_else_changes() -> None:
@@ -249,12 +253,12 @@ def test_task_3_keys_and_values_go_to_their_slots_and_nothing_else_changes() -> 
     k = mx.array([[[[1.0, 11], [2, 12], [3, 13]], [[4, 14], [5, 15], [6, 16]]]])  # [1, Hkv, T, D]
     q = mx.zeros((1, 2, 3, 2))
     _, keys, values = write_and_attend(q, k, k + 100, empty(5, 2, 2, 2), empty(5, 2, 2, 2), batch, 1.0)
-    expected = np.full((5, 2, 2, 2), NOBODYS, np.float32)
+    expected = np.full((5, 2, 2, 2), EMPTY, np.float32)
     expected[3, :, 1] = [[1, 11], [4, 14]]
     expected[1, :, 0] = [[2, 12], [5, 15]]
     expected[0, :, 0] = [[3, 13], [6, 16]]
     np.testing.assert_array_equal(np.array(keys), expected)
-    np.testing.assert_array_equal(np.array(values), np.where(expected == NOBODYS, NOBODYS, expected + 100))
+    np.testing.assert_array_equal(np.array(values), np.where(expected == EMPTY, EMPTY, expected + 100))
 
 
 def test_task_3_a_token_sees_itself() -> None:
@@ -295,7 +299,7 @@ def test_task_3_steps_fill_the_pool_and_every_one_is_right(shape: dict) -> None:
     (pool, heads), rng = shaped_pool(shape), np.random.default_rng(3)
     size, dtype = pool.keys.shape[-1], pool.keys.dtype
     stored_keys, stored_values = np.array(floats(pool.keys)), np.array(floats(pool.values))
-    keys, values = mx.full(pool.keys.shape, NOBODYS, dtype), mx.full(pool.keys.shape, NOBODYS, dtype)
+    keys, values = mx.full(pool.keys.shape, EMPTY, dtype), mx.full(pool.keys.shape, EMPTY, dtype)
     done = [0] * len(pool.tables)
     while any(now < table.num_tokens for now, table in zip(done, pool.tables, strict=True)):
         spans = []

@@ -13,7 +13,7 @@ from common.blocks import table_of
 from common.examples import quick
 from common.numpy_oracles import causal_attention
 from common.paged_pools import SHAPES, Pool, pool_of, shaped_pool
-from common.toy_arrays import NOBODYS, floats, numbers
+from common.toy_arrays import EMPTY, floats, numbers
 
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 3e-3, mx.bfloat16: 3e-2}  # of an output in that type
 
@@ -163,7 +163,7 @@ def last_tokens(pool: Pool, query: mx.array, scale: float) -> np.ndarray:
 def test_task_6_the_queries_are_the_last_tokens_of_their_tables() -> None:
     """Oracle: by hand: with equal keys, the means of 2, 4 and of 2, 4, 9; and of 6, 8 and of 6."""
     tables = [table_of([2, 0], 3, block_size=2), table_of([1], 2, block_size=2)]
-    values = {0: numbers(9, NOBODYS), 1: numbers(6, 8), 2: numbers(2, 4)}
+    values = {0: numbers(9, EMPTY), 1: numbers(6, 8), 2: numbers(2, 4)}
     pages = {block: PageBlock(mx.zeros((1, 2, 2)), value[0]) for block, value in values.items()}
     out = paged_attention_kernel(mx.ones((2, 1, 2, 2)), tables, pages, 2, 1.0)
     np.testing.assert_allclose(np.array(out)[:, 0, :, 0], [[3, 5], [6, 7]], rtol=1e-6)
@@ -181,7 +181,7 @@ def test_task_6_each_query_picks_one_token_of_its_row_and_head() -> None:
     pages = {}
     for block, tokens, keys in (
         (2, [2.0, 4.0], [first, second]),
-        (0, [9.0, NOBODYS], [neither, neither]),
+        (0, [9.0, EMPTY], [neither, neither]),
         (1, [6.0, 8.0], [first, second]),
     ):
         heads = mx.array([tokens, [10 * token for token in tokens]])
@@ -208,7 +208,7 @@ def test_task_6_a_scale_of_0_is_a_scale() -> None:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_task_6_mixed_lengths_heads_blocks_and_types(shape: dict, dtype: mx.Dtype) -> None:
-    """Oracle: each row alone and in one piece, NumPy in float64; the result has the type of the query."""
+    """Oracle: each row by itself and in one piece, NumPy in float64; the result has the type of the query."""
     pool, heads = shaped_pool(shape)
     block_size, size = pool.keys.shape[2:]
     for length in {1, min(shape["totals"])}:
@@ -229,7 +229,7 @@ def test_task_6_mixed_lengths_heads_blocks_and_types(shape: dict, dtype: mx.Dtyp
 def test_task_6_whatever_the_lengths(
     totals: list[int], length: int, block_size: int, groups: tuple[int, int]
 ) -> None:
-    """Oracle: each row alone and in one piece, NumPy in float64."""
+    """Oracle: each row by itself and in one piece, NumPy in float64."""
     pool = pool_of(totals, kv_heads=groups[1], block_size=block_size, size=4)
     query = mx.random.normal((len(totals), groups[0] * groups[1], length, 4), key=mx.random.key(1))
     out = paged_attention_kernel(query, pool.tables, in_pages(pool), block_size)
@@ -249,7 +249,7 @@ def test_task_6_scale_and_block_size_have_usual_values() -> None:
 
 
 def test_task_6_forks_read_the_pages_that_they_share() -> None:
-    """Oracle: each row alone."""
+    """Oracle: each row by itself."""
     pool = pool_of([10])
     query = mx.random.normal((2, 4, 2, 8), key=mx.random.key(3))
     tables = [pool.tables[0], pool.tables[0].fork()]

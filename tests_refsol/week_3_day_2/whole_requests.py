@@ -1,4 +1,4 @@
-"""Day 3.2, task 17: whole requests and searches, each with the answer that it gets alone."""
+"""Day 3.2, task 17: whole requests and searches, each with the answer that it gets by itself."""
 
 from collections.abc import Sequence
 

@@ -14,7 +14,7 @@ from tiny_llm.paged_kernel import Attended, PackedBatch, Span, pack_batch
 from tiny_llm.sliding_window import NOWHERE, WindowedContext, WindowedTable, windowed_attention
 
 from common.blocks import table_of as plain_table
-from common.toy_arrays import NOBODYS, floats, numbers, queries
+from common.toy_arrays import EMPTY, floats, numbers, queries
 from week_3_day_5.windowed_tables import seen_from
 
 # Task 6: windowed_attention
@@ -53,7 +53,7 @@ def test_task_6_a_token_sees_the_last_two_wherever_the_blocks_lie() -> None:
 
     Without a window they are 2, 3, 5 and 5; with one too large it is the fourth that tells.
     """
-    values = numbers(9, 5, NOBODYS, NOBODYS, 2, 4)
+    values = numbers(9, 5, EMPTY, EMPTY, 2, 4)
     out = windowed_attention(
         queries(1, 4), mx.zeros_like(values), values, packed([([2, 0], 0, 4)], 2), 1.0, 2
     )
@@ -63,7 +63,7 @@ def test_task_6_a_token_sees_the_last_two_wherever_the_blocks_lie() -> None:
 
 def test_task_6_only_the_tokens_of_the_step_are_asked_for() -> None:
     """Oracle: by hand: the last of four tokens, with windows of 1 to 5."""
-    values, batch = numbers(9, 5, NOBODYS, NOBODYS, 2, 4), packed([([2, 0], 3, 4)], 2)
+    values, batch = numbers(9, 5, EMPTY, EMPTY, 2, 4), packed([([2, 0], 3, 4)], 2)
     found = [
         windowed_attention(queries(1, 1), mx.zeros_like(values), values, batch, 1.0, window)[
             0, 0, 0, 0
@@ -75,7 +75,7 @@ def test_task_6_only_the_tokens_of_the_step_are_asked_for() -> None:
 
 def test_task_6_every_span_has_a_past_and_a_window_of_its_own() -> None:
     """Oracle: by hand: 6 of one sequence, then 1, 3 and 8 of another, of which the last two are asked for."""
-    values = numbers(1, 3, 6, NOBODYS, 8, NOBODYS)
+    values = numbers(1, 3, 6, EMPTY, 8, EMPTY)
     batch = packed([([1], 0, 1), ([0, 2], 1, 3)], 2)
     out = windowed_attention(queries(1, 3), mx.zeros_like(values), values, batch, 1.0, 2)
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [6, 2, 5.5], rtol=1e-6)
@@ -88,7 +88,7 @@ def test_task_6_a_block_behind_the_window_is_not_read(hole: int) -> None:
     Reading everything and giving what is not seen a weight of zero is the mistake: 0 * NaN is NaN.
     """
     nan = float("nan")
-    values = numbers(9, 5, NOBODYS, NOBODYS, 2, 4, nan, nan)
+    values = numbers(9, 5, EMPTY, EMPTY, 2, 4, nan, nan)
     batch = packed([([1, 2, 0], 4, 6)], 2)
     batch = replace(batch, tables=mx.array([[hole, 2, 0]], mx.int32))
     out = windowed_attention(queries(1, 2), values, values, batch, 0.0, 3)
@@ -97,7 +97,7 @@ def test_task_6_a_block_behind_the_window_is_not_read(hole: int) -> None:
 
 def test_task_6_a_chunk_reads_what_its_first_token_sees() -> None:
     """Oracle: by hand: 1, 2, 4, 8, 16 with a window of 2, the last three: what the last one sees is less."""
-    values = numbers(1, 2, 4, 8, 16, NOBODYS)
+    values = numbers(1, 2, 4, 8, 16, EMPTY)
     out = windowed_attention(
         queries(1, 3), mx.zeros_like(values), values, packed([([0, 1, 2], 2, 5)], 2), 1.0, 2
     )
@@ -140,7 +140,7 @@ class Pool:
         lengths = [-(-total // self.block_size) for total in self.totals]
         ids = iter((1 + rng.permutation(sum(lengths))).tolist())
         self.blocks = [[next(ids) for _ in range(length)] for length in lengths]
-        layer = np.full((2, sum(lengths) + 2, kv_heads, self.block_size, self.size), NOBODYS, np.float32)
+        layer = np.full((2, sum(lengths) + 2, kv_heads, self.block_size, self.size), EMPTY, np.float32)
         layer[:, -1] = np.nan
         self.streams = []
         for total, blocks in zip(self.totals, self.blocks, strict=True):
@@ -288,7 +288,7 @@ MIXED = (LayerGroup((1, 4), None), LayerGroup((0, 2), 3), LayerGroup((3,), 6), L
 def write_over(pool: KVPool, block: int) -> None:
     """Somebody else has the block now, and writes to all of it."""
     slots = mx.arange(block * pool.block_size, (block + 1) * pool.block_size)
-    others = mx.full((pool.block_size, 2, 8), NOBODYS)
+    others = mx.full((pool.block_size, 2, 8), EMPTY)
     for layer in range(2):
         pool.write(layer, slots, others, others)
 
