@@ -12,36 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 from .errors import CourseError
 from .house import House
+from .interfaces import Interface, constructor, first_line, is_keyword_only, said_of_field, shown
 from .source import Function, functions
 from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 PRIVATE = re.compile(r"\._(?!_)")
 CHECKPOINTS = "tiny_llm_checkpoints"  # the package under the reference that exercises call
-MOST_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
-FIELDS_SHOWN = 3
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 
 
 # A member of a class: its module, its name with the class, and its function, annotation or value.
 Member = tuple[str, str, ast.stmt | ast.expr]
-
-
-class Interface(NamedTuple):
-    """One thing that may be used. name: `function`, `Class` or `Class.member`; says: its docstring's first
-    line, of a field the sentence that its class's docstring has for it."""
-
-    module: str
-    name: str
-    signature: str
-    says: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.signature}{f': {self.says}' if self.says else ''}"
 
 
 def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
@@ -195,21 +180,21 @@ class Reference:
                 raise CourseError(f"there is no {module}.{name}")
             node = self.defined(*where)
             if isinstance(node, ast.ClassDef):
-                made_from = _constructor(node, self._keyword_bases(where[0], node))
-                return Interface(module, name, f"{name}{made_from}", _first_line(node))
-            return _shown(module, name, node)
+                made_from = constructor(node, self._keyword_bases(where[0], node))
+                return Interface(module, name, f"{name}{made_from}", first_line(node))
+            return shown(module, name, node)
         found = self.member(Kind(module, owner), member)
         if found is None:
             raise CourseError(f"there is no {module}.{name}")
-        shown = _shown(module, name, found[2])
+        interface = shown(module, name, found[2])
         holder = self.defined(found[0], found[1].rpartition(".")[0])
-        return shown._replace(says=shown.says or _said_of_field(holder, member))
+        return interface._replace(says=interface.says or said_of_field(holder, member))
 
     def _keyword_bases(self, module: str, node: ast.ClassDef) -> set[str]:
         """The bases of a class that are made from keyword-only fields."""
         kinds = {ast.unparse(base): self.kind(module, base) for base in node.bases}
         defined = {name: self.defined(kind.module, kind.name) for name, kind in kinds.items() if kind}
-        return {name for name, base in defined.items() if base is not None and _is_keyword_only(base)}
+        return {name for name, base in defined.items() if base is not None and is_keyword_only(base)}
 
     def _named(self, where: tuple[str, str] | None) -> Kind | None:
         """The kind of a class, or of what stands behind another name for a type."""
@@ -436,95 +421,3 @@ def _is_below(module: str) -> bool:
 def _parsed(file: Path, changed: int) -> ast.Module:
     """changed: when the file was written, so that another version is read anew."""
     return ast.parse(file.read_text(encoding="utf-8") if changed else "")
-
-
-def _shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
-    """Signature and first line of a function, type of a field."""
-    if isinstance(node, Function):
-        is_field = any(_is_name(decorator, "property") for decorator in node.decorator_list)
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
-        shown = (
-            f": {ast.unparse(node.returns)}"
-            if is_field and node.returns
-            else f"({_arguments(node)}){returns}"
-        )
-        return Interface(module, name, f"{name}{shown}", _first_line(node))
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its first value
-        return Interface(module, name, f"{name}: {type(node.value).__name__}", "")
-    if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
-        return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
-    return Interface(module, name, name, "")
-
-
-def _constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
-    """`(a, *, b)`: what a class is made from; nothing for an error or a protocol."""
-    for part in node.body:
-        if isinstance(part, Function) and part.name == "__init__":
-            return f"({_arguments(part)})"
-    decorators = [ast.unparse(one) for one in node.decorator_list]
-    bases = [ast.unparse(base) for base in node.bases]
-    if not any("dataclass" in one for one in decorators) and "NamedTuple" not in bases:
-        return ""
-    named = [base for base in bases if "NamedTuple" not in base and "Generic" not in base]
-    places = [f"the fields of {base}" for base in named if base not in keyword_bases]
-    keywords = [f"the fields of {base}" for base in named if base in keyword_bases]
-    fields = _fields(node)
-    num_shown = len(fields)
-    if num_shown > MOST_FIELDS:
-        num_shown = max(FIELDS_SHOWN, sum(one.is_required for one in fields))
-    for one in fields[:num_shown]:
-        (keywords if one.by_name else places).append(one.name + ("" if one.is_required else " = ..."))
-    rest = ["..."] if num_shown < len(fields) else []
-    return f"({', '.join([*places, *(['*', *keywords] if keywords else []), *rest])})"
-
-
-class _Field(NamedTuple):
-    """A field of a class that a constructor takes. by_name: only as a keyword."""
-
-    name: str
-    is_required: bool
-    by_name: bool
-
-
-def _fields(node: ast.ClassDef) -> list[_Field]:
-    """The annotated fields of a class, in order."""
-    found, is_keyword = [], _is_keyword_only(node)
-    for one in (part for part in node.body if isinstance(part, ast.AnnAssign)):
-        if ast.unparse(one.annotation).endswith("KW_ONLY"):
-            is_keyword = True
-            continue
-        by_name = _says_keyword_only(one.value, otherwise=is_keyword)
-        found.append(_Field(ast.unparse(one.target), one.value is None, by_name))
-    return found
-
-
-def _is_keyword_only(node: ast.stmt) -> bool:
-    """Whether a class is a dataclass with `kw_only=True`."""
-    return isinstance(node, ast.ClassDef) and any(
-        _says_keyword_only(one, otherwise=False) for one in node.decorator_list
-    )
-
-
-def _says_keyword_only(call: ast.expr | None, *, otherwise: bool) -> bool:
-    """What `dataclass(kw_only=...)` or `field(kw_only=...)` says; `otherwise` where it says nothing."""
-    said = [one.value for one in call.keywords if one.arg == "kw_only"] if isinstance(call, ast.Call) else []
-    return ast.unparse(said[0]) == "True" if said else otherwise
-
-
-def _arguments(node: Function) -> str:
-    arguments = ast.unparse(node.args)
-    return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
-
-
-def _said_of_field(node: ast.stmt | None, name: str) -> str:
-    """The sentence `name: text` of a class's docstring; one may be about several fields, `a, b: text`."""
-    text = (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef) else ""
-    about = rf"(?:^|[.;] )(?:\w+, )*{name}(?:, \w+)*: (.+?)(?=\.(?: |$)|; \w+: )"
-    found = re.search(about, " ".join(text.split()))
-    return found[1] if found else ""
-
-
-def _first_line(node: Function | ast.ClassDef) -> str:
-    """The first sentence of a docstring."""
-    text = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
-    return re.split(r"\.\s+(?=[A-Z`])", text)[0].rstrip(".")

@@ -6,8 +6,9 @@ from pathlib import Path
 from .cpp import RULE, job, sources
 from .errors import CourseError
 from .house import House
+from .interfaces import Interface
 from .legend import legend
-from .may_use import Interface, may_use, unit_may_use
+from .may_use import may_use, unit_may_use
 from .progress import Result, State, is_untouched, result, state
 from .source import STAND_INS, functions, names_in, with_blank, without
 from .starter import Begun

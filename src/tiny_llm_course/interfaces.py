@@ -1,0 +1,118 @@
+"""An interface as it is shown to a learner: its signature, and the one line that its docstring has for it.
+
+Knows Python source and nothing of exercises: which interfaces one may use is for `may_use` to say.
+"""
+
+import ast
+import re
+from typing import NamedTuple
+
+from .source import Function
+
+MOST_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
+FIELDS_SHOWN = 3
+
+
+class Interface(NamedTuple):
+    """One thing that may be used. name: `function`, `Class` or `Class.member`; says: its docstring's first
+    line, of a field the sentence that its class's docstring has for it."""
+
+    module: str
+    name: str
+    signature: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.signature}{f': {self.says}' if self.says else ''}"
+
+
+def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
+    """Show a function by its signature and first line, and a field by its type."""
+    if isinstance(node, Function):
+        is_field = "property" in map(ast.unparse, node.decorator_list)
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
+        typed = (
+            f": {ast.unparse(node.returns)}"
+            if is_field and node.returns
+            else f"({_arguments(node)}){returns}"
+        )
+        return Interface(module, name, f"{name}{typed}", first_line(node))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its first value
+        return Interface(module, name, f"{name}: {type(node.value).__name__}", "")
+    if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
+        return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
+    return Interface(module, name, name, "")
+
+
+def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
+    """`(a, *, b)`: what a class is made from; nothing for an error or a protocol."""
+    for part in node.body:
+        if isinstance(part, Function) and part.name == "__init__":
+            return f"({_arguments(part)})"
+    decorators = [ast.unparse(one) for one in node.decorator_list]
+    bases = [ast.unparse(base) for base in node.bases]
+    if not any("dataclass" in one for one in decorators) and "NamedTuple" not in bases:
+        return ""
+    named = [base for base in bases if "NamedTuple" not in base and "Generic" not in base]
+    places = [f"the fields of {base}" for base in named if base not in keyword_bases]
+    keywords = [f"the fields of {base}" for base in named if base in keyword_bases]
+    fields = _fields(node)
+    num_shown = len(fields)
+    if num_shown > MOST_FIELDS:
+        num_shown = max(FIELDS_SHOWN, sum(one.is_required for one in fields))
+    for one in fields[:num_shown]:
+        (keywords if one.by_name else places).append(one.name + ("" if one.is_required else " = ..."))
+    rest = ["..."] if num_shown < len(fields) else []
+    return f"({', '.join([*places, *(['*', *keywords] if keywords else []), *rest])})"
+
+
+class _Field(NamedTuple):
+    """A field of a class that a constructor takes. by_name: only as a keyword."""
+
+    name: str
+    is_required: bool
+    by_name: bool
+
+
+def _fields(node: ast.ClassDef) -> list[_Field]:
+    """The annotated fields of a class, in order."""
+    found, is_keyword = [], is_keyword_only(node)
+    for one in (part for part in node.body if isinstance(part, ast.AnnAssign)):
+        if ast.unparse(one.annotation).endswith("KW_ONLY"):
+            is_keyword = True
+            continue
+        by_name = _says_keyword_only(one.value, otherwise=is_keyword)
+        found.append(_Field(ast.unparse(one.target), one.value is None, by_name))
+    return found
+
+
+def is_keyword_only(node: ast.stmt) -> bool:
+    """Whether a class is a dataclass with `kw_only=True`."""
+    return isinstance(node, ast.ClassDef) and any(
+        _says_keyword_only(one, otherwise=False) for one in node.decorator_list
+    )
+
+
+def _says_keyword_only(call: ast.expr | None, *, otherwise: bool) -> bool:
+    """What `dataclass(kw_only=...)` or `field(kw_only=...)` says; `otherwise` where it says nothing."""
+    said = [one.value for one in call.keywords if one.arg == "kw_only"] if isinstance(call, ast.Call) else []
+    return ast.unparse(said[0]) == "True" if said else otherwise
+
+
+def _arguments(node: Function) -> str:
+    arguments = ast.unparse(node.args)
+    return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
+
+
+def said_of_field(node: ast.stmt | None, name: str) -> str:
+    """The sentence `name: text` of a class's docstring; one may be about several fields, `a, b: text`."""
+    text = (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef) else ""
+    about = rf"(?:^|[.;] )(?:\w+, )*{name}(?:, \w+)*: (.+?)(?=\.(?: |$)|; \w+: )"
+    found = re.search(about, " ".join(text.split()))
+    return found[1] if found else ""
+
+
+def first_line(node: Function | ast.ClassDef) -> str:
+    """The first sentence of a docstring."""
+    text = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
+    return re.split(r"\.\s+(?=[A-Z`])", text)[0].rstrip(".")
