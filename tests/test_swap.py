@@ -281,6 +281,39 @@ class CopyingFailedError(Exception):
     """The fault."""
 
 
+def test_found_blocks_that_a_window_skips_on_the_way_back_are_idle_again() -> None:
+    """Only the cache holds them then: uncounted, they could never be evicted."""
+    groups = group_layers((None, 5))
+    those = policies(True, True, groups, 1000)
+    manager = PagedBatchManager(
+        200, 3, 6, max_batched_tokens=64, max_model_len=99, policies=those, groups=groups
+    )
+    params, prompt = SamplingParams(max_tokens=20, ignore_eos=True), list(range(36))
+    manager.add_request(prompt, "long", params)
+    step_and_check(manager)
+    manager.add_request([*prompt[:12], 99], "short", params)
+    step_and_check(manager)
+    long = manager.sequence("long")
+    manager._scheduler._preempt(long, Plan())
+    assert long.swapped is not None
+    manager.finish("short")
+    streams, first = [long.stream_of(group, 12) for group in range(2)], long.swapped.tables[1].first
+    while manager.prefix.longest_hit(streams, 0, 12) >= first:
+        manager.prefix.evict(1)
+    assert manager.prefix.longest_hit(streams, 0, 12) == 4, (
+        "what the short one has left; the window is behind"
+    )
+    step_and_check(manager)
+    assert long.state is SequenceState.RUNNING
+
+
+def step_and_check(manager: PagedBatchManager) -> None:
+    """One step, whose tokens are all 500."""
+    for seq_id in manager.process_batch():
+        manager.commit({seq_id: 500})
+    check_pages(manager)
+
+
 @pytest.mark.parametrize("direction", ["out", "in"])
 @pytest.mark.parametrize("cancelled", ["old0", "old2", "three", ""])
 def test_copies_that_were_not_made_are_nobodys_keys(
