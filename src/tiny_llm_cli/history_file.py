@@ -5,7 +5,7 @@ not an error: the history then lasts for one conversation.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +37,13 @@ def open_history(path: Path) -> History:
 
 
 class _LastingHistory(FileHistory):
-    """A `FileHistory` that goes on without its file if writing fails, for example on a full disk."""
+    """A `FileHistory` that goes on without its file if that fails, for example on a full disk."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return super().load_history_strings()
+        except OSError:
+            return ()
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
