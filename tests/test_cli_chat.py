@@ -143,6 +143,31 @@ def test_piped_text_loses_its_byte_order_mark_and_carriage_returns(
 # ---- chat, a conversation ----
 
 
+class Keyboard(io.StringIO):
+    """Standard input that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "kept"),
+    [([], None, True), (["--no-history"], None, False), ([], "0", False), (["--history"], "0", True)],
+)
+def test_the_history_can_be_turned_off(
+    cli: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], variable: str | None, kept: bool
+) -> None:
+    keeps: list[bool] = []
+    monkeypatch.setattr(
+        chat_loop, "converse_at_terminal", lambda conversation, keeps_history: keeps.append(keeps_history)
+    )
+    monkeypatch.setattr(sys, "stdin", Keyboard())
+    if variable is not None:
+        monkeypatch.setenv("TINY_LLM_CHAT_HISTORY", variable)
+    assert cli("chat", *options, stdin=None) == Ended(0, "", "")
+    assert keeps == [kept]
+
+
 class Typed:
     """Texts that a user types, an exception standing for its key. Then Ctrl-D."""
 

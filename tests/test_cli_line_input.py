@@ -4,11 +4,13 @@ Keys go through a pipe into the line editor; no terminal is needed.
 """
 
 import os
+import pwd
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -222,6 +224,9 @@ def test_the_history_is_in_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert history_path() == tmp_path / ".local" / "state" / "tiny-llm" / "chat_history"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError("no such user")))
+    assert history_path() is None
 
 
 # ---- word wrap ----

@@ -5,8 +5,6 @@ import sys
 from contextlib import closing
 from typing import Protocol
 
-from prompt_toolkit.history import History, InMemoryHistory
-
 from tiny_llm import RequestFailedError
 
 from .chat_commands import ChatCommands, is_command
@@ -30,7 +28,7 @@ class Lines(Protocol):
 
 def converse_at_terminal(conversation: Conversation, *, keeps_history: bool) -> None:
     """Hold a conversation at this process's terminal. keeps_history: read and write the history file."""
-    history: History = open_history(history_path()) if keeps_history else InMemoryHistory()
+    history = open_history(history_path() if keeps_history else None)
     with quiet_terminal(sys.stdin.fileno()):
         converse(conversation, LineInput(history))
 

@@ -15,14 +15,19 @@ MAX_ENTRIES = 1000
 MAX_CHARACTERS = 1 << 20
 
 
-def history_path() -> Path:
-    """`chat_history` in the user's state folder: $XDG_STATE_HOME/tiny-llm, or ~/.local/state/tiny-llm."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    return state / "tiny-llm" / "chat_history"
+def history_path() -> Path | None:
+    """`chat_history` in $XDG_STATE_HOME/tiny-llm or ~/.local/state/tiny-llm; None without a home folder."""
+    state = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"))
+    return state / "tiny-llm" / "chat_history" if state.is_absolute() else None
 
 
-def open_history(path: Path) -> History:
-    """The history in a file; creates it with mode 0600, and drops its oldest entries beyond the limits."""
+def open_history(path: Path | None) -> History:
+    """The history in a file; creates it with mode 0600, and drops its oldest entries beyond the limits.
+
+    path: None for a history without a file.
+    """
+    if path is None:
+        return InMemoryHistory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _make_private(path)
