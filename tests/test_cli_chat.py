@@ -286,7 +286,7 @@ def test_commands_are_explained(llm: LLM, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().err
     names = ("/system", "/stats", "/retry", "/reset", "/save", "/load", "/help", "/exit", "/quit", "Ctrl-C")
     assert [name for name in names if name not in shown] == []
-    assert conversation.exchanges == []
+    assert questions(conversation) == []
 
 
 @pytest.mark.parametrize("command", ["/exit", "/quit", "/bye", "/EXIT", "/exit "])
@@ -355,7 +355,7 @@ def test_stats_count_the_tokens_of_the_last_answer(llm: LLM, capsys: pytest.Capt
     assert stats.num_cached_tokens % 16 == 0  # whole blocks
     assert stats.ttft is not None
     assert stats.ttft > 0
-    assert "No answer yet." in shown
+    assert "(no answer yet)" in shown
     assert f"{len(prompt)} tokens, {stats.num_cached_tokens} from the prefix cache" in shown
     assert "tokens/s" in shown
     assert f"{stats.num_tokens} of 1,024 tokens" in shown
@@ -372,12 +372,27 @@ def test_retry_replaces_the_last_answer(llm: LLM) -> None:
         assert conversation.exchanges[1] != first.exchanges[1]
 
 
+def test_a_retry_stopped_before_its_first_token_keeps_the_old_answer(
+    monkeypatch: pytest.MonkeyPatch, llm: LLM
+) -> None:
+    conversation = talk(llm, "Name a colour.")
+    before = list(conversation.exchanges)
+
+    def interrupted(*_: Any) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(llm, "stream", interrupted)
+    converse(conversation, Typed("/retry"))
+    assert conversation.exchanges == before
+
+
 def test_retry_without_randomness_says_that_nothing_will_change(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk(llm, "/retry", "Name a colour.", "/retry")
     shown = capsys.readouterr().err
-    assert "No answer yet." in shown
+    assert "(no question yet)" in shown
     assert "at temperature 0 the answer will be the same" in shown
 
 
@@ -435,6 +450,12 @@ def filled(llm: LLM, *, num_exchanges: int = 6, **params: Any) -> Conversation:
     return conversation
 
 
+def without(llm: LLM, num_dropped: int) -> Conversation:
+    conversation = filled(llm)
+    conversation.exchanges = conversation.exchanges[num_dropped:]
+    return conversation
+
+
 def num_tokens(llm: LLM, conversation: Conversation, question: str) -> int:
     messages = [*conversation.messages, {"role": "user", "content": question}]
     return len(llm.chat_template.encode(messages, llm.tokenizer))
@@ -460,11 +481,11 @@ def test_no_more_exchanges_are_dropped_than_leave_half_of_the_context_free(
     context = num_tokens(llm, conversation, "Next?") + 7
     monkeypatch.setattr(llm, "max_model_len", context)
     prompt = conversation.prepare("Next?")
-    assert prompt.num_dropped > 0
-    assert len(prompt.token_ids) == num_tokens(llm, conversation, "Next?") <= context // 2
-    one_more = filled(llm)
-    one_more.exchanges = one_more.exchanges[prompt.num_dropped - 1 :]
-    assert num_tokens(llm, one_more, "Next?") > context // 2
+    dropped = prompt.num_dropped
+    assert dropped > 0
+    assert prompt.exchanges == conversation.exchanges[dropped:]
+    assert len(prompt.token_ids) == num_tokens(llm, without(llm, dropped), "Next?") <= context // 2
+    assert num_tokens(llm, without(llm, dropped - 1), "Next?") > context // 2
 
 
 def test_a_conversation_that_just_fits_drops_nothing(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:

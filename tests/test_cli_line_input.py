@@ -146,7 +146,7 @@ def test_lines_pasted_after_a_question_wait_for_enter(
 
 
 def lines_of(file: Path, keyboard: PipeInput) -> LineInput:
-    """A line editor in a conversation of its own."""
+    """A line editor with its own history, as a new conversation has."""
     return LineInput(open_history(file), keyboard, DummyOutput())
 
 

@@ -1,4 +1,4 @@
-"""The `tiny-llm` command in processes of its own: pipes, signals, and a terminal."""
+"""The `tiny-llm` command in separate processes: pipes, signals, and a pseudo-terminal."""
 
 import json
 import os
@@ -51,13 +51,13 @@ READING = "\x1b[?2004h"  # the line editor turns marked pastes on: it reads keys
 
 
 class Terminal:
-    """A command in a terminal of its own: type to it, and wait for what it shows."""
+    """A command in a new pseudo-terminal: type to it, and wait for what it shows."""
 
     def __init__(self, *arguments: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             attributes = termios.tcgetattr(0)
-            attributes[3] |= termios.NOFLSH  # Ctrl-C drops neither what was typed nor what is to be shown
+            attributes[3] |= termios.NOFLSH  # Ctrl-C discards neither pending input nor pending output
             termios.tcsetattr(0, termios.TCSANOW, attributes)
             os.environ["TERM"] = "xterm"
             os.execv(COMMAND[0], [*COMMAND, *arguments])
@@ -173,7 +173,7 @@ def test_the_next_conversation_has_the_history_of_the_last() -> None:
         terminal = Terminal("chat")
         terminal.wait_for(READING)
         terminal.type(keys)
-        terminal.wait_for("No answer yet.")
+        terminal.wait_for("(no answer yet)")
         terminal.wait_for(READING)
         terminal.type("\x04")
         assert terminal.end() == 0

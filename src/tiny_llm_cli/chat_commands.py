@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .answer_stats import stats_text
-from .conversation import Conversation
+from .conversation import Conversation, Prompt
 from .line_input import unquoted
 from .saved_chat import read_messages, write_messages
 
@@ -23,10 +23,10 @@ before it. What you type during an answer is kept for the next question, but not
 
 @dataclass(frozen=True)
 class Outcome:
-    """What follows a command: a text to show, a question to ask, or the end of the conversation."""
+    """What follows a command: a text to show, a prompt to answer, or the end of the conversation."""
 
     text: str = ""
-    question: str | None = None
+    prompt: Prompt | None = None
     leaves: bool = False
 
 
@@ -81,7 +81,7 @@ class ChatCommands:
         except OSError as error:
             return Outcome(f"{argument}: {error.strerror or error}")
         except ValueError as error:
-            return Outcome(str(error))
+            return Outcome(f"({error})")
 
     def _system(self, text: str) -> Outcome:
         if not text:
@@ -92,14 +92,11 @@ class ChatCommands:
 
     def _stats(self, _: str) -> Outcome:
         stats = self._conversation.stats
-        return Outcome("No answer yet." if stats is None else stats_text(stats, self._conversation.context))
+        return Outcome("(no answer yet)" if stats is None else stats_text(stats, self._conversation.context))
 
     def _retry(self, _: str) -> Outcome:
-        question = self._conversation.retract()
-        if question is None:
-            return Outcome("No answer yet.")
         same = "(at temperature 0 the answer will be the same; see --temperature)"
-        return Outcome(same if self._conversation.is_greedy else "", question)
+        return Outcome(same if self._conversation.is_greedy else "", self._conversation.prepare_retry())
 
     def _reset(self, _: str) -> Outcome:
         self._conversation.reset()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tiny_llm import RequestFailedError
 
-from .chat_commands import ChatCommands, is_command
+from .chat_commands import ChatCommands, Outcome, is_command
 from .conversation import Conversation, Prompt
 from .ctrl_c import CtrlC
 from .history_file import history_path, open_history
@@ -23,7 +23,7 @@ class Lines(Protocol):
         """Wait for a text. Raises EOFError at the end and KeyboardInterrupt for Ctrl-C."""
 
     def keep_typed_as_draft(self) -> None:
-        """Make what was typed since the last `read` the beginning of the next text, not sent yet."""
+        """Let the next text start with what was typed since the last `read`; Enter in it sends nothing."""
 
 
 def converse_at_terminal(conversation: Conversation, *, keeps_history: bool) -> None:
@@ -41,16 +41,12 @@ def converse(conversation: Conversation, lines: Lines) -> None:
     while True:
         try:
             text = lines.read()
-            if is_command(text):
-                outcome = commands.run(text)
-                if outcome.leaves:
-                    return
-                _show(outcome.text)
-                question = outcome.question
-            else:
-                question = unquoted(text)
-            if question:
-                _reply(conversation, question)
+            outcome = commands.run(text) if is_command(text) else _asked(conversation, unquoted(text))
+            if outcome.leaves:
+                return
+            _show(outcome.text)
+            if outcome.prompt is not None:
+                _reply(conversation, outcome.prompt)
                 lines.keep_typed_as_draft()
         except EOFError:
             return
@@ -59,14 +55,21 @@ def converse(conversation: Conversation, lines: Lines) -> None:
             hint = ""
 
 
-def _reply(conversation: Conversation, question: str) -> None:
+def _asked(conversation: Conversation, question: str) -> Outcome:
+    """The prompt for a question, or why it cannot be asked; nothing for an empty question."""
+    try:
+        return Outcome(prompt=conversation.prepare(question) if question else None)
+    except ValueError as error:
+        return Outcome(f"tiny-llm: error: {error}")
+
+
+def _reply(conversation: Conversation, prompt: Prompt) -> None:
     """Stream one answer. An error ends the answer and is shown; the conversation goes on."""
     was_nearly_full = conversation.is_nearly_full
+    if prompt.num_dropped:
+        exchanges = "exchange" if prompt.num_dropped == 1 else f"{prompt.num_dropped} exchanges"
+        _show(f"(dropped the oldest {exchanges} to fit the context of {conversation.context:,} tokens)")
     try:
-        prompt = conversation.prepare(question)
-        if prompt.num_dropped:
-            exchanges = "exchange" if prompt.num_dropped == 1 else f"{prompt.num_dropped} exchanges"
-            _show(f"(dropped the oldest {exchanges} to fit the context of {conversation.context:,} tokens)")
         was_stopped = _stream(conversation, prompt)
     except KeyboardInterrupt:
         print(flush=True)

@@ -1,6 +1,6 @@
 """A conversation with a model: its messages, its answers as they stream, and its place in the context.
 
-Knows nothing of the terminal.
+It does not know about the terminal.
 """
 
 from bisect import bisect_left
@@ -25,12 +25,13 @@ class Exchange(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A question and the token ids of the prompt that ends with it.
+    """A question, the exchanges before it, and the token ids of both.
 
-    num_dropped: how many exchanges were dropped to make the prompt fit.
+    num_dropped: how many older exchanges had to be left out.
     """
 
     question: str
+    exchanges: Sequence[Exchange]
     token_ids: list[int]
     num_dropped: int
 
@@ -44,7 +45,7 @@ class Conversation:
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
         self.system = system
-        self.exchanges: list[Exchange] = []
+        self.exchanges: Sequence[Exchange] = ()
         self.cut_short: str | None = None
         self.stats: AnswerStats | None = None
         self._llm = llm
@@ -73,14 +74,14 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything except the system message."""
-        self.exchanges = []
+        self.exchanges = ()
         self.stats = self.cut_short = None
 
     def set_system(self, text: str | None) -> None:
         """Set the system message; None removes it. Raises ValueError if the chat template rejects it."""
         before, self.system = self.system, text
         try:
-            self._encode([], "Hello")
+            self._encode((), "Hello")
         except ValueError:
             self.system = before
             raise
@@ -100,32 +101,25 @@ class Conversation:
         pairs = zip(rest[::2], rest[1::2], strict=True)
         self.exchanges = [Exchange(question["content"], answer["content"]) for question, answer in pairs]
 
-    def retract(self) -> str | None:
-        """Remove the last exchange and return its question, to be asked again; None if there is none.
+    def prepare(self, question: str) -> Prompt:
+        """Make the prompt for `question`; drop the oldest exchanges if they leave too little for the answer.
 
-        The next answer is drawn with another seed.
+        If any must be dropped, enough are dropped to leave half of the context free: dropping changes
+        the start of the prompt, so the prefix cache no longer helps and the whole prompt is computed again.
+
+        Raises ValueError, with advice, if the question does not fit even without exchanges.
+        """
+        return self._fit(self.exchanges, question)
+
+    def prepare_retry(self) -> Prompt:
+        """Make the prompt for the last question again; its new answer replaces the old one.
+
+        The next answers are drawn with another seed. Raises ValueError if there is no question yet.
         """
         if not self.exchanges:
-            return None
+            raise ValueError("no question yet")
         self._num_retries += 1
-        return self.exchanges.pop().question
-
-    def prepare(self, question: str) -> Prompt:
-        """Make the prompt for `question`. Drops the oldest exchanges if it leaves too little for the answer.
-
-        When exchanges must go, enough of them go to leave half of the context free: each drop changes the
-        start of the prompt, so the prefix cache no longer helps and the whole prompt is computed again.
-
-        Raises ValueError, with advice, if the question does not fit even without exchanges; then none is
-        dropped.
-        """
-        tokens = self._encode(self.exchanges, question)
-        if len(tokens) <= self._most_prompt_tokens:
-            return Prompt(question, tokens, num_dropped=0)
-        self._check_fits(self._encode([], question))
-        num_dropped = self._num_to_drop(question)
-        self.exchanges = self.exchanges[num_dropped:]
-        return Prompt(question, self._encode(self.exchanges, question), num_dropped)
+        return self._fit(self.exchanges[:-1], self.exchanges[-1].question)
 
     @property
     def is_nearly_full(self) -> bool:
@@ -135,7 +129,7 @@ class Conversation:
     def answer(self, prompt: Prompt) -> Generator[TextDelta, None, None]:
         """Stream the answer to a prepared prompt. Closing the generator stops the answer.
 
-        The exchange is kept with the text that has arrived, unless there is none.
+        The question joins the exchanges, with the text that has arrived, once there is any.
         """
         left = self.context - len(prompt.token_ids)
         params = self._limited_params(left)
@@ -154,7 +148,7 @@ class Conversation:
             num_cached = self._llm.engine.stats.prefix_cache_hits - hits_before
             self.stats = meter.stats(len(prompt.token_ids), num_cached)
             if text:
-                self.exchanges.append(Exchange(prompt.question, text))
+                self.exchanges = [*prompt.exchanges, Exchange(prompt.question, text)]
 
     @property
     def _most_prompt_tokens(self) -> int:
@@ -176,17 +170,23 @@ class Conversation:
         messages = [*self._messages(exchanges), {"role": "user", "content": question}]
         return template.encode(messages, self._llm.tokenizer)
 
-    def _num_to_drop(self, question: str) -> int:
+    def _fit(self, exchanges: Sequence[Exchange], question: str) -> Prompt:
+        tokens = self._encode(exchanges, question)
+        if len(tokens) <= self._most_prompt_tokens:
+            return Prompt(question, exchanges, tokens, num_dropped=0)
+        self._check_fits(self._encode((), question))
+        num_dropped = self._num_to_drop(exchanges, question)
+        kept = exchanges[num_dropped:]
+        return Prompt(question, kept, self._encode(kept, question), num_dropped)
+
+    def _num_to_drop(self, exchanges: Sequence[Exchange], question: str) -> int:
         """The fewest exchanges to drop that leave half of the context free, or at least enough to answer."""
-        counts = range(len(self.exchanges) + 1)
+        counts = range(len(exchanges) + 1)
         for most in (self.context // 2, self._most_prompt_tokens):
-            count = bisect_left(counts, True, key=lambda n: self._num_tokens_without(n, question) <= most)
+            count = bisect_left(counts, -most, key=lambda n: -len(self._encode(exchanges[n:], question)))
             if count < len(counts):
                 return count
-        return len(self.exchanges)
-
-    def _num_tokens_without(self, num_dropped: int, question: str) -> int:
-        return len(self._encode(self.exchanges[num_dropped:], question))
+        return len(exchanges)
 
     def _check_fits(self, tokens: list[int]) -> None:
         if len(tokens) >= self.context:

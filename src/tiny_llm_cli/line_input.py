@@ -60,9 +60,9 @@ class LineInput:
         return self._session.prompt()
 
     def keep_typed_as_draft(self) -> None:
-        """Make all that was typed since the last `read` the beginning of the next text, not sent yet.
+        """Let the next text start with what was typed since the last `read`; Enter in it sends nothing.
 
-        Enter becomes a line break, or nothing at the end; other keys do what they always do.
+        Enter becomes a line break, or nothing at the end. Other keys work as usual.
         """
         keys = get_typeahead(self._input)
         while more := self._input.read_keys():
