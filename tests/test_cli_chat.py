@@ -352,7 +352,6 @@ def test_stats_count_the_tokens_of_the_last_answer(llm: LLM, capsys: pytest.Capt
     assert stats.num_prompt_tokens == len(prompt)
     assert stats.num_answer_tokens == len(expected.outputs[0].token_ids)
     assert 0 < stats.num_cached_tokens < len(prompt)
-    assert stats.num_cached_tokens % 16 == 0  # whole blocks
     assert stats.ttft is not None
     assert stats.ttft > 0
     assert "(no answer yet)" in shown

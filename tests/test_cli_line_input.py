@@ -133,6 +133,16 @@ def test_what_is_typed_during_an_answer_waits_for_enter(
     assert read(after) == text
 
 
+def test_ctrl_d_during_an_answer_is_the_end_after_it(
+    read: Read, keyboard: PipeInput, lines: LineInput
+) -> None:
+    read(f"a question{ENTER}")
+    keyboard.send_text(CTRL_D)
+    lines.keep_typed_as_draft()
+    with pytest.raises(EOFError):
+        lines.read()
+
+
 def test_lines_pasted_after_a_question_wait_for_enter(
     read: Read, keyboard: PipeInput, lines: LineInput
 ) -> None:

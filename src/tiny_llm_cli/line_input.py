@@ -62,7 +62,8 @@ class LineInput:
     def keep_typed_as_draft(self) -> None:
         """Let the next text start with what was typed since the last `read`; Enter in it sends nothing.
 
-        Enter becomes a line break, or nothing at the end. Other keys work as usual.
+        Enter becomes a line break, or nothing at the end. Other keys work as usual: Ctrl-D still ends the
+        conversation if nothing else was typed.
         """
         keys = get_typeahead(self._input)
         while more := self._input.read_keys():
