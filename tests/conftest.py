@@ -1,9 +1,9 @@
-"""What all tests share: how much is run and in how many processes, and the kernels' state restored after each test.
+"""What all tests share: how much is run, in how many processes, and fixtures.
 
-By default a run takes a few minutes: the whole suite is spread over the cores, properties draw few examples, and
-tests marked `deep` are left out. Continuous integration also runs `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`:
-the left-out tests, and every test that draws its examples, with four times as many. Both draw the same examples in
-every run. `HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
+By default a run takes a few minutes: the suite is spread over the cores, properties draw few examples, and
+tests marked `deep` are left out. Continuous integration adds `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`:
+the tests that were left out, and every property with four times as many examples. Both draw the same examples
+in every run; `HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
 """
 
 import os
@@ -11,9 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # as many processes as cores: threads of theirs would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would wait for each other
     for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # before a library reads it
 
@@ -53,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Spread the whole suite over several processes; tests chosen by file run in this one, where a debugger works."""
+    """Spread the whole suite over processes; tests chosen by file run in this one, where a debugger works."""
     option = config.option
     chosen = any(".py" in argument for argument in config.args)
     if chosen or option.usepdb or getattr(option, "numprocesses", 0) is not None:
@@ -63,7 +61,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the properties as `drawn`, and refuse two tests with one id: processes that share the tests lose one."""
+    """Mark properties as `drawn`, and refuse two tests with the same id: parallel runs would lose one."""
     for item in items:
         if item.get_closest_marker("hypothesis"):
             item.add_marker("drawn")

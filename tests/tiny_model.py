@@ -24,7 +24,7 @@ EOS = 7
 
 
 def examples(ci: int, quick: int | None = None) -> int:
-    """How many examples a property draws: `ci` in continuous integration, by default `quick` or a quarter of it."""
+    """The number of examples of a property: `ci` in CI; by default `quick`, or a quarter of `ci`."""
     profile = os.environ.get("HYPOTHESIS_PROFILE", "quick")
     return {"quick": quick or -(-ci // 4), "ci": ci, "deep": 20 * ci}[profile]
 
