@@ -1,19 +1,15 @@
 """What all tests share: how much is run, in how many processes, and fixtures.
 
 By default a run takes a few minutes: the suite is spread over the cores, properties draw few examples, and
-tests marked `deep` are left out. Continuous integration adds `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`:
-the tests that were left out, and every property with four times as many examples. Both draw the same examples
-in every run; `HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
+tests marked `deep` are left out. CI adds `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`: those tests, and
+every property with four times as many examples. Both draw the same examples in every run;
+`HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
 """
 
 import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would wait for each other
-    for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")  # before a library reads it
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,13 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Spread the whole suite over processes; tests chosen by file run in this one, where a debugger works."""
+    """Spread the whole suite over processes; tests chosen by file run in this one, where a debugger works.
+
+    A process gets one thread: more threads than cores would wait for each other.
+    """
     option = config.option
-    chosen = any(".py" in argument for argument in config.args)
-    if chosen or option.usepdb or getattr(option, "numprocesses", 0) is not None:
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    option.numprocesses, option.dist = min(cores, MOST_PROCESSES), "worksteal"
+    if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        option.numprocesses, option.dist = min(cores, MOST_PROCESSES), "worksteal"
+    if option.numprocesses:
+        for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
