@@ -21,7 +21,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class KVPool:
-    """`num_blocks` blocks of `block_size` tokens in every layer, with `num_heads` heads of size `head_dim`."""
+    """`num_blocks` blocks of `block_size` tokens in every layer: `num_heads` heads of size `head_dim`."""
 
     def __init__(
         self,

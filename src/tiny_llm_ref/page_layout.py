@@ -37,7 +37,7 @@ class PageLayout:
         return [kind(allocator, self.block_size) for kind in kinds]
 
     def streams(self, salt: str) -> list[TokenBlocks]:
-        """Return empty token streams for a sequence, one for each group, each with a different hash."""
+        """Return empty token streams for a sequence, one for each group; each has other hashes."""
         salts = [salt] if len(self.groups) == 1 else [f"{i} {salt}" for i in range(len(self.groups))]
         return [TokenBlocks(self.block_size, salt) for salt in salts]
 
@@ -48,7 +48,7 @@ class PageLayout:
     def blocks_to_come(self, sequence: PagedSequence, num_tokens: int) -> int:
         """Return how many free blocks a sequence may still take while it grows to `num_tokens` tokens.
 
-        Blocks that its windows pass do not count as free: another table may share them.
+        Blocks that its windows will release are not counted as free: other tables may hold them too.
         """
         more = max(0, num_tokens - sequence.num_computed)
         pairs = zip(self.groups, sequence.tables, strict=True)
