@@ -30,7 +30,7 @@ class SearchState:
         self._has_ended = False
 
     def begin(self, core: EngineCore) -> None:
-        """Queue the search in the engine. Raises what `add_beam_search` raises; ValueError if called twice."""
+        """Queue the search. Raises what `add_beam_search` raises, and ValueError if called twice."""
         refuse_second_time(self, self._core)
         self._search = core.add_beam_search(self.request_id, list(self._prompt), self._params)
         self._core = ref(core)
