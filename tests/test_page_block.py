@@ -275,7 +275,7 @@ def test_pages_that_are_not_alike_are_refused(other: mx.array) -> None:
     made = make_sequences([9])
     block = made.tables[0].blocks[2]
     made.pages[block] = PageBlock(other, other + 0)
-    with pytest.raises(ValueError, match=f"alike: .* block {block} is"):
+    with pytest.raises(ValueError, match=f"one shape and type: .* block {block} is"):
         made.attend()
 
 

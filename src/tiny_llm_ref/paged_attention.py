@@ -225,9 +225,8 @@ class BlockTable:
         [31, 168, 169]
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise ValueError(
-                f"positions {start} to {stop} are not within the table's {self.num_tokens} tokens"
-            )
+            wanted = f"positions {start} to {stop}"
+            raise ValueError(f"{wanted} are not within the table's {self.num_tokens} tokens")
         size = self.block_size
         return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
 

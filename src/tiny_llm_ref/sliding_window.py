@@ -301,12 +301,12 @@ class WindowedContext:
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
         """Run x [1, T, E] through one compiled block -> [1, T, E]; write its keys and values to the pool."""
-        index, step, window = self._where[layer]
-        lent = self._pool.lend(index)
+        pool_layer, step, window = self._where[layer]
+        lent = self._pool.lend(pool_layer)
         out, *pools = block(
             x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale, window
         )
-        self._pool.put_back(index, *pools)
+        self._pool.put_back(pool_layer, *pools)
         compute_meanwhile(layer, out)
         return out
 
