@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .paged_attention import BlockAllocator, BlockCopy, BlockTable
 from .parameter_checks import MOST_COUNT, MOST_SALT_CHARACTERS, flag, number, text, whole_number
 
-MOST_PENALTY = 10  # num_tokens ** 10 and num_tokens ** -10 are still floats above 0
+MAX_LENGTH_PENALTY = 10  # num_tokens ** 10 and num_tokens ** -10 are still floats above 0
 
 
 def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -> None:
@@ -138,7 +138,9 @@ class BeamSearchParams:
             "beam_width": whole_number("beam_width", self.beam_width, 1),
             "max_tokens": whole_number("max_tokens", self.max_tokens, 1),
             "ignore_eos": flag("ignore_eos", self.ignore_eos),
-            "length_penalty": number("length_penalty", self.length_penalty, -MOST_PENALTY, MOST_PENALTY),
+            "length_penalty": number(
+                "length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY
+            ),
             "cache_salt": text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS),
             "priority": whole_number("priority", self.priority, -MOST_COUNT),
         }

@@ -12,7 +12,7 @@ from .paged_batch import PagedBatchManager
 from .sequence import PagedSequence, SequenceState
 from .sliding_window import first_block
 
-MOST_WAITING = 256  # waiting sequences that are shown, which bounds the cost of a look
+MAX_WAITING_SHOWN = 256  # waiting sequences that are shown, which bounds the cost of a look
 
 
 class BlockEventKind(Enum):
@@ -66,8 +66,8 @@ class SequenceView(NamedTuple):
 class PoolChange(NamedTuple):
     """The changes of a step: events of blocks, new or changed sequences, and ids of those that ended.
 
-    Only the first `MOST_WAITING` waiting sequences are shown. One that others push out of these is listed in
-    `ended`, and appears again later.
+    Only the first `MAX_WAITING_SHOWN` waiting sequences are shown. One that others push out of these is
+    listed in `ended`, and appears again later.
     """
 
     events: list[BlockEvent]
@@ -118,7 +118,10 @@ class BlockWatch:
 
     def _views(self) -> dict[str, SequenceView]:
         """Return views of the running sequences, oldest first, and of the first waiting ones."""
-        shown: Iterable[PagedSequence] = (*self._manager.running, *self._manager.first_waiting(MOST_WAITING))
+        shown: Iterable[PagedSequence] = (
+            *self._manager.running,
+            *self._manager.first_waiting(MAX_WAITING_SHOWN),
+        )
         return {sequence.seq_id: _view(sequence) for sequence in shown}
 
     def _copies(self, holders: dict[int, int]) -> list[BlockEvent]:

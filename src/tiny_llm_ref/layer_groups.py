@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 # Groups get the size of the most frequent kind of layer if it is less than this many times the rarest's.
-MOST_WASTE = 1.25
+MAX_SIZE_RATIO = 1.25
 
 
 class LayerGroup(NamedTuple):
@@ -34,13 +34,16 @@ class LayerGroup(NamedTuple):
 def group_layers(windows: Seq[int | None]) -> tuple[LayerGroup, ...]:
     """Divide the layers 0 .. len(windows) - 1 into groups of one window each, layers without a window first.
 
-    A kind is all layers with the same window. A group has as many layers as the rarest kind, or as the most
-    frequent kind if they differ by less than `MOST_WASTE`. The last group of a kind may have fewer layers; it
-    leaves part of its blocks empty.
+    A kind is all layers with the same window. A group has as many layers as the rarest kind; or as many as
+    the most frequent kind, if that is less than `MAX_SIZE_RATIO` times as large. The last group of a kind may
+    have fewer layers; it leaves part of its blocks empty.
+
+    >>> [tuple(group) for group in group_layers([512, 512, None, 512, 512, None])]
+    [((2, 5), None), ((0, 1), 512), ((3, 4), 512)]
     """
     counts = Counter(windows)
     fewest, most = min(counts.values()), max(counts.values())
-    size = most if most < MOST_WASTE * fewest else fewest
+    size = most if most < MAX_SIZE_RATIO * fewest else fewest
     groups = []
     for window in sorted(counts, key=lambda window: window or 0):
         layers = tuple(layer for layer, other in enumerate(windows) if other == window)

@@ -20,12 +20,12 @@ from .paged_attention import BlockTable
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-LAYERS_AT_ONCE = 2
+LAYERS_PER_EVAL = 2
 
 
-def compute_meanwhile(layer: int, out: mx.array) -> None:
+def start_computing(layer: int, out: mx.array) -> None:
     """Let MLX compute the layers so far, while Python builds the graph of the next ones."""
-    if layer % LAYERS_AT_ONCE == 0:
+    if layer % LAYERS_PER_EVAL == 0:
         mx.async_eval(out)  # type: ignore[no-untyped-call]
 
 
@@ -210,7 +210,7 @@ class PagedContext:
         """Write k and v [1, Hkv, T, D] to the pool, then attend with q [1, H, T, D] -> [1, H, T, D]."""
         attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
         self._pool.put_back(layer, attended.keys, attended.values)
-        compute_meanwhile(layer, attended.out)
+        start_computing(layer, attended.out)
         return attended.out
 
     @property
@@ -223,5 +223,5 @@ class PagedContext:
         step, lent = self._batch, self._pool.lend(layer)
         out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
         self._pool.put_back(layer, *pools)
-        compute_meanwhile(layer, out)
+        start_computing(layer, out)
         return out

@@ -15,7 +15,7 @@ from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .kv_pool import KVPool
 from .layer_groups import LayerGroup
 from .paged_attention import BlockAllocator, BlockTable
-from .paged_kernel import Attended, PackedBatch, compute_meanwhile, write_and_attend
+from .paged_kernel import Attended, PackedBatch, start_computing, write_and_attend
 
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
@@ -307,7 +307,7 @@ class WindowedContext:
             x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale, window
         )
         self._pool.put_back(pool_layer, *pools)
-        compute_meanwhile(layer, out)
+        start_computing(layer, out)
         return out
 
     def _compute(self, layer: int, attended: Attended) -> None:
@@ -319,4 +319,4 @@ class WindowedContext:
         if not use_compiled():
             mx.eval(attended)
         else:
-            compute_meanwhile(layer, attended.out)
+            start_computing(layer, attended.out)
