@@ -9,10 +9,10 @@ import mlx.core as mx
 def softmax(x: mx.array) -> mx.array:
     """Turn each row of scores into weights that sum to 1: e^x divided by the row's sum of e^x.
 
-    x [..., S] -> [..., S], along the last axis; rows do not influence each other. Scores of 1000 must not
-    overflow, although e^1000 is inf in float32, even if the scores of another row are near 0. A score of -inf
-    gets a weight of exactly 0, so a row with one finite score and -inf elsewhere gives exactly 1 there and
-    exactly 0 elsewhere. A row of only -inf need not be handled.
+    x [..., S] -> [..., S], along the last axis; rows do not influence each other. e^1000 is inf in float32,
+    but scores of 1000 must not overflow; another row of the same array may have scores near 0. A score of
+    -inf gets a weight of exactly 0, so a row with one finite score and -inf elsewhere gives exactly 1 there
+    and exactly 0 elsewhere. A row of only -inf need not be handled.
 
     The weights have x's type, but compute the sum in float32: the largest float16 is 65504, so in float16 a
     row of 100,000 equal scores has a sum of inf, and weights of 0 instead of 0.00001. MLX sums in the type of

@@ -33,14 +33,16 @@ class TransformerBlock:
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
         """Run attention, then the MLP, on the stream x [B, L, E] -> [B, L, E].
 
-        Attention reads the stream normalised with `input_layernorm`; call it with the context too. Its output
-        is added to the stream. The MLP reads that sum normalised with `post_attention_layernorm`; its output
-        is added to the sum. The stream itself is never normalised: if both halves return 0, the result is x.
-        Both norms use `eps`. In the example attention returns its input, and the MLP returns 0.
+        Call attention with the stream, normalised with `input_layernorm`, and the context; add its output to
+        the stream. Call the MLP with that sum, normalised with `post_attention_layernorm`; add its output to
+        the sum. The stream itself is never normalised: if both parts return 0, the result is x. Both norms
+        use `eps`.
+
+        In the example attention returns its input, and the MLP returns 0.
 
         >>> ones, no_mlp = mx.ones(2), mx.zeros_like
         >>> block = TransformerBlock(lambda x, context: x, no_mlp, ones, ones, 0.0)
-        >>> block(mx.array([[[4.0, 4.0]]]), None).tolist()
+        >>> block(mx.array([[[4.0, 4.0]]]), None).tolist()  # (4, 4), plus (1, 1) from attention
         [[[5.0, 5.0]]]
         """
         x = x + self.self_attn(rms_norm(x, self.input_layernorm, self.eps), context)

@@ -25,7 +25,7 @@ def share_budget(wants: Seq[int], budget: int) -> list[int]:
 
     `wants` is not changed. Raises ValueError for a negative want or budget.
 
-    >>> share_budget([5, 1, 9, 1], 10)
+    >>> share_budget([5, 1, 9, 1], 10)  # both decodes, the prompt of 5, and a chunk of 3
     [5, 1, 3, 1]
     """
     if budget < 0 or any(want < 0 for want in wants):

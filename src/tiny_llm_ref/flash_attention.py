@@ -78,7 +78,8 @@ def flash_attention(
     scores may be in either type.
 
     >>> q, values = mx.ones((1, 1, 2, 1)), mx.array([[[[2.0], [4.0], [9.0]]]])
-    >>> flash_attention(q, mx.zeros((1, 1, 3, 1)), values, scale=1.0, causal=True, tile=2).tolist()
+    >>> keys = mx.zeros((1, 1, 3, 1))  # all scores are 0, so the results are means: of 2, 4, and of 2, 4, 9
+    >>> flash_attention(q, keys, values, scale=1.0, causal=True, tile=2).tolist()
     [[[[3.0], [5.0]]]]
     """
     B, H, L, D = q.shape

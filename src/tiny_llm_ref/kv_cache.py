@@ -14,7 +14,7 @@ from .model import Model
 
 
 def attention_without_cache(prompt_len: int, gen_len: int) -> int:
-    """Count the keys computed per head and layer (values: as many) if every pass computes all of them anew.
+    """Count the keys computed per head and layer if every pass recomputes all of them; values: as many.
 
     The formula is the course text's. It counts one pass over the prompt, and for each generated token
     s = 1 .. gen_len one pass over prompt_len + s tokens, which computes all their keys again. With
@@ -36,7 +36,7 @@ def attention_with_cache(prompt_len: int, gen_len: int) -> int:
 
 
 class CachedContext:
-    """Consecutive forward passes over one sequence; each sees the keys and values of all passes before it.
+    """The context of consecutive forward passes over one sequence; each sees the tokens of all before it.
 
     Before each pass, call `begin_pass`; then run the model with this context. The model calls `attend` once
     for each layer. scale: the factor of the attention scores (`ModelConfig.attention_scale`).
@@ -92,7 +92,7 @@ class CachedContext:
 def generate_with_cache(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
-    """Continue `tokens` greedily: the tokens of `generate` (day 1.6), with each key computed once.
+    """Continue `tokens` greedily; yield the same tokens as `generate` (day 1.6), but compute each key once.
 
     Makes one `CachedContext` with `model.config.attention_scale`. The model takes token ids [1, L] and the
     context, and returns logits [1, R, vocab_size], a row for each of the context's R `logit_rows`. The first

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+"""The feed-forward network of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
 from dataclasses import dataclass
 

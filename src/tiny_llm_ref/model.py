@@ -1,7 +1,7 @@
-"""The decoder: look up the tokens, run the blocks, normalise, project to logits. The same file in every week.
+"""The decoder: look up the tokens, run the blocks, normalise, project to logits.
 
-It knows nothing of caches, pages, batches or quantization: its matrices are objects that the loader made, and
-it hands keys and values to the context.
+It knows nothing of caches, pages, batches or quantization, so all weeks of the course use the same model: its
+matrices are objects that the loader made, and it hands keys and values to the context.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Model:
     lm_head: LinearLike
 
     def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
-        """Compute the logits of the next token: token ids [B, L] int32 -> [B, R, vocab_size].
+        """Compute the logits of next tokens: token ids [B, L] int32 -> [B, R, vocab_size].
 
         Turn the tokens into vectors, pass these through every layer with the context, then through the last
         norm (with `config.rms_norm_eps`) and `lm_head`.
@@ -65,7 +65,7 @@ class Model:
         >>> from types import SimpleNamespace as Some
         >>> table = Linear(mx.array([[4.0, 4.0], [-2.0, 2.0]]))  # two tokens, and no layers
         >>> model = Model(Some(rms_norm_eps=0.0), table, (), mx.ones(2), table)
-        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()
+        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()  # normalised: (1, 1) and (-1, 1)
         [[[8.0, 0.0], [0.0, 4.0]]]
         """
         x = self.embed_tokens.rows(tokens)  # [B, L, E]

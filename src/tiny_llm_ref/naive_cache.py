@@ -121,9 +121,9 @@ def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: 
     bytes for all caches; only whole caches count. `max_seq_len` and `token_bytes` are at least 1; do not
     check this.
 
-    A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted` gives
-    each other sequence one cache, whether or not all of these caches fit into the memory at once. It is 0.0
-    if every sequence is refused, or if there are none.
+    A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted` counts
+    one cache for each other sequence, whether or not all of these caches fit into the memory at once. It is
+    0.0 if every sequence is refused, or if there are none.
 
     In the example the caches of 500 tokens hold 100 and 300: 600 of 1,000 places are wasted.
 

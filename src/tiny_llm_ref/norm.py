@@ -21,7 +21,8 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     squared is inf, and 0.001 squared keeps hardly a digit. The result has x's type, even if the weight is
     float32 (in MLX float16 times float32 is float32).
 
-    >>> rms_norm(mx.array([[0.0, 0.0, 0.0, 8.0]]), mx.array([1.0, 1.0, 1.0, 10.0]), 0.0).tolist()
+    >>> row = mx.array([[0.0, 0.0, 0.0, 8.0]])  # its root mean square is sqrt(64 / 4) = 4
+    >>> rms_norm(row, mx.array([1.0, 1.0, 1.0, 10.0]), 0.0).tolist()
     [[0.0, 0.0, 0.0, 20.0]]
     """
     wide = x.astype(mx.float32)

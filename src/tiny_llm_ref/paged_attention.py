@@ -14,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """Copy the first `length` tokens of block `src` to block `dst`, before anything is written to either."""
+    """A copy to make: the first `length` tokens of block `src` to `dst`, before either is written to."""
 
     src: int
     dst: int
@@ -173,11 +173,11 @@ class BlockTable:
 
         Returns the copies that the pool must make before the new tokens are written: at most one, a copy on
         write. It is needed if there are new tokens and the last block is partly filled and has another
-        holder: both holders would write their next token to the same place. Then allocate a block, put it in
-        the shared block's place in `blocks`, free this table's reference to the shared block, and return the
-        copy from the shared block to the new one. Its length is the number of tokens that the table had in
-        the shared block: the old `num_tokens % block_size`. A full block is never written again, so it is
-        never copied.
+        holder: the new tokens' places in that block belong to the other holder too. In that case allocate a
+        block, put it in the shared block's place in `blocks`, free this table's reference to the shared
+        block, and return the copy from the shared block to the new one. Its length is the number of tokens
+        that the table had in the shared block: the old `num_tokens % block_size`. A full block is never
+        written again, so it is never copied.
 
         0 new tokens change nothing; do not check for a negative number. All or nothing: raises
         `OutOfBlocksError`, and changes nothing, if fewer blocks are free than `blocks_to_append` returns.

@@ -49,8 +49,8 @@ class PrefixCachingKVCache(PagedKVCache):
 
         Raises, checked in this order: KeyError for an unknown prefix; ValueError if the sequence id is in
         `tables` already, or for fewer tokens than the prefix has; `OutOfBlocksError` if too few blocks are
-        free. After an error nothing has changed. When `allocate` raises, the fork is in `tables` already and
-        holds the prefix's blocks: remove it and free its references (`free_sequence` does both).
+        free. After an error nothing has changed. But when `allocate` raises, the fork is in `tables` already
+        and holds the prefix's blocks: remove it and free its references (`free_sequence` does both).
 
         >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> prefix = cache.get_or_create_prefix("system", 6)

@@ -37,8 +37,8 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
     """Keep the smallest set of likeliest tokens whose probabilities sum to at least p: logits [V] -> [V].
 
-    All other logits become -inf. Probabilities are the softmax of the given logits, so tokens that an earlier
-    filter removed have none. p is above 0 and at most 1.
+    All other logits become -inf. Probabilities are the softmax of the given logits, so a token that an
+    earlier filter removed has a probability of 0. p is above 0 and at most 1.
 
     Go from the likeliest token to the unlikeliest: a token stays if the probabilities before it sum to less
     than p. So the likeliest token always stays. Tokens as likely as the last one that stays also stay. A
@@ -86,6 +86,8 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
 
     The only randomness is u: the same seed and index give the same token, whatever is drawn in between.
 
+    The example shows pairs of 1 - u and the token.
+
     >>> probabilities = mx.array([0.25, 0.5, 0.0, 0.25])  # cumulative: 0.25, 0.75, 0.75, 1
     >>> [(round(1 - uniform(7, i), 2), draw(mx.log(probabilities), 7, i).item()) for i in range(4)]
     [(0.15, 0), (0.21, 0), (0.83, 3), (0.67, 1)]
@@ -114,12 +116,12 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
     - divide by `params.temperature`;
     - filter by `params.min_p`; 0 is off;
     - filter by `params.top_k`; 0 and -1 are off;
-    - filter by `params.top_p`; 1 is off: do not call `keep_top_p`, which removes a few tokens at 1;
+    - filter by `params.top_p`; 1 is off;
     - draw with the seed and the index.
 
-    If a filter is off, do not call it. Each filter gets the previous one's logits, so the probabilities of
-    the remaining tokens sum to 1 again. Return the mx.array: `int(...)` or `.item()` here would make MLX
-    compute now, once for each row of the batch.
+    Do not call a filter that is off: `keep_top_p` at 1 could remove unlikely tokens. Each filter gets the
+    logits that the previous one returned, so the probabilities of the remaining tokens sum to 1 again. Return
+    the mx.array: `int(...)` or `.item()` here would make MLX compute now, once for each row of the batch.
 
     >>> logits = mx.array([1.0, 4.0, 3.0])
     >>> sample_token(logits, SamplingParams(temperature=0), seed=1, index=0).item()
@@ -226,7 +228,7 @@ def adjust_logits(
     outputs: Seq[int],
     end_token_ids: Iterable[int],
 ) -> mx.array:
-    """Apply `min_tokens`, bias and penalties in vLLM's order: logits [V] -> [V], to choose a token from.
+    """Apply `min_tokens`, bias and penalties to logits [V], in vLLM's order; return the changed logits [V].
 
     end_token_ids: tokens that would end the sequence. They are forbidden until the sequence has `min_tokens`
     outputs.
