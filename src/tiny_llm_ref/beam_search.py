@@ -189,7 +189,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many of a beam's likeliest tokens `advance` needs: enough even if the likeliest all end it."""
+        """How many of each beam's likeliest tokens `advance` needs: `beam_width` that continue, others end."""
         return self.params.beam_width * (1 + len(self._eos))
 
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:

@@ -181,6 +181,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         4. Call `mx.eval` once, on the `k_cache` and `v_cache` of all caches in these slots, and on the logits
            if R > 0. MLX is lazy: without this, the work of all prompts would pile up in one growing graph.
            With R = 0 do not evaluate the model's result, so that no logits are computed.
+        5. Return the logits without the batch axis, or None if R is 0.
 
         >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, model=None)
         >>> manager.add_request([5, 6, 7], "a")
@@ -272,7 +273,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         return Capacity(self.max_slots, self.max_seq_len, len(self._free), nbytes)
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
-        """Fork a leader whose prompt is computed; return it and the forks, which get copies of its caches."""
+        """Return a ready sequence and, if it is a leader, its new forks, each with a copy of its caches."""
         sequences = self._queues.fork(leader)
         for fork in sequences[1:]:
             self._take_slot(fork)

@@ -52,8 +52,7 @@ def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_sta
     0 copies nothing.
 
     Raises ValueError, and copies nothing, if a range is not within its page (the given `_check_range` does
-    this), or if the pages differ in heads, D or type: MLX would silently broadcast one head to all, and
-    round.
+    this), or if the pages differ in heads, D or type: MLX would silently broadcast one head to all, or round.
 
     >>> def page(*tokens): return PageBlock(*(mx.array(tokens, mx.float32).reshape(1, -1, 1) for _ in "kv"))
     >>> one, other = page(1, 2, 3, 4), page(7, 8, 9)

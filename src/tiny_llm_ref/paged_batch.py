@@ -188,8 +188,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
            `_layout.context` makes the context from the pool; (`sequence.tables`, start, stop) of each chunk;
            the model's `config.attention_scale`; the R indices as an int32 array, even if R is 0. (A
            `PagedContext` would be right only as long as every sequence has one table.)
-        6. If R > 0, call `pool.start(logits)` and return the logits. It starts to compute them and all
-           writes to the pool, without waiting; sampling waits for the logits.
+        6. If R > 0, call `pool.start(logits)` and return the logits, without the batch axis. `start` begins
+           to compute them and all writes to the pool, and does not wait; sampling waits for the logits.
         7. If R is 0, because every chunk leaves its prompt unfinished, call `pool.evaluate()`, which computes
            the writes now, and return None.
 
@@ -221,7 +221,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     def process_batch(self) -> StepLogits:
         """Schedule and run one step; return the logits of every sequence that is ready for its next token.
 
-        Call these five methods once each, in an order that you find from what they do and need:
+        Call these five methods once each. Their order follows from what they do and need:
 
         - `_scheduler.computed(plan)`: makes the plan's full blocks shareable by content. They must have been
           computed: if the model raises, none of them may be shared. (Call it without a model too.)
@@ -339,7 +339,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             pool.fill_from(self._swap_pool, [(host, block) for block, host in plan.swapped_in.items()])
 
     def _fork(self, leader: PagedSequence) -> list[PagedSequence]:
-        """Fork a leader whose prompt is computed; return it and its forks, which share its logits and pages.
+        """Return a ready sequence and, if it is a leader, its new forks, which share its logits and pages.
 
         A beam is not forked here: `advance` does that.
         """

@@ -14,7 +14,7 @@ class NewestFirst:
     """Admits a sequence if its known tokens and one more block fit; preempts the newest sequence."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """Return for how many of the sequence's tokens, from the first, blocks must be reserved at admission.
+        """Return how many of the sequence's tokens, from the first, need reserved blocks when it is admitted.
 
         That is all known tokens (`num_tokens`: prompt and outputs, computed or not), plus one block
         (`table.block_size` tokens), so that its first output does not preempt another sequence at once; but

@@ -85,7 +85,7 @@ class TokenBlocks:
         return self.tail(0)
 
     def tail(self, first: int) -> "TokenBlocks":
-        """Return a stream of the blocks from `first` on: its block 0 is block `first`, parent included."""
+        """Return a stream of the blocks from `first` on; its block 0 has the parent of block `first`."""
         other = TokenBlocks(self.block_size)
         other._root, other.tokens, other.hashes = self.parent(first), self.tokens[first:], self.hashes[first:]
         return other
@@ -116,12 +116,12 @@ class PrefixCache:
 
     Every block of the pool is in one of four states; `allocator.ref_count` counts its holders:
 
-    - free: no holder. If a table allocates it, it is private.
-    - private: held by tables only. `add` makes it in use; if the last table releases it, it is free.
-    - in use: held by the cache and by at least one table. If the last table releases it, `released` makes it
-      idle.
-    - idle: held by the cache only, and in the queue. `share` or `exchange` makes it in use again; `evict`
-      makes it free.
+    - free: no holder. When a table allocates it, it becomes private.
+    - private: held by tables only. With `add` it becomes in use; when the last table releases it, free.
+    - in use: held by the cache and by at least one table. When the last table releases it, `released` makes
+      it idle.
+    - idle: held by the cache only, and in the queue. With `share` or `exchange` it becomes in use again; with
+      `evict`, free.
 
     "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
     The queue holds exactly the idle blocks, in the order of eviction. As long as no window (day 3.5) has
@@ -283,8 +283,11 @@ class PrefixCache:
         up `stream.hashes[index]` in `_kept`.
 
         The check, for an index above 0: the table's previous block, `table.blocks[index - 1]`, must be kept
-        under the hash `stream.parent(index)` (see `_hash_of`). If it is not kept, or under another hash,
-        return: neither this block nor any later one is kept.
+        under the hash `stream.parent(index)` (see `_hash_of`). Read its id from the table now, because the
+        previous index may have exchanged it. If it is not kept, or under another hash, return: neither this
+        block nor any later one is kept.
+
+        The look-up has three cases:
 
         - If the hash is not kept, `add` the table's block.
         - If a block with the same tokens and parent is kept (`is_block`), `exchange` the table's block for
@@ -292,7 +295,7 @@ class PrefixCache:
         - If a block with other tokens or another parent is kept, the table keeps its own block, and the cache
           does not.
 
-        Two cases in which the check fails, for a table with the blocks 4 and 9:
+        Two examples in which the check fails, for a table with the blocks 4 and 9:
 
         - A collision: block 3 is kept, with other tokens, under the hash of this text's block 0. Block 4
           stays in the table and is not kept. Block 9 must not be kept either, because the hash before it

@@ -164,12 +164,12 @@ class PagedSequence(Sequence):
 
     @property
     def num_uncomputed(self) -> int:
-        """The number of tokens to compute; with parked beams, only of those tokens that all beams share."""
+        """The number of tokens to compute; while beams are parked, only tokens that all beams share count."""
         return (self.num_tokens if self.parked is None else self.parked.num_shared) - self.num_computed
 
     @property
     def num_shareable(self) -> int:
-        """The number of tokens, from the first, that may come from the prefix cache: all but the last."""
+        """The number of tokens, from the first, that the prefix cache may provide: all but the last one."""
         return self.num_computed + self.num_uncomputed - 1
 
     @property

@@ -26,8 +26,8 @@ NOWHERE = -1  # in a kernel's table: a block that was released, which must not b
 def first_visible(position: int, window: int) -> int:
     """Return the first position that the query at `position` sees.
 
-    The query sees `window` tokens, including its own; fewer near the start of the text, where positions
-    would be negative. Raises ValueError for a window below 1, at any position.
+    The query sees `window` tokens, including its own; near the start of the text there are fewer, so the
+    result is never below 0. Raises ValueError for a window below 1, at any position.
 
     >>> first_visible(5, 3), first_visible(1, 3), first_visible(7, 1)
     (3, 0, 7)
@@ -265,9 +265,9 @@ class WindowedContext:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store k and v [1, Hkv, T, D] of a layer, then attend with q [1, H, T, D] -> [1, H, T, D].
 
-        The pool has one layer for the first layers of all groups, one for the second layers, and so on: each
-        group writes to different blocks, so they never overwrite each other. Therefore use the layer's index
-        in its group, from `_where`, where the pool asks for a layer:
+        The pool has one layer for the first layers of all groups, one for the second layers, and so on; the
+        groups write to different blocks, so they never overwrite each other. So the pool's layer is `index`,
+        the layer's index in its group, which `_where` has:
 
         1. `pool.lend(index)` returns the pool's keys and values.
         2. Write and attend, with the group's batch and the scale: `write_and_attend` (day 3.2) for a layer
