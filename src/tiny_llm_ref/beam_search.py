@@ -189,7 +189,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many of each beam's likeliest tokens `advance` needs: `beam_width` that continue, others end."""
+        """How many likeliest tokens of each beam `advance` needs: `beam_width`, or more if some may end it."""
         return self.params.beam_width * (1 + len(self._eos))
 
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:

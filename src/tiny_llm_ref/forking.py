@@ -13,7 +13,7 @@ from .errors import ForkedProcessError
 
 
 class _Lineage:
-    """Ids of this process or of the processes it was forked from; one object for the interpreter."""
+    """Process ids, which a forked child inherits; the interpreter has one object of this class."""
 
     def __init__(self) -> None:
         self.computing = os.getpid()  # the process in which MLX's default stream has its thread

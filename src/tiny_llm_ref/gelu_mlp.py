@@ -17,7 +17,7 @@ _CUBIC = 0.044715 * _LINEAR
 
 @accelerated(compiled="geglu")
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up, both [..., I] -> [..., I].
+    """Compute gelu(gate) * up, value by value: both [..., I] -> [..., I].
 
     gelu(x) = x (1 + tanh(z)) / 2 with z = sqrt(2 / pi) (x + 0.044715 x^3), computed as x sigmoid(2 z), which
     is equal and takes fewer operations.

@@ -70,7 +70,7 @@ class KVPool:
         mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
 
     def settle(self) -> bool:
-        """After a failure, evaluate pending writes. If that fails, replace all arrays by zeros: False."""
+        """Evaluate pending writes after a failure: True. If that fails, make all arrays zeros: False."""
         try:
             self.evaluate()
             return True
