@@ -189,7 +189,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many likeliest tokens of each beam `advance` needs: `beam_width`, or more if some may end it."""
+        """How many likeliest tokens `advance` needs for each beam: some of them may end it."""
         return self.params.beam_width * (1 + len(self._eos))
 
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:
@@ -233,7 +233,7 @@ class BeamSearch:
             elif reason is not None and rank < width:
                 self.ended.append(Ended(self.params.score(grown.logprob, len(grown.tokens)), grown, reason))
             if len(choices) == width and rank + 1 >= width:
-                break  # the rest can be neither a beam nor an end
+                break  # the remaining ones can be neither in `beams` nor in `ended`
         self.ended = sorted(self.ended, key=lambda ended: -ended.score)[:width]
         if self._nothing_can_improve():
             self.beams, choices = [], []

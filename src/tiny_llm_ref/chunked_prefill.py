@@ -56,7 +56,7 @@ def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
     """
     if min(prompt_lens, default=1) < 1 or budget < len(prompt_lens):
         raise ValueError(
-            f"prompts need at least 1 token, and the budget at least 1 per prompt: prompts of "
+            "prompts need at least 1 token, and the budget at least 1 per prompt: prompts of "
             f"{list(prompt_lens)} tokens, budget {budget}"
         )
     left, first, step = list(prompt_lens), [0] * len(prompt_lens), 0
