@@ -46,7 +46,7 @@ class GlobalAllocator:
         """
         if num_blocks > len(self.free_blocks):
             raise OutOfBlocksError(
-                f"{num_blocks} blocks asked for, {len(self.free_blocks)} of {self.total_blocks} are free"
+                f"{num_blocks} blocks requested, {len(self.free_blocks)} of {self.total_blocks} are free"
             )
         return [self.free_blocks.pop() for _ in range(num_blocks)]
 

@@ -31,7 +31,14 @@ def attention_without_cache(prompt_len: int, gen_len: int) -> int:
 
 
 def attention_with_cache(prompt_len: int, gen_len: int) -> int:
-    """Count the keys computed if each token's key and value are computed once and kept: one per token."""
+    """Count the keys computed per head and layer if each token's key is computed once and kept.
+
+    Like the formula above, it counts every token, also the last one, whose key `generate_with_cache` never
+    needs.
+
+    >>> attention_with_cache(3, 2)
+    5
+    """
     return prompt_len + gen_len
 
 
