@@ -70,7 +70,7 @@ class KVPool:
         mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
 
     def settle(self) -> bool:
-        """Evaluate pending writes after a failure: True. If that fails, make all arrays zeros: False."""
+        """Evaluate pending writes after a failure. If that fails, zero all arrays and return False."""
         try:
             self.evaluate()
             return True

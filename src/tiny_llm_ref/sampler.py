@@ -192,7 +192,7 @@ def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, 
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
-    """Return log(softmax(logits)), [V] -> [V]: the numbers of a request's `logprobs`.
+    """Return log(softmax(logits)), [V] -> [V]; `logprobs` report it for the logits before any change.
 
     Compute a difference, logit - max - log(sum of e^(logit - max)): for a token 200 below the best one, the
     softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.
