@@ -1,7 +1,7 @@
 """A whole block in one compiled operator: the same kernels in the same order, so the same bits.
 
-Without fusion, a decode step is about four hundred operators, and building and starting them takes as long as
-the arithmetic of half of them. The block's Python code stays, to be read, and for everything that cannot be
+Without fusion, a decode step is about four hundred operators, and building and starting them takes about half
+as long as their arithmetic. The block's Python code stays, to be read, and for everything that cannot be
 fused: a learner's parts, matrices that are not packed, contexts without pages, other devices.
 """
 

@@ -48,7 +48,7 @@ class SwapSpace:
         self._hash_of: dict[int, bytes] = {}
 
     def hold(self, sequence: PagedSequence, index: int, place: int) -> HostBlock | None:
-        """Take a reference to a host block for one block of a sequence; return it, or None if none is free.
+        """Take a reference to a host block for one block of a sequence; None if no block is free for it.
 
         index: which of the sequence's tables. place: which block of its text, counted from 0, even if the
         table starts later.
@@ -56,7 +56,7 @@ class SwapSpace:
         If `_find(sequence, index, place)` returns a host block with the same content, add a reference to it:
         it is not new, and needs neither a free block nor a copy. Otherwise `_take(sequence, index, place)`
         allocates a free one, which is new. `_take` raises if none is free, so check `allocator.num_free`
-        first and return None, with nothing changed.
+        first: if it is 0, return None, with nothing changed.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
