@@ -35,8 +35,8 @@ class DenseSpan(NamedTuple):
 class DenseContext:
     """The context of a forward pass over the T packed tokens of one step, span after span.
 
-    positions [T]: each token's position in its own sequence. logit_rows: as in `KVContext`. scale: the factor
-    of the attention scores.
+    positions: [T], each token's position in its own sequence. logit_rows: as in `KVContext`. scale: the
+    factor of the attention scores.
     """
 
     def __init__(self, spans: Seq[DenseSpan], scale: float, logit_rows: mx.array | None) -> None:

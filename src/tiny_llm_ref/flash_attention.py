@@ -15,9 +15,9 @@ from .kernels import accelerated, compiled_kernel
 class Running(NamedTuple):
     """The attention over the keys so far, before its division: the output would be weighted / total.
 
-    largest [..., L, 1]: the largest score. total [..., L, 1]: the sum of exp(score - largest).
-    weighted [..., L, D]: the sum of exp(score - largest) * value. Before a query has seen a key they are
-    -inf, 0 and 0.
+    largest: [..., L, 1], the largest score. total: [..., L, 1], the sum of exp(score - largest). weighted:
+    [..., L, D], the sum of exp(score - largest) * value. Before a query has seen a key they are -inf, 0 and
+    0.
     """
 
     largest: mx.array

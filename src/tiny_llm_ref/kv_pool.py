@@ -21,7 +21,10 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class KVPool:
-    """`num_blocks` blocks of `block_size` tokens in every layer: `num_heads` heads of size `head_dim`."""
+    """Blocks of keys and values in every layer, for `num_heads` heads of size `head_dim`.
+
+    num_blocks: blocks in each layer. block_size: tokens in a block. dtype: the type of the arrays.
+    """
 
     def __init__(
         self,

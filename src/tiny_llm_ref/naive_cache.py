@@ -25,8 +25,9 @@ class NaiveKVCache:
     every cache of this course has this order, and nothing is transposed. (The course text's sketches put
     tokens first.)
 
-    num_heads: heads of keys and values (Hkv). k_cache, v_cache: the arrays. current_len: the number of stored
-    tokens; they come first in both arrays, and the numbers after them have no meaning.
+    num_heads: heads of keys and values (Hkv). k_cache: the keys, [Hkv, max_seq_len, D]. v_cache: the values,
+    likewise. current_len: the number of stored tokens; they come first in both arrays, and the numbers after
+    them have no meaning.
     """
 
     def __init__(

@@ -135,8 +135,8 @@ class BlockTable:
     Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
     `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
 
-    allocator: allocates and frees its blocks. block_size: tokens in a block. blocks: the block ids, in the
-    order of the tokens. num_tokens: the number of tokens that have a place in the blocks.
+    allocator: the allocator of its blocks. block_size: tokens in a block. blocks: the block ids, in the order
+    of the tokens. num_tokens: the number of tokens that have a place in the blocks.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:

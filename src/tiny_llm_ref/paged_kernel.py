@@ -41,10 +41,10 @@ class Span(NamedTuple):
 class PackedBatch:
     """The layout of a step's T packed tokens; made once per step, used by every layer. All arrays are int32.
 
-    positions [T]: each token's position in its own sequence. slots [T]: the slot in the pool to which each
-    token's key and value are written. tables [number of spans, M]: row i has all block ids of span i's table,
-    padded with 0 to M, the number of blocks of the longest table. row_of_token [T]: each token's row in
-    `tables`, which is the number of its span. spans: the spans, in packed order.
+    positions: [T], each token's position in its own sequence. slots: [T], the slot in the pool to which each
+    token's key and value are written. tables: [number of spans, M]; row i has all block ids of span i's
+    table, padded with 0 to M, the number of blocks of the longest table. row_of_token: [T], each token's row
+    in `tables`, which is the number of its span. spans: the spans, in packed order.
 
     Read from the blocks in `tables`, not from those in `span.table`: the ids may differ.
     """
@@ -94,7 +94,7 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
 class Attended(NamedTuple):
     """The result of `write_and_attend`.
 
-    out: the output [1, H, T, D]. keys, values: the pool's two arrays after the write.
+    out: the output [1, H, T, D]. keys: the pool's array of keys after the write. values: that of values.
     """
 
     out: mx.array

@@ -41,10 +41,10 @@ def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
 
 
 class TokenBlocks:
-    """A token stream cut into full blocks: `tokens[i]` are those of block i.
+    """A token stream cut into full blocks.
 
-    `hashes[i]` is the hash of block i, which covers the blocks 0 .. i. salt: streams with different salts
-    have different hashes in every block.
+    tokens: the tokens of each block. hashes: the hash of each block, which covers all blocks before it too.
+    salt: streams with different salts have different hashes in every block.
     """
 
     def __init__(self, block_size: int, salt: str = "") -> None:

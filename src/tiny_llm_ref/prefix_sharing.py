@@ -14,7 +14,10 @@ LEAST_WORTH_COPYING = 4  # equal tokens; copying their block costs as much as co
 
 
 class PrefixSharing:
-    """Lets sequences share kept blocks, and keeps the full blocks that they have computed."""
+    """Lets sequences share kept blocks, and keeps the full blocks that they have computed.
+
+    cache: the `PrefixCache` that keeps the blocks.
+    """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.cache = PrefixCache(allocator, block_size)

@@ -43,9 +43,10 @@ class Sequence:
     its request that are still to be forked from it. rank: its place in the order of service, the lowest
     first: its request's priority key, its request's number, and its index among the completions. outputs:
     the generated tokens, which a preemption does not remove. prompt_logprobs: if requested, entry i is about
-    the prompt's token i + 1; the list grows while the prompt is computed, and forks share it.
-    num_cached_tokens: tokens of the prompt that were found in the prefix cache. scheduled: when it first ran,
-    in seconds on the monotonic clock.
+    the prompt's token i + 1; the list grows while the prompt is computed, and forks share it. num_computed:
+    the number of tokens, from the first, whose keys and values are in memory. num_cached_tokens: tokens of
+    the prompt that were found in the prefix cache. scheduled: when it first ran, in seconds on the monotonic
+    clock.
     """
 
     seq_id: str
@@ -140,7 +141,7 @@ class PagedSequence(Sequence):
 
     @property
     def table(self) -> BlockTable:
-        """The first table: that of the layers without a window, if there are any."""
+        """The block table; if there are several, the first, which is that of the layers without a window."""
         return self.tables[0]
 
     @property
