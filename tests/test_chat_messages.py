@@ -9,7 +9,7 @@ import pytest
 
 from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MACROS, NAMES, PARTS, REASONING, TEMPLATES
 from test_typed_control_tokens import built
-from tiny_llm_checkpoints.chat_messages import MOST_VALUES, MessageError, read_messages
+from tiny_llm_checkpoints.chat_messages import MAX_VALUES, MessageError, read_messages
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ def test_names_and_ids_reach_templates_that_use_them() -> None:
         ({"role": "user", "content": "a\udfff"}, "messages[1].content"),
         ({"role": "user", "content": "a", "own": {"x": [object()]}}, "messages[1].own.x[0]"),
         ({"role": "user", "content": "a", "own": float("nan")}, "messages[1].own"),
-        ({"role": "user", "content": "a", "own": [0] * MOST_VALUES}, "messages[1].own"),
+        ({"role": "user", "content": "a", "own": [0] * MAX_VALUES}, "messages[1].own"),
         ({"role": "user", "content": "a", 1: 2}, "messages[1]"),
         (None, "messages[1]"),
     ],

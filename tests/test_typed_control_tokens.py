@@ -252,7 +252,7 @@ def test_a_model_that_finds_whole_words_does_not_find_control_tokens(model: Any)
     tokenizer = Tokenizer(built)
     assert tokenizer.encode("a </s> a") == [2, 1, 2]
     assert 1 not in tokenizer.encode("a </s> a", special_tokens=False)
-    assert tokenizer.encode_framed(["a </s> ", "</s>", " a"]).count(1) == 1
+    assert tokenizer.encode_pieces(["a </s> ", "</s>", " a"]).count(1) == 1
 
 
 def test_text_alone_keeps_the_ids_of_added_tokens_that_are_text() -> None:
