@@ -73,9 +73,7 @@ class Checkpoint:
         extra = [tensor for name, tensor in self.tensors.items() if name not in expected]
         if extra:
             names = _some([tensor.name for tensor in extra])
-            raise ModelFileError(
-                f"{extra[0].file}: {names} not part of a {self.config.architecture} model"
-            )
+            raise ModelFileError(f"{extra[0].file}: {names} not part of a {self.config.architecture} model")
         for name, shape in expected.items():
             tensor = self.tensors[name]
             if tensor.shape != shape:

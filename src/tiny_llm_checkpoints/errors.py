@@ -49,7 +49,7 @@ SHOWN_BITS = 256  # larger integers are described, because Python limits convers
 def shown(value: object) -> str:
     """The value's repr for an error message, shortened. Never raises, and never takes long."""
     if isinstance(value, int) and int.bit_length(value) > SHOWN_BITS:
-        return f"an integer of {int.bit_length(value)} bits"
+        return f"a number of {int.bit_length(value)} bits"
     try:
         return _SHORT.repr(value)
     except Exception:  # the value's own __repr__ may raise anything

@@ -14,7 +14,7 @@ from . import tokenizer_library as library
 from .decoder_stages import BYTE_TOKEN, REPLACEMENT, DecoderChain, bytes_of_piece, decoder_chain
 from .errors import PromptTooLongError
 from .framed_text import FramedText
-from .least_tokens import least_tokens
+from .token_bound import token_bound
 
 _ANCHOR = "\ue000"  # a token that no vocabulary has; the tokens after it are not at the start of a text
 
@@ -42,7 +42,7 @@ class Tokenizer:
             self._framed = FramedText(tokenizer)
             vocab = tokenizer.get_vocab()
             self.vocab_size = 1 + max([-1, *added, *vocab.values()])
-            self._least_tokens = least_tokens(tokenizer, vocab)
+            self._token_bound = token_bound(tokenizer, vocab)
             self._chain = decoder_chain(tokenizer.decoder)
             library.encode(tokenizer, ["a"], add_special_tokens=True)  # fails now if every encode would fail
         self._tokenizer = tokenizer
@@ -106,8 +106,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             lone = text[error.start]
             raise ValueError(f"the text has a lone surrogate, {lone!r}, at character {error.start}") from None
-        if context is not None and self._least_tokens is not None:
-            check_length(self._least_tokens.of(text), context, "at least ")
+        if context is not None and self._token_bound is not None:
+            check_length(self._token_bound.of(text), context, "at least ")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.

@@ -21,7 +21,7 @@ _PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}
 _CONTINUATION = range(0x80, 0xC0)  # UTF-8 continuation bytes; every character outside ASCII has one
 
 
-class LeastTokens(NamedTuple):
+class TokenBound(NamedTuple):
     """The bound for one tokenizer.
 
     longest, longest_in_ascii: the most characters that one token stands for, in any text and in ASCII text.
@@ -39,7 +39,7 @@ class LeastTokens(NamedTuple):
         return -(-counted // longest)
 
 
-def least_tokens(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> LeastTokens | None:
+def token_bound(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> TokenBound | None:
     """Derive the bound for a tokenizer and its vocabulary; None if there is no bound."""
     added = tokenizer.get_added_tokens_decoder().values()
     normalizers, pre_tokenizers = _parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)
@@ -54,7 +54,7 @@ def least_tokens(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> L
         return None
     longest = max(map(len, [*vocab, *(token.content for token in added)]))
     composes = any(part["type"] == "NFC" for part in normalizers)
-    return LeastTokens(longest * (MAX_COMPOSED if composes else 1), longest, dropped)
+    return TokenBound(longest * (MAX_COMPOSED if composes else 1), longest, dropped)
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
