@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = SEED) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def by_property(examples: int) -> Callable:
+def property_settings(examples: int) -> Callable:
     """Hypothesis settings for `examples` reproducible cases without a deadline."""
     return settings(
         max_examples=examples,
