@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tiny_llm_kernels as kernels
-from kernel_inputs import SEED, THREADS, address_of, property_settings, isa, normal
+from kernel_inputs import SEED, THREADS, address_of, isa, normal, property_settings
 
 __all__ = ["isa"]
 

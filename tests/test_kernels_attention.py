@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_llm_kernels as kernels
-from kernel_inputs import THREADS, address_of, property_settings, isa, normal
+from kernel_inputs import THREADS, address_of, isa, normal, property_settings
 
 __all__ = ["isa"]
 
@@ -269,7 +269,7 @@ def test_paged_attention_neither_writes_nor_copies_the_pool(dtype: mx.Dtype) -> 
 
 
 def test_paged_attention_takes_views_of_a_pool() -> None:
-    """A write rejects them, because a copy would lose it. The view transposes [block_size, blocks, Hkv, D]."""
+    """A write rejects them, because it would change a copy. The view is of [block_size, blocks, Hkv, D]."""
     pool = mx.array(normal(16, 4, 2, 32)).transpose(1, 2, 0, 3)
     q = mx.array(normal(1, 4, 2, 32, seed=8))
     where = mx.array([[3, 1]], mx.int32), mx.zeros(2, mx.int32), mx.array([16, 30], mx.int32)

@@ -101,7 +101,7 @@ def write(name: str, payload: dict[str, Any]) -> None:
 
 
 class PlainBpe:
-    """Byte-level BPE written from its definition: an independent check that shares no code with `tokenizers`."""
+    """Byte-level BPE written from its definition; it shares no code with `tokenizers`."""
 
     def __init__(self, tokens: list[str], merges: list[str]) -> None:
         """tokens: by id. merges: in rank order. Both as in the GGUF."""

@@ -46,7 +46,7 @@ def _load(path: Path) -> Any:
 
 
 def _likely_tokens(model: Any, prompt: tuple[int, ...]) -> int:
-    """An end-of-sequence token that hypotheses actually reach: the likeliest one after three greedy tokens."""
+    """An end token that hypotheses actually reach: the likeliest one after three greedy tokens."""
     import torch
 
     tokens = list(prompt)

@@ -27,8 +27,8 @@ DIGITS = 5
 NEW_TOKENS = 24
 TOP_POSITIONS = 2
 SHORT = {"capital": "The capital of France is", "story": "Once upon a time, in a village by the sea,"}
-LONG = {"assignment": 505, "class": 640, "import": 900, "customization": 1100}  # pydoc's topics: prompt
-tokens STRINGS = [
+LONG = {"assignment": 505, "class": 640, "import": 900, "customization": 1100}  # topics and token counts
+STRINGS = [
     *(" " * n for n in (2, 3, 30, 31, 32, 33, 62, 63, 70)),
     *("\n" * n for n in (2, 3, 31, 32, 63)),
     *("a" + " " * n + "b" for n in (2, 3, 5, 31, 32, 40)),

@@ -15,7 +15,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 def make(write: Any) -> None:
-    """Build and save every family's tokenizer, and encode all strings; `write(name, payload)` stores the ids."""
+    """Build and save each tokenizer, and encode all strings; `write(name, payload)` stores the ids."""
     from inputs import STRINGS
     from transformers import AutoTokenizer
 
