@@ -43,8 +43,8 @@ class ChatMessage:
     """One message.
 
     parts: the text parts of the content; empty if the content is null or missing.
-    fields: all fields other than the role and the content, in the order in which they were sent; `content`
-    is there as a placeholder if the message has it.
+    fields: all fields that a template receives, in the order in which they were sent. If the message has a
+    content, `content` is None here and marks its place in that order.
     """
 
     role: str
@@ -73,7 +73,7 @@ def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> lis
 def check_json(value: Any, field: str) -> Any:
     """Return `value` if it is plain JSON of bounded depth and size, with valid Unicode strings.
 
-    Raises `MessageError` that locates the first value that is not.
+    Raises a `MessageError` that locates the first value that is not.
     """
     count = 1
     for item, place, depth in _walk(value, field):

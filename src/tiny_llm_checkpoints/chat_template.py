@@ -39,7 +39,7 @@ class ChatTemplate:
         content_format: the form in which the template receives a message's content: "string" for one string,
         "openai" for a list of text parts. "auto" detects it for each role and prefers a string if both work.
 
-        Raises ValueError if the template does not compile, or only beyond the sandbox's limits.
+        Raises ValueError if the template does not compile, or exceeds the sandbox's limits.
         """
         if content_format not in CONTENT_FORMATS:
             known = ", ".join(CONTENT_FORMATS)

@@ -68,11 +68,11 @@ class Checkpoint:
         missing = [name_in_file(name) for name in expected if name not in self.tensors]
         if missing:
             raise ModelFileError(
-                f"{self.path}: {_some(missing)} missing, expected in a {self.config.architecture} model"
+                f"{self.path}: {_listed(missing)} missing, expected in a {self.config.architecture} model"
             )
         extra = [tensor for name, tensor in self.tensors.items() if name not in expected]
         if extra:
-            names = _some([tensor.name for tensor in extra])
+            names = _listed([tensor.name for tensor in extra])
             raise ModelFileError(f"{extra[0].file}: {names} not part of a {self.config.architecture} model")
         for name, shape in expected.items():
             tensor = self.tensors[name]
@@ -88,7 +88,7 @@ class Checkpoint:
             )
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     """`tensor a is` or `3 tensors (a, b, c) are`, with at most `MAX_NAMED` names."""
     if len(names) == 1:
         return f"tensor {names[0]} is"

@@ -62,13 +62,13 @@ _ROPE_SCALING = ("none", "linear")
 
 
 def gguf_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
-    """The configuration of a GGUF file's model. Raises ValueError that names the key or tensor at fault."""
+    """The configuration of a GGUF file's model. Raises a ValueError that names the key or tensor at fault."""
     architecture = _architecture(file.metadata)
     keys = GGUFKeys(file.metadata, architecture)
     tensors = file.tensors
     hidden_size, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", hidden_size // max(1, heads))
-    _refuse_other_computations(keys, hidden_size, head_dim)
+    _reject_unsupported(keys, hidden_size, head_dim)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
     config = ModelConfig(
@@ -107,7 +107,7 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return architecture
 
 
-def _refuse_other_computations(keys: GGUFKeys, hidden_size: int, head_dim: int) -> None:
+def _reject_unsupported(keys: GGUFKeys, hidden_size: int, head_dim: int) -> None:
     """Raise ValueError for the first key that asks for a computation that the engine does not have."""
     expected: dict[str, tuple[Any, ...]] = {
         **_NEUTRAL,

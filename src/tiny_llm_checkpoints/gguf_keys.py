@@ -10,7 +10,7 @@ from typing import Any
 class GGUFKeys:
     """The keys of a GGUF file that start with `prefix` and a dot; `integer("a.b")` reads `prefix.a.b`.
 
-    Methods raise ValueError that names the key, its value and what was expected.
+    Methods raise a ValueError that names the key, its value and what was expected.
     """
 
     metadata: Mapping[str, Any]

@@ -48,7 +48,7 @@ _SANDWICH_NORMS = {
 def read_gguf(path: Path) -> Checkpoint:
     """Read the checkpoint in a GGUF file, or in a split model whose first file this is.
 
-    Raises `ModelFileError` that names the file and the problem.
+    Raises a `ModelFileError` that names the file and the problem.
     """
     file = read_gguf_files(path)
     with reading(path):

@@ -1,6 +1,6 @@
 """Reads a model that is split into several GGUF files: `NAME-00001-of-00003.gguf` and so on.
 
-The first file has the metadata. Each file has its own number, the number of files, and a part of the tensors.
+The first file has the metadata. Each file has its own number, the number of files, and part of the tensors.
 Source: llama.cpp's gguf-split.
 """
 
@@ -20,7 +20,7 @@ def read_gguf_files(path: Path) -> GGUFFile:
 
     path: the only file, or the first part.
 
-    Raises `ModelFileError` that names the file that is missing, out of order or inconsistent.
+    Raises a `ModelFileError` that names the file that is missing, out of order or inconsistent.
     """
     first = _header(path)
     with reading(path):

@@ -48,7 +48,7 @@ _GEMMA3_LOCAL_THETA = 10_000.0
 def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     """Convert a parsed config.json.
 
-    Raises ValueError that names the field, the value found and the value expected.
+    Raises a ValueError that names the field, the value found and the value expected.
     """
     model_type = config.get("model_type")
     if model_type == "gemma3":
@@ -59,7 +59,7 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
-    _refuse_other_computations(config)
+    _reject_unsupported(config)
     hidden_size, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     head_dim = _integer(config, "head_dim", architecture.head_dim or hidden_size // max(1, heads))
     rope = _gemma_rope(config) if architecture.gemma else _rope_parameters(config)
@@ -92,7 +92,7 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     return _with_windows(checked, config)
 
 
-def _refuse_other_computations(config: Json) -> None:
+def _reject_unsupported(config: Json) -> None:
     """Raise ValueError for the first field that asks for a computation that the engine does not have."""
     expected = {
         "partial_rotary_factor": 1.0,
@@ -193,7 +193,7 @@ def _rope_parameters(config: Json) -> dict[str, Any]:
     other = next((name for name, value in nested.items() if isinstance(value, dict)), None)
     if other is not None:
         raise ValueError(f"rope_parameters has {other!r}, expected one rotation for all layers")
-    _refuse_other_computations(nested)
+    _reject_unsupported(nested)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default" and _number(nested, "factor", 1.0) != 1.0:
         raise ValueError(f"rope_scaling has factor {nested['factor']}, expected a rope_type that uses it")

@@ -32,7 +32,7 @@ _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints contain
 
 
 def read_folder(path: Path) -> Checkpoint:
-    """Read the checkpoint in a folder. Raises `ModelFileError` that names the file and the problem."""
+    """Read the checkpoint in a folder. Raises a `ModelFileError` that names the file and the problem."""
     settings = read_json(path / "config.json")
     recommended = of_folder(path)
     with reading(path):

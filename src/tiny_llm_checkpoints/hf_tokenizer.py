@@ -20,7 +20,7 @@ MAX_TEMPLATE = 1 << 24  # bytes of a chat_template.jinja; a long one has 20 thou
 
 
 def hf_tokenizer(path: Path) -> Tokenizer:
-    """Read the tokenizer of a folder. Raises `ModelFileError` that names the file and the problem."""
+    """Read the tokenizer of a folder. Raises a `ModelFileError` that names the file and the problem."""
     built = _tokenizer_json(path)
     settings = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
     with reading(path / "tokenizer_config.json"):

@@ -25,7 +25,7 @@ def find_model(model: str | Path | None) -> Path:
     `owner/name` for a repository on the hub, or `owner/name/FILE.gguf` for one of its files. A path that
     exists takes precedence over all other meanings.
 
-    Raises `ModelFileError` that names the model and what the user can do.
+    Raises a `ModelFileError` that names the model and what the user can do.
     """
     if model is None:
         return embedded_model_path()

@@ -11,7 +11,7 @@ from .hf_reader import read_folder
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a GGUF file or a folder. Tensor data stays in the files.
 
-    Raises `ModelFileError` that names the file and the problem.
+    Raises a `ModelFileError` that names the file and the problem.
     """
     if path.is_dir():
         return read_folder(path)

@@ -14,7 +14,7 @@ class TensorRange(NamedTuple):
 
 
 def check_no_overlap(ranges: Iterable[TensorRange]) -> list[TensorRange]:
-    """Return the ranges in file order. Raises ValueError that names two tensors that share bytes.
+    """Return the ranges in file order. Raises a ValueError that names two tensors that share bytes.
 
     Otherwise a file of a few bytes could claim them for thousands of tensors, and fill the memory.
     """

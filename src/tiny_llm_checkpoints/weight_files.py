@@ -23,7 +23,7 @@ _PART = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's files in a folder. Raises `ModelFileError` that names a missing file."""
+    """The checkpoint's files in a folder. Raises a `ModelFileError` that names a missing file."""
     index = folder / INDEX
     if index.exists():
         return [folder / name for name in indexed_names(index, must_exist=True)]
