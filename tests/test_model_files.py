@@ -120,7 +120,7 @@ def test_a_config_json_that_is_invalid_or_does_not_match_is_rejected(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("config.json", None, ["config.json", "no such file"]),
+        ("config.json", None, ["no config.json in this folder; a model folder has config.json, tokenizer"]),
         ("config.json", b"{", ["config.json", "not valid JSON"]),
         ("config.json", b"[]", ["config.json", "list", "an object"]),
         ("config.json", b"[" * 100_000, ["config.json", "not valid JSON"]),
@@ -148,6 +148,13 @@ def test_a_missing_or_malformed_file_is_rejected_by_name(
         (broken / name).write_bytes(content)
     message = error_message(broken)
     assert all(word in message for word in words), message
+
+
+def test_a_folder_with_only_gguf_files_is_rejected_with_the_path_to_pass(tmp_path: Path) -> None:
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / name).touch()
+    expected = f"{tmp_path}: no config.json in this folder; to load a GGUF file, pass its path, such as "
+    assert error_message(tmp_path) == expected + str(tmp_path / "a.gguf")
 
 
 def with_header(file: Path, edit: Edit) -> None:

@@ -33,6 +33,7 @@ _RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints contain
 
 def read_folder(path: Path) -> Checkpoint:
     """Read the checkpoint in a folder. Raises a `ModelFileError` that names the file and the problem."""
+    _check_has_config(path)
     settings = read_json(path / "config.json")
     recommended = of_folder(path)
     with reading(path):
@@ -57,6 +58,19 @@ def read_folder(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(path, config, tokenizer, tensors, recommended)
     checkpoint.check()
     return checkpoint
+
+
+def _check_has_config(path: Path) -> None:
+    """Raise a `ModelFileError` with advice if the folder has no config.json."""
+    if (path / "config.json").exists():
+        return
+    with reading(path):
+        gguf_files = sorted(path.glob("*.gguf"))
+    if gguf_files:
+        advice = f"to load a GGUF file, pass its path, such as {gguf_files[0]}"
+    else:
+        advice = "a model folder has config.json, tokenizer.json and .safetensors files"
+    raise ModelFileError(f"{path}: no config.json in this folder; {advice}")
 
 
 class _Precision(NamedTuple):
