@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .chat_messages import ChatMessage, MessageError
 
 _GUARDED = ("user", "tool", "function", "system", "developer")
-MAX_LOOKS = 10_000  # positions tried for one text that is not where it was expected
+MAX_TRIES = 10_000  # positions tried for one text that is not where it was expected
 
 
 class _Text(NamedTuple):
@@ -82,7 +82,7 @@ class _Spans:
     def take(self, prompt: str, text: str) -> bool:
         """Match `text` to its first free occurrence. Returns False if there is none."""
         start = prompt.find(text)
-        for _ in range(MAX_LOOKS):
+        for _ in range(MAX_TRIES):
             if start < 0:
                 return False
             place = bisect_right(self._starts, start)

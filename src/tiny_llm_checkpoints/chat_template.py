@@ -26,7 +26,7 @@ MAX_KWARGS = 100_000  # characters in all template variables of a caller
 _MAX_REASON = 300  # characters quoted from a template's own error message
 _OWN = {"messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template", "tokenize"}
 _OWN |= {"bos_token", "eos_token", "conversation", "tokenizer"}
-_NEEDLE = "tiny probe"  # a text that no template contains
+_PROBE_TEXT = "tiny probe"  # a text that no template contains
 _PROBE_STEPS = 50_000  # limit for a rendering that only detects the content format
 
 
@@ -234,7 +234,7 @@ class ChatTemplate:
             "tool": ([user, answer], []),
         }
         for role, (before, after) in around.items():
-            probe: list[Message] = [*before, {"role": role, "content": _NEEDLE}, *after]
+            probe: list[Message] = [*before, {"role": role, "content": _PROBE_TEXT}, *after]
             default = self._takes_parts["user"] if role != "user" else by_reading
             self._takes_parts[role] = self._needs_parts(probe, role, default)
 
@@ -244,7 +244,7 @@ class ChatTemplate:
             self._takes_parts[role] = takes_parts
             turns = [self._as_template(message) for message in read_messages(probe)]
             try:
-                if _NEEDLE in self._render(turns, {}, add_generation_prompt=True, max_steps=_PROBE_STEPS):
+                if _PROBE_TEXT in self._render(turns, {}, add_generation_prompt=True, max_steps=_PROBE_STEPS):
                     return takes_parts
             except ValueError:
                 continue
