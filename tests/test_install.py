@@ -30,10 +30,10 @@ class Checkout:
         shutil.copytree(ROOT / "src", self.tree / "src", ignore=leave_out)
         for file in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
             shutil.copy(ROOT / file, self.tree / file)
-        self.learners = self.tree / "src" / "tiny_llm"
         self.overlay = self.tree / "src" / "tiny_llm"
         for module in self.overlay.glob("*.py"):
-            module.unlink()
+            if module.name != "__init__.py":
+                module.unlink()
         self._run(sys.executable, "-m", "venv", str(self._venv))
         (self.site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 

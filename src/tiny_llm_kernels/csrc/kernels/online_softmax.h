@@ -110,7 +110,7 @@ INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const floa
   }
 }
 
-/// Adds a tile's positions in `seen` to the rows of one token, and prefetches meanwhile.
+/// Adds a tile's positions in `seen` to the softmaxes of one token's rows, and prefetches meanwhile.
 template <int ROWS, typename Source>
 static void visit(Row* rows, const Source& tile, int64_t D, Range seen, float scale, Prefetch& prefetch) {
   float scores[ROWS][TILE], decay[ROWS];

@@ -74,8 +74,8 @@ INLINE void write_output(const Softmax& total, int64_t D, float* out) {
   if (d < D) store_first(out + d, load(total.o + d) / splat(total.l), D - d);
 }
 
-/// Adds the tile that starts at position `first` to the item's tokens. A token has `count` rows; the first
-/// token's start at `rows`, and those of the next token `step` rows later.
+/// Adds the tile that starts at position `first` to the softmaxes of the item's tokens. A token has `count` rows;
+/// the first token's start at `rows`, and those of the next token `step` rows later.
 template <typename Source>
 static void visit_tile(const AttentionJob& job, const AttentionItem& item, const Source& tile, int64_t first,
                        Row* rows, int64_t count, int64_t step, Prefetch& prefetch) {
@@ -94,9 +94,9 @@ static void visit_tile(const AttentionJob& job, const AttentionItem& item, const
   }
 }
 
-/// Adds the positions `here`, all in one partition, to the item's tokens; the item continues up to `until`. The kv
-/// heads of a tile are processed in their order within a block, so that the hardware prefetcher reads what is
-/// needed next.
+/// Adds the positions `here`, all in one partition, to the tokens' softmaxes; the item continues up to `until`.
+/// The kv heads of a tile are processed in their order within a block, so that the hardware prefetcher reads what
+/// is needed next.
 template <typename T>
 static void visit_partition(const AttentionJob& job, const AttentionItem& item, Heads heads, Range here,
                             int64_t until, Scratch<T>& scratch) {

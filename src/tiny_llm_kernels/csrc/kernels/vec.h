@@ -1,6 +1,6 @@
 // Vector types and their operations, in which all kernels are written.
 //
-// A vector has eight floats, or for matrix products as many as the processor's registers. `+ - * /` are the
+// A vector has eight floats, or for matrix products as many as a processor register. `+ - * /` are the
 // compiler's vector extensions, so one source works for every processor. The few operations that plain C++ cannot
 // express have one version per instruction set, selected with `#if` (NEON would be added next to AVX2, and in
 // CMakeLists.txt and dispatch.cpp; until then ARM processors on Linux use the portable version). The kernels are
