@@ -329,7 +329,7 @@ def test_without_an_index_all_parts_are_read(names: list[str], broken: Path) -> 
 def test_a_missing_safetensors_part_is_named(broken: Path) -> None:
     split_weights(broken, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
     missing = broken / "model-00002-of-00003.safetensors"
-    assert error_message(broken) == f"{missing}: part 2 of 3 is missing"
+    assert error_message(broken) == f"{missing}: part 2 of 3 is missing, expected in the same folder"
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "adapter_model.safetensors"])

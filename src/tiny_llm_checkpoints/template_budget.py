@@ -31,7 +31,7 @@ class Budget:
     """Steps and output of one rendering so far, and the sizes of the containers that it has used."""
 
     def __init__(self, max_steps: int = MAX_STEPS) -> None:
-        self._most_steps = max_steps
+        self._max_steps = max_steps
         self._steps = 0
         self._written = 0
         self._depth = 0
@@ -40,8 +40,8 @@ class Budget:
     def spend(self, steps: int = 1) -> None:
         """Count steps. Raises `TemplateLimitError` above the limit, as all methods do."""
         self._steps += steps
-        if self._steps > self._most_steps:
-            raise TemplateLimitError(f"it takes more than {self._most_steps} steps")
+        if self._steps > self._max_steps:
+            raise TemplateLimitError(f"it takes more than {self._max_steps} steps")
 
     def write(self, num_chars: int) -> None:
         """Count characters of output."""

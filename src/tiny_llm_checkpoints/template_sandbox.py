@@ -85,8 +85,8 @@ class _Metering(NodeTransformer):
         costs = {field: _cost(getattr(node, field)) for field in _bodies(node)}
         result = super().visit(node, *args, **kwargs)
         for field, (steps, chars) in costs.items():
-            pay = _call("charge_block", nodes.Const(steps), nodes.Const(chars))
-            getattr(node, field).insert(0, nodes.ExprStmt(pay))
+            charge = _call("charge_block", nodes.Const(steps), nodes.Const(chars))
+            getattr(node, field).insert(0, nodes.ExprStmt(charge))
         return result
 
     def visit_For(self, node: nodes.For) -> nodes.Node:

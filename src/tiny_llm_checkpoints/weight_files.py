@@ -79,4 +79,6 @@ def _check_parts(folder: Path, names: list[str]) -> None:
     count, there = int(match[2]), set(names)
     for number in range(1, count + 1):
         if (name := f"model-{number:05}-of-{count:05}.safetensors") not in there:
-            raise ModelFileError(f"{folder / name}: part {number} of {count} is missing")
+            raise ModelFileError(
+                f"{folder / name}: part {number} of {count} is missing, expected in the same folder"
+            )
