@@ -10,7 +10,7 @@ from starlette.types import Scope
 FOLDER = Path(__file__).parent / "page"
 HEADERS = {
     "Cache-Control": "no-cache",  # asked for again each time; unchanged files are not sent again
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 
@@ -23,6 +23,11 @@ def add_page(app: FastAPI) -> None:
     async def page() -> FileResponse:
         """The page."""
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
+
+    @routes.get("/favicon.ico", response_class=FileResponse, include_in_schema=False)
+    async def icon() -> FileResponse:
+        """The icon, for browsers that ask for it under this name on every page of the server."""
+        return FileResponse(FOLDER / "favicon.svg", headers=HEADERS)
 
     app.include_router(routes)
     app.mount("/page", _Files(directory=FOLDER))

@@ -1,15 +1,19 @@
 /** The conversation: what was said, the question, and the answer as it comes. */
 
+import { Markdown } from "./markdown.js";
+import { load, save } from "./saved_chat.js";
 import { reasonOf } from "./sse.js";
 
 const NOTHING = "\u00a0"; // on a line that keeps its place
 const SURE = 0.25; // seconds over which a speed can be told from here: pieces may come in one go
 const NEAR = 40; // pixels from the end of the conversation
+const HEADINGS = { user: "You", assistant: "Model", refusal: "Not answered" }; // by role
 
 export class Chat {
   #messages = []; // as the API takes them
   #timed = null; // what the figures are made of
   #running = null; // AbortController of the answer that is coming
+  #unsaved = null; // that answer so far, with its question
   #list = document.querySelector("#messages");
   #form = document.querySelector("#chat-form");
   #question = document.querySelector("#question");
@@ -34,6 +38,8 @@ export class Chat {
     });
     this.#stop.addEventListener("click", () => this.stop());
     document.querySelector("#new-chat").addEventListener("click", () => this.#clear());
+    addEventListener("pagehide", () => this.#saveUnfinished());
+    this.#restore();
   }
 
   /** Steps have come, which may be those of an answer that is here already. */
@@ -49,9 +55,29 @@ export class Chat {
   #clear() {
     this.stop();
     this.#messages = [];
+    this.#unsaved = null;
+    save([]);
     this.#list.replaceChildren(this.#hint);
     this.#forgetFigures();
     this.#question.focus();
+  }
+
+  /** Show the conversation that this tab had before it was reloaded. */
+  #restore() {
+    const { messages, question } = load();
+    this.#messages = messages;
+    this.#question.value ||= question;
+    if (messages.length) this.#hint.remove();
+    for (const { role, content } of messages) this.#bubble(role).show(content);
+    this.#list.scrollTop = this.#list.scrollHeight;
+  }
+
+  /** Save as much of a conversation as there is when the page is left during an answer. */
+  #saveUnfinished() {
+    if (!this.#unsaved) return;
+    const { messages, answer } = this.#unsaved;
+    if (answer.text) save([...messages, { role: "assistant", content: answer.text }]);
+    else save(this.#messages, messages.at(-1).content);
   }
 
   async #submit() {
@@ -63,20 +89,24 @@ export class Chat {
     this.#forgetFigures();
     this.#hint.remove();
     this.#list.querySelector(".refusal")?.remove();
-    const asked = this.#bubble("user", "You", question);
-    const bubble = this.#bubble("assistant", "Model", "");
+    const asked = this.#bubble("user");
+    asked.show(question);
+    const bubble = this.#bubble("assistant");
     this.#list.scrollTop = this.#list.scrollHeight;
     const messages = [...this.#messages, { role: "user", content: question }];
     const answer = { text: "", end: null };
+    this.#unsaved = { messages, answer };
     try {
       await this.#read(messages, running.signal, bubble, answer);
     } catch (error) {
       answer.end = running.signal.aborted ? "stopped" : broken(error, answer.text);
     }
     if (this.#list.contains(bubble.article)) {
+      this.#unsaved = null;
       if (answer.text) this.#messages = [...messages, { role: "assistant", content: answer.text }];
       if (answer.text || running.signal.aborted || !answer.end) this.#finish(bubble, answer);
       else this.#takeBack(question, asked, bubble, answer.end);
+      save(this.#messages, this.#question.value);
     }
     if (this.#running === running) this.#busy(null);
   }
@@ -86,7 +116,7 @@ export class Chat {
     asked.article.remove();
     bubble.article.remove();
     this.#question.value ||= question;
-    const { article } = this.#bubble("refusal", "Not answered", "");
+    const { article } = this.#bubble("refusal");
     this.#finish({ article }, { text: "", end: why });
   }
 
@@ -109,9 +139,7 @@ export class Chat {
         times.push(performance.now());
         answer.text += delta.content;
         this.known.piece(id, 0, delta.content);
-        this.#follow(() => {
-          bubble.text.textContent = answer.text;
-        });
+        this.#follow(() => bubble.show(answer.text));
         this.#show(id, times, times.length - 1);
       }
     }
@@ -138,13 +166,17 @@ export class Chat {
     this.#figures.textContent = NOTHING;
   }
 
-  #bubble(role, who, text) {
+  /** Add a message to the conversation; `show` replaces its text, which is Markdown in an answer. */
+  #bubble(role) {
     const article = Object.assign(document.createElement("article"), { className: `message ${role}` });
-    const head = Object.assign(document.createElement("h3"), { textContent: who });
-    const body = Object.assign(document.createElement("p"), { textContent: text });
+    const head = Object.assign(document.createElement("h3"), { textContent: HEADINGS[role] });
+    const body = document.createElement("div");
     article.append(head, body);
     this.#list.append(article);
-    return { article, text: body };
+    if (role !== "assistant") return { article, show: (text) => body.replaceChildren(text) };
+    body.className = "markdown";
+    const markdown = new Markdown(body);
+    return { article, show: (text) => markdown.show(text) };
   }
 
   /** Make the conversation longer, or leave it less room: who reads its end goes on, who scrolled up stays there. */

@@ -8,6 +8,8 @@ import { reasonOf } from "./sse.js";
 
 const MOST_TOKENS = 2048; // of a pool that the demo can fill
 const CHARACTERS = 4.6; // of a token of English text, about
+const PAUSE = 500; // ms; between two rounds, in which other clients have the server to themselves
+const LOOPING = "Repeats until you stop it.";
 
 const SENTENCES = [
   "You are a patient teacher who explains how language models are served.",
@@ -49,12 +51,12 @@ export function plan({ numBlocks, blockSize, numTables }) {
   const tokens = (numBlocks * blockSize) / numTables;
   const most = Math.min(tokens, MOST_TOKENS);
   const share = (part) => Math.max(4, Math.round(part * most));
-  const system = { role: "system", content: textOf(share(0.2)) };
+  const system = { role: "system", content: textOf(share(0.28)) };
   const requests = [
-    request("long prompt", [user(`Go on: ${textOf(share(0.25))}`)], share(0.1), 1),
-    request("shared 1", [system, user(`${TASK} why are there blocks?`)], share(0.13), 2),
-    request("shared 2", [system, user(`${TASK} what is in a block table?`)], share(0.13), 3),
-    request("n = 3", [system, user(`${TASK} who may share a block?`)], share(0.13), 4, 3),
+    request("long prompt", [user(`Go on: ${textOf(share(0.34))}`)], share(0.09), 1),
+    request("shared 1", [system, user(`${TASK} why are there blocks?`)], share(0.11), 2),
+    request("shared 2", [system, user(`${TASK} what is in a block table?`)], share(0.11), 3),
+    request("n = 3", [system, user(`${TASK} who may share a block?`)], share(0.11), 4, 3),
   ];
   return { isLarge: tokens > 1.5 * MOST_TOKENS, requests };
 }
@@ -69,46 +71,66 @@ function request(name, messages, length, seed, n = 1) {
 export class Demo {
   #running = null;
   #note = document.querySelector("#demo-note");
-  #load = document.querySelector("#load");
+  #button = document.querySelector("#load");
 
-  /** ask: `events`, with a key where one is needed. */
-  constructor(pool, ask, known) {
+  /**
+   * ask: `events`, with a key if one is needed. onStart, onStop: called when the load starts and after it stops;
+   * hasShown: whether the page has shown all that the last round did.
+   */
+  constructor(pool, ask, known, { onStart, onStop, hasShown }) {
     this.pool = pool;
     this.ask = ask;
     this.known = known;
-    this.#load.addEventListener("click", () => this.start());
+    this.onStart = onStart;
+    this.onStop = onStop;
+    this.hasShown = hasShown;
+    this.#button.addEventListener("click", () => (this.#running ? this.stop() : this.start()));
+    addEventListener("pagehide", () => this.stop());
   }
 
-  /** Without a pool there is nothing to load; what was said of a server that was gone is over once it is back. */
+  /** Enable the button if there is a pool to load. A connection that is restored clears the last failure. */
   enable(hasPool, isLive) {
-    this.#load.disabled = !hasPool;
+    this.#button.disabled = !hasPool;
     if (isLive && !this.#running) this.#say("");
   }
 
-  /** Cancel its requests. */
+  /** Cancel the requests. */
   stop() {
     this.#running?.abort();
   }
 
-  /** Send its requests, if they are not under way; returns when all have ended. */
+  /**
+   * Send the requests, round by round, until `stop` is called or a request fails. A round starts when the page has
+   * shown the last one and is in view, so a slow or paused page keeps the server idle, and so does a hidden tab.
+   */
   async start() {
     if (this.#running) return;
     const running = (this.#running = new AbortController());
     const { isLarge, requests } = plan(this.pool);
-    this.#load.setAttribute("aria-disabled", "true");
-    this.#say(isLarge ? "Preemption needs a smaller pool: tiny-llm serve --demo" : "");
-    const failure = await this.#send(requests, running.signal);
-    if (running.signal.aborted || !failure) this.#say("");
-    else this.#say(`Not all could run: ${reasonOf(failure)}`);
-    this.#load.removeAttribute("aria-disabled");
+    this.#button.textContent = "Stop";
+    this.#say(...(isLarge ? ["Preemption needs a smaller pool: ", command("tiny-llm serve --demo")] : [LOOPING]));
+    this.onStart();
+    let failure;
+    const { signal } = running;
+    while (!failure && !signal.aborted) {
+      failure = await this.#round(requests, signal);
+      if (!failure) do await pause(PAUSE, signal); while (!signal.aborted && !this.#mayGoOn());
+    }
+    this.#say(signal.aborted ? "" : `Not all could run: ${reasonOf(failure)}`);
+    this.#button.textContent = "Load it";
     this.#running = null;
+    this.onStop();
+  }
+
+  #mayGoOn() {
+    return this.hasShown() && !document.hidden;
   }
 
   /**
-   * One after the other has been accepted, so that the newest is the same each time.
-   * Returns when all have ended: what the first one failed with, after which no more are sent, or undefined.
+   * Send each request when the one before has been accepted, so that the newest is the same in each round.
+   * Returns when all have finished: the first failure, after which no more are sent, or undefined.
    */
-  async #send(requests, signal) {
+  async #round(requests, signal) {
     const failures = [];
     const answers = [];
     for (const one of requests) {
@@ -132,7 +154,18 @@ export class Demo {
     }
   }
 
-  #say(text) {
-    this.#note.textContent = text;
+  #say(...content) {
+    this.#note.replaceChildren(...content);
   }
+}
+
+/** A command that stays on one line. */
+const command = (text) => Object.assign(document.createElement("code"), { textContent: text });
+
+/** Returns after `ms`, or as soon as the signal is aborted. */
+function pause(ms, signal) {
+  return new Promise((resolve) => {
+    setTimeout(resolve, ms);
+    signal.addEventListener("abort", resolve, { once: true });
+  });
 }

@@ -18,6 +18,9 @@ import { BlockTable } from "./tables.js";
 
 const find = (selector) => document.querySelector(selector);
 
+const DEMO_PACE = 5; // steps a second
+let isPaceChosen = false; // by hand; until then a load sets it
+
 const [pool, playback, labels, known] = [new Pool(), new Playback(), new Labels(), new Known()];
 const [keyField, announcer, figures] = [new KeyField(), new Announcer(), new Figures(pool)];
 const log = new Log(labels, (blocks) => grid.mark(blocks));
@@ -37,7 +40,16 @@ const requests = new Requests(pool, labels, known, {
 });
 const ask = (path, options) => keyField.events(path, options);
 const chat = new Chat(ask, known, announcer);
-const demo = new Demo(pool, ask, known);
+const demo = new Demo(pool, ask, known, {
+  onStart: () => {
+    if (!isPaceChosen) setPace(DEMO_PACE);
+  },
+  onStop: () => {
+    if (!isPaceChosen) setPace(REAL_TIME);
+    if (playback.pace !== PAUSED) show(playback.catchUp());
+  },
+  hasShown: () => playback.behind === 0,
+});
 
 // The stream.
 
@@ -123,7 +135,7 @@ function show(steps) {
 function drawRest() {
   figures.update();
   drawFocus();
-  say("#behind", waits(playback));
+  say("#behind", distance(playback));
   find("#catch-up").setAttribute("aria-disabled", playback.behind === 0);
 }
 
@@ -133,11 +145,11 @@ function drawFocus() {
   say("#detail", focus.detail);
 }
 
-/** How many steps have come and are not shown. */
-function waits({ behind, pace }) {
+/** How many steps the engine has done that are not shown yet. */
+function distance({ behind }) {
   if (!behind) return "";
   const steps = behind === 1 ? "1 step" : `${behind.toLocaleString("en")} steps`;
-  return pace === PAUSED ? `paused, ${steps} behind` : `${steps} behind`;
+  return `${steps} behind; the engine runs at full speed`;
 }
 
 function summary() {
@@ -154,24 +166,43 @@ function say(selector, text) {
 
 // The controls.
 
-find("#pace").addEventListener("change", ({ target }) => {
-  playback.pace = target.value === "real" ? REAL_TIME : Number(target.value);
+function setPace(pace) {
+  find(`#pace input[value='${pace === REAL_TIME ? "real" : pace}']`).checked = true;
+  playback.pace = pace;
   schedule();
+}
+
+find("#pace").addEventListener("change", ({ target }) => {
+  isPaceChosen = true;
+  setPace(target.value === "real" ? REAL_TIME : Number(target.value));
 });
 find("#one-step").addEventListener("click", () => {
-  find("#pace input[value='0']").checked = true;
-  playback.pace = PAUSED;
+  isPaceChosen = true;
+  setPace(PAUSED);
   show(playback.one());
 });
 find("#catch-up").addEventListener("click", () => show(playback.catchUp()));
-find("#stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
-});
-
-function stop() {
+  if (event.key !== "Escape") return;
   chat.stop();
   demo.stop();
+});
+
+// In a narrow window the pool comes first, for the eye and for the keyboard.
+
+const narrow = matchMedia("(max-width: 999px)");
+
+function arrange() {
+  const [main, chatPanel, poolPanel, messages] = ["main", ".chat", ".pool", "#messages"].map(find);
+  const [first, second] = narrow.matches ? [poolPanel, chatPanel] : [chatPanel, poolPanel];
+  if (first.nextElementSibling === second) return;
+  const { scrollTop } = messages;
+  if (first.contains(document.activeElement)) main.append(second); // an element that moves loses the focus
+  else main.prepend(first);
+  messages.scrollTop = scrollTop;
 }
+
+narrow.addEventListener("change", arrange);
+arrange();
 
 listen({ onMessage: take, onState: showState, askKey: () => keyField.ask() });
