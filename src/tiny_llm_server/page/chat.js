@@ -206,6 +206,6 @@ export class Chat {
 /** What happened to an answer that has no end: an error of the server, or nobody is there. */
 function broken(error, text) {
   const why = reasonOf(error);
-  if (error.code === "context_length_exceeded") return `${why}: lower “Max tokens”, or begin a new chat`;
+  if (error.code === "context_length_exceeded") return `${why}: lower “Max tokens”, or start a new chat`;
   return text ? `broken off: ${why}` : why;
 }

@@ -51,9 +51,9 @@ export function plan({ numBlocks, blockSize, numTables }) {
   const tokens = (numBlocks * blockSize) / numTables;
   const most = Math.min(tokens, MOST_TOKENS);
   const share = (part) => Math.max(4, Math.round(part * most));
-  const system = { role: "system", content: textOf(share(0.28)) };
+  const system = { role: "system", content: textOf(share(0.26)) };
   const requests = [
-    request("long prompt", [user(`Go on: ${textOf(share(0.34))}`)], share(0.09), 1),
+    request("long prompt", [user(`Go on: ${textOf(share(0.29))}`)], share(0.09), 1),
     request("shared 1", [system, user(`${TASK} why are there blocks?`)], share(0.11), 2),
     request("shared 2", [system, user(`${TASK} what is in a block table?`)], share(0.11), 3),
     request("n = 3", [system, user(`${TASK} who may share a block?`)], share(0.11), 4, 3),
@@ -116,7 +116,7 @@ export class Demo {
       failure = await this.#round(requests, signal);
       if (!failure) do await pause(PAUSE, signal); while (!signal.aborted && !this.#mayGoOn());
     }
-    this.#say(signal.aborted ? "" : `Not all could run: ${reasonOf(failure)}`);
+    this.#say(signal.aborted ? "" : `The load has stopped: ${reasonOf(failure)}`);
     this.#button.textContent = "Load it";
     this.#running = null;
     this.onStop();
