@@ -78,7 +78,7 @@ def test_a_prefix_hit_is_shown_before_the_copy_that_it_causes(page: Any) -> None
     marked = page.locator("#grid [data-marked]").evaluate_all(
         "cells => cells.map(cell => cell.dataset.block)"
     )
-    assert set(marked) == set(re.findall(r"block (\d+),.* copied to (\d+)", copied.inner_text())[0])
+    assert set(marked) == set(re.findall(r"block (\d+).* copied to (\d+)", copied.inner_text())[0])
     page.hover("#chat-title")
     expect(page.locator("#grid [data-marked]")).to_have_count(0)
 
@@ -220,7 +220,7 @@ def test_a_large_pool_is_drawn_up_to_its_highest_used_block(
     with page_with_live(browser, served, as_events(message)) as page:
         expect(page.locator("#more")).to_have_text(rest)
         expect(page.locator("#grid .cell")).to_have_count(num_drawn)
-        expect(page.locator("#pool-size")).to_contain_text(f"{num_blocks:,} blocks; each holds")
+        expect(page.locator("#pool-size")).to_contain_text(f"{num_blocks:,} blocks, each for")
         expect(page.locator("#load")).to_be_enabled()
 
 

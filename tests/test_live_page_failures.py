@@ -42,11 +42,11 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:
         send(page, FRANCE)
         page.fill("#key-field", "wrong")
         page.press("#key-field", "Enter")
-        wrong = "This key is not one of the server's. Another one:"
+        wrong = "The server rejected this key. Enter another one:"
         expect(page.locator("#key label")).to_have_text(wrong)
         assert page.inner_text(".top").split("\n") == ["tiny-llm", wrong, "Use this key"]
         says = "says => [getComputedStyle(says).color, says.getClientRects().length]"
-        assert page.locator("#key [data-says]").evaluate(says) == ["rgb(154, 52, 18)", 1]  # --warn, a line
+        assert page.locator("#key [data-prompt]").evaluate(says) == ["rgb(154, 52, 18)", 1]  # --warn, a line
         page.fill("#key-field", "secret")
         page.press("#key-field", "Enter")
         expect_connected(page)
@@ -83,7 +83,7 @@ def test_a_load_without_a_connection_stops_and_says_why(browser: Any, served: Se
 
 @contextmanager
 def process(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server from the command line."""
+    """Start a server from the command line."""
     command = [sys.executable, "-m", "tiny_llm_cli", "serve", "--port", str(port), "--num-blocks", "96"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as started:
         try:
@@ -97,7 +97,7 @@ def listens(port: int) -> bool:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_the_page_survives_the_death_of_the_server(browser: Any) -> None:
+def test_the_page_reconnects_after_the_server_was_killed(browser: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     url, fine = f"http://127.0.0.1:{port}", "ERR_CONNECTION|ERR_INCOMPLETE|ERR_EMPTY|503"
@@ -109,7 +109,7 @@ def test_the_page_survives_the_death_of_the_server(browser: Any) -> None:
             expect(cells(page, "own").nth(3)).to_be_visible()
             first.kill()
             expect(page.locator(".message .end")).to_have_text(
-                "broken off: the connection to the server is lost"
+                "incomplete: the connection to the server is lost"
             )
             expect(page.locator("#status")).to_contain_text("lost")
             expect(page.locator("#send")).to_be_visible()
@@ -123,15 +123,15 @@ def test_the_page_survives_the_death_of_the_server(browser: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "message"),
     [(404, None, "--no-live"), (400, "no_blocks", "dense"), (503, "loading", "Trying")],
 )
 def test_a_server_without_the_stream_still_chats(
-    browser: Any, served: Served, status: int, code: str | None, said: str
+    browser: Any, served: Served, status: int, code: str | None, message: str
 ) -> None:
     error = {"error": {"message": "no", "type": "x", "param": None, "code": code}}
     with page_with_live(browser, served, json.dumps(error), status) as page:
-        expect(page.locator("#status")).to_contain_text(said)
+        expect(page.locator("#status")).to_contain_text(message)
         expect(page.locator("#load")).to_be_disabled()
         send(page, FRANCE)
         expect(page.locator("#messages")).to_contain_text("Paris")

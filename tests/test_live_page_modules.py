@@ -283,7 +283,7 @@ LABELS = """async () => {
   const all = [...Array(28).keys()].map((i) => ({ request: `r${i}`, id: `r${i}` }));
   all.forEach((sequence) => labels.add(sequence));
   const names = all.map((sequence) => labels.of(sequence));
-  labels.end(all[1], all.filter((sequence) => sequence !== all[1]));
+  labels.finish(all[1], all.filter((sequence) => sequence !== all[1]));
   const forked = ["f/1", "f/0"].map((id) => ({ request: "f", id }));
   forked.forEach((sequence) => labels.add(sequence));
   return { names, forked: forked.map((sequence) => labels.of(sequence)), letter: labels.letter(forked[1]) };

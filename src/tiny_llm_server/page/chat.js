@@ -1,19 +1,19 @@
-/** The conversation: what was said, the question, and the answer as it comes. */
+/** The chat: the conversation, the question, and the answer while it streams. */
 
 import { Markdown } from "./markdown.js";
 import { load, save } from "./saved_chat.js";
 import { reasonOf } from "./sse.js";
 
-const NOTHING = "\u00a0"; // on a line that keeps its place
-const SURE = 0.25; // seconds over which a speed can be told from here: pieces may come in one go
+const BLANK = "\u00a0"; // an empty line that keeps its height
+const MIN_SECONDS = 0.25; // for a speed measured here: pieces may arrive together
 const NEAR = 40; // pixels from the end of the conversation
 const HEADINGS = { user: "You", assistant: "Model", refusal: "Not answered" }; // by role
 
 export class Chat {
-  #messages = []; // as the API takes them
-  #timed = null; // what the figures are made of
-  #running = null; // AbortController of the answer that is coming
-  #unsaved = null; // that answer so far, with its question
+  #messages = []; // in the format of the API
+  #timed = null; // arguments of #show for the last answer
+  #running = null; // AbortController of the current answer
+  #unsaved = null; // {messages, answer}: the current answer, and the messages up to its question
   #list = document.querySelector("#messages");
   #form = document.querySelector("#chat-form");
   #question = document.querySelector("#question");
@@ -22,7 +22,7 @@ export class Chat {
   #figures = document.querySelector("#chat-figures");
   #hint = this.#list.firstElementChild;
 
-  /** ask: `events`, with a key where one is needed. */
+  /** ask: `events`, which asks the user for a key if the server needs one. */
   constructor(ask, known, announcer) {
     this.ask = ask;
     this.known = known;
@@ -42,12 +42,12 @@ export class Chat {
     this.#restore();
   }
 
-  /** Steps have come, which may be those of an answer that is here already. */
+  /** Update the speed, because steps have arrived; they may belong to an answer that is already complete. */
   refresh() {
     if (this.#timed) this.#show(...this.#timed);
   }
 
-  /** Cancel the answer that is coming, if one is. */
+  /** Cancel the current answer, if there is one. */
   stop() {
     this.#running?.abort();
   }
@@ -99,20 +99,20 @@ export class Chat {
     try {
       await this.#read(messages, running.signal, bubble, answer);
     } catch (error) {
-      answer.end = running.signal.aborted ? "stopped" : broken(error, answer.text);
+      answer.end = running.signal.aborted ? "stopped" : failureOf(error, answer.text);
     }
     if (this.#list.contains(bubble.article)) {
       this.#unsaved = null;
       if (answer.text) this.#messages = [...messages, { role: "assistant", content: answer.text }];
       if (answer.text || running.signal.aborted || !answer.end) this.#finish(bubble, answer);
-      else this.#takeBack(question, asked, bubble, answer.end);
+      else this.#returnQuestion(question, asked, bubble, answer.end);
       save(this.#messages, this.#question.value);
     }
     if (this.#running === running) this.#busy(null);
   }
 
-  /** There is no answer: the question goes back to where it was written, and what is wrong is said. */
-  #takeBack(question, asked, bubble, why) {
+  /** Return a question without an answer to its field, and show the reason. */
+  #returnQuestion(question, asked, bubble, why) {
     asked.article.remove();
     bubble.article.remove();
     this.#question.value ||= question;
@@ -143,17 +143,17 @@ export class Chat {
         this.#show(id, times, times.length - 1);
       }
     }
-    if (!reason) throw new Error("the answer has no end");
-    answer.end = reason === "length" ? "the length that you allowed is reached" : null;
+    if (!reason) throw new Error("the answer is incomplete");
+    answer.end = reason === "length" ? "stopped at “Max tokens”" : null;
   }
 
-  /** The time to the first token as it was here; the speed by the server's clock, if that is known. */
+  /** Show the time to first token, measured here, and the speed, on the server's clock if it is known. */
   #show(id, times, tokens) {
     const [asked, first, ...others] = times;
     if (first === undefined) return;
     this.#timed = [id, times, tokens];
     const seconds = ((others.at(-1) ?? first) - first) / 1000;
-    const speed = this.known.speed(id) ?? (seconds > SURE ? (tokens - 1) / seconds : null);
+    const speed = this.known.speed(id) ?? (seconds > MIN_SECONDS ? (tokens - 1) / seconds : null);
     const pace = speed === null ? "" : ` · ${speed.toFixed(0)} tokens/s`;
     const words = tokens === 1 ? "1 token" : `${tokens} tokens`;
     this.#follow(() => {
@@ -163,7 +163,7 @@ export class Chat {
 
   #forgetFigures() {
     this.#timed = null;
-    this.#figures.textContent = NOTHING;
+    this.#figures.textContent = BLANK;
   }
 
   /** Add a message to the conversation; `show` replaces its text, which is Markdown in an answer. */
@@ -179,7 +179,7 @@ export class Chat {
     return { article, show: (text) => markdown.show(text) };
   }
 
-  /** Make the conversation longer, or leave it less room: who reads its end goes on, who scrolled up stays there. */
+  /** Make a change that moves the end of the conversation; scroll to the new end if the old end was in view. */
   #follow(change) {
     const { scrollHeight, scrollTop, clientHeight } = this.#list;
     change();
@@ -203,9 +203,9 @@ export class Chat {
   }
 }
 
-/** What happened to an answer that has no end: an error of the server, or nobody is there. */
-function broken(error, text) {
+/** Why an answer is missing or incomplete: the server's error, or a lost connection. */
+function failureOf(error, text) {
   const why = reasonOf(error);
   if (error.code === "context_length_exceeded") return `${why}: lower “Max tokens”, or start a new chat`;
-  return text ? `broken off: ${why}` : why;
+  return text ? `incomplete: ${why}` : why;
 }

@@ -1,34 +1,35 @@
 /**
- * "Load it": requests that need more blocks than a small pool has, so that they share, fork, and give way.
+ * "Load it": requests that need more blocks than a small pool has, which shows sharing, forks and preemption.
  *
- * All sizes are shares of the pool in tokens, capped so that a large pool is not kept busy for minutes.
+ * All lengths are fractions of the pool's size in tokens, capped so that a round in a large pool is not too long.
  */
 
 import { reasonOf } from "./sse.js";
 
-const MOST_TOKENS = 2048; // of a pool that the demo can fill
-const CHARACTERS = 4.6; // of a token of English text, about
-const PAUSE = 500; // ms; between two rounds, in which other clients have the server to themselves
-const LOOPING = "Repeats until you stop it.";
+const MAX_TOKENS = 2048; // of a pool that the demo fills
+const CHARACTERS = 4.6; // per token of English text, roughly
+const PAUSE = 500; // ms between two rounds
+const SMALLER_POOL = "Preemption needs a smaller pool: ";
+const REPEATS = "Repeats until you stop it.";
 
 const SENTENCES = [
   "You are a patient teacher who explains how language models are served.",
   "Answer in plain English, in full sentences, and give one example for each idea.",
   "A model writes one token at a time, and each token attends to all tokens before it.",
-  "Their keys and values are kept, so that nothing is computed twice: this is the cache.",
-  "The cache is cut into blocks of a few tokens, and any free block will do for the next one.",
-  "A block table says which block of the pool holds which part of a sequence.",
-  "Sequences that begin alike can hold the same blocks, and each holder is counted.",
-  "Who writes to a block that others hold writes to a copy of it instead.",
-  "When blocks run out, the newest sequence gives its blocks up and waits for its turn.",
-  "Its blocks may wait on the host, or be computed again when there is room.",
-  "A block that nobody holds may be kept for a while, because the same prompt may come again.",
-  "The least recently used blocks are given up first.",
+  "Their keys and values are stored, so that nothing is computed twice: this is the KV cache.",
+  "The cache is divided into blocks of a few tokens, and a sequence can use any free block next.",
+  "A block table maps each part of a sequence to a block of the pool.",
+  "Sequences with the same prefix can share blocks, and each block counts its references.",
+  "A sequence that writes to a shared block writes to a copy of it instead.",
+  "When blocks run out, the newest sequence is preempted and waits until blocks are free.",
+  "Its blocks are swapped to host memory, or computed again when it resumes.",
+  "A block that is no longer in use stays cached, because the same prompt may come again.",
+  "The least recently used blocks are evicted first.",
 ];
 
 const TASK = "Tell it as a long story:";
 
-/** A text of about so many tokens, which is the same each time. */
+/** A text of about this many tokens, always the same. */
 export function textOf(tokens) {
   const parts = [];
   let length = 0;
@@ -41,24 +42,24 @@ export function textOf(tokens) {
 }
 
 /**
- * The requests for a pool, in the order in which they are sent: together about 1.3 times as many blocks as it has.
+ * The requests for a pool, in the order of sending. Together they need about 1.3 times the blocks of the pool.
  *
- * No more than four: a browser has six connections to a server, one is `/live`'s and one the chat's.
+ * There are four: a browser opens six connections to a server, of which `/live` takes one and the chat one.
  * @param {{numBlocks: number, blockSize: number, numTables: number}} pool
  * @returns {{isLarge: boolean, requests: {name: string, body: object}[]}}
  */
 export function plan({ numBlocks, blockSize, numTables }) {
   const tokens = (numBlocks * blockSize) / numTables;
-  const most = Math.min(tokens, MOST_TOKENS);
-  const share = (part) => Math.max(4, Math.round(part * most));
+  const capped = Math.min(tokens, MAX_TOKENS);
+  const share = (part) => Math.max(4, Math.round(part * capped));
   const system = { role: "system", content: textOf(share(0.26)) };
   const requests = [
     request("long prompt", [user(`Go on: ${textOf(share(0.29))}`)], share(0.09), 1),
     request("shared 1", [system, user(`${TASK} why are there blocks?`)], share(0.11), 2),
     request("shared 2", [system, user(`${TASK} what is in a block table?`)], share(0.11), 3),
-    request("n = 3", [system, user(`${TASK} who may share a block?`)], share(0.11), 4, 3),
+    request("n = 3", [system, user(`${TASK} which sequences share a block?`)], share(0.11), 4, 3),
   ];
-  return { isLarge: tokens > 1.5 * MOST_TOKENS, requests };
+  return { isLarge: tokens > 1.5 * MAX_TOKENS, requests };
 }
 
 const user = (content) => ({ role: "user", content });
@@ -74,8 +75,8 @@ export class Demo {
   #button = document.querySelector("#load");
 
   /**
-   * ask: `events`, with a key if one is needed. onStart, onStop: called when the load starts and after it stops;
-   * hasShown: whether the page has shown all that the last round did.
+   * ask: `events`, which asks the user for a key if the server needs one. onStart, onStop: called when the load starts
+   * and after it has stopped. hasShown: returns whether all steps received so far have been shown.
    */
   constructor(pool, ask, known, { onStart, onStop, hasShown }) {
     this.pool = pool;
@@ -100,15 +101,15 @@ export class Demo {
   }
 
   /**
-   * Send the requests, round by round, until `stop` is called or a request fails. A round starts when the page has
-   * shown the last one and is in view, so a slow or paused page keeps the server idle, and so does a hidden tab.
+   * Send the requests, round by round, until `stop` is called or a request fails. A round only starts when the page has
+   * shown the last one and is visible. The server is therefore idle most of the time if the replay is slow.
    */
   async start() {
     if (this.#running) return;
     const running = (this.#running = new AbortController());
     const { isLarge, requests } = plan(this.pool);
     this.#button.textContent = "Stop";
-    this.#say(...(isLarge ? ["Preemption needs a smaller pool: ", command("tiny-llm serve --demo")] : [LOOPING]));
+    this.#say(...(isLarge ? [SMALLER_POOL, command("tiny-llm serve --demo")] : [REPEATS]));
     this.onStart();
     let failure;
     const { signal } = running;
@@ -165,7 +166,12 @@ const command = (text) => Object.assign(document.createElement("code"), { textCo
 /** Returns after `ms`, or as soon as the signal is aborted. */
 function pause(ms, signal) {
   return new Promise((resolve) => {
-    setTimeout(resolve, ms);
-    signal.addEventListener("abort", resolve, { once: true });
+    const end = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", end);
+      resolve();
+    };
+    const timer = setTimeout(end, ms);
+    signal.addEventListener("abort", end);
   });
 }

@@ -1,4 +1,4 @@
-/** Wires the page: the stream to the pool, the pool to what draws it, and the controls to both. */
+/** Connects the parts of the page: the stream to the pool, the pool to its views, and the controls to both. */
 
 import { Announcer } from "./announcer.js";
 import { Grid } from "./blocks.js";
@@ -19,7 +19,7 @@ import { BlockTable } from "./tables.js";
 const find = (selector) => document.querySelector(selector);
 
 const DEMO_PACE = 5; // steps a second
-let isPaceChosen = false; // by hand; until then a load sets it
+let isPaceChosen = false; // by the user; until then a load chooses it
 
 const [pool, playback, labels, known] = [new Pool(), new Playback(), new Labels(), new Known()];
 const [keyField, announcer, figures] = [new KeyField(), new Announcer(), new Figures(pool)];
@@ -55,19 +55,19 @@ const demo = new Demo(pool, ask, known, {
 
 const STATES = {
   connecting: "Connecting …",
-  key: "", // the form says it
-  loading: "The server takes no requests now: its model loads, or it is about to end. Trying again …",
+  key: "", // the form has the text
+  loading: "The server is loading its model or shutting down. Trying again …",
   lost: "The connection to the server is lost. Trying again …",
-  off: "This server does not show its pool (it runs with --no-live). The chat works.",
-  no_blocks: "This server has no pool of blocks (it runs with --batching dense). The chat works.",
+  off: "This server runs with --no-live: its pool is hidden. The chat works.",
+  no_blocks: "This server runs with --batching dense: it has no pool of blocks. The chat works.",
 };
 
 function showState(state) {
   document.body.dataset.live = state;
   demo.enable(pool.numBlocks > 0, state === "live");
   const { numBlocks, blockSize } = pool;
-  say("#status", state === "live" ? "Connected." : STATES[state]);
-  if (state === "live") say("#pool-size", `${numBlocks.toLocaleString("en")} blocks; each holds the keys and values of ${blockSize} tokens`);
+  setText("#status", state === "live" ? "Connected." : STATES[state]);
+  if (state === "live") setText("#pool-size", `${numBlocks.toLocaleString("en")} blocks, each for the keys and values of ${blockSize} tokens`);
 }
 
 function take(message) {
@@ -86,12 +86,12 @@ function take(message) {
   log.reset(message.t);
   figures.reset();
   grid.reset();
-  say("#model", pool.model);
+  setText("#model", pool.model);
   showState("live");
   drawRest();
 }
 
-// What is shown, and when.
+// The replay.
 
 let isScheduled = false;
 
@@ -103,7 +103,7 @@ function schedule() {
 }
 
 document.addEventListener("visibilitychange", () => {
-  isScheduled = false; // a page that nobody sees gets no animation frames
+  isScheduled = false; // a hidden page gets no animation frames
   schedule();
 });
 
@@ -126,7 +126,7 @@ function show(steps) {
     const events = changes.slice(-20).flatMap((change) => change.events);
     grid.update(blocks, new Map(events.map(([kind, block]) => [block, kind])));
     const remaining = [...pool.sequences.values()];
-    for (const change of changes) for (const ended of change.ended) labels.end(ended, remaining);
+    for (const change of changes) for (const sequence of change.ended) labels.finish(sequence, remaining);
     announcer.summarise(summary);
   }
   drawRest();
@@ -135,17 +135,17 @@ function show(steps) {
 function drawRest() {
   figures.update();
   drawFocus();
-  say("#behind", distance(playback));
+  setText("#behind", distance(playback));
   find("#catch-up").setAttribute("aria-disabled", playback.behind === 0);
 }
 
 function drawFocus() {
   requests.update(focus.chosen);
   table?.show(focus.sequence);
-  say("#detail", focus.detail);
+  setText("#detail", focus.detail);
 }
 
-/** How many steps the engine has done that are not shown yet. */
+/** How far the page is behind the engine. */
 function distance({ behind }) {
   if (!behind) return "";
   const steps = behind === 1 ? "1 step" : `${behind.toLocaleString("en")} steps`;
@@ -159,7 +159,7 @@ function summary() {
     + `${stats.preemptions} preemptions.`;
 }
 
-function say(selector, text) {
+function setText(selector, text) {
   const element = find(selector);
   if (element.textContent !== text) element.textContent = text;
 }
@@ -188,7 +188,7 @@ document.addEventListener("keydown", (event) => {
   demo.stop();
 });
 
-// In a narrow window the pool comes first, for the eye and for the keyboard.
+// In a narrow window the pool comes first, on the screen and in the keyboard's order.
 
 const narrow = matchMedia("(max-width: 999px)");
 

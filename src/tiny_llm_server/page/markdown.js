@@ -87,10 +87,10 @@ const ENDS = {
   list(lines, at) {
     const [, indent, number] = ITEM.exec(lines[at]);
     const isOther = (item) => item[1].length < indent.length + 2 && !item[2] !== !number;
-    const isIn = (line) => (kindOf(line) === "list" ? !isOther(ITEM.exec(line)) : /^\s{2,}\S/.test(line) && !FENCE.test(line));
+    const goesOn = (line) => (kindOf(line) === "list" ? !isOther(ITEM.exec(line)) : isIndented(line));
     let end = at + 1;
     for (let next = end; next < lines.length; next += 1) {
-      if (isIn(lines[next])) end = next + 1;
+      if (goesOn(lines[next])) end = next + 1;
       else if (lines[next].trim()) break; // blank lines are part of a list only if it goes on after them
     }
     return end;
@@ -107,6 +107,7 @@ function endOf(lines, at, goesOn) {
   return end;
 }
 
+const isIndented = (line) => /^\s{2,}\S/.test(line) && !FENCE.test(line);
 const isClosing = (line, fence) => line.length >= fence.length && line === fence[0].repeat(line.length);
 
 /** The lines between the fences, without the indentation of the first fence. */
@@ -152,7 +153,7 @@ function renderList(source) {
   return levels[0].list;
 }
 
-// What is inside of a line.
+// Spans.
 
 /** The nodes of a text with inline marks. Marks that are not closed stay text. */
 function inline(text, depth = 0) {
@@ -174,7 +175,7 @@ function spanOf({ escaped, code, strong, strong_, em, em_, label, address }, dep
   return link(inline(label, depth), address);
 }
 
-/** A link that opens in another tab and says where it leads; only its text, unless the address is http(s). */
+/** A link that opens in a new tab and has its address as a tooltip; only the text if the address is not http(s). */
 function link(content, address) {
   if (!/^https?:\/\//i.test(address) || !URL.canParse(address)) return element("span", ...content);
   const { href } = new URL(address);

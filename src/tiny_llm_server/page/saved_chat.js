@@ -9,7 +9,7 @@ export function load() {
     const { messages, question } = JSON.parse(sessionStorage.getItem(KEY)) ?? {};
     const isValid = Array.isArray(messages) && messages.every(isMessage) && typeof question === "string";
     return isValid ? { messages, question } : { messages: [], question: "" };
-  } catch { // somebody else's value, or a browser without storage
+  } catch { // not JSON, or a browser without storage
     return { messages: [], question: "" };
   }
 }
