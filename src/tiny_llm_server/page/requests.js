@@ -83,7 +83,7 @@ const tail = (text) => `\u200e${text.slice(-60).replace(/\s+/g, " ")}\u200e`;
 function stateOf(sequence) {
   const blocks = sequence.host_blocks;
   if (sequence.state === "running") return ["running", sequence.outputs ? "running" : "prefill", ""];
-  if (blocks) return ["swapped", "swapped", `${blocks} block${blocks > 1 ? "s" : ""} in host memory`];
+  if (blocks) return ["swapped", "swapped", `${blocks} block${blocks > 1 ? "s" : ""} on the host`];
   return sequence.preempted ? ["preempted", "preempted", "will be recomputed"] : ["waiting", "waiting", ""];
 }
 
