@@ -402,7 +402,7 @@ def serve(gemma: Checkpoint, real_model: Model) -> Iterator[Serve]:
     """Engines of any configuration over the model that has been read once."""
     if not tiny_llm_kernels.available():
         pytest.skip(f"the model would take long: {tiny_llm_kernels.why_unavailable()}")
-    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer, {})
+    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer, {}, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiny_llm.llm.load_model", lambda *_: loaded)
         yield lambda **options: LLM("gemma3-270m", **{"max_model_len": 2048, **options})

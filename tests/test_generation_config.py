@@ -168,9 +168,10 @@ def seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
     found: list[SamplingParams] = []
     request = llm.engine.request
 
-    def watched(prompt: Any, params: SamplingParams, *others: Any) -> Any:
-        found.append(params)
-        return request(prompt, params, *others)
+    def watched(*arguments: Any) -> Any:
+        made = request(*arguments)
+        found.append(made.params)
+        return made
 
     monkeypatch.setattr(llm.engine, "request", watched)
     return found

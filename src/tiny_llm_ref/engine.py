@@ -7,14 +7,14 @@ back: numbers and texts in frozen records. An array comes out evaluated: a lazy 
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
@@ -22,12 +22,14 @@ from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
 from .admission_control import AdmissionControl
 from .batch_manager import refuse_too_many
 from .beam_search import BeamSearchParams
+from .chat_prompts import ChatOptions, ChatPrompts, Messages
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
 from .errors import EngineStoppingError, SamplingParamsError, fitting
 from .forking import note_engine, prepare_to_compute
+from .generation_defaults import fitted
 from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
@@ -62,7 +64,12 @@ class Engine:
         vocab_size: int,
         config: EngineConfig,
         max_model_len: int | None = None,
+        *,
+        chat_prompts: ChatPrompts | None = None,
+        defaults: SamplingParams | None = None,
     ) -> None:
+        self._chat_prompts = chat_prompts or ChatPrompts("this engine", None, tokenizer, max_model_len)
+        self._defaults = defaults or SamplingParams()
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -89,15 +96,33 @@ class Engine:
         `RequestTooLargeError` if `n` exceeds `max_num_seqs`, and, as cheaply as that can be known, for a
         prompt that the context cannot hold.
         """
-        params, name_of = _checked(params, SamplingParams, SamplingParams()), self._name(request_id)
+        is_default = params is None
+        params, name_of = _checked(params, SamplingParams, self._defaults), self._name(request_id)
         parsed = parse_prompt(prompt)
         if parsed.cache_salt is not None:
             params = replace(params, cache_salt=parsed.cache_salt)
         refuse_too_many(name_of, params.n, self._max_num_seqs)
         tokens = self._encode(parsed.content)
+        if is_default:
+            params = self._fitted(params, len(tokens))
         for name in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(name, getattr(params, name) or ())
         return RequestState(name_of, parsed.text, tokens, self._tokenizer, params)
+
+    def chat_request(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        options: ChatOptions | None = None,
+        request_id: str | None = None,
+    ) -> RequestState:
+        """A request to answer a conversation: as `request`, with `ChatPrompts.encode` for the prompt.
+
+        Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
+        context has left.
+        """
+        tokens = self._chat_prompts.encode(messages, options or ChatOptions())
+        return self.request(tokens, self._chat_params(params, len(tokens)), request_id)
 
     def search(
         self,
@@ -235,6 +260,35 @@ class Engine:
             if not ended:
                 self._inbox.post(partial(self._loop.forget, [request]))
 
+    async def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestEvent, None]:
+        """Answer a conversation: the events of `generate`, for the prompt that `LLM.chat` would make.
+
+        Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
+        context has left. The other arguments: see `ChatOptions`. Leaving the loop early cancels the request.
+
+        Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
+        conversation, ValueError if the model has no chat template, and what `generate` raises.
+        """
+        self.refuse_to_wait("Engine.chat")
+        options = ChatOptions(
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+        )
+        tokens = await asyncio.to_thread(self._chat_prompts.encode, messages, options)
+        chosen = self._chat_params(params, len(tokens))
+        async with aclosing(self.generate(tokens, chosen, request_id=request_id)) as events:
+            async for event in events:
+                yield event
+
     def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
         """Show a watcher what is in the pool, then what each step changes; returns a function that ends this.
 
@@ -272,13 +326,21 @@ class Engine:
         return drained
 
     def stop(self) -> None:
-        """Cancel all requests and end the thread; returns when it has ended. New requests are refused.
+        """Cancel all requests and end the thread; returns when it has ended. New requests are rejected.
 
-        In the engine's own thread it returns at once, and the thread ends after the present iteration.
+        A second call does nothing. In the engine's own thread `stop` returns at once, and the thread ends
+        after the current iteration.
         """
         self._inbox.post(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def close(self) -> None:
+        """Stop the engine and free its KV pool. Raises `WrongThreadError` in the engine's own thread."""
+        if self._inbox.is_mine:
+            self.refuse_to_wait("Engine.close", "stop")
+        self.stop()
+        self._loop.free_core()
 
     async def __aenter__(self) -> Self:
         """The engine runs already."""
@@ -308,7 +370,12 @@ class Engine:
 
     @property
     def core(self) -> EngineCore:
-        """The engine's inside, to be looked at while nothing runs; what changes it goes through `call`."""
+        """The core, for reading while nothing runs; change it only through `call`.
+
+        Raises `EngineStoppingError` after `close`, which frees it.
+        """
+        if not hasattr(self._loop, "core"):
+            raise EngineStoppingError("the engine has been closed")
         return self._loop.core
 
     def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
@@ -325,6 +392,18 @@ class Engine:
             bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
             raise ValueError(f"token id {shown(bad)} is outside the vocabulary (0 to {self._vocab_size - 1})")
         return tokens
+
+    def _chat_params(self, params: SamplingParams | None, num_prompt_tokens: int) -> SamplingParams:
+        """The parameters of a chat answer to a prompt of so many tokens; None: the engine's defaults."""
+        if params is None:
+            return self._fitted(self._defaults.for_chat(), num_prompt_tokens)
+        return _checked(params, SamplingParams).for_chat()
+
+    def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """The default parameters; a `max_tokens` that the model recommends is cut to what the context has."""
+        if params.leaves_out_max_tokens or self._max_model_len is None:
+            return params
+        return fitted(params, num_prompt_tokens, self._max_model_len)
 
     def _name(self, request_id: str | None) -> str:
         """The id of a new request. Raises ValueError for what cannot be one."""

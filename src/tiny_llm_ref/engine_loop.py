@@ -310,6 +310,11 @@ class EngineLoop:
         """Let this iteration be the last, without a step."""
         self._stopping = True
 
+    def free_core(self) -> None:
+        """Free the core, with the KV pool. Only for a thread that has ended."""
+        self._watch = None
+        vars(self).pop("core", None)  # absent if it could not be made
+
     def _end(self, error: BaseException | None) -> None:
         """Refuse all new requests and tasks, and end the active ones; error: what the thread has died of."""
         self.refusal = refusal = stopped if error is None else partial(dead, error)

@@ -176,7 +176,7 @@ class RequestState:
         self.request_id = request_id
         self._text = text
         self.prompt_token_ids = tuple(prompt)
-        self._params = params
+        self.params = params
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
         start = Start.of(prompt, tokenizer, params)
@@ -194,7 +194,7 @@ class RequestState:
     def begin(self, core: EngineCore) -> None:
         """Queue it in the core. Raises what the core's `add_request` raises, and ValueError a second time."""
         refuse_second_time(self, self._core)
-        if not core.add_request(self.request_id, list(self.prompt_token_ids), self._params):
+        if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
         self._core = ref(core)
 

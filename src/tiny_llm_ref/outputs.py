@@ -44,6 +44,12 @@ class RequestMetrics:
     finished: float | None = None
     scheduled: float | None = None
 
+    def __repr__(self) -> str:
+        """Durations instead of clock readings, which say nothing without the clock: `ttft=0.012 s`."""
+        times = {"queue_time": self.queue_time, "ttft": self.ttft, "e2e_latency": self.e2e_latency}
+        shown = (f"{name}={seconds:.3f} s" for name, seconds in times.items() if seconds is not None)
+        return f"RequestMetrics({', '.join(shown)})"
+
     @property
     def queue_time(self) -> float | None:
         """Seconds from arrival until it ran."""
@@ -53,6 +59,11 @@ class RequestMetrics:
     def ttft(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def e2e_latency(self) -> float | None:
+        """Seconds from arrival to the end of the request."""
+        return None if self.finished is None else self.finished - self.arrival
 
 
 @dataclass(frozen=True)

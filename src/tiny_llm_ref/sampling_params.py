@@ -1,7 +1,7 @@
 """How one request wants its tokens chosen and when it wants to stop; names and defaults are vLLM's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -55,6 +55,13 @@ _NUMBERS = {
 _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
 
+class _DefaultMaxTokens(int):
+    """The default of `max_tokens`, kept apart from the same number as a caller may give it.
+
+    It equals and prints as the number, and goes through `dataclasses.replace`.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request; frozen, checked once, different for each row of a batch.
@@ -74,7 +81,8 @@ class SamplingParams:
         leaves it out.
     stop_token_ids: at most 128 tokens that end the output (part of `token_ids`, not of the text).
     ignore_eos: go on after end-of-sequence tokens.
-    max_tokens: longest output in tokens; None means up to the context's end.
+    max_tokens: longest output in tokens; None: up to the end of the context. Left out: 16 (vLLM's default)
+        for completions, and up to the end of the context for chat answers.
     min_tokens: nothing ends the output before it has this many tokens.
     logprobs: log-probabilities to return for each token: the chosen one and this many likeliest, at most 20.
     prompt_logprobs: the same for each token of the prompt but the first.
@@ -98,7 +106,7 @@ class SamplingParams:
     stop: str | tuple[str, ...] | list[str] | None = None
     stop_token_ids: tuple[int, ...] | list[int] | None = None
     ignore_eos: bool = False
-    max_tokens: int | None = 16
+    max_tokens: int | None = _DefaultMaxTokens(16)
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -124,6 +132,8 @@ class SamplingParams:
             checked[name] = whole_number(name, values[name], least, most)
         for name, (least, most) in _OPTIONAL.items():
             checked[name] = None if values[name] is None else whole_number(name, values[name], least, most)
+        if self.leaves_out_max_tokens:
+            checked["max_tokens"] = self.max_tokens
         for name, limits in _NUMBERS.items():
             checked[name] = number(name, values[name], *limits, above=name == "top_p")
         for name in _FLAGS:
@@ -142,6 +152,15 @@ class SamplingParams:
             if name not in known:
                 raise SamplingParamsError(f"unknown sampling parameter {name!r}; known: {', '.join(known)}")
         return cls(**options)
+
+    @property
+    def leaves_out_max_tokens(self) -> bool:
+        """True if `max_tokens` was not given; `SamplingParams(max_tokens=16)` gives it."""
+        return isinstance(self.max_tokens, _DefaultMaxTokens)
+
+    def for_chat(self) -> Self:
+        """These parameters for a chat answer: without a `max_tokens`, up to the end of the context."""
+        return replace(self, max_tokens=None) if self.leaves_out_max_tokens else self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
