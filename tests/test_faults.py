@@ -137,7 +137,7 @@ POINTS: list[tuple[Any, str]] = [
     (PagedQueues, "join"),
     (engine_core, "choose_token"),
     (engine_core, "tell"),
-    (engine_core, "note_prompt_logprobs"),
+    (engine_core, "record_prompt_logprobs"),
     (engine_core, "likeliest"),
     (token_output, "sample_token"),
     (BeamSearch, "advance"),

@@ -65,9 +65,10 @@ def gemma3_path() -> Path:
 PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": embedded_model_path, "gemma3-270m": gemma3_path}
 
 # SmolLM2-135M-Instruct: the model card's example samples with temperature 0.2 and top_p 0.9. With these, one
-# answer in five repeats itself until it is cut off; a repetition penalty prevents most of that, and above 1.1 the
-# text degrades. `pdm run bench defaults` asks 36 questions, each with 3 seeds, at most 512 tokens an answer; "nats"
-# is the mean negative log-probability of a token under the model itself. On 2 cores, Zen 4, AVX-512:
+# answer in five repeats itself until it is cut off; a repetition penalty prevents most of that, and above 1.1
+# the text degrades. `pdm run bench defaults` asks 36 questions, each with 3 seeds, at most 512 tokens an
+# answer; "nats" is the mean negative log-probability of a token under the model itself. On 2 cores, Zen 4,
+# AVX-512:
 #
 #                                        cut off   looping   right   nats   tokens
 #     temperature 1 (the engine's own)     20.4%      0.0%   52.8%   3.02      197

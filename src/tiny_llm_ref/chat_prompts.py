@@ -10,7 +10,7 @@ from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
-from .errors import fitting
+from .errors import prompt_length_errors
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -58,7 +58,7 @@ class ChatPrompts:
         if self._template is None:
             raise ValueError(f"{self._model_name} has no chat template: use generate instead of chat")
         _check_flags(options)
-        with fitting():
+        with prompt_length_errors():
             return self._template.encode(
                 messages, self._tokenizer, **options._asdict(), context=self._context
             )

@@ -27,7 +27,7 @@ from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError, SamplingParamsError, fitting
+from .errors import EngineStoppingError, SamplingParamsError, prompt_length_errors
 from .forking import note_engine, prepare_to_compute
 from .generation_defaults import fitted
 from .inbox import Answer, Inbox, fail, resolve
@@ -436,7 +436,7 @@ class Engine:
     def _encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt, all of them in the vocabulary, and no more than may ever run."""
         context = self._max_model_len
-        with fitting():
+        with prompt_length_errors():
             if isinstance(prompt, str):
                 return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
             check_length(len(prompt), context)

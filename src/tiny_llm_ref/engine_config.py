@@ -10,7 +10,7 @@ from typing import Any, Self
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
 
-from .errors import is_whole
+from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
 
 GIB = 1024**3
@@ -133,7 +133,7 @@ class EngineConfig:
         value = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return
-        if not is_whole(value):
+        if not is_integer(value):
             none = " or None" if name in _OPTIONAL else ""
             raise ConfigError(f"{name} must be a whole number{none}, not {shown(value)}")
         number = index(value)

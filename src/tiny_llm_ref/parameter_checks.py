@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from tiny_llm_checkpoints.errors import shown
 
-from .errors import SamplingParamsError, is_whole
+from .errors import SamplingParamsError, is_integer
 
 MOST_COUNT = 2**31 - 1
 MOST_SALT_CHARACTERS = 1024
@@ -31,7 +31,7 @@ def check(holds: bool, name: str, expected: str, value: object) -> None:
 
 def whole_number(name: str, value: object, least: int, most: int = MOST_COUNT) -> int:
     """An int from `least` to `most`; a bool is none."""
-    if not isinstance(value, Integral) or not is_whole(value):
+    if not isinstance(value, Integral) or not is_integer(value):
         refuse(name, "a whole number", value)
     found = index(value)
     check(found >= least, name, f"at least {least}", value)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 from tiny_llm_checkpoints.errors import shown
 
-from .errors import is_whole
+from .errors import is_integer
 
 MOST_TOKENS = 10_000_000  # of a prompt: more than any model reads
 FORMS = "a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
@@ -67,7 +67,7 @@ def parse_prompts(prompts: object) -> list[ParsedPrompt]:
         prompts = _numbers(array, prompts, "prompts")
     if not _is_list(prompts):
         raise ValueError(f"prompts must be {FORMS}, or a list of these, not {shown(prompts)}")
-    if len(prompts) and (is_whole(prompts[0]) or isinstance(prompts[0], bool)):
+    if len(prompts) and (is_integer(prompts[0]) or isinstance(prompts[0], bool)):
         return [_not_empty(prompts)]
     return [_not_empty(prompt, f"prompts[{place}]") for place, prompt in enumerate(prompts)]
 
@@ -146,7 +146,7 @@ def _is_list(value: object) -> TypeGuard[Seq[Any]]:
 
 
 def _number(value: Any, place: str) -> int:
-    if not is_whole(value):
+    if not is_integer(value):
         raise ValueError(f"{place}: a token id must be a whole number, not {shown(value)}")
     return index(value)
 
