@@ -293,7 +293,7 @@ def test_what_is_no_request_or_listener_is_refused_at_once(llm: LLM) -> None:
     for requests in (5, None, good, iter([good]), {good}, "a"):
         with pytest.raises(TypeError, match="requests"):
             _submit_nothing_right(engine, requests)
-    with pytest.raises(TypeError, match=r"requests\[1\] must come from `request` or `search`, not 'a'"):
+    with pytest.raises(TypeError, match=r"requests\[1\] must be made by `request` or `search`, not 'a'"):
         _submit_nothing_right(engine, [good, "a"])
     with pytest.raises(TypeError, match="deliver must be callable, not None"):
         _submit_nothing_right(engine, [good], None)

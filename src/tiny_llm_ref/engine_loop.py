@@ -322,7 +322,7 @@ class EngineLoop:
         vars(self).pop("core", None)  # absent if it could not be made
 
     def _end(self, error: BaseException | None) -> None:
-        """Reject new requests and tasks, and end the active ones. error: what has ended the thread, if any."""
+        """Reject new requests and tasks and end the active ones. error: what ended the thread, if any."""
         self.refusal = refusal = stopped if error is None else partial(dead, error)
         self._inbox.close(refusal)
         for active in self.active.values():
@@ -332,7 +332,7 @@ class EngineLoop:
         self._end_drains(None if error is None else refusal())
 
     def _end_drains(self, error: Exception | None) -> None:
-        """Complete the future of every drain, with `error` if the thread has ended with one."""
+        """Complete the future of every drain, with `error` if there is one."""
         for drained in self._drained:
             if error is None:
                 resolve(drained, None)

@@ -294,7 +294,7 @@ class LLM:
 
 
 def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
-    """A list of conversations; a single one becomes a list of one."""
+    """The conversations as a list; a single conversation becomes a list of one."""
     first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
     return list(messages) if isinstance(first, (list, tuple)) else [messages]  # type: ignore[list-item, arg-type]
 
@@ -310,7 +310,7 @@ def _evaluated_logits(model: Model, token_ids: Sequence[int], config: EngineConf
 
 
 def _template_file(model: Path) -> Path:
-    """The file that a chat template comes from."""
+    """The file that the chat template comes from, for error messages."""
     names = ("chat_template.jinja", "tokenizer_config.json")
     return next((model / name for name in names if (model / name).exists()), model)
 
