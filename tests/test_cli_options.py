@@ -124,7 +124,7 @@ def test_sizes(text: str, size: int) -> None:
         (["chat", "hi", "--dtype", "float16"], 2, ["dtype must be one of auto, float32", "float16"]),
         (["chat", "hi", "--kv-cache-memory", "12XB"], 2, ["12XB", "512MiB"]),
         (["chat", "hi", "--model", "/nowhere.gguf"], 1, ["/nowhere.gguf", "no such file"]),
-        (["chat", "hi", "--num-blocks", "100000000"], 2, ["100000000 blocks", "bytes", "this machine has"]),
+        (["chat", "hi", "--num-blocks", "100000000"], 2, ["100000000 blocks", "GiB", "this machine has"]),
         (["chat", "hi", "--max-model-len", "9000"], 2, ["max_model_len", "9000", "8192"]),
         (["chat", ""], 2, ["prompt is empty"]),
         (["chat"], 2, ["standard input is empty"]),
