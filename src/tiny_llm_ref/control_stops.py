@@ -31,7 +31,7 @@ class ControlStop:
         return self._string.push(piece) is not None
 
     def push_control(self, token_id: int, shown: int) -> bool:
-        """Add a control token after `shown` characters of the caller's text; True if the string is complete."""
+        """Add a control token after `shown` characters of the text; True if it completes the string."""
         self._shown.append(shown)
         return self._string.push([token_id]) is not None
 

@@ -389,7 +389,7 @@ class Engine:
         return self._loop.core
 
     def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
-        """Raise if a call would wait for the engine for ever; call, instead: as in `Inbox.refuse_to_wait`.
+        """Raise if a call would wait for the engine forever; call, instead: as in `Inbox.refuse_to_wait`.
 
         Raises `WrongThreadError` in the engine's own thread, `ForkedProcessError` in a forked process.
         """

@@ -289,7 +289,7 @@ class EngineLoop:
             if self.active:
                 self.cancel([*self.active])
             self._end(None)
-        except BaseException as error:  # unexpected, and no client may wait for ever
+        except BaseException as error:  # unexpected, and no client may wait forever
             self._end(error)
 
     # Draining and stopping, also by tasks.

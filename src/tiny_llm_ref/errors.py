@@ -72,7 +72,7 @@ class EngineStoppingError(TinyLLMError):
 
 
 class WrongThreadError(TinyLLMError, RuntimeError):
-    """A call that waits for the engine was made in the engine's own thread, and would wait for ever."""
+    """A call that waits for the engine was made in the engine's own thread, and would wait forever."""
 
 
 class ForkedProcessError(TinyLLMError, RuntimeError):

@@ -101,7 +101,7 @@ class Inbox:
         return get_ident() == self._runner
 
     def refuse_to_wait(self, call: str, instead: str) -> None:
-        """Raise if a call would wait for this inbox for ever, because nothing would run the tasks.
+        """Raise if a call would wait for this inbox forever, because nothing would run the tasks.
 
         call, instead: the call's name and its alternative, for the message. Raises `WrongThreadError` in the
         thread that runs the tasks, `ForkedProcessError` in a forked process.

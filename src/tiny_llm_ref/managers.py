@@ -57,7 +57,7 @@ def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | 
 
 
 def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
-    """Who gives way, where his pages go, and who shares."""
+    """The policies of preemption, swapping and prefix sharing that a configuration asks for."""
     return Policies(
         preemption=NoPreemption() if config.preemption_mode == "none" else NewestFirst(),
         prefix=sharing(group_layers(model.windows)) if config.enable_prefix_caching else NoPrefixSharing,
@@ -79,8 +79,8 @@ def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
     model_len = config.model_len(model.config, dtype.size)
     if window is not None and model_len > window:
         raise ConfigError(
-            f"batching 'dense' has no sliding windows, but layers of this model have one of {window} tokens,
-            and " f"the context has {model_len}: use batching 'paged', or a max_model_len of at most {window}"
+            f"batching 'dense' has no sliding windows, but layers of this model have one of {window} tokens "
+            f"and the context has {model_len}: use batching 'paged', or a max_model_len of at most {window}"
         )
     return DenseBatchManager(
         config.dense_slots(model.config, dtype.size),

@@ -26,7 +26,7 @@ class PagedQueues(RequestQueues[PagedSequence]):
     """
 
     def put_back(self, sequence: PagedSequence) -> list[PagedSequence]:
-        """Make a running sequence wait again, with the other beams of its request; returns all that stopped."""
+        """Make a running sequence wait again, with all beams of its request; returns all that stopped."""
         if not sequence.is_beam:
             return super().put_back(sequence)
         leader, *others = self.beams(sequence.request_id)

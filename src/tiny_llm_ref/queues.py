@@ -122,7 +122,7 @@ class RequestQueues(Generic[S]):
         return sequence
 
     def forget_forks_to_come(self, request_id: str) -> list[str]:
-        """Remove the ids of completions that are not forked yet; returns the ids of the request's sequences."""
+        """Remove the ids of completions that are not forked yet; returns the ids of the sequences."""
         of_request = dict(self._of_request.get(request_id, {}))
         for seq_id, sequence in of_request.items():
             if seq_id != sequence.seq_id:

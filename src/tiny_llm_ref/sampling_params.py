@@ -91,7 +91,7 @@ class SamplingParams:
     include_stop_str_in_output: end the text with the stop string, or with the stop token's text.
     cache_salt: the request shares cached prefix blocks only with requests that have the same salt.
     priority: lower runs earlier; the default is 0. Waiting requests gain priority over later ones, so that
-        none waits for ever.
+        none waits forever.
     """
 
     n: int = 1

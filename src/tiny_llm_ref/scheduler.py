@@ -1,4 +1,4 @@
-"""The order in which requests are served: priorities with ageing, so that no request waits for ever.
+"""The order in which requests are served: priorities with ageing, so that no request waits forever.
 
 A request's priority key is fixed at arrival, so the order of all requests, waiting and running, never
 changes. The first one in this order is never preempted while another runs, so one request always makes
