@@ -136,7 +136,7 @@ POINTS: list[tuple[Any, str]] = [
     (PagedQueues, "start_next"),
     (PagedQueues, "join"),
     (engine_core, "choose_token"),
-    (engine_core, "tell"),
+    (engine_core, "make_output"),
     (engine_core, "record_prompt_logprobs"),
     (engine_core, "likeliest"),
     (token_output, "sample_token"),

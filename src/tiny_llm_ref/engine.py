@@ -92,7 +92,7 @@ class Engine:
     ) -> RequestState:
         """Make a request, which can be submitted once.
 
-        params: None: the engine's defaults. request_id: a text of 1 to 256 characters that no unfinished
+        params: None: the engine's defaults. request_id: a string of 1 to 256 characters that no unfinished
         request has; None: a new number.
 
         Raises ValueError for an invalid prompt, params or id, and for token ids outside the vocabulary;
@@ -186,10 +186,10 @@ class Engine:
         """Cancel a request before the next step; returns at once a future, done when its blocks are free.
 
         The request's listener gets its last events, with finish_reason "abort". An unknown id is ignored.
-        Raises TypeError if `request_id` is not a text.
+        Raises TypeError if `request_id` is not a string.
         """
         if not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a text, not {shown(request_id)}")
+            raise TypeError(f"request_id must be a string, not {shown(request_id)}")
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
@@ -227,7 +227,7 @@ class Engine:
     ) -> AsyncGenerator[RequestEvent, None]:
         """Complete a prompt: yield an event for each token, in order; the last has the request's `usage`.
 
-        prompt: a text or token ids. params: None: the engine's defaults. request_id: None: a new number.
+        prompt: a string or token ids. params: None: the engine's defaults. request_id: None: a new number.
         `self.request` makes a request of these three, and `submit` queues it; an `AsyncListener` is the
         callback that passes its events to the caller's event loop. Await the future that `submit` returns
         with `asyncio.wrap_future`. Never call its `result()`: that would block all clients of this event
@@ -420,7 +420,7 @@ class Engine:
         if request_id is None:
             return next(self._request_ids)
         if not isinstance(request_id, str) or not 0 < len(request_id) <= MOST_ID_CHARACTERS:
-            limits = f"a text of 1 to {MOST_ID_CHARACTERS} characters"
+            limits = f"a string of 1 to {MOST_ID_CHARACTERS} characters"
             raise ValueError(f"request_id must be {limits}, not {shown(request_id)}")
         return str.__str__(request_id)
 

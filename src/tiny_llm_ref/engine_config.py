@@ -110,7 +110,7 @@ class EngineConfig:
         self._check_number("activation_bits", least=min(ACTIVATION_BITS))
         for name in _NAMES:
             if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} must be a text, not {shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be a string, not {shown(getattr(self, name))}")
         if not isinstance(self.enable_prefix_caching, bool):
             value = shown(self.enable_prefix_caching)
             raise ConfigError(f"enable_prefix_caching must be True or False, not {value}")

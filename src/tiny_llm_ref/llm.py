@@ -147,7 +147,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts in one batch; returns outputs in the order of the prompts.
 
-        prompts: a text, a list of token ids, a dict as in vLLM (`{"prompt": ...}` or
+        prompts: a string, a list of token ids, a dict as in vLLM (`{"prompt": ...}` or
         `{"prompt_token_ids": ...}`, optionally with a "cache_salt"), or a list of these. An integer array is
         a list of token ids; a two-dimensional one is a list of prompts. sampling_params: one for all prompts,
         or one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard error
@@ -177,7 +177,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or several in one batch, through the model's chat template.
 
-        messages: a list of mappings with "role" and "content", or a list of such lists. A content is a text
+        messages: a list of mappings with "role" and "content", or a list of such lists. A content is a string
         or a list of text parts, such as `{"type": "text", "text": "hi"}`; the template gets all other fields
         too. sampling_params: as in `generate`, except that without a `max_tokens` an answer may use all
         tokens that the context has left. The other arguments: see `ChatOptions`.

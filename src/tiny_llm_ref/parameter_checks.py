@@ -63,11 +63,11 @@ def flag(name: str, value: object) -> bool:
 def text(name: str, value: object, most: int) -> str:
     """A str that UTF-8 can encode, of at most `most` characters; an instance of a subclass becomes a str."""
     if not isinstance(value, str):
-        refuse(name, "a text", value)
+        refuse(name, "a string", value)
     value = str.__str__(value)
     if len(value) > most:
         raise SamplingParamsError(f"{name} must have at most {most} characters, not {len(value)}")
-    check(_is_unicode(value), name, "Unicode text", value)
+    check(_is_unicode(value), name, "valid Unicode", value)
     return value
 
 

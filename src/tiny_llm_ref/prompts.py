@@ -14,13 +14,13 @@ from tiny_llm_checkpoints.errors import shown
 from .errors import is_integer
 
 MOST_TOKENS = 10_000_000  # of a prompt: more than any model's context
-FORMS = "a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
+FORMS = "a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _WHOLE = frozenset("bBhHiIlLqQnN")  # the struct module's format characters of integers
 
 
 class TextPrompt(TypedDict):
-    """A prompt as a text. cache_salt: as in `SamplingParams`, which it overrides."""
+    """A prompt as a string. cache_salt: as in `SamplingParams`, which it overrides."""
 
     prompt: str
     cache_salt: NotRequired[str]
@@ -130,7 +130,7 @@ def _parse_dict(prompt: Mapping[Any, Any], place: str) -> ParsedPrompt:
     text, salt = given.get("prompt"), given.get("cache_salt")
     for name, value in (("prompt", text), ("cache_salt", salt)):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{place}[{name!r}] must be a text, not {shown(value)}")
+            raise ValueError(f"{place}[{name!r}] must be a string, not {shown(value)}")
     if text is not None:
         checked_text(text, place)
     if "prompt_token_ids" in given:
@@ -141,7 +141,7 @@ def _parse_dict(prompt: Mapping[Any, Any], place: str) -> ParsedPrompt:
 
 
 def _is_list(value: object) -> TypeGuard[Seq[Any]]:
-    """True for a sequence other than a text or bytes."""
+    """True for a sequence other than a string or bytes."""
     return isinstance(value, Seq) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 

@@ -22,7 +22,7 @@ LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32
 MOST_TEMPERATURE = 1e30  # -inf divided by more is a NaN in float32
 LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # a logit times or divided by these stays finite in float32
 MOST_BIAS = 100.0  # of a logit; OpenAI's limit
-MOST_DIGITS = 18  # of a token id in a text
+MOST_DIGITS = 18  # of a token id in a string
 MOST_SEED = 2**64 - 1
 
 # Lists cost time in every step, so their length is limited; vLLM's limits, if it has one.
@@ -164,7 +164,7 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings as a tuple, whether `stop` is a text or a list."""
+        """The stop strings as a tuple, whether `stop` is a string or a list."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -186,8 +186,8 @@ def _stop(given: object) -> str | tuple[str, ...] | None:
         return None
     several = isinstance(given, (list, tuple))
     if not several and not isinstance(given, str):
-        refuse("stop", "a text or a list of texts", given)
-    texts = listed("stop", given if several else (given,), "texts", MOST_STOPS)
+        refuse("stop", "a string or a list of strings", given)
+    texts = listed("stop", given if several else (given,), "strings", MOST_STOPS)
     found = tuple(text(f"stop[{i}]", one, MOST_STOP_CHARACTERS) for i, one in enumerate(texts))
     check(all(found), "stop", "non-empty strings", given)
     return found if several else found[0]
@@ -214,7 +214,7 @@ def _bias(given: object) -> dict[int, float]:
 
 
 def _token_of_key(key: object) -> int:
-    """The token id of a key, which is an integer or a text of digits."""
+    """The token id of a key, which is an integer or a string of digits."""
     if isinstance(key, str):
         is_number = key.isascii() and key.isdecimal() and len(key) <= MOST_DIGITS
         check(is_number, "logit_bias", "a mapping from token ids", key)
