@@ -194,7 +194,7 @@ def test_what_is_no_prompt_is_refused_with_its_value_and_its_place(value: Any) -
         ({"prompt": "a", "cache_salt": 5}, r"\['cache_salt'\] must be a string, not 5"),
         ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data' is not supported; known: prompt,"),
         ([{"prompt": "a", 3: 4}], r"prompts\[0\]: 3 is not supported"),
-        ({"prompt_token_ids": "abc"}, "must be in a list, not 'abc'"),
+        ({"prompt_token_ids": "abc"}, "must be a list of token ids, not 'abc'"),
         ({"prompt_token_ids": []}, "no tokens"),
         ("a\ud800b", r"character 1 is a lone surrogate, '\\ud800'"),
         ([{"prompt": "\udfff"}], r"prompts\[0\]: character 0 is a lone surrogate"),

@@ -388,6 +388,11 @@ class Engine:
             raise EngineStoppingError("the engine has been closed")
         return self._loop.core
 
+    @property
+    def is_forked(self) -> bool:
+        """True in a process that was forked from the engine's process."""
+        return self._inbox.forked() is not None
+
     def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
         """Raise if a call would wait for the engine forever; call, instead: as in `Inbox.refuse_to_wait`.
 
@@ -397,7 +402,7 @@ class Engine:
 
     def check_token_ids(self, tokens: Seq[int]) -> list[int]:
         """Token ids as a list of ints. Raises ValueError for other values and ids outside the vocabulary."""
-        tokens = token_list(tokens, "token ids")
+        tokens = token_list(tokens, "token_ids")
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
             bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
             raise ValueError(f"token id {shown(bad)} is outside the vocabulary (0 to {self._vocab_size - 1})")

@@ -102,8 +102,11 @@ class LLM:
         """Cancel all requests, stop the engine's thread, and free the weights and the KV pool.
 
         Returns when all of that is done. A second call does nothing. Afterwards every method that needs the
-        model raises `EngineStoppingError`. In the engine's own thread `close` raises `WrongThreadError`.
+        model raises `EngineStoppingError`. In the engine's own thread `close` raises `WrongThreadError`; in a
+        forked process it does nothing, because the thread and the memory belong to the parent.
         """
+        if self.engine.is_forked:
+            return
         self.engine.close()
         self._model = None
         return_free_memory()

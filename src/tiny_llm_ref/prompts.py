@@ -112,7 +112,7 @@ def token_list(ids: object, place: str) -> list[int]:
     if array is not None and array.ndim == 1:
         ids = _numbers(array, ids, place)
     if not _is_list(ids):
-        raise ValueError(f"{place}: token ids must be in a list, not {shown(ids)}")
+        raise ValueError(f"{place} must be a list of token ids, not {shown(ids)}")
     if len(ids) > MOST_TOKENS:
         raise ValueError(f"{place}: {len(ids)} token ids are more than {MOST_TOKENS}")
     values = list(islice(ids, len(ids)))  # a sequence's iterator may have more elements than len()
