@@ -22,9 +22,8 @@ class ControlStop:
         self._lead = next(place for place, item in enumerate(pattern) if isinstance(item, int))
         # The number of control tokens in each prefix of the pattern, by the prefix's length.
         self._num_controls = [0, *accumulate(int(isinstance(item, int)) for item in pattern)]
-        self._shown: deque[int] = deque(
-            maxlen=self._num_controls[-1]
-        )  # the length of the caller's text at the last control tokens
+        # The length of the caller's text at each of the last control tokens.
+        self._shown: deque[int] = deque(maxlen=self._num_controls[-1])
 
     def push(self, piece: str) -> bool:
         """Add text; True if it completes the string."""

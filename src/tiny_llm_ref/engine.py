@@ -195,9 +195,8 @@ class Engine:
     def forget(self, requests: Seq[Request]) -> None:
         """Cancel submitted requests that have not ended; returns when their blocks are free."""
         forgotten = self._inbox.post(partial(self._loop.forget, requests))
-        if (
-            threading.current_thread() is not self._thread
-        ):  # a generator may be garbage-collected, and closed, there
+        # A generator may be garbage-collected, and so closed, in the engine's thread: do not wait there.
+        if threading.current_thread() is not self._thread:
             forgotten.exception()
 
     def call(self, function: Callable[[], T]) -> T:

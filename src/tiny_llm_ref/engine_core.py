@@ -23,9 +23,7 @@ from .sequence import Sequence, completion_ids
 from .step import StepLogits
 from .token_output import TokenOutput, choose_token, likeliest, make_output, record_prompt_logprobs
 
-STEP_SIZES = (
-    16  # buckets of the step-size histogram: powers of two up to 16,384 tokens, then all larger steps
-)
+STEP_SIZES = 16  # buckets of the histogram of steps: powers of two up to 16,384 tokens, then all larger ones
 
 
 @dataclass(frozen=True)

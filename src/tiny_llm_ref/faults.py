@@ -22,14 +22,14 @@ class Failure(NamedTuple):
 class FaultIsolation:
     """Undoes failed steps of a batch manager, and retries each suspect alone until one fails or all succeed.
 
-    If requests fail only together, the last of them is ended, and the others are retried together.
+    If requests fail only together, the last of them is ended; if the others still fail, so is the next.
     """
 
     def __init__(self, manager: BatchManager) -> None:
         self._manager = manager
         self._suspects: deque[str] = deque()
         self._isolated: str | None = None  # the suspect that runs alone
-        self._all_succeeded_alone = False
+        self._have_retried = False  # the requests of the last failed step were retried one by one
 
     def prepare_step(self) -> None:
         """Let only the next suspect run; without suspects, let all requests run."""
@@ -50,16 +50,16 @@ class FaultIsolation:
             culprit = self._isolated
             self._end_isolation()
             return culprit
-        if len(computing) == 1 or (computing and self._all_succeeded_alone):
-            self._all_succeeded_alone = False
+        if len(computing) == 1 or (computing and self._have_retried):
+            self._have_retried = False
             return computing[-1]
-        self._suspects, self._all_succeeded_alone = deque(computing), True
+        self._suspects, self._have_retried = deque(computing), True
         return None
 
     def step_succeeded(self, request_ids: Container[str]) -> None:
         """A step has computed the last known tokens of these requests without an error."""
         if self._isolated is None:
-            self._all_succeeded_alone = False
+            self._have_retried = False
         elif self._isolated in request_ids or not self._manager.has_request(self._isolated):
             self._end_isolation()
 

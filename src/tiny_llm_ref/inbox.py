@@ -82,9 +82,8 @@ class Inbox:
         self._runner = get_ident()
         tasks = deque(self._take(wait=wait))
         while tasks:
-            _run(
-                tasks.popleft()
-            )  # no variable here may hold the task: its error's traceback holds this frame
+            # No variable here may hold the task: the traceback of its error holds this frame.
+            _run(tasks.popleft())
 
     def close(self, refusal: Refusal) -> None:
         """Fail every task that has not run, and every later one, with the error that `refusal` makes."""

@@ -85,9 +85,8 @@ class LLM:
         )
         with reading(_template_file(self.model_path)):
             self.chat_template = _chat_template(self.tokenizer, chat_template_content_format)
-        mx.eval(
-            [layer.self_attn.inv_freq for layer in self.model.layers]
-        )  # a lazy array belongs to its thread
+        # A lazy array belongs to the thread that made it, and the engine's thread uses these.
+        mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])
         self.engine = Engine(
             partial(_make_core, self.engine_config, self.model),
             self.tokenizer,

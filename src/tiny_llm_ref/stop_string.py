@@ -15,9 +15,8 @@ class StopString:
     def __init__(self, text: Sequence[Item]) -> None:
         self.text = text
         self.matched = 0
-        self._borders = [
-            0
-        ]  # [i]: length of the longest proper prefix of text[:i + 1] that is also its suffix
+        # borders[i]: length of the longest proper prefix of text[:i + 1] that is also its suffix.
+        self._borders = [0]
 
     def push(self, piece: Iterable[Item]) -> int | None:
         """Add `piece` to the text. Returns how many items of it complete the string first; None: none do."""
