@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, float]] = {
     "the same, frequency 0.05": {**MODEST, "frequency_penalty": 0.05},
     "the same, frequency 0.1": {**MODEST, "frequency_penalty": 0.1},
     "the same, frequency 0.2": {**MODEST, "frequency_penalty": 0.2},
+    "the same, frequency 0.3": {**MODEST, "frequency_penalty": 0.3},
 }
 
 

@@ -90,7 +90,8 @@ def test_sampling_options_are_fields_of_sampling_params() -> None:
     """Those that a model may recommend have no default of their own: left out is not the same as given."""
     known = {field.name: field.default for field in fields(SamplingParams)}
     differing = {field.name for field in fields(SamplingOptions) if field.default != known[field.name]}
-    assert differing == {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+    penalties = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+    assert differing == {"temperature", "top_p", "top_k", "min_p", "max_tokens", *penalties}
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,8 @@ class RankedQueue(Seq[S]):
         ranks: list[Rank] = []
         while self._heap and len(ranks) < most:
             rank = heappop(self._heap)
-            if (
-                rank in self._members and rank not in ranks[-1:]
-            ):  # a member that was removed and added again is in the heap twice
+            # A member that was removed and added again is in the heap twice.
+            if rank in self._members and rank not in ranks[-1:]:
                 ranks.append(rank)
         for rank in ranks:
             heappush(self._heap, rank)
