@@ -81,6 +81,7 @@ PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": embedded_model_path, "gemm
 #       frequency_penalty 0.05            9.3%     14.8%   77.8%   0.42      166
 #       frequency_penalty 0.1             4.6%     10.2%   80.6%   0.47      145
 #       frequency_penalty 0.2             1.9%      1.9%   83.3%   0.56      126
+#       frequency_penalty 0.3             0.9%      0.9%   83.3%   0.60      120
 SMOLLM2_SAMPLING = PackagedSampling(
     {"temperature": 0.2, "top_p": 0.9, "frequency_penalty": 0.2},
     "SmolLM2's model card; frequency_penalty measured",

@@ -254,11 +254,11 @@ def _memory_bytes() -> int:
 
 
 def _in_units(nbytes: int) -> str:
-    """A size in bytes with the largest unit that fits: "512 MiB", "1.5 GiB", "900 bytes"."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    """A size in bytes, in units from one MiB on: "512 MiB", "23.54 GiB", "8,191 bytes"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if nbytes >= size:
-            return f"{nbytes / size:,.1f}".removesuffix(".0") + f" {unit}"
-    return f"{nbytes} bytes"
+            return f"{nbytes / size:,.2f}".removesuffix(".00") + f" {unit}"
+    return f"{nbytes:,} bytes"
 
 
 def _one_of(name: str, value: str | int, choices: tuple[str | int, ...]) -> None:
