@@ -90,7 +90,8 @@ def test_sampling_options_are_fields_of_sampling_params() -> None:
     """Those that a model may recommend have no default of their own: left out is not the same as given."""
     known = {field.name: field.default for field in fields(SamplingParams)}
     differing = {field.name for field in fields(SamplingOptions) if field.default != known[field.name]}
-    assert differing == {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+    penalties = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+    assert differing == {"temperature", "top_p", "top_k", "min_p", "max_tokens", *penalties}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_sizes(text: str, size: int) -> None:
         (["chat", "hi", "--dtype", "float16"], 2, ["dtype must be one of auto, float32", "float16"]),
         (["chat", "hi", "--kv-cache-memory", "12XB"], 2, ["12XB", "512MiB"]),
         (["chat", "hi", "--model", "/nowhere.gguf"], 1, ["/nowhere.gguf", "no such file"]),
-        (["chat", "hi", "--num-blocks", "100000000"], 2, ["100000000 blocks", "bytes", "this machine has"]),
+        (["chat", "hi", "--num-blocks", "100000000"], 2, ["100000000 blocks", "GiB", "this machine has"]),
         (["chat", "hi", "--max-model-len", "9000"], 2, ["max_model_len", "9000", "8192"]),
         (["chat", ""], 2, ["prompt is empty"]),
         (["chat"], 2, ["standard input is empty"]),

@@ -255,7 +255,7 @@ def test_a_silent_stream_is_kept_alive() -> None:
 
 
 def test_while_the_model_loads_and_while_it_drains_there_is_503() -> None:
-    gate, llm = threading.Event(), LLM(num_blocks=512)
+    gate, llm = threading.Event(), LLM(num_blocks=512, generation_config="vllm")
 
     def load() -> LLM:
         gate.wait(SECONDS)

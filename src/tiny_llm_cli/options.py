@@ -247,15 +247,21 @@ class SamplingOptions:
         ),
     ] = None
     presence_penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Above 0: words that are there come back less; -2 to 2.", rich_help_panel=_SAMPLING
+            help="Penalize tokens that are already in the answer; -2 to 2.",
+            show_default="the model's own, or 0.0",
+            rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
+    ] = None
     frequency_penalty: Annotated[
-        float,
-        typer.Option(help="The same, more with each time; -2 to 2.", rich_help_panel=_SAMPLING),
-    ] = 0.0
+        float | None,
+        typer.Option(
+            help="The same, in proportion to how often; -2 to 2.",
+            show_default="the model's own, or 0.0",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
