@@ -1,7 +1,7 @@
 """The engine's thread and its faces: whoever asks, in whatever thread, gets what the core alone gives.
 
 What comes out, who leaves or is cancelled, and who is refused at the door. Oracle: `EngineCore`, stepped by
-hand in this thread. `Held` cores let a test decide when a step begins.
+hand in this thread. `HeldCore` cores let a test decide when a step begins.
 """
 
 import asyncio
@@ -32,48 +32,48 @@ from toy_engine import (
     LONG,
     SECONDS,
     TOKENIZER,
-    Held,
-    begun,
-    by_core,
-    crowd,
+    HeldCore,
+    collect_events,
+    collect_events_in_thread,
     engine,
-    hear,
-    heard,
-    held,
+    held_core,
     make_core,
     make_engine,
+    many_requests,
+    results_from_core,
+    results_of,
     run,
-    said,
+    started_request,
 )
 
-__all__ = ["engine", "held"]
+__all__ = ["engine", "held_core"]
 
 
 # ---- what comes out ----
 
 
 def test_fifty_clients_at_once_get_what_each_gets_alone(engine: Engine) -> None:
-    requests = crowd(50, seed=1)
+    requests = many_requests(50, seed=1)
 
     async def main() -> list[list[RequestEvent]]:
-        return await asyncio.gather(*(heard(engine, prompt, params) for prompt, params in requests))
+        return await asyncio.gather(*(collect_events(engine, prompt, params) for prompt, params in requests))
 
     for (prompt, params), events in zip(requests, run(main()), strict=True):
-        assert said(events) == by_core(prompt, params)
+        assert results_of(events) == results_from_core(prompt, params)
         assert [event.usage is not None for event in events] == [False] * (len(events) - 1) + [True]
 
 
 def test_the_texts_of_the_events_add_up_to_the_text_of_the_tokens(engine: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-    events = run(heard(engine, "abc", params))
+    events = run(collect_events(engine, "abc", params))
     tokens = [token for event in events for token in event.token_ids]
     assert len(tokens) == 20
     assert "".join(event.text for event in events) == TOKENIZER.decode(tokens)
 
 
-def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, held: Held) -> None:
+def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, held_core: HeldCore) -> None:
     """Oracle: the text of the tokens that come without it."""
-    free = by_core([20, 21], LONG)[0].tokens
+    free = results_from_core([20, 21], LONG)[0].tokens
     stop = TOKENIZER.decode(list(free[2:4]))
     assert TOKENIZER.decode(list(free[:4])).find(stop) == 2
     deliveries: SimpleQueue[list[Item]] = SimpleQueue()
@@ -81,8 +81,8 @@ def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, 
     request = engine.request([20, 21], params)
     engine.submit([request], deliveries.put).result(SECONDS)
     for _ in range(4):
-        held.wait()
-        held.step()
+        held_core.wait()
+        held_core.step()
     while not request.finished:
         deliveries.get(timeout=SECONDS)
     engine.call(lambda: check_all_returned(engine.core.manager))
@@ -93,7 +93,7 @@ def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, 
 
 def test_the_last_event_has_what_the_request_took(engine: Engine) -> None:
     prompt, params = random_prompt(13, 3), SamplingParams(n=2, max_tokens=5, seed=1, ignore_eos=True)
-    first, second = (run(heard(engine, prompt, params))[-1].usage for _ in range(2))
+    first, second = (run(collect_events(engine, prompt, params))[-1].usage for _ in range(2))
     assert (first.prompt_tokens, first.completion_tokens, first.num_cached_tokens) == (13, 10, 0)
     assert second.num_cached_tokens == 12, "all but the last token, which must give logits"
     assert first.metrics.arrival <= first.metrics.first_token <= first.metrics.finished
@@ -101,7 +101,7 @@ def test_the_last_event_has_what_the_request_took(engine: Engine) -> None:
 
 def test_prompt_logprobs_come_once_with_the_first_event(engine: Engine) -> None:
     params = SamplingParams(n=2, seed=1, max_tokens=3, prompt_logprobs=0, ignore_eos=True)
-    events = run(heard(engine, [20, 21, 22], params))
+    events = run(collect_events(engine, [20, 21, 22], params))
     assert [event.prompt_logprobs is not None for event in events] == [True] + [False] * 5
     assert [entry and list(entry) for entry in events[0].prompt_logprobs] == [None, [21], [22]]
 
@@ -138,12 +138,12 @@ def test_a_beam_search_ends_with_one_event(engine: Engine) -> None:
 
 
 def test_requests_cancelled_at_random_moments_leave_the_others_alone(engine: Engine) -> None:
-    requests, draw = crowd(40, seed=2), random.Random(3)
+    requests, draw = many_requests(40, seed=2), random.Random(3)
 
     async def client(number: int) -> list[RequestEvent] | None:
         prompt, params = requests[number]
         if number % 2:
-            return await heard(engine, prompt, params)
+            return await collect_events(engine, prompt, params)
         async with aclosing(engine.generate(prompt, params)) as events:
             for _ in range(draw.randrange(6)):
                 await anext(events, None)
@@ -153,7 +153,7 @@ def test_requests_cancelled_at_random_moments_leave_the_others_alone(engine: Eng
         return await asyncio.gather(*(client(number) for number in range(len(requests))))
 
     for (prompt, params), events in zip(requests, run(main()), strict=True):
-        assert events is None or said(events) == by_core(prompt, params)
+        assert events is None or results_of(events) == results_from_core(prompt, params)
     engine.call(lambda: check_all_returned(engine.core.manager))
 
 
@@ -188,35 +188,37 @@ async def _be_cancelled(events: AsyncGenerator[RequestEvent, None], go: asyncio.
 
 @pytest.mark.parametrize("leave", [_break, _close, _raise, _be_cancelled])
 def test_who_leaves_is_cancelled_before_the_next_step(
-    engine: Engine, held: Held, leave: Callable[..., Coroutine[Any, Any, None]]
+    engine: Engine, held_core: HeldCore, leave: Callable[..., Coroutine[Any, Any, None]]
 ) -> None:
     async def main() -> None:
         go = asyncio.Event()
         leaving = asyncio.create_task(leave(engine.generate(random_prompt(5, 1), LONG), go))
-        await asyncio.to_thread(held.wait)
-        held.step()
-        await asyncio.to_thread(held.wait)  # the first event is out, and the second step has begun
+        await asyncio.to_thread(held_core.wait)
+        held_core.step()
+        await asyncio.to_thread(
+            held_core.wait
+        )  # the first event is out, and the second step has started_request
         go.set()
         await leaving
         for _ in range(10):  # an iterator that was dropped is closed by the event loop
             await asyncio.sleep(0)
-        held.step()
+        held_core.step()
         await asyncio.to_thread(engine.call, lambda: check_all_returned(engine.core.manager))
 
     run(main())
-    assert not held.begun.acquire(blocking=False), "a step was taken for somebody who had left"
+    assert not held_core.step_started.acquire(blocking=False), "a step was taken for somebody who had left"
 
 
-def test_who_leaves_while_the_engine_is_busy_was_never_there(engine: Engine, held: Held) -> None:
+def test_who_leaves_while_the_engine_is_busy_was_never_there(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> None:
-        first = asyncio.create_task(heard(engine, [20, 21], LONG))
-        await asyncio.to_thread(held.wait)
-        second = asyncio.create_task(heard(engine, [22, 23], LONG, request_id="second"))
+        first = asyncio.create_task(collect_events(engine, [20, 21], LONG))
+        await asyncio.to_thread(held_core.wait)
+        second = asyncio.create_task(collect_events(engine, [22, 23], LONG, request_id="second"))
         await asyncio.sleep(0.01)
         for task in (first, second):
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
-        held.let_go()
+        held_core.allow_all_steps()
         await asyncio.to_thread(engine.call, lambda: check_all_returned(engine.core.manager))
 
     run(main())
@@ -231,11 +233,13 @@ def test_an_iterator_that_is_never_begun_asks_for_nothing(engine: Engine) -> Non
     assert engine.call(lambda: engine.core.has_work) is False
 
 
-def test_a_cancelled_request_ends_with_abort_and_its_pages_are_back(engine: Engine, held: Held) -> None:
+def test_a_cancelled_request_ends_with_abort_and_its_pages_are_back(
+    engine: Engine, held_core: HeldCore
+) -> None:
     async def main() -> list[RequestEvent]:
-        events, first = await begun(engine, held, request_id="mine")
+        events, first = await started_request(engine, held_core, request_id="mine")
         cancelled = engine.cancel("mine")
-        held.step()
+        held_core.step()
         await asyncio.wrap_future(cancelled)
         assert engine.stats.num_running == 0
         return [first] + [event async for event in events]
@@ -262,12 +266,12 @@ def test_nobody_waits_for_a_slow_reader_and_it_misses_nothing(engine: Engine) ->
     async def main() -> tuple[list[RequestEvent], list[RequestEvent]]:
         slow = engine.generate(random_prompt(5, 1), LONG)
         first = await anext(slow)
-        quick = await heard(engine, [30, 31], LONG)
+        quick = await collect_events(engine, [30, 31], LONG)
         return [first] + [event async for event in slow], quick
 
     slow, quick = run(main())
-    assert said(slow) == by_core(random_prompt(5, 1), LONG)
-    assert said(quick) == by_core([30, 31], LONG)
+    assert results_of(slow) == results_from_core(random_prompt(5, 1), LONG)
+    assert results_of(quick) == results_from_core([30, 31], LONG)
 
 
 def test_a_listener_that_raises_loses_its_requests_and_nobody_else(engine: Engine) -> None:
@@ -315,21 +319,23 @@ def test_what_cannot_run_is_refused_to_whoever_asks(
     engine: Engine, prompt: Any, params: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        run(heard(engine, prompt, SamplingParams(**params)))
+        run(collect_events(engine, prompt, SamplingParams(**params)))
     with pytest.raises(error, match=message):
         engine.submit([engine.request(prompt, SamplingParams(**params))], print).result(SECONDS)
 
 
-def test_an_id_in_use_is_refused_and_its_owner_goes_on(engine: Engine, held: Held) -> None:
+def test_an_id_in_use_is_refused_and_its_owner_goes_on(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> None:
-        events, first = await begun(engine, held, request_id="mine")
-        second = asyncio.create_task(heard(engine, [20], LONG, request_id="mine"))
+        events, first = await started_request(engine, held_core, request_id="mine")
+        second = asyncio.create_task(collect_events(engine, [20], LONG, request_id="mine"))
         await asyncio.sleep(0.01)
-        held.let_go()
+        held_core.allow_all_steps()
         with pytest.raises(DuplicateRequestError, match="'mine'"):
             await second
-        assert said([first] + [event async for event in events]) == by_core(random_prompt(5, 1), LONG)
-        await heard(engine, [20], SamplingParams(max_tokens=1), request_id="mine")
+        assert results_of([first] + [event async for event in events]) == results_from_core(
+            random_prompt(5, 1), LONG
+        )
+        await collect_events(engine, [20], SamplingParams(max_tokens=1), request_id="mine")
 
     run(main())
 
@@ -345,23 +351,23 @@ def test_requests_are_submitted_together_or_not_at_all(engine: Engine) -> None:
 
 def test_a_full_queue_refuses_at_once_with_the_figures() -> None:
     engine = make_engine(max_num_seqs=2, max_num_waiting=3)
-    held = Held(engine)
+    held_core = HeldCore(engine)
     params = SamplingParams(max_tokens=2, n=2, ignore_eos=True)
 
     async def main() -> None:
-        running = asyncio.create_task(heard(engine, [20], params))
-        await asyncio.to_thread(held.wait)
-        held.step()
-        await asyncio.to_thread(held.wait)  # it has both seats
-        waiting = [asyncio.create_task(heard(engine, [20 + i], params)) for i in range(3)]
+        running = asyncio.create_task(collect_events(engine, [20], params))
+        await asyncio.to_thread(held_core.wait)
+        held_core.step()
+        await asyncio.to_thread(held_core.wait)  # it has both seats
+        waiting = [asyncio.create_task(collect_events(engine, [20 + i], params)) for i in range(3)]
         await asyncio.sleep(0.01)
         before = time.monotonic()
         with pytest.raises(QueueFullError, match="3 requests wait and max_num_waiting is 3"):
-            await heard(engine, [20], params)
+            await collect_events(engine, [20], params)
         assert time.monotonic() - before < SECONDS / 2, "it waited for the step"
-        held.let_go()
+        held_core.allow_all_steps()
         await asyncio.gather(running, *waiting)
-        await heard(engine, [20], params)
+        await collect_events(engine, [20], params)
 
     run(main())
     engine.stop()
@@ -369,7 +375,7 @@ def test_a_full_queue_refuses_at_once_with_the_figures() -> None:
 
 def test_a_request_does_not_wait_while_seats_are_free() -> None:
     engine = make_engine(max_num_seqs=3, max_num_waiting=1)
-    held, params = Held(engine), SamplingParams(max_tokens=1)
+    held_core, params = HeldCore(engine), SamplingParams(max_tokens=1)
 
     def submit(number: int) -> Future[None]:
         return engine.submit([engine.request([20], params) for _ in range(number)], lambda items: None)
@@ -377,33 +383,33 @@ def test_a_request_does_not_wait_while_seats_are_free() -> None:
     with pytest.raises(QueueFullError, match="5 more do not fit"):
         submit(5)
     submit(1)
-    held.wait()
+    held_core.wait()
     submit(3)  # three seats, and one waits; none of them has been served yet
     with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
         submit(1)
-    held.let_go()
+    held_core.allow_all_steps()
     engine.start_draining().result(SECONDS)
     engine.stop()
 
 
 def test_free_seats_are_no_use_while_pages_are_short() -> None:
     engine = make_engine(lambda: make_core(blocks=6), max_num_waiting=1)
-    held, params = Held(engine), SamplingParams(max_tokens=7, ignore_eos=True)
+    held_core, params = HeldCore(engine), SamplingParams(max_tokens=7, ignore_eos=True)
 
     def submit(seed: int) -> Future[None]:
         return engine.submit([engine.request(random_prompt(16, seed), params)], lambda items: None)
 
     submit(1).result(SECONDS)  # 16 tokens each, where 24 fit
-    held.wait()
+    held_core.wait()
     second = submit(2)  # while a step is held: it is queued before the next one
     for _ in range(2):
-        held.step()
-        held.wait()
+        held_core.step()
+        held_core.wait()
     second.result(SECONDS)
     assert (engine.stats.num_running, engine.stats.num_waiting) == (1, 1)
     with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
         engine.submit([engine.request([20], params)], print)
-    held.let_go()
+    held_core.allow_all_steps()
     engine.start_draining().result(SECONDS)
     engine.stop()
 
@@ -417,5 +423,5 @@ def test_requests_that_were_refused_or_cancelled_do_not_wait() -> None:
         requests = [engine.request([20], LONG) for _ in range(3)]
         engine.submit(requests, lambda items: None).result(SECONDS)
         engine.forget(requests)
-    assert said(hear(engine, [20])) == by_core([20], LONG)
+    assert results_of(collect_events_in_thread(engine, [20])) == results_from_core([20], LONG)
     engine.stop()

@@ -22,19 +22,19 @@ from toy_engine import (
     LONG,
     POISON,
     SECONDS,
-    Held,
-    Listening,
-    Poisoned,
-    by_core,
+    FailingModel,
+    HeldCore,
+    RecordingListener,
+    collect_events_in_thread,
     engine,
-    hear,
-    held,
+    held_core,
     make_core,
     make_engine,
-    said,
+    results_from_core,
+    results_of,
 )
 
-__all__ = ["engine", "held"]
+__all__ = ["engine", "held_core"]
 
 
 # ---- hostile callers ----
@@ -51,7 +51,7 @@ class Mute(Exception):
         raise RuntimeError("no text")
 
 
-class Equal(Listening):
+class Equal(RecordingListener):
     def __eq__(self, other: object) -> bool:
         return True
 
@@ -59,35 +59,37 @@ class Equal(Listening):
         return 1
 
 
-class Unhashable(Listening):
+class Unhashable(RecordingListener):
     __hash__ = None  # type: ignore[assignment]
 
 
-class Hostile(Listening):
+class Hostile(RecordingListener):
     def _refuse(self, *_: object) -> Any:
         raise Fatal
 
     __eq__ = __hash__ = __bool__ = __len__ = __repr__ = _refuse  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("kind", [Listening, Equal, Unhashable, Hostile])
-def test_every_listener_gets_its_own_whatever_it_is_equal_to(engine: Engine, kind: type[Listening]) -> None:
+@pytest.mark.parametrize("kind", [RecordingListener, Equal, Unhashable, Hostile])
+def test_every_listener_gets_its_own_whatever_it_is_equal_to(
+    engine: Engine, kind: type[RecordingListener]
+) -> None:
     listeners = [kind() for _ in range(3)]
     requests = [engine.request([20 + place], LONG) for place in range(3)]
     for request, listener in zip(requests, listeners, strict=True):
         engine.submit([request], listener).result(SECONDS)
     for request, listener in zip(requests, listeners, strict=True):
-        assert listener.ended.wait(SECONDS)
-        events = events_of(listener.heard)
+        assert listener.finished.wait(SECONDS)
+        events = events_of(listener.items)
         assert {event.request_id for event in events} == {request.request_id}
-        assert said(events) == by_core(list(request.prompt_token_ids), LONG)
+        assert results_of(events) == results_from_core(list(request.prompt_token_ids), LONG)
 
 
 @pytest.mark.parametrize(
     "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), Fatal(), Mute()]
 )
 def test_a_listener_or_watcher_that_raises_anything_hurts_only_itself(
-    engine: Engine, held: Held, error: BaseException
+    engine: Engine, held_core: HeldCore, error: BaseException
 ) -> None:
     def raising(_: object) -> None:
         raise error
@@ -100,62 +102,62 @@ def test_a_listener_or_watcher_that_raises_anything_hurts_only_itself(
             raise error
 
     engine.submit([engine.request([20], LONG)], raising).result(SECONDS)
-    held.let_go()
+    held_core.allow_all_steps()
     engine.watch_blocks(watching)
-    good = said(hear(engine, [21]))
+    good = results_of(collect_events_in_thread(engine, [21]))
     engine.call(lambda: check_all_returned(engine.core.manager))
     with pytest.raises(type(error)):
         engine.call(lambda: raising(None))
     with pytest.raises(type(error)):
         engine.watch_blocks(raising)
-    assert good == said(hear(engine, [21])) == by_core([21], LONG)
+    assert good == results_of(collect_events_in_thread(engine, [21])) == results_from_core([21], LONG)
     assert len(calls) == 2
 
 
 def test_a_watcher_that_watches_twice_is_told_twice_until_each_ends(engine: Engine) -> None:
-    heard: list[object] = []
-    first, second = (engine.watch_blocks(heard.append) for _ in range(2))
-    heard.clear()
+    changes: list[object] = []
+    first, second = (engine.watch_blocks(changes.append) for _ in range(2))
+    changes.clear()
     first().result(SECONDS)
-    hear(engine, [20])
-    assert heard
+    collect_events_in_thread(engine, [20])
+    assert changes
     second().result(SECONDS)
-    heard.clear()
-    hear(engine, [20])
-    assert not heard
+    changes.clear()
+    collect_events_in_thread(engine, [20])
+    assert not changes
 
 
-def test_what_a_callback_of_a_future_raises_or_sets_hurts_nobody(engine: Engine, held: Held) -> None:
+def test_what_a_callback_of_a_future_raises_or_sets_hurts_nobody(engine: Engine, held_core: HeldCore) -> None:
     def raising(_: object) -> None:
         raise Fatal
 
     engine.submit([engine.request([20], LONG)], lambda items: None).result(SECONDS)
-    held.wait()
+    held_core.wait()
     for future in (engine.cancel("x"), engine.start_draining(), engine._inbox.post(int)):
         future.add_done_callback(raising)
     own = engine._inbox.post(int)
     own.set_result(5)
-    held.let_go()
+    held_core.allow_all_steps()
     engine.stop()
     assert not isinstance(engine.refusal, EngineDeadError)
 
 
 @pytest.mark.parametrize("error", [Fatal(), Mute(), SystemExit(3)])
 def test_a_step_that_raises_anything_fails_only_its_request(error: BaseException) -> None:
-    class Panicking(Poisoned):
+    class Panicking(FailingModel):
         def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
             if POISON in tokens[0].tolist():
                 raise error
             return super().__call__(tokens, context)
 
     engine = make_engine(lambda: make_core(Panicking()))  # type: ignore[arg-type]
-    good = Listening()
+    good = RecordingListener()
     engine.submit([engine.request([21], LONG)], good).result(SECONDS)
     with pytest.raises(RequestFailedError) as failed:
-        hear(engine, [20, POISON])
+        collect_events_in_thread(engine, [20, POISON])
     assert failed.value.__cause__ is error
-    assert good.ended.wait(SECONDS)
-    assert said(events_of(good.heard)) == by_core([21], LONG)
+    assert good.finished.wait(SECONDS)
+    assert results_of(events_of(good.items)) == results_from_core([21], LONG)
     engine.stop()
     check_all_returned(engine.core.manager)
 
@@ -183,14 +185,14 @@ def test_a_completion_that_fails_leaves_its_siblings_alone(
 ) -> None:
     """Oracle: the same request undisturbed."""
     params = SamplingParams(n=3, seed=5, max_tokens=9, logprobs=1, ignore_eos=True)
-    expected = by_core([20, 21], params)
+    expected = results_from_core([20, 21], params)
     broken = broken_after(monkeypatch, error, 4)
-    request, listener = engine.request([20, 21], params), Listening()
+    request, listener = engine.request([20, 21], params), RecordingListener()
     broken.append(list(request._completions.values())[1]._detokenizer)
     engine.submit([request], listener).result(SECONDS)
-    assert listener.ended.wait(SECONDS)
-    events = events_of(listener.heard)
-    first, failed, last = said(events)
+    assert listener.finished.wait(SECONDS)
+    events = events_of(listener.items)
+    first, failed, last = results_of(events)
     assert (first, last) == (expected[0], expected[2])
     assert failed == (expected[1].tokens[:4], expected[1].logprobs[:4], "error")
     [told] = [event.error for event in events if event.error is not None]
@@ -208,11 +210,14 @@ def test_a_request_fails_as_a_whole_when_its_last_completion_fails(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = broken_after(monkeypatch, ArithmeticError("no text"), 2)
-    request, listener = engine.request([20, 21], SamplingParams(n=2, seed=1, ignore_eos=True)), Listening()
+    request, listener = (
+        engine.request([20, 21], SamplingParams(n=2, seed=1, ignore_eos=True)),
+        RecordingListener(),
+    )
     broken.extend(completion._detokenizer for completion in request._completions.values())
     engine.submit([request], listener).result(SECONDS)
-    assert listener.ended.wait(SECONDS)
-    *events, failed = listener.heard
+    assert listener.finished.wait(SECONDS)
+    *events, failed = listener.items
     assert isinstance(failed, RequestFailedError)
     assert [event.finish_reason for event in events_of(events)] == [None, None, None, None, "error"]
     engine.call(lambda: check_all_returned(engine.core.manager))
@@ -221,7 +226,7 @@ def test_a_request_fails_as_a_whole_when_its_last_completion_fails(
 # ---- requests that come twice ----
 
 
-def test_a_request_is_served_once(engine: Engine, held: Held) -> None:
+def test_a_request_is_served_once(engine: Engine, held_core: HeldCore) -> None:
     request, search = (
         engine.request([20], LONG),
         engine.search([20], BeamSearchParams(beam_width=2, max_tokens=3)),
@@ -235,7 +240,7 @@ def test_a_request_is_served_once(engine: Engine, held: Held) -> None:
     for one in (request, search):
         with pytest.raises(DuplicateRequestError, match="submitted before"):
             other.submit([one], lambda items: None).result(SECONDS)
-    held.let_go()
+    held_core.allow_all_steps()
     for future in again:
         with pytest.raises(DuplicateRequestError, match="submitted before"):
             future.result(SECONDS)
@@ -248,12 +253,12 @@ def test_a_request_is_served_once(engine: Engine, held: Held) -> None:
 
 
 def test_what_was_refused_with_others_may_come_again(engine: Engine) -> None:
-    good, bad, listener = engine.request([20], LONG), engine.request([]), Listening()
+    good, bad, listener = engine.request([20], LONG), engine.request([]), RecordingListener()
     with pytest.raises(ValueError, match="no tokens"):
         engine.submit([good, bad], listener).result(SECONDS)
     engine.submit([good], listener).result(SECONDS)
-    assert listener.ended.wait(SECONDS)
-    assert said(events_of(listener.heard)) == by_core([20], LONG)
+    assert listener.finished.wait(SECONDS)
+    assert results_of(events_of(listener.items)) == results_from_core([20], LONG)
 
 
 # ---- many ----
@@ -262,15 +267,15 @@ def test_what_was_refused_with_others_may_come_again(engine: Engine) -> None:
 def test_thousands_are_queued_by_many_threads_and_cancelled() -> None:
     """Measured with lists that were searched: 155 s to queue 16,000 and 42 s to cancel them."""
     engine = make_engine()
-    held, params, began = Held(engine), SamplingParams(max_tokens=2), time.monotonic()
+    held_core, params, began = HeldCore(engine), SamplingParams(max_tokens=2), time.monotonic()
     first = engine.request([20], params)
     engine.submit([first], lambda items: None).result(SECONDS)
-    held.wait()
+    held_core.wait()
 
     def client(number: int) -> list[str]:
         requests = [engine.request([20 + number], params, f"{number}-{i}") for i in range(1000)]
         futures = [engine.submit([request], Equal()) for request in requests]
-        held.let_go()
+        held_core.allow_all_steps()
         for future in futures:
             future.result(SECONDS)
         return [request.request_id for request in requests]

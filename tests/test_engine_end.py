@@ -34,34 +34,34 @@ from toy_engine import (
     LONG,
     POISON,
     SECONDS,
-    Held,
-    Poisoned,
-    begun,
-    by_core,
-    crowd,
+    FailingModel,
+    HeldCore,
+    collect_events,
+    collect_events_in_thread,
     engine,
-    hear,
-    heard,
-    held,
+    held_core,
     make_core,
     make_engine,
+    many_requests,
+    results_from_core,
+    results_of,
     run,
-    said,
+    started_request,
 )
 
-__all__ = ["engine", "held"]
+__all__ = ["engine", "held_core"]
 
 
 # ---- faults ----
 
 
 def test_a_request_that_fails_fails_alone() -> None:
-    engine = make_engine(lambda: make_core(Poisoned()))  # type: ignore[arg-type]
-    requests = crowd(12, seed=4)
+    engine = make_engine(lambda: make_core(FailingModel()))  # type: ignore[arg-type]
+    requests = many_requests(12, seed=4)
     requests[5] = ([*random_prompt(6, 1), POISON], LONG)
 
     async def main() -> list[Any]:
-        clients = (heard(engine, *request, request_id=f"c{i}") for i, request in enumerate(requests))
+        clients = (collect_events(engine, *request, request_id=f"c{i}") for i, request in enumerate(requests))
         return await asyncio.gather(*clients, return_exceptions=True)
 
     outcomes = run(main())
@@ -70,7 +70,7 @@ def test_a_request_that_fails_fails_alone() -> None:
     assert (failed.request_id, type(failed.__cause__)) == ("c5", ArithmeticError)
     del requests[5]
     for (prompt, params), events in zip(requests, outcomes, strict=True):
-        assert said(events) == by_core(prompt, params)
+        assert results_of(events) == results_from_core(prompt, params)
     engine.stop()
     check_all_returned(engine.core.manager)
 
@@ -96,24 +96,28 @@ def test_a_text_that_cannot_be_made_fails_its_request_alone(
     assert (error.request_id, type(error.__cause__)) == (bad.request_id, ArithmeticError)
     while not good.finished:
         deliveries.get(timeout=SECONDS)
-    assert good.output.outputs[0].token_ids == by_core([20, 21], short)[0].tokens
+    assert good.output.outputs[0].token_ids == results_from_core([20, 21], short)[0].tokens
     engine.call(lambda: check_all_returned(engine.core.manager))
 
 
 def test_when_the_engine_dies_everybody_hears_of_it() -> None:
-    engine, begun, die = make_engine(), threading.Event(), threading.Event()
+    engine, step_started, die = make_engine(), threading.Event(), threading.Event()
 
     def dying() -> Any:
-        begun.set()
+        step_started.set()
         assert die.wait(SECONDS)
         raise SystemError("unforeseen")
 
     engine.core.step = dying  # type: ignore[method-assign]
 
     async def main() -> None:
-        first = asyncio.create_task(heard(engine, [20], LONG))
-        await asyncio.to_thread(begun.wait, SECONDS)
-        waiting = [first, asyncio.create_task(heard(engine, [21], LONG)), asyncio.create_task(engine.drain())]
+        first = asyncio.create_task(collect_events(engine, [20], LONG))
+        await asyncio.to_thread(step_started.wait, SECONDS)
+        waiting = [
+            first,
+            asyncio.create_task(collect_events(engine, [21], LONG)),
+            asyncio.create_task(engine.drain()),
+        ]
         called = asyncio.create_task(asyncio.to_thread(engine.call, lambda: None))
         await asyncio.sleep(0.02)
         die.set()
@@ -121,7 +125,7 @@ def test_when_the_engine_dies_everybody_hears_of_it() -> None:
         assert [type(outcome) for outcome in outcomes] == [EngineDeadError] * 4
         assert {type(outcome.__cause__) for outcome in outcomes} == {SystemError}
         with pytest.raises(EngineDeadError, match="SystemError: unforeseen"):
-            await heard(engine, [20], LONG)
+            await collect_events(engine, [20], LONG)
         with pytest.raises(EngineDeadError):
             await engine.drain()
 
@@ -149,38 +153,38 @@ def test_a_core_that_cannot_be_made_is_told_to_the_maker() -> None:
 # ---- the end ----
 
 
-def test_draining_serves_who_is_there_and_refuses_who_comes(engine: Engine, held: Held) -> None:
+def test_draining_serves_who_is_there_and_refuses_who_comes(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> list[RequestEvent]:
-        client = asyncio.create_task(heard(engine, [20, 21], LONG))
-        await asyncio.to_thread(held.wait)
+        client = asyncio.create_task(collect_events(engine, [20, 21], LONG))
+        await asyncio.to_thread(held_core.wait)
         drains = [asyncio.create_task(engine.drain()) for _ in range(2)]
         await asyncio.sleep(0.01)
-        held.step()
-        await asyncio.to_thread(held.wait)
+        held_core.step()
+        await asyncio.to_thread(held_core.wait)
         with pytest.raises(EngineStoppingError, match="draining"):
-            await heard(engine, [20], LONG)
+            await collect_events(engine, [20], LONG)
         assert not any(drain.done() for drain in drains)
-        held.let_go()
+        held_core.allow_all_steps()
         await asyncio.gather(*drains)
         assert engine.stats.num_running == 0
         await engine.drain()
         return await client
 
-    assert said(run(main())) == by_core([20, 21], LONG)
+    assert results_of(run(main())) == results_from_core([20, 21], LONG)
     engine.start_draining().result(SECONDS)
     assert isinstance(engine.refusal, EngineStoppingError)
 
 
-def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held: Held) -> None:
+def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> list[RequestEvent]:
-        client = asyncio.create_task(heard(engine, [20, 21], LONG))
-        await asyncio.to_thread(held.wait)
+        client = asyncio.create_task(collect_events(engine, [20, 21], LONG))
+        await asyncio.to_thread(held_core.wait)
         drain = asyncio.create_task(engine.drain(1.5))
         await asyncio.sleep(0.01)
-        held.step()
-        await asyncio.to_thread(held.wait)
+        held_core.step()
+        await asyncio.to_thread(held_core.wait)
         await asyncio.sleep(1.6)
-        held.step()
+        held_core.step()
         await drain
         return await client
 
@@ -188,29 +192,31 @@ def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held: Held) -> 
     assert (events[-1].finish_reason, events[-1].usage.completion_tokens) == ("abort", 2)
 
 
-def test_a_drain_that_nobody_waits_for_any_more_goes_on(engine: Engine, held: Held) -> None:
+def test_a_drain_that_nobody_waits_for_any_more_goes_on(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> None:
-        client = asyncio.create_task(heard(engine, [20, 21], SamplingParams(max_tokens=3, ignore_eos=True)))
-        await asyncio.to_thread(held.wait)
+        client = asyncio.create_task(
+            collect_events(engine, [20, 21], SamplingParams(max_tokens=3, ignore_eos=True))
+        )
+        await asyncio.to_thread(held_core.wait)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(engine.drain(), 0.01)
-        held.let_go()
+        held_core.allow_all_steps()
         assert len(await client) == 3
         await engine.drain()
 
     run(main())
 
 
-def test_stopping_cancels_and_refuses(engine: Engine, held: Held) -> None:
+def test_stopping_cancels_and_refuses(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> list[RequestEvent]:
-        events, first = await begun(engine, held)
+        events, first = await started_request(engine, held_core)
         stops = [asyncio.create_task(asyncio.to_thread(engine.stop)) for _ in range(2)]
         while engine.refusal is None:
             await asyncio.sleep(0.01)
-            held.step()
+            held_core.step()
         await asyncio.gather(*stops)
         with pytest.raises(EngineStoppingError, match="stopped"):
-            await heard(engine, [20], LONG)
+            await collect_events(engine, [20], LONG)
         await engine.drain()
         return [first] + [event async for event in events]
 
@@ -240,16 +246,16 @@ def test_a_forgotten_engine_frees_its_arrays_and_ends_its_thread() -> None:
 
     make_core()
     before = live_bytes()
-    engine = make_engine(lambda: make_core(Poisoned(), blocks=4000))  # type: ignore[arg-type]
+    engine = make_engine(lambda: make_core(FailingModel(), blocks=4000))  # type: ignore[arg-type]
     size = engine.core.manager.capacity.nbytes
     assert size > 10**6
     assert live_bytes() > before + 0.9 * size
-    run(heard(engine, [20, 21], LONG))
+    run(collect_events(engine, [20, 21], LONG))
     gc.collect()  # asyncio's own cycles
     with pytest.raises(RequestTooLargeError):
         engine.submit([engine.request([20] * 999, LONG)], print).result(SECONDS)
     with pytest.raises(RequestFailedError):
-        hear(engine, [20, POISON])
+        collect_events_in_thread(engine, [20, POISON])
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 // 0)
     engine.call(int)  # by now its thread has let go of the error, and of whoever was told

@@ -1,6 +1,6 @@
 """The engine's own thread: what runs in it, what never waits for it, and what would wait for itself.
 
-Oracle: `EngineCore`, stepped by hand in this thread. `Held` cores let a test decide when a step begins.
+Oracle: `EngineCore`, stepped by hand in this thread. `HeldCore` cores let a test decide when a step begins.
 """
 
 import asyncio
@@ -19,37 +19,37 @@ from tiny_llm import Engine, RequestEvent, SamplingParams, WrongThreadError
 from toy_engine import (
     LONG,
     SECONDS,
-    Held,
-    Listening,
-    by_core,
-    crowd,
+    HeldCore,
+    RecordingListener,
+    collect_events,
     engine,
-    heard,
-    held,
+    held_core,
     make_engine,
+    many_requests,
+    results_from_core,
+    results_of,
     run,
-    said,
 )
 
-__all__ = ["engine", "held"]
+__all__ = ["engine", "held_core"]
 
 
 # ---- threads ----
 
 
 def test_two_event_loops_share_one_engine(engine: Engine) -> None:
-    requests = crowd(12, seed=5)
+    requests = many_requests(12, seed=5)
 
     def client(part: int) -> list[list[RequestEvent]]:
         async def main() -> list[list[RequestEvent]]:
-            return await asyncio.gather(*(heard(engine, *request) for request in requests[part::2]))
+            return await asyncio.gather(*(collect_events(engine, *request) for request in requests[part::2]))
 
         return run(main())
 
     with ThreadPoolExecutor(2) as pool:
         for part, answers in enumerate(pool.map(client, range(2))):
-            expected = [by_core(*request) for request in requests[part::2]]
-            assert [said(events) for events in answers] == expected
+            expected = [results_from_core(*request) for request in requests[part::2]]
+            assert [results_of(events) for events in answers] == expected
 
 
 def test_everything_that_touches_an_array_runs_in_one_thread(engine: Engine) -> None:
@@ -62,7 +62,7 @@ def test_everything_that_touches_an_array_runs_in_one_thread(engine: Engine) -> 
 
     watched.config = model.config  # type: ignore[attr-defined]
     manager._model = watched
-    run(heard(engine, [20, 21], LONG))
+    run(collect_events(engine, [20, 21], LONG))
     manager._model = model
     assert threads == {engine.call(threading.current_thread)}
     assert threading.main_thread() not in threads
@@ -72,16 +72,16 @@ def test_a_function_runs_between_two_steps_and_gives_its_value_or_its_error(engi
     assert engine.call(lambda: engine.call(threading.current_thread)).name == "tiny-llm-engine"
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 // 0)
-    assert len(run(heard(engine, [20], SamplingParams(max_tokens=3, ignore_eos=True)))) == 3
+    assert len(run(collect_events(engine, [20], SamplingParams(max_tokens=3, ignore_eos=True)))) == 3
 
 
-def test_whoever_asks_how_full_it_is_never_waits_for_a_step(engine: Engine, held: Held) -> None:
+def test_whoever_asks_how_full_it_is_never_waits_for_a_step(engine: Engine, held_core: HeldCore) -> None:
     requests = [engine.request([20], LONG), engine.request([21], LONG)]
     engine.submit(requests, lambda items: None).result(SECONDS)
-    held.wait()
+    held_core.wait()
     assert (engine.stats.num_running, engine.stats.num_waiting, engine.step_times) == (0, 2, ())
-    held.step()
-    held.wait()
+    held_core.step()
+    held_core.wait()
     assert (engine.stats.num_running, engine.stats.num_waiting) == (2, 0)
     [times] = engine.step_times
     assert times.core > 0
@@ -98,19 +98,19 @@ def test_a_core_that_is_stepped_by_hand_is_left_alone(engine: Engine) -> None:
 
 
 def test_an_idle_engine_takes_no_time(engine: Engine) -> None:
-    run(heard(engine, [20], LONG))
+    run(collect_events(engine, [20], LONG))
     clock = time.pthread_getcpuclockid(engine._thread.ident)
     before = time.clock_gettime(clock)
     time.sleep(0.3)
     assert time.clock_gettime(clock) - before < 0.01
 
 
-def test_a_future_that_nobody_waits_for_any_more_does_no_harm(engine: Engine, held: Held) -> None:
+def test_a_future_that_nobody_waits_for_any_more_does_no_harm(engine: Engine, held_core: HeldCore) -> None:
     engine.submit([engine.request([20], LONG)], lambda items: None).result(SECONDS)
-    held.wait()
+    held_core.wait()
     posted: list[Future[Any]] = [engine.cancel("a"), engine.start_draining()]
     assert all(future.cancel() for future in posted)
-    held.let_go()
+    held_core.allow_all_steps()
     engine.stop()
 
 
@@ -160,7 +160,7 @@ def test_a_call_that_would_wait_for_itself_raises_at_once(call: str, where: str)
 
 
 def test_what_does_not_wait_works_in_the_engines_own_thread(engine: Engine) -> None:
-    done, listener = threading.Event(), Listening()
+    done, listener = threading.Event(), RecordingListener()
 
     def chain(items: list[Item]) -> None:
         assert engine.call(lambda: engine.stats.num_running) >= 0
@@ -173,8 +173,8 @@ def test_what_does_not_wait_works_in_the_engines_own_thread(engine: Engine) -> N
 
     engine.submit([engine.request([20], SamplingParams(max_tokens=1))], chain).result(SECONDS)
     assert done.wait(SECONDS)
-    assert listener.ended.wait(SECONDS)
-    assert said(events_of(listener.heard)) == by_core([21], LONG)
+    assert listener.finished.wait(SECONDS)
+    assert results_of(events_of(listener.items)) == results_from_core([21], LONG)
     engine.call(engine.stop)
     engine._thread.join(SECONDS)
     assert not engine._thread.is_alive()

@@ -1,6 +1,6 @@
-"""A step that raises fails only the requests that caused it: faults are injected at every point of a step.
+"""When a step raises, only the request that caused it fails. Faults are injected at every point of a step.
 
-The oracle is the same crowd without the fault: whoever has not failed gets the same bits.
+Oracle: the same requests without the fault. Requests that do not fail get the same tokens.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ from promises import check_all_returned, check_pages, policies
 from tiny_llm import engine_core, page_layout, token_output
 from tiny_model import EOS, random_prompt, tiny_model
 
-POISON = 1  # which nobody else has, or ever gets
+POISON = 1  # a token that is in no other prompt and is never generated
 Answers = dict[str, list[int]]
 
 CROWD: dict[str, tuple[list[int], SamplingParams | BeamSearchParams]] = {
@@ -44,11 +44,11 @@ CROWD: dict[str, tuple[list[int], SamplingParams | BeamSearchParams]] = {
 
 
 class InjectedError(Exception):
-    """The fault."""
+    """The error that the tests inject."""
 
 
-def crowded_engine(model: Model) -> EngineCore:
-    """An engine whose pool is so small that the crowd is preempted, swapped, shared and cut into chunks."""
+def overloaded_engine(model: Model) -> EngineCore:
+    """Return an engine whose small pool forces preemption, swapping, sharing and chunked prefill."""
     manager = PagedBatchManager(
         17, 3, 6, model=model, max_batched_tokens=12, policies=policies(True, prefix=True, swap_blocks=40)
     )
@@ -56,9 +56,9 @@ def crowded_engine(model: Model) -> EngineCore:
 
 
 def serve(
-    engine: EngineCore, crowd: dict[str, Any], most_steps: int = 600
+    engine: EngineCore, crowd: dict[str, Any], max_steps: int = 600
 ) -> tuple[Answers, dict[str, Exception]]:
-    """Serve everybody; the tokens of each sequence, and who failed with what."""
+    """Serve all requests; return the tokens of each sequence, and the error of each failed request."""
     searches: dict[str, BeamSearch] = {}
     answers: Answers = {}
     failed: dict[str, Exception] = {}
@@ -67,7 +67,7 @@ def serve(
             searches[request_id] = engine.add_beam_search(request_id, prompt, params)
         else:
             engine.add_request(request_id, prompt, params)
-    for _ in range(most_steps):
+    for _ in range(max_steps):
         for output in engine.step():
             answers.setdefault(output.seq_id, []).append(output.token)
         for failure in engine.take_failures():
@@ -77,29 +77,29 @@ def serve(
             check_pages(engine.manager)
         if not engine.has_work:
             break
-    assert not engine.has_work, "somebody hangs"
+    assert not engine.has_work, "a request never finished"
     for request_id, search in searches.items():
         if request_id not in failed:
-            assert not search.beams, "a search never ended"
+            assert not search.beams, "a search never finished"
             answers[request_id] = [token for ended in search.ended for token in ended.hypothesis.tokens]
     return answers, failed
 
 
-def of_request(answers: Answers, request_id: str) -> Answers:
+def answers_to(answers: Answers, request_id: str) -> Answers:
     return {seq_id: tokens for seq_id, tokens in answers.items() if seq_id.split("/")[0] == request_id}
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> Answers:
-    answers, failed = serve(crowded_engine(tiny_model()), CROWD)
+def clean_answers() -> Answers:
+    answers, failed = serve(overloaded_engine(tiny_model()), CROWD)
     assert not failed
     return answers
 
 
-def raising_once(
+def raising_at_call(
     function: Callable[..., Any], call: int, after: bool, calls: Counter[str]
 ) -> Callable[..., Any]:
-    """The function, but its `call`-th call raises, before it does anything or when it has."""
+    """Wrap the function so that its `call`-th call raises: before it runs, or `after` it has run."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         calls["all"] += 1
@@ -146,126 +146,129 @@ POINTS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("owner", "name"), POINTS, ids=[name for _, name in POINTS])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_fault_anywhere_in_a_step_ends_at_most_one_request(
-    owner: Any, name: str, after: bool, undisturbed: Answers, monkeypatch: pytest.MonkeyPatch
+def test_an_exception_at_any_point_of_a_step_fails_at_most_one_request(
+    owner: Any, name: str, after: bool, clean_answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the same crowd undisturbed, for all who have not failed."""
+    """Oracle: the same requests without a fault, for all requests that have not failed."""
     original = getattr(owner, name)
     for call in (1, 2, 5, 12):
         calls: Counter[str] = Counter()
-        engine = crowded_engine(tiny_model())
+        engine = overloaded_engine(tiny_model())
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, raising_once(original, call, after, calls))
+            patch.setattr(owner, name, raising_at_call(original, call, after, calls))
             answers, failed = serve(engine, CROWD)
         assert calls["all"] >= 1, f"{name} is never called: nothing was injected"
         assert len(failed) <= 1, f"{name}, call {call}: {failed}"
         for request_id in CROWD.keys() - failed.keys():
-            assert of_request(answers, request_id) == of_request(undisturbed, request_id), (name, call)
+            assert answers_to(answers, request_id) == answers_to(clean_answers, request_id), (
+                name,
+                call,
+            )
         check_all_returned(engine.manager)
 
 
-def poisoned(model: Model, harm: Callable[[mx.array, mx.array], mx.array]) -> Model:
-    """A model that does harm to the logits of a step with the poisoned token in it."""
+def model_with_fault(model: Model, change_logits: Callable[[mx.array, mx.array], mx.array]) -> Model:
+    """Return a model that changes the logits of each step that contains the token `POISON`."""
 
-    class Poisoned(Model):
+    class ModelWithFault(Model):
         def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
             logits = super().__call__(tokens, context)
             is_poison = tokens[0] == POISON
-            return harm(logits, is_poison) if is_poison.any().item() else logits
+            return change_logits(logits, is_poison) if is_poison.any().item() else logits
 
-    return Poisoned(**{name: getattr(model, name) for name in model.__dataclass_fields__})
+    return ModelWithFault(**{name: getattr(model, name) for name in model.__dataclass_fields__})
 
 
-def refuse(logits: mx.array, is_poison: mx.array) -> mx.array:
+def raise_error(logits: mx.array, is_poison: mx.array) -> mx.array:
     raise InjectedError
 
 
-with_poison = CROWD | {
+REQUESTS_WITH_POISON = CROWD | {
     "poisoned": ([*random_prompt(8, 9), POISON], SamplingParams(max_tokens=5, ignore_eos=True))
 }
 
 
-def test_a_request_that_breaks_the_model_fails_alone(undisturbed: Answers) -> None:
-    engine = crowded_engine(poisoned(tiny_model(), refuse))
-    answers, failed = serve(engine, with_poison)
+def test_a_request_that_makes_the_model_raise_fails_and_the_others_continue(
+    clean_answers: Answers,
+) -> None:
+    engine = overloaded_engine(model_with_fault(tiny_model(), raise_error))
+    answers, failed = serve(engine, REQUESTS_WITH_POISON)
     assert list(failed) == ["poisoned"]
     assert isinstance(failed["poisoned"], InjectedError)
     for request_id in CROWD:
-        assert of_request(answers, request_id) == of_request(undisturbed, request_id)
+        assert answers_to(answers, request_id) == answers_to(clean_answers, request_id)
     check_all_returned(engine.manager)
 
 
-def test_an_engine_goes_on_after_a_failure(undisturbed: Answers) -> None:
-    engine = crowded_engine(poisoned(tiny_model(), refuse))
-    serve(engine, with_poison)
+def test_the_engine_serves_requests_after_a_failure(clean_answers: Answers) -> None:
+    engine = overloaded_engine(model_with_fault(tiny_model(), raise_error))
+    serve(engine, REQUESTS_WITH_POISON)
     answers, failed = serve(engine, CROWD)
     assert not failed
     for request_id in ("greedy", "three", "late", "searched"):
-        assert of_request(answers, request_id) == of_request(undisturbed, request_id)
+        assert answers_to(answers, request_id) == answers_to(clean_answers, request_id)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(seed=1, top_p=0.9)])
-def test_logits_that_are_no_numbers_fail_the_request_that_has_them(
-    params: SamplingParams, undisturbed: Answers
-) -> None:
-    def spoil(logits: mx.array, is_poison: mx.array) -> mx.array:
+def test_nan_logits_fail_the_request_that_has_them(params: SamplingParams, clean_answers: Answers) -> None:
+    def set_nan(logits: mx.array, is_poison: mx.array) -> mx.array:
         return mx.concatenate([logits[:, :-1], logits[:, -1:] * mx.nan], axis=1)
 
     crowd = {"poisoned": ([POISON], replace(params, max_tokens=5, ignore_eos=True))}
-    engine = crowded_engine(poisoned(tiny_model(), spoil))
+    engine = overloaded_engine(model_with_fault(tiny_model(), set_nan))
     answers, failed = serve(engine, crowd)
     assert isinstance(failed["poisoned"], NotANumberError)
     assert "'poisoned'" in str(failed["poisoned"])
     answers, failed = serve(engine, {"greedy": CROWD["greedy"]})
-    assert answers["greedy"] == undisturbed["greedy"]
+    assert answers["greedy"] == clean_answers["greedy"]
     check_all_returned(engine.manager)
 
 
-def test_requests_that_fail_only_together_are_thinned_out_until_the_rest_can_go_on() -> None:
-    """A fault of the crowd, and of nobody in it: somebody has to give way, or nobody would ever get on."""
+def test_when_only_a_large_batch_fails_requests_fail_one_by_one_until_the_rest_can_run() -> None:
+    """No single request is at fault. One at a time has to fail, or no request would ever finish."""
 
-    class Crowded(Model):
+    class FailsOnLargeBatches(Model):
         def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
             if context.logit_rows is not None and context.logit_rows.shape[0] > 2:
                 raise InjectedError
             return super().__call__(tokens, context)
 
     model = tiny_model()
-    crowded = Crowded(**{name: getattr(model, name) for name in model.__dataclass_fields__})
+    failing = FailsOnLargeBatches(**{name: getattr(model, name) for name in model.__dataclass_fields__})
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    manager = PagedBatchManager(40, 8, 6, model=crowded)
+    manager = PagedBatchManager(40, 8, 6, model=failing)
     answers, failed = serve(EngineCore(manager, (EOS,)), {f"r{i}": ([9 + i], params) for i in range(4)})
     assert list(failed) == ["r3", "r2"]
     assert all(len(answers[request_id]) == 4 for request_id in ("r0", "r1"))
 
 
-def test_arrays_that_were_lost_are_computed_again(
-    undisturbed: Answers, monkeypatch: pytest.MonkeyPatch
+def test_requests_are_recomputed_when_the_pools_arrays_cannot_be_evaluated(
+    clean_answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pool itself cannot be evaluated any more: everything in it is given up."""
-    engine = crowded_engine(tiny_model())
+    """The pool's own arrays are lost, so all its content has to be dropped."""
+    engine = overloaded_engine(tiny_model())
     evaluate, calls = KVPool.evaluate, Counter[str]()
 
-    def lost(pool: KVPool, *outputs: mx.array) -> None:
+    def losing(pool: KVPool, *outputs: mx.array) -> None:
         calls["all"] += 1
-        if calls["all"] in (20, 21):  # the step's, and the attempt to settle after it
+        if calls["all"] in (20, 21):  # in the step, and in the recovery after it
             for layer, (keys, values) in enumerate(zip(pool._keys, pool._values, strict=True)):
                 pool.put_back(layer, keys * mx.nan, values * mx.nan)
             raise InjectedError
         evaluate(pool, *outputs)
 
-    monkeypatch.setattr(KVPool, "evaluate", lost)
+    monkeypatch.setattr(KVPool, "evaluate", losing)
     answers, failed = serve(engine, CROWD)
     assert len(failed) <= 1
     for request_id in CROWD.keys() - failed.keys():
-        assert of_request(answers, request_id) == of_request(undisturbed, request_id)
+        assert answers_to(answers, request_id) == answers_to(clean_answers, request_id)
     check_all_returned(engine.manager)
 
 
-def test_a_fault_under_dense_batching_fails_alone_too() -> None:
-    crowd = {name: with_poison[name] for name in ("greedy", "three", "late", "poisoned")}
+def test_with_dense_batching_too_only_the_faulty_request_fails() -> None:
+    crowd = {name: REQUESTS_WITH_POISON[name] for name in ("greedy", "three", "late", "poisoned")}
     clean, _ = serve(EngineCore(DenseBatchManager(6, 64, model=tiny_model()), (EOS,)), crowd)
-    engine = EngineCore(DenseBatchManager(6, 64, model=poisoned(tiny_model(), refuse)), (EOS,))
+    engine = EngineCore(DenseBatchManager(6, 64, model=model_with_fault(tiny_model(), raise_error)), (EOS,))
     answers, failed = serve(engine, crowd)
     assert list(failed) == ["poisoned"]
     assert {name: tokens for name, tokens in clean.items() if name != "poisoned"} == answers

@@ -1,4 +1,4 @@
-"""Mistakes that other engines made, each a test named after the mistake; comments cite the tracker."""
+"""Bugs that other engines had: one test for each. The comments cite the project and its issue numbers."""
 
 import gc
 from pathlib import Path
@@ -23,16 +23,16 @@ from tiny_model import EOS, random_prompt, tiny_config, tiny_model
 SOURCE = Path(__file__).parents[1] / "src"
 
 
-def engine_of(
-    blocks: int = 100, *, block_size: int = 16, seats: int = 8, preempts: bool = True, prefix: bool = False
+def make_engine(
+    blocks: int = 100, *, block_size: int = 16, max_seqs: int = 8, preempts: bool = True, prefix: bool = False
 ) -> EngineCore:
-    those = policies(preempts, prefix)
-    manager = PagedBatchManager(blocks, block_size, seats, model=tiny_model(), policies=those)
+    chosen_policies = policies(preempts, prefix)
+    manager = PagedBatchManager(blocks, block_size, max_seqs, model=tiny_model(), policies=chosen_policies)
     return EngineCore(manager, (EOS,), seed=3)
 
 
 def run(engine: EngineCore, requests: list[tuple[list[int], SamplingParams]]) -> list[list[TokenOutput]]:
-    """Serve requests together; the outputs of each (n = 1) in order."""
+    """Serve the requests (all with n = 1) together; return the outputs of each, in order."""
     got: dict[str, list[TokenOutput]] = {str(i): [] for i in range(len(requests))}
     for i, (prompt, params) in enumerate(requests):
         engine.add_request(str(i), prompt, params)
@@ -42,7 +42,7 @@ def run(engine: EngineCore, requests: list[tuple[list[int], SamplingParams]]) ->
     return list(got.values())
 
 
-def tokens_of(outputs: list[TokenOutput]) -> list[int]:
+def generated_tokens(outputs: list[TokenOutput]) -> list[int]:
     return [output.token for output in outputs]
 
 
@@ -50,11 +50,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, logprobs=3, ignore_eos=T
 
 
 # vllm-metal 92
-def test_a_full_pool_with_nobody_to_preempt_is_a_refusal_and_no_deadlock() -> None:
+def test_a_request_fails_instead_of_deadlocking_when_the_pool_is_full_and_nothing_can_be_preempted() -> None:
     for preempts in (True, False):
-        engine = engine_of(4, block_size=4, preempts=preempts)
-        elsewhere = BlockTable(engine.manager.allocator, 4)
-        elsewhere.append_tokens(16)
+        engine = make_engine(4, block_size=4, preempts=preempts)
+        outside_table = BlockTable(engine.manager.allocator, 4)
+        outside_table.append_tokens(16)
         engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=2))
         assert engine.step() == []
         refused = engine.take_failures()
@@ -62,38 +62,38 @@ def test_a_full_pool_with_nobody_to_preempt_is_a_refusal_and_no_deadlock() -> No
             raise refused[0].error
         assert [failure.request_id for failure in refused] == ["a"]
         assert not engine.has_work
-        elsewhere.release()
+        outside_table.release()
         check_all_returned(engine.manager)
 
 
 # vllm-metal 92
-def test_a_pool_that_is_taken_while_the_last_one_runs_is_a_refusal_and_no_deadlock() -> None:
-    engine = engine_of(4, block_size=4)
+def test_the_last_request_fails_instead_of_deadlocking_when_the_pool_fills_up_while_it_runs() -> None:
+    engine = make_engine(4, block_size=4)
     engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=12, ignore_eos=True))
     engine.step()
-    elsewhere = BlockTable(engine.manager.allocator, 4)
-    elsewhere.append_tokens(12)
+    outside_table = BlockTable(engine.manager.allocator, 4)
+    outside_table.append_tokens(12)
 
     for _ in range(10):
         engine.step()
     (refused,) = engine.take_failures()
     with pytest.raises(OutOfBlocksError, match="'a'"):
         raise refused.error
-    elsewhere.release()
+    outside_table.release()
     check_all_returned(engine.manager)
 
 
 # vllm-metal 92
-def test_a_request_that_could_never_fit_is_refused_at_the_door() -> None:
-    engine = engine_of(4, block_size=4)
+def test_a_request_that_can_never_fit_is_rejected_when_it_is_added() -> None:
+    engine = make_engine(4, block_size=4)
     with pytest.raises(RequestTooLargeError, match="need 5 blocks of 4; the pool has 4"):
         engine.add_request("a", [9] * 10, SamplingParams(max_tokens=10))
     check_all_returned(engine.manager)
 
 
 # mlx-lm 1731, vllm-mlx 641
-def test_a_thousand_requests_with_cancels_and_errors_leave_no_bytes_behind() -> None:
-    engine = engine_of(20, block_size=4)
+def test_a_thousand_requests_with_cancels_and_errors_leak_no_memory() -> None:
+    engine = make_engine(20, block_size=4)
     after = []
     for i in range(1000):
         params = SamplingParams(
@@ -113,7 +113,7 @@ def test_a_thousand_requests_with_cancels_and_errors_leave_no_bytes_behind() -> 
             mx.clear_cache()
             after.append(mx.get_active_memory())
             check_all_returned(engine.manager)
-    assert max(after[1:]) - after[0] < 4096, f"live bytes grow: {after}"
+    assert max(after[1:]) - after[0] < 4096, f"memory in use grows: {after}"
 
 
 # ollama 15065
@@ -130,10 +130,10 @@ def test_a_snapshot_of_some_blocks_does_not_keep_the_whole_pool_alive() -> None:
 
 
 # mlx-lm 1906
-def test_the_first_tokens_log_probabilities_do_not_change_with_the_neighbours() -> None:
+def test_the_first_tokens_log_probabilities_do_not_depend_on_other_requests() -> None:
     prompts = [random_prompt(length, length) for length in (5, 17, 1, 30, 16)]
-    [alone] = run(engine_of(), [(prompts[0], GREEDY)])
-    together = run(engine_of(), [(prompt, GREEDY) for prompt in prompts])
+    [alone] = run(make_engine(), [(prompts[0], GREEDY)])
+    together = run(make_engine(), [(prompt, GREEDY) for prompt in prompts])
     assert together[0][0].logprobs == alone[0].logprobs
     assert together[0][0].logprobs is not None
 
@@ -142,16 +142,16 @@ def test_the_first_tokens_log_probabilities_do_not_change_with_the_neighbours() 
 @pytest.mark.parametrize("others", [1, 2, 3, 7])
 def test_greedy_output_does_not_depend_on_the_composition_of_the_batch(others: int) -> None:
     prompt = random_prompt(20, 1)
-    [alone] = run(engine_of(), [(prompt, GREEDY)])
-    crowd = [
+    [alone] = run(make_engine(), [(prompt, GREEDY)])
+    neighbours = [
         (random_prompt(3 * i + 1, i), SamplingParams(max_tokens=5 + i, seed=i)) for i in range(1, others + 1)
     ]
-    last = run(engine_of(), [*crowd, (prompt, GREEDY)])[-1]
-    assert [told(output) for output in last] == [told(output) for output in alone]
+    last = run(make_engine(), [*neighbours, (prompt, GREEDY)])[-1]
+    assert [without_identity(output) for output in last] == [without_identity(output) for output in alone]
 
 
-def told(output: TokenOutput) -> tuple[object, ...]:
-    """All that is told of a token but whose it is, and when its request began to run."""
+def without_identity(output: TokenOutput) -> tuple[object, ...]:
+    """Return all fields of a token output but its ids and the time at which its request was scheduled."""
     return output._replace(request_id="", seq_id="", scheduled=None)
 
 
@@ -168,51 +168,51 @@ def told(output: TokenOutput) -> tuple[object, ...]:
         "truncate_prompt_tokens",
     ],
 )
-def test_a_parameter_that_is_not_supported_is_refused_by_name_and_never_ignored(name: str) -> None:
+def test_an_unsupported_parameter_is_rejected_by_name_and_never_ignored(name: str) -> None:
     with pytest.raises(TypeError, match=name):
         SamplingParams(**{name: 1})  # type: ignore[arg-type]
 
 
 # mlx-lm 388
-def test_each_rows_top_k_masks_its_own_tokens() -> None:
+def test_each_rows_top_k_applies_only_to_that_row() -> None:
     prompts = [random_prompt(6, seed) for seed in range(6)]
     ks = [1, 2, 1, 20, 1, 3]
     requests = [
         (prompt, SamplingParams(top_k=k, max_tokens=10, seed=k, logprobs=k, ignore_eos=True))
         for prompt, k in zip(prompts, ks, strict=True)
     ]
-    for outputs in run(engine_of(), requests):
+    for outputs in run(make_engine(), requests):
         for output in outputs:
             assert output.logprobs is not None
             assert output.token in [token for token, _ in output.logprobs.top]
 
 
 # tiny-llm's sampler
-def test_top_p_after_top_k_renormalises() -> None:
-    """Of 0.4, 0.3, 0.2, 0.1 top-k 2 leaves 0.57 and 0.43: top-p 0.5 keeps one, and unrenormalised two."""
+def test_top_p_after_top_k_uses_renormalized_probabilities() -> None:
+    """Top-k 2 of 0.4, 0.3, 0.2, 0.1 gives 0.57 and 0.43, of which top-p 0.5 keeps one (of 0.4 and 0.3, two)."""
     row = mx.log(mx.array([0.4, 0.3, 0.2, 0.1]))
     params = SamplingParams(top_k=2, top_p=0.5)
     assert {sample_token(row, params, 1, index).item() for index in range(200)} == {0}
 
 
-# nano-vllm forbids it
+# nano-vllm does not allow it
 def test_temperature_zero_is_allowed_and_greedy() -> None:
-    [outputs] = run(engine_of(), [(random_prompt(8, 2), GREEDY)])
+    [outputs] = run(make_engine(), [(random_prompt(8, 2), GREEDY)])
     assert all(output.logprobs is not None and output.logprobs.rank == 1 for output in outputs)
 
 
 # nano-vllm 144
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("length", [3, 4, 5, 7, 8, 9])
-def test_a_prompt_that_fills_its_blocks_exactly_is_no_special_case(length: int, prefix: bool) -> None:
+def test_a_prompt_that_exactly_fills_its_blocks_gets_the_right_tokens(length: int, prefix: bool) -> None:
     prompt = tuple(random_prompt(length, length))
     params = SamplingParams(max_tokens=9, n=1, seed=7, logprobs=0)
-    crowd = [(list(prompt), params), ([9, 8], params), (list(prompt), params)]
-    engine = engine_of(6, block_size=4, prefix=prefix)
+    requests = [(list(prompt), params), ([9, 8], params), (list(prompt), params)]
+    engine = make_engine(6, block_size=4, prefix=prefix)
     alone = answer_alone(tiny_model(), prompt, params)
-    for _ in range(2):  # the second time the whole prompt is kept: its last token is computed all the same
-        first, _, third = run(engine, crowd)
-        assert tuple(tokens_of(first)) == tuple(tokens_of(third)) == alone.tokens
+    for _ in range(2):  # the second time the whole prompt is cached; its last token is computed even so
+        first, _, third = run(engine, requests)
+        assert tuple(generated_tokens(first)) == tuple(generated_tokens(third)) == alone.tokens
     cached = third[0].num_cached_tokens
     assert (cached > 0) == (prefix and length > 4)
     assert cached < length
@@ -220,9 +220,11 @@ def test_a_prompt_that_fills_its_blocks_exactly_is_no_special_case(length: int, 
 
 # nano-vllm 211, 233; with the cache also vllm-metal 184, mini-sglang 52
 @pytest.mark.parametrize("prefix", [False, True])
-def test_five_hundred_and_twelve_requests_on_a_full_pool_are_all_served(prefix: bool) -> None:
-    those = policies(True, prefix)
-    manager = PagedBatchManager(64, 4, 512, max_batched_tokens=512, max_model_len=64, policies=those)
+def test_all_of_512_requests_finish_with_a_pool_that_is_too_small_for_them(prefix: bool) -> None:
+    chosen_policies = policies(True, prefix)
+    manager = PagedBatchManager(
+        64, 4, 512, max_batched_tokens=512, max_model_len=64, policies=chosen_policies
+    )
     for i in range(512):
         manager.add_request([1] * (1 + i % 11), str(i), SamplingParams(max_tokens=20 + i % 30))
     for _ in range(20_000):
@@ -239,9 +241,9 @@ def test_five_hundred_and_twelve_requests_on_a_full_pool_are_all_served(prefix: 
 
 
 # mini-sglang 142
-def test_a_block_that_one_completion_gave_back_is_not_another_requests_while_a_second_reads_it() -> None:
+def test_a_shared_block_that_one_completion_released_is_not_reused_while_another_reads_it() -> None:
     prompt = tuple(random_prompt(10, 4))
-    engine = engine_of(12, block_size=4, prefix=True)
+    engine = make_engine(12, block_size=4, prefix=True)
     params = SamplingParams(n=2, seed=1, max_tokens=12, ignore_eos=True)
     engine.add_request("a", list(prompt), params)
     got: dict[str, list[int]] = {"a/0": [], "a/1": [], "b": []}
@@ -257,8 +259,10 @@ def test_a_block_that_one_completion_gave_back_is_not_another_requests_while_a_s
 
 
 # tiny-llm 63, 137, 297
-def test_blocks_handed_out_in_another_order_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So no test of ours may ask which block it was."""
+def test_the_order_in_which_blocks_are_allocated_does_not_change_any_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So no test may depend on the id of an allocated block."""
     allocate = BlockAllocator.allocate
 
     def last_first(allocator: BlockAllocator) -> int:
@@ -281,7 +285,7 @@ def test_nothing_is_compiled_at_run_time() -> None:
 
 
 # mlx-lm 1896
-def test_rotation_of_a_view_that_is_not_contiguous_is_that_of_its_copy() -> None:
+def test_rotating_a_non_contiguous_view_gives_the_same_as_rotating_its_copy() -> None:
     heads = mx.random.normal((1, 6, 4, 64), key=mx.random.key(1))
     positions, inv_freq = mx.array([3, 9, 1, 0, 77, 4]), inverse_frequencies(32, 10_000.0)
     view = heads.swapaxes(1, 2)[..., ::2]
@@ -293,7 +297,7 @@ def test_rotation_of_a_view_that_is_not_contiguous_is_that_of_its_copy() -> None
 
 
 # tiny-llm 15, 50, 51, 66
-def test_missing_kernels_say_why_in_one_line() -> None:
+def test_the_reason_why_kernels_are_missing_fits_in_one_line() -> None:
     why = tiny_llm_kernels.why_unavailable()
     assert (why is None) == tiny_llm_kernels.available()
     assert why is None or "\n" not in why

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: right, told once, the same bits however the prompt was computed."""
+"""Log-probabilities of prompts: correct, reported once, bit-identical however the prompt was computed."""
 
 import mlx.core as mx
 import numpy as np
@@ -28,30 +28,30 @@ def engine(num_blocks: int = 40, *, max_tokens: int = 64, preempts: bool = False
     return EngineCore(manager, (EOS,))
 
 
-def finish(core: EngineCore) -> list[TokenOutput]:
+def run_to_end(core: EngineCore) -> list[TokenOutput]:
     outputs = []
     while core.has_work:
         outputs += core.step()
     return outputs
 
 
-def told(outputs: list[TokenOutput], seq_id: str = "r") -> list[object]:
-    """What came with each token of a sequence."""
+def prompt_logprobs_of(outputs: list[TokenOutput], seq_id: str = "r") -> list[object]:
+    """Return the `prompt_logprobs` field of each output of a sequence."""
     return [output.prompt_logprobs for output in outputs if output.seq_id == seq_id]
 
 
-def alone(prompt: list[int], params: SamplingParams = PARAMS) -> list[object]:
+def prompt_logprobs_alone(prompt: list[int], params: SamplingParams = PARAMS) -> list[object]:
     core = engine()
     core.add_request("r", prompt, params)
-    return told(finish(core))
+    return prompt_logprobs_of(run_to_end(core))
 
 
-def test_they_are_those_of_the_logits_before_each_token() -> None:
+def test_prompt_logprobs_are_those_of_the_logits_before_each_token() -> None:
     """Oracle: float64 log softmax of all the prompt's logits."""
     prompt = random_prompt(50, seed=1)
     logits = np.array(logits_through_pages(tiny_model(), prompt, [50])).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    [found, *later] = alone(prompt)
+    [found, *later] = prompt_logprobs_alone(prompt)
     assert later == [None, None]
     assert isinstance(found, tuple)
     assert len(found) == 49
@@ -63,44 +63,44 @@ def test_they_are_those_of_the_logits_before_each_token() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 100])
-def test_a_prompt_of_any_length_gets_one_entry_less_than_tokens(length: int) -> None:
-    found = alone(random_prompt(length, seed=length))[0]
+def test_a_prompt_has_one_entry_fewer_than_it_has_tokens(length: int) -> None:
+    found = prompt_logprobs_alone(random_prompt(length, seed=length))[0]
     assert isinstance(found, tuple)
     assert len(found) == length - 1
 
 
 @pytest.mark.parametrize("max_tokens", [8, 9, 13, 100])
-def test_chunks_and_neighbours_change_no_bit(max_tokens: int) -> None:
+def test_chunked_prefill_and_other_requests_do_not_change_prompt_logprobs(max_tokens: int) -> None:
     prompt = random_prompt(60, seed=2)
     core = engine(max_tokens=max_tokens)
     core.add_request("other", random_prompt(9, seed=3), SamplingParams(max_tokens=9, seed=1))
     core.add_request("r", prompt, PARAMS)
     core.add_request("third", random_prompt(20, seed=4), PARAMS)
-    assert told(finish(core)) == alone(prompt)
+    assert prompt_logprobs_of(run_to_end(core)) == prompt_logprobs_alone(prompt)
 
 
 @pytest.mark.parametrize("steps", range(1, 8))
-def test_a_preemption_in_the_middle_of_the_prompt_tells_nothing_twice(steps: int) -> None:
+def test_prompt_logprobs_are_reported_once_when_the_prefill_is_preempted(steps: int) -> None:
     prompt = random_prompt(60, seed=5)
     core = engine(max_tokens=10, preempts=True)
     core.add_request("r", prompt, PARAMS)
     outputs = [output for _ in range(steps) for output in core.step()]
     core.manager._scheduler._preempt(core.manager.sequence("r"), Plan())
-    assert told(outputs + finish(core)) == alone(prompt)
+    assert prompt_logprobs_of(outputs + run_to_end(core)) == prompt_logprobs_alone(prompt)
 
 
-def test_every_completion_of_a_prompt_brings_the_same() -> None:
+def test_all_completions_of_a_request_report_the_same_prompt_logprobs() -> None:
     prompt = random_prompt(30, seed=6)
     core = engine()
     core.add_request(
         "r", prompt, SamplingParams(n=3, seed=1, max_tokens=2, prompt_logprobs=2, ignore_eos=True)
     )
-    outputs = finish(core)
+    outputs = run_to_end(core)
     for index in range(3):
-        assert told(outputs, f"r/{index}") == alone(prompt)[:2]
+        assert prompt_logprobs_of(outputs, f"r/{index}") == prompt_logprobs_alone(prompt)[:2]
 
 
-def test_a_step_computes_few_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_computes_a_limited_number_of_logit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     core = engine(max_tokens=500)
     process_batch = core.manager.process_batch
@@ -112,12 +112,12 @@ def test_a_step_computes_few_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(core.manager, "process_batch", counted)
     core.add_request("r", random_prompt(120, seed=7), PARAMS)
-    finish(core)
+    run_to_end(core)
     assert max(rows) <= PROMPT_ROWS_AT_ONCE
     assert sum(rows[:2]) == 120
 
 
-def test_rows_that_are_not_asked_for_are_not_computed() -> None:
+def test_without_prompt_logprobs_only_the_last_row_of_logits_is_computed() -> None:
     core = engine()
     core.add_request("r", random_prompt(50, seed=8), SamplingParams(max_tokens=1))
     logits = core.manager.process_batch()

@@ -1,7 +1,7 @@
-"""An engine over the tiny model, the clients that ask it, and the oracle of what it must give them.
+"""An engine with the tiny model, clients that send it requests, and the oracle for their results.
 
-`by_core` is the oracle: `EngineCore`, stepped by hand in the thread of the test. A `Held` core lets a test
-decide when a step begins. The fixtures `engine` and `held` are for tests that import them by name.
+The oracle is `results_from_core`: an `EngineCore` that is stepped by hand in the test's thread. `HeldCore`
+lets a test decide when a step starts. Test files import the fixtures `engine` and `held_core` by name.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_model import EOS, VOCAB, random_prompt, tiny_model
 
-SECONDS = 60  # a guard against hanging, not a speed that is asked for
+SECONDS = 60  # a timeout against hanging, not a requirement on speed
 BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
 TOKENIZER = Tokenizer(byte_level_bpe(BYTES[:VOCAB], [], "smollm"))
-POISON = 1  # a token that nobody else has, or ever gets
+POISON = 1  # a token that is in no other prompt and is never generated
 LONG = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
 
 
-class Said(NamedTuple):
-    """What one completion was given."""
+class CompletionResult(NamedTuple):
+    """The tokens, log-probabilities and finish reason of one completion."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -40,7 +40,7 @@ class Said(NamedTuple):
 
 
 def make_core(model: Model | None = None, blocks: int = 60) -> EngineCore:
-    """Small enough for preemption, chunks and shared prefixes to happen in a crowd."""
+    """Return a core so small that many requests cause preemption, chunked prefill and shared prefixes."""
     mx.eval([layer.self_attn.inv_freq for layer in tiny_model().layers])
     manager = PagedBatchManager(
         blocks, 4, 8, model=model or tiny_model(), max_batched_tokens=24, policies=policies(True, prefix=True)
@@ -55,52 +55,52 @@ def make_engine(core: Callable[[], EngineCore] = make_core, **options: Any) -> E
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """An engine that every test leaves without a request and without a page."""
+    """An engine; after the test it must have no requests and no used pages."""
     engine = make_engine()
     yield engine
     engine.stop()
     check_all_returned(engine.core.manager)
 
 
-class Held:
-    """Makes a core wait before each step until it is let: `step()` lets one, `let_go()` all."""
+class HeldCore:
+    """Stops a core before each step; `step()` allows one step, `allow_all_steps()` allows all."""
 
     def __init__(self, engine: Engine) -> None:
-        self._permits, self.begun = threading.Semaphore(0), threading.Semaphore(0)
+        self._permits, self.step_started = threading.Semaphore(0), threading.Semaphore(0)
         self._free = False
         core, step = engine.core, engine.core.step
 
-        def held() -> Any:
-            self.begun.release()
+        def held_step() -> Any:
+            self.step_started.release()
             if not self._free:
                 assert self._permits.acquire(timeout=SECONDS)
             return step()
 
-        core.step = held  # type: ignore[method-assign]
+        core.step = held_step  # type: ignore[method-assign]
 
     def wait(self) -> None:
-        """Return when the core is about to take a step."""
-        assert self.begun.acquire(timeout=SECONDS)
+        """Return when the core is about to run a step."""
+        assert self.step_started.acquire(timeout=SECONDS)
 
     def step(self) -> None:
-        """Let one step happen."""
+        """Allow one step."""
         self._permits.release()
 
-    def let_go(self) -> None:
-        """Hold nobody any more."""
+    def allow_all_steps(self) -> None:
+        """Hold no further step."""
         self._free = True
         self._permits.release()
 
 
 @pytest.fixture
-def held(engine: Engine) -> Iterator[Held]:
-    held = Held(engine)
-    yield held
-    held.let_go()
+def held_core(engine: Engine) -> Iterator[HeldCore]:
+    held_core = HeldCore(engine)
+    yield held_core
+    held_core.allow_all_steps()
 
 
-def crowd(size: int, seed: int) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts that partly begin alike, of many lengths, with parameters of every kind."""
+def many_requests(size: int, seed: int) -> list[tuple[list[int], SamplingParams]]:
+    """Return prompts of many lengths, some with a shared prefix, with all kinds of parameters."""
     draw, common = random.Random(seed), random_prompt(13, seed)
     kinds = (
         {"temperature": 0.0},
@@ -118,34 +118,34 @@ def crowd(size: int, seed: int) -> list[tuple[list[int], SamplingParams]]:
     ]
 
 
-def by_core(prompt: list[int], params: SamplingParams) -> list[Said]:
-    """The oracle: a core of its own, stepped here; stop strings are looked for in the text of all tokens."""
+def results_from_core(prompt: list[int], params: SamplingParams) -> list[CompletionResult]:
+    """Run a request alone in a new core, stepped here (the oracle); find stop strings in the whole text."""
     core = make_core()
     core.add_request("alone", prompt, params)
-    given: dict[str, list[Any]] = {}
+    outputs: dict[str, list[Any]] = {}
     reasons: dict[str, str | None] = {}
     while core.has_work:
         for output in core.step():
             if output.seq_id in reasons:
                 continue
-            given.setdefault(output.seq_id, []).append(output)
-            text = TOKENIZER.decode([one.token for one in given[output.seq_id]])
+            outputs.setdefault(output.seq_id, []).append(output)
+            text = TOKENIZER.decode([one.token for one in outputs[output.seq_id]])
             reason = "stop" if any(stop in text for stop in params.stop_strings) else output.finish_reason
             if reason is not None:
                 reasons[output.seq_id] = reason
     return [
-        Said(
-            tuple(one.token for one in given[seq_id]),
-            tuple(one.logprobs.logprob for one in given[seq_id] if one.logprobs is not None),
+        CompletionResult(
+            tuple(one.token for one in outputs[seq_id]),
+            tuple(one.logprobs.logprob for one in outputs[seq_id] if one.logprobs is not None),
             reasons[seq_id],
         )
-        for seq_id in sorted(given)
+        for seq_id in sorted(outputs)
     ]
 
 
-def said(events: list[RequestEvent]) -> list[Said]:
-    """What each completion was given."""
-    found = []
+def results_of(events: list[RequestEvent]) -> list[CompletionResult]:
+    """Return the result of each completion of one request, in the order of their indices."""
+    results = []
     for index in range(1 + max(event.index for event in events)):
         own = [event for event in events if event.index == index]
         logprobs = [
@@ -154,28 +154,30 @@ def said(events: list[RequestEvent]) -> list[Said]:
             for token, entry in zip(event.token_ids, event.logprobs or (), strict=False)
         ]
         tokens = tuple(token for event in own for token in event.token_ids)
-        found.append(Said(tokens, tuple(logprobs), own[-1].finish_reason))
-    return found
+        results.append(CompletionResult(tokens, tuple(logprobs), own[-1].finish_reason))
+    return results
 
 
-async def heard(
+async def collect_events(
     engine: Engine, prompt: Any, params: SamplingParams | None = None, **more: Any
 ) -> list[RequestEvent]:
     return [event async for event in engine.generate(prompt, params, **more)]
 
 
-def hear(engine: Engine, prompt: Any, params: SamplingParams = LONG) -> list[RequestEvent]:
-    """The same for a thread."""
+def collect_events_in_thread(
+    engine: Engine, prompt: Any, params: SamplingParams = LONG
+) -> list[RequestEvent]:
+    """Do the same as `collect_events` without an event loop: block the calling thread."""
     request, deliveries = engine.request(prompt, params), SimpleQueue[list[Item]]()
     engine.submit([request], deliveries.put).result(SECONDS)
-    heard = []
-    while not heard or heard[-1].usage is None:
-        heard += events_of(deliveries.get(timeout=SECONDS))
-    return heard
+    events: list[RequestEvent] = []
+    while not events or events[-1].usage is None:
+        events += events_of(deliveries.get(timeout=SECONDS))
+    return events
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine in an event loop of its own; nothing may hang."""
+    """Run a coroutine in a new event loop; raise TimeoutError if it hangs."""
 
     async def guarded() -> Any:
         async with asyncio.timeout(SECONDS):
@@ -184,18 +186,18 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(guarded())
 
 
-async def begun(engine: Engine, held: Held, **more: Any) -> tuple[Any, RequestEvent]:
-    """A request that has given its first event; the next step has begun, and is held."""
+async def started_request(engine: Engine, held_core: HeldCore, **more: Any) -> tuple[Any, RequestEvent]:
+    """Return a request's event iterator and its first event; the next step is held."""
     events = engine.generate(random_prompt(5, 1), LONG, **more)
     first = asyncio.create_task(anext(events))  # type: ignore[arg-type]
-    await asyncio.to_thread(held.wait)
-    held.step()
-    await asyncio.to_thread(held.wait)
+    await asyncio.to_thread(held_core.wait)
+    held_core.step()
+    await asyncio.to_thread(held_core.wait)
     return events, await first
 
 
-class Poisoned:
-    """The tiny model, which fails in any pass that has one token in it."""
+class FailingModel:
+    """The tiny model, but a forward pass over a step that contains the token `POISON` raises."""
 
     def __init__(self) -> None:
         self.config = tiny_model().config
@@ -206,14 +208,14 @@ class Poisoned:
         return tiny_model()(tokens, context)
 
 
-class Listening:
-    """Keeps what it hears, and is like every other in every other way."""
+class RecordingListener:
+    """A listener that records all items it gets; `finished` is set after the last one."""
 
     def __init__(self) -> None:
-        self.heard: list[Item] = []
-        self.ended = threading.Event()
+        self.items: list[Item] = []
+        self.finished = threading.Event()
 
     def __call__(self, items: list[Item]) -> None:
-        self.heard += items
+        self.items += items
         if any(isinstance(item, Exception) or item.usage is not None for item in items):
-            self.ended.set()
+            self.finished.set()
