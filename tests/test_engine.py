@@ -1,7 +1,6 @@
-"""The engine's thread and its faces: whoever asks, in whatever thread, gets what the core alone gives.
+"""The engine's interface for callers in any thread: outputs, cancellation and admission.
 
-What comes out, who leaves or is cancelled, and who is refused at the door. Oracle: `EngineCore`, stepped by
-hand in this thread. `HeldCore` cores let a test decide when a step begins.
+Oracle: `EngineCore`, stepped by hand in this thread. `HeldCore` lets a test decide when a step starts.
 """
 
 import asyncio
@@ -49,10 +48,10 @@ from toy_engine import (
 __all__ = ["engine", "held_core"]
 
 
-# ---- what comes out ----
+# ---- outputs ----
 
 
-def test_fifty_clients_at_once_get_what_each_gets_alone(engine: Engine) -> None:
+def test_fifty_concurrent_clients_get_the_same_results_as_each_running_alone(engine: Engine) -> None:
     requests = many_requests(50, seed=1)
 
     async def main() -> list[list[RequestEvent]]:
@@ -63,7 +62,7 @@ def test_fifty_clients_at_once_get_what_each_gets_alone(engine: Engine) -> None:
         assert [event.usage is not None for event in events] == [False] * (len(events) - 1) + [True]
 
 
-def test_the_texts_of_the_events_add_up_to_the_text_of_the_tokens(engine: Engine) -> None:
+def test_the_texts_of_a_requests_events_join_to_the_text_of_all_its_tokens(engine: Engine) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     events = run(collect_events(engine, "abc", params))
     tokens = [token for event in events for token in event.token_ids]
@@ -71,11 +70,13 @@ def test_the_texts_of_the_events_add_up_to_the_text_of_the_tokens(engine: Engine
     assert "".join(event.text for event in events) == TOKENIZER.decode(tokens)
 
 
-def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, held_core: HeldCore) -> None:
-    """Oracle: the text of the tokens that come without it."""
-    free = results_from_core([20, 21], LONG)[0].tokens
-    stop = TOKENIZER.decode(list(free[2:4]))
-    assert TOKENIZER.decode(list(free[:4])).find(stop) == 2
+def test_a_stop_string_finishes_its_completion_before_the_next_step(
+    engine: Engine, held_core: HeldCore
+) -> None:
+    """Oracle: the text of the tokens without a stop string."""
+    unstopped = results_from_core([20, 21], LONG)[0].tokens
+    stop = TOKENIZER.decode(list(unstopped[2:4]))
+    assert TOKENIZER.decode(list(unstopped[:4])).find(stop) == 2
     deliveries: SimpleQueue[list[Item]] = SimpleQueue()
     params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True, stop=stop)
     request = engine.request([20, 21], params)
@@ -87,11 +88,11 @@ def test_a_stop_string_ends_its_completion_before_the_next_step(engine: Engine, 
         deliveries.get(timeout=SECONDS)
     engine.call(lambda: check_all_returned(engine.core.manager))
     [completion] = request.output.outputs
-    assert (completion.token_ids, completion.stop_reason) == (free[:4], stop)
-    assert completion.text + stop == TOKENIZER.decode(list(free[:4]))
+    assert (completion.token_ids, completion.stop_reason) == (unstopped[:4], stop)
+    assert completion.text + stop == TOKENIZER.decode(list(unstopped[:4]))
 
 
-def test_the_last_event_has_what_the_request_took(engine: Engine) -> None:
+def test_the_last_event_reports_usage_and_timing(engine: Engine) -> None:
     prompt, params = random_prompt(13, 3), SamplingParams(n=2, max_tokens=5, seed=1, ignore_eos=True)
     first, second = (run(collect_events(engine, prompt, params))[-1].usage for _ in range(2))
     assert (first.prompt_tokens, first.completion_tokens, first.num_cached_tokens) == (13, 10, 0)
@@ -99,14 +100,14 @@ def test_the_last_event_has_what_the_request_took(engine: Engine) -> None:
     assert first.metrics.arrival <= first.metrics.first_token <= first.metrics.finished
 
 
-def test_prompt_logprobs_come_once_with_the_first_event(engine: Engine) -> None:
+def test_only_the_first_event_has_prompt_logprobs(engine: Engine) -> None:
     params = SamplingParams(n=2, seed=1, max_tokens=3, prompt_logprobs=0, ignore_eos=True)
     events = run(collect_events(engine, [20, 21, 22], params))
     assert [event.prompt_logprobs is not None for event in events] == [True] + [False] * 5
     assert [entry and list(entry) for entry in events[0].prompt_logprobs] == [None, [21], [22]]
 
 
-def test_a_listener_gets_all_that_a_step_has_for_its_requests_at_once(engine: Engine) -> None:
+def test_a_listener_gets_all_events_of_a_step_in_one_delivery(engine: Engine) -> None:
     deliveries: SimpleQueue[list[Item]] = SimpleQueue()
     params = SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True)
     requests = [engine.request(random_prompt(4, seed), params) for seed in (1, 2)]
@@ -116,7 +117,7 @@ def test_a_listener_gets_all_that_a_step_has_for_its_requests_at_once(engine: En
     assert deliveries.empty()
 
 
-def test_a_beam_search_ends_with_one_event(engine: Engine) -> None:
+def test_a_beam_search_delivers_one_final_event(engine: Engine) -> None:
     """Oracle: the core's own search."""
     prompt, params = random_prompt(9, 1), BeamSearchParams(beam_width=3, max_tokens=6)
     core = make_core()
@@ -134,10 +135,10 @@ def test_a_beam_search_ends_with_one_event(engine: Engine) -> None:
     ]
 
 
-# ---- leaving and cancelling ----
+# ---- disconnecting and cancelling ----
 
 
-def test_requests_cancelled_at_random_moments_leave_the_others_alone(engine: Engine) -> None:
+def test_cancelling_requests_at_random_times_does_not_change_the_other_results(engine: Engine) -> None:
     requests, draw = many_requests(40, seed=2), random.Random(3)
 
     async def client(number: int) -> list[RequestEvent] | None:
@@ -157,26 +158,26 @@ def test_requests_cancelled_at_random_moments_leave_the_others_alone(engine: Eng
     engine.call(lambda: check_all_returned(engine.core.manager))
 
 
-async def _break(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
+async def _break_out_of_loop(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
     async for _ in events:
         await go.wait()
         break
 
 
-async def _close(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
+async def _close_iterator(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
     await anext(events)
     await go.wait()
     await events.aclose()
 
 
-async def _raise(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
+async def _raise_in_loop(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
     with suppress(ZeroDivisionError):
         async for _ in events:
             await go.wait()
             raise ZeroDivisionError
 
 
-async def _be_cancelled(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
+async def _cancel_reading_task(events: AsyncGenerator[RequestEvent, None], go: asyncio.Event) -> None:
     task = asyncio.create_task(anext(events))  # type: ignore[arg-type]
     await task
     task = asyncio.create_task(anext(events))  # type: ignore[arg-type]
@@ -186,30 +187,32 @@ async def _be_cancelled(events: AsyncGenerator[RequestEvent, None], go: asyncio.
         await task
 
 
-@pytest.mark.parametrize("leave", [_break, _close, _raise, _be_cancelled])
-def test_who_leaves_is_cancelled_before_the_next_step(
-    engine: Engine, held_core: HeldCore, leave: Callable[..., Coroutine[Any, Any, None]]
+@pytest.mark.parametrize(
+    "stop_reading", [_break_out_of_loop, _close_iterator, _raise_in_loop, _cancel_reading_task]
+)
+def test_a_request_whose_client_stops_reading_is_cancelled_before_the_next_step(
+    engine: Engine, held_core: HeldCore, stop_reading: Callable[..., Coroutine[Any, Any, None]]
 ) -> None:
     async def main() -> None:
         go = asyncio.Event()
-        leaving = asyncio.create_task(leave(engine.generate(random_prompt(5, 1), LONG), go))
+        stopping = asyncio.create_task(stop_reading(engine.generate(random_prompt(5, 1), LONG), go))
         await asyncio.to_thread(held_core.wait)
         held_core.step()
-        await asyncio.to_thread(
-            held_core.wait
-        )  # the first event is out, and the second step has started_request
+        await asyncio.to_thread(held_core.wait)  # the first event was delivered; the second step is held
         go.set()
-        await leaving
+        await stopping
         for _ in range(10):  # an iterator that was dropped is closed by the event loop
             await asyncio.sleep(0)
         held_core.step()
         await asyncio.to_thread(engine.call, lambda: check_all_returned(engine.core.manager))
 
     run(main())
-    assert not held_core.step_started.acquire(blocking=False), "a step was taken for somebody who had left"
+    assert not held_core.step_started.acquire(blocking=False), "a step ran for a cancelled request"
 
 
-def test_who_leaves_while_the_engine_is_busy_was_never_there(engine: Engine, held_core: HeldCore) -> None:
+def test_requests_cancelled_while_the_engine_is_busy_leave_nothing_behind(
+    engine: Engine, held_core: HeldCore
+) -> None:
     async def main() -> None:
         first = asyncio.create_task(collect_events(engine, [20, 21], LONG))
         await asyncio.to_thread(held_core.wait)
@@ -224,7 +227,7 @@ def test_who_leaves_while_the_engine_is_busy_was_never_there(engine: Engine, hel
     run(main())
 
 
-def test_an_iterator_that_is_never_begun_asks_for_nothing(engine: Engine) -> None:
+def test_an_iterator_that_is_never_started_submits_no_request(engine: Engine) -> None:
     async def main() -> None:
         engine.generate([20], LONG)
         await asyncio.sleep(0)
@@ -233,7 +236,7 @@ def test_an_iterator_that_is_never_begun_asks_for_nothing(engine: Engine) -> Non
     assert engine.call(lambda: engine.core.has_work) is False
 
 
-def test_a_cancelled_request_ends_with_abort_and_its_pages_are_back(
+def test_a_cancelled_request_finishes_with_abort_and_frees_its_pages(
     engine: Engine, held_core: HeldCore
 ) -> None:
     async def main() -> list[RequestEvent]:
@@ -247,10 +250,10 @@ def test_a_cancelled_request_ends_with_abort_and_its_pages_are_back(
     events = run(main())
     assert [event.finish_reason for event in events] == [None, None, "abort"]
     assert events[-1].usage.completion_tokens == 2
-    engine.cancel("nobody").result(SECONDS)
+    engine.cancel("unknown").result(SECONDS)
 
 
-def test_forgetting_a_request_spares_the_next_one_of_that_name(engine: Engine) -> None:
+def test_forgetting_a_request_does_not_cancel_a_later_request_with_the_same_id(engine: Engine) -> None:
     deliveries: SimpleQueue[list[Item]] = SimpleQueue()
     old, new = (engine.request([20, 21], LONG, request_id="name") for _ in range(2))
     engine.submit([old], deliveries.put).result(SECONDS)
@@ -262,7 +265,7 @@ def test_forgetting_a_request_spares_the_next_one_of_that_name(engine: Engine) -
     assert new.output.outputs[0].finish_reason == "length"
 
 
-def test_nobody_waits_for_a_slow_reader_and_it_misses_nothing(engine: Engine) -> None:
+def test_a_slow_reader_delays_no_other_request_and_misses_no_event(engine: Engine) -> None:
     async def main() -> tuple[list[RequestEvent], list[RequestEvent]]:
         slow = engine.generate(random_prompt(5, 1), LONG)
         first = await anext(slow)
@@ -274,7 +277,7 @@ def test_nobody_waits_for_a_slow_reader_and_it_misses_nothing(engine: Engine) ->
     assert results_of(quick) == results_from_core([30, 31], LONG)
 
 
-def test_a_listener_that_raises_loses_its_requests_and_nobody_else(engine: Engine) -> None:
+def test_a_listener_that_raises_aborts_only_its_own_requests(engine: Engine) -> None:
     def broken(items: list[Item]) -> None:
         raise OSError("gone")
 
@@ -299,7 +302,7 @@ def test_the_requests_of_a_closed_event_loop_are_cancelled(engine: Engine) -> No
     assert request.output.outputs[0].finish_reason == "abort"
 
 
-# ---- the door ----
+# ---- admission ----
 
 
 @pytest.mark.parametrize(
@@ -315,7 +318,7 @@ def test_the_requests_of_a_closed_event_loop_are_cancelled(engine: Engine) -> No
         ([20] * 100, {"max_tokens": 100}, RequestTooLargeError, "exceed the context of 128"),
     ],
 )
-def test_what_cannot_run_is_refused_to_whoever_asks(
+def test_an_invalid_request_is_rejected_by_generate_and_by_submit(
     engine: Engine, prompt: Any, params: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -324,7 +327,9 @@ def test_what_cannot_run_is_refused_to_whoever_asks(
         engine.submit([engine.request(prompt, SamplingParams(**params))], print).result(SECONDS)
 
 
-def test_an_id_in_use_is_refused_and_its_owner_goes_on(engine: Engine, held_core: HeldCore) -> None:
+def test_a_duplicate_request_id_is_rejected_and_the_first_request_continues(
+    engine: Engine, held_core: HeldCore
+) -> None:
     async def main() -> None:
         events, first = await started_request(engine, held_core, request_id="mine")
         second = asyncio.create_task(collect_events(engine, [20], LONG, request_id="mine"))
@@ -340,7 +345,7 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(engine: Engine, held_core
     run(main())
 
 
-def test_requests_are_submitted_together_or_not_at_all(engine: Engine) -> None:
+def test_a_submission_with_one_invalid_request_submits_none_of_them(engine: Engine) -> None:
     deliveries: SimpleQueue[list[Item]] = SimpleQueue()
     requests = [engine.request([20] * length, LONG) for length in (1, 0, 1)]
     with pytest.raises(ValueError, match="no tokens"):
@@ -349,7 +354,7 @@ def test_requests_are_submitted_together_or_not_at_all(engine: Engine) -> None:
     assert deliveries.empty()
 
 
-def test_a_full_queue_refuses_at_once_with_the_figures() -> None:
+def test_a_full_queue_rejects_a_request_at_once_and_says_how_many_wait() -> None:
     engine = make_engine(max_num_seqs=2, max_num_waiting=3)
     held_core = HeldCore(engine)
     params = SamplingParams(max_tokens=2, n=2, ignore_eos=True)
@@ -358,13 +363,13 @@ def test_a_full_queue_refuses_at_once_with_the_figures() -> None:
         running = asyncio.create_task(collect_events(engine, [20], params))
         await asyncio.to_thread(held_core.wait)
         held_core.step()
-        await asyncio.to_thread(held_core.wait)  # it has both seats
+        await asyncio.to_thread(held_core.wait)  # it takes both slots
         waiting = [asyncio.create_task(collect_events(engine, [20 + i], params)) for i in range(3)]
         await asyncio.sleep(0.01)
         before = time.monotonic()
         with pytest.raises(QueueFullError, match="3 requests wait and max_num_waiting is 3"):
             await collect_events(engine, [20], params)
-        assert time.monotonic() - before < SECONDS / 2, "it waited for the step"
+        assert time.monotonic() - before < SECONDS / 2, "the call waited for the step"
         held_core.allow_all_steps()
         await asyncio.gather(running, *waiting)
         await collect_events(engine, [20], params)
@@ -373,7 +378,7 @@ def test_a_full_queue_refuses_at_once_with_the_figures() -> None:
     engine.stop()
 
 
-def test_a_request_does_not_wait_while_seats_are_free() -> None:
+def test_requests_count_as_waiting_only_when_all_slots_are_taken() -> None:
     engine = make_engine(max_num_seqs=3, max_num_waiting=1)
     held_core, params = HeldCore(engine), SamplingParams(max_tokens=1)
 
@@ -384,7 +389,7 @@ def test_a_request_does_not_wait_while_seats_are_free() -> None:
         submit(5)
     submit(1)
     held_core.wait()
-    submit(3)  # three seats, and one waits; none of them has been served yet
+    submit(3)  # three slots, and one request waits; none has been served yet
     with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
         submit(1)
     held_core.allow_all_steps()
@@ -392,16 +397,16 @@ def test_a_request_does_not_wait_while_seats_are_free() -> None:
     engine.stop()
 
 
-def test_free_seats_are_no_use_while_pages_are_short() -> None:
+def test_requests_count_as_waiting_when_slots_are_free_but_pages_are_not() -> None:
     engine = make_engine(lambda: make_core(blocks=6), max_num_waiting=1)
     held_core, params = HeldCore(engine), SamplingParams(max_tokens=7, ignore_eos=True)
 
     def submit(seed: int) -> Future[None]:
         return engine.submit([engine.request(random_prompt(16, seed), params)], lambda items: None)
 
-    submit(1).result(SECONDS)  # 16 tokens each, where 24 fit
+    submit(1).result(SECONDS)  # each prompt has 16 tokens; 24 fit
     held_core.wait()
-    second = submit(2)  # while a step is held: it is queued before the next one
+    second = submit(2)  # a step is held: the request is queued before the next step
     for _ in range(2):
         held_core.step()
         held_core.wait()
@@ -414,7 +419,7 @@ def test_free_seats_are_no_use_while_pages_are_short() -> None:
     engine.stop()
 
 
-def test_requests_that_were_refused_or_cancelled_do_not_wait() -> None:
+def test_rejected_and_cancelled_requests_do_not_count_as_waiting() -> None:
     engine = make_engine(max_num_seqs=1, max_num_waiting=2)
     for _ in range(9):
         with pytest.raises(ValueError, match="no tokens"):

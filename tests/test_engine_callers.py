@@ -1,7 +1,7 @@
-"""Callers that the engine must survive: hostile ones, such as come twice, thousands; each hurts only itself.
+"""HostileListener callers, repeated requests, thousands of requests: each may only harm its own results.
 
-So does one completion of several that fails. Oracle: `EngineCore`, stepped by hand in this thread, and for
-completions the same request undisturbed.
+The same holds for a completion that fails. Oracle: `EngineCore`, stepped by hand in this thread; for
+completions, the same request without the fault.
 """
 
 import asyncio
@@ -41,17 +41,17 @@ __all__ = ["engine", "held_core"]
 
 
 class Fatal(BaseException):
-    """Like a panic of a library in Rust: no `Exception`."""
+    """Like a panic in a Rust library: not an `Exception`."""
 
 
-class Mute(Exception):
-    """An error that cannot be told."""
+class UnprintableError(Exception):
+    """An error whose `str()` raises."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
 
-class Equal(RecordingListener):
+class EqualToAllListener(RecordingListener):
     def __eq__(self, other: object) -> bool:
         return True
 
@@ -59,19 +59,19 @@ class Equal(RecordingListener):
         return 1
 
 
-class Unhashable(RecordingListener):
+class UnhashableListener(RecordingListener):
     __hash__ = None  # type: ignore[assignment]
 
 
-class Hostile(RecordingListener):
+class HostileListener(RecordingListener):
     def _refuse(self, *_: object) -> Any:
         raise Fatal
 
     __eq__ = __hash__ = __bool__ = __len__ = __repr__ = _refuse  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("kind", [RecordingListener, Equal, Unhashable, Hostile])
-def test_every_listener_gets_its_own_whatever_it_is_equal_to(
+@pytest.mark.parametrize("kind", [RecordingListener, EqualToAllListener, UnhashableListener, HostileListener])
+def test_each_listener_gets_its_own_events_even_if_listeners_compare_equal(
     engine: Engine, kind: type[RecordingListener]
 ) -> None:
     listeners = [kind() for _ in range(3)]
@@ -86,9 +86,17 @@ def test_every_listener_gets_its_own_whatever_it_is_equal_to(
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), Fatal(), Mute()]
+    "error",
+    [
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        asyncio.CancelledError(),
+        Fatal(),
+        UnprintableError(),
+    ],
 )
-def test_a_listener_or_watcher_that_raises_anything_hurts_only_itself(
+def test_any_exception_of_a_listener_or_watcher_affects_only_itself(
     engine: Engine, held_core: HeldCore, error: BaseException
 ) -> None:
     def raising(_: object) -> None:
@@ -114,7 +122,7 @@ def test_a_listener_or_watcher_that_raises_anything_hurts_only_itself(
     assert len(calls) == 2
 
 
-def test_a_watcher_that_watches_twice_is_told_twice_until_each_ends(engine: Engine) -> None:
+def test_a_callback_that_watches_blocks_twice_is_called_until_both_watches_end(engine: Engine) -> None:
     changes: list[object] = []
     first, second = (engine.watch_blocks(changes.append) for _ in range(2))
     changes.clear()
@@ -127,7 +135,7 @@ def test_a_watcher_that_watches_twice_is_told_twice_until_each_ends(engine: Engi
     assert not changes
 
 
-def test_what_a_callback_of_a_future_raises_or_sets_hurts_nobody(engine: Engine, held_core: HeldCore) -> None:
+def test_a_futures_callback_that_raises_does_not_harm_the_engine(engine: Engine, held_core: HeldCore) -> None:
     def raising(_: object) -> None:
         raise Fatal
 
@@ -142,15 +150,15 @@ def test_what_a_callback_of_a_future_raises_or_sets_hurts_nobody(engine: Engine,
     assert not isinstance(engine.refusal, EngineDeadError)
 
 
-@pytest.mark.parametrize("error", [Fatal(), Mute(), SystemExit(3)])
-def test_a_step_that_raises_anything_fails_only_its_request(error: BaseException) -> None:
-    class Panicking(FailingModel):
+@pytest.mark.parametrize("error", [Fatal(), UnprintableError(), SystemExit(3)])
+def test_any_exception_in_a_step_fails_only_the_request_that_caused_it(error: BaseException) -> None:
+    class PanickingModel(FailingModel):
         def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
             if POISON in tokens[0].tolist():
                 raise error
             return super().__call__(tokens, context)
 
-    engine = make_engine(lambda: make_core(Panicking()))  # type: ignore[arg-type]
+    engine = make_engine(lambda: make_core(PanickingModel()))  # type: ignore[arg-type]
     good = RecordingListener()
     engine.submit([engine.request([21], LONG)], good).result(SECONDS)
     with pytest.raises(RequestFailedError) as failed:
@@ -162,11 +170,11 @@ def test_a_step_that_raises_anything_fails_only_its_request(error: BaseException
     check_all_returned(engine.core.manager)
 
 
-# ---- one completion of several ----
+# ---- one of several completions ----
 
 
 def broken_after(monkeypatch: pytest.MonkeyPatch, error: BaseException, num_tokens: int) -> list[Detokenizer]:
-    """Detokenizers that raise when they are given one token more than so many: those in the list."""
+    """Return a list: each detokenizer that a test adds to it raises after `num_tokens` tokens."""
     push, broken, pushed = Detokenizer.push, list[Detokenizer](), dict[int, int]()
 
     def raising(self: Detokenizer, token_id: int) -> str:
@@ -179,11 +187,11 @@ def broken_after(monkeypatch: pytest.MonkeyPatch, error: BaseException, num_toke
     return broken
 
 
-@pytest.mark.parametrize("error", [ArithmeticError("no text"), Fatal("panic"), Mute()])
-def test_a_completion_that_fails_leaves_its_siblings_alone(
+@pytest.mark.parametrize("error", [ArithmeticError("no text"), Fatal("panic"), UnprintableError()])
+def test_a_failing_completion_does_not_change_the_other_completions_of_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    """Oracle: the same request undisturbed."""
+    """Oracle: the same request without the fault."""
     params = SamplingParams(n=3, seed=5, max_tokens=9, logprobs=1, ignore_eos=True)
     expected = results_from_core([20, 21], params)
     broken = broken_after(monkeypatch, error, 4)
@@ -195,10 +203,10 @@ def test_a_completion_that_fails_leaves_its_siblings_alone(
     first, failed, last = results_of(events)
     assert (first, last) == (expected[0], expected[2])
     assert failed == (expected[1].tokens[:4], expected[1].logprobs[:4], "error")
-    [told] = [event.error for event in events if event.error is not None]
-    assert told == ("Mute" if isinstance(error, Mute) else str(error))
+    [message] = [event.error for event in events if event.error is not None]
+    assert message == ("UnprintableError" if isinstance(error, UnprintableError) else str(error))
     output = request.output.outputs[1]
-    assert (output.token_ids, output.finish_reason, output.error) == (failed.tokens, "error", told)
+    assert (output.token_ids, output.finish_reason, output.error) == (failed.tokens, "error", message)
     assert len(output.logprobs or ()) == 4
     assert output.cumulative_logprob == sum(failed.logprobs)
     assert events[-1].usage is not None
@@ -206,7 +214,7 @@ def test_a_completion_that_fails_leaves_its_siblings_alone(
     engine.call(lambda: check_all_returned(engine.core.manager))
 
 
-def test_a_request_fails_as_a_whole_when_its_last_completion_fails(
+def test_a_request_fails_when_all_its_completions_have_failed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = broken_after(monkeypatch, ArithmeticError("no text"), 2)
@@ -223,10 +231,10 @@ def test_a_request_fails_as_a_whole_when_its_last_completion_fails(
     engine.call(lambda: check_all_returned(engine.core.manager))
 
 
-# ---- requests that come twice ----
+# ---- requests that are submitted twice ----
 
 
-def test_a_request_is_served_once(engine: Engine, held_core: HeldCore) -> None:
+def test_a_request_or_search_cannot_be_submitted_twice(engine: Engine, held_core: HeldCore) -> None:
     request, search = (
         engine.request([20], LONG),
         engine.search([20], BeamSearchParams(beam_width=2, max_tokens=3)),
@@ -252,7 +260,7 @@ def test_a_request_is_served_once(engine: Engine, held_core: HeldCore) -> None:
     check_all_returned(other.core.manager)
 
 
-def test_what_was_refused_with_others_may_come_again(engine: Engine) -> None:
+def test_a_valid_request_of_a_rejected_submission_may_be_submitted_again(engine: Engine) -> None:
     good, bad, listener = engine.request([20], LONG), engine.request([]), RecordingListener()
     with pytest.raises(ValueError, match="no tokens"):
         engine.submit([good, bad], listener).result(SECONDS)
@@ -261,11 +269,11 @@ def test_what_was_refused_with_others_may_come_again(engine: Engine) -> None:
     assert results_of(events_of(listener.items)) == results_from_core([20], LONG)
 
 
-# ---- many ----
+# ---- thousands of requests ----
 
 
-def test_thousands_are_queued_by_many_threads_and_cancelled() -> None:
-    """Measured with lists that were searched: 155 s to queue 16,000 and 42 s to cancel them."""
+def test_thousands_of_requests_are_queued_by_many_threads_and_cancelled() -> None:
+    """With linear searches of lists, queueing 16,000 requests took 155 s and cancelling them 42 s."""
     engine = make_engine()
     held_core, params, began = HeldCore(engine), SamplingParams(max_tokens=2), time.monotonic()
     first = engine.request([20], params)
@@ -274,7 +282,7 @@ def test_thousands_are_queued_by_many_threads_and_cancelled() -> None:
 
     def client(number: int) -> list[str]:
         requests = [engine.request([20 + number], params, f"{number}-{i}") for i in range(1000)]
-        futures = [engine.submit([request], Equal()) for request in requests]
+        futures = [engine.submit([request], EqualToAllListener()) for request in requests]
         held_core.allow_all_steps()
         for future in futures:
             future.result(SECONDS)

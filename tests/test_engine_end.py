@@ -1,7 +1,7 @@
-"""How requests and engines end: a fault takes its own request, a stop everybody, and nothing is left.
+"""How requests and engines finish: faults, draining, stopping, garbage collection, the end of a program.
 
-Faults, draining, stopping, an engine that is forgotten, a program that ends. Oracle: `EngineCore`, stepped by
-hand in this thread.
+A fault fails only its own request; a stop cancels all requests; no page or thread is left. Oracle:
+`EngineCore`, stepped by hand in this thread.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ __all__ = ["engine", "held_core"]
 # ---- faults ----
 
 
-def test_a_request_that_fails_fails_alone() -> None:
+def test_a_failing_request_does_not_change_the_other_results() -> None:
     engine = make_engine(lambda: make_core(FailingModel()))  # type: ignore[arg-type]
     requests = many_requests(12, seed=4)
     requests[5] = ([*random_prompt(6, 1), POISON], LONG)
@@ -75,7 +75,7 @@ def test_a_request_that_fails_fails_alone() -> None:
     check_all_returned(engine.core.manager)
 
 
-def test_a_text_that_cannot_be_made_fails_its_request_alone(
+def test_an_error_in_detokenization_fails_only_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push, broken = Detokenizer.push, []
@@ -100,7 +100,7 @@ def test_a_text_that_cannot_be_made_fails_its_request_alone(
     engine.call(lambda: check_all_returned(engine.core.manager))
 
 
-def test_when_the_engine_dies_everybody_hears_of_it() -> None:
+def test_when_the_engine_dies_every_caller_gets_an_engine_dead_error() -> None:
     engine, step_started, die = make_engine(), threading.Event(), threading.Event()
 
     def dying() -> Any:
@@ -138,22 +138,24 @@ def test_when_the_engine_dies_everybody_hears_of_it() -> None:
     engine.stop()
 
 
-def test_a_core_that_cannot_be_made_is_told_to_the_maker() -> None:
+def test_an_error_while_making_the_core_is_raised_by_the_engines_constructor() -> None:
     def broken() -> EngineCore:
-        raise MemoryError("no room")
+        raise MemoryError("not enough memory")
 
-    others = set(threading.enumerate())  # an engine of an earlier test may not be collected yet
-    with pytest.raises(MemoryError, match="no room"):
+    others = set(threading.enumerate())  # an engine of an earlier test may still exist
+    with pytest.raises(MemoryError, match="not enough memory"):
         make_engine(broken)
     for thread in set(threading.enumerate()) - others:
         thread.join(SECONDS)
         assert not thread.is_alive()
 
 
-# ---- the end ----
+# ---- draining and stopping ----
 
 
-def test_draining_serves_who_is_there_and_refuses_who_comes(engine: Engine, held_core: HeldCore) -> None:
+def test_draining_finishes_accepted_requests_and_rejects_new_ones(
+    engine: Engine, held_core: HeldCore
+) -> None:
     async def main() -> list[RequestEvent]:
         client = asyncio.create_task(collect_events(engine, [20, 21], LONG))
         await asyncio.to_thread(held_core.wait)
@@ -175,7 +177,9 @@ def test_draining_serves_who_is_there_and_refuses_who_comes(engine: Engine, held
     assert isinstance(engine.refusal, EngineStoppingError)
 
 
-def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held_core: HeldCore) -> None:
+def test_a_drain_with_a_timeout_cancels_the_requests_that_are_left(
+    engine: Engine, held_core: HeldCore
+) -> None:
     async def main() -> list[RequestEvent]:
         client = asyncio.create_task(collect_events(engine, [20, 21], LONG))
         await asyncio.to_thread(held_core.wait)
@@ -192,7 +196,7 @@ def test_a_drain_cancels_those_who_take_too_long(engine: Engine, held_core: Held
     assert (events[-1].finish_reason, events[-1].usage.completion_tokens) == ("abort", 2)
 
 
-def test_a_drain_that_nobody_waits_for_any_more_goes_on(engine: Engine, held_core: HeldCore) -> None:
+def test_a_drain_continues_when_its_caller_stops_waiting(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> None:
         client = asyncio.create_task(
             collect_events(engine, [20, 21], SamplingParams(max_tokens=3, ignore_eos=True))
@@ -207,7 +211,7 @@ def test_a_drain_that_nobody_waits_for_any_more_goes_on(engine: Engine, held_cor
     run(main())
 
 
-def test_stopping_cancels_and_refuses(engine: Engine, held_core: HeldCore) -> None:
+def test_stopping_cancels_active_requests_and_rejects_new_ones(engine: Engine, held_core: HeldCore) -> None:
     async def main() -> list[RequestEvent]:
         events, first = await started_request(engine, held_core)
         stops = [asyncio.create_task(asyncio.to_thread(engine.stop)) for _ in range(2)]
@@ -228,7 +232,7 @@ def test_stopping_cancels_and_refuses(engine: Engine, held_core: HeldCore) -> No
     assert not engine._thread.is_alive()
 
 
-def test_a_block_ends_with_the_engine() -> None:
+def test_leaving_an_async_with_block_stops_the_engine() -> None:
     async def main() -> Engine:
         async with make_engine() as engine:
             await anext(engine.generate([20, 21], LONG))
@@ -239,17 +243,17 @@ def test_a_block_ends_with_the_engine() -> None:
     check_all_returned(engine.core.manager)
 
 
-def test_a_forgotten_engine_frees_its_arrays_and_ends_its_thread() -> None:
-    def live_bytes() -> int:
+def test_a_garbage_collected_engine_frees_its_arrays_and_stops_its_thread() -> None:
+    def bytes_in_use() -> int:
         gc.collect()
         return mx.get_active_memory()
 
     make_core()
-    before = live_bytes()
+    before = bytes_in_use()
     engine = make_engine(lambda: make_core(FailingModel(), blocks=4000))  # type: ignore[arg-type]
     size = engine.core.manager.capacity.nbytes
     assert size > 10**6
-    assert live_bytes() > before + 0.9 * size
+    assert bytes_in_use() > before + 0.9 * size
     run(collect_events(engine, [20, 21], LONG))
     gc.collect()  # asyncio's own cycles
     with pytest.raises(RequestTooLargeError):
@@ -258,12 +262,12 @@ def test_a_forgotten_engine_frees_its_arrays_and_ends_its_thread() -> None:
         collect_events_in_thread(engine, [20, POISON])
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 // 0)
-    engine.call(int)  # by now its thread has let go of the error, and of whoever was told
+    engine.call(int)  # now the engine's thread holds neither the error nor a listener
     thread, gone = engine._thread, weakref.ref(engine)
     gc.disable()
     try:
         del engine
-        assert gone() is None, "something holds it"
+        assert gone() is None, "something still refers to the engine"
         assert not thread.is_alive()
         assert mx.get_active_memory() < before + size // 100
     finally:
@@ -271,8 +275,8 @@ def test_a_forgotten_engine_frees_its_arrays_and_ends_its_thread() -> None:
 
 
 @pytest.mark.parametrize("how", ["return", "sys.exit(3)", "raise KeyboardInterrupt"])
-def test_a_program_may_end_while_a_request_runs(how: str) -> None:
-    """A thread that the interpreter cuts off in the middle of a step would abort the process."""
+def test_a_program_can_exit_while_a_request_is_running(how: str) -> None:
+    """If the interpreter killed the engine's thread in the middle of a step, the process would abort."""
     program = f"""
 import sys
 from toy_engine import LONG, make_engine
@@ -283,7 +287,7 @@ def main():
     {how}
 main()
 """
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
@@ -291,6 +295,6 @@ main()
         check=False,
     )
     codes = {"return": 0, "sys.exit(3)": 3, "raise KeyboardInterrupt": -2}
-    assert ended.returncode == codes[how], ended.stderr.decode()
-    assert ended.stdout == b""
-    assert how.startswith("raise") or ended.stderr == b""
+    assert process.returncode == codes[how], process.stderr.decode()
+    assert process.stdout == b""
+    assert how.startswith("raise") or process.stderr == b""

@@ -1,6 +1,6 @@
-"""The engine's own thread: what runs in it, what never waits for it, and what would wait for itself.
+"""The engine's own thread: what runs in it, what never waits for it, and calls that would deadlock.
 
-Oracle: `EngineCore`, stepped by hand in this thread. `HeldCore` cores let a test decide when a step begins.
+Oracle: `EngineCore`, stepped by hand in this thread. `HeldCore` lets a test decide when a step starts.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ def test_two_event_loops_share_one_engine(engine: Engine) -> None:
             assert [results_of(events) for events in answers] == expected
 
 
-def test_everything_that_touches_an_array_runs_in_one_thread(engine: Engine) -> None:
+def test_the_model_runs_only_in_the_engines_thread(engine: Engine) -> None:
     threads = set()
     manager, model = engine.core.manager, engine.core.manager._model
 
@@ -68,14 +68,16 @@ def test_everything_that_touches_an_array_runs_in_one_thread(engine: Engine) -> 
     assert threading.main_thread() not in threads
 
 
-def test_a_function_runs_between_two_steps_and_gives_its_value_or_its_error(engine: Engine) -> None:
+def test_call_runs_a_function_in_the_engines_thread_and_returns_its_value_or_raises_its_error(
+    engine: Engine,
+) -> None:
     assert engine.call(lambda: engine.call(threading.current_thread)).name == "tiny-llm-engine"
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 // 0)
     assert len(run(collect_events(engine, [20], SamplingParams(max_tokens=3, ignore_eos=True)))) == 3
 
 
-def test_whoever_asks_how_full_it_is_never_waits_for_a_step(engine: Engine, held_core: HeldCore) -> None:
+def test_reading_stats_and_step_times_never_waits_for_a_step(engine: Engine, held_core: HeldCore) -> None:
     requests = [engine.request([20], LONG), engine.request([21], LONG)]
     engine.submit(requests, lambda items: None).result(SECONDS)
     held_core.wait()
@@ -88,7 +90,7 @@ def test_whoever_asks_how_full_it_is_never_waits_for_a_step(engine: Engine, held
     assert times.text > 0
 
 
-def test_a_core_that_is_stepped_by_hand_is_left_alone(engine: Engine) -> None:
+def test_the_engine_does_not_step_a_core_that_is_stepped_by_hand(engine: Engine) -> None:
     core = engine.core
     engine.call(lambda: core.add_request("by hand", [20, 21], LONG))
     assert len(engine.call(core.step)) == 1
@@ -97,7 +99,7 @@ def test_a_core_that_is_stepped_by_hand_is_left_alone(engine: Engine) -> None:
     engine.call(lambda: core.cancel("by hand"))
 
 
-def test_an_idle_engine_takes_no_time(engine: Engine) -> None:
+def test_an_idle_engine_uses_no_cpu_time(engine: Engine) -> None:
     run(collect_events(engine, [20], LONG))
     clock = time.pthread_getcpuclockid(engine._thread.ident)
     before = time.clock_gettime(clock)
@@ -105,7 +107,7 @@ def test_an_idle_engine_takes_no_time(engine: Engine) -> None:
     assert time.clock_gettime(clock) - before < 0.01
 
 
-def test_a_future_that_nobody_waits_for_any_more_does_no_harm(engine: Engine, held_core: HeldCore) -> None:
+def test_a_cancelled_future_does_not_harm_the_engine(engine: Engine, held_core: HeldCore) -> None:
     engine.submit([engine.request([20], LONG)], lambda items: None).result(SECONDS)
     held_core.wait()
     posted: list[Future[Any]] = [engine.cancel("a"), engine.start_draining()]
@@ -117,12 +119,12 @@ def test_a_future_that_nobody_waits_for_any_more_does_no_harm(engine: Engine, he
 # ---- the engine's own thread ----
 
 
-async def _first(events: AsyncGenerator[RequestEvent, None]) -> RequestEvent:
+async def first_event(events: AsyncGenerator[RequestEvent, None]) -> RequestEvent:
     return await anext(events)
 
 
 WAITING_CALLS: dict[str, Callable[[Engine], object]] = {
-    "Engine.generate": lambda engine: asyncio.run(_first(engine.generate([20], LONG))),
+    "Engine.generate": lambda engine: asyncio.run(first_event(engine.generate([20], LONG))),
     "Engine.drain": lambda engine: asyncio.run(engine.drain()),
     "result()": lambda engine: engine.submit([engine.request([20], LONG)], lambda items: None).result(),
     "exception()": lambda engine: engine.cancel("x").exception(5.0),
@@ -132,7 +134,7 @@ WAITING_CALLS: dict[str, Callable[[Engine], object]] = {
 
 @pytest.mark.parametrize("call", WAITING_CALLS)
 @pytest.mark.parametrize("where", ["listener", "watcher", "call", "callback"])
-def test_a_call_that_would_wait_for_itself_raises_at_once(call: str, where: str) -> None:
+def test_a_blocking_call_in_the_engines_own_thread_raises_at_once(call: str, where: str) -> None:
     engine, raised = make_engine(), SimpleQueue[BaseException]()
 
     def misuse(*_: object) -> None:
@@ -150,7 +152,8 @@ def test_a_call_that_would_wait_for_itself_raises_at_once(call: str, where: str)
     else:
         gate = threading.Event()
         engine._inbox.post(gate.wait)
-        engine.cancel("x").add_done_callback(misuse)  # not done yet: it is called in the engine's thread
+        # The future is not done yet, so the callback will run in the engine's thread.
+        engine.cancel("x").add_done_callback(misuse)
         gate.set()
     error = raised.get(timeout=SECONDS)
     assert isinstance(error, WrongThreadError), error
@@ -159,12 +162,12 @@ def test_a_call_that_would_wait_for_itself_raises_at_once(call: str, where: str)
     engine.stop()
 
 
-def test_what_does_not_wait_works_in_the_engines_own_thread(engine: Engine) -> None:
+def test_calls_that_do_not_block_work_in_the_engines_own_thread(engine: Engine) -> None:
     done, listener = threading.Event(), RecordingListener()
 
     def chain(items: list[Item]) -> None:
         assert engine.call(lambda: engine.stats.num_running) >= 0
-        engine.cancel("nobody")
+        engine.cancel("unknown")
         engine.submit([engine.request([21], LONG)], listener)
         assert not engine._inbox.post(int).done()
         with pytest.raises(TimeoutError):

@@ -189,7 +189,7 @@ def test_each_rows_top_k_applies_only_to_that_row() -> None:
 
 # tiny-llm's sampler
 def test_top_p_after_top_k_uses_renormalized_probabilities() -> None:
-    """Top-k 2 of 0.4, 0.3, 0.2, 0.1 gives 0.57 and 0.43, of which top-p 0.5 keeps one (of 0.4 and 0.3, two)."""
+    """Top-k 2 of 0.4, 0.3, 0.2, 0.1 gives 0.57 and 0.43, and top-p 0.5 keeps one (of 0.4 and 0.3: two)."""
     row = mx.log(mx.array([0.4, 0.3, 0.2, 0.1]))
     params = SamplingParams(top_k=2, top_p=0.5)
     assert {sample_token(row, params, 1, index).item() for index in range(200)} == {0}
