@@ -156,9 +156,34 @@ def test_what_does_not_exist_is_404_and_says_in_a_line_what_does(
         return
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (404, "not_found_error", "unknown_path")
-    assert f"there is no {path} here" in error["message"]
+    assert error["message"].startswith(f"{path} ")
     assert f"POST {CHAT}" in error["message"]
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/v1/responses", "/v1/responses is not supported; use /v1/chat/completions. Available: POST /v1/"),
+        ("/v1/messages", "/v1/messages is not supported; use /v1/chat/completions. "),
+        ("/v1/embeddings", "/v1/embeddings is not supported: this server only generates text. "),
+        ("/v1", "/v1 is the base URL of the API, not an endpoint. "),
+        ("/docs", "/docs does not exist; the API is described in /openapi.json and docs/server.md. "),
+        ("/nowhere", "/nowhere does not exist. Available: "),
+    ],
+)
+def test_a_path_of_another_api_is_refused_with_what_to_use_instead(
+    client: httpx.Client, path: str, hint: str
+) -> None:
+    assert client.get(path).json()["error"]["message"].startswith(hint)
+    assert client.get("/openapi.json").status_code == 200
+
+
+def test_a_wrong_method_is_refused_with_the_right_one(client: httpx.Client) -> None:
+    error = client.get(CHAT).json()["error"]
+    assert error["message"] == "/v1/chat/completions does not accept GET; use POST"
+    error = client.delete("/v1/models").json()["error"]
+    assert error["message"] == "/v1/models does not accept DELETE; use GET"
 
 
 AROUND_THE_KEY = [

@@ -8,6 +8,7 @@ import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -336,3 +337,80 @@ def test_nothing_is_said_before_the_first_token(monkeypatch: pytest.MonkeyPatch)
         listening.result(SECONDS)
     said = [json.loads(line[6:])["choices"][0]["delta"] for line in heard if line.startswith("data: {")]
     assert [delta.get("role") for delta in said][:3] == ["assistant", "assistant", None]
+
+
+# The fields of a stream's events. Oracle: OpenAI's API reference.
+
+
+def events_of(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    with client.stream("POST", path, json={**body, "stream": True}) as answer:
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_events_of_a_chat_have_the_fields_of_openais(client: httpx.Client, include_usage: bool) -> None:
+    """The first delta has the role and no text, later ones only text, the last one may be empty."""
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    body = {"messages": FRANCE, "temperature": 0, **options}
+    events = events_of(client, CHAT, body)
+    pieces = events[:-1] if include_usage else events
+    assert pieces[0]["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+    choices = [event["choices"][0] for event in pieces]
+    assert all(set(choice["delta"]) == {"content"} for choice in choices[1:-1])
+    assert all(choice["finish_reason"] is None for choice in choices[:-1])
+    assert (choices[-1]["finish_reason"], choices[-1]["delta"]) == ("stop", {})
+    fields = {"id", "object", "created", "model", "choices"} | ({"usage"} if include_usage else set())
+    assert all(set(event) == fields for event in events)
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    if include_usage:
+        assert all(event["usage"] is None for event in pieces)
+        assert events[-1]["choices"] == []
+        assert events[-1]["usage"]["completion_tokens"] == 8
+
+
+def test_events_of_a_completion_have_the_fields_of_openais(client: httpx.Client) -> None:
+    events = events_of(client, COMPLETE, {"prompt": "1, 2, 3, 4,", "temperature": 0, "stop": [" 7"]})
+    assert all(set(event) == {"id", "object", "created", "model", "choices"} for event in events)
+    assert {event["object"] for event in events} == {"text_completion"}
+    choices = [event["choices"][0] for event in events]
+    fields = {"index", "text", "logprobs", "finish_reason"}
+    assert all(set(choice) == fields for choice in choices[:-1])
+    assert set(choices[-1]) == fields | {"stop_reason"}
+    assert choices[-1]["stop_reason"] == " 7"
+
+
+# Sampling parameters that a request leaves out.
+
+
+def test_the_operators_defaults_apply_to_what_a_request_leaves_out(llm: LLM) -> None:
+    """Oracle: the engine. A field that is sent counts, also with OpenAI's default."""
+    overrides = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 6}
+    config = ServerConfig(override_generation_config=overrides)
+    body = {"prompt": "Once upon a time", "seed": 3, "ignore_eos": True}
+    with serving(lambda: llm, config) as here, here.client() as client:
+
+        def text(**fields: Any) -> str:
+            answer = client.post(COMPLETE, json={**body, **fields})
+            return str(answer.json()["choices"][0]["text"])
+
+        def expected(**params: Any) -> str:
+            return alone(llm, "Once upon a time", seed=3, ignore_eos=True, **params)
+
+        assert text() == expected(temperature=0.3, top_k=5, max_tokens=6)
+        assert text(temperature=1, max_tokens=16) == expected(temperature=1, top_k=5, max_tokens=16)
+        chat = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})
+        assert chat.json()["usage"]["completion_tokens"] == 6
+
+
+def test_a_default_max_tokens_is_less_if_the_context_has_less_left() -> None:
+    config = ServerConfig(override_generation_config={"max_new_tokens": 500})
+    with serving(lambda: LLM(num_blocks=8, max_model_len=64), config) as here, here.client() as client:
+        answer = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})
+    assert answer.json()["usage"]["total_tokens"] == 64

@@ -123,6 +123,10 @@ def test_the_version_is_the_packages(client: httpx.Client) -> None:
         {"body_timeout": 0},
         {"api_keys": ("",)},
         {"isolate_keys": True},
+        {"override_generation_config": {"temprature": 0.2}},
+        {"override_generation_config": {"temperature": -1}},
+        {"override_generation_config": {"top_k": None}},
+        {"override_generation_config": {"max_new_tokens": 0}},
     ],
 )
 def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:

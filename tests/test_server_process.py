@@ -178,11 +178,104 @@ def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:
     assert len(set(texts[0])) > 1
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: os.PathLike[str]) -> None:
-    with process("--model", f"{tmp_path}/absent.gguf") as server:
-        assert server.ended(SECONDS) == 1
-        until(lambda: any("absent.gguf" in line for line in server.lines))
-        assert not any("Traceback" in line for line in server.lines), server.lines
+def folder_with(tmp_path: Path, **files: str) -> str:
+    """A folder with files of these contents, by their names with a `_` for the dot."""
+    for name, text in files.items():
+        (tmp_path / name.replace("_", ".")).write_text(text)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--model", "{}/absent.gguf"], 1, "absent.gguf: no such file or folder"),
+        (["--model", "absent.gguf"], 1, "absent.gguf: no such file or folder"),
+        (["--model", "{}"], 1, "config.json"),
+        (["--model", "{}/weights.safetensors"], 1, "weights.safetensors"),
+        (["--num-blocks", "2", "--max-model-len", "8192"], 2, "8192 tokens needs 512 blocks of 16; the pool"),
+        (["--max-model-len", "9000"], 2, "max_model_len (9000) exceeds the model's context of 8192 tokens"),
+        (["--preemption-mode", "swap", "--swap-space", "1"], 2, "swap_space of 1 bytes"),
+        (["--generation-config", "{}/nowhere"], 1, "a folder with a generation_config.json"),
+        (["--chat-template-content-format", "x"], 2, "auto, string, openai, not 'x'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_model_that_cannot_run_is_refused_in_one_line_before_the_server_listens(
+    tmp_path: Path, options: list[str], code: int, said: str
+) -> None:
+    folder = folder_with(tmp_path, weights_safetensors="x")
+    with process(*[option.replace("{}", folder) for option in options]) as server:
+        assert server.ended(SECONDS) == code
+        server.reader.join(SECONDS)
+    [line] = server.lines
+    assert line.startswith("tiny-llm: error:")
+    assert said in line
+
+
+def test_the_example_of_the_help_gets_a_sensible_answer() -> None:
+    """The command as it is printed, with the port of this server."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "tiny_llm_cli", "serve", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"^ *(curl http://127.0.0.1:8000(?:.*\\\n)*.*)$", shown, re.MULTILINE)
+    assert found is not None, shown
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
+        ready(client)
+        command = found[1].replace("http://127.0.0.1:8000", server.url())
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert answer == "The capital of France is Paris."
+
+
+def test_the_log_says_what_is_ready_what_drains_and_when_it_is_done() -> None:
+    override = '{"temperature": 0.2}'
+    with (
+        process("--override-generation-config", override) as server,
+        httpx.Client(base_url=server.url(), timeout=SECONDS) as client,
+    ):
+        ready(client)
+        with client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGINT)
+            for _ in lines:
+                pass
+        client.close()
+        assert server.ended(SECONDS) == 0
+        server.reader.join(SECONDS)
+    log = "".join(server.lines)
+    order = [
+        "Listening on http://127.0.0.1:",
+        "is ready: 512 blocks of 16 tokens",
+        "Sampling defaults for fields that a request leaves out: temperature 0.2 (--override-generation",
+        "Draining: 1 request left, for at most 30 s. Press Ctrl-C again to stop now.",
+        "150 output tokens",
+        "Finished server process",
+    ]
+    places = [log.find(part) for part in order]
+    assert -1 not in places, log
+    assert places == sorted(places), log
+    assert "No requests are left" in log
+    assert "/health" not in log, "a probe is not logged"
+
+
+def test_the_log_says_how_many_requests_a_second_signal_aborts() -> None:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
+        ready(client)
+        body = {**BODY, "max_tokens": 6000, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGINT)
+            until(lambda: any("Draining: 1 request left" in line for line in server.lines))
+            server.popen.send_signal(signal.SIGINT)
+            for _ in lines:
+                pass
+        assert server.ended(SECONDS) == 0
+        server.reader.join(SECONDS)
+    log = "".join(server.lines)
+    assert "Stopping now: 1 request aborted" in log
+    assert "No requests are left" not in log
 
 
 class Panic(BaseException):
@@ -254,7 +347,11 @@ def test_a_host_that_is_none_of_this_machines_is_refused_in_one_line(host: str) 
         (["--max-connections", "0"], "max_connections must be at least 1, not 0"),
         (["--header-timeout", "0"], "header_timeout must be more than 0 seconds, not 0"),
         (["--scheduling-policy", "lottery"], "scheduling_policy must be fcfs or priority, not 'lottery'"),
-        (["--log-level", "loud"], "'loud' is no level"),
+        (["--log-level", "loud"], "'loud' is not one of critical, error, warning, info, debug"),
+        (["--override-generation-config", "{"], "is not JSON"),
+        (["--override-generation-config", "[]"], "is not a JSON object"),
+        (["--override-generation-config", '{"temp": 1}'], "unknown parameter 'temp'; known: temperature, "),
+        (["--override-generation-config", '{"top_p": 2}'], "override_generation_config: top_p must be"),
         (["--max-n", "0"], "max_n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),
         (["--demo", "--kv-cache-memory", "1GiB"], "leave --kv-cache-memory out"),

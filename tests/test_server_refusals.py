@@ -40,9 +40,10 @@ __all__ = ["client", "llm", "served"]
         (
             CHAT,
             {"messages": FRANCE, "response_format": {"type": "json_object"}},
-            "response_format.type",
-            "text",
+            "response_format",
+            "^response_format of type json_object is not supported, only text: answers are not constrained$",
         ),
+        (CHAT, {"messages": FRANCE, "response_format": {"type": "x"}}, "response_format.type", "'text'"),
         (CHAT, {"messages": FRANCE, "max_tokens": 9000}, "max_tokens", "exceed the context of 8192"),
         (CHAT, {"messages": FRANCE, "stop": ["x"] * 17}, "stop", "at most 16 here, not 17"),
         (CHAT, {"messages": FRANCE, "stop": ""}, "stop", "non-empty"),
@@ -114,6 +115,37 @@ def test_what_never_fits_is_no_reason_to_come_again() -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
         assert "Retry-After" not in refused.headers
         assert client.post(COMPLETE, json={"prompt": ["x"] * 6, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+        {"guided_json": {}},
+    ],
+    ids=["tools", "json_object", "json_schema", "guided_json"],
+)
+def test_unsupported_features_are_refused_with_the_same_code(
+    client: httpx.Client, fields: dict[str, Any]
+) -> None:
+    refused = client.post(CHAT, json={"messages": FRANCE, **fields})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (
+        400,
+        next(iter(fields)),
+        "unsupported_field",
+    )
+    assert "not supported" in error["message"]
+
+
+def test_a_tool_call_without_content_is_refused_for_the_tool_call(client: httpx.Client) -> None:
+    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [called]}
+    error = client.post(CHAT, json={"messages": [*FRANCE, message, *FRANCE]}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages[1].tool_calls", "unsupported_field")
+    assert "content" not in error["message"]
 
 
 CRUEL = [

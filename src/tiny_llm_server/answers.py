@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from tiny_llm import RequestUsage
+from tiny_llm import RequestEvent, RequestUsage
+
+from .schema import StreamOptions
 
 
 class PromptTokensDetails(BaseModel):
@@ -38,8 +40,18 @@ class Usage(BaseModel):
 
 
 def new_head(kind: str, model: str) -> dict[str, Any]:
-    """What an answer and each event of its stream begin with: an id that no other request has, and now."""
+    """The fields that an answer and each event of its stream start with: a new id, the time, the model."""
     return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+
+def null_usage(options: StreamOptions | None) -> dict[str, Any]:
+    """The field `usage` of an event before the last: null if the request includes usage, else left out."""
+    return {"usage": None} if options is not None and options.include_usage else {}
+
+
+def stop_reason_of(event: RequestEvent) -> dict[str, Any]:
+    """The field `stop_reason` of a choice, which is vLLM's; left out if a stream's event has none."""
+    return {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
 
 
 class Answer(BaseModel):

@@ -19,8 +19,10 @@ from .errors import ApiError, ErrorBody, answer
 from .guards import HostGuard, KeyGuard, LastResort, OriginGuard
 from .live_page import add_page
 from .paths import PlainPaths
+from .request_log import RequestLog
 from .service import Service
 from .sse import REQUEST_ID, ClientLeftError
+from .throughput import ThroughputLog
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorBody, "description": what}
@@ -46,15 +48,17 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
     `app.state.service` is the `Service` behind it.
     """
     service = Service(load, config or ServerConfig())
+    throughput = ThroughputLog(service.metrics, service.engine_stats)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(service.load())
+        tasks = [asyncio.create_task(one) for one in (service.load(), throughput.run())]
         try:
             yield
         finally:
-            loading.cancel()  # a model that is not there by now is not waited for
-            await asyncio.gather(loading, return_exceptions=True)
+            for task in tasks:  # a model that is not loaded by now is not needed
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if service.failure is None:  # a thread may be what the system did not give
                 await asyncio.to_thread(service.stop)
 
@@ -96,6 +100,7 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
             allow_private_network=True,
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
+    app.add_middleware(RequestLog)
     app.add_middleware(PlainPaths)
     return app
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
@@ -20,13 +21,18 @@ from .answers import (
     TokenLogprob,
     Usage,
     new_head,
+    null_usage,
+    stop_reason_of,
 )
 from .bodies import JsonRoute
+from .request_log import track
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
 from .token_names import bytes_of
+
+CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
 def router(service: Service) -> APIRouter:
@@ -44,6 +50,7 @@ def router(service: Service) -> APIRouter:
         run = await service.begin(
             [prompt], work.params, work.id, "messages", may_shorten=service.may_shorten(body)
         )
+        track(request, run.stats)
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
@@ -63,12 +70,13 @@ class _Work:
         logprobs = self._top if body.logprobs else None
         self.params = sampling_params(
             body,
-            service.llm.sampling_defaults,
+            service.sampling_defaults,
             max_tokens=most,
             logprobs=logprobs,
             cache_salt=cache_salt,
         )
         self._head = new_head("chatcmpl", service.model_name)
+        self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
 
     async def whole(self, run: Run) -> ChatCompletion:
@@ -95,25 +103,27 @@ class _Work:
                     has_begun = True
                     for index in range(self._body.n):
                         delta = ChatDelta(role="assistant", content="")
-                        yield self._chunk(ChatChunkChoice(index=index, delta=delta))
+                        first = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+                        yield self._chunk(first)
                 for one in step:
                     event = one.event
                     usages += [event.usage] if event.usage is not None else []
                     if event.text or event.logprobs or event.finish_reason:
                         yield self._chunk(self._piece(event))
         if options is not None and options.include_usage:
-            yield ChatCompletionChunk(**self._head, choices=[], usage=Usage.of(usages))
+            yield ChatCompletionChunk(**self._head, object=CHUNK, choices=[], usage=Usage.of(usages))
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**self._head, choices=[choice])
+        return ChatCompletionChunk(**self._head, object=CHUNK, choices=[choice], **self._no_usage)
 
     def _piece(self, event: RequestEvent) -> ChatChunkChoice:
+        """Only fields with a value are set, and those that OpenAI sends as null; the others are not sent."""
         return ChatChunkChoice(
             index=event.index,
-            delta=ChatDelta(content=event.text or None),
+            delta=ChatDelta(content=event.text) if event.text else ChatDelta(),
             logprobs=self._logprobs([event]),
             finish_reason=event.finish_reason,
-            stop_reason=event.stop_reason,
+            **stop_reason_of(event),
         )
 
     def _choice(self, index: int, events: list[RequestEvent]) -> ChatChoice:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from tiny_llm.engine import Prompt
@@ -11,13 +12,24 @@ from tiny_llm.engine import Prompt
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
-from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
+from .answers import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+    new_head,
+    null_usage,
+    stop_reason_of,
+)
 from .bodies import JsonRoute
+from .request_log import track
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
 from .token_names import name_of, offsets_in
+
+OBJECT: Literal["text_completion"] = "text_completion"
 
 Places = tuple[dict[int, Logprob] | None, ...]
 
@@ -37,6 +49,7 @@ def router(service: Service) -> APIRouter:
         run = await service.begin(
             prompts, work.params, work.id, "prompt", may_shorten=service.may_shorten(body)
         )
+        track(request, run.stats)
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
@@ -55,13 +68,14 @@ class _Work:
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(
             body,
-            service.llm.sampling_defaults,
+            service.sampling_defaults,
             max_tokens=max(1, body.max_tokens),
             logprobs=body.logprobs,
             prompt_logprobs=echoed,
             cache_salt=cache_salt,
         )
         self._head = new_head("cmpl", service.model_name)
+        self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
         self._pieces: list[_Piece] = [_Piece(self, index) for index in range(len(self.prompts) * body.n)]
         self._prompt_texts: list[_PromptText] = []
@@ -97,9 +111,9 @@ class _Work:
                 for one in step:
                     choice = self._take(one)
                     if choice.text or choice.logprobs or choice.finish_reason:
-                        yield Completion(**self._head, choices=[choice])
+                        yield Completion(**self._head, object=OBJECT, choices=[choice], **self._no_usage)
         if options is not None and options.include_usage:
-            yield Completion(**self._head, choices=[], usage=Usage.of(self._usages))
+            yield Completion(**self._head, object=OBJECT, choices=[], usage=Usage.of(self._usages))
 
     def _take(self, one: PromptEvent) -> CompletionChoice:
         event = one.event if self._body.max_tokens else _without_output(one.event)
@@ -170,7 +184,7 @@ class _Piece:
             text=text,
             logprobs=self._logprobs(tokens, places, offsets) if places else None,
             finish_reason=event.finish_reason,
-            stop_reason=event.stop_reason,
+            **stop_reason_of(event),
         )
 
     def _offsets(self, tokens: tuple[int, ...], detokenizer: Detokenizer) -> list[int]:

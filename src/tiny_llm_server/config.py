@@ -1,9 +1,12 @@
 """How the server meets the world: names, keys and limits. Frozen; what cannot work is an error."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from tiny_llm import ConfigError
+
+from .sampling_defaults import checked_overrides
 
 MIB = 1 << 20
 _COUNTS = (
@@ -43,6 +46,8 @@ class ServerConfig:
         `priority` lets every client set one, which ages: each step lets 32 later requests pass.
     request_timeout: seconds after which a request is given up, queued or running; None: never.
     keep_alive: seconds of silence in a stream after which a comment is sent, so that nobody hangs up.
+    override_generation_config: sampling parameters, by the names of generation_config.json, for the fields
+        that a request leaves out; they replace the model's recommendation.
     live: there is a page at `/`, and `/live`, which tells it what happens in the pool.
     log_requests: what is asked for is written to the log, prompts included; otherwise nobody's words are.
     """
@@ -66,6 +71,7 @@ class ServerConfig:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     live: bool = True
     log_requests: bool = False
 
@@ -79,6 +85,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ConfigError(f"scheduling_policy must be fcfs or priority, not {self.scheduling_policy!r}")
+        checked_overrides(self.override_generation_config)
         if not all(self.api_keys):
             raise ConfigError("an api key must not be empty")
         if any(key != key.strip() for key in self.api_keys):

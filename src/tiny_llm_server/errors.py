@@ -18,7 +18,25 @@ from tiny_llm import (
 
 LONGEST_MESSAGE = 1000  # characters; a message may quote what was sent
 LONGEST_PARAM = 200
+UNEXPECTED = "internal_error"  # the code of an error that no part of the server expects
 RETRY_SECONDS = 1  # after which it is worth trying again, where the queue was full
+UNSUPPORTED = "unsupported_field"
+_CHAT = "is not supported; use /v1/chat/completions"
+_NO_EMBEDDINGS = "is not supported: this server only generates text"
+_INSTEAD = {  # what a client that knows another server or a newer API asks for
+    "/v1/responses": _CHAT,
+    "/v1/messages": _CHAT,
+    "/api/chat": _CHAT,
+    "/chat/completions": "does not exist; use /v1/chat/completions",
+    "/completions": "does not exist; use /v1/completions",
+    "/models": "does not exist; use /v1/models",
+    "/api/generate": "is not supported; use /v1/completions",
+    "/v1/embeddings": _NO_EMBEDDINGS,
+    "/api/embed": _NO_EMBEDDINGS,
+    "/v1": "is the base URL of the API, not an endpoint",
+    "/docs": "does not exist; the API is described in /openapi.json and docs/server.md",
+    "/redoc": "does not exist; the API is described in /openapi.json and docs/server.md",
+}
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -89,7 +107,7 @@ def api_error(error: BaseException) -> ApiError:
         case HTTPException():
             found = ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            found = ApiError(500, "the server met an unexpected error", code="internal_error")
+            found = ApiError(500, "the server met an unexpected error", code=UNEXPECTED)
     return found
 
 
@@ -119,17 +137,19 @@ def _other_method(request: Request, error: HTTPException) -> Response:
     allowed = ", ".join(dict.fromkeys([*known, *["HEAD"] * ("GET" in known), "OPTIONS"]))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": allowed})
-    path, method = request.url.path, request.method
-    message = f"{path} has no {method}, only {allowed}"
+    methods = [one for one in known if one not in ("HEAD", "OPTIONS")]
+    message = f"{request.url.path} does not accept {request.method}; use {' or '.join(methods)}"
     return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()
 
 
 def _no_such_path(request: Request) -> ApiError:
-    """404, with what there is."""
+    """404, with what to use instead and the paths that exist."""
     paths = request.app.openapi()["paths"]
-    there = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
+    known = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
     path = _shortened(request.url.path, LONGEST_PARAM)
-    return ApiError(404, f"there is no {path} here; there is {there}", code="unknown_path")
+    hint = _INSTEAD.get(request.url.path, "does not exist")
+    message = f"{path} {hint}. Available: {', '.join([*known, 'GET /openapi.json'])}"
+    return ApiError(404, message, code="unknown_path")
 
 
 def _shortened(text: str, most: int) -> str:
@@ -144,8 +164,10 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     first = max(of_field, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     path = [str(part) for part in first["loc"][1:] if part != "str" and "[" not in str(part)]
     field = ".".join(path) or None
+    if first["type"] == UNSUPPORTED:
+        return refused(first["msg"], field, UNSUPPORTED)
     if first["type"] == "extra_forbidden":
-        return refused(f"{field} is not supported", field, "unsupported_field")
+        return refused(f"{field} is not supported", field, UNSUPPORTED)
     if first["type"] != "value_error":
         return refused(f"{field}: {first['msg']}", field)
     message = str(first["ctx"]["error"])

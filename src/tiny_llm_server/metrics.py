@@ -3,6 +3,7 @@
 What the engine counts is read from it when somebody asks; what a request took is noted when it ends.
 """
 
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from time import monotonic
@@ -42,6 +43,8 @@ class Metrics:
     """Counts and times of one server. `model_name` is asked for at every scrape: a model may still load."""
 
     def __init__(self, llm: Callable[[], LLM | None], model_name: Callable[[], str]) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._registry.register(_EngineFigures(llm, model_name))
@@ -68,17 +71,19 @@ class Metrics:
         """All of it, in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def watch(self, prompts: Mapping[str, int], n: int) -> "Watch":
-        """For one HTTP request: tell it of every event. prompts: the tokens of each, by the engine's id."""
-        return Watch(self, prompts, n)
+    def request_stats(self, prompts: Mapping[str, int], n: int) -> "RequestStats":
+        """The figures of one HTTP request. prompts: the tokens of each, by the engine's id."""
+        return RequestStats(self, prompts, n)
 
     def note_first(self, prompt_tokens: int, seconds: float) -> None:
         """A request's first token has come, so many seconds after it arrived."""
+        self.num_prompt_tokens += prompt_tokens
         self._read.labels(self._model_name()).inc(prompt_tokens)
         self._ttft.labels(self._model_name()).observe(seconds)
 
     def note_tokens(self, count: int, seconds: float | None) -> None:
         """Tokens have come, `seconds` after the completion's last ones; None: they are its first."""
+        self.num_generation_tokens += count
         self._written.labels(self._model_name()).inc(count)
         if seconds is not None:
             self._itl.labels(self._model_name()).observe(seconds)
@@ -101,35 +106,71 @@ class Metrics:
         return Histogram(f"vllm:{name}", what, ["model_name"], buckets=buckets, registry=self._registry)
 
 
-class Watch:
-    """Notes what the events of one HTTP request's completions took."""
+class RequestStats:
+    """The tokens and times of one HTTP request's completions, which it also adds to the server's metrics.
+
+    num_cached_tokens: prompt tokens that came from the prefix cache; None while no prompt has finished.
+    finish_reasons: how many completions ended with each reason.
+    """
 
     def __init__(self, metrics: Metrics, prompts: Mapping[str, int], n: int) -> None:
+        self.num_prompt_tokens = sum(prompts.values())
+        self.num_cached_tokens: int | None = None
+        self.num_output_tokens = 0
+        self.finish_reasons: Tally[str] = Tally()
         self._metrics = metrics
-        self._begun = monotonic()
-        self._unread = dict(prompts)  # those of which nothing has come yet
-        self._num_live = len(prompts) * n
+        self._start = monotonic()
+        self._first_token: float | None = None
+        self._last_token = self._start
+        self._unseen_prompts = dict(prompts)  # no token has come for these yet
+        self._num_unfinished = len(prompts) * n
         self._last: dict[tuple[str, int], float] = {}
 
-    def note(self, event: RequestEvent) -> None:
-        """An event has come."""
-        now, completion = monotonic(), (event.request_id, event.index)
+    @property
+    def ttft(self) -> float | None:
+        """Seconds until the first token of any completion; None if there was none."""
+        return None if self._first_token is None else self._first_token - self._start
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second from the first token to the last one, all completions together.
+
+        The first token of each completion does not count, because it took a prefill. None if only those came.
+        """
+        num_decoded = self.num_output_tokens - len(self._last)
+        if self._first_token is None or num_decoded < 1:
+            return None
+        return num_decoded / max(1e-9, self._last_token - self._first_token)
+
+    def add(self, event: RequestEvent) -> None:
+        """Count an event."""
         if event.token_ids:
-            if (prompt_tokens := self._unread.pop(event.request_id, None)) is not None:
-                self._metrics.note_first(prompt_tokens, now - self._begun)
-            before = self._last.get(completion)
-            self._metrics.note_tokens(len(event.token_ids), None if before is None else now - before)
-            self._last[completion] = now
+            self._add_tokens(event, monotonic())
         if event.finish_reason is not None:
-            self._metrics.note_end(event.finish_reason)
-            self._num_live -= 1
+            self._finish(event.finish_reason, 1)
         if event.usage is not None:
+            self.num_cached_tokens = (self.num_cached_tokens or 0) + event.usage.num_cached_tokens
             self._metrics.note_usage(event.usage)
 
-    def end(self, reason: str) -> None:
-        """Those that have not ended are given up: "abort", "timeout" or "error"."""
-        self._metrics.note_end(reason, self._num_live)
-        self._num_live = 0
+    def finish_rest(self, reason: str) -> None:
+        """Count the unfinished completions as ended by `reason`: "abort", "timeout" or "error"."""
+        self._finish(reason, self._num_unfinished)
+
+    def _add_tokens(self, event: RequestEvent, now: float) -> None:
+        completion = (event.request_id, event.index)
+        if (prompt_tokens := self._unseen_prompts.pop(event.request_id, None)) is not None:
+            self._metrics.note_first(prompt_tokens, now - self._start)
+        before = self._last.get(completion)
+        self._metrics.note_tokens(len(event.token_ids), None if before is None else now - before)
+        self._last[completion] = self._last_token = now
+        self._first_token = now if self._first_token is None else self._first_token
+        self.num_output_tokens += len(event.token_ids)
+
+    def _finish(self, reason: str, count: int) -> None:
+        self._metrics.note_end(reason, count)
+        if count:
+            self.finish_reasons[reason] += count
+        self._num_unfinished -= count
 
 
 class _EngineFigures(Collector):

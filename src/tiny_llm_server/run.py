@@ -17,7 +17,7 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm import Engine, RequestEvent
 
 from .errors import ApiError
-from .metrics import Watch
+from .metrics import RequestStats
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,19 @@ class PromptEvent:
 class Run:
     """The requests of one HTTP request. `begin` it, then take its `steps`, and `cancel` it whatever happened.
 
-    watch: is told of all that they give. timeout: seconds that they may take. prompts: their tokens.
+    stats: counts all that they give. timeout: seconds that they may take. prompts: their tokens.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[RequestState], watch: Watch, timeout: float | None = None
+        self,
+        engine: Engine,
+        requests: Sequence[RequestState],
+        stats: RequestStats,
+        timeout: float | None = None,
     ) -> None:
         self.prompts = [request.prompt_token_ids for request in requests]
         self._engine = engine
-        self._watch = watch
+        self.stats = stats
         self._places = {request.request_id: place for place, request in enumerate(requests)}
         self._gathering = Gathering(requests)
         self._listener = AsyncListener()
@@ -48,10 +52,14 @@ class Run:
 
     @classmethod
     async def begin(
-        cls, engine: Engine, requests: Sequence[RequestState], watch: Watch, timeout: float | None = None
+        cls,
+        engine: Engine,
+        requests: Sequence[RequestState],
+        stats: RequestStats,
+        timeout: float | None = None,
     ) -> Self:
         """Queue requests in the engine, all or none. Raises what `Engine.submit` and its future raise."""
-        run = cls(engine, requests, watch, timeout)
+        run = cls(engine, requests, stats, timeout)
         accepted = False
         try:
             await asyncio.wrap_future(engine.submit(requests, run._listener))
@@ -60,6 +68,11 @@ class Run:
             if not accepted:
                 run._end_all()
         return run
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the engine still has completions of it."""
+        return bool(self._gathering.unfinished)
 
     async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:
         """What each step gives, until all requests have ended; nothing, after `patience` seconds of silence.
@@ -87,7 +100,7 @@ class Run:
     def _end(self, reason: str) -> None:
         """End what has not ended; `reason` is what the metrics count it under."""
         if self._gathering.unfinished:
-            self._watch.end(reason)
+            self.stats.finish_rest(reason)
             self._end_all()
 
     def _end_all(self) -> None:
@@ -109,7 +122,7 @@ class Run:
             return []
         events = self._gathering.take(items)
         for event in events:
-            self._watch.note(event)
+            self.stats.add(event)
         try:
             self._gathering.check()
         except Exception:  # all have failed, or the engine has ended

@@ -18,7 +18,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 MOST_LOGPROBS = 20
 MOST_METADATA = 16
@@ -293,8 +293,17 @@ class CompletionRequest(Generation):
         return self
 
 
+def _is_text_format(value: Any) -> Any:
+    """Refuse OpenAI's other formats with the code of an unsupported field."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("json_object", "json_schema"):
+        message = "response_format of type {kind} is not supported, only text: answers are not constrained"
+        raise PydanticCustomError("unsupported_field", message, {"kind": kind})
+    return value
+
+
 class ResponseFormat(Body):
-    """What an answer looks like: text. JSON is not enforced, so it is not offered."""
+    """The format of an answer: text. JSON is not enforced, so it is not offered."""
 
     type: Literal["text"]
 
@@ -325,7 +334,7 @@ class ChatCompletionRequest(Generation):
     max_tokens: int | None = Field(None, ge=1, le=INT32, description="The old name of max_completion_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: ResponseFormat | None = None
+    response_format: Annotated[ResponseFormat, BeforeValidator(_is_text_format)] | None = None
     add_generation_prompt: bool | None = Field(
         None, description="End the prompt where the answer begins. Nothing: unless the last message goes on."
     )
@@ -399,3 +408,10 @@ class DetokenizeRequest(Body):
 
     model: Text | None = None
     tokens: list[TokenId] = Field(max_length=MOST_TOKENS)
+
+
+FIELDS = frozenset(  # of all requests; their names may be logged
+    name
+    for body in (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+    for name in (*body.model_fields, *body.IDLE)
+)

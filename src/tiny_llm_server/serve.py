@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from .connections import Connections, Listener, raise_file_limit
+from .draining import DrainReport, counted
 from .service import Service
 
 BACKLOG = 2048  # connections that the system holds until they are accepted
@@ -75,6 +76,7 @@ class GracefulServer(uvicorn.Server):
                 ws="none",
                 log_level=log_level,
                 lifespan="on",
+                access_log=False,  # `RequestLog` writes a line for each request
                 server_header=False,
                 proxy_headers=False,  # any local process could claim to be any client
                 timeout_keep_alive=app.state.service.config.timeout_keep_alive,
@@ -107,7 +109,9 @@ class GracefulServer(uvicorn.Server):
         if self.started:
             self.servers = cast(Any, [Listener(one, self._connections) for one in listening])
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            LOG.info("Listening on http://%s:%d (Ctrl-C ends it)", f"[{host}]" if ":" in host else host, port)
+            LOG.info(
+                "Listening on http://%s:%d (press Ctrl-C to stop)", f"[{host}]" if ":" in host else host, port
+            )
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end: uvicorn asks ten times a second."""
@@ -127,14 +131,23 @@ class GracefulServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
+        report = DrainReport(self._num_left, self._grace)
+        reporting = asyncio.create_task(report.run())
         try:
             await self._service.drain(self._grace)
         finally:
+            reporting.cancel()
             self.should_exit = True
+        if self._stopping is None:
+            report.finish()
         await asyncio.sleep(LINGER)
         self._hang_up()
 
+    def _num_left(self) -> int:
+        return 0 if self._stopping is not None else self._service.num_unfinished_requests
+
     async def _stop(self) -> None:
+        LOG.info("Stopping now: %s aborted", counted(self._service.num_unfinished_requests, "request"))
         await asyncio.to_thread(self._service.stop)
         await asyncio.sleep(LINGER_AT_ONCE)
         self._hang_up()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from tiny_llm.generation_defaults import fitted
 from tiny_llm.output_processor import RequestState
 from tiny_llm.resources import needing
 
-from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
+from tiny_llm import LLM, EngineStats, RequestTooLargeError, SamplingParams, SamplingParamsError
 from tiny_llm_checkpoints.chat_messages import MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.errors import PromptTooLongError
@@ -25,6 +26,7 @@ from .config import ServerConfig
 from .errors import ApiError, load_error, refused
 from .metrics import Metrics
 from .run import Run
+from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
 
 LOG = logging.getLogger("uvicorn.error")  # uvicorn's own, for whatever is no request's line
@@ -53,6 +55,8 @@ class Service:
         self._llm: LLM | None = None
         self.is_ending = False
         self._at_end: list[Callable[[], None]] = []
+        self._overrides = checked_overrides(config.override_generation_config)
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
 
     async def load(self) -> None:
@@ -71,11 +75,10 @@ class Service:
                 *(self.model_name, stats.num_blocks, config.block_size, self._llm.max_model_len),
                 ", the live page at /" if self.config.live else "",
             )
-            if defaults := self._llm.sampling_defaults:
+            if self.sampling_defaults:
                 LOG.info(
-                    "requests that leave them out get the model's own sampling parameters: %s "
-                    "(not with --generation-config vllm)",
-                    ", ".join(f"{name} {value}" for name, value in defaults.items()),
+                    "Sampling defaults for fields that a request leaves out: %s",
+                    described(self._overrides, self._llm.sampling_defaults),
                 )
 
     @property
@@ -102,6 +105,20 @@ class Service:
         if self.config.served_model_name is not None:
             return self.config.served_model_name
         return "" if self._llm is None else self._llm.model_name
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Values of the sampling parameters that a request leaves out, by the names of `SamplingParams`."""
+        return {**self.llm.sampling_defaults, **self._overrides}
+
+    def engine_stats(self) -> EngineStats | None:
+        """How full the engine is; None while the model loads."""
+        return None if self._llm is None else self._llm.engine.stats
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """HTTP requests with completions that the engine has not finished."""
+        return sum(run.is_unfinished for run in self._runs)
 
     @property
     def max_model_len(self) -> int:
@@ -172,8 +189,10 @@ class Service:
                 for request, prompt in zip(requests, prompts, strict=True):
                     LOG.info("%s asks %r of %r", request.request_id, params, prompt)
             lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
-            watch = self.metrics.watch(lengths, params.n)
-            return await Run.begin(engine, requests, watch, self.config.request_timeout)
+            stats = self.metrics.request_stats(lengths, params.n)
+            run = await Run.begin(engine, requests, stats, self.config.request_timeout)
+            self._runs.add(run)
+            return run
         except RequestTooLargeError as error:
             raise _too_large(error, field) from error
         except SamplingParamsError as error:
@@ -192,7 +211,7 @@ class Service:
 
     def may_shorten(self, body: Generation) -> bool:
         """Whether `max_tokens` of a request is what the model recommends."""
-        return "max_tokens" in self.llm.sampling_defaults and body.leaves_out("max_tokens")
+        return "max_tokens" in self.sampling_defaults and body.leaves_out("max_tokens")
 
     def cache_salt(self, body: Generation, request: Request) -> str:
         """What a request shares kept prompts by: its own salt, of its own key where keys are kept apart."""

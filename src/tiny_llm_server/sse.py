@@ -4,6 +4,7 @@ A client that leaves is noticed at once, also while nothing is sent to it.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -12,9 +13,12 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from .errors import api_error
+from .errors import UNEXPECTED, api_error
+from .request_log import track_stream_error
 
 T = TypeVar("T")
+
+LOG = logging.getLogger("uvicorn.error")
 
 REQUEST_ID = "X-Request-Id"  # the answer's id, by which the log and `/live` know the request
 KEEP_ALIVE = b": still here\n\n"  # a comment: clients pass over it
@@ -63,7 +67,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        writing = asyncio.ensure_future(self._write(send))
+        writing = asyncio.ensure_future(self._write(scope, send))
         leaving = asyncio.ensure_future(self._left(receive, send))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -79,7 +83,7 @@ class EventStream(Response):
             if self._is_open:
                 await _send_part(send, KEEP_ALIVE)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._is_open = True
@@ -89,7 +93,11 @@ class EventStream(Response):
             except (asyncio.CancelledError, GeneratorExit):
                 raise
             except BaseException as error:  # also a panic of a library: the status is sent, so say it here
-                await _send_part(send, _event(api_error(error).body))
+                sent = api_error(error)
+                track_stream_error(scope, sent.body.error.code)
+                if sent.body.error.code == UNEXPECTED:
+                    LOG.error("a stream failed", exc_info=error)
+                await _send_part(send, _event(sent.body))
             self._is_open = False
             await _send_part(send, DONE, more=False)
 
@@ -120,7 +128,8 @@ async def _left(receive: Receive) -> None:
 
 
 def _event(chunk: BaseModel | str) -> bytes:
-    text = chunk if isinstance(chunk, str) else chunk.model_dump_json()
+    # exclude_unset: events have only the fields that OpenAI sends
+    text = chunk if isinstance(chunk, str) else chunk.model_dump_json(exclude_unset=True)
     return b"data: " + text.encode() + b"\n\n"
 
 
