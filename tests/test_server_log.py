@@ -95,7 +95,7 @@ def test_a_stream_is_logged_when_it_ends(client: httpx.Client, log: list[str]) -
     assert line.endswith(", 2 stop")
 
 
-def test_a_client_that_leaves_is_logged_as_an_abort(client: httpx.Client, log: list[str]) -> None:
+def test_a_disconnect_is_logged_as_an_abort(client: httpx.Client, log: list[str]) -> None:
     body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
     with client.stream("POST", COMPLETE, json={**body, "stream": True}) as answer:
         next(answer.iter_lines())
@@ -173,14 +173,14 @@ def test_the_page_health_and_metrics_are_logged_only_at_level_debug(
     assert all(line.startswith("DEBUG ") for line in log)
 
 
-def test_the_throughput_is_logged_while_the_engine_works_and_not_while_it_is_idle() -> None:
+def test_the_throughput_is_logged_while_the_engine_is_busy_only() -> None:
     metrics = Metrics(lambda: None, lambda: "smollm2")
     stats = [IDLE]
     log = ThroughputLog(metrics, lambda: stats[0])
     start = log._last.moment
     assert log.next_line(start + 10) is None
-    metrics.note_first(300, 0.1)
-    metrics.note_tokens(50, None)
+    metrics.record_first_token(300, 0.1)
+    metrics.record_tokens(50, None)
     stats[0] = replace(IDLE, num_running=2, num_waiting=1)
     assert log.next_line(start + 20) == (
         "Avg prompt throughput: 30.0 tokens/s, Avg generation throughput: 5.0 tokens/s, "
@@ -188,12 +188,12 @@ def test_the_throughput_is_logged_while_the_engine_works_and_not_while_it_is_idl
     )
     assert "throughput: 0.0 tokens/s, Running: 2" in str(log.next_line(start + 30)), "a long prefill"
     stats[0] = IDLE
-    metrics.note_tokens(20, 0.1)
+    metrics.record_tokens(20, 0.1)
     assert "generation throughput: 2.0 tokens/s, Running: 0" in str(log.next_line(start + 40))
     assert log.next_line(start + 50) is None
 
 
-def test_there_is_no_throughput_while_the_model_loads() -> None:
+def test_no_throughput_is_logged_while_the_model_loads() -> None:
     log = ThroughputLog(Metrics(lambda: None, lambda: ""), lambda: None)
     assert log.next_line(log._last.moment + 10) is None
 

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: a conversation, answered through the model's own template."""
+"""`/v1/chat/completions`: answers a conversation, using the model's chat template."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -29,7 +29,7 @@ from .request_log import track
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
-from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
+from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
 from .token_names import bytes_of
 
 CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -43,7 +43,7 @@ def router(service: Service) -> APIRouter:
     async def chat(
         body: ChatCompletionRequest, request: Request, response: Response
     ) -> ChatCompletion | Response:
-        """Answer a conversation, `n` times."""
+        """Answer a conversation with `n` choices."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
         prompt = await asyncio.to_thread(service.encode_chat, body, service.max_model_len)
@@ -54,7 +54,7 @@ def router(service: Service) -> APIRouter:
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
-        return await unless_left(request, work.whole(run), run.cancel)
+        return await unless_disconnected(request, work.whole(run), run.cancel)
 
     return routes
 
@@ -66,12 +66,12 @@ class _Work:
         self._service = service
         self._body = body
         self._top = body.top_logprobs or 0
-        most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        new_name, old_name = body.max_completion_tokens, body.max_tokens
         logprobs = self._top if body.logprobs else None
         self.params = sampling_params(
             body,
             service.sampling_defaults,
-            max_tokens=most,
+            max_tokens=old_name if new_name is None else new_name,
             logprobs=logprobs,
             cache_salt=cache_salt,
         )
@@ -80,7 +80,7 @@ class _Work:
         self.id: str = self._head["id"]
 
     async def whole(self, run: Run) -> ChatCompletion:
-        """Wait for all of it."""
+        """Wait for the whole answer."""
         usages: list[RequestUsage] = []
         answers: list[list[RequestEvent]] = [[] for _ in range(self._body.n)]
         async with aclosing(run.events()) as events:
@@ -91,16 +91,18 @@ class _Work:
         return ChatCompletion(**self._head, choices=choices, usage=Usage.of(usages))
 
     async def stream(self, run: Run) -> AsyncGenerator[ChatCompletionChunk | None, None]:
-        """The role of each answer, then an event for each piece that says something."""
+        """Yield the role of each choice, then events with its text; None after a time without events."""
         usages: list[RequestUsage] = []
         options = self._body.stream_options
-        has_begun = False
+        has_started = False
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             async for step in steps:
                 if not step:
                     yield None
-                elif not has_begun:  # not earlier: clients take this for the first token
-                    has_begun = True
+                elif (
+                    not has_started
+                ):  # not earlier: clients measure the time to the first token by this event
+                    has_started = True
                     for index in range(self._body.n):
                         delta = ChatDelta(role="assistant", content="")
                         first = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
@@ -117,7 +119,7 @@ class _Work:
         return ChatCompletionChunk(**self._head, object=CHUNK, choices=[choice], **self._no_usage)
 
     def _piece(self, event: RequestEvent) -> ChatChunkChoice:
-        """Only fields with a value are set, and those that OpenAI sends as null; the others are not sent."""
+        """Set only the fields that OpenAI sends: those with a value, and some that may be null."""
         return ChatChunkChoice(
             index=event.index,
             delta=ChatDelta(content=event.text) if event.text else ChatDelta(),
@@ -139,19 +141,19 @@ class _Work:
     def _logprobs(self, events: list[RequestEvent]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        places = [
-            (token, place)
+        positions = [
+            (token, position)
             for event in events
-            for token, place in zip(event.token_ids, event.logprobs or (), strict=True)
+            for token, position in zip(event.token_ids, event.logprobs or (), strict=True)
         ]
-        return ChatLogprobs(content=[self._place(token, place) for token, place in places])
+        return ChatLogprobs(content=[self._token_logprob(*one) for one in positions])
 
-    def _place(self, token: int, place: dict[int, Logprob]) -> ChatTokenLogprob:
-        """A token and the likeliest ones in its place."""
-        likeliest = sorted(place.items(), key=lambda item: item[1].rank)[: self._top]
+    def _token_logprob(self, token: int, position: dict[int, Logprob]) -> ChatTokenLogprob:
+        """Make the entry of a token. position: the log-probabilities there, by token id."""
+        most_likely = sorted(position.items(), key=lambda item: item[1].rank)[: self._top]
         return ChatTokenLogprob(
-            **self._token(token, place[token]).model_dump(),
-            top_logprobs=[self._token(*one) for one in likeliest],
+            **self._token(token, position[token]).model_dump(),
+            top_logprobs=[self._token(*one) for one in most_likely],
         )
 
     def _token(self, token: int, logprob: Logprob) -> TokenLogprob:
