@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx2 as httpx
@@ -39,15 +40,22 @@ def served() -> Iterator[Served]:
         yield here
 
 
-@pytest.fixture
-def log(served: Served) -> Iterator[list[str]]:
-    """The lines that a test's requests cause, at level info and above."""
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The lines logged in this block at level info and above. Starting a server in it resets the logger."""
     handler, level = Lines(), LOG.level
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     yield handler.lines
     LOG.removeHandler(handler)
     LOG.setLevel(level)
+
+
+@pytest.fixture
+def log(served: Served) -> Iterator[list[str]]:
+    """The lines that a test's requests cause."""
+    with logged() as lines:
+        yield lines
 
 
 @pytest.fixture
@@ -95,6 +103,14 @@ def test_a_stream_is_logged_when_it_ends(client: httpx.Client, log: list[str]) -
     assert line.endswith(", 2 stop")
 
 
+def test_there_is_no_speed_for_the_first_tokens_only(client: httpx.Client, log: list[str]) -> None:
+    """They take a prefill: two of them at once would be thousands of tokens a second."""
+    client.post(COMPLETE, json={"prompt": "x", "n": 2, "max_tokens": 1})
+    line = the_line(log)
+    assert "2 output tokens, TTFT" in line
+    assert "tokens/s" not in line
+
+
 def test_a_disconnect_is_logged_as_an_abort(client: httpx.Client, log: list[str]) -> None:
     body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
     with client.stream("POST", COMPLETE, json={**body, "stream": True}) as answer:
@@ -139,16 +155,18 @@ def test_a_refused_request_is_logged_with_its_status_and_reason(
     assert "xyzzy" not in line
 
 
-def test_a_full_queue_and_a_wrong_key_are_logged(log: list[str]) -> None:
+def test_a_full_queue_and_a_wrong_key_are_logged() -> None:
     llm = LLM(num_blocks=64, max_num_seqs=1, max_num_waiting=1)
-    with serving(lambda: llm, ServerConfig(api_keys=("k",))) as here, here.client() as client:
-        LOG.setLevel(logging.INFO)  # starting this server has set it
+    with (
+        serving(lambda: llm, ServerConfig(api_keys=("k",))) as here,
+        here.client() as client,
+        logged() as log,
+    ):
         key = {"Authorization": "Bearer k"}
         client.post(COMPLETE, json={"prompt": "x"}, headers={"Authorization": "Bearer xyzzy"})
         client.post(COMPLETE, json={"prompt": ["x"] * 2, "max_tokens": 1}, headers=key)
-        with client.stream(
-            "POST", COMPLETE, json={"prompt": ["x"] * 2, "max_tokens": 400, "stream": True}, headers=key
-        ) as answer:
+        long = {"prompt": ["x"] * 2, "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with client.stream("POST", COMPLETE, json=long, headers=key) as answer:
             next(answer.iter_lines())
             assert client.post(COMPLETE, json={"prompt": ["x"] * 2}, headers=key).status_code == 429
         until(lambda: len(log) == 4)
@@ -215,7 +233,7 @@ def test_a_drain_report_has_a_line_for_each_change_and_repeats_it(
     monkeypatch.setattr("tiny_llm_server.draining.CHECK_SECONDS", 0.001)
     monkeypatch.setattr("tiny_llm_server.draining.REPEAT_SECONDS", 0.05)
     counts = [3, 3, 1, *[1] * 300, 0]
-    report = DrainReport(lambda: counts.pop(0), None)
+    report = DrainReport(lambda: counts.pop(0), 100.0)
     asyncio.run(report.run())
     report.finish()
     numbers = [int(match[1]) for line in log if (match := re.search(r"Draining: (\d)", line))]
@@ -224,8 +242,9 @@ def test_a_drain_report_has_a_line_for_each_change_and_repeats_it(
     assert log[-1] == "INFO No requests are left"
 
 
-def test_a_drain_report_says_that_the_grace_period_is_over(log: list[str]) -> None:
-    report = DrainReport(lambda: 2, 0.01)
+@pytest.mark.parametrize("grace", [0.0, 0.01])
+def test_a_drain_report_says_that_the_grace_period_is_over(log: list[str], grace: float) -> None:
+    report = DrainReport(lambda: 2, grace)
 
     async def drain() -> None:
         reporting = asyncio.create_task(report.run())
@@ -234,4 +253,4 @@ def test_a_drain_report_says_that_the_grace_period_is_over(log: list[str]) -> No
 
     asyncio.run(drain())
     report.finish()
-    assert log[-1] == "INFO The 0.01 seconds of --grace are over: 2 requests aborted"
+    assert log[-1] == f"INFO The grace period of {grace:g} s is over: 2 requests aborted"

@@ -101,8 +101,8 @@ def _check_size(body: bytes) -> None:
         outside = b"".join(escaped.split(b'"')[::2])
         for sign, limit in MAX_COUNTS.items():
             if (count := outside.count(sign)) > limit:
-                message = f"the body has {sign.decode()!r} {count} times outside of strings, at most {limit}"
-                raise refused(f"{message} are allowed", code="body_too_complex")
+                found = f"{count} times {sign.decode()!r} outside of strings, at most {limit} are allowed"
+                raise refused(f"the body has too many values: {found}", code="body_too_complex")
 
 
 def _where(body: bytes, message: str) -> str:

@@ -18,28 +18,33 @@ class DrainReport:
 
     def __init__(self, num_left: Callable[[], int], grace: float | None) -> None:
         self._num_left = num_left
-        self._deadline = None if grace is None else monotonic() + grace
         self._grace = grace
-        self._last = 0  # the number that the last line named
+        self._deadline = None if grace is None else monotonic() + grace
+        self._unfinished = num_left()  # as counted before the deadline
 
     async def run(self) -> None:
         """Log until no request is left, or until cancelled."""
-        next_line = 0.0
+        logged, next_line = 0, 0.0
         while (left := self._num_left()) > 0:
-            if left != self._last or monotonic() >= next_line:
-                self._last, next_line = left, monotonic() + REPEAT_SECONDS
+            self._unfinished = left
+            if left != logged or monotonic() >= next_line:
+                logged, next_line = left, monotonic() + REPEAT_SECONDS
                 LOG.info("%s", draining_line(left, self._seconds_left()))
             await asyncio.sleep(CHECK_SECONDS)
+        if not self._is_overdue():  # after the deadline, none is left because the rest was aborted
+            self._unfinished = 0
 
     def finish(self) -> None:
         """Log how draining ended."""
-        seconds = self._seconds_left()
-        if seconds is not None and seconds <= 0 and self._last:
-            LOG.info(
-                "The %g seconds of --grace are over: %s aborted", self._grace, counted(self._last, "request")
-            )
+        if self._is_overdue() and self._unfinished:
+            aborted = counted(self._unfinished, "request")
+            LOG.info("The grace period of %g s is over: %s aborted", self._grace, aborted)
         else:
             LOG.info("No requests are left")
+
+    def _is_overdue(self) -> bool:
+        seconds = self._seconds_left()
+        return seconds is not None and seconds <= 0
 
     def _seconds_left(self) -> float | None:
         return None if self._deadline is None else self._deadline - monotonic()

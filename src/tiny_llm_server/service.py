@@ -69,17 +69,19 @@ class Service:
         except Exception as error:  # the process ends with its message
             self.failure = load_error(error)
         else:
-            config, stats = self._llm.engine_config, self._llm.engine.stats
+            self._log_ready(self._llm)
+
+    def _log_ready(self, llm: LLM) -> None:
+        LOG.info(
+            "%s is ready: %d blocks of %d tokens, context of %d tokens; the API is at /v1%s",
+            *(self.model_name, llm.engine.stats.num_blocks, llm.engine_config.block_size, llm.max_model_len),
+            ", the live page at /" if self.config.live else "",
+        )
+        if self.sampling_defaults:
             LOG.info(
-                "%s is ready: %d blocks of %d tokens, context of %d tokens; the API is at /v1%s",
-                *(self.model_name, stats.num_blocks, config.block_size, self._llm.max_model_len),
-                ", the live page at /" if self.config.live else "",
+                "Sampling defaults for fields that a request leaves out: %s",
+                described(self._overrides, llm.sampling_defaults),
             )
-            if self.sampling_defaults:
-                LOG.info(
-                    "Sampling defaults for fields that a request leaves out: %s",
-                    described(self._overrides, self._llm.sampling_defaults),
-                )
 
     @property
     def status(self) -> Status:
@@ -193,7 +195,7 @@ class Service:
             )
             if self.config.log_requests:
                 for request, prompt in zip(requests, prompts, strict=True):
-                    LOG.info("%s: %r for %r", request.request_id, params, prompt)
+                    LOG.info("Received request %s: prompt %r, %r", request.request_id, prompt, params)
             lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
             stats = self.metrics.request_stats(lengths, params.n)
             run = await Run.begin(engine, requests, stats, self.config.request_timeout)
