@@ -36,11 +36,15 @@ def checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def described(overrides: Mapping[str, Any], of_model: Mapping[str, Any]) -> str:
-    """Describe the defaults in one line, with the source of each.
+    """Describe the defaults in one line, grouped by their source.
 
-    >>> described({"temperature": 0.2}, {"temperature": 0.7, "top_p": 0.9})
-    'temperature 0.2 (--override-generation-config), top_p 0.9 (model)'
+    >>> described({"temperature": 0.2}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20})
+    'temperature 0.2 (--override-generation-config); top_p 0.9, top_k 20 (model)'
     """
-    sources = dict.fromkeys(of_model, "model") | dict.fromkeys(overrides, "--override-generation-config")
-    values = {**of_model, **overrides}
-    return ", ".join(f"{name} {values[name]} ({source})" for name, source in sources.items())
+    left = {name: value for name, value in of_model.items() if name not in overrides}
+    groups = [(overrides, "--override-generation-config"), (left, "model")]
+    return "; ".join(f"{_listed(values)} ({source})" for values, source in groups if values)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
