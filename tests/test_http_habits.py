@@ -1,6 +1,6 @@
 """HTTP as clients, browsers and load balancers use it: methods, paths, hosts, origins and bodies.
 
-Oracles: RFC 9110 and 9112, the Fetch standard's CORS protocol, OpenAI's shape of errors.
+Oracles: RFC 9110 and 9112, the Fetch standard's CORS protocol, OpenAI's format of errors.
 """
 
 import codecs

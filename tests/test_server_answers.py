@@ -1,6 +1,6 @@
 """Answers of the HTTP API to the official client and to plain requests.
 
-Oracles: the engine itself, asked for the same without HTTP, and OpenAI's documented shapes.
+Oracles: the engine without HTTP, and OpenAI's API reference.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Clients that disconnect, requests that fail or time out, and a server that loads and drains.
 
-Whatever ends early gives its pages back, and the answers of the others stay what the engine says.
+A request that stops early frees its blocks and does not change the answers of others.
 """
 
 import asyncio

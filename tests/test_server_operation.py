@@ -96,7 +96,9 @@ def test_metrics_count_requests_tokens_and_times(client: httpx.Client) -> None:
     assert more("inter_token_latency_seconds_count") == 16
     assert more("request_queue_time_seconds_count") == 2
     assert 0 < more("request_queue_time_seconds_sum") < more("time_to_first_token_seconds_sum")
-    assert more("iteration_tokens_total_sum") == usage["prompt_tokens"] + 16  # nobody computes a last token
+    assert (
+        more("iteration_tokens_total_sum") == usage["prompt_tokens"] + 16
+    )  # the last token of a completion is not computed
     assert more("iteration_tokens_total_count") == more("iteration_tokens_total_bucket{le=+Inf}") == 5
     assert more("iteration_tokens_total_bucket{le=4.0}") == 4, "four completions together, after a prefill"
     assert more("request_prompt_tokens_sum") == usage["prompt_tokens"]

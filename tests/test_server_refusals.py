@@ -1,7 +1,6 @@
 """Requests that the HTTP API refuses, with errors in OpenAI's format: fields, bodies, abuse of HTTP.
 
-What one client is refused changes nothing for the others; a field that asks for what is done anyway
-is fine.
+Refusing one client does not affect others, and fields that request the default behavior are accepted.
 """
 
 import json

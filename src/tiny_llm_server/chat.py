@@ -99,9 +99,7 @@ class _Work:
             async for step in steps:
                 if not step:
                     yield None
-                elif (
-                    not has_started
-                ):  # not earlier: clients measure the time to the first token by this event
+                elif not has_started:  # not earlier: clients measure the TTFT by this event
                     has_started = True
                     for index in range(self._body.n):
                         delta = ChatDelta(role="assistant", content="")
