@@ -135,5 +135,5 @@ def test_hundreds_of_requests_leak_nothing(tmp_path: Path, requests: int) -> Non
     assert num_left >= requests // 5, "too few clients disconnected"
     assert num_served >= requests // 2
     assert len(refusals) >= 10, "the queue was never full"
-    assert stats.num_preemptions >= 10, f"too few preemptions: {stats}"
+    assert stats.num_preemptions >= requests // 100, f"too few preemptions: {stats}"
     assert max(live[1:]) - min(live[1:]) <= 4096, f"live bytes grow: {live}"

@@ -267,8 +267,8 @@ def serve(
         -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
     See how it works: open http://127.0.0.1:8000 and press "Load it":
       tiny-llm serve --demo
-    Serve a model from the Hugging Face hub to other machines:
-      tiny-llm serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key "$KEY"
+    Accept requests from other machines, with a key:
+      tiny-llm serve --host 0.0.0.0 --api-key choose-your-own-key
 
     GET /health returns 503 until the model is loaded. The first Ctrl-C or SIGTERM refuses new requests and
     lets the others finish within --grace seconds; the second one aborts them.
