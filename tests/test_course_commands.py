@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tiny_llm_course import days as demonstrations
-from tiny_llm_course import main as door
-from tiny_llm_course.house import House
+from tiny_llm_course import main as command_line
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.syllabus import read_syllabus
 from toy_course import ROOT, run
@@ -42,7 +42,7 @@ show_commands.on_try(sys.argv[1])
 )
 def test_a_slow_module_runs_in_its_own_day_only(tmp_path: Path, tried: str, says: str, is_mine: bool) -> None:
     """The learner's other modules run in every day."""
-    reference = House.here().reference
+    reference = Repo.here().reference
     for name in ("quantize.py", "rope.py"):
         (tmp_path / name).write_text((reference / name).read_text("utf-8"), "utf-8")
     ran = subprocess.run(
@@ -63,7 +63,7 @@ def test_days_without_a_slow_module_say_nothing_of_it(tmp_path: Path) -> None:
 
 
 def test_the_real_course_can_be_read() -> None:
-    here = House.here()
+    here = Repo.here()
     assert static_problems(here, read_syllabus(here.syllabus)) == []
 
 
@@ -71,15 +71,15 @@ def test_the_message_of_every_blank_is_known_as_one() -> None:
     """Days have more than nine tasks: `3.4.10` is one of them."""
     from tiny_llm_course import provenance
 
-    here = House.here()
+    here = Repo.here()
     messages = [e.message for day in read_syllabus(here.syllabus).days for e in day.exercises]
     assert any(message.startswith("3.4.10 ") for message in messages)
     assert [message for message in messages if not provenance.OF_A_BLANK.match(message)] == []
 
 
 def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
-    here = House.here()
-    days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come]
+    here = Repo.here()
+    days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_planned]
     files = {file.name for file in Path(demonstrations.__path__[0]).glob("week_*.py")}
     assert files == {f"week_{day[0]}_day_{day[2]}.py" for day in days}
     modules = [demonstrations.demonstration(day) for day in days]
@@ -136,7 +136,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TINY_LLM_OVERLAY", str(tmp_path))
-    assert door.run(arguments) in (1, 2)
+    assert command_line.run(arguments) in (1, 2)
     err = capsys.readouterr().err
     assert words in err
     assert err.startswith("error: ")
@@ -160,7 +160,7 @@ def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str
     ]
     commands += ["doctor", "build-kernels", "course-check"]
     for command in commands:
-        assert door.run([command, "--help"]) == 0
+        assert command_line.run([command, "--help"]) == 0
         assert len(capsys.readouterr().out.split()) > 20
     scripts = (ROOT / "pyproject.toml").read_text("utf-8")
     for command in commands:

@@ -7,7 +7,7 @@ import pytest
 from tiny_llm_course import compare as comparing
 from tiny_llm_course.compare import Comparison, Measured, as_text, compare
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.starter import skip, start
 from tiny_llm_course.units import Day
 from toy_course import syllabus_of
@@ -17,14 +17,14 @@ SIDE = Measured(0.001, 0.001, 0.2, 2048)
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
     """The real course with an empty overlay, and short measurements."""
     monkeypatch.setattr(comparing, "SECONDS", 0.1)
-    return House.here().with_overlay(tmp_path)
+    return Repo.here().with_overlay(tmp_path)
 
 
-def day(house: House, number: str) -> Day:
-    return syllabus_of(house).day(number)
+def day(repo: Repo, number: str) -> Day:
+    return syllabus_of(repo).day(number)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def day(house: House, number: str) -> Day:
     ],
 )
 def test_whole_numbers_are_counted_and_others_measured(
-    here: House, differing: int | None, largest: float | None, says: str
+    here: Repo, differing: int | None, largest: float | None, says: str
 ) -> None:
     """The distance of two token ids means nothing."""
     text = as_text(here, day(here, "1.2"), Comparison(SIDE, SIDE, differing, 4, largest))
@@ -49,7 +49,7 @@ def test_whole_numbers_are_counted_and_others_measured(
 
 @pytest.mark.parametrize(("is_compiled", "ran"), [(True, "a compiled kernel"), (False, "MLX's own operator")])
 def test_the_exercises_whose_reference_is_faster_code_say_so(
-    here: House, is_compiled: bool, ran: str, monkeypatch: pytest.MonkeyPatch
+    here: Repo, is_compiled: bool, ran: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparing, "compiled_runs", lambda: is_compiled)
     start(here, day(here, "1.4"))
@@ -65,7 +65,7 @@ def test_the_exercises_whose_reference_is_faster_code_say_so(
     assert any(line.startswith("memory: ") and "not counted" in line for line in lines)
 
 
-def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_are_measured_alternating(here: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     repeat = comparing._Side.repeat
 
@@ -81,7 +81,7 @@ def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.Mo
     assert asked[:4] == ["your day 2.6", "the reference"] * 2
 
 
-def test_modules_of_other_days_do_not_run(here: House) -> None:
+def test_modules_of_other_days_do_not_run(here: Repo) -> None:
     """A quantize.py of the learner's would make every pass of the real model slow."""
     (here.overlay / "quantize.py").write_text("raise RuntimeError('of another day')\n", "utf-8")
     start(here, day(here, "2.6"))
@@ -89,7 +89,7 @@ def test_modules_of_other_days_do_not_run(here: House) -> None:
     assert compare(here, day(here, "2.6")).differing == 0
 
 
-def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) -> None:
+def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: Repo) -> None:
     one = day(here, "1.2")
     start(here, one)
     with pytest.raises(CourseError) as blank:
@@ -106,7 +106,7 @@ def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) 
     assert "\n" not in str(mistake.value)
 
 
-def test_a_day_with_nothing_to_compare_says_why(here: House) -> None:
+def test_a_day_with_nothing_to_compare_says_why(here: Repo) -> None:
     for number in ("1.1", "1.3", "1.7", "3.1", "3.4", "3.7"):
         with pytest.raises(CourseError, match=f"day {number} has nothing to compare: both sides "):
             compare(here, day(here, number))

@@ -9,8 +9,8 @@ import tiny_llm_kernels
 from tiny_llm_course import cpp
 from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
 from tiny_llm_course.overview import map_text
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.starter import set_aside
 from tiny_llm_course.testing import run_day
 from tiny_llm_course.views import tasks
@@ -61,7 +61,7 @@ def test_a_kernel_is_blanked_part_by_part() -> None:
 
 
 def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp_path: Path) -> None:
-    here = House.here().with_overlay(tmp_path)
+    here = Repo.here().with_overlay(tmp_path)
     syllabus = syllabus_of(here)
     days = [day for day in syllabus.days if day.kernels]
     assert [day.id for day in days] == ["2.4", "2.5"]
@@ -142,7 +142,7 @@ def test_a_kernel_of_the_learners_runs_in_place_of_the_references(tmp_path: Path
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
     replace(
         tmp_path / "quantized_matmul.cpp",
-        f'\n#error "{syllabus_of(House.here()).exercise("2.4.6").message}"',
+        f'\n#error "{syllabus_of(Repo.here()).exercise("2.4.6").message}"',
         PLAIN_MATMUL,
     )
     built = run(["build-kernels"], tmp_path)

@@ -3,14 +3,14 @@ away."""
 
 import pytest
 
-from tiny_llm_course.house import House
 from tiny_llm_course.may_use import may_use, unit_may_use
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.units import Day, Exercise
 from tiny_llm_course.views import hint, tasks
-from toy_course import house, replace, syllabus_of
+from toy_course import replace, repo, syllabus_of
 
-__all__ = ["house"]
+__all__ = ["repo"]
 
 SHELF = '''"""Shelves."""
 
@@ -58,28 +58,28 @@ def shelves(names: list[str]) -> Mapping[str, Shelf]:
 
 
 @pytest.fixture
-def shelved(house: House) -> House:
+def shelved(repo: Repo) -> Repo:
     """The course of three days, where day 1.2 uses a given module in every way that can be followed."""
-    (house.reference / "shelf.py").write_text(SHELF, "utf-8")
-    return house
+    (repo.reference / "shelf.py").write_text(SHELF, "utf-8")
+    return repo
 
 
-def of(house: House, exercise_id: str) -> tuple[Day, Exercise]:
-    syllabus = syllabus_of(house)
+def of(repo: Repo, exercise_id: str) -> tuple[Day, Exercise]:
+    syllabus = syllabus_of(repo)
     exercise = syllabus.exercise(exercise_id)
     assert isinstance(exercise, Exercise)
     return syllabus.day(exercise.day_id), exercise
 
 
-def used(house: House, exercise_id: str) -> list[str]:
-    return [f"{one.module}.{one.name}" for one in may_use(house, *of(house, exercise_id))]
+def used(repo: Repo, exercise_id: str) -> list[str]:
+    return [f"{one.module}.{one.name}" for one in may_use(repo, *of(repo, exercise_id))]
 
 
-def test_a_removed_helper_is_looked_through_and_not_named(house: House) -> None:
-    assert used(house, "1.2.1") == ["adding.add"]
-    assert used(house, "1.2.2") == ["adding.add"]
-    assert used(house, "1.1.1") == []
-    [one] = may_use(house, *of(house, "1.2.2"))
+def test_a_removed_helper_is_looked_through_and_not_named(repo: Repo) -> None:
+    assert used(repo, "1.2.1") == ["adding.add"]
+    assert used(repo, "1.2.2") == ["adding.add"]
+    assert used(repo, "1.1.1") == []
+    [one] = may_use(repo, *of(repo, "1.2.2"))
     assert str(one) == "adding.add(one: int, other: int) -> int: The sum of both"
 
 
@@ -99,7 +99,7 @@ def test_a_removed_helper_is_looked_through_and_not_named(house: House) -> None:
     ],
 )
 def test_attributes_follow_from_annotations_constructors_and_results(
-    shelved: House, body: str, names: list[str]
+    shelved: Repo, body: str, names: list[str]
 ) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", body)
     replace(
@@ -111,7 +111,7 @@ def test_attributes_follow_from_annotations_constructors_and_results(
     assert found == sorted(f"shelf.{name}" for name in names)
 
 
-def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
+def test_signatures_and_first_sentences_are_shown(shelved: Repo) -> None:
     body = "return Shelf(1).put(x).is_full"
     replace(shelved.reference / "doubling.py", "return add(x, x)", body)
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
@@ -122,7 +122,7 @@ def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
     ]
 
 
-def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: House) -> None:
+def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: Repo) -> None:
     said = '"""What all have.\n\n    label, size: how many books\n        fit. colour: none.\n    """'
     replace(shelved.reference / "shelf.py", '"""What all have."""', said)
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
@@ -131,7 +131,7 @@ def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: Ho
     assert shown[0] == "shelf.Base.size: int: how many books fit"
 
 
-def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelved: House) -> None:
+def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelved: Repo) -> None:
     fields = "".join(f"    field_{number}: int = 0\n" for number in range(7))
     replace(shelved.reference / "shelf.py", "    size: int\n\n\n", f"    size: int\n{fields}\n\n")
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Base(1)")
@@ -167,7 +167,7 @@ def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelv
     ],
 )
 def test_fields_that_are_given_by_name_stand_behind_a_star(
-    shelved: House, old: str, new: str, shown: str
+    shelved: Repo, old: str, new: str, shown: str
 ) -> None:
     file = shelved.reference / "shelf.py"
     file.write_text(SHELF.replace(old, new) if old else SHELF, "utf-8")
@@ -176,7 +176,7 @@ def test_fields_that_are_given_by_name_stand_behind_a_star(
     assert f"shelf.Shelf{shown}: Holds books" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
 
 
-def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: House) -> None:
+def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: Repo) -> None:
     more = "    def __init__(self) -> None:\n        self.held = 0\n\n    @property\n    def is_full"
     replace(shelved.reference / "shelf.py", "    @property\n    def is_full", more)
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf().held")
@@ -185,19 +185,19 @@ def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: House) -> 
 
 
 def test_the_sequence_of_the_engine_is_made_by_name() -> None:
-    day = syllabus_of(House.here()).day("2.7")
-    [shown] = [one.signature for one in unit_may_use(House.here(), day) if one.name == "Sequence"]
+    day = syllabus_of(Repo.here()).day("2.7")
+    [shown] = [one.signature for one in unit_may_use(Repo.here(), day) if one.name == "Sequence"]
     assert shown == "Sequence(*, seq_id, request_id, prompt, params, seed, max_len, ...)"
 
 
-def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: House) -> None:
+def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: Repo) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
     shown = [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
     assert shown[0] == "shelf.Base.size: int"
 
 
-def test_the_package_under_the_reference_is_read_too(shelved: House) -> None:
+def test_the_package_under_the_reference_is_read_too(shelved: Repo) -> None:
     below = shelved.reference.parent / "tiny_llm_checkpoints"
     below.mkdir()
     (below / "shelf.py").write_text(SHELF.replace("class Base:", "class Base(Deeper):"), "utf-8")
@@ -222,20 +222,18 @@ def test_the_package_under_the_reference_is_read_too(shelved: House) -> None:
     ]
 
 
-def test_what_cannot_be_read_is_declared(house: House) -> None:
-    replace(
-        house.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]'
-    )
-    assert used(house, "1.2.2") == ["adding.add", "adding.given"]
+def test_what_cannot_be_read_is_declared(repo: Repo) -> None:
+    replace(repo.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]')
+    assert used(repo, "1.2.2") == ["adding.add", "adding.given"]
 
 
-def test_start_and_the_first_hint_show_it(house: House) -> None:
-    day, exercise = of(house, "1.2.2")
+def test_start_and_the_first_hint_show_it(repo: Repo) -> None:
+    day, exercise = of(repo, "1.2.2")
     line = "  adding.add(one: int, other: int) -> int: The sum of both"
-    assert tasks(house, day).count(line) == 1, "once for the day"
-    assert line in hint(house, syllabus_of(house), exercise, 1)
-    assert line not in hint(house, syllabus_of(house), exercise, 2)
-    assert "you may use" not in tasks(house, syllabus_of(house).day("1.1"))
+    assert tasks(repo, day).count(line) == 1, "once for the day"
+    assert line in hint(repo, syllabus_of(repo), exercise, 1)
+    assert line not in hint(repo, syllabus_of(repo), exercise, 2)
+    assert "you may use" not in tasks(repo, syllabus_of(repo).day("1.1"))
 
 
 @pytest.mark.parametrize(
@@ -259,13 +257,13 @@ def test_start_and_the_first_hint_show_it(house: House) -> None:
     ],
 )
 def test_a_list_that_says_too_much_or_too_little_is_found(
-    house: House, old: str, new: str, problem: str
+    repo: Repo, old: str, new: str, problem: str
 ) -> None:
-    replace(house.reference / "adding.py", "sum((one, other))", "one.secret + other")
-    replace(house.syllabus, old, new) if old.startswith("name") else house.syllabus.write_text(
-        house.syllabus.read_text("utf-8").replace(old, new, 1), "utf-8"
+    replace(repo.reference / "adding.py", "sum((one, other))", "one.secret + other")
+    replace(repo.syllabus, old, new) if old.startswith("name") else repo.syllabus.write_text(
+        repo.syllabus.read_text("utf-8").replace(old, new, 1), "utf-8"
     )
-    assert problem in [str(found) for found in static_problems(house, syllabus_of(house))]
+    assert problem in [str(found) for found in static_problems(repo, syllabus_of(repo))]
 
 
 @pytest.mark.parametrize(
@@ -289,11 +287,11 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
 )
 def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -> None:
     """Names that a learner found only in the hints, or in the solution."""
-    assert set(names) <= set(used(House.here(), exercise_id))
+    assert set(names) <= set(used(Repo.here(), exercise_id))
 
 
 def test_no_day_of_the_course_names_what_its_starter_is_without() -> None:
-    here = House.here()
+    here = Repo.here()
     for day in syllabus_of(here).days:
         shown = {f"{one.module}.{one.name}" for one in unit_may_use(here, day)}
         assert not shown & set(day.removed)

@@ -1,4 +1,4 @@
-"""Parts of the real days: the commands for one part, and any cut of a day begins as the day does."""
+"""Parts of the real days: the commands for one part, and any way to cut a day leads to the same files."""
 
 import dataclasses
 import json
@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from tiny_llm_course import days as demonstrations
-from tiny_llm_course import main as door
-from tiny_llm_course.house import House
+from tiny_llm_course import main as command_line
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.starter import start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
-from tiny_llm_course.units import Cut
+from tiny_llm_course.units import PartEntry
 from toy_course import run
 from toy_parts import own
 
 
 @pytest.fixture
 def real() -> Syllabus:
-    here = House.here()
+    here = Repo.here()
     return read_syllabus(here.syllabus)
 
 
@@ -64,14 +64,14 @@ def test_a_mistake_about_a_part_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TINY_LLM_OVERLAY", str(tmp_path))
-    assert door.run(arguments) == 1
+    assert command_line.run(arguments) == 1
     assert capsys.readouterr().err == f"error: {words}"
 
 
 def test_every_help_says_what_a_part_is(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ["start", "test", "test-refsol", "try", "hint", "diff", "compare", "progress", "map", "skip"]
     for command in [*commands, "reset", "restore", "doctor", "course-check"]:
-        assert door.run([command, "--help"]) == 0
+        assert command_line.run([command, "--help"]) == 0
         out = capsys.readouterr().out
         assert "3.2b" in out, command
         assert "part" in out, command
@@ -92,20 +92,22 @@ def test_the_parts_of_any_cut_one_after_the_other_are_the_day_as_it_begins(
     for day in real.days:
         middle = (len(day.exercises) + 1) // 2
         halves = [pair for pair in (("a", day.exercises[:middle]), ("b", day.exercises[middle:])) if pair[1]]
-        cut = dataclasses.replace(day, cuts=tuple(Cut(letter, letter, None, some) for letter, some in halves))
-        house = House.here().with_overlay(tmp_path / day.id)
-        house.overlay.mkdir()
+        divided = dataclasses.replace(
+            day, entries=tuple(PartEntry(letter, letter, None, some) for letter, some in halves)
+        )
+        repo = Repo.here().with_overlay(tmp_path / day.id)
+        repo.overlay.mkdir()
         for letter in order if len(halves) > 1 else "a":
-            start(house, cut.part(letter))
+            start(repo, divided.part(letter))
         for module in day.modules:
-            assert own(house, module) == starter(house, module, day), f"{day.id}, {module}.py"
+            assert own(repo, module) == starter(repo, module, day), f"{day.id}, {module}.py"
 
 
 def test_what_a_days_file_has_for_parts_is_for_parts_that_there_are(real: Syllabus) -> None:
     for day in real.days:
         module = demonstrations.demonstration(day.id)
         names = {name for name in vars(module) if name.startswith(("show_", "work_"))}
-        letters = {one.cut.letter for one in day.parts}
+        letters = {one.entry.letter for one in day.parts}
         assert {name.partition("_")[2] for name in names} <= letters
         assert all(getattr(module, name).__doc__ for name in names)
 

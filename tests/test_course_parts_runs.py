@@ -4,24 +4,24 @@ import pytest
 
 from tiny_llm_course.blame import find_blame
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
-from tiny_llm_course.outcome import Outcome, begin_here
+from tiny_llm_course.outcome import Outcome, first_to_fix
 from tiny_llm_course.progress import Result, remember, result
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.runs import run_suites
 from tiny_llm_course.source import with_blank
 from tiny_llm_course.starter import skip, start
 from tiny_llm_course.testing import run_day, run_started
-from toy_course import house, replace, suite, syllabus_of, write
+from toy_course import replace, repo, suite, syllabus_of, write
 from toy_parts import BACK, COUNT, LEAP, SUITE, course, own, part, solved
 
-__all__ = ["course", "house"]
+__all__ = ["course", "repo"]
 
 
 # ---- test ----
 
 
 def test_a_part_passes_while_the_later_ones_are_blank(
-    course: House, capfd: pytest.CaptureFixture[str]
+    course: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     syllabus = syllabus_of(course)
     start(course, syllabus.day("1.2"))
@@ -39,7 +39,7 @@ def test_a_part_passes_while_the_later_ones_are_blank(
     assert result(course, syllabus.day("1.2")) is Result.UNKNOWN
 
 
-def test_a_part_in_the_middle_may_come_first(course: House, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_part_in_the_middle_may_come_first(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(course)
     start(course, part(course, "b"))
     assert run_day(course, syllabus, part(course, "b"), []) == 1
@@ -57,7 +57,7 @@ def test_a_part_in_the_middle_may_come_first(course: House, capfd: pytest.Captur
     assert run_day(course, syllabus, part(course, "b"), [], isolated=True) == 0
 
 
-def test_the_day_passes_when_its_parts_do_and_later_work_makes_no_part_stale(course: House) -> None:
+def test_the_day_passes_when_its_parts_do_and_later_work_makes_no_part_stale(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     first, second, third = day.parts
     start(course, first)
@@ -82,7 +82,7 @@ def test_the_day_passes_when_its_parts_do_and_later_work_makes_no_part_stale(cou
     assert [result(course, one) for one in (*day.parts, day)] == [Result.STALE] * 3 + [Result.UNKNOWN]
 
 
-def test_the_parts_pass_when_the_day_does(course: House) -> None:
+def test_the_parts_pass_when_the_day_does(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     skip(course, day, day.exercises)
@@ -92,7 +92,7 @@ def test_the_parts_pass_when_the_day_does(course: House) -> None:
     assert [result(course, one) for one in day.parts] == [Result.UNKNOWN] * 3
 
 
-def test_a_run_of_the_day_says_which_parts_pass(course: House, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_the_day_says_which_parts_pass(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(course)
     day = syllabus.day("1.2")
     start(course, day)
@@ -107,7 +107,7 @@ def test_a_run_of_the_day_says_which_parts_pass(course: House, capfd: pytest.Cap
     assert "parts that pass" not in capfd.readouterr().out, "the file cannot be imported"
 
 
-def test_a_part_does_not_depend_on_a_file_of_later_parts_only(course: House) -> None:
+def test_a_part_does_not_depend_on_a_file_of_later_parts_only(course: Repo) -> None:
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")
     day = syllabus_of(course).day("1.2")
@@ -118,7 +118,7 @@ def test_a_part_does_not_depend_on_a_file_of_later_parts_only(course: House) -> 
     assert [result(course, one) for one in day.parts] == [Result.PASSING, Result.PASSING, Result.STALE]
 
 
-def test_the_tests_of_a_task_are_those_of_its_number(course: House) -> None:
+def test_the_tests_of_a_task_are_those_of_its_number(course: Repo) -> None:
     more = (
         '\n\ndef test_task_11_more() -> None:\n    """Oracle: by hand."""\n    assert Counter().back() == 1\n'
     )
@@ -129,7 +129,7 @@ def test_the_tests_of_a_task_are_those_of_its_number(course: House) -> None:
     assert "1 failed, 1 passed, 3 deselected" in both.stdout
 
 
-def test_a_part_that_is_not_started_says_how_to_start_it(course: House) -> None:
+def test_a_part_that_is_not_started_says_how_to_start_it(course: Repo) -> None:
     syllabus = syllabus_of(course)
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")
@@ -141,7 +141,7 @@ def test_a_part_that_is_not_started_says_how_to_start_it(course: House) -> None:
 
 
 def test_without_a_day_the_parts_that_were_started_are_tested(
-    course: House, capfd: pytest.CaptureFixture[str]
+    course: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")
@@ -153,7 +153,7 @@ def test_without_a_day_the_parts_that_were_started_are_tested(
     assert "course: part 1.2c" not in out
 
 
-def test_the_last_part_leads_to_the_day(course: House, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_last_part_leads_to_the_day(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(course)
     start(course, part(course, "c"))
     write(course, "counting", solved(own(course), "Counter.back", BACK))
@@ -181,7 +181,7 @@ def failing(test: str) -> Outcome:
 
 
 def test_a_fault_of_another_part_in_another_file_is_found_there(
-    course: House, capfd: pytest.CaptureFixture[str]
+    course: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     replace(course.reference / "doubling.py", "from .adding import add\n", "from .counting import Counter\n")
     replace(course.reference / "doubling.py", "add(x, x)", "Counter().leap(2 * x)")
@@ -198,7 +198,7 @@ def test_a_fault_of_another_part_in_another_file_is_found_there(
     assert "it fails with your counting.py (day 1.2): pdm run test 1.2" in out
 
 
-def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: House) -> None:
+def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     wrong = solved(own(course), "Counter.count", "        return 7")
@@ -208,12 +208,12 @@ def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: House) ->
     found = find_blame(course, day.part("b"), outcome)
     assert found.exercise is not None
     assert found.exercise.id == "1.2.1"
-    assert begin_here(outcome, day, found.exercise) == (
+    assert first_to_fix(outcome, day, found.exercise) == (
         "first: 1.2.1 Counter.count (1 of 1.2.2's tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
     )
 
 
-def test_a_learners_helper_may_have_the_name_of_one_of_the_references(course: House) -> None:
+def test_a_learners_helper_may_have_the_name_of_one_of_the_references(course: Repo) -> None:
     """The reference's code called the learner's helper, so that the search blamed several exercises."""
     day = syllabus_of(course).day("1.2")
     start(course, day)
@@ -226,7 +226,7 @@ def test_a_learners_helper_may_have_the_name_of_one_of_the_references(course: Ho
     assert found.exercise.id == "1.2.4"
 
 
-def test_what_is_skipped_calls_the_references_helper_and_not_the_learners(course: House) -> None:
+def test_what_is_skipped_calls_the_references_helper_and_not_the_learners(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     helper = "    def _before(self) -> int:\n        return 7\n\n\ndef given"

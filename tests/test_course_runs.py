@@ -20,16 +20,16 @@ import pytest
 
 from tiny_llm_course import blame
 from tiny_llm_course.blame import find_blame
-from tiny_llm_course.first_failure import MOST_LINES, lines_of
-from tiny_llm_course.house import House
-from tiny_llm_course.outcome import Outcome, begin_here
+from tiny_llm_course.first_failure import MAX_LINES, lines_of
+from tiny_llm_course.outcome import Outcome, first_to_fix
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.runs import run_suites
 from tiny_llm_course.steady_parse import steady_parse
 from tiny_llm_course.testing import run_day
 from tiny_llm_course.watch import watch
-from toy_course import ADDING, COUNTING, DOUBLING, house, replace, suite, syllabus_of, write
+from toy_course import ADDING, COUNTING, DOUBLING, replace, repo, suite, syllabus_of, write
 
-__all__ = ["house"]
+__all__ = ["repo"]
 
 LOOP = "    while True:\n        try:\n            pass\n        except Exception:\n            pass\n"
 
@@ -42,12 +42,12 @@ def looping() -> str:
 
 
 def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
-    house: House, capfd: pytest.CaptureFixture[str]
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", looping())
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", looping())
     start = time.monotonic()
-    assert run_day(house, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
+    assert run_day(repo, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
     assert time.monotonic() - start < 30
     out = capfd.readouterr().out
     assert "still running after 1 s" in out
@@ -59,30 +59,30 @@ def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
     )
 
 
-def test_a_loop_at_the_top_of_a_module_ends_too(house: House, capfd: pytest.CaptureFixture[str]) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", f"{ADDING}\nwhile True:\n    pass\n")
-    assert run_day(house, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
+def test_a_loop_at_the_top_of_a_module_ends_too(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", f"{ADDING}\nwhile True:\n    pass\n")
+    assert run_day(repo, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
     assert "still running after 1 s" in capfd.readouterr().out
 
 
-def test_a_thread_that_loops_is_named_and_not_waited_for(house: House) -> None:
+def test_a_thread_that_loops_is_named_and_not_waited_for(repo: Repo) -> None:
     """The test waits for a thread of the learner's that never ends, and neither does the process."""
     threaded = "    import threading\n\n    def spin() -> None:\n        while True:\n            pass\n\n"
     threaded += (
         "    thread = threading.Thread(target=spin, name='engine')\n    thread.start()\n    thread.join()\n"
     )
-    write(house, "adding", ADDING.replace("    return sum((one, other))\n", threaded))
-    run = run_suites(house, [suite(house, 1)], quiet=True, time_limit=1)
+    write(repo, "adding", ADDING.replace("    return sum((one, other))\n", threaded))
+    run = run_suites(repo, [suite(repo, 1)], quiet=True, time_limit=1)
     assert run.returncode == 1
     assert re.search(r"the thread 'engine' is at adding\.py, line (13|14), in spin", run.stdout)
 
 
-def test_no_limit_and_a_debugger_have_all_the_time(house: House) -> None:
+def test_no_limit_and_a_debugger_have_all_the_time(repo: Repo) -> None:
     slow = "    import time\n\n    time.sleep(1.5)\n    return one + other\n"
-    write(house, "adding", ADDING.replace("    return sum((one, other))\n", slow))
-    assert run_suites(house, [suite(house, 1)], quiet=True, time_limit=0).returncode == 0
-    assert run_suites(house, [suite(house, 1)], quiet=True, time_limit=0.5).returncode != 0
+    write(repo, "adding", ADDING.replace("    return sum((one, other))\n", slow))
+    assert run_suites(repo, [suite(repo, 1)], quiet=True, time_limit=0).returncode == 0
+    assert run_suites(repo, [suite(repo, 1)], quiet=True, time_limit=0.5).returncode != 0
 
 
 def interrupted(overlay: Path, until: str) -> subprocess.CompletedProcess[str]:
@@ -107,9 +107,9 @@ def interrupted(overlay: Path, until: str) -> subprocess.CompletedProcess[str]:
 
 def real_loop(overlay: Path) -> None:
     """Day 1.1 with a mask that loops."""
-    code = "from tiny_llm_course.house import House\nfrom tiny_llm_course.syllabus import read_syllabus\n"
-    code += "from tiny_llm_course.starter import start\nhouse = House.here()\n"
-    code += "start(house, read_syllabus(house.syllabus).day('1.1'))\n"
+    code = "from tiny_llm_course.repo import Repo\nfrom tiny_llm_course.syllabus import read_syllabus\n"
+    code += "from tiny_llm_course.starter import start\nhouse = Repo.here()\n"
+    code += "start(repo, read_syllabus(repo.syllabus).day('1.1'))\n"
     subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "TINY_LLM_OVERLAY": str(overlay)}, check=True
     )
@@ -144,7 +144,7 @@ def test_a_save_ends_a_run_that_loops_and_begins_another(
             time.sleep(0.1)
             yield False
 
-    assert watch(House(tmp_path, tmp_path), [sys.executable, str(code)], polls()) == 0
+    assert watch(Repo(tmp_path, tmp_path), [sys.executable, str(code)], polls()) == 0
     out = capfd.readouterr().out
     assert "saved: this run is ended, and another begins" in out
     assert out.index("looping") < out.index("mended") < out.index("watching ")
@@ -188,11 +188,11 @@ CRASH = "    import os\n    import signal\n\n    os.kill(os.getpid(), signal.SIG
 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_a_crash_of_python_names_the_signal_the_test_and_its_exercise(
-    house: House, isolated: bool, capfd: pytest.CaptureFixture[str]
+    repo: Repo, isolated: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING.replace("    return sum((one, other))\n", CRASH))
-    assert run_day(house, syllabus, syllabus.day("1.1"), [], isolated=isolated) == 128 + signal.SIGSEGV
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING.replace("    return sum((one, other))\n", CRASH))
+    assert run_day(repo, syllabus, syllabus.day("1.1"), [], isolated=isolated) == 128 + signal.SIGSEGV
     assert capfd.readouterr().out.splitlines()[-4:] == [
         "SIGSEGV ended Python in test_task_1_two_and_three",
         "the test is about 1.1.1 add. MLX checks no index: one outside of an array can do this.",
@@ -201,10 +201,10 @@ def test_a_crash_of_python_names_the_signal_the_test_and_its_exercise(
     ]
 
 
-def test_a_crash_while_a_file_is_read_names_the_file(house: House, capfd: pytest.CaptureFixture[str]) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", f"{ADDING}\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 128 + signal.SIGSEGV
+def test_a_crash_while_a_file_is_read_names_the_file(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", f"{ADDING}\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 128 + signal.SIGSEGV
     out = capfd.readouterr().out
     assert out.endswith("SIGSEGV ended Python while tests_refsol/test_week_1_day_1.py was read\n")
 
@@ -213,24 +213,24 @@ def test_a_crash_while_a_file_is_read_names_the_file(house: House, capfd: pytest
 
 
 def test_of_many_failures_the_first_exercises_first_is_shown_last(
-    house: House, capfd: pytest.CaptureFixture[str]
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
+    syllabus = syllabus_of(repo)
     many = "\n\n@pytest.mark.parametrize('x', range(60))\ndef test_task_2_many(x: int) -> None:\n"
     many += '    """Oracle: by hand."""\n    print("value", x)\n    assert double(x) == 2 * x\n'
-    replace(suite(house, 2), "from tiny_llm.counting", "import pytest\nfrom tiny_llm.counting")
-    suite(house, 2).write_text(suite(house, 2).read_text("utf-8") + many, "utf-8")
-    write(house, "counting", COUNTING.replace("return add(self.value, 1)", "return add(self.value, 2)"))
-    write(house, "doubling", DOUBLING.replace("add(x, x)", "x - 1"))
-    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    replace(suite(repo, 2), "from tiny_llm.counting", "import pytest\nfrom tiny_llm.counting")
+    suite(repo, 2).write_text(suite(repo, 2).read_text("utf-8") + many, "utf-8")
+    write(repo, "counting", COUNTING.replace("return add(self.value, 1)", "return add(self.value, 2)"))
+    write(repo, "doubling", DOUBLING.replace("add(x, x)", "x - 1"))
+    assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
     assert "  test_task_2_many (60)\n" in out
     last = out[out.index("___ test_task_1_counts ___") :]
     assert "assert [counter.count(), counter.count()] == [1, 2]" in last
     assert "test_task_2_many" not in last
-    assert len(last.splitlines()) < MOST_LINES
-    assert len(out.splitlines()) < 2 * MOST_LINES
-    assert run_day(house, syllabus, syllabus.day("1.2"), ["--tb=short"]) == 1
+    assert len(last.splitlines()) < MAX_LINES
+    assert len(out.splitlines()) < 2 * MAX_LINES
+    assert run_day(repo, syllabus, syllabus.day("1.2"), ["--tb=short"]) == 1
     assert capfd.readouterr().out.count("assert double(x) == 2 * x") == 60
 
 
@@ -238,7 +238,7 @@ def test_a_long_failure_keeps_its_beginning_its_end_and_what_was_printed() -> No
     failure = "\n".join(f"line {number}" for number in range(200))
     printed = "\n".join(f"said {number}" for number in range(20))
     shown = lines_of(failure, printed)
-    assert len(shown) == MOST_LINES - 1, "and a title"
+    assert len(shown) == MAX_LINES - 1, "and a title"
     assert (shown[0], shown[-1]) == ("line 0", "said 19")
     assert "line 199" in shown
     [gap] = [line for line in shown if line.startswith("...")]
@@ -248,20 +248,20 @@ def test_a_long_failure_keeps_its_beginning_its_end_and_what_was_printed() -> No
 
 
 def test_an_example_of_hypothesis_is_shown_with_its_values(
-    house: House, capfd: pytest.CaptureFixture[str]
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A plugin that happens to be installed replaced the values by nothing."""
-    syllabus = syllabus_of(house)
+    syllabus = syllabus_of(repo)
     drawn = "\n\n@given(x=st.integers(3, 30))\ndef test_task_1_any(x: int) -> None:\n"
     drawn += '    """Oracle: by hand."""\n    assert add(x, 1) == x + 1\n'
     replace(
-        suite(house, 1),
+        suite(repo, 1),
         "from tiny_llm",
         "from hypothesis import given\nimport hypothesis.strategies as st\nfrom tiny_llm",
     )
-    suite(house, 1).write_text(suite(house, 1).read_text("utf-8") + drawn, "utf-8")
-    write(house, "adding", ADDING.replace("sum((one, other))", "5"))
-    assert run_day(house, syllabus, syllabus.day("1.1"), ["-k", "any"]) == 1
+    suite(repo, 1).write_text(suite(repo, 1).read_text("utf-8") + drawn, "utf-8")
+    write(repo, "adding", ADDING.replace("sum((one, other))", "5"))
+    assert run_day(repo, syllabus, syllabus.day("1.1"), ["-k", "any"]) == 1
     out = capfd.readouterr().out
     assert "x=3," in out or "x=5," in out
 
@@ -273,31 +273,31 @@ def failing(*tests: str, number: int = 2) -> Outcome:
     return Outcome(1, tuple(f"tests_refsol/test_week_1_day_{number}.py::{test}" for test in tests))
 
 
-def test_the_exercise_at_fault_may_be_another_than_the_tests_are_about(house: House) -> None:
+def test_the_exercise_at_fault_may_be_another_than_the_tests_are_about(repo: Repo) -> None:
     """Task 2's test calls task 1, whose own tests find nothing: the search by exchange does."""
-    syllabus = syllabus_of(house)
+    syllabus = syllabus_of(repo)
     day = syllabus.day("1.2")
-    replace(suite(house, 2), "double(4) == 8", "double(4) == 8 and Counter().count() == 1")
-    replace(suite(house, 2), "== [1, 2]", "!= [0, 0]")
-    write(house, "counting", COUNTING.replace("        return self.value\n", "        return 7\n", 1))
-    write(house, "doubling", DOUBLING)
-    found = find_blame(house, day, failing("test_task_2_doubles"))
+    replace(suite(repo, 2), "double(4) == 8", "double(4) == 8 and Counter().count() == 1")
+    replace(suite(repo, 2), "== [1, 2]", "!= [0, 0]")
+    write(repo, "counting", COUNTING.replace("        return self.value\n", "        return 7\n", 1))
+    write(repo, "doubling", DOUBLING)
+    found = find_blame(repo, day, failing("test_task_2_doubles"))
     assert found.today
     assert found.exercise is not None
     assert found.exercise.id == "1.2.1"
-    line = begin_here(failing("test_task_2_doubles"), day, found.exercise)
+    line = first_to_fix(failing("test_task_2_doubles"), day, found.exercise)
     assert line == (
         "first: 1.2.1 Counter.count (1 of 1.2.2's tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
     )
 
 
 def test_a_fault_outside_of_the_exercises_is_said_to_be_there(
-    house: House, capfd: pytest.CaptureFixture[str]
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "counting", COUNTING.replace("self.value = 0", "self.value = 3"))
-    write(house, "doubling", DOUBLING)
-    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    syllabus = syllabus_of(repo)
+    write(repo, "counting", COUNTING.replace("self.value = 0", "self.value = 3"))
+    write(repo, "doubling", DOUBLING)
+    assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     assert "in several exercises, or outside of them" in capfd.readouterr().out
 
 
@@ -318,16 +318,16 @@ class Counter:
 
 
 def test_code_that_fails_only_sometimes_is_not_acquitted(
-    house: House, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    repo: Repo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The search said that the learner's code is right, and that one other module makes it fail together."""
     runs = tmp_path / "runs"
     runs.write_text("")
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING)
-    write(house, "counting", SOMETIMES.format(runs=str(runs)))
-    write(house, "doubling", DOUBLING)
-    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING)
+    write(repo, "counting", SOMETIMES.format(runs=str(runs)))
+    write(repo, "doubling", DOUBLING)
+    assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
     assert "test_task_1_counts fails only sometimes: the same code has passed now" in out
     assert "today's code is right" not in out
@@ -335,43 +335,43 @@ def test_code_that_fails_only_sometimes_is_not_acquitted(
 
 
 def test_modules_that_the_day_does_not_reach_are_not_tried(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Day 1.1 does not use the other modules: one run finds the exercise."""
     runs = counted_runs(monkeypatch)
-    write(house, "adding", ADDING.replace("sum((one, other))", "5"))
-    write(house, "counting", COUNTING)
-    write(house, "doubling", DOUBLING)
-    replace(suite(house, 1), "== 5", "== 5 and add(1, 1) == 2")
-    found = find_blame(house, syllabus_of(house).day("1.1"), failing("test_task_1_two_and_three", number=1))
+    write(repo, "adding", ADDING.replace("sum((one, other))", "5"))
+    write(repo, "counting", COUNTING)
+    write(repo, "doubling", DOUBLING)
+    replace(suite(repo, 1), "== 5", "== 5 and add(1, 1) == 2")
+    found = find_blame(repo, syllabus_of(repo).day("1.1"), failing("test_task_1_two_and_three", number=1))
     assert found.exercise is not None
     assert len(runs) == 1
 
 
 def test_what_was_found_is_remembered_until_a_file_changes(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = counted_runs(monkeypatch)
-    write(house, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
-    write(house, "doubling", DOUBLING)
-    day, outcome = syllabus_of(house).day("1.2"), failing("test_task_1_counts")
-    first = find_blame(house, day, outcome)
+    write(repo, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
+    write(repo, "doubling", DOUBLING)
+    day, outcome = syllabus_of(repo).day("1.2"), failing("test_task_1_counts")
+    first = find_blame(repo, day, outcome)
     made = len(runs)
-    assert find_blame(house, day, outcome) == first
+    assert find_blame(repo, day, outcome) == first
     assert len(runs) == made
-    write(house, "doubling", f"{DOUBLING}# changed\n")
-    find_blame(house, day, outcome)
+    write(repo, "doubling", f"{DOUBLING}# changed\n")
+    find_blame(repo, day, outcome)
     assert len(runs) > made
 
 
 def test_the_search_ends_in_time_and_says_so(
-    house: House, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(blame, "BUDGET", 0.0)
-    syllabus = syllabus_of(house)
-    write(house, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
-    write(house, "doubling", DOUBLING)
-    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+    syllabus = syllabus_of(repo)
+    write(repo, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
+    write(repo, "doubling", DOUBLING)
+    assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     assert "the search for the exercise ended after" in capfd.readouterr().out
 
 
@@ -389,12 +389,12 @@ def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 # ---- how long a run takes ----
 
 
-def test_a_run_imports_no_plugin_that_it_does_not_use(house: House) -> None:
+def test_a_run_imports_no_plugin_that_it_does_not_use(repo: Repo) -> None:
     """A passing day took 6 s for 0.7 s of tests; most of it was pytest plugins that happen to be
     installed."""
-    write(house, "adding", ADDING)
+    write(repo, "adding", ADDING)
     used = "\n\ndef test_task_1_plugins() -> None:\n" + '    """Oracle: by hand."""\n    import sys\n'
     used += "    assert not {'schemathesis', 'xdist', 'anyio', 'hypothesis'} & sys.modules.keys()\n"
-    suite(house, 1).write_text(suite(house, 1).read_text("utf-8") + used, "utf-8")
-    run = run_suites(house, [suite(house, 1)], quiet=True)
+    suite(repo, 1).write_text(suite(repo, 1).read_text("utf-8") + used, "utf-8")
+    run = run_suites(repo, [suite(repo, 1)], quiet=True)
     assert run.returncode == 0, run.stdout

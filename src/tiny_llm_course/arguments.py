@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .house import House
+from .repo import Repo
 from .syllabus import Syllabus, read_syllabus
 
 ADay = Annotated[
@@ -18,7 +18,7 @@ AnExercise = Annotated[
 ]
 
 
-def open_course() -> tuple[House, Syllabus]:
+def open_course() -> tuple[Repo, Syllabus]:
     """This checkout and its syllabus."""
-    house = House.here()
-    return house, read_syllabus(house.syllabus)
+    repo = Repo.here()
+    return repo, read_syllabus(repo.syllabus)

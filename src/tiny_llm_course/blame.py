@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .house import House
 from .outcome import Outcome, task_of
 from .progress import State, fingerprint, own_modules, reached, state
+from .repo import Repo
 from .runs import overlay_of, own_sources, run_suites
 from .starter import filled
 from .units import Exercise, Unit
 
 BUDGET = 20.0  # seconds
-MOST_TESTS = 3  # failing tests that are run again
-REMEMBERED = 200  # runs
+MAX_TESTS = 3  # failing tests that are run again
+MAX_RECORDS = 200  # runs
 T = TypeVar("T")
 
 
@@ -45,32 +45,32 @@ class Blame:
     complete: bool = True
 
 
-def others(house: House, unit: Unit) -> list[str]:
+def other_modules(repo: Repo, unit: Unit) -> list[str]:
     """The learner's modules of other days and parts that this unit's tests reach."""
-    return sorted((set(own_modules(house)) & reached(house, unit)) - set(unit.modules))
+    return sorted((set(own_modules(repo)) & reached(repo, unit)) - set(unit.modules))
 
 
-def find_blame(house: House, unit: Unit, outcome: Outcome) -> Blame:
+def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
     """Why the first of the tests failed that did."""
     first = min(map(task_of, outcome.failed))
-    tests = [test for test in outcome.failed if task_of(test) == first][:MOST_TESTS]
-    trials = Trials(house, unit, tests)
-    today = own_sources(house, [module for module in own_modules(house) if module in unit.modules])
-    suspects = others(house, unit)
+    tests = [test for test in outcome.failed if task_of(test) == first][:MAX_TESTS]
+    trials = Trials(repo, unit, tests)
+    today = own_sources(repo, [module for module in own_modules(repo) if module in unit.modules])
+    suspects = other_modules(repo, unit)
     test = tests[0].partition("::")[2]
     is_today = True
     try:
         is_today = not (suspects and trials.passes(today))
-        if not is_today and trials.passes(own_sources(house, own_modules(house)), again=True):
+        if not is_today and trials.passes(own_sources(repo, own_modules(repo)), again=True):
             return Blame(False, test, sometimes=True)
         if not is_today:
-            return Blame(False, test, module=_module(house, trials, today, suspects))
-        return Blame(True, test, exercise=_exercise(house, unit, trials, today) if first else None)
+            return Blame(False, test, module=_module(repo, trials, today, suspects))
+        return Blame(True, test, exercise=_exercise(repo, unit, trials, today) if first else None)
     except OutOfBudgetError:
         return Blame(is_today, test, complete=False)
 
 
-def _module(house: House, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
+def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
     """The one other module beside which today's code fails; None where it takes several.
 
     With all of them it is known to fail.
@@ -79,12 +79,12 @@ def _module(house: House, trials: "Trials", today: dict[str, str], suspects: lis
         return suspects[0]
 
     def fails_with(some: Sequence[str]) -> bool:
-        return not trials.passes({**today, **own_sources(house, some)})
+        return not trials.passes({**today, **own_sources(repo, some)})
 
-    return _the_one(suspects, fails_with)
+    return _bisect(suspects, fails_with)
 
 
-def _exercise(house: House, unit: Unit, trials: "Trials", today: dict[str, str]) -> Exercise | None:
+def _exercise(repo: Repo, unit: Unit, trials: "Trials", today: dict[str, str]) -> Exercise | None:
     """The one exercise that makes the tests pass when the reference's code stands in it.
 
     The one that the tests are about is asked first, and those of other parts in the same files too. None
@@ -92,18 +92,18 @@ def _exercise(house: House, unit: Unit, trials: "Trials", today: dict[str, str])
     """
     there = (State.WRITTEN, State.SKIPPED)
     in_files = [exercise for module in unit.modules for exercise in unit.day.of_module(module)]
-    written = [exercise for exercise in in_files if state(house, exercise) in there]
+    written = [exercise for exercise in in_files if state(repo, exercise) in there]
 
     def passes_without(some: Sequence[Exercise]) -> bool:
-        return trials.passes({**today, **filled(house, unit.day, some)})
+        return trials.passes({**today, **filled(repo, unit.day, some)})
 
     about = [exercise for exercise in written if exercise.task == trials.task]
     if about and passes_without(about):
         return about[0]
-    return _the_one([exercise for exercise in written if exercise not in about], passes_without)
+    return _bisect([exercise for exercise in written if exercise not in about], passes_without)
 
 
-def _the_one(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | None:
+def _bisect(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | None:
     """The one suspect that shows it, by halving; None where several are needed together, or none does."""
     if not suspects:
         return None
@@ -116,11 +116,11 @@ def _the_one(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T |
 class Trials:
     """Runs of a few tests on one exchanged overlay after the other, remembered, and bounded in time."""
 
-    def __init__(self, house: House, unit: Unit, tests: Sequence[str]) -> None:
-        self._house, self._day, self._tests = house, unit.day, list(tests)
+    def __init__(self, repo: Repo, unit: Unit, tests: Sequence[str]) -> None:
+        self._house, self._day, self._tests = repo, unit.day, list(tests)
         self.task = task_of(tests[0])
         self._until = time.monotonic() + BUDGET
-        self._file = house.records / "trials.json"
+        self._file = repo.records / "trials.json"
 
     def passes(self, sources: dict[str, str], *, again: bool = False) -> bool:
         """True where the tests pass on these modules; again: run them, whatever is remembered.
@@ -133,10 +133,10 @@ class Trials:
             if again or key not in known:
                 known = {**known, key: self._run(exchanged)}
                 self._file.parent.mkdir(exist_ok=True)
-                self._file.write_text(json.dumps(dict(list(known.items())[-REMEMBERED:])), encoding="utf-8")
+                self._file.write_text(json.dumps(dict(list(known.items())[-MAX_RECORDS:])), encoding="utf-8")
             return known[key]
 
-    def _run(self, exchanged: House) -> bool:
+    def _run(self, exchanged: Repo) -> bool:
         left = self._until - time.monotonic()
         if left <= 0:
             raise OutOfBudgetError
@@ -145,7 +145,7 @@ class Trials:
             raise OutOfBudgetError  # it may have been stopped
         return run.returncode == 0
 
-    def _key(self, exchanged: House) -> str:
+    def _key(self, exchanged: Repo) -> str:
         about = json.dumps([fingerprint(exchanged, self._day), self._tests])
         return hashlib.sha256(about.encode()).hexdigest()
 

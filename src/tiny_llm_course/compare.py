@@ -15,14 +15,14 @@ from typing import NamedTuple
 from .cpp import libraries
 from .days import function_name, function_of
 from .errors import CourseError
-from .house import House
 from .progress import missing_modules, own_modules
+from .repo import Repo
 from .runs import begin_python, overlay_of, own_sources
 from .source import stand_ins
 from .units import Unit
 
 SECONDS = 2.0  # of repetitions, both sides together
-MOST_REPETITIONS = 50
+MAX_REPETITIONS = 50
 
 
 class Measured(NamedTuple):
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
     largest_difference: float | None
 
 
-def compare(house: House, unit: Unit) -> Comparison:
+def compare(repo: Repo, unit: Unit) -> Comparison:
     """Run a unit's work on the learner's modules of its day and on the plain reference, alternating.
 
     Raises `CourseError` where there is nothing to compare, it is not started, or its work does not run.
@@ -59,16 +59,16 @@ def compare(house: House, unit: Unit) -> Comparison:
     day = unit.day
     if day.no_compare is not None:
         raise CourseError(f"day {day.id} has nothing to compare: {day.no_compare}")
-    if missing_modules(house, unit) and not (unit.kernels and libraries(house)):
+    if missing_modules(repo, unit) and not (unit.kernels and libraries(repo)):
         raise CourseError(f"not started: pdm run start {unit.id}")
-    own = own_sources(house, [module for module in own_modules(house) if module in day.modules])
+    own = own_sources(repo, [module for module in own_modules(repo) if module in day.modules])
     with (
-        overlay_of(house, own, kernels=bool(day.kernels)) as mine,
-        overlay_of(house, {}) as theirs,
-        _begun(mine, unit, f"your {unit.named}", house) as first,
-        _begun(theirs, unit, "the reference", theirs) as second,
+        overlay_of(repo, own, kernels=bool(day.kernels)) as mine,
+        overlay_of(repo, {}) as theirs,
+        _started_side(mine, unit, f"your {unit.named}", repo) as first,
+        _started_side(theirs, unit, "the reference", theirs) as second,
     ):
-        while first.total + second.total < SECONDS and len(first.seconds) < MOST_REPETITIONS:
+        while first.total + second.total < SECONDS and len(first.seconds) < MAX_REPETITIONS:
             first.repeat()
             second.repeat()
         own_side, reference_side = first.end(), second.end()
@@ -81,7 +81,7 @@ def compare(house: House, unit: Unit) -> Comparison:
     return Comparison(own_side, reference_side, differing, outs[1].size, largest)
 
 
-def as_text(house: House, unit: Unit, found: Comparison) -> str:
+def as_text(repo: Repo, unit: Unit, found: Comparison) -> str:
     """A table of both sides, and what ran on each."""
     own, reference = found.own, found.reference
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
@@ -93,18 +93,18 @@ def as_text(house: House, unit: Unit, found: Comparison) -> str:
             f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
             _results(found),
             "memory: the most that a run needs beside its weights and inputs, which are not counted",
-            *_what_runs(house, unit),
+            *_what_runs(repo, unit),
         ]
     )
 
 
-def _what_runs(house: House, unit: Unit) -> list[str]:
+def _what_runs(repo: Repo, unit: Unit) -> list[str]:
     """Which modules are exchanged, and for which exercises the reference has faster code."""
-    modules = [f"{module}.py" for module in unit.day.modules if (house.overlay / f"{module}.py").exists()]
-    kernels = [kernel.file for kernel in unit.kernels if (house.overlay / kernel.file).exists()]
+    modules = [f"{module}.py" for module in unit.day.modules if (repo.overlay / f"{module}.py").exists()]
+    kernels = [kernel.file for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
     lines = [f"exchanged: only {', '.join(modules + kernels)}; the others are the reference's on both sides"]
     for exercise in unit.exercises:
-        kinds = stand_ins((house.reference / f"{exercise.module}.py").read_text("utf-8"), exercise.name)
+        kinds = stand_ins((repo.reference / f"{exercise.module}.py").read_text("utf-8"), exercise.name)
         fast = "a compiled kernel" if "compiled" in kinds and compiled_runs() else "MLX's own operator"
         if "fused" in kinds or fast == "a compiled kernel":
             lines.append(f"{exercise.id} {exercise.name}: yours is what you wrote, the reference runs {fast}")
@@ -189,7 +189,7 @@ class _Side:
 
 
 @contextmanager
-def _begun(overlaid: House, unit: Unit, whose: str, shown: House) -> Iterator[_Side]:
+def _started_side(overlaid: Repo, unit: Unit, whose: str, shown: Repo) -> Iterator[_Side]:
     """A side on this overlay, ready; ended at the end. Its messages name the files as `shown` has them."""
     with TemporaryDirectory(prefix="tiny-llm-compare-") as folder:
         arguments = [

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from .errors import CourseError
-from .house import House
+from .repo import Repo
 from .syllabus import Syllabus
 from .units import Kernel, Unit
 
@@ -31,9 +31,9 @@ class Build(Enum):
     STALE = "newer than your library"
 
 
-def sources(house: House) -> Path:
+def sources(repo: Repo) -> Path:
     """The reference's kernels."""
-    return house.root / "src" / "tiny_llm_kernels" / "csrc" / "kernels"
+    return repo.root / "src" / "tiny_llm_kernels" / "csrc" / "kernels"
 
 
 def blanked(source: str, functions: Iterable[str], removed: Iterable[str], message: str) -> str:
@@ -68,75 +68,75 @@ def body_lines(source: str, name: str) -> list[str]:
     raise CourseError(f"there is no {name}")
 
 
-def start_kernels(house: House, unit: Unit) -> list[Path]:
+def start_kernels(repo: Repo, unit: Unit) -> list[Path]:
     """Write a day's C++ files into the overlay, blank; never overwrites."""
     if not unit.kernels:
         raise CourseError(f"{unit.named} has no option in C++")
     written = []
     for kernel in unit.kernels:
-        file = house.overlay / kernel.file
+        file = repo.overlay / kernel.file
         if file.exists():
             raise CourseError(
-                f"{house.shown(file)} is there already: `pdm run reset {unit.id}` moves it aside"
+                f"{repo.shown(file)} is there already: `pdm run reset {unit.id}` moves it aside"
             )
-        file.write_text(_preface(house, kernel) + starter(house, kernel), encoding="utf-8")
+        file.write_text(_preface(repo, kernel) + starter(repo, kernel), encoding="utf-8")
         written.append(file)
     return written
 
 
-def starter(house: House, kernel: Kernel) -> str:
+def starter(repo: Repo, kernel: Kernel) -> str:
     """The reference's file of a kernel, blank. Raises `CourseError` for a name that is not there."""
-    source = (sources(house) / kernel.file).read_text(encoding="utf-8")
+    source = (sources(repo) / kernel.file).read_text(encoding="utf-8")
     return blanked(source, kernel.functions, kernel.removed, kernel.message)
 
 
-def job(house: House, kernel: Kernel) -> str:
+def job(repo: Repo, kernel: Kernel) -> str:
     """The struct of kernels.h that says what a kernel is asked for, such as `MatmulJob`."""
-    header = (sources(house) / "kernels.h").read_text(encoding="utf-8")
+    header = (sources(repo) / "kernels.h").read_text(encoding="utf-8")
     found = re.search(rf"\(\*{kernel.name}\)\(const (\w+)&", header)
     return found[1] if found else "its job"
 
 
-def _preface(house: House, kernel: Kernel) -> str:
+def _preface(repo: Repo, kernel: Kernel) -> str:
     """What a learner has to know before the first line."""
     return (
         f"// {kernel.id}: write {' and '.join(kernel.functions)}. "
         "The day's tasks in Python are not needed for it.\n"
-        f"// Read {job(house, kernel)} in kernels.h, and vec.h: both are in {house.shown(sources(house))}.\n"
+        f"// Read {job(repo, kernel)} in kernels.h, and vec.h: both are in {repo.shown(sources(repo))}.\n"
         f"// {RULE.capitalize()}.\n\n"
     )
 
 
-def own_kernels(house: House, syllabus: Syllabus) -> list[Kernel]:
+def own_kernels(repo: Repo, syllabus: Syllabus) -> list[Kernel]:
     """The kernels that the learner has a file for."""
     all_kernels = [kernel for day in syllabus.days for kernel in day.kernels]
-    return [kernel for kernel in all_kernels if (house.overlay / kernel.file).exists()]
+    return [kernel for kernel in all_kernels if (repo.overlay / kernel.file).exists()]
 
 
-def libraries(house: House) -> list[Path]:
+def libraries(repo: Repo) -> list[Path]:
     """The learner's library: one file, or none."""
-    return sorted(house.overlay.glob("_kernels.*so"))
+    return sorted(repo.overlay.glob("_kernels.*so"))
 
 
-def build_of(house: House, kernel: Kernel) -> Build:
+def build_of(repo: Repo, kernel: Kernel) -> Build:
     """Whether a kernel that the learner has a file for is in their library, as it is now."""
-    built = [file.stat().st_mtime_ns for file in libraries(house)]
+    built = [file.stat().st_mtime_ns for file in libraries(repo)]
     if not built:
         return Build.NEVER
-    return Build.STALE if (house.overlay / kernel.file).stat().st_mtime_ns > max(built) else Build.DONE
+    return Build.STALE if (repo.overlay / kernel.file).stat().st_mtime_ns > max(built) else Build.DONE
 
 
-def refuse_stale(house: House, syllabus: Syllabus) -> None:
+def refuse_stale(repo: Repo, syllabus: Syllabus) -> None:
     """Raise `CourseError` where a kernel of the learner's is not in the library as it is now."""
-    for kernel in own_kernels(house, syllabus):
-        if build_of(house, kernel) is not Build.DONE:
-            file = house.shown(house.overlay / kernel.file)
+    for kernel in own_kernels(repo, syllabus):
+        if build_of(repo, kernel) is not Build.DONE:
+            file = repo.shown(repo.overlay / kernel.file)
             raise CourseError(
                 f"{file} is not in your library yet: pdm run build-kernels, or pdm run skip {kernel.id}"
             )
 
 
-def compiles(house: House, source: str) -> subprocess.CompletedProcess[str]:
+def compiles(repo: Repo, source: str) -> subprocess.CompletedProcess[str]:
     """Let the compiler read one kernel, without making anything of it."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
@@ -147,45 +147,45 @@ def compiles(house: House, source: str) -> subprocess.CompletedProcess[str]:
         "-fsyntax-only",
         "-Wno-psabi",
         "-DTINY_LLM_ISA=portable",
-        f"-I{sources(house)}",
+        f"-I{sources(repo)}",
     ]
     return subprocess.run(
         [*command, "-x", "c++", "-"], input=source, text=True, capture_output=True, check=False
     )
 
 
-def build(house: House, syllabus: Syllabus) -> Path:
+def build(repo: Repo, syllabus: Syllabus) -> Path:
     """Build the learner's library, their kernels in place of the reference's; the file.
 
     Raises `CourseError` where there is nothing of theirs, a tool is missing, or the compiler refuses.
     """
-    own = own_kernels(house, syllabus)
+    own = own_kernels(repo, syllabus)
     if not own:
         raise CourseError("no kernel of yours: `pdm run start 2.4 --cpp` begins one")
     for kernel in own:  # the compiler's message is clearest on one file alone
-        run = compiles(house, (house.overlay / kernel.file).read_text(encoding="utf-8"))
+        run = compiles(repo, (repo.overlay / kernel.file).read_text(encoding="utf-8"))
         if run.returncode:
             said = _last(run.stderr.replace("<stdin>", kernel.file))
-            raise CourseError(f"{house.shown(house.overlay / kernel.file)} does not compile\n{said}")
+            raise CourseError(f"{repo.shown(repo.overlay / kernel.file)} does not compile\n{said}")
     cmake, ninja = (_tool(name) for name in ("cmake", "ninja"))
-    folder = house.records / "kernels"
+    folder = repo.records / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     configure = [
         cmake,
         "-S",
-        str(house.root),
+        str(repo.root),
         "-B",
         str(folder),
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
     ]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTINY_LLM_LIBRARY_FOLDER={house.overlay}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTINY_LLM_LIBRARY_FOLDER={repo.overlay}"]
     for command in (configure, [cmake, "--build", str(folder)]):
         run = subprocess.run(command, text=True, capture_output=True, check=False)
         if run.returncode:
             raise CourseError(f"the build failed\n{_last(run.stdout + run.stderr)}")
-    return libraries(house)[0]
+    return libraries(repo)[0]
 
 
 def _tool(name: str) -> str:

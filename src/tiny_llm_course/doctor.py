@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from .cpp import Build, build_of, own_kernels
 from .errors import CourseError
-from .house import House
 from .progress import own_modules
+from .repo import Repo
 from .source import functions, signature
 from .syllabus import Syllabus
 from .units import Unit
@@ -33,11 +33,11 @@ class Finding(NamedTuple):
         return f"{line}\n   {self.advice}" if self.advice else line
 
 
-def examine(house: House, syllabus: Syllabus) -> Iterator[Finding]:
+def examine(repo: Repo, syllabus: Syllabus) -> Iterator[Finding]:
     """Everything, one finding after the other."""
     yield _python()
-    yield _mlx(house)
-    yield from _overlay(house, syllabus)
+    yield _mlx(repo)
+    yield from _overlay(repo, syllabus)
     try:
         yield from _kernels()
         yield _model()
@@ -56,8 +56,8 @@ def _python() -> Finding:
     )
 
 
-def _mlx(house: House) -> Finding:
-    pinned = _pinned(house)
+def _mlx(repo: Repo) -> Finding:
+    pinned = _pinned(repo)
     try:
         import mlx.core as mx
 
@@ -70,8 +70,8 @@ def _mlx(house: House) -> Finding:
     return Finding("MLX", works, f"{installed} on {mx.default_device()}", advice)
 
 
-def _pinned(house: House) -> str:
-    settings = tomllib.loads((house.root / "pyproject.toml").read_text(encoding="utf-8"))
+def _pinned(repo: Repo) -> str:
+    settings = tomllib.loads((repo.root / "pyproject.toml").read_text(encoding="utf-8"))
     for requirement in settings["project"]["dependencies"]:
         if requirement.startswith("mlx"):
             return str(requirement.partition("==")[2].partition(";")[0].strip())
@@ -111,10 +111,10 @@ def _model() -> Finding:
         return Finding("embedded model", False, str(error), "run `pdm install`")
 
 
-def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
+def _overlay(repo: Repo, syllabus: Syllabus) -> Iterator[Finding]:
     """The learner's files: known to the reference, readable, with its signatures; and kernels built."""
     try:
-        own = own_modules(house)
+        own = own_modules(repo)
     except CourseError as error:
         yield Finding("your modules", False, str(error), "rename it, or move it out of the folder")
         return
@@ -124,16 +124,16 @@ def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
         if unit is None:
             yield Finding(f"{module}.py", True, "belongs to no day: yours runs in place of the given one")
             continue
-        yield from _signatures(house, module, unit)
-    for kernel in own_kernels(house, syllabus):
-        build = build_of(house, kernel)
+        yield from _signatures(repo, module, unit)
+    for kernel in own_kernels(repo, syllabus):
+        build = build_of(repo, kernel)
         advice = "" if build is Build.DONE else f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
         yield Finding(kernel.file, build is Build.DONE, build.value, advice)
 
 
-def _signatures(house: House, module: str, unit: Unit) -> Iterator[Finding]:
+def _signatures(repo: Repo, module: str, unit: Unit) -> Iterator[Finding]:
     own, reference = (
-        (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (house.overlay, house.reference)
+        (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (repo.overlay, repo.reference)
     )
     try:
         known = functions(own)

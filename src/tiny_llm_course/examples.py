@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .house import House
 from .problem import Problem, last_lines
+from .repo import Repo
 from .runs import overlay_of, run_python
 from .source import find
 from .syllabus import Syllabus
@@ -24,20 +24,20 @@ from .units import Day
 FAILED = 1
 
 
-def missing_examples(house: House, day: Day) -> Iterator[Problem]:
+def missing_examples(repo: Repo, day: Day) -> Iterator[Problem]:
     """The exercises of a day whose docstring shows no example."""
     for exercise in day.exercises:
-        source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+        source = (repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
         if not doctest.DocTestParser().get_examples(ast.get_docstring(find(source, exercise.name)) or ""):
             yield Problem("examples", exercise.id, f"{exercise.name} has no example: `>>> ...`")
 
 
 def failing_examples(
-    house: House, syllabus: Syllabus, environment: dict[str, str] | None = None
+    repo: Repo, syllabus: Syllabus, environment: dict[str, str] | None = None
 ) -> list[Problem]:
     """The examples that give something else on the reference. environment: variables for the run."""
     names = {f"{one.module}.{one.name}": one.id for day in syllabus.days for one in day.exercises}
-    with overlay_of(house, {}) as reference:
+    with overlay_of(repo, {}) as reference:
         run = run_python(reference, ["-m", "tiny_llm_course.examples", *names], environment)
     if run.returncode:
         return [Problem("examples", "all days", f"cannot be run\n{last_lines(run.stderr)}")]

@@ -12,8 +12,8 @@ import pytest
 
 from .outcome import task_of
 
-MOST_LINES = 40
-MOST_NAMES = 20
+MAX_LINES = 40
+MAX_NAMES = 20
 PRINTED = 6  # last lines of what the test has printed
 HEAD = 12  # lines that a long failure begins with
 
@@ -48,10 +48,10 @@ def _show(terminal: pytest.TerminalReporter, failed: list[pytest.TestReport]) ->
     others = Counter(_name(report) for report in failed if report is not first)
     if others:
         terminal.write_line(f"failing too, {others.total()} in all (-v --tb=short shows everything):")
-    for name, count in list(others.items())[:MOST_NAMES]:
+    for name, count in list(others.items())[:MAX_NAMES]:
         terminal.write_line(f"  {name}{f' ({count})' if count > 1 else ''}")
-    if len(others) > MOST_NAMES:
-        terminal.write_line(f"  and {len(others) - MOST_NAMES} more")
+    if len(others) > MAX_NAMES:
+        terminal.write_line(f"  and {len(others) - MAX_NAMES} more")
     terminal.write_sep("_", first.nodeid.partition("::")[2], red=True, bold=True)
     for line in lines_of(first.longreprtext, first.capstdout):
         terminal.write_line(line)
@@ -61,7 +61,7 @@ def lines_of(failure: str, printed: str) -> list[str]:
     """A failure and the end of what its test printed, in at most 39 lines: with its title they are 40."""
     end = printed.splitlines()[-PRINTED:]
     said = ["printed:", *end] if end else []
-    lines, room = failure.splitlines(), MOST_LINES - 1 - len(said)
+    lines, room = failure.splitlines(), MAX_LINES - 1 - len(said)
     if len(lines) > room:
         left_out = len(lines) - room + 1
         lines = [*lines[:HEAD], f"... {left_out} lines (-x shows them)", *lines[HEAD + left_out :]]

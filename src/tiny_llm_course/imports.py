@@ -13,7 +13,7 @@ Import = ast.Import | ast.ImportFrom
 LONGEST_LINE = 110
 
 
-def without_idle_imports(source: str, before: str) -> str:
+def without_unused_imports(source: str, before: str) -> str:
     """The source without the imports of the standard library that `before` used and it uses no more."""
     tree = ast.parse(source)
     idle = _used(ast.parse(before)) - _used(tree)

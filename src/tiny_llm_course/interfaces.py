@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .source import Function
 
-MOST_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
+MAX_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
 FIELDS_SHOWN = 3
 
 
@@ -20,10 +20,10 @@ class Interface(NamedTuple):
     module: str
     name: str
     signature: str
-    says: str
+    summary: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.signature}{f': {self.says}' if self.says else ''}"
+        return f"{self.module}.{self.signature}{f': {self.summary}' if self.summary else ''}"
 
 
 def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
@@ -58,7 +58,7 @@ def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
     keywords = [f"the fields of {base}" for base in named if base in keyword_bases]
     fields = _fields(node)
     num_shown = len(fields)
-    if num_shown > MOST_FIELDS:
+    if num_shown > MAX_FIELDS:
         num_shown = max(FIELDS_SHOWN, sum(one.is_required for one in fields))
     for one in fields[:num_shown]:
         (keywords if one.by_name else places).append(one.name + ("" if one.is_required else " = ..."))
@@ -104,7 +104,7 @@ def _arguments(node: Function) -> str:
     return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
 
 
-def said_of_field(node: ast.stmt | None, name: str) -> str:
+def field_summary(node: ast.stmt | None, name: str) -> str:
     """The sentence `name: text` of a class's docstring; one may be about several fields, `a, b: text`."""
     text = (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef) else ""
     about = rf"(?:^|[.;] )(?:\w+, )*{name}(?:, \w+)*: (.+?)(?=\.(?: |$)|; \w+: )"

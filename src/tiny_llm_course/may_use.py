@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 
 from .errors import CourseError
-from .house import House
-from .interfaces import Interface, constructor, first_line, is_keyword_only, said_of_field, shown
+from .interfaces import Interface, constructor, field_summary, first_line, is_keyword_only, shown
+from .repo import Repo
 from .source import Function, functions
 from .units import Day, Exercise, Unit
 
@@ -29,9 +29,9 @@ MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 Member = tuple[str, str, ast.stmt | ast.expr]
 
 
-def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
+def may_use(repo: Repo, day: Day, exercise: Exercise) -> list[Interface]:
     """What one exercise may use, by module and name. For `start`, for `hint`, and for the book."""
-    reference = Reference(house.reference)
+    reference = Reference(repo.reference)
     removed = set(day.removed_from(exercise.module))
     found = _used(reference, exercise.module, exercise.name, removed, set())
     found |= {_split(name) for name in exercise.may_use}
@@ -46,9 +46,9 @@ def _split(name: str) -> tuple[str, str]:
     return package + module, rest
 
 
-def unit_may_use(house: House, unit: Unit) -> list[Interface]:
+def unit_may_use(repo: Repo, unit: Unit) -> list[Interface]:
     """What any exercise of a day or a part may use, each interface once."""
-    return sorted({one for exercise in unit.exercises for one in may_use(house, unit.day, exercise)})
+    return sorted({one for exercise in unit.exercises for one in may_use(repo, unit.day, exercise)})
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Reference:
             raise CourseError(f"there is no {module}.{name}")
         interface = shown(module, name, found[2])
         holder = self.defined(found[0], found[1].rpartition(".")[0])
-        return interface._replace(says=interface.says or said_of_field(holder, member))
+        return interface._replace(summary=interface.summary or field_summary(holder, member))
 
     def _keyword_bases(self, module: str, node: ast.ClassDef) -> set[str]:
         """The bases of a class that are made from keyword-only fields."""

@@ -17,8 +17,8 @@ import numpy as np
 
 from .days import demonstration
 from .errors import CourseError
-from .house import House
 from .learner import learners_errors
+from .repo import Repo
 
 READY = "ready"
 
@@ -27,7 +27,7 @@ def main() -> None:
     """Measure what the command line names; what goes wrong in the learner's code is one line."""
     day, function, target = sys.argv[1:]
     try:
-        with learners_errors(House.here()):
+        with learners_errors(Repo.here()):
             _measure(day, function, Path(target))
     except CourseError as error:
         sys.exit(str(error))

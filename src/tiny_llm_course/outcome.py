@@ -83,7 +83,7 @@ def task_of(test: str) -> int:
     return int(match[1]) if match else 0
 
 
-def about_signal(outcome: Outcome, day: Day) -> list[str]:
+def signal_report(outcome: Outcome, day: Day) -> list[str]:
     """What is said of a run that a signal has ended: the signal, the test, its exercise and what to do."""
     file, _, test = outcome.running.partition("::")
     where = f"in {test}" if test else f"while {file} was read" if file else "before the first test"
@@ -99,7 +99,7 @@ def about_signal(outcome: Outcome, day: Day) -> list[str]:
     ]
 
 
-def begin_here(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> str | None:
+def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> str | None:
     """The first task to look at, as one line: the lowest with a mistake, or else the lowest blank.
 
     at_fault: the exercise that was found to make that task's tests fail, if it is known. None where nothing

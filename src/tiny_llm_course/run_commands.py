@@ -58,7 +58,7 @@ def on_test(
     Ctrl-C ends the run and says where it stood. The header says which modules are yours. Tracebacks leave the
     lines of the reference out; --full-trace shows them.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     arguments = list(context.args)
     if day is not None and day.startswith("-"):
         arguments.insert(0, day)
@@ -71,14 +71,14 @@ def on_test(
             raise CourseError("--week and --day go together: pdm run test --week 1 --day 1")
         day = f"{week}.{day_number}"
     if day is None:
-        return run_started(house, syllabus, arguments, time_limit=time_limit)
+        return run_started(repo, syllabus, arguments, time_limit=time_limit)
     if day.count(".") == 2:
         arguments = [f"--tasks={syllabus.exercise(day).id.rpartition('.')[2]}", *arguments]
     chosen = syllabus.to_start(day)
     if watched:
         again = [sys.executable, "-m", "tiny_llm_course", "test", *(["--isolated"] if isolated else [])]
-        return watch(house, [*again, f"--time-limit={time_limit}", chosen.id, *arguments], saves(house))
-    return run_day(house, syllabus, chosen, arguments, isolated=isolated, time_limit=time_limit)
+        return watch(repo, [*again, f"--time-limit={time_limit}", chosen.id, *arguments], saves(repo))
+    return run_day(repo, syllabus, chosen, arguments, isolated=isolated, time_limit=time_limit)
 
 
 def on_test_refsol(
@@ -98,17 +98,17 @@ def on_test_refsol(
     pdm run test-refsol 3.2b      # one part
     pdm run test-refsol tests_refsol/test_week_1_day_1.py -k softmax
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     arguments = list(context.args)
     if what is not None and what.startswith("-"):
         arguments.insert(0, what)
         what = None
     if what is None:
-        return run_reference(house, [house.suites], arguments)
+        return run_reference(repo, [repo.suites], arguments)
     if Path(what.partition("::")[0]).exists():
-        return run_reference(house, [], [*arguments, what])
+        return run_reference(repo, [], [*arguments, what])
     unit = syllabus.to_start(what)
-    return run_reference(house, [house.suites / unit.suite], [*tests_of(unit), *arguments])
+    return run_reference(repo, [repo.suites / unit.suite], [*tests_of(unit), *arguments])
 
 
 def on_course_check(
@@ -130,14 +130,14 @@ def on_course_check(
     """
     from .check import check
 
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
 
     def report(what: str, done: int, total: int) -> None:
         if not as_json:
             print(f"[{done}/{total}] {what}" if total else what, flush=True)
 
     only = [syllabus.to_start(day).day for day in days or ()]
-    problems = check(house, syllabus, report, static_only=static_only, only=only)
+    problems = check(repo, syllabus, report, static_only=static_only, only=only)
     if as_json:
         print(json.dumps([problem._asdict() for problem in problems]))
     else:

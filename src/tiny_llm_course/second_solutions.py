@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .house import House
 from .imports import with_imports
 from .outcome import Outcome, read_outcome
 from .problem import Problem, last_lines
+from .repo import Repo
 from .runs import overlay_of, run_suites
 from .source import Function, functions, is_blank, with_body_of, with_function
 from .starter import starter
@@ -27,69 +27,69 @@ SHORT = 3  # lines of a function that comes out alike by itself
 BY_ITSELF = frozenset({"2.4"})
 
 
-def folder(house: House, day: Day) -> Path:
+def folder(repo: Repo, day: Day) -> Path:
     """Where a day's second solution is, or would be."""
-    return house.root / "tests" / "second_solutions" / folder_of(house.suites / day.suite).name
+    return repo.root / "tests" / "second_solutions" / folder_of(repo.suites / day.suite).name
 
 
-def missing_solutions(house: House, day: Day) -> Iterator[Problem]:
+def missing_solutions(repo: Repo, day: Day) -> Iterator[Problem]:
     """The modules of a day that are not solved a second time."""
     for module in day.modules:
-        file = folder(house, day) / f"{module}.py"
+        file = folder(repo, day) / f"{module}.py"
         if not file.exists():
-            yield Problem("second solution", day.id, f"there is no {house.shown(file)}")
+            yield Problem("second solution", day.id, f"there is no {repo.shown(file)}")
 
 
-def unsound_solutions(house: House, days: Iterable[Day]) -> Iterator[Problem]:
+def unsound_solutions(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
     """Files that solve no module of their day, and functions that are the reference's."""
     days = list(days)
-    known = {folder(house, day) / f"{module}.py" for day in days for module in day.modules}
-    for file in sorted((house.root / "tests" / "second_solutions").glob("*/*.py")):
+    known = {folder(repo, day) / f"{module}.py" for day in days for module in day.modules}
+    for file in sorted((repo.root / "tests" / "second_solutions").glob("*/*.py")):
         if file not in known:
-            yield Problem("second solution", house.shown(file), "is no module of a day")
+            yield Problem("second solution", repo.shown(file), "is no module of a day")
     for day in days:
         for module in day.modules:
-            yield from _copies(house, day, module)
+            yield from _copies(repo, day, module)
 
 
-def failing_solutions(house: House, days: Iterable[Day]) -> list[Problem]:
+def failing_solutions(repo: Repo, days: Iterable[Day]) -> list[Problem]:
     """What fails on all second solutions together; each is then tried by itself, to say whose fault it is."""
-    solved = {day: sources for day in days if (sources := _sources(house, day))}
-    found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(house, day, solved)]
-    return found + _together(house, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})
+    solved = {day: sources for day in days if (sources := _sources(repo, day))}
+    found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(repo, day, solved)]
+    return found + _together(repo, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})
 
 
-def _by_itself(house: House, day: Day, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
-    outcome, output = _run(house, solved[day], [house.suites / day.suite])
+def _by_itself(repo: Repo, day: Day, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
+    outcome, output = _run(repo, solved[day], [repo.suites / day.suite])
     return [] if outcome.code == 0 else [Problem("second solution", day.id, f"fails\n{last_lines(output)}")]
 
 
-def _together(house: House, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
+def _together(repo: Repo, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
     together = {module: source for sources in solved.values() for module, source in sources.items()}
     if not solved:
         return []
-    outcome, output = _run(house, together, [house.suites])
+    outcome, output = _run(repo, together, [repo.suites])
     if outcome.code == 0:
         return []
     suites = sorted({Path(test.partition("::")[0]).name for test in outcome.failed})
     found = [
         Problem("second solution", day.id, f"fails {alone.failed[0]}\n{last_lines(output)}")
         for day, sources in solved.items()
-        for alone, output in [_run(house, sources, [house.suites / name for name in suites])]
+        for alone, output in [_run(repo, sources, [repo.suites / name for name in suites])]
         if alone.failed
     ]
     return found or [Problem("second solution", "all together", f"fail\n{last_lines(output)}")]
 
 
-def _sources(house: House, day: Day) -> dict[str, str]:
+def _sources(repo: Repo, day: Day) -> dict[str, str]:
     """The second solution of a day, by module."""
-    files = [folder(house, day) / f"{module}.py" for module in day.modules]
-    return {file.stem: _completed(house, day, file) for file in files if file.exists()}
+    files = [folder(repo, day) / f"{module}.py" for module in day.modules]
+    return {file.stem: _completed(repo, day, file) for file in files if file.exists()}
 
 
-def _completed(house: House, day: Day, file: Path) -> str:
+def _completed(repo: Repo, day: Day, file: Path) -> str:
     """A module solved a second time: the starter with the file's exercises and helpers."""
-    solution, begun = file.read_text(encoding="utf-8"), starter(house, file.stem, day)
+    solution, begun = file.read_text(encoding="utf-8"), starter(repo, file.stem, day)
     helpers = functions(solution).keys() - functions(begun).keys()
     for name in (exercise.name for exercise in day.of_module(file.stem)):
         begun = with_body_of(begun, solution, name)
@@ -98,24 +98,24 @@ def _completed(house: House, day: Day, file: Path) -> str:
     return with_imports(begun, solution)
 
 
-def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
+def _run(repo: Repo, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
     """What suites come to on these modules, and what was printed."""
-    with overlay_of(house, sources) as overlay, TemporaryDirectory(prefix="tiny-llm-outcome-") as stored:
+    with overlay_of(repo, sources) as overlay, TemporaryDirectory(prefix="tiny-llm-outcome-") as stored:
         file = Path(stored, "outcome.json")
         run = run_suites(overlay, suites, ["-q"], quiet=True, outcome=file)
         return read_outcome(file, run.returncode), run.stdout
 
 
-def _copies(house: House, day: Day, module: str) -> Iterator[Problem]:
+def _copies(repo: Repo, day: Day, module: str) -> Iterator[Problem]:
     """A module of which more than half of the longer functions are the reference's; given ones may be.
 
     Where a docstring leaves few ways, one function or another comes out alike.
     """
-    file = folder(house, day) / f"{module}.py"
+    file = folder(repo, day) / f"{module}.py"
     if not file.exists():
         return
-    reference = (house.reference / f"{module}.py").read_text(encoding="utf-8")
-    begun = starter(house, module, day)
+    reference = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
+    begun = starter(repo, module, day)
     given = {name for name in functions(begun) if not is_blank(begun, name)}
     originals = {_body_of(node) for node in functions(reference).values()}
     own = functions(file.read_text(encoding="utf-8")).items()

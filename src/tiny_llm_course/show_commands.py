@@ -9,7 +9,7 @@ from . import overview, views
 from .arguments import ADay, AnExercise, open_course
 from .days import function_of, has_own
 from .learner import blanks_of_others, learners_errors
-from .progress import first_to_do, own_modules
+from .progress import first_unfinished, own_modules
 from .slow import leave_out, slow_modules
 
 
@@ -22,9 +22,9 @@ def on_try(day: ADay) -> None:
 
     Your quantize.py runs in day 2.4 only: it unpacks every matrix in each pass.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
-    yours = set(own_modules(house))
+    yours = set(own_modules(repo))
     whose = (
         f"{m}.py is {'yours' if m in yours else 'the reference' + chr(39) + 's'}" for m in chosen.modules
     )
@@ -33,11 +33,11 @@ def on_try(day: ADay) -> None:
         print(
             f"part {chosen.id} has nothing of its own to show: this is day {chosen.day.id}'s, for all parts"
         )
-    left_out, lines = slow_modules(house, syllabus, chosen)
+    left_out, lines = slow_modules(repo, syllabus, chosen)
     print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
-    with blanks_of_others(house, syllabus, chosen), learners_errors(house):
+    with blanks_of_others(repo, syllabus, chosen), learners_errors(repo):
         for module in left_out:
-            leave_out(house, module)
+            leave_out(repo, module)
         for line in function_of(chosen, "show")():
             print(line, flush=True)
 
@@ -52,8 +52,8 @@ def on_hint(
     pdm run hint 1.1.2 3
     pdm run hint 3.2b             # the first exercise of the part that is not written
     """
-    house, syllabus = open_course()
-    print(views.hint(house, syllabus, first_to_do(house, syllabus, exercise), step))
+    repo, syllabus = open_course()
+    print(views.hint(repo, syllabus, first_unfinished(repo, syllabus, exercise), step))
 
 
 def on_diff(
@@ -66,8 +66,8 @@ def on_diff(
     pdm run diff 1.1
     pdm run diff 3.2b             # one part, once it passes
     """
-    house, syllabus = open_course()
-    print(views.difference(house, syllabus.to_start(day), anyway=anyway))
+    repo, syllabus = open_course()
+    print(views.difference(repo, syllabus.to_start(day), anyway=anyway))
 
 
 def on_compare(
@@ -87,16 +87,16 @@ def on_compare(
     """
     from .compare import as_json_object, as_text, compare
 
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if chosen.day.no_compare is not None and not as_json:
         print(f"day {chosen.day.id} has nothing to compare: {chosen.day.no_compare}")
         return
-    found = compare(house, chosen)
+    found = compare(repo, chosen)
     if as_json:
         print(json.dumps({"day": chosen.id, **as_json_object(found)}))
     else:
-        print(as_text(house, chosen, found))
+        print(as_text(repo, chosen, found))
 
 
 def on_progress(
@@ -107,11 +107,11 @@ def on_progress(
     Read from your files; a day passes when its tests passed on the files as they are now, or those of all its
     parts, which are listed once the day is started: 3.2a, 3.2b and so on.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     if as_json:
-        print(json.dumps(overview.progress(house, syllabus)))
+        print(json.dumps(overview.progress(repo, syllabus)))
     else:
-        print(overview.progress_text(house, syllabus))
+        print(overview.progress_text(repo, syllabus))
 
 
 def on_map() -> None:

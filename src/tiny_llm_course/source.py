@@ -12,13 +12,13 @@ from pathlib import Path
 from textwrap import indent
 
 from .errors import CourseError
-from .imports import without_idle_imports
+from .imports import without_unused_imports
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
 STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # the fields of a node that hold statements
-REMEMBERED = 500  # sources whose imports are read only once
+CACHE_SIZE = 500  # sources whose imports are read only once
 SKIPPED = "# skipped: the reference's code"
 
 
@@ -61,7 +61,7 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
     for first, last, text in sorted(edits, reverse=True):
         lines[first - 1 : last] = [text] if text else []
     begun = _without_unused_stand_ins("".join(lines))
-    return _tidy(without_idle_imports(begun, source))
+    return _tidy(without_unused_imports(begun, source))
 
 
 def body_lines(source: str, name: str) -> list[str]:
@@ -88,7 +88,7 @@ def signature(source: str, name: str) -> str:
     return f"{node.name}({ast.unparse(node.args)}){returns}"
 
 
-def related(source: str) -> list[str]:
+def sibling_modules(source: str) -> list[str]:
     """The modules beside it that a source imports; none where it cannot be read."""
     try:
         nodes = import_nodes(source)
@@ -107,13 +107,13 @@ def import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
                 yield from import_statements(node)
 
 
-def imports_of(folder: Path, module: str) -> set[str]:
+def reachable_modules(folder: Path, module: str) -> set[str]:
     """The modules beside it that a module imports, directly or not."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
         file = folder / f"{waiting.pop()}.py"
-        new = set(related(file.read_text(encoding="utf-8"))) - found if file.exists() else set()
+        new = set(sibling_modules(file.read_text(encoding="utf-8"))) - found if file.exists() else set()
         found |= new
         waiting += new
     return found
@@ -132,7 +132,7 @@ def imported(source: str) -> list[tuple[str, str]]:
     return [found for node in import_nodes(source) for found in imported_by(node)]
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHE_SIZE)
 def import_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
     """Every import of a source, wherever it is. Raises `SyntaxError` where it cannot be read."""
     return tuple(import_statements(ast.parse(source)))
@@ -164,7 +164,7 @@ def with_blank(source: str, name: str, message: str) -> str:
     return "".join([*lines[: _body(node)[0] - 1], _raise(node, message), *lines[_last(node) :]])
 
 
-def is_given(source: str, other: str, name: str) -> bool:
+def is_reference_code(source: str, other: str, name: str) -> bool:
     """True where a function is another's as `with_body_of` or `with_function` has put it there, unchanged."""
     if name not in functions(source) or name not in functions(other):
         return False

@@ -8,21 +8,21 @@
 import os
 from pathlib import Path
 
-from .house import House
+from .repo import Repo
 
 
-def link_stubs(house: House) -> int:
+def link_stubs(repo: Repo) -> int:
     """Bring the links up to date: one for each module of the reference that the overlay has no file for.
 
     How many were made that were not there before.
     """
-    known = {file.stem for file in house.reference.glob("*.py")} - {"__init__"}
-    own = {file.stem for file in house.overlay.glob("*.py")}
-    for stub in house.overlay.glob("*.pyi"):
+    known = {file.stem for file in repo.reference.glob("*.py")} - {"__init__"}
+    own = {file.stem for file in repo.overlay.glob("*.py")}
+    for stub in repo.overlay.glob("*.pyi"):
         if stub.is_symlink() and (stub.stem in own or stub.stem not in known):
             stub.unlink()
     modules = sorted(known - own)
-    return sum(_link(house.overlay / f"{one}.pyi", house.reference / f"{one}.py") for one in modules)
+    return sum(_link(repo.overlay / f"{one}.pyi", repo.reference / f"{one}.py") for one in modules)
 
 
 def _link(stub: Path, module: Path) -> bool:

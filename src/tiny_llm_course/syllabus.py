@@ -9,7 +9,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from .errors import CourseError
-from .units import Cut, Day, Exercise, Kernel, Unit
+from .units import Day, Exercise, Kernel, PartEntry, Unit
 
 HINTS = 3  # a question, a fact, a sketch
 _DAY_ID = re.compile(r"[1-9]\.[1-9]")
@@ -62,7 +62,7 @@ class Syllabus:
     def to_start(self, wanted: str) -> Unit:
         """A day or a part that can be started; raises `CourseError` for one that is to come."""
         unit = self.unit(wanted)
-        if unit.day.is_to_come:
+        if unit.day.is_planned:
             raise CourseError(
                 f"day {unit.day.id} ({unit.day.title}) is to come: the engine has it, the course not yet"
             )
@@ -91,7 +91,7 @@ class Syllabus:
     def after(self, unit: Unit) -> Unit | None:
         """The next part of the day, or else the next day that can be started."""
         later = self.days[self.days.index(unit.day) + 1 :]
-        following = next((candidate for candidate in later if not candidate.is_to_come), None)
+        following = next((candidate for candidate in later if not candidate.is_planned), None)
         return following if isinstance(unit, Day) else next(iter(unit.later), following)
 
 
@@ -135,7 +135,7 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
         no_compare=entry.get("no_compare"),
-        cuts=_cuts(entry, exercises, path),
+        entries=_part_entries(entry, exercises, path),
         kernels=tuple(
             _kernel(f"{entry['id']}.{task}", one, entry, path)
             for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)
@@ -143,7 +143,9 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
     )
 
 
-def _cuts(entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path) -> tuple[Cut, ...]:
+def _part_entries(
+    entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path
+) -> tuple[PartEntry, ...]:
     """The parts of a day: lettered from a, and each exercise in one of them, in order."""
     parts = entry.get("part", ())
     for letter, part in zip(ascii_lowercase, parts, strict=False):
@@ -155,7 +157,7 @@ def _cuts(entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path) ->
             f"expected 1 to {len(exercises)}, each once, in order"
         )
     return tuple(
-        Cut(
+        PartEntry(
             part["id"],
             part["title"],
             part.get("works"),

@@ -4,12 +4,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .blame import BUDGET, Blame, find_blame, others
+from .blame import BUDGET, Blame, find_blame, other_modules
 from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
-from .house import House
-from .outcome import Outcome, about_signal, begin_here, task_of
+from .outcome import Outcome, first_to_fix, signal_report, task_of
 from .progress import (
     Result,
     State,
@@ -23,6 +22,7 @@ from .progress import (
     started_units,
     state,
 )
+from .repo import Repo
 from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
 from .syllabus import Syllabus
 from .units import Day, Exercise, Part, Unit
@@ -33,19 +33,19 @@ ONLY_SHOWN = re.compile(
 
 
 def run_started(
-    house: House, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
+    repo: Repo, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
 ) -> int:
     """Test every day that was started, or what was started of it; 1 if one fails."""
-    units = started_units(house, syllabus)
+    units = started_units(repo, syllabus)
     if not units:
         raise CourseError(
             "no day is started: `pdm run start 1.1` begins with the first, `pdm run map` shows all"
         )
-    return max(run_day(house, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
+    return max(run_day(repo, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
 
 
 def run_day(
-    house: House,
+    repo: Repo,
     syllabus: Syllabus,
     unit: Unit,
     arguments: Sequence[str],
@@ -58,48 +58,48 @@ def run_day(
     isolated: only the unit's modules, on the reference for everything else. time_limit: seconds for each
     test.
     """
-    own = own_modules(house)
-    _refuse_not_started(house, unit)
-    refuse_stale(house, syllabus)
-    _tell_blanks(house, unit)
+    own = own_modules(repo)
+    _refuse_not_started(repo, unit)
+    refuse_stale(repo, syllabus)
+    _print_blanks(repo, unit)
     about = f"{unit.named}, {unit.title}"
     if isolated:
-        today = own_sources(house, [module for module in own if module in unit.modules])
-        with overlay_of(house, today, kernels=bool(unit.kernels)) as alone:
+        today = own_sources(repo, [module for module in own if module in unit.modules])
+        with overlay_of(repo, today, kernels=bool(unit.kernels)) as alone:
             outcome = run_suite_of(alone, unit, arguments, f"{about}, isolated", time_limit)
-            _tell_first(outcome, unit)
+            _print_first_to_fix(outcome, unit)
             return outcome.exit_code
-    outcome = run_suite_of(house, unit, arguments, about, time_limit)
+    outcome = run_suite_of(repo, unit, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
     if whole:  # part of the tests says nothing about all
-        remember(house, unit, outcome.code == 0)
-        _remember_parts(house, unit, outcome, arguments)
+        remember(repo, unit, outcome.code == 0)
+        _remember_parts(repo, unit, outcome, arguments)
     if outcome.code == 0 and not whole:
         print(
             f"what you chose passes; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
             flush=True,
         )
     elif outcome.code == 0:
-        _tell_next(house, syllabus, unit)
+        _print_next_steps(repo, syllabus, unit)
     elif outcome.failed and not outcome.stopped:
-        _tell_blame(house, syllabus, unit, outcome)
+        _print_blame(repo, syllabus, unit, outcome)
     else:
-        _tell_first(outcome, unit)
+        _print_first_to_fix(outcome, unit)
     return outcome.exit_code
 
 
-def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]) -> int:
+def run_reference(repo: Repo, suites: Sequence[Path], arguments: Sequence[str]) -> int:
     """Run suites on the plain reference; pytest's exit code."""
-    with overlay_of(house, {}) as reference:
+    with overlay_of(repo, {}) as reference:
         return run_suites(reference, suites, arguments, about="the reference").returncode
 
 
-def _refuse_not_started(house: House, unit: Unit) -> None:
-    missing = missing_modules(house, unit)
-    if not missing or set(own_kernels(house, Syllabus((unit.day,)))):
+def _refuse_not_started(repo: Repo, unit: Unit) -> None:
+    missing = missing_modules(repo, unit)
+    if not missing or set(own_kernels(repo, Syllabus((unit.day,)))):
         return
     files = " and ".join(f"{module}.py" for module in missing)
-    begun = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(house, one)]
+    begun = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(repo, one)]
     if begun:
         parts = " and ".join(f"`pdm run test {part.id}`" for part in begun)
         raise CourseError(
@@ -108,17 +108,17 @@ def _refuse_not_started(house: House, unit: Unit) -> None:
     raise CourseError(f"not started: pdm run start {unit.id} (writes {files})")
 
 
-def _tell_blanks(house: House, unit: Unit) -> None:
-    states = {exercise: state(house, exercise) for exercise in unit.exercises}
+def _print_blanks(repo: Repo, unit: Unit) -> None:
+    states = {exercise: state(repo, exercise) for exercise in unit.exercises}
     if all(found is State.NOT_STARTED for found in states.values()):
         return  # the day's option in C++ alone
-    refuse_missing(house, unit.exercises)
+    refuse_missing(repo, unit.exercises)
     blank = [f"{exercise.id} {exercise.name}" for exercise, found in states.items() if found is State.BLANK]
     if blank:
         print(f"still blank: {', '.join(blank)}", flush=True)
 
 
-def _remember_parts(house: House, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
+def _remember_parts(repo: Repo, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
     """What a run of the whole day says about its parts, where it has run all of their tests."""
     is_whole = outcome.code == 0 or (
         outcome.code == 1
@@ -128,19 +128,19 @@ def _remember_parts(house: House, unit: Unit, outcome: Outcome, arguments: Seque
     )
     parts = unit.parts if isinstance(unit, Day) and is_whole else ()
     for part in parts:
-        remember(house, part, outcome.passes(part.exercises))
+        remember(repo, part, outcome.passes(part.exercises))
     if parts and outcome.code:
         passing = ", ".join(part.id for part in parts if outcome.passes(part.exercises))
         print(f"parts that pass: {passing or 'none'}", flush=True)
 
 
-def _tell_next(house: House, syllabus: Syllabus, unit: Unit) -> None:
+def _print_next_steps(repo: Repo, syllabus: Syllabus, unit: Unit) -> None:
     print(f"{unit.named} passes{f': {unit.works}' if unit.works else ''}.")
-    for command, says in _next_commands(house, syllabus, unit):
+    for command, says in _next_commands(repo, syllabus, unit):
         print(f"  pdm run {command:13}  {says}", flush=True)
 
 
-def _next_commands(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
+def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
     """What can be done after a unit that passes, and why."""
     if has_own(unit, "show"):
         yield f"try {unit.id}", "see it run"
@@ -148,54 +148,54 @@ def _next_commands(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[tup
         yield f"compare {unit.id}", "beside the reference"
     yield f"diff {unit.id}", "how the reference does it"
     if isinstance(unit, Part) and not unit.later:
-        passing = result(house, unit.day) is Result.PASSING
+        passing = result(repo, unit.day) is Result.PASSING
         yield (
             (f"try {unit.day.id}", "the whole day")
             if passing
-            else (f"test {unit.day.id}", _why_whole(house, unit.day))
+            else (f"test {unit.day.id}", _why_whole(repo, unit.day))
         )
     after = syllabus.after(unit)
     if after is not None:
-        begun = is_started(house, after) and not (isinstance(after, Part) and is_untouched(house, after))
+        begun = is_started(repo, after) and not (isinstance(after, Part) and is_untouched(repo, after))
         yield f"{'test' if begun else 'start'} {after.id}", f"next: {after.title}"
 
 
-def _why_whole(house: House, day: Day) -> str:
+def _why_whole(repo: Repo, day: Day) -> str:
     """Why to test the whole day after its last part: a later part in the same file makes a result stale."""
-    of_part = {part.id: result(house, part) for part in day.parts}
+    of_part = {part.id: result(repo, part) for part in day.parts}
     stale = [part for part, found in of_part.items() if found is Result.STALE]
     if set(of_part.values()) <= {Result.PASSING, Result.STALE}:
         return f"run the whole day once: files have changed since {' and '.join(stale)} ran"
     return "the whole day, of which not every part passes yet"
 
 
-def _tell_first(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
+def _print_first_to_fix(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
     if outcome.ended_by:
-        print("\n".join(about_signal(outcome, unit.day)), flush=True)
+        print("\n".join(signal_report(outcome, unit.day)), flush=True)
         return
-    line = begin_here(outcome, unit.day, at_fault)
+    line = first_to_fix(outcome, unit.day, at_fault)
     if line is not None:
         print(line, flush=True)
 
 
-def _tell_blame(house: House, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
+def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
     """Which exercise of the unit makes the tests fail, or which of the learner's other modules."""
     print("looking for the fault ...", flush=True)
-    found = find_blame(house, unit, outcome)
+    found = find_blame(repo, unit, outcome)
     if found.sometimes:
         print(f"{found.test} fails only sometimes: the same code has passed now, run again")
         print("look for what depends on threads, on time or on chance")
-        _tell_first(outcome, unit)
+        _print_first_to_fix(outcome, unit)
     elif found.today:
-        for line in _about_today(unit, found):
+        for line in _today_lines(unit, found):
             print(line)
-        _tell_first(outcome, unit, found.exercise)
+        _print_first_to_fix(outcome, unit, found.exercise)
     else:
-        for line in _about_others(house, syllabus, unit, found):
+        for line in _other_module_lines(repo, syllabus, unit, found):
             print(line, flush=True)
 
 
-def _about_today(unit: Unit, found: Blame) -> list[str]:
+def _today_lines(unit: Unit, found: Blame) -> list[str]:
     if found.exercise is not None:
         one = found.exercise
         return [f"the fault is in {one.module}.py, {one.name}: with the reference's, {found.test} passes"]
@@ -205,13 +205,13 @@ def _about_today(unit: Unit, found: Blame) -> list[str]:
     return [f"the fault is in {files}: in several exercises, or outside of them"]
 
 
-def _about_others(house: House, syllabus: Syllabus, unit: Unit, found: Blame) -> list[str]:
+def _other_module_lines(repo: Repo, syllabus: Syllabus, unit: Unit, found: Blame) -> list[str]:
     lines = [f"today's code is right: on the reference for everything else, {found.test} passes."]
     if found.module is not None:
         owner = syllabus.owner(found.module)
         again = f" ({owner.named}): pdm run test {owner.id}" if owner is not None else ""
         return [*lines, f"it fails with your {found.module}.py{again}"]
-    names = ", ".join(f"{module}.py" for module in others(house, unit))
+    names = ", ".join(f"{module}.py" for module in other_modules(repo, unit))
     if not found.complete:
         return [*lines, f"it fails with one of your {names}; the search ended after {BUDGET:g} s"]
     return [*lines, f"no other module of yours makes it fail by itself: several of {names} together do."]

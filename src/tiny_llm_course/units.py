@@ -61,7 +61,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PartEntry:
     """A part as the syllabus has it, without its day. works: what works afterwards, where it says so."""
 
     letter: str
@@ -77,7 +77,7 @@ class Day:
     works: what works afterwards. chapter: its file in the book; None while it is to come. removed:
     functions that would give the solution away, as `module.name`; the starter is without them. no_compare:
     why the day's code is not measured beside the reference's. A day without modules is to come as a whole.
-    cuts: where its parts are; a day that is one sitting has none.
+    entries: where its parts are; a day that is one sitting has none.
     """
 
     id: str
@@ -89,7 +89,7 @@ class Day:
     removed: tuple[str, ...]
     kernels: tuple[Kernel, ...] = ()
     no_compare: str | None = None
-    cuts: tuple[Cut, ...] = ()
+    entries: tuple[PartEntry, ...] = ()
 
     @property
     def day(self) -> "Day":
@@ -104,7 +104,7 @@ class Day:
     @property
     def parts(self) -> tuple["Part", ...]:
         """Its parts in order; none where the day is one sitting."""
-        return tuple(Part(self, cut) for cut in self.cuts)
+        return tuple(Part(self, entry) for entry in self.entries)
 
     @property
     def suite(self) -> str:
@@ -113,14 +113,14 @@ class Day:
         return f"test_week_{week}_day_{day}.py"
 
     @property
-    def is_to_come(self) -> bool:
+    def is_planned(self) -> bool:
         """True where the day cannot be started yet."""
         return not self.modules
 
     def part(self, letter: str) -> "Part":
         """One of its parts. Raises `CourseError` for one that there is not."""
         for part in self.parts:
-            if part.cut.letter == letter:
+            if part.entry.letter == letter:
                 return part
         ids = [part.id for part in self.parts]
         has = f"it has {ids[0]} to {ids[-1]}" if ids else "it has no parts"
@@ -147,12 +147,12 @@ class Part:
     """
 
     day: Day
-    cut: Cut
+    entry: PartEntry
 
     @property
     def id(self) -> str:
         """The day and a letter."""
-        return f"{self.day.id}{self.cut.letter}"
+        return f"{self.day.id}{self.entry.letter}"
 
     @property
     def named(self) -> str:
@@ -162,17 +162,17 @@ class Part:
     @property
     def title(self) -> str:
         """What it is about."""
-        return self.cut.title
+        return self.entry.title
 
     @property
     def works(self) -> str | None:
         """What works afterwards, where the syllabus says so."""
-        return self.cut.works
+        return self.entry.works
 
     @property
     def exercises(self) -> tuple[Exercise, ...]:
         """Its exercises in order."""
-        return self.cut.exercises
+        return self.entry.exercises
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from .cpp import RULE, job, sources
 from .errors import CourseError
-from .house import House
 from .interfaces import Interface
 from .legend import legend
 from .may_use import may_use, unit_may_use
 from .progress import Result, State, is_untouched, result, state
+from .repo import Repo
 from .source import STAND_INS, functions, names_in, with_blank, without
-from .starter import Begun
+from .starter import StartResult
 from .syllabus import Syllabus
 from .units import Day, Exercise, Kernel, Part, Unit
 
@@ -26,37 +26,37 @@ _STAND_INS = (
 )
 
 
-def begun(house: House, unit: Unit, begun: Begun) -> list[str]:
+def start_report(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
     """What a start has written, made blank again, or left as it was; links for editors where they are new."""
-    if begun.is_nothing:
+    if done.changed_nothing:
         return [
             "it is there already, blank"
-            if is_untouched(house, unit)
+            if is_untouched(repo, unit)
             else f"{unit.named} is started already: nothing was changed"
         ]
-    lines = [f"wrote {house.shown(file)}" for file in begun.files]
+    lines = [f"wrote {repo.shown(file)}" for file in done.files]
     lines += [
-        f"blank again in {house.shown(house.overlay / e.module)}.py: {e.id} {e.name}" for e in begun.blanked
+        f"blank again in {repo.shown(repo.overlay / e.module)}.py: {e.id} {e.name}" for e in done.blanked
     ]
     if isinstance(unit, Part):
-        kept = [e for e in unit.exercises if state(house, e) in (State.WRITTEN, State.SKIPPED)]
+        kept = [e for e in unit.exercises if state(repo, e) in (State.WRITTEN, State.SKIPPED)]
         lines += [f"stays as it is: {e.id} {e.name}" for e in kept]
-    return [*lines, *([LINKS] if begun.links else [])]
+    return [*lines, *([LINKS] if done.links else [])]
 
 
-def how_again(house: House, unit: Unit, begun: Begun) -> list[str]:
+def restart_advice(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
     """How to begin anew with what is started already; nothing where it was not, or is blank."""
-    if not begun.is_nothing or is_untouched(house, unit):
+    if not done.changed_nothing or is_untouched(repo, unit):
         return []
     return [f"anew:    pdm run start {unit.id} --again (copies your files aside first)"]
 
 
-def moved_aside(house: House, file: Path) -> str:
+def moved_aside(repo: Repo, file: Path) -> str:
     """What was set aside: a file, or the copy of one that stays for its other parts."""
     name = _name_before(file)
     if file.with_name(name).exists():
-        return f"copied aside: {house.shown(file)}; {name} keeps what is of other parts"
-    return f"moved aside: {house.shown(file)}"
+        return f"copied aside: {repo.shown(file)}; {name} keeps what is of other parts"
+    return f"moved aside: {repo.shown(file)}"
 
 
 def after_reset(unit: Unit, moved: list[Path]) -> str:
@@ -76,18 +76,18 @@ def _name_before(file: Path) -> str:
     return file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
 
 
-def tasks(house: House, unit: Unit) -> str:
+def tasks(repo: Repo, unit: Unit) -> str:
     """The exercises of a day or a part, its chapter and its test command.
 
     Where something of it is written, each exercise says whether it is.
     """
-    letters = legend(house, unit)
+    letters = legend(repo, unit)
     chapter = f"book/src/{unit.day.chapter}" if unit.day.chapter else "to come; the docstrings say all"
     return "\n".join(
         [
-            *_exercises(house, unit),
+            *_exercises(repo, unit),
             *([f"shapes:  {', '.join(letters)}"] if letters else []),
-            *_usable(unit_may_use(house, unit)),
+            *_usable(unit_may_use(repo, unit)),
             f"chapter: {chapter}",
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
@@ -100,18 +100,18 @@ def tasks(house: House, unit: Unit) -> str:
     )
 
 
-def _exercises(house: House, unit: Unit) -> list[str]:
+def _exercises(repo: Repo, unit: Unit) -> list[str]:
     """A line for each exercise, under a heading where the day has parts."""
     if isinstance(unit, Day) and unit.parts:
         return [
             line
             for part in unit.parts
-            for line in (f"{part.id}  {part.title}", *(f"  {one}" for one in _exercises(house, part)))
+            for line in (f"{part.id}  {part.title}", *(f"  {one}" for one in _exercises(repo, part)))
         ]
-    states = {e: state(house, e) for e in unit.exercises}
+    states = {e: state(repo, e) for e in unit.exercises}
     is_new = set(states.values()) <= {State.BLANK, State.NOT_STARTED}
     return [
-        f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}{'' if is_new else f': {found.value}'}"
+        f"  {e.id}  {e.module}.py  {e.name}{_parameters(repo, e)}{'' if is_new else f': {found.value}'}"
         for e, found in states.items()
     ]
 
@@ -137,14 +137,14 @@ def _lines(interfaces: list[Interface]) -> list[str]:
     return [f"  {one}" for one in interfaces]
 
 
-def kernel_tasks(house: House, day: Day) -> str:
+def kernel_tasks(repo: Repo, day: Day) -> str:
     """A day's option in C++: what to write, what to read first, and the commands."""
     lines = [f"  {k.id}  {k.file}  {', '.join(k.functions)}" for k in day.kernels]
-    jobs = ", ".join(job(house, kernel) for kernel in day.kernels)
+    jobs = ", ".join(job(repo, kernel) for kernel in day.kernels)
     return "\n".join(
         [
             *lines,
-            f"read:    {house.shown(sources(house) / 'kernels.h')}: {jobs}; vec.h beside it",
+            f"read:    {repo.shown(sources(repo) / 'kernels.h')}: {jobs}; vec.h beside it",
             f"rule:    {RULE}",
             "build:   pdm run build-kernels",
             f"test:    pdm run test {day.id}",
@@ -153,13 +153,13 @@ def kernel_tasks(house: House, day: Day) -> str:
     )
 
 
-def hint(house: House, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
+def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
     """One of the three steps of help; with the first, what the exercise may use."""
     if not 1 <= step <= len(exercise.hints):
         raise CourseError(f"there is no hint {step} of {exercise.id}: 1 is a question, 2 a fact, 3 a sketch")
     text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
     if step == 1 and isinstance(exercise, Exercise):
-        usable = may_use(house, syllabus.day(exercise.day_id), exercise)
+        usable = may_use(repo, syllabus.day(exercise.day_id), exercise)
         text = "\n".join([text, *(["you may use, from other files:", *_lines(usable)] if usable else [])])
     if step < len(exercise.hints):
         return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
@@ -171,42 +171,42 @@ def hint(house: House, syllabus: Syllabus, exercise: Exercise | Kernel, step: in
     return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
 
 
-def difference(house: House, unit: Unit, *, anyway: bool) -> str:
+def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
     """How the reference differs from the learner's modules. Raises `CourseError` before the unit passes.
 
     Of a module with exercises of other parts these are left out.
     """
-    modules = [module for module in unit.modules if (house.overlay / f"{module}.py").exists()]
-    kernels = [kernel for kernel in unit.kernels if (house.overlay / kernel.file).exists()]
+    modules = [module for module in unit.modules if (repo.overlay / f"{module}.py").exists()]
+    kernels = [kernel for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
     if not modules and not kernels:
         raise CourseError(f"not started: pdm run start {unit.id}")
-    found = result(house, unit)
+    found = result(repo, unit)
     if not anyway and found is not Result.PASSING:
         raise CourseError(f"{unit.named} {found.value}: `pdm run test {unit.id}` first, or add --anyway")
-    pairs = [_of_unit(house, unit, module) for module in modules]
-    pairs += [(_text(house.overlay / k.file), _text(sources(house) / k.file)) for k in kernels]
+    pairs = [_of_unit(repo, unit, module) for module in modules]
+    pairs += [(_text(repo.overlay / k.file), _text(sources(repo) / k.file)) for k in kernels]
     names = [f"{module}.py" for module in modules] + [kernel.file for kernel in kernels]
-    theirs = [house.reference] * len(modules) + [sources(house)] * len(kernels)
+    theirs = [repo.reference] * len(modules) + [sources(repo)] * len(kernels)
     parts = [_STAND_INS] if any(_has_stand_ins(reference) for _, reference in pairs) else []
     for name, folder, (own, reference) in zip(names, theirs, pairs, strict=True):
         lines = difflib.unified_diff(
             own.splitlines(),
             reference.splitlines(),
-            house.shown(house.overlay / name),
-            house.shown(folder / name),
+            repo.shown(repo.overlay / name),
+            repo.shown(folder / name),
             lineterm="",
         )
         parts.append("\n".join(lines) or f"{name}: no difference")
     return "\n\n".join(parts)
 
 
-def _of_unit(house: House, unit: Unit, module: str) -> tuple[str, str]:
+def _of_unit(repo: Repo, unit: Unit, module: str) -> tuple[str, str]:
     """The learner's and the reference's source of a module, what is of other parts blank in both."""
-    own, reference = _text(house.overlay / f"{module}.py"), _text(house.reference / f"{module}.py")
+    own, reference = _text(repo.overlay / f"{module}.py"), _text(repo.reference / f"{module}.py")
     others = [one for one in unit.day.of_module(module) if one not in unit.exercises]
     if not others:
         return own, reference
-    states = {exercise: state(house, exercise) for exercise in others}
+    states = {exercise: state(repo, exercise) for exercise in others}
     for exercise in others:
         if states[exercise] is not State.MISSING:
             own = with_blank(own, exercise.name, exercise.message)
@@ -226,8 +226,8 @@ def _has_stand_ins(reference: str) -> bool:
     return any(f"@{name}(" in reference for name in STAND_INS)
 
 
-def _parameters(house: House, exercise: Exercise) -> str:
+def _parameters(repo: Repo, exercise: Exercise) -> str:
     """`(x, mask)`: the names of a function's parameters, as a reminder."""
-    node = functions((house.reference / f"{exercise.module}.py").read_text(encoding="utf-8"))[exercise.name]
+    node = functions((repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8"))[exercise.name]
     names = [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs] if argument.arg != "self"]
     return f"({', '.join(names)})"

@@ -4,13 +4,13 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from .house import House
+from .repo import Repo
 
 POLL_SECONDS = 0.3
 FAILED = 1
 
 
-def watch(house: House, command: Sequence[str], polls: Iterable[bool]) -> int:
+def watch(repo: Repo, command: Sequence[str], polls: Iterable[bool]) -> int:
     """Run a command, and again after every save, until `polls` ends; the exit code of the last run.
 
     A run that is under way when a file is saved is ended first: it may be an endless loop. polls: at each
@@ -27,7 +27,7 @@ def watch(house: House, command: Sequence[str], polls: Iterable[bool]) -> int:
                 process, code = subprocess.Popen(command), None
             elif code is None and (code := process.poll()) is not None:
                 print(
-                    f"watching {house.shown(house.overlay)}: save a file to test again, Ctrl-C to stop",
+                    f"watching {repo.shown(repo.overlay)}: save a file to test again, Ctrl-C to stop",
                     flush=True,
                 )
     except KeyboardInterrupt:
@@ -38,12 +38,12 @@ def watch(house: House, command: Sequence[str], polls: Iterable[bool]) -> int:
     return FAILED if code is None else code
 
 
-def saves(house: House) -> Iterator[bool]:
+def saves(repo: Repo) -> Iterator[bool]:
     """At each look whether a file of the overlay was saved; never ends (Ctrl-C ends it)."""
-    before = _times(house)
+    before = _times(repo)
     while True:
         time.sleep(POLL_SECONDS)
-        now = _times(house)
+        now = _times(repo)
         yield now != before
         before = now
 
@@ -55,5 +55,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _times(house: House) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in house.overlay.glob("*.py")}
+def _times(repo: Repo) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in repo.overlay.glob("*.py")}

@@ -9,7 +9,7 @@ from . import views
 from .arguments import ADay, open_course
 from .cpp import build, own_kernels, start_kernels
 from .errors import CourseError
-from .house import House
+from .repo import Repo
 from .starter import restore, set_aside, set_aside_kernel, skip, start
 from .units import Exercise, Kernel, Unit
 
@@ -41,20 +41,20 @@ def on_start(
 
     Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if in_cpp:
-        written = start_kernels(house, chosen)
+        written = start_kernels(repo, chosen)
         print(f"{chosen.named}: {chosen.title}, in C++. The tasks in Python are not needed for it.")
-        print("\n".join(f"wrote {house.shown(file)}" for file in written))
-        print(views.kernel_tasks(house, chosen.day))
+        print("\n".join(f"wrote {repo.shown(file)}" for file in written))
+        print(views.kernel_tasks(repo, chosen.day))
         return
-    for file in set_aside(house, chosen) if again else ():
-        print(views.moved_aside(house, file))
-    begun = start(house, chosen)
+    for file in set_aside(repo, chosen) if again else ():
+        print(views.moved_aside(repo, file))
+    done = start(repo, chosen)
     print(f"{chosen.named}: {chosen.title}.{f' Afterwards: {chosen.works}.' if chosen.works else ''}")
-    print("\n".join(views.begun(house, chosen, begun)))
-    print("\n".join([views.tasks(house, chosen), *views.how_again(house, chosen, begun)]))
+    print("\n".join(views.start_report(repo, chosen, done)))
+    print("\n".join([views.tasks(repo, chosen), *views.restart_advice(repo, chosen, done)]))
 
 
 def on_skip(
@@ -70,32 +70,32 @@ def on_skip(
     pdm run skip 3.2b             # a part; `pdm run start 3.2b` makes it blank again
     pdm run skip 2.4.6            # the option in C++: your file is moved aside, the reference's kernel runs
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     one = syllabus.exercise(what) if what.count(".") >= 2 else None
     if isinstance(one, Kernel):
-        _skip_kernel(house, one)
+        _skip_kernel(repo, one)
         return
     chosen = syllabus.to_start(what).exercises if one is None else (one,)
     unit = syllabus.to_start(what)
-    _refuse_unstarted(house, unit, chosen)
-    skipped = skip(house, unit.day, chosen)
+    _refuse_unstarted(repo, unit, chosen)
+    skipped = skip(repo, unit.day, chosen)
     if not skipped:
         raise CourseError(f"nothing of {what} is blank")
     print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
 
 
-def _skip_kernel(house: House, kernel: Kernel) -> None:
-    moved = set_aside_kernel(house, kernel)
+def _skip_kernel(repo: Repo, kernel: Kernel) -> None:
+    moved = set_aside_kernel(repo, kernel)
     if not moved:
         raise CourseError(
             f"not started: without a file of yours the reference's {kernel.file} runs "
             f"(pdm run start {kernel.day_id} --cpp)"
         )
-    print(f"moved aside: {house.shown(moved[0])}; the reference's {kernel.file} runs")
+    print(f"moved aside: {repo.shown(moved[0])}; the reference's {kernel.file} runs")
 
 
-def _refuse_unstarted(house: House, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
-    if not any((house.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
+def _refuse_unstarted(repo: Repo, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
+    if not any((repo.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
         raise CourseError(f"not started: pdm run start {unit.id}")
 
 
@@ -110,12 +110,12 @@ def on_reset(day: ADay) -> None:
     A file that holds work of other parts too is copied aside, and in it only the part's exercises become the
     reference's.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     unit = syllabus.to_start(day)
-    moved = set_aside(house, unit)
+    moved = set_aside(repo, unit)
     if not moved:
         raise CourseError(f"{unit.named} is not started: there is nothing to reset")
-    print("\n".join([*(views.moved_aside(house, file) for file in moved), views.after_reset(unit, moved)]))
+    print("\n".join([*(views.moved_aside(repo, file) for file in moved), views.after_reset(unit, moved)]))
 
 
 def on_restore(day: ADay) -> None:
@@ -127,12 +127,12 @@ def on_restore(day: ADay) -> None:
 
     A file that is there changes places with it: `restore` once more undoes it.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     unit = syllabus.to_start(day)
-    restored = restore(house, unit)
+    restored = restore(repo, unit)
     if not restored:
         raise CourseError(f"nothing of {unit.named} was moved aside")
-    print("\n".join(f"restored: {house.shown(file)}" for file in restored))
+    print("\n".join(f"restored: {repo.shown(file)}" for file in restored))
 
 
 def on_build_kernels() -> None:
@@ -145,7 +145,7 @@ def on_build_kernels() -> None:
 
     What you have no file for is the reference's. The first build takes a minute, later ones seconds.
     """
-    house, syllabus = open_course()
-    names = ", ".join(kernel.file for kernel in own_kernels(house, syllabus))
+    repo, syllabus = open_course()
+    names = ", ".join(kernel.file for kernel in own_kernels(repo, syllabus))
     print(f"building with your {names} ..." if names else "looking for your kernels ...", flush=True)
-    print(f"built {house.shown(build(house, syllabus))}: it runs in place of the reference's kernels")
+    print(f"built {repo.shown(build(repo, syllabus))}: it runs in place of the reference's kernels")

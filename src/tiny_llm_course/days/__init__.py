@@ -45,7 +45,7 @@ def has_own(unit: Unit, name: str) -> bool:
 
 
 def _own_name(unit: Unit, name: str) -> str:
-    return name if isinstance(unit, Day) else f"{name}_{unit.cut.letter}"
+    return name if isinstance(unit, Day) else f"{name}_{unit.entry.letter}"
 
 
 def _name(day_id: str) -> str:

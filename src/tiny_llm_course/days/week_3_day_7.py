@@ -11,7 +11,7 @@ from typing import Any
 from .shared import STORY, Lines
 
 TRY_SECONDS = 120  # a guard: an engine that is not right yet may leave its clients waiting
-MOST_ITERATIONS = 20  # likewise, of a loop
+MAX_ITERATIONS = 20  # likewise, of a loop
 
 
 def show() -> Lines:
@@ -98,7 +98,7 @@ class _Stepped:
         yield {"add fox": self._adding("fox")}
         yield {"cancel cat": partial(self.loop.cancel, ["cat"])}
         yield {"drain": partial(self.loop.drain, None, self.drained)}
-        for _ in range(MOST_ITERATIONS):
+        for _ in range(MAX_ITERATIONS):
             if self.loop.active:
                 yield {}
 

@@ -8,14 +8,14 @@ from .errors import CourseError
 
 
 @dataclass(frozen=True)
-class House:
+class Repo:
     """The folders of one checkout. `overlay` is the learner's: `TINY_LLM_OVERLAY`, or else src/tiny_llm."""
 
     root: Path
     overlay: Path
 
     @classmethod
-    def here(cls) -> "House":
+    def here(cls) -> "Repo":
         """The checkout that this file is in. Raises `CourseError` where that is an installed copy."""
         root = Path(__file__).resolve().parents[2]
         if not (root / "tests_refsol").is_dir():
@@ -44,8 +44,8 @@ class House:
         is_usual = self.overlay == self.root / "src" / "tiny_llm"
         return (self.root if is_usual else self.overlay) / ".course"
 
-    def with_overlay(self, overlay: Path) -> "House":
-        """The same house seen through another overlay."""
+    def with_overlay(self, overlay: Path) -> "Repo":
+        """The same repo seen through another overlay."""
         return replace(self, overlay=overlay)
 
     def shown(self, path: Path) -> str:
