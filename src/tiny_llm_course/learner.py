@@ -1,4 +1,4 @@
-"""What goes wrong in a learner's module, as one line that says where."""
+"""Turns errors in a learner's modules into one line that names the file and line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from .units import Unit
 
 @contextmanager
 def learners_errors(repo: Repo) -> Iterator[None]:
-    """An error that a learner's module raises becomes a `CourseError` that names the line."""
+    """Raise `CourseError`, with the file and line, for an error from a learner's module."""
     try:
         yield
     except Exception as error:
@@ -24,7 +24,7 @@ def learners_errors(repo: Repo) -> Iterator[None]:
 
 @contextmanager
 def blanks_of_others(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[None]:
-    """A blank of another day or part becomes a `CourseError` that says what to do with it."""
+    """Raise `CourseError`, with advice, if a blank exercise of another day or part is reached."""
     try:
         yield
     except Exception as error:
@@ -34,8 +34,8 @@ def blanks_of_others(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[Non
         exercise = syllabus.exercise(found.what.partition(" ")[0])
         owner = syllabus.unit(exercise.id)
         raise CourseError(
-            f"what {unit.named} shows needs {exercise.id} {exercise.name} of {owner.named} too, "
-            f"still blank in your {found.file.name}: write it, or `pdm run skip {owner.id}`"
+            f"the demonstration of {unit.named} also needs {exercise.id} {exercise.name} of {owner.named}, "
+            f"which is blank in your {found.file.name}: write it, or run `pdm run skip {owner.id}`"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""How far the learner is, over all days: `pdm run progress` and `pdm run map`."""
+"""`pdm run progress` and `pdm run map`: the learner's progress over all days."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ _MARKS = {
     State.WRITTEN: "x",
     State.SKIPPED: "s",
 }
-_LEGEND = "x written   . blank   s skipped   ? its function is missing   - its file is not there"
+_LEGEND = "x written   . blank   s skipped   ? function missing   - file missing"
 
 
 def progress(repo: Repo, syllabus: Syllabus) -> list[dict[str, Any]]:
-    """One row a day that can be started: its exercises by state, what its tests say, a row for each part."""
+    """A row for each available day: the state of its exercises, its test results, and a row for each part."""
     own_modules(repo)
     return [
         {"day": day.id, **_row(repo, day), "parts": [{"part": p.id, **_row(repo, p)} for p in day.parts]}
@@ -53,7 +53,7 @@ def _row(repo: Repo, unit: Unit) -> dict[str, Any]:
 
 
 def _tests_text(repo: Repo, unit: Unit, outcome: Result) -> str:
-    """What the tests say; of tests that are out of date also the file that has changed, and the command."""
+    """The test result; if it is out of date, also the file that changed and the command to run."""
     changed = changed_files(repo, unit) if outcome is Result.STALE else []
     if not changed:
         return outcome.value
@@ -62,7 +62,7 @@ def _tests_text(repo: Repo, unit: Unit, outcome: Result) -> str:
 
 
 def progress_text(repo: Repo, syllabus: Syllabus) -> str:
-    """The same as a table, with what to do next; the parts of a day once it is started."""
+    """The same as a table, with the next command; parts are listed for days that are started."""
     rows = progress(repo, syllabus)
     lines = _table(repo, syllabus, rows)
     done = sum(bool(row["done"]) for row in rows)
@@ -78,12 +78,12 @@ def _command(repo: Repo, unit: Unit) -> str:
 
 
 def _gap_note(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]], following: Unit) -> str:
-    """The first day before the next that does not pass, where a later one does; empty where there is none."""
+    """A note on the first day that was left out, if a later day passes; otherwise empty."""
     first = next(row for row in rows if not row["done"])
     day = syllabus.day(first["day"])
     if day == following.day or not any(row["done"] for row in rows[rows.index(first) :]):
         return ""
-    return f"; day {day.id} before it is left out: {_command(repo, _next_part(repo, day) or day)}"
+    return f" (you left out day {day.id}: {_command(repo, _next_part(repo, day) or day)})"
 
 
 def _table(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[str]:
@@ -104,7 +104,7 @@ def _table(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[s
 
 
 def _next_unit(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> Unit | None:
-    """What to do next: a day that is under way, or else the first after the last that is done; its part."""
+    """The unit to do next: in a day that is started, or else in the first day after the last one done."""
     under_way = [row for row in rows if row["started"] and not row["done"]]
     last = max((place for place, row in enumerate(rows) if row["done"]), default=-1)
     later = [*under_way, *rows[last + 1 :], *rows]
@@ -116,8 +116,10 @@ def _next_unit(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> Un
 
 
 def _next_part(repo: Repo, day: Day) -> Unit | None:
-    """The first part with something of the learner's that does not pass, or else the first after the last
-    that passes; None where the day has no parts, or all pass."""
+    """The part of a day to do next: the first that is started, or else the first after the last that passes.
+
+    None if the day has no parts, or all of them pass.
+    """
     open_parts = [part for part in day.parts if result(repo, part) is not Result.PASSING]
     under_way = [part for part in open_parts if is_started(repo, part)]
     passing = [place for place, part in enumerate(day.parts) if part not in open_parts]
@@ -126,19 +128,21 @@ def _next_part(repo: Repo, day: Day) -> Unit | None:
 
 
 def map_text(repo: Repo, syllabus: Syllabus) -> str:
-    """Every day with its modules and whose they are, and its parts with what their tests say; a kernel in C++
-    where it is the learner's."""
+    """List all days with their modules, the learner's in brackets, and all parts with their test results.
+
+    A kernel in C++ is listed if the learner has a file for it.
+    """
     own = set(own_modules(repo))
     kernels = {kernel: build_of(repo, kernel) for kernel in own_kernels(repo, syllabus)}
     lines = []
     for day in syllabus.days:
         if day.id.endswith(".1"):
             lines += ["", f"week {day.id[0]}"]
-        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "to come"
+        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "not available yet"
         modules += "".join(f"  [{k.file}, {kernels[k].value}]" for k in day.kernels if k in kernels)
         lines.append(f"  {day.id}  {day.title:38}  {modules}")
         for part in day.parts:
             row = _row(repo, part)
             tests = row["tests"] if row["started"] else "not started"
             lines.append(f"    {part.id}  {part.title:35}  {exercise_range(part.exercises)}: {tests}")
-    return "\n".join([*lines[1:], "", "[in brackets]: yours; every other module is the reference's"])
+    return "\n".join([*lines[1:], "", "[in brackets]: your modules; all others are the reference's"])

@@ -1,4 +1,4 @@
-"""`pdm run test`: the tests of a day or a part on the learner's code, what it says, and what to do next."""
+"""`pdm run test`: runs the tests of a day or a part on the learner's code, and says what to do next."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -35,12 +35,10 @@ ONLY_SHOWN = re.compile(
 def run_started(
     repo: Repo, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
 ) -> int:
-    """Test every day that was started, or what was started of it; 1 if one fails."""
+    """Test every day and part that was started; returns the highest exit code."""
     units = started_units(repo, syllabus)
     if not units:
-        raise CourseError(
-            "no day is started: `pdm run start 1.1` begins with the first, `pdm run map` shows all"
-        )
+        raise CourseError("no day is started: `pdm run start 1.1` starts the first, `pdm run map` lists all")
     return max(run_day(repo, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
 
 
@@ -53,10 +51,10 @@ def run_day(
     isolated: bool = False,
     time_limit: float = TIME_LIMIT,
 ) -> int:
-    """Run the tests of a day or a part, print what follows, and remember the outcome; pytest's exit code.
+    """Run the tests of a day or a part, print the advice, record the outcome, and return pytest's exit code.
 
-    isolated: only the unit's modules, on the reference for everything else. time_limit: seconds for each
-    test.
+    isolated: use only the unit's modules of the learner's, and the reference for everything else.
+    time_limit: seconds for each test.
     """
     own = own_modules(repo)
     _refuse_not_started(repo, unit)
@@ -71,12 +69,12 @@ def run_day(
             return outcome.exit_code
     outcome = run_suite_of(repo, unit, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
-    if whole:  # part of the tests says nothing about all
+    if whole:  # a selection of tests proves nothing about the whole unit
         remember(repo, unit, outcome.code == 0)
         _remember_parts(repo, unit, outcome, arguments)
     if outcome.code == 0 and not whole:
         print(
-            f"what you chose passes; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
+            f"the selected tests pass; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
             flush=True,
         )
     elif outcome.code == 0:
@@ -89,7 +87,7 @@ def run_day(
 
 
 def run_reference(repo: Repo, suites: Sequence[Path], arguments: Sequence[str]) -> int:
-    """Run suites on the plain reference; pytest's exit code."""
+    """Run suites on the reference only, and return pytest's exit code."""
     with overlay_of(repo, {}) as reference:
         return run_suites(reference, suites, arguments, about="the reference").returncode
 
@@ -103,7 +101,7 @@ def _refuse_not_started(repo: Repo, unit: Unit) -> None:
     if begun:
         parts = " and ".join(f"`pdm run test {part.id}`" for part in begun)
         raise CourseError(
-            f"{unit.named} is started only in part: {parts}, or pdm run start {unit.id} (writes {files})"
+            f"only a part of {unit.named} is started: {parts}, or `pdm run start {unit.id}` (writes {files})"
         )
     raise CourseError(f"not started: pdm run start {unit.id} (writes {files})")
 
@@ -111,7 +109,7 @@ def _refuse_not_started(repo: Repo, unit: Unit) -> None:
 def _print_blanks(repo: Repo, unit: Unit) -> None:
     states = {exercise: state(repo, exercise) for exercise in unit.exercises}
     if all(found is State.NOT_STARTED for found in states.values()):
-        return  # the day's option in C++ alone
+        return  # only the day's kernel in C++ is started
     refuse_missing(repo, unit.exercises)
     blank = [f"{exercise.id} {exercise.name}" for exercise, found in states.items() if found is State.BLANK]
     if blank:
@@ -119,34 +117,34 @@ def _print_blanks(repo: Repo, unit: Unit) -> None:
 
 
 def _remember_parts(repo: Repo, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
-    """What a run of the whole day says about its parts, where it has run all of their tests."""
+    """Record the outcome of each part after a run of the whole day, if it ran all of their tests."""
     is_whole = outcome.code == 0 or (
         outcome.code == 1
         and not outcome.stopped
         and "-x" not in arguments
-        and all(map(task_of, outcome.failed))  # a file that cannot be imported has no task
+        and all(map(task_of, outcome.failed))  # task 0: a file that cannot be imported
     )
     parts = unit.parts if isinstance(unit, Day) and is_whole else ()
     for part in parts:
         remember(repo, part, outcome.passes(part.exercises))
     if parts and outcome.code:
         passing = ", ".join(part.id for part in parts if outcome.passes(part.exercises))
-        print(f"parts that pass: {passing or 'none'}", flush=True)
+        print(f"passing parts: {passing or 'none'}", flush=True)
 
 
 def _print_next_steps(repo: Repo, syllabus: Syllabus, unit: Unit) -> None:
-    print(f"{unit.named} passes{f': {unit.works}' if unit.works else ''}.")
+    print(f"{unit.named} passes. {f'What works now: {unit.works}.' if unit.works else ''}".rstrip())
     for command, says in _next_commands(repo, syllabus, unit):
         print(f"  pdm run {command:13}  {says}", flush=True)
 
 
 def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
-    """What can be done after a unit that passes, and why."""
+    """The commands to run after a unit passes, each with what it is for."""
     if has_own(unit, "show"):
         yield f"try {unit.id}", "see it run"
     if unit.day.no_compare is None and has_own(unit, "work"):
-        yield f"compare {unit.id}", "beside the reference"
-    yield f"diff {unit.id}", "how the reference does it"
+        yield f"compare {unit.id}", "measure it against the reference"
+    yield f"diff {unit.id}", "see how the reference does it"
     if isinstance(unit, Part) and not unit.later:
         passing = result(repo, unit.day) is Result.PASSING
         yield (
@@ -161,12 +159,12 @@ def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple
 
 
 def _why_whole(repo: Repo, day: Day) -> str:
-    """Why to test the whole day after its last part: a later part in the same file makes a result stale."""
+    """Why to test the whole day after its last part: editing a file makes results of earlier parts stale."""
     of_part = {part.id: result(repo, part) for part in day.parts}
     stale = [part for part, found in of_part.items() if found is Result.STALE]
     if set(of_part.values()) <= {Result.PASSING, Result.STALE}:
-        return f"run the whole day once: files have changed since {' and '.join(stale)} ran"
-    return "the whole day, of which not every part passes yet"
+        return f"test the whole day once: files have changed since {' and '.join(stale)} passed"
+    return "the whole day; some of its parts do not pass yet"
 
 
 def _print_first_to_fix(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
@@ -179,12 +177,12 @@ def _print_first_to_fix(outcome: Outcome, unit: Unit, at_fault: Exercise | None 
 
 
 def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
-    """Which exercise of the unit makes the tests fail, or which of the learner's other modules."""
-    print("looking for the fault ...", flush=True)
+    """Say which exercise of the unit, or which other module of the learner's, makes the tests fail."""
+    print("searching for the cause ...", flush=True)
     found = find_blame(repo, unit, outcome)
     if found.sometimes:
-        print(f"{found.test} fails only sometimes: the same code has passed now, run again")
-        print("look for what depends on threads, on time or on chance")
+        print(f"{found.test} fails only sometimes: the same code passed when it ran again")
+        print("look for code that depends on threads, on timing or on randomness")
         _print_first_to_fix(outcome, unit)
     elif found.today:
         for line in _today_lines(unit, found):
@@ -198,20 +196,22 @@ def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -
 def _today_lines(unit: Unit, found: Blame) -> list[str]:
     if found.exercise is not None:
         one = found.exercise
-        return [f"the fault is in {one.module}.py, {one.name}: with the reference's, {found.test} passes"]
+        return [
+            f"the cause is in {one.module}.py, {one.name}: {found.test} passes with the reference's version"
+        ]
     files = " or ".join(f"{module}.py" for module in unit.modules)
     if not found.complete:
-        return [f"the fault is in {files}; the search for the exercise ended after {BUDGET:g} s"]
-    return [f"the fault is in {files}: in several exercises, or outside of them"]
+        return [f"the cause is in {files}; the search for the exercise stopped after {BUDGET:g} s"]
+    return [f"the cause is in {files}: in several exercises, or outside of the exercises"]
 
 
 def _other_module_lines(repo: Repo, syllabus: Syllabus, unit: Unit, found: Blame) -> list[str]:
-    lines = [f"today's code is right: on the reference for everything else, {found.test} passes."]
+    lines = [f"today's code is correct: {found.test} passes when all other modules are the reference's."]
     if found.module is not None:
         owner = syllabus.owner(found.module)
         again = f" ({owner.named}): pdm run test {owner.id}" if owner is not None else ""
-        return [*lines, f"it fails with your {found.module}.py{again}"]
+        return [*lines, f"it fails together with your {found.module}.py{again}"]
     names = ", ".join(f"{module}.py" for module in other_modules(repo, unit))
     if not found.complete:
-        return [*lines, f"it fails with one of your {names}; the search ended after {BUDGET:g} s"]
-    return [*lines, f"no other module of yours makes it fail by itself: several of {names} together do."]
+        return [*lines, f"it fails together with one of your {names}; the search stopped after {BUDGET:g} s"]
+    return [*lines, f"no single other module makes it fail; several of {names} together do."]

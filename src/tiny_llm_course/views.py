@@ -1,4 +1,4 @@
-"""What the course shows of a day or a part as text: its tasks, hints, and how the reference differs."""
+"""Texts about a day or a part: its tasks, its hints, and the difference from the reference."""
 
 import difflib
 from pathlib import Path
@@ -17,50 +17,48 @@ from .units import Day, Exercise, Kernel, Part, Unit
 
 STEPS = ("a question", "a fact", "a sketch")
 LINKS = (
-    "links NAME.pyi for editors: they lead to the reference's files; go-to-definition shows its code, "
-    "exercises of later days included"
+    "created links NAME.pyi for your editor: they point to the reference's files, so go-to-definition shows "
+    "its code, including solutions of later days"
 )
 _STAND_INS = (
-    "@accelerated, _fused, _compiled in the reference: faster code that runs in place of the function below. "
-    "Yours always runs itself, and needs none of it."
+    "@accelerated, _fused and _compiled in the reference select faster code that replaces the decorated "
+    "function. Your code does not need them: it always runs as you wrote it."
 )
 
 
 def start_report(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
-    """What a start has written, made blank again, or left as it was; links for editors where they are new."""
+    """The lines that report a start: files written, exercises blanked or kept, and new editor links."""
     if done.changed_nothing:
         return [
-            "it is there already, blank"
+            "started already; all of it is still blank"
             if is_untouched(repo, unit)
             else f"{unit.named} is started already: nothing was changed"
         ]
     lines = [f"wrote {repo.shown(file)}" for file in done.files]
-    lines += [
-        f"blank again in {repo.shown(repo.overlay / e.module)}.py: {e.id} {e.name}" for e in done.blanked
-    ]
+    lines += [f"blanked in {repo.shown(repo.overlay / e.module)}.py: {e.id} {e.name}" for e in done.blanked]
     if isinstance(unit, Part):
         kept = [e for e in unit.exercises if state(repo, e) in (State.WRITTEN, State.SKIPPED)]
-        lines += [f"stays as it is: {e.id} {e.name}" for e in kept]
+        lines += [f"kept as you have it: {e.id} {e.name}" for e in kept]
     return [*lines, *([LINKS] if done.links else [])]
 
 
 def restart_advice(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
-    """How to begin anew with what is started already; nothing where it was not, or is blank."""
+    """How to start over, as a list of at most one line; empty if the unit was not started or is blank."""
     if not done.changed_nothing or is_untouched(repo, unit):
         return []
-    return [f"anew:    pdm run start {unit.id} --again (copies your files aside first)"]
+    return [f"restart: pdm run start {unit.id} --again (keeps your files as *.bak)"]
 
 
 def moved_aside(repo: Repo, file: Path) -> str:
-    """What was set aside: a file, or the copy of one that stays for its other parts."""
+    """The line about a file that was moved aside, or copied because it contains work of other parts."""
     name = _name_before(file)
     if file.with_name(name).exists():
-        return f"copied aside: {repo.shown(file)}; {name} keeps what is of other parts"
-    return f"moved aside: {repo.shown(file)}"
+        return f"copied to {repo.shown(file)}; {name} keeps your work of other parts"
+    return f"moved to {repo.shown(file)}"
 
 
 def after_reset(unit: Unit, moved: list[Path]) -> str:
-    """What is the reference's again: files, or of a file that stays the exercises of the unit."""
+    """The line about what now runs the reference's code: whole files, or exercises in a file that stays."""
     names = {_name_before(file): file.with_name(_name_before(file)).exists() for file in moved}
     whole = [name for name, stays in names.items() if not stays]
     some = [
@@ -68,21 +66,23 @@ def after_reset(unit: Unit, moved: list[Path]) -> str:
         for name, stays in names.items()
         for exercise in (unit.of_module(name.removesuffix(".py")) if stays else ())
     ]
-    return f"the reference's again: {', '.join(whole + some)}"
+    return f"back to the reference: {', '.join(whole + some)}"
 
 
 def _name_before(file: Path) -> str:
-    """`norm.py` of `norm.py.1.bak`."""
+    """The name before the move: `norm.py` for `norm.py.1.bak`."""
     return file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
 
 
 def tasks(repo: Repo, unit: Unit) -> str:
-    """The exercises of a day or a part, its chapter and its test command.
+    """List the exercises of a day or a part, the interfaces they may use, the chapter and the commands.
 
-    Where something of it is written, each exercise says whether it is.
+    If any exercise is written, each line shows the exercise's state.
     """
     letters = legend(repo, unit)
-    chapter = f"book/src/{unit.day.chapter}" if unit.day.chapter else "to come; the docstrings say all"
+    chapter = (
+        f"book/src/{unit.day.chapter}" if unit.day.chapter else "not written yet; the docstrings are complete"
+    )
     return "\n".join(
         [
             *_exercises(repo, unit),
@@ -92,8 +92,8 @@ def tasks(repo: Repo, unit: Unit) -> str:
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
             *(
-                f"option:  {k.id}, if you like: {k.file} in C++: pdm run start {unit.id} --cpp, then "
-                f"build-kernels; hints: pdm run hint {k.id}"
+                f"option:  {k.id}, {k.file} in C++: pdm run start {unit.id} --cpp, then "
+                f"pdm run build-kernels; hints: pdm run hint {k.id}"
                 for k in unit.kernels
             ),
         ]
@@ -101,7 +101,7 @@ def tasks(repo: Repo, unit: Unit) -> str:
 
 
 def _exercises(repo: Repo, unit: Unit) -> list[str]:
-    """A line for each exercise, under a heading where the day has parts."""
+    """A line for each exercise; if the day has parts, under a heading for each part."""
     if isinstance(unit, Day) and unit.parts:
         return [
             line
@@ -121,16 +121,19 @@ def _tests(unit: Unit) -> list[str]:
         return [f"test:    pdm run test {unit.id}"]
     first, last = unit.parts[0].id, unit.parts[-1].id
     return [
-        f"parts:   {first} to {last}, about an evening each: pdm run start {first} shows only that one",
-        f"test:    pdm run test {first}; pdm run test {unit.id} tests all parts",
+        f"parts:   {first} to {last}, each about an evening; pdm run start {first} lists only that part",
+        f"test:    pdm run test {first} for one part, pdm run test {unit.id} for all",
     ]
 
 
 def _usable(interfaces: list[Interface]) -> list[str]:
-    """What may be used from other files, a line each; nothing where there is none."""
+    """The interfaces of other files that may be used, a line each, under a heading; empty without any."""
     if not interfaces:
         return []
-    return ["you may use, from other files (pdm run hint EXERCISE says which for what):", *_lines(interfaces)]
+    return [
+        "you may use from other files (`pdm run hint EXERCISE` lists those of one exercise):",
+        *_lines(interfaces),
+    ]
 
 
 def _lines(interfaces: list[Interface]) -> list[str]:
@@ -138,13 +141,13 @@ def _lines(interfaces: list[Interface]) -> list[str]:
 
 
 def kernel_tasks(repo: Repo, day: Day) -> str:
-    """A day's option in C++: what to write, what to read first, and the commands."""
+    """A day's optional kernels in C++: what to write, what to read first, and the commands."""
     lines = [f"  {k.id}  {k.file}  {', '.join(k.functions)}" for k in day.kernels]
     jobs = ", ".join(job(repo, kernel) for kernel in day.kernels)
     return "\n".join(
         [
             *lines,
-            f"read:    {repo.shown(sources(repo) / 'kernels.h')}: {jobs}; vec.h beside it",
+            f"read:    {jobs} in {repo.shown(sources(repo) / 'kernels.h')}, and vec.h in the same folder",
             f"rule:    {RULE}",
             "build:   pdm run build-kernels",
             f"test:    pdm run test {day.id}",
@@ -154,27 +157,31 @@ def kernel_tasks(repo: Repo, day: Day) -> str:
 
 
 def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
-    """One of the three steps of help; with the first, what the exercise may use."""
+    """One of an exercise's three hints; the first also lists the interfaces that it may use.
+
+    Raises `CourseError` for another step.
+    """
     if not 1 <= step <= len(exercise.hints):
-        raise CourseError(f"there is no hint {step} of {exercise.id}: 1 is a question, 2 a fact, 3 a sketch")
+        raise CourseError(f"{exercise.id} has no hint {step}: 1 is a question, 2 a fact, 3 a sketch")
     text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
     if step == 1 and isinstance(exercise, Exercise):
         usable = may_use(repo, syllabus.day(exercise.day_id), exercise)
-        text = "\n".join([text, *(["you may use, from other files:", *_lines(usable)] if usable else [])])
+        text = "\n".join([text, *(["you may use from other files:", *_lines(usable)] if usable else [])])
     if step < len(exercise.hints):
-        return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
+        return f"{text}\nnext hint: pdm run hint {exercise.id} {step + 1}"
     if isinstance(exercise, Kernel):
         return (
-            f"{text}\nno more hints: pdm run diff {exercise.day_id} --anyway shows the reference's kernel, "
+            f"{text}\nlast hint; pdm run diff {exercise.day_id} --anyway shows the reference's kernel, "
             f"pdm run skip {exercise.id} runs it instead of yours"
         )
-    return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
+    return f"{text}\nlast hint; pdm run skip {exercise.id} fills in the reference's code"
 
 
 def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
-    """How the reference differs from the learner's modules. Raises `CourseError` before the unit passes.
+    """A unified diff from the learner's modules to the reference's.
 
-    Of a module with exercises of other parts these are left out.
+    Exercises of other parts in the same modules are left out. Raises `CourseError` if the unit does not pass
+    yet, unless `anyway` is True.
     """
     modules = [module for module in unit.modules if (repo.overlay / f"{module}.py").exists()]
     kernels = [kernel for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
@@ -182,7 +189,7 @@ def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
         raise CourseError(f"not started: pdm run start {unit.id}")
     found = result(repo, unit)
     if not anyway and found is not Result.PASSING:
-        raise CourseError(f"{unit.named} {found.value}: `pdm run test {unit.id}` first, or add --anyway")
+        raise CourseError(f"{unit.named}: {found.value}; run `pdm run test {unit.id}` first, or add --anyway")
     pairs = [_of_unit(repo, unit, module) for module in modules]
     pairs += [(_text(repo.overlay / k.file), _text(sources(repo) / k.file)) for k in kernels]
     names = [f"{module}.py" for module in modules] + [kernel.file for kernel in kernels]
@@ -201,7 +208,7 @@ def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
 
 
 def _of_unit(repo: Repo, unit: Unit, module: str) -> tuple[str, str]:
-    """The learner's and the reference's source of a module, what is of other parts blank in both."""
+    """The learner's and the reference's source of a module, exercises of other parts blank in both."""
     own, reference = _text(repo.overlay / f"{module}.py"), _text(repo.reference / f"{module}.py")
     others = [one for one in unit.day.of_module(module) if one not in unit.exercises]
     if not others:
@@ -227,7 +234,7 @@ def _has_stand_ins(reference: str) -> bool:
 
 
 def _parameters(repo: Repo, exercise: Exercise) -> str:
-    """`(x, mask)`: the names of a function's parameters, as a reminder."""
+    """The names of a function's parameters, such as `(x, mask)`."""
     node = functions((repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8"))[exercise.name]
     names = [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs] if argument.arg != "self"]
     return f"({', '.join(names)})"

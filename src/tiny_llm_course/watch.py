@@ -1,4 +1,4 @@
-"""`pdm run test --watch`: the tests of a day or a part, run again after every save."""
+"""`pdm run test --watch`: runs the tests of a day or a part again after every save."""
 
 import subprocess
 import time
@@ -11,10 +11,10 @@ FAILED = 1
 
 
 def watch(repo: Repo, command: Sequence[str], polls: Iterable[bool]) -> int:
-    """Run a command, and again after every save, until `polls` ends; the exit code of the last run.
+    """Run a command, and again after every save, until `polls` ends; returns the last run's exit code.
 
-    A run that is under way when a file is saved is ended first: it may be an endless loop. polls: at each
-    look, whether a file was saved since the look before.
+    A save stops a run that is still going, which may be an endless loop. polls: yields at each poll whether a
+    file was saved since the previous one.
     """
     code: int | None = None
     process = subprocess.Popen(command)
@@ -22,7 +22,7 @@ def watch(repo: Repo, command: Sequence[str], polls: Iterable[bool]) -> int:
         for saved in polls:
             if saved:
                 if process.poll() is None:
-                    print("saved: this run is ended, and another begins", flush=True)
+                    print("file saved: this run is stopped, and a new one starts", flush=True)
                 _end(process)
                 process, code = subprocess.Popen(command), None
             elif code is None and (code := process.poll()) is not None:
@@ -31,7 +31,7 @@ def watch(repo: Repo, command: Sequence[str], polls: Iterable[bool]) -> int:
                     flush=True,
                 )
     except KeyboardInterrupt:
-        process.wait()  # the terminal has interrupted it too: it says where it stood
+        process.wait()  # the terminal has interrupted it too, and it prints the line that was running
         raise
     finally:
         _end(process)
@@ -39,7 +39,7 @@ def watch(repo: Repo, command: Sequence[str], polls: Iterable[bool]) -> int:
 
 
 def saves(repo: Repo) -> Iterator[bool]:
-    """At each look whether a file of the overlay was saved; never ends (Ctrl-C ends it)."""
+    """Yield at each poll whether a file of the overlay was saved; never ends."""
     before = _times(repo)
     while True:
         time.sleep(POLL_SECONDS)
@@ -49,7 +49,7 @@ def saves(repo: Repo) -> Iterator[bool]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a run, which ends the pytest that it has begun."""
+    """Stop a run, which then stops its pytest process."""
     if process.poll() is None:
         process.terminate()
     process.wait()
