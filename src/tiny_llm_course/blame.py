@@ -1,8 +1,7 @@
-"""Whose fault a failing day or part is: another module of the learner's, or which exercise of today.
+"""Finds the cause of a failing day or part: one of its exercises, or another module of the learner's.
 
-Only what failed is run again, in overlays where parts of the learner's code are exchanged for the
-reference's. The number of runs grows with the logarithm of the number of suspects, the search ends after
-`BUDGET` seconds, and what was found about the same files is remembered.
+A few failing tests run again, in overlays where some of the learner's code is replaced by the reference's.
+The search is a bisection, stops after `BUDGET` seconds, and caches the results of its runs.
 """
 
 import hashlib
@@ -20,21 +19,22 @@ from .starter import filled
 from .units import Exercise, Unit
 
 BUDGET = 20.0  # seconds
-MAX_TESTS = 3  # failing tests that are run again
-MAX_RECORDS = 200  # runs
+MAX_TESTS = 3  # failing tests that run again
+MAX_RECORDS = 200  # cached runs
 T = TypeVar("T")
 
 
 class OutOfBudgetError(Exception):
-    """The search has taken as long as it may."""
+    """The search has exceeded its time budget."""
 
 
 @dataclass(frozen=True)
 class Blame:
-    """What was found. today: False where the day passes without the learner's other modules.
+    """The cause that was found.
 
-    module: the other module with which it fails. exercise: with the reference's code in it, `test` passes.
-    sometimes: the learner's code has passed now, unchanged. complete: False where the time ran out.
+    today: False if the unit passes without the learner's other modules. module: the other module with which
+    it fails. exercise: `test` passes if this exercise has the reference's code. sometimes: the unchanged code
+    passed when it ran again. complete: False if the search ran out of time.
     """
 
     today: bool
@@ -51,7 +51,7 @@ def other_modules(repo: Repo, unit: Unit) -> list[str]:
 
 
 def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
-    """Why the first of the tests failed that did."""
+    """Find the cause of the first failing task."""
     first = min(map(task_of, outcome.failed))
     tests = [test for test in outcome.failed if task_of(test) == first][:MAX_TESTS]
     trials = Trials(repo, unit, tests)
@@ -71,9 +71,9 @@ def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
 
 
 def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
-    """The one other module beside which today's code fails; None where it takes several.
+    """The other module with which today's code fails; None if it takes several together.
 
-    With all of them it is known to fail.
+    It is known to fail with all of them.
     """
     if len(suspects) == 1:
         return suspects[0]
@@ -85,10 +85,10 @@ def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[
 
 
 def _exercise(repo: Repo, unit: Unit, trials: "Trials", today: dict[str, str]) -> Exercise | None:
-    """The one exercise that makes the tests pass when the reference's code stands in it.
+    """The exercise with which the tests pass when it has the reference's code; None if no single one does.
 
-    The one that the tests are about is asked first, and those of other parts in the same files too. None
-    where no single one does.
+    The exercise that the tests are about is tried first; exercises of other parts in the same files are tried
+    too.
     """
     there = (State.WRITTEN, State.SKIPPED)
     in_files = [exercise for module in unit.modules for exercise in unit.day.of_module(module)]
@@ -104,7 +104,7 @@ def _exercise(repo: Repo, unit: Unit, trials: "Trials", today: dict[str, str]) -
 
 
 def _bisect(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | None:
-    """The one suspect that shows it, by halving; None where several are needed together, or none does."""
+    """The suspect for which `shows` is true, by bisection; None if it needs several, or none is."""
     if not suspects:
         return None
     while len(suspects) > 1:
@@ -114,7 +114,7 @@ def _bisect(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | 
 
 
 class Trials:
-    """Runs of a few tests on one exchanged overlay after the other, remembered, and bounded in time."""
+    """Runs a few tests on different overlays, with a cache and a time budget."""
 
     def __init__(self, repo: Repo, unit: Unit, tests: Sequence[str]) -> None:
         self._house, self._day, self._tests = repo, unit.day, list(tests)
@@ -123,7 +123,7 @@ class Trials:
         self._file = repo.records / "trials.json"
 
     def passes(self, sources: dict[str, str], *, again: bool = False) -> bool:
-        """True where the tests pass on these modules; again: run them, whatever is remembered.
+        """Whether the tests pass with these modules. again: ignore the cache.
 
         Raises `OutOfBudgetError`.
         """
@@ -142,7 +142,7 @@ class Trials:
             raise OutOfBudgetError
         run = run_suites(exchanged, [], ["-x", "-q", *self._tests], quiet=True, time_limit=left)
         if run.returncode and time.monotonic() > self._until:
-            raise OutOfBudgetError  # it may have been stopped
+            raise OutOfBudgetError  # it may have failed because it was stopped
         return run.returncode == 0
 
     def _key(self, exchanged: Repo) -> str:
@@ -153,5 +153,5 @@ class Trials:
         try:
             known = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return {}  # a lost or broken record says nothing
+            return {}  # a missing or damaged cache counts as empty
         return known if isinstance(known, dict) else {}

@@ -1,10 +1,14 @@
-"""`pdm run course-check`: the proof that the course holds together, by running it.
+"""`pdm run course-check`: checks that syllabus, starters, suites and docstrings are consistent.
 
-What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
-reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
-day blanked can be imported and is formatted, and so can each part; each day passes while all days after it
-are blank, and each part while all parts after it are too, so no test needs what comes later; the examples of
-the docstrings hold, and the second solutions pass.
+`rules` checks everything that can be read from the files. This module runs the rest, each check in a separate
+process and overlay:
+
+- the reference passes all suites, and so do the second solutions;
+- if one exercise is blank, its day fails, with the exercise's message;
+- the starter files of each day and part can be imported and are formatted;
+- each day passes while all later days are blank, and each part while all later parts are, so no test needs
+  later code;
+- the examples in the docstrings are correct.
 """
 
 import os
@@ -37,13 +41,13 @@ def check(
     static_only: bool = False,
     only: Collection[Day] = (),
 ) -> list[Problem]:
-    """Everything that is wrong with the course.
+    """Find everything that is wrong with the course.
 
-    report: told what was done, how many checks have been made, and of how many. static_only: only what can be
-    read, and the examples. only: the days to run, none for all; what can be read is read of all days.
+    report: called after each check with its name, the number of checks done, and the total. static_only: only
+    read the files and run the examples. only: the days to run, empty for all; the files of all days are read.
     """
     found = static_problems(repo, syllabus)
-    report("syllabus, starters and suites read", 0, 0)
+    report("syllabus, starters and suites", 0, 0)
     if found:
         return found
     days = [day for day in syllabus.days if not day.is_planned]
@@ -66,7 +70,7 @@ def check(
 
 
 def _example_checks(repo: Repo, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
-    """With compiled kernels and without, an example gives the same."""
+    """The examples, with compiled kernels and without."""
     yield "examples", lambda: failing_examples(repo, syllabus)
     off = {"TINY_LLM_KERNELS": "off"}
     yield "examples without compiled kernels", lambda: failing_examples(repo, syllabus, off)
@@ -75,7 +79,7 @@ def _example_checks(repo: Repo, syllabus: Syllabus) -> Iterator[tuple[str, Check
 def _checks(repo: Repo, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tuple[str, Check]]:
     yield "second solutions", lambda: failing_solutions(repo, only)
     for day in only:
-        yield f"{day.id} as it begins", lambda d=day: _starter_problems(repo, d)  # type: ignore[misc]
+        yield f"{day.id} starters", lambda d=day: _starter_problems(repo, d)  # type: ignore[misc]
         if later := days[days.index(day) + 1 :]:
             yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(repo, d, after)  # type: ignore[misc]
         yield from _checks_of_parts(repo, day, later)
@@ -90,14 +94,14 @@ def _checks(repo: Repo, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tu
 
 
 def _checks_of_parts(repo: Repo, day: Day, later: Sequence[Day]) -> Iterator[tuple[str, Check]]:
-    """What must hold of the parts beyond what holds of their day.
+    """The checks of a day's parts that the day's own checks do not include.
 
-    A file that begins as it does with the whole day needs no look of its own, and the last part passes
-    without the later days because the day does.
+    Starter files that equal the whole day's are checked with the day. The last part passes without the later
+    days because the day does.
     """
     for part in day.parts:
         if any(starter(repo, module, part) != starter(repo, module, day) for module in part.modules):
-            yield f"{part.id} as it begins", lambda p=part: _starter_problems(repo, p)  # type: ignore[misc]
+            yield f"{part.id} starters", lambda p=part: _starter_problems(repo, p)  # type: ignore[misc]
         if part.later:
             after = [*part.later, *later]
             yield f"{part.id}, later parts blank", lambda p=part, a=after: _later_blank(repo, p, a)  # type: ignore[misc]
@@ -112,12 +116,12 @@ def _reference_passes(repo: Repo, day: Day) -> list[Problem]:
 
 
 def _exercise_blank(repo: Repo, day: Day, exercise: Exercise) -> list[Problem]:
-    """One exercise blank, everything else the reference's: its day, or its part, fails and says so."""
+    """With one exercise blank and everything else the reference's, its unit fails with its message."""
     source = (repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
     source = blanked(source, {exercise.name: exercise.message})
     unit = day.part_of(exercise) or day
-    with overlay_of(repo, {exercise.module: source}) as alone:
-        run = run_suites(alone, [repo.suites / day.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
+    with overlay_of(repo, {exercise.module: source}) as blank:
+        run = run_suites(blank, [repo.suites / day.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
         what = day.suite if isinstance(unit, Day) else unit.named
         return [Problem("blank", exercise.id, f"{what} passes although {exercise.name} is blank")]
@@ -127,7 +131,7 @@ def _exercise_blank(repo: Repo, day: Day, exercise: Exercise) -> list[Problem]:
 
 
 def _kernel_blank(repo: Repo, kernel: Kernel) -> list[Problem]:
-    """A kernel compiles as it is, and where it is blank the compiler stops with its message."""
+    """A kernel compiles as it is; if it is blank, the compiler stops with its message."""
     source = (cpp.sources(repo) / kernel.file).read_text(encoding="utf-8")
     whole, stopped = cpp.compiles(repo, source), cpp.compiles(repo, cpp.starter(repo, kernel))
     if whole.returncode:
@@ -138,7 +142,7 @@ def _kernel_blank(repo: Repo, kernel: Kernel) -> list[Problem]:
 
 
 def _starter_problems(repo: Repo, unit: Unit) -> list[Problem]:
-    """A day or a part as a learner begins it: it can be imported, and is formatted."""
+    """The starter files of a day or a part can be imported and are formatted."""
     sources = {module: starter(repo, module, unit) for module in unit.modules}
     found = []
     with overlay_of(repo, sources) as begun:
@@ -151,7 +155,7 @@ def _starter_problems(repo: Repo, unit: Unit) -> list[Problem]:
 
 
 def _later_blank(repo: Repo, unit: Unit, later: Sequence[Unit]) -> list[Problem]:
-    """The day or the part is done and nothing after it is begun: its tests pass."""
+    """The tests of a day or a part pass while everything after it is blank."""
     modules = {module for one in later for module in one.modules}
     sources = {module: starter(repo, module, *later) for module in sorted(modules)}
     with overlay_of(repo, sources) as begun:

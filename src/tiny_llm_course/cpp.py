@@ -1,7 +1,7 @@
 """A learner's kernels in C++: writes their starter files, and builds the library that contains them.
 
-A kernel's file is read as top-level parts separated by empty lines. A blank function contains an `#error` with
-the exercise's own message.
+A kernel's file is read as top-level parts separated by empty lines. A blank function contains an `#error`
+with the exercise's own message.
 """
 
 import re
@@ -76,9 +76,7 @@ def start_kernels(repo: Repo, unit: Unit) -> list[Path]:
     for kernel in unit.kernels:
         file = repo.overlay / kernel.file
         if file.exists():
-            raise CourseError(
-                f"{repo.shown(file)} exists already: `pdm run reset {unit.id}` moves it aside"
-            )
+            raise CourseError(f"{repo.shown(file)} exists already: `pdm run reset {unit.id}` moves it aside")
         file.write_text(_preface(repo, kernel) + starter(repo, kernel), encoding="utf-8")
         written.append(file)
     return written

@@ -1,6 +1,6 @@
-"""An interface as it is shown to a learner: its signature, and the one line that its docstring has for it.
+"""An interface as shown to a learner: its signature and a one-line summary from its docstring.
 
-Knows Python source and nothing of exercises: which interfaces one may use is for `may_use` to say.
+Only reads Python source; `may_use` decides which interfaces an exercise may use.
 """
 
 import ast
@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 from .source import Function
 
-MAX_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
+MAX_FIELDS = 6  # of a constructor; a longer one shows its required fields, or the first ones
 FIELDS_SHOWN = 3
 
 
 class Interface(NamedTuple):
-    """One thing that may be used. name: `function`, `Class` or `Class.member`; says: its docstring's first
-    line, of a field the sentence that its class's docstring has for it."""
+    """An interface that an exercise may use.
+
+    name: `function`, `Class` or `Class.member`. summary: the first sentence of its docstring; for a field,
+    the sentence about it in its class's docstring.
+    """
 
     module: str
     name: str
@@ -27,7 +30,7 @@ class Interface(NamedTuple):
 
 
 def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
-    """Show a function by its signature and first line, and a field by its type."""
+    """A function with its signature and summary, or a field with its type."""
     if isinstance(node, Function):
         is_field = "property" in map(ast.unparse, node.decorator_list)
         returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
@@ -37,7 +40,7 @@ def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface
             else f"({_arguments(node)}){returns}"
         )
         return Interface(module, name, f"{name}{typed}", first_line(node))
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its first value
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its initial value
         return Interface(module, name, f"{name}: {type(node.value).__name__}", "")
     if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
         return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
@@ -45,7 +48,7 @@ def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface
 
 
 def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
-    """`(a, *, b)`: what a class is made from; nothing for an error or a protocol."""
+    """A constructor's parameters, such as `(a, *, b)`; empty for an error or a protocol."""
     for part in node.body:
         if isinstance(part, Function) and part.name == "__init__":
             return f"({_arguments(part)})"
@@ -67,7 +70,7 @@ def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
 
 
 class _Field(NamedTuple):
-    """A field of a class that a constructor takes. by_name: only as a keyword."""
+    """A field that a constructor takes. by_name: it is keyword-only."""
 
     name: str
     is_required: bool
@@ -94,7 +97,7 @@ def is_keyword_only(node: ast.stmt) -> bool:
 
 
 def _says_keyword_only(call: ast.expr | None, *, otherwise: bool) -> bool:
-    """What `dataclass(kw_only=...)` or `field(kw_only=...)` says; `otherwise` where it says nothing."""
+    """The value of `kw_only` in `dataclass(...)` or `field(...)`; `otherwise` if it is not given."""
     said = [one.value for one in call.keywords if one.arg == "kw_only"] if isinstance(call, ast.Call) else []
     return ast.unparse(said[0]) == "True" if said else otherwise
 
@@ -105,7 +108,7 @@ def _arguments(node: Function) -> str:
 
 
 def field_summary(node: ast.stmt | None, name: str) -> str:
-    """The sentence `name: text` of a class's docstring; one may be about several fields, `a, b: text`."""
+    """The sentence about a field in a class's docstring: `name: text`, or `a, b: text` for several."""
     text = (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef) else ""
     about = rf"(?:^|[.;] )(?:\w+, )*{name}(?:, \w+)*: (.+?)(?=\.(?: |$)|; \w+: )"
     found = re.search(about, " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""What the letters in the shapes of a day's docstrings mean."""
+"""Explains the letters in the shapes of a day's docstrings."""
 
 import ast
 import re
@@ -10,9 +10,10 @@ from .units import Unit
 
 
 def legend(repo: Repo, unit: Unit) -> list[str]:
-    """`B batch` and so on, of the letters that a day or a part uses; empty where its docstrings need none.
+    """The letters that a unit's docstrings use, such as `B batch`; empty if they use none.
 
-    A letter beside one of its own, such as N in the [N, K] of a matrix, is explained where it stands.
+    A shape with a letter that is not in the package's list, such as [N, K] of a matrix, is left out: its
+    docstring explains the letters.
     """
     meanings = _meanings(repo)
     shapes = [
@@ -27,7 +28,7 @@ def legend(repo: Repo, unit: Unit) -> list[str]:
 
 
 def _meanings(repo: Repo) -> dict[str, str]:
-    """What each letter means, as the reference's package says it: `L or T tokens` for L, and for T."""
+    """The meaning of each letter, from the reference's package docstring; `L or T tokens` is for L and T."""
     package = ast.parse((repo.reference / "__init__.py").read_text(encoding="utf-8"))
     said = re.search(r"in letters: (.*?)\.(?:\n|$)", ast.get_docstring(package) or "", re.DOTALL)
     meanings = " ".join(said[1].split()).split(", ") if said else []

@@ -138,7 +138,9 @@ def map_text(repo: Repo, syllabus: Syllabus) -> str:
     for day in syllabus.days:
         if day.id.endswith(".1"):
             lines += ["", f"week {day.id[0]}"]
-        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "not available yet"
+        modules = (
+            "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "not available yet"
+        )
         modules += "".join(f"  [{k.file}, {kernels[k].value}]" for k in day.kernels if k in kernels)
         lines.append(f"  {day.id}  {day.title:38}  {modules}")
         for part in day.parts:

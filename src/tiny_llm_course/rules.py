@@ -1,4 +1,4 @@
-"""The rules of the course that can be read from its files: syllabus, starters and suites fit together."""
+"""The rules that `course-check` checks by reading files: syllabus, starters and suites are consistent."""
 
 import ast
 import builtins
@@ -47,11 +47,11 @@ BLOCK_IDS = {"blocks", "physical_indices", "alloc_blocks", "allocate"}
 
 
 def static_problems(repo: Repo, syllabus: Syllabus) -> list[Problem]:
-    """Everything that is wrong without running anything."""
+    """Find everything that is wrong, without running any code."""
     startable = [day for day in syllabus.days if not day.is_planned]
     found = [problem for day in startable for problem in _syllabus_problems(repo, day)]
     if found:
-        return found  # the rest would fail over the same names
+        return found  # the other rules would fail on the same names
     found += [problem for day in startable for problem in _starter_problems(repo, day)]
     found += [problem for day in startable for problem in _removed_problems(repo, day)]
     found += [problem for day in startable for problem in _may_use_problems(repo, day)]
@@ -71,7 +71,7 @@ def static_problems(repo: Repo, syllabus: Syllabus) -> list[Problem]:
 
 
 def _syllabus_problems(repo: Repo, day: Day) -> Iterator[Problem]:
-    """Every name that the syllabus gives is there; every hint says something."""
+    """Every name in the syllabus exists, and no hint is empty."""
     for module in day.modules:
         file = repo.reference / f"{module}.py"
         if not file.exists():
@@ -95,7 +95,7 @@ def _syllabus_problems(repo: Repo, day: Day) -> Iterator[Problem]:
 
 
 def _starter_problems(repo: Repo, day: Day) -> Iterator[Problem]:
-    """No line of a solution survives in what a learner begins with."""
+    """No line of a solution is left in a starter file."""
     for module in day.modules:
         reference = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
         begun = starter(repo, module, day)
@@ -109,8 +109,10 @@ def _starter_problems(repo: Repo, day: Day) -> Iterator[Problem]:
 
 
 def _removed_problems(repo: Repo, day: Day) -> Iterator[Problem]:
-    """What a starter is without is called by nothing else: a passing day must leave the other days
-    passing."""
+    """Nothing except solutions calls a helper that starters do not contain.
+
+    Otherwise a learner's day could pass and still break other days.
+    """
     for removed in day.removed:
         module, _, name = removed.partition(".")
         source = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
@@ -132,7 +134,7 @@ def _removed_problems(repo: Repo, day: Day) -> Iterator[Problem]:
 
 
 def _may_use_problems(repo: Repo, day: Day) -> Iterator[Problem]:
-    """What an exercise may use gives nothing away, and no name that it needs stands only in a hint."""
+    """The list of interfaces that an exercise may use reveals no helper and contains every name it needs."""
     for exercise in day.exercises:
         for name in set(exercise.may_use) & set(day.removed):
             yield Problem("may use", exercise.id, f"{name} gives the solution away: it is removed")
@@ -149,7 +151,7 @@ def _may_use_problems(repo: Repo, day: Day) -> Iterator[Problem]:
             word for hint in exercise.hints for quoted in QUOTED.findall(hint) for word in _words(quoted)
         }
         for name in sorted(needed & hinted - seen):
-            yield Problem("may use", exercise.id, f"{name} is needed, and stands only in a hint")
+            yield Problem("may use", exercise.id, f"{name} is needed, but only a hint names it")
 
 
 def _words(text: str) -> set[str]:
@@ -157,7 +159,7 @@ def _words(text: str) -> set[str]:
 
 
 def _of_other_packages(source: str) -> set[str]:
-    """What is not the reference's: attributes of arrays, and those taken from a module, such as `mx.exp`."""
+    """Names that are not the reference's: attributes of arrays, and of imported modules, such as `mx.exp`."""
     import mlx.core as mx
 
     tree = ast.parse(source)
@@ -176,7 +178,7 @@ def _of_other_packages(source: str) -> set[str]:
 
 
 def _calls(source: str, name: str) -> bool:
-    """Whether a module uses a name that it does not define itself."""
+    """Whether a module uses a name that it does not define."""
     if name not in source:
         return False
     tree = ast.parse(source)
@@ -186,7 +188,7 @@ def _calls(source: str, name: str) -> bool:
 
 
 def _is_distinctive(line: str) -> bool:
-    """Whether a line says how, rather than being one that many functions have."""
+    """Whether a line would reveal a solution, unlike a line that many functions share."""
     if len(line) <= SHORT or line.startswith(('"""', "#", "return self._", "raise NotImplementedError")):
         return False
     try:
@@ -199,7 +201,7 @@ def _is_distinctive(line: str) -> bool:
 
 
 def _suites_there(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
-    """Every day has a suite, and every suite and every folder of one a day."""
+    """Every day has a suite, and every suite and every folder belongs to a day."""
     wanted = {day.suite for day in days}
     there = {file.name for file in repo.suites.glob("*.py")} - {CONFTEST}
     for name in sorted(wanted - there):
@@ -212,7 +214,7 @@ def _suites_there(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
 
 
 def _parts_problems(suite: Path) -> Iterator[Problem]:
-    """The day's own file imports all files of its folder."""
+    """The day's test file imports all files of its folder."""
     own = imported_files(suite.parent, suite) if suite.exists() else []
     for part in parts_of(suite):
         if part not in own:
@@ -220,7 +222,7 @@ def _parts_problems(suite: Path) -> Iterator[Problem]:
 
 
 def _twice(suites: Path, files: Iterable[Path]) -> Iterator[Problem]:
-    """Tests or fixtures of one name in several files: the last that is imported hides the others."""
+    """No two tests or fixtures in different files share a name: the last one imported hides the others."""
     where: dict[str, str] = {}
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -228,18 +230,18 @@ def _twice(suites: Path, files: Iterable[Path]) -> Iterator[Problem]:
                 here = f"{_shown(suites, file)}, line {node.lineno}"
                 first = where.setdefault(node.name, here)
                 if first != here:
-                    yield Problem("suites", here, f"{node.name} is also in {first}: one hides the other")
+                    yield Problem("suites", here, f"{node.name} is also in {first}; one hides the other")
 
 
 def _is_pytests(node: Function) -> bool:
-    """Whether pytest finds a function by its name: a test or a fixture."""
+    """Whether a function is a test or a fixture, which pytest finds by name."""
     return node.name.startswith("test_") or any(
         "fixture" in ast.unparse(decorator) for decorator in node.decorator_list
     )
 
 
 def _untested_in_parts(repo: Repo, day: Day) -> Iterator[Problem]:
-    """Every test of a day with parts is about one of its exercises, so that a part runs it."""
+    """In a day with parts, every test is about an exercise, so that the exercise's part runs it."""
     tasks = {exercise.task for exercise in day.exercises} | {int(k.id.split(".")[2]) for k in day.kernels}
     for file in suite_files(repo.suites / day.suite) if day.parts else ():
         for name in functions(file.read_text(encoding="utf-8")):
@@ -252,7 +254,7 @@ def _shown(suites: Path, file: Path) -> str:
 
 
 def _suite_problems(repo: Repo, syllabus: Syllabus, day: Day, file: Path) -> Iterator[Problem]:
-    """A file of a suite imports the engine's public names of days until its own, and looks into nothing."""
+    """A suite's file imports only public names of its own and earlier days, and uses no private names."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     public = public_names(repo)
     own = {SHARED, folder_of(repo.suites / day.suite).name}
@@ -261,7 +263,7 @@ def _suite_problems(repo: Repo, syllabus: Syllabus, day: Day, file: Path) -> Ite
         where = f"{shown}, line {getattr(node, 'lineno', 0)}"
         for module, name in imported_by(node):
             if module.partition(".")[0] not in ALLOWED_IMPORTS | own:
-                yield Problem("imports", where, f"{module} is not for a suite: import from tiny_llm")
+                yield Problem("imports", where, f"a suite must not import {module}: import from tiny_llm")
             if name.startswith("_"):
                 yield Problem("private", where, f"{module}.{name} is private")
             used = module.partition("tiny_llm.")[2] or public.get(name, "")
@@ -271,7 +273,7 @@ def _suite_problems(repo: Repo, syllabus: Syllabus, day: Day, file: Path) -> Ite
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not _is_public(node.attr):
             yield Problem("private", where, f".{node.attr} is private")
         if isinstance(node, ast.Compare) and _compares_block_ids(node):
-            yield Problem("block ids", where, f"{ast.unparse(node)} asserts which ids were given out")
+            yield Problem("block ids", where, f"{ast.unparse(node)} asserts which ids were allocated")
     yield from _test_problems(tree, shown)
 
 
@@ -280,16 +282,16 @@ def _is_public(name: str) -> bool:
 
 
 def _test_problems(tree: ast.Module, shown: str) -> Iterator[Problem]:
-    """A test's name says which task it is about, and its docstring against what it checks."""
+    """A test's name contains the task that it is about, and its docstring names the oracle."""
     for name, node in functions(ast.unparse(tree)).items():
         if name.startswith("test_") and not name.startswith("test_task_"):
-            yield Problem("names", shown, f"{name} does not say which task it is about")
+            yield Problem("names", shown, f"{name} does not name its task: expected test_task_N_...")
         if name.startswith("test_") and "Oracle: " not in (ast.get_docstring(node) or ""):
-            yield Problem("oracle", shown, f"{name} names none")
+            yield Problem("oracle", shown, f"{name} names no oracle in its docstring")
 
 
 def _compares_block_ids(node: ast.Compare) -> bool:
-    """`x.blocks == [0, 1]` and the like: an id that was handed out, compared with a number."""
+    """Whether a comparison such as `x.blocks == [0, 1]` compares allocated ids with literal numbers."""
     sides = [node.left, *node.comparators]
     if not any(isinstance(operator, ast.Eq) for operator in node.ops):
         return False
@@ -302,7 +304,7 @@ def _compares_block_ids(node: ast.Compare) -> bool:
 
 
 def _ignores_order(part: ast.AST, side: ast.AST) -> bool:
-    """`len`, `set` and `sorted` of ids say how many or which ones in all, not which one came when."""
+    """Whether ids are inside `len`, `set` or `sorted`, which do not depend on their order."""
     calls = [node for node in ast.walk(side) if isinstance(node, ast.Call)]
     return any(
         isinstance(call.func, ast.Name) and call.func.id in ORDER_FREE_CALLS and part in ast.walk(call)

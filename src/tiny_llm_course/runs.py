@@ -1,4 +1,4 @@
-"""Runs suites and Python in a process of their own, through a given overlay."""
+"""Runs suites and Python code in a separate process, on a given overlay."""
 
 import os
 import shutil
@@ -19,22 +19,22 @@ from .units import Part, Unit
 
 TIME_LIMIT = 30.0  # seconds for one test: ten times the slowest of the course
 PLUGINS = ("time_limit", "provenance", "steady_parse", "first_failure", "chosen_tasks")
-GRACE = 15  # seconds after a test's time limit until a process that does not answer is ended
+GRACE = 15  # seconds after a test's time limit until a process that does not react is killed
 OWN_OUTPUT_OPTIONS = (
     "-x",
     "--exitfirst",
     "--full-trace",
     "--pdb",
     "--tb",
-)  # pytest's own ways
-INTERRUPT_GRACE = 5.0  # seconds that a process which was interrupted has to say where it stood
+)  # pytest options that choose how failures are shown
+INTERRUPT_GRACE = 5.0  # seconds for an interrupted process to print the line that was running
 
 
 @contextmanager
 def overlay_of(repo: Repo, sources: Mapping[str, str], *, kernels: bool = False) -> Iterator[Repo]:
-    """The repo through an overlay that holds these modules, by name, and the learner's helper files.
+    """Yield the repo with a temporary overlay of these modules and the learner's helper files.
 
-    With `kernels`, the learner's library goes with it.
+    sources: source by module name. kernels: add the learner's compiled library.
     """
     with TemporaryDirectory(prefix="tiny-llm-overlay-") as folder:
         for module, source in sources.items():
@@ -59,9 +59,10 @@ def run_suites(
     outcome: Path | None = None,
     time_limit: float = TIME_LIMIT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run test files on the engine as this repo's overlay has it; the output is kept where `quiet`.
+    """Run test files on the engine with this repo's overlay.
 
-    outcome: where the run stores what it came to. time_limit: seconds for each test, 0 for no limit.
+    quiet: capture the output instead of printing it. outcome: the file in which the run stores its outcome.
+    time_limit: seconds for each test, 0 for no limit.
     """
     suites = list(suites)
     command = [sys.executable, "-m", "pytest", *_plugins(suites, arguments), "-o", "addopts="]
@@ -84,13 +85,13 @@ def run_suites(
 
 
 def tests_of(unit: Unit) -> list[str]:
-    """What chooses a unit's tests in its suite: nothing for a day, which has them all."""
+    """The pytest option that selects a part's tests; empty for a day, whose suite is the whole file."""
     tasks = ",".join(str(exercise.task) for exercise in unit.exercises)
     return [f"--tasks={tasks}"] if isinstance(unit, Part) else []
 
 
 def run_suite_of(repo: Repo, unit: Unit, arguments: Sequence[str], about: str, time_limit: float) -> Outcome:
-    """Run the tests of a day or a part before the learner's eyes; what it came to."""
+    """Run the tests of a day or a part, print their output, and return the outcome."""
     brief = [] if any(argument.startswith(OWN_OUTPUT_OPTIONS) for argument in arguments) else ["--brief"]
     with TemporaryDirectory(prefix="tiny-llm-outcome-") as folder:
         stored = Path(folder, "outcome.json")
@@ -103,16 +104,16 @@ def run_suite_of(repo: Repo, unit: Unit, arguments: Sequence[str], about: str, t
 def run_python(
     repo: Repo, arguments: Sequence[str], variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python on the engine as this repo's overlay has it, and keep what it prints.
+    """Run Python on the engine with this repo's overlay, and capture its output.
 
-    variables: of the environment, beside those that it has.
+    variables: additional environment variables.
     """
     command, environment = [sys.executable, *arguments], {**_environment(repo, ""), **(variables or {})}
     return _run(command, repo, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def begin_python(repo: Repo, arguments: Sequence[str]) -> subprocess.Popen[str]:
-    """Begin Python on the engine as this repo's overlay has it, with pipes to it."""
+    """Start Python on the engine with this repo's overlay, with pipes for its input and output."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=repo.root,
@@ -125,9 +126,10 @@ def begin_python(repo: Repo, arguments: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def _plugins(suites: Sequence[Path], arguments: Sequence[str]) -> list[str]:
-    """The course's own plugins, and of the others those that are needed: all of them cost seconds to import.
+    """The options for the course's plugins and the other plugins that the run needs.
 
-    One of them (schemathesis) also makes Hypothesis print its examples without their values.
+    All installed plugins together take seconds to import. One of them (schemathesis) also makes Hypothesis
+    print its examples without their values.
     """
     wanted = [f"tiny_llm_course.{name}" for name in PLUGINS]
     files = [file for suite in suites if suite.is_file() for file in suite_files(suite)]
@@ -146,7 +148,7 @@ def _run(
     stdout: int | None,
     stderr: int | None,
 ) -> subprocess.CompletedProcess[str]:
-    """Like `subprocess.run`, but a process that is interrupted has time to say where it stood."""
+    """Like `subprocess.run`, but an interrupted process has time to print the line that was running."""
     with subprocess.Popen(
         command, cwd=repo.root, env=environment, text=True, stdout=stdout, stderr=stderr
     ) as process:
@@ -164,7 +166,7 @@ def _run(
 
 
 def _wait_after_interrupt(process: subprocess.Popen[str]) -> None:
-    """Wait for a process that a terminal has interrupted too; interrupt it where nothing has."""
+    """Wait for a process that the terminal has interrupted too; interrupt it if it was not."""
     try:
         process.wait(timeout=INTERRUPT_GRACE / 2)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-"""Second solutions: each day solved once more from its docstrings, by other code than the reference's.
+"""Second solutions: each day solved again from its docstrings, with other code than the reference's.
 
-They show that a suite accepts any correct solution, and that a docstring says all that its tests ask for.
-They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file may have only
-the exercises, new helpers, and imports from the standard library: the starter has the rest.
+They prove that a suite accepts any correct solution, and that a docstring states everything that its tests
+check. They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file contains
+only the exercises, new helpers, and imports from the standard library; the starter supplies the rest.
 """
 
 import ast
@@ -20,20 +20,20 @@ from .starter import starter
 from .suite_files import folder_of
 from .units import Day
 
-SHORT = 3  # lines of a function that comes out alike by itself
+SHORT = 3  # lines: functions this short may be equal by chance
 
-# Tried by their own day's suite only: a readable matmul of one's own unpacks every matrix in each step, and
-# the suites of later days run a real model.
+# Only their own day's suite runs these: a readable quantized matmul unpacks every matrix in each step, which
+# is too slow for the suites of later days that run a real model.
 BY_ITSELF = frozenset({"2.4"})
 
 
 def folder(repo: Repo, day: Day) -> Path:
-    """Where a day's second solution is, or would be."""
+    """The folder of a day's second solution."""
     return repo.root / "tests" / "second_solutions" / folder_of(repo.suites / day.suite).name
 
 
 def missing_solutions(repo: Repo, day: Day) -> Iterator[Problem]:
-    """The modules of a day that are not solved a second time."""
+    """The modules of a day without a second solution."""
     for module in day.modules:
         file = folder(repo, day) / f"{module}.py"
         if not file.exists():
@@ -41,19 +41,19 @@ def missing_solutions(repo: Repo, day: Day) -> Iterator[Problem]:
 
 
 def unsound_solutions(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
-    """Files that solve no module of their day, and functions that are the reference's."""
+    """Files that solve no module of their day, and solutions copied from the reference."""
     days = list(days)
     known = {folder(repo, day) / f"{module}.py" for day in days for module in day.modules}
     for file in sorted((repo.root / "tests" / "second_solutions").glob("*/*.py")):
         if file not in known:
-            yield Problem("second solution", repo.shown(file), "is no module of a day")
+            yield Problem("second solution", repo.shown(file), "is not a module of a day")
     for day in days:
         for module in day.modules:
             yield from _copies(repo, day, module)
 
 
 def failing_solutions(repo: Repo, days: Iterable[Day]) -> list[Problem]:
-    """What fails on all second solutions together; each is then tried by itself, to say whose fault it is."""
+    """The failures with all second solutions together; if any, each day is also tried separately."""
     solved = {day: sources for day in days if (sources := _sources(repo, day))}
     found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(repo, day, solved)]
     return found + _together(repo, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})
@@ -73,22 +73,22 @@ def _together(repo: Repo, solved: Mapping[Day, dict[str, str]]) -> list[Problem]
         return []
     suites = sorted({Path(test.partition("::")[0]).name for test in outcome.failed})
     found = [
-        Problem("second solution", day.id, f"fails {alone.failed[0]}\n{last_lines(output)}")
+        Problem("second solution", day.id, f"fails {outcome.failed[0]}\n{last_lines(output)}")
         for day, sources in solved.items()
-        for alone, output in [_run(repo, sources, [repo.suites / name for name in suites])]
-        if alone.failed
+        for outcome, output in [_run(repo, sources, [repo.suites / name for name in suites])]
+        if outcome.failed
     ]
     return found or [Problem("second solution", "all together", f"fail\n{last_lines(output)}")]
 
 
 def _sources(repo: Repo, day: Day) -> dict[str, str]:
-    """The second solution of a day, by module."""
+    """The sources of a day's second solution, by module."""
     files = [folder(repo, day) / f"{module}.py" for module in day.modules]
     return {file.stem: _completed(repo, day, file) for file in files if file.exists()}
 
 
 def _completed(repo: Repo, day: Day, file: Path) -> str:
-    """A module solved a second time: the starter with the file's exercises and helpers."""
+    """A complete module: the starter with the file's exercises and helpers."""
     solution, begun = file.read_text(encoding="utf-8"), starter(repo, file.stem, day)
     helpers = functions(solution).keys() - functions(begun).keys()
     for name in (exercise.name for exercise in day.of_module(file.stem)):
@@ -99,7 +99,7 @@ def _completed(repo: Repo, day: Day, file: Path) -> str:
 
 
 def _run(repo: Repo, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
-    """What suites come to on these modules, and what was printed."""
+    """The outcome and the output of suites on these modules."""
     with overlay_of(repo, sources) as overlay, TemporaryDirectory(prefix="tiny-llm-outcome-") as stored:
         file = Path(stored, "outcome.json")
         run = run_suites(overlay, suites, ["-q"], quiet=True, outcome=file)
@@ -107,9 +107,10 @@ def _run(repo: Repo, sources: dict[str, str], suites: Sequence[Path]) -> tuple[O
 
 
 def _copies(repo: Repo, day: Day, module: str) -> Iterator[Problem]:
-    """A module of which more than half of the longer functions are the reference's; given ones may be.
+    """A problem if more than half of a file's longer functions equal the reference's.
 
-    Where a docstring leaves few ways, one function or another comes out alike.
+    Some equal functions are allowed, because some docstrings allow few solutions. Functions that the starter
+    contains do not count.
     """
     file = folder(repo, day) / f"{module}.py"
     if not file.exists():

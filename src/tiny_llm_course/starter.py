@@ -1,4 +1,4 @@
-"""A day's modules as a learner begins with them: the reference's, with the exercises blank."""
+"""Starter files: the reference's modules with the exercises blank. Also start, skip, reset and restore."""
 
 import re
 from collections.abc import Iterable
@@ -25,13 +25,16 @@ from .source import (
 from .stubs import link_stubs
 from .units import Day, Exercise, Kernel, Part, Unit
 
-RENAMED_SUFFIX = "_of_reference"  # behind the name of a helper where the learner has another one of that name
+RENAMED_SUFFIX = "_of_reference"  # for a helper whose name the learner has used for another function
 
 
 @dataclass(frozen=True)
 class StartResult:
-    """What a start has done. files: written anew. blanked: exercises that were the reference's in a file of
-    the learner's, and are blank now. links: links for editors that were not there before."""
+    """The result of a start.
+
+    files: the new files. blanked: exercises in existing files that had the reference's code and are blank
+    now. links: the number of new links for editors.
+    """
 
     files: list[Path]
     blanked: list[Exercise]
@@ -39,15 +42,15 @@ class StartResult:
 
     @property
     def changed_nothing(self) -> bool:
-        """True where all was started already."""
+        """True if everything was started already."""
         return not self.files and not self.blanked
 
 
 def starter(repo: Repo, module: str, *units: Unit) -> str:
-    """The source of one module, its exercises of these days and parts blank.
+    """The source of one module, with the exercises of these days and parts blank.
 
-    Those of a day's earlier parts are there as `skip` puts them, with the helpers that they call; those of
-    later parts are blank too, because their solutions would be read before they are looked for.
+    Exercises of a day's earlier parts contain the reference's code, with the helpers that they call, as after
+    `skip`. Exercises of later parts are blank too, so that the learner does not see their solutions early.
     """
     source = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
     days = list(dict.fromkeys(unit.day for unit in units))
@@ -65,9 +68,9 @@ def starter(repo: Repo, module: str, *units: Unit) -> str:
 def start(repo: Repo, unit: Unit) -> StartResult:
     """Write the modules of a day or a part into the overlay.
 
-    A module that is there stays as it is, apart from exercises of the unit that are the reference's, where
-    the day has parts: these become blank. What the learner has written always stays. Raises `CourseError`
-    for a day that is started already; a part may be, and nothing is done then.
+    Existing modules stay as they are, with one exception: if the day has parts, exercises of the unit that
+    contain the reference's code become blank. The learner's code always stays. Raises `CourseError` for a day
+    that is started already; for a part that is started already, nothing is changed.
     """
     own_modules(repo)
     new = [repo.overlay / f"{module}.py" for module in missing_modules(repo, unit)]
@@ -75,7 +78,7 @@ def start(repo: Repo, unit: Unit) -> StartResult:
     if not new and not given and not isinstance(unit, Part):
         raise CourseError(
             f"{unit.named} is started already ({', '.join(f'{module}.py' for module in unit.modules)}): "
-            f"`pdm run start {unit.id} --again` moves your files aside and begins anew"
+            f"`pdm run start {unit.id} --again` moves your files aside and starts over"
         )
     for file in new:
         file.write_text(starter(repo, file.stem, unit), encoding="utf-8")
@@ -85,7 +88,7 @@ def start(repo: Repo, unit: Unit) -> StartResult:
 
 
 def _is_reference_code(repo: Repo, exercise: Exercise) -> bool:
-    """Whether an exercise is the reference's in the learner's file, unchanged."""
+    """Whether an exercise in the learner's file contains the reference's code, unchanged."""
     if state(repo, exercise) is not State.SKIPPED:
         return False
     own, reference = _sources(repo, exercise)
@@ -99,7 +102,7 @@ def _sources(repo: Repo, exercise: Exercise) -> list[str]:
 
 
 def _blank_again(repo: Repo, day: Day, exercise: Exercise) -> None:
-    """Make an exercise blank that is the reference's, and take out the helpers that only it has called."""
+    """Make an exercise with the reference's code blank, and remove the helpers that only it calls."""
     own, reference = _sources(repo, exercise)
     blank = with_blank(own, exercise.name, exercise.message)
     blank = _without_helpers(blank, reference, day.removed_from(exercise.module))
@@ -108,7 +111,7 @@ def _blank_again(repo: Repo, day: Day, exercise: Exercise) -> None:
 
 
 def _without_helpers(own: str, reference: str, removed: tuple[str, ...]) -> str:
-    """The learner's source without those helpers of the reference that nothing calls."""
+    """The learner's source without the reference's helpers that nothing calls."""
     for helper in removed:
         others = functions(own).keys() - {helper}
         called = any(helper.rpartition(".")[2] in names_in(own, name) for name in others)
@@ -118,10 +121,10 @@ def _without_helpers(own: str, reference: str, removed: tuple[str, ...]) -> str:
 
 
 def set_aside(repo: Repo, unit: Unit) -> list[Path]:
-    """Rename the unit's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; the new names.
+    """Rename the unit's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; returns the new paths.
 
-    A file with work of other parts is copied instead, and the part's exercises in it become the reference's.
-    A library that holds a kernel of the day's is deleted: it can be built again.
+    A file with work of other parts is copied instead, and the unit's exercises in it get the reference's
+    code. If a kernel is renamed, the learner's library is deleted; it can be built again.
     """
     files = [repo.overlay / f"{module}.py" for module in unit.modules]
     moved = [aside for file in files if file.exists() and (aside := _set_aside(repo, unit, file))]
@@ -130,10 +133,10 @@ def set_aside(repo: Repo, unit: Unit) -> list[Path]:
 
 
 def _set_aside(repo: Repo, unit: Unit, file: Path) -> Path | None:
-    """Where the file was moved or copied to; None where the part's exercises are the reference's already."""
+    """The path of the moved or copied file; None if its exercises contain the reference's code already."""
     of_others = [one for one in unit.day.of_module(file.stem) if one not in unit.exercises]
     if all(_is_reference_code(repo, one) or state(repo, one) is State.BLANK for one in of_others):
-        return _rename(file)  # nothing of the learner's is in it beside the unit's
+        return _rename(file)  # the learner has written nothing else in it
     of_unit = [one for one in unit.of_module(file.stem) if not _is_reference_code(repo, one)]
     if not of_unit:
         return None
@@ -145,7 +148,7 @@ def _set_aside(repo: Repo, unit: Unit, file: Path) -> Path | None:
 
 
 def set_aside_kernel(repo: Repo, kernel: Kernel) -> list[Path]:
-    """Rename the file of one kernel, and delete the library; the new name, none where it is not started."""
+    """Rename a kernel's file and delete the library; returns a list of the new path, empty if not started."""
     file = repo.overlay / kernel.file
     if not file.exists():
         return []
@@ -155,10 +158,9 @@ def set_aside_kernel(repo: Repo, kernel: Kernel) -> list[Path]:
 
 
 def restore(repo: Repo, unit: Unit) -> list[Path]:
-    """Bring back the newest of the files that were moved aside for each of the unit's files; what is there
-    again.
+    """Bring back the newest moved copy of each of the unit's files, and return the restored paths.
 
-    A file that is there changes places with it, so that a second `restore` undoes the first.
+    An existing file swaps places with its copy, so that a second `restore` undoes the first.
     """
     names = [f"{module}.py" for module in unit.modules] + [kernel.file for kernel in unit.kernels]
     restored = []
@@ -177,7 +179,7 @@ def restore(repo: Repo, unit: Unit) -> list[Path]:
 
 
 def _newest_aside(file: Path) -> Path | None:
-    """The copy of a file with the highest number."""
+    """The moved copy of a file with the highest number, or None."""
     number = 1
     while file.with_name(f"{file.name}.{number}.bak").exists():
         number += 1
@@ -192,8 +194,10 @@ def _rename(file: Path) -> Path:
 
 
 def skip(repo: Repo, day: Day, exercises: tuple[Exercise, ...]) -> list[Exercise]:
-    """Put the reference's code where an exercise is blank, with the helpers and imports that it needs; those
-    that were blank."""
+    """Put the reference's code into the blank ones of these exercises, and return those.
+
+    The helpers and imports that the code needs are added too.
+    """
     blank = [exercise for exercise in exercises if state(repo, exercise) is State.BLANK]
     for module, source in filled(repo, day, blank).items():
         (repo.overlay / f"{module}.py").write_text(source, encoding="utf-8")
@@ -201,7 +205,7 @@ def skip(repo: Repo, day: Day, exercises: tuple[Exercise, ...]) -> list[Exercise
 
 
 def filled(repo: Repo, day: Day, exercises: Iterable[Exercise]) -> dict[str, str]:
-    """The learner's modules with the reference's code in these exercises, helpers and imports included."""
+    """The learner's modules with the reference's code in these exercises, with its helpers and imports."""
     sources: dict[str, str] = {}
     for exercise in exercises:
         file = repo.overlay / f"{exercise.module}.py"
@@ -218,9 +222,9 @@ def _filled(repo: Repo, day: Day, exercise: Exercise, own: str) -> str:
 
 
 def _with_renamed_helpers(own: str, reference: str, helpers: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The reference and its helpers, renamed where the learner has a function of the same name.
+    """The reference and its helpers, renamed if the learner has another function of the same name.
 
-    Otherwise the reference's code would call the learner's helper, which may take or return something else.
+    Otherwise the reference's code would call the learner's helper, which may have another signature.
     """
     taken = {helper.rpartition(".")[2] for helper in helpers if _has_another(own, reference, helper)}
     for name in taken:
@@ -230,7 +234,7 @@ def _with_renamed_helpers(own: str, reference: str, helpers: tuple[str, ...]) ->
 
 
 def _has_another(own: str, reference: str, helper: str) -> bool:
-    """Whether a source has a function of a helper's name that is not the helper."""
+    """Whether a source defines another function under a helper's name."""
     if helper not in functions(own):
         return False
     first, second = ((signature(one, helper), body_lines(one, helper)) for one in (own, reference))
@@ -238,7 +242,7 @@ def _has_another(own: str, reference: str, helper: str) -> bool:
 
 
 def _with_helpers(own: str, reference: str, removed: tuple[str, ...], name: str) -> str:
-    """The learner's source with those helpers put back that a function of the reference calls."""
+    """The learner's source with the removed helpers that a function of the reference calls."""
     for helper in removed:
         if helper.rpartition(".")[2] in names_in(reference, name) and helper not in functions(own):
             own = _with_helpers(with_function(own, reference, helper), reference, removed, helper)

@@ -86,7 +86,7 @@ class Syllabus:
         return parts[0] if len(parts) == 1 else day
 
     def after(self, unit: Unit) -> Unit | None:
-        """The unit that follows: the day's next part, or the next day that can be started; None at the end."""
+        """The unit that follows: the day's next part, or the next available day; None at the end."""
         later = self.days[self.days.index(unit.day) + 1 :]
         following = next((candidate for candidate in later if not candidate.is_planned), None)
         return following if isinstance(unit, Day) else next(iter(unit.later), following)
@@ -204,7 +204,7 @@ def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path
 
 
 def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:
-    """A blank's message: the task, and where to find help, in the book or, without a chapter, in the hints."""
+    """A blank's message: the task, and where to find help (in the book, or in the hints until then)."""
     number, task = exercise_id.rsplit(".", 1)
     week, of_week = number.split(".")
     where = f"book, week {week} day {of_week}, task {task}"

@@ -11,10 +11,11 @@ from .errors import CourseError
 
 @dataclass(frozen=True)
 class Exercise:
-    """A whole function that the learner writes. id: week, day and task, such as `1.1.2`; name: `Class.method`.
+    """A whole function that the learner writes.
 
-    message: the text of the NotImplementedError in a blank, which names the task and where to find help.
-    may_use: interfaces that it may use in addition to those found in the reference's code, as `module.name`.
+    id: week, day and task, such as `1.1.2`. name: `function` or `Class.method`. message: the text of the
+    NotImplementedError in a blank, which names the task and where to find help. may_use: interfaces that it
+    may use in addition to those found in the reference's code, as `module.name`.
     """
 
     id: str
@@ -74,10 +75,10 @@ class PartEntry:
 class Day:
     """A day: the modules that it owns, and the exercises in them.
 
-    works: what works when it is done. chapter: its file in the book, None if not written yet. removed: helpers
-    that would give a solution away, as `module.name`; starters do not contain them. no_compare: why there is
-    no comparison with the reference, None if there is one. entries: its parts; a day of one sitting has none.
-    A day without modules is planned.
+    works: what works when it is done. chapter: its file in the book, None if not written yet. removed:
+    helpers that would give a solution away, as `module.name`; starters do not contain them. no_compare: why
+    there is no comparison with the reference, None if there is one. entries: its parts; a day of one sitting
+    has none. A day without modules is planned.
     """
 
     id: str
