@@ -58,8 +58,8 @@ def test_signatures_are_compared_as_written() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('id = "1.2"', 'id = "1.1"', "day 1.1 is there twice"),
-        ('id = "1.2"', 'id = "12"', "'12' is no day"),
+        ('id = "1.2"', 'id = "1.1"', "day 1.1 is listed twice"),
+        ('id = "1.2"', 'id = "12"', "'12' is not a day"),
         ('title = "Adding"', "", "day 1.1 has no text 'title'"),
         ('title = "Adding"', 'titel = "Adding"', "day 1.1 has the unknown keys titel"),
         ('["counting", "doubling"]', '["adding", "counting", "doubling"]', "has no exercise in adding"),
@@ -84,14 +84,14 @@ def test_days_and_exercises_are_found_by_id_with_a_guess(repo: Repo) -> None:
     assert syllabus.exercise("1.2.2").message == message
     with pytest.raises(CourseError, match=r"no day 1\.4: `pdm run map`"):
         syllabus.day("1.4")
-    with pytest.raises(CourseError, match=r"'1' is no day such as 1\.1"):
+    with pytest.raises(CourseError, match=r"'1' is not a day such as 1\.1"):
         syllabus.day("1")
     for wrong in ("1.2.3", "1.2"):
         with pytest.raises(CourseError, match=rf"no exercise '{wrong}': day 1\.2 has 1\.2\.1 to 1\.2\.2"):
             syllabus.exercise(wrong)
-    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is to come"):
+    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is planned"):
         syllabus.exercise("1.3.1")
-    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is to come"):
+    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is planned"):
         syllabus.to_start("1.3")
 
 
@@ -127,7 +127,7 @@ def test_reset_moves_files_aside(repo: Repo) -> None:
     start(repo, day)
     moved = set_aside(repo, day)
     assert [file.name for file in moved] == ["adding.py.1.bak"]
-    assert after_reset(day, moved) == "the reference's again: adding.py"
+    assert after_reset(day, moved) == "back to the reference: adding.py"
     assert state(repo, day.exercises[0]) is State.NOT_STARTED
 
 
@@ -163,7 +163,9 @@ def test_a_file_that_overrides_nothing_is_an_error_with_a_guess(repo: Repo) -> N
     syllabus = syllabus_of(repo)
     start(repo, syllabus.day("1.1"))
     write(repo, "addin", "")
-    with pytest.raises(CourseError, match=r"addin\.py overrides nothing; did you mean adding\.py\?"):
+    with pytest.raises(
+        CourseError, match=r"addin\.py replaces no module of the engine; did you mean adding\.py\?"
+    ):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
@@ -178,7 +180,7 @@ def test_blanks_are_told_and_fail_with_their_own_message(
     assert "1 test waits for 1.1.1 add: pdm run hint 1.1.1" in out
     assert "FAILURES" not in out, "a blank is no mistake"
     assert out.endswith("first: 1.1.1 add (1 test waits): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
-    assert "yours: adding.py; the reference's: 3 modules" in out
+    assert "yours: adding.py; from the reference: 3 modules" in out
     assert result(repo, syllabus.day("1.1")) is Result.FAILING
 
 
@@ -189,7 +191,7 @@ def test_a_day_that_passes_says_what_comes_next_and_is_remembered(
     write(repo, "adding", ADDING.replace("sum((one, other))", "one + other"))
     assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
     out = capfd.readouterr().out
-    assert "day 1.1 passes: sums." in out
+    assert "day 1.1 passes. What works now: sums." in out
     assert "pdm run start 1.2" in out
     assert result(repo, syllabus.day("1.1")) is Result.PASSING
     write(repo, "adding", ADDING)
@@ -201,7 +203,7 @@ def test_a_part_of_a_suite_is_not_remembered(repo: Repo, capfd: pytest.CaptureFi
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING)
     assert run_day(repo, syllabus, syllabus.day("1.1"), ["-k", "two"]) == 0
-    assert "what you chose passes; the whole day: pdm run test 1.1" in capfd.readouterr().out
+    assert "the selected tests pass; the whole day: pdm run test 1.1" in capfd.readouterr().out
     assert result(repo, syllabus.day("1.1")) is Result.UNKNOWN
     assert run_day(repo, syllabus, syllabus.day("1.1"), ["-q", "-x"]) == 0
     assert "day 1.1 passes" in capfd.readouterr().out
@@ -225,7 +227,7 @@ def test_a_function_that_lost_its_name_is_told(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING.replace("def add", "def plus"))
     with pytest.raises(
-        CourseError, match=r"adding\.py has no add \(exercise 1\.1\.1\): it must keep its name"
+        CourseError, match=r"adding\.py does not define add \(exercise 1\.1\.1\); do not rename it"
     ):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
@@ -245,8 +247,11 @@ def test_an_earlier_module_is_found_to_be_the_reason(repo: Repo, capfd: pytest.C
     day = syllabus.day("1.2")
     assert run_day(repo, syllabus, day, []) == 1
     out = capfd.readouterr().out
-    assert "today's code is right: on the reference for everything else, test_task_1_counts passes." in out
-    assert "it fails with your adding.py (day 1.1): pdm run test 1.1" in out
+    assert (
+        "today's code is correct: test_task_1_counts passes when all other modules are the reference's."
+        in out
+    )
+    assert "it fails together with your adding.py (day 1.1): pdm run test 1.1" in out
     assert run_day(repo, syllabus, day, [], isolated=True) == 0
 
 
@@ -257,7 +262,7 @@ def test_todays_own_mistake_is_not_blamed_on_others(repo: Repo, capfd: pytest.Ca
     write(repo, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "the fault is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
+    assert "the cause is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
 
 
 def test_blanks_alone_are_nobodys_fault(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +271,7 @@ def test_blanks_alone_are_nobodys_fault(repo: Repo, capfd: pytest.CaptureFixture
     start(repo, syllabus.day("1.2"))
     assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "looking for the fault" not in out
+    assert "searching for the cause" not in out
     assert out.endswith(
         "first: 1.2.1 Counter.count (1 test waits): pdm run test 1.2.1 -x; pdm run hint 1.2.1\n"
     )
@@ -282,7 +287,7 @@ def test_a_mistake_comes_before_a_blank(
     write(repo, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(repo, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
     out = capfd.readouterr().out
-    assert ("looking for the fault" in out) is not isolated
+    assert ("searching for the cause" in out) is not isolated
     assert out.endswith(
         "first: 1.2.2 double (1 of its tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n"
     )
@@ -339,7 +344,7 @@ def test_hints_come_in_three_steps(repo: Repo) -> None:
     assert "pdm run hint 1.1.1 2" in hint(repo, syllabus, exercise, 1)
     assert "a sketch:\n  Take both" in hint(repo, syllabus, exercise, 3)
     assert "pdm run skip 1.1.1" in hint(repo, syllabus, exercise, 3)
-    with pytest.raises(CourseError, match=r"no hint 4 of 1\.1\.1: 1 is a question"):
+    with pytest.raises(CourseError, match=r"1\.1\.1 has no hint 4: 1 is a question"):
         hint(repo, syllabus, exercise, 4)
 
 
@@ -348,14 +353,16 @@ def test_the_difference_is_shown_after_passing_or_anyway(repo: Repo) -> None:
     with pytest.raises(CourseError, match="not started"):
         difference(repo, day, anyway=True)
     write(repo, "adding", ADDING.replace("sum((one, other))", "one + other"))
-    with pytest.raises(CourseError, match=r"day 1\.1 not tested"):
+    with pytest.raises(CourseError, match=r"day 1\.1: not tested"):
         difference(repo, day, anyway=False)
     assert "-    return one + other\n+    return sum((one, other))" in difference(repo, day, anyway=True)
     remember(repo, day, passed=True)
     assert difference(repo, day, anyway=False) == difference(repo, day, anyway=True)
     assert "@accelerated" not in difference(repo, day, anyway=True)
     replace(repo.reference / "adding.py", "def add(", "@accelerated(compiled=None)\ndef add(")
-    assert difference(repo, day, anyway=True).startswith("@accelerated, _fused, _compiled in the reference: ")
+    assert difference(repo, day, anyway=True).startswith(
+        "@accelerated, _fused and _compiled in the reference "
+    )
 
 
 def test_progress_is_read_from_the_files(repo: Repo) -> None:
@@ -373,7 +380,7 @@ def test_progress_is_read_from_the_files(repo: Repo) -> None:
     assert "1.2  [.x]  " in text
     (repo.overlay / "counting.py").unlink()
     assert "1.2  [-x]  " in progress_text(repo, syllabus)
-    assert "- its file is not there" in text
+    assert "- file missing" in text
     assert "1 of 2 days pass." in text
     assert "next: pdm run test 1.2" in text
 
@@ -407,7 +414,7 @@ def test_the_map_shows_whose_modules_run(repo: Repo) -> None:
     write(repo, "doubling", DOUBLING)
     text = map_text(repo, syllabus_of(repo))
     assert "counting.py  [doubling.py]" in text
-    assert "to come" in text
+    assert "not available yet" in text
 
 
 def test_the_letters_of_shapes_are_those_of_the_days_docstrings(repo: Repo) -> None:
@@ -439,4 +446,4 @@ def test_the_doctor_finds_what_no_longer_fits_the_reference(repo: Repo) -> None:
     write(repo, "adin", "")
     refused = [f for f in examine(repo, syllabus_of(repo)) if f.what == "your modules"]
     assert not refused[0].ok
-    assert "adin.py overrides nothing; did you mean adding.py?" in refused[0].found
+    assert "adin.py replaces no module of the engine; did you mean adding.py?" in refused[0].found

@@ -100,7 +100,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a second solution of no day": (
         lambda h: solution(h, "doubling").rename(solution(h, "doubling").with_name("halving.py")),
-        "second solution: tests/second_solutions/week_1_day_2/halving.py: is no module of a day",
+        "second solution: tests/second_solutions/week_1_day_2/halving.py: is not a module of a day",
     ),
     "a second solution that is the reference's": (
         lambda h: [
@@ -115,7 +115,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a part of another day": (
         lambda h: give_part(h, "from week_1_day_2 import sums\n"),
-        "imports: week_1_day_1/sums.py, line 1: week_1_day_2 is not for a suite",
+        "imports: week_1_day_1/sums.py, line 1: a suite must not import week_1_day_2",
     ),
     "a shared file that imports a later day": (
         lambda h: give_part(h, numbers="from tiny_llm.doubling import double\n\nFIVE = 5\n"),
@@ -173,7 +173,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a suite that imports the reference": (
         lambda h: replace(suite(h, 1), "from tiny_llm.adding", "from tiny_llm_ref.adding"),
-        "imports: test_week_1_day_1.py, line 3: tiny_llm_ref.adding is not for a suite",
+        "imports: test_week_1_day_1.py, line 3: a suite must not import tiny_llm_ref.adding",
     ),
     "a suite that imports a private name": (
         lambda h: replace(suite(h, 1), "import add\n", "import add, _add\n"),
@@ -193,11 +193,11 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a test without an oracle": (
         lambda h: replace(suite(h, 1), "Oracle: by hand.", "It works."),
-        "oracle: test_week_1_day_1.py: test_task_1_two_and_three names none",
+        "oracle: test_week_1_day_1.py: test_task_1_two_and_three names no oracle",
     ),
     "a test without a task": (
         lambda h: replace(suite(h, 1), "test_task_1_two", "test_two"),
-        "names: test_week_1_day_1.py: test_two_and_three does not say which task",
+        "names: test_week_1_day_1.py: test_two_and_three does not name its task",
     ),
 }
 

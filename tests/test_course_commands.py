@@ -34,7 +34,7 @@ show_commands.on_try(sys.argv[1])
     [
         (
             "2.7",
-            "your quantize.py is left out here: it unpacks every matrix in each pass; day 2.4 shows it",
+            "your quantize.py is not used here, because it unpacks every matrix in each forward pass; day 2.4 uses it",
             False,
         ),
         ("2.4", "this takes some seconds with your quantize.py: it unpacks every matrix in each pass", True),
@@ -103,7 +103,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
     passing = run(["test", "--week", "1", "--day", "1"], tmp_path)
     assert passing.returncode == 0, passing.stdout
     assert "yours: attention.py" in passing.stdout
-    assert "day 1.1 has nothing to compare: both sides" in run(["compare", "1.1"], tmp_path).stdout
+    assert "day 1.1 has no comparison: both sides" in run(["compare", "1.1"], tmp_path).stdout
     assert "| " not in run(["try", "1.2"], tmp_path).stderr
     rows = json.loads(run(["progress", "--json"], tmp_path).stdout)
     assert rows[0]["exercises"] == dict.fromkeys(["1.1.1", "1.1.2", "1.1.3"], "skipped")
@@ -120,7 +120,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),
-        (["restore", "1.1"], "nothing of day 1.1 was moved aside"),
+        (["restore", "1.1"], "day 1.1 has no files that were moved aside"),
         (["test", "attention.py"], "not started: pdm run start 1.1"),
         (["skip", "1.1.1"], "not started: pdm run start 1.1"),
         (["compare", "1.2"], "not started"),

@@ -48,7 +48,9 @@ def test_a_helper_file_of_the_learners_own_is_no_module(repo: Repo) -> None:
     write(repo, "my_tools", "def plus(a: int, b: int) -> int:\n    return a - b\n")
     assert "my_tools.py changed since its tests ran" in progress_text(repo, syllabus)
     write(repo, "tools", "")
-    with pytest.raises(CourseError, match=r"tools\.py overrides nothing \(your own helper"):
+    with pytest.raises(
+        CourseError, match=r"tools\.py replaces no module of the engine \(name your own helper"
+    ):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 

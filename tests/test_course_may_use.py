@@ -252,7 +252,7 @@ def test_start_and_the_first_hint_show_it(repo: Repo) -> None:
         (
             "The sum of 2 and 3 is 5.",
             "Call `x.secret` for it, whatever it is.",
-            "may use: 1.1.1: secret is needed, and stands only in a hint",
+            "may use: 1.1.1: secret is needed, but only a hint names it",
         ),
     ],
 )

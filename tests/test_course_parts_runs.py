@@ -53,7 +53,7 @@ def test_a_part_in_the_middle_may_come_first(course: Repo, capfd: pytest.Capture
     assert run_day(course, syllabus, part(course, "b"), ["-q"]) == 0
     assert "part 1.2b passes.\n" in capfd.readouterr().out
     assert run_day(course, syllabus, part(course, "b"), ["-k", "leaps"]) == 0
-    assert "what you chose passes; the whole part: pdm run test 1.2b" in capfd.readouterr().out
+    assert "the selected tests pass; the whole part: pdm run test 1.2b" in capfd.readouterr().out
     assert run_day(course, syllabus, part(course, "b"), [], isolated=True) == 0
 
 
@@ -100,7 +100,7 @@ def test_a_run_of_the_day_says_which_parts_pass(course: Repo, capfd: pytest.Capt
     assert run_day(course, syllabus, day, ["-x"]) == 1
     assert "parts that pass" not in capfd.readouterr().out, "it has not run all"
     assert run_day(course, syllabus, day, []) == 1
-    assert "parts that pass: 1.2a\n" in capfd.readouterr().out
+    assert "passing parts: 1.2a\n" in capfd.readouterr().out
     assert [result(course, one) for one in day.parts] == [Result.PASSING, Result.FAILING, Result.FAILING]
     write(course, "doubling", "raise ValueError\n\n\ndef double(x):\n    return x\n")
     assert run_day(course, syllabus, day, []) != 0
@@ -194,8 +194,11 @@ def test_a_fault_of_another_part_in_another_file_is_found_there(
     write(course, "doubling", (course.reference / "doubling.py").read_text("utf-8"))
     assert run_day(course, syllabus, part(course, "b"), []) == 1
     out = capfd.readouterr().out
-    assert "today's code is right: on the reference for everything else, test_task_3_doubles passes." in out
-    assert "it fails with your counting.py (day 1.2): pdm run test 1.2" in out
+    assert (
+        "today's code is correct: test_task_3_doubles passes when all other modules are the reference's."
+        in out
+    )
+    assert "it fails together with your counting.py (day 1.2): pdm run test 1.2" in out
 
 
 def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: Repo) -> None:

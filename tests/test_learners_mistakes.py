@@ -76,8 +76,8 @@ def test_a_show_that_meets_a_blank_of_another_day_says_which_and_what_to_do(tmp_
     done = run(tmp_path, "-m", "tiny_llm_course", "try", "1.3")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: what day 1\.3 shows needs 1\.4\.\d \w+ of (day|part) (1\.4\w*) too, "
-        r"still blank in your \w+\.py: write it, or `pdm run skip \2`\n",
+        r"error: the demonstration of day 1\.3 also needs 1\.4\.\d \w+ of (day|part) (1\.4\w*), "
+        r"which is blank in your \w+\.py: write it, or run `pdm run skip \2`\n",
         done.stderr,
     ), done.stderr
     own = run(tmp_path, "-m", "tiny_llm_course", "try", "1.4")
