@@ -1,4 +1,4 @@
-"""The course's machine on a course of three small days: what is started, tested and shown, and the doctor."""
+"""The course's tools on a course of three small days: start, test, hint, progress, map and doctor."""
 
 import pytest
 
@@ -21,7 +21,7 @@ __all__ = ["repo"]
 # ---- source ----
 
 
-def test_a_blank_keeps_signature_docstring_and_everything_around_it() -> None:
+def test_a_blank_keeps_signature_docstring_and_surrounding_code() -> None:
     blank = blanked(COUNTING, {"Counter.count": "1.2.1 Counter.count: book"}, ["Counter._next"])
     assert is_blank(blank, "Counter.count")
     assert '"""Add one and return the value.\n' in blank
@@ -32,7 +32,7 @@ def test_a_blank_keeps_signature_docstring_and_everything_around_it() -> None:
     assert blank.startswith(COUNTING[: COUNTING.index("        # The first")])
 
 
-def test_stand_ins_are_taken_out_with_their_imports() -> None:
+def test_blanking_removes_the_decorators_of_faster_code_and_their_imports() -> None:
     source = '"""M."""\n\nimport a\n\nfrom .kernels import accelerated, use_compiled\n\n\n'
     source += '@accelerated(\n    compiled="x",\n    fused=use_compiled,\n)\n'
     source += 'def f(x: int) -> int:\n    """F."""\n    return x\n'
@@ -42,13 +42,13 @@ def test_stand_ins_are_taken_out_with_their_imports() -> None:
     assert 'def f(x: int) -> int:\n    """F."""\n    raise NotImplementedError("1.1.1 f: book")' in blank
 
 
-def test_a_body_is_put_where_a_blank_was() -> None:
+def test_with_body_of_fills_a_blank() -> None:
     blank = blanked(COUNTING, {"Counter.count": "m"})
     filled = with_body_of(blank, COUNTING, "Counter.count")
     assert filled.replace(f"        {SKIPPED}\n", "") == COUNTING
 
 
-def test_signatures_are_compared_as_written() -> None:
+def test_signature_returns_parameters_as_written() -> None:
     assert signature(ADDING, "add") == "add(one: int, other: int) -> int"
 
 
@@ -69,14 +69,16 @@ def test_signatures_are_compared_as_written() -> None:
         ("[[day]]", "[[day", "syllabus.toml"),
     ],
 )
-def test_a_mistake_in_the_syllabus_is_named(repo: Repo, old: str, new: str, message: str) -> None:
+def test_an_invalid_syllabus_is_rejected_with_the_reason(
+    repo: Repo, old: str, new: str, message: str
+) -> None:
     text = repo.syllabus.read_text("utf-8")
     repo.syllabus.write_text(text.replace(old, new, 1), "utf-8")
     with pytest.raises(CourseError, match=message):
         syllabus_of(repo)
 
 
-def test_days_and_exercises_are_found_by_id_with_a_guess(repo: Repo) -> None:
+def test_days_and_exercises_are_found_by_id(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     assert syllabus.day("1.2").title == "Counting"
     assert syllabus.exercise("1.2.2").name == "double"
@@ -98,7 +100,7 @@ def test_days_and_exercises_are_found_by_id_with_a_guess(repo: Repo) -> None:
 # ---- start, reset, skip ----
 
 
-def test_start_writes_the_days_modules_blank_and_nothing_else(repo: Repo) -> None:
+def test_start_writes_only_the_days_modules_with_blank_exercises(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.2")
     assert [file.name for file in start(repo, day).files] == ["counting.py", "doubling.py"]
     assert [state(repo, exercise) for exercise in day.exercises] == [State.BLANK, State.BLANK]
@@ -106,7 +108,7 @@ def test_start_writes_the_days_modules_blank_and_nothing_else(repo: Repo) -> Non
     assert "pdm run test 1.2" in tasks(repo, day)
 
 
-def test_start_never_overwrites_and_again_moves_aside(repo: Repo) -> None:
+def test_start_never_overwrites_and_again_moves_files_aside(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.2")
     start(repo, day)
     write(repo, "counting", "mine = 1\n")
@@ -131,7 +133,7 @@ def test_reset_moves_files_aside(repo: Repo) -> None:
     assert state(repo, day.exercises[0]) is State.NOT_STARTED
 
 
-def test_skip_fills_blanks_alone(repo: Repo) -> None:
+def test_skip_fills_only_blanks(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.2")
     start(repo, day)
     write(repo, "doubling", DOUBLING.replace("add(x, x)", "2 * x"))
@@ -151,7 +153,7 @@ def test_skip_fills_blanks_alone(repo: Repo) -> None:
 # ---- test ----
 
 
-def test_a_day_that_is_not_started_says_how_to_start_it(repo: Repo) -> None:
+def test_testing_a_day_that_is_not_started_says_how_to_start_it(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     with pytest.raises(CourseError, match=r"not started: pdm run start 1\.1"):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
@@ -159,7 +161,7 @@ def test_a_day_that_is_not_started_says_how_to_start_it(repo: Repo) -> None:
         run_started(repo, syllabus, [])
 
 
-def test_a_file_that_overrides_nothing_is_an_error_with_a_guess(repo: Repo) -> None:
+def test_a_file_that_replaces_no_module_is_an_error_with_a_suggestion(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     start(repo, syllabus.day("1.1"))
     write(repo, "addin", "")
@@ -169,7 +171,7 @@ def test_a_file_that_overrides_nothing_is_an_error_with_a_guess(repo: Repo) -> N
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_blanks_are_told_and_fail_with_their_own_message(
+def test_blanks_are_listed_and_fail_with_their_own_message(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     syllabus = syllabus_of(repo)
@@ -178,13 +180,13 @@ def test_blanks_are_told_and_fail_with_their_own_message(
     out = capfd.readouterr().out
     assert "still blank: 1.1.1 add" in out
     assert "1 test waits for 1.1.1 add: pdm run hint 1.1.1" in out
-    assert "FAILURES" not in out, "a blank is no mistake"
+    assert "FAILURES" not in out, "a blank is not shown as a failure"
     assert out.endswith("first: 1.1.1 add (1 test waits): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
     assert "yours: adding.py; from the reference: 3 modules" in out
     assert result(repo, syllabus.day("1.1")) is Result.FAILING
 
 
-def test_a_day_that_passes_says_what_comes_next_and_is_remembered(
+def test_a_passing_day_names_the_next_commands_and_is_recorded(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     syllabus = syllabus_of(repo)
@@ -199,7 +201,7 @@ def test_a_day_that_passes_says_what_comes_next_and_is_remembered(
     assert run_started(repo, syllabus, []) == 0
 
 
-def test_a_part_of_a_suite_is_not_remembered(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_selection_of_tests_is_not_recorded(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING)
     assert run_day(repo, syllabus, syllabus.day("1.1"), ["-k", "two"]) == 0
@@ -210,7 +212,7 @@ def test_a_part_of_a_suite_is_not_remembered(repo: Repo, capfd: pytest.CaptureFi
     assert result(repo, syllabus.day("1.1")) is Result.PASSING
 
 
-def test_a_day_is_not_tested_anew_over_a_file_that_it_does_not_reach(repo: Repo) -> None:
+def test_a_change_in_an_unrelated_file_keeps_a_days_result(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     for module, source in (("adding", ADDING), ("doubling", DOUBLING), ("counting", COUNTING)):
         write(repo, module, source)
@@ -223,7 +225,7 @@ def test_a_day_is_not_tested_anew_over_a_file_that_it_does_not_reach(repo: Repo)
     assert [result(repo, day) for day in syllabus.days[:2]] == [Result.STALE, Result.STALE]
 
 
-def test_a_function_that_lost_its_name_is_told(repo: Repo) -> None:
+def test_a_renamed_function_is_reported(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING.replace("def add", "def plus"))
     with pytest.raises(
@@ -232,14 +234,16 @@ def test_a_function_that_lost_its_name_is_told(repo: Repo) -> None:
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_a_file_that_does_not_parse_is_told_with_its_line(repo: Repo) -> None:
+def test_a_syntax_error_is_reported_with_its_line(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", "x = 1\ndef add(:\n")
     with pytest.raises(CourseError, match=r"adding\.py, line 2: "):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_an_earlier_module_is_found_to_be_the_reason(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_in_a_module_of_an_earlier_day_is_found(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
+) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING.replace("sum((one, other))", "one - other"))
     write(repo, "counting", COUNTING)
@@ -255,7 +259,9 @@ def test_an_earlier_module_is_found_to_be_the_reason(repo: Repo, capfd: pytest.C
     assert run_day(repo, syllabus, day, [], isolated=True) == 0
 
 
-def test_todays_own_mistake_is_not_blamed_on_others(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_in_todays_code_is_not_blamed_on_other_modules(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
+) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING)
     write(repo, "counting", COUNTING)
@@ -265,7 +271,7 @@ def test_todays_own_mistake_is_not_blamed_on_others(repo: Repo, capfd: pytest.Ca
     assert "the cause is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
 
 
-def test_blanks_alone_are_nobodys_fault(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_blanks_start_no_search_for_a_cause(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING)
     start(repo, syllabus.day("1.2"))
@@ -278,9 +284,7 @@ def test_blanks_alone_are_nobodys_fault(repo: Repo, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_a_mistake_comes_before_a_blank(
-    repo: Repo, isolated: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_come_before_blanks(repo: Repo, isolated: bool, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING)
     start(repo, syllabus.day("1.2"))
@@ -293,7 +297,7 @@ def test_a_mistake_comes_before_a_blank(
     )
 
 
-def test_the_first_task_is_the_lowest_with_a_mistake(repo: Repo) -> None:
+def test_the_first_task_to_fix_is_the_lowest_that_fails(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.2")
     tests = [f"test_week_1_day_2.py::test_task_{task}_x[{n}]" for task in (10, 2) for n in range(3)]
     assert "first: 1.2.2 double (3 of its tests fail)" in str(
@@ -304,7 +308,7 @@ def test_the_first_task_is_the_lowest_with_a_mistake(repo: Repo) -> None:
     assert first_to_fix(Outcome(2, ("test_week_1_day_2.py",)), day) is None
 
 
-def test_a_traceback_shows_the_learners_lines_and_not_the_references(
+def test_a_traceback_shows_the_learners_lines_without_the_references(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     syllabus = syllabus_of(repo)
@@ -326,12 +330,12 @@ def test_the_reference_is_tested_without_the_learners_files(repo: Repo) -> None:
     assert run_reference(repo, [repo.suites], []) == 0
 
 
-def test_an_overlay_of_some_modules_holds_copies_of_those(repo: Repo) -> None:
+def test_overlay_of_contains_copies_of_the_given_modules(repo: Repo) -> None:
     write(repo, "adding", ADDING)
     write(repo, "doubling", DOUBLING)
     write(repo, "my_tools", "")
-    with overlay_of(repo, own_sources(repo, ["doubling"])) as alone:
-        assert sorted(file.name for file in alone.overlay.iterdir()) == ["doubling.py", "my_tools.py"]
+    with overlay_of(repo, own_sources(repo, ["doubling"])) as copied:
+        assert sorted(file.name for file in copied.overlay.iterdir()) == ["doubling.py", "my_tools.py"]
 
 
 # ---- views ----
@@ -385,7 +389,7 @@ def test_progress_is_read_from_the_files(repo: Repo) -> None:
     assert "next: pdm run test 1.2" in text
 
 
-def test_a_day_that_was_left_out_is_named_beside_the_next(repo: Repo) -> None:
+def test_progress_names_a_day_that_was_left_out(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     start(repo, syllabus.day("1.2"))
     assert progress_text(repo, syllabus).splitlines()[-1] == "next: pdm run test 1.2", "it came first"
@@ -401,7 +405,7 @@ def test_a_day_that_was_left_out_is_named_beside_the_next(repo: Repo) -> None:
     )
 
 
-def test_a_broken_record_says_nothing(repo: Repo) -> None:
+def test_a_damaged_record_counts_as_none(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.1")
     write(repo, "adding", ADDING)
     remember(repo, day, passed=True)
@@ -410,14 +414,14 @@ def test_a_broken_record_says_nothing(repo: Repo) -> None:
     assert result(repo, day) is Result.UNKNOWN
 
 
-def test_the_map_shows_whose_modules_run(repo: Repo) -> None:
+def test_the_map_marks_the_learners_modules(repo: Repo) -> None:
     write(repo, "doubling", DOUBLING)
     text = map_text(repo, syllabus_of(repo))
     assert "counting.py  [doubling.py]" in text
     assert "not available yet" in text
 
 
-def test_the_letters_of_shapes_are_those_of_the_days_docstrings(repo: Repo) -> None:
+def test_the_legend_explains_the_letters_of_the_days_docstrings(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.1")
     package = '"""Shapes are written in letters: B batch, L or T tokens, N\nblocks, D head size."""\n'
     (repo.reference / "__init__.py").write_text(package, "utf-8")
@@ -433,7 +437,7 @@ def test_the_letters_of_shapes_are_those_of_the_days_docstrings(repo: Repo) -> N
 # ---- doctor ----
 
 
-def test_the_doctor_finds_what_no_longer_fits_the_reference(repo: Repo) -> None:
+def test_the_doctor_finds_missing_functions_and_changed_signatures(repo: Repo) -> None:
     write(repo, "adding", "def add(one: int) -> int:\n    return one\n")
     findings = {(finding.what, finding.ok): finding for finding in examine(repo, syllabus_of(repo))}
     assert "0 is pinned" in findings["MLX", False].advice

@@ -203,7 +203,7 @@ STATIC: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", STATIC)
-def test_a_rule_that_is_read_bites(repo: Repo, what: str) -> None:
+def test_a_broken_static_rule_is_reported(repo: Repo, what: str) -> None:
     change, message = STATIC[what]
     change(repo)
     assert any(message in str(problem) for problem in static_problems(repo, syllabus_of(repo)))
@@ -235,7 +235,7 @@ def test_a_day_is_tested_again_when_any_file_of_its_suite_changes(repo: Repo, na
     assert result(repo, syllabus_of(repo).day("1.2")) is Result.UNKNOWN
 
 
-def test_counting_blocks_is_no_assertion_of_their_ids(repo: Repo) -> None:
+def test_a_suite_may_count_block_ids(repo: Repo) -> None:
     replace(suite(repo, 1), "add(2, 3) == 5", "add(2, 3) == 5 and len(add.blocks) == 2")
     assert not [p for p in static_problems(repo, syllabus_of(repo)) if p.rule == "block ids"]
 
@@ -286,7 +286,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", [name for name in DYNAMIC if "imported" not in name])
-def test_a_rule_that_is_run_bites(repo: Repo, what: str) -> None:
+def test_a_broken_rule_is_found_by_running(repo: Repo, what: str) -> None:
     change, message = DYNAMIC[what]
     change(repo)
     if "later day" in what:  # keep the two modules from calling each other in a circle

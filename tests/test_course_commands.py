@@ -1,4 +1,4 @@
-"""The commands on the real course: what a learner types, what it says, and how mistakes are told."""
+"""The commands on the real course: what a learner types, and what the commands print."""
 
 import json
 import os
@@ -34,13 +34,21 @@ show_commands.on_try(sys.argv[1])
     [
         (
             "2.7",
-            "your quantize.py is not used here, because it unpacks every matrix in each forward pass; day 2.4 uses it",
+            "your quantize.py is not used here, because it unpacks every matrix in each forward pass; "
+            "day 2.4 uses it",
             False,
         ),
-        ("2.4", "this takes some seconds with your quantize.py: it unpacks every matrix in each pass", True),
+        (
+            "2.4",
+            "this takes some seconds with your quantize.py, because it unpacks every matrix in each forward "
+            "pass",
+            True,
+        ),
     ],
 )
-def test_a_slow_module_runs_in_its_own_day_only(tmp_path: Path, tried: str, says: str, is_mine: bool) -> None:
+def test_a_slow_module_runs_only_in_its_own_days_demonstration(
+    tmp_path: Path, tried: str, says: str, is_mine: bool
+) -> None:
     """The learner's other modules run in every day."""
     reference = Repo.here().reference
     for name in ("quantize.py", "rope.py"):
@@ -56,7 +64,7 @@ def test_a_slow_module_runs_in_its_own_day_only(tmp_path: Path, tried: str, says
     assert ran.stdout.splitlines()[1:] == [says, str(quantize), str(tmp_path / "rope.py")], ran.stderr
 
 
-def test_days_without_a_slow_module_say_nothing_of_it(tmp_path: Path) -> None:
+def test_a_demonstration_mentions_slow_modules_only_if_there_are_any(tmp_path: Path) -> None:
     ran = run(["try", "2.3"], tmp_path)
     assert "quantize.py" not in ran.stdout
     assert ran.stdout.splitlines()[1].startswith("a simulation"), ran.stderr
@@ -67,7 +75,7 @@ def test_the_real_course_can_be_read() -> None:
     assert static_problems(here, read_syllabus(here.syllabus)) == []
 
 
-def test_the_message_of_every_blank_is_known_as_one() -> None:
+def test_the_message_of_every_blank_is_recognised() -> None:
     """Days have more than nine tasks: `3.4.10` is one of them."""
     from tiny_llm_course import provenance
 
@@ -77,7 +85,7 @@ def test_the_message_of_every_blank_is_known_as_one() -> None:
     assert [message for message in messages if not provenance.OF_A_BLANK.match(message)] == []
 
 
-def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
+def test_every_available_day_can_be_tried_and_compared() -> None:
     here = Repo.here()
     days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_planned]
     files = {file.name for file in Path(demonstrations.__path__[0]).glob("week_*.py")}
@@ -128,7 +136,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(
+def test_a_wrong_command_prints_one_line_and_returns_an_exit_code(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -143,7 +151,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert err.count("\n") == 1
 
 
-def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [
         "start",
         "test",

@@ -1,4 +1,4 @@
-"""`pdm run compare`: whole numbers are counted, sides alternate, a day with nothing to compare says so."""
+"""`pdm run compare`: integers are counted, sides alternate, a day without a comparison says so."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def day(repo: Repo, number: str) -> Day:
         (None, None, "results: the shapes differ"),
     ],
 )
-def test_whole_numbers_are_counted_and_others_measured(
+def test_integers_are_counted_and_floats_are_measured(
     here: Repo, differing: int | None, largest: float | None, says: str
 ) -> None:
     """The distance of two token ids means nothing."""
@@ -48,7 +48,7 @@ def test_whole_numbers_are_counted_and_others_measured(
 
 
 @pytest.mark.parametrize(("is_compiled", "ran"), [(True, "a compiled kernel"), (False, "MLX's own operator")])
-def test_the_exercises_whose_reference_is_faster_code_say_so(
+def test_exercises_with_faster_reference_code_are_named(
     here: Repo, is_compiled: bool, ran: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparing, "compiled_runs", lambda: is_compiled)
@@ -63,7 +63,7 @@ def test_the_exercises_whose_reference_is_faster_code_say_so(
     assert any(line.startswith("memory: ") and "not counted" in line for line in lines)
 
 
-def test_both_sides_are_measured_alternating(here: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_alternate(here: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     repeat = comparing._Side.repeat
 
@@ -87,7 +87,7 @@ def test_modules_of_other_days_do_not_run(here: Repo) -> None:
     assert compare(here, day(here, "2.6")).differing == 0
 
 
-def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: Repo) -> None:
+def test_a_blank_or_a_mistake_is_one_line_with_the_learners_file(here: Repo) -> None:
     one = day(here, "1.2")
     start(here, one)
     with pytest.raises(CourseError) as blank:
@@ -104,7 +104,7 @@ def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: Repo) -
     assert "\n" not in str(mistake.value)
 
 
-def test_a_day_with_nothing_to_compare_says_why(here: Repo) -> None:
+def test_a_day_without_a_comparison_says_why(here: Repo) -> None:
     for number in ("1.1", "1.3", "1.7", "3.1", "3.4", "3.7"):
         with pytest.raises(CourseError, match=f"day {number} has no comparison: both sides "):
             compare(here, day(here, number))

@@ -1,4 +1,4 @@
-"""The learner's files: moved aside and back, helpers beside them, named when they change, ignored by git."""
+"""The learner's files: moved aside and restored, helper files, changes, editor links, ignored by git."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_restore_brings_back_the_newest_and_undoes_itself(repo: Repo) -> None:
     assert restore(repo, syllabus_of(repo).day("1.1")) == []
 
 
-def test_a_helper_file_of_the_learners_own_is_no_module(repo: Repo) -> None:
+def test_a_learners_helper_file_is_not_a_module(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "my_tools", "def plus(a: int, b: int) -> int:\n    return a + b\n")
     own = ADDING.replace("sum((one, other))", "plus(one, other)")
@@ -74,7 +74,7 @@ def test_a_day_may_be_named_by_an_exercise_or_a_file_of_it(repo: Repo, wanted: s
 
 
 @pytest.mark.parametrize("wanted", ["1", "1.9.1", "count", "x.py", ""])
-def test_what_names_no_day_is_told(repo: Repo, wanted: str) -> None:
+def test_an_unknown_day_is_reported(repo: Repo, wanted: str) -> None:
     with pytest.raises(CourseError, match="pdm run map"):
         syllabus_of(repo).to_start(wanted)
 
@@ -88,7 +88,7 @@ def test_reset_and_restore_are_commands(tmp_path: Path) -> None:
     assert (tmp_path / "attention.py").read_text("utf-8") == before
 
 
-def test_a_learners_files_are_not_gits() -> None:
+def test_git_ignores_the_learners_files() -> None:
     """Modules, backups, stubs, kernels and libraries are ignored; the package itself is not."""
     names = [
         "attention.py",
@@ -107,7 +107,7 @@ def test_a_learners_files_are_not_gits() -> None:
     assert found.stdout.split() == paths[: len(names)]
 
 
-def test_a_starter_that_begins_a_removed_helper_is_no_fault_of_the_learners(repo: Repo) -> None:
+def test_the_doctor_accepts_a_starter_without_removed_helpers(repo: Repo) -> None:
     from tiny_llm_course.doctor import examine
 
     replace(repo.syllabus, "Counter._next", "Counter.next")
@@ -119,7 +119,7 @@ def test_a_starter_that_begins_a_removed_helper_is_no_fault_of_the_learners(repo
 # ---- links for editors ----
 
 
-def test_start_links_every_module_that_is_not_the_learners(repo: Repo) -> None:
+def test_start_links_every_module_that_the_learner_has_not_written(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     done = start(repo, syllabus.day("1.2"))
     assert views.start_report(repo, syllabus.day("1.2"), done)[-1] == views.LINKS
@@ -134,7 +134,7 @@ def test_start_links_every_module_that_is_not_the_learners(repo: Repo) -> None:
     assert [file.name for file in repo.overlay.glob("*.pyi")] == ["api.pyi"]
 
 
-def test_a_type_checker_resolves_what_falls_through_with_one_identity(repo: Repo) -> None:
+def test_a_type_checker_resolves_the_references_modules_without_duplicate_classes(repo: Repo) -> None:
     """Without the links: "Cannot find implementation or library stub for module named ...adding"."""
     start(repo, syllabus_of(repo).day("1.2"))
     write(repo, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
@@ -151,7 +151,7 @@ def test_a_type_checker_resolves_what_falls_through_with_one_identity(repo: Repo
     assert 'Argument 2 to "add" has incompatible type "str"; expected "int"' in found[0]
 
 
-def test_an_editor_resolves_what_falls_through(repo: Repo) -> None:
+def test_an_editor_resolves_the_references_modules(repo: Repo) -> None:
     """Pyright is what editors run: it reads the links as mypy does."""
     if (pyright := shutil.which("basedpyright") or shutil.which("pyright")) is None:
         pytest.skip("neither basedpyright nor pyright is installed")

@@ -34,7 +34,7 @@ def f(x: mx.array) -> list[int]:
 '''
 
 
-def test_only_what_blank_bodies_import_from_the_standard_library_is_left_out() -> None:
+def test_a_starter_lacks_standard_library_imports_of_blank_bodies() -> None:
     """Annotations keep an import, quoted ones too; a name of the project's stays, used or not."""
     head = blanked(WHOLE, {"f": "m"}).partition("\n\n\n")[0]
     assert head == (
@@ -43,7 +43,7 @@ def test_only_what_blank_bodies_import_from_the_standard_library_is_left_out() -
     )
 
 
-def test_some_names_of_an_import_may_go() -> None:
+def test_only_the_unused_names_of_an_import_are_removed() -> None:
     whole = WHOLE.replace("rows: OrderedDict, ", "")
     blank = blanked(whole, {"f": "m"})
     assert "from collections import Counter\n" in blank
@@ -52,13 +52,13 @@ def test_some_names_of_an_import_may_go() -> None:
     )
 
 
-def test_an_import_that_was_idle_before_is_not_touched() -> None:
+def test_an_import_that_was_unused_before_is_kept() -> None:
     own = "import heapq\nimport math\n\nx = 1\n"
     assert without_unused_imports(own, own + "heapq.merge\n") == "import math\n\nx = 1\n"
 
 
 @pytest.mark.parametrize("annotated", ["rows: OrderedDict, ", "rows: OrderedDict, counts: 'Counter'"])
-def test_what_is_filled_in_has_its_imports_again(annotated: str) -> None:
+def test_a_filled_exercise_has_its_imports_again(annotated: str) -> None:
     """Where the whole group has gone, and where one of it has stayed: the file is as it was."""
     whole = WHOLE.replace('rows: OrderedDict, counts: "Counter"', annotated if "Counter" in annotated else "")
     blank = blanked(whole, {"f": "m"})
@@ -68,7 +68,7 @@ def test_what_is_filled_in_has_its_imports_again(annotated: str) -> None:
     assert with_imports(filled, whole) == whole
 
 
-def test_what_a_learner_has_imported_is_not_imported_twice() -> None:
+def test_an_existing_import_is_not_repeated() -> None:
     own = WHOLE.replace("import heapq\n", "import heapq, math\n")
     assert with_imports(own, WHOLE) == own
     mine = "from .mine import chain\n\nx = chain(heapq)\n"
@@ -85,7 +85,7 @@ def syllabus_of(repo: Repo) -> Syllabus:
     return read_syllabus(repo.root / "src" / "tiny_llm_course" / "syllabus.toml")
 
 
-def test_a_start_gives_no_approach_away_and_a_skip_can_run(repo: Repo) -> None:
+def test_a_starter_lacks_the_solutions_imports_and_skip_adds_them(repo: Repo) -> None:
     day = syllabus_of(repo).day("3.3")
     start(repo, day)
     file = repo.overlay / "slot_mapping.py"
@@ -94,7 +94,7 @@ def test_a_start_gives_no_approach_away_and_a_skip_can_run(repo: Repo) -> None:
     assert "from itertools import chain\n\nimport mlx" in file.read_text("utf-8")
 
 
-def test_a_part_that_begins_again_has_no_idle_imports(repo: Repo) -> None:
+def test_a_part_that_starts_again_has_no_unused_imports(repo: Repo) -> None:
     """Other parts' exercises are the reference's, with the imports that they need."""
     syllabus = syllabus_of(repo)
     later, first = syllabus.unit("3.4b"), syllabus.unit("3.4a")
@@ -107,7 +107,7 @@ def test_a_part_that_begins_again_has_no_idle_imports(repo: Repo) -> None:
     assert "from array import array\n" in file.read_text("utf-8")
 
 
-def test_no_starter_of_any_day_or_part_has_an_idle_import_but_of_the_projects_names(repo: Repo) -> None:
+def test_unused_imports_in_starters_are_only_of_the_projects_names(repo: Repo) -> None:
     """Oracle: ruff. MLX, which every day is about, may be idle too."""
     for day in syllabus_of(repo).days:
         for unit in () if day.is_planned else (day, *day.parts):

@@ -1,4 +1,4 @@
-"""The options in C++: kernels begin blank, are built into a library of the learner's own, and run from it."""
+"""Kernels in C++: their starters are blank, and they are built into a library that the engine then uses."""
 
 import os
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_kernel_is_blanked_part_by_part() -> None:
         cpp.blanked(KERNEL, ["thrice"], [], "m")
 
 
-def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp_path: Path) -> None:
+def test_a_kernels_starter_states_the_task(tmp_path: Path) -> None:
     here = Repo.here().with_overlay(tmp_path)
     syllabus = syllabus_of(here)
     days = [day for day in syllabus.days if day.kernels]
@@ -94,7 +94,7 @@ def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp
     assert "pdm run build-kernels" in findings[flash.file].advice
 
 
-def test_the_option_in_cpp_says_what_to_read_and_can_be_left(tmp_path: Path) -> None:
+def test_a_kernel_in_cpp_names_what_to_read_and_can_be_skipped(tmp_path: Path) -> None:
     begun = run(["start", "2.5", "--cpp"], tmp_path)
     for words in ("Attention in tiles", "not needed", "kernels.h: FlashJob", "vec.h", "namespace", "absorb"):
         assert words in begun.stdout, begun.stderr
@@ -137,8 +137,8 @@ PLAIN_MATMUL = """
 
 @pytest.mark.install
 @pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no C++ compiler")
-def test_a_kernel_of_the_learners_runs_in_place_of_the_references(tmp_path: Path) -> None:
-    """A plain solution is built into a library of its own, and passes its day (about a minute)."""
+def test_a_learners_kernel_replaces_the_references(tmp_path: Path) -> None:
+    """A plain solution is built into a separate library, and passes its day (about a minute)."""
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
     replace(
         tmp_path / "quantized_matmul.cpp",

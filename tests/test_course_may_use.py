@@ -75,7 +75,7 @@ def used(repo: Repo, exercise_id: str) -> list[str]:
     return [f"{one.module}.{one.name}" for one in may_use(repo, *of(repo, exercise_id))]
 
 
-def test_a_removed_helper_is_looked_through_and_not_named(repo: Repo) -> None:
+def test_a_removed_helper_is_searched_but_not_listed(repo: Repo) -> None:
     assert used(repo, "1.2.1") == ["adding.add"]
     assert used(repo, "1.2.2") == ["adding.add"]
     assert used(repo, "1.1.1") == []
@@ -98,7 +98,7 @@ def test_a_removed_helper_is_looked_through_and_not_named(repo: Repo) -> None:
         ("def inner(one: Some) -> int:\n        return x\n\n    return inner(None)", ["Some"]),
     ],
 )
-def test_attributes_follow_from_annotations_constructors_and_results(
+def test_members_follow_from_annotations_constructors_and_return_types(
     shelved: Repo, body: str, names: list[str]
 ) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", body)
@@ -131,7 +131,7 @@ def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: Re
     assert shown[0] == "shelf.Base.size: int: how many books fit"
 
 
-def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelved: Repo) -> None:
+def test_a_long_constructor_shows_its_required_or_first_fields(shelved: Repo) -> None:
     fields = "".join(f"    field_{number}: int = 0\n" for number in range(7))
     replace(shelved.reference / "shelf.py", "    size: int\n\n\n", f"    size: int\n{fields}\n\n")
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Base(1)")
@@ -166,9 +166,7 @@ def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelv
         ),
     ],
 )
-def test_fields_that_are_given_by_name_stand_behind_a_star(
-    shelved: Repo, old: str, new: str, shown: str
-) -> None:
+def test_keyword_only_fields_come_after_a_star(shelved: Repo, old: str, new: str, shown: str) -> None:
     file = shelved.reference / "shelf.py"
     file.write_text(SHELF.replace(old, new) if old else SHELF, "utf-8")
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
@@ -176,7 +174,7 @@ def test_fields_that_are_given_by_name_stand_behind_a_star(
     assert f"shelf.Shelf{shown}: Holds books" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
 
 
-def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: Repo) -> None:
+def test_a_field_with_an_initial_value_has_its_type(shelved: Repo) -> None:
     more = "    def __init__(self) -> None:\n        self.held = 0\n\n    @property\n    def is_full"
     replace(shelved.reference / "shelf.py", "    @property\n    def is_full", more)
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf().held")
@@ -184,20 +182,20 @@ def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: Repo) -> N
     assert "shelf.Shelf.held: int" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
 
 
-def test_the_sequence_of_the_engine_is_made_by_name() -> None:
+def test_the_constructor_of_a_sequence_is_keyword_only() -> None:
     day = syllabus_of(Repo.here()).day("2.7")
     [shown] = [one.signature for one in unit_may_use(Repo.here(), day) if one.name == "Sequence"]
     assert shown == "Sequence(*, seq_id, request_id, prompt, params, seed, max_len, ...)"
 
 
-def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: Repo) -> None:
+def test_an_inherited_annotation_wins_over_a_methods_assignment(shelved: Repo) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
     shown = [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
     assert shown[0] == "shelf.Base.size: int"
 
 
-def test_the_package_under_the_reference_is_read_too(shelved: Repo) -> None:
+def test_the_package_below_the_reference_is_read_too(shelved: Repo) -> None:
     below = shelved.reference.parent / "tiny_llm_checkpoints"
     below.mkdir()
     (below / "shelf.py").write_text(SHELF.replace("class Base:", "class Base(Deeper):"), "utf-8")
@@ -222,12 +220,12 @@ def test_the_package_under_the_reference_is_read_too(shelved: Repo) -> None:
     ]
 
 
-def test_what_cannot_be_read_is_declared(repo: Repo) -> None:
+def test_the_syllabus_declares_interfaces_that_cannot_be_found(repo: Repo) -> None:
     replace(repo.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]')
     assert used(repo, "1.2.2") == ["adding.add", "adding.given"]
 
 
-def test_start_and_the_first_hint_show_it(repo: Repo) -> None:
+def test_start_and_the_first_hint_list_the_interfaces(repo: Repo) -> None:
     day, exercise = of(repo, "1.2.2")
     line = "  adding.add(one: int, other: int) -> int: The sum of both"
     assert tasks(repo, day).count(line) == 1, "once for the day"
@@ -256,7 +254,7 @@ def test_start_and_the_first_hint_show_it(repo: Repo) -> None:
         ),
     ],
 )
-def test_a_list_that_says_too_much_or_too_little_is_found(
+def test_a_list_with_a_helper_or_without_a_needed_name_is_reported(
     repo: Repo, old: str, new: str, problem: str
 ) -> None:
     replace(repo.reference / "adding.py", "sum((one, other))", "one.secret + other")
@@ -285,12 +283,12 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
         ("3.7.5", ["inbox.Inbox.run"]),
     ],
 )
-def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -> None:
+def test_interfaces_that_learners_missed_are_listed(exercise_id: str, names: list[str]) -> None:
     """Names that a learner found only in the hints, or in the solution."""
     assert set(names) <= set(used(Repo.here(), exercise_id))
 
 
-def test_no_day_of_the_course_names_what_its_starter_is_without() -> None:
+def test_no_day_lists_a_removed_helper() -> None:
     here = Repo.here()
     for day in syllabus_of(here).days:
         shown = {f"{one.module}.{one.name}" for one in unit_may_use(here, day)}

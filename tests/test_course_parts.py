@@ -1,4 +1,4 @@
-"""Days that are cut into parts: one part is started, skipped, reset, shown and checked by itself."""
+"""Days with parts: a single part is started, skipped, reset, shown and checked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_part_knows_its_day_its_exercises_and_their_modules(course: Repo) -> N
     ("wanted", "unit"),
     [("1.2", "1.2"), ("1.2.3", "1.2b"), ("doubling.py", "1.2b"), ("counting", "1.2"), ("adding.py", "1.1")],
 )
-def test_an_exercise_or_a_file_means_the_smallest_unit_that_has_all_of_it(
+def test_an_exercise_or_a_file_selects_the_smallest_unit_that_contains_it(
     course: Repo, wanted: str, unit: str
 ) -> None:
     assert syllabus_of(course).to_start(wanted).id == unit
@@ -64,13 +64,13 @@ def test_an_exercise_or_a_file_means_the_smallest_unit_that_has_all_of_it(
         ("1.3a", "day 1.3 has no part 'a': it has no parts"),
     ],
 )
-def test_a_part_that_there_is_not_is_told(course: Repo, wanted: str, message: str) -> None:
+def test_an_unknown_part_is_reported(course: Repo, wanted: str, message: str) -> None:
     with pytest.raises(CourseError) as raised:
         syllabus_of(course).to_start(wanted)
     assert str(raised.value) == message
 
 
-def test_the_next_of_a_part_is_the_next_part_and_then_the_next_day(course: Repo) -> None:
+def test_the_next_part_follows_a_part_and_the_next_day_follows_the_last(course: Repo) -> None:
     replace(course.syllabus, 'title = "Later"', 'title = "Later"\nmodules = ["given"]')
     text = course.syllabus.read_text("utf-8")
     course.syllabus.write_text(f'{text}[[day.exercise]]\nname = "given.f"\n{HINTS}\n', "utf-8")
@@ -99,7 +99,7 @@ def test_the_next_of_a_part_is_the_next_part_and_then_the_next_day(course: Repo)
         ("[2, 3]", "[2, 3, 9]", r"have the exercises 1, 2, 3, 9, 4: expected 1 to 4"),
     ],
 )
-def test_a_mistake_in_a_part_is_named(course: Repo, old: str, new: str, message: str) -> None:
+def test_an_invalid_part_is_rejected_with_the_reason(course: Repo, old: str, new: str, message: str) -> None:
     replace(course.syllabus, old, new)
     with pytest.raises(CourseError, match=message):
         syllabus_of(course)
@@ -108,13 +108,13 @@ def test_a_mistake_in_a_part_is_named(course: Repo, old: str, new: str, message:
 # ---- source ----
 
 
-def test_a_function_that_was_put_in_is_taken_out_without_a_trace() -> None:
+def test_an_added_function_is_removed_without_a_trace() -> None:
     for name, other in (("Counter._next", COUNTING), ("helper", "def helper(x):\n    return x\n")):
         begun = COUNTING if name == "helper" else without(COUNTING, name)
         assert without(with_function(begun, other, name), name) == begun
 
 
-def test_one_function_is_made_blank_and_nothing_else_changes() -> None:
+def test_with_blank_changes_only_one_function() -> None:
     odd = COUNTING.replace("def given", "\n\n\n# mine   \ndef given").replace("return x\n", "return   x")
     blank = with_blank(odd, "Counter.leap", "1.2.2 Counter.leap: book")
     before, after = odd.split('        3\n        """\n')
@@ -125,12 +125,12 @@ def test_one_function_is_made_blank_and_nothing_else_changes() -> None:
 # ---- start ----
 
 
-def test_a_part_begins_behind_the_references_code_of_earlier_ones_and_before_blanks(course: Repo) -> None:
+def test_a_parts_starter_has_earlier_parts_solved_and_later_ones_blank(course: Repo) -> None:
     """The code of a later part would be read before it is looked for."""
     done = start(course, part(course, "b"))
     assert [file.name for file in done.files] == ["counting.py", "doubling.py"]
     assert states(course) == [State.SKIPPED, State.BLANK, State.BLANK, State.BLANK]
-    assert "    # skipped: the reference's code\n    def _next" in own(course), "what is called is there"
+    assert "    # skipped: the reference's code\n    def _next" in own(course), "its helper is there too"
     assert "_before" not in own(course), "a helper of a later exercise would give it away"
     done = start(course, part(course, "c"))
     assert (done.files, done.blanked) == ([], [])
@@ -140,7 +140,7 @@ def test_a_part_begins_behind_the_references_code_of_earlier_ones_and_before_bla
 
 
 @pytest.mark.parametrize("removed", [("_add", "_before"), ("_before", "_add")])
-def test_a_helper_that_only_a_helper_calls_goes_with_it(course: Repo, removed: tuple[str, str]) -> None:
+def test_a_helper_that_only_a_helper_calls_is_removed_with_it(course: Repo, removed: tuple[str, str]) -> None:
     called = "return add(self.value, -1)"
     more = "return self._add(-1)\n\n    def _add(self, x: int) -> int:\n        return add(self.value, x)"
     replace(course.reference / "counting.py", called, more)
@@ -157,7 +157,7 @@ def test_a_helper_that_only_a_helper_calls_goes_with_it(course: Repo, removed: t
     assert own(course) == before
 
 
-def test_a_part_in_files_of_its_own_writes_only_these(course: Repo) -> None:
+def test_a_part_with_separate_files_writes_only_these(course: Repo) -> None:
     replace(course.syllabus, "exercises = [1]", "exercises = [1, 2]")
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [3]")
     done = start(course, part(course, "b"))
@@ -165,7 +165,7 @@ def test_a_part_in_files_of_its_own_writes_only_these(course: Repo) -> None:
     assert own(course, "doubling") == starter(course, "doubling", syllabus_of(course).day("1.2"))
 
 
-def test_the_next_part_leaves_the_learners_work_as_it_is_byte_for_byte(course: Repo) -> None:
+def test_starting_the_next_part_keeps_the_learners_work_byte_for_byte(course: Repo) -> None:
     start(course, part(course, "b"))
     skip(course, part(course, "c").day, part(course, "c").exercises)
     mine = solved(own(course), "Counter.leap", LEAP) + "\n\n\n\n# mine   \nTABLE = [1,2,\n  3]"
@@ -178,7 +178,7 @@ def test_the_next_part_leaves_the_learners_work_as_it_is_byte_for_byte(course: R
     assert own(course) == mine.replace(body, blank).replace(helper, "")
 
 
-def test_what_the_learner_has_written_stays_without_again(course: Repo) -> None:
+def test_start_without_again_keeps_the_learners_code(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(own(course), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -193,7 +193,7 @@ def test_what_the_learner_has_written_stays_without_again(course: Repo) -> None:
     assert own(course) == mine
 
 
-def test_the_references_code_that_the_learner_has_changed_is_the_learners(course: Repo) -> None:
+def test_changed_reference_code_counts_as_the_learners(course: Repo) -> None:
     start(course, part(course, "c"))
     replace(course.overlay / "counting.py", "range(steps)", "range(0, steps)")
     before = own(course)
@@ -203,7 +203,7 @@ def test_the_references_code_that_the_learner_has_changed_is_the_learners(course
     assert "kept as you have it: 1.2.2 Counter.leap" in start_report(course, part(course, "b"), done)
 
 
-def test_again_sets_a_copy_aside_and_blanks_only_the_part(course: Repo) -> None:
+def test_again_keeps_a_copy_and_blanks_only_the_part(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -222,7 +222,7 @@ def test_again_sets_a_copy_aside_and_blanks_only_the_part(course: Repo) -> None:
     assert own(course) == with_blank(mine, "Counter.leap", part(course, "b").exercises[0].message)
 
 
-def test_reset_of_a_part_gives_the_references_code_and_restore_the_learners(course: Repo) -> None:
+def test_reset_of_a_part_uses_the_references_code_and_restore_the_learners(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -237,7 +237,7 @@ def test_reset_of_a_part_gives_the_references_code_and_restore_the_learners(cour
     assert states(course) == [State.NOT_STARTED] * 4, "a file without anything of the learner's goes"
 
 
-def test_a_function_that_lost_its_name_stops_a_reset(course: Repo) -> None:
+def test_a_renamed_function_stops_a_reset(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     write(course, "counting", solved(own(course), "Counter.count", COUNT))
     replace(course.overlay / "counting.py", "def leap", "def jump")
@@ -248,7 +248,7 @@ def test_a_function_that_lost_its_name_stops_a_reset(course: Repo) -> None:
     assert not list(course.overlay.glob("*.bak"))
 
 
-def test_the_day_after_a_part_is_blank_as_a_whole(course: Repo) -> None:
+def test_starting_a_day_after_its_part_blanks_the_rest(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, part(course, "b"))
     write(course, "counting", solved(own(course), "Counter.leap", LEAP))
@@ -267,7 +267,7 @@ def test_a_day_without_parts_keeps_what_was_skipped(course: Repo) -> None:
         start(course, day)
 
 
-def test_the_day_says_where_its_parts_end_and_a_part_says_only_its_own(course: Repo) -> None:
+def test_a_day_lists_its_parts_and_a_part_only_its_own_exercises(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     whole, second = tasks(course, day).splitlines(), tasks(course, day.part("b")).splitlines()
     assert whole[:4] == [
@@ -291,14 +291,14 @@ def test_the_day_says_where_its_parts_end_and_a_part_says_only_its_own(course: R
     assert legend(course, day.part("c")) == []
 
 
-def test_a_part_that_is_there_and_blank_is_shown_once_more(course: Repo) -> None:
+def test_a_blank_part_is_listed_again(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     assert start_report(course, part(course, "a"), start(course, part(course, "a"))) == [
         "started already; all of it is still blank"
     ]
 
 
-def test_a_part_that_is_partly_written_is_shown_with_its_states(course: Repo) -> None:
+def test_a_partly_written_part_is_listed_with_states(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     solution = solved(own(course), "Counter.leap", LEAP)
     write(course, "counting", solution)
@@ -316,10 +316,10 @@ def test_a_part_that_is_partly_written_is_shown_with_its_states(course: Repo) ->
     assert restart_advice(course, part(course, "c"), start(course, part(course, "c"))) == [], "it is blank"
 
 
-# ---- what is shown ----
+# ---- output ----
 
 
-def test_a_hint_for_a_part_is_for_its_first_exercise_to_do(course: Repo) -> None:
+def test_a_hint_for_a_part_is_for_its_first_unfinished_exercise(course: Repo) -> None:
     syllabus = syllabus_of(course)
     assert first_unfinished(course, syllabus, "1.2b").id == "1.2.2"
     start(course, part(course, "b"))
@@ -331,7 +331,7 @@ def test_a_hint_for_a_part_is_for_its_first_exercise_to_do(course: Repo) -> None
         first_unfinished(course, syllabus, "1.2b.9")
 
 
-def test_the_difference_of_a_part_leaves_the_others_out(course: Repo) -> None:
+def test_the_diff_of_a_part_leaves_out_other_parts(course: Repo) -> None:
     with pytest.raises(CourseError, match=r"not started: pdm run start 1\.2b"):
         difference(course, part(course, "b"), anyway=True)
     start(course, syllabus_of(course).day("1.2"))
@@ -371,7 +371,7 @@ def test_progress_and_map_show_the_parts(course: Repo) -> None:
     assert "1.2c  And back                             1.2.4: blank" in map_text(course, syllabus)
 
 
-def test_a_part_may_have_something_of_its_own_to_show(
+def test_a_part_may_have_its_own_demonstration(
     course: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demonstrations, "__file__", str(tmp_path / "__init__.py"))
@@ -408,7 +408,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", DYNAMIC)
-def test_a_rule_about_parts_that_is_run_bites(course: Repo, what: str) -> None:
+def test_a_broken_rule_about_parts_is_found_by_running(course: Repo, what: str) -> None:
     change, message = DYNAMIC[what]
     change(course)
     if "only the tests of another" in what:
@@ -420,7 +420,7 @@ def test_a_rule_about_parts_that_is_run_bites(course: Repo, what: str) -> None:
     assert any(message in problem for problem in problems_of(course))
 
 
-def test_a_test_that_no_part_runs_is_found(course: Repo) -> None:
+def test_a_test_that_no_part_runs_is_reported(course: Repo) -> None:
     replace(suite(course, 2), "test_task_4_", "test_task_5_")
     found = [str(problem) for problem in static_problems(course, syllabus_of(course))]
     assert "parts: test_week_1_day_2.py: test_task_5_goes_back is about no exercise" in found

@@ -56,7 +56,7 @@ def test_a_part_from_start_to_restore(tmp_path: Path) -> None:
         (["start", "3.2b", "--cpp"], "part 3.2b has no kernel in C++\n"),
     ],
 )
-def test_a_mistake_about_a_part_is_one_line(
+def test_a_wrong_command_about_a_part_prints_one_line(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -68,7 +68,7 @@ def test_a_mistake_about_a_part_is_one_line(
     assert capsys.readouterr().err == f"error: {words}"
 
 
-def test_every_help_says_what_a_part_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_every_command_mentions_parts(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ["start", "test", "test-refsol", "try", "hint", "diff", "compare", "progress", "map", "skip"]
     for command in [*commands, "reset", "restore", "doctor", "course-check"]:
         assert command_line.run([command, "--help"]) == 0
@@ -77,7 +77,7 @@ def test_every_help_says_what_a_part_is(capsys: pytest.CaptureFixture[str]) -> N
         assert "part" in out, command
 
 
-def test_the_reference_passes_a_part_alone() -> None:
+def test_the_reference_passes_the_tests_of_one_part() -> None:
     command = [sys.executable, "-m", "tiny_llm_course", "test-refsol", "3.2d", "-q"]
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -85,7 +85,7 @@ def test_the_reference_passes_a_part_alone() -> None:
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
-def test_the_parts_of_any_cut_one_after_the_other_are_the_day_as_it_begins(
+def test_starting_all_parts_in_any_order_gives_the_days_starters(
     real: Syllabus, order: str, tmp_path: Path
 ) -> None:
     """Helpers that one part has are taken out where the other part would have them as a solution."""
@@ -103,7 +103,7 @@ def test_the_parts_of_any_cut_one_after_the_other_are_the_day_as_it_begins(
             assert own(repo, module) == starter(repo, module, day), f"{day.id}, {module}.py"
 
 
-def test_what_a_days_file_has_for_parts_is_for_parts_that_there_are(real: Syllabus) -> None:
+def test_functions_for_parts_in_a_days_file_belong_to_existing_parts(real: Syllabus) -> None:
     for day in real.days:
         module = demonstrations.demonstration(day.id)
         names = {name for name in vars(module) if name.startswith(("show_", "work_"))}
@@ -112,7 +112,7 @@ def test_what_a_days_file_has_for_parts_is_for_parts_that_there_are(real: Syllab
         assert all(getattr(module, name).__doc__ for name in names)
 
 
-def test_the_parts_of_real_days_have_titles_of_their_own(real: Syllabus) -> None:
+def test_the_titles_of_parts_are_distinct(real: Syllabus) -> None:
     for day in real.days:
         titles = [one.title for one in day.parts]
         assert len(set(titles)) == len(titles)

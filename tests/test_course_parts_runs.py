@@ -39,7 +39,7 @@ def test_a_part_passes_while_the_later_ones_are_blank(
     assert result(course, syllabus.day("1.2")) is Result.UNKNOWN
 
 
-def test_a_part_in_the_middle_may_come_first(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_middle_part_can_be_started_first(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(course)
     start(course, part(course, "b"))
     assert run_day(course, syllabus, part(course, "b"), []) == 1
@@ -57,7 +57,7 @@ def test_a_part_in_the_middle_may_come_first(course: Repo, capfd: pytest.Capture
     assert run_day(course, syllabus, part(course, "b"), [], isolated=True) == 0
 
 
-def test_the_day_passes_when_its_parts_do_and_later_work_makes_no_part_stale(course: Repo) -> None:
+def test_a_day_passes_when_its_parts_pass_and_later_work_keeps_results(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     first, second, third = day.parts
     start(course, first)
@@ -82,7 +82,7 @@ def test_the_day_passes_when_its_parts_do_and_later_work_makes_no_part_stale(cou
     assert [result(course, one) for one in (*day.parts, day)] == [Result.STALE] * 3 + [Result.UNKNOWN]
 
 
-def test_the_parts_pass_when_the_day_does(course: Repo) -> None:
+def test_parts_pass_when_the_day_passes(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     skip(course, day, day.exercises)
@@ -107,7 +107,7 @@ def test_a_run_of_the_day_says_which_parts_pass(course: Repo, capfd: pytest.Capt
     assert "parts that pass" not in capfd.readouterr().out, "the file cannot be imported"
 
 
-def test_a_part_does_not_depend_on_a_file_of_later_parts_only(course: Repo) -> None:
+def test_a_part_does_not_depend_on_files_of_later_parts(course: Repo) -> None:
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")
     day = syllabus_of(course).day("1.2")
@@ -140,9 +140,7 @@ def test_a_part_that_is_not_started_says_how_to_start_it(course: Repo) -> None:
         run_day(course, syllabus, syllabus_of(course).day("1.2"), [])
 
 
-def test_without_a_day_the_parts_that_were_started_are_tested(
-    course: Repo, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_day_all_started_parts_are_tested(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")
     start(course, part(course, "a"))
@@ -153,7 +151,7 @@ def test_without_a_day_the_parts_that_were_started_are_tested(
     assert "course: part 1.2c" not in out
 
 
-def test_the_last_part_leads_to_the_day(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_after_the_last_part_the_day_is_next(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(course)
     start(course, part(course, "c"))
     write(course, "counting", solved(own(course), "Counter.back", BACK))
@@ -180,7 +178,7 @@ def failing(test: str) -> Outcome:
     return Outcome(1, (f"tests_refsol/test_week_1_day_2.py::{test}",))
 
 
-def test_a_fault_of_another_part_in_another_file_is_found_there(
+def test_a_fault_of_another_part_in_another_file_is_found(
     course: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     replace(course.reference / "doubling.py", "from .adding import add\n", "from .counting import Counter\n")
@@ -201,7 +199,7 @@ def test_a_fault_of_another_part_in_another_file_is_found_there(
     assert "it fails together with your counting.py (day 1.2): pdm run test 1.2" in out
 
 
-def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: Repo) -> None:
+def test_a_fault_of_another_part_in_the_same_file_is_found(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     wrong = solved(own(course), "Counter.count", "        return 7")
@@ -216,7 +214,7 @@ def test_a_fault_of_another_part_in_the_same_file_is_found_too(course: Repo) -> 
     )
 
 
-def test_a_learners_helper_may_have_the_name_of_one_of_the_references(course: Repo) -> None:
+def test_a_learners_helper_may_have_the_name_of_a_reference_helper(course: Repo) -> None:
     """The reference's code called the learner's helper, so that the search blamed several exercises."""
     day = syllabus_of(course).day("1.2")
     start(course, day)
@@ -229,7 +227,7 @@ def test_a_learners_helper_may_have_the_name_of_one_of_the_references(course: Re
     assert found.exercise.id == "1.2.4"
 
 
-def test_what_is_skipped_calls_the_references_helper_and_not_the_learners(course: Repo) -> None:
+def test_skipped_code_calls_the_references_helper(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     helper = "    def _before(self) -> int:\n        return 7\n\n\ndef given"

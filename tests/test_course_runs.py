@@ -41,9 +41,7 @@ def looping() -> str:
 # ---- loops ----
 
 
-def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
-    repo: Repo, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_endless_loop_fails_with_the_running_line(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", looping())
     start = time.monotonic()
@@ -59,14 +57,16 @@ def test_a_loop_without_an_end_fails_with_the_line_where_it_stands(
     )
 
 
-def test_a_loop_at_the_top_of_a_module_ends_too(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_endless_loop_at_a_modules_top_level_is_stopped(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
+) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", f"{ADDING}\nwhile True:\n    pass\n")
     assert run_day(repo, syllabus, syllabus.day("1.1"), [], time_limit=1) != 0
     assert "still running after 1 s" in capfd.readouterr().out
 
 
-def test_a_thread_that_loops_is_named_and_not_waited_for(repo: Repo) -> None:
+def test_a_looping_thread_is_named_and_not_waited_for(repo: Repo) -> None:
     """The test waits for a thread of the learner's that never ends, and neither does the process."""
     threaded = "    import threading\n\n    def spin() -> None:\n        while True:\n            pass\n\n"
     threaded += (
@@ -78,7 +78,7 @@ def test_a_thread_that_loops_is_named_and_not_waited_for(repo: Repo) -> None:
     assert re.search(r"the thread 'engine' is at adding\.py, line (13|14), in spin", run.stdout)
 
 
-def test_no_limit_and_a_debugger_have_all_the_time(repo: Repo) -> None:
+def test_without_a_limit_and_in_a_debugger_nothing_is_stopped(repo: Repo) -> None:
     slow = "    import time\n\n    time.sleep(1.5)\n    return one + other\n"
     write(repo, "adding", ADDING.replace("    return sum((one, other))\n", slow))
     assert run_suites(repo, [suite(repo, 1)], quiet=True, time_limit=0).returncode == 0
@@ -86,7 +86,7 @@ def test_no_limit_and_a_debugger_have_all_the_time(repo: Repo) -> None:
 
 
 def interrupted(overlay: Path, until: str) -> subprocess.CompletedProcess[str]:
-    """`pdm run test 1.1` in a terminal of its own, where Ctrl-C comes once it has printed `until`."""
+    """Run `pdm run test 1.1` in a separate session, and interrupt it once it has printed `until`."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "tiny_llm_course", "test", "1.1", "-v"],
         env={**os.environ, "TINY_LLM_OVERLAY": str(overlay), "PYTHONUNBUFFERED": "1"},
@@ -108,7 +108,7 @@ def interrupted(overlay: Path, until: str) -> subprocess.CompletedProcess[str]:
 def real_loop(overlay: Path) -> None:
     """Day 1.1 with a mask that loops."""
     code = "from tiny_llm_course.repo import Repo\nfrom tiny_llm_course.syllabus import read_syllabus\n"
-    code += "from tiny_llm_course.starter import start\nhouse = Repo.here()\n"
+    code += "from tiny_llm_course.starter import start\nrepo = Repo.here()\n"
     code += "start(repo, read_syllabus(repo.syllabus).day('1.1'))\n"
     subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "TINY_LLM_OVERLAY": str(overlay)}, check=True
@@ -118,7 +118,7 @@ def real_loop(overlay: Path) -> None:
     replace(overlay / "attention.py", blank, "    while True:\n        pass")
 
 
-def test_ctrl_c_says_where_the_code_stood(tmp_path: Path) -> None:
+def test_ctrl_c_shows_the_running_line(tmp_path: Path) -> None:
     real_loop(tmp_path)
     run = interrupted(tmp_path, "collected ")
     assert run.returncode == 130, run.stdout
@@ -127,11 +127,10 @@ def test_ctrl_c_says_where_the_code_stood(tmp_path: Path) -> None:
     assert ", softmax: " in run.stdout
 
 
-def test_a_save_ends_a_run_that_loops_and_begins_another(
+def test_a_save_stops_a_looping_run_and_starts_another(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The command loops until its file is saved: it is ended with SIGTERM, and the next run is the mended
-    one."""
+    """The command loops until its file is saved; the run is ended, and the next one uses the fixed file."""
     code = tmp_path / "code.py"
     code.write_text("print('looping', flush=True)\nwhile True: pass\n", "utf-8")
 
@@ -154,7 +153,7 @@ def test_a_save_ends_a_run_that_loops_and_begins_another(
 
 
 class _Parses:
-    """Garbage that parses when it goes: a future whose error nobody asked for logs it with a traceback."""
+    """Garbage that parses when it is collected, like a future that logs its unread error with a traceback."""
 
     def __init__(self) -> None:
         self.circle = self
@@ -164,7 +163,7 @@ class _Parses:
 
 
 def test_a_parse_is_not_disturbed_by_garbage_that_parses() -> None:
-    """`ast.parse` by itself fails here up to Python 3.11.7 and 3.12.1: that was pytest's INTERNALERROR."""
+    """Plain `ast.parse` fails here up to Python 3.11.7 and 3.12.1, and pytest reports INTERNALERROR."""
     source = "\n".join(f"def f{i}(x):\n    return [x + {i}, (x, {i}, [x])]" for i in range(1000))
     for _ in range(5):
         garbage = [_Parses() for _ in range(50)]
@@ -196,7 +195,7 @@ def test_a_crash_of_python_names_the_signal_the_test_and_its_exercise(
     assert capfd.readouterr().out.splitlines()[-4:] == [
         "SIGSEGV ended Python in test_task_1_two_and_three",
         "the test is about 1.1.1 add. MLX does not check indices: one out of range can crash.",
-        "Python's lines are where MLX computed, perhaps behind the fault: read adding.py, add",
+        "MLX is lazy, so the traceback may point past the mistake: read add in adding.py",
         "again: pdm run test 1.1.1 -x; pdm run hint 1.1.1",
     ]
 
@@ -212,7 +211,7 @@ def test_a_crash_while_a_file_is_read_names_the_file(repo: Repo, capfd: pytest.C
 # ---- many failures ----
 
 
-def test_of_many_failures_the_first_exercises_first_is_shown_last(
+def test_the_first_failure_of_the_first_exercise_is_shown_last(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     syllabus = syllabus_of(repo)
@@ -234,7 +233,7 @@ def test_of_many_failures_the_first_exercises_first_is_shown_last(
     assert capfd.readouterr().out.count("assert double(x) == 2 * x") == 60
 
 
-def test_a_long_failure_keeps_its_beginning_its_end_and_what_was_printed() -> None:
+def test_a_long_failure_keeps_its_start_its_end_and_the_output() -> None:
     failure = "\n".join(f"line {number}" for number in range(200))
     printed = "\n".join(f"said {number}" for number in range(20))
     shown = lines_of(failure, printed)
@@ -273,7 +272,7 @@ def failing(*tests: str, number: int = 2) -> Outcome:
     return Outcome(1, tuple(f"tests_refsol/test_week_1_day_{number}.py::{test}" for test in tests))
 
 
-def test_the_exercise_at_fault_may_be_another_than_the_tests_are_about(repo: Repo) -> None:
+def test_the_cause_may_be_another_exercise_than_the_tests_are_about(repo: Repo) -> None:
     """Task 2's test calls task 1, whose own tests find nothing: the search by exchange does."""
     syllabus = syllabus_of(repo)
     day = syllabus.day("1.2")
@@ -291,9 +290,7 @@ def test_the_exercise_at_fault_may_be_another_than_the_tests_are_about(repo: Rep
     )
 
 
-def test_a_fault_outside_of_the_exercises_is_said_to_be_there(
-    repo: Repo, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_outside_of_the_exercises_is_reported(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "counting", COUNTING.replace("self.value = 0", "self.value = 3"))
     write(repo, "doubling", DOUBLING)
@@ -317,7 +314,7 @@ class Counter:
 """
 
 
-def test_code_that_fails_only_sometimes_is_not_acquitted(
+def test_code_that_fails_only_sometimes_is_reported(
     repo: Repo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The search said that the learner's code is right, and that one other module makes it fail together."""
@@ -334,9 +331,7 @@ def test_code_that_fails_only_sometimes_is_not_acquitted(
     assert "together do" not in out
 
 
-def test_modules_that_the_day_does_not_reach_are_not_tried(
-    repo: Repo, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unrelated_modules_are_not_tried(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Day 1.1 does not use the other modules: one run finds the exercise."""
     runs = counted_runs(monkeypatch)
     write(repo, "adding", ADDING.replace("sum((one, other))", "5"))
@@ -348,7 +343,7 @@ def test_modules_that_the_day_does_not_reach_are_not_tried(
     assert len(runs) == 1
 
 
-def test_what_was_found_is_remembered_until_a_file_changes(
+def test_results_of_the_search_are_cached_until_a_file_changes(
     repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = counted_runs(monkeypatch)
@@ -364,7 +359,7 @@ def test_what_was_found_is_remembered_until_a_file_changes(
     assert len(runs) > made
 
 
-def test_the_search_ends_in_time_and_says_so(
+def test_the_search_stops_after_its_budget_and_says_so(
     repo: Repo, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(blame, "BUDGET", 0.0)
@@ -389,7 +384,7 @@ def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 # ---- how long a run takes ----
 
 
-def test_a_run_imports_no_plugin_that_it_does_not_use(repo: Repo) -> None:
+def test_a_run_imports_only_the_plugins_that_it_needs(repo: Repo) -> None:
     """A passing day took 6 s for 0.7 s of tests; most of it was pytest plugins that happen to be
     installed."""
     write(repo, "adding", ADDING)

@@ -1,4 +1,4 @@
-"""A course of three small days, which lacks nothing, in a checkout of its own; the other tests change it."""
+"""A complete course of three small days in a temporary checkout, which tests then change."""
 
 import os
 import subprocess
@@ -132,7 +132,7 @@ def test_task_2_doubles() -> None:
     assert double(4) == 8
 '''
 
-# An editable install finds `tiny_llm` by a finder of its own, wherever the path leads: not in this checkout.
+# An editable install finds `tiny_llm` with its own finder, whatever the path is; this checkout removes it.
 SITE = """import sys
 
 sys.meta_path[:] = [one for one in sys.meta_path if not type(one).__module__.startswith("_editable")]
@@ -152,7 +152,7 @@ API = "__all__ = []\n\n\ndef __getattr__(name):\n    raise AttributeError(name)\
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
-    """A checkout with a course of its own, which lacks nothing."""
+    """A temporary checkout with a complete course."""
     files = {f"tests/second_solutions/{name}": source for name, source in SOLUTIONS.items()}
     files |= {
         "src/tiny_llm_course/syllabus.toml": SYLLABUS,

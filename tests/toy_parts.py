@@ -1,4 +1,4 @@
-"""The course of `toy_course`, with four exercises on day 1.2 in three parts; one module holds some of all."""
+"""The course of `toy_course` with four exercises on day 1.2, in three parts that share a module."""
 
 import pytest
 
@@ -117,7 +117,7 @@ def test_task_4_goes_back() -> None:
 
 
 def solved(source: str, name: str, body: str) -> str:
-    """The source with a learner's own body in a function."""
+    """The source with a learner's body in a function."""
     return with_blank(source, name, "mine").replace('        raise NotImplementedError("mine")', body)
 
 

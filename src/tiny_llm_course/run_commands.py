@@ -139,7 +139,7 @@ def on_course_check(
     It takes a few minutes, and proves that
     - a blank exercise makes a test of its day fail, with the exercise's own message;
     - every starter file can be imported, is formatted, and contains no line of a solution;
-    - no test needs a later day or part, uses a private name, or asserts block ids;
+    - no test needs a later day or part (3.2b), uses a private name, or asserts block ids;
     - every exercise has a docstring example, and all examples are correct;
     - the reference and the second solutions pass all tests.
     """

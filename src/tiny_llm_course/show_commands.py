@@ -128,7 +128,10 @@ def on_progress(
 
 
 def on_map() -> None:
-    """List all days with their modules and parts; yours are marked."""
+    """List all days and their modules; yours are marked.
+
+    Long days also list their parts, such as 3.2b, with the results of their tests.
+    """
     print(overview.map_text(*open_course()))
 
 
@@ -139,7 +142,8 @@ def on_doctor(
 ) -> int:
     """Check Python, MLX, the kernels, the model and your files.
 
-    A failed check is marked `!!`, with advice on how to fix it; the exit code is then 1.
+    A failed check is marked `!!`, with advice on how to fix it: for example a command for a day (1.1) or a part
+    (3.2b). The exit code is then 1.
     """
     from .doctor import examine
 
