@@ -268,7 +268,9 @@ def test_a_fault_in_todays_code_is_not_blamed_on_other_modules(
     write(repo, "doubling", DOUBLING.replace("add(x, x)", "x"))
     assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "the cause is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
+    assert (
+        "the cause is in doubling.py, double: test_task_2_doubles passes with the reference's version" in out
+    )
 
 
 def test_blanks_start_no_search_for_a_cause(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
@@ -401,7 +403,7 @@ def test_progress_names_a_day_that_was_left_out(repo: Repo) -> None:
     for name, source in (("given", COUNTING), ("more", DOUBLING)):
         (repo.reference / f"{name}.py").write_text(source, "utf-8")
     assert progress_text(repo, syllabus_of(repo)).splitlines()[-1] == (
-        "next: pdm run start 1.4; day 1.1 before it is left out: pdm run start 1.1"
+        "next: pdm run start 1.4 (you left out day 1.1: pdm run start 1.1)"
     )
 
 

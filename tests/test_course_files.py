@@ -79,6 +79,17 @@ def test_an_unknown_day_is_reported(repo: Repo, wanted: str) -> None:
         syllabus_of(repo).to_start(wanted)
 
 
+def test_start_and_a_passing_day_name_the_days_labs(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    (repo.root / "labs").mkdir()
+    for name, docstring in (("sums", "1.1: What a sum costs."), ("other", "1.2: Something else.")):
+        (repo.root / "labs" / f"lab_{name}.py").write_text(f'"""{docstring}"""\n', "utf-8")
+    syllabus = syllabus_of(repo)
+    assert views.tasks(repo, syllabus.day("1.1")).splitlines()[-1] == "lab:     pdm run lab sums"
+    write(repo, "adding", ADDING)
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
+    assert "  pdm run lab sums       an experiment: predicted beside measured\n" in capfd.readouterr().out
+
+
 def test_reset_and_restore_are_commands(tmp_path: Path) -> None:
     assert "wrote" in run(["start", "1.1.2"], tmp_path).stdout
     before = (tmp_path / "attention.py").read_text("utf-8")

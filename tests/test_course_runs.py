@@ -1,16 +1,18 @@
-"""The course's test runs where a learner's code goes wrong: loops, crashes, many failures, faults elsewhere.
+"""Test runs of wrong code: endless loops, crashes, many failures, faults in other modules; and watching.
 
-The course is that of three small days which `toy_course` has; what needs a thread or a terminal runs on the
-real one.
+Most tests use the small course of `toy_course`; those that need a thread or a terminal use the real one.
 """
 
 import ast
 import gc
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +24,13 @@ from tiny_llm_course import blame
 from tiny_llm_course.blame import find_blame
 from tiny_llm_course.first_failure import MAX_LINES, lines_of
 from tiny_llm_course.outcome import Outcome, first_to_fix
+from tiny_llm_course.progress import note_first_to_fix
 from tiny_llm_course.repo import Repo
 from tiny_llm_course.runs import run_suites
 from tiny_llm_course.steady_parse import steady_parse
 from tiny_llm_course.testing import run_day
-from tiny_llm_course.watch import watch
+from tiny_llm_course.views import NextHint
+from tiny_llm_course.watch import Key, Keyboard, watch
 from toy_course import ADDING, COUNTING, DOUBLING, replace, repo, suite, syllabus_of, write
 
 __all__ = ["repo"]
@@ -147,6 +151,87 @@ def test_a_save_stops_a_looping_run_and_starts_another(
     out = capfd.readouterr().out
     assert "file saved: this run is stopped, and a new one starts" in out
     assert out.index("looping") < out.index("mended") < out.index("watching ")
+
+
+class Typed(Keyboard):
+    """A keyboard on which these keys are pressed, one at each poll while no run is going."""
+
+    def __init__(self, keys: str) -> None:
+        super().__init__()
+        self._keys, self._is_listening = list(keys), False
+
+    def listen(self) -> None:
+        self._is_listening = True
+
+    def stop(self) -> None:
+        self._is_listening = False
+
+    def pressed(self) -> str:
+        return self._keys.pop(0) if self._is_listening and self._keys else ""
+
+
+def no_saves() -> Iterator[bool]:
+    """Polls without a save, for at most ten seconds."""
+    for _ in range(100):
+        time.sleep(0.1)
+        yield False
+
+
+def test_between_runs_keys_test_again_run_their_action_and_quit(tmp_path: Path) -> None:
+    runs, pressed = tmp_path / "runs", list[str]()
+    append = f"open({str(runs)!r}, 'a').write('run ')"
+    keys = {"h": Key("hint", lambda: pressed.append("h"))}
+    code = watch(Repo(tmp_path, tmp_path), [sys.executable, "-c", append], no_saves(), keys, Typed("hrxhq"))
+    assert code == 0
+    assert runs.read_text("utf-8") == "run run "
+    assert pressed == ["h", "h"]
+
+
+def test_a_key_is_read_from_a_terminal_without_enter_and_the_terminal_is_restored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal, device = pty.openpty()
+    with os.fdopen(terminal, "wb", buffering=0) as typing, os.fdopen(device) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        before = termios.tcgetattr(stdin)
+        keyboard = Keyboard()
+        assert keyboard.pressed() == ""
+        keyboard.listen()
+        typing.write(b"H")
+        select.select([stdin], [], [], 5)
+        assert [keyboard.pressed(), keyboard.pressed()] == ["h", ""]
+        keyboard.stop()
+        typing.write(b"h")
+        assert keyboard.pressed() == "", "a run has the terminal now"
+        assert termios.tcgetattr(stdin) == before
+
+
+def test_the_next_hint_is_for_the_exercise_that_the_last_run_named(
+    repo: Repo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(
+        repo,
+        "adding",
+        "def add(one, other):\n    raise NotImplementedError('1.1.1 add: pdm run hint 1.1.1')\n",
+    )
+    syllabus = syllabus_of(repo)
+    next_hint = NextHint(repo, syllabus)
+
+    def shown() -> str:
+        next_hint()
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert shown() == "no exercise to fix: the last run names none"
+    assert run_day(repo, syllabus, syllabus.day("1.1"), ["-q"]) == 1
+    capsys.readouterr()
+    steps = [f"1.1.1 add, {step}:" for step in ("a question", "a fact", "a sketch")]
+    assert [shown() for _ in range(4)] == [*steps, steps[-1]]
+    note_first_to_fix(repo, "1.2.2")
+    assert shown() == "1.2.2 double, a question:"
+    write(repo, "adding", ADDING)
+    assert run_day(repo, syllabus, syllabus.day("1.1"), ["-q"]) == 0
+    capsys.readouterr()
+    assert shown() == "no exercise to fix: the last run names none"
 
 
 # ---- crashes of pytest ----

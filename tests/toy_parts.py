@@ -130,7 +130,7 @@ COUNT, LEAP, BACK = (
 
 @pytest.fixture
 def course(repo: Repo) -> Repo:
-    """The repo of `toy_course`, its day 1.2 cut into parts."""
+    """The checkout of `toy_course`, with day 1.2 divided into parts."""
     text = repo.syllabus.read_text("utf-8")
     first, rest = text.split('remove = ["counting.Counter._next"]')
     removed = 'remove = ["counting.Counter._next", "counting.Counter._before"]'

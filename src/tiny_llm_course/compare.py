@@ -87,9 +87,9 @@ def as_text(repo: Repo, unit: Unit, found: Comparison) -> str:
     return "\n".join(
         [
             f"{unit.named}, {unit.title}: {function_of(unit, 'work').__doc__}",
-            f"{'':30}{'yours':>24}{'reference':>24}",
-            f"{'milliseconds (fastest-slowest)':30}{times[0]:>24}{times[1]:>24}",
-            f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
+            f"{'':30}  {'yours':>24}  {'reference':>24}",
+            f"{'milliseconds (fastest-slowest)':30}  {times[0]:>24}  {times[1]:>24}",
+            f"{'peak memory in MLX, KiB':30}  {own.peak_bytes >> 10:>24,}  {reference.peak_bytes >> 10:>24,}",
             _results(found),
             "memory: the peak of a run, without weights and inputs",
             *_what_runs(repo, unit),

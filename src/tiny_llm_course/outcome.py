@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .units import Day, Exercise
 
@@ -101,8 +102,18 @@ def signal_report(outcome: Outcome, day: Day) -> list[str]:
     ]
 
 
-def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> str | None:
-    """One line about the task to look at first: the lowest that fails, or else the lowest that is blank.
+class FirstToFix(NamedTuple):
+    """The exercise to look at first, and the line that says so."""
+
+    exercise_id: str
+    line: str
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> FirstToFix | None:
+    """The task to look at first: the lowest that fails, or else the lowest that is blank.
 
     at_fault: the exercise that makes that task's tests fail, if it is known. Returns None if no task is
     known, for example because a file cannot be imported.
@@ -120,7 +131,7 @@ def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -
     begin = first if at_fault is None else at_fault.id
     what = f"{begin} {names[begin]}" if begin in names else begin
     tests = _tests(found[first], says, "its" if begin == first else f"{first}'s")
-    return f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {begin}"
+    return FirstToFix(begin, f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {begin}")
 
 
 def _tests(number: int, says: str, whose: str) -> str:

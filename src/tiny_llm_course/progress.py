@@ -49,6 +49,7 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)  # hash by file name
 
 
+FIRST_TO_FIX = "first_to_fix.txt"  # in the folder of records
 HELPERS = "my_*.py"  # the learner's additional files, which replace no module of the reference
 
 
@@ -280,6 +281,18 @@ def _records(repo: Repo) -> dict[str, Record]:
         return {unit_id: Record(**record) for unit_id, record in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}  # a missing or damaged record counts as none
+
+
+def note_first_to_fix(repo: Repo, exercise_id: str | None) -> None:
+    """Store the exercise that a test run says to fix first; None if there is none."""
+    repo.records.mkdir(exist_ok=True)
+    (repo.records / FIRST_TO_FIX).write_text(exercise_id or "", encoding="utf-8")
+
+
+def noted_first_to_fix(repo: Repo) -> str | None:
+    """The exercise that the last test run said to fix first, or None."""
+    file = repo.records / FIRST_TO_FIX
+    return (file.read_text(encoding="utf-8") or None) if file.exists() else None
 
 
 def _file(repo: Repo) -> Path:

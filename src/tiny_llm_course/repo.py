@@ -39,6 +39,11 @@ class Repo:
         return self.root / "src" / "tiny_llm_course" / "syllabus.toml"
 
     @property
+    def labs(self) -> Path:
+        """The folder of the experiments that `pdm run lab` runs."""
+        return self.root / "labs"
+
+    @property
     def records(self) -> Path:
         """The folder for results of this overlay's test runs and builds. It can be deleted at any time."""
         is_usual = self.overlay == self.root / "src" / "tiny_llm"

@@ -15,7 +15,8 @@ from .arguments import open_course
 from .errors import CourseError
 from .runs import TIME_LIMIT, tests_of
 from .testing import run_day, run_reference, run_started
-from .watch import saves, watch
+from .views import NextHint
+from .watch import Key, saves, watch
 
 
 def on_test(
@@ -49,7 +50,7 @@ def on_test(
     pdm run test 1.1 --tb=short   # show every failure
     pdm run test 1.1.2            # one exercise
     pdm run test 3.2b             # one part; a day passes when all of its parts pass
-    pdm run test 1.1 --watch      # run again after every save, until Ctrl-C
+    pdm run test 1.1 --watch      # run again after every save; between runs, h shows a hint, q quits
     pdm run test --week 1 --day 1
     pdm run test                  # everything that you have started
 
@@ -84,8 +85,9 @@ def on_test(
         arguments = [f"--tasks={syllabus.exercise(day).id.rpartition('.')[2]}", *arguments]
     chosen = syllabus.to_start(day)
     if watched:
+        keys = {"h": Key("hint", NextHint(repo, syllabus))}
         again = [sys.executable, "-m", "tiny_llm_course", "test", *(["--isolated"] if isolated else [])]
-        return watch(repo, [*again, f"--time-limit={time_limit}", chosen.id, *arguments], saves(repo))
+        return watch(repo, [*again, f"--time-limit={time_limit}", chosen.id, *arguments], saves(repo), keys)
     return run_day(repo, syllabus, chosen, arguments, isolated=isolated, time_limit=time_limit)
 
 

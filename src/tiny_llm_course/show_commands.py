@@ -142,7 +142,7 @@ def on_doctor(
 ) -> int:
     """Check Python, MLX, the kernels, the model and your files.
 
-    A failed check is marked `!!`, with advice on how to fix it: for example a command for a day (1.1) or a part
+    A failed check is marked `!!`, with advice on how to fix it, such as a command for a day (1.1) or a part
     (3.2b). The exit code is then 1.
     """
     from .doctor import examine

@@ -8,6 +8,7 @@ from .blame import BUDGET, Blame, find_blame, other_modules
 from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
+from .labs import labs_of
 from .outcome import Outcome, first_to_fix, signal_report, task_of
 from .progress import (
     Result,
@@ -15,6 +16,7 @@ from .progress import (
     is_started,
     is_untouched,
     missing_modules,
+    note_first_to_fix,
     own_modules,
     refuse_missing,
     remember,
@@ -60,12 +62,13 @@ def run_day(
     _refuse_not_started(repo, unit)
     refuse_stale(repo, syllabus)
     _print_blanks(repo, unit)
+    note_first_to_fix(repo, None)
     about = f"{unit.named}, {unit.title}"
     if isolated:
         today = own_sources(repo, [module for module in own if module in unit.modules])
         with overlay_of(repo, today, kernels=bool(unit.kernels)) as alone:
             outcome = run_suite_of(alone, unit, arguments, f"{about}, isolated", time_limit)
-            _print_first_to_fix(outcome, unit)
+            _print_first_to_fix(repo, outcome, unit)
             return outcome.exit_code
     outcome = run_suite_of(repo, unit, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
@@ -82,7 +85,7 @@ def run_day(
     elif outcome.failed and not outcome.stopped:
         _print_blame(repo, syllabus, unit, outcome)
     else:
-        _print_first_to_fix(outcome, unit)
+        _print_first_to_fix(repo, outcome, unit)
     return outcome.exit_code
 
 
@@ -145,6 +148,8 @@ def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple
     if unit.day.no_compare is None and has_own(unit, "work"):
         yield f"compare {unit.id}", "measure it against the reference"
     yield f"diff {unit.id}", "see how the reference does it"
+    for lab in labs_of(repo, unit.day):
+        yield f"lab {lab}", "an experiment: predicted beside measured"
     if isinstance(unit, Part) and not unit.later:
         passing = result(repo, unit.day) is Result.PASSING
         yield (
@@ -167,13 +172,14 @@ def _why_whole(repo: Repo, day: Day) -> str:
     return "the whole day; some of its parts do not pass yet"
 
 
-def _print_first_to_fix(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
+def _print_first_to_fix(repo: Repo, outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
     if outcome.ended_by:
         print("\n".join(signal_report(outcome, unit.day)), flush=True)
         return
-    line = first_to_fix(outcome, unit.day, at_fault)
-    if line is not None:
-        print(line, flush=True)
+    first = first_to_fix(outcome, unit.day, at_fault)
+    if first is not None:
+        note_first_to_fix(repo, first.exercise_id)
+        print(first, flush=True)
 
 
 def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
@@ -183,11 +189,11 @@ def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -
     if found.sometimes:
         print(f"{found.test} fails only sometimes: the same code passed when it ran again")
         print("look for code that depends on threads, on timing or on randomness")
-        _print_first_to_fix(outcome, unit)
+        _print_first_to_fix(repo, outcome, unit)
     elif found.today:
         for line in _today_lines(unit, found):
             print(line)
-        _print_first_to_fix(outcome, unit, found.exercise)
+        _print_first_to_fix(repo, outcome, unit, found.exercise)
     else:
         for line in _other_module_lines(repo, syllabus, unit, found):
             print(line, flush=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 from .cpp import RULE, job, sources
 from .errors import CourseError
 from .interfaces import Interface
+from .labs import labs_of
 from .legend import legend
 from .may_use import may_use, unit_may_use
-from .progress import Result, State, is_untouched, result, state
+from .progress import Result, State, is_untouched, noted_first_to_fix, result, state
 from .repo import Repo
 from .source import STAND_INS, functions, names_in, with_blank, without
 from .starter import StartResult
@@ -91,6 +92,7 @@ def tasks(repo: Repo, unit: Unit) -> str:
             f"chapter: {chapter}",
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
+            *(f"lab:     pdm run lab {name}" for name in labs_of(repo, unit.day)),
             *(
                 f"option:  {k.id}, {k.file} in C++: pdm run start {unit.id} --cpp, then "
                 f"pdm run build-kernels; hints: pdm run hint {k.id}"
@@ -175,6 +177,25 @@ def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int)
             f"pdm run skip {exercise.id} runs it instead of yours"
         )
     return f"{text}\nlast hint; pdm run skip {exercise.id} fills in the reference's code"
+
+
+class NextHint:
+    """Prints the next hint of the exercise that the last test run says to fix first."""
+
+    def __init__(self, repo: Repo, syllabus: Syllabus) -> None:
+        self._repo, self._syllabus = repo, syllabus
+        self._exercise_id, self._step = "", 0
+
+    def __call__(self) -> None:
+        """Print the first hint of another exercise, or the following hint of the same one."""
+        exercise_id = noted_first_to_fix(self._repo)
+        if exercise_id is None:
+            print("no exercise to fix: the last run names none", flush=True)
+            return
+        self._step = min(self._step + 1, len(STEPS)) if exercise_id == self._exercise_id else 1
+        self._exercise_id = exercise_id
+        exercise = self._syllabus.exercise(exercise_id)
+        print(hint(self._repo, self._syllabus, exercise, self._step), flush=True)
 
 
 def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
