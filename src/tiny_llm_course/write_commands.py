@@ -143,7 +143,7 @@ def on_restore(day: ADay) -> None:
 
 
 def on_build_kernels() -> None:
-    """Compile your C++ kernels; they then replace the reference's.
+    """Compile your C++ kernels; the engine then uses them.
 
     \b
     pdm run start 2.4 --cpp       # writes src/tiny_llm/quantized_matmul.cpp
