@@ -145,12 +145,12 @@ def _starter_problems(repo: Repo, unit: Unit) -> list[Problem]:
     """The starter files of a day or a part can be imported and are formatted."""
     sources = {module: starter(repo, module, unit) for module in unit.modules}
     found = []
-    with overlay_of(repo, sources) as begun:
+    with overlay_of(repo, sources) as with_starters:
         modules = sorted(file.stem for file in repo.reference.glob("*.py") if file.stem != "__init__")
-        run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
+        run = run_python(with_starters, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
             found.append(Problem("starter", unit.id, f"cannot be imported\n{last_lines(run.stderr)}"))
-        found += _formatted(repo, begun.overlay, unit)
+        found += _formatted(repo, with_starters.overlay, unit)
     return found
 
 
@@ -158,8 +158,8 @@ def _later_blank(repo: Repo, unit: Unit, later: Sequence[Unit]) -> list[Problem]
     """The tests of a day or a part pass while everything after it is blank."""
     modules = {module for one in later for module in one.modules}
     sources = {module: starter(repo, module, *later) for module in sorted(modules)}
-    with overlay_of(repo, sources) as begun:
-        run = run_suites(begun, [repo.suites / unit.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
+    with overlay_of(repo, sources) as with_starters:
+        run = run_suites(with_starters, [repo.suites / unit.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
         return []
     rule, what = ("later part", "parts") if isinstance(unit, Part) else ("later day", "days")

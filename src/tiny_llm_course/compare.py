@@ -17,7 +17,7 @@ from .days import function_name, function_of
 from .errors import CourseError
 from .progress import missing_modules, own_modules
 from .repo import Repo
-from .runs import begin_python, overlay_of, own_sources
+from .runs import overlay_of, own_sources, start_python
 from .source import stand_ins
 from .units import Unit
 
@@ -155,7 +155,7 @@ class _Side:
         """Total seconds of all repetitions."""
         return sum(self.seconds)
 
-    def begin(self) -> None:
+    def wait_until_ready(self) -> None:
         """Wait until the process is ready."""
         self._answer()
 
@@ -200,11 +200,11 @@ def _started_side(overlaid: Repo, unit: Unit, whose: str, shown: Repo) -> Iterat
             function_name(unit, "work"),
             str(Path(folder, "result.npz")),
         ]
-        with begin_python(overlaid, arguments) as process:
+        with start_python(overlaid, arguments) as process:
             paths = (str(overlaid.overlay), shown.shown(shown.overlay))
             side = _Side(process, whose, Path(folder), paths)
             try:
-                side.begin()
+                side.wait_until_ready()
                 yield side
             finally:
                 process.kill()

@@ -108,7 +108,7 @@ class Reference:
                 return node
         return None
 
-    def where(self, module: str, name: str) -> tuple[str, str] | None:
+    def definition(self, module: str, name: str) -> tuple[str, str] | None:
         """The module and name that a name refers to; None if it is not defined in the reference."""
         if self.defined(module, name) is not None:
             return module, name
@@ -119,7 +119,7 @@ class Reference:
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             annotation = ast.parse(annotation.value, mode="eval").body
         if isinstance(annotation, ast.Name):
-            return self._named(self.where(module, annotation.id))
+            return self._named(self.definition(module, annotation.id))
         if isinstance(annotation, ast.BinOp):
             return self.kind(module, annotation.left) or self.kind(module, annotation.right)
         if isinstance(annotation, ast.Subscript):
@@ -175,12 +175,12 @@ class Reference:
         """An interface as shown to a learner. Raises `CourseError` for an unknown name."""
         owner, _, member = name.rpartition(".")
         if not owner:
-            where = self.where(module, name)
-            if where is None:
+            place = self.definition(module, name)
+            if place is None:
                 raise CourseError(f"there is no {module}.{name}")
-            node = self.defined(*where)
+            node = self.defined(*place)
             if isinstance(node, ast.ClassDef):
-                made_from = constructor(node, self._keyword_bases(where[0], node))
+                made_from = constructor(node, self._keyword_bases(place[0], node))
                 return Interface(module, name, f"{name}{made_from}", first_line(node))
             return shown(module, name, node)
         found = self.member(Kind(module, owner), member)
@@ -196,12 +196,12 @@ class Reference:
         defined = {name: self.defined(kind.module, kind.name) for name, kind in kinds.items() if kind}
         return {name for name, base in defined.items() if base is not None and is_keyword_only(base)}
 
-    def _named(self, where: tuple[str, str] | None) -> Kind | None:
+    def _named(self, place: tuple[str, str] | None) -> Kind | None:
         """The kind of a class, or of the type that a type alias stands for."""
-        node = self.defined(*where) if where is not None else None
+        node = self.defined(*place) if place is not None else None
         if isinstance(node, ast.Assign):
-            return self.kind(where[0], node.value) if where is not None else None
-        return Kind(*where) if where is not None and isinstance(node, ast.ClassDef) else None
+            return self.kind(place[0], node.value) if place is not None else None
+        return Kind(*place) if place is not None and isinstance(node, ast.ClassDef) else None
 
     def _generic(self, module: str, annotation: ast.Subscript) -> Kind | None:
         outer = annotation.value.id if isinstance(annotation.value, ast.Name) else ""
@@ -282,9 +282,9 @@ class _Reader:
     def _use(self, part: ast.AST) -> None:
         if isinstance(part, ast.Name):
             self.mentioned.add(part.id)
-            where = self.reference.imports(self.module).get(part.id)
-            if where is not None:
-                self.found.add(where)
+            place = self.reference.imports(self.module).get(part.id)
+            if place is not None:
+                self.found.add(place)
         elif isinstance(part, ast.Attribute):
             self.mentioned.add(part.attr)
             kind = self._kind(part.value)
@@ -333,11 +333,11 @@ class _Reader:
                 and value.args
             ):
                 return self._kind(value.args[0])
-            where = self.reference.where(self.module, function.id)
-            if where is None:
+            place = self.reference.definition(self.module, function.id)
+            if place is None:
                 return None
-            node = self.reference.defined(*where)
-            return Kind(*where) if isinstance(node, ast.ClassDef) else self.reference.result(where[0], node)
+            node = self.reference.defined(*place)
+            return Kind(*place) if isinstance(node, ast.ClassDef) else self.reference.result(place[0], node)
         if isinstance(function, ast.Attribute):
             if function.attr in ("values", "get", "pop", "popleft"):
                 inner = self._kind(function.value)

@@ -128,10 +128,10 @@ def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -
     if not found:
         return None
     first = min(found, key=lambda task: [int(part) for part in task.split(".")])
-    begin = first if at_fault is None else at_fault.id
-    what = f"{begin} {names[begin]}" if begin in names else begin
-    tests = _tests(found[first], says, "its" if begin == first else f"{first}'s")
-    return FirstToFix(begin, f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {begin}")
+    hinted = first if at_fault is None else at_fault.id
+    what = f"{hinted} {names[hinted]}" if hinted in names else hinted
+    tests = _tests(found[first], says, "its" if hinted == first else f"{first}'s")
+    return FirstToFix(hinted, f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {hinted}")
 
 
 def _tests(number: int, says: str, whose: str) -> str:

@@ -98,9 +98,9 @@ def _starter_problems(repo: Repo, day: Day) -> Iterator[Problem]:
     """No line of a solution is left in a starter file."""
     for module in day.modules:
         reference = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
-        begun = starter(repo, module, day)
-        ast.parse(begun)
-        lines = {line.strip() for line in begun.splitlines()}
+        blank = starter(repo, module, day)
+        ast.parse(blank)
+        lines = {line.strip() for line in blank.splitlines()}
         solutions = [exercise.name for exercise in day.of_module(module)] + list(day.removed_from(module))
         for name in solutions:
             for line in map(str.strip, body_lines(reference, name)):

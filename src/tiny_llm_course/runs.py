@@ -112,7 +112,7 @@ def run_python(
     return _run(command, repo, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def begin_python(repo: Repo, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start_python(repo: Repo, arguments: Sequence[str]) -> subprocess.Popen[str]:
     """Start Python on the engine with this repo's overlay, with pipes for its input and output."""
     return subprocess.Popen(
         [sys.executable, *arguments],

@@ -89,13 +89,13 @@ def _sources(repo: Repo, day: Day) -> dict[str, str]:
 
 def _completed(repo: Repo, day: Day, file: Path) -> str:
     """A complete module: the starter with the file's exercises and helpers."""
-    solution, begun = file.read_text(encoding="utf-8"), starter(repo, file.stem, day)
-    helpers = functions(solution).keys() - functions(begun).keys()
+    solution, completed = file.read_text(encoding="utf-8"), starter(repo, file.stem, day)
+    helpers = functions(solution).keys() - functions(completed).keys()
     for name in (exercise.name for exercise in day.of_module(file.stem)):
-        begun = with_body_of(begun, solution, name)
+        completed = with_body_of(completed, solution, name)
     for helper in sorted(helpers):
-        begun = with_function(begun, solution, helper)
-    return with_imports(begun, solution)
+        completed = with_function(completed, solution, helper)
+    return with_imports(completed, solution)
 
 
 def _run(repo: Repo, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
@@ -116,8 +116,8 @@ def _copies(repo: Repo, day: Day, module: str) -> Iterator[Problem]:
     if not file.exists():
         return
     reference = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
-    begun = starter(repo, module, day)
-    given = {name for name in functions(begun) if not is_blank(begun, name)}
+    blank = starter(repo, module, day)
+    given = {name for name in functions(blank) if not is_blank(blank, name)}
     originals = {_body_of(node) for node in functions(reference).values()}
     own = functions(file.read_text(encoding="utf-8")).items()
     longer = {name: node for name, node in own if name not in given and _num_lines(node) > SHORT}

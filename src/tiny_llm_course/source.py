@@ -60,8 +60,8 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
         edits += [(d.lineno, d.end_lineno or d.lineno, "") for d in node.decorator_list if _is_stand_in(d)]
     for first, last, text in sorted(edits, reverse=True):
         lines[first - 1 : last] = [text] if text else []
-    begun = _without_unused_stand_ins("".join(lines))
-    return _tidy(without_unused_imports(begun, source))
+    blank = _without_unused_stand_ins("".join(lines))
+    return _tidy(without_unused_imports(blank, source))
 
 
 def body_lines(source: str, name: str) -> list[str]:

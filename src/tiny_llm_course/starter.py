@@ -57,8 +57,8 @@ def starter(repo: Repo, module: str, *units: Unit) -> str:
     exercises = [exercise for day in days for exercise in day.of_module(module)]
     removed = [name for day in days for name in day.removed_from(module)]
     source = blanked(source, {one.name: one.message for one in exercises}, removed)
-    begun = [one for unit in units for one in (unit, *(unit.later if isinstance(unit, Part) else ()))]
-    blank = {exercise.id for unit in begun for exercise in unit.of_module(module)}
+    to_blank = [one for unit in units for one in (unit, *(unit.later if isinstance(unit, Part) else ()))]
+    blank = {exercise.id for unit in to_blank for exercise in unit.of_module(module)}
     for day in days:
         for exercise in day.of_module(module):
             source = source if exercise.id in blank else _filled(repo, day, exercise, source)

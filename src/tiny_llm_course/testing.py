@@ -66,8 +66,8 @@ def run_day(
     about = f"{unit.named}, {unit.title}"
     if isolated:
         today = own_sources(repo, [module for module in own if module in unit.modules])
-        with overlay_of(repo, today, kernels=bool(unit.kernels)) as alone:
-            outcome = run_suite_of(alone, unit, arguments, f"{about}, isolated", time_limit)
+        with overlay_of(repo, today, kernels=bool(unit.kernels)) as isolated_repo:
+            outcome = run_suite_of(isolated_repo, unit, arguments, f"{about}, isolated", time_limit)
             _print_first_to_fix(repo, outcome, unit)
             return outcome.exit_code
     outcome = run_suite_of(repo, unit, arguments, about, time_limit)
@@ -100,9 +100,9 @@ def _refuse_not_started(repo: Repo, unit: Unit) -> None:
     if not missing or set(own_kernels(repo, Syllabus((unit.day,)))):
         return
     files = " and ".join(f"{module}.py" for module in missing)
-    begun = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(repo, one)]
-    if begun:
-        parts = " and ".join(f"`pdm run test {part.id}`" for part in begun)
+    started = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(repo, one)]
+    if started:
+        parts = " and ".join(f"`pdm run test {part.id}`" for part in started)
         raise CourseError(
             f"only a part of {unit.named} is started: {parts}, or `pdm run start {unit.id}` (writes {files})"
         )
@@ -159,8 +159,8 @@ def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple
         )
     after = syllabus.after(unit)
     if after is not None:
-        begun = is_started(repo, after) and not (isinstance(after, Part) and is_untouched(repo, after))
-        yield f"{'test' if begun else 'start'} {after.id}", f"next: {after.title}"
+        is_begun = is_started(repo, after) and not (isinstance(after, Part) and is_untouched(repo, after))
+        yield f"{'test' if is_begun else 'start'} {after.id}", f"next: {after.title}"
 
 
 def _why_whole(repo: Repo, day: Day) -> str:

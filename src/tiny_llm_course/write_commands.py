@@ -56,7 +56,7 @@ def on_start(
     for file in set_aside(repo, chosen) if again else ():
         print(views.moved_aside(repo, file))
     done = start(repo, chosen)
-    print(f"{chosen.named}: {chosen.title}.{f' What will work: {chosen.works}.' if chosen.works else ''}")
+    print(f"{chosen.named}: {chosen.title}.{f' Goal: {chosen.works}.' if chosen.works else ''}")
     print("\n".join(views.start_report(repo, chosen, done)))
     print("\n".join([views.tasks(repo, chosen), *views.restart_advice(repo, chosen, done)]))
 
