@@ -1,4 +1,4 @@
-"""The check of a course: a sound one has no problems, and every rule is shown to bite."""
+"""`course-check`: a correct course has no problems, and a violation of each rule is reported."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ __all__ = ["repo"]
 def test_a_sound_course_has_no_problems(repo: Repo) -> None:
     told: list[tuple[str, int, int]] = []
     assert check(repo, syllabus_of(repo), lambda *said: told.append(said)) == []
-    # two days as they begin, one without those after it, two on the reference, three exercises blank;
+    # two days' starters, one day with later days blank, two days on the reference, three blank exercises;
     # examples with and without kernels, second solutions
     assert told[-1][1] == told[-1][2] == 11
     assert len(told) == 12
@@ -37,7 +37,7 @@ Change = Callable[[Repo], None]
 
 
 def test_a_second_solution_may_have_only_the_exercises_and_new_helpers(repo: Repo) -> None:
-    """The starter has the rest: here `Counter.__init__`."""
+    """The starter supplies the rest, here `Counter.__init__`."""
     solution(repo, "counting").write_text(
         "class Counter:\n"
         "    def count(self):\n        self.value = self.more()\n        return self.value\n\n"
@@ -289,7 +289,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 def test_a_broken_rule_is_found_by_running(repo: Repo, what: str) -> None:
     change, message = DYNAMIC[what]
     change(repo)
-    if "later day" in what:  # keep the two modules from calling each other in a circle
+    if "later day" in what:  # otherwise the two modules would import each other
         replace(repo.reference / "doubling.py", "add(x, x)", "2 * x")
         replace(repo.reference / "doubling.py", "from .adding import add\n\n\n", "\n")
     assert any(message in problem for problem in problems_of(repo))

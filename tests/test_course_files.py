@@ -44,7 +44,9 @@ def test_a_learners_helper_file_is_not_a_module(repo: Repo) -> None:
     own = ADDING.replace("sum((one, other))", "plus(one, other)")
     write(repo, "adding", own.replace('"""Sums."""\n', '"""Sums."""\n\nfrom .my_tools import plus\n'))
     assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
-    assert run_day(repo, syllabus, syllabus.day("1.1"), [], isolated=True) == 0, "it goes with the modules"
+    assert run_day(repo, syllabus, syllabus.day("1.1"), [], isolated=True) == 0, (
+        "helper files are copied with the modules"
+    )
     write(repo, "my_tools", "def plus(a: int, b: int) -> int:\n    return a - b\n")
     assert "my_tools.py changed since its tests ran" in progress_text(repo, syllabus)
     write(repo, "tools", "")
@@ -63,7 +65,7 @@ def test_progress_names_the_file_that_has_changed(repo: Repo) -> None:
     write(repo, "adding", f"{ADDING}# mine\n")
     rows = progress_text(repo, syllabus).splitlines()
     says = "adding.py changed since its tests ran: pdm run test 1.2"
-    assert says in rows[1], "the file is of another day"
+    assert says in rows[1], "the changed file belongs to another day"
     write(repo, "doubling", f"{DOUBLING}# mine\n")
     assert "adding.py and 1 more changed since its tests ran" in progress_text(repo, syllabus)
 
@@ -140,13 +142,13 @@ def test_start_links_every_module_that_the_learner_has_not_written(repo: Repo) -
     assert views.LINKS not in views.start_report(repo, syllabus.day("1.1"), done), "only new links are named"
     assert [file.name for file in repo.overlay.glob("*.pyi")] == ["api.pyi"]
     set_aside(repo, syllabus.day("1.2"))
-    assert len(list(repo.overlay.glob("*.pyi"))) == 3, "they are the reference's again"
+    assert len(list(repo.overlay.glob("*.pyi"))) == 3, "the modules are the reference's again"
     restore(repo, syllabus.day("1.2"))
     assert [file.name for file in repo.overlay.glob("*.pyi")] == ["api.pyi"]
 
 
 def test_a_type_checker_resolves_the_references_modules_without_duplicate_classes(repo: Repo) -> None:
-    """Without the links: "Cannot find implementation or library stub for module named ...adding"."""
+    """Without the links, mypy says "Cannot find implementation or library stub for module ...adding"."""
     start(repo, syllabus_of(repo).day("1.2"))
     write(repo, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
     checked = subprocess.run(
@@ -163,7 +165,7 @@ def test_a_type_checker_resolves_the_references_modules_without_duplicate_classe
 
 
 def test_an_editor_resolves_the_references_modules(repo: Repo) -> None:
-    """Pyright is what editors run: it reads the links as mypy does."""
+    """Editors run pyright, which reads the links as mypy does."""
     if (pyright := shutil.which("basedpyright") or shutil.which("pyright")) is None:
         pytest.skip("neither basedpyright nor pyright is installed")
     start(repo, syllabus_of(repo).day("1.2"))

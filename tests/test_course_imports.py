@@ -1,4 +1,4 @@
-"""What a starter imports: what given code uses, and the project's own names."""
+"""A starter imports what its given code uses, and the project's own names."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def f(x: mx.array) -> list[int]:
 
 
 def test_a_starter_lacks_standard_library_imports_of_blank_bodies() -> None:
-    """Annotations keep an import, quoted ones too; a name of the project's stays, used or not."""
+    """Names in annotations count as used, also in quoted ones; the project's names always stay."""
     head = blanked(WHOLE, {"f": "m"}).partition("\n\n\n")[0]
     assert head == (
         '"""M."""\n\nfrom collections import Counter, OrderedDict\n\nimport mlx.core as mx\n\n'
@@ -59,7 +59,7 @@ def test_an_import_that_was_unused_before_is_kept() -> None:
 
 @pytest.mark.parametrize("annotated", ["rows: OrderedDict, ", "rows: OrderedDict, counts: 'Counter'"])
 def test_a_filled_exercise_has_its_imports_again(annotated: str) -> None:
-    """Where the whole group has gone, and where one of it has stayed: the file is as it was."""
+    """Whether all imports of a group were removed or only some, the file is as before."""
     whole = WHOLE.replace('rows: OrderedDict, counts: "Counter"', annotated if "Counter" in annotated else "")
     blank = blanked(whole, {"f": "m"})
     assert "itertools" not in blank
@@ -77,7 +77,7 @@ def test_an_existing_import_is_not_repeated() -> None:
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
-    """The course itself, with an empty overlay."""
+    """The real course, with an empty overlay."""
     return Repo.here().with_overlay(tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_a_starter_lacks_the_solutions_imports_and_skip_adds_them(repo: Repo) ->
 
 
 def test_a_part_that_starts_again_has_no_unused_imports(repo: Repo) -> None:
-    """Other parts' exercises are the reference's, with the imports that they need."""
+    """Exercises of other parts have the reference's code, with the imports that it needs."""
     syllabus = syllabus_of(repo)
     later, first = syllabus.unit("3.4b"), syllabus.unit("3.4a")
     start(repo, later)
@@ -108,7 +108,7 @@ def test_a_part_that_starts_again_has_no_unused_imports(repo: Repo) -> None:
 
 
 def test_unused_imports_in_starters_are_only_of_the_projects_names(repo: Repo) -> None:
-    """Oracle: ruff. MLX, which every day is about, may be idle too."""
+    """Oracle: ruff. `mx` may be unused too."""
     for day in syllabus_of(repo).days:
         for unit in () if day.is_planned else (day, *day.parts):
             folder = repo.overlay / unit.id

@@ -1,5 +1,4 @@
-"""What an exercise may use is read from the reference, shown where it is needed, and never gives a solution
-away."""
+"""The interfaces that an exercise may use: read from the reference, and without revealing a solution."""
 
 import pytest
 
@@ -59,7 +58,7 @@ def shelves(names: list[str]) -> Mapping[str, Shelf]:
 
 @pytest.fixture
 def shelved(repo: Repo) -> Repo:
-    """The course of three days, where day 1.2 uses a given module in every way that can be followed."""
+    """The course of three days; day 1.2 uses a given module in every way that can be followed."""
     (repo.reference / "shelf.py").write_text(SHELF, "utf-8")
     return repo
 
@@ -228,7 +227,7 @@ def test_the_syllabus_declares_interfaces_that_cannot_be_found(repo: Repo) -> No
 def test_start_and_the_first_hint_list_the_interfaces(repo: Repo) -> None:
     day, exercise = of(repo, "1.2.2")
     line = "  adding.add(one: int, other: int) -> int: The sum of both"
-    assert tasks(repo, day).count(line) == 1, "once for the day"
+    assert tasks(repo, day).count(line) == 1, "each interface once"
     assert line in hint(repo, syllabus_of(repo), exercise, 1)
     assert line not in hint(repo, syllabus_of(repo), exercise, 2)
     assert "you may use" not in tasks(repo, syllabus_of(repo).day("1.1"))
@@ -284,7 +283,7 @@ def test_a_list_with_a_helper_or_without_a_needed_name_is_reported(
     ],
 )
 def test_interfaces_that_learners_missed_are_listed(exercise_id: str, names: list[str]) -> None:
-    """Names that a learner found only in the hints, or in the solution."""
+    """Names that a learner found only in the hints or in the solution, before there was a list."""
     assert set(names) <= set(used(Repo.here(), exercise_id))
 
 

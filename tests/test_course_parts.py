@@ -126,12 +126,12 @@ def test_with_blank_changes_only_one_function() -> None:
 
 
 def test_a_parts_starter_has_earlier_parts_solved_and_later_ones_blank(course: Repo) -> None:
-    """The code of a later part would be read before it is looked for."""
+    """Otherwise the learner would see the code of a later part early."""
     done = start(course, part(course, "b"))
     assert [file.name for file in done.files] == ["counting.py", "doubling.py"]
     assert states(course) == [State.SKIPPED, State.BLANK, State.BLANK, State.BLANK]
     assert "    # skipped: the reference's code\n    def _next" in own(course), "its helper is there too"
-    assert "_before" not in own(course), "a helper of a later exercise would give it away"
+    assert "_before" not in own(course), "a helper of a later exercise would reveal its solution"
     done = start(course, part(course, "c"))
     assert (done.files, done.blanked) == ([], [])
     done = start(course, part(course, "a"))
@@ -228,13 +228,13 @@ def test_reset_of_a_part_uses_the_references_code_and_restore_the_learners(cours
     write(course, "counting", mine)
     set_aside(course, part(course, "b"))
     assert states(course) == [State.WRITTEN, State.SKIPPED, State.NOT_STARTED, State.BLANK]
-    assert set_aside(course, part(course, "b")) == [], "there is nothing of it any more"
+    assert set_aside(course, part(course, "b")) == [], "none of its code is left"
     assert len(restore(course, part(course, "b"))) == 2
     assert own(course) == mine
     set_aside(course, part(course, "a"))
     set_aside(course, part(course, "c"))
     set_aside(course, part(course, "b"))
-    assert states(course) == [State.NOT_STARTED] * 4, "a file without anything of the learner's goes"
+    assert states(course) == [State.NOT_STARTED] * 4, "a file without the learner's code is moved"
 
 
 def test_a_renamed_function_stops_a_reset(course: Repo) -> None:
@@ -375,7 +375,7 @@ def test_a_part_may_have_its_own_demonstration(
     course: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demonstrations, "__file__", str(tmp_path / "__init__.py"))
-    assert not has_own(part(course, "b"), "show"), "a day may have no file yet"
+    assert not has_own(part(course, "b"), "show"), "a day may lack a file"
     (tmp_path / "week_1_day_2.py").write_text("def show():\n    pass\n\n\ndef show_b():\n    pass\n", "utf-8")
     names = [function_name(part(course, letter), "show") for letter in "abc"]
     assert names == ["show", "show_b", "show"]

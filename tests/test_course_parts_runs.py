@@ -1,4 +1,4 @@
-"""Parts of days are tested by themselves: what a run says and remembers, and whose fault a failure is."""
+"""Tests of single parts: their output, their recorded results, and the cause of a failure."""
 
 import pytest
 
@@ -30,11 +30,11 @@ def test_a_part_passes_while_the_later_ones_are_blank(
     out = capfd.readouterr().out
     assert "course: part 1.2a, Upwards" in out
     assert "1 passed, 3 deselected" in out
-    assert "still blank" not in out, "only the part's own would be told"
+    assert "still blank" not in out, "only the part's own blanks would be listed"
     assert "part 1.2a passes: counters that go up.\n" in out
     assert "pdm run diff 1.2a" in out
     assert "pdm run start 1.2b     next: Faster\n" in out
-    assert "pdm run try 1.2a" not in out, "the day's needs later parts"
+    assert "pdm run try 1.2a" not in out, "the day's demonstration needs later parts"
     assert result(course, part(course, "a")) is Result.PASSING
     assert result(course, syllabus.day("1.2")) is Result.UNKNOWN
 
@@ -98,13 +98,13 @@ def test_a_run_of_the_day_says_which_parts_pass(course: Repo, capfd: pytest.Capt
     start(course, day)
     write(course, "counting", solved(own(course), "Counter.count", COUNT))
     assert run_day(course, syllabus, day, ["-x"]) == 1
-    assert "parts that pass" not in capfd.readouterr().out, "it has not run all"
+    assert "passing parts" not in capfd.readouterr().out, "only some tests ran"
     assert run_day(course, syllabus, day, []) == 1
     assert "passing parts: 1.2a\n" in capfd.readouterr().out
     assert [result(course, one) for one in day.parts] == [Result.PASSING, Result.FAILING, Result.FAILING]
     write(course, "doubling", "raise ValueError\n\n\ndef double(x):\n    return x\n")
     assert run_day(course, syllabus, day, []) != 0
-    assert "parts that pass" not in capfd.readouterr().out, "the file cannot be imported"
+    assert "passing parts" not in capfd.readouterr().out, "the file cannot be imported"
 
 
 def test_a_part_does_not_depend_on_files_of_later_parts(course: Repo) -> None:
@@ -147,7 +147,7 @@ def test_without_a_day_all_started_parts_are_tested(course: Repo, capfd: pytest.
     assert run_started(course, syllabus_of(course), []) == 1
     out = capfd.readouterr().out
     assert "course: part 1.2a" in out
-    assert "course: part 1.2b" not in out, "it is blank, and the one before it comes first"
+    assert "course: part 1.2b" not in out, "it is blank, and the part before it comes first"
     assert "course: part 1.2c" not in out
 
 
@@ -171,7 +171,7 @@ def test_after_the_last_part_the_day_is_next(course: Repo, capfd: pytest.Capture
     assert "pdm run try 1.2        the whole day\n" in capfd.readouterr().out
 
 
-# ---- whose fault ----
+# ---- the cause of a failure ----
 
 
 def failing(test: str) -> Outcome:

@@ -55,7 +55,7 @@ def test_an_endless_loop_fails_with_the_running_line(repo: Repo, capfd: pytest.C
     assert "still running after 1 s" in out
     assert "adding.py:10: in add" in out
     assert "time_limit.py" not in out.replace("tiny_llm_course.time_limit", "")
-    assert "searching for the cause" not in out, "every other run would loop too"
+    assert "searching for the cause" not in out, "any further run would loop too"
     assert out.endswith(
         "first: 1.1.1 add (1 of its tests fails): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n"
     )
@@ -334,7 +334,7 @@ def test_a_long_failure_keeps_its_start_its_end_and_the_output() -> None:
 def test_an_example_of_hypothesis_is_shown_with_its_values(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A plugin that happens to be installed replaced the values by nothing."""
+    """One of the installed plugins (schemathesis) would print the example without its values."""
     syllabus = syllabus_of(repo)
     drawn = "\n\n@given(x=st.integers(3, 30))\ndef test_task_1_any(x: int) -> None:\n"
     drawn += '    """Oracle: by hand."""\n    assert add(x, 1) == x + 1\n'
@@ -350,7 +350,7 @@ def test_an_example_of_hypothesis_is_shown_with_its_values(
     assert "x=3," in out or "x=5," in out
 
 
-# ---- whose fault ----
+# ---- the cause of a failure ----
 
 
 def failing(*tests: str, number: int = 2) -> Outcome:
@@ -358,7 +358,7 @@ def failing(*tests: str, number: int = 2) -> Outcome:
 
 
 def test_the_cause_may_be_another_exercise_than_the_tests_are_about(repo: Repo) -> None:
-    """Task 2's test calls task 1, whose own tests find nothing: the search by exchange does."""
+    """Task 2's test calls task 1, whose own tests pass; the search finds it."""
     syllabus = syllabus_of(repo)
     day = syllabus.day("1.2")
     replace(suite(repo, 2), "double(4) == 8", "double(4) == 8 and Counter().count() == 1")
@@ -402,7 +402,7 @@ class Counter:
 def test_code_that_fails_only_sometimes_is_reported(
     repo: Repo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The search said that the learner's code is right, and that one other module makes it fail together."""
+    """The search must not say that today's code is correct, or that another module is the cause."""
     runs = tmp_path / "runs"
     runs.write_text("")
     syllabus = syllabus_of(repo)
@@ -417,7 +417,7 @@ def test_code_that_fails_only_sometimes_is_reported(
 
 
 def test_unrelated_modules_are_not_tried(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Day 1.1 does not use the other modules: one run finds the exercise."""
+    """Day 1.1 does not use the other modules, so one run finds the exercise."""
     runs = counted_runs(monkeypatch)
     write(repo, "adding", ADDING.replace("sum((one, other))", "5"))
     write(repo, "counting", COUNTING)
@@ -466,12 +466,11 @@ def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return runs
 
 
-# ---- how long a run takes ----
+# ---- plugins ----
 
 
 def test_a_run_imports_only_the_plugins_that_it_needs(repo: Repo) -> None:
-    """A passing day took 6 s for 0.7 s of tests; most of it was pytest plugins that happen to be
-    installed."""
+    """Importing all installed pytest plugins would take longer than the tests of a day."""
     write(repo, "adding", ADDING)
     used = "\n\ndef test_task_1_plugins() -> None:\n" + '    """Oracle: by hand."""\n    import sys\n'
     used += "    assert not {'schemathesis', 'xdist', 'anyio', 'hypothesis'} & sys.modules.keys()\n"
