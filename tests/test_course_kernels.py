@@ -146,7 +146,7 @@ def test_a_learners_kernel_replaces_the_references(tmp_path: Path) -> None:
         PLAIN_MATMUL,
     )
     built = run(["build-kernels"], tmp_path)
-    assert "it runs in place of the reference's kernels" in built.stdout, built.stderr
+    assert "instead of the reference's kernels" in built.stdout, built.stderr
     passing = run(["test", "2.4"], tmp_path)
     assert passing.returncode == 0, passing.stdout
     assert "compiled kernels: yours" in passing.stdout

@@ -31,7 +31,7 @@ def test_a_part_passes_while_the_later_ones_are_blank(
     assert "course: part 1.2a, Upwards" in out
     assert "1 passed, 3 deselected" in out
     assert "still blank" not in out, "only the part's own blanks would be listed"
-    assert "part 1.2a passes: counters that go up.\n" in out
+    assert "part 1.2a passes. What works now: counters that go up.\n" in out
     assert "pdm run diff 1.2a" in out
     assert "pdm run start 1.2b     next: Faster\n" in out
     assert "pdm run try 1.2a" not in out, "the day's demonstration needs later parts"
@@ -136,7 +136,7 @@ def test_a_part_that_is_not_started_says_how_to_start_it(course: Repo) -> None:
     with pytest.raises(CourseError, match=r"^not started: pdm run start 1\.2a \(writes counting\.py\)$"):
         run_day(course, syllabus, part(course, "a"), [])
     start(course, part(course, "a"))
-    with pytest.raises(CourseError, match=r"day 1\.2 is started only in part: `pdm run test 1\.2a` and"):
+    with pytest.raises(CourseError, match=r"only a part of day 1\.2 is started: `pdm run test 1\.2a` and"):
         run_day(course, syllabus, syllabus_of(course).day("1.2"), [])
 
 
@@ -156,14 +156,14 @@ def test_after_the_last_part_the_day_is_next(course: Repo, capfd: pytest.Capture
     start(course, part(course, "c"))
     write(course, "counting", solved(own(course), "Counter.back", BACK))
     assert run_day(course, syllabus, part(course, "c"), []) == 0
-    assert "pdm run test 1.2       the whole day, of which not every part" in capfd.readouterr().out
+    assert "pdm run test 1.2       the whole day; some of its parts do not pass yet" in capfd.readouterr().out
     for one in syllabus.day("1.2").parts[:2]:
         remember(course, one, passed=True)
     write(course, "counting", own(course) + "\n\nmore = 1\n")
     remember(course, part(course, "c"), passed=True)
     assert run_day(course, syllabus, part(course, "c"), []) == 0
     out = capfd.readouterr().out
-    assert "pdm run test 1.2       run the whole day once: files have changed since 1.2a" in out
+    assert "pdm run test 1.2       test the whole day once: files have changed since 1.2a" in out
     remember(course, part(course, "a"), passed=True)
     write(course, "doubling", "def double(x):\n    return 2 * x\n")
     remember(course, part(course, "b"), passed=True)
@@ -209,7 +209,7 @@ def test_a_fault_of_another_part_in_the_same_file_is_found(course: Repo) -> None
     found = find_blame(course, day.part("b"), outcome)
     assert found.exercise is not None
     assert found.exercise.id == "1.2.1"
-    assert first_to_fix(outcome, day, found.exercise) == (
+    assert str(first_to_fix(outcome, day, found.exercise)) == (
         "first: 1.2.1 Counter.count (1 of 1.2.2's tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.1"
     )
 
