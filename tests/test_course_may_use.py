@@ -1,7 +1,10 @@
 """The interfaces that an exercise may use: read from the reference, and without revealing a solution."""
 
+import ast
+
 import pytest
 
+from tiny_llm_course.interfaces import shown
 from tiny_llm_course.may_use import may_use, unit_may_use
 from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
@@ -117,8 +120,21 @@ def test_signatures_and_first_sentences_are_shown(shelved: Repo) -> None:
     assert [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))] == [
         "shelf.Shelf(the fields of Base, label = ...): Holds books",
         "shelf.Shelf.is_full: bool: True where nothing fits any more",
-        "shelf.Shelf.put(number: int, *, safely: bool=True) -> 'Shelf': Put one book 0 .. n - 1",
+        "shelf.Shelf.put(number: int, *, safely: bool = True) -> Shelf: Put one book 0 .. n - 1",
     ]
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "(x, y=1) -> None",
+        "(x: int, /, y: float = 0.5, *rest: int) -> list[int]",
+        "(*, a: str = 'b', c: bool, **more: object)",
+    ],
+)
+def test_a_signature_is_shown_as_it_is_formatted(signature: str) -> None:
+    [node] = ast.parse(f"def f{signature}: pass").body
+    assert str(shown("m", "f", node)) == f"m.f{signature}"
 
 
 def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: Repo) -> None:

@@ -33,12 +33,8 @@ def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface
     """A function with its signature and summary, or a field with its type."""
     if isinstance(node, Function):
         is_field = "property" in map(ast.unparse, node.decorator_list)
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
-        typed = (
-            f": {ast.unparse(node.returns)}"
-            if is_field and node.returns
-            else f"({_arguments(node)}){returns}"
-        )
+        returns = f" -> {_type(node.returns)}" if node.returns is not None else ""
+        typed = f": {_type(node.returns)}" if is_field and node.returns else f"({_arguments(node)}){returns}"
         return Interface(module, name, f"{name}{typed}", first_line(node))
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its initial value
         return Interface(module, name, f"{name}: {type(node.value).__name__}", "")
@@ -103,8 +99,36 @@ def _says_keyword_only(call: ast.expr | None, *, otherwise: bool) -> bool:
 
 
 def _arguments(node: Function) -> str:
-    arguments = ast.unparse(node.args)
-    return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
+    """A function's parameters without `self`, as the formatter writes them: `x: int = 0, *, y: int`."""
+    given = node.args
+    positional = [*given.posonlyargs, *given.args]
+    values = [*[None] * (len(positional) - len(given.defaults)), *given.defaults]
+    parts = [_parameter(one, value) for one, value in zip(positional, values, strict=True)]
+    if given.posonlyargs:
+        parts.insert(len(given.posonlyargs), "/")
+    if given.vararg is not None:
+        parts.append(f"*{_parameter(given.vararg, None)}")
+    elif given.kwonlyargs:
+        parts.append("*")
+    parts += [_parameter(one, value) for one, value in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    if given.kwarg is not None:
+        parts.append(f"**{_parameter(given.kwarg, None)}")
+    return ", ".join(parts[1:] if parts[:1] == ["self"] else parts)
+
+
+def _parameter(node: ast.arg, value: ast.expr | None) -> str:
+    """A parameter with its annotation and default value."""
+    text = node.arg if node.annotation is None else f"{node.arg}: {_type(node.annotation)}"
+    if value is None:
+        return text
+    return f"{text}{'=' if node.annotation is None else ' = '}{ast.unparse(value)}"
+
+
+def _type(annotation: ast.expr) -> str:
+    """An annotation as text, without the quotes of a forward reference."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return annotation.value
+    return ast.unparse(annotation)
 
 
 def field_summary(node: ast.stmt | None, name: str) -> str:

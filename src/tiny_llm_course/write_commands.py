@@ -156,6 +156,5 @@ def on_build_kernels() -> None:
     repo, syllabus = open_course()
     names = ", ".join(kernel.file for kernel in own_kernels(repo, syllabus))
     print(f"building with your {names} ..." if names else "looking for your kernels ...", flush=True)
-    print(
-        f"built {repo.shown(build(repo, syllabus))}; the engine now uses it instead of the reference's kernels"
-    )
+    library = repo.shown(build(repo, syllabus))
+    print(f"built {library}; the engine now uses it instead of the reference's kernels")
