@@ -354,6 +354,18 @@ def test_hints_come_in_three_steps(repo: Repo) -> None:
         hint(repo, syllabus, exercise, 4)
 
 
+def test_a_long_hint_fits_the_terminal(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    words = "many words of a hint " * 30
+    repo.syllabus.write_text(
+        repo.syllabus.read_text("utf-8").replace("The sum of 2 and 3 is 5.", words), "utf-8"
+    )
+    syllabus = syllabus_of(repo)
+    shown = hint(repo, syllabus, syllabus.exercise("1.1.1"), 2)
+    assert max(map(len, shown.splitlines())) <= 60
+    assert " ".join(shown.split()).count("many words of a hint") == 30
+
+
 def test_the_difference_is_shown_after_passing_or_anyway(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.1")
     with pytest.raises(CourseError, match="not started"):

@@ -1,7 +1,9 @@
 """Texts about a day or a part: its tasks, its hints, and the difference from the reference."""
 
 import difflib
+import shutil
 from pathlib import Path
+from textwrap import fill
 
 from .cpp import RULE, job, sources
 from .errors import CourseError
@@ -16,6 +18,7 @@ from .starter import StartResult
 from .syllabus import Syllabus
 from .units import Day, Exercise, Kernel, Part, Unit
 
+WIDTH = 100  # of a hint
 STEPS = ("a question", "a fact", "a sketch")
 LINKS = (
     "created links NAME.pyi for your editor: they point to the reference's files, so go-to-definition shows "
@@ -165,7 +168,7 @@ def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int)
     """
     if not 1 <= step <= len(exercise.hints):
         raise CourseError(f"{exercise.id} has no hint {step}: 1 is a question, 2 a fact, 3 a sketch")
-    text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
+    text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n{_wrapped(exercise.hints[step - 1])}"
     if step == 1 and isinstance(exercise, Exercise):
         usable = may_use(repo, syllabus.day(exercise.day_id), exercise)
         text = "\n".join([text, *(["you may use from other files:", *_lines(usable)] if usable else [])])
@@ -177,6 +180,12 @@ def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int)
             f"pdm run skip {exercise.id} runs it instead of yours"
         )
     return f"{text}\nlast hint; pdm run skip {exercise.id} fills in the reference's code"
+
+
+def _wrapped(text: str) -> str:
+    """A paragraph, indented, in lines of at most `WIDTH` characters, or fewer on a narrow terminal."""
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    return fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 class NextHint:
