@@ -18,8 +18,8 @@ def show() -> Lines:
         nbytes = sum(array.nbytes for array in stored[:3])
         error = dequantize(*stored) - rows
         yield (
-            f"  {bits} bits: {8 * nbytes / rows.size:4.1f} bits per value with scales and biases, error "
-            f"{float(mx.sqrt(mx.mean(error * error))) / size:.1%} (both root mean squares)"
+            f"  {bits} bits: {8 * nbytes / rows.size:4.1f} bits per value with scales and biases; RMS error "
+            f"{float(mx.sqrt(mx.mean(error * error))) / size:.1%} of the values' RMS"
         )
     yield from likeliest(CAPITAL)
 
