@@ -22,8 +22,8 @@ from catalog import Lab
 from report import Report, as_json_object, show
 from result import Result
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
 from tiny_llm_course.learner import learners_errors
+from tiny_llm_course.repo import Repo
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 INTRODUCTION = """\
@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     name, *options = arguments
     try:
         lab = catalog.find(name)
-        with learners_errors(House.here()):
+        with learners_errors(Repo.here()):
             as_command(lab, lab.load()).main(options, prog_name=f"pdm run lab {name}", standalone_mode=False)
     except (TyperException, catalog.UnknownLabError) as error:
         return _fail(error.format_message() if isinstance(error, TyperException) else str(error), USAGE)
