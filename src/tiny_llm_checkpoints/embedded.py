@@ -67,10 +67,10 @@ PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": embedded_model_path, "gemm
 # SmolLM2-135M-Instruct: the model card samples with temperature 0.2 and top_p 0.9. With these alone, one
 # answer in five repeats itself until it is cut off, and one in three to "What is the capital of France?" is
 # wrong, because three first tokens are almost equally likely. Greedy decoding is right more often, and a
-# frequency penalty prevents the loops; unlike a repetition penalty it does not count the tokens of the prompt,
-# which a right answer often repeats. `pdm run bench defaults` asks 36 questions with 3 seeds each (greedy:
-# once), at most 512 tokens an answer. "nats" is the mean negative log-probability of a token under the model
-# itself: the higher, the more noise. On 2 cores, Zen 4, AVX-512:
+# frequency penalty prevents the loops; unlike a repetition penalty it does not count the tokens of the
+# prompt, which a right answer often repeats. `pdm run bench defaults` asks 36 questions with 3 seeds each
+# (greedy: once), at most 512 tokens an answer. "nats" is the mean negative log-probability of a token under
+# the model itself: the higher, the more noise. On 2 cores, Zen 4, AVX-512:
 #
 #                                      cut off   looping   right   nats   tokens
 #     temperature 1 (engine's own)       20.4%      0.0%   41.7%   3.02      197
