@@ -18,16 +18,20 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from typer._click.formatting import HelpFormatter
 
-_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
-_UNITS |= {"kib": 1024, "mib": 1024**2, "gib": 1024**3}
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}{unit}": 1024**power for power, prefix in enumerate("kmgt", 1) for unit in ("", "ib")}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 _SAMPLING, _ENGINE = "Sampling", "Engine"
 
 
 def parse_bytes(text: str | int) -> int:
-    """`512MiB`, `1.5GiB`, `2GB` or a plain number of bytes -> bytes; KiB, MiB and GiB count in 1024."""
+    """`512MiB`, `1.5GiB`, `2GB` or a plain number of bytes -> bytes. KiB and K are 1024, KB is 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size: write for example 512MiB, 1GiB or 536870912")
+        raise typer.BadParameter(
+            f"{text!r} is not a size: write for example 512MiB, 1.5GiB or 2GB "
+            "(units: KiB, MiB, GiB and TiB of 1024; KB, MB, GB and TB of 1000; none: bytes)"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
+from tiny_llm_checkpoints.sizes import shown_bytes
 
 from .errors import is_whole
 from .layer_groups import group_layers, layers_per_block
@@ -168,8 +169,8 @@ class EngineConfig:
         blocks = self._wanted_blocks(model, block_bytes)
         if blocks * block_bytes > _memory_bytes():
             raise ConfigError(
-                f"a pool of {blocks} blocks takes {blocks * block_bytes} bytes; "
-                f"this machine has {_memory_bytes()}"
+                f"a pool of {blocks} blocks takes {shown_bytes(blocks * block_bytes)}; "
+                f"this machine has {shown_bytes(_memory_bytes())}"
             )
         return blocks
 
@@ -186,8 +187,8 @@ class EngineConfig:
         block_bytes = self._block_bytes(model, bytes_per_value)
         if self.swap_space < block_bytes or self.swap_space > _memory_bytes():
             raise ConfigError(
-                f"swap_space of {self.swap_space} bytes must hold a block, which takes {block_bytes}, "
-                f"and fit into this machine's {_memory_bytes()}"
+                f"swap_space of {shown_bytes(self.swap_space)} must hold a block, which takes "
+                f"{shown_bytes(block_bytes)}, and fit into this machine's {shown_bytes(_memory_bytes())}"
             )
         return self.swap_space // block_bytes
 
@@ -232,8 +233,8 @@ class EngineConfig:
             blocks = self.kv_cache_memory // block_bytes
             if blocks < 1:
                 raise ConfigError(
-                    f"kv_cache_memory of {self.kv_cache_memory} bytes holds no block: "
-                    f"one block of {self.block_size} tokens takes {block_bytes} bytes"
+                    f"kv_cache_memory of {shown_bytes(self.kv_cache_memory)} holds no block: "
+                    f"one block of {self.block_size} tokens takes {shown_bytes(block_bytes)}"
                 )
             return blocks
         of_longest = self._most_blocks(model, self.wanted_len(model))
