@@ -8,26 +8,30 @@ from typing import Annotated
 
 import typer
 
+from .command import Command, Group
 from .engine import load
-from .options import EngineOptions, GroupedCommand, takes_groups
+from .options import EngineOptions, takes_groups
 from .serve_address import Backend, address_of
 
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(cls=Group, rich_markup_mode=None)
 
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")]
 _Seed = Annotated[int, typer.Option(help="Source of the random prompts.")]
 
 
-@bench_app.callback()
-def _bench() -> None:
-    """Measure the engine, in this process, or a server.
+@bench_app.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
+    """Measure speed: of one request, of many, or of a running server.
 
     \b
-    tiny-llm bench latency --json
+    tiny-llm bench latency
+    tiny-llm bench throughput --num-prompts 16
     """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-@bench_app.command(cls=GroupedCommand)
+@bench_app.command(cls=Command)
 @takes_groups(max_num_seqs=1)
 def latency(
     *,
@@ -60,7 +64,7 @@ def latency(
     _show(measure_latency(load(engine), run, _progress), as_json)
 
 
-@bench_app.command(cls=GroupedCommand)
+@bench_app.command(cls=Command)
 @takes_groups()
 def throughput(
     *,
@@ -103,7 +107,7 @@ def _only_random(name: str) -> str:
     return name
 
 
-@bench_app.command(cls=GroupedCommand)
+@bench_app.command(cls=Command)
 def serve(
     *,
     as_json: _Json = False,

@@ -122,7 +122,7 @@ class EngineConfig:
             )
         self._check_min_num_blocks()
         if self.swap_space is not None and self.preemption_mode != "swap":
-            raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
+            raise ConfigError(f"swap_space ({shown_bytes(self.swap_space)}) is for preemption_mode='swap'")
         _one_of("dtype", self.dtype, COMPUTE_DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
