@@ -109,6 +109,61 @@ def test_a_bad_jsonl_line_is_named(line: str, words: str, tmp_path: Path, plain_
     assert words in ended.err
 
 
+def test_json_lines_on_standard_input_are_recognized(cli: Run) -> None:
+    lines = '{"prompt": "Once", "max_tokens": 1}\n{"prompt": "The", "max_tokens": 2}\n'
+    for arguments in (["--file", "-"], []):
+        found = [
+            json.loads(line) for line in cli("generate", "--json", *arguments, stdin=lines).out.splitlines()
+        ]
+        assert [line["prompt"] for line in found] == ["Once", "The"]
+        assert [len(line["outputs"][0]["token_ids"]) for line in found] == [1, 2]
+
+
+def test_a_text_that_only_looks_like_json_stays_a_text(cli: Run) -> None:
+    lines = ['{"name": "tiny"}', "{ not JSON", "{}"]
+    for line in lines:
+        found = json.loads(cli("generate", "--json", "--max-tokens", "1", stdin=line).out)
+        assert found["prompt"] == line
+
+
+def test_a_line_may_be_a_conversation_and_its_id_comes_back(cli: Run, llm: LLM, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}]
+    lines = [{"id": 7, "messages": messages}, {"custom_id": "x", "prompt": "The sky"}]
+    file = tmp_path / "conversations.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--temperature", "0", "--max-tokens", "8"]
+    ended = cli("generate", "--file", str(file), "--json", *options)
+    chat, prompt = [json.loads(line) for line in ended.out.splitlines()]
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    assert chat["outputs"][0]["text"] == llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
+    assert (chat["id"], chat["prompt"], chat["messages"]) == (7, None, messages)
+    assert (prompt["custom_id"], prompt["prompt"]) == ("x", "The sky")
+    assert "messages" not in prompt
+    titles = [
+        line for line in cli("generate", "--file", str(file), *options).out.splitlines() if "==>" in line
+    ]
+    assert titles == ["==> Name a colour. <==", "==> The sky <=="]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "word " * 2000}, "the context of 1024"),
+        ({"messages": [{"role": "wizard"}]}, "messages[0]"),
+        ({"prompt": [99999999]}, "99999999"),
+    ],
+)
+def test_a_line_that_can_never_run_is_named_before_any_runs(
+    line: dict[str, object], words: str, cli: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + json.dumps(line))
+    ended = cli("generate", "--file", str(file), "--json")
+    assert (ended.code, ended.out) == (1, "")
+    assert f"{file}:2: " in ended.err
+    assert words in ended.err
+
+
 def test_chat_flag_asks_through_the_template(cli: Run, llm: LLM) -> None:
     ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "Name a colour.")
     line = json.loads(ended.out)

@@ -2,7 +2,8 @@
 
 A result has OpenAI's batch format: `{"id": ..., "custom_id": "1", "response": {"status_code": 200,
 "request_id": ..., "body": {...}}, "error": null}`. A request that the server rejects has the server's status
-and error; a line that is not a request has no response but an `error` with a code and a message.
+and error; a line that is not a request has no response but an `error` with a code, a message and the
+number of the line.
 """
 
 import asyncio
@@ -108,7 +109,9 @@ async def _answer(
     client: httpx2.AsyncClient, request: BatchRequest, body: Mapping[str, Any]
 ) -> dict[str, Any]:
     if request.problem is not None:
-        return _result(request, error={"code": "invalid_request", "message": request.problem})
+        line = int(request.place.rpartition(":")[2])
+        error = {"code": "invalid_request", "message": request.problem, "line": line}
+        return _result(request, error=error)
     response = await client.post(request.url, json=body)
     found = response.json()
     request_id = response.headers.get("X-Request-Id") or f"req_{uuid.uuid4().hex}"
