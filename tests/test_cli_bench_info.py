@@ -77,9 +77,27 @@ def test_bench_prints_json_or_a_table(cli: Run) -> None:
     assert json.loads(cli(*arguments, "--json").out)["decode_tokens_per_s"] > 0
     table = cli(*arguments)
     assert table.err == ""
-    assert {"decode_tokens_per_s", "ttft_ms", "instruction_set"} & {
-        line.split()[0] for line in table.out.splitlines() if line
-    }
+    heading, *lines = table.out.splitlines()
+    assert heading == "Median (smallest to largest) of 1 run:"
+    units = {line.split()[0]: line.split()[2] for line in lines[:3]}
+    assert units == {"decode": "tokens/s", "prefill": "tokens/s", "ttft": "ms"}
+    assert "instruction set " in table.out
+
+
+def test_bench_throughput_prints_a_unit_with_each_figure(cli: Run) -> None:
+    arguments = ["--num-prompts", "2", "--max-input-tokens", "32", "--output-tokens", "3"]
+    totals, times, run = cli("bench", "throughput", *arguments).out.split("\n\n")
+    units = {line.split()[0]: line.split()[2] for line in totals.splitlines()}
+    assert (units["duration"], units["completed"], units["total_output_tokens"]) == (
+        "s",
+        "requests",
+        "tokens",
+    )
+    assert (units["request_throughput"], units["output_throughput"]) == ("requests/s", "tokens/s")
+    heading, *rows = [line.split() for line in times.splitlines()]
+    assert heading == ["milliseconds", "mean", "median", "std", "p99"]
+    assert [row[0] for row in rows] == ["ttft", "tpot", "itl", "e2el"]
+    assert "num prompts " in run
 
 
 def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
@@ -90,7 +108,10 @@ def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
     assert found["pool"]["bytes"] == found["pool"]["tokens"] * 2 * 30 * 3 * 64 * 2
     assert found["machine"]["mlx"]
     assert found["overlay"]["path"] == tiny_llm.__path__[0]
-    assert "tokens" in cli("info").out
+    shown = cli("info").out
+    assert f"tokens          {64 * 16:,}" in shown
+    assert "size            22.5 MiB" in shown
+    assert "size per token  22.5 KiB" in shown
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])

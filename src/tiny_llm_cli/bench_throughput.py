@@ -1,4 +1,4 @@
-"""Many requests, measured: `bench throughput`. Figures and names are those of `vllm bench serve`."""
+"""Measures many requests: `bench throughput`. Figures and names are those of `vllm bench serve`."""
 
 import asyncio
 from itertools import pairwise
@@ -13,7 +13,7 @@ from .workload import Progress, RandomPrompts, what_was_run
 
 
 class ThroughputRun(NamedTuple):
-    """What is run: how many requests, how many at a time, and their lengths in tokens."""
+    """What to run: how many requests, how many at a time, and their lengths in tokens."""
 
     num_prompts: int
     max_concurrency: int
@@ -25,7 +25,7 @@ class ThroughputRun(NamedTuple):
 
 
 class Timeline:
-    """One request: when it arrived and when each of its tokens came."""
+    """The arrival of one request and of each of its tokens, on the clock of `perf_counter`."""
 
     def __init__(self) -> None:
         self.arrival = perf_counter()
@@ -48,7 +48,7 @@ class Timeline:
 
 
 def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict[str, object]:
-    """Run the requests in a closed loop; the figures, and what was run."""
+    """Run the requests in a closed loop and return the figures, and what was run."""
     random = RandomPrompts(llm, run.seed)
     prefix = random.tokens(run.shared_prefix)
     lengths = [random.length(run.min_input_tokens, run.max_input_tokens) for _ in range(run.num_prompts)]
@@ -81,13 +81,13 @@ def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict
 async def _closed_loop(
     llm: LLM, prompts: list[list[int]], run: ThroughputRun, progress: Progress
 ) -> list[Timeline]:
-    """Run all prompts, `max_concurrency` at a time: one arrives when one ends."""
+    """Run all prompts, `max_concurrency` at a time: a new one arrives when another one ends."""
     params = SamplingParams(temperature=0.0, max_tokens=run.output_tokens, ignore_eos=True)
-    seats, timelines, num_ended = asyncio.Semaphore(run.max_concurrency), list[Timeline](), 0
+    limit, timelines, num_ended = asyncio.Semaphore(run.max_concurrency), list[Timeline](), 0
 
     async def client(tokens: list[int]) -> None:
         nonlocal num_ended
-        async with seats:
+        async with limit:
             timeline = Timeline()
             timelines.append(timeline)
             async for _ in llm.engine.generate(tokens, params):
