@@ -1,6 +1,5 @@
 """From options to an engine and to sampling parameters: where the commands meet `tiny_llm`."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -10,46 +9,22 @@ from .options import EngineOptions, SamplingOptions
 if TYPE_CHECKING:
     from tiny_llm import LLM, SamplingParams
 
-_NOT_OF_THE_CONFIG = ("model", "chat_template_content_format")  # options that `EngineConfig` does not have
-
 
 def load(options: EngineOptions, **others: Any) -> "LLM":
     """Load the model of `options` into an engine. others: fields that only one command has."""
     from tiny_llm import LLM
 
-    if options.threads is not None:
-        set_threads(options.threads)
-    return LLM(**_engine_options(options), **others)
+    return LLM(**asdict(options), **others)
 
 
 def check(options: EngineOptions, **others: Any) -> None:
     """Raise `ConfigError` for options that cannot work with any model, before one is loaded."""
     from tiny_llm import EngineConfig
 
-    values = {**_engine_options(options), **others}
-    EngineConfig.from_options(
-        **{name: value for name, value in values.items() if name not in _NOT_OF_THE_CONFIG}
-    )
-
-
-def set_threads(count: int) -> None:
-    """Run the compiled kernels on `count` threads from now on; warns if there are no compiled kernels."""
-    from tiny_llm.kernels import compiled_kernel
-
-    from tiny_llm import kernel_info
-
-    missing = kernel_info().why_unavailable
-    if missing is None:
-        compiled_kernel("set_num_threads")(count)
-    else:
-        warnings.warn(
-            f"--threads has no effect: there are no compiled kernels ({missing})",
-            stacklevel=2,
-        )
-
-
-def _engine_options(options: EngineOptions) -> dict[str, Any]:
-    return {name: value for name, value in asdict(options).items() if name != "threads"}
+    values = {**asdict(options), **others}
+    for name in ("model", "chat_template_content_format"):
+        del values[name]
+    EngineConfig.from_options(**values)
 
 
 @dataclass(frozen=True)

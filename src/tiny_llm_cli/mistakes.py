@@ -100,7 +100,8 @@ def _explained(error: TyperException, context: Any) -> str:
     param = getattr(error, "param", None)
     if param is not None and _is_number(param):
         return f"{_long_name(param) or param.opts[0]} must be {_wanted(param.type)}, not {_value(error)}"
-    return error.format_message()
+    hint = getattr(error, "param_hint", None) or (None if param is None else _long_name(param))
+    return f"{hint}: {error.message}" if hint and error.message else error.format_message()
 
 
 def _unknown_option(name: str, params: Iterable["Parameter"]) -> str:

@@ -14,11 +14,12 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+from .threads import set_threads, threads_option
+
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}{unit}": 1024**power for power, prefix in enumerate("kmgt", 1) for unit in ("", "ib")}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
 _SAMPLING, _ENGINE, _TUNING = "Sampling", "Engine", "Engine tuning"
-MAX_THREADS = 1024  # of the compiled kernels
 
 
 def parse_bytes(text: str | int) -> int:
@@ -49,7 +50,7 @@ def parse_bias(text: str) -> Bias:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """The model, the number of threads, and the fields of `EngineConfig` under the same names with dashes."""
+    """The model, and the fields of `EngineConfig` under the same names with dashes."""
 
     model: Annotated[
         str | None,
@@ -86,18 +87,6 @@ class EngineOptions:
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences that run at the same time.", rich_help_panel=_ENGINE)
     ] = 64
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads",
-            "-t",
-            help="Threads of the compiled kernels.",
-            min=1,
-            max=MAX_THREADS,
-            show_default="TINY_LLM_NUM_THREADS, or one for each available processor",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None
     generation_config: Annotated[
         str,
         typer.Option(
@@ -319,6 +308,8 @@ def takes_groups(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a command take groups of options: a parameter whose type is a group becomes that group's options.
 
+    A command that takes `EngineOptions` has `--threads` too, which is set before the command runs.
+
     defaults: this command's own defaults, by field name. shown: by field name, the words that this command's
     help shows as the default, for a field that keeps the group's default.
     """
@@ -331,7 +322,12 @@ def takes_groups(
             option for group in groups.values() for option in _options_of(group, defaults, shown or {})
         ]
 
-        def run(**values: Any) -> None:
+        if EngineOptions in groups.values():
+            options.append(threads_option(_ENGINE))
+
+        def run(*, threads: int | None = None, **values: Any) -> None:
+            if threads is not None:
+                set_threads(threads)
             built = {
                 name: group(**{field.name: values.pop(field.name) for field in fields(group)})
                 for name, group in groups.items()
