@@ -93,6 +93,17 @@ def test_no_command_shows_the_help(arguments: list[str], plain_cli: Run) -> None
     assert "Commands:" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("tiny-llm gen", ["generate"]), ("tiny-llm chat --temp", ["--temperature"])],
+)
+def test_a_shell_completes_commands_and_options(typed: str, completed: list[str]) -> None:
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    environment = {**os.environ, **asked, "_TINY_LLM_COMPLETE": "complete_bash"}
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == completed
+
+
 # ---- options ----
 
 
@@ -164,6 +175,9 @@ def test_sizes(text: str, size: int) -> None:
         (["chat", "hi", "--swap-space", "1G"], 2, ["--swap-space (1 GiB) is for --preemption-mode swap"]),
         (["chat", "hi", "--threads", "0"], 2, ["--threads must be a whole number from 1 to 1024, not 0"]),
         (["serve", "--port", "abc"], 2, ["--port must be a whole number from 0 to 65535, not 'abc'"]),
+        (["chat", "hi", "--temperature"], 2, ["--temperature needs a value"]),
+        (["chat", "two", "words"], 2, ["unexpected argument 'words'", "quote"]),
+        (["chat", "-5 and 3"], 2, ["there is no option -5", "put -- in front"]),
         (["chat", ""], 2, ["prompt is empty"]),
         (["chat"], 2, ["standard input is empty"]),
         (["generate", ""], 2, ["prompt 1 is empty"]),

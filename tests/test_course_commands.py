@@ -164,4 +164,4 @@ def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str
         assert len(capsys.readouterr().out.split()) > 20
     scripts = (ROOT / "pyproject.toml").read_text("utf-8")
     for command in commands:
-        assert f'{command} = "python -m tiny_llm_course {command}"' in scripts
+        assert f'{command} = {{ cmd = "python -m tiny_llm_course {command}", help = "' in scripts

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_group
+from typer.main import get_command
 
 from .bench import bench_app
 from .chat import chat
@@ -18,7 +18,7 @@ def command() -> TyperGroup:
     """The whole `tiny-llm` command."""
     app = typer.Typer(
         cls=Group,
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode=None,  # importing rich takes longer than everything else that --help does
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,7 +27,9 @@ def command() -> TyperGroup:
     for function in (chat, generate, serve, info):
         app.command(cls=Command)(function)
     app.add_typer(bench_app, name="bench")
-    return get_group(app)
+    whole = get_command(app)
+    assert isinstance(whole, TyperGroup)
+    return whole
 
 
 def _print_version(wanted: bool) -> None:

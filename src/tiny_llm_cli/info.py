@@ -21,7 +21,7 @@ def info(
 
     \b
     tiny-llm info
-    tiny-llm info --num-blocks 4096 --json
+    tiny-llm info --kv-cache-memory 64MiB --json
 
     Memory is the peak of this process: after the model was loaded, and after it served one full step. If the
     model cannot be loaded, the machine is shown all the same.

@@ -1,7 +1,7 @@
 """A command line that is wrong, explained in one line: what was typed, what is expected, what was meant."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +90,19 @@ def _long_name(param: "Parameter") -> str | None:
 def explain(error: TyperException) -> str:
     """One line about a command line that cannot be parsed, or about an option's value."""
     context = getattr(error, "ctx", None)
-    return _explained(error, context) + ("" if context is None else f" (see `{context.command_path} --help`)")
+    return _explained(error, context).removesuffix(".") + (
+        "" if context is None else f" (see `{context.command_path} --help`)"
+    )
 
 
 def _explained(error: TyperException, context: Any) -> str:
     name = getattr(error, "option_name", None)
-    if name is not None and hasattr(error, "possibilities") and context is not None:
+    if name is not None and context is not None and hasattr(error, "possibilities"):
         return _unknown_option(str(name), context.command.get_params(context))
+    if name is not None and "requires" in error.message:
+        return f"{name} needs a value"
+    if extra := re.fullmatch(r"Got unexpected extra argument\S* \((.*)\)", error.message, re.DOTALL):
+        return f"unexpected argument {extra[1]!r}: quote a prompt that has spaces"
     param = getattr(error, "param", None)
     if param is not None and _is_number(param):
         return f"{_long_name(param) or param.opts[0]} must be {_wanted(param.type)}, not {_value(error)}"
@@ -104,10 +110,12 @@ def _explained(error: TyperException, context: Any) -> str:
     return f"{hint}: {error.message}" if hint and error.message else error.format_message()
 
 
-def _unknown_option(name: str, params: Iterable["Parameter"]) -> str:
+def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:
     known = [option for param in params for option in (*param.opts, *param.secondary_opts)]
     if name == "--prompt" and name not in known:
         return "there is no option --prompt: give the prompt as an argument"
+    if not name.startswith("--") and any(param.param_type_name == "argument" for param in params):
+        return f"there is no option {name}: put -- in front of a prompt that starts with -"
     guesses = list(_guesses(name, [option for option in known if option.startswith("--")]))[:_MOST_GUESSES]
     if not guesses:
         return f"there is no option {name}"
