@@ -1,4 +1,4 @@
-"""`tiny-llm bench` and `tiny-llm info`: what was measured with what, and what a model is."""
+"""`tiny-llm bench` and `tiny-llm info`: figures, their units and conditions, and facts about a model."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def test_bench_latency_says_what_was_run(llm: LLM) -> None:
+def test_bench_latency_reports_its_conditions(llm: LLM) -> None:
     run = LatencyRun(prefill_tokens=16, prompt_tokens=4, output_tokens=3, repetitions=2, warmups=0, seed=0)
     result = measure_latency(llm, run, quiet)
     for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms"):
@@ -33,7 +33,7 @@ def test_bench_latency_says_what_was_run(llm: LLM) -> None:
         assert key in result["run"]  # type: ignore[operator]
 
 
-def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(
+def test_bench_throughput_has_the_keys_of_vllm_and_obeys_max_concurrency(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, most = llm.core.step, 0
@@ -56,7 +56,7 @@ def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(
     assert {"duration", "request_throughput", "output_throughput", "total_token_throughput"} < set(result)
 
 
-def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
+def test_bench_prompts_contain_no_control_tokens(llm: LLM) -> None:
     assert [llm.tokenizer.token_text(token) for token in sorted(control_token_ids(llm))[:3]] == [
         "<|endoftext|>",
         "<|im_start|>",
@@ -65,7 +65,7 @@ def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 250])
-def test_p99_is_numpys(count: int) -> None:
+def test_p99_equals_the_percentile_of_numpy(count: int) -> None:
     seconds = np.random.default_rng(count).exponential(size=count).tolist()
     result = statistics_of("itl", seconds)
     for kind, expected in (("p99", np.percentile(seconds, 99)), ("median", np.median(seconds))):
@@ -122,7 +122,7 @@ def test_a_folder_is_described_and_answers(name: str, tmp_path: Path, plain_cli:
     found = json.loads(plain_cli("info", "--model", str(path), "--num-blocks", "16", "--json").out)["model"]
     assert (found["name"], found["architecture"], found["path"]) == (name, name, str(path))
     assert found["quantization"].startswith("float32 x ")
-    assert 0 <= found["bytes"] - 4 * found["parameters"] < 256  # the rotations' frequencies are no parameters
+    assert 0 <= found["bytes"] - 4 * found["parameters"] < 256  # frequencies are not parameters
     answered = plain_cli("generate", "ab", "--model", str(path), "--max-tokens", "3", "--json")
     assert len(json.loads(answered.out)["outputs"][0]["token_ids"]) == 3
     too_long = plain_cli("generate", "ab " * 200, "--model", str(path))

@@ -1,4 +1,4 @@
-"""`tiny-llm generate`: its prompts, what it prints, and parameters that reach the engine.
+"""`tiny-llm generate`: where prompts come from, the output, and parameters that reach the engine.
 
 Oracle: the engine's own `generate` with the same parameters.
 """
@@ -19,10 +19,11 @@ from tiny_llm import LLM, SamplingParams
 __all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
 
 
-def test_one_prompt_gives_its_text_alone(cli: Run, llm: LLM) -> None:
+def test_one_prompt_prints_only_its_text(cli: Run, llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=6)
     text = llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].text
-    assert cli("generate", "Once upon a time", "--max-tokens", "6") == Ended(0, text + "\n", "")
+    ended = cli("generate", "Once upon a time", "--max-tokens", "6", "--temperature", "0")
+    assert ended == Ended(0, text + "\n", "")
 
 
 def test_several_completions_have_headings(cli: Run) -> None:
@@ -31,7 +32,7 @@ def test_several_completions_have_headings(cli: Run) -> None:
     assert headings == [f"==> {prompt} ({i} of 2) <==" for prompt in ("Once upon", "The sky") for i in (1, 2)]
 
 
-def test_a_completion_that_fails_is_said_after_the_others_are_written(
+def test_a_completion_that_fails_is_reported_after_the_others_are_written(
     cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push, num_pushed = CompletionText.push, Counter[int]()
@@ -57,7 +58,7 @@ def test_prompts_come_from_standard_input_line_by_line(cli: Run) -> None:
 
 def test_json_lines_have_everything(cli: Run, llm: LLM) -> None:
     arguments = ["Once upon a time", "--n", "2", "--seed", "3", "--max-tokens", "4", "--logprobs", "2"]
-    ended = cli("generate", "--json", *arguments)
+    ended = cli("generate", "--json", *arguments, "--temperature", "1", "--top-p", "1")
     [line] = [json.loads(line) for line in ended.out.splitlines()]
     params = SamplingParams(n=2, seed=3, max_tokens=4, logprobs=2)
     expected = llm.generate("Once upon a time", params, use_tqdm=False)[0]
@@ -73,7 +74,7 @@ def test_json_lines_have_everything(cli: Run, llm: LLM) -> None:
             assert found[name] == getattr(output, name)
 
 
-def test_jsonl_prompts_bring_their_own_parameters(cli: Run, tmp_path: Path) -> None:
+def test_lines_of_jsonl_have_their_own_parameters(cli: Run, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Once", "max_tokens": 1}\n\n{"prompt": [19556, 17], "n": 2, "seed": 1}\n')
     output = tmp_path / "answers.jsonl"
@@ -165,13 +166,13 @@ def test_a_line_that_can_never_run_is_named_before_any_runs(
 
 
 def test_chat_flag_asks_through_the_template(cli: Run, llm: LLM) -> None:
-    ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "Name a colour.")
+    ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "--temperature", "0", "Name a colour.")
     line = json.loads(ended.out)
     assert line["prompt"] == "Name a colour."
     assert line["outputs"][0]["text"] == expected_answer(llm, "Name a colour.")
 
 
-def test_generate_is_the_same_text_every_time(cli: Run, tmp_path: Path) -> None:
+def test_the_same_command_gives_the_same_text(cli: Run, tmp_path: Path) -> None:
     arguments = ["generate", "Once upon a time", "--n", "2", "--max-tokens", "4", "--seed", "1"]
     assert cli(*arguments).out == cli(*arguments).out
 
@@ -200,7 +201,8 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
     arguments += ["--logit-bias", "338=-100", "--logit-bias", "253=2", "--show-special-tokens"]
     params = SamplingParams(temperature=0.0, max_tokens=12, **options)  # type: ignore[arg-type]
     [expected] = llm.generate(["The sky is"], params, use_tqdm=False)
-    found = json.loads(cli("generate", "The sky is", "--json", "--max-tokens", "12", *arguments).out)
+    arguments += ["--temperature", "0", "--max-tokens", "12"]
+    found = json.loads(cli("generate", "The sky is", "--json", *arguments).out)
     assert tuple(found["outputs"][0]["token_ids"]) == expected.outputs[0].token_ids
     assert found["outputs"][0]["text"] == expected.outputs[0].text
     assert len(found["prompt_logprobs"]) == len(expected.prompt_token_ids)

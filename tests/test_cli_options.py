@@ -1,4 +1,4 @@
-"""The options of the `tiny-llm` command: its help, its defaults, and the one line that names a mistake."""
+"""The options of the `tiny-llm` command: help, defaults, and errors in one line."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_help_lists_the_engine_options_last_and_tuning_after_all_others(
 
 
 def test_help_shows_a_commands_own_default(plain_cli: Run) -> None:
-    """The engine's own default is no limit."""
+    """The engine's default is no limit."""
     shown = " ".join(plain_cli("serve", "--help").out.split())
     assert re.search(r"--max-num-waiting N [^-]*\[default: 256\]", shown), shown
 
@@ -107,7 +107,7 @@ def test_a_shell_completes_commands_and_options(typed: str, completed: list[str]
 # ---- options ----
 
 
-def test_engine_options_are_the_engines_with_its_defaults() -> None:
+def test_engine_options_match_the_engine_configuration() -> None:
     engine = {field.name: field.default for field in fields(EngineConfig)}
     others = ("model", "chat_template_content_format")
     options = {field.name: field.default for field in fields(EngineOptions) if field.name not in others}
@@ -115,7 +115,7 @@ def test_engine_options_are_the_engines_with_its_defaults() -> None:
     assert set(engine) - set(options) == {"seed"}  # --seed is the request's
 
 
-def test_server_options_are_the_servers_with_its_defaults() -> None:
+def test_server_options_match_the_server_configuration() -> None:
     assert server_config(ServerOptions()) == ServerConfig()
     loopback = server_config(ServerOptions(), "localhost").allowed_hosts
     assert loopback == ("127.0.0.1", "localhost", "::1")
@@ -124,7 +124,7 @@ def test_server_options_are_the_servers_with_its_defaults() -> None:
 
 
 def test_sampling_options_are_fields_of_sampling_params() -> None:
-    """Those that a model may recommend have no default of their own: left out is not the same as given."""
+    """Parameters that a model may recommend default to None, because omitting one differs from giving it."""
     known = {field.name: field.default for field in fields(SamplingParams)}
     differing = {field.name for field in fields(SamplingOptions) if field.default != known[field.name]}
     assert differing == {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
@@ -195,7 +195,7 @@ def test_sizes(text: str, size: int) -> None:
         (["bench", "throughput", "--min-input-tokens", "999"], 2, ["999", "160"]),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(
+def test_an_error_is_one_line_and_an_exit_code(
     arguments: list[str], code: int, words: list[str], plain_cli: Run
 ) -> None:
     ended = plain_cli(*arguments)
@@ -255,7 +255,7 @@ def test_threads_without_kernels_are_a_warning() -> None:
     assert "TINY_LLM_KERNELS=off" in done.stderr
 
 
-def test_a_file_that_is_no_model_is_named(tmp_path: Path, plain_cli: Run) -> None:
+def test_a_file_that_is_not_a_model_is_named(tmp_path: Path, plain_cli: Run) -> None:
     file = tmp_path / "notes.gguf"
     file.write_text("not a model")
     ended = plain_cli("chat", "hi", "--model", str(file))
@@ -264,7 +264,7 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, plain_cli: Run) -> Non
     assert "Traceback" not in ended.err
 
 
-def test_a_closed_standard_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_standard_input_counts_as_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert run(["chat"]) == 2
     assert run(["generate"]) == 1

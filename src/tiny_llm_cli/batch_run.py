@@ -134,9 +134,9 @@ def _result(
 
 
 def _body(request: BatchRequest, defaults: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """The body that is sent: the model is the one that is loaded, and what is left out has its default.
+    """The body to send: without the model's name, and with defaults for the fields that it leaves out.
 
-    Without a seed the place in the file is the seed, so that the same command gives the same results.
+    The default seed is the place in the file, so that the same command gives the same results.
     """
     body = {name: value for name, value in request.body.items() if name != "model" and value is not None}
     is_chat = request.url == CHAT

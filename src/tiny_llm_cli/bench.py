@@ -242,7 +242,7 @@ def _show(result: Mapping[str, object], as_json: bool, as_table: Callable[[Mappi
 
 
 def _progress(what: str, done: int, total: int) -> None:
-    """Rewrite one line on a terminal. Without a thread, which would disturb what is measured."""
+    """Rewrite one line on a terminal. A bar with a thread would disturb the measurement."""
     if sys.stderr.isatty():
         end = "\r\033[K" if done == total else ""
         print(f"\r\033[K{what} {done}/{total}", end=end, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tiny_llm import LLM, SamplingParams
 
-from .workload import Progress, RandomPrompts, what_was_run
+from .workload import Progress, RandomPrompts, run_conditions
 
 
 class LatencyRun(NamedTuple):
@@ -29,7 +29,7 @@ class Stream(NamedTuple):
 
 
 def measure_latency(llm: LLM, run: LatencyRun, progress: Progress) -> dict[str, object]:
-    """Return medians and extremes over the repetitions, and what was run."""
+    """Return medians and extremes over the repetitions, and the conditions of the run."""
     prompts = RandomPrompts(llm, run.seed)
     prefills, decodes = [], []
     total = run.warmups + run.repetitions
@@ -43,7 +43,7 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress) -> dict[str, 
         **_spread("decode_tokens_per_s", [(run.output_tokens - 1) / stream.rest for stream in decodes]),
         **_spread("prefill_tokens_per_s", [run.prefill_tokens / stream.first for stream in prefills]),
         **_spread("ttft_ms", [1000 * stream.first for stream in decodes]),
-        "run": what_was_run(llm, run._asdict()),
+        "run": run_conditions(llm, run._asdict()),
     }
 
 

@@ -19,7 +19,7 @@ LONGEST_MESSAGE = 300  # characters of a server's message
 
 
 def measure_server(run: ServeRun, progress: Progress) -> dict[str, object]:
-    """Send requests to a running server and return the figures, and what was asked.
+    """Send requests to a running server and return the figures, with the run itself.
 
     Raises ValueError if the server does not answer, requires an API key, or has several models and none is
     named.

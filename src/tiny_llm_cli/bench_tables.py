@@ -20,7 +20,7 @@ KINDS = ("mean", "median", "std", "p99")
 
 
 def as_latency_table(result: Mapping[str, Any]) -> str:
-    """The median of each figure, its extremes, and what was run."""
+    """The median of each figure, its extremes, and the conditions of the run."""
     rows = {
         "decode": ("decode_tokens_per_s", "tokens/s"),
         "prefill": ("prefill_tokens_per_s", "tokens/s"),
@@ -37,13 +37,13 @@ def as_latency_table(result: Mapping[str, Any]) -> str:
 
 
 def as_throughput_table(result: Mapping[str, Any]) -> str:
-    """The totals, a row of times for each of vLLM's four, and what was run."""
+    """The totals, a row of times for each of vLLM's four, and the conditions of the run."""
     rows = [_row(name, result) for name in UNITS]
     return "\n".join([*rows, "", *_times(result), "", as_table(with_units(result["run"]))])
 
 
 def as_serve_table(result: Mapping[str, Any]) -> str:
-    """What was run, the totals, and a row of times for each of vLLM's four."""
+    """The load, the totals, and a row of times for each of vLLM's four."""
     notes = {"total_output_tokens": " (chunks with text: no usage)"} if _is_counted(result) else {}
     rows = [_row(name, result) + notes.get(name, "") for name in UNITS]
     errors = [f"{'':<24}{count:,} x {text}" for text, count in result["error_counts"].items()]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tiny_llm import LLM, SamplingParams
 
 from .statistics_of import statistics_of
-from .workload import Progress, RandomPrompts, what_was_run
+from .workload import Progress, RandomPrompts, run_conditions
 
 
 class ThroughputRun(NamedTuple):
@@ -48,7 +48,7 @@ class Timeline:
 
 
 def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict[str, object]:
-    """Run the requests in a closed loop and return the figures, and what was run."""
+    """Run the requests in a closed loop and return the figures, and the conditions of the run."""
     random = RandomPrompts(llm, run.seed)
     prefix = random.tokens(run.shared_prefix)
     lengths = [random.length(run.min_input_tokens, run.max_input_tokens) for _ in range(run.num_prompts)]
@@ -74,7 +74,7 @@ def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict
         **statistics_of("tpot", [fmean(t.gaps) for t in timelines if t.gaps]),
         **statistics_of("itl", gaps),
         **statistics_of("e2el", [timeline.e2el for timeline in timelines]),
-        "run": what_was_run(llm, run._asdict()),
+        "run": run_conditions(llm, run._asdict()),
     }
 
 

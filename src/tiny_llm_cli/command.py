@@ -45,7 +45,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A command with commands of its own; without one it shows its help."""
+    """A command with sub-commands."""
 
     def format_options(self, ctx: typer.Context, formatter: "HelpFormatter") -> None:  # type: ignore[override]
         """Write the options, then the commands."""

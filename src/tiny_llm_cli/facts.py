@@ -1,4 +1,4 @@
-"""What is running here, as plain dictionaries: versions, device, kernels, model, pool, memory, overlay.
+"""Facts about this process as plain dictionaries: versions, device, kernels, model, pool, memory, overlay.
 
 `info` shows them all. A benchmark adds those that its figures depend on. Sizes are in bytes.
 """

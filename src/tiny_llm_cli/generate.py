@@ -27,8 +27,8 @@ _SAMPLING = "Sampling"
 @takes_groups(
     shown={
         "max_tokens": "the model's recommendation, or 128",
-        "temperature": "the model's recommendation, or 0; with --n above 1, or 1",
-        "seed": "the place of each prompt in the list: the same command gives the same text",
+        "temperature": "the model's recommendation, or 0 (1 if --n is above 1)",
+        "seed": "the place of each prompt in the list, so the same command gives the same text",
     }
 )
 def generate(
@@ -77,6 +77,7 @@ def generate(
             "--progress/--no-progress", help="Show a progress bar on standard error if it is a terminal."
         ),
     ] = True,
+    sampling: SamplingOptions,
     n: Annotated[int, typer.Option(help="Completions of each prompt.", rich_help_panel=_SAMPLING)] = 1,
     ignore_eos: Annotated[
         bool,
@@ -120,7 +121,6 @@ def generate(
             "--show-special-tokens", help="Include special tokens in the text.", rich_help_panel=_SAMPLING
         ),
     ] = False,
-    sampling: SamplingOptions,
     engine: EngineOptions,
 ) -> None:
     """Complete many prompts together.

@@ -1,4 +1,4 @@
-"""The entry point of the command line: runs a command and turns what it raises into an exit code.
+"""The entry point of the command line: runs a command and turns an error into one line and an exit code.
 
 0: done. 1: the command failed. 2: the command line is wrong. 130: Ctrl-C. An error is one line on standard
 error; the environment variable TINY_LLM_DEBUG=1 shows the traceback instead.

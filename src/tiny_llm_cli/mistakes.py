@@ -1,4 +1,4 @@
-"""A command line that is wrong, explained in one line: what was typed, what is expected, what was meant."""
+"""Explains a wrong command line in one line: the value, what is expected, and the option that was meant."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -123,7 +123,7 @@ def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:
 
 
 def _guesses(name: str, known: list[str]) -> Iterator[str]:
-    """The options that a name may stand for; the same name under another spelling is the only one."""
+    """The options that a name may stand for. An option that differs only in spelling is the only guess."""
     plain = _letters(name)
     by_letters = {_letters(option): option for option in known}
     other = {_letters(one): option for one, option in _OTHER_NAMES.items() if option in known}

@@ -308,7 +308,8 @@ def takes_groups(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a command take groups of options: a parameter whose type is a group becomes that group's options.
 
-    A command that takes `EngineOptions` has `--threads` too, which is set before the command runs.
+    The options take the parameter's place in the help. A command that takes `EngineOptions` has `--threads`
+    too, which is set before the command runs.
 
     defaults: this command's own defaults, by field name. shown: by field name, the words that this command's
     help shows as the default, for a field that keeps the group's default.
@@ -316,14 +317,17 @@ def takes_groups(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
-        groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
-        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-        options = [
-            option for group in groups.values() for option in _options_of(group, defaults, shown or {})
-        ]
-
-        if EngineOptions in groups.values():
-            options.append(threads_option(_ENGINE))
+        groups: dict[str, type] = {}
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            hint = hints[name]
+            if not is_dataclass(hint):
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+                continue
+            groups[name] = hint  # type: ignore[assignment]
+            parameters += _options_of(groups[name], defaults, shown or {})
+            if hint is EngineOptions:
+                parameters.append(threads_option(_ENGINE))
 
         def run(*, threads: int | None = None, **values: Any) -> None:
             if threads is not None:
@@ -334,7 +338,6 @@ def takes_groups(
             }
             command(**values, **built)
 
-        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own] + options
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -89,7 +89,7 @@ def _from_json(line: Line, asked: AskedSampling) -> PromptRequest:
 
 
 def _check_messages(messages: Any) -> None:
-    """Raise ValueError for what is not a conversation; the chat template checks each message."""
+    """Raise ValueError unless this is a list of objects; the chat template checks each message."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise ValueError(
             '"messages" must be a list of objects such as {"role": "user", "content": "Hello"}, '

@@ -67,7 +67,7 @@ Ask = Callable[[dict[str, Any]], Awaitable[Answer]]
 
 
 async def put_load(ask: Ask, run: ServeRun, progress: Progress) -> dict[str, object]:
-    """Send the requests of a run and return their figures, and what was run.
+    """Send the requests of a run and return their figures, with the run itself.
 
     ask: sends the body of a request and reads its answer to the end. Raises ValueError if the first request,
     which does not count, fails.

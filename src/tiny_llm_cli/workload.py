@@ -1,4 +1,4 @@
-"""What benchmarks run: random prompts. And what their figures depend on."""
+"""Random prompts for benchmarks, and the conditions that their figures depend on."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ class RandomPrompts:
         return self._random.randint(low, high)
 
 
-def what_was_run(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
-    """The numbers of a run, the engine's configuration and the machine: what the figures depend on."""
+def run_conditions(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
+    """What the figures of a run depend on: its own numbers, the engine's configuration, the machine."""
     machine = facts.machine()
     engine = {
         name: getattr(llm.engine_config, name)
