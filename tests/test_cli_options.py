@@ -55,7 +55,7 @@ def test_help_shows_a_commands_own_default(plain_cli: Run) -> None:
 @pytest.mark.parametrize("command", ["chat", "generate", "serve", "info"])
 def test_help_has_plain_placeholders_ranges_and_defaults(command: str, plain_cli: Run) -> None:
     shown = plain_cli(command, "--help").out
-    for internal in ("<int", "<float", "<str", "x>=", "<=x", "default: ("):
+    for internal in ("<int", "<float", "<str", "x>=", "<=x", "default: (", "default: enable"):
         assert internal not in shown
 
 
@@ -156,6 +156,7 @@ def test_sizes(text: str, size: int) -> None:
     ("arguments", "code", "words"),
     [
         (["chat", "--nonsense"], 2, ["--nonsense", "tiny-llm chat --help"]),
+        (["-m", "x", "chat"], 2, ["-m goes after the command: `tiny-llm chat -m ...`"]),
         (["chatt"], 2, ["chatt", "Did you mean 'chat'?"]),
         (["chat", "hi", "--temperature", "hot"], 2, ["--temperature must be a number, not 'hot'"]),
         (["chat", "hi", "--temperature", "-1"], 2, ["--temperature must be", "-1.0", "from 0 to 1e+30"]),

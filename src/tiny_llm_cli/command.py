@@ -61,12 +61,19 @@ def _write_options(params: Iterable["Parameter"], ctx: typer.Context, formatter:
         record = param.get_help_record(ctx)
         if record is not None:
             names, text = record
+            if param.secondary_opts:
+                text = re.sub(r"\[default: (no-)?[a-z-]+\]$", lambda m: f"[default: {_switch(m)}]", text)
             default = "Options" if param.param_type_name == "option" else "Arguments"
             title = getattr(param, "rich_help_panel", None) or default
             sections.setdefault(title, []).append((names, _plain(text)))
     for title, records in sections.items():
         with formatter.section(title):
             formatter.write_dl(records)
+
+
+def _switch(default: re.Match[str]) -> str:
+    """The default of `--progress / --no-progress`: on or off."""
+    return "off" if default[1] else "on"
 
 
 def _plain(text: str) -> str:

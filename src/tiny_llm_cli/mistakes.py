@@ -98,7 +98,9 @@ def explain(error: TyperException) -> str:
 def _explained(error: TyperException, context: Any) -> str:
     name = getattr(error, "option_name", None)
     if name is not None and context is not None and hasattr(error, "possibilities"):
-        return _unknown_option(str(name), context.command.get_params(context))
+        return _after_the_command(str(name), context) or _unknown_option(
+            str(name), context.command.get_params(context)
+        )
     if name is not None and "requires" in error.message:
         return f"{name} needs a value"
     if extra := re.fullmatch(r"Got unexpected extra argument\S* \((.*)\)", error.message, re.DOTALL):
@@ -108,6 +110,14 @@ def _explained(error: TyperException, context: Any) -> str:
         return f"{_long_name(param) or param.opts[0]} must be {_wanted(param.type)}, not {_value(error)}"
     hint = getattr(error, "param_hint", None) or (None if param is None else _long_name(param))
     return f"{hint}: {error.message}" if hint and error.message else error.format_message()
+
+
+def _after_the_command(name: str, context: Any) -> str | None:
+    """What to say of an option that stands before the command it belongs to; None if no command has it."""
+    for command, found in getattr(context.command, "commands", {}).items():
+        if any(name in param.opts for param in found.params):
+            return f"{name} goes after the command: `{context.command_path} {command} {name} ...`"
+    return None
 
 
 def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:

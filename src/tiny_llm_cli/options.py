@@ -90,8 +90,8 @@ class EngineOptions:
     generation_config: Annotated[
         str,
         typer.Option(
-            help="Where sampling defaults come from: the model's recommendation (auto), the engine (vllm) or "
-            "the generation_config.json in a folder.",
+            help="Where recommended sampling parameters come from: the model (auto), nowhere (vllm), or the "
+            "generation_config.json in a folder.",
             metavar="auto|vllm|FOLDER",
             rich_help_panel=_ENGINE,
         ),
