@@ -65,7 +65,10 @@ class Running:
 
 def ours(*options: str) -> Server:
     """`tiny-llm serve`."""
-    command = (sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "{port}", "--log-level", "error")
+    command = (
+        *(sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "{port}", "--log-level", "error"),
+        *("--generation-config", "vllm"),  # only the parameters that the bench sends
+    )
     return Server("tiny-llm", (*command, "--model", "{model}", *options))
 
 

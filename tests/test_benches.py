@@ -103,3 +103,13 @@ def test_wrong_arguments_are_refused_before_any_work(arguments: list[str], said:
     refused = bench(*arguments)
     assert refused.returncode == 2
     assert said in refused.stderr
+
+
+def test_the_share_of_repeated_sequences_tells_a_loop_from_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import defaults
+
+    assert defaults.repeated_share(range(100)) == 0
+    assert defaults.repeated_share([1, 2, 3] * 40) > 0.9
+    assert defaults.repeated_share([*range(60), *range(60)]) == pytest.approx(53 / 113)
+    assert defaults.repeated_share([1, 2, 3]) == 0, "shorter than a sequence that could repeat"

@@ -127,7 +127,8 @@ def test_sampling_options_are_fields_of_sampling_params() -> None:
     """Parameters that a model may recommend default to None, because omitting one differs from giving it."""
     known = {field.name: field.default for field in fields(SamplingParams)}
     differing = {field.name for field in fields(SamplingOptions) if field.default != known[field.name]}
-    assert differing == {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+    penalties = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
+    assert differing == {"temperature", "top_p", "top_k", "min_p", "max_tokens", *penalties}
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_the_memory_given_is_filled_and_never_exceeded(block_size: int) -> None:
 
 
 def test_memory_for_less_than_a_block_is_refused_with_the_figures() -> None:
-    with pytest.raises(ConfigError, match=rf"100 bytes.*16 tokens takes {16 * BYTES_PER_TOKEN // 1024} KiB"):
+    with pytest.raises(ConfigError, match=rf"100 bytes.*which takes {16 * BYTES_PER_TOKEN >> 10} KiB"):
         EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
 
 

@@ -408,7 +408,7 @@ def test_a_swap_space_of_no_block_or_more_than_the_machine_has_is_refused_with_t
     swap_space: int,
 ) -> None:
     config = EngineConfig(num_blocks=30, preemption_mode="swap", swap_space=swap_space)
-    with pytest.raises(ConfigError, match=rf"swap_space of {shown_bytes(swap_space)} .* 8 KiB"):
+    with pytest.raises(ConfigError, match=rf"swap_space \({shown_bytes(swap_space)}\) .*\(8 KiB\)"):
         make_manager(config, tiny_model())
 
 

@@ -63,6 +63,7 @@ def model(llm: "LLM") -> dict[str, object]:
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "sampling_defaults": llm.sampling_defaults,
+        "sampling_source": llm.sampling_source,
     }
 
 

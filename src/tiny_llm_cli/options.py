@@ -273,20 +273,22 @@ class SamplingOptions:
         ),
     ] = None
     presence_penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Make tokens that the answer has used less likely: above 0, up to 2. Below 0, down to -2: "
             "more likely.",
+            show_default="the model's recommendation, or 0: off",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
+    ] = None
     frequency_penalty: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="The same in proportion to how often each token was used; -2 to 2.",
+            show_default="the model's recommendation, or 0: off",
             rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
+    ] = None
     min_tokens: Annotated[
         int,
         typer.Option(help="Do not stop before this many tokens.", rich_help_panel=_SAMPLING),

@@ -73,9 +73,9 @@ class Service:
             )
             if defaults := self._llm.sampling_defaults:
                 LOG.info(
-                    "requests that leave them out get the model's own sampling parameters: %s "
-                    "(not with --generation-config vllm)",
+                    "default sampling parameters: %s (from %s; --generation-config vllm turns them off)",
                     ", ".join(f"{name} {value}" for name, value in defaults.items()),
+                    self._llm.sampling_source,
                 )
 
     @property
