@@ -164,7 +164,7 @@ def test_nothing_is_looked_at_once_nobody_watches(served: Served, llm: LLM) -> N
 
 def test_a_silent_pool_keeps_its_watchers(served: Served) -> None:
     with Viewer(served) as viewer:
-        until(lambda: viewer.text.count(": still here") > 2)
+        until(lambda: viewer.text.count(": keep-alive") > 2)
         assert viewer.heard == {"pool": 1}
 
 
