@@ -1,7 +1,9 @@
-"""What every test shares: hypothesis profiles, and the state of the kernels put back after each test.
+"""What all tests share: how much is run, in how many processes, and fixtures.
 
-`HYPOTHESIS_PROFILE=deep` runs the properties over many more examples, drawn anew each time; the
-default, `ci`, draws the same ones in every run.
+By default a run takes a few minutes: the suite is spread over the cores, properties draw few examples, and
+tests marked `deep` are left out. CI adds `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`: those tests, and
+every property with four times as many examples. Both draw the same examples in every run;
+`HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
 """
 
 import os
@@ -15,15 +17,22 @@ from hypothesis import HealthCheck, settings
 import tiny_llm_kernels
 from tiny_llm import LLM
 
+MOST_PROCESSES = 8  # each loads the embedded model
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
-settings.register_profile(
-    "ci", max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=SLOW_IS_FINE
-)
+for profile, max_examples in (("quick", 25), ("ci", 100)):
+    settings.register_profile(
+        profile,
+        max_examples=max_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=SLOW_IS_FINE,
+    )
 settings.register_profile(
     "deep", max_examples=1000, deadline=None, print_blob=True, suppress_health_check=SLOW_IS_FINE
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,8 +45,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:no compiled kernels:RuntimeWarning")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread the whole suite over processes; tests chosen by file run in this one, where a debugger works.
+
+    A process gets one thread: more threads than cores would wait for each other.
+    """
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        option.numprocesses, option.dist = min(cores, MOST_PROCESSES), "worksteal"
+    if option.numprocesses:
+        for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests with one name all but one are lost where several processes share the tests."""
+    """Mark properties as `drawn`, and refuse two tests with the same id: parallel runs would lose one."""
+    for item in items:
+        if item.get_closest_marker("hypothesis"):
+            item.add_marker("drawn")
     twice = [name for name, times in Counter(item.nodeid for item in items).items() if times > 1]
     if twice:
         raise pytest.UsageError(f"several tests have the same name: {', '.join(twice)}")

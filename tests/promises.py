@@ -761,7 +761,12 @@ def _recorded_logits(manager: PagedBatchManager) -> dict[str, bytes]:
 def assert_caught(check: Callable[[Scenario], object], strategy: st.SearchStrategy[Scenario]) -> None:
     """Fail unless the property breaks on some example, as it must where the engine is a mutant."""
 
-    @settings(max_examples=examples(60), phases=[Phase.generate], report_multiple_bugs=False, database=None)
+    @settings(
+        max_examples=examples(60, quick=60),
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        database=None,
+    )
     @given(strategy)
     def search(scenario: Scenario) -> None:
         check(scenario)

@@ -336,7 +336,7 @@ def test_no_more_beams_live_than_were_agreed() -> None:
     beams = BeamSearchPageManager(2, allocator)
     beams.expand_beam(0, [1])
     child = beams.fork_beam(0)
-    with pytest.raises(ValueError, match="beam 0 cannot be forked: all 2 beams live"):
+    with pytest.raises(ValueError, match="beam 0 cannot be forked: all 2 beams are in use"):
         beams.fork_beam(0)
     check_conserved(allocator, list(beams.tables.values()))
     beams.prune([0])

@@ -5,7 +5,7 @@ from collections import Counter
 
 import mlx.core as mx
 import pytest
-from tiny_llm.block_events import MOST_WAITING, BlockEventKind, BlockWatch, PoolChange
+from tiny_llm.block_events import MAX_WAITING_SHOWN, BlockEventKind, BlockWatch, PoolChange
 from tiny_llm.engine import Engine
 from tiny_llm.engine_config import EngineConfig
 from tiny_llm.engine_core import EngineCore
@@ -87,10 +87,10 @@ def test_nothing_happens_between_two_looks_without_a_step() -> None:
 
 def test_a_look_shows_the_first_of_many_that_wait() -> None:
     manager = PagedBatchManager(20, 4, 4)
-    for number in range(3 * MOST_WAITING):
+    for number in range(3 * MAX_WAITING_SHOWN):
         manager.add_request([9, 9, 9], str(number), SamplingParams(priority=-number))
     shown = [view.seq_id for view in BlockWatch(manager).so_far().sequences]
-    assert shown == [sequence.seq_id for sequence in manager.waiting[:MOST_WAITING]]
+    assert shown == [sequence.seq_id for sequence in manager.waiting[:MAX_WAITING_SHOWN]]
 
 
 def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None:

@@ -17,7 +17,7 @@ from tiny_llm_cli.main import run
 from tiny_llm_cli.options import EngineOptions, SamplingOptions, parse_bytes
 from tiny_llm_cli.serve import ServerOptions, server_config
 from tiny_llm_cli.threads import MAX_THREADS
-from tiny_llm_kernels._loading import MOST_THREADS
+from tiny_llm_kernels import _loading
 from tiny_llm_server import ServerConfig
 
 __all__ = ["plain_cli"]
@@ -240,7 +240,7 @@ def test_short_options_are_those_of_other_programs(plain_cli: Run) -> None:
 
 
 def test_threads_are_those_of_the_kernels(plain_cli: Run) -> None:
-    assert MAX_THREADS == MOST_THREADS
+    assert MAX_THREADS == _loading.MAX_THREADS
     before = tiny_llm_kernels.num_threads()
     try:
         ended = plain_cli("info", "--threads", "1", "--num-blocks", "8", "--json")

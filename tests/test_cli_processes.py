@@ -1,5 +1,6 @@
-"""The `tiny-llm` command in processes of its own: pipes, signals, and a terminal."""
+"""The `tiny-llm` command in separate processes: pipes, signals, and a pseudo-terminal."""
 
+import json
 import os
 import pty
 import select
@@ -7,13 +8,15 @@ import signal
 import subprocess
 import termios
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from command_line import COMMAND, PROCESS_SECONDS
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_reader_that_leaves_is_not_an_error() -> None:
     with subprocess.Popen(
         [*COMMAND, "chat", "Count to one hundred.", "--max-tokens", "60"],
         stdin=subprocess.DEVNULL,
@@ -44,67 +47,163 @@ def test_ctrl_c_ends_a_single_question_with_130() -> None:
         assert process.wait(PROCESS_SECONDS) == 130
 
 
+READING = "\x1b[?2004h"  # the line editor turns marked pastes on: it reads keys from here on
+
+
 class Terminal:
-    """A command in a terminal of its own: type to it, and wait for what it shows."""
+    """A command in a new pseudo-terminal: type to it, and wait for what it shows."""
 
     def __init__(self, *arguments: str) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             attributes = termios.tcgetattr(0)
-            attributes[3] |= termios.NOFLSH  # Ctrl-C leaves what is on its way to the screen alone
+            attributes[3] |= termios.NOFLSH  # Ctrl-C discards neither pending input nor pending output
             termios.tcsetattr(0, termios.TCSANOW, attributes)
+            os.environ["TERM"] = "xterm"
             os.execv(COMMAND[0], [*COMMAND, *arguments])
         self.shown = ""
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def wait_for(self, text: str) -> None:
-        """Read until `text` has been shown, and forget what came up to there."""
-        assert self.shows(text, PROCESS_SECONDS), f"no {text!r} in {self.shown!r}"
-
-    def shows(self, text: str, seconds: float) -> bool:
-        """Whether `text` is shown in time; forgets what came up to there."""
-        deadline = time.monotonic() + seconds
+    def wait_for(self, text: str) -> str:
+        """Read until `text` is shown; what was shown before it. Forgets both."""
+        deadline = time.monotonic() + PROCESS_SECONDS
         while text not in self.shown:
-            if not select.select([self._fd], [], [], max(0, deadline - time.monotonic()))[0]:
-                return False
+            ready = select.select([self._fd], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"no {text!r} in {self.shown!r}"
             self.shown += os.read(self._fd, 1024).decode(errors="replace")
-        self.shown = self.shown.split(text, 1)[1]
-        return True
+        before, self.shown = self.shown.split(text, 1)
+        return before
+
+    @property
+    def echoes(self) -> bool:
+        return bool(termios.tcgetattr(self._fd)[3] & termios.ECHO)
+
+    def rest(self) -> str:
+        """All that is shown until the command ends."""
+        with suppress(OSError):  # which is how Linux says that nothing holds the terminal any more
+            while more := os.read(self._fd, 1024):
+                self.shown += more.decode(errors="replace")
+        return self.shown
 
     def end(self) -> int:
-        """Close the terminal; the exit code."""
+        """Wait for the command to end and close the terminal; the exit code."""
+        self.rest()
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self._fd)
         return code
 
 
-def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on() -> None:
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder in which commands keep their state, in place of the user's."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
     terminal = Terminal("chat", "--max-tokens", "4000")
-    terminal.wait_for("> ")  # from here on readline alone echoes what is typed
-    terminal.type("Write a very long story.\n")
-    terminal.wait_for("story.\r\n")
-    terminal.wait_for(" ")  # the answer has begun
+    terminal.wait_for(READING)
+    terminal.type("Write a very long story.\r")
+    terminal.wait_for("story.")
+    terminal.wait_for("\n")
+    terminal.wait_for(" ")  # the answer has started
     terminal.type("\x03")
-    terminal.wait_for("> ")
-    terminal.type("/reset\n")
-    terminal.wait_for("(forgotten)")
-    terminal.wait_for("> ")
+    terminal.wait_for(READING)
+    terminal.type("/reset\r")
+    terminal.wait_for("(conversation reset)")
+    terminal.wait_for(READING)
     terminal.type("\x04")
     assert terminal.end() == 0
 
 
-def test_ctrl_c_at_the_prompt_of_a_terminal() -> None:
+def test_ctrl_c_at_the_prompt_of_a_terminal_abandons_the_line_and_hints_once() -> None:
     terminal = Terminal("chat")
-    terminal.wait_for("> ")
-    for _ in range(12):  # readline misses a signal that comes just before it waits
-        time.sleep(0.3)
-        terminal.type("\x03")
-        if terminal.shows("Ctrl-D", seconds=10):
-            break
-    else:
-        pytest.fail(f"Ctrl-C has no effect: {terminal.shown!r}")
-    terminal.wait_for("> ")
-    terminal.type("/exit\n")
+    terminal.wait_for(READING)
+    terminal.type("half a question\x03")
+    terminal.wait_for("(Ctrl-D or /exit leaves)")
+    terminal.wait_for(READING)
+    terminal.type("\x03")
+    assert "Ctrl-D" not in terminal.wait_for(READING)
+    terminal.type("/exit\r")
     assert terminal.end() == 0
+
+
+def test_what_is_typed_during_an_answer_is_not_echoed_and_waits_for_enter(state: Path) -> None:
+    terminal = Terminal("chat", "--max-tokens", "4000")
+    assert terminal.echoes
+    terminal.wait_for(READING)
+    terminal.type("Write a very long story.\r")
+    terminal.wait_for("story.")
+    terminal.wait_for("\n")
+    terminal.wait_for(" ")  # the answer has started
+    assert not terminal.echoes
+    terminal.type("/save q\x7f")
+    terminal.type(f"{state}/chat.json\r\x03")
+    assert "/save" not in terminal.wait_for(READING)
+    terminal.wait_for("/save")
+    assert not (state / "chat.json").exists()
+    terminal.type("\r")
+    terminal.wait_for("(saved 2 messages")
+    assert (state / "chat.json").exists()
+    terminal.wait_for(READING)
+    terminal.type("/exit\r")
+    terminal.rest()
+    assert terminal.echoes
+    assert terminal.end() == 0
+
+
+def test_a_pasted_text_of_several_lines_is_one_question(state: Path) -> None:
+    terminal = Terminal("chat", "--max-tokens", "4")
+    terminal.wait_for(READING)
+    terminal.type("\x1b[200~Explain:\rx = 1\r\ry = 2\x1b[201~\r")
+    terminal.wait_for(READING)
+    terminal.type(f"/save {state}/chat.json\r")
+    terminal.wait_for("(saved 2 messages")
+    terminal.wait_for(READING)
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+    question = json.loads((state / "chat.json").read_text(encoding="utf-8"))["messages"][0]["content"]
+    assert question == "Explain:\nx = 1\n\ny = 2"
+
+
+def test_the_next_conversation_has_the_history_of_the_last() -> None:
+    for keys in ("/stats\r", "\x1b[A\r"):
+        terminal = Terminal("chat")
+        terminal.wait_for(READING)
+        terminal.type(keys)
+        terminal.wait_for("(no answer yet)")
+        terminal.wait_for(READING)
+        terminal.type("\x04")
+        assert terminal.end() == 0
+
+
+def test_sigterm_during_an_answer_restores_the_terminal() -> None:
+    terminal = Terminal("chat", "--max-tokens", "4000")
+    terminal.wait_for(READING)
+    terminal.type("Write a very long story.\r")
+    terminal.wait_for("story.")
+    terminal.wait_for("\n")
+    terminal.wait_for(" ")  # the answer has started
+    os.kill(terminal.pid, signal.SIGTERM)
+    terminal.rest()
+    assert terminal.echoes
+    assert terminal.end() == 128 + signal.SIGTERM
+
+
+def test_sigterm_at_the_prompt_restores_the_terminal() -> None:
+    terminal = Terminal("chat")
+    terminal.wait_for(READING)
+    os.kill(terminal.pid, signal.SIGTERM)
+    terminal.rest()
+    assert terminal.echoes
+    assert terminal.end() == 128 + signal.SIGTERM
+
+
+def test_after_ctrl_c_in_a_single_question_the_shell_gets_a_new_line() -> None:
+    terminal = Terminal("chat", "Count to one hundred.", "--max-tokens", "2000")
+    terminal.wait_for(" ")  # the answer has started
+    terminal.type("\x03")
+    assert terminal.rest().endswith("\r\n")
+    assert terminal.end() == 130

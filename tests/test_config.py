@@ -41,7 +41,10 @@ def test_each_layer_has_its_window_or_sees_everything() -> None:
         ({"layer_types": (FULL, SLIDING)}, r"'sliding_attention', which needs a sliding_window, not None"),
         ({"layer_types": (SLIDING,), "sliding_window": 8}, r"layer_types must name 2 layers, not 1"),
         ({"layer_types": (FULL, "local"), "sliding_window": 8}, r"layer_types 'local' is not supported"),
-        ({"layer_types": (FULL, SLIDING), "sliding_window": 0}, r"sliding_window must be .* from 1, not 0"),
+        (
+            {"layer_types": (FULL, SLIDING), "sliding_window": 0},
+            r"sliding_window must be .* at least 1 token, not 0",
+        ),
         ({"layer_types": (FULL, SLIDING), "sliding_window": 8.0}, r"sliding_window must be .*, not 8.0"),
         ({"layer_types": (FULL, SLIDING), "sliding_window": True}, r"sliding_window must be .*, not True"),
         ({"rope_local_theta": 0.0}, r"rope_local_theta must be a positive number, not 0.0"),

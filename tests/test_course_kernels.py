@@ -137,6 +137,7 @@ PLAIN_MATMUL = """
 
 @pytest.mark.install
 @pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no C++ compiler")
+@pytest.mark.deep  # compiles two libraries
 def test_a_kernel_of_the_learners_runs_in_place_of_the_references(tmp_path: Path) -> None:
     """A plain solution is built into a library of its own, and passes its day (about a minute)."""
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0

@@ -58,7 +58,7 @@ def test_a_full_pool_with_nobody_to_preempt_is_a_refusal_and_no_deadlock() -> No
         engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=2))
         assert engine.step() == []
         refused = engine.take_failures()
-        with pytest.raises(OutOfBlocksError, match=r"'a' needs \d blocks, 0 of 4 can be had"):
+        with pytest.raises(OutOfBlocksError, match=r"'a' needs \d blocks, 0 of 4 are available"):
             raise refused[0].error
         assert [failure.request_id for failure in refused] == ["a"]
         assert not engine.has_work

@@ -189,7 +189,7 @@ def test_a_window_that_is_not_mentioned_is_transformers_default() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "gemma3"}, "'gemma3' reads images too.*'gemma3_text'"),
+        ({"model_type": "gemma3"}, "'gemma3' also takes images.*'gemma3_text'"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),

@@ -3,9 +3,11 @@
 Oracles: groups written down by hand, what every division must be, and tables that grow step by step.
 """
 
+import doctest
 from itertools import pairwise
 
 import pytest
+import tiny_llm.layer_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.layer_groups import LayerGroup, group_layers, layers_per_block
@@ -165,3 +167,10 @@ def test_a_text_of_any_length_fits_into_a_windows_blocks() -> None:
         65,
     ]
     assert LayerGroup((0,)).most_blocks(10**6, 16, 512) == 62_500
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    """Oracle: the results that are written there."""
+    results = doctest.testmod(tiny_llm.layer_groups)
+    assert results.attempted >= 2
+    assert results.failed == 0

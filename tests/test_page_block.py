@@ -224,10 +224,10 @@ WRONG_QUERIES = {
     "without_a_row": (zeros(0, 4, 1, 32), r"\(0, 4, 1, 32\)"),
     "without_a_token": (zeros(2, 4, 0, 32), r"\(2, 4, 0, 32\)"),
     "of_integers": (zeros(2, 4, 1, 32, dtype=mx.int32), "int32"),
-    "with_a_row_too_many": (zeros(3, 4, 1, 32), "3 rows, and there are 2 page tables"),
+    "with_a_row_too_many": (zeros(3, 4, 1, 32), "3 rows, but there are 2 page tables"),
     "with_heads_that_do_not_divide": (zeros(2, 5, 1, 32), "5 heads, the pages have 2"),
-    "of_another_head_size": (zeros(2, 4, 1, 64), "a query of D = 64"),
-    "longer_than_a_table": (zeros(2, 4, 6, 32), "table 1 holds 5 tokens, the query's rows 6"),
+    "of_another_head_size": (zeros(2, 4, 1, 64), "a query with D = 64"),
+    "longer_than_a_table": (zeros(2, 4, 6, 32), "table 1 holds 5 tokens, fewer than the query's 6"),
 }
 
 
@@ -275,7 +275,7 @@ def test_pages_that_are_not_alike_are_refused(other: mx.array) -> None:
     made = make_sequences([9])
     block = made.tables[0].blocks[2]
     made.pages[block] = PageBlock(other, other + 0)
-    with pytest.raises(ValueError, match=f"alike: .* block {block} is"):
+    with pytest.raises(ValueError, match=f"one shape and type: .* block {block} is"):
         made.attend()
 
 

@@ -210,7 +210,7 @@ def test_pages_held_by_somebody_else_give_a_refusal_and_the_next_request_runs() 
     elsewhere = BlockTable(manager.allocator, 4)
     elsewhere.append_tokens(12)
     manager.add_request([1] * 8, "big", outputs(4))
-    with pytest.raises(OutOfBlocksError, match=r"'big' needs 3 blocks, 1 of 4 can be had"):
+    with pytest.raises(OutOfBlocksError, match=r"'big' needs 3 blocks, 1 of 4 are available"):
         manager.process_batch()
     assert not manager.has_work
     manager.add_request([1], "small", outputs(2))

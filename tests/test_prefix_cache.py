@@ -738,7 +738,10 @@ def run_machine(machine: type[Machine], phases: tuple[Phase, ...] = tuple(Phase)
     run_state_machine_as_test(
         counted,
         settings=settings(
-            max_examples=examples(250), stateful_step_count=40, phases=phases, report_multiple_bugs=False
+            max_examples=examples(250, quick=250),
+            stateful_step_count=40,
+            phases=phases,
+            report_multiple_bugs=False,
         ),
     )
     return happened

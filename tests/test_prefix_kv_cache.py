@@ -80,5 +80,5 @@ def test_what_does_not_fit_changes_nothing() -> None:
         cache.allocate_with_prefix("b", "other", 16)
     with pytest.raises(ValueError, match="fewer than the prefix's 5"):
         cache.allocate_with_prefix("b", "sys", 4)
-    with pytest.raises(ValueError, match="'a' is there already"):
+    with pytest.raises(ValueError, match="'a' exists already"):
         cache.allocate_with_prefix("a", "sys", 6)

@@ -232,7 +232,10 @@ def run_machine(
     machine = type("Machine", (BatchMachine,), options)
     case = machine.TestCase
     case.settings = settings(
-        max_examples=examples(200), stateful_step_count=50, phases=phases, report_multiple_bugs=False
+        max_examples=examples(200, quick=200),
+        stateful_step_count=50,
+        phases=phases,
+        report_multiple_bugs=False,
     )
     case("runTest").runTest()
     return happened

@@ -242,7 +242,8 @@ def test_the_readme_starts_with_two_commands_of_one_line() -> None:
     assert start is not None
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", start[1], re.MULTILINE | re.DOTALL)
     assert [language for language, _ in blocks] == ["sh", "sh"]
-    setup = 'pip install "pdm[locked]" && pdm install && '
+    activate = "python3 -m venv .venv && . .venv/bin/activate && "
+    setup = activate + 'pip install "pdm[locked]" && pdm install && '
     commands = [text.splitlines() for _, text in blocks]
     assert [len(lines) for lines in commands] == [1, 1]
     assert all(lines[0].startswith(setup) for lines in commands)

@@ -1,22 +1,21 @@
 """`tiny-llm chat`: one question from the command line or a pipe, or a conversation at a prompt."""
 
-import os
 import secrets
-import select
-import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .engine import asked_sampling, load
 from .options import EngineOptions, SamplingOptions, takes_groups
-from .stdin import read_stdin, stdin_is_terminal
+from .stdin import read_stdin, stdin_has_data, stdin_is_terminal
 
 if TYPE_CHECKING:
     from .conversation import Conversation
 
-_MAX_TOKENS = 512  # of an answer, where nothing else limits it
+_MAX_TOKENS = 512  # of an answer, unless the user or the model sets another limit
 _WAIT_FOR_PIPE = 1.0  # seconds, after the model is loaded
 
 
@@ -25,49 +24,70 @@ def chat(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="PROMPT", help="The question. Without it: what is piped in, or a conversation."
+            metavar="PROMPT",
+            help="The question. Without it, the question is read from a pipe, or a conversation starts.",
         ),
     ] = None,
     *,
     system: Annotated[
-        str | None, typer.Option(help="A system message for the whole conversation.", metavar="TEXT")
+        str | None,
+        typer.Option(help="The system message: how the model should answer.", metavar="TEXT"),
     ] = None,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history/--no-history",
+            help="Keep what you type for the arrow keys of later conversations, in "
+            "~/.local/state/tiny-llm/chat_history (or under $XDG_STATE_HOME), which only you can read.",
+            envvar="TINY_LLM_CHAT_HISTORY",
+        ),
+    ] = True,
     sampling: SamplingOptions,
     engine: EngineOptions,
 ) -> None:
-    """Ask a model one question, or talk with it.
+    """Ask a model one question, or have a conversation with it.
 
     \b
-    tiny-llm chat "What is the capital of France?"
-    tiny-llm chat "Summarize this:" < notes.txt
-    tiny-llm chat --temperature 0.7 --system "You answer in one sentence."
+    tiny-llm chat                                         start a conversation
+    tiny-llm chat "What is the capital of France?"        ask one question
+    tiny-llm chat "Summarize this:" < notes.txt           ask about a file
+    git diff | tiny-llm chat "Describe this change:"      ask about a command's output
+    tiny-llm chat --system "You answer in one sentence."  say how to answer
 
-    Only the answer goes to standard output. With a question and a pipe, the question comes first. In a
-    conversation /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
+    Only the answer goes to standard output. In a conversation, /help lists the commands: they set the system
+    message, show the speed, save the messages and more. A text of several lines is pasted, or typed between
+    triple quotes. Ctrl-C stops an answer, Ctrl-D leaves. A conversation that outgrows the context goes on
+    without its oldest questions and answers.
     """
+    _check_text(prompt, "PROMPT")
+    _check_text(system, "--system")
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
     asked = asked_sampling(sampling, max_tokens=_MAX_TOKENS, seed=seed)
-    piped = None if prompt is not None or stdin_is_terminal() else _read_stdin()
-    llm = load(engine)
+    piped = None if prompt is not None or stdin_is_terminal() else _read_question()
+    with _line_break_after_ctrl_c():
+        llm = load(engine)
+        _check_max_tokens(sampling.max_tokens, llm.max_model_len)
 
-    from .conversation import Conversation, converse
+        from .conversation import Conversation
 
-    conversation = Conversation(llm, asked.params(llm.sampling_defaults), system)
-    if piped is not None:
-        _answer_once(conversation, piped)
-    elif prompt is not None:
-        piped = _read_stdin_if_it_comes()
-        _answer_once(conversation, f"{prompt}\n\n{piped}" if piped else prompt)
-    else:
-        converse(conversation, llm.model_name)
+        conversation = Conversation(llm, asked.params(llm.sampling_defaults), system)
+        if piped is not None:
+            _answer_once(conversation, piped)
+        elif prompt is not None:
+            piped = _read_pipe()
+            _answer_once(conversation, f"{prompt}\n\n{piped}" if piped else prompt)
+        else:
+            from .chat_loop import converse_at_terminal
+
+            converse_at_terminal(conversation, keeps_history=history)
 
 
-def _answer_once(conversation: "Conversation", text: str) -> None:
+def _answer_once(conversation: "Conversation", question: str) -> None:
     """Stream one answer to standard output, and end its last line."""
     last = ""
-    for delta in conversation.answer(text):
+    for delta in conversation.answer(conversation.prepare(question)):
         print(delta.text, end="", flush=True)
         last = delta.text or last
     if not last.endswith("\n"):
@@ -76,31 +96,44 @@ def _answer_once(conversation: "Conversation", text: str) -> None:
         print(f"({conversation.cut_short})", file=sys.stderr)
 
 
-def _read_stdin() -> str:
-    """All of standard input, which is the prompt."""
+def _read_question() -> str:
+    """All of standard input, which is the question."""
     text = read_stdin().rstrip("\n")
     if not text.strip():
-        raise typer.BadParameter("there is none, and standard input is empty", param_hint="PROMPT")
+        raise typer.BadParameter("no prompt is given, and standard input is empty", param_hint="PROMPT")
     return text
 
 
-def _read_stdin_if_it_comes() -> str:
-    """Standard input where something is piped in beside the argument; empty where nothing is.
-
-    A program that starts this one may leave an idle pipe behind that never ends: what has not begun to
-    arrive after a second is not waited for, and that is said.
-    """
+def _read_pipe() -> str:
+    """Standard input if data is piped into it; empty otherwise."""
     try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, ValueError, AttributeError):  # closed, or not a file at all
+        return read_stdin().rstrip("\n") if stdin_has_data(_WAIT_FOR_PIPE) else ""
+    except TimeoutError as error:
+        print(f"tiny-llm: warning: {error}; the question is only the argument", file=sys.stderr)
         return ""
-    if stat.S_ISCHR(mode):  # a terminal, or /dev/null
-        return ""
-    if not stat.S_ISREG(mode) and not select.select([sys.stdin], [], [], _WAIT_FOR_PIPE)[0]:
-        print(
-            f"tiny-llm: warning: nothing came through the pipe for {_WAIT_FOR_PIPE:.0f} s: "
-            "the argument alone is the prompt",
-            file=sys.stderr,
+
+
+def _check_text(text: str | None, name: str) -> None:
+    """Reject bytes that are not text; Python keeps them as lone surrogates."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter("not UTF-8 text", param_hint=name) from error
+
+
+def _check_max_tokens(max_tokens: int | None, context: int) -> None:
+    if max_tokens is not None and max_tokens > context:
+        raise typer.BadParameter(
+            f"{max_tokens} exceeds the context of {context} tokens", param_hint="--max-tokens"
         )
-        return ""
-    return sys.stdin.read().rstrip("\n")
+
+
+@contextmanager
+def _line_break_after_ctrl_c() -> Iterator[None]:
+    """End the line in which a terminal shows ^C, so that the shell's prompt starts a new one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        raise

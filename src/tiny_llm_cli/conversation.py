@@ -1,150 +1,215 @@
-"""A conversation: the messages so far, the answers as they stream, and the loop at the prompt."""
+"""A conversation with a model: its messages, its answers as they stream, and its place in the context.
 
-import signal
-import sys
-from collections.abc import Generator
+It does not know about the terminal.
+"""
+
+from bisect import bisect_left
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from types import FrameType
-from typing import Self
+from typing import NamedTuple
 
 from tiny_llm import LLM, SamplingParams, TextDelta
 
-HELP = """\
-/reset   forget the conversation and start again
-/help    show this
-/exit    leave (Ctrl-D does too)
-Ctrl-C   stop the answer; what was said of it stays"""
+from .answer_stats import AnswerMeter, AnswerStats
+
+Message = dict[str, str]
+_NEARLY = 0.9  # of the tokens that fit before the oldest exchanges are dropped
+
+
+class Exchange(NamedTuple):
+    """A question and its answer; the answer may have been stopped."""
+
+    question: str
+    answer: str
+
+
+class Prompt(NamedTuple):
+    """A question, the exchanges before it, and the token ids of both.
+
+    num_dropped: how many older exchanges had to be left out.
+    """
+
+    question: str
+    exchanges: Sequence[Exchange]
+    token_ids: list[int]
+    num_dropped: int
 
 
 class Conversation:
-    """Messages with a model. `messages` holds whole turns only: a question and what was said to it.
+    """A system message and exchanges with a model. The messages always end with an answer.
 
-    cut_short: why the last answer ended before the model was done, in words; None where it did not.
+    cut_short: why the last answer stopped before the model was done, in words; None if the model was done.
+    stats: measurements of the last answer; None before the first.
     """
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
+        self.system = system
+        self.exchanges: Sequence[Exchange] = ()
         self.cut_short: str | None = None
+        self.stats: AnswerStats | None = None
         self._llm = llm
         self._params = params
-        self._opening = [] if system is None else [{"role": "system", "content": system}]
-        self.messages = list(self._opening)
+        self._num_retries = 0
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model that answers."""
+        return self._llm.model_name
+
+    @property
+    def context(self) -> int:
+        """The longest prompt and answer together, in tokens."""
+        return self._llm.max_model_len
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the same question always gets the same answer."""
+        return self._params.temperature == 0
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages, as a chat template and the server's API take them."""
+        return self._messages(self.exchanges)
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
-        self.messages = list(self._opening)
+        """Forget everything except the system message."""
+        self.exchanges = ()
+        self.stats = self.cut_short = None
 
-    def answer(self, text: str) -> Generator[TextDelta, None, None]:
-        """Stream the answer to `text`. Closing the stream ends the answer; what was said of it stays.
-
-        Raises ValueError for a conversation that has outgrown the context, with the figures.
-        """
-        turn = [{"role": "user", "content": text}]
-        tokens = self._encode([*self.messages, *turn])
-        room = self._room(len(tokens))
-        max_tokens = min(self._params.max_tokens or room, room)
-        self.cut_short = None
-        said = ""
+    def set_system(self, text: str | None) -> None:
+        """Set the system message; None removes it. Raises ValueError if the chat template rejects it."""
+        before, self.system = self.system, text
         try:
-            with closing(self._llm.stream(tokens, replace(self._params, max_tokens=max_tokens))) as deltas:
+            self._encode((), "Hello")
+        except ValueError:
+            self.system = before
+            raise
+
+    def restore(self, messages: Sequence[Message]) -> None:
+        """Replace system message and exchanges by those of saved messages.
+
+        Raises ValueError unless the messages are an optional system message and then questions (user) and
+        answers (assistant), alternating.
+        """
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        rest = messages[system is not None :]
+        if len(rest) % 2 or any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(rest)):
+            raise ValueError("messages must alternate between user and assistant, and end with an answer")
+        self.reset()
+        self.system = system
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        self.exchanges = [Exchange(question["content"], answer["content"]) for question, answer in pairs]
+
+    def prepare(self, question: str) -> Prompt:
+        """Make the prompt for `question`; drop the oldest exchanges if they leave too little for the answer.
+
+        If any must be dropped, enough are dropped to leave half of the context free: dropping changes
+        the start of the prompt, so the prefix cache no longer helps and the whole prompt is computed again.
+
+        Raises ValueError, with advice, if the question does not fit even without exchanges.
+        """
+        return self._fit(self.exchanges, question)
+
+    def prepare_retry(self) -> Prompt:
+        """Make the prompt for the last question again; its new answer replaces the old one.
+
+        The next answers are drawn with another seed. Raises ValueError if there is no question yet.
+        """
+        if not self.exchanges:
+            raise ValueError("no question yet")
+        self._num_retries += 1
+        return self._fit(self.exchanges[:-1], self.exchanges[-1].question)
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether the next questions are likely to drop the oldest exchanges."""
+        return self.stats is not None and self.stats.num_tokens >= _NEARLY * self._most_prompt_tokens
+
+    def answer(self, prompt: Prompt) -> Generator[TextDelta, None, None]:
+        """Stream the answer to a prepared prompt. Closing the generator stops the answer.
+
+        The question joins the exchanges, with the text that has arrived, once there is any.
+        """
+        left = self.context - len(prompt.token_ids)
+        params = self._limited_params(left)
+        hits_before = self._llm.engine.stats.prefix_cache_hits
+        self.cut_short = None
+        meter, text = AnswerMeter(), ""
+        try:
+            with closing(self._llm.stream(prompt.token_ids, params)) as deltas:
                 for delta in deltas:
-                    said += delta.text
+                    meter.count(len(delta.token_ids))
+                    text += delta.text
                     if delta.finish_reason == "length":
-                        self.cut_short = self._why_cut(max_tokens)
+                        self.cut_short = self._why_cut_short(params)
                     yield delta
         finally:
-            if said:
-                self.messages += [*turn, {"role": "assistant", "content": said}]
+            num_cached = self._llm.engine.stats.prefix_cache_hits - hits_before
+            self.stats = meter.stats(len(prompt.token_ids), num_cached)
+            if text:
+                self.exchanges = [*prompt.exchanges, Exchange(prompt.question, text)]
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+    @property
+    def _most_prompt_tokens(self) -> int:
+        """The longest prompt that leaves enough for an answer: `max_tokens`, or a quarter of the context."""
+        quarter = self.context // 4
+        answer = min(self._params.max_tokens or quarter, quarter)
+        return self.context - max(answer, self._params.min_tokens, 1)
+
+    def _messages(self, exchanges: Sequence[Exchange]) -> list[Message]:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for question, answer in exchanges:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return messages
+
+    def _encode(self, exchanges: Sequence[Exchange], question: str) -> list[int]:
         template = self._llm.chat_template
         if template is None:
-            raise ValueError(f"{self._llm.model_name} has no chat template: use `tiny-llm generate`")
+            raise ValueError(f"{self.model_name} has no chat template: use `tiny-llm generate`")
+        messages = [*self._messages(exchanges), {"role": "user", "content": question}]
         return template.encode(messages, self._llm.tokenizer)
 
-    def _room(self, num_tokens: int) -> int:
-        """Tokens left for an answer."""
-        limit = self._llm.max_model_len
-        if num_tokens >= limit:
+    def _fit(self, exchanges: Sequence[Exchange], question: str) -> Prompt:
+        tokens = self._encode(exchanges, question)
+        if len(tokens) <= self._most_prompt_tokens:
+            return Prompt(question, exchanges, tokens, num_dropped=0)
+        self._check_fits(self._encode((), question))
+        num_dropped = self._num_to_drop(exchanges, question)
+        kept = exchanges[num_dropped:]
+        return Prompt(question, kept, self._encode(kept, question), num_dropped)
+
+    def _num_to_drop(self, exchanges: Sequence[Exchange], question: str) -> int:
+        """The fewest exchanges to drop that leave half of the context free, or at least enough to answer."""
+        counts = range(len(exchanges) + 1)
+        for most in (self.context // 2, self._most_prompt_tokens):
+            count = bisect_left(counts, -most, key=lambda n: -len(self._encode(exchanges[n:], question)))
+            if count < len(counts):
+                return count
+        return len(exchanges)
+
+    def _check_fits(self, tokens: list[int]) -> None:
+        if len(tokens) >= self.context:
             raise ValueError(
-                f"the conversation has {num_tokens} tokens and {limit} fit: shorten it or start a new one "
-                "(/reset), or raise --max-model-len or --num-blocks where they set the limit"
+                f"the prompt has {len(tokens):,} tokens, but prompt and answer together must fit into "
+                f"{self.context:,}: shorten it, or {self._how_to_extend()}"
             )
-        return limit - num_tokens
 
-    def _why_cut(self, max_tokens: int) -> str:
-        if max_tokens == self._params.max_tokens:
-            return f"stopped at --max-tokens {max_tokens}"
-        return f"the context of {self._llm.max_model_len} tokens is full: /reset starts a new conversation"
+    def _how_to_extend(self) -> str:
+        """The option that sets the size of the context, as advice."""
+        config, most = self._llm.engine_config, self._llm.model_config.max_position_embeddings
+        if self.context >= most:
+            return "use a model with a longer context"
+        option = "--kv-cache-memory" if config.num_blocks is None else "--num-blocks"
+        option = option if config.max_model_len is None else "--max-model-len"
+        return f"raise {option} (the model's own limit is {most:,} tokens)"
 
+    def _limited_params(self, left: int) -> SamplingParams:
+        max_tokens = min(self._params.max_tokens or left, left)
+        seed = None if self._params.seed is None else self._params.seed + self._num_retries
+        return replace(self._params, max_tokens=max_tokens, seed=seed)
 
-class StopButton:
-    """Turns Ctrl-C into a request to stop, while the block runs.
-
-    Once an answer has begun, Ctrl-C only sets `pressed`, so the engine is never left in the middle of a
-    step. Before that (a long prompt is read, which can take seconds) it raises KeyboardInterrupt, and so
-    does a second Ctrl-C.
-    """
-
-    def __init__(self) -> None:
-        self.answering = False
-        self.pressed = False
-
-    def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        if self.pressed or not self.answering:
-            raise KeyboardInterrupt
-        self.pressed = True
-
-
-def converse(conversation: Conversation, model_name: str) -> None:
-    """Read, answer, repeat, until end of file or /exit."""
-    import readline  # noqa: F401 (gives input() its editing and its history)
-
-    print(f"{model_name}. /help lists the commands, Ctrl-D leaves.")
-    while True:
-        try:
-            line = input("> ").strip()
-            if line in ("/exit", "/quit"):
-                return
-            if line.startswith("/"):
-                _run_command(conversation, line)
-            elif line:
-                _reply(conversation, line)
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:  # at the prompt, or just before an answer
-            print("\n(Ctrl-D or /exit leaves)")
-
-
-def _run_command(conversation: Conversation, line: str) -> None:
-    if line == "/reset":
-        conversation.reset()
-        print("(forgotten)")
-    elif line == "/help":
-        print(HELP)
-    else:
-        print(f"{line.split(maxsplit=1)[0]} is no command: /help lists them")
-
-
-def _reply(conversation: Conversation, text: str) -> None:
-    """Stream one answer to the terminal; a mistake of the user's is told and the conversation goes on."""
-    try:
-        with StopButton() as button, closing(conversation.answer(text)) as answer:
-            for delta in answer:
-                button.answering = True
-                print(delta.text, end="", flush=True)
-                if button.pressed:
-                    break
-        print(f"\n({conversation.cut_short})" if conversation.cut_short and not button.pressed else "")
-    except KeyboardInterrupt:
-        print()
-    except ValueError as error:
-        print(f"tiny-llm: error: {error}", file=sys.stderr)
+    def _why_cut_short(self, params: SamplingParams) -> str:
+        if params.max_tokens == self._params.max_tokens:
+            return f"stopped at --max-tokens {params.max_tokens}"
+        return f"stopped: the context of {self.context:,} tokens is full"

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention in plain MLX operators: slow and simple, the oracle of every faster kernel.
+"""Scaled dot-product attention in plain MLX operators: slow and simple. Faster kernels are tested against it.
 
 Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.
 """
@@ -9,14 +9,14 @@ import mlx.core as mx
 def softmax(x: mx.array) -> mx.array:
     """Turn each row of scores into weights that sum to 1: e^x divided by the row's sum of e^x.
 
-    x [..., S] -> [..., S], along the last axis; rows do not influence each other. Scores of 1000 must not
-    overflow, although e^1000 is inf in float32, and rows may lie far apart: one at 0, one at 1000. A score of
+    x [..., S] -> [..., S], along the last axis; rows do not influence each other. e^1000 is inf in float32,
+    but scores of 1000 must not overflow; another row of the same array may have scores near 0. A score of
     -inf gets a weight of exactly 0, so a row with one finite score and -inf elsewhere gives exactly 1 there
-    and exactly 0 elsewhere. No caller passes a row of -inf only.
+    and exactly 0 elsewhere. A row of only -inf need not be handled.
 
-    The weights have x's type, but sum in float32: float16 ends at 65504, so in float16 a row of 100,000 equal
-    scores has a sum of inf, and weights of 0 instead of 0.00001. MLX sums in the type of what it sums, and
-    float16 divided by float32 is float32: convert with `astype`.
+    The weights have x's type, but compute the sum in float32: the largest float16 is 65504, so in float16 a
+    row of 100,000 equal scores has a sum of inf, and weights of 0 instead of 0.00001. MLX sums in the type of
+    its input, and float16 divided by float32 is float32: convert with `astype`.
 
     >>> softmax(mx.array([[1000.0, 1000.0], [5.0, -mx.inf]])).tolist()
     [[0.5, 0.5], [1.0, 0.0]]
@@ -27,13 +27,13 @@ def softmax(x: mx.array) -> mx.array:
 
 
 def causal_mask(length: int, total: int) -> mx.array:
-    """Return the mask [length, total] in float32 that hides later tokens from the last `length` of `total`.
+    """Return the mask that stops the last `length` of `total` tokens from attending to later tokens.
 
-    Row i belongs to the token at position `total - length + i`; columns are positions. It is 0 where the
-    token may look, at positions up to its own, and -inf (`-mx.inf`) at later positions. The mask is added to
-    the scores: -inf gives a weight of 0 after softmax, whereas a score *multiplied* by 0 would still weigh
-    e^0 = 1. A length of 0 gives an empty mask, [0, total]. Raises ValueError for a length below 0 or above
-    total.
+    The mask is [length, total] in float32. Row i belongs to the token at position `total - length + i`;
+    columns are positions. A row is 0 at positions up to its token's own, and -inf (`-mx.inf`) at later ones.
+    The mask is added to the scores: a score of -inf gets a weight of 0 from softmax, whereas a score
+    *multiplied* by 0 would still weigh e^0 = 1. A length of 0 gives an empty mask, [0, total]. Raises
+    ValueError for a length below 0 or above total.
 
     >>> causal_mask(2, 4).tolist()
     [[0.0, 0.0, 0.0, -inf], [0.0, 0.0, 0.0, 0.0]]
@@ -47,17 +47,18 @@ def causal_mask(length: int, total: int) -> mx.array:
 def scaled_dot_product_attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
 ) -> mx.array:
-    """Compute softmax(q k^T * scale + mask) v: for each query a weighted mean of the values.
+    """Compute softmax(q k^T * scale + mask) v: for each query, a weighted mean of the values.
 
-    q [..., L, D], k and v [..., S, D] -> [..., L, D]. A query scores every key by their dot product, the
-    scores of one query become weights, and the weights mix the values. Use the scale that is given, often 1 /
-    sqrt(D): it keeps scores at the same size whatever D is. The mask broadcasts to [..., L, S] and is added
-    after scaling; None hides nothing. Leading axes broadcast, as in any matrix product. In MLX `.T` reverses
-    all axes, while `x.swapaxes(-1, -2)` exchanges the last two.
+    q [..., L, D], k and v [..., S, D] -> [..., L, D]. Each token has a query (what it looks for), a key (what
+    it can be found by) and a value (what it passes on). A query scores every key by their dot product,
+    softmax turns one query's scores into weights, and the weights mix the values.
 
-    The result has the type that MLX's operators give, and is not converted: float16 for q, k and v in float16
-    without a mask. float16 scores plus a float32 mask are float32, and so are then the weights and the
-    result.
+    Use the given scale. It is usually 1 / sqrt(D), which keeps the size of the scores independent of D. The
+    mask broadcasts to [..., L, S] and is added after scaling; None hides nothing. Leading axes broadcast, as
+    in any matrix product. In MLX `.T` reverses all axes; `x.swapaxes(-1, -2)` exchanges the last two.
+
+    Do not convert the result: it has the type that MLX's operators give. Without a mask, q, k and v in
+    float16 give float16. A float32 mask makes the scores float32, and with them the weights and the result.
 
     >>> q, k = mx.array([[1.0, 1.0]]), mx.zeros((2, 2))  # both keys score 0, so both weigh 1/2
     >>> scaled_dot_product_attention(q, k, mx.array([[2.0, 0.0], [4.0, 6.0]]), 0.5).tolist()

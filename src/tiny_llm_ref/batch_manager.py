@@ -1,7 +1,7 @@
-"""What serves many requests at once: the one face of every batch manager, and its door.
+"""The interface of the batch managers, which serve many requests at once, and their checks of new requests.
 
-A step is: `process_batch` schedules and runs, the caller samples, `commit` takes the tokens. The dense
-manager and the paged one differ in where keys and values live, and in nothing that the engine sees.
+A step: `process_batch` schedules and runs the model, the caller samples, `commit` appends the tokens. The
+dense and the paged manager differ in where they store keys and values; the engine sees no difference.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ from .sampling_params import SamplingParams
 from .sequence import Sequence
 from .step import StepLogits
 
-PROMPT_ROWS_AT_ONCE = 64  # rows of logits a step: 64 x 150,000 numbers are 38 MB
+PROMPT_ROWS_AT_ONCE = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
 
 
 class Capacity(NamedTuple):
-    """The memory for keys and values: so many blocks of so many tokens, and how many of them are free.
+    """The memory for keys and values, in blocks. In the dense manager a block is one sequence's whole cache.
 
-    num_cached: blocks that nobody uses, and that are kept because their tokens may come again. In the dense
-    manager a block is one sequence's whole cache. num_host_blocks: room on the host for what is swapped out.
+    num_blocks: all blocks. block_size: tokens in a block. num_free: blocks that are not in use or cached.
+    nbytes: bytes of all blocks. num_cached: idle blocks in the prefix cache. num_host_blocks: blocks on the
+    host, for sequences that are swapped out.
     """
 
     num_blocks: int
@@ -32,38 +33,38 @@ class Capacity(NamedTuple):
 
 
 class PrefixStats(NamedTuple):
-    """Prompt tokens of the requests that have begun, and those of them that were in the pool already."""
+    """Prompt tokens of the requests that have started, and how many of them were in the prefix cache."""
 
     queries: int = 0
     hits: int = 0
 
 
 class BatchManager(Protocol):
-    """Runs many requests at once. Everything that it holds belongs to one thread."""
+    """Runs many requests at once. Only one thread may use it."""
 
     @property
     def num_preemptions(self) -> int:
-        """How often somebody had to give way."""
+        """The number of preemptions so far."""
 
     @property
     def prefix_stats(self) -> PrefixStats:
-        """How often a prompt's beginning was there already."""
+        """How many prompt tokens there were, and how many of them were in the prefix cache."""
 
     @property
     def waiting(self) -> Seq[Sequence]:
-        """Who waits, the next to run first."""
+        """The waiting sequences, the next to run first."""
 
     @property
     def running(self) -> Seq[Sequence]:
-        """Who runs, oldest first."""
+        """The running sequences, oldest first."""
 
     @property
     def num_waiting_requests(self) -> int:
-        """Requests that have a waiting sequence."""
+        """The number of requests that have a waiting sequence."""
 
     @property
     def capacity(self) -> Capacity:
-        """How full it is."""
+        """The memory for keys and values, and how much of it is free."""
 
     @property
     def has_work(self) -> bool:
@@ -71,10 +72,10 @@ class BatchManager(Protocol):
 
     @property
     def num_swapped(self) -> int:
-        """Of those who wait, how many have their keys and values on the host."""
+        """The number of waiting sequences whose keys and values are on the host."""
 
     def sequence(self, seq_id: str) -> Sequence:
-        """The unfinished sequence of that id; KeyError for another."""
+        """Return the sequence with this id; KeyError if it is unknown or has ended."""
 
     def has_sequence(self, seq_id: str) -> bool:
         """True while a sequence has not ended."""
@@ -83,34 +84,40 @@ class BatchManager(Protocol):
         """True while a request has not ended."""
 
     def isolate(self, request_id: str | None) -> None:
-        """Let nobody else's turn come, of those who wait, until this is called again; None: everybody's."""
+        """From now on start only waiting sequences of this request; None: of all requests again."""
 
     def recover(self) -> list[str]:
-        """After a step that raised: all who ran wait again; the requests that it was to compute."""
+        """After a step that raised, let all running sequences wait again.
+
+        Returns the ids of the requests that the step was to compute.
+        """
 
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
     ) -> bool:
-        """Queue a prompt: False not now; raises `RequestTooLargeError` never, with the figures."""
+        """Queue a prompt: True if queued, False if not possible now.
+
+        Raises `RequestTooLargeError`, with the limit, if it will never be possible.
+        """
 
     def process_batch(self) -> StepLogits:
-        """Schedule and run one step; the logits of every sequence that is ready for its next token."""
+        """Schedule and run one step; return the logits of every sequence that is ready for its next token."""
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id."""
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence: its memory goes back. KeyError for one that has ended."""
+        """End one sequence and free its memory; KeyError if it is unknown or has ended."""
 
     def cancel(self, request_id: str) -> None:
-        """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
+        """End every sequence of a request, in any state; unknown and ended ids are ignored."""
 
 
 def longest(tokens: list[int], params: SamplingParams, request_id: str, context: int, seats: int) -> int:
     """Return the most tokens that a sequence of this request may have, prompt and outputs.
 
-    Raises ValueError for an empty prompt, and `RequestTooLargeError` for a request that could never run in a
-    context of `context` tokens, or with `seats` sequences at once.
+    context: the longest sequence, in tokens. seats: the most sequences at once. Raises ValueError for an
+    empty prompt, and `RequestTooLargeError` for a request that can never run within these limits.
     """
     if not tokens:
         raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")
@@ -126,7 +133,7 @@ def longest(tokens: list[int], params: SamplingParams, request_id: str, context:
 
 
 def refuse_too_many(request_id: str, n: int, seats: int, field: str = "n") -> None:
-    """Raise `RequestTooLargeError` for more completions, or beams, than sequences that may run at once."""
+    """Raise `RequestTooLargeError` if a request has more completions, or beams, than may run at once."""
     if n > seats:
         raise RequestTooLargeError(
             f"request {request_id!r}: {field} = {n} exceeds the {seats} sequences that may run at once",
@@ -135,9 +142,9 @@ def refuse_too_many(request_id: str, n: int, seats: int, field: str = "n") -> No
 
 
 def wanted(sequence: Sequence) -> int:
-    """Count the tokens that a sequence could compute now: 1 for a decode, the rest of a prompt, or 0.
+    """Return how many tokens a sequence could compute now: 1 for a decode, the rest of a prompt, or 0.
 
-    With `prompt_logprobs` each token needs a row of logits: at most `PROMPT_ROWS_AT_ONCE` then.
+    With `prompt_logprobs` it is at most `PROMPT_ROWS_AT_ONCE`, because each token needs a row of logits.
     """
     if sequence.params.prompt_logprobs is None:
         return sequence.num_uncomputed

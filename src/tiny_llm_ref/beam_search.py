@@ -1,8 +1,9 @@
-"""Beam search: the best few continuations of a prompt grow side by side, and share the pages that they can.
+"""Beam search: continues a prompt with the best few hypotheses at once, which share pages where they agree.
 
-The pages are reference counting over block tables (`BeamSearchPageManager`); which continuations live on is
-arithmetic over log-probabilities (`BeamSearch`). Knows nothing of models, arrays or text. Source: the
-PagedAttention paper, section 4.4; the rules of transformers' beam search with `early_stopping="never"`.
+`BeamSearchPageManager` shares the pages: reference counting over block tables. `BeamSearch` chooses the
+hypotheses: arithmetic over log-probabilities. Knows nothing of models, arrays or text. Source: the
+PagedAttention paper, section 4.4; the rules are those of transformers' beam search with
+`early_stopping="never"`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,15 +14,16 @@ from typing import NamedTuple
 from .paged_attention import BlockAllocator, BlockCopy, BlockTable
 from .parameter_checks import MOST_COUNT, MOST_SALT_CHARACTERS, flag, number, text, whole_number
 
-MOST_PENALTY = 10  # a number of tokens to this power is still a float, and so is one part in as many
+MAX_LENGTH_PENALTY = 10  # num_tokens ** 10 and num_tokens ** -10 are still floats above 0
 
 
 def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -> None:
-    """Make each of the beams' tables a fork of the parent's: the same blocks and tokens, counted once more.
+    """Turn each of the beams' tables into a fork of the parent's: the same blocks and tokens.
 
-    The tables stay the same objects. The blocks that they held before are freed; no block is copied, and
-    afterwards all tables are independent. The parent may be one of `beam_tables`: it stays as it is. All
-    tables have the parent's allocator and block size.
+    Each table counts as one more holder of the parent's blocks. The table objects stay the same. References
+    to the blocks that they held before are freed. No block is copied, and afterwards all tables are
+    independent. The parent may be in `beam_tables` too: it keeps its blocks. All tables have the parent's
+    allocator and block size.
 
     >>> allocator = BlockAllocator(8)
     >>> parent, beam = BlockTable(allocator, block_size=4), BlockTable(allocator, block_size=4)
@@ -37,10 +39,10 @@ def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -
 
 
 class BeamSearchPageManager:
-    """The block tables of one search's living beams, by beam id.
+    """The block tables of one search's active beams, by beam id.
 
-    beam_size: the most beams that live at once. page_size: tokens in a block. The search begins with beam 0,
-    which is empty. An id is used once: `_next_id` only grows.
+    beam_size: the most beams at once. page_size: tokens in a block. The search starts with beam 0, which is
+    empty. `_tables` has the table of each active beam. Ids are never reused: `_next_id` only grows.
     """
 
     def __init__(self, beam_size: int, page_allocator: BlockAllocator, page_size: int = 16) -> None:
@@ -52,14 +54,14 @@ class BeamSearchPageManager:
 
     @property
     def tables(self) -> Mapping[int, BlockTable]:
-        """The block table of each living beam, by its id; not a copy, so it changes with the beams."""
+        """The block table of each active beam, by its id; not a copy, so it changes with the beams."""
         return self._tables
 
     def fork_beam(self, parent_beam_id: int) -> int:
         """Add a beam that shares every page of its parent, and return its id, which no beam had before.
 
-        Raises, and changes nothing: ValueError if `beam_size` beams live already, KeyError if the parent is
-        no living beam.
+        Raises, and changes nothing: ValueError if there are `beam_size` beams already, KeyError if the parent
+        is not an active beam.
 
         >>> beams = BeamSearchPageManager(beam_size=2, page_allocator=BlockAllocator(8), page_size=4)
         >>> _ = beams.expand_beam(0, [5, 6, 7, 8, 9, 10])
@@ -68,7 +70,7 @@ class BeamSearchPageManager:
         (6, 4, 2)
         """
         if len(self._tables) == self.beam_size:
-            raise ValueError(f"beam {parent_beam_id} cannot be forked: all {self.beam_size} beams live")
+            raise ValueError(f"beam {parent_beam_id} cannot be forked: all {self.beam_size} beams are in use")
         beam_id, self._next_id = self._next_id, self._next_id + 1
         self._tables[beam_id] = self._tables[parent_beam_id].fork()
         return beam_id
@@ -76,22 +78,22 @@ class BeamSearchPageManager:
     def expand_beam(self, beam_id: int, new_tokens: list[int]) -> list[BlockCopy]:
         """Add places for a beam's new tokens, and return the copies to make before they are written.
 
-        A last block that is partly filled and shared is copied on write. Raises, and changes nothing:
-        KeyError for a beam that does not live, `OutOfBlocksError` if too few blocks are free.
+        If the last block is partly filled and shared, it is copied on write. Raises, and changes nothing:
+        KeyError for a beam that is not active, `OutOfBlocksError` if too few blocks are free.
         """
         return self._tables[beam_id].append_tokens(len(new_tokens))
 
     def prune(self, beam_ids: Iterable[int]) -> None:
-        """End beams: their ids are unknown from now on, and pages that no other beam holds are free.
+        """End beams: remove their ids from `tables`, and free their references to pages.
 
-        beam_ids: may be `tables` itself; an id that comes twice is one beam. Raises KeyError, and ends none
-        of them, if one is no living beam.
+        beam_ids: any iterable, even `tables` itself; an id that appears twice counts once. Raises KeyError,
+        and ends no beam, if one of the ids is not an active beam.
 
         >>> allocator = BlockAllocator(8)
         >>> beams = BeamSearchPageManager(beam_size=2, page_allocator=allocator, page_size=4)
         >>> _ = beams.expand_beam(0, [5, 6, 7, 8, 9, 10])
         >>> child = beams.fork_beam(0)
-        >>> _ = beams.expand_beam(child, [11])  # copies the last block: one page is shared, each has one more
+        >>> _ = beams.expand_beam(child, [11])  # now both share one page, and each has a second one
         >>> beams.prune([0])
         >>> list(beams.tables) == [child], allocator.num_free
         (True, 6)
@@ -114,15 +116,14 @@ class BeamSearchPageManager:
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """How one request searches; names and defaults are vLLM's.
+    """The parameters of one beam search; names and defaults are vLLM's.
 
-    beam_width: the most beams that live at once, and the most that are returned. max_tokens: longest output.
-    ignore_eos: continue after end-of-sequence tokens. length_penalty: a hypothesis's score is the sum of its
-    tokens' log-probabilities, divided by their number to this power, from -10 to 10; above 0 prefers longer
-    texts.
-    cache_salt, priority: as in `SamplingParams`.
+    beam_width: the most beams at once, and the most that are returned. max_tokens: longest output.
+    ignore_eos: continue after end-of-sequence tokens. length_penalty: from -10 to 10. A hypothesis's score is
+    the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; above 0 prefers longer
+    texts. cache_salt, priority: as in `SamplingParams`.
 
-    Raises `SamplingParamsError` for a value that cannot work.
+    Raises `SamplingParamsError` for an invalid value.
     """
 
     beam_width: int
@@ -137,7 +138,9 @@ class BeamSearchParams:
             "beam_width": whole_number("beam_width", self.beam_width, 1),
             "max_tokens": whole_number("max_tokens", self.max_tokens, 1),
             "ignore_eos": flag("ignore_eos", self.ignore_eos),
-            "length_penalty": number("length_penalty", self.length_penalty, -MOST_PENALTY, MOST_PENALTY),
+            "length_penalty": number(
+                "length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY
+            ),
             "cache_salt": text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS),
             "priority": whole_number("priority", self.priority, -MOST_COUNT),
         }
@@ -145,7 +148,7 @@ class BeamSearchParams:
             object.__setattr__(self, name, value)
 
     def score(self, logprob: float, num_tokens: int) -> float:
-        """The score of a hypothesis that has ended; higher is better."""
+        """Return the score of a hypothesis that has ended; higher is better."""
         return float(logprob / num_tokens**self.length_penalty)
 
 
@@ -165,17 +168,17 @@ class Ended(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A beam of the next step: the index of the present beam that it continues, and the token it adds."""
+    """A beam of the next step: the index of the current beam that it continues, and the token it adds."""
 
     parent: int
     token: int
 
 
 class BeamSearch:
-    """One search: `beams`, the living hypotheses, best first, and `ended`, the best that have ended, best
-    first.
+    """One search: `beams` are the active hypotheses, and `ended` the best that have ended; both best first.
 
-    At most `beam_width` of each. It begins with one beam without a token; a search without beams is over.
+    There are at most `beam_width` of each. A search starts with one beam without tokens. It is over when it
+    has no beams.
     """
 
     def __init__(self, params: BeamSearchParams, eos_token_ids: Iterable[int]) -> None:
@@ -186,28 +189,29 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many of a beam's likeliest tokens matter: `beam_width` may live on, and the others end."""
+        """How many likeliest tokens `advance` needs for each beam: some of them may end it."""
         return self.params.beam_width * (1 + len(self._eos))
 
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:
-        """Choose the next beams from the likeliest tokens of each present beam; [] when the search is over.
+        """Choose the next beams from the likeliest tokens of each current beam; [] when the search is over.
 
-        candidates[i]: tokens that may follow beam i, with their log-probabilities, in any order. Each makes a
-        longer hypothesis, with beam i's sum plus its log-probability. Rank all of them, those that end
-        included, by their sums, the highest first; of equal sums first the one with the better parent (the
-        smaller i), then the smaller token. Ranks begin at 0.
+        candidates[i]: tokens that may follow beam i, each with its log-probability, in any order. Each makes
+        a new hypothesis: beam i's tokens and this one, with beam i's sum plus this log-probability. Rank all
+        new hypotheses together by their sums, the highest first. Of equal sums, the one with the smaller i
+        comes first, then the one with the smaller token. Ranks start at 0.
 
-        - The best `beam_width` of those that do not end are the new `beams`, in this order. The returned
-          choices say of each which beam it continues and with which token.
-        - One that ends (`_finish_reason` says why) takes no beam's place. It joins `ended` with its
-          `params.score`, but only if it is among the first `beam_width` of the whole ranking.
-        - `ended` has the highest score first; of equal scores the older first, and of those that end in one
-          step the one with the better rank. It keeps at most `beam_width`.
-        - The search is over, with no beams and no choices, if no beam is left or if `_nothing_can_improve()`,
-          which looks at the new `beams` and `ended`.
+        - `_finish_reason` returns why a hypothesis ends, or None if it continues.
+        - The best `beam_width` of those that continue are the new `beams`, in this order. Return a `Choice`
+          for each: the beam that it continues, and its token.
+        - A hypothesis that ends takes no place in `beams`. It joins `ended`, with its `params.score`, only if
+          its rank among all new hypotheses is below `beam_width`.
+        - `ended` is sorted by score, the highest first. Of equal scores, one that ended in an earlier step
+          comes first, then one with the better rank. Only the best `beam_width` stay.
+        - Then, if `_nothing_can_improve()` (it looks at the new `beams` and `ended`, and is True without
+          beams), the search is over: `beams` becomes empty and the result is [].
 
         >>> search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), eos_token_ids=[7])
-        >>> search.advance([[(5, -1.0), (6, -3.0), (7, -2.0), (8, -2.5)]])  # 7 ends, with rank 1
+        >>> search.advance([[(5, -1.0), (6, -3.0), (7, -2.0), (8, -2.5)]])  # ranked 5, 7, 8, 6; and 7 ends
         [Choice(parent=0, token=5), Choice(parent=0, token=8)]
         >>> search.beams[1], search.ended[0].hypothesis
         (Hypothesis(tokens=(8,), logprob=-2.5), Hypothesis(tokens=(7,), logprob=-2.0))
@@ -229,23 +233,24 @@ class BeamSearch:
             elif reason is not None and rank < width:
                 self.ended.append(Ended(self.params.score(grown.logprob, len(grown.tokens)), grown, reason))
             if len(choices) == width and rank + 1 >= width:
-                break  # the rest can be neither a beam nor an end
+                break  # the remaining ones can be neither in `beams` nor in `ended`
         self.ended = sorted(self.ended, key=lambda ended: -ended.score)[:width]
         if self._nothing_can_improve():
             self.beams, choices = [], []
         return choices
 
     def _finish_reason(self, hypothesis: Hypothesis) -> str | None:
-        """Why a hypothesis ends with its last token; None if it does not."""
+        """Return why a hypothesis ends with its last token, or None if it continues."""
         if hypothesis.tokens[-1] in self._eos:
             return "stop"
         return "length" if len(hypothesis.tokens) == self.params.max_tokens else None
 
     def _nothing_can_improve(self) -> bool:
-        """True if no beam is left, or `beam_width` have ended and no beam can become better than the worst.
+        """True if no beam is left, or if no beam can still enter a full `ended`.
 
-        A beam's sum can only fall. Its best possible score has the present length, or the longest if the
-        penalty rewards length.
+        `ended` is full if it has `beam_width` hypotheses; a beam must then beat the worst of them. A beam's
+        sum can only fall, so its best possible score is that of its sum now, at its length now, or at
+        `max_tokens` if the penalty rewards length.
         """
         if not self.beams or len(self.ended) < self.params.beam_width:
             return not self.beams

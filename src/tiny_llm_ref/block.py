@@ -1,4 +1,7 @@
-"""One transformer block: attention and MLP each read a normalised copy of the stream and add to it."""
+"""One transformer block: attention and the MLP each read a normalised copy of the stream and add to it.
+
+The stream is the array [B, L, E] that passes from layer to layer: one vector for each token.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ class TransformerBlock:
     """A pre-norm residual block; its parts are named as in the checkpoint.
 
     input_layernorm, post_attention_layernorm: [E], the weights of the norms before attention and before the
-        MLP. The second name says where it is: after attention, so before the MLP.
+        MLP. The second is named by its place, which is after attention and so before the MLP.
     """
 
     self_attn: Attention
@@ -28,16 +31,18 @@ class TransformerBlock:
 
     @accelerated(compiled=run_fused, takes=can_fuse)
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
-        """Run both halves on the stream x [B, L, E] -> [B, L, E].
+        """Run attention, then the MLP, on the stream x [B, L, E] -> [B, L, E].
 
-        Attention, called with the context, reads the stream normalised by `input_layernorm`; its output is
-        added to the stream. The MLP reads that sum normalised by `post_attention_layernorm`; its output is
-        added to the sum. The stream itself is never normalised: if both halves give 0, x comes out as it was.
-        `eps` goes into both norms. In the example attention gives back what it reads, and the MLP gives 0.
+        Call attention with the stream, normalised with `input_layernorm`, and the context; add its output to
+        the stream. Call the MLP with that sum, normalised with `post_attention_layernorm`; add its output to
+        the sum. The stream itself is never normalised: if both parts return 0, the result is x. Both norms
+        use `eps`.
+
+        In the example attention returns its input, and the MLP returns 0.
 
         >>> ones, no_mlp = mx.ones(2), mx.zeros_like
         >>> block = TransformerBlock(lambda x, context: x, no_mlp, ones, ones, 0.0)
-        >>> block(mx.array([[[4.0, 4.0]]]), None).tolist()
+        >>> block(mx.array([[[4.0, 4.0]]]), None).tolist()  # (4, 4), plus (1, 1) from attention
         [[[5.0, 5.0]]]
         """
         x = x + self.self_attn(rms_norm(x, self.input_layernorm, self.eps), context)

@@ -1,7 +1,7 @@
-"""What happens in a pool, step by step, for whoever watches: to its blocks, and to those who hold them.
+"""The changes of a pool after each step, for a watcher: of its blocks, and of the sequences that hold them.
 
-Found by comparing the pool's bookkeeping before and after a step, so that nothing in it has to tell; nothing
-is looked at while nobody watches.
+Changes are found by comparing the bookkeeping before and after a step, so the pool and the scheduler need no
+extra code, and an engine without watchers does no extra work.
 """
 
 from collections.abc import Iterable
@@ -12,25 +12,25 @@ from .paged_batch import PagedBatchManager
 from .sequence import PagedSequence, SequenceState
 from .sliding_window import first_block
 
-MOST_WAITING = 256  # sequences that are shown; however many wait, a look costs the same
+MAX_WAITING_SHOWN = 256  # waiting sequences that are shown, which bounds the cost of a look
 
 
 class BlockEventKind(Enum):
-    """What can happen to a block. Holders are tables; what the prefix cache keeps is counted apart."""
+    """What can happen to a block. Holders are tables; the prefix cache is not counted as one here."""
 
-    ALLOCATED = "allocated"  # it was free, and is held
-    SHARED = "shared"  # it has more holders than before, or was kept and is in use again
+    ALLOCATED = "allocated"  # it was free and is held now
+    SHARED = "shared"  # it has more holders than before, or was idle in the cache and is held again
     RELEASED = "released"  # it has fewer holders than before, and is not free
-    FREED = "freed"  # nobody holds or keeps it any more
-    CACHED = "cached"  # the prefix cache keeps it
-    EVICTED = "evicted"  # the prefix cache has given it up
+    FREED = "freed"  # neither a table nor the prefix cache holds it any more
+    CACHED = "cached"  # the prefix cache keeps it now
+    EVICTED = "evicted"  # the prefix cache does not keep it any more
     COPIED = "copied"  # it was filled from another block of the pool
     SWAPPED_OUT = "swapped_out"  # it was copied to a block on the host
     SWAPPED_IN = "swapped_in"  # it was filled from a block on the host
 
 
 class BlockEvent(NamedTuple):
-    """What happened to a block. holders: tables that hold it now. other: the other block of a copy."""
+    """One change of a block. holders: tables that hold it now. other: the other block of a copy."""
 
     kind: BlockEventKind
     block: int
@@ -48,7 +48,7 @@ class TableView(NamedTuple):
 class SequenceView(NamedTuple):
     """A sequence that has not ended, in numbers: tokens of each kind, and where its keys and values are.
 
-    num_forks: completions that it will be forked into. num_host_blocks: what waits for it on the host.
+    num_forks: completions that are still to be forked from it. num_host_blocks: its blocks on the host.
     """
 
     seq_id: str
@@ -64,10 +64,10 @@ class SequenceView(NamedTuple):
 
 
 class PoolChange(NamedTuple):
-    """What a step has changed: blocks, sequences that are new or different, and ids of those that ended.
+    """The changes of a step: events of blocks, new or changed sequences, and ids of those that ended.
 
-    Of the waiting sequences only the first 256 count: one that others have displaced from these has ended
-    here, and comes again.
+    Only the first `MAX_WAITING_SHOWN` waiting sequences are shown. One that others push out of these is
+    listed in `ended`, and appears again later.
     """
 
     events: list[BlockEvent]
@@ -76,7 +76,7 @@ class PoolChange(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """True where nothing has changed."""
+        """True if nothing has changed."""
         return not (self.events or self.sequences or self.ended)
 
 
@@ -90,14 +90,14 @@ class BlockWatch:
         self._sequences = self._views()
 
     def so_far(self) -> PoolChange:
-        """All that is there, as if it had come in one step to an empty pool; as of the last look."""
+        """Return the state at the last look, as the changes that lead to it from an empty pool."""
         holders, kept = self._holders, self._kept
         return PoolChange(_events({}, holders, set(), kept), list(self._sequences.values()), [])
 
     def look(self) -> PoolChange:
-        """What has happened since the last look, or since this was made: the net effect of each step.
+        """Return the net changes since the last look, or since this object was made.
 
-        Copies first, then the blocks in the order of their ids.
+        Copies come first, then the other events in the order of the block ids.
         """
         (holders, kept), sequences = self._count(), self._views()
         change = PoolChange(
@@ -109,7 +109,7 @@ class BlockWatch:
         return change
 
     def _count(self) -> tuple[dict[int, int], set[int]]:
-        """How many tables hold each block that any holds, and which blocks are kept."""
+        """Return how many tables hold each held block, and which blocks the prefix cache keeps."""
         holders: dict[int, int] = {}
         for sequence in self._manager.running:
             for block in sequence.blocks:
@@ -117,12 +117,15 @@ class BlockWatch:
         return holders, set(self._manager.prefix.blocks)
 
     def _views(self) -> dict[str, SequenceView]:
-        """The running sequences, oldest first, and the first that wait."""
-        there: Iterable[PagedSequence] = (*self._manager.running, *self._manager.first_waiting(MOST_WAITING))
-        return {sequence.seq_id: _view(sequence) for sequence in there}
+        """Return views of the running sequences, oldest first, and of the first waiting ones."""
+        shown: Iterable[PagedSequence] = (
+            *self._manager.running,
+            *self._manager.first_waiting(MAX_WAITING_SHOWN),
+        )
+        return {sequence.seq_id: _view(sequence) for sequence in shown}
 
     def _copies(self, holders: dict[int, int]) -> list[BlockEvent]:
-        """The copies of the last step, if it has not been looked at."""
+        """Return the copies of the last step, or none if an earlier look has returned them."""
         plan = self._manager.last_plan
         if plan is self._seen_plan:
             return []
@@ -157,18 +160,18 @@ def _view(sequence: PagedSequence) -> SequenceView:
 def _events(
     before: dict[int, int], after: dict[int, int], was_kept: set[int], is_kept: set[int]
 ) -> list[BlockEvent]:
-    """What happened to the blocks, in the order of their ids, from their holders and from who is kept."""
+    """Compare the holders and the kept blocks before and after; return the events, by block id."""
     return [
         BlockEvent(kind, block, after.get(block, 0))
         for block in sorted({*before, *after, *was_kept, *is_kept})
-        for kind in _what_happened(
+        for kind in _event_kinds(
             before.get(block, 0), after.get(block, 0), block in was_kept, block in is_kept
         )
     ]
 
 
-def _what_happened(before: int, after: int, was_kept: bool, is_kept: bool) -> list[BlockEventKind]:
-    """The events of one block, from its holders and whether it was kept."""
+def _event_kinds(before: int, after: int, was_kept: bool, is_kept: bool) -> list[BlockEventKind]:
+    """Return the events of one block. before, after: its number of holders."""
     kinds = []
     if was_kept and not is_kept:
         kinds.append(BlockEventKind.EVICTED)

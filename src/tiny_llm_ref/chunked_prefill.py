@@ -1,6 +1,6 @@
-"""What each sequence computes in the next step: one budget of tokens, shared between decodes and prompts.
+"""Divides a step's budget of tokens among the sequences: decodes first, then prompts.
 
-A long prompt is computed in chunks, so that it does not hold up the sequences that generate beside it. Plain
+A long prompt is computed in chunks, so that it does not delay the sequences that are generating tokens. Plain
 counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serve" (OSDI 2024).
 """
 
@@ -15,17 +15,17 @@ S = TypeVar("S", bound=Sequence)
 
 
 def share_budget(wants: Seq[int], budget: int) -> list[int]:
-    """Share `budget` tokens: how many each sequence may compute in this step, in the order of `wants`.
+    """Return how many tokens each sequence may compute in this step, in the order of `wants`.
 
-    `wants[i]` is how many tokens sequence i could compute now: 1 for a decode, more for a prompt, 0 for none.
-    Decodes are served first, then prompts; among decodes, and among prompts, the lower index first. A prompt
-    that does not fit into what is left gets a chunk, the rest of the budget; prompts behind it get 0. A want
-    of 1 is served like a decode, also if it is the last token of a chunked prompt.
+    `wants[i]` is the number of tokens that sequence i could compute now: 1 for a decode, more for a prompt, 0
+    for nothing. Serve decodes first, then prompts; among decodes, and among prompts, the lower index first.
+    Each gets what it wants, or the rest of the budget if that is less: the first prompt that does not fit
+    gets a chunk, and prompts after it get 0. A want of 1 is served as a decode, even if it is the last token
+    of a chunked prompt.
 
-    No sequence gets more than it wants, all together at most `budget`; what is wanted and fits is granted.
     `wants` is not changed. Raises ValueError for a negative want or budget.
 
-    >>> share_budget([5, 1, 9, 1], 10)
+    >>> share_budget([5, 1, 9, 1], 10)  # both decodes, the prompt of 5, and a chunk of 3
     [5, 1, 3, 1]
     """
     if budget < 0 or any(want < 0 for want in wants):
@@ -40,21 +40,25 @@ def share_budget(wants: Seq[int], budget: int) -> list[int]:
 
 
 def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
-    """Simulate steps: in which step, counted from 1, is each prompt complete and its first token sampled?
+    """Simulate steps: return in which step, counted from 1, each prompt is complete.
 
-    All prompts are there from the start and run together. In each step a sequence wants the tokens of its
-    prompt that are not computed yet; from the step after its prompt is complete it wants 1, a decode, and
-    never ends. `share_budget` decides. A small budget lets decodes go on often, and makes new requests wait.
+    In that step its first token is sampled. All prompts arrive before the first step and run together. In
+    each step a sequence wants the tokens of its prompt that are not computed yet; in all steps after its
+    prompt is complete it wants 1, a decode, and never stops. `share_budget` divides the `budget` tokens of
+    each step. With a small budget steps are short, so decodes wait less, but new requests wait longer.
 
-    Raises ValueError for a prompt of no tokens, and for a budget of fewer tokens than there are prompts: all
-    decodes together could then use up every step, and a later prompt would wait for ever. The engine demands
-    the same (`max_num_batched_tokens` >= `max_num_seqs`). No prompts: the list is empty.
+    Raises ValueError for a prompt of 0 tokens, and for a budget that is smaller than the number of prompts:
+    decodes could then use up every step, and the last prompt would wait forever. The engine requires the same
+    (`max_num_batched_tokens` >= `max_num_seqs`). Without prompts the result is an empty list.
 
     >>> first_token_steps([10, 3], budget=4)  # granted: [4, 0], [4, 0], [2, 2], [1, 1]
     [3, 4]
     """
     if min(prompt_lens, default=1) < 1 or budget < len(prompt_lens):
-        raise ValueError(f"{len(prompt_lens)} prompts of {list(prompt_lens)} tokens, {budget} tokens a step")
+        raise ValueError(
+            "prompts need at least 1 token, and the budget at least 1 per prompt: prompts of "
+            f"{list(prompt_lens)} tokens, budget {budget}"
+        )
     left, first, step = list(prompt_lens), [0] * len(prompt_lens), 0
     while not all(first):
         step += 1
@@ -66,12 +70,12 @@ def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
 
 
 def plan_chunks(running: Seq[S], budget: int) -> Plan[S]:
-    """Plan the next step of the running sequences: a `Plan` with a chunk for each that gets a share.
+    """Plan the next step of the running sequences: a `Plan` with a chunk for each that may compute tokens.
 
-    `wanted` says how many tokens a sequence could compute, `share_budget` how many it may. One that may
-    compute n > 0 tokens gets `Scheduled(sequence, start, start + n)`, where start is its `num_computed`: the
-    tokens before are computed. The chunks are in the order of `running`; the others get none. Changes no
-    sequence: the chunks are not computed yet.
+    `wanted(sequence)` returns how many tokens a sequence could compute now, and `share_budget` how many it
+    may. If it may compute n > 0 tokens, its chunk is `Scheduled(sequence, start, start + n)`, where start is
+    its `num_computed`. The chunks are in the order of `running`. Changes no sequence: the chunks are computed
+    later.
 
     >>> from tiny_llm.sampling_params import SamplingParams
     >>> from tiny_llm.sequence import Sequence

@@ -1,7 +1,7 @@
-"""Compaction: blocks in use move to the front of the pool, so that its end can be given back.
+"""Compaction: move the blocks in use to the front of the pool, so that its end can be cut off.
 
-Pages have no external fragmentation: any free block serves any sequence, so serving needs none of this. It is
-for a pool that shrinks. Ints only; the pool makes the copies.
+Serving does not need this: pages have no external fragmentation, because any free block serves any sequence.
+It is for a pool that shrinks. Ints only; the pool makes the copies.
 """
 
 from collections import Counter
@@ -25,15 +25,16 @@ class BlockHolder(Protocol):
         """The ids of its blocks, one entry for each reference."""
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Use the new ids of blocks that have moved: {old: new}; other blocks keep theirs."""
+        """Replace the ids of blocks that have moved: {old: new}; other blocks keep their ids."""
 
 
 def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
-    """Return which blocks move so that those in use have the ids 0 .. n - 1: {old id: new id}. Moves nothing.
+    """Return moves {old id: new id} after which the blocks in use have the ids 0 .. n - 1. Moves nothing.
 
-    n is the number of blocks in use, those with a holder. Blocks in use among the first n stay where they
-    are: only those behind move, each to one of the free ids among the first n, in any assignment. So the
-    number of copies is as small as it can be.
+    n is the number of blocks in use, those with a holder. To keep the number of copies minimal, a block in
+    use with an id below n stays. Each of the others moves to a free id below n; which one does not matter.
+
+    In the example blocks 0, 2 and 5 are in use, so n is 3, and only 5 has to move.
 
     >>> allocator = BlockAllocator(6)
     >>> for block in [allocator.allocate() for _ in range(6)]:
@@ -50,13 +51,13 @@ def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
 def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder]) -> list[BlockCopy]:
     """Give the blocks in use the ids 0 .. n - 1, and return the copies that the pool must make now.
 
-    active_tables: everything that holds a block: all block tables and the prefix cache; may be a generator.
-    The blocks move as `moves_to_front` says, in the allocator (`relocate`) and in every holder
-    (`rename_blocks`). There is one copy for each block that moved, of the whole block: `length` is the
-    holders' `block_size`. Without a holder there is nothing to copy: [].
+    active_tables: everything that holds a block, which is all block tables and the prefix cache; may be a
+    generator. Make the moves of `moves_to_front` in the allocator (`relocate`) and in every holder
+    (`rename_blocks`). Return one copy for each block that moved, of the whole block: `length` is the holders'
+    `block_size`. Without holders nothing is in use, and the result is [].
 
-    Raises ValueError, and changes nothing, if a holder is missing: its ids would stay, and it would read
-    another sequence's keys. The given `_check_all_are_here` does this.
+    Raises ValueError, and changes nothing, if a holder is missing from `active_tables`: it would keep the old
+    ids, and read another sequence's keys. The given `_check_all_are_here` does this.
 
     >>> from tiny_llm.paged_attention import BlockTable
     >>> allocator = BlockAllocator(4)
@@ -80,11 +81,11 @@ def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder
 def compact_memory(
     allocator: BlockAllocator, active_requests: Iterable[BlockHolder], pool: KVPool | None = None
 ) -> int:
-    """Compact a pool between two steps, and return how many blocks are free: they are all at its end now.
+    """Compact a pool between two steps, and return the number of free blocks, which are all at its end now.
 
-    active_requests: everything that holds a block, as in `compact_pages`. pool: the keys and values, which
-    move with their blocks in this call (`KVPool.copy_blocks`), before anything reads the new ids; None: only
-    ids move. Raises ValueError, and changes nothing, as `compact_pages` does.
+    active_requests: everything that holds a block, as in `compact_pages`. pool: the keys and values; make the
+    copies in it (`KVPool.copy_blocks`) before you return. None: only ids move. Raises ValueError, and changes
+    nothing, if `compact_pages` does.
 
     >>> from tiny_llm.paged_attention import BlockTable
     >>> allocator = BlockAllocator(6)
@@ -101,11 +102,11 @@ def compact_memory(
 
 
 def _check_all_are_here(allocator: BlockAllocator, holders: Iterable[BlockHolder]) -> None:
-    """Raise ValueError unless the holders account for every reference that the allocator counts."""
+    """Raise ValueError unless the holders have every reference that the allocator counts."""
     held = Counter(block for holder in holders for block in holder.blocks)
     for block in range(allocator.num_blocks):
         if allocator.ref_count(block) != held[block]:
             raise ValueError(
-                f"block {block} has {allocator.ref_count(block)} holders, {held[block]} of them are here: "
-                "one that is not told of a move would read other keys"
+                f"block {block} has {allocator.ref_count(block)} holders, but {held[block]} were passed: "
+                "a missing holder would read another block's keys after the move"
             )

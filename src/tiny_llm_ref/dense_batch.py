@@ -1,8 +1,8 @@
 """Continuous batching over contiguous caches: a request joins or leaves between any two steps.
 
-Each running sequence has a slot: a cache for the longest sequence in every layer. The tokens of all sequences
-in a step are packed: side by side in one row through every matrix. Each sequence attends to its own caches.
-Source: Yu et al., "Orca" (OSDI 2022).
+Each running sequence has a slot: one cache per layer, long enough for the longest sequence. The tokens of all
+sequences in a step are packed: they pass through every matrix as one row. Each sequence attends to its own
+caches. Source: Yu et al., "Orca" (OSDI 2022).
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from .sampling_params import SamplingParams
 from .sequence import Sequence, completion_ids
 from .step import Plan, StepLogits
 
-Slot = list[NaiveKVCache]  # one cache a layer
+Slot = list[NaiveKVCache]  # one cache for each layer
 
 
 class DenseSpan(NamedTuple):
-    """The positions start .. stop - 1 of one sequence, computed in one step, and the sequence's slot."""
+    """The positions start .. stop - 1 of a sequence, which one step computes, and the sequence's slot."""
 
     slot: Slot
     start: int
@@ -33,9 +33,10 @@ class DenseSpan(NamedTuple):
 
 
 class DenseContext:
-    """A forward pass over the packed tokens of one step, T in all: the tokens of span after span.
+    """The context of a forward pass over the T packed tokens of one step, span after span.
 
-    positions [T]: of each token in its own sequence. logit_rows: as in `KVContext`. scale: of the scores.
+    positions: [T], each token's position in its own sequence. logit_rows: as in `KVContext`. scale: the
+    factor of the attention scores.
     """
 
     def __init__(self, spans: Seq[DenseSpan], scale: float, logit_rows: mx.array | None) -> None:
@@ -48,11 +49,14 @@ class DenseContext:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store and attend span by span: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D], packed.
 
-        The spans of `_spans` follow each other in the packed rows, stop - start rows each. First a span's
-        keys and values are stored in its cache: `slot[layer].update(k, v)` takes both as [Hkv, n, D], without
-        the batch axis, and returns all that the cache holds, [Hkv, S, D] each, in the cache's type. Then its
-        queries attend to these, causally and scaled with `_scale`: `flash_attention` takes queries as the
-        last ones of its keys. Give it keys and values in q's type; the result has q's type.
+        Each span of `_spans`, in order, has the next stop - start of the T packed rows.
+
+        1. Store the span's keys and values in its cache: `slot[layer].update(k, v)` takes both as
+           [Hkv, n, D], without the batch axis, and returns all stored keys and values, [Hkv, S, D] each, in
+           the cache's type.
+        2. Let the span's queries attend to these with `flash_attention`, causally and with `_scale`: the
+           queries belong to the last of the S positions. Convert keys and values to q's type first; the
+           result has q's type.
 
         >>> slot = [NaiveKVCache(8, num_heads=1, head_dim=2, dtype=mx.float32)]
         >>> context, tokens = DenseContext([DenseSpan(slot, 0, 2)], 1.0, None), mx.ones((1, 1, 2, 2))
@@ -77,8 +81,8 @@ class DenseBatchManager(QueueViews[Sequence]):
     `_queues` has all sequences that have not ended, waiting and running (`RequestQueues`). `_free` lists the
     numbers of the free slots; `_slot_of` maps each running sequence's id to the number of its slot.
 
-    Invariant: every slot is free or belongs to exactly one running sequence. No sequence is ever preempted: a
-    slot is as long as the longest sequence.
+    Invariant: every slot is free or belongs to exactly one running sequence. No sequence is ever preempted,
+    because a slot has memory for the longest sequence.
     """
 
     num_preemptions = 0
@@ -106,15 +110,15 @@ class DenseBatchManager(QueueViews[Sequence]):
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
     ) -> bool:
-        """Queue a request's prompt; return True. `admit` starts it when there are slots.
+        """Queue a request's prompt; return True. `admit` starts it when enough slots are free.
 
-        A request for n completions (`params.n`; params None: `SamplingParams()`) is queued as one `Sequence`,
-        its leader: seq_id is the first of `completion_ids`, num_forks is n - 1, prompt is a tuple, max_len is
-        what `longest` says for a context of `max_seq_len` tokens and `max_slots` sequences at once. The other
-        completions are forked when the prompt is computed; until then the queues know the leader under all
-        ids (`RequestQueues.add` sees to it).
+        A request for n completions (`params.n`; params None means `SamplingParams()`) is queued as one
+        `Sequence`, its leader. Its seq_id is the first of `completion_ids`, num_forks is n - 1, prompt is a
+        tuple, and max_len is the result of `longest` for a context of `max_seq_len` tokens and `max_slots`
+        seats (sequences at once). The other completions are forked when the prompt is computed. Until then
+        the queues find the leader under all n ids; `RequestQueues.add` does this.
 
-        Raises ValueError for an empty prompt and `RequestTooLargeError` for a request that could never run
+        Raises ValueError for an empty prompt and `RequestTooLargeError` for a request that can never run
         (`longest` raises both), `DuplicateRequestError` for an id in use (`RequestQueues.refuse_id_in_use`).
         After an error nothing is queued.
 
@@ -142,39 +146,42 @@ class DenseBatchManager(QueueViews[Sequence]):
         return True
 
     def admit(self) -> None:
-        """Start waiting sequences, the first one first, while there are slots for all their completions.
+        """Start waiting sequences in order, while slots are free for all completions of the next one.
 
-        A leader takes one slot when it starts; its `num_forks` other completions take theirs when they are
-        forked. Until then as many free slots are promised to it, and no other sequence may start in them.
-        After the fork a leader's `num_forks` is 0. If the first waiting sequence does not fit, no later one
-        overtakes it: a request for many completions would wait for ever behind small ones.
+        A leader takes one slot when it starts. Its `num_forks` other completions take theirs when they are
+        forked; after the fork its `num_forks` is 0. Until then as many free slots are reserved for them, and
+        no other sequence may take these. If the first waiting sequence does not fit, start none of those
+        after it: otherwise small requests could keep a request for many completions waiting forever.
 
         `RequestQueues.start_next` moves the first waiting sequence to the running ones and returns it;
         `_take_slot` gives it an empty slot.
 
         >>> manager = DenseBatchManager(max_slots=3, max_seq_len=32)
         >>> queued = [manager.add_request([1], name, SamplingParams(n=2)) for name in ("a", "b")]
-        >>> manager.admit()  # "a/0" has a slot, and one is promised to "a/1"
+        >>> manager.admit()  # "a/0" has a slot, and one is reserved for "a/1"
         >>> [sequence.seq_id for sequence in manager.running], manager.capacity.num_free
         (['a/0'], 2)
         """
-        promised = sum(sequence.num_forks for sequence in self.running)
-        while self.waiting and 1 + self.waiting[0].num_forks <= len(self._free) - promised:
+        reserved = sum(sequence.num_forks for sequence in self.running)
+        while self.waiting and 1 + self.waiting[0].num_forks <= len(self._free) - reserved:
             sequence = self._queues.start_next()
-            promised += sequence.num_forks
+            reserved += sequence.num_forks
             self._take_slot(sequence)
 
     def compute(self, plan: Plan[Sequence]) -> mx.array | None:
-        """Compute the chunks of a plan in one packed forward pass -> logits [R, V]; None if R is 0.
+        """Compute the chunks of a plan in one packed forward pass -> logits [R, vocab_size]; None if R is 0.
 
-        `Plan.pack` returns the token ids of all chunks side by side, T of them, and the R indices among them
-        that need logits. The model (`_model`) takes the tokens as [1, T] and a `DenseContext` with a span for
-        each chunk in its sequence's slot (`_slot`), the config's `attention_scale`, and the R indices as an
-        int32 array, None for R = 0. Without a model nothing is computed, and the result is None.
+        Without a model (`_model` is None) compute nothing and return None. Otherwise:
 
-        Before it returns, one `mx.eval` computes the `k_cache` and `v_cache` of all these slots, and the
-        logits if R > 0. MLX computes nothing until it must: without it, prompts would pile up as one growing
-        graph. With R = 0 the model's result is not evaluated, so no logits are ever computed.
+        1. `plan.pack()` returns the T token ids of all chunks, chunk after chunk, and the R indices among
+           them that need logits.
+        2. Make a `DenseContext`: a span for each chunk, with its sequence's slot (`_slot`); the model
+           config's `attention_scale`; the R indices as an int32 array, or None if R is 0.
+        3. The model takes the tokens as [1, T] int32 and the context, and returns [1, R, vocab_size].
+        4. Call `mx.eval` once, on the `k_cache` and `v_cache` of all caches in these slots, and on the logits
+           if R > 0. MLX is lazy: without this, the work of all prompts would pile up in one growing graph.
+           With R = 0 do not evaluate the model's result, so that no logits are computed.
+        5. Return the logits without the batch axis, or None if R is 0.
 
         >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, model=None)
         >>> manager.add_request([5, 6, 7], "a")
@@ -195,12 +202,15 @@ class DenseBatchManager(QueueViews[Sequence]):
         return logits if logit_rows else None
 
     def process_batch(self) -> StepLogits:
-        """Run one step: admit, plan, compute; return the logits of each sequence that needs its next token.
+        """Run one step; return the logits of each sequence that is ready for its next token.
 
-        `plan_chunks` shares `_max_tokens` among all that run after admission. A plan without chunks is not
-        computed: the result is `StepLogits(None, {})`. `Plan.conclude` takes the logits of `compute`, records
-        in each sequence what is computed, and returns the result; it calls its argument `fork` (here `_fork`)
-        with each sequence that is ready, because a leader is forked when its prompt is complete.
+        1. `admit` waiting sequences.
+        2. `plan_chunks` plans the step for all running sequences, with `_max_tokens` as its budget. If the
+           plan has no chunks, the result is `StepLogits(None, {})`.
+        3. `compute` the plan.
+        4. `plan.conclude(logits, self._fork)` records in each sequence that its chunk is computed, and
+           returns the result. It calls `_fork` with each sequence that is ready for its next token: that is
+           when a leader whose prompt is complete is forked.
 
         >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, max_batched_tokens=4)
         >>> manager.add_request([1] * 6, "a")
@@ -220,11 +230,13 @@ class DenseBatchManager(QueueViews[Sequence]):
             self._queues[seq_id].outputs.append(token)
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence, waiting or running; its slot, if it has one, is free for another.
+        """End one sequence, waiting or running, and free its slot if it has one.
 
-        `RequestQueues.end` takes the sequence out of the queues. It raises KeyError for an unknown id, also
-        one that has ended. `_slot_of` has the slot under the `seq_id` of the sequence that `end` returns, if
-        it runs. Forget it there, and add it to `_free`, once. `_take_slot` resets the caches, not `finish`.
+        `RequestQueues.end` removes the sequence from the queues and returns it; it raises KeyError for an id
+        that is unknown or has ended. If the `seq_id` of the returned sequence is in `_slot_of`, it has a
+        slot: remove it there, and add the slot's number to `_free`. That `seq_id` may differ from the
+        argument, because the id of a completion that is not forked yet stands for its leader. Do not reset
+        the caches: `_take_slot` does that.
 
         >>> manager = DenseBatchManager(max_slots=1, max_seq_len=32)
         >>> queued = [manager.add_request([1], name) for name in ("a", "b")]
@@ -243,7 +255,10 @@ class DenseBatchManager(QueueViews[Sequence]):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
-        """After a step that raised: all running sequences wait again, without slots; their requests."""
+        """After a step that raised, let all running sequences wait, without slots.
+
+        Returns the ids of their requests.
+        """
         stopped = list(self.running)
         for sequence in stopped:
             self._queues.put_back(sequence)
@@ -253,12 +268,12 @@ class DenseBatchManager(QueueViews[Sequence]):
 
     @property
     def capacity(self) -> Capacity:
-        """The slots as blocks: how many, of how many tokens, how many of them are free."""
+        """The slots, counted as blocks: how many, of how many tokens, and how many are free."""
         nbytes = sum(cache.allocated_bytes() for slot in self._slots for cache in slot)
         return Capacity(self.max_slots, self.max_seq_len, len(self._free), nbytes)
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
-        """The leader and, once its prompt is computed, its other completions, each with a slot and a copy."""
+        """Return a ready sequence and, if it is a leader, its new forks, each with a copy of its caches."""
         sequences = self._queues.fork(leader)
         for fork in sequences[1:]:
             self._take_slot(fork)
@@ -273,12 +288,12 @@ class DenseBatchManager(QueueViews[Sequence]):
             cache.reset()
 
     def _slot(self, sequence: Sequence) -> Slot:
-        """The caches of a running sequence, one for each layer."""
+        """Return the caches of a running sequence, one for each layer."""
         return self._slots[self._slot_of[sequence.seq_id]]
 
 
 def _make_slot(model: Model | None, max_seq_len: int, dtype: mx.Dtype) -> Slot:
-    """A cache for every layer of a model, its memory allocated."""
+    """Make a cache for every layer of a model, with its memory allocated."""
     if model is None:
         return []
     config = model.config

@@ -1,8 +1,8 @@
-"""Blocks on demand: a sequence holds as many as its tokens need, and gives them back when it ends.
+"""Blocks on demand: a sequence holds as many blocks as its tokens need, and frees them when it ends.
 
-What a sequence wastes shrinks to part of one block. The rest depends on whether its blocks must lie side by
-side: `alloc_contiguous` fails if enough blocks are free but scattered (external fragmentation),
-`alloc_blocks` never does.
+A sequence wastes only the unfilled part of its last block. But if its blocks must be adjacent, free memory
+can still be useless: `alloc_contiguous` fails if enough blocks are free but scattered (external
+fragmentation). `alloc_blocks`, which takes any blocks, does not.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,9 @@ from .naive_cache import KeysValues
 class GlobalAllocator:
     """A pool of `total_blocks` blocks of `block_size` tokens, shared by all sequences.
 
-    num_heads: heads of keys and values (Hkv). keys, values: [total_blocks, Hkv, block_size, D]; a block is a
-    `NaiveKVCache` of `block_size` tokens, heads first as there. free_blocks: the ids of the free blocks, a
-    set of ints from 0 to total_blocks - 1. All other blocks are held; the allocator does not know by which
-    sequences.
+    num_heads: heads of keys and values (Hkv). keys, values: [total_blocks, Hkv, block_size, D]; within a
+    block, heads come before tokens, as in `NaiveKVCache`. free_blocks: the set of the free blocks' ids, from
+    0 to total_blocks - 1. All other blocks are held; the allocator does not know by which sequences.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class GlobalAllocator:
         self.free_blocks = set(range(total_blocks))
 
     def alloc_blocks(self, num_blocks: int) -> list[int]:
-        """Take `num_blocks` free blocks, whichever; return their ids. For 0 blocks the list is empty.
+        """Take any `num_blocks` free blocks and return their ids; for 0 blocks the list is empty.
 
         Raises `OutOfBlocksError`, and takes none, if fewer are free.
 
@@ -47,16 +46,16 @@ class GlobalAllocator:
         """
         if num_blocks > len(self.free_blocks):
             raise OutOfBlocksError(
-                f"{num_blocks} blocks asked for, {len(self.free_blocks)} of {self.total_blocks} are free"
+                f"{num_blocks} blocks requested, {len(self.free_blocks)} of {self.total_blocks} are free"
             )
         return [self.free_blocks.pop() for _ in range(num_blocks)]
 
     def free_blocks_ids(self, block_ids: Sequence[int]) -> None:
-        """Give blocks back, in any order; an empty list changes nothing.
+        """Free blocks, in any order; an empty list changes nothing.
 
-        Raises ValueError, and gives back none of them, if one is free already, is not of this pool (-1, or
-        total_blocks and above) or is named twice. Otherwise a bug in a caller would give one block to two
-        sequences later, which overwrite each other's tokens.
+        Raises ValueError, and frees none of them, if one is free already, is not in this pool (-1, or
+        total_blocks and above) or appears twice in the list. Without this check, a bug in a caller could
+        later give one block to two sequences, which would overwrite each other's tokens.
 
         >>> pool = GlobalAllocator(total_blocks=2, block_size=2, num_heads=1, head_dim=2)
         >>> pool.free_blocks_ids(pool.alloc_blocks(2))
@@ -65,14 +64,15 @@ class GlobalAllocator:
         """
         held = set(range(self.total_blocks)) - self.free_blocks
         if len(set(block_ids)) < len(block_ids) or not held.issuperset(block_ids):
-            raise ValueError(f"of blocks {list(block_ids)} some are free, named twice or not of this pool")
+            raise ValueError(f"some of the blocks {list(block_ids)} are free, repeated or not in this pool")
         self.free_blocks.update(block_ids)
 
     def alloc_contiguous(self, num_blocks: int) -> list[int]:
-        """Take `num_blocks` (1 or more) free blocks that lie side by side; return their ids, ascending.
+        """Take `num_blocks` (1 or more) adjacent free blocks; return their ids, ascending.
 
-        If there are several such runs, any of them will do. Raises `OutOfBlocksError`, and takes none, if no
-        run of free blocks is that long, however many are free in all. `longest_run` may go into the message.
+        If several runs of free blocks are long enough, take from any of them. Raises `OutOfBlocksError`, and
+        takes none, if no run is that long, however many blocks are free in all. The message may contain
+        `longest_run()`.
 
         >>> pool = GlobalAllocator(total_blocks=5, block_size=2, num_heads=1, head_dim=2)
         >>> pool.free_blocks = {0, 2, 3}
@@ -89,7 +89,7 @@ class GlobalAllocator:
                 start, run = block + 1, 0
         if run < num_blocks:
             raise OutOfBlocksError(
-                f"no {num_blocks} free blocks lie side by side; {len(self.free_blocks)} of "
+                f"no {num_blocks} free blocks are adjacent; {len(self.free_blocks)} of "
                 f"{self.total_blocks} are free, the longest run has {self.longest_run()}"
             )
         taken = list(range(start, start + num_blocks))
@@ -97,7 +97,7 @@ class GlobalAllocator:
         return taken
 
     def longest_run(self) -> int:
-        """Count the blocks of the longest run of free blocks; 0 if none is free."""
+        """Return the length of the longest run of adjacent free blocks; 0 if none is free."""
         longest = run = 0
         for is_free in (block in self.free_blocks for block in range(self.total_blocks)):
             run = run + 1 if is_free else 0
@@ -109,7 +109,7 @@ class DynamicKVCache:
     """One sequence's keys and values of one layer, in blocks of a shared pool.
 
     seq_id: a name, for messages. blocks: the ids of the blocks that it holds, in the order of the tokens.
-    current_len: tokens stored.
+    current_len: the number of stored tokens.
 
     Invariant: token i is in block `blocks[i // block_size]`, at offset i % block_size.
     """
@@ -121,11 +121,11 @@ class DynamicKVCache:
         self.current_len = 0
 
     def allocate_for_prompt(self, prompt_len: int) -> None:
-        """Take the blocks that `prompt_len` tokens fill or begin, behind the blocks held already.
+        """Take blocks for a prompt of `prompt_len` tokens, and append them to the blocks held already.
 
-        These are always ceil(prompt_len / block_size) new ones, also if blocks held already are empty or not
-        full. Stores no token: `current_len` stays. The blocks need not lie side by side. Raises
-        `OutOfBlocksError`, and takes none, if too few are free.
+        Takes ceil(prompt_len / block_size) new blocks, even if blocks held already are empty or not full.
+        They need not be adjacent. Stores no token: `current_len` stays. Raises `OutOfBlocksError`, and takes
+        none, if too few are free.
 
         >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=4, num_heads=1, head_dim=2), "a")
         >>> cache.allocate_for_prompt(9)
@@ -135,11 +135,11 @@ class DynamicKVCache:
         self.blocks += self.allocator.alloc_blocks(-(-prompt_len // self.allocator.block_size))
 
     def append_token(self, k: mx.array, v: mx.array) -> None:
-        """Store the next token, k and v [Hkv, D], in its place in the pool's `keys` and `values`.
+        """Store the next token, k and v [Hkv, D], at its place in the pool's `keys` and `values`.
 
-        Takes a new block only if all blocks held are full; after `allocate_for_prompt` several may be empty,
-        and are filled from the first. Raises `OutOfBlocksError` if a block is needed and none is free; then
-        nothing is stored, and the token may be appended later.
+        Takes a new block only if all held blocks are full. After `allocate_for_prompt` several may be empty:
+        they are filled in order. Raises `OutOfBlocksError` if a block is needed and none is free; then
+        nothing has changed, and the token can be appended later.
 
         >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=4, num_heads=1, head_dim=2), "a")
         >>> cache.append_token(mx.array([[1.0, 2.0]]), mx.array([[3.0, 4.0]]))
@@ -157,9 +157,9 @@ class DynamicKVCache:
     def read(self) -> KeysValues:
         """Gather all stored tokens in their order: `KeysValues(keys, values)`, [Hkv, current_len, D] each.
 
-        Copies blocks from all over the pool into one array, which the paged kernel (week 3) avoids: it reads
-        them where they are. A cache without tokens gives [Hkv, 0, D], whether or not it holds blocks. An
-        index array must hold ints: `mx.array([])` is float32 unless a dtype is given.
+        Copies blocks from all over the pool into one array. The paged kernel (week 3) avoids that: it reads
+        the blocks where they are. A cache without tokens gives [Hkv, 0, D], whether or not it holds blocks.
+        An index array must be of an integer type: `mx.array([])` is float32 unless you pass a dtype.
 
         >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=2, num_heads=1, head_dim=1), "a")
         >>> for number in (1.0, 2.0, 3.0):
@@ -175,6 +175,6 @@ class DynamicKVCache:
         return KeysValues(*(tokens[:, : self.current_len] for tokens in joined))
 
     def free(self) -> None:
-        """Give every block back and forget every token; the empty cache may be used or freed again."""
+        """Free every block and forget every token; the empty cache can be used, or freed, again."""
         self.allocator.free_blocks_ids(self.blocks)
         self.blocks, self.current_len = [], 0

@@ -1,8 +1,8 @@
-"""Attention in tiles: softmax in one pass over the keys, without ever holding a row of scores.
+"""Attention in tiles: softmax in one pass over the keys, without storing a full row of scores.
 
-For each query three results are carried from tile to tile: the largest score so far, the sum of exponentials
-relative to it, and the weighted values. Source: Milakov and Gimelshein, "Online normalizer calculation for
-softmax" (2018); Dao et al., "FlashAttention" (2022).
+Each query carries three results from tile to tile: the largest score so far, the sum of exponentials relative
+to it, and the weighted values. Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax"
+(2018); Dao et al., "FlashAttention" (2022).
 """
 
 from typing import NamedTuple
@@ -13,10 +13,11 @@ from .kernels import accelerated, compiled_kernel
 
 
 class Running(NamedTuple):
-    """The softmax of the keys so far, not yet divided: weighted / total is the attention over them.
+    """The attention over the keys so far, before its division: the output would be weighted / total.
 
-    largest [..., L, 1]: the largest score; -inf before a query has seen a key. total [..., L, 1]: the sum of
-    exp(score - largest). weighted [..., L, D]: the sum of exp(score - largest) * value. Both are 0 before.
+    largest: [..., L, 1], the largest score. total: [..., L, 1], the sum of exp(score - largest). weighted:
+    [..., L, D], the sum of exp(score - largest) * value. Before a query has seen a key they are -inf, 0 and
+    0.
     """
 
     largest: mx.array
@@ -27,10 +28,11 @@ class Running(NamedTuple):
 def absorb(running: Running, scores: mx.array, values: mx.array) -> Running:
     """Add the next tile of T keys: scores [..., L, T], values [..., T, D]; return a new `Running`.
 
-    A score of -inf is a key that the query may not see; it weighs exactly 0. The new `largest` is that of all
-    keys so far. What was summed before is relative to the old one: multiply it by exp(old - new). So no
-    exponent is above 0, and scores of thousands do not overflow. A query for which all keys so far are
-    hidden keeps largest = -inf, total = 0 and weighted = 0, without NaN: -inf - -inf is NaN, so subtract
+    A score of -inf marks a key that the query may not see; its weight is exactly 0. The new `largest` is the
+    largest score of all keys so far. The old `total` and `weighted` are relative to the old `largest`:
+    multiply them by exp(old - new) before you add the new terms, which are relative to the new one. So no
+    exponent is above 0, and scores of thousands do not overflow. If all keys so far are hidden from a query,
+    its largest stays -inf, its total and weighted stay 0, and nothing is NaN: -inf - -inf is NaN, so subtract
     another number there.
 
     >>> empty = Running(mx.array([[-mx.inf]]), mx.zeros((1, 1)), mx.zeros((1, 1)))
@@ -66,15 +68,18 @@ def flash_attention(
 ) -> mx.array:
     """Attend in tiles of `tile` keys: q [B, H, L, D], k and v [B, Hkv, S, D] -> [B, H, L, D].
 
-    Query head h reads head h // (H / Hkv) of k and v, and scores are multiplied by `scale`. causal: the
-    queries are the last L of the S positions, and each sees the positions up to its own; otherwise each sees
-    all. For 16-bit inputs, carry float32 from tile to tile; the scores may be in either type. The result has
-    q's type and equals `grouped_query_attention` (with `causal_mask`) up to rounding, for every tile size
-    from 1 up. At most [.., L, tile] scores exist at a time; the last tile may be shorter, and a tile may be
-    hidden from some queries or from all.
+    Query head h reads head h // (H / Hkv) of k and v, and scores are multiplied by `scale`. causal: True if
+    the queries are the last L of the S positions and each sees the positions up to its own; False if each
+    sees all. The last tile may be shorter than `tile`, and a tile may be hidden from some or all queries. At
+    most [..., L, tile] scores exist at a time.
+
+    The result has q's type and equals `grouped_query_attention` (with `causal_mask`) up to rounding, for
+    every tile size from 1 up. For 16-bit inputs, the `Running` carried from tile to tile is float32; the
+    scores may be in either type.
 
     >>> q, values = mx.ones((1, 1, 2, 1)), mx.array([[[[2.0], [4.0], [9.0]]]])
-    >>> flash_attention(q, mx.zeros((1, 1, 3, 1)), values, scale=1.0, causal=True, tile=2).tolist()
+    >>> keys = mx.zeros((1, 1, 3, 1))  # all scores are 0, so the results are means: of 2, 4, and of 2, 4, 9
+    >>> flash_attention(q, keys, values, scale=1.0, causal=True, tile=2).tolist()
     [[[[3.0], [5.0]]]]
     """
     B, H, L, D = q.shape

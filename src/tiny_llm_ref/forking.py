@@ -1,7 +1,8 @@
-"""What a forked process may do: threads do not survive a fork, neither the engine's nor MLX's.
+"""Checks for forked processes: threads do not survive a fork, neither the engine's nor MLX's.
 
-A child of a process that had an engine is refused at once, where it would wait for ever: a step may have been
-under way when it was forked, and held locks that nothing releases. A child of any other process may begin.
+A process that was forked from one with an engine gets an error at once. Without it, the process could wait
+forever: a step may have been running during the fork, and its locks are never released. A child of any other
+process may create an engine.
 """
 
 import os
@@ -12,18 +13,18 @@ from .errors import ForkedProcessError
 
 
 class _Lineage:
-    """Facts about this process and those that it was forked from, by process id; one for the interpreter."""
+    """Process ids, which a forked child inherits; the interpreter has one object of this class."""
 
     def __init__(self) -> None:
-        self.computing = os.getpid()  # where MLX's default stream has its thread
-        self.with_engine: int | None = None
+        self.computing = os.getpid()  # the process in which MLX's default stream has its thread
+        self.with_engine: int | None = None  # the last one that has made an engine
 
 
 _LINEAGE = _Lineage()
 
 
 def forked_from(process: int | None) -> ForkedProcessError | None:
-    """The error for what was made in a process, by its id, and is used here; None where that is this one."""
+    """Return the error for using an object of the process with this id here; None if it is this process."""
     if process in (None, os.getpid()):
         return None
     return ForkedProcessError(
@@ -33,14 +34,17 @@ def forked_from(process: int | None) -> ForkedProcessError | None:
 
 
 def prepare_to_compute() -> None:
-    """Let MLX compute in this process. Raises `ForkedProcessError` in a child of one that has an engine."""
+    """Let MLX compute in this process.
+
+    Raises `ForkedProcessError` if this process was forked from one with an engine.
+    """
     if (refusal := forked_from(_LINEAGE.with_engine)) is not None:
         raise refusal
     if _LINEAGE.computing != os.getpid():
         _LINEAGE.computing = os.getpid()
-        mx.set_default_stream(mx.new_stream(mx.default_device()))  # the inherited one has no thread
+        mx.set_default_stream(mx.new_stream(mx.default_device()))  # the inherited stream has no thread
 
 
 def note_engine() -> None:
-    """From now on this process has an engine, and children that are forked from it cannot have one."""
+    """Record that this process has an engine, so that processes forked from it cannot make one."""
     _LINEAGE.with_engine = os.getpid()

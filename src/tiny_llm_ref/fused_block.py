@@ -1,8 +1,8 @@
-"""A whole block in one compiled operator: the same kernels in the same order, and the same bits.
+"""A whole block in one compiled operator: the same kernels in the same order, so the same bits.
 
-Described part by part, a decode step is some four hundred operators, and describing and starting them takes
-as long as the arithmetic of half of them. A block's own code stays what it is, for who reads it and for what
-cannot be fused: parts of a learner's, matrices that are not packed, contexts without pages, other devices.
+Without fusion, a decode step is about four hundred operators, and building and starting them takes about half
+as long as their arithmetic. The block's Python code stays, to be read, and for everything that cannot be
+fused: a learner's parts, matrices that are not packed, contexts without pages, other devices.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from .rope import rope
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-# A block's norms: the operator's names for them, and the checkpoint's.
+# A block's norms: the operator's name for each, and the checkpoint's.
 PRE_NORM = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 SANDWICH_NORM = {
     "attention_norm": "input_layernorm",
@@ -32,31 +32,31 @@ SANDWICH_NORM = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
-# The MLPs that a compiled block is made of: whether the gate is a GELU.
+# The MLPs that a compiled block can run, and whether the gate is a GELU.
 GATES: dict[type, bool] = {MLP: False, GeluMLP: True}
 
 
 class Block(Protocol):
-    """What every block has; its norms go by their checkpoint names."""
+    """The attributes that all blocks have. Their norms have the checkpoint's names."""
 
     @property
     def self_attn(self) -> Attention:
-        """Its attention layer."""
+        """The attention layer."""
 
     @property
     def mlp(self) -> MLP:
-        """Its feed-forward half."""
+        """The feed-forward network."""
 
     @property
     def eps(self) -> float:
-        """What its norms add to the mean square."""
+        """The number that the norms add to the mean square."""
 
 
 _fused: "WeakKeyDictionary[Block, FusedBlock | None]" = WeakKeyDictionary()
 
 
 def can_fuse(block: Block, x: mx.array, context: KVContext) -> bool:
-    """True where the block runs as one operator in this context."""
+    """True if the block runs as one operator in this context."""
     if not getattr(context, "fuses", False):
         return False
     if block not in _fused:
@@ -65,14 +65,14 @@ def can_fuse(block: Block, x: mx.array, context: KVContext) -> bool:
 
 
 def run_fused(block: Block, x: mx.array, context: KVContext) -> mx.array:
-    """What the block does with x, as one operator; call it only where it `can_fuse`."""
+    """Run the block on x as one operator; call it only if `can_fuse` is True."""
     operator = _fused[block]
     assert operator is not None
     return cast(FusingContext, context).run_block(block.self_attn.layer, operator, x)
 
 
 def fuse(block: Block) -> "FusedBlock | None":
-    """The block as one operator; None where a part of it is not one that the compiled block is made of."""
+    """Return the block as one operator; None if the compiled block cannot run one of its parts."""
     attention, mlp = block.self_attn, block.mlp
     if not use_compiled() or not all(is_reference(one) for one in (rms_norm, rope, swiglu, geglu)):
         return None
@@ -102,16 +102,16 @@ def fuse(block: Block) -> "FusedBlock | None":
 
 
 def _norms(block: Block) -> dict[str, mx.array]:
-    """A block's norms by the operator's names."""
+    """Return a block's norms by the operator's names for them."""
     names = SANDWICH_NORM if hasattr(block, SANDWICH_NORM["mlp_norm"]) else PRE_NORM
-    return {place: getattr(block, name) for place, name in names.items()}
+    return {operator_name: getattr(block, name) for operator_name, name in names.items()}
 
 
 def _is_one_of(part: object, *kinds: type) -> bool:
-    """Of one of these classes and of no other, and the class is the reference's."""
+    """True if the part's class is one of `kinds`, not a subclass, and is the reference's."""
     return type(part) in kinds and Path(inspect.getfile(type(part))).parent == REFERENCE_FOLDER
 
 
 def _without_bias(matrix: LinearLike) -> tuple[LinearLike, Any]:
-    """A matrix, and its bias or None."""
+    """Split a matrix with a bias into the matrix and the bias; the bias is None if it has none."""
     return (matrix.matrix, matrix.bias) if isinstance(matrix, BiasedLinear) else (matrix, None)

@@ -14,10 +14,10 @@ from .norm import rms_norm
 
 @dataclass(frozen=True, eq=False)
 class GemmaBlock:
-    """Residual block with four norms; parameter names are the checkpoint's.
+    """A residual block with four norms; its parts are named as in the checkpoint.
 
-    The norms' weights are what normalised values are multiplied by; a reader of files that store them
-    less one has added it.
+    Normalised values are multiplied by the norms' weights. Some files store these weights minus 1: their
+    reader has added the 1.
     """
 
     self_attn: Attention
@@ -30,7 +30,7 @@ class GemmaBlock:
 
     @accelerated(compiled=run_fused, takes=can_fuse)
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
-        """x [B, L, E] -> [B, L, E]."""
+        """Run attention, then the MLP, on the stream x [B, L, E] -> [B, L, E]."""
         attended = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), context)
         x = x + rms_norm(attended, self.post_attention_layernorm, self.eps)
         fed = self.mlp(rms_norm(x, self.pre_feedforward_layernorm, self.eps))

@@ -23,7 +23,7 @@ def grouped_query_attention(
 
     q [B, H, L, D], k and v [B, Hkv, S, D], mask broadcastable to [L, S] or None -> [B, H, L, D]. Query head h
     reads key and value head h // (H / Hkv): of 4 query heads on 2 key heads, 0 and 1 read the first, 2 and 3
-    the second. Copying keys for every query head is not needed: with the group as an axis of its own,
+    the second. Do not copy keys and values for every query head: with a separate axis for the group,
     q [B, Hkv, H / Hkv, L, D] and k [B, Hkv, 1, S, D] broadcast in a matrix product.
     Raises ValueError if H is not a multiple of Hkv.
 
@@ -41,10 +41,10 @@ def grouped_query_attention(
 
 
 class NoCacheContext:
-    """The context of a forward pass over whole sequences: keys and values are this pass's, nothing is stored.
+    """The context of a forward pass over whole sequences: attends to this pass's keys, and stores none.
 
-    length: tokens in each sequence; they stand at positions 0 to length - 1. scale: what attention scores are
-    multiplied by. logit_rows: which of the tokens need logits, [R] int32; None, as at first, for all.
+    length: tokens in each sequence, at positions 0 to length - 1. scale: the factor of the attention scores.
+    logit_rows: the tokens that need logits, [R] int32; None, the initial value, means all.
     """
 
     def __init__(self, length: int, scale: float) -> None:
@@ -54,12 +54,12 @@ class NoCacheContext:
         self._mask = causal_mask(length, length)
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D], causal; the same in every layer."""
+        """Attend causally: q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D]; `layer` is ignored."""
         return grouped_query_attention(q, k, v, self._scale, self._mask)
 
 
 class Heads(NamedTuple):
-    """The queries of some tokens [B, H, L, D], and their keys and values [B, Hkv, L, D]."""
+    """The queries [B, H, L, D], keys and values [B, Hkv, L, D] of some tokens."""
 
     q: mx.array
     k: mx.array
@@ -70,11 +70,11 @@ class Heads(NamedTuple):
 class Attention:
     """One layer's attention.
 
-    layer: the layer's number, by which a context finds the keys that the layer stored before.
+    layer: the layer's number. A context finds this layer's stored keys and values by it.
     num_heads, num_kv_heads, head_dim: H, Hkv and D.
     inv_freq: [D/2], the rotary frequencies of the layer.
-    qkv_proj: one matrix that gives each token its queries, keys and values: H * D numbers, then Hkv * D, then
-        Hkv * D. It is the checkpoint's q_proj, k_proj and v_proj in one.
+    qkv_proj: the checkpoint's q_proj, k_proj and v_proj in one matrix. Its output for a token is the queries
+        (H * D numbers), then the keys (Hkv * D), then the values (Hkv * D).
     o_proj: the matrix after attention, [..., H * D] -> [..., E].
     q_norm, k_norm: [D], weights of the norms of each query and each key, with `eps`; None in an architecture
         without these norms.
@@ -92,16 +92,17 @@ class Attention:
     eps: float
 
     def project(self, x: mx.array, positions: mx.array) -> Heads:
-        """Make the queries, keys and values of tokens x [B, L, E] at positions [L].
+        """Compute the queries, keys and values of tokens x [B, L, E] at positions [L].
 
         Call `qkv_proj` once: it gives H + 2 Hkv heads of D numbers for each token, queries first, then keys,
-        then values. Bring them into the shape [B, heads, L, D]; a reshape of [B, L, heads * D] that does not
-        exchange axes mixes tokens and heads. Queries and keys are normalised by `_normed`, which takes both
-        in one array [B, H + Hkv, L, D], and then rotated; values are neither. H * D need not be E.
+        then values. Bring them into the shape [B, heads, L, D]: reshape [B, L, heads * D] to
+        [B, L, heads, D], then exchange two axes; a reshape without the exchange mixes tokens and heads. The
+        given `_normed` takes queries and keys in one array [B, H + Hkv, L, D] and normalises both; then
+        rotate both with `rope`. Values are neither normalised nor rotated. H * D may differ from E.
 
         >>> from tiny_llm.linear import Linear
-        >>> same, no_turn = Linear(mx.eye(6)), mx.zeros(1)  # a projection and a rotation that change nothing
-        >>> layer = Attention(0, 1, 1, 2, no_turn, same, same, None, None, 1e-5)
+        >>> same, no_angle = Linear(mx.eye(6)), mx.zeros(1)  # a projection and a rotation that change nothing
+        >>> layer = Attention(0, 1, 1, 2, no_angle, same, same, None, None, 1e-5)
         >>> heads = layer.project(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]), mx.array([0]))
         >>> heads.q.tolist(), heads.v.tolist()
         ([[[[1.0, 2.0]]]], [[[[5.0, 6.0]]]])
@@ -114,12 +115,14 @@ class Attention:
         return Heads(q, k, v)
 
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
-        """Let tokens x [B, L, E] read each other through the context -> [B, L, E].
+        """Run the layer on tokens x [B, L, E] -> [B, L, E].
 
-        `project` them at the context's positions, hand layer number, queries, keys and values to the
-        context's `attend`, which gives [B, H, L, D], and lay the heads of each token side by side, [B, L, H *
-        D], for `o_proj`. Only the context knows which tokens are read and where their keys are stored, so the
-        layer works with any cache.
+        1. `project` the tokens at `context.positions`.
+        2. `context.attend(layer, q, k, v)`, with the number of this layer, gives [B, H, L, D].
+        3. Put the heads of each token next to each other, [B, L, H * D], and apply `o_proj`.
+
+        Only the context knows which tokens are read and where their keys are stored, so the layer works with
+        any cache.
 
         >>> from tiny_llm.linear import Linear
         >>> to_qkv = Linear(mx.array([[1.0], [1.0], [5.0], [5.0], [1.0], [2.0]]))  # of x: q, k, v = (x, 2x)
@@ -134,7 +137,7 @@ class Attention:
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
     def _normed(self, qk: mx.array) -> mx.array:
-        """qk [B, H + Hkv, L, D] -> the same, each head normalised if the architecture does that."""
+        """Normalise each head of qk [B, H + Hkv, L, D], if the architecture does that; keep the shape."""
         if self.q_norm is None or self.k_norm is None:
             return qk
         queries, keys = mx.split(qk, [self.num_heads], axis=1)

@@ -1,9 +1,9 @@
-"""Chooses between a readable reference function and the fast one that may stand in for it.
+"""Chooses between a readable reference function and a fast function that replaces it.
 
-On MLX's CPU device the fast ones are the compiled kernels of `tiny_llm_kernels`; elsewhere, and
-without them, MLX's own fused operators where there is one. A fast function stands in for a
-*reference* function only: a learner's own function in the overlay always runs. The readable one stays
-at hand as `function.__wrapped__`, for tests and for devices without a kernel.
+On MLX's CPU device the fast functions are the compiled kernels of `tiny_llm_kernels`. On other devices, or
+without these kernels, they are MLX's own fused operators, if MLX has one. A fast function replaces only a
+*reference* function: a learner's function in the overlay always runs. The readable function is available as
+`function.__wrapped__`, for tests and for devices without a kernel.
 """
 
 import inspect
@@ -26,7 +26,7 @@ _twins_only: ContextVar[bool] = ContextVar("twins_only", default=False)
 
 
 class KernelInfo(NamedTuple):
-    """Whether the compiled kernels run here, and how; `why_unavailable` is None where they do."""
+    """Whether the compiled kernels run here, and how; `why_unavailable` is None if they do."""
 
     available: bool
     instruction_set: str | None
@@ -35,9 +35,9 @@ class KernelInfo(NamedTuple):
 
 
 def kernel_info() -> KernelInfo:
-    """What the engine runs on, without a warning where that is MLX's own operators."""
+    """Describe what the engine runs on, without a warning if that is MLX's own operators."""
     if mx.default_device() != mx.Device(mx.cpu):
-        return KernelInfo(False, None, None, f"they are for the CPU; MLX's device is {mx.default_device()}")
+        return KernelInfo(False, None, None, f"they run on the CPU; MLX's device is {mx.default_device()}")
     import tiny_llm_kernels
 
     if not tiny_llm_kernels.available():
@@ -47,9 +47,9 @@ def kernel_info() -> KernelInfo:
 
 @cache
 def compiled_available() -> bool:
-    """True where the compiled kernels can run: built, and MLX's default device is the CPU.
+    """True if the compiled kernels can run: they are built, and MLX's default device is the CPU.
 
-    The first False on a CPU warns, once, how much slower MLX's own operators are.
+    The first call that returns False on a CPU warns how much slower MLX's own operators are.
     """
     if mx.default_device() != mx.Device(mx.cpu):
         return False
@@ -60,7 +60,7 @@ def compiled_available() -> bool:
     if os.environ.get("TINY_LLM_KERNELS") != "off":
         warnings.warn(
             f"no compiled kernels ({tiny_llm_kernels.why_unavailable()}): running on MLX's own operators, "
-            "about 20 times slower in decoding and 50 times in prefill; install a C++ compiler and "
+            "about 20 times slower in decoding and 50 times slower in prefill; install a C++ compiler and "
             "run the install again",
             RuntimeWarning,
             stacklevel=2,
@@ -69,18 +69,18 @@ def compiled_available() -> bool:
 
 
 def use_compiled() -> bool:
-    """True where compiled kernels run now: available, and not inside `twins()`."""
+    """True if compiled kernels run now: they are available, and this is not inside `twins()`."""
     return not _twins_only.get() and compiled_available()
 
 
 def is_reference(function: Callable[..., object]) -> bool:
-    """True where `function` is the reference's, so that a fast one may stand in for it."""
+    """True if `function` is the reference's, so that a fast one may replace it."""
     return hasattr(function, "__wrapped__")
 
 
 @contextmanager
 def twins() -> Iterator[None]:
-    """Run the readable functions in this block, whatever fast ones there are."""
+    """Run the readable functions in this `with` block, even if fast ones are available."""
     token = _twins_only.set(True)
     try:
         yield
@@ -90,7 +90,7 @@ def twins() -> Iterator[None]:
 
 @cache
 def compiled_kernel(name: str) -> Callable[..., Any]:
-    """The compiled function of that name; call it only where `use_compiled()`."""
+    """Return the compiled function of that name; call it only if `use_compiled()` is True."""
     import tiny_llm_kernels
 
     return getattr(tiny_llm_kernels, name)  # type: ignore[no-any-return]
@@ -102,11 +102,11 @@ def accelerated(
     fused: Callable[..., Any] | None = None,
     takes: Callable[..., bool] | None = None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Let a fast function with the same signature stand in for the decorated reference function.
+    """Replace the decorated reference function by a fast function with the same signature.
 
-    compiled: a compiled kernel by name, or a function that calls one; runs where those do, on arguments that
-    `takes` accepts: where it is None, on float32 inputs, of which the first decides. fused: MLX's own
-    operator, runs where no compiled one does.
+    compiled: a compiled kernel by name, or a function that calls one. It runs if compiled kernels are
+    available and `takes` accepts the arguments; with `takes` None, the first argument must be float32.
+    fused: MLX's own operator; it runs if `compiled` does not.
     """
     accepts = takes or _is_float32
 

@@ -1,4 +1,4 @@
-"""A cache of keys and values: what one sequence has computed once is never computed again.
+"""A cache of keys and values: a sequence never computes them twice for the same token.
 
 Each forward pass brings only the new tokens; their keys and values are appended to those of earlier passes.
 Source: Pope et al., "Efficiently Scaling Transformer Inference" (2022), section 2.1.
@@ -14,14 +14,15 @@ from .model import Model
 
 
 def attention_without_cache(prompt_len: int, gen_len: int) -> int:
-    """Count the keys computed per head and layer (values: as many) when every pass starts from nothing.
+    """Count the keys computed per head and layer if every pass recomputes all of them; values: as many.
 
-    The course text's formula: one pass over the prompt, then for each generated token s = 1 .. gen_len a pass
-    over prompt_len + s tokens, which computes all their keys again. gen_len = 0 leaves the prompt's pass.
+    The formula is the course text's. It counts one pass over the prompt, and for each generated token
+    s = 1 .. gen_len one pass over prompt_len + s tokens, which computes all their keys again. With
+    gen_len = 0, only the prompt's pass remains.
 
-    The formula counts one pass too many, on purpose: the loop of day 1.6 stops before it. To generate 2
-    tokens after 3 that loop runs passes over 3 and 4 tokens, and the formula adds the one over 5, which would
-    choose the token after the last one.
+    The formula counts one pass more than the loop of day 1.6 runs. To generate 2 tokens after 3, the loop
+    runs passes over 3 and 4 tokens; the formula also counts the pass over 5, which would choose a third
+    token. Count it too.
 
     >>> attention_without_cache(3, 2)  # 3 + 4 + 5
     12
@@ -30,18 +31,25 @@ def attention_without_cache(prompt_len: int, gen_len: int) -> int:
 
 
 def attention_with_cache(prompt_len: int, gen_len: int) -> int:
-    """Count the same keys when each token's key and value are computed once and kept: one per token."""
+    """Count the keys computed per head and layer if each token's key is computed once and kept.
+
+    Like the formula above, it counts every token, including the last one, whose key `generate_with_cache`
+    never computes.
+
+    >>> attention_with_cache(3, 2)
+    5
+    """
     return prompt_len + gen_len
 
 
 class CachedContext:
-    """Consecutive forward passes over one sequence; each sees the keys and values of all passes before it.
+    """The context of consecutive forward passes over one sequence; each sees the tokens of all before it.
 
-    Before each pass call `begin_pass`, then run the model with this context. The model calls `attend` once in
-    every layer. scale: what scores are multiplied by (`ModelConfig.attention_scale`).
+    Before each pass, call `begin_pass`; then run the model with this context. The model calls `attend` once
+    for each layer. scale: the factor of the attention scores (`ModelConfig.attention_scale`).
 
-    positions, logit_rows: of the current pass, as `KVContext` describes them. num_tokens: the tokens of all
-    passes so far, the current one included.
+    positions, logit_rows: those of the current pass, as in `KVContext`. num_tokens: the tokens of all passes
+    so far, including the current one.
     """
 
     def __init__(self, scale: float) -> None:
@@ -52,11 +60,11 @@ class CachedContext:
         self._past: dict[int, tuple[mx.array, mx.array]] = {}  # by layer; each [B, Hkv, S, D]
 
     def begin_pass(self, num_new_tokens: int) -> None:
-        """Prepare a pass over `num_new_tokens` tokens (1 or more) that follow all tokens before.
+        """Prepare a pass over the next `num_new_tokens` tokens (1 or more) of the sequence.
 
-        Sets `positions` [num_new_tokens], int32: the tokens' places in the whole sequence, from 0. Sets
-        `logit_rows` [1]: the row of the last new token, counted from the start of this pass, because only its
-        logits choose the next token. Adds the new tokens to `num_tokens`.
+        Sets `positions` [num_new_tokens], int32: the new tokens' positions in the whole sequence, from 0.
+        Sets `logit_rows` [1]: the row of the last new token, counted from the start of this pass, because
+        only its logits choose the next token. Adds the new tokens to `num_tokens`.
 
         >>> context = CachedContext(scale=1.0)
         >>> context.begin_pass(5)
@@ -71,9 +79,9 @@ class CachedContext:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Append k and v [B, Hkv, L, D] to the layer's past, then attend with q [B, H, L, D] -> [B, H, L, D].
 
-        `_past[layer]` holds the layer's keys and values of all passes, [B, Hkv, S, D] each; a layer that is
-        not in it has no past yet. A query sees the whole past, and of the new tokens those up to its own
-        (`causal_mask`). The scale is `_scale`. `mx.concatenate` joins along axis 0 unless told otherwise.
+        `_past[layer]` holds the layer's keys and values of all passes, [B, Hkv, S, D] each; a layer without
+        an entry has no past yet. A query sees all earlier passes' tokens, and the new tokens up to its own
+        (`causal_mask`). The scale is `_scale`. `mx.concatenate` joins along axis 0 unless you name another.
 
         >>> context, token = CachedContext(scale=1.0), mx.ones((1, 1, 1, 1))
         >>> context.attend(0, token, token, 2 * token).item()
@@ -91,15 +99,18 @@ class CachedContext:
 def generate_with_cache(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
-    """Continue `tokens` greedily: the tokens of `generate` (day 1.6), each computed once.
+    """Continue `tokens` greedily; yield the same tokens as `generate` (day 1.6), but compute each key once.
 
     Makes one `CachedContext` with `model.config.attention_scale`. The model takes token ids [1, L] and the
     context, and returns logits [1, R, vocab_size], a row for each of the context's R `logit_rows`. The first
-    pass brings the whole prompt, each later pass only the token chosen last. Yields each token when it is
-    chosen, at most `max_tokens` of them (0: none). A token of `eos_token_ids` is yielded too and is the last;
-    in the prompt it ends nothing. Of tokens with equal logits, takes the lowest id (`mx.argmax` does).
+    pass computes the whole prompt, each later pass only the token chosen last. Of tokens with equal logits,
+    takes the lowest id, as `mx.argmax` does.
 
-    Raises ValueError for an empty prompt when the first token is asked for, before it runs the model.
+    Yields each token as soon as it is chosen, at most `max_tokens` of them (0: none). Stops after the first
+    generated token that is in `eos_token_ids`; that token is yielded too. Such a token in the prompt stops
+    nothing.
+
+    Raises ValueError for an empty prompt when the first token is requested, before it runs the model.
 
     >>> next(generate_with_cache(None, [], 5, ()))
     Traceback (most recent call last):

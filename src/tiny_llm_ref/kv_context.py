@@ -1,7 +1,8 @@
-"""The one seam between the model and its memory: the model never knows where keys live.
+"""The interface between the model and the memory for keys and values.
 
-Attention hands its queries, keys and values to the context that it was given, and gets the output
-back. No cache, dense caches, pages: each is a context, and the model is the same.
+Attention hands its queries, keys and values to the context of the forward pass and gets the output back. No
+cache, contiguous caches, pages: each is a context. The model stays the same, and never knows where keys are
+stored.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -13,32 +14,32 @@ if TYPE_CHECKING:
 
 
 class KVContext(Protocol):
-    """What one forward pass runs in: where its tokens stand, and what they attend to.
+    """The context of one forward pass: where its tokens are, and which tokens they attend to.
 
     positions: [L] int32, each token's position in its own sequence.
-    logit_rows: [R] int32, the rows of L that need logits; None for all.
+    logit_rows: [R] int32, the rows along L that need logits; None for all.
     """
 
     positions: mx.array
     logit_rows: mx.array | None
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Store k and v, attend with q; q and k are already rotated.
+        """Store a layer's k and v, then attend with q; q and k are already rotated.
 
         q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D]. Each query sees the tokens of its own
-        sequence up to its own position, as they were stored.
+        sequence up to its own position, as they are stored.
         """
 
 
 class FusingContext(KVContext, Protocol):
-    """A context in which a whole block may run as one compiled operator, which attends by itself.
+    """A context in which a whole block may run as one compiled operator that includes attention.
 
-    fuses: whether it may now; a context without this attribute never fuses.
+    fuses: whether it may now. A context without this attribute never fuses.
     """
 
     @property
     def fuses(self) -> bool:
-        """True where the operator would do what `attend` does."""
+        """True if the operator would do what `attend` does."""
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
-        """x [1, T, E] through one block -> [1, T, E]; its keys and values are stored."""
+        """Run x [1, T, E] through one block -> [1, T, E], and store its keys and values."""

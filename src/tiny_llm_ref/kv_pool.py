@@ -1,9 +1,9 @@
-"""The pool: the arrays that hold every key and value of the engine, and their only holder.
+"""The pool: owns the arrays that hold every key and value of the engine.
 
-Per layer and for keys and values each one array [num_blocks, Hkv, block_size, D]. Nobody else keeps
-a reference to them, because a write is in place only while nobody does: with one unevaluated reader
-MLX copies the whole pool. What leaves the pool (`read_blocks`) is an evaluated copy. Knows nothing
-of sequences or of who owns which block.
+Each layer has one array for keys and one for values, [num_blocks, Hkv, block_size, D]. No other object keeps
+a reference to them, because MLX writes in place only then: with one unevaluated reader, a write copies the
+whole pool. The methods that read (`read`, `read_blocks`) return evaluated copies. Knows nothing of sequences,
+or of which table holds which block.
 """
 
 from collections.abc import Sequence as Seq
@@ -21,7 +21,10 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class KVPool:
-    """`num_blocks` blocks of `block_size` tokens in every layer, each of `num_heads` heads of `head_dim`."""
+    """Blocks of keys and values in every layer, for `num_heads` heads of size `head_dim`.
+
+    num_blocks: blocks in each layer. block_size: tokens in a block. dtype: the type of the arrays.
+    """
 
     def __init__(
         self,
@@ -42,46 +45,46 @@ class KVPool:
 
     @classmethod
     def for_model(cls, model: ModelConfig, num_blocks: int, block_size: int, dtype: mx.Dtype) -> Self:
-        """A pool for a model's keys and values; layers that see differently far have blocks of their own."""
+        """Make a pool for a model's keys and values; layers with different windows use different blocks."""
         heads, layers = model.num_key_value_heads, layers_per_block(group_layers(model.windows))
         return cls(num_blocks, block_size, heads, model.head_dim, layers, dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its arrays."""
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in (*self._keys, *self._values))
 
     def lend(self, layer: int) -> tuple[mx.array, mx.array]:
-        """The key and value arrays of a layer, for one write; `put_back` must follow."""
+        """Return the key and value arrays of a layer, for one write; `put_back` must follow."""
         return self._keys[layer], self._values[layer]
 
     def put_back(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        """Take the arrays that a write returned in the place of those that were lent."""
+        """Store the arrays that a write returned, in place of those that `lend` returned."""
         self._keys[layer] = keys
         self._values[layer] = values
 
     def evaluate(self, *outputs: mx.array) -> None:
-        """Evaluate `outputs` together with every pending write, so that no reader stays behind."""
+        """Evaluate `outputs` together with every pending write, so that no unevaluated reader remains."""
         mx.eval(*outputs, *self._keys, *self._values)
 
     def start(self, *outputs: mx.array) -> None:
-        """Begin to compute `outputs` and every pending write, without waiting: a reader of them will wait."""
+        """Start to compute `outputs` and every pending write, without waiting; reading them will wait."""
         arrays = (*outputs, *self._keys, *self._values)
         mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
 
     def settle(self) -> bool:
-        """After a failure: evaluate what is pending. False: that failed, and all arrays are new and empty."""
+        """Evaluate pending writes after a failure. If that fails, zero all arrays and return False."""
         try:
             self.evaluate()
             return True
-        except Exception:  # whatever an operator raised
+        except Exception:  # an operator may raise anything
             for arrays in (self._keys, self._values):
                 arrays[:] = _zeros(len(arrays), arrays[0].shape, self.dtype)
             self.evaluate()
             return False
 
     def resize(self, num_blocks: int) -> None:
-        """Grow by empty blocks, or cut the last ones off; one layer's array at a time is copied."""
+        """Add empty blocks at the end, or cut the last ones off; copies one layer's array at a time."""
         if num_blocks == self.num_blocks:
             return
         for arrays in (self._keys, self._values):
@@ -92,17 +95,17 @@ class KVPool:
         self.num_blocks = num_blocks
 
     def copy_blocks(self, copies: Seq[BlockCopy]) -> None:
-        """Copy whole blocks in all layers, as if all sources were read before any is written.
+        """Copy whole blocks in all layers, as if all sources were read before any target is written.
 
-        A copy's `length` is ignored: behind the tokens that it counts the target has what the source has.
+        A copy's `length` is ignored: the tokens after the first `length` are copied too.
         """
         self.fill_from(self, [(copy.src, copy.dst) for copy in copies])
 
     def fill_from(self, source: "KVPool", pairs: Seq[tuple[int, int]]) -> None:
-        """Copy whole blocks of a pool of the same shape, this one or another, in all layers.
+        """Copy whole blocks in all layers from a pool of the same shape, this one or another.
 
-        pairs: from a block of `source` to one of this pool. All are read before any is written, and both
-        pools may be written to afterwards.
+        pairs: (block of `source`, block of this pool). All sources are read before any target is written.
+        Both pools may be written to afterwards.
         """
         if not pairs:
             return
@@ -110,7 +113,7 @@ class KVPool:
         if use_compiled():
             copy = compiled_kernel("copy_blocks")
             for arrays, others in ((self._keys, source._keys), (self._values, source._values)):
-                for layer in range(len(arrays)):  # a name for an array would be a holder of it
+                for layer in range(len(arrays)):  # a variable for an array would be a second reference to it
                     other = None if source is self else others[layer]
                     arrays[layer] = copy(arrays[layer], sources, targets, other)
             self.evaluate()
@@ -123,21 +126,21 @@ class KVPool:
         self.evaluate()
 
     def write(self, layer: int, slots: mx.array, keys: mx.array, values: mx.array) -> None:
-        """Write keys and values [T, Hkv, D] of one layer to T different slots, in place."""
+        """Write keys and values [T, Hkv, D] of one layer to T different slots [T], in place."""
         blocks, offsets = slots // self.block_size, slots % self.block_size
         self._keys[layer][blocks, :, offsets] = keys.astype(self.dtype)
         self._values[layer][blocks, :, offsets] = values.astype(self.dtype)
         mx.eval(self._keys[layer], self._values[layer])
 
     def read(self, layer: int, slots: mx.array) -> tuple[mx.array, mx.array]:
-        """Evaluated copies of one layer's keys and values at T slots, each [T, Hkv, D]."""
+        """Return evaluated copies of one layer's keys and values at T slots, each [T, Hkv, D]."""
         blocks, offsets = slots // self.block_size, slots % self.block_size
         keys, values = self._keys[layer][blocks, :, offsets], self._values[layer][blocks, :, offsets]
         mx.eval(keys, values)
         return keys, values
 
     def read_blocks(self, layer: int, blocks: Seq[int]) -> tuple[mx.array, mx.array]:
-        """Evaluated copies of a layer's keys and values, each [len(blocks), Hkv, block_size, D]."""
+        """Return evaluated copies of a layer's keys and values, each [len(blocks), Hkv, block_size, D]."""
         index = mx.array(list(blocks))
         keys, values = self._keys[layer][index], self._values[layer][index]
         mx.eval(keys, values)
@@ -145,7 +148,7 @@ class KVPool:
 
 
 def _zeros(count: int, shape: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
-    """So many arrays, all zero."""
+    """Return `count` arrays of zeros."""
     if use_compiled():
         made: list[mx.array] = compiled_kernel("zeros")(count, shape, dtype)
         return made

@@ -1,40 +1,54 @@
-"""Layers that look equally far back share a block table: how a model's layers are divided into groups.
+"""How a model's layers are divided into groups: the layers of a group have the same window and share a table.
 
-A block holds the keys and values of one group's layers, and all groups have one size, so that one pool serves
-them all: what a window has passed is free for anybody. Ints only. Source: vLLM's hybrid KV cache.
+A block holds the keys and values of one group's layers. Blocks of all groups have the same size, so one pool
+serves them all: a block that a window has passed is free for any group. Ints only. Source: vLLM's hybrid KV
+cache.
 """
 
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-MOST_WASTE = 1.25  # groups take the larger kind's size where it is less than so many times the smaller's
+# Groups get the size of the most frequent kind of layer if it is less than this many times the rarest's.
+MAX_SIZE_RATIO = 1.25
 
 
 class LayerGroup(NamedTuple):
-    """Layers that share a block table. window: tokens that each of their queries sees; None: all."""
+    """Layers that share a block table. window: the number of tokens that a query sees; None: all."""
 
     layers: tuple[int, ...]
     window: int | None = None
 
     def most_blocks(self, num_tokens: int, block_size: int, most_at_once: int) -> int:
-        """Blocks that a table may hold at once on its way to so many tokens, computed so many in a step."""
+        """Return how many blocks a table may hold at once while it grows to `num_tokens` tokens.
+
+        most_at_once: the most tokens of a sequence that one step computes.
+
+        With a window of 6, 4 queries see 9 tokens, which are in 3 blocks of 4 at most:
+
+        >>> LayerGroup((0,), window=6).most_blocks(100, block_size=4, most_at_once=4)
+        3
+        """
         blocks = -(-num_tokens // block_size)
         if self.window is None:
             return blocks
-        in_reach = self.window - 1 + most_at_once  # of a step's queries; they may begin within a block
+        in_reach = self.window - 1 + most_at_once  # tokens that a step's queries see; may start mid-block
         return min(blocks, (in_reach + block_size - 2) // block_size + 1)
 
 
 def group_layers(windows: Seq[int | None]) -> tuple[LayerGroup, ...]:
-    """The layers 0 .. len(windows) - 1 in groups of one window each, those that see everything first.
+    """Divide the layers 0 .. len(windows) - 1 into groups of one window each, layers without a window first.
 
-    A group has as many layers as the rarest kind; or as the most frequent one, where the kinds differ little.
-    The last group of a kind may have fewer, and leaves a part of its blocks empty.
+    A kind is all layers with the same window. A group has as many layers as the rarest kind; or as many as
+    the most frequent kind, if that is less than `MAX_SIZE_RATIO` times as large. The last group of a kind may
+    have fewer layers; it leaves part of its blocks empty.
+
+    >>> [tuple(group) for group in group_layers([512, 512, None, 512, 512, None])]
+    [((2, 5), None), ((0, 1), 512), ((3, 4), 512)]
     """
     counts = Counter(windows)
     fewest, most = min(counts.values()), max(counts.values())
-    size = most if most < MOST_WASTE * fewest else fewest
+    size = most if most < MAX_SIZE_RATIO * fewest else fewest
     groups = []
     for window in sorted(counts, key=lambda window: window or 0):
         layers = tuple(layer for layer, other in enumerate(windows) if other == window)
@@ -43,5 +57,5 @@ def group_layers(windows: Seq[int | None]) -> tuple[LayerGroup, ...]:
 
 
 def layers_per_block(groups: Seq[LayerGroup]) -> int:
-    """Layers whose keys and values lie in one block."""
+    """Return the number of layers whose keys and values share a block."""
     return max(len(group.layers) for group in groups)

@@ -1,7 +1,7 @@
-"""Matrices of a model, in the form that they are stored in: dense, quantized, or packed for the kernels.
+"""A model's matrices, each in its stored form: dense, quantized, or packed for the kernels.
 
-Each is one object that multiplies and that looks rows up, so that an embedding and the output
-projection tied to it are one matrix, held once. The loader makes them; the model only calls them.
+A matrix is one object that multiplies and looks up rows, so an embedding and the output projection tied to it
+are one matrix in memory. The loader makes these objects; the model only calls them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .quantize import dequantize, quantized_matmul
 
 PACKED_TILE = 16  # outputs in one tile of the compiled kernels' layout
-PACKED_GROUP = 32  # inputs that share a scale in it
+PACKED_GROUP = 32  # inputs that share a scale in that layout
 
 
 class LinearLike(Protocol):
@@ -29,28 +29,31 @@ class LinearLike(Protocol):
 
 @accelerated(compiled="dense_matmul")
 def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
-    """x [..., K] times the transpose of weight [N, K] -> [..., N], summed in x's type."""
+    """Multiply x [..., K] with the transpose of weight [N, K] -> [..., N], summed in x's type."""
     return x @ weight.astype(x.dtype).T
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A dense matrix: weight [N, K] in float32, float16 or bfloat16, as the checkpoint has it."""
+    """A dense matrix: weight [N, K] in float32, float16 or bfloat16, as in the checkpoint."""
 
     weight: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N]."""
+        """Multiply: x [..., K] -> [..., N]."""
         return dense_matmul(x, self.weight)
 
     def rows(self, ids: mx.array) -> mx.array:
-        """ids [...] -> [..., K] in float32."""
+        """Look up rows: ids [...] -> [..., K] in float32."""
         return self.weight[ids].astype(mx.float32)
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A matrix in MLX's quantized layout: weight [N, K*bits/32], scales and biases [N, K/group_size]."""
+    """A matrix in MLX's quantized layout.
+
+    weight [N, K * bits / 32], scales and biases [N, K / group_size].
+    """
 
     weight: mx.array
     scales: mx.array
@@ -59,19 +62,20 @@ class QuantizedLinear:
     bits: int
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N]."""
+        """Multiply: x [..., K] -> [..., N]."""
         return quantized_matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
 
     def rows(self, ids: mx.array) -> mx.array:
-        """ids [...] -> [..., K], dequantized."""
+        """Look up rows: ids [...] -> [..., K], dequantized."""
         return dequantize(self.weight[ids], self.scales[ids], self.biases[ids], self.group_size, self.bits)
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A quantized matrix repacked for the compiled kernels, in one blob of bytes.
+    """A quantized matrix repacked for the compiled kernels, in one array of bytes.
 
-    Products take x in integers of `activation_bits`, by groups of 32: see ARCHITECTURE.md, "Kernels".
+    A product rounds x to integers of `activation_bits`, in groups of 32 that share a scale: see
+    ARCHITECTURE.md, "Kernels".
     """
 
     packed: mx.array
@@ -81,13 +85,13 @@ class PackedLinear:
     activation_bits: int = 16
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N]."""
+        """Multiply: x [..., K] -> [..., N]."""
         bits = {"bits": self.bits, "activation_bits": self.activation_bits}
         out: mx.array = compiled_kernel("quantized_matmul")(x, self.packed, self.out_features, **bits)
         return out
 
     def rows(self, ids: mx.array) -> mx.array:
-        """ids [...] -> [..., K], dequantized."""
+        """Look up rows: ids [...] -> [..., K], dequantized."""
         out: mx.array = compiled_kernel("dequantize_rows")(self.packed, ids, self.in_features, bits=self.bits)
         return out
 
@@ -100,30 +104,30 @@ class BiasedLinear:
     bias: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> x W^T + bias [..., N]."""
+        """Multiply: x [..., K] -> x W^T + bias, [..., N]."""
         return self.matrix(x) + self.bias
 
     def rows(self, ids: mx.array) -> mx.array:
-        """ids [...] -> [..., K]: rows of the matrix, without the bias."""
+        """Look up rows of the matrix, without the bias: ids [...] -> [..., K]."""
         return self.matrix.rows(ids)
 
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """A matrix whose rows are multiplied by a scale when they are looked up; products have no scale.
+    """A matrix whose rows are multiplied by a scale when they are looked up; products are not scaled.
 
-    Gemma's embedding: the output projection tied to it is the same matrix without the scale.
+    Gemma scales its embedding, but not the output projection, which is the same matrix.
     """
 
     matrix: LinearLike
     scale: float
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N], unscaled."""
+        """Multiply: x [..., K] -> [..., N], unscaled."""
         return self.matrix(x)
 
     def rows(self, ids: mx.array) -> mx.array:
-        """ids [...] -> [..., K], scaled."""
+        """Look up rows: ids [...] -> [..., K], scaled."""
         return self.matrix.rows(ids) * self.scale
 
 
@@ -143,7 +147,7 @@ def stack_packed(parts: Sequence[LinearLike]) -> PackedLinear | None:
 
 
 def dense_linear(weight: mx.array) -> LinearLike:
-    """A dense matrix [N, K], evaluated, so that what it was made from can go."""
+    """Make a dense matrix of weight [N, K], evaluated, so that the arrays it was made from can be freed."""
     mx.eval(weight)
     return Linear(weight)
 
@@ -157,10 +161,11 @@ def quantized_linear(
     *,
     activation_bits: int = 16,
 ) -> LinearLike:
-    """The best form of a quantized matrix on this device: packed where the compiled kernels run.
+    """Make the best form of a quantized matrix for this device: packed if the compiled kernels run.
 
-    Packed, a matrix says the same numbers exactly: scales and biases in float16 where that holds all of
-    them, in float32 otherwise. One whose groups are no multiples of the kernels' stays in MLX's layout.
+    Packing changes none of the matrix's numbers: scales and biases are stored in float16 if it holds all of
+    them exactly, otherwise in float32. A matrix stays in MLX's layout if its group size is not a multiple of
+    the kernels'.
     """
     packs = use_compiled() and is_reference(quantized_matmul) and group_size % PACKED_GROUP == 0
     if not packs:
@@ -176,7 +181,7 @@ def quantized_linear(
 
 
 def _fits_float16(values: mx.array) -> bool:
-    """True where float16 holds every one of the values exactly."""
+    """True if float16 holds every value exactly."""
     if values.dtype == mx.float16:
         return True
     narrow = values.astype(mx.float16).astype(values.dtype)

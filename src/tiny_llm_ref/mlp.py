@@ -1,4 +1,4 @@
-"""The feed-forward half of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+"""The feed-forward network of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ from .linear import LinearLike
 
 @accelerated(compiled="swiglu")
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Let one half of the hidden values decide how much of the other passes: silu(gate) * up, value by value.
+    """Compute silu(gate) * up, value by value: the gate decides how much of `up` passes.
 
     Both [..., I] -> [..., I]. silu(x) = x * sigmoid(x) with sigmoid(x) = 1 / (1 + e^-x): close to x for large
-    x, close to 0 for very negative x, and slightly below 0 in between. Gates of 100 and -100 must give 100
-    and 0: e^100 is inf in float32, and inf / inf is nan. `mx.sigmoid` is safe.
+    x, close to 0 for very negative x, and slightly below 0 for other negative x. With up = 1, gates of 100
+    and -100 must give 100 and 0, although e^100 is inf in float32 and inf / inf is nan: `mx.sigmoid` is safe.
 
     >>> swiglu(mx.array([0.0, 100.0]), mx.array([5.0, 0.5])).tolist()
     [0.0, 50.0]
@@ -26,8 +26,8 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 class MLP:
     """The gated feed-forward network: down(swiglu(gate(x), up(x))), with I hidden values for each token.
 
-    gate_up_proj: the checkpoint's gate_proj and up_proj in one matrix, [..., E] -> [..., 2 I]: the I gates
-        first, then the I values for `up`.
+    gate_up_proj: the checkpoint's gate_proj and up_proj in one matrix, [..., E] -> [..., 2 I]: first the I
+        gates, then the I values for `up`.
     down_proj: [..., I] -> [..., E].
     """
 
@@ -35,10 +35,10 @@ class MLP:
     down_proj: LinearLike
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Run the network on every token by itself: x [B, L, E] -> [B, L, E].
+        """Run the network on each token separately: x [B, L, E] -> [B, L, E].
 
-        Call each matrix once; it is an object, dense or quantized, with a bias or without, and not an array.
-        In MLX `mx.split(a, 2)` cuts the first axis unless another is named.
+        Call each matrix once, like a function: it is not an array but an object, dense or quantized, with or
+        without a bias. In MLX `mx.split(a, 2)` splits the first axis unless you name another.
 
         >>> from tiny_llm.linear import Linear
         >>> mlp = MLP(Linear(mx.array([[100.0], [3.0]])), Linear(mx.array([[2.0]])))  # gate 100, up 3, down 2

@@ -1,7 +1,7 @@
-"""The decoder: look tokens up, run the blocks, normalise, project to logits. One file for every week.
+"""The decoder: look up the tokens, run the blocks, normalise, project to logits.
 
-It knows nothing of caches, pages, batches or quantization: its matrices are objects that the loader made,
-and keys and values go to the context.
+It knows nothing of caches, pages, batches or quantization, so all weeks of the course use the same model: its
+matrices are objects that the loader made, and it hands keys and values to the context.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ Block = TransformerBlock | GemmaBlock
 
 
 class ByName(Protocol[T_co]):
-    """Parameters by name: a dict, or an object that makes each parameter when it is asked for."""
+    """Parameters by name: a dict, or an object that makes each parameter when it is looked up."""
 
     def __getitem__(self, name: str, /) -> T_co:
         """Return the parameter of that name, such as `linears["lm_head"]`."""
@@ -39,9 +39,9 @@ class Model:
     """A decoder-only transformer; its parts are named as in the checkpoint.
 
     config: the hyper-parameters that it was built from.
-    embed_tokens: the embedding [vocab_size, E]; its `rows` turns token ids into vectors.
+    embed_tokens: the embedding [vocab_size, E]; its method `rows` turns token ids into vectors.
     norm: [E], the weight of the norm after the last layer.
-    lm_head: the output projection, [..., E] -> [..., vocab_size]; may be the embedding itself.
+    lm_head: the output projection, [..., E] -> [..., vocab_size]; it may be the embedding's matrix.
     """
 
     config: ModelConfig
@@ -51,19 +51,21 @@ class Model:
     lm_head: LinearLike
 
     def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
-        """Compute the logits of the next token: token ids [B, L] int32 -> [B, R, vocab_size].
+        """Compute the logits of next tokens: token ids [B, L] int32 -> [B, R, vocab_size].
 
-        Every layer gets the context of the pass. `context.logit_rows`, [R] int32, names the rows along L that
-        need logits, the same in every sequence and in the order given; None: all, R = L. Choose them after
-        the last layer: until there the other tokens read every row. Choose them before the last norm and the
-        projection, so that the largest matrix of the model sees only R rows. The last norm uses
-        `config.rms_norm_eps`.
+        Turn the tokens into vectors, pass these through every layer with the context, then through the last
+        norm (with `config.rms_norm_eps`) and `lm_head`.
+
+        `context.logit_rows`, [R] int32, lists the rows along L that need logits, the same for every sequence;
+        the result has them in this order. None means all rows, R = L. Choose the rows after the last layer,
+        because until then other tokens attend to every row. Choose them before the last norm, so that the
+        model's largest matrix multiplies only R rows.
 
         >>> from tiny_llm.linear import Linear
         >>> from types import SimpleNamespace as Some
         >>> table = Linear(mx.array([[4.0, 4.0], [-2.0, 2.0]]))  # two tokens, and no layers
         >>> model = Model(Some(rms_norm_eps=0.0), table, (), mx.ones(2), table)
-        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()
+        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()  # normalised: (1, 1) and (-1, 1)
         [[[8.0, 0.0], [0.0, 4.0]]]
         """
         x = self.embed_tokens.rows(tokens)  # [B, L, E]
@@ -77,17 +79,18 @@ class Model:
 def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByName[mx.array]) -> Model:
     """Assemble a model from its parameters, named as in a checkpoint but without `.weight`.
 
-    linears: the matrices; vectors: the norms' weights. Both read a parameter from the file when it is asked
-    for and do not keep it: ask for each name once, and for none that `config.parameter_shapes` does not list.
+    linears: the matrices. vectors: the norms' weights. Both read a parameter from the file when it is looked
+    up, and do not keep it. So look up each name once, and only names that `config.parameter_shapes` lists.
 
-    - `embed_tokens` is the matrix "model.embed_tokens". If `config.scale_embeddings` (Gemma), rows that are
-      looked up are multiplied by sqrt(hidden_size): wrap the matrix in `ScaledRows(matrix, scale)`.
-    - `layers`, a tuple: `build_block` for each layer from 0 on, with its array of
+    - `embed_tokens` is the matrix "model.embed_tokens". If `config.scale_embeddings` (Gemma), wrap it in
+      `ScaledRows(matrix, scale)`: rows that are looked up are then multiplied by the scale,
+      sqrt(hidden_size).
+    - `layers` is a tuple: `build_block` for each layer from 0 on, with that layer's array of
       `layer_frequencies(config)`.
     - `norm` is the vector "model.norm".
-    - `lm_head` is the matrix "lm_head". If `config.tie_word_embeddings`, there is none of that name: it is
-      the matrix "model.embed_tokens" itself, the same object and not its `ScaledRows`: it is in memory once,
-      and logits are not multiplied by Gemma's scale.
+    - `lm_head` is the matrix "lm_head". If `config.tie_word_embeddings`, no such matrix exists, and `lm_head`
+      is the object that was looked up as "model.embed_tokens", not its `ScaledRows`. So the matrix is in
+      memory once, and logits are not multiplied by Gemma's scale.
 
     >>> from tiny_llm.loader import load_model
     >>> model = load_model(None).model  # the embedded model, assembled by this function
@@ -108,7 +111,7 @@ def build_model(config: ModelConfig, linears: ByName[LinearLike], vectors: ByNam
 
 
 def layer_frequencies(config: ModelConfig) -> list[mx.array]:
-    """The rotary frequencies of each layer, [D/2]; windowed layers may have a base of their own."""
+    """Return the rotary frequencies of each layer, [D/2]; windowed layers may have a different base."""
     full = inverse_frequencies(config.head_dim, config.rope_theta)
     if config.rope_factors is not None:
         full = full / mx.array(config.rope_factors, mx.float32)
@@ -125,7 +128,7 @@ def build_block(
     linears: ByName[LinearLike],
     vectors: ByName[mx.array],
 ) -> Block:
-    """Assemble one layer; inv_freq: its rotary frequencies. It asks for each of its parameters once."""
+    """Assemble one layer; inv_freq: its rotary frequencies. Looks up each of its parameters once."""
     prefix = f"model.layers.{layer}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     self_attn = Attention(
@@ -140,11 +143,11 @@ def build_block(
         k_norm=vectors[f"{attention}.k_norm"] if config.qk_norm else None,
         eps=config.rms_norm_eps,
     )
-    kind_of_mlp = GeluMLP if config.hidden_act == GELU else MLP
-    feed_forward = kind_of_mlp(
+    mlp_class = GeluMLP if config.hidden_act == GELU else MLP
+    feed_forward = mlp_class(
         gate_up_proj=stack([linears[f"{mlp}.{name}_proj"] for name in ("gate", "up")]),
         down_proj=linears[f"{mlp}.down_proj"],
     )
     norms = {f"{name}_layernorm": vectors[f"{prefix}.{name}_layernorm"] for name in config.layer_norms}
-    kind_of_block = GemmaBlock if config.sandwich_norm else TransformerBlock
-    return kind_of_block(self_attn=self_attn, mlp=feed_forward, **norms, eps=config.rms_norm_eps)
+    block_class = GemmaBlock if config.sandwich_norm else TransformerBlock
+    return block_class(self_attn=self_attn, mlp=feed_forward, **norms, eps=config.rms_norm_eps)

@@ -1,7 +1,7 @@
-"""One contiguous cache per sequence, as long as its longest possible text: simple, and mostly empty.
+"""One contiguous cache per sequence, with space for the longest possible text: simple, and mostly empty.
 
-A token is written into memory that is there already, so nothing moves. But memory that a sequence has not
-filled yet is of no use to any other sequence: internal fragmentation, the difference between
+A token is written into memory that is already allocated, so nothing moves. But no other sequence can use the
+memory that a sequence has not filled yet. This is internal fragmentation: the difference between
 `allocated_bytes` and `used_bytes`.
 """
 
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one layer, each [Hkv, S, D]: head, token, value."""
+    """Keys and values of one layer, each [Hkv, S, D]."""
 
     keys: mx.array
     values: mx.array
@@ -21,12 +21,13 @@ class KeysValues(NamedTuple):
 class NaiveKVCache:
     """Memory for `max_seq_len` tokens of one layer, allocated at once: two arrays [Hkv, max_seq_len, D].
 
-    Heads come first, then tokens, as in q, k and v: attention reads one head's tokens after another, so every
-    cache of this course has this order and nothing is transposed. (The course text's sketches put tokens
-    first.)
+    Heads come first, then tokens, as in q, k and v. Attention reads the tokens of one head after another, so
+    every cache of this course has this order, and nothing is transposed. (The course text's sketches put
+    tokens first.)
 
-    num_heads: heads of keys and values (Hkv). k_cache, v_cache: the arrays. current_len: tokens stored; they
-    are the first in both arrays, and what lies behind them has no meaning.
+    num_heads: heads of keys and values (Hkv). k_cache: the keys, [Hkv, max_seq_len, D]. v_cache: the values,
+    likewise. current_len: the number of stored tokens; they come first in both arrays, and the numbers after
+    them have no meaning.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class NaiveKVCache:
         self.v_cache = mx.zeros((num_heads, max_seq_len, head_dim), dtype)
 
     def update(self, new_k: mx.array, new_v: mx.array) -> KeysValues:
-        """Store the next tokens behind those stored so far; return all stored tokens.
+        """Store the next tokens after those stored so far; return the keys and values of all stored tokens.
 
-        new_k, new_v: [Hkv, D] for one token, or [Hkv, n, D] for n. Writes into `k_cache` and `v_cache`, which
-        keep their shape and type (MLX casts what is assigned to a slice), and raises `current_len` by n. The
-        result has [Hkv, current_len, D] each, in the cache's type.
+        new_k, new_v: [Hkv, D] for one token, or [Hkv, n, D] for n tokens. Writes into `k_cache` and
+        `v_cache`, which keep their shape and type (MLX converts values that are assigned to a slice), and
+        adds n to `current_len`. The returned keys and values are [Hkv, current_len, D] in the cache's type.
 
-        Raises ValueError and changes nothing if they do not fit into `max_seq_len`. Check it first: MLX cuts
-        a slice that goes past the end and raises nothing.
+        Raises ValueError, and changes nothing, if the tokens do not fit into `max_seq_len`. Check this first:
+        MLX cuts off a slice that goes past the end and raises nothing.
 
         >>> cache = NaiveKVCache(max_seq_len=4, num_heads=1, head_dim=2)
         >>> stored = cache.update(mx.ones((1, 3, 2)), mx.zeros((1, 3, 2)))
@@ -68,15 +69,14 @@ class NaiveKVCache:
         return KeysValues(self.k_cache[:, :stop], self.v_cache[:, :stop])
 
     def copy_from(self, source: "NaiveKVCache") -> None:
-        """Forget the stored tokens and store those of `source`: two texts that begin alike.
+        """Replace the stored tokens by a copy of those of `source`.
 
-        Two completions of one prompt compute the prompt once, in the first one's cache; the second copies it
-        and then goes its own way: later updates of one cache do not show in the other. The prompt's keys and
-        values are then in memory twice, which sharing pages (week 3) avoids.
+        For two completions of one prompt: the first computes the prompt, and the second copies its cache.
+        Afterwards the caches are independent: later updates of one do not show in the other. The prompt's
+        keys and values are in memory twice, which sharing pages (week 3) avoids.
 
-        Both caches have the same heads; they may differ in `max_seq_len` and type. A cache that is copied
-        from itself holds what it held. Raises ValueError and changes nothing if the source's tokens do not
-        fit.
+        Both caches have the same heads and head size; `max_seq_len` and type may differ. Copying a cache from
+        itself changes nothing. Raises ValueError, and changes nothing, if the source's tokens do not fit.
 
         >>> first, second = NaiveKVCache(8, 1, 2), NaiveKVCache(4, 1, 2)
         >>> stored = first.update(mx.ones((1, 3, 2)), mx.ones((1, 3, 2)))
@@ -91,7 +91,7 @@ class NaiveKVCache:
         self.update(source.k_cache[:, :length], source.v_cache[:, :length])
 
     def reset(self) -> None:
-        """Forget every token; the memory stays."""
+        """Forget every token; the memory stays allocated."""
         self.current_len = 0
 
     def allocated_bytes(self) -> int:
@@ -104,10 +104,10 @@ class NaiveKVCache:
 
 
 class Reservation(NamedTuple):
-    """What it means to give every sequence a cache of the same size.
+    """The result of giving every sequence a cache of the same size.
 
-    num_caches: caches that fit into the memory. num_refused: sequences that do not fit into a cache.
-    wasted: of the caches of all other sequences, the share that holds no token, 0 to 1.
+    num_caches: caches that fit into the memory. num_refused: sequences that are too long for a cache.
+    wasted: the share, from 0 to 1, of the other sequences' caches that holds no token.
     """
 
     num_caches: int
@@ -116,13 +116,17 @@ class Reservation(NamedTuple):
 
 
 def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: int) -> Reservation:
-    """Weigh a cache size: what caches of `max_seq_len` tokens mean for sequences of these lengths, in tokens.
+    """Compute how caches of `max_seq_len` tokens serve sequences of these lengths: a `Reservation`.
 
-    token_bytes: a token's keys and values in all layers. memory: bytes for all caches; only whole caches
-    count. `max_seq_len` and `token_bytes` are 1 or more; 0 is a caller's mistake that needs no check. A
-    sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted` counts each
-    sequence that is not refused with one cache, whether or not all of them fit into the memory at once; it is
-    0.0 if there is no such sequence.
+    lengths: tokens of each sequence. token_bytes: bytes of a token's keys and values in all layers. memory:
+    bytes for all caches; only whole caches count. `max_seq_len` and `token_bytes` are at least 1; do not
+    check this.
+
+    A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted` counts
+    one cache for each other sequence, whether or not all of these caches fit into the memory at once. It is
+    0.0 if every sequence is refused, or if there are none.
+
+    In the example the caches of 500 tokens hold 100 and 300: 600 of 1,000 places are wasted.
 
     >>> reserve([100, 300, 900], max_seq_len=500, token_bytes=1000, memory=1_600_000)
     Reservation(num_caches=3, num_refused=1, wasted=0.6)

@@ -1,4 +1,4 @@
-"""RMSNorm: every layer reads the stream at one size.
+"""RMSNorm: scales the input of each layer to the same size.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
@@ -16,12 +16,13 @@ def _fused(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Scale each row to a root mean square of 1, then by a weight: x / sqrt(mean(x^2) + eps) * weight.
 
-    x [..., E], weight [E] -> [..., E]; the mean is over the last axis, and eps is under the root, so that
-    a row of zeros gives zeros. Square and average in float32: float16 ends at 65,504, so 300 squared is inf
-    in it, and it has hardly a digit left for 0.001 squared. The result has x's type, also if the weight is
+    x [..., E], weight [E] -> [..., E]; the mean is over the last axis. eps is under the root, so that a row
+    of zeros gives zeros. Square and average in float32: the largest float16 is 65,504, so in float16 300
+    squared is inf, and 0.001 squared keeps hardly a digit. The result has x's type, even if the weight is
     float32 (in MLX float16 times float32 is float32).
 
-    >>> rms_norm(mx.array([[0.0, 0.0, 0.0, 8.0]]), mx.array([1.0, 1.0, 1.0, 10.0]), 0.0).tolist()
+    >>> row = mx.array([[0.0, 0.0, 0.0, 8.0]])  # its root mean square is sqrt(64 / 4) = 4
+    >>> rms_norm(row, mx.array([1.0, 1.0, 1.0, 10.0]), 0.0).tolist()
     [[0.0, 0.0, 0.0, 20.0]]
     """
     wide = x.astype(mx.float32)

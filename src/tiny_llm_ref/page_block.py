@@ -1,8 +1,8 @@
-"""Attention over pages that are arrays of their own: rectangular queries, one block table for each row.
+"""Attention over pages that are separate arrays: rectangular queries, one block table for each row.
 
-A `PageBlock` is one block of one layer; pages and tables need no pool. The packed kernel needs one, so the
-pages that the tables name are stacked to a small pool, and a block's number is its place in that pool. Knows
-nothing of reference counts; a page is written to through its arrays, in place.
+A `PageBlock` is one block of one layer, outside any pool. The packed kernel needs a pool, so the pages that
+the tables name are stacked into a small one, in which each block has a new number: its index in the stack.
+Knows nothing of reference counts; a page is written in place, through its arrays.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 class PageBlock:
     """The keys and values of one block in one layer, each [Hkv, block_size, D]; written in place.
 
-    Raises ValueError unless both are float32, float16 or bfloat16, of that rank, and of one shape and type.
+    Raises ValueError unless both are float32, float16 or bfloat16, of rank 3, and of the same shape and type.
     """
 
     keys: mx.array
@@ -31,28 +31,28 @@ class PageBlock:
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or 0 in self.keys.shape or self.keys.dtype not in FLOATS:
             raise ValueError(
-                f"keys must be floats [Hkv, block_size, D], none of them 0, not {_described(self.keys)}"
+                f"keys must be floats [Hkv, block_size, D], all at least 1, not {_described(self.keys)}"
             )
         if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
             raise ValueError(f"keys are {_described(self.keys)}, values {_described(self.values)}")
 
     @property
     def block_size(self) -> int:
-        """The number of tokens that it has places for."""
+        """Tokens in a block."""
         return self.keys.shape[1]
 
 
 def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_start: int, length: int) -> None:
     """Copy `length` tokens, keys and values, from offset `src_start` of one page to `dst_start` of another.
 
-    Both may be the same page, with ranges that overlap: the target then has what the source range held
+    Both may be the same page, with overlapping ranges: the target range then holds what the source range held
     before. (A slice of an MLX array is a value: a later write to the array does not change it.) The pages may
-    have different block sizes, and share nothing afterwards. The target's two arrays are written to
-    (`page.keys[:, a:b] = ...`) and stay the same objects: others may have them. A length of 0 copies nothing.
+    have different block sizes, and are independent afterwards. Write into the target's two arrays
+    (`page.keys[:, a:b] = ...`) and do not replace them, because other objects may refer to them. A length of
+    0 copies nothing.
 
     Raises ValueError, and copies nothing, if a range is not within its page (the given `_check_range` does
-    this), or if the pages differ in heads, D or type: MLX would not complain, it would broadcast one head to
-    all, and round.
+    this), or if the pages differ in heads, D or type: MLX would silently broadcast one head to all, or round.
 
     >>> def page(*tokens): return PageBlock(*(mx.array(tokens, mx.float32).reshape(1, -1, 1) for _ in "kv"))
     >>> one, other = page(1, 2, 3, 4), page(7, 8, 9)
@@ -72,13 +72,14 @@ def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_sta
 
 
 def pack_last_tokens(tables: Seq[BlockTable], length: int, place_of: Mapping[int, int]) -> PackedBatch:
-    """Pack the last `length` tokens of each of B tables, to be read from a pool with other block numbers.
+    """Pack the last `length` tokens of each of B tables, for a small pool with other block numbers.
 
-    place_of: for each block in which a table has tokens, its number in the small pool. The batch is that of
-    `pack_batch` for these B spans, in the tables' order, but with the small pool's numbers in `tables`: row b
-    has those of table b's blocks that hold tokens (the given `_filled_blocks`), filled up with 0 to the
-    longest row, int32. `slots` stay as `pack_batch` makes them: nothing is going to be written. A
-    `PackedBatch` is frozen; `dataclasses.replace` makes a changed one.
+    place_of: the number in the small pool of each block in which a table has tokens.
+
+    Call `pack_batch` with B spans, in the order of the tables, and replace the batch's `tables` by the small
+    pool's numbers, int32: row b has one number for each block of table b that holds tokens (the given
+    `_filled_blocks`), padded with 0 to the longest row. Leave `slots` unchanged: nothing will be written. A
+    `PackedBatch` is frozen; `dataclasses.replace` makes a changed copy.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> one, other = (BlockTable(BlockAllocator(64), block_size=4) for _ in range(2))
@@ -103,18 +104,20 @@ def paged_attention_kernel(
 ) -> mx.array:
     """Attend with query [B, H, L, D] to the pages of B tables -> [B, H, L, D], in the query's type.
 
-    The L queries of row b are the last L tokens of table b, whose own keys and values are in their pages
-    already; each sees the tokens of its sequence up to itself. Tables may differ in length and share pages.
-    page_blocks: pages by block id, each [Hkv, block_size, D], all alike; others in it are ignored. H is a
-    multiple of Hkv. scale: None is D**-0.5; 0.0 is a scale. The attention itself is float32.
+    The L queries of row b are the last L tokens of table b; their keys and values are in the pages already.
+    Each query sees the tokens of its sequence up to itself. Tables may differ in length and may share pages.
+    page_blocks: pages by block id, each [Hkv, block_size, D], all of one shape and type; pages that no table
+    names are ignored. H is a multiple of Hkv. scale: None means D**-0.5; 0.0 is a valid scale. Compute the
+    attention in float32.
 
     Raises ValueError for shapes, types, tables or a block size that do not fit together, and
-    `UnknownBlockError` for a block that a table names and `page_blocks` lacks. The given `_check_tables`,
-    `_named_pages` and `_check_pages` do this, if they are called in this order: the second returns the pages
-    to stack, each once, by block id.
+    `UnknownBlockError` for a block that a table names and `page_blocks` lacks. Call the given
+    `_check_tables`, `_named_pages` and `_check_pages`, in this order, to do this. `_named_pages` returns the
+    pages to stack, each once, by block id.
 
-    `paged_attention` wants a packed row [1, H, B * L, D], all queries of table 0 first. Reshape does not move
-    numbers: bring H in front of B (`swapaxes`) before B and L become one axis, and on the way back likewise.
+    `paged_attention` takes a packed row [1, H, B * L, D], with all queries of table 0 first. A reshape does
+    not reorder numbers: exchange B and H with `swapaxes` before you join B and L to one axis, and do the same
+    on the way back.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> table = BlockTable(BlockAllocator(64), block_size=2)
@@ -122,7 +125,7 @@ def paged_attention_kernel(
     >>> pages = {7: PageBlock(mx.zeros((1, 2, 2)), mx.array([[[6.0, 0], [8.0, 0]]]))}
     >>> pages[42] = PageBlock(mx.zeros((1, 2, 2)), mx.array([[[1.0, 0], [1.0, 0]]]))
     >>> out = paged_attention_kernel(mx.ones((1, 1, 1, 2)), [table], pages, block_size=2)
-    >>> out.tolist()  # one query, the last token; equal keys: the mean of 1, 1, 6 and 8
+    >>> out.tolist()  # one query, for the last token; equal keys give the mean of 1, 1, 6 and 8
     [[[[4.0, 0.0]]]]
     """
     _check_tables(query, page_tables, block_size)
@@ -138,7 +141,7 @@ def paged_attention_kernel(
 
 
 def _named_pages(tables: Seq[BlockTable], page_blocks: Mapping[int, PageBlock]) -> dict[int, PageBlock]:
-    """The pages in which the tables have tokens, each once, by block id."""
+    """Return the pages in which the tables have tokens, each once, by block id."""
     pages: dict[int, PageBlock] = {}
     for number, table in enumerate(tables):
         for block in _filled_blocks(table):
@@ -149,26 +152,26 @@ def _named_pages(tables: Seq[BlockTable], page_blocks: Mapping[int, PageBlock]) 
 
 
 def _filled_blocks(table: BlockTable) -> list[int]:
-    """The blocks in which a table has tokens, in order."""
+    """Return the blocks in which a table has tokens, in order."""
     return table.blocks[: -(-table.num_tokens // table.block_size)]
 
 
-# Arguments that do not fit together are refused here; the packed kernel checks none of it.
+# These checks reject arguments that do not fit together; the packed kernel checks nothing.
 
 
 def _check_tables(query: mx.array, tables: Seq[BlockTable], block_size: int) -> None:
     if query.ndim != 4 or 0 in query.shape or query.dtype not in FLOATS:
-        raise ValueError(f"query must be floats [B, H, L, D], none of them 0, not {_described(query)}")
+        raise ValueError(f"query must be floats [B, H, L, D], all at least 1, not {_described(query)}")
     B, _, L, _ = query.shape
     if len(tables) != B:
-        raise ValueError(f"query has {B} rows, and there are {len(tables)} page tables")
+        raise ValueError(f"query has {B} rows, but there are {len(tables)} page tables")
     for row, table in enumerate(tables):
         if table.block_size != block_size:
             raise ValueError(
                 f"table {row} has blocks of {table.block_size} tokens, block_size is {block_size}"
             )
         if table.num_tokens < L:
-            raise ValueError(f"table {row} holds {table.num_tokens} tokens, the query's rows {L}")
+            raise ValueError(f"table {row} holds {table.num_tokens} tokens, fewer than the query's {L}")
         if len(table.blocks) * block_size < table.num_tokens:
             raise ValueError(
                 f"table {row} has {len(table.blocks)} blocks of {block_size} for {table.num_tokens} tokens"
@@ -181,7 +184,7 @@ def _check_pages(query: mx.array, pages: Mapping[int, PageBlock], block_size: in
     Hkv = first.keys.shape[0]
     if first.keys.shape != (Hkv, block_size, D):
         raise ValueError(
-            f"block_size {block_size} and a query of D = {D} want pages of [Hkv, {block_size}, {D}]; "
+            f"block_size {block_size} and a query with D = {D} require pages [Hkv, {block_size}, {D}]; "
             f"block {block} is {_described(first.keys)}"
         )
     if H % Hkv:
@@ -189,7 +192,7 @@ def _check_pages(query: mx.array, pages: Mapping[int, PageBlock], block_size: in
     for other, page in pages.items():
         if (page.keys.shape, page.keys.dtype) != (first.keys.shape, first.keys.dtype):
             raise ValueError(
-                f"pages must be alike: block {block} is {_described(first.keys)}, "
+                f"pages must have one shape and type: block {block} is {_described(first.keys)}, "
                 f"block {other} is {_described(page.keys)}"
             )
 

@@ -1,6 +1,6 @@
-"""How a model's keys and values lie in pages: which tables a sequence has, and what they hold at most.
+"""How a model's keys and values are laid out in pages: which tables a sequence has, and how many blocks.
 
-Every decision that depends on windows is here, so that scheduling knows sequences and blocks alone.
+Everything that depends on windows is here, so the scheduler only knows sequences and blocks.
 """
 
 from collections.abc import Sequence as Seq
@@ -21,42 +21,49 @@ from .sliding_window import WindowedContext, WindowedTable, first_visible
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Groups of layers, in blocks of so many tokens. most_tokens: of one sequence in one step."""
+    """The layout of a model's layers in blocks.
+
+    groups: the groups of layers. block_size: tokens in a block. most_tokens: the most tokens of one sequence
+    that one step computes.
+    """
 
     groups: tuple[LayerGroup, ...]
     block_size: int
     most_tokens: int
 
     def tables(self, allocator: BlockAllocator) -> list[BlockTable]:
-        """Empty tables for a sequence, one for each group."""
+        """Return empty tables for a sequence, one for each group."""
         kinds = (BlockTable if group.window is None else WindowedTable for group in self.groups)
         return [kind(allocator, self.block_size) for kind in kinds]
 
     def streams(self, salt: str) -> list[TokenBlocks]:
-        """A sequence's tokens as the prefix cache sees them, which tells the groups apart."""
+        """Return empty token streams for a sequence, one for each group; each has other hashes."""
         salts = [salt] if len(self.groups) == 1 else [f"{i} {salt}" for i in range(len(self.groups))]
         return [TokenBlocks(self.block_size, salt) for salt in salts]
 
     def most_blocks(self, num_tokens: int) -> int:
-        """Blocks that a sequence may hold at once on its way to so many tokens."""
+        """Return how many blocks a sequence may hold at once while it grows to `num_tokens` tokens."""
         return sum(self._most(group, num_tokens) for group in self.groups)
 
     def blocks_to_come(self, sequence: PagedSequence, num_tokens: int) -> int:
-        """Free blocks that a sequence may take, beyond those that it holds, on its way to so many tokens.
+        """Return how many free blocks a sequence may still take while it grows to `num_tokens` tokens.
 
-        Others may hold what its windows pass, so nothing of that is counted on.
+        Blocks that its windows will release are not counted as free: other tables may hold them too.
         """
         more = max(0, num_tokens - sequence.num_computed)
         pairs = zip(self.groups, sequence.tables, strict=True)
         return sum(min(table.blocks_to_append(more), self._most(group, num_tokens)) for group, table in pairs)
 
     def blocks_of_fork(self, num_shared: int, num_tokens: int) -> int:
-        """The same for a fork to come, which has its first `num_shared` tokens in common with its parent."""
+        """Return how many blocks a fork may take while it grows to `num_tokens` tokens.
+
+        num_shared: the tokens that it shares with its parent; their full blocks need no copies.
+        """
         own = max(0, -(-num_tokens // self.block_size) - num_shared // self.block_size)
         return sum(min(own, self._most(group, num_tokens)) for group in self.groups)
 
     def release_passed(self, tables: Seq[BlockTable], position: int) -> list[int]:
-        """Release the blocks that no query from `position` on sees; return them, table by table."""
+        """Release the blocks that no query at `position` or later sees; return them, table by table."""
         passed: list[int] = []
         if not self._has_windows:
             return passed
@@ -72,7 +79,10 @@ class PageLayout:
         scale: float,
         logit_rows: mx.array | None,
     ) -> KVContext:
-        """The context of one packed forward pass, over chunks (a sequence's tables, start, stop) in order."""
+        """Return the context of one packed forward pass.
+
+        spans: (tables, start, stop) of each chunk, in packed order: its sequence's tables and positions.
+        """
         batches = [
             pack_batch([Span(tables[i], start, stop) for tables, start, stop in spans])
             for i in range(len(self.groups))

@@ -1,6 +1,6 @@
-"""Who computes what in the next step, and on which pages: admission, shared prefixes, room, preemption.
+"""Plans each step: admission, shared prefixes, the tokens that each sequence computes, pages, preemption.
 
-Plain bookkeeping over ints. Takes pages and gives them back; knows nothing of arrays, logits or text.
+Plain bookkeeping over ints. Allocates and frees pages; knows nothing of arrays, logits or text.
 """
 
 from .batch_manager import PrefixStats, wanted
@@ -18,10 +18,12 @@ from .swap import SwapSpace
 class PageScheduler:
     """Plans steps over the queues and the allocator of a batch manager.
 
-    max_seqs: sequences that run at once, completions and beams to come included. max_tokens: in one step.
-    max_blocks: what the pool may grow to; the allocator begins with as many or fewer.
+    max_seqs: the most sequences that run at once; completions and beams that are still to be forked count.
+    max_tokens: the most tokens in one step. max_blocks: the size to which the pool may grow; the allocator
+    starts with at most as many blocks.
 
-    Every admitted sequence has its reserved blocks available: free, cached but idle, or not yet allocated.
+    Invariant: every admitted sequence has its reserved blocks available: free, cached but idle, or blocks by
+    which the pool can still grow.
     """
 
     def __init__(
@@ -37,9 +39,9 @@ class PageScheduler:
     ) -> None:
         self.prefix = policies.prefix(allocator, layout.block_size)
         self.swap_space = SwapSpace(policies.swap_blocks, layout.block_size) if policies.swap_blocks else None
-        self._under_way: Plan[PagedSequence] = Plan()
-        self._ran: list[PagedSequence] = []  # the sequences that ran when the step began
-        self._swapped: set[PagedSequence] = set()  # all that are on the host, and perhaps some that were
+        self._current_plan: Plan[PagedSequence] = Plan()
+        self._running_before: list[PagedSequence] = []  # the running sequences before the current plan
+        self._swapped: set[PagedSequence] = set()  # all swapped sequences, and some that no longer are
         self.num_preemptions = 0
         self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
@@ -53,29 +55,30 @@ class PageScheduler:
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be had: free, kept for nobody in particular, or not yet there."""
+        """The number of available blocks: free, cached but idle, or blocks by which the pool can grow."""
         return self._allocator.num_free + self.prefix.num_idle + self._max_blocks - self._allocator.num_blocks
 
     @property
     def num_swapped(self) -> int:
-        """Sequences that wait with their keys and values on the host."""
+        """The number of sequences that wait with their keys and values on the host."""
         return sum(sequence.state is SequenceState.SWAPPED for sequence in self._swapped)
 
     def plan(self) -> Plan[PagedSequence]:
-        """Admit what fits, share the token budget, and take the pages, preempting where they run out."""
-        plan = self._under_way = Plan()
-        self._ran = list(self._queues.running)
+        """Admit sequences, share the token budget, and allocate pages; preempt if there are too few."""
+        plan = self._current_plan = Plan()
+        self._running_before = list(self._queues.running)
         self._admit(plan)
-        self._share()
+        self._adopt_cached()
         running = list(self._queues.running)
-        for sequence, count in zip(running, share_budget(self._wants(), self._max_tokens), strict=True):
+        counts = share_budget(self._wanted_tokens(), self._max_tokens)
+        for sequence, count in zip(running, counts, strict=True):
             if count and sequence in self._queues.running:
-                self._take(sequence, count, plan)
+                self._plan_chunk(sequence, count, plan)
         return plan
 
     def computed(self, plan: Plan[PagedSequence]) -> None:
-        """Take note that a plan is computed: its full blocks may be shared by content from now on."""
-        for sequence in plan.returned:
+        """Record that a plan has been computed: its full blocks can be shared by content from now on."""
+        for sequence in plan.swapped_in_sequences:
             if self.swap_space is not None and sequence.state is SequenceState.RUNNING:
                 self.swap_space.forget(sequence)
                 self.prefix.keep(sequence, 0)
@@ -87,42 +90,43 @@ class PageScheduler:
                 queries, hits = self.prefix_stats
                 found = sequence.num_cached_tokens
                 self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
-        self._under_way, self._ran = Plan(), []
+        self._current_plan, self._running_before = Plan(), []
 
     def undo(self) -> list[str]:
-        """After a step that failed: everybody who ran waits again; the requests that it was to compute.
+        """After a step that failed, let all running sequences wait again.
 
-        What the step was to copy to the host is not there.
+        Copies to the host that the step planned count as lost. Returns the ids of the requests that the step
+        was to compute.
         """
-        returned = {sequence.seq_id for sequence in self._under_way.returned}
-        half_out = [sequence for sequence in self._queues.running if sequence.seq_id not in returned]
-        for sequence in [*self._under_way.departed, *half_out]:
-            self._forget_swapped(sequence)
+        swapped_in = {sequence.seq_id for sequence in self._current_plan.swapped_in_sequences}
+        half_out = [sequence for sequence in self._queues.running if sequence.seq_id not in swapped_in]
+        for sequence in [*self._current_plan.swapped_out_sequences, *half_out]:
+            self._drop_swapped(sequence)
         about_to_run = [self._queues.waiting[0]] if self._queues.waiting else []
         for sequence in [*reversed(self._queues.running)]:
-            if sequence in self._queues.running:  # not put back yet, together with another beam
+            if sequence in self._queues.running:  # putting back another beam may have put this one back too
                 self._put_back(sequence)
-        for sequence in [*self._ran, *about_to_run]:
-            self.give_up(sequence)  # no other waiting sequence can hold pages
+        for sequence in [*self._running_before, *about_to_run]:
+            self.release(sequence)  # no other waiting sequence can hold pages
         self.prefix.released(self.prefix.blocks)
-        return list(dict.fromkeys(chunk.sequence.request_id for chunk in self._under_way.chunks))
+        return list(dict.fromkeys(chunk.sequence.request_id for chunk in self._current_plan.chunks))
 
-    def forget_everything(self) -> None:
-        """Nothing that was computed can be read any more: what is kept or waits on the host is given up."""
+    def drop_computed(self) -> None:
+        """Drop all cached blocks and all blocks on the host, because their keys and values are lost."""
         self.prefix.evict(len(self.prefix.blocks))
         for sequence in self._swapped:
-            self._forget_swapped(sequence)
+            self._drop_swapped(sequence)
         self._swapped.clear()
 
-    def _forget_swapped(self, sequence: PagedSequence) -> None:
-        """What a sequence has on the host is not to be had: it is computed again."""
+    def _drop_swapped(self, sequence: PagedSequence) -> None:
+        """Release a sequence's blocks on the host; it will be recomputed."""
         if self.swap_space is not None:
             self.swap_space.forget(sequence)
         if sequence.state is SequenceState.SWAPPED:
             sequence.state = SequenceState.WAITING
 
-    def give_up(self, sequence: PagedSequence) -> None:
-        """Take a sequence's pages away, and those on the host if it has ended."""
+    def release(self, sequence: PagedSequence) -> None:
+        """Release a sequence's pages, and if it has ended, its blocks on the host."""
         blocks = sequence.blocks
         sequence.give_up_pages()
         self.prefix.released(blocks)
@@ -130,81 +134,82 @@ class PageScheduler:
             self.swap_space.forget(sequence)
 
     def reserved_blocks(self, sequence: PagedSequence) -> int:
-        """Blocks that must stay available for a sequence beyond those that it holds."""
+        """Return how many blocks must stay available for a sequence in addition to those that it holds."""
         tokens = self._preemption.reserved_tokens(sequence)
         own = self._layout.blocks_to_come(sequence, tokens)
         return own + sequence.num_forks * self._layout.blocks_of_fork(len(sequence.prompt), tokens)
 
     def _admit(self, plan: Plan[PagedSequence]) -> None:
-        """Start waiting sequences, oldest first, while there are places and blocks to reserve for them."""
+        """Start waiting sequences in order, while there are slots and blocks to reserve for the next one."""
         if not self._queues.waiting:
             return
         reserved = sum(map(self.reserved_blocks, self._queues.running))
-        seats = self._max_seqs - sum(1 + running.num_forks for running in self._queues.running)
+        free_slots = self._max_seqs - sum(1 + running.num_forks for running in self._queues.running)
         while self._queues.waiting:
             sequence = self._queues.waiting[0]
-            if 1 + sequence.num_forks > seats:
+            if 1 + sequence.num_forks > free_slots:
                 return
             self.prefix.adopt(sequence)
             needed = self.reserved_blocks(sequence)
             if reserved + needed > self.num_available:
-                # Blocks that windows share are not expected back; those that the sequence computes alone are.
-                self.give_up(sequence)
+                # Reservations count on a window to free a sequence's own blocks, but not shared ones: without
+                # shared blocks the sequence may need fewer.
+                self.release(sequence)
                 needed = self.reserved_blocks(sequence)
             if reserved + needed > self.num_available:
                 if not self._queues.running:
-                    self._refuse_stuck(sequence, needed)
+                    self._reject_stuck(sequence, needed)
                 return
             self._queues.start_next()
             self._swap_in(sequence, plan)
             reserved += needed
-            seats -= 1 + sequence.num_forks
+            free_slots -= 1 + sequence.num_forks
 
     def _swap_in(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
-        """Plan to bring back what a sequence left on the host, beyond what it found in the prefix cache."""
+        """Plan to copy a sequence's blocks back from the host, except those found in the prefix cache."""
         if self.swap_space is None or sequence.swapped is None:
             return
         if sequence.num_computed < sequence.swapped.num_computed:
-            self._fetch(self.swap_space.blocks_to_swap_in(sequence))
+            self._free_blocks(self.swap_space.blocks_to_swap_in(sequence))
             found = sequence.blocks
             copies = self.swap_space.swap_in(sequence, self._queues.blocks_of_others(sequence))
             self.prefix.released([block for block in found if block not in sequence.blocks])
             plan.swapped_in.update(copies)
-        plan.returned.append(sequence)
+        plan.swapped_in_sequences.append(sequence)
 
-    def _share(self) -> None:
-        """Let everybody who runs take what the prefix cache has by now, and parked beams join."""
+    def _adopt_cached(self) -> None:
+        """Let running sequences share blocks that are in the prefix cache by now, and parked beams join."""
         for sequence in list(self._queues.running):
             self.prefix.adopt(sequence)
             self._release_passed(sequence)
             if sequence.parked is not None and sequence.num_uncomputed == 0:
                 self._queues.join(sequence)
 
-    def _wants(self) -> list[int]:
-        """Tokens that each running sequence wants to compute now.
+    def _wanted_tokens(self) -> list[int]:
+        """Return how many tokens each running sequence could compute now.
 
-        Nobody computes a block that somebody before is about to fill with the same: who waits, shares it.
+        If an earlier sequence is about to fill the same block, a sequence waits, to share that block later.
         """
         wants, to_be_filled = [], set()
         for sequence in self._queues.running:
             block = self.prefix.next_block(sequence)
-            waits = block in to_be_filled and sequence.is_at_edge
+            waits = block in to_be_filled and sequence.is_at_block_start
             wants.append(0 if waits else wanted(sequence))
             if block is not None:
                 to_be_filled.add(block)
         return wants
 
-    def _take(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> None:
-        """Plan up to `count` tokens of a sequence and take their pages; none where it has to give way."""
+    def _plan_chunk(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> None:
+        """Plan up to `count` tokens of a sequence and allocate their pages; none if it is preempted."""
         if sequence.blocks_to_append(count) + len(sequence.tables) <= self.num_available:
             self.prefix.adopt_part(sequence)
             self._release_passed(sequence)
             count = min(count, sequence.num_uncomputed)
             if sequence.blocks_to_append(count) > self.num_available:
-                # Only what is left of the shared blocks' copies: their originals can be had again afterwards.
+                # Compute only to the end of the copied blocks: the originals are available again afterwards.
                 size = sequence.table.block_size
                 count = min(count, size - sequence.num_computed % size)
-        if self._make_room(sequence, count, plan):
+        if self._ensure_blocks(sequence, count, plan):
             start = sequence.num_computed
             copies = sequence.append_tokens(count)
             self.prefix.released([copy.src for copy in copies])
@@ -214,25 +219,28 @@ class PageScheduler:
         """Release the blocks that the windows of a sequence have passed."""
         self.prefix.released(self._layout.release_passed(sequence.tables, sequence.num_computed))
 
-    def _make_room(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
-        """Find pages for `count` more tokens, preempting if need be; False: `sequence` had to give way."""
+    def _ensure_blocks(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
+        """Free enough blocks for `count` more tokens, preempting others if needed.
+
+        Returns False if `sequence` itself was preempted.
+        """
         while (needed := sequence.blocks_to_append(count)) > self.num_available:
             candidates = [other for other in self._queues.running if other.rank >= sequence.rank]
             victim = self._preemption.choose_victim(candidates)
             if victim is None:
                 raise OutOfBlocksError(
                     f"sequence {sequence.seq_id!r} needs {needed} more blocks, {self.num_available} of "
-                    f"{self._max_blocks} can be had, and nobody may be preempted"
+                    f"{self._max_blocks} are available, and no sequence may be preempted"
                 )
             self._preempt(victim, plan)
-            plan.drop_who_stopped()
+            plan.drop_stopped_sequences()
             if sequence not in self._queues.running:
                 return False
-        self._fetch(needed)
+        self._free_blocks(needed)
         return True
 
-    def _fetch(self, num_blocks: int) -> None:
-        """Make so many blocks free: the pool grows first, then kept blocks are given up."""
+    def _free_blocks(self, num_blocks: int) -> None:
+        """Make at least `num_blocks` blocks free: first the pool grows, then cached blocks are evicted."""
         short = num_blocks - self._allocator.num_free
         if short > 0:
             size = self._allocator.num_blocks
@@ -240,10 +248,11 @@ class PageScheduler:
             self.prefix.evict(num_blocks - self._allocator.num_free)
 
     def _preempt(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
-        """Take a running sequence's pages; it waits at the head of the queue to get them back.
+        """Release a running sequence's pages; it waits at the head of the queue.
 
-        From the host, where that has room, or by computing them again. Beams of one search go together: they
-        can only go on together, and compute again what they have in common.
+        Its keys and values are swapped to the host if that has enough free blocks, or recomputed later. The
+        beams of a search are preempted together, because they can only advance together; they are recomputed,
+        their common tokens once.
         """
         if not sequence.is_beam:
             self._swap_out(sequence, plan)
@@ -251,16 +260,16 @@ class PageScheduler:
         self.num_preemptions += 1
 
     def _put_back(self, sequence: PagedSequence) -> None:
-        """Let a running sequence wait, without its pages, and its fellow beams with it."""
+        """Let a running sequence wait, without its pages, together with the other beams of its search."""
         for stopped in self._queues.put_back(sequence):
-            self.give_up(stopped)
+            self.release(stopped)
         if sequence.swapped is not None:
             sequence.state = SequenceState.SWAPPED
             still = {other for other in self._swapped if other.state is SequenceState.SWAPPED}
             self._swapped = still | {sequence}
 
     def _swap_out(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
-        """Plan to copy what a sequence has computed to the host, unless it is there, or there is no room."""
+        """Plan to copy a sequence's computed blocks to the host, unless they are there or do not fit."""
         if self.swap_space is None or sequence.swapped is not None or sequence.num_computed == 0:
             return
         chunks = (chunk for chunk in plan.chunks if chunk.sequence is sequence)
@@ -269,15 +278,15 @@ class PageScheduler:
         )
         if copies is not None:
             plan.swapped_out += copies
-            plan.departed.append(sequence)
+            plan.swapped_out_sequences.append(sequence)
             self.num_swapped_out += 1
 
-    def _refuse_stuck(self, sequence: PagedSequence, needed: int) -> None:
-        """Refuse a request that waits for pages which nobody is left to give back: it has ended."""
+    def _reject_stuck(self, sequence: PagedSequence, needed: int) -> None:
+        """End a request that waits for pages although no running sequence is left to free any; raise."""
         for seq_id in self._queues.forget_forks_to_come(sequence.request_id):
-            self.give_up(self._queues.end(seq_id))
+            self.release(self._queues.end(seq_id))
         raise StuckRequestError(
             f"request {sequence.request_id!r} needs {needed} blocks, {self.num_available} of "
-            f"{self._max_blocks} can be had, and no running sequence will give any back",
+            f"{self._max_blocks} are available, and no running sequence will free any",
             sequence.request_id,
         )

@@ -1,9 +1,9 @@
 """Pages for keys and values: how many holders each block has, and which blocks a sequence's tokens are in.
 
-A block is a place for the keys and values of `block_size` tokens; this module knows only its id. A holder
-is a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of tokens' values,
-of the pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large
-Language Model Serving with PagedAttention" (SOSP 2023).
+A block has places for the keys and values of `block_size` tokens; this module knows only its id. A holder is
+a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of the tokens, of the
+pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large Language
+Model Serving with PagedAttention" (SOSP 2023).
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """Copy the first `length` tokens of block `src` to block `dst`, before anything is written to either."""
+    """A copy to make: the first `length` tokens of block `src` to `dst`, before either is written to."""
 
     src: int
     dst: int
@@ -24,12 +24,11 @@ class BlockCopy(NamedTuple):
 class BlockAllocator:
     """Hands out the block ids 0 .. num_blocks - 1 and counts the holders of each block.
 
-    `_free` is a queue of the free ids, `_ref_counts[block]` the number of a block's holders. Invariant: a
-    block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive count =
-    num_blocks. With a queue no block has to be searched for: its ends are reached at once in a pool of any
-    size.
-
     num_blocks: blocks in the pool, free or not.
+
+    `_free` is a queue of the free ids, and `_ref_counts[block]` is the number of a block's holders.
+    Invariant: a block is in `_free` exactly when its count is 0, so free blocks + blocks with a positive
+    count = num_blocks. A queue makes `allocate` and `free` O(1) in a pool of any size: neither searches.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -53,7 +52,7 @@ class BlockAllocator:
         return self._ref_counts[block]
 
     def allocate(self) -> int:
-        """Take a free block, any of them, and return its id; its count becomes 1: the caller is its holder.
+        """Take any free block and return its id; its count becomes 1, because the caller now holds it.
 
         Raises `OutOfBlocksError`, and changes nothing, if no block is free.
 
@@ -69,11 +68,10 @@ class BlockAllocator:
         return block
 
     def add_ref(self, block: int) -> None:
-        """Count one more holder of a block that has one already; sharing takes no free block.
+        """Count one more holder of a block that has at least one; sharing takes no free block.
 
-        Raises, and changes nothing: `DoubleFreeError` if the block is free (a free block has no holder to
-        share it with, and the next `allocate` may hand it out), `UnknownBlockError` if it is not in this
-        pool.
+        Raises, and changes nothing: `DoubleFreeError` if the block is free (it has no holder to share it
+        with, and the next `allocate` may return it), `UnknownBlockError` if it is not in this pool.
         """
         self._ref_counts[block] = self._num_holders(block) + 1
 
@@ -81,7 +79,7 @@ class BlockAllocator:
         """Count one holder less; when the last holder frees the block, it can be allocated again.
 
         Raises, and changes nothing: `DoubleFreeError` if the block is free already (it would be in the queue
-        twice, and get two owners), `UnknownBlockError` if it is not in this pool.
+        twice, and two callers would get it), `UnknownBlockError` if it is not in this pool.
 
         >>> allocator = BlockAllocator(num_blocks=2)
         >>> block = allocator.allocate()
@@ -101,7 +99,7 @@ class BlockAllocator:
         """
         if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
             raise ValueError(
-                f"{self.num_blocks} blocks cannot become {num_blocks}: one behind the end is held"
+                f"{self.num_blocks} blocks cannot become {num_blocks}: a block after the new end is held"
             )
         if num_blocks < self.num_blocks:
             self._free = deque(block for block in self._free if block < num_blocks)
@@ -111,7 +109,7 @@ class BlockAllocator:
         self.num_blocks = num_blocks
 
     def relocate(self, moved: Mapping[int, int]) -> None:
-        """Give held blocks other ids, which must be free: {old: new}, for compaction.
+        """Move held blocks to other ids, {old: new}, for compaction; the new ids must be free.
 
         The holders must rename the blocks too (`BlockTable.rename_blocks`).
         """
@@ -124,7 +122,7 @@ class BlockAllocator:
             raise UnknownBlockError(f"block {block} is not in this pool of {self.num_blocks} blocks")
 
     def _num_holders(self, block: int) -> int:
-        """The number of holders of a held block; `DoubleFreeError` for a free one."""
+        """Return the number of holders of a held block; raise `DoubleFreeError` for a free one."""
         count = self.ref_count(block)
         if count == 0:
             raise DoubleFreeError(f"block {block} is free: it has no holder")
@@ -137,8 +135,8 @@ class BlockTable:
     Token i is in block `blocks[i // block_size]` at offset `i % block_size`. Invariant:
     `len(blocks) == ceil(num_tokens / block_size)`, so an empty table has no block.
 
-    allocator: where its blocks come from and go back to. block_size: tokens in a block. blocks: the block
-    ids, those of the first tokens first. num_tokens: tokens that have a place in them.
+    allocator: the allocator of its blocks. block_size: tokens in a block. blocks: the block ids, in the order
+    of the tokens. num_tokens: the number of tokens that have a place in the blocks.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
@@ -150,13 +148,13 @@ class BlockTable:
         self.num_tokens = 0
 
     def blocks_to_append(self, num_new_tokens: int) -> int:
-        """The number of free blocks that `append_tokens(num_new_tokens)` would take. Changes nothing.
+        """Return how many free blocks `append_tokens(num_new_tokens)` would take. Changes nothing.
 
-        num_new_tokens: 0 or more; a negative number is the caller's mistake, and need not be found here.
+        num_new_tokens: 0 or more; do not check for a negative number. 0 tokens take no block.
 
-        These are the blocks for the tokens that the last block has no place for, and one more for a copy on
-        write: new tokens go to the last block, and it is partly filled and has another holder too. No new
-        tokens take no block. How many blocks are free does not matter here.
+        Count the new blocks for the tokens that do not fit into the last block. Add one for a copy on write,
+        if there are new tokens and the last block is partly filled and has another holder. The number of
+        blocks that are free does not matter here.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
         >>> _ = table.append_tokens(6)  # one block is full, the other has two tokens
@@ -173,16 +171,16 @@ class BlockTable:
     def append_tokens(self, num_new_tokens: int) -> list[BlockCopy]:
         """Add places for new tokens at the end: in the last block first, then in newly allocated blocks.
 
-        Returns the copies to make before the new tokens are written: at most one. It is a copy on write: the
-        last block is partly filled and has another holder too, so a write would go to a place where that
-        holder has a token, or will put its own next one. So this table frees its reference to the shared
-        block, has a newly allocated block in its place, and returns the copy from the one to the other, of
-        the tokens that were in it before: `num_tokens % block_size`. A full shared block is never written to
-        again, and so never copied. No new tokens change nothing; a negative number is the caller's mistake,
-        as in `blocks_to_append`.
+        Returns the copies that the pool must make before the new tokens are written: at most one, a copy on
+        write. It is needed if there are new tokens and the last block is partly filled and has another
+        holder: the new tokens' places in that block belong to the other holder too. In that case allocate a
+        block, put it in the shared block's place in `blocks`, free this table's reference to the shared
+        block, and return the copy from the shared block to the new one. Its length is the number of tokens
+        that the table had in the shared block: the old `num_tokens % block_size`. A full block is never
+        written again, so it is never copied.
 
-        All or nothing: raises `OutOfBlocksError`, and changes nothing, if fewer blocks are free than
-        `blocks_to_append` says.
+        0 new tokens change nothing; do not check for a negative number. All or nothing: raises
+        `OutOfBlocksError`, and changes nothing, if fewer blocks are free than `blocks_to_append` returns.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
         >>> table.append_tokens(6), len(table.blocks)
@@ -208,18 +206,18 @@ class BlockTable:
         return copies
 
     def physical_indices(self) -> list[int]:
-        """The ids of the table's blocks, in the order of its tokens; a new list, for a kernel.
+        """Return the ids of the table's blocks, in the order of its tokens, as a new list for a kernel.
 
-        A kind of table that has forgotten its first tokens has placeholders here; `blocks` has none.
+        A table that has released its first blocks (day 3.5) returns placeholders for them; `blocks` has none.
         """
         return list(self.blocks)
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """The slots of the positions start .. stop - 1, in order: `block * block_size + offset` for each.
+        """Return the slots of the positions start .. stop - 1, in order: `block * block_size + offset`.
 
-        A slot is a token's place in the pool as one number; the ids are those in `blocks`. Equal start and
-        stop give []. Raises ValueError unless 0 <= start <= stop <= num_tokens: a place without a token holds
-        what another sequence left there.
+        A slot is a token's place in the pool as one number; the block ids are those in `blocks`. Equal start
+        and stop give []. Raises ValueError unless 0 <= start <= stop <= num_tokens: a place after the last
+        token may hold another sequence's old data.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=64), block_size=4)
         >>> table.blocks, table.num_tokens = [7, 42], 6
@@ -227,20 +225,21 @@ class BlockTable:
         [31, 168, 169]
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            held = f"the table's {self.num_tokens} tokens"
-            raise ValueError(f"positions {start} to {stop} are not within {held}")
+            wanted = f"positions {start} to {stop}"
+            raise ValueError(f"{wanted} are not within the table's {self.num_tokens} tokens")
         size = self.block_size
         return [self.blocks[position // size] * size + position % size for position in range(start, stop)]
 
     def share_block(self, block: int, length: int) -> None:
-        """Continue with a block of another holder: its first `length` tokens become this table's next ones.
+        """Append a block of another holder: its first `length` tokens become this table's next tokens.
 
-        For the prefix cache. Raises ValueError if this table's last block is not full, or if `length` is not
-        in 1 .. block_size.
+        Used by the prefix cache. Raises ValueError if this table's last block is not full, or if `length` is
+        not in 1 .. block_size.
         """
         if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
             raise ValueError(
-                f"{length} tokens of a shared block after {self.num_tokens}, in blocks of {self.block_size}"
+                f"cannot share {length} tokens of a block after {self.num_tokens} tokens, in blocks of "
+                f"{self.block_size}"
             )
         self.allocator.add_ref(block)
         self.blocks.append(block)
@@ -249,9 +248,9 @@ class BlockTable:
     def fork(self) -> "BlockTable":
         """Return a second table with the same blocks and tokens; each block counts one more holder.
 
-        No block is taken or copied. Afterwards the two tables are independent: what one appends, the other
-        never sees (`append_tokens` copies the block in which both would write). The second table is a plain
-        `BlockTable`: a kind of table with more fields has a `fork` of its own.
+        No block is allocated or copied. Afterwards the two tables are independent: tokens appended to one do
+        not appear in the other (`append_tokens` copies the block to which both would write). The second table
+        is a plain `BlockTable`; a subclass with more fields overrides `fork`.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
         >>> _ = table.append_tokens(6)
@@ -268,13 +267,14 @@ class BlockTable:
         return child
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Use the new ids of blocks that have moved in the pool: {old: new}; other blocks keep theirs."""
+        """Replace the ids of blocks that have moved in the pool: {old: new}; other blocks keep their ids."""
         self.blocks = [moved.get(block, block) for block in self.blocks]
 
     def release(self) -> None:
         """Free this table's reference to each of its blocks, and become empty: no blocks, no tokens.
 
-        Blocks with other holders stay theirs. Releasing again does nothing; the table can be filled again.
+        A block with other holders stays allocated for them. Releasing an empty table does nothing; the table
+        can be filled again.
 
         >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
         >>> _ = table.append_tokens(6)

@@ -1,7 +1,8 @@
-"""Continuous batching over pages: requests in, logits out, tokens back.
+"""Continuous batching over pages: takes requests and sampled tokens, returns logits.
 
-A step is: `process_batch` schedules and runs, the caller samples, `commit` takes the tokens. Owns the queues,
-the allocator, the pool and every table; knows nothing of sampling, of text, or of why a sequence ends.
+A step: `process_batch` schedules and runs the model, the caller samples, `commit` appends the tokens. Owns
+the queues, the allocator, the pool and every table. Knows nothing of sampling, of text, or of why a sequence
+ends.
 """
 
 from collections.abc import Mapping
@@ -29,22 +30,23 @@ from .step import Plan, StepLogits
 class PagedBatchManager(QueueViews[PagedSequence]):
     """Runs many requests at once over one pool of pages.
 
-    max_pages: the most blocks in the pool. page_size: tokens in a block. max_batch_size: sequences that run
-    at once, each completion counted. model: None schedules without computing anything: only the bookkeeping.
-    max_batched_tokens: tokens in one step. max_model_len: longest prompt + output in tokens, at most the
-    model's context. groups: layers that share a block table; None: as the model's windows need it. min_pages:
-    the blocks that the pool begins with; it doubles when they are short, up to max_pages, and halves when
-    less than a quarter is in use. None: it has max_pages all the time.
+    max_pages: the most blocks in the pool. page_size: tokens in a block. max_batch_size: the most sequences
+    that run at once; each completion counts. model: None does only the bookkeeping, and computes nothing.
+    max_batched_tokens: the most tokens in one step. max_model_len: the longest prompt + output in tokens, at
+    most the model's context. groups: the layers that share a block table; None: derived from the model's
+    windows. min_pages: blocks in the pool at the start. The pool doubles when blocks are short, up to
+    max_pages, and halves when less than a quarter is in use. None: it always has max_pages blocks.
 
-    Most of what it does is in its parts:
-    - `_queues`: the sequences that wait and run, by id.
+    Its parts do most of the work:
+    - `_queues`: the waiting and running sequences, by id.
     - `_scheduler`: plans a step (admission, pages, preemption) over the queues and `allocator`.
-    - `_layout`: how a sequence's tokens are in pages. Here a sequence has one block table; if layers see
-      differently far (sliding windows, day 3.5) it has one for each group of layers, and `_layout` knows.
-    - `_swap_pool`: blocks on the host for preempted sequences (swapping, day 3.6); mostly None.
+    - `_layout`: how a sequence's tokens are laid out in pages. Until day 3.5 a sequence has one block table.
+      If layers differ in their windows (day 3.5), it has one for each group of layers, and `_layout` makes
+      them.
+    - `_swap_pool`: blocks on the host for preempted sequences (swapping, day 3.6); usually None.
 
-    Invariant: a block's count is the number of block tables that have it, and one more if the prefix cache
-    has it.
+    Invariant: a block's count is the number of block tables that have it, plus one if the prefix cache keeps
+    it.
     """
 
     def __init__(
@@ -102,22 +104,23 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         *,
         beam_search: bool = False,
     ) -> bool:
-        """Queue a request, and return True. It takes no pages: a step does that when it admits the request.
+        """Queue a request, and return True. It takes no pages until a later step admits it.
 
         One sequence is queued for the whole request, its leader; the given `_new_leader` makes it. params:
-        None is `SamplingParams()`. beam_search: the leader is a search's first beam, and `params.n` the
-        search's width.
+        None means `SamplingParams()`. beam_search: if True, the leader is a search's first beam (`is_beam`),
+        and `params.n` is the search's width.
 
-        Everything that is wrong with a request is found here, and then nothing changes: the id stays free for
-        another request. `_queues.add` changes something; these only look. Call them in this order, so that a
-        request that is wrong in two ways gets the first error:
-        - `longest`: ValueError for an empty prompt, `RequestTooLargeError` for a request that is longer than
-          `_context` tokens or has more completions (or beams) than `_max_seqs`, which would wait for ever.
-          Its argument `context` is `_context`, `seats` is `_max_seqs`; its result is the leader's `max_len`.
-        - `_queues.refuse_id_in_use`: `DuplicateRequestError` if the request's id or one of its
-          `completion_ids` belongs to a request that has not ended.
-        - `_refuse_what_never_fits`: `RequestTooLargeError` for a leader whose request needs more blocks than
-          the pool can ever have. In the queue it would wait for ever, and all requests behind it too.
+        Reject an invalid request before anything changes, so that its id stays free for another request. Make
+        these checks in this order, because a request may fail several of them, and only then call
+        `_queues.add(leader)`:
+
+        1. `longest` raises ValueError for an empty prompt, and `RequestTooLargeError` for a request that is
+           longer than `_context` tokens (its argument `context`) or has more completions or beams than
+           `_max_seqs` (its argument `seats`). It returns the leader's `max_len`.
+        2. `_queues.refuse_id_in_use` raises `DuplicateRequestError` if the request's id or one of its
+           `completion_ids` belongs to a request that has not ended.
+        3. `_refuse_what_never_fits(leader)` raises `RequestTooLargeError` if the request needs more blocks
+           than the pool can ever have. It would wait forever, with all requests after it.
 
         >>> manager = PagedBatchManager(max_pages=8, page_size=4, max_batch_size=4)
         >>> manager.add_request([5, 6, 7], "a", SamplingParams(n=2, max_tokens=4))
@@ -134,19 +137,22 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         return True
 
     def give_memory_back(self) -> None:
-        """Halve a pool that is mostly unused: once a call, between two steps.
+        """Halve the pool, at most once per call, if it is mostly unused. Called between two steps.
 
-        Blocks in use are those that are neither free nor idle in the prefix cache (`prefix.num_idle` counts
-        those that it keeps for later requests and no sequence has). The pool halves, rounded down, if less
-        than a quarter of its blocks is in use and half of it is at least `_min_pages`; otherwise nothing
-        changes. Why a quarter: a pool doubles when it is full, so it is half full then; if it halved at less
-        than a half, a request that comes and goes would make it grow and shrink, with all its copies, in
-        every few steps.
+        A block is in use if it is neither free nor idle. An idle block is kept by the prefix cache for later
+        requests while no sequence has it; `prefix.num_idle` counts them. The pool halves, rounded down, if
+        less than a quarter of its blocks is in use and the half is at least `_min_pages`; otherwise nothing
+        changes.
 
-        Blocks in use need not be in the front half, and idle ones may be too many for it. `prefix.evict(n)`
-        frees n idle blocks: n = held - half, where held = in use + idle (for n < 1 it does nothing).
-        `compact` moves what is held to the front, and `resize` of the allocator and of the pool (None without
-        a model) cuts the end off.
+        To halve the pool, in this order:
+
+        1. Evict idle blocks until those in use and idle fit into the half: `prefix.evict(n)` frees n idle
+           blocks, with n = in use + idle - half. For n < 1 it does nothing.
+        2. `compact` moves the blocks in use and the idle ones to the front.
+        3. `resize(half)` of the allocator, and of the pool (None without a model), cuts off the end.
+
+        Why a quarter? A full pool doubles, and is then half full. If it halved below a half, one request that
+        comes and goes would make it grow and shrink, with all the copies, every few steps.
 
         >>> manager = PagedBatchManager(max_pages=64, page_size=4, max_batch_size=4, min_pages=4)
         >>> manager.allocator.resize(20)
@@ -170,24 +176,25 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     def run_plan(self, plan: Plan[PagedSequence]) -> mx.array | None:
         """Compute a plan in one packed forward pass -> logits [R, vocab_size], or None if there are none.
 
-        The pass writes to blocks of the pool, so these are made ready before: the pool gets the allocator's
-        number of blocks (`resize`), then blocks are exchanged with the host (`_swap`), then the plan's copies
-        are made (`copy_blocks`): a copy may overwrite a block that goes to the host, or read one that comes
-        back. A plan may have no chunks, only blocks to exchange: then that is all.
+        Without a model do nothing and return None. Otherwise:
 
-        A chunk is a sequence and the positions start .. stop - 1 that it computes. `plan.pack()` gives the
-        token ids of all chunks side by side, T of them, and the R indices among them that need logits. The
-        model takes tokens [1, T] int32 and a context, and returns [1, R, vocab_size]. `_layout.context` makes
-        the context: it wants each chunk's `sequence.tables`, start and stop; the model's
-        `config.attention_scale`; the R indices as int32. (A `PagedContext` made here would be right only
-        while every sequence has one table.)
+        1. Give the pool the allocator's number of blocks (`pool.resize`).
+        2. Swap blocks with the host (`_swap`). This comes before the plan's copies, because a copy may
+           overwrite a block that goes to the host, or read one that comes back.
+        3. Make the plan's copies (`pool.copy_blocks(plan.copies)`).
+        4. If the plan has no chunks (it may only swap), return None.
+        5. Run the model on tokens [1, T] int32 and a context -> [1, R, vocab_size]. `plan.pack()` returns the
+           T token ids of all chunks, chunk after chunk, and the R indices among them that need logits.
+           `_layout.context` makes the context from the pool; (`sequence.tables`, start, stop) of each chunk;
+           the model's `config.attention_scale`; the R indices as an int32 array, even if R is 0. (A
+           `PagedContext` would be right only as long as every sequence has one table.)
+        6. If R > 0, call `pool.start(logits)` and return the logits, without the batch axis. `start` begins
+           to compute them and all writes to the pool, and does not wait; sampling waits for the logits.
+        7. If R is 0, because every chunk leaves its prompt unfinished, call `pool.evaluate()`, which computes
+           the writes now, and return None.
 
-        MLX is lazy: the pass is only described until something evaluates it, and that must happen before the
-        next write to the pool. With R > 0 `pool.start(logits)` begins with the logits and all writes, and
-        the caller goes on meanwhile; the logits are waited for when the caller samples. With R = 0, where all
-        chunks are beginnings of prompts, no caller will wait: `pool.evaluate()` computes the writes here.
-
-        Returns None without a model (then nothing happens at all), without a chunk, and for R = 0.
+        Steps 6 and 7 are needed because MLX is lazy, and these writes must be computed before the next write
+        to the pool.
 
         >>> manager = PagedBatchManager(max_pages=8, page_size=4, max_batch_size=4)
         >>> manager.run_plan(Plan()) is None  # no model: nothing is computed
@@ -212,23 +219,23 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         return logits
 
     def process_batch(self) -> StepLogits:
-        """Schedule and run one step; returns the logits of every sequence that is ready for its next token.
+        """Schedule and run one step; return the logits of every sequence that is ready for its next token.
 
-        It has five parts, each called once. What they need from one another tells their order:
-        - `_scheduler.computed(plan)`: from now on other sequences may share the plan's blocks by content, so
-          they must have been computed: if the model raises, nothing of the plan may be shared (without a
-          model there is nothing to compute, and the rest happens all the same).
-        - `give_memory_back`: moves blocks, so it comes before this step's plan names any; an idle step gives
-          memory back too.
-        - `plan.conclude(rows, self._fork)`: counts the chunks' tokens as computed, makes the completions of a
-          leader whose prompt is complete, which share its pages as `computed` left them, and says which row
-          of `rows` (or None) is whose: its `StepLogits` is the result.
-        - `run_plan`: the rows.
-        - `_schedule`: plans the step, takes its pages, and keeps the plan as `last_plan`. A plan that
-          `is_empty` has nothing to do: the step is over, with `StepLogits(None, {})`.
+        Call these five methods once each. Their order follows from what they do and need:
 
-        Raises `OutOfBlocksError` if nothing runs and the next request finds too few pages; that request is
-        dropped. `_schedule` does this.
+        - `_scheduler.computed(plan)`: makes the plan's full blocks shareable by content. They must have been
+          computed: if the model raises, none of them may be shared. (Call it without a model too.)
+        - `give_memory_back`: moves blocks, so it must come before the plan names any. It is called in every
+          step, even if there is nothing to compute.
+        - `plan.conclude(rows, self._fork)`: marks the chunks' tokens as computed, forks each leader whose
+          prompt is complete, and returns the result, `StepLogits`, which assigns rows to sequences. The forks
+          share the leader's pages, and `computed` may exchange these for others, so it must come before.
+        - `run_plan(plan)`: returns `rows`, an array or None.
+        - `_schedule`: plans the step, takes its pages, and returns the plan. If `plan.is_empty`, there is
+          nothing to do: return `StepLogits(None, {})` at once.
+
+        Raises `OutOfBlocksError` if nothing runs and too few pages are free for the next request; that
+        request is dropped. `_schedule` does this.
 
         >>> manager = PagedBatchManager(max_pages=8, page_size=4, max_batch_size=4, max_batched_tokens=4)
         >>> manager.add_request([5] * 6, "a", SamplingParams(n=2, max_tokens=4))
@@ -252,36 +259,36 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             self._queues[seq_id].outputs.append(token)
 
     def advance(self, request_id: str, steps: Seq[BeamStep]) -> None:
-        """Continue a search with these beams, best first: each shares the pages of the beam it continues.
+        """Replace a search's beams by those of `steps`, best first: each forks the beam that it continues.
 
-        All beams of the request must run and have been computed. Beams that are not continued end.
+        All beams of the request must be running and computed. Beams that no step continues end.
         """
         for parent in self._queues.advance(request_id, steps):
-            self._scheduler.give_up(parent)
+            self._scheduler.release(parent)
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence, waiting or running: its pages are freed. KeyError for an unknown or ended id."""
-        self._scheduler.give_up(self._queues.end(seq_id))
+        """End one sequence, waiting or running, and free its pages; KeyError for an unknown or ended id."""
+        self._scheduler.release(self._queues.end(seq_id))
 
     def cancel(self, request_id: str) -> None:
-        """End every sequence of a request, whatever its state; unknown and ended ids are ignored."""
+        """End every sequence of a request, in any state; unknown and ended ids are ignored."""
         for seq_id in self._queues.forget_forks_to_come(request_id):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
-        """After a step that raised: all that ran wait again; returns the requests that it was to compute.
+        """After a step that raised, let all running sequences wait again.
 
-        Only what was committed stays. Keys and values that cannot be read any more are given up, with the
-        pool's arrays that they were in.
+        Committed tokens stay. If the pool's arrays cannot be evaluated any more, they are replaced, and all
+        keys and values are dropped. Returns the ids of the requests that the step was to compute.
         """
         computing = self._scheduler.undo()
         settled = [pool.settle() for pool in (self.pool, self._swap_pool) if pool is not None]
         if not all(settled):
-            self._scheduler.forget_everything()
+            self._scheduler.drop_computed()
         return computing
 
     def compact(self) -> int:
-        """Move all blocks in use to the front of the pool, between two steps; returns how many are free."""
+        """Move all held blocks to the front of the pool, between two steps; return how many are free."""
         tables = [table for sequence in self.running for table in sequence.tables]
         return compact_memory(self.allocator, [*tables, self.prefix], self.pool)
 
@@ -302,12 +309,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     @property
     def prefix_stats(self) -> PrefixStats:
-        """How many prompt tokens there were, and how many of them were in the pool already."""
+        """How many prompt tokens there were, and how many of them were in the prefix cache."""
         return self._scheduler.prefix_stats
 
     @property
     def capacity(self) -> Capacity:
-        """How full the pool is; blocks that it can still grow by count as free."""
+        """The pool's blocks and how many are free; blocks by which it can still grow count as free."""
         nbytes = 0 if self.pool is None else self.pool.nbytes
         to_come = self.max_pages - self.allocator.num_blocks
         swap_space = self._scheduler.swap_space
@@ -332,10 +339,9 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             pool.fill_from(self._swap_pool, [(host, block) for block, host in plan.swapped_in.items()])
 
     def _fork(self, leader: PagedSequence) -> list[PagedSequence]:
-        """The sequences that share a ready sequence's logits: it, and its completions if they are to come.
+        """Return a ready sequence and, if it is a leader, its new forks, which share its logits and pages.
 
-        The completions become sequences of their own here, which share its pages. A beam has none: `advance`
-        forks it.
+        A beam is not forked here: `advance` does that.
         """
         return [leader] if leader.is_beam else self._queues.fork(leader)
 
@@ -351,7 +357,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         *,
         is_beam: bool,
     ) -> PagedSequence:
-        """A request's leader: nothing computed, empty tables, `num_forks` for the completions to come."""
+        """Make a request's leader: empty tables, nothing computed, `num_forks` other completions."""
         return PagedSequence(
             seq_id=completion_ids(request_id, params.n)[0],
             request_id=request_id,
@@ -366,7 +372,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         )
 
     def _refuse_what_never_fits(self, leader: PagedSequence) -> None:
-        """Raise `RequestTooLargeError` for a request that could not run even with the whole pool."""
+        """Raise `RequestTooLargeError` for a request that cannot run even with the whole pool."""
         num_completions = 1 + leader.num_forks
         blocks = max(self._most_blocks(leader), self._scheduler.reserved_blocks(leader))
         if blocks > self.max_pages:
@@ -380,7 +386,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             )
 
     def _most_blocks(self, leader: PagedSequence) -> int:
-        """The most blocks that a request must have at once: beams run together, completions need not."""
+        """Return how many blocks a request must have at once: beams run together, completions need not."""
         longest_one = self._layout.most_blocks(leader.max_len)
         per_fork = self._layout.blocks_of_fork(len(leader.prompt), leader.max_len)
         return longest_one + (leader.num_forks * per_fork if leader.is_beam else 0)

@@ -1,8 +1,8 @@
-"""A cache of named sequences: a view on a pool, an allocator and block tables.
+"""A cache of named sequences: a view of a pool, an allocator and block tables.
 
 `PagedKVCache(...)` makes its own pool of one layer, as the lab's cache does; `PagedKVCache.of(...)` is a view
-on the parts of a running engine. Either way a sequence's tokens are in the blocks of its table, and tables
-may share blocks. Knows nothing of attention, of models, or of when a sequence should run.
+of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table, and tables
+may share blocks. Knows nothing of attention, models or scheduling.
 """
 
 from typing import Self
@@ -18,10 +18,10 @@ class PagedKVCache:
     """Keys and values of one layer, read and written by sequence id and position.
 
     total_blocks: blocks in the pool, of block_size tokens each. num_heads: key and value heads (Hkv). tables:
-    the block table of each sequence by its id. To share blocks, put a fork of a table under another id.
+    the block table of each sequence by its id. To share blocks, store a fork of a table under another id.
 
     Every method that takes a sequence id raises KeyError for an id that is not in `tables`, except
-    `allocate`, which begins a new sequence.
+    `allocate`, which starts a new sequence.
     """
 
     def __init__(
@@ -33,24 +33,25 @@ class PagedKVCache:
         dtype: mx.Dtype = mx.bfloat16,
     ) -> None:
         allocator = BlockAllocator(total_blocks)
-        self._look_at(KVPool(total_blocks, block_size, num_heads, head_dim, dtype=dtype), allocator, {}, 0)
+        pool = KVPool(total_blocks, block_size, num_heads, head_dim, dtype=dtype)
+        self._set_parts(pool, allocator, {}, 0)
 
     @classmethod
     def of(
         cls, pool: KVPool, allocator: BlockAllocator, tables: dict[str, BlockTable], layer: int = 0
     ) -> Self:
-        """Make a view on one layer of a pool that others fill, for instance a running engine's.
+        """Make a view of one layer of an existing pool, for instance a running engine's.
 
-        tables: by sequence id, for instance `{s.seq_id: s.table for s in manager.running}`. They stay the
-        engine's: what is written or freed through this view is written or freed there. Raises ValueError if
-        pool, allocator and tables do not belong together, IndexError for a layer that the pool does not have.
+        tables: by sequence id, for instance `{s.seq_id: s.table for s in manager.running}`. Nothing is
+        copied: writing and freeing through this view changes the engine's pool and tables. Raises ValueError
+        if pool, allocator and tables do not belong together, IndexError for a layer that the pool lacks.
         """
         _check_same_pool(pool, allocator, tables)
         cache = cls.__new__(cls)
-        cache._look_at(pool, allocator, tables, layer)
+        cache._set_parts(pool, allocator, tables, layer)
         return cache
 
-    def _look_at(
+    def _set_parts(
         self, pool: KVPool, allocator: BlockAllocator, tables: dict[str, BlockTable], layer: int
     ) -> None:
         self.pool = pool
@@ -61,17 +62,16 @@ class PagedKVCache:
         self._token_shape = no_tokens.shape[1:]
 
     def allocate(self, seq_id: str, num_tokens: int) -> list[int]:
-        """Make room for `num_tokens` more tokens of a sequence, and return all its blocks in order.
+        """Add places for `num_tokens` (0 or more) tokens to a sequence, and return all its blocks in order.
 
-        A known sequence grows: it keeps its table, its blocks and its tokens, and the new tokens come behind
-        them. An unknown id begins a sequence with an empty `BlockTable`. The returned list is the caller's
-        own.
+        If the sequence is in `tables`, it keeps its table, blocks and tokens, and the new tokens follow them.
+        Otherwise it starts with an empty `BlockTable`. The returned list is a copy that the caller may
+        change.
 
-        The table's `append_tokens` returns the copies that a shared last block needs; `pool.copy_blocks`
-        makes them. It raises `OutOfBlocksError`, with nothing changed, if too few blocks are free; let that
-        error pass. Check yourself that `num_tokens` is not negative, and raise ValueError if it is:
-        `append_tokens` does not check. After either error nothing has changed, and a new sequence is not in
-        `tables`. 0 tokens are allowed.
+        The table's `append_tokens` returns the copies that a shared last block needs; make them with
+        `pool.copy_blocks`. It raises `OutOfBlocksError`, with nothing changed, if too few blocks are free; do
+        not catch that error. It does not check for a negative `num_tokens`: raise ValueError for one
+        yourself. After either error nothing has changed, and a new sequence is not in `tables`.
 
         >>> cache = PagedKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> len(cache.allocate("a", 5)), len(cache.allocate("a", 4)), cache.tables["a"].num_tokens
@@ -88,15 +88,17 @@ class PagedKVCache:
     def write_token(self, seq_id: str, token_idx: int, k: mx.array, v: mx.array) -> None:
         """Store the key and value of one token, each [Hkv, D]; the pool converts them to its type.
 
-        token_idx: a position that `allocate` made room for, written before or not. Other sequences never see
-        the write: if the block at that position, whichever it is, has more than one holder, this table first
-        gets a copy of the whole block, in all layers, in the shared block's place, and gives its reference to
-        the shared one back. `pool.copy_blocks([BlockCopy(src, dst, length)])` copies; the length is
-        `block_size`, because any of the block's tokens may be needed. A block of its own is written where it
-        is, and needs no free block.
+        token_idx: any position of the sequence, written before or not. Other sequences never see the write.
+        If the position's block, which need not be the last, has more than one holder, first give this table a
+        copy: allocate a block, copy the whole shared block into it in all layers, put its id in the shared
+        block's place in the table, and free this table's reference to the shared block.
+        `pool.copy_blocks([BlockCopy(src, dst, length)])` copies; the length is `block_size`, because any of
+        the block's tokens may be needed. A block that no other table holds is written in place, and takes no
+        free block.
 
-        Raises ValueError for a position without a token or for another shape, `OutOfBlocksError` if a copy
-        finds no free block. Check before you take a block: after an error nothing has changed.
+        Raises ValueError for a position that the sequence does not have, or if k or v has another shape;
+        `OutOfBlocksError` if a copy is needed and no block is free. Check the arguments before you take a
+        block: after an error nothing has changed.
 
         >>> cache = PagedKVCache(8, 4, num_heads=1, head_dim=2)
         >>> shared = cache.allocate("a", 6)
@@ -115,12 +117,12 @@ class PagedKVCache:
     def read_blocks(self, seq_id: str, start_token: int, num_tokens: int) -> tuple[mx.array, mx.array]:
         """Return keys and values of `num_tokens` tokens from `start_token` on, each [Hkv, num_tokens, D].
 
-        The tokens come in the order of their positions, whatever the order of the block ids. They are copies,
-        which later writes do not change. `pool.read` returns [num_tokens, Hkv, D]: the two axes change places
-        (`swapaxes`; a `reshape` would keep the order of the numbers and give heads the tokens of others).
+        The tokens are in the order of their positions, whatever the order of the block ids. The arrays are
+        copies, which later writes do not change. `pool.read` returns [num_tokens, Hkv, D]: exchange the two
+        axes with `swapaxes` (a `reshape` would mix the heads' numbers).
 
-        0 tokens give arrays [Hkv, 0, D]. Raises ValueError if the range is not within the sequence's tokens,
-        a negative `num_tokens` included: the table's `slots` does that.
+        0 tokens give arrays [Hkv, 0, D]. Raises ValueError if the range is not within the sequence's tokens
+        or `num_tokens` is negative: the table's `slots` does that.
 
         >>> cache = PagedKVCache(8, 4, num_heads=1, head_dim=2)
         >>> blocks = cache.allocate("a", 6)
@@ -136,13 +138,13 @@ class PagedKVCache:
     def read_sparse(self, seq_id: str, token_idx: int, window_blocks: int) -> tuple[mx.array, mx.array]:
         """Return keys and values of the last `window_blocks` blocks up to a token, each [Hkv, tokens, D].
 
-        The block that holds token `token_idx` is the last of them, and is read only up to that token. With
-        blocks of 16, token 500 and 4 blocks these are the tokens 448 .. 500: 53 tokens. Near the beginning
-        there are fewer than `window_blocks` blocks, and reading begins with token 0.
+        The last block is the one that holds token `token_idx`, and is read only up to that token. With blocks
+        of 16, token 500 and 4 blocks, these are the tokens 448 .. 500: 53 tokens. Near the start of the
+        sequence there are fewer than `window_blocks` blocks, and reading starts at token 0.
 
-        Raises ValueError for a window below 1, or a position that the sequence does not have: 5 tokens have
-        the positions 0 .. 4, although the last block has room for more. Check the position first
-        (`_check_position`): -1 // 16 is -1 in Python.
+        Raises ValueError for a window below 1, and for a position that the sequence does not have: 5 tokens
+        have the positions 0 .. 4, even if the last block has places for more. Check the position first
+        (`_check_position`): in Python -1 // 16 is -1.
 
         >>> cache = PagedKVCache(8, 4, num_heads=1, head_dim=2)
         >>> blocks = cache.allocate("a", 14)
@@ -158,23 +160,23 @@ class PagedKVCache:
         return self.read_blocks(seq_id, start, token_idx + 1 - start)
 
     def free_sequence(self, seq_id: str) -> None:
-        """Forget a sequence and give its blocks back; a block with other holders stays theirs.
+        """Remove a sequence and free its references to its blocks; other holders keep a shared block.
 
-        An unknown id is an error (KeyError): it is a sequence that was freed before, or a misspelt one whose
-        blocks would stay taken for good.
+        An unknown id raises KeyError, because ignoring it would hide a bug: the sequence was freed before,
+        or its id is misspelt and its blocks would stay allocated.
         """
         self.tables.pop(seq_id).release()
 
     def build_flat_slot_mapping(self, sequences: list[tuple[str, int]]) -> mx.array:
-        """Return the slots of each sequence's first tokens, one sequence after the other: int32 [total].
+        """Return the slots of each sequence's first tokens, sequence after sequence: int32 [total].
 
-        sequences: ids, each with the number of its first tokens that are wanted. A token's key and value have
-        the same slot, in arrays of their own. Raises ValueError if a number is more than the sequence has.
+        sequences: pairs of an id and a number of tokens, counted from the first. A token's key and value have
+        the same slot, in separate arrays. Raises ValueError if a number is more than the sequence has.
         """
         return flat_slots([self.tables[seq_id] for seq_id, _ in sequences], [n for _, n in sequences])
 
     def _own_block(self, table: BlockTable, place: int) -> None:
-        """Make sure that no other holder has the block at this place: replace a shared one by a copy."""
+        """Replace the block at this index of the table by a copy, if it has another holder."""
         shared = table.blocks[place]
         if self.allocator.ref_count(shared) == 1:
             return

@@ -1,8 +1,8 @@
 """Attention over pages: one step's tokens, packed in one row, each attending to its own sequence's blocks.
 
-A packed step has prefill chunks and decodes side by side, [1, T], without padding to the longest. Write this
-step's keys and values to the pool first, then read everything from the pool, in the pool's type: so the
-result has the same bits whether the token before came in this step or in an earlier one.
+A packed step holds prefill chunks and decodes one after the other, [1, T], without padding. It writes this
+step's keys and values to the pool first, then reads everything from the pool, in the pool's type. So the
+result has the same bits whether an earlier token was computed in this step or in a step before.
 """
 
 from collections.abc import Sequence as Seq
@@ -20,17 +20,17 @@ from .paged_attention import BlockTable
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-LAYERS_AT_ONCE = 2
+LAYERS_PER_EVAL = 2
 
 
-def compute_meanwhile(layer: int, out: mx.array) -> None:
-    """Let MLX compute the layers described so far, while Python describes the next ones."""
-    if layer % LAYERS_AT_ONCE == 0:
+def start_computing(layer: int, out: mx.array) -> None:
+    """Let MLX compute the layers so far, while Python builds the graph of the next ones."""
+    if layer % LAYERS_PER_EVAL == 0:
         mx.async_eval(out)  # type: ignore[no-untyped-call]
 
 
 class Span(NamedTuple):
-    """The positions start .. stop - 1 of one block table: tokens that are computed together in one step."""
+    """The positions start .. stop - 1 of one block table: the tokens of a sequence that a step computes."""
 
     table: BlockTable
     start: int
@@ -39,14 +39,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Where the T packed tokens of a step are; made once a step, used by every layer. All arrays are int32.
+    """The layout of a step's T packed tokens; made once per step, used by every layer. All arrays are int32.
 
-    positions [T]: each token's position in its own sequence. slots [T]: the place in the pool that its key
-    and value are written to. tables [number of spans, M]: row i has all block ids of span i's table, filled
-    up with 0 to M, the largest number of blocks of one table. row_of_token [T]: the token's row in `tables`,
-    its span's number. spans: the spans, in packed order.
+    positions: [T], each token's position in its own sequence. slots: [T], the slot in the pool to which each
+    token's key and value are written. tables: [number of spans, M]; row i has all block ids of span i's
+    table, padded with 0 to M, the number of blocks of the longest table. row_of_token: [T], each token's row
+    in `tables`, which is the number of its span. spans: the spans, in packed order.
 
-    Block ids to read from are those in `tables`: a batch may have other ids there than `span.table` has.
+    Read from the blocks in `tables`, not from those in `span.table`: the ids may differ.
     """
 
     positions: mx.array
@@ -57,12 +57,12 @@ class PackedBatch:
 
 
 def pack_batch(spans: Seq[Span]) -> PackedBatch:
-    """Put the tokens of all spans (at least 1) side by side, in order, as a `PackedBatch`.
+    """Pack the tokens of all spans (at least 1) one after the other, in order, as a `PackedBatch`.
 
-    Each span has at least one token, and its table has places for all of them already. Positions begin anew
-    in each span, at its `start`; slots are the table's own (`table.slots(start, stop)`), block ids its
-    `physical_indices()`: all of them, those behind `stop` too. `mx.array` makes int32 of Python ints if it is
-    told to: `mx.array(numbers, mx.int32)`.
+    Each span has at least one token, and its table already has places for all of them. The positions of a
+    span start at its `start`. Slots come from `table.slots(start, stop)`. Block ids come from
+    `table.physical_indices()`: all of them, including blocks after `stop`. `mx.array(numbers, mx.int32)`
+    makes an int32 array.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> one, other = (BlockTable(BlockAllocator(8), block_size=4) for _ in range(2))
@@ -92,9 +92,9 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
 
 
 class Attended(NamedTuple):
-    """What `write_and_attend` returns.
+    """The result of `write_and_attend`.
 
-    out: the output [1, H, T, D]. keys, values: the pool's two arrays after the write.
+    out: the output [1, H, T, D]. keys: the pool's array of keys after the write. values: that of values.
     """
 
     out: mx.array
@@ -117,23 +117,23 @@ def paged_attention(
     """Attend with the packed queries q [1, H, T, D] to the tokens in the pool -> [1, H, T, D], both float32.
 
     keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D], float32, float16 or bfloat16;
-    nothing is written. The queries of the spans follow one another in the order of `batch.spans`. A query at
-    position p sees the positions 0 .. p of its own sequence, and nothing else: no later token, no other
-    sequence, and not what is left in the places behind the last token. Position p of span i is in block
-    `batch.tables[i, p // block_size]` at offset p % block_size. Take the ids from `batch.tables`, not from
-    `span.table`: `page_block.paged_attention_kernel` (3.2.6, the next part) gives a batch other tables. Query
-    head h reads key and value head h // (H / Hkv), as `grouped_query_attention` does. A Python loop over the
-    spans is fine here; the compiled kernel that the engine runs in its place has none.
+    nothing is written. The queries are packed in the order of `batch.spans`. A query at position p sees
+    exactly the positions 0 .. p of its own sequence: no later token, no other sequence, and no old data in
+    the places after the last token. Position p of span i is in block `batch.tables[i, p // block_size]` at
+    offset p % block_size. Take the ids from `batch.tables`, not from `span.table`:
+    `page_block.paged_attention_kernel` (3.2.6, the next part) passes a batch with other ids. Query head h
+    reads key and value head h // (H / Hkv), as in `grouped_query_attention`. A Python loop over the spans is
+    fine here; the engine runs a compiled kernel instead.
 
-    MLX computes late: the pool is read when the output is evaluated. If that comes after the next write to
-    the pool, MLX keeps both versions, which costs a copy of the whole pool.
+    MLX is lazy: it reads the pool when the output is evaluated. If the next write to the pool comes before
+    that, MLX keeps both versions, which costs a copy of the whole pool.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> table = BlockTable(BlockAllocator(3), block_size=1)
     >>> table.blocks, table.num_tokens = [2, 0], 2
-    >>> values = mx.array([6.0, 0, 30, 0, 4, 0]).reshape(3, 1, 1, 2)  # ours are 4, then 6; 30 is not
+    >>> values = mx.array([6.0, 0, 30, 0, 4, 0]).reshape(3, 1, 1, 2)  # in the table: 4, then 6, but not 30
     >>> q, keys, batch = mx.ones((1, 1, 2, 2)), mx.zeros_like(values), pack_batch([Span(table, 0, 2)])
-    >>> paged_attention(q, keys, values, batch, scale=1.0).tolist()  # equal keys: the means so far
+    >>> paged_attention(q, keys, values, batch, scale=1.0).tolist()  # equal keys: means of 4, and of 4 and 6
     [[[[4.0, 0.0], [5.0, 0.0]]]]
     """
     outputs, packed = [], 0
@@ -162,23 +162,25 @@ def write_and_attend(
     """Write k and v [1, Hkv, T, D] to the slots of the batch, then attend with q [1, H, T, D] to the pool.
 
     q, k, v and the output are float32; keys, values: one layer of the pool, as in `paged_attention`. Slot s
-    is block s // block_size, offset s % block_size. The returned keys and values keep the pool's type, and
-    differ from the given ones in the batch's slots only. The given arrays may be written to: the caller uses
-    the returned ones from now on. A token sees the tokens of its sequence as they are stored, itself too: in
-    a float16 pool all of them are rounded to float16. (MLX rounds when a float32 array is assigned to part of
-    a float16 array; no `astype` is needed.)
+    is block s // block_size, offset s % block_size. The returned keys and values have the pool's type, and
+    differ from the given ones only in the batch's slots. You may write to the given arrays: the caller uses
+    only the returned ones afterwards.
 
-    With arrays of ids in two places, `keys[blocks, :, offsets]` is [T, Hkv, D]: MLX, like NumPy, puts the
-    axis of the ids in front.
+    First write this step's keys and values to the pool, then read all tokens from the pool. So a token sees
+    every token of its sequence, including itself, as it is stored: in a float16 pool, rounded to float16.
+    (MLX rounds when a float32 array is assigned to part of a float16 array; no `astype` is needed.)
+
+    If two indices are arrays of T numbers, `keys[blocks, :, offsets]` has the shape [T, Hkv, D]: MLX, like
+    NumPy, puts the axis of the index arrays first.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> table = BlockTable(BlockAllocator(3), block_size=1)
     >>> table.blocks, table.num_tokens = [2, 0], 2
     >>> kv, pool = mx.array([[[[4.0, 1.0], [6.0, 1.0]]]]), mx.zeros((3, 1, 1, 2))
     >>> batch = pack_batch([Span(table, 0, 2)])
-    >>> other = pool + 0  # an array of its own: keys and values are two
+    >>> other = pool + 0  # a second array: keys and values are not the same one
     >>> out, keys, values = write_and_attend(kv, kv, kv, pool, other, batch, scale=0.0)
-    >>> out.tolist(), values.flatten().tolist()  # a scale of 0: the means so far
+    >>> out.tolist(), values.flatten().tolist()  # a scale of 0: each token gets the mean so far
     ([[[[4.0, 1.0], [5.0, 1.0]]]], [6.0, 1.0, 0.0, 0.0, 4.0, 1.0])
     """
     block_size = keys.shape[2]
@@ -189,7 +191,7 @@ def write_and_attend(
 
 
 def _gather(pool: mx.array, blocks: mx.array, length: int) -> mx.array:
-    """The first `length` tokens of a table: pool [N, Hkv, block_size, D] -> [1, Hkv, length, D]."""
+    """Read the first `length` tokens of some blocks: pool [N, Hkv, block_size, D] -> [1, Hkv, length, D]."""
     gathered = pool[blocks].swapaxes(0, 1)  # [Hkv, blocks, block_size, D]
     return gathered.reshape(1, pool.shape[1], -1, pool.shape[3])[:, :, :length]
 
@@ -205,15 +207,15 @@ class PagedContext:
         self._scale = scale
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Write k and v [1, Hkv, T, D] to the pool, attend with q [1, H, T, D] -> [1, H, T, D]."""
+        """Write k and v [1, Hkv, T, D] to the pool, then attend with q [1, H, T, D] -> [1, H, T, D]."""
         attended = write_and_attend(q, k, v, *self._pool.lend(layer), self._batch, self._scale)
         self._pool.put_back(layer, attended.keys, attended.values)
-        compute_meanwhile(layer, attended.out)
+        start_computing(layer, attended.out)
         return attended.out
 
     @property
     def fuses(self) -> bool:
-        """True if the compiled kernels write and attend, so that a compiled block may do it too."""
+        """True if compiled kernels write and attend, so that a compiled block may do it too."""
         return is_reference(write_and_attend) and use_compiled()
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
@@ -221,5 +223,5 @@ class PagedContext:
         step, lent = self._batch, self._pool.lend(layer)
         out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
         self._pool.put_back(layer, *pools)
-        compute_meanwhile(layer, out)
+        start_computing(layer, out)
         return out

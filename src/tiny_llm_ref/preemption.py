@@ -1,8 +1,8 @@
-"""Preemption: when blocks run out, the newest sequence gives up its blocks and waits.
+"""Preemption: when blocks run out, the newest sequence releases its blocks and waits.
 
-It goes back to the head of the queue, and gets its keys and values again when there is memory: copied from
-the host, or computed once more. The oldest sequence is never chosen while another runs, so it always
-advances, and every sequence ends. Source: section 4.5 of the PagedAttention paper.
+It goes back to the head of the queue. When memory is free again, its keys and values are copied back from the
+host or recomputed. The oldest sequence is never preempted while another runs, so it always advances, and
+every sequence finishes. Source: section 4.5 of the PagedAttention paper.
 """
 
 from collections.abc import Sequence as Seq
@@ -11,15 +11,15 @@ from .sequence import PagedSequence
 
 
 class NewestFirst:
-    """Admits a sequence when its known tokens and one more block fit, and preempts the newest."""
+    """Admits a sequence if its known tokens and one more block fit; preempts the newest sequence."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """Tokens of `sequence`, from its first, for which blocks must be available once it is admitted.
+        """Return how many of the sequence's tokens, from the first, need reserved blocks when it is admitted.
 
-        All known tokens, prompt and outputs, computed or not (`num_tokens`): they must be computed anyway,
-        and after a preemption there are more of them than the prompt's. And one block more
-        (`table.block_size` tokens), so that the first output does not preempt another sequence at once. But
-        never more than the sequence may ever have (`max_len`).
+        That is all known tokens (`num_tokens`: prompt and outputs, computed or not), plus one block
+        (`table.block_size` tokens), so that its first output does not preempt another sequence at once; but
+        at most `max_len`, the most tokens that the sequence may ever have. After a preemption the outputs
+        must be recomputed too, so counting only the prompt would be wrong.
 
         >>> from types import SimpleNamespace as Known
         >>> sequence = Known(num_tokens=100, max_len=500, table=Known(block_size=16))
@@ -29,11 +29,11 @@ class NewestFirst:
         return min(sequence.num_tokens + sequence.table.block_size, sequence.max_len)
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
-        """The sequence to preempt: the newest of `candidates`, which are in order, oldest first.
+        """Return the sequence to preempt: the newest of `candidates`, which are ordered oldest first.
 
-        There is at least one. The last of them may be the very sequence that needs the blocks: then it waits
-        itself. Choosing the oldest would let two sequences preempt each other for ever. `candidates` is not
-        changed. (Another policy may return None, for no preemption; this one never does.)
+        There is at least one candidate. The newest may be the sequence that needs the blocks: then it is
+        preempted itself. If the oldest were chosen, two sequences could preempt each other forever.
+        `candidates` is not changed. (Another policy may return None, for no preemption; this one never does.)
 
         >>> NewestFirst().choose_victim(["oldest", "older", "newest"])
         'newest'

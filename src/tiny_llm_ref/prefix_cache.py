@@ -1,10 +1,11 @@
 """A cache of full blocks by content: prompts with the same prefix reuse its keys and values.
 
-The cache owns one reference to each block that it keeps, and gives back idle ones when pages are needed: the
+The cache holds one reference to each block that it keeps. When pages are needed, it evicts idle blocks: the
 least recently used first, and of one prompt the last block first. Ints and bytes only; knows nothing of
-arrays, or of which sequence runs. Source: vLLM's automatic prefix caching. Its first hashes were predictable
-(CVE-2025-25183): these are SHA-256, the tokens are compared as well, and a salt separates streams that must
-not share.
+arrays, or of which sequences run.
+
+Source: vLLM's automatic prefix caching. Its first hashes were predictable (CVE-2025-25183). Therefore this
+cache uses SHA-256, compares the tokens as well, and separates streams that must not share by a salt.
 """
 
 from array import array
@@ -21,14 +22,14 @@ from .paged_attention import BlockAllocator, BlockTable
 def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
     """Return the hash of a full block and of all blocks before it: 32 bytes, equal for equal texts.
 
-    parent: the hash of the block before, which stands for everything before that in the same way. tokens: the
-    block's token ids, a list or a tuple. Keys and values depend on all tokens before, so the parent is part
-    of the hash.
+    parent: the hash of the previous block, which covers all blocks before it in the same way. tokens: the
+    block's token ids, a list or a tuple. The parent is part of the hash because a block's keys and values
+    depend on all tokens before it.
 
-    The hash is the SHA-256 digest of the parent's bytes, followed by the bytes of the tokens. With SHA-256 a
-    client cannot construct a second text with the same hash. Each id takes 8 bytes, a signed integer in the
-    machine's byte order, and nothing stands between two ids. With a fixed size, different lists never have
-    the same bytes.
+    The hash is the SHA-256 digest of the parent's bytes followed by the tokens' bytes. Each id takes 8 bytes,
+    as a signed integer in the machine's byte order, with nothing between two ids. Because the size is fixed,
+    different lists have different bytes (as decimal text, [1, 23] and [12, 3] would both be "123"). With
+    SHA-256 a client cannot construct a second text with the same hash.
 
     >>> root = bytes(32)
     >>> len(block_hash(root, [5, 6])), block_hash(root, [5, 6]) == block_hash(root, (5, 6))
@@ -40,10 +41,10 @@ def block_hash(parent: bytes, tokens: Seq[int]) -> bytes:
 
 
 class TokenBlocks:
-    """A token stream cut into full blocks: `tokens[i]` of block i, and `hashes[i]` of the blocks 0 .. i.
+    """A token stream cut into full blocks.
 
-    hashes: one for each full block, which depends on the blocks before it too. salt: streams with different
-    salts have different hashes in every block.
+    tokens: the tokens of each block. hashes: the hash of each block, which covers all blocks before it too.
+    salt: streams with different salts have different hashes in every block.
     """
 
     def __init__(self, block_size: int, salt: str = "") -> None:
@@ -53,16 +54,16 @@ class TokenBlocks:
         self._root = sha256(salt.encode()).digest()
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Number of full blocks."""
         return len(self.hashes)
 
     def extend(self, token_ids: Seq[int]) -> None:
         """Append the full blocks of the stream's next tokens.
 
-        Each full block adds a tuple to `tokens`, and its `block_hash` to `hashes`. Its parent is
-        `parent(index)`, where `index` is the number of the block that is added: the hash of the block before,
-        or the salt's for block 0. Tokens left over at the end are ignored, not remembered. The next call
-        must begin at the first token that was left over.
+        For each full block, append its tokens as a tuple to `tokens`, and its `block_hash` to `hashes`. Its
+        parent is `parent(index)`, where `index` is the new block's number: the hash of the previous block, or
+        the salt's hash for block 0. Tokens that do not fill a block at the end are dropped: the caller passes
+        them again, as the first ones of its next call.
 
         >>> stream = TokenBlocks(4)
         >>> stream.extend(range(11))
@@ -76,15 +77,15 @@ class TokenBlocks:
             self.tokens.append(tokens)
 
     def parent(self, index: int) -> bytes:
-        """Return the parent of block `index`: the hash of the block before, or the salt's for block 0."""
+        """Return the parent of block `index`: the hash of the previous block, or the salt's for block 0."""
         return self.hashes[index - 1] if index else self._root
 
     def copy(self) -> "TokenBlocks":
-        """Return a second stream with the same blocks, which can go on differently."""
+        """Return a second, independent stream with the same blocks."""
         return self.tail(0)
 
     def tail(self, first: int) -> "TokenBlocks":
-        """Return the stream from block `first` on: that is its block 0, with the same parent as here."""
+        """Return a stream of the blocks from `first` on; its block 0 has the parent of block `first`."""
         other = TokenBlocks(self.block_size)
         other._root, other.tokens, other.hashes = self.parent(first), self.tokens[first:], self.hashes[first:]
         return other
@@ -92,45 +93,47 @@ class TokenBlocks:
 
 @dataclass(slots=True)
 class KeptBlock:
-    """A kept block, the tokens whose keys and values are in it, and the hash of the block before."""
+    """A kept block, the tokens whose keys and values it holds, and the hash of the previous block."""
 
     block: int
     tokens: tuple[int, ...]
     parent: bytes
 
     def is_block(self, stream: TokenBlocks, index: int) -> bool:
-        """Return whether it holds block `index` of a stream: compares the tokens and the parent."""
+        """True if it holds block `index` of a stream: the tokens and the parent are equal."""
         return self.tokens == stream.tokens[index] and self.parent == stream.parent(index)
 
 
 class PartMatch(NamedTuple):
-    """A kept block whose first `length` tokens are those that were asked for, and whose next one differs."""
+    """A kept block whose first `length` tokens equal the requested ones; the next one, if any, differs."""
 
     block: int
     length: int
 
 
 class PrefixCache:
-    """Keeps full blocks after their tables have gone, until the pages are needed.
+    """Keeps full blocks after their tables have released them, until the pages are needed.
 
-    Every block of the pool is in one of four states. Its holders are counted by `allocator.ref_count`:
+    Every block of the pool is in one of four states; `allocator.ref_count` counts its holders:
 
-    - free, 0 holders. A table allocates it: private.
-    - private, held by tables only. `add`: in use. When the last table releases it: free.
-    - in use, held by the cache and by tables, 2 or more. `released` after the last table is gone: idle.
-    - idle, held by the cache only, 1. It stands in the queue. `share`, `exchange`: in use. `evict`: free.
+    - free: no holder. When a table allocates it, it becomes private.
+    - private: held by tables only. With `add` it becomes in use; when the last table releases it, free.
+    - in use: held by the cache and by at least one table. When the last table releases it, `released` makes
+      it idle.
+    - idle: held by the cache only, and in the queue. With `share` or `exchange` it becomes in use again; with
+      `evict`, free.
 
     "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
-    The parent of a kept block is kept, and a table that holds a kept block holds its parent too, except where
-    a window has passed it. The queue holds exactly the idle blocks, in the order of eviction: no block stands
-    behind one that continues it.
+    The queue holds exactly the idle blocks, in the order of eviction. As long as no window (day 3.5) has
+    passed a block's parent: the parent of a kept block is kept, a table that holds a kept block also holds
+    its parent, and in the queue a block comes before its parent.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.block_size = block_size
         self._allocator = allocator
         self._kept: dict[bytes, KeptBlock] = {}  # every kept block, by its hash
-        self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # idle ones, the next to be evicted first
+        self._queue: OrderedDict[bytes, KeptBlock] = OrderedDict()  # the idle ones, next to be evicted first
         self._hash_of: dict[int, bytes] = {}  # the hash of every kept block, by the block's id
         self._newest_child: dict[tuple[bytes, int], bytes] = {}  # a hash, by its parent and first token
 
@@ -139,7 +142,7 @@ class PrefixCache:
         return len(self._kept)
 
     def __contains__(self, block: int) -> bool:
-        """Return whether a block is kept."""
+        """True if a block is kept."""
         return block in self._hash_of
 
     @property
@@ -154,16 +157,20 @@ class PrefixCache:
 
     @property
     def num_idle(self) -> int:
-        """Number of idle blocks: how many `evict` could give back now."""
+        """The number of idle blocks, which `evict` could free now."""
         return len(self._queue)
 
     def add(self, block: int, stream: TokenBlocks, index: int) -> None:
-        """Keep a block whose hash is not kept yet: a table holds it, and it holds block `index` of a stream.
+        """Keep a table's block, which holds block `index` of a stream and whose hash is not kept yet.
 
-        The cache becomes one more holder of it. It is entered in `_kept` as a `KeptBlock` by its hash,
-        `stream.hashes[index]`; in `_hash_of` by its id; and in `_newest_child` by its parent and first token,
-        where it replaces an older block. The parent is `stream.parent(index)`. It is in use, so it is not in
-        the queue. `_forget` undoes all of this.
+        Count the cache as one more holder. Enter the block in three dicts; `_forget` undoes all of this:
+
+        - `_kept`: a `KeptBlock`, by the block's hash `stream.hashes[index]`. Its parent is
+          `stream.parent(index)`.
+        - `_hash_of`: the hash, by the block's id.
+        - `_newest_child`: the hash, by (parent, first token). It replaces the hash of an older block.
+
+        A table holds the block, so it is in use and does not enter the queue.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
@@ -182,12 +189,12 @@ class PrefixCache:
         """Return the kept blocks that hold the blocks first .. stop - 1 of a stream, up to the first miss.
 
         A block is a miss if its hash is not kept, or if the block that is kept under its hash has other
-        tokens or another parent. Equal hashes prove nothing: a client that found two texts with one hash
-        would be answered from the other text. `KeptBlock.is_block` compares both. Behind a miss nothing is of
-        use, even if it is kept: a table has no holes.
+        tokens or another parent; `KeptBlock.is_block` compares both. Comparing hashes is not enough: a client
+        that found two texts with one hash would get an answer computed from the other text. Stop at the first
+        miss, even if later blocks are kept, because a table cannot have gaps.
 
-        Looking changes nothing: no block gets a holder, and idle blocks stay idle. A caller that wants the
-        blocks calls the given `share` for each of them, in order.
+        Changes nothing: no block gets a holder, and idle blocks stay idle. A caller that wants the blocks
+        calls the given `share` for each of them, in order.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
@@ -205,20 +212,20 @@ class PrefixCache:
         return found
 
     def share(self, table: BlockTable, block: int, length: int) -> None:
-        """Append a kept block to a table of full blocks, which continues with its first `length` tokens.
+        """Append a kept block to a table of full blocks; its first `length` tokens are the table's next ones.
 
-        The table becomes a holder of it, so it is not idle any more.
+        The table becomes a holder of the block, so the block is not idle any more.
         """
         table.share_block(block, length)
         self._queue.pop(self._hash_of[block], None)
 
     def released(self, blocks: Seq[int]) -> None:
-        """Note that a table has given back its references to these blocks, listed in the table's order.
+        """Make blocks idle that no table holds any more, after a table has released its references to them.
 
-        The kept ones that no table holds now become idle: the cache is their only holder (`ref_count` 1).
-        They go to the end of the queue, the last block of the table first: the queue is evicted from the
-        front, and a block is of no use without the blocks before it. Blocks that are not kept are ignored; an
-        empty list changes nothing.
+        blocks: the released blocks, in the table's order. A kept block becomes idle if the cache is its only
+        holder (`ref_count` is 1). Append the idle ones to the end of the queue in reverse order, the last
+        block of the table first: the queue is evicted from the front, and a block is useless without the
+        blocks before it. Ignore blocks that are not kept; an empty list changes nothing.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, block = PrefixCache(allocator, 2), allocator.allocate()
@@ -235,26 +242,25 @@ class PrefixCache:
                 self._queue[digest] = self._kept[digest]
 
     def evict(self, num_blocks: int) -> int:
-        """Give up to `num_blocks` idle blocks back to the allocator, and return how many.
+        """Free up to `num_blocks` idle blocks, from the front of the queue; return how many were freed.
 
-        The front of the queue goes first. If fewer are idle, all of them go; 0 or a negative number gives
-        back none. An evicted block is not kept any more, so no match finds it: `_forget` does that for one
-        block.
+        If fewer are idle, free all of them; for 0 or a negative number free none. An evicted block is not
+        kept any more, so `match` does not find it. The given `_forget` does all of this for one block.
 
         >>> cache = PrefixCache(BlockAllocator(4), 2)
         >>> cache.evict(3), cache.evict(-2)
         (0, 0)
         """
-        given = max(0, min(num_blocks, self.num_idle))
-        for _ in range(given):
+        count = max(0, min(num_blocks, self.num_idle))
+        for _ in range(count):
             self._forget(next(iter(self._queue)))
-        return given
+        return count
 
     def exchange(self, table: BlockTable, index: int, block: int) -> None:
-        """Put a kept block in place `index` of a table, instead of the table's own with the same content.
+        """Replace a table's block at `index` by a kept block with the same content.
 
-        The table becomes a holder of the kept block, which is not idle any more (as in `share`), and gives
-        the reference to its own block back, which is not a kept one. If the kept block is the table's own
+        The table becomes a holder of the kept block, which is then not idle any more (as in `share`), and
+        frees its reference to the block it had, which is not kept. If the table has the kept block at `index`
         already, nothing changes.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
@@ -273,24 +279,30 @@ class PrefixCache:
     def keep(self, table: BlockTable, stream: TokenBlocks, first: int, stop: int) -> None:
         """Keep a table's blocks first .. stop - 1: they are full and computed, and hold the stream's tokens.
 
-        In order, each block by its hash in the stream:
+        Go through the indices in order. For each, first check that `match` could reach the block, then look
+        up `stream.hashes[index]` in `_kept`.
 
-        - The hash is not kept: `add` the table's block.
-        - A block with the same tokens and parent is kept (`is_block`): `exchange` the table's block for it.
-          So the pool holds a prefix once, however many sequences computed it.
-        - Another text is kept under the hash: the table goes on with its own block, which is not kept.
+        The check, for an index above 0: the table's previous block, `table.blocks[index - 1]`, must be kept
+        under the hash `stream.parent(index)` (see `_hash_of`). Read its id from the table now, because the
+        previous index may have exchanged it. If it is not kept, or under another hash, return: neither this
+        block nor any later one is kept.
 
-        Keep nothing that `match` could not reach. For an index above 0, look first at the table's block
-        before it, `table.blocks[index - 1]`, as the step before has left it. Its hash in the cache must be
-        `stream.parent(index)`. If it has another hash or is not kept, stop: this block and all behind it are
-        not kept. There are two such cases. The table has the blocks 4 and 9:
+        The look-up has three cases:
 
-        - A collision. Block 3 is kept, with other tokens, under the hash of this text's block 0.
-          Block 4 stays in the table and is not kept.
-          Block 9 is not kept: the hash before it leads to block 3, never to block 4.
-        - A gap. Block 4 was kept; then the cache was cleared while the table went on.
-          `keep(table, stream, 1, 2)` finds that block 4 is not kept.
-          Block 9 is not kept: `match` would stop at the missing block 0.
+        - If the hash is not kept, `add` the table's block.
+        - If a block with the same tokens and parent is kept (`is_block`), `exchange` the table's block for
+          it. So the pool holds a prefix once, even if several sequences have computed it.
+        - If a block with other tokens or another parent is kept, the table keeps its own block, and the cache
+          does not.
+
+        Two examples in which the check fails, for a table with the blocks 4 and 9:
+
+        - A collision: block 3 is kept, with other tokens, under the hash of this text's block 0. Block 4
+          stays in the table and is not kept. Block 9 must not be kept either, because the hash before it
+          leads to block 3, never to block 4.
+        - A gap: block 4 was kept, but then the cache was cleared while the table was in use. Now
+          `keep(table, stream, 1, 2)` must not keep block 9, because `match` would stop at the missing
+          block 0.
 
         >>> allocator, stream = BlockAllocator(8), TokenBlocks(2)
         >>> cache, tables = PrefixCache(allocator, 2), [BlockTable(allocator, 2), BlockTable(allocator, 2)]
@@ -310,12 +322,12 @@ class PrefixCache:
                 self.exchange(table, index, kept.block)
 
     def match_part(self, parent: bytes, tokens: Seq[int]) -> PartMatch | None:
-        """Return a kept block that continues `parent` and begins like `tokens`, with the count of equal ones.
+        """Return a kept block with this parent that starts with the first of `tokens`, or None.
 
-        The count ends with the first difference: 1 .. block_size. `tokens` may be fewer than a block. Of
-        several kept blocks with this parent and this first token only the newest is looked at
-        (`_newest_child`), which may not be the one with the most equal tokens. None if there is none, if it
-        has been evicted, or without tokens.
+        `PartMatch.length` counts the equal tokens up to the first difference: 1 .. block_size. `tokens` may
+        be fewer than a block. Look only at the newest kept block with this parent and first token
+        (`_newest_child`), even if an older one has more equal tokens. Return None if there is none (an
+        evicted one is removed there, and an older one is not found again), or if `tokens` is empty.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(4)
         >>> cache = PrefixCache(allocator, 4)
@@ -334,18 +346,18 @@ class PrefixCache:
         return PartMatch(kept.block, length)
 
     def clear(self) -> None:
-        """Stop keeping every block; those in use stay with their tables."""
+        """Stop keeping all blocks; those in use stay in their tables."""
         for digest in list(self._kept):
             self._forget(digest)
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved in the pool: from old ids to new ones."""
+        """Replace the ids of blocks that have moved in the pool: {old: new}."""
         for kept in self._kept.values():
             kept.block = moved.get(kept.block, kept.block)
         self._hash_of = {kept.block: digest for digest, kept in self._kept.items()}
 
     def _forget(self, digest: bytes) -> None:
-        """Stop keeping one block, idle or in use, and give back the cache's reference to it."""
+        """Stop keeping one block, idle or in use, and free the cache's reference to it."""
         kept = self._kept.pop(digest)
         self._queue.pop(digest, None)
         del self._hash_of[kept.block]

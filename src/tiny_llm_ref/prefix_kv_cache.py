@@ -1,8 +1,8 @@
 """The lab's cache with shared prefixes: sequences that name the same prefix share its blocks.
 
-Here the caller says which prefixes are equal; `PrefixCache` finds them by content. A prefix is a sequence
-that never grows: its table holds one reference to each of its blocks, so it outlives the sequences that share
-it.
+Here the caller says which prefixes are equal; `PrefixCache` finds them by content. A prefix is stored as a
+sequence that never grows. Its table holds one reference to each of its blocks, so the prefix outlives the
+sequences that share it.
 """
 
 from .errors import OutOfBlocksError
@@ -10,21 +10,21 @@ from .paged_cache import PagedKVCache
 
 
 class PrefixCachingKVCache(PagedKVCache):
-    """A `PagedKVCache` whose sequences may begin with a prefix that is stored once.
+    """A `PagedKVCache` whose sequences may start with a prefix that is stored once.
 
-    A prefix's hash is its sequence id: `write_token` fills it, and `free_sequence` forgets it, while its
-    blocks stay with the sequences that share them.
+    A prefix's hash is its sequence id. `write_token` writes the prefix's tokens; `free_sequence` removes the
+    prefix, but sequences that share its blocks keep them.
     """
 
     def get_or_create_prefix(self, prefix_hash: str, num_tokens: int) -> list[int]:
-        """Return the blocks of a prefix of `num_tokens` tokens, in order; a new prefix gets its blocks now.
+        """Return the blocks of a prefix of `num_tokens` tokens, in order; allocate them for a new prefix.
 
-        prefix_hash: any name for the prefix, which is the id of its sequence in `tables`. Ask again, and no
-        block is taken: `allocate` must not run twice, because it lets a known sequence grow. The returned
-        list is the caller's own (`physical_indices`).
+        prefix_hash: any name for the prefix; it is the id of the prefix's sequence in `tables`. A second call
+        for the same prefix takes no block: do not call `allocate` again, which would make the sequence
+        longer. The returned list is a copy that the caller may change (`physical_indices` makes one).
 
-        Raises ValueError if the prefix is there with another number of tokens, and `OutOfBlocksError` if too
-        few blocks are free. After an error nothing has changed: `allocate` changes nothing when it raises.
+        Raises ValueError if the prefix exists with another number of tokens, and `OutOfBlocksError` if too
+        few blocks are free. After an error nothing has changed; `allocate` changes nothing when it raises.
 
         >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> cache.get_or_create_prefix("system", 6) == cache.get_or_create_prefix("system", 6)
@@ -40,16 +40,17 @@ class PrefixCachingKVCache(PagedKVCache):
         return prefix.physical_indices()
 
     def allocate_with_prefix(self, seq_id: str, prefix_hash: str, total_tokens: int) -> list[int]:
-        """Begin a sequence of `total_tokens` tokens with a prefix, and return all its blocks in order.
+        """Start a sequence of `total_tokens` tokens, the prefix included; return all its blocks in order.
 
-        The sequence shares the prefix's blocks (`BlockTable.fork`). If the prefix's last block is not full
-        and the sequence has tokens of its own, it gets a copy of that block to write them into: `allocate`
-        does that. With as many tokens as the prefix it shares every block, until it writes.
+        The sequence shares the prefix's blocks (`BlockTable.fork`), and `allocate` adds the places for its
+        other tokens. If the prefix's last block is not full and the sequence is longer than the prefix,
+        `allocate` also replaces that block by a copy, into which the sequence may write. A sequence of just
+        the prefix's tokens shares every block.
 
-        Raises, in this order: KeyError for an unknown prefix; ValueError for a sequence id that is there
-        already, or for fewer tokens than the prefix has; `OutOfBlocksError` if too few blocks are free. After
-        an error nothing has changed. `allocate` changes nothing when it raises, but by then the fork is in
-        `tables` and holds the prefix's blocks: take it out, and give its references back.
+        Raises, checked in this order: KeyError for an unknown prefix; ValueError if the sequence id is in
+        `tables` already, or for fewer tokens than the prefix has; `OutOfBlocksError` if too few blocks are
+        free. After an error nothing has changed. But when `allocate` raises, the fork is in `tables` already
+        and holds the prefix's blocks: remove it and free its references (`free_sequence` does both).
 
         >>> cache = PrefixCachingKVCache(total_blocks=8, block_size=4, num_heads=1, head_dim=2)
         >>> prefix = cache.get_or_create_prefix("system", 6)
@@ -59,7 +60,7 @@ class PrefixCachingKVCache(PagedKVCache):
         """
         prefix = self.tables[prefix_hash]
         if seq_id in self.tables:
-            raise ValueError(f"sequence {seq_id!r} is there already")
+            raise ValueError(f"sequence {seq_id!r} exists already")
         if total_tokens < prefix.num_tokens:
             raise ValueError(f"{total_tokens} tokens are fewer than the prefix's {prefix.num_tokens}")
         self.tables[seq_id] = prefix.fork()

@@ -1,6 +1,6 @@
-"""The policy that uses the prefix cache: a sequence does not compute what it finds there.
+"""The policy that uses the prefix cache: sequences share cached blocks instead of computing them.
 
-Knows sequences and their tables; the cache knows no sequences. Bookkeeping over ints, without an array.
+Knows sequences and their tables; the cache knows no sequences. Bookkeeping over ints, no arrays.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,14 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-LEAST_WORTH_COPYING = 4  # tokens of a block; copying it costs as much as computing about two
+LEAST_WORTH_COPYING = 4  # equal tokens; copying their block costs as much as computing about two tokens
 
 
 class PrefixSharing:
-    """Lets sequences share kept blocks, and keeps the blocks that they have computed."""
+    """Lets sequences share kept blocks, and keeps the full blocks that they have computed.
+
+    cache: the `PrefixCache` that keeps the blocks.
+    """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.cache = PrefixCache(allocator, block_size)
@@ -31,20 +34,22 @@ class PrefixSharing:
 
     @property
     def num_idle(self) -> int:
-        """Number of blocks that `evict` could give back now."""
+        """The number of idle blocks, which `evict` could free now."""
         return self.cache.num_idle
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Share the kept blocks that come next in a sequence, up to the first miss.
+        """Let a sequence share the kept blocks that come next in its text, up to the first miss.
 
-        What it shares it does not compute. The next block has the index `sequence.num_computed //
-        self.block_size`. The blocks come into the sequence's table by the given `cache.share`, in order and
-        with their full length, and the sequence learns by `note_shared` how many tokens that makes. Share
-        only blocks that lie within the first `num_shareable` tokens: all known tokens except the last, which
-        is always computed, because its row of the step gives the logits for the next token.
+        The next block has the index `sequence.num_computed // self.block_size`. Share only blocks that are
+        completely within the first `num_shareable` tokens, which are all known tokens except the last: that
+        one must be computed, because its row gives the logits for the next token.
 
-        Nothing happens if no block is left to share or if the given `_may_share` says no. `_stream(sequence,
-        n)` is the sequence's text, cut into at least n blocks; `cache.match` finds the blocks.
+        `cache.match` finds the blocks in `_stream(sequence, n)`, the sequence's text cut into at least n
+        blocks. Append them to the sequence's table with the given `cache.share`, in order and with their full
+        length. Then call `sequence.note_shared` with the number of shared tokens, which are not computed
+        again.
+
+        Do nothing if no block is left to share, or if the given `_may_share(sequence)` is False.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -65,9 +70,9 @@ class PrefixSharing:
             sequence.note_shared(len(found) * size)
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """Share the beginning of one more kept block, if its next tokens differ; the next write copies it.
+        """Share the first tokens of one more kept block whose later tokens differ; the next write copies it.
 
-        The block's other holders never see that write. The last known token is left to compute here too.
+        The block's other holders never see that write. As in `adopt`, the last known token is not shared.
         """
         size, start = sequence.table.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
@@ -79,22 +84,22 @@ class PrefixSharing:
                 sequence.note_shared(match.length)
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
-        """Return the hash of the block that a sequence fills next, or None if a token of it is not known yet.
+        """Return the hash of the block that a sequence fills next; None if some of its tokens are unknown.
 
-        That is the block of the first token that is not computed; it may be partly full. Known are the prompt
-        and the outputs (`num_tokens`). Two sequences with the same hash would compute the same block: the
-        scheduler lets the later one wait, and share.
+        It is the block of the first token that is not computed, with the index
+        `sequence.num_computed // self.block_size`; it may be partly full. A sequence knows `num_tokens`
+        tokens: its prompt and outputs. If two sequences have the same next block, the scheduler lets the
+        later one wait and share it.
 
-        The block's index is `sequence.num_computed // self.block_size`. `_stream(sequence, n)` is the
-        sequence's text, cut into at least n blocks. It may have more: a sequence that was preempted computes
-        its first block again, and its stream was cut further before.
+        `_stream(sequence, n)` is the sequence's text cut into at least n blocks. It may have more, for
+        instance after a preemption, so do not take its last hash.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager = PagedBatchManager(8, 4, 1)  # 8 blocks of 4 tokens
         >>> added = manager.add_request(list(range(11)), "a", SamplingParams(max_tokens=1))
         >>> sequence, sharing = manager.sequence("a"), PrefixSharing(manager.allocator, 4)
-        >>> sequence.num_computed = 9  # the next block, 2, has the tokens 8 .. 11, and 11 is not known
+        >>> sequence.num_computed = 9  # the next block, 2, has the tokens 8 .. 11, and 11 is unknown
         >>> sharing.next_block(sequence) is None
         True
         """
@@ -111,28 +116,28 @@ class PrefixSharing:
             self.cache.keep(sequence.table, self._stream(sequence, stop), first, stop)
 
     def released(self, blocks: Seq[int]) -> None:
-        """Note that a table has given back its references to these blocks, listed in the table's order."""
+        """Make blocks idle that no table holds any more; `blocks` are in the order of the released table."""
         self.cache.released(blocks)
 
     def evict(self, num_blocks: int) -> int:
-        """Give up to `num_blocks` idle blocks back to the allocator, and return how many."""
+        """Free up to `num_blocks` idle blocks; return how many were freed."""
         return self.cache.evict(num_blocks)
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Follow blocks that have moved in the pool: from old ids to new ones."""
+        """Replace the ids of blocks that have moved in the pool: {old: new}."""
         self.cache.rename_blocks(moved)
 
     def _may_share(self, sequence: PagedSequence) -> bool:
-        """Return whether a sequence may share now.
+        """True if a sequence may share blocks now.
 
-        Only at a block's edge, behind blocks that are all kept, and only if no log-probabilities of the
-        prompt are still to be computed.
+        It may if its next token is the first of a block, all its blocks are kept, and no prompt
+        log-probabilities are still to be computed.
         """
         blocks = sequence.table.blocks
-        is_behind_kept = not blocks or blocks[-1] in self.cache
+        all_kept = not blocks or blocks[-1] in self.cache  # if the last is kept, so are those before it
         due = sequence.prompt_positions(sequence.num_computed, sequence.num_tokens)
-        return sequence.is_at_edge and is_behind_kept and not due
+        return sequence.is_at_block_start and all_kept and not due
 
     def _stream(self, sequence: PagedSequence, num_blocks: int) -> TokenBlocks:
-        """Return the sequence's stream, cut into at least so many blocks."""
+        """Return the sequence's stream, cut into at least `num_blocks` blocks."""
         return sequence.stream_of(0, num_blocks)

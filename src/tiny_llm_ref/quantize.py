@@ -1,7 +1,7 @@
-"""Weights in a few bits: groups of values share a scale and a bias, and a value is scale * q + bias.
+"""Weights in a few bits: a value is scale * q + bias, and groups of values share a scale and a bias.
 
-MLX's layout: a row is one stream of bits in uint32 words, lowest bits first, groups along the input
-axis. The readable matmul unpacks the weights; the fast ones never do.
+q is an integer of a few bits. The layout is MLX's: a row is one stream of bits in uint32 words, lowest bits
+first; groups are along the input axis. The readable matmul unpacks the weights; the fast ones never do.
 """
 
 import mlx.core as mx
@@ -14,11 +14,11 @@ from .kernels import accelerated
 def pack_bits(q: mx.array, bits: int) -> mx.array:
     """Write each row of q [N, K] uint32 as one stream of bits -> words [N, K * bits / 32] uint32.
 
-    bits: 2, 3, 4, 5, 6 or 8; each number is below 2^bits, and 32 divides K * bits. Number i is the bits
-    i * bits .. i * bits + bits - 1 of its row, its lowest bit first; bit b of a row is bit b % 32 of word
-    b // 32, counted from the lowest. So with 3, 5 and 6 bits a number may lie in two words.
+    bits: 2, 3, 4, 5, 6 or 8; each number is below 2^bits, and 32 divides K * bits. Number i takes the bits
+    i * bits .. i * bits + bits - 1 of its row, its lowest bit first. Bit b of a row is bit b % 32 of word
+    b // 32, counted from the lowest. So with 3, 5 or 6 bits a number may be split over two words.
 
-    MLX trap: keep every array uint32 (`mx.arange` takes a dtype): with int32 the result is int64.
+    MLX trap: keep every array uint32 (`mx.arange` takes a dtype). uint32 combined with int32 gives int64.
 
     >>> row = mx.array([[1, 2, 3, 4, 5, 6, 7, 8]], mx.uint32)
     >>> hex(pack_bits(row, 4).item())
@@ -30,13 +30,13 @@ def pack_bits(q: mx.array, bits: int) -> mx.array:
 
 
 def unpack_bits(words: mx.array, bits: int) -> mx.array:
-    """Read the numbers of rows that `pack_bits` wrote: words [..., W] uint32 -> [..., W * 32 / bits] uint32.
+    """Read the numbers that `pack_bits` wrote: words [..., W] uint32 -> [..., W * 32 / bits] uint32.
 
-    bits: 2, 3, 4, 5, 6 or 8. Any number of leading axes, none included: [W] is one row.
+    bits: 2, 3, 4, 5, 6 or 8. There may be any number of leading axes, including none: [W] is one row.
 
-    If you read a number from two words: an index past the end of an array raises nothing in MLX and reads
-    other memory, so keep the index of a number's second word within the row even where the number has none.
-    A shift by 32 does not give 0.
+    MLX traps, if you read each number from two words: an index past the end of an array raises nothing and
+    reads other memory, so keep the second word's index within the row, even for a number that has only one
+    word. A shift by 32 does not give 0.
 
     >>> unpack_bits(mx.array([0x87654321], mx.uint32), 4).tolist()
     [1, 2, 3, 4, 5, 6, 7, 8]
@@ -50,17 +50,18 @@ def unpack_bits(words: mx.array, bits: int) -> mx.array:
 
 
 def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
-    """Round w [N, K] to 2^bits equally spaced values for each group of `group_size` neighbours in a row.
+    """Round w [N, K] to 2^bits equally spaced values in each group of `group_size` neighbours of a row.
 
-    bits: 2, 3, 4, 5, 6 or 8; group_size divides K, and 32 divides K * bits. A group's bias is its least value
-    and its scale the step (greatest - least) / (2^bits - 1); both are stored in w's type. Each value becomes
-    the q from 0 to 2^bits - 1 whose scale * q + bias is nearest to it, computed in float32 with the scale and
-    the bias as they are stored. With a rounded step the greatest value may compute to q = 2^bits: clip it.
+    bits: 2, 3, 4, 5, 6 or 8; group_size divides K, and 32 divides K * bits. A group's bias is its smallest
+    value, and its scale is the step (largest - smallest) / (2^bits - 1); both are stored in w's type. Each
+    value becomes the q from 0 to 2^bits - 1 whose scale * q + bias is nearest to it, computed in float32 with
+    the stored scale and bias. Because the stored step is rounded, the largest value may give q = 2^bits: clip
+    it.
 
-    A group of equal values comes back exactly; its step is 0; store 1 instead, so that nothing is divided by
-    0. In 16 bits a step may also be rounded to 0, with nearly equal values: no stored scale is ever 0.
-    `Quantized.weight` holds the q as `pack_bits` writes them. (`mx.quantize` chooses scales in another way;
-    the layout is the same.)
+    A stored scale is never 0. If the values of a group are equal, the step is 0: store a scale of 1, and the
+    values come back exactly. If they are nearly equal, a 16-bit type may round the step to 0: store 1 too.
+    `Quantized.weight` holds the q as `pack_bits` writes them. (`mx.quantize` chooses other scales; the layout
+    is the same.)
 
     >>> w = mx.array([[0.5 * (i % 16) - 3 for i in range(32)]])
     >>> stored = quantize(w, group_size=32, bits=4)
@@ -77,10 +78,10 @@ def quantize(w: mx.array, group_size: int, bits: int) -> Quantized:
 
 
 def dequantize(weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int) -> mx.array:
-    """Compute scale * q + bias of every q: weight [..., K * bits / 32] uint32 -> [..., K] float32.
+    """Compute scale * q + bias for every q: weight [..., K * bits / 32] uint32 -> [..., K] float32.
 
-    scales and biases [..., K / group_size] in any float type: those of value i are at i // group_size. They
-    become float32 before they are used, not afterwards. bits: 2, 3, 4, 5, 6 or 8.
+    scales and biases [..., K / group_size] in any float type; value i uses those at index i // group_size.
+    Convert them to float32 before you compute, not afterwards. bits: 2, 3, 4, 5, 6 or 8.
 
     >>> words, scales, biases = mx.array([[0x3210] * 4], mx.uint32), mx.array([[0.5]]), mx.array([[-1.0]])
     >>> dequantize(words, scales, biases, group_size=32, bits=4)[0, :5].tolist()
@@ -104,8 +105,9 @@ def quantized_matmul(
 ) -> mx.array:
     """Multiply x [..., K] with the transpose of a quantized weight [N, K] -> [..., N].
 
-    A weight has one row per output, as checkpoints store it. The result is float32 for float32 x. This
-    readable version unpacks the whole matrix; the compiled ones (this day's option in C++) never do.
+    The weight has one row per output, as checkpoints store it; `scales`, `biases`, `group_size` and `bits`
+    are those of `dequantize`. The result is float32 for float32 x. This readable version unpacks the whole
+    matrix; the compiled one (this day's optional exercise in C++) never does.
 
     >>> w = quantize(mx.array([[float(i % 16) for i in range(32)]] * 2), group_size=32, bits=4)
     >>> quantized_matmul(mx.ones((1, 32)), *w).tolist()  # 2 * (0 + 1 + ... + 15), for each of two outputs

@@ -1,8 +1,8 @@
 """From logits to a token: temperature, filters and a draw; penalties and biases; log-probabilities.
 
-Every function sees one row, logits [V]. A row's token is a pure function of its logits, its parameters, its
-tokens so far, its seed and its output index: never of the other rows of the batch. A token that must not be
-drawn gets the logit -inf, which is a probability of 0.
+Every function takes one row, logits [V]. A row's token depends only on its logits, its parameters, its tokens
+so far, its seed and its output index, never on the other rows of the batch. A token that must not be drawn
+gets the logit -inf, which is a probability of 0.
 """
 
 from collections import Counter
@@ -15,16 +15,16 @@ import mlx.core as mx
 from .kernels import accelerated, compiled_kernel
 from .sampling_params import SamplingParams
 
-SUMMED_AT_ONCE = 256  # numbers that are added one by one; their sums are added again
+SUMMED_AT_ONCE = 256  # numbers added in the first round of a sum; the second round adds the results
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
-    """Keep the k largest of logits [V]; all others become -inf, [V].
+    """Keep the k largest logits and set all others to -inf: logits [V] -> [V].
 
-    k is at least 1. Tokens with the same logit as the k-th stay too, so more than k may stay, and which ones
-    stay does not depend on the order of a sort. A k of V or more keeps all.
+    k is at least 1. Tokens with the same logit as the k-th largest stay too, so more than k may stay; the
+    result never depends on how a sort orders equal logits. If k is V or more, all stay.
 
-    MLX checks no index: `sorted_logits[-k]` with a k above V reads outside of the array, which gives any
+    MLX checks no index: `sorted_logits[-k]` with k above V reads outside the array, which gives an arbitrary
     number or ends Python with a segmentation fault.
 
     >>> keep_top_k(mx.array([1.0, 3.0, 2.0, 3.0]), 1).tolist()
@@ -35,16 +35,18 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
 
 
 def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """Keep the smallest set of likeliest tokens whose probabilities sum to at least p; logits [V] -> [V].
+    """Keep the smallest set of likeliest tokens whose probabilities sum to at least p: logits [V] -> [V].
 
-    All other logits become -inf. Probabilities are the softmax of the logits that are given, so they are
-    shares of what a filter before this one has left. p is above 0 and at most 1. The likeliest token always
-    stays: going from the likeliest on, a token stays while those before it sum to less than p. Tokens as
-    likely as the last one that stays, stay too. A token of probability 0 never stays, even at a p of 1: that
-    is a logit of -inf, and also one so low that its probability is 0 in float32. At a p of 1 all others stay,
-    but in float32 the sum can reach 1 before the last of them: tokens of about 1e-7 and less may go then.
+    All other logits become -inf. Probabilities are the softmax of the given logits, so a token that an
+    earlier filter removed has a probability of 0. p is above 0 and at most 1.
 
-    >>> keep_top_p(mx.log(mx.array([0.5, 0.125, 0.25, 0.125])), 0.625).tolist()  # 0.5 is less, 0.75 enough
+    Go from the likeliest token to the unlikeliest: a token stays if the probabilities before it sum to less
+    than p. So the likeliest token always stays. Tokens as likely as the last one that stays also stay. A
+    token of probability 0 never stays, even at p = 1: its logit is -inf, or so low that the probability is 0
+    in float32. At p = 1 all other tokens stay, except that in float32 the sum can reach 1 early: tokens of
+    about 1e-7 and less may then be removed.
+
+    >>> keep_top_p(mx.log(mx.array([0.5, 0.125, 0.25, 0.125])), 0.625).tolist()  # 0.5 < 0.625 <= 0.5 + 0.25
     [-0.6931471824645996, -inf, -1.3862943649291992, -inf]
     """
     probabilities = mx.softmax(logits)
@@ -55,12 +57,12 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
 
 
 def keep_min_p(logits: mx.array, min_p: float) -> mx.array:
-    """Keep tokens that are at least min_p times as likely as the likeliest; logits [V] -> [V].
+    """Keep the tokens that are at least min_p times as likely as the likeliest: logits [V] -> [V].
 
-    All other logits become -inf; the result has logits, not probabilities. min_p is from 0, which keeps all,
-    to 1, which keeps the likeliest token and those as likely.
+    All other logits become -inf. The kept logits are unchanged, not turned into probabilities. min_p is
+    between 0, which keeps all, and 1, which keeps only the likeliest token and those equally likely.
 
-    >>> keep_min_p(mx.array([0.0, -1.0, -3.0]), 0.25).tolist()  # of the likeliest one's: 1, 0.37 and 0.05
+    >>> keep_min_p(mx.array([0.0, -1.0, -3.0]), 0.25).tolist()  # relative to the likeliest: 1, 0.37, 0.05
     [0.0, -1.0, -inf]
     """
     probabilities = mx.softmax(logits)
@@ -74,13 +76,17 @@ def uniform(seed: int, index: int) -> float:
 
 
 def draw(logits: mx.array, seed: int, index: int) -> mx.array:
-    """Draw a token id with the probabilities softmax(logits), logits [V]; the result has no axes.
+    """Draw a token id with the probabilities softmax(logits): logits [V] -> an array without axes.
 
-    Invert the cumulative distribution: lay the probabilities side by side in the order of the ids. The token
-    is the first whose cumulative sum reaches (1 - u) * total, where u = uniform(seed, index) and total is the
-    last cumulative sum. In float32 that need not be 1, and a u near 0 could otherwise reach no token at all.
-    u can be 0 but not 1; 1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
-    The only randomness is u: the same seed and index give the same token, whatever else is drawn in between.
+    Invert the cumulative distribution. Compute the cumulative sums of the probabilities in the order of the
+    ids. The token is the first whose cumulative sum is at least (1 - u) * total, where
+    u = uniform(seed, index) and total is the last cumulative sum. Multiply by total because in float32 it may
+    be below 1: with a u near 0, no cumulative sum might reach 1 - u. Use 1 - u because u can be 0 but not 1:
+    1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
+
+    The only randomness is u: the same seed and index give the same token, whatever is drawn in between.
+
+    The example shows pairs of 1 - u and the token.
 
     >>> probabilities = mx.array([0.25, 0.5, 0.0, 0.25])  # cumulative: 0.25, 0.75, 0.75, 1
     >>> [(round(1 - uniform(7, i), 2), draw(mx.log(probabilities), 7, i).item()) for i in range(4)]
@@ -92,7 +98,7 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
 
 
 def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
-    """The same token in one operator; the index of a NaN where there is one."""
+    """Choose the same token as `sample_token`, in one operator; if a logit is NaN, return its index."""
     temperature = 0.0 if params.greedy else params.temperature
     filters = (params.min_p, params.top_k, params.top_p)
     return compiled_kernel("sample")(  # type: ignore[no-any-return]
@@ -102,19 +108,20 @@ def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -
 
 @accelerated(compiled=_compiled)
 def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
-    """Choose the token of one row, logits [V] in float32, as its parameters say; the result has no axes.
+    """Choose the token of one row by its parameters: logits [V] in float32 -> an array without axes.
 
-    If `params.greedy` (a temperature of 0, or below 1e-5), it is the index of the largest logit: nothing is
-    divided, filtered or drawn. Otherwise, in this order:
+    If `params.greedy` (a temperature of 0, or below 1e-5), return the index of the largest logit, without
+    dividing, filtering or drawing. Otherwise, in this order:
 
     - divide by `params.temperature`;
-    - keep by `params.min_p`; 0 is off;
-    - keep by `params.top_k`; 0 and -1 are off;
-    - keep by `params.top_p`; 1 is off, which keeps the unlikely tokens too that `keep_top_p` drops at 1;
+    - filter by `params.min_p`; 0 is off;
+    - filter by `params.top_k`; 0 and -1 are off;
+    - filter by `params.top_p`; 1 is off;
     - draw with the seed and the index.
 
-    Each filter sees the logits that the one before it left, so their probabilities sum to 1 again. Return an
-    mx.array: `int(...)` or `.item()` here would make MLX compute now, once for each row of the batch.
+    Do not call a filter that is off: `keep_top_p` at 1 could remove unlikely tokens. Each filter gets the
+    logits that the previous one returned, so the probabilities of the remaining tokens sum to 1 again. Return
+    the mx.array: `int(...)` or `.item()` here would make MLX compute now, once for each row of the batch.
 
     >>> logits = mx.array([1.0, 4.0, 3.0])
     >>> sample_token(logits, SamplingParams(temperature=0), seed=1, index=0).item()
@@ -135,10 +142,10 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
 
 
 def change_logits(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
-    """Return a copy of logits [V] in which those of `token_ids` are `change` of what they were.
+    """Return a copy of logits [V] with `change` applied to those of `token_ids`.
 
-    token_ids: no id twice. change: takes the logits [n] of these ids in their order, and gives [n].
-    No ids: the logits themselves.
+    token_ids: n different ids; with none, the given array is returned. change: takes the logits [n] of these
+    ids, in their order, and returns the new ones [n].
 
     >>> change_logits(mx.array([1.0, 2.0, 3.0]), [2, 0], lambda chosen: 10 * chosen).tolist()
     [10.0, 2.0, 30.0]
@@ -152,11 +159,12 @@ def change_logits(logits: mx.array, token_ids: list[int], change: Callable[[mx.a
 
 
 def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -> mx.array:
-    """Make the tokens of prompt and output less likely (penalty above 1) or likelier (below 1): logits [V].
+    """Penalize tokens that already appeared in the prompt or the output: logits [V] -> [V].
 
-    A positive logit of a token in `seen` is divided by the penalty, a negative one is multiplied by it: a
-    division would bring it nearer to 0, and so make it likelier. 0 and -inf stay. A token counts once,
-    however often it was there; `seen` may be empty, and any iterable. The array that is given stays as it is;
+    seen: the tokens that appeared; any iterable, which may be empty and may repeat tokens. penalty: above 1
+    makes them less likely, below 1 likelier. For each token in `seen`, divide a positive logit by the
+    penalty, and multiply a negative one by it (dividing would move it towards 0, and make it likelier). 0 and
+    -inf stay. A token is penalized once, however often it appeared. The given array does not change:
     `change_logits` makes the copy. Source: Keskar et al., "CTRL" (2019).
 
     >>> penalize_repetition(mx.array([2.0, -2.0, 4.0]), [1, 0, 0], 2.0).tolist()
@@ -168,13 +176,12 @@ def penalize_repetition(logits: mx.array, seen: Iterable[int], penalty: float) -
 
 
 def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, presence: float) -> mx.array:
-    """Make the tokens of the output less likely: logits [V], less `frequency` for each time and `presence`
-    once.
+    """Penalize tokens of the output by how often they appeared: logits [V] -> [V].
 
-    For a token that is n times in `outputs`, n above 0, take n * frequency + presence from its logit;
-    negative penalties make it likelier. `outputs` may be empty, and any iterable. The array that is given
-    stays as it is; `change_logits` makes the copy. In MLX a subtraction through an index array that names an
-    id twice takes effect once, so count first.
+    outputs: the output's tokens; any iterable, which may be empty. If a token appears n times in it, n above
+    0, subtract n * frequency + presence from its logit; negative penalties make it likelier. The given array
+    does not change: `change_logits` makes the copy. Count first: in MLX, a subtraction through an index array
+    that has an id twice takes effect once.
 
     >>> penalize_output(mx.array([5.0, 5.0, 5.0]), [0, 2, 0], 0.5, 1.0).tolist()
     [3.0, 5.0, 3.5]
@@ -185,13 +192,15 @@ def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, 
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
-    """Return log(softmax(logits)), [V]: what a request's `logprobs` report, of logits before any change.
+    """Return log(softmax(logits)), [V] -> [V]; `logprobs` report it for the logits before any change.
 
-    Compute it as a difference, logit - max - log(sum of e^(logit - max)): the softmax itself would be 0 for a
-    token 200 below the best one, and its log -inf. A logit of -inf gives -inf. Add the exponentials up in two
-    rounds, `SUMMED_AT_ONCE` (256) neighbours at a time and then these sums, with zeros where V is no multiple
-    of 256. In one long float32 sum each small number is rounded against a large total: at 49,152 tokens the
-    result can be off by 0.001 (`mx.logsumexp` too), in two rounds by less than 0.00005.
+    Compute a difference, logit - max - log(sum of e^(logit - max)): for a token 200 below the best one, the
+    softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.
+
+    Sum the exponentials in two rounds: first each group of `SUMMED_AT_ONCE` (256) neighbours, then these
+    sums. Append zeros if V is not a multiple of 256. In one long float32 sum, each small number is rounded
+    against a large total: with 49,152 tokens the result can be off by 0.001 (also with `mx.logsumexp`), in
+    two rounds by less than 0.00005.
 
     >>> log_probabilities(mx.array([0.0, 0.0, -200.0, -mx.inf])).tolist()
     [-0.6931471824645996, -0.6931471824645996, -200.69314575195312, -inf]
@@ -203,12 +212,12 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def forbid(logits: mx.array, token_ids: Iterable[int]) -> mx.array:
-    """Set the logits of these tokens to -inf: logits [V] -> [V]."""
+    """Set the logits of some tokens to -inf: logits [V] -> [V]."""
     return change_logits(logits, list(token_ids), lambda chosen: mx.full(chosen.shape, -mx.inf))
 
 
 def add_bias(logits: mx.array, bias: Mapping[int, float]) -> mx.array:
-    """Add to the logits of some tokens, by token id: logits [V] -> [V]."""
+    """Add a bias to the logits of some tokens: logits [V] -> [V]. bias: by token id."""
     return change_logits(logits, list(bias), lambda chosen: chosen + mx.array(list(bias.values())))
 
 
@@ -219,9 +228,10 @@ def adjust_logits(
     outputs: Seq[int],
     end_token_ids: Iterable[int],
 ) -> mx.array:
-    """Return the logits [V] that a token is chosen from: limits, bias and penalties, in vLLM's order.
+    """Apply `min_tokens`, bias and penalties to logits [V], in vLLM's order; return the changed logits [V].
 
-    end_token_ids: tokens that would end the sequence; impossible while it has fewer than `min_tokens`.
+    end_token_ids: tokens that would end the sequence. They are forbidden until the sequence has `min_tokens`
+    outputs.
     """
     if len(outputs) < params.min_tokens:
         logits = forbid(logits, end_token_ids)

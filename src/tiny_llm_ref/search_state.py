@@ -1,4 +1,4 @@
-"""A beam search as its caller sees it: nothing until it is over, and then texts with their scores."""
+"""A beam search as its caller sees it: no output until it is over, then texts with their scores."""
 
 from collections.abc import Sequence as Seq
 from time import monotonic
@@ -14,7 +14,7 @@ from .outputs import BeamSearchOutput, BeamSearchSequence, RequestEvent, Request
 
 
 class SearchState:
-    """One beam search from arrival to end."""
+    """One beam search from its arrival to its end."""
 
     def __init__(
         self, request_id: str, prompt: Seq[int], tokenizer: Tokenizer, params: BeamSearchParams
@@ -30,28 +30,28 @@ class SearchState:
         self._has_ended = False
 
     def begin(self, core: EngineCore) -> None:
-        """Queue it in the engine. Raises as the core's `add_beam_search` does, ValueError a second time."""
+        """Queue the search. Raises what `add_beam_search` raises, and ValueError if called twice."""
         refuse_second_time(self, self._core)
         self._search = core.add_beam_search(self.request_id, list(self._prompt), self._params)
         self._core = ref(core)
 
     @property
     def has_begun(self) -> bool:
-        """True when it has found something, or has ended."""
+        """True if a hypothesis has ended, or the search has."""
         return self._has_ended or (self._search is not None and bool(self._search.ended))
 
     @property
     def has_failed(self) -> bool:
-        """True when it has ended with an error."""
+        """True if the search has ended with an error."""
         return self._error is not None
 
     @property
     def finished(self) -> bool:
-        """True when no beam is left."""
+        """True if no beam is left."""
         return self._search is not None and not self._search.beams
 
     def end(self, reason: str = "stop") -> list[RequestEvent]:
-        """Its only event: it is over; `output` says what was found until now."""
+        """End the search; return its only event. `output` has the texts that have ended until now."""
         self._has_ended = True
         num_tokens = sum(len(one.hypothesis.tokens) for one in self._ended)
         metrics = RequestMetrics(self._arrival, None, monotonic())
@@ -61,21 +61,21 @@ class SearchState:
         ]
 
     def abort(self) -> list[RequestEvent]:
-        """End it from outside."""
+        """End the search because it was cancelled; return its event."""
         return self.end("abort")
 
     def fail(self, error: BaseException) -> list[RequestEvent]:
-        """End it with an error."""
+        """End the search with an error; return its event."""
         self._error = described(error)
         return self.end("error")
 
     @property
     def output(self) -> BeamSearchOutput:
-        """What has ended so far, with its texts."""
+        """The hypotheses that have ended so far, with their texts."""
         if self._search is None or self._error is not None:
             return BeamSearchOutput((), self._error)
-        behind_prompt = self._tokenizer.stream(self._prompt)
-        return BeamSearchOutput(tuple(self._with_text(one, behind_prompt.fork()) for one in self._ended))
+        after_prompt = self._tokenizer.stream(self._prompt)
+        return BeamSearchOutput(tuple(self._with_text(one, after_prompt.fork()) for one in self._ended))
 
     @property
     def _ended(self) -> Seq[Ended]:

@@ -1,7 +1,7 @@
-"""One token stream that the engine is working on: what it is, and how far it got.
+"""A sequence: one prompt with its outputs, and how far the engine has computed it.
 
-A request with `n` completions starts as one sequence, its leader, and is forked into n sequences
-when its prompt has been computed. Holds plain numbers; knows nothing of arrays or text.
+A request for `n` completions starts as one sequence, its leader, which is forked into n sequences when its
+prompt has been computed. Holds plain numbers; knows nothing of arrays or text.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from .sampling_params import SamplingParams
 
 
 class SequenceState(Enum):
-    """Where a sequence stands between admission and end."""
+    """The states of a sequence between its admission and its end."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -25,7 +25,7 @@ class SequenceState(Enum):
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's log-probability and rank, and the likeliest tokens in its place with theirs, best first."""
+    """A token's log-probability and rank; `top`: the likeliest tokens at its place, best first."""
 
     logprob: float
     rank: int
@@ -36,16 +36,17 @@ class TokenLogprobs(NamedTuple):
 class Sequence:
     """A prompt, its outputs so far, and how many of these tokens are computed (`num_computed`).
 
-    Invariant: the keys and values of the first `num_computed` tokens are in memory.
+    The tokens of a sequence are the prompt, then the outputs. Invariant: the keys and values of the first
+    `num_computed` tokens are in memory.
 
-    `tokens` is the prompt followed by the outputs. Tokens recomputed after a preemption stay
-    outputs. max_len: the most tokens that it may ever have, prompt and outputs. num_computed: tokens, from
-    the first, whose keys and values are in memory. `num_forks` counts the completions that still share
-    this sequence's prompt and are not yet sequences of their own. `prompt_logprobs` grows as the prompt
-    is computed, where they are asked for: entry i is about the prompt's token i + 1. Forks share it.
-    num_cached_tokens: tokens of the prompt that were found in the prefix cache. scheduled: when it ran for
-    the first time, in seconds on the monotonic clock. rank: its place in the order of service, the lowest
-    first: its request's priority key and number, and its own place among the completions.
+    max_len: the most tokens that it may ever have, prompt and outputs. num_forks: the other completions of
+    its request that are still to be forked from it. rank: its place in the order of service, the lowest
+    first: its request's priority key, its request's number, and its index among the completions. outputs:
+    the generated tokens, which a preemption does not remove. prompt_logprobs: if requested, entry i is about
+    the prompt's token i + 1; the list grows while the prompt is computed, and forks share it. num_computed:
+    the number of tokens, from the first, whose keys and values are in memory. num_cached_tokens: tokens of
+    the prompt that were found in the prefix cache. scheduled: when it first ran, in seconds on the monotonic
+    clock.
     """
 
     seq_id: str
@@ -64,46 +65,46 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
 
     def run(self) -> None:
-        """It is its turn."""
+        """Mark it as running, and note the time if it is the first time."""
         self.state = SequenceState.RUNNING
         if self.scheduled is None:
             self.scheduled = monotonic()
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens known so far: prompt and outputs."""
+        """The number of tokens known so far: prompt and outputs."""
         return len(self.prompt) + len(self.outputs)
 
     @property
     def num_uncomputed(self) -> int:
-        """Known tokens whose keys and values are not in the pool: 1 for a decode, more for a prefill."""
+        """The number of known tokens that are not computed: 1 for a decode, more for a prefill."""
         return self.num_tokens - self.num_computed
 
     def prompt_positions(self, start: int, stop: int) -> range:
-        """Of the positions start .. stop - 1 those whose logits say something new about the prompt.
+        """Return the positions within start .. stop - 1 whose logits are needed for `prompt_logprobs`.
 
-        Empty unless `prompt_logprobs` are asked for. What was said before a preemption is not said again.
+        Empty unless the request asks for them. Positions that were reported before a preemption are left out.
         """
         if self.params.prompt_logprobs is None:
             return range(0)
         return range(max(start, len(self.prompt_logprobs)), min(stop, len(self.prompt) - 1))
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """The token ids at the positions start .. stop - 1."""
+        """Return the token ids at the positions start .. stop - 1."""
         split = len(self.prompt)
         return [*self.prompt[start:stop], *self.outputs[max(0, start - split) : max(0, stop - split)]]
 
     def fork(self, seq_id: str, seed: int) -> Self:
-        """A sequence that has computed as much as this one, and draws with its own seed."""
+        """Return a copy that has computed the same tokens, with another id and seed."""
         return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs))
 
 
 class SwappedTable(NamedTuple):
-    """What a table held, on the host: its blocks from block `first` of the sequence on.
+    """The host blocks of one table of a swapped sequence.
 
-    first: the number of the text's block that was the table's first, 0 without a window. host_blocks: the
-    host blocks that hold the text's blocks first, first + 1 and so on; empty for a window that had passed
-    them all.
+    first: the index, among all blocks of the text, of the first block that the table held; 0 without a
+    window. host_blocks: the host blocks that hold the text's blocks first, first + 1 and so on; empty if the
+    window had passed all of them.
     """
 
     first: int
@@ -111,10 +112,10 @@ class SwappedTable(NamedTuple):
 
 
 class Swapped(NamedTuple):
-    """What a sequence had when it was swapped out.
+    """The state of a sequence when it was swapped out.
 
-    tables: one for each of its tables, in their order. num_computed: tokens that were computed then.
-    num_cached_tokens: how many of its prompt had been found in the prefix cache.
+    tables: one for each of its tables, in their order. num_computed, num_cached_tokens: the sequence's
+    numbers at that time.
     """
 
     tables: list[SwappedTable]
@@ -126,11 +127,10 @@ class Swapped(NamedTuple):
 class PagedSequence(Sequence):
     """A sequence whose keys and values are in the blocks of its tables.
 
-    tables: one for each group of layers that see equally far; a single one where all layers see everything.
-    streams: for each table its stream, the tokens cut into full blocks, as far as was asked for. is_beam:
-    its request is a beam search: `num_forks` counts the places that are kept for more beams. parked: beams
-    that were preempted with this one, and wait behind it. swapped: what it has on the host; None if
-    nothing.
+    tables: one for each group of layers with the same window; only one if no layer has a window. streams: one
+    for each table, its tokens cut into full blocks, as far as was needed until now. is_beam: True if its
+    request is a beam search; then `num_forks` counts the slots reserved for more beams. parked: beams that
+    were preempted with this one, and wait for it. swapped: its blocks on the host; None if it has none.
     """
 
     tables: list[BlockTable]
@@ -141,12 +141,12 @@ class PagedSequence(Sequence):
 
     @property
     def table(self) -> BlockTable:
-        """The only table, or the first: that of the layers that see most."""
+        """The block table; if there are several, the first, which is that of the layers without a window."""
         return self.tables[0]
 
     @property
     def stream(self) -> TokenBlocks:
-        """That table's stream."""
+        """The first table's stream."""
         return self.streams[0]
 
     def stream_of(self, table: int, num_blocks: int) -> TokenBlocks:
@@ -159,35 +159,38 @@ class PagedSequence(Sequence):
 
     @property
     def blocks(self) -> list[int]:
-        """The blocks of all tables, those of the first tokens first, one entry for each reference."""
-        backwards = zip_longest(*(reversed(table.blocks) for table in self.tables))
-        return [block for row in backwards for block in row if block is not None][::-1]
+        """The blocks of all tables, in the order of the tokens, one entry for each reference."""
+        last_first = zip_longest(*(reversed(table.blocks) for table in self.tables))
+        return [block for row in last_first for block in row if block is not None][::-1]
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute: all that are known, or those that all parked beams share."""
+        """The number of tokens to compute; while beams are parked, only tokens that all beams share count."""
         return (self.num_tokens if self.parked is None else self.parked.num_shared) - self.num_computed
 
     @property
     def num_shareable(self) -> int:
-        """Number of tokens from the first that may be shared: all but the last of those to compute."""
+        """The number of tokens, from the first, that the prefix cache may provide: all but the last one."""
         return self.num_computed + self.num_uncomputed - 1
 
     @property
-    def is_at_edge(self) -> bool:
-        """Whether the next token to compute begins a block."""
+    def is_at_block_start(self) -> bool:
+        """True if the next token to compute is the first of a block."""
         return self.num_computed % self.table.block_size == 0
 
     def blocks_to_append(self, num_new_tokens: int) -> int:
-        """Free blocks that `append_tokens(num_new_tokens)` would take."""
+        """Return how many free blocks `append_tokens(num_new_tokens)` would take."""
         return sum(table.blocks_to_append(num_new_tokens) for table in self.tables)
 
     def append_tokens(self, num_new_tokens: int) -> list[BlockCopy]:
-        """Make room for tokens in all tables, of blocks that must be free; the copies to make before."""
+        """Add places for tokens in all tables; return the copies to make first.
+
+        Enough blocks must be free.
+        """
         return [copy for table in self.tables for copy in table.append_tokens(num_new_tokens)]
 
     def fork(self, seq_id: str, seed: int) -> Self:
-        """A sequence that shares every page computed so far and draws with its own seed."""
+        """Return a copy that shares every page computed so far, with another id and seed."""
         child = replace(
             super().fork(seq_id, seed), swapped=None, streams=[stream.copy() for stream in self.streams]
         )
@@ -195,18 +198,18 @@ class PagedSequence(Sequence):
         return child
 
     def share_pages(self, parent: "PagedSequence") -> None:
-        """Hold what another holds, and have computed what that has."""
+        """Replace the tables by forks of another sequence's; it has then computed as many tokens."""
         self.tables = [table.fork() for table in parent.tables]
         self.num_computed = parent.num_computed
 
     def note_shared(self, num_tokens: int) -> None:
-        """Count the next tokens as computed: they have come into the tables by sharing."""
+        """Count the next `num_tokens` tokens as computed: shared blocks in the tables hold them."""
         self.num_computed += num_tokens
         if not self.outputs:
             self.num_cached_tokens += num_tokens
 
     def give_up_pages(self) -> None:
-        """Release the tables and forget what was computed; tokens and outputs stay."""
+        """Release the tables: nothing is computed any more. Prompt and outputs stay."""
         for table in self.tables:
             table.release()
         self.num_computed = 0
@@ -215,12 +218,15 @@ class PagedSequence(Sequence):
 
 
 class Parked(NamedTuple):
-    """Beams that wait behind another for the tokens that all of them share: then they join it, as forks."""
+    """Preempted beams that wait until another beam has computed the tokens they share, then fork from it.
+
+    num_shared: the number of these tokens.
+    """
 
     beams: list[PagedSequence]
     num_shared: int
 
 
 def completion_ids(request_id: str, n: int) -> list[str]:
-    """The sequence ids of a request's n completions; a single one has the request's own id."""
+    """Return the sequence ids of a request's n completions; if n is 1, it is the request's id."""
     return [request_id] if n == 1 else [f"{request_id}/{index}" for index in range(n)]

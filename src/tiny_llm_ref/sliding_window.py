@@ -1,8 +1,8 @@
-"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see go back.
+"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see are freed.
 
-Blocks before the window are neither read nor held, so in these layers a sequence of any length costs a
-window's memory and traffic. W is the checkpoint's `sliding_window`; a query's own token counts. Source:
-Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
+Blocks before the window are neither read nor held, so in these layers a sequence of any length needs only the
+memory and the traffic of one window. W is the checkpoint's `sliding_window`; it includes the query's own
+token. Sources: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
 """
 
 from collections.abc import Sequence as Seq
@@ -15,19 +15,19 @@ from .kernels import accelerated, compiled_kernel, is_reference, use_compiled
 from .kv_pool import KVPool
 from .layer_groups import LayerGroup
 from .paged_attention import BlockAllocator, BlockTable
-from .paged_kernel import Attended, PackedBatch, compute_meanwhile, write_and_attend
+from .paged_kernel import Attended, PackedBatch, start_computing, write_and_attend
 
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-NOWHERE = -1  # in a kernel's table: a block that was given back, which must not be read
+NOWHERE = -1  # in a kernel's table: a block that was released, which must not be read
 
 
 def first_visible(position: int, window: int) -> int:
     """Return the first position that the query at `position` sees.
 
-    It sees `window` tokens, its own included, or fewer near the beginning: there is nothing before position
-    0. Raises ValueError for a window below 1, at any position.
+    The query sees `window` tokens, including its own; near the start of the text there are fewer, so the
+    result is never below 0. Raises ValueError for a window below 1, at any position.
 
     >>> first_visible(5, 3), first_visible(1, 3), first_visible(7, 1)
     (3, 0, 7)
@@ -38,10 +38,10 @@ def first_visible(position: int, window: int) -> int:
 
 
 def sliding_window_mask(length: int, total: int, window: int) -> mx.array:
-    """Return the additive mask [length, total] for the last `length` of `total` tokens.
+    """Return the mask [length, total] for the last `length` of `total` tokens, to be added to scores.
 
-    0 where a token may look, -inf elsewhere. Row i is the token at position total - length + i; it sees the
-    `window` positions up to its own. A window larger than the text gives the causal mask.
+    Row i belongs to the token at position total - length + i, which sees the `window` positions up to its
+    own: there the mask is 0, elsewhere -inf. A window larger than the text gives the causal mask.
 
     >>> sliding_window_mask(2, 5, 3).tolist()
     [[-inf, 0.0, 0.0, 0.0, -inf], [-inf, -inf, 0.0, 0.0, 0.0]]
@@ -53,7 +53,7 @@ def sliding_window_mask(length: int, total: int, window: int) -> mx.array:
 
 
 class WindowedTable(BlockTable):
-    """A block table that begins at position `start`: the blocks before it were given back.
+    """A block table that starts at position `start` of the text: the blocks before it were released.
 
     `start` is a multiple of the block size. `blocks` and `num_tokens` count from `start` on: the table holds
     the positions start .. start + num_tokens - 1, and `blocks[0]` holds the first of them. Appending tokens
@@ -65,13 +65,12 @@ class WindowedTable(BlockTable):
         self.start = 0
 
     def release_before(self, position: int) -> list[int]:
-        """Give back this table's reference to every block that ends at `position` or before.
+        """Free this table's reference to every block whose tokens are all before `position` of the text.
 
-        Returns these blocks in order, so that a prefix cache can be told. Positions are those of the text.
-        Only full blocks go: the last block stays while it is not full, however far `position` is, because the
-        next tokens are written there. A last block that is full goes too. The table begins with the next
-        block then: `start`, `blocks` and `num_tokens` change together. A position at `start` or before it
-        changes nothing.
+        Returns these blocks in order, for the prefix cache. `start`, `blocks` and `num_tokens` change
+        together: the table then starts with the next block. Only full blocks are released, including a full
+        last block; a last block that is not full stays, however large `position` is, because the next tokens
+        are written there. A position at or before `start` changes nothing.
 
         >>> table = WindowedTable(BlockAllocator(8), 4)
         >>> copies = table.append_tokens(10)
@@ -89,12 +88,12 @@ class WindowedTable(BlockTable):
         return passed
 
     def skip_to(self, position: int) -> list[int]:
-        """Give back every block and continue, empty, at `position`. Returns the blocks in order.
+        """Free every block and continue, empty, at `position`. Return the released blocks in order.
 
-        A prefix hit may lie so far ahead that the window sees nothing of what the table holds. Raises
-        ValueError, with nothing changed, if `position` is no multiple of the block size or lies before the
-        end of the table's tokens, start + num_tokens; at the end is allowed. The given `release` empties the
-        table and sets `start` to 0.
+        For a prefix hit so far ahead that the window sees none of the table's tokens. Raises ValueError, and
+        changes nothing, if `position` is not a multiple of the block size, or is before the end of the
+        table's tokens, start + num_tokens (the end itself is allowed). The given `release` frees the blocks,
+        empties the list `blocks`, and sets `start` to 0.
 
         >>> table = WindowedTable(BlockAllocator(8), 4)
         >>> copies = table.append_tokens(6)
@@ -103,17 +102,17 @@ class WindowedTable(BlockTable):
         """
         if position % self.block_size or position < self.start + self.num_tokens:
             end = self.start + self.num_tokens
-            raise ValueError(f"{position} is no multiple of {self.block_size} at or behind the end, {end}")
+            raise ValueError(f"{position} is not a multiple of {self.block_size} at or after the end, {end}")
         blocks = list(self.blocks)
         self.release()
         self.start = position
         return blocks
 
     def physical_indices(self) -> list[int]:
-        """Return the physical block of each of the text's blocks, in order; `NOWHERE` before `start`.
+        """Return one block id for each of the text's blocks, in order; `NOWHERE` for those before `start`.
 
-        A kernel looks for position p in place p // block_size of this list and knows nothing of `start`. The
-        list is the caller's own.
+        A kernel looks up position p at index p // block_size of this list, and knows nothing of `start`.
+        Return a new list, which the caller may change.
 
         >>> table = WindowedTable(BlockAllocator(8), 4)
         >>> copies, passed = table.append_tokens(14), table.release_before(9)
@@ -123,14 +122,14 @@ class WindowedTable(BlockTable):
         return [NOWHERE] * (self.start // self.block_size) + self.blocks
 
     def slots(self, start: int, stop: int) -> list[int]:
-        """Return the slots of the positions start .. stop - 1; ValueError if the table lacks one of them.
+        """Return the slots of the text's positions start .. stop - 1; ValueError if the table lacks one.
 
         The inherited method counts positions from the table's first token.
         """
         return super().slots(start - self.start, stop - self.start)
 
     def fork(self) -> "WindowedTable":
-        """Make a second table of the same blocks, from `start` on; each block counts one more holder."""
+        """Return a second table with the same start, blocks and tokens; each block counts one more holder."""
         child = WindowedTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens, child.start = list(self.blocks), self.num_tokens, self.start
         for shared in child.blocks:
@@ -138,13 +137,13 @@ class WindowedTable(BlockTable):
         return child
 
     def release(self) -> None:
-        """Give back every block and begin at position 0 again."""
+        """Free this table's reference to each of its blocks, and start at position 0 again."""
         super().release()
         self.start = 0
 
 
 def first_block(table: BlockTable) -> int:
-    """Return the index of the text's block that is the table's first; 0 for a table without a window."""
+    """Return which of the text's blocks is the table's first; 0 for a table without a window."""
     return table.start // table.block_size if isinstance(table, WindowedTable) else 0
 
 
@@ -163,18 +162,19 @@ def windowed_attention(
     """Attend with q [1, H, T, D] to the last `window` stored tokens -> [1, H, T, D], both float32.
 
     keys and values are one layer of the pool, [N, Hkv, block_size, D], float32, float16 or bfloat16; nothing
-    is written. As `paged_attention` of day 3.2: the T queries are those of `batch.spans`, (table, start,
-    stop), one span behind the other, and span i reads the blocks in row i of `batch.tables`. But the query at
+    is written. As in `paged_attention` of day 3.2, the T queries are packed in the order of `batch.spans`,
+    each (table, start, stop), and span i reads the blocks in row i of `batch.tables`. But the query at
     position p sees only the positions `first_visible(p, window)` .. p of its sequence.
 
-    Do not read blocks that no query of the span sees: the tables may name anything there, `NOWHERE` or a
-    block that another sequence has by now. A weight of 0 does not help, because 0 * NaN is NaN. So reading
-    begins with the block of the first position that the span's first query sees, and ends with the span's
-    last position. What is read and the span's queries end at the same token, so `sliding_window_mask` needs
-    only their two lengths: the mask's `total` is the number of tokens read, not of the text.
+    Do not read blocks that no query of the span sees: the table may have any id there, such as `NOWHERE` or a
+    block that another sequence holds by now. Hiding them with the mask is not enough, because 0 * NaN is NaN.
+    So read from the start of the block that holds the first position that the span's first query sees, up to
+    the span's last position. The tokens read and the span's queries end at the same token, so
+    `sliding_window_mask` needs only their two lengths: its `total` is the number of tokens read, not of the
+    text.
 
-    Scores are scaled by `scale`; 0 is a scale. `keys[blocks]` with an array of n ids gives [n, Hkv,
-    block_size, D]: swap heads and blocks before the reshape to [1, Hkv, tokens, D].
+    Scores are multiplied by `scale`, which may be 0. `keys[blocks]` with an array of n ids gives
+    [n, Hkv, block_size, D]: exchange heads and blocks before the reshape to [1, Hkv, tokens, D].
 
     >>> from tiny_llm.paged_kernel import Span, pack_batch
     >>> table = BlockTable(BlockAllocator(2), 2)
@@ -230,7 +230,7 @@ def write_and_attend_window(
 ) -> Attended:
     """Write k and v [1, Hkv, T, D] to their slots, then attend with q to the last `window` tokens.
 
-    The readable version uses `write_and_attend` for the write and discards its output.
+    This readable version uses `write_and_attend` only for the write, and ignores its output.
     """
     written = write_and_attend(q, k, v, keys, values, batch, scale)
     out = windowed_attention(q, written.keys, written.values, batch, scale, window)
@@ -238,10 +238,10 @@ def write_and_attend_window(
 
 
 class WindowedContext:
-    """One packed step of a model whose layers see differently far: the context that the model gets.
+    """The context of a packed step of a model whose layers have different windows.
 
-    batches: the step as each group of layers sees it: the same tokens and positions, other tables and slots.
-    `_where[layer]` is the layer's place in its group, its group's batch, and its window or None.
+    batches: one for each group of layers, with the same tokens and positions but different tables and slots.
+    `_where[layer]` is the layer's index in its group, the group's batch, and the window or None.
     """
 
     def __init__(
@@ -257,21 +257,24 @@ class WindowedContext:
         self._pool = pool
         self._scale = scale
         self._where = {
-            layer: (place, batch, group.window)
+            layer: (index, batch, group.window)
             for group, batch in zip(groups, batches, strict=True)
-            for place, layer in enumerate(group.layers)
+            for index, layer in enumerate(group.layers)
         }
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store k and v [1, Hkv, T, D] of a layer, then attend with q [1, H, T, D] -> [1, H, T, D].
 
-        The model's layers share few arrays: a group writes to blocks of its own, so the first layers of all
-        groups are one layer of the pool, the second layers another. `pool.lend(place)` gives the keys and
-        values of the layer's place in its group, and `pool.put_back(place, keys, values)` must follow with
-        the arrays that the write returned. Write and attend with the group's batch and the scale: a layer
-        without a window by `write_and_attend` of day 3.2, another by the given `write_and_attend_window`.
-        Before you return the output, call `_compute(layer, attended)` with the `Attended` that came out: MLX
-        starts to compute then.
+        The pool has one layer for the first layers of all groups, one for the second layers, and so on; the
+        groups write to different blocks, so they never overwrite each other. So the pool's layer is `index`,
+        the layer's index in its group, which `_where` has:
+
+        1. `pool.lend(index)` returns the pool's keys and values.
+        2. Write and attend, with the group's batch and the scale: `write_and_attend` (day 3.2) for a layer
+           without a window, the given `write_and_attend_window` for another. Both return an `Attended`.
+        3. `pool.put_back(index, keys, values)`, with the arrays of the `Attended`.
+        4. `_compute(layer, attended)`: lets MLX start to compute.
+        5. Return the output.
 
         >>> from tiny_llm.paged_kernel import Span, pack_batch
         >>> pool, table = KVPool(4, 2, 1, 2, dtype=mx.float32), WindowedTable(BlockAllocator(4), 2)
@@ -280,40 +283,40 @@ class WindowedContext:
         >>> WindowedContext(pool, groups, [batch], 1.0, None).attend(0, 0 * x, 0 * x, x).tolist()
         [[[[2.0, 0.0], [3.0, 0.0], [6.5, 0.0]]]]
         """
-        place, batch, window = self._where[layer]
-        lent = self._pool.lend(place)
+        index, batch, window = self._where[layer]
+        lent = self._pool.lend(index)
         if window is None:
             attended = write_and_attend(q, k, v, *lent, batch, self._scale)
         else:
             attended = write_and_attend_window(q, k, v, *lent, batch, self._scale, window)
-        self._pool.put_back(place, attended.keys, attended.values)
+        self._pool.put_back(index, attended.keys, attended.values)
         self._compute(layer, attended)
         return attended.out
 
     @property
     def fuses(self) -> bool:
-        """Whether compiled kernels write and attend, so that a compiled block may do it too."""
+        """True if compiled kernels write and attend, so that a compiled block may do it too."""
         attending = (write_and_attend, write_and_attend_window)
         return all(is_reference(one) for one in attending) and use_compiled()
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
-        """Run x [1, T, E] through one compiled block -> [1, T, E]; its keys and values go into the pool."""
-        in_pool, step, window = self._where[layer]
-        lent = self._pool.lend(in_pool)
+        """Run x [1, T, E] through one compiled block -> [1, T, E]; write its keys and values to the pool."""
+        pool_layer, step, window = self._where[layer]
+        lent = self._pool.lend(pool_layer)
         out, *pools = block(
             x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale, window
         )
-        self._pool.put_back(in_pool, *pools)
-        compute_meanwhile(layer, out)
+        self._pool.put_back(pool_layer, *pools)
+        start_computing(layer, out)
         return out
 
     def _compute(self, layer: int, attended: Attended) -> None:
-        """Let MLX compute while Python describes the next layers.
+        """Let MLX compute while Python builds the graph of the next layers.
 
-        Groups share the pool's arrays: without compiled kernels MLX would copy an array that is to be written
-        while a read of it waits, so everything is computed first.
+        Without compiled kernels, compute everything now: groups share the pool's arrays, and MLX copies an
+        array that is written while an unevaluated read of it exists.
         """
         if not use_compiled():
             mx.eval(attended)
         else:
-            compute_meanwhile(layer, attended.out)
+            start_computing(layer, attended.out)

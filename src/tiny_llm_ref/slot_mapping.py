@@ -1,8 +1,8 @@
-"""Slots: the address of every token of a batch as one number, in one array.
+"""Slots: the addresses of all tokens of a batch in one array.
 
-A block table gives the addresses of one sequence as a Python list. A kernel, a gather or a write needs those
-of a whole batch as one array: slot = block * block_size + offset, the token's row in a pool seen as a flat
-list of tokens. The array is computed once a step and used by every layer. Source: `slot_mapping` in vLLM.
+A token's slot is block * block_size + offset: its index if the pool is one flat list of tokens. A block table
+returns the slots of one sequence as a Python list; a kernel, a gather or a write needs those of a whole batch
+as one array. The array is computed once per step and used by every layer. Source: `slot_mapping` in vLLM.
 """
 
 from collections.abc import Sequence as Seq
@@ -16,20 +16,22 @@ from .paged_attention import BlockTable
 def flat_slots(tables: Seq[BlockTable], lengths: Seq[int]) -> mx.array:
     """Return the slots of the positions 0 .. length - 1 of each table, table after table: int32 [total].
 
-    Token i of a table is in block `blocks[i // block_size]` at offset `i % block_size`; its slot is block *
-    block_size + offset. A length may be less than its table's tokens. Compute whole blocks as arrays, not one
-    token at a time in Python: a step of long sequences has a hundred thousand tokens.
+    Token i of a table is in block `blocks[i // block_size]` at offset `i % block_size`; its slot is
+    block * block_size + offset. A length may be less than the number of tokens in its table. Compute whole
+    blocks with MLX, not one token at a time in Python: a step of long sequences has a hundred thousand
+    tokens.
 
     No tables, or only lengths of 0, give an empty int32 array [0]. In MLX `mx.array([])` is float32 unless
-    the type is named, and `mx.concatenate([])` is an error.
+    you pass a dtype, and `mx.concatenate([])` is an error.
 
-    Raises ValueError if a length is negative or more than its table's tokens, if there are not as many
-    lengths as tables, or if tables differ in block size: the given `_check_lengths` does all of this.
+    Raises ValueError if a length is negative or more than the number of tokens in its table, if the number of
+    lengths and tables differs, or if tables differ in block size: the given `_check_lengths` does all of
+    this.
 
     >>> from tiny_llm.paged_attention import BlockAllocator
     >>> table = BlockTable(BlockAllocator(8), 4)
     >>> copies = table.append_tokens(6)
-    >>> table.blocks = [7, 2]  # instead of the two that the allocator chose
+    >>> table.blocks = [7, 2]  # for the example: other ids than the allocator chose
     >>> flat_slots([table], [6]).tolist()
     [28, 29, 30, 31, 8, 9]
     """

@@ -1,7 +1,7 @@
-"""One matrix that does the work of several over the same input.
+"""One matrix that does the work of several matrices with the same input.
 
-A checkpoint has q_proj, k_proj and v_proj, and gate_proj and up_proj; the model calls one matrix for each
-group.
+A checkpoint has q_proj, k_proj and v_proj, and gate_proj and up_proj. The model calls one matrix for the
+first three and one for the other two.
 """
 
 from collections.abc import Sequence
@@ -14,34 +14,36 @@ from .linear import BiasedLinear, Linear, LinearLike, stack_packed
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """Several matrices over the same input, called one by one; their outputs lie side by side."""
+    """Several matrices with the same input, called one by one; their outputs are concatenated."""
 
     parts: tuple[LinearLike, ...]
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x [..., K] -> [..., N1 + N2 + ...]."""
+        """Multiply: x [..., K] -> [..., N1 + N2 + ...]."""
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
 
     def rows(self, ids: mx.array) -> mx.array:
-        """Raise TypeError: a stack is not a table."""
-        raise TypeError("a stack of matrices is multiplied with, never looked up")
+        """Raise TypeError: a stack is not an embedding."""
+        raise TypeError("a stack of matrices only multiplies: its rows are never looked up")
 
 
 def stack(parts: Sequence[LinearLike]) -> LinearLike:
-    """Join matrices [N1, K], [N2, K], ... over the same input into one, [N1 + N2 + ..., K].
+    """Join matrices [N1, K], [N2, K], ... with the same input into one, [N1 + N2 + ..., K].
 
-    Called with x [..., K], it gives [..., N1 + N2 + ...]: the first part's outputs, then the second's, and so
-    on. One call starts one operator and reads x once. The first case that fits decides:
+    Called with x [..., K], the result gives [..., N1 + N2 + ...]: the first part's outputs, then the
+    second's, and so on. One call starts one operator and reads x once. The first rule that applies decides
+    the result:
 
-    - all parts are `BiasedLinear`: a `BiasedLinear` of their matrices, stacked by these rules, and of their
-      biases, joined;
-    - `stack_packed(parts)` is not None: that; it joins matrices that are packed for the compiled kernels;
-    - all are `Linear`, with weights of one dtype: a `Linear` of the joined weights;
-    - otherwise: a `StackedLinear`, which leaves every part as it is.
+    1. All parts are `BiasedLinear`: a `BiasedLinear` of their matrices, stacked by these rules, and of their
+       joined biases.
+    2. `stack_packed(parts)` is not None: return it. It joins matrices that are packed for the compiled
+       kernels.
+    3. All parts are `Linear`, with weights of one dtype: a `Linear` of the joined weights.
+    4. Otherwise: a `StackedLinear`, which leaves every part unchanged.
 
-    Evaluate what was joined with `mx.eval` before you return it. MLX is lazy: otherwise the first forward
-    pass would join the matrices of all layers at once, and the weights would be in memory twice. Weights and
-    biases need it; what `stack_packed` returns is evaluated already.
+    Evaluate joined weights and biases with `mx.eval` before you return them; `stack_packed` has done so. MLX
+    is lazy: otherwise the first forward pass would join the matrices of all layers at once, and the weights
+    would be in memory twice.
 
     >>> both = stack([Linear(mx.array([[1.0], [2.0]])), Linear(mx.array([[30.0]]))])
     >>> both(mx.array([[1.0], [2.0]])).tolist()
@@ -60,7 +62,7 @@ def stack(parts: Sequence[LinearLike]) -> LinearLike:
 
 
 def _joined(arrays: list[mx.array]) -> mx.array:
-    """Arrays joined along the first axis and evaluated, so that each part can be freed now."""
+    """Join arrays along the first axis and evaluate the result, so that the parts can be freed now."""
     joined = mx.concatenate(arrays)
     mx.eval(joined)
     return joined

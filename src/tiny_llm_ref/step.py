@@ -1,4 +1,4 @@
-"""What passes through a step of a batch manager: the plan that scheduling makes, the logits that come out."""
+"""The data of a batch manager's step: the plan that scheduling makes, and the logits that result."""
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -16,9 +16,9 @@ S = TypeVar("S", bound=Sequence)
 class StepLogits(Mapping[str, mx.array]):
     """The logits of a step by sequence id, kept as one array: `rows` [R, vocab_size].
 
-    Sequences that were just forked share a row: `row_of[seq_id]` is its index in `rows`. `prompt_rows` are
-    those of prompt tokens whose log-probabilities are asked for: the rows of the positions that
-    `Sequence.prompt_positions` named, in order. num_tokens: tokens that the step computed.
+    row_of: the index in `rows` of each sequence's row; sequences that were just forked share one.
+    prompt_rows: for prompt log-probabilities, by sequence id, the rows of the positions that
+    `Sequence.prompt_positions` returned, in order. num_tokens: tokens that the step computed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepLogits(Mapping[str, mx.array]):
 
 
 class Scheduled(NamedTuple, Generic[S]):
-    """A chunk: a sequence, the positions start .. stop - 1 to compute, and the copies to make before."""
+    """A chunk: the positions start .. stop - 1 of a sequence to compute, and the copies to make before."""
 
     sequence: S
     start: int
@@ -58,7 +58,7 @@ class Scheduled(NamedTuple, Generic[S]):
 
     @property
     def is_last(self) -> bool:
-        """True where the chunk ends at the last known token: the next one can be sampled."""
+        """True if the chunk ends at the last known token, so the next token can be sampled."""
         return self.stop == self.sequence.num_tokens
 
     @property
@@ -70,38 +70,36 @@ class Scheduled(NamedTuple, Generic[S]):
 
 @dataclass
 class Plan(Generic[S]):
-    """What one step does: the chunks to compute, and before them blocks to move and to copy.
+    """What one step does, in this order: swap blocks out, swap blocks in, make all copies, compute chunks.
 
-    In this order: blocks out to the host, blocks in, all copies, the chunks.
-
-    swapped_out: blocks of the pool, and where on the host they go. swapped_in: the host's block that each of
-    these blocks of the pool is filled from. departed, returned: the sequences that it is done for.
-    chunks: for each sequence of the step, the tokens that it computes.
+    chunks: for each sequence of the step, the tokens that it computes. swapped_out: pairs of a block of the
+    pool and the host block that it is copied to. swapped_in: by block of the pool, the host block that it is
+    filled from. swapped_out_sequences, swapped_in_sequences: the sequences whose blocks these are.
     """
 
     chunks: list[Scheduled[S]] = field(default_factory=list)
     swapped_out: list[tuple[int, int]] = field(default_factory=list)
     swapped_in: dict[int, int] = field(default_factory=dict)
-    departed: list[S] = field(default_factory=list)
-    returned: list[S] = field(default_factory=list)
+    swapped_out_sequences: list[S] = field(default_factory=list)
+    swapped_in_sequences: list[S] = field(default_factory=list)
 
     @property
     def copies(self) -> list[BlockCopy]:
-        """The copies of all chunks; every source is read before any of them is written."""
+        """The copies of all chunks; all sources are read before any target is written."""
         return [copy for chunk in self.chunks for copy in chunk.copies]
 
     @property
     def is_empty(self) -> bool:
-        """True if there is nothing to compute and nothing to exchange with the host."""
+        """True if there is nothing to compute and nothing to swap."""
         return not (self.chunks or self.swapped_out or self.swapped_in)
 
-    def drop_who_stopped(self) -> None:
-        """Leave out the chunks of sequences that do not run any more."""
+    def drop_stopped_sequences(self) -> None:
+        """Remove the chunks of sequences that are not running any more."""
         running = [chunk for chunk in self.chunks if chunk.sequence.state is SequenceState.RUNNING]
         self.chunks[:] = running
 
     def pack(self) -> tuple[list[int], list[int]]:
-        """The token ids of all chunks side by side, and the indices among them that need logits."""
+        """Return the token ids of all chunks, one chunk after another, and the indices that need logits."""
         tokens: list[int] = []
         logit_rows: list[int] = []
         for chunk in self.chunks:
@@ -110,10 +108,10 @@ class Plan(Generic[S]):
         return tokens, logit_rows
 
     def conclude(self, rows: mx.array | None, fork: Callable[[S], list[S]]) -> StepLogits:
-        """Count the chunks' tokens as computed, and say which row of logits is whose, in the order of `pack`.
+        """Mark the chunks' tokens as computed, and assign the rows of logits to sequences.
 
-        fork: called with each sequence that is ready for its next token; returns the sequences that share its
-        row.
+        rows: the logits in the order of `pack`; None without a model. fork: called with each sequence that is
+        ready for its next token; returns the sequences that share its row.
         """
         logits, next_row = StepLogits(rows, {}), 0
         for chunk in self.chunks:

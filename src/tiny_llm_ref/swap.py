@@ -1,7 +1,7 @@
-"""Preemption by swap: a sequence's computed blocks are copied to the host, and back when it runs again.
+"""Preemption by swap: copies a sequence's computed blocks to the host, and back when it runs again.
 
-Copies blocks instead of computing them again. Full host blocks are found by their content, so what several
-sequences share is on the host once. Plain bookkeeping over ints: copies are planned here, and the pools make
+Copying replaces recomputing. Full host blocks are found by their content, so blocks that several sequences
+share are on the host once. Plain bookkeeping over ints: this module plans the copies, and the pools make
 them. Source: section 4.5 of the PagedAttention paper.
 """
 
@@ -15,31 +15,30 @@ from .sliding_window import WindowedTable, first_block
 
 
 class SwapCopy(NamedTuple):
-    """A copy to make, out or in, between `block` of the pool and `host_block` of the swap space."""
+    """A copy to make, in either direction, between `block` of the pool and `host_block` of the host."""
 
     block: int
     host_block: int
 
 
 class HostBlock(NamedTuple):
-    """A host block that a sequence holds. is_new: nothing is in it yet, so it needs a copy."""
+    """A host block that a sequence holds. is_new: it is empty, so it must be filled by a copy."""
 
     block: int
     is_new: bool
 
 
 class SwapSpace:
-    """The blocks on the host: which sequences hold them, and what the full ones contain.
+    """The blocks on the host: how many sequences hold each of them, and what the full ones contain.
 
-    block_size: tokens in a block. allocator: counts the holders of each host block; one for each sequence
-    that waits for it. The content of a full block is found by its hash: in a sequence's stream
-    (`stream_of`: its tokens cut into full blocks) block i has the hash `hashes[i]`, which stands for the
-    tokens 0 .. (i + 1) * block_size - 1.
+    block_size: tokens in a block. allocator: counts the holders of each host block; a holder is a sequence
+    that is swapped out.
 
-    `_held` has a `KeptBlock` by its hash: a host block, its tokens, and the hash of the block before, which
-    `is_block` compares with a stream's. `_hash_of` has that hash by the host block. Invariant: both have the
-    same host blocks. They are full, but not every full block is among them: if a block of another text has
-    the same hash already, the later one is in neither. Nor is a block that is not full.
+    A full block is found by its hash. In a sequence's stream (`stream_of`: its tokens cut into full blocks)
+    block i has the hash `hashes[i]`, which covers the tokens 0 .. (i + 1) * block_size - 1. `_held` maps a
+    hash to a `KeptBlock`: the host block, its tokens, and the hash of the previous block. `_hash_of` maps the
+    host block to the hash. Invariant: both dicts have the same host blocks. A block that is not full is in
+    neither dict. Nor is a full block whose hash was already taken by a block of another text.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -49,12 +48,15 @@ class SwapSpace:
         self._hash_of: dict[int, bytes] = {}
 
     def hold(self, sequence: PagedSequence, index: int, place: int) -> HostBlock | None:
-        """Take a reference to a host block for one block of a sequence; None, unchanged, where none is free.
+        """Take a reference to a host block for one block of a sequence; None if no block is free for it.
 
-        index: which of the sequence's tables. place: which block of its text, counted from 0, whatever the
-        table begins with. `_find` gives the host block that has the same content already, if there is one:
-        add a reference to it; no free block is needed, and no copy. Otherwise `_take` allocates a free one;
-        it raises where there is none, so look at `allocator.num_free` before.
+        index: which of the sequence's tables. place: which block of its text, counted from 0, even if the
+        table starts later.
+
+        If `_find(sequence, index, place)` returns a host block with the same content, add a reference to it:
+        it is not new, and needs neither a free block nor a copy. Otherwise `_take(sequence, index, place)`
+        allocates a free one, which is new. `_take` raises if none is free, so check `allocator.num_free`
+        first: if it is 0, return None, with nothing changed.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -71,12 +73,11 @@ class SwapSpace:
         return HostBlock(self._take(sequence, index, place), is_new=True)
 
     def release(self, tables: list[SwappedTable]) -> None:
-        """Give back one reference to every host block of these tables.
+        """Free one reference to every host block of these tables.
 
-        A block with no holder left is free, and will get other content: if it is in `_hash_of`, its hash must
-        no longer lead to it, so take it out of `_hash_of` and the hash out of `_held`. Not every full block
-        is there: if a block of another text had the same hash first, only that one is, and it stays found. A
-        block that another sequence still holds stays in both.
+        A block without holders is free and will get other content. So if it is in `_hash_of`, remove it from
+        there, and its hash from `_held`. (It may be in neither, for instance because it is not full.) A block
+        that another sequence still holds stays in both dicts.
 
         >>> space = SwapSpace(num_blocks=8, block_size=4)
         >>> host_block = space.allocator.allocate()
@@ -92,20 +93,20 @@ class SwapSpace:
     def swap_out(
         self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None
     ) -> list[SwapCopy] | None:
-        """Hold host blocks for what a sequence has computed; the copies to make before the pool is written.
+        """Hold host blocks for the computed blocks of a sequence; return the copies to make.
 
-        Every block with a computed token is held (`hold`), in every table, in the order of the text; the last
-        one may be partly filled. A table may have blocks beyond these, for tokens that are not computed yet:
-        leave them out. A windowed table begins with block `first_block(table)` of the text: that one is
-        `table.blocks[0]`. Only new host blocks need a copy.
+        The copies will be made before the pool is written again. Go through the tables in order, and in each
+        through the text's blocks that have a computed token, in order; the last may be partly filled.
+        `table.blocks[0]` is the text's block `first_block(table)` (not 0 if a window has passed blocks). The
+        table may have more blocks at the end, for tokens that are not computed yet: leave them out. `hold`
+        each block; only a new host block needs a copy.
 
-        Afterwards `sequence.swapped` has a `SwappedTable` for each table, and the sequence's `num_computed`
-        and `num_cached_tokens`. The sequence itself keeps its tables. Where the host has no block left, all
-        that was held for this call is released, nothing has changed, and the result is None.
+        Then set `sequence.swapped` to a `Swapped`: a `SwappedTable` for each table, and the sequence's
+        `num_computed` and `num_cached_tokens`. Do not change the sequence's tables. If `hold` returns None,
+        release everything that this call has held, and return None with nothing changed.
 
-        filled_from: blocks of the pool that still wait for a copy on write, each with the block that it will
-        be copied from, `{block: source}`. Until then the content is still in the block it is copied from, so
-        copy that one: `SwapCopy(source, host_block)`.
+        filled_from: `{block: source}` for blocks of the pool whose copy on write has been planned but not
+        made. Their content is still in `source`, so copy that one: `SwapCopy(source, host_block)`.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -132,12 +133,12 @@ class SwapSpace:
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
-        """Blocks of the pool that `swap_in` would take for a swapped sequence, if none are at hand.
+        """Return how many blocks of the pool `swap_in` would take for a swapped sequence, without `at_hand`.
 
-        The sequence may have found its first tokens in the prefix cache by now: they are computed
-        (`num_computed`, a multiple of the block size), and their blocks need no copy. The sum over all tables
-        of the host blocks behind those tokens. `host_blocks[0]` is block `first` of the text: if the tokens
-        found end before that, all of the table's host blocks count.
+        The sequence may have found its first tokens in the prefix cache again. They count as computed
+        (`num_computed`, a multiple of the block size), and their blocks need no copy. Sum over all tables the
+        number of host blocks that come after those tokens. In a table's list, `host_blocks[0]` is block
+        `first` of the text: if the found tokens end before that block, all of the table's host blocks count.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -153,34 +154,35 @@ class SwapSpace:
         return sum(len(swapped.host_blocks[max(0, place - swapped.first) :]) for swapped in tables)
 
     def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> list[SwapCopy]:
-        """Let a sequence's tables hold what they held when it was swapped out; the copies to make at once.
+        """Give a sequence's tables the blocks again that it had when it was swapped out; return the copies.
 
-        Two numbers count computed tokens. `sequence.num_computed` is today's, a multiple of the block size:
-        the tokens that it has found in the prefix cache since. `sequence.swapped.num_computed` is the old
-        one, of when it was swapped out.
+        The caller makes the copies next. `sequence.num_computed` is the number of tokens that the sequence
+        has found in the prefix cache since then: call it `found`; it is a multiple of the block size.
+        `sequence.swapped.num_computed` is the number when it was swapped out: call it `old`. For each table:
 
-        For each table: the tokens found stay, and the table goes on behind them, at block `place` of the
-        text. If the `first` of a `WindowedTable` lies behind those tokens, call
-        `table.skip_to(first * block_size)` before, and go on at `first`: what the table holds by then is no
-        longer visible. (Ignore what it returns: the caller compares the blocks before and after.) Of 18
-        tokens, in blocks of 4, a windowed table has blocks 3 and 4 on the host. If 8 tokens were found, it
-        holds their two blocks, skips to position 12, and goes on at block 3; if 12 or 16 were found, it skips
-        nothing, and goes on at block 3 or 4.
+        1. Find the block of the text, `place`, at which the table continues: the first one after the `found`
+           tokens, or the `SwappedTable`'s `first` if that is later. If it is later, the table is a
+           `WindowedTable` and no longer needs the blocks it holds: call
+           `table.skip_to(first * block_size)`, even if it has no host blocks. (Ignore the returned blocks:
+           the caller compares the blocks before and after.)
+        2. For each host block from `place` on, in order (`host_blocks[0]` is block `first` of the text), add
+           a block to the table with `append_tokens`, and plan a `SwapCopy` to it; it is `table.blocks[-1]`.
+           Append `block_size` tokens; but the last host block may be partly filled, so at most
+           old - (this block's index in the text) * block_size. The caller has made sure that enough blocks
+           are free (`blocks_to_swap_in`).
 
-        From there on each host block, in order, gets a free block of the pool and a copy: `append_tokens`
-        takes that block, which is `table.blocks[-1]` then, and the pool has enough (`blocks_to_swap_in`).
-        Append `block_size` tokens for each; the last host block may be partly filled, so never more than the
-        old `num_computed - place * block_size`, where `place` is that block's. In the example block 4 has 2
-        tokens. A windowed table may have no `host_blocks` at all, because the next token saw none of its
-        blocks: it skips to its `first` all the same.
+        Example: blocks of 4 tokens, old = 18, and a windowed table has blocks 3 and 4 on the host. If 8
+        tokens were found, the table skips to position 12 and continues at block 3. If 12 or 16 were found, it
+        skips nothing, and continues at block 3 or 4. Block 4 gets 2 tokens.
 
-        at_hand: full blocks of the pool by their hash, of the request's other sequences: a client that found
-        two texts with one hash would deceive only itself. A host block with one of these hashes (`_hash_of`)
-        needs no copy: the table shares the pool's block instead (`share_block`, with as many tokens).
+        at_hand: full blocks of the pool by their hash, held by other sequences of the same request. If a host
+        block has one of these hashes (`_hash_of`), do not copy it: share the pool's block with
+        `table.share_block`, with as many tokens. (Hashes suffice here: a client that found two texts with one
+        hash would harm only its own request.)
 
-        Afterwards both numbers, `num_computed` and `num_cached_tokens`, are the old ones. Every table starts
-        from today's `num_computed`, so change it last. The host blocks stay the sequence's until `forget`: it
-        may lose its blocks again before the copies are made.
+        At the end, after all tables, set `num_computed` and `num_cached_tokens` to the old numbers of
+        `sequence.swapped`. Do not release the host blocks: the caller calls `forget` when the copies are
+        made, because until then the sequence may be preempted again.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
@@ -210,17 +212,16 @@ class SwapSpace:
         return copies
 
     def forget(self, sequence: PagedSequence) -> None:
-        """Release the host blocks of a sequence that is in the pool again, or has ended; if it has any."""
+        """Release the host blocks, if any, of a sequence that is in the pool again or has ended."""
         if sequence.swapped is not None:
             self.release(sequence.swapped.tables)
             sequence.swapped = None
 
     def _find(self, sequence: PagedSequence, index: int, place: int) -> int | None:
-        """The host block with the same content: the same tokens after the same text, in the same table.
+        """Return the host block with the same content (the same tokens after the same text, in this table).
 
-        None where there is none, and for a block that is not full. A stream is a table's tokens, cut into
-        full blocks; `stream_of` cuts as many as are asked for. `is_block` compares tokens and parent, so that
-        two texts with the same hash would not be mixed up.
+        None if there is none, or if the block is not full. `is_block` compares tokens and parent, because two
+        texts could have the same hash.
         """
         if (place + 1) * self.block_size > sequence.num_computed:
             return None
@@ -229,10 +230,10 @@ class SwapSpace:
         return None if held is None or not held.is_block(stream, place) else held.block
 
     def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
-        """Allocate a host block, one of which must be free; `_find` finds it from now on if it is full.
+        """Allocate a host block for a block of a sequence; if that is full, `_find` finds it from now on.
 
-        Where its hash has a block in `_held` already, that one stays, and the new block is not found. A
-        `KeptBlock` is the block, its tokens, and its parent: the hash of the block before.
+        A host block must be free. If its hash is in `_held` already, the entry stays, and the new block is
+        not found.
         """
         host_block = self.allocator.allocate()
         if (place + 1) * self.block_size <= sequence.num_computed:

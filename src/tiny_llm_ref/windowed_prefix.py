@@ -1,8 +1,8 @@
-"""Prefix caching for layers that see differently far: a hit needs only the blocks that can still be seen.
+"""Prefix caching for layers with different windows: a hit needs only the blocks that can still be seen.
 
-Layers that see everything need every block of the prefix. A windowed layer needs the blocks in reach of the
-first token that is left to compute, and none before. A prefix is found if every group of layers has the
-blocks that it needs of it. Source: vLLM's hybrid KV cache.
+Layers without a window need every block of the prefix. A windowed layer needs only the blocks that the next
+token to compute sees. A prefix is a hit if the blocks that each group of layers needs are kept. Source:
+vLLM's hybrid KV cache.
 """
 
 from collections.abc import Sequence as Seq
@@ -16,10 +16,10 @@ from .sliding_window import WindowedTable, first_block, first_visible
 
 
 class WindowedPrefixSharing(PrefixSharing):
-    """Shares prefixes for groups of layers: in each sequence a group has a table and a stream of its own.
+    """Shares prefixes for groups of layers: in each sequence, each group has a separate table and stream.
 
-    The streams differ from their first hash on, so one cache holds the blocks of all groups and evicts them
-    in one order. `_groups[i]` goes with `sequence.tables[i]` and `sequence.stream_of(i, n)`.
+    The groups' streams have different hashes for the same tokens, so one cache holds the blocks of all groups
+    and evicts them in one order. Group `_groups[i]` uses `sequence.tables[i]` and `sequence.stream_of(i, n)`.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int, groups: Seq[LayerGroup]) -> None:
@@ -29,9 +29,9 @@ class WindowedPrefixSharing(PrefixSharing):
     def first_needed(self, group: int, num_blocks: int) -> int:
         """Return the first block that a group needs to continue after `num_blocks` blocks of a text.
 
-        The next token, at position num_blocks * block_size, decides: the block of the first position that it
-        sees. A group whose window is None sees everything and needs block 0. With a window of 1 no block is
-        needed, and the answer is `num_blocks`.
+        It is the block of the first position that the next token, at position num_blocks * block_size, sees.
+        A group whose window is None sees everything and needs block 0. With a window of 1 the next token sees
+        only itself, so no block is needed, and the result is `num_blocks`.
 
         >>> groups = (LayerGroup((0,)), LayerGroup((1,), window=6))
         >>> sharing = WindowedPrefixSharing(BlockAllocator(8), 4, groups)
@@ -44,15 +44,16 @@ class WindowedPrefixSharing(PrefixSharing):
         return first_visible(num_blocks * self.block_size, window) // self.block_size
 
     def longest_hit(self, streams: Seq[TokenBlocks], first: int, stop: int) -> int:
-        """Return the largest n from `first` to `stop` so that every group can continue after n blocks.
+        """Return the largest n, first <= n <= stop, such that every group can continue after n blocks.
 
-        streams: the text as each group sees it, cut into at least `stop` blocks. The sequence has computed
-        the blocks before `first` itself. A group can continue after n blocks if those of the blocks first ..
-        n - 1 that it needs are kept: the blocks from `first_needed(group, n)` on. n = `first` needs none.
+        streams: the text's stream for each group, cut into at least `stop` blocks. The sequence has already
+        computed the blocks before `first`. To continue after n blocks, a group needs the blocks from
+        `first_needed(group, n)` to n - 1; those from `first` on must be kept. So n = `first` is always
+        possible.
 
-        Begin with n = stop and ask one group after the other. Where a group lacks a block, n falls to the
-        first block that it lacks, and all groups are asked again: with a smaller n a window needs other
-        blocks. Looking changes nothing (`cache.match`).
+        Start with n = stop and check one group after another with `cache.match`, which changes nothing. If a
+        block that a group needs is not kept, reduce n to the first such block, and check all groups again,
+        because for a smaller n a window needs other blocks.
 
         >>> allocator, streams = BlockAllocator(20), [TokenBlocks(4, "all layers"), TokenBlocks(4, "window")]
         >>> sharing = WindowedPrefixSharing(allocator, 4, (LayerGroup((0,)), LayerGroup((1,), window=6)))
@@ -71,17 +72,18 @@ class WindowedPrefixSharing(PrefixSharing):
         return stop
 
     def share_hit(self, group: int, table: BlockTable, stream: TokenBlocks, first: int, hit: int) -> None:
-        """Let one group's table continue after `hit` blocks of a text, of which it has computed `first`.
+        """Extend one group's table from `first` computed blocks of a text to `hit` blocks, by sharing.
 
-        The table gets the blocks that its group needs, from `first_needed(group, hit)` on but not before
-        `first`, by `cache.share`, in order and with their full length. `longest_hit` has made sure that they
-        are kept; the group's `stream` finds them.
+        The table gets the kept blocks that its group needs: those from `first_needed(group, hit)` to
+        hit - 1, but none before `first`. Find them with `cache.match` in the group's `stream` (`longest_hit`
+        has checked that they are kept), and append them with `cache.share`, in order and with their full
+        length.
 
-        If the first of them lies behind block `first`, the window sees nothing of what the table holds: the
-        `WindowedTable` skips to that block's position, and `released` is told which blocks it gave back. A
-        `BlockTable` has no `skip_to`, and only a windowed one ever has to skip. A type checker does not know
-        that: ask `isinstance(table, WindowedTable)`, or assert it, before you call `skip_to`.
-        Otherwise the table keeps its blocks. If `hit` is `first`, nothing changes.
+        If the first of these blocks comes after block `first`, the window sees none of the blocks that the
+        table holds. Then, before sharing, call `table.skip_to` with the position of that first block, and
+        pass the blocks that it returns to `released`. Only a `WindowedTable` has `skip_to`, and only a
+        windowed table has to skip; for a type checker, check `isinstance(table, WindowedTable)` first.
+        Otherwise the table keeps its blocks. If `hit` equals `first`, nothing changes.
 
         >>> allocator, stream = BlockAllocator(20), TokenBlocks(4)
         >>> sharing = WindowedPrefixSharing(allocator, 4, [LayerGroup((0,), window=6)])
@@ -99,14 +101,15 @@ class WindowedPrefixSharing(PrefixSharing):
             self.cache.share(table, block, self.block_size)
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Share the longest prefix of kept blocks after which all groups can continue.
+        """Let a sequence share the longest prefix of kept blocks after which all groups can continue.
 
-        As `PrefixSharing.adopt` of day 3.4: the next block is `sequence.num_computed // self.block_size`;
-        only blocks within the first `num_shareable` tokens are shared, so the last known token is computed;
-        nothing happens if no block is left to share or if `_may_share` says no. Group i has
-        `sequence.tables[i]` and the stream `sequence.stream_of(i, n)`, the text cut into at least n blocks.
-        Find the longest hit before you change a table: all tables of a sequence must end at the same token.
-        `note_shared` counts the tokens once, not once for each group.
+        As in `PrefixSharing.adopt` of day 3.4, the next block is `sequence.num_computed // self.block_size`,
+        only blocks completely within the first `num_shareable` tokens are shared, and nothing happens if no
+        block is left to share or if `_may_share(sequence)` is False. Group i has `sequence.tables[i]` and the
+        stream `sequence.stream_of(i, n)`, the text cut into at least n blocks.
+
+        Find the longest hit before you change any table, because all tables of a sequence must end at the
+        same token. Call `sequence.note_shared` once, not once for each group.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -134,14 +137,14 @@ class WindowedPrefixSharing(PrefixSharing):
     def keep(self, sequence: PagedSequence, start: int) -> None:
         """Keep the blocks that a sequence has filled since it had computed `start` tokens, in every group.
 
-        The text's blocks start // self.block_size .. num_computed // self.block_size - 1 have become full; if
-        there are none, nothing happens.
+        These are the text's blocks start // self.block_size .. num_computed // self.block_size - 1; if there
+        are none, nothing happens.
 
-        `cache.keep(table, stream, first, stop)` takes block i of the stream to be in `table.blocks[i]`. That
-        is not so for a windowed table: its `blocks[0]` is the text's block `first_block(table)`, while block
-        0 of `sequence.stream_of(group, n)` is the text's first. `TokenBlocks.tail(n)` is a stream from block
-        n on, so that both count from the same block. Blocks that the table has given back, or never had,
-        are not kept: no place is negative.
+        `cache.keep(table, stream, first, stop)` assumes that `table.blocks[i]` holds block i of the stream. A
+        windowed table starts later: its `blocks[0]` is the text's block `first_block(table)`. So pass a
+        stream that starts there too, `sequence.stream_of(group, n).tail(first_block(table))`, and count
+        `first` and `stop` from that block. Blocks that the table has released, or never had, are not kept:
+        `first` must not be negative.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -158,12 +161,12 @@ class WindowedPrefixSharing(PrefixSharing):
         if first == stop:
             return
         for group, table in enumerate(sequence.tables):
-            begin = first_block(table)
-            stream = sequence.stream_of(group, stop).tail(begin)
-            self.cache.keep(table, stream, max(0, first - begin), stop - begin)
+            offset = first_block(table)
+            stream = sequence.stream_of(group, stop).tail(offset)
+            self.cache.keep(table, stream, max(0, first - offset), stop - offset)
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """Share the beginning of one more block in every group, if its next tokens differ."""
+        """Share the first tokens of one more kept block in every group; its later tokens differ."""
         size, start = self.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
         if known < LEAST_WORTH_COPYING or not self._may_share(sequence):
@@ -182,6 +185,6 @@ class WindowedPrefixSharing(PrefixSharing):
             sequence.note_shared(length)
 
     def _may_share(self, sequence: PagedSequence) -> bool:
-        """Return whether a sequence may share now: as in `PrefixSharing`, for every table."""
-        behind_kept = all(not table.blocks or table.blocks[-1] in self.cache for table in sequence.tables)
-        return behind_kept and super()._may_share(sequence)
+        """True if a sequence may share blocks now: the conditions of `PrefixSharing`, for every table."""
+        all_kept = all(not table.blocks or table.blocks[-1] in self.cache for table in sequence.tables)
+        return all_kept and super()._may_share(sequence)

@@ -20,7 +20,7 @@ class PrefixCachingKVCache:
     def allocate_with_prefix(self, seq_id: str, prefix_hash: str, total_tokens: int) -> list[int]:
         prefix = self.tables[prefix_hash]
         if seq_id in self.tables:
-            raise ValueError(f"sequence {seq_id!r} is there already")
+            raise ValueError(f"sequence {seq_id!r} exists already")
         num_own = total_tokens - prefix.num_tokens
         if num_own < 0:
             raise ValueError(f"{total_tokens} tokens are fewer than the prefix's {prefix.num_tokens}")

@@ -1,0 +1,35 @@
+"""Conversations in files: a JSON object whose "messages" are those of a chat completion request."""
+
+import json
+from pathlib import Path
+
+_ROLES = ("system", "user", "assistant")
+
+
+def write_messages(path: Path, model_name: str, messages: list[dict[str, str]]) -> None:
+    """Write a conversation as JSON. Raises OSError if the file cannot be written."""
+    text = json.dumps({"model": model_name, "messages": messages}, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_messages(path: Path) -> list[dict[str, str]]:
+    """Read the messages of a saved conversation, or of a JSON list of messages.
+
+    Raises OSError if the file cannot be read, and ValueError if it is not JSON or holds anything other than
+    messages with the roles system, user and assistant and a text as content.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file ({error})") from error
+    messages = found.get("messages") if isinstance(found, dict) else found
+    if not isinstance(messages, list):
+        raise ValueError(f'{path} has no list of "messages"')
+    return [_message(f"{path}: messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _message(name: str, found: object) -> dict[str, str]:
+    role, content = (found.get("role"), found.get("content")) if isinstance(found, dict) else (None, None)
+    if role not in _ROLES or not isinstance(content, str):
+        raise ValueError(f'{name} needs a "role" ({", ".join(_ROLES)}) and a "content" that is a text')
+    return {"role": role, "content": content}
