@@ -172,4 +172,4 @@ def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> No
         assert len(capsys.readouterr().out.split()) > 20
     scripts = (ROOT / "pyproject.toml").read_text("utf-8")
     for command in commands:
-        assert f'{command} = "python -m tiny_llm_course {command}"' in scripts
+        assert f'{command} = {{ cmd = "python -m tiny_llm_course {command}", help = "' in scripts
