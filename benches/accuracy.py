@@ -1,7 +1,5 @@
 """How far are the engine's logits from float32? KL divergence, top-1 agreement and perplexity.
 
-    python benches/accuracy.py [--windows 8] [--window-tokens 512] [--json]
-
 The text is Python's own documentation, which every interpreter contains (`pydoc_data.topics`). The reference
 is the same GGUF file dequantized to float32 (`numpy_llama`, tested against transformers). So this measures
 the error of the engine's arithmetic and KV cache, not the error of 4-bit weights.
@@ -136,7 +134,9 @@ def measure(count: int, length: int, model: Path | None = None, activation_bits:
 def main() -> None:
     """Read the options, measure, and print the figures."""
     parser = argparse.ArgumentParser(
-        description="Compare the engine's logits with float32: KL divergence, top-1 agreement, perplexity."
+        prog="pdm run bench accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--windows", type=int, default=8, help="windows of text (default 8)")
     parser.add_argument("--window-tokens", type=int, default=512, help="tokens in each window (default 512)")

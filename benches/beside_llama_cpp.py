@@ -20,7 +20,7 @@ from tiny_llm import LLM, SamplingParams
 PREFILL, DECODE = 512, 128
 
 
-def ours(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
+def measure_tiny_llm(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
     """Tokens per second: prompt tokens if max_tokens is 1, else output tokens after the first.
 
     A prompt is found in the prefix cache only under the salt that it was computed with.
@@ -33,7 +33,9 @@ def ours(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
     return (max_tokens - 1) / (moments[-1] - moments[0])
 
 
-def theirs(llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: int, depth: int) -> float:
+def measure_llama_cpp(
+    llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: int, depth: int
+) -> float:
     """Tokens per second of one repetition, as llama-bench reports them."""
     lengths = ["-p", str(prompt_tokens), "-n", str(output_tokens), "-d", str(depth), "-r", "1"]
     threads = ["-t", str(tiny_llm_kernels.num_threads())]
@@ -56,12 +58,12 @@ def compare(llms: dict[str, LLM], job: Job, llama_bench: Path, repetitions: int)
     tokens = [1000 + 37 * i % 30_000 for i in range(job.depth or job.prompt or 1)]
     max_tokens = job.outputs + 1 if job.outputs else 1
     for llm in llms.values():
-        ours(llm, tokens, max_tokens, "")  # warm up
+        measure_tiny_llm(llm, tokens, max_tokens, "")  # warm up
     path, runs = next(iter(llms.values())).model_path, []
     for repetition in range(repetitions):
         salt = "" if job.depth else f"run {repetition}"  # a timed prompt must not come from the cache
-        run = {name: ours(llm, tokens, max_tokens, salt) for name, llm in llms.items()}
-        runs.append({**run, "llama.cpp": theirs(llama_bench, path, *job)})
+        run = {name: measure_tiny_llm(llm, tokens, max_tokens, salt) for name, llm in llms.items()}
+        runs.append({**run, "llama.cpp": measure_llama_cpp(llama_bench, path, *job)})
     return {
         "tokens_per_s": {name: harness.summary([run[name] for run in runs]) for name in runs[0]},
         "ratio": {name: harness.summary([run[name] / run["llama.cpp"] for run in runs]) for name in llms},

@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,7 +18,11 @@ import tiny_llm_kernels
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks share; `doc` is its description."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog=f"pdm run bench {Path(sys.argv[0]).stem}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     made.add_argument(
         "--repetitions", type=positive, default=5, help="timed repetitions (default: %(default)s)"

@@ -19,7 +19,7 @@ import httpx2
 
 import harness
 import tiny_llm_kernels
-from servers import Running, ours, running
+from servers import RunningServer, run_server, tiny_llm_server
 from tiny_llm_checkpoints.embedded import embedded_model_path
 
 MAX_RUNNING, MAX_WAITING, OVERLOAD, NUM_KINDS = 16, 32, 10, 24
@@ -66,7 +66,7 @@ async def health_seconds(client: httpx2.AsyncClient) -> float:
     return time.perf_counter() - start
 
 
-async def measure(server: Running, waves: int) -> dict[str, Any]:
+async def measure(server: RunningServer, waves: int) -> dict[str, Any]:
     """Send all waves; return the outcomes together, and the server's memory after each wave."""
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=server.url, timeout=600, limits=limits, trust_env=False) as client:
@@ -142,8 +142,8 @@ def main() -> None:
         "--waves", type=harness.positive, default=5, help="waves, one after another (default: 5)"
     )
     args = options.parse_args()
-    server = ours("--max-num-seqs", str(MAX_RUNNING), "--max-num-waiting", str(MAX_WAITING))
-    with running(server, embedded_model_path(), tiny_llm_kernels.num_threads()) as here:
+    server = tiny_llm_server("--max-num-seqs", str(MAX_RUNNING), "--max-num-waiting", str(MAX_WAITING))
+    with run_server(server, embedded_model_path(), tiny_llm_kernels.num_threads()) as here:
         row = asyncio.run(measure(here, args.waves))
     harness.show({"benchmark": "overload", "row": row}, as_json=args.json, text=as_text(row))
 

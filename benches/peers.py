@@ -4,7 +4,7 @@ Each engine runs in its own process and environment. An engine that is not insta
 command that installs it is printed. A round gives every engine the same jobs, with new prompts:
 
     prefill   a prompt of 512 tokens, one token out: prompt tokens per second
-    decode    one stream: 128 tokens, divided by the time of 129 tokens less the time of one
+    decode    one stream: 128 tokens divided by their time, which is that of 129 tokens minus that of one
     serve     32 requests of 32 to 160 tokens, 64 out, 16 at a time: output tokens per second
     shared    as serve, with a common prefix of 256 tokens that is new in each round
 """

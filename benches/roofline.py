@@ -77,7 +77,7 @@ def prefill_seconds(llm: LLM, seed: int) -> float:
     return harness.timed(lambda: list(llm.stream(prompt, params)))
 
 
-def measured(bits: int, repetitions: int) -> dict[str, Any]:
+def measure(bits: int, repetitions: int) -> dict[str, Any]:
     """Medians over the repetitions: the engine's figures, the limits, and the shares of the limits."""
     llm = LLM(activation_bits=bits, max_num_seqs=1)
     read, multiply = limits()
@@ -99,7 +99,7 @@ def measured(bits: int, repetitions: int) -> dict[str, Any]:
 def main() -> None:
     """Print the engine's figures and the limits."""
     args = harness.parser(__doc__ or "").parse_args()
-    rows = [measured(bits, args.repetitions) for bits in (16, 8)]
+    rows = [measure(bits, args.repetitions) for bits in (16, 8)]
     lines = [
         f"{row['activation_bits']:>2}-bit activations: decode reads {row['decode_bytes_s'] / 1e9:.1f} GB/s, "
         f"limit {row['read_limit'] / 1e9:.1f} GB/s ({row['of_read']:.0%}); prefill "

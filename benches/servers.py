@@ -47,7 +47,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningServer:
     """A server that answers requests."""
 
     name: str
@@ -65,13 +65,13 @@ class Running:
         return 1024 * int(line.split()[1])
 
 
-def ours(*options: str) -> Server:
+def tiny_llm_server(*options: str) -> Server:
     """`tiny-llm serve` with these options."""
     command = (sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "{port}", "--log-level", "error")
     return Server("tiny-llm", (*command, "--model", "{model}", *options))
 
 
-def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
+def other_servers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
     """The servers of vLLM and llama.cpp, each running up to `slots` requests at once."""
     vllm, llama = folder / "vllm", llama_server or folder / "llama.cpp" / "bin" / "llama-server"
     libraries = os.pathsep.join([str(llama.parent), os.environ.get("LD_LIBRARY_PATH", "")])
@@ -103,7 +103,7 @@ def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
     ]
 
 
-def some_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
+def random_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
     """Random prompts of 48 to 144 tokens, 32 to 96 tokens out, `clients` requests at a time."""
     return ServeRun(
         backend="openai",
@@ -124,7 +124,7 @@ def some_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
 
 
 @contextmanager
-def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
+def run_server(server: Server, model: Path, threads: int) -> Iterator[RunningServer]:
     """Start a server, wait until it has loaded its model, and stop it on exit. Raises `ServerError`."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         values = {"port": _free_port(), "model": model, "threads": threads, "folder": folder}
@@ -136,7 +136,7 @@ def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
             raise ServerError(f"{server.name}: preparing the model failed: {_last_lines(log)}")
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         try:
-            one = Running(server.name, f"http://127.0.0.1:{values['port']}", process)
+            one = RunningServer(server.name, f"http://127.0.0.1:{values['port']}", process)
             _wait_until_ready(one, log)
             yield one
         finally:
@@ -148,7 +148,7 @@ def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
                 process.wait()
 
 
-def _wait_until_ready(server: Running, log: IO[bytes]) -> None:
+def _wait_until_ready(server: RunningServer, log: IO[bytes]) -> None:
     end = time.monotonic() + START_SECONDS
     with httpx2.Client(base_url=server.url, timeout=5, trust_env=False) as client:
         while time.monotonic() < end:

@@ -21,7 +21,7 @@ from typing import Any
 
 import harness
 import tiny_llm_kernels
-from servers import ServerError, ours, peers, running, some_load
+from servers import ServerError, other_servers, random_load, run_server, tiny_llm_server
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
@@ -54,7 +54,7 @@ def one_round(engines: dict[str, Callable[[ServeRun], Figures]], seed: int) -> d
     numbers = random.Random(seed)
     return {
         clients: {
-            name: engines[name](some_load("", clients, REQUESTS[clients], seed))
+            name: engines[name](random_load("", clients, REQUESTS[clients], seed))
             for name in numbers.sample([*engines], len(engines))
         }
         for clients in REQUESTS
@@ -122,12 +122,12 @@ def main() -> None:
         "engine": lambda run: asyncio.run(put_load(engine_client(llm), run, ignore_progress))
     }
     with ExitStack() as stack:
-        for server in (ours(), *peers(args.peers.absolute(), args.llama_server, SLOTS)):
+        for server in (tiny_llm_server(), *other_servers(args.peers.absolute(), args.llama_server, SLOTS)):
             print_progress(f"starting {server.name}")
             try:
                 if (why := server.why_missing()) is not None:
                     raise ServerError(why)
-                url = stack.enter_context(running(server, model, threads)).url
+                url = stack.enter_context(run_server(server, model, threads)).url
                 engines[server.name] = lambda run, url=url: measure_server(
                     run._replace(base_url=url), ignore_progress
                 )  # type: ignore[misc]

@@ -16,7 +16,7 @@ import httpx2
 
 import harness
 import tiny_llm_kernels
-from servers import ours, running, some_load
+from servers import random_load, run_server, tiny_llm_server
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
 
@@ -60,7 +60,7 @@ def watching(url: str, readers: int) -> Iterator[list[Reader]]:
 
 def throughput(url: str, seed: int, readers: int) -> tuple[float, int]:
     """Output tokens per second with `readers` readers, and the bytes that they read together."""
-    run = some_load(url, CLIENTS, REQUESTS, seed)
+    run = random_load(url, CLIENTS, REQUESTS, seed)
     with watching(url, readers) as threads:
         figures: dict[str, Any] = measure_server(run, lambda *_: None)
         return figures["output_throughput"], sum(reader.num_bytes for reader in threads)
@@ -74,8 +74,8 @@ def main() -> None:
     numbers = random.Random(0)
     pairs: list[dict[int, float]] = []
     num_bytes = 0
-    server = ours("--max-num-seqs", str(CLIENTS), "--no-enable-prefix-caching")
-    with running(server, embedded_model_path(), tiny_llm_kernels.num_threads()) as here:
+    server = tiny_llm_server("--max-num-seqs", str(CLIENTS), "--no-enable-prefix-caching")
+    with run_server(server, embedded_model_path(), tiny_llm_kernels.num_threads()) as here:
         for pair in range(args.repetitions + 1):
             measured = {}
             for readers in numbers.sample([0, args.readers], 2):

@@ -63,7 +63,7 @@ def read_other_memory(other: mx.array) -> None:
     mx.eval(other.sum())
 
 
-def measured(tokens: int, context: int, args: Any) -> dict[str, Any]:
+def measure(tokens: int, context: int, args: Any) -> dict[str, Any]:
     """Seconds per layer without and with the window, timed alternately, and the predicted ratio."""
     attention = Attention(tokens, context, args.block_size, args.layers)
     ways: dict[str, Callable[[], object]] = {
@@ -109,7 +109,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=8, help="layers computed at once (default: 8)")
     options.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: 16)")
     args = options.parse_args()
-    rows = [measured(tokens, context, args) for tokens in (1, args.chunk) for context in CONTEXTS]
+    rows = [measure(tokens, context, args) for tokens in (1, args.chunk) for context in CONTEXTS]
     result = {
         "benchmark": "windows",
         "window": args.window,

@@ -46,7 +46,7 @@ TEXT = (
 def measure(
     progress: Progress,
     prompt_len: Annotated[int, typer.Option(min=2, max=512, help="Tokens of the longer prompt.")] = 161,
-    output_len: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 48,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens generated after the prompt.")] = 48,
 ) -> Result:
     """Search after a short prompt and after a longer one; then search again without sharing."""
     pages = max(WIDTHS) * _blocks(prompt_len + output_len)

@@ -26,7 +26,7 @@ from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, 
 from tiny_llm import BlockTable, OutOfBlocksError, PrefixCachingKVCache
 
 PREFIX = "system prompt"
-WARM_UP = 2  # before measuring, this many times the first users' number leave
+WARM_UP = 2  # users that leave before the measurement, as a multiple of the users at the start
 COMMONS = 4  # the picture has this many shorter common prefixes
 PUBLISHED = "20-38% in use before paging, under 4% wasted with paging"  # for other workloads
 
