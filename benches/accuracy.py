@@ -103,9 +103,7 @@ def spread_windows(token_ids: Sequence[int], count: int, length: int) -> list[li
     """
     size = length + 1
     if len(token_ids) < count * size:
-        raise ValueError(
-            f"{count} windows of {size} tokens need more than the text's {len(token_ids)} tokens"
-        )
+        raise ValueError(f"{count} windows of {size} tokens do not fit into {len(token_ids)} tokens")
     starts = np.linspace(0, len(token_ids) - size, count).astype(int)
     return [list(token_ids[start : start + size]) for start in starts]
 

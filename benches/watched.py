@@ -93,7 +93,7 @@ def main() -> None:
         "mib_read": num_bytes / (1 << 20),
     }
     text = (
-        f"unwatched {plain['median']:.1f} tok/s, with {args.readers} readers {watched['median']:.1f} tok/s: "
+        f"without a reader {plain['median']:.1f} tok/s, with {args.readers} {watched['median']:.1f} tok/s: "
         f"ratio {harness.summary(ratios)['median']:.3f} (95% interval {low:.3f} to {high:.3f}); "
         f"{row['mib_read']:.2f} MiB read from /live"
     )

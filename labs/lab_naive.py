@@ -69,12 +69,12 @@ class Crowd(NamedTuple):
 
     def active_bytes(self, max_seq_len: int, progress: Progress) -> int:
         """The bytes that all caches together add to MLX's active memory."""
-        before, kept = mx.get_active_memory(), []
+        before, filled = mx.get_active_memory(), []
         for done, cache in enumerate(self.caches(max_seq_len)):
             progress("naive: caches filled:", done, len(self.lengths))
             mx.eval(cache.k_cache, cache.v_cache)
-            kept.append(cache)
-        progress("naive", len(kept), len(kept))
+            filled.append(cache)
+        progress("naive", len(filled), len(filled))
         return mx.get_active_memory() - before
 
 
