@@ -1,4 +1,4 @@
-"""How fast is one stream compared with llama.cpp? Same model file, threads and lengths, interleaved runs.
+"""How fast is one stream compared with llama.cpp? Same model file and threads, interleaved runs.
 
 llama.cpp is measured with its own `llama-bench`, which is not installed with this project: give its path.
 "prefill" is a prompt of 512 tokens. "decode" is 128 tokens after a prompt of one token, as in llama-bench.

@@ -2,9 +2,10 @@
 
 Nanoseconds per block for the operations of `BlockAllocator` and `BlockTable`, in pools of a thousand to a
 million blocks. Each round takes a thousand blocks, other ones each time. In a new pool their ids are
-consecutive; in a used pool the free blocks are in random order. Expected: constant in new pools; in used pools constant apart
-from cache misses, because the records of a million blocks do not fit into the processor's cache. The pools
-are measured in interleaved rounds, so that other work on the machine slows all of them alike.
+consecutive; in a used pool the free blocks are in random order. Expected: constant in new pools; in used
+pools constant apart from cache misses, because the records of a million blocks do not fit into the
+processor's cache. The pools are measured in interleaved rounds, so that other work on the machine slows all
+of them alike.
 
 allocate, add_ref and free are one call per block (free drops the last reference, which returns the block).
 append_tokens, fork and release are one call for a table of a thousand blocks.

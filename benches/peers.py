@@ -1,4 +1,4 @@
-"""How fast are other engines on this machine? Same model, prompts and threads, interleaved rounds.
+"""How fast is this engine compared with others? Same model, prompts and threads, interleaved rounds.
 
 Each engine runs in its own process and environment. An engine that is not installed is left out, and the
 command that installs it is printed. A round gives every engine the same jobs, with new prompts:
