@@ -23,11 +23,11 @@ from tiny_llm.delivery import Item
 from tiny_llm.engine_loop import Request
 from tiny_llm.outputs import RequestEvent
 from tiny_llm.sampling_params import (
-    MOST_BIASES,
-    MOST_LOGPROBS,
-    MOST_STOP_CHARACTERS,
-    MOST_STOP_IDS,
-    MOST_STOPS,
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
 )
 
 import harness
@@ -35,7 +35,7 @@ from tiny_llm import LLM, BeamSearchParams, SamplingParams
 
 NEIGHBOUR_PROMPT, SHORT, LONG = 32, 64, 8000  # tokens
 BEAM_START_SECONDS = 0.5  # after this time a beam search runs with all its beams
-IDS = range(1000, 1000 + max(MOST_STOP_IDS, MOST_BIASES))
+IDS = range(1000, 1000 + max(MAX_STOP_IDS, MAX_BIASES))
 PLAIN: dict[str, Any] = {"temperature": 0.0, "max_tokens": None, "ignore_eos": True}
 
 
@@ -53,14 +53,14 @@ class Case:
 
 def fields_at_their_limits() -> dict[str, dict[str, Any]]:
     """For each field, the values that cost the most."""
-    stops = [chr(0x4E00 + i) * MOST_STOP_CHARACTERS for i in range(MOST_STOPS)]
-    stop_ids = list(IDS[:MOST_STOP_IDS])
+    stops = [chr(0x4E00 + i) * MAX_STOP_CHARACTERS for i in range(MAX_STOPS)]
+    stop_ids = list(IDS[:MAX_STOP_IDS])
     return {
         "stop_token_ids": {"stop_token_ids": stop_ids},
         "min_tokens and stop_token_ids": {"stop_token_ids": stop_ids, "min_tokens": 4000},
-        "logit_bias": {"logit_bias": dict.fromkeys(IDS[:MOST_BIASES], 1.0)},
+        "logit_bias": {"logit_bias": dict.fromkeys(IDS[:MAX_BIASES], 1.0)},
         "stop": {"stop": stops},
-        "logprobs": {"logprobs": MOST_LOGPROBS},
+        "logprobs": {"logprobs": MAX_LOGPROBS},
         "repetition_penalty": {"repetition_penalty": 1.1},
         "frequency_penalty": {"frequency_penalty": 0.1},
         "presence_penalty": {"presence_penalty": 0.1},
@@ -78,7 +78,7 @@ def cases(completions: int, long: bool) -> list[Case]:
     """Every field with one and with several completions; fields that read earlier tokens also after many."""
     fields = fields_at_their_limits()
     made = [Case(name, value, completions=n) for name, value in fields.items() for n in (1, completions)]
-    made += [Case("prompt_logprobs", {"prompt_logprobs": MOST_LOGPROBS}, 2000, in_prompt=True)]
+    made += [Case("prompt_logprobs", {"prompt_logprobs": MAX_LOGPROBS}, 2000, in_prompt=True)]
     made += [Case("beam_width", beams=width) for width in (4, completions)]
     if long:
         read_earlier_tokens = ("repetition_penalty", "frequency_penalty", "logprobs")

@@ -88,7 +88,7 @@ def time_swap(llm: LLM, block_size: int, length: int, repetitions: int) -> list[
     def swap_out_and_in() -> None:
         sequence.streams = [TokenBlocks(block_size)]
         host.fill_from(pool, space.swap_out(sequence) or [])
-        sequence.give_up_pages()
+        sequence.release_pages()
         copies = space.swap_in(sequence)
         pool.fill_from(host, [(host_block, block) for block, host_block in copies])
         space.forget(sequence)

@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 import typer
 from tiny_llm.dense_batch import DenseBatchManager
 from tiny_llm.policies import NoPrefixSharing
-from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
+from tiny_llm.prefix_sharing import MIN_TOKENS_TO_COPY, PrefixSharing
 
 from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, percent
 from tiny_llm import LLM, PagedBatchManager, Policies, SamplingParams
@@ -79,7 +79,7 @@ class Prompts(NamedTuple):
         """
         full, part = divmod(min(self.shared, self.length - 1), BLOCK_SIZE)
         is_filled = (full + 1) * BLOCK_SIZE <= self.length
-        return full * BLOCK_SIZE + (part if is_filled and part >= LEAST_WORTH_COPYING else 0)
+        return full * BLOCK_SIZE + (part if is_filled and part >= MIN_TOKENS_TO_COPY else 0)
 
     @property
     def computed(self) -> int:

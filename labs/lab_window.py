@@ -168,7 +168,7 @@ class Decoder:
         self.tokens_read = self.peak_held = self._length = 0
         self._model, config = model, model.config
         self._layout = PageLayout(group_layers(windows), BLOCK_SIZE, CHUNK)
-        self._num_blocks: int = self._layout.most_blocks(context)
+        self._num_blocks: int = self._layout.max_blocks(context)
         heads, layers = config.num_key_value_heads, layers_per_block(self._layout.groups)
         self._pool = KVPool(self._num_blocks, BLOCK_SIZE, heads, config.head_dim, layers, DTYPE)
         self._allocator = BlockAllocator(self._num_blocks)
@@ -291,7 +291,7 @@ def _table_of_memory(subject: Subject, found: Sequence[Compared]) -> Table:
                 held[0],
                 Pair(_blocks_held(windows, row.context), row.window.blocks),
                 held[1],
-                Pair(windows.most_blocks(row.context), row.window.peak_blocks),
+                Pair(windows.max_blocks(row.context), row.window.peak_blocks),
                 1 - held[1] / held[0],
             )
         )

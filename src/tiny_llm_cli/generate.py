@@ -231,13 +231,13 @@ def _encoded(llm: "LLM", request: "PromptRequest") -> str | list[int]:
 
 def _params(llm: "LLM", request: "PromptRequest", prompt: str | list[int]) -> "SamplingParams":
     """The sampling parameters of a prompt; a recommended limit is lowered to what the context can hold."""
-    from tiny_llm.generation_defaults import fitted
+    from tiny_llm.generation_defaults import fit_to_context
 
     params = request.asked.params(llm.sampling_defaults)
     if "max_tokens" in request.asked.given or "max_tokens" not in llm.sampling_defaults:
         return params
     tokens = llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-    fitting: SamplingParams = fitted(params, len(tokens), llm.max_model_len)
+    fitting: SamplingParams = fit_to_context(params, len(tokens), llm.max_model_len)
     return fitting
 
 

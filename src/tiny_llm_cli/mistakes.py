@@ -31,7 +31,7 @@ _OTHER_NAMES = {
     "--reverse-prompt": "--stop",
     "--system-prompt": "--system",
 }
-_MOST_GUESSES = 3
+_MAX_GUESSES = 3
 _LIKENESS = 0.75  # of two names without dashes, from 0 to 1
 
 
@@ -126,7 +126,7 @@ def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:
         return "there is no option --prompt: give the prompt as an argument"
     if not name.startswith("--") and any(param.param_type_name == "argument" for param in params):
         return f"there is no option {name}: put -- in front of a prompt that starts with -"
-    guesses = list(_guesses(name, [option for option in known if option.startswith("--")]))[:_MOST_GUESSES]
+    guesses = list(_guesses(name, [option for option in known if option.startswith("--")]))[:_MAX_GUESSES]
     if not guesses:
         return f"there is no option {name}"
     return f"there is no option {name}; did you mean {' or '.join(guesses)}?"
@@ -144,7 +144,7 @@ def _guesses(name: str, known: list[str]) -> Iterator[str]:
     elif longer := [option for letters, option in by_letters.items() if letters.startswith(plain)]:
         yield from longer
     else:
-        for letters in get_close_matches(plain, by_letters, _MOST_GUESSES, _LIKENESS):
+        for letters in get_close_matches(plain, by_letters, _MAX_GUESSES, _LIKENESS):
             yield by_letters[letters]
 
 

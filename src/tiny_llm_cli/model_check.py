@@ -21,7 +21,7 @@ def check_model(options: EngineOptions, **others: Any) -> None:
     that only one command has. Raises `ConfigError` and `ModelFileError`, as loading the model would.
     """
     from tiny_llm.loader import LOADING_BYTES
-    from tiny_llm.resources import needing
+    from tiny_llm.resources import requiring
 
     from tiny_llm_checkpoints.hub import find_model
 
@@ -29,7 +29,7 @@ def check_model(options: EngineOptions, **others: Any) -> None:
     if options.model is not None and _may_be_on_hub(options.model):
         return
     path = find_model(options.model)
-    with needing(f"the model {path}", LOADING_BYTES):
+    with requiring(f"the model {path}", LOADING_BYTES):
         model, recommended = _description(path)
     _check_pool(config, model)
     _check_sampling_defaults(config.generation_config, recommended)

@@ -20,7 +20,7 @@ COMPUTE_DTYPES = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
-MOST = 2**62  # of any number, so that counts in the kernels fit into 64 bits
+MAX_NUMBER = 2**62  # of any number, so that counts in the kernels fit into 64 bits
 _OPTIONAL = (
     "num_blocks",
     "min_num_blocks",
@@ -138,8 +138,8 @@ class EngineConfig:
             none = " or None" if name in _OPTIONAL else ""
             raise ConfigError(f"{name} must be a whole number{none}, not {shown(value)}")
         number = index(value)
-        if not least <= number <= MOST:
-            limit = f"at least {least}" if number < least else f"at most {MOST}"
+        if not least <= number <= MAX_NUMBER:
+            limit = f"at least {least}" if number < least else f"at most {MAX_NUMBER}"
             raise ConfigError(f"{name} must be {limit}, not {shown(value)}")
         object.__setattr__(self, name, number)
 
@@ -247,7 +247,7 @@ class EngineConfig:
     def _most_blocks(self, model: ModelConfig, num_tokens: int) -> int:
         """The most blocks that a sequence may hold at once while it grows to so many tokens."""
         groups = group_layers(model.windows)
-        return sum(g.most_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
+        return sum(g.max_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
 
 
 def _memory_bytes() -> int:

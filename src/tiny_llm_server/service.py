@@ -13,9 +13,9 @@ from typing import Any
 
 from fastapi import Request
 from tiny_llm.engine import Prompt
-from tiny_llm.generation_defaults import fitted
+from tiny_llm.generation_defaults import fit_to_context
 from tiny_llm.output_processor import RequestState
-from tiny_llm.resources import needing
+from tiny_llm.resources import requiring
 
 from tiny_llm import LLM, EngineStats, RequestTooLargeError, SamplingParams, SamplingParamsError
 from tiny_llm_checkpoints.chat_messages import MessageError
@@ -53,7 +53,7 @@ class Service:
         self.failure: Exception | None = None
         self._load = load
         self._llm: LLM | None = None
-        self.is_ending = False
+        self.is_stopping = False
         self._at_end: list[Callable[[], None]] = []
         self._overrides = checked_overrides(config.override_generation_config)
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
@@ -63,7 +63,7 @@ class Service:
         """Load the model; returns when it is loaded or has failed. Cancelling stops only the waiting."""
         outcome: Future[LLM] = Future()
         try:
-            with needing("the thread that loads the model"):
+            with requiring("the thread that loads the model"):
                 Thread(target=_resolve_with, args=(outcome, self._load), name="load", daemon=True).start()
             self._llm = await asyncio.wrap_future(outcome)
         except Exception as error:  # the process ends with its message
@@ -214,7 +214,7 @@ class Service:
         request = self.llm.engine.request(prompt, params, request_id)
         if not may_shorten:
             return request
-        fitting = fitted(params, len(request.prompt_token_ids), self.max_model_len)
+        fitting = fit_to_context(params, len(request.prompt_token_ids), self.max_model_len)
         return request if fitting is params else self.llm.engine.request(prompt, fitting, request_id)
 
     def may_shorten(self, body: Generation) -> bool:
@@ -283,12 +283,12 @@ class Service:
 
     def end(self) -> None:
         """Tell the watchers of `/live` that the server stops."""
-        self.is_ending = True
+        self.is_stopping = True
         while self._at_end:
             self._at_end.pop()()
 
     @contextmanager
-    def until_the_end(self, tell: Callable[[], None]) -> Iterator[None]:
+    def call_when_stopping(self, tell: Callable[[], None]) -> Iterator[None]:
         """Have `tell` called if the server stops within this block."""
         self._at_end.append(tell)
         try:

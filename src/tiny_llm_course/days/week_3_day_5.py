@@ -60,11 +60,11 @@ def show() -> Lines:
 def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
     """Print which blocks a windowed table's next token reads, and its output if all others hold NaN."""
     from tiny_llm.paged_kernel import Span, pack_batch
-    from tiny_llm.sliding_window import NOWHERE, first_visible, windowed_attention
+    from tiny_llm.sliding_window import NO_BLOCK, first_visible, windowed_attention
 
     table.append_tokens(1)
     indices = table.physical_indices()
-    first, holes = first_visible(position, window), indices.count(NOWHERE)
+    first, holes = first_visible(position, window), indices.count(NO_BLOCK)
     yield (
         f"token {position:,} sees positions {first:,} to {position:,}: {len(indices) - holes} blocks of "
         f"{len(indices)}; the {holes} before have no block"

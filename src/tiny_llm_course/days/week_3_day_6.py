@@ -86,7 +86,7 @@ def work() -> Work:
                     copies = space.swap_out(one) or []
                     for block, host_block in copies:
                         host[host_block] = pool[block]
-                    one.give_up_pages()
+                    one.release_pages()
                     figures += [len(copies), space.allocator.num_free]
                 at_hand: dict[bytes, int] = {}
                 for one in family:

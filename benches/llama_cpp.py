@@ -89,7 +89,7 @@ def main() -> None:
             ratio = row["ratio"].get(engine)
             shown = f"{ratio['median']:>7.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
             lines.append(f"{name:16}{engine:>10}{figures['median']:>8.1f}{shown}")
-    harness.show({"benchmark": "beside_llama_cpp", "rows": rows}, as_json=args.json, text="\n".join(lines))
+    harness.show({"benchmark": "llama_cpp", "rows": rows}, as_json=args.json, text="\n".join(lines))
 
 
 if __name__ == "__main__":
