@@ -28,6 +28,9 @@ MODEST = {"temperature": 0.2, "top_p": 0.9}
 WAYS: dict[str, dict[str, float]] = {
     "neutral": {},
     "greedy": {"temperature": 0.0},
+    "greedy, frequency 0.1": {"temperature": 0.0, "frequency_penalty": 0.1},
+    "greedy, frequency 0.2": {"temperature": 0.0, "frequency_penalty": 0.2},
+    "greedy, frequency 0.3": {"temperature": 0.0, "frequency_penalty": 0.3},
     "0.2, top_p 0.9": MODEST,
     "the same, repetition 1.05": {**MODEST, "repetition_penalty": 1.05},
     "the same, repetition 1.1": {**MODEST, "repetition_penalty": 1.1},

@@ -164,7 +164,7 @@ def test_nothing_is_collected_after_the_last_client_has_left(served: Served, llm
 
 def test_a_client_of_an_idle_pool_gets_keep_alive_comments(served: Served) -> None:
     with Watcher(served) as watcher:
-        until(lambda: watcher.text.count(": still here") > 2)
+        until(lambda: watcher.text.count(": keep-alive") > 2)
         assert watcher.received_kinds == {"pool": 1}
 
 

@@ -299,17 +299,20 @@ def test_the_embedded_model_has_the_sampling_parameters_of_its_table(embedded_ll
     assert embedded_llm.sampling_defaults == dict(embedded.SMOLLM2_SAMPLING.params)
     assert embedded_llm.sampling_source == embedded.SMOLLM2_SAMPLING.source
     assert embedded_llm.get_default_sampling_params() == SamplingParams(
-        temperature=0.2, top_p=0.9, frequency_penalty=0.2
+        temperature=0.0, frequency_penalty=0.3
     )
 
 
-def test_answers_with_the_default_parameters_end_and_are_mostly_right(embedded_llm: LLM) -> None:
-    """Most answers: the model has 135 million parameters. Without a limit, a loop would fill the context."""
-    defaults = embedded_llm.get_default_sampling_params()
-    conversation = [{"role": "user", "content": "What is the capital of France?"}]
-    params = [replace(defaults, seed=seed) for seed in range(8)]
-    outputs = [each.outputs[0] for each in embedded_llm.chat([conversation] * 8, params, use_tqdm=False)]
-    assert sum("Paris" in output.text for output in outputs) >= 6
+def test_answers_with_the_default_parameters_are_right_and_end(embedded_llm: LLM) -> None:
+    """Nothing else limits them: an answer that repeats itself would fill the context."""
+    questions = (
+        "What is the capital of France?",
+        "How many legs does a spider have?",
+        "Explain how a bicycle works.",
+    )
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    outputs = [each.outputs[0] for each in embedded_llm.chat(conversations, use_tqdm=False)]
+    assert outputs[0].text == "The capital of France is Paris."
     assert all(output.finish_reason == "stop" and len(output.token_ids) < 1000 for output in outputs)
 
 

@@ -71,7 +71,7 @@ class ControlStops:
             piece = self._between.push(token_id)
             found = [stop for stop in self._stops if stop.push(piece)]
             return [(stop.begin, stop.text) for stop in found]
-        rest, self._between = self._between.flush(), self._tokenizer.stream_within()
+        rest, self._between = self._between.flush(), self._tokenizer.stream_mid_text()
         shown = len(text) + len(detokenizer.fork().flush())
         found = [stop for stop in self._stops if stop.push(rest)]
         found += [stop for stop in self._stops if stop.push_control(token_id, shown) and stop not in found]
@@ -84,7 +84,7 @@ class ControlStops:
 
 def control_patterns(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Sequence[Item]]:
     """The patterns of those texts that contain control tokens, with the tokens' ids in their places."""
-    patterns = {text: tokenizer.spelled(text) for text in texts}
+    patterns = {text: tokenizer.split_control_tokens(text) for text in texts}
     return {
         text: pattern for text, pattern in patterns.items() if any(isinstance(item, int) for item in pattern)
     }

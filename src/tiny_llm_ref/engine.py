@@ -21,7 +21,7 @@ from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
 
 from .admission_control import AdmissionControl
-from .batch_manager import refuse_too_many
+from .batch_manager import check_num_sequences
 from .beam_search import BeamSearchParams
 from .chat_prompts import ChatOptions, ChatPrompts, Messages
 from .delivery import AsyncListener, Listener
@@ -30,12 +30,12 @@ from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
 from .errors import EngineStoppingError, SamplingParamsError, prompt_length_errors
 from .forking import note_engine, prepare_to_compute
-from .generation_defaults import fitted
+from .generation_defaults import fit_to_context
 from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
 from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_list
-from .resources import needing
+from .resources import requiring
 from .sampling_params import SamplingParams
 from .search_state import SearchState
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 Prompt = PlainPrompt
 
 ENGINE_STACK = 8 << 20  # bytes, the usual size; `ulimit -s` may be less than MLX and Python need
-MOST_ID_CHARACTERS = 256  # of a request id, with which every completion's id starts
+MAX_ID_CHARACTERS = 256  # of a request id, with which every completion's id starts
 EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits for a step to end
 
 
@@ -105,7 +105,7 @@ class Engine:
         parsed = parse_prompt(prompt)
         if parsed.cache_salt is not None:
             params = replace(params, cache_salt=parsed.cache_salt)
-        refuse_too_many(name, params.n, self._max_num_seqs)
+        check_num_sequences(name, params.n, self._max_num_seqs)
         tokens = self._encode(parsed.content)
         if is_default:
             params = self._fitted(params, len(tokens))
@@ -137,7 +137,7 @@ class Engine:
         """Make a beam search to submit, as `request` does. Its only event is its last one."""
         params, name = _checked(params, BeamSearchParams), self._name(request_id)
         parsed = parse_prompt(prompt)
-        refuse_too_many(name, params.beam_width, self._max_num_seqs, "beam_width")
+        check_num_sequences(name, params.beam_width, self._max_num_seqs, "beam_width")
         if parsed.cache_salt is not None:
             params = replace(params, cache_salt=parsed.cache_salt)
         return SearchState(name, self._encode(parsed.content), self._tokenizer, params)
@@ -417,14 +417,14 @@ class Engine:
         """The default parameters; a `max_tokens` that the model recommends is cut to what the context has."""
         if params.leaves_out_max_tokens or self._max_model_len is None:
             return params
-        return fitted(params, num_prompt_tokens, self._max_model_len)
+        return fit_to_context(params, num_prompt_tokens, self._max_model_len)
 
     def _name(self, request_id: str | None) -> str:
         """The id of a new request. Raises ValueError for an invalid one."""
         if request_id is None:
             return next(self._request_ids)
-        if not isinstance(request_id, str) or not 0 < len(request_id) <= MOST_ID_CHARACTERS:
-            limits = f"a string of 1 to {MOST_ID_CHARACTERS} characters"
+        if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARACTERS:
+            limits = f"a string of 1 to {MAX_ID_CHARACTERS} characters"
             raise ValueError(f"request_id must be {limits}, not {shown(request_id)}")
         return str.__str__(request_id)
 
@@ -476,7 +476,7 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
     prepare_to_compute()
     ready = inbox.post(partial(loop.begin, make_core))
     thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
-    with needing("the engine's thread"), _stack_of(ENGINE_STACK):
+    with requiring("the engine's thread"), _stack_of(ENGINE_STACK):
         thread.start()
     note_engine()
     try:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
+from tiny_llm_checkpoints.sizes import shown_bytes
 
 from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
@@ -19,7 +20,7 @@ COMPUTE_DTYPES = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
-MOST = 2**62  # of any number, so that counts in the kernels fit into 64 bits
+MAX_NUMBER = 2**62  # of any number, so that counts in the kernels fit into 64 bits
 _OPTIONAL = (
     "num_blocks",
     "min_num_blocks",
@@ -121,7 +122,7 @@ class EngineConfig:
             )
         self._check_min_num_blocks()
         if self.swap_space is not None and self.preemption_mode != "swap":
-            raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
+            raise ConfigError(f"swap_space ({shown_bytes(self.swap_space)}) is for preemption_mode='swap'")
         _one_of("dtype", self.dtype, COMPUTE_DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
@@ -137,8 +138,8 @@ class EngineConfig:
             none = " or None" if name in _OPTIONAL else ""
             raise ConfigError(f"{name} must be a whole number{none}, not {shown(value)}")
         number = index(value)
-        if not least <= number <= MOST:
-            limit = f"at least {least}" if number < least else f"at most {MOST}"
+        if not least <= number <= MAX_NUMBER:
+            limit = f"at least {least}" if number < least else f"at most {MAX_NUMBER}"
             raise ConfigError(f"{name} must be {limit}, not {shown(value)}")
         object.__setattr__(self, name, number)
 
@@ -168,8 +169,8 @@ class EngineConfig:
         blocks = self._wanted_blocks(model, block_bytes)
         if blocks * block_bytes > _memory_bytes():
             raise ConfigError(
-                f"a pool of {blocks} blocks takes {_in_units(blocks * block_bytes)}; "
-                f"this machine has {_in_units(_memory_bytes())}"
+                f"a pool of {blocks} blocks takes {shown_bytes(blocks * block_bytes)}; "
+                f"this machine has {shown_bytes(_memory_bytes())}"
             )
         return blocks
 
@@ -186,8 +187,9 @@ class EngineConfig:
         block_bytes = self._block_bytes(model, bytes_per_value)
         if self.swap_space < block_bytes or self.swap_space > _memory_bytes():
             raise ConfigError(
-                f"swap_space ({_in_units(self.swap_space)}) must be at least one block "
-                f"({_in_units(block_bytes)}) and at most this machine's memory ({_in_units(_memory_bytes())})"
+                f"swap_space ({shown_bytes(self.swap_space)}) must be at least one block "
+                f"({shown_bytes(block_bytes)}) and at most this machine's memory "
+                f"({shown_bytes(_memory_bytes())})"
             )
         return self.swap_space // block_bytes
 
@@ -235,8 +237,8 @@ class EngineConfig:
             blocks = self.kv_cache_memory // block_bytes
             if blocks < 1:
                 raise ConfigError(
-                    f"kv_cache_memory ({_in_units(self.kv_cache_memory)}) is less than one block of "
-                    f"{self.block_size} tokens, which takes {_in_units(block_bytes)}"
+                    f"kv_cache_memory ({shown_bytes(self.kv_cache_memory)}) is less than one block of "
+                    f"{self.block_size} tokens, which takes {shown_bytes(block_bytes)}"
                 )
             return blocks
         of_longest = self._most_blocks(model, self.wanted_len(model))
@@ -245,20 +247,12 @@ class EngineConfig:
     def _most_blocks(self, model: ModelConfig, num_tokens: int) -> int:
         """The most blocks that a sequence may hold at once while it grows to so many tokens."""
         groups = group_layers(model.windows)
-        return sum(g.most_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
+        return sum(g.max_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
 
 
 def _memory_bytes() -> int:
     """The size of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _in_units(nbytes: int) -> str:
-    """A size in bytes, in units from one MiB on: "512 MiB", "23.54 GiB", "8,191 bytes"."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.2f}".removesuffix(".00") + f" {unit}"
-    return f"{nbytes:,} bytes"
 
 
 def _one_of(name: str, value: str | int, choices: tuple[str | int, ...]) -> None:

@@ -25,7 +25,7 @@ from .block_events import BlockWatch, PoolChange
 from .delivery import Listener, Outbox
 from .engine_core import EngineCore, EngineStats
 from .errors import RequestFailedError, described
-from .inbox import Inbox, Refusal, dead, draining, fail, resolve, stopped
+from .inbox import Inbox, Refusal, dead_error, draining_error, fail, resolve, stopped_error
 from .output_processor import RequestState
 from .paged_batch import PagedBatchManager
 from .search_state import SearchState
@@ -297,17 +297,18 @@ class EngineLoop:
     def drain(self, timeout: float | None, drained: Future[None]) -> None:
         """Reject new requests from now on; `drained` is done once no request is active.
 
-        Set `self.refusal` to `draining`, unless a refusal is already set. Append `drained` to `_drained`,
-        whose futures `run_once` completes. After `timeout` seconds, requests that are still active are
-        cancelled: set `_deadline`, a time of `time.monotonic()`. If there are several drains, the earliest
-        deadline counts. A timeout of None sets no deadline; one of 0 or less cancels in this iteration.
+        Set `self.refusal` to `draining_error`, unless a refusal is already set. Append `drained` to
+        `_drained`, whose futures `run_once` completes. After `timeout` seconds, requests that are still
+        active are cancelled: set `_deadline`, a time of `time.monotonic()`. If there are several drains, the
+        earliest deadline counts. A timeout of None sets no deadline; one of 0 or less cancels in this
+        iteration.
 
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
         >>> loop.drain(timeout=30.0, drained=Future())
         >>> loop.refusal()
         EngineStoppingError('the engine is draining: it takes no more requests')
         """
-        self.refusal = self.refusal or draining
+        self.refusal = self.refusal or draining_error
         self._drained.append(drained)
         if timeout is not None:
             self._deadline = min(self._deadline, monotonic() + timeout)
@@ -323,7 +324,7 @@ class EngineLoop:
 
     def _end(self, error: BaseException | None) -> None:
         """Reject new requests and tasks and end the active ones. error: what ended the thread, if any."""
-        self.refusal = refusal = stopped if error is None else partial(dead, error)
+        self.refusal = refusal = stopped_error if error is None else partial(dead_error, error)
         self._inbox.close(refusal)
         for active in self.active.values():
             self._outbox.add(active.listener, refusal())
@@ -348,7 +349,7 @@ class EngineLoop:
             raise ValueError("only batching='paged' has blocks to watch")
         self._tell_watchers()  # of earlier changes, which are part of the content that this watcher gets
         watch = self._watch or BlockWatch(self.core.manager)
-        watcher(watch.so_far())
+        watcher(watch.snapshot())
         self._watch = watch
         self._watchers.append(watcher)
 
@@ -359,7 +360,7 @@ class EngineLoop:
 
     def _tell_watchers(self) -> None:
         """Show watchers the changes of this iteration in the pool; a watcher that raises is removed."""
-        if self._watch is None or (change := self._watch.look()).is_empty:
+        if self._watch is None or (change := self._watch.poll()).is_empty:
             return
         for watcher in list(self._watchers):
             try:

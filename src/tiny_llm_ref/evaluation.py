@@ -19,7 +19,7 @@ def text_logits(model: Model, token_ids: Seq[int], config: EngineConfig) -> mx.a
     """
     chunk = config.max_num_batched_tokens
     layout = PageLayout(group_layers(model.config.windows), config.block_size, chunk)
-    num_blocks = layout.most_blocks(len(token_ids))
+    num_blocks = layout.max_blocks(len(token_ids))
     pool = KVPool.for_model(model.config, num_blocks, config.block_size, DTYPES[config.kv_cache_dtype])
     tables = layout.tables(BlockAllocator(num_blocks))
     rows = []

@@ -33,7 +33,7 @@ def of_other_folder(name: str) -> Recommendation:
     return of_folder(folder)
 
 
-def fitted(params: SamplingParams, num_prompt_tokens: int, context: int) -> SamplingParams:
+def fit_to_context(params: SamplingParams, num_prompt_tokens: int, context: int) -> SamplingParams:
     """The parameters, with `max_tokens` reduced to the tokens that the context has left after the prompt.
 
     Only for a limit that the model recommends; a caller's own limit that does not fit is an error. Parameters

@@ -154,17 +154,17 @@ def fail(future: Future[Any], error: BaseException) -> None:
             future.set_exception(error)
 
 
-def draining() -> TinyLLMError:
+def draining_error() -> TinyLLMError:
     """The error for a request that arrives while the engine drains."""
     return EngineStoppingError("the engine is draining: it takes no more requests")
 
 
-def stopped() -> TinyLLMError:
+def stopped_error() -> TinyLLMError:
     """The error for all requests and tasks after the engine has been stopped."""
     return EngineStoppingError("the engine has been stopped")
 
 
-def dead(error: BaseException) -> TinyLLMError:
+def dead_error(error: BaseException) -> TinyLLMError:
     """The error for all requests and tasks once the engine's thread has ended with `error`."""
     made = EngineDeadError(f"the engine has died of {type(error).__name__}: {described(error)}")
     made.__cause__ = error

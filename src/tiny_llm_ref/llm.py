@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from time import perf_counter
 from typing import Any, Self
 
 import mlx.core as mx
@@ -374,16 +375,16 @@ def _progress(total: int, enabled: bool) -> Iterator[Callable[[list[RequestEvent
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("Processed prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s")
     console = Console(stderr=True)
-    with Progress(
-        *columns, TextColumn("{task.fields[tokens]} tokens"), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("prompts", total=total, tokens=0)
-        tokens = 0
+    with Progress(*columns, speed, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("prompts", total=total, tokens=0, speed=0.0)
+        tokens, start = 0, perf_counter()
 
         def report(step: list[RequestEvent]) -> None:
             nonlocal tokens
             tokens += sum(len(event.token_ids) for event in step)
-            bar.update(task, advance=sum(event.usage is not None for event in step), tokens=tokens)
+            ended = sum(event.usage is not None for event in step)
+            bar.update(task, advance=ended, tokens=tokens, speed=tokens / (perf_counter() - start))
 
         yield report

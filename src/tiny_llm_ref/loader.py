@@ -20,7 +20,7 @@ from .generation_defaults import AUTO, NEUTRAL, Defaults, defaults_of, of_other_
 from .kernels import compiled_available
 from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
 from .model import Model, build_model
-from .resources import needing
+from .resources import requiring
 
 T = TypeVar("T")
 
@@ -57,10 +57,10 @@ def load_model(
     path = find_model(model)
     is_hub_id = model is not None and not local_path(model).exists()
     name = str(model) if is_hub_id else stem(path.resolve().name)
-    with needing(f"the model {path}", LOADING_BYTES):
+    with requiring(f"the model {path}", LOADING_BYTES):
         checkpoint, recommended = _recommended(read_checkpoint(path), generation_config)
         defaults = {} if recommended is None else defaults_of(recommended)
-    with needing(f"the model {path}", _weight_bytes(checkpoint) + LOADING_BYTES):
+    with requiring(f"the model {path}", _weight_bytes(checkpoint) + LOADING_BYTES):
         built = build(checkpoint, activation_bits)
     source = recommended.source if recommended is not None and defaults else None
     return LoadedModel(name, path, built, checkpoint.tokenizer, defaults, source)

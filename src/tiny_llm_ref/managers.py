@@ -18,7 +18,7 @@ from .paged_batch import PagedBatchManager
 from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy
 from .preemption import NewestFirst
 from .prefix_sharing import PrefixSharing
-from .resources import needing
+from .resources import requiring
 from .scheduler import AgedPriority
 from .windowed_prefix import WindowedPrefixSharing
 
@@ -29,7 +29,7 @@ def make_manager(config: EngineConfig, model: Model) -> BatchManager:
     Raises `OutOfResourcesError` if there is not enough memory.
     """
     value_bytes = DTYPES[config.kv_cache_dtype].size
-    with needing("keys and values", config.pool_bytes(model.config, value_bytes)):
+    with requiring("keys and values", config.pool_bytes(model.config, value_bytes)):
         if config.batching == "dense":
             return _dense_manager(config, model)
         return _paged_manager(config, model.config, model)

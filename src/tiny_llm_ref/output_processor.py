@@ -193,7 +193,7 @@ class RequestState:
 
     def begin(self, core: EngineCore) -> None:
         """Queue it in the core. Raises what `EngineCore.add_request` raises; ValueError if queued before."""
-        refuse_second_time(self, self._core)
+        reject_resubmission(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
         self._core = ref(core)
@@ -316,7 +316,7 @@ class _Submitted(Protocol):
     def has_begun(self) -> bool: ...
 
 
-def refuse_second_time(request: _Submitted, core: "ref[EngineCore] | None") -> None:
+def reject_resubmission(request: _Submitted, core: "ref[EngineCore] | None") -> None:
     """Raise ValueError for a request that was submitted before. core: the core in which it was queued."""
     queued_in = None if core is None else core()
     if request.has_begun or (queued_in is not None and queued_in.has_request(request.request_id)):

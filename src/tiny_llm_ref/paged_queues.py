@@ -25,10 +25,10 @@ class PagedQueues(RequestQueues[PagedSequence]):
     first are parked with the first. Beam i has the i-th of the request's completion ids.
     """
 
-    def put_back(self, sequence: PagedSequence) -> list[PagedSequence]:
+    def return_to_waiting(self, sequence: PagedSequence) -> list[PagedSequence]:
         """Make a running sequence wait again, with all beams of its request; returns all that stopped."""
         if not sequence.is_beam:
-            return super().put_back(sequence)
+            return super().return_to_waiting(sequence)
         leader, *others = self.beams(sequence.request_id)
         if others:
             outputs = [beam.outputs for beam in (leader, *others)]
@@ -38,7 +38,7 @@ class PagedQueues(RequestQueues[PagedSequence]):
             for beam in others:
                 self.running.discard(beam)
                 beam.state = SequenceState.WAITING
-        return [*super().put_back(leader), *others]
+        return [*super().return_to_waiting(leader), *others]
 
     def join(self, leader: PagedSequence) -> None:
         """Let the beams that are parked with a running leader share its pages and run too."""

@@ -14,8 +14,8 @@ from tiny_llm_checkpoints.errors import shown
 
 from .errors import SamplingParamsError, is_integer
 
-MOST_COUNT = 2**31 - 1
-MOST_SALT_CHARACTERS = 1024
+MAX_COUNT = 2**31 - 1
+MAX_SALT_CHARACTERS = 1024
 
 
 def refuse(name: str, expected: str, value: object) -> NoReturn:
@@ -29,7 +29,7 @@ def check(holds: bool, name: str, expected: str, value: object) -> None:
         refuse(name, expected, value)
 
 
-def whole_number(name: str, value: object, least: int, most: int = MOST_COUNT) -> int:
+def whole_number(name: str, value: object, least: int, most: int = MAX_COUNT) -> int:
     """An int from `least` to `most`; not a bool."""
     if not isinstance(value, Integral) or not is_integer(value):
         refuse(name, "a whole number", value)

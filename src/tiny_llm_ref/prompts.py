@@ -13,7 +13,7 @@ from tiny_llm_checkpoints.errors import shown
 
 from .errors import is_integer
 
-MOST_TOKENS = 10_000_000  # of a prompt: more than any model's context
+MAX_TOKENS = 10_000_000  # of a prompt: more than any model's context
 FORMS = "a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _WHOLE = frozenset("bBhHiIlLqQnN")  # the struct module's format characters of integers
@@ -113,8 +113,8 @@ def token_list(ids: object, place: str) -> list[int]:
         ids = _numbers(array, ids, place)
     if not _is_list(ids):
         raise ValueError(f"{place} must be a list of token ids, not {shown(ids)}")
-    if len(ids) > MOST_TOKENS:
-        raise ValueError(f"{place}: {len(ids)} token ids are more than {MOST_TOKENS}")
+    if len(ids) > MAX_TOKENS:
+        raise ValueError(f"{place}: {len(ids)} token ids are more than {MAX_TOKENS}")
     values = list(islice(ids, len(ids)))  # a sequence's iterator may have more elements than len()
     if set(map(type, values)) <= {int}:
         return values

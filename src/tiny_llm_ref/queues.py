@@ -95,7 +95,7 @@ class RequestQueues(Generic[S]):
         self._run(sequence)
         return sequence
 
-    def put_back(self, sequence: S) -> list[S]:
+    def return_to_waiting(self, sequence: S) -> list[S]:
         """Make a running sequence wait again, at its old position; returns all sequences that stopped."""
         self.running.discard(sequence)
         sequence.state = SequenceState.WAITING
@@ -121,7 +121,7 @@ class RequestQueues(Generic[S]):
         sequence.state = SequenceState.FINISHED
         return sequence
 
-    def forget_forks_to_come(self, request_id: str) -> list[str]:
+    def remove_pending_forks(self, request_id: str) -> list[str]:
         """Remove the ids of completions that are not forked yet; returns the ids of the sequences."""
         of_request = dict(self._of_request.get(request_id, {}))
         for seq_id, sequence in of_request.items():

@@ -22,7 +22,7 @@ _NO_THREAD = ("Resource temporarily unavailable", "can't start new thread", "can
 
 
 @contextmanager
-def needing(what: str, nbytes: int | None = None) -> Iterator[None]:
+def requiring(what: str, nbytes: int | None = None) -> Iterator[None]:
     """Raise `OutOfResourcesError` if the block runs out of memory or threads.
 
     what: what needs them, for the message. nbytes: the bytes that the block needs, if that is known; if the

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from .errors import SamplingParamsError
 from .parameter_checks import (
-    MOST_COUNT,
-    MOST_SALT_CHARACTERS,
+    MAX_COUNT,
+    MAX_SALT_CHARACTERS,
     check,
     flag,
     listed,
@@ -18,39 +18,39 @@ from .parameter_checks import (
     whole_number,
 )
 
-LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow float32
-MOST_TEMPERATURE = 1e30  # -inf divided by more is a NaN in float32
-LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # a logit times or divided by these stays finite in float32
-MOST_BIAS = 100.0  # of a logit; OpenAI's limit
-MOST_DIGITS = 18  # of a token id in a string
-MOST_SEED = 2**64 - 1
+MIN_TEMPERATURE = 1e-5  # logits divided by less overflow float32
+MAX_TEMPERATURE = 1e30  # -inf divided by more is a NaN in float32
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0  # a logit times or divided by these stays finite in float32
+MAX_BIAS = 100.0  # of a logit; OpenAI's limit
+MAX_DIGITS = 18  # of a token id in a string
+MAX_SEED = 2**64 - 1
 
 # Lists cost time in every step, so their length is limited; vLLM's limits, if it has one.
-MOST_BIASES = 1024
-MOST_STOP_IDS = 128
-MOST_LOGPROBS = 20
-MOST_STOPS = 64
-MOST_STOP_CHARACTERS = 1024  # of each
+MAX_BIASES = 1024
+MAX_STOP_IDS = 128
+MAX_LOGPROBS = 20
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024  # of each
 
 _WHOLE = {
-    "n": (1, MOST_COUNT),
-    "top_k": (-1, MOST_COUNT),
-    "min_tokens": (0, MOST_COUNT),
-    "priority": (-MOST_COUNT, MOST_COUNT),
+    "n": (1, MAX_COUNT),
+    "top_k": (-1, MAX_COUNT),
+    "min_tokens": (0, MAX_COUNT),
+    "priority": (-MAX_COUNT, MAX_COUNT),
 }
 _OPTIONAL = {
-    "seed": (0, MOST_SEED),
-    "max_tokens": (1, MOST_COUNT),
-    "logprobs": (0, MOST_LOGPROBS),
-    "prompt_logprobs": (0, MOST_LOGPROBS),
+    "seed": (0, MAX_SEED),
+    "max_tokens": (1, MAX_COUNT),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
 }
 _NUMBERS = {
-    "temperature": (0.0, MOST_TEMPERATURE),
+    "temperature": (0.0, MAX_TEMPERATURE),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (LEAST_REPETITION, MOST_REPETITION),
+    "repetition_penalty": (MIN_REPETITION, MAX_REPETITION),
 }
 _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
@@ -141,7 +141,7 @@ class SamplingParams:
         checked["stop"] = _stop(self.stop)
         checked["stop_token_ids"] = None if self.stop_token_ids is None else _token_ids(self.stop_token_ids)
         checked["logit_bias"] = None if self.logit_bias is None else _bias(self.logit_bias)
-        checked["cache_salt"] = text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS)
+        checked["cache_salt"] = text("cache_salt", self.cache_salt, MAX_SALT_CHARACTERS)
         return checked
 
     @classmethod
@@ -177,7 +177,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """True if the most likely token is always chosen."""
-        return self.temperature < LEAST_TEMPERATURE
+        return self.temperature < MIN_TEMPERATURE
 
 
 def _stop(given: object) -> str | tuple[str, ...] | None:
@@ -187,15 +187,15 @@ def _stop(given: object) -> str | tuple[str, ...] | None:
     several = isinstance(given, (list, tuple))
     if not several and not isinstance(given, str):
         refuse("stop", "a string or a list of strings", given)
-    texts = listed("stop", given if several else (given,), "strings", MOST_STOPS)
-    found = tuple(text(f"stop[{i}]", one, MOST_STOP_CHARACTERS) for i, one in enumerate(texts))
+    texts = listed("stop", given if several else (given,), "strings", MAX_STOPS)
+    found = tuple(text(f"stop[{i}]", one, MAX_STOP_CHARACTERS) for i, one in enumerate(texts))
     check(all(found), "stop", "non-empty strings", given)
     return found if several else found[0]
 
 
 def _token_ids(given: object) -> tuple[int, ...]:
     """The checked value of `stop_token_ids`."""
-    ids = listed("stop_token_ids", given, "token ids", MOST_STOP_IDS)
+    ids = listed("stop_token_ids", given, "token ids", MAX_STOP_IDS)
     return tuple(whole_number(f"stop_token_ids[{i}]", token, 0) for i, token in enumerate(ids))
 
 
@@ -203,20 +203,20 @@ def _bias(given: object) -> dict[int, float]:
     """The checked value of `logit_bias`; token ids may be texts, as in JSON."""
     if not isinstance(given, Mapping):
         refuse("logit_bias", "a mapping from token ids to numbers", given)
-    if len(given) > MOST_BIASES:
-        raise SamplingParamsError(f"logit_bias must have at most {MOST_BIASES} tokens, not {len(given)}")
+    if len(given) > MAX_BIASES:
+        raise SamplingParamsError(f"logit_bias must have at most {MAX_BIASES} tokens, not {len(given)}")
     bias: dict[int, float] = {}
     for key, value in given.items():
         token = _token_of_key(key)
         check(token not in bias, "logit_bias", "a mapping that has each token once", key)
-        bias[token] = number(f"logit_bias[{token}]", value, -MOST_BIAS, MOST_BIAS)
+        bias[token] = number(f"logit_bias[{token}]", value, -MAX_BIAS, MAX_BIAS)
     return bias
 
 
 def _token_of_key(key: object) -> int:
     """The token id of a key, which is an integer or a string of digits."""
     if isinstance(key, str):
-        is_number = key.isascii() and key.isdecimal() and len(key) <= MOST_DIGITS
+        is_number = key.isascii() and key.isdecimal() and len(key) <= MAX_DIGITS
         check(is_number, "logit_bias", "a mapping from token ids", key)
         key = int(key)
     return whole_number("logit_bias", key, 0)

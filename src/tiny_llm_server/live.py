@@ -102,8 +102,8 @@ class _Watcher:
     async def messages(self) -> AsyncGenerator[str | None, None]:
         """Yield the messages, and None after `keep_alive` seconds without a step."""
         service = self._service
-        with service.until_the_end(self._news.set):
-            while not service.is_ending:
+        with service.call_when_stopping(self._news.set):
+            while not service.is_stopping:
                 with closing(_Collector(service.llm.engine, self._news)) as collector:
                     await collector.open()
                     async with aclosing(self._until_overrun(collector)) as messages:
@@ -113,7 +113,7 @@ class _Watcher:
     async def _until_overrun(self, collector: _Collector) -> AsyncGenerator[str | None, None]:
         """Yield the whole state and then the steps, until the client is too slow or the server ends."""
         yield json.dumps(self._pool(collector.steps.pop(0)))
-        while not collector.is_overrun and not self._service.is_ending:
+        while not collector.is_overrun and not self._service.is_stopping:
             if not await self._wait(self._service.config.keep_alive):
                 yield None
             if collector.steps:
