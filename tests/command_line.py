@@ -1,4 +1,4 @@
-"""Command lines for tests: run in this process with one engine for all, or as processes of their own."""
+"""Command lines for tests: run in this process with one shared engine, or as separate processes."""
 
 import io
 import sys
@@ -12,11 +12,11 @@ from tiny_llm import LLM, SamplingParams
 from tiny_llm_cli.main import run
 
 COMMAND = [sys.executable, "-m", "tiny_llm_cli"]
-PROCESS_SECONDS = 120  # a guard against hanging, not a speed that is asked for
+PROCESS_SECONDS = 120  # a timeout against hanging, not a requirement on speed
 
 
 class Ended(NamedTuple):
-    """How a command line ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -33,7 +33,7 @@ def llm() -> LLM:
 
 @pytest.fixture
 def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process, on the shared engine where it would load one of its own."""
+    """Run a command line in this process, with the shared engine instead of one that it loads."""
 
     def run_cli(*arguments: str, stdin: str | None = "") -> Ended:
         for module in map(import_module, ("tiny_llm_cli.chat", "tiny_llm_cli.generate")):
@@ -51,7 +51,7 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 @pytest.fixture
 def plain_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that ends before a model is loaded, or that loads its own."""
+    """Run a command line that finishes before it loads a model, or that loads its own model."""
 
     def run_cli(*arguments: str, stdin: str = "") -> Ended:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))

@@ -1,4 +1,4 @@
-"""A server for tests: a real one, on a port of 127.0.0.1 that nobody else has, in a thread of its own."""
+"""A real server for tests: it runs in a new thread and listens on a free port of 127.0.0.1."""
 
 import threading
 import time
@@ -13,19 +13,19 @@ from tiny_llm_server import ServerConfig, make_app
 from tiny_llm_server.serve import GracefulServer
 from tiny_llm_server.service import Service
 
-SECONDS = 120  # a guard against hanging, not a speed that is asked for
+SECONDS = 120  # a timeout against hanging, not a requirement on speed
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs: where it is, and what is behind it."""
+    """A running server: its URL, its service and its Uvicorn server."""
 
     url: str
     service: Service
     server: GracefulServer
 
     def client(self, **options: object) -> httpx.Client:
-        """A client of it."""
+        """Return a client of this server."""
         return httpx.Client(base_url=self.url, timeout=SECONDS, **options)  # type: ignore[arg-type]
 
 
@@ -33,7 +33,10 @@ class Served:
 def serving(
     load: Callable[[], LLM], config: ServerConfig | None = None, *, wait: bool = True
 ) -> Iterator[Served]:
-    """A server of what `load` makes; wait: until that is there. It has ended when this is left."""
+    """Run a server of the engine that `load` returns; with `wait`, until the engine is loaded.
+
+    On leaving the block the server stops, and its thread has finished.
+    """
     app = make_app(load, config)
     server = GracefulServer(app, "127.0.0.1", 0, grace=5.0, log_level="warning")
     thread = threading.Thread(target=server.run, daemon=True)
@@ -48,12 +51,12 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(SECONDS)
-        assert not thread.is_alive(), "the server has not ended"
+        assert not thread.is_alive(), "the server has not stopped"
 
 
 def until(holds: Callable[[], bool], seconds: float = SECONDS) -> None:
-    """Wait until something holds."""
+    """Wait until `holds()` is true."""
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it did not come to hold"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.005)

@@ -1,6 +1,6 @@
-"""The embedded model behind a server for all tests of a file, and those who ask it.
+"""A server of the embedded model, shared by all tests of a file, and clients for it.
 
-`client` asks in plain requests, `sdk` is OpenAI's own client; `alone` asks the engine without HTTP.
+`client` sends plain HTTP requests, `sdk` is OpenAI's own client; `alone` calls the engine without HTTP.
 """
 
 import socket
@@ -44,7 +44,7 @@ def sdk(served: Served) -> Iterator[openai.OpenAI]:
 
 
 def connected(served: Served) -> socket.socket:
-    """A connection of which nothing has been said yet."""
+    """Open a connection to the server; nothing has been sent yet."""
     host, _, port = served.url.removeprefix("http://").partition(":")
     return socket.create_connection((host, int(port)), timeout=SECONDS)
 
@@ -57,7 +57,7 @@ CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 
 
 def scraped(client: httpx.Client) -> dict[str, float]:
-    """What /metrics says, with the model's name left out."""
+    """Return the values of /metrics by name, without the label of the model's name."""
     found = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:

@@ -1,4 +1,4 @@
-"""The sampler, one row at a time, against a plain NumPy reference in float64, and its draws by chi-square."""
+"""The sampler, row by row. Oracle: a NumPy reference in float64; draws are compared by a chi-square test."""
 
 import math
 import random
@@ -41,9 +41,10 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def allowed(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, float]:
-    """The reference: tokens that survive temperature, min-p, top-k and top-p, in this order.
+    """Return which tokens remain after temperature, min-p, top-k and top-p, in this order (the reference).
 
-    Also how near the nearest decision was, so that a test can leave out what float32 may decide otherwise.
+    Also return how close the closest threshold was: float32 may decide a very close case differently, so a
+    test can skip it.
     """
     logits = logits.astype(np.float64) / params.temperature
     kept, margin = np.ones(len(logits), bool), 1.0
@@ -55,9 +56,9 @@ def allowed(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, flo
         kept &= logits >= np.sort(logits)[::-1][min(params.top_k, len(logits)) - 1]
         logits = np.where(kept, logits, -np.inf)
     if params.top_p < 1:
-        likeliest = [i for i in np.argsort(-logits) if kept[i]]
+        by_probability = [i for i in np.argsort(-logits) if kept[i]]
         total, nucleus = 0.0, []
-        for i in likeliest:
+        for i in by_probability:
             margin = min(margin, abs(total - params.top_p))
             if total < params.top_p:
                 nucleus.append(i)
@@ -81,7 +82,7 @@ filters = st.builds(
 
 @settings(max_examples=examples(150))
 @given(filters, st.integers(0, 2**32))
-def test_a_drawn_token_is_one_that_the_filters_leave(params: SamplingParams, seed: int) -> None:
+def test_only_tokens_that_the_filters_keep_are_drawn(params: SamplingParams, seed: int) -> None:
     logits = random_logits(seed)
     kept, margin = allowed(logits, params)
     assume(margin > 1e-4 or (params.min_p == 1.0 and params.top_p == 1.0))
@@ -91,7 +92,7 @@ def test_a_drawn_token_is_one_that_the_filters_leave(params: SamplingParams, see
 
 @settings(max_examples=examples(60))
 @given(filters, st.integers(0, 2**32))
-def test_every_token_that_the_filters_leave_can_be_drawn(params: SamplingParams, seed: int) -> None:
+def test_every_token_that_the_filters_keep_can_be_drawn(params: SamplingParams, seed: int) -> None:
     logits = random_logits(seed, size=6) / 3
     kept, margin = allowed(logits, params)
     assume(margin > 1e-4)
@@ -111,25 +112,27 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     row = mx.log(mx.array([0.5, 0.25, 0.125, 0.125]))
     assert kept_by(keep_top_p(row, 0.4)) == [True, False, False, False]
     assert kept_by(keep_top_p(row, 0.51)) == [True, True, False, False]
-    assert kept_by(keep_top_p(row, 0.76)) == [True, True, True, True], "tokens as likely as the last one stay"
+    assert kept_by(keep_top_p(row, 0.76)) == [True, True, True, True], (
+        "tokens as likely as the last kept one are kept too"
+    )
 
 
-def test_top_p_keeps_the_likeliest_token_however_small_p_is() -> None:
+def test_top_p_keeps_the_most_likely_token_for_any_small_p() -> None:
     assert kept_by(keep_top_p(mx.array(LOGITS), 1e-12)) == [True, False, False, False, False, False]
 
 
-def test_top_p_never_brings_a_masked_token_back() -> None:
+def test_top_p_keeps_masked_tokens_masked() -> None:
     row = mx.array([1.0, 0.5, -mx.inf, -mx.inf])
     assert kept_by(keep_top_p(row, 0.99999999)) == [True, True, False, False]
 
 
-def test_min_p_keeps_what_is_at_least_that_fraction_of_the_likeliest() -> None:
+def test_min_p_keeps_tokens_with_at_least_that_fraction_of_the_largest_probability() -> None:
     row = mx.log(mx.array([0.6, 0.29, 0.11]))
     assert kept_by(keep_min_p(row, 0.4)) == [True, True, False]
     assert kept_by(keep_min_p(row, 1.0)) == [True, False, False]
 
 
-def test_filters_leave_the_kept_logits_as_they_are() -> None:
+def test_filters_do_not_change_the_logits_that_they_keep() -> None:
     for row in (
         keep_top_k(mx.array(LOGITS), 3),
         keep_top_p(mx.array(LOGITS), 0.8),
@@ -140,7 +143,7 @@ def test_filters_leave_the_kept_logits_as_they_are() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(0, 2**40), st.integers(0, 1000))
-def test_temperature_zero_takes_the_likeliest_whatever_the_filters_and_the_seed(
+def test_temperature_zero_takes_the_most_likely_token_with_any_filters_and_seed(
     row_seed: int, seed: int, index: int
 ) -> None:
     logits = random_logits(row_seed)
@@ -149,12 +152,12 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_filters_and_the_seed(
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-6, 1e-3])
-def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+def test_a_tiny_temperature_takes_the_most_likely_token(temperature: float) -> None:
     row = mx.array([0.0, 300.0, 299.0, -50.0])
     assert sample_token(row, SamplingParams(temperature=temperature), 1, 0).item() == 1
 
 
-def test_a_huge_temperature_draws_evenly() -> None:
+def test_a_huge_temperature_draws_all_tokens_equally_often() -> None:
     drawn = [
         sample_token(mx.array(LOGITS), SamplingParams(temperature=1e30), 5, i).item() for i in range(600)
     ]
@@ -175,14 +178,14 @@ def test_draws_have_the_distribution_of_the_softmax(vary: str) -> None:
     assert chi_square(drawn, probabilities(np.array(LOGITS))) < 20.5
 
 
-def largest_chance(degrees: int) -> float:
-    """What chi-square exceeds once in a million times: Wilson and Hilferty's approximation (1931)."""
+def chi_square_limit(degrees: int) -> float:
+    """Return the chi-square value that is exceeded once in a million times (Wilson and Hilferty, 1931)."""
     ninth, quantile = 2 / (9 * degrees), 4.7534  # of the normal distribution, at 1 - 1e-6
     return float(degrees * (1 - ninth + quantile * ninth**0.5) ** 3)
 
 
 def is_fair(params: SamplingParams, num_draws: int) -> bool:
-    """Whether so many draws have the distribution that NumPy computes for the parameters, in float64."""
+    """Return whether `num_draws` draws have the distribution that NumPy computes for the parameters."""
     logits, prompt, outputs = random_logits(21, size=16), [1, 2, 3], [2, 2, 4]
     adjusted = reference_adjusted(logits, params, prompt, outputs)
     kept, margin = allowed(adjusted, params)
@@ -192,7 +195,9 @@ def is_fair(params: SamplingParams, num_draws: int) -> bool:
     assert set(drawn) <= set(np.flatnonzero(kept).tolist())
     expected = probabilities(adjusted[kept] / params.temperature)
     counts = np.bincount(drawn, minlength=len(logits))[kept]
-    common = expected * num_draws >= 5  # where chi-square holds; the others are one class together
+    common = (
+        expected * num_draws >= 5
+    )  # chi-square needs 5 expected draws per class; rarer tokens form one class
     classes = [
         (counts[common], expected[common]),
         (counts[~common].sum()[None], expected[~common].sum()[None]),
@@ -201,7 +206,7 @@ def is_fair(params: SamplingParams, num_draws: int) -> bool:
         float(((found - num_draws * share) ** 2 / np.maximum(num_draws * share, 1e-9)).sum())
         for found, share in classes
     )
-    return statistic < largest_chance(max(1, int(common.sum())))
+    return statistic < chi_square_limit(max(1, int(common.sum())))
 
 
 DISTRIBUTIONS = {
@@ -223,24 +228,24 @@ def test_draws_have_the_distribution_that_the_parameters_describe(params: Sampli
 
 
 @pytest.mark.parametrize("params", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
-def test_draws_of_the_readable_sampler_have_the_distribution_too(params: SamplingParams) -> None:
+def test_draws_of_the_sampler_without_kernels_have_the_same_distribution(params: SamplingParams) -> None:
     with twins():
         assert is_fair(params, 4000)
 
 
-def test_a_biased_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution_test_detects_a_biased_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "uniform", lambda seed, index: uniform(seed, index) ** 1.15)
     assert not is_fair(SamplingParams(), 4000)
 
 
-def test_a_forgotten_renormalisation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Top-p on the probabilities before top-k would keep more than it should."""
+def test_the_distribution_test_detects_a_missing_renormalization(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If top-p used the probabilities before top-k, it would keep too many tokens."""
     monkeypatch.setattr(sampler, "keep_top_k", lambda logits, k: logits)
     with twins(), pytest.raises(AssertionError):
         is_fair(SamplingParams(top_k=5), 4000)
 
 
-# What changes the logits before: biases, limits, penalties.
+# Adjustments of the logits before the draw: biases, forbidden tokens, penalties.
 
 
 def reference_adjusted(
@@ -277,7 +282,7 @@ some_tokens = st.lists(st.integers(0, 23), max_size=12)
 
 @settings(max_examples=examples(300))
 @given(adjustments, some_tokens, some_tokens, st.sets(st.integers(0, 23), max_size=3), st.integers(0, 2**32))
-def test_adjusted_logits_are_those_of_the_reference(
+def test_adjusted_logits_equal_the_references(
     params: SamplingParams, prompt: list[int], outputs: list[int], ends: set[int], seed: int
 ) -> None:
     logits = random_logits(seed)
@@ -285,10 +290,12 @@ def test_adjusted_logits_are_those_of_the_reference(
     adjusted = adjust_logits(row, params, prompt, outputs, ends)
     expected = reference_adjusted(logits, params, prompt, outputs, tuple(ends))
     np.testing.assert_allclose(np.array(adjusted), expected, rtol=1e-6, atol=1e-5)
-    assert np.array_equal(np.array(row), logits), "the row itself stays as it was: log-probabilities read it"
+    assert np.array_equal(np.array(row), logits), (
+        "the row itself must not change: log-probabilities are computed from it"
+    )
 
 
-def test_without_adjustments_the_row_is_the_same_array() -> None:
+def test_without_adjustments_the_same_array_is_returned() -> None:
     row = mx.array(LOGITS)
     assert adjust_logits(row, SamplingParams(), [1], [2], [3]) is row
 
@@ -302,11 +309,11 @@ def test_without_adjustments_the_row_is_the_same_array() -> None:
         (lambda row: penalize_output(row, [0, 0, 4], 0.5, 0.25), [0.75, 1.0, 0.5, 0.0, -1.75, -2.0]),
     ],
 )
-def test_each_adjustment_by_hand(change: object, expected: list[float]) -> None:
+def test_each_adjustment_gives_the_values_computed_by_hand(change: object, expected: list[float]) -> None:
     assert change(mx.array(LOGITS)).tolist() == expected  # type: ignore[operator]
 
 
-def test_a_token_that_repeats_without_penalty_varies_with_it() -> None:
+def test_a_frequency_penalty_keeps_greedy_output_from_repeating_one_token() -> None:
     row, outputs = mx.array([1.0, 0.9, 0.8, 0.7]), []
     params = SamplingParams(temperature=0.0, frequency_penalty=0.15)
     for _ in range(8):
@@ -329,24 +336,24 @@ def test_uniform_is_a_pure_function_of_seed_and_index(seed: int, index: int) -> 
     assert uniform(seed, index) == number
 
 
-def test_uniform_differs_between_neighbouring_seeds_and_indices() -> None:
+def test_uniform_differs_for_adjacent_seeds_and_indices() -> None:
     assert len({uniform(seed, index) for seed in range(30) for index in range(30)}) == 900
 
 
-def test_uniform_is_even_over_neighbouring_seeds_and_indices() -> None:
+def test_uniform_is_evenly_distributed_over_adjacent_seeds_and_indices() -> None:
     for numbers in ([uniform(seed, 0) for seed in range(6000)], [uniform(7, index) for index in range(6000)]):
         sixths = [int(6 * number) for number in numbers]
         assert chi_square(sixths, np.full(6, 1 / 6)) < 20.5
 
 
-def test_log_probabilities_are_those_of_the_logits_before_any_filter() -> None:
+def test_log_probabilities_are_the_log_softmax_of_the_row() -> None:
     logits = random_logits(9)
     expected = np.log(probabilities(logits))
     np.testing.assert_allclose(np.array(log_probabilities(mx.array(logits))), expected, rtol=0, atol=2e-6)
 
 
-def test_log_probabilities_are_exact_at_a_large_vocabulary() -> None:
-    """One long float32 sum, as `mx.logsumexp` makes it, is off by 1e-4 here."""
+def test_log_probabilities_are_accurate_with_a_large_vocabulary() -> None:
+    """A single float32 sum over the row, as in `mx.logsumexp`, has an error of 1e-4 here."""
     logits = random_logits(3, size=49_152) * 3
     for row in (logits, logits[:49_151], logits - 50, logits + 50):
         found = np.array(log_probabilities(mx.array(row)))

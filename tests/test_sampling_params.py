@@ -1,4 +1,4 @@
-"""SamplingParams: vLLM's names and defaults, and a refusal that names the parameter and its value."""
+"""SamplingParams: vLLM's names and defaults; an error names the parameter and its value."""
 
 import dataclasses
 import tracemalloc
@@ -24,7 +24,7 @@ from toy_engine import SECONDS, make_engine
 TOO_LONG = (["a"] * 65, [1] * 129, dict.fromkeys(range(1025), 1.0))
 
 
-def test_the_defaults_are_vllms() -> None:
+def test_the_defaults_are_those_of_vllm() -> None:
     expected = {
         "n": 1,
         "temperature": 1.0,
@@ -45,8 +45,8 @@ def test_the_defaults_are_vllms() -> None:
         "logit_bias": None,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
-        "cache_salt": "",  # of the prompt there
-        "priority": 0,  # of the request there
+        "cache_salt": "",  # in vLLM a field of the prompt
+        "priority": 0,  # in vLLM a field of the request
     }
     assert dataclasses.asdict(SamplingParams()) == expected
 
@@ -107,7 +107,9 @@ def test_the_defaults_are_vllms() -> None:
         ("include_stop_str_in_output", None),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:
+def test_an_invalid_value_is_rejected_with_the_parameters_name_and_the_value(
+    name: str, value: object
+) -> None:
     with pytest.raises(SamplingParamsError, match=name) as refusal:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
     assert repr(value) in str(refusal.value)
@@ -124,7 +126,7 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> No
         ("logit_bias", dict.fromkeys(range(1024), 1.0)),
     ],
 )
-def test_the_ends_of_each_range_are_allowed(name: str, value: object) -> None:
+def test_the_limits_of_each_range_are_allowed(name: str, value: object) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value  # type: ignore[arg-type]
 
 
@@ -132,21 +134,21 @@ def test_the_ends_of_each_range_are_allowed(name: str, value: object) -> None:
     ("bias", "name", "value"),
     [({5: 101}, "logit_bias[5]", 101), ({5: "x"}, "logit_bias[5]", "x"), ({"a": 1}, "logit_bias", "a")],
 )
-def test_a_bias_out_of_range_is_refused_with_its_token(bias: dict, name: str, value: object) -> None:
+def test_an_invalid_bias_is_rejected_with_its_token(bias: dict, name: str, value: object) -> None:
     with pytest.raises(SamplingParamsError) as refusal:
         SamplingParams(logit_bias=bias)
     assert name in str(refusal.value)
     assert repr(value) in str(refusal.value)
 
 
-def test_a_bias_is_a_copy_and_takes_ids_as_json_writes_them() -> None:
+def test_logit_bias_is_copied_and_accepts_token_ids_as_strings() -> None:
     given = {"5": 1, 7: -2.5}
     params = SamplingParams(logit_bias=given)  # type: ignore[arg-type]
     given.clear()
     assert params.logit_bias == {5: 1.0, 7: -2.5}
 
 
-def test_what_is_not_supported_is_refused_by_name_with_what_is() -> None:
+def test_an_unknown_parameter_is_rejected_with_the_list_of_known_ones() -> None:
     with pytest.raises(SamplingParamsError, match=r"'best_of'; known: n, temperature, .*logit_bias"):
         SamplingParams.from_options(temperature=0.5, best_of=2)
     with pytest.raises(TypeError, match="best_of"):
@@ -154,24 +156,24 @@ def test_what_is_not_supported_is_refused_by_name_with_what_is() -> None:
     assert SamplingParams.from_options(top_k=3) == SamplingParams(top_k=3)
 
 
-def test_parameters_cannot_be_written_later() -> None:
+def test_sampling_params_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = 0.0  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("stop", "strings"), [(None, ()), ("x", ("x",)), (["a", "b"], ("a", "b")), ((), ())])
-def test_stop_strings_come_as_a_tuple(stop: object, strings: tuple[str, ...]) -> None:
+def test_stop_strings_are_always_a_tuple(stop: object, strings: tuple[str, ...]) -> None:
     assert SamplingParams(stop=stop).stop_strings == strings  # type: ignore[arg-type]
 
 
-def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
+def test_temperatures_that_are_zero_or_nearly_zero_are_greedy() -> None:
     assert SamplingParams(temperature=0).greedy
     assert SamplingParams(temperature=1e-30).greedy, "dividing by so little gives no probabilities"
     assert not SamplingParams(temperature=0.01).greedy
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("stop_token_ids", ["a"], "stop_token_ids[0] must be a whole number, not 'a'"),
         ("stop_token_ids", [3, -1], "stop_token_ids[1] must be at least 0, not -1"),
@@ -199,31 +201,31 @@ def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )
-def test_a_refusal_names_the_field_the_range_and_the_value_shortened(
-    name: str, value: object, said: str
+def test_an_error_names_the_field_its_range_and_the_shortened_value(
+    name: str, value: object, message: str
 ) -> None:
     with pytest.raises(SamplingParamsError) as refusal:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
-    assert str(refusal.value).startswith(said)
+    assert str(refusal.value).startswith(message)
     assert len(str(refusal.value)) < 200
 
 
-class Untouched(list):  # type: ignore[type-arg]
-    """A list that nobody may look into."""
+class UnreadableList(list):  # type: ignore[type-arg]
+    """A list whose elements must not be read."""
 
     def __iter__(self) -> NoReturn:
-        raise AssertionError("a list that is too long is refused by its length")
+        raise AssertionError("a list that is too long must be rejected by its length")
 
     __getitem__ = __iter__  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
-def test_a_list_that_is_too_long_is_refused_before_its_elements_are_looked_at(name: str) -> None:
+def test_a_list_that_is_too_long_is_rejected_without_reading_its_elements(name: str) -> None:
     with pytest.raises(SamplingParamsError, match=f"^{name} must have at most .*, not 1000000$"):
-        SamplingParams(**{name: Untouched([1] * 1_000_000)})  # type: ignore[arg-type]
+        SamplingParams(**{name: UnreadableList([1] * 1_000_000)})  # type: ignore[arg-type]
 
 
-def test_numbers_of_numpy_and_fractions_become_pythons() -> None:
+def test_numpy_numbers_and_fractions_become_python_numbers() -> None:
     params = SamplingParams(
         n=np.int64(2),  # type: ignore[arg-type]
         temperature=np.float32(0.5),  # type: ignore[arg-type]
@@ -235,7 +237,7 @@ def test_numbers_of_numpy_and_fractions_become_pythons() -> None:
     assert [type(value) for value in (params.n, params.temperature, *params.stop_ids)] == [int, float, int]
 
 
-def test_lists_are_copies() -> None:
+def test_lists_are_copied() -> None:
     stop, ids = ["a"], [3]
     params = SamplingParams(stop=stop, stop_token_ids=ids)
     stop.clear()
@@ -243,7 +245,7 @@ def test_lists_are_copies() -> None:
     assert (params.stop_strings, params.stop_ids) == (("a",), {3})
 
 
-# What is accepted runs.
+# Every accepted value runs.
 
 odd_numbers = st.sampled_from(
     [
@@ -276,16 +278,16 @@ def engine() -> Iterator[Engine]:
 
 
 def answers(engine: Engine, *requests: RequestState) -> list[list[tuple[int, ...]]]:
-    """The tokens of every completion of requests that are served together."""
+    """Serve the requests together; return the tokens of each completion of each request."""
     items: SimpleQueue[list[Item]] = SimpleQueue()
     engine.submit(requests, items.put).result(SECONDS)
     while not all(request.finished for request in requests):
-        assert all(isinstance(item, RequestEvent) for item in items.get(timeout=SECONDS)), "one has failed"
+        assert all(isinstance(item, RequestEvent) for item in items.get(timeout=SECONDS)), "a request failed"
     return [[one.token_ids for one in request.output.outputs] for request in requests]
 
 
-def refused_or_made(values: dict[str, object]) -> SamplingParams | str:
-    """Parameters, or what they are refused with."""
+def params_or_message(values: dict[str, object]) -> SamplingParams | str:
+    """Return the parameters, or the message with which they are rejected."""
     try:
         return SamplingParams(**values)  # type: ignore[arg-type]
     except SamplingParamsError as error:
@@ -294,13 +296,13 @@ def refused_or_made(values: dict[str, object]) -> SamplingParams | str:
 
 @settings(max_examples=examples(400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(FIELDS), odd_values, min_size=1, max_size=2))
-def test_a_value_is_refused_by_name_or_the_request_and_its_neighbour_end_as_they_should(
-    engine: Engine, given_values: dict[str, object]
+def test_any_value_is_either_rejected_by_name_or_runs_without_affecting_other_requests(
+    engine: Engine, values: dict[str, object]
 ) -> None:
-    """Whatever it is: nothing fails in the middle of a step, and the neighbour's answer is its own."""
-    params = refused_or_made({"max_tokens": 4, **given_values})
+    """No accepted value makes a step fail, or changes the tokens of a request in the same batch."""
+    params = params_or_message({"max_tokens": 4, **values})
     if isinstance(params, str):
-        assert params.split(" ")[0].split("[")[0] in {*given_values, "min_tokens"}
+        assert params.split(" ")[0].split("[")[0] in {*values, "min_tokens"}
         assert len(params) < 300
         return
     neighbour = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=2)
@@ -311,15 +313,18 @@ def test_a_value_is_refused_by_name_or_the_request_and_its_neighbour_end_as_they
             engine.request(random_prompt(7, 2), params),
             engine.request(random_prompt(5, 1), neighbour),
         )
-    except (SamplingParamsError, RequestTooLargeError):  # the vocabulary, the context, sequences at once
+    except (
+        SamplingParamsError,
+        RequestTooLargeError,
+    ):  # an id outside the vocabulary, the context, max_num_seqs
         return
     assert together[1] == alone
 
 
-def test_completions_and_beams_beyond_what_runs_at_once_are_refused_before_anything_is_made(
+def test_too_many_completions_or_beams_are_rejected_before_memory_is_allocated_for_them(
     engine: Engine,
 ) -> None:
-    """Memory is the measure: half a gigabyte of ids was made before."""
+    """Measured as memory: making the ids of all completions would take half a gigabyte."""
     tracemalloc.start()
     try:
         core = engine.core
@@ -337,8 +342,8 @@ def test_completions_and_beams_beyond_what_runs_at_once_are_refused_before_anyth
         tracemalloc.stop()
 
 
-class Text(str):
-    """A text that cannot be compared, hashed or measured."""
+class HostileString(str):
+    """A string that cannot be compared or hashed, and has no length."""
 
     def __eq__(self, other: object) -> bool:
         raise RuntimeError
@@ -349,15 +354,15 @@ class Text(str):
     __len__ = __hash__
 
 
-def test_texts_of_a_class_of_their_own_become_plain_ones() -> None:
-    """What a class of a caller's own does, it must not do in the engine's thread."""
-    params = SamplingParams(stop=[Text("a")], cache_salt=Text("b"))
+def test_strings_of_a_subclass_become_plain_strings() -> None:
+    """A caller's class must not run its methods in the engine's thread."""
+    params = SamplingParams(stop=[HostileString("a")], cache_salt=HostileString("b"))
     assert (params.stop, params.cache_salt) == (("a",), "b")
     assert type(params.stop_strings[0]) is type(params.cache_salt) is str
 
 
-class Broken(float):
-    """A number that is none in the end."""
+class BrokenFloat(float):
+    """A float that cannot be converted to a plain float."""
 
     def __float__(self) -> float:
         raise RuntimeError
@@ -365,8 +370,8 @@ class Broken(float):
     __repr__ = __float__  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("value", [np.timedelta64(5, "s"), Broken(5)], ids=["span", "broken"])
-def test_a_number_that_cannot_be_converted_is_refused(value: object) -> None:
+@pytest.mark.parametrize("value", [np.timedelta64(5, "s"), BrokenFloat(5)], ids=["span", "broken"])
+def test_a_number_that_cannot_be_converted_is_rejected(value: object) -> None:
     for name in ("n", "seed", "temperature", "repetition_penalty"):
         with pytest.raises(SamplingParamsError, match=f"^{name} must be a (whole )?number, not "):
             SamplingParams(**{name: value})  # type: ignore[arg-type]
