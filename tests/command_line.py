@@ -15,7 +15,7 @@ COMMAND = [sys.executable, "-m", "tiny_llm_cli"]
 PROCESS_SECONDS = 120  # a timeout against hanging, not a requirement on speed
 
 
-class Ended(NamedTuple):
+class CommandResult(NamedTuple):
     """The exit code and the output of a command."""
 
     code: int
@@ -23,7 +23,7 @@ class Ended(NamedTuple):
     err: str
 
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def llm() -> LLM:
 def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in this process, with the shared engine instead of one that it loads."""
 
-    def run_cli(*arguments: str, stdin: str | None = "") -> Ended:
+    def run_cli(*arguments: str, stdin: str | None = "") -> CommandResult:
         for module in map(import_module, ("tiny_llm_cli.chat", "tiny_llm_cli.generate")):
             monkeypatch.setattr(module, "load", lambda options: llm)
         for module in map(import_module, ("tiny_llm_cli.bench", "tiny_llm_cli.info")):
@@ -44,7 +44,7 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = run(arguments)
         captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
+        return CommandResult(code, captured.out, captured.err)
 
     return run_cli
 
@@ -53,17 +53,17 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 def plain_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line that finishes before it loads a model, or that loads its own model."""
 
-    def run_cli(*arguments: str, stdin: str = "") -> Ended:
+    def run_cli(*arguments: str, stdin: str = "") -> CommandResult:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = run(arguments)
         captured = capsys.readouterr()
-        return Ended(code, captured.out, captured.err)
+        return CommandResult(code, captured.out, captured.err)
 
     return run_cli
 
 
 @pytest.fixture(autouse=True)
-def every_page_comes_back(request: pytest.FixtureRequest) -> Iterator[None]:
+def check_blocks_are_freed(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "llm" in request.fixturenames:
         stats = request.getfixturevalue("llm").core.stats

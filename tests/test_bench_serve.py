@@ -1,4 +1,4 @@
-"""`tiny-llm bench serve`: the figures of vLLM's benchmark for a server, and errors.
+"""`tiny-llm bench serve`: the figures of vLLM's serving benchmark, and errors.
 
 The servers are the real one, and small ones that hang up or send no usage.
 """
@@ -39,7 +39,7 @@ def bench_serve(served: Served, *options: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout, parse_constant=no_json))
 
 
-def test_a_server_is_measured_with_the_figures_of_vllm(served: Served) -> None:
+def test_the_benchmark_reports_the_figures_of_vllm(served: Served) -> None:
     options = ("--num-prompts", "6", "--max-concurrency", "3", "--random-input-len", "12")
     found = bench_serve(served, *options, "--random-output-len", "5", "--random-prefix-len", "4")
     assert (found["completed"], found["failed"], found["error_counts"]) == (6, 0, {})
@@ -58,14 +58,14 @@ def test_a_server_is_measured_with_the_figures_of_vllm(served: Served) -> None:
 
 
 @pytest.mark.parametrize("place", ["{url}/v1", "{url}/v1/", "{url}/"])
-def test_a_server_may_be_named_with_the_v1_of_its_api(served: Served, place: str) -> None:
+def test_the_base_url_may_end_with_v1_or_a_slash(served: Served, place: str) -> None:
     options = ("--num-prompts", "1", "--random-output-len", "2", "--request-rate", "1000")
     found = bench_serve(served, *options, "--base-url", place.format(url=served.url))
     assert (found["completed"], found["request_rate"]) == (1, 1000)
     assert (found["run"]["base_url"], found["run"]["endpoint"]) == (served.url, "/v1/completions")
 
 
-def test_chats_are_measured_too(served: Served) -> None:
+def test_the_backend_openai_chat_measures_chats(served: Served) -> None:
     options = ("--backend", "openai-chat", "--num-prompts", "3", "--random-input-len", "40")
     found = bench_serve(served, *options, "--random-output-len", "6", "--random-prefix-len", "8")
     assert (found["backend"], found["run"]["endpoint"]) == ("openai-chat", "/v1/chat/completions")
@@ -78,7 +78,7 @@ def test_each_word_of_a_chat_is_one_token(llm: LLM) -> None:
     assert len(llm.tokenizer.encode(" " + " ".join(WORDS))) == len(WORDS) == len(set(WORDS))
 
 
-def test_a_server_may_be_named_by_host_and_port_as_in_vllm(served: Served) -> None:
+def test_host_and_port_select_the_server_as_in_vllm(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--host", host, "--port", port]
     options = ["--backend", "vllm", "--dataset-name", "random", "--num-prompts", "2", "--no-ignore-eos"]
@@ -106,7 +106,7 @@ def test_the_table_shows_the_load_and_units(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--random-input-len", "9000"], "exceed the context of 8192"),
         (["--endpoint", "/nowhere"], "404"),
@@ -119,15 +119,15 @@ def test_the_table_shows_the_load_and_units(served: Served) -> None:
         (["--endpoint", "/v1/chat/completions"], "use --backend openai-chat"),
     ],
 )
-def test_a_request_that_cannot_be_sent_is_explained(served: Served, options: list[str], said: str) -> None:
+def test_a_request_that_cannot_be_sent_is_explained(served: Served, options: list[str], message: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         bench_serve(served, "--num-prompts", "1", *options)
-    assert said in failed.value.stderr
+    assert message in failed.value.stderr
 
 
 @contextmanager
-def refusing(status: int, body: bytes) -> Iterator[str]:
-    """The URL of a server that answers every request with an error."""
+def server_that_fails(status: int, body: bytes) -> Iterator[str]:
+    """Run a server that answers every request with `status` and `body`; yield its URL."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -139,7 +139,7 @@ def refusing(status: int, body: bytes) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "key", "said"),
+    ("status", "body", "key", "message"),
     [
         (401, b"", None, "/v1/models: the server requires an API key: --api-key or OPENAI_API_KEY (401)"),
         (401, b'{"error": {"message": "bad key"}}', "k", "the server rejects this API key (401: bad key)"),
@@ -156,23 +156,25 @@ def refusing(status: int, body: bytes) -> Iterator[str]:
         (200, b"{}", None, "is not a list of models in OpenAI's format"),
     ],
 )
-def test_a_server_that_refuses_is_quoted(status: int, body: bytes, key: str | None, said: str) -> None:
+def test_an_error_of_the_server_is_shown_with_its_status_and_message(
+    status: int, body: bytes, key: str | None, message: str
+) -> None:
     options = [] if key is None else ["--api-key", key]
-    with refusing(status, body) as url:
+    with server_that_fails(status, body) as url:
         done = run_bench(url, *options, check=False)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_a_request_without_the_required_key_says_so() -> None:
-    with refusing(401, b"") as url:
+def test_a_request_without_the_required_key_names_the_option_for_it() -> None:
+    with server_that_fails(401, b"") as url:
         done = run_bench(url, "--model", "m", check=False)
     assert "/v1/completions: the server requires an API key: --api-key or OPENAI_API_KEY (401)" in done.stderr
 
 
-def hang_up_now_and_then(listener: socket.socket, answers: int) -> None:
-    """A server that closes each connection at the request after `answers` answered ones."""
+def serve_and_close_connections(listener: socket.socket, answers: int) -> None:
+    """Serve connections; close each one at the request after `answers` answered ones."""
     body = b'data: {"choices": [{"text": "x"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n'
     models = b'{"data": [{"id": "m"}]}'
     with suppress(OSError):
@@ -183,16 +185,18 @@ def hang_up_now_and_then(listener: socket.socket, answers: int) -> None:
                     head = b"".join(iter(lambda: lines.readline().rstrip(b"\r\n") + b"\n", b"\n")).lower()
                     length = re.search(rb"content-length: (\d+)", head)
                     lines.read(int(length[1]) if length else 0)
-                    told = models if head.startswith(b"get") else body
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(told), told))
+                    content = models if head.startswith(b"get") else body
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+                    )
                 lines.readline()
 
 
 @pytest.mark.parametrize(("answers", "failed"), [(3, 0), (0, 5)])
-def test_a_closed_connection_is_tried_again_once(answers: int, failed: int) -> None:
-    """A server that never answers has failed."""
+def test_a_closed_connection_is_retried_once(answers: int, failed: int) -> None:
+    """A server that closes every connection without an answer fails the benchmark."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=hang_up_now_and_then, args=(listener, answers), daemon=True).start()
+        threading.Thread(target=serve_and_close_connections, args=(listener, answers), daemon=True).start()
         command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--json", "--num-prompts", "5"]
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         options = ["--max-concurrency", "1", "--base-url", url]
@@ -219,7 +223,7 @@ CHUNKS = {
 
 @contextmanager
 def serving_app(app: Any) -> Iterator[str]:
-    """The URL of an ASGI application that is served."""
+    """Run a server of an ASGI application; yield its URL."""
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, lifespan="off", log_level="error", ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -252,7 +256,7 @@ def test_without_usage_chunks_with_text_are_counted_and_a_warning_says_so(backen
         table = run_bench(url, *options).stdout
     found = json.loads(done.stdout)
     assert (found["total_output_tokens"], found["output_tokens_are"]) == (4, "chunks")
-    assert found["total_input_tokens"] == 14, "what was sent"
+    assert found["total_input_tokens"] == 14, "the number of tokens sent"
     assert done.stderr.startswith("tiny-llm: warning:")
     assert "sends no usage" in done.stderr
     assert "4 tokens (chunks with text: no usage)" in table

@@ -11,12 +11,12 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from command_line import Run, cli, every_page_comes_back, expected_answer, llm, plain_cli
+from command_line import Run, check_blocks_are_freed, cli, expected_answer, llm, plain_cli
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_cli.batch import read_batch
 from tiny_llm_cli.lines import Line
 
-__all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
+__all__ = ["check_blocks_are_freed", "cli", "llm", "plain_cli"]
 
 MESSAGES = [{"role": "user", "content": "Name a colour."}]
 
@@ -37,8 +37,8 @@ def test_a_batch_is_answered_in_openais_format_and_in_order(cli: Run, llm: LLM, 
         request("completion", completion, "/v1/completions"),
     ]
     file.write_text("\n".join(lines))
-    ended = cli("generate", "-f", str(file), "-o", str(output))
-    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    done = cli("generate", "-f", str(file), "-o", str(output))
+    assert (done.code, done.out, done.err) == (0, "", "")
     chat, completed = results(output.read_text())
     assert set(chat) == {"id", "custom_id", "response", "error"}
     assert (chat["custom_id"], completed["custom_id"]) == ("chat", "completion")
@@ -56,7 +56,7 @@ def test_a_batch_is_answered_in_openais_format_and_in_order(cli: Run, llm: LLM, 
     assert text.usage.completion_tokens == 6
 
 
-def test_a_line_that_fails_has_its_error_and_the_others_their_answers(cli: Run) -> None:
+def test_a_failed_line_gets_an_error_and_the_other_lines_get_answers(cli: Run) -> None:
     short = {"messages": MESSAGES, "max_tokens": 1}
     lines = [
         request("good", short),
@@ -70,14 +70,14 @@ def test_a_line_that_fails_has_its_error_and_the_others_their_answers(cli: Run) 
         request("get", short, method="GET"),
         request("last", short),
     ]
-    ended = cli("generate", "--file", "-", stdin="\n".join(lines))
-    assert ended.code == 1
-    assert "8 of 10 requests failed; the first: standard input:2: not JSON" in ended.err
-    found = results(ended.out)
+    done = cli("generate", "--file", "-", stdin="\n".join(lines))
+    assert done.code == 1
+    assert "8 of 10 requests failed; the first: standard input:2: not JSON" in done.err
+    found = results(done.out)
     assert len(found) == len(lines)
     codes = [result["response"] and result["response"]["status_code"] for result in found]
     assert codes == [200, None, None, 400, 400, None, None, None, None, 200]
-    for number, words in (
+    for number, message in (
         (3, "/v1/embeddings"),
         (6, "used twice"),
         (7, "custom_id"),
@@ -86,19 +86,19 @@ def test_a_line_that_fails_has_its_error_and_the_others_their_answers(cli: Run) 
     ):
         error = found[number - 1]["error"]
         assert (error["code"], error["line"]) == ("invalid_request", number)
-        assert words in error["message"]
+        assert message in error["message"]
     too_long, misspelled = (found[place]["response"]["body"]["error"] for place in (3, 4))
     assert too_long["code"] == "context_length_exceeded"
     assert misspelled["param"] == "temprature"
 
 
 @pytest.mark.filterwarnings("always")
-def test_another_model_in_a_batch_is_a_warning(cli: Run, llm: LLM) -> None:
+def test_a_batch_that_names_another_model_gives_a_warning(cli: Run, llm: LLM) -> None:
     line = request("a", {"model": "gpt-4o-mini", "messages": MESSAGES, "max_tokens": 1})
-    ended = cli("generate", stdin=line)
-    assert ended.code == 0
-    assert f"warning: the batch names gpt-4o-mini, but {llm.model_name} answers it" in ended.err
-    assert results(ended.out)[0]["response"]["body"]["model"] == llm.model_name
+    done = cli("generate", stdin=line)
+    assert done.code == 0
+    assert f"warning: the batch names gpt-4o-mini, but {llm.model_name} answers it" in done.err
+    assert results(done.out)[0]["response"]["body"]["model"] == llm.model_name
 
 
 def test_options_apply_to_requests_that_leave_them_out(cli: Run) -> None:
@@ -115,7 +115,7 @@ def test_options_apply_to_requests_that_leave_them_out(cli: Run) -> None:
     assert [len(body["choices"][0]["logprobs"]["content"]) for body in bodies] == [5, 2, 3]
 
 
-def test_the_same_batch_gives_the_same_texts_and_each_line_its_own(cli: Run) -> None:
+def test_a_batch_is_reproducible_and_its_lines_get_different_seeds(cli: Run) -> None:
     body = {"prompt": "Once", "max_tokens": 8, "temperature": 1.0}
     lines = "\n".join(request(str(number), body, "/v1/completions") for number in range(3))
 
@@ -136,17 +136,17 @@ def test_the_same_batch_gives_the_same_texts_and_each_line_its_own(cli: Run) -> 
         (["--json", "--prompt-logprobs", "1"], "--prompt-logprobs"),
     ],
 )
-def test_what_does_not_fit_a_batch_is_a_usage_error(
+def test_options_that_a_batch_does_not_support_are_usage_errors(
     arguments: list[str], words: str, plain_cli: Run, tmp_path: Path
 ) -> None:
     file = tmp_path / "batch.jsonl"
     file.write_text(request("a", {"messages": MESSAGES}))
-    ended = plain_cli("generate", "--file", str(file), *arguments)
-    assert (ended.code, ended.out) == (2, "")
-    assert words in ended.err
+    done = plain_cli("generate", "--file", str(file), *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
 
 
-def test_a_line_of_a_batch_keeps_its_place_and_its_body() -> None:
+def test_a_batch_line_has_its_file_and_line_number_and_its_body_or_error() -> None:
     good = Line("b:1", request("a", {"prompt": "x"}, "/v1/completions"), True)
     first, second = read_batch([good, Line("b:9", "[]", True)])
     assert (first.place, first.custom_id, first.body, first.problem) == ("b:1", "a", {"prompt": "x"}, None)

@@ -1,4 +1,4 @@
-"""`tiny-llm bench` and `tiny-llm info`: figures, their units and conditions, and facts about a model."""
+"""`tiny-llm bench` and `tiny-llm info`: figures with units and conditions, and a description of a model."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny_llm
-from command_line import Run, cli, every_page_comes_back, llm, plain_cli
+from command_line import Run, check_blocks_are_freed, cli, llm, plain_cli
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
 from tiny_llm import LLM
 from tiny_llm_cli.bench_latency import LatencyRun, measure_latency
@@ -16,14 +16,14 @@ from tiny_llm_cli.bench_throughput import ThroughputRun, measure_throughput
 from tiny_llm_cli.engine import control_token_ids
 from tiny_llm_cli.statistics_of import statistics_of
 
-__all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
+__all__ = ["check_blocks_are_freed", "cli", "llm", "plain_cli"]
 
 
 def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def test_bench_latency_reports_its_conditions(llm: LLM) -> None:
+def test_bench_latency_reports_figures_with_the_conditions_of_the_run(llm: LLM) -> None:
     run = LatencyRun(prefill_tokens=16, prompt_tokens=4, output_tokens=3, repetitions=2, warmups=0, seed=0)
     result = measure_latency(llm, run, quiet)
     for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms"):
@@ -36,17 +36,17 @@ def test_bench_latency_reports_its_conditions(llm: LLM) -> None:
 def test_bench_throughput_has_the_keys_of_vllm_and_obeys_max_concurrency(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, most = llm.core.step, 0
+    step, max_requests = llm.core.step, 0
 
     def watched() -> Any:
-        nonlocal most
-        most = max(most, llm.core.stats.num_running + llm.core.stats.num_waiting)
+        nonlocal max_requests
+        max_requests = max(max_requests, llm.core.stats.num_running + llm.core.stats.num_waiting)
         return step()
 
     monkeypatch.setattr(llm.core, "step", watched)
     run = ThroughputRun(5, 2, 4, 8, output_tokens=3, shared_prefix=16, seed=0)
     result = measure_throughput(llm, run, quiet)
-    assert most == 2
+    assert max_requests == 2
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (5, 0, 15)
     assert 5 * (16 + 4) <= result["total_input_tokens"] <= 5 * (16 + 8)  # type: ignore[operator]
     statistics = {
@@ -115,7 +115,7 @@ def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_a_folder_is_described_and_answers(name: str, tmp_path: Path, plain_cli: Run) -> None:
+def test_info_and_generate_work_with_a_checkpoint_folder(name: str, tmp_path: Path, plain_cli: Run) -> None:
     """Tiny random checkpoints; qwen2's projections have biases, and its head is tied."""
     path = write_folder(tmp_path / name, CONFIGS[name], random_weights(CONFIGS[name]))
     write_tokenizer(path)
@@ -131,10 +131,10 @@ def test_a_folder_is_described_and_answers(name: str, tmp_path: Path, plain_cli:
 
 
 def test_info_without_a_model_still_describes_the_machine(plain_cli: Run) -> None:
-    ended = plain_cli("info", "--model", "/nowhere.gguf", "--json")
-    assert ended.code == 1
-    assert "mlx" in json.loads(ended.out)["machine"]
-    assert "/nowhere.gguf" in ended.err
+    done = plain_cli("info", "--model", "/nowhere.gguf", "--json")
+    assert done.code == 1
+    assert "mlx" in json.loads(done.out)["machine"]
+    assert "/nowhere.gguf" in done.err
 
 
 def test_info_names_the_learners_modules(

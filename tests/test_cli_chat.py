@@ -16,25 +16,25 @@ from typing import Any
 
 import pytest
 
-from command_line import Ended, Run, cli, every_page_comes_back, expected_answer, llm, plain_cli
+from command_line import CommandResult, Run, check_blocks_are_freed, cli, expected_answer, llm, plain_cli
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_cli import chat_loop
 from tiny_llm_cli.chat_loop import converse
 from tiny_llm_cli.conversation import Conversation, Exchange
 
-__all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
+__all__ = ["check_blocks_are_freed", "cli", "llm", "plain_cli"]
 
 # ---- chat, one question ----
 
 
 def test_chat_prints_only_the_answer(cli: Run, llm: LLM) -> None:
-    ended = cli("chat", "Name a colour.", "--max-tokens", "8")
-    assert ended == Ended(0, expected_answer(llm, "Name a colour.") + "\n", "")
+    done = cli("chat", "Name a colour.", "--max-tokens", "8")
+    assert done == CommandResult(0, expected_answer(llm, "Name a colour.") + "\n", "")
 
 
-def test_chat_takes_its_question_from_a_pipe(cli: Run, llm: LLM) -> None:
-    ended = cli("chat", "--max-tokens", "8", stdin="Name a\ncolour.\n")
-    assert ended.out == expected_answer(llm, "Name a\ncolour.") + "\n"
+def test_chat_reads_its_question_from_a_pipe(cli: Run, llm: LLM) -> None:
+    done = cli("chat", "--max-tokens", "8", stdin="Name a\ncolour.\n")
+    assert done.out == expected_answer(llm, "Name a\ncolour.") + "\n"
 
 
 @pytest.fixture
@@ -53,58 +53,58 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 def test_chat_puts_the_argument_before_the_pipe(cli: Run, llm: LLM, piped: Callable[[str], None]) -> None:
     piped("red, green\n")
-    ended = cli("chat", "Pick one:", "--max-tokens", "8", stdin=None)
-    assert ended.out == expected_answer(llm, "Pick one:\n\nred, green") + "\n"
+    done = cli("chat", "Pick one:", "--max-tokens", "8", stdin=None)
+    assert done.out == expected_answer(llm, "Pick one:\n\nred, green") + "\n"
 
 
 @pytest.mark.usefixtures("piped")
-def test_chat_does_not_wait_for_a_pipe_in_which_nothing_arrives(
+def test_chat_does_not_wait_for_a_pipe_without_data(
     cli: Run, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules["tiny_llm_cli.chat"], "_WAIT_FOR_PIPE", 0.01)
-    ended = cli("chat", "Name a colour.", "--max-tokens", "8", stdin=None)
-    assert ended.out == expected_answer(llm, "Name a colour.") + "\n"
-    assert "no data in the pipe for 0.01 s" in ended.err
+    done = cli("chat", "Name a colour.", "--max-tokens", "8", stdin=None)
+    assert done.out == expected_answer(llm, "Name a colour.") + "\n"
+    assert "no data in the pipe for 0.01 s" in done.err
 
 
-def test_chat_is_reproducible_by_seed(cli: Run) -> None:
+def test_chat_with_a_seed_is_reproducible(cli: Run) -> None:
     arguments = ["chat", "Name a colour.", "--max-tokens", "6", "--temperature", "2", "--seed"]
     assert cli(*arguments, "7").out == cli(*arguments, "7").out
 
 
-def test_chat_without_a_seed_varies(cli: Run) -> None:
+def test_chat_without_a_seed_gives_different_answers(cli: Run) -> None:
     arguments = ["chat", "Name a colour.", "--max-tokens", "6", "--temperature", "3"]
     assert len({cli(*arguments).out for _ in range(4)}) > 1
 
 
-def test_a_question_longer_than_the_context_is_refused_with_the_figures(
+def test_a_question_longer_than_the_context_is_rejected_with_the_limit_and_advice(
     cli: Run, monkeypatch: pytest.MonkeyPatch, llm: LLM
 ) -> None:
     monkeypatch.setattr(llm, "max_model_len", 40)
-    ended = cli("chat", "word " * 100)
-    assert ended.code == 1
-    assert ended.out == ""
+    done = cli("chat", "word " * 100)
+    assert done.code == 1
+    assert done.out == ""
     advice = "shorten it, or raise --num-blocks (the model's own limit is 8,192 tokens)"
-    assert f"must fit into 40: {advice}" in ended.err
-    assert "/reset" not in ended.err
-    assert ended.err.count("\n") == 1
+    assert f"must fit into 40: {advice}" in done.err
+    assert "/reset" not in done.err
+    assert done.err.count("\n") == 1
 
 
-def test_an_answer_that_fills_the_context_ends_there(
+def test_an_answer_stops_when_the_context_is_full(
     cli: Run, monkeypatch: pytest.MonkeyPatch, llm: LLM
 ) -> None:
     whole = expected_answer(llm, "Write a long story.", max_tokens=100)
     monkeypatch.setattr(llm, "max_model_len", 50)
-    ended = cli("chat", "Write a long story.")
-    assert ended.code == 0
-    assert 0 < len(ended.out) < len(whole)
-    assert whole.startswith(ended.out.rstrip("\n"))
+    done = cli("chat", "Write a long story.")
+    assert done.code == 0
+    assert 0 < len(done.out) < len(whole)
+    assert whole.startswith(done.out.rstrip("\n"))
 
 
-def test_more_max_tokens_than_the_context_are_refused(cli: Run) -> None:
-    ended = cli("chat", "Name a colour.", "--max-tokens", "99999999")
-    assert (ended.code, ended.out) == (2, "")
-    assert "--max-tokens: 99999999 exceeds the context of 1024 tokens" in ended.err
+def test_max_tokens_larger_than_the_context_is_rejected(cli: Run) -> None:
+    done = cli("chat", "Name a colour.", "--max-tokens", "99999999")
+    assert (done.code, done.out) == (2, "")
+    assert "--max-tokens: 99999999 exceeds the context of 1024 tokens" in done.err
 
 
 class Bytes:
@@ -118,16 +118,16 @@ class Bytes:
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])
-def test_input_that_is_not_utf8_is_refused_with_the_offset_of_the_byte(
+def test_input_that_is_not_utf8_is_rejected_with_the_offset_of_the_byte(
     cli: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Bytes(b"caf\xc3\xa9 \xff"))
-    ended = cli(command, stdin=None)
-    assert (ended.code, ended.out) == (1, "")
-    assert "standard input is not UTF-8 text: byte 0xff at offset 6" in ended.err
+    done = cli(command, stdin=None)
+    assert (done.code, done.out) == (1, "")
+    assert "standard input is not UTF-8 text: byte 0xff at offset 6" in done.err
 
 
-def test_arguments_that_are_not_utf8_are_refused(plain_cli: Run) -> None:
+def test_arguments_that_are_not_utf8_are_rejected(plain_cli: Run) -> None:
     assert "PROMPT: not UTF-8 text" in plain_cli("chat", "\udcff").err
     assert "--system: not UTF-8 text" in plain_cli("chat", "Hello.", "--system", "\udcff").err
 
@@ -136,8 +136,8 @@ def test_piped_text_loses_its_byte_order_mark_and_carriage_returns(
     cli: Run, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Bytes(b"\xef\xbb\xbfName a\r\ncolour.\r\n"))
-    ended = cli("chat", "--max-tokens", "8", stdin=None)
-    assert ended.out == expected_answer(llm, "Name a\ncolour.") + "\n"
+    done = cli("chat", "--max-tokens", "8", stdin=None)
+    assert done.out == expected_answer(llm, "Name a\ncolour.") + "\n"
 
 
 # ---- chat, a conversation ----
@@ -164,12 +164,12 @@ def test_the_history_can_be_turned_off(
     monkeypatch.setattr(sys, "stdin", Keyboard())
     if variable is not None:
         monkeypatch.setenv("TINY_LLM_CHAT_HISTORY", variable)
-    assert cli("chat", *options, stdin=None) == Ended(0, "", "")
+    assert cli("chat", *options, stdin=None) == CommandResult(0, "", "")
     assert keeps == [kept]
 
 
 class Typed:
-    """Texts that a user types, an exception standing for its key. Then Ctrl-D."""
+    """Input that returns these texts and raises these exceptions (for keys), and at the end EOFError."""
 
     def __init__(self, *texts: str | BaseException) -> None:
         self._texts = iter([*texts, EOFError()])
@@ -224,13 +224,15 @@ def test_what_is_typed_during_an_answer_becomes_a_draft(llm: LLM) -> None:
     assert typed.num_drafts == 2
 
 
-def test_ctrl_c_at_the_prompt_says_how_to_leave_once(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_at_the_prompt_shows_how_to_exit_only_once(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     conversation = talk(llm, KeyboardInterrupt(), "Name a colour.", KeyboardInterrupt(), KeyboardInterrupt())
     assert capsys.readouterr().err.count("(Ctrl-D or /exit leaves)") == 1
     assert questions(conversation) == ["Name a colour."]
 
 
-def test_ctrl_c_between_a_question_and_its_answer_ends_neither_conversation_nor_program(
+def test_ctrl_c_between_a_question_and_its_answer_drops_the_question_and_the_conversation_continues(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reply, interruptions = chat_loop._reply, [KeyboardInterrupt()]
@@ -266,7 +268,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_its_text_so_far(monkeypatch: pytest.M
 
 
 def test_ctrl_c_before_the_first_token_drops_the_question(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
-    """The signal arrives in the main thread, which waits while the engine's thread takes a step."""
+    """The signal arrives in the main thread, which waits while the engine's thread runs a step."""
     step = llm.core.step
 
     def interrupted() -> Any:
@@ -281,8 +283,8 @@ def test_ctrl_c_before_the_first_token_drops_the_question(monkeypatch: pytest.Mo
 # ---- commands ----
 
 
-def test_commands_are_explained(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    conversation = talk(llm, "/help", "/exit", AssertionError("read on after /exit"))
+def test_help_explains_all_commands(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = talk(llm, "/help", "/exit", AssertionError("the input was read after /exit"))
     shown = capsys.readouterr().err
     names = ("/system", "/stats", "/retry", "/reset", "/save", "/load", "/help", "/exit", "/quit", "Ctrl-C")
     assert [name for name in names if name not in shown] == []
@@ -290,8 +292,8 @@ def test_commands_are_explained(llm: LLM, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("command", ["/exit", "/quit", "/bye", "/EXIT", "/exit "])
-def test_exit_leaves(llm: LLM, command: str) -> None:
-    talk(llm, command, AssertionError("read on"))
+def test_exit_commands_stop_the_conversation(llm: LLM, command: str) -> None:
+    talk(llm, command, AssertionError("the input was read after the command"))
 
 
 def test_an_unknown_command_is_not_a_question(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,12 +302,12 @@ def test_an_unknown_command_is_not_a_question(llm: LLM, capsys: pytest.CaptureFi
     assert questions(conversation) == ["/42"]
 
 
-def test_a_path_and_a_space_before_a_slash_make_a_question(llm: LLM) -> None:
+def test_a_path_or_a_slash_after_a_space_is_a_question(llm: LLM) -> None:
     typed = ["/etc/hosts is what?", " /exit is what?"]
     assert questions(talk(llm, *typed, max_tokens=1)) == ["/etc/hosts is what?", "/exit is what?"]
 
 
-def test_a_command_with_a_missing_or_needless_argument_shows_its_usage(
+def test_a_command_with_a_missing_or_extra_argument_shows_its_usage(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = talk(llm, "Name a colour.", "/save", "/reset all")
@@ -386,7 +388,7 @@ def test_a_retry_stopped_before_its_first_token_keeps_the_old_answer(
     assert conversation.exchanges == before
 
 
-def test_retry_without_randomness_says_that_nothing_will_change(
+def test_retry_at_temperature_zero_warns_that_the_answer_will_be_the_same(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk(llm, "/retry", "Name a colour.", "/retry")
@@ -430,7 +432,7 @@ def test_save_does_not_overwrite_other_files(
         ('[{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]', "must alternate"),
     ],
 )
-def test_a_file_that_holds_no_conversation_changes_nothing(
+def test_loading_an_invalid_file_leaves_the_conversation_unchanged(
     llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, reason: str
 ) -> None:
     file = tmp_path / "chat.json"
@@ -473,7 +475,7 @@ def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(
     assert f"(dropped the oldest {num_dropped} exchanges to fit the context of" in capsys.readouterr().err
 
 
-def test_no_more_exchanges_are_dropped_than_leave_half_of_the_context_free(
+def test_exchanges_are_dropped_only_until_half_of_the_context_is_free(
     monkeypatch: pytest.MonkeyPatch, llm: LLM
 ) -> None:
     conversation = filled(llm)
@@ -493,7 +495,7 @@ def test_a_conversation_that_just_fits_drops_nothing(monkeypatch: pytest.MonkeyP
     assert conversation.prepare("Next?").num_dropped == 0
 
 
-def test_a_question_too_long_for_the_context_is_refused_and_the_conversation_goes_on(
+def test_a_question_too_long_for_the_context_is_rejected_and_the_conversation_continues(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(llm, "max_model_len", 80)
@@ -531,7 +533,7 @@ def test_a_nearly_full_context_is_announced_once_before_anything_is_dropped(
     assert "soon" not in capsys.readouterr().err
 
 
-def test_an_answer_that_fills_the_context_says_so(
+def test_an_answer_that_fills_the_context_shows_a_message(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(llm, "max_model_len", 25)
@@ -539,6 +541,8 @@ def test_an_answer_that_fills_the_context_says_so(
     assert "(stopped: the context of 25 tokens is full)" in capsys.readouterr().err
 
 
-def test_an_answer_that_reaches_max_tokens_says_so(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_that_reaches_max_tokens_shows_a_message(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     talk(llm, "Write a long story.", max_tokens=3)
     assert "(stopped at --max-tokens 3)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`tiny-llm generate`: where prompts come from, the output, and parameters that reach the engine.
+"""`tiny-llm generate`: sources of prompts, the output, and parameters that reach the engine.
 
 Oracle: the engine's own `generate` with the same parameters.
 """
@@ -13,17 +13,17 @@ from tiny_llm.output_processor import CompletionText
 from tiny_llm.outputs import TextDelta
 from tiny_llm.token_output import TokenOutput
 
-from command_line import Ended, Run, cli, every_page_comes_back, expected_answer, llm, plain_cli
+from command_line import CommandResult, Run, check_blocks_are_freed, cli, expected_answer, llm, plain_cli
 from tiny_llm import LLM, SamplingParams
 
-__all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
+__all__ = ["check_blocks_are_freed", "cli", "llm", "plain_cli"]
 
 
 def test_one_prompt_prints_only_its_text(cli: Run, llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=6)
     text = llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].text
-    ended = cli("generate", "Once upon a time", "--max-tokens", "6", "--temperature", "0")
-    assert ended == Ended(0, text + "\n", "")
+    done = cli("generate", "Once upon a time", "--max-tokens", "6", "--temperature", "0")
+    assert done == CommandResult(0, text + "\n", "")
 
 
 def test_several_completions_have_headings(cli: Run) -> None:
@@ -44,22 +44,22 @@ def test_a_completion_that_fails_is_reported_after_the_others_are_written(
         return push(self, output)
 
     monkeypatch.setattr(CompletionText, "push", raising)
-    ended = cli("generate", "--json", "Once", "--n", "2", "--max-tokens", "3", "--ignore-eos")
-    assert ended.code == 1
-    assert ended.err.endswith("1 of 2 completions failed; the first: no text\n")
-    [line] = [json.loads(line) for line in ended.out.splitlines()]
+    done = cli("generate", "--json", "Once", "--n", "2", "--max-tokens", "3", "--ignore-eos")
+    assert done.code == 1
+    assert done.err.endswith("1 of 2 completions failed; the first: no text\n")
+    [line] = [json.loads(line) for line in done.out.splitlines()]
     assert [found["finish_reason"] for found in line["outputs"]] == ["length", "error"]
 
 
 def test_prompts_come_from_standard_input_line_by_line(cli: Run) -> None:
-    ended = cli("generate", "--json", "--max-tokens", "1", stdin="one\n\ntwo\r\nthree")
-    assert [json.loads(line)["prompt"] for line in ended.out.splitlines()] == ["one", "two", "three"]
+    done = cli("generate", "--json", "--max-tokens", "1", stdin="one\n\ntwo\r\nthree")
+    assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one", "two", "three"]
 
 
-def test_json_lines_have_everything(cli: Run, llm: LLM) -> None:
+def test_json_output_has_all_fields_of_the_completions(cli: Run, llm: LLM) -> None:
     arguments = ["Once upon a time", "--n", "2", "--seed", "3", "--max-tokens", "4", "--logprobs", "2"]
-    ended = cli("generate", "--json", *arguments, "--temperature", "1", "--top-p", "1")
-    [line] = [json.loads(line) for line in ended.out.splitlines()]
+    done = cli("generate", "--json", *arguments, "--temperature", "1", "--top-p", "1")
+    [line] = [json.loads(line) for line in done.out.splitlines()]
     params = SamplingParams(n=2, seed=3, max_tokens=4, logprobs=2)
     expected = llm.generate("Once upon a time", params, use_tqdm=False)[0]
     assert line["prompt"] == "Once upon a time"
@@ -78,8 +78,8 @@ def test_lines_of_jsonl_have_their_own_parameters(cli: Run, tmp_path: Path) -> N
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Once", "max_tokens": 1}\n\n{"prompt": [19556, 17], "n": 2, "seed": 1}\n')
     output = tmp_path / "answers.jsonl"
-    ended = cli("generate", "--file", str(file), "--json", "--max-tokens", "2", "--output", str(output))
-    assert ended == Ended(0, "", "")
+    done = cli("generate", "--file", str(file), "--json", "--max-tokens", "2", "--output", str(output))
+    assert done == CommandResult(0, "", "")
     first, second = [json.loads(line) for line in output.read_text().splitlines()]
     assert [len(completion["token_ids"]) for completion in first["outputs"]] == [1]
     assert (second["prompt"], second["prompt_token_ids"]) == (None, [19556, 17])
@@ -101,13 +101,15 @@ def test_lines_of_jsonl_have_their_own_parameters(cli: Run, tmp_path: Path) -> N
         ('{"prompt": "a", "max_tokens": 0}', "max_tokens must be at least 1, not 0"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(line: str, words: str, tmp_path: Path, plain_cli: Run) -> None:
+def test_an_error_in_a_jsonl_line_names_the_file_and_line(
+    line: str, words: str, tmp_path: Path, plain_cli: Run
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line)
-    ended = plain_cli("generate", "--file", str(file))
-    assert ended.code == 1
-    assert f"{file}:2: " in ended.err
-    assert words in ended.err
+    done = plain_cli("generate", "--file", str(file))
+    assert done.code == 1
+    assert f"{file}:2: " in done.err
+    assert words in done.err
 
 
 def test_json_lines_on_standard_input_are_recognized(cli: Run) -> None:
@@ -120,21 +122,21 @@ def test_json_lines_on_standard_input_are_recognized(cli: Run) -> None:
         assert [len(line["outputs"][0]["token_ids"]) for line in found] == [1, 2]
 
 
-def test_a_text_that_only_looks_like_json_stays_a_text(cli: Run) -> None:
+def test_text_that_only_looks_like_json_is_a_plain_prompt(cli: Run) -> None:
     lines = ['{"name": "tiny"}', "{ not JSON", "{}"]
     for line in lines:
         found = json.loads(cli("generate", "--json", "--max-tokens", "1", stdin=line).out)
         assert found["prompt"] == line
 
 
-def test_a_line_may_be_a_conversation_and_its_id_comes_back(cli: Run, llm: LLM, tmp_path: Path) -> None:
+def test_a_line_may_be_a_conversation_and_its_id_is_returned(cli: Run, llm: LLM, tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}]
     lines = [{"id": 7, "messages": messages}, {"custom_id": "x", "prompt": "The sky"}]
     file = tmp_path / "conversations.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     options = ["--temperature", "0", "--max-tokens", "8"]
-    ended = cli("generate", "--file", str(file), "--json", *options)
-    chat, prompt = [json.loads(line) for line in ended.out.splitlines()]
+    done = cli("generate", "--file", str(file), "--json", *options)
+    chat, prompt = [json.loads(line) for line in done.out.splitlines()]
     params = SamplingParams(temperature=0.0, max_tokens=8)
     assert chat["outputs"][0]["text"] == llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
     assert (chat["id"], chat["prompt"], chat["messages"]) == (7, None, messages)
@@ -154,20 +156,20 @@ def test_a_line_may_be_a_conversation_and_its_id_comes_back(cli: Run, llm: LLM, 
         ({"prompt": [99999999]}, "99999999"),
     ],
 )
-def test_a_line_that_can_never_run_is_named_before_any_runs(
+def test_a_line_that_can_never_run_is_rejected_before_any_line_runs(
     line: dict[str, object], words: str, cli: Run, tmp_path: Path
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "fine"}\n' + json.dumps(line))
-    ended = cli("generate", "--file", str(file), "--json")
-    assert (ended.code, ended.out) == (1, "")
-    assert f"{file}:2: " in ended.err
-    assert words in ended.err
+    done = cli("generate", "--file", str(file), "--json")
+    assert (done.code, done.out) == (1, "")
+    assert f"{file}:2: " in done.err
+    assert words in done.err
 
 
-def test_chat_flag_asks_through_the_template(cli: Run, llm: LLM) -> None:
-    ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "--temperature", "0", "Name a colour.")
-    line = json.loads(ended.out)
+def test_the_chat_option_applies_the_chat_template(cli: Run, llm: LLM) -> None:
+    done = cli("generate", "--chat", "--json", "--max-tokens", "8", "--temperature", "0", "Name a colour.")
+    line = json.loads(done.out)
     assert line["prompt"] == "Name a colour."
     assert line["outputs"][0]["text"] == expected_answer(llm, "Name a colour.")
 
@@ -177,10 +179,10 @@ def test_the_same_command_gives_the_same_text(cli: Run, tmp_path: Path) -> None:
     assert cli(*arguments).out == cli(*arguments).out
 
 
-def test_a_prompt_that_never_fits_is_refused_before_any_runs(cli: Run) -> None:
-    ended = cli("generate", "short", "word " * 2000, "--json")
-    assert (ended.code, ended.out) == (1, "")
-    assert "the context of 1024" in ended.err, "what 64 blocks hold"
+def test_a_prompt_that_never_fits_is_rejected_before_any_prompt_runs(cli: Run) -> None:
+    done = cli("generate", "short", "word " * 2000, "--json")
+    assert (done.code, done.out) == (1, "")
+    assert "the context of 1024" in done.err, "64 blocks hold 1024 tokens"
 
 
 def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None:
@@ -221,6 +223,8 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
         ("--prompt-logprobs", "1", "add --json"),
     ],
 )
-def test_a_bad_sampling_parameter_is_named(plain_cli: Run, option: str, value: str, message: str) -> None:
-    ended = plain_cli("generate", "hello", option, value)
-    assert message in " ".join(ended.err.split())
+def test_an_error_names_the_option_of_an_invalid_sampling_parameter(
+    plain_cli: Run, option: str, value: str, message: str
+) -> None:
+    done = plain_cli("generate", "hello", option, value)
+    assert message in " ".join(done.err.split())

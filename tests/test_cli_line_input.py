@@ -1,6 +1,6 @@
-"""What a user types in a conversation: texts of several lines, drafts, the history file, and word wrap.
+"""The line editor of `tiny-llm chat`: multi-line input, drafts, the history file, and word wrap.
 
-Keys go through a pipe into the line editor; no terminal is needed.
+The tests send keys to the line editor through a pipe; they need no terminal.
 """
 
 import os
@@ -26,7 +26,7 @@ ENTER, ALT_ENTER, UP, BACKSPACE, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x7
 
 
 def pasted(text: str) -> str:
-    """What a terminal sends for a paste."""
+    """Return what a terminal sends when `text` is pasted (bracketed paste)."""
     return f"\x1b[200~{text}\x1b[201~"
 
 
@@ -46,7 +46,7 @@ Read = Callable[[str], str]
 
 @pytest.fixture
 def read(keyboard: PipeInput, lines: LineInput) -> Read:
-    """Type keys, and read the text that they send."""
+    """A function that types keys and returns the text that the line editor reads."""
 
     def type_and_read(keys: str) -> str:
         keyboard.send_text(keys)
@@ -75,11 +75,11 @@ def read(keyboard: PipeInput, lines: LineInput) -> Read:
         ("Explain: " + pasted("if x:\n    y") + ENTER, "Explain: if x:\n    y"),
     ],
 )
-def test_keys_become_one_text(read: Read, keys: str, text: str) -> None:
+def test_typed_keys_give_one_text(read: Read, keys: str, text: str) -> None:
     assert read(keys) == text
 
 
-def test_each_text_is_read_by_itself(read: Read, lines: LineInput) -> None:
+def test_read_returns_one_text_at_a_time(read: Read, lines: LineInput) -> None:
     assert read(f"one{ENTER}two{ENTER}") == "one"
     assert lines.read() == "two"
 
@@ -99,18 +99,18 @@ def test_triple_quotes_around_a_text_are_removed(text: str, bare: str) -> None:
     assert unquoted(text) == bare
 
 
-def test_ctrl_d_in_an_empty_line_is_the_end(read: Read) -> None:
+def test_ctrl_d_on_an_empty_line_raises_eof_error(read: Read) -> None:
     with pytest.raises(EOFError):
         read(CTRL_D)
 
 
-def test_ctrl_c_abandons_the_text(read: Read) -> None:
+def test_ctrl_c_discards_the_text(read: Read) -> None:
     with pytest.raises(KeyboardInterrupt):
         read(f'"""half a text{ENTER}{CTRL_C}')
     assert read(f"another{ENTER}") == "another"
 
 
-# ---- what is typed during an answer ----
+# ---- typing during an answer ----
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_ctrl_c_abandons_the_text(read: Read) -> None:
         ("", f"nothing before{ENTER}", "nothing before"),
     ],
 )
-def test_what_is_typed_during_an_answer_waits_for_enter(
+def test_text_typed_during_an_answer_becomes_a_draft_that_enter_sends(
     read: Read, keyboard: PipeInput, lines: LineInput, during: str, after: str, text: str
 ) -> None:
     read(f"a question{ENTER}")
@@ -133,7 +133,7 @@ def test_what_is_typed_during_an_answer_waits_for_enter(
     assert read(after) == text
 
 
-def test_ctrl_d_during_an_answer_is_the_end_after_it(
+def test_ctrl_d_during_an_answer_takes_effect_after_it(
     read: Read, keyboard: PipeInput, lines: LineInput
 ) -> None:
     read(f"a question{ENTER}")
@@ -143,10 +143,10 @@ def test_ctrl_d_during_an_answer_is_the_end_after_it(
         lines.read()
 
 
-def test_lines_pasted_after_a_question_wait_for_enter(
+def test_lines_pasted_after_a_question_become_a_draft(
     read: Read, keyboard: PipeInput, lines: LineInput
 ) -> None:
-    """A terminal that does not mark a paste sends its lines as if they were typed."""
+    """A terminal without bracketed paste sends pasted lines as if they were typed."""
     assert read(f"one{ENTER}two{ENTER}three{ENTER}") == "one"
     lines.keep_typed_as_draft()
     assert read(ENTER) == "two\nthree"
@@ -156,19 +156,19 @@ def test_lines_pasted_after_a_question_wait_for_enter(
 
 
 def lines_of(file: Path, keyboard: PipeInput) -> LineInput:
-    """A line editor with its own history, as a new conversation has."""
+    """Return a line editor that has loaded its history from `file`, as in a new conversation."""
     return LineInput(open_history(file), keyboard, DummyOutput())
 
 
 def read_twice(lines: LineInput, keyboard: PipeInput) -> list[str]:
-    """Type a text, then ask for it again with the arrow key."""
+    """Type a text, then recall it with the up arrow; return both texts that were read."""
     keyboard.send_text(f"one{ENTER}")
     first = lines.read()
     keyboard.send_text(f"{UP}{ENTER}")
     return [first, lines.read()]
 
 
-def test_a_later_conversation_has_the_texts_of_earlier_ones(tmp_path: Path, keyboard: PipeInput) -> None:
+def test_the_history_contains_the_texts_of_earlier_conversations(tmp_path: Path, keyboard: PipeInput) -> None:
     file = tmp_path / "state" / "history"
     earlier = lines_of(file, keyboard)
     for keys in (f"one\\{ENTER}text{ENTER}", f"another{ENTER}"):
@@ -209,7 +209,7 @@ def test_the_history_is_bounded_and_keeps_the_latest_entries(
     assert os.listdir(tmp_path) == ["history"]
 
 
-def test_a_history_that_cannot_be_written_lasts_for_the_conversation(
+def test_without_a_writable_history_file_the_history_lasts_for_the_conversation(
     tmp_path: Path, keyboard: PipeInput
 ) -> None:
     blocked = tmp_path / "a file"
@@ -218,7 +218,7 @@ def test_a_history_that_cannot_be_written_lasts_for_the_conversation(
     assert read_twice(lines, keyboard) == ["one", "one"]
 
 
-def test_a_history_that_fails_later_does_not_end_the_conversation(
+def test_a_history_file_that_fails_later_does_not_stop_the_conversation(
     tmp_path: Path, keyboard: PipeInput
 ) -> None:
     file = tmp_path / "history"

@@ -30,9 +30,9 @@ __all__ = ["plain_cli"]
     [[], ["chat"], ["generate"], ["info"], ["bench"], ["bench", "latency"], ["bench", "throughput"]],
 )
 def test_help_gives_an_example(command: list[str], plain_cli: Run) -> None:
-    ended = plain_cli(*command, "--help")
-    assert (ended.code, ended.err) == (0, "")
-    assert f"tiny-llm {' '.join(command)}".strip() in ended.out.split("Usage:")[1].split("\n", 1)[1]
+    done = plain_cli(*command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert f"tiny-llm {' '.join(command)}".strip() in done.out.split("Usage:")[1].split("\n", 1)[1]
 
 
 @pytest.mark.parametrize("command", [["chat"], ["generate"], ["info"], ["serve"], ["bench", "latency"]])
@@ -59,7 +59,7 @@ def test_help_has_plain_placeholders_ranges_and_defaults(command: str, plain_cli
         assert internal not in shown
 
 
-def test_help_tells_how_each_command_chooses_a_seed(plain_cli: Run) -> None:
+def test_help_describes_the_default_seed_of_each_command(plain_cli: Run) -> None:
     chat, generate = (" ".join(plain_cli(name, "--help").out.split()) for name in ("chat", "generate"))
     assert "[default: a new seed each time]" in chat
     assert re.search(r"--seed N [^-]*\[default: the place of each prompt", generate), generate
@@ -80,17 +80,17 @@ def test_help_imports_neither_mlx_nor_the_engine() -> None:
 
 
 @pytest.mark.parametrize("option", ["--version", "-v"])
-def test_version(option: str, plain_cli: Run) -> None:
-    ended = plain_cli(option)
-    assert (ended.code, ended.err) == (0, "")
-    assert ended.out.startswith("tiny-llm ")
+def test_the_version_option_prints_the_version(option: str, plain_cli: Run) -> None:
+    done = plain_cli(option)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("tiny-llm ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"]])
 def test_no_command_shows_the_help(arguments: list[str], plain_cli: Run) -> None:
-    ended = plain_cli(*arguments)
-    assert (ended.code, ended.err) == (0, "")
-    assert "Commands:" in ended.out
+    done = plain_cli(*arguments)
+    assert (done.code, done.err) == (0, "")
+    assert "Commands:" in done.out
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_sampling_options_are_fields_of_sampling_params() -> None:
         ("100 B", 100),
     ],
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes_are_parsed_with_decimal_and_binary_units(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
@@ -197,15 +197,15 @@ def test_sizes(text: str, size: int) -> None:
         (["bench", "throughput", "--min-input-tokens", "999"], 2, ["999", "160"]),
     ],
 )
-def test_an_error_is_one_line_and_an_exit_code(
+def test_an_error_is_reported_in_one_line_with_an_exit_code(
     arguments: list[str], code: int, words: list[str], plain_cli: Run
 ) -> None:
-    ended = plain_cli(*arguments)
-    assert (ended.code, ended.out) == (code, "")
-    assert ended.err.startswith("tiny-llm: error: ")
-    assert ended.err.count("\n") == 1
+    done = plain_cli(*arguments)
+    assert (done.code, done.out) == (code, "")
+    assert done.err.startswith("tiny-llm: error: ")
+    assert done.err.count("\n") == 1
     for word in words:
-        assert word in ended.err
+        assert word in done.err
 
 
 @pytest.mark.parametrize(
@@ -223,33 +223,33 @@ def test_an_error_is_one_line_and_an_exit_code(
     ],
 )
 def test_an_unknown_option_suggests_the_one_that_was_meant(option: str, meant: str, plain_cli: Run) -> None:
-    ended = plain_cli("chat", "hi", option, "1")
-    assert (ended.code, ended.out) == (2, "")
-    assert f"there is no option {option}" in ended.err
-    assert meant in ended.err
+    done = plain_cli("chat", "hi", option, "1")
+    assert (done.code, done.out) == (2, "")
+    assert f"there is no option {option}" in done.err
+    assert meant in done.err
 
 
 @pytest.mark.parametrize("option", ["--n-gpu-layers", "--tensor-parallel-size", "--lora"])
-def test_an_option_that_resembles_none_suggests_none(option: str, plain_cli: Run) -> None:
+def test_an_option_that_resembles_no_known_option_gets_no_suggestion(option: str, plain_cli: Run) -> None:
     assert "did you mean" not in plain_cli("chat", "hi", option, "1").err
 
 
-def test_short_options_are_those_of_other_programs(plain_cli: Run) -> None:
-    ended = plain_cli("generate", "hi", "-m", "/nowhere.gguf", "-t", "1", "-c", "64")
-    assert "/nowhere.gguf: no such file" in ended.err
+def test_short_options_have_the_meaning_that_other_programs_give_them(plain_cli: Run) -> None:
+    done = plain_cli("generate", "hi", "-m", "/nowhere.gguf", "-t", "1", "-c", "64")
+    assert "/nowhere.gguf: no such file" in done.err
 
 
-def test_threads_are_those_of_the_kernels(plain_cli: Run) -> None:
+def test_the_threads_option_sets_the_kernels_number_of_threads(plain_cli: Run) -> None:
     assert MAX_THREADS == _loading.MAX_THREADS
     before = tiny_llm_kernels.num_threads()
     try:
-        ended = plain_cli("info", "--threads", "1", "--num-blocks", "8", "--json")
-        assert json.loads(ended.out)["machine"]["threads"] == 1
+        done = plain_cli("info", "--threads", "1", "--num-blocks", "8", "--json")
+        assert json.loads(done.out)["machine"]["threads"] == 1
     finally:
         tiny_llm_kernels.set_num_threads(before)
 
 
-def test_threads_without_kernels_are_a_warning() -> None:
+def test_the_threads_option_without_kernels_gives_a_warning() -> None:
     command = [*COMMAND, "info", "--threads", "2", "--model", "/nowhere.gguf"]
     environment = {**os.environ, "TINY_LLM_KERNELS": "off"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -257,13 +257,13 @@ def test_threads_without_kernels_are_a_warning() -> None:
     assert "TINY_LLM_KERNELS=off" in done.stderr
 
 
-def test_a_file_that_is_not_a_model_is_named(tmp_path: Path, plain_cli: Run) -> None:
+def test_an_error_names_a_file_that_is_not_a_model(tmp_path: Path, plain_cli: Run) -> None:
     file = tmp_path / "notes.gguf"
     file.write_text("not a model")
-    ended = plain_cli("chat", "hi", "--model", str(file))
-    assert ended.code == 1
-    assert str(file) in ended.err
-    assert "Traceback" not in ended.err
+    done = plain_cli("chat", "hi", "--model", str(file))
+    assert done.code == 1
+    assert str(file) in done.err
+    assert "Traceback" not in done.err
 
 
 def test_closed_standard_input_counts_as_empty(monkeypatch: pytest.MonkeyPatch) -> None:

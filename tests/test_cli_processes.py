@@ -16,7 +16,7 @@ import pytest
 from command_line import COMMAND, PROCESS_SECONDS
 
 
-def test_a_reader_that_leaves_is_not_an_error() -> None:
+def test_closing_the_reading_end_of_the_output_pipe_is_not_an_error() -> None:
     with subprocess.Popen(
         [*COMMAND, "chat", "Count to one hundred.", "--max-tokens", "60"],
         stdin=subprocess.DEVNULL,
@@ -31,7 +31,7 @@ def test_a_reader_that_leaves_is_not_an_error() -> None:
         process.wait(PROCESS_SECONDS)
 
 
-def test_ctrl_c_ends_a_single_question_with_130() -> None:
+def test_ctrl_c_during_a_single_question_exits_with_code_130() -> None:
     with subprocess.Popen(
         [*COMMAND, "chat", "Count to one hundred.", "--max-tokens", "2000"],
         stdin=subprocess.DEVNULL,
@@ -67,7 +67,7 @@ class Terminal:
         os.write(self._fd, keys.encode())
 
     def wait_for(self, text: str) -> str:
-        """Read until `text` is shown; what was shown before it. Forgets both."""
+        """Read until `text` is shown. Return what was shown before it, and drop both."""
         deadline = time.monotonic() + PROCESS_SECONDS
         while text not in self.shown:
             ready = select.select([self._fd], [], [], max(0, deadline - time.monotonic()))[0]
@@ -81,14 +81,14 @@ class Terminal:
         return bool(termios.tcgetattr(self._fd)[3] & termios.ECHO)
 
     def rest(self) -> str:
-        """All that is shown until the command ends."""
-        with suppress(OSError):  # which is how Linux says that nothing holds the terminal any more
+        """Return all that is shown until the command exits."""
+        with suppress(OSError):  # Linux raises it when no process has the terminal open
             while more := os.read(self._fd, 1024):
                 self.shown += more.decode(errors="replace")
         return self.shown
 
     def end(self) -> int:
-        """Wait for the command to end and close the terminal; the exit code."""
+        """Wait for the command to exit, close the terminal, and return the exit code."""
         self.rest()
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self._fd)
@@ -102,7 +102,7 @@ def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
+def test_ctrl_c_stops_an_answer_and_the_conversation_continues() -> None:
     terminal = Terminal("chat", "--max-tokens", "4000")
     terminal.wait_for(READING)
     terminal.type("Write a very long story.\r")
@@ -118,7 +118,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on() -> None:
     assert terminal.end() == 0
 
 
-def test_ctrl_c_at_the_prompt_of_a_terminal_abandons_the_line_and_hints_once() -> None:
+def test_ctrl_c_at_the_prompt_discards_the_line_and_shows_how_to_exit_once() -> None:
     terminal = Terminal("chat")
     terminal.wait_for(READING)
     terminal.type("half a question\x03")
@@ -130,7 +130,7 @@ def test_ctrl_c_at_the_prompt_of_a_terminal_abandons_the_line_and_hints_once() -
     assert terminal.end() == 0
 
 
-def test_what_is_typed_during_an_answer_is_not_echoed_and_waits_for_enter(state: Path) -> None:
+def test_text_typed_during_an_answer_is_not_echoed_and_is_sent_only_after_enter(state: Path) -> None:
     terminal = Terminal("chat", "--max-tokens", "4000")
     assert terminal.echoes
     terminal.wait_for(READING)
@@ -168,7 +168,7 @@ def test_a_pasted_text_of_several_lines_is_one_question(state: Path) -> None:
     assert question == "Explain:\nx = 1\n\ny = 2"
 
 
-def test_the_next_conversation_has_the_history_of_the_last() -> None:
+def test_the_history_is_available_in_the_next_conversation() -> None:
     for keys in ("/stats\r", "\x1b[A\r"):
         terminal = Terminal("chat")
         terminal.wait_for(READING)

@@ -62,7 +62,7 @@ def request(body: dict[str, object], *headers: str, path: str = COMPLETE) -> byt
     return "\r\n".join([*head, f"Content-Length: {len(sent)}", "", ""]).encode() + sent
 
 
-def all_of(connection: socket.socket) -> bytes:
+def read_to_end(connection: socket.socket) -> bytes:
     """Return the answer, until the server closes the connection."""
     parts = []
     with suppress(ConnectionError):
@@ -71,7 +71,7 @@ def all_of(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def asked(connection: socket.socket) -> bytes:
+def health_answer(connection: socket.socket) -> bytes:
     """Send HEALTH on a connection that stays open, and return the answer."""
     connection.sendall(HEALTH)
     answer = b""
@@ -92,7 +92,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 def test_an_unfinished_head_times_out(strict: Served, sent: bytes) -> None:
     with connected(strict) as connection:
         connection.sendall(sent)
-        assert all_of(connection).startswith(b"HTTP/1.1 408 ")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_head_sent_byte_by_byte_times_out(strict: Served) -> None:
@@ -103,23 +103,23 @@ def test_a_head_sent_byte_by_byte_times_out(strict: Served) -> None:
             if select.select([connection], [], [], 0.1)[0]:
                 break
         else:
-            raise AssertionError("it was never ended")
-        assert all_of(connection).startswith(b"HTTP/1.1 408 ")
+            raise AssertionError("the server did not answer")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
 
 
 def test_an_idle_connection_is_closed_without_an_answer(strict: Served) -> None:
     with connected(strict) as connection:
         connection.sendall(HEALTH)
-        answer = all_of(connection)
+        answer = read_to_end(connection)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_the_head_of_a_second_request_times_out_too(strict: Served) -> None:
     with connected(strict) as connection:
-        asked(connection)
+        health_answer(connection)
         connection.sendall(b"GET /hea")
-        assert all_of(connection).startswith(b"HTTP/1.1 408 ")
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize("head", [b"Content-Length: 50\r\n", b"Transfer-Encoding: chunked\r\n"])
@@ -132,7 +132,7 @@ def test_an_unfinished_body_times_out(
     start = b"%b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%b\r\n2\r\n{}"
     with connected(strict) as connection:
         connection.sendall(start % (method, head))
-        answer = all_of(connection)
+        answer = read_to_end(connection)
     assert re.match(rb"HTTP/1.1 (408|200) ", answer), answer
 
 
@@ -178,10 +178,10 @@ def test_at_the_limit_an_idle_connection_is_closed_for_a_new_one_and_busy_ones_s
         idle.sendall(b"GET /hea")
         until(lambda: len(here.server.server_state.connections) == 4)
         with connected(here) as connection:
-            assert asked(connection).startswith(b"HTTP/1.1 200 ")
-        assert all_of(idle) == b""
+            assert health_answer(connection).startswith(b"HTTP/1.1 200 ")
+        assert read_to_end(idle) == b""
         for connection in busy:
-            assert all_of(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert read_to_end(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 def test_a_new_connection_gets_503_if_all_are_busy() -> None:
@@ -192,7 +192,7 @@ def test_a_new_connection_gets_503_if_all_are_busy() -> None:
             connection.sendall(request(body))
             assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
         with connected(here) as connection:
-            answer = all_of(connection)
+            answer = read_to_end(connection)
         assert answer.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
         assert b"retry-after: 1\r\n" in answer
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
@@ -221,18 +221,18 @@ def limited_process(files: int) -> Iterator[tuple[list[str], str]]:
 
 def test_without_file_descriptors_open_connections_are_served_and_the_log_stays_short() -> None:
     """Every connection is in the middle of a body, so none is closed for another one."""
-    with limited_process(80) as (lines, place), ExitStack() as stack:
-        host, _, port = place.partition(":")
+    with limited_process(80) as (lines, address), ExitStack() as stack:
+        host, _, port = address.partition(":")
         first = stack.enter_context(socket.create_connection((host, int(port)), timeout=SECONDS))
-        assert asked(first).startswith(b"HTTP/1.1 200 ")
+        assert health_answer(first).startswith(b"HTTP/1.1 200 ")
         with ExitStack() as others:
             for _ in range(120):
                 one = others.enter_context(socket.create_connection((host, int(port)), timeout=SECONDS))
                 one.sendall(request({"prompt": "x"})[:-1])
             until(lambda: any("cannot accept" in line for line in lines))
             time.sleep(2 * connections.ACCEPT_PAUSE)
-            assert asked(first).startswith(b"HTTP/1.1 200 ")
-        with httpx.Client(base_url=f"http://{place}", timeout=SECONDS) as client:
+            assert health_answer(first).startswith(b"HTTP/1.1 200 ")
+        with httpx.Client(base_url=f"http://{address}", timeout=SECONDS) as client:
             assert client.get("/health").status_code == 200
     assert [line for line in lines if "cannot accept" in line] == [
         "WARNING:  cannot accept connections: Too many open files\n"
@@ -256,25 +256,25 @@ def test_the_limit_on_open_files_is_raised() -> None:
 
 def test_a_body_in_one_byte_chunks_is_refused_before_its_end(served: Served) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    worst, stop = [0.0], threading.Event()
+    slowest, stop = [0.0], threading.Event()
 
-    def look() -> None:
+    def poll_health() -> None:
         with served.client() as client:
             while not stop.is_set():
                 start = time.monotonic()
                 client.get("/health")
-                worst[0] = max(worst[0], time.monotonic() - start)
+                slowest[0] = max(slowest[0], time.monotonic() - start)
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    polling = threading.Thread(target=poll_health)
+    polling.start()
     with connected(served) as connection:
         with suppress(ConnectionError):
             connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200_000)
-        answer = all_of(connection)
+        answer = read_to_end(connection)
     stop.set()
-    looking.join()
+    polling.join()
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400 ")
-    assert worst[0] < 2.0
+    assert slowest[0] < 2.0
 
 
 def test_json_in_small_chunks_is_accepted(served: Served) -> None:
@@ -316,7 +316,7 @@ def test_a_request_that_two_servers_could_read_differently_is_refused(
         with suppress(ConnectionError):
             connection.sendall(start + head + b"\r\n" + body)
         connection.settimeout(5)
-        answer = all_of(connection)
+        answer = read_to_end(connection)
     if answer or status != 431:  # the answer may be lost on a client that still sends
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
@@ -337,7 +337,7 @@ def test_an_invalid_request_line_is_refused(served: Served, line: bytes) -> None
     with connected(served) as connection:
         with suppress(ConnectionError):
             connection.sendall(line + b"\r\nHost: localhost\r\n\r\n")
-        answer = all_of(connection)
+        answer = read_to_end(connection)
     assert re.match(rb"HTTP/1.1 (4\d\d|505) ", answer) or not answer
 
 
@@ -345,7 +345,7 @@ def test_requests_in_one_packet_are_answered_in_order(served: Served) -> None:
     with connected(served) as connection:
         last = b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         connection.sendall(HEALTH * 50 + last)
-        assert re.findall(rb"HTTP/1.1 (\d+)", all_of(connection)) == [b"200"] * 50 + [b"404"]
+        assert re.findall(rb"HTTP/1.1 (\d+)", read_to_end(connection)) == [b"200"] * 50 + [b"404"]
 
 
 def test_bodies_share_a_memory_limit_and_small_ones_do_not_count() -> None:
@@ -376,7 +376,7 @@ def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(served: Serve
     with connected(served) as connection:
         connection.sendall(request(body))
         connection.shutdown(socket.SHUT_WR)
-        answer = all_of(connection).decode()
+        answer = read_to_end(connection).decode()
     if stream:
         events = re.findall(r"data: (\{.*\})", answer)
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
@@ -391,7 +391,7 @@ def test_a_client_that_shuts_down_its_sending_side_gets_all_pipelined_answers(se
     with connected(served) as connection:
         connection.sendall(HEALTH * 3)
         connection.shutdown(socket.SHUT_WR)
-        assert re.findall(rb"HTTP/1.1 (\d+)", all_of(connection)) == [b"200"] * 3
+        assert re.findall(rb"HTTP/1.1 (\d+)", read_to_end(connection)) == [b"200"] * 3
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", request({"prompt": "x"})[:-3]])
@@ -399,7 +399,7 @@ def test_a_client_that_closes_before_its_request_is_complete_is_dropped(served: 
     with connected(served) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        assert all_of(connection) == b""
+        assert read_to_end(connection) == b""
 
 
 @pytest.mark.parametrize("stream", [False, True])

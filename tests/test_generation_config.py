@@ -1,7 +1,7 @@
-"""What a model recommends: sampling parameters and end-of-sequence ids of generation_config.json and of GGUF.
+"""A model's recommended sampling parameters and end-of-sequence ids, from generation_config.json and GGUF.
 
-Oracle: vLLM's documented behaviour. Recommended values apply where a caller leaves a parameter out, in
-Python, over HTTP and on the command line; a value that a caller gives always wins, the engine's default too.
+Oracle: vLLM's documented behaviour. A recommended value applies if the caller omits the parameter, in Python,
+over HTTP and on the command line. A value that the caller gives always wins, even if it is the default.
 """
 
 import json
@@ -25,7 +25,7 @@ from tiny_llm_server import service
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
 WEIGHTS = random_weights(CONFIG)
-SAID = {
+FILE_FIELDS = {
     "temperature": 0.6,
     "top_p": 0.9,
     "top_k": 20,
@@ -33,14 +33,14 @@ SAID = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 7,
 }
-MEANT = {**SAID, "max_tokens": 7}
-del MEANT["max_new_tokens"]
+RECOMMENDED = {**FILE_FIELDS, "max_tokens": 7}
+del RECOMMENDED["max_new_tokens"]
 
 
-def folder_that_says(path: Path, **said: Any) -> Path:
-    """A model whose generation_config.json says that."""
+def write_model(path: Path, **fields: Any) -> Path:
+    """Write a model whose generation_config.json has these fields; return its folder."""
     folder = write_folder(path, CONFIG, WEIGHTS)
-    (folder / "generation_config.json").write_text(json.dumps(said))
+    (folder / "generation_config.json").write_text(json.dumps(fields))
     return folder
 
 
@@ -54,10 +54,10 @@ def refusal(path: Path, generation_config: str = "auto") -> str:
     return str(caught.value)
 
 
-# What the files say.
+# Sampling parameters in the files.
 
 
-def test_the_fields_that_vllm_takes_are_taken(tmp_path: Path) -> None:
+def test_the_fields_that_vllm_reads_are_read(tmp_path: Path) -> None:
     others = {
         "do_sample": False,
         "num_beams": 4,
@@ -65,19 +65,19 @@ def test_the_fields_that_vllm_takes_are_taken(tmp_path: Path) -> None:
         "typical_p": 0.2,
         "transformers_version": "5",
     }
-    assert defaults(folder_that_says(tmp_path, **SAID, **others)) == MEANT
+    assert defaults(write_model(tmp_path, **FILE_FIELDS, **others)) == RECOMMENDED
 
 
-def test_null_is_nothing_and_a_folder_without_the_file_says_nothing(tmp_path: Path) -> None:
-    assert defaults(folder_that_says(tmp_path / "a", temperature=None, top_p=0.5)) == {"top_p": 0.5}
+def test_null_fields_and_a_missing_file_recommend_nothing(tmp_path: Path) -> None:
+    assert defaults(write_model(tmp_path / "a", temperature=None, top_p=0.5)) == {"top_p": 0.5}
     assert defaults(write_folder(tmp_path / "b", CONFIG, WEIGHTS)) == {}
 
 
-def test_a_gguf_says_it_in_its_metadata(tmp_path: Path) -> None:
-    """llama.cpp's keys; 0.95 comes back although float32 cannot hold it. Other kinds are ignored."""
-    said = {"temp": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "penalty_repeat": 1.1}
+def test_a_gguf_file_recommends_parameters_in_its_metadata(tmp_path: Path) -> None:
+    """The keys are llama.cpp's. 0.95 is read exactly although it is stored as float32. Others are ignored."""
+    known = {"temp": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "penalty_repeat": 1.1}
     ignored = {"mirostat": 2, "xtc_probability": 0.5, "penalty_last_n": 64, "sequence": "kpt"}
-    keys = {f"general.sampling.{name}": value for name, value in {**said, **ignored}.items()}
+    keys = {f"general.sampling.{name}": value for name, value in {**known, **ignored}.items()}
     found = defaults(write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other=keys))
     assert found == {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
 
@@ -90,22 +90,24 @@ BAD = [
 
 
 @pytest.mark.parametrize(("field", "value"), BAD)
-def test_a_value_that_no_request_may_have_is_refused_by_file_and_field(
+def test_an_invalid_recommended_value_is_rejected_with_file_and_field(
     field: str, value: Any, tmp_path: Path
 ) -> None:
-    folder = folder_that_says(tmp_path, **{field: value})
+    folder = write_model(tmp_path, **{field: value})
     assert refusal(folder).startswith(f"{folder / 'generation_config.json'}: {field} is ")
-    assert defaults(folder, "vllm") == {}, "where it is not asked for, it does no harm"
+    assert defaults(folder, "vllm") == {}, (
+        "with generation_config='vllm' the file's sampling parameters are not read"
+    )
 
 
-def test_a_bad_value_in_a_gguf_is_refused_by_its_key(tmp_path: Path) -> None:
+def test_an_invalid_value_in_a_gguf_file_is_rejected_with_its_key(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other={"general.sampling.top_p": 1.5})
     assert refusal(path).startswith(f"{path}: general.sampling.top_p is 1.5")
 
 
-def test_another_folder_can_say_it(tmp_path: Path) -> None:
-    model = folder_that_says(tmp_path / "model", temperature=0.1, eos_token_id=5)
-    other = folder_that_says(tmp_path / "other", top_k=3, eos_token_id=[6])
+def test_generation_config_may_name_another_folder(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", temperature=0.1, eos_token_id=5)
+    other = write_model(tmp_path / "other", top_k=3, eos_token_id=[6])
     assert defaults(model, str(other)) == {"top_k": 3}
     assert load_model(model, 16, str(other)).model.config.eos_token_ids == (5, 6, EOS)
     for name in (str(tmp_path / "nowhere"), "~nobody/x", "a" * 5000, "a\0b"):
@@ -113,12 +115,12 @@ def test_another_folder_can_say_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, "", ["auto"]])
-def test_an_option_that_is_no_text_is_refused(value: Any) -> None:
+def test_an_invalid_generation_config_option_is_rejected(value: Any) -> None:
     with pytest.raises(ConfigError, match="generation_config must be 'auto', 'vllm' or a folder"):
         LLM(generation_config=value)
 
 
-# What ends a sequence.
+# End-of-sequence ids.
 
 
 @pytest.mark.parametrize("mode", ["auto", "vllm"])
@@ -131,7 +133,7 @@ def test_an_option_that_is_no_text_is_refused(value: Any) -> None:
         ({"eos_token_id": None}, {"eos_token_id": 6}, {6, EOS}),
     ],
 )
-def test_ids_of_both_files_and_of_the_tokenizer_end_a_sequence(
+def test_end_of_sequence_ids_of_both_files_and_of_the_tokenizer_are_combined(
     config: dict[str, Any], generation: dict[str, Any], ends: set[int], mode: str, tmp_path: Path
 ) -> None:
     folder = write_folder(tmp_path, {**CONFIG, **config}, WEIGHTS)
@@ -141,10 +143,12 @@ def test_ids_of_both_files_and_of_the_tokenizer_end_a_sequence(
 
 @pytest.mark.parametrize("value", [-1, 288, "2", 2.0, [[2]], True, 10**400])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_an_id_that_is_no_token_is_refused_by_file_and_field(file: str, value: Any, tmp_path: Path) -> None:
-    folder = folder_that_says(tmp_path)
-    said = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**said, "eos_token_id": value}))
+def test_an_invalid_end_of_sequence_id_is_rejected_with_file_and_field(
+    file: str, value: Any, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path)
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, "eos_token_id": value}))
     message = refusal(folder)
     assert message.startswith(f"{folder / file}: eos_token_id")
 
@@ -154,7 +158,7 @@ def test_an_id_that_is_no_token_is_refused_by_file_and_field(file: str, value: A
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_that_says(tmp_path_factory.mktemp("models") / "tiny", **SAID)
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", **FILE_FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +167,7 @@ def llm(folder: Path) -> LLM:
 
 
 @pytest.fixture
-def seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
+def engine_params(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
     """The parameters of every request that reaches the engine."""
     found: list[SamplingParams] = []
     request = llm.engine.request
@@ -180,24 +184,24 @@ def seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
 MESSAGES = [{"role": "user", "content": "ab"}]
 
 
-def test_a_call_without_parameters_uses_what_the_model_recommends(
-    llm: LLM, seen: list[SamplingParams]
+def test_calls_without_parameters_use_the_recommended_ones(
+    llm: LLM, engine_params: list[SamplingParams]
 ) -> None:
-    assert llm.get_default_sampling_params() == SamplingParams(**MEANT)
+    assert llm.get_default_sampling_params() == SamplingParams(**RECOMMENDED)
     llm.generate(["ab", "b"], use_tqdm=False)
     llm.chat(MESSAGES, use_tqdm=False)
     list(llm.stream("ab"))
     list(llm.stream_chat(MESSAGES))
-    assert seen == [SamplingParams(**MEANT)] * 5
+    assert engine_params == [SamplingParams(**RECOMMENDED)] * 5
 
 
-def test_parameters_that_a_caller_makes_are_used_as_they_are(llm: LLM, seen: list[SamplingParams]) -> None:
+def test_a_callers_sampling_params_are_used_unchanged(llm: LLM, engine_params: list[SamplingParams]) -> None:
     llm.generate("ab", SamplingParams(), use_tqdm=False)
     list(llm.stream("ab", SamplingParams(top_k=3)))
-    assert seen == [SamplingParams(), SamplingParams(top_k=3)]
+    assert engine_params == [SamplingParams(), SamplingParams(top_k=3)]
 
 
-def test_the_engines_own_defaults_are_an_option(folder: Path) -> None:
+def test_generation_config_vllm_selects_the_engines_own_defaults(folder: Path) -> None:
     assert (
         LLM(folder, num_blocks=8, generation_config="vllm").get_default_sampling_params() == SamplingParams()
     )
@@ -230,55 +234,59 @@ ENDPOINTS = {
         ({"seed": 5, "n": 2}, {"seed": 5, "n": 2}),
     ],
 )
-def test_a_request_gets_what_it_leaves_out(
+def test_a_request_gets_recommended_values_for_the_fields_that_it_omits(
     endpoint: str,
     sent: dict[str, Any],
     changed: dict[str, Any],
     client: httpx.Client,
-    seen: list[SamplingParams],
+    engine_params: list[SamplingParams],
 ) -> None:
     answer = client.post(endpoint, json={**ENDPOINTS[endpoint], **sent})
     assert answer.status_code == 200, answer.text
-    assert seen == [SamplingParams(**{**MEANT, **changed})]
+    assert engine_params == [SamplingParams(**{**RECOMMENDED, **changed})]
 
 
-def test_the_new_name_of_max_tokens_counts_as_given(client: httpx.Client, seen: list[SamplingParams]) -> None:
+def test_max_completion_tokens_counts_as_a_given_max_tokens(
+    client: httpx.Client, engine_params: list[SamplingParams]
+) -> None:
     body = {"messages": MESSAGES, "max_completion_tokens": 3}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
-    assert seen == [SamplingParams(**{**MEANT, "max_tokens": 3})]
+    assert engine_params == [SamplingParams(**{**RECOMMENDED, "max_tokens": 3})]
 
 
-def test_an_echo_of_the_prompt_alone_generates_nothing(client: httpx.Client) -> None:
+def test_echo_with_max_tokens_zero_generates_nothing(client: httpx.Client) -> None:
     body = {"prompt": "ab", "max_tokens": 0, "echo": True}
     assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == "ab"
 
 
-def test_the_server_says_at_its_start_what_requests_get(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(service.LOG, "info", lambda text, *values, **_: said.append(text % values))
+def test_the_server_logs_the_recommended_parameters_at_startup(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(service.LOG, "info", lambda text, *values, **_: lines.append(text % values))
     with serving(lambda: llm):
         pass
-    assert "temperature 0.6, top_p 0.9" in "".join(said)
+    assert "temperature 0.6, top_p 0.9" in "".join(lines)
 
 
-# A limit that does not fit.
+# A recommended max_tokens that does not fit into the context.
 
 
 @pytest.fixture(scope="module")
-def long_winded(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    """Recommends more tokens than the context of 128 has."""
-    path = folder_that_says(tmp_path_factory.mktemp("models") / "tiny", max_new_tokens=1000, temperature=0.0)
+def llm_with_large_limit(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A model that recommends more tokens than its context of 128 holds."""
+    path = write_model(tmp_path_factory.mktemp("models") / "tiny", max_new_tokens=1000, temperature=0.0)
     return LLM(path, num_blocks=64)
 
 
-def test_a_recommended_limit_gives_way_to_the_context(long_winded: LLM) -> None:
-    """As in vLLM: what is left after the prompt; a caller's own limit is refused where it does not fit."""
-    [output] = long_winded.generate("ab", use_tqdm=False)
+def test_a_recommended_max_tokens_is_reduced_to_the_context(llm_with_large_limit: LLM) -> None:
+    """As in vLLM, it is reduced to what the context has left. A caller's own limit must fit."""
+    [output] = llm_with_large_limit.generate("ab", use_tqdm=False)
     assert output.finished
-    assert len(list(long_winded.stream("ab"))) <= 127
+    assert len(list(llm_with_large_limit.stream("ab"))) <= 127
     with pytest.raises(ValueError, match="exceed the context of 128"):
-        long_winded.generate("ab", SamplingParams(max_tokens=1000), use_tqdm=False)
-    with serving(lambda: long_winded) as here, here.client() as client:
+        llm_with_large_limit.generate("ab", SamplingParams(max_tokens=1000), use_tqdm=False)
+    with serving(lambda: llm_with_large_limit) as here, here.client() as client:
         for endpoint, body in ENDPOINTS.items():
             usage = client.post(endpoint, json={**body, "ignore_eos": True}).json()["usage"]
             assert usage["total_tokens"] == 128
@@ -286,11 +294,11 @@ def test_a_recommended_limit_gives_way_to_the_context(long_winded: LLM) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--chat"]])
-def test_a_recommended_limit_gives_way_on_the_command_line_too(
-    options: list[str], long_winded: LLM, capsys: pytest.CaptureFixture[str]
+def test_the_command_line_too_reduces_a_recommended_max_tokens_to_the_context(
+    options: list[str], llm_with_large_limit: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["generate", "ab", "--json", "--no-progress", "--ignore-eos", *options]
-    assert run([*command, "--model", str(long_winded.model_path), "--num-blocks", "64"]) == 0
+    assert run([*command, "--model", str(llm_with_large_limit.model_path), "--num-blocks", "64"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["prompt_token_ids"]) + len(found["outputs"][0]["token_ids"]) == 128
 
@@ -302,32 +310,36 @@ def asked(**options: Any) -> AskedSampling:
     return asked_sampling(SamplingOptions(**options), max_tokens=128)
 
 
-def test_a_command_uses_what_was_given_then_the_model_then_its_own() -> None:
+def test_given_options_override_the_models_values_and_these_the_commands_own_defaults() -> None:
     assert asked().params() == SamplingParams(temperature=0.0, max_tokens=128)
-    assert asked().params(MEANT) == SamplingParams(**MEANT)
+    assert asked().params(RECOMMENDED) == SamplingParams(**RECOMMENDED)
     packaged = {"frequency_penalty": 0.2, "presence_penalty": 0.1}
     assert asked().params(packaged) == SamplingParams(temperature=0.0, max_tokens=128, **packaged)
     assert asked(frequency_penalty=0.0).params(packaged).frequency_penalty == 0.0
     given = asked(temperature=0.0, top_p=1.0, max_tokens=128, repetition_penalty=1.0)
     kept = {"top_k": 20, "min_p": 0.05}
-    assert given.params(MEANT) == SamplingParams(temperature=0.0, max_tokens=128, **kept)
+    assert given.params(RECOMMENDED) == SamplingParams(temperature=0.0, max_tokens=128, **kept)
 
 
-def test_a_line_of_a_file_is_given_too(tmp_path: Path) -> None:
+def test_parameters_in_a_line_of_a_file_count_as_given(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a", "temperature": 0.0}\n{"prompt": "b"}\n')
     first, second = read_prompts([], [file], asked(top_k=3))
-    assert first.asked.params(MEANT) == SamplingParams(**{**MEANT, "top_k": 3, "temperature": 0.0})
-    assert second.asked.params(MEANT) == SamplingParams(**{**MEANT, "top_k": 3})
+    assert first.asked.params(RECOMMENDED) == SamplingParams(
+        **{**RECOMMENDED, "top_k": 3, "temperature": 0.0}
+    )
+    assert second.asked.params(RECOMMENDED) == SamplingParams(**{**RECOMMENDED, "top_k": 3})
 
 
-def test_commands_show_and_use_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_show_and_use_the_recommended_parameters(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generate = ["generate", "ab", "--json", "--no-progress", "--model", str(folder), "--num-blocks", "8"]
     assert run(generate) == 0
     assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) <= 7
     assert run([*generate, "--generation-config", "vllm", "--ignore-eos", "--max-tokens", "9"]) == 0
     assert len(json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]) == 9
     assert run(["info", "--json", "--model", str(folder)]) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["sampling_defaults"] == MEANT
+    assert json.loads(capsys.readouterr().out)["model"]["sampling_defaults"] == RECOMMENDED
     assert run(["info", "--model", str(folder)]) == 0
     assert "temperature 0.6, top_p 0.9, top_k 20" in capsys.readouterr().out

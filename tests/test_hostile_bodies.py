@@ -19,21 +19,21 @@ from served import SECONDS, until
 
 COMPLETE, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
 SIZE = (4 << 20) - 256  # just within the limit of a body
-ANSWER_SECONDS, HEALTH_SECONDS, MORE_MIB = 5.0, 2.0, 300
+ANSWER_SECONDS, HEALTH_SECONDS, MAX_GROWTH_MIB = 5.0, 2.0, 300
 
 PROMPT, MESSAGES, CONTENT = b'{"prompt":', b'{"messages":[', b'{"role":"user","content":'
 ONE = b'{"prompt":"x","max_tokens":1,'
 
 
-def times(element: bytes, before: bytes, after: bytes, most: int = SIZE) -> bytes:
+def times(element: bytes, before: bytes, after: bytes, max_count: int = SIZE) -> bytes:
     """Repeat an element as often as fits, separated by commas."""
-    count = min(most, (SIZE - len(before) - len(after)) // (len(element) + 1))
+    count = min(max_count, (SIZE - len(before) - len(after)) // (len(element) + 1))
     return before + b",".join([element] * count) + after
 
 
-def named(element: bytes, before: bytes, after: bytes, most: int) -> bytes:
+def named(element: bytes, before: bytes, after: bytes, max_count: int) -> bytes:
     """Repeat a field under different names: `element` contains %d."""
-    parts = [element % number for number in range(most)]
+    parts = [element % number for number in range(max_count)]
     return (before + b",".join(parts))[: SIZE - 100].rpartition(b",")[0] + after
 
 
@@ -140,10 +140,10 @@ class Server:
 
     def memory(self, what: str) -> int:
         """Return a figure of /proc/PID/status, in MiB."""
-        told = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(rf"{what}:\s+(\d+) kB", told)[1]) // 1024  # type: ignore[index]
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) // 1024  # type: ignore[index]
 
-    def look(self) -> None:
+    def poll_health(self) -> None:
         """Request /health again and again."""
         with httpx.Client(base_url=self.url, timeout=SECONDS) as client:
             while not self.has_ended.wait(0.01):
@@ -163,11 +163,11 @@ def server() -> Iterator[Server]:
         reader.start()
         until(lambda: any("is ready" in line for line in lines))
         here = Server(process, re.search(r"http://[\d.:]+", "".join(lines))[0])  # type: ignore[index]
-        looking = threading.Thread(target=here.look, daemon=True)
-        looking.start()
+        polling = threading.Thread(target=here.poll_health, daemon=True)
+        polling.start()
         yield here
         here.has_ended.set()
-        looking.join(SECONDS)
+        polling.join(SECONDS)
         process.kill()
         process.wait()
         reader.join()
@@ -190,4 +190,4 @@ def test_a_hostile_body_is_refused_quickly(server: Server, kind: str) -> None:
     assert len(answer.content) < 10_000
     assert seconds < ANSWER_SECONDS
     assert server.slowest < HEALTH_SECONDS
-    assert server.memory("VmHWM") - min(before, server.memory("VmRSS")) < MORE_MIB
+    assert server.memory("VmHWM") - min(before, server.memory("VmRSS")) < MAX_GROWTH_MIB

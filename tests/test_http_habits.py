@@ -113,7 +113,7 @@ def test_another_method_gets_405_with_the_allowed_methods(
     assert (asked.status_code, asked.headers["Allow"], asked.content) == (204, allowed, b"")
 
 
-TOO_MANY = [
+EXTRA_SLASHES = [
     "/v1/models/",
     "//v1//models",
     "/v1/models//",
@@ -123,7 +123,7 @@ TOO_MANY = [
 ]
 
 
-@pytest.mark.parametrize("path", TOO_MANY)
+@pytest.mark.parametrize("path", EXTRA_SLASHES)
 def test_extra_slashes_name_the_same_resource(served: Served, path: str) -> None:
     assert status(raw(served, get(path, "Host: localhost"))) == 200
 
@@ -184,7 +184,7 @@ def test_a_wrong_method_is_refused_with_the_right_one(client: httpx.Client) -> N
     assert error["message"] == "/v1/models does not accept DELETE; use GET"
 
 
-AROUND_THE_KEY = [
+PROTECTED_PATH_SPELLINGS = [
     r"/v1/models",
     r"//v1/models",
     r"/v1//models",
@@ -224,7 +224,7 @@ AROUND_THE_KEY = [
 ]
 
 
-@pytest.mark.parametrize("target", AROUND_THE_KEY)
+@pytest.mark.parametrize("target", PROTECTED_PATH_SPELLINGS)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "QUERY"])
 def test_no_spelling_of_a_path_bypasses_the_key(locked: Served, method: str, target: str) -> None:
     """Without a key, every answer is an error."""
@@ -338,19 +338,21 @@ def test_a_page_can_read_errors_and_the_headers_x_request_id_and_retry_after(
 
 # Bodies.
 
-FINE = b'{"prompt": "x", "max_tokens": 1}'
+VALID_BODY = b'{"prompt": "x", "max_tokens": 1}'
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "gzip, identity", "GZIP", "unknown"])
 def test_a_compressed_body_gets_415_with_the_accepted_codings(client: httpx.Client, coding: str) -> None:
-    answer = client.post(COMPLETE, content=gzip.compress(FINE), headers={**JSON, "Content-Encoding": coding})
+    answer = client.post(
+        COMPLETE, content=gzip.compress(VALID_BODY), headers={**JSON, "Content-Encoding": coding}
+    )
     assert (answer.status_code, answer.headers["Accept-Encoding"]) == (415, "identity")
     assert answer.json()["error"]["code"] == "unsupported_content_encoding"
 
 
 @pytest.mark.parametrize("coding", ["identity", "", "Identity"])
 def test_a_body_with_the_coding_identity_is_accepted(client: httpx.Client, coding: str) -> None:
-    answer = client.post(COMPLETE, content=FINE, headers={**JSON, "Content-Encoding": coding})
+    answer = client.post(COMPLETE, content=VALID_BODY, headers={**JSON, "Content-Encoding": coding})
     assert answer.status_code == 200
 
 
@@ -370,13 +372,13 @@ def test_a_body_with_the_coding_identity_is_accepted(client: httpx.Client, codin
     ],
 )
 def test_only_json_in_utf_8_is_accepted(client: httpx.Client, kind: str, expected: int) -> None:
-    answer = client.post(COMPLETE, content=FINE, headers={"Content-Type": kind})
+    answer = client.post(COMPLETE, content=VALID_BODY, headers={"Content-Type": kind})
     assert answer.status_code == expected
     assert expected == 200 or "application/json" in answer.text or "UTF-8" in answer.text
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b'{"prompt": x}', r"at byte 11 \(line 1, column 12\)"),
         (b'{"prompt": "x",\n "n": }', r"at byte 22 \(line 2, column 7\)"),
@@ -403,10 +405,10 @@ def test_only_json_in_utf_8_is_accepted(client: httpx.Client, kind: str, expecte
     ],
     ids=range(22),
 )
-def test_the_error_for_invalid_json_names_the_byte(client: httpx.Client, body: bytes, said: str) -> None:
+def test_the_error_for_invalid_json_names_the_byte(client: httpx.Client, body: bytes, message: str) -> None:
     error = client.post(COMPLETE, content=body, headers=JSON)
     assert error.status_code == 400
-    assert re.search(said, error.json()["error"]["message"]), error.text
+    assert re.search(message, error.json()["error"]["message"]), error.text
 
 
 def test_a_byte_order_mark_is_skipped_and_the_last_of_equal_fields_counts(client: httpx.Client) -> None:

@@ -135,8 +135,8 @@ def test_a_client_knows_the_state_of_the_engine(served: Served, llm: LLM) -> Non
     with Watcher(served) as watcher:
         assert watcher.pool["num_blocks"] == watcher.pool["num_host_blocks"] == 40
         assert watcher.pool["block_size"] == 16
-        with ThreadPoolExecutor(1) as asking:
-            answers = asking.submit(send_load, served)
+        with ThreadPoolExecutor(1) as sender:
+            answers = sender.submit(send_load, served)
             until(lambda: llm.engine.stats.num_running > 3)
             with Watcher(served) as late:
                 ids = {answer.json()["id"] for answer in answers.result(60)}

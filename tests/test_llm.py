@@ -1,4 +1,4 @@
-"""LLM, the front door in Python, on the embedded model: shapes of input, refusals, streams."""
+"""The Python class `LLM` with the embedded model: kinds of input, errors, streams."""
 
 import gc
 import signal
@@ -45,13 +45,13 @@ def loaded() -> LLM:
 
 @pytest.fixture
 def llm(loaded: LLM) -> Iterator[LLM]:
-    """The one engine of this module; every test leaves it without a request and without a page."""
+    """The engine shared by this module; after each test it must have no requests and no used pages."""
     yield loaded
     check_all_returned(loaded.core.manager)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_every_packed_matrix_rounds_activations_as_the_engine_is_told(bits: int) -> None:
+def test_every_packed_matrix_uses_the_engines_activation_bits(bits: int) -> None:
     layer = LLM(num_blocks=8, activation_bits=bits).model.layers[0]
     matrices = (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
     packed = [matrix for matrix in matrices if isinstance(matrix, PackedLinear)]
@@ -59,13 +59,13 @@ def test_every_packed_matrix_rounds_activations_as_the_engine_is_told(bits: int)
     assert all(matrix.activation_bits == bits for matrix in packed)
 
 
-def test_a_question_is_answered(llm: LLM) -> None:
+def test_chat_answers_a_question(llm: LLM) -> None:
     [output] = llm.chat(QUESTION, SamplingParams(temperature=0.0, max_tokens=20), use_tqdm=False)
     assert output.outputs[0].text == "The capital of France is Paris."
     assert (output.outputs[0].finish_reason, output.finished) == ("stop", True)
 
 
-def test_texts_and_token_ids_alone_and_in_lists(llm: LLM) -> None:
+def test_prompts_may_be_strings_or_token_ids_single_or_in_a_list(llm: LLM) -> None:
     text = "Once upon a time"
     ids = llm.tokenizer.encode(text)
     [alone] = llm.generate(text, GREEDY, use_tqdm=False)
@@ -78,29 +78,29 @@ def test_texts_and_token_ids_alone_and_in_lists(llm: LLM) -> None:
     assert alone.prompt_token_ids == tuple(ids)
 
 
-def test_no_prompts_give_no_outputs(llm: LLM) -> None:
+def test_an_empty_list_of_prompts_gives_an_empty_list_of_outputs(llm: LLM) -> None:
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 
 
-def test_each_prompt_has_its_own_parameters_and_outputs_keep_the_order(llm: LLM) -> None:
+def test_each_prompt_may_have_its_own_parameters_and_outputs_are_in_order(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=m, temperature=0.0, n=n) for m, n in ((7, 1), (2, 2), (4, 1))]
     outputs = llm.generate(["A", "B", "C"], params, use_tqdm=False)
     assert [[len(c.token_ids) for c in output.outputs] for output in outputs] == [[7], [2, 2], [4]]
     assert [output.prompt for output in outputs] == ["A", "B", "C"]
 
 
-def test_as_many_parameters_as_prompts_or_one(llm: LLM) -> None:
+def test_the_number_of_parameters_must_be_one_or_that_of_the_prompts(llm: LLM) -> None:
     with pytest.raises(ValueError, match="2 sampling_params for 3 prompts"):
         llm.generate(["A", "B", "C"], [GREEDY, GREEDY], use_tqdm=False)
 
 
-def test_completions_of_one_prompt_differ_and_a_seed_gives_them_again(llm: LLM) -> None:
+def test_completions_of_a_prompt_differ_and_are_reproducible_with_a_seed(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=4, max_tokens=8)
     [once], [again] = (llm.generate("The", params, use_tqdm=False) for _ in range(2))
     assert once.outputs == again.outputs
     assert len({c.token_ids for c in once.outputs}) == 3
     [single] = llm.generate("The", SamplingParams(seed=6, max_tokens=8), use_tqdm=False)
-    assert single.outputs[0].token_ids == once.outputs[2].token_ids, "completion i draws with seed + i"
+    assert single.outputs[0].token_ids == once.outputs[2].token_ids, "completion i is sampled with seed + i"
 
 
 def test_unseeded_requests_differ_from_each_other(llm: LLM) -> None:
@@ -118,7 +118,7 @@ def test_unseeded_requests_differ_from_each_other(llm: LLM) -> None:
         ([7] * 500, "500 prompt tokens"),
     ],
 )
-def test_one_bad_prompt_refuses_the_call_and_nothing_is_left_behind(
+def test_one_invalid_prompt_rejects_the_whole_call_and_leaks_nothing(
     llm: LLM, bad: object, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -126,8 +126,8 @@ def test_one_bad_prompt_refuses_the_call_and_nothing_is_left_behind(
     check_all_returned(llm.core.manager)
 
 
-def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C reaches the main thread, which waits, while the engine's is in its third step."""
+def test_an_interrupted_call_leaks_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the main thread, which waits, during the third step of the engine's thread."""
     steps, step = count(1), llm.core.step
 
     def interrupted() -> object:
@@ -143,7 +143,7 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest
     assert llm.generate("three", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_a_stream_adds_up_to_the_answer(llm: LLM) -> None:
+def test_the_deltas_of_a_stream_join_to_the_answer(llm: LLM) -> None:
     [whole] = llm.chat(QUESTION, GREEDY, use_tqdm=False)
     deltas = list(llm.stream_chat(QUESTION, GREEDY))
     assert "".join(delta.text for delta in deltas) == whole.outputs[0].text
@@ -159,8 +159,8 @@ def test_closing_a_stream_cancels_its_request(llm: LLM) -> None:
     check_all_returned(llm.core.manager)
 
 
-def test_streams_and_calls_may_run_beside_each_other(llm: LLM) -> None:
-    """One engine, several readers: whose step it is makes no difference to whose token it is."""
+def test_streams_and_calls_may_run_at_the_same_time(llm: LLM) -> None:
+    """One engine, several readers: a step may produce tokens for any of them."""
     [paris], [story] = (llm.generate(p, GREEDY, use_tqdm=False) for p in ("Paris is", "Once"))
     first, second = llm.stream("Paris is", GREEDY), llm.stream("Once", GREEDY)
     texts = ["", ""]
@@ -174,14 +174,14 @@ def test_streams_and_calls_may_run_beside_each_other(llm: LLM) -> None:
     assert between.outputs == paris.outputs
 
 
-def test_a_stop_string_ends_its_completion_and_frees_its_pages(llm: LLM) -> None:
+def test_a_stop_string_finishes_its_completion_and_frees_its_pages(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=20, stop=" of")
     [output] = llm.chat(QUESTION, params, use_tqdm=False)
     assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("The capital", " of")
     assert output.outputs[0].finish_reason == "stop"
 
 
-def test_log_probabilities_are_those_of_the_models_logits(llm: LLM) -> None:
+def test_log_probabilities_agree_with_the_models_logits(llm: LLM) -> None:
     [output] = llm.generate(
         "Paris is", SamplingParams(temperature=0.0, max_tokens=4, logprobs=3), use_tqdm=False
     )
@@ -202,7 +202,7 @@ def test_log_probabilities_are_those_of_the_models_logits(llm: LLM) -> None:
     assert completion.cumulative_logprob == pytest.approx(sum(chosen))
 
 
-def test_logits_come_in_chunks_and_give_their_pages_back(llm: LLM) -> None:
+def test_logits_are_computed_in_chunks_and_free_their_pages(llm: LLM) -> None:
     ids = llm.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 5)
     assert len(ids) > llm.engine_config.max_num_batched_tokens
     assert llm.logits(ids).shape == (len(ids), llm.model_config.vocab_size)
@@ -210,12 +210,12 @@ def test_logits_come_in_chunks_and_give_their_pages_back(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([1, 10**7], "token id 10000000")])
-def test_logits_of_bad_ids_are_refused(llm: LLM, ids: list[int], message: str) -> None:
+def test_logits_of_invalid_token_ids_are_rejected(llm: LLM, ids: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llm.logits(ids)
 
 
-def test_a_misspelled_option_and_a_missing_file_are_refused() -> None:
+def test_an_unknown_option_and_a_missing_file_are_errors() -> None:
     with pytest.raises(ConfigError, match="num_block'"):
         LLM(num_block=3)
     with pytest.raises(ModelFileError, match=r"nowhere\.gguf: no such file"):
@@ -229,7 +229,7 @@ def test_a_misspelled_option_and_a_missing_file_are_refused() -> None:
         (SamplingParams(max_tokens=300), "context of 200"),
     ],
 )
-def test_a_request_that_could_never_run_is_refused_and_the_next_is_served(
+def test_a_request_that_can_never_run_is_rejected_and_the_next_call_works(
     llm: LLM, params: SamplingParams, message: str
 ) -> None:
     with pytest.raises(RequestTooLargeError, match=message):
@@ -238,7 +238,7 @@ def test_a_request_that_could_never_run_is_refused_and_the_next_is_served(
     assert llm.generate("x", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_several_threads_get_what_one_gets(llm: LLM) -> None:
+def test_calls_from_several_threads_give_the_same_results_as_from_one(llm: LLM) -> None:
     prompts = ["Paris is", "Once upon a time", [504] * 20, "A"]
     expected = [llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0] for prompt in prompts]
     logits = np.array(llm.logits([504] * 20))
@@ -258,15 +258,15 @@ def test_several_threads_get_what_one_gets(llm: LLM) -> None:
 
 
 class Fatal(BaseException):
-    """Like a panic of a library in Rust: no `Exception`."""
+    """Like a panic in a Rust library: not an `Exception`."""
 
 
-def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException, *prompts: str) -> None:
-    """Let the third token of a completion have no text, where its request has one of these prompts."""
-    push, begin, broken = Detokenizer.push, RequestState.__init__, list[Detokenizer]()
+def break_detokenizers(monkeypatch: pytest.MonkeyPatch, error: BaseException, *prompts: str) -> None:
+    """Make detokenization raise at the third token of each completion of these prompts."""
+    push, init, broken = Detokenizer.push, RequestState.__init__, list[Detokenizer]()
 
-    def beginning(self: RequestState, request_id: str, text: str | None, *rest: Any) -> None:
-        begin(self, request_id, text, *rest)
+    def init_and_break(self: RequestState, request_id: str, text: str | None, *rest: Any) -> None:
+        init(self, request_id, text, *rest)
         if text in prompts:
             broken.extend(one._detokenizer for one in self._completions.values())
 
@@ -278,17 +278,17 @@ def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException, *prompts: st
         return push(self, token_id)
 
     pushed: Counter[int] = Counter()
-    monkeypatch.setattr(RequestState, "__init__", beginning)
+    monkeypatch.setattr(RequestState, "__init__", init_and_break)
     monkeypatch.setattr(Detokenizer, "push", raising)
 
 
 @pytest.mark.parametrize("error", [ArithmeticError("no text"), Fatal("panic")])
-def test_a_prompt_that_fails_leaves_the_outputs_of_the_others(
+def test_a_failing_prompt_does_not_change_the_outputs_of_the_others(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    """Oracle: the same prompts undisturbed."""
+    """Oracle: the same prompts without the fault."""
     expected = llm.generate(["one", "two", "three"], GREEDY, use_tqdm=False)
-    breaking(monkeypatch, error, "two")
+    break_detokenizers(monkeypatch, error, "two")
     first, failed, last = llm.generate(["one", "two", "three"], GREEDY, use_tqdm=False)
     assert (first.outputs, last.outputs) == (expected[0].outputs, expected[2].outputs)
     [output] = failed.outputs
@@ -301,7 +301,9 @@ def test_a_prompt_that_fails_leaves_the_outputs_of_the_others(
     check_all_returned(llm.core.manager)
 
 
-def test_a_search_that_fails_leaves_what_the_others_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_beam_search_does_not_change_the_results_of_the_others(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     params, prompts = BeamSearchParams(beam_width=2, max_tokens=3), [[504, 600], [504, 700]]
     expected = llm.beam_search(prompts, params)
     with_text = SearchState._with_text
@@ -317,10 +319,10 @@ def test_a_search_that_fails_leaves_what_the_others_found(llm: LLM, monkeypatch:
     assert found == expected[1]
 
 
-def test_a_call_of_which_every_request_fails_raises_and_leaves_nothing_behind(
+def test_a_call_raises_and_leaks_nothing_when_all_its_requests_fail(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    breaking(monkeypatch, ArithmeticError("no text"), "one", "two")
+    break_detokenizers(monkeypatch, ArithmeticError("no text"), "one", "two")
     with pytest.raises(RequestFailedError, match="no text") as raised:
         llm.generate(["one", "two"], GREEDY, use_tqdm=False)
     assert isinstance(raised.value.__cause__, ArithmeticError)
@@ -331,11 +333,11 @@ def test_a_call_of_which_every_request_fails_raises_and_leaves_nothing_behind(
 
 @pytest.fixture
 def tiny_path(tmp_path: Path) -> Path:
-    """A tiny checkpoint, for engines that a test makes for itself."""
+    """A tiny checkpoint, for tests that make their own engine."""
     return write_folder(tmp_path / "llama", CONFIGS["llama"], random_weights(CONFIGS["llama"]))
 
 
-def test_a_forgotten_llm_frees_its_arrays_and_ends_its_thread(tiny_path: Path) -> None:
+def test_a_garbage_collected_llm_frees_its_arrays_and_stops_its_thread(tiny_path: Path) -> None:
     LLM(tiny_path, num_blocks=8)
     gc.collect()
     before = mx.get_active_memory()
@@ -351,21 +353,21 @@ def test_a_forgotten_llm_frees_its_arrays_and_ends_its_thread(tiny_path: Path) -
     gc.disable()
     try:
         del llm, stream
-        assert gone() is None, "something holds it"
+        assert gone() is None, "something still refers to the engine"
         assert not thread.is_alive()
         assert mx.get_active_memory() < before + size // 100
     finally:
         gc.enable()
 
 
-def test_what_may_not_wait_is_refused_whole(tiny_path: Path) -> None:
+def test_a_call_that_does_not_fit_into_the_queue_is_rejected_as_a_whole(tiny_path: Path) -> None:
     llm = LLM(tiny_path, num_blocks=64, max_num_seqs=2, max_num_waiting=3)
     with pytest.raises(QueueFullError, match="6 more do not fit"):
         llm.generate([[5]] * 6, GREEDY, use_tqdm=False)
     assert len(llm.generate([[5]] * 5, GREEDY, use_tqdm=False)) == 5
 
 
-def test_a_stopped_engine_takes_no_more(tiny_path: Path) -> None:
+def test_a_stopped_engine_rejects_new_calls(tiny_path: Path) -> None:
     llm = LLM(tiny_path, num_blocks=64)
     stream = llm.stream([5], SamplingParams(max_tokens=30, ignore_eos=True))
     next(stream)
@@ -375,18 +377,18 @@ def test_a_stopped_engine_takes_no_more(tiny_path: Path) -> None:
         llm.generate([5], GREEDY, use_tqdm=False)
 
 
-def test_calls_that_would_wait_in_the_engines_thread_raise_at_once(llm: LLM) -> None:
-    """Each of them would hang the engine for everyone."""
-    under_way = llm.stream("one", SamplingParams(max_tokens=50, ignore_eos=True))
+def test_blocking_calls_in_the_engines_own_thread_raise_at_once(llm: LLM) -> None:
+    """Each of them would block the engine for all requests."""
+    running_stream = llm.stream("one", SamplingParams(max_tokens=50, ignore_eos=True))
     calls: dict[str, Any] = {
         "LLM.generate": lambda: llm.generate("a", GREEDY, use_tqdm=False),
         "LLM.chat": lambda: llm.chat(QUESTION, GREEDY, use_tqdm=False),
         "LLM.beam_search": lambda: llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2)),
         "LLM.stream": lambda: llm.stream("a", GREEDY),
         "LLM.stream_chat": lambda: llm.stream_chat(QUESTION, GREEDY),
-        "the next piece of a stream": lambda: next(under_way),
+        "the next piece of a stream": lambda: next(running_stream),
     }
-    next(under_way)
+    next(running_stream)
     for name, call in calls.items():
         with pytest.raises(WrongThreadError, match=f"{name} in the engine's own thread"):
             llm.engine.call(call)

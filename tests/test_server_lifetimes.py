@@ -130,8 +130,8 @@ def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array]
     choose = engine_core.choose_token
 
     def chosen(sequence: Any, row: mx.array, eos: Any) -> Any:
-        harmed = sequence.seed == 666 and len(sequence.outputs) == 3
-        return choose(sequence, break_it(row) if harmed else row, eos)
+        is_target = sequence.seed == 666 and len(sequence.outputs) == 3
+        return choose(sequence, break_it(row) if is_target else row, eos)
 
     monkeypatch.setattr(engine_core, "choose_token", chosen)
 
@@ -148,15 +148,15 @@ def break_step(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(PagedBatchManager, "run_plan", raising)
 
 
-def fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
+def inject_fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
     """Inject a kind of fault; return a part of its message."""
 
-    def refuse(row: mx.array) -> mx.array:
+    def raise_error(row: mx.array) -> mx.array:
         raise RuntimeError("injected into the sampler")
 
     match kind:
         case "sampler":
-            break_sampler(monkeypatch, refuse)
+            break_sampler(monkeypatch, raise_error)
             return "injected into the sampler"
         case "nan":
             break_sampler(monkeypatch, lambda row: row * math.nan)
@@ -175,7 +175,7 @@ def test_a_failing_request_does_not_affect_others(
     served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: str, stream: bool
 ) -> None:
     """Requests that run with it, or after it, get the same answers as without it."""
-    said = fault(monkeypatch, kind)
+    message = inject_fault(monkeypatch, kind)
     expected = alone(llm, "Once upon", temperature=0, max_tokens=30)
     bodies = [{"prompt": "Once upon", "temperature": 0, "max_tokens": 30} for _ in range(5)]
     broken = {"prompt": "The sky", "seed": 666, "max_tokens": 30, "ignore_eos": True, "stream": stream}
@@ -194,7 +194,7 @@ def test_a_failing_request_does_not_affect_others(
             assert failed.status_code == 500
             error = failed.json()["error"]
         assert (error["type"], error["code"]) == ("server_error", "request_failed")
-        assert said in error["message"]
+        assert message in error["message"]
         after = client.post(COMPLETE, json=bodies[0]).json()
         assert after["choices"][0]["text"] == expected
     until(lambda: llm.engine.stats.num_running == 0)

@@ -109,8 +109,8 @@ def test_metrics_count_requests_tokens_and_times(client: httpx.Client) -> None:
 
 
 def test_version_lists_tiny_llm_mlx_and_kernels(client: httpx.Client) -> None:
-    told = client.get("/version").json()
-    assert set(told) == {"version", "mlx", "kernels"}
+    answer = client.get("/version").json()
+    assert set(answer) == {"version", "mlx", "kernels"}
 
 
 @pytest.mark.parametrize(

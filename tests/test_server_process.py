@@ -50,8 +50,8 @@ class Process:
         until(listens)
         return next(match for match in found if match)[1]
 
-    def ended(self, seconds: float) -> int:
-        """Wait for the exit code."""
+    def exit_code(self, seconds: float) -> int:
+        """Wait until the process exits, and return its exit code."""
         return self.popen.wait(seconds)
 
     def _read(self) -> None:
@@ -92,7 +92,7 @@ def test_the_first_signal_lets_accepted_requests_finish(sent: signal.Signals) ->
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
         client.close()
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
@@ -109,7 +109,7 @@ def test_the_second_signal_aborts_requests() -> None:
             server.popen.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert '"finish_reason":"abort"' in rest[-2]
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
         assert time.monotonic() - start < 15
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
@@ -130,7 +130,7 @@ def test_a_client_that_does_not_read_does_not_delay_the_exit(signals: int) -> No
         until(lambda: bool(client.recv(1, socket.MSG_PEEK)))
         for _ in range(signals):
             server.popen.send_signal(signal.SIGTERM)
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
@@ -161,7 +161,7 @@ def test_requests_are_aborted_after_the_grace_period() -> None:
             server.popen.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert '"finish_reason":"abort"' in rest[-2]
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
 
 
 def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:
@@ -186,7 +186,7 @@ def folder_with(tmp_path: Path, **files: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         (["--model", "{}/absent.gguf"], 1, "absent.gguf: no such file or folder"),
         (["--model", "absent.gguf"], 1, "absent.gguf: no such file or folder"),
@@ -201,15 +201,15 @@ def folder_with(tmp_path: Path, **files: str) -> str:
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_a_model_that_cannot_run_is_refused_in_one_line_before_the_server_listens(
-    tmp_path: Path, options: list[str], code: int, said: str
+    tmp_path: Path, options: list[str], code: int, message: str
 ) -> None:
     folder = folder_with(tmp_path, weights_safetensors="x")
     with process(*[option.replace("{}", folder) for option in options]) as server:
-        assert server.ended(SECONDS) == code
+        assert server.exit_code(SECONDS) == code
         server.reader.join(SECONDS)
     [line] = server.lines
     assert line.startswith("tiny-llm: error:")
-    assert said in line
+    assert message in line
 
 
 def test_the_curl_example_of_the_help_gets_a_sensible_answer() -> None:
@@ -241,7 +241,7 @@ def test_the_log_shows_startup_defaults_and_draining() -> None:
             for _ in lines:
                 pass
         client.close()
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
         server.reader.join(SECONDS)
     log = "".join(server.lines)
     order = [
@@ -271,7 +271,7 @@ def test_the_log_shows_how_many_requests_a_second_signal_aborts() -> None:
             server.popen.send_signal(signal.SIGINT)
             for _ in lines:
                 pass
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
         server.reader.join(SECONDS)
     log = "".join(server.lines)
     assert "Stopping now: 1 request aborted" in log
@@ -283,7 +283,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (Panic("called `unwrap()` on a `None` value"), "cannot be loaded: Panic: called"),
         (MemoryError(), "cannot be loaded: MemoryError"),
@@ -296,25 +296,25 @@ class Panic(BaseException):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_any_error_while_loading_stops_the_server(error: BaseException, said: str) -> None:
+def test_any_error_while_loading_stops_the_server(error: BaseException, message: str) -> None:
     """The error is one that the command line shows as one line."""
 
     def load() -> LLM:
         raise error
 
-    with pytest.raises((TinyLLMError, ValueError), match=said):
+    with pytest.raises((TinyLLMError, ValueError), match=message):
         GracefulServer(make_app(load), "127.0.0.1", 0, log_level="critical").run()
 
 
 def test_a_thread_that_cannot_start_stops_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
-    def refuse(thread: threading.Thread) -> None:
+    def raise_error(thread: threading.Thread) -> None:
         if thread.name == "load":
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", raise_error)
     with pytest.raises(TinyLLMError, match="for the thread that loads the model"):
         GracefulServer(make_app(LLM), "127.0.0.1", 0, log_level="critical").run()
 
@@ -324,7 +324,7 @@ def test_an_invalid_model_file_stops_the_server_with_one_line(tmp_path: Path, co
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     with process("--model", str(path), "--log-level", "error") as server:
-        assert server.ended(SECONDS) == 1
+        assert server.exit_code(SECONDS) == 1
         until(lambda: bool(server.lines))
         server.reader.join(SECONDS)
     [line] = server.lines
@@ -341,7 +341,7 @@ def test_a_host_that_this_machine_does_not_have_is_refused_in_one_line(host: str
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--port", "70000"], "70000"),
         (["--max-connections", "0"], "--max-connections must be at least 1, not 0"),
@@ -365,10 +365,10 @@ def test_a_host_that_this_machine_does_not_have_is_refused_in_one_line(host: str
         (["--keep-alive", "0"], "--keep-alive must be more than 0 seconds, not 0"),
     ],
 )
-def test_invalid_options_are_refused_before_the_server_starts(options: list[str], said: str) -> None:
+def test_invalid_options_are_refused_before_the_server_starts(options: list[str], message: str) -> None:
     with process(*options) as server:
-        assert server.ended(SECONDS) == 2
-        until(lambda: any(said in line for line in server.lines))
+        assert server.exit_code(SECONDS) == 2
+        until(lambda: any(message in line for line in server.lines))
 
 
 def test_the_environment_variable_holds_exactly_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +382,7 @@ def test_the_environment_variable_holds_exactly_one_key(monkeypatch: pytest.Monk
     assert statuses == [401, 401, 200]
     monkeypatch.setenv("TINY_LLM_API_KEY", "")
     with process() as server:
-        assert server.ended(SECONDS) == 2, "an empty variable must not disable the key"
+        assert server.exit_code(SECONDS) == 2, "an empty variable must not disable the key"
 
 
 def test_on_loopback_without_a_key_only_loopback_hosts_are_allowed() -> None:
@@ -400,11 +400,11 @@ def test_on_loopback_without_a_key_only_loopback_hosts_are_allowed() -> None:
     assert "'evil.example:8000'" in error["message"]
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_log_has_no_prompts_without_log_requests_and_never_a_key(wanted: bool) -> None:
+@pytest.mark.parametrize("logs_requests", [False, True])
+def test_the_log_has_no_prompts_without_log_requests_and_never_a_key(logs_requests: bool) -> None:
     """At level debug, for requests that are answered, refused, oversized and aborted."""
     options = ["--api-key", "sesame", "--log-level", "debug", "--num-blocks", "64", "--max-body", "4000"]
-    with process(*options, *["--log-requests"] * wanted) as server:
+    with process(*options, *["--log-requests"] * logs_requests) as server:
         key = {"Authorization": "Bearer sesame"}
         with httpx.Client(base_url=server.url(), timeout=SECONDS, headers=key) as client:
             ready(client)
@@ -424,31 +424,31 @@ def test_the_log_has_no_prompts_without_log_requests_and_never_a_key(wanted: boo
                 assert answer.status_code == 200
                 next(answer.iter_lines())
         server.popen.send_signal(signal.SIGTERM)
-        assert server.ended(SECONDS) == 0
+        assert server.exit_code(SECONDS) == 0
     log = "".join(server.lines)
     assert "/v1/completions" in log
     assert "sesame" not in log
     assert "Bearer" not in log
-    assert ("xyzzy and plugh" in log) == wanted
-    assert wanted or "xyzzy" not in log
+    assert ("xyzzy and plugh" in log) == logs_requests
+    assert logs_requests or "xyzzy" not in log
 
 
 def test_the_demo_answers_like_any_server() -> None:
-    """Including chats without max_tokens, several at once: the pool and the context are small."""
+    """Its pool and context are small; chats without max_tokens and with several choices fit even so."""
     chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
     with process("--demo") as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 96 * 16
         answer = client.post("/v1/chat/completions", json={**chat, "n": 2})
-        said = [choice["message"]["content"] for choice in answer.json()["choices"]]
-        assert said == ["The capital of France is Paris."] * 2
+        texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
+        assert texts == ["The capital of France is Paris."] * 2
 
 
 def test_an_address_in_use_is_refused_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with process("--port", str(port)) as server:
-            assert server.ended(SECONDS) == 1
+            assert server.exit_code(SECONDS) == 1
             until(lambda: bool(server.lines))
     [line] = server.lines
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host, --port" in line

@@ -22,7 +22,7 @@ __all__ = ["client", "llm", "served"]
 
 
 @pytest.mark.parametrize(
-    ("path", "fields", "param", "said"),
+    ("path", "fields", "param", "message"),
     [
         (CHAT, {"messages": []}, "messages", "at least 1 item"),
         (CHAT, {}, "messages", "^messages is required$"),
@@ -86,13 +86,13 @@ __all__ = ["client", "llm", "served"]
     ],
 )
 def test_an_invalid_field_is_refused_by_name(
-    client: httpx.Client, path: str, fields: dict[str, Any], param: str | None, said: str
+    client: httpx.Client, path: str, fields: dict[str, Any], param: str | None, message: str
 ) -> None:
     refused = client.post(path, content=json.dumps(fields), headers={"Content-Type": "application/json"})
     assert refused.status_code == 400, refused.text
     error = refused.json()["error"]
     assert error["type"] == "invalid_request_error"
-    assert re.search(said, error["message"]), error
+    assert re.search(message, error["message"]), error
     if param is not None:
         assert error["param"] == param, error
 
@@ -162,7 +162,7 @@ def test_a_tool_call_without_content_is_refused_for_the_tool_call(client: httpx.
     assert "content" not in error["message"]
 
 
-CRUEL = [
+INVALID_BODIES = [
     b"",
     b"null",
     b"[]",
@@ -181,7 +181,7 @@ CRUEL = [
 ]
 
 
-@pytest.mark.parametrize("body", CRUEL, ids=range(len(CRUEL)))
+@pytest.mark.parametrize("body", INVALID_BODIES, ids=range(len(INVALID_BODIES)))
 @pytest.mark.parametrize("path", [CHAT, COMPLETE, "/tokenize", "/detokenize"])
 def test_an_invalid_body_is_refused_with_a_reason(client: httpx.Client, path: str, body: bytes) -> None:
     refused = client.post(path, content=body, headers={"Content-Type": "application/json"})
@@ -210,11 +210,11 @@ def test_invalid_bodies_do_not_change_the_answers_of_others(
 
     with client.stream("POST", COMPLETE, json=body) as answer, ThreadPoolExecutor(8) as pool:
         lines = answer.iter_lines()
-        said = [next(lines)]
-        statuses = pool.map(send, CRUEL * 3)
-        said += [line for line in lines if line]
+        received = [next(lines)]
+        statuses = pool.map(send, INVALID_BODIES * 3)
+        received += [line for line in lines if line]
         assert set(statuses) == {400}
-    events = [json.loads(line.removeprefix("data: ")) for line in said[:-1]]
+    events = [json.loads(line.removeprefix("data: ")) for line in received[:-1]]
     assert "".join(event["choices"][0]["text"] for event in events) == expected
 
 
@@ -224,11 +224,11 @@ def test_unknown_paths_and_methods_are_errors_in_openais_format(client: httpx.Cl
     assert client.delete(CHAT).json()["error"]["code"] == "method_not_allowed"
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_an_oversized_body_is_refused(client: httpx.Client, said: bool) -> None:
+@pytest.mark.parametrize("with_length", [True, False])
+def test_an_oversized_body_is_refused(client: httpx.Client, with_length: bool) -> None:
     """With a Content-Length, and in chunks without one."""
     body = b'{"prompt": "' + b"x" * 200_000 + b'"}'
-    pieces = body if said else iter([body[i : i + 5000] for i in range(0, len(body), 5000)])
+    pieces = body if with_length else iter([body[i : i + 5000] for i in range(0, len(body), 5000)])
     refused = client.post(COMPLETE, content=pieces, headers={"Content-Type": "application/json"})
     assert refused.status_code == 413
     assert refused.json()["error"]["code"] == "body_too_large"
@@ -259,7 +259,7 @@ def test_an_oversized_body_is_refused_before_it_is_sent_with_expect_100_continue
         (b"Content-Length: 300\r\n\r\n", b"x"),
         (b"Transfer-Encoding: chunked\r\n\r\n", b"78\r\n%b\r\n" % (b"x" * 120)),
     ],
-    ids=["said", "seen"],
+    ids=["content-length", "chunked"],
 )
 def test_an_oversized_slow_body_gets_413_not_408(head: bytes, piece: bytes) -> None:
     config = ServerConfig(max_body_bytes=100, body_timeout=0.3)
@@ -280,8 +280,8 @@ def test_an_endless_body_is_not_read_forever(served: Served, monkeypatch: pytest
 
 
 JSON = b"Content-Type: application/json\r\n"
-FINE_BODY = b'{"prompt": "x", "max_tokens": 1}'
-FINE_LENGTH = b"Content-Length: %d\r\n" % len(FINE_BODY)
+VALID_BODY = b'{"prompt": "x", "max_tokens": 1}'
+VALID_LENGTH = b"Content-Length: %d\r\n" % len(VALID_BODY)
 
 
 @pytest.mark.parametrize(
@@ -293,12 +293,12 @@ FINE_LENGTH = b"Content-Length: %d\r\n" % len(FINE_BODY)
         (b"Transfer-Encoding: chunked\r\n", b"zz\r\n{}\r\n0\r\n\r\n"),
         (b"Transfer-Encoding: chunked\r\n", b"fffffffffffffffffffffff\r\n{}"),
         (b"Transfer-Encoding: gzip\r\n", b"{}"),
-        (FINE_LENGTH + b"Bad Header: x\r\n", FINE_BODY),
+        (VALID_LENGTH + b"Bad Header: x\r\n", VALID_BODY),
         (b"Content-Length: 9\r\n", b"{}"),
     ],
     ids=range(8),
 )
-def test_abuse_of_http_is_refused(head: bytes, body: bytes) -> None:
+def test_malformed_or_incomplete_http_is_refused(head: bytes, body: bytes) -> None:
     """Invalid lengths, chunks and headers, and a body that never arrives; others are served meanwhile."""
     llm = LLM(num_blocks=64)
     with serving(lambda: llm, ServerConfig(body_timeout=1.0)) as here, here.client() as client:

@@ -81,7 +81,7 @@ def read(line: str) -> list[dict[str, Any]]:
 async def wave(
     served: Served, draw: random.Random, refusals: list[float], requests: int
 ) -> list[tuple[int, list[str] | None]]:
-    """Send a quarter of the requests. Refused clients retry; others disconnect at a random moment."""
+    """Send a quarter of the requests. Rejected clients retry; others disconnect at a random time."""
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def one(
@@ -91,7 +91,7 @@ async def wave(
             while True:
                 asking = asyncio.create_task(ask(client, number, int(6 * moment) if fate < 0.2 else None))
                 start = monotonic()
-                if 0.2 <= fate < 0.34:  # before it has heard anything, perhaps while it waits
+                if 0.2 <= fate < 0.34:  # before the first event, perhaps while the request is queued
                     await asyncio.wait({asking}, timeout=0.05 * moment)
                     asking.cancel()
                     await asyncio.gather(asking, return_exceptions=True)
@@ -112,28 +112,28 @@ async def wave(
 
 
 @pytest.mark.parametrize("requests", [200, pytest.param(1000, marks=pytest.mark.deep)])
-def test_hundreds_of_requests_leak_nothing(tmp_path: Path, requests: int) -> None:
+def test_a_soak_over_http_leaks_nothing_and_changes_no_answer(tmp_path: Path, requests: int) -> None:
     path = write_folder(tmp_path / "llama", CONFIGS["llama"], random_weights(CONFIGS["llama"]))
-    lonely = LLM(path, num_blocks=64, enable_prefix_caching=False)
-    expected = {number: texts_alone(lonely, number) for number in range(KINDS)}
-    del lonely
+    single = LLM(path, num_blocks=64, enable_prefix_caching=False)
+    expected = {number: texts_alone(single, number) for number in range(KINDS)}
+    del single
     gc.collect()
     llm = LLM(path, block_size=4, num_blocks=28, max_num_seqs=6, max_num_waiting=WAITING)
-    draw, live, refusals = random.Random(0), list[int](), list[float]()
+    draw, bytes_in_use, refusals = random.Random(0), list[int](), list[float]()
     num_served = num_left = 0
     with serving(lambda: llm) as served:
         for _ in range(WAVES):
             for number, texts in asyncio.run(wave(served, draw, refusals, requests // WAVES)):
                 num_served += texts is not None
                 num_left += texts is None
-                assert texts is None or texts == expected[number], f"kind {number} was answered otherwise"
+                assert texts is None or texts == expected[number], f"kind {number} got another answer"
             until(lambda: llm.engine.stats.num_running == llm.engine.stats.num_waiting == 0)
             llm.engine.call(lambda: check_pages(llm.core.manager))  # type: ignore[arg-type]
-            live.append(llm.engine.call(mx.get_active_memory))
+            bytes_in_use.append(llm.engine.call(mx.get_active_memory))
     stats = llm.engine.stats
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
     assert num_left >= requests // 5, "too few clients disconnected"
     assert num_served >= requests // 2
     assert len(refusals) >= 10, "the queue was never full"
     assert stats.num_preemptions >= requests // 100, f"too few preemptions: {stats}"
-    assert max(live[1:]) - min(live[1:]) <= 4096, f"live bytes grow: {live}"
+    assert max(bytes_in_use[1:]) - min(bytes_in_use[1:]) <= 4096, f"memory in use grows: {bytes_in_use}"
