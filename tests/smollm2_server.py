@@ -1,6 +1,6 @@
 """A server of the embedded model, shared by all tests of a file, and clients for it.
 
-`client` sends plain HTTP requests, `sdk` is OpenAI's own client; `alone` calls the engine without HTTP.
+`client` sends plain HTTP requests, `sdk` is OpenAI's own client, `generate_text` does not use HTTP.
 """
 
 import socket
@@ -49,7 +49,8 @@ def connected(served: Served) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=SECONDS)
 
 
-def alone(llm: LLM, prompt: str, **params: Any) -> str:
+def generate_text(llm: LLM, prompt: str, **params: Any) -> str:
+    """Return the text that the engine generates for one request without HTTP."""
     return llm.generate(prompt, SamplingParams(**params), use_tqdm=False)[0].outputs[0].text
 
 

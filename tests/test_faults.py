@@ -34,7 +34,7 @@ from tiny_model import EOS, random_prompt, tiny_model
 POISON = 1  # a token that is in no other prompt and is never generated
 Answers = dict[str, list[int]]
 
-CROWD: dict[str, tuple[list[int], SamplingParams | BeamSearchParams]] = {
+REQUESTS: dict[str, tuple[list[int], SamplingParams | BeamSearchParams]] = {
     "greedy": (random_prompt(9, 1), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)),
     "three": (random_prompt(14, 2), SamplingParams(n=3, max_tokens=7, seed=5, ignore_eos=True)),
     "told": (random_prompt(6, 3), SamplingParams(max_tokens=8, seed=6, logprobs=2, prompt_logprobs=1)),
@@ -56,13 +56,13 @@ def overloaded_engine(model: Model) -> EngineCore:
 
 
 def serve(
-    engine: EngineCore, crowd: dict[str, Any], max_steps: int = 600
+    engine: EngineCore, requests: dict[str, Any], max_steps: int = 600
 ) -> tuple[Answers, dict[str, Exception]]:
     """Serve all requests; return the tokens of each sequence, and the error of each failed request."""
     searches: dict[str, BeamSearch] = {}
     answers: Answers = {}
     failed: dict[str, Exception] = {}
-    for request_id, (prompt, params) in crowd.items():
+    for request_id, (prompt, params) in requests.items():
         if isinstance(params, BeamSearchParams):
             searches[request_id] = engine.add_beam_search(request_id, prompt, params)
         else:
@@ -91,7 +91,7 @@ def answers_to(answers: Answers, request_id: str) -> Answers:
 
 @pytest.fixture(scope="module")
 def clean_answers() -> Answers:
-    answers, failed = serve(overloaded_engine(tiny_model()), CROWD)
+    answers, failed = serve(overloaded_engine(tiny_model()), REQUESTS)
     assert not failed
     return answers
 
@@ -156,10 +156,10 @@ def test_an_exception_at_any_point_of_a_step_fails_at_most_one_request(
         engine = overloaded_engine(tiny_model())
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raising_at_call(original, call, after, calls))
-            answers, failed = serve(engine, CROWD)
+            answers, failed = serve(engine, REQUESTS)
         assert calls["all"] >= 1, f"{name} is never called: nothing was injected"
         assert len(failed) <= 1, f"{name}, call {call}: {failed}"
-        for request_id in CROWD.keys() - failed.keys():
+        for request_id in REQUESTS.keys() - failed.keys():
             assert answers_to(answers, request_id) == answers_to(clean_answers, request_id), (
                 name,
                 call,
@@ -183,7 +183,7 @@ def raise_error(logits: mx.array, is_poison: mx.array) -> mx.array:
     raise InjectedError
 
 
-REQUESTS_WITH_POISON = CROWD | {
+REQUESTS_WITH_POISON = REQUESTS | {
     "poisoned": ([*random_prompt(8, 9), POISON], SamplingParams(max_tokens=5, ignore_eos=True))
 }
 
@@ -195,7 +195,7 @@ def test_a_request_that_makes_the_model_raise_fails_and_the_others_continue(
     answers, failed = serve(engine, REQUESTS_WITH_POISON)
     assert list(failed) == ["poisoned"]
     assert isinstance(failed["poisoned"], InjectedError)
-    for request_id in CROWD:
+    for request_id in REQUESTS:
         assert answers_to(answers, request_id) == answers_to(clean_answers, request_id)
     check_all_returned(engine.manager)
 
@@ -203,7 +203,7 @@ def test_a_request_that_makes_the_model_raise_fails_and_the_others_continue(
 def test_the_engine_serves_requests_after_a_failure(clean_answers: Answers) -> None:
     engine = overloaded_engine(model_with_fault(tiny_model(), raise_error))
     serve(engine, REQUESTS_WITH_POISON)
-    answers, failed = serve(engine, CROWD)
+    answers, failed = serve(engine, REQUESTS)
     assert not failed
     for request_id in ("greedy", "three", "late", "searched"):
         assert answers_to(answers, request_id) == answers_to(clean_answers, request_id)
@@ -214,12 +214,12 @@ def test_nan_logits_fail_the_request_that_has_them(params: SamplingParams, clean
     def set_nan(logits: mx.array, is_poison: mx.array) -> mx.array:
         return mx.concatenate([logits[:, :-1], logits[:, -1:] * mx.nan], axis=1)
 
-    crowd = {"poisoned": ([POISON], replace(params, max_tokens=5, ignore_eos=True))}
+    requests = {"poisoned": ([POISON], replace(params, max_tokens=5, ignore_eos=True))}
     engine = overloaded_engine(model_with_fault(tiny_model(), set_nan))
-    answers, failed = serve(engine, crowd)
+    answers, failed = serve(engine, requests)
     assert isinstance(failed["poisoned"], NotANumberError)
     assert "'poisoned'" in str(failed["poisoned"])
-    answers, failed = serve(engine, {"greedy": CROWD["greedy"]})
+    answers, failed = serve(engine, {"greedy": REQUESTS["greedy"]})
     assert answers["greedy"] == clean_answers["greedy"]
     check_all_returned(engine.manager)
 
@@ -258,17 +258,17 @@ def test_requests_are_recomputed_when_the_pools_arrays_cannot_be_evaluated(
         evaluate(pool, *outputs)
 
     monkeypatch.setattr(KVPool, "evaluate", losing)
-    answers, failed = serve(engine, CROWD)
+    answers, failed = serve(engine, REQUESTS)
     assert len(failed) <= 1
-    for request_id in CROWD.keys() - failed.keys():
+    for request_id in REQUESTS.keys() - failed.keys():
         assert answers_to(answers, request_id) == answers_to(clean_answers, request_id)
     check_all_returned(engine.manager)
 
 
 def test_with_dense_batching_too_only_the_faulty_request_fails() -> None:
-    crowd = {name: REQUESTS_WITH_POISON[name] for name in ("greedy", "three", "late", "poisoned")}
-    clean, _ = serve(EngineCore(DenseBatchManager(6, 64, model=tiny_model()), (EOS,)), crowd)
+    requests = {name: REQUESTS_WITH_POISON[name] for name in ("greedy", "three", "late", "poisoned")}
+    clean, _ = serve(EngineCore(DenseBatchManager(6, 64, model=tiny_model()), (EOS,)), requests)
     engine = EngineCore(DenseBatchManager(6, 64, model=model_with_fault(tiny_model(), raise_error)), (EOS,))
-    answers, failed = serve(engine, crowd)
+    answers, failed = serve(engine, requests)
     assert list(failed) == ["poisoned"]
     assert {name: tokens for name, tokens in clean.items() if name != "poisoned"} == answers

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from served import SECONDS, Served, serving, until
-from smollm2_server import CHAT, COMPLETE, FRANCE, alone, client, llm, sdk, served
+from smollm2_server import CHAT, COMPLETE, FRANCE, client, generate_text, llm, sdk, served
 from tiny_llm import LLM, RequestEvent, SamplingParams
 from tiny_llm_server import ServerConfig
 from tiny_llm_server.completions import _without_output
@@ -87,7 +87,7 @@ def test_token_ids_and_texts_are_the_same_prompt(llm: LLM, sdk: openai.OpenAI) -
         sdk.completions.create(prompt=prompt, **options).choices[0].text  # type: ignore[call-overload]
         for prompt in ("The sky is", tokens, [tokens])
     ]
-    assert texts[0] == texts[1] == texts[2] == alone(llm, "The sky is", temperature=0, max_tokens=6)
+    assert texts[0] == texts[1] == texts[2] == generate_text(llm, "The sky is", temperature=0, max_tokens=6)
 
 
 def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) -> None:
@@ -101,7 +101,7 @@ def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) 
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x") as sdk:
             return await asyncio.gather(*(ask(sdk, i) for i in range(12)))
 
-    expected = [alone(llm, f"Number {i} is", temperature=0, max_tokens=10) for i in range(12)]
+    expected = [generate_text(llm, f"Number {i} is", temperature=0, max_tokens=10) for i in range(12)]
     assert asyncio.run(ask_all()) == expected
 
 
@@ -253,19 +253,19 @@ def test_each_token_of_an_echo_has_a_distinct_name_and_its_offset(client: httpx.
     prompt = f"A {LLAMA} says hello"
     body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
     whole = client.post(COMPLETE, json=body).json()["choices"][0]
-    told = whole["logprobs"]
+    logprobs = whole["logprobs"]
     ids = llm.tokenizer.encode(prompt)
     parts = [llm.tokenizer.token_bytes(token) for token in ids]
     assert b"".join(parts) == prompt.encode()
-    for name, offset, raw in zip(told["tokens"], told["text_offset"], parts, strict=False):
+    for name, offset, raw in zip(logprobs["tokens"], logprobs["text_offset"], parts, strict=False):
         if name.startswith("bytes:"):
             assert name == "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
             assert whole["text"][offset:].lstrip().startswith(LLAMA)
         else:
             assert whole["text"][offset:].startswith(name)
-    assert sum(name.startswith("bytes:") for name in told["tokens"]) > 1
+    assert sum(name.startswith("bytes:") for name in logprobs["tokens"]) > 1
     for name, own, top in zip(
-        told["tokens"][1:], told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True
+        logprobs["tokens"][1:], logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True
     ):
         assert top[name] == own
         assert len(top) in (2, 3)
@@ -286,12 +286,14 @@ def test_max_tokens_0_with_echo_only_scores_the_prompt(client: httpx.Client) -> 
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("reason", "expected"),
     [("stop", "length"), ("length", "length"), ("error", "error"), ("abort", "abort"), (None, None)],
 )
-def test_a_scored_prompt_has_the_reason_length_unless_it_failed(reason: str | None, told: str | None) -> None:
+def test_a_scored_prompt_has_the_reason_length_unless_it_failed(
+    reason: str | None, expected: str | None
+) -> None:
     event = RequestEvent("r", 0, "a", (5,), finish_reason=reason)
-    assert _without_output(event).finish_reason == told
+    assert _without_output(event).finish_reason == expected
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETE])
@@ -401,7 +403,7 @@ def test_the_operators_defaults_apply_to_fields_that_a_request_leaves_out(llm: L
             return str(answer.json()["choices"][0]["text"])
 
         def expected(**params: Any) -> str:
-            return alone(llm, "Once upon a time", seed=3, ignore_eos=True, **params)
+            return generate_text(llm, "Once upon a time", seed=3, ignore_eos=True, **params)
 
         assert text() == expected(temperature=0.3, top_k=5, max_tokens=6)
         assert text(temperature=1, max_tokens=16) == expected(temperature=1, top_k=5, max_tokens=16)

@@ -19,7 +19,7 @@ from tiny_llm.output_processor import CompletionText
 from tiny_llm.token_output import TokenOutput
 
 from served import SECONDS, Served, serving, until
-from smollm2_server import CHAT, COMPLETE, FRANCE, alone, client, llm, scraped, served
+from smollm2_server import CHAT, COMPLETE, FRANCE, client, generate_text, llm, scraped, served
 from tiny_llm import LLM, PagedBatchManager, TextDelta, engine_core
 from tiny_llm_server import ServerConfig, make_app
 
@@ -176,7 +176,7 @@ def test_a_failing_request_does_not_affect_others(
 ) -> None:
     """Requests that run with it, or after it, get the same answers as without it."""
     message = inject_fault(monkeypatch, kind)
-    expected = alone(llm, "Once upon", temperature=0, max_tokens=30)
+    expected = generate_text(llm, "Once upon", temperature=0, max_tokens=30)
     bodies = [{"prompt": "Once upon", "temperature": 0, "max_tokens": 30} for _ in range(5)]
     broken = {"prompt": "The sky", "seed": 666, "max_tokens": 30, "ignore_eos": True, "stream": stream}
 
@@ -204,7 +204,7 @@ def test_a_failing_request_does_not_affect_others(
 
 def test_a_full_queue_answers_429_and_does_not_affect_accepted_requests() -> None:
     llm = LLM(num_blocks=64, max_num_seqs=2, max_num_waiting=2)
-    expected = alone(llm, "Once", temperature=0, max_tokens=40)
+    expected = generate_text(llm, "Once", temperature=0, max_tokens=40)
 
     def ask(client: httpx.Client) -> httpx.Response:
         return client.post(COMPLETE, json={"prompt": "Once", "temperature": 0, "max_tokens": 40})
@@ -260,7 +260,7 @@ def test_requests_get_503_while_the_model_loads_and_while_the_server_drains() ->
         return llm
 
     body = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "temperature": 0}
-    expected = alone(llm, "Once", max_tokens=60, ignore_eos=True, temperature=0)
+    expected = generate_text(llm, "Once", max_tokens=60, ignore_eos=True, temperature=0)
     with serving(load, wait=False) as here, here.client() as client, ThreadPoolExecutor(1) as pool:
         assert client.get("/health").json() == {"status": "loading"}
         refused = client.post(COMPLETE, json=body)

@@ -64,7 +64,7 @@ def client(served: Served) -> Iterator[httpx.Client]:
         yield client
 
 
-def the_line(log: list[str]) -> str:
+def only_line(log: list[str]) -> str:
     until(lambda: bool(log))
     [line] = log
     return line
@@ -86,7 +86,7 @@ def test_a_finished_request_is_one_line_with_its_id_tokens_times_and_reason(
     assert re.fullmatch(
         rf"INFO 127\.0\.0\.1 POST {COMPLETE} 200 in \d+(\.\d\d)? m?s: "
         rf"{answer.headers['X-Request-Id']}, {re.escape(tokens)}, {times}, length",
-        the_line(log),
+        only_line(log),
     )
 
 
@@ -98,15 +98,17 @@ def test_a_stream_is_logged_when_it_ends(client: httpx.Client, log: list[str]) -
         assert log == []
         for _ in lines:
             pass
-    line = the_line(log)
+    line = only_line(log)
     assert f"{answer.headers['X-Request-Id']}, 37 prompt tokens" in line
     assert line.endswith(", 2 stop")
 
 
-def test_there_is_no_speed_for_the_first_tokens_only(client: httpx.Client, log: list[str]) -> None:
-    """They take a prefill: two of them at once would be thousands of tokens a second."""
+def test_no_speed_is_logged_for_a_request_with_only_first_tokens(
+    client: httpx.Client, log: list[str]
+) -> None:
+    """The prefill produces them at once: their speed would be thousands of tokens per second."""
     client.post(COMPLETE, json={"prompt": "x", "n": 2, "max_tokens": 1})
-    line = the_line(log)
+    line = only_line(log)
     assert "2 output tokens, TTFT" in line
     assert "tokens/s" not in line
 
@@ -115,11 +117,11 @@ def test_a_disconnect_is_logged_as_an_abort(client: httpx.Client, log: list[str]
     body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
     with client.stream("POST", COMPLETE, json={**body, "stream": True}) as answer:
         next(answer.iter_lines())
-    assert re.search(r"200 in .*, 1 prompt token, \d+ output tokens?, TTFT .*, abort$", the_line(log))
+    assert re.search(r"200 in .*, 1 prompt token, \d+ output tokens?, TTFT .*, abort$", only_line(log))
     log.clear()
     with pytest.raises(httpx.ReadTimeout):
         client.post(COMPLETE, json=body, timeout=0.5)
-    assert re.search(r" 499 in .*, abort$", the_line(log))
+    assert re.search(r" 499 in .*, abort$", only_line(log))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_a_refused_request_is_logged_with_its_status_and_reason(
     """The reason is a code and a field's name: the message may quote the request."""
     method, path, body = request_of
     client.request(method, path, json=body)
-    line = re.sub(r" in \d+ ms", " in T", the_line(log))
+    line = re.sub(r" in \d+ ms", " in T", only_line(log))
     assert line.endswith(logged), line
     assert "xyzzy" not in line
 
@@ -182,7 +184,7 @@ def test_the_page_health_and_metrics_are_logged_only_at_level_debug(
     for path in paths:
         assert client.get(path).status_code == 200
     client.get("/v1/models")
-    assert re.search(r"INFO 127\.0\.0\.1 GET /v1/models 200 in \d+ ms$", the_line(log))
+    assert re.search(r"INFO 127\.0\.0\.1 GET /v1/models 200 in \d+ ms$", only_line(log))
     log.clear()
     LOG.setLevel(logging.DEBUG)
     for path in paths:
@@ -191,7 +193,7 @@ def test_the_page_health_and_metrics_are_logged_only_at_level_debug(
     assert all(line.startswith("DEBUG ") for line in log)
 
 
-def test_the_throughput_is_logged_while_the_engine_is_busy_only() -> None:
+def test_the_throughput_is_logged_only_while_the_engine_is_busy() -> None:
     metrics = Metrics(lambda: None, lambda: "smollm2")
     stats = [IDLE]
     log = ThroughputLog(metrics, lambda: stats[0])

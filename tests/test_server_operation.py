@@ -19,7 +19,7 @@ def test_a_key_is_needed_for_models_and_not_for_health_and_metrics() -> None:
     config = ServerConfig(api_keys=("one", "zwö lf"))
     with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
         body = {"prompt": "x", "max_tokens": 1}
-        for given in (
+        for header in (
             None,
             "Bearer",
             "Bearer two",
@@ -29,9 +29,9 @@ def test_a_key_is_needed_for_models_and_not_for_health_and_metrics() -> None:
             "one",
             "Bearer \xff",
         ):
-            headers = {} if given is None else {"Authorization": given.encode("latin-1")}
+            headers = {} if header is None else {"Authorization": header.encode("latin-1")}
             refused = client.post(COMPLETE, json=body, headers=headers)  # type: ignore[arg-type]
-            assert refused.status_code == 401, given
+            assert refused.status_code == 401, header
             assert refused.json()["error"]["code"] == "invalid_api_key"
         for key in config.api_keys:
             known = {"Authorization": f"Bearer {key}".encode()}
@@ -46,7 +46,7 @@ def test_a_key_is_needed_for_models_and_not_for_health_and_metrics() -> None:
 def test_isolated_keys_do_not_share_cached_prompts(path: str, isolated: bool) -> None:
     """A client that guesses a prompt of another key finds no cached tokens with any salt; the owner does."""
     secret = "The password of the vault is xyzzy, and nobody but me must ever know of it. " * 4
-    asked = {"prompt": secret} if path == COMPLETE else {"messages": [{"role": "user", "content": secret}]}
+    request = {"prompt": secret} if path == COMPLETE else {"messages": [{"role": "user", "content": secret}]}
     config = ServerConfig(api_keys=("owner", "thief"), isolate_keys=isolated)
     salts = ["owner", "thief", f"{sha256(b'owner').hexdigest()}:", sha256(b"owner").hexdigest()]
 
@@ -54,7 +54,7 @@ def test_isolated_keys_do_not_share_cached_prompts(path: str, isolated: bool) ->
 
         def cached(key: str, salt: str = "") -> int:
             headers = {"Authorization": f"Bearer {key}"}
-            answer = client.post(path, json={**asked, "cache_salt": salt, "max_tokens": 1}, headers=headers)
+            answer = client.post(path, json={**request, "cache_salt": salt, "max_tokens": 1}, headers=headers)
             return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
         assert cached("owner") == 0
@@ -68,11 +68,11 @@ def test_isolated_keys_do_not_share_cached_prompts(path: str, isolated: bool) ->
 
 
 def test_cross_origin_requests_need_an_allowed_origin(client: httpx.Client) -> None:
-    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
-    assert "access-control-allow-origin" not in client.options(COMPLETE, headers=asked).headers
+    preflight = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in client.options(COMPLETE, headers=preflight).headers
     config = ServerConfig(allowed_origins=("https://example.org",), api_keys=("k",))
     with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as other:
-        allowed = other.options(COMPLETE, headers=asked)
+        allowed = other.options(COMPLETE, headers=preflight)
         assert allowed.headers["access-control-allow-origin"] == "https://example.org"
 
 

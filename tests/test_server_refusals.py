@@ -14,7 +14,7 @@ import httpx2 as httpx
 import pytest
 
 from served import Served, serving
-from smollm2_server import CHAT, COMPLETE, FRANCE, alone, client, connected, llm, served
+from smollm2_server import CHAT, COMPLETE, FRANCE, client, connected, generate_text, llm, served
 from tiny_llm import LLM
 from tiny_llm_server import ServerConfig, body_limit
 
@@ -193,7 +193,7 @@ def test_invalid_bodies_do_not_change_the_answers_of_others(
     client: httpx.Client, served: Served, llm: LLM
 ) -> None:
     """A stream continues unchanged while many invalid bodies arrive."""
-    expected = alone(llm, "Once upon a time", temperature=0, max_tokens=200, ignore_eos=True)
+    expected = generate_text(llm, "Once upon a time", temperature=0, max_tokens=200, ignore_eos=True)
     body = {
         "prompt": "Once upon a time",
         "temperature": 0,

@@ -27,7 +27,7 @@ def served() -> Iterator[Served]:
         yield here
 
 
-document = schemathesis.openapi.from_dict(make_app(LLM).openapi())  # asked for its document, loads nothing
+document = schemathesis.openapi.from_dict(make_app(LLM).openapi())  # this does not load the model
 
 
 driven_operations: list[str] = []
