@@ -15,6 +15,8 @@ from tiny_llm.token_output import TokenOutput
 
 from command_line import Ended, Run, cli, every_page_comes_back, expected_answer, llm, plain_cli
 from tiny_llm import LLM, SamplingParams
+from tiny_llm_cli.engine import asked_sampling
+from tiny_llm_cli.options import SamplingOptions
 
 __all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
 
@@ -224,3 +226,13 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
 def test_a_bad_sampling_parameter_is_named(plain_cli: Run, option: str, value: str, message: str) -> None:
     ended = plain_cli("generate", "hello", option, value)
     assert message in " ".join(ended.err.split())
+
+
+def test_a_greedy_recommendation_does_not_make_several_completions_equal() -> None:
+    """One completion follows the recommendation; for several the command's own temperature counts."""
+    recommended = {"temperature": 0.0, "frequency_penalty": 0.3}
+    several = asked_sampling(SamplingOptions(), max_tokens=8, n=3).params(recommended)
+    assert (several.temperature, several.frequency_penalty) == (1.0, 0.3)
+    assert asked_sampling(SamplingOptions(), max_tokens=8, n=1).params(recommended).temperature == 0.0
+    asked = asked_sampling(SamplingOptions(temperature=0.0), max_tokens=8, n=3)
+    assert asked.params(recommended).temperature == 0.0
