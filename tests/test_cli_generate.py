@@ -15,6 +15,8 @@ from tiny_llm.token_output import TokenOutput
 
 from command_line import CommandResult, Run, check_blocks_are_freed, cli, expected_answer, llm, plain_cli
 from tiny_llm import LLM, SamplingParams
+from tiny_llm_cli.engine import asked_sampling
+from tiny_llm_cli.options import SamplingOptions
 
 __all__ = ["check_blocks_are_freed", "cli", "llm", "plain_cli"]
 
@@ -228,3 +230,13 @@ def test_an_error_names_the_option_of_an_invalid_sampling_parameter(
 ) -> None:
     done = plain_cli("generate", "hello", option, value)
     assert message in " ".join(done.err.split())
+
+
+def test_several_completions_are_sampled_even_if_the_model_recommends_greedy_decoding() -> None:
+    """One completion follows the recommendation; for several the command's own temperature is used."""
+    recommended = {"temperature": 0.0, "frequency_penalty": 0.3}
+    several = asked_sampling(SamplingOptions(), max_tokens=8, n=3).params(recommended)
+    assert (several.temperature, several.frequency_penalty) == (1.0, 0.3)
+    assert asked_sampling(SamplingOptions(), max_tokens=8, n=1).params(recommended).temperature == 0.0
+    asked = asked_sampling(SamplingOptions(temperature=0.0), max_tokens=8, n=3)
+    assert asked.params(recommended).temperature == 0.0

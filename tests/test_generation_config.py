@@ -18,9 +18,10 @@ from tiny_checkpoints import CONFIGS, EOS, random_weights, write_folder, write_g
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_checkpoints.errors import ConfigError, ModelFileError
 from tiny_llm_cli.engine import AskedSampling, asked_sampling
+from tiny_llm_cli.lines import read_lines
 from tiny_llm_cli.main import run
 from tiny_llm_cli.options import SamplingOptions
-from tiny_llm_cli.prompts import read_prompts
+from tiny_llm_cli.prompts import from_lines
 from tiny_llm_server import service
 
 CONFIG = {**CONFIGS["llama"], "head_dim": 32, "num_hidden_layers": 1}
@@ -324,7 +325,7 @@ def test_given_options_override_the_models_values_and_these_the_commands_own_def
 def test_parameters_in_a_line_of_a_file_count_as_given(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a", "temperature": 0.0}\n{"prompt": "b"}\n')
-    first, second = read_prompts([], [file], asked(top_k=3))
+    first, second = from_lines(read_lines([file]), asked(top_k=3))
     assert first.asked.params(RECOMMENDED) == SamplingParams(
         **{**RECOMMENDED, "top_k": 3, "temperature": 0.0}
     )

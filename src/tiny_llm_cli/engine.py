@@ -17,16 +17,6 @@ def load(options: EngineOptions, **others: Any) -> "LLM":
     return LLM(**asdict(options), **others)
 
 
-def check(options: EngineOptions, **others: Any) -> None:
-    """Raise `ConfigError` for options that cannot work with any model, before one is loaded."""
-    from tiny_llm import EngineConfig
-
-    values = {**asdict(options), **others}
-    for name in ("model", "chat_template_content_format"):
-        del values[name]
-    EngineConfig.from_options(**values)
-
-
 @dataclass(frozen=True)
 class AskedSampling:
     """The sampling parameters that a command was given; `params` fills in the others.
@@ -45,11 +35,15 @@ class AskedSampling:
     def params(self, recommended: Mapping[str, Any] | None = None) -> "SamplingParams":
         """Combine them: the given ones, then the model's recommendation, then the command's defaults.
 
-        Raises `SamplingParamsError` for a value that cannot work.
+        A recommended temperature of 0 counts only for a single completion: several would be equal. Raises
+        `SamplingParamsError` for a value that cannot work.
         """
         from tiny_llm import SamplingParams
 
-        return SamplingParams.from_options(**{**self.own, **(recommended or {}), **self.given})
+        usable = dict(recommended or {})
+        if self.given.get("n", 1) > 1 and usable.get("temperature") == 0:
+            del usable["temperature"]
+        return SamplingParams.from_options(**{**self.own, **usable, **self.given})
 
 
 def asked_sampling(options: SamplingOptions, *, max_tokens: int, **others: Any) -> AskedSampling:

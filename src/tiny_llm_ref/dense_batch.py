@@ -115,7 +115,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         A request for n completions (`params.n`; params None means `SamplingParams()`) is queued as one
         `Sequence`, its leader. Its seq_id is the first of `completion_ids`, num_forks is n - 1, prompt is a
         tuple, and max_len is the result of `max_sequence_length` for a context of `max_seq_len` tokens and
-        `max_slots` seats (sequences at once). The other completions are forked when the prompt is computed.
+        `max_slots` sequences at once. The other completions are forked when the prompt is computed.
         Until then the queues find the leader under all n ids; `RequestQueues.add` does this.
 
         Raises ValueError for an empty prompt and `RequestTooLargeError` for a request that can never run

@@ -115,9 +115,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         `_queues.add(leader)`:
 
         1. `max_sequence_length` raises ValueError for an empty prompt, and `RequestTooLargeError` for a
-        request that is
-           longer than `_context` tokens (its argument `context`) or has more completions or beams than
-           `_max_seqs` (its argument `max_seqs`). It returns the leader's `max_len`.
+           request that is longer than `_context` tokens (its argument `context`) or has more completions or
+           beams than `_max_seqs` (its argument `max_seqs`). It returns the leader's `max_len`.
         2. `_queues.refuse_id_in_use` raises `DuplicateRequestError` if the request's id or one of its
            `completion_ids` belongs to a request that has not ended.
         3. `_reject_if_too_large(leader)` raises `RequestTooLargeError` if the request needs more blocks
