@@ -234,7 +234,7 @@ def serving_app(app: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
-def test_without_usage_chunks_with_text_are_counted_and_a_warning_says_so(backend: str) -> None:
+def test_if_the_server_sends_no_usage_chunks_with_text_are_counted_with_a_warning(backend: str) -> None:
     """The second chunk is late. The first chunk of a chat is its role; that of a completion is a token."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -265,7 +265,7 @@ def test_without_usage_chunks_with_text_are_counted_and_a_warning_says_so(backen
     assert (found["mean_ttft_ms"] if backend == "openai-chat" else after_first) > 250
 
 
-def test_failed_requests_are_only_counted() -> None:
+def test_failed_requests_are_counted_but_not_measured() -> None:
     answers = [
         Answer(10.0, [10.5, 10.75, 11.0], 7, 3),
         Answer(11.0, [12.0], 9, 1),

@@ -51,7 +51,9 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
         yield send
 
 
-def test_chat_puts_the_argument_before_the_pipe(cli: Run, llm: LLM, piped: Callable[[str], None]) -> None:
+def test_chat_puts_the_argument_before_the_piped_text(
+    cli: Run, llm: LLM, piped: Callable[[str], None]
+) -> None:
     piped("red, green\n")
     done = cli("chat", "Pick one:", "--max-tokens", "8", stdin=None)
     assert done.out == expected_answer(llm, "Pick one:\n\nred, green") + "\n"
@@ -132,7 +134,7 @@ def test_arguments_that_are_not_utf8_are_rejected(plain_cli: Run) -> None:
     assert "--system: not UTF-8 text" in plain_cli("chat", "Hello.", "--system", "\udcff").err
 
 
-def test_piped_text_loses_its_byte_order_mark_and_carriage_returns(
+def test_a_byte_order_mark_and_carriage_returns_are_removed_from_piped_text(
     cli: Run, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Bytes(b"\xef\xbb\xbfName a\r\ncolour.\r\n"))
@@ -218,7 +220,7 @@ def test_reset_keeps_only_the_system_message(llm: LLM) -> None:
         assert conversation.messages == [{"role": "system", "content": "Be brief."}]
 
 
-def test_what_is_typed_during_an_answer_becomes_a_draft(llm: LLM) -> None:
+def test_text_typed_during_an_answer_becomes_a_draft(llm: LLM) -> None:
     typed = Typed("Name a colour.", "/help", "Another.")
     converse(Conversation(llm, SamplingParams(temperature=0.0, max_tokens=2)), typed)
     assert typed.num_drafts == 2

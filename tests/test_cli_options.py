@@ -29,7 +29,7 @@ __all__ = ["plain_cli"]
     "command",
     [[], ["chat"], ["generate"], ["info"], ["bench"], ["bench", "latency"], ["bench", "throughput"]],
 )
-def test_help_gives_an_example(command: list[str], plain_cli: Run) -> None:
+def test_help_shows_an_example(command: list[str], plain_cli: Run) -> None:
     done = plain_cli(*command, "--help")
     assert (done.code, done.err) == (0, "")
     assert f"tiny-llm {' '.join(command)}".strip() in done.out.split("Usage:")[1].split("\n", 1)[1]

@@ -404,7 +404,9 @@ def test_a_client_that_closes_before_its_request_is_complete_is_dropped(served: 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_disconnect_is_noticed_at_once(served: Served, llm: LLM, stream: bool, waits: bool) -> None:
+def test_a_disconnect_cancels_the_request_at_once(
+    served: Served, llm: LLM, stream: bool, waits: bool
+) -> None:
     """While its request runs, and while it waits for another request."""
     body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True, "stream": stream}
     stats = llm.engine.stats

@@ -84,7 +84,7 @@ def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
     }
 
 
-def test_the_head_of_a_stream_ends(client: httpx.Client) -> None:
+def test_a_head_request_for_a_stream_returns(client: httpx.Client) -> None:
     assert client.head("/live").status_code == 200
     assert client.get("/health").status_code == 200
 

@@ -203,7 +203,7 @@ def test_the_engine_does_not_wait_for_a_client_that_does_not_read(
     assert second["stats"]["cached"] == llm.engine.stats.num_cached_blocks >= 2
 
 
-def test_the_end_of_the_server_is_the_end_of_the_stream() -> None:
+def test_stopping_the_server_closes_the_stream() -> None:
     with serving(small) as here:
         watcher = Watcher(here)
         watcher.__enter__()

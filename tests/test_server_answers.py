@@ -25,7 +25,7 @@ __all__ = ["client", "llm", "sdk", "served"]
 # The official client.
 
 
-def test_a_chat_answers_what_the_engine_generates(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_a_chats_answer_equals_the_engines_own(llm: LLM, sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(model="smollm2", messages=FRANCE, temperature=0)
     [expected] = llm.chat(FRANCE, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
     choice = answer.choices[0]
@@ -41,7 +41,7 @@ def test_a_chat_answers_what_the_engine_generates(llm: LLM, sdk: openai.OpenAI) 
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_the_events_of_a_stream_add_up_to_the_answer(sdk: openai.OpenAI) -> None:
+def test_the_events_of_a_stream_join_to_the_answer(sdk: openai.OpenAI) -> None:
     whole = sdk.chat.completions.create(model="smollm2", messages=FRANCE, n=2, seed=7, max_tokens=20)
     stream = sdk.chat.completions.create(
         model="smollm2",
@@ -289,7 +289,7 @@ def test_max_tokens_0_with_echo_only_scores_the_prompt(client: httpx.Client) -> 
     ("reason", "expected"),
     [("stop", "length"), ("length", "length"), ("error", "error"), ("abort", "abort"), (None, None)],
 )
-def test_a_scored_prompt_has_the_reason_length_unless_it_failed(
+def test_a_scored_prompt_has_finish_reason_length_unless_its_request_failed(
     reason: str | None, expected: str | None
 ) -> None:
     event = RequestEvent("r", 0, "a", (5,), finish_reason=reason)

@@ -220,7 +220,7 @@ def test_template_variables_come_from_their_fields(
     assert lengths[0] < lengths[2]
 
 
-def test_tools_that_the_template_would_write_are_refused(
+def test_tools_are_refused_if_the_template_would_render_them(
     client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = {"messages": FRANCE, "tools": [{"type": "function"}], "tool_choice": "none", "max_tokens": 1}

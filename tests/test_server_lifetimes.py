@@ -60,7 +60,7 @@ def test_completions_of_a_client_that_disconnects_count_as_aborted(served: Serve
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("broken", "status"), [({1}, 200), ({0, 1}, 500)])
-def test_a_failed_choice_is_marked_and_only_the_failure_of_all_is_an_error(
+def test_a_failed_choice_has_finish_reason_error_and_the_request_fails_only_if_all_fail(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, stream: bool, broken: set[int], status: int
 ) -> None:
     """Two prompts with two choices each; the metrics count failed choices apart from aborted ones."""

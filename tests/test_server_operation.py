@@ -15,7 +15,7 @@ from tiny_llm_server import ServerConfig
 __all__ = ["client", "llm", "served"]
 
 
-def test_a_key_is_needed_for_models_and_not_for_health_and_metrics() -> None:
+def test_a_key_is_required_for_models_but_not_for_health_and_metrics() -> None:
     config = ServerConfig(api_keys=("one", "zwö lf"))
     with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
         body = {"prompt": "x", "max_tokens": 1}

@@ -30,13 +30,13 @@ def served() -> Iterator[Served]:
 document = schemathesis.openapi.from_dict(make_app(LLM).openapi())  # this does not load the model
 
 
-driven_operations: list[str] = []
+tested_operations: list[str] = []
 
 
-def driven(label: str) -> Callable[..., None]:
+def conformance_test(label: str) -> Callable[..., None]:
     """Make a test of one operation: every answer conforms to the document."""
 
-    driven_operations.append(label)
+    tested_operations.append(label)
 
     @document.include(name=label).parametrize()
     @settings(max_examples=examples(25), suppress_health_check=list(HealthCheck), deadline=None)
@@ -46,20 +46,20 @@ def driven(label: str) -> Callable[..., None]:
     return test
 
 
-test_completions = driven("POST /v1/completions")
-test_chat_completions = driven("POST /v1/chat/completions")
-test_tokenize = driven("POST /tokenize")
-test_detokenize = driven("POST /detokenize")
-test_models = driven("GET /v1/models")
-test_one_model = driven("GET /v1/models/{name}")
-test_health = driven("GET /health")
-test_version = driven("GET /version")
-test_metrics = driven("GET /metrics")
+test_completions = conformance_test("POST /v1/completions")
+test_chat_completions = conformance_test("POST /v1/chat/completions")
+test_tokenize = conformance_test("POST /tokenize")
+test_detokenize = conformance_test("POST /detokenize")
+test_models = conformance_test("GET /v1/models")
+test_one_model = conformance_test("GET /v1/models/{name}")
+test_health = conformance_test("GET /health")
+test_version = conformance_test("GET /version")
+test_metrics = conformance_test("GET /metrics")
 
 
 def test_every_operation_is_tested() -> None:
     known = [operation.ok().label for operation in document.get_all_operations()]
-    assert sorted(known) == sorted(driven_operations)
+    assert sorted(known) == sorted(tested_operations)
 
 
 def test_all_blocks_are_free_at_the_end(served: Served) -> None:
