@@ -161,13 +161,14 @@ def results_of(events: list[RequestEvent]) -> list[CompletionResult]:
 async def collect_events(
     engine: Engine, prompt: Any, params: SamplingParams | None = None, **more: Any
 ) -> list[RequestEvent]:
+    """Send a request with `Engine.generate`; return all its events."""
     return [event async for event in engine.generate(prompt, params, **more)]
 
 
 def collect_events_in_thread(
     engine: Engine, prompt: Any, params: SamplingParams = LONG
 ) -> list[RequestEvent]:
-    """Do the same as `collect_events` without an event loop: block the calling thread."""
+    """Send a request with `Engine.submit`, without an event loop; return all its events."""
     request, deliveries = engine.request(prompt, params), SimpleQueue[list[Item]]()
     engine.submit([request], deliveries.put).result(SECONDS)
     events: list[RequestEvent] = []
