@@ -11,6 +11,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
 from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import CONTEXT, tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes
@@ -118,7 +119,7 @@ def test_the_pool_uses_as_much_of_kv_cache_memory_as_whole_blocks_allow(block_si
 
 
 def test_memory_for_less_than_one_block_is_rejected_with_both_sizes() -> None:
-    with pytest.raises(ConfigError, match=rf"100 bytes.*which takes {16 * BYTES_PER_TOKEN:,} bytes"):
+    with pytest.raises(ConfigError, match=rf"100 bytes.*which takes {shown_bytes(16 * BYTES_PER_TOKEN)}"):
         EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
 
 

@@ -125,7 +125,7 @@ export class Chat {
       messages,
       stream: true,
       stream_options: { include_usage: true },
-      temperature: Number(document.querySelector("#temperature").value) || 0,
+      ...temperature(document.querySelector("#temperature").value),
       max_completion_tokens: Math.max(1, Number(document.querySelector("#max-tokens").value) || 200),
     };
     const times = [performance.now()];
@@ -202,6 +202,9 @@ export class Chat {
     if (hadFocus) (running ? this.#stop : this.#question).focus();
   }
 }
+
+/** The field of a request for what was typed; none if nothing was: the server has the model's own value. */
+const temperature = (typed) => (typed === "" ? {} : { temperature: Number(typed) });
 
 /** Why an answer is missing or incomplete: the server's error, or a lost connection. */
 function failureOf(error, text) {
