@@ -48,13 +48,11 @@ NOT_RUN = {
     "bash .ci/run": "runs these tests",
     "pdm run bench ": "minutes each: tests/test_benches.py runs them with small sizes",
     "pdm run lab ": "minutes each: tests/test_labs.py runs them with small sizes",
-    "TINY_LLM_KERNELS=off tiny-llm bench": "slow: tests/test_cli_bench_info.py runs small sizes",
     "tiny-llm bench latency": "tests/test_cli_bench_info.py runs it with small sizes",
     "tiny-llm bench throughput": "tests/test_cli_bench_info.py runs it with small sizes",
     "tiny-llm bench serve": "tests/test_bench_serve.py runs it on servers of its own",
     "tiny-llm COMMAND": "COMMAND stands for a command's name",
     "pdm run NAME": "NAME stands for a script's name",
-    "pdm run bench NAME": "NAME stands for a benchmark's name",
 }
 SERVERS = ("tiny-llm serve",)
 CONVERSATIONS = ("tiny-llm chat",)  # without arguments: it reads from a terminal
