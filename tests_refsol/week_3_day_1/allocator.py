@@ -73,7 +73,7 @@ def test_task_2_what_is_given_back_can_be_taken_again() -> None:
 
 
 def test_task_2_a_shared_block_is_free_after_its_last_holder() -> None:
-    """Oracle: by hand: three holders go one by one. Free at the first of them is the mistake."""
+    """Oracle: by hand: three holders go one by one. Common mistake: free at the first of them."""
     allocator = BlockAllocator(2)
     block = allocator.allocate()
     allocator.add_ref(block)
@@ -87,7 +87,7 @@ def test_task_2_a_shared_block_is_free_after_its_last_holder() -> None:
 
 
 def test_task_2_a_free_block_cannot_be_freed() -> None:
-    """Oracle: the docstring. A block that is free twice gets two owners: that is the mistake."""
+    """Oracle: the docstring. Common mistake: a block that is free twice gets two owners."""
     allocator = BlockAllocator(3)
     block = allocator.allocate()
     allocator.free(block)

@@ -68,7 +68,7 @@ def missing_blocks(table: BlockTable, num_new_tokens: int) -> int:
 def test_task_3_tokens_take_the_blocks_that_the_last_one_has_no_room_for(
     num_tokens: int, new: int, blocks: int
 ) -> None:
-    """Oracle: by hand, blocks of 4. Rounding up only the new tokens is the mistake."""
+    """Oracle: by hand, blocks of 4. Common mistake: rounding up only the new tokens."""
     assert filled(num_tokens).blocks_to_append(new) == blocks
 
 
@@ -83,7 +83,7 @@ def test_task_3_a_shared_block_with_room_takes_one_more(new: int, blocks: int) -
 
 @pytest.mark.parametrize(("new", "blocks"), [(1, 1), (4, 1), (5, 2)])
 def test_task_3_full_shared_blocks_are_not_copied(new: int, blocks: int) -> None:
-    """Oracle: by hand: 8 tokens fill two blocks of 4. To copy the second of them is the mistake."""
+    """Oracle: by hand: 8 tokens fill two blocks of 4. Common mistake: to copy the second of them."""
     table = filled(8)
     assert sharing(table).blocks_to_append(new) == blocks
 
@@ -205,7 +205,10 @@ def test_task_4_many_tokens_at_once(num_tokens: int, new: int, blocks: int) -> N
 
 @pytest.mark.parametrize(("num_tokens", "new"), [(0, 13), (5, 8), (8, 5), (12, 1)])
 def test_task_4_all_tokens_find_room_or_none_does(num_tokens: int, new: int) -> None:
-    """Oracle: by hand: the pool has 3 blocks of 4. Taking what there is before the refusal is the mistake."""
+    """Oracle: by hand: the pool has 3 blocks of 4.
+
+    Common mistake: taking what there is before the refusal.
+    """
     table = filled(num_tokens, num_blocks=3)
     before = state(table)
     with pytest.raises(OutOfBlocksError):
@@ -289,7 +292,7 @@ def test_task_4_a_copy_and_new_blocks_at_once() -> None:
 def test_task_4_a_copy_needs_a_block_as_well(free: int, new: int) -> None:
     """Oracle: by hand: 6 tokens in blocks of 4: a copy, and none, one or two blocks behind it.
 
-    A copy before it is known that the rest fits, or one that was not counted, is the mistake.
+    Common mistake: a copy before it is known that the rest fits, or one that was not counted,.
     """
     table = filled(6, num_blocks=2 + free)
     other = sharing(table)
@@ -421,7 +424,7 @@ def test_task_5_no_slot_is_two_tokens(block_size: int, one: int, two: int, data:
 
 
 def test_task_6_a_fork_holds_the_same_blocks_and_takes_none() -> None:
-    """Oracle: by hand: 6 tokens in blocks of 4. A block whose new holder is not counted is the mistake."""
+    """Oracle: by hand: 6 tokens in blocks of 4. Common mistake: a block whose new holder is not counted."""
     table = filled(6)
     held = list(table.blocks)
     child = table.fork()
@@ -460,7 +463,10 @@ def test_task_6_a_fork_of_a_fork() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 3, 4, 6])
 @pytest.mark.parametrize("writer", ["parent", "child"])
 def test_task_6_tables_go_on_independently(num_tokens: int, writer: str) -> None:
-    """Oracle: by hand, blocks of 4. Two tables that share one list see each other's blocks: the mistake."""
+    """Oracle: by hand, blocks of 4.
+
+    Common mistake: two tables that share one list see each other's blocks.
+    """
     table = filled(num_tokens)
     held, child = list(table.blocks), table.fork()
     goes, stays = (table, child) if writer == "parent" else (child, table)

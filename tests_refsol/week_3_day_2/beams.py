@@ -60,7 +60,7 @@ def test_task_7_what_they_held_before_goes_back() -> None:
 
 
 def test_task_7_every_table_goes_on_without_the_others() -> None:
-    """Oracle: by hand: one writes, the others see nothing of it. One list for all of them is the mistake."""
+    """Oracle: by hand: one writes, the others see nothing of it. Common mistake: one list for all of them."""
     allocator = BlockAllocator(8)
     parent, first, second = filled(allocator, 6), BlockTable(allocator, 4), BlockTable(allocator, 4)
     fork_sequence(parent, [first, second])
@@ -154,7 +154,7 @@ def test_task_8_a_beam_that_does_not_live_has_no_children(beam_id: int) -> None:
 def test_task_8_an_id_is_used_once(ended: int) -> None:
     """Oracle: the docstring: of the beams 0, 1 and 2 one has ended; the next id is none of the three.
 
-    The number of living beams, or one more than the highest of their ids, is the mistake.
+    Common mistake: the number of living beams, or one more than the highest of their ids,.
     """
     beams = beams_of()
     ids = {0, beams.fork_beam(0), beams.fork_beam(0)}

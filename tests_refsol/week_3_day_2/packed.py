@@ -134,7 +134,7 @@ def test_task_2_every_span_has_a_past_of_its_own() -> None:
 
 
 def test_task_2_neighbouring_query_heads_share_a_head_of_keys_and_values() -> None:
-    """Oracle: by hand: of 6 query heads 0, 1 and 2 read the first of two heads. h % Hkv is the mistake."""
+    """Oracle: by hand: of 6 query heads 0, 1 and 2 read the first of two heads. h % Common mistake: hkv."""
     values = mx.array([[[[5.0, 0]], [[70.0, 0]]]])  # one block of one token, two heads
     batch = pack_batch([Span(table_of([0], 1, block_size=1), 0, 1)])
     out = paged_attention(queries(6, 1), mx.zeros_like(values), values, batch, 1.0)
@@ -145,7 +145,7 @@ def test_task_2_small_numbers_of_two_heads() -> None:
     """Oracle: by hand: equal keys, so each output is the mean of the values so far, [n, -n] in each token.
 
     One sequence has 2, 4 and 9 in the first head, and ten times as much in the second; the other has 6 and 8.
-    Heads and block places that change places, or a reshape before the swap, are the mistake.
+    Common mistake: heads and block places that change places, or a reshape before the swap,.
     """
     first = [
         [[9, EMPTY], [90, EMPTY]],
@@ -245,7 +245,7 @@ def empty(
 def test_task_3_keys_and_values_go_to_their_slots_and_nothing_else_changes() -> None:
     """Oracle: by hand: two heads, three tokens: 1 and 2 behind another in blocks [3, 1], and 3 in block 0.
 
-    Heads and tokens that change places are the mistake that the numbers show.
+    Common mistake: heads and tokens that change places.
     """
     batch = pack_batch(
         [Span(table_of([3, 1], 3, block_size=2), 1, 3), Span(table_of([0], 1, block_size=2), 0, 1)]
@@ -262,7 +262,7 @@ def test_task_3_keys_and_values_go_to_their_slots_and_nothing_else_changes() -> 
 
 
 def test_task_3_a_token_sees_itself() -> None:
-    """Oracle: by hand: with equal keys the means so far of 2, 4 and 9. Attending first is the mistake."""
+    """Oracle: by hand: with equal keys the means so far of 2, 4 and 9. Common mistake: attending first."""
     batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 0, 3)])
     k, v = mx.zeros((1, 1, 3, 2)), mx.array([[[[2.0, 0], [4, 0], [9, 0]]]])
     out, *_ = write_and_attend(queries(1, 3), k, v, empty(3, 1, 2, 2), empty(3, 1, 2, 2), batch, 1.0)

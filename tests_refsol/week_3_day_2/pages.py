@@ -63,7 +63,7 @@ def test_task_4_pages_stay_two() -> None:
 
 
 def test_task_4_a_page_keeps_its_arrays() -> None:
-    """Oracle: the docstring: another holder of the arrays sees the copy. New arrays are the mistake."""
+    """Oracle: the docstring: another holder of the arrays sees the copy. Common mistake: new arrays."""
     source, target = page_of(1, 2), page_of(8, 9)
     keys, values = target.keys, target.values
     copy_block(source, target, 0, 1, 1)
@@ -74,7 +74,7 @@ def test_task_4_a_page_keeps_its_arrays() -> None:
 
 @pytest.mark.parametrize(("src_start", "dst_start"), [(0, 1), (1, 0), (0, 2), (2, 0), (1, 1)])
 def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -> None:
-    """Oracle: a list, whose slice is read before it is written. Copying token by token is the mistake."""
+    """Oracle: a list, whose slice is read before it is written. Common mistake: copying token by token."""
     page, expected = page_of(1, 2, 3, 4, 5), [1, 2, 3, 4, 5]
     copy_block(page, page, src_start, dst_start, 3)
     expected[dst_start : dst_start + 3] = expected[src_start : src_start + 3]
@@ -174,7 +174,7 @@ def test_task_6_each_query_picks_one_token_of_its_row_and_head() -> None:
 
     Row 0 has the values 2, 4 and 9 in the first head, and ten times as much in the second; row 1 has 6 and 8,
     and its first query sees the first token only. A value n is [n, -n]. A reshape between [B, H, L, D] and
-    the packed row without `swapaxes` is the mistake.
+    the packed row without Common mistake: `swapaxes`.
     """
     tables = [table_of([2, 0], 3, block_size=2), table_of([1], 2, block_size=2)]
     first, second, neither = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]

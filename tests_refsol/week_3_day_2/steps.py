@@ -295,7 +295,7 @@ class FailingModel(WatchedModel):
 def test_task_17_what_was_not_computed_is_not_shared() -> None:
     """Oracle: the docstring: the pass raises, so the plan's blocks hold no keys, and no cache may have them.
 
-    Telling the scheduler before the pass is the mistake.
+    Common mistake: telling the scheduler before the pass.
     """
     manager = with_model(model=FailingModel(), policies=Policies(prefix=ToldInOrder))
     manager.add_request(prompt(6, 15), "a", limits())
@@ -488,7 +488,7 @@ def test_task_17_the_next_step_continues_with_the_token() -> None:
 def test_task_17_completions_go_different_ways(length: int) -> None:
     """Oracle: the model without cache and batch, on each one's own tokens; blocks of 4.
 
-    Copies that are not made before the step writes, or not at all, are the mistake.
+    Common mistake: copies that are not made before the step writes, or not at all,.
     """
     manager, tokens = with_model(), prompt(length, 9)
     known = {f"a/{i}": list(tokens) for i in range(3)}

@@ -35,7 +35,7 @@ def test_task_1_a_hash_is_32_bytes_and_the_same_for_the_same_text() -> None:
 def test_task_1_other_tokens_are_another_hash(tokens: list[int]) -> None:
     """Oracle: the docstring: another id, order, or way to read the digits, and large ids too.
 
-    Ids that are joined into one number or cut down to a byte are the mistakes.
+    Common mistakes: ids that are joined into one number or cut down to a byte.
     """
     assert block_hash(FIRST, tokens) != block_hash(FIRST, [5, 6, 7, 8])
 
@@ -43,7 +43,7 @@ def test_task_1_other_tokens_are_another_hash(tokens: list[int]) -> None:
 def test_task_1_the_same_tokens_after_another_text_are_another_hash() -> None:
     """Oracle: the docstring: keys and values depend on all tokens before.
 
-    A hash without its parent is the mistake.
+    Common mistake: a hash without its parent.
     """
     befores = [FIRST, block_hash(FIRST, [1, 2]), block_hash(FIRST, [2, 1]), bytes([1]) + bytes(31)]
     assert len({block_hash(before, [5, 6]) for before in befores}) == 4
@@ -249,7 +249,7 @@ def test_task_4_a_hole_ends_a_match() -> None:
 def test_task_4_an_equal_hash_proves_nothing() -> None:
     """Oracle: by hand: another text's hashes with other tokens, or with the right tokens and another parent.
 
-    A match here is an answer from another client's text: the mistake that this finds.
+    Common mistake: a match here is an answer from another client's text.
     """
     allocator, cache = make_cache()
     kept(allocator, cache, range(8))

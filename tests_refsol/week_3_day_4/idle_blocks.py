@@ -220,7 +220,7 @@ def test_task_7_the_table_holds_the_kept_block_instead_of_its_own() -> None:
 
 
 def test_task_7_a_block_that_was_idle_is_in_use() -> None:
-    """Oracle: by hand. A block that stays in the queue is evicted while a table reads it: the mistake."""
+    """Oracle: by hand. Common mistake: a block that stays in the queue is evicted while a table reads it."""
     allocator, cache = make_cache()
     second, first = filled(allocator, 8), kept(allocator, cache, range(8))
     blocks = list(first.blocks)
@@ -286,7 +286,7 @@ def test_task_8_a_table_is_kept_as_it_grows() -> None:
 def test_task_8_what_two_have_computed_is_in_the_pool_once() -> None:
     """Oracle: by hand: two equal blocks of three. The cache has those of the first table.
 
-    A block that goes back and still stands in the table is another table's soon: the mistake.
+    Common mistake: a block that goes back and still stands in the table is another table's soon.
     """
     allocator, cache = make_cache()
     first, second = filled(allocator, 12), filled(allocator, 12)

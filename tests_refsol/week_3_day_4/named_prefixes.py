@@ -186,7 +186,7 @@ def test_task_13_what_cannot_be_is_refused() -> None:
 def test_task_13_a_sequence_that_does_not_fit_changes_nothing(total: int) -> None:
     """Oracle: the docstring: no block is free, and the copy needs one.
 
-    References that stay are the mistake.
+    Common mistake: references that stay.
     """
     cache = with_prefix(2)
     with pytest.raises(OutOfBlocksError):

@@ -184,7 +184,7 @@ def test_task_9_nothing_is_there() -> None:
 def test_task_9_a_window_never_asks_for_what_is_out_of_reach() -> None:
     """Oracle: by hand: token 32 sees 27 .. 32 with a window of 6: blocks 6 and 7. The first six have gone.
 
-    Asking for the whole prefix in every group finds nothing: the mistake.
+    Common mistake: asking for the whole prefix in every group finds nothing.
     """
     setup = Setup((None, 6))
     setup.put(0, TEXT, range(8))
@@ -315,7 +315,7 @@ def test_task_10_a_window_keeps_its_own_blocks_that_are_in_reach() -> None:
 def test_task_10_blocks_that_a_window_skips_are_idle_and_can_be_evicted() -> None:
     """Oracle: by hand: the 2 own blocks are kept; behind 8 blocks the window sees the last two.
 
-    The cache must be told what the table gave back, or nothing could evict these blocks: the mistake.
+    Common mistake: the cache must be told what the table gave back, or nothing could evict these blocks.
     """
     setup = Setup((None, 6))
     windowed = setup.put(1, TEXT, [6, 7])
@@ -367,7 +367,7 @@ def test_task_11_each_table_gets_what_its_layers_need() -> None:
 def test_task_11_a_block_out_of_reach_may_be_gone() -> None:
     """Oracle: by hand: the window has only blocks 6 and 7; 33 tokens are 8 blocks and one to compute.
 
-    Holes that are filled up with blocks of other places are the mistake.
+    Common mistake: holes that are filled up with blocks of other places.
     """
     setup = Setup((None, 6))
     setup.put(0, TEXT, range(8))
@@ -382,7 +382,7 @@ def test_task_11_a_block_out_of_reach_may_be_gone() -> None:
 def test_task_11_all_groups_end_at_the_same_token() -> None:
     """Oracle: by hand: one group has 7 blocks, the window of 6 lacks block 4; behind 4 it has what it needs.
 
-    A table that goes further than another reads tokens that the other does not have: the mistake.
+    Common mistake: a table that goes further than another reads tokens that the other does not have.
     """
     setup = Setup((None, 6, 9))
     setup.put(0, TEXT, range(7))
@@ -424,7 +424,7 @@ def test_task_11_what_no_group_can_go_on_from_is_not_shared() -> None:
 def test_task_11_a_sequence_under_way_goes_on_behind_its_own_blocks() -> None:
     """Oracle: by hand: one block is its own. Behind 2 blocks a window of 6 still needs block 0 and 1.
 
-    A window that throws away what is in reach is the mistake.
+    Common mistake: a window that throws away what is in reach.
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT[:9])
@@ -541,7 +541,7 @@ def test_task_12_a_table_that_begins_later_keeps_the_right_blocks() -> None:
 def test_task_12_what_a_table_has_released_is_not_kept() -> None:
     """Oracle: by hand: 16 tokens since the beginning, of which the window's table has 8 to 15.
 
-    First less the table's first block is negative then, and counts from the end of a list: the mistake.
+    Common mistake: first less the table's first block is negative then, and counts from the end of a list.
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)

@@ -80,7 +80,7 @@ def test_task_2_each_token_sees_two() -> None:
 
 
 def test_task_2_the_tokens_are_the_last_ones() -> None:
-    """Oracle: by hand: the last two of five, a window of 3. Rows that begin at position 0 are the mistake."""
+    """Oracle: by hand: the last two of five, a window of 3. Common mistake: rows that begin at position 0."""
     assert sliding_window_mask(2, 5, 3).tolist() == [[NO, 0, 0, 0, NO], [NO, NO, 0, 0, 0]]
 
 
@@ -149,7 +149,10 @@ def test_task_3_a_block_goes_when_all_of_it_is_passed(position: int, gone: int) 
 
 @pytest.mark.parametrize(("position", "gone"), [(0, 0), (8, 0), (11, 0), (12, 1), (16, 2), (18, 2), (99, 2)])
 def test_task_3_positions_are_those_of_the_text(position: int, gone: int) -> None:
-    """Oracle: by hand: a table that begins at 8 and holds 8 .. 17. Counting from the table is the mistake."""
+    """Oracle: by hand: a table that begins at 8 and holds 8 .. 17.
+
+    Common mistake: counting from the table.
+    """
     table, blocks = table_of([3, 9, 6], 10, start=8), [3, 9, 6]
     assert list(table.release_before(position)) == blocks[:gone]
     expect(table, 8 + 4 * gone, 10 - 4 * gone, blocks[gone:])
@@ -272,7 +275,7 @@ def test_task_4_skipped_blocks_with_other_holders_stay_with_them() -> None:
 def test_task_5_a_hole_for_each_block_that_has_gone() -> None:
     """Oracle: by hand: position 8 is in the third logical block, wherever the table begins.
 
-    A list without holes would make block 7 the home of position 0: the mistake.
+    Common mistake: a list without holes would make block 7 the home of position 0.
     """
     assert list(table_of([7, 2], 6, start=8).physical_indices()) == [NOWHERE, NOWHERE, 7, 2]
 

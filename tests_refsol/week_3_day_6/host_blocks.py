@@ -98,7 +98,7 @@ def test_task_4_one_reference_at_a_time() -> None:
 
 
 def test_task_4_a_block_without_holders_is_not_found_any_more() -> None:
-    """Oracle: by hand: one host block, for one text and then another. A hash that is left is the mistake."""
+    """Oracle: by hand: one host block, for one text and then another. Common mistake: a hash that is left."""
     setup = Setup(host_blocks=1)
     one, other = setup.sequence(TEXT[:4], 4), setup.sequence([1, 2, 3, 4], 4)
     for sequence in (one, other, one, one):

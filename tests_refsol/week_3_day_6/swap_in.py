@@ -69,7 +69,7 @@ def test_task_7_what_went_out_comes_back() -> None:
 def test_task_7_as_many_tokens_as_there_were(computed: int) -> None:
     """Oracle: symbolic contents; and the text goes on where it was.
 
-    A last block that counts as full would leave a hole behind it: the mistake.
+    Common mistake: a last block that counts as full would leave a hole behind it.
     """
     setup = Setup()
     sequence = setup.sequence(TEXT, computed)
@@ -160,7 +160,7 @@ def test_task_7_the_host_blocks_stay_until_they_are_forgotten() -> None:
 def test_task_7_a_window_begins_where_it_did() -> None:
     """Oracle: by hand: of 18 tokens windows of 6 and 3 had blocks 3 and 4, and block 4: from 12 and 16 on.
 
-    A windowed table that begins at 0 has other positions than its keys: the mistake.
+    Common mistake: a windowed table that begins at 0 has other positions than its keys.
     """
     setup = Setup(windows=(None, 6, 3))
     sequence = setup.sequence(TEXT, 18)

@@ -53,7 +53,7 @@ def test_task_5_blocks_that_are_begun_go_too(computed: int, blocks: int) -> None
 def test_task_5_pages_of_tokens_to_come_stay(computed: int, blocks: int) -> None:
     """Oracle: by hand: this step was to compute up to token 14, so the table has four blocks already.
 
-    What they would hold is not there. Going by the table, not by what is computed, is the mistake.
+    What they would hold is not there. Common mistake: going by the table, not by what is computed,.
     """
     setup = Setup()
     sequence = setup.sequence(TEXT, computed)
@@ -115,7 +115,10 @@ def test_task_5_a_block_whose_last_token_is_known_but_not_computed_is_not_full(o
 
 
 def test_task_5_the_same_tokens_after_another_text_are_another_block() -> None:
-    """Oracle: by hand: keys depend on all that comes before. Going by a block's own tokens is the mistake."""
+    """Oracle: by hand: keys depend on all that comes before.
+
+    Common mistake: going by a block's own tokens.
+    """
     setup = Setup()
     pair = [setup.sequence((*start, *TEXT[:4]), 8) for start in ((1, 2, 3, 4), (5, 6, 7, 8))]
     assert [setup.out(one) for one in pair] == [2, 2], "copies made when going out"
@@ -140,7 +143,7 @@ def test_task_5_outputs_are_shared_like_a_prompt() -> None:
 def test_task_5_a_windows_table_begins_where_it_begins() -> None:
     """Oracle: by hand: of 18 tokens a window of 6 has blocks 3 and 4; the next token sees from 13 on.
 
-    Counting its blocks from 0 gives another's place to each: the mistake.
+    Common mistake: counting its blocks from 0 gives another's place to each.
     """
     setup = Setup(windows=(None, 6))
     sequence = setup.sequence(TEXT, 18)
@@ -208,7 +211,7 @@ def test_task_5_as_many_blocks_as_are_free() -> None:
 
 
 def test_task_5_what_is_there_needs_no_free_block() -> None:
-    """Oracle: by hand: the host is full of what the second one has. Counting its blocks is the mistake."""
+    """Oracle: by hand: the host is full of what the second one has. Common mistake: counting its blocks."""
     setup = Setup(host_blocks=3)
     first, second = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:8], 8)
     assert setup.out(first) == 3, "copies made when going out"

@@ -58,7 +58,7 @@ def test_task_11_an_event_for_each_letter() -> None:
 
 
 def test_task_11_several_completions_end_with_the_last_of_them() -> None:
-    """Oracle: by hand: the second of two ends early. Ending with the first finish reason is the mistake."""
+    """Oracle: by hand: the second of two ends early. Common mistake: ending with the first finish reason."""
     core = AlphabetCore()
     core.hold()
     with serving(core) as engine:

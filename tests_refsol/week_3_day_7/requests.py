@@ -254,7 +254,7 @@ def test_task_2_a_forgotten_request_has_ended() -> None:
 
 
 def test_task_2_forget_does_not_cancel_another_request_with_the_id() -> None:
-    """Oracle: by hand: the old one ended, and a new one took its id. Cancelling by id is the mistake."""
+    """Oracle: by hand: the old one ended, and a new one took its id. Common mistake: cancelling by id."""
     loop, old, new = make_loop(), request("name"), request("name")
     put(loop, old)
     loop.core.cancel("name")
