@@ -28,7 +28,7 @@ def test_task_1_softmax_of_one_value_is_one() -> None:
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (5, 5), (2, 3, 4), (2, 2, 3, 6)])
 def test_task_1_softmax_runs_over_the_last_axis(shape: tuple[int, ...]) -> None:
-    """Oracle: NumPy in float64. Common mistake: the sum over another axis, or over all,."""
+    """Oracle: NumPy in float64. Common mistake: a sum over another axis or over all axes."""
     x = np.random.default_rng(1).normal(size=shape, scale=3.0).astype(np.float32)
     out = softmax(mx.array(x))
     assert out.shape == shape
@@ -56,7 +56,7 @@ def test_task_1_softmax_of_large_values_does_not_overflow() -> None:
 
 
 def test_task_1_softmax_of_a_row_does_not_depend_on_the_other_rows() -> None:
-    """Oracle: by hand. Common mistake: one maximum for all rows instead of one for each."""
+    """Oracle: by hand. Common mistake: one maximum for all rows instead of one per row."""
     out = softmax(mx.array([[0.0, 0.0], [1000.0, 1000.0]]))
     np.testing.assert_allclose(np.array(out), [[0.5, 0.5], [0.5, 0.5]], rtol=1e-3)
 
@@ -183,7 +183,7 @@ def test_task_3_one_key_gives_its_value() -> None:
 def test_task_3_the_output_has_one_row_for_each_query(
     leading: tuple[int, ...], length: int, total: int, size: int
 ) -> None:
-    """Oracle: NumPy in float64. Common mistake: a softmax over the queries, not the keys,."""
+    """Oracle: NumPy in float64. Common mistake: a softmax over the queries instead of the keys."""
     q, k, v = random_qkv(5, (*leading, length, size), (*leading, total, size))
     out = scaled_dot_product_attention(mx.array(q), mx.array(k), mx.array(v), size**-0.5)
     assert out.shape == (*leading, length, size)

@@ -109,7 +109,7 @@ def test_task_2_consecutive_positions_match_mlx(shape: tuple[int, ...], base: fl
 
 @pytest.mark.parametrize("positions", [[5], [3, 3, 3], [9, 0, 4], [100, 7, 0, 55, 55]])
 def test_task_2_positions_may_come_in_any_order(positions: list[int]) -> None:
-    """Oracle: NumPy in float64. Common mistake: positions counted from the first one."""
+    """Oracle: NumPy in float64. Common mistake: counting positions from the first one."""
     x = np.random.default_rng(3).normal(size=(2, 3, len(positions), 8)).astype(np.float32)
     frequencies = numpy_frequencies(8, 100.0)
     out = rope(mx.array(x), mx.array(positions, mx.int32), mx.array(frequencies))

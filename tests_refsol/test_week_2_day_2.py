@@ -161,7 +161,7 @@ def test_task_2_copying_replaces_the_old_tokens() -> None:
 
 
 def test_task_2_source_and_copy_are_independent_afterwards() -> None:
-    """Oracle: by hand. Common mistake: two caches that share an array, or a length,."""
+    """Oracle: by hand. Common mistake: two caches that share an array or a length."""
     source, copy = small_cache(), small_cache()
     source.update(tokens([1, 2]), tokens([1, 2]))
     copy.copy_from(source)

@@ -462,7 +462,7 @@ def test_task_6_a_row_is_bit_identical_with_and_without_other_rows() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_task_6_the_kernel_is_exact_for_zeros_and_does_not_overflow() -> None:
-    """Oracle: by hand: zeros give 0, and 32 products of the largest 16-bit and 8-bit numbers do not overflow."""
+    """Oracle: by hand: zeros give 0; 32 products of the largest 16-bit and 8-bit numbers do not overflow."""
     ones = Quantized(
         mx.full((16, 8), 0xFFFFFFFF, mx.uint32), mx.ones((16, 1)), mx.zeros((16, 1)), group_size=32, bits=8
     )

@@ -1,4 +1,4 @@
-"""How Hypothesis looks for counterexamples in a suite."""
+"""The Hypothesis settings of the suites."""
 
 from hypothesis import Phase, settings
 

@@ -17,7 +17,7 @@ from tiny_llm.sequence import PagedSequence
 
 from common.blocks import counts, holders
 from common.examples import quick
-from common.preemption import NewestGivesWay
+from common.preemption import PreemptNewest
 from tiny_llm import SamplingParams
 from week_3_day_4.blocks_by_content import kept, make_cache, stream_of
 from week_3_day_4.idle_blocks import end
@@ -310,7 +310,7 @@ def test_task_11_tenants_do_not_wait_for_each_other() -> None:
 
 def manager_of(num_blocks: int = 40, budget: int = 256) -> PagedBatchManager:
     """A batch manager that shares prefixes and computes nothing: blocks of 4, eight sequences at once."""
-    policies = Policies(preemption=NewestGivesWay(), prefix=PrefixSharing)
+    policies = Policies(preemption=PreemptNewest(), prefix=PrefixSharing)
     return PagedBatchManager(num_blocks, 4, 8, max_batched_tokens=budget, policies=policies)
 
 

@@ -18,7 +18,7 @@ from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 from common.blocks import counts
 from common.examples import quick
-from common.preemption import NewestGivesWay
+from common.preemption import PreemptNewest
 from common.toy_models import tiny_model
 from week_3_day_5.windowed_prefixes import TEXT
 from week_3_day_5.windowed_tables import NO, seen_from
@@ -64,7 +64,7 @@ def test_task_12_crowds_that_share_lose_no_block(
 ) -> None:
     """Oracle: a count of all holders after each step; in the end free and kept blocks are the whole pool."""
     groups = (LayerGroup((0,), None), LayerGroup((1,), 6))
-    policies = Policies(preemption=NewestGivesWay(), prefix=partial(WindowedPrefixSharing, groups=groups))
+    policies = Policies(preemption=PreemptNewest(), prefix=partial(WindowedPrefixSharing, groups=groups))
     manager = PagedBatchManager(
         num_blocks, 4, 4, max_batched_tokens=budget, max_model_len=40, policies=policies, groups=groups
     )

@@ -112,7 +112,7 @@ def test_task_11_a_refusal_comes_at_the_first_event(prompt: list[int], error: ty
 
 def test_task_11_a_full_queue() -> None:
     """Oracle: by hand: one seat, one may wait, and the third client is told so."""
-    core = AlphabetCore(seats=1)
+    core = AlphabetCore(max_seqs=1)
     core.hold()
     with serving(core, max_num_seqs=1, max_num_waiting=1) as engine:
 

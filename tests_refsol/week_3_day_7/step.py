@@ -283,7 +283,7 @@ def test_task_4_a_search_ends_with_one_event() -> None:
 
 def test_task_4_how_long_it_took_and_how_full_it_is() -> None:
     """Oracle: by hand: a core that takes 20 ms; figures of the core after the step."""
-    loop = make_loop(AlphabetCore(seats=2))
+    loop = make_loop(AlphabetCore(max_seqs=2))
     put(loop, *[request(name) for name in "abc"])
     step = loop.core.step
 
@@ -329,7 +329,7 @@ def test_task_4_admission_control_sees_that_a_step_left_a_request_waiting() -> N
     """Oracle: by hand: two sequences run at once, the third request waits until one of them has ended."""
     control = AdmissionControl(None, 2)
     loop = EngineLoop(Inbox(), control)
-    loop.core = AlphabetCore(seats=2)  # type: ignore[assignment]
+    loop.core = AlphabetCore(max_seqs=2)  # type: ignore[assignment]
     put(loop, *[request(name, params=SamplingParams(max_tokens=2)) for name in "abc"])
     loop.step()
     assert (control.occupancy.num_waiting, control.occupancy.is_crowded) == (1, True)

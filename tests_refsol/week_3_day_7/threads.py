@@ -93,7 +93,7 @@ def test_task_9_an_id_in_use() -> None:
 
 def test_task_9_a_full_queue_refuses_at_once() -> None:
     """Oracle: by hand: two seats, and two may wait; refused while the step still runs, and later let in."""
-    core = AlphabetCore(seats=2)
+    core = AlphabetCore(max_seqs=2)
     with serving(core, max_num_seqs=2, max_num_waiting=2) as engine:
         first, second = Ear(), Ear()
         queued(engine.submit([engine.request(letter, LONG, letter) for letter in "ab"], first))
@@ -117,7 +117,7 @@ def test_task_9_a_full_queue_refuses_at_once() -> None:
 
 def test_task_9_requests_enter_together_or_not_at_all() -> None:
     """Oracle: by hand: one seat and one that may wait: three are too many, and two come in after that."""
-    core = AlphabetCore(seats=1)
+    core = AlphabetCore(max_seqs=1)
     with serving(core, max_num_seqs=1, max_num_waiting=1) as engine:
         requests = [engine.request("a", THREE) for _ in range(3)]
         with pytest.raises(QueueFullError):
