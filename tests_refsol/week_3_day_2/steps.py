@@ -90,7 +90,7 @@ def test_task_16_copies_are_made_before_the_pass_writes() -> None:
 
 
 def test_task_16_the_pool_is_resized_to_the_allocator_before_the_pass() -> None:
-    """Oracle: by hand, and the model without cache: at first the pool has no blocks for the second sequence."""
+    """Oracle: by hand, and the model without cache: the pool starts without the second sequence's blocks."""
     manager, prompts = with_model(min_pages=2), {"a": prompt(7, 7), "b": prompt(9, 8)}
     queued(manager, prompts)
     manager.run_plan(Plan([chunk(manager, "a", 0, 7)]))
@@ -129,7 +129,7 @@ def held(pool: KVPool, block: int) -> np.ndarray:
 
 
 def test_task_16_blocks_are_swapped_before_copies_and_the_pass() -> None:
-    """Oracle: the blocks' contents. A plan may have no chunk; a copy may overwrite a block that is swapped out.
+    """Oracle: the blocks' contents. A plan may have no chunk; a copy may overwrite a swapped-out block.
 
     Common mistake: copying first, so the host gets the copied content.
     """
