@@ -59,7 +59,7 @@ def numpy_frequencies(head_dim: int, base: float) -> np.ndarray:
     return (base ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
 
 
-def test_task_2_an_angle_of_90_degrees_turns_each_pair_by_a_quarter() -> None:
+def test_task_2_an_angle_of_90_degrees_rotates_a_pair_by_a_quarter_turn() -> None:
     """Oracle: by hand: (1, 0) becomes (0, 1) and (0, 1) becomes (-1, 0).
 
     Turned the other way, the signs differ.

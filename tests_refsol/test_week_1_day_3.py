@@ -16,7 +16,7 @@ from common.matrices import matrix
 from common.numpy_oracles import numpy_attention, numpy_rope
 from common.toy_arrays import column, random_qkv
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+# The suite runs with and without compiled kernels; the warning about missing ones does not concern this day.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
 
 

@@ -16,7 +16,7 @@ from tiny_llm.stacked_linear import stack
 
 from common.matrices import matrix
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+# The suite runs with and without compiled kernels; the warning about missing ones does not concern this day.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
 
 

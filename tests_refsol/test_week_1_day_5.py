@@ -25,7 +25,7 @@ from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_checkpoints.model_config import ModelConfig
 from tiny_llm_checkpoints.readers import read_checkpoint
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+# The suite runs with and without compiled kernels; the warning about missing ones does not concern this day.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
 
 CONFIG = ModelConfig(
@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
     intermediate_size=40,
     vocab_size=50,
     max_position_embeddings=64,
-    rms_norm_eps=0.1,  # large, so that a wrong one shows
+    rms_norm_eps=0.1,  # large, so that a wrong eps changes the logits
     tie_word_embeddings=False,
 )
 CONFIGS = {

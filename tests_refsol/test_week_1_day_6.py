@@ -223,7 +223,7 @@ def test_task_2_an_empty_prompt_is_rejected_at_the_first_next(max_tokens: int) -
     assert model.sequences == [], "the model must not be called with an empty prompt"
 
 
-def test_task_2_the_caller_s_prompt_is_not_modified() -> None:
+def test_task_2_the_prompt_of_the_caller_is_not_modified() -> None:
     """Oracle: by hand. Common mistake: appending tokens to the caller's list."""
     prompt = [3, 4]
     assert list(generate(RuleModel(), prompt, 3, ())) == [5, 6, 7]

@@ -230,7 +230,7 @@ def test_task_2_a_copy_keeps_its_own_dtype() -> None:
 # Task 3: reserve
 
 
-def test_task_3_caches_refused_sequences_and_waste_of_a_small_example() -> None:
+def test_task_3_a_small_example_matches_values_worked_out_by_hand() -> None:
     """Oracle: by hand: the two that fit use 100 of 200 positions, and 4 caches of 100 fit into 410."""
     assert reserve([30, 70, 101], 100, 1, 410) == Reservation(4, 1, 0.5)
 

@@ -504,7 +504,7 @@ def test_task_6_keys_and_values_of_several_heads_are_read_back() -> None:
     noise = mx.random.normal((2, 10, 3, 8), key=mx.random.key(6))
     for i in range(10):
         cache.append_token(noise[0, i], noise[1, i])
-    rounded = noise.swapaxes(1, 2).astype(mx.bfloat16)  # heads first; the pool's type if none is given
+    rounded = noise.swapaxes(1, 2).astype(mx.bfloat16)  # heads first; bfloat16 is the default dtype
     stored = cache.read()
     assert mx.array_equal(stored.keys, rounded[0])
     assert mx.array_equal(stored.values, rounded[1])

@@ -219,7 +219,7 @@ def test_task_3_codes_are_clipped_to_the_largest_code() -> None:
     w = mx.array([[round(i * 255 * 1.4 / 31) for i in range(32)]], mx.float32) * 2.0**-24
     w = w.astype(mx.float16)
     got = quantize(w, 32, 8)
-    # Both sides times a power of two, which changes no code: the numbers are then far from the tolerance.
+    # Multiply both sides by a power of two: no code changes, and the numbers are far above the tolerance.
     check_nearest(w * 2.0**10, got._replace(scales=got.scales * 2.0**10, biases=got.biases * 2.0**10))
 
 
@@ -404,7 +404,7 @@ def test_task_5_the_product_matches_mlx() -> None:
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-3)
 
 
-# Task 6, an option: quantized_matmul.cpp. Without a file of the learner's it is the reference's kernel.
+# Task 6, optional: quantized_matmul.cpp. Without the learner's file, the reference's kernel is tested.
 
 
 def multiply(x: mx.array, stored: Quantized, activation_bits: int = 16) -> np.ndarray:

@@ -293,7 +293,7 @@ def test_task_2_the_largest_score_wins_in_every_tile(tile: int) -> None:
         np.testing.assert_allclose(run(qkv, 1.0, False, tile)[0, 0, :, 0], [winner + 1], rtol=1e-5)
 
 
-# Task 3, an option: flash_attention.cpp. Without a file of the learner's it is the reference's kernel.
+# Task 3, optional: flash_attention.cpp. Without the learner's file, the reference's kernel is tested.
 
 
 def by_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> np.ndarray:

@@ -81,7 +81,7 @@ def test_task_1_an_exact_budget_grants_everything() -> None:
 @pytest.mark.parametrize(
     ("wants", "budget"), [([1, 5], -1), ([], -1), ([-1], 5), ([3, 1, -2], 5), ([-2, 9], 0)]
 )
-def test_task_1_negative_numbers_are_refused(wants: list[int], budget: int) -> None:
+def test_task_1_negative_numbers_are_rejected(wants: list[int], budget: int) -> None:
     """Oracle: the docstring. Treating a negative want as a prompt would grant a negative number of tokens."""
     with pytest.raises(ValueError):
         share_budget(wants, budget)

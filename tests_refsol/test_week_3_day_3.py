@@ -152,7 +152,7 @@ def test_task_1_many_random_tables_match_the_definition() -> None:
         allocator = BlockAllocator(sum(-(-total // block_size) for total in totals))
         tables = [BlockTable(allocator, block_size) for _ in totals]
         for row in rng.permutation(np.repeat(np.arange(20), totals)):
-            tables[row].append_tokens(1)  # alternating, so that no sequence has its blocks side by side
+            tables[row].append_tokens(1)  # alternating, so that no table has contiguous blocks
         lengths = [int(rng.integers(0, total + 1)) for total in totals]
         expected = [
             table.blocks[i // block_size] * block_size + i % block_size

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from tiny_llm.beam_search import BeamSearchParams, Ended, Hypothesis
 
-Table = Callable[[tuple[int, ...]], list[float]]  # the log-probability of each token behind those
+Table = Callable[[tuple[int, ...]], list[float]]  # the log-probability of each token after these
 
 
 def by_definition(table: Table, params: BeamSearchParams, eos: Sequence[int]) -> list[Ended]:
@@ -17,7 +17,7 @@ def by_definition(table: Table, params: BeamSearchParams, eos: Sequence[int]) ->
             for beam in beams
             for token, more in enumerate(table(beam.tokens))
         ]
-        grown.sort(key=lambda one: -one.logprob)  # equal ones stay: the better parent's, the smaller token
+        grown.sort(key=lambda one: -one.logprob)  # stable: ties keep the order of parents and tokens
         for one in grown[: params.beam_width]:
             if one.tokens[-1] in eos or length == params.max_tokens:
                 score = one.logprob / length**params.length_penalty

@@ -17,7 +17,7 @@ class Pool:
     tables: list[BlockTable]
     keys: mx.array  # [num_blocks, Hkv, block_size, D]
     values: mx.array
-    streams: list[tuple[np.ndarray, np.ndarray]]  # keys and values [Hkv, tokens, D], as they are stored
+    streams: list[tuple[np.ndarray, np.ndarray]]  # keys and values [Hkv, tokens, D], rounded as stored
 
 
 def pool_of(
@@ -46,7 +46,7 @@ def pool_of(
     return Pool(tables, mx.array(layer[0], dtype), mx.array(layer[1], dtype), streams)
 
 
-# What `pool_of` is asked for, and `heads`: query heads, key and value heads.
+# Arguments of `pool_of`, and `heads`: the numbers of query heads and of key and value heads.
 SHAPES = {
     "blocks_of_one_token": {"totals": [5, 1, 9], "block_size": 1},
     "only_full_blocks": {"totals": [8, 4, 12]},

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-EMPTY = 30.0  # fills slots without a token: large enough that a test notices when one is read
+EMPTY = 30.0  # fills slots without a token: large enough that reading one changes the result
 
 
 def random_qkv(

@@ -68,7 +68,7 @@ def test_task_2_parallel_completions_wait_as_one_leader_with_all_their_ids() -> 
     assert manager.sequence("a/1") is manager.sequence("a/2") is leader
 
 
-def test_task_2_an_empty_prompt_is_refused() -> None:
+def test_task_2_an_empty_prompt_is_rejected() -> None:
     """Oracle: the docstring; nothing changes."""
     manager = DenseBatchManager(2, 16)
     with pytest.raises(ValueError):
@@ -103,7 +103,7 @@ def test_task_2_a_request_that_could_never_run_is_rejected(length: int, params: 
 @pytest.mark.parametrize(
     ("name", "n"), [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b/0", 1), ("b/1", 1), ("c", 2)]
 )
-def test_task_2_an_id_in_use_is_refused(name: str, n: int) -> None:
+def test_task_2_an_id_in_use_is_rejected(name: str, n: int) -> None:
     """Oracle: the docstring: "a" is in use, "b", whose completions are "b/0" and "b/1", and "c/1".
 
     Two completions of a request "c" would be "c/0" and "c/1".

@@ -563,7 +563,7 @@ class Tables(RuleBasedStateMachine):
     """Tables grow, fork and are released in any order, on a pool that is often too small."""
 
     allocator: BlockAllocator
-    texts: list[tuple[BlockTable, list[int]]]  # each table, and the tokens that it must find in its blocks
+    texts: list[tuple[BlockTable, list[int]]]  # each table, and the tokens that its blocks must hold
 
     @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 5))
     def build(self, num_blocks: int, block_size: int) -> None:

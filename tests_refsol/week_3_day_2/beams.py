@@ -159,7 +159,7 @@ def test_task_8_a_beam_id_is_never_reused(ended: int) -> None:
     beams = beams_of()
     ids = {0, beams.fork_beam(0), beams.fork_beam(0)}
     tables = cast("dict[int, BlockTable]", beams.tables)
-    tables.pop(sorted(ids)[ended]).release()  # what `prune`, the next exercise, is going to do
+    tables.pop(sorted(ids)[ended]).release()  # as `prune`, the next exercise, does
     child = beams.fork_beam(0)
     assert child not in ids, "the id of a pruned beam was reused"
     assert len(beams.tables) == 3
@@ -274,7 +274,7 @@ class Beams(RuleBasedStateMachine):
     """Beams grow, fork and are pruned in any order, on a pool that is often too small."""
 
     allocator: BlockAllocator
-    texts: dict[int, list[int]]  # the tokens that each beam must find in its pages
+    texts: dict[int, list[int]]  # the tokens that each beam's pages must hold
 
     @initialize(num_blocks=st.integers(1, 10), block_size=st.integers(1, 4), beam_size=st.integers(1, 4))
     def build(self, num_blocks: int, block_size: int, beam_size: int) -> None:

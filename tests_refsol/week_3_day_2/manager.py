@@ -113,7 +113,7 @@ def test_task_14_a_cache_salt_changes_the_block_hashes() -> None:
     assert manager.sequence("a").stream.block_size == 4
 
 
-def test_task_14_an_empty_prompt_is_refused() -> None:
+def test_task_14_an_empty_prompt_is_rejected() -> None:
     """Oracle: the docstring; nothing changes."""
     manager = manager_of()
     with pytest.raises(ValueError):
@@ -169,14 +169,14 @@ def test_task_14_a_request_that_is_wrong_in_two_ways_gets_the_first_error() -> N
     with pytest.raises(RequestTooLargeError):
         manager.add_request([1] * 20, "a", limits(13))  # longer than the context of 32
     with pytest.raises(DuplicateRequestError):
-        manager.add_request([1] * 14, "a", limits(12))  # 7 blocks, one more than there are
+        manager.add_request([1] * 14, "a", limits(12))  # 7 blocks, one more than the pool has
     assert ids(manager.waiting) == ["a"]
 
 
 @pytest.mark.parametrize(
     ("name", "n"), [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b/0", 1), ("b/1", 1), ("c", 2)]
 )
-def test_task_14_an_id_in_use_is_refused(name: str, n: int) -> None:
+def test_task_14_an_id_in_use_is_rejected(name: str, n: int) -> None:
     """Oracle: the docstring: "a" is in use, "b", whose completions are "b/0" and "b/1", and "c/1".
 
     Two completions of a request "c" would be "c/0" and "c/1".
@@ -254,7 +254,7 @@ def test_task_15_a_pool_without_min_pages_never_shrinks() -> None:
     assert manager.allocator.num_blocks == 8
 
 
-IN_A_POOL_OF_16 = {  # held, idle ones among them; the size afterwards, and how many are held then
+IN_A_POOL_OF_16 = {  # held, idle among them; the size and the number of held blocks afterwards
     "4_in_use_are_a_quarter_so_it_stays": (4, 0, 16, 4),
     "3_in_use_are_less_so_it_halves": (3, 0, 8, 3),
     "5_held_1_idle_so_it_stays": (5, 1, 16, 5),

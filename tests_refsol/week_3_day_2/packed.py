@@ -151,7 +151,7 @@ def test_task_2_two_heads_and_two_sequences_give_the_means_worked_out_by_hand() 
         [[9, EMPTY], [90, EMPTY]],
         [[6, 8], [60, 80]],
         [[2, 4], [20, 40]],
-    ]  # blocks, heads, places
+    ]  # blocks, heads, offsets
     numbers = mx.array(first)
     values = mx.stack([numbers, -numbers], axis=-1)
     spans = [Span(table_of([2, 0], 3, block_size=2), 1, 3), Span(table_of([1], 2, block_size=2), 1, 2)]

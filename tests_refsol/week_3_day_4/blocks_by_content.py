@@ -13,7 +13,7 @@ from common.examples import quick
 
 # Task 1: block_hash
 
-FIRST = bytes(32)  # stands for the parent of some stream's first block
+FIRST = bytes(32)  # a parent hash for the first block of a stream
 
 
 def test_task_1_a_hash_is_32_bytes_and_equal_for_equal_tokens() -> None:

@@ -207,7 +207,7 @@ def test_task_6_a_block_that_two_sequences_share_is_evicted_last() -> None:
 # Task 7: PrefixCache.exchange
 
 
-def test_task_7_the_cached_block_replaces_the_table_s_own() -> None:
+def test_task_7_the_cached_block_replaces_the_block_of_the_table() -> None:
     """Oracle: by hand: two tables have computed the same two blocks; the first table's are cached."""
     allocator, cache = make_cache()
     first, second = cached(allocator, cache, range(8)), filled(allocator, 8)
@@ -363,7 +363,7 @@ class Prefixes(RuleBasedStateMachine):
     def build(self, num_blocks: int, block_size: int) -> None:
         self.allocator, self.cache = make_cache(num_blocks, block_size)
         self.texts: list[tuple[BlockTable, list[int]]] = []
-        self.holds: dict[int, tuple[int, ...]] = {}  # the text that was computed into each block
+        self.holds: dict[int, tuple[int, ...]] = {}  # the prefix that was computed into each block
 
     @rule(same=st.integers(0, 8), own=st.lists(st.integers(2, 3), max_size=4), shares=st.booleans())
     def start(self, same: int, own: list[int], shares: bool) -> None:

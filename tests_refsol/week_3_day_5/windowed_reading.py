@@ -135,7 +135,7 @@ class Pool:
     block_size: int = 4
     dtype: mx.Dtype = mx.float32
     blocks: list[list[int]] = field(init=False)
-    streams: list[np.ndarray] = field(init=False)  # keys and values [2, Hkv, tokens, D], as they are stored
+    streams: list[np.ndarray] = field(init=False)  # keys and values [2, Hkv, tokens, D], rounded as stored
     stored: tuple[mx.array, mx.array] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from common.examples import quick
 from common.toy_models import tiny_model
 from week_3_day_6.two_pools import SIZE, TEXT, Setup, in_use
 
-# Task 7: out and back together; `forget`, which is given, releases what is on the host
+# Task 7: swapping out and in; `forget`, which is given, releases the host blocks
 
 
 def test_task_7_forget_releases_the_host_blocks() -> None:

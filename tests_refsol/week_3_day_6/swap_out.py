@@ -182,7 +182,7 @@ def test_task_5_groups_of_layers_share_nothing() -> None:
     setup.check(waiting=[sequence])
 
 
-def test_task_5_a_block_with_a_pending_copy_is_read_from_the_copy_s_source() -> None:
+def test_task_5_a_block_with_a_pending_copy_is_read_from_its_source_block() -> None:
     """Oracle: by hand: a fork was going to write to the shared block 1, so its new block 1 is still empty."""
     setup = Setup()
     leader = setup.sequence(TEXT[:6], 6)

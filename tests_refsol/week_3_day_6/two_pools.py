@@ -16,7 +16,7 @@ from common.blocks import counts
 
 SIZE = 4  # tokens in a block, everywhere in this suite
 TEXT = tuple(range(100, 160))
-Slots = dict[int, list[object]]  # what stands in each slot of each block
+Slots = dict[int, list[object]]  # the content of each slot of each block
 
 
 def in_use(allocator: BlockAllocator) -> int:

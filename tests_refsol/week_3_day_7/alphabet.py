@@ -29,7 +29,7 @@ from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 from week_3_day_7.timeouts import WAIT_LIMIT, unwrap_blank, with_timeout
 
-# A core that a test understands: every completion gets the letters that follow its prompt in the alphabet.
+# The core's rule: every completion gets the letters that follow its prompt in the alphabet.
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = Tokenizer(byte_level_bpe(list(ALPHABET), [], "smollm"))
@@ -136,7 +136,7 @@ class AlphabetCore:
 
     def finish(self, seq_id: str) -> None:
         if all(one.seq_id != seq_id for one in self.running):
-            raise KeyError(seq_id)  # the real one raises it too: it has ended
+            raise KeyError(seq_id)  # like the real core: the sequence has finished
         self.log.append(f"finish {seq_id}")
         self.end(lambda one: one.seq_id == seq_id)
 

@@ -125,9 +125,9 @@ def test_task_11_a_client_is_rejected_by_a_full_queue() -> None:
             first = asyncio.create_task(collect_events(engine, "a", THREE_TOKENS))
             await in_thread(core.wait_for_step)
             core.allow_step()
-            await in_thread(core.wait_for_step)  # it has the seat
+            await in_thread(core.wait_for_step)  # the first request runs
             second = asyncio.create_task(collect_events(engine, "m", THREE_TOKENS))
-            await asyncio.sleep(0)  # it has begun, and waits for the engine
+            await asyncio.sleep(0)  # the second has started and waits for the engine
             with pytest.raises(QueueFullError):
                 await collect_events(engine, "x", THREE_TOKENS)
             core.allow_all_steps()
@@ -161,13 +161,13 @@ def test_task_11_the_event_loop_is_not_blocked_by_a_step() -> None:
             second = asyncio.create_task(collect_events(engine, "m", THREE_TOKENS))
             for _ in range(20):
                 await asyncio.sleep(0)
-            core.allow_all_steps()  # with an event loop that stands still this would never come
+            core.allow_all_steps()  # never reached if the event loop is blocked
             return text(await first) + text(await second)
 
         assert run(main()) == "bcdnop"
 
 
-def test_task_11_generate_in_the_engine_s_thread_raises_wrong_thread_error() -> None:
+def test_task_11_generate_in_the_engine_thread_raises_wrong_thread_error() -> None:
     """Oracle: the docstring: an error instead of a deadlock, and no request is queued."""
     core = AlphabetCore()
     with serving(core) as engine:
@@ -246,7 +246,7 @@ def test_task_11_a_client_that_leaves_is_cancelled_before_the_next_step(leave: C
             await in_thread(core.wait_for_step)
             now.set()
             await leaving
-            for _ in range(20):  # what was dropped is closed by the event loop
+            for _ in range(20):  # the event loop closes a dropped iterator
                 await asyncio.sleep(0)
             core.allow_step()
             await in_thread(engine.call, lambda: None)

@@ -18,8 +18,6 @@ from tiny_llm_checkpoints.model_config import ModelConfig
 from week_3_day_7.alphabet import ALPHABET, TOKENIZER, AlphabetCore
 from week_3_day_7.timeouts import background, with_timeout
 
-# The engine: the same thread behind it, and the faces that others see.
-
 
 @contextmanager
 def serving(core: Any = None, vocab_size: int = len(ALPHABET), **options: Any) -> Iterator[Engine]:
@@ -67,7 +65,7 @@ def small_model() -> Model:
             gain = 1.0 if "embed" in name else 2.0 * shape[1] ** -0.5
             linears[name.removesuffix(".weight")] = Linear(mx.array(gain * noise))
     model = build_model(config, linears, vectors)
-    # What is lazy belongs to the thread that described it, and the engine has a thread of its own.
+    # A lazy array belongs to the thread that made it, and the engine runs in another thread.
     mx.eval(list(vectors.values()), [layer.self_attn.inv_freq for layer in model.layers])
     return model
 

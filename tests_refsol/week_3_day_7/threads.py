@@ -46,7 +46,7 @@ def test_task_9_a_request_from_another_thread_is_served() -> None:
     assert [len(call) for call in listener.calls] == [1, 1, 1]
 
 
-def test_task_9_the_listener_is_called_in_the_engine_s_thread() -> None:
+def test_task_9_the_listener_is_called_in_the_engine_thread() -> None:
     """Oracle: the thread's name: not the test's thread, which would have to wait for a step."""
     with serving() as engine:
         listener = RecordingListener()
@@ -168,7 +168,7 @@ def test_task_9_a_draining_engine_rejects_at_once() -> None:
 def test_task_9_an_object_that_is_not_a_request_raises_type_error(bad: Any) -> None:
     """Oracle: by hand: raised at once and not counted, also by a stopped engine."""
     with serving(max_num_seqs=1, max_num_waiting=1) as engine:
-        for _ in range(10):  # more than may wait
+        for _ in range(10):  # more than the queue's limit
             with pytest.raises(TypeError):
                 with_timeout(engine.submit, bad, RecordingListener())
         listener = RecordingListener()
@@ -229,7 +229,7 @@ def test_task_9_a_stopped_engine_cancels_active_requests_and_rejects_new_ones() 
         queued(engine.submit([engine.request("a", MANY_TOKENS)], listener))
         with_timeout(engine.stop)
         assert listener.until_end()[-1].finish_reason == "abort"
-        for _ in range(10):  # more than may wait
+        for _ in range(10):  # more than the queue's limit
             with pytest.raises(EngineStoppingError):
                 with_timeout(engine.submit, [engine.request("b", THREE_TOKENS)], RecordingListener())
 
@@ -249,7 +249,7 @@ def test_task_9_listeners_and_new_clients_get_the_error_of_a_dead_engine() -> No
             queued(engine.submit([engine.request("b", THREE_TOKENS)], RecordingListener()))
 
 
-# `cancel`, which is given, in an engine that `submit` fills
+# `cancel`, which is given, for submitted requests
 
 
 def test_task_9_cancel_takes_effect_before_the_next_step() -> None:
@@ -308,7 +308,7 @@ def test_task_9_cancelling_unknown_or_finished_ids_is_ignored() -> None:
 # Task 10: Engine.call
 
 
-def test_task_10_call_returns_the_function_s_value() -> None:
+def test_task_10_call_returns_the_value_of_the_function() -> None:
     """Oracle: by hand, and the name of the thread that it ran in."""
     with serving() as engine:
         assert with_timeout(engine.call, lambda: 6 * 7) == 42
@@ -316,7 +316,7 @@ def test_task_10_call_returns_the_function_s_value() -> None:
         assert with_timeout(engine.call, lambda: None) is None
 
 
-def test_task_10_call_raises_the_function_s_error() -> None:
+def test_task_10_call_raises_the_error_of_the_function() -> None:
     """Oracle: by hand: the error reaches only the caller; the engine continues."""
     with serving() as engine:
         listener = RecordingListener()

@@ -11,11 +11,8 @@ from tiny_llm.errors import (
     EngineDeadError,
 )
 
-# A thread that does not end is a failure; the end of the run does not wait for it again.
+# A thread that does not end already failed a test; do not wait for it again at exit.
 tiny_llm.engine.EXIT_SECONDS = 0.2
-
-
-# Nothing here may hang: whatever could wait runs in a thread that is given up.
 
 
 class WaitLimit:
