@@ -306,7 +306,7 @@ def test_task_4_the_smallest_and_the_largest_random_number_draw_a_possible_token
 ) -> None:
     """Oracle: the docstring: the first and last tokens are impossible, so they are not drawn.
 
-    Rounded, probabilities may sum to less than the greatest number. Common mistakes that return token 0:
+    Rounding may leave the sum of the probabilities below the number. Common mistakes that return token 0:
     a comparison that no token passes, and one that token 0 passes for the number 0.
     """
     monkeypatch.setattr("tiny_llm.sampler.uniform", lambda seed, index: mx.array(number))

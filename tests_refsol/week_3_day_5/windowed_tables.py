@@ -149,7 +149,7 @@ def test_task_3_a_block_is_released_when_all_of_it_is_passed(position: int, gone
 def test_task_3_positions_count_from_the_start_of_the_sequence(position: int, gone: int) -> None:
     """Oracle: by hand: a table that starts at 8 and holds 8 .. 17.
 
-    Common mistake: counting from the table.
+    Common mistake: counting from the start of the table.
     """
     table, blocks = table_of([3, 9, 6], 10, start=8), [3, 9, 6]
     assert list(table.release_before(position)) == blocks[:gone]

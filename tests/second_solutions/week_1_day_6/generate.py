@@ -1,4 +1,4 @@
-# A second solution of day 1.6, written from the docstrings alone.
+# A second solution of day 1.6, written only from the docstrings.
 """Text from a model, in the simplest way: compute the whole sequence again for every token, take the
 likeliest.
 
@@ -27,7 +27,7 @@ def generate(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
     if not tokens:
-        raise ValueError("there is no prompt to continue")
+        raise ValueError("the prompt is empty")
     sequence = list(tokens)
     for _ in range(max_tokens):
         token = next_token(model, sequence)
