@@ -165,10 +165,10 @@ def test_task_12_blocks_in_use_move_to_the_front() -> None:
     for num_tokens in (4, 7, 4, 9):
         texts.table(num_tokens)
     texts.release(1)
-    behind = [block for block, holders in enumerate(texts.counts) if holders and block >= 5]
+    past_end = [block for block, holders in enumerate(texts.counts) if holders and block >= 5]
     copies = texts.compact()
     assert [holders > 0 for holders in texts.counts] == [True] * 5 + [False] * 4
-    assert sorted(copy.src for copy in copies) == behind
+    assert sorted(copy.src for copy in copies) == past_end
     assert all(copy.dst < 5 for copy in copies)
     assert texts.allocator.num_free == 4
 

@@ -136,24 +136,26 @@ def test_task_3_blocks_that_end_before_a_position_are_released() -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "gone"), [(0, 0), (3, 0), (4, 1), (5, 1), (7, 1), (8, 2), (9, 2), (10, 2), (100, 2)]
+    ("position", "num_released"), [(0, 0), (3, 0), (4, 1), (5, 1), (7, 1), (8, 2), (9, 2), (10, 2), (100, 2)]
 )
-def test_task_3_a_block_is_released_when_all_of_it_is_passed(position: int, gone: int) -> None:
+def test_task_3_a_block_is_released_when_all_of_it_is_passed(position: int, num_released: int) -> None:
     """Oracle: by hand, blocks of 4; a last block that is not full stays, for every position."""
     table, blocks = table_of([7, 2, 5], 10), [7, 2, 5]
-    assert list(table.release_before(position)) == blocks[:gone]
-    expect(table, 4 * gone, 10 - 4 * gone, blocks[gone:])
+    assert list(table.release_before(position)) == blocks[:num_released]
+    expect(table, 4 * num_released, 10 - 4 * num_released, blocks[num_released:])
 
 
-@pytest.mark.parametrize(("position", "gone"), [(0, 0), (8, 0), (11, 0), (12, 1), (16, 2), (18, 2), (99, 2)])
-def test_task_3_positions_count_from_the_start_of_the_sequence(position: int, gone: int) -> None:
+@pytest.mark.parametrize(
+    ("position", "num_released"), [(0, 0), (8, 0), (11, 0), (12, 1), (16, 2), (18, 2), (99, 2)]
+)
+def test_task_3_positions_count_from_the_start_of_the_sequence(position: int, num_released: int) -> None:
     """Oracle: by hand: a table that starts at 8 and holds 8 .. 17.
 
     Common mistake: counting from the start of the table.
     """
     table, blocks = table_of([3, 9, 6], 10, start=8), [3, 9, 6]
-    assert list(table.release_before(position)) == blocks[:gone]
-    expect(table, 8 + 4 * gone, 10 - 4 * gone, blocks[gone:])
+    assert list(table.release_before(position)) == blocks[:num_released]
+    expect(table, 8 + 4 * num_released, 10 - 4 * num_released, blocks[num_released:])
 
 
 def test_task_3_a_full_last_block_can_be_released() -> None:
