@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known models, for tests: what each does is what its family does."""
+"""Chat templates for tests; each one works like those of a well-known model family."""
 
 CHATML = (
     "{% for m in messages %}"
@@ -37,12 +37,12 @@ GEMMA = (
     "{% endif %}{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-PARTS = (  # in the manner of vision models: only lists of parts
+PARTS = (  # as in vision models: takes only lists of parts
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-REASONING = (  # in the manner of Qwen3: earlier reasoning is removed, tool results become a user's message
+REASONING = (  # as in Qwen3: removes earlier reasoning, and writes tool results as a user's message
     "{% for message in messages %}{% set content = message.content %}"
     "{% if message.role == 'tool' %}"
     "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
@@ -61,7 +61,7 @@ REASONING = (  # in the manner of Qwen3: earlier reasoning is removed, tool resu
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}"
     "{% endif %}{% endif %}"
 )
-BUILT_NAMES = (  # in the manner of Phi-4: a control token is put together from the role
+BUILT_NAMES = (  # as in Phi-4: builds control tokens from the role
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )

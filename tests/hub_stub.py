@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one repository on 127.0.0.1, as much of it as `huggingface_hub` asks for."""
+"""A Hugging Face hub with one repository on 127.0.0.1: the part of its API that `huggingface_hub` uses."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """The repository `repo` holds the files of `folder`. What was asked for is kept in `requests`.
+    """The repository `repo` with the files of `folder`. `requests` records what was requested.
 
-    break_after: a download breaks off after so many bytes, once.
+    break_after: the first larger download is cut off after this number of bytes.
     """
 
     repo: str
@@ -28,14 +28,14 @@ class Hub:
     requests: list[str] = field(default_factory=list)
 
     def files(self) -> dict[str, bytes]:
-        """Contents by name."""
+        """File contents by name."""
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @contextmanager
 def served(hub: Hub) -> Iterator[Hub]:
-    """Serve a hub while the block runs; its address is in `hub.url`."""
+    """Serve a hub while the block runs; `hub.url` is its address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

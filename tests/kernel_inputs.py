@@ -1,6 +1,6 @@
-"""What the tests of the compiled kernels share: the instruction sets, numbers to compute with, addresses.
+"""Shared by the tests of the compiled kernels: instruction sets, random inputs, and array addresses.
 
-The fixture `isa` runs every test of a module that imports it for each instruction set of this processor.
+The fixture `isa` runs every test of a module that imports it with each instruction set of this processor.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,18 @@ SEED = 7
 
 @pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
 def isa(request: pytest.FixtureRequest) -> str:
-    """The set in use; conftest.py puts set and threads back."""
+    """The selected instruction set. conftest.py restores it and the number of threads."""
     kernels.select_instruction_set(request.param)
     return request.param
 
 
 def normal(*shape: int, seed: int = SEED) -> np.ndarray:
+    """Standard normal float32 numbers."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def by_property(examples: int) -> Callable:
+def property_settings(examples: int) -> Callable:
+    """Hypothesis settings for `examples` reproducible cases without a deadline."""
     return settings(
         max_examples=examples,
         deadline=None,
@@ -38,4 +40,5 @@ def by_property(examples: int) -> Callable:
 
 
 def address_of(a: mx.array) -> int:
+    """The address of an array's data."""
     return np.array(a, copy=False).__array_interface__["data"][0]

@@ -713,10 +713,10 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
 
 def _check_what_is_told(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
     """Whoever hears what changes in the pool knows what is in it, also if he has come just now."""
-    mirror.hear(watch.look())
+    mirror.hear(watch.poll())
     mirror.check(manager)
     late = Mirror()
-    late.hear(watch.so_far())
+    late.hear(watch.snapshot())
     late.check(manager)
 
 

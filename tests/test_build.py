@@ -1,6 +1,6 @@
-"""How the kernels are found, refused and switched off; and that their threads come and go in peace.
+"""How the kernel extension is found, rejected and switched off; and how its threads start and stop.
 
-Each test runs a fresh interpreter: all of this happens at import or at exit.
+Each test runs a new interpreter, because all of this happens at import or at exit.
 """
 
 import os
@@ -24,7 +24,7 @@ needs_kernels = pytest.mark.skipif(not kernels.available(), reason=kernels.why_u
 def run(code: str, *, where: Path = PACKAGE.parent, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TINY_LLM_")}
     return subprocess.run(
-        [sys.executable, "-S", "-c", code],  # no site: an editable install's finder would go before the path
+        [sys.executable, "-S", "-c", code],  # -S: an editable install's finder would precede PYTHONPATH
         env=clean | {"PYTHONPATH": os.pathsep.join([str(where), get_path("purelib")])} | env,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -39,23 +39,23 @@ def copy_of_package(target: Path, *, with_extension: bool = True) -> Path:
 REPORT = "import tiny_llm_kernels as k; print(k.available(), k.why_unavailable())"
 
 
-def test_switched_off_the_package_imports_and_says_so() -> None:
+def test_the_package_imports_with_kernels_switched_off() -> None:
     done = run(REPORT, TINY_LLM_KERNELS="off")
     assert done.stdout == "False switched off by TINY_LLM_KERNELS=off\n", done.stderr
 
 
-def test_a_call_without_kernels_says_why() -> None:
+def test_calling_a_missing_kernel_raises_an_error_with_the_reason() -> None:
     done = run("import tiny_llm_kernels as k; k.num_threads()", TINY_LLM_KERNELS="off")
     assert "num_threads cannot be called: switched off" in done.stderr.splitlines()[-1]
 
 
-def test_without_an_extension_the_package_imports_and_says_so(tmp_path: Path) -> None:
+def test_the_package_imports_without_an_extension(tmp_path: Path) -> None:
     done = run(REPORT, where=copy_of_package(tmp_path, with_extension=False))
     assert done.stdout.startswith("False not built"), done.stderr
 
 
 @needs_kernels
-def test_an_extension_for_another_mlx_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_extension_for_another_mlx_version_raises_import_error(tmp_path: Path) -> None:
     copy_of_package(tmp_path)
     (extension,) = (tmp_path / "tiny_llm_kernels").glob("_kernels.*so")
     same_length = "0.0.1".ljust(len(version("mlx")), "0")
@@ -69,10 +69,10 @@ def test_an_extension_for_another_mlx_is_refused_in_one_line(tmp_path: Path) -> 
 
 
 @needs_kernels
-def test_an_extension_that_cannot_be_loaded_is_a_reason_not_an_error(tmp_path: Path) -> None:
+def test_an_extension_that_cannot_be_loaded_does_not_fail_the_import(tmp_path: Path) -> None:
     copy_of_package(tmp_path)
     (extension,) = (tmp_path / "tiny_llm_kernels").glob("_kernels.*so")
-    extension.write_text(f"no library, but: tiny_llm_kernels built for mlx={version('mlx')};")
+    extension.write_text(f"not a library, but tiny_llm_kernels built for mlx={version('mlx')};")
     assert run(REPORT, where=tmp_path).stdout.startswith("False built, but cannot be loaded:")
 
 
@@ -80,7 +80,7 @@ def test_an_extension_that_cannot_be_loaded_is_a_reason_not_an_error(tmp_path: P
     ("variable", "value"),
     [("TINY_LLM_KERNELS", "fast"), ("TINY_LLM_NUM_THREADS", "0"), ("TINY_LLM_NUM_THREADS", "two")],
 )
-def test_a_wrong_setting_is_refused_with_its_value(variable: str, value: str) -> None:
+def test_an_invalid_environment_variable_is_rejected_with_its_value(variable: str, value: str) -> None:
     if not kernels.available() and variable == "TINY_LLM_NUM_THREADS":
         pytest.skip("read only with compiled kernels")
     last = run(REPORT, **{variable: value}).stderr.splitlines()[-1]
@@ -88,13 +88,13 @@ def test_a_wrong_setting_is_refused_with_its_value(variable: str, value: str) ->
     assert repr(value) in last
 
 
-def test_what_is_wrong_with_the_kernels_is_not_blamed_on_a_model_file() -> None:
+def test_an_error_of_the_kernels_is_not_reported_as_a_model_file_error() -> None:
     last = run("from tiny_llm import LLM; LLM()", TINY_LLM_KERNELS="fast").stderr.splitlines()[-1]
     assert last.startswith("ValueError: TINY_LLM_KERNELS must be")
 
 
 @needs_kernels
-def test_settings_are_taken_from_the_environment() -> None:
+def test_instruction_set_and_threads_are_read_from_the_environment() -> None:
     code = "import tiny_llm_kernels as k; print(k.instruction_set(), k.num_threads())"
     assert run(code, TINY_LLM_KERNELS="portable", TINY_LLM_NUM_THREADS="3").stdout == "portable 3\n"
 
@@ -116,14 +116,14 @@ def work(): mx.eval([k.rms_norm(x, w, 1e-5) for _ in range(20)])
         "[(mx.async_eval(k.rms_norm(x, w, 1e-5)), k.set_num_threads(1 + i % 4)) for i in range(100)]; work()",
     ],
 )
-def test_threads_come_and_go_and_the_process_exits(code: str) -> None:
+def test_a_process_exits_cleanly_while_threads_start_and_stop(code: str) -> None:
     done = run(WORK + code, TINY_LLM_NUM_THREADS="4")
     assert done.returncode == 0, done.stderr
 
 
 @needs_kernels
-def test_a_forked_child_exits_though_the_parents_threads_are_not_in_it() -> None:
-    """The child uses only the pool: MLX's own stream does not survive a fork."""
+def test_a_forked_child_can_use_the_thread_pool_and_exit() -> None:
+    """The child uses only the pool, because MLX's stream does not survive a fork."""
     fork = """
 work()
 child = os.fork()
@@ -139,13 +139,13 @@ work()
 
 @needs_kernels
 def test_idle_threads_sleep() -> None:
-    """After the last kernel the workers spin for a bounded time only."""
+    """After the last kernel, workers spin only for a limited time."""
     idle = "import time; work(); time.sleep(0.05); a = time.process_time(); time.sleep(0.5)\n"
     idle += "print(time.process_time() - a)"
     assert float(run(WORK + idle, TINY_LLM_NUM_THREADS="4").stdout) < 0.05
 
 
-def test_no_build_flag_depends_on_the_machine_that_builds() -> None:
+def test_no_build_flag_depends_on_the_building_machine() -> None:
     text = "\n".join(
         line
         for line in (ROOT / "CMakeLists.txt").read_text().splitlines()
@@ -156,7 +156,7 @@ def test_no_build_flag_depends_on_the_machine_that_builds() -> None:
     assert "-ffp-contract=off" in text
 
 
-def test_kernels_are_built_on_linux_only_and_a_failed_build_falls_back_to_python() -> None:
+def test_kernels_are_built_only_on_linux_and_a_failed_build_falls_back_to_python() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
     without_cmake = [o["if"] for o in settings["overrides"] if o.get("wheel", {}).get("cmake") is False]
     assert {"platform-system": "^(?!linux)"} in without_cmake

@@ -1,6 +1,6 @@
-"""What a message may hold, what templates make of it, and which form of a content they get.
+"""Chat messages: which fields are accepted, what templates render of them, and in which content format.
 
-Oracles: OpenAI's reference, vLLM's rules for parts, and transformers' rule for a message that is continued.
+Oracles: OpenAI's API reference, vLLM's rules for content parts, transformers' rule for continued messages.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 
 from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MACROS, NAMES, PARTS, REASONING, TEMPLATES
 from test_typed_control_tokens import built
-from tiny_llm_checkpoints.chat_messages import MOST_VALUES, MessageError, read_messages
+from tiny_llm_checkpoints.chat_messages import MAX_VALUES, MessageError, read_messages
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
@@ -22,12 +22,12 @@ def template(source: str, content_format: str = "auto") -> ChatTemplate:
 
 
 def prompt(source: str, messages: list[Any], tokenizer: Tokenizer = TOKENIZER, **options: Any) -> str:
-    """What the model gets, as text."""
+    """The prompt that the model receives, decoded to text."""
     ids = template(source).encode(messages, tokenizer, **options)
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-# Forms of a content.
+# Content formats.
 
 SPELLINGS = [
     "one\ntwo",
@@ -40,7 +40,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("content", SPELLINGS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_form_of_a_content_reaches_every_template(name: str, content: Any) -> None:
+def test_every_template_renders_every_content_format(name: str, content: Any) -> None:
     text = template(TEMPLATES[name]).render([{"role": "user", "content": content}])
     assert text.index("one") < text.index("two")
 
@@ -48,14 +48,14 @@ def test_every_form_of_a_content_reaches_every_template(name: str, content: Any)
 @pytest.mark.parametrize(
     ("source", "parts"), [(PARTS, True), (CHATML, False), (GEMMA, False), (LLAMA2, False), (MACROS, False)]
 )
-def test_a_template_gets_the_form_that_it_renders(source: str, parts: bool) -> None:
-    """One that renders both gets a text."""
+def test_the_content_format_that_a_template_renders_is_detected(source: str, parts: bool) -> None:
+    """A template that renders both formats receives a string."""
     probe = "{% if messages[0].content is string %}text{% else %}parts{% endif %}"
     text = template(probe + source).render([USER])
     assert text.startswith("parts" if parts else "text")
 
 
-def test_one_template_may_take_both_forms_in_different_roles() -> None:
+def test_the_content_format_is_detected_for_each_role() -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'system' %}{% for p in m.content %}{{ p.text }}{% endfor %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
@@ -63,13 +63,13 @@ def test_one_template_may_take_both_forms_in_different_roles() -> None:
     assert template(source).render([{"role": "system", "content": "Be brief."}, USER]) == "Be brief.Hi"
 
 
-def test_where_no_probe_renders_the_source_decides() -> None:
+def test_if_no_probe_renders_the_source_decides_the_format() -> None:
     loop = "{% for m in messages %}{% for p in m['content'] | list %}{{ p['text'] }}{% endfor %}{% endfor %}"
     source = "{% if messages|length < 5 %}{{ raise_exception('more') }}{% endif %}" + loop
     assert template(source).render([USER] * 5) == "Hi" * 5
 
 
-def test_the_form_can_be_set() -> None:
+def test_the_content_format_can_be_set() -> None:
     kind = "{% for m in messages %}{{ m.content is string }}{{ m.content }}{% endfor %}"
     assert template(kind, "openai").render([USER]).startswith("False")
     assert template(kind, "string").render([USER]).startswith("True")
@@ -77,7 +77,7 @@ def test_the_form_can_be_set() -> None:
         template(kind, "list")
 
 
-# What a message may leave out, and bring along.
+# Optional and additional fields.
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,23 @@ def test_the_form_can_be_set() -> None:
         {"role": "assistant", "content": None, "function_call": None, "own": {"a": [1, 2.5, None, True]}},
     ],
 )
-def test_a_silent_answer_is_fine_beside_other_fields(message: dict[str, Any]) -> None:
+def test_assistant_and_tool_messages_may_have_no_content(message: dict[str, Any]) -> None:
     assert "Hi" in prompt(CHATML, [USER, message, USER])
 
 
-def test_a_refusal_is_what_was_said() -> None:
+def test_a_refusal_is_rendered_as_the_answers_text() -> None:
     assert "I must not" in prompt(
         CHATML, [USER, {"role": "assistant", "content": None, "refusal": "I must not"}]
     )
 
 
-def test_reasoning_reaches_templates_under_both_names() -> None:
+def test_templates_receive_reasoning_under_both_names() -> None:
     for name in ("reasoning", "reasoning_content"):
         answer = {"role": "assistant", "content": "Yes", name: "because"}
         assert "<think>\nbecause" in prompt(REASONING, [USER, answer], add_generation_prompt=False)
 
 
-def test_names_and_ids_reach_templates_that_use_them() -> None:
+def test_templates_receive_names_and_tool_call_ids() -> None:
     text = prompt(NAMES, [{**USER, "name": "ada"}, {"role": "tool", "content": "4", "tool_call_id": "c1"}])
     assert "name=ada" in text
     assert "call=c1" in text
@@ -140,26 +140,26 @@ def test_names_and_ids_reach_templates_that_use_them() -> None:
         ({"role": "user", "content": "a\udfff"}, "messages[1].content"),
         ({"role": "user", "content": "a", "own": {"x": [object()]}}, "messages[1].own.x[0]"),
         ({"role": "user", "content": "a", "own": float("nan")}, "messages[1].own"),
-        ({"role": "user", "content": "a", "own": [0] * MOST_VALUES}, "messages[1].own"),
+        ({"role": "user", "content": "a", "own": [0] * MAX_VALUES}, "messages[1].own"),
         ({"role": "user", "content": "a", 1: 2}, "messages[1]"),
         (None, "messages[1]"),
     ],
 )
-def test_what_is_wrong_is_named_by_place_and_field(message: Any, field: str) -> None:
+def test_an_error_names_the_message_and_the_field(message: Any, field: str) -> None:
     with pytest.raises(MessageError) as caught:
         template(CHATML).encode([USER, message], TOKENIZER)
     assert caught.value.field == field
     assert str(caught.value).startswith(field + ": ")
 
 
-def test_the_first_wrong_message_ends_the_check() -> None:
+def test_the_check_stops_at_the_first_bad_message() -> None:
     messages = [None] * 1_000_000
     with pytest.raises(MessageError) as caught:
         read_messages(messages)
     assert caught.value.field == "messages[0]"
 
 
-# Nothing is dropped silently.
+# Templates must not drop text.
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,9 @@ def test_the_first_wrong_message_ends_the_check() -> None:
         ),
     ],
 )
-def test_a_text_that_the_template_drops_is_refused(source: str, messages: list[Any], place: int) -> None:
+def test_a_message_whose_text_the_template_drops_is_rejected(
+    source: str, messages: list[Any], place: int
+) -> None:
     with pytest.raises(MessageError, match="the chat template drops") as caught:
         template(source, "string").encode(messages, TOKENIZER)
     assert caught.value.field == f"messages[{place}].content"
@@ -207,46 +209,48 @@ def test_a_text_that_the_template_drops_is_refused(source: str, messages: list[A
         "m.content | tojson(ensure_ascii=true)",
     ],
 )
-def test_a_text_may_be_written_in_another_form(expression: str) -> None:
+def test_a_template_may_change_white_space_case_and_encoding_of_a_text(expression: str) -> None:
     source = "{% for m in messages %}{{ " + expression + " }};{% endfor %}"
     for text in ('  say "Hi"\n\tto\\Zoë 🙂  ', "<b>", "</s> <|im_end|>", "x"):
         if "ensure_ascii" in expression and "<" in text:
-            continue  # refused: the disguise of a control token does not survive this
+            continue  # rejected: the disguise of a control token does not survive this
         messages = [{"role": "user", "content": text}, {"role": "tool", "content": text}]
         template(source).encode(messages, built())
 
 
-def test_texts_may_be_moved() -> None:
+def test_a_template_may_reorder_texts() -> None:
     source = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     messages = [{"role": "user", "content": text} for text in ("Hi", "Hi there", "Hi", "there", "Hi there")]
     template(source).encode(messages, TOKENIZER)
 
 
-def test_a_system_message_may_be_folded_into_a_users() -> None:
+def test_a_template_may_merge_the_system_message_into_a_user_message() -> None:
     messages = [{"role": "system", "content": "Be brief."}, USER]
     for source in (LLAMA2, GEMMA):
         assert "Be brief." in prompt(source, messages)
 
 
-def test_earlier_reasoning_may_be_removed() -> None:
+def test_a_template_may_remove_earlier_reasoning() -> None:
     answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes"}
     text = prompt(REASONING, [USER, answer, USER])
     assert "Yes" in text
     assert "hm" not in text
 
 
-# The end of the prompt, and the template's variables.
+# The end of the prompt, and template variables.
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, MACROS, PARTS, REASONING, GEMMA])
-@pytest.mark.parametrize("said", ["The answer", "assistant", "ends in a space ", "spells <|im_end|>", "a\n"])
-def test_the_last_message_is_continued(source: str, said: str) -> None:
-    """Oracle: transformers, which cuts behind the last message's text, with its space if rendered."""
-    messages = [USER, {"role": "assistant", "content": said}]
+@pytest.mark.parametrize(
+    "answer", ["The answer", "assistant", "ends in a space ", "spells <|im_end|>", "a\n"]
+)
+def test_the_prompt_can_end_within_the_last_message(source: str, answer: str) -> None:
+    """Oracle: transformers, which cuts after the last message's text, with its trailing space if rendered."""
+    messages = [USER, {"role": "assistant", "content": answer}]
     whole = template(source).render(messages, add_generation_prompt=False)
     text = prompt(source, messages, add_generation_prompt=False, continue_final_message=True)
     assert whole.startswith(text)
-    assert text.endswith((said, said.rstrip()))
+    assert text.endswith((answer, answer.rstrip()))
     with pytest.raises(MessageError, match=r"^continue_final_message: cannot be true together"):
         prompt(source, messages, add_generation_prompt=True, continue_final_message=True)
 
@@ -262,7 +266,7 @@ def test_a_template_that_drops_the_last_answer_cannot_continue_it() -> None:
         )
 
 
-def test_variables_reach_the_template() -> None:
+def test_templates_receive_the_callers_variables() -> None:
     assert prompt(REASONING, [USER], chat_template_kwargs={"enable_thinking": False}).endswith("</think>\n\n")
     assert prompt(REASONING, [USER], chat_template_kwargs={"unknown": 1}).endswith("assistant\n")
 
@@ -277,12 +281,12 @@ def test_variables_reach_the_template() -> None:
         *({"raise_exception": 1}, {"a": object()}, {"a": "x" * 200_000}, {"a": [0] * 20_000}, ["a"]),
     ],
 )
-def test_variables_are_plain_and_not_the_templates_own(kwargs: Any) -> None:
+def test_variables_must_be_plain_json_and_not_reserved(kwargs: Any) -> None:
     with pytest.raises(MessageError, match=r"^chat_template_kwargs"):
         prompt(CHATML, [USER], chat_template_kwargs=kwargs)
 
 
-def test_a_list_in_a_list_in_a_list_is_refused_before_it_is_rendered() -> None:
+def test_deeply_nested_variables_are_rejected() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]

@@ -1,9 +1,9 @@
-"""Any checkpoint: the tiny random models of every architecture give transformers' logits, from every format.
+"""Tiny random models of every architecture give transformers' logits, from every file format.
 
-Oracle: transformers' float32 logits (tests/goldens/checkpoints.json); for quantized files those of the
-dequantized weights. Plain weights are held to 1e-4, and so are quantized ones with activations in float32.
-The compiled quantized matmul rounds activations to 16 bits: there it is 1e-4 of the largest logit, which is
-about 4 in these models.
+Oracle: transformers' float32 logits (tests/goldens/checkpoints.json); for quantized files, its logits for the
+dequantized weights. The tolerance is 1e-4 for plain weights and for quantized weights with float32
+activations. The compiled quantized matmul rounds activations to 16 bits; its tolerance is 1e-4 of the largest
+logit, which is about 4 in these models.
 """
 
 import gc
@@ -46,7 +46,7 @@ def golden_logits(name: str, weights: str) -> np.ndarray:
 
 
 def our_logits(path: Path) -> np.ndarray:
-    """Ours at the goldens' positions; keys and values in float32, as transformers has them."""
+    """The engine's logits at the goldens' positions, with keys and values in float32 as in transformers."""
     llm = LLM(path, kv_cache_dtype="float32", num_blocks=16, max_num_batched_tokens=64)
     logits = llm.logits(GOLDENS["prompt"])
     assert logits.dtype == mx.float32
@@ -54,7 +54,7 @@ def our_logits(path: Path) -> np.ndarray:
 
 
 def q8_0_where_blocks_fit(name: str) -> Callable[[str], str]:
-    """Q8_0 for every matrix whose rows are whole blocks of 32."""
+    """Q8_0 for every matrix whose rows divide into blocks of 32; F32 for the others."""
     weights = random_weights(CONFIGS[name])
     return lambda tensor: "F32" if weights[tensor].shape[-1] % 32 else "Q8_0"
 
@@ -81,30 +81,30 @@ def test_a_quantized_gguf_gives_the_logits_of_its_dequantized_weights(name: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readable_functions_give_them_too(name: str, tmp_path: Path) -> None:
+def test_the_python_twins_give_transformers_logits(name: str, tmp_path: Path) -> None:
     path = write_folder(tmp_path, CONFIGS[name], random_weights(CONFIGS[name]))
     with twins():
         assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE
 
 
-# Every way of storing a matrix: the oracle is the same model with plain float32 weights of the same values.
+# Every storage format of a matrix. Oracle: the same model with the same values stored in plain float32.
 
 WIDE = {**CONFIGS["qwen3"], "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 Weights = dict[str, np.ndarray]
 
 
-def compared(path: Path, values: Weights, tmp_path: Path) -> float:
-    """The largest difference from the logits of a folder that holds `values` in float32."""
+def logit_difference(path: Path, values: Weights, tmp_path: Path) -> float:
+    """The largest difference from the logits of a folder with `values` in float32."""
     return float(np.abs(our_logits(path) - oracle_logits(values, tmp_path)).max())
 
 
 def oracle_logits(values: Weights, tmp_path: Path) -> np.ndarray:
-    """The logits of a folder that holds `values` in float32."""
+    """The logits of a folder with `values` in float32."""
     return our_logits(write_folder(tmp_path / "oracle", WIDE, values))
 
 
 def assert_quantized_equals(path: Path, values: Weights, tmp_path: Path) -> None:
-    """The quantized model at `path` computes with `values`: see this file's first lines for the bounds."""
+    """The quantized model at `path` computes with `values`, within the tolerances of the module docstring."""
     oracle = oracle_logits(values, tmp_path)
     assert np.abs(our_logits(path) - oracle).max() < TOLERANCE * np.abs(oracle).max()
     with twins():
@@ -116,29 +116,32 @@ def is_matrix(name: str) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_half_precision_folders(dtype: str, tmp_path: Path) -> None:
+def test_half_precision_folders_give_the_logits_of_their_values(dtype: str, tmp_path: Path) -> None:
     weights = {name: to_bfloat16(array) for name, array in random_weights(WIDE).items()}
     if dtype == "F16":
         weights = {name: array.astype(np.float16) for name, array in weights.items()}
     path = write_folder(tmp_path / "half", WIDE, weights, dtype=dtype)
-    assert compared(path, {name: a.astype(np.float32) for name, a in weights.items()}, tmp_path) < TOLERANCE
+    assert (
+        logit_difference(path, {name: a.astype(np.float32) for name, a in weights.items()}, tmp_path)
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_every_type_of_gguf_that_ggml_can_write(kind: str, tmp_path: Path) -> None:
+def test_every_gguf_type_gives_the_logits_of_its_dequantized_values(kind: str, tmp_path: Path) -> None:
     weights = random_weights(WIDE)
     path = write_gguf(tmp_path / "typed.gguf", WIDE, weights, kind)
-    left = {name: dequantized(array, kind) if is_matrix(name) else array for name, array in weights.items()}
-    if kind == "Q5_1":  # held in float16
-        left = {
+    values = {name: dequantized(array, kind) if is_matrix(name) else array for name, array in weights.items()}
+    if kind == "Q5_1":  # loaded as float16
+        values = {
             name: a.astype(np.float16).astype(np.float32) if is_matrix(name) else a
-            for name, a in left.items()
+            for name, a in values.items()
         }
-    assert_quantized_equals(path, left, tmp_path)
+    assert_quantized_equals(path, values, tmp_path)
 
 
 def random_blocks(kind: str, rows: int, inputs: int) -> np.ndarray:
-    """A matrix in one of ggml's K-quants, of random bits and scales that make values of about one."""
+    """A matrix in one of ggml's K-quants, with random bits and scales that give values of about one."""
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     random = np.random.RandomState(crc32(kind.encode()))
     blocks = random.randint(0, 256, (rows, inputs // block, nbytes)).astype(np.uint8)
@@ -150,7 +153,7 @@ def random_blocks(kind: str, rows: int, inputs: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_k_quants_mean_what_ggmls_own_package_says(kind: str, tmp_path: Path) -> None:
+def test_k_quants_give_the_logits_of_ggmls_dequantized_values(kind: str, tmp_path: Path) -> None:
     weights = random_weights(WIDE)
     name = "model.layers.1.mlp.down_proj.weight"
     blocks = random_blocks(kind, *weights[name].shape)
@@ -159,16 +162,16 @@ def test_k_quants_mean_what_ggmls_own_package_says(kind: str, tmp_path: Path) ->
     if kind == "Q4_K":  # stays quantized
         assert_quantized_equals(path, {**weights, name: values}, tmp_path)
         return
-    rounded = values.astype(np.float16).astype(np.float32)  # how they are held
-    assert compared(path, {**weights, name: rounded}, tmp_path) < TOLERANCE
+    rounded = values.astype(np.float16).astype(np.float32)  # loaded as float16
+    assert logit_difference(path, {**weights, name: rounded}, tmp_path) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0"])
 @pytest.mark.parametrize("readable", [False, True], ids=["kernel", "readable"])
-def test_what_stays_quantized_is_the_same_numbers_bit_for_bit(
+def test_loaded_quantized_tensors_keep_their_values_bit_for_bit(
     kind: str, readable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: ggml's own package; of the readable layout and of the packed one."""
+    """Oracle: ggml's package. Checks both MLX's layout and the kernels' packed one."""
     if readable:
         monkeypatch.setattr(ggml_blocks, "quants", ggml_blocks.readable_quants)
     if kind == "Q4_K":
@@ -183,8 +186,8 @@ def test_what_stays_quantized_is_the_same_numbers_bit_for_bit(
     assert np.array_equal(np.array(quantized_linear(*found).rows(mx.arange(48))), expected)
 
 
-def test_q4_k_is_what_its_definition_says() -> None:
-    """ggml's description of a block, written out: 8 groups of 32 with 6-bit scales and minimums."""
+def test_q4_k_follows_ggmls_definition() -> None:
+    """The oracle writes out ggml's definition: 8 groups of 32 with 6-bit scales and minimums."""
     [block] = random_blocks("Q4_K", 1, 256)
     d, dmin = block[:4].view("<f2").astype(np.float64)
     packed = block[4:16].astype(int)
@@ -203,7 +206,7 @@ def test_q4_k_is_what_its_definition_says() -> None:
 
 
 def quantized_folder(path: Path, quantization: dict[str, object], scale_type: mx.Dtype) -> Weights:
-    """Write a folder as mlx-lm quantizes one; the values that its weights stand for."""
+    """Write a folder quantized as mlx-lm does it; return the values that its weights represent."""
     stored, values = {}, {}
     for name, array in random_weights(WIDE).items():
         module = name.removesuffix(".weight")
@@ -224,13 +227,15 @@ def quantized_folder(path: Path, quantization: dict[str, object], scale_type: mx
 @pytest.mark.parametrize("scale_type", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_mlx_quantized_folders(bits: int, group_size: int, scale_type: mx.Dtype, tmp_path: Path) -> None:
+def test_mlx_quantized_folders_give_the_logits_of_their_values(
+    bits: int, group_size: int, scale_type: mx.Dtype, tmp_path: Path
+) -> None:
     quantization: dict[str, object] = {"group_size": group_size, "bits": bits}
     values = quantized_folder(tmp_path / "q", quantization, scale_type)
     assert_quantized_equals(tmp_path / "q", values, tmp_path)
 
 
-def test_bits_and_groups_of_each_tensor(tmp_path: Path) -> None:
+def test_each_tensor_may_have_its_own_bits_and_group_size(tmp_path: Path) -> None:
     layer = "model.layers.0"
     quantization = {
         "group_size": 64,
@@ -245,7 +250,7 @@ def test_bits_and_groups_of_each_tensor(tmp_path: Path) -> None:
     assert_quantized_equals(tmp_path / "mixed", values, tmp_path)
 
 
-def test_a_model_in_several_files(tmp_path: Path) -> None:
+def test_safetensors_files_of_an_index_are_read_as_one_model(tmp_path: Path) -> None:
     weights = random_weights(WIDE)
     path = write_folder(tmp_path / "split", WIDE, weights)
     names = sorted(weights)
@@ -257,11 +262,11 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
         index.update(dict.fromkeys(chosen, file))
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (path / "consolidated.safetensors").write_bytes(b"not in the index")
-    assert compared(path, weights, tmp_path) == 0.0
+    assert logit_difference(path, weights, tmp_path) == 0.0
 
 
-def test_weights_are_held_once_and_read_one_by_one(tmp_path: Path) -> None:
-    """Loading needs the model and its largest stack of matrices beside it, not the model twice."""
+def test_loading_does_not_hold_the_weights_twice(tmp_path: Path) -> None:
+    """Peak memory is the model plus its largest stack of matrices."""
     config = {**WIDE, "num_hidden_layers": 24}
     path = write_folder(tmp_path / "deep", config, random_weights(config), dtype="F32")
     stored = (path / "model.safetensors").stat().st_size

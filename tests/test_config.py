@@ -11,6 +11,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
 from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import CONTEXT, tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes
@@ -41,7 +42,10 @@ def test_each_layer_has_its_window_or_sees_everything() -> None:
         ({"layer_types": (FULL, SLIDING)}, r"'sliding_attention', which needs a sliding_window, not None"),
         ({"layer_types": (SLIDING,), "sliding_window": 8}, r"layer_types must name 2 layers, not 1"),
         ({"layer_types": (FULL, "local"), "sliding_window": 8}, r"layer_types 'local' is not supported"),
-        ({"layer_types": (FULL, SLIDING), "sliding_window": 0}, r"sliding_window must be .* from 1, not 0"),
+        (
+            {"layer_types": (FULL, SLIDING), "sliding_window": 0},
+            r"sliding_window must be .* at least 1 token, not 0",
+        ),
         ({"layer_types": (FULL, SLIDING), "sliding_window": 8.0}, r"sliding_window must be .*, not 8.0"),
         ({"layer_types": (FULL, SLIDING), "sliding_window": True}, r"sliding_window must be .*, not True"),
         ({"rope_local_theta": 0.0}, r"rope_local_theta must be a positive number, not 0.0"),
@@ -115,7 +119,7 @@ def test_the_memory_given_is_filled_and_never_exceeded(block_size: int) -> None:
 
 
 def test_memory_for_less_than_a_block_is_refused_with_the_figures() -> None:
-    with pytest.raises(ConfigError, match=rf"100 bytes.*16 tokens takes {16 * BYTES_PER_TOKEN} bytes"):
+    with pytest.raises(ConfigError, match=rf"100 bytes.*which takes {shown_bytes(16 * BYTES_PER_TOKEN)}"):
         EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
 
 

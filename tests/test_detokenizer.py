@@ -1,4 +1,4 @@
-"""Text out of ids that arrive one by one, for every kind of decoder, against the library's own `decode`."""
+"""Streaming detokenization for every kind of decoder. Oracle: the `tokenizers` library's `decode`."""
 
 import random
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ DECODERS: dict[str, Any] = {
 
 
 def tokenizer_with(decoder: Any) -> Tokenizer:
-    """A vocabulary of what decoders look for: bytes, spaces, prefixes, suffixes, control tokens."""
+    """A tokenizer whose vocabulary exercises decoders: bytes, spaces, prefixes, suffixes, control tokens."""
     vocab = {token: index for index, token in enumerate([*WORDS, *BYTES, *ODD, *LETTERS])}
     library = Library(models.WordLevel(vocab, unk_token="a"))
     library.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL])
@@ -81,9 +81,9 @@ each_tokenizer = pytest.mark.parametrize("name", ALL)
 
 
 def sequences(name: str, count: int, seed: int) -> Iterator[tuple[list[int], list[int], bool]]:
-    """Random prompts and outputs, and whether control tokens are left out; many are mostly bytes."""
+    """Random prompts and outputs, and whether to skip control tokens; many consist mostly of bytes."""
     tokenizer, rng = ALL[name], random.Random(f"{name} {seed}")
-    ids = range(tokenizer.vocab_size + 2)  # two behind the vocabulary
+    ids = range(tokenizer.vocab_size + 2)  # two beyond the vocabulary
     partial = [i for i in ids if "\ufffd" in tokenizer.token_text(i)] or list(ids)
     for _ in range(count):
         source = rng.choice([ids, partial, [*rng.choices(partial, k=12), *rng.choices(ids, k=3)]])
@@ -93,7 +93,7 @@ def sequences(name: str, count: int, seed: int) -> Iterator[tuple[list[int], lis
 
 
 @each_tokenizer
-def test_the_text_is_what_the_ids_add_to_the_prompt(name: str) -> None:
+def test_streamed_text_is_what_the_output_adds_to_the_decoded_prompt(name: str) -> None:
     """Oracle: the library's `decode` of the prompt, and of prompt and output."""
     tokenizer = ALL[name]
     for prompt, output, skip in sequences(name, 200, seed=1):
@@ -108,7 +108,7 @@ def test_the_text_is_what_the_ids_add_to_the_prompt(name: str) -> None:
 
 
 @each_tokenizer
-def test_without_a_prompt_pushes_and_flush_are_the_decoded_ids(name: str) -> None:
+def test_without_a_prompt_streamed_text_equals_decode(name: str) -> None:
     tokenizer = ALL[name]
     for prompt, output, skip in sequences(name, 100, seed=2):
         stream = tokenizer.stream(skip_special_tokens=skip)
@@ -130,8 +130,8 @@ def ids_of(tokenizer: Tokenizer, *pieces: str) -> list[int]:
 SENTENCEPIECE = SMALL["llama"]
 
 
-def test_bytes_that_are_not_utf8_become_replacement_characters_when_their_run_ends() -> None:
-    """Oracle: the library's `decode`; its own DecodeStream raises here."""
+def test_an_invalid_byte_run_becomes_replacement_characters_when_it_ends() -> None:
+    """Oracle: the library's `decode`. Its own DecodeStream raises an error here."""
     h, broken, world = ids_of(SENTENCEPIECE, "<0x48>", "<0x9B>", f"{SPACE}world")
     stream = SENTENCEPIECE.stream()
     assert [stream.push(h), stream.push(broken), stream.push(world)] == ["", "", "\ufffd\ufffd world"]
@@ -144,17 +144,17 @@ def test_bytes_that_are_not_utf8_become_replacement_characters_when_their_run_en
     ]
 
 
-def test_the_space_of_the_first_word_behind_a_prompt_is_in_the_output() -> None:
+def test_the_first_word_after_a_prompt_keeps_its_leading_space() -> None:
     prompt, [world] = ids_of(SENTENCEPIECE, "a"), ids_of(SENTENCEPIECE, f"{SPACE}world")
     assert SENTENCEPIECE.stream(prompt).push(world) == " world"
     assert SENTENCEPIECE.stream().push(world) == "world"
-    start = ids_of(SENTENCEPIECE, "<s>")  # left out, so the text begins behind it
+    start = ids_of(SENTENCEPIECE, "<s>")  # skipped, so the word is at the start of the text
     assert SENTENCEPIECE.stream(start).push(world) == "world"
     assert SENTENCEPIECE.stream(start, skip_special_tokens=False).push(world) == " world"
 
 
-def test_a_prompt_that_ends_within_a_character_has_its_character_in_the_output() -> None:
-    """Decoded alone it ends in U+FFFD; the output begins where both texts begin to differ."""
+def test_a_character_that_starts_in_the_prompt_is_in_the_output() -> None:
+    """The decoded prompt ends in U+FFFD; the output starts at the first difference of the two texts."""
     for name, pieces in (("llama", ["<0xE6>", "<0x97>", "<0xA5>", "a"]), ("byte level", ["ð", "ŁĺĢ", "a"])):
         tokenizer = SMALL[name]
         ids = ids_of(tokenizer, *pieces)
@@ -163,8 +163,8 @@ def test_a_prompt_that_ends_within_a_character_has_its_character_in_the_output()
         assert text == tokenizer.decode(ids) in ("日a", "😀a")
 
 
-def test_a_whole_character_at_the_end_of_a_prompt_is_not_repeated() -> None:
-    """Although its run of bytes may go on, and then not be UTF-8 after all."""
+def test_a_complete_character_at_the_end_of_the_prompt_is_not_repeated() -> None:
+    """Even though its byte run may continue and then turn out to be invalid."""
     ids = ids_of(SENTENCEPIECE, "<0xE6>", "<0x97>", "<0xA5>")
     [a, broken] = ids_of(SENTENCEPIECE, "a", "<0x9B>")
     assert SENTENCEPIECE.decode(ids) == "日"
@@ -174,13 +174,13 @@ def test_a_whole_character_at_the_end_of_a_prompt_is_not_repeated() -> None:
     assert stream.push(broken) + stream.flush() == "\ufffd" * 4
 
 
-LATER = ("bpe", "a pattern over", "a text over", "word pieces of", "fused bytes")  # words come later
-AT_ONCE = [name for name in ALL if not name.startswith(LATER)]
+DELAYED = ("bpe", "a pattern over", "a text over", "word pieces of", "fused bytes")  # hold words back
+IMMEDIATE = [name for name in ALL if not name.startswith(DELAYED)]
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
-def test_a_word_is_given_with_its_token(name: str) -> None:
-    """Nothing is held that no later token can change."""
+@pytest.mark.parametrize("name", IMMEDIATE)
+def test_a_word_is_returned_with_its_token(name: str) -> None:
+    """Text that no later token can change is not held back."""
     tokenizer = ALL[name]
     words = [token for token in range(tokenizer.vocab_size) if is_word(tokenizer, token)][:200]
     stream = tokenizer.stream(words[:1])
@@ -194,8 +194,8 @@ def is_word(tokenizer: Tokenizer, token: int) -> bool:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "fused bytes"])
-def test_token_texts_are_those_of_the_middle_of_a_text(name: str) -> None:
-    """Oracle: what the library's `decode` adds for a token behind the letter a."""
+def test_token_text_is_what_a_token_adds_in_the_middle_of_a_text(name: str) -> None:
+    """Oracle: what a token adds to the library's `decode` after the letter a."""
     tokenizer = ALL[name]
     [letter] = tokenizer.encode("a", special_tokens=False)[-1:]
     before = decoded(tokenizer, [letter], skip=False)
@@ -205,7 +205,7 @@ def test_token_texts_are_those_of_the_middle_of_a_text(name: str) -> None:
             assert tokenizer.token_text(token) == whole[len(before) :], token
 
 
-def test_forks_of_a_stream_go_on_independently() -> None:
+def test_forks_of_a_detokenizer_are_independent() -> None:
     first, second = ids_of(SENTENCEPIECE, "<0xC3>", "<0xA9>")
     stream = SENTENCEPIECE.stream(ids_of(SENTENCEPIECE, "a"))
     stream.push(first)
@@ -214,8 +214,8 @@ def test_forks_of_a_stream_go_on_independently() -> None:
     assert stream.flush() == "\ufffd"
 
 
-def test_streaming_never_decodes_all_tokens_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A push costs the same however long the sequence is: the library decodes no list of tokens."""
+def test_the_cost_of_a_push_does_not_grow_with_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never decodes the whole list of tokens, and the held state stays small."""
     tokenizer, lengths = GOLDEN["llama"], []
     text = "The quick brown fox 日本語 \U0001fae8 " * 200
     ids = tokenizer.encode(text)

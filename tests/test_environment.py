@@ -1,6 +1,6 @@
-"""Small stacks, few threads and little memory: the engine runs, or ends with one line that names the limit.
+"""Small stacks, few threads and little memory: the engine runs, or exits with one line that names the limit.
 
-Each case is a process of its own under a limit of the operating system (`setrlimit`, as `ulimit` sets it).
+Each case runs in a new process under an operating-system limit (`setrlimit`, as set by `ulimit`).
 """
 
 import os
@@ -14,8 +14,8 @@ import pytest
 import tiny_llm_kernels
 
 KIB, MIB = 1 << 10, 1 << 20
-SECONDS = 120  # a guard against hanging
-NOBODY = 65534  # root has no limit on threads
+SECONDS = 120  # guards against hanging
+UNPRIVILEGED = 65534  # a user id; root has no limit on threads
 
 compiled = pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no compiled kernels")
 
@@ -23,7 +23,7 @@ compiled = pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no compi
 def run(
     code: str, limit: Callable[[], object] | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own; limit: called in it before anything else."""
+    """Run Python code in a new process. limit: called in it first."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -36,7 +36,7 @@ def run(
 
 
 def limited(which: int, value: int) -> Callable[[], object]:
-    """Sets the soft limit; the hard one stays."""
+    """A function that sets the soft limit and keeps the hard one."""
     return lambda: resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
 
 
@@ -46,7 +46,7 @@ COMMAND = "import sys; from tiny_llm_cli.main import main; sys.argv = ['tiny-llm
 def command(
     *arguments: str, limit: Callable[[], object] | None = None, **environment: str
 ) -> tuple[int, str]:
-    """Run a command; its exit code, and what it said on standard error."""
+    """Run a command; return its exit code and its standard error."""
     ended = run(COMMAND.format(arguments=arguments), limit, **environment)
     return ended.returncode, ended.stderr
 
@@ -83,41 +83,41 @@ print(len(names))
 @compiled
 @pytest.mark.parametrize("stack", [256 * KIB, 512 * KIB])
 def test_every_kernel_runs_on_a_small_stack(stack: int) -> None:
-    """Attention had half a megabyte of locals: a segmentation fault."""
+    """Regression test: attention had half a megabyte of locals, which caused a segmentation fault."""
     ended = run(EVERY_KERNEL, limited(resource.RLIMIT_STACK, stack))
     assert (ended.returncode, ended.stdout) == (0, f"{len(tiny_llm_kernels.instruction_sets())}\n"), (
         ended.stderr
     )
 
 
-def test_a_model_answers_on_a_small_stack() -> None:
-    code, said = command(
+def test_generation_works_on_a_small_stack() -> None:
+    code, stderr = command(
         *("generate", "The capital of France is", "--max-tokens", "3", "--num-blocks", "64"),
         limit=limited(resource.RLIMIT_STACK, 256 * KIB),
     )
-    assert (code, said) == (0, "")
+    assert (code, stderr) == (0, "")
 
 
 # ---- threads ----
 
 
 @compiled
-@pytest.mark.parametrize("wrong", ["100000", "1025", "0", "-1", "abc", "1e9", "\u0662", "9" * 5000])
-def test_a_number_of_threads_that_is_none_is_refused_in_one_line(wrong: str) -> None:
-    code, said = command("info", TINY_LLM_NUM_THREADS=wrong)
+@pytest.mark.parametrize("value", ["100000", "1025", "0", "-1", "abc", "1e9", "\u0662", "9" * 5000])
+def test_an_invalid_number_of_threads_in_the_environment_is_one_line_of_error(value: str) -> None:
+    code, stderr = command("info", TINY_LLM_NUM_THREADS=value)
     assert code == 1
-    assert said.startswith(
+    assert stderr.startswith(
         "tiny-llm: error: TINY_LLM_NUM_THREADS must be a whole number from 1 to 1024, got '"
     )
-    assert said.count("\n") == 1
-    assert len(said) < 200
+    assert stderr.count("\n") == 1
+    assert len(stderr) < 200
 
 
 @compiled
-@pytest.mark.parametrize("wrong", [0, -1, 1025, 2**40])
-def test_so_is_one_that_is_set_later(wrong: int) -> None:
-    with pytest.raises(ValueError, match=f"from 1 to 1024, got {wrong}"):
-        tiny_llm_kernels.set_num_threads(wrong)
+@pytest.mark.parametrize("value", [0, -1, 1025, 2**40])
+def test_set_num_threads_rejects_an_invalid_number(value: int) -> None:
+    with pytest.raises(ValueError, match=f"from 1 to 1024, got {value}"):
+        tiny_llm_kernels.set_num_threads(value)
 
 
 FEW_THREADS = f"""
@@ -126,13 +126,13 @@ import mlx.core as mx
 import tiny_llm_kernels as k
 from tiny_llm.kernels import kernel_info
 x = mx.random.normal((50, 256))
-mx.eval(x)                                       # MLX's own thread runs from here on
+mx.eval(x)                                       # starts MLX's own thread
 k.set_num_threads(1)
 alone = k.dense_matmul(x, x)
 mx.eval(alone)
 if os.getuid() == 0:
-    os.setuid({NOBODY})
-resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # as many as run already, or fewer: none can be started
+    os.setuid({UNPRIVILEGED})
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))  # no more than are running: no thread can be started
 k.set_num_threads(8)
 crowd = k.dense_matmul(x, x)
 mx.eval(crowd)
@@ -141,8 +141,8 @@ print(k.num_threads(), mx.array_equal(alone, crowd).item())
 
 
 @compiled
-def test_kernels_go_on_with_the_threads_that_start() -> None:
-    """It ended the process: "terminate called after throwing an instance of 'std::system_error'"."""
+def test_kernels_run_on_fewer_threads_if_the_system_starts_no_more() -> None:
+    """Regression test: a std::system_error terminated the process."""
     ended = run(FEW_THREADS)
     assert (ended.returncode, ended.stdout) == (0, "1 True\n"), ended.stderr
 
@@ -158,7 +158,7 @@ from tiny_llm.engine import Engine
 from tiny_llm import EngineConfig
 mx.eval(mx.zeros(1) + 1)
 if os.getuid() == 0:
-    os.setuid({NOBODY})
+    os.setuid({UNPRIVILEGED})
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 try:
     Engine(lambda: None, None, 10, EngineConfig())
@@ -167,7 +167,7 @@ except tiny_llm.resources.OutOfResourcesError as error:
 """
 
 
-def test_an_engine_without_a_thread_is_refused_with_the_limit() -> None:
+def test_an_engine_that_cannot_start_its_thread_reports_the_limit() -> None:
     ended = run(NO_THREAD)
     assert ended.stdout.startswith("not enough threads or memory for the engine's thread ("), ended.stderr
     assert "limit 1 threads, ulimit -u" in ended.stdout
@@ -182,21 +182,21 @@ def test_an_engine_without_a_thread_is_refused_with_the_limit() -> None:
 @pytest.mark.parametrize(
     ("memory", "purpose"), [(200 * MIB, "the model /"), (700 * MIB, "keys and values: needs 537 MB")]
 )
-def test_too_little_memory_is_one_line_with_its_purpose_and_the_limit(
+def test_too_little_memory_is_one_line_with_the_purpose_and_the_limit(
     arguments: tuple[str, ...], memory: int, purpose: str
 ) -> None:
-    code, said = command(*arguments, limit=limited(resource.RLIMIT_AS, memory))
+    code, stderr = command(*arguments, limit=limited(resource.RLIMIT_AS, memory))
     assert code == 1
-    last = said.splitlines()[-1]
+    last = stderr.splitlines()[-1]
     assert last.startswith("tiny-llm: error: not enough ")
     assert f" for {purpose}" in last
     assert f"limit {memory / 1e6:,.0f} MB, ulimit -v" in last
-    assert "Traceback" not in said
-    assert arguments[0] == "serve" or said.count("\n") == 1
+    assert "Traceback" not in stderr
+    assert arguments[0] == "serve" or stderr.count("\n") == 1
 
 
-def test_memory_that_is_enough_is_enough() -> None:
-    code, said = command(
+def test_generation_works_within_two_gigabytes() -> None:
+    code, stderr = command(
         "generate", "Hi", "--max-tokens", "2", limit=limited(resource.RLIMIT_AS, 2_000_000 * KIB)
     )
-    assert (code, said) == (0, "")
+    assert (code, stderr) == (0, "")

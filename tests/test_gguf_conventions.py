@@ -1,7 +1,7 @@
-"""GGUF conventions: what llama.cpp's code, not the file, says of tokens, keys and files in several parts.
+"""GGUF conventions that llama.cpp keeps in its code, not in the file: tokens, keys, and split files.
 
-Oracle: llama.cpp's sources (llama-vocab, llama-model, its loader) for which names and keys count; for logits,
-the same model as a folder whose config.json says the same in transformers' words, or whose weights do.
+Oracle for names and keys: llama.cpp's sources (llama-vocab, llama-model, its loader). Oracle for logits: the
+same model as a folder, with equivalent settings in config.json or equivalent weights.
 """
 
 import struct
@@ -28,7 +28,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 
 def logits(path: Path) -> np.ndarray:
-    """Of the prompt, with keys and values in float32."""
+    """Logits of `PROMPT`, with keys and values in float32."""
     return np.array(LLM(path, kv_cache_dtype="float32", num_blocks=8).logits(PROMPT))
 
 
@@ -92,34 +92,34 @@ LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 
 def bpe(tokens: list[str], types: list[int] | None = None, **keys: Any) -> dict[str, Any]:
-    """The metadata of a byte-level BPE without merges."""
+    """The metadata of a byte-level BPE tokenizer without merges."""
     found = {"model": "gpt2", "pre": "gpt-2", "merges": [], "tokens": tokens, **keys}
     found["token_type"] = types or [NORMAL] * len(tokens)
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
 
 
 def sentencepiece(tokens: list[str], types: list[int], **keys: Any) -> dict[str, Any]:
-    """The metadata of a SentencePiece vocabulary."""
+    """The metadata of a SentencePiece tokenizer."""
     found = {"model": "llama", "tokens": tokens, "token_type": types, "scores": [0.0] * len(tokens), **keys}
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
 
 
 @pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED], ids=["normal", "control", "user-defined"])
 @pytest.mark.parametrize("name", END_NAMES)
-def test_a_well_known_name_ends_a_generation_whatever_its_type(name: str, kind: int) -> None:
-    """The file names only the base model's token as its end."""
+def test_a_token_with_a_known_end_name_ends_generation_whatever_its_type(name: str, kind: int) -> None:
+    """The file itself names only the base model's end token."""
     tokens = [*LETTERS, "base", name]
     tokenizer = gguf_tokenizer(bpe(tokens, [NORMAL] * 26 + [CONTROL, kind], eos_token_id=26))
     assert tokenizer.eos_token_ids == {26, 27}
     assert tokenizer.eos_token == "base"
-    # Of the infill tokens llama.cpp changes the type too: all of these are control tokens.
+    # llama.cpp also corrects their type: all of these are control tokens.
     assert name in tokenizer.control_tokens
     assert tokenizer.decode([0, 27]) == "a"
     assert tokenizer.encode(f"a{name}") == [0, 27]
 
 
 @pytest.mark.parametrize("name", CONTROL_NAMES)
-def test_infill_tokens_are_control_but_end_nothing(name: str) -> None:
+def test_infill_tokens_are_control_tokens_that_do_not_end_generation(name: str) -> None:
     tokenizer = gguf_tokenizer(bpe([*LETTERS, "base", name], eos_token_id=26))
     assert tokenizer.eos_token_ids == {26}
     assert tokenizer.control_tokens == (name,)
@@ -135,8 +135,10 @@ def test_infill_tokens_are_control_but_end_nothing(name: str) -> None:
         (["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"], []),
     ],
 )
-def test_exceptions_of_llama_cpp(names: list[str], ends: list[str]) -> None:
-    """What does not end a generation is part of the text there, even where the file says control."""
+def test_llama_cpps_exceptions_are_visible_text_and_do_not_end_generation(
+    names: list[str], ends: list[str]
+) -> None:
+    """Even if the file marks them as control tokens."""
     tokens = [*LETTERS, "base", *names]
     tokenizer = gguf_tokenizer(bpe(tokens, [NORMAL] * 26 + [CONTROL] * (len(names) + 1), eos_token_id=26))
     assert {tokens[i] for i in tokenizer.eos_token_ids} == {"base", *ends}
@@ -148,19 +150,20 @@ def test_exceptions_of_llama_cpp(names: list[str], ends: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "ids"), [("Phi-3 mini", [26, 0, 27, 28, 1]), ("Mini", [26, 28, 0, 27, 28, 1])]
 )
-def test_phi3_by_its_name_takes_the_space_behind_a_control_token_along(name: str, ids: list[int]) -> None:
+def test_in_phi3_models_control_tokens_absorb_the_space_after_them(name: str, ids: list[int]) -> None:
+    """The model is recognized by its name."""
     metadata = bpe([*LETTERS, "<|user|>", "<s>", "Ġ"], [NORMAL] * 26 + [CONTROL, CONTROL, NORMAL])
     assert gguf_tokenizer({**metadata, "general.name": name}).encode("<|user|> a<s> b") == ids
 
 
-def test_a_key_says_which_infill_token_counts() -> None:
+def test_a_key_selects_the_infill_token_that_ends_generation() -> None:
     tokens = [*LETTERS, "<|fim_pad|>", "<PAD>"]
     assert gguf_tokenizer(bpe(tokens, fim_pad_token_id=27)).eos_token_ids == {27}
-    assert gguf_tokenizer(bpe(tokens)).eos_token_ids == {26}, "the first, where there is no key"
+    assert gguf_tokenizer(bpe(tokens)).eos_token_ids == {26}, "without the key, the first one"
 
 
-def test_a_model_stops_at_the_end_of_a_turn_that_the_file_does_not_name(tmp_path: Path) -> None:
-    """The model's own greedy answer, in which the second token is then called "<|im_end|>"."""
+def test_generation_stops_at_an_end_of_turn_token_that_the_file_does_not_name(tmp_path: Path) -> None:
+    """The second token of the model's greedy answer is renamed to "<|im_end|>"."""
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     answer = LLM(path, num_blocks=8).generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids
@@ -171,7 +174,7 @@ def test_a_model_stops_at_the_end_of_a_turn_that_the_file_does_not_name(tmp_path
 
 
 def renamed(content: bytes, token: int) -> bytes:
-    """A GGUF whose token has the name "<|im_end|>", and whose former bearer has that token's."""
+    """The GGUF file with the names of `token` and of "<|im_end|>" swapped."""
     start = content.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 4 + 4 + 8
     texts, at = [], start
     [count] = struct.unpack("<Q", content[start - 8 : start])
@@ -184,7 +187,7 @@ def renamed(content: bytes, token: int) -> bytes:
     return content[:start] + b"".join(struct.pack("<Q", len(t)) + t for t in texts) + content[at:]
 
 
-# What a file leaves out.
+# Defaults for missing keys.
 
 PIECES = ["<unk>", "<s>", "</s>", "▁", "a", "▁a"]
 PIECE_TYPES = [UNKNOWN, CONTROL, CONTROL, NORMAL, NORMAL, NORMAL]
@@ -194,7 +197,7 @@ def test_sentencepiece_without_keys_has_llama_cpps_defaults() -> None:
     tokenizer = gguf_tokenizer(sentencepiece(PIECES, PIECE_TYPES))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_ids) == ("<s>", "</s>", {2})
     assert tokenizer.encode("a", add_special_tokens=True) == [1, 5], "add_bos and add_space_prefix are true"
-    assert tokenizer.encode("é") == [3, 0], "what is not in the vocabulary is token 0"
+    assert tokenizer.encode("é") == [3, 0], "unknown characters become token 0"
 
 
 @pytest.mark.parametrize(
@@ -207,32 +210,30 @@ def test_sentencepiece_without_keys_has_llama_cpps_defaults() -> None:
         ({"add_sep_token": True, "remove_extra_whitespaces": True, "precompiled_charsmap": [1, 2]}, [1, 5]),
     ],
 )
-def test_each_flag_of_a_tokenizer_does_what_it_does_in_llama_cpp(
-    keys: dict[str, Any], ids: list[int]
-) -> None:
+def test_each_tokenizer_flag_has_llama_cpps_effect(keys: dict[str, Any], ids: list[int]) -> None:
     tokenizer = gguf_tokenizer(sentencepiece(PIECES, PIECE_TYPES, **keys))
     assert tokenizer.encode("a", add_special_tokens=True) == ids
 
 
-def test_the_unknown_token_is_the_one_that_the_file_names() -> None:
+def test_the_file_can_name_another_unknown_token() -> None:
     assert gguf_tokenizer(sentencepiece(PIECES, PIECE_TYPES, unknown_token_id=1)).encode("é") == [3, 1]
 
 
-def test_defaults_behind_a_small_vocabulary_do_not_count() -> None:
+def test_default_token_ids_beyond_the_vocabulary_are_ignored() -> None:
     tokenizer = gguf_tokenizer(sentencepiece(["▁"], [NORMAL]))
     assert (tokenizer.bos_token, tokenizer.eos_token_ids) == ("", set())
 
 
 @pytest.mark.parametrize(("kind", "ends"), [(CONTROL, {11}), (NORMAL, set())])
-def test_bpe_without_keys_ends_with_token_11_where_that_is_a_control_token(kind: int, ends: set[int]) -> None:
-    """In llama.cpp always: that token is Falcon's end, and a comma in most vocabularies."""
+def test_bpe_without_keys_ends_at_token_11_if_it_is_a_control_token(kind: int, ends: set[int]) -> None:
+    """llama.cpp always uses token 11, which is Falcon's end token, but a comma in most vocabularies."""
     types = [kind if index == 11 else NORMAL for index in range(26)]
     tokenizer = gguf_tokenizer(bpe(LETTERS, types))
     assert tokenizer.eos_token_ids == ends
     assert tokenizer.encode("a", add_special_tokens=True) == [0]
 
 
-def test_token_types_may_be_missing_and_a_token_may_have_no_text() -> None:
+def test_token_types_may_be_missing_and_token_texts_may_be_empty() -> None:
     metadata = bpe([*LETTERS, "", "<|im_end|>"])
     del metadata["tokenizer.ggml.token_type"]
     tokenizer = gguf_tokenizer(metadata)
@@ -248,7 +249,7 @@ PRE_NAMES = {
 
 
 @pytest.mark.parametrize(("name", "alias"), [(n, a) for n, aliases in PRE_NAMES.items() for a in aliases])
-def test_other_names_of_a_pre_tokenizer(name: str, alias: str) -> None:
+def test_each_alias_of_a_pre_tokenizer_splits_like_its_main_name(name: str, alias: str) -> None:
     texts = ["a b 123 c", "it's 1234567\n\n x", "  two"]
     one, other = (gguf_tokenizer(bpe(LETTERS, pre=pre, bos_token_id=1)) for pre in (name, alias))
     assert [one.encode(t, add_special_tokens=True) for t in texts] == [
@@ -260,7 +261,10 @@ def test_other_names_of_a_pre_tokenizer(name: str, alias: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"pre": "default"}, "tokenizer.ggml.pre: pre-tokenizer 'default' is not supported"),
+        (
+            {"pre": "default"},
+            "tokenizer.ggml.pre 'default' is not a supported pre-tokenizer; supported: smollm, gpt-2",
+        ),
         ({"suppress_tokens": [3]}, "tokenizer.ggml.suppress_tokens is not supported"),
         ({"fim_pad_token_id": 99}, "tokenizer.ggml.fim_pad_token_id is '99', expected 0 to 25"),
         ({"eot_token_id": -1}, "tokenizer.ggml.eot_token_id is '-1'"),
@@ -270,13 +274,13 @@ def test_other_names_of_a_pre_tokenizer(name: str, alias: str) -> None:
         ),
     ],
 )
-def test_what_a_tokenizer_cannot_do_is_refused_by_its_key(keys: dict[str, Any], words: str) -> None:
+def test_an_unsupported_tokenizer_setting_is_rejected_by_its_key(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         gguf_tokenizer(bpe(LETTERS, **keys))
 
 
-def test_tokens_too_long_to_be_cut_in_all_ways_are_refused_at_once() -> None:
-    """One token of 100,000 characters is ten billion when it is cut; all of Gemma 3 are 10 million."""
+def test_tokens_too_long_to_compute_merges_are_rejected_at_once() -> None:
+    """A token of 100,000 characters takes ten billion steps; the vocabulary of Gemma 3 takes 10 million."""
     tokens = [*PIECES, "a" * 100_000]
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.tokens are too long .* has 100000 characters"):
         gguf_tokenizer(sentencepiece(tokens, [*PIECE_TYPES, NORMAL]))
@@ -286,7 +290,7 @@ def test_tokens_too_long_to_be_cut_in_all_ways_are_refused_at_once() -> None:
 
 
 def folder_with(tmp_path: Path, weights: Mapping[str, np.ndarray] = WEIGHTS, **fields: Any) -> Path:
-    """The oracle: the same model in transformers' words."""
+    """The oracle: the same model as a folder with transformers' settings."""
     return write_folder(tmp_path / "oracle", {**CONFIG, **fields}, weights)
 
 
@@ -294,7 +298,7 @@ def folder_with(tmp_path: Path, weights: Mapping[str, np.ndarray] = WEIGHTS, **f
     ("keys", "factor"),
     [
         ({"rope.scaling.factor": 4.0}, 4.0),  # a file without a type means linear
-        ({"rope.scale_linear": 4.0}, 4.0),  # its old name
+        ({"rope.scale_linear": 4.0}, 4.0),  # the old name of the factor
         ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, 2.0),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
@@ -303,7 +307,9 @@ def folder_with(tmp_path: Path, weights: Mapping[str, np.ndarray] = WEIGHTS, **f
         ({"rope.scaling.original_context_length": 64, "rope.scaling.finetuned": 1}, None),
     ],
 )
-def test_linear_scaling_of_rotations(keys: dict[str, Any], factor: float | None, tmp_path: Path) -> None:
+def test_linear_rope_scaling_equals_transformers(
+    keys: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **keys)
     scaling = {} if factor is None else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     found, plain = logits(path), logits(write_folder(tmp_path / "plain", CONFIG, WEIGHTS))
@@ -311,31 +317,32 @@ def test_linear_scaling_of_rotations(keys: dict[str, Any], factor: float | None,
     assert (np.abs(found - plain).max() > 0.1) == (factor is not None)
 
 
-def test_a_linear_factor_beside_the_tensor_of_factors_multiplies_them(tmp_path: Path) -> None:
-    """llama 3's tensor and a linear factor: both divide the frequencies, as in ggml's rotation."""
+def test_a_linear_factor_multiplies_the_stored_rope_factors(tmp_path: Path) -> None:
+    """llama 3's tensor and a linear factor both divide the frequencies, as in ggml."""
     config = {**CONFIGS["llama3-scaling"], "num_hidden_layers": 1}
     weights = random_weights(config)
-    alone = read_checkpoint(write_gguf(tmp_path / "a.gguf", config, weights)).config.rope_factors
+    stored = read_checkpoint(write_gguf(tmp_path / "a.gguf", config, weights)).config.rope_factors
     keys = {"rope.scaling.factor": 2.0}
     both = read_checkpoint(write_gguf(tmp_path / "b.gguf", config, weights, **keys)).config.rope_factors
-    assert alone is not None
-    assert both == tuple(2 * factor for factor in alone)
+    assert stored is not None
+    assert both == tuple(2 * factor for factor in stored)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_factors_of_rotations_that_llama_cpp_does_not_read_are_refused(name: str, tmp_path: Path) -> None:
+def test_rope_factors_are_rejected_in_architectures_that_do_not_read_them(name: str, tmp_path: Path) -> None:
     config = {**CONFIGS[name], "rope_scaling": CONFIGS["llama3-scaling"]["rope_scaling"]}
     path = write_gguf(tmp_path / "a.gguf", config, random_weights(config))
-    assert "tensor rope_freqs.weight is not part of" in refusal(path)
+    assert "tensor rope_freqs.weight is not part of" in error_message(path)
 
 
-def refusal(path: Path) -> str:
+def error_message(path: Path) -> str:
+    """The message of the error that loading raises."""
     with pytest.raises(ModelFileError) as caught:
         load_model(path)
     return str(caught.value)
 
 
-REFUSED: dict[str, Any] = {
+REJECTED: dict[str, Any] = {
     "attention.causal": False,
     "attention.clamp_kqv": 8.0,
     "attention.max_alibi_bias": 8.0,
@@ -379,16 +386,18 @@ REFUSED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_key_that_means_another_computation_is_refused_by_name(key: str, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **{key: REFUSED[key]})
-    assert f"llama.{key} " in refusal(path)
+@pytest.mark.parametrize("key", REJECTED)
+def test_a_key_for_an_unsupported_computation_is_rejected_by_name(key: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **{key: REJECTED[key]})
+    assert f"llama.{key} " in error_message(path)
 
 
 @pytest.mark.parametrize("kind", ["yarn", "longrope", "dynamic", "llama3"])
-def test_a_kind_of_scaling_that_is_not_computed_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_an_unsupported_rope_scaling_type_is_rejected_by_name(kind: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **{"rope.scaling.type": kind})
-    assert f"llama.rope.scaling.type '{kind}' is not supported; supported: none, linear" in refusal(path)
+    assert f"llama.rope.scaling.type '{kind}' is not supported; supported: none, linear" in error_message(
+        path
+    )
 
 
 NEUTRAL: dict[str, Any] = {
@@ -410,9 +419,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", NEUTRAL)
-def test_a_key_that_means_the_same_computation_or_is_unknown_changes_nothing(
-    key: str, tmp_path: Path
-) -> None:
+def test_neutral_and_unknown_keys_do_not_change_the_logits(key: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **{key: NEUTRAL[key]})
     assert np.abs(logits(path) - logits(folder_with(tmp_path))).max() < 1e-4
 
@@ -424,17 +431,19 @@ def test_a_key_that_means_the_same_computation_or_is_unknown_changes_nothing(
         ("rms_norm_eps", "attention.layer_norm_rms_epsilon", 0.25),
     ],
 )
-def test_a_number_of_the_computation_is_honoured(field: str, key: str, value: float, tmp_path: Path) -> None:
+def test_rope_base_and_norm_epsilon_are_read_from_the_file(
+    field: str, key: str, value: float, tmp_path: Path
+) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **{key: value})
     assert np.abs(logits(path) - logits(folder_with(tmp_path, **{field: value}))).max() < 1e-4
 
 
-def test_a_missing_rope_base_is_10000(tmp_path: Path) -> None:
+def test_the_default_rope_base_is_10000(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", {**CONFIG, "rope_theta": None}, WEIGHTS)
     assert read_checkpoint(path).config.rope_theta == 10_000.0
 
 
-def test_without_an_output_tensor_the_embedding_is_the_output(tmp_path: Path) -> None:
+def test_without_an_output_tensor_the_embedding_is_the_output_projection(tmp_path: Path) -> None:
     tied = {name: array for name, array in WEIGHTS.items() if name != "lm_head.weight"}
     path = write_gguf(tmp_path / "a.gguf", CONFIG, tied)
     oracle = folder_with(tmp_path, tied, tie_word_embeddings=True)
@@ -454,25 +463,23 @@ def test_without_an_output_tensor_the_embedding_is_the_output(tmp_path: Path) ->
         ),
     ],
 )
-def test_a_tensor_that_llama_has_no_use_for_is_refused_by_the_files_own_name(
-    name: str, tmp_path: Path
-) -> None:
-    """Checkpoint names among them, which would otherwise replace the tensor that they mean elsewhere."""
+def test_an_unexpected_tensor_is_rejected_by_its_name_in_the_file(name: str, tmp_path: Path) -> None:
+    """Checkpoint names too: a file must not use them to replace a tensor with another GGUF name."""
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, extra={name: np.ones(64, np.float32)})
-    assert f"tensor {name} is not part of a llama model" in refusal(path)
+    assert f"tensor {name} is not part of a llama model" in error_message(path)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "vocab", "imatrix", 7])
-def test_a_gguf_that_is_no_model_says_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_gguf_of_another_type_than_model_is_rejected(kind: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other={"general.type": kind})
-    assert f"general.type is '{kind}', expected 'model'" in refusal(path)
+    assert f"general.type is '{kind}', expected 'model'" in error_message(path)
 
 
-# Several files.
+# Split files.
 
 
 def write_split(tmp_path: Path, count: int = 3, **first: Any) -> list[Path]:
-    """A model in several files, as llama.cpp's gguf-split writes it."""
+    """A split model, as llama.cpp's gguf-split writes it. first: further metadata of the first part."""
     paths = [tmp_path / f"tiny-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
     names = list(WEIGHTS)
     for place, path in enumerate(paths):
@@ -482,73 +489,79 @@ def write_split(tmp_path: Path, count: int = 3, **first: Any) -> list[Path]:
     return paths
 
 
-def test_a_model_in_several_files_is_read_as_one(tmp_path: Path) -> None:
+def test_a_split_gguf_is_read_as_one_model(tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     assert np.array_equal(logits(paths[0]), logits(write_gguf(tmp_path / "one.gguf", CONFIG, WEIGHTS)))
     assert load_model(paths[0]).name == "tiny"
 
 
-def test_another_part_than_the_first_says_which_to_open(tmp_path: Path) -> None:
-    message = refusal(write_split(tmp_path)[1])
-    assert "this is part 2 of 3: open the first part, tiny-00001-of-00003.gguf" in message
+def test_opening_a_later_part_names_the_first_part(tmp_path: Path) -> None:
+    message = error_message(write_split(tmp_path)[1])
+    assert "this is part 2 of 3; open the first part, tiny-00001-of-00003.gguf" in message
 
 
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
+def test_a_missing_gguf_part_is_named(tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     paths[2].unlink()
-    assert refusal(paths[0]) == f"{paths[2]}: no such file: part 3 of 3 is missing"
+    assert error_message(paths[0]) == f"{paths[2]}: part 3 of 3 is missing, expected in the same folder"
 
 
-def test_parts_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_gguf_parts_in_the_wrong_order_are_rejected(tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     moved = paths[1].rename(tmp_path / "kept")
     paths[2].rename(paths[1])
     moved.rename(paths[2])
-    assert refusal(paths[0]) == f"{paths[1]}: split.no is 2, expected 1"
+    assert error_message(paths[0]) == f"{paths[1]}: split.no is 2, expected 1"
 
 
-def test_a_part_under_another_name_says_how_it_must_be_called(tmp_path: Path) -> None:
+def test_a_renamed_part_is_rejected_with_the_expected_name(tmp_path: Path) -> None:
     path = write_split(tmp_path)[0].rename(tmp_path / "tiny.gguf")
-    assert "part 1 of 3, expected a name that ends in -00001-of-00003.gguf" in refusal(path)
+    expected = "part 1 of 3, expected a file name that ends in -00001-of-00003.gguf"
+    assert expected in error_message(path)
 
 
 @pytest.mark.parametrize(
     ("first", "words"),
     [
-        ({"split.tensors.count": 99}, "split.tensors.count is not what it is in the first part, tiny-00001"),
-        ({"split.count": 2}, "expected a name that ends in -00001-of-00002.gguf"),
-        ({"split.count": 0}, "part 1 of 0, expected a name that ends in"),
+        (
+            {"split.tensors.count": 99},
+            "split.tensors.count is '12', expected the first part's '99' (tiny-00001",
+        ),
+        ({"split.count": 2}, "expected a file name that ends in -00001-of-00002.gguf"),
+        ({"split.count": 0}, "part 1 of 0, expected a file name that ends in"),
         ({"split.no": "x"}, "split.no is 'x', expected a whole number"),
     ],
 )
-def test_parts_that_lie_about_each_other_are_refused(
+def test_gguf_parts_with_inconsistent_metadata_are_rejected(
     first: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    assert words in refusal(write_split(tmp_path, **first)[0])
+    assert words in error_message(write_split(tmp_path, **first)[0])
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("general.name", "another"), ("general.architecture", "qwen2")], ids=["name", "kind"]
 )
-def test_a_part_of_another_model_is_refused(key: str, value: str, tmp_path: Path) -> None:
+def test_a_part_of_another_model_is_rejected(key: str, value: str, tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     other = {"split.no": 2, "split.count": 3, key: value}
     name = next(iter(WEIGHTS))
     write_gguf(paths[2], CONFIG, {name: WEIGHTS[name]}, other=other)
-    assert refusal(paths[0]) == f"{paths[2]}: {key} is not what it is in the first part, {paths[0].name}"
+    message = error_message(paths[0])
+    assert message.startswith(f"{paths[2]}: {key} is '{value}', expected the first part's '")
+    assert message.endswith(f"' ({paths[0].name})")
 
 
-def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_in_two_gguf_parts_is_rejected(tmp_path: Path) -> None:
     paths = write_split(tmp_path)
     split = {"split.no": 1, "split.count": 3}
     write_gguf(paths[1], CONFIG, {"model.norm.weight": WEIGHTS["model.norm.weight"]}, other=split)
     name = next(iter(WEIGHTS))
     write_gguf(paths[2], CONFIG, {name: WEIGHTS[name]}, other={**split, "split.no": 2})
-    assert f"tensor {gguf_name(name)} is in another part too" in refusal(paths[0])
+    assert f"tensor {gguf_name(name)} is also in another part, expected it once" in error_message(paths[0])
 
 
-def test_a_window_that_gemma_lacks_leaves_all_layers_alike(tmp_path: Path) -> None:
-    """Oracle: a window longer than the prompt, on layers that all rotate with the same base."""
+def test_a_gemma_without_a_window_has_full_attention_in_all_layers(tmp_path: Path) -> None:
+    """Oracle: a window longer than the prompt, with the same rotary base in all layers."""
     weights = random_weights(GEMMA)
     none = write_gguf(tmp_path / "a.gguf", GEMMA, weights, **{"attention.sliding_window": 0})
     base = float(GEMMA["rope_theta"])

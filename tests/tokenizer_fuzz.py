@@ -1,7 +1,7 @@
-"""Broken and hostile tokenizer.json files made from the goldens: `python tests/tokenizer_fuzz.py COUNT SEED`.
+"""Broken and hostile tokenizer.json files from the goldens: `python tests/tokenizer_fuzz.py COUNT SEED`.
 
-Each file is loaded, and what loads is used as a server would: texts are encoded, ids decoded and streamed.
-Only two endings are allowed: it works, or it raises a ValueError, which is a `ModelFileError` while loading.
+Each file is loaded and, if that works, used as in a server: texts are encoded, ids decoded and streamed. Two
+outcomes are allowed: it works, or it raises a ValueError (while loading, a `ModelFileError`).
 """
 
 import json
@@ -154,7 +154,7 @@ COMPONENTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def broken_files(count: int, seed: int) -> Iterator[str]:
-    """So many tokenizer.json files, each a golden one with one to four faults."""
+    """Yield `count` tokenizer.json files, each a golden one with one to four defects."""
     rng = random.Random(seed)
     goldens = [json.loads((path / "tokenizer.json").read_text("utf-8")) for path in sorted(FOLDERS.iterdir())]
     for _ in range(count):
@@ -168,7 +168,7 @@ def broken_files(count: int, seed: int) -> Iterator[str]:
 
 
 def _change_value(tree: Any, rng: random.Random) -> None:
-    """Walk down at random, more often through what is small, and replace or delete what is there."""
+    """Walk to a random value, more likely a deep one, and replace or delete it."""
     while True:
         keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
         if not keys:
@@ -216,12 +216,12 @@ def _add_token(tree: Any, rng: random.Random) -> None:
         tree["added_tokens"].append({**ADDED, **changes, **flags})
 
 
-def ending(folder: Path) -> str:
-    """How a folder with such a file ends: "works", "refused", "fails"; anything else is raised."""
+def outcome(folder: Path) -> str:
+    """The outcome for a folder with such a file: "works", "rejected" or "fails"; other errors propagate."""
     try:
         tokenizer = hf_tokenizer(folder)
     except ModelFileError as error:
-        return "refused" if str(folder) in str(error) else f"refused without a file's name: {error}"
+        return "rejected" if str(folder) in str(error) else f"rejected without naming the file: {error}"
     results = [_use(tokenizer, text) for text in TEXTS]
     return "works" if all(results) else "fails"
 
@@ -241,17 +241,17 @@ def _use(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def main(count: int, seed: int) -> None:
-    """Try them, and count the endings."""
-    endings: Counter[str] = Counter()
+    """Try `count` files, and print how often each outcome occurred."""
+    outcomes: Counter[str] = Counter()
     with TemporaryDirectory() as name:
         for source in broken_files(count, seed):
             (Path(name) / "tokenizer.json").write_text(source)
             try:
-                endings[ending(Path(name))] += 1
+                outcomes[outcome(Path(name))] += 1
             except BaseException as error:
-                endings[f"{type(error).__name__}: {str(error)[:100]}"] += 1
+                outcomes[f"{type(error).__name__}: {str(error)[:100]}"] += 1
                 Path("/tmp/broken_tokenizer.json").write_text(source)
-    for kind, number in endings.most_common():
+    for kind, number in outcomes.most_common():
         print(f"{number:7} {kind}")
 
 

@@ -1,7 +1,7 @@
-"""What a model file says: its configuration, its tensors by name, its tokenizer and its chat template.
+"""Read model files: configuration, tensors by name, tokenizer and chat template.
 
-`hub.find_model` gives a path, and `readers.read_checkpoint` makes a `Checkpoint` of what is there. Knows
-nothing of models, pages or requests.
+`hub.find_model` returns a path, and `readers.read_checkpoint` reads it into a `Checkpoint`. This package does
+not depend on models, pages or requests.
 
-Shapes are written in letters: N outputs of a matrix, K its inputs, D head size.
+Shapes are written in letters: N is the number of outputs of a matrix, K its inputs, D the head size.
 """

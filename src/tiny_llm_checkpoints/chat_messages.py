@@ -1,7 +1,7 @@
-"""Messages of a conversation as clients send them, checked and brought into one form.
+"""Validates and normalizes the messages of a conversation as clients send them.
 
-The one place that says what a message may hold: for `LLM.chat` and for HTTP. Errors name the place and the
-field, and end the check. Knows nothing of templates or tokens.
+The only place that defines what a message may contain, for `LLM.chat` and for HTTP. The first error ends the
+check; it names the message and the field. Knows nothing of templates or tokens.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 from .errors import TinyLLMError, shown
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # change nothing in a prompt
-IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # what an answer's parts hold beside their text
+IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # these do not change the prompt
+IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # fields of an answer's parts besides the text
 UNSUPPORTED = {
     "tool_calls": "tool calls are not supported",
     "function_call": "function calls are not supported",
@@ -23,14 +23,14 @@ UNSUPPORTED = {
     "images": "images are not supported",
     "videos": "videos are not supported",
 }
-MOST_DEPTH = 20  # of lists and objects in what a template gets
-MOST_VALUES = 10_000  # in what a template gets beside the contents
-MOST_FIELDS = 100  # of one message
-_MAY_BE_SILENT = ("assistant", "tool")  # whose content may be null or missing
+MAX_DEPTH = 20  # nesting of lists and objects in the fields that a template receives
+MAX_VALUES = 10_000  # values in one of these fields, contents excluded
+MAX_FIELDS = 100  # per message
+_MAY_BE_EMPTY = ("assistant", "tool")  # roles whose content may be null or missing
 
 
 class MessageError(TinyLLMError, ValueError):
-    """A message, or an argument of a template, cannot be used. `field` is the place: "messages[2].role"."""
+    """A message, or an argument of a template, is not usable. `field` locates it: "messages[2].role"."""
 
     def __init__(self, field: str, reason: str, *, unsupported: bool = False) -> None:
         super().__init__(f"{field}: {reason}")
@@ -40,9 +40,11 @@ class MessageError(TinyLLMError, ValueError):
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One message. fields: what it says beside its content, in the order in which it was sent.
+    """One message.
 
-    parts: its content as texts. A content that is null or missing has none.
+    parts: the text parts of the content; empty if the content is null or missing.
+    fields: all fields that a template receives, in the order in which they were sent. If the message has a
+    content, `content` is None here and marks its place in that order.
     """
 
     role: str
@@ -50,14 +52,16 @@ class ChatMessage:
     fields: Mapping[str, Any]
 
     def with_content(self, content: str | list[dict[str, str]]) -> dict[str, Any]:
-        """The message as a template gets it."""
+        """The message as a mapping for a template, with this content."""
         return {**self.fields, "content": content}
 
 
 def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> list[ChatMessage]:
-    """Check a conversation. roles: those that are known; None: any text is a role.
+    """Check a conversation and return its messages.
 
-    Raises `MessageError` for the first thing that is wrong.
+    roles: the accepted roles; None accepts any non-empty string.
+
+    Raises `MessageError` for the first problem.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise MessageError("messages", f"must be a list of messages, not {_kind(messages)}")
@@ -67,16 +71,16 @@ def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> lis
 
 
 def check_json(value: Any, field: str) -> Any:
-    """`value` if it is plain JSON of a bounded depth and number of values, with texts that are Unicode.
+    """Return `value` if it is plain JSON of bounded depth and size, with valid Unicode strings.
 
-    Raises `MessageError` with the place of what is not.
+    Raises a `MessageError` that locates the first value that is not.
     """
     count = 1
     for item, place, depth in _walk(value, field):
         _check_value(item, place)
         count += len(item) if isinstance(item, (Mapping, list, tuple)) else 0
-        if depth > MOST_DEPTH or count > MOST_VALUES:
-            raise MessageError(field, f"at most {MOST_DEPTH} levels and {MOST_VALUES} values")
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise MessageError(field, f"at most {MAX_DEPTH} levels and {MAX_VALUES} values")
     return value
 
 
@@ -91,19 +95,19 @@ def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessag
     fields = dict(_fields(message, field))
     parts = _parts(message.get("content"), f"{field}.content")
     if not parts and role == "assistant" and isinstance(message.get("refusal"), str):
-        parts = (message["refusal"],)  # what the model said instead
-    if not parts and role not in _MAY_BE_SILENT:
-        raise MessageError(f"{field}.content", f"a message of role {role[:40]!r} needs a text")
+        parts = (message["refusal"],)  # the model's answer, in another field
+    if not parts and role not in _MAY_BE_EMPTY:
+        raise MessageError(f"{field}.content", f"a message of role {role[:40]!r} needs text")
     return ChatMessage(role, parts, fields)
 
 
 def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]:
-    """What a template gets beside the content. Reasoning has two names, and templates use either."""
-    if len(message) > MOST_FIELDS:
-        raise MessageError(field, f"{len(message)} fields, expected at most {MOST_FIELDS}")
+    """The fields that a template receives. Reasoning has two names; templates use either, so pass both."""
+    if len(message) > MAX_FIELDS:
+        raise MessageError(field, f"has {len(message)} fields, expected at most {MAX_FIELDS}")
     for key, value in message.items():
         if not isinstance(key, str):
-            raise MessageError(field, f"a key must be a text, not {_kind(key)}")
+            raise MessageError(field, f"a key must be a string, not {_kind(key)}")
         if key in UNSUPPORTED and not _is_empty(value):
             raise MessageError(f"{field}.{key}", UNSUPPORTED[key], unsupported=True)
         if key in UNSUPPORTED or key in IGNORED or (value is None and key != "content"):
@@ -125,12 +129,12 @@ def _parts(content: Any, field: str) -> tuple[str, ...]:
     if isinstance(content, str):
         return (_text(content, field),)
     if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
-        raise MessageError(field, f"must be a text or a list of text parts, not {_kind(content)}")
+        raise MessageError(field, f"must be a string or a list of text parts, not {_kind(content)}")
     return tuple(_part(part, f"{field}[{place}]") for place, part in enumerate(content))
 
 
 def _part(part: Any, field: str) -> str:
-    """The text of a part: `{"type": "text", "text": ...}`, or a text itself."""
+    """The text of a part: `{"type": "text", "text": ...}`, or a plain string."""
     if isinstance(part, str):
         return _text(part, field)
     if not isinstance(part, Mapping):
@@ -150,7 +154,7 @@ def _part(part: Any, field: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a field says nothing."""
+    """True for null and for an empty string, list or object."""
     return value is None or (isinstance(value, (str, Mapping, list, tuple)) and not value)
 
 
@@ -158,13 +162,13 @@ def _text(value: Any, field: str) -> str:
     if value is None:
         raise MessageError(field, "required")
     if not isinstance(value, str):
-        raise MessageError(field, f"must be a text, not {_kind(value)}")
+        raise MessageError(field, f"must be a string, not {_kind(value)}")
     _check_value(value, field)
     return value
 
 
 def _walk(value: Any, field: str) -> Iterator[tuple[Any, str, int]]:
-    """Every value in a value, with its place and depth, outermost first."""
+    """Every value nested in `value`, itself included, with its location and depth."""
     left = [(value, field, 1)]
     while left:
         item, place, depth = left.pop()
@@ -177,7 +181,7 @@ def _walk(value: Any, field: str) -> Iterator[tuple[Any, str, int]]:
 
 
 def _check_value(value: Any, field: str) -> None:
-    """Refuse what JSON has no form for, and halves of characters."""
+    """Reject values that JSON cannot represent, and strings with lone surrogates."""
     if isinstance(value, str):
         try:
             value.isascii() or value.encode()
@@ -191,5 +195,5 @@ def _check_value(value: Any, field: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words where JSON has it."""
+    """The type of a value for an error message: "null" for None, otherwise Python's name."""
     return "null" if value is None else type(value).__name__

@@ -1,12 +1,12 @@
-"""A rendered prompt, cut where control tokens stand in it."""
+"""Splits a rendered prompt at its control tokens."""
 
 from collections.abc import Iterator, Sequence
 
 
 def split_pieces(text: str, control_tokens: Sequence[str]) -> list[str]:
-    """Text, control token, text, control token and so on, ending with a text; any text may be empty.
+    """Split into text, control token, text, control token and so on, ending with text; text may be empty.
 
-    Where several tokens begin at one place the longest counts, as in the `tokenizers` library.
+    If several tokens start at the same position, the longest one wins, as in the `tokenizers` library.
     """
     pieces, end = [], 0
     for start, token in _tokens_in(text, control_tokens):
@@ -17,7 +17,7 @@ def split_pieces(text: str, control_tokens: Sequence[str]) -> list[str]:
 
 
 def _tokens_in(text: str, control_tokens: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Where a control token begins, in order; by searching for first characters only."""
+    """Yield each match as (start, token), in order. Only first characters are searched for, which is fast."""
     by_first: dict[str, list[str]] = {}
     for token in sorted(control_tokens, key=len, reverse=True):
         by_first.setdefault(token[0], []).append(token)

@@ -1,4 +1,4 @@
-"""Whether a rendered prompt holds what was said: a template must not drop a message's words silently."""
+"""Checks that a rendered prompt contains the text of the messages: templates must not drop it silently."""
 
 import json
 from bisect import bisect_right
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from .chat_messages import ChatMessage, MessageError
 
 _GUARDED = ("user", "tool", "function", "system", "developer")
-MOST_LOOKS = 10_000  # places that are looked at for one text that is not where it was expected
+MAX_TRIES = 10_000  # positions tried for one text that is not where it was expected
 
 
 class _Text(NamedTuple):
-    """A text that must be there, and the message that it is of."""
+    """A text that the prompt must contain; `place` is the index of its message."""
 
     text: str
     place: int
@@ -20,17 +20,17 @@ class _Text(NamedTuple):
 
 
 def check_presence(messages: Sequence[ChatMessage], prompt: str) -> None:
-    """Raise `MessageError` for a text of a user, a tool or a system message that `prompt` does not hold.
+    """Raise `MessageError` if `prompt` lacks the text of a user, tool, function, system or developer message.
 
-    Texts are compared without the white space around them. A template may move a text, write it as JSON, or
-    change its case and its white space; what is said twice must be there twice. What an assistant has said
-    may be left out: templates remove earlier reasoning.
+    Leading and trailing white space is ignored. A template may move a text, write it as JSON, or change its
+    case and white space. A text that is sent twice must appear twice. Assistant text may be missing, because
+    templates remove earlier reasoning.
     """
     wanted = [
         _Text(text, place, message.role)
         for place, message in enumerate(messages)
         if message.role in _GUARDED
-        for text in _lines_of(message)
+        for text in _texts_of(message)
     ]
     if _all_in_order(wanted, prompt):
         return
@@ -45,12 +45,12 @@ def check_presence(messages: Sequence[ChatMessage], prompt: str) -> None:
             )
 
 
-def _lines_of(message: ChatMessage) -> list[str]:
+def _texts_of(message: ChatMessage) -> list[str]:
     return [text for part in message.parts if (text := part.strip())]
 
 
 def _all_in_order(wanted: Sequence[_Text], prompt: str) -> bool:
-    """Whether all texts are there one behind the other: one pass over the prompt."""
+    """Whether all texts appear in this order without overlap: one pass over the prompt."""
     end = 0
     for one in wanted:
         start = prompt.find(one.text, end)
@@ -61,28 +61,28 @@ def _all_in_order(wanted: Sequence[_Text], prompt: str) -> bool:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """A text as templates write it: as it is, and inside of JSON."""
+    """The forms in which a template may write a text: as it is, and escaped in JSON."""
     yield text
     for ensure_ascii in (False, True):
         yield json.dumps(text, ensure_ascii=ensure_ascii)[1:-1]
 
 
 def _bare(text: str) -> str:
-    """A text without any white space, in small letters."""
+    """The text in lower case and without white space."""
     return "".join(text.split()).lower()
 
 
 class _Spans:
-    """Stretches of a prompt that are taken by a text already; none overlaps another."""
+    """The parts of a prompt that are already matched to a text; they never overlap."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
     def take(self, prompt: str, text: str) -> bool:
-        """Take the first stretch that is `text` and free. False where there is none."""
+        """Match `text` to its first free occurrence. Returns False if there is none."""
         start = prompt.find(text)
-        for _ in range(MOST_LOOKS):
+        for _ in range(MAX_TRIES):
             if start < 0:
                 return False
             place = bisect_right(self._starts, start)

@@ -1,7 +1,7 @@
-"""Messages to one prompt, through the chat template that came with the model.
+"""Renders messages into one prompt with the model's own chat template.
 
-The template is jinja2 source from a model file, so it is untrusted: it runs in `TemplateSandbox`, and renders
-the same as in transformers. What a message may hold is said in `chat_messages`. Only `encode` knows the
+The template is jinja2 source from a model file and therefore untrusted: it runs in `TemplateSandbox`. The
+result equals that of transformers. `chat_messages` defines what a message may contain. Only `encode` uses a
 tokenizer.
 """
 
@@ -14,32 +14,32 @@ from jinja2 import meta, nodes
 from .chat_messages import ChatMessage, MessageError, check_json, read_messages
 from .chat_pieces import split_pieces
 from .chat_presence import check_presence
-from .template_budget import MOST_STEPS, TemplateLimitError
+from .template_budget import MAX_STEPS, TemplateLimitError
 from .template_sandbox import TemplateSandbox, rendering
 from .template_text import Disguise
 from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 CONTENT_FORMATS = ("auto", "string", "openai")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # their names are not typed by users
-MOST_KWARGS = 100_000  # characters of the variables that a caller gives a template
-_MOST_REASON = 300  # characters of what a template says when it refuses
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # names that need no disguise
+MAX_KWARGS = 100_000  # characters in all template variables of a caller
+_MAX_REASON = 300  # characters quoted from a template's own error message
 _OWN = {"messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template", "tokenize"}
 _OWN |= {"bos_token", "eos_token", "conversation", "tokenizer"}
-_NEEDLE = "tiny probe"  # a text that no template has
-_PROBE_STEPS = 50_000  # of a rendering that only finds out what a template renders
+_PROBE_TEXT = "tiny probe"  # a text that no template contains
+_PROBE_STEPS = 50_000  # limit for a rendering that only detects the content format
 
 
 class ChatTemplate:
-    """One compiled chat template; rendering has no state, so any thread may use it."""
+    """One compiled chat template. Rendering keeps no state, so threads may share it."""
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str, content_format: str = "auto") -> None:
-        """Compile `source`, in which `bos_token` and `eos_token` are variables.
+        """Compile `source`. `bos_token` and `eos_token` are variables in it.
 
-        content_format: what a template gets as a message's content: "string", a text; "openai", a list of
-        text parts; "auto" finds out for each role which of them it renders, a text where it renders both.
+        content_format: the form in which the template receives a message's content: "string" for one string,
+        "openai" for a list of text parts. "auto" detects it for each role and prefers a string if both work.
 
-        Raises ValueError for a template that does not compile, or cannot within bounds.
+        Raises ValueError if the template does not compile, or exceeds the sandbox's limits.
         """
         if content_format not in CONTENT_FORMATS:
             known = ", ".join(CONTENT_FORMATS)
@@ -50,12 +50,12 @@ class ChatTemplate:
             tree = sandbox.parse_bounded(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
-                f"bad chat template, line {error.lineno}: {str(error.message)[:_MOST_REASON]}"
+                f"bad chat template, line {error.lineno}: {str(error.message)[:_MAX_REASON]}"
             ) from error
         except (RecursionError, MemoryError) as error:
             raise ValueError("bad chat template: it is nested too deeply") from error
-        except Exception as error:  # whatever Python's compiler says of the source
-            raise ValueError(f"bad chat template: {str(error)[:_MOST_REASON]}") from error
+        except Exception as error:  # Python's compiler may raise anything for the generated source
+            raise ValueError(f"bad chat template: {str(error)[:_MAX_REASON]}") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._variables = meta.find_undeclared_variables(tree) - set(sandbox.globals)
         self._globals = set(sandbox.globals)
@@ -66,20 +66,20 @@ class ChatTemplate:
             self._detect_formats(tree)
 
     def uses_variable(self, name: str) -> bool:
-        """Whether the template has a use for a variable of that name."""
+        """Whether the template reads a variable of this name."""
         return name in self._variables
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt for `messages`: mappings with "role" and "content"; other keys pass.
+        """Return the prompt for `messages`: mappings with "role" and "content"; other keys are passed on.
 
-        A content is a text or a list of text parts, which are joined by line breaks where the template takes
-        texts. With `add_generation_prompt` the prompt ends where the assistant's answer begins. Further
+        A content is a string or a list of text parts, which are joined by line breaks if the template takes
+        strings. With `add_generation_prompt` the prompt ends where the assistant's answer starts. Further
         keyword arguments are variables of the template.
 
-        Raises ValueError, `MessageError` for a bad message, with the template's own words where the template
-        refuses, and where it reaches for what it may not have or does more than it may.
+        Raises `MessageError` for a bad message, and ValueError if the template raises an error (which is
+        quoted), uses what the sandbox forbids, or exceeds its limits.
         """
         turns = [self._as_template(message) for message in read_messages(messages)]
         return self._render(turns, self._checked(kwargs), add_generation_prompt)
@@ -96,21 +96,23 @@ class ChatTemplate:
         roles: Collection[str] | None = None,
         context: int | None = None,
     ) -> list[int]:
-        """Token ids of the rendered prompt, where only the template's own control tokens are control tokens.
+        """Token ids of the rendered prompt. Only the template writes control tokens; messages cannot.
 
-        Equal to `tokenizer.encode(render(...))` unless a message, or an argument, spells out a control token:
-        that stays text, and no other token of the prompt changes. So typing "<|im_end|>" neither ends a
-        message nor begins one.
+        Equal to `tokenizer.encode(render(...))` unless a message or an argument spells a control token: that
+        stays text, and no other token of the prompt changes. So typing "<|im_end|>" does not end a message.
 
-        add_generation_prompt: the prompt ends where the assistant's answer begins; None: unless
-        `continue_final_message`.
-        continue_final_message: the prompt ends with the last message's text, which the model continues.
-        add_special_tokens: put the tokenizer's own frame around the prompt; most templates write it.
-        chat_template_kwargs: variables of the template. roles: those that are known; None: any.
+        add_generation_prompt: end the prompt where the assistant's answer starts. None means True unless
+        `continue_final_message` is set.
+        continue_final_message: end the prompt with the last message's text, which the model continues.
+        add_special_tokens: add the tokenizer's own prefix and suffix, such as a beginning-of-sequence token;
+        most templates write it themselves.
+        chat_template_kwargs: variables of the template.
+        roles: the accepted roles; None accepts any.
+        context: as in `Tokenizer.encode`.
 
-        Raises as `render` does, as `Tokenizer.encode` does with `context`, for a text of a user, a tool or a
-        system message that the template drops, and for `add_generation_prompt` together with
-        `continue_final_message`.
+        Raises ValueError as `render` and `Tokenizer.encode` do, and `MessageError` if the template drops the
+        text of a user, tool or system message, or if `add_generation_prompt` and `continue_final_message` are
+        both true.
         """
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
@@ -123,7 +125,7 @@ class ChatTemplate:
         given = _texts([turns, variables])
         disguise = Disguise(tokenizer.control_tokens, [*given, plain])
         hidden = self._render_hidden(turns, variables, add_generation_prompt, disguise)
-        # Not the same where the template looks at a text in a way that the disguise does not survive.
+        # They differ if the template inspects a text in a way that the disguise does not survive.
         same = disguise.show(hidden) == plain
         check_presence(conversation, plain)
         end = self._end_of_last(turns, variables, plain, disguise) if continue_final_message else len(plain)
@@ -131,14 +133,14 @@ class ChatTemplate:
             return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens, context=context)
         if not same:
             raise MessageError(
-                "messages", "a text spells out a control token, and the template changes that text"
+                "messages", "a text contains a control token, and the template changes that text"
             )
         hidden = hidden[:end]
         pieces = [disguise.show(piece) for piece in split_pieces(hidden, tokenizer.control_tokens)]
-        return tokenizer.encode_framed(pieces, add_special_tokens=add_special_tokens, context=context)
+        return tokenizer.encode_pieces(pieces, add_special_tokens=add_special_tokens, context=context)
 
     def _as_template(self, message: ChatMessage) -> dict[str, Any]:
-        """A message as this template takes it. Older templates say system for developer."""
+        """A message in the form that this template takes. Templates without a developer role get "system"."""
         role = message.role
         if role == "developer" and not self._knows_developers:
             role = "system"
@@ -148,7 +150,7 @@ class ChatTemplate:
         return {**message.with_content(content), "role": role}
 
     def _checked(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The variables that a caller gives, if they are plain JSON and none is the template's own."""
+        """Check the caller's variables: plain JSON, and none of the template's own names."""
         if not isinstance(kwargs, Mapping):
             raise MessageError("chat_template_kwargs", f"must be an object, not {type(kwargs).__name__}")
         for name in kwargs:
@@ -156,8 +158,10 @@ class ChatTemplate:
                 raise MessageError(f"chat_template_kwargs.{name[:40]}", "cannot be set here")
         check_json(kwargs, "chat_template_kwargs")
         size = sum(map(len, _texts([kwargs])))
-        if size > MOST_KWARGS:
-            raise MessageError("chat_template_kwargs", f"{size} characters, expected at most {MOST_KWARGS}")
+        if size > MAX_KWARGS:
+            raise MessageError(
+                "chat_template_kwargs", f"has {size} characters, expected at most {MAX_KWARGS}"
+            )
         return kwargs
 
     def _render(
@@ -166,18 +170,18 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         add_generation_prompt: bool,
         disguise: Disguise | None = None,
-        most_steps: int = MOST_STEPS,
+        max_steps: int = MAX_STEPS,
     ) -> str:
         given = {**self._tokens, "tools": None, "documents": None, **variables}
         given |= {"messages": turns, "add_generation_prompt": add_generation_prompt}
         try:
-            with rendering(disguise, most_steps) as bounded:
+            with rendering(disguise, max_steps) as bounded:
                 return bounded("".join(self._template.generate(given)))
         except TemplateLimitError as error:
-            raise ValueError(f"the chat template is stopped: {error}") from error
-        except Exception as error:  # a template can fail in any way that Python can
-            reason = " ".join(str(error)[:_MOST_REASON].split()) or type(error).__name__
-            raise ValueError(f"the chat template refuses these messages: {reason}") from error
+            raise ValueError(f"the chat template was stopped: {error}") from error
+        except Exception as error:  # a template's code can raise anything
+            reason = " ".join(str(error)[:_MAX_REASON].split()) or type(error).__name__
+            raise ValueError(f"the chat template rejects these messages: {reason}") from error
 
     def _render_hidden(
         self,
@@ -186,9 +190,9 @@ class ChatTemplate:
         add_generation_prompt: bool,
         disguise: Disguise,
     ) -> str:
-        """The same with every text in disguise, apart from the well-known names of roles.
+        """Render with every text in disguise, apart from the well-known role names.
 
-        Empty where the template refuses the disguise.
+        Returns "" if the template fails on the disguised texts.
         """
         hidden = [
             {**disguise.hide_all(turn), **({"role": turn["role"]} if turn["role"] in ROLES else {})}
@@ -202,7 +206,7 @@ class ChatTemplate:
     def _end_of_last(
         self, turns: list[dict[str, Any]], variables: Mapping[str, Any], plain: str, disguise: Disguise
     ) -> int:
-        """Where the last message's text ends in the prompt: in front of a mark that is put behind it."""
+        """The position in the prompt where the last message's text ends, found by appending a mark to it."""
         last, mark = turns[-1], disguise.mark
         content = last["content"]
         if isinstance(content, str):
@@ -219,7 +223,7 @@ class ChatTemplate:
         raise MessageError("continue_final_message", "the template does not end with the last message's text")
 
     def _detect_formats(self, tree: nodes.Template) -> None:
-        """Find out by rendering which form of a content each role needs; by reading where none renders."""
+        """Detect each role's content format by rendering; if nothing renders, from the syntax tree."""
         by_reading = _iterates_content(tree)
         user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}
         around: dict[str, tuple[list[Message], list[Message]]] = {
@@ -230,16 +234,17 @@ class ChatTemplate:
             "tool": ([user, answer], []),
         }
         for role, (before, after) in around.items():
-            probe: list[Message] = [*before, {"role": role, "content": _NEEDLE}, *after]
+            probe: list[Message] = [*before, {"role": role, "content": _PROBE_TEXT}, *after]
             default = self._takes_parts["user"] if role != "user" else by_reading
             self._takes_parts[role] = self._needs_parts(probe, role, default)
 
     def _needs_parts(self, probe: list[Message], role: str, default: bool) -> bool:
+        """Whether the template renders the probe's text only if the content is a list of parts."""
         for takes_parts in (False, True):
             self._takes_parts[role] = takes_parts
             turns = [self._as_template(message) for message in read_messages(probe)]
             try:
-                if _NEEDLE in self._render(turns, {}, add_generation_prompt=True, most_steps=_PROBE_STEPS):
+                if _PROBE_TEXT in self._render(turns, {}, add_generation_prompt=True, max_steps=_PROBE_STEPS):
                     return takes_parts
             except ValueError:
                 continue
@@ -247,12 +252,12 @@ class ChatTemplate:
 
 
 def _is_typed(plain: str, hidden: str, control_tokens: Sequence[str]) -> bool:
-    """Whether the prompt spells a control token that the template did not write."""
+    """Whether a message, not the template, spells a control token of the prompt."""
     return any(plain.count(token) != hidden.count(token) for token in control_tokens)
 
 
 def _texts(values: list[Any]) -> list[str]:
-    """Every text in values of plain JSON."""
+    """All strings nested in values of plain JSON, keys included."""
     found: list[str] = []
     left = list(values)
     while left:
@@ -267,13 +272,13 @@ def _texts(values: list[Any]) -> list[str]:
 
 
 def _iterates_content(tree: nodes.Template) -> bool:
-    """Whether a template loops over a message's content, as vLLM looks for it."""
+    """Whether the template loops over a message's content: the test that vLLM uses."""
     contents = {name for name, node in _assigned(tree) if _is_content(node, set())}
     return any(_is_content(loop.iter, contents) for loop in tree.find_all(nodes.For))
 
 
 def _assigned(tree: nodes.Template) -> list[tuple[str, nodes.Node]]:
-    """Names of variables that are set, each with what it is set to."""
+    """The variables that the template sets, each with its expression."""
     return [
         (one.target.name, one.node)
         for one in tree.find_all(nodes.Assign)
@@ -282,7 +287,7 @@ def _assigned(tree: nodes.Template) -> list[tuple[str, nodes.Node]]:
 
 
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
-    """Whether an expression is a message's content, or a part or a filtered form of it."""
+    """Whether an expression is a message's content, or a slice or filtered form of it."""
     if isinstance(node, nodes.Name):
         return node.name in names
     if isinstance(node, nodes.Getattr):

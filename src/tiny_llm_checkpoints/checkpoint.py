@@ -1,7 +1,7 @@
-"""What a model file holds, whatever its format.
+"""A model's checkpoint, independent of the file format.
 
-A reader translates a file's names, shapes and layouts into this, and the tensors stay in their files until
-they are loaded. Knows nothing of file formats, and nothing of the model that is built from it.
+A reader maps a file's names, shapes and layouts to this form. Tensors stay in their files until they are
+loaded. Knows nothing of file formats or of the model that is built from a checkpoint.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,38 +17,38 @@ from .quantized import Quantized
 from .recommendation import Recommendation
 from .tokenizer import Tokenizer
 
-MOST_NAMED = 5  # tensors that an error names, of those that are missing or too many
+MAX_NAMED = 5  # tensors that an error lists by name
 
 
 class StoredTensor(Protocol):
-    """A tensor that is still in its file; all properties are known without reading it."""
+    """A tensor that is still in its file. All properties are known without reading its data."""
 
     @property
     def file(self) -> Path:
-        """The file that it is in."""
+        """The file that holds it."""
 
     @property
     def name(self) -> str:
-        """What the file calls it."""
+        """Its name in the file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape as numbers, [outputs, inputs] or [size], however it is stored."""
+        """[outputs, inputs] or [size], whatever the stored layout."""
 
     def load(self) -> mx.array | Quantized:
-        """Read it. Raises ValueError where what is there cannot be it."""
+        """Read the data. Raises ValueError if the file's content does not match the header."""
 
 
 def as_array(data: bytes) -> mx.array:
-    """The bytes of a file as they are, uint8 [n]."""
+    """The bytes of a file as an array: uint8 [n]."""
     return mx.array(data)  # type: ignore[arg-type]  # a buffer, which the stubs do not know
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and its tokenizer before they are loaded; `tensors` by their checkpoint names.
+    """Configuration, tokenizer and not yet loaded tensors of a model, by their checkpoint names.
 
-    recommended: how the model's author would sample from it.
+    recommended: the sampling settings that the model's author recommends.
     """
 
     path: Path
@@ -58,18 +58,21 @@ class Checkpoint:
     recommended: Recommendation
 
     def check(self, name_in_file: Callable[[str], str] = str) -> None:
-        """Refuse what cannot be this configuration's model, before a single tensor is read.
+        """Check that the tensors and the tokenizer match the configuration, without reading tensor data.
 
-        name_in_file: what the file would call a tensor that is missing. Raises `ModelFileError` naming
-        the file, the tensor, what was found and what was expected.
+        name_in_file: maps a checkpoint name to the file's name, for errors about missing tensors.
+
+        Raises `ModelFileError` with the file, the tensor, and the found and expected shape.
         """
         expected = self.config.parameter_shapes
         missing = [name_in_file(name) for name in expected if name not in self.tensors]
         if missing:
-            raise ModelFileError(f"{self.path}: {_some(missing)} missing")
+            raise ModelFileError(
+                f"{self.path}: {_listed(missing)} missing, expected in a {self.config.architecture} model"
+            )
         extra = [tensor for name, tensor in self.tensors.items() if name not in expected]
         if extra:
-            names = _some([tensor.name for tensor in extra])
+            names = _listed([tensor.name for tensor in extra])
             raise ModelFileError(f"{extra[0].file}: {names} not part of a {self.config.architecture} model")
         for name, shape in expected.items():
             tensor = self.tensors[name]
@@ -80,14 +83,14 @@ class Checkpoint:
                 )
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise ModelFileError(
-                f"{self.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding only "
-                f"{self.config.vocab_size} rows"
+                f"{self.path}: the tokenizer has {self.tokenizer.vocab_size} tokens, expected at most "
+                f"{self.config.vocab_size}, the number of rows of the embedding"
             )
 
 
-def _some(names: list[str]) -> str:
-    """`tensor a is`, `3 tensors (a, b, c) are`, with the names of the first few."""
+def _listed(names: list[str]) -> str:
+    """`tensor a is` or `3 tensors (a, b, c) are`, with at most `MAX_NAMED` names."""
     if len(names) == 1:
         return f"tensor {names[0]} is"
-    named = ", ".join(names[:MOST_NAMED])
-    return f"{len(names)} tensors ({named}{', ...' if len(names) > MOST_NAMED else ''}) are"
+    named = ", ".join(names[:MAX_NAMED])
+    return f"{len(names)} tensors ({named}{', ...' if len(names) > MAX_NAMED else ''}) are"

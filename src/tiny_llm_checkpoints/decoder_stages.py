@@ -1,7 +1,7 @@
-"""The decoders of the `tokenizers` library, one token at a time: tokens as texts in, text out.
+"""Streaming versions of the `tokenizers` library's decoders: token strings in, text out, one at a time.
 
-The library's decoders want all tokens at once. A `DecoderChain` takes them one by one and gives text as soon
-as no later token can change it. What it gives, with `end`, is what the library gives for the same tokens.
+The library's decoders need all tokens at once. A `DecoderChain` takes them one by one and returns text as
+soon as no later token can change it. After `end`, the whole text equals the library's for the same tokens.
 Knows nothing of ids, vocabularies or special tokens.
 """
 
@@ -17,14 +17,14 @@ from tokenizers import decoders
 
 from .tokenizer_library import guarded
 
-CACHED_TOKENS = 1 << 14  # whose text a decoder remembers
+CACHED_TOKENS = 1 << 14  # decoded tokens that a decoder keeps
 
 REPLACEMENT = "\ufffd"
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")  # as Rust reads a byte
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")  # as the library's Rust code parses it
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character of byte-level vocabularies: its own where that is visible. Source: GPT-2."""
+    """Map characters of byte-level vocabularies to bytes; visible ones map to themselves. Source: GPT-2."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in visible]
     return {**{chr(byte): byte for byte in visible}, **{chr(0x100 + i): b for i, b in enumerate(hidden)}}
@@ -34,7 +34,7 @@ BYTE_OF = _byte_alphabet()
 
 
 def bytes_of_piece(token: str) -> bytes:
-    """The bytes of a token of a byte-level vocabulary; a token outside its alphabet stands for itself."""
+    """The bytes of a byte-level token; a token with characters outside the alphabet gives its own UTF-8."""
     try:
         return bytes([BYTE_OF[letter] for letter in token])
     except KeyError:
@@ -44,44 +44,45 @@ def bytes_of_piece(token: str) -> bytes:
 class Stage:
     """One decoder of a chain: tokens in, tokens out.
 
-    held: what came in and cannot go out yet. It is the only thing in a stage that is changed in place.
+    held: tokens that were pushed but are not final yet. The only attribute that is changed in place, so
+    `fork` must copy it.
     """
 
     def __init__(self) -> None:
         self.held: list[str] = []
 
     def push(self, token: str) -> list[str]:
-        """Take the next token; return the tokens that are final with it."""
+        """Take the next token; return the tokens that are final now."""
         raise NotImplementedError
 
     def end(self) -> list[str]:
-        """No more tokens come: return what was held. Afterwards nothing is held."""
+        """Finish: return the tokens that were held. Nothing is held afterwards."""
         return []
 
     def fork(self) -> Self:
-        """A copy that goes on independently."""
+        """Return an independent copy in the same state."""
         twin = copy(self)
         twin.held = self.held.copy()
         return twin
 
 
 class DecoderChain:
-    """Decoders one after another; a tokenizer's template for all its sequences is never pushed to."""
+    """Decoders in sequence. A tokenizer forks one unused chain for each text."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = list(stages)
 
     def push(self, token: str) -> str:
-        """Take the next token; return the text that is final with it. Raises what the library raises."""
+        """Take the next token; return the text that is final now. Raises what the library raises."""
         return self._through([token], 0)
 
     def end(self) -> str:
-        """No more tokens come: return the text that was held. Calling it again returns nothing more."""
+        """Finish: return the text that was held. A second call returns ""."""
         rests = [self._through(stage.end(), place) for place, stage in enumerate(self._stages, start=1)]
         return "".join(rests)
 
     def fork(self) -> "DecoderChain":
-        """A copy that goes on independently."""
+        """Return an independent copy in the same state."""
         return DecoderChain([stage.fork() for stage in self._stages])
 
     def _through(self, tokens: list[str], first: int) -> str:
@@ -94,14 +95,14 @@ class DecoderChain:
 
 
 def decoder_chain(decoder: decoders.Decoder | None) -> DecoderChain:
-    """The chain that equals a decoder of the library; None is the library's own join by spaces.
+    """The chain that equals a decoder of the library; for None, the library's default: join by spaces.
 
-    A decoder whose text may change far behind its last token (a regular expression over fused text, for
-    example) is exact too, but its text comes with `end`.
+    If a decoder can change text long before its last token (such as a regular expression over fused text),
+    the result is still exact, but all text comes with `end`.
     """
     if decoder is None:
         return DecoderChain([_Each(lambda token: token, lambda token: f" {token}")])
-    with guarded("its decoder cannot be read"):
+    with guarded("the decoder cannot be read"):
         parts = _flat(json.loads(decoder.__getstate__()))
     stages: list[Stage] = []
     is_fused = False
@@ -116,26 +117,26 @@ def decoder_chain(decoder: decoders.Decoder | None) -> DecoderChain:
 
 
 def _flat(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """A decoder's parts in order, nested sequences opened."""
+    """A decoder's parts in order, with nested sequences flattened."""
     if part["type"] != "Sequence":
         return [part]
     return [inner for outer in part["decoders"] for inner in _flat(outer)]
 
 
 def _library_decoder(parts: Sequence[dict[str, Any]]) -> Callable[[list[str]], str]:
-    """The library's `decode` of a decoder in its JSON form."""
+    """The library's `decode` for decoder parts in JSON form."""
     built = decoders.Sequence([])
     built.__setstate__(json.dumps({"type": "Sequence", "decoders": list(parts)}).encode())
 
     def decode(tokens: list[str]) -> str:
-        with guarded("its decoder fails on these tokens"):
+        with guarded("the decoder failed on these tokens"):
             return built.decode(tokens)
 
     return decode
 
 
 class _Each(Stage):
-    """Changes each token by itself, the first in one way and all others in another."""
+    """Changes each token independently: the first in one way, all others in another."""
 
     def __init__(self, first: Callable[[str], str], later: Callable[[str], str]) -> None:
         super().__init__()
@@ -152,25 +153,25 @@ T = TypeVar("T")
 
 
 def _cached(change: Callable[[str], T]) -> Callable[[str], T]:
-    """A function of tokens that remembers its answers: a text has few different ones."""
+    """`change` with a cache, because a text repeats few distinct tokens."""
     return lru_cache(CACHED_TOKENS)(change)
 
 
 def _each(part: dict[str, Any]) -> Stage:
-    """A decoder to which only the token matters, and whether it is the first."""
+    """A decoder whose output depends only on the token and on whether it is the first."""
     decode = _library_decoder([part])
     return _Each(lambda token: decode([token]), _cached(lambda token: decode(["", token])))
 
 
 def _alike(part: dict[str, Any]) -> Stage:
-    """A decoder to which only the token matters, or, of fused text, only the character."""
+    """A decoder whose output depends only on the token or, for fused text, only on the character."""
     decode = _library_decoder([part])
     change = _cached(lambda token: decode([token]))
     return _Each(change, change)
 
 
 class _Distinct(Stage):
-    """CTC: a token that repeats the one before it says nothing; a token without text is none."""
+    """CTC: drops a token that repeats the previous one, and tokens without text."""
 
     def __init__(self, part: dict[str, Any]) -> None:
         super().__init__()
@@ -186,7 +187,7 @@ class _Distinct(Stage):
 
 
 class _HeldLast(Stage):
-    """BPEDecoder: the suffix of a word is a space, but nothing at the end of the text."""
+    """BPEDecoder: a word's suffix becomes a space, or nothing at the end of the text."""
 
     def __init__(self, part: dict[str, Any]) -> None:
         super().__init__()
@@ -203,10 +204,10 @@ class _HeldLast(Stage):
 
 
 class _ByteRuns(Stage):
-    """ByteFallback: a run of byte tokens is text if all of it is UTF-8, and U+FFFD for each byte if not.
+    """ByteFallback: a run of byte tokens becomes text if all of it is UTF-8, else one U+FFFD per byte.
 
-    So a run is held until a token that is no byte follows. Giving whole characters earlier (a cap on the run)
-    would cost exactness: one bad byte at its end changes all of the run.
+    A run is held until a token that is not a byte follows. Returning complete characters earlier would be
+    wrong: one invalid byte at its end changes the whole run.
     """
 
     def push(self, token: str) -> list[str]:
@@ -225,11 +226,11 @@ class _ByteRuns(Stage):
 
 
 class _Bytes(Stage):
-    """ByteLevel: the bytes of all tokens, read as UTF-8; what is not UTF-8 becomes U+FFFD."""
+    """ByteLevel: decodes the bytes of all tokens as UTF-8; invalid bytes become U+FFFD."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._part = b""  # of a character
+        self._part = b""  # the first bytes of an incomplete character
         self._bytes_of = _cached(bytes_of_piece)
 
     def push(self, token: str) -> list[str]:
@@ -245,7 +246,7 @@ class _Bytes(Stage):
 
 
 class _StripEnds(Stage):
-    """Strip, of fused text: up to so many characters at its start, and so many at its end."""
+    """Strip on fused text: removes up to `start` characters at its start and `stop` at its end."""
 
     def __init__(self, part: dict[str, Any]) -> None:
         super().__init__()
@@ -270,7 +271,7 @@ class _StripEnds(Stage):
 
 
 class _Whole(Stage):
-    """Decoders that need all tokens: everything is held until the end."""
+    """Decoders that need all tokens: holds everything until the end."""
 
     def __init__(self, parts: Sequence[dict[str, Any]], is_fused: bool) -> None:
         super().__init__()
@@ -295,7 +296,7 @@ def _no_stage(_: dict[str, Any]) -> Stage | None:
 
 
 def _replace_on_fused(part: dict[str, Any]) -> Stage | None:
-    """Of fused text only what replaces one character can be known at once."""
+    """On fused text, only a replacement of single characters can be streamed."""
     pattern = part["pattern"].get("String", "")
     return _alike(part) if len(pattern) == 1 else None
 

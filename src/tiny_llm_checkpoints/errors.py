@@ -1,4 +1,4 @@
-"""The errors of a model's files, and the root of all errors that tiny-llm raises on purpose.
+"""Errors of model files, and the base class of all errors that tiny-llm raises on purpose.
 
 Each message names the offending value and the limit. Errors that a caller can cause are also `ValueError`s.
 """
@@ -10,55 +10,55 @@ from reprlib import Repr
 
 
 class TinyLLMError(Exception):
-    """The root of every error that this package raises on purpose."""
+    """Base class of every error that tiny-llm raises on purpose."""
 
 
 class ConfigError(TinyLLMError, ValueError):
-    """An option is unknown or has a value that cannot work; the message names both."""
+    """An option is unknown or has an unusable value; the message names both."""
 
 
 class PromptTooLongError(TinyLLMError, ValueError):
-    """A text has so many tokens that no output fits into the context behind it."""
+    """A prompt leaves no space in the context for even one output token."""
 
 
 class ModelFileError(TinyLLMError, ValueError):
-    """A model file cannot be read: names the file, what was found, and what was expected.
+    """A model file cannot be read. The message names the file, and the found and the expected value.
 
-    The message is one line of printable text, whatever names the file contains.
+    It is one line of printable text, whatever the file contains.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(_printable(message))
 
 
-MOST_MESSAGE = 2000  # characters of a message about a file, which may quote what the file says
+MAX_MESSAGE = 2000  # characters of a message, which may quote the file
 
 
 def _printable(message: str) -> str:
-    """The message, its middle left out where it is too long, and what is not printable as an escape."""
-    half = MOST_MESSAGE // 2
-    shown = message if len(message) <= MOST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+    """Shorten a long message in the middle, and escape characters that are not printable."""
+    half = MAX_MESSAGE // 2
+    shown = message if len(message) <= MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
-SHOWN_BITS = 256  # of a whole number; Python writes none of more than 4,300 digits
+SHOWN_BITS = 256  # larger integers are described, because Python limits conversion to 4,300 digits
 
 
 def shown(value: object) -> str:
-    """A value as an error message shows it: its repr, shortened; never raises, and never takes long."""
+    """The value's repr for an error message, shortened. Never raises, and never takes long."""
     if isinstance(value, int) and int.bit_length(value) > SHOWN_BITS:
         return f"a number of {int.bit_length(value)} bits"
     try:
         return _SHORT.repr(value)
-    except Exception:  # whatever the value's own repr raised
+    except Exception:  # the value's own __repr__ may raise anything
         return f"a {type(value).__name__}"
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """What goes wrong in this block is wrong with that file: it becomes a `ModelFileError` that names it."""
+    """Turn OSError and ValueError of this block into a `ModelFileError` that names `file`."""
     try:
         yield
     except ModelFileError:

@@ -1,8 +1,8 @@
-"""Text in which only the control tokens that a template wrote are control tokens, tokenized in one piece.
+"""Tokenizes a prompt in one piece, with only those control tokens that the template wrote.
 
-A prompt that is tokenized piece by piece differs from the same prompt in one piece: some tokenizers treat the
-beginning of a text in a way of their own. So the prompt stays whole. The control tokens of the template get
-names that no text can hold, and what is left is text. Knows nothing of templates.
+Tokenizing a prompt piece by piece would give other tokens: some tokenizers treat the start of a text
+specially. So the prompt stays whole. The template's control tokens are renamed to strings that no message
+can contain; everything else is plain text. Knows nothing of templates.
 """
 
 import json
@@ -17,14 +17,14 @@ from . import tokenizer_library as library
 
 
 class FramedText:
-    """A tokenizer to which control tokens are text, unless it is told where they are.
+    """A tokenizer that treats control tokens as text, except at the positions that the caller names.
 
-    The vocabulary is shared with `tokenizer`, not copied.
+    It shares its vocabulary with `tokenizer`; nothing is copied.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         added = tokenizer.get_added_tokens_decoder()
-        secret = secrets.token_hex(8)  # no text of a client can contain it
+        secret = secrets.token_hex(8)  # clients cannot guess it, so no message contains it
         names = {
             token.content: f"\ue000{secret}{id_:x}\ue001" for id_, token in added.items() if token.special
         }
@@ -39,9 +39,9 @@ class FramedText:
         self._frame: tuple[list[int], list[int]] | None = None
 
     def encode(self, pieces: Sequence[str], *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of the pieces joined: text, control token, text, control token and so on.
+        """Token ids of the joined pieces: text, control token, text, control token and so on.
 
-        add_special_tokens: put the tokenizer's own frame around them, such as a beginning-of-sequence token.
+        add_special_tokens: add the tokenizer's own prefix and suffix, such as a beginning-of-sequence token.
         """
         text = "".join(self._names[piece] if place % 2 else piece for place, piece in enumerate(pieces))
         [ids] = library.encode(self._tokenizer, [text])
@@ -51,7 +51,7 @@ class FramedText:
         return [*before, *ids, *after]
 
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and behind a text."""
+        """The special tokens that the tokenizer adds before and after a text."""
         if self._frame is None:
             [ids] = library.encode(self._original, ["a"], add_special_tokens=True)
             [plain] = library.encode(self._original, ["a"])
@@ -61,7 +61,7 @@ class FramedText:
 
 
 def _renamed(token: AddedToken, names: dict[str, str]) -> AddedToken:
-    """The token under its new name. It is found in text as the token itself would be."""
+    """The token with its new name; the rules for finding it in text stay the same."""
     return AddedToken(
         names.get(token.content, token.content),
         single_word=token.single_word,
@@ -73,7 +73,7 @@ def _renamed(token: AddedToken, names: dict[str, str]) -> AddedToken:
 
 
 def _without_frame(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
-    """A tokenizer with the same vocabulary and rules, without added tokens and without a frame."""
+    """A tokenizer with the same vocabulary and rules, but without added tokens and special-token frame."""
     bare = tokenizers.Tokenizer(_without_control_tokens(tokenizer, names))
     for part in ("normalizer", "pre_tokenizer"):
         if getattr(tokenizer, part) is not None:
@@ -82,9 +82,9 @@ def _without_frame(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) ->
 
 
 def _without_control_tokens(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> Any:
-    """The tokenizer's model. If it finds whole words in its vocabulary, control tokens are renamed there.
+    """The tokenizer's model; if it looks up whole words in its vocabulary, control tokens are renamed there.
 
-    A model that merges characters does not find them: no merge makes a control token.
+    Models that merge characters need no change: no merge produces a control token.
     """
     model = tokenizer.model
     if not isinstance(model, (models.Unigram, models.WordLevel, models.WordPiece)):

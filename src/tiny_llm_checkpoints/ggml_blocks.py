@@ -1,8 +1,8 @@
-"""ggml's quantized blocks, translated to MLX's layout: the same numbers, packed in another order.
+"""Converts ggml's quantized blocks to MLX's layout: the same numbers, packed in another order.
 
-A block holds 32 values: a float16 scale d, perhaps a float16 minimum m, and behind them the values in 4, 5 or
-8 bits. In a block of Q4_K 256 values share d and m, and each 32 of them have whole numbers that these are
-multiplied by. MLX says every value as scale * q + bias with q >= 0. Source: ggml's quantization formats.
+A block holds 32 values: a float16 scale d, in some types a float16 minimum m, then the values in 4, 5 or 8
+bits. In Q4_K, 256 values share d and m, and each group of 32 has two integers that multiply them. MLX writes
+every value as scale * q + bias with q >= 0. Source: ggml's quantization formats.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def q4_1(blocks: mx.array) -> Quantized:
 
 
 def q5_0(blocks: mx.array) -> Quantized:
-    """d * (q - 16): blocks [N, K/32, 2 + 4 + 16] uint8, the fifth bits together; kept in 8 bits."""
+    """d * (q - 16): blocks [N, K/32, 2 + 4 + 16] uint8, with the fifth bits in 4 bytes; stored as 8 bits."""
     fifth = ((blocks[..., 2:6, None] >> mx.arange(8, dtype=mx.uint8)) & 1).reshape(*blocks.shape[:2], 32)
     values = mx.concatenate([blocks[..., 6:] & 0x0F, blocks[..., 6:] >> 4], axis=-1) | (fifth << 4)
     scales = _float16(blocks, 0)
@@ -33,18 +33,17 @@ def q5_0(blocks: mx.array) -> Quantized:
 
 
 def q4_k(blocks: mx.array) -> Quantized:
-    """d * s * q - m * t with 6-bit s and t for each 32: blocks [N, K/256, 2 + 2 + 12 + 128] uint8.
+    """d * s * q - m * t with 6-bit s and t per 32 values: blocks [N, K/256, 2 + 2 + 12 + 128] uint8.
 
-    The scales d * s and biases -m * t are exact in float32, and nowhere narrower.
+    The scales d * s and biases -m * t need float32 to be exact.
     """
     first, second, rest = mx.split(blocks[..., 4:16], 3, axis=-1)  # [N, K/256, 4] each
     s = mx.concatenate([first & 63, (rest & 15) | (first >> 6 << 4)], axis=-1)
     t = mx.concatenate([second & 63, (rest >> 4) | (second >> 6 << 4)], axis=-1)
     d, m = (_float16(blocks, place).astype(mx.float32)[..., None] for place in (0, 1))
     rows = blocks.shape[0]
-    chunks = blocks[..., 16:].reshape(
-        rows, -1, 1, 32
-    )  # a group's values in the low halves, the next one's above
+    # 32 bytes hold one group of 32 values in their low halves and the next group in their high halves.
+    chunks = blocks[..., 16:].reshape(rows, -1, 1, 32)
     values = mx.concatenate([chunks & 0x0F, chunks >> 4], axis=2)
     words = _words(values[..., 0::2] | (values[..., 1::2] << 4))
     return Quantized(words, (d * s).reshape(rows, -1), (-m * t).reshape(rows, -1), 32, 4)
@@ -66,21 +65,21 @@ QUANTIZED: dict[str, Callable[[mx.array], Quantized]] = {
 
 
 def dequantized(rows: mx.array, kind: GGMLType) -> mx.array:
-    """Any other quantized type through ggml's `gguf` package: rows [N, bytes] -> [N, K] float16."""
+    """Dequantize any other type with ggml's `gguf` package: rows [N, bytes] -> [N, K] float16."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    with np.errstate(all="ignore"):  # numbers that float16 cannot hold become infinite, without a warning
+    with np.errstate(all="ignore"):  # values beyond float16's range become infinite, without a warning
         values = dequantize(np.array(rows), GGMLQuantizationType[kind.name])
         return mx.array(values.astype(np.float16))
 
 
 def quants(blocks: mx.array, bits: int) -> mx.array:
-    """The values in MLX's order: blocks [N, K/32, bytes] uint8 -> [N, K * bits / 32] uint32.
+    """Reorder the values as MLX packs them: blocks [N, K/32, bytes] uint8 -> [N, K * bits / 32] uint32.
 
-    8 bits: two's complement + 128. 4 bits: ggml's byte i holds value i in its low and value i + 16 in its
-    high half, MLX's byte i the values 2i and 2i + 1.
+    8 bits: two's complement + 128. 4 bits: in ggml, byte i has value i in its low and value i + 16 in its
+    high half; in MLX, byte i has values 2i and 2i + 1.
     """
     if _compiled():
         import tiny_llm_kernels
@@ -90,7 +89,7 @@ def quants(blocks: mx.array, bits: int) -> mx.array:
 
 
 def readable_quants(blocks: mx.array, bits: int) -> mx.array:
-    """What `quants` gives, in MLX's own operators: the oracle of the kernel, and the way on other devices."""
+    """`quants` in MLX operators: the kernel's oracle, and the implementation on other devices."""
     values = blocks[..., -4 * bits :]
     if bits == 8:
         values = values ^ 0x80
@@ -101,17 +100,17 @@ def readable_quants(blocks: mx.array, bits: int) -> mx.array:
 
 
 def _compiled() -> bool:
-    """True where the compiled kernels can run: built, and MLX's default device is the CPU."""
+    """True if the compiled kernels are usable: they are built, and MLX's default device is the CPU."""
     import tiny_llm_kernels
 
     return mx.default_device() == mx.Device(mx.cpu) and tiny_llm_kernels.available()
 
 
 def _words(values: mx.array) -> mx.array:
-    """Bytes [N, ...] in MLX's order -> [N, words of a row] uint32."""
+    """Pack bytes [N, ...], already in MLX's order, into [N, words per row] uint32."""
     return mx.contiguous(values).reshape(values.shape[0], -1).view(mx.uint32)
 
 
 def _float16(blocks: mx.array, place: int) -> mx.array:
-    """The float16 at that place of every block -> [N, K/32]."""
+    """The float16 number `place` of every block: [N, K/32]."""
     return mx.contiguous(blocks.view(mx.float16)[..., place])

@@ -1,7 +1,7 @@
-"""A GGUF file's metadata becomes a `ModelConfig`; what the engine does not compute is refused by its key.
+"""Turns a GGUF file's metadata into a `ModelConfig`, and rejects what the engine does not compute.
 
-What a file leaves out has llama.cpp's default. A key that llama.cpp knows and that says another computation
-than the engine's is refused, also where llama.cpp ignores it in this architecture; an unknown key is
+Missing keys have llama.cpp's defaults. If a key that llama.cpp knows asks for a computation that the engine
+does not have, the file is rejected, even if llama.cpp ignores the key for this architecture. Unknown keys are
 ignored. docs/models.md lists them.
 """
 
@@ -18,15 +18,15 @@ from .gguf_keys import GGUFKeys
 from .model_config import FULL, GELU, SILU, SLIDING, ModelConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-ROPE_FACTORS = "rope_freqs.weight"  # a tensor that divides the rotary frequencies
-WITH_ROPE_FACTORS = ("llama",)  # architectures in which llama.cpp reads it
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor of divisors of the rotary frequencies
+WITH_ROPE_FACTORS = ("llama",)  # architectures for which llama.cpp reads it
 
-# What llama.cpp's code, not the file, says of Gemma 3; where a file says it after all, the file is right.
-_GEMMA3_PERIOD = 6  # every sixth layer sees everything
+# Gemma 3's values that llama.cpp keeps in its code, not in the file. A value in the file takes precedence.
+_GEMMA3_PERIOD = 6  # every sixth layer has full attention
 _GEMMA3_LOCAL_THETA = 10_000.0
-_GEMMA3_27B_LAYERS = 62  # the one whose queries are scaled by hidden_size / heads instead of head_dim
+_GEMMA3_27B_LAYERS = 62  # identifies the 27B model, whose queries are scaled by hidden_size / heads
 
-# Keys with the only values that are computed. 0 stands for "off" in most of them.
+# The supported values of these keys. In most of them 0 means "off".
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -62,13 +62,13 @@ _ROPE_SCALING = ("none", "linear")
 
 
 def gguf_config(file: GGUFFile, eos_token_ids: frozenset[int]) -> ModelConfig:
-    """The configuration of a GGUF file's model. Raises ValueError naming the key or tensor that is wrong."""
+    """The configuration of a GGUF file's model. Raises a ValueError that names the key or tensor at fault."""
     architecture = _architecture(file.metadata)
     keys = GGUFKeys(file.metadata, architecture)
     tensors = file.tensors
     hidden_size, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", hidden_size // max(1, heads))
-    _refuse_other_computations(keys, hidden_size, head_dim)
+    _reject_unsupported(keys, hidden_size, head_dim)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
     config = ModelConfig(
@@ -107,7 +107,8 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return architecture
 
 
-def _refuse_other_computations(keys: GGUFKeys, hidden_size: int, head_dim: int) -> None:
+def _reject_unsupported(keys: GGUFKeys, hidden_size: int, head_dim: int) -> None:
+    """Raise ValueError for the first key that asks for a computation that the engine does not have."""
     expected: dict[str, tuple[Any, ...]] = {
         **_NEUTRAL,
         **dict.fromkeys(("attention.value_length", "rope.dimension_count"), (head_dim,)),
@@ -129,7 +130,7 @@ def _refuse_other_computations(keys: GGUFKeys, hidden_size: int, head_dim: int) 
 
 
 def _check_scale(keys: GGUFKeys, scalar: float) -> None:
-    """Refuse another attention scale than 1 / sqrt(scalar), as float32 has it; 0 is none."""
+    """Require the attention scale 1 / sqrt(scalar), to float32 precision; 0 means that it is not set."""
     scale, computed = keys.number("attention.scale", 0.0), scalar**-0.5
     if scale != 0.0 and not isclose(scale, computed, rel_tol=1e-6):
         raise ValueError(
@@ -138,7 +139,7 @@ def _check_scale(keys: GGUFKeys, scalar: float) -> None:
 
 
 def _as_gemma3(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
-    """The configuration with what Gemma 3 has beside a llama; its norms are in the file as they are used."""
+    """Add what Gemma 3 has and Llama has not. GGUF files store its norm weights as they are used."""
     return replace(
         _with_windows(config, keys),
         query_pre_attn_scalar=_query_scalar(config),
@@ -149,14 +150,14 @@ def _as_gemma3(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
 
 
 def _query_scalar(config: ModelConfig) -> int:
-    """What the attention scale is made from."""
+    """The number whose inverse square root is the attention scale."""
     if config.architecture == "gemma3" and config.num_hidden_layers == _GEMMA3_27B_LAYERS:
         return config.hidden_size // config.num_attention_heads
     return config.head_dim
 
 
 def _with_windows(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
-    """The configuration with Gemma 3's windows; a window of 0, or none, leaves all layers alike."""
+    """Add Gemma 3's sliding windows; if the window is 0 or missing, all layers have full attention."""
     window = keys.integer("attention.sliding_window", 0)
     if window == 0:
         return config
@@ -169,7 +170,7 @@ def _with_windows(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
 
 
 def _layer_types(keys: GGUFKeys, num_layers: int) -> tuple[str, ...]:
-    """Which layers have the window: a flag for each, or every layer but each `period`-th."""
+    """Each layer's type: from one flag per layer, or with full attention in every `period`-th layer."""
     key = "attention.sliding_window_pattern"
     flags = keys.value(key)
     if not isinstance(flags, list):
@@ -183,7 +184,7 @@ def _layer_types(keys: GGUFKeys, num_layers: int) -> tuple[str, ...]:
 
 
 def _rope_factors(file: GGUFFile, keys: GGUFKeys, config: ModelConfig) -> tuple[float, ...] | None:
-    """What rotary frequencies are divided by: a factor for each (llama 3), times one for all (linear)."""
+    """Divisors of the rotary frequencies: one each (llama 3), multiplied by one for all (linear scaling)."""
     linear = _linear_factor(keys)
     if ROPE_FACTORS in file.tensors and config.architecture in WITH_ROPE_FACTORS:
         return tuple(linear * factor for factor in _stored_factors(file, config.head_dim // 2))
@@ -191,7 +192,7 @@ def _rope_factors(file: GGUFFile, keys: GGUFKeys, config: ModelConfig) -> tuple[
 
 
 def _linear_factor(keys: GGUFKeys) -> float:
-    """The factor of linear scaling, which is the kind that a file without a type means; 1 is none."""
+    """The factor of linear scaling, the default if the file names no type; 1 means no scaling."""
     kind = keys.text("rope.scaling.type", "linear")
     if kind not in _ROPE_SCALING:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""The GGUF container: a file's metadata and where each tensor's bytes lie. Format: ggml's GGUF specification.
+"""The GGUF container: a file's metadata and the position of each tensor. Source: ggml's GGUF specification.
 
-The file is not trusted: every count and size in it is held against the bytes that are there before
-anything is allocated for it, and no two tensors may share bytes. Knows nothing of models, and never reads a
-tensor that nobody asked for.
+The file is untrusted: every count and size is checked against the file's length before memory is allocated
+for it, and no two tensors may share bytes. Knows nothing of models. Tensor data is read only on request.
 """
 
 import struct
@@ -14,15 +13,13 @@ from .tensor_ranges import TensorRange, check_no_overlap
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MOST_ENTRIES = 1 << 16  # metadata keys, and tensors; a model of 126 layers has about 1,200
-MOST_ITEMS = (
-    1 << 22
-)  # texts and numbers in all metadata arrays together; 262,144 tokens make about 1.3 million
-MOST_TEXT = 1 << 24  # bytes of one text; a long chat template has 20 thousand
-MOST_NAME = 1024  # bytes of a key's or a tensor's name; ggml's own limit for tensors is 63
-MOST_DIMENSIONS = 4
+MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; a model of 126 layers has about 1,200
+MAX_ITEMS = 1 << 22  # items in all metadata arrays together; a vocabulary of 262,144 has about 1.3 million
+MAX_TEXT = 1 << 24  # bytes of one string; a long chat template has 20 thousand
+MAX_NAME = 1024  # bytes of a key's or a tensor's name; ggml's own limit for tensors is 63
+MAX_DIMENSIONS = 4
 SMALLEST_TENSOR_INFO = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, type and offset
-MOST_ALIGNMENT = 1 << 20
+MAX_ALIGNMENT = 1 << 20
 CHUNK = 1 << 23  # bytes of the header that are read at a time
 
 _STRING, _ARRAY = 8, 9
@@ -31,7 +28,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 
 class GGMLType(NamedTuple):
-    """How a tensor's values lie in memory: `block` values in `nbytes` bytes."""
+    """How a tensor's values are stored: `block` values in `nbytes` bytes."""
 
     name: str
     block: int
@@ -56,7 +53,7 @@ TYPES = {
 
 
 class GGUFTensor(NamedTuple):
-    """Where one tensor lies: `shape` with the rows first, `offset` from the first byte of `file`."""
+    """Location of a tensor: `shape` has the rows first, `offset` counts from the start of `file`."""
 
     file: Path
     name: str
@@ -66,7 +63,7 @@ class GGUFTensor(NamedTuple):
     nbytes: int
 
     def read(self) -> bytes:
-        """The tensor's bytes. ValueError where the file has become shorter."""
+        """The tensor's bytes. Raises ValueError if the file has become shorter."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.nbytes)
@@ -78,7 +75,7 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile(NamedTuple):
-    """A GGUF file's header. Metadata values are Python's own: numbers, booleans, texts and lists."""
+    """A GGUF file's header. Metadata values are Python numbers, booleans, strings and lists."""
 
     path: Path
     metadata: dict[str, Any]
@@ -88,14 +85,14 @@ class GGUFFile(NamedTuple):
 def read_gguf_header(path: Path) -> GGUFFile:
     """Read the header of a GGUF file (version 2 or 3, little-endian).
 
-    Raises ValueError saying what was found and what was expected, for anything that is not a whole and
-    consistent file; time and memory are bounded by the bytes that the header really has.
+    Raises ValueError with the found and the expected value if the file is not complete and consistent. Time
+    and memory are bounded by the actual size of the header.
     """
     with path.open("rb") as file:
         cursor = _Cursor(file, path.stat().st_size)
         magic = cursor.take(4, "the magic")
         if magic != MAGIC:
-            raise ValueError(f"not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}")
+            raise ValueError(f"not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}")
         version = cursor.number("I", "the version")
         if version not in VERSIONS:
             raise ValueError(f"GGUF version {version} is not supported; supported: 2 and 3, little-endian")
@@ -107,15 +104,15 @@ def read_gguf_header(path: Path) -> GGUFFile:
             (num_tensors, SMALLEST_TENSOR_INFO, "tensors"),
             (num_keys, 13, "metadata keys"),
         ):
-            if count > MOST_ENTRIES:
-                raise ValueError(f"the header claims {count} {what}, expected at most {MOST_ENTRIES}")
+            if count > MAX_ENTRIES:
+                raise ValueError(f"the header claims {count} {what}, expected at most {MAX_ENTRIES}")
             cursor.expect(count * least, f"{count} {what}")
         metadata = _read_metadata(cursor, num_keys)
         return GGUFFile(path, metadata, _read_tensors(path, cursor, num_tensors, _alignment(metadata)))
 
 
 class _Cursor:
-    """Reads a file from its start, piece by piece; refuses what lies behind its end."""
+    """Reads a file from its start, piece by piece, and never past its end."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.size = size
@@ -126,7 +123,7 @@ class _Cursor:
         self._buffered_from = 0
 
     def expect(self, count: int, what: str) -> None:
-        """Refuse unless `count` bytes are left."""
+        """Raise ValueError unless `count` bytes are left."""
         if count > self.size - self.position:
             raise ValueError(
                 f"truncated or corrupted: {what} at byte {self.position} need {count} bytes or more, "
@@ -134,7 +131,7 @@ class _Cursor:
             )
 
     def take(self, count: int, what: str) -> bytes:
-        """The next `count` bytes."""
+        """Read the next `count` bytes."""
         start = self.position - self._buffered_from
         if start + count > len(self._buffer):
             self.expect(count, what)
@@ -146,21 +143,21 @@ class _Cursor:
         return self._buffer[start : start + count]
 
     def number(self, code: str, what: str) -> Any:
-        """One little-endian number of `struct`'s type `code`."""
+        """Read one little-endian number; `code` is its type in `struct`."""
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
 
-    def text(self, what: str, most: int = MOST_TEXT) -> str:
-        """A length and that many bytes of UTF-8."""
+    def text(self, what: str, max_bytes: int = MAX_TEXT) -> str:
+        """Read a length and that many bytes of UTF-8."""
         length = int.from_bytes(self.take(8, what), "little")
-        if length > most:
-            raise ValueError(f"{what} claims {length} bytes of text, expected at most {most}")
+        if length > max_bytes:
+            raise ValueError(f"{what} claims {length} bytes of text, expected at most {max_bytes}")
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{what} is not UTF-8 (at byte {self.position - length})") from error
 
     def texts(self, count: int, what: str) -> list[str]:
-        """So many texts: straight from the buffer while they are whole in it and all goes well."""
+        """Read `count` strings; fast from the buffer, with `text` at its end and for bad ones."""
         found: list[str] = []
         while len(found) < count:
             buffer, at = self._buffer, self.position - self._buffered_from
@@ -172,7 +169,7 @@ class _Cursor:
                     found.append(buffer[at + 8 : end].decode())
                     at = end
             except (struct.error, UnicodeDecodeError):
-                pass  # the text at `at` is read again, with care
+                pass  # `text` reads the string at `at` again and reports the error
             self.position = self._buffered_from + at
             if len(found) < count:
                 found.append(self.text(what))
@@ -182,9 +179,9 @@ class _Cursor:
 def _read_metadata(cursor: _Cursor, num_keys: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = cursor.text("a metadata key", MOST_NAME)
+        key = cursor.text("a metadata key", MAX_NAME)
         if key in metadata:
-            raise ValueError(f"metadata {key} is there twice")
+            raise ValueError(f"metadata {key} appears twice")
         metadata[key] = _read_value(cursor, cursor.number("I", f"the type of {key}"), f"metadata {key}")
     return metadata
 
@@ -202,8 +199,8 @@ def _read_value(cursor: _Cursor, kind: int, what: str) -> Any:
 def _read_array(cursor: _Cursor, what: str) -> list[Any]:
     kind, count = cursor.number("I", what), cursor.number("Q", what)
     cursor.num_items += count
-    if cursor.num_items > MOST_ITEMS:
-        raise ValueError(f"{what} claims {count} items; all metadata may have {MOST_ITEMS}")
+    if cursor.num_items > MAX_ITEMS:
+        raise ValueError(f"{what} claims {count} items; all metadata may have {MAX_ITEMS}")
     if kind == _STRING:
         cursor.expect(8 * count, f"{what}, {count} texts,")
         return cursor.texts(count, what)
@@ -214,12 +211,12 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any]:
 
 
 def _alignment(metadata: dict[str, Any]) -> int:
-    """What every tensor's offset is a multiple of: a power of two, as in ggml."""
+    """The alignment of all tensor offsets: a power of two, as in ggml."""
     alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+    if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise ValueError(
             f"metadata general.alignment is {str(alignment)[:40]}, expected a power of two up to "
-            f"{MOST_ALIGNMENT}"
+            f"{MAX_ALIGNMENT}"
         )
     return alignment
 
@@ -227,9 +224,9 @@ def _alignment(metadata: dict[str, Any]) -> int:
 def _read_tensors(path: Path, cursor: _Cursor, num_tensors: int, alignment: int) -> dict[str, GGUFTensor]:
     tensors: dict[str, GGUFTensor] = {}
     for _ in range(num_tensors):
-        name = cursor.text("a tensor's name", MOST_NAME)
+        name = cursor.text("a tensor's name", MAX_NAME)
         if name in tensors:
-            raise ValueError(f"tensor {name} is there twice")
+            raise ValueError(f"tensor {name} appears twice")
         tensors[name] = _read_tensor(path, cursor, name)
     data = -(-cursor.position // alignment) * alignment
     placed = {name: _placed(tensor, data, alignment, cursor.size) for name, tensor in tensors.items()}
@@ -238,7 +235,7 @@ def _read_tensors(path: Path, cursor: _Cursor, num_tensors: int, alignment: int)
 
 
 def _placed(tensor: GGUFTensor, data: int, alignment: int, size: int) -> GGUFTensor:
-    """A tensor whose offset is counted from the first byte of the file, no longer from the data's."""
+    """The tensor with its offset counted from the start of the file instead of the data section."""
     what = f"tensor {tensor.name}"
     offset = data + tensor.offset
     if offset + tensor.nbytes > size:
@@ -251,11 +248,11 @@ def _placed(tensor: GGUFTensor, data: int, alignment: int, size: int) -> GGUFTen
 
 
 def _read_tensor(path: Path, cursor: _Cursor, name: str) -> GGUFTensor:
-    """One tensor, its offset still counted from where the data begin."""
+    """Read one tensor's header; its offset still counts from the start of the data section."""
     what = f"tensor {name}"
     num_dimensions = cursor.number("I", what)
-    if not 1 <= num_dimensions <= MOST_DIMENSIONS:
-        raise ValueError(f"{what} has {num_dimensions} dimensions, expected 1 to {MOST_DIMENSIONS}")
+    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"{what} has {num_dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}")
     shape = tuple(cursor.number("Q", what) for _ in range(num_dimensions))[::-1]
     kind, offset = cursor.number("I", what), cursor.number("Q", what)
     if kind not in TYPES:

@@ -1,7 +1,7 @@
-"""A GGUF file becomes a checkpoint: its names, shapes and layouts are translated here, once.
+"""Reads GGUF files into a `Checkpoint`: all names, shapes and layouts are converted here.
 
-Quantized tensors stay quantized where MLX's layout can say the same (`ggml_blocks.QUANTIZED`); every other
-quantized type is dequantized to float16 by ggml's own `gguf` package. Format: ggml's GGUF specification.
+Tensors stay quantized if MLX's layout can represent them (`ggml_blocks.QUANTIZED`). Other quantized types are
+dequantized to float16 by ggml's `gguf` package. Source: ggml's GGUF specification.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from .model_config import ModelConfig
 from .quantized import Quantized
 from .recommendation import of_gguf
 
-INTERLEAVED = ("llama",)  # architectures whose query and key rows GGUF reorders
+INTERLEAVED = ("llama",)  # architectures whose query and key rows are reordered in GGUF
 
 _DENSE = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -46,9 +46,9 @@ _SANDWICH_NORMS = {
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file, or in several whose first one this is.
+    """Read the checkpoint in a GGUF file, or in a split model whose first file this is.
 
-    Raises `ModelFileError` naming the file and what is wrong with it.
+    Raises a `ModelFileError` that names the file and the problem.
     """
     file = read_gguf_files(path)
     with reading(path):
@@ -56,7 +56,7 @@ def read_gguf(path: Path) -> Checkpoint:
         config = gguf_config(file, tokenizer.eos_token_ids)
     names = _BLOCK_NAMES | (_SANDWICH_NORMS if config.sandwich_norm else _SECOND_NORM)
     tensors = {
-        _checkpoint_name(name, names): _StoredTensor(tensor, _heads_to_undo(config, name))
+        _checkpoint_name(name, names): _StoredTensor(tensor, _interleaved_heads(config, name))
         for name, tensor in file.tensors.items()
         if not (name == ROPE_FACTORS and config.architecture in WITH_ROPE_FACTORS)
     }
@@ -67,7 +67,7 @@ def read_gguf(path: Path) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """One tensor of a GGUF file; `heads` is set where the rows of each head must be put back in order."""
+    """A tensor of a GGUF file. `heads` is the number of heads whose rows must be reordered, or None."""
 
     tensor: GGUFTensor
     heads: int | None
@@ -94,10 +94,10 @@ class _StoredTensor:
         return dequantized(rows, kind)
 
     def _ordered(self, rows: mx.array) -> mx.array:
-        """Undo GGUF's order of query and key rows, which pairs row 2i of a head with 2i + 1 for rotation.
+        """Undo GGUF's order of query and key rows: [N, bytes per row] -> [N, bytes per row].
 
-        Checkpoints and `rope` pair i with i + D/2. Rows are whole in every type, so their bytes are moved:
-        [N, bytes of a row] -> the same.
+        GGUF puts the two rows that are rotated together next to each other (2i and 2i + 1 of a head);
+        checkpoints and `rope` pair i with i + D/2. Every type stores whole rows, so moving bytes is enough.
         """
         if self.heads is None:
             return rows
@@ -105,7 +105,8 @@ class _StoredTensor:
         return rows[order]
 
 
-def _heads_to_undo(config: ModelConfig, name: str) -> int | None:
+def _interleaved_heads(config: ModelConfig, name: str) -> int | None:
+    """The number of heads of a query or key tensor whose rows GGUF reorders; None for other tensors."""
     if config.architecture not in INTERLEAVED:
         return None
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -115,7 +116,7 @@ def _heads_to_undo(config: ModelConfig, name: str) -> int | None:
 def _checkpoint_name(name: str, block_names: Mapping[str, str]) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`.
 
-    An unknown name becomes one that no checkpoint has, so that it cannot pass for another tensor.
+    Unknown names map to names that no checkpoint has, so they cannot be mistaken for another tensor.
     """
     stem, _, part = name.rpartition(".")
     if stem in _TOP_NAMES:

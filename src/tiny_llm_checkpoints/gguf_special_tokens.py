@@ -1,8 +1,8 @@
-"""Which tokens of a GGUF file begin, end and control a text. The conventions are llama.cpp's (llama-vocab).
+"""Finds a GGUF file's beginning, end and control tokens, with the rules of llama.cpp (llama-vocab).
 
-Many files name one end token only, often the base model's, and mark the one that ends a turn of a chat as
-normal text. llama.cpp therefore finds well-known tokens by their text, whatever the file says of them, and
-this module does the same. Knows nothing of how text is cut into tokens.
+Many files name only one end token, often the base model's, and mark the end-of-turn token of a chat as normal
+text. llama.cpp therefore recognizes well-known tokens by their text, whatever type the file gives them, and
+so does this module. Knows nothing of how text is split into tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from .gguf_keys import GGUFKeys
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
-# Tokens that end a generation, under any type.
+# Tokens that end a generation, whatever their type.
 END_NAMES = frozenset(
     {
         *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
@@ -21,7 +21,7 @@ END_NAMES = frozenset(
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     }
 )
-# Tokens of code models: the file's key, and the names that count where it has no such key.
+# Tokens of code models: the file's key, and the names to look for if the key is missing.
 _INFILL_NAMES: Mapping[str, tuple[str, ...]] = {
     "fim_pre_token_id": (
         *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>"),
@@ -41,8 +41,8 @@ _INFILL_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 _INFILL_ENDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")  # these end a generation too
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss: they are part of the text
-# Where all names of a set are in a vocabulary, the token in front of it does not end a generation.
+_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss: part of the visible text
+# If a vocabulary has all names of the set, the token before the set does not end a generation.
 _EXCEPTIONS = (
     ("<|end|>", {"<|return|>", "<|call|>"}, USER_DEFINED),
     ("<|end|>", {"<|return|>", "<|calls|>"}, USER_DEFINED),
@@ -50,7 +50,7 @@ _EXCEPTIONS = (
     ("<|end|>", {"<|flush|>", "<|calls|>"}, USER_DEFINED),
     ("</s>", {"<|tool_response>"}, NORMAL),
 )
-# Ids that count where the file has no key, by tokenizer.ggml.model.
+# Default ids if the file lacks the key, by tokenizer.ggml.model.
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0},
     "gpt2": {"bos_token_id": 11, "eos_token_id": 11},  # Falcon's <|endoftext|>
@@ -58,7 +58,7 @@ _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {
 
 
 class SpecialTokens(NamedTuple):
-    """types: each token's type, after llama.cpp's corrections. ends: tokens that end a generation."""
+    """types: each token's type after llama.cpp's corrections. ends: ids of tokens that end a generation."""
 
     types: list[int]
     bos: int | None
@@ -68,9 +68,11 @@ class SpecialTokens(NamedTuple):
 
 
 def special_tokens(keys: GGUFKeys, model: str, tokens: Sequence[str], types: Sequence[int]) -> SpecialTokens:
-    """Find them. keys: those of `tokenizer.ggml`; model: its `tokenizer.ggml.model`.
+    """Find the special tokens of a vocabulary.
 
-    Raises ValueError for an id that is not in the vocabulary.
+    keys: the `tokenizer.ggml` keys. model: the value of `tokenizer.ggml.model`.
+
+    Raises ValueError for an id outside the vocabulary.
     """
     ids = {token: index for index, token in enumerate(tokens)}
     corrected = list(types)
@@ -93,7 +95,7 @@ def special_tokens(keys: GGUFKeys, model: str, tokens: Sequence[str], types: Seq
 
 
 def _infill_id(keys: GGUFKeys, key: str, ids: Mapping[str, int], types: list[int]) -> int | None:
-    """The id that the file's key has, or the first token with a well-known name, which becomes control."""
+    """The id from the file's key; else the first token with a well-known name, which is marked as control."""
     if keys.has(key):
         return keys.token_id(key, len(types))
     found = min((ids[name] for name in _INFILL_NAMES[key] if name in ids), default=None)
@@ -103,10 +105,10 @@ def _infill_id(keys: GGUFKeys, key: str, ids: Mapping[str, int], types: list[int
 
 
 def _id_or_default(keys: GGUFKeys, key: str, model: str, types: Sequence[int]) -> int | None:
-    """The id that the file's key has, or the default of this kind of tokenizer.
+    """The id from the file's key, or the default for this `model`.
 
-    For byte-level BPE llama.cpp's default is token 11, which is a comma in most vocabularies: it counts only
-    where the file marks it as control.
+    llama.cpp's default for byte-level BPE is token 11, which is a comma in most vocabularies; so it is used
+    only if the file marks it as control.
     """
     if keys.has(key):
         return keys.token_id(key, len(types))

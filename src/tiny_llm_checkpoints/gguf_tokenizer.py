@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file describes in its metadata, rebuilt with the `tokenizers` library.
+"""Builds the tokenizer that a GGUF file describes in its metadata, with the `tokenizers` library.
 
-Two kinds: byte-level BPE ("gpt2"), whose `pre` names how text is cut into words before merging, and
-SentencePiece's BPE ("llama"), whose merges follow from the tokens' scores. What a file leaves out has
-llama.cpp's default; docs/models.md lists the keys.
+Two kinds are supported: byte-level BPE ("gpt2"), where `tokenizer.ggml.pre` names the rule that splits text
+into words, and SentencePiece's BPE ("llama"), whose merges follow from token scores. Missing keys have
+llama.cpp's defaults; docs/models.md lists the keys.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,11 +16,11 @@ from .gguf_special_tokens import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Special
 from .tokenizer import Tokenizer
 from .tokenizer_library import guarded
 
-_PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these leave the space behind them alone
-MOST_CUTS = 1 << 30  # characters in all ways of cutting all tokens in two; Gemma 3 has 10 million
-_SPACE = "\u2581"  # SentencePiece writes a space as this
+_PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these keep the white space after them
+MAX_CUTS = 1 << 30  # sum of squared token lengths: the cost of finding merges; Gemma 3 has 10 million
+_SPACE = "\u2581"  # SentencePiece's character for a space
 
-# How words are cut: a letter may take the character before it along; digits in threes, or one by one.
+# Rules that split text into words: one character may precede letters; digits in threes, or one by one.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +34,7 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
-    """Every digit stands alone, then GPT-2's pattern over bytes; the order matters for "  1"."""
+    """Split off every digit, then apply GPT-2's pattern to bytes; the order matters for "  1"."""
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
@@ -45,7 +45,7 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-bpe": lambda: _split(_LLAMA3_WORDS),
     "qwen2": lambda: _split(_QWEN2_WORDS),
 }
-# llama.cpp's other names of them.
+# llama.cpp's other names for them.
 _ALIASES = {
     **dict.fromkeys(
         ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"
@@ -56,33 +56,33 @@ _ALIASES = {
 
 
 class _Vocabulary(NamedTuple):
-    """tokens by id; special: what is known of them."""
+    """tokens: by id. special: their types, and the ids with a special role."""
 
     keys: GGUFKeys
     tokens: list[str]
     special: SpecialTokens
 
 
-@guarded("a tokenizer that cannot be built")
+@guarded("the tokenizer cannot be built")
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build from a GGUF file's metadata.
+    """Build the tokenizer from a GGUF file's metadata.
 
-    Control and unknown tokens are special; user-defined ones are kept whole but are ordinary text. Which
-    tokens are control, and which end a generation, `gguf_special_tokens` says.
+    Control and unknown tokens are special; user-defined ones are never split, but are ordinary text.
+    `gguf_special_tokens` decides which tokens are control tokens and which end a generation.
 
-    Raises ValueError for a kind of tokenizer or a pre-tokenizer that is not supported, and for a file that
-    lacks a part or whose parts do not fit together.
+    Raises ValueError if the kind of tokenizer or the pre-tokenizer is not supported, and for missing or
+    inconsistent metadata.
     """
     keys = GGUFKeys(metadata, "tokenizer.ggml")
     kind = keys.value("model")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported; supported: {', '.join(_KINDS)}")
     if keys.value("suppress_tokens"):
-        raise ValueError("tokenizer.ggml.suppress_tokens is not supported, expected none or an empty list")
+        raise ValueError("tokenizer.ggml.suppress_tokens is not supported; expected none or an empty list")
     vocabulary = _vocabulary(keys, kind)
     built = _KINDS[kind](vocabulary)
-    _add_special(built, vocabulary, kind, _are_phi3(metadata))
-    _frame(built, vocabulary)
+    _add_special(built, vocabulary, kind, _is_phi3(metadata))
+    _set_special_token_frame(built, vocabulary)
     special = vocabulary.special
     return Tokenizer(
         built,
@@ -94,36 +94,38 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _vocabulary(keys: GGUFKeys, kind: str) -> _Vocabulary:
-    """Tokens and their types; a token without text gets llama.cpp's name for it."""
+    """Read tokens and their types; a token without text gets llama.cpp's name for it."""
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(keys.texts("tokens"))]
     types = keys.numbers("token_type") if keys.has("token_type") else [NORMAL] * len(tokens)
     if len(types) != len(tokens):
-        raise ValueError(f"the file gives {len(types)} token types for {len(tokens)} tokens")
+        raise ValueError(
+            f"tokenizer.ggml.token_type has {len(types)} items, expected {len(tokens)}, one per token"
+        )
     return _Vocabulary(keys, tokens, special_tokens(keys, kind, tokens, types))
 
 
 def _add_special(
-    built: tokenizers.Tokenizer, vocabulary: _Vocabulary, kind: str, take_space_along: bool
+    built: tokenizers.Tokenizer, vocabulary: _Vocabulary, kind: str, strips_space_after: bool
 ) -> None:
-    """Let user-defined tokens be kept whole, and control tokens be special.
+    """Register user-defined tokens, which are never split, and control tokens, which are special.
 
-    take_space_along: most of them swallow the white space behind them.
+    strips_space_after: most of these tokens absorb the white space that follows them (Phi-3).
     """
 
     def added(token: str, normalized: bool) -> AddedToken:
-        rstrip = take_space_along and token not in _PHI3_EXCEPTIONS
+        rstrip = strips_space_after and token not in _PHI3_EXCEPTIONS
         return AddedToken(token, normalized=normalized, rstrip=rstrip)
 
     typed = list(zip(vocabulary.tokens, vocabulary.special.types, strict=True))
-    # SentencePiece looks for them in normalised text; a prefix would be put before their own text as well.
+    # SentencePiece finds them in normalized text, but a space prefix would also precede their own text.
     normalized = kind == "llama" and not vocabulary.keys.flag("add_space_prefix", True)
     built.add_tokens([added(token, normalized) for token, t in typed if t == USER_DEFINED])
     control = (UNKNOWN, CONTROL)
     built.add_special_tokens([added(token, False) for token, t in typed if t in control])
 
 
-def _are_phi3(metadata: Mapping[str, Any]) -> bool:
-    """Whether the tokens are Phi-3's, which llama.cpp knows by the model's name."""
+def _is_phi3(metadata: Mapping[str, Any]) -> bool:
+    """Whether this is a Phi-3 tokenizer, which llama.cpp recognizes by the model's name."""
     name = str(metadata.get("general.name", "")).lower()
     return "phi-3" in name or "phi3" in name
 
@@ -136,15 +138,17 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | None:
 def byte_level_bpe(
     tokens: Sequence[str], merges: Iterable[tuple[str, str]], pre_tokenizer: str
 ) -> tokenizers.Tokenizer:
-    """Byte-level BPE from `tokens[id]`, in the byte-level alphabet, and merges in rank order.
+    """Build byte-level BPE.
 
-    Raises ValueError for a pre-tokenizer that is not supported and for merges that do not fit the tokens.
+    tokens: by id, written in the byte-level alphabet. merges: pairs in rank order.
+
+    Raises ValueError if the pre-tokenizer is not supported or if merges and tokens do not match.
     """
     name = _ALIASES.get(pre_tokenizer, pre_tokenizer)
     if name not in _PRE_TOKENIZERS:
         known = ", ".join([*_PRE_TOKENIZERS, *_ALIASES])
         raise ValueError(
-            f"tokenizer.ggml.pre: pre-tokenizer {pre_tokenizer!r} is not supported; supported: {known}"
+            f"tokenizer.ggml.pre {pre_tokenizer!r} is not a supported pre-tokenizer; supported: {known}"
         )
     built = _bpe(tokens, merges, ignore_merges=name == "llama-bpe")
     if name == "qwen2":
@@ -160,19 +164,23 @@ def _gpt2(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """The two tokens of a merge; the space between them is not the first character."""
+    """The two tokens of a merge. The separating space is never the first character."""
     cut = merge.find(" ", 1)
     if cut < 0:
-        raise ValueError(f"tokenizer.ggml.merges has {merge[:60]!r}, expected two tokens and a space between")
+        raise ValueError(
+            f"tokenizer.ggml.merges has {merge[:60]!r}, expected two tokens separated by a space"
+        )
     return merge[:cut], merge[cut + 1 :]
 
 
 def _llama(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE: the pair whose token scores best merges first; unknown characters become bytes."""
+    """SentencePiece's BPE: merges the pair whose result scores best; unknown characters become bytes."""
     keys, tokens, special = vocabulary
     scores = keys.numbers("scores")
     if len(scores) != len(tokens):
-        raise ValueError(f"the file gives {len(scores)} scores for {len(tokens)} tokens")
+        raise ValueError(
+            f"tokenizer.ggml.scores has {len(scores)} items, expected {len(tokens)}, one per token"
+        )
     mergeable = [
         (token, score)
         for token, score, kind in zip(tokens, scores, special.types, strict=True)
@@ -196,20 +204,20 @@ def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: An
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocab[token] != index)
-        raise ValueError(f"token {twice!r} is there twice")
-    with guarded(f"merges that do not fit the {len(tokens)} tokens"):
+        raise ValueError(f"token {twice!r} appears twice in tokenizer.ggml.tokens")
+    with guarded(f"the merges do not match the {len(tokens)} tokens"):
         return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges), **options))
 
 
 def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """Every way of putting a token together from two others, the best-scored token first.
+    """Every split of a token into two other tokens, in the order of the whole token's score, best first.
 
-    Raises ValueError for tokens so long that trying all ways would take minutes.
+    Raises ValueError for tokens so long that trying all splits would take minutes.
     """
-    if sum(len(token) ** 2 for token, _ in scored) > MOST_CUTS:
+    if sum(len(token) ** 2 for token, _ in scored) > MAX_CUTS:
         longest = max((token for token, _ in scored), key=len)
         raise ValueError(
-            f"tokenizer.ggml.tokens are too long to be merged: one has {len(longest)} characters"
+            f"tokenizer.ggml.tokens are too long to compute merges: the longest has {len(longest)} characters"
         )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))
@@ -222,14 +230,14 @@ def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str
 
 
 def _adds_bos(keys: GGUFKeys) -> bool:
-    """Whether text begins with the beginning-of-sequence token; by default as in llama.cpp."""
+    """Whether text starts with the beginning-of-sequence token; the default is llama.cpp's."""
     pre = keys.text("pre", "default")
     by_default = keys.text("model") == "llama" or _ALIASES.get(pre, pre) == "llama-bpe"
     return keys.flag("add_bos_token", by_default)
 
 
-def _frame(built: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Let `encode(..., add_special_tokens=True)` put the file's tokens around a text."""
+def _set_special_token_frame(built: tokenizers.Tokenizer, vocabulary: _Vocabulary) -> None:
+    """Make `encode(..., add_special_tokens=True)` add the file's tokens before and after a text."""
     keys, tokens, special = vocabulary
     bos = [special.bos] if special.bos is not None and _adds_bos(keys) else []
     eos = [special.eos] if special.eos is not None and keys.flag("add_eos_token", False) else []

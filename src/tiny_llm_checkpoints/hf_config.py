@@ -1,7 +1,7 @@
-"""Hugging Face's config.json becomes a `ModelConfig`; what the engine does not compute is refused by name.
+"""Turns Hugging Face's config.json into a `ModelConfig`, and rejects what the engine does not compute.
 
-A configuration says in many words what the model computes. Words that change the computation are checked
-one by one, because a model that runs slightly wrong looks like one that runs.
+Every field that changes the computation is checked: a model that computes something slightly different
+would run and give plausible but wrong answers.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ Json = Mapping[str, Any]
 
 
 class _Architecture(NamedTuple):
-    """Where architectures differ: transformers' defaults, and what is fixed in its code."""
+    """Differences between architectures: transformers' defaults, and what its code fixes."""
 
-    qkv_bias: bool = False  # whatever attention_bias says
+    qkv_bias: bool = False  # True: always, whatever attention_bias says
     qk_norm: bool = False
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rope_theta: float = 10_000.0
     hidden_act: str = SILU
-    gemma: bool = False  # its norms, its embedding, a rotation for each type of layer
+    gemma: bool = False  # Gemma's norms, scaled embedding, and a rotation per layer type
 
 
 ARCHITECTURES = {
@@ -36,30 +36,30 @@ ARCHITECTURES = {
 }
 _ACTIVATIONS = {"silu": SILU, "swish": SILU, "gelu_pytorch_tanh": GELU}
 _QWEN = ("qwen2", "qwen3")
-_WITHOUT_LAYER_TYPES = ("llama", "mistral")  # where transformers has one mask for all layers
-MOST_NUMBER = 1e30  # of a number in a configuration, far beyond any that is known
-# transformers' defaults, where a configuration does not mention them.
+_WITHOUT_LAYER_TYPES = ("llama", "mistral")  # transformers uses one mask for all their layers
+MAX_NUMBER = 1e30  # largest number in a configuration, far beyond any known one
+# transformers' defaults for fields that a configuration leaves out.
 _WINDOW = 4096
-_QWEN_FULL_LAYERS = 28  # so many of the first layers see everything
-_GEMMA3_PERIOD = 6  # every sixth layer sees everything
+_QWEN_FULL_LAYERS = 28  # the first layers, which have full attention
+_GEMMA3_PERIOD = 6  # every sixth layer has full attention
 _GEMMA3_LOCAL_THETA = 10_000.0
 
 
 def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
-    """The `ModelConfig` of a parsed config.json.
+    """Convert a parsed config.json.
 
-    Raises ValueError naming the field, what was found and what was expected.
+    Raises a ValueError that names the field, the value found and the value expected.
     """
     model_type = config.get("model_type")
     if model_type == "gemma3":
         raise ValueError(
-            "model_type 'gemma3' reads images too, which is not supported; supported: its text model alone "
-            "('gemma3_text'), and GGUF files, which hold nothing else"
+            "model_type 'gemma3' also takes images, which is not supported; supported: the text model "
+            "('gemma3_text'), as such a folder or as a GGUF file"
         )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[model_type]
-    _refuse_other_computations(config)
+    _reject_unsupported(config)
     hidden_size, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
     head_dim = _integer(config, "head_dim", architecture.head_dim or hidden_size // max(1, heads))
     rope = _gemma_rope(config) if architecture.gemma else _rope_parameters(config)
@@ -92,7 +92,8 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     return _with_windows(checked, config)
 
 
-def _refuse_other_computations(config: Json) -> None:
+def _reject_unsupported(config: Json) -> None:
+    """Raise ValueError for the first field that asks for a computation that the engine does not have."""
     expected = {
         "partial_rotary_factor": 1.0,
         "attn_logit_softcapping": None,
@@ -114,7 +115,7 @@ def _hidden_act(config: Json, architecture: _Architecture) -> str:
 
 
 def _with_windows(checked: ModelConfig, config: Json) -> ModelConfig:
-    """The configuration with its windows; which layers have one is decided as transformers decides it."""
+    """Add sliding windows; the layers that have one are those of transformers."""
     window = _window(config, checked.architecture)
     by_default = _default_layer_types(checked, config, window)
     named = config.get("layer_types")
@@ -133,7 +134,7 @@ def _with_windows(checked: ModelConfig, config: Json) -> ModelConfig:
 
 
 def _window(config: Json, model_type: str) -> int | None:
-    """The window of those layers that have one; null is none, and no word on it is transformers' default."""
+    """The window of the windowed layers; None if no layer has one. If the field is missing, the default."""
     uses = _flag(config, "use_sliding_window")
     if model_type == "llama" and uses:
         raise ValueError("use_sliding_window True is not supported in a llama model; expected False")
@@ -144,7 +145,7 @@ def _window(config: Json, model_type: str) -> int | None:
 
 
 def _default_layer_types(checked: ModelConfig, config: Json, window: int | None) -> list[str]:
-    """What each layer sees where `layer_types` does not say it."""
+    """The type of each layer if the configuration has no `layer_types`."""
     layers = range(checked.num_hidden_layers)
     if checked.architecture == "gemma3_text":
         period = _integer(config, "sliding_window_pattern", _GEMMA3_PERIOD)
@@ -156,14 +157,14 @@ def _default_layer_types(checked: ModelConfig, config: Json, window: int | None)
 
 
 def _gemma_rope(config: Json) -> dict[str, Any]:
-    """The rotary settings of layers that see everything; older files have them without a type of layer."""
+    """The rotary settings of full-attention layers; older files do not separate them by layer type."""
     by_type = _by_layer_type(config)
     settings = {**_object(by_type, FULL), **_object(config, "rope_scaling")}
     return _rope_parameters({"rope_parameters": settings, "rope_theta": config.get("rope_theta")})
 
 
 def _gemma_local_theta(config: Json) -> float:
-    """The base of the rotation in windowed layers, which nothing scales."""
+    """The rotary base of sliding-window layers, to which no scaling applies."""
     theta = _number(config, "rope_local_base_freq", _GEMMA3_LOCAL_THETA)
     local = _rope_parameters(
         {"rope_parameters": _object(_by_layer_type(config), SLIDING), "rope_theta": theta}
@@ -184,24 +185,24 @@ def _by_layer_type(config: Json) -> Json:
 
 
 def _rope_parameters(config: Json) -> dict[str, Any]:
-    """The rotary settings under one roof: `rope_parameters` has them all, older files spread them."""
+    """All rotary settings in one dictionary: from `rope_parameters`, or from the fields of older files."""
     parameters, scaling = _object(config, "rope_parameters"), _object(config, "rope_scaling")
     if parameters and scaling and parameters != scaling:
-        raise ValueError("rope_parameters and rope_scaling say different things, expected one of them")
+        raise ValueError("rope_parameters and rope_scaling differ, expected equal values or only one of them")
     nested = parameters or scaling
     other = next((name for name, value in nested.items() if isinstance(value, dict)), None)
     if other is not None:
         raise ValueError(f"rope_parameters has {other!r}, expected one rotation for all layers")
-    _refuse_other_computations(nested)
+    _reject_unsupported(nested)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default" and _number(nested, "factor", 1.0) != 1.0:
-        raise ValueError(f"rope_scaling has the factor {nested['factor']}, but no rope_type that uses it")
+        raise ValueError(f"rope_scaling has factor {nested['factor']}, expected a rope_type that uses it")
     theta = config.get("rope_theta") if nested.get("rope_theta") is None else nested["rope_theta"]
     return {**nested, "rope_type": kind, "rope_theta": theta}
 
 
 def _rope_factors(rope: Json, head_dim: int, theta: float) -> tuple[float, ...] | None:
-    """What each rotary frequency is divided by; None for nothing."""
+    """The divisor of each rotary frequency; None if none is scaled."""
     kind = rope["rope_type"]
     if kind == "default":
         return None
@@ -240,7 +241,7 @@ def _number(config: Json, name: str, default: float | None = None) -> float:
     value = config.get(name)
     value = default if value is None else value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is None or not is_number or not abs(value) <= MOST_NUMBER:
+    if value is None or not is_number or not abs(value) <= MAX_NUMBER:
         raise ValueError(f"{name} is {'missing' if value is None else repr(value)[:60]}, expected a number")
     return float(value)
 

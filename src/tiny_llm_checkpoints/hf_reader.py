@@ -1,7 +1,7 @@
-"""A folder in Hugging Face's layout becomes a checkpoint: config.json, safetensors, tokenizer.json.
+"""Reads a folder in Hugging Face's layout (config.json, safetensors, tokenizer.json) into a `Checkpoint`.
 
-Weights are plain (float32, float16, bfloat16) or quantized as MLX does it, each tensor with its own bits
-and group size. Names are the checkpoint's own, so there is nothing to translate.
+Weights are plain (float32, float16, bfloat16) or in MLX's quantized format, where each matrix may have its
+own bits and group size. Tensor names need no conversion.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,14 @@ from .weight_files import weight_files
 GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)
 DENSE_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
-LESS_ONE = ("gemma3_text",)  # architectures that store the weights of norms less one
+MINUS_ONE = ("gemma3_text",)  # architectures that store norm weights minus one
 
-_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints store
+_RECOMPUTED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints contain
 
 
 def read_folder(path: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises `ModelFileError` naming the file and what is wrong with it."""
+    """Read the checkpoint in a folder. Raises a `ModelFileError` that names the file and the problem."""
+    _check_has_config(path)
     settings = read_json(path / "config.json")
     recommended = of_folder(path)
     with reading(path):
@@ -43,11 +44,11 @@ def read_folder(path: Path) -> Checkpoint:
         quantization = _Quantization.of(settings)
     config = with_its_ends(config, recommended)
     stored = _stored_tensors(path)
-    if config.tie_word_embeddings:  # some files hold the embedding again under this name
+    if config.tie_word_embeddings:  # some files store the embedding a second time under this name
         for part in ("weight", "scales", "biases"):
             stored.pop(f"lm_head.{part}", None)
     tensors = {
-        name: _StoredTensor(tensor, stored, quantization, _is_less_one(name, config))
+        name: _StoredTensor(tensor, stored, quantization, _is_minus_one(name, config))
         for name, tensor in stored.items()
         if not name.endswith((_RECOMPUTED, ".scales", ".biases"))
     }
@@ -59,6 +60,19 @@ def read_folder(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _check_has_config(path: Path) -> None:
+    """Raise a `ModelFileError` with advice if the folder has no config.json."""
+    if (path / "config.json").exists():
+        return
+    with reading(path):
+        gguf_files = sorted(path.glob("*.gguf"))
+    if gguf_files:
+        advice = f"to load a GGUF file, pass its path, such as {gguf_files[0]}"
+    else:
+        advice = "a model folder has config.json, tokenizer.json and .safetensors files"
+    raise ModelFileError(f"{path}: no config.json in this folder; {advice}")
+
+
 class _Precision(NamedTuple):
     """How one matrix is quantized."""
 
@@ -68,14 +82,14 @@ class _Precision(NamedTuple):
 
 @dataclass(frozen=True)
 class _Quantization:
-    """config.json's `quantization`: what holds for all matrices, and the exceptions by module name."""
+    """config.json's `quantization`: the default for all matrices, and exceptions by module name."""
 
     default: _Precision | None
     exceptions: Mapping[str, _Precision]
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "_Quantization":
-        """Raises ValueError for a way of quantizing that is not MLX's."""
+        """Read it from config.json. Raises ValueError for any quantization that is not MLX's."""
         found = settings.get("quantization") or settings.get("quantization_config")
         if found is None:
             return cls(None, {})
@@ -92,10 +106,10 @@ class _Quantization:
         return cls(_precision("quantization", found), exceptions)
 
     def of_module(self, name: str) -> _Precision:
-        """Of the matrix whose weight is `name`.weight. ValueError where the configuration says nothing."""
+        """The precision of `name`.weight. Raises ValueError if config.json has no quantization."""
         precision = self.exceptions.get(name, self.default)
         if precision is None:
-            raise ValueError(f"tensor {name}.scales is there, but config.json has no quantization")
+            raise ValueError(f"tensor {name}.scales needs quantization in config.json, which is missing")
         return precision
 
 
@@ -110,15 +124,15 @@ def _precision(name: str, found: Mapping[str, Any]) -> _Precision:
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """One parameter; a quantized one is a `.weight` with the `.scales` and `.biases` beside it.
+    """One parameter. If quantized, `.scales` and `.biases` belong to its `.weight`.
 
-    less_one: what the file holds is the parameter less one.
+    minus_one: the file stores the parameter minus one.
     """
 
     tensor: SafeTensor
     stored: Mapping[str, SafeTensor]
     quantization: _Quantization
-    less_one: bool
+    minus_one: bool
 
     @property
     def file(self) -> Path:
@@ -135,7 +149,7 @@ class _StoredTensor:
         return (*self.tensor.shape[:-1], self.tensor.shape[-1] * 32 // self._precision.bits)
 
     def check(self) -> None:
-        """Refuse types and shapes that do not go together."""
+        """Raise ValueError if types and shapes do not match."""
         name, dtype = self.name, self.tensor.dtype
         expected = ("U32",) if self._is_quantized else tuple(DENSE_TYPES)
         if dtype not in expected:
@@ -147,16 +161,18 @@ class _StoredTensor:
         for part in ("scales", "biases"):
             other = self.stored.get(f"{self._module}.{part}")
             if other is None:
-                raise ValueError(f"tensor {self._module}.{part} is missing beside {name}")
+                raise ValueError(
+                    f"tensor {self._module}.{part} is missing, expected with the quantized {name}"
+                )
             if other.dtype not in DENSE_TYPES or other.shape != groups or self.shape[-1] % group_size:
                 raise ValueError(
-                    f"tensor {other.name} is {other.dtype} of the shape {list(other.shape)}, expected floats "
-                    f"of {list(groups)} for {name} in {bits} bits and groups of {group_size}"
+                    f"tensor {other.name} is {other.dtype} {list(other.shape)}, expected floats "
+                    f"{list(groups)} for {name} with {bits} bits and groups of {group_size}"
                 )
 
     def load(self) -> mx.array | Quantized:
         if not self._is_quantized:
-            return 1.0 + _read(self.tensor).astype(mx.float32) if self.less_one else _read(self.tensor)
+            return 1.0 + _read(self.tensor).astype(mx.float32) if self.minus_one else _read(self.tensor)
         scales, biases = (_read(self.stored[f"{self._module}.{part}"]) for part in ("scales", "biases"))
         return Quantized(_read(self.tensor), scales, biases, *self._precision)
 
@@ -173,8 +189,8 @@ class _StoredTensor:
         return self.quantization.of_module(self._module)
 
 
-def _is_less_one(name: str, config: ModelConfig) -> bool:
-    return config.architecture in LESS_ONE and name.endswith("norm.weight")
+def _is_minus_one(name: str, config: ModelConfig) -> bool:
+    return config.architecture in MINUS_ONE and name.endswith("norm.weight")
 
 
 def _read(tensor: SafeTensor) -> mx.array:
@@ -183,13 +199,14 @@ def _read(tensor: SafeTensor) -> mx.array:
 
 
 def _stored_tensors(path: Path) -> dict[str, SafeTensor]:
-    """Every tensor of the folder's safetensors files, the headers alone read."""
+    """Every tensor of the folder's safetensors files; only headers are read."""
     stored: dict[str, SafeTensor] = {}
     for file in weight_files(path):
         with reading(file):
             found = read_safetensors_header(file)
         twice = sorted(stored.keys() & found.keys())
         if twice:
-            raise ModelFileError(f"{file}: tensor {twice[0]} is in {stored[twice[0]].file.name} too")
+            other = stored[twice[0]].file.name
+            raise ModelFileError(f"{file}: tensor {twice[0]} is also in {other}, expected it once")
         stored |= found
     return stored

@@ -1,7 +1,7 @@
-"""Where a model is: a name becomes a path on this machine, fetched from the Hugging Face hub where need be.
+"""Resolves a model's name to a local path; downloads it from the Hugging Face hub if necessary.
 
-Downloads show a progress bar, go on where they were interrupted, and are kept in the hub's own cache;
-HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are honoured: all of it `huggingface_hub`'s doing.
+`huggingface_hub` does the downloads: they show a progress bar, resume after an interruption, use the hub's
+cache, and respect HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT.
 """
 
 import os
@@ -14,23 +14,23 @@ from .errors import ModelFileError
 from .gguf_split import split_names
 from .weight_files import INDEX, NOT_CHECKPOINTS, SINGLE, indexed_names
 
-WANTED = ["*.json", "*.jinja"]  # of a repository beside its weights; not its folders
+WANTED = ["*.json", "*.jinja"]  # the files other than weights; top folder only
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^/].*\.gguf))?")
 
 
 def find_model(model: str | Path | None) -> Path:
     """The file or folder of a model.
 
-    model: None is the embedded one; a path is taken as it is; "smollm2" and "gemma3-270m" come as packages;
-    `owner/name` is a repository of the hub, and `owner/name/FILE.gguf` one file of it. What is there as a
-    path is never looked up elsewhere.
+    model: None for the embedded model; "smollm2" and "gemma3-270m" for models that come as packages; a path;
+    `owner/name` for a repository on the hub, or `owner/name/FILE.gguf` for one of its files. A path that
+    exists takes precedence over all other meanings.
 
-    Raises `ModelFileError` naming what was asked for and what can be done.
+    Raises a `ModelFileError` that names the model and what the user can do.
     """
     if model is None:
         return embedded_model_path()
     path = local_path(model)
-    if os.path.exists(path):  # where a name is too long, or no name at all, Path.exists would raise
+    if os.path.exists(path):  # unlike Path.exists, it does not raise for names that are too long or invalid
         return path
     if str(model) in PACKAGED:
         return PACKAGED[str(model)]()
@@ -44,7 +44,7 @@ def find_model(model: str | Path | None) -> Path:
 
 
 def local_path(model: str | Path) -> Path:
-    """The path that a model's name would be; a home that is not known is part of the name."""
+    """`model` as a path, with ~ expanded; if the home folder is unknown, ~ stays as it is."""
     return Path(os.path.expanduser(model))
 
 
@@ -53,12 +53,12 @@ def _fetch(model: str, repo: str, file: str | None) -> Path:
         return _fetch_folder(repo) if file is None else _fetch_gguf(repo, file)
     except ModelFileError:
         raise
-    except Exception as error:  # the library raises its own kinds, its HTTP client's, and the system's
+    except Exception as error:  # errors of huggingface_hub, of its HTTP client, and of the system
         raise ModelFileError(f"{model}: {_reason(error, repo)}") from error
 
 
 def _fetch_gguf(repo: str, file: str) -> Path:
-    """One file of a repository, with the other parts of a model that is split."""
+    """Download one file of a repository, with all parts if the model is split."""
     from huggingface_hub import errors, hf_hub_download
 
     found = Path(hf_hub_download(repo, file))
@@ -68,16 +68,16 @@ def _fetch_gguf(repo: str, file: str) -> Path:
             hf_hub_download(repo, f"{folder}{slash}{part}")
         except errors.RemoteEntryNotFoundError as error:
             raise ModelFileError(
-                f"{repo}/{folder}{slash}{part}: the hub has no such file, a part of {name}"
+                f"{repo}/{folder}{slash}{part}: this part of {name} does not exist on the hub"
             ) from error
     return found
 
 
 def _fetch_folder(repo: str) -> Path:
-    """The checkpoint of a repository: what describes it, then the weights that `weight_files` would read."""
+    """Download a repository's checkpoint: the small files, then the weights that `weight_files` reads."""
     folder = _snapshot(repo, WANTED)
     if (folder / INDEX).exists():
-        return _snapshot(repo, indexed_names(folder / INDEX, are_here=False), folder.name)
+        return _snapshot(repo, indexed_names(folder / INDEX, must_exist=False), folder.name)
     _snapshot(repo, [SINGLE], folder.name)
     if not (folder / SINGLE).exists():
         _snapshot(repo, ["*.safetensors"], folder.name, NOT_CHECKPOINTS)
@@ -87,7 +87,7 @@ def _fetch_folder(repo: str) -> Path:
 def _snapshot(
     repo: str, wanted: Sequence[str], revision: str | None = None, unwanted: Sequence[str] = ()
 ) -> Path:
-    """The folder with those of a repository's files that fit a pattern; its name is the revision."""
+    """Download the files that match a pattern; return their folder, whose name is the revision."""
     from huggingface_hub import snapshot_download
 
     left_out = ["*/*", *unwanted]
@@ -97,15 +97,15 @@ def _snapshot(
 
 
 def _reason(error: Exception, repo: str) -> str:
-    """What went wrong at the hub, and what can be done about it."""
+    """What went wrong at the hub, and what the user can do."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo} asks for its terms to be accepted: do so on its page, and set HF_TOKEN"
+        return f"{repo} requires you to accept its terms: do so on its page on the hub, and set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such file or folder here, and the hub has no {repo}, or it is private: then set HF_TOKEN"
+        return f"no such file or folder here, and the hub has no {repo}; if it is private, set HF_TOKEN"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"no such file or folder here, {repo} is not in the hub's cache, and the hub cannot be reached"
+        return f"no such file or folder here, {repo} is not in the hub's cache, and the hub is not reachable"
     if isinstance(error, errors.EntryNotFoundError):
-        return f"{repo} on the hub has no such file"
-    return f"cannot be fetched from the hub: {' '.join(str(error).split()) or type(error).__name__}"
+        return f"{repo} on the hub does not have this file"
+    return f"cannot be downloaded from the hub: {' '.join(str(error).split()) or type(error).__name__}"

@@ -1,12 +1,12 @@
-"""What a model is: the numbers and switches that describe a decoder, checked once, frozen."""
+"""A model's hyper-parameters: validated once, then immutable."""
 
 from dataclasses import dataclass
 from math import prod
 
 from .errors import ConfigError
 
-# What a model may have; far beyond any that is known, and small enough that checking it takes no time.
-_MOST = {
+# Upper limits: far beyond any known model, and small enough that later checks take no time.
+_LIMITS = {
     "hidden_size": 1 << 20,
     "num_hidden_layers": 1024,
     "num_attention_heads": 1 << 16,
@@ -24,26 +24,27 @@ _POSITIVE = ("rms_norm_eps", "rope_theta", "rope_local_theta", "query_pre_attn_s
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The hyper-parameters of a decoder, under the names of Hugging Face's config.json.
+    """The hyper-parameters of a decoder, with the names of Hugging Face's config.json.
 
-    One description for every architecture that the engine runs; they differ only in the switches.
+    One description covers every supported architecture; they differ only in the values.
 
-    hidden_size: the size E of a token's vector. rms_norm_eps: what a norm adds to the mean square.
+    hidden_size: the size E of a token's vector.
     max_position_embeddings: the longest context in tokens.
-    layer_types: what each layer's queries see: "full_attention", all tokens up to their own, or
-        "sliding_attention", the last `sliding_window` of these, their own included; None: all layers see all.
-    rope_factors: what each of the head_dim / 2 rotary frequencies is divided by (llama 3's scaling, linear
-        scaling); None leaves them alone.
-    rope_local_theta: the base of windowed layers' rotation, which `rope_factors` then leave alone; None:
-        windowed layers rotate as the others do.
-    query_pre_attn_scalar: what `attention_scale` is made from; None: head_dim.
+    rms_norm_eps: added to the mean square in each norm.
+    layer_types: for each layer "full_attention", where a query attends to its own and all earlier tokens, or
+        "sliding_attention", where it attends to the last `sliding_window` of these. None: all are full.
+    rope_factors: divisors of the head_dim / 2 rotary frequencies (llama 3's scaling, linear scaling); None
+        for no scaling.
+    rope_local_theta: the rotary base of sliding-window layers, to which `rope_factors` then do not apply;
+        None: they rotate as other layers do.
+    query_pre_attn_scalar: `attention_scale` is its inverse square root; None: head_dim.
     hidden_act: the activation in the MLP, one of `ACTIVATIONS`.
-    sandwich_norm: attention and MLP are normalised before and after, with four norms in a block (Gemma).
-    scale_embeddings: the embedding's rows are multiplied by sqrt(hidden_size) (Gemma).
+    sandwich_norm: norms before and after both attention and MLP, four in each block (Gemma).
+    scale_embeddings: multiply the embedding's rows by sqrt(hidden_size) (Gemma).
     tie_word_embeddings: the output projection is the embedding.
-    qkv_bias, output_bias, mlp_bias: which projections have a bias: queries, keys and values; the one after
-        attention; those of the MLP.
-    qk_norm: each head's queries and keys are normalised before they are rotated.
+    qkv_bias, output_bias, mlp_bias: whether there are biases on the query, key and value projections; on the
+        attention's output projection; on the projections of the MLP.
+    qk_norm: normalize each head's queries and keys before the rotation.
     eos_token_ids: tokens that end a generation.
     """
 
@@ -74,12 +75,14 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, most in _MOST.items():
+        for name, limit in _LIMITS.items():
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ConfigError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ConfigError(f"{name} must be a whole number from 1 to {limit}, not {value!r}")
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even, not {self.head_dim}: its values are rotated in pairs")
+            raise ConfigError(
+                f"head_dim must be even, not {self.head_dim}, because values are rotated in pairs"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -101,10 +104,12 @@ class ModelConfig:
     def _check_windows(self) -> None:
         window, types = self.sliding_window, self.layer_types
         if window is not None and (type(window) is not int or window < 1):
-            raise ConfigError(f"sliding_window must be a whole number of tokens from 1, not {window!r}")
+            raise ConfigError(f"sliding_window must be a whole number of at least 1 token, not {window!r}")
         if types is None:
             if window is not None:
-                raise ConfigError(f"sliding_window ({window}) needs layer_types: which layers have it")
+                raise ConfigError(
+                    f"sliding_window ({window}) needs layer_types, which say which layers have it"
+                )
             return
         if len(types) != self.num_hidden_layers:
             raise ConfigError(f"layer_types must name {self.num_hidden_layers} layers, not {len(types)}")
@@ -123,7 +128,7 @@ class ModelConfig:
 
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter of the decoder by its checkpoint name; matrices as [outputs, inputs]."""
+        """The shape of every parameter, by checkpoint name; matrices are [outputs, inputs]."""
         E, D = self.hidden_size, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, E)}
         for layer in range(self.num_hidden_layers):
@@ -142,14 +147,14 @@ class ModelConfig:
 
     @property
     def layer_norms(self) -> tuple[str, ...]:
-        """The norms over hidden_size in each layer, by the first half of their checkpoint names."""
+        """The norms over hidden_size in each layer: their checkpoint names without `_layernorm`."""
         around_mlp = ("pre_feedforward", "post_feedforward") if self.sandwich_norm else ()
         return ("input", "post_attention", *around_mlp)
 
     @property
     def _projections(self) -> dict[str, tuple[int, int, bool]]:
-        """The matrices of one layer: outputs, inputs, and whether there is a bias."""
-        E, I = self.hidden_size, self.intermediate_size  # noqa: E741 (the legend's letter)
+        """The matrices of one layer: (outputs, inputs, has_bias) by name."""
+        E, I = self.hidden_size, self.intermediate_size  # noqa: E741 (letters of the shape notation)
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
             "self_attn.q_proj": (q, E, self.qkv_bias),
@@ -163,20 +168,20 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the decoder that these numbers describe, a tied embedding counted once."""
+        """The number of parameters of the decoder; a tied embedding counts once."""
         return sum(map(prod, self.parameter_shapes.values()))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """For each layer how many tokens a query sees, its own included; None: all up to its own."""
+        """For each layer the number of tokens that a query attends to, itself included; None for no limit."""
         types = self.layer_types or (FULL,) * self.num_hidden_layers
         return tuple(self.sliding_window if kind == SLIDING else None for kind in types)
 
     @property
     def attention_scale(self) -> float:
-        """What query-key products are multiplied by: 1 / sqrt(query_pre_attn_scalar or head_dim)."""
+        """The factor of query-key products: 1 / sqrt(query_pre_attn_scalar or head_dim)."""
         return float((self.query_pre_attn_scalar or self.head_dim) ** -0.5)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes that one token's keys and values take over all layers."""
+        """Bytes of one token's keys and values in all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value

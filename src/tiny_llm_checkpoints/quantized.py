@@ -1,4 +1,4 @@
-"""A quantized matrix as MLX lays it out: what a file gives, and what the engine multiplies."""
+"""A quantized matrix in MLX's layout: the form that readers return and that the engine multiplies with."""
 
 from typing import NamedTuple
 

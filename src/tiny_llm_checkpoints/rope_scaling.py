@@ -1,4 +1,4 @@
-"""What a configuration says about rotary frequencies beyond the first context: one factor for each pair."""
+"""Scaling of rotary frequencies for contexts longer than the original one: one factor per frequency."""
 
 from math import pi
 
@@ -12,10 +12,10 @@ def llama3_factors(
     high_freq_factor: float,
     original_context: int,
 ) -> tuple[float, ...]:
-    """What llama 3.1 divides each of the head_dim / 2 frequencies by, to reach beyond its first context.
+    """Llama 3.1's divisors of the head_dim / 2 rotary frequencies, which extend the context.
 
-    A pair that turns fewer than `low_freq_factor` times over the original context is slowed down by `factor`,
-    one that turns more than `high_freq_factor` times is left alone, and between them the two are mixed.
+    A pair that makes fewer than `low_freq_factor` rotations over the original context is slowed down by
+    `factor`; one that makes more than `high_freq_factor` is unchanged; in between, the two are interpolated.
     Source: the Llama 3.1 release.
     """
     if not 0.0 < low_freq_factor < high_freq_factor or factor <= 0.0:
@@ -25,8 +25,8 @@ def llama3_factors(
         )
     factors = []
     for pair in range(head_dim // 2):
-        turns = original_context * base ** (-2 * pair / head_dim) / (2 * pi)
-        kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        kept = min(1.0, max(0.0, kept))
-        factors.append(1 / (kept + (1 - kept) / factor))
+        rotations = original_context * base ** (-2 * pair / head_dim) / (2 * pi)
+        unscaled = (rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        unscaled = min(1.0, max(0.0, unscaled))
+        factors.append(1 / (unscaled + (1 - unscaled) / factor))
     return tuple(factors)

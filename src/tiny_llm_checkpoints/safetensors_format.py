@@ -1,8 +1,8 @@
-"""The safetensors container: which tensors a file holds, and where their bytes lie.
+"""The safetensors container: the tensors of a file and their positions. Source: Hugging Face's safetensors.
 
-The file is not trusted: its header is held against the bytes that are there before a tensor is read. As in
-the format's own library, the tensors of a file fill its data exactly: no byte belongs to two of them, or to
-none. Knows nothing of models. Format: Hugging Face's safetensors.
+The file is untrusted: its header is checked against the file's length before tensors are read. As in the
+format's own library, the tensors must fill the data section exactly, without overlaps and gaps. Knows nothing
+of models.
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 from .tensor_ranges import TensorRange, check_no_overlap
 
-MOST_HEADER = 1 << 24  # bytes; a model of 126 layers has about 150 thousand
-MOST_DIMENSIONS = 8
+MAX_HEADER = 1 << 24  # bytes; a model of 126 layers has about 150 thousand
+MAX_DIMENSIONS = 8
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 _SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 
 
 class SafeTensor(NamedTuple):
-    """Where one tensor lies: `offset` from the file's first byte; `dtype` in the format's own words."""
+    """Location of a tensor: `offset` counts from the file's start; `dtype` is named as in the format."""
 
     file: Path
     name: str
@@ -32,25 +32,26 @@ class SafeTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """The tensor's size in bytes."""
         return prod(self.shape) * _SIZES[self.dtype]
 
     def read(self) -> bytes:
-        """The tensor's bytes. ValueError where the file has become shorter."""
+        """The tensor's bytes. Raises ValueError if the file has become shorter."""
         nbytes = self.nbytes
         with self.file.open("rb") as file:
             file.seek(self.offset)
             data = file.read(nbytes)
         if len(data) != nbytes:
-            raise ValueError(f"expected {nbytes} bytes at {self.offset}, found {len(data)}")
+            raise ValueError(
+                f"tensor {self.name}: expected {nbytes} bytes at {self.offset}, found {len(data)}"
+            )
         return data
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:
     """The tensors of a safetensors file by name.
 
-    Raises ValueError saying what was found and what was expected, for anything that is not a whole and
-    consistent file.
+    Raises ValueError with the found and the expected value if the file is not complete and consistent.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -58,14 +59,14 @@ def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
             raise ValueError(f"truncated or corrupted: a header of {length} bytes in a file of {size}")
-        if length > MOST_HEADER:
-            raise ValueError(f"the header claims {length} bytes, expected at most {MOST_HEADER}")
+        if length > MAX_HEADER:
+            raise ValueError(f"the header claims {length} bytes, expected at most {MAX_HEADER}")
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_no_key_twice)
+            header = json.loads(file.read(length), object_pairs_hook=_unique_keys)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"the header is not JSON ({error})") from error
+            raise ValueError(f"the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
-        raise ValueError(f"the header is {type(header).__name__}, expected an object of tensors")
+        raise ValueError(f"the header is a {type(header).__name__}, expected an object of tensors")
     header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
     _check_filled(tensors.values(), 8 + length, size)
@@ -73,37 +74,39 @@ def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:
 
 
 def _check_filled(tensors: Iterable[SafeTensor], begin: int, end: int) -> None:
-    """Refuse bytes of the data, from `begin` to `end`, that belong to two tensors or to none."""
+    """Raise ValueError if a byte from `begin` to `end` belongs to two tensors or to none."""
     position = begin
     for tensor in check_no_overlap(TensorRange(t.offset, t.offset + t.nbytes, t.name) for t in tensors):
         if tensor.begin != position:
             raise ValueError(
-                f"bytes {position} to {tensor.begin}, before tensor {tensor.name}, are no tensor's"
+                f"bytes {position} to {tensor.begin}, before tensor {tensor.name}, belong to no tensor"
             )
         position = tensor.end
     if position != end:
-        raise ValueError(f"the tensors end at byte {position}, the file at {end}")
+        raise ValueError(f"the last tensor ends at byte {position}, expected the end of the file at {end}")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the header has {key!r} twice")
+        raise ValueError(f"the header has the key {key!r} twice")
     return found
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> SafeTensor:
-    """One entry of the header: {"dtype": "F32", "shape": [N, K], "data_offsets": [begin, end]}."""
+    """Check one entry of the header: {"dtype": "F32", "shape": [N, K], "data_offsets": [begin, end]}."""
     what = f"tensor {name}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{what} has no dtype, shape and data_offsets in the header")
+        raise ValueError(f"{what} lacks dtype, shape or data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise ValueError(f"{what} has the unknown type {str(dtype)[:20]!r}; known: {', '.join(_SIZES)}")
-    if not _whole_numbers(shape) or len(shape) > MOST_DIMENSIONS:
         raise ValueError(
-            f"{what} has the shape {str(shape)[:60]}, expected up to {MOST_DIMENSIONS} whole numbers"
+            f"{what} has type {str(dtype)[:20]!r}, which is not supported; supported: {', '.join(_SIZES)}"
+        )
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(
+            f"{what} has the shape {str(shape)[:60]}, expected up to {MAX_DIMENSIONS} whole numbers"
         )
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise ValueError(f"{what} has the data_offsets {str(offsets)[:60]}, expected two whole numbers")

@@ -1,7 +1,7 @@
-"""What one rendering of a chat template may spend: steps, and the size of what it makes.
+"""Limits the work and the output size of one rendering of a chat template.
 
-A step is about half a microsecond of work. Whatever takes time or memory pays here before it runs, because
-one operation of Python on a long text cannot be interrupted. Knows nothing of jinja2's syntax.
+A step is about half a microsecond of work. Every operation is charged before it runs, because a single Python
+operation on a long string cannot be interrupted. Knows nothing of jinja2's syntax.
 """
 
 import re
@@ -10,158 +10,158 @@ from typing import Any
 
 from jinja2.utils import Namespace
 
-MOST_STEPS = 2_000_000  # of a rendering; 1,000 long messages take about 100 thousand
-ITEM = 64  # characters that an item of a list counts for
-MOST_SIZE = 10_000_000  # characters of a text, or of all that is in a list
-MOST_WRITTEN = 5 * MOST_SIZE  # characters of all outputs together, those of macros and blocks included
-MOST_BITS = 4096  # of a number
-MOST_DEPTH = 100  # lists within lists: Python hashes and compares them recursively
-_CHARS = 64  # characters that a step copies, compares or searches
-_SHORT = 30_000  # in a shorter text Python may search for each character again
+MAX_STEPS = 2_000_000  # per rendering; 1,000 long messages take about 100 thousand
+ITEM_CHARS = 64  # a list's item counts as this many characters
+MAX_SIZE = 10_000_000  # characters of a string, or of a list with all that it contains
+MAX_WRITTEN = 5 * MAX_SIZE  # characters of all outputs together, those of macros and blocks included
+MAX_BITS = 4096  # of an integer
+MAX_DEPTH = 100  # nesting of lists: Python hashes and compares them recursively
+_CHARS_PER_STEP = 64  # that are copied, compared or searched
+_SHORT = 30_000  # in shorter strings Python's search may compare the pattern at every position
 _VIEWS = (KeysView, ValuesView, ItemsView)
 _NUMBER = re.compile(r"\d+")
-_NESTED_FIELD = re.compile(r"\{[^{}]*\{(?!\{)")  # whose digits others can lengthen: "{0:{1}{1}{1}}"
+_NESTED_FIELD = re.compile(r"\{[^{}]*\{(?!\{)")  # as in "{0:{1}{1}{1}}": arguments can lengthen its digits
 
 
 class TemplateLimitError(Exception):
-    """A template does more than a rendering may; the message says what."""
+    """A template exceeds a limit of rendering; the message names it."""
 
 
 class Budget:
-    """What one rendering has spent, and how large the containers are that it has seen."""
+    """Steps and output of one rendering so far, and the sizes of the containers that it has used."""
 
-    def __init__(self, most_steps: int = MOST_STEPS) -> None:
-        self._most_steps = most_steps
+    def __init__(self, max_steps: int = MAX_STEPS) -> None:
+        self._max_steps = max_steps
         self._steps = 0
         self._written = 0
         self._depth = 0
-        self._measured: dict[int, tuple[object, int, int]] = {}  # holds the objects, so that ids stay unique
+        self._measured: dict[int, tuple[object, int, int]] = {}  # keeps the objects, so ids stay unique
 
     def spend(self, steps: int = 1) -> None:
-        """Count steps; refuse when there have been too many."""
+        """Count steps. Raises `TemplateLimitError` above the limit, as all methods do."""
         self._steps += steps
-        if self._steps > self._most_steps:
-            raise TemplateLimitError(f"it takes more than {self._most_steps} steps")
+        if self._steps > self._max_steps:
+            raise TemplateLimitError(f"it takes more than {self._max_steps} steps")
 
     def write(self, num_chars: int) -> None:
-        """Count characters of output; refuse when there have been too many."""
+        """Count characters of output."""
         self._written += num_chars
-        if self._written > MOST_WRITTEN:
-            raise TemplateLimitError(f"it writes more than {MOST_WRITTEN} characters")
+        if self._written > MAX_WRITTEN:
+            raise TemplateLimitError(f"it writes more than {MAX_WRITTEN} characters")
 
-    def bounded(self, value: Any) -> Any:
-        """`value`, paid for by its size, unless it is too large."""
+    def charge(self, value: Any) -> Any:
+        """Spend the steps for making `value`; return it."""
         if isinstance(value, int):
-            expect_bits(value.bit_length())
-        self.spend(1 + self.size_of(value) // _CHARS)
+            check_bits(value.bit_length())
+        self.spend(1 + self.size_of(value) // _CHARS_PER_STEP)
         return value
 
-    def searched(self, value: Any) -> Any:
-        """`value`, paid for as something that is compared or searched."""
+    def charge_search(self, value: Any) -> Any:
+        """Spend the steps for comparing or searching `value`; return it."""
         size = self.size_of(value)
-        self.spend(1 + size // (8 if size < _SHORT else _CHARS))
+        self.spend(1 + size // (8 if size < _SHORT else _CHARS_PER_STEP))
         return value
 
     def size_of(self, value: Any) -> int:
-        """Characters and items in a value, written out in full; refused where there are too many."""
+        """The size of `value` in characters, with all that it contains; checked against the limit."""
         if isinstance(value, (str, bytes)):
             size = len(value)
         elif isinstance(value, (list, tuple, dict, set, frozenset, Namespace, *_VIEWS)):
             size, _ = self._measure(value)
         elif isinstance(value, range):
-            size = ITEM * len(value)
+            size = ITEM_CHARS * len(value)
         else:
             size = 1 + value.bit_length() // 3 if isinstance(value, int) else 1
-        expect(size)
+        check_size(size)
         return size
 
     def _measure(self, value: Any) -> tuple[int, int]:
-        """Size and depth of a container. Those that can change, or are made anew each time, are not kept."""
+        """Size and depth of a container. Cached unless it is mutable, a view, or contains such a value."""
         known = self._measured.get(id(value))
         if known is not None:
             return known[1], known[2]
         parts = _parts(value)
         self.spend(1 + 4 * len(parts))
-        expect(ITEM * len(parts))
+        check_size(ITEM_CHARS * len(parts))
         self._depth += 1
-        if self._depth > MOST_DEPTH:
-            raise TemplateLimitError(f"it puts more than {MOST_DEPTH} lists into each other")
-        size, depth, changes = 1 + ITEM * len(parts), 1, isinstance(value, (Namespace, *_VIEWS))
+        if self._depth > MAX_DEPTH:
+            raise TemplateLimitError(f"it nests lists more than {MAX_DEPTH} levels deep")
+        size, depth, changes = 1 + ITEM_CHARS * len(parts), 1, isinstance(value, (Namespace, *_VIEWS))
         for part in parts:
             size += self.size_of(part)
-            expect(size)
+            check_size(size)
             if _is_container(part):
                 inside = self._measured.get(id(part))
                 changes = changes or inside is None
                 depth = max(depth, 1 + (inside[2] if inside else 1))
         self._depth -= 1
-        if depth > MOST_DEPTH:
-            raise TemplateLimitError(f"it puts more than {MOST_DEPTH} lists into each other")
+        if depth > MAX_DEPTH:
+            raise TemplateLimitError(f"it nests lists more than {MAX_DEPTH} levels deep")
         if not changes:
             self._measured[id(value)] = (value, size, depth)
         return size, depth
 
 
-def expect(size: int) -> None:
-    """Refuse before something of about that size is made."""
-    if size > MOST_SIZE:
-        raise TemplateLimitError(f"it makes something of more than {MOST_SIZE} characters")
+def check_size(size: int) -> None:
+    """Raise `TemplateLimitError` before a value of about this size is made. So do the other checks."""
+    if size > MAX_SIZE:
+        raise TemplateLimitError(f"it makes a value of more than {MAX_SIZE} characters")
 
 
-def expect_bits(bits: int) -> None:
-    """Refuse a number of so many bits if that is too many."""
-    if bits > MOST_BITS:
-        raise TemplateLimitError(f"it computes a number of more than {MOST_BITS} bits")
+def check_bits(bits: int) -> None:
+    """Check the size of an integer."""
+    if bits > MAX_BITS:
+        raise TemplateLimitError(f"it computes a number of more than {MAX_BITS} bits")
 
 
-def expect_power(base: Any, exponent: Any) -> None:
-    """Refuse `base ** exponent` where it would be too large a number."""
+def check_power(base: Any, exponent: Any) -> None:
+    """Check the size of `base ** exponent`."""
     if isinstance(base, int) and isinstance(exponent, int):
-        expect_bits(abs(exponent) * max(1, abs(base)).bit_length())
+        check_bits(abs(exponent) * max(1, abs(base)).bit_length())
 
 
-def expect_product(budget: Budget, arguments: Iterable[Any]) -> None:
-    """Refuse a call whose result may be as large as its arguments' sizes, or numbers, multiplied."""
+def check_product(budget: Budget, arguments: Iterable[Any]) -> None:
+    """Check a call whose result may be as large as the product of its arguments' sizes or numbers."""
     product = 1
     for argument in arguments:
         product *= max(1, _number(argument) or budget.size_of(argument))
-        expect(product)
+        check_size(product)
 
 
-def expect_format(budget: Budget, text: str, arguments: Collection[Any]) -> None:
-    """Refuse a format whose fields could be too wide: each as wide as the widest that anything here says.
+def check_format(budget: Budget, text: str, arguments: Collection[Any]) -> None:
+    """Check a format call, as if every field had the largest width that its arguments could give.
 
-    A width can stand in the format, in a number, or in a text that is a part of the format.
+    A width may be in the format string, in a number, or in a string that is itself a part of the format.
     """
     widest = max(map(budget.size_of, arguments), default=1)
     for source in (text, *arguments):
         widest = max(widest, _widest(source))
     fields = text.count("%") + text.count("{")
-    expect(len(text) + fields * (widest + 1))
+    check_size(len(text) + fields * (widest + 1))
     if _NESTED_FIELD.search(text):
-        raise TemplateLimitError("it takes a part of a format from an argument")
+        raise TemplateLimitError("it takes part of a format specification from an argument")
 
 
-def expect_items(text: Any) -> Any:
-    """Refuse to make a list of a text's characters where it would be too long; return the text."""
+def check_items(text: Any) -> Any:
+    """Check a string before a list of its characters is made; return it."""
     if isinstance(text, (str, bytes)):
-        expect(ITEM * len(text))
+        check_size(ITEM_CHARS * len(text))
     return text
 
 
 def _widest(source: Any) -> int:
-    """The largest number that a value is, or that a text spells."""
+    """The largest number that `source` is or, for a string, contains."""
     if not isinstance(source, str):
         return _number(source)
-    digits = _NUMBER.findall(source[:MOST_BITS]) if len(source) <= MOST_BITS else [str(MOST_SIZE)]
-    return max((int(one[:9]) * (1 if len(one) <= 9 else MOST_SIZE) for one in digits), default=0)
+    digits = _NUMBER.findall(source[:MAX_BITS]) if len(source) <= MAX_BITS else [str(MAX_SIZE)]
+    return max((int(one[:9]) * (1 if len(one) <= 9 else MAX_SIZE) for one in digits), default=0)
 
 
 def _number(value: Any) -> int:
-    """The size of a number; 0 of what is none."""
+    """The absolute value of a number, up to just above `MAX_SIZE`; 0 for other values."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0
-    return abs(int(value)) if abs(value) <= MOST_SIZE else MOST_SIZE + 1
+    return abs(int(value)) if abs(value) <= MAX_SIZE else MAX_SIZE + 1
 
 
 def _is_container(value: Any) -> bool:
@@ -169,8 +169,8 @@ def _is_container(value: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What is in a container: keys and values of a mapping, attributes of a namespace."""
+    """The contents of a container: a mapping's keys and values, a namespace's attributes."""
     if isinstance(value, Namespace):
         value = object.__getattribute__(value, "_Namespace__attrs")
-    expect(ITEM * len(value))
+    check_size(ITEM_CHARS * len(value))
     return [*value, *value.values()] if isinstance(value, dict) else list(value)

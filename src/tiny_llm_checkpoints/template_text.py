@@ -1,42 +1,42 @@
-"""Text of a message in disguise: other characters in the place of those that could spell a control token.
+"""Disguises message text in a prompt: replaces the characters that could spell a control token.
 
-A chat template puts messages and its own control tokens into one text. To tell afterwards which control
-tokens are the template's, the messages go in disguised: what stands undisguised in the result is the
-template's. One character stands for one, so lengths and positions are those of the text itself, and a
-template that compares, splits or strips a text gets what it would get of the text itself. Knows nothing of
+A chat template joins messages and its own control tokens into one text. To find out afterwards which control
+tokens the template wrote, the messages are disguised before rendering: undisguised control tokens in the
+result are the template's. Each character is replaced by one character, so lengths and positions stay the
+same, and string operations of the template give the same results as on the original text. Knows nothing of
 jinja2 or of tokenizers.
 """
 
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from .template_budget import ITEM, MOST_SIZE, expect
+from .template_budget import ITEM_CHARS, MAX_SIZE, check_size
 
-_STAND_INS = [*range(0xE000, 0xF900), *range(0xF0000, 0x110000)]  # characters for private use
-MOST_PARTS = MOST_SIZE // ITEM
+_STAND_INS = [*range(0xE000, 0xF900), *range(0xF0000, 0x110000)]  # Unicode's private-use characters
+MAX_PARTS = MAX_SIZE // ITEM_CHARS
 
 
 class Disguise:
-    """How texts are disguised, and how they are shown again."""
+    """A reversible replacement of characters in texts."""
 
     def __init__(self, control_tokens: Collection[str], texts: Iterable[str]) -> None:
-        """texts: all that will be rendered; none of their characters is used to stand for another.
+        """texts: everything that will be rendered; characters that occur there are not used as stand-ins.
 
-        A text can only take part in a control token with the token's first or last character, unless it is
-        shorter than that: then all characters of the token count.
+        A text longer than every control token can be part of one only with the token's first or last
+        character, so only these are replaced. In shorter texts all characters of the tokens are replaced.
         """
         present = "".join(texts)
         free = (chr(code) for code in _STAND_INS if chr(code) not in present)
         ends = {token[place] for token in control_tokens for place in (0, -1)}
         others = sorted(set("".join(control_tokens)) - ends)
         self._stand_ins = {char: next(free) for char in [*sorted(ends), *others]}
-        self.mark = next(free)  # a character that is in no text
+        self.mark = next(free)  # a character that occurs in no text
         self._ends = sorted(ends)
         self._longest = max(map(len, control_tokens), default=0)
         self._used: set[str] = set()
 
     def hide(self, text: str) -> str:
-        """The text in disguise."""
+        """Disguise a text."""
         chars = self._ends if len(text) > self._longest else self._stand_ins
         for char in chars:
             if char in text:
@@ -45,13 +45,13 @@ class Disguise:
         return text
 
     def show(self, text: str) -> str:
-        """The text without its disguise."""
+        """Remove the disguise from a text."""
         for char in self._used:
             text = text.replace(self._stand_ins[char], char)
         return text
 
     def hide_all(self, value: Any) -> Any:
-        """Plain JSON with every text in it disguised. Keys that are names stay: templates ask for them."""
+        """Disguise every string in plain JSON; keys that are identifiers stay, as templates look them up."""
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, (list, tuple)):
@@ -64,9 +64,9 @@ class Disguise:
         return self.hide(key) if isinstance(key, str) and not key.isidentifier() else key
 
     def call(self, text: str, method: str, arguments: list[Any]) -> Any:
-        """What a method of `text` gives, as of the shown text; NotImplemented where disguise does not matter.
+        """Call a method of `text` as if it had no disguise. NotImplemented if the disguise does not matter.
 
-        A result that is a part of the text is disguised as the text is.
+        If the result is a part of the text, it stays disguised.
         """
         shown = self.show(text)
         given = [self.show(one) if isinstance(one, str) else one for one in arguments]
@@ -88,7 +88,7 @@ _SPLITS = {"split", "rsplit", "splitlines", "partition", "rpartition"}
 
 
 def _stripped(text: str, shown: str, method: str, given: list[Any]) -> str:
-    """A part of `text`, of which characters at the ends are left out."""
+    """The part of `text` that the strip method leaves."""
     rest = getattr(shown, method)(*given)
     before = {"strip": "lstrip"}.get(method, method)
     start = 0 if method in ("rstrip", "removesuffix") else len(shown) - len(getattr(shown, before)(*given))
@@ -96,22 +96,23 @@ def _stripped(text: str, shown: str, method: str, given: list[Any]) -> str:
 
 
 def _split(text: str, shown: str, method: str, given: list[Any]) -> Any:
-    """Parts of `text`, cut where the shown text is cut."""
+    """The parts of `text`, split at the positions where the shown text is split."""
     parts = getattr(shown, method)(*given)
-    places = _lines(shown) if method == "splitlines" else _places(shown, parts, method, given)
+    places = _line_starts(shown) if method == "splitlines" else _part_starts(shown, parts, method, given)
     cut = [text[start : start + len(part)] for start, part in zip(places, parts, strict=False)]
     return tuple(cut) if isinstance(parts, tuple) else cut
 
 
-def _lines(shown: str) -> Iterator[int]:
+def _line_starts(shown: str) -> Iterator[int]:
+    """The position of each line."""
     start = 0
     for line in shown.splitlines(keepends=True):
         yield start
         start += len(line)
 
 
-def _places(shown: str, parts: Iterable[str], method: str, given: list[Any]) -> Iterator[int]:
-    """Where parts begin: behind each other, with a separator between those of `split`."""
+def _part_starts(shown: str, parts: Iterable[str], method: str, given: list[Any]) -> Iterator[int]:
+    """The position of each part. Parts are adjacent, except for the separator of `split`."""
     separator = given[0] if given and isinstance(given[0], str) and "split" in method else ""
     is_words = "split" in method and not separator
     start = 0
@@ -121,11 +122,11 @@ def _places(shown: str, parts: Iterable[str], method: str, given: list[Any]) -> 
         start += len(part) + len(separator)
 
 
-def expect_parts(text: str, method: str, given: list[Any]) -> None:
-    """Refuse to split a text into too many parts."""
+def check_parts(text: str, method: str, given: list[Any]) -> None:
+    """Raise `TemplateLimitError` before a text is split into too many parts."""
     if method == "splitlines":
-        expect(ITEM * sum(map(text.count, "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")))
+        check_size(ITEM_CHARS * sum(map(text.count, "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")))
     elif given and isinstance(given[0], str) and given[0]:
-        expect(ITEM * text.count(given[0]))
-    elif len(text) > MOST_PARTS:
-        expect(ITEM * len(text.split(None, MOST_PARTS)))
+        check_size(ITEM_CHARS * text.count(given[0]))
+    elif len(text) > MAX_PARTS:
+        check_size(ITEM_CHARS * len(text.split(None, MAX_PARTS)))

@@ -1,15 +1,15 @@
-"""A token id, or several, in a JSON configuration."""
+"""Reads fields of a JSON configuration that are one token id or several."""
 
 from collections.abc import Mapping
 from typing import Any
 
-MOST_IDS = 1 << 16  # of one field; real files have up to a dozen
+MAX_IDS = 1 << 16  # of one field; real files have up to a dozen
 
 
 def token_ids(settings: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """A field that is a token id, a list of them, or absent. ValueError for anything else."""
+    """A field that is a token id, a list of ids, or missing: (). Raises ValueError for anything else."""
     value = settings.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if len(ids) > MOST_IDS or not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
+    if len(ids) > MAX_IDS or not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
         raise ValueError(f"{name} is {str(value)[:60]!r}, expected a token id or a list of them")
     return tuple(ids)

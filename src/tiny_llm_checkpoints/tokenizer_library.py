@@ -1,8 +1,8 @@
-"""The border to the `tokenizers` library: every call into it goes through here.
+"""The boundary to the `tokenizers` library: every call to it goes through this module.
 
-The library is written in Rust. It panics where others raise, and a panic is a BaseException that would end
-any thread; here it becomes a `TokenizerError`. It also holds the GIL in most calls; those that may be long
-are made in a form that releases it, so that other threads go on.
+The library is written in Rust and may panic. A panic is a BaseException, which would end a thread; here it
+becomes a `TokenizerError`. Most of the library's calls hold the GIL; calls that may take long use a form that
+releases it, so that other threads keep running.
 """
 
 import os
@@ -13,18 +13,18 @@ import tokenizers
 
 from .errors import TinyLLMError
 
-# A text is one task, and other threads are busy with the model. Besides, the library's threads do not survive
-# a fork, and it prints a warning about that.
+# One text is one task, and the model's threads need the cores. The library's threads also do not survive a
+# fork, and it prints a warning about that.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class TokenizerError(TinyLLMError, ValueError):
-    """The `tokenizers` library fails on a file, a text or token ids; the message has its reason."""
+    """The `tokenizers` library failed on a file, a text or token ids; the message quotes its reason."""
 
 
 @contextmanager
 def guarded(problem: str) -> Iterator[None]:
-    """Turn what the library raises in this block into a `TokenizerError`: the problem, and its reason.
+    """Turn the library's errors in this block into a `TokenizerError` of the form "problem: reason".
 
     A ValueError stays as it is.
     """
@@ -33,7 +33,7 @@ def guarded(problem: str) -> Iterator[None]:
     except ValueError:
         raise
     except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # of a module that cannot be imported
+        is_panic = type(error).__name__ == "PanicException"  # its class cannot be imported
         if not is_panic and not isinstance(error, Exception):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -41,7 +41,7 @@ def guarded(problem: str) -> Iterator[None]:
 
 
 def load(source: str) -> tokenizers.Tokenizer:
-    """The tokenizer that a tokenizer.json describes. Raises `TokenizerError`."""
+    """Build the tokenizer from the text of a tokenizer.json. Raises `TokenizerError`."""
     with guarded("not a tokenizer"):
         return tokenizers.Tokenizer.from_str(source)
 
@@ -50,12 +50,12 @@ def encode(
     tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False
 ) -> list[list[int]]:
     """Token ids of each text. Raises `TokenizerError`."""
-    with guarded("the tokenizer fails on this text"):
+    with guarded("the tokenizer failed on this text"):
         found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [one.ids for one in found]
 
 
 def decode(tokenizer: tokenizers.Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text of token ids. Raises `TokenizerError`."""
-    with guarded("the tokenizer fails on these token ids"):
+    """The text of `ids`. Raises `TokenizerError`."""
+    with guarded("the tokenizer failed on these token ids"):
         return tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]

@@ -1,8 +1,9 @@
-"""Which safetensors files of a folder are its checkpoint; others that lie beside them are left alone.
+"""Selects the safetensors files of a folder that make up its checkpoint, and ignores others.
 
-Repositories also hold the original release (`consolidated.safetensors`), adapters, and weights in other
-formats. The rule, in this order: the files that `model.safetensors.index.json` names; `model.safetensors`;
-all parts `model-00001-of-00003.safetensors`; all other .safetensors files but consolidated ones and adapters.
+Repositories may also contain the original release (`consolidated.safetensors`), adapters, and weights in
+other formats. The first of these that exists is the checkpoint: the files that `model.safetensors.index.json`
+names; `model.safetensors`; all parts `model-00001-of-00003.safetensors`; all .safetensors files except
+consolidated ones and adapters.
 """
 
 import re
@@ -22,10 +23,10 @@ _PART = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's files in a folder. `ModelFileError` naming a file that is missing."""
+    """The checkpoint's files in a folder. Raises a `ModelFileError` that names a missing file."""
     index = folder / INDEX
     if index.exists():
-        return [folder / name for name in indexed_names(index, are_here=True)]
+        return [folder / name for name in indexed_names(index, must_exist=True)]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     found = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
@@ -34,23 +35,25 @@ def weight_files(folder: Path) -> list[Path]:
         _check_parts(folder, names)
         return [folder / name for name in names]
     if found:
-        raise ModelFileError(f"{folder}: no checkpoint, only {found[0]}; expected {SINGLE} or {INDEX}")
-    raise ModelFileError(f"{folder}: no .safetensors file, the only format of weights that is supported")
+        raise ModelFileError(f"{folder}: {found[0]} is not a checkpoint; expected {SINGLE} or {INDEX}")
+    raise ModelFileError(
+        f"{folder}: no .safetensors file, expected {SINGLE}, the only supported weight format"
+    )
 
 
-def indexed_names(index: Path, *, are_here: bool) -> list[str]:
-    """The file names in an index. are_here: refuse one that is not a file beside the index."""
+def indexed_names(index: Path, *, must_exist: bool) -> list[str]:
+    """The file names in an index. must_exist: raise `ModelFileError` for a name that is not a file."""
     weight_map = read_json(index).get("weight_map")
     with reading(index):
         names = _names_of(weight_map)
-        missing = [name for name in names if are_here and not (index.parent / name).is_file()]
+        missing = [name for name in names if must_exist and not (index.parent / name).is_file()]
         if missing:
-            raise ValueError(f"{missing[0]!r} is not a file in this folder")
+            raise ValueError(f"weight_map names {missing[0]!r}, which is not a file in this folder")
     return names
 
 
 def checkpoint_names(names: Iterable[str]) -> list[str]:
-    """Those that are the checkpoint where there is no index, in order."""
+    """The names that belong to the checkpoint if there is no index, in order."""
     own = [name for name in sorted(names) if not any(fnmatchcase(name, p) for p in NOT_CHECKPOINTS)]
     if SINGLE in own:
         return [SINGLE]
@@ -62,16 +65,20 @@ def _names_of(weight_map: Any) -> list[str]:
         raise ValueError("weight_map is missing, expected an object of file names")
     for name in weight_map.values():
         if not isinstance(name, str) or not name.isprintable() or Path(name).name != name:
-            raise ValueError(f"{str(name)[:200]!r} is not a file in this folder")
+            raise ValueError(
+                f"weight_map has {str(name)[:200]!r}, expected the name of a file in this folder"
+            )
     return sorted(set(weight_map.values()))
 
 
 def _check_parts(folder: Path, names: list[str]) -> None:
-    """Refuse parts without an index of which one is missing."""
+    """Raise `ModelFileError` if a part is missing; only needed without an index."""
     match = _PART.fullmatch(names[0])
     if match is None:
         return
     count, there = int(match[2]), set(names)
     for number in range(1, count + 1):
         if (name := f"model-{number:05}-of-{count:05}.safetensors") not in there:
-            raise ModelFileError(f"{folder / name}: no such file: part {number} of {count} is missing")
+            raise ModelFileError(
+                f"{folder / name}: part {number} of {count} is missing, expected in the same folder"
+            )

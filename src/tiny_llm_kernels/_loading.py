@@ -1,6 +1,6 @@
-"""Loads the extension in C++, or says why it cannot be used. Its signatures are those of the package.
+"""Loads the C++ extension, or records why it cannot be used.
 
-`native` is the extension. It has no types: the functions of the package, which call it, have them.
+`native` is the extension. It is untyped; the functions of the package that call it have the annotations.
 """
 
 import importlib.metadata
@@ -16,17 +16,17 @@ from typing import Any
 import mlx.core as mx
 
 INSTRUCTION_SETS = ("auto", "off", "portable", "avx2", "avx512")
-MOST_THREADS = 1024
-MOST_DIGITS = 9  # of a number of threads that is written out
+MAX_THREADS = 1024
+MAX_DIGITS = 9  # in a number of threads
 EXTENSION = "tiny_llm_kernels._kernels"
 
 
 class UnavailableError(Exception):
-    """Why the extension cannot be used, in one line."""
+    """The extension cannot be used; the message is the reason, in one line."""
 
 
 class Unavailable:
-    """Stands in for the extension: any use raises RuntimeError and says why it is not there."""
+    """Replaces the extension if it is unavailable: any use raises RuntimeError with the reason."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -36,10 +36,10 @@ class Unavailable:
 
 
 def load(wanted: str, threads: str | None) -> ModuleType:
-    """The extension, set up as TINY_LLM_KERNELS and TINY_LLM_NUM_THREADS say.
+    """Load the extension and apply TINY_LLM_KERNELS and TINY_LLM_NUM_THREADS.
 
-    Raises `UnavailableError` where there is none, ValueError for a wrong setting, and ImportError for an
-    extension that was built for another MLX.
+    Raises `UnavailableError` if it is off or not built, ValueError for an invalid setting, and ImportError
+    for an extension that was built for another MLX version.
     """
     if wanted not in INSTRUCTION_SETS:
         raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable, avx2 or avx512, got {wanted!r}")
@@ -54,8 +54,8 @@ def load(wanted: str, threads: str | None) -> ModuleType:
 
 
 def _spec() -> ModuleSpec:
-    """Where the extension is: in the overlay, or else in the package; not there for another MLX."""
-    spec = _learners_own() or importlib.util.find_spec(EXTENSION)
+    """Find the extension, in the overlay first, then in the package; check its MLX version."""
+    spec = _overlay_spec() or importlib.util.find_spec(EXTENSION)
     if spec is None or spec.origin is None:
         raise UnavailableError("not built (no C++ compiler when tiny-llm was installed, or not Linux)")
     built, installed = _built_for(Path(spec.origin)), importlib.metadata.version("mlx")
@@ -67,24 +67,24 @@ def _spec() -> ModuleSpec:
     return spec
 
 
-def _learners_own() -> ModuleSpec | None:
-    """A library in the overlay (tiny_llm's folder, or TINY_LLM_OVERLAY) stands in for the package's own."""
+def _overlay_spec() -> ModuleSpec | None:
+    """A learner's library in the overlay (tiny_llm's folder, or TINY_LLM_OVERLAY); it takes precedence."""
     overlay = Path(os.environ.get("TINY_LLM_OVERLAY") or Path(__file__).parents[1] / "tiny_llm")
     file = overlay / f"_kernels{EXTENSION_SUFFIXES[0]}"
     return importlib.util.spec_from_file_location(EXTENSION, file) if file.exists() else None
 
 
 def _built_for(extension: Path) -> str | None:
-    """The MLX version stamped into the extension's bytes, read without loading it."""
+    """The MLX version that is stamped into the extension file; found without loading it."""
     stamp = re.search(rb"tiny_llm_kernels built for mlx=([^;\0]+);", extension.read_bytes())
     return stamp and stamp.group(1).decode()
 
 
 def _loaded(spec: ModuleSpec) -> ModuleType:
-    """The module of the extension, once a kernel has shown that MLX and it mean the same by an array."""
+    """Load the extension and run a kernel, which fails if it and MLX disagree about the array type."""
     try:
         module = importlib.util.module_from_spec(spec)
-        assert spec.loader is not None  # it has an origin
+        assert spec.loader is not None  # because it has an origin
         spec.loader.exec_module(module)
         module.swiglu(mx.array(0.0)[None], mx.array(0.0)[None])
     except (ImportError, TypeError) as error:
@@ -93,10 +93,11 @@ def _loaded(spec: ModuleSpec) -> ModuleType:
 
 
 def _number_of_threads(text: str) -> int:
-    is_number = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
-    if not is_number or not 1 <= int(text) <= MOST_THREADS:
+    """Parse TINY_LLM_NUM_THREADS. Raises ValueError unless it is from 1 to `MAX_THREADS`."""
+    is_number = text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
+    if not is_number or not 1 <= int(text) <= MAX_THREADS:
         raise ValueError(
-            f"TINY_LLM_NUM_THREADS must be a whole number from 1 to {MOST_THREADS}, got {reprlib.repr(text)}"
+            f"TINY_LLM_NUM_THREADS must be a whole number from 1 to {MAX_THREADS}, got {reprlib.repr(text)}"
         )
     return int(text)
 

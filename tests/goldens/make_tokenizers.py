@@ -1,9 +1,8 @@
-"""The goldens of tokenizer.json: small tokenizers as transformers saves them, and the ids that it finds.
+"""The goldens of tokenizer.json: small tokenizers as saved by transformers, and its token ids.
 
-Called by make.py inside its environment. Each family's tokenizer is built by transformers' own class or
-converter where it has one, on a vocabulary of a few hundred tokens trained on the awkward strings themselves,
-and saved to tokenizers/NAME/ with what transformers puts beside it. The ids go to
-tokenizers/NAME/expected.json.
+Called by make.py in its environment. Each family's tokenizer is built by transformers' own class or converter
+if there is one, with a vocabulary of a few hundred tokens trained on the edge-case strings, and saved to
+tokenizers/NAME/ with transformers' other files. The ids go to tokenizers/NAME/expected.json.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 def make(write: Any) -> None:
-    """Build, save and ask every family's tokenizer; `write(name, payload)` stores its answers."""
+    """Build and save each tokenizer, and encode all strings; `write(name, payload)` stores the ids."""
     from inputs import STRINGS
     from transformers import AutoTokenizer
 
@@ -24,16 +23,16 @@ def make(write: Any) -> None:
         built = build()
         built.chat_template = TEMPLATE
         built.save_pretrained(FOLDER / name)
-        saved = AutoTokenizer.from_pretrained(FOLDER / name)  # as a user's program would read the folder
+        saved = AutoTokenizer.from_pretrained(FOLDER / name)  # read it back as users do
         specials = sorted(saved.all_special_tokens)
-        # The awkward strings hold the embedded model's special tokens; each family gets its own typed too.
+        # The strings contain the embedded model's special tokens; add those of each family.
         texts = [*STRINGS, *(f"a {token}b{token}{token} c" for token in specials)]
         records = [_record(saved, text) for text in texts]
         write(f"tokenizers/{name}/expected.json", {"special_tokens": specials, "strings": records})
 
 
 def _record(tokenizer: Any, text: str) -> dict[str, Any]:
-    """Ids and what they decode to; what does not differ from the text or the ids is left out."""
+    """Ids, and the text that they decode to; values equal to the text or the ids are omitted."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     others = {
         "framed": tokenizer.encode(text),
@@ -52,7 +51,7 @@ def _record(tokenizer: Any, text: str) -> dict[str, Any]:
 
 
 def _byte_level(pre_tokenizer: Any, normalizer: Any = None) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Train byte-level BPE on the awkward strings: the vocabulary, and the merges in rank order."""
+    """Train byte-level BPE on the edge-case strings; return the vocabulary, and the merges in rank order."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     trained = Tokenizer(models.BPE())
@@ -64,7 +63,7 @@ def _byte_level(pre_tokenizer: Any, normalizer: Any = None) -> tuple[dict[str, i
 
 
 def _train(trained: Any, trainer: Any, *, rare: int = 0) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Train on everything in inputs.py, without the characters that occur `rare` times or fewer."""
+    """Train on all strings of inputs.py, without characters that occur `rare` times or less."""
     import json
     from collections import Counter
 
@@ -81,7 +80,7 @@ def _train(trained: Any, trainer: Any, *, rare: int = 0) -> tuple[dict[str, int]
 
 
 def _smollm() -> Any:
-    """GPT-2's byte level behind single digits, as the embedded model's checkpoint has it."""
+    """Byte-level BPE after splitting off single digits, as in the embedded model's checkpoint."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -100,7 +99,7 @@ def _smollm() -> Any:
 
 
 def _llama3() -> Any:
-    """transformers' conversion of a tiktoken vocabulary, and llama 3's frame."""
+    """transformers' conversion of a tiktoken vocabulary, with llama 3's beginning-of-sequence token."""
     from tokenizers import Regex, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -125,14 +124,14 @@ def _llama3() -> Any:
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """The byte behind each letter of the byte-level alphabet."""
+    """The byte of each character of the byte-level alphabet."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def _qwen2() -> Any:
-    """transformers' class for Qwen 2 and 3: NFC, single digits, no frame."""
+    """transformers' class for Qwen 2 and 3: NFC, single digits, no added special tokens."""
     from transformers import Qwen2Tokenizer
 
     empty = Qwen2Tokenizer().backend_tokenizer
@@ -142,10 +141,10 @@ def _qwen2() -> Any:
 
 
 def _llama() -> Any:
-    """SentencePiece's BPE: a space in front, bytes for unknown characters.
+    """SentencePiece's BPE: a space before the text, bytes for unknown characters.
 
-    Written as the published llama 1 and 2 checkpoints are, with normalizers: transformers' own class for them
-    puts no space in front of a text that begins with one, unlike SentencePiece and llama.cpp.
+    Built with normalizers, like the published llama 1 and 2 checkpoints: transformers' own class for them
+    does not put a space before a text that starts with one, unlike SentencePiece and llama.cpp.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -158,7 +157,7 @@ def _llama() -> Any:
     letters = [token for token in learnt if token not in set(merged)]
     control = ["<unk>", "<s>", "</s>"]
     all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    # SentencePiece's order: control, bytes, merged tokens by falling score, single characters.
+    # SentencePiece's order: control tokens, bytes, merged tokens by decreasing score, single characters.
     vocab = {token: index for index, token in enumerate([*control, *all_bytes, *merged, *letters])}
     first = len(control) + len(all_bytes)
     scores = {token: float(first - index) for token, index in vocab.items() if index >= first}

@@ -163,7 +163,7 @@ def test_task_14_more_completions_or_beams_than_max_num_seqs_are_rejected(is_bea
 
 
 def test_task_14_a_request_that_is_wrong_in_two_ways_gets_the_first_error() -> None:
-    """Oracle: the docstring's order: first the checks of `longest`, then the id, then the blocks."""
+    """Oracle: the docstring's order: the checks of `max_sequence_length`, then the id, then the blocks."""
     manager = manager_of(blocks=6)
     manager.add_request([1, 2], "a", limits())
     with pytest.raises(RequestTooLargeError):
@@ -190,7 +190,7 @@ def test_task_14_an_id_in_use_is_rejected(name: str, n: int) -> None:
     assert ids(manager.waiting) == ["a", "b/0", "c/1"]
 
 
-# Task 15: PagedBatchManager.give_memory_back
+# Task 15: PagedBatchManager.shrink_pool
 
 
 class FakePrefixCache(NoPrefixSharing):
@@ -235,7 +235,7 @@ def test_task_15_an_unused_pool_halves_down_to_min_pages() -> None:
     manager, sizes = manager_of(blocks=64, min_pages=4), []
     manager.allocator.resize(20)
     for _ in range(4):
-        manager.give_memory_back()
+        manager.shrink_pool()
         sizes.append(manager.allocator.num_blocks)
     assert sizes == [10, 5, 5, 5]
 
@@ -246,11 +246,11 @@ def test_task_15_a_pool_without_min_pages_never_shrinks() -> None:
     Half may be exactly `min_pages`.
     """
     manager = manager_of(blocks=64)
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.allocator.num_blocks == 64
     manager = manager_of(blocks=64, min_pages=8)
     manager.allocator.resize(16)
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.allocator.num_blocks == 8
 
 
@@ -276,7 +276,7 @@ def test_task_15_idle_blocks_do_not_count_as_used_and_are_evicted_only_if_necess
     manager = PagedBatchManager(64, 4, 4, min_pages=2, policies=WITH_FAKE_CACHE)
     manager.allocator.resize(16)
     kept = keep_last(manager, held, idle)
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.allocator.num_blocks == size, f"{case}: wrong size of the pool"
     assert len(kept.blocks) == held_after, f"{case}: wrong number of held blocks"
     assert len(set(kept.blocks)) == held_after, f"{case}: two held blocks became one"
@@ -296,7 +296,7 @@ def test_task_15_keys_and_values_move_with_the_blocks_that_are_held() -> None:
         k, v = mx.random.normal((2, 8, 2, 8), key=mx.random.key(layer))
         manager.pool.write(layer, mx.array(slots), k, v)
         before += [np.array(k), np.array(v)]
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.pool.num_blocks == manager.allocator.num_blocks == 8
     slots = [block * 4 + offset for block in kept.blocks for offset in range(4)]
     after = [array for layer in range(2) for array in manager.pool.read(layer, mx.array(slots))]

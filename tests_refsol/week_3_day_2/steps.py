@@ -348,7 +348,7 @@ def parts_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that records the name of each part of a step when it is called."""
     called: list[str] = []
     parts = (
-        (PagedBatchManager, "give_memory_back"),
+        (PagedBatchManager, "shrink_pool"),
         (PagedBatchManager, "_schedule"),
         (PagedBatchManager, "run_plan"),
         (PageScheduler, "computed"),
@@ -370,7 +370,7 @@ def test_task_17_each_part_of_a_step_is_called_once(monkeypatch: pytest.MonkeyPa
     manager, called = manager_of(), parts_called(monkeypatch)
     manager.add_request([5, 6, 7], "a", limits())
     manager.process_batch()
-    assert called == ["give_memory_back", "_schedule", "run_plan", "computed", "conclude"]
+    assert called == ["shrink_pool", "_schedule", "run_plan", "computed", "conclude"]
 
 
 def test_task_17_a_step_with_an_empty_plan_runs_and_concludes_nothing(
@@ -380,7 +380,7 @@ def test_task_17_a_step_with_an_empty_plan_runs_and_concludes_nothing(
     manager, called = manager_of(), parts_called(monkeypatch)
     ready = manager.process_batch()
     assert len(ready) == 0
-    assert called == ["give_memory_back", "_schedule"], "the parts that a step calls for an empty plan"
+    assert called == ["shrink_pool", "_schedule"], "the parts that a step calls for an empty plan"
 
 
 def test_task_17_no_sequence_is_ready_without_tokens_to_compute() -> None:

@@ -13,7 +13,7 @@ from tiny_llm.paged_attention import BlockAllocator
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import Span, pack_batch
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sliding_window import NOWHERE, WindowedTable, first_visible, sliding_window_mask
+from tiny_llm.sliding_window import NO_BLOCK, WindowedTable, first_visible, sliding_window_mask
 
 from common.blocks import counts
 from common.examples import quick
@@ -283,7 +283,7 @@ def test_task_5_each_released_block_has_a_placeholder() -> None:
 
     Common mistake: a list without placeholders, which puts position 0 into block 7.
     """
-    assert list(table_of([7, 2], 6, start=8).physical_indices()) == [NOWHERE, NOWHERE, 7, 2]
+    assert list(table_of([7, 2], 6, start=8).physical_indices()) == [NO_BLOCK, NO_BLOCK, 7, 2]
 
 
 def test_task_5_a_table_without_released_blocks_has_no_placeholder() -> None:
@@ -296,7 +296,7 @@ def test_task_5_a_table_without_released_blocks_has_no_placeholder() -> None:
 
 def test_task_5_a_table_without_blocks_has_only_placeholders() -> None:
     """Oracle: by hand."""
-    assert list(table_of([], 0, start=12).physical_indices()) == [NOWHERE] * 3
+    assert list(table_of([], 0, start=12).physical_indices()) == [NO_BLOCK] * 3
     assert list(table_of([], 0).physical_indices()) == []
 
 
@@ -304,6 +304,6 @@ def test_task_5_pack_batch_keeps_the_placeholders() -> None:
     """Oracle: by hand: the last of 14 tokens, and 3 tokens of another table; the shorter row is padded."""
     long, short = table_of([7, 2], 6, start=8), table_of([5], 3)
     batch = pack_batch([Span(long, 13, 14), Span(short, 0, 3)])
-    assert batch.tables.tolist() == [[NOWHERE, NOWHERE, 7, 2], [5, 0, 0, 0]]
+    assert batch.tables.tolist() == [[NO_BLOCK, NO_BLOCK, 7, 2], [5, 0, 0, 0]]
     assert batch.slots.tolist() == [9, 20, 21, 22]
     assert batch.positions.tolist() == [13, 0, 1, 2]

@@ -183,7 +183,7 @@ class SwapScenario:
         most = setup.space.blocks_to_swap_in(one)
         if number % 3 == 0:
             assert len(setup.space.swap_in(one, at_hand)) <= most
-            one.give_up_pages()
+            one.release_pages()
             setup.overwrite_free_blocks()
             self.happened["preempted again"] += 1
             return
@@ -201,7 +201,7 @@ class SwapScenario:
         sequences = [*self.running, *self.waiting]
         if sequences:
             one = sequences[number % len(sequences)]
-            one.give_up_pages()
+            one.release_pages()
             self.setup.overwrite_free_blocks()
             self.setup.space.forget(one)
             (self.running if one in self.running else self.waiting).remove(one)

@@ -154,7 +154,7 @@ def test_task_7_host_blocks_stay_until_forget() -> None:
     for _ in range(2):
         assert len(setup.space.swap_in(sequence)) == 3
         assert counts(setup.space.allocator) == before
-        sequence.give_up_pages()
+        sequence.release_pages()
         setup.overwrite_free_blocks()
         assert setup.space.blocks_to_swap_in(sequence) == 3, "the number of blocks to swap in"
     assert setup.swap_in(sequence) == 3, "the number of blocks copied to the pool"

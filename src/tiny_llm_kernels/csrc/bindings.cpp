@@ -1,4 +1,4 @@
-// The extension module tiny_llm_kernels._kernels: names only, everything is documented in __init__.py.
+// The extension module tiny_llm_kernels._kernels. Only bindings: the documentation is in __init__.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -11,7 +11,8 @@
 #include "ops/transformer_block.h"
 #include "threads.h"
 
-// Read from the file before it is loaded: see __init__.py. An extension belongs to one MLX version.
+// Python searches the file for this stamp before loading it (_loading.py). An extension needs the MLX version
+// that it was built for.
 extern "C" __attribute__((used, visibility("default"))) const char tiny_llm_stamp[] =
     "tiny_llm_kernels built for mlx=" TINY_LLM_MLX_VERSION ";";
 

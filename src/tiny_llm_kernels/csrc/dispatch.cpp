@@ -5,8 +5,8 @@
 
 namespace tiny_llm {
 
-// An instruction set is a namespace: add_kernels(NAME flags) in CMakeLists.txt compiles it, a line here
-// and one in `variants` offer it, the best first.
+// To add an instruction set: compile its namespace with add_kernels(NAME flags) in CMakeLists.txt, declare it
+// here, and list it in `variants`, best first.
 namespace portable { extern const Kernels kernels; }
 #ifdef TINY_LLM_X86
 namespace avx2 { extern const Kernels kernels; }
@@ -75,7 +75,7 @@ void select_instruction_set(const std::string& name) {
   std::string can;
   for (const auto& known : instruction_sets()) can += (can.empty() ? "" : ", ") + known;
   throw std::invalid_argument("instruction set '" + name +
-                              "' cannot be run here; this processor runs: " + can);
+                              "' is not supported here; this processor supports: " + can);
 }
 
 }  // namespace tiny_llm

@@ -1,4 +1,4 @@
-// Which set of kernels runs: chosen once from what the processor can do, never at build time.
+// Selects the set of kernels at run time, from what the processor supports, never at build time.
 #pragma once
 
 #include <string>
@@ -11,11 +11,11 @@ namespace tiny_llm {
 /// The kernels in use.
 const Kernels& kernels();
 
-/// The name of the set in use, and those that this processor can run, best first.
+/// The name of the set in use, and the sets that this processor supports, best first.
 std::string instruction_set();
 std::vector<std::string> instruction_sets();
 
-/// Throws std::invalid_argument for a set that is unknown or that this processor cannot run.
+/// Throws std::invalid_argument for a set that is unknown or not supported by this processor.
 void select_instruction_set(const std::string& name);
 
 }  // namespace tiny_llm

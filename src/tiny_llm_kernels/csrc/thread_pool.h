@@ -1,7 +1,7 @@
-// A small pool for loops whose items do not depend on each other.
+// A small thread pool for loops with independent items.
 //
-// The caller works too. Workers look for the next loop for a bounded time (the next operator usually
-// comes within microseconds), then sleep, so that an idle engine leaves the processors to others.
+// The calling thread works too. Workers spin for a limited time (the next operator usually follows within
+// microseconds), then sleep, so that an idle engine leaves the processors to other programs.
 #pragma once
 
 #include <algorithm>
@@ -26,11 +26,11 @@ class ThreadPool {
  public:
   using Body = std::function<void(int64_t begin, int64_t end)>;
 
-  /// So many threads, the caller included, or as many as the system starts.
+  /// Starts `threads` threads, the caller included, or as many as the system allows.
   explicit ThreadPool(int threads) {
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
-    } catch (const std::system_error&) {  // a limit on processes or on memory: results do not depend on it
+    } catch (const std::system_error&) {  // limit on processes or memory: use fewer, results are the same
     }
   }
 
@@ -42,19 +42,19 @@ class ThreadPool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  /// Calls body(begin, end) on pieces until [0, count) is done: each takes a share of what is left, one part in
-  /// `parts`, and at least `smallest` items, so that pieces are long at first and all end together. The order of
-  /// pieces and who runs them is open: bodies must not care. One loop at a time; a second caller (another MLX
-  /// stream) does its loop alone.
+  /// Calls body(begin, end) on pieces until [0, count) is done. Each piece is 1/`parts` of the remaining items and
+  /// at least `smallest`, so pieces are large at first and all threads finish together. The order of pieces and
+  /// their threads are unspecified. Only one loop runs at a time: a second caller (another MLX stream) runs its
+  /// loop alone.
   void parallel_for(int64_t count, int64_t smallest, int64_t parts, const Body& body) {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock || workers_.empty() || count <= smallest) return body(0, count);
     body_ = &body, count_ = count, smallest_ = smallest, parts_ = parts, next_ = 0;
     announce();  // odd: open
     take_pieces();
-    phase_.fetch_add(1);  // even: closed; who has not come in by now stays out
+    phase_.fetch_add(1);  // even: closed; a worker that is not inside by now stays out
     for (int spins = 1; inside_ != 0; ++spins) {
-      spins % 256 ? relax() : std::this_thread::yield();  // a worker may have lost its processor
+      spins % 256 ? relax() : std::this_thread::yield();  // a worker may have been descheduled
     }
   }
 
@@ -76,8 +76,8 @@ class ThreadPool {
   void work() {
     for (uint32_t seen = 0; !stop_;) {
       seen = wait_for_change(seen);
-      // First "I am inside", then "is it open?": the caller closes first and then looks who is inside,
-      // so it never leaves while a worker still reads the loop.
+      // First increment `inside_`, then check the phase. The caller first closes the phase and then waits for
+      // `inside_`, so it never returns while a worker still reads the loop.
       inside_.fetch_add(1);
       if (phase_ % 2 == 1 && !stop_) take_pieces();
       inside_.fetch_sub(1);
@@ -90,7 +90,7 @@ class ThreadPool {
       for (int i = 0; i < 32; ++i, relax()) {
         if (const uint32_t now = phase_; now != seen) return now;
       }
-      std::this_thread::yield();  // to whoever waits for a processor: MLX's main thread, a server
+      std::this_thread::yield();  // to other threads that need a processor: MLX's main thread, a server
     } while (std::chrono::steady_clock::now() < until);
     phase_.wait(seen);
     return phase_;

@@ -17,14 +17,14 @@ int available_cpus() {
 struct State {
   std::mutex mutex;
   int threads = available_cpus();
-  std::shared_ptr<ThreadPool> pool;  // made at first use; a loop in flight keeps the one it runs on alive
+  std::shared_ptr<ThreadPool> pool;  // created at first use; a running loop keeps its pool alive
 };
 
 // Never destroyed: MLX's own threads may still run a kernel while the process exits.
 State& state() {
   static State* state = [] {
-    // A forked child has the pool's memory but none of its threads: it leaves that pool alone and makes
-    // its own at first use.
+    // A forked child has the pool's memory but none of its threads: it leaks that pool and creates a new one at
+    // first use.
     pthread_atfork([] { tiny_llm::state().mutex.lock(); }, [] { tiny_llm::state().mutex.unlock(); },
                    [] {
                      new std::shared_ptr<ThreadPool>(std::move(tiny_llm::state().pool));

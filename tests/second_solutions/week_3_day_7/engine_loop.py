@@ -1,11 +1,13 @@
-"""The engine's thread, which owns every array: an iteration runs tasks, makes one step, delivers its events.
+"""The engine's thread, which owns every array. An iteration runs tasks, runs one step and delivers events.
 
-A request is what a client submits, with an id. It has `n` completions, each of which is a sequence in the
-core, with a `seq_id` of its own. In a step a sequence gives an output: one token. Here the output becomes an
-event: the text that it adds. A completion ends with a finish_reason, the request's last event has a `usage`.
+A client submits a request, which has an id. A request has `n` completions; each is a sequence in the core,
+with a `seq_id`. In a step, a sequence produces an output: one token. Here the output becomes an event: the
+text that the token adds. A completion's last event has a finish_reason; the request's last event has a
+`usage`.
 
-Listeners are callbacks: `_outbox` keeps the events of each, and `_outbox.deliver()` calls it with their list;
-it returns the listeners that raised. Knows nothing of the callers: tasks come through an inbox.
+Listeners are callbacks. `_outbox` collects the events of each listener, and `_outbox.deliver()` calls each
+listener with the list of its events; it returns the listeners that raised. Other threads send tasks through
+an inbox.
 """
 
 from collections.abc import Sequence as Seq
@@ -13,7 +15,7 @@ from concurrent.futures import Future
 from time import monotonic, perf_counter
 
 from .delivery import Listener
-from .inbox import draining
+from .inbox import draining_error
 from .output_processor import RequestState
 from .token_output import TokenOutput
 
@@ -86,7 +88,7 @@ class EngineLoop:
 
     def drain(self, timeout: float | None, drained: Future[None]) -> None:
         if self.refusal is None:
-            self.refusal = draining
+            self.refusal = draining_error
         self._drained.append(drained)
         if timeout is not None:
             self._deadline = min(self._deadline, monotonic() + timeout)

@@ -1,4 +1,4 @@
-// x = x + y, row by row: a residual, or a bias.
+// x = x + y, row by row; y is a residual or a bias.
 #include "kernels.h"
 #include "vec.h"
 

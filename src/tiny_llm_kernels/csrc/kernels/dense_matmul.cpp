@@ -1,17 +1,17 @@
-// y = x W^T with plain weights, in the type that the checkpoint stores: float32, float16 or bfloat16.
+// y = x W^T with plain weights in their stored type: float32, float16 or bfloat16.
 //
 //     W [N, K]  | row n: w_0 w_1 ... w_{K-1} |        y[m, n] = sum over lanes of  acc[lane]
 //     x [M, K]  | row m: x_0 x_1 ... x_{K-1} |        acc[lane] = sum of x_k w_k for k = lane, lane + 8, ...
 //
 // Every output has one accumulator of eight lanes, filled in the order of k and summed by one tree at the end.
-// How many rows and columns are worked on side by side only decides what shares a load, so an output is the
-// same bits alone and among a thousand rows.
+// The number of rows and columns that are computed together only decides which loads are shared, so an output
+// has the same bits alone and among a thousand rows.
 #include "kernels.h"
 #include "vec.h"
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-/// ROWS x COLS outputs: rows row .. of x with the weight rows column .. .
+/// ROWS x COLS outputs: for the rows of x from `row` on and the weight rows from `column` on.
 template <typename T, int ROWS, int COLS>
 static void outputs(const DenseJob& job, int64_t row, int64_t column) {
   const auto* weight = static_cast<const typename T::Storage*>(job.weight) + column * job.K;
@@ -45,7 +45,7 @@ static void outputs(const DenseJob& job, int64_t row, int64_t column) {
   }
 }
 
-/// Up to four weight rows for the rows first .. last-1 of x, three at a time: they share the loaded weights.
+/// Up to four weight rows for the rows first .. last-1 of x, three rows at a time, which share loaded weights.
 template <typename T, int COLS>
 static void column_block(const DenseJob& job, int64_t first, int64_t last, int64_t column) {
   int64_t row = first;

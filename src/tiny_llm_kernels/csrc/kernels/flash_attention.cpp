@@ -1,4 +1,4 @@
-// Attention over contiguous keys and values, in tiles of 32: the softmax runs online, one query row at a time.
+// Attention over contiguous keys and values, in tiles of 32, with an online softmax for one query row at a time.
 //
 //     largest   the largest score so far
 //     total     sum of e^(score - largest)
@@ -6,22 +6,22 @@
 //
 //     a tile with a larger score first multiplies total and weighted by e^(old largest - new largest)
 //
-// A row visits its keys from the first on, in tiles that begin at multiples of 32, so its bits do not depend on
-// how many other rows there are. The one over pages (paged_attention.cpp) shares each tile among rows.
+// A row visits its keys from the first on, in tiles that start at multiples of 32, so its bits do not depend on
+// the number of other rows. Attention over pages (paged_attention.cpp) shares each tile among rows.
 #include "kernels.h"
 #include "vec.h"
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-constexpr int64_t KEYS = 32;  // in a tile
+constexpr int64_t KEYS = 32;  // per tile
 
-/// The softmax of the keys seen so far, not yet divided.
+/// The softmax over the keys so far, not yet divided by the total.
 struct Running {
   float largest, total;
   float* weighted;  // [D]
 };
 
-/// Calls `work(d, count)` for the D numbers of a head, eight at a time and the rest.
+/// Calls `work(d, count)` for the D numbers of a head: eight at a time, then the rest.
 template <typename Work>
 INLINE void each_vector(int64_t D, Work work) {
   int64_t d = 0;
@@ -38,7 +38,7 @@ INLINE float dot(const float* a, const float* b, int64_t D) {
   return sum(sums);
 }
 
-/// to = from * factor + addend * weight, over D numbers.
+/// to = to * factor + addend * weight, for D numbers.
 INLINE void add_scaled(float* to, float factor, const float* addend, float weight, int64_t D) {
   each_vector(D, [&](int64_t d, int64_t count) {
     const f32x8 kept = load_first(to + d, count) * splat(factor);
@@ -46,7 +46,7 @@ INLINE void add_scaled(float* to, float factor, const float* addend, float weigh
   });
 }
 
-/// Takes in `count` keys and values of one head, at most KEYS of them, `k_token` and `v_token` numbers apart.
+/// Adds `count` <= KEYS keys and values of one head to `run`; consecutive ones are `k_token`, `v_token` apart.
 static void absorb(const FlashJob& job, const float* q, const float* k, const float* v, int64_t count,
                    Running& run) {
   float scores[KEYS], largest = run.largest;
@@ -69,7 +69,7 @@ static void absorb(const FlashJob& job, const float* q, const float* k, const fl
   }
 }
 
-/// Items are rows: query `l` of head `h` of sequence `b`, in the order of `out`, [B, L, H, D].
+/// An item is a row: query `l` of head `h` of sequence `b`, in the order of `out`, [B, L, H, D].
 void flash_attention(const FlashJob& job, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t h = item % job.H, l = item / job.H % job.L, b = item / job.H / job.L;

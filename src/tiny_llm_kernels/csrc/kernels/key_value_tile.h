@@ -1,4 +1,4 @@
-// What a token sees of its sequence, and how that comes out of the pages: 32 positions at a time, as floats.
+// The positions that a token attends to, and how their keys and values are read from pages: in tiles of 32.
 //
 //   pool [num_blocks, Hkv, block_size, D]          table row of one sequence (block_size 4)
 //
@@ -17,7 +17,7 @@ constexpr int TILE = 32;  // positions
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/// Heads are worked on in whole vectors: D rounded up, the numbers behind D being zero.
+/// D rounded up to whole vectors; the numbers after D are zero.
 INLINE int64_t padded(int64_t D) { return rounded_up(D, WIDE); }
 
 /// The positions begin .. end - 1; none if end is not above begin.
@@ -26,10 +26,10 @@ struct Range {
   bool empty() const { return end <= begin; }
 };
 
-INLINE Range both(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
+INLINE Range intersection(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
 
-/// From the first position of either range to the last.
-INLINE Range around(Range a, Range b) {
+/// The smallest range that contains both.
+INLINE Range hull(Range a, Range b) {
   if (a.empty() || b.empty()) return a.empty() ? b : a;
   return {min(a.begin, b.begin), max(a.end, b.end)};
 }
@@ -40,12 +40,12 @@ INLINE Range seen_by(const AttentionJob& job, int64_t token) {
   return {max(end - job.window, 0), end};
 }
 
-/// What the tile that begins at position `first` has of a range, counted from `first` on.
+/// The part of a range in the tile that starts at position `first`, relative to `first`.
 INLINE Range part_in_tile(Range range, int64_t first) {
   return {max(range.begin - first, 0), min(range.end - first, TILE)};
 }
 
-/// Keys and values as floats, for rows that share them.
+/// Keys and values as floats, for several rows that share them.
 struct alignas(64) Tile {
   float keys[TILE * MAX_HEAD_SIZE];    // [32, D padded]
   float values[TILE * MAX_HEAD_SIZE];  // [32, D padded]
@@ -55,27 +55,27 @@ struct alignas(64) Tile {
   INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide(values + i * width + d); }
 };
 
-/// Calls `visit(i, count, place)` for the positions of a tile that lie side by side in one block, from the i-th
-/// on: their numbers begin at `place` of the pools, D for each. -1: the table does not hold them.
+/// Calls `visit(i, count, place)` for each run of a tile's positions that are adjacent in one block, i being the
+/// run's first: the numbers start at index `place` of the pools, D per position; -1 if the block is invalid.
 template <typename Visit>
-INLINE void each_stretch(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
-                         Visit visit) {
+INLINE void each_run(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
+                     Visit visit) {
   const int32_t* table = job.tables + table_row * job.M;
   int64_t column = (first + part.begin) / job.block_size, offset = (first + part.begin) % job.block_size;
   for (int64_t i = part.begin; i < part.end; ++column, offset = 0) {
     const int64_t count = min(job.block_size - offset, part.end - i);
     const int64_t block = column < job.M ? table[column] : -1;
-    const bool held = block >= 0 && block < job.num_blocks;
-    visit(i, count, held ? ((block * job.Hkv + head) * job.block_size + offset) * job.D : -1);
+    const bool valid = block >= 0 && block < job.num_blocks;
+    visit(i, count, valid ? ((block * job.Hkv + head) * job.block_size + offset) * job.D : -1);
     i += count;
   }
 }
 
-/// `count` positions of D stored numbers each, as floats with zeros behind them.
+/// Converts `count` positions of D stored numbers to floats, padded with zeros.
 template <typename T>
 INLINE void widen(const typename T::Storage* from, int64_t count, int64_t D, float* to) {
   const int64_t width = padded(D);
-  if (width == D) {  // whole vectors: one long row
+  if (width == D) {  // no padding: one long row
     for (int64_t d = 0; d < count * D; d += LANES) store(to + d, T::load8(from + d));
     return;
   }
@@ -86,9 +86,9 @@ INLINE void widen(const typename T::Storage* from, int64_t count, int64_t D, flo
   }
 }
 
-/// Loads a part of the tile that begins at position `first`; the rest of its first and its last four is zero.
-/// A position that the table does not hold gives NaN: a wrong table must not read memory that is not the
-/// pool's, nor pass unseen.
+/// Loads a part of the tile that starts at position `first`, padded with zeros to multiples of four positions.
+/// A position without a valid block gives NaN: an invalid table must not read memory outside the pool, and must
+/// not go unnoticed.
 template <typename T>
 static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
                       Tile& tile) {
@@ -102,15 +102,15 @@ static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, 
   };
   fill(part.begin / 4 * 4, part.begin, 0.0f);
   fill(part.end, rounded_up(part.end, 4), 0.0f);
-  each_stretch(job, head, table_row, first, part, [&](int64_t i, int64_t count, int64_t place) {
+  each_run(job, head, table_row, first, part, [&](int64_t i, int64_t count, int64_t place) {
     if (place < 0) return fill(i, i + count, __builtin_nanf(""));
     widen<T>(keys + place, count, job.D, tile.keys + i * width);
     widen<T>(values + place, count, job.D, tile.values + i * width);
   });
 }
 
-/// Keys and values where they lie, for rows that are the only ones to read them: each number is made a float on
-/// its way into the sum. D is whole vectors.
+/// Keys and values in place, for rows that do not share them: numbers are converted to floats while they are
+/// multiplied. Only for D without padding.
 template <typename T>
 struct Pages {
   const typename T::Storage *keys[TILE], *values[TILE];
@@ -125,12 +125,12 @@ struct Pages {
   INLINE_MEMBER f32w key(int64_t i, int64_t d) const { return load_wide_as<T>(keys[i] + d); }
   INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide_as<T>(values[i] + d); }
 
-  /// The same as `load_tile`.
+  /// The counterpart of `load_tile`: sets the pointers instead of loading.
   INLINE_MEMBER void find(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,
                           Range part) {
     for (int64_t i = part.begin / 4 * 4; i < part.begin; ++i) keys[i] = values[i] = zeros;
     for (int64_t i = part.end; i < rounded_up(part.end, 4); ++i) keys[i] = values[i] = zeros;
-    each_stretch(job, head, table_row, first, part, [&](int64_t begin, int64_t count, int64_t place) {
+    each_run(job, head, table_row, first, part, [&](int64_t begin, int64_t count, int64_t place) {
       const auto* key = static_cast<const typename T::Storage*>(job.keys) + place;
       const auto* value = static_cast<const typename T::Storage*>(job.values) + place;
       for (int64_t i = begin; i < begin + count; ++i, key += job.D, value += job.D) {
@@ -140,18 +140,18 @@ struct Pages {
   }
 };
 
-/// The next tile's keys and values, asked for a few at a time while one tile is worked on: pages lie anywhere, so
-/// the processor cannot guess what comes next, and it has only so many requests to memory under way.
-class Ahead {
+/// Prefetches the next tile's keys and values a few at a time while a tile is computed. Pages are scattered, so
+/// the processor cannot predict the next address, and it can have only a limited number of requests in flight.
+class Prefetch {
  public:
-  /// All that `part` has of the tile that begins at position `first`: keys, then values.
+  /// Selects what `part` has of the tile that starts at position `first`: keys, then values.
   template <typename T>
-  INLINE_MEMBER void look(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,
-                          Range part) {
+  INLINE_MEMBER void select(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,
+                            Range part) {
     next_ = count_ = 0, bytes_ = job.D * sizeof(typename T::Storage);
     const void* const pools[] = {job.keys, job.values};
     for (const void* pool : pools) {
-      each_stretch(job, head, table_row, first, part, [&](int64_t, int64_t count, int64_t place) {
+      each_run(job, head, table_row, first, part, [&](int64_t, int64_t count, int64_t place) {
         for (int64_t i = 0; place >= 0 && i < count; ++i) {
           places_[count_++] =
               static_cast<const char*>(pool) + (place + i * job.D) * sizeof(typename T::Storage);
@@ -160,8 +160,8 @@ class Ahead {
     }
   }
 
-  /// Asks for the next `count` of them, up to the second cache: the first one holds what is worked on.
-  INLINE_MEMBER void ask(int count) {
+  /// Prefetches the next `count` into the second-level cache; the first level holds the current tile.
+  INLINE_MEMBER void request(int count) {
     for (; count > 0 && next_ < count_; --count, ++next_) {
       for (int64_t line = 0; line < bytes_; line += 64) __builtin_prefetch(places_[next_] + line, 0, 2);
     }

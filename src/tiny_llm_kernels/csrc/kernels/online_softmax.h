@@ -1,17 +1,17 @@
-// The arithmetic of attention: rows (one head of one token) against one tile of keys and values.
+// The arithmetic of attention: rows (one head of one token) and one tile of keys and values.
 //
 //     m = largest score so far,  l = sum of e^(score - m),  o = sum of e^(score - m) v
 //     a tile with a larger score first multiplies l and o by e^(m_old - m_new)
 //
-// Up to three rows go together, so that a loaded key or value serves all of them; each row's own numbers are
-// added in the same order whoever its neighbours are.
+// Up to three rows are computed together, so that they share each loaded key or value. A row's own numbers are
+// added in the same order whichever rows are computed with it.
 #pragma once
 
 #include "key_value_tile.h"
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-/// What has been seen, in three numbers; o is not yet divided by l.
+/// The softmax over the positions so far; o is not yet divided by l.
 struct Softmax {
   float m, l;
   float* o;  // [D padded]
@@ -27,15 +27,15 @@ struct Row {
     o = output, m = -INF, l = f32x8{};
     for (int64_t d = 0; d < D; d += WIDE) store_wide(o + d, f32w{});
   }
-  INLINE_MEMBER Softmax seen() const { return {m, sum(l), o}; }
+  INLINE_MEMBER Softmax softmax() const { return {m, sum(l), o}; }
 };
 
-/// scores[r][i] = scale * (q_r . k_i) where position i of the tile is seen, -inf for the others.
+/// scores[r][i] = scale * (q_r . k_i) for the positions i of the tile in `seen`, -inf for the others.
 template <int ROWS, typename Source>
 INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, float scale,
-                  float (&scores)[ROWS][TILE], Ahead& ahead) {
+                  float (&scores)[ROWS][TILE], Prefetch& prefetch) {
   for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
-    ahead.ask(4);
+    prefetch.request(4);
     f32w acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += WIDE) {
       f32w q[ROWS];
@@ -62,8 +62,8 @@ INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, fl
   }
 }
 
-/// Scores become weights e^(score - m), m and l move on; returns what o must be multiplied by.
-INLINE float soften(Row& row, float (&scores)[TILE]) {
+/// Turns scores into weights e^(score - m) and updates m and l; returns the factor that o must be multiplied by.
+INLINE float to_weights(Row& row, float (&scores)[TILE]) {
   f32x8 s[4];
   UNROLL
   for (int i = 0; i < 4; ++i) s[i] = load(scores + i * LANES);
@@ -80,11 +80,11 @@ INLINE float soften(Row& row, float (&scores)[TILE]) {
   return decay;
 }
 
-/// o_r = o_r * decay_r + sum over the seen i of weights[r][i] * v_i, for VECS vectors of the D numbers. What is
-/// not seen is left out, not multiplied by a weight of zero: it may be NaN.
+/// o_r = o_r * decay_r + sum of weights[r][i] * v_i over the positions in `seen`, for VECS vectors of the D
+/// numbers. Other positions are skipped, not multiplied by zero, because they may be NaN.
 template <int ROWS, int VECS, typename Source>
 INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const float (&weights)[ROWS][TILE],
-                const float (&decay)[ROWS], Ahead& ahead) {
+                const float (&decay)[ROWS], Prefetch& prefetch) {
   f32w o[ROWS][VECS];
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
@@ -92,7 +92,7 @@ INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const floa
     for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r].o + d + c * WIDE) * splat_wide(decay[r]);
   }
   for (int64_t i = seen.begin; i < seen.end; ++i) {
-    ahead.ask(1);
+    prefetch.request(1);
     f32w weight[ROWS];
     UNROLL
     for (int r = 0; r < ROWS; ++r) weight[r] = splat_wide(weights[r][i]);
@@ -110,19 +110,19 @@ INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const floa
   }
 }
 
-/// Rows of one token take in what it sees of a tile; meanwhile memory is asked for what is `ahead`.
+/// Adds a tile's positions in `seen` to the softmaxes of one token's rows, and prefetches meanwhile.
 template <int ROWS, typename Source>
-static void visit(Row* rows, const Source& tile, int64_t D, Range seen, float scale, Ahead& ahead) {
+static void visit(Row* rows, const Source& tile, int64_t D, Range seen, float scale, Prefetch& prefetch) {
   float scores[ROWS][TILE], decay[ROWS];
-  score<ROWS>(rows, tile, D, seen, scale, scores, ahead);
+  score<ROWS>(rows, tile, D, seen, scale, scores, prefetch);
   UNROLL
-  for (int r = 0; r < ROWS; ++r) decay[r] = soften(rows[r], scores[r]);
+  for (int r = 0; r < ROWS; ++r) decay[r] = to_weights(rows[r], scores[r]);
   int64_t d = 0;
-  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, d, seen, scores, decay, ahead);
-  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, d, seen, scores, decay, ahead);
+  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, d, seen, scores, decay, prefetch);
+  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, d, seen, scores, decay, prefetch);
 }
 
-/// `total` has then seen what both have.
+/// Merges the softmax `part`, over other positions, into `total`.
 INLINE void merge(Softmax& total, const Softmax& part, int64_t D) {
   const float m = part.m > total.m ? part.m : total.m;
   const float kept = exp(splat(total.m - m))[0], gained = exp(splat(part.m - m))[0];

@@ -1,26 +1,26 @@
 // y = x W^T with 4- or 8-bit weights and activations rounded to 8 or 16 bits.
 //
-// Within a group of 32 inputs everything is a whole number and therefore exact:
+// Within a group of 32 inputs, all sums are over integers and therefore exact:
 //
 //     sum_k (s*q_k + b) * (a*x_k)  =  a * (s * I + b * S)      I = sum q_k x_k,   S = sum x_k
 //
-// Across groups the floats are added in one order, group 0 first. So an output row is the same bits
-// whether it was computed alone or among a thousand rows, by whichever thread, in whichever tile.
+// Across groups, floats are added in a fixed order, group 0 first. So an output row has the same bits whether it
+// is computed alone or among a thousand rows, in any thread and any tile.
 #include "kernels.h"
 #include "vec.h"
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-// ---- one number ----
+// ---- single values ----
 
-/// Input k of a group, of one of a tile's outputs. `quants` are a record's, behind its header.
+/// Input k of a group, for one output of a tile. `quants` points into a record, after its header.
 INLINE int32_t weight_quant(const uint8_t* quants, int bits, int output, int k) {
-  const int in_line = 32 / bits;  // inputs in 64 bytes
+  const int in_line = 32 / bits;  // inputs per 64 bytes
   const uint8_t byte = quants[k / in_line * 64 + 4 * output + k % 4];
   return byte >> (k % in_line / 4 * bits) & ((1 << bits) - 1);
 }
 
-/// Input k of group g of a row. The tiles below read four at once; this is for who wants one.
+/// Input k of group g of a row. The tiles below read four at once; this reads only one.
 INLINE int32_t activation_quant(const MatmulJob& job, int64_t row, int64_t g, int k) {
   const int64_t first = place_of_group(row, g, job.K / GROUP) * GROUP;
   if (job.activation_bits == 8) return static_cast<const int8_t*>(job.quants)[first + k];
@@ -28,11 +28,11 @@ INLINE int32_t activation_quant(const MatmulJob& job, int64_t row, int64_t g, in
   return static_cast<const int16_t*>(job.quants)[first + exchanged];
 }
 
-// ---- activations to whole numbers ----
+// ---- activations to integers ----
 
 template <typename Activation>
 static void quantize_items(const QuantizeJob& job, int64_t begin, int64_t end) {
-  constexpr float MOST = quant_max(8 * sizeof(Activation));
+  constexpr float LIMIT = quant_max(8 * sizeof(Activation));
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t g = 0; g < job.K / GROUP; ++g) {
       const float* x = job.x.data + row * job.x.stride + g * GROUP;
@@ -44,31 +44,31 @@ static void quantize_items(const QuantizeJob& job, int64_t begin, int64_t end) {
         peak = max(peak, abs(v[i]));
       }
       const float absmax = largest(peak);
-      const bool zero = absmax < 1e-30f;  // MOST / absmax must stay finite
-      const f32x8 inverse = splat(zero ? 0.0f : MOST / absmax);
+      const bool zero = absmax < 1e-30f;  // LIMIT / absmax must stay finite
+      const f32x8 inverse = splat(zero ? 0.0f : LIMIT / absmax);
       i32x8 total = {};
       for (int i = 0; i < 4; ++i) {
         i32x8 q = to_int(round(v[i] * inverse));
         total += q;
         store_narrow(quants + i * LANES, q);
       }
-      job.groups[place] = {zero ? 0.0f : absmax / MOST, sum(to_float(total))};
+      job.groups[place] = {zero ? 0.0f : absmax / LIMIT, sum(to_float(total))};
     }
   }
 }
 
-/// Rounds rows of x to 8 or 16 bits, each group of 32 with its own scale: absmax / quant_max, ties to even.
+/// Rounds rows of x to 8 or 16 bits. Each group of 32 has its own scale, absmax / quant_max; ties go to even.
 void quantize_rows(const QuantizeJob& job, int64_t begin, int64_t end) {
   job.bits == 8 ? quantize_items<int8_t>(job, begin, end) : quantize_items<int16_t>(job, begin, end);
 }
 
-// ---- one group: whole numbers only ----
+// ---- one group: integers only ----
 
 /// Scales and biases are stored as Float16 or as Float32.
 template <typename Scale>
 constexpr bool is_wide = sizeof(typename Scale::Storage) == 4;
 
-/// Adds the products of four inputs: `weights` of PARTS times WIDE outputs, `x` of ROWS rows.
+/// Adds the products of four inputs: the weights of PARTS * WIDE outputs times the inputs `x` of ROWS rows.
 template <int BITS, typename Activation, int ROWS, int PARTS>
 INLINE void add_four(Dot<BITS, Activation> (&dots)[ROWS][PARTS], const u32w (&weights)[PARTS],
                      const Activation* x) {
@@ -80,8 +80,8 @@ INLINE void add_four(Dot<BITS, Activation> (&dots)[ROWS][PARTS], const u32w (&we
   }
 }
 
-/// I for ROWS rows x PARTS times WIDE outputs. `quants` are their first ones in a record, `x` the rows, 32 inputs
-/// each.
+/// Computes I for ROWS rows and PARTS * WIDE outputs. `quants`: their first ones in a record; `x`: the rows' inputs,
+/// 32 each.
 template <int BITS, typename Activation, int ROWS, int PARTS>
 INLINE void group_sums(const uint8_t* quants, const Activation* x, i32w (&sums)[ROWS][PARTS]) {
   Dot<BITS, Activation> dots[ROWS][PARTS];
@@ -109,12 +109,12 @@ INLINE void group_sums(const uint8_t* quants, const Activation* x, i32w (&sums)[
 
 // ---- one tile: 16 outputs, all groups ----
 
-/// The tile's outputs from `from` on, PARTS times WIDE of them, for ROWS rows. Never inlined: with two of these
-/// in one function GCC keeps what they share, in memory.
+/// PARTS * WIDE of the tile's outputs, starting at `from`, for ROWS rows. Never inlined: with two of these in one
+/// function, GCC keeps what they share in memory.
 template <int BITS, typename Scale, typename Activation, int ROWS, int PARTS>
 static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from, int64_t row) {
   constexpr int64_t RECORD = record_bytes(BITS, is_wide<Scale>), QUANTS = header_bytes(is_wide<Scale>);
-  constexpr int64_t AHEAD = 4 * RECORD;  // what comes from memory must be asked for early
+  constexpr int64_t AHEAD = 4 * RECORD;  // prefetch distance
   const int64_t groups = job.K / GROUP;
   const uint8_t* record = job.packed + tile * groups * RECORD;
   const GroupScale* x_groups = job.groups + place_of_group(row, 0, groups);
@@ -151,8 +151,8 @@ static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from,
   }
 }
 
-/// Rows first .. last-1, as many at a time as there are registers for: they share the weights that were taken
-/// apart. Few rows share theirs among more outputs. `first` begins a band.
+/// Rows first .. last-1, as many at a time as there are registers: they share the unpacked weights. Few rows share
+/// theirs among more outputs. `first` is the start of a band.
 template <int BITS, typename Scale, typename Activation>
 static void tile_block(const MatmulJob& job, int64_t tile, int64_t first, int64_t last) {
   constexpr int ALL = TILE_OUTPUTS / WIDE, PARTS = sizeof(Activation) == 1 ? 1 : ALL;
@@ -182,8 +182,8 @@ static void matmul_of(const MatmulJob& job, int64_t begin, int64_t end) {
                 : matmul_items<8, Scale, Activation>(job, begin, end);
 }
 
-/// out = x W^T for the items begin .. end - 1: each is one tile of 16 outputs (fewer at the end) and up to
-/// ROW_BLOCK rows. A row's groups are added in order, the first one first.
+/// out = x W^T for the items begin .. end - 1. An item is one tile of 16 outputs (fewer at the end) for up to
+/// ROW_BLOCK rows. A row's groups are added in order, starting with the first.
 void quantized_matmul(const MatmulJob& job, int64_t begin, int64_t end) {
   if (job.activation_bits == 8) {
     job.wide ? matmul_of<Float32, int8_t>(job, begin, end) : matmul_of<Float16, int8_t>(job, begin, end);
@@ -192,7 +192,7 @@ void quantized_matmul(const MatmulJob& job, int64_t begin, int64_t end) {
   }
 }
 
-// ---- rows back to floats ----
+// ---- dequantization of rows ----
 
 template <typename Scale>
 static void dequantize_items(const DequantizeJob& job, int64_t begin, int64_t end) {

@@ -4,17 +4,17 @@
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-/// The squares go round four accumulators: the tree depends on K alone.
+/// The squares are added to four accumulators in rotation: the order of additions depends only on K.
 static float sum_of_squares(const float* x, int64_t K) {
   f32x8 acc[4] = {};
-  int64_t k = 0, turn = 0;
-  for (; k + LANES <= K; k += LANES, turn = (turn + 1) % 4) {
+  int64_t k = 0, next = 0;
+  for (; k + LANES <= K; k += LANES, next = (next + 1) % 4) {
     f32x8 v = load(x + k);
-    acc[turn] = fma(v, v, acc[turn]);
+    acc[next] = fma(v, v, acc[next]);
   }
   if (k < K) {
     f32x8 v = load_first(x + k, K - k);
-    acc[turn] = fma(v, v, acc[turn]);
+    acc[next] = fma(v, v, acc[next]);
   }
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }

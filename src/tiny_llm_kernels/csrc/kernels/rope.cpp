@@ -1,17 +1,17 @@
-// Rotary positions: each pair (x[i], x[i + D/2]) is turned by the angle position * inv_freq[i].
+// Rotary positions: rotates each pair (x[i], x[i + D/2]) by the angle position * inv_freq[i].
 //
 //     | a_0 a_1 ... a_{D/2-1} | b_0 b_1 ... b_{D/2-1} |
 //     a_i' = a_i cos - b_i sin        b_i' = b_i cos + a_i sin
 //
-// The angle can be 131,072 radians while its sine needs seven digits of what is left after whole turns:
-// so the angle and its remainder are doubles, and only the remainder becomes a float.
+// The angle can reach 131,072 radians, but its sine needs seven digits of the remainder after whole turns. So
+// the angle and the remainder are doubles, and only the remainder is converted to float.
 #include "kernels.h"
 #include "vec.h"
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-/// cos and sin of eight angles:  angle = n * pi/2 + r,  |r| <= pi/4, then a polynomial in r and the
-/// quadrant n mod 4 says which of the two it was and with which sign.
+/// cos and sin of eight angles:  angle = n * pi/2 + r,  |r| <= pi/4, then polynomials in r; the quadrant
+/// n mod 4 selects which polynomial is which function, and the signs.
 INLINE void cos_sin(f64x8 angle, f32x8& cosine, f32x8& sine) {
   const double magic = 0x1.8p52, half_pi_high = 0x1.921fb544p0, half_pi_low = 0x1.0b4611a626331p-34;
   f64x8 n = (angle * 0x1.45f306dc9c883p-1 + magic) - magic;
@@ -26,14 +26,14 @@ INLINE void cos_sin(f64x8 angle, f32x8& cosine, f32x8& sine) {
   c = fma(c, x2, splat(4.166664568298827e-2f));
   c = fma(c * x2, x2, fma(splat(-0.5f), x2, splat(1.0f)));
 
-  i32x8 swapped = -(quadrant & 1);  // all ones where cos and sin change places
+  i32x8 swapped = -(quadrant & 1);  // all ones where cos and sin are exchanged
   u32x8 sign_of_cos = bits_as<u32x8>((quadrant + 1) & 2) << 30;
   u32x8 sign_of_sin = bits_as<u32x8>(quadrant & 2) << 30;
   cosine = bits_as<f32x8>(bits_as<u32x8>(swapped != 0 ? s : c) ^ sign_of_cos);
   sine = bits_as<f32x8>(bits_as<u32x8>(swapped != 0 ? c : s) ^ sign_of_sin);
 }
 
-/// Rotates eight pairs of every head: i .. i+7 and D/2+i .. D/2+i+7 (`count` < 8 at the end of a row).
+/// Rotates eight pairs of every head: i .. i+7 and D/2+i .. D/2+i+7 (`count` < 8 pairs at the end of a row).
 INLINE void rotate(const RopeJob& job, const float* x, float* out, int64_t position, int64_t i,
                    int64_t count) {
   const int64_t half = job.D / 2;

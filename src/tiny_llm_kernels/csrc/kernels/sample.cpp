@@ -1,20 +1,20 @@
-// From a row of logits to a token: temperature, min-p, top-k, top-p, and a draw.
+// Draws a token from a row of logits: temperature, min-p, top-k, top-p, then the draw.
 //
-// weight = e^(logit / temperature - the largest one). Every filter is a least logit that stays:
+// weight = e^(logit / temperature - the largest one). Every filter is a threshold, the least logit that stays:
 //
-//   min-p   the least one whose weight is at least min_p (the largest weight is 1)
-//   top-k   the least one with fewer than k logits above it
-//   top-p   the least one with less than p * all weights above it
+//   min-p   the least logit whose weight is at least min_p (the largest weight is 1)
+//   top-k   the least logit with fewer than k logits above it
+//   top-p   the least logit with less than p * all weights above it
 //
-// The last two are the same question, asked of a count and of a weight, and it takes no sorting: the logits'
-// bits are read as whole numbers in the same order, and added up by their first 11 bits. Going down from the
-// highest bin, the last one with little enough above it holds the answer; its next 11 bits are found in the
-// same way among the logits of that bin, and then the last 10.
+// top-k and top-p are the same search, over a count or over weights, and need no sorting. The logits' bits are
+// read as integers in the same order, and counts or weights are added up by their first 11 bits. The answer is in
+// the last bin, from the highest down, with little enough above it. Its next 11 bits are found in the same way
+// among that bin's logits, and then the last 10.
 //
-//   bins, high to low   | 0.31 | 0.22 | 0.19 | 0.11 | ...      p = 0.6: above the third lies 0.53, above the
+//   bins, high to low   | 0.31 | 0.22 | 0.19 | 0.11 | ...      p = 0.6: above the third bin is 0.53, above the
 //                                        ^^^^                   fourth 0.72, so the answer is in the third
 //
-// A row is summed in one order, whatever other rows there are.
+// A row is always summed in the same order, whatever other rows there are.
 #include "kernels.h"
 #include "vec.h"
 
@@ -22,14 +22,14 @@ namespace tiny_llm::TINY_LLM_ISA {
 
 constexpr float GREATEST = 0x1.fffffep127f;
 
-/// A row under way: whole vectors, with logits of -inf and weights of 0 behind the end.
+/// A row during sampling, in whole vectors; after the end, logits are -inf and weights 0.
 struct Candidates {
   float *logits, *weights;
   int64_t count;  // a multiple of LANES
-  float least;    // of the logits that stay
+  float least;    // threshold: the least logit that stays
 };
 
-/// The bits of a float as a number: the larger the float, the larger the number.
+/// The bits of a float as an integer with the same order.
 INLINE uint32_t in_order(float x) {
   const uint32_t bits = bits_as<uint32_t>(x + 0.0f);  // 0 for -0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -39,7 +39,7 @@ INLINE float from_order(uint32_t order) {
   return bits_as<float>(order & 0x80000000u ? order & 0x7fffffffu : ~order);
 }
 
-/// Eight logits, -inf behind the end.
+/// Eight logits, with -inf after the end.
 INLINE f32x8 logits_at(const SampleJob& job, int64_t i) {
   if (i + LANES <= job.V) return load(job.logits + i);
   f32x8 last = splat(-INF);
@@ -47,7 +47,7 @@ INLINE f32x8 logits_at(const SampleJob& job, int64_t i) {
   return last;
 }
 
-/// The first logit that is a NaN, else the first of the largest ones.
+/// The index of the first NaN; if there is none, of the first of the largest logits.
 static int64_t largest_logit(const SampleJob& job) {
   f32x8 top = splat(-INF);
   for (int64_t i = 0; i < job.V; i += LANES) {
@@ -65,7 +65,7 @@ static int64_t largest_logit(const SampleJob& job) {
   return i;
 }
 
-/// Divides by the temperature and makes weights of the logits; returns the least logit with a weight of min_p.
+/// Divides by the temperature and computes the weights; returns the least logit with a weight of at least min_p.
 static float weigh(const SampleJob& job, float top, Candidates& row) {
   f32x8 least = splat(INF);
   for (int64_t i = 0; i < row.count; i += LANES) {
@@ -79,17 +79,17 @@ static float weigh(const SampleJob& job, float top, Candidates& row) {
   return -largest(-least);
 }
 
-/// The least logit with less than `target` above it: of weight, or of logits where `by_weight` is false. It is
-/// known to have a weight of `least_weight`.
+/// The least logit with less than `target` above it: total weight if `by_weight`, else number of logits. Its
+/// weight must be known to be at least `least_weight`.
 static float least_with(const Candidates& row, bool by_weight, double target, float least_weight) {
-  uint32_t found = 0, known = 0;  // the answer's first bits, and which they are
+  uint32_t found = 0, known = 0;  // the answer's first bits, and a mask of them
   double above = 0;
   constexpr int lows[] = {21, 10, 0};
   for (int low : lows) {
     const uint32_t last = low == 0 ? 1023 : 2047;
     double bins[2048] = {};
     const float highest = known ? from_order(found | ~known) : GREATEST;
-    float lowest = known ? from_order(found) : -GREATEST;  // -inf stays out of it
+    float lowest = known ? from_order(found) : -GREATEST;  // excludes -inf
     if (lowest < row.least) lowest = row.least;
     for (int64_t first = 0; first < row.count; first += LANES) {
       const f32x8 eight = load(row.logits + first);
@@ -114,7 +114,7 @@ static float least_with(const Candidates& row, bool by_weight, double target, fl
   return from_order(found);
 }
 
-/// The weight of the logits that stay among `count` from `first` on.
+/// The total weight of the remaining logits among `count` logits from `first` on.
 INLINE double weight_of(const Candidates& row, int64_t first, int64_t count) {
   f32x8 total = {};
   for (int64_t i = first; i < first + count; i += LANES) {
@@ -123,7 +123,7 @@ INLINE double weight_of(const Candidates& row, int64_t first, int64_t count) {
   return sum(total);
 }
 
-/// The first logit that stays where the weights up to it, its own included, reach `share` of all; share > 0.
+/// The first remaining logit at which the cumulative weight reaches `share` of the total; share > 0.
 static int64_t draw(const Candidates& row, double share) {
   constexpr int64_t STRETCH = 256;
   const auto length = [&](int64_t first) {
@@ -131,24 +131,24 @@ static int64_t draw(const Candidates& row, double share) {
   };
   double total = 0, before = 0;
   for (int64_t first = 0; first < row.count; first += STRETCH) total += weight_of(row, first, length(first));
-  int64_t drawn = 0;  // the last one that could be
+  int64_t drawn = 0;  // the last candidate
   for (int64_t first = 0; first < row.count; first += STRETCH) {
     const double in_stretch = weight_of(row, first, length(first));
     if (in_stretch == 0) continue;
     const bool is_here = before + in_stretch >= share * total;
-    double so_far = before;
+    double cumulative = before;
     for (int64_t i = first; i < first + length(first); ++i) {
       if (row.logits[i] < row.least || row.weights[i] == 0) continue;
-      drawn = i, so_far += row.weights[i];
-      if (is_here && so_far >= share * total) return i;
+      drawn = i, cumulative += row.weights[i];
+      if (is_here && cumulative >= share * total) return i;
     }
-    if (is_here) return drawn;  // the stretch adds up to a little less one by one
+    if (is_here) return drawn;  // added one by one, the weights of the stretch came to slightly less
     before += in_stretch;
   }
   return drawn;
 }
 
-/// The token of one row; that of a NaN or of an infinite logit where there is one.
+/// The token of one row. If a logit is NaN or infinite, its index.
 void sample(const SampleJob& job, int64_t, int64_t) {
   const int64_t top = largest_logit(job);
   *job.token = static_cast<uint32_t>(top);
@@ -160,7 +160,7 @@ void sample(const SampleJob& job, int64_t, int64_t) {
   if (job.top_k > 0) row.least = least_with(row, false, static_cast<double>(job.top_k), 0.0f);
   if (job.top_p < 1) {
     const double all = weight_of(row, 0, row.count);
-    // All that weigh less than this come to less than (1 - p) of all: the others reach p without them.
+    // All logits with less weight than this total less than (1 - p) of all, so the others reach p without them.
     const auto least_weight = static_cast<float>((1 - job.top_p) * all / static_cast<double>(2 * row.count));
     row.least = least_with(row, true, job.top_p * all, least_weight);
   }

@@ -1,5 +1,5 @@
-// y = silu(gate) * up,   silu(g) = g / (1 + e^-g),   or y = gelu(gate) * up,
-// gelu(g) = g / (1 + e^-2z),   z = sqrt(2 / pi) (g + 0.044715 g^3): the tanh approximation.
+// y = silu(gate) * up,   silu(g) = g / (1 + e^-g);   or y = gelu(gate) * up,
+// gelu(g) = g / (1 + e^-2z),   z = sqrt(2 / pi) (g + 0.044715 g^3), the tanh approximation.
 #include "kernels.h"
 #include "vec.h"
 

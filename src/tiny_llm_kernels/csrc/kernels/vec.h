@@ -1,12 +1,12 @@
-// The vector type that every kernel is written in.
+// Vector types and their operations, in which all kernels are written.
 //
-// Eight floats in one value, and for the matmuls as many as the processor takes. `+ - * /` are the compiler's
-// own vector extensions, so one source serves every processor; the few things that plain C++ cannot say stand
-// behind `#if`, once per instruction set (one for NEON would stand beside AVX2's, and in CMakeLists.txt and
-// dispatch.cpp; until then an ARM processor under Linux runs the portable one). The kernels are compiled several
-// times, each time with another TINY_LLM_ISA (a namespace): see CMakeLists.txt. Only names from this namespace may
-// be used in a kernel: a standard-library template compiled for AVX2 could be picked by the linker for the portable
-// copy too.
+// A vector has eight floats, or for matrix products as many as a processor register. `+ - * /` are the
+// compiler's vector extensions, so one source works for every processor. The few operations that plain C++ cannot
+// express have one version per instruction set, selected with `#if` (NEON would be added next to AVX2, and in
+// CMakeLists.txt and dispatch.cpp; until then ARM processors on Linux use the portable version). The kernels are
+// compiled several times, each time with another TINY_LLM_ISA (a namespace): see CMakeLists.txt. A kernel may use
+// only names from this namespace: the linker could merge a standard-library template that was compiled for AVX2
+// into the portable kernels.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +24,10 @@
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define NOINLINE __attribute__((noinline))
 
-// Before a short loop over values that should stay in registers.
+// For short loops over values that should stay in registers.
 #define UNROLL _Pragma("GCC unroll 16")
 
-// Before a loop that must stay one: unrolled, GCC puts all its sums off to the end and runs out of
-// registers.
+// For loops that must not be unrolled: GCC would move all sums to the end and run out of registers.
 #define KEEP_LOOP _Pragma("GCC unroll 1")
 
 namespace tiny_llm::TINY_LLM_ISA {
@@ -45,7 +44,7 @@ typedef double f64x8 __attribute__((vector_size(64)));
 typedef int64_t i64x4 __attribute__((vector_size(32)));
 typedef int64_t i64x8 __attribute__((vector_size(64)));
 
-// WIDE numbers in the processor's widest register: for the matmuls, whose tile has 16 outputs.
+// WIDE numbers fill the processor's widest register: for matrix products, whose tiles have 16 outputs.
 #if TINY_LLM_AVX512
 constexpr int WIDE = 16;
 typedef float f32w __attribute__((vector_size(64)));
@@ -80,12 +79,12 @@ INLINE f32w splat_wide(float value) { return splat(value); }
 INLINE f32w load_wide(const float* source) { return load_as<f32w>(source); }
 INLINE void store_wide(float* target, f32w value) { std::memcpy(target, &value, sizeof(value)); }
 
-/// Stores the first `count` floats of a wide vector; all of them where there are fewer.
+/// Stores the first `count` floats of a wide vector, or all of them if count > WIDE.
 INLINE void store_wide(float* target, f32w value, int64_t count) {
   std::memcpy(target, &value, (count < WIDE ? count : WIDE) * sizeof(float));
 }
 
-/// The first `count` floats (count <= 8); the other lanes are zero.
+/// Loads the first `count` floats (count <= 8); the other lanes are zero.
 INLINE f32x8 load_first(const float* source, int64_t count) {
   f32x8 value = {};
   std::memcpy(&value, source, count * sizeof(float));
@@ -106,7 +105,7 @@ INLINE To bits_as(From value) {
 
 // ---- arithmetic ----------------------------------------------------------------------------------
 
-/// a * b + c, rounded once where the processor can (the same choice for every call of one build).
+/// a * b + c, rounded once if the processor supports it (always the same within one instruction set).
 INLINE f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
 #if TINY_LLM_AVX2
   return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -122,31 +121,31 @@ INLINE f32w fma(f32w a, f32w b, f32w c) { return (f32w)_mm512_fmadd_ps((__m512)a
 INLINE f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 INLINE f32x8 abs(f32x8 a) { return bits_as<f32x8>(bits_as<u32x8>(a) & 0x7fffffffu); }
 
-/// The nearest whole number, ties to even; |a| must be below 2^22.
+/// Rounds to the nearest integer, ties to even; |a| must be below 2^22.
 INLINE f32x8 round(f32x8 a) {
   const f32x8 magic = splat(0x1.8p23f);
   return (a + magic) - magic;
 }
 
-/// Whole numbers, as `round` returns them, as integers.
+/// Converts floats that `round` returned.
 INLINE i32x8 to_int(f32x8 a) { return __builtin_convertvector(a, i32x8); }
 INLINE f32x8 to_float(i32x8 a) { return __builtin_convertvector(a, f32x8); }
 INLINE f32w to_float_wide(i32w a) { return __builtin_convertvector(a, f32w); }
 
-/// True where a comparison holds in one of the lanes at least.
+/// Whether a comparison is true in at least one lane.
 INLINE bool any(i32x8 mask) {
   const auto words = bits_as<i64x4>(mask);
   return ((words[0] | words[1]) | (words[2] | words[3])) != 0;
 }
 
-// Sums over lanes always use this one tree:  ((0+2)+(1+3)) + ((4+6)+(5+7)).
+// Sums over lanes always use this tree:  ((0+2)+(1+3)) + ((4+6)+(5+7)).
 INLINE float sum(f32x8 a) {
   const f32x4 low = __builtin_shufflevector(a, a, 0, 1, 2, 3),
               high = __builtin_shufflevector(a, a, 4, 5, 6, 7);
   return ((low[0] + low[2]) + (low[1] + low[3])) + ((high[0] + high[2]) + (high[1] + high[3]));
 }
 
-/// {sum(a), sum(b), sum(c), sum(d)}: four trees at once.
+/// {sum(a), sum(b), sum(c), sum(d)}, computed together.
 INLINE f32x4 sum4(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
   const f32x8 ab = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
                    __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
@@ -157,7 +156,7 @@ INLINE f32x4 sum4(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
   return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
 }
 
-/// A wide vector's halves, added: eight sums.
+/// The sum of a wide vector's halves: eight sums.
 INLINE f32x8 narrow(f32w a) {
 #if TINY_LLM_AVX512
   return __builtin_shufflevector(a, a, 0, 1, 2, 3, 4, 5, 6, 7) +
@@ -195,16 +194,16 @@ INLINE f32x8 exp(f32x8 x) {
   return x < low ? splat(0.0f) : value;
 }
 
-// ---- products of whole numbers -------------------------------------------------------------------
+// ---- integer dot products ------------------------------------------------------------------------
 //
-// WIDE outputs at once, and of each the weights of four inputs side by side, as bytes in a lane of 32 bits:
+// For WIDE outputs at once; each has the weights of four inputs as adjacent bytes in a lane of 32 bits:
 //
 //     lane 0: o0 k0 k1 k2 k3 | lane 1: o1 k0 k1 k2 k3 | ...
 //
-// A Dot multiplies them by the four activations of one row, the same for every output, and adds all to WIDE
-// sums. For one group of 32 inputs: with weights of BITS bits every sum is exact, on every processor.
+// A Dot multiplies them by the four activations of one row, the same for every output, and adds the products to
+// WIDE sums. For one group of 32 inputs and weights of BITS bits, every sum is exact on every processor.
 
-/// Four bytes in each lane: the low halves of the bytes, or the high ones.
+/// The low or the high half of every byte.
 INLINE u32w low_halves(u32w bytes) { return bytes & 0x0f0f0f0fu; }
 INLINE u32w high_halves(u32w bytes) { return bytes >> 4 & 0x0f0f0f0fu; }
 
@@ -213,7 +212,7 @@ struct Dot;
 
 #if TINY_LLM_AVX2
 
-/// Bytes without sign times bytes with one.
+/// Unsigned bytes times signed bytes.
 template <int BITS>
 struct Dot<BITS, int8_t> {
   typedef u32w Four;
@@ -226,8 +225,8 @@ struct Dot<BITS, int8_t> {
   }
   INLINE_MEMBER i32w total() const { return sums; }
 #else
-  // The sums are of two neighbours and in 16 bits: 16 products at most of 15 * 127. So a weight of 8 bits is 16
-  // times its high half, and its low half, and each has sums of its own.
+  // Each 16-bit sum takes pairs of products, at most 16 products of 15 * 127. So an 8-bit weight is split into its
+  // low half and 16 times its high half, which have separate sums.
   static constexpr int REGISTERS = BITS == 8 ? 2 : 1;
   __m256i low = _mm256_setzero_si256(), high = low;
   INLINE_MEMBER void add(u32w weights, Four four) {
@@ -242,12 +241,12 @@ struct Dot<BITS, int8_t> {
  private:
   INLINE void add_to(__m256i& sums, u32w weights, Four four) {
     sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)weights, (__m256i)four));
-    asm("" : "+x"(sums));  // add now: GCC would rather keep many products, in memory, and add them later
+    asm("" : "+x"(sums));  // forces the addition now; GCC would keep many products in memory and add later
   }
 #endif
 };
 
-/// Numbers of 16 bits: the even bytes of the weights, and the odd ones. 32 * 255 * 32767 < 2^31.
+/// 16-bit numbers: the even bytes of the weights, and the odd ones. 32 * 255 * 32767 < 2^31.
 template <int BITS>
 struct Dot<BITS, int16_t> {
   static constexpr int REGISTERS = 1;
@@ -284,7 +283,7 @@ struct Dot {
   INLINE Four everywhere(const Activation* four) { return four; }
   i32w sums = {};
   INLINE_MEMBER void add(u32w weights, Four four) {
-    const int first = sizeof(Activation) == 1 ? 1 : 2;  // where input 1 lies: see kernels.h
+    const int first = sizeof(Activation) == 1 ? 1 : 2;  // the index of input 1: see kernels.h
     sums += bits_as<i32w>(weights & 0xffu) * int32_t{four[0]} +
             bits_as<i32w>(weights >> 8 & 0xffu) * int32_t{four[first]};
     sums += bits_as<i32w>(weights >> 16 & 0xffu) * int32_t{four[3 - first]} +
@@ -295,7 +294,7 @@ struct Dot {
 
 #endif
 
-/// Eight whole numbers in 8 or 16 bits, side by side.
+/// Stores eight integers as 8 or 16 bits each.
 INLINE void store_narrow(int8_t* target, i32x8 value) {
   typedef int8_t i8x8 __attribute__((vector_size(8)));
   const i8x8 narrow = __builtin_convertvector(value, i8x8);
@@ -304,13 +303,13 @@ INLINE void store_narrow(int8_t* target, i32x8 value) {
 
 INLINE void store_narrow(int16_t* target, i32x8 value) {
   typedef int16_t i16x8 __attribute__((vector_size(16)));
-  // Of each four, the middle two change places: see kernels.h.
+  // The middle two of each four are exchanged: see kernels.h.
   const i16x8 narrow =
       __builtin_convertvector(__builtin_shufflevector(value, value, 0, 2, 1, 3, 4, 6, 5, 7), i16x8);
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
-// ---- storage types: how a number lies in memory --------------------------------------------------
+// ---- storage types: how numbers are stored in memory ---------------------------------------------
 
 struct Float32 {
   using Storage = float;
@@ -326,7 +325,7 @@ struct Float16 {
     return (f32x8)_mm256_cvtph_ps(load_as<__m128i>(source));
 #else
     u32x8 h = __builtin_convertvector(load_as<u16x8>(source), u32x8);
-    // The exponent is 112 too small after the shift; the multiplication also mends subnormals.
+    // The exponent is 112 too small after the shift; the multiplication also fixes subnormals.
     f32x8 f = bits_as<f32x8>((h & 0x7fffu) << 13) * splat(0x1p112f);
     u32x8 infinite = bits_as<u32x8>(f >= splat(65536.0f)) & 0x7f800000u;
     return bits_as<f32x8>(bits_as<u32x8>(f) | infinite | ((h & 0x8000u) << 16));
@@ -339,7 +338,7 @@ struct Float16 {
     std::memcpy(target, &halves, sizeof(halves));
 #else
     u32x8 bits = bits_as<u32x8>(value), magnitude = bits & 0x7fffffffu;
-    // Normal: drop 13 bits, ties to even. Subnormal: let a float addition do the rounding.
+    // Normal: drop 13 bits, ties to even. Subnormal: a float addition does the rounding.
     u32x8 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
     u32x8 tiny = bits_as<u32x8>(bits_as<f32x8>(magnitude) + splat(0.5f)) - 0x3f000000u;
     u32x8 half = magnitude < 0x38800000u ? tiny : normal;
@@ -372,7 +371,7 @@ struct BFloat16 {
   }
 };
 
-/// WIDE numbers of a storage type as floats.
+/// Loads WIDE numbers of a storage type as floats.
 template <typename T>
 INLINE f32w load_wide_as(const typename T::Storage* source) {
 #if TINY_LLM_AVX512
@@ -383,7 +382,7 @@ INLINE f32w load_wide_as(const typename T::Storage* source) {
 #endif
 }
 
-/// The first `count` numbers (count < 8) of a storage type as floats; the other lanes are zero.
+/// Loads the first `count` numbers (count < 8) of a storage type as floats; the other lanes are zero.
 template <typename T>
 INLINE f32x8 load_first_as(const typename T::Storage* source, int64_t count) {
   typename T::Storage eight[LANES] = {};

@@ -1,12 +1,12 @@
-// The writing half of attention over pages: each token's key and value, in the pool's type, to its slot.
+// The writes of attention over pages: stores each token's key and value in its slot, in the pool's type.
 //
-//   slot = block * block_size + offset       pool [num_blocks, Hkv, block_size, D]: one stretch of D for each head
+//   slot = block * block_size + offset       pool [num_blocks, Hkv, block_size, D]: D adjacent numbers per head
 #include "kernels.h"
 #include "vec.h"
 
 namespace tiny_llm::TINY_LLM_ISA {
 
-/// D floats to a stretch of the pool.
+/// Stores D floats in the pool.
 template <typename T>
 INLINE void put(typename T::Storage* to, const float* from, int64_t D) {
   int64_t d = 0;
@@ -19,7 +19,7 @@ static void write_with(const AttentionJob& job, int64_t begin, int64_t end) {
   auto* keys = static_cast<typename T::Storage*>(job.keys);
   auto* values = static_cast<typename T::Storage*>(job.values);
   for (int64_t token = begin; token < end; ++token) {
-    if (!job.slot_inside(token)) continue;
+    if (!job.slot_in_range(token)) continue;
     const int64_t block = job.slots[token] / job.block_size, offset = job.slots[token] % job.block_size;
     for (int64_t head = 0; head < job.Hkv; ++head) {
       const int64_t place = ((block * job.Hkv + head) * job.block_size + offset) * job.D;
@@ -29,7 +29,7 @@ static void write_with(const AttentionJob& job, int64_t begin, int64_t end) {
   }
 }
 
-/// Items are tokens. A slot that is not the pool's is not written.
+/// An item is a token. A slot out of range is not written.
 void write_tokens(const AttentionJob& job, int64_t begin, int64_t end) {
   switch (job.storage) {
     case StorageType::float32: return write_with<Float32>(job, begin, end);

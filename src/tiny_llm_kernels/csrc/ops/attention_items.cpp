@@ -1,38 +1,38 @@
-// How the reading half of paged attention is cut up and shared out among threads.
+// Divides the attention of a step into items and distributes them over the threads.
 #include <algorithm>
 #include <new>
 #include <vector>
 
-#include "desks.h"
 #include "paged_attention.h"
+#include "scratch.h"
 
 namespace tiny_llm {
 namespace {
 
-/// Tokens of one sequence side by side, and the partitions that they see.
+/// Adjacent tokens of one sequence, and the partitions that they attend to.
 struct Run {
   int32_t first, count;
   int64_t begin, end;  // partitions
   int64_t partitions() const { return end - begin; }
 };
 
-/// The partitions that a token sees: a range of their numbers.
+/// The range of partitions that a token attends to.
 std::pair<int64_t, int64_t> partitions_of(const AttentionJob& job, int32_t token) {
   const int64_t end = std::max<int64_t>(job.positions[token], -1) + 1;
   return {std::max<int64_t>(end - job.window, 0) / PARTITION, rounded_up(end, PARTITION) / PARTITION};
 }
 
-/// Cuts the packed tokens into runs of one sequence each. How long a run is decides only how many tokens share
-/// a loaded tile and how evenly the work is spread, never what a token computes.
-std::vector<Run> cut_into_runs(const AttentionJob& job, int threads) {
-  constexpr int64_t MOST_ROWS = 48;
+/// Divides the packed tokens into runs of one sequence each. The length of a run only decides how many tokens share
+/// a loaded tile and how evenly the work is spread, not what a token computes.
+std::vector<Run> divide_into_runs(const AttentionJob& job, int threads) {
+  constexpr int64_t MAX_RUN_ROWS = 48;
   const int64_t share = job.T * job.Hkv / (4 * threads);
-  const int64_t most = std::max<int64_t>(1, std::min(share, MOST_ROWS / (job.H / job.Hkv)));
+  const int64_t limit = std::max<int64_t>(1, std::min(share, MAX_RUN_ROWS / (job.H / job.Hkv)));
   std::vector<Run> runs;
   for (int32_t token = 0; token < job.T; ++token) {
     const auto [begin, end] = partitions_of(job, token);
     const bool joins =
-        !runs.empty() && runs.back().count < most && job.row_of_token[token] == job.row_of_token[token - 1];
+        !runs.empty() && runs.back().count < limit && job.row_of_token[token] == job.row_of_token[token - 1];
     if (joins) {
       Run& run = runs.back();
       run = {run.first, run.count + 1, std::min(run.begin, begin), std::max(run.end, end)};
@@ -40,29 +40,29 @@ std::vector<Run> cut_into_runs(const AttentionJob& job, int threads) {
       runs.push_back({token, 1, begin, end});
     }
   }
-  std::reverse(runs.begin(), runs.end());  // late tokens see most: the longest work first
+  std::reverse(runs.begin(), runs.end());  // later tokens attend to more: start with the longest work
   return runs;
 }
 
-/// What is to be done, and which tokens' partitions are to be merged then.
+/// The items of a step, and the tokens whose partitions are merged afterwards.
 struct Items {
   std::vector<AttentionItem> all;
-  std::vector<int32_t> apart;
+  std::vector<int32_t> split;
   int64_t max_partitions = 0;
 
-  /// As few items as are not more than their share: kv heads together while they fit, then partitions apart.
+  /// Adds a run as few items of at most `share` work each: first by grouping kv heads, then by splitting partitions.
   void add(const AttentionJob& job, const Run& run, int64_t share) {
     const int64_t fitting = MAX_ROWS * job.Hkv / (run.count * job.H);
     const auto heads =
         static_cast<int32_t>(std::clamp<int64_t>(std::min(share / run.count, fitting), 1, job.Hkv));
-    const int64_t work = run.count * heads;  // of a partition
-    const bool held =
-        run.end <= job.M * job.block_size / PARTITION + 1;  // a wrong position must not cost memory
-    const bool is_part = held && run.partitions() > 1 && run.partitions() * work > share;
-    const int64_t at_once = std::max<int64_t>(1, is_part ? share / work : run.partitions());
+    const int64_t work = run.count * heads;  // per partition
+    const bool in_table =
+        run.end <= job.M * job.block_size / PARTITION + 1;  // an invalid position must not cost memory
+    const bool is_split = in_table && run.partitions() > 1 && run.partitions() * work > share;
+    const int64_t at_once = std::max<int64_t>(1, is_split ? share / work : run.partitions());
     int64_t begin = run.begin;
-    const auto place = static_cast<int32_t>(is_part ? apart.size() : -1);
-    do {  // once for tokens that see nothing, too: they get NaN
+    const auto place = static_cast<int32_t>(is_split ? split.size() : -1);
+    do {  // at least once: tokens that attend to nothing need an item, which writes NaN
       const auto first = static_cast<int32_t>(begin),
                  end = static_cast<int32_t>(std::min(begin + at_once, run.end));
       for (int32_t head = 0; head < job.Hkv; head += heads) {
@@ -71,20 +71,20 @@ struct Items {
       }
       begin = end;
     } while (begin < run.end);
-    if (!is_part) return;
-    for (int32_t token = run.first; token < run.first + run.count; ++token) apart.push_back(token);
+    if (!is_split) return;
+    for (int32_t token = run.first; token < run.first + run.count; ++token) split.push_back(token);
     max_partitions = std::max(max_partitions, run.partitions());
   }
 };
 
-Items cut_into_items(const AttentionJob& job, const std::vector<Run>& runs, int64_t share) {
+Items divide_into_items(const AttentionJob& job, const std::vector<Run>& runs, int64_t share) {
   Items items;
   for (const Run& run : runs) items.add(job, run, share);
   return items;
 }
 
-/// Memory for so many numbers, kept because the next step needs as much; null if there is not enough.
-float* kept_floats(size_t count) {
+/// Memory for `count` floats, reused because the next step needs as much; null if there is not enough.
+float* reused_floats(size_t count) {
   static thread_local std::vector<float> floats;
   try {
     floats.resize(std::max(floats.size(), count));
@@ -97,22 +97,21 @@ float* kept_floats(size_t count) {
 }  // namespace
 
 void attend_all(AttentionJob job, const Kernels& kernels) {
-  const auto runs = cut_into_runs(job, num_threads());
+  const auto runs = divide_into_runs(job, num_threads());
   int64_t work = 0;
   for (const Run& run : runs) work += run.partitions() * run.count * job.Hkv;
-  Items items = cut_into_items(job, runs, work / (8 * num_threads()));
-  const size_t needed = items.apart.size() * job.H * items.max_partitions * partial_floats(job.D);
-  job.partials = kept_floats(needed);
-  if (needed && !job.partials)
-    items = cut_into_items(job, runs, work);  // slower, and nothing is written down
-  job.items = items.all.data(), job.apart = items.apart.data();
+  Items items = divide_into_items(job, runs, work / (8 * num_threads()));
+  const size_t needed = items.split.size() * job.H * items.max_partitions * partial_floats(job.D);
+  job.partials = reused_floats(needed);
+  if (needed && !job.partials) items = divide_into_items(job, runs, work);  // slower, but needs no memory
+  job.items = items.all.data(), job.split = items.split.data();
   job.max_partitions = items.max_partitions;
   parallel_for_each(items.all.size(), [&](int64_t begin, int64_t end) {
-    AttentionJob own = job;
-    own.desk = own_desk();
-    kernels.attend(own, begin, end);
+    AttentionJob local = job;
+    local.scratch = thread_scratch();
+    kernels.attend(local, begin, end);
   });
-  parallel_for(items.apart.size() * job.H, 4,
+  parallel_for(items.split.size() * job.H, 4,
                [&](int64_t begin, int64_t end) { kernels.reduce_partitions(job, begin, end); });
 }
 

@@ -1,4 +1,4 @@
-// Whole blocks from one pool to another, or within one: plain copies of bytes, shared out among threads.
+// Copies whole blocks from one pool to another, or within one: plain byte copies, distributed over threads.
 #include <cstring>
 #include <vector>
 
@@ -8,8 +8,8 @@
 namespace tiny_llm {
 namespace {
 
-/// A block's way.
-struct Way {
+/// The copy of one block.
+struct Copy {
   int64_t from, to;
 };
 
@@ -19,27 +19,27 @@ struct CopyJob {
   const int32_t *from, *to;
   int64_t count, source_blocks, target_blocks, block_bytes;
 
-  /// The ways whose ends are both there: an id outside must not touch other memory.
-  std::vector<Way> ways() const {
-    std::vector<Way> inside;
+  /// The copies whose ids are both in range; others must not touch memory.
+  std::vector<Copy> copies() const {
+    std::vector<Copy> valid;
     for (int64_t i = 0; i < count; ++i) {
-      const bool is_there = from[i] >= 0 && from[i] < source_blocks && to[i] >= 0 && to[i] < target_blocks;
-      if (is_there) inside.push_back({from[i], to[i]});
+      const bool in_range = from[i] >= 0 && from[i] < source_blocks && to[i] >= 0 && to[i] < target_blocks;
+      if (in_range) valid.push_back({from[i], to[i]});
     }
-    return inside;
+    return valid;
   }
 };
 
-/// `way(i)` says where the i-th copy goes.
-template <typename WayOf>
-void copy_each(const char* source, char* target, int64_t count, int64_t bytes, const WayOf& way) {
+/// Runs `count` copies; `copy(i)` is the i-th.
+template <typename CopyAt>
+void copy_each(const char* source, char* target, int64_t count, int64_t bytes, const CopyAt& copy) {
   parallel_for(count, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      std::memcpy(target + way(i).to * bytes, source + way(i).from * bytes, bytes);
+      std::memcpy(target + copy(i).to * bytes, source + copy(i).from * bytes, bytes);
   });
 }
 
-/// Inputs: the target, ids to read, ids to write, and the source where it is another array.
+/// Inputs: the target, ids to read, ids to write, and the source if it is another array.
 class CopyBlocks : public Node {
  public:
   const char* name() const override { return "copy_blocks"; }
@@ -49,7 +49,7 @@ class CopyBlocks : public Node {
     const auto from = dense(inputs[1], queue), to = dense(inputs[2], queue);
     mx::array& out = outputs[0];
     if (inputs[0].is_donatable() && inputs[0].flags().row_contiguous) {
-      out.copy_shared_buffer(inputs[0]);  // nobody else looks at it: in place
+      out.copy_shared_buffer(inputs[0]);  // no other reference: in place
     } else {
       const auto whole = dense(inputs[0], queue);
       allocate(out);
@@ -69,13 +69,15 @@ class CopyBlocks : public Node {
                       static_cast<int64_t>(out.nbytes()) / out.shape(0)};
     char* aside = within ? temporary<char>(job.count * job.block_bytes, queue) : nullptr;
     queue.dispatch([job, aside] {
-      const auto ways = job.ways();
-      const auto count = static_cast<int64_t>(ways.size());
+      const auto copies = job.copies();
+      const auto count = static_cast<int64_t>(copies.size());
       if (!aside)
-        return copy_each(job.source, job.target, count, job.block_bytes, [&](int64_t i) { return ways[i]; });
-      // All are read before any is written.
-      copy_each(job.source, aside, count, job.block_bytes, [&](int64_t i) { return Way{ways[i].from, i}; });
-      copy_each(aside, job.target, count, job.block_bytes, [&](int64_t i) { return Way{i, ways[i].to}; });
+        return copy_each(job.source, job.target, count, job.block_bytes,
+                         [&](int64_t i) { return copies[i]; });
+      // All blocks are read before any is written.
+      copy_each(job.source, aside, count, job.block_bytes,
+                [&](int64_t i) { return Copy{copies[i].from, i}; });
+      copy_each(aside, job.target, count, job.block_bytes, [&](int64_t i) { return Copy{i, copies[i].to}; });
     });
   }
 };
@@ -99,7 +101,7 @@ mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::
     check_dtype("source", *source, target.dtype());
     mx::Shape shape = target.shape();
     shape[0] = source->ndim() ? source->shape(0) : 0;
-    check_shape("source", *source, shape, "target's shape but for the number of blocks");
+    check_shape("source", *source, shape, "target's shape apart from the number of blocks");
     inputs.push_back(*source);
   }
   return mx::array(target.shape(), target.dtype(), std::make_shared<CopyBlocks>(), std::move(inputs));

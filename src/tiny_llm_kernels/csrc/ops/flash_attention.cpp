@@ -45,10 +45,11 @@ mx::array flash_attention(const mx::array& q, const mx::array& k, const mx::arra
   const int B = q.shape(0), H = q.shape(1), L = q.shape(2), D = q.shape(3), Hkv = k.shape(1), S = k.shape(2);
   check_shape("k", k, {B, Hkv, S, D}, "[B, Hkv, S, D]");
   check_shape("v", v, {B, Hkv, S, D}, "[B, Hkv, S, D]");
-  if (Hkv == 0 || H % Hkv) refuse("q has ", H, " heads: no multiple of the ", Hkv, " of k and v");
-  if (S == 0) refuse("k and v hold no keys: there is nothing to attend to");
+  if (Hkv == 0 || H % Hkv)
+    refuse("q has ", H, " heads, expected a multiple of the ", Hkv, " heads of k and v");
+  if (S == 0) refuse("k and v must have at least one position");
   if (causal && L > S)
-    refuse("q has ", L, " rows, more than the ", S, " positions that causal attention ends with");
+    refuse("q has ", L, " rows, expected at most the ", S, " positions of k for causal attention");
   return mx::array(q.shape(), mx::float32, std::make_shared<FlashAttention>(scale, causal), {q, k, v});
 }
 

@@ -17,24 +17,24 @@ namespace tiny_llm {
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20, CACHE_LINE = 64, STRETCH = size_t{64} << 20;
-constexpr size_t FEWEST = HUGE_PAGE / 32;  // bytes of an array that is put into a stretch
+constexpr size_t MIN_BYTES = HUGE_PAGE / 32;  // smaller arrays are not placed in a stretch
 
 char* rounded_up(char* address, int64_t to) {
   return reinterpret_cast<char*>(tiny_llm::rounded_up(reinterpret_cast<int64_t>(address), to));
 }
 
-/// For memory that is not in use yet. A system that has none goes on without.
+/// For memory that is not in use yet. Has no effect on systems without huge pages.
 void ask_for_huge_pages(char* begin, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   madvise(begin, bytes, MADV_HUGEPAGE);
 #endif
 }
 
-/// For memory of which a part is in use: what is there is moved. All pages that the range touches are asked for,
-/// with what lies beside it; from Linux 6.1 on they come at once, before that when the system finds the time.
+/// For memory that is partly in use: its contents are moved. Covers all pages that the range touches, with
+/// whatever else is on them. On Linux 6.1 and later the pages are replaced at once, before that in the background.
 void move_to_huge_pages(char* begin, char* end) {
 #ifdef MADV_HUGEPAGE
-  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, younger than many headers
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which many system headers lack
   for (char* page = rounded_up(begin - HUGE_PAGE + 1, HUGE_PAGE); page < end; page += HUGE_PAGE) {
     madvise(page, HUGE_PAGE, MADV_HUGEPAGE);
     madvise(page, HUGE_PAGE, COLLAPSE);
@@ -42,8 +42,8 @@ void move_to_huge_pages(char* begin, char* end) {
 #endif
 }
 
-/// A stretch of addresses from which memory is taken and to which it is given back, the first gap that is large
-/// enough first. Memory comes when it is first written to. Lives as long as whoever took some.
+/// A range of addresses for first-fit allocation. The system provides memory at the first write. It lives as long
+/// as any allocation in it.
 class Stretch {
  public:
   explicit Stretch(size_t bytes) : bytes_(bytes + HUGE_PAGE) {
@@ -58,7 +58,7 @@ class Stretch {
   ~Stretch() { munmap(mapped_, bytes_); }
   Stretch(const Stretch&) = delete;
 
-  /// Whole cache lines; null where no gap is large enough.
+  /// Allocates whole cache lines; null if no gap is large enough.
   char* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
     const auto gap =
@@ -91,7 +91,7 @@ class Stretch {
   std::map<char*, size_t> gaps_;
 };
 
-/// A piece of a stretch, which it keeps alive.
+/// An allocation, which keeps its stretch alive.
 struct Piece {
   std::shared_ptr<Stretch> stretch;
   char* begin;
@@ -111,7 +111,7 @@ Piece take(size_t bytes) {
   return {stretch, stretch->take(bytes)};
 }
 
-/// Row-contiguous, from `offset` bytes of the memory on.
+/// Makes `a` row-contiguous in `memory`, starting `offset` bytes from its start.
 void put(mx::array& a, mx::allocator::Data memory, int64_t offset) {
   mx::array::Flags flags{};
   flags.contiguous = flags.row_contiguous = true;
@@ -121,7 +121,7 @@ void put(mx::array& a, mx::allocator::Data memory, int64_t offset) {
   a.set_data(std::move(memory), a.size(), strides, flags, offset);
 }
 
-/// MLX's memory, from a cache line on.
+/// Allocates with MLX, aligned to a cache line.
 void allocate_aligned(mx::array& a) {
   auto memory = mx::allocator::malloc(a.nbytes() + CACHE_LINE);
   const auto address = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
@@ -132,8 +132,8 @@ void allocate_aligned(mx::array& a) {
 
 void allocate_weights(mx::array& a) {
   const size_t bytes = a.nbytes();
-  if (bytes < FEWEST) return allocate_aligned(a);
-  // One line more, which ends with what MLX's buffers begin with: their size.
+  if (bytes < MIN_BYTES) return allocate_aligned(a);
+  // One more cache line, whose end holds what MLX stores before a buffer: its size.
   const size_t taken = CACHE_LINE + tiny_llm::rounded_up(bytes, CACHE_LINE);
   const Piece piece = take(taken);
   auto* size = reinterpret_cast<size_t*>(piece.begin + CACHE_LINE) - 1;

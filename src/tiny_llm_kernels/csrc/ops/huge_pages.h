@@ -1,5 +1,5 @@
-// Memory that a step reads from end to end lies on huge pages: 2 MiB behind one entry of the processor's table of
-// addresses, which has room for some thousands of pages of 4 KiB and would else be missed all the time.
+// Places memory that a step reads sequentially on huge pages: one entry of the processor's TLB covers 2 MiB. The
+// TLB has a few thousand entries, so with pages of 4 KiB it would miss all the time.
 #pragma once
 
 #include <vector>
@@ -8,14 +8,14 @@
 
 namespace tiny_llm {
 
-/// Memory for weights, row-contiguous, from a cache line on. Those of 64 KiB and more lie side by side in
-/// stretches of 64 MiB, or of one larger array, which MLX does not count and which are on huge pages where the
-/// system has them; smaller ones lie where MLX puts them. What is given back stays with its stretch and is used
-/// again; a stretch goes back to the system when nothing of it is in use.
+/// Allocates a weight: row-contiguous, aligned to a cache line. Weights of 64 KiB and more are placed next to each
+/// other in stretches of 64 MiB (or of one larger array), which are on huge pages if the system has them and are
+/// not in MLX's memory statistics. MLX allocates smaller ones. Freed memory stays in its stretch for reuse; a
+/// stretch returns to the system when nothing in it is in use.
 void allocate_weights(mlx::core::array& a);
 
-/// Memory for arrays that belong together, each MLX's own, on huge pages where they happen to lie side by side.
-/// What is in it is not said.
+/// Allocates arrays that belong together with MLX; on huge pages where they happen to be adjacent. The contents
+/// are uninitialized.
 void allocate_together(std::vector<mlx::core::array>& arrays);
 
 }  // namespace tiny_llm

@@ -5,7 +5,7 @@
 namespace tiny_llm {
 namespace {
 
-/// Copies any strides into row-contiguous order: the slow path that keeps the kernels simple.
+/// Copies any strides into row-contiguous order: the slow path, which keeps the kernels simple.
 void copy_strided(const char* source, const mx::Shape& shape, const mx::Strides& strides, size_t axis,
                   size_t itemsize, char*& target) {
   const bool row = axis + 1 == shape.size() && strides[axis] == 1;

@@ -1,4 +1,4 @@
-// What the operators share: a graph node that runs on the CPU, argument checks, and views of arrays.
+// Shared by the operators: a graph node that runs on the CPU, argument checks, and array views.
 #pragma once
 
 #include <sstream>
@@ -54,7 +54,7 @@ inline void check_ndim(const char* name, const mx::array& a, size_t ndim) {
   if (a.ndim() != ndim) refuse(name, " must have ", ndim, " axes, got shape ", shape_text(a));
 }
 
-/// A type in which keys, values or weights may be stored.
+/// Requires a type that keys, values or weights may be stored in.
 inline void check_storage(const char* name, const mx::array& a) {
   if (a.dtype() != mx::float32 && a.dtype() != mx::float16 && a.dtype() != mx::bfloat16) {
     refuse(name, " must be float32, float16 or bfloat16, got ", a.dtype());
@@ -67,7 +67,7 @@ inline StorageType storage_of(mx::Dtype dtype) {
                                 : StorageType::bfloat16;
 }
 
-/// `shape` holds the wanted sizes; `letters` is how the message shows them, for instance "[T]".
+/// `shape`: the required sizes; `letters`: how the message names them, such as "[T]".
 inline void check_shape(const char* name, const mx::array& a, const mx::Shape& shape, const char* letters) {
   if (a.shape() == shape) return;
   std::string wanted;
@@ -77,20 +77,20 @@ inline void check_shape(const char* name, const mx::array& a, const mx::Shape& s
 
 // ---- views ----
 
-/// `a` itself if it is row-contiguous, else a copy that is (made by a task before the node's own).
+/// `a` if it is row-contiguous, else a row-contiguous copy (made by a task before the node's own).
 mx::array dense(const mx::array& a, mx::cpu::CommandEncoder& encoder);
 
-/// `a` itself if its last axis is contiguous, else a row-contiguous copy.
+/// `a` if its last axis is contiguous, else a row-contiguous copy.
 mx::array dense_last_axis(const mx::array& a, mx::cpu::CommandEncoder& encoder);
 
-/// The array as rows over its last axis, which all lie the same distance apart.
-/// Returns a copy in `a` where they do not.
+/// The array as rows over its last axis, at equal distances.
+/// If that is not possible, `a` is replaced by a copy.
 Rows rows_of(mx::array& a, mx::cpu::CommandEncoder& encoder);
 
 /// Memory for an output or a temporary, row-contiguous.
 inline void allocate(mx::array& a) { a.set_data(mx::allocator::malloc(a.nbytes())); }
 
-/// Memory for a [B, H, L, D] output that lies as [B, L, H, D]: `transpose(0, 2, 1, 3)` of it is free.
+/// Memory for a [B, H, L, D] output stored as [B, L, H, D], so that its `transpose(0, 2, 1, 3)` is free.
 void allocate_heads_inside(mx::array& a);
 
 template <typename T>

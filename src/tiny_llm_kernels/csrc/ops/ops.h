@@ -1,5 +1,5 @@
-// The operators as MLX sees them: each checks its arguments and adds one node to the graph.
-// Contracts, shapes and units are in the Python docstrings (../../__init__.py).
+// The MLX operators: each checks its arguments and adds one node to the graph.
+// The Python docstrings (../../__init__.py) document contracts, shapes and units.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// pack: MLX's quantized weights into the kernels' tiles (the layout is drawn in kernels/kernels.h).
-// Runs once at load, in plain integer code that every processor shares.
+// pack: repacks MLX's quantized weights into the kernels' tiles (kernels/kernels.h shows the layout).
+// It runs once, at load, in plain integer code for all processors.
 #include <cstring>
 
 #include "huge_pages.h"
@@ -9,7 +9,7 @@
 namespace tiny_llm {
 namespace {
 
-/// Eight values of 4 bits in order, as four bytes: value i in the low half of byte i, i + 4 in the high one.
+/// Eight 4-bit values in order, as four bytes: value i in the low half of byte i, value i + 4 in the high half.
 uint32_t four_over_four(uint32_t word) {
   uint32_t bytes = 0;
   for (int i = 0; i < 4; ++i) bytes |= ((word >> 4 * i & 15) | (word >> 4 * (i + 4) & 15) << 4) << 8 * i;
@@ -25,7 +25,7 @@ struct PackJob {
   bool wide;
 };
 
-/// The 32 values of one group, `bits` words of them, in words of `wider` bits a value.
+/// Converts the 32 values of one group (`bits` words) to `wider` bits per value.
 void widen(const uint32_t* words, int bits, int wider, uint32_t (&source)[8]) {
   for (int k = 0; k < GROUP; ++k) {
     const int first = k * bits, word = first / 32, shift = first % 32;
@@ -43,7 +43,7 @@ void pack_tile(const PackJob& job, int64_t tile) {
     uint8_t* record = job.out + (tile * groups + g) * record_bytes(bits, job.wide);
     for (int64_t o = 0; o < TILE_OUTPUTS; ++o) {
       const int64_t n = tile * TILE_OUTPUTS + o;
-      uint32_t source[8] = {};  // zeros where the last tile is not full
+      uint32_t source[8] = {};  // zeros if the last tile is not full
       uint8_t scale[4] = {}, bias[4] = {};
       if (n < job.N) {
         const uint32_t* words = job.weight + (n * groups + g) * job.bits;
@@ -93,7 +93,7 @@ class Pack : public Node {
   int group_size_, bits_;
 };
 
-/// Packed weights one behind the other: whole tiles, so the matrices' outputs lie side by side.
+/// Concatenates packed weights. All tiles are full, so the matrices' outputs are adjacent.
 class StackPacked : public Node {
  public:
   using Node::Node;
@@ -112,9 +112,9 @@ class StackPacked : public Node {
   }
 };
 
-/// ggml keeps value i of a block of 32 in the low half of byte i, value i + 16 in the high half; MLX keeps 2i and
-/// 2i + 1 in byte i. Eight bytes at a time: their low halves, then their high halves, close up.
-uint32_t closed_up(uint64_t halves) {
+/// In ggml, byte i of a block of 32 has value i in its low half and value i + 16 in its high half; in MLX, byte i
+/// has values 2i and 2i + 1. Takes the low halves of eight bytes and joins them without gaps.
+uint32_t joined_halves(uint64_t halves) {
   uint64_t v = halves & 0x0f0f0f0f0f0f0f0f;
   v = (v | v >> 4) & 0x00ff00ff00ff00ff;
   v = (v | v >> 8) & 0x0000ffff0000ffff;
@@ -129,7 +129,7 @@ void mlx_words(const uint8_t* quants, int bits, uint32_t* words) {
     for (uint64_t& eight : bytes) eight ^= 0x8080808080808080;
     std::memcpy(words, bytes, sizeof(bytes));
   } else {
-    for (int i = 0; i < 4; ++i) words[i] = closed_up(bytes[i % 2] >> (i / 2 * 4));
+    for (int i = 0; i < 4; ++i) words[i] = joined_halves(bytes[i % 2] >> (i / 2 * 4));
   }
 }
 
@@ -183,7 +183,7 @@ mx::array pack(const mx::array& weight, const mx::array& scales, const mx::array
   const int N = weight.shape(0), words = weight.shape(1);
   if (words % bits)
     refuse("weight with ", bits, " bits must have a multiple of ", bits,
-           " words a row (whole groups of 32), got shape ", shape_text(weight));
+           " words per row (whole groups of 32), got shape ", shape_text(weight));
   const int groups = words / bits, K = groups * GROUP;
   if (K % group_size) refuse("group_size ", group_size, " does not divide K = ", K);
   check_shape("scales", scales, {N, K / group_size}, "[N, K/group_size]");

@@ -1,12 +1,12 @@
 #include "paged_attention.h"
 
-#include "desks.h"
 #include "ops.h"
+#include "scratch.h"
 
 namespace tiny_llm {
 namespace {
 
-/// With q [1, H, T, D] and out, as arrays.
+/// The job that `reading_job` makes, with q [1, H, T, D] and out added.
 AttentionJob reading(const mx::array& q, const mx::array& keys, const mx::array& values,
                      const mx::array& tables, const mx::array& row_of_token, const mx::array& positions,
                      mx::array& out, float scale, int64_t window) {
@@ -51,10 +51,10 @@ class WriteAndAttend : public Node {
     const auto row_of_token = dense(inputs[7], queue), positions = dense(inputs[8], queue);
     if (!inputs[3].flags().row_contiguous || !inputs[4].flags().row_contiguous) {
       throw std::runtime_error(
-          "write_and_attend: the pools must be row-contiguous, a copy would lose the writes");
+          "write_and_attend: the pools must be row-contiguous, because a copy would lose the writes");
     }
     allocate_heads_inside(outputs[0]);
-    outputs[1].copy_shared_buffer(inputs[3]);  // the pools go on as they are: never a copy
+    outputs[1].copy_shared_buffer(inputs[3]);  // the same memory, never a copy
     outputs[2].copy_shared_buffer(inputs[4]);
 
     auto job =
@@ -63,7 +63,7 @@ class WriteAndAttend : public Node {
     job.v = v.data<float>(), job.v_head = v.strides(1), job.v_token = v.strides(2);
     job.slots = slots.data<int32_t>();
     queue.dispatch([job, &kernels = kernels()] {
-      // Every write of the step is done before the first read: a token may see its neighbours of this step.
+      // All writes of the step are done before the first read: a token may attend to other tokens of the step.
       parallel_for(job.T, 32, [&](int64_t begin, int64_t end) { kernels.write_tokens(job, begin, end); });
       attend_all(job, kernels);
     });
@@ -79,7 +79,7 @@ class WriteAndAttend : public Node {
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
                          const mx::array& row_of_token, const mx::array& positions, float scale,
                          int64_t window) {
-  provide_desks();
+  provide_scratch();
   AttentionJob job{};
   job.keys = const_cast<char*>(keys.data<char>()), job.values = const_cast<char*>(values.data<char>());
   job.storage = storage_of(keys.dtype());
@@ -93,7 +93,7 @@ AttentionJob reading_job(const mx::array& keys, const mx::array& values, const m
 }
 
 int64_t checked_window(std::optional<int64_t> window) {
-  constexpr int64_t EVERY_POSITION = int64_t{1} << 31;  // as many as an int32 counts
+  constexpr int64_t EVERY_POSITION = int64_t{1} << 31;  // more than an int32 position can be
   if (window && *window < 1) refuse("window must be at least 1, got ", *window);
   return std::min(window.value_or(EVERY_POSITION), EVERY_POSITION);
 }

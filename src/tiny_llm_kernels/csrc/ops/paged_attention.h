@@ -1,4 +1,4 @@
-// Paged attention for operators that contain it: its checks, its job, and how that is run.
+// Paged attention for operators that contain it: argument checks, the job, and how it is run.
 #pragma once
 
 #include <optional>
@@ -7,20 +7,20 @@
 
 namespace tiny_llm {
 
-/// A job that reads `keys` and `values` through `tables`; the caller adds q and out, and what is written.
-/// Provides the memory that threads attend in. Throws std::bad_alloc.
+/// A job that reads `keys` and `values` through `tables`; the caller adds q, out and what is to be written.
+/// Prepares the threads' working memory. Throws std::bad_alloc.
 AttentionJob reading_job(const mx::array& keys, const mx::array& values, const mx::array& tables,
                          const mx::array& row_of_token, const mx::array& positions, float scale,
                          int64_t window);
 
-/// Runs in a task of the CPU stream: all tokens attend, shared out among the threads (attention_items.cpp).
-/// Every write of the step must be done.
+/// Computes the attention of all tokens, distributed over the threads (attention_items.cpp). Call it in a task of
+/// the CPU stream, after all writes of the step.
 void attend_all(AttentionJob job, const Kernels& kernels);
 
-/// The window as a number: every position where there is none, or where it is longer than any sequence.
+/// The window as a number; without a window, or with one longer than any sequence, all positions.
 int64_t checked_window(std::optional<int64_t> window);
 
-/// Refuses pools, tables, rows and positions that do not fit T tokens with H and Hkv heads of D numbers.
+/// Throws unless pools, tables, rows and positions match T tokens with H query and Hkv kv heads of size D.
 void check_reading(int H, int Hkv, int T, int D, const mx::array& key_pool, const mx::array& value_pool,
                    const mx::array& tables, const mx::array& row_of_token, const mx::array& positions);
 

@@ -4,13 +4,13 @@
 namespace tiny_llm {
 namespace {
 
-/// A packed blob is [tiles, K/32, record]: its own shape says what it holds.
+/// Packed weights are [tiles, K/32, record]: the size of a record identifies their format.
 void check_packed(const mx::array& packed, int bits) {
   if (bits != 4 && bits != 8) refuse("bits ", bits, " is not supported: only 4 and 8");
   check_dtype("packed", packed, mx::uint8);
   check_ndim("packed", packed, 3);
   if (packed.shape(2) != record_bytes(bits, false) && packed.shape(2) != record_bytes(bits, true)) {
-    refuse("packed does not hold ", bits, "-bit weights: records of ", packed.shape(2), " bytes, expected ",
+    refuse("packed must have ", bits, "-bit weights: found records of ", packed.shape(2), " bytes, expected ",
            record_bytes(bits, false), " or ", record_bytes(bits, true));
   }
 }
@@ -85,11 +85,11 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& packed, int out_
   if (activation_bits != 8 && activation_bits != 16)
     refuse("activation_bits ", activation_bits, " is not supported: only 8 and 16");
   check_dtype("x", x, mx::float32);
-  const int K = packed.shape(1) * GROUP, most = packed.shape(0) * TILE_OUTPUTS;
+  const int K = packed.shape(1) * GROUP, limit = packed.shape(0) * TILE_OUTPUTS;
   if (x.ndim() == 0 || x.shape(-1) != K)
     refuse("x must have K = ", K, " as its last axis, got shape ", shape_text(x));
-  if (out_features <= most - TILE_OUTPUTS || out_features > most) {
-    refuse("out_features ", out_features, " does not fit packed weights of ", packed.shape(0), " tiles of ",
+  if (out_features <= limit - TILE_OUTPUTS || out_features > limit) {
+    refuse("out_features ", out_features, " does not match packed weights of ", packed.shape(0), " tiles of ",
            TILE_OUTPUTS);
   }
   mx::Shape shape = x.shape();
@@ -102,7 +102,7 @@ mx::array dequantize_rows(const mx::array& packed, const mx::array& ids, int in_
   check_packed(packed, bits);
   check_dtype("ids", ids, mx::int32);
   if (in_features != packed.shape(1) * GROUP) {
-    refuse("in_features ", in_features, " does not fit packed weights of K = ", packed.shape(1) * GROUP);
+    refuse("in_features ", in_features, " does not match packed weights with K = ", packed.shape(1) * GROUP);
   }
   mx::Shape shape = ids.shape();
   shape.push_back(in_features);

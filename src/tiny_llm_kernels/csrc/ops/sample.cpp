@@ -20,7 +20,7 @@ class Sample : public Node {
   }
 
  private:
-  SampleJob how_;  // without a row
+  SampleJob how_;  // without logits and token
 };
 
 }  // namespace

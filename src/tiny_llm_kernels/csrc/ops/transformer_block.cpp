@@ -1,9 +1,9 @@
-// A transformer block in one task: between its loops nothing is described, scheduled or waited for.
+// A transformer block in one task: no graph, scheduling or waiting between its loops.
 //
-// It is the block of tiny_llm/block.py, or of gemma_block.py, line for line, made of the same kernels as the
-// operators, so its results are the same bits. What belongs to one row follows at once, while the row is near: a
-// norm and its rounding, a gate and its rounding. A loop ends where the next one needs rows, outputs or tokens of
-// other threads.
+// It follows tiny_llm/block.py and gemma_block.py line by line with the kernels of the operators, so its results
+// have the same bits. Steps that need only one row follow each other directly, while the row is in cache: a norm
+// and its rounding, a gate and its rounding. A loop ends when the next step needs rows, outputs or tokens of other
+// threads.
 #include "transformer_block.h"
 
 #include <cstdlib>
@@ -21,7 +21,7 @@
 namespace tiny_llm {
 namespace {
 
-/// Rows of floats in a buffer of their own.
+/// Rows of floats in one buffer.
 struct Buffer {
   float* data;
   int64_t rows, width;
@@ -39,7 +39,7 @@ void each(int64_t count, const Body& body) {
 
 constexpr size_t CACHE_LINE = 64;
 
-/// Hands out pieces of the memory that begins at an address, one behind the other.
+/// Allocates consecutive pieces of the memory at an address.
 class Workspace {
  public:
   explicit Workspace(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)), next_(begin_) {}
@@ -57,9 +57,9 @@ class Workspace {
   uintptr_t begin_, next_;
 };
 
-/// At least so many bytes that the tasks of one stream share, because they run one after the other. The blocks of
-/// a step are described long before they are computed: with memory of their own they would all hold it at once.
-/// A longer step gets new memory; tasks that hold the old one go on with it. Throws std::bad_alloc.
+/// At least `bytes` of memory that all tasks of a stream share, because they run one after the other. All blocks
+/// of a step are scheduled long before they run; with separate memory they would all hold it at once. A longer
+/// step gets new memory; tasks that use the old one keep it. Throws std::bad_alloc.
 std::shared_ptr<void> shared_memory(const mx::Stream& stream, size_t bytes) {
   struct Kept {
     size_t bytes = 0;
@@ -77,16 +77,16 @@ std::shared_ptr<void> shared_memory(const mx::Stream& stream, size_t bytes) {
   return here.memory;
 }
 
-/// One block over one step: where everything lies.
+/// One block's computation for one step, with all its buffers.
 struct BlockJob {
   const BlockWeights* w;
   const float* x;
-  Buffer hidden;  // the stream: what is added to
+  Buffer hidden;  // the residual stream
   Buffer normed, heads, rotated, attended, added, gates, fed;
-  QuantizeJob for_hidden, for_o, for_down;  // what is rounded on its way into a matmul
+  QuantizeJob for_hidden, for_o, for_down;  // activations that are rounded before a matmul
   AttentionJob attention;
 
-  /// `reading` has where the block reads and writes keys and values; `x` and `out` are [T, E].
+  /// `reading` says where the block reads and writes keys and values; `x` and `out` are [T, E].
   BlockJob(const BlockWeights& weights, const AttentionJob& reading, const float* x, float* out,
            Workspace& space)
       : w(&weights), x(x), attention(reading) {
@@ -144,7 +144,7 @@ struct BlockJob {
     kernels.quantize_rows(for_hidden, row, row + 1);
   }
 
-  /// What a half gave, normalised where there is a norm behind it, to the stream.
+  /// Adds the output of a half to the residual stream, normalized first if there is an output norm.
   void add(const std::optional<mx::array>& out_norm, int64_t row, const Kernels& kernels) const {
     const int64_t E = hidden.width;
     if (out_norm)
@@ -152,7 +152,7 @@ struct BlockJob {
     kernels.add({hidden.data, E, added.data, E, E}, row, row + 1);
   }
 
-  /// A token's queries, keys and values: bias, norms of the heads, and queries and keys rotated.
+  /// Computes a token's queries, keys and values: bias, head norms, and rotation of queries and keys.
   void rotate(int64_t token, const Kernels& kernels) const {
     const int64_t D = w->D;
     float *queries = heads.row(token), *keys = queries + w->H * D;
@@ -190,10 +190,10 @@ class Block : public Node {
     const auto row_of_token = dense(inputs[5], queue), positions = dense(inputs[6], queue);
     if (!inputs[1].flags().row_contiguous || !inputs[2].flags().row_contiguous) {
       throw std::runtime_error(
-          "transformer_block: the pools must be row-contiguous, a copy would lose the writes");
+          "transformer_block: the pools must be row-contiguous, because a copy would lose the writes");
     }
     allocate(outputs[0]);
-    outputs[1].copy_shared_buffer(inputs[1]);  // the pools go on as they are: never a copy
+    outputs[1].copy_shared_buffer(inputs[1]);  // the same memory, never a copy
     outputs[2].copy_shared_buffer(inputs[2]);
 
     auto reading = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_);

@@ -1,4 +1,4 @@
-// A whole transformer block as one operator: its weights, and what a step brings.
+// A whole transformer block as one operator: its weights and its call.
 #pragma once
 
 #include <optional>
@@ -16,17 +16,17 @@ struct PackedMatrix {
   int out_features, bits;
 };
 
-/// What a block is made of; all arrays are evaluated. Legend: H query heads, Hkv key-value heads, D head size.
+/// The weights of a block, all evaluated. Legend: H query heads, Hkv key-value heads, D head size.
 struct BlockWeights {
   mx::array attention_norm, mlp_norm;                         // [E] before each half
-  std::optional<mx::array> attention_out_norm, mlp_out_norm;  // [E] behind it, where there is one
+  std::optional<mx::array> attention_out_norm, mlp_out_norm;  // [E] after each half, if any
   PackedMatrix qkv, o, gate_up, down;
   std::optional<mx::array> qkv_bias;        // [(H + 2 Hkv) D]
   std::optional<mx::array> q_norm, k_norm;  // [D]
   mx::array inv_freq;                       // [D/2]
   int H, Hkv, D, activation_bits;
   float eps;
-  bool gelu;  // for silu
+  bool gelu;  // instead of silu
 };
 
 /// x [1, T, E] -> (x after the block, both pools): see tiny_llm_kernels.TransformerBlock.

@@ -1,6 +1,6 @@
-"""A model whose tokenizer is SentencePiece's: what it answers continues the prompt's text, everywhere alike.
+"""The output of a SentencePiece model continues the prompt's text, in every interface.
 
-Oracle: the library's `decode` of prompt and output together. Tokens are chosen by `logit_bias`.
+Oracle: the library's `decode` of prompt and output together. `logit_bias` forces the sampled tokens.
 """
 
 import shutil
@@ -22,7 +22,7 @@ BOS, EOS = 1, 2
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    """A tiny random model with the golden SentencePiece tokenizer."""
+    """A tiny random model with the SentencePiece tokenizer of the goldens."""
     path = write_folder(tmp_path_factory.mktemp("spm") / "model", CONFIG, random_weights(CONFIG))
     for file in FOLDER.iterdir():
         shutil.copy(file, path)
@@ -42,7 +42,7 @@ def token(llm: LLM, piece: str) -> int:
 
 
 def always(llm: LLM, *pieces: str, **params: Any) -> SamplingParams:
-    """Greedy parameters under which one of these pieces is chosen every time."""
+    """Greedy parameters that force each sampled token to be one of these pieces."""
     bias = {token(llm, piece): 100.0 for piece in pieces}
     return SamplingParams(
         **{"temperature": 0.0, "max_tokens": 2, "logit_bias": bias, "ignore_eos": True, **params}
@@ -50,47 +50,47 @@ def always(llm: LLM, *pieces: str, **params: Any) -> SamplingParams:
 
 
 def added(llm: LLM, prompt: Any, output: Any) -> str:
-    """What the output adds to the prompt's text, by the library alone."""
+    """What the output adds to the prompt's text, according to the library."""
     decode = llm.tokenizer._tokenizer.decode
     before, whole = decode(list(prompt)), decode([*prompt, *output])
     assert whole.startswith(before)
     return str(whole[len(before) :])
 
 
-def test_the_space_before_the_first_word_belongs_to_the_output(llm: LLM) -> None:
+def test_the_output_starts_with_the_space_before_its_first_word(llm: LLM) -> None:
     [output] = llm.generate("hello", always(llm, "\u2581the", n=2), use_tqdm=False)
     assert [one.text for one in output.outputs] == [" the the"] * 2
     assert output.outputs[0].text == added(llm, output.prompt_token_ids, output.outputs[0].token_ids)
     assert "".join(delta.text for delta in llm.stream("hello", always(llm, "\u2581the"))) == " the the"
 
 
-def test_a_text_that_begins_the_sequence_has_no_space(llm: LLM) -> None:
-    """As decode([BOS, the]) has none."""
+def test_the_first_word_of_a_sequence_has_no_leading_space(llm: LLM) -> None:
+    """Because decode([BOS, the]) has none."""
     [output] = llm.generate([[BOS]], always(llm, "\u2581the"), use_tqdm=False)
     assert output.outputs[0].text == "the the"
 
 
-def test_a_stop_string_with_that_space_is_found(llm: LLM) -> None:
+def test_a_stop_string_may_contain_the_leading_space(llm: LLM) -> None:
     [output] = llm.generate("hello", always(llm, "\u2581the", stop=" the", max_tokens=9), use_tqdm=False)
     [one] = output.outputs
     assert (one.text, one.finish_reason, one.stop_reason, len(one.token_ids)) == ("", "stop", " the", 1)
 
 
-def test_beams_continue_the_prompt_too(llm: LLM) -> None:
+def test_beams_continue_the_prompts_text(llm: LLM) -> None:
     [found] = llm.beam_search("hello", BeamSearchParams(beam_width=3, max_tokens=4))
     prompt = llm.tokenizer.encode("hello", add_special_tokens=True)
     texts = [one.text for one in found.sequences]
     assert texts == [added(llm, prompt, one.tokens[len(prompt) :]) for one in found.sequences]
 
 
-def test_a_stop_string_that_a_control_token_spells_ends_the_text_there(llm: LLM) -> None:
+def test_a_stop_string_matches_the_name_of_a_control_token(llm: LLM) -> None:
     params = always(llm, "</s>", stop="</s>", max_tokens=9)
     [one] = llm.generate("hello", params, use_tqdm=False)[0].outputs
     assert (one.text, one.finish_reason, one.stop_reason, len(one.token_ids)) == ("", "stop", "</s>", 1)
 
 
-def test_bytes_that_are_no_text_fail_nobody(llm: LLM) -> None:
-    """Oracle: the byte run and its neighbours as the library decodes them."""
+def test_invalid_bytes_become_replacement_characters_and_fail_no_request(llm: LLM) -> None:
+    """Oracle: the library's decoding of the byte run and its neighbours."""
     params = always(llm, "<0x9B>", n=2, max_tokens=5)
     [output] = llm.generate("hello", params, use_tqdm=False)
     assert [one.text for one in output.outputs] == ["\ufffd" * 5] * 2
@@ -102,20 +102,20 @@ def ask(client: httpx.Client, path: str, **body: Any) -> Any:
     return answer.json()
 
 
-def test_an_echo_is_the_prompt_and_what_follows_it(client: httpx.Client, llm: LLM) -> None:
+def test_an_echoed_completion_is_prompt_and_output(client: httpx.Client, llm: LLM) -> None:
     the = token(llm, "\u2581the")
     common = {"max_tokens": 2, "temperature": 0, "logit_bias": {str(the): 100}, "logprobs": 1, "echo": True}
     for prompt in ("hello", llm.tokenizer.encode("hello", add_special_tokens=True)):
         [choice] = ask(client, "/v1/completions", prompt=prompt, **common)["choices"]
         assert choice["text"] == "hello the the"
-        told = choice["logprobs"]
-        assert told["tokens"][-2:] == [" the", " the"]
-        assert told["text_offset"][-2:] == [5, 9]
-        for name, offset in list(zip(told["tokens"], told["text_offset"], strict=True))[2:]:
+        logprobs = choice["logprobs"]
+        assert logprobs["tokens"][-2:] == [" the", " the"]
+        assert logprobs["text_offset"][-2:] == [5, 9]
+        for name, offset in list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[2:]:
             assert choice["text"][offset:].startswith(name)
 
 
-def test_without_an_echo_offsets_are_those_of_the_output(client: httpx.Client, llm: LLM) -> None:
+def test_without_an_echo_text_offsets_count_from_the_output(client: httpx.Client, llm: LLM) -> None:
     bias = {str(token(llm, "\u2581the")): 100}
     body = {"prompt": "hello", "max_tokens": 3, "temperature": 0, "logit_bias": bias, "logprobs": 0}
     [choice] = ask(client, "/v1/completions", **body)["choices"]
@@ -125,7 +125,7 @@ def test_without_an_echo_offsets_are_those_of_the_output(client: httpx.Client, l
     assert len(lines) == 3
 
 
-def test_token_strings_carry_their_spaces(client: httpx.Client, llm: LLM) -> None:
+def test_token_strings_include_their_leading_spaces(client: httpx.Client, llm: LLM) -> None:
     found = ask(client, "/tokenize", prompt="hello the", return_token_strs=True, add_special_tokens=False)
     assert "".join(found["token_strs"]) == " hello the"
     assert found["token_strs"][-1] == " the"
@@ -139,18 +139,18 @@ def test_token_strings_carry_their_spaces(client: httpx.Client, llm: LLM) -> Non
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_prompt_far_beyond_the_context_is_refused_without_being_tokenized(
+def test_a_prompt_far_beyond_the_context_is_rejected_without_tokenizing(
     client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    def untouched(*_: object, **__: object) -> None:
-        raise AssertionError("it was tokenized")
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the prompt was tokenized")
 
-    monkeypatch.setattr("tiny_llm_checkpoints.tokenizer.library.encode", untouched)
+    monkeypatch.setattr("tiny_llm_checkpoints.tokenizer.library.encode", fail)
     text = "no end " * 100_000
-    asked = (
+    body = (
         {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
     )
-    answer = client.post(path, json=asked)
+    answer = client.post(path, json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
     assert "prompt tokens and 1 output token exceed the context of 256" in error["message"]

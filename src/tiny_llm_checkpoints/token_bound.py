@@ -1,7 +1,7 @@
-"""How many tokens a text has at least, known from its length: a prompt far too long need not be tokenized.
+"""A lower bound on a text's number of tokens, known from its length, so that huge prompts fail fast.
 
-The bound is proven from what a tokenizer is made of. For parts that may drop or swallow text it is 0, which
-says nothing. Knows nothing of requests and contexts.
+The bound follows from the tokenizer's components. There is no bound if a component may drop or absorb text.
+Knows nothing of requests and contexts.
 """
 
 import json
@@ -13,18 +13,19 @@ from tokenizers import models
 
 from .decoder_stages import BYTE_OF
 
-MOST_COMPOSED = 4  # characters that NFC makes one of: the longest canonical decomposition has 4
+MAX_COMPOSED = 4  # characters that NFC may compose to one: the longest canonical decomposition has 4
 
-# Parts that leave at least one character, or one byte, for each that they take.
+# Components that keep at least one character, or one byte, for each input character.
 _NORMALIZERS = {"Prepend", "NFD", "Lowercase", "ByteLevel", "NFC", "Replace"}
 _PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}
-_CONTINUATION = range(0x80, 0xC0)  # bytes: every character outside ASCII has one
+_CONTINUATION = range(0x80, 0xC0)  # UTF-8 continuation bytes; every character outside ASCII has one
 
 
-class LeastTokens(NamedTuple):
-    """Of one tokenizer. longest: characters that one token may stand for, outside ASCII and within it.
+class TokenBound(NamedTuple):
+    """The bound for one tokenizer.
 
-    dropped: characters that may have no token at all.
+    longest, longest_in_ascii: the most characters that one token stands for, in any text and in ASCII text.
+    dropped: characters that may have no token.
     """
 
     longest: int
@@ -32,14 +33,14 @@ class LeastTokens(NamedTuple):
     dropped: str
 
     def of(self, text: str) -> int:
-        """A number that the tokens of `text` are not fewer than; costs a look at its characters at most."""
+        """A lower bound on the number of tokens of `text`. Takes at most one pass over its characters."""
         longest = self.longest_in_ascii if text.isascii() else self.longest
         counted = len(text) - sum(text.count(character) for character in self.dropped)
         return -(-counted // longest)
 
 
-def least_tokens(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> LeastTokens | None:
-    """The bound of a tokenizer of the library with all its tokens; None where there is none."""
+def token_bound(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> TokenBound | None:
+    """Derive the bound for a tokenizer and its vocabulary; None if there is no bound."""
     added = tokenizer.get_added_tokens_decoder().values()
     normalizers, pre_tokenizers = _parts(tokenizer.normalizer), _parts(tokenizer.pre_tokenizer)
     dropped = _dropped(tokenizer.model, vocab, any(part["type"] == "ByteLevel" for part in pre_tokenizers))
@@ -47,17 +48,17 @@ def least_tokens(tokenizer: tokenizers.Tokenizer, vocab: Mapping[str, int]) -> L
         all(_keeps(part, _NORMALIZERS) for part in normalizers)
         and all(_keeps(part, _PRE_TOKENIZERS) for part in pre_tokenizers)
         and all(_frames(part) for part in _parts(tokenizer.post_processor))
-        and not any(token.lstrip or token.rstrip for token in added)  # they swallow any number of spaces
+        and not any(token.lstrip or token.rstrip for token in added)  # these absorb any number of spaces
     )
     if dropped is None or not is_known:
         return None
     longest = max(map(len, [*vocab, *(token.content for token in added)]))
     composes = any(part["type"] == "NFC" for part in normalizers)
-    return LeastTokens(longest * (MOST_COMPOSED if composes else 1), longest, dropped)
+    return TokenBound(longest * (MAX_COMPOSED if composes else 1), longest, dropped)
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """A component's parts in their JSON form, nested sequences opened."""
+    """A component's parts in JSON form, with nested sequences flattened."""
     return [] if component is None else list(_flat(json.loads(component.__getstate__())))
 
 
@@ -70,21 +71,21 @@ def _flat(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _keeps(part: dict[str, Any], known: set[str]) -> bool:
-    """Whether a normalizer or pre-tokenizer leaves something of every character."""
+    """Whether a normalizer or pre-tokenizer keeps part of every character."""
     if part["type"] == "Replace":
         return len(part["pattern"].get("String", "")) == 1 and part["content"] != ""
     return part["type"] in known and part.get("behavior") != "Removed"
 
 
 def _frames(part: dict[str, Any]) -> bool:
-    """Whether a post-processor only puts tokens around the text."""
+    """Whether a post-processor only adds tokens around the text."""
     if part["type"] == "TemplateProcessing":
         return any("Sequence" in piece for piece in part["single"])
     return part["type"] in ("ByteLevel", "BertProcessing", "RobertaProcessing")
 
 
 def _dropped(model: models.Model, vocab: Mapping[str, int], is_byte_level: bool) -> str | None:
-    """The characters that this model may have no token for; None where these may be any."""
+    """The characters that may have no token in this model; None if that may be any character."""
     if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
         return None
     if not is_byte_level:

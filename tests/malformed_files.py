@@ -1,7 +1,8 @@
-"""Model files that lie about themselves, made at random from good ones and a seed.
+"""Malformed model files, made at random from valid ones and a seed.
 
-A lie replaces a value of a header or a configuration by one of another type, out of range, or absurd. Used by
-tests/test_model_files.py with few seeds; `python tests/lying_files.py 20000` runs more and counts endings.
+An edit replaces a value in a header or a configuration with one of another type, out of range, or absurd.
+tests/test_model_files.py uses it with few seeds; `python tests/malformed_files.py 20000` runs more and counts
+the outcomes.
 """
 
 import json
@@ -38,24 +39,24 @@ FOLDER_FILES = (
 )
 GENERATION = {"eos_token_id": [2, 3], "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_new_tokens": 7}
 
-Lie = Callable[[random.Random, Path], Path]
+Edit = Callable[[random.Random, Path], Path]
 
 
-def ending(path: Path) -> str:
-    """How loading a model ends: `loaded`, `refused`, or the name of an error that nobody promised."""
+def outcome(path: Path) -> str:
+    """The outcome of loading a model: `loaded`, `rejected`, or the description of an unexpected error."""
     try:
         load_model(path)
     except (ModelFileError, ConfigError) as error:
         message = str(error)
         named = str(path.parent) in message and message.isprintable()
-        return "refused" if named else f"refused without a name: {message[:200]}"
-    except BaseException as error:  # a panic of a library is one
+        return "rejected" if named else f"rejected without naming the file: {message[:200]}"
+    except BaseException as error:  # such as a panic of a library
         return f"{type(error).__name__}: {error}"[:300]
     return "loaded"
 
 
-def write_good(place: Path) -> None:
-    """A folder and two GGUF files to lie about."""
+def write_valid_files(place: Path) -> None:
+    """Write the folder and the two GGUF files that the edits start from."""
     folder = write_folder(place / "folder", SMALL, random_weights(SMALL))
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
     index = {"weight_map": dict.fromkeys(random_weights(SMALL), "model.safetensors")}
@@ -64,9 +65,9 @@ def write_good(place: Path) -> None:
     write_gguf(place / "gemma.gguf", GEMMA, random_weights(GEMMA))
 
 
-def lying_folder(chance: random.Random, place: Path) -> Path:
-    """A copy of the folder in which one or two files lie."""
-    copy = place / "lies" / "folder"
+def malformed_folder(chance: random.Random, place: Path) -> Path:
+    """A copy of the folder with edits in one or two files."""
+    copy = place / "malformed" / "folder"
     shutil.copytree(place / "folder", copy, dirs_exist_ok=True)
     for name in {chance.choice(FOLDER_FILES) for _ in range(chance.choice((1, 1, 2)))}:
         if name == "header":
@@ -76,18 +77,19 @@ def lying_folder(chance: random.Random, place: Path) -> Path:
     return copy
 
 
-def lying_gguf(chance: random.Random, place: Path) -> Path:
-    """A copy of a GGUF file in which one to three keys or tensors lie."""
-    good = place / chance.choice(("llama.gguf", "gemma.gguf"))
-    file = read_gguf_header(good)
+def malformed_gguf(chance: random.Random, place: Path) -> Path:
+    """A copy of a GGUF file with edits of one to three keys or of a tensor's header."""
+    valid = place / chance.choice(("llama.gguf", "gemma.gguf"))
+    file = read_gguf_header(valid)
     metadata = _changed(chance, file.metadata) if chance.random() < 0.8 else file.metadata
-    copy = place / "lies" / "lying.gguf"
+    copy = place / "malformed" / "malformed.gguf"
     copy.parent.mkdir(exist_ok=True)
-    copy.write_bytes(encoded(chance, metadata, file, good.read_bytes()))
+    copy.write_bytes(encoded(chance, metadata, file, valid.read_bytes()))
     return copy
 
 
 def _changed(chance: random.Random, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with one to three values replaced or removed, at any depth."""
     changed = dict(found)
     for _ in range(min(len(found), chance.choice((1, 1, 2, 3)))):
         key = chance.choice(sorted(changed))
@@ -112,15 +114,15 @@ def _change_header(chance: random.Random, file: Path) -> None:
 
 
 def encoded(chance: random.Random, metadata: Mapping[str, Any], file: GGUFFile, content: bytes) -> bytes:
-    """A GGUF file with this metadata and the tensors of `file`, one of which may lie."""
+    """A GGUF file with this metadata and the tensors of `file`, one of which may have a wrong header."""
     keys = b"".join(_text(key) + _value(value) for key, value in metadata.items())
     start = min(tensor.offset for tensor in file.tensors.values())
-    liar = chance.choice([*file.tensors, None])
+    edited = chance.choice([*file.tensors, None])
     tensors = b""
     for name, tensor in file.tensors.items():
         kind = {"F32": 0}[tensor.type.name]
         numbers = [*tensor.shape[::-1], kind, tensor.offset - start]
-        if name == liar:
+        if name == edited:
             numbers[chance.randrange(len(numbers))] = chance.choice(
                 (0, 1, 7, 32, 33, 2**31, 2**63, 2**64 - 1)
             )
@@ -142,7 +144,7 @@ def _value(value: Any) -> bytes:
 
 
 def _typed(value: Any) -> tuple[int, bytes]:
-    """The type of a value in GGUF, and its bytes; what GGUF cannot say becomes something near."""
+    """A value's GGUF type and bytes; values that GGUF cannot represent become similar ones."""
     if isinstance(value, bool):
         return 7, struct.pack("<?", value)
     if isinstance(value, int):
@@ -159,28 +161,28 @@ def _typed(value: Any) -> tuple[int, bytes]:
     return 9, struct.pack("<IQ", common, len(kept)) + b"".join(kept)
 
 
-LIES: Mapping[str, Lie] = {"folder": lying_folder, "gguf": lying_gguf}
+EDITS: Mapping[str, Edit] = {"folder": malformed_folder, "gguf": malformed_gguf}
 
 
 def main(count: int) -> None:
-    """Count how so many lies of each kind end."""
+    """Load `count` malformed files of each kind, and print how often each outcome occurred."""
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        write_good(place)
-        for kind, lie in LIES.items():
-            endings: Counter[str] = Counter()
+        write_valid_files(place)
+        for kind, edit in EDITS.items():
+            outcomes: Counter[str] = Counter()
             slowest = (0.0, -1)
             for seed in range(count):
                 begin = time.perf_counter()
-                path = lie(random.Random(f"{kind} {seed}"), place)
-                end = ending(path)
+                path = edit(random.Random(f"{kind} {seed}"), place)
+                found = outcome(path)
                 slowest = max(slowest, (time.perf_counter() - begin, seed))
-                if end not in ("loaded", "refused") and endings[end] == 0:
-                    print(f"{kind} {seed}: {end}")
-                endings[end] += 1
+                if found not in ("loaded", "rejected") and outcomes[found] == 0:
+                    print(f"{kind} {seed}: {found}")
+                outcomes[found] += 1
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            print(f"{kind}: {dict(endings)}; slowest {slowest[0]:.2f} s (seed {slowest[1]}); peak {peak} MB")
+            print(f"{kind}: {dict(outcomes)}; slowest {slowest[0]:.2f} s (seed {slowest[1]}); peak {peak} MB")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The least number of tokens that a text can have: never more than it has, and not much less."""
+"""The lower bound on a text's number of tokens: it always holds, and it is tight."""
 
 import random
 from pathlib import Path
@@ -13,7 +13,7 @@ from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_checkpoints.gguf_format import read_gguf_header
 from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
 from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
-from tiny_llm_checkpoints.least_tokens import LeastTokens, least_tokens
+from tiny_llm_checkpoints.token_bound import TokenBound, token_bound
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"
 TOKENIZERS = {
@@ -32,13 +32,13 @@ PIECES += [
 ]
 
 
-def bound(library: Library) -> LeastTokens | None:
-    return least_tokens(library, library.get_vocab())
+def bound(library: Library) -> TokenBound | None:
+    return token_bound(library, library.get_vocab())
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_no_text_has_fewer_tokens_than_its_least(name: str) -> None:
-    """Oracle: the tokenizer. Texts of what merges best, is composed by NFC, dropped, or has no token."""
+def test_no_text_has_fewer_tokens_than_the_bound(name: str) -> None:
+    """Oracle: the tokenizer. The texts merge well, are composed by NFC, are dropped, or have no token."""
     tokenizer, rng = TOKENIZERS[name], random.Random(name)
     found = bound(tokenizer._tokenizer)
     assert found is not None
@@ -51,8 +51,8 @@ def test_no_text_has_fewer_tokens_than_its_least(name: str) -> None:
             assert found.of(text) <= len(tokenizer.encode(text, special_tokens=special)), text
 
 
-def test_the_least_is_reached() -> None:
-    """Oracle: a text of the longest token alone."""
+def test_some_text_has_exactly_as_many_tokens_as_the_bound() -> None:
+    """A text that consists only of the longest token."""
     library = byte_level()
     library.add_tokens(["abcdef"])
     found = bound(library)
@@ -67,31 +67,31 @@ def byte_level() -> Library:
     return library
 
 
-def behind_bytes(other: pre_tokenizers.PreTokenizer) -> tuple[str, Any]:
+def after_byte_level(other: pre_tokenizers.PreTokenizer) -> tuple[str, Any]:
     return "pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(), other])
 
 
-SWALLOWING: dict[str, tuple[str, Any]] = {
+ABSORBING: dict[str, tuple[str, Any]] = {
     "strip": ("normalizer", normalizers.Strip()),
     "nfkc": ("normalizer", normalizers.NFKC()),
     "nothing for a": ("normalizer", normalizers.Replace("a", "")),
     "one for many": ("normalizer", normalizers.Replace("aa", "a")),
-    "whitespace": behind_bytes(pre_tokenizers.Whitespace()),
-    "removed": behind_bytes(pre_tokenizers.Split("a", "removed")),
+    "whitespace": after_byte_level(pre_tokenizers.Whitespace()),
+    "removed": after_byte_level(pre_tokenizers.Split("a", "removed")),
     "no text": ("post_processor", processors.TemplateProcessing(single="a", special_tokens=[("a", 97)])),
 }
 
 
-@pytest.mark.parametrize("name", SWALLOWING)
-def test_where_text_may_vanish_nothing_is_known(name: str) -> None:
-    part, value = SWALLOWING[name]
+@pytest.mark.parametrize("name", ABSORBING)
+def test_there_is_no_bound_if_text_may_be_dropped(name: str) -> None:
+    part, value = ABSORBING[name]
     library = byte_level()
     setattr(library, part, value)
     assert bound(library) is None
 
 
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
-def test_a_token_that_swallows_spaces_may_stand_for_any_text(side: str) -> None:
+def test_there_is_no_bound_if_tokens_absorb_spaces(side: str) -> None:
     library = byte_level()
     library.add_special_tokens([AddedToken("<x>", **{side: True})])
     assert bound(library) is None
@@ -101,5 +101,5 @@ MODELS = [models.WordLevel({"a": 0}, "a"), models.WordPiece({"a": 0}, unk_token=
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_of_models_that_join_what_they_do_not_know_nothing_is_known(model: models.Model) -> None:
+def test_there_is_no_bound_for_models_that_merge_unknown_text(model: models.Model) -> None:
     assert bound(Library(model)) is None
