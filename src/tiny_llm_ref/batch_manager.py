@@ -19,9 +19,9 @@ MAX_PROMPT_ROWS = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
 class Capacity(NamedTuple):
     """The memory for keys and values, in blocks. In the dense manager a block is one sequence's whole cache.
 
-    num_blocks: all blocks. block_size: tokens in a block. num_free: blocks that are not in use or cached.
-    nbytes: bytes of all blocks. num_cached: idle blocks in the prefix cache. num_host_blocks: blocks on the
-    host, for sequences that are swapped out.
+    num_blocks: all blocks. block_size: tokens in a block. num_free: blocks that are neither in use nor
+    cached. nbytes: bytes of all blocks. num_cached: idle blocks in the prefix cache. num_host_blocks: blocks
+    on the host, for sequences that are swapped out.
     """
 
     num_blocks: int
@@ -84,7 +84,7 @@ class BatchManager(Protocol):
         """True while a request has not ended."""
 
     def isolate(self, request_id: str | None) -> None:
-        """From now on start only waiting sequences of this request; None: of all requests again."""
+        """From now on, start only this request's waiting sequences; None: those of all requests again."""
 
     def recover(self) -> list[str]:
         """After a step that raised, let all running sequences wait again.
@@ -95,7 +95,7 @@ class BatchManager(Protocol):
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
     ) -> bool:
-        """Queue a prompt: True if queued, False if not possible now.
+        """Queue a prompt; returns False if that is not possible now.
 
         Raises `RequestTooLargeError`, with the limit, if it will never be possible.
         """
