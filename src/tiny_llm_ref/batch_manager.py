@@ -104,7 +104,7 @@ class BatchManager(Protocol):
         """Schedule and run one step; return the logits of every sequence that is ready for its next token."""
 
     def commit(self, tokens: Mapping[str, int]) -> None:
-        """Append each sequence's sampled token, by sequence id."""
+        """Append each sequence's sampled token, by sequence id; KeyError for an unknown or ended sequence."""
 
     def finish(self, seq_id: str) -> None:
         """End one sequence and free its memory; KeyError if it is unknown or has ended."""

@@ -123,7 +123,7 @@ class Engine:
         """Make a request to answer a conversation, as `request` does; `ChatPrompts.encode` makes the prompt.
 
         Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
-        context has left.
+        context has left. Raises what `ChatPrompts.encode` and `request` raise.
         """
         tokens = self._chat_prompts.encode(messages, options or ChatOptions())
         return self.request(tokens, self._chat_params(params, len(tokens)), request_id)

@@ -23,7 +23,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 class KVPool:
     """Blocks of keys and values in every layer, for `num_heads` heads of size `head_dim`.
 
-    num_blocks: blocks in each layer. block_size: tokens in a block. dtype: the type of the arrays.
+    num_blocks: blocks in each layer. block_size: tokens in a block. dtype: the type of the arrays. A layer's
+    keys and its values are one array each, [num_blocks, num_heads, block_size, head_dim].
     """
 
     def __init__(

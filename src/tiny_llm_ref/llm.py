@@ -139,7 +139,10 @@ class LLM:
 
     @property
     def core(self) -> EngineCore:
-        """The engine's core, for reading while nothing runs; change it only through `engine.call`."""
+        """The engine's core, for reading while nothing runs; change it only through `engine.call`.
+
+        Raises `EngineStoppingError` after `close`.
+        """
         return self.engine.core
 
     def generate(
