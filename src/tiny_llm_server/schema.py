@@ -122,7 +122,7 @@ def _fail_fast(schema: Any) -> None:
 
 
 class Body(BaseModel):
-    """A request body without unknown fields. IDLE: by field, the values that count as not sent."""
+    """A request body without unknown fields. IDLE: for each field, the values that count as not sent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -425,7 +425,7 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
 
 
-FIELDS = frozenset(  # of all requests; their names may be logged
+FIELDS = frozenset(  # the fields of all requests, whose names may be logged
     name
     for body in (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
     for name in (*body.model_fields, *body.IDLE)
