@@ -1,6 +1,6 @@
 """The fields of requests: OpenAI's, and vLLM's if OpenAI has none. Any other field is refused by name.
 
-A field that is null, or has a value that requests the default behavior (such as `tools: []`), counts as not
+A field that is null, or has a value that requests the default behaviour (such as `tools: []`), counts as not
 sent. A field without effect on the answer is accepted if it has the right type. docs/server.md lists all
 fields. Types are strict: "1" is not a number. Messages are checked by the engine (`read_messages`).
 """
