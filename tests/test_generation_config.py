@@ -1,6 +1,6 @@
 """A model's recommended sampling parameters and end-of-sequence ids, from generation_config.json and GGUF.
 
-Oracle: vLLM's documented behaviour. A recommended value applies if the caller omits the parameter, in Python,
+Oracle: vLLM's documented behavior. A recommended value applies if the caller omits the parameter, in Python,
 over HTTP and on the command line. A value that the caller gives always wins, even if it is the default.
 """
 

@@ -233,7 +233,7 @@ def test_task_2_projected_heads_match_numpy(
         np.testing.assert_allclose(np.array(out), oracle, rtol=1e-3, atol=1e-4)
 
 
-def test_task_2_queries_and_keys_are_normalised_before_they_are_rotated(
+def test_task_2_queries_and_keys_are_normalized_before_they_are_rotated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: by hand: the query (1, 2) times (10, 1), then a quarter turn. Rotating first gives (-20, 1).

@@ -111,10 +111,10 @@ class RecordingContext:
         return mx.zeros(q.shape)
 
 
-def test_task_1_attention_normalises_each_query_head_and_each_key_head() -> None:
+def test_task_1_attention_normalizes_each_query_head_and_each_key_head() -> None:
     """Oracle: NumPy in float64.
 
-    Rotation by position 0 changes nothing, so the context gets normalised heads.
+    Rotation by position 0 changes nothing, so the context gets normalized heads.
     """
     rng = np.random.default_rng(15)
     stacked, x = rng.normal(size=(32, 16)), rng.normal(size=(2, 5, 16))

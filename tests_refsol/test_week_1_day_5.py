@@ -154,10 +154,10 @@ def fake_block(
     )
 
 
-def test_task_1_each_half_gets_normalised_input_and_is_added_to_the_stream() -> None:
+def test_task_1_each_half_gets_normalized_input_and_is_added_to_the_stream() -> None:
     """Oracle: by hand, with halves that return their input.
 
-    (1, 7) is normalised to (0.2, 1.4), times 10 is (2, 14), and the sum is (3, 21); that is normalised to
+    (1, 7) is normalized to (0.2, 1.4), times 10 is (2, 14), and the sum is (3, 21); that is normalized to
     (0.2, 1.4) again, times 5 is (1, 7), and the sum is (4, 28).
     """
     block = fake_block(lambda x: x, lambda x: x, mx.full(2, 10.0), mx.full(2, 5.0))
@@ -166,14 +166,14 @@ def test_task_1_each_half_gets_normalised_input_and_is_added_to_the_stream() -> 
 
 
 def test_task_1_halves_that_output_zeros_leave_the_stream_unchanged() -> None:
-    """Oracle: by hand: x + 0 + 0. Common mistakes: a normalised stream, a missing sum."""
+    """Oracle: by hand: x + 0 + 0. Common mistakes: a normalized stream, a missing sum."""
     block = fake_block(mx.zeros_like, mx.zeros_like, mx.ones(4), mx.ones(4))
     x = mx.random.normal((2, 3, 4), key=mx.random.key(1))
     np.testing.assert_allclose(np.array(block(x, NoCacheContext(3, 1.0))), np.array(x), rtol=1e-6)
 
 
 def test_task_1_the_second_half_sees_what_the_first_one_added() -> None:
-    """Oracle: by hand: (1, 7) + (6, -6) is (7, 1), which is normalised to (1.4, 0.2)."""
+    """Oracle: by hand: (1, 7) + (6, -6) is (7, 1), which is normalized to (1.4, 0.2)."""
     block = fake_block(lambda x: mx.array([[[6.0, -6.0]]]), lambda x: 10 * x, mx.ones(2), mx.ones(2))
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
     np.testing.assert_allclose(np.array(out), [[[7 + 14, 1 + 2]]], rtol=1e-5)
@@ -262,7 +262,7 @@ def run_model(model: Model, tokens: list[list[int]], rows: list[int] | None = No
     return np.array(model(mx.array(tokens, mx.int32), context))
 
 
-def test_task_2_a_model_without_layers_looks_up_normalises_and_projects() -> None:
+def test_task_2_a_model_without_layers_looks_up_normalizes_and_projects() -> None:
     """Oracle: by hand: (1, 7) is (0.2, 1.4), weighted (2, 7); (7, 1) is (1.4, 0.2), weighted (14, 1).
 
     Without the last norm the first logits are 1, 70 and 800.
@@ -272,7 +272,7 @@ def test_task_2_a_model_without_layers_looks_up_normalises_and_projects() -> Non
 
 
 def test_task_2_layers_run_in_order() -> None:
-    """Oracle: by hand: (1, 7), doubled and then plus (12, -12), is (14, 2), which is normalised as (7, 1) is.
+    """Oracle: by hand: (1, 7), doubled and then plus (12, -12), is (14, 2), which is normalized as (7, 1) is.
 
     In the other order the stream is (26, -10).
     """

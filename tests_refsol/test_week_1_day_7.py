@@ -340,7 +340,7 @@ def test_task_5_a_temperature_of_one_keeps_the_probabilities() -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_task_5_logits_are_divided_by_the_temperature(temperature: float) -> None:
-    """Oracle: by hand: probabilities to the power of 1 / temperature, renormalised, over 2000 indices."""
+    """Oracle: by hand: probabilities to the power of 1 / temperature, renormalized, over 2000 indices."""
     probabilities = np.array([0.1, 0.2, 0.3, 0.4])
     expected = probabilities ** (1 / temperature)
     tokens = sampled(logits_of(*probabilities), SamplingParams(temperature=temperature), 2000)
@@ -419,7 +419,7 @@ def test_task_5_top_p_is_applied_after_min_p() -> None:
     assert set(sampled(logits_of(0.4, 0.3, 0.2, 0.1), params, 300).tolist()) == {0}
 
 
-def test_task_5_probabilities_are_renormalised_after_the_filters() -> None:
+def test_task_5_probabilities_are_renormalized_after_the_filters() -> None:
     """Oracle: by hand: 0.4 and 0.3 of 0.7, over 2000 indices."""
     tokens = sampled(logits_of(0.2, 0.4, 0.1, 0.3), SamplingParams(top_k=2), 2000)
     check_distribution(tokens, [0, 4 / 7, 0, 3 / 7])

@@ -1,5 +1,5 @@
 # A second solution of day 1.5, written only from the docstrings.
-"""One transformer block: attention and the MLP each read a normalised copy of the stream and add to it.
+"""One transformer block: attention and the MLP each read a normalized copy of the stream and add to it.
 
 The stream is the array [B, L, E] that passes from layer to layer: one vector for each token.
 """

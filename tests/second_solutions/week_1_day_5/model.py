@@ -1,5 +1,5 @@
 # A second solution of day 1.5, written only from the docstrings.
-"""The decoder: look up the tokens, run the blocks, normalise, project to logits.
+"""The decoder: look up the tokens, run the blocks, normalize, project to logits.
 
 It knows nothing of caches, pages, batches or quantization, so all weeks of the course use the same model: its
 matrices are objects that the loader made, and it hands keys and values to the context.
