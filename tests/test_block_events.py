@@ -1,4 +1,4 @@
-"""Whoever watches sees all that happens to the blocks: the pool's state can be told from the events alone."""
+"""A listener sees every change of a block: the pool's state can be reconstructed from the events."""
 
 import asyncio
 from collections import Counter
@@ -23,7 +23,7 @@ BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 2
 
 
 def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
-    """Run a crowd that shares, forks, is preempted and swapped; how often each event came."""
+    """Run requests that share, fork, are preempted and swapped; returns how often each event came."""
     heard: Counter[Kind] = Counter()
     mirror = Mirror()
     for i in range(7):
@@ -50,7 +50,7 @@ def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 60])
-def test_the_pool_can_be_told_from_the_events(swap_blocks: int) -> None:
+def test_the_pool_can_be_reconstructed_from_the_events(swap_blocks: int) -> None:
     """Oracle: the tables and the prefix cache themselves."""
     manager = PagedBatchManager(
         20, 3, 6, max_batched_tokens=16, policies=policies(True, prefix=True, swap_blocks=swap_blocks)
@@ -60,7 +60,7 @@ def test_the_pool_can_be_told_from_the_events(swap_blocks: int) -> None:
     assert set(heard) == expected
 
 
-def test_a_copy_names_both_blocks() -> None:
+def test_a_copy_event_names_both_blocks() -> None:
     manager = PagedBatchManager(20, 4, 4)
     watch = BlockWatch(manager)
     manager.add_request(random_prompt(6, 0), "r", SamplingParams(n=2, max_tokens=4))
@@ -76,7 +76,7 @@ def test_a_copy_names_both_blocks() -> None:
     assert {copy.block, copy.other} <= {b for sequence in manager.running for b in sequence.blocks}
 
 
-def test_nothing_happens_between_two_looks_without_a_step() -> None:
+def test_there_are_no_events_between_two_polls_without_a_step() -> None:
     manager = PagedBatchManager(20, 4, 4)
     watch = BlockWatch(manager)
     manager.add_request([9, 9, 9], "r", SamplingParams(max_tokens=4))
@@ -85,7 +85,7 @@ def test_nothing_happens_between_two_looks_without_a_step() -> None:
     assert watch.look().is_empty
 
 
-def test_a_look_shows_the_first_of_many_that_wait() -> None:
+def test_a_poll_lists_only_the_first_of_many_waiting_requests() -> None:
     manager = PagedBatchManager(20, 4, 4)
     for number in range(3 * MAX_WAITING_SHOWN):
         manager.add_request([9, 9, 9], str(number), SamplingParams(priority=-number))
@@ -93,8 +93,8 @@ def test_a_look_shows_the_first_of_many_that_wait() -> None:
     assert shown == [sequence.seq_id for sequence in manager.waiting[:MAX_WAITING_SHOWN]]
 
 
-def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None:
-    """Oracle: the pool, after all requests have ended."""
+def test_an_engine_sends_events_to_its_listeners_and_records_none_without_a_listener() -> None:
+    """Oracle: the pool, after all requests have finished."""
     model = tiny_model()
     mx.eval([layer.self_attn.inv_freq for layer in model.layers])
     tokenizer = Tokenizer(byte_level_bpe(BYTES[:VOCAB], [], "smollm"))
@@ -107,7 +107,7 @@ def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None
 
     def hear(change: PoolChange) -> None:
         told.append(change)
-        assert not change.is_empty or len(told) == 1, "nothing has changed"
+        assert not change.is_empty or len(told) == 1, "an event without a change"
         mirror.hear(change)
 
     def broken(change: PoolChange) -> None:

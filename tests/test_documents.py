@@ -1,7 +1,7 @@
 """Every command and every code block in the documents and in `--help` runs exactly as printed.
 
-`NOT_RUN` lists the exceptions with their reasons. The commands of a document run in order, in one folder. Servers
-listen on their default port, so these tests wait for each other.
+`NOT_RUN` lists the exceptions with their reasons. The commands of a document run in order, in one folder.
+Servers listen on their default port, so these tests wait for each other.
 """
 
 import fcntl
@@ -49,10 +49,10 @@ NOT_RUN = {
     "bash .ci/run": "runs these tests",
     "pdm run bench ": "minutes each: tests/test_benches.py runs them with small sizes",
     "pdm run lab ": "minutes each: tests/test_labs.py runs them with small sizes",
-    "TINY_LLM_KERNELS=off tiny-llm bench": "slow without kernels: tests/test_cli_bench_info.py runs small sizes",
+    "TINY_LLM_KERNELS=off tiny-llm bench": "slow: tests/test_cli_bench_info.py runs small sizes",
     "tiny-llm bench latency": "tests/test_cli_bench_info.py runs it with small sizes",
     "tiny-llm bench throughput": "tests/test_cli_bench_info.py runs it with small sizes",
-    "tiny-llm bench serve": "tests/test_bench_serve.py runs it on servers of its own",
+    "tiny-llm bench serve": "tests/test_bench_serve.py runs it on its own servers",
     "tiny-llm COMMAND": "COMMAND stands for a command's name",
     "pdm run NAME": "NAME stands for a script's name",
     "pdm run bench NAME": "NAME stands for a benchmark's name",

@@ -1,4 +1,6 @@
-"""PagedQueues: the beams of a request stop, wait, join and go on together. Plain bookkeeping, no model."""
+"""PagedQueues: the beams of a request are preempted, wait, resume and go on together. Bookkeeping only, no
+model.
+"""
 
 from collections import Counter
 from collections.abc import Sequence as Seq
@@ -24,7 +26,7 @@ class Queues(PagedQueues):
     def request(
         self, request_id: str, prompt: int = 6, width: int = 1, *, beams: bool = True
     ) -> PagedSequence:
-        """A request that runs, its prompt computed."""
+        """A running request whose prompt is computed."""
         leader = PagedSequence(
             seq_id=completion_ids(request_id, width)[0],
             request_id=request_id,
@@ -43,13 +45,13 @@ class Queues(PagedQueues):
         return leader
 
     def compute(self, *sequences: PagedSequence) -> None:
-        """Compute all that is known of these."""
+        """Compute all known tokens of these sequences."""
         for sequence in sequences:
             sequence.table.append_tokens(sequence.num_uncomputed)
             sequence.num_computed = sequence.table.num_tokens
 
     def advance_and_compute(self, request_id: str, *steps: tuple[str, int]) -> list[PagedSequence]:
-        """Let a search go on and give back its parents' pages; its beams."""
+        """Advance a search and release its parents' pages; returns its beams."""
         for parent in self.advance(request_id, [BeamStep(*step) for step in steps]):
             parent.give_up_pages()
         beams = self.beams(request_id)
@@ -57,7 +59,7 @@ class Queues(PagedQueues):
         return beams
 
     def check(self, *parked: PagedSequence) -> None:
-        """Every reference is a running sequence's; who waits or is parked holds no page."""
+        """Check that every reference is a running sequence's; waiting and parked sequences hold no pages."""
         held = Counter(block for sequence in self.running for block in sequence.table.blocks)
         counts = [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
         assert counts == [held[block] for block in range(self.allocator.num_blocks)]
@@ -75,10 +77,10 @@ def outputs(sequences: Seq[PagedSequence]) -> list[list[int]]:
     return [sequence.outputs for sequence in sequences]
 
 
-# ---- going on ----
+# ---- advancing ----
 
 
-def test_a_search_begins_as_one_sequence_that_stands_for_all_its_beams() -> None:
+def test_a_search_starts_as_one_sequence_that_represents_all_its_beams() -> None:
     queues = Queues()
     leader = queues.request("a", width=3)
     assert ids(queues.running) == ["a/0"]
@@ -86,7 +88,7 @@ def test_a_search_begins_as_one_sequence_that_stands_for_all_its_beams() -> None
     assert (leader.num_forks, len(queues)) == (2, 3)
 
 
-def test_children_share_their_parents_pages_and_have_one_token_more() -> None:
+def test_children_share_their_parents_pages_and_have_one_more_token() -> None:
     queues = Queues()
     leader = queues.request("a", prompt=6, width=3)
     [ended] = queues.advance("a", [BeamStep("a/0", token) for token in (11, 12, 13)])
@@ -105,7 +107,7 @@ def test_children_share_their_parents_pages_and_have_one_token_more() -> None:
     queues.check()
 
 
-def test_the_best_come_first_whoever_their_parents_are() -> None:
+def test_beams_are_ordered_best_first_whatever_their_parents() -> None:
     queues = Queues()
     queues.request("a", width=3)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
@@ -116,7 +118,7 @@ def test_the_best_come_first_whoever_their_parents_are() -> None:
     queues.check()
 
 
-def test_what_one_beam_adds_the_others_never_see() -> None:
+def test_a_token_added_to_one_beam_is_invisible_to_the_others() -> None:
     queues = Queues()
     queues.request("a", prompt=2, width=2)
     first, second = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -126,8 +128,8 @@ def test_what_one_beam_adds_the_others_never_see() -> None:
     assert first.table.blocks != second.table.blocks
 
 
-def test_places_are_kept_for_beams_to_come() -> None:
-    """Four places: two beams, then three, then one, then four."""
+def test_sequence_slots_are_reserved_for_future_beams() -> None:
+    """Four slots: two beams, then three, then one, then four."""
     queues = Queues()
     queues.request("a", width=4)
     for steps in (
@@ -140,12 +142,12 @@ def test_places_are_kept_for_beams_to_come() -> None:
         assert ids(beams) == [f"a/{i}" for i in range(len(steps))]
         assert sum(1 + beam.num_forks for beam in queues.running) == 4
         assert [beam.num_forks for beam in beams[1:]] == [0] * (len(steps) - 1)
-        assert all(queues[f"a/{i}"] is beams[0] for i in range(len(steps), 4)), "an id that nobody has yet"
+        assert all(queues[f"a/{i}"] is beams[0] for i in range(len(steps), 4)), "an id that no beam has yet"
         assert len(queues) == 4
         queues.check()
 
 
-def test_beams_stay_where_they_stood_among_others() -> None:
+def test_beams_keep_their_position_among_other_requests() -> None:
     queues = Queues()
     queues.request("old", beams=False)
     queues.request("a", width=2)
@@ -157,14 +159,14 @@ def test_beams_stay_where_they_stood_among_others() -> None:
     assert outputs(queues.beams("a")) == [[2, 3], [2, 4]]
 
 
-def test_a_beam_of_width_one_has_the_requests_own_id() -> None:
+def test_a_beam_of_width_one_has_the_id_of_its_request() -> None:
     queues = Queues()
     queues.request("a")
     [beam] = queues.advance_and_compute("a", ("a", 1))
     assert (beam.seq_id, beam.outputs, queues["a"]) == ("a", [1], beam)
 
 
-def test_ids_of_a_search_are_in_use_until_it_has_ended() -> None:
+def test_ids_of_a_search_are_in_use_until_it_ends() -> None:
     queues = Queues()
     queues.request("a", width=3)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -178,11 +180,11 @@ def test_ids_of_a_search_are_in_use_until_it_has_ended() -> None:
     assert (len(queues), queues.running, queues.allocator.num_free) == (0, [], 32)
 
 
-# ---- stopping ----
+# ---- preemption ----
 
 
 def stopped(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
-    """Preempt; who stopped, their pages given up."""
+    """Preempt; returns the preempted sequences, whose pages are released."""
     everybody = queues.put_back(sequence)
     for one in everybody:
         one.give_up_pages()
@@ -190,7 +192,7 @@ def stopped(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_beams_stop_together_and_wait_behind_the_best(which: int) -> None:
+def test_beams_are_preempted_together_and_the_best_one_leads_them(which: int) -> None:
     queues = Queues()
     queues.request("old", beams=False)
     queues.request("a", width=4)
@@ -204,12 +206,12 @@ def test_beams_stop_together_and_wait_behind_the_best(which: int) -> None:
     assert leader.parked is not None
     assert leader.parked.beams == [second, third]
     assert leader.parked.num_shared == 6 + 1, "the prompt and the token 2; then they differ"
-    assert leader.num_forks == 1 + 2, "a place for each parked beam, and for the one to come"
-    assert outputs(everybody) == [[2, 4], [2, 5], [2, 6]], "what was said stays said"
+    assert leader.num_forks == 1 + 2, "a slot for each parked beam, and for the future one"
+    assert outputs(everybody) == [[2, 4], [2, 5], [2, 6]], "earlier outputs are unchanged"
     queues.check(second, third)
 
 
-def test_who_waits_longest_still_comes_first() -> None:
+def test_the_request_that_has_waited_longest_still_comes_first() -> None:
     queues = Queues()
     queues.request("a", width=2)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -229,7 +231,7 @@ def test_who_waits_longest_still_comes_first() -> None:
 
 
 @pytest.mark.parametrize("beams", [True, False])
-def test_one_sequence_stops_alone(beams: bool) -> None:
+def test_a_single_sequence_is_preempted_alone(beams: bool) -> None:
     queues = Queues()
     leader = queues.request("a", width=3, beams=beams)
     assert stopped(queues, leader) == [leader]
@@ -237,7 +239,7 @@ def test_one_sequence_stops_alone(beams: bool) -> None:
     queues.check()
 
 
-def test_completions_that_are_no_beams_stop_one_by_one() -> None:
+def test_completions_that_are_not_beams_are_preempted_one_by_one() -> None:
     queues = Queues()
     leader, fork = queues.fork(queues.request("a", width=2, beams=False))
     assert stopped(queues, fork) == [fork]
@@ -245,11 +247,11 @@ def test_completions_that_are_no_beams_stop_one_by_one() -> None:
     queues.check()
 
 
-# ---- joining ----
+# ---- resuming ----
 
 
 def restarted(queues: Queues, leader: PagedSequence) -> None:
-    """The leader runs again, and computes what all beams share."""
+    """The leader runs again, and computes the common prefix of all beams."""
     assert queues.start_next() is leader
     assert leader.parked is not None
     assert leader.num_uncomputed == leader.parked.num_shared
@@ -257,7 +259,7 @@ def restarted(queues: Queues, leader: PagedSequence) -> None:
     assert leader.num_uncomputed == 0
 
 
-def test_parked_beams_join_as_forks_once_what_they_share_is_computed() -> None:
+def test_parked_beams_resume_as_forks_once_their_common_prefix_is_computed() -> None:
     queues = Queues()
     queues.request("a", width=3)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
@@ -280,7 +282,7 @@ def test_parked_beams_join_as_forks_once_what_they_share_is_computed() -> None:
     queues.check()
 
 
-def test_who_joined_goes_on_as_before() -> None:
+def test_resumed_beams_advance_as_before() -> None:
     queues = Queues()
     queues.request("a", width=2)
     beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -293,7 +295,7 @@ def test_who_joined_goes_on_as_before() -> None:
     queues.check()
 
 
-def test_a_leader_that_has_to_give_way_again_keeps_who_is_parked_behind_it() -> None:
+def test_a_leader_that_is_preempted_again_keeps_its_parked_beams() -> None:
     queues = Queues()
     queues.request("a", width=3)
     leader, *others = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))

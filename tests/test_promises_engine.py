@@ -1,4 +1,4 @@
-"""Promises 1 and 2 on a real forward pass: a tiny random model, and the embedded one, from small pools.
+"""Promises 1 and 2 on a real forward pass: a tiny random model, and the embedded one, in small pools.
 
 The oracle is the engine itself, serving the same completion alone: equal means equal bits.
 """
@@ -108,7 +108,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     ]
     now_and_then = ["searches compared", "hits within a block", "completions that failed"]
     pressure = ["preemptions", "preemptions of outputs", "sequences swapped out", "blocks swapped in"]
-    if make is gemma_model:  # windows leave room: test_swap presses harder
+    if make is gemma_model:  # windows need fewer blocks: test_swap has tighter pools
         now_and_then += [*pressure, "blocks that windows passed"]
     else:
         often += pressure
@@ -121,7 +121,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
 
 @pytest.mark.parametrize("make", [tiny_model, eight_bit_model, qwen_model, gemma_model])
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_long_contexts_get_the_same_answer_in_any_crowd(make: Callable[[], Model], threads: int) -> None:
+def test_long_contexts_get_the_same_answer_in_any_batch(make: Callable[[], Model], threads: int) -> None:
     model = make()
     roomy = replace(model, config=replace(model.config, max_position_embeddings=400))
     happened = check_scenario(roomy, replace(LONG, threads=threads if tiny_llm_kernels.available() else 1))
@@ -144,7 +144,7 @@ def chunkings(draw: st.DrawFn, length: int) -> list[int]:
     block_size=st.integers(1, 17),
     threads=st.integers(1, 4),
 )
-def test_every_row_of_logits_is_the_same_bits_in_any_chunks(
+def test_every_row_of_logits_has_the_same_bits_for_any_chunks(
     make: Callable[[], Model], data: st.DataObject, length: int, block_size: int, threads: int
 ) -> None:
     prompt = random_prompt(length, seed=length)
@@ -167,7 +167,7 @@ def embedded() -> Model:
 
 
 @pytest.mark.drawn
-def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> None:
+def test_the_embedded_model_gives_the_same_answers_in_any_batch(embedded: Model) -> None:
     happened: Counter[str] = Counter()
 
     @settings(max_examples=examples(4))
@@ -186,7 +186,7 @@ def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> No
         assert happened[name] >= 2, f"the scenarios hardly test anything: {happened}"
 
 
-def test_the_embedded_models_logits_are_the_same_bits_in_any_chunks(embedded: Model) -> None:
+def test_the_embedded_models_logits_have_the_same_bits_for_any_chunks(embedded: Model) -> None:
     prompt = random_prompt(150, seed=5)
     whole = np.array(logits_through_pages(embedded, prompt, [150]))
     assert np.array_equal(
@@ -194,7 +194,7 @@ def test_the_embedded_models_logits_are_the_same_bits_in_any_chunks(embedded: Mo
     )
 
 
-# The tests bite: each mutant is a mistake that somebody could make, and the same check sees it.
+# Mutants: each is a plausible mistake, and the same check catches it.
 
 
 def assert_seen(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
@@ -203,7 +203,7 @@ def assert_seen(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
     )
 
 
-def test_a_draw_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_depends_on_the_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = count()
     monkeypatch.setattr(
         "tiny_llm.token_output.sample_token",
@@ -212,7 +212,7 @@ def test_a_draw_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatc
     assert_seen()
 
 
-def test_an_attention_that_sums_in_another_order_for_single_tokens_is_seen(
+def test_an_attention_with_another_order_of_summation_for_single_tokens_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("write_and_attend", "paged_attention"):
@@ -221,7 +221,7 @@ def test_an_attention_that_sums_in_another_order_for_single_tokens_is_seen(
     assert_seen()
 
 
-def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(
+def test_an_attention_that_reads_its_own_chunk_before_rounding_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def attend(
@@ -257,7 +257,7 @@ def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(
     assert_seen()
 
 
-def test_a_matmul_that_sums_in_another_order_for_single_rows_is_seen() -> None:
+def test_a_matmul_with_another_order_of_summation_for_single_rows_is_caught() -> None:
     @dataclass(frozen=True)
     class SingleRowsBackwards(Linear):
         def __call__(self, x: mx.array) -> mx.array:
@@ -268,17 +268,17 @@ def test_a_matmul_that_sums_in_another_order_for_single_rows_is_seen() -> None:
     assert_caught(lambda scenario: check_scenario(mutant, scenario), scenarios())
 
 
-def test_a_forgotten_copy_on_write_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_copy_on_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockTable, "_last_block_is_shared", lambda self: False)
     assert_seen()
 
 
-def test_a_copy_that_is_planned_and_not_performed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planned_copy_that_is_not_made_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVPool, "copy_blocks", lambda self, copies: None)
     assert_seen()
 
 
-def test_a_reference_that_leaks_on_preemption_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_that_leaks_on_preemption_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(sequence: PagedSequence) -> None:
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
@@ -287,7 +287,7 @@ def test_a_reference_that_leaks_on_preemption_is_seen(monkeypatch: pytest.Monkey
     assert_seen()
 
 
-def test_outputs_that_become_prompt_when_preempted_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_become_prompt_when_preempted_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def become_prompt(sequence: PagedSequence) -> None:
         sequence.table.release()
         sequence.prompt = (*sequence.prompt, *sequence.outputs)
@@ -297,16 +297,16 @@ def test_outputs_that_become_prompt_when_preempted_are_seen(monkeypatch: pytest.
     assert_seen()
 
 
-def test_forks_that_draw_with_one_seed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forks_that_sample_with_the_same_seed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     fork = PagedSequence.fork
     monkeypatch.setattr(PagedSequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
     assert_seen()
 
 
-def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
+def test_penalties_that_forget_the_outputs_before_a_preemption_are_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The counts begin anew when a sequence has been computed again."""
+    """The counts start from zero after a sequence has been recomputed."""
     give_up_pages = PagedSequence.give_up_pages
 
     def forget(sequence: PagedSequence) -> None:
@@ -322,13 +322,13 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
 
 
 def penalized(sequence: PagedSequence, row: mx.array, counted: list[int]) -> Choice:
-    """A choice with penalties for other outputs than the sequence has."""
+    """A choice with penalties for outputs that are not the sequence's."""
     params, seed, index = sequence.params, sequence.seed, len(sequence.outputs)
     token = sample_token(adjust_logits(row, params, sequence.prompt, counted, ()), params, seed, index)
     return Choice(sequence, row, token, row[token])
 
 
-def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_of_one_row_that_affect_another_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[list[int]] = [[]]
 
     def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
@@ -339,7 +339,7 @@ def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.Mo
     assert_seen()
 
 
-def test_a_hash_that_forgets_what_came_before_and_is_believed_is_seen(
+def test_a_trusted_hash_that_ignores_earlier_blocks_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(KeptBlock, "is_block", lambda self, stream, index: True)
@@ -347,7 +347,7 @@ def test_a_hash_that_forgets_what_came_before_and_is_believed_is_seen(
     assert_seen(alike())
 
 
-def test_a_hit_that_shares_another_tokens_block_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hit_that_shares_a_block_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     match_part = PrefixCache.match_part
 
     def too_long(cache: PrefixCache, parent: bytes, tokens: list[int]) -> PartMatch | None:
@@ -358,15 +358,15 @@ def test_a_hit_that_shares_another_tokens_block_is_seen(monkeypatch: pytest.Monk
     assert_seen(st.just(ALIKE))
 
 
-def test_a_compaction_that_forgets_the_prefix_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compaction_that_forgets_the_prefix_cache_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixCache, "rename_blocks", lambda self, moved: None)
     assert_seen(st.just(replace(ALIKE, compacted_at=tuple(range(30)))))
 
 
-def test_a_swap_that_is_made_after_the_pages_were_given_to_others_is_seen(
+def test_a_swap_out_after_the_pages_were_reused_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks go out when the step has been computed, and not before."""
+    """Blocks are swapped out after the step has been computed, not before."""
     run, swap = PagedBatchManager.run_plan, PagedBatchManager._swap
 
     def late(manager: PagedBatchManager, plan: Plan) -> mx.array | None:
@@ -379,18 +379,18 @@ def test_a_swap_that_is_made_after_the_pages_were_given_to_others_is_seen(
     assert_seen(st.just(SWAPPED))
 
 
-def test_a_swap_that_takes_the_wrong_blocks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swap_of_the_wrong_blocks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SwapSpace, "_find", lambda space, sequence, table, place: 0 if place else None)
     assert_seen(st.just(SWAPPED))
 
 
-def test_beams_that_share_more_than_they_have_in_common_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_that_share_more_than_their_common_prefix_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiny_llm.paged_queues._common_length", lambda lists: len(lists[0]) - 1)
     assert_seen(st.just(SQUEEZED))
 
 
 def alike() -> st.SearchStrategy[Scenario]:
-    """Scenarios whose blocks hold equal tokens after different ones."""
+    """Scenarios whose blocks hold equal tokens after different prefixes."""
     shared = tuple(random_prompt(4, 1))
     params = SamplingParams(max_tokens=4, temperature=0.0)
     arrivals = tuple(Arrival(3 * i, tuple(random_prompt(4, i)) + shared, params) for i in range(5, 8))
