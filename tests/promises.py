@@ -184,21 +184,21 @@ class Watched(PagedBatchManager):
         size = self.allocator.num_blocks
         plan = super()._schedule()
         self.happened["steps"] += 1
-        self.happened["the pool grew"] += self.allocator.num_blocks > size
-        assert all(chunk.start < chunk.stop for chunk in plan.chunks), "a chunk without a token"
+        self.happened["pool growths"] += self.allocator.num_blocks > size
+        assert all(chunk.start < chunk.stop for chunk in plan.chunks), "a chunk without tokens"
         for sequence, start, *_ in plan.chunks:
             self.happened["prefix hits"] += start > had.get(sequence.seq_id, 0)
             self.happened["prefix hits under windows"] += (
                 start > had.get(sequence.seq_id, 0) and self._layout._has_windows
             )
-            self.happened["hits within a block"] += (
+            self.happened["partial block hits"] += (
                 start > had.get(sequence.seq_id, 0) and start % self.block_size != 0
             )
         self.happened["copies on write"] += len(plan.copies)
         self.happened["blocks swapped out"] += len(plan.swapped_out)
         self.happened["blocks swapped in"] += len(plan.swapped_in)
         chunks = [chunk for chunk in plan.chunks if chunk.stop < chunk.sequence.num_tokens]
-        self.happened["prompts cut into chunks"] += len(chunks)
+        self.happened["chunked prompts"] += len(chunks)
         decodes = sum(chunk.stop - chunk.start == 1 and chunk.start > 0 for chunk in plan.chunks)
         self.happened["mixed steps"] += 0 < decodes < len(plan.chunks)
         self._watch(plan)
@@ -211,7 +211,7 @@ class Watched(PagedBatchManager):
 
     def _preempt(self, sequence: PagedSequence, plan: Plan) -> None:
         self.happened["preemptions"] += 1
-        self.happened["preemptions of outputs"] += bool(sequence.outputs)
+        self.happened["preemptions after output"] += bool(sequence.outputs)
         self.happened["preemptions of beams"] += sequence.is_beam
         self._preempted(sequence, plan)
         self.happened["sequences swapped out"] += sequence.swapped is not None
@@ -219,7 +219,7 @@ class Watched(PagedBatchManager):
     def _release_passed(self, sequence: PagedSequence) -> None:
         held = len(sequence.blocks)
         self._passed(sequence)
-        self.happened["blocks that windows passed"] += held - len(sequence.blocks)
+        self.happened["blocks released by windows"] += held - len(sequence.blocks)
 
     def compact(self) -> int:
         shown: list[BlockCopy] = []
@@ -372,11 +372,11 @@ def threads(most: int) -> st.SearchStrategy[int]:
 
 def instruction_sets() -> st.SearchStrategy[str]:
     """An instruction set of this machine, "" without compiled kernels; drawn as if all had equally many."""
-    there = tiny_llm_kernels.instruction_sets() if tiny_llm_kernels.available() else [""]
-    return st.integers(0, 11).map(lambda number: there[number % len(there)])
+    sets = tiny_llm_kernels.instruction_sets() if tiny_llm_kernels.available() else [""]
+    return st.integers(0, 11).map(lambda number: sets[number % len(sets)])
 
 
-SPARE_BLOCKS = {"mixed": [0, 1, 2, 4, 30], "alike": [4, 12], "searching": [0, 0, 1], "crowded": [0, 0, 1]}
+SPARE_BLOCKS = {"mixed": [0, 1, 2, 4, 30], "sharing": [4, 12], "searching": [0, 0, 1], "tight": [0, 0, 1]}
 
 
 @st.composite
@@ -393,18 +393,18 @@ def scenarios(
     In some scenarios the prompts share prefixes and the pool has space to cache them; some have beam
     searches; in some the pool has no spare block at all.
     """
-    mood = draw(st.sampled_from(["mixed", "alike", "searching", "crowded", "crowded", "crowded"]))
+    mix = draw(st.sampled_from(["mixed", "sharing", "searching", "tight", "tight", "tight"]))
     arrivals = []
     kinds = [sampling(most_tokens, vocab)] * 2
-    kinds += [beam_searches(most_tokens)] if mood in ("mixed", "searching") else []
+    kinds += [beam_searches(most_tokens)] if mix in ("mixed", "searching") else []
     for _ in range(draw(st.integers(min(3, most_requests), most_requests))):
-        step = draw(st.sampled_from([0, 4, 9, 15] if mood == "alike" else [0, 0, 1, 2, 6, 15]))
+        step = draw(st.sampled_from([0, 4, 9, 15] if mix == "sharing" else [0, 0, 1, 2, 6, 15]))
         arrivals.append(
             Arrival(
                 step=step,
-                prompt=draw(prompts(longest_prompt, alike=mood == "alike")),
+                prompt=draw(prompts(longest_prompt, share=mix == "sharing")),
                 params=draw(
-                    kinds[0] if mood == "searching" and not arrivals else draw(st.sampled_from(kinds))
+                    kinds[0] if mix == "searching" and not arrivals else draw(st.sampled_from(kinds))
                 ),
                 cancelled_at=draw(st.sampled_from([None] * 7 + [step + 9, step + 2, step])),
                 fails_after=draw(st.sampled_from([None, None, 1, 3])),
@@ -413,14 +413,14 @@ def scenarios(
     max_seqs = max(draw(st.integers(1, 9)), *(arrival.width for arrival in arrivals))
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
-        block_size=draw(st.integers(5, 9) if mood == "alike" else st.integers(1, 3) | st.integers(1, 17)),
-        spare_blocks=draw(st.sampled_from(SPARE_BLOCKS[mood])),
+        block_size=draw(st.integers(5, 9) if mix == "sharing" else st.integers(1, 3) | st.integers(1, 17)),
+        spare_blocks=draw(st.sampled_from(SPARE_BLOCKS[mix])),
         max_seqs=max_seqs,
         max_tokens=draw(st.sampled_from([max_seqs, max_seqs + 1, max_seqs + 5, 20, 64])),
         threads=draw(threads(4)),
         instruction_set=draw(instruction_sets()),
-        preempts=mood in ("crowded", "searching") or draw(st.sampled_from([True, True, False])),
-        prefix=mood == "alike" or draw(st.booleans()),
+        preempts=mix in ("tight", "searching") or draw(st.sampled_from([True, True, False])),
+        prefix=mix == "sharing" or draw(st.booleans()),
         swap_blocks=draw(st.sampled_from([0, 0, 1000, 1000, 7])),
         grows=draw(st.sampled_from([True, False, False])),
         compacted_at=draw(st.sampled_from([(), (), (2, 3, 9), tuple(range(0, 60, 2))])),
@@ -428,11 +428,11 @@ def scenarios(
 
 
 @st.composite
-def prompts(draw: st.DrawFn, longest: int, alike: bool) -> tuple[int, ...]:
+def prompts(draw: st.DrawFn, longest: int, share: bool) -> tuple[int, ...]:
     """A piece of one of three long prompts, or most of one common prompt, with or without a suffix."""
-    pieces = st.integers(longest // 2, longest) if alike else st.integers(1, 6) | st.integers(1, longest)
+    pieces = st.integers(longest // 2, longest) if share else st.integers(1, 6) | st.integers(1, longest)
     length = draw(pieces)
-    shared = random_prompt(longest, seed=0 if alike else draw(st.integers(0, 2)))[:length]
+    shared = random_prompt(longest, seed=0 if share else draw(st.integers(0, 2)))[:length]
     tail = draw(st.integers(0, longest - length))
     return (*shared, *(random_prompt(tail, seed=draw(st.integers(3, 999))) if tail else ()))
 
@@ -594,13 +594,13 @@ def _check_completions(
         answer = served.answers[seq_id]
         if answer.finish_reason is None:
             assert arrival.cancelled_at is not None, f"completion {seq_id} never finished"
-            happened["cancelled under way"] += 1
+            happened["cancelled requests"] += 1
             continue
         params = replace(arrival.params, n=1, seed=served.seeds[request_id] + i)
         alone = answer_alone(model, arrival.prompt, params)
         if answer.finish_reason == "error":
             alone = Answer(*(column[: len(answer.tokens)] for column in alone[:4]), "error")  # type: ignore[arg-type]
-            happened["completions that failed"] += 1
+            happened["failed completions"] += 1
         check_same(seq_id, answer, alone)
         happened["answers compared"] += 1
 
@@ -644,8 +644,8 @@ def _serve_alone(
     """Serve a request alone: a fresh engine, the prompt in one chunk, a large pool of blocks of 16."""
     arrival = Arrival(0, prompt, params)
     longest = len(prompt) + (params.max_tokens or 0)
-    roomy = longest * arrival.width * len(group_layers(model.config.windows))
-    manager = Watched(roomy, 16, arrival.width, model=model, max_batched_tokens=max(512, longest))
+    enough_blocks = longest * arrival.width * len(group_layers(model.config.windows))
+    manager = Watched(enough_blocks, 16, arrival.width, model=model, max_batched_tokens=max(512, longest))
     return _serve(manager, Scenario((arrival,), 16, 0, arrival.width, 512, 1, "", False))
 
 
@@ -706,7 +706,7 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
         check_pages(manager)
         if step in scenario.compacted_at:
             _compact(manager)
-        _check_what_is_told(manager, watch, mirror)
+        _check_events(manager, watch, mirror)
         check_first_come_first_served(manager, {str(i): i for i in range(len(scenario.arrivals))})
         if not engine.has_work and step >= max(arrival.step for arrival in scenario.arrivals):
             break
@@ -720,12 +720,12 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
     return Served(complete, seeds, searches)
 
 
-def _check_what_is_told(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
+def _check_events(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
     """Check that listeners know the state of the pool from its events, even one that has just started."""
-    mirror.hear(watch.look())
+    mirror.apply(watch.look())
     mirror.check(manager)
     late = Mirror()
-    late.hear(watch.so_far())
+    late.apply(watch.so_far())
     late.check(manager)
 
 

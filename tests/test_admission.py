@@ -51,7 +51,7 @@ class Frame:
         return 1
 
 
-class Unspeakable:
+class Unprintable:
     """A value whose every conversion to text raises."""
 
     def __repr__(self) -> str:
@@ -146,7 +146,7 @@ NO_PROMPTS = [
     {1, 2},
     frozenset([1]),
     Frame(),
-    Unspeakable(),
+    Unprintable(),
     object(),
     (token for token in IDS),
     iter(IDS),
@@ -182,7 +182,7 @@ def test_an_invalid_prompt_is_rejected_with_its_value_and_position(value: Any) -
         ([1, np.True_], r"prompt\[1\].*True"),
         ([1, Fraction(3)], r"prompt\[1\].*Fraction"),
         ([1, [2]], r"prompt\[1\].*\[2\]"),
-        ([1, Unspeakable()], r"prompt\[1\].*Unspeakable"),
+        ([1, Unprintable()], r"prompt\[1\].*Unprintable"),
         ([[1], [2, [3]]], r"prompts\[1\]\[1\].*\[3\]"),
         ([[1], []], r"prompts\[1\]: no tokens"),
         ([["a"]], r"prompts\[0\]\[0\].*'a'"),
@@ -264,7 +264,7 @@ def test_other_arguments_of_a_wrong_type_are_rejected(llm: LLM) -> None:
 # ---- requests ----
 
 
-@pytest.mark.parametrize("request_id", ["", 5, b"a", ["a"], "x" * 257, True, Unspeakable()])
+@pytest.mark.parametrize("request_id", ["", 5, b"a", ["a"], "x" * 257, True, Unprintable()])
 def test_a_request_id_must_be_a_short_text(llm: LLM, request_id: Any) -> None:
     with pytest.raises(ValueError, match="request_id must be a text of 1 to 256 characters"):
         llm.engine.request("a", GREEDY, request_id)
@@ -284,7 +284,7 @@ def test_a_beam_width_above_the_engines_limit_is_rejected_before_it_takes_memory
         llm.engine.request("a", SamplingParams(n=9))
 
 
-def _submit_nothing_right(engine: Engine, requests: Any, deliver: Any = print) -> None:
+def _submit_invalid_requests(engine: Engine, requests: Any, deliver: Any = print) -> None:
     engine.submit(requests, deliver).result(60)
 
 
@@ -292,11 +292,11 @@ def test_an_invalid_request_or_listener_is_rejected_immediately(llm: LLM) -> Non
     engine, good = llm.engine, llm.engine.request("a", GREEDY)
     for requests in (5, None, good, iter([good]), {good}, "a"):
         with pytest.raises(TypeError, match="requests"):
-            _submit_nothing_right(engine, requests)
+            _submit_invalid_requests(engine, requests)
     with pytest.raises(TypeError, match=r"requests\[1\] must come from `request` or `search`, not 'a'"):
-        _submit_nothing_right(engine, [good, "a"])
+        _submit_invalid_requests(engine, [good, "a"])
     with pytest.raises(TypeError, match="deliver must be callable, not None"):
-        _submit_nothing_right(engine, [good], None)
+        _submit_invalid_requests(engine, [good], None)
     for call, value in (
         (engine.cancel, ["a"]),
         (engine.cancel, None),
@@ -340,7 +340,7 @@ def test_an_invalid_count_is_rejected_with_its_name_value_and_limit(name: str, v
         ({"kv_cache_dtype": mx.float16}, "kv_cache_dtype must be a text"),
         ({"batching": ["paged"]}, "batching must be a text"),
         ({"preemption_mode": 1}, "preemption_mode must be a text, not 1"),
-        ({"max_num_seqs": Unspeakable()}, "max_num_seqs must be a whole number, not"),
+        ({"max_num_seqs": Unprintable()}, "max_num_seqs must be a whole number, not"),
     ],
 )
 def test_an_option_of_a_wrong_type_is_rejected(options: dict[str, Any], message: str) -> None:

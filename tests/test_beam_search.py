@@ -489,7 +489,7 @@ def logits_from_nothing(model: Model, tokens: Tokens) -> np.ndarray:
     return np.array(model(mx.array([tokens], mx.int32), context)[0, -1].astype(mx.float32)).astype(np.float64)
 
 
-def behind(model: Model, prompt: Seq[int]) -> Table:
+def logprob_table(model: Model, prompt: Seq[int]) -> Table:
     """The model's log-probabilities after a prompt, as a table."""
 
     def table(tokens: Tokens) -> list[float]:
@@ -504,7 +504,7 @@ def engine_of(
     *,
     blocks: int = 64,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     budget: int = 64,
     preempts: bool = True,
 ) -> tuple[EngineCore, Watched]:
@@ -512,7 +512,7 @@ def engine_of(
     manager = Watched(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         model=model,
         max_batched_tokens=budget,
         kv_dtype=mx.float32,
@@ -559,7 +559,7 @@ def test_the_engine_finds_what_a_search_without_a_cache_finds(
     prompt = random_prompt(9, seed=5)
     search = engine.add_beam_search("a", prompt, params)
     run(engine, manager)
-    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
     assert width == 1 or manager.happened["beams forked"] > 0
 
 
@@ -568,7 +568,7 @@ def test_the_engine_finds_what_a_search_without_a_cache_finds(
 def test_the_vocabulary_may_be_smaller_than_the_beam_width(vocab: int, eos: tuple[int, ...]) -> None:
     """The first step has fewer candidates than beams; the other sequence slots stay reserved."""
     model = dense_model(vocab_size=vocab, eos_token_ids=eos)
-    engine, manager = engine_of(model, seats=6)
+    engine, manager = engine_of(model, max_seqs=6)
     params = BeamSearchParams(beam_width=6, max_tokens=4)
     search = engine.add_beam_search("a", [vocab - 1] * 5, params)
     seen = []
@@ -581,7 +581,7 @@ def test_the_vocabulary_may_be_smaller_than_the_beam_width(vocab: int, eos: tupl
         assert sum(1 + beam.num_forks for beam in manager.running) == 6, "no slot is given to another request"
     assert seen[0] == min(6, vocab - len(eos))
     run(engine, manager)
-    check_found(search.ended, by_definition(behind(model, [vocab - 1] * 5), params, eos))
+    check_found(search.ended, by_definition(logprob_table(model, [vocab - 1] * 5), params, eos))
 
 
 def test_a_search_for_one_token_takes_one_step() -> None:
@@ -593,7 +593,7 @@ def test_a_search_for_one_token_takes_one_step() -> None:
     assert engine.step() == []
     assert not engine.has_work
     check_all_returned(manager)
-    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
     assert [len(one.hypothesis.tokens) for one in search.ended] == [1] * 4
 
 
@@ -608,7 +608,7 @@ def test_a_search_starts_once_its_chunked_prompt_is_computed(width: int) -> None
         engine.step()
         assert search.beams == [Hypothesis((), 0.0)]
     run(engine, manager)
-    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
 
 
 def test_searches_and_requests_run_together_in_a_small_pool() -> None:
@@ -629,7 +629,7 @@ def test_searches_and_requests_run_together_in_a_small_pool() -> None:
         engine, manager = engine_of(model)
         engine.add_request(name, prompt, params)
         alone |= tokens_of(engine)
-    engine, manager = engine_of(model, blocks=22, block_size=3, seats=9, budget=16)
+    engine, manager = engine_of(model, blocks=22, block_size=3, max_seqs=9, budget=16)
     found = {}
     for name in ("wide", "one", "long", "two", "short", "same"):
         if name in searches:
@@ -639,7 +639,7 @@ def test_searches_and_requests_run_together_in_a_small_pool() -> None:
     assert tokens_of(engine) == alone
     check_all_returned(manager)
     for name, (prompt, params) in searches.items():
-        check_found(found[name].ended, by_definition(behind(model, prompt), params, (EOS,)))
+        check_found(found[name].ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
     assert manager.happened["beams forked"] > 0
 
 
@@ -655,14 +655,14 @@ def tokens_of(engine: EngineCore) -> dict[str, list[int]]:
 def test_preempted_beams_find_what_they_would_have_found() -> None:
     model = dense_model()
     params = BeamSearchParams(beam_width=3, max_tokens=10, ignore_eos=True)
-    engine, manager = engine_of(model, blocks=17, block_size=2, seats=8)
+    engine, manager = engine_of(model, blocks=17, block_size=2, max_seqs=8)
     engine.add_request("old", random_prompt(5, 1), SamplingParams(max_tokens=28, ignore_eos=True, seed=1))
     for _ in range(12):
         engine.step()
     search = engine.add_beam_search("a", random_prompt(4, 2), params)
     run(engine, manager)
     assert manager.happened["preemptions of beams"] > 0
-    check_found(search.ended, by_definition(behind(model, random_prompt(4, 2)), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, random_prompt(4, 2)), params, (EOS,)))
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 4])
@@ -681,7 +681,7 @@ def test_a_cancelled_search_releases_everything_and_disturbs_no_other_request(af
     run(engine, manager)
     assert cancelled.ended == []
     assert cancelled.beams, "the caller still finds the beams at the time of the cancel"
-    check_found(kept.ended, by_definition(behind(model, random_prompt(6, 2)), params, (EOS,)))
+    check_found(kept.ended, by_definition(logprob_table(model, random_prompt(6, 2)), params, (EOS,)))
     assert engine.add_beam_search("gone", random_prompt(3, 1), params).beams, "the id is free again"
 
 
@@ -701,7 +701,7 @@ def test_contiguous_caches_cannot_be_shared_by_beams() -> None:
 
 
 def test_a_search_that_can_never_run_is_rejected_on_arrival() -> None:
-    engine, manager = engine_of(tiny_model(), blocks=10, block_size=2, seats=4)
+    engine, manager = engine_of(tiny_model(), blocks=10, block_size=2, max_seqs=4)
     wide, long = {"beam_width": 5, "max_tokens": 2}, {"beam_width": 4, "max_tokens": 11}
     for options, message in (
         (wide, "n = 5 exceeds the 4 sequences"),

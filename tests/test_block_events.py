@@ -24,7 +24,7 @@ BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 2
 
 def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
     """Run requests that share, fork, are preempted and swapped; returns how often each event came."""
-    heard: Counter[Kind] = Counter()
+    counts: Counter[Kind] = Counter()
     mirror = Mirror()
     for i in range(7):
         prompt = [*random_prompt(9, 0), *random_prompt(3 + i, i)]
@@ -38,15 +38,15 @@ def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
             if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
         change = watch.look()
-        heard.update(event.kind for event in change.events)
-        mirror.hear(change)
+        counts.update(event.kind for event in change.events)
+        mirror.apply(change)
         mirror.check(manager)
         late = Mirror()
-        late.hear(watch.so_far())
+        late.apply(watch.so_far())
         late.check(manager)
         if not manager.has_work:
             break
-    return heard
+    return counts
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 60])
@@ -55,9 +55,9 @@ def test_the_pool_can_be_reconstructed_from_the_events(swap_blocks: int) -> None
     manager = PagedBatchManager(
         20, 3, 6, max_batched_tokens=16, policies=policies(True, prefix=True, swap_blocks=swap_blocks)
     )
-    heard = serve(manager, BlockWatch(manager))
+    counts = serve(manager, BlockWatch(manager))
     expected = set(Kind) - (set() if swap_blocks else {Kind.SWAPPED_OUT, Kind.SWAPPED_IN})
-    assert set(heard) == expected
+    assert set(counts) == expected
 
 
 def test_a_copy_event_names_both_blocks() -> None:
@@ -103,18 +103,18 @@ def test_an_engine_sends_events_to_its_listeners_and_records_none_without_a_list
         return EngineCore(PagedBatchManager(40, 4, 4, model=model, policies=policies(True, prefix=True)), ())
 
     engine = Engine(core, tokenizer, VOCAB, EngineConfig(max_num_seqs=4))
-    mirror, told = Mirror(), []
+    mirror, changes = Mirror(), []
 
-    def hear(change: PoolChange) -> None:
-        told.append(change)
-        assert not change.is_empty or len(told) == 1, "an event without a change"
-        mirror.hear(change)
+    def record(change: PoolChange) -> None:
+        changes.append(change)
+        assert not change.is_empty or len(changes) == 1, "an event without a change"
+        mirror.apply(change)
 
     def broken(change: PoolChange) -> None:
         if not change.is_empty:
             raise OSError
 
-    def refusing(change: PoolChange) -> None:
+    def failing(change: PoolChange) -> None:
         raise OSError
 
     async def ask() -> None:
@@ -124,24 +124,24 @@ def test_an_engine_sends_events_to_its_listeners_and_records_none_without_a_list
             pass
 
     try:
-        stop_hearing = engine.watch_blocks(hear)
+        stop_listening = engine.watch_blocks(record)
         engine.watch_blocks(broken)
         with pytest.raises(OSError):  # noqa: PT011
-            engine.watch_blocks(refusing)
+            engine.watch_blocks(failing)
         asyncio.run(ask())
         manager = engine.core.manager
         assert isinstance(manager, PagedBatchManager)
         engine.call(int)
-        assert mirror.kept
+        assert mirror.cached
         mirror.check(manager)
         late = Mirror()
-        stop_late = engine.watch_blocks(late.hear)
+        stop_late = engine.watch_blocks(late.apply)
         late.check(manager)
         stop_late()
-        stop_hearing()
-        num_told = len(told)
+        stop_listening()
+        num_told = len(changes)
         asyncio.run(ask())
-        assert len(told) == num_told
+        assert len(changes) == num_told
         assert engine._loop._watch is None
     finally:
         engine.stop()

@@ -25,7 +25,7 @@ from tiny_llm import BlockAllocator, BlockTable, KVPool, PagedBatchManager, comp
 from tiny_model import EOS, examples, random_prompt, tiny_model
 
 
-class House:
+class Workload:
     """Tables, forks and a prefix cache on one allocator, and the contents of each of their slots."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -112,110 +112,111 @@ class House:
 
 
 @st.composite
-def houses(draw: st.DrawFn) -> House:
+def workloads(draw: st.DrawFn) -> Workload:
     """Tables that were created, extended, forked, cached and released."""
-    house = House(draw(st.integers(1, 24)), draw(st.integers(1, 4)))
+    workload = Workload(draw(st.integers(1, 24)), draw(st.integers(1, 4)))
     actions = st.sampled_from(["table", "table", "append", "fork", "release", "release", "keep", "evict"])
     for action in draw(st.lists(actions, max_size=24)):
-        if action == "table" or not house.texts:
-            house.table(0)
-            house.append(len(house.texts) - 1, draw(st.integers(0, 9)))
+        if action == "table" or not workload.texts:
+            workload.table(0)
+            workload.append(len(workload.texts) - 1, draw(st.integers(0, 9)))
         elif action == "evict":
-            house.cache.evict(draw(st.integers(0, 3)))
+            workload.cache.evict(draw(st.integers(0, 3)))
         else:
-            which = draw(st.integers(0, len(house.texts) - 1))
+            which = draw(st.integers(0, len(workload.texts) - 1))
             if action == "append":
-                house.append(which, draw(st.integers(0, 5)))
+                workload.append(which, draw(st.integers(0, 5)))
             else:
-                getattr(house, action)(which)
-    return house
+                getattr(workload, action)(which)
+    return workload
 
 
 @settings(max_examples=examples(500))
-@given(houses(), st.randoms(use_true_random=False))
-def test_blocks_move_and_every_table_reads_its_own_tokens(house: House, random: object) -> None:
-    before, in_use = house.counts, house.allocator.num_blocks - house.allocator.num_free
+@given(workloads(), st.randoms(use_true_random=False))
+def test_blocks_move_and_every_table_reads_its_own_tokens(workload: Workload, random: object) -> None:
+    before, in_use = workload.counts, workload.allocator.num_blocks - workload.allocator.num_free
     behind = sum(holders > 0 for holders in before[in_use:])
-    holders = house.holders
+    holders = workload.holders
     random.shuffle(holders)  # type: ignore[attr-defined]
-    copies = compact_pages(house.allocator, iter(holders))
-    assert [holders > 0 for holders in house.counts] == [True] * in_use + [False] * house.allocator.num_free
-    assert sorted(house.counts) == sorted(before), "a shared block is still shared by the same holders"
+    copies = compact_pages(workload.allocator, iter(holders))
+    num_free = workload.allocator.num_free
+    assert [holders > 0 for holders in workload.counts] == [True] * in_use + [False] * num_free
+    assert sorted(workload.counts) == sorted(before), "a shared block is still shared by the same holders"
     assert len(copies) == behind, "only blocks after the new end move"
-    house.perform(copies)
-    house.check()
-    assert compact_pages(house.allocator, house.holders) == [], "a second compaction does nothing"
-    house.check()
-    for _ in range(house.allocator.num_free):
-        house.allocator.allocate()
+    workload.perform(copies)
+    workload.check()
+    assert compact_pages(workload.allocator, workload.holders) == [], "a second compaction does nothing"
+    workload.check()
+    for _ in range(workload.allocator.num_free):
+        workload.allocator.allocate()
     with pytest.raises(OutOfBlocksError):
-        house.allocator.allocate()
+        workload.allocator.allocate()
 
 
 def test_holes_are_filled_from_the_end() -> None:
-    house = House(8, 2)
+    workload = Workload(8, 2)
     for tokens in (2, 3, 1, 4):
-        house.table(tokens)
-    house.release(1)
-    last = house.tables[-1]
-    assert house.allocator.num_free == 4
+        workload.table(tokens)
+    workload.release(1)
+    last = workload.tables[-1]
+    assert workload.allocator.num_free == 4
     before = list(last.blocks)
-    copies = compact_pages(house.allocator, house.holders)
+    copies = compact_pages(workload.allocator, workload.holders)
     assert {copy.src for copy in copies} == set(before) - {0, 1, 2, 3}
     assert {copy.dst for copy in copies} <= {0, 1, 2, 3}
     assert all(copy.length == 2 for copy in copies), "whole blocks, and shared ones for all their holders"
-    house.perform(copies)
-    house.check()
+    workload.perform(copies)
+    workload.check()
 
 
 def test_compact_blocks_do_not_move() -> None:
-    house = House(6, 2)
-    house.table(5)
-    house.fork(0)
-    before = house.state
-    assert compact_pages(house.allocator, house.holders) == []
-    assert house.state == before
+    workload = Workload(6, 2)
+    workload.table(5)
+    workload.fork(0)
+    before = workload.state
+    assert compact_pages(workload.allocator, workload.holders) == []
+    assert workload.state == before
     assert compact_pages(BlockAllocator(4), []) == []
 
 
 def test_a_block_with_many_holders_moves_once() -> None:
-    house = House(8, 2)
-    house.table(6)
-    house.table(4)
-    house.fork(1)
-    house.keep(1)
-    house.release(0)
-    copies = compact_pages(house.allocator, house.holders)
+    workload = Workload(8, 2)
+    workload.table(6)
+    workload.table(4)
+    workload.fork(1)
+    workload.keep(1)
+    workload.release(0)
+    copies = compact_pages(workload.allocator, workload.holders)
     assert len(copies) == 2
-    house.perform(copies)
-    house.check()
-    assert house.counts == [3, 3, 0, 0, 0, 0, 0, 0]
+    workload.perform(copies)
+    workload.check()
+    assert workload.counts == [3, 3, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])
 def test_nothing_moves_if_a_holder_is_left_out_of_the_call(missing: int) -> None:
     """The holder left out is a table, one of two forks, or the prefix cache."""
-    house = House(9, 2)
+    workload = Workload(9, 2)
     for tokens in (4, 3, 4):
-        house.table(tokens)
-    house.fork(1)
-    house.keep(2)
-    house.release(0)
-    before, holders = house.state, house.holders
+        workload.table(tokens)
+    workload.fork(1)
+    workload.keep(2)
+    workload.release(0)
+    before, holders = workload.state, workload.holders
     del holders[missing]
     with pytest.raises(ValueError, match=r"block \d has \d holders, but \d were passed"):
-        compact_pages(house.allocator, holders)
-    assert house.state == before
-    house.check()
+        compact_pages(workload.allocator, holders)
+    assert workload.state == before
+    workload.check()
 
 
 def test_a_holder_passed_twice_is_rejected() -> None:
-    house = House(4, 2)
-    house.table(3)
-    before = house.state
+    workload = Workload(4, 2)
+    workload.table(3)
+    before = workload.state
     with pytest.raises(ValueError, match="block 0 has 1 holders, but 2 were passed"):
-        compact_pages(house.allocator, [*house.tables, *house.tables])
-    assert house.state == before
+        compact_pages(workload.allocator, [*workload.tables, *workload.tables])
+    assert workload.state == before
 
 
 def written(pool: KVPool, tables: Seq[BlockTable]) -> None:
@@ -386,7 +387,7 @@ def test_a_growing_pool_gives_the_same_answers_and_releases_memory(preempts: boo
         sizes.append(growing.allocator.num_blocks)
     assert found == served(fixed, lengths)
     most = sizes.index(max(sizes))
-    assert growing.happened["the pool grew"] > 2
+    assert growing.happened["pool growths"] > 2
     assert min(sizes[most:]) <= max(sizes) // 2, f"no memory was released while requests ran: {sizes}"
     for _ in range(8):
         growing.process_batch()

@@ -82,7 +82,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     return counted
 
 
-def apart(model: Model, tokens: list[int], chunks: list[int], **options: object) -> np.ndarray:
+def unfused(model: Model, tokens: list[int], chunks: list[int], **options: object) -> np.ndarray:
     """The logits with every block's parts run one by one."""
     with pytest.MonkeyPatch.context() as patch:
         for context in (PagedContext, WindowedContext):
@@ -98,7 +98,7 @@ def test_a_fused_block_gives_the_same_bits_as_its_parts(
 ) -> None:
     model, tokens = MODELS[name](), random_prompt(90, seed=5)
     with kernels_on(2, instruction_set):
-        want = apart(model, tokens, [70, 1, 19], kv_dtype=dtype)
+        want = unfused(model, tokens, [70, 1, 19], kv_dtype=dtype)
         assert runs.count == 0
         got = np.array(logits_through_pages(model, tokens, [70, 1, 19], kv_dtype=dtype))
     assert runs.count == 3 * len(model.layers)
@@ -118,7 +118,7 @@ def test_a_fused_block_gives_the_same_bits_for_any_chunks_on_any_threads(
     model, tokens, ends = MODELS[name](), random_prompt(60, seed=6), [0, *sorted(cuts), 60]
     chunks = [stop - start for start, stop in pairwise(ends)]
     with kernels_on(1, ""):
-        want = apart(model, tokens, [60])
+        want = unfused(model, tokens, [60])
     with kernels_on(threads, ""):
         got = np.array(logits_through_pages(model, tokens, chunks, block_size=block_size))
     assert np.array_equal(got, want)
@@ -127,7 +127,7 @@ def test_a_fused_block_gives_the_same_bits_for_any_chunks_on_any_threads(
 # ---- what is not fused ----
 
 
-class TheirMLP(MLP):
+class CustomMLP(MLP):
     """An MLP that is not the reference's."""
 
 
@@ -135,7 +135,7 @@ def test_an_unpacked_or_replaced_part_makes_a_block_run_part_by_part(monkeypatch
     [layer, *_] = tiny_model().layers
     assert isinstance(layer, block.TransformerBlock)
     assert fuse(layer) is not None
-    assert fuse(replace(layer, mlp=TheirMLP(layer.mlp.gate_up_proj, layer.mlp.down_proj))) is None
+    assert fuse(replace(layer, mlp=CustomMLP(layer.mlp.gate_up_proj, layer.mlp.down_proj))) is None
     dense = Linear(mx.zeros((layer.input_layernorm.shape[0], 96)))
     assert fuse(replace(layer, mlp=replace(layer.mlp, down_proj=dense))) is None
     down = layer.mlp.down_proj
@@ -154,7 +154,7 @@ def test_an_unpacked_or_replaced_part_makes_a_block_run_part_by_part(monkeypatch
 def test_other_blocks_run_as_before(make: Callable[[], Model], runs: Runs) -> None:
     model = make()
     tokens = random_prompt(20, seed=7)
-    assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), apart(model, tokens, [20]))
+    assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), unfused(model, tokens, [20]))
     assert runs.count == 0
 
 

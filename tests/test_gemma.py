@@ -244,8 +244,8 @@ def test_the_pattern_of_windows_comes_from_the_gguf_or_from_llama_cpp(tmp_path: 
     assert read(**{"rope.freq_base_swa": 5000.0}).rope_local_theta == 5000.0
     scaled = read(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
     assert scaled.rope_factors == (8.0,) * 8
-    alike = read(**{"attention.sliding_window": 0})
-    assert (alike.windows, alike.rope_local_theta) == ((None,) * 7, None)
+    unwindowed = read(**{"attention.sliding_window": 0})
+    assert (unwindowed.windows, unwindowed.rope_local_theta) == ((None,) * 7, None)
 
 
 @pytest.mark.parametrize(
@@ -297,15 +297,15 @@ def test_answers_without_max_tokens_are_the_same_as_alone(tmp_path: Path, mode: 
     path, prompts = write_folder(tmp_path, GEMMA, random_weights(GEMMA)), [[5, 6, 7], [8] * 4, [9, 10] * 2]
     params = [SamplingParams(max_tokens=None, ignore_eos=True, seed=i, logprobs=1) for i in range(3)]
     sizes = {"block_size": 4, "num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 8}
-    crowd = LLM(path, preemption_mode=mode, **sizes)
-    found = crowd.generate(prompts, params, use_tqdm=False)
+    together = LLM(path, preemption_mode=mode, **sizes)
+    found = together.generate(prompts, params, use_tqdm=False)
     for prompt, wanted, output in zip(prompts, params, found, strict=True):
         [alone] = LLM(path, enable_prefix_caching=False, **sizes).generate(prompt, wanted, use_tqdm=False)
-        assert len(prompt) + len(alone.outputs[0].token_ids) == crowd.max_model_len
+        assert len(prompt) + len(alone.outputs[0].token_ids) == together.max_model_len
         assert output.outputs == alone.outputs
-    assert (crowd.engine.stats.num_preemptions > 0) == (mode != "none")
-    crowd.engine.call(lambda: check_pages(pages_of(crowd)))
-    assert crowd.engine.stats.num_free_blocks + crowd.engine.stats.num_cached_blocks == 40
+    assert (together.engine.stats.num_preemptions > 0) == (mode != "none")
+    together.engine.call(lambda: check_pages(pages_of(together)))
+    assert together.engine.stats.num_free_blocks + together.engine.stats.num_cached_blocks == 40
 
 
 # Parts.
@@ -428,7 +428,7 @@ def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
 
 
 def test_all_goldens_are_right_on_pages_from_a_cold_and_from_a_warm_cache(serve: Serve) -> None:
-    """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in one batch, at most 512 a step.
+    """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in a batch, at most 512 a step.
 
     The second time only the end of a block is left to compute, or what is too short to copy.
     """

@@ -106,7 +106,7 @@ def test_every_layer_is_in_one_group_with_layers_of_the_same_window(windows: lis
 # ---- how many blocks ----
 
 
-def most_held(group: LayerGroup, num_tokens: int, block_size: int, most_at_once: int, first: int) -> int:
+def peak(group: LayerGroup, num_tokens: int, block_size: int, most_at_once: int, first: int) -> int:
     """The most blocks that a table holds at any time, if it computes at full speed after its first step."""
     layout = PageLayout((group,), block_size, most_at_once)
     [table] = layout.tables(BlockAllocator(num_tokens))
@@ -132,9 +132,7 @@ def test_the_block_limit_of_a_group_is_the_worst_case_of_its_tables(
 ) -> None:
     """Oracle: tables that grow in steps from any offset: none holds more, and one holds exactly as many."""
     group = LayerGroup((0,), window)
-    held = [
-        most_held(group, num_tokens, block_size, most_at_once, first) for first in range(1, most_at_once + 1)
-    ]
+    held = [peak(group, num_tokens, block_size, most_at_once, first) for first in range(1, most_at_once + 1)]
     assert group.most_blocks(num_tokens, block_size, most_at_once) == max(held)
 
 

@@ -17,7 +17,7 @@ from tiny_model import logits_through_pages, random_prompt, tiny_model
 def manager_of(
     blocks: int = 8,
     block_size: int = 4,
-    seats: int = 4,
+    max_seqs: int = 4,
     *,
     budget: int = 64,
     preempts: bool = True,
@@ -26,7 +26,7 @@ def manager_of(
     return PagedBatchManager(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         max_batched_tokens=budget,
         max_model_len=context,
         policies=policies(preempts),
@@ -124,7 +124,7 @@ def test_a_long_prompt_takes_several_steps_while_decodes_go_on() -> None:
 
 
 def test_each_completion_counts_as_one_sequence() -> None:
-    manager = manager_of(blocks=32, seats=4)
+    manager = manager_of(blocks=32, max_seqs=4)
     manager.add_request([1], "three", outputs(4, n=3))
     manager.add_request([1], "two", outputs(4, n=2))
     manager.add_request([1], "one", outputs(4))
@@ -164,11 +164,11 @@ def test_the_newest_is_preempted_when_pages_run_out_and_resumes_with_its_outputs
     assert new.state is SequenceState.WAITING
     assert new.outputs, "earlier outputs are unchanged"
     assert manager.sequence("old").state is SequenceState.RUNNING
-    said = len(new.outputs)
+    num_outputs = len(new.outputs)
     manager.finish("old")
     step(manager)
-    assert new.num_computed == 3 + said
-    assert len(new.outputs) == said + 1
+    assert new.num_computed == 3 + num_outputs
+    assert len(new.outputs) == num_outputs + 1
 
 
 def test_without_preemption_a_request_waits_until_its_full_length_fits() -> None:
@@ -185,7 +185,7 @@ def test_without_preemption_a_request_waits_until_its_full_length_fits() -> None
 
 
 def test_cancel_works_in_every_state_and_ignores_unknown_ids() -> None:
-    manager = manager_of(blocks=16, seats=3, budget=3)
+    manager = manager_of(blocks=16, max_seqs=3, budget=3)
     manager.add_request([1] * 8, "in the prompt", outputs(3, n=3))
     manager.add_request([1], "waiting", outputs(3))
     manager.process_batch()

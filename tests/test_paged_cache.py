@@ -37,7 +37,7 @@ def write(cache: PagedKVCache, seq_id: str, start: int, numbers: list[int]) -> N
         cache.write_token(seq_id, position, *token(number))
 
 
-def begin(cache: PagedKVCache, seq_id: str, numbers: list[int]) -> None:
+def add_sequence(cache: PagedKVCache, seq_id: str, numbers: list[int]) -> None:
     cache.allocate(seq_id, len(numbers))
     write(cache, seq_id, 0, numbers)
 
@@ -113,7 +113,7 @@ def test_tables_of_different_pools_are_rejected() -> None:
 def test_a_growing_sequence_keeps_its_blocks_and_tokens() -> None:
     """The lab replaced the old table by a new one: blocks leaked, tokens were lost."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     before = cache.tables["a"].physical_indices()
     after = cache.allocate("a", 4)
     assert after[:2] == before
@@ -161,7 +161,7 @@ def test_a_negative_number_of_tokens_is_rejected() -> None:
 
 def test_growth_copies_a_shared_last_block() -> None:
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     blocks = cache.allocate("b", 1)
     assert blocks[0] == cache.tables["a"].blocks[0]
@@ -178,7 +178,7 @@ def test_growth_copies_a_shared_last_block() -> None:
 def test_a_shared_block_is_copied_before_it_is_written(position: int) -> None:
     cache = make_cache()
     numbers = list(range(1, 11))
-    begin(cache, "a", numbers)
+    add_sequence(cache, "a", numbers)
     cache.tables["b"] = cache.tables["a"].fork()
     cache.write_token("b", position, *token(99))
     expect(cache.read_blocks("a", 0, 10), numbers)
@@ -190,7 +190,7 @@ def test_a_shared_block_is_copied_before_it_is_written(position: int) -> None:
 
 def test_a_write_without_a_free_block_for_its_copy_changes_nothing() -> None:
     cache = make_cache(total_blocks=2)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     with pytest.raises(OutOfBlocksError):
         cache.write_token("b", 1, *token(9))
@@ -211,7 +211,7 @@ def test_stored_values_have_the_pools_type() -> None:
 
 def test_a_later_write_does_not_change_an_earlier_read() -> None:
     cache = make_cache()
-    begin(cache, "a", [1, 2])
+    add_sequence(cache, "a", [1, 2])
     read = cache.read_blocks("a", 0, 2)
     write(cache, "a", 0, [7, 8])
     expect(read, [1, 2])
@@ -258,7 +258,7 @@ def test_a_position_without_a_token_cannot_be_written(position: int) -> None:
 def test_a_token_of_another_shape_is_rejected_before_a_block_is_copied(shape: tuple[int, ...]) -> None:
     """Most of these would broadcast."""
     cache = make_cache()
-    begin(cache, "a", [1])
+    add_sequence(cache, "a", [1])
     cache.tables["b"] = cache.tables["a"].fork()
     good, wrong = mx.zeros((HEADS, D)), mx.zeros(shape)
     for k, v in ((wrong, good), (good, wrong)):
@@ -273,7 +273,7 @@ def test_a_token_of_another_shape_is_rejected_before_a_block_is_copied(shape: tu
 def test_the_window_of_the_labs_example() -> None:
     """Token 500, blocks of 16, 4 blocks: 448 .. 500. The lab read up to 511, eleven tokens too far."""
     cache = make_cache(40, 16)
-    begin(cache, "a", list(range(512)))
+    add_sequence(cache, "a", list(range(512)))
     expect(cache.read_sparse("a", 500, 4), list(range(448, 501)))
 
 
@@ -284,7 +284,7 @@ def test_a_window_starts_at_a_block_and_ends_with_the_token(
 ) -> None:
     position = data.draw(st.integers(0, total - 1))
     cache = make_cache(20, block_size)
-    begin(cache, "a", list(range(total)))
+    add_sequence(cache, "a", list(range(total)))
     last_blocks = [n for n in range(position + 1) if n // block_size > position // block_size - window]
     expect(cache.read_sparse("a", position, window), last_blocks)
 
@@ -325,11 +325,11 @@ def test_a_mapping_of_more_tokens_than_there_are_is_rejected() -> None:
 def test_a_freed_sequences_shared_blocks_stay_with_their_other_holders() -> None:
     """The lab returned shared blocks to the free list while the other sequence still used them."""
     cache = make_cache(total_blocks=3)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     cache.free_sequence("a")
     assert cache.allocator.num_free == 1
-    begin(cache, "c", [7, 8, 9])
+    add_sequence(cache, "c", [7, 8, 9])
     expect(cache.read_blocks("b", 0, 5), [1, 2, 3, 4, 5])
     cache.free_sequence("b")
     cache.free_sequence("c")
@@ -338,15 +338,15 @@ def test_a_freed_sequences_shared_blocks_stay_with_their_other_holders() -> None
 
 def test_an_id_can_be_reused_after_free() -> None:
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.free_sequence("a")
-    begin(cache, "a", [6])
+    add_sequence(cache, "a", [6])
     expect(cache.read_blocks("a", 0, 1), [6])
 
 
 def test_an_unknown_sequence_is_an_error_in_every_method() -> None:
     cache = make_cache()
-    begin(cache, "a", [1])
+    add_sequence(cache, "a", [1])
     cache.free_sequence("a")
     for call in (
         lambda: cache.free_sequence("a"),

@@ -183,12 +183,12 @@ def test_ids_of_a_search_are_in_use_until_it_ends() -> None:
 # ---- preemption ----
 
 
-def stopped(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
+def preempt(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
     """Preempt; returns the preempted sequences, whose pages are released."""
-    everybody = queues.put_back(sequence)
-    for one in everybody:
+    preempted = queues.put_back(sequence)
+    for one in preempted:
         one.give_up_pages()
-    return everybody
+    return preempted
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -199,15 +199,15 @@ def test_beams_are_preempted_together_and_the_best_one_leads_them(which: int) ->
     queues.request("new", beams=False)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
     leader, second, third = queues.advance_and_compute("a", ("a/1", 4), ("a/1", 5), ("a/1", 6))
-    everybody = stopped(queues, queues.beams("a")[which])
-    assert everybody == [leader, second, third]
+    preempted = preempt(queues, queues.beams("a")[which])
+    assert preempted == [leader, second, third]
     assert ids(queues.running) == ["old", "new"]
     assert list(queues.waiting) == [leader]
     assert leader.parked is not None
     assert leader.parked.beams == [second, third]
     assert leader.parked.num_shared == 6 + 1, "the prompt and the token 2; then they differ"
     assert leader.num_forks == 1 + 2, "a slot for each parked beam, and for the future one"
-    assert outputs(everybody) == [[2, 4], [2, 5], [2, 6]], "earlier outputs are unchanged"
+    assert outputs(preempted) == [[2, 4], [2, 5], [2, 6]], "earlier outputs are unchanged"
     queues.check(second, third)
 
 
@@ -226,7 +226,7 @@ def test_the_request_that_has_waited_longest_still_comes_first() -> None:
         streams=[TokenBlocks(SIZE)],
     )
     queues.add(later)
-    leader, _ = stopped(queues, queues["a/1"])
+    leader, _ = preempt(queues, queues["a/1"])
     assert list(queues.waiting) == [leader, later]
 
 
@@ -234,7 +234,7 @@ def test_the_request_that_has_waited_longest_still_comes_first() -> None:
 def test_a_single_sequence_is_preempted_alone(beams: bool) -> None:
     queues = Queues()
     leader = queues.request("a", width=3, beams=beams)
-    assert stopped(queues, leader) == [leader]
+    assert preempt(queues, leader) == [leader]
     assert (leader.parked, leader.num_forks, list(queues.waiting)) == (None, 2, [leader])
     queues.check()
 
@@ -242,7 +242,7 @@ def test_a_single_sequence_is_preempted_alone(beams: bool) -> None:
 def test_completions_that_are_not_beams_are_preempted_one_by_one() -> None:
     queues = Queues()
     leader, fork = queues.fork(queues.request("a", width=2, beams=False))
-    assert stopped(queues, fork) == [fork]
+    assert preempt(queues, fork) == [fork]
     assert queues.running == [leader]
     queues.check()
 
@@ -250,7 +250,7 @@ def test_completions_that_are_not_beams_are_preempted_one_by_one() -> None:
 # ---- resuming ----
 
 
-def restarted(queues: Queues, leader: PagedSequence) -> None:
+def resume(queues: Queues, leader: PagedSequence) -> None:
     """The leader runs again, and computes the common prefix of all beams."""
     assert queues.start_next() is leader
     assert leader.parked is not None
@@ -265,13 +265,13 @@ def test_parked_beams_resume_as_forks_once_their_common_prefix_is_computed() -> 
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
     beams = queues.advance_and_compute("a", ("a/1", 4), ("a/1", 5))
     queues.request("new", beams=False)
-    said = [list(beam.outputs) for beam in beams]
-    stopped(queues, beams[1])
-    restarted(queues, beams[0])
+    before = [list(beam.outputs) for beam in beams]
+    preempt(queues, beams[1])
+    resume(queues, beams[0])
     queues.join(beams[0])
     assert ids(queues.running) == ["a/0", "a/1", "new"]
     assert queues.beams("a") == beams
-    assert outputs(beams) == said
+    assert outputs(beams) == before
     assert [beam.num_computed for beam in beams] == [7, 7]
     assert beams[0].table.blocks == beams[1].table.blocks
     assert (beams[0].parked, beams[0].num_forks) == (None, 1)
@@ -286,8 +286,8 @@ def test_resumed_beams_advance_as_before() -> None:
     queues = Queues()
     queues.request("a", width=2)
     beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
-    stopped(queues, beams[0])
-    restarted(queues, beams[0])
+    preempt(queues, beams[0])
+    resume(queues, beams[0])
     queues.join(beams[0])
     queues.compute(*beams)
     beams = queues.advance_and_compute("a", ("a/1", 3), ("a/0", 4))
@@ -299,13 +299,13 @@ def test_a_leader_that_is_preempted_again_keeps_its_parked_beams() -> None:
     queues = Queues()
     queues.request("a", width=3)
     leader, *others = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
-    stopped(queues, leader)
-    restarted(queues, leader)
-    assert stopped(queues, leader) == [leader]
+    preempt(queues, leader)
+    resume(queues, leader)
+    assert preempt(queues, leader) == [leader]
     assert leader.parked is not None
     assert (leader.parked.beams, leader.parked.num_shared, leader.num_forks) == (others, 6, 2)
     queues.check(*others)
-    restarted(queues, leader)
+    resume(queues, leader)
     queues.join(leader)
     assert queues.running == [leader, *others]
 
@@ -314,7 +314,7 @@ def test_parked_beams_end_with_their_request() -> None:
     queues = Queues()
     queues.request("a", width=4)
     beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
-    stopped(queues, beams[2])
+    preempt(queues, beams[2])
     for seq_id in queues.forget_forks_to_come("a"):
         queues.end(seq_id)
     assert all(beam.state is SequenceState.FINISHED for beam in beams)

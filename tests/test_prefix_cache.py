@@ -413,7 +413,7 @@ POOL = 1_000_000
 SIZES = (1_000, 100_000)
 
 
-def crowded(num_in_use: int, num_idle: int) -> PrefixCache:
+def large_cache(num_in_use: int, num_idle: int) -> PrefixCache:
     """A pool of a million blocks, with these numbers of blocks cached and in use, and cached and idle."""
     cache = cache_of(POOL, block_size=1)
     for salt, number in (("in use", num_in_use), ("idle", num_idle)):
@@ -431,13 +431,13 @@ def test_eviction_costs_the_same_however_many_blocks_are_cached(in_use: bool) ->
     """A block is filled, cached, released and evicted, also while many others are in use."""
     costs = []
     for size in SIZES:
-        cache = crowded(size, 0) if in_use else crowded(0, size)
+        cache = large_cache(size, 0) if in_use else large_cache(0, size)
 
-        def come_and_go(number: int, cache: PrefixCache = cache) -> int:
+        def fill_and_evict(number: int, cache: PrefixCache = cache) -> int:
             end(cache, kept(cache, chr(1_000 + number)))
             return count_steps(lambda: cache.evict(1))
 
-        costs.append([come_and_go(number) for number in range(20)])
+        costs.append([fill_and_evict(number) for number in range(20)])
     assert costs[0] == costs[1]
     assert max(costs[0]) == min(costs[0])
 
@@ -445,7 +445,7 @@ def test_eviction_costs_the_same_however_many_blocks_are_cached(in_use: bool) ->
 def test_lookup_and_caching_cost_the_same_however_many_blocks_are_cached() -> None:
     costs = []
     for size in SIZES:
-        cache = crowded(0, size)
+        cache = large_cache(0, size)
         stream = stream_of("abcdefgh", block_size=1)
         cost = [count_steps(lambda c=cache, s=stream: c.match(s, 0, 8))]  # type: ignore[misc]
         table = filled(cache, "abcdefgh")
@@ -480,7 +480,7 @@ class Machine(RuleBasedStateMachine):
     """Tables are created, share, fill, are cached, fork and end; blocks are evicted, cleared and moved."""
 
     happened: Counter[str]
-    knows_what_is_kept = True  # no two blocks have the same hash, so the oracle knows what is cached
+    has_unique_hashes = True  # no two blocks have the same hash, so the oracle knows what is cached
 
     cache: PrefixCache
 
@@ -491,7 +491,7 @@ class Machine(RuleBasedStateMachine):
         self.texts: list[Text] = []
         self.held: dict[tuple[int, int], Prefix] = {}  # the contents of each slot, by block and offset
         self.kept: dict[Prefix, int] = {}  # the oracle: the block of every cached prefix
-        self.let_go: dict[Prefix, int] = {}  # when it was last released
+        self.released_at: dict[Prefix, int] = {}  # when it was last released
         self.newest: dict[tuple[Prefix, int], Prefix] = {}
         self.now = 0
 
@@ -499,19 +499,19 @@ class Machine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "", "salt"]),
         shared=st.integers(0, 10),
         own=st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=5),
-        looks=st.sampled_from([True, True, False]),
+        finds_prefix=st.sampled_from([True, True, False]),
         done=st.sampled_from([True, True, False]),
     )
-    def begin(self, salt: str, shared: int, own: list[int], looks: bool, done: bool) -> None:
+    def begin_text(self, salt: str, shared: int, own: list[int], finds_prefix: bool, done: bool) -> None:
         """A text that starts like others, and the events that usually follow."""
         tokens = [1] * shared + own
         stream = TokenBlocks(self.size, salt)
         stream.extend(tokens)
         if len(self.texts) == 4:
-            self.let_end(self.texts[0])
+            self.end_text(self.texts[0])
         text = Text(salt, tokens, BlockTable(self.allocator, self.size), stream)
         self.texts.append(text)
-        if looks:
+        if finds_prefix:
             self.share_blocks(text)
             self.share_part(text)
         if done and text in self.texts and self.fill(text, len(tokens)):
@@ -548,18 +548,18 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.texts)
     @rule(which=st.integers(0, 3))
     def end(self, which: int) -> None:
-        self.let_end(self.pick(which))
+        self.end_text(self.pick(which))
 
     @rule(num_blocks=st.integers(-1, 4))
-    def give_up(self, num_blocks: int) -> None:
+    def free_idle(self, num_blocks: int) -> None:
         in_use = {block for text in self.texts for block in text.table.blocks}
         idle = [prefix for prefix, block in self.kept.items() if block not in in_use]
-        idle.sort(key=lambda prefix: (self.let_go[prefix], -len(prefix)))
+        idle.sort(key=lambda prefix: (self.released_at[prefix], -len(prefix)))
         going, free = idle[: max(0, num_blocks)], self.allocator.num_free
         given = self.cache.evict(num_blocks)
         assert self.allocator.num_free == free + given
-        self.happened["given up"] += given
-        if self.knows_what_is_kept:
+        self.happened["evicted"] += given
+        if self.has_unique_hashes:
             assert given == len(going)
             self.forget(going)
 
@@ -604,7 +604,7 @@ class Machine(RuleBasedStateMachine):
         assert len(prefixes) == len(blocks), "a prefix is cached twice"
         before = {prefix[: -self.size] for prefix in prefixes if len(prefix) > 1 + self.size}
         assert before <= prefixes, "a block is evicted before one that depends on it"
-        if self.knows_what_is_kept:
+        if self.has_unique_hashes:
             assert {self.held[block, self.size - 1]: block for block in blocks} == self.kept
 
     def teardown(self) -> None:
@@ -612,7 +612,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "cache") or sys.exc_info()[0] is not None:
             return
         for text in list(self.texts):
-            self.let_end(text)
+            self.end_text(text)
         assert self.cache.num_idle == len(self.cache)
         self.cache.evict(self.allocator.num_blocks)
         assert self.allocator.num_free == self.allocator.num_blocks
@@ -625,7 +625,7 @@ class Machine(RuleBasedStateMachine):
         if not self.may_share(text):
             return
         blocks = self.cache.match(text.stream, first, stop)
-        if self.knows_what_is_kept:
+        if self.has_unique_hashes:
             assert blocks == self.expected_match(text, first, stop)
         for block in blocks:
             self.cache.share(text.table, block, self.size)
@@ -638,7 +638,7 @@ class Machine(RuleBasedStateMachine):
         if not tokens or not self.may_share(text):
             return
         match = self.cache.match_part(text.stream.parent(at // self.size), tokens)
-        if self.knows_what_is_kept:
+        if self.has_unique_hashes:
             assert match == self.expected_part(text, at, tokens)
         if match is None:
             return
@@ -654,13 +654,13 @@ class Machine(RuleBasedStateMachine):
         stop = min(len(text.tokens), start + count)
         needed = table.blocks_to_append(stop - start)
         if needed > self.allocator.num_free:
-            self.give_up(needed - self.allocator.num_free)
+            self.free_idle(needed - self.allocator.num_free)
         if needed > self.allocator.num_free:
-            self.let_end(text)
+            self.end_text(text)
             return False
         for src, dst, length in table.append_tokens(stop - start):
             self.held |= {(dst, i): self.held[src, i] for i in range(length)}
-            self.note_let_go([src])
+            self.record_release([src])
         for position in range(start, stop):
             block, offset = table.blocks[position // self.size], position % self.size
             self.held[block, offset] = text.prefix(position + 1)
@@ -668,19 +668,19 @@ class Machine(RuleBasedStateMachine):
 
     def keep_full_blocks(self, text: Text) -> None:
         first, stop = text.num_seen, text.table.num_tokens // self.size
-        if self.knows_what_is_kept:
+        if self.has_unique_hashes:
             expected = self.expected_keep(text, first, stop)
             self.happened["computed twice"] += expected != text.table.blocks
         self.cache.keep(text.table, text.stream, first, stop)
-        if self.knows_what_is_kept:
+        if self.has_unique_hashes:
             assert text.table.blocks == expected
         text.num_seen = stop
 
-    def let_end(self, text: Text) -> None:
+    def end_text(self, text: Text) -> None:
         self.texts.remove(text)
         blocks = list(text.table.blocks)
         text.table.release()
-        self.note_let_go(blocks)
+        self.record_release(blocks)
 
     def may_share(self, text: Text) -> bool:
         """At a block boundary, after cached blocks: the condition of `PrefixSharing`."""
@@ -692,10 +692,10 @@ class Machine(RuleBasedStateMachine):
             block, offset = text.table.blocks[position // self.size], position % self.size
             assert self.held[block, offset] == text.prefix(position + 1), "a text reads another's tokens"
 
-    def note_let_go(self, blocks: list[int]) -> None:
+    def record_release(self, blocks: list[int]) -> None:
         self.now += 1
         prefix_of = {block: prefix for prefix, block in self.kept.items()}
-        self.let_go.update((prefix_of[block], self.now) for block in blocks if block in prefix_of)
+        self.released_at.update((prefix_of[block], self.now) for block in blocks if block in prefix_of)
         self.cache.released(blocks)
 
     def forget(self, prefixes: list[Prefix]) -> None:
@@ -751,14 +751,14 @@ def run_machine(machine: type[Machine], phases: tuple[Phase, ...] = tuple(Phase)
 
 def test_a_cache_agrees_with_a_dict_of_prefixes_through_any_events() -> None:
     happened = run_machine(Machine)
-    for name in ("shared", "parts shared", "computed twice", "given up", "cleared", "moved"):
+    for name in ("shared", "parts shared", "computed twice", "evicted", "cleared", "moved"):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
 
 
 class Colliding(Machine):
     """The same with a hash that is too short: a text that reads another's keys would be caught."""
 
-    knows_what_is_kept = False
+    has_unique_hashes = False
 
 
 def constant_hash(parent: bytes, tokens: object) -> bytes:
@@ -775,5 +775,5 @@ def test_hashes_that_collide_never_serve_other_tokens(
 ) -> None:
     monkeypatch.setattr(prefix_cache, "block_hash", short)
     happened = run_machine(Colliding)
-    for name in ("shared", "given up"):
+    for name in ("shared", "evicted"):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"

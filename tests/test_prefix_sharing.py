@@ -33,7 +33,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=Tr
 def manager_of(
     blocks: int = 40,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     *,
     budget: int = 256,
     real: bool = False,
@@ -48,7 +48,7 @@ def manager_of(
     return Counted(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         model=tiny_model() if real else None,
         max_batched_tokens=budget,
         policies=policies,
@@ -101,7 +101,7 @@ def answers(manager: PagedBatchManager, *prompts: Seq[int], **params: object) ->
     return list(got.values())
 
 
-def said(outputs: Seq[TokenOutput]) -> list[tuple[object, ...]]:
+def comparable(outputs: Seq[TokenOutput]) -> list[tuple[object, ...]]:
     """What must not depend on the cache: tokens, log-probabilities, and the finish reason."""
     return [(output.token, output.logprobs, output.finish_reason) for output in outputs]
 
@@ -150,7 +150,7 @@ def test_a_hit_within_a_block_is_copied_and_leaves_its_owner_unchanged() -> None
     after = [np.array(x) for layer in (0, 1) for x in manager.pool.read_blocks(layer, table.blocks[:2])]
     assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
     [alone] = answers(manager_of(block_size=16, real=True, shares=False), other)
-    assert said(outputs) == said(alone)
+    assert comparable(outputs) == comparable(alone)
 
 
 def test_answers_from_a_warm_cache_equal_those_from_a_cold_one() -> None:
@@ -160,7 +160,7 @@ def test_answers_from_a_warm_cache_equal_those_from_a_cold_one() -> None:
     for prompt in (*prompts, prompts[0]):
         [got] = answers(warm, prompt)
         [alone] = answers(manager_of(80, real=True, shares=False), prompt)
-        assert said(got) == said(alone)
+        assert comparable(got) == comparable(alone)
         assert got[0].num_cached_tokens > 0
     assert warm.prefix_stats.hits > 90
 
@@ -168,10 +168,10 @@ def test_answers_from_a_warm_cache_equal_those_from_a_cold_one() -> None:
 def test_the_next_message_of_a_chat_finds_the_last_prompt_and_answer() -> None:
     manager, prompt = manager_of(real=True), random_prompt(10, 1)
     [first] = answers(manager, prompt)
-    turn = [*prompt, *(output.token for output in first), *random_prompt(5, 2)]
-    [second] = answers(manager, turn)
+    conversation = [*prompt, *(output.token for output in first), *random_prompt(5, 2)]
+    [second] = answers(manager, conversation)
     assert second[0].num_cached_tokens == 12, "three blocks of 4: 10 tokens of the prompt, 2 of the answer"
-    assert said(second) == said(answers(manager_of(real=True, shares=False), turn)[0])
+    assert comparable(second) == comparable(answers(manager_of(real=True, shares=False), conversation)[0])
 
 
 def test_a_prompt_that_diverges_shares_the_common_part() -> None:
@@ -202,7 +202,7 @@ def test_completions_of_one_request_share_the_hit_of_their_leader() -> None:
 
 @pytest.mark.parametrize("budget", [256, 16, 9, 4])
 def test_equal_prompts_that_arrive_together_are_computed_once(budget: int) -> None:
-    manager, prompt = manager_of(budget=budget, seats=4), random_prompt(22, 1)
+    manager, prompt = manager_of(budget=budget, max_seqs=4), random_prompt(22, 1)
     for name in "abcd":
         add(manager, name, prompt)
     run(manager)
@@ -360,7 +360,7 @@ def test_the_reported_cached_tokens_are_those_that_were_not_computed() -> None:
 
 
 def test_a_preemption_does_not_change_the_reported_cached_tokens() -> None:
-    manager = manager_of(14, seats=2)
+    manager = manager_of(14, max_seqs=2)
     prompt = random_prompt(18, 1)
     add(manager, "first", prompt)
     run(manager)
@@ -379,7 +379,7 @@ def test_a_preemption_does_not_change_the_reported_cached_tokens() -> None:
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
-    manager = manager_of(12, seats=2)
+    manager = manager_of(12, max_seqs=2)
     add(manager, "old", random_prompt(8, 2), max_tokens=8)
     add(manager, "new", random_prompt(20, 3), max_tokens=8)
     step(manager)
@@ -417,7 +417,7 @@ def test_an_evicted_prefix_is_computed_and_cached_again() -> None:
     [part] = answers(manager, prompt)
     answers(manager, random_prompt(25, 3))
     [again] = answers(manager, prompt)
-    assert said(part) == said(again) == said(cold)
+    assert comparable(part) == comparable(again) == comparable(cold)
     assert 0 <= again[0].num_cached_tokens <= part[0].num_cached_tokens < 20
 
 
@@ -470,7 +470,7 @@ def test_a_request_that_finds_a_prefix_but_not_enough_pages_releases_it_and_wait
 
 def test_512_requests_on_a_full_cache_are_all_served() -> None:
     """nano-vllm 211, 233: preempted, admitted again with a hit, and crashed."""
-    manager = manager_of(64, seats=512, budget=512)
+    manager = manager_of(64, max_seqs=512, budget=512)
     for i in range(512):
         prompt = [*random_prompt(24, i % 7)[: 5 + i % 20], 1 + i % 3]
         add(manager, str(i), prompt, max_tokens=20 + i % 30, n=1 + (i % 31 == 0))
@@ -506,7 +506,7 @@ def test_clearing_the_cache_while_requests_run_loses_only_hits() -> None:
         check_pages(manager)
     [alone] = answers(manager_of(real=True, shares=False), prompt)
     for name in "abc":
-        assert said([output for output in got if output.request_id == name]) == said(alone)
+        assert comparable([output for output in got if output.request_id == name]) == comparable(alone)
     assert manager.computed["c"] == 20 + 5
     check_all_returned(manager)
 
@@ -522,9 +522,9 @@ def test_colliding_hashes_change_no_answer(monkeypatch: pytest.MonkeyPatch, bits
     manager = manager_of(30, real=True)
     for _ in range(2):
         for prompt, expected in zip(prompts, alone, strict=True):
-            assert said(answers(manager, prompt)[0]) == said(expected)
+            assert comparable(answers(manager, prompt)[0]) == comparable(expected)
     for got, expected in zip(answers(manager, *prompts), alone, strict=True):
-        assert said(got) == said(expected)
+        assert comparable(got) == comparable(expected)
 
 
 def test_resumed_beams_whose_common_prefix_is_cached_still_compute_a_token() -> None:
@@ -542,7 +542,7 @@ def test_resumed_beams_whose_common_prefix_is_cached_still_compute_a_token() -> 
     manager._scheduler._preempt(manager.running[0], Plan())
     assert list(manager.process_batch()) == [], "only the common prefix is computed"
     assert [beam.num_computed for beam in manager.running] == [13], "12 of 13 were found"
-    assert manager.happened["hits within a block"] == 1
+    assert manager.happened["partial block hits"] == 1
     assert sorted(manager.process_batch()) == ["r/0", "r/1"]
     assert {beam.seq_id: beam.tokens(0, beam.num_computed) for beam in manager.running} == tokens
     check_pages(manager)

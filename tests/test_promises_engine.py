@@ -87,29 +87,29 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(SQUEEZED)
     @example(SWAPPED)
     @example(SWAPPED_OFTEN)
-    def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
+    def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):
             event(name, "some" if seen[name] else "none")
         happened.update(seen)
 
-    every_completion_gets_what_it_gets_alone()
+    every_completion_equals_the_one_alone()
     often = [
         "answers compared",
         "forks",
         "copies on write",
-        "prompts cut into chunks",
+        "chunked prompts",
         "mixed steps",
-        "cancelled under way",
+        "cancelled requests",
         "prefix hits",
         "beams forked",
         "blocks moved",
-        "the pool grew",
+        "pool growths",
     ]
-    now_and_then = ["searches compared", "hits within a block", "completions that failed"]
-    pressure = ["preemptions", "preemptions of outputs", "sequences swapped out", "blocks swapped in"]
+    now_and_then = ["searches compared", "partial block hits", "failed completions"]
+    pressure = ["preemptions", "preemptions after output", "sequences swapped out", "blocks swapped in"]
     if make is gemma_model:  # windows need fewer blocks: test_swap has tighter pools
-        now_and_then += [*pressure, "blocks that windows passed"]
+        now_and_then += [*pressure, "blocks released by windows"]
     else:
         often += pressure
         now_and_then.append("preemptions of beams")
@@ -123,9 +123,10 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_long_contexts_get_the_same_answer_in_any_batch(make: Callable[[], Model], threads: int) -> None:
     model = make()
-    roomy = replace(model, config=replace(model.config, max_position_embeddings=400))
-    happened = check_scenario(roomy, replace(LONG, threads=threads if tiny_llm_kernels.available() else 1))
-    for name in ("answers compared", "mixed steps", "prefix hits", "prompts cut into chunks"):
+    long_model = replace(model, config=replace(model.config, max_position_embeddings=400))
+    threads = threads if tiny_llm_kernels.available() else 1
+    happened = check_scenario(long_model, replace(LONG, threads=threads))
+    for name in ("answers compared", "mixed steps", "prefix hits", "chunked prompts"):
         assert happened[name] >= 1, f"the scenario does not test {name}: {happened}"
 
 
@@ -178,11 +179,11 @@ def test_the_embedded_model_gives_the_same_answers_in_any_batch(embedded: Model)
     @example(SWAPPED)
     @example(LONG)
     @example(replace(CROWD, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
-    def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
+    def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         happened.update(check_scenario(embedded, scenario))
 
-    every_completion_gets_what_it_gets_alone()
-    for name in ("answers compared", "preemptions", "forks", "copies on write", "prompts cut into chunks"):
+    every_completion_equals_the_one_alone()
+    for name in ("answers compared", "preemptions", "forks", "copies on write", "chunked prompts"):
         assert happened[name] >= 2, f"the scenarios hardly test anything: {happened}"
 
 
@@ -197,7 +198,7 @@ def test_the_embedded_models_logits_have_the_same_bits_for_any_chunks(embedded: 
 # Mutants: each is a plausible mistake, and the same check catches it.
 
 
-def assert_seen(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
+def assert_caught_by_check(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
     assert_caught(
         lambda scenario: check_scenario(tiny_model(), scenario), scenarios() if strategy is None else strategy
     )
@@ -209,7 +210,7 @@ def test_a_sample_that_depends_on_the_batch_is_caught(monkeypatch: pytest.Monkey
         "tiny_llm.token_output.sample_token",
         lambda row, params, seed, index: sample_token(row, params, 0, next(draws)),
     )
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_an_attention_with_another_order_of_summation_for_single_tokens_is_caught(
@@ -218,7 +219,7 @@ def test_an_attention_with_another_order_of_summation_for_single_tokens_is_caugh
     for name in ("write_and_attend", "paged_attention"):
         monkeypatch.setattr(paged_kernel, name, getattr(paged_kernel, name).__wrapped__)
     monkeypatch.setattr(paged_kernel, "grouped_query_attention", keys_backwards(grouped_query_attention))
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_an_attention_that_reads_its_own_chunk_before_rounding_is_caught(
@@ -254,7 +255,7 @@ def test_an_attention_that_reads_its_own_chunk_before_rounding_is_caught(
 
     stored_by = paged_kernel.write_and_attend.__wrapped__  # type: ignore[attr-defined]
     monkeypatch.setattr(paged_kernel, "write_and_attend", attend)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_a_matmul_with_another_order_of_summation_for_single_rows_is_caught() -> None:
@@ -270,12 +271,12 @@ def test_a_matmul_with_another_order_of_summation_for_single_rows_is_caught() ->
 
 def test_a_forgotten_copy_on_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockTable, "_last_block_is_shared", lambda self: False)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_a_planned_copy_that_is_not_made_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVPool, "copy_blocks", lambda self, copies: None)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_a_reference_that_leaks_on_preemption_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +285,7 @@ def test_a_reference_that_leaks_on_preemption_is_caught(monkeypatch: pytest.Monk
         sequence.table.num_tokens = sequence.num_computed = 0
 
     monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_outputs_that_become_prompt_when_preempted_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,13 +295,13 @@ def test_outputs_that_become_prompt_when_preempted_are_caught(monkeypatch: pytes
         sequence.outputs, sequence.num_computed = [], 0
 
     monkeypatch.setattr(PagedSequence, "give_up_pages", become_prompt)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_forks_that_sample_with_the_same_seed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     fork = PagedSequence.fork
     monkeypatch.setattr(PagedSequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_penalties_that_forget_the_outputs_before_a_preemption_are_caught(
@@ -318,7 +319,7 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_caught(
 
     monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def penalized(sequence: PagedSequence, row: mx.array, counted: list[int]) -> Choice:
@@ -336,7 +337,7 @@ def test_penalties_of_one_row_that_affect_another_are_caught(monkeypatch: pytest
         return penalized(sequence, row, before[-2])
 
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def test_a_trusted_hash_that_ignores_earlier_blocks_is_caught(
@@ -344,7 +345,7 @@ def test_a_trusted_hash_that_ignores_earlier_blocks_is_caught(
 ) -> None:
     monkeypatch.setattr(KeptBlock, "is_block", lambda self, stream, index: True)
     monkeypatch.setattr(prefix_cache, "block_hash", lambda parent, tokens: repr(tuple(tokens)).encode())
-    assert_seen(alike())
+    assert_caught_by_check(colliding_scenarios())
 
 
 def test_a_hit_that_shares_a_block_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,12 +356,12 @@ def test_a_hit_that_shares_a_block_of_other_tokens_is_caught(monkeypatch: pytest
         return None if match is None else PartMatch(match.block, len(tokens))
 
     monkeypatch.setattr(PrefixCache, "match_part", too_long)
-    assert_seen(st.just(ALIKE))
+    assert_caught_by_check(st.just(ALIKE))
 
 
 def test_a_compaction_that_forgets_the_prefix_cache_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixCache, "rename_blocks", lambda self, moved: None)
-    assert_seen(st.just(replace(ALIKE, compacted_at=tuple(range(30)))))
+    assert_caught_by_check(st.just(replace(ALIKE, compacted_at=tuple(range(30)))))
 
 
 def test_a_swap_out_after_the_pages_were_reused_is_caught(
@@ -376,20 +377,20 @@ def test_a_swap_out_after_the_pages_were_reused_is_caught(
 
     monkeypatch.setattr(PagedBatchManager, "_swap", lambda manager, pool, plan: None)
     monkeypatch.setattr(PagedBatchManager, "run_plan", late)
-    assert_seen(st.just(SWAPPED))
+    assert_caught_by_check(st.just(SWAPPED))
 
 
 def test_a_swap_of_the_wrong_blocks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SwapSpace, "_find", lambda space, sequence, table, place: 0 if place else None)
-    assert_seen(st.just(SWAPPED))
+    assert_caught_by_check(st.just(SWAPPED))
 
 
 def test_beams_that_share_more_than_their_common_prefix_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiny_llm.paged_queues._common_length", lambda lists: len(lists[0]) - 1)
-    assert_seen(st.just(SQUEEZED))
+    assert_caught_by_check(st.just(SQUEEZED))
 
 
-def alike() -> st.SearchStrategy[Scenario]:
+def colliding_scenarios() -> st.SearchStrategy[Scenario]:
     """Scenarios whose blocks hold equal tokens after different prefixes."""
     shared = tuple(random_prompt(4, 1))
     params = SamplingParams(max_tokens=4, temperature=0.0)

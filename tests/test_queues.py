@@ -47,7 +47,7 @@ class Lists:
         self.running: list[tuple[tuple[int, int, int], str]] = []
         self.to_come: dict[str, list[str]] = {}  # ids that a leader still represents
         self.request_of: dict[str, str] = {}
-        self.alone: str | None = None
+        self.isolated: str | None = None
         self.num_arrived = 0
 
     def add(self, request_id: str, n: int, priority: int) -> None:
@@ -62,7 +62,7 @@ class Lists:
 
     @property
     def may_run(self) -> list[str]:
-        return [name for _, name in self.waiting if self.alone in (None, self.request_of[name])]
+        return [name for _, name in self.waiting if self.isolated in (None, self.request_of[name])]
 
     def move(self, name: str, source: str, target: str) -> None:
         [entry] = [one for one in getattr(self, source) if one[1] == name]
@@ -132,8 +132,8 @@ class QueuesLikeLists(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("abcdef"))
     def cancel(self, name: str) -> None:
-        there = [seq for _, seq in [*self.lists.waiting, *self.lists.running]]
-        own = {seq for seq in there if self.lists.request_of[seq] == name}
+        active = [seq for _, seq in [*self.lists.waiting, *self.lists.running]]
+        own = {seq for seq in active if self.lists.request_of[seq] == name}
         ids = self.queues.forget_forks_to_come(name)
         assert set(ids) == own
         for seq_id in ids:
@@ -143,7 +143,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(name=st.sampled_from([*"abcdef", None]))
     def isolate(self, name: str | None) -> None:
         self.queues.isolate(name)
-        self.lists.alone = name
+        self.lists.isolated = name
 
     @invariant()
     def both_agree(self) -> None:

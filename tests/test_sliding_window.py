@@ -78,7 +78,7 @@ class TableMachine(RuleBasedStateMachine):
         self.memory: dict[int, int] = {}
 
     @rule(target=texts)
-    def begin(self) -> Text:
+    def create(self) -> Text:
         text = Text(WindowedTable(self.allocator, self.block_size))
         self.alive.append(text)
         return text
@@ -358,7 +358,7 @@ def test_readable_and_compiled_attention_agree(size: int, dtype: str) -> None:
 
 GROUPED = {
     "one of each": (None, 3),
-    "windows alone": (4, 4),
+    "only windows": (4, 4),
     "three groups": (None, 5, 5),
     "a place left empty": (None, None, 5, 5, 5),
     "two windows": (7, None, 2, 7, None, 2),
@@ -556,8 +556,8 @@ def test_a_block_holds_the_layers_of_one_group(windows: tuple[int | None, ...], 
     """Oracle: layers by hand; 2 heads of 32 numbers in float16, keys and values, 16 tokens."""
     config, layer_bytes = config_of(windows), 2 * 16 * 2 * 32 * 2
     assert KVPool.for_model(config, 5, 16, mx.float16).nbytes == 5 * layers * layer_bytes
-    for room in (layers * layer_bytes, 10 * layers * layer_bytes + 1, 11 * layers * layer_bytes - 1):
-        assert EngineConfig(kv_cache_memory=room).pool_blocks(config, 2) == room // (layers * layer_bytes)
+    for memory in (layers * layer_bytes, 10 * layers * layer_bytes + 1, 11 * layers * layer_bytes - 1):
+        assert EngineConfig(kv_cache_memory=memory).pool_blocks(config, 2) == memory // (layers * layer_bytes)
     with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes} bytes"):
         EngineConfig(kv_cache_memory=layers * layer_bytes - 1).pool_blocks(config, 2)
     assert EngineConfig(num_blocks=77).pool_blocks(config, 2) == 77
@@ -590,12 +590,12 @@ IN_REACH = 6  # the most blocks of 4 that a step of 8 tokens and the 11 before i
 
 
 def manager_of(
-    windows: tuple[int | None, ...], blocks: int, seats: int = 1, longest: int = 1000
+    windows: tuple[int | None, ...], blocks: int, max_seqs: int = 1, longest: int = 1000
 ) -> PagedBatchManager:
     """Without a model: chunks of 8 tokens in blocks of 4."""
     groups = group_layers(windows)
     return PagedBatchManager(
-        blocks, SIZE, seats, max_batched_tokens=CHUNK, max_model_len=longest, groups=groups
+        blocks, SIZE, max_seqs, max_batched_tokens=CHUNK, max_model_len=longest, groups=groups
     )
 
 
@@ -676,7 +676,7 @@ def test_blocks_that_one_sequences_windows_have_passed_serve_another(
     windows: tuple[int | None, ...], together: int
 ) -> None:
     """Oracle: by hand: 30 blocks a layer, or 6 with a window: 42 for each sequence, or 90. There are 100."""
-    manager = manager_of(windows, 100 // layers_per_block(group_layers(windows)), seats=2)
+    manager = manager_of(windows, 100 // layers_per_block(group_layers(windows)), max_seqs=2)
     for name in "ab":
         manager.add_request([1] * 100, name, SamplingParams(max_tokens=20))
     most = 0

@@ -44,7 +44,7 @@ from symbolic_pool import SymbolicPool
 from tiny_llm_checkpoints.errors import ConfigError
 from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
 
-Said = list[tuple[int, TokenLogprobs | None, str | None]]
+Output = list[tuple[int, TokenLogprobs | None, str | None]]
 
 
 # ---- engines whose pool is too small ----
@@ -59,7 +59,9 @@ class Request(NamedTuple):
     step: int = 0
 
 
-def asks(name: str, length: int, max_tokens: int, *, step: int = 0, n: int = 1, **options: object) -> Request:
+def new_request(
+    name: str, length: int, max_tokens: int, *, step: int = 0, n: int = 1, **options: object
+) -> Request:
     """A request with its own prompt."""
     params = SamplingParams(
         max_tokens=max_tokens, n=n, seed=len(name) + length, ignore_eos=True, logprobs=2, **options
@@ -71,47 +73,49 @@ def serve(
     manager: PagedBatchManager,
     requests: Sequence[Request],
     watch: Callable[[EngineCore, int], None] = lambda engine, step: None,
-) -> dict[str, Said]:
+) -> dict[str, Output]:
     """Serve requests to the end; the output of each completion. Checks pages and host blocks every step."""
-    engine, said = EngineCore(manager, (EOS,)), dict[str, Said]()
+    engine, answers = EngineCore(manager, (EOS,)), dict[str, Output]()
     for step in range(2000):
         for request in requests:
             if request.step == step:
                 engine.add_request(request.name, list(request.prompt), request.params)
         for output in engine.step():
-            said.setdefault(output.seq_id, []).append((output.token, output.logprobs, output.finish_reason))
+            answers.setdefault(output.seq_id, []).append(
+                (output.token, output.logprobs, output.finish_reason)
+            )
         check_pages(manager)
         watch(engine, step)
         if not engine.has_work and step >= max(request.step for request in requests):
             break
-    assert not engine.has_work, "somebody hangs"
+    assert not engine.has_work, "a request never finishes"
     assert not engine.take_failures()
     check_all_returned(manager)
-    return said
+    return answers
 
 
-def squeezed(
+def small_manager(
     blocks: int,
     *,
     swap_blocks: int = 1000,
     prefix: bool = False,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     make: Callable[[], Model] = tiny_model,
 ) -> Watched:
     """A manager of few pages, which preempts."""
     those = policies(True, prefix, group_layers(make().config.windows), swap_blocks)
-    return Watched(blocks, block_size, seats, model=make(), max_batched_tokens=40, policies=those)
+    return Watched(blocks, block_size, max_seqs, model=make(), max_batched_tokens=40, policies=those)
 
 
-def roomy(make: Callable[[], Model] = tiny_model) -> PagedBatchManager:
+def large_manager(make: Callable[[], Model] = tiny_model) -> PagedBatchManager:
     """A manager in which no request is preempted."""
     return PagedBatchManager(900, 16, 8, model=make(), max_batched_tokens=200)
 
 
 OLD_AND_FORKS = (
-    *(asks(f"old{i}", 8 - i, 24) for i in range(3)),
-    asks("three", 17, 30, n=3),
+    *(new_request(f"old{i}", 8 - i, 24) for i in range(3)),
+    new_request("three", 17, 30, n=3),
 )
 
 
@@ -122,11 +126,11 @@ def test_forks_are_swapped_out_with_one_copy_of_their_prompt_and_share_it_again(
     When all run again these blocks are in the pool once, too, whether they come from the prefix cache or from
     the first fork that was swapped in; and every fork has the same output as in a large pool.
     """
-    manager = squeezed(28, prefix=prefix)
+    manager = small_manager(28, prefix=prefix)
     assert manager._scheduler.swap_space is not None
     host = manager._scheduler.swap_space.allocator
     waiting, running, others = set[int](), list[tuple[int, int]](), 0
-    requests = (*OLD_AND_FORKS, asks("late", 40, 4, step=20))  # the last one has nothing on the host
+    requests = (*OLD_AND_FORKS, new_request("late", 40, 4, step=20))  # the last one has nothing on the host
 
     def watch(engine: EngineCore, step: int) -> None:
         nonlocal others
@@ -141,16 +145,16 @@ def test_forks_are_swapped_out_with_one_copy_of_their_prompt_and_share_it_again(
         if 3 in waiting and len(forks) == 3:
             running.append((len({block for blocks in forks for block in blocks}), sum(map(len, forks))))
 
-    said = serve(manager, requests, watch)
+    answers = serve(manager, requests, watch)
     assert waiting == {0, 1, 2, 3}
     assert running
     assert others
     assert all(different == named - 2 * 4 for different, named in running)
     assert manager.happened["sequences swapped out"] == manager.num_preemptions == 3
-    assert said == serve(roomy(), requests)
+    assert answers == serve(large_manager(), requests)
 
 
-class Noting(Watched):
+class TokenCounter(Watched):
     """A manager that counts the tokens that were computed, and those lost with released pages."""
 
     computed = 0
@@ -176,25 +180,25 @@ def test_when_the_host_is_full_a_preempted_sequence_is_recomputed(swap_blocks: i
     no others are. The answers are the same.
     """
     those = policies(True, prefix, swap_blocks=swap_blocks)
-    manager = Noting(28, 4, 8, model=tiny_model(), max_batched_tokens=40, policies=those)
-    said = serve(manager, OLD_AND_FORKS)
+    manager = TokenCounter(28, 4, 8, model=tiny_model(), max_batched_tokens=40, policies=those)
+    answers = serve(manager, OLD_AND_FORKS)
     out, preempted = manager.happened["sequences swapped out"], manager.num_preemptions
     assert preempted >= 3
     assert out == 0 if swap_blocks < 5 else out == preempted if swap_blocks == 1000 else 0 < out < preempted
     prompts = sum(len(request.prompt) for request in OLD_AND_FORKS)
-    once = prompts + sum(len(answer) - 1 for answer in said.values())
+    once = prompts + sum(len(answer) - 1 for answer in answers.values())
     assert (manager.lost > 0) == (out < preempted)
     assert manager.computed <= once + manager.lost if prefix else manager.computed == once + manager.lost
-    assert said == serve(roomy(), OLD_AND_FORKS)
+    assert answers == serve(large_manager(), OLD_AND_FORKS)
 
 
 # Requests that start small and grow, so that most are swapped out and in; and whether each is a beam search.
-CROWD = (
-    (asks("a", 3, 24), False),
-    (asks("b", 4, 14, n=3), False),
-    (asks("c", 2, 16), False),
-    (asks("d", 5, 12, n=2), True),
-    (asks("e", 4, 15), False),
+GROWING_REQUESTS = (
+    (new_request("a", 3, 24), False),
+    (new_request("b", 4, 14, n=3), False),
+    (new_request("c", 2, 16), False),
+    (new_request("d", 5, 12, n=2), True),
+    (new_request("e", 4, 15), False),
 )
 
 
@@ -217,12 +221,12 @@ def symbolic(windows: tuple[int | None, ...], blocks: int, swap_blocks: int) -> 
 def run_symbolic(
     windows: tuple[int | None, ...], blocks: int, swap_blocks: int, cancelled: str = "", at: int = -1
 ) -> tuple[Counter[str], int, bool]:
-    """Serve CROWD, one request of which is cancelled before a step; returns events, steps, was it swapped.
+    """Serve GROWING_REQUESTS, cancelling one before a step; returns events, steps, whether it was swapped.
 
     After each step every sequence reads its own tokens, and all pages and host blocks are accounted for.
     """
     manager, pool = symbolic(windows, blocks, swap_blocks)
-    for request, is_beam in CROWD:
+    for request, is_beam in GROWING_REQUESTS:
         manager.add_request(list(request.prompt), request.name, request.params, beam_search=is_beam)
     fresh, step, was_swapped, reported = 1000, 0, False, set[str]()
     while manager.has_work:
@@ -254,7 +258,7 @@ def run_symbolic(
             for sequence in manager.running:
                 pool.check(sequence)
         step += 1
-        assert step < 500, "somebody hangs"
+        assert step < 500, "a request never finishes"
     check_all_returned(manager)
     return manager.happened, step, was_swapped
 
@@ -270,7 +274,7 @@ def test_a_request_that_is_cancelled_at_any_time_leaves_nothing_behind(
     assert happened["sequences swapped out"] >= 2
     assert happened["blocks swapped in"] >= 7
     swapped = Counter[str]()
-    for number, (request, _) in enumerate(CROWD):
+    for number, (request, _) in enumerate(GROWING_REQUESTS):
         for at in range(number % 3, steps, 3):
             *_, was_swapped = run_symbolic(windows, blocks, swap_blocks, request.name, at)
             swapped[request.name] += was_swapped
@@ -320,8 +324,8 @@ def test_blocks_whose_copies_failed_are_never_read(
     monkeypatch: pytest.MonkeyPatch, direction: str, cancelled: str
 ) -> None:
     """A step's copies fail once; then one request is cancelled, or none. All others get their answers."""
-    manager = squeezed(28, prefix=True)
-    engine, said, failed = EngineCore(manager, (EOS,)), dict[str, Said](), False
+    manager = small_manager(28, prefix=True)
+    engine, answers, failed = EngineCore(manager, (EOS,)), dict[str, Output](), False
     fill_from, target = KVPool.fill_from, manager._swap_pool if direction == "out" else manager.pool
 
     def failing(self: KVPool, source: KVPool, pairs: Sequence[tuple[int, int]]) -> None:
@@ -337,25 +341,27 @@ def test_blocks_whose_copies_failed_are_never_read(
     for _ in range(900):
         had_failed = failed
         for output in engine.step():
-            said.setdefault(output.seq_id, []).append((output.token, output.logprobs, output.finish_reason))
+            answers.setdefault(output.seq_id, []).append(
+                (output.token, output.logprobs, output.finish_reason)
+            )
         if failed and not had_failed:
             check_pages(manager)
             engine.cancel(cancelled)
         check_pages(manager)
         if not engine.has_work:
             break
-    assert not engine.has_work, "somebody hangs"
+    assert not engine.has_work, "a request never finishes"
     assert failed
     check_all_returned(manager)
-    given_up = {failure.request_id for failure in engine.take_failures()}
-    assert given_up <= ({"three"} if direction == "in" else set()), (
+    failed_requests = {failure.request_id for failure in engine.take_failures()}
+    assert failed_requests <= ({"three"} if direction == "in" else set()), (
         "only the sequence that was swapped in is the culprit"
     )
-    for seq_id, answer in serve(roomy(), OLD_AND_FORKS).items():
-        assert seq_id.split("/")[0] in {cancelled, *given_up} or said[seq_id] == answer
+    for seq_id, answer in serve(large_manager(), OLD_AND_FORKS).items():
+        assert seq_id.split("/")[0] in {cancelled, *failed_requests} or answers[seq_id] == answer
 
 
-# ---- what a configuration asks for ----
+# ---- options of a configuration ----
 
 
 def test_the_swap_space_is_as_large_as_the_pool_by_default() -> None:
@@ -428,26 +434,26 @@ def test_an_old_request_of_low_priority_finishes_while_urgent_ones_keep_coming(
     """
     those = Policies(NewestFirst(), swap_blocks=swap_blocks, priority_key=AgedPriority(patience).key)
     manager = PagedBatchManager(9, 3, 4, model=tiny_model(), max_batched_tokens=24, policies=those)
-    slow = [asks("slow1", 9, 12, priority=1, step=2), asks("slow2", 7, 12, priority=1, step=5)]
-    urgent = [asks(f"{i}", 4 + i % 5, 6, step=i) for i in range(80)]
+    slow = [new_request("slow1", 9, 12, priority=1, step=2), new_request("slow2", 7, 12, priority=1, step=5)]
+    urgent = [new_request(f"{i}", 4 + i % 5, 6, step=i) for i in range(80)]
     requests = sorted([*urgent, *slow], key=lambda request: request.step)
     arrived = [request.name for request in requests]
     ended: list[str] = []
 
     def watch(engine: EngineCore, step: int) -> None:
-        there = {s.request_id for s in [*manager.running, *manager.waiting]}
-        ended.extend(name for name in arrived[: step + 3] if name not in there and name not in ended)
+        active = {s.request_id for s in [*manager.running, *manager.waiting]}
+        ended.extend(name for name in arrived[: step + 3] if name not in active and name not in ended)
         ranks = [s.rank for s in manager.running]
         assert ranks == sorted(ranks)
         assert not manager.waiting or ranks < [manager.waiting[0].rank], "a request was overtaken"
 
-    said = serve(manager, requests, watch)
+    answers = serve(manager, requests, watch)
     assert manager.num_preemptions > 5
     for request in slow:
         number = arrived.index(request.name)
         later = [name for name in ended[: ended.index(request.name)] if arrived.index(name) > number]
         assert len(later) <= patience + 3, f"{later} went before {request.name}"
-        assert said[request.name] == serve(roomy(), [replace_step(request)])[request.name]
+        assert answers[request.name] == serve(large_manager(), [replace_step(request)])[request.name]
 
 
 def replace_step(request: Request) -> Request:
@@ -459,7 +465,7 @@ def replace_step(request: Request) -> Request:
 
 
 @st.composite
-def pressed(draw: st.DrawFn) -> Scenario:
+def tight_scenarios(draw: st.DrawFn) -> Scenario:
     """Requests that start small, grow, and arrive almost together in a pool that just fits the largest.
 
     Prompts are short compared with outputs, and no request needs much more than the others, because that
@@ -477,7 +483,7 @@ def pressed(draw: st.DrawFn) -> Scenario:
         else:
             params = replace(params, beam_width=draw(st.sampled_from([2, 3])), max_tokens=4)
         length = draw(st.sampled_from([1, 1, 2, 3, 4]))
-        prompt = draw(prompts(6, alike=draw(st.booleans())))[:length]
+        prompt = draw(prompts(6, share=draw(st.booleans())))[:length]
         cancelled_at = draw(st.sampled_from([None] * 11 + [step, step + 3, step + 7]))
         arrivals.append(Arrival(step, prompt, params, cancelled_at))
     return Scenario(
@@ -496,34 +502,33 @@ def pressed(draw: st.DrawFn) -> Scenario:
     )
 
 
-def only_what_is_known(self: NewestFirst, sequence: PagedSequence) -> int:
+def only_known_tokens(self: NewestFirst, sequence: PagedSequence) -> int:
     """A reservation that is too small: an admitted sequence may be preempted for its next token."""
     return sequence.num_tokens
 
 
-@pytest.mark.parametrize("hasty", [True, False])
+@pytest.mark.parametrize("too_little", [True, False])
 @pytest.mark.parametrize("make", [tiny_model, gemma_model], ids=["full", "windows"])
 def test_sequences_in_a_tiny_pool_get_the_same_tokens_as_alone(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Model], hasty: bool
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Model], too_little: bool
 ) -> None:
     """The promises when preemption is the rule: same bits, every request finishes, all blocks are freed.
 
-    hasty: a policy that reserves less than the engine's, so that a sequence is preempted in about every third
-    step.
+    too_little: a policy that reserves less than the engine's, which preempts in about every third step.
     """
     happened: Counter[str] = Counter()
-    if hasty:
-        monkeypatch.setattr(NewestFirst, "reserved_tokens", only_what_is_known)
+    if too_little:
+        monkeypatch.setattr(NewestFirst, "reserved_tokens", only_known_tokens)
 
     @settings(max_examples=examples(30))
-    @given(pressed())
+    @given(tight_scenarios())
     def check(scenario: Scenario) -> None:
         happened.update(check_scenario(make(), scenario))
 
     check()
     per_preemption = happened["steps"] / happened["preemptions"]
-    assert per_preemption < (12 if hasty else 30), f"there was little memory pressure: {happened}"
+    assert per_preemption < (12 if too_little else 30), f"few preemptions: {happened}"
     for name in ("sequences swapped out", "blocks swapped in", "forks", "beams forked", "prefix hits"):
         assert happened[name] >= 5, f"there were hardly any {name}: {happened}"
-    assert happened["cancelled under way"]
+    assert happened["cancelled requests"]
     assert happened["blocks moved"]

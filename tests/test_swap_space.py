@@ -90,7 +90,7 @@ class Host:
         if self.running:
             self.running.append(self.rng.choice(self.running).fork("y", 1))
 
-    def out(self) -> None:
+    def swap_out(self) -> None:
         """Swap a sequence out, sometimes with a planned step whose copies on write are not made."""
         if not self.running:
             return
@@ -99,11 +99,11 @@ class Host:
             filled_from = {copy.dst: copy.src for copy in sequence.append_tokens(self.rng.randint(1, 4))}
             for block in filled_from:
                 self.held[block] = ()
-        self.happened["copies that wait"] += len(filled_from)
+        self.happened["pending copies"] += len(filled_from)
         before = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
         copies = self.space.swap_out(sequence, filled_from)
         if copies is None:
-            self.happened["no room"] += 1
+            self.happened["host full"] += 1
             assert sequence.swapped is None
             assert before == [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
             sequence.give_up_pages()
@@ -112,7 +112,7 @@ class Host:
         for block, host_block in copies:
             assert before[host_block] == 0, "a host block in use was overwritten"
             self.on_host[host_block] = self.held[block]
-        self.happened["blocks out"] += len(copies)
+        self.happened["blocks swapped out"] += len(copies)
         assert sequence.swapped is not None
         shared = sum(len(table.host_blocks) for table in sequence.swapped.tables) - len(copies)
         self.happened["blocks found on the host"] += shared
@@ -120,7 +120,7 @@ class Host:
         self.running.remove(sequence)
         self.waiting.append(sequence)
 
-    def back(self) -> None:
+    def swap_in(self) -> None:
         """Swap in a sequence, which may share blocks of the others; some are swapped out again at once."""
         if not self.waiting:
             return
@@ -135,7 +135,7 @@ class Host:
         assert free - self.allocator.num_free == len(copies) <= most
         self.happened["blocks shared"] += most - len(copies)
         if self.rng.random() < 0.3:
-            self.happened["went again at once"] += 1
+            self.happened["swapped out again"] += 1
             sequence.give_up_pages()
             return
         for block, host_block in copies:
@@ -145,9 +145,9 @@ class Host:
         self.running.append(sequence)
 
     def end(self) -> None:
-        everybody = [*self.running, *self.waiting]
-        if everybody:
-            sequence = self.rng.choice(everybody)
+        sequences = [*self.running, *self.waiting]
+        if sequences:
+            sequence = self.rng.choice(sequences)
             sequence.give_up_pages()
             self.space.forget(sequence)
             (self.running if sequence in self.running else self.waiting).remove(sequence)
@@ -199,7 +199,7 @@ def test_a_sequence_swapped_in_has_its_contents_back_and_the_host_had_them_once(
     host = Host(windows, num_blocks, random.Random(seed))
     for _ in range(60):
         host.rng.choice(
-            [host.new, host.grow, host.grow, host.fork, host.out, host.out, host.back, host.end]
+            [host.new, host.grow, host.grow, host.fork, host.swap_out, host.swap_out, host.swap_in, host.end]
         )()
         host.check()
     while host.running or host.waiting:
@@ -214,10 +214,18 @@ def test_the_events_of_that_test_happen() -> None:
     for seed in range(30):
         host = Host((None, 4), 12 if seed % 3 else 300, random.Random(seed))
         for _ in range(60):
-            host.rng.choice([host.new, host.grow, host.fork, host.out, host.out, host.back, host.end])()
+            host.rng.choice(
+                [host.new, host.grow, host.fork, host.swap_out, host.swap_out, host.swap_in, host.end]
+            )()
         happened.update(host.happened)
-    expected = {"blocks out", "blocks found on the host", "blocks shared", "copies that wait", "no room"}
-    assert all(happened[name] > 20 for name in {*expected, "went again at once"}), (
+    expected = {
+        "blocks swapped out",
+        "blocks found on the host",
+        "blocks shared",
+        "pending copies",
+        "host full",
+    }
+    assert all(happened[name] > 20 for name in {*expected, "swapped out again"}), (
         f"hardly tests anything: {happened}"
     )
 
@@ -267,11 +275,11 @@ def test_the_same_tokens_after_another_parent_do_not_match_either() -> None:
 # ---- pools that copy from each other ----
 
 
-def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, begin: float) -> KVPool:
-    """A pool whose block b holds `begin` + 10 b + layer everywhere as keys, and a half more as values."""
+def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, offset: float) -> KVPool:
+    """A pool whose block b holds `offset` + 10 b + layer everywhere as keys, and a half more as values."""
     pool = KVPool(num_blocks, SIZE, num_heads=2, head_dim=4, num_layers=layers, dtype=dtype)
     for layer in range(layers):
-        numbers = (begin + 10 * mx.arange(num_blocks) + layer)[:, None, None, None]
+        numbers = (offset + 10 * mx.arange(num_blocks) + layer)[:, None, None, None]
         keys = mx.broadcast_to(numbers, (num_blocks, 2, SIZE, 4)).astype(dtype)
         pool.put_back(layer, keys + 0, keys + 0.5)
     pool.evaluate()
@@ -326,12 +334,12 @@ def test_unevaluated_writes_are_copied_too() -> None:
     assert numbers(host, 0) == [21, 70, 80]
 
 
-@pytest.mark.parametrize("who", ["target", "source"])
-def test_a_lazy_read_from_before_a_copy_sees_the_old_contents(who: str) -> None:
+@pytest.mark.parametrize("read_pool", ["target", "source"])
+def test_a_lazy_read_from_before_a_copy_sees_the_old_contents(read_pool: str) -> None:
     """No caller should hold the arrays; one that does pays with a copy, and reads the old contents."""
     pool, host = numbered(3, 2, mx.float32, 0), numbered(3, 2, mx.float32, 60)
-    reader = [2 * part for part in (host if who == "target" else pool).lend(1)]
-    expected = [2.0 * number for number in ([61, 71, 81] if who == "target" else [1, 11, 21])]
+    reader = [2 * part for part in (host if read_pool == "target" else pool).lend(1)]
+    expected = [2.0 * number for number in ([61, 71, 81] if read_pool == "target" else [1, 11, 21])]
     host.fill_from(pool, [(2, 0), (1, 1)])
     pool.fill_from(host, [(2, 0), (1, 2)])
     assert reader[0][:, 0, 0, 0].tolist() == expected
@@ -346,12 +354,12 @@ def test_both_pools_are_still_written_in_place_after_a_copy() -> None:
     one_array = pools[0].nbytes // 4
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for turn in range(3):
-        pools[0].fill_from(pools[1], [(turn, 5), (7, turn)])
-        pools[1].fill_from(pools[0], [(turn, 9)])
+    for round_number in range(3):
+        pools[0].fill_from(pools[1], [(round_number, 5), (7, round_number)])
+        pools[1].fill_from(pools[0], [(round_number, 9)])
         for pool in pools:
             ones = mx.ones((2, 2, 32))
-            pool.write(1, mx.array([turn, 40 + turn]), ones, ones)
+            pool.write(1, mx.array([round_number, 40 + round_number]), ones, ones)
     assert mx.get_peak_memory() - before < one_array / 4, "an array of a pool was copied"
 
 
@@ -371,10 +379,10 @@ def test_swap_out_comes_before_swap_in_and_swap_in_before_copies() -> None:
     )
     assert manager.pool is not None
     assert manager._swap_pool is not None
-    for pool, begin in ((manager.pool, 0), (manager._swap_pool, 60)):
+    for pool, offset in ((manager.pool, 0), (manager._swap_pool, 60)):
         for layer in range(2):
             keys, values = pool.lend(layer)
-            filled = begin + 10 * mx.arange(pool.num_blocks)[:, None, None, None] + layer
+            filled = offset + 10 * mx.arange(pool.num_blocks)[:, None, None, None] + layer
             pool.put_back(
                 layer, (0 * keys + filled).astype(pool.dtype), (0 * values + filled + 0.5).astype(pool.dtype)
             )

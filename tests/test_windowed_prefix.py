@@ -48,7 +48,7 @@ def manager_of(
     windows: Windows = MIXED,
     blocks: int = 200,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     *,
     budget: int = 256,
     preempts: bool = True,
@@ -58,7 +58,7 @@ def manager_of(
     return Counted(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         max_batched_tokens=budget,
         max_model_len=blocks * block_size,
         policies=policies(preempts, prefix=True, groups=groups),
@@ -148,13 +148,13 @@ def longest_hit(manager: Counted, prompt: Seq[int]) -> int:
     for stream in streams:
         stream.extend(list(prompt))
 
-    def is_there(group: LayerGroup, index: int, length: int) -> bool:
+    def is_cached(group: LayerGroup, index: int, length: int) -> bool:
         seen = range(0 if group.window is None else first_visible(length * size, group.window), length * size)
         return all(cache.match(streams[index], block, block + 1) for block in {p // size for p in seen})
 
     most = (len(prompt) - 1) // size
     groups = list(enumerate(manager._layout.groups))
-    full = next(n for n in range(most, -1, -1) if all(is_there(group, i, n) for i, group in groups))
+    full = next(n for n in range(most, -1, -1) if all(is_cached(group, i, n) for i, group in groups))
     known = prompt[full * size : min(len(prompt) - 1, (full + 1) * size)]
     matches = [cache.match_part(stream.parent(full), known) for stream in streams]
     part = min(match.length if match else 0 for match in matches)
@@ -177,11 +177,11 @@ def test_prompts_that_diverge_anywhere_get_their_own_answers(
         answers(manager, base)
         [got] = answers(manager, prompt)
         [alone] = answers(serving(make(), shares=False), prompt)
-        assert got == alone, f"parting at {place}"
+        assert got == alone, f"diverging at {place}"
         full, part = divmod(place, block_size)
         is_full = (full + 1) * block_size <= 34  # of the first prompt and its computed answer
         found = full * block_size + (part if is_full and part >= LEAST_WORTH_COPYING else 0)
-        assert last_computed(manager) == 30 - found + 4, f"parting at {place}"
+        assert last_computed(manager) == 30 - found + 4, f"diverging at {place}"
 
 
 @any_model
@@ -207,9 +207,9 @@ def test_under_windows_the_next_message_of_a_chat_finds_the_last_prompt_and_answ
     """Oracle: the whole conversation without a cache; both are longer than the window."""
     manager, prompt = serving(make()), random_prompt(21, 1)
     [first] = answers(manager, prompt, max_tokens=18)
-    turn = [*prompt, *(int(token) for token, *_ in first), *random_prompt(5, 2)]  # type: ignore[call-overload]
-    [second] = answers(manager, turn)
-    assert second == answers(serving(make(), shares=False), turn)[0]
+    conversation = [*prompt, *(int(token) for token, *_ in first), *random_prompt(5, 2)]  # type: ignore[call-overload]
+    [second] = answers(manager, conversation)
+    assert second == answers(serving(make(), shares=False), conversation)[0]
     assert last_computed(manager) == 44 - 36 + 4, "39 - 1 tokens were computed: nine blocks of 4"
 
 
@@ -244,8 +244,8 @@ def test_a_hit_within_a_block_is_copied_in_every_group_and_leaves_its_owner_unch
     assert all(np.array_equal(one, two) for one, two in zip(before, pages(kept), strict=True))
     assert manager.num_copies == len(group_layers(model.config.windows))
     assert manager.computed["other"] == 33 - 27 + 11
-    for prompt, said in ((base, got["owner"]), (other, got["other"])):
-        assert [said] == answers(serving(model, shares=False), prompt, max_tokens=12)
+    for prompt, answer in ((base, got["owner"]), (other, got["other"])):
+        assert [answer] == answers(serving(model, shares=False), prompt, max_tokens=12)
 
 
 def test_salts_keep_tenants_apart_under_windows() -> None:
@@ -270,9 +270,9 @@ def test_answers_are_the_same_with_the_cache_on_and_off(
     streams = [random_prompt(40, seed) for seed in (1, 2)]
     prompts = [streams[i % 2][: 5 * (i % 7) + i] + random_prompt(1 + i % 4, 10 + i % 3) for i in range(10)]
     alone = [answers(serving(model, shares=False), prompt)[0] for prompt in prompts]
-    for crowd in (range(10), range(9, -1, -2), range(0, 10, 3)):
-        got = answers(manager, *(prompts[i] for i in crowd))
-        assert got == [alone[i] for i in crowd]
+    for order in (range(10), range(9, -1, -2), range(0, 10, 3)):
+        got = answers(manager, *(prompts[i] for i in order))
+        assert got == [alone[i] for i in order]
     assert manager.prefix_stats.hits > 100
     check_all_returned(manager)
 
@@ -305,16 +305,16 @@ def test_a_prompt_that_diverges_far_before_the_window_finds_what_its_own_window_
 def test_blocks_behind_the_window_are_evicted_first_and_the_text_still_gets_a_hit() -> None:
     """Oracle: by hand: after 40 tokens in blocks of 4 a window of 6 needs two, and has passed eight."""
     base, more = random_prompt(40, 1), random_prompt(5, 2)
-    for given_up in range(8 + 1):
+    for num_evicted in range(8 + 1):
         manager = manager_of()
         run(manager, "first", base)
         assert manager.prefix.num_idle == 20
-        assert manager.prefix.evict(given_up) == given_up
-        assert run(manager, "next turn", base + more) == 5
+        assert manager.prefix.evict(num_evicted) == num_evicted
+        assert run(manager, "next message", base + more) == 5
     manager = manager_of()
     run(manager, "first", base)
     manager.prefix.evict(9)
-    assert run(manager, "next turn", base + more) == 45, "no hit ends before the end of the text"
+    assert run(manager, "next message", base + more) == 45, "no hit ends before the end of the text"
 
 
 def test_blocks_that_no_window_sees_are_evicted_first() -> None:
@@ -326,7 +326,7 @@ def test_blocks_that_no_window_sees_are_evicted_first() -> None:
     run(manager, "other", random_prompt(15, 3))
     assert manager.allocator.num_free + manager.prefix.num_idle == 24
     assert manager.prefix.num_idle < 20 + 6, "some were evicted"
-    assert run(manager, "next turn", base + more) == 5
+    assert run(manager, "next message", base + more) == 5
 
 
 @pytest.mark.parametrize("windows", [MIXED, (None, 9, 9), (5,), (None, 1), (3, 13)])
@@ -334,20 +334,24 @@ def test_blocks_that_no_window_sees_are_evicted_first() -> None:
 def test_after_any_evictions_the_longest_remaining_hit_is_found(windows: Windows, block_size: int) -> None:
     """Oracle: every length is tried, the longest first: is each block cached that the next query sees?"""
     base = random_prompt(45, 1)
-    prompts = {"same": base, "next turn": base + random_prompt(5, 2), "part": base[:30] + random_prompt(5, 3)}
+    prompts = {
+        "same": base,
+        "next message": base + random_prompt(5, 2),
+        "part": base[:30] + random_prompt(5, 3),
+    }
     hits = set()
     for name, prompt in prompts.items():
-        given_up = 0
+        num_evicted = 0
         while True:
             manager = manager_of(windows, block_size=block_size)
             run(manager, "first", base, max_tokens=6)
-            if given_up > manager.prefix.num_idle:
+            if num_evicted > manager.prefix.num_idle:
                 break
-            manager.prefix.evict(given_up)
+            manager.prefix.evict(num_evicted)
             hit = longest_hit(manager, prompt)
-            assert run(manager, name, prompt) == len(prompt) - hit, f"{given_up} blocks evicted"
+            assert run(manager, name, prompt) == len(prompt) - hit, f"{num_evicted} blocks evicted"
             hits.add(hit)
-            given_up += 1
+            num_evicted += 1
     assert len(hits) > 2
 
 
@@ -396,7 +400,7 @@ def test_under_windows_equal_prompts_that_arrive_together_are_computed_once(
     windows: Windows, budget: int
 ) -> None:
     """Oracle: by hand: 22 tokens, of which the others compute the last two."""
-    manager, prompt = manager_of(windows, budget=budget, seats=4), random_prompt(22, 1)
+    manager, prompt = manager_of(windows, budget=budget, max_seqs=4), random_prompt(22, 1)
     for name in "abcd":
         manager.add_request(prompt, name, SamplingParams(max_tokens=1))
     finish(manager)
