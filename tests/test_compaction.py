@@ -135,14 +135,14 @@ def workloads(draw: st.DrawFn) -> Workload:
 @given(workloads(), st.randoms(use_true_random=False))
 def test_blocks_move_and_every_table_reads_its_own_tokens(workload: Workload, random: object) -> None:
     before, in_use = workload.counts, workload.allocator.num_blocks - workload.allocator.num_free
-    behind = sum(holders > 0 for holders in before[in_use:])
+    moved = sum(holders > 0 for holders in before[in_use:])
     holders = workload.holders
     random.shuffle(holders)  # type: ignore[attr-defined]
     copies = compact_pages(workload.allocator, iter(holders))
     num_free = workload.allocator.num_free
     assert [holders > 0 for holders in workload.counts] == [True] * in_use + [False] * num_free
     assert sorted(workload.counts) == sorted(before), "a shared block is still shared by the same holders"
-    assert len(copies) == behind, "only blocks after the new end move"
+    assert len(copies) == moved, "only blocks after the new end move"
     workload.perform(copies)
     workload.check()
     assert compact_pages(workload.allocator, workload.holders) == [], "a second compaction does nothing"

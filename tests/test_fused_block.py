@@ -164,7 +164,7 @@ def test_readable_kernels_run_part_by_part(runs: Runs) -> None:
     assert runs.count == 0
 
 
-# ---- what is rejected ----
+# ---- errors ----
 
 
 def arguments(model: Model) -> dict[str, object]:

@@ -189,7 +189,7 @@ def test_cancel_works_in_every_state_and_ignores_unknown_ids() -> None:
     manager.add_request([1] * 8, "in the prompt", outputs(3, n=3))
     manager.add_request([1], "waiting", outputs(3))
     manager.process_batch()
-    manager.cancel("nobody")
+    manager.cancel("unknown")
     for request_id in ("waiting", "in the prompt", "in the prompt"):
         manager.cancel(request_id)
         check_pages(manager)

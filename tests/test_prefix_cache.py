@@ -762,7 +762,7 @@ class Colliding(Machine):
 
 
 def constant_hash(parent: bytes, tokens: object) -> bytes:
-    return b"the same for everybody"
+    return b"the same for all texts"
 
 
 def one_bit_hash(parent: bytes, tokens: tuple[int, ...]) -> bytes:

@@ -209,7 +209,7 @@ def test_a_sequence_swapped_in_has_its_contents_back_and_the_host_had_them_once(
     assert host.allocator.num_free == 500
 
 
-def test_the_events_of_that_test_happen() -> None:
+def test_random_swap_events_cover_every_case() -> None:
     happened: Counter[str] = Counter()
     for seed in range(30):
         host = Host((None, 4), 12 if seed % 3 else 300, random.Random(seed))
