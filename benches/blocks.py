@@ -1,13 +1,14 @@
-"""Does the bookkeeping of a block cost more in a larger pool? It must not: every operation is O(1).
+"""Does block bookkeeping cost more in a larger pool? It must not: every operation is O(1).
 
-Nanoseconds a block of what `BlockAllocator` and `BlockTable` do, in pools of a thousand to a million blocks,
-on a thousand blocks at a time, other ones each time. In a new pool these lie side by side, as their ids do;
-in a used one the free blocks are in random order. Expected: flat in new pools; in used ones flat apart from
-cache misses, because what is known of a million blocks does not fit into a processor's cache. Pools take
-turns, so that a busy neighbour hits all of them.
+Nanoseconds per block for the operations of `BlockAllocator` and `BlockTable`, in pools of a thousand to a
+million blocks. Each round takes a thousand blocks, other ones each time. In a new pool their ids are
+consecutive; in a used pool the free blocks are in random order. Expected: constant in new pools; in used
+pools constant apart from cache misses, because the records of a million blocks do not fit into the
+processor's cache. The pools are measured in interleaved rounds, so that other work on the machine slows all
+of them alike.
 
-allocate, add_ref and free are single calls (free: the last holder's, which returns the block); append_tokens,
-fork and release are one call for a table of a thousand blocks.
+allocate, add_ref and free are one call per block (free drops the last reference, which returns the block).
+append_tokens, fork and release are one call for a table of a thousand blocks.
 """
 
 import random
@@ -18,13 +19,13 @@ from typing import Any
 import harness
 from tiny_llm import BlockAllocator, BlockTable
 
-BLOCKS = 1_000  # that each round takes, and gives back
+BLOCKS = 1_000  # allocated and freed in each round
 BLOCK_SIZE = 16
 OPERATIONS = ("allocate", "add_ref", "free", "append_tokens", "fork", "release")
 
 
 def pool(num_blocks: int, *, used: bool) -> BlockAllocator:
-    """A pool as it is made; or one whose blocks have all been held, and have come back in random order."""
+    """A new pool, or a used one: all its blocks were allocated and then freed in random order."""
     allocator = BlockAllocator(num_blocks)
     if used:
         blocks = [allocator.allocate() for _ in range(num_blocks)]
@@ -33,8 +34,8 @@ def pool(num_blocks: int, *, used: bool) -> BlockAllocator:
     return allocator
 
 
-def round_of(allocator: BlockAllocator) -> dict[str, float]:
-    """Seconds that each operation takes for `BLOCKS` blocks; the pool is as free afterwards as before."""
+def time_round(allocator: BlockAllocator) -> dict[str, float]:
+    """Seconds that each operation takes for `BLOCKS` blocks; all blocks are free again afterwards."""
     blocks: list[int] = []
     found = {"allocate": harness.timed(lambda: blocks.extend(allocator.allocate() for _ in range(BLOCKS)))}
     found["add_ref"] = harness.timed(lambda: _each(allocator.add_ref, blocks))
@@ -49,22 +50,22 @@ def round_of(allocator: BlockAllocator) -> dict[str, float]:
 
 
 def measure(sizes: Iterable[int], repetitions: int, rounds: int) -> list[dict[str, Any]]:
-    """Nanoseconds a block of every operation: for each pool `repetitions` means, each over so many rounds."""
+    """Nanoseconds per block of every operation: for each pool, `repetitions` means over `rounds` rounds."""
     rows: list[dict[str, Any]] = []
     pools = [(size, used, pool(size, used=used)) for used in (False, True) for size in sizes]
     times: list[list[dict[str, float]]] = [[] for _ in pools]
     for _ in range(repetitions):
-        for (_, _, allocator), of_pool in zip(pools, times, strict=True):
-            found = [round_of(allocator) for _ in range(rounds)]
-            of_pool.append({name: 1e9 * fmean(one[name] for one in found) / BLOCKS for name in OPERATIONS})
-    for (size, used, _), of_pool in zip(pools, times, strict=True):
-        figures = {name: harness.summary([one[name] for one in of_pool]) for name in OPERATIONS}
+        for (_, _, allocator), pool_times in zip(pools, times, strict=True):
+            found = [time_round(allocator) for _ in range(rounds)]
+            pool_times.append({name: 1e9 * fmean(one[name] for one in found) / BLOCKS for name in OPERATIONS})
+    for (size, used, _), pool_times in zip(pools, times, strict=True):
+        figures = {name: harness.summary([one[name] for one in pool_times]) for name in OPERATIONS}
         rows.append({"num_blocks": size, "used": used, "ns_per_block": figures})
     return rows
 
 
 def main() -> None:
-    """Print the medians of each pool."""
+    """Print the median of each operation for each pool."""
     options = harness.parser(__doc__ or "")
     options.add_argument("--rounds", type=int, default=50, help="rounds in a repetition (default: 50)")
     options.add_argument(
@@ -76,9 +77,9 @@ def main() -> None:
     )
     args = options.parse_args()
     if min(args.num_blocks) < BLOCKS:
-        options.error(f"a pool of {min(args.num_blocks)} blocks has none for a round of {BLOCKS}")
+        options.error(f"--num-blocks {min(args.num_blocks)}: a round needs at least {BLOCKS} blocks")
     rows = measure(args.num_blocks, args.repetitions, args.rounds)
-    lines = [f"{'ns a block, pool of':>21}" + "".join(f"{name:>15}" for name in OPERATIONS)]
+    lines = [f"{'ns/block, pool size':>21}" + "".join(f"{name:>15}" for name in OPERATIONS)]
     for row in rows:
         medians = [row["ns_per_block"][name]["median"] for name in OPERATIONS]
         kind = "used" if row["used"] else "new"

@@ -1,15 +1,15 @@
-"""How many sequences fit in the same bytes? Contiguous caches, pages, pages with a prefix cache.
+"""How many sequences run at once in the same KV memory: contiguous caches, pages, pages with a prefix cache?
 
-The same requests, all at once, to the embedded model under the same bytes for keys and values: those of a few
-contiguous caches of the longest length. Prompts are random tokens, of random lengths, behind a beginning that
-all have in common. Counted at every step: sequences that run; and at the end: answers that are those of the
+The same requests arrive at once at the embedded model, with the same bytes for keys and values: those of a
+few contiguous caches of the maximum length. Prompts have a common prefix, then random tokens of a random
+length. Counted at every step: running sequences. Counted at the end: answers that equal those of the
 contiguous caches, token by token.
 
-Expected: as many sequences as caches where memory is contiguous; on pages as many as have room for the tokens
-that they hold by then ("whole lives" counts those whose last token would fit, too), and more where the common
-beginning is there once. Throughput grows less: a step of more sequences takes longer, most of all in
-prefill. Pages are promised for what is known, so that some sequences may have to give way, and be computed
-again (preemptions).
+Expected: with contiguous caches, as many sequences as caches. With pages, as many as have blocks for their
+current tokens, which is more than fit at full length (the column "at full length" counts those). With the
+prefix cache still more, because the common prefix is stored once. Throughput grows less than the number of
+sequences: a step with more sequences takes longer, above all in prefill. Admission reserves blocks only for
+the known tokens, so some sequences may be preempted and computed again.
 """
 
 import random
@@ -28,13 +28,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "pages, prefix cache": {"batching": "paged", "enable_prefix_caching": True},
 }
 BLOCK_SIZE = 16
-SHORTEST, LONGEST = 32, 160  # tokens of a prompt behind what all have in common
+SHORTEST, LONGEST = 32, 160  # tokens of a prompt after the common prefix
 
 Answers = dict[str, list[int]]
 
 
 class Workload(NamedTuple):
-    """Prompts, the tokens of each answer, and the tokens that the prompts have in common."""
+    """Prompts, the length of each answer and of the common prefix, in tokens."""
 
     prompts: Sequence[list[int]]
     output_len: int
@@ -42,24 +42,26 @@ class Workload(NamedTuple):
 
     @classmethod
     def drawn(cls, requests: int, common: int, output_len: int, seed: int) -> "Workload":
-        """Lengths and tokens of random prompts."""
+        """Draw prompts of random lengths and tokens after one random prefix."""
         draw = random.Random(seed)
-        beginning = [draw.randrange(1000, 40_000) for _ in range(common)]
+        prefix = [draw.randrange(1000, 40_000) for _ in range(common)]
         lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(requests)]
-        prompts = [beginning + [draw.randrange(1000, 40_000) for _ in range(length)] for length in lengths]
+        prompts = [prefix + [draw.randrange(1000, 40_000) for _ in range(length)] for length in lengths]
         return cls(prompts, output_len, common)
 
-    def whole_lives(self, tokens: int, way: str, max_model_len: int) -> float:
-        """Mean sequences whose whole lives fit into so many tokens of room, by counting."""
+    def num_at_full_length(self, tokens: int, way: str, max_model_len: int) -> float:
+        """How many sequences fit at full length, on average, into a pool of `tokens` tokens."""
         if way == "contiguous caches":
             return tokens // max_model_len
         shared = self.common // BLOCK_SIZE if way == "pages, prefix cache" else 0
-        lives = (len(prompt) + self.output_len - 1 for prompt in self.prompts)
-        return (tokens // BLOCK_SIZE - shared) / fmean(-(-life // BLOCK_SIZE) - shared for life in lives)
+        lengths = (len(prompt) + self.output_len - 1 for prompt in self.prompts)
+        return (tokens // BLOCK_SIZE - shared) / fmean(
+            -(-length // BLOCK_SIZE) - shared for length in lengths
+        )
 
 
 def serve(llm: LLM, load: Workload) -> tuple[dict[str, float], Answers]:
-    """Run all requests; what was counted, and the tokens of each answer."""
+    """Run all requests; return the counts and the tokens of each answer."""
     core, call, before = llm.core, llm.engine.call, llm.core.stats.num_preemptions
     params = SamplingParams(temperature=0, max_tokens=load.output_len, ignore_eos=True)
     start = perf_counter()
@@ -74,7 +76,7 @@ def serve(llm: LLM, load: Workload) -> tuple[dict[str, float], Answers]:
             answers[output.seq_id].append(output.token)
     seconds = perf_counter() - start
     return {
-        "most_at_once": max(running),
+        "max_at_once": max(running),
         "mean_at_once": fmean(running),
         "steps": len(running),
         "preemptions": core.stats.num_preemptions - before,
@@ -83,7 +85,7 @@ def serve(llm: LLM, load: Workload) -> tuple[dict[str, float], Answers]:
 
 
 def measure(load: Workload, caches: int, max_model_len: int, repetitions: int) -> list[dict[str, Any]]:
-    """A row for each way; every repetition has an engine of its own, whose caches are empty."""
+    """One row for each way; every repetition has a new engine with empty caches."""
     rows: list[dict[str, Any]] = []
     expected: Answers = {}
     for way, options in WAYS.items():
@@ -104,7 +106,7 @@ def measure(load: Workload, caches: int, max_model_len: int, repetitions: int) -
             {
                 "way": way,
                 "kv_bytes": llm.core.manager.capacity.nbytes,
-                "whole_lives": load.whole_lives(caches * max_model_len, way, max_model_len),
+                "num_at_full_length": load.num_at_full_length(caches * max_model_len, way, max_model_len),
                 **{name: found[0][name] for name in found[0] if name != "output_tokens_per_s"},
                 "output_tokens_per_s": harness.summary([one["output_tokens_per_s"] for one in found]),
             }
@@ -113,27 +115,29 @@ def measure(load: Workload, caches: int, max_model_len: int, repetitions: int) -
 
 
 def main() -> None:
-    """Print what each way served at once, and how fast."""
+    """Print how many sequences each way ran at once, and how fast."""
     options = harness.parser(__doc__ or "")
-    options.add_argument("--requests", type=int, default=32, help="requests in all (default: 32)")
-    options.add_argument("--caches", type=int, default=2, help="contiguous caches in the bytes (default: 2)")
-    options.add_argument("--max-model-len", type=int, default=2048, help="tokens of each (default: 2048)")
-    options.add_argument("--common", type=int, default=128, help="tokens all begin with (default: 128)")
-    options.add_argument("--output-tokens", type=int, default=64, help="of each answer (default: 64)")
-    options.add_argument("--seed", type=int, default=0, help="source of prompts (default: 0)")
+    options.add_argument("--requests", type=int, default=32, help="number of requests (default: 32)")
+    options.add_argument("--caches", type=int, default=2, help="contiguous caches (default: 2)")
+    options.add_argument(
+        "--max-model-len", type=int, default=2048, help="tokens of each cache (default: 2048)"
+    )
+    options.add_argument("--common", type=int, default=128, help="tokens of the common prefix (default: 128)")
+    options.add_argument("--output-tokens", type=int, default=64, help="tokens of each answer (default: 64)")
+    options.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
     options.set_defaults(repetitions=1)
     args = options.parse_args()
     load = Workload.drawn(args.requests, args.common, args.output_tokens, args.seed)
     rows = measure(load, args.caches, args.max_model_len, args.repetitions)
     lines = [
-        f"{'':20}{'KV bytes':>12}{'whole lives':>13}{'most at once':>14}{'mean':>7}{'preempted':>11}"
+        f"{'':20}{'KV memory':>12}{'at full length':>16}{'max at once':>13}{'mean':>7}{'preempted':>11}"
         f"{'steps':>7}{'equal':>7}{'output tok/s':>14}"
     ]
     for row in rows:
         speed = row["output_tokens_per_s"]["median"]
         lines.append(
-            f"{row['way']:20}{row['kv_bytes'] / 2**20:>8.0f} MiB{row['whole_lives']:>13.1f}"
-            f"{row['most_at_once']:>14}{row['mean_at_once']:>7.1f}{row['preemptions']:>11}{row['steps']:>7}"
+            f"{row['way']:20}{row['kv_bytes'] / 2**20:>8.0f} MiB{row['num_at_full_length']:>16.1f}"
+            f"{row['max_at_once']:>13}{row['mean_at_once']:>7.1f}{row['preemptions']:>11}{row['steps']:>7}"
             f"{row['equal_answers']:>7}{speed:>14.1f}"
             f"  {speed / rows[0]['output_tokens_per_s']['median']:.2f} x"
         )

@@ -1,14 +1,14 @@
-"""What do pages cost attention? The same kernel over scattered pages and over contiguous memory.
+"""What does paging cost attention? The same kernel over scattered blocks and over contiguous memory.
 
-A decode of the embedded model's heads over float16 keys and values: in the one case in blocks of
-`--block-size` in random order, in the other each sequence is one block as long as the context. Some layers at
-once, each with memory of its own, more than a processor's cache holds. The two take turns; the figure is the
-median ratio of the pairs, with its 95% interval.
+A decode step's attention with the embedded model's heads over float16 keys and values. In one case they are
+in blocks of `--block-size` tokens in random order, in the other each sequence is one block as long as its
+context. 8 layers run at once, each with its own memory, more than the processor's cache holds. The two cases
+are measured in alternation; the figure is the median ratio of the pairs, with its 95% confidence interval.
 
-Expected: within 3%, because a table costs a lookup for each block, and the next tile is asked for while one
-is worked on. Measured otherwise with blocks of 16 (README.md): a processor's prefetcher begins anew after
-each stretch that lies together, and a head's keys of a block are 2 KiB. (The kernel of the PagedAttention
-paper was 20 to 26% slower than contiguous attention.)
+Expected: within 3%, because a table costs one lookup for each block, and the kernel prefetches the next tile
+while it works on one. Measured with blocks of 16: 7 to 23% slower, because the processor's prefetcher starts
+anew after each contiguous range, and the keys of one head in a block are only 2 KiB. (The kernel of the
+PagedAttention paper was 20 to 26% slower than contiguous attention.)
 """
 
 import random
@@ -26,7 +26,7 @@ LAYERS = 8
 
 
 class Attention:
-    """The next token of each of `sequences`, `context` positions long, in every layer."""
+    """Attention of one token for each of `sequences` sequences of `context` positions, in every layer."""
 
     def __init__(self, sequences: int, context: int, block_size: int) -> None:
         per_sequence = -(-context // block_size)
@@ -40,7 +40,7 @@ class Attention:
         )
         shape = (len(blocks), KV_HEADS, block_size, HEAD_DIM)
         self.q = mx.random.normal((1, HEADS, sequences, HEAD_DIM), key=mx.random.key(0))
-        pools = tiny_llm_kernels.zeros(2 * LAYERS, shape, mx.float16)  # where the engine's lie, too
+        pools = tiny_llm_kernels.zeros(2 * LAYERS, shape, mx.float16)  # as the engine allocates them
         mx.eval(pools)
         all_blocks = mx.arange(len(blocks), dtype=mx.int32)
         for i, key in enumerate(mx.random.split(mx.random.key(1), len(pools))):
@@ -50,13 +50,13 @@ class Attention:
         mx.eval(self.q, *self.where, *pools)
 
     def run(self) -> None:
-        """Every layer once."""
+        """Compute every layer once."""
         kernel = partial(tiny_llm_kernels.paged_attention, scale=HEAD_DIM**-0.5)
         mx.eval([kernel(self.q, keys, values, *self.where) for keys, values in self.pools])
 
 
-def measured(sequences: int, context: int, block_size: int, pairs: int) -> dict[str, Any]:
-    """Seconds of a layer in pages and contiguous, and the median ratio of the pairs with its interval."""
+def measure(sequences: int, context: int, block_size: int, pairs: int) -> dict[str, Any]:
+    """Seconds per layer, paged and contiguous, and the median ratio of the pairs with its interval."""
     ways = Attention(sequences, context, block_size), Attention(sequences, context, context)
     for way in ways:
         way.run()
@@ -77,13 +77,13 @@ def measured(sequences: int, context: int, block_size: int, pairs: int) -> dict[
 
 
 def main() -> None:
-    """Print the ratio for one long sequence, and for several."""
+    """Print the ratio for one sequence, short and long, and for several."""
     options = harness.parser(__doc__ or "")
     options.set_defaults(repetitions=200)
-    options.add_argument("--block-size", type=int, default=16, help="tokens of a block (default: 16)")
+    options.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: 16)")
     args = options.parse_args()
     jobs = [(1, 1024), (1, 8192), (16, 1024)]
-    rows = [measured(*job, args.block_size, args.repetitions) for job in jobs]
+    rows = [measure(*job, args.block_size, args.repetitions) for job in jobs]
     lines = [f"{'sequences':>9}{'context':>9}{'paged':>10}{'contiguous':>12}{'ratio':>8}  95% interval"]
     for row in rows:
         low, high = row["interval"]

@@ -1,7 +1,7 @@
-"""`pdm run bench NAME`: one question about the engine, measured on this machine.
+"""`pdm run bench NAME`: measures one thing about the engine on this machine.
 
-`latency`, `throughput` and `serve` are `tiny-llm bench`'s; every other name is a file of this folder.
-0: done. 1: it failed. 2: it was called wrongly.
+`latency`, `throughput` and `serve` are those of `tiny-llm bench`; every other name is a file of this folder.
+Exit codes: 0: done. 1: the benchmark failed. 2: the command line is wrong.
 """
 
 import ast
@@ -15,26 +15,33 @@ from pathlib import Path
 from tiny_llm_course.mistake import one_line
 
 FOLDER = Path(__file__).parent
-NO_QUESTION = {"front", "harness", "numpy_llama", "servers"}
-OF_THE_ENGINE = {
-    "latency": "How fast is one stream?",
-    "throughput": "How fast are many requests?",
-    "serve": "How fast is a server that runs already, asked over HTTP?",
+NOT_BENCHMARKS = {"front", "harness", "numpy_llama", "servers"}
+OF_TINY_LLM = {
+    "latency": "How fast is one request at a time?",
+    "throughput": "How fast are many requests together?",
+    "serve": "How fast is a running server, over HTTP?",
 }
 INTRODUCTION = """\
-Usage: pdm run bench NAME [its own options]
+Usage: pdm run bench NAME [OPTIONS]
 
-Each measures one question, on this machine, and says what was expected. --help explains one, --json prints
-figures for machines with what they were measured on.
+  Measure something about the engine on this machine, and compare it with what
+  is expected.
 
+  pdm run bench latency
+  pdm run bench pool_size --json
+
+  NAME --help explains a benchmark. --json prints its figures as JSON, with a
+  description of the machine.
+
+Benchmarks:
 """
 
 
 def questions() -> dict[str, str]:
-    """Every benchmark by name, and its first line."""
-    files = {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.stem not in NO_QUESTION}
+    """Every benchmark by name, with the question that it answers."""
+    files = {path.stem: path for path in sorted(FOLDER.glob("*.py")) if path.stem not in NOT_BENCHMARKS}
     first = {name: _first_line(path) for name, path in files.items()}
-    return {**OF_THE_ENGINE, **first}
+    return {**OF_TINY_LLM, **first}
 
 
 def _first_line(path: Path) -> str:
@@ -42,19 +49,19 @@ def _first_line(path: Path) -> str:
 
 
 def main() -> int:
-    """Run the benchmark that the command line names; the exit code."""
+    """Run the benchmark that the command line names and return the exit code."""
     arguments, known = sys.argv[1:], questions()
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, known))
         print(INTRODUCTION + "\n".join(f"  {name:{width}}  {line}" for name, line in known.items()))
         return 0
     name = arguments[0]
-    if name in OF_THE_ENGINE:
+    if name in OF_TINY_LLM:
         return subprocess.call([sys.executable, "-m", "tiny_llm_cli", "bench", *arguments])
     if name not in known:
         guess = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {guess[0]}?" if guess else "`pdm run bench` lists them"
-        print(f"pdm run bench: there is no benchmark {name!r}; {hint}", file=sys.stderr)
+        print(f"pdm run bench: error: there is no benchmark {name!r}; {hint}", file=sys.stderr)
         return 2
     path = FOLDER / f"{name}.py"
     sys.argv = [str(path), *arguments[1:]]

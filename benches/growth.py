@@ -1,10 +1,10 @@
-"""How does a decode step's time grow with what it works on: the context, and the requests beside each other?
+"""How does the time of a decode step grow with the context and with the number of requests?
 
-One request behind 128 to 8,160 tokens of context, then 1 to 64 requests of `--prompt` tokens each, on the
-embedded model; medians of `--steps` steps. The predictions take two figures of the same run: what a step
-with the shortest context takes, and the slope of the two longest ones. A context costs its keys and values,
-so the time grows in a straight line; requests share the weights that a step reads, so that a step for many
-takes much less than as many steps.
+First one request with 128 to 8,160 tokens of context, then 1 to 64 requests of `--prompt` tokens each, on
+the embedded model; medians of `--steps` steps. A step reads all keys and values of the context, so its time
+is predicted as a straight line: through the shortest context, with the slope between the two longest. The
+requests of a step share the weights that it reads, so one step for many requests takes much less time than
+one step for each.
 """
 
 from functools import partial
@@ -15,15 +15,15 @@ import harness
 from tiny_llm import LLM, SamplingParams
 
 CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8160]
-MAX_MODEL_LEN = 8192  # the embedded model's; the steps that are measured need room behind the prompt
+MAX_MODEL_LEN = 8192  # the embedded model's; the longest prompt and the measured steps must fit
 REQUESTS = [1, 2, 4, 8, 16, 32, 64]
-SPARE = 8  # steps beside the measured ones: the prompt's, and one that warms up
+SPARE = 8  # for steps that are not measured: prefill and one warm-up step
 NUM_BLOCKS, BLOCK_SIZE = 1024, 16
 LONGEST_PROMPT = NUM_BLOCKS * BLOCK_SIZE // max(REQUESTS) - 64
 
 
 def step_seconds(llm: LLM, requests: int, prompt: int, steps: int) -> float:
-    """The median time of a decode step with so many requests, each behind `prompt` tokens."""
+    """Median seconds of a decode step with `requests` requests, each with `prompt` tokens of context."""
     params = SamplingParams(temperature=0, max_tokens=steps + SPARE, ignore_eos=True)
     call = llm.engine.call
     for i in range(requests):
@@ -41,21 +41,24 @@ def step_seconds(llm: LLM, requests: int, prompt: int, steps: int) -> float:
 
 
 def main() -> None:
-    """Print both growths."""
+    """Print the step times by context and by number of requests."""
     options = harness.parser(__doc__ or "")
     options.add_argument(
-        "--steps", type=harness.positive, default=24, help="decode steps of each (default: 24)"
+        "--steps", type=harness.positive, default=24, help="decode steps for each row (default: 24)"
     )
     options.add_argument(
-        "--prompt", type=harness.positive, default=128, help="tokens of each of many requests (default: 128)"
+        "--prompt",
+        type=harness.positive,
+        default=128,
+        help="prompt tokens in table 2 (default: 128)",
     )
     args = options.parse_args()
-    room = MAX_MODEL_LEN - max(CONTEXTS) - SPARE
-    if args.steps > room:
-        options.error(f"--steps {args.steps}: at most {room}, all that fits behind {max(CONTEXTS)} tokens")
+    max_steps = MAX_MODEL_LEN - max(CONTEXTS) - SPARE
+    if args.steps > max_steps:
+        options.error(f"--steps {args.steps}: at most {max_steps} fit after {max(CONTEXTS)} tokens")
     if args.prompt > LONGEST_PROMPT:
         options.error(
-            f"--prompt {args.prompt}: at most {LONGEST_PROMPT}, so that {max(REQUESTS)} fit the pool"
+            f"--prompt {args.prompt}: at most {LONGEST_PROMPT}, so that {max(REQUESTS)} prompts fit the pool"
         )
     llm = LLM(
         max_num_seqs=max(REQUESTS),
@@ -79,7 +82,7 @@ def main() -> None:
         f"{row['context']:>9}{row['step_s'] * 1e3:>7.2f} ms{row['predicted_s'] * 1e3:>9.2f} ms"
         for row in contexts
     ]
-    lines += ["", f"{'requests':>9}{'step':>10}{'tok/s':>10}{'of one':>9}"]
+    lines += ["", f"{'requests':>9}{'step':>10}{'tok/s':>10}{'speedup':>9}"]
     lines += [
         f"{row['requests']:>9}{row['step_s'] * 1e3:>7.2f} ms{row['tokens_per_s']:>10.0f}"
         f"{row['tokens_per_s'] / many[0]['tokens_per_s']:>8.1f}x"

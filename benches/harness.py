@@ -1,4 +1,4 @@
-"""What every benchmark shares: a clock, the machine's description, and one way to print a result."""
+"""Helpers for all benchmarks: options, timing, statistics, the machine's description, output."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -16,41 +17,47 @@ import tiny_llm_kernels
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has; its description is the module's docstring."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", action="store_true", help="print the result as JSON")
-    made.add_argument("--repetitions", type=positive, default=5, help="timed repetitions (default: 5)")
+    """Return a parser with the options that all benchmarks share; `doc` is its description."""
+    made = argparse.ArgumentParser(
+        prog=f"pdm run bench {Path(sys.argv[0]).stem}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    made.add_argument(
+        "--repetitions", type=positive, default=5, help="timed repetitions (default: %(default)s)"
+    )
     return made
 
 
 def positive(text: str) -> int:
-    """An argument that counts something: 1 or more."""
+    """Parse a command-line count. Raises `ArgumentTypeError` unless it is a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes, once."""
+    """Run `work` once and return the seconds it took."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest: these machines are shared, so a single figure says little."""
+    """Median, minimum and maximum: the machine is shared with other work, so one figure says little."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def interval(values: Sequence[float], samples: int = 2000) -> tuple[float, float]:
-    """A 95% interval for the median, by bootstrap: medians of samples drawn from the values."""
+    """The 95% confidence interval of the median, by bootstrap with `samples` resamples."""
     numbers = random.Random(0)
     medians = sorted(statistics.median(numbers.choices(values, k=len(values))) for _ in range(samples))
     return medians[samples // 40], medians[-1 - samples // 40]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the processor, the Python and MLX versions, the kernels and their number of threads."""
     kernels = tiny_llm_kernels
     return {
         "cpu": _cpu_name(),
@@ -63,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], *, as_json: bool, text: str) -> None:
-    """Print the result, as JSON with the machine's description or as text for people."""
+    """Print `result` as JSON, together with the machine's description, or print `text`."""
     print(json.dumps({**result, "machine": machine()}, indent=2) if as_json else text)
 
 

@@ -1,9 +1,9 @@
-"""How much memory beside the weights and the pool? Peak resident bytes of whole processes.
+"""How much memory does the engine need besides weights and KV pool? Peak resident memory of whole processes.
 
-Three processes of `tiny-llm`: one that loads and serves one full step (`info`), one that serves 32 requests,
-16 at a time (`bench throughput`), and one with a pool as small as llama.cpp's context. llama.cpp is its own
-`llama-bench` (512 tokens in, 128 out), which is not installed with this project: give its path. It maps the
-model file: the pages of it that it touched count as its own.
+Three `tiny-llm` processes: one that loads the model and runs one full step (`info`), one that serves 32
+requests, 16 at a time (`bench throughput`), and one with a pool as small as llama.cpp's context. llama.cpp is
+measured with its own `llama-bench` (512 tokens in, 128 out), which is not installed with this project: give
+its path. It maps the model file; the pages that it touched count as resident.
 """
 
 import json
@@ -21,8 +21,8 @@ CONTEXT = 512 + 128
 OURS = [sys.executable, "-m", "tiny_llm_cli"]
 
 
-def peak_of(command: Sequence[str]) -> tuple[int, str]:
-    """The most bytes that a command's process held at any time, and what it printed."""
+def measure_peak(command: Sequence[str]) -> tuple[int, str]:
+    """Run a command; return its peak resident memory in bytes, and its output."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         printed = process.stdout.read()
@@ -33,9 +33,9 @@ def peak_of(command: Sequence[str]) -> tuple[int, str]:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), printed
 
 
-def described(*options: str) -> dict[str, Any]:
-    """What `tiny-llm info` says of model, pool and memory."""
-    found: dict[str, Any] = json.loads(peak_of([*OURS, "info", "--json", *options])[1])
+def engine_info(*options: str) -> dict[str, Any]:
+    """The output of `tiny-llm info --json`: model, pool and memory."""
+    found: dict[str, Any] = json.loads(measure_peak([*OURS, "info", "--json", *options])[1])
     return found
 
 
@@ -45,24 +45,26 @@ def row(peak: int, weights: int, pool: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Print each process's weights, pool, peak, and what the peak has beside them."""
+    """Print the weights, the pool and the peak of each process, and the rest of the peak ("beyond")."""
     options = harness.parser(__doc__ or "")
     options.add_argument("--llama-bench", type=Path, help="path of llama.cpp's llama-bench")
     args = options.parse_args()
-    found = described()
+    found = engine_info()
     memory = found["memory"]
     weights, pool = memory["weights"], memory["pool"]
     rows = {
         "tiny-llm, loaded": row(memory["peak_at_load"], weights, pool),
         "tiny-llm, one full step": row(memory["peak_in_service"], weights, pool),
-        "tiny-llm, 32 requests": row(peak_of([*OURS, "bench", "throughput", "--json"])[0], weights, pool),
+        "tiny-llm, 32 requests": row(
+            measure_peak([*OURS, "bench", "throughput", "--json"])[0], weights, pool
+        ),
     }
-    small = described("--num-blocks", str(-(-CONTEXT // 16)))["memory"]
+    small = engine_info("--num-blocks", str(-(-CONTEXT // 16)))["memory"]
     rows[f"tiny-llm, {CONTEXT} tokens"] = row(small["peak_in_service"], weights, small["pool"])
     if args.llama_bench is not None:
         model = Path(found["model"]["path"])
         lengths = ["-p", "512", "-n", "128", "-r", "1", "-t", str(harness.machine()["threads"])]
-        peak, _ = peak_of([str(args.llama_bench), "-m", str(model), *lengths])
+        peak, _ = measure_peak([str(args.llama_bench), "-m", str(model), *lengths])
         rows[f"llama.cpp, {CONTEXT} tokens"] = row(peak, model.stat().st_size, small["pool"])
     text = "\n".join(
         f"{name:24}" + "".join(f"{key:>8} {value / MIB:6.1f}" for key, value in figures.items()) + " MiB"

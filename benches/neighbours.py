@@ -1,12 +1,13 @@
-"""How much does one request's field slow another request's steps?
+"""How much does an expensive sampling parameter of one request slow down other requests?
 
-Two requests decode beside each other: a plain one, the neighbour, and one that has a field of
-`SamplingParams` at its limit. The figure is the neighbour's median step with the field, divided by its
-median step beside the same tokens without the field. Each field is measured alone, in pairs (without, with),
-with one completion and with `--completions`; penalties behind a long prompt too. `prompt_logprobs` count
-while the prompt is computed. Beams are compared with as many plain completions.
+Two requests decode together: a plain one, the neighbour, and one with a field of `SamplingParams` at its
+limit. The figure is the neighbour's median step time with the field, divided by its median step time without
+it, with the same tokens. Each field is measured separately, in pairs (without, with), with one completion and
+with `--completions`; penalties and logprobs also with a long prompt. `prompt_logprobs` are measured during
+prefill. Beam search is compared with as many plain completions.
 
-Expected: at most 2 for every field, because lengths have limits and what does not change is made once.
+Expected: a ratio of at most 2 for every field, because the fields have size limits, and what stays the same
+during a request is prepared once.
 """
 
 import random
@@ -22,44 +23,44 @@ from tiny_llm.delivery import Item
 from tiny_llm.engine_loop import Request
 from tiny_llm.outputs import RequestEvent
 from tiny_llm.sampling_params import (
-    MOST_BIASES,
-    MOST_LOGPROBS,
-    MOST_STOP_CHARACTERS,
-    MOST_STOP_IDS,
-    MOST_STOPS,
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
 )
 
 import harness
 from tiny_llm import LLM, BeamSearchParams, SamplingParams
 
 NEIGHBOUR_PROMPT, SHORT, LONG = 32, 64, 8000  # tokens
-UNTIL_BEAMS = 0.5  # seconds after which a search has all its beams
-IDS = range(1000, 1000 + max(MOST_STOP_IDS, MOST_BIASES))
+BEAM_START_SECONDS = 0.5  # after this time a beam search runs with all its beams
+IDS = range(1000, 1000 + max(MAX_STOP_IDS, MAX_BIASES))
 PLAIN: dict[str, Any] = {"temperature": 0.0, "max_tokens": None, "ignore_eos": True}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A field at its limit. fields: what is added to plain parameters; prompt: tokens of the prompt."""
+    """A field at its limit. fields: parameters added to the plain ones; prompt: its length in tokens."""
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
     prompt: int = SHORT
     completions: int = 1
-    in_prompt: bool = False  # the steps that count are those that compute the prompt
+    in_prompt: bool = False  # measure the prefill steps instead of the decode steps
     beams: int = 0
 
 
 def fields_at_their_limits() -> dict[str, dict[str, Any]]:
-    """What each field costs most with."""
-    stops = [chr(0x4E00 + i) * MOST_STOP_CHARACTERS for i in range(MOST_STOPS)]
-    stop_ids = list(IDS[:MOST_STOP_IDS])
+    """For each field, the values that cost the most."""
+    stops = [chr(0x4E00 + i) * MAX_STOP_CHARACTERS for i in range(MAX_STOPS)]
+    stop_ids = list(IDS[:MAX_STOP_IDS])
     return {
         "stop_token_ids": {"stop_token_ids": stop_ids},
         "min_tokens and stop_token_ids": {"stop_token_ids": stop_ids, "min_tokens": 4000},
-        "logit_bias": {"logit_bias": dict.fromkeys(IDS[:MOST_BIASES], 1.0)},
+        "logit_bias": {"logit_bias": dict.fromkeys(IDS[:MAX_BIASES], 1.0)},
         "stop": {"stop": stops},
-        "logprobs": {"logprobs": MOST_LOGPROBS},
+        "logprobs": {"logprobs": MAX_LOGPROBS},
         "repetition_penalty": {"repetition_penalty": 1.1},
         "frequency_penalty": {"frequency_penalty": 0.1},
         "presence_penalty": {"presence_penalty": 0.1},
@@ -74,19 +75,22 @@ def fields_at_their_limits() -> dict[str, dict[str, Any]]:
 
 
 def cases(completions: int, long: bool) -> list[Case]:
-    """Every field with one completion and with several, and what looks back at the tokens behind many."""
+    """Every field with one and with several completions; fields that read earlier tokens also after many."""
     fields = fields_at_their_limits()
     made = [Case(name, value, completions=n) for name, value in fields.items() for n in (1, completions)]
-    made += [Case("prompt_logprobs", {"prompt_logprobs": MOST_LOGPROBS}, 2000, in_prompt=True)]
+    made += [Case("prompt_logprobs", {"prompt_logprobs": MAX_LOGPROBS}, 2000, in_prompt=True)]
     made += [Case("beam_width", beams=width) for width in (4, completions)]
     if long:
-        looking_back = ("repetition_penalty", "frequency_penalty", "logprobs")
-        made += [Case(name, fields[name], LONG, n) for name in looking_back for n in (1, completions)]
+        read_earlier_tokens = ("repetition_penalty", "frequency_penalty", "logprobs")
+        made += [Case(name, fields[name], LONG, n) for name in read_earlier_tokens for n in (1, completions)]
     return made
 
 
 class Neighbour:
-    """Notes when its events come, in the engine's thread, and when those of the other request begin."""
+    """A listener, called in the engine's thread, that records the times of the neighbour's events.
+
+    others_first: time of the other request's first event. enough: set after `wanted` events later than that.
+    """
 
     def __init__(self, own: Request, wanted: int) -> None:
         self.times: list[float] = []
@@ -96,7 +100,7 @@ class Neighbour:
         self._own = own.request_id
 
     def __call__(self, items: list[Item]) -> None:
-        """Take what a step has given both."""
+        """Receive one step's events of both requests."""
         now = perf_counter()
         for item in items:
             if not isinstance(item, RequestEvent):
@@ -110,33 +114,33 @@ class Neighbour:
             self.enough.set()
 
 
-def a_prompt(length: int, seed: int) -> list[int]:
-    """So many token ids; the same seed, the same ones."""
+def random_prompt(length: int, seed: int) -> list[int]:
+    """`length` random token ids, the same for the same seed."""
     return random.Random(seed).choices(range(1000, 40_000), k=length)
 
 
-def steps_beside(llm: LLM, case: Case, with_field: bool, steps: int, seed: int) -> list[float]:
-    """Seconds of the neighbour's steps beside a case's request, with its field or without."""
-    own = llm.engine.request(a_prompt(NEIGHBOUR_PROMPT, 0), SamplingParams(**PLAIN))
+def neighbour_steps(llm: LLM, case: Case, with_field: bool, steps: int, seed: int) -> list[float]:
+    """Seconds of the neighbour's steps while the case's request runs, with the field or without."""
+    own = llm.engine.request(random_prompt(NEIGHBOUR_PROMPT, 0), SamplingParams(**PLAIN))
     other = _other(llm, case, with_field, seed)
     neighbour = Neighbour(own, 2 if case.in_prompt else steps)
     try:
         llm.engine.submit([own], neighbour).result()
-        begun = perf_counter()
+        submitted = perf_counter()
         llm.engine.submit([other], neighbour).result()
-        if case.beams:  # a search says nothing until it is over
-            neighbour.others_first = begun + UNTIL_BEAMS
+        if case.beams:  # a beam search sends no event before it is finished
+            neighbour.others_first = submitted + BEAM_START_SECONDS
         neighbour.enough.wait(600)
     finally:
         llm.engine.forget([own, other])
-    first = neighbour.others_first or begun
+    first = neighbour.others_first or submitted
     if case.in_prompt:
-        return _gaps(time for time in neighbour.times if begun < time <= first)
+        return _gaps(time for time in neighbour.times if submitted < time <= first)
     return _gaps(time for time in neighbour.times if time > first)
 
 
 def _other(llm: LLM, case: Case, with_field: bool, seed: int) -> Request:
-    prompt = a_prompt(case.prompt, seed if case.in_prompt else case.prompt)
+    prompt = random_prompt(case.prompt, seed if case.in_prompt else case.prompt)
     if case.beams and with_field:
         return llm.engine.search(
             prompt, BeamSearchParams(beam_width=case.beams, max_tokens=256, ignore_eos=True)
@@ -153,11 +157,13 @@ def _gaps(times: Iterable[float]) -> list[float]:
 
 
 def compare(llm: LLM, case: Case, steps: int, repetitions: int) -> dict[str, Any]:
-    """Medians of the neighbour's steps without the field and with it, and the median ratio of the pairs."""
+    """Median steps of the neighbour without and with the field, and the median ratio of the pairs."""
     without, with_field = [], []
     for repetition in range(repetitions + 1):
         seed = 1000 + 2 * repetition
-        pair = [median(steps_beside(llm, case, with_it, steps, seed + with_it)) for with_it in (False, True)]
+        pair = [
+            median(neighbour_steps(llm, case, with_it, steps, seed + with_it)) for with_it in (False, True)
+        ]
         if repetition:  # the first pair warms up
             without.append(pair[0])
             with_field.append(pair[1])
@@ -173,14 +179,18 @@ def compare(llm: LLM, case: Case, steps: int, repetitions: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Print the neighbour's step without and with each field."""
+    """Print the neighbour's step time without and with each field."""
     names = sorted({case.name for case in cases(1, long=False)})
     options = harness.parser(__doc__ or "")
     options.set_defaults(repetitions=3)
-    options.add_argument("--steps", type=harness.positive, default=30, help="timed steps (default: 30)")
-    options.add_argument("--completions", type=harness.positive, default=16, help="of n (default: 16)")
-    options.add_argument("--field", action="append", choices=names, help="this field only; may be repeated")
-    options.add_argument("--no-long", action="store_true", help=f"no prompts of {LONG} tokens")
+    options.add_argument(
+        "--steps", type=harness.positive, default=30, help="timed steps of each run (default: 30)"
+    )
+    options.add_argument("--completions", type=harness.positive, default=16, help="value of n (default: 16)")
+    options.add_argument(
+        "--field", action="append", choices=names, help="measure only this field; repeatable"
+    )
+    options.add_argument("--no-long", action="store_true", help=f"skip prompts of {LONG} tokens")
     args = options.parse_args()
     llm = LLM(max_num_seqs=args.completions + 1, num_blocks=1500 + 20 * args.completions)
     chosen = args.field or names

@@ -1,7 +1,7 @@
-"""A llama in NumPy, float32 throughout: the reference that accuracy is measured against.
+"""A Llama model in NumPy, all in float32: the reference that accuracy is measured against.
 
-Independent on purpose: it shares no code with the engine, dequantizes the GGUF itself, attends densely over
-the whole text at once and rotates in GGUF's own interleaved order. Readable, not fast.
+It shares no code with the engine: it dequantizes the GGUF file itself, computes dense attention over the
+whole text at once, and rotates pairs in GGUF's own interleaved order. Readable, not fast.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ Floats = NDArray[np.float32]
 
 
 def dequantize(packed: NDArray[np.uint32], scales: Floats, biases: Floats) -> Floats:
-    """Packed words [O, W] with scales and biases [O, G], one for each 32 inputs -> weights [O, 32 G].
+    """Packed words [O, W] with scales and biases [O, G], one per 32 inputs -> weights [O, 32 G].
 
-    A weight is scale * q + bias; the q of a group are unsigned, lowest bits first in each word.
+    A weight is scale * q + bias. The q are unsigned integers, stored from the lowest bits of each word up.
     """
     outputs, groups = scales.shape
     bits = packed.shape[1] // groups  # a group's 32 values of b bits fill b words of 32 bits
@@ -35,7 +35,7 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
 
 
 def softmax(x: Floats) -> Floats:
-    """Over the last axis, shifted by its maximum."""
+    """Softmax over the last axis, shifted by the maximum."""
     shifted = np.exp(x - x.max(axis=-1, keepdims=True))
     total: Floats = shifted / shifted.sum(axis=-1, keepdims=True)
     return total
@@ -51,7 +51,7 @@ class NumpyLlama:
     """A llama-architecture GGUF with every weight in float32."""
 
     def __init__(self, path: Path) -> None:
-        """Read and dequantize the file (four bytes a parameter)."""
+        """Read and dequantize the file; takes four bytes of memory for each parameter."""
         arrays, metadata = cast(
             "tuple[dict[str, mx.array], dict[str, Any]]", mx.load(str(path), return_metadata=True)
         )
@@ -82,7 +82,7 @@ class NumpyLlama:
         return dequantize(weight, scales, biases)
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
-        """Token ids (L of them) -> logits [L, V]: row i after tokens 0 to i."""
+        """L token ids -> logits [L, V]; row i predicts the token after tokens 0 to i."""
         x = self.weights["token_embd"][np.asarray(token_ids)]  # [L, E]
         rotation = self._rotation(len(token_ids))
         for layer in range(self.num_layers):
@@ -93,9 +93,9 @@ class NumpyLlama:
         return x @ self.weights.get("output", self.weights["token_embd"]).T
 
     def _rotation(self, length: int) -> NDArray[np.complex64]:
-        """[L, D / 2]: the turn of pair i at each position."""
-        turns = self.rope_base ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
-        return np.exp(1j * np.outer(np.arange(length), turns)).astype(np.complex64)
+        """[L, D / 2]: the rotation of pair i at each position, as a complex number."""
+        frequencies = self.rope_base ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        return np.exp(1j * np.outer(np.arange(length), frequencies)).astype(np.complex64)
 
     def _heads(self, x: Floats, name: str, heads: int) -> Floats:
         """Project and split: [L, E] -> [heads, L, D]."""
@@ -105,7 +105,7 @@ class NumpyLlama:
         """Causal attention of all rows at once, [L, E] -> [L, E]."""
 
         def rotate(heads: Floats) -> Floats:
-            # GGUF keeps the two values of a pair side by side: they are one complex number.
+            # GGUF stores the two values of a pair next to each other: view them as one complex number.
             pairs = np.ascontiguousarray(heads).view(np.complex64)
             return (pairs * rotation).view(np.float32)
 

@@ -1,12 +1,12 @@
-"""The engines that are installed, side by side: the same model, prompts and threads, in turns.
+"""How fast is this engine compared with others? Same model, prompts and threads, interleaved rounds.
 
-Each runs in a process and an environment of its own, and a missing one is left out with the command that
-installs it. A round gives every engine the same jobs, with prompts that no round before had:
+Each engine runs in its own process and environment. An engine that is not installed is left out, and the
+command that installs it is printed. A round gives every engine the same jobs, with new prompts:
 
     prefill   a prompt of 512 tokens, one token out: prompt tokens per second
-    decode    one stream: the 128 tokens after the first, over what they take longer than the first alone
+    decode    one stream: 128 tokens divided by their time, which is that of 129 tokens minus that of one
     serve     32 requests of 32 to 160 tokens, 64 out, 16 at a time: output tokens per second
-    shared    the same behind 256 tokens that all of them begin with, new in each round
+    shared    as serve, with a common prefix of 256 tokens that is new in each round
 """
 
 import contextlib
@@ -27,16 +27,16 @@ import harness
 import tiny_llm_kernels
 from tiny_llm_checkpoints.embedded import embedded_model_path
 
-MINUTES = 15  # no start and no job takes as long; an engine that does is ended
+MINUTES = 15  # time limit of a start and of a job; an engine that exceeds it is killed
 WORKERS = Path(__file__).parent / "peer_workers"
 PREFILL, DECODE, PREFIX = 512, 128, 256
 REQUESTS, LENGTHS, OUTPUTS = 32, (32, 160), 64
-WORDS = range(1000, 30_000)  # token ids that prompts are made of
+WORDS = range(1000, 30_000)  # token ids of the prompts
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine, the interpreter and the arguments of its worker, and how it is installed."""
+    """An engine: the interpreter and arguments of its worker, and how to install it."""
 
     name: str
     python: Path
@@ -46,17 +46,17 @@ class Peer:
     install: str = ""
 
     def why_missing(self) -> str | None:
-        """What is not there, and how it gets there; None where the engine can run."""
+        """The missing path and how to install it; None if the engine can run."""
         missing = next((path for path in (self.python, self.needs) if path and not path.exists()), None)
-        return f"no {missing}; {self.install}" if missing else None
+        return f"{missing} is missing; to install: {self.install}" if missing else None
 
 
 class WorkerError(Exception):
-    """An engine did not start, ended, took too long, or gave fewer tokens than it was asked for."""
+    """An engine did not start, exited, took too long, or returned too few tokens."""
 
 
 class Worker:
-    """A peer's process: it has loaded the model, and waits for jobs."""
+    """The process of a peer that has loaded the model and waits for jobs."""
 
     def __init__(self, peer: Peer, model: Path, threads: int) -> None:
         command = [str(peer.python), str(WORKERS / peer.worker), str(model), str(threads), *peer.arguments]
@@ -67,7 +67,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,  # a worker may start a server, which is ended with it
+            start_new_session=True,  # a worker may start a server: kill both as one process group
         )
         self.name = peer.name
         try:
@@ -77,19 +77,19 @@ class Worker:
             raise
 
     def run(self, prompts: list[list[int]], output_tokens: int) -> float:
-        """Seconds that the prompts take. Raises WorkerError where not all tokens came out."""
+        """Run one job and return its seconds. Raises WorkerError if not all tokens came out."""
         assert self._process.stdin is not None
         job = {"prompts": prompts, "output_tokens": output_tokens}
-        with contextlib.suppress(BrokenPipeError):  # the answer that does not come says why
+        with contextlib.suppress(BrokenPipeError):  # reading the missing answer reports the reason
             print(json.dumps(job), file=self._process.stdin, flush=True)
         answer = self._answer()
-        wanted = len(prompts) * output_tokens
-        if answer["tokens"] != wanted:
-            raise WorkerError(f"gave {answer['tokens']} tokens instead of {wanted}")
+        expected = len(prompts) * output_tokens
+        if answer["tokens"] != expected:
+            raise WorkerError(f"returned {answer['tokens']} tokens instead of {expected}")
         return float(answer["seconds"])
 
     def close(self) -> None:
-        """End the process: it ends by itself when no more jobs can come, or it is ended."""
+        """Close the job stream, which stops the worker; kill it if it has not exited after 30 seconds."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -116,13 +116,13 @@ class Worker:
         if not line:
             code = self._process.wait()
             self._log.seek(0)
-            said = " / ".join(part.strip() for part in self._log.readlines()[-5:])
-            raise WorkerError(f"ended with {code} before it answered: {said}")
+            last_lines = " / ".join(part.strip() for part in self._log.readlines()[-5:])
+            raise WorkerError(f"exited with {code} before it answered: {last_lines}")
         return dict(json.loads(line))
 
 
 def all_peers(folder: Path, llama_server: Path | None) -> list[Peer]:
-    """This project's engine first, at both numbers of activation bits, then the others."""
+    """This project's engine with 16-bit and with 8-bit activations, then the other engines."""
     here = Path(sys.executable)
     openvino, vllm = folder / "openvino", folder / "vllm"
     server = llama_server or folder / "llama.cpp" / "bin" / "llama-server"
@@ -147,24 +147,24 @@ def all_peers(folder: Path, llama_server: Path | None) -> list[Peer]:
             "llama_server_worker.py",
             (str(server),),
             needs=server,
-            install="build llama.cpp with LLAMA_BUILD_SERVER=ON and name its llama-server (--llama-server)",
+            install="build llama.cpp with LLAMA_BUILD_SERVER=ON and give --llama-server its path",
         ),
     ]
 
 
-def some_tokens(random_numbers: random.Random, length: int) -> list[int]:
-    """A prompt that nobody has seen."""
+def random_prompt(random_numbers: random.Random, length: int) -> list[int]:
+    """A random prompt, so no prefix cache has it."""
     return random_numbers.choices(WORDS, k=length)
 
 
 def one_round(workers: list[Worker], seed: int, left_out: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Every job, and in each all engines one after the other: tokens per second by job and engine.
+    """Run every job on all engines, in random order: tokens per second by job and engine.
 
-    An engine that fails goes into `left_out` with its reason, and gets no further jobs.
+    An engine that fails is put into `left_out` with the reason and gets no more jobs.
     """
     numbers = random.Random(seed)
 
-    def in_turns(work: Callable[[Worker], float]) -> dict[str, float]:
+    def on_each(work: Callable[[Worker], float]) -> dict[str, float]:
         figures: dict[str, float] = {}
         for worker in random.Random(numbers.random()).sample(workers, len(workers)):
             if worker.name in left_out:
@@ -172,30 +172,30 @@ def one_round(workers: list[Worker], seed: int, left_out: dict[str, str]) -> dic
             try:
                 figures[worker.name] = work(worker)
             except WorkerError as error:
-                progress(f"{worker.name} is left out: {error}")
+                print_progress(f"{worker.name} is left out: {error}")
                 left_out[worker.name] = str(error)
         return figures
 
-    prompt, short = some_tokens(numbers, PREFILL), [some_tokens(numbers, 8) for _ in range(2)]
-    prefix = some_tokens(numbers, PREFIX)
-    prompts = [some_tokens(numbers, numbers.randint(*LENGTHS)) for _ in range(REQUESTS)]
-    others = [some_tokens(numbers, len(prompt)) for prompt in prompts]
+    prompt, short = random_prompt(numbers, PREFILL), [random_prompt(numbers, 8) for _ in range(2)]
+    prefix = random_prompt(numbers, PREFIX)
+    prompts = [random_prompt(numbers, numbers.randint(*LENGTHS)) for _ in range(REQUESTS)]
+    others = [random_prompt(numbers, len(prompt)) for prompt in prompts]
     total = REQUESTS * OUTPUTS
     return {
-        "prefill": in_turns(lambda worker: PREFILL / worker.run([prompt], 1)),
-        "decode": in_turns(
+        "prefill": on_each(lambda worker: PREFILL / worker.run([prompt], 1)),
+        "decode": on_each(
             lambda worker: DECODE / (worker.run([short[0]], 1 + DECODE) - worker.run([short[1]], 1))
         ),
-        "serve": in_turns(lambda worker: total / worker.run(prompts, OUTPUTS)),
-        "shared": in_turns(lambda worker: total / worker.run([prefix + other for other in others], OUTPUTS)),
+        "serve": on_each(lambda worker: total / worker.run(prompts, OUTPUTS)),
+        "shared": on_each(lambda worker: total / worker.run([prefix + other for other in others], OUTPUTS)),
     }
 
 
 def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -> dict[str, Any]:
-    """Medians of all rounds but the first, and our engines' ratios to the others, round by round."""
+    """Medians of all rounds except the first, which warms up, and our ratios to the others by round."""
     rounds = []
     for seed in range(repetitions + 1):
-        progress(f"round {seed} of {repetitions}" if seed else "a round that does not count")
+        print_progress(f"round {seed} of {repetitions}" if seed else "warm-up round")
         rounds.append(one_round(workers, seed, left_out))
     rounds = rounds[1:]
     names = [worker.name for worker in workers if worker.name not in left_out]
@@ -217,8 +217,8 @@ def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -
 
 
 def as_text(rows: dict[str, Any], versions: dict[str, str], left_out: dict[str, str]) -> str:
-    """Tokens per second of every engine, and beside the others' our engines' ratios to them."""
-    lines = [f"{'':10}{'engine':>20}{'tok/s':>9}   ours: median ratio (least to greatest)"]
+    """Tokens per second of every engine; for the other engines also the ratios of ours to theirs."""
+    lines = [f"{'':10}{'engine':>20}{'tok/s':>9}   tiny-llm over it: median ratio (min to max)"]
     for job, row in rows.items():
         for engine, figures in row["tokens_per_s"].items():
             ratios = [
@@ -233,7 +233,7 @@ def as_text(rows: dict[str, Any], versions: dict[str, str], left_out: dict[str, 
 
 
 def draw(rows: dict[str, Any], file: Path) -> None:
-    """A panel for each job, a bar for each engine: the median, and from the least to the greatest."""
+    """Draw a panel for each job with a bar for each engine: the median, and a line from min to max."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -247,12 +247,12 @@ def draw(rows: dict[str, Any], file: Path) -> None:
         names = [*row["tokens_per_s"]][::-1]
         figures = [row["tokens_per_s"][name] for name in names]
         medians = [one["median"] for one in figures]
-        reach = [
+        errors = [
             [one["median"] - one["min"] for one in figures],
             [one["max"] - one["median"] for one in figures],
         ]
         colors = ["#3b6ea8" if name.startswith("tiny-llm") else "#b0b0b0" for name in names]
-        axis.barh(names, medians, xerr=reach, color=colors, ecolor="#606060")
+        axis.barh(names, medians, xerr=errors, color=colors, ecolor="#606060")
         axis.set_title(f"{job}, tokens/s", fontsize=10)
         axis.tick_params(labelsize=8)
         if axis is not axes[0]:
@@ -260,22 +260,25 @@ def draw(rows: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def progress(text: str) -> None:
-    """What is being done, on the error stream: a round takes minutes."""
+def print_progress(text: str) -> None:
+    """Print to stderr what is running: a round takes minutes."""
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Start the engines that are there, measure them in turns, and say which are left out."""
+    """Start the installed engines, measure them in interleaved rounds, and print which are left out."""
     options = harness.parser(__doc__ or "")
     options.add_argument(
-        "--peers", type=Path, default=Path(".peers"), help="folder of their environments (default: .peers)"
+        "--peers",
+        type=Path,
+        default=Path(".peers"),
+        help="folder of the engines' environments (default: .peers)",
     )
-    options.add_argument("--plot", type=Path, help="also draw the figures, .svg or .png")
-    options.add_argument("--llama-server", type=Path, help="llama.cpp's server (default: in --peers)")
+    options.add_argument("--plot", type=Path, help="also draw a plot: .svg or .png file")
+    options.add_argument("--llama-server", type=Path, help="path of llama-server (default: in --peers)")
     args = options.parse_args()
     if args.plot and (args.plot.suffix not in (".svg", ".png") or not args.plot.absolute().parent.is_dir()):
-        options.error(f"--plot {args.plot}: name a file that ends in .svg or .png, in a folder that is there")
+        options.error(f"--plot {args.plot}: give a .svg or .png file in an existing folder")
     model, threads = embedded_model_path(), tiny_llm_kernels.num_threads()
     peers = all_peers(args.peers.absolute(), args.llama_server)
     left_out = {peer.name: why for peer in peers if (why := peer.why_missing())}
@@ -283,7 +286,7 @@ def main() -> None:
     try:
         for peer in peers:
             if peer.name not in left_out:
-                progress(f"starting {peer.name}")
+                print_progress(f"starting {peer.name}")
                 try:
                     workers.append(Worker(peer, model, threads))
                 except WorkerError as error:

@@ -1,7 +1,7 @@
-"""Does a step's time depend on the size of the pool? It must not: writing a token costs that token's bytes.
+"""Does a step take longer with a larger KV pool? It must not: writing a token writes only that token's bytes.
 
-One sequence decodes on the embedded model, with pools of a thousand to a hundred thousand blocks of
-one token. Were the pool copied, the largest would take gigabytes a step.
+One sequence decodes on the embedded model, with pools of a thousand to a hundred thousand blocks of one
+token. If a step copied the pool, the largest would move gigabytes in each step.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from tiny_llm import LLM, SamplingParams
 
 
 def step_times(num_blocks: int, steps: int) -> tuple[list[float], int]:
-    """Seconds of each decode step with a pool of `num_blocks` blocks of one token, and the pool's bytes."""
+    """Seconds of each decode step with `num_blocks` blocks of one token, and the pool's size in bytes."""
     llm = LLM(block_size=1, num_blocks=num_blocks, max_num_seqs=1)
     params = SamplingParams(temperature=0, max_tokens=steps + 8, ignore_eos=True)
     step = partial(llm.engine.call, llm.core.step)
@@ -23,7 +23,7 @@ def step_times(num_blocks: int, steps: int) -> tuple[list[float], int]:
 
 
 def main() -> None:
-    """Print the median step time for each pool size."""
+    """Print the median and the fastest step for each pool size."""
     options = harness.parser(__doc__ or "")
     options.add_argument("--steps", type=int, default=64, help="decode steps for each pool (default: 64)")
     options.add_argument(
@@ -31,7 +31,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[1_000, 3_000, 10_000, 30_000, 100_000],
-        help="pool sizes",
+        help="pool sizes in blocks",
     )
     args = options.parse_args()
     rows = []

@@ -1,15 +1,14 @@
-"""How near the machine's limits: bytes read per second in decode, operations per second in prefill.
+"""How close is the engine to the machine's limits: bytes per second in decode, operations in prefill?
 
-The limits are measured in the same minutes, in turns with the engine, by NumPy: dot products of arrays that
-no cache holds, in as many threads, are how fast memory is read; a float32 matrix product is how fast numbers
-are multiplied. A decode of one stream must read every weight once a token. A prefill multiplies every weight
-with every token; the kernels do it in whole numbers of 16 or 8 bits, of which a register holds more than of
-floats, so their share of the float32 limit may exceed 1.
+NumPy measures the limits in alternation with the engine, with as many threads. Memory bandwidth: dot products
+of arrays that are larger than any cache. Arithmetic: float32 matrix products. Decoding one stream must read
+every weight once per token. Prefill multiplies every weight with every token; the kernels multiply 16-bit or
+8-bit integers, of which a register holds more than floats, so they may exceed 100% of the float32 limit.
 """
 
 import os
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # threads are ours; set before NumPy is loaded
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this file starts the threads; set before NumPy is loaded
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +25,11 @@ from tiny_llm import LLM, SamplingParams
 
 PREFILL, DECODE = 512, 64
 READ_BYTES, MATRIX = 256 * 2**20, 768
-INPUTS_OF_A_RECORD = 32
+INPUTS_PER_RECORD = 32
 
 
 def limits() -> tuple[Callable[[], float], Callable[[], float]]:
-    """Two measurements: bytes read per second, and float32 operations per second, by all threads together."""
+    """Two functions that measure, over all threads: bytes read and float32 operations, per second."""
     threads = tiny_llm_kernels.num_threads()
     pool = ThreadPoolExecutor(threads)
     arrays = [np.ones(READ_BYTES // threads // 4, np.float32) for _ in range(threads)]
@@ -52,34 +51,34 @@ def limits() -> tuple[Callable[[], float], Callable[[], float]]:
 
 
 def weights_of(llm: LLM) -> tuple[int, int]:
-    """Bytes that a decode reads of the weights, and multiplications of one token but for the logits."""
+    """Bytes of the weights that a decode step reads, and multiplications per token without the logits."""
     nbytes = products = 0
     for layer in llm.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for matrix in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
             assert isinstance(matrix, PackedLinear)
             nbytes += matrix.packed.nbytes
-            products += matrix.out_features * matrix.packed.shape[1] * INPUTS_OF_A_RECORD
+            products += matrix.out_features * matrix.packed.shape[1] * INPUTS_PER_RECORD
     assert isinstance(llm.model.lm_head, PackedLinear)
     return nbytes + llm.model.lm_head.packed.nbytes, products
 
 
 def decode_seconds(llm: LLM, token: int) -> float:
-    """Seconds of a decoded token, behind a short context."""
+    """Seconds per decoded token after a short context."""
     params = SamplingParams(temperature=0, max_tokens=DECODE + 1, ignore_eos=True)
     moments = [time.perf_counter() for _ in llm.stream([token] * 4, params)]
     return (moments[-1] - moments[0]) / DECODE
 
 
 def prefill_seconds(llm: LLM, seed: int) -> float:
-    """Seconds of a prompt that nobody has seen."""
+    """Seconds of a prompt that is not in the prefix cache."""
     prompt = [1000 + (37 * i + 7919 * seed) % 30_000 for i in range(PREFILL)]
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, cache_salt=f"run {seed}")
     return harness.timed(lambda: list(llm.stream(prompt, params)))
 
 
-def measured(bits: int, repetitions: int) -> dict[str, Any]:
-    """Medians, and the shares of the limits as medians over the repetitions."""
+def measure(bits: int, repetitions: int) -> dict[str, Any]:
+    """Medians over the repetitions: the engine's figures, the limits, and the shares of the limits."""
     llm = LLM(activation_bits=bits, max_num_seqs=1)
     read, multiply = limits()
     nbytes, products = weights_of(llm)
@@ -98,13 +97,13 @@ def measured(bits: int, repetitions: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print achieved figures and limits."""
+    """Print the engine's figures and the limits."""
     args = harness.parser(__doc__ or "").parse_args()
-    rows = [measured(bits, args.repetitions) for bits in (16, 8)]
+    rows = [measure(bits, args.repetitions) for bits in (16, 8)]
     lines = [
-        f"{row['activation_bits']:>2} bits: decode reads {row['decode_bytes_s'] / 1e9:.1f} of "
-        f"{row['read_limit'] / 1e9:.1f} GB/s ({row['of_read']:.0%}); prefill "
-        f"{row['prefill_ops_s'] / 1e9:.0f} Gop/s, float32 limit {row['float32_limit'] / 1e9:.0f} "
+        f"{row['activation_bits']:>2}-bit activations: decode reads {row['decode_bytes_s'] / 1e9:.1f} GB/s, "
+        f"limit {row['read_limit'] / 1e9:.1f} GB/s ({row['of_read']:.0%}); prefill "
+        f"{row['prefill_ops_s'] / 1e9:.0f} Gop/s, float32 limit {row['float32_limit'] / 1e9:.0f} Gop/s "
         f"({row['of_float32']:.0%})"
         for row in rows
     ]

@@ -1,8 +1,8 @@
-"""What does sampling cost? Requests that decode beside each other, greedy and drawn.
+"""What does sampling cost? The step time of requests that decode together, greedy and with temperature.
 
-`--requests` requests on the embedded model; the figure is the median time of a decode step: greedy, at
-temperature 1, and with top_p 0.9 too, each with the compiled sampler and with its readable twin, which sorts
-a row by MLX's operators. All take turns, step by step, in an engine each.
+`--requests` requests on the embedded model. The figure is the median time of a decode step: greedy, at
+temperature 1, and at temperature 1 with top_p 0.9, each with the compiled sampler and with its readable twin,
+which sorts a row with MLX's operators. Each case has its own engine; the engines alternate step by step.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ WAYS = {
 SAMPLERS = {"compiled": sample_token, "twin": sample_token.__wrapped__}
 
 
-class Crowd:
-    """An engine whose requests all decode, each step sampled in one way by one of the samplers."""
+class Batch:
+    """An engine whose requests all decode, with one kind of sampling and one of the samplers."""
 
     def __init__(self, requests: int, steps: int, how: dict[str, float], sampler: Callable[..., Any]) -> None:
         self.llm = LLM(max_num_seqs=requests, num_blocks=requests * 16, enable_prefix_caching=False)
@@ -40,7 +40,7 @@ class Crowd:
         self.step()
 
     def step(self) -> float:
-        """Seconds of one step."""
+        """Run one step and return its seconds."""
         token_output.sample_token = self._sampler
         try:
             return float(self.llm.engine.call(partial(harness.timed, self.llm.core.step)))
@@ -52,20 +52,22 @@ class Crowd:
 
 
 def main() -> None:
-    """Print the median step of each way and sampler, and what it adds to a greedy one."""
+    """Print the median step and the throughput of each kind of sampling and sampler."""
     options = harness.parser(__doc__ or "")
     options.set_defaults(repetitions=40)
-    options.add_argument("--requests", type=harness.positive, default=16, help="at a time (default: 16)")
+    options.add_argument(
+        "--requests", type=harness.positive, default=16, help="requests at a time (default: 16)"
+    )
     args = options.parse_args()
-    crowds = {
-        (way, name): Crowd(args.requests, args.repetitions, how, sampler)
+    batches = {
+        (way, name): Batch(args.requests, args.repetitions, how, sampler)
         for way, how in WAYS.items()
         for name, sampler in SAMPLERS.items()
     }
-    times: dict[tuple[str, str], list[float]] = {which: [] for which in crowds}
+    times: dict[tuple[str, str], list[float]] = {which: [] for which in batches}
     for _ in range(args.repetitions):
-        for which, crowd in crowds.items():
-            times[which].append(crowd.step())
+        for which, batch in batches.items():
+            times[which].append(batch.step())
     rows = [
         {"way": way, "sampler": name, **harness.summary(seconds)} for (way, name), seconds in times.items()
     ]

@@ -1,4 +1,4 @@
-"""Servers with OpenAI's API, each in a process and, where it is not ours, an environment of its own."""
+"""Start servers with OpenAI's API, each in its own process; other engines in their own environments."""
 
 import math
 import os
@@ -22,14 +22,14 @@ START_SECONDS = 300.0
 
 
 class ServerError(Exception):
-    """A server did not start, or ended; with the last that it said."""
+    """A server did not start, or exited; the message has the last lines of its log."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """How one is started; {port}, {model}, {threads} and {folder}, which is empty, are filled in everywhere.
+    """How to start a server. {port}, {model}, {threads} and {folder}, an empty folder, are filled in.
 
-    prepare: a command that runs before it. needs: what must be there. install: how it gets there.
+    prepare: a command that runs first. needs: a path that must exist. install: how to install it.
     """
 
     name: str
@@ -40,13 +40,15 @@ class Server:
     install: str = ""
 
     def why_missing(self) -> str | None:
-        """What is not there, and how it gets there; None where it can run."""
-        return None if self.needs is None or self.needs.exists() else f"no {self.needs}; {self.install}"
+        """The missing path and how to install it; None if the server can run."""
+        if self.needs is None or self.needs.exists():
+            return None
+        return f"{self.needs} is missing; to install: {self.install}"
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server that answers."""
+class RunningServer:
+    """A server that answers requests."""
 
     name: str
     url: str
@@ -54,7 +56,7 @@ class Running:
 
     @property
     def rss(self) -> int:
-        """Bytes that it has in memory; Linux only."""
+        """Resident memory in bytes; Linux only."""
         [line] = [
             line
             for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
@@ -63,14 +65,17 @@ class Running:
         return 1024 * int(line.split()[1])
 
 
-def ours(*options: str) -> Server:
-    """`tiny-llm serve`."""
-    command = (sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "{port}", "--log-level", "error")
+def tiny_llm_server(*options: str) -> Server:
+    """`tiny-llm serve` with these options."""
+    command = (
+        *(sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "{port}", "--log-level", "error"),
+        *("--generation-config", "vllm"),  # only the parameters that the bench sends
+    )
     return Server("tiny-llm", (*command, "--model", "{model}", *options))
 
 
-def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
-    """The others, which run up to `slots` requests at once."""
+def other_servers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
+    """The servers of vLLM and llama.cpp, each running up to `slots` requests at once."""
     vllm, llama = folder / "vllm", llama_server or folder / "llama.cpp" / "bin" / "llama-server"
     libraries = os.pathsep.join([str(llama.parent), os.environ.get("LD_LIBRARY_PATH", "")])
     python, context = str(vllm / "bin" / "python"), 1024
@@ -96,13 +101,13 @@ def peers(folder: Path, llama_server: Path | None, slots: int) -> list[Server]:
             ),
             env={"LD_LIBRARY_PATH": libraries},
             needs=llama,
-            install="build llama.cpp with LLAMA_BUILD_SERVER=ON and name its llama-server (--llama-server)",
+            install="build llama.cpp with LLAMA_BUILD_SERVER=ON and give --llama-server its path",
         ),
     ]
 
 
-def some_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
-    """Random prompts of 48 to 144 tokens, 32 to 96 out, so many requests at a time."""
+def random_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
+    """Random prompts of 48 to 144 tokens, 32 to 96 tokens out, `clients` requests at a time."""
     return ServeRun(
         backend="openai",
         base_url=url,
@@ -122,8 +127,8 @@ def some_load(url: str, clients: int, requests: int, seed: int) -> ServeRun:
 
 
 @contextmanager
-def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
-    """A server that has loaded its model; it has ended when this is left. Raises `ServerError`."""
+def run_server(server: Server, model: Path, threads: int) -> Iterator[RunningServer]:
+    """Start a server, wait until it has loaded its model, and stop it on exit. Raises `ServerError`."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         values = {"port": _free_port(), "model": model, "threads": threads, "folder": folder}
         command, prepare = (
@@ -131,10 +136,10 @@ def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
         )
         env = {**os.environ, **{name: value.format(**values) for name, value in server.env.items()}}
         if prepare and subprocess.call(prepare, stdout=log, stderr=log, env=env):
-            raise ServerError(f"{server.name} cannot read the model: {_last_lines(log)}")
+            raise ServerError(f"{server.name}: preparing the model failed: {_last_lines(log)}")
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         try:
-            one = Running(server.name, f"http://127.0.0.1:{values['port']}", process)
+            one = RunningServer(server.name, f"http://127.0.0.1:{values['port']}", process)
             _wait_until_ready(one, log)
             yield one
         finally:
@@ -146,12 +151,12 @@ def running(server: Server, model: Path, threads: int) -> Iterator[Running]:
                 process.wait()
 
 
-def _wait_until_ready(server: Running, log: IO[bytes]) -> None:
+def _wait_until_ready(server: RunningServer, log: IO[bytes]) -> None:
     end = time.monotonic() + START_SECONDS
     with httpx2.Client(base_url=server.url, timeout=5, trust_env=False) as client:
         while time.monotonic() < end:
             if server.process.poll() is not None:
-                raise ServerError(f"{server.name} ended before it answered: {_last_lines(log)}")
+                raise ServerError(f"{server.name} exited before it answered: {_last_lines(log)}")
             with suppress(httpx2.HTTPError):
                 if client.get("/health").status_code == 200:
                     return

@@ -1,13 +1,13 @@
-"""What does HTTP cost, and how do servers compare, at 1, 16 and 64 clients?
+"""What does HTTP cost, and how do servers compare, with 1, 16 and 64 clients?
 
-The same jobs (random prompts of 48 to 144 tokens, 32 to 96 out), in turns:
+The same jobs (random prompts of 48 to 144 tokens, 32 to 96 tokens out), in interleaved rounds:
 
-    engine      this engine in this process, each client a coroutine that reads `Engine.generate`
-    tiny-llm    `tiny-llm serve` in a process of its own, asked as `tiny-llm bench serve` asks
-    others      vLLM and llama.cpp's servers, the same model in processes of their own, asked the same way
+    engine      the engine in this process; each client is a coroutine that reads `Engine.generate`
+    tiny-llm    `tiny-llm serve` in its own process, with the client of `tiny-llm bench serve`
+    others      the servers of vLLM and llama.cpp, the same model in their own processes, same client
 
-Client and server share the processor, as they do wherever one machine has both. What HTTP costs is 1 less the
-ratio of the second to the first, round by round.
+Client and server share the processor. The cost of HTTP is 1 minus the ratio of tiny-llm's throughput to the
+engine's, round by round.
 """
 
 import asyncio
@@ -21,20 +21,20 @@ from typing import Any
 
 import harness
 import tiny_llm_kernels
-from servers import ServerError, ours, peers, running, some_load
+from servers import ServerError, other_servers, random_load, run_server, tiny_llm_server
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
 from tiny_llm_cli.serve_load import Answer, Ask, ServeRun, put_load
 
-REQUESTS = {1: 8, 16: 48, 64: 96}  # by clients
+REQUESTS = {1: 8, 16: 48, 64: 96}  # by number of clients
 SLOTS = 64
 Figures = dict[str, Any]
 SHOWN = ("output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "mean_itl_ms", "p99_itl_ms")
 
 
-def of_engine(llm: LLM) -> Ask:
-    """Asks the engine itself."""
+def engine_client(llm: LLM) -> Ask:
+    """A client that calls the engine directly."""
 
     async def ask(job: dict[str, Any]) -> Answer:
         params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
@@ -50,11 +50,11 @@ def of_engine(llm: LLM) -> Ask:
 
 
 def one_round(engines: dict[str, Callable[[ServeRun], Figures]], seed: int) -> dict[int, dict[str, Figures]]:
-    """The figures of every engine at each number of clients; in each all engines in turns."""
+    """Figures by number of clients and engine; for each number all engines run, in random order."""
     numbers = random.Random(seed)
     return {
         clients: {
-            name: engines[name](some_load("", clients, REQUESTS[clients], seed))
+            name: engines[name](random_load("", clients, REQUESTS[clients], seed))
             for name in numbers.sample([*engines], len(engines))
         }
         for clients in REQUESTS
@@ -62,10 +62,10 @@ def one_round(engines: dict[str, Callable[[ServeRun], Figures]], seed: int) -> d
 
 
 def compare(engines: dict[str, Callable[[ServeRun], Figures]], repetitions: int) -> dict[str, Any]:
-    """Medians of all rounds but the first, and our server's throughput over everybody else's."""
+    """Medians of all rounds except the first, and our server's throughput over each engine's."""
     rounds = []
     for seed in range(repetitions + 1):
-        progress(f"round {seed} of {repetitions}" if seed else "a round that does not count")
+        print_progress(f"round {seed} of {repetitions}" if seed else "warm-up round")
         rounds.append(one_round(engines, seed))
     rounds = rounds[1:]
     rows: dict[str, Any] = {}
@@ -85,9 +85,10 @@ def compare(engines: dict[str, Callable[[ServeRun], Figures]], repetitions: int)
 
 
 def as_text(rows: dict[str, Any], left_out: dict[str, str]) -> str:
-    """A line for each engine and number of clients."""
-    titles = ("tok/s", "TTFT ms", "p99", "TPOT ms", "ITL ms", "p99")
-    lines = [f"{'clients':8}{'':14}{''.join(f'{title:>10}' for title in titles)}   tiny-llm serve over it"]
+    """One line for each engine and number of clients."""
+    titles = ("tok/s", "TTFT ms", "p99 ms", "TPOT ms", "ITL ms", "p99 ms")
+    heads = "".join(f"{title:>10}" for title in titles)
+    lines = [f"{'clients':8}{'':14}{heads}   tiny-llm serve over it: median (min to max)"]
     for clients, engines in rows.items():
         for name, row in engines.items():
             figures = "".join(f"{row[figure]['median']:>10.1f}" for figure in SHOWN)
@@ -98,33 +99,38 @@ def as_text(rows: dict[str, Any], left_out: dict[str, str]) -> str:
     return "\n".join(lines + [f"left out: {name}: {why}" for name, why in left_out.items()])
 
 
-def progress(text: str) -> None:
-    """What is being done, on the error stream: a round takes minutes."""
+def print_progress(text: str) -> None:
+    """Print to stderr what is running: a round takes minutes."""
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Start the servers that are there, measure them in turns, and say which are left out."""
+    """Start the installed servers, measure them in interleaved rounds, and print which are left out."""
     options = harness.parser(__doc__ or "")
     options.add_argument(
-        "--peers", type=Path, default=Path(".peers"), help="folder of the others (default: .peers)"
+        "--peers",
+        type=Path,
+        default=Path(".peers"),
+        help="folder of the servers' environments (default: .peers)",
     )
-    options.add_argument("--llama-server", type=Path, help="llama.cpp's server (default: in --peers)")
+    options.add_argument("--llama-server", type=Path, help="path of llama-server (default: in --peers)")
     args = options.parse_args()
     model, threads = embedded_model_path(), tiny_llm_kernels.num_threads()
     llm = LLM(model, max_num_seqs=SLOTS)
     left_out: dict[str, str] = {}
     engines: dict[str, Callable[[ServeRun], Figures]] = {
-        "engine": lambda run: asyncio.run(put_load(of_engine(llm), run, silent))
+        "engine": lambda run: asyncio.run(put_load(engine_client(llm), run, ignore_progress))
     }
     with ExitStack() as stack:
-        for server in (ours(), *peers(args.peers.absolute(), args.llama_server, SLOTS)):
-            progress(f"starting {server.name}")
+        for server in (tiny_llm_server(), *other_servers(args.peers.absolute(), args.llama_server, SLOTS)):
+            print_progress(f"starting {server.name}")
             try:
                 if (why := server.why_missing()) is not None:
                     raise ServerError(why)
-                url = stack.enter_context(running(server, model, threads)).url
-                engines[server.name] = lambda run, url=url: measure_server(run._replace(base_url=url), silent)  # type: ignore[misc]
+                url = stack.enter_context(run_server(server, model, threads)).url
+                engines[server.name] = lambda run, url=url: measure_server(
+                    run._replace(base_url=url), ignore_progress
+                )  # type: ignore[misc]
             except ServerError as error:
                 left_out[server.name] = str(error)
         rows = compare(engines, args.repetitions)
@@ -132,8 +138,8 @@ def main() -> None:
     harness.show(result, as_json=args.json, text=as_text(rows, left_out))
 
 
-def silent(*_: object) -> None:
-    """A round's progress is enough."""
+def ignore_progress(*_: object) -> None:
+    """Ignore progress inside a round."""
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How much memory does sharing save? Parallel sampling and beam search on the embedded model.
+"""How much memory does block sharing save? Parallel sampling and beam search on the embedded model.
 
-Blocks that the tables of one request's sequences name, against different blocks that they hold, at every
-step of a run: "average" sums both over the steps, "peak" compares the most of each. The prefix cache is off:
-what is shared here is what forks share. Lengths are fixed, one short and one like a chat; end-of-sequence
+Compares the entries in the block tables of one request's sequences with the distinct blocks among them, at
+every step of a run. "average" sums both over the steps, "peak" takes the maximum of each. The prefix cache is
+off, so only forks share blocks. There are two fixed lengths, one short and one like a chat; end-of-sequence
 tokens are ignored.
 
-Expected, by counting blocks: completions of one prompt share the blocks that the prompt fills, and nothing
-else ("expected"); beams share those at least, and more where they have parted late. The PagedAttention paper
-has, for its own models and requests and 2 to 6 sequences, 6-10% (short) and 16-31% (chat) for parallel
-sampling, 38-55% and 44-66% for beam search. A prompt that is shorter than a block has nothing to share.
+Expected, by counting blocks: completions of one prompt share exactly the blocks that the prompt fills
+("expected"). Beams share at least those, and more if they diverged late. The PagedAttention paper reports,
+for its own models and requests and 2 to 6 sequences, 6-10% (short) and 16-31% (chat) for parallel sampling,
+38-55% and 44-66% for beam search. A prompt that is shorter than a block has nothing to share.
 """
 
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ SAMPLING, SEARCH = "sampling", "beam search"
 
 
 class Step(NamedTuple):
-    """Blocks of a step: named by tables, and different ones."""
+    """Blocks of a step: entries in the block tables (logical), and distinct blocks (physical)."""
 
-    named: int
-    held: int
+    logical: int
+    physical: int
 
 
-class Watched(PagedBatchManager):
-    """Takes down what the tables hold while each step is computed."""
+class RecordingManager(PagedBatchManager):
+    """A batch manager that records the block tables of every step."""
 
-    def __init__(self, pages: int, block_size: int, seats: int, model: Model) -> None:
-        super().__init__(pages, block_size, seats, model=model)
+    def __init__(self, num_blocks: int, block_size: int, max_seqs: int, model: Model) -> None:
+        super().__init__(num_blocks, block_size, max_seqs, model=model)
         self.steps: list[Step] = []
 
     def process_batch(self) -> StepLogits:
-        """A step as it always is."""
+        """Run the step and record its tables."""
         logits = super().process_batch()
         tables = [sequence.table.blocks for sequence in self.running]
         self.steps.append(Step(sum(map(len, tables)), len({block for blocks in tables for block in blocks})))
@@ -47,7 +47,7 @@ class Watched(PagedBatchManager):
 
 
 class Task(NamedTuple):
-    """A prompt, the tokens of each answer, and how many answers there are."""
+    """A prompt, the length of each answer in tokens, and the number of answers (width)."""
 
     kind: str
     prompt: Sequence[int]
@@ -56,13 +56,13 @@ class Task(NamedTuple):
     block_size: int
 
     def blocks(self, tokens: int) -> int:
-        """Blocks that so many tokens need."""
+        """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
 
     def expect(self) -> list[Step]:
-        """The steps, where exactly the blocks that the prompt fills are shared.
+        """Predict the steps: the sequences share exactly the blocks that the prompt fills.
 
-        While the prompt is computed a search has one beam; completions hold all of its blocks together.
+        During prefill a search has only one beam, and completions share all blocks of the prompt.
         """
         prompt, full = self.blocks(len(self.prompt)), len(self.prompt) // self.block_size
         steps = [Step(prompt * (self.width if self.kind == SAMPLING else 1), prompt)]
@@ -72,9 +72,9 @@ class Task(NamedTuple):
         return steps
 
     def run(self, llm: LLM) -> list[Step]:
-        """The steps as they were."""
-        pages = self.width * self.blocks(len(self.prompt) + self.output_len)
-        manager = Watched(pages, self.block_size, self.width, llm.model)
+        """Run the request and return the recorded steps."""
+        num_blocks = self.width * self.blocks(len(self.prompt) + self.output_len)
+        manager = RecordingManager(num_blocks, self.block_size, self.width, llm.model)
         core = EngineCore(manager, llm.model_config.eos_token_ids)
         if self.kind == SEARCH:
             beams = BeamSearchParams(beam_width=self.width, max_tokens=self.output_len, ignore_eos=True)
@@ -88,24 +88,28 @@ class Task(NamedTuple):
 
 
 def saved(steps: Sequence[Step]) -> dict[str, float]:
-    """The share of the blocks that sharing saves: summed over the steps, and of the most."""
-    named, held = zip(*steps, strict=True)
-    return {"average": 1 - sum(held) / sum(named), "peak": 1 - max(held) / max(named)}
+    """The share of blocks that sharing saves, summed over the steps and at the peak."""
+    logical, physical = zip(*steps, strict=True)
+    return {"average": 1 - sum(physical) / sum(logical), "peak": 1 - max(physical) / max(logical)}
 
 
 def prompt_of(llm: LLM, tokens: int) -> list[int]:
-    """A text of the model's own, so that what follows it is a text too."""
+    """A text that the model wrote, so that its continuations are ordinary text."""
     params = SamplingParams(seed=0, temperature=0.8, max_tokens=tokens, ignore_eos=True)
     [output] = llm.generate(["Once upon a time"], params, use_tqdm=False)
     return [*output.prompt_token_ids, *output.outputs[0].token_ids][:tokens]
 
 
 def main() -> None:
-    """Print what each kind of request saved."""
+    """Print the memory that each kind of request saved."""
     options = harness.parser(__doc__ or "")
     options.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: 16)")
-    options.add_argument("--short", type=int, nargs=2, default=(19, 58), help="tokens in and out (19 58)")
-    options.add_argument("--chat", type=int, nargs=2, default=(161, 338), help="tokens in and out (161 338)")
+    options.add_argument(
+        "--short", type=int, nargs=2, default=(19, 58), help="tokens in and out (default: 19 58)"
+    )
+    options.add_argument(
+        "--chat", type=int, nargs=2, default=(161, 338), help="tokens in and out (default: 161 338)"
+    )
     args = options.parse_args()
     llm, rows = LLM(enable_prefix_caching=False), []
     for kind, widths in ((SAMPLING, COMPLETIONS), (SEARCH, BEAMS)):
@@ -114,14 +118,17 @@ def main() -> None:
             for width in widths:
                 task = Task(kind, prompt, output_len, width, args.block_size)
                 rows.append(row_of(task, name, task.run(llm)))
-    lines = [f"{'':12}{'in':>11}{'out':>5}{'':>4}{'average':>9}{'expected':>10}{'peak':>8}{'expected':>10}"]
+    lines = [
+        "memory saved, as a share of the blocks needed without sharing",
+        f"{'':12}{'in':>11}{'out':>5}{'n':>4}{'average':>9}{'expected':>10}{'peak':>8}{'expected':>10}",
+    ]
     lines += [line_of(row) for row in rows]
     result = {"benchmark": "sharing", "block_size": args.block_size, "rows": rows}
     harness.show(result, as_json=args.json, text="\n".join(lines))
 
 
 def row_of(task: Task, name: str, steps: Sequence[Step]) -> dict[str, Any]:
-    """One task's figures."""
+    """The figures of one task."""
     return {
         "kind": task.kind,
         "length": name,
@@ -130,12 +137,12 @@ def row_of(task: Task, name: str, steps: Sequence[Step]) -> dict[str, Any]:
         "sequences": task.width,
         "saved": saved(steps),
         "expected": saved(task.expect()),
-        "most_blocks": max(step.held for step in steps),
+        "max_blocks": max(step.physical for step in steps),
     }
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """The same for people; beams save what is expected at least."""
+    """The same as text; beams save at least what is expected."""
     least = "" if row["kind"] == SAMPLING else ">="
     figures = "".join(
         f"{row['saved'][name]:>{width}.1%}{least:>4}{row['expected'][name]:>6.1%}"

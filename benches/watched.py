@@ -1,9 +1,9 @@
-"""What does it cost to be watched? A server's throughput with somebody on `/live`, and without.
+"""What does the live page cost? A server's throughput with and without a client that reads `/live`.
 
-The same jobs twice in each pair, in random order: 16 clients, prompts of 48 to 144 tokens, 32 to 96 out, none
-of them kept. Whoever watches reads the stream in this process and throws it away: what a browser does with it
-is not counted. Expected: a few per cent with a watcher, for the comparison of the pool before and after each
-step and for JSON; nothing without one, because nothing is compared then.
+Each pair runs the same jobs twice, in random order: 16 clients, prompts of 48 to 144 tokens, 32 to 96 tokens
+out, prefix cache off. The reader of `/live` runs in this process and discards the stream; the work of a
+browser is not measured. Expected: a few percent with a reader, for comparing the pool before and after each
+step and for JSON; nothing without one, because then nothing is compared.
 """
 
 import random
@@ -16,7 +16,7 @@ import httpx2
 
 import harness
 import tiny_llm_kernels
-from servers import ours, running, some_load
+from servers import random_load, run_server, tiny_llm_server
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
 
@@ -24,58 +24,58 @@ CLIENTS, REQUESTS = 16, 48
 
 
 class Reader(threading.Thread):
-    """Somebody who watches until he is told to stop, and counts what he reads."""
+    """A thread that reads `/live` until it is stopped and counts the bytes."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self.num_bytes = 0
-        self.begins = threading.Event()
-        self.ends = threading.Event()
+        self.started = threading.Event()
+        self.stopping = threading.Event()
         self._url = url
 
     def run(self) -> None:
-        """Read."""
+        """Read the stream."""
         with (
             httpx2.Client(base_url=self._url, timeout=None, trust_env=False) as client,
             client.stream("GET", "/live") as answer,
         ):
             for part in answer.iter_raw():
                 self.num_bytes += len(part)
-                self.begins.set()
-                if self.ends.is_set():
+                self.started.set()
+                if self.stopping.is_set():
                     return
 
 
 @contextmanager
 def watching(url: str, readers: int) -> Iterator[list[Reader]]:
-    """So many watch."""
-    crowd = [Reader(url) for _ in range(readers)]
-    for reader in crowd:
+    """Run `readers` readers of `/live` while the context is active."""
+    threads = [Reader(url) for _ in range(readers)]
+    for reader in threads:
         reader.start()
-        reader.begins.wait(30)
-    yield crowd
-    for reader in crowd:
-        reader.ends.set()
+        reader.started.wait(30)
+    yield threads
+    for reader in threads:
+        reader.stopping.set()
 
 
 def throughput(url: str, seed: int, readers: int) -> tuple[float, int]:
-    """Output tokens a second with so many readers, and the bytes that all of them read."""
-    run = some_load(url, CLIENTS, REQUESTS, seed)
-    with watching(url, readers) as crowd:
+    """Output tokens per second with `readers` readers, and the bytes that they read together."""
+    run = random_load(url, CLIENTS, REQUESTS, seed)
+    with watching(url, readers) as threads:
         figures: dict[str, Any] = measure_server(run, lambda *_: None)
-        return figures["output_throughput"], sum(reader.num_bytes for reader in crowd)
+        return figures["output_throughput"], sum(reader.num_bytes for reader in threads)
 
 
 def main() -> None:
-    """Measure pairs."""
+    """Measure pairs of runs and print the ratio."""
     options = harness.parser(__doc__ or "")
-    options.add_argument("--readers", type=harness.positive, default=1, help="who watch (default: 1)")
+    options.add_argument("--readers", type=harness.positive, default=1, help="readers of /live (default: 1)")
     args = options.parse_args()
     numbers = random.Random(0)
     pairs: list[dict[int, float]] = []
     num_bytes = 0
-    server = ours("--max-num-seqs", str(CLIENTS), "--no-enable-prefix-caching")
-    with running(server, embedded_model_path(), tiny_llm_kernels.num_threads()) as here:
+    server = tiny_llm_server("--max-num-seqs", str(CLIENTS), "--no-enable-prefix-caching")
+    with run_server(server, embedded_model_path(), tiny_llm_kernels.num_threads()) as here:
         for pair in range(args.repetitions + 1):
             measured = {}
             for readers in numbers.sample([0, args.readers], 2):
@@ -93,8 +93,9 @@ def main() -> None:
         "mib_read": num_bytes / (1 << 20),
     }
     text = (
-        f"{plain['median']:.1f} tok/s, watched by {args.readers} {watched['median']:.1f}: ratio "
-        f"{harness.summary(ratios)['median']:.3f} ({low:.3f} to {high:.3f}); {row['mib_read']:.2f} MiB read"
+        f"without a reader {plain['median']:.1f} tok/s, with {args.readers} {watched['median']:.1f} tok/s: "
+        f"ratio {harness.summary(ratios)['median']:.3f} (95% interval {low:.3f} to {high:.3f}); "
+        f"{row['mib_read']:.2f} MiB read from /live"
     )
     harness.show({"benchmark": "watched", "row": row}, as_json=args.json, text=text)
 

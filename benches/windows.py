@@ -1,14 +1,14 @@
-"""What does a sliding window save? The attention of a decode and of a prefill chunk, over longer contexts.
+"""How much faster is attention with a sliding window? A decode step and a prefill chunk by context length.
 
-The paged kernel alone, on the embedded model's heads, with a window and without one, timed in turns; some
-layers at once, each with pages of its own. Other memory is read before each, as a model's weights are: a
-decode finds nothing in the processor's cache. The prediction counts the bytes of the keys and values that the
-tokens see, without a window all up to their own position, with one the last `--window`; "times" is the first
-by the second.
+Runs only the paged attention kernel, with the embedded model's heads, alternately with and without a window;
+several layers at once, each with its own blocks. Other memory is read before each run, as a model reads its
+weights, so the processor's cache has no keys or values. "times" is the time without a window divided by the
+time with one. It is predicted from the keys and values that the tokens see: without a window all positions up
+to their own, with one the last `--window`.
 
-Expected: without a window the time grows with the context, with one it does not. A decode stays below the
-prediction, as every call costs something before it reads. A chunk comes close to it: its tokens share the
-tiles that they load, with a window as without.
+Expected: the time grows with the context without a window, and stays constant with one. A decode step gains
+less than predicted, because every call has a fixed cost. A chunk comes close to the prediction, because its
+tokens share the tiles that they load, with and without a window.
 """
 
 import random
@@ -27,7 +27,7 @@ OTHER_BYTES = 256 * 2**20  # more than a processor's cache holds
 
 
 class Attention:
-    """The last tokens of a sequence of `context` positions, in each layer, on scattered float16 pages."""
+    """Attention of a context's last `tokens` tokens in each layer, over scattered float16 blocks."""
 
     def __init__(self, tokens: int, context: int, block_size: int, layers: int) -> None:
         num_blocks = -(-context // block_size)
@@ -46,7 +46,7 @@ class Attention:
         mx.eval(self.q, *self.where, *pools)
 
     def outputs(self, window: int | None) -> list[mx.array]:
-        """Each layer's output, computed."""
+        """Compute and return the output of each layer."""
         kernel = partial(tiny_llm_kernels.paged_attention, scale=HEAD_DIM**-0.5, window=window)
         made = [kernel(self.q, keys, values, *self.where) for keys, values in self.pools]
         mx.eval(made)
@@ -54,24 +54,24 @@ class Attention:
 
 
 def positions_seen(tokens: int, context: int, window: int | None) -> int:
-    """Keys that the last tokens of a context see, all together: what is read is in proportion to it."""
+    """Positions that a context's last tokens see, summed; the bytes read are proportional to it."""
     return sum(min(position + 1, window or context) for position in range(context - tokens, context))
 
 
 def read_other_memory(other: mx.array) -> None:
-    """Leave the processor's cache with nothing of the pages."""
+    """Evict the keys and values from the processor's cache."""
     mx.eval(other.sum())
 
 
-def measured(tokens: int, context: int, args: Any) -> dict[str, Any]:
-    """Seconds of a layer with and without the window, timed in turns, and what the window should save."""
+def measure(tokens: int, context: int, args: Any) -> dict[str, Any]:
+    """Seconds per layer without and with the window, timed alternately, and the predicted ratio."""
     attention = Attention(tokens, context, args.block_size, args.layers)
     ways: dict[str, Callable[[], object]] = {
         "all": lambda: attention.outputs(None),
         "window": lambda: attention.outputs(args.window),
     }
     same = all(map(mx.array_equal, attention.outputs(None), attention.outputs(args.window)))
-    assert same == (context <= args.window), "a window that holds all changes no bit"
+    assert same == (context <= args.window), "only a window shorter than the context may change the output"
     other = mx.zeros(OTHER_BYTES // 4)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repetitions):
@@ -90,7 +90,7 @@ def measured(tokens: int, context: int, args: Any) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
+    """Format the rows as text."""
     lines = [f"{'tokens':>8}{'context':>9}{'all':>12}{'window':>12}{'times':>8}{'predicted':>11}"]
     for row in rows:
         whole, windowed = (row["seconds"][name]["median"] * 1e6 for name in ("all", "window"))
@@ -102,14 +102,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the time of a decode and of a chunk in one layer, for each context."""
+    """Print the time per layer of a decode step and of a prefill chunk, for each context."""
     options = harness.parser(__doc__ or "")
-    options.add_argument("--window", type=int, default=512, help="positions a token sees (default: 512)")
+    options.add_argument("--window", type=int, default=512, help="positions that a token sees (default: 512)")
     options.add_argument("--chunk", type=int, default=512, help="tokens of the prefill chunk (default: 512)")
     options.add_argument("--layers", type=int, default=8, help="layers computed at once (default: 8)")
     options.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: 16)")
     args = options.parse_args()
-    rows = [measured(tokens, context, args) for tokens in (1, args.chunk) for context in CONTEXTS]
+    rows = [measure(tokens, context, args) for tokens in (1, args.chunk) for context in CONTEXTS]
     result = {
         "benchmark": "windows",
         "window": args.window,

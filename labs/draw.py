@@ -1,4 +1,4 @@
-"""A lab's picture as a file. matplotlib is imported here alone, and only when a picture is wanted."""
+"""Write a lab's picture to a file. Only this module imports matplotlib, and only to draw a picture."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,21 +22,21 @@ STYLE: Any = {
 
 
 class PictureError(Exception):
-    """A picture cannot be written there, or nothing here can draw one; the message says what to do."""
+    """The file cannot be written, or matplotlib is missing; the message says what to do."""
 
 
 def check(file: Path) -> None:
-    """Raise `PictureError` where `draw` could not write `file`."""
+    """Raise `PictureError` if `draw` could not write `file`."""
     if file.suffix not in SUFFIXES:
-        raise PictureError(f"{file}: a picture is a file that ends in {' or '.join(SUFFIXES)}")
+        raise PictureError(f"{file}: the name of a picture must end in {' or '.join(SUFFIXES)}")
     if not file.absolute().parent.is_dir():
-        raise PictureError(f"{file}: there is no folder {file.parent}")
+        raise PictureError(f"{file}: the folder {file.parent} does not exist")
     if find_spec("matplotlib") is None:
-        raise PictureError("pictures need matplotlib, which is not installed: run `pdm install`")
+        raise PictureError("--plot needs matplotlib, which is not installed: run `pdm install`")
 
 
 def draw(picture: Picture, file: Path) -> None:
-    """Write the picture into `file`, in the format of its suffix."""
+    """Write the picture to `file` in the format of its suffix."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -51,7 +51,7 @@ def draw(picture: Picture, file: Path) -> None:
 
 
 def _plot_lines(axes: "Axes", picture: Picture) -> None:
-    """Lines of one name have one color."""
+    """Plot all lines; lines with the same name have the same color."""
     colors = {name: f"C{place}" for place, name in enumerate({line.name: None for line in picture.lines})}
     for line in picture.lines:
         xs, ys = zip(*line.points, strict=True)

@@ -1,10 +1,10 @@
-"""3.2: What beams save by sharing pages, what forks copy, and what a search costs that shares nothing.
+"""3.2: What beams save by sharing blocks, how much forks copy, and what a search without sharing costs.
 
-Beam search on the embedded model. While a step is computed: the blocks that the beams' tables name, how many
-different ones they are, and how many were copied because two beams went on within one. Predicted from the
-beams' tokens: a block is shared where all tokens up to its end are the same. Before a run the prompt alone
-says how much that is at least; at most it is all but the last block of each. Then one search is done from
-outside, by requests that compute every beam's whole text again, with a prefix cache and without.
+Beam search on the embedded model. Counts in each step: the entries in the beams' block tables, the distinct
+blocks among them, and the blocks copied because two beams continue in the same block. Predicted from the
+beams' tokens: beams share a block if all their tokens up to its end are equal. They share at least the blocks
+that the prompt fills, and at most all except the last block of each. Then one search is repeated with
+separate requests, which compute the whole text of every beam again, with and without a prefix cache.
 
 \b
 pdm run lab beams
@@ -29,8 +29,8 @@ from tiny_llm import LLM, BeamSearchParams, EngineCore, PagedBatchManager, Polic
 WIDTHS = (2, 4, 6)
 BLOCK_SIZE = 16
 SHORT_PROMPT, SHORT_OUTPUT = 19, 58  # tokens: like the means of instruction data
-AGAIN_WIDTH, AGAIN_PROMPT, AGAIN_OUTPUT = 4, 64, 8  # of the search that is done without sharing, too
-PUBLISHED = "38-55% after short prompts, 44-66% in chats"  # by the PagedAttention paper, for widths 2 to 6
+AGAIN_WIDTH, AGAIN_PROMPT, AGAIN_OUTPUT = 4, 64, 8  # of the search that is repeated without sharing
+PUBLISHED = "38-55% for short prompts, 44-66% for chats"  # in the PagedAttention paper, for widths 2 to 6
 TEXT = (
     "Once upon a time, in a small house by the sea, there lived a cat who could read. Every morning she took "
     "a book from the shelf, carried it to the window and turned its pages with one paw until the boats came "
@@ -46,7 +46,7 @@ TEXT = (
 def measure(
     progress: Progress,
     prompt_len: Annotated[int, typer.Option(min=2, max=512, help="Tokens of the longer prompt.")] = 161,
-    output_len: Annotated[int, typer.Option(min=2, help="Tokens found after it.")] = 48,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens generated after the prompt.")] = 48,
 ) -> Result:
     """Search after a short prompt and after a longer one; then search again without sharing."""
     pages = max(WIDTHS) * _blocks(prompt_len + output_len)
@@ -67,8 +67,8 @@ def measure(
         searches.append(way.search(llm, again))
     progress("beams", total, total)
     return Result(
-        title="Beams on shared pages",
-        asks="Beams have most of their past in common. What is it worth to store and compute it once?",
+        title="Beams on shared blocks",
+        question="Beams have most tokens in common. What does it save to store and compute them once?",
         tables=[_table_of_savings(runs), _table_of_ways(searches, again)],
         conclusion=_conclusion(runs[-1], searches),
         picture=_picture(runs[len(WIDTHS) :]),
@@ -76,38 +76,38 @@ def measure(
 
 
 class Task(NamedTuple):
-    """A prompt as token ids, and how many tokens are to be found after it."""
+    """A prompt as token ids, and the number of tokens to generate."""
 
     prompt: list[int]
     output_len: int
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """The label in tables."""
         return f"{len(self.prompt)} in, {self.output_len} out"
 
     def params(self, width: int) -> BeamSearchParams:
-        """Hypotheses all end at the same length."""
+        """Parameters of a search whose hypotheses all have the same length."""
         return BeamSearchParams(beam_width=width, max_tokens=self.output_len, ignore_eos=True)
 
     def lengths(self) -> range:
-        """Tokens of each beam while the step after the prompt's is computed, and so on to the last."""
+        """The length of each beam in tokens, in every step after prefill."""
         return range(len(self.prompt) + 1, len(self.prompt) + self.output_len)
 
     def predict_savings(self, width: int, shared: Callable[[int], int]) -> float:
-        """The share of blocks that is saved over a run, where beams of n tokens have shared(n) in common.
+        """The share of blocks saved over a run if beams of n tokens share shared(n) blocks.
 
-        The prompt's own step has one beam, which saves nothing.
+        The prefill step has one beam, which saves nothing.
         """
         logical = _blocks(len(self.prompt)) + sum(width * _blocks(n) for n in self.lengths())
         return sum((width - 1) * shared(n) for n in self.lengths()) / logical
 
     def least(self, width: int) -> float:
-        """Beams that part with their first token share what the prompt fills."""
+        """Saved share if beams diverge at their first token: they share the blocks that the prompt fills."""
         return self.predict_savings(width, lambda _: len(self.prompt) // BLOCK_SIZE)
 
     def most(self, width: int) -> float:
-        """Beams that parted with their last token share all before their last block."""
+        """Saved share if beams diverge at their last token: they share all blocks before the last."""
         return self.predict_savings(width, lambda n: (n - 1) // BLOCK_SIZE)
 
 
@@ -119,9 +119,9 @@ def _blocks(tokens: int) -> int:
 
 
 class Beam(NamedTuple):
-    """A beam while a step is computed: its tokens with keys and values, the blocks that they are in.
+    """A beam in a step: its tokens that have keys and values, and its blocks.
 
-    blocks_before: those that its table had when the step began.
+    blocks_before: the blocks of its table before the step.
     """
 
     tokens: tuple[int, ...]
@@ -130,30 +130,30 @@ class Beam(NamedTuple):
 
     @property
     def is_copied(self) -> bool:
-        """True where its last block from before has been replaced."""
+        """True if the step replaced its last block by a copy."""
         return self.blocks_before != self.blocks[: len(self.blocks_before)]
 
 
 class Step(NamedTuple):
-    """One step of a search, and how many tokens it computed."""
+    """One step of a search, and the number of tokens it computed."""
 
     beams: list[Beam]
     computed: int
 
     @property
     def logical(self) -> int:
-        """Blocks that the tables name."""
+        """Entries in the block tables."""
         return sum(len(beam.blocks) for beam in self.beams)
 
     @property
     def physical(self) -> Pair:
-        """Different ones; predicted: different texts up to a block's end."""
+        """Distinct blocks; predicted: distinct token sequences up to the end of a block."""
         texts = {beam.tokens[: end + BLOCK_SIZE] for beam in self.beams for end in self._starts(beam)}
         return Pair(len(texts), len({block for beam in self.beams for block in beam.blocks}))
 
     @property
     def copies(self) -> Pair:
-        """Blocks copied on write; predicted: of beams that part within a block all but one get a copy."""
+        """Blocks copied on write; predicted: of beams that diverge within a block, all except one copy it."""
         parents = Counter(beam.tokens[:-1] for beam in self.beams if (len(beam.tokens) - 1) % BLOCK_SIZE)
         return Pair(
             sum(children - 1 for children in parents.values()), sum(beam.is_copied for beam in self.beams)
@@ -164,15 +164,15 @@ class Step(NamedTuple):
         return range(0, len(beam.tokens), BLOCK_SIZE)
 
 
-class Watched(PagedBatchManager):
-    """A batch manager for one search that takes down what its beams hold while each step is computed."""
+class RecordingManager(PagedBatchManager):
+    """A batch manager for one search that records the blocks of its beams in every step."""
 
-    def __init__(self, pages: int, seats: int, model: Model) -> None:
-        super().__init__(pages, BLOCK_SIZE, seats, model=model)
+    def __init__(self, pages: int, max_seqs: int, model: Model) -> None:
+        super().__init__(pages, BLOCK_SIZE, max_seqs, model=model)
         self.steps: list[Step] = []
 
     def process_batch(self) -> StepLogits:
-        """A step as it always is."""
+        """Run the step and record its beams."""
         before = {beam.seq_id: tuple(beam.table.blocks) for beam in self.running}
         computed = sum(beam.num_computed for beam in self.running)
         logits = super().process_batch()
@@ -197,7 +197,7 @@ class Run(NamedTuple):
 
     @property
     def savings(self) -> Pair:
-        """The share of all blocks, summed over steps, that sharing saves."""
+        """The share of blocks that sharing saves, summed over steps."""
         logical = sum(step.logical for step in self.steps)
         physical = map(sum, zip(*(step.physical for step in self.steps), strict=True))
         return Pair(*(1 - blocks / logical for blocks in physical))
@@ -215,7 +215,7 @@ class Run(NamedTuple):
 
 def _search(llm: LLM, task: Task, width: int) -> Run:
     pages = width * _blocks(len(task.prompt) + task.output_len)
-    manager = Watched(pages, width, llm.model)
+    manager = RecordingManager(pages, width, llm.model)
     core = EngineCore(manager, llm.model_config.eos_token_ids)
     search = core.add_beam_search("search", task.prompt, task.params(width))
     while search.beams:
@@ -225,12 +225,12 @@ def _search(llm: LLM, task: Task, width: int) -> Run:
 
 def _table_of_savings(runs: Sequence[Run]) -> Table:
     return Table(
-        f"Blocks of {BLOCK_SIZE} that beams save, over a whole search. The PagedAttention paper has, with "
-        f"its models and requests, {PUBLISHED}",
+        f"Blocks of {BLOCK_SIZE} tokens that sharing saves over a whole search. The PagedAttention paper "
+        f"reports, for its models and requests, {PUBLISHED}",
         [
             Column("task", "tokens"),
             Column("width", "beams"),
-            Column("least", "prompt alone:\nat least", percent),
+            Column("least", "at least", percent),
             Column("most", "at most", percent),
             Column("saved", "saved", percent),
             Column("copies", "blocks\ncopied"),
@@ -257,8 +257,8 @@ def _picture(runs: Sequence[Run]) -> Picture:
             points = [Point(found, share) for found, share in enumerate(shares, start=1)]
             lines.append(Line(f"{run.width} beams", points, is_predicted=name == "predicted"))
     return Picture(
-        title=f"Blocks that beams share, after a prompt of {len(runs[0].task.prompt)} tokens",
-        x="tokens found",
+        title=f"Blocks that beams save by sharing, prompt of {len(runs[0].task.prompt)} tokens",
+        x="generated tokens",
         y="blocks saved",
         lines=lines,
         y_is_share=True,
@@ -269,7 +269,7 @@ def _picture(runs: Sequence[Run]) -> Picture:
 
 
 class Found(NamedTuple):
-    """What a search found: tokens and score of each hypothesis, best first; and what that took."""
+    """The result of a search: tokens and score of each hypothesis, best first; tokens computed; seconds."""
 
     hypotheses: list[tuple[tuple[int, ...], float]]
     computed: int
@@ -277,7 +277,7 @@ class Found(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A way to search. predict: the tokens that it computes."""
+    """A way to search. predict: the number of tokens that it computes."""
 
     name: str
     search: Callable[[LLM, Task], Found]
@@ -285,7 +285,7 @@ class Way(NamedTuple):
 
 
 def _inside(llm: LLM, task: Task) -> Found:
-    """`LLM.beam_search`; what it computes, a second search tells that is watched."""
+    """`LLM.beam_search`, timed; a second, recorded search counts the tokens that it computes."""
     start = perf_counter()
     [output] = llm.beam_search([task.prompt], task.params(AGAIN_WIDTH))
     seconds = perf_counter() - start
@@ -294,12 +294,12 @@ def _inside(llm: LLM, task: Task) -> Found:
 
 
 def _predict_inside(task: Task) -> int:
-    """The prompt once, then each step one token of each beam."""
+    """The prompt once, then one token of each beam in every step."""
     return len(task.prompt) + AGAIN_WIDTH * len(task.lengths())
 
 
 def _outside(llm: LLM, task: Task, prefix: Callable[..., Any]) -> Found:
-    """Ask for the likeliest next tokens of every beam, by requests that know nothing of each other."""
+    """Search with one independent request for each beam and step, which returns the likeliest next tokens."""
     pages = 2 * AGAIN_WIDTH * _blocks(len(task.prompt) + task.output_len)
     policies = Policies(prefix=prefix)
     manager = PagedBatchManager(pages, BLOCK_SIZE, AGAIN_WIDTH, model=llm.model, policies=policies)
@@ -316,14 +316,14 @@ def _outside(llm: LLM, task: Task, prefix: Callable[..., Any]) -> Found:
 
 
 class Answer(NamedTuple):
-    """The likeliest tokens after a text, with their log-probabilities, and how many were computed for it."""
+    """The likeliest next tokens with their log-probabilities, and the number of tokens computed for them."""
 
     likeliest: Sequence[tuple[int, float]]
     computed: int
 
 
 def _ask(core: EngineCore, texts: Sequence[list[int]], num_likeliest: int) -> list[Answer]:
-    """One request for each text, all at once."""
+    """Run one request for each text, all at once."""
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=num_likeliest)
     for number, tokens in enumerate(texts):
         core.add_request(str(number), tokens, params)
@@ -338,27 +338,27 @@ def _ask(core: EngineCore, texts: Sequence[list[int]], num_likeliest: int) -> li
 
 
 def _predict_outside(task: Task) -> int:
-    """Each step the whole text of each beam; the prompt's own step has one."""
+    """The whole text of each beam in every step; the prefill step has one beam."""
     return len(task.prompt) + AGAIN_WIDTH * sum(task.lengths())
 
 
 def _predict_cached(task: Task) -> int:
-    """The same, without the full blocks before the last token: they are in the cache."""
+    """The same without the full blocks before the last token, which are in the cache."""
     return len(task.prompt) + AGAIN_WIDTH * sum((n - 1) % BLOCK_SIZE + 1 for n in task.lengths())
 
 
 WAYS = (
-    Way("in the engine, pages shared", _inside, _predict_inside),
+    Way("in the engine, shared blocks", _inside, _predict_inside),
     Way("requests, prefix cache", lambda llm, task: _outside(llm, task, PrefixSharing), _predict_cached),
-    Way("requests", lambda llm, task: _outside(llm, task, NoPrefixSharing), _predict_outside),
+    Way("requests, no cache", lambda llm, task: _outside(llm, task, NoPrefixSharing), _predict_outside),
 )
 
 
 def _table_of_ways(searches: Sequence[Found], task: Task) -> Table:
-    """Time is predicted by the tokens that are computed."""
+    """Times are predicted as proportional to the tokens computed."""
     first, least = searches[0], WAYS[0].predict(task)
     return Table(
-        f"One search of {AGAIN_WIDTH} beams, {task.name}; times predicted by the tokens that are computed",
+        f"One search with {AGAIN_WIDTH} beams, {task.name}; predicted time: in proportion to tokens computed",
         [
             Column("way", "way"),
             Column("computed", "tokens\ncomputed"),
@@ -380,7 +380,7 @@ def _table_of_ways(searches: Sequence[Found], task: Task) -> Table:
 
 
 def _num_equal(search: Found, other: Found) -> int:
-    """Hypotheses in the same place with the same tokens and the same score, to the last bit."""
+    """Hypotheses of the same rank that have the same tokens and the same score, to the last bit."""
     return sum(a == b for a, b in zip(search.hypotheses, other.hypotheses, strict=True))
 
 
@@ -389,8 +389,8 @@ def _conclusion(run: Run, searches: Sequence[Found]) -> str:
     equal = min(_num_equal(search, inside) for search in searches)
     return (
         f"{run.width} beams save {percent(run.savings.measured)} of the blocks ({run.task.name}) and copy "
-        f"{run.copies.measured} on write. A search that computes every beam again takes "
-        f"{plain.seconds / inside.seconds:.1f} times as long, with a prefix cache "
+        f"{run.copies.measured} on write. A search that computes every beam again in each step takes "
+        f"{plain.seconds / inside.seconds:.1f} times as long; with a prefix cache "
         f"{cached.seconds / inside.seconds:.1f} times. {equal} of {AGAIN_WIDTH} beams have the same tokens "
-        "and the same score in all ways."
+        "and the same score in all three ways."
     )

@@ -1,9 +1,9 @@
-"""2.3: What blocks on demand save, and what free blocks are worth that must lie side by side.
+"""2.3: What allocating blocks on demand saves, and what it costs if they must be contiguous.
 
-Users come, hold the blocks that their tokens need, and go, under loads from light to too heavy. Counted
-by how full the pool is: requests that are refused although enough blocks are free, where a user's blocks
-must lie side by side and where they may lie anywhere. Knuth's fifty-percent rule predicts the gaps: half
-as many as there are users (The Art of Computer Programming, volume 1, section 2.5).
+Users arrive, hold the blocks that their tokens need, and leave, under loads from light to too heavy. Counts,
+by how full the pool is, the requests that are refused although enough blocks are free: if the blocks of a
+user must be contiguous, and if they may be anywhere. Knuth's fifty-percent rule predicts the number of gaps:
+half the number of users (The Art of Computer Programming, volume 1, section 2.5).
 
 \b
 pdm run lab dynamic
@@ -22,9 +22,9 @@ from tiny_llm.errors import OutOfBlocksError
 from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, percent
 
 SHORTEST, LONGEST = 100, 500  # tokens of a user
-LOADS = (0.5, 0.7, 0.9, 1.1, 1.5)  # blocks that would be held if all were admitted, over those of the pool
+LOADS = (0.5, 0.7, 0.9, 1.1, 1.5)  # blocks held if all requests were admitted, divided by the pool's blocks
 BINS = 10
-FEWEST = 30  # requests in a bin, for their share to be worth showing
+FEWEST = 30  # a bin with fewer requests is not shown
 
 
 def measure(
@@ -33,36 +33,36 @@ def measure(
     block_size: Annotated[int, typer.Option(min=1, max=64, help="Tokens in a block.")] = 16,
     requests: Annotated[int, typer.Option(min=200, help="Requests in each run.")] = 2000,
     seeds: Annotated[int, typer.Option(min=1, help="Runs at each load.")] = 2,
-    seed: Annotated[int, typer.Option(help="Source of lengths and of who leaves when.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the lengths and of the users' times.")] = 0,
 ) -> Result:
-    """Fill blocks on demand; then the same stream of requests to both ways of taking blocks."""
+    """Allocate blocks on demand, then serve the same requests with both ways of allocating blocks."""
     if pool * block_size < 4 * LONGEST:
-        raise typer.BadParameter(f"{pool} blocks of {block_size} tokens do not hold four users of {LONGEST}")
+        raise typer.BadParameter(f"{pool} blocks of {block_size} do not hold four users of {LONGEST} tokens")
     runs = [Run(pool, block_size, requests, load, seed + i) for load in LOADS for i in range(seeds)]
-    side_by_side, anywhere = Fullness(), Fullness()
+    contiguous, anywhere = Fullness(), Fullness()
     for done, run in enumerate(runs):
         progress("dynamic: runs:", done, len(runs))
-        _come_and_go(run, side_by_side, must_be_contiguous=True)
-        _come_and_go(run, anywhere, must_be_contiguous=False)
+        _serve(run, contiguous, must_be_contiguous=True)
+        _serve(run, anywhere, must_be_contiguous=False)
     progress("dynamic", len(runs), len(runs))
-    shown = [place for place in range(BINS) if _is_worth_showing(side_by_side, anywhere, place)]
-    worst, ever = side_by_side.bins[shown[-1]], sum(bin.refused for bin in anywhere.bins)
-    total = sum(bin.requests for bin in anywhere.bins)
+    shown = [place for place in range(BINS) if _is_worth_showing(contiguous, anywhere, place)]
+    worst, refused = contiguous.bins[shown[-1]], sum(level.refused for level in anywhere.bins)
+    total = sum(level.requests for level in anywhere.bins)
     return Result(
         title="Blocks on demand",
-        asks="Enough blocks are free, but scattered: can a request have them?",
-        tables=[_table_of_waste(block_size, seed), _table_of_refusals(side_by_side, anywhere, shown)],
+        question="Enough blocks are free, but they are scattered. Can a request use them?",
+        tables=[_table_of_waste(block_size, seed), _table_of_refusals(contiguous, anywhere, shown)],
         conclusion=(
-            f"Enough blocks were free, yet of the requests to a pool {_range(shown[-1])} full "
-            f"{percent(worst.refused_share)} were refused where blocks must lie side by side. Where they may "
-            f"lie anywhere: {ever} of {total:,}, however full the pool."
+            f"Enough blocks were free for every counted request. If blocks must be contiguous, a pool that "
+            f"was {_range(shown[-1])} full refused {percent(worst.refused_share)} of its requests. If blocks "
+            f"may be anywhere, pools refused {refused} of {total:,} requests, however full they were."
         ),
-        picture=_picture(side_by_side, anywhere, shown),
+        picture=_picture(contiguous, anywhere, shown),
     )
 
 
 class Run(NamedTuple):
-    """One stream of requests, the same for the same seed."""
+    """One sequence of requests, the same for the same seed."""
 
     pool: int
     block_size: int
@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Bin:
-    """Requests that met a pool about as full, with enough free blocks. users, gaps: summed over them."""
+    """Requests that found the pool equally full and enough blocks free. users, gaps: sums over them."""
 
     requests: int = 0
     refused: int = 0
@@ -82,19 +82,19 @@ class Bin:
 
     @property
     def refused_share(self) -> float:
-        """Of the requests."""
+        """The share of the requests that was refused."""
         return self.refused / self.requests
 
 
 @dataclass
 class Fullness:
-    """What happened, by how full the pool was: bin i is about i to i + 1 tenths."""
+    """Counts by how full the pool was: bin i is from i to i + 1 tenths."""
 
     bins: list[Bin] = field(default_factory=lambda: [Bin() for _ in range(BINS)])
 
 
-def _come_and_go(run: Run, found: Fullness, *, must_be_contiguous: bool) -> None:
-    """A request at a time. All users leave with one chance, so that they would hold `load` of the pool."""
+def _serve(run: Run, found: Fullness, *, must_be_contiguous: bool) -> None:
+    """Serve one request at a time. Each user leaves with the chance that gives the run's mean `load`."""
     draw = random.Random(run.seed)
     allocator = GlobalAllocator(run.pool, run.block_size, 1, 1)
     take = allocator.alloc_contiguous if must_be_contiguous else allocator.alloc_blocks
@@ -102,27 +102,27 @@ def _come_and_go(run: Run, found: Fullness, *, must_be_contiguous: bool) -> None
     users: list[Sequence[int]] = []
     for _ in range(run.requests):
         users = [blocks for blocks in users if not _leaves(blocks, allocator, draw.random() < 1 / stay)]
-        wanted = -(-draw.randint(SHORTEST, LONGEST) // run.block_size)
-        if wanted > len(allocator.free_blocks):
-            continue  # the pool is full, and no way of taking blocks could help
-        met = found.bins[BINS * (run.pool - len(allocator.free_blocks)) // run.pool]
-        met.requests += 1
-        met.users += len(users)
-        met.gaps += _gaps(allocator)
+        needed = -(-draw.randint(SHORTEST, LONGEST) // run.block_size)
+        if needed > len(allocator.free_blocks):
+            continue  # too few blocks are free, wherever they are
+        level = found.bins[BINS * (run.pool - len(allocator.free_blocks)) // run.pool]
+        level.requests += 1
+        level.users += len(users)
+        level.gaps += _gaps(allocator)
         try:
-            users.append(take(wanted))
+            users.append(take(needed))
         except OutOfBlocksError:
-            met.refused += 1
+            level.refused += 1
 
 
-def _leaves(blocks: Sequence[int], allocator: GlobalAllocator, wants_to: bool) -> bool:
-    if wants_to:
+def _leaves(blocks: Sequence[int], allocator: GlobalAllocator, is_leaving: bool) -> bool:
+    if is_leaving:
         allocator.free_blocks_ids(blocks)
-    return wants_to
+    return is_leaving
 
 
 def _gaps(allocator: GlobalAllocator) -> int:
-    """Runs of free blocks, each counted at its first."""
+    """Number of runs of free blocks."""
     free = set(allocator.free_blocks)
     return sum(block - 1 not in free for block in free)
 
@@ -136,46 +136,46 @@ def _range(place: int) -> str:
 
 
 def _table_of_waste(block_size: int, seed: int) -> Table:
-    """Users who take blocks for their tokens as they come, and none for what may come."""
+    """Users that allocate blocks for their present tokens, and none for later ones."""
     users, draw = 100, random.Random(seed)
     lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(users)]
     allocator = GlobalAllocator(users * -(-LONGEST // block_size), block_size, 1, 1)
     caches = [DynamicKVCache(allocator, str(user)) for user in range(users)]
     for cache, length in zip(caches, lengths, strict=True):
         cache.allocate_for_prompt(length)
-    taken = block_size * sum(len(cache.blocks) for cache in caches)
+    allocated = block_size * sum(len(cache.blocks) for cache in caches)
     mean, empty = (SHORTEST + LONGEST) / 2, (block_size - 1) / 2
     return Table(
-        f"Room taken for {users} users of {SHORTEST} to {LONGEST} tokens: half of the last block stays empty",
+        f"{users} users of {SHORTEST} to {LONGEST} tokens; predicted: half of each last block stays empty",
         [
             Column("block_size", "block\n(tokens)"),
-            Column("used", "tokens", "{:,.0f}".format),
-            Column("taken", "room\n(tokens)", "{:,.0f}".format),
+            Column("used", "used\n(tokens)", "{:,.0f}".format),
+            Column("allocated", "allocated\n(tokens)", "{:,.0f}".format),
             Column("waste", "wasted", percent),
         ],
         [
             (
                 block_size,
                 Pair(users * mean, sum(lengths)),
-                Pair(users * (mean + empty), taken),
-                Pair(empty / (mean + empty), 1 - sum(lengths) / taken),
+                Pair(users * (mean + empty), allocated),
+                Pair(empty / (mean + empty), 1 - sum(lengths) / allocated),
             )
         ],
     )
 
 
-def _table_of_refusals(side_by_side: Fullness, anywhere: Fullness, shown: list[int]) -> Table:
+def _table_of_refusals(contiguous: Fullness, anywhere: Fullness, shown: list[int]) -> Table:
     rows = []
     for place in shown:
-        run, scattered = side_by_side.bins[place], anywhere.bins[place]
+        run, scattered = contiguous.bins[place], anywhere.bins[place]
         gaps = Pair(run.users / 2 / run.requests, run.gaps / run.requests)
         refused = Pair(0, scattered.refused_share)
         rows.append((_range(place), run.requests, gaps, run.refused_share, scattered.requests, refused))
     return Table(
-        "Requests for which enough blocks were free, by how full the pool was",
+        "Requests for which enough blocks were free, by how full the pool was; gaps: runs of free blocks",
         [
             Column("full", "pool full"),
-            Column("requests", "side by side:\nrequests"),
+            Column("requests", "contiguous:\nrequests"),
             Column("gaps", "gaps", "{:.1f}".format),
             Column("refused", "refused", percent),
             Column("requests_anywhere", "anywhere:\nrequests"),
@@ -185,11 +185,11 @@ def _table_of_refusals(side_by_side: Fullness, anywhere: Fullness, shown: list[i
     )
 
 
-def _picture(side_by_side: Fullness, anywhere: Fullness, shown: list[int]) -> Picture:
-    ways = {"side by side": side_by_side, "anywhere": anywhere}
+def _picture(contiguous: Fullness, anywhere: Fullness, shown: list[int]) -> Picture:
+    ways = {"contiguous": contiguous, "anywhere": anywhere}
     return Picture(
         title="Refused although enough blocks were free",
-        x="share of the pool that is taken",
+        x="share of the pool in use",
         y="requests refused",
         lines=[
             Line(name, [Point((place + 0.5) / BINS, found.bins[place].refused_share) for place in shown])

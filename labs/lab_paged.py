@@ -1,9 +1,9 @@
-"""3.1: What pages waste, whether they ever refuse what would fit, and what taking one costs.
+"""3.1: What paging wastes, whether it refuses a request that would fit, and what allocating a block costs.
 
-Waste: the engine's own batch manager, without a model, under requests that come, grow and end, for blocks
-of 1 to 128 tokens. Lengths are exponential, with means like those of chat and instruction data: 161 tokens
-in and 338 out, 19 in and 58 out. Refusals: pools that were filled and half emptied, one for each seed. Cost:
-the time to take a block, by the size of the pool, beside a search for one.
+Waste: the engine's batch manager, without a model, serves requests that arrive, grow and finish, with blocks
+of 1 to 128 tokens. Lengths are exponentially distributed, with means like those of chat data (161 tokens in,
+338 out) and instruction data (19 in, 58 out). Refusals: pools that were filled and then half emptied, one for
+each seed. Cost: the time to allocate a block by the size of the pool, from a free list and by a search.
 
 \b
 pdm run lab paged
@@ -24,17 +24,17 @@ from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, 
 from tiny_llm import BlockAllocator, BlockTable, OutOfBlocksError, PagedBatchManager, SamplingParams
 
 BLOCK_SIZES = (1, 8, 16, 32, 64, 128)
-DECK = 64
-WARM_UP, MEASURED = 2, 3  # mean lifetimes of a request
-WANTED = 100  # blocks, of a pool that was half emptied
-POOLS = (1_000, 10_000, 100_000)
-TIMED = 16  # blocks taken, one by one
+DECK = 64  # lengths in a deck
+WARM_UP, MEASURED = 2, 3  # in mean lifetimes of a request
+WANTED = 100  # blocks requested from a pool that was half emptied
+POOLS = (1_000, 10_000, 100_000)  # blocks
+TIMED = 16  # blocks allocated one by one
 
 
 class Workload(NamedTuple):
-    """Requests by their mean lengths in tokens; the lengths are dealt from decks that hold the distribution.
+    """Requests with exponentially distributed lengths; the fields are their means in tokens.
 
-    A deck has an exponential distribution's quantiles, so that a short run too has its mean.
+    Lengths are dealt from a shuffled deck of the distribution's quantiles, so short runs have its mean too.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Workload(NamedTuple):
         return _deck(self.mean_output)
 
     @property
-    def mean_live(self) -> float:
-        """Tokens of a running request, averaged over steps; an output of n takes n steps, with 0 to n - 1."""
+    def mean_running(self) -> float:
+        """Mean tokens of a running request over all steps; in n steps it has 0 to n - 1 output tokens."""
         outputs = self.outputs
         return fmean(self.prompts) + sum(n * (n - 1) / 2 for n in outputs) / sum(outputs)
 
     def predict_waste(self, block_size: int) -> float:
-        """The last block is half empty on average: true where requests are much longer than a block."""
+        """Wasted share if last blocks are half empty on average, as for requests much longer than a block."""
         empty = (block_size - 1) / 2
-        return empty / (self.mean_live + empty)
+        return empty / (self.mean_running + empty)
 
 
 WORKLOADS = (Workload("chat", 161, 338), Workload("instructions", 19, 58))
@@ -68,11 +68,11 @@ WORKLOADS = (Workload("chat", 161, 338), Workload("instructions", 19, 58))
 
 def measure(
     progress: Progress,
-    users: Annotated[int, typer.Option(min=1, help="Requests at a time; when one ends, one comes.")] = 32,
+    users: Annotated[int, typer.Option(min=1, help="Requests at a time; a new one follows each.")] = 32,
     seeds: Annotated[int, typer.Option(min=1, help="Pools that are filled and half emptied.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Source of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
 ) -> Result:
-    """Serve both workloads with every block size, fill and empty pools, take blocks."""
+    """Serve both workloads with every block size, fill and empty pools, time allocations."""
     wastes = _wastes(users, seed, progress)
     refills = [_refill(seed + i) for i in range(seeds)]
     chat = {block_size: pairs[0].measured for block_size, pairs in wastes.items()}
@@ -80,13 +80,14 @@ def measure(
     enough = [refill for refill in refills if refill.is_enough]
     refused = sum(refill.is_refused for refill in enough)
     return Result(
-        title="Pages",
-        asks="What do blocks cost that may lie anywhere: in memory, in refusals, in time?",
+        title="Paging",
+        question="What do blocks that may be anywhere cost in memory, in refused requests and in time?",
         tables=[_table_of_wastes(wastes), _table_of_refills(refills), _table_of_costs()],
         conclusion=(
-            f"In blocks of 16, 32 and 128 tokens chats waste {percent(chat[16])}, {percent(chat[32])} and "
-            f"{percent(chat[128])}; instructions, which are short, {percent(short[16])} in blocks of 16. Of "
-            f"{len(enough)} requests for which enough blocks were free {refused} were refused."
+            f"Chats waste {percent(chat[16])}, {percent(chat[32])} and {percent(chat[128])} of their memory "
+            f"with blocks of 16, 32 and 128 tokens. Instructions are short and waste {percent(short[16])} "
+            f"with blocks of 16. Of {len(enough)} requests for which enough blocks were free, {refused} were "
+            "refused."
         ),
         picture=_picture(wastes),
     )
@@ -100,13 +101,13 @@ def _deck(mean: int) -> list[int]:
 
 
 def _deal(deck: list[int], draw: random.Random) -> Iterator[int]:
-    """The deck's lengths in random order, shuffled anew each time they are used up."""
+    """Yield the deck's lengths in random order, and shuffle again when they are used up."""
     while True:
         yield from draw.sample(deck, len(deck))
 
 
 def _wastes(users: int, seed: int, progress: Progress) -> dict[int, list[Pair]]:
-    """By block size, for each workload: the share of the held blocks' room that has no token."""
+    """By block size, for each workload: the share of the token slots in allocated blocks that is empty."""
     found = {}
     for done, block_size in enumerate(BLOCK_SIZES):
         progress("paged: block sizes served:", done, len(BLOCK_SIZES))
@@ -118,33 +119,33 @@ def _wastes(users: int, seed: int, progress: Progress) -> dict[int, list[Pair]]:
 
 
 def _serve(load: Workload, block_size: int, users: int, seed: int) -> float:
-    """The waste, summed over steps, of a manager that always has `users` requests to serve."""
+    """The wasted share, over all steps, of a batch manager that always has `users` requests."""
     draw = random.Random(seed)
     prompts, outputs = _deal(load.prompts, draw), _deal(load.outputs, draw)
     pages = users * -(-(max(load.prompts) + max(load.outputs)) // block_size)
     manager = PagedBatchManager(pages, block_size, users, max_batched_tokens=pages * block_size)
-    room = tokens = come = 0
+    capacity = tokens = arrived = 0
     for step in range((WARM_UP + MEASURED) * load.mean_output):
         while len(manager.running) + len(manager.waiting) < users:
-            manager.add_request([0] * next(prompts), str(come), SamplingParams(max_tokens=next(outputs)))
-            come += 1
+            manager.add_request([0] * next(prompts), str(arrived), SamplingParams(max_tokens=next(outputs)))
+            arrived += 1
         ready = list(manager.process_batch())
         if step >= WARM_UP * load.mean_output:
             tables = [sequence.table for sequence in manager.running]
-            room += block_size * sum(len(table.blocks) for table in tables)
+            capacity += block_size * sum(len(table.blocks) for table in tables)
             tokens += sum(table.num_tokens for table in tables)
         manager.commit(dict.fromkeys(ready, 0))
         for seq_id in ready:
             sequence = manager.sequence(seq_id)
             if len(sequence.outputs) == sequence.params.max_tokens:
                 manager.finish(seq_id)
-    return 1 - tokens / room
+    return 1 - tokens / capacity
 
 
 def _table_of_wastes(wastes: dict[int, list[Pair]]) -> Table:
-    means = (f"{load.name}: {load.mean_live:.0f} tokens" for load in WORKLOADS)
+    means = (f"{load.name}: {load.mean_running:.0f} tokens" for load in WORKLOADS)
     return Table(
-        f"Memory wasted in last blocks; a request that runs has, on average, in {', in '.join(means)}",
+        f"Memory wasted in last blocks. Mean length of a running request: {', '.join(means)}",
         [
             Column("block_size", "block\n(tokens)"),
             *(Column(load.name, load.name, percent) for load in WORKLOADS),
@@ -175,7 +176,7 @@ def _picture(wastes: dict[int, list[Pair]]) -> Picture:
 
 
 class Refill(NamedTuple):
-    """A request for 100 blocks of a pool that was half emptied. longest_run: of its free blocks."""
+    """A request for 100 blocks from a pool that was half emptied. longest_run: of free blocks."""
 
     is_enough: bool
     is_refused: bool
@@ -183,7 +184,7 @@ class Refill(NamedTuple):
 
 
 def _refill(seed: int) -> Refill:
-    """200 blocks of 16 tokens: up to 15 users of 50 to 300 tokens come, 7 go, one comes who needs 100."""
+    """In 200 blocks of 16: up to 15 users of 50 to 300 tokens arrive, 7 leave, then one needs 100 blocks."""
     draw, allocator = random.Random(seed), BlockAllocator(2 * WANTED)
     tables: list[BlockTable] = []
     for length in (draw.randint(50, 300) for _ in range(15)):
@@ -219,12 +220,12 @@ def _table_of_refills(refills: list[Refill]) -> Table:
         refused = sum(refill.is_refused for refill in found)
         rows.append((name, len(found), Pair(0 if is_enough else len(found), refused), scattered))
     return Table(
-        f"A request for {WANTED} blocks of a pool of {2 * WANTED} that was filled and half emptied",
+        f"A request for {WANTED} blocks from a pool of {2 * WANTED} blocks that was filled and half emptied",
         [
-            Column("free", "blocks free"),
+            Column("free", "free blocks"),
             Column("pools", "pools"),
             Column("refused", "refused"),
-            Column("no_run", f"no run of {WANTED} free"),
+            Column("no_run", f"without {WANTED}\ncontiguous"),
         ],
         rows,
     )
@@ -234,18 +235,19 @@ def _table_of_refills(refills: list[Refill]) -> Table:
 
 
 def _table_of_costs() -> Table:
-    """What does not search does not depend on the pool; what searches from the start does, in proportion."""
-    pages = {pool: _seconds_a_page(pool) for pool in POOLS}
-    runs = {pool: _seconds_a_run(pool) for pool in POOLS}
+    """Predicted: a free list does not depend on the pool; a search from the start is proportional to it."""
+    pages = {pool: _seconds_per_page(pool) for pool in POOLS}
+    runs = {pool: _seconds_per_run(pool) for pool in POOLS}
     us, times = "{:,.2f}".format, "{:,.1f}".format
     return Table(
-        f"Taking a block where all but the last {TIMED} are held: a page, or by a search for a free run",
+        f"Time to allocate a block when all except the last {TIMED} are in use: from the free list of the "
+        "pages, and by a search for a free run. Times: relative to the smallest pool",
         [
-            Column("pool", "pool (blocks)"),
-            Column("page_us", "page\n(us)", us),
-            Column("page_times", "times that of\nthe smallest pool", times),
+            Column("pool", "pool\n(blocks)"),
+            Column("page_us", "free list\n(us)", us),
+            Column("page_times", "times", times),
             Column("search_us", "search\n(us)", us),
-            Column("search_times", "times that of\nthe smallest pool", times),
+            Column("search_times", "times", times),
         ],
         [
             (
@@ -260,7 +262,7 @@ def _table_of_costs() -> Table:
     )
 
 
-def _seconds_a_page(pool: int) -> float:
+def _seconds_per_page(pool: int) -> float:
     allocator = BlockAllocator(pool)
     BlockTable(allocator, 1).append_tokens(pool - TIMED)
 
@@ -273,7 +275,7 @@ def _seconds_a_page(pool: int) -> float:
     return _best(take)
 
 
-def _seconds_a_run(pool: int) -> float:
+def _seconds_per_run(pool: int) -> float:
     allocator = GlobalAllocator(pool, 1, 1, 1)
     allocator.alloc_contiguous(pool - TIMED)
 
@@ -285,11 +287,11 @@ def _seconds_a_run(pool: int) -> float:
 
 
 def _best(take: Callable[[], Callable[[], None]], repetitions: int = 5) -> float:
-    """Seconds a block, the best of several runs; take: takes `TIMED` blocks, returns what gives them back."""
+    """Seconds per block, best of several runs; `take` allocates `TIMED` blocks and returns their release."""
     seconds = []
     for _ in range(repetitions):
         start = perf_counter()
-        give_back = take()
+        release = take()
         seconds.append(perf_counter() - start)
-        give_back()
+        release()
     return min(seconds) / TIMED

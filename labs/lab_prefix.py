@@ -1,8 +1,9 @@
-"""3.4: What a shared system prompt costs: computed once, stored once.
+"""3.4: What a shared system prompt costs if it is computed once and stored once.
 
-Users whose prompts begin alike come at once to the embedded model, with the prefix cache off and on: tokens
-computed, blocks that hold their prompts, time until the first token. Then bookkeeping alone, without a model:
-a crowd on one long system prompt, and how many users run in the bytes of a few contiguous caches.
+Users whose prompts share a prefix arrive at once at the embedded model, with the prefix cache off and on.
+Measures the tokens computed, the blocks that hold the prompts, and the time to first token. Then counts
+blocks without a model: for a crowd of users with one long system prompt, and to find how many users run in
+the memory of a few contiguous caches.
 
 \b
 pdm run lab prefix
@@ -20,35 +21,35 @@ from typing import Annotated, NamedTuple
 import typer
 from tiny_llm.dense_batch import DenseBatchManager
 from tiny_llm.policies import NoPrefixSharing
-from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
+from tiny_llm.prefix_sharing import MIN_TOKENS_TO_COPY, PrefixSharing
 
 from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, percent
 from tiny_llm import LLM, PagedBatchManager, Policies, SamplingParams
 
-SHARES = (0, 50, 99)  # per cent of a prompt that all users have in common
+SHARES = (0, 50, 99)  # percent of a prompt that is common to all users
 BLOCK_SIZE = 16
 OFF, ON = "off", "on"
-CACHES, CACHE_LEN = 16, 2048  # contiguous caches, and the tokens of each
-WANTED, COMMON, LONGEST = 64, 100, 500  # users who shall run in their bytes, and tokens of their prompts
+CACHES, CACHE_LEN = 16, 2048  # contiguous caches, and their capacity in tokens
+GOAL, COMMON, LONGEST = 64, 100, 500  # users to run in that memory; prefix and longest prompt in tokens
 
 Policy = type[PrefixSharing] | type[NoPrefixSharing]
 
 
 def measure(
     progress: Progress,
-    users: Annotated[int, typer.Option(min=2, max=256, help="Users of the model, who come at once.")] = 4,
-    prompt_len: Annotated[int, typer.Option(min=32, max=2000, help="Tokens of their prompts.")] = 192,
-    crowd: Annotated[int, typer.Option(min=2, help="Users on one long system prompt; no model runs.")] = 100,
-    system_prompt: Annotated[int, typer.Option(min=1, help="Its tokens.")] = 5000,
-    seed: Annotated[int, typer.Option(help="Source of the tokens, and of lengths.")] = 0,
+    users: Annotated[int, typer.Option(min=2, max=256, help="Users of the model, all at once.")] = 4,
+    prompt_len: Annotated[int, typer.Option(min=32, max=2000, help="Tokens of each user's prompt.")] = 192,
+    crowd: Annotated[int, typer.Option(min=2, help="Users of one system prompt, without a model.")] = 100,
+    system_prompt: Annotated[int, typer.Option(min=1, help="Tokens of that system prompt.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Seed of the tokens and lengths.")] = 0,
 ) -> Result:
-    """Serve the model's users, then count pages for larger crowds."""
+    """Serve users with the model, then count blocks for larger crowds."""
     served = _serve(users, prompt_len, seed, progress)
     one_prompt = Crowd.drawn(crowd, system_prompt, system_prompt + 100, seed)
     running = _table_of_running(Crowd.drawn(CACHES * CACHE_LEN // COMMON, COMMON, LONGEST, seed))
     return Result(
         title="Prefix caching",
-        asks="Many prompts begin with the same tokens. How often are they computed, how often stored?",
+        question="Many prompts start with the same tokens. How often are these computed and stored?",
         tables=[
             _table_of_served(served, users, prompt_len),
             _table_of_crowds([Crowd((15, 17, 18), 12, 4), one_prompt]),
@@ -63,7 +64,7 @@ def measure(
 
 
 class Prompts(NamedTuple):
-    """`users` prompts of so many tokens, the first `shared` of them alike and the next one different."""
+    """`users` prompts of `length` tokens; the first `shared` tokens are equal and the next one differs."""
 
     users: int
     length: int
@@ -71,30 +72,30 @@ class Prompts(NamedTuple):
 
     @property
     def cached(self) -> int:
-        """Tokens of all but the first prompt that the first one leaves behind: the last is always computed.
+        """Tokens that each later prompt reuses from the first; a prompt's last token is always computed.
 
-        Whole blocks; and of one block more, where the first prompt fills it, the beginning, if it is worth a
-        copy.
+        These are whole blocks, and the first tokens of one more block if the first prompt fills that block
+        and the tokens are enough to be worth a copy.
         """
         full, part = divmod(min(self.shared, self.length - 1), BLOCK_SIZE)
         is_filled = (full + 1) * BLOCK_SIZE <= self.length
-        return full * BLOCK_SIZE + (part if is_filled and part >= LEAST_WORTH_COPYING else 0)
+        return full * BLOCK_SIZE + (part if is_filled and part >= MIN_TOKENS_TO_COPY else 0)
 
     @property
     def computed(self) -> int:
-        """Tokens that are computed when everybody has the first token, with the cache on."""
+        """Tokens computed until all users have their first token, with the cache on."""
         return self.users * self.length - (self.users - 1) * self.cached
 
     @property
     def blocks(self) -> int:
-        """Blocks that hold them all then: a block is shared when it is full of what all have in common."""
+        """Blocks that then hold all prompts: a block is shared if it is full of common tokens."""
         own = -(-self.length // BLOCK_SIZE)
         return self.users * own - (self.users - 1) * (min(self.shared, self.length - 1) // BLOCK_SIZE)
 
     def tokens(self, vocabulary: range, draw: random.Random) -> list[list[int]]:
-        """Token ids that no other prompts begin with, most likely."""
+        """Random token ids, so that other prompts do not share a prefix with them."""
         common = draw.choices(vocabulary, k=self.shared)
-        firsts = draw.sample(vocabulary, self.users)  # nobody's own tokens begin like another's
+        firsts = draw.sample(vocabulary, self.users)  # each user's own tokens start differently
         own = self.length - self.shared - 1
         return [[*common, first, *draw.choices(vocabulary, k=own)] for first in firsts]
 
@@ -102,7 +103,7 @@ class Prompts(NamedTuple):
 class First(NamedTuple):
     """When all users have their first token: tokens computed, blocks that hold the prompts, seconds.
 
-    mean: until the first token, over users. last: until everybody had it.
+    mean: mean time to first token over users. last: time until all users have it.
     """
 
     computed: int
@@ -136,7 +137,7 @@ def _serve(users: int, prompt_len: int, seed: int, progress: Progress) -> list[S
 
 
 def _engine(users: int, prompt_len: int, enable_prefix_caching: bool) -> LLM:
-    """With pages for all, and for what they answer until the last of them has begun to."""
+    """An engine with blocks for all prompts and for the answers until the last user has its first token."""
     return LLM(
         block_size=BLOCK_SIZE,
         num_blocks=users * (1 + -(-(prompt_len + _longest_answer(users, prompt_len)) // BLOCK_SIZE)),
@@ -146,12 +147,12 @@ def _engine(users: int, prompt_len: int, enable_prefix_caching: bool) -> LLM:
 
 
 def _longest_answer(users: int, prompt_len: int) -> int:
-    """More steps than it takes until all have their first tokens: half of a step's budget is for prompts."""
+    """More steps than all users need to a first token: prompts get half of a step's token budget."""
     return 4 + users * prompt_len // 256
 
 
 def _first_tokens(llm: LLM, prompts: list[list[int]]) -> First:
-    """Let all prompts come at once, and step the engine until each has its first token."""
+    """Add all prompts at once, and step the engine until each has its first token."""
     core, call = llm.core, llm.engine.call
     assert isinstance(core.manager, PagedBatchManager)
     answer = _longest_answer(len(prompts), len(prompts[0]))
@@ -165,9 +166,9 @@ def _first_tokens(llm: LLM, prompts: list[list[int]]) -> First:
             if output.seq_id not in seconds:
                 seconds[output.seq_id] = perf_counter() - start
                 computed += len(prompts[int(output.seq_id)]) - output.num_cached_tokens
-    of_prompt = -(-len(prompts[0]) // llm.engine_config.block_size)
+    prompt_blocks = -(-len(prompts[0]) // llm.engine_config.block_size)
     tables = [sequence.table for sequence in core.manager.running]
-    blocks = {block for table in tables for block in table.blocks[:of_prompt]}
+    blocks = {block for table in tables for block in table.blocks[:prompt_blocks]}
     for user in range(len(prompts)):
         call(partial(core.cancel, str(user)))
     return First(computed, len(blocks), fmean(seconds.values()), max(seconds.values()))
@@ -176,8 +177,8 @@ def _first_tokens(llm: LLM, prompts: list[list[int]]) -> First:
 def _table_of_served(served: list[Served], users: int, prompt_len: int) -> Table:
     rows = []
     for row in served:
-        alone = Prompts(users, prompt_len, 0)
-        for name, prompts, first in ((OFF, alone, row.off), (ON, row.prompts, row.on)):
+        unshared = Prompts(users, prompt_len, 0)
+        for name, prompts, first in ((OFF, unshared, row.off), (ON, row.prompts, row.on)):
             rows.append(
                 (
                     row.share,
@@ -186,19 +187,20 @@ def _table_of_served(served: list[Served], users: int, prompt_len: int) -> Table
                     Pair(prompts.blocks, first.blocks),
                     1e3 * first.mean,
                     1e3 * first.last,
-                    Pair(alone.computed / prompts.computed, row.off.last / first.last),
+                    Pair(unshared.computed / prompts.computed, row.off.last / first.last),
                 )
             )
     ms = "{:,.0f}".format
     return Table(
-        f"{users} users at once, prompts of {prompt_len} tokens, blocks of {BLOCK_SIZE}",
+        f"{users} users at once, prompts of {prompt_len} tokens, blocks of {BLOCK_SIZE} tokens. Predicted "
+        "times: in proportion to tokens computed",
         [
             Column("share", "in common\n(%)"),
             Column("cache", "cache"),
             Column("computed", "tokens\ncomputed"),
             Column("blocks", "blocks"),
             Column("mean_ms", "first token,\nmean (ms)", ms),
-            Column("last_ms", "all have\nit (ms)", ms),
+            Column("last_ms", "first token,\nlast (ms)", ms),
             Column("times", "times\nas fast", "{:.2f}".format),
         ],
         rows,
@@ -206,17 +208,17 @@ def _table_of_served(served: list[Served], users: int, prompt_len: int) -> Table
 
 
 def _picture(served: list[Served], users: int, prompt_len: int) -> Picture:
-    """Time is predicted by the tokens that are computed, from the first row without a cache."""
-    a_token = served[0].off.last / served[0].prompts.computed
+    """Times are predicted from the tokens computed and from the first row's time without a cache."""
+    per_token = served[0].off.last / served[0].prompts.computed
     on = f"cache {ON}"
     predicted = [
-        Point(share / 100, a_token * Prompts(users, prompt_len, prompt_len * share // 100).computed)
+        Point(share / 100, per_token * Prompts(users, prompt_len, prompt_len * share // 100).computed)
         for share in range(max(SHARES) + 1)
     ]
     return Picture(
         title=f"{users} users at once, prompts of {prompt_len} tokens",
-        x="share of the prompt that all have in common",
-        y="until all have their first token (s)",
+        x="common share of the prompt",
+        y="time until all users have their first token (s)",
         lines=[
             Line(f"cache {OFF}", [Point(row.share / 100, row.off.last) for row in served]),
             Line(on, predicted, is_predicted=True),
@@ -226,18 +228,18 @@ def _picture(served: list[Served], users: int, prompt_len: int) -> Picture:
     )
 
 
-# ---- Bookkeeping alone ----
+# ---- Bookkeeping without a model ----
 
 
 class Held(NamedTuple):
-    """Different blocks that a crowd's prompts are in, and those of them that all users have in common."""
+    """Distinct blocks of a crowd's prompts, and the blocks of them that hold the common prefix."""
 
     blocks: int
     prefix: int
 
 
 class Crowd(NamedTuple):
-    """Users by the tokens of their prompts, the first `common` of which are the same."""
+    """Users with prompts of these lengths in tokens, of which the first `common` are the same."""
 
     lengths: Sequence[int]
     common: int
@@ -245,38 +247,38 @@ class Crowd(NamedTuple):
 
     @classmethod
     def drawn(cls, users: int, common: int, longest: int, seed: int) -> "Crowd":
-        """Users whose lengths are drawn evenly; each has a token of its own at least."""
+        """Draw lengths uniformly; each prompt has at least one token after the common ones."""
         draw = random.Random(seed)
         return cls([draw.randint(common + 1, longest) for _ in range(users)], common)
 
     def shared_by(self, policy: Policy) -> int:
-        """Blocks that one user takes over from another: those that are full of what all have in common."""
+        """Blocks that a user shares with the others: those that are full of common tokens."""
         return self.common // self.block_size if policy is PrefixSharing else 0
 
     def predict(self, policy: Policy) -> Held:
-        """What they hold, by counting blocks."""
+        """Predict the blocks that the users hold."""
         shared, full = self.shared_by(policy), self.common // self.block_size
         own = (-(-length // self.block_size) - shared for length in self.lengths)
         return Held(shared + sum(own), shared or full * len(self.lengths))
 
     def serve(self, policy: Policy) -> Held:
-        """What they hold in a pool that has room for all."""
+        """Count the blocks that the users hold in a pool that is large enough for all."""
         tables = self._run(policy, pages=sum(self.lengths) // self.block_size + 2 * len(self.lengths))
         full = self.common // self.block_size
-        return Held(_num_different(tables), _num_different([table[:full] for table in tables]))
+        return Held(_num_distinct(tables), _num_distinct([table[:full] for table in tables]))
 
     def predict_running(self, policy: Policy, pages: int) -> int:
-        """How many run at once in so many pages, the first in line first, each until its first token."""
+        """How many users run at once in `pages` blocks, in order of arrival, each until its first token."""
         shared = self.shared_by(policy)
         own = (-(-(length + 1) // self.block_size) - shared for length in self.lengths)
         return sum(shared + held <= pages for held in accumulate(own))
 
     def num_running(self, policy: Policy, pages: int) -> int:
-        """How many the batch manager lets run."""
+        """How many users the batch manager runs at once."""
         return len(self._run(policy, pages))
 
     def _run(self, policy: Policy, pages: int) -> list[list[int]]:
-        """The blocks of everybody who runs, when nothing is left to compute."""
+        """The blocks of every running user when nothing is left to compute."""
         manager = PagedBatchManager(
             pages,
             self.block_size,
@@ -290,39 +292,39 @@ class Crowd(NamedTuple):
         return [sequence.table.blocks for sequence in manager.running]
 
     def num_running_contiguously(self) -> int:
-        """How many run in contiguous caches."""
+        """How many users run at once in contiguous caches."""
         manager = DenseBatchManager(CACHES, CACHE_LEN, max_batched_tokens=sum(self.lengths))
         self._queue(manager)
         manager.process_batch()
         return len(manager.running)
 
     def _queue(self, manager: PagedBatchManager | DenseBatchManager) -> None:
-        """Everybody comes; nobody's own tokens begin like another's."""
+        """Add a request for each user; each user's own tokens start differently."""
         for user, length in enumerate(self.lengths):
             tokens = [0] * self.common + [1 + user] * (length - self.common)
             manager.add_request(tokens, str(user), SamplingParams(max_tokens=1))
 
 
-def _num_different(tables: Sequence[Sequence[int]]) -> int:
+def _num_distinct(tables: Sequence[Sequence[int]]) -> int:
     return len({block for table in tables for block in table})
 
 
 def _table_of_crowds(crowds: Sequence[Crowd]) -> Table:
     rows = []
     for crowd in crowds:
-        alone = crowd.serve(NoPrefixSharing), crowd.predict(NoPrefixSharing)
-        name = f"{len(crowd.lengths)} on {crowd.common:,} tokens, blocks of {crowd.block_size}"
+        unshared = crowd.serve(NoPrefixSharing), crowd.predict(NoPrefixSharing)
+        name = f"{len(crowd.lengths)}, {crowd.common:,} tokens in common, blocks of {crowd.block_size}"
         for cache, policy in ((OFF, NoPrefixSharing), (ON, PrefixSharing)):
             held, predicted = crowd.serve(policy), crowd.predict(policy)
-            saved = Pair(1 - predicted.blocks / alone[1].blocks, 1 - held.blocks / alone[0].blocks)
+            saved = Pair(1 - predicted.blocks / unshared[1].blocks, 1 - held.blocks / unshared[0].blocks)
             prefix = Pair(predicted.prefix, held.prefix)
             rows.append((name, cache, prefix, Pair(predicted.blocks, held.blocks), saved))
     return Table(
-        "Pages of a crowd, by bookkeeping alone; shared are blocks that are full of what all have in common",
+        "Blocks of a crowd, counted without a model; blocks that are full of common tokens are shared",
         [
             Column("users", "users"),
             Column("cache", "cache"),
-            Column("prefix", "blocks in\ncommon"),
+            Column("prefix", "blocks of\nthe prefix"),
             Column("blocks", "all\nblocks"),
             Column("saved", "saved", percent),
         ],
@@ -331,7 +333,7 @@ def _table_of_crowds(crowds: Sequence[Crowd]) -> Table:
 
 
 def _table_of_running(crowd: Crowd) -> Table:
-    """Everybody waits for a whole life's pages: prompt and first token."""
+    """A user starts when the blocks for its prompt and its first token are available."""
     pages = CACHES * CACHE_LEN // BLOCK_SIZE
     rows: list[tuple[str, Pair, Pair]] = []
     counted = [("contiguous caches", Pair(CACHES, crowd.num_running_contiguously()))]
@@ -341,8 +343,8 @@ def _table_of_running(crowd: Crowd) -> Table:
     for name, users in counted:
         rows.append((name, users, Pair(*(number / CACHES for number in users))))
     return Table(
-        f"Users at once in the bytes of {CACHES} contiguous caches of {CACHE_LEN:,} tokens: prompts of "
-        f"{crowd.common + 1} to {LONGEST} tokens, {crowd.common} in common. Wanted: {WANTED}",
+        f"Users at once in the memory of {CACHES} contiguous caches of {CACHE_LEN:,} tokens: prompts of "
+        f"{crowd.common + 1} to {LONGEST} tokens, {crowd.common} in common. Goal: {GOAL} users",
         [
             Column("design", "design"),
             Column("users", "users"),
@@ -353,10 +355,11 @@ def _table_of_running(crowd: Crowd) -> Table:
 
 
 def _conclusion(last: Served, crowd: Crowd) -> str:
-    alone, together = crowd.serve(NoPrefixSharing), crowd.serve(PrefixSharing)
+    unshared, shared = crowd.serve(NoPrefixSharing), crowd.serve(PrefixSharing)
     return (
-        f"With {last.share}% of their prompts in common {last.prompts.users} users have their first tokens "
-        f"after {1e3 * last.on.last:,.0f} ms instead of {1e3 * last.off.last:,.0f}. {len(crowd.lengths)} on "
-        f"{crowd.common:,} tokens hold {together.prefix:,} blocks of these instead of {alone.prefix:,}, and "
-        f"{together.blocks:,} in all instead of {alone.blocks:,}."
+        f"With {last.share}% of their prompts in common, all {last.prompts.users} users have their first "
+        f"token after {1e3 * last.on.last:,.0f} ms with the cache and after {1e3 * last.off.last:,.0f} ms "
+        f"without. {len(crowd.lengths)} users of a system prompt of {crowd.common:,} tokens store it in "
+        f"{shared.prefix:,} blocks instead of {unshared.prefix:,}; they need {shared.blocks:,} blocks in all "
+        f"instead of {unshared.blocks:,}."
     )

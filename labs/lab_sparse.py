@@ -1,8 +1,8 @@
-"""3.3: What a window of blocks saves: tokens read, bytes moved, time.
+"""3.3: What reading only a window of blocks saves: tokens read, bytes moved, time.
 
-A long sequence in one paged cache. At growing positions everything up to the token is read, and then the
-last few blocks alone (`read_sparse`); bytes are those of the arrays that came back. Counts the pairs of
-blocks, too, that a query's block reads from, over a whole sequence of few blocks.
+A paged cache holds one long sequence. At growing positions, reads all tokens up to the position, then only
+the last few blocks (`read_sparse`); bytes are the sizes of the returned arrays. Also counts the pairs of a
+query's block and a block that it reads, over a sequence of a few blocks.
 
 \b
 pdm run lab sparse
@@ -21,8 +21,8 @@ from tiny_llm import PagedKVCache
 
 DTYPE = mx.bfloat16
 SEQ = "long"
-SHORTEST, EXAMPLE = 63, 500  # positions that are read at: the first, doubled again and again, and this one
-FEW_BLOCKS, FEW_WINDOW = 8, 3  # of the sequence whose block pairs are counted
+SHORTEST, EXAMPLE = 63, 500  # positions to read at: the first, about doubled repeatedly, and one more
+FEW_BLOCKS, FEW_WINDOW = 8, 3  # blocks of the sequence whose block pairs are counted, and of its window
 
 Read = Callable[[], tuple[mx.array, mx.array]]
 
@@ -31,12 +31,12 @@ def measure(
     progress: Progress,
     longest: Annotated[
         int,
-        typer.Option(min=SHORTEST + 1, help=f"Tokens of the sequence, read at {SHORTEST} and so on."),
+        typer.Option(min=SHORTEST + 1, help=f"Tokens of the sequence; read at {SHORTEST}, 127, 255, ..."),
     ] = 4096,
-    window_blocks: Annotated[int, typer.Option(min=1, help="Blocks that a window has.")] = 4,
+    window_blocks: Annotated[int, typer.Option(min=1, help="Blocks in the window.")] = 4,
     block_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens in a block.")] = 16,
-    num_heads: Annotated[int, typer.Option(min=1, help="Heads of keys and values.")] = 32,
-    head_dim: Annotated[int, typer.Option(min=1, help="Numbers in a head.")] = 128,
+    num_heads: Annotated[int, typer.Option(min=1, help="Number of KV heads.")] = 32,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed reads of each kind.")] = 5,
 ) -> Result:
     """Fill a sequence, read it in both ways, count pairs of blocks."""
@@ -50,7 +50,7 @@ def measure(
     progress("sparse", len(positions), len(positions))
     return Result(
         title="A window of blocks",
-        asks="A token looks at its neighbours alone. What need not be read?",
+        question="If a token attends only to recent tokens, how much need not be read?",
         tables=[_table_of_reads(long, found), _table_of_pairs()],
         conclusion=_conclusion(long, found),
         picture=_picture(long, found),
@@ -58,7 +58,7 @@ def measure(
 
 
 class Reading(NamedTuple):
-    """What a read brought: tokens, bytes of keys and values, and the seconds that it took at best."""
+    """A read: tokens, bytes of keys and values, and seconds of the fastest repetition."""
 
     tokens: int
     nbytes: int
@@ -66,7 +66,7 @@ class Reading(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """Both reads at one position. agree: the window is what the full read ends with."""
+    """Both reads at one position. agree: the window equals the end of the full read."""
 
     position: int
     full: Reading
@@ -84,7 +84,7 @@ class LongSequence(NamedTuple):
 
     @classmethod
     def of(cls, tokens: int, window_blocks: int, block_size: int, heads: tuple[int, int]) -> "LongSequence":
-        """heads: how many of keys and values, and the numbers of each."""
+        """Fill a cache; heads: number of KV heads and their dimension."""
         blocks = -(-tokens // block_size)
         cache = PagedKVCache(blocks, block_size, *heads, DTYPE)
         cache.allocate(SEQ, tokens)
@@ -93,12 +93,12 @@ class LongSequence(NamedTuple):
         return cls(cache, window_blocks, block_size, 2 * heads[0] * heads[1] * DTYPE.size)
 
     def tokens_in_window(self, position: int) -> int:
-        """By definition: the window's blocks are full but the last, which is read up to the position."""
+        """By definition: the window's blocks are full except the last, which is read up to the position."""
         place, offset = divmod(position, self.block_size)
         return min(place, self.window_blocks - 1) * self.block_size + offset + 1
 
     def compare(self, position: int, repetitions: int) -> Compared:
-        """Read everything up to a position, and the window that ends there."""
+        """Read all tokens up to a position, and the window that ends there."""
         cache, window = self.cache, self.window_blocks
         full, keys = _read(lambda: cache.read_blocks(SEQ, 0, position + 1), repetitions)
         sparse, tail = _read(lambda: cache.read_sparse(SEQ, position, window), repetitions)
@@ -107,7 +107,7 @@ class LongSequence(NamedTuple):
 
 
 def _read(read: Read, repetitions: int) -> tuple[Reading, mx.array]:
-    """What a read brings, and its keys [Hkv, tokens, D]; once more than is timed, to warm up."""
+    """Time a read after one warm-up; return the reading and its keys [Hkv, tokens, D]."""
     keys, values = read()
     seconds = []
     for _ in range(repetitions):
@@ -133,13 +133,13 @@ def _table_of_reads(long: LongSequence, found: list[Compared]) -> Table:
             )
         )
     return Table(
-        f"Read for a token: all up to it, or the last {long.window_blocks} blocks of {long.block_size}; "
-        f"{long.bytes_per_token:,} bytes a token",
+        f"Reading all tokens up to a position, or the last {long.window_blocks} blocks of {long.block_size} "
+        f"tokens; {long.bytes_per_token:,} bytes per token",
         [
-            Column("position", "token"),
+            Column("position", "position"),
             Column("full", "all\n(tokens)"),
             Column("window", "window\n(tokens)"),
-            Column("bytes", "window", as_bytes),
+            Column("bytes", "window\n(bytes)", as_bytes),
             Column("saved", "saved", percent),
             Column("full_ms", "all\n(ms)", ms),
             Column("window_ms", "window\n(ms)", ms),
@@ -152,9 +152,9 @@ def _table_of_reads(long: LongSequence, found: list[Compared]) -> Table:
 
 
 def _table_of_pairs() -> Table:
-    """Each block's last token reads whole blocks: as many as its block forms pairs with."""
+    """The last token of a block reads whole blocks; each is a pair with the token's block."""
     blocks, window = FEW_BLOCKS, FEW_WINDOW
-    cache = PagedKVCache(blocks, 1, 1, 1)  # blocks of one token: it is their last
+    cache = PagedKVCache(blocks, 1, 1, 1)  # blocks of one token, which is their last
     cache.allocate(SEQ, blocks)
     full = Pair(
         sum(place + 1 for place in range(blocks)),
@@ -166,21 +166,24 @@ def _table_of_pairs() -> Table:
     )
     saved = Pair(*(1 - some / every for some, every in zip(sparse, full, strict=True)))
     return Table(
-        f"Pairs of a query's block and one that it reads, {blocks} blocks in all. {blocks} x {blocks} = "
-        f"{blocks**2} counts blocks that come later, too; {blocks} x {window} = {blocks * window} some that "
-        "would come before the first",
+        f"Pairs of a query's block and a block that it reads, in a sequence of {blocks} blocks. Do not count "
+        f"{blocks} x {blocks} = {blocks**2}, which includes later blocks, or {blocks} x {window} = "
+        f"{blocks * window}, which includes blocks before the first",
         [Column("reads", "each block reads"), Column("pairs", "pairs"), Column("saved", "saved", percent)],
-        [("itself and all before", full, Pair(0, 0)), (f"the last {window}, itself included", sparse, saved)],
+        [
+            ("itself and all earlier blocks", full, Pair(0, 0)),
+            (f"itself and the {window - 1} before it", sparse, saved),
+        ],
     )
 
 
 def _conclusion(long: LongSequence, found: list[Compared]) -> str:
     last, agree = found[-1], sum(row.agree for row in found)
     return (
-        f"At token {last.position:,} a window of {long.window_blocks} blocks moves "
-        f"{as_bytes(last.window.nbytes)} instead of {as_bytes(last.full.nbytes)}, and takes "
-        f"{1e3 * last.window.seconds:.2f} ms instead of {1e3 * last.full.seconds:.2f}. What it reads is what "
-        f"reading all ends with, at {agree} of {len(found)} tokens."
+        f"At position {last.position:,}, a window of {long.window_blocks} blocks moves "
+        f"{as_bytes(last.window.nbytes)} instead of {as_bytes(last.full.nbytes)} and takes "
+        f"{1e3 * last.window.seconds:.2f} ms instead of {1e3 * last.full.seconds:.2f} ms. It equals the end "
+        f"of the full read at {agree} of {len(found)} positions."
     )
 
 
@@ -189,8 +192,8 @@ def _picture(long: LongSequence, found: list[Compared]) -> Picture:
     ends = [row.position + 1 for row in found]
     windows = [Point(row.position + 1, mib * long.tokens_in_window(row.position)) for row in found]
     return Picture(
-        title=f"Keys and values read for one token, {long.bytes_per_token:,} bytes each",
-        x="tokens up to it",
+        title=f"Keys and values read for one query, {long.bytes_per_token:,} bytes per token",
+        x="tokens up to the query",
         y="read (MiB)",
         lines=[
             Line("all", [Point(end, mib * end) for end in ends], is_predicted=True),

@@ -1,10 +1,10 @@
-"""3.4: Four designs under one workload: what they waste, how many they serve, what their room costs.
+"""3.4: What each cache design wastes in the same memory, how many users it serves, what allocation costs.
 
-Users come, hold room for their tokens, and go; somebody always waits, and the first in line is served first.
-All of them begin with the same tokens, a system prompt. Every design has the same bytes: contiguous caches of
-the longest length; blocks on demand that must lie side by side, or may lie anywhere; pages; pages whose
-common beginning is stored once. These are the caches of days 2.2, 2.3, 3.3 and 3.4, with one head of one
-number each: shares do not depend on heads.
+Users arrive, hold memory for their tokens, and leave. Some user always waits, and users are admitted in order
+of arrival. All prompts start with the same tokens, a system prompt. Every design has the same memory:
+contiguous caches of the maximum length; blocks on demand, which must be contiguous or may be anywhere; pages;
+and pages that store the common prefix once. These are the caches of days 2.2, 2.3, 3.3 and 3.4, with one head
+of dimension one, because the shares do not depend on the heads.
 
 \b
 pdm run lab summary
@@ -26,33 +26,33 @@ from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, 
 from tiny_llm import BlockTable, OutOfBlocksError, PrefixCachingKVCache
 
 PREFIX = "system prompt"
-WARM_UP = 2  # times the users that are there at first leave before anything is measured
-COMMONS = 4  # parts that the common beginning is divided into, for the picture
-PUBLISHED = "20-38% in use before paging, under 4% wasted with it"  # on other workloads
+WARM_UP = 2  # users that leave before the measurement, as a multiple of the users at the start
+COMMONS = 4  # the picture has this many shorter common prefixes
+PUBLISHED = "20-38% in use before paging, under 4% wasted with paging"  # for other workloads
 
 
 def measure(
     progress: Progress,
-    shortest: Annotated[int, typer.Option(min=1, help="The least that a user needs, in tokens.")] = 100,
-    longest: Annotated[int, typer.Option(min=1, help="The most, in tokens.")] = 500,
-    common: Annotated[int, typer.Option(min=0, help="Tokens that all users begin with.")] = 100,
-    caches: Annotated[int, typer.Option(min=1, help="Contiguous caches that fit into the bytes.")] = 16,
-    max_seq_len: Annotated[int, typer.Option(min=1, help="Tokens that such a cache has room for.")] = 2048,
+    shortest: Annotated[int, typer.Option(min=1, help="Fewest tokens of a user.")] = 100,
+    longest: Annotated[int, typer.Option(min=1, help="Most tokens of a user.")] = 500,
+    common: Annotated[int, typer.Option(min=0, help="Tokens of the common prefix.")] = 100,
+    caches: Annotated[int, typer.Option(min=1, help="Contiguous caches that fit into the memory.")] = 16,
+    max_seq_len: Annotated[int, typer.Option(min=1, help="Capacity of such a cache in tokens.")] = 2048,
     block_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens in a block.")] = 16,
-    turnover: Annotated[int, typer.Option(min=1, help="Users that leave while it is measured.")] = 1500,
-    seed: Annotated[int, typer.Option(help="Source of lengths and of who leaves when.")] = 0,
+    turnover: Annotated[int, typer.Option(min=1, help="Users that leave during the measurement.")] = 1500,
+    seed: Annotated[int, typer.Option(help="Seed of the lengths and of the users' times.")] = 0,
 ) -> Result:
-    """Put the same stream of users through every design."""
+    """Serve the same users with every design."""
     if not common <= shortest <= longest <= max_seq_len:
         raise typer.BadParameter(
-            f"--common {common}, --shortest {shortest}, --longest {longest}, --max-seq-len {max_seq_len}: no "
-            "number may be less than the one before it"
+            f"--common {common}, --shortest {shortest}, --longest {longest}, --max-seq-len {max_seq_len}: "
+            "give these in increasing order"
         )
     load = Workload(shortest, longest, common, caches, max_seq_len, block_size, turnover, seed)
     if common == longest or load.blocks(longest) >= load.num_blocks:
         raise typer.BadParameter(
-            f"--longest {longest} must be more than --common {common}, and leave a block of the room for "
-            f"{load.room} tokens"
+            f"--longest {longest} must be more than --common {common}, and less than the memory of "
+            f"{load.capacity} tokens by a block"
         )
     commons = sorted({common * part // COMMONS for part in range(COMMONS)})
     runs = [(kind, load) for kind in DESIGNS] + [(PrefixPages, load._replace(common=c)) for c in commons]
@@ -64,8 +64,8 @@ def measure(
     found = dict(zip(DESIGNS, served, strict=False))
     sharing = [*zip(commons, served[len(DESIGNS) :], strict=True), (common, found[PrefixPages])]
     return Result(
-        title="Four designs in the same bytes",
-        asks="What do keys and values cost under each design, when somebody always waits?",
+        title="Cache designs in the same memory",
+        question="How many users fit into the memory with each design, when some user always waits?",
         tables=[_table(load, found)],
         conclusion=_conclusion(load, found),
         picture=_picture(load, found, sharing),
@@ -73,9 +73,9 @@ def measure(
 
 
 class Workload(NamedTuple):
-    """Users of all lengths from shortest to longest, who all begin with `common` tokens.
+    """Users of all lengths from shortest to longest, whose first `common` tokens are the same.
 
-    The bytes have room for `caches` of `max_seq_len` tokens. turnover: users that leave, one by one.
+    The memory holds `caches` caches of `max_seq_len` tokens. turnover: users that leave, one by one.
     """
 
     shortest: int
@@ -88,62 +88,62 @@ class Workload(NamedTuple):
     seed: int
 
     @property
-    def room(self) -> int:
-        """Tokens that fit into the bytes."""
+    def capacity(self) -> int:
+        """Tokens that fit into the memory."""
         return self.caches * self.max_seq_len
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that fit into them."""
-        return self.room // self.block_size
+        """Blocks that fit into the memory."""
+        return self.capacity // self.block_size
 
     @property
     def lengths(self) -> range:
-        """All lengths, one as likely as another."""
+        """All lengths; they are equally likely."""
         return range(self.shortest, self.longest + 1)
 
     @property
     def mean_length(self) -> float:
-        """Tokens of a user."""
+        """Mean tokens of a user."""
         return (self.shortest + self.longest) / 2
 
     def deal(self) -> Iterator[int]:
-        """Lengths in random order, each once before any comes again: so that a short run has their mean."""
+        """Yield lengths in random order, each once before any repeats, so that a short run has their mean."""
         draw = random.Random(self.seed)
         while True:
             yield from draw.sample(self.lengths, len(self.lengths))
 
     def blocks(self, tokens: int) -> int:
-        """Blocks that so many tokens need."""
+        """Blocks that `tokens` tokens need."""
         return -(-tokens // self.block_size)
 
     def mean(self, size: Callable[[int], int], power: int = 1) -> float:
-        """The mean over all lengths of a size, to a power."""
+        """The mean of size(length) ** power over all lengths."""
         return fmean(size(length) ** power for length in self.lengths)
 
 
 class Holding(NamedTuple):
-    """What is held, or is on average: users, the tokens that their room has, the tokens that are stored."""
+    """Users, the token slots allocated to them, and the tokens stored; at one time or on average."""
 
     users: float
-    taken: float
+    allocated: float
     stored: float
 
     @property
     def waste(self) -> float:
-        """The share of what is taken that holds nothing."""
-        return 1 - self.stored / self.taken
+        """The share of the allocated slots that is empty."""
+        return 1 - self.stored / self.allocated
 
 
 class Served(NamedTuple):
-    """What a design held on average, and the seconds that a user's room took to take."""
+    """What a design held on average, and the median seconds to allocate a user's memory."""
 
     held: Holding
     seconds: float
 
     @property
     def users(self) -> float:
-        """How many ran at once."""
+        """How many users ran at once."""
         return self.held.users
 
 
@@ -151,28 +151,28 @@ class Served(NamedTuple):
 
 
 class Design(Protocol):
-    """A way to take room, by the name of who takes it."""
+    """A way to allocate memory to users, by name."""
 
     name: str
 
     def __init__(self, load: Workload) -> None: ...
 
-    def take(self, user: str, length: int) -> None:
-        """Room for so many tokens. Raises `OutOfBlocksError`, and takes none, where there is too little."""
+    def allocate(self, user: str, length: int) -> None:
+        """Allocate memory for `length` tokens, or raise `OutOfBlocksError` and allocate nothing."""
 
-    def give_back(self, user: str) -> None:
-        """A user's room is free."""
+    def release(self, user: str) -> None:
+        """Free a user's memory."""
 
     def held(self, lengths: Sequence[int]) -> Holding:
-        """What users of these lengths, who are all that there are, hold."""
+        """What all present users, of these lengths, hold."""
 
     @staticmethod
     def predict(load: Workload) -> Holding | None:
-        """What they hold on average; None where no definition says."""
+        """Predict what users hold on average; None if there is no formula."""
 
 
 class Contiguous:
-    """A cache of the longest length for each, made before anybody comes."""
+    """A cache of the maximum length for each user, created in advance."""
 
     name = "contiguous"
 
@@ -180,30 +180,30 @@ class Contiguous:
         self._free = [NaiveKVCache(load.max_seq_len, 1, 1) for _ in range(load.caches)]
         self._taken: dict[str, NaiveKVCache] = {}
 
-    def take(self, user: str, length: int) -> None:
-        """The next free cache."""
+    def allocate(self, user: str, length: int) -> None:
+        """Use the next free cache."""
         if not self._free:
             raise OutOfBlocksError("no cache is free")
         self._taken[user] = self._free.pop()
         self._taken[user].reset()
 
-    def give_back(self, user: str) -> None:
-        """The cache is free."""
+    def release(self, user: str) -> None:
+        """Free the cache."""
         self._free.append(self._taken.pop(user))
 
     def held(self, lengths: Sequence[int]) -> Holding:
-        """Every cache says what it takes: keys and values, of one number each."""
+        """The sizes that the caches report: a key and a value of one number each per token."""
         sizes = [cache.allocated_bytes() / 2 / cache.k_cache.itemsize for cache in self._taken.values()]
         return Holding(len(sizes), sum(sizes), sum(lengths))
 
     @staticmethod
     def predict(load: Workload) -> Holding:
-        """All caches are taken."""
+        """All caches are in use."""
         return Holding(load.caches, load.caches * load.max_seq_len, load.caches * load.mean_length)
 
 
 class Anywhere:
-    """Blocks on demand, wherever they are free."""
+    """Blocks on demand, from anywhere in the pool."""
 
     name = "blocks anywhere"
 
@@ -212,43 +212,43 @@ class Anywhere:
         self.allocator = GlobalAllocator(load.num_blocks, load.block_size, 1, 1)
         self._blocks: dict[str, list[int]] = {}
 
-    def take(self, user: str, length: int) -> None:
-        """Any blocks that are free."""
+    def allocate(self, user: str, length: int) -> None:
+        """Allocate any free blocks."""
         self._blocks[user] = self.allocator.alloc_blocks(self._load.blocks(length))
 
-    def give_back(self, user: str) -> None:
-        """The blocks are free."""
+    def release(self, user: str) -> None:
+        """Free the blocks."""
         self.allocator.free_blocks_ids(self._blocks.pop(user))
 
     def held(self, lengths: Sequence[int]) -> Holding:
-        """Blocks, by the users' lists."""
+        """Count the blocks in the users' lists."""
         blocks = sum(map(len, self._blocks.values()))
         return Holding(len(self._blocks), blocks * self._load.block_size, sum(lengths))
 
     @staticmethod
     def predict(load: Workload) -> Holding | None:
-        """All blocks are taken but those that are too few for the next in line."""
+        """All blocks are in use, except for a rest that is too small for the next user."""
         users = _users(load.num_blocks, load, load.blocks)
-        taken = users * load.mean(load.blocks) * load.block_size
-        return Holding(users, taken, users * load.mean_length)
+        allocated = users * load.mean(load.blocks) * load.block_size
+        return Holding(users, allocated, users * load.mean_length)
 
 
-class SideBySide(Anywhere):
-    """Blocks on demand whose ids follow each other."""
+class ContiguousBlocks(Anywhere):
+    """Blocks on demand with consecutive ids."""
 
-    name = "blocks side by side"
+    name = "contiguous blocks"
 
-    def take(self, user: str, length: int) -> None:
-        """The first run of free blocks that is long enough."""
+    def allocate(self, user: str, length: int) -> None:
+        """Allocate the first run of free blocks that is long enough."""
         self._blocks[user] = self.allocator.alloc_contiguous(self._load.blocks(length))
 
     @staticmethod
     def predict(load: Workload) -> None:
-        """How scattered the free blocks become, no definition says."""
+        """There is no formula for how scattered the free blocks become."""
 
 
 class Pages(Anywhere):
-    """Blocks anywhere, with a table for each user that kernels read through."""
+    """Blocks from anywhere, with a block table for each user that kernels read."""
 
     name = "pages"
 
@@ -256,22 +256,22 @@ class Pages(Anywhere):
         self._load = load
         self.cache = PrefixCachingKVCache(load.num_blocks, load.block_size, 1, 1)
 
-    def take(self, user: str, length: int) -> None:
-        """A table of its own."""
+    def allocate(self, user: str, length: int) -> None:
+        """Allocate a block table."""
         self.cache.allocate(user, length)
 
-    def give_back(self, user: str) -> None:
-        """The table's blocks go back."""
+    def release(self, user: str) -> None:
+        """Free the table's blocks."""
         self.cache.free_sequence(user)
 
     def held(self, lengths: Sequence[int]) -> Holding:
-        """Blocks by what the tables hold, each counted once, and the tokens of whoever fills it furthest."""
+        """Count each block of the tables once, with the most tokens that any table has in it."""
         filled = _filled_blocks(list(self.cache.tables.values()), self._load.block_size)
         return Holding(len(lengths), len(filled) * self._load.block_size, sum(filled.values()))
 
 
 class PrefixPages(Pages):
-    """Pages, and the tokens that all begin with in the pool once."""
+    """Pages, with the common prefix stored once."""
 
     name = "pages, shared prefix"
 
@@ -279,38 +279,39 @@ class PrefixPages(Pages):
         super().__init__(load)
         self.cache.get_or_create_prefix(PREFIX, load.common)
 
-    def take(self, user: str, length: int) -> None:
-        """The prefix's blocks, and own ones behind them."""
+    def allocate(self, user: str, length: int) -> None:
+        """Allocate a table that shares the prefix's blocks and adds blocks after them."""
         self.cache.allocate_with_prefix(user, PREFIX, length)
 
     @staticmethod
     def predict(load: Workload) -> Holding:
-        """The prefix once; own blocks from the first that is not full of it."""
+        """The prefix is stored once; a user's own blocks start at the first one that it does not fill."""
 
         def own(length: int) -> int:
             return load.blocks(length) - load.common // load.block_size if length > load.common else 0
 
         prefix, copied = load.blocks(load.common), load.common % load.block_size
         users = _users(load.num_blocks - prefix, load, own)
-        taken = (prefix + users * load.mean(own)) * load.block_size
-        return Holding(users, taken, load.common + users * (load.mean_length - load.common + copied))
+        allocated = (prefix + users * load.mean(own)) * load.block_size
+        return Holding(users, allocated, load.common + users * (load.mean_length - load.common + copied))
 
 
-DESIGNS: tuple[type[Design], ...] = (Contiguous, SideBySide, Anywhere, Pages, PrefixPages)
+DESIGNS: tuple[type[Design], ...] = (Contiguous, ContiguousBlocks, Anywhere, Pages, PrefixPages)
 
 
 def _users(num_blocks: int, load: Workload, blocks: Callable[[int], int]) -> float:
-    """How many fit, on average, until the next in line does not.
+    """How many users fit, on average, before the next one does not.
 
-    What they leave free is any number below what the next one needs, and whom it is not enough for is the
-    likelier the more he needs: on average it is half of the mean square over the mean, less half a block.
+    The blocks left free are any number below the next user's need, equally likely, and a user is the more
+    likely to wait the more blocks it needs. So on average half of (mean square / mean) is free, less half a
+    block.
     """
     mean = load.mean(blocks)
     return (num_blocks - (load.mean(blocks, 2) / mean - 1) / 2) / mean
 
 
 def _filled_blocks(tables: Sequence[BlockTable], block_size: int) -> dict[int, int]:
-    """Each held block with its tokens."""
+    """Each block in use, with its number of tokens."""
     filled: dict[int, int] = {}
     for table in tables:
         filled.update(dict.fromkeys(table.blocks[:-1], block_size))
@@ -325,43 +326,43 @@ def _filled_blocks(tables: Sequence[BlockTable], block_size: int) -> dict[int, i
 
 
 def _serve(design: Design, load: Workload) -> Served:
-    """Fill the room, then let users leave one by one, and whoever waits come."""
+    """Fill the memory, then let users leave one by one and admit the waiting ones."""
     queue, leavers = Queue(load), random.Random(load.seed + 1)
-    users = queue.let_in(design)
+    users = queue.admit(design)
     held: list[Holding] = []
     for left in range(-WARM_UP * len(users), load.turnover):
         leaver = leavers.choice(list(users))
-        design.give_back(leaver)
+        design.release(leaver)
         del users[leaver]
-        users |= queue.let_in(design)
+        users |= queue.admit(design)
         if left >= 0:
             held.append(design.held(list(users.values())))
     return Served(Holding(*map(fmean, zip(*held, strict=True))), median(queue.seconds))
 
 
 class Queue:
-    """Who waits: users with a length each, the first in line first. seconds: that each one's room took."""
+    """Waiting users with their lengths, in order of arrival. seconds: time of each successful allocation."""
 
     def __init__(self, load: Workload) -> None:
         self.seconds: list[float] = []
         self._next = zip(map(str, count()), load.deal(), strict=False)
         self._first = next(self._next)
 
-    def let_in(self, design: Design) -> dict[str, int]:
-        """All whom there is room for, until it is too little for the first in line; their lengths."""
-        came: dict[str, int] = {}
-        while (took := _try_to_take(design, *self._first)) is not None:
-            self.seconds.append(took)
-            came.update([self._first])
+    def admit(self, design: Design) -> dict[str, int]:
+        """Admit users until the first in the queue does not fit; return the lengths of the admitted users."""
+        admitted: dict[str, int] = {}
+        while (seconds := _try_to_allocate(design, *self._first)) is not None:
+            self.seconds.append(seconds)
+            admitted.update([self._first])
             self._first = next(self._next)
-        return came
+        return admitted
 
 
-def _try_to_take(design: Design, user: str, length: int) -> float | None:
-    """The seconds that it took, None where there was too little room."""
+def _try_to_allocate(design: Design, user: str, length: int) -> float | None:
+    """Return the seconds of the allocation, or None if the memory was short."""
     start = perf_counter()
     try:
-        design.take(user, length)
+        design.allocate(user, length)
     except OutOfBlocksError:
         return None
     return perf_counter() - start
@@ -372,50 +373,53 @@ def _table(load: Workload, found: Mapping[type[Design], Served]) -> Table:
     for kind, served in found.items():
         predicted, held = kind.predict(load), served.held
         if predicted is None:
-            cells: list[Pair | float] = [held.waste, held.stored / load.room, held.users]
+            cells: list[Pair | float] = [held.waste, held.stored / load.capacity, held.users]
         else:
             cells = [
                 Pair(predicted.waste, held.waste),
-                Pair(predicted.stored / load.room, held.stored / load.room),
+                Pair(predicted.stored / load.capacity, held.stored / load.capacity),
                 Pair(predicted.users, held.users),
             ]
         rows.append((kind.name, *cells, 1e6 * served.seconds))
     return Table(
-        f"Lengths from {load.shortest} to {load.longest}, of which {load.common} in common; room for "
-        f"{load.room:,} tokens, blocks of {load.block_size}. Published, on other workloads: {PUBLISHED}",
+        f"Users of {load.shortest} to {load.longest} tokens, {load.common} in common; memory for "
+        f"{load.capacity:,} tokens, blocks of {load.block_size} tokens. Published, for other workloads: "
+        f"{PUBLISHED}",
         [
             Column("design", "design"),
-            Column("waste", "of what is\ntaken, wasted", percent),
-            Column("in_use", "of all room,\nin use", percent),
+            Column("waste", "wasted, of\nallocated", percent),
+            Column("in_use", "in use, of\nall memory", percent),
             Column("users", "users\nat once", "{:,.1f}".format),
-            Column("take_us", "taking a user's\nroom (us)", "{:,.1f}".format),
+            Column("allocate_us", "time to\nallocate (us)", "{:,.1f}".format),
         ],
         rows,
     )
 
 
 def _conclusion(load: Workload, found: Mapping[type[Design], Served]) -> str:
-    naive, runs, pages, shared = (found[kind].users for kind in (Contiguous, SideBySide, Pages, PrefixPages))
+    naive, contiguous, pages, shared = (
+        found[kind].users for kind in (Contiguous, ContiguousBlocks, Pages, PrefixPages)
+    )
     return (
-        f"In the bytes of {load.caches} caches of {load.max_seq_len:,} tokens {naive:.0f} users run "
-        f"contiguously, {runs:.0f} in blocks side by side and {pages:.0f} on pages: {pages / naive:.1f} "
-        f"times as many. With the first {load.common} tokens stored once it is {shared:.0f}: "
-        f"{shared / naive:.1f} times."
+        f"In the memory of {load.caches} caches of {load.max_seq_len:,} tokens, {naive:.0f} users run with "
+        f"contiguous caches, {contiguous:.0f} with contiguous blocks and {pages:.0f} with pages: "
+        f"{pages / naive:.1f} times as many. If the first {load.common} tokens are stored once, {shared:.0f} "
+        f"users run: {shared / naive:.1f} times as many."
     )
 
 
 def _picture(
     load: Workload, found: Mapping[type[Design], Served], sharing: Sequence[tuple[int, Served]]
 ) -> Picture:
-    """Users by the tokens that they have in common; only one design knows."""
+    """Users at once by the length of the common prefix; it changes only one design."""
     ends = sorted({0, load.common})
     predicted = [
         Point(common, PrefixPages.predict(load._replace(common=common)).users) for common, _ in sharing
     ]
     flat = (kind for kind in DESIGNS if kind is not PrefixPages and kind is not Anywhere)
     return Picture(
-        title=f"Users at once in the bytes of {load.caches} caches of {load.max_seq_len:,} tokens",
-        x="tokens that all begin with",
+        title=f"Users at once in the memory of {load.caches} caches of {load.max_seq_len:,} tokens",
+        x="tokens of the common prefix",
         y="users",
         lines=[
             Line(PrefixPages.name, predicted, is_predicted=True),

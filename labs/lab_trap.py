@@ -1,8 +1,8 @@
-"""2.1: What a token costs without a cache, and with one.
+"""2.1: What one more token costs without and with a KV cache.
 
-Counts the tokens that go through a model while it generates: each of them has its keys and values
-computed. Then times the embedded model's next token at growing lengths, everything computed again and
-from a cache.
+Counts the tokens that go through a model while it generates; the model computes keys and values for each of
+them. Then times the embedded model's next token after texts of growing length, without a cache (all keys and
+values computed again) and with one.
 
 \b
 pdm run lab trap
@@ -24,7 +24,7 @@ from tiny_llm.loader import load_model
 from result import Column, Line, Pair, Picture, Point, Progress, Result, Table
 
 SHORTEST = 16
-CACHED = 8  # times as many tokens are timed with a cache: they are quick
+CACHED = 8  # times as many tokens are timed with a cache, because they are fast
 TEXT = "Once upon a time, in a small house by the sea, there lived a cat who could read. "
 
 Generate = Callable[[Any, Sequence[int], int, Sequence[int]], Iterator[int]]
@@ -32,26 +32,27 @@ Generate = Callable[[Any, Sequence[int], int, Sequence[int]], Iterator[int]]
 
 def measure(
     progress: Progress,
-    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that is counted with.")] = 128,
-    gen_len: Annotated[int, typer.Option(min=1, help="Tokens generated after it.")] = 100,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Prompt tokens in the counted example.")] = 128,
+    gen_len: Annotated[int, typer.Option(min=1, help="Tokens generated in the counted example.")] = 100,
     longest: Annotated[
-        int, typer.Option(min=SHORTEST, help=f"Times {SHORTEST} tokens, 32, and so on up to this.")
+        int,
+        typer.Option(min=SHORTEST, help=f"Longest timed text: {SHORTEST} tokens, 32, 64, ... up to this."),
     ] = 256,
     repetitions: Annotated[int, typer.Option(min=1, help="Tokens timed at each length.")] = 1,
 ) -> Result:
-    """Count, then time."""
+    """Count keys, then time tokens."""
     counts, times = Counts.of(prompt_len, gen_len), _times(longest, repetitions, progress)
     return Result(
         title="The quadratic trap",
-        asks="A new token looks at all before it. Must their keys and values be computed again for it?",
+        question="A new token attends to all earlier tokens. Must their keys and values be computed again?",
         tables=[_table_of_counts(counts, prompt_len, gen_len), _table_of_times(times)],
         conclusion=_conclusion(counts, times),
         picture=Picture(
-            title="Time for one more token of the embedded model",
-            x="tokens before it",
+            title="Time of one more token of the embedded model",
+            x="earlier tokens",
             y="time (ms)",
             lines=[
-                Line("all computed again", [Point(t.length, 1000 * t.recomputing) for t in times]),
+                Line("without a cache", [Point(t.length, 1000 * t.recomputing) for t in times]),
                 Line("with a cache", [Point(t.length, 1000 * t.cached) for t in times]),
             ],
             x_base=2,
@@ -61,7 +62,7 @@ def measure(
 
 
 class CountingModel:
-    """Stands in for a model: computes nothing, and counts the tokens that are brought to it."""
+    """Replaces a model: computes nothing and counts the tokens of its inputs."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -74,14 +75,14 @@ class CountingModel:
 
 
 class Counts(NamedTuple):
-    """Keys (or values) computed per head and layer."""
+    """Keys (or values) computed per head and layer, without and with a cache."""
 
     recomputing: Pair
     cached: Pair
 
     @classmethod
     def of(cls, prompt_len: int, gen_len: int) -> "Counts":
-        """For so many tokens, the last one's keys too: the pass that computes them yields one token more."""
+        """Count for these lengths, including the last token's key: its pass generates one more token."""
         ways = ((generate, attention_without_cache), (generate_with_cache, attention_with_cache))
         pairs = []
         for function, predict in ways:
@@ -92,15 +93,15 @@ class Counts(NamedTuple):
 
     @property
     def ratio(self) -> Pair:
-        """How many times more without a cache."""
+        """How many times as many keys are computed without a cache."""
         return Pair(*(a / b for a, b in zip(self.recomputing, self.cached, strict=True)))
 
 
 class Times(NamedTuple):
-    """Median seconds for one more token after `length` others.
+    """Median seconds of one more token after `length` tokens.
 
-    predicted: keys that it costs without a cache; with one it costs its own alone. same: both ways gave the
-    same tokens.
+    predicted: keys computed for it without a cache; with a cache it is one. same: both ways gave the same
+    tokens.
     """
 
     length: int
@@ -111,7 +112,7 @@ class Times(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """The tokens of a run, and the seconds that each took."""
+    """The tokens of a run, and the seconds of each."""
 
     tokens: list[int]
     seconds: list[float]
@@ -129,7 +130,7 @@ def _run(function: Generate, model: object, prompt: Sequence[int], max_tokens: i
 
 
 def _times(longest: int, repetitions: int, progress: Progress) -> list[Times]:
-    """At 16 tokens, 32, 64 and so on. With a cache the first token is not counted: it computes the prompt."""
+    """Time at 16, 32, 64, ... tokens; with a cache, without the first token, which computes the prompt."""
     loaded = load_model(None)
     lengths = [SHORTEST << doublings for doublings in range((longest // SHORTEST).bit_length())]
     text = loaded.tokenizer.encode(TEXT * (1 + longest // SHORTEST))
@@ -155,19 +156,19 @@ def _table_of_counts(counts: Counts, prompt_len: int, gen_len: int) -> Table:
     return Table(
         f"Keys computed, per head and layer, for a prompt of {prompt_len} tokens and {gen_len} more",
         [Column("way", "way"), Column("keys", "keys", "{:,.0f}".format)],
-        [("all computed again", counts.recomputing), ("with a cache", counts.cached)],
+        [("without a cache", counts.recomputing), ("with a cache", counts.cached)],
     )
 
 
 def _table_of_times(times: list[Times]) -> Table:
     ms = "{:,.1f}".format
     return Table(
-        "One more token of the embedded model; predicted from the keys that are computed",
+        "Time of one more token of the embedded model; predicted: ratio of the keys computed",
         [
-            Column("length", "tokens before it"),
-            Column("recomputing_ms", "all computed again\n(ms)", ms),
+            Column("length", "earlier\ntokens"),
+            Column("recomputing_ms", "without a cache\n(ms)", ms),
             Column("cached_ms", "with a cache\n(ms)", ms),
-            Column("ratio", "times as long", ms),
+            Column("ratio", "times as long\nwithout", "{:,.1f}".format),
         ],
         [
             (t.length, 1000 * t.recomputing, 1000 * t.cached, Pair(t.predicted, t.recomputing / t.cached))
@@ -179,8 +180,9 @@ def _table_of_times(times: list[Times]) -> Table:
 def _conclusion(counts: Counts, times: list[Times]) -> str:
     last, same = times[-1], sum(t.same for t in times)
     return (
-        f"Without a cache {counts.ratio.measured:.1f} times as many keys are computed. After {last.length} "
-        f"tokens the next one takes {last.recomputing / last.cached:.0f} times as long, for "
-        f"{last.predicted:.0f} times as many keys: a token alone reads all weights too, and attends to all "
-        f"before it. Both ways gave the same tokens at {same} of {len(times)} lengths."
+        f"Without a cache, {counts.ratio.measured:.1f} times as many keys are computed. After {last.length} "
+        f"tokens, the next token takes {last.recomputing / last.cached:.0f} times as long, for "
+        f"{last.predicted:.0f} times as many keys. The time differs less than the keys, because with a cache "
+        "a token still reads all weights and attends to all earlier tokens. Both ways gave the same tokens "
+        f"at {same} of {len(times)} lengths."
     )

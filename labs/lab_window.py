@@ -1,10 +1,11 @@
-"""3.5: What windows save in a real model: bytes read, memory held, time, at growing contexts.
+"""3.5: What sliding windows save in a real model with growing contexts: bytes read, memory, time.
 
-One sequence is decoded twice with the same weights: each layer as far as the model's windows go, and every
-layer all the way. The pages are there; nobody computes what would be in them. Bytes read are those of the
-blocks that a step's tables name; time is that of the whole step, and, in steps of their own in which each
-layer is waited for, that of attention alone. Without the model's package, SmolLM2 is given windows: what it
-says then is nonsense, what it costs is not. At the end, the pairs of blocks of a small example.
+Decodes one sequence twice with the same weights: once with the model's windows, once with full attention in
+every layer. The prompt's blocks are allocated, but their keys and values are not computed, because the cost
+does not depend on them. Bytes read are those of the blocks in a step's block tables. Times are those of whole
+steps and, in separate steps that wait for each layer, of only the attention. If the model's package is not
+installed, SmolLM2 gets windows: its text is then nonsense, but its costs are real. At the end, counts the
+pairs of blocks in a small example.
 
 \b
 pdm run lab window
@@ -27,11 +28,11 @@ from tiny_llm.sliding_window import WindowedTable, first_visible
 from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, as_bytes, percent
 from tiny_llm import BlockAllocator, EngineConfig, KVPool, ModelFileError
 
-SHORTEST = 512  # tokens of the first context, doubled again and again
-BLOCK_SIZE, CHUNK = 16, 512  # tokens of a block, and of a step while the prompt is computed
+SHORTEST = 512  # tokens of the first context, which is doubled repeatedly
+BLOCK_SIZE, CHUNK = 16, 512  # tokens in a block and in a prefill chunk
 DTYPE = mx.float16
-GIVEN_WINDOW, GIVEN_PERIOD = 512, 6  # to a model without windows: all layers but every sixth
-FEW_BLOCKS, FEW_WINDOW = 8, 3  # of the sequence whose block pairs are counted
+GIVEN_WINDOW, GIVEN_PERIOD = 512, 6  # a model without windows gets one in all layers except every sixth
+FEW_BLOCKS, FEW_WINDOW = 8, 3  # blocks of the sequence whose block pairs are counted, and of its window
 
 Windows = Sequence[int | None]
 
@@ -39,14 +40,15 @@ Windows = Sequence[int | None]
 def measure(
     progress: Progress,
     model: Annotated[
-        str, typer.Option(help="Its weights; where that is not installed, SmolLM2's with windows given.")
+        str, typer.Option(help="Model to use; if it is not installed, SmolLM2 with added windows.")
     ] = "gemma3-270m",
     longest: Annotated[
-        int, typer.Option(min=SHORTEST, help=f"Tokens: contexts of {SHORTEST}, and so on up to this.")
+        int,
+        typer.Option(min=SHORTEST, help=f"Longest context: {SHORTEST} tokens, 1024, ... up to this."),
     ] = 8192,
     repetitions: Annotated[int, typer.Option(min=1, max=100, help="Timed steps of each kind.")] = 7,
 ) -> Result:
-    """Decode at every context in both ways, count what was read and held, count pairs of blocks."""
+    """Decode at every context in both ways, and count bytes, blocks and pairs of blocks."""
     progress("window: reading the model", 0, 1)
     subject = Subject.named(model)
     EngineConfig(max_model_len=longest).wanted_len(subject.model.config)
@@ -58,7 +60,7 @@ def measure(
     progress("window", len(contexts), len(contexts))
     return Result(
         title="Sliding windows",
-        asks="Most layers look at their neighbours alone. What does a token cost at the end of a long text?",
+        question="If most layers attend only to recent tokens, what does a token cost after a long text?",
         tables=[_table_of_steps(subject, found), _table_of_memory(subject, found), _table_of_pairs()],
         conclusion=_conclusion(subject, found),
         picture=_picture(subject, found),
@@ -66,21 +68,21 @@ def measure(
 
 
 class Decoded(NamedTuple):
-    """A way's decode of the last token of a context.
+    """The decode step of a context's last token in one of the ways.
 
-    nbytes: of the blocks that its tables named. blocks: held afterwards; most_blocks: held on the way. step:
-    seconds at best; attention: seconds of all layers' attention at best.
+    nbytes: of the blocks in its tables. blocks: held after the step; peak_blocks: the most held until then.
+    step, attention: seconds of the fastest step, and of the fastest attention of all layers.
     """
 
     nbytes: int
     blocks: int
-    most_blocks: int
+    peak_blocks: int
     step: float
     attention: float
 
 
 class Compared(NamedTuple):
-    """The same token with every layer looking all the way, and with the windows."""
+    """The same token with full attention in every layer, and with the windows."""
 
     context: int
     full: Decoded
@@ -88,7 +90,7 @@ class Compared(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A model, and how far its layers see here."""
+    """A model and the windows of its layers."""
 
     name: str
     model: Model
@@ -96,7 +98,7 @@ class Subject(NamedTuple):
 
     @classmethod
     def named(cls, name: str) -> "Subject":
-        """A model as it is; one without windows, or SmolLM2 where there is none, with some given."""
+        """Load a model, or SmolLM2 if it is not installed; a model without windows gets some."""
         try:
             loaded = load_model(name)
         except ModelFileError as error:
@@ -110,62 +112,63 @@ class Subject(NamedTuple):
             None if layer % GIVEN_PERIOD == GIVEN_PERIOD - 1 else GIVEN_WINDOW
             for layer, _ in enumerate(windows)
         )
-        return cls(f"{loaded.name}, given windows", loaded.model, tuple(given))
+        return cls(f"{loaded.name} with added windows", loaded.model, tuple(given))
 
     @property
     def ways(self) -> tuple[Windows, Windows]:
-        """Every layer all the way; and the windows."""
+        """Full attention in every layer, and the windows."""
         return (None,) * len(self.windows), self.windows
 
     @property
     def layer_bytes(self) -> int:
-        """Of one token's keys and values in one layer."""
-        of_all: int = self.model.config.kv_bytes_per_token(DTYPE.size)
-        return of_all // len(self.windows)
+        """Bytes of one token's keys and values in one layer."""
+        all_layers: int = self.model.config.kv_bytes_per_token(DTYPE.size)
+        return all_layers // len(self.windows)
 
     @property
     def described(self) -> str:
-        """In words: which layers see how far."""
+        """The model's name and its layers' windows, in words."""
         sizes = {window for window in self.windows if window is not None}
         windowed = len(self.windows) - list(self.windows).count(None)
-        far = " and ".join(map(str, sorted(sizes)))
-        return f"{self.name}: {windowed} layers see {far} tokens, {len(self.windows) - windowed} see all"
+        reach = " and ".join(map(str, sorted(sizes)))
+        full = len(self.windows) - windowed
+        return f"{self.name}: {windowed} layers with windows of {reach} tokens, {full} with full attention"
 
     def tokens_read(self, windows: Windows, context: int) -> int:
-        """By definition: what the last of so many tokens sees, over all layers."""
+        """By definition: the tokens that a context's last token sees, summed over all layers."""
         return sum(context if window is None else min(window, context) for window in windows)
 
     def compare(self, context: int, repetitions: int) -> Compared:
-        """Decode up to a context in both ways, in turns."""
+        """Decode up to a context in both ways, alternately."""
         decoders = [Decoder(self.model, windows, context) for windows in self.ways]
         for decoder in decoders:
             decoder.grow(context - 1 - 2 * repetitions)
             decoder.step()  # warms up
 
-        def in_turns(time: Callable[[Decoder], float]) -> list[float]:
+        def alternate(time: Callable[[Decoder], float]) -> list[float]:
             rounds = [[time(decoder) for decoder in decoders] for _ in range(repetitions)]
             return [min(times) for times in zip(*rounds, strict=True)]
 
-        times = zip(in_turns(Decoder.attention), in_turns(Decoder.step), strict=True)
+        times = zip(alternate(Decoder.attention), alternate(Decoder.step), strict=True)
         full, window = (
-            Decoded(decoder.tokens_read * self.layer_bytes, decoder.held, decoder.most_held, step, attention)
+            Decoded(decoder.tokens_read * self.layer_bytes, decoder.held, decoder.peak_held, step, attention)
             for decoder, (attention, step) in zip(decoders, times, strict=True)
         )
         return Compared(context, full, window)
 
 
 class Decoder:
-    """One sequence that grows to a context, over pages of its own.
+    """One sequence that grows to a context, with its own pool.
 
-    tokens_read: over all layers, whole blocks, that the last step's tables named. held: blocks after it.
-    most_held: the most that it held on the way.
+    tokens_read: tokens of the blocks in the last step's tables, summed over layers. held: blocks in use.
+    peak_held: the most blocks in use so far.
     """
 
     def __init__(self, model: Model, windows: Windows, context: int) -> None:
-        self.tokens_read = self.most_held = self._length = 0
+        self.tokens_read = self.peak_held = self._length = 0
         self._model, config = model, model.config
         self._layout = PageLayout(group_layers(windows), BLOCK_SIZE, CHUNK)
-        self._num_blocks: int = self._layout.most_blocks(context)
+        self._num_blocks: int = self._layout.max_blocks(context)
         heads, layers = config.num_key_value_heads, layers_per_block(self._layout.groups)
         self._pool = KVPool(self._num_blocks, BLOCK_SIZE, heads, config.head_dim, layers, DTYPE)
         self._allocator = BlockAllocator(self._num_blocks)
@@ -173,29 +176,29 @@ class Decoder:
 
     @property
     def held(self) -> int:
-        """Blocks that are in use."""
+        """Blocks in use."""
         free: int = self._allocator.num_free
         return self._num_blocks - free
 
     def grow(self, length: int) -> None:
-        """Take and give back pages as a prompt of so many tokens does, and compute nothing."""
+        """Allocate and release blocks like a prompt of `length` tokens, without computing anything."""
         while self._length < length:
             self._append(min(CHUNK, length - self._length))
-            self._forget()
+            self._release_passed()
 
     def step(self) -> float:
-        """Seconds of a decode step."""
+        """Run a decode step and return its seconds."""
         start = perf_counter()
-        self._decode(self._begin())
+        self._decode(self._next_context())
         return perf_counter() - start
 
     def attention(self) -> float:
-        """Seconds of attention in a decode step whose layers wait for one another."""
-        stopwatch = Stopwatch(self._begin())
+        """Run a decode step that waits for each layer, and return the seconds of its attention."""
+        stopwatch = Stopwatch(self._next_context())
         self._decode(stopwatch)
         return stopwatch.seconds
 
-    def _begin(self) -> KVContext:
+    def _next_context(self) -> KVContext:
         self._append(1)
         pairs = zip(self._layout.groups, self._tables, strict=True)
         self.tokens_read = sum(len(table.blocks) * BLOCK_SIZE * len(group.layers) for group, table in pairs)
@@ -205,20 +208,20 @@ class Decoder:
 
     def _decode(self, context: KVContext) -> None:
         self._pool.evaluate(self._model(mx.array([[1]], mx.int32), context))
-        self._forget()
+        self._release_passed()
 
     def _append(self, num_tokens: int) -> None:
         for table in self._tables:
             table.append_tokens(num_tokens)
         self._length += num_tokens
-        self.most_held = max(self.most_held, self.held)
+        self.peak_held = max(self.peak_held, self.held)
 
-    def _forget(self) -> None:
+    def _release_passed(self) -> None:
         self._layout.release_passed(self._tables, self._length)
 
 
 class Stopwatch:
-    """A context that waits for each layer's attention, and adds up how long that takes."""
+    """A KV context that evaluates each layer's attention at once and adds up the seconds."""
 
     def __init__(self, context: KVContext) -> None:
         self.positions, self.logit_rows = context.positions, context.logit_rows
@@ -226,7 +229,7 @@ class Stopwatch:
         self._context = context
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """As the context's own."""
+        """Call the wrapped context's `attend`, timed."""
         mx.eval(q, k, v)
         start = perf_counter()
         out: mx.array = self._context.attend(layer, q, k, v)
@@ -235,11 +238,11 @@ class Stopwatch:
         return out
 
 
-# ---- What is shown ----
+# ---- Tables, conclusion and picture ----
 
 
 def _table_of_steps(subject: Subject, found: Sequence[Compared]) -> Table:
-    """The windows' times are predicted from those without: attention takes as long as what it reads."""
+    """Times with windows are predicted from those without: attention time is proportional to bytes read."""
     rows, (full, windows), ms = [], subject.ways, "{:,.2f}".format
     for row in found:
         read, seen = (subject.tokens_read(way, row.context) * subject.layer_bytes for way in (full, windows))
@@ -257,23 +260,23 @@ def _table_of_steps(subject: Subject, found: Sequence[Compared]) -> Table:
             )
         )
     return Table(
-        f"A token at the end of a context. {subject.described}. Read: measured in whole blocks of "
-        f"{BLOCK_SIZE} tokens, {subject.layer_bytes:,} bytes a token and layer",
+        f"Decoding a token at the end of a context. {subject.described}. Bytes read are measured in whole "
+        f"blocks of {BLOCK_SIZE} tokens; {subject.layer_bytes:,} bytes per token and layer",
         [
             Column("context", "tokens"),
-            Column("all_bytes", "read,\nall", as_bytes),
+            Column("all_bytes", "read,\nfull", as_bytes),
             Column("window_bytes", "read,\nwindows", as_bytes),
-            Column("all_attention_ms", "attention,\nall (ms)", ms),
-            Column("window_attention_ms", "attention,\nwindows (ms)", ms),
-            Column("all_ms", "step,\nall (ms)", ms),
-            Column("window_ms", "step,\nwindows (ms)", ms),
+            Column("all_attention_ms", "attention,\nfull\n(ms)", ms),
+            Column("window_attention_ms", "attention,\nwindows\n(ms)", ms),
+            Column("all_ms", "step,\nfull\n(ms)", ms),
+            Column("window_ms", "step,\nwindows\n(ms)", ms),
         ],
         rows,
     )
 
 
 def _table_of_memory(subject: Subject, found: Sequence[Compared]) -> Table:
-    """Blocks after the context's last token, by the positions that the next one sees; and at most."""
+    """Blocks held after the context's last token, and at the peak; predicted from the visible positions."""
     full, windows = (PageLayout(group_layers(way), BLOCK_SIZE, CHUNK) for way in subject.ways)
     block_bytes = [
         layers_per_block(layout.groups) * BLOCK_SIZE * subject.layer_bytes for layout in (full, windows)
@@ -288,29 +291,29 @@ def _table_of_memory(subject: Subject, found: Sequence[Compared]) -> Table:
                 held[0],
                 Pair(_blocks_held(windows, row.context), row.window.blocks),
                 held[1],
-                Pair(windows.most_blocks(row.context), row.window.most_blocks),
+                Pair(windows.max_blocks(row.context), row.window.peak_blocks),
                 1 - held[1] / held[0],
             )
         )
     return Table(
-        f"Blocks that the sequence holds: a block is for {layers_per_block(full.groups)} layers where all "
-        f"see all, for {layers_per_block(windows.groups)} with windows. At most: while the prompt is "
-        f"computed in chunks of {CHUNK}",
+        f"Blocks that the sequence holds. A block is for {layers_per_block(full.groups)} layers with full "
+        f"attention, for {layers_per_block(windows.groups)} with windows. Peak: during prefill in chunks of "
+        f"{CHUNK} tokens",
         [
             Column("context", "tokens"),
-            Column("all_blocks", "blocks,\nall"),
-            Column("all_held", "held", as_bytes),
+            Column("all_blocks", "blocks,\nfull"),
+            Column("all_held", "memory,\nfull", as_bytes),
             Column("window_blocks", "blocks,\nwindows"),
-            Column("window_held", "held", as_bytes),
-            Column("most_blocks", "at most,\nwindows"),
-            Column("saved", "saved", percent),
+            Column("window_held", "memory,\nwindows", as_bytes),
+            Column("peak_blocks", "peak blocks,\nwindows"),
+            Column("saved", "memory\nsaved", percent),
         ],
         rows,
     )
 
 
 def _blocks_held(layout: PageLayout, context: int) -> int:
-    """By definition: those of the positions that the next query sees, the last one begun included."""
+    """By definition: the blocks of the positions that the next query sees, including a partly filled one."""
     blocks = -(-context // BLOCK_SIZE)
     firsts = (0 if group.window is None else first_visible(context, group.window) for group in layout.groups)
     return sum(blocks - first // BLOCK_SIZE for first in firsts)
@@ -318,12 +321,13 @@ def _blocks_held(layout: PageLayout, context: int) -> int:
 
 def _conclusion(subject: Subject, found: Sequence[Compared]) -> str:
     last = found[-1]
-    of_full = list(subject.windows).count(None) * last.context * subject.layer_bytes
+    full_bytes = list(subject.windows).count(None) * last.context * subject.layer_bytes
     return (
-        f"After {last.context:,} tokens the next one reads {as_bytes(last.window.nbytes)} of keys and values "
-        f"instead of {as_bytes(last.full.nbytes)}; its attention takes {1e3 * last.window.attention:.1f} ms "
-        f"instead of {1e3 * last.full.attention:.1f}, and all of it {1e3 * last.window.step:.1f} instead of "
-        f"{1e3 * last.full.step:.1f}. Of what is still read, {as_bytes(of_full)} are of layers that see all."
+        f"With windows, a token after {last.context:,} tokens reads {as_bytes(last.window.nbytes)} of keys "
+        f"and values instead of {as_bytes(last.full.nbytes)}, of which {as_bytes(full_bytes)} are in layers "
+        f"with full attention. Its attention takes {1e3 * last.window.attention:.1f} ms instead of "
+        f"{1e3 * last.full.attention:.1f} ms, the whole step {1e3 * last.window.step:.1f} ms instead of "
+        f"{1e3 * last.full.step:.1f} ms."
     )
 
 
@@ -344,7 +348,7 @@ def _picture(subject: Subject, found: Sequence[Compared]) -> Picture:
         x="tokens",
         y="time (ms)",
         lines=[
-            Line("all layers see all", [Point(row.context, 1e3 * row.full.attention) for row in found]),
+            Line("full attention", [Point(row.context, 1e3 * row.full.attention) for row in found]),
             Line("windows", predicted, is_predicted=True),
             Line("windows", [Point(row.context, 1e3 * row.window.attention) for row in found]),
         ],
@@ -356,31 +360,31 @@ def _picture(subject: Subject, found: Sequence[Compared]) -> Picture:
 
 
 def _table_of_pairs() -> Table:
-    """Blocks of one token: as many pairs as the tables of the tokens' steps name blocks."""
+    """With blocks of one token, the pairs are the entries of the block tables in all steps."""
     blocks, window = FEW_BLOCKS, FEW_WINDOW
-    full = Pair(sum(place + 1 for place in range(blocks)), _pairs_named(blocks, blocks))
-    near = Pair(sum(min(place + 1, window) for place in range(blocks)), _pairs_named(blocks, window))
+    full = Pair(sum(place + 1 for place in range(blocks)), _num_pairs(blocks, blocks))
+    near = Pair(sum(min(place + 1, window) for place in range(blocks)), _num_pairs(blocks, window))
     saved = Pair(*(1 - some / every for some, every in zip(near, full, strict=True)))
     return Table(
-        f"Pairs of a query's block and one that it reads, {blocks} blocks in all. {blocks} x {blocks} = "
-        f"{blocks**2} counts blocks that come later, which nobody may read; {blocks} x {window} = "
-        f"{blocks * window} counts some before the first, which are not there",
+        f"Pairs of a query's block and a block that it reads, in a sequence of {blocks} blocks. A rectangle "
+        f"of {blocks} x {blocks} = {blocks**2} includes later blocks, which no query may read; one of "
+        f"{blocks} x {window} = {blocks * window} includes blocks before the first",
         [
             Column("reads", "each block reads"),
             Column("pairs", "pairs"),
             Column("saved", "saved", percent),
             Column("rectangle", "as a\nrectangle"),
-            Column("rectangle_saved", "saved\nthen", percent),
+            Column("rectangle_saved", "saved, as a\nrectangle", percent),
         ],
         [
-            ("itself and all before", full, Pair(0, 0), blocks**2, 0),
-            (f"the last {window}, itself included", near, saved, blocks * window, 1 - window / blocks),
+            ("itself and all earlier blocks", full, Pair(0, 0), blocks**2, 0),
+            (f"itself and the {window - 1} before it", near, saved, blocks * window, 1 - window / blocks),
         ],
     )
 
 
-def _pairs_named(blocks: int, window: int) -> int:
-    """Blocks that a table of one-token blocks has at each token's step."""
+def _num_pairs(blocks: int, window: int) -> int:
+    """Entries of a windowed table of one-token blocks, summed over the steps of all tokens."""
     table, named = WindowedTable(BlockAllocator(blocks), 1), 0
     for position in range(blocks):
         table.release_before(first_visible(position, window))

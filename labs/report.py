@@ -1,4 +1,4 @@
-"""A lab's result for people and for programs: with settings, machine, and whose modules were measured."""
+"""A lab's result as text and as JSON, with the settings, the machine and the modules that were measured."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -11,11 +11,11 @@ from rich.text import Text
 from catalog import Lab
 from result import Cell, Column, Pair, Result, Table
 
-WIDTH_OF_A_FILE = 120
+FILE_WIDTH = 120
 
 
 class Report(NamedTuple):
-    """A lab, what it found, and what that was measured with."""
+    """A lab, its result, and the settings, machine and modules of the run."""
 
     lab: Lab
     result: Result
@@ -25,13 +25,13 @@ class Report(NamedTuple):
 
 
 def as_json_object(report: Report) -> dict[str, object]:
-    """Everything but the picture, which shows what the tables have."""
+    """Everything except the picture, which shows the same numbers as the tables."""
     found = report.result
     return {
         "lab": report.lab.name,
         "day": report.lab.day,
         "title": found.title,
-        "asks": found.asks,
+        "question": found.question,
         "tables": [_table_as_json(table) for table in found.tables],
         "conclusion": found.conclusion,
         "settings": dict(report.settings),
@@ -41,27 +41,27 @@ def as_json_object(report: Report) -> dict[str, object]:
 
 
 def show(report: Report) -> None:
-    """Print a report, as wide as the terminal."""
+    """Print a report, as wide as the terminal, or 120 columns wide if stdout is not a terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH_OF_A_FILE)
+        console = Console(highlight=False, width=FILE_WIDTH)
     found = report.result
-    console.print(Text(f"{found.title} (day {report.lab.day})", "bold"), Text(found.asks), sep="\n")
+    console.print(Text(f"{found.title} (day {report.lab.day})", "bold"), Text(found.question), sep="\n")
     for table in found.tables:
         console.print("", Text(table.title, "italic"), _grid(table), sep="\n")
     console.print("", Text(found.conclusion, "bold"), "", sep="\n")
-    console.print(Text(_circumstances(report), "dim"))
+    console.print(Text(_setup(report), "dim"))
 
 
-def _circumstances(report: Report) -> str:
+def _setup(report: Report) -> str:
     yours = ", ".join(report.your_modules)
-    whose = (
-        f"your modules: {yours}; the others are the reference's" if yours else "all modules: the reference's"
+    modules = (
+        f"your modules: {yours}; all others: the reference's" if yours else "all modules: the reference's"
     )
     settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in report.settings.items())
     machine = report.machine
-    on = f"{machine['processor']}, MLX {machine['mlx']}, kernels: {machine['kernels']}"
-    return f"{whose}\nsettings: {settings}\nmachine: {on}"
+    described = f"{machine['processor']}, MLX {machine['mlx']}, kernels: {machine['kernels']}"
+    return f"{modules}\nsettings: {settings}\nmachine: {described}"
 
 
 def _table_as_json(table: Table) -> dict[str, object]:
@@ -75,7 +75,7 @@ def _cell_as_json(cell: Cell) -> object:
 
 
 def _grid(table: Table) -> Grid:
-    """The table as rich draws it; a column that has a pair is drawn as two, the prediction first."""
+    """The table for rich; a column with pairs becomes two columns, predicted and measured."""
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
     drawn: list[list[str]] = []
     for place, column in enumerate(table.columns):
@@ -92,7 +92,7 @@ def _grid(table: Table) -> Grid:
 
 
 def _text(column: Column, cell: Cell, half: str) -> str:
-    """A cell, or that half of it, as it is drawn; what has no prediction shows none."""
+    """Format a cell or one half of it; a cell without a prediction has an empty predicted half."""
     if not isinstance(cell, Pair):
         value: float | str = "" if half == "predicted" else cell
     else:

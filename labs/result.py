@@ -1,6 +1,6 @@
-"""What a lab brings home: tables that set predictions beside what was measured, a picture, a conclusion.
+"""The result of a lab: tables with predictions and measurements, a picture, a conclusion.
 
-Plain values, ready to be shown; knows nothing of how a lab measures, or of screens, JSON and files.
+Plain values, independent of how a lab measures and of how its result is shown.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is under way, how much of it is done, and how much there is."""
+"""Called as progress(what is running, number done, total)."""
 
 
 class Pair(NamedTuple):
-    """A prediction, computed from a definition, beside what was measured."""
+    """A prediction, computed from a definition, and the measured value."""
 
     predicted: float
     measured: float
@@ -22,7 +22,7 @@ Cell = Pair | float | str
 
 
 class Column(NamedTuple):
-    """A column of a table: its key in JSON, its heading with the unit, and how a number of it reads."""
+    """A column of a table: its key in JSON, its heading with the unit, and the format of its numbers."""
 
     key: str
     head: str
@@ -30,12 +30,20 @@ class Column(NamedTuple):
 
 
 def percent(share: float) -> str:
-    """0.854 -> 85.4%."""
+    """Format a share.
+
+    >>> percent(0.854)
+    '85.4%'
+    """
     return f"{share:.1%}"
 
 
 def as_bytes(count: float) -> str:
-    """16384 -> 16 KiB; three digits at least, in the largest unit that leaves a number from 1 up."""
+    """Format a byte count with up to four digits, in the largest unit that gives at least 1.
+
+    >>> as_bytes(16384)
+    '16 KiB'
+    """
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if count >= 2**power:
             return f"{count / 2**power:.4g} {unit}"
@@ -44,7 +52,7 @@ def as_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, one for each column."""
+    """A table; each row has one cell for each column."""
 
     title: str
     columns: Sequence[Column]
@@ -53,7 +61,9 @@ class Table:
     def __post_init__(self) -> None:
         uneven = [row for row in self.rows if len(row) != len(self.columns)]
         if uneven:
-            raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, a row has {uneven[0]}")
+            raise ValueError(
+                f"table {self.title!r} has {len(self.columns)} columns, but a row is {uneven[0]}"
+            )
 
 
 class Point(NamedTuple):
@@ -64,7 +74,7 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of a picture; a predicted one is dashed."""
+    """A line of a picture; predicted lines are dashed."""
 
     name: str
     points: Sequence[Point]
@@ -73,9 +83,10 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """Lines over two axes, whose labels have the units.
+    """Lines and two axes, whose labels have the units.
 
-    x_base, y_base: the logarithm of an axis, None for a plain one. *_is_share: from 0 to 1, read as per cent.
+    x_base, y_base: base of a logarithmic axis, None for a linear one. *_is_share: values are shares from 0 to
+    1, shown in percent.
     """
 
     title: str
@@ -90,10 +101,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Result:
-    """What a lab found. title: the thing looked at; asks: the question; conclusion: a sentence or two."""
+    """The result of a lab: its subject, the question, tables, a conclusion of a few sentences, a picture."""
 
     title: str
-    asks: str
+    question: str
     tables: Sequence[Table]
     conclusion: str
     picture: Picture

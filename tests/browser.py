@@ -1,6 +1,6 @@
-"""A browser for tests: the system's Chromium, and pages that nothing goes wrong on.
+"""A browser for tests: the system's Chromium, and pages that fail the test on any error.
 
-Tests that need it are skipped where Playwright or Chromium is missing.
+Tests that import this module are skipped if Playwright or Chromium is missing.
 """
 
 import re
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="there is no playwright")
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
-    pytest.skip("there is no chromium", allow_module_level=True)
+    pytest.skip("Chromium is not installed", allow_module_level=True)
 
 OPTIONS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -24,7 +24,7 @@ OPTIONS = [
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser without a window."""
+    """Start a headless browser."""
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
         try:
@@ -42,32 +42,30 @@ def visiting(
     answers: Mapping[str, dict[str, Any]] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """A page in a context of its own. Whatever it complains of fails the test, and so does another host.
+    """Open a page in a new context. Errors on the page and requests to other hosts fail the test.
 
-    fine: a pattern of what it may complain of. answers: by address, what comes without asking the server.
+    fine: a pattern of errors that are expected. answers: responses by address, given instead of the server's.
     options: of the context.
     """
-    complaints: list[str] = []
+    errors: list[str] = []
     options = {"viewport": {"width": 1280, "height": 800}, **options}
     with browser.new_context(**options) as context:
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(f"{error.message}\n{error.stack}"))
-        page.on(
-            "request", lambda asked: complaints.append(asked.url) if not at_home(asked.url, url) else None
-        )
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(f"{error.message}\n{error.stack}"))
+        page.on("request", lambda sent: errors.append(sent.url) if not is_local(sent.url, url) else None)
         for address, answer in (answers or {}).items():
             page.route(address, _answering(answer))
         page.goto(url)
         yield page
-    assert not [said for said in complaints if not re.search(fine, said)]
+    assert not [error for error in errors if not re.search(fine, error)]
 
 
 def _answering(answer: dict[str, Any]) -> Callable[[Any], None]:
     return lambda route: route.fulfill(**answer)
 
 
-def at_home(address: str, url: str) -> bool:
-    """Whether an address is the server's own, or no address at all."""
+def is_local(address: str, url: str) -> bool:
+    """Whether an address is on the server at `url`, or a data URL."""
     return address.startswith((f"{url.rstrip('/')}/", "data:"))

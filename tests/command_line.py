@@ -28,7 +28,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(max_num_seqs=4, num_blocks=64)
+    return LLM(max_num_seqs=4, num_blocks=64, generation_config="vllm")
 
 
 @pytest.fixture

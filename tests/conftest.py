@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 import tiny_llm_kernels
 from tiny_llm import LLM
 
-MOST_PROCESSES = 8  # each loads the embedded model
+MAX_PROCESSES = 8  # each loads the embedded model
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 for profile, max_examples in (("quick", 25), ("ci", 100)):
@@ -56,7 +56,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        option.numprocesses, option.dist = min(cores, MOST_PROCESSES), "worksteal"
+        option.numprocesses, option.dist = min(cores, MAX_PROCESSES), "worksteal"
     if option.numprocesses:
         for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(variable, "1")

@@ -722,10 +722,10 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
 
 def _check_events(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
     """Check that listeners know the state of the pool from its events, even one that has just started."""
-    mirror.apply(watch.look())
+    mirror.apply(watch.poll())
     mirror.check(manager)
     late = Mirror()
-    late.apply(watch.so_far())
+    late.apply(watch.snapshot())
     late.check(manager)
 
 

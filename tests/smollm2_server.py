@@ -21,7 +21,7 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(num_blocks=1024, max_num_seqs=16, max_num_waiting=64)
+    return LLM(num_blocks=1024, max_num_seqs=16, max_num_waiting=64, generation_config="vllm")
 
 
 @pytest.fixture(scope="module")

@@ -190,11 +190,11 @@ def test_an_invalid_prompt_is_rejected_with_its_value_and_position(value: Any) -
         ([1.5], r"prompts\[0\].*1\.5"),
         ({"prompt": None}, "must have 'prompt' or 'prompt_token_ids'"),
         ({}, "must have 'prompt' or 'prompt_token_ids'"),
-        ({"prompt": 5}, r"prompt\['prompt'\] must be a text, not 5"),
-        ({"prompt": "a", "cache_salt": 5}, r"\['cache_salt'\] must be a text, not 5"),
+        ({"prompt": 5}, r"prompt\['prompt'\] must be a string, not 5"),
+        ({"prompt": "a", "cache_salt": 5}, r"\['cache_salt'\] must be a string, not 5"),
         ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data' is not supported; known: prompt,"),
         ([{"prompt": "a", 3: 4}], r"prompts\[0\]: 3 is not supported"),
-        ({"prompt_token_ids": "abc"}, "must be in a list, not 'abc'"),
+        ({"prompt_token_ids": "abc"}, "must be a list of token ids, not 'abc'"),
         ({"prompt_token_ids": []}, "no tokens"),
         ("a\ud800b", r"character 1 is a lone surrogate, '\\ud800'"),
         ([{"prompt": "\udfff"}], r"prompts\[0\]: character 0 is a lone surrogate"),
@@ -266,7 +266,7 @@ def test_other_arguments_of_a_wrong_type_are_rejected(llm: LLM) -> None:
 
 @pytest.mark.parametrize("request_id", ["", 5, b"a", ["a"], "x" * 257, True, Unprintable()])
 def test_a_request_id_must_be_a_short_text(llm: LLM, request_id: Any) -> None:
-    with pytest.raises(ValueError, match="request_id must be a text of 1 to 256 characters"):
+    with pytest.raises(ValueError, match="request_id must be a string of 1 to 256 characters"):
         llm.engine.request("a", GREEDY, request_id)
 
 
@@ -293,7 +293,7 @@ def test_an_invalid_request_or_listener_is_rejected_immediately(llm: LLM) -> Non
     for requests in (5, None, good, iter([good]), {good}, "a"):
         with pytest.raises(TypeError, match="requests"):
             _submit_invalid_requests(engine, requests)
-    with pytest.raises(TypeError, match=r"requests\[1\] must come from `request` or `search`, not 'a'"):
+    with pytest.raises(TypeError, match=r"requests\[1\] must be made by `request` or `search`, not 'a'"):
         _submit_invalid_requests(engine, [good, "a"])
     with pytest.raises(TypeError, match="deliver must be callable, not None"):
         _submit_invalid_requests(engine, [good], None)
@@ -336,10 +336,10 @@ def test_an_invalid_count_is_rejected_with_its_name_value_and_limit(name: str, v
         ({"enable_prefix_caching": "false"}, "enable_prefix_caching must be True or False, not 'false'"),
         ({"activation_bits": "8"}, "activation_bits must be a whole number, not '8'"),
         ({"activation_bits": 8.0}, "activation_bits must be a whole number, not 8.0"),
-        ({"dtype": None}, "dtype must be a text, not None"),
-        ({"kv_cache_dtype": mx.float16}, "kv_cache_dtype must be a text"),
-        ({"batching": ["paged"]}, "batching must be a text"),
-        ({"preemption_mode": 1}, "preemption_mode must be a text, not 1"),
+        ({"dtype": None}, "dtype must be a string, not None"),
+        ({"kv_cache_dtype": mx.float16}, "kv_cache_dtype must be a string"),
+        ({"batching": ["paged"]}, "batching must be a string"),
+        ({"preemption_mode": 1}, "preemption_mode must be a string, not 1"),
         ({"max_num_seqs": Unprintable()}, "max_num_seqs must be a whole number, not"),
     ],
 )

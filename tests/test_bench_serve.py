@@ -1,4 +1,4 @@
-"""`tiny-llm bench serve`: the figures of vLLM's benchmark, measured at a server, and what cannot be asked.
+"""`tiny-llm bench serve`: the figures of vLLM's benchmark for a server, and errors.
 
 The servers are the real one, and small ones that hang up or send no usage.
 """
@@ -74,11 +74,11 @@ def test_chats_are_measured_too(served: Served) -> None:
     assert 0 < found["median_ttft_ms"] < found["median_e2el_ms"]
 
 
-def test_words_of_a_chat_are_a_token_each(llm: LLM) -> None:
+def test_each_word_of_a_chat_is_one_token(llm: LLM) -> None:
     assert len(llm.tokenizer.encode(" " + " ".join(WORDS))) == len(WORDS) == len(set(WORDS))
 
 
-def test_vllms_way_to_name_a_server_is_known(served: Served) -> None:
+def test_a_server_may_be_named_by_host_and_port_as_in_vllm(served: Served) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--host", host, "--port", port]
     options = ["--backend", "vllm", "--dataset-name", "random", "--num-prompts", "2", "--no-ignore-eos"]
@@ -88,7 +88,7 @@ def test_vllms_way_to_name_a_server_is_known(served: Served) -> None:
     assert (found["run"]["base_url"], found["run"]["endpoint"]) == (served.url, "/v1/completions")
 
 
-def test_the_table_says_what_was_run_and_its_units(served: Served) -> None:
+def test_the_table_shows_the_load_and_units(served: Served) -> None:
     options = ("--num-prompts", "2", "--max-concurrency", "1", "--random-input-len", "10")
     shown = run_bench(served.url, *options, "--random-output-len", "4", "--random-range-ratio", "0.5")
     first, second, *rows = shown.stdout.splitlines()
@@ -96,8 +96,8 @@ def test_the_table_says_what_was_run_and_its_units(served: Served) -> None:
     assert first == f"openai at {served.url}/v1/completions: {asked}"
     assert "smollm2" in second
     units = {line.split()[0]: line.split()[2] for line in rows if "_" in line or line[:8] == "duration"}
-    assert (units["duration"], units["total_output_tokens"]) == ("s", "tok")
-    assert (units["request_throughput"], units["output_throughput"]) == ("req/s", "tok/s")
+    assert (units["duration"], units["total_output_tokens"]) == ("s", "tokens")
+    assert (units["request_throughput"], units["output_throughput"]) == ("requests/s", "tokens/s")
     times = rows[rows.index("") + 1 :]
     times = times[times.index("") + 1 :]
     assert times[0].split() == ["milliseconds", "mean", "median", "std", "p99"]
@@ -112,21 +112,67 @@ def test_the_table_says_what_was_run_and_its_units(served: Served) -> None:
         (["--endpoint", "/nowhere"], "404"),
         (["--model", "gpt-9"], "'gpt-9' does not exist"),
         (["--base-url", "http://127.0.0.1:9"], "does not answer"),
-        (["--request-rate", "0"], "0.0 is no rate"),
-        (["--dataset-name", "sharegpt"], "'sharegpt' is not here: prompts are random"),
+        (["--request-rate", "0"], "0.0 is not more than 0"),
+        (["--dataset-name", "sharegpt"], "'sharegpt' is not available: prompts are random"),
         (["--backend", "tgi"], "'tgi'"),
-        (["--backend", "openai-chat", "--endpoint", "/v1/completions"], "--backend openai does"),
-        (["--endpoint", "/v1/chat/completions"], "--backend openai-chat does"),
+        (["--backend", "openai-chat", "--endpoint", "/v1/completions"], "use --backend openai"),
+        (["--endpoint", "/v1/chat/completions"], "use --backend openai-chat"),
     ],
 )
-def test_a_server_that_cannot_be_asked_is_named(served: Served, options: list[str], said: str) -> None:
+def test_a_request_that_cannot_be_sent_is_explained(served: Served, options: list[str], said: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         bench_serve(served, "--num-prompts", "1", *options)
     assert said in failed.value.stderr
 
 
+@contextmanager
+def refusing(status: int, body: bytes) -> Iterator[str]:
+    """The URL of a server that answers every request with an error."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    with serving_app(app) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "key", "said"),
+    [
+        (401, b"", None, "/v1/models: the server requires an API key: --api-key or OPENAI_API_KEY (401)"),
+        (401, b'{"error": {"message": "bad key"}}', "k", "the server rejects this API key (401: bad key)"),
+        (
+            403,
+            b'{"error": {"message": "not here"}}',
+            None,
+            "403: not here (if it requires an API key: --api-key",
+        ),
+        (403, b'{"error": {"message": "not here"}}', "k", "/v1/models: 403: not here"),
+        (503, b'{"error": {"message": "the model is loading"}}', None, "503: the model is loading"),
+        (502, b"<h1>bad gateway</h1>", None, "502: <h1>bad gateway</h1>"),
+        (500, b"", None, "500: Internal Server Error"),
+        (200, b"{}", None, "is not a list of models in OpenAI's format"),
+    ],
+)
+def test_a_server_that_refuses_is_quoted(status: int, body: bytes, key: str | None, said: str) -> None:
+    options = [] if key is None else ["--api-key", key]
+    with refusing(status, body) as url:
+        done = run_bench(url, *options, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_request_without_the_required_key_says_so() -> None:
+    with refusing(401, b"") as url:
+        done = run_bench(url, "--model", "m", check=False)
+    assert "/v1/completions: the server requires an API key: --api-key or OPENAI_API_KEY (401)" in done.stderr
+
+
 def hang_up_now_and_then(listener: socket.socket, answers: int) -> None:
-    """A server that closes a connection without a word at the request after so many."""
+    """A server that closes each connection at the request after `answers` answered ones."""
     body = b'data: {"choices": [{"text": "x"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n'
     models = b'{"data": [{"id": "m"}]}'
     with suppress(OSError):
@@ -143,8 +189,8 @@ def hang_up_now_and_then(listener: socket.socket, answers: int) -> None:
 
 
 @pytest.mark.parametrize(("answers", "failed"), [(3, 0), (0, 5)])
-def test_a_connection_that_a_server_has_closed_is_no_failed_request(answers: int, failed: int) -> None:
-    """Asked again over a new one, once: a server that never answers has failed."""
+def test_a_closed_connection_is_tried_again_once(answers: int, failed: int) -> None:
+    """A server that never answers has failed."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=hang_up_now_and_then, args=(listener, answers), daemon=True).start()
         command = [sys.executable, "-m", "tiny_llm_cli", "bench", "serve", "--json", "--num-prompts", "5"]
@@ -184,8 +230,8 @@ def serving_app(app: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
-def test_without_usage_chunks_with_text_are_counted_and_it_is_said(backend: str) -> None:
-    """The second chunk comes late. A chat's first is its role, which is no token; a completion's is one."""
+def test_without_usage_chunks_with_text_are_counted_and_a_warning_says_so(backend: str) -> None:
+    """The second chunk is late. The first chunk of a chat is its role; that of a completion is a token."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -209,13 +255,13 @@ def test_without_usage_chunks_with_text_are_counted_and_it_is_said(backend: str)
     assert found["total_input_tokens"] == 14, "what was sent"
     assert done.stderr.startswith("tiny-llm: warning:")
     assert "sends no usage" in done.stderr
-    assert "4 tok (chunks with text: no usage)" in table
+    assert "4 tokens (chunks with text: no usage)" in table
     after_first = found["mean_e2el_ms"] - found["mean_ttft_ms"]
     assert found["mean_itl_ms"] * 2 == pytest.approx(after_first)
     assert (found["mean_ttft_ms"] if backend == "openai-chat" else after_first) > 250
 
 
-def test_requests_that_fail_count_as_failed_and_no_more() -> None:
+def test_failed_requests_are_only_counted() -> None:
     answers = [
         Answer(10.0, [10.5, 10.75, 11.0], 7, 3),
         Answer(11.0, [12.0], 9, 1),

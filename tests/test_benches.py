@@ -1,4 +1,4 @@
-"""`pdm run bench`: what it lists, what it starts, and what it refuses. What it measures is not tested."""
+"""`pdm run bench`: the list, the help texts and wrong command lines. The measurements are not tested."""
 
 import subprocess
 import sys
@@ -16,37 +16,38 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_every_question_is_listed_with_a_line_about_it() -> None:
+def test_every_benchmark_is_listed_with_its_question() -> None:
     listed = bench()
     assert listed.returncode == 0
-    lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines() if line.startswith("  ")]
+    table = listed.stdout.partition("\nBenchmarks:\n")[2]
+    lines = [line.split(maxsplit=1) for line in table.splitlines()]
     assert {name for name, _ in lines} == {"latency", "throughput", "serve", *NAMES} - NO_QUESTION
     assert all(len(line) > 20 for _, line in lines)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES, "latency", "serve"} - NO_QUESTION))
-def test_a_question_explains_itself(name: str) -> None:
-    told = bench(name, "--help")
-    assert told.returncode == 0, told.stderr
-    assert "--json" in told.stdout
+def test_every_benchmark_has_a_help_text(name: str) -> None:
+    shown = bench(name, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "--json" in shown.stdout
 
 
 @pytest.mark.parametrize(("name", "hint"), [("pears", "did you mean peers?"), ("xyzzy", "lists them")])
-def test_a_wrong_name_is_refused_with_a_hint(name: str, hint: str) -> None:
-    refused = bench(name)
-    assert refused.returncode == 2
-    assert f"there is no benchmark {name!r}" in refused.stderr
-    assert hint in refused.stderr
+def test_an_unknown_name_is_an_error_with_a_hint(name: str, hint: str) -> None:
+    failed = bench(name)
+    assert failed.returncode == 2
+    assert f"there is no benchmark {name!r}" in failed.stderr
+    assert hint in failed.stderr
 
 
-def test_peers_that_are_missing_say_how_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peer_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHES))
     import peers
 
     others = peers.all_peers(Path("/nowhere"), None)[2:]
     reasons = [peer.why_missing() or "" for peer in others]
     assert len(others) == 3
-    assert all(reason.startswith("no /nowhere/") for reason in reasons)
+    assert all(reason.startswith("/nowhere/") and " is missing; to install: " in reason for reason in reasons)
     assert sum("pip install" in reason for reason in reasons) == 2
     assert "--llama-server" in reasons[-1]
 
@@ -90,15 +91,25 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["growth", "--steps", "25"], "--steps 25: at most 24"),
         (["growth", "--prompt", "500"], "--prompt 500: at most 192"),
-        (["roofline", "--repetitions", "0"], "'0': a whole number from 1 on"),
+        (["roofline", "--repetitions", "0"], "'0' is not a whole number of 1 or more"),
         (["peers", "--plot", "picture.txt"], "--plot picture.txt"),
     ],
 )
-def test_wrong_arguments_are_refused_before_any_work(arguments: list[str], said: str) -> None:
-    refused = bench(*arguments)
-    assert refused.returncode == 2
-    assert said in refused.stderr
+def test_wrong_arguments_are_errors_before_any_measurement(arguments: list[str], message: str) -> None:
+    failed = bench(*arguments)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+
+
+def test_the_share_of_repeated_sequences_tells_a_loop_from_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import defaults
+
+    assert defaults.repeated_share(range(100)) == 0
+    assert defaults.repeated_share([1, 2, 3] * 40) > 0.9
+    assert defaults.repeated_share([*range(60), *range(60)]) == pytest.approx(53 / 113)
+    assert defaults.repeated_share([1, 2, 3]) == 0, "shorter than a sequence that could repeat"

@@ -37,12 +37,12 @@ def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
         for seq_id in list(logits):
             if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
-        change = watch.look()
+        change = watch.poll()
         counts.update(event.kind for event in change.events)
         mirror.apply(change)
         mirror.check(manager)
         late = Mirror()
-        late.apply(watch.so_far())
+        late.apply(watch.snapshot())
         late.check(manager)
         if not manager.has_work:
             break
@@ -66,9 +66,9 @@ def test_a_copy_event_names_both_blocks() -> None:
     manager.add_request(random_prompt(6, 0), "r", SamplingParams(n=2, max_tokens=4))
     logits = manager.process_batch()
     manager.commit(dict.fromkeys(logits, 9))
-    watch.look()
+    watch.poll()
     manager.process_batch()
-    copies = [event for event in watch.look().events if event.kind is Kind.COPIED]
+    copies = [event for event in watch.poll().events if event.kind is Kind.COPIED]
     assert len(copies) == 1
     (copy,) = copies
     assert copy.other is not None
@@ -81,15 +81,15 @@ def test_there_are_no_events_between_two_polls_without_a_step() -> None:
     watch = BlockWatch(manager)
     manager.add_request([9, 9, 9], "r", SamplingParams(max_tokens=4))
     manager.process_batch()
-    assert not watch.look().is_empty
-    assert watch.look().is_empty
+    assert not watch.poll().is_empty
+    assert watch.poll().is_empty
 
 
 def test_a_poll_lists_only_the_first_of_many_waiting_requests() -> None:
     manager = PagedBatchManager(20, 4, 4)
     for number in range(3 * MAX_WAITING_SHOWN):
         manager.add_request([9, 9, 9], str(number), SamplingParams(priority=-number))
-    shown = [view.seq_id for view in BlockWatch(manager).so_far().sequences]
+    shown = [view.seq_id for view in BlockWatch(manager).snapshot().sequences]
     assert shown == [sequence.seq_id for sequence in manager.waiting[:MAX_WAITING_SHOWN]]
 
 

@@ -1,4 +1,4 @@
-"""`tiny-llm bench` and `tiny-llm info`: what was measured with what, and what a model is."""
+"""`tiny-llm bench` and `tiny-llm info`: figures, their units and conditions, and facts about a model."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def test_bench_latency_says_what_was_run(llm: LLM) -> None:
+def test_bench_latency_reports_its_conditions(llm: LLM) -> None:
     run = LatencyRun(prefill_tokens=16, prompt_tokens=4, output_tokens=3, repetitions=2, warmups=0, seed=0)
     result = measure_latency(llm, run, quiet)
     for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms"):
@@ -33,7 +33,7 @@ def test_bench_latency_says_what_was_run(llm: LLM) -> None:
         assert key in result["run"]  # type: ignore[operator]
 
 
-def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(
+def test_bench_throughput_has_the_keys_of_vllm_and_obeys_max_concurrency(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, most = llm.core.step, 0
@@ -56,7 +56,7 @@ def test_bench_throughput_has_vllms_keys_and_keeps_to_the_limit(
     assert {"duration", "request_throughput", "output_throughput", "total_token_throughput"} < set(result)
 
 
-def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
+def test_bench_prompts_contain_no_control_tokens(llm: LLM) -> None:
     assert [llm.tokenizer.token_text(token) for token in sorted(control_token_ids(llm))[:3]] == [
         "<|endoftext|>",
         "<|im_start|>",
@@ -65,7 +65,7 @@ def test_bench_prompts_hold_no_control_tokens(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 100, 101, 250])
-def test_p99_is_numpys(count: int) -> None:
+def test_p99_equals_the_percentile_of_numpy(count: int) -> None:
     seconds = np.random.default_rng(count).exponential(size=count).tolist()
     result = statistics_of("itl", seconds)
     for kind, expected in (("p99", np.percentile(seconds, 99)), ("median", np.median(seconds))):
@@ -77,9 +77,27 @@ def test_bench_prints_json_or_a_table(cli: Run) -> None:
     assert json.loads(cli(*arguments, "--json").out)["decode_tokens_per_s"] > 0
     table = cli(*arguments)
     assert table.err == ""
-    assert {"decode_tokens_per_s", "ttft_ms", "instruction_set"} & {
-        line.split()[0] for line in table.out.splitlines() if line
-    }
+    heading, *lines = table.out.splitlines()
+    assert heading == "Median (smallest to largest) of 1 run:"
+    units = {line.split()[0]: line.split()[2] for line in lines[:3]}
+    assert units == {"decode": "tokens/s", "prefill": "tokens/s", "ttft": "ms"}
+    assert "instruction set " in table.out
+
+
+def test_bench_throughput_prints_a_unit_with_each_figure(cli: Run) -> None:
+    arguments = ["--num-prompts", "2", "--max-input-tokens", "32", "--output-tokens", "3"]
+    totals, times, run = cli("bench", "throughput", *arguments).out.split("\n\n")
+    units = {line.split()[0]: line.split()[2] for line in totals.splitlines()}
+    assert (units["duration"], units["completed"], units["total_output_tokens"]) == (
+        "s",
+        "requests",
+        "tokens",
+    )
+    assert (units["request_throughput"], units["output_throughput"]) == ("requests/s", "tokens/s")
+    heading, *rows = [line.split() for line in times.splitlines()]
+    assert heading == ["milliseconds", "mean", "median", "std", "p99"]
+    assert [row[0] for row in rows] == ["ttft", "tpot", "itl", "e2el"]
+    assert "num prompts " in run
 
 
 def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
@@ -90,7 +108,10 @@ def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
     assert found["pool"]["bytes"] == found["pool"]["tokens"] * 2 * 30 * 3 * 64 * 2
     assert found["machine"]["mlx"]
     assert found["overlay"]["path"] == tiny_llm.__path__[0]
-    assert "tokens" in cli("info").out
+    shown = cli("info").out
+    assert f"tokens          {64 * 16:,}" in shown
+    assert "size            22.5 MiB" in shown
+    assert "size per token  22.5 KiB" in shown
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
@@ -101,7 +122,7 @@ def test_a_folder_is_described_and_answers(name: str, tmp_path: Path, plain_cli:
     found = json.loads(plain_cli("info", "--model", str(path), "--num-blocks", "16", "--json").out)["model"]
     assert (found["name"], found["architecture"], found["path"]) == (name, name, str(path))
     assert found["quantization"].startswith("float32 x ")
-    assert 0 <= found["bytes"] - 4 * found["parameters"] < 256  # the rotations' frequencies are no parameters
+    assert 0 <= found["bytes"] - 4 * found["parameters"] < 256  # frequencies are not parameters
     answered = plain_cli("generate", "ab", "--model", str(path), "--max-tokens", "3", "--json")
     assert len(json.loads(answered.out)["outputs"][0]["token_ids"]) == 3
     too_long = plain_cli("generate", "ab " * 200, "--model", str(path))

@@ -1,4 +1,4 @@
-"""`tiny-llm generate`: its prompts, what it prints, and parameters that reach the engine.
+"""`tiny-llm generate`: where prompts come from, the output, and parameters that reach the engine.
 
 Oracle: the engine's own `generate` with the same parameters.
 """
@@ -15,14 +15,17 @@ from tiny_llm.token_output import TokenOutput
 
 from command_line import Ended, Run, cli, every_page_comes_back, expected_answer, llm, plain_cli
 from tiny_llm import LLM, SamplingParams
+from tiny_llm_cli.engine import asked_sampling
+from tiny_llm_cli.options import SamplingOptions
 
 __all__ = ["cli", "every_page_comes_back", "llm", "plain_cli"]
 
 
-def test_one_prompt_gives_its_text_alone(cli: Run, llm: LLM) -> None:
+def test_one_prompt_prints_only_its_text(cli: Run, llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=6)
     text = llm.generate("Once upon a time", params, use_tqdm=False)[0].outputs[0].text
-    assert cli("generate", "Once upon a time", "--max-tokens", "6") == Ended(0, text + "\n", "")
+    ended = cli("generate", "Once upon a time", "--max-tokens", "6", "--temperature", "0")
+    assert ended == Ended(0, text + "\n", "")
 
 
 def test_several_completions_have_headings(cli: Run) -> None:
@@ -31,7 +34,7 @@ def test_several_completions_have_headings(cli: Run) -> None:
     assert headings == [f"==> {prompt} ({i} of 2) <==" for prompt in ("Once upon", "The sky") for i in (1, 2)]
 
 
-def test_a_completion_that_fails_is_said_after_the_others_are_written(
+def test_a_completion_that_fails_is_reported_after_the_others_are_written(
     cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push, num_pushed = CompletionText.push, Counter[int]()
@@ -57,7 +60,7 @@ def test_prompts_come_from_standard_input_line_by_line(cli: Run) -> None:
 
 def test_json_lines_have_everything(cli: Run, llm: LLM) -> None:
     arguments = ["Once upon a time", "--n", "2", "--seed", "3", "--max-tokens", "4", "--logprobs", "2"]
-    ended = cli("generate", "--json", *arguments)
+    ended = cli("generate", "--json", *arguments, "--temperature", "1", "--top-p", "1")
     [line] = [json.loads(line) for line in ended.out.splitlines()]
     params = SamplingParams(n=2, seed=3, max_tokens=4, logprobs=2)
     expected = llm.generate("Once upon a time", params, use_tqdm=False)[0]
@@ -73,7 +76,7 @@ def test_json_lines_have_everything(cli: Run, llm: LLM) -> None:
             assert found[name] == getattr(output, name)
 
 
-def test_jsonl_prompts_bring_their_own_parameters(cli: Run, tmp_path: Path) -> None:
+def test_lines_of_jsonl_have_their_own_parameters(cli: Run, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Once", "max_tokens": 1}\n\n{"prompt": [19556, 17], "n": 2, "seed": 1}\n')
     output = tmp_path / "answers.jsonl"
@@ -89,7 +92,11 @@ def test_jsonl_prompts_bring_their_own_parameters(cli: Run, tmp_path: Path) -> N
     ("line", "words"),
     [
         ("{", "not JSON"),
-        ("[]", 'not an object with a "prompt"'),
+        ("[]", "not a JSON object"),
+        ("{}", 'not a JSON object with either a "prompt" or "messages"'),
+        ('{"prompt": "a", "messages": []}', 'either a "prompt" or "messages"'),
+        ('{"messages": "hi"}', '"messages" must be a list of objects'),
+        ('{"messages": []}', '"messages" must be a list of objects'),
         ('{"prompt": ""}', "not empty"),
         ('{"prompt": 3}', "not 3"),
         ('{"prompt": "a", "temprature": 1}', "unknown field 'temprature'"),
@@ -105,14 +112,69 @@ def test_a_bad_jsonl_line_is_named(line: str, words: str, tmp_path: Path, plain_
     assert words in ended.err
 
 
+def test_json_lines_on_standard_input_are_recognized(cli: Run) -> None:
+    lines = '{"prompt": "Once", "max_tokens": 1}\n{"prompt": "The", "max_tokens": 2}\n'
+    for arguments in (["--file", "-"], []):
+        found = [
+            json.loads(line) for line in cli("generate", "--json", *arguments, stdin=lines).out.splitlines()
+        ]
+        assert [line["prompt"] for line in found] == ["Once", "The"]
+        assert [len(line["outputs"][0]["token_ids"]) for line in found] == [1, 2]
+
+
+def test_a_text_that_only_looks_like_json_stays_a_text(cli: Run) -> None:
+    lines = ['{"name": "tiny"}', "{ not JSON", "{}"]
+    for line in lines:
+        found = json.loads(cli("generate", "--json", "--max-tokens", "1", stdin=line).out)
+        assert found["prompt"] == line
+
+
+def test_a_line_may_be_a_conversation_and_its_id_comes_back(cli: Run, llm: LLM, tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}]
+    lines = [{"id": 7, "messages": messages}, {"custom_id": "x", "prompt": "The sky"}]
+    file = tmp_path / "conversations.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--temperature", "0", "--max-tokens", "8"]
+    ended = cli("generate", "--file", str(file), "--json", *options)
+    chat, prompt = [json.loads(line) for line in ended.out.splitlines()]
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    assert chat["outputs"][0]["text"] == llm.chat(messages, params, use_tqdm=False)[0].outputs[0].text
+    assert (chat["id"], chat["prompt"], chat["messages"]) == (7, None, messages)
+    assert (prompt["custom_id"], prompt["prompt"]) == ("x", "The sky")
+    assert "messages" not in prompt
+    titles = [
+        line for line in cli("generate", "--file", str(file), *options).out.splitlines() if "==>" in line
+    ]
+    assert titles == ["==> Name a colour. <==", "==> The sky <=="]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "word " * 2000}, "the context of 1024"),
+        ({"messages": [{"role": "wizard"}]}, "messages[0]"),
+        ({"prompt": [99999999]}, "99999999"),
+    ],
+)
+def test_a_line_that_can_never_run_is_named_before_any_runs(
+    line: dict[str, object], words: str, cli: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + json.dumps(line))
+    ended = cli("generate", "--file", str(file), "--json")
+    assert (ended.code, ended.out) == (1, "")
+    assert f"{file}:2: " in ended.err
+    assert words in ended.err
+
+
 def test_chat_flag_asks_through_the_template(cli: Run, llm: LLM) -> None:
-    ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "Name a colour.")
+    ended = cli("generate", "--chat", "--json", "--max-tokens", "8", "--temperature", "0", "Name a colour.")
     line = json.loads(ended.out)
     assert line["prompt"] == "Name a colour."
     assert line["outputs"][0]["text"] == expected_answer(llm, "Name a colour.")
 
 
-def test_generate_is_the_same_text_every_time(cli: Run, tmp_path: Path) -> None:
+def test_the_same_command_gives_the_same_text(cli: Run, tmp_path: Path) -> None:
     arguments = ["generate", "Once upon a time", "--n", "2", "--max-tokens", "4", "--seed", "1"]
     assert cli(*arguments).out == cli(*arguments).out
 
@@ -141,7 +203,8 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
     arguments += ["--logit-bias", "338=-100", "--logit-bias", "253=2", "--show-special-tokens"]
     params = SamplingParams(temperature=0.0, max_tokens=12, **options)  # type: ignore[arg-type]
     [expected] = llm.generate(["The sky is"], params, use_tqdm=False)
-    found = json.loads(cli("generate", "The sky is", "--json", "--max-tokens", "12", *arguments).out)
+    arguments += ["--temperature", "0", "--max-tokens", "12"]
+    found = json.loads(cli("generate", "The sky is", "--json", *arguments).out)
     assert tuple(found["outputs"][0]["token_ids"]) == expected.outputs[0].token_ids
     assert found["outputs"][0]["text"] == expected.outputs[0].text
     assert len(found["prompt_logprobs"]) == len(expected.prompt_token_ids)
@@ -152,14 +215,24 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
     ("option", "value", "message"),
     [
         ("--logit-bias", "a=1", "'a=1' is not ID=BIAS"),
-        ("--logit-bias", "5=101", "logit_bias[5] must be from -100 to 100, not 101.0"),
-        ("--logit-bias", "99999999=1", "logit_bias must be in the vocabulary (0 to 49151), not 99999999"),
-        ("--stop-token-id", "49152", "stop_token_ids must be in the vocabulary (0 to 49151), not 49152"),
-        ("--min-tokens", "500", "min_tokens must be from 0 to max_tokens, 128, not 500"),
-        ("--presence-penalty", "3", "presence_penalty must be from -2 to 2, not 3"),
+        ("--logit-bias", "5=101", "--logit-bias[5] must be from -100 to 100, not 101.0"),
+        ("--logit-bias", "99999999=1", "--logit-bias must be in the vocabulary (0 to 49151), not 99999999"),
+        ("--stop-token-id", "49152", "--stop-token-id must be in the vocabulary (0 to 49151), not 49152"),
+        ("--min-tokens", "500", "--min-tokens must be from 0 to --max-tokens, 128, not 500"),
+        ("--presence-penalty", "3", "--presence-penalty must be from -2 to 2, not 3"),
         ("--prompt-logprobs", "1", "add --json"),
     ],
 )
 def test_a_bad_sampling_parameter_is_named(plain_cli: Run, option: str, value: str, message: str) -> None:
     ended = plain_cli("generate", "hello", option, value)
     assert message in " ".join(ended.err.split())
+
+
+def test_a_greedy_recommendation_does_not_make_several_completions_equal() -> None:
+    """One completion follows the recommendation; for several the command's own temperature counts."""
+    recommended = {"temperature": 0.0, "frequency_penalty": 0.3}
+    several = asked_sampling(SamplingOptions(), max_tokens=8, n=3).params(recommended)
+    assert (several.temperature, several.frequency_penalty) == (1.0, 0.3)
+    assert asked_sampling(SamplingOptions(), max_tokens=8, n=1).params(recommended).temperature == 0.0
+    asked = asked_sampling(SamplingOptions(temperature=0.0), max_tokens=8, n=3)
+    assert asked.params(recommended).temperature == 0.0

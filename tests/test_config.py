@@ -11,6 +11,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
 from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import CONTEXT, tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes
@@ -118,7 +119,7 @@ def test_the_memory_given_is_filled_and_never_exceeded(block_size: int) -> None:
 
 
 def test_memory_for_less_than_a_block_is_refused_with_the_figures() -> None:
-    with pytest.raises(ConfigError, match=rf"100 bytes.*16 tokens takes {16 * BYTES_PER_TOKEN} bytes"):
+    with pytest.raises(ConfigError, match=rf"100 bytes.*which takes {shown_bytes(16 * BYTES_PER_TOKEN)}"):
         EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
 
 

@@ -1,4 +1,4 @@
-"""What a connection costs and how long it may wait: raw sockets against a real server.
+"""Limits on connections and their timeouts: raw sockets against a real server.
 
 Oracles: RFC 9110 and RFC 9112, and the limits of `ServerConfig`.
 """
@@ -40,7 +40,7 @@ def served(llm: LLM) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def strict(llm: LLM) -> Iterator[Served]:
-    """A server whose limits are a second each, and whose system holds little of an answer."""
+    """A server with time limits of one second and small kernel buffers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connections, "KERNEL_BYTES", 16_384)
         with serving(lambda: llm, LIMITS) as here:
@@ -63,7 +63,7 @@ def request(body: dict[str, object], *headers: str, path: str = COMPLETE) -> byt
 
 
 def all_of(connection: socket.socket) -> bytes:
-    """What is answered until the server closes."""
+    """Return the answer, until the server closes the connection."""
     parts = []
     with suppress(ConnectionError):
         while part := connection.recv(65536):
@@ -72,7 +72,7 @@ def all_of(connection: socket.socket) -> bytes:
 
 
 def asked(connection: socket.socket) -> bytes:
-    """What is answered to HEALTH on a connection that stays open."""
+    """Send HEALTH on a connection that stays open, and return the answer."""
     connection.sendall(HEALTH)
     answer = b""
     while not answer.endswith(b"}"):
@@ -89,13 +89,13 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX:"])
-def test_a_head_that_never_ends_is_ended(strict: Served, sent: bytes) -> None:
+def test_an_unfinished_head_times_out(strict: Served, sent: bytes) -> None:
     with connected(strict) as connection:
         connection.sendall(sent)
         assert all_of(connection).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_head_that_comes_byte_by_byte_is_ended(strict: Served) -> None:
+def test_a_head_sent_byte_by_byte_times_out(strict: Served) -> None:
     with connected(strict) as connection:
         for byte in b"GET /health HTTP/1.1\r\nX: " + b"y" * 100:
             with suppress(ConnectionError):
@@ -107,7 +107,7 @@ def test_a_head_that_comes_byte_by_byte_is_ended(strict: Served) -> None:
         assert all_of(connection).startswith(b"HTTP/1.1 408 ")
 
 
-def test_an_idle_connection_is_closed_without_a_word(strict: Served) -> None:
+def test_an_idle_connection_is_closed_without_an_answer(strict: Served) -> None:
     with connected(strict) as connection:
         connection.sendall(HEALTH)
         answer = all_of(connection)
@@ -115,7 +115,7 @@ def test_an_idle_connection_is_closed_without_a_word(strict: Served) -> None:
     assert answer.count(b"HTTP/1.1") == 1
 
 
-def test_the_head_of_a_second_request_has_its_limit_too(strict: Served) -> None:
+def test_the_head_of_a_second_request_times_out_too(strict: Served) -> None:
     with connected(strict) as connection:
         asked(connection)
         connection.sendall(b"GET /hea")
@@ -124,10 +124,10 @@ def test_the_head_of_a_second_request_has_its_limit_too(strict: Served) -> None:
 
 @pytest.mark.parametrize("head", [b"Content-Length: 50\r\n", b"Transfer-Encoding: chunked\r\n"])
 @pytest.mark.parametrize("method", [b"POST /v1/completions", b"GET /health"])
-def test_a_body_that_never_ends_is_ended(
+def test_an_unfinished_body_times_out(
     strict: Served, monkeypatch: pytest.MonkeyPatch, method: bytes, head: bytes
 ) -> None:
-    """Also where the application answers without reading it."""
+    """Even if the application answers without reading it."""
     monkeypatch.setattr(connections, "BODY_GRACE", 0.5)
     start = b"%b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%b\r\n2\r\n{}"
     with connected(strict) as connection:
@@ -136,8 +136,8 @@ def test_a_body_that_never_ends_is_ended(
     assert re.match(rb"HTTP/1.1 (408|200) ", answer), answer
 
 
-def test_a_client_that_does_not_read_is_hung_up_on(strict: Served, llm: LLM) -> None:
-    """And its request is cancelled."""
+def test_a_client_that_does_not_read_is_disconnected(strict: Served, llm: LLM) -> None:
+    """Its request is aborted too."""
     body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True, "logprobs": 20}
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -150,8 +150,8 @@ def test_a_client_that_does_not_read_is_hung_up_on(strict: Served, llm: LLM) -> 
     until(lambda: llm.engine.stats.num_running == 0)
 
 
-def test_a_client_that_reads_slowly_gets_all_of_a_long_answer(strict: Served) -> None:
-    """It takes longer than `unread_timeout` in all, but always reads some of it."""
+def test_a_client_that_reads_slowly_gets_the_whole_answer(strict: Served) -> None:
+    """It takes longer than `unread_timeout` in total, but keeps reading."""
     body = {"prompt": " a" * 150_000, "return_token_strs": True}
     with connected(strict) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -164,10 +164,10 @@ def test_a_client_that_reads_slowly_gets_all_of_a_long_answer(strict: Served) ->
     assert time.monotonic() - start > 1.5
 
 
-# How many.
+# The number of connections.
 
 
-def test_at_the_cap_an_idle_connection_makes_way_and_busy_ones_stay() -> None:
+def test_at_the_limit_an_idle_connection_is_closed_for_a_new_one_and_busy_ones_stay() -> None:
     body = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
     with serving(small, ServerConfig(max_connections=4)) as here, ExitStack() as stack:
         busy = [stack.enter_context(connected(here)) for _ in range(3)]
@@ -184,7 +184,7 @@ def test_at_the_cap_an_idle_connection_makes_way_and_busy_ones_stay() -> None:
             assert all_of(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
-def test_if_all_connections_are_busy_a_new_one_is_answered_503() -> None:
+def test_a_new_connection_gets_503_if_all_are_busy() -> None:
     body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     with serving(small, ServerConfig(max_connections=2)) as here, ExitStack() as stack:
         busy = [stack.enter_context(connected(here)) for _ in range(2)]
@@ -200,7 +200,7 @@ def test_if_all_connections_are_busy_a_new_one_is_answered_503() -> None:
 
 @contextmanager
 def limited_process(files: int) -> Iterator[tuple[list[str], str]]:
-    """A server that may open only so many files, and takes more connections than that: its log, its place."""
+    """Start a server that may open few files but accepts more connections; yield its log and address."""
     code = f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({files}, {files}))\n"
     code += "from tiny_llm_server import connections\nconnections.SPARE_FILES = -1000\n"
     code += "from tiny_llm_cli.main import main\nmain()"
@@ -220,7 +220,7 @@ def limited_process(files: int) -> Iterator[tuple[list[str], str]]:
 
 
 def test_without_file_descriptors_open_connections_are_served_and_the_log_stays_short() -> None:
-    """Every connection is in the middle of a body, so that none is closed for another."""
+    """Every connection is in the middle of a body, so none is closed for another one."""
     with limited_process(80) as (lines, place), ExitStack() as stack:
         host, _, port = place.partition(":")
         first = stack.enter_context(socket.create_connection((host, int(port)), timeout=SECONDS))
@@ -247,11 +247,11 @@ def test_the_limit_on_open_files_is_raised() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    expected = connections.MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, connections.MOST_FILES)
+    expected = connections.MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, connections.MAX_FILES)
     assert int(done.stdout) == expected
 
 
-# Bodies in pieces, and what is no HTTP.
+# Chunked bodies and invalid HTTP.
 
 
 def test_a_body_in_one_byte_chunks_is_refused_before_its_end(served: Served) -> None:
@@ -277,8 +277,8 @@ def test_a_body_in_one_byte_chunks_is_refused_before_its_end(served: Served) -> 
     assert worst[0] < 2.0
 
 
-def test_json_that_is_written_piece_by_piece_is_read(served: Served) -> None:
-    """As `json.JSONEncoder().iterencode` gives it: 20,000 chunks."""
+def test_json_in_small_chunks_is_accepted(served: Served) -> None:
+    """As `json.JSONEncoder().iterencode` makes them: 20,000 chunks."""
     pieces = ['{"tokens": [', *(f"{token}, " for token in range(20_000)), "1]}"]
     with served.client() as client:
         content = iter([piece.encode() for piece in pieces])
@@ -333,7 +333,7 @@ def test_a_request_that_two_servers_could_read_differently_is_refused(
     ],
     ids=range(5),
 )
-def test_a_line_that_is_no_request_is_refused(served: Served, line: bytes) -> None:
+def test_an_invalid_request_line_is_refused(served: Served, line: bytes) -> None:
     with connected(served) as connection:
         with suppress(ConnectionError):
             connection.sendall(line + b"\r\nHost: localhost\r\n\r\n")
@@ -348,7 +348,7 @@ def test_requests_in_one_packet_are_answered_in_order(served: Served) -> None:
         assert re.findall(rb"HTTP/1.1 (\d+)", all_of(connection)) == [b"200"] * 50 + [b"404"]
 
 
-def test_bodies_share_a_memory_and_small_ones_need_none() -> None:
+def test_bodies_share_a_memory_limit_and_small_ones_do_not_count() -> None:
     config = ServerConfig(max_body_bytes=1 << 20, body_memory_bytes=1 << 20)
     with serving(small, config) as here, ExitStack() as stack, here.client() as client:
         head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
@@ -368,8 +368,8 @@ def test_bodies_share_a_memory_and_small_ones_need_none() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_sends_no_more_gets_its_answer(served: Served, stream: bool) -> None:
-    """As `nc -N` does."""
+def test_a_client_that_shuts_down_its_sending_side_gets_its_answer(served: Served, stream: bool) -> None:
+    """`nc -N` does this."""
     body = {"prompt": "Once", "max_tokens": 30, "ignore_eos": True, "temperature": 0, "stream": stream}
     with served.client() as client:
         expected = client.post(COMPLETE, json={**body, "stream": False}).json()["choices"][0]["text"]
@@ -387,7 +387,7 @@ def test_a_client_that_sends_no_more_gets_its_answer(served: Served, stream: boo
         assert json.loads(final.partition("\r\n\r\n")[2])["choices"][0]["text"] == expected
 
 
-def test_requests_in_one_packet_are_all_answered_to_a_client_that_sends_no_more(served: Served) -> None:
+def test_a_client_that_shuts_down_its_sending_side_gets_all_pipelined_answers(served: Served) -> None:
     with connected(served) as connection:
         connection.sendall(HEALTH * 3)
         connection.shutdown(socket.SHUT_WR)
@@ -395,7 +395,7 @@ def test_requests_in_one_packet_are_all_answered_to_a_client_that_sends_no_more(
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", request({"prompt": "x"})[:-3]])
-def test_a_client_that_ends_before_its_request_is_forgotten(served: Served, sent: bytes) -> None:
+def test_a_client_that_closes_before_its_request_is_complete_is_dropped(served: Served, sent: bytes) -> None:
     with connected(served) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
@@ -404,10 +404,8 @@ def test_a_client_that_ends_before_its_request_is_forgotten(served: Served, sent
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_client_that_has_left_is_noticed_at_once(
-    served: Served, llm: LLM, stream: bool, waits: bool
-) -> None:
-    """Running, and still waiting for another request to end."""
+def test_a_disconnect_is_noticed_at_once(served: Served, llm: LLM, stream: bool, waits: bool) -> None:
+    """While its request runs, and while it waits for another request."""
     body = {"prompt": "Once", "max_tokens": 3000, "ignore_eos": True, "stream": stream}
     stats = llm.engine.stats
     with ExitStack() as stack:
@@ -426,12 +424,14 @@ def test_a_client_that_has_left_is_noticed_at_once(
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
-def test_a_forwarded_address_is_not_believed(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    """Any local process could claim to be any client: the log has the address of the connection."""
-    logger = logging.getLogger("uvicorn.access")
-    with caplog.at_level(logging.INFO, "uvicorn.access"), served.client() as client:
+def test_a_forwarded_address_is_ignored(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Any local process could claim another client's address: the log has that of the connection."""
+    logger = logging.getLogger("uvicorn.error")
+    headers = {"X-Forwarded-For": "203.0.113.9", "Forwarded": "for=203.0.113.9"}
+    with caplog.at_level(logging.INFO, "uvicorn.error"), served.client() as client:
         logger.addHandler(caplog.handler)
-        client.get("/health", headers={"X-Forwarded-For": "203.0.113.9", "Forwarded": "for=203.0.113.9"})
+        client.get("/v1/models", headers=headers)
+        until(lambda: "/v1/models" in caplog.text)
         logger.removeHandler(caplog.handler)
-    assert "127.0.0.1" in caplog.text
+    assert "127.0.0.1 GET /v1/models 200" in caplog.text
     assert "203.0.113.9" not in caplog.text

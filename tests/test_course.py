@@ -1,27 +1,27 @@
-"""The course's machine on a course of three small days: what is started, tested and shown, and the doctor."""
+"""The course's tools on a course of three small days: start, test, hint, progress, map and doctor."""
 
 import pytest
 
 from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
-from tiny_llm_course.outcome import Outcome, begin_here
+from tiny_llm_course.outcome import Outcome, first_to_fix
 from tiny_llm_course.overview import map_text, progress, progress_text
 from tiny_llm_course.progress import Result, State, remember, result, state
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.runs import overlay_of, own_sources
 from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_body_of
 from tiny_llm_course.starter import set_aside, skip, start
 from tiny_llm_course.testing import run_day, run_reference, run_started
 from tiny_llm_course.views import after_reset, difference, hint, tasks
-from toy_course import ADDING, COUNTING, DOUBLING, SYLLABUS, house, replace, syllabus_of, write
+from toy_course import ADDING, COUNTING, DOUBLING, SYLLABUS, replace, repo, syllabus_of, write
 
-__all__ = ["house"]
+__all__ = ["repo"]
 
 
 # ---- source ----
 
 
-def test_a_blank_keeps_signature_docstring_and_everything_around_it() -> None:
+def test_a_blank_keeps_signature_docstring_and_surrounding_code() -> None:
     blank = blanked(COUNTING, {"Counter.count": "1.2.1 Counter.count: book"}, ["Counter._next"])
     assert is_blank(blank, "Counter.count")
     assert '"""Add one and return the value.\n' in blank
@@ -32,7 +32,7 @@ def test_a_blank_keeps_signature_docstring_and_everything_around_it() -> None:
     assert blank.startswith(COUNTING[: COUNTING.index("        # The first")])
 
 
-def test_stand_ins_are_taken_out_with_their_imports() -> None:
+def test_blanking_removes_the_decorators_of_faster_code_and_their_imports() -> None:
     source = '"""M."""\n\nimport a\n\nfrom .kernels import accelerated, use_compiled\n\n\n'
     source += '@accelerated(\n    compiled="x",\n    fused=use_compiled,\n)\n'
     source += 'def f(x: int) -> int:\n    """F."""\n    return x\n'
@@ -42,13 +42,13 @@ def test_stand_ins_are_taken_out_with_their_imports() -> None:
     assert 'def f(x: int) -> int:\n    """F."""\n    raise NotImplementedError("1.1.1 f: book")' in blank
 
 
-def test_a_body_is_put_where_a_blank_was() -> None:
+def test_with_body_of_fills_a_blank() -> None:
     blank = blanked(COUNTING, {"Counter.count": "m"})
     filled = with_body_of(blank, COUNTING, "Counter.count")
     assert filled.replace(f"        {SKIPPED}\n", "") == COUNTING
 
 
-def test_signatures_are_compared_as_written() -> None:
+def test_signature_returns_parameters_as_written() -> None:
     assert signature(ADDING, "add") == "add(one: int, other: int) -> int"
 
 
@@ -58,8 +58,8 @@ def test_signatures_are_compared_as_written() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('id = "1.2"', 'id = "1.1"', "day 1.1 is there twice"),
-        ('id = "1.2"', 'id = "12"', "'12' is no day"),
+        ('id = "1.2"', 'id = "1.1"', "day 1.1 is listed twice"),
+        ('id = "1.2"', 'id = "12"', "'12' is not a day"),
         ('title = "Adding"', "", "day 1.1 has no text 'title'"),
         ('title = "Adding"', 'titel = "Adding"', "day 1.1 has the unknown keys titel"),
         ('["counting", "doubling"]', '["adding", "counting", "doubling"]', "has no exercise in adding"),
@@ -69,376 +69,399 @@ def test_signatures_are_compared_as_written() -> None:
         ("[[day]]", "[[day", "syllabus.toml"),
     ],
 )
-def test_a_mistake_in_the_syllabus_is_named(house: House, old: str, new: str, message: str) -> None:
-    text = house.syllabus.read_text("utf-8")
-    house.syllabus.write_text(text.replace(old, new, 1), "utf-8")
+def test_an_invalid_syllabus_is_rejected_with_the_reason(
+    repo: Repo, old: str, new: str, message: str
+) -> None:
+    text = repo.syllabus.read_text("utf-8")
+    repo.syllabus.write_text(text.replace(old, new, 1), "utf-8")
     with pytest.raises(CourseError, match=message):
-        syllabus_of(house)
+        syllabus_of(repo)
 
 
-def test_days_and_exercises_are_found_by_id_with_a_guess(house: House) -> None:
-    syllabus = syllabus_of(house)
+def test_days_and_exercises_are_found_by_id(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
     assert syllabus.day("1.2").title == "Counting"
     assert syllabus.exercise("1.2.2").name == "double"
     message = "1.2.2 double: pdm run hint 1.2.2"
     assert syllabus.exercise("1.2.2").message == message
     with pytest.raises(CourseError, match=r"no day 1\.4: `pdm run map`"):
         syllabus.day("1.4")
-    with pytest.raises(CourseError, match=r"'1' is no day such as 1\.1"):
+    with pytest.raises(CourseError, match=r"'1' is not a day such as 1\.1"):
         syllabus.day("1")
     for wrong in ("1.2.3", "1.2"):
         with pytest.raises(CourseError, match=rf"no exercise '{wrong}': day 1\.2 has 1\.2\.1 to 1\.2\.2"):
             syllabus.exercise(wrong)
-    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is to come"):
+    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is planned"):
         syllabus.exercise("1.3.1")
-    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is to come"):
+    with pytest.raises(CourseError, match=r"day 1\.3 \(Later\) is planned"):
         syllabus.to_start("1.3")
 
 
 # ---- start, reset, skip ----
 
 
-def test_start_writes_the_days_modules_blank_and_nothing_else(house: House) -> None:
-    day = syllabus_of(house).day("1.2")
-    assert [file.name for file in start(house, day).files] == ["counting.py", "doubling.py"]
-    assert [state(house, exercise) for exercise in day.exercises] == [State.BLANK, State.BLANK]
-    assert "1.2.1  counting.py  Counter.count()" in tasks(house, day)
-    assert "pdm run test 1.2" in tasks(house, day)
+def test_start_writes_only_the_days_modules_with_blank_exercises(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.2")
+    assert [file.name for file in start(repo, day).files] == ["counting.py", "doubling.py"]
+    assert [state(repo, exercise) for exercise in day.exercises] == [State.BLANK, State.BLANK]
+    assert "1.2.1  counting.py  Counter.count()" in tasks(repo, day)
+    assert "pdm run test 1.2" in tasks(repo, day)
 
 
-def test_start_never_overwrites_and_again_moves_aside(house: House) -> None:
-    day = syllabus_of(house).day("1.2")
-    start(house, day)
-    write(house, "counting", "mine = 1\n")
+def test_start_never_overwrites_and_again_moves_files_aside(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.2")
+    start(repo, day)
+    write(repo, "counting", "mine = 1\n")
     with pytest.raises(CourseError, match=r"day 1\.2 is started already .*--again"):
-        start(house, day)
-    (house.overlay / "doubling.py").unlink()
-    assert [file.name for file in start(house, day).files] == ["doubling.py"]
-    assert (house.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
-    set_aside(house, day)
-    start(house, day)
-    assert (house.overlay / "counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
-    set_aside(house, day)
-    assert (house.overlay / "counting.py.2.bak").exists()
+        start(repo, day)
+    (repo.overlay / "doubling.py").unlink()
+    assert [file.name for file in start(repo, day).files] == ["doubling.py"]
+    assert (repo.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
+    set_aside(repo, day)
+    start(repo, day)
+    assert (repo.overlay / "counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
+    set_aside(repo, day)
+    assert (repo.overlay / "counting.py.2.bak").exists()
 
 
-def test_reset_moves_files_aside(house: House) -> None:
-    day = syllabus_of(house).day("1.1")
-    start(house, day)
-    moved = set_aside(house, day)
+def test_reset_moves_files_aside(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.1")
+    start(repo, day)
+    moved = set_aside(repo, day)
     assert [file.name for file in moved] == ["adding.py.1.bak"]
-    assert after_reset(day, moved) == "the reference's again: adding.py"
-    assert state(house, day.exercises[0]) is State.NOT_STARTED
+    assert after_reset(day, moved) == "back to the reference: adding.py"
+    assert state(repo, day.exercises[0]) is State.NOT_STARTED
 
 
-def test_skip_fills_blanks_alone(house: House) -> None:
-    day = syllabus_of(house).day("1.2")
-    start(house, day)
-    write(house, "doubling", DOUBLING.replace("add(x, x)", "2 * x"))
-    assert [exercise.id for exercise in skip(house, day, day.exercises)] == ["1.2.1"]
-    assert [state(house, exercise) for exercise in day.exercises] == [State.SKIPPED, State.WRITTEN]
+def test_skip_fills_only_blanks(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.2")
+    start(repo, day)
+    write(repo, "doubling", DOUBLING.replace("add(x, x)", "2 * x"))
+    assert [exercise.id for exercise in skip(repo, day, day.exercises)] == ["1.2.1"]
+    assert [state(repo, exercise) for exercise in day.exercises] == [State.SKIPPED, State.WRITTEN]
     assert (
         "        # skipped: the reference's code\n        # The first time"
-        in (house.overlay / "counting.py").read_text()
+        in (repo.overlay / "counting.py").read_text()
     )
-    assert skip(house, day, day.exercises) == []
-    assert "        return add(self.value, 1)" in (house.overlay / "counting.py").read_text(), (
+    assert skip(repo, day, day.exercises) == []
+    assert "        return add(self.value, 1)" in (repo.overlay / "counting.py").read_text(), (
         "its helper is back"
     )
-    assert run_day(house, syllabus_of(house), day, []) == 0
+    assert run_day(repo, syllabus_of(repo), day, []) == 0
 
 
 # ---- test ----
 
 
-def test_a_day_that_is_not_started_says_how_to_start_it(house: House) -> None:
-    syllabus = syllabus_of(house)
+def test_testing_a_day_that_is_not_started_says_how_to_start_it(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
     with pytest.raises(CourseError, match=r"not started: pdm run start 1\.1"):
-        run_day(house, syllabus, syllabus.day("1.1"), [])
+        run_day(repo, syllabus, syllabus.day("1.1"), [])
     with pytest.raises(CourseError, match="no day is started"):
-        run_started(house, syllabus, [])
+        run_started(repo, syllabus, [])
 
 
-def test_a_file_that_overrides_nothing_is_an_error_with_a_guess(house: House) -> None:
-    syllabus = syllabus_of(house)
-    start(house, syllabus.day("1.1"))
-    write(house, "addin", "")
-    with pytest.raises(CourseError, match=r"addin\.py overrides nothing; did you mean adding\.py\?"):
-        run_day(house, syllabus, syllabus.day("1.1"), [])
+def test_a_file_that_replaces_no_module_is_an_error_with_a_suggestion(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    start(repo, syllabus.day("1.1"))
+    write(repo, "addin", "")
+    with pytest.raises(
+        CourseError, match=r"addin\.py replaces no module of the engine; did you mean adding\.py\?"
+    ):
+        run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_blanks_are_told_and_fail_with_their_own_message(
-    house: House, capfd: pytest.CaptureFixture[str]
+def test_blanks_are_listed_and_fail_with_their_own_message(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
-    start(house, syllabus.day("1.1"))
-    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 1
+    syllabus = syllabus_of(repo)
+    start(repo, syllabus.day("1.1"))
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 1
     out = capfd.readouterr().out
     assert "still blank: 1.1.1 add" in out
     assert "1 test waits for 1.1.1 add: pdm run hint 1.1.1" in out
-    assert "FAILURES" not in out, "a blank is no mistake"
+    assert "FAILURES" not in out, "a blank is not shown as a failure"
     assert out.endswith("first: 1.1.1 add (1 test waits): pdm run test 1.1.1 -x; pdm run hint 1.1.1\n")
-    assert "yours: adding.py; the reference's: 3 modules" in out
-    assert result(house, syllabus.day("1.1")) is Result.FAILING
+    assert "yours: adding.py; from the reference: 3 modules" in out
+    assert result(repo, syllabus.day("1.1")) is Result.FAILING
 
 
-def test_a_day_that_passes_says_what_comes_next_and_is_remembered(
-    house: House, capfd: pytest.CaptureFixture[str]
+def test_a_passing_day_names_the_next_commands_and_is_recorded(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING.replace("sum((one, other))", "one + other"))
-    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 0
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING.replace("sum((one, other))", "one + other"))
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
     out = capfd.readouterr().out
-    assert "day 1.1 passes: sums." in out
+    assert "day 1.1 passes. What works now: sums." in out
     assert "pdm run start 1.2" in out
-    assert result(house, syllabus.day("1.1")) is Result.PASSING
-    write(house, "adding", ADDING)
-    assert result(house, syllabus.day("1.1")) is Result.STALE
-    assert run_started(house, syllabus, []) == 0
+    assert result(repo, syllabus.day("1.1")) is Result.PASSING
+    write(repo, "adding", ADDING)
+    assert result(repo, syllabus.day("1.1")) is Result.STALE
+    assert run_started(repo, syllabus, []) == 0
 
 
-def test_a_part_of_a_suite_is_not_remembered(house: House, capfd: pytest.CaptureFixture[str]) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING)
-    assert run_day(house, syllabus, syllabus.day("1.1"), ["-k", "two"]) == 0
-    assert "what you chose passes; the whole day: pdm run test 1.1" in capfd.readouterr().out
-    assert result(house, syllabus.day("1.1")) is Result.UNKNOWN
-    assert run_day(house, syllabus, syllabus.day("1.1"), ["-q", "-x"]) == 0
+def test_a_selection_of_tests_is_not_recorded(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING)
+    assert run_day(repo, syllabus, syllabus.day("1.1"), ["-k", "two"]) == 0
+    assert "the selected tests pass; the whole day: pdm run test 1.1" in capfd.readouterr().out
+    assert result(repo, syllabus.day("1.1")) is Result.UNKNOWN
+    assert run_day(repo, syllabus, syllabus.day("1.1"), ["-q", "-x"]) == 0
     assert "day 1.1 passes" in capfd.readouterr().out
-    assert result(house, syllabus.day("1.1")) is Result.PASSING
+    assert result(repo, syllabus.day("1.1")) is Result.PASSING
 
 
-def test_a_day_is_not_tested_anew_over_a_file_that_it_does_not_reach(house: House) -> None:
-    syllabus = syllabus_of(house)
+def test_a_change_in_an_unrelated_file_keeps_a_days_result(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
     for module, source in (("adding", ADDING), ("doubling", DOUBLING), ("counting", COUNTING)):
-        write(house, module, source)
+        write(repo, module, source)
     for day in syllabus.days[:2]:
-        remember(house, day, passed=True)
-    write(house, "doubling", f"{DOUBLING}# mine\n")
-    assert [result(house, day) for day in syllabus.days[:2]] == [Result.PASSING, Result.STALE]
-    write(house, "doubling", DOUBLING)
-    write(house, "adding", f"{ADDING}# mine\n")
-    assert [result(house, day) for day in syllabus.days[:2]] == [Result.STALE, Result.STALE]
+        remember(repo, day, passed=True)
+    write(repo, "doubling", f"{DOUBLING}# mine\n")
+    assert [result(repo, day) for day in syllabus.days[:2]] == [Result.PASSING, Result.STALE]
+    write(repo, "doubling", DOUBLING)
+    write(repo, "adding", f"{ADDING}# mine\n")
+    assert [result(repo, day) for day in syllabus.days[:2]] == [Result.STALE, Result.STALE]
 
 
-def test_a_function_that_lost_its_name_is_told(house: House) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING.replace("def add", "def plus"))
+def test_a_renamed_function_is_reported(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING.replace("def add", "def plus"))
     with pytest.raises(
-        CourseError, match=r"adding\.py has no add \(exercise 1\.1\.1\): it must keep its name"
+        CourseError, match=r"adding\.py does not define add \(exercise 1\.1\.1\); do not rename it"
     ):
-        run_day(house, syllabus, syllabus.day("1.1"), [])
+        run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_a_file_that_does_not_parse_is_told_with_its_line(house: House) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", "x = 1\ndef add(:\n")
+def test_a_syntax_error_is_reported_with_its_line(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", "x = 1\ndef add(:\n")
     with pytest.raises(CourseError, match=r"adding\.py, line 2: "):
-        run_day(house, syllabus, syllabus.day("1.1"), [])
+        run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_an_earlier_module_is_found_to_be_the_reason(house: House, capfd: pytest.CaptureFixture[str]) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING.replace("sum((one, other))", "one - other"))
-    write(house, "counting", COUNTING)
-    write(house, "doubling", DOUBLING)
+def test_a_fault_in_a_module_of_an_earlier_day_is_found(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING.replace("sum((one, other))", "one - other"))
+    write(repo, "counting", COUNTING)
+    write(repo, "doubling", DOUBLING)
     day = syllabus.day("1.2")
-    assert run_day(house, syllabus, day, []) == 1
+    assert run_day(repo, syllabus, day, []) == 1
     out = capfd.readouterr().out
-    assert "today's code is right: on the reference for everything else, test_task_1_counts passes." in out
-    assert "it fails with your adding.py (day 1.1): pdm run test 1.1" in out
-    assert run_day(house, syllabus, day, [], isolated=True) == 0
+    assert (
+        "today's code is correct: test_task_1_counts passes when all other modules are the reference's."
+        in out
+    )
+    assert "it fails together with your adding.py (day 1.1): pdm run test 1.1" in out
+    assert run_day(repo, syllabus, day, [], isolated=True) == 0
 
 
-def test_todays_own_mistake_is_not_blamed_on_others(house: House, capfd: pytest.CaptureFixture[str]) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING)
-    write(house, "counting", COUNTING)
-    write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
-    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+def test_a_fault_in_todays_code_is_not_blamed_on_other_modules(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING)
+    write(repo, "counting", COUNTING)
+    write(repo, "doubling", DOUBLING.replace("add(x, x)", "x"))
+    assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "the fault is in doubling.py, double: with the reference's, test_task_2_doubles passes" in out
+    assert (
+        "the cause is in doubling.py, double: test_task_2_doubles passes with the reference's version" in out
+    )
 
 
-def test_blanks_alone_are_nobodys_fault(house: House, capfd: pytest.CaptureFixture[str]) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING)
-    start(house, syllabus.day("1.2"))
-    assert run_day(house, syllabus, syllabus.day("1.2"), []) == 1
+def test_blanks_start_no_search_for_a_cause(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING)
+    start(repo, syllabus.day("1.2"))
+    assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
     out = capfd.readouterr().out
-    assert "looking for the fault" not in out
+    assert "searching for the cause" not in out
     assert out.endswith(
         "first: 1.2.1 Counter.count (1 test waits): pdm run test 1.2.1 -x; pdm run hint 1.2.1\n"
     )
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_a_mistake_comes_before_a_blank(
-    house: House, isolated: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING)
-    start(house, syllabus.day("1.2"))
-    write(house, "doubling", DOUBLING.replace("add(x, x)", "x"))
-    assert run_day(house, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
+def test_failures_come_before_blanks(repo: Repo, isolated: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING)
+    start(repo, syllabus.day("1.2"))
+    write(repo, "doubling", DOUBLING.replace("add(x, x)", "x"))
+    assert run_day(repo, syllabus, syllabus.day("1.2"), [], isolated=isolated) == 1
     out = capfd.readouterr().out
-    assert ("looking for the fault" in out) is not isolated
+    assert ("searching for the cause" in out) is not isolated
     assert out.endswith(
         "first: 1.2.2 double (1 of its tests fails): pdm run test 1.2.2 -x; pdm run hint 1.2.2\n"
     )
 
 
-def test_the_first_task_is_the_lowest_with_a_mistake(house: House) -> None:
-    day = syllabus_of(house).day("1.2")
+def test_the_first_task_to_fix_is_the_lowest_that_fails(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.2")
     tests = [f"test_week_1_day_2.py::test_task_{task}_x[{n}]" for task in (10, 2) for n in range(3)]
     assert "first: 1.2.2 double (3 of its tests fail)" in str(
-        begin_here(Outcome(1, (*tests, "x.py"), ("m",)), day)
+        first_to_fix(Outcome(1, (*tests, "x.py"), ("m",)), day)
     )
     other_day = Outcome(1, (), ("1.1.1 add: book", "1.1.1 add: book", "1.2.1 Counter.count: book"))
-    assert "first: 1.1.1 add (2 tests wait)" in str(begin_here(other_day, day))
-    assert begin_here(Outcome(2, ("test_week_1_day_2.py",)), day) is None
+    assert "first: 1.1.1 add (2 tests wait)" in str(first_to_fix(other_day, day))
+    assert first_to_fix(Outcome(2, ("test_week_1_day_2.py",)), day) is None
 
 
-def test_a_traceback_shows_the_learners_lines_and_not_the_references(
-    house: House, capfd: pytest.CaptureFixture[str]
+def test_a_traceback_shows_the_learners_lines_without_the_references(
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "counting", COUNTING)
-    write(house, "doubling", DOUBLING.replace("add(x, x)", "add(x, None)"))
+    syllabus = syllabus_of(repo)
+    write(repo, "counting", COUNTING)
+    write(repo, "doubling", DOUBLING.replace("add(x, x)", "add(x, None)"))
     day = syllabus.day("1.2")
-    assert run_day(house, syllabus, day, []) == 1
+    assert run_day(repo, syllabus, day, []) == 1
     out = capfd.readouterr().out
     assert "assert double(4) == 8" in out
     assert "return add(x, None)" in out
     assert "return sum((one, other))" not in out
     assert "TypeError" in out
-    assert run_day(house, syllabus, day, ["--full-trace"]) == 1
+    assert run_day(repo, syllabus, day, ["--full-trace"]) == 1
     assert "return sum((one, other))" in capfd.readouterr().out
 
 
-def test_the_reference_is_tested_without_the_learners_files(house: House) -> None:
-    write(house, "adding", "broken")
-    assert run_reference(house, [house.suites], []) == 0
+def test_the_reference_is_tested_without_the_learners_files(repo: Repo) -> None:
+    write(repo, "adding", "broken")
+    assert run_reference(repo, [repo.suites], []) == 0
 
 
-def test_an_overlay_of_some_modules_holds_copies_of_those(house: House) -> None:
-    write(house, "adding", ADDING)
-    write(house, "doubling", DOUBLING)
-    write(house, "my_tools", "")
-    with overlay_of(house, own_sources(house, ["doubling"])) as alone:
-        assert sorted(file.name for file in alone.overlay.iterdir()) == ["doubling.py", "my_tools.py"]
+def test_overlay_of_contains_copies_of_the_given_modules(repo: Repo) -> None:
+    write(repo, "adding", ADDING)
+    write(repo, "doubling", DOUBLING)
+    write(repo, "my_tools", "")
+    with overlay_of(repo, own_sources(repo, ["doubling"])) as copied:
+        assert sorted(file.name for file in copied.overlay.iterdir()) == ["doubling.py", "my_tools.py"]
 
 
 # ---- views ----
 
 
-def test_hints_come_in_three_steps(house: House) -> None:
-    syllabus = syllabus_of(house)
+def test_hints_come_in_three_steps(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
     exercise = syllabus.exercise("1.1.1")
-    assert "a question:\n  Which is larger, 2 or 3?" in hint(house, syllabus, exercise, 1)
-    assert "pdm run hint 1.1.1 2" in hint(house, syllabus, exercise, 1)
-    assert "a sketch:\n  Take both" in hint(house, syllabus, exercise, 3)
-    assert "pdm run skip 1.1.1" in hint(house, syllabus, exercise, 3)
-    with pytest.raises(CourseError, match=r"no hint 4 of 1\.1\.1: 1 is a question"):
-        hint(house, syllabus, exercise, 4)
+    assert "a question:\n  Which is larger, 2 or 3?" in hint(repo, syllabus, exercise, 1)
+    assert "pdm run hint 1.1.1 2" in hint(repo, syllabus, exercise, 1)
+    assert "a sketch:\n  Take both" in hint(repo, syllabus, exercise, 3)
+    assert "pdm run skip 1.1.1" in hint(repo, syllabus, exercise, 3)
+    with pytest.raises(CourseError, match=r"1\.1\.1 has no hint 4: 1 is a question"):
+        hint(repo, syllabus, exercise, 4)
 
 
-def test_the_difference_is_shown_after_passing_or_anyway(house: House) -> None:
-    day = syllabus_of(house).day("1.1")
+def test_a_long_hint_fits_the_terminal(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    words = "many words of a hint " * 30
+    repo.syllabus.write_text(
+        repo.syllabus.read_text("utf-8").replace("The sum of 2 and 3 is 5.", words), "utf-8"
+    )
+    syllabus = syllabus_of(repo)
+    shown = hint(repo, syllabus, syllabus.exercise("1.1.1"), 2)
+    assert max(map(len, shown.splitlines())) <= 60
+    assert " ".join(shown.split()).count("many words of a hint") == 30
+
+
+def test_the_difference_is_shown_after_passing_or_anyway(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.1")
     with pytest.raises(CourseError, match="not started"):
-        difference(house, day, anyway=True)
-    write(house, "adding", ADDING.replace("sum((one, other))", "one + other"))
-    with pytest.raises(CourseError, match=r"day 1\.1 not tested"):
-        difference(house, day, anyway=False)
-    assert "-    return one + other\n+    return sum((one, other))" in difference(house, day, anyway=True)
-    remember(house, day, passed=True)
-    assert difference(house, day, anyway=False) == difference(house, day, anyway=True)
-    assert "@accelerated" not in difference(house, day, anyway=True)
-    replace(house.reference / "adding.py", "def add(", "@accelerated(compiled=None)\ndef add(")
-    assert difference(house, day, anyway=True).startswith(
-        "@accelerated, _fused, _compiled in the reference: "
+        difference(repo, day, anyway=True)
+    write(repo, "adding", ADDING.replace("sum((one, other))", "one + other"))
+    with pytest.raises(CourseError, match=r"day 1\.1: not tested"):
+        difference(repo, day, anyway=False)
+    assert "-    return one + other\n+    return sum((one, other))" in difference(repo, day, anyway=True)
+    remember(repo, day, passed=True)
+    assert difference(repo, day, anyway=False) == difference(repo, day, anyway=True)
+    assert "@accelerated" not in difference(repo, day, anyway=True)
+    replace(repo.reference / "adding.py", "def add(", "@accelerated(compiled=None)\ndef add(")
+    assert difference(repo, day, anyway=True).startswith(
+        "@accelerated, _fused and _compiled in the reference "
     )
 
 
-def test_progress_is_read_from_the_files(house: House) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "adding", ADDING.replace("sum((one, other))", "one + other"))
-    start(house, syllabus.day("1.2"))
-    write(house, "doubling", DOUBLING)
-    remember(house, syllabus.day("1.1"), passed=True)
-    first, second = progress(house, syllabus)
+def test_progress_is_read_from_the_files(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING.replace("sum((one, other))", "one + other"))
+    start(repo, syllabus.day("1.2"))
+    write(repo, "doubling", DOUBLING)
+    remember(repo, syllabus.day("1.1"), passed=True)
+    first, second = progress(repo, syllabus)
     assert (first["done"], first["exercises"]) == (True, {"1.1.1": "written"})
     assert second["exercises"] == {"1.2.1": "blank", "1.2.2": "written"}
     assert (second["done"], second["written"]) == (False, 1)
-    text = progress_text(house, syllabus)
+    text = progress_text(repo, syllabus)
     assert "1.1  [x]   " in text
     assert "1.2  [.x]  " in text
-    (house.overlay / "counting.py").unlink()
-    assert "1.2  [-x]  " in progress_text(house, syllabus)
-    assert "- its file is not there" in text
+    (repo.overlay / "counting.py").unlink()
+    assert "1.2  [-x]  " in progress_text(repo, syllabus)
+    assert "- file missing" in text
     assert "1 of 2 days pass." in text
     assert "next: pdm run test 1.2" in text
 
 
-def test_a_day_that_was_left_out_is_named_beside_the_next(house: House) -> None:
-    syllabus = syllabus_of(house)
-    start(house, syllabus.day("1.2"))
-    assert progress_text(house, syllabus).splitlines()[-1] == "next: pdm run test 1.2", "it came first"
-    remember(house, syllabus.day("1.2"), passed=True)
-    assert progress_text(house, syllabus).splitlines()[-1] == "next: pdm run start 1.1"
+def test_progress_names_a_day_that_was_left_out(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    start(repo, syllabus.day("1.2"))
+    assert progress_text(repo, syllabus).splitlines()[-1] == "next: pdm run test 1.2", "it came first"
+    remember(repo, syllabus.day("1.2"), passed=True)
+    assert progress_text(repo, syllabus).splitlines()[-1] == "next: pdm run start 1.1"
     later = SYLLABUS[SYLLABUS.index('[[day]]\nid = "1.2"') : SYLLABUS.index('[[day]]\nid = "1.3"')]
     later = later.replace("1.2", "1.4").replace("counting", "given").replace("doubling", "more")
-    house.syllabus.write_text(house.syllabus.read_text("utf-8") + later, "utf-8")
+    repo.syllabus.write_text(repo.syllabus.read_text("utf-8") + later, "utf-8")
     for name, source in (("given", COUNTING), ("more", DOUBLING)):
-        (house.reference / f"{name}.py").write_text(source, "utf-8")
-    assert progress_text(house, syllabus_of(house)).splitlines()[-1] == (
-        "next: pdm run start 1.4; day 1.1 before it is left out: pdm run start 1.1"
+        (repo.reference / f"{name}.py").write_text(source, "utf-8")
+    assert progress_text(repo, syllabus_of(repo)).splitlines()[-1] == (
+        "next: pdm run start 1.4 (you left out day 1.1: pdm run start 1.1)"
     )
 
 
-def test_a_broken_record_says_nothing(house: House) -> None:
-    day = syllabus_of(house).day("1.1")
-    write(house, "adding", ADDING)
-    remember(house, day, passed=True)
-    assert result(house, day) is Result.PASSING
-    (house.records / "results.json").write_text("{", "utf-8")
-    assert result(house, day) is Result.UNKNOWN
+def test_a_damaged_record_counts_as_none(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.1")
+    write(repo, "adding", ADDING)
+    remember(repo, day, passed=True)
+    assert result(repo, day) is Result.PASSING
+    (repo.records / "results.json").write_text("{", "utf-8")
+    assert result(repo, day) is Result.UNKNOWN
 
 
-def test_the_map_shows_whose_modules_run(house: House) -> None:
-    write(house, "doubling", DOUBLING)
-    text = map_text(house, syllabus_of(house))
+def test_the_map_marks_the_learners_modules(repo: Repo) -> None:
+    write(repo, "doubling", DOUBLING)
+    text = map_text(repo, syllabus_of(repo))
     assert "counting.py  [doubling.py]" in text
-    assert "to come" in text
+    assert "not available yet" in text
 
 
-def test_the_letters_of_shapes_are_those_of_the_days_docstrings(house: House) -> None:
-    day = syllabus_of(house).day("1.1")
+def test_the_legend_explains_the_letters_of_the_days_docstrings(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.1")
     package = '"""Shapes are written in letters: B batch, L or T tokens, N\nblocks, D head size."""\n'
-    (house.reference / "__init__.py").write_text(package, "utf-8")
-    assert "shapes:" not in tasks(house, day)
-    replace(house.reference / "adding.py", "The sum of both.", "N of both: [B, total_blocks, T // 2].")
-    assert "shapes:  B batch, L or T tokens\n" in tasks(house, day)
-    replace(house.reference / "adding.py", "Nothing to do here.", "Of a matrix [N, K], [..., N].")
-    assert "shapes:  B batch, L or T tokens\n" in tasks(house, day)
-    replace(house.reference / "adding.py", "Sums.", "Sums of [D].")
-    assert "shapes:  B batch, L or T tokens, D head size\n" in tasks(house, day)
+    (repo.reference / "__init__.py").write_text(package, "utf-8")
+    assert "shapes:" not in tasks(repo, day)
+    replace(repo.reference / "adding.py", "The sum of both.", "N of both: [B, total_blocks, T // 2].")
+    assert "shapes:  B batch, L or T tokens\n" in tasks(repo, day)
+    replace(repo.reference / "adding.py", "Nothing to do here.", "Of a matrix [N, K], [..., N].")
+    assert "shapes:  B batch, L or T tokens\n" in tasks(repo, day)
+    replace(repo.reference / "adding.py", "Sums.", "Sums of [D].")
+    assert "shapes:  B batch, L or T tokens, D head size\n" in tasks(repo, day)
 
 
 # ---- doctor ----
 
 
-def test_the_doctor_finds_what_no_longer_fits_the_reference(house: House) -> None:
-    write(house, "adding", "def add(one: int) -> int:\n    return one\n")
-    findings = {(finding.what, finding.ok): finding for finding in examine(house, syllabus_of(house))}
+def test_the_doctor_finds_missing_functions_and_changed_signatures(repo: Repo) -> None:
+    write(repo, "adding", "def add(one: int) -> int:\n    return one\n")
+    findings = {(finding.what, finding.ok): finding for finding in examine(repo, syllabus_of(repo))}
     assert "0 is pinned" in findings["MLX", False].advice
-    told = [str(finding) for finding in examine(house, syllabus_of(house)) if finding.what == "adding.py"]
+    told = [str(finding) for finding in examine(repo, syllabus_of(repo)) if finding.what == "adding.py"]
     assert "has add(one: int) -> int\n   the reference has add(one: int, other: int) -> int" in told[0]
     assert "has no given" in told[1]
-    write(house, "adding", ADDING)
-    fitting = [finding.ok for finding in examine(house, syllabus_of(house)) if finding.what == "adding.py"]
+    write(repo, "adding", ADDING)
+    fitting = [finding.ok for finding in examine(repo, syllabus_of(repo)) if finding.what == "adding.py"]
     assert all(fitting)
-    write(house, "adin", "")
-    refused = [f for f in examine(house, syllabus_of(house)) if f.what == "your modules"]
+    write(repo, "adin", "")
+    refused = [f for f in examine(repo, syllabus_of(repo)) if f.what == "your modules"]
     assert not refused[0].ok
-    assert "adin.py overrides nothing; did you mean adding.py?" in refused[0].found
+    assert "adin.py replaces no module of the engine; did you mean adding.py?" in refused[0].found

@@ -1,50 +1,50 @@
-"""The check of a course: a sound one has no problems, and every rule is shown to bite."""
+"""`course-check`: a correct course has no problems, and a violation of each rule is reported."""
 
 from collections.abc import Callable
 
 import pytest
 
 from tiny_llm_course.check import check
-from tiny_llm_course.house import House
 from tiny_llm_course.progress import Result, changed_files, remember, result
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.second_solutions import failing_solutions
 from tiny_llm_course.starter import start
 from tiny_llm_course.testing import run_reference
-from toy_course import house, problems_of, replace, solution, suite, syllabus_of
+from toy_course import problems_of, replace, repo, solution, suite, syllabus_of
 
-__all__ = ["house"]
+__all__ = ["repo"]
 
 
-def test_a_sound_course_has_no_problems(house: House) -> None:
+def test_a_sound_course_has_no_problems(repo: Repo) -> None:
     told: list[tuple[str, int, int]] = []
-    assert check(house, syllabus_of(house), lambda *said: told.append(said)) == []
-    # two days as they begin, one without those after it, two on the reference, three exercises blank;
+    assert check(repo, syllabus_of(repo), lambda *said: told.append(said)) == []
+    # two days' starters, one day with later days blank, two days on the reference, three blank exercises;
     # examples with and without kernels, second solutions
     assert told[-1][1] == told[-1][2] == 11
     assert len(told) == 12
 
 
-def test_only_some_days_are_checked(house: House) -> None:
+def test_only_some_days_are_checked(repo: Repo) -> None:
     told: list[str] = []
-    day = syllabus_of(house).day("1.2")
-    assert check(house, syllabus_of(house), lambda what, *_: told.append(what), only=[day]) == []
+    day = syllabus_of(repo).day("1.2")
+    assert check(repo, syllabus_of(repo), lambda what, *_: told.append(what), only=[day]) == []
     assert not [what for what in told if what.startswith("1.1")]
     assert "1.2.2 double blank" in told
 
 
-Change = Callable[[House], None]
+Change = Callable[[Repo], None]
 
 
-def test_a_second_solution_may_have_only_the_exercises_and_new_helpers(house: House) -> None:
-    """The starter has the rest: here `Counter.__init__`."""
-    solution(house, "counting").write_text(
+def test_a_second_solution_may_have_only_the_exercises_and_new_helpers(repo: Repo) -> None:
+    """The starter supplies the rest, here `Counter.__init__`."""
+    solution(repo, "counting").write_text(
         "class Counter:\n"
         "    def count(self):\n        self.value = self.more()\n        return self.value\n\n"
         "    def more(self):\n        return self.value + 1\n",
         "utf-8",
     )
-    assert failing_solutions(house, syllabus_of(house).days) == []
+    assert failing_solutions(repo, syllabus_of(repo).days) == []
 
 
 LONG = "y = x\n    z = y + y\n    x = 0\n    return z + x"
@@ -59,16 +59,14 @@ def test_task_1_of_a_part() -> None:
 """
 
 
-def give_part(
-    house: House, part: str = SUM_OF_PART, numbers: str = "FIVE = 5\n", imported: str = "*"
-) -> None:
+def give_part(repo: Repo, part: str = SUM_OF_PART, numbers: str = "FIVE = 5\n", imported: str = "*") -> None:
     """Let the suite of day 1.1 have a second file, and a number from what all suites share."""
     for name, text in {"week_1_day_1/sums.py": part, "common/numbers.py": numbers}.items():
-        file = house.suites / name
+        file = repo.suites / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, "utf-8")
     if imported:
-        replace(suite(house, 1), "import add\n", f"import add\nfrom week_1_day_1.sums import {imported}\n")
+        replace(suite(repo, 1), "import add\n", f"import add\nfrom week_1_day_1.sums import {imported}\n")
 
 
 STATIC: dict[str, tuple[Change, str]] = {
@@ -102,7 +100,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a second solution of no day": (
         lambda h: solution(h, "doubling").rename(solution(h, "doubling").with_name("halving.py")),
-        "second solution: tests/second_solutions/week_1_day_2/halving.py: is no module of a day",
+        "second solution: tests/second_solutions/week_1_day_2/halving.py: is not a module of a day",
     ),
     "a second solution that is the reference's": (
         lambda h: [
@@ -117,7 +115,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a part of another day": (
         lambda h: give_part(h, "from week_1_day_2 import sums\n"),
-        "imports: week_1_day_1/sums.py, line 1: week_1_day_2 is not for a suite",
+        "imports: week_1_day_1/sums.py, line 1: a suite must not import week_1_day_2",
     ),
     "a shared file that imports a later day": (
         lambda h: give_part(h, numbers="from tiny_llm.doubling import double\n\nFIVE = 5\n"),
@@ -175,7 +173,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a suite that imports the reference": (
         lambda h: replace(suite(h, 1), "from tiny_llm.adding", "from tiny_llm_ref.adding"),
-        "imports: test_week_1_day_1.py, line 3: tiny_llm_ref.adding is not for a suite",
+        "imports: test_week_1_day_1.py, line 3: a suite must not import tiny_llm_ref.adding",
     ),
     "a suite that imports a private name": (
         lambda h: replace(suite(h, 1), "import add\n", "import add, _add\n"),
@@ -195,51 +193,51 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a test without an oracle": (
         lambda h: replace(suite(h, 1), "Oracle: by hand.", "It works."),
-        "oracle: test_week_1_day_1.py: test_task_1_two_and_three names none",
+        "oracle: test_week_1_day_1.py: test_task_1_two_and_three names no oracle",
     ),
     "a test without a task": (
         lambda h: replace(suite(h, 1), "test_task_1_two", "test_two"),
-        "names: test_week_1_day_1.py: test_two_and_three does not say which task",
+        "names: test_week_1_day_1.py: test_two_and_three does not name its task",
     ),
 }
 
 
 @pytest.mark.parametrize("what", STATIC)
-def test_a_rule_that_is_read_bites(house: House, what: str) -> None:
+def test_a_broken_static_rule_is_reported(repo: Repo, what: str) -> None:
     change, message = STATIC[what]
-    change(house)
-    assert any(message in str(problem) for problem in static_problems(house, syllabus_of(house)))
+    change(repo)
+    assert any(message in str(problem) for problem in static_problems(repo, syllabus_of(repo)))
 
 
 def test_a_suite_of_two_files_runs_whole_and_a_failure_shows_the_file(
-    house: House, capfd: pytest.CaptureFixture[str]
+    repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    give_part(house)
-    assert not static_problems(house, syllabus_of(house))
-    assert run_reference(house, [suite(house, 1)], []) == 0
+    give_part(repo)
+    assert not static_problems(repo, syllabus_of(repo))
+    assert run_reference(repo, [suite(repo, 1)], []) == 0
     assert "2 passed" in capfd.readouterr().out
-    replace(house.suites / "week_1_day_1/sums.py", "== FIVE", "== 1 + FIVE")
-    assert run_reference(house, [suite(house, 1)], []) == 1
+    replace(repo.suites / "week_1_day_1/sums.py", "== FIVE", "== 1 + FIVE")
+    assert run_reference(repo, [suite(repo, 1)], []) == 1
     out = capfd.readouterr().out
     assert "tests_refsol/week_1_day_1/sums.py:8" in out
     assert "assert 5 == (1 + 5)" in out
 
 
 @pytest.mark.parametrize("name", ["week_1_day_1/sums.py", "common/numbers.py"])
-def test_a_day_is_tested_again_when_any_file_of_its_suite_changes(house: House, name: str) -> None:
-    give_part(house)
-    start(house, syllabus_of(house).day("1.1"))
-    remember(house, syllabus_of(house).day("1.1"), passed=True)
-    with (house.suites / name).open("a", encoding="utf-8") as file:
+def test_a_day_is_tested_again_when_any_file_of_its_suite_changes(repo: Repo, name: str) -> None:
+    give_part(repo)
+    start(repo, syllabus_of(repo).day("1.1"))
+    remember(repo, syllabus_of(repo).day("1.1"), passed=True)
+    with (repo.suites / name).open("a", encoding="utf-8") as file:
         file.write("\nSIX = 6\n")
-    assert result(house, syllabus_of(house).day("1.1")) is Result.STALE
-    assert changed_files(house, syllabus_of(house).day("1.1")) == [name]
-    assert result(house, syllabus_of(house).day("1.2")) is Result.UNKNOWN
+    assert result(repo, syllabus_of(repo).day("1.1")) is Result.STALE
+    assert changed_files(repo, syllabus_of(repo).day("1.1")) == [name]
+    assert result(repo, syllabus_of(repo).day("1.2")) is Result.UNKNOWN
 
 
-def test_counting_blocks_is_no_assertion_of_their_ids(house: House) -> None:
-    replace(suite(house, 1), "add(2, 3) == 5", "add(2, 3) == 5 and len(add.blocks) == 2")
-    assert not [p for p in static_problems(house, syllabus_of(house)) if p.rule == "block ids"]
+def test_a_suite_may_count_block_ids(repo: Repo) -> None:
+    replace(suite(repo, 1), "add(2, 3) == 5", "add(2, 3) == 5 and len(add.blocks) == 2")
+    assert not [p for p in static_problems(repo, syllabus_of(repo)) if p.rule == "block ids"]
 
 
 DYNAMIC: dict[str, tuple[Change, str]] = {
@@ -288,20 +286,20 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", [name for name in DYNAMIC if "imported" not in name])
-def test_a_rule_that_is_run_bites(house: House, what: str) -> None:
+def test_a_broken_rule_is_found_by_running(repo: Repo, what: str) -> None:
     change, message = DYNAMIC[what]
-    change(house)
-    if "later day" in what:  # keep the two modules from calling each other in a circle
-        replace(house.reference / "doubling.py", "add(x, x)", "2 * x")
-        replace(house.reference / "doubling.py", "from .adding import add\n\n\n", "\n")
-    assert any(message in problem for problem in problems_of(house))
+    change(repo)
+    if "later day" in what:  # otherwise the two modules would import each other
+        replace(repo.reference / "doubling.py", "add(x, x)", "2 * x")
+        replace(repo.reference / "doubling.py", "from .adding import add\n\n\n", "\n")
+    assert any(message in problem for problem in problems_of(repo))
 
 
-def test_a_starter_that_cannot_be_imported_is_found(house: House) -> None:
-    replace(house.reference / "adding.py", "def given", "FIVE = add(2, 3)\n\n\ndef given")
-    assert any("starter: 1.1: cannot be imported" in problem for problem in problems_of(house))
+def test_a_starter_that_cannot_be_imported_is_found(repo: Repo) -> None:
+    replace(repo.reference / "adding.py", "def given", "FIVE = add(2, 3)\n\n\ndef given")
+    assert any("starter: 1.1: cannot be imported" in problem for problem in problems_of(repo))
 
 
-def test_a_starter_that_is_not_formatted_is_found(house: House) -> None:
-    replace(house.reference / "adding.py", "    return x\n", "    return  x\n")
-    assert any("starter: 1.1: is not formatted" in problem for problem in problems_of(house))
+def test_a_starter_that_is_not_formatted_is_found(repo: Repo) -> None:
+    replace(repo.reference / "adding.py", "    return x\n", "    return  x\n")
+    assert any("starter: 1.1: is not formatted" in problem for problem in problems_of(repo))

@@ -1,4 +1,4 @@
-"""The commands on the real course: what a learner types, what it says, and how mistakes are told."""
+"""The commands on the real course: what a learner types, and what the commands print."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tiny_llm_course import days as demonstrations
-from tiny_llm_course import main as door
-from tiny_llm_course.house import House
+from tiny_llm_course import main as command_line
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.syllabus import read_syllabus
 from toy_course import ROOT, run
@@ -34,15 +34,23 @@ show_commands.on_try(sys.argv[1])
     [
         (
             "2.7",
-            "your quantize.py is left out here: it unpacks every matrix in each pass; day 2.4 shows it",
+            "your quantize.py is not used here, because it unpacks every matrix in each forward pass; "
+            "day 2.4 uses it",
             False,
         ),
-        ("2.4", "this takes some seconds with your quantize.py: it unpacks every matrix in each pass", True),
+        (
+            "2.4",
+            "this takes some seconds with your quantize.py, because it unpacks every matrix in each forward "
+            "pass",
+            True,
+        ),
     ],
 )
-def test_a_slow_module_runs_in_its_own_day_only(tmp_path: Path, tried: str, says: str, is_mine: bool) -> None:
+def test_a_slow_module_runs_only_in_its_own_days_demonstration(
+    tmp_path: Path, tried: str, says: str, is_mine: bool
+) -> None:
     """The learner's other modules run in every day."""
-    reference = House.here().reference
+    reference = Repo.here().reference
     for name in ("quantize.py", "rope.py"):
         (tmp_path / name).write_text((reference / name).read_text("utf-8"), "utf-8")
     ran = subprocess.run(
@@ -56,30 +64,30 @@ def test_a_slow_module_runs_in_its_own_day_only(tmp_path: Path, tried: str, says
     assert ran.stdout.splitlines()[1:] == [says, str(quantize), str(tmp_path / "rope.py")], ran.stderr
 
 
-def test_days_without_a_slow_module_say_nothing_of_it(tmp_path: Path) -> None:
+def test_a_demonstration_mentions_slow_modules_only_if_there_are_any(tmp_path: Path) -> None:
     ran = run(["try", "2.3"], tmp_path)
     assert "quantize.py" not in ran.stdout
     assert ran.stdout.splitlines()[1].startswith("a simulation"), ran.stderr
 
 
 def test_the_real_course_can_be_read() -> None:
-    here = House.here()
+    here = Repo.here()
     assert static_problems(here, read_syllabus(here.syllabus)) == []
 
 
-def test_the_message_of_every_blank_is_known_as_one() -> None:
+def test_the_message_of_every_blank_is_recognised() -> None:
     """Days have more than nine tasks: `3.4.10` is one of them."""
     from tiny_llm_course import provenance
 
-    here = House.here()
+    here = Repo.here()
     messages = [e.message for day in read_syllabus(here.syllabus).days for e in day.exercises]
     assert any(message.startswith("3.4.10 ") for message in messages)
     assert [message for message in messages if not provenance.OF_A_BLANK.match(message)] == []
 
 
-def test_every_startable_day_has_something_to_try_and_to_compare() -> None:
-    here = House.here()
-    days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_to_come]
+def test_every_available_day_can_be_tried_and_compared() -> None:
+    here = Repo.here()
+    days = [day.id for day in read_syllabus(here.syllabus).days if not day.is_planned]
     files = {file.name for file in Path(demonstrations.__path__[0]).glob("week_*.py")}
     assert files == {f"week_{day[0]}_day_{day[2]}.py" for day in days}
     modules = [demonstrations.demonstration(day) for day in days]
@@ -103,7 +111,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
     passing = run(["test", "--week", "1", "--day", "1"], tmp_path)
     assert passing.returncode == 0, passing.stdout
     assert "yours: attention.py" in passing.stdout
-    assert "day 1.1 has nothing to compare: both sides" in run(["compare", "1.1"], tmp_path).stdout
+    assert "day 1.1 has no comparison: both sides" in run(["compare", "1.1"], tmp_path).stdout
     assert "| " not in run(["try", "1.2"], tmp_path).stderr
     rows = json.loads(run(["progress", "--json"], tmp_path).stdout)
     assert rows[0]["exercises"] == dict.fromkeys(["1.1.1", "1.1.2", "1.1.3"], "skipped")
@@ -120,7 +128,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),
-        (["restore", "1.1"], "nothing of day 1.1 was moved aside"),
+        (["restore", "1.1"], "day 1.1 has no files that were moved aside"),
         (["test", "attention.py"], "not started: pdm run start 1.1"),
         (["skip", "1.1.1"], "not started: pdm run start 1.1"),
         (["compare", "1.2"], "not started"),
@@ -128,7 +136,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(
+def test_a_wrong_command_prints_one_line_and_returns_an_exit_code(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -136,14 +144,14 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TINY_LLM_OVERLAY", str(tmp_path))
-    assert door.run(arguments) in (1, 2)
+    assert command_line.run(arguments) in (1, 2)
     err = capsys.readouterr().err
     assert words in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
 
-def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [
         "start",
         "test",
@@ -160,8 +168,8 @@ def test_every_command_has_a_help_that_teaches(capsys: pytest.CaptureFixture[str
     ]
     commands += ["doctor", "build-kernels", "course-check"]
     for command in commands:
-        assert door.run([command, "--help"]) == 0
+        assert command_line.run([command, "--help"]) == 0
         assert len(capsys.readouterr().out.split()) > 20
     scripts = (ROOT / "pyproject.toml").read_text("utf-8")
     for command in commands:
-        assert f'{command} = "python -m tiny_llm_course {command}"' in scripts
+        assert f'{command} = {{ cmd = "python -m tiny_llm_course {command}", help = "' in scripts

@@ -1,4 +1,4 @@
-"""`pdm run compare`: whole numbers are counted, sides alternate, a day with nothing to compare says so."""
+"""`pdm run compare`: integers are counted, sides alternate, a day without a comparison says so."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from tiny_llm_course import compare as comparing
 from tiny_llm_course.compare import Comparison, Measured, as_text, compare
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.starter import skip, start
 from tiny_llm_course.units import Day
 from toy_course import syllabus_of
@@ -17,27 +17,27 @@ SIDE = Measured(0.001, 0.001, 0.2, 2048)
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
     """The real course with an empty overlay, and short measurements."""
     monkeypatch.setattr(comparing, "SECONDS", 0.1)
-    return House.here().with_overlay(tmp_path)
+    return Repo.here().with_overlay(tmp_path)
 
 
-def day(house: House, number: str) -> Day:
-    return syllabus_of(house).day(number)
+def day(repo: Repo, number: str) -> Day:
+    return syllabus_of(repo).day(number)
 
 
 @pytest.mark.parametrize(
     ("differing", "largest", "says"),
     [
-        (0, None, "the 4 numbers of the results are the same"),
-        (1, None, "1 of 4 numbers of the results differ"),
-        (4, 1e-6, "largest difference of the results: 1e-06"),
-        (None, None, "the shapes of the results differ"),
+        (0, None, "results: all 4 numbers are equal"),
+        (1, None, "results: 1 of 4 numbers differ"),
+        (4, 1e-6, "results: largest difference 1e-06"),
+        (None, None, "results: the shapes differ"),
     ],
 )
-def test_whole_numbers_are_counted_and_others_measured(
-    here: House, differing: int | None, largest: float | None, says: str
+def test_integers_are_counted_and_floats_are_measured(
+    here: Repo, differing: int | None, largest: float | None, says: str
 ) -> None:
     """The distance of two token ids means nothing."""
     text = as_text(here, day(here, "1.2"), Comparison(SIDE, SIDE, differing, 4, largest))
@@ -48,24 +48,22 @@ def test_whole_numbers_are_counted_and_others_measured(
 
 
 @pytest.mark.parametrize(("is_compiled", "ran"), [(True, "a compiled kernel"), (False, "MLX's own operator")])
-def test_the_exercises_whose_reference_is_faster_code_say_so(
-    here: House, is_compiled: bool, ran: str, monkeypatch: pytest.MonkeyPatch
+def test_exercises_with_faster_reference_code_are_named(
+    here: Repo, is_compiled: bool, ran: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparing, "compiled_runs", lambda: is_compiled)
     start(here, day(here, "1.4"))
     lines = as_text(here, day(here, "1.4"), Comparison(SIDE, SIDE, None, 4, 0.0)).splitlines()
-    assert any(
-        line.startswith("exchanged: ") and "norm.py" in line and "rope.py" not in line for line in lines
-    )
-    says = "yours is what you wrote, the reference runs"
+    assert any(line.startswith("only ") and "norm.py" in line and "rope.py" not in line for line in lines)
+    says = "your Python code against"
     assert f"1.4.1 rms_norm: {says} {ran}" in lines
     assert (
         any("swiglu" in line and line.endswith(says + " a compiled kernel") for line in lines) == is_compiled
     )
-    assert any(line.startswith("memory: ") and "not counted" in line for line in lines)
+    assert any(line.startswith("memory: ") and "without weights and inputs" in line for line in lines)
 
 
-def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_alternate(here: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     repeat = comparing._Side.repeat
 
@@ -81,7 +79,7 @@ def test_both_sides_are_measured_alternating(here: House, monkeypatch: pytest.Mo
     assert asked[:4] == ["your day 2.6", "the reference"] * 2
 
 
-def test_modules_of_other_days_do_not_run(here: House) -> None:
+def test_modules_of_other_days_do_not_run(here: Repo) -> None:
     """A quantize.py of the learner's would make every pass of the real model slow."""
     (here.overlay / "quantize.py").write_text("raise RuntimeError('of another day')\n", "utf-8")
     start(here, day(here, "2.6"))
@@ -89,7 +87,7 @@ def test_modules_of_other_days_do_not_run(here: House) -> None:
     assert compare(here, day(here, "2.6")).differing == 0
 
 
-def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) -> None:
+def test_a_blank_or_a_mistake_is_one_line_with_the_learners_file(here: Repo) -> None:
     one = day(here, "1.2")
     start(here, one)
     with pytest.raises(CourseError) as blank:
@@ -106,7 +104,7 @@ def test_a_blank_and_a_mistake_are_one_line_with_the_learners_file(here: House) 
     assert "\n" not in str(mistake.value)
 
 
-def test_a_day_with_nothing_to_compare_says_why(here: House) -> None:
+def test_a_day_without_a_comparison_says_why(here: Repo) -> None:
     for number in ("1.1", "1.3", "1.7", "3.1", "3.4", "3.7"):
-        with pytest.raises(CourseError, match=f"day {number} has nothing to compare: both sides "):
+        with pytest.raises(CourseError, match=f"day {number} has no comparison: both sides "):
             compare(here, day(here, number))

@@ -1,4 +1,4 @@
-"""The learner's files: moved aside and back, helpers beside them, named when they change, ignored by git."""
+"""The learner's files: moved aside and restored, helper files, changes, editor links, ignored by git."""
 
 import json
 import os
@@ -11,70 +11,85 @@ import pytest
 
 from tiny_llm_course import views
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
 from tiny_llm_course.overview import progress_text
 from tiny_llm_course.progress import remember
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.starter import restore, set_aside, start
 from tiny_llm_course.testing import run_day
-from toy_course import ADDING, COUNTING, DOUBLING, ROOT, house, replace, run, syllabus_of, write
+from toy_course import ADDING, COUNTING, DOUBLING, ROOT, replace, repo, run, syllabus_of, write
 
-__all__ = ["house"]
+__all__ = ["repo"]
 
 
-def test_restore_brings_back_the_newest_and_undoes_itself(house: House) -> None:
-    day = syllabus_of(house).day("1.2")
+def test_restore_brings_back_the_newest_and_undoes_itself(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.2")
     for text in ("first", "second"):
-        write(house, "counting", f"x = '{text}'\n")
-        set_aside(house, day)
-    assert restore(house, day) == [house.overlay / "counting.py"]
-    assert (house.overlay / "counting.py").read_text("utf-8") == "x = 'second'\n"
-    write(house, "counting", "x = 'third'\n")
-    restore(house, day)
-    assert (house.overlay / "counting.py").read_text("utf-8") == "x = 'first'\n"
-    restore(house, day)
-    assert (house.overlay / "counting.py").read_text("utf-8") == "x = 'third'\n"
-    backups = {file.read_text("utf-8") for file in house.overlay.glob("*.bak")}
+        write(repo, "counting", f"x = '{text}'\n")
+        set_aside(repo, day)
+    assert restore(repo, day) == [repo.overlay / "counting.py"]
+    assert (repo.overlay / "counting.py").read_text("utf-8") == "x = 'second'\n"
+    write(repo, "counting", "x = 'third'\n")
+    restore(repo, day)
+    assert (repo.overlay / "counting.py").read_text("utf-8") == "x = 'first'\n"
+    restore(repo, day)
+    assert (repo.overlay / "counting.py").read_text("utf-8") == "x = 'third'\n"
+    backups = {file.read_text("utf-8") for file in repo.overlay.glob("*.bak")}
     assert backups == {"x = 'first'\n"}, "nothing is lost"
-    assert restore(house, syllabus_of(house).day("1.1")) == []
+    assert restore(repo, syllabus_of(repo).day("1.1")) == []
 
 
-def test_a_helper_file_of_the_learners_own_is_no_module(house: House) -> None:
-    syllabus = syllabus_of(house)
-    write(house, "my_tools", "def plus(a: int, b: int) -> int:\n    return a + b\n")
+def test_a_learners_helper_file_is_not_a_module(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    write(repo, "my_tools", "def plus(a: int, b: int) -> int:\n    return a + b\n")
     own = ADDING.replace("sum((one, other))", "plus(one, other)")
-    write(house, "adding", own.replace('"""Sums."""\n', '"""Sums."""\n\nfrom .my_tools import plus\n'))
-    assert run_day(house, syllabus, syllabus.day("1.1"), []) == 0
-    assert run_day(house, syllabus, syllabus.day("1.1"), [], isolated=True) == 0, "it goes with the modules"
-    write(house, "my_tools", "def plus(a: int, b: int) -> int:\n    return a - b\n")
-    assert "my_tools.py changed since its tests ran" in progress_text(house, syllabus)
-    write(house, "tools", "")
-    with pytest.raises(CourseError, match=r"tools\.py overrides nothing \(your own helper"):
-        run_day(house, syllabus, syllabus.day("1.1"), [])
+    write(repo, "adding", own.replace('"""Sums."""\n', '"""Sums."""\n\nfrom .my_tools import plus\n'))
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
+    assert run_day(repo, syllabus, syllabus.day("1.1"), [], isolated=True) == 0, (
+        "helper files are copied with the modules"
+    )
+    write(repo, "my_tools", "def plus(a: int, b: int) -> int:\n    return a - b\n")
+    assert "my_tools.py changed since its tests ran" in progress_text(repo, syllabus)
+    write(repo, "tools", "")
+    with pytest.raises(
+        CourseError, match=r"tools\.py replaces no module of the engine \(name your own helper"
+    ):
+        run_day(repo, syllabus, syllabus.day("1.1"), [])
 
 
-def test_progress_names_the_file_that_has_changed(house: House) -> None:
-    syllabus = syllabus_of(house)
+def test_progress_names_the_file_that_has_changed(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
     for module, source in (("adding", ADDING), ("counting", COUNTING), ("doubling", DOUBLING)):
-        write(house, module, source)
+        write(repo, module, source)
     for day in syllabus.days[:2]:
-        remember(house, day, passed=True)
-    write(house, "adding", f"{ADDING}# mine\n")
-    rows = progress_text(house, syllabus).splitlines()
+        remember(repo, day, passed=True)
+    write(repo, "adding", f"{ADDING}# mine\n")
+    rows = progress_text(repo, syllabus).splitlines()
     says = "adding.py changed since its tests ran: pdm run test 1.2"
-    assert says in rows[1], "the file is of another day"
-    write(house, "doubling", f"{DOUBLING}# mine\n")
-    assert "adding.py and 1 more changed since its tests ran" in progress_text(house, syllabus)
+    assert says in rows[1], "the changed file belongs to another day"
+    write(repo, "doubling", f"{DOUBLING}# mine\n")
+    assert "adding.py and 1 more changed since its tests ran" in progress_text(repo, syllabus)
 
 
 @pytest.mark.parametrize("wanted", ["1.2.1", "counting", "counting.py", "src/tiny_llm/counting.py", "1.2"])
-def test_a_day_may_be_named_by_an_exercise_or_a_file_of_it(house: House, wanted: str) -> None:
-    assert syllabus_of(house).to_start(wanted).id == "1.2"
+def test_a_day_may_be_named_by_an_exercise_or_a_file_of_it(repo: Repo, wanted: str) -> None:
+    assert syllabus_of(repo).to_start(wanted).id == "1.2"
 
 
 @pytest.mark.parametrize("wanted", ["1", "1.9.1", "count", "x.py", ""])
-def test_what_names_no_day_is_told(house: House, wanted: str) -> None:
+def test_an_unknown_day_is_reported(repo: Repo, wanted: str) -> None:
     with pytest.raises(CourseError, match="pdm run map"):
-        syllabus_of(house).to_start(wanted)
+        syllabus_of(repo).to_start(wanted)
+
+
+def test_start_and_a_passing_day_name_the_days_labs(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+    (repo.root / "labs").mkdir()
+    for name, docstring in (("sums", "1.1: What a sum costs."), ("other", "1.2: Something else.")):
+        (repo.root / "labs" / f"lab_{name}.py").write_text(f'"""{docstring}"""\n', "utf-8")
+    syllabus = syllabus_of(repo)
+    assert views.tasks(repo, syllabus.day("1.1")).splitlines()[-1] == "lab:     pdm run lab sums"
+    write(repo, "adding", ADDING)
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
+    assert "  pdm run lab sums       an experiment: predicted beside measured\n" in capfd.readouterr().out
 
 
 def test_reset_and_restore_are_commands(tmp_path: Path) -> None:
@@ -86,7 +101,7 @@ def test_reset_and_restore_are_commands(tmp_path: Path) -> None:
     assert (tmp_path / "attention.py").read_text("utf-8") == before
 
 
-def test_a_learners_files_are_not_gits() -> None:
+def test_git_ignores_the_learners_files() -> None:
     """Modules, backups, stubs, kernels and libraries are ignored; the package itself is not."""
     names = [
         "attention.py",
@@ -105,41 +120,41 @@ def test_a_learners_files_are_not_gits() -> None:
     assert found.stdout.split() == paths[: len(names)]
 
 
-def test_a_starter_that_begins_a_removed_helper_is_no_fault_of_the_learners(house: House) -> None:
+def test_the_doctor_accepts_a_starter_without_removed_helpers(repo: Repo) -> None:
     from tiny_llm_course.doctor import examine
 
-    replace(house.syllabus, "Counter._next", "Counter.next")
-    replace(house.reference / "counting.py", "_next", "next")
-    start(house, syllabus_of(house).day("1.2"))
-    assert all(finding.ok for finding in examine(house, syllabus_of(house)) if finding.what == "counting.py")
+    replace(repo.syllabus, "Counter._next", "Counter.next")
+    replace(repo.reference / "counting.py", "_next", "next")
+    start(repo, syllabus_of(repo).day("1.2"))
+    assert all(finding.ok for finding in examine(repo, syllabus_of(repo)) if finding.what == "counting.py")
 
 
 # ---- links for editors ----
 
 
-def test_start_links_every_module_that_is_not_the_learners(house: House) -> None:
-    syllabus = syllabus_of(house)
-    done = start(house, syllabus.day("1.2"))
-    assert views.begun(house, syllabus.day("1.2"), done)[-1] == views.LINKS
-    links = {file.name: file.resolve() for file in house.overlay.glob("*.pyi")}
-    assert links == {f"{name}.pyi": house.reference / f"{name}.py" for name in ("adding", "api")}
-    done = start(house, syllabus.day("1.1"))
-    assert views.LINKS not in views.begun(house, syllabus.day("1.1"), done), "it is said where they are new"
-    assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
-    set_aside(house, syllabus.day("1.2"))
-    assert len(list(house.overlay.glob("*.pyi"))) == 3, "they are the reference's again"
-    restore(house, syllabus.day("1.2"))
-    assert [file.name for file in house.overlay.glob("*.pyi")] == ["api.pyi"]
+def test_start_links_every_module_that_the_learner_has_not_written(repo: Repo) -> None:
+    syllabus = syllabus_of(repo)
+    done = start(repo, syllabus.day("1.2"))
+    assert views.start_report(repo, syllabus.day("1.2"), done)[-1] == views.LINKS
+    links = {file.name: file.resolve() for file in repo.overlay.glob("*.pyi")}
+    assert links == {f"{name}.pyi": repo.reference / f"{name}.py" for name in ("adding", "api")}
+    done = start(repo, syllabus.day("1.1"))
+    assert views.LINKS not in views.start_report(repo, syllabus.day("1.1"), done), "only new links are named"
+    assert [file.name for file in repo.overlay.glob("*.pyi")] == ["api.pyi"]
+    set_aside(repo, syllabus.day("1.2"))
+    assert len(list(repo.overlay.glob("*.pyi"))) == 3, "the modules are the reference's again"
+    restore(repo, syllabus.day("1.2"))
+    assert [file.name for file in repo.overlay.glob("*.pyi")] == ["api.pyi"]
 
 
-def test_a_type_checker_resolves_what_falls_through_with_one_identity(house: House) -> None:
-    """Without the links: "Cannot find implementation or library stub for module named ...adding"."""
-    start(house, syllabus_of(house).day("1.2"))
-    write(house, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
+def test_a_type_checker_resolves_the_references_modules_without_duplicate_classes(repo: Repo) -> None:
+    """Without the links, mypy says "Cannot find implementation or library stub for module ...adding"."""
+    start(repo, syllabus_of(repo).day("1.2"))
+    write(repo, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--cache-dir", os.devnull, "-p", "tiny_llm.counting"],
-        cwd=house.root / "src",
-        env={**os.environ, "MYPYPATH": str(house.root / "src")},
+        cwd=repo.root / "src",
+        env={**os.environ, "MYPYPATH": str(repo.root / "src")},
         text=True,
         capture_output=True,
         check=False,
@@ -149,15 +164,15 @@ def test_a_type_checker_resolves_what_falls_through_with_one_identity(house: Hou
     assert 'Argument 2 to "add" has incompatible type "str"; expected "int"' in found[0]
 
 
-def test_an_editor_resolves_what_falls_through(house: House) -> None:
-    """Pyright is what editors run: it reads the links as mypy does."""
+def test_an_editor_resolves_the_references_modules(repo: Repo) -> None:
+    """Editors run pyright, which reads the links as mypy does."""
     if (pyright := shutil.which("basedpyright") or shutil.which("pyright")) is None:
         pytest.skip("neither basedpyright nor pyright is installed")
-    start(house, syllabus_of(house).day("1.2"))
-    write(house, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
+    start(repo, syllabus_of(repo).day("1.2"))
+    write(repo, "counting", COUNTING.replace("add(self.value, 1)", 'add(self.value, "1")'))
     command = [pyright, "--outputjson", "--pythonpath", sys.executable, "tiny_llm/counting.py"]
     checked = subprocess.run(
-        command, cwd=house.root / "src", text=True, capture_output=True, check=False, timeout=300
+        command, cwd=repo.root / "src", text=True, capture_output=True, check=False, timeout=300
     )
     unresolved = {"reportMissingImports", "reportAttributeAccessIssue"}  # a missing source is a warning
     rules = {found.get("rule") for found in json.loads(checked.stdout)["generalDiagnostics"]}

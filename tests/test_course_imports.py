@@ -1,4 +1,4 @@
-"""What a starter imports: what given code uses, and the project's own names."""
+"""A starter imports what its given code uses, and the project's own names."""
 
 import re
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tiny_llm_course.house import House
-from tiny_llm_course.imports import with_imports, without_idle_imports
+from tiny_llm_course.imports import with_imports, without_unused_imports
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.source import blanked
 from tiny_llm_course.starter import skip, start, starter
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
@@ -34,8 +34,8 @@ def f(x: mx.array) -> list[int]:
 '''
 
 
-def test_only_what_blank_bodies_import_from_the_standard_library_is_left_out() -> None:
-    """Annotations keep an import, quoted ones too; a name of the project's stays, used or not."""
+def test_a_starter_lacks_standard_library_imports_of_blank_bodies() -> None:
+    """Names in annotations count as used, also in quoted ones; the project's names always stay."""
     head = blanked(WHOLE, {"f": "m"}).partition("\n\n\n")[0]
     assert head == (
         '"""M."""\n\nfrom collections import Counter, OrderedDict\n\nimport mlx.core as mx\n\n'
@@ -43,7 +43,7 @@ def test_only_what_blank_bodies_import_from_the_standard_library_is_left_out() -
     )
 
 
-def test_some_names_of_an_import_may_go() -> None:
+def test_only_the_unused_names_of_an_import_are_removed() -> None:
     whole = WHOLE.replace("rows: OrderedDict, ", "")
     blank = blanked(whole, {"f": "m"})
     assert "from collections import Counter\n" in blank
@@ -52,14 +52,14 @@ def test_some_names_of_an_import_may_go() -> None:
     )
 
 
-def test_an_import_that_was_idle_before_is_not_touched() -> None:
+def test_an_import_that_was_unused_before_is_kept() -> None:
     own = "import heapq\nimport math\n\nx = 1\n"
-    assert without_idle_imports(own, own + "heapq.merge\n") == "import math\n\nx = 1\n"
+    assert without_unused_imports(own, own + "heapq.merge\n") == "import math\n\nx = 1\n"
 
 
 @pytest.mark.parametrize("annotated", ["rows: OrderedDict, ", "rows: OrderedDict, counts: 'Counter'"])
-def test_what_is_filled_in_has_its_imports_again(annotated: str) -> None:
-    """Where the whole group has gone, and where one of it has stayed: the file is as it was."""
+def test_a_filled_exercise_has_its_imports_again(annotated: str) -> None:
+    """Whether all imports of a group were removed or only some, the file is as before."""
     whole = WHOLE.replace('rows: OrderedDict, counts: "Counter"', annotated if "Counter" in annotated else "")
     blank = blanked(whole, {"f": "m"})
     assert "itertools" not in blank
@@ -68,7 +68,7 @@ def test_what_is_filled_in_has_its_imports_again(annotated: str) -> None:
     assert with_imports(filled, whole) == whole
 
 
-def test_what_a_learner_has_imported_is_not_imported_twice() -> None:
+def test_an_existing_import_is_not_repeated() -> None:
     own = WHOLE.replace("import heapq\n", "import heapq, math\n")
     assert with_imports(own, WHOLE) == own
     mine = "from .mine import chain\n\nx = chain(heapq)\n"
@@ -76,45 +76,45 @@ def test_what_a_learner_has_imported_is_not_imported_twice() -> None:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    """The course itself, with an empty overlay."""
-    return House.here().with_overlay(tmp_path)
+def repo(tmp_path: Path) -> Repo:
+    """The real course, with an empty overlay."""
+    return Repo.here().with_overlay(tmp_path)
 
 
-def syllabus_of(house: House) -> Syllabus:
-    return read_syllabus(house.root / "src" / "tiny_llm_course" / "syllabus.toml")
+def syllabus_of(repo: Repo) -> Syllabus:
+    return read_syllabus(repo.root / "src" / "tiny_llm_course" / "syllabus.toml")
 
 
-def test_a_start_gives_no_approach_away_and_a_skip_can_run(house: House) -> None:
-    day = syllabus_of(house).day("3.3")
-    start(house, day)
-    file = house.overlay / "slot_mapping.py"
+def test_a_starter_lacks_the_solutions_imports_and_skip_adds_them(repo: Repo) -> None:
+    day = syllabus_of(repo).day("3.3")
+    start(repo, day)
+    file = repo.overlay / "slot_mapping.py"
     assert "itertools" not in file.read_text("utf-8")
-    skip(house, day, day.of_module("slot_mapping"))
+    skip(repo, day, day.of_module("slot_mapping"))
     assert "from itertools import chain\n\nimport mlx" in file.read_text("utf-8")
 
 
-def test_a_part_that_begins_again_has_no_idle_imports(house: House) -> None:
-    """Other parts' exercises are the reference's, with the imports that they need."""
-    syllabus = syllabus_of(house)
+def test_a_part_that_starts_again_has_no_unused_imports(repo: Repo) -> None:
+    """Exercises of other parts have the reference's code, with the imports that it needs."""
+    syllabus = syllabus_of(repo)
     later, first = syllabus.unit("3.4b"), syllabus.unit("3.4a")
-    start(house, later)
-    file = house.overlay / "prefix_cache.py"
+    start(repo, later)
+    file = repo.overlay / "prefix_cache.py"
     assert "from array import array\n" in file.read_text("utf-8")
-    start(house, first)
+    start(repo, first)
     assert "from array import array\n" not in file.read_text("utf-8")
-    skip(house, first.day, first.exercises)
+    skip(repo, first.day, first.exercises)
     assert "from array import array\n" in file.read_text("utf-8")
 
 
-def test_no_starter_of_any_day_or_part_has_an_idle_import_but_of_the_projects_names(house: House) -> None:
-    """Oracle: ruff. MLX, which every day is about, may be idle too."""
-    for day in syllabus_of(house).days:
-        for unit in () if day.is_to_come else (day, *day.parts):
-            folder = house.overlay / unit.id
+def test_unused_imports_in_starters_are_only_of_the_projects_names(repo: Repo) -> None:
+    """Oracle: ruff. `mx` may be unused too."""
+    for day in syllabus_of(repo).days:
+        for unit in () if day.is_planned else (day, *day.parts):
+            folder = repo.overlay / unit.id
             folder.mkdir()
             for module in unit.modules:
-                (folder / f"{module}.py").write_text(starter(house, module, unit), encoding="utf-8")
+                (folder / f"{module}.py").write_text(starter(repo, module, unit), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -125,7 +125,7 @@ def test_no_starter_of_any_day_or_part_has_an_idle_import_but_of_the_projects_na
         "--select=F",
         "--output-format=concise",
     ]
-    found = subprocess.run([*command, str(house.overlay)], text=True, capture_output=True, check=False).stdout
+    found = subprocess.run([*command, str(repo.overlay)], text=True, capture_output=True, check=False).stdout
     idle = re.findall(r"F\d+ .*", found)
     assert idle
     assert [one for one in idle if not re.match(r"F401 \S* ?`(\.|tiny_llm|mlx)", one)] == []

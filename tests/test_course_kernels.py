@@ -1,4 +1,4 @@
-"""The options in C++: kernels begin blank, are built into a library of the learner's own, and run from it."""
+"""Kernels in C++: their starters are blank, and they are built into a library that the engine then uses."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,8 @@ import tiny_llm_kernels
 from tiny_llm_course import cpp
 from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
 from tiny_llm_course.overview import map_text
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.starter import set_aside
 from tiny_llm_course.testing import run_day
 from tiny_llm_course.views import tasks
@@ -56,30 +56,30 @@ def test_a_kernel_is_blanked_part_by_part() -> None:
     assert "// ---- helpers ----" not in blank
     assert '/// Twice.\nint twice(const Kept& job, int64_t end) {\n#error "2.4.4 twice.cpp"\n}\n\n}' in blank
     assert "/// Given.\nstruct Kept {\n  int x;\n};" in blank
-    with pytest.raises(CourseError, match="there is no thrice"):
+    with pytest.raises(CourseError, match="does not define thrice"):
         cpp.blanked(KERNEL, ["thrice"], [], "m")
 
 
-def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp_path: Path) -> None:
-    here = House.here().with_overlay(tmp_path)
+def test_a_kernels_starter_states_the_task(tmp_path: Path) -> None:
+    here = Repo.here().with_overlay(tmp_path)
     syllabus = syllabus_of(here)
     days = [day for day in syllabus.days if day.kernels]
     assert [day.id for day in days] == ["2.4", "2.5"]
     for day in days:
         [option] = [line for line in tasks(here, day).splitlines() if line.startswith("option:")]
-        assert option.startswith(f"option:  {day.id}.{len(day.exercises) + 1}, if you like: ")
+        assert option.startswith(f"option:  {day.id}.{len(day.exercises) + 1}, ")
         [file] = cpp.start_kernels(here, day)
         run = cpp.compiles(here, file.read_text("utf-8"))
         assert run.returncode
         assert day.kernels[0].message in run.stderr
-        with pytest.raises(CourseError, match="is there already"):
+        with pytest.raises(CourseError, match="exists already"):
             cpp.start_kernels(here, day)
     assert "[quantized_matmul.cpp, not built]" in map_text(here, syllabus)
-    with pytest.raises(CourseError, match=r"quantized_matmul\.cpp is not in your library yet"):
+    with pytest.raises(CourseError, match=r"quantized_matmul\.cpp is not built yet"):
         run_day(here, syllabus, days[0], [])
     with pytest.raises(CourseError, match=r"quantized_matmul\.cpp does not compile\nquantized_matmul\.cpp:"):
         cpp.build(here, syllabus)
-    with pytest.raises(CourseError, match=r"day 1\.1 has no option in C\+\+"):
+    with pytest.raises(CourseError, match=r"day 1\.1 has no kernel in C\+\+"):
         cpp.start_kernels(here, syllabus.day("1.1"))
     assert len(set_aside(here, days[0])) == 1
     [flash] = cpp.own_kernels(here, syllabus)
@@ -94,9 +94,9 @@ def test_every_kernel_of_the_course_begins_as_a_file_that_says_what_is_to_do(tmp
     assert "pdm run build-kernels" in findings[flash.file].advice
 
 
-def test_the_option_in_cpp_says_what_to_read_and_can_be_left(tmp_path: Path) -> None:
+def test_a_kernel_in_cpp_names_what_to_read_and_can_be_skipped(tmp_path: Path) -> None:
     begun = run(["start", "2.5", "--cpp"], tmp_path)
-    for words in ("Attention in tiles", "not needed", "kernels.h: FlashJob", "vec.h", "namespace", "absorb"):
+    for words in ("Attention in tiles", "You do not need", "FlashJob in ", "vec.h", "namespace", "absorb"):
         assert words in begun.stdout, begun.stderr
     assert (tmp_path / "flash_attention.cpp").read_text("utf-8").startswith("// 2.5.3: write absorb and ")
     assert "pdm run diff 2.5 --anyway" in run(["hint", "2.5.3", "3"], tmp_path).stdout
@@ -138,21 +138,21 @@ PLAIN_MATMUL = """
 @pytest.mark.install
 @pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no C++ compiler")
 @pytest.mark.deep  # compiles two libraries
-def test_a_kernel_of_the_learners_runs_in_place_of_the_references(tmp_path: Path) -> None:
-    """A plain solution is built into a library of its own, and passes its day (about a minute)."""
+def test_a_learners_kernel_replaces_the_references(tmp_path: Path) -> None:
+    """A plain solution is built into a separate library, and passes its day (about a minute)."""
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
     replace(
         tmp_path / "quantized_matmul.cpp",
-        f'\n#error "{syllabus_of(House.here()).exercise("2.4.6").message}"',
+        f'\n#error "{syllabus_of(Repo.here()).exercise("2.4.6").message}"',
         PLAIN_MATMUL,
     )
     built = run(["build-kernels"], tmp_path)
-    assert "it runs in place of the reference's kernels" in built.stdout, built.stderr
+    assert "instead of the reference's kernels" in built.stdout, built.stderr
     passing = run(["test", "2.4"], tmp_path)
     assert passing.returncode == 0, passing.stdout
     assert "compiled kernels: yours" in passing.stdout
     replace(tmp_path / "quantized_matmul.cpp", "products += q *", "products += 2 * q *")
-    assert run(["test", "2.4"], tmp_path).returncode == 1  # not in the library yet
+    assert run(["test", "2.4"], tmp_path).returncode == 1  # the changed file is not built yet
     assert run(["build-kernels"], tmp_path).returncode == 0
     failing = run(["test", "2.4"], tmp_path)
     assert failing.returncode == 1

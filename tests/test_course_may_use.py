@@ -1,16 +1,18 @@
-"""What an exercise may use is read from the reference, shown where it is needed, and never gives a solution
-away."""
+"""The interfaces that an exercise may use: read from the reference, and without revealing a solution."""
+
+import ast
 
 import pytest
 
-from tiny_llm_course.house import House
+from tiny_llm_course.interfaces import shown
 from tiny_llm_course.may_use import may_use, unit_may_use
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.units import Day, Exercise
 from tiny_llm_course.views import hint, tasks
-from toy_course import house, replace, syllabus_of
+from toy_course import replace, repo, syllabus_of
 
-__all__ = ["house"]
+__all__ = ["repo"]
 
 SHELF = '''"""Shelves."""
 
@@ -58,28 +60,28 @@ def shelves(names: list[str]) -> Mapping[str, Shelf]:
 
 
 @pytest.fixture
-def shelved(house: House) -> House:
-    """The course of three days, where day 1.2 uses a given module in every way that can be followed."""
-    (house.reference / "shelf.py").write_text(SHELF, "utf-8")
-    return house
+def shelved(repo: Repo) -> Repo:
+    """The course of three days; day 1.2 uses a given module in every way that can be followed."""
+    (repo.reference / "shelf.py").write_text(SHELF, "utf-8")
+    return repo
 
 
-def of(house: House, exercise_id: str) -> tuple[Day, Exercise]:
-    syllabus = syllabus_of(house)
+def of(repo: Repo, exercise_id: str) -> tuple[Day, Exercise]:
+    syllabus = syllabus_of(repo)
     exercise = syllabus.exercise(exercise_id)
     assert isinstance(exercise, Exercise)
     return syllabus.day(exercise.day_id), exercise
 
 
-def used(house: House, exercise_id: str) -> list[str]:
-    return [f"{one.module}.{one.name}" for one in may_use(house, *of(house, exercise_id))]
+def used(repo: Repo, exercise_id: str) -> list[str]:
+    return [f"{one.module}.{one.name}" for one in may_use(repo, *of(repo, exercise_id))]
 
 
-def test_a_removed_helper_is_looked_through_and_not_named(house: House) -> None:
-    assert used(house, "1.2.1") == ["adding.add"]
-    assert used(house, "1.2.2") == ["adding.add"]
-    assert used(house, "1.1.1") == []
-    [one] = may_use(house, *of(house, "1.2.2"))
+def test_a_removed_helper_is_searched_but_not_listed(repo: Repo) -> None:
+    assert used(repo, "1.2.1") == ["adding.add"]
+    assert used(repo, "1.2.2") == ["adding.add"]
+    assert used(repo, "1.1.1") == []
+    [one] = may_use(repo, *of(repo, "1.2.2"))
     assert str(one) == "adding.add(one: int, other: int) -> int: The sum of both"
 
 
@@ -98,8 +100,8 @@ def test_a_removed_helper_is_looked_through_and_not_named(house: House) -> None:
         ("def inner(one: Some) -> int:\n        return x\n\n    return inner(None)", ["Some"]),
     ],
 )
-def test_attributes_follow_from_annotations_constructors_and_results(
-    shelved: House, body: str, names: list[str]
+def test_members_follow_from_annotations_constructors_and_return_types(
+    shelved: Repo, body: str, names: list[str]
 ) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", body)
     replace(
@@ -111,18 +113,31 @@ def test_attributes_follow_from_annotations_constructors_and_results(
     assert found == sorted(f"shelf.{name}" for name in names)
 
 
-def test_signatures_and_first_sentences_are_shown(shelved: House) -> None:
+def test_signatures_and_first_sentences_are_shown(shelved: Repo) -> None:
     body = "return Shelf(1).put(x).is_full"
     replace(shelved.reference / "doubling.py", "return add(x, x)", body)
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
     assert [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))] == [
         "shelf.Shelf(the fields of Base, label = ...): Holds books",
         "shelf.Shelf.is_full: bool: True where nothing fits any more",
-        "shelf.Shelf.put(number: int, *, safely: bool=True) -> 'Shelf': Put one book 0 .. n - 1",
+        "shelf.Shelf.put(number: int, *, safely: bool = True) -> Shelf: Put one book 0 .. n - 1",
     ]
 
 
-def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: House) -> None:
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "(x, y=1) -> None",
+        "(x: int, /, y: float = 0.5, *rest: int) -> list[int]",
+        "(*, a: str = 'b', c: bool, **more: object)",
+    ],
+)
+def test_a_signature_is_shown_as_it_is_formatted(signature: str) -> None:
+    [node] = ast.parse(f"def f{signature}: pass").body
+    assert str(shown("m", "f", node)) == f"m.f{signature}"
+
+
+def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: Repo) -> None:
     said = '"""What all have.\n\n    label, size: how many books\n        fit. colour: none.\n    """'
     replace(shelved.reference / "shelf.py", '"""What all have."""', said)
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
@@ -131,7 +146,7 @@ def test_a_field_is_explained_by_its_sentence_in_the_class_docstring(shelved: Ho
     assert shown[0] == "shelf.Base.size: int: how many books fit"
 
 
-def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelved: House) -> None:
+def test_a_long_constructor_shows_its_required_or_first_fields(shelved: Repo) -> None:
     fields = "".join(f"    field_{number}: int = 0\n" for number in range(7))
     replace(shelved.reference / "shelf.py", "    size: int\n\n\n", f"    size: int\n{fields}\n\n")
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Base(1)")
@@ -166,9 +181,7 @@ def test_of_a_long_constructor_the_required_fields_and_the_first_are_shown(shelv
         ),
     ],
 )
-def test_fields_that_are_given_by_name_stand_behind_a_star(
-    shelved: House, old: str, new: str, shown: str
-) -> None:
+def test_keyword_only_fields_come_after_a_star(shelved: Repo, old: str, new: str, shown: str) -> None:
     file = shelved.reference / "shelf.py"
     file.write_text(SHELF.replace(old, new) if old else SHELF, "utf-8")
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
@@ -176,7 +189,7 @@ def test_fields_that_are_given_by_name_stand_behind_a_star(
     assert f"shelf.Shelf{shown}: Holds books" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
 
 
-def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: House) -> None:
+def test_a_field_with_an_initial_value_has_its_type(shelved: Repo) -> None:
     more = "    def __init__(self) -> None:\n        self.held = 0\n\n    @property\n    def is_full"
     replace(shelved.reference / "shelf.py", "    @property\n    def is_full", more)
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf().held")
@@ -184,20 +197,20 @@ def test_a_field_that_a_method_counts_up_from_0_has_its_type(shelved: House) -> 
     assert "shelf.Shelf.held: int" in [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
 
 
-def test_the_sequence_of_the_engine_is_made_by_name() -> None:
-    day = syllabus_of(House.here()).day("2.7")
-    [shown] = [one.signature for one in unit_may_use(House.here(), day) if one.name == "Sequence"]
+def test_the_constructor_of_a_sequence_is_keyword_only() -> None:
+    day = syllabus_of(Repo.here()).day("2.7")
+    [shown] = [one.signature for one in unit_may_use(Repo.here(), day) if one.name == "Sequence"]
     assert shown == "Sequence(*, seq_id, request_id, prompt, params, seed, max_len, ...)"
 
 
-def test_an_inherited_field_has_its_annotation_and_not_what_a_method_assigns(shelved: House) -> None:
+def test_an_inherited_annotation_wins_over_a_methods_assignment(shelved: Repo) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", "return Shelf(1).size")
     replace(shelved.reference / "doubling.py", "from .adding import add", "from .shelf import Shelf")
     shown = [str(one) for one in may_use(shelved, *of(shelved, "1.2.2"))]
     assert shown[0] == "shelf.Base.size: int"
 
 
-def test_the_package_under_the_reference_is_read_too(shelved: House) -> None:
+def test_the_package_below_the_reference_is_read_too(shelved: Repo) -> None:
     below = shelved.reference.parent / "tiny_llm_checkpoints"
     below.mkdir()
     (below / "shelf.py").write_text(SHELF.replace("class Base:", "class Base(Deeper):"), "utf-8")
@@ -222,20 +235,18 @@ def test_the_package_under_the_reference_is_read_too(shelved: House) -> None:
     ]
 
 
-def test_what_cannot_be_read_is_declared(house: House) -> None:
-    replace(
-        house.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]'
-    )
-    assert used(house, "1.2.2") == ["adding.add", "adding.given"]
+def test_the_syllabus_declares_interfaces_that_cannot_be_found(repo: Repo) -> None:
+    replace(repo.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]')
+    assert used(repo, "1.2.2") == ["adding.add", "adding.given"]
 
 
-def test_start_and_the_first_hint_show_it(house: House) -> None:
-    day, exercise = of(house, "1.2.2")
+def test_start_and_the_first_hint_list_the_interfaces(repo: Repo) -> None:
+    day, exercise = of(repo, "1.2.2")
     line = "  adding.add(one: int, other: int) -> int: The sum of both"
-    assert tasks(house, day).count(line) == 1, "once for the day"
-    assert line in hint(house, syllabus_of(house), exercise, 1)
-    assert line not in hint(house, syllabus_of(house), exercise, 2)
-    assert "you may use" not in tasks(house, syllabus_of(house).day("1.1"))
+    assert tasks(repo, day).count(line) == 1, "each interface once"
+    assert line in hint(repo, syllabus_of(repo), exercise, 1)
+    assert line not in hint(repo, syllabus_of(repo), exercise, 2)
+    assert "you may use" not in tasks(repo, syllabus_of(repo).day("1.1"))
 
 
 @pytest.mark.parametrize(
@@ -254,18 +265,18 @@ def test_start_and_the_first_hint_show_it(house: House) -> None:
         (
             "The sum of 2 and 3 is 5.",
             "Call `x.secret` for it, whatever it is.",
-            "may use: 1.1.1: secret is needed, and stands only in a hint",
+            "may use: 1.1.1: secret is needed, but only a hint names it",
         ),
     ],
 )
-def test_a_list_that_says_too_much_or_too_little_is_found(
-    house: House, old: str, new: str, problem: str
+def test_a_list_with_a_helper_or_without_a_needed_name_is_reported(
+    repo: Repo, old: str, new: str, problem: str
 ) -> None:
-    replace(house.reference / "adding.py", "sum((one, other))", "one.secret + other")
-    replace(house.syllabus, old, new) if old.startswith("name") else house.syllabus.write_text(
-        house.syllabus.read_text("utf-8").replace(old, new, 1), "utf-8"
+    replace(repo.reference / "adding.py", "sum((one, other))", "one.secret + other")
+    replace(repo.syllabus, old, new) if old.startswith("name") else repo.syllabus.write_text(
+        repo.syllabus.read_text("utf-8").replace(old, new, 1), "utf-8"
     )
-    assert problem in [str(found) for found in static_problems(house, syllabus_of(house))]
+    assert problem in [str(found) for found in static_problems(repo, syllabus_of(repo))]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +285,10 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
         ("1.3.2", ["linear.LinearLike.__call__", "rope.rope"]),
         ("1.3.3", ["kv_context.KVContext.attend", "kv_context.KVContext.positions"]),
         ("1.6.1", ["tiny_llm_checkpoints.model_config.ModelConfig.attention_scale"]),
-        ("3.2.14", ["batch_manager.longest", "queues.RequestQueues.add", "sequence.completion_ids"]),
+        (
+            "3.2.14",
+            ["batch_manager.max_sequence_length", "queues.RequestQueues.add", "sequence.completion_ids"],
+        ),
         ("3.2.15", ["kv_pool.KVPool.resize", "policies.PrefixPolicy.num_idle"]),
         (
             "3.2.16",
@@ -287,13 +301,13 @@ def test_a_list_that_says_too_much_or_too_little_is_found(
         ("3.7.5", ["inbox.Inbox.run"]),
     ],
 )
-def test_what_learners_looked_for_is_there(exercise_id: str, names: list[str]) -> None:
-    """Names that a learner found only in the hints, or in the solution."""
-    assert set(names) <= set(used(House.here(), exercise_id))
+def test_interfaces_that_learners_missed_are_listed(exercise_id: str, names: list[str]) -> None:
+    """Names that a learner found only in the hints or in the solution, before there was a list."""
+    assert set(names) <= set(used(Repo.here(), exercise_id))
 
 
-def test_no_day_of_the_course_names_what_its_starter_is_without() -> None:
-    here = House.here()
+def test_no_day_lists_a_removed_helper() -> None:
+    here = Repo.here()
     for day in syllabus_of(here).days:
         shown = {f"{one.module}.{one.name}" for one in unit_may_use(here, day)}
         assert not shown & set(day.removed)

@@ -1,4 +1,4 @@
-"""Days that are cut into parts: one part is started, skipped, reset, shown and checked by itself."""
+"""Days with parts: a single part is started, skipped, reset, shown and checked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,26 +8,26 @@ import pytest
 from tiny_llm_course import days as demonstrations
 from tiny_llm_course.days import function_name, has_own
 from tiny_llm_course.errors import CourseError
-from tiny_llm_course.house import House
 from tiny_llm_course.legend import legend
 from tiny_llm_course.may_use import unit_may_use
 from tiny_llm_course.overview import map_text, progress, progress_text
-from tiny_llm_course.progress import State, first_to_do, remember
+from tiny_llm_course.progress import State, first_unfinished, remember
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.rules import static_problems
 from tiny_llm_course.source import with_blank, with_function, without
 from tiny_llm_course.starter import restore, set_aside, skip, start, starter
 from tiny_llm_course.units import Part, exercise_range
-from tiny_llm_course.views import after_reset, begun, difference, how_again, moved_aside, tasks
-from toy_course import ADDING, HINTS, house, problems_of, replace, suite, syllabus_of, write
+from tiny_llm_course.views import after_reset, difference, moved_aside, restart_advice, start_report, tasks
+from toy_course import ADDING, HINTS, problems_of, replace, repo, suite, syllabus_of, write
 from toy_parts import COUNT, COUNTING, LEAP, course, own, part, solved, states
 
-__all__ = ["course", "house"]
+__all__ = ["course", "repo"]
 
 
 # ---- the syllabus ----
 
 
-def test_a_part_knows_its_day_its_exercises_and_their_modules(course: House) -> None:
+def test_a_part_knows_its_day_its_exercises_and_their_modules(course: Repo) -> None:
     syllabus = syllabus_of(course)
     day = syllabus.day("1.2")
     assert [one.id for one in day.parts] == ["1.2a", "1.2b", "1.2c"]
@@ -47,8 +47,8 @@ def test_a_part_knows_its_day_its_exercises_and_their_modules(course: House) -> 
     ("wanted", "unit"),
     [("1.2", "1.2"), ("1.2.3", "1.2b"), ("doubling.py", "1.2b"), ("counting", "1.2"), ("adding.py", "1.1")],
 )
-def test_an_exercise_or_a_file_means_the_smallest_unit_that_has_all_of_it(
-    course: House, wanted: str, unit: str
+def test_an_exercise_or_a_file_selects_the_smallest_unit_that_contains_it(
+    course: Repo, wanted: str, unit: str
 ) -> None:
     assert syllabus_of(course).to_start(wanted).id == unit
 
@@ -56,21 +56,21 @@ def test_an_exercise_or_a_file_means_the_smallest_unit_that_has_all_of_it(
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("1.2z", "1.2z is no part of day 1.2: it has 1.2a to 1.2c"),
-        ("1.2B", "1.2B is no part of day 1.2: it has 1.2a to 1.2c"),
-        ("1.2ab", "1.2ab is no part of day 1.2: it has 1.2a to 1.2c"),
-        ("1.1a", "1.1a is no part of day 1.1: it has no parts"),
-        ("7.7a", "there is no day 7.7: `pdm run map` shows all"),
-        ("1.3a", "1.3a is no part of day 1.3: it has no parts"),
+        ("1.2z", "day 1.2 has no part 'z': it has 1.2a to 1.2c"),
+        ("1.2B", "day 1.2 has no part 'B': it has 1.2a to 1.2c"),
+        ("1.2ab", "day 1.2 has no part 'ab': it has 1.2a to 1.2c"),
+        ("1.1a", "day 1.1 has no part 'a': it has no parts"),
+        ("7.7a", "there is no day 7.7: `pdm run map` lists all"),
+        ("1.3a", "day 1.3 has no part 'a': it has no parts"),
     ],
 )
-def test_a_part_that_there_is_not_is_told(course: House, wanted: str, message: str) -> None:
+def test_an_unknown_part_is_reported(course: Repo, wanted: str, message: str) -> None:
     with pytest.raises(CourseError) as raised:
         syllabus_of(course).to_start(wanted)
     assert str(raised.value) == message
 
 
-def test_the_next_of_a_part_is_the_next_part_and_then_the_next_day(course: House) -> None:
+def test_the_next_part_follows_a_part_and_the_next_day_follows_the_last(course: Repo) -> None:
     replace(course.syllabus, 'title = "Later"', 'title = "Later"\nmodules = ["given"]')
     text = course.syllabus.read_text("utf-8")
     course.syllabus.write_text(f'{text}[[day.exercise]]\nname = "given.f"\n{HINTS}\n', "utf-8")
@@ -84,8 +84,8 @@ def test_the_next_of_a_part_is_the_next_part_and_then_the_next_day(course: House
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('id = "b"', 'id = "c"', r"day 1\.2 has a part 'c' where 'b' was expected"),
-        ('id = "b"', "id = 2", r"day 1\.2 has a part 2 where 'b' was expected"),
+        ('id = "b"', 'id = "c"', r"day 1\.2 has a part 'c', expected 'b'"),
+        ('id = "b"', "id = 2", r"day 1\.2 has a part 2, expected 'b'"),
         ('title = "Faster"', "", r"day 1\.2: part b has no text 'title'"),
         ('title = "Faster"', 'title = "F"\nwork = "x"', r"day 1\.2: part b has the unknown keys work"),
         ('title = "Faster"', 'title = "F"\nworks = 1', r"day 1\.2: part b has works = 1, expected a text"),
@@ -99,7 +99,7 @@ def test_the_next_of_a_part_is_the_next_part_and_then_the_next_day(course: House
         ("[2, 3]", "[2, 3, 9]", r"have the exercises 1, 2, 3, 9, 4: expected 1 to 4"),
     ],
 )
-def test_a_mistake_in_a_part_is_named(course: House, old: str, new: str, message: str) -> None:
+def test_an_invalid_part_is_rejected_with_the_reason(course: Repo, old: str, new: str, message: str) -> None:
     replace(course.syllabus, old, new)
     with pytest.raises(CourseError, match=message):
         syllabus_of(course)
@@ -108,13 +108,13 @@ def test_a_mistake_in_a_part_is_named(course: House, old: str, new: str, message
 # ---- source ----
 
 
-def test_a_function_that_was_put_in_is_taken_out_without_a_trace() -> None:
+def test_an_added_function_is_removed_without_a_trace() -> None:
     for name, other in (("Counter._next", COUNTING), ("helper", "def helper(x):\n    return x\n")):
         begun = COUNTING if name == "helper" else without(COUNTING, name)
         assert without(with_function(begun, other, name), name) == begun
 
 
-def test_one_function_is_made_blank_and_nothing_else_changes() -> None:
+def test_with_blank_changes_only_one_function() -> None:
     odd = COUNTING.replace("def given", "\n\n\n# mine   \ndef given").replace("return x\n", "return   x")
     blank = with_blank(odd, "Counter.leap", "1.2.2 Counter.leap: book")
     before, after = odd.split('        3\n        """\n')
@@ -125,13 +125,13 @@ def test_one_function_is_made_blank_and_nothing_else_changes() -> None:
 # ---- start ----
 
 
-def test_a_part_begins_behind_the_references_code_of_earlier_ones_and_before_blanks(course: House) -> None:
-    """The code of a later part would be read before it is looked for."""
+def test_a_parts_starter_has_earlier_parts_solved_and_later_ones_blank(course: Repo) -> None:
+    """Otherwise the learner would see the code of a later part early."""
     done = start(course, part(course, "b"))
     assert [file.name for file in done.files] == ["counting.py", "doubling.py"]
     assert states(course) == [State.SKIPPED, State.BLANK, State.BLANK, State.BLANK]
-    assert "    # skipped: the reference's code\n    def _next" in own(course), "what is called is there"
-    assert "_before" not in own(course), "a helper of a later exercise would give it away"
+    assert "    # skipped: the reference's code\n    def _next" in own(course), "its helper is there too"
+    assert "_before" not in own(course), "a helper of a later exercise would reveal its solution"
     done = start(course, part(course, "c"))
     assert (done.files, done.blanked) == ([], [])
     done = start(course, part(course, "a"))
@@ -140,7 +140,7 @@ def test_a_part_begins_behind_the_references_code_of_earlier_ones_and_before_bla
 
 
 @pytest.mark.parametrize("removed", [("_add", "_before"), ("_before", "_add")])
-def test_a_helper_that_only_a_helper_calls_goes_with_it(course: House, removed: tuple[str, str]) -> None:
+def test_a_helper_that_only_a_helper_calls_is_removed_with_it(course: Repo, removed: tuple[str, str]) -> None:
     called = "return add(self.value, -1)"
     more = "return self._add(-1)\n\n    def _add(self, x: int) -> int:\n        return add(self.value, x)"
     replace(course.reference / "counting.py", called, more)
@@ -157,7 +157,7 @@ def test_a_helper_that_only_a_helper_calls_goes_with_it(course: House, removed: 
     assert own(course) == before
 
 
-def test_a_part_in_files_of_its_own_writes_only_these(course: House) -> None:
+def test_a_part_with_separate_files_writes_only_these(course: Repo) -> None:
     replace(course.syllabus, "exercises = [1]", "exercises = [1, 2]")
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [3]")
     done = start(course, part(course, "b"))
@@ -165,7 +165,7 @@ def test_a_part_in_files_of_its_own_writes_only_these(course: House) -> None:
     assert own(course, "doubling") == starter(course, "doubling", syllabus_of(course).day("1.2"))
 
 
-def test_the_next_part_leaves_the_learners_work_as_it_is_byte_for_byte(course: House) -> None:
+def test_starting_the_next_part_keeps_the_learners_work_byte_for_byte(course: Repo) -> None:
     start(course, part(course, "b"))
     skip(course, part(course, "c").day, part(course, "c").exercises)
     mine = solved(own(course), "Counter.leap", LEAP) + "\n\n\n\n# mine   \nTABLE = [1,2,\n  3]"
@@ -178,32 +178,32 @@ def test_the_next_part_leaves_the_learners_work_as_it_is_byte_for_byte(course: H
     assert own(course) == mine.replace(body, blank).replace(helper, "")
 
 
-def test_what_the_learner_has_written_stays_without_again(course: House) -> None:
+def test_start_without_again_keeps_the_learners_code(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(own(course), "Counter.leap", LEAP)
     write(course, "counting", mine)
-    assert start(course, part(course, "b")).is_nothing
+    assert start(course, part(course, "b")).changed_nothing
     skip(course, part(course, "b").day, part(course, "b").exercises)
     done = start(course, part(course, "b"))
     assert [one.id for one in done.blanked] == ["1.2.3"]
-    assert begun(course, part(course, "b"), done) == [
-        "blank again in src/tiny_llm/doubling.py: 1.2.3 double",
-        "stays as it is: 1.2.2 Counter.leap",
+    assert start_report(course, part(course, "b"), done) == [
+        "blanked in src/tiny_llm/doubling.py: 1.2.3 double",
+        "kept as you have it: 1.2.2 Counter.leap",
     ]
     assert own(course) == mine
 
 
-def test_the_references_code_that_the_learner_has_changed_is_the_learners(course: House) -> None:
+def test_changed_reference_code_counts_as_the_learners(course: Repo) -> None:
     start(course, part(course, "c"))
     replace(course.overlay / "counting.py", "range(steps)", "range(0, steps)")
     before = own(course)
     done = start(course, part(course, "b"))
     assert [one.id for one in done.blanked] == []
     assert own(course) == before
-    assert "stays as it is: 1.2.2 Counter.leap" in begun(course, part(course, "b"), done)
+    assert "kept as you have it: 1.2.2 Counter.leap" in start_report(course, part(course, "b"), done)
 
 
-def test_again_sets_a_copy_aside_and_blanks_only_the_part(course: House) -> None:
+def test_again_keeps_a_copy_and_blanks_only_the_part(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -211,44 +211,44 @@ def test_again_sets_a_copy_aside_and_blanks_only_the_part(course: House) -> None
     aside = set_aside(course, part(course, "b"))
     assert [file.name for file in aside] == ["counting.py.1.bak", "doubling.py.1.bak"]
     assert aside[0].read_text("utf-8") == mine
-    again = "the reference's again: doubling.py, 1.2.2 in counting.py"
+    again = "back to the reference: doubling.py, 1.2.2 in counting.py"
     assert after_reset(part(course, "b"), aside) == again
     assert [moved_aside(course, file) for file in aside] == [
-        "copied aside: src/tiny_llm/counting.py.1.bak; counting.py keeps what is of other parts",
-        "moved aside: src/tiny_llm/doubling.py.1.bak",
+        "copied to src/tiny_llm/counting.py.1.bak; counting.py keeps your work of other parts",
+        "moved to src/tiny_llm/doubling.py.1.bak",
     ]
     start(course, part(course, "b"))
     assert states(course) == [State.WRITTEN, State.BLANK, State.BLANK, State.BLANK]
     assert own(course) == with_blank(mine, "Counter.leap", part(course, "b").exercises[0].message)
 
 
-def test_reset_of_a_part_gives_the_references_code_and_restore_the_learners(course: House) -> None:
+def test_reset_of_a_part_uses_the_references_code_and_restore_the_learners(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)
     set_aside(course, part(course, "b"))
     assert states(course) == [State.WRITTEN, State.SKIPPED, State.NOT_STARTED, State.BLANK]
-    assert set_aside(course, part(course, "b")) == [], "there is nothing of it any more"
+    assert set_aside(course, part(course, "b")) == [], "none of its code is left"
     assert len(restore(course, part(course, "b"))) == 2
     assert own(course) == mine
     set_aside(course, part(course, "a"))
     set_aside(course, part(course, "c"))
     set_aside(course, part(course, "b"))
-    assert states(course) == [State.NOT_STARTED] * 4, "a file without anything of the learner's goes"
+    assert states(course) == [State.NOT_STARTED] * 4, "a file without the learner's code is moved"
 
 
-def test_a_function_that_lost_its_name_stops_a_reset(course: House) -> None:
+def test_a_renamed_function_stops_a_reset(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     write(course, "counting", solved(own(course), "Counter.count", COUNT))
     replace(course.overlay / "counting.py", "def leap", "def jump")
     before = own(course)
-    with pytest.raises(CourseError, match=r"counting\.py has no Counter\.leap \(exercise 1\.2\.2\)"):
+    with pytest.raises(CourseError, match=r"counting\.py does not define Counter\.leap \(exercise 1\.2\.2\)"):
         set_aside(course, part(course, "b"))
     assert own(course) == before
     assert not list(course.overlay.glob("*.bak"))
 
 
-def test_the_day_after_a_part_is_blank_as_a_whole(course: House) -> None:
+def test_starting_a_day_after_its_part_blanks_the_rest(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, part(course, "b"))
     write(course, "counting", solved(own(course), "Counter.leap", LEAP))
@@ -259,7 +259,7 @@ def test_the_day_after_a_part_is_blank_as_a_whole(course: House) -> None:
     assert states(course) == [State.BLANK, State.WRITTEN, State.BLANK, State.BLANK]
 
 
-def test_a_day_without_parts_keeps_what_was_skipped(course: House) -> None:
+def test_a_day_without_parts_keeps_what_was_skipped(course: Repo) -> None:
     day = syllabus_of(course).day("1.1")
     start(course, day)
     skip(course, day, day.exercises)
@@ -267,7 +267,7 @@ def test_a_day_without_parts_keeps_what_was_skipped(course: House) -> None:
         start(course, day)
 
 
-def test_the_day_says_where_its_parts_end_and_a_part_says_only_its_own(course: House) -> None:
+def test_a_day_lists_its_parts_and_a_part_only_its_own_exercises(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     whole, second = tasks(course, day).splitlines(), tasks(course, day.part("b")).splitlines()
     assert whole[:4] == [
@@ -276,8 +276,8 @@ def test_the_day_says_where_its_parts_end_and_a_part_says_only_its_own(course: H
         "1.2b  Faster",
         "    1.2.2  counting.py  Counter.leap(steps)",
     ]
-    assert "parts:   1.2a to 1.2c, about an evening each: pdm run start 1.2a shows only that one" in whole
-    assert "test:    pdm run test 1.2a; pdm run test 1.2 tests all parts" in whole
+    assert "parts:   1.2a to 1.2c, each about an evening; pdm run start 1.2a lists only that part" in whole
+    assert "test:    pdm run test 1.2a for one part, pdm run test 1.2 for all" in whole
     assert [line for line in second if "1.2." in line] == [
         "  1.2.2  counting.py  Counter.leap(steps)",
         "  1.2.3  doubling.py  double(x)",
@@ -291,50 +291,52 @@ def test_the_day_says_where_its_parts_end_and_a_part_says_only_its_own(course: H
     assert legend(course, day.part("c")) == []
 
 
-def test_a_part_that_is_there_and_blank_is_shown_once_more(course: House) -> None:
+def test_a_blank_part_is_listed_again(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
-    assert begun(course, part(course, "a"), start(course, part(course, "a"))) == [
-        "it is there already, blank"
+    assert start_report(course, part(course, "a"), start(course, part(course, "a"))) == [
+        "started already; all of it is still blank"
     ]
 
 
-def test_a_part_that_is_partly_written_is_shown_with_its_states(course: House) -> None:
+def test_a_partly_written_part_is_listed_with_states(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     solution = solved(own(course), "Counter.leap", LEAP)
     write(course, "counting", solution)
     done = start(course, part(course, "b"))
     assert own(course) == solution
-    assert begun(course, part(course, "b"), done) == ["part 1.2b is started already: nothing was changed"]
+    assert start_report(course, part(course, "b"), done) == [
+        "part 1.2b is started already: nothing was changed"
+    ]
     shown = tasks(course, part(course, "b"))
     assert "1.2.2  counting.py  Counter.leap(steps): written\n" in shown
     assert "1.2.3  doubling.py  double(x): blank\n" in shown
-    assert how_again(course, part(course, "b"), done) == [
-        "anew:    pdm run start 1.2b --again (copies your files aside first)"
+    assert restart_advice(course, part(course, "b"), done) == [
+        "restart: pdm run start 1.2b --again (keeps your files as *.bak)"
     ]
-    assert how_again(course, part(course, "c"), start(course, part(course, "c"))) == [], "it is blank"
+    assert restart_advice(course, part(course, "c"), start(course, part(course, "c"))) == [], "it is blank"
 
 
-# ---- what is shown ----
+# ---- output ----
 
 
-def test_a_hint_for_a_part_is_for_its_first_exercise_to_do(course: House) -> None:
+def test_a_hint_for_a_part_is_for_its_first_unfinished_exercise(course: Repo) -> None:
     syllabus = syllabus_of(course)
-    assert first_to_do(course, syllabus, "1.2b").id == "1.2.2"
+    assert first_unfinished(course, syllabus, "1.2b").id == "1.2.2"
     start(course, part(course, "b"))
     write(course, "counting", solved(own(course), "Counter.leap", LEAP))
-    assert first_to_do(course, syllabus, "1.2b").id == "1.2.3"
-    assert first_to_do(course, syllabus, "1.2a").id == "1.2.1"
-    assert first_to_do(course, syllabus, "1.2.4").id == "1.2.4"
+    assert first_unfinished(course, syllabus, "1.2b").id == "1.2.3"
+    assert first_unfinished(course, syllabus, "1.2a").id == "1.2.1"
+    assert first_unfinished(course, syllabus, "1.2.4").id == "1.2.4"
     with pytest.raises(CourseError, match=r"no exercise '1\.2b\.9': part 1\.2b has 1\.2\.2 to 1\.2\.3"):
-        first_to_do(course, syllabus, "1.2b.9")
+        first_unfinished(course, syllabus, "1.2b.9")
 
 
-def test_the_difference_of_a_part_leaves_the_others_out(course: House) -> None:
+def test_the_diff_of_a_part_leaves_out_other_parts(course: Repo) -> None:
     with pytest.raises(CourseError, match=r"not started: pdm run start 1\.2b"):
         difference(course, part(course, "b"), anyway=True)
     start(course, syllabus_of(course).day("1.2"))
     write(course, "counting", solved(own(course), "Counter.leap", LEAP))
-    with pytest.raises(CourseError, match=r"part 1\.2b not tested: `pdm run test 1\.2b` first"):
+    with pytest.raises(CourseError, match=r"part 1\.2b: not tested; run `pdm run test 1\.2b` first"):
         difference(course, part(course, "b"), anyway=False)
     shown = difference(course, part(course, "b"), anyway=True)
     assert "-        self.value += steps" in shown
@@ -345,7 +347,7 @@ def test_the_difference_of_a_part_leaves_the_others_out(course: House) -> None:
     assert "+    def _next" not in difference(course, part(course, "c"), anyway=True)
 
 
-def test_progress_and_map_show_the_parts(course: House) -> None:
+def test_progress_and_map_show_the_parts(course: Repo) -> None:
     syllabus = syllabus_of(course)
     assert "1.2b" not in progress_text(course, syllabus), "not before the day is started"
     assert "    1.2b  Faster                               1.2.2 to 1.2.3: not started" in map_text(
@@ -369,11 +371,11 @@ def test_progress_and_map_show_the_parts(course: House) -> None:
     assert "1.2c  And back                             1.2.4: blank" in map_text(course, syllabus)
 
 
-def test_a_part_may_have_something_of_its_own_to_show(
-    course: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_part_may_have_its_own_demonstration(
+    course: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demonstrations, "__file__", str(tmp_path / "__init__.py"))
-    assert not has_own(part(course, "b"), "show"), "a day may have no file yet"
+    assert not has_own(part(course, "b"), "show"), "a day may lack a file"
     (tmp_path / "week_1_day_2.py").write_text("def show():\n    pass\n\n\ndef show_b():\n    pass\n", "utf-8")
     names = [function_name(part(course, letter), "show") for letter in "abc"]
     assert names == ["show", "show_b", "show"]
@@ -383,11 +385,11 @@ def test_a_part_may_have_something_of_its_own_to_show(
 # ---- the check ----
 
 
-def test_a_sound_course_with_parts_has_no_problems(course: House) -> None:
+def test_a_sound_course_with_parts_has_no_problems(course: Repo) -> None:
     assert problems_of(course) == []
 
 
-Change = Callable[[House], None]
+Change = Callable[[Repo], None]
 
 DYNAMIC: dict[str, tuple[Change, str]] = {
     "a part that needs a later one": (
@@ -406,7 +408,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", DYNAMIC)
-def test_a_rule_about_parts_that_is_run_bites(course: House, what: str) -> None:
+def test_a_broken_rule_about_parts_is_found_by_running(course: Repo, what: str) -> None:
     change, message = DYNAMIC[what]
     change(course)
     if "only the tests of another" in what:
@@ -418,7 +420,7 @@ def test_a_rule_about_parts_that_is_run_bites(course: House, what: str) -> None:
     assert any(message in problem for problem in problems_of(course))
 
 
-def test_a_test_that_no_part_runs_is_found(course: House) -> None:
+def test_a_test_that_no_part_runs_is_reported(course: Repo) -> None:
     replace(suite(course, 2), "test_task_4_", "test_task_5_")
     found = [str(problem) for problem in static_problems(course, syllabus_of(course))]
     assert "parts: test_week_1_day_2.py: test_task_5_goes_back is about no exercise" in found

@@ -41,7 +41,6 @@ NOT_RUN = {
     "pdm run lint": "a step of .ci/run",
     "pdm run types": "a step of .ci/run",
     "pdm run format": "changes the files",
-    "pdm run figures": "changes the files: tests/test_architecture.py compares what it draws",
     "pdm run course-check": "a step of .ci/run",
     "pdm run test-refsol": "minutes: tests/test_course_commands.py and course-check run the suites",
     "pdm run build-kernels": "compiles for minutes: tests/test_course_kernels.py runs it",

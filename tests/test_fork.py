@@ -110,6 +110,16 @@ assert llm.generate("The", PARAMS, use_tqdm=False)[0].finished
     assert run(PARENT + ENGINE + begin + in_child(CALLS) + end) == "refused\n"
 
 
+def test_closing_in_a_child_leaves_the_parents_engine_running() -> None:
+    child = """
+        llm.close()
+        with llm:
+            pass
+    """
+    after = "assert llm.generate('The', PARAMS, use_tqdm=False)[0].finished\nllm.close()\n"
+    run(PARENT + ENGINE + in_child(child) + after)
+
+
 def test_a_multiprocessing_child_gets_an_error_that_says_what_to_do() -> None:
     program = """
 def work(queue):

@@ -274,7 +274,7 @@ def test_the_largest_gemma_scales_queries_differently(tmp_path: Path) -> None:
 
 def test_a_cache_without_windows_rejects_contexts_beyond_them(tmp_path: Path) -> None:
     path = write_folder(tmp_path, GEMMA, random_weights(GEMMA))
-    with pytest.raises(ConfigError, match=r"'dense' has no windows.* 8 tokens of a context of 128"):
+    with pytest.raises(ConfigError, match=r"no sliding windows.* one of 8 tokens and the context has 128"):
         LLM(path, batching="dense")
     LLM(path, batching="dense", max_model_len=8, kv_cache_memory=1 << 20)
 
@@ -404,7 +404,7 @@ def serve(gemma: Checkpoint, real_model: Model) -> Iterator[Serve]:
     """Engines of any configuration over the model, which is read only once."""
     if not tiny_llm_kernels.available():
         pytest.skip(f"the model would take long: {tiny_llm_kernels.why_unavailable()}")
-    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer, {})
+    loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer, {}, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiny_llm.llm.load_model", lambda *_: loaded)
         yield lambda **options: LLM("gemma3-270m", **{"max_model_len": 2048, **options})

@@ -168,9 +168,10 @@ def seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
     found: list[SamplingParams] = []
     request = llm.engine.request
 
-    def watched(prompt: Any, params: SamplingParams, *others: Any) -> Any:
-        found.append(params)
-        return request(prompt, params, *others)
+    def watched(*arguments: Any) -> Any:
+        made = request(*arguments)
+        found.append(made.params)
+        return made
 
     monkeypatch.setattr(llm.engine, "request", watched)
     return found
@@ -304,6 +305,9 @@ def asked(**options: Any) -> AskedSampling:
 def test_a_command_uses_what_was_given_then_the_model_then_its_own() -> None:
     assert asked().params() == SamplingParams(temperature=0.0, max_tokens=128)
     assert asked().params(MEANT) == SamplingParams(**MEANT)
+    packaged = {"frequency_penalty": 0.2, "presence_penalty": 0.1}
+    assert asked().params(packaged) == SamplingParams(temperature=0.0, max_tokens=128, **packaged)
+    assert asked(frequency_penalty=0.0).params(packaged).frequency_penalty == 0.0
     given = asked(temperature=0.0, top_p=1.0, max_tokens=128, repetition_penalty=1.0)
     kept = {"top_k": 20, "min_p": 0.05}
     assert given.params(MEANT) == SamplingParams(temperature=0.0, max_tokens=128, **kept)

@@ -1,4 +1,4 @@
-"""A refusal is cheap: bodies made to cost time and memory, sent to a server that is a process of its own.
+"""Bodies made to cost time and memory are refused cheaply. The server runs in another process.
 
 Bounds are about ten times what was measured on an idle machine of two cores.
 """
@@ -26,19 +26,19 @@ ONE = b'{"prompt":"x","max_tokens":1,'
 
 
 def times(element: bytes, before: bytes, after: bytes, most: int = SIZE) -> bytes:
-    """As many of an element as fit, with commas between them."""
+    """Repeat an element as often as fits, separated by commas."""
     count = min(most, (SIZE - len(before) - len(after)) // (len(element) + 1))
     return before + b",".join([element] * count) + after
 
 
 def named(element: bytes, before: bytes, after: bytes, most: int) -> bytes:
-    """Fields of different names: `element` holds %d."""
+    """Repeat a field under different names: `element` contains %d."""
     parts = [element % number for number in range(most)]
     return (before + b",".join(parts))[: SIZE - 100].rpartition(b",")[0] + after
 
 
 def filled(before: bytes, filling: bytes, after: bytes) -> bytes:
-    """One long text, number or nothing."""
+    """Fill the space with one long string, number or white space."""
     return before + filling * ((SIZE - len(before) - len(after)) // len(filling)) + after
 
 
@@ -131,7 +131,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 @dataclass
 class Server:
-    """A server in a process of its own; slowest: the longest that `/health` took, in seconds."""
+    """A server in another process. slowest: the longest time of a request to /health, in seconds."""
 
     process: subprocess.Popen[str]
     url: str
@@ -139,12 +139,12 @@ class Server:
     has_ended: threading.Event = field(default_factory=threading.Event)
 
     def memory(self, what: str) -> int:
-        """What Linux says of its memory, in MiB."""
+        """Return a figure of /proc/PID/status, in MiB."""
         told = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"{what}:\s+(\d+) kB", told)[1]) // 1024  # type: ignore[index]
 
     def look(self) -> None:
-        """Ask for its health, again and again."""
+        """Request /health again and again."""
         with httpx.Client(base_url=self.url, timeout=SECONDS) as client:
             while not self.has_ended.wait(0.01):
                 start = time.monotonic()
@@ -175,8 +175,8 @@ def server() -> Iterator[Server]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_body_is_refused_at_once(server: Server, kind: str) -> None:
-    """Nothing of it is computed, others are answered meanwhile, and the answer is short."""
+def test_a_hostile_body_is_refused_quickly(server: Server, kind: str) -> None:
+    """The engine computes nothing, other requests are answered meanwhile, and the answer is short."""
     path, make = HOSTILE[kind]
     body, before = make(), server.memory("VmRSS")
     assert len(body) <= 4 << 20

@@ -1,6 +1,6 @@
-"""What clients, browsers and load balancers do with HTTP beside asking models.
+"""HTTP as clients, browsers and load balancers use it: methods, paths, hosts, origins and bodies.
 
-Oracles: RFC 9110 and 9112, the Fetch standard's CORS protocol, OpenAI's shape of errors.
+Oracles: RFC 9110 and 9112, the Fetch standard's CORS protocol, OpenAI's format of errors.
 """
 
 import codecs
@@ -28,7 +28,7 @@ GETS = ["/", "/health", "/version", "/v1/models", "/v1/models/a/b", "/page/live.
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    """As `tiny-llm serve` begins without options: only for its own names."""
+    """A server like `tiny-llm serve` without options: only loopback hosts are allowed."""
     hosts = server_config(ServerOptions(), "127.0.0.1").allowed_hosts
     with serving(
         lambda: LLM(num_blocks=64), ServerConfig(served_model_name="a/b", allowed_hosts=hosts)
@@ -38,7 +38,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Served]:
-    """With a key, and an origin that may ask."""
+    """A server with a key and an allowed origin."""
     config = ServerConfig(api_keys=("k",), allowed_origins=(ORIGIN,), max_body_bytes=1000)
     with serving(lambda: LLM(num_blocks=64), config) as here:
         yield here
@@ -51,7 +51,7 @@ def client(served: Served) -> Iterator[httpx.Client]:
 
 
 def raw(served: Served, sent: bytes) -> bytes:
-    """What is answered to bytes, until the server closes: they ask it to."""
+    """Send bytes and return the answer, until the server closes the connection."""
     host, _, port = served.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=SECONDS) as connection:
         connection.sendall(sent)
@@ -102,7 +102,7 @@ def test_the_head_of_a_stream_ends(client: httpx.Client) -> None:
         ("BREW", "/detokenize", "POST, OPTIONS"),
     ],
 )
-def test_another_method_is_405_and_says_which_there_are(
+def test_another_method_gets_405_with_the_allowed_methods(
     client: httpx.Client, method: str, path: str, allowed: str
 ) -> None:
     answer = client.request(method, path)
@@ -124,12 +124,12 @@ TOO_MANY = [
 
 
 @pytest.mark.parametrize("path", TOO_MANY)
-def test_slashes_too_many_name_the_same_resource(served: Served, path: str) -> None:
+def test_extra_slashes_name_the_same_resource(served: Served, path: str) -> None:
     assert status(raw(served, get(path, "Host: localhost"))) == 200
 
 
 @pytest.mark.parametrize("path", [COMPLETE + "/", "//v1//completions", "/v1/completions//"])
-def test_a_body_is_not_lost_with_them(served: Served, client: httpx.Client, path: str) -> None:
+def test_extra_slashes_do_not_lose_the_body(served: Served, client: httpx.Client, path: str) -> None:
     answer = client.post(served.url + path, json={"prompt": "x", "max_tokens": 1}, follow_redirects=False)
     assert answer.status_code == 200, answer.text
 
@@ -147,18 +147,41 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("path", UNKNOWN)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_what_does_not_exist_is_404_and_says_in_a_line_what_does(
-    client: httpx.Client, method: str, path: str
-) -> None:
+def test_an_unknown_path_gets_404_with_the_known_paths(client: httpx.Client, method: str, path: str) -> None:
     answer = client.request(method, path, json={})
     if path == "/page/x" and method == "POST":
         assert answer.status_code == 405
         return
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["code"]) == (404, "not_found_error", "unknown_path")
-    assert f"there is no {path} here" in error["message"]
+    assert error["message"].startswith(f"{path} ")
     assert f"POST {CHAT}" in error["message"]
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/v1/responses", "/v1/responses is not supported; use /v1/chat/completions. Available: POST /v1/"),
+        ("/v1/messages", "/v1/messages is not supported; use /v1/chat/completions. "),
+        ("/v1/embeddings", "/v1/embeddings is not supported: this server only generates text. "),
+        ("/v1", "/v1 is the base URL of the API, not an endpoint. "),
+        ("/docs", "/docs does not exist; the API is described in /openapi.json and docs/server.md. "),
+        ("/nowhere", "/nowhere does not exist. Available: "),
+    ],
+)
+def test_a_path_of_another_api_is_refused_with_what_to_use_instead(
+    client: httpx.Client, path: str, hint: str
+) -> None:
+    assert client.get(path).json()["error"]["message"].startswith(hint)
+    assert client.get("/openapi.json").status_code == 200
+
+
+def test_a_wrong_method_is_refused_with_the_right_one(client: httpx.Client) -> None:
+    error = client.get(CHAT).json()["error"]
+    assert error["message"] == "/v1/chat/completions does not accept GET; use POST"
+    error = client.delete("/v1/models").json()["error"]
+    assert error["message"] == "/v1/models does not accept DELETE; use GET"
 
 
 AROUND_THE_KEY = [
@@ -203,8 +226,8 @@ AROUND_THE_KEY = [
 
 @pytest.mark.parametrize("target", AROUND_THE_KEY)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "QUERY"])
-def test_no_way_of_writing_a_path_gets_round_the_key(locked: Served, method: str, target: str) -> None:
-    """Without a key, nothing is answered but a refusal."""
+def test_no_spelling_of_a_path_bypasses_the_key(locked: Served, method: str, target: str) -> None:
+    """Without a key, every answer is an error."""
     sent = get(target, "Host: localhost").replace(b"GET", method.encode(), 1)
     answer = raw(locked, sent)
     assert status(answer) in (400, 401, 404, 405), answer
@@ -242,20 +265,18 @@ OTHER += ["localhost evil", "[::1]evil", "localhost#", "localhost?", "\tevil", "
     ("host", "expected"),
     [*((one, 200) for one in [*OWN, "[::1]", "[::1]:8000"]), *((one, 403) for one in OTHER)],
 )
-def test_only_its_own_names_are_answered_however_they_are_written(
-    served: Served, host: str, expected: int
-) -> None:
+def test_only_allowed_hosts_are_accepted_in_any_spelling(served: Served, host: str, expected: int) -> None:
     answer = raw(served, get("/v1/models", f"Host: {host}"))
     assert status(answer) in ({200} if expected == 200 else {400, 403}), answer
 
 
-def test_a_host_in_the_target_counts_instead_of_the_header(served: Served) -> None:
+def test_a_host_in_the_target_overrides_the_header(served: Served) -> None:
     assert status(raw(served, get("http://evil/v1/models", "Host: localhost"))) == 403
     assert status(raw(served, get("http://localhost:1/v1/models", "Host: localhost"))) == 200
 
 
-def test_two_hosts_or_none_are_refused_but_http_1_0_needs_none(served: Served) -> None:
-    """A health check of a load balancer; browsers do not speak HTTP/1.0."""
+def test_exactly_one_host_is_required_except_in_http_1_0(served: Served) -> None:
+    """Load balancers may send health checks in HTTP/1.0; browsers do not."""
     assert status(raw(served, get("/health", "Host: localhost", "Host: localhost"))) == 400
     assert status(raw(served, get("/health"))) == 400
     assert status(raw(served, get("/health", version="1.0"))) == 200
@@ -273,8 +294,8 @@ def preflight(client: httpx.Client, origin: str, **more: str) -> httpx.Response:
 PRIVATE = {"Access-Control-Request-Private-Network": "true"}
 
 
-def test_an_allowed_origin_may_ask_a_private_network(locked: Served) -> None:
-    """Without the key, which a browser does not send before it may."""
+def test_an_allowed_origin_may_access_a_private_network(locked: Served) -> None:
+    """A preflight needs no key: browsers do not send one."""
     with locked.client() as client:
         wanted = {"Access-Control-Request-Headers": "authorization, content-type"}
         answer = preflight(client, ORIGIN, **PRIVATE, **wanted)
@@ -288,14 +309,14 @@ def test_an_allowed_origin_may_ask_a_private_network(locked: Served) -> None:
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "https://example.org.evil", "http://example.org", ""]
 )
-def test_another_origin_gets_no_permission_of_any_kind(locked: Served, served: Served, origin: str) -> None:
+def test_another_origin_gets_no_permission(locked: Served, served: Served, origin: str) -> None:
     for here in (locked, served):
         with here.client() as client:
             answer = preflight(client, origin, **PRIVATE)
         assert not [name for name in answer.headers if name.lower().startswith("access-control-allow")]
 
 
-def test_a_page_can_read_errors_and_the_headers_that_matter(
+def test_a_page_can_read_errors_and_the_headers_x_request_id_and_retry_after(
     locked: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with locked.client(headers={"Origin": ORIGIN}) as client:
@@ -321,14 +342,14 @@ FINE = b'{"prompt": "x", "max_tokens": 1}'
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "deflate", "zstd", "gzip, identity", "GZIP", "unknown"])
-def test_a_compressed_body_is_415_which_says_what_is_accepted(client: httpx.Client, coding: str) -> None:
+def test_a_compressed_body_gets_415_with_the_accepted_codings(client: httpx.Client, coding: str) -> None:
     answer = client.post(COMPLETE, content=gzip.compress(FINE), headers={**JSON, "Content-Encoding": coding})
     assert (answer.status_code, answer.headers["Accept-Encoding"]) == (415, "identity")
     assert answer.json()["error"]["code"] == "unsupported_content_encoding"
 
 
 @pytest.mark.parametrize("coding", ["identity", "", "Identity"])
-def test_a_body_that_says_it_is_not_compressed_is_read(client: httpx.Client, coding: str) -> None:
+def test_a_body_with_the_coding_identity_is_accepted(client: httpx.Client, coding: str) -> None:
     answer = client.post(COMPLETE, content=FINE, headers={**JSON, "Content-Encoding": coding})
     assert answer.status_code == 200
 
@@ -348,7 +369,7 @@ def test_a_body_that_says_it_is_not_compressed_is_read(client: httpx.Client, cod
         ("", 400),
     ],
 )
-def test_a_body_is_read_as_what_it_claims_to_be(client: httpx.Client, kind: str, expected: int) -> None:
+def test_only_json_in_utf_8_is_accepted(client: httpx.Client, kind: str, expected: int) -> None:
     answer = client.post(COMPLETE, content=FINE, headers={"Content-Type": kind})
     assert answer.status_code == expected
     assert expected == 200 or "application/json" in answer.text or "UTF-8" in answer.text
@@ -382,19 +403,19 @@ def test_a_body_is_read_as_what_it_claims_to_be(client: httpx.Client, kind: str,
     ],
     ids=range(22),
 )
-def test_a_body_that_is_not_json_says_where(client: httpx.Client, body: bytes, said: str) -> None:
+def test_the_error_for_invalid_json_names_the_byte(client: httpx.Client, body: bytes, said: str) -> None:
     error = client.post(COMPLETE, content=body, headers=JSON)
     assert error.status_code == 400
     assert re.search(said, error.json()["error"]["message"]), error.text
 
 
-def test_a_byte_order_mark_is_passed_over_and_of_equal_fields_the_last_counts(client: httpx.Client) -> None:
+def test_a_byte_order_mark_is_skipped_and_the_last_of_equal_fields_counts(client: httpx.Client) -> None:
     twice = b'{"prompt": "x", "max_tokens": 9, "max_tokens": 1}'
     answer = client.post(COMPLETE, content=codecs.BOM_UTF8 + twice, headers=JSON)
     assert answer.json()["usage"]["completion_tokens"] == 1
 
 
-def test_a_message_of_an_error_is_short_whatever_was_sent(client: httpx.Client) -> None:
+def test_error_messages_are_short_for_any_request(client: httpx.Client) -> None:
     long = "\u00e9" * 500_000
     bodies: list[dict[str, Any]] = [
         {"prompt": "x", long: 1},
@@ -409,18 +430,18 @@ def test_a_message_of_an_error_is_short_whatever_was_sent(client: httpx.Client) 
     assert len(client.get("/" + "x" * 10_000).content) < 20_000
 
 
-# What nobody foresaw.
+# Unexpected exceptions.
 
 
 class Panic(BaseException):
-    """As a library written in Rust raises it."""
+    """Like the exceptions of libraries written in Rust."""
 
 
 @pytest.mark.parametrize(
     "error", [Panic("in a library"), MemoryError(), SystemExit(3), RecursionError("deep")]
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_whatever_is_raised_in_a_request_is_its_own_error(
+def test_an_unexpected_exception_fails_only_its_request(
     served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, error: BaseException, stream: bool
 ) -> None:
     def fail(*_: object) -> None:

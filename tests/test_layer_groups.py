@@ -133,7 +133,7 @@ def test_the_block_limit_of_a_group_is_the_worst_case_of_its_tables(
     """Oracle: tables that grow in steps from any offset: none holds more, and one holds exactly as many."""
     group = LayerGroup((0,), window)
     held = [peak(group, num_tokens, block_size, most_at_once, first) for first in range(1, most_at_once + 1)]
-    assert group.most_blocks(num_tokens, block_size, most_at_once) == max(held)
+    assert group.max_blocks(num_tokens, block_size, most_at_once) == max(held)
 
 
 @settings(max_examples=examples(100))
@@ -151,13 +151,13 @@ def test_steps_of_any_sizes_stay_within_the_block_limit(
         seen = range(max(0, position - window + 1), position + chunk)
         most = max(most, len({seen_from // block_size for seen_from in seen}))
         position += chunk
-    assert most <= group.most_blocks(position, block_size, max(chunks))
+    assert most <= group.max_blocks(position, block_size, max(chunks))
 
 
 def test_a_text_of_any_length_fits_into_a_windows_blocks() -> None:
     """Oracle: by hand: a step of 512 tokens and the 511 before it span at most 65 blocks of 16."""
     group = LayerGroup((0,), W)
-    assert [group.most_blocks(n, 16, 512) for n in (1, 16, 17, 512, 1024, 1025, 10**6)] == [
+    assert [group.max_blocks(n, 16, 512) for n in (1, 16, 17, 512, 1024, 1025, 10**6)] == [
         1,
         1,
         2,
@@ -166,7 +166,7 @@ def test_a_text_of_any_length_fits_into_a_windows_blocks() -> None:
         65,
         65,
     ]
-    assert LayerGroup((0,)).most_blocks(10**6, 16, 512) == 62_500
+    assert LayerGroup((0,)).max_blocks(10**6, 16, 512) == 62_500
 
 
 def test_the_examples_in_docstrings_are_right() -> None:

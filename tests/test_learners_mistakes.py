@@ -25,7 +25,7 @@ SAYS = {
         BLANK.replace("NotImplementedError", "TypeError"),
         "llm.py, line 4: TypeError: 3.2.9 LLM: pdm run hint 3.2.9 (pdm run test llm)",
     ),
-    "a blank behind another error": (
+    "a blank that caused another error": (
         BLANK.replace("raise", "f()\n\ndef f():\n  try:\n    raise") + "  except Exception as error:\n"
         "    from tiny_llm import TinyLLMError\n    raise TinyLLMError('the engine has died') from error\n",
         "still blank: 3.2.9 LLM: pdm run hint 3.2.9",
@@ -49,7 +49,7 @@ def run(overlay: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("what", SAYS)
-def test_generate_says_it_in_one_line(what: str, tmp_path: Path) -> None:
+def test_generate_reports_a_learners_mistake_in_one_line(what: str, tmp_path: Path) -> None:
     source, message = SAYS[what]
     (tmp_path / "llm.py").write_text(source, "utf-8")
     done = run(tmp_path, "-m", "tiny_llm_cli", "generate", "hello")
@@ -61,7 +61,7 @@ def test_generate_says_it_in_one_line(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command", [["chat"], ["serve", "--port", "0"], ["info"], ["bench", "latency"]], ids=" ".join
 )
-def test_every_command_says_it_in_one_line(command: list[str], tmp_path: Path) -> None:
+def test_every_command_reports_a_blank_in_one_line(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "llm.py").write_text(BLANK, "utf-8")
     done = run(tmp_path, "-m", "tiny_llm_cli", *command)
     assert done.returncode == 1
@@ -69,22 +69,22 @@ def test_every_command_says_it_in_one_line(command: list[str], tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
-def test_a_show_that_meets_a_blank_of_another_day_says_which_and_what_to_do(tmp_path: Path) -> None:
+def test_a_demonstration_that_reaches_another_days_blank_says_what_to_do(tmp_path: Path) -> None:
     for day in ("1.3", "1.4"):
         assert run(tmp_path, "-m", "tiny_llm_course", "start", day).returncode == 0
     assert run(tmp_path, "-m", "tiny_llm_course", "skip", "1.3").returncode == 0
     done = run(tmp_path, "-m", "tiny_llm_course", "try", "1.3")
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: what day 1\.3 shows needs 1\.4\.\d \w+ of (day|part) (1\.4\w*) too, "
-        r"still blank in your \w+\.py: write it, or `pdm run skip \2`\n",
+        r"error: the demonstration of day 1\.3 also needs 1\.4\.\d \w+ of (day|part) (1\.4\w*), "
+        r"which is blank in your \w+\.py: write it, or run `pdm run skip \2`\n",
         done.stderr,
     ), done.stderr
     own = run(tmp_path, "-m", "tiny_llm_course", "try", "1.4")
     assert ", line " in own.stderr, "a blank of the day itself is where it stands"
 
 
-def test_a_benchmark_of_this_repository_says_it_in_one_line(tmp_path: Path) -> None:
+def test_a_benchmark_reports_a_learners_mistake_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "paged_attention.py").write_text("def f(:\n", "utf-8")
     done = run(tmp_path, "benches/front.py", "bookkeeping")
     assert done.returncode == 1
@@ -99,7 +99,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Traceback" in run(tmp_path, "-m", "tiny_llm_cli", "generate", "hello").stderr
 
 
-def test_an_error_that_passes_no_module_of_a_learners_is_none(tmp_path: Path) -> None:
+def test_an_error_outside_of_the_learners_modules_is_not_their_mistake(tmp_path: Path) -> None:
     def raised(call: Callable[[], object]) -> BaseException:
         with pytest.raises(Exception) as caught:  # noqa: PT011 (any)
             call()

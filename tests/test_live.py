@@ -1,4 +1,4 @@
-"""`/live`: whoever watches the pool over HTTP knows what the engine knows; once he has gone he costs nothing.
+"""`/live`: a client that follows the stream knows the state of the pool. Without clients it costs nothing.
 
 Oracle: the engine's own tables and prefix cache.
 """
@@ -39,35 +39,35 @@ def served(llm: LLM) -> Iterator[Served]:
         yield here
 
 
-class Viewer:
-    """What somebody knows of the pool who reads `/live` in a thread of his own."""
+class Watcher:
+    """A client that follows `/live` in a thread, and the state of the pool as it knows it."""
 
     def __init__(self, served: Served) -> None:
         self.pool: dict[str, Any] = {}
         self.holders: dict[int, int] = {}
         self.kept: set[int] = set()
         self.sequences: dict[str, dict[str, Any]] = {}
-        self.heard: Counter[str] = Counter()
+        self.received_kinds: Counter[str] = Counter()
         self.steps: list[dict[str, Any]] = []
         self.text = ""
-        self.leaves = False
+        self.is_leaving = False
         self._served = served
         self._thread = threading.Thread(target=self._read, daemon=True)
 
-    def __enter__(self) -> "Viewer":
+    def __enter__(self) -> "Watcher":
         self._thread.start()
         until(lambda: bool(self.pool))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leaves = True
+        self.is_leaving = True
         self._thread.join(10)
-        assert not self._thread.is_alive(), "he is kept"
+        assert not self._thread.is_alive(), "the stream was not closed"
 
     def wait(self) -> None:
-        """Until the end, which is the server's."""
+        """Wait until the server ends the stream."""
         self._thread.join(20)
-        assert not self._thread.is_alive(), "nobody told him that it is over"
+        assert not self._thread.is_alive(), "the server did not end the stream"
 
     def _read(self) -> None:
         with self._served.client() as client, client.stream("GET", "/live") as answer:
@@ -76,11 +76,11 @@ class Viewer:
                 self.text += line
                 if line.startswith("data: {"):
                     self._take(json.loads(line.removeprefix("data: ")))
-                if self.leaves:
+                if self.is_leaving:
                     return
 
     def _take(self, message: dict[str, Any]) -> None:
-        self.heard[message["type"]] += 1
+        self.received_kinds[message["type"]] += 1
         if message["type"] == "pool":
             self.pool = message
             self.holders = {block: holders for block, holders, _ in message["blocks"] if holders}
@@ -92,7 +92,7 @@ class Viewer:
     def _step(self, step: dict[str, Any]) -> None:
         self.steps.append(step)
         for kind, block, holders, _ in step["events"]:
-            self.heard[kind] += 1
+            self.received_kinds[kind] += 1
             self.holders[block] = holders
             if kind == "cached":
                 self.kept.add(block)
@@ -104,127 +104,131 @@ class Viewer:
             self.sequences[one["id"]] = {**self.sequences.get(one["id"], {}), **one}
         self.pool["stats"] = step["stats"]
 
-    def knows(self, llm: LLM) -> bool:
-        """Whether that is what the engine knows, between two steps."""
+    def agrees_with(self, llm: LLM) -> bool:
+        """Whether its state is the engine's, compared between two steps."""
         manager = llm.core.manager
         assert isinstance(manager, PagedBatchManager)
 
         def compare() -> bool:
             tables = {one.seq_id: list(one.table.blocks) for one in (*manager.running, *manager.waiting)}
             held = Counter(block for blocks in tables.values() for block in blocks)
-            told = {seq_id: one["tables"][0]["blocks"] for seq_id, one in self.sequences.items()}
+            received = {seq_id: one["tables"][0]["blocks"] for seq_id, one in self.sequences.items()}
             holders = {block: count for block, count in self.holders.items() if count}
-            return told == tables and holders == held and self.kept == set(manager.prefix.blocks)
+            return received == tables and holders == held and self.kept == set(manager.prefix.blocks)
 
         return llm.engine.call(compare)
 
 
-def load_it(served: Served) -> list[httpx.Response]:
-    """Questions behind one system prompt, forks among them, in a pool that is too small for all of them."""
+def send_load(served: Served) -> list[httpx.Response]:
+    """Send questions with one system prompt, some with forks, that need more blocks than the pool has."""
     bodies = [
         {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}], "n": n}
         for question, n in zip(QUESTIONS * 2, [1, 3, 1, 2, 1, 1, 2, 1], strict=True)
     ]
     with served.client() as client, ThreadPoolExecutor(8) as pool:
-        asked = [{**body, "max_tokens": 120, "ignore_eos": True} for body in bodies]
-        return list(pool.map(lambda body: client.post("/v1/chat/completions", json=body), asked))
+        longer = [{**body, "max_tokens": 120, "ignore_eos": True} for body in bodies]
+        return list(pool.map(lambda body: client.post("/v1/chat/completions", json=body), longer))
 
 
-def test_whoever_watches_knows_what_the_engine_knows(served: Served, llm: LLM) -> None:
-    """From the beginning, and from the middle; all kinds of events are met."""
-    with Viewer(served) as viewer:
-        assert viewer.pool["num_blocks"] == viewer.pool["num_host_blocks"] == 40
-        assert viewer.pool["block_size"] == 16
+def test_a_client_knows_the_state_of_the_engine(served: Served, llm: LLM) -> None:
+    """A client that connects before the load, and one that connects during it. All kinds of events occur."""
+    with Watcher(served) as watcher:
+        assert watcher.pool["num_blocks"] == watcher.pool["num_host_blocks"] == 40
+        assert watcher.pool["block_size"] == 16
         with ThreadPoolExecutor(1) as asking:
-            answers = asking.submit(load_it, served)
+            answers = asking.submit(send_load, served)
             until(lambda: llm.engine.stats.num_running > 3)
-            with Viewer(served) as late:
+            with Watcher(served) as late:
                 ids = {answer.json()["id"] for answer in answers.result(60)}
-                until(lambda: viewer.knows(llm))
-                until(lambda: late.knows(llm))
+                until(lambda: watcher.agrees_with(llm))
+                until(lambda: late.agrees_with(llm))
     kinds = {"allocated", "shared", "released", "freed", "cached", "evicted", "copied"}
-    assert {*kinds, "swapped_out", "swapped_in"} <= set(viewer.heard)
-    assert not viewer.sequences
-    told = {one["request"] for step in viewer.steps for one in step["sequences"]}
-    assert ids <= told, "the page finds a request by the id that its client gets"
-    last = viewer.steps[-1]["stats"]
+    assert {*kinds, "swapped_out", "swapped_in"} <= set(watcher.received_kinds)
+    assert not watcher.sequences
+    received = {one["request"] for step in watcher.steps for one in step["sequences"]}
+    assert ids <= received, "the ids are those that the clients of the requests get"
+    last = watcher.steps[-1]["stats"]
     assert last["preemptions"] == llm.engine.stats.num_preemptions > 0
     assert last["prefix_hits"] == llm.engine.stats.prefix_cache_hits > 0
-    moments = [step["t"] for step in viewer.steps]
+    moments = [step["t"] for step in watcher.steps]
     assert moments == sorted(moments)
-    assert "xyzzy" not in viewer.text, "somebody's prompt"
+    assert "xyzzy" not in watcher.text, "a prompt was sent"
 
 
-def test_nothing_is_looked_at_once_nobody_watches(served: Served, llm: LLM) -> None:
-    with Viewer(served):
+def test_nothing_is_collected_after_the_last_client_has_left(served: Served, llm: LLM) -> None:
+    with Watcher(served):
         assert llm.engine._loop._watch is not None
     until(lambda: llm.engine._loop._watch is None)
     assert not llm.engine._loop._watchers
 
 
-def test_a_silent_pool_keeps_its_watchers(served: Served) -> None:
-    with Viewer(served) as viewer:
-        until(lambda: viewer.text.count(": still here") > 2)
-        assert viewer.heard == {"pool": 1}
+def test_a_client_of_an_idle_pool_gets_keep_alive_comments(served: Served) -> None:
+    with Watcher(served) as watcher:
+        until(lambda: watcher.text.count(": keep-alive") > 2)
+        assert watcher.received_kinds == {"pool": 1}
 
 
-def test_who_reads_too_slowly_is_told_anew(served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "MOST_STEPS", 1)
-    monkeypatch.setattr(live, "FRAME_SECONDS", 1)  # a message a second, and a step takes milliseconds
-    with Viewer(served) as viewer:
-        load_it(served)
-        until(lambda: viewer.knows(llm))
-    assert viewer.heard["pool"] > 1
+def test_a_slow_client_gets_the_whole_state_again(
+    served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MAX_STEPS", 1)
+    monkeypatch.setattr(live, "FRAME_SECONDS", 1)  # one message per second; a step takes milliseconds
+    with Watcher(served) as watcher:
+        send_load(served)
+        until(lambda: watcher.agrees_with(llm))
+    assert watcher.received_kinds["pool"] > 1
 
 
-def test_who_does_not_read_at_all_is_not_waited_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more steps are kept for him; when he reads on he is told from the beginning what there is."""
-    monkeypatch.setattr(live, "MOST_STEPS", 8)
+def test_the_engine_does_not_wait_for_a_client_that_does_not_read(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more steps are collected for it; when it reads again, it gets the whole state."""
+    monkeypatch.setattr(live, "MAX_STEPS", 8)
 
     async def watch() -> list[dict[str, Any]]:
         service = Service(lambda: llm, ServerConfig())
         await service.load()
         watcher = live._Watcher(service)
-        told = []
+        received = []
         async with aclosing(watcher.messages()) as messages:
-            told.append(json.loads(await anext(messages) or ""))
+            received.append(json.loads(await anext(messages) or ""))
             params = SamplingParams(max_tokens=40, ignore_eos=True)
             await asyncio.to_thread(llm.generate, "Once", params, use_tqdm=False)
             await asyncio.to_thread(until, lambda: llm.engine._loop._watch is None)
-            told.append(json.loads(await anext(messages) or ""))
-        return told
+            received.append(json.loads(await anext(messages) or ""))
+        return received
 
-    first, anew = asyncio.run(watch())
-    assert first["type"] == anew["type"] == "pool"
-    assert anew["stats"]["cached"] == llm.engine.stats.num_cached_blocks >= 2
+    first, second = asyncio.run(watch())
+    assert first["type"] == second["type"] == "pool"
+    assert second["stats"]["cached"] == llm.engine.stats.num_cached_blocks >= 2
 
 
 def test_the_end_of_the_server_is_the_end_of_the_stream() -> None:
     with serving(small) as here:
-        viewer = Viewer(here)
-        viewer.__enter__()
+        watcher = Watcher(here)
+        watcher.__enter__()
         here.server.handle_exit(2, None)
-        viewer.wait()
-    assert viewer.text.endswith("data: [DONE]")
+        watcher.wait()
+    assert watcher.text.endswith("data: [DONE]")
 
 
-def test_it_needs_a_key_where_the_rest_does() -> None:
+def test_the_stream_needs_a_key_and_the_page_does_not() -> None:
     with serving(small, ServerConfig(api_keys=("k",))) as here, here.client() as client:
         assert client.get("/live").status_code == 401
         page = client.get("/")
-        assert page.status_code == 200, "the page asks for the key"
+        assert page.status_code == 200, "the page asks the user for the key"
         with client.stream("GET", "/live", headers={"Authorization": "Bearer k"}) as answer:
             assert answer.status_code == 200
 
 
-def test_it_may_be_left_out() -> None:
+def test_no_live_disables_the_page_and_the_stream() -> None:
     with serving(small, ServerConfig(live=False)) as here, here.client() as client:
-        for path in ("/", "/live", "/page/main.js"):
+        for path in ("/", "/live", "/favicon.ico", "/page/main.js"):
             answer = client.get(path)
             assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
 
 
-def test_there_is_nothing_to_watch_without_blocks() -> None:
+def test_dense_batching_has_no_stream() -> None:
     llm = LLM(batching="dense", max_num_seqs=2, max_model_len=256)
     with serving(lambda: llm) as here, here.client() as client:
         answer = client.get("/live")
@@ -232,12 +236,22 @@ def test_there_is_nothing_to_watch_without_blocks() -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/style.css"])
-def test_the_page_may_talk_to_its_server_alone(served: Served, path: str) -> None:
+def test_the_page_can_only_connect_to_its_server(served: Served, path: str) -> None:
     with served.client() as client:
         answer = client.get(path)
         again = client.get(path, headers={"If-None-Match": answer.headers["etag"]})
     assert answer.headers["content-security-policy"].startswith("default-src 'self';")
     assert again.headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("path", ["/favicon.ico", "/page/favicon.svg"])
+def test_the_page_has_an_icon(served: Served, path: str) -> None:
+    with served.client() as client:
+        icon = client.get(path)
+        page = client.get("/").text
+    assert (icon.status_code, icon.headers["content-type"]) == (200, "image/svg+xml")
+    assert icon.text.startswith("<svg")
+    assert 'href="page/favicon.svg"' in page
 
 
 @pytest.mark.parametrize("path", ["/page/../app.py", "/page/%2e%2e/app.py", "/page/nothing.js", "/page/"])

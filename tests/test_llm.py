@@ -360,7 +360,7 @@ def test_a_forgotten_llm_frees_its_arrays_and_ends_its_thread(tiny_path: Path) -
 
 def test_what_may_not_wait_is_refused_whole(tiny_path: Path) -> None:
     llm = LLM(tiny_path, num_blocks=64, max_num_seqs=2, max_num_waiting=3)
-    with pytest.raises(QueueFullError, match="no room for 6 more"):
+    with pytest.raises(QueueFullError, match="6 more do not fit"):
         llm.generate([[5]] * 6, GREEDY, use_tqdm=False)
     assert len(llm.generate([[5]] * 5, GREEDY, use_tqdm=False)) == 5
 

@@ -722,3 +722,11 @@ def test_damaged_json_loads_or_is_rejected(
     file = copy / name
     file.write_bytes(damaged(file.read_bytes(), file.stat().st_size, damage))
     read_to_the_end(copy)
+
+
+def test_a_folder_without_a_model_says_what_a_model_folder_has(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"this folder has no config\.json; a model folder has"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model-q4.gguf").touch()
+    with pytest.raises(ModelFileError, match=r"name the file: .*model-q4\.gguf"):
+        read_checkpoint(tmp_path)

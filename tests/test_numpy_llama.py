@@ -1,4 +1,4 @@
-"""The NumPy reference of benches/accuracy.py equals transformers (tests/goldens), so that it may judge."""
+"""The NumPy reference of benches/accuracy.py equals transformers (tests/goldens)."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from tiny_llm_checkpoints.embedded import embedded_model_path
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "greedy.json").read_text(encoding="utf-8"))
 BENCH = runpy.run_path(str(ROOT / "benches" / "numpy_llama.py"))
-# Two float32 programs that add in different orders: apart by at most 4.1e-5 on these prompts when measured.
+# Both sides are float32 and add in different orders; they differ by at most 4.1e-5 on these prompts.
 TOLERANCE = 2e-4
 
 
@@ -61,7 +61,7 @@ def test_it_follows_transformers_through_every_continuation(reference: Any, reco
         np.testing.assert_allclose(log_probs[place, list(ids)], expected, atol=TOLERANCE)
 
 
-def test_a_row_does_not_see_what_comes_after_it(reference: Any) -> None:
+def test_a_row_does_not_depend_on_later_tokens(reference: Any) -> None:
     tokens = GOLDEN["continuations"][0]["output_ids"]
     whole, start = reference.logits(tokens), reference.logits(tokens[:9])
     np.testing.assert_allclose(whole[:9], start, atol=TOLERANCE)
@@ -69,13 +69,13 @@ def test_a_row_does_not_see_what_comes_after_it(reference: Any) -> None:
 
 @pytest.fixture
 def accuracy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The bench as a module; it imports its neighbour by name, as `python benches/accuracy.py` does."""
+    """The benchmark as a module, with benches/ on the path as in `python benches/accuracy.py`."""
     monkeypatch.syspath_prepend(str(ROOT / "benches"))
     return runpy.run_path(str(ROOT / "benches" / "accuracy.py"))
 
 
 def test_scores_follow_their_definitions(accuracy: dict[str, Any]) -> None:
-    """Oracle: two distributions over three tokens, worked by hand; logits are free up to a constant."""
+    """Oracle: two distributions over three tokens, computed by hand. Logits may be shifted by a constant."""
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.25, 0.5, 0.25])
     reference, engine = (np.log(np.stack([row, row])).astype(np.float32) + 7 for row in (p, q))
     engine[1] = reference[1] - 3
@@ -90,13 +90,13 @@ def test_scores_follow_their_definitions(accuracy: dict[str, Any]) -> None:
     assert figures["perplexity_engine"] == pytest.approx((0.25 * 0.5) ** -0.5, abs=1e-5)
 
 
-def test_scores_refuse_rows_that_do_not_fit(accuracy: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"reference \(2, 3\), engine \(2, 3\) and 1 targets do not fit"):
+def test_scores_reject_shapes_that_differ(accuracy: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"shapes differ: reference \(2, 3\), engine \(2, 3\), 1 targets"):
         accuracy["score"](np.zeros((2, 3)), np.zeros((2, 3)), [0])
 
 
 def test_windows_are_spread_over_the_text_and_never_overrun_it(accuracy: dict[str, Any]) -> None:
     spread = accuracy["spread_windows"](range(100), 3, 20)
     assert [(window[0], window[-1]) for window in spread] == [(0, 20), (39, 59), (79, 99)]
-    with pytest.raises(ValueError, match="5 windows of 21 tokens do not fit into 100"):
+    with pytest.raises(ValueError, match="5 windows of 21 tokens do not fit into 100 tokens"):
         accuracy["spread_windows"](range(100), 5, 20)

@@ -53,7 +53,7 @@ class Queues(PagedQueues):
     def advance_and_compute(self, request_id: str, *steps: tuple[str, int]) -> list[PagedSequence]:
         """Advance a search and release its parents' pages; returns its beams."""
         for parent in self.advance(request_id, [BeamStep(*step) for step in steps]):
-            parent.give_up_pages()
+            parent.release_pages()
         beams = self.beams(request_id)
         self.compute(*beams)
         return beams
@@ -100,7 +100,7 @@ def test_children_share_their_parents_pages_and_have_one_more_token() -> None:
     assert [beam.num_computed for beam in beams] == [6, 6, 6]
     assert all(beam.table.blocks == leader.table.blocks for beam in beams)
     assert [queues.allocator.ref_count(block) for block in leader.table.blocks] == [4, 4]
-    leader.give_up_pages()
+    leader.release_pages()
     queues.check()
     queues.compute(*beams)
     assert queues.allocator.num_blocks - queues.allocator.num_free == 1 + 3
@@ -173,9 +173,9 @@ def test_ids_of_a_search_are_in_use_until_it_ends() -> None:
     for request_id, seq_ids in (("a", ["a"]), ("b", ["a/2"]), ("a/0", ["a/0"])):
         with pytest.raises(DuplicateRequestError):
             queues.refuse_id_in_use(request_id, seq_ids)
-    assert queues.forget_forks_to_come("a") == ["a/0", "a/1"]
+    assert queues.remove_pending_forks("a") == ["a/0", "a/1"]
     for seq_id in ("a/0", "a/1"):
-        queues.end(seq_id).give_up_pages()
+        queues.end(seq_id).release_pages()
     queues.refuse_id_in_use("a", ["a/0", "a/1", "a/2"])
     assert (len(queues), queues.running, queues.allocator.num_free) == (0, [], 32)
 
@@ -185,9 +185,9 @@ def test_ids_of_a_search_are_in_use_until_it_ends() -> None:
 
 def preempt(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
     """Preempt; returns the preempted sequences, whose pages are released."""
-    preempted = queues.put_back(sequence)
+    preempted = queues.return_to_waiting(sequence)
     for one in preempted:
-        one.give_up_pages()
+        one.release_pages()
     return preempted
 
 
@@ -315,7 +315,7 @@ def test_parked_beams_end_with_their_request() -> None:
     queues.request("a", width=4)
     beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
     preempt(queues, beams[2])
-    for seq_id in queues.forget_forks_to_come("a"):
+    for seq_id in queues.remove_pending_forks("a"):
         queues.end(seq_id)
     assert all(beam.state is SequenceState.FINISHED for beam in beams)
     assert (len(queues), len(queues.waiting), queues.running) == (0, 0, [])

@@ -16,7 +16,7 @@ from tiny_llm.paged_queues import BeamStep
 from tiny_llm.policies import NoPreemption, NoPrefixSharing, Policies
 from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
-from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
+from tiny_llm.prefix_sharing import MIN_TOKENS_TO_COPY, PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan
@@ -129,7 +129,7 @@ def test_a_token_is_always_left_to_compute_the_logits(length: int) -> None:
     run(manager)
     add(manager, "again", prompt)
     assert step(manager) == ["again"]
-    assert LEAST_WORTH_COPYING == 4
+    assert MIN_TOKENS_TO_COPY == 4
     assert manager.computed["again"] == length - (length - 1) // 4 * 4
 
 

@@ -288,7 +288,7 @@ def test_pages_that_a_preempted_sequence_keeps_are_caught(monkeypatch: pytest.Mo
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
 
-    monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
+    monkeypatch.setattr(PagedSequence, "release_pages", forget)
     assert_machine_catches()
 
 
@@ -304,7 +304,7 @@ def test_a_fork_that_does_not_count_its_pages_is_caught(monkeypatch: pytest.Monk
 
 def test_a_cancel_that_does_not_release_its_table_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def cancel(manager: PagedBatchManager, request_id: str) -> None:
-        for seq_id in manager._queues.forget_forks_to_come(request_id):
+        for seq_id in manager._queues.remove_pending_forks(request_id):
             manager._queues.end(seq_id)
 
     monkeypatch.setattr(PagedBatchManager, "cancel", cancel)

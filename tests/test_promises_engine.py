@@ -284,7 +284,7 @@ def test_a_reference_that_leaks_on_preemption_is_caught(monkeypatch: pytest.Monk
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
 
-    monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
+    monkeypatch.setattr(PagedSequence, "release_pages", forget)
     assert_caught_by_check()
 
 
@@ -294,7 +294,7 @@ def test_outputs_that_become_prompt_when_preempted_are_caught(monkeypatch: pytes
         sequence.prompt = (*sequence.prompt, *sequence.outputs)
         sequence.outputs, sequence.num_computed = [], 0
 
-    monkeypatch.setattr(PagedSequence, "give_up_pages", become_prompt)
+    monkeypatch.setattr(PagedSequence, "release_pages", become_prompt)
     assert_caught_by_check()
 
 
@@ -308,16 +308,16 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The counts start from zero after a sequence has been recomputed."""
-    give_up_pages = PagedSequence.give_up_pages
+    release_pages = PagedSequence.release_pages
 
     def forget(sequence: PagedSequence) -> None:
-        give_up_pages(sequence)
+        release_pages(sequence)
         sequence.forgotten = len(sequence.outputs)  # type: ignore[attr-defined]
 
     def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
         return penalized(sequence, row, sequence.outputs[getattr(sequence, "forgotten", 0) :])
 
-    monkeypatch.setattr(PagedSequence, "give_up_pages", forget)
+    monkeypatch.setattr(PagedSequence, "release_pages", forget)
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
     assert_caught_by_check()
 

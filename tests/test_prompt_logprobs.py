@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
+from tiny_llm.batch_manager import MAX_PROMPT_ROWS
 from tiny_llm.engine_core import EngineCore
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
@@ -113,7 +113,7 @@ def test_a_step_computes_few_rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(core.manager, "process_batch", counted)
     core.add_request("r", random_prompt(120, seed=7), PARAMS)
     finish(core)
-    assert max(rows) <= PROMPT_ROWS_AT_ONCE
+    assert max(rows) <= MAX_PROMPT_ROWS
     assert sum(rows[:2]) == 120
 
 

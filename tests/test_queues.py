@@ -111,7 +111,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(at=st.integers(0, 9))
     def put_back(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
-        assert [one.seq_id for one in self.queues.put_back(self.queues[name])] == [name]
+        assert [one.seq_id for one in self.queues.return_to_waiting(self.queues[name])] == [name]
         self.lists.move(name, "running", "waiting")
 
     @precondition(lambda self: self.lists.running)
@@ -134,7 +134,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     def cancel(self, name: str) -> None:
         active = [seq for _, seq in [*self.lists.waiting, *self.lists.running]]
         own = {seq for seq in active if self.lists.request_of[seq] == name}
-        ids = self.queues.forget_forks_to_come(name)
+        ids = self.queues.remove_pending_forks(name)
         assert set(ids) == own
         for seq_id in ids:
             self.queues.end(seq_id)

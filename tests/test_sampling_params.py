@@ -175,10 +175,10 @@ def test_temperature_zero_and_what_rounds_to_it_is_greedy() -> None:
     [
         ("stop_token_ids", ["a"], "stop_token_ids[0] must be a whole number, not 'a'"),
         ("stop_token_ids", [3, -1], "stop_token_ids[1] must be at least 0, not -1"),
-        ("stop", ["a", 7], "stop[1] must be a text, not 7"),
-        ("stop", ["a", "\ud800"], "stop[1] must be Unicode text, not '\\ud800'"),
+        ("stop", ["a", 7], "stop[1] must be a string, not 7"),
+        ("stop", ["a", "\ud800"], "stop[1] must be valid Unicode, not '\\ud800'"),
         ("stop", "x" * 1025, "stop[0] must have at most 1024 characters, not 1025"),
-        ("stop", ["a"] * 65, "stop must have at most 64 texts, not 65"),
+        ("stop", ["a"] * 65, "stop must have at most 64 strings, not 65"),
         ("stop_token_ids", [1] * 129, "stop_token_ids must have at most 128 token ids, not 129"),
         ("logit_bias", dict.fromkeys(range(1025), 1), "logit_bias must have at most 1024 tokens, not 1025"),
         ("logit_bias", {5: 1, "5": 2}, "logit_bias must be a mapping that has each token once, not '5'"),

@@ -1,6 +1,6 @@
-"""What the HTTP API answers, asked by the official client and in plain requests.
+"""Answers of the HTTP API to the official client and to plain requests.
 
-Oracles: the engine itself, asked for the same without HTTP, and OpenAI's documented shapes.
+Oracles: the engine without HTTP, and OpenAI's API reference.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -24,7 +25,7 @@ __all__ = ["client", "llm", "sdk", "served"]
 # The official client.
 
 
-def test_a_chat_is_what_the_engine_says(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_a_chat_answers_what_the_engine_generates(llm: LLM, sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(model="smollm2", messages=FRANCE, temperature=0)
     [expected] = llm.chat(FRANCE, SamplingParams(temperature=0, max_tokens=64), use_tqdm=False)
     choice = answer.choices[0]
@@ -40,7 +41,7 @@ def test_a_chat_is_what_the_engine_says(llm: LLM, sdk: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_a_stream_is_the_answer_in_pieces(sdk: openai.OpenAI) -> None:
+def test_the_events_of_a_stream_add_up_to_the_answer(sdk: openai.OpenAI) -> None:
     whole = sdk.chat.completions.create(model="smollm2", messages=FRANCE, n=2, seed=7, max_tokens=20)
     stream = sdk.chat.completions.create(
         model="smollm2",
@@ -67,7 +68,7 @@ def test_a_stream_is_the_answer_in_pieces(sdk: openai.OpenAI) -> None:
     ]
 
 
-def test_many_prompts_and_completions_keep_their_places(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_choices_are_in_the_order_of_prompts_and_completions(llm: LLM, sdk: openai.OpenAI) -> None:
     prompts = ["The sky is", "Once upon a time", "One, two,"]
     answer = sdk.completions.create(
         model="smollm2", prompt=prompts, n=2, seed=3, temperature=0.8, max_tokens=8
@@ -104,7 +105,7 @@ def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) 
     assert asyncio.run(ask_all()) == expected
 
 
-def test_log_probabilities_are_the_engines(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_log_probabilities_equal_the_engines(llm: LLM, sdk: openai.OpenAI) -> None:
     chat = sdk.chat.completions.create(
         model="smollm2", messages=FRANCE, temperature=0, logprobs=True, top_logprobs=2, max_tokens=4
     )
@@ -122,7 +123,7 @@ def test_log_probabilities_are_the_engines(llm: LLM, sdk: openai.OpenAI) -> None
         ]
 
 
-def test_an_echo_has_the_prompt_with_its_log_probabilities(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_echo_returns_the_prompt_with_its_log_probabilities(llm: LLM, sdk: openai.OpenAI) -> None:
     answer = sdk.completions.create(
         model="smollm2", prompt="The sky is", echo=True, logprobs=1, n=2, seed=1, max_tokens=3
     )
@@ -137,8 +138,8 @@ def test_an_echo_has_the_prompt_with_its_log_probabilities(llm: LLM, sdk: openai
             assert choice.text[offset : offset + len(token)] == token
 
 
-def test_a_negative_seed_is_the_number_with_the_same_bits(sdk: openai.OpenAI, llm: LLM) -> None:
-    """OpenAI's seeds are whole numbers of 64 bits with a sign. Oracle: the engine."""
+def test_a_negative_seed_becomes_the_unsigned_number_with_the_same_bits(sdk: openai.OpenAI, llm: LLM) -> None:
+    """OpenAI's seeds are signed 64-bit integers. Oracle: the engine."""
     found = sdk.completions.create(model="smollm2", prompt="Once", seed=-5, max_tokens=8).choices[0].text
     params = SamplingParams(seed=2**64 - 5, max_tokens=8)
     assert found == llm.generate("Once", params, use_tqdm=False)[0].outputs[0].text
@@ -159,7 +160,7 @@ def test_stop_strings_seeds_and_bias_reach_the_engine(sdk: openai.OpenAI) -> Non
     assert len(set(forced.choices[0].text.split())) == 1
 
 
-def test_a_prompt_that_was_seen_is_cached_and_says_so(sdk: openai.OpenAI) -> None:
+def test_cached_prompt_tokens_are_reported(sdk: openai.OpenAI) -> None:
     prompt = "A long beginning that both of them share, word for word, so that its blocks are found. " * 3
     first = sdk.completions.create(model="smollm2", prompt=prompt + "One", max_tokens=1)
     again = sdk.completions.create(model="smollm2", prompt=prompt + "Two", max_tokens=1)
@@ -178,7 +179,7 @@ def test_models_are_listed(sdk: openai.OpenAI) -> None:
         sdk.models.retrieve("gpt-9")
 
 
-# What is typed is text.
+# Control tokens and template syntax in messages.
 
 
 def test_a_control_token_in_a_message_is_text(client: httpx.Client, llm: LLM) -> None:
@@ -199,8 +200,8 @@ def test_a_control_token_in_a_message_is_text(client: httpx.Client, llm: LLM) ->
         "${7*7} #{7*7} %s %(x)s \x00 \u202e",
     ],
 )
-def test_what_looks_like_a_template_is_text(client: httpx.Client, llm: LLM, text: str) -> None:
-    """It comes out of the model's template as it went in, and stays inside its turn."""
+def test_template_syntax_in_a_message_is_text(client: httpx.Client, llm: LLM, text: str) -> None:
+    """It appears in the prompt unchanged, inside its message."""
 
     def tokens(content: str) -> list[int]:
         body = {"messages": [{"role": "user", "content": content}]}
@@ -212,18 +213,18 @@ def test_what_looks_like_a_template_is_text(client: httpx.Client, llm: LLM, text
     assert [token for token in found if token in control] == [token for token in plain if token in control]
 
 
-def test_tokens_come_back_as_the_text(client: httpx.Client) -> None:
+def test_detokenize_inverts_tokenize(client: httpx.Client) -> None:
     text = "Zwölf Boxkämpfer, 日本語, 🙂 and\ttabs"
     asked = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
     assert asked["count"] == len(asked["tokens"]) == len(asked["token_strs"])
     assert client.post("/detokenize", json={"tokens": asked["tokens"]}).json() == {"prompt": text}
 
 
-# What plain requests are told.
+# Plain requests.
 
 
-def test_a_developer_is_heard_as_the_system_is(client: httpx.Client) -> None:
-    """This model's template knows no developers, and would leave its own system prompt in."""
+def test_the_role_developer_becomes_system(client: httpx.Client) -> None:
+    """This model's template does not know the role and would add its default system prompt."""
     tokens = [
         client.post("/tokenize", json={"messages": [{"role": role, "content": "Be brief."}, *FRANCE]}).json()
         for role in ("developer", "system")
@@ -234,7 +235,7 @@ def test_a_developer_is_heard_as_the_system_is(client: httpx.Client) -> None:
 LLAMA = "\N{LLAMA}"  # four bytes, in more than one token
 
 
-def test_parts_of_a_character_have_their_own_bytes(client: httpx.Client) -> None:
+def test_tokens_that_are_parts_of_a_character_have_their_bytes(client: httpx.Client) -> None:
     """Oracle: the character's UTF-8."""
     tokens = client.post("/tokenize", json={"prompt": LLAMA}).json()["tokens"]
     assert len(tokens) > 1
@@ -248,7 +249,7 @@ def test_parts_of_a_character_have_their_own_bytes(client: httpx.Client) -> None
     assert bytes(raw) == LLAMA.encode()
 
 
-def test_of_an_echo_every_token_is_told_apart_and_in_its_place(client: httpx.Client, llm: LLM) -> None:
+def test_each_token_of_an_echo_has_a_distinct_name_and_its_offset(client: httpx.Client, llm: LLM) -> None:
     prompt = f"A {LLAMA} says hello"
     body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
     whole = client.post(COMPLETE, json=body).json()["choices"][0]
@@ -270,7 +271,7 @@ def test_of_an_echo_every_token_is_told_apart_and_in_its_place(client: httpx.Cli
         assert len(top) in (2, 3)
 
 
-def test_a_prompt_is_scored_without_a_word_more(client: httpx.Client) -> None:
+def test_max_tokens_0_with_echo_only_scores_the_prompt(client: httpx.Client) -> None:
     body = {"prompt": ["Once upon a time", "x"], "echo": True, "logprobs": 1, "n": 2, "temperature": 0}
     longer = client.post(COMPLETE, json={**body, "max_tokens": 1}).json()
     scored = client.post(COMPLETE, json={**body, "max_tokens": 0}).json()
@@ -288,16 +289,16 @@ def test_a_prompt_is_scored_without_a_word_more(client: httpx.Client) -> None:
     ("reason", "told"),
     [("stop", "length"), ("length", "length"), ("error", "error"), ("abort", "abort"), (None, None)],
 )
-def test_a_prompt_that_is_only_scored_may_fail(reason: str | None, told: str | None) -> None:
+def test_a_scored_prompt_has_the_reason_length_unless_it_failed(reason: str | None, told: str | None) -> None:
     event = RequestEvent("r", 0, "a", (5,), finish_reason=reason)
     assert _without_output(event).finish_reason == told
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETE])
-def test_an_answer_has_one_id_and_one_moment(
+def test_all_events_of_an_answer_have_the_same_id_and_time(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """The id is known before anything is computed; a clock that runs is asked once."""
+    """The id is known before anything is computed, and the clock is read once."""
     ticks = itertools.count(1_800_000_000)
     monkeypatch.setattr("tiny_llm_server.answers.time.time", lambda: next(ticks))
     body = {
@@ -316,8 +317,8 @@ def test_an_answer_has_one_id_and_one_moment(
     assert len({event["created"] for event in events}) == 1
 
 
-def test_nothing_is_said_before_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients measure the time to the first token by the first event; comments they pass over."""
+def test_a_stream_sends_no_event_before_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients measure the time to the first token by the first event, and ignore comments."""
     llm, go_on, heard = LLM(num_blocks=64), threading.Event(), list[str]()
     process_batch = llm.core.manager.process_batch
     monkeypatch.setattr(llm.core.manager, "process_batch", lambda: go_on.wait(SECONDS) and process_batch())
@@ -331,8 +332,85 @@ def test_nothing_is_said_before_the_first_token(monkeypatch: pytest.MonkeyPatch)
         listening = pool.submit(lambda: heard.extend(line for line in answer.iter_lines() if line))
         assert answer.headers["X-Request-Id"].startswith("chatcmpl-")
         until(lambda: len(heard) > 3)
-        assert set(heard) == {": still here"}
+        assert set(heard) == {": keep-alive"}
         go_on.set()
         listening.result(SECONDS)
     said = [json.loads(line[6:])["choices"][0]["delta"] for line in heard if line.startswith("data: {")]
     assert [delta.get("role") for delta in said][:3] == ["assistant", "assistant", None]
+
+
+# The fields of a stream's events. Oracle: OpenAI's API reference.
+
+
+def events_of(client: httpx.Client, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    with client.stream("POST", path, json={**body, "stream": True}) as answer:
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_the_events_of_a_chat_have_openais_fields(client: httpx.Client, include_usage: bool) -> None:
+    """The first delta has the role and no text, later ones only text, the last one may be empty."""
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    body = {"messages": FRANCE, "temperature": 0, **options}
+    events = events_of(client, CHAT, body)
+    pieces = events[:-1] if include_usage else events
+    assert pieces[0]["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+    choices = [event["choices"][0] for event in pieces]
+    assert all(set(choice["delta"]) == {"content"} for choice in choices[1:-1])
+    assert all(choice["finish_reason"] is None for choice in choices[:-1])
+    assert (choices[-1]["finish_reason"], choices[-1]["delta"]) == ("stop", {})
+    fields = {"id", "object", "created", "model", "choices"} | ({"usage"} if include_usage else set())
+    assert all(set(event) == fields for event in events)
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    if include_usage:
+        assert all(event["usage"] is None for event in pieces)
+        assert events[-1]["choices"] == []
+        assert events[-1]["usage"]["completion_tokens"] == 8
+
+
+def test_the_events_of_a_completion_have_openais_fields(client: httpx.Client) -> None:
+    events = events_of(client, COMPLETE, {"prompt": "1, 2, 3, 4,", "temperature": 0, "stop": [" 7"]})
+    assert all(set(event) == {"id", "object", "created", "model", "choices"} for event in events)
+    assert {event["object"] for event in events} == {"text_completion"}
+    choices = [event["choices"][0] for event in events]
+    fields = {"index", "text", "logprobs", "finish_reason"}
+    assert all(set(choice) == fields for choice in choices[:-1])
+    assert set(choices[-1]) == fields | {"stop_reason"}
+    assert choices[-1]["stop_reason"] == " 7"
+
+
+# Sampling parameters that a request leaves out.
+
+
+def test_the_operators_defaults_apply_to_fields_that_a_request_leaves_out(llm: LLM) -> None:
+    """Oracle: the engine. A field that is sent counts, even with OpenAI's default."""
+    overrides = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 6}
+    config = ServerConfig(override_generation_config=overrides)
+    body = {"prompt": "Once upon a time", "seed": 3, "ignore_eos": True}
+    with serving(lambda: llm, config) as here, here.client() as client:
+
+        def text(**fields: Any) -> str:
+            answer = client.post(COMPLETE, json={**body, **fields})
+            return str(answer.json()["choices"][0]["text"])
+
+        def expected(**params: Any) -> str:
+            return alone(llm, "Once upon a time", seed=3, ignore_eos=True, **params)
+
+        assert text() == expected(temperature=0.3, top_k=5, max_tokens=6)
+        assert text(temperature=1, max_tokens=16) == expected(temperature=1, top_k=5, max_tokens=16)
+        chat = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})
+        assert chat.json()["usage"]["completion_tokens"] == 6
+
+
+def test_a_default_max_tokens_is_lowered_to_what_the_context_has_left() -> None:
+    config = ServerConfig(override_generation_config={"max_new_tokens": 500})
+    with serving(lambda: LLM(num_blocks=8, max_model_len=64), config) as here, here.client() as client:
+        answer = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})
+    assert answer.json()["usage"]["total_tokens"] == 64

@@ -1,4 +1,4 @@
-"""Every field that clients send has its place: supported, accepted without effect, or refused by name.
+"""Every field of a request is supported, accepted without effect, or refused by name.
 
 Oracles: docs/server.md, the fields of OpenAI's client library, and the engine without HTTP.
 """
@@ -55,7 +55,7 @@ def sdk(served: Served) -> Iterator[openai.OpenAI]:
 
 
 def documented(section: str, endpoint: str) -> set[str]:
-    """The fields that a section lists for an endpoint."""
+    """Return the fields that a section lists for an endpoint."""
     [text] = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
     rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| `")]
     place = 2 if section == "Accepted at one value" else 1
@@ -77,7 +77,7 @@ def test_the_document_lists_the_fields_of_the_schema(endpoint: str) -> None:
     ("endpoint", "params"),
     [("chat", chat_create_params), ("completions", completion_create_params)],
 )
-def test_every_field_of_openai_has_a_place(endpoint: str, params: Any) -> None:
+def test_every_field_of_openai_is_documented(endpoint: str, params: Any) -> None:
     known = set(get_type_hints(params.CompletionCreateParamsStreaming))
     sections = ("Supported", "Accepted without effect", "Accepted at one value")
     [refused] = re.findall(r"^## Refused$(.*?)(?=^## )", DOCUMENT, re.MULTILINE | re.DOTALL)
@@ -85,7 +85,7 @@ def test_every_field_of_openai_has_a_place(endpoint: str, params: Any) -> None:
     assert known <= listed | set(re.findall(r"`(\w+)`", refused))
 
 
-# What has no effect.
+# Fields without effect.
 
 WITHOUT_EFFECT: dict[str, Any] = {
     "user": "u",
@@ -104,13 +104,13 @@ WITHOUT_EFFECT: dict[str, Any] = {
 }
 
 
-def test_every_field_without_effect_is_tried() -> None:
+def test_every_field_without_effect_is_tested() -> None:
     assert set(WITHOUT_EFFECT) == set(ChatCompletionRequest.WITHOUT_EFFECT)
     assert set(CompletionRequest.WITHOUT_EFFECT) < set(WITHOUT_EFFECT)
 
 
 def test_fields_without_effect_change_nothing(client: httpx.Client) -> None:
-    """Of both endpoints, all together; and the idle values too."""
+    """All of them together, and the idle values, at both endpoints."""
     for path, model, body in (
         (CHAT, ChatCompletionRequest, {"messages": FRANCE}),
         (COMPLETE, CompletionRequest, {"prompt": "The sky is"}),
@@ -125,19 +125,19 @@ def test_fields_without_effect_change_nothing(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_a_field_without_effect_still_has_a_type(client: httpx.Client, name: str) -> None:
+def test_a_field_without_effect_must_have_the_right_type(client: httpx.Client, name: str) -> None:
     wrong = 1 if not isinstance(WITHOUT_EFFECT[name], bool) else "yes"
     refused = client.post(CHAT, json={"messages": FRANCE, name: wrong})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
 
 
-def test_metadata_is_bounded(client: httpx.Client) -> None:
+def test_metadata_has_limits(client: httpx.Client) -> None:
     for wrong in ({"a": 1}, {str(i): "x" for i in range(17)}):
         refused = client.post(CHAT, json={"messages": FRANCE, "metadata": wrong})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "metadata")
 
 
-def test_the_official_client_sends_what_it_likes(sdk: openai.OpenAI) -> None:
+def test_the_official_client_may_send_fields_without_effect(sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(
         model="smollm2",
         messages=[
@@ -161,7 +161,7 @@ def test_the_official_client_sends_what_it_likes(sdk: openai.OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
-# What changes the prompt.
+# Fields that change the prompt.
 
 
 def tokens(client: httpx.Client, **fields: Any) -> list[int]:
@@ -196,10 +196,10 @@ def test_python_and_http_make_the_same_prompt(client: httpx.Client, llm: LLM) ->
     assert said == "".join(d.text for d in llm.stream_chat(messages, params, continue_final_message=True))
 
 
-def test_a_template_of_parts_gets_every_word(
+def test_a_template_that_takes_parts_gets_all_text(
     client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reported case. Oracle: the model's own template, which writes the same from texts."""
+    """Oracle: the model's own template, which makes the same prompt of strings."""
     messages = [{"role": "system", "content": "Be brief."}, *FRANCE]
     whole = tokens(client, messages=messages)
     monkeypatch.setattr(llm, "chat_template", ChatTemplate(PARTS, bos_token="", eos_token=""))
@@ -231,14 +231,14 @@ def test_tools_that_the_template_would_write_are_refused(
     assert (error["param"], error["code"]) == ("tools", "unsupported_field")
 
 
-def test_a_text_may_go_without_its_frame(client: httpx.Client) -> None:
+def test_special_tokens_may_be_left_out(client: httpx.Client) -> None:
     answer = client.post(
         COMPLETE, json={"prompt": "The sky", "add_special_tokens": False, "echo": True, "max_tokens": 1}
     )
     assert answer.json()["choices"][0]["text"].startswith("The sky")
 
 
-# Which field is named.
+# The field that an error names.
 
 
 @pytest.mark.parametrize(
@@ -313,12 +313,12 @@ def test_an_error_names_its_field(
     assert (error["param"], error["code"]) == (param, code), error
 
 
-def test_what_is_wrong_with_a_token_id_is_said(client: httpx.Client) -> None:
+def test_the_error_for_a_bad_token_id_names_its_index(client: httpx.Client) -> None:
     error = client.post(COMPLETE, json={"prompt": [[5, -1]]}).json()["error"]
-    assert error["message"] == "prompt: [0][1] is -1: a token id is from 0 to the vocabulary's last"
+    assert error["message"] == "prompt: [0][1] is -1: a token id is at least 0 and in the vocabulary"
 
 
-def test_n_is_named_where_the_pool_is_too_small_for_it() -> None:
+def test_the_error_names_n_if_the_pool_is_too_small_for_it() -> None:
     llm = LLM(num_blocks=8, max_num_seqs=16, max_model_len=100, preemption_mode="none")
     with serving(lambda: llm) as here, here.client() as client:
         error = client.post(COMPLETE, json={"prompt": "x", "n": 8, "max_tokens": 90}).json()["error"]

@@ -1,6 +1,6 @@
-"""Clients that leave, requests that fail or wait too long, and a server that loads and drains.
+"""Clients that disconnect, requests that fail or time out, and a server that loads and drains.
 
-Whatever ends early gives its pages back, and the answers of the others stay what the engine says.
+A request that stops early frees its blocks and does not change the answers of others.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from tiny_llm_server import ServerConfig, make_app
 __all__ = ["client", "llm", "served"]
 
 
-def test_a_client_that_leaves_gives_its_pages_back(served: Served, llm: LLM) -> None:
-    """While it streams, and while it waits for the whole."""
+def test_a_disconnect_frees_the_blocks(served: Served, llm: LLM) -> None:
+    """While it streams, and while it waits for a whole answer."""
     body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
     for stream in (True, False):
         with served.client() as client:
@@ -42,7 +42,7 @@ def test_a_client_that_leaves_gives_its_pages_back(served: Served, llm: LLM) -> 
         assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
-def test_completions_that_nobody_waited_for_count_as_aborted(served: Served, llm: LLM) -> None:
+def test_completions_of_a_client_that_disconnects_count_as_aborted(served: Served, llm: LLM) -> None:
     body = {"prompt": ["Once", "Twice"], "n": 2, "max_tokens": 3000, "ignore_eos": True, "stream": True}
     aborted, written = "vllm:request_success_total{finished_reason=abort}", "vllm:generation_tokens_total"
     with served.client() as client:
@@ -60,10 +60,10 @@ def test_completions_that_nobody_waited_for_count_as_aborted(served: Served, llm
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("broken", "status"), [({1}, 200), ({0, 1}, 500)])
-def test_a_choice_that_fails_is_marked_and_only_a_whole_failure_is_an_error(
+def test_a_failed_choice_is_marked_and_only_the_failure_of_all_is_an_error(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, stream: bool, broken: set[int], status: int
 ) -> None:
-    """Two prompts of two choices; the metrics count choices that failed apart from clients that left."""
+    """Two prompts with two choices each; the metrics count failed choices apart from aborted ones."""
     push = CompletionText.push
 
     def raising(self: CompletionText, output: TokenOutput) -> TextDelta:
@@ -95,10 +95,8 @@ def test_a_choice_that_fails_is_marked_and_only_a_whole_failure_is_an_error(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [COMPLETE, CHAT])
-def test_a_client_that_leaves_before_a_byte_is_sent_gives_its_pages_back(
-    llm: LLM, path: str, stream: bool
-) -> None:
-    """It has gone when the answer begins, and every write takes a while."""
+def test_a_disconnect_before_the_first_byte_frees_the_blocks(llm: LLM, path: str, stream: bool) -> None:
+    """The client is gone when the answer starts, and every write takes a while."""
     asked = {"prompt": "Once"} if path == COMPLETE else {"messages": FRANCE}
     body = json.dumps({**asked, "max_tokens": 3000, "ignore_eos": True, "n": 3, "stream": stream}).encode()
     coming = [{"type": "http.request", "body": body}, *[{"type": "http.disconnect"}] * 3]
@@ -119,16 +117,16 @@ def test_a_client_that_leaves_before_a_byte_is_sent_gives_its_pages_back(
         await app(scope, receive, send)
         await asyncio.to_thread(llm.engine.call, int)
         stats = llm.engine.stats
-        assert (stats.num_running, stats.num_waiting) == (0, 0), "it goes on for nobody"
+        assert (stats.num_running, stats.num_waiting) == (0, 0), "the request still runs"
 
     asyncio.run(ask())
-    assert len(sent) <= 2, "it was sent something although it had gone"
+    assert len(sent) <= 2, "something was sent after the disconnect"
     stats = llm.engine.stats
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
 def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], mx.array]) -> None:
-    """Whoever has the seed 666 has this done to his fourth row of logits."""
+    """Apply `break_it` to the fourth row of logits of the request with the seed 666."""
     choose = engine_core.choose_token
 
     def chosen(sequence: Any, row: mx.array, eos: Any) -> Any:
@@ -139,7 +137,7 @@ def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array]
 
 
 def break_step(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """A step that computes the fourth token of whoever has the seed 666 raises, with all who are in it."""
+    """Make the step that computes the fourth token of the request with the seed 666 raise."""
     run = PagedBatchManager.run_plan
 
     def raising(manager: PagedBatchManager, plan: Any) -> Any:
@@ -151,7 +149,7 @@ def break_step(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
-    """Let a kind of fault happen; what is said of it."""
+    """Inject a kind of fault; return a part of its message."""
 
     def refuse(row: mx.array) -> mx.array:
         raise RuntimeError("injected into the sampler")
@@ -173,10 +171,10 @@ def fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["sampler", "nan", "kernel", "memory"])
-def test_a_request_that_fails_fails_alone(
+def test_a_failing_request_does_not_affect_others(
     served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: str, stream: bool
 ) -> None:
-    """While it runs beside others, which get what they get alone, and so does whoever comes after it."""
+    """Requests that run with it, or after it, get the same answers as without it."""
     said = fault(monkeypatch, kind)
     expected = alone(llm, "Once upon", temperature=0, max_tokens=30)
     bodies = [{"prompt": "Once upon", "temperature": 0, "max_tokens": 30} for _ in range(5)]
@@ -204,7 +202,7 @@ def test_a_request_that_fails_fails_alone(
     assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
 
 
-def test_a_full_queue_is_429_and_accepted_requests_are_not_disturbed() -> None:
+def test_a_full_queue_answers_429_and_does_not_affect_accepted_requests() -> None:
     llm = LLM(num_blocks=64, max_num_seqs=2, max_num_waiting=2)
     expected = alone(llm, "Once", temperature=0, max_tokens=40)
 
@@ -224,7 +222,7 @@ def test_a_full_queue_is_429_and_accepted_requests_are_not_disturbed() -> None:
             assert answer.json()["error"]["code"] == "queue_full"
 
 
-def test_a_request_that_takes_too_long_is_given_up() -> None:
+def test_a_request_that_times_out_is_aborted() -> None:
     llm = LLM(num_blocks=512)
     body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True}
     with serving(lambda: llm, ServerConfig(request_timeout=0.3)) as here, here.client() as client:
@@ -243,19 +241,19 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
         ]
 
 
-def test_a_silent_stream_is_kept_alive() -> None:
-    """A request that waits behind another hears from the server before it hears from the model."""
+def test_a_stream_without_events_sends_keep_alive_comments() -> None:
+    """A request that waits for another one gets a comment before its first token."""
     llm = LLM(num_blocks=512, max_num_seqs=1)
     with serving(lambda: llm, ServerConfig(keep_alive=0.05)) as here, here.client() as client:
         body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "stream": True}
         with client.stream("POST", COMPLETE, json=body), here.client() as other:
             lines = other.post(COMPLETE, json={**body, "max_tokens": 2}).text
-    assert lines.startswith(": still here\n\n")
+    assert lines.startswith(": keep-alive\n\n")
     assert lines.endswith("data: [DONE]\n\n")
 
 
-def test_while_the_model_loads_and_while_it_drains_there_is_503() -> None:
-    gate, llm = threading.Event(), LLM(num_blocks=512)
+def test_requests_get_503_while_the_model_loads_and_while_the_server_drains() -> None:
+    gate, llm = threading.Event(), LLM(num_blocks=512, generation_config="vllm")
 
     def load() -> LLM:
         gate.wait(SECONDS)

@@ -1,4 +1,4 @@
-"""What those who run a server set and see: keys, origins and limits, figures and the version."""
+"""What an operator sets and sees: keys, origins and limits, metrics and the version."""
 
 import math
 from hashlib import sha256
@@ -15,7 +15,7 @@ from tiny_llm_server import ServerConfig
 __all__ = ["client", "llm", "served"]
 
 
-def test_keys_guard_what_is_said_and_not_how_it_goes() -> None:
+def test_a_key_is_needed_for_models_and_not_for_health_and_metrics() -> None:
     config = ServerConfig(api_keys=("one", "zwö lf"))
     with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
         body = {"prompt": "x", "max_tokens": 1}
@@ -43,10 +43,8 @@ def test_keys_guard_what_is_said_and_not_how_it_goes() -> None:
 
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("path", [COMPLETE, CHAT])
-def test_nobody_finds_another_keys_prompt_in_the_cache_where_keys_are_kept_apart(
-    path: str, isolated: bool
-) -> None:
-    """Whoever guesses a prompt to the letter learns nothing, whatever salt he brings; its owner finds it."""
+def test_isolated_keys_do_not_share_cached_prompts(path: str, isolated: bool) -> None:
+    """A client that guesses a prompt of another key finds no cached tokens with any salt; the owner does."""
     secret = "The password of the vault is xyzzy, and nobody but me must ever know of it. " * 4
     asked = {"prompt": secret} if path == COMPLETE else {"messages": [{"role": "user", "content": secret}]}
     config = ServerConfig(api_keys=("owner", "thief"), isolate_keys=isolated)
@@ -69,7 +67,7 @@ def test_nobody_finds_another_keys_prompt_in_the_cache_where_keys_are_kept_apart
             )
 
 
-def test_browsers_of_other_pages_may_ask_only_where_that_is_allowed(client: httpx.Client) -> None:
+def test_cross_origin_requests_need_an_allowed_origin(client: httpx.Client) -> None:
     asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in client.options(COMPLETE, headers=asked).headers
     config = ServerConfig(allowed_origins=("https://example.org",), api_keys=("k",))
@@ -78,10 +76,10 @@ def test_browsers_of_other_pages_may_ask_only_where_that_is_allowed(client: http
         assert allowed.headers["access-control-allow-origin"] == "https://example.org"
 
 
-# Figures.
+# Metrics.
 
 
-def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None:
+def test_metrics_count_requests_tokens_and_times(client: httpx.Client) -> None:
     before = scraped(client)
     body = {"prompt": ["The sky is", "Once upon"], "n": 2, "max_tokens": 5, "ignore_eos": True}
     usage = client.post(COMPLETE, json=body).json()["usage"]
@@ -98,7 +96,9 @@ def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None
     assert more("inter_token_latency_seconds_count") == 16
     assert more("request_queue_time_seconds_count") == 2
     assert 0 < more("request_queue_time_seconds_sum") < more("time_to_first_token_seconds_sum")
-    assert more("iteration_tokens_total_sum") == usage["prompt_tokens"] + 16  # nobody computes a last token
+    assert (
+        more("iteration_tokens_total_sum") == usage["prompt_tokens"] + 16
+    )  # the last token of a completion is not computed
     assert more("iteration_tokens_total_count") == more("iteration_tokens_total_bucket{le=+Inf}") == 5
     assert more("iteration_tokens_total_bucket{le=4.0}") == 4, "four completions together, after a prefill"
     assert more("request_prompt_tokens_sum") == usage["prompt_tokens"]
@@ -108,7 +108,7 @@ def test_metrics_count_what_was_asked_and_answered(client: httpx.Client) -> None
     assert all(math.isfinite(value) for value in after.values())
 
 
-def test_the_version_is_the_packages(client: httpx.Client) -> None:
+def test_version_lists_tiny_llm_mlx_and_kernels(client: httpx.Client) -> None:
     told = client.get("/version").json()
     assert set(told) == {"version", "mlx", "kernels"}
 
@@ -123,8 +123,12 @@ def test_the_version_is_the_packages(client: httpx.Client) -> None:
         {"body_timeout": 0},
         {"api_keys": ("",)},
         {"isolate_keys": True},
+        {"override_generation_config": {"temprature": 0.2}},
+        {"override_generation_config": {"temperature": -1}},
+        {"override_generation_config": {"top_k": None}},
+        {"override_generation_config": {"max_new_tokens": 0}},
     ],
 )
-def test_limits_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_configurations_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options)).rstrip("s").replace("_", "[ _]")):
         ServerConfig(**options)

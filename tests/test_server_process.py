@@ -1,4 +1,4 @@
-"""`tiny-llm serve` as a process: what it prints, what signals do to it, and what it refuses to begin with."""
+"""`tiny-llm serve` as a process: its log, its signals, and the options that it refuses."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ BODY = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "temperature": 
 
 
 class Process:
-    """A server that was started from the command line; `lines` is what it has printed."""
+    """A server started from the command line. lines: its output so far."""
 
     def __init__(self, *options: str) -> None:
         size = [] if "--demo" in options else ["--num-blocks", "512"]
@@ -39,7 +39,7 @@ class Process:
         self.reader.start()
 
     def url(self) -> str:
-        """Where it listens, when it does."""
+        """Wait until the server listens, and return its URL."""
         found: list[re.Match[str] | None] = []
 
         def listens() -> bool:
@@ -51,7 +51,7 @@ class Process:
         return next(match for match in found if match)[1]
 
     def ended(self, seconds: float) -> int:
-        """Its exit code."""
+        """Wait for the exit code."""
         return self.popen.wait(seconds)
 
     def _read(self) -> None:
@@ -78,7 +78,7 @@ def ready(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_lets_accepted_requests_end(sent: signal.Signals) -> None:
+def test_the_first_signal_lets_accepted_requests_finish(sent: signal.Signals) -> None:
     with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         with client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
@@ -96,7 +96,7 @@ def test_the_first_signal_lets_accepted_requests_end(sent: signal.Signals) -> No
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
-def test_the_second_signal_ends_them_at_once() -> None:
+def test_the_second_signal_aborts_requests() -> None:
     with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         body = {**BODY, "max_tokens": 6000, "stream": True}
@@ -115,8 +115,8 @@ def test_the_second_signal_ends_them_at_once() -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_client_that_does_not_read_is_not_waited_for(signals: int) -> None:
-    """His answer is larger than what the system takes off the server's hands."""
+def test_a_client_that_does_not_read_does_not_delay_the_exit(signals: int) -> None:
+    """The answer is larger than the kernel's buffers."""
     body = json.dumps({"prompt": " a" * 700_000, "return_token_strs": True}).encode()
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += b"Content-Length: %d\r\n\r\n"
@@ -134,13 +134,13 @@ def test_a_client_that_does_not_read_is_not_waited_for(signals: int) -> None:
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
-def test_a_model_that_loads_is_not_waited_for() -> None:
+def test_a_loading_model_does_not_delay_the_exit() -> None:
     """One signal is enough: nothing has been accepted yet."""
     never = threading.Event()
 
     def load() -> LLM:
         never.wait()
-        raise ValueError("nobody waits for it")
+        raise ValueError("no longer needed")
 
     try:
         with serving(load, wait=False) as here:
@@ -150,7 +150,7 @@ def test_a_model_that_loads_is_not_waited_for() -> None:
         never.set()
 
 
-def test_grace_is_over_some_time() -> None:
+def test_requests_are_aborted_after_the_grace_period() -> None:
     with process("--grace", "0.5") as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
         with client.stream(
@@ -178,15 +178,108 @@ def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:
     assert len(set(texts[0])) > 1
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: os.PathLike[str]) -> None:
-    with process("--model", f"{tmp_path}/absent.gguf") as server:
-        assert server.ended(SECONDS) == 1
-        until(lambda: any("absent.gguf" in line for line in server.lines))
-        assert not any("Traceback" in line for line in server.lines), server.lines
+def folder_with(tmp_path: Path, **files: str) -> str:
+    """Make a folder with files of these contents. Names have a `_` for the dot."""
+    for name, text in files.items():
+        (tmp_path / name.replace("_", ".")).write_text(text)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--model", "{}/absent.gguf"], 1, "absent.gguf: no such file or folder"),
+        (["--model", "absent.gguf"], 1, "absent.gguf: no such file or folder"),
+        (["--model", "{}"], 1, "config.json"),
+        (["--model", "{}/weights.safetensors"], 1, "weights.safetensors"),
+        (["--num-blocks", "2", "--max-model-len", "8192"], 2, "8192 tokens needs 512 blocks of 16; the pool"),
+        (["--max-model-len", "9000"], 2, "--max-model-len (9000) exceeds the model's context of 8192 tokens"),
+        (["--preemption-mode", "swap", "--swap-space", "1"], 2, "--swap-space (1 byte)"),
+        (["--generation-config", "{}/nowhere"], 1, "a folder with a generation_config.json"),
+        (["--chat-template-content-format", "x"], 2, "auto, string, openai, not 'x'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_model_that_cannot_run_is_refused_in_one_line_before_the_server_listens(
+    tmp_path: Path, options: list[str], code: int, said: str
+) -> None:
+    folder = folder_with(tmp_path, weights_safetensors="x")
+    with process(*[option.replace("{}", folder) for option in options]) as server:
+        assert server.ended(SECONDS) == code
+        server.reader.join(SECONDS)
+    [line] = server.lines
+    assert line.startswith("tiny-llm: error:")
+    assert said in line
+
+
+def test_the_curl_example_of_the_help_gets_a_sensible_answer() -> None:
+    """The command is run as it is printed, except for the port."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "tiny_llm_cli", "serve", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"^ *(curl http://127.0.0.1:8000(?:.*\\\n)*.*)$", shown, re.MULTILINE)
+    assert found is not None, shown
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
+        ready(client)
+        command = found[1].replace("http://127.0.0.1:8000", server.url())
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert answer == "The capital of France is Paris."
+
+
+def test_the_log_shows_startup_defaults_and_draining() -> None:
+    override = '{"temperature": 0.2}'
+    with (
+        process("--override-generation-config", override) as server,
+        httpx.Client(base_url=server.url(), timeout=SECONDS) as client,
+    ):
+        ready(client)
+        with client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGINT)
+            for _ in lines:
+                pass
+        client.close()
+        assert server.ended(SECONDS) == 0
+        server.reader.join(SECONDS)
+    log = "".join(server.lines)
+    order = [
+        "Listening on http://127.0.0.1:",
+        "is ready: 512 blocks of 16 tokens",
+        "Sampling defaults for fields that a request leaves out: temperature 0.2 (--override-generation",
+        "Draining: 1 request left, for at most 30 s. Press Ctrl-C again to stop now.",
+        "150 output tokens",
+        "Finished server process",
+    ]
+    places = [log.find(part) for part in order]
+    assert -1 not in places, log
+    assert places == sorted(places), log
+    assert "No requests are left" in log
+    assert "/health" not in log, "a probe is not logged"
+
+
+def test_the_log_shows_how_many_requests_a_second_signal_aborts() -> None:
+    with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
+        ready(client)
+        body = {**BODY, "max_tokens": 6000, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.popen.send_signal(signal.SIGINT)
+            until(lambda: any("Draining: 1 request left" in line for line in server.lines))
+            server.popen.send_signal(signal.SIGINT)
+            for _ in lines:
+                pass
+        assert server.ended(SECONDS) == 0
+        server.reader.join(SECONDS)
+    log = "".join(server.lines)
+    assert "Stopping now: 1 request aborted" in log
+    assert "No requests are left" not in log
 
 
 class Panic(BaseException):
-    """As a library written in Rust raises it."""
+    """Like the exceptions of libraries written in Rust."""
 
 
 @pytest.mark.parametrize(
@@ -203,8 +296,8 @@ class Panic(BaseException):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_whatever_loading_raises_ends_the_server(error: BaseException, said: str) -> None:
-    """With an error that the command line shows as one line."""
+def test_any_error_while_loading_stops_the_server(error: BaseException, said: str) -> None:
+    """The error is one that the command line shows as one line."""
 
     def load() -> LLM:
         raise error
@@ -213,7 +306,7 @@ def test_whatever_loading_raises_ends_the_server(error: BaseException, said: str
         GracefulServer(make_app(load), "127.0.0.1", 0, log_level="critical").run()
 
 
-def test_a_thread_that_cannot_be_started_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_start_stops_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -227,7 +320,7 @@ def test_a_thread_that_cannot_be_started_ends_the_server(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF" + b"\xff" * 100], ids=range(2))
-def test_a_model_file_that_is_none_ends_the_server_with_one_line(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_model_file_stops_the_server_with_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     with process("--model", str(path), "--log-level", "error") as server:
@@ -240,7 +333,7 @@ def test_a_model_file_that_is_none_ends_the_server_with_one_line(tmp_path: Path,
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", "a" * 300, "", "a\0b", "::1%nowhere"])
-def test_a_host_that_is_none_of_this_machines_is_refused_in_one_line(host: str) -> None:
+def test_a_host_that_this_machine_does_not_have_is_refused_in_one_line(host: str) -> None:
     with pytest.raises((OSError, ValueError)) as refused:
         listen(host, 0)
     assert "\n" not in str(refused.value)
@@ -251,30 +344,34 @@ def test_a_host_that_is_none_of_this_machines_is_refused_in_one_line(host: str) 
     ("options", "said"),
     [
         (["--port", "70000"], "70000"),
-        (["--max-connections", "0"], "max_connections must be at least 1, not 0"),
-        (["--header-timeout", "0"], "header_timeout must be more than 0 seconds, not 0"),
-        (["--scheduling-policy", "lottery"], "scheduling_policy must be fcfs or priority, not 'lottery'"),
-        (["--log-level", "loud"], "'loud' is no level"),
-        (["--max-n", "0"], "max_n must be at least 1, not 0"),
+        (["--max-connections", "0"], "--max-connections must be at least 1, not 0"),
+        (["--header-timeout", "0"], "--header-timeout must be more than 0 seconds, not 0"),
+        (["--scheduling-policy", "lottery"], "--scheduling-policy must be fcfs or priority, not 'lottery'"),
+        (["--log-level", "loud"], "'loud' is not one of critical, error, warning, info, debug"),
+        (["--override-generation-config", "{"], "is not JSON"),
+        (["--override-generation-config", "[]"], "is not a JSON object"),
+        (["--override-generation-config", '{"temp": 1}'], "unknown parameter 'temp'; known: temperature, "),
+        (["--override-generation-config", '{"top_p": 2}'], "--override-generation-config: top_p must be"),
+        (["--max-n", "0"], "--max-n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),
         (["--demo", "--kv-cache-memory", "1GiB"], "leave --kv-cache-memory out"),
         (["--demo", "--batching", "dense"], "leave --batching out"),
         (["--demo", "--preemption-mode", "recompute"], "leave --preemption-mode out"),
         (["--demo", "--no-live"], "leave --live out"),
-        (["--api-key", " sesame"], "must not begin or end with white space"),
-        (["--isolate-keys"], "isolate_keys is for a server that has api_keys"),
-        (["--num-blocks", "0"], "num_blocks must be at least 1, not 0"),
+        (["--api-key", " sesame"], "must not start or end with white space"),
+        (["--isolate-keys"], "--isolate-keys is for a server that has --api-key"),
+        (["--num-blocks", "0"], "--num-blocks must be at least 1, not 0"),
         (["--kv-cache-dtype", "int8"], "not 'int8'"),
-        (["--keep-alive", "0"], "keep_alive must be more than 0 seconds, not 0"),
+        (["--keep-alive", "0"], "--keep-alive must be more than 0 seconds, not 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_it_begins(options: list[str], said: str) -> None:
+def test_invalid_options_are_refused_before_the_server_starts(options: list[str], said: str) -> None:
     with process(*options) as server:
         assert server.ended(SECONDS) == 2
         until(lambda: any(said in line for line in server.lines))
 
 
-def test_a_key_from_the_environment_is_one_key_whatever_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_holds_exactly_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_LLM_API_KEY", "correct horse battery")
     with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
@@ -285,11 +382,11 @@ def test_a_key_from_the_environment_is_one_key_whatever_is_in_it(monkeypatch: py
     assert statuses == [401, 401, 200]
     monkeypatch.setenv("TINY_LLM_API_KEY", "")
     with process() as server:
-        assert server.ended(SECONDS) == 2, "a variable that somebody forgot to fill is no open door"
+        assert server.ended(SECONDS) == 2, "an empty variable must not disable the key"
 
 
-def test_on_loopback_without_a_key_only_its_own_names_are_answered() -> None:
-    """A page of another site may have its name point at this machine; its browser sends that name."""
+def test_on_loopback_without_a_key_only_loopback_hosts_are_allowed() -> None:
+    """DNS rebinding: a web page's own name resolves to this machine, and its browser sends that name."""
     names = ["localhost:8000", "127.0.0.1", "[::1]:80", "Gateway:1", "evil.example", "evil.example:8000"]
     with (
         process("--allowed-host", "gateway") as server,
@@ -304,8 +401,8 @@ def test_on_loopback_without_a_key_only_its_own_names_are_answered() -> None:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: bool) -> None:
-    """Of requests that are answered, refused, too long and broken off, with everything logged that can be."""
+def test_the_log_has_no_prompts_without_log_requests_and_never_a_key(wanted: bool) -> None:
+    """At level debug, for requests that are answered, refused, oversized and aborted."""
     options = ["--api-key", "sesame", "--log-level", "debug", "--num-blocks", "64", "--max-body", "4000"]
     with process(*options, *["--log-requests"] * wanted) as server:
         key = {"Authorization": "Bearer sesame"}
@@ -337,7 +434,7 @@ def test_nobodys_words_and_keys_are_in_the_log_unless_that_is_asked_for(wanted: 
 
 
 def test_the_demo_answers_like_any_server() -> None:
-    """A chat without a limit on its length too, several at once: its pool is small, and so is its context."""
+    """Including chats without max_tokens, several at once: the pool and the context are small."""
     chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
     with process("--demo") as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
@@ -347,7 +444,7 @@ def test_the_demo_answers_like_any_server() -> None:
         assert said == ["The capital of France is Paris."] * 2
 
 
-def test_an_address_that_is_not_to_be_had_is_one_line() -> None:
+def test_an_address_in_use_is_refused_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with process("--port", str(port)) as server:
@@ -357,6 +454,6 @@ def test_an_address_that_is_not_to_be_had_is_one_line() -> None:
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host, --port" in line
 
 
-def test_an_open_door_without_a_key_is_pointed_out() -> None:
+def test_listening_on_all_addresses_without_a_key_is_a_warning() -> None:
     with process("--host", "0.0.0.0", "--log-level", "error") as server:
-        until(lambda: any("no --api-key" in line for line in server.lines))
+        until(lambda: any("requests need no key" in line for line in server.lines))

@@ -1,7 +1,6 @@
-"""What the HTTP API refuses, by name and in OpenAI's shape of an error: fields, bodies, abuse of HTTP.
+"""Requests that the HTTP API refuses, with errors in OpenAI's format: fields, bodies, abuse of HTTP.
 
-What one client is refused changes nothing for the others; a field that asks for what is done anyway
-is fine.
+Refusing one client does not affect others, and fields that request the default behavior are accepted.
 """
 
 import json
@@ -26,25 +25,36 @@ __all__ = ["client", "llm", "served"]
     ("path", "fields", "param", "said"),
     [
         (CHAT, {"messages": []}, "messages", "at least 1 item"),
-        (CHAT, {}, "messages", "Field required"),
+        (CHAT, {}, "messages", "^messages is required$"),
         (CHAT, {"messages": FRANCE, "tools": [{}]}, "tools", "tools is not supported"),
         (CHAT, {"messages": FRANCE, "store": 0}, "store", "valid boolean"),
-        (CHAT, {"messages": FRANCE, "n": 17}, "n", "at most 16 here, not 17"),
+        (CHAT, {"messages": FRANCE, "n": 17}, "n", r"at most 16 \(--max-n\), not 17"),
         (CHAT, {"messages": FRANCE, "n": 0}, "n", "greater than or equal to 1"),
         (CHAT, {"messages": FRANCE, "n": "2"}, "n", "valid integer"),
         (CHAT, {"messages": FRANCE, "temperature": -1}, "temperature", "greater than or equal to 0"),
         (CHAT, {"messages": FRANCE, "temperature": 2.5}, "temperature", "less than or equal to 2"),
         (CHAT, {"messages": FRANCE, "seed": 10**400}, "seed", "less than or equal"),
-        (CHAT, {"messages": FRANCE, "top_logprobs": 2}, "top_logprobs", "^top_logprobs: only with logprobs"),
-        (CHAT, {"messages": FRANCE, "stream_options": {}}, "stream_options", "only with stream: true"),
+        (
+            CHAT,
+            {"messages": FRANCE, "top_logprobs": 2},
+            "top_logprobs",
+            "^top_logprobs: only allowed with logprobs",
+        ),
+        (
+            CHAT,
+            {"messages": FRANCE, "stream_options": {}},
+            "stream_options",
+            "only allowed with stream: true",
+        ),
         (
             CHAT,
             {"messages": FRANCE, "response_format": {"type": "json_object"}},
-            "response_format.type",
-            "text",
+            "response_format",
+            "^response_format of type json_object is not supported, only text: answers are not constrained$",
         ),
+        (CHAT, {"messages": FRANCE, "response_format": {"type": "x"}}, "response_format.type", "'text'"),
         (CHAT, {"messages": FRANCE, "max_tokens": 9000}, "max_tokens", "exceed the context of 8192"),
-        (CHAT, {"messages": FRANCE, "stop": ["x"] * 17}, "stop", "at most 16 here, not 17"),
+        (CHAT, {"messages": FRANCE, "stop": ["x"] * 17}, "stop", r"at most 16 \(--max-stop\), not 17"),
         (CHAT, {"messages": FRANCE, "stop": ""}, "stop", "non-empty"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         (CHAT, {"messages": FRANCE, "logit_bias": {"1": 101}}, "logit_bias", "from -100 to 100"),
@@ -53,24 +63,29 @@ __all__ = ["client", "llm", "served"]
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "not JSON: .*hex escape at byte"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "text"),
         (COMPLETE, {"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
-        (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of", "^best_of: only n, which is 1"),
-        (COMPLETE, {"prompt": [[1], "x"]}, "prompt", "texts only, or token ids only"),
-        (COMPLETE, {"prompt": []}, "prompt", "the list is empty"),
+        (COMPLETE, {"prompt": "x", "best_of": 2}, "best_of", "^best_of: must equal n, which is 1"),
+        (COMPLETE, {"prompt": [[1], "x"]}, "prompt", "only strings or only token ids"),
+        (COMPLETE, {"prompt": []}, "prompt", "the list must not be empty"),
         (COMPLETE, {"prompt": ""}, "prompt", "empty|no tokens"),
         (COMPLETE, {"prompt": [49152]}, "prompt", "49152 is outside the vocabulary"),
         (COMPLETE, {"prompt": ["x"] * 65}, "prompt", "at most 64 prompts"),
         (COMPLETE, {"prompt": ["x"] * 40, "n": 4}, "n", "at most 128 sequences .*, not 160"),
         (COMPLETE, {"prompt": "x", "stop_token_ids": [999999]}, "stop_token_ids", "not 999999"),
         (COMPLETE, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "a mapping from token ids"),
-        (COMPLETE, {"prompt": "x", "max_tokens": 0}, "max_tokens", "^max_tokens: at least 1, or 0 with echo"),
+        (
+            COMPLETE,
+            {"prompt": "x", "max_tokens": 0},
+            "max_tokens",
+            "^max_tokens: must be at least 1, or 0 with echo",
+        ),
         (COMPLETE, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         (COMPLETE, {"prompt": "x", "min_tokens": 17}, "min_tokens", "from 0 to max_tokens, 16, not 17"),
-        ("/tokenize", {}, "prompt", "either prompt or messages"),
+        ("/tokenize", {}, "prompt", "send either prompt or messages"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0", "greater than or equal to 0"),
         ("/detokenize", {"tokens": [2**31 - 1]}, "tokens", "outside the vocabulary"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(
+def test_an_invalid_field_is_refused_by_name(
     client: httpx.Client, path: str, fields: dict[str, Any], param: str | None, said: str
 ) -> None:
     refused = client.post(path, content=json.dumps(fields), headers={"Content-Type": "application/json"})
@@ -100,20 +115,51 @@ def test_what_cannot_be_done_is_refused_by_name(
         ),
     ],
 )
-def test_what_asks_for_what_is_done_anyway_is_fine(
+def test_fields_that_request_the_default_behavior_are_accepted(
     client: httpx.Client, fields: dict[str, Any], messages: list[Any]
 ) -> None:
     answer = client.post(CHAT, json={"messages": messages, "max_tokens": 1, **fields})
     assert answer.status_code == 200, answer.text
 
 
-def test_what_never_fits_is_no_reason_to_come_again() -> None:
+def test_a_request_that_never_fits_has_no_retry_after() -> None:
     llm = LLM(num_blocks=64, max_num_seqs=4, max_num_waiting=2)
     with serving(lambda: llm) as here, here.client() as client:
         refused = client.post(COMPLETE, json={"prompt": ["x"] * 8, "max_tokens": 1})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
         assert "Retry-After" not in refused.headers
         assert client.post(COMPLETE, json={"prompt": ["x"] * 6, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+        {"guided_json": {}},
+    ],
+    ids=["tools", "json_object", "json_schema", "guided_json"],
+)
+def test_unsupported_features_are_refused_with_the_same_code(
+    client: httpx.Client, fields: dict[str, Any]
+) -> None:
+    refused = client.post(CHAT, json={"messages": FRANCE, **fields})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (
+        400,
+        next(iter(fields)),
+        "unsupported_field",
+    )
+    assert "not supported" in error["message"]
+
+
+def test_a_tool_call_without_content_is_refused_for_the_tool_call(client: httpx.Client) -> None:
+    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [called]}
+    error = client.post(CHAT, json={"messages": [*FRANCE, message, *FRANCE]}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages[1].tool_calls", "unsupported_field")
+    assert "content" not in error["message"]
 
 
 CRUEL = [
@@ -137,16 +183,16 @@ CRUEL = [
 
 @pytest.mark.parametrize("body", CRUEL, ids=range(len(CRUEL)))
 @pytest.mark.parametrize("path", [CHAT, COMPLETE, "/tokenize", "/detokenize"])
-def test_a_body_that_is_no_request_gets_a_reason(client: httpx.Client, path: str, body: bytes) -> None:
+def test_an_invalid_body_is_refused_with_a_reason(client: httpx.Client, path: str, body: bytes) -> None:
     refused = client.post(path, content=body, headers={"Content-Type": "application/json"})
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["message"]
 
 
-def test_nobodys_answer_is_changed_by_what_others_send(
+def test_invalid_bodies_do_not_change_the_answers_of_others(
     client: httpx.Client, served: Served, llm: LLM
 ) -> None:
-    """A stream goes on, and says what it says alone, while every body that is no request comes at once."""
+    """A stream continues unchanged while many invalid bodies arrive."""
     expected = alone(llm, "Once upon a time", temperature=0, max_tokens=200, ignore_eos=True)
     body = {
         "prompt": "Once upon a time",
@@ -172,15 +218,15 @@ def test_nobodys_answer_is_changed_by_what_others_send(
     assert "".join(event["choices"][0]["text"] for event in events) == expected
 
 
-def test_other_paths_and_methods_have_the_same_shape(client: httpx.Client) -> None:
+def test_unknown_paths_and_methods_are_errors_in_openais_format(client: httpx.Client) -> None:
     assert client.get("/v2/anything").json()["error"]["type"] == "not_found_error"
     assert client.delete(CHAT).status_code == 405
     assert client.delete(CHAT).json()["error"]["code"] == "method_not_allowed"
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_a_body_that_is_too_long_is_refused(client: httpx.Client, said: bool) -> None:
-    """With a length that says so, and in chunks without one."""
+def test_an_oversized_body_is_refused(client: httpx.Client, said: bool) -> None:
+    """With a Content-Length, and in chunks without one."""
     body = b'{"prompt": "' + b"x" * 200_000 + b'"}'
     pieces = body if said else iter([body[i : i + 5000] for i in range(0, len(body), 5000)])
     refused = client.post(COMPLETE, content=pieces, headers={"Content-Type": "application/json"})
@@ -192,8 +238,8 @@ def test_a_body_that_is_too_long_is_refused(client: httpx.Client, said: bool) ->
 LONG_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
-def test_who_still_sends_a_body_that_is_too_long_gets_the_answer_too(served: Served) -> None:
-    """Not a connection that is reset: a client may send all before it reads."""
+def test_a_client_that_is_still_sending_an_oversized_body_gets_the_answer(served: Served) -> None:
+    """The connection is not reset: a client may send the whole body before it reads."""
     with connected(served) as connection:
         connection.sendall(LONG_BODY + b"Content-Length: 300000\r\n\r\n" + b"x" * 150_000)
         time.sleep(0.2)
@@ -201,7 +247,7 @@ def test_who_still_sends_a_body_that_is_too_long_gets_the_answer_too(served: Ser
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_who_asks_before_he_sends_a_body_that_is_too_long_need_not(served: Served) -> None:
+def test_an_oversized_body_is_refused_before_it_is_sent_with_expect_100_continue(served: Served) -> None:
     with connected(served) as connection:
         connection.sendall(LONG_BODY + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
@@ -215,22 +261,22 @@ def test_who_asks_before_he_sends_a_body_that_is_too_long_need_not(served: Serve
     ],
     ids=["said", "seen"],
 )
-def test_a_body_that_is_too_long_and_slow_is_too_long(head: bytes, piece: bytes) -> None:
+def test_an_oversized_slow_body_gets_413_not_408(head: bytes, piece: bytes) -> None:
     config = ServerConfig(max_body_bytes=100, body_timeout=0.3)
     with serving(lambda: LLM(num_blocks=64), config) as here, connected(here) as connection:
         connection.sendall(LONG_BODY + head + piece)
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_without_end_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_limit, "PASSED_OVER", 200_000)
+def test_an_endless_body_is_not_read_forever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_limit, "MAX_DISCARDED", 200_000)
     sent = 0
     with connected(served) as connection, suppress(ConnectionError):
         connection.sendall(LONG_BODY + b"Transfer-Encoding: chunked\r\n\r\n")
         while sent < 50_000_000:
             connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
             sent += 65536
-    assert sent < 20_000_000, "it took all of it"
+    assert sent < 20_000_000, "the whole body was read"
 
 
 JSON = b"Content-Type: application/json\r\n"
@@ -253,7 +299,7 @@ FINE_LENGTH = b"Content-Length: %d\r\n" % len(FINE_BODY)
     ids=range(8),
 )
 def test_abuse_of_http_is_refused(head: bytes, body: bytes) -> None:
-    """Lengths, chunks and headers that are none, and a body that never comes; others are served meanwhile."""
+    """Invalid lengths, chunks and headers, and a body that never arrives; others are served meanwhile."""
     llm = LLM(num_blocks=64)
     with serving(lambda: llm, ServerConfig(body_timeout=1.0)) as here, here.client() as client:
         with connected(here) as connection:
@@ -264,11 +310,11 @@ def test_abuse_of_http_is_refused(head: bytes, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("piece", [b"y" * 10_000, b"X: y\r\n" * 2_000], ids=["one", "many"])
-def test_headers_without_end_are_not_collected(served: Served, piece: bytes) -> None:
+def test_endless_headers_are_not_buffered(served: Served, piece: bytes) -> None:
     sent = 0
     with connected(served) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: ")
         with suppress(ConnectionError):
             while sent < 20_000_000:
                 sent += connection.send(piece)
-    assert sent < 10_000_000, "it took all of them"
+    assert sent < 10_000_000, "all headers were read"

@@ -1,4 +1,4 @@
-"""The server driven from its own OpenAPI document: what fits it, or nearly, gets an answer of its kind."""
+"""Requests generated from the server's OpenAPI document get answers that conform to it."""
 
 from collections.abc import Callable, Iterator
 
@@ -22,7 +22,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    """A context of 64 tokens, so that nobody is answered for long."""
+    """A context of 64 tokens keeps the answers short."""
     with serving(lambda: LLM(num_blocks=64, max_model_len=64, max_num_seqs=16)) as here:
         yield here
 
@@ -34,7 +34,7 @@ driven_operations: list[str] = []
 
 
 def driven(label: str) -> Callable[..., None]:
-    """A test of one operation: every answer is what the document says."""
+    """Make a test of one operation: every answer conforms to the document."""
 
     driven_operations.append(label)
 
@@ -57,13 +57,13 @@ test_version = driven("GET /version")
 test_metrics = driven("GET /metrics")
 
 
-def test_every_operation_is_driven() -> None:
+def test_every_operation_is_tested() -> None:
     known = [operation.ok().label for operation in document.get_all_operations()]
     assert sorted(known) == sorted(driven_operations)
 
 
-def test_nothing_is_left_behind(served: Served) -> None:
-    """After all of it every page is back."""
+def test_all_blocks_are_free_at_the_end(served: Served) -> None:
+    """No test above has leaked a block."""
     engine = served.service.llm.engine
     until(lambda: engine.stats.num_running == engine.stats.num_waiting == 0)
     stats = engine.stats

@@ -30,7 +30,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import Span, pack_batch
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sliding_window import (
-    NOWHERE,
+    NO_BLOCK,
     WindowedTable,
     first_block,
     first_visible,
@@ -164,7 +164,7 @@ class TableMachine(RuleBasedStateMachine):
         for text in self.alive:
             physical = text.table.physical_indices()
             assert len(physical) == -(-text.stop // size)
-            assert physical[: first_block(text.table)] == [NOWHERE] * (text.table.start // size)
+            assert physical[: first_block(text.table)] == [NO_BLOCK] * (text.table.start // size)
             for position in text.values:
                 [slot] = text.table.slots(position, position + 1)
                 assert physical[position // size] == slot // size

@@ -42,6 +42,7 @@ from promises import (
 )
 from symbolic_pool import SymbolicPool
 from tiny_llm_checkpoints.errors import ConfigError
+from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
 
 Output = list[tuple[int, TokenLogprobs | None, str | None]]
@@ -399,7 +400,7 @@ def test_without_swapping_there_is_no_swap_space(mode: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"swap_space": 8192}, r"swap_space \(8192\) is for preemption_mode='swap'"),
+        ({"swap_space": 8192}, r"swap_space \(8 KiB\) is for preemption_mode='swap'"),
         ({"swap_space": 8192, "preemption_mode": "none"}, "swap_space"),
         ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space must be at least 1, not 0"),
         ({"preemption_mode": "swapping"}, "preemption_mode must be one of recompute, swap, none"),
@@ -415,7 +416,7 @@ def test_a_swap_space_below_one_block_or_above_the_machines_memory_is_rejected_w
     swap_space: int,
 ) -> None:
     config = EngineConfig(num_blocks=30, preemption_mode="swap", swap_space=swap_space)
-    with pytest.raises(ConfigError, match=rf"swap_space of {swap_space} bytes.*8192"):
+    with pytest.raises(ConfigError, match=rf"swap_space \({shown_bytes(swap_space)}\) .*\(8 KiB\)"):
         make_manager(config, tiny_model())
 
 

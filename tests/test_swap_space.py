@@ -106,7 +106,7 @@ class Host:
             self.happened["host full"] += 1
             assert sequence.swapped is None
             assert before == [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
-            sequence.give_up_pages()
+            sequence.release_pages()
             self.running.remove(sequence)
             return
         for block, host_block in copies:
@@ -116,7 +116,7 @@ class Host:
         assert sequence.swapped is not None
         shared = sum(len(table.host_blocks) for table in sequence.swapped.tables) - len(copies)
         self.happened["blocks found on the host"] += shared
-        sequence.give_up_pages()
+        sequence.release_pages()
         self.running.remove(sequence)
         self.waiting.append(sequence)
 
@@ -136,7 +136,7 @@ class Host:
         self.happened["blocks shared"] += most - len(copies)
         if self.rng.random() < 0.3:
             self.happened["swapped out again"] += 1
-            sequence.give_up_pages()
+            sequence.release_pages()
             return
         for block, host_block in copies:
             self.held[block] = self.on_host[host_block]
@@ -148,7 +148,7 @@ class Host:
         sequences = [*self.running, *self.waiting]
         if sequences:
             sequence = self.rng.choice(sequences)
-            sequence.give_up_pages()
+            sequence.release_pages()
             self.space.forget(sequence)
             (self.running if sequence in self.running else self.waiting).remove(sequence)
 
@@ -256,7 +256,7 @@ def test_an_equal_hash_is_not_enough() -> None:
     for sequence in (first, second):
         assert len(space.swap_out(sequence) or ()) == 2
     at_hand = dict(zip(first.stream.hashes, first.table.blocks, strict=True))
-    second.give_up_pages()
+    second.release_pages()
     assert len(space.swap_in(second, at_hand)) == 2, "the other text's blocks do not help"
     space.forget(first)
     space.forget(second)

@@ -20,7 +20,7 @@ from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import NoPrefixSharing, Policies
 from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_cache import PrefixCache
-from tiny_llm.prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
+from tiny_llm.prefix_sharing import MIN_TOKENS_TO_COPY, PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sliding_window import first_visible
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
@@ -158,7 +158,7 @@ def longest_hit(manager: Counted, prompt: Seq[int]) -> int:
     known = prompt[full * size : min(len(prompt) - 1, (full + 1) * size)]
     matches = [cache.match_part(stream.parent(full), known) for stream in streams]
     part = min(match.length if match else 0 for match in matches)
-    return full * size + (part if part >= LEAST_WORTH_COPYING else 0)
+    return full * size + (part if part >= MIN_TOKENS_TO_COPY else 0)
 
 
 # ---- no keys of another text ----
@@ -180,7 +180,7 @@ def test_prompts_that_diverge_anywhere_get_their_own_answers(
         assert got == alone, f"diverging at {place}"
         full, part = divmod(place, block_size)
         is_full = (full + 1) * block_size <= 34  # of the first prompt and its computed answer
-        found = full * block_size + (part if is_full and part >= LEAST_WORTH_COPYING else 0)
+        found = full * block_size + (part if is_full and part >= MIN_TOKENS_TO_COPY else 0)
         assert last_computed(manager) == 30 - found + 4, f"diverging at {place}"
 
 
@@ -430,7 +430,7 @@ def test_a_hit_within_a_block_leaves_capacity_for_its_copy(
     """
     base = random_prompt(15, 1)
     groups = group_layers(windows)
-    blocks = sum(group.most_blocks(21, 8, budget) for group in groups)
+    blocks = sum(group.max_blocks(21, 8, budget) for group in groups)
     manager = Counted(
         blocks,
         8,

@@ -150,7 +150,7 @@ def logits_through_pages(
 ) -> mx.array:
     """The logits [L, vocab_size] after each token, computed in chunks of the given sizes, which sum to L."""
     layout = PageLayout(group_layers(model.config.windows), block_size, len(tokens))
-    pages = num_blocks or layout.most_blocks(len(tokens))
+    pages = num_blocks or layout.max_blocks(len(tokens))
     allocator, pool = BlockAllocator(pages), KVPool.for_model(model.config, pages, block_size, kv_dtype)
     tables, rows, start = layout.tables(allocator), [], 0
     for chunk in chunks:

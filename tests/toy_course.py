@@ -1,4 +1,4 @@
-"""A course of three small days, which lacks nothing, in a checkout of its own; the other tests change it."""
+"""A complete course of three small days in a temporary checkout, which tests then change."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tiny_llm_course.check import check
-from tiny_llm_course.house import House
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.syllabus import Syllabus, read_syllabus
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def test_task_2_doubles() -> None:
     assert double(4) == 8
 '''
 
-# An editable install finds `tiny_llm` by a finder of its own, wherever the path leads: not in this checkout.
+# An editable install finds `tiny_llm` with its own finder, whatever the path is; this checkout removes it.
 SITE = """import sys
 
 sys.meta_path[:] = [one for one in sys.meta_path if not type(one).__module__.startswith("_editable")]
@@ -151,8 +151,8 @@ API = "__all__ = []\n\n\ndef __getattr__(name):\n    raise AttributeError(name)\
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    """A checkout with a course of its own, which lacks nothing."""
+def repo(tmp_path: Path) -> Repo:
+    """A temporary checkout with a complete course."""
     files = {f"tests/second_solutions/{name}": source for name, source in SOLUTIONS.items()}
     files |= {
         "src/tiny_llm_course/syllabus.toml": SYLLABUS,
@@ -172,15 +172,15 @@ def house(tmp_path: Path) -> House:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, "utf-8")
-    return House(tmp_path, tmp_path / "src" / "tiny_llm")
+    return Repo(tmp_path, tmp_path / "src" / "tiny_llm")
 
 
-def syllabus_of(house: House) -> Syllabus:
-    return read_syllabus(house.syllabus)
+def syllabus_of(repo: Repo) -> Syllabus:
+    return read_syllabus(repo.syllabus)
 
 
-def write(house: House, module: str, source: str) -> None:
-    (house.overlay / f"{module}.py").write_text(source, "utf-8")
+def write(repo: Repo, module: str, source: str) -> None:
+    (repo.overlay / f"{module}.py").write_text(source, "utf-8")
 
 
 def replace(file: Path, old: str, new: str) -> None:
@@ -189,17 +189,17 @@ def replace(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new), "utf-8")
 
 
-def problems_of(house: House) -> list[str]:
-    found = check(house, syllabus_of(house), lambda what, done, total: None)
+def problems_of(repo: Repo) -> list[str]:
+    found = check(repo, syllabus_of(repo), lambda what, done, total: None)
     return [str(problem) for problem in found]
 
 
-def suite(house: House, day: int) -> Path:
-    return house.suites / f"test_week_1_day_{day}.py"
+def suite(repo: Repo, day: int) -> Path:
+    return repo.suites / f"test_week_1_day_{day}.py"
 
 
-def solution(house: House, module: str) -> Path:
-    [file] = house.root.glob(f"tests/second_solutions/*/{module}.py")
+def solution(repo: Repo, module: str) -> Path:
+    [file] = repo.root.glob(f"tests/second_solutions/*/{module}.py")
     return file
 
 

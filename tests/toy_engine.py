@@ -1,7 +1,7 @@
-"""An engine over the tiny model, the clients that ask it, and the oracle of what it must give them.
+"""An engine on the tiny model, clients for it, and the oracle of their results.
 
-`by_core` is the oracle: `EngineCore`, stepped by hand in the thread of the test. A `Held` core lets a test
-decide when a step begins. The fixtures `engine` and `held` are for tests that import them by name.
+`by_core` is the oracle: an `EngineCore`, stepped in the test's thread. With a `Held` core a test decides when
+each step starts. Tests import the fixtures `engine` and `held` by name.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_model import EOS, VOCAB, random_prompt, tiny_model
 
-SECONDS = 60  # a guard against hanging, not a speed that is asked for
+SECONDS = 60  # a limit against hanging, not a required speed
 BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
 TOKENIZER = Tokenizer(byte_level_bpe(BYTES[:VOCAB], [], "smollm"))
-POISON = 1  # a token that nobody else has, or ever gets
+POISON = 1  # a token that no other prompt contains and no request generates
 LONG = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
 
 
 class Said(NamedTuple):
-    """What one completion was given."""
+    """The result of one completion."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -40,7 +40,7 @@ class Said(NamedTuple):
 
 
 def make_core(model: Model | None = None, blocks: int = 60) -> EngineCore:
-    """Small enough for preemption, chunks and shared prefixes to happen in a crowd."""
+    """A core so small that many requests cause preemption, chunks and shared prefixes."""
     mx.eval([layer.self_attn.inv_freq for layer in tiny_model().layers])
     manager = PagedBatchManager(
         blocks, 4, 8, model=model or tiny_model(), max_batched_tokens=24, policies=policies(True, prefix=True)
@@ -49,13 +49,15 @@ def make_core(model: Model | None = None, blocks: int = 60) -> EngineCore:
 
 
 def make_engine(core: Callable[[], EngineCore] = make_core, **options: Any) -> Engine:
-    mx.eval([layer.self_attn.inv_freq for layer in tiny_model().layers])  # evaluated arrays cross threads
+    mx.eval(
+        [layer.self_attn.inv_freq for layer in tiny_model().layers]
+    )  # only evaluated arrays may cross threads
     return Engine(core, TOKENIZER, VOCAB, EngineConfig(**{"max_num_seqs": 8, **options}))
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """An engine that every test leaves without a request and without a page."""
+    """An engine. After the test, all requests must have ended and all pages must be free."""
     engine = make_engine()
     yield engine
     engine.stop()
@@ -63,7 +65,7 @@ def engine() -> Iterator[Engine]:
 
 
 class Held:
-    """Makes a core wait before each step until it is let: `step()` lets one, `let_go()` all."""
+    """Makes a core wait before each step. `step()` allows one step, `let_go()` allows all."""
 
     def __init__(self, engine: Engine) -> None:
         self._permits, self.begun = threading.Semaphore(0), threading.Semaphore(0)
@@ -79,15 +81,15 @@ class Held:
         core.step = held  # type: ignore[method-assign]
 
     def wait(self) -> None:
-        """Return when the core is about to take a step."""
+        """Wait until the core is about to make a step."""
         assert self.begun.acquire(timeout=SECONDS)
 
     def step(self) -> None:
-        """Let one step happen."""
+        """Allow one step."""
         self._permits.release()
 
     def let_go(self) -> None:
-        """Hold nobody any more."""
+        """Allow all further steps."""
         self._free = True
         self._permits.release()
 
@@ -100,7 +102,7 @@ def held(engine: Engine) -> Iterator[Held]:
 
 
 def crowd(size: int, seed: int) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts that partly begin alike, of many lengths, with parameters of every kind."""
+    """Prompts of many lengths, some with a common prefix, with parameters of every kind."""
     draw, common = random.Random(seed), random_prompt(13, seed)
     kinds = (
         {"temperature": 0.0},
@@ -119,7 +121,7 @@ def crowd(size: int, seed: int) -> list[tuple[list[int], SamplingParams]]:
 
 
 def by_core(prompt: list[int], params: SamplingParams) -> list[Said]:
-    """The oracle: a core of its own, stepped here; stop strings are looked for in the text of all tokens."""
+    """The oracle: a separate core, stepped here; stop strings are searched in the text of all tokens."""
     core = make_core()
     core.add_request("alone", prompt, params)
     given: dict[str, list[Any]] = {}
@@ -144,7 +146,7 @@ def by_core(prompt: list[int], params: SamplingParams) -> list[Said]:
 
 
 def said(events: list[RequestEvent]) -> list[Said]:
-    """What each completion was given."""
+    """The result of each completion."""
     found = []
     for index in range(1 + max(event.index for event in events)):
         own = [event for event in events if event.index == index]
@@ -165,7 +167,7 @@ async def heard(
 
 
 def hear(engine: Engine, prompt: Any, params: SamplingParams = LONG) -> list[RequestEvent]:
-    """The same for a thread."""
+    """Submit a request from this thread, and wait for all of its events."""
     request, deliveries = engine.request(prompt, params), SimpleQueue[list[Item]]()
     engine.submit([request], deliveries.put).result(SECONDS)
     heard = []
@@ -175,7 +177,7 @@ def hear(engine: Engine, prompt: Any, params: SamplingParams = LONG) -> list[Req
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine in an event loop of its own; nothing may hang."""
+    """Run a coroutine in a new event loop, with a time limit."""
 
     async def guarded() -> Any:
         async with asyncio.timeout(SECONDS):
@@ -185,7 +187,7 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
 
 
 async def begun(engine: Engine, held: Held, **more: Any) -> tuple[Any, RequestEvent]:
-    """A request that has given its first event; the next step has begun, and is held."""
+    """A request's stream and its first event; the next step has started, and is held."""
     events = engine.generate(random_prompt(5, 1), LONG, **more)
     first = asyncio.create_task(anext(events))  # type: ignore[arg-type]
     await asyncio.to_thread(held.wait)
@@ -195,7 +197,7 @@ async def begun(engine: Engine, held: Held, **more: Any) -> tuple[Any, RequestEv
 
 
 class Poisoned:
-    """The tiny model, which fails in any pass that has one token in it."""
+    """The tiny model, but it fails in any forward pass with the token `POISON`."""
 
     def __init__(self) -> None:
         self.config = tiny_model().config
@@ -207,7 +209,7 @@ class Poisoned:
 
 
 class Listening:
-    """Keeps what it hears, and is like every other in every other way."""
+    """A listener that records what it receives."""
 
     def __init__(self) -> None:
         self.heard: list[Item] = []

@@ -1,9 +1,9 @@
-"""The course of `toy_course`, with four exercises on day 1.2 in three parts; one module holds some of all."""
+"""The course of `toy_course` with four exercises on day 1.2, in three parts that share a module."""
 
 import pytest
 
-from tiny_llm_course.house import House
 from tiny_llm_course.progress import State, state
+from tiny_llm_course.repo import Repo
 from tiny_llm_course.source import with_blank
 from tiny_llm_course.units import Part
 from toy_course import HINTS, suite, syllabus_of
@@ -117,7 +117,7 @@ def test_task_4_goes_back() -> None:
 
 
 def solved(source: str, name: str, body: str) -> str:
-    """The source with a learner's own body in a function."""
+    """The source with a learner's body in a function."""
     return with_blank(source, name, "mine").replace('        raise NotImplementedError("mine")', body)
 
 
@@ -129,30 +129,30 @@ COUNT, LEAP, BACK = (
 
 
 @pytest.fixture
-def course(house: House) -> House:
-    """The house of `toy_course`, its day 1.2 cut into parts."""
-    text = house.syllabus.read_text("utf-8")
+def course(repo: Repo) -> Repo:
+    """The checkout of `toy_course`, with day 1.2 divided into parts."""
+    text = repo.syllabus.read_text("utf-8")
     first, rest = text.split('remove = ["counting.Counter._next"]')
     removed = 'remove = ["counting.Counter._next", "counting.Counter._before"]'
     later = rest[rest.index('[[day]]\nid = "1.3"') :]
     text = f"{first}{removed}{PARTS}\n{later}"
-    house.syllabus.write_text(text, "utf-8")
-    (house.reference / "counting.py").write_text(COUNTING, "utf-8")
-    suite(house, 2).write_text(SUITE, "utf-8")
+    repo.syllabus.write_text(text, "utf-8")
+    (repo.reference / "counting.py").write_text(COUNTING, "utf-8")
+    suite(repo, 2).write_text(SUITE, "utf-8")
     second = COUNTING
     for name, body in (("count", COUNT), ("leap", LEAP), ("back", BACK)):
         second = solved(second, f"Counter.{name}", body)
-    (house.root / "tests/second_solutions/week_1_day_2/counting.py").write_text(second, "utf-8")
-    return house
+    (repo.root / "tests/second_solutions/week_1_day_2/counting.py").write_text(second, "utf-8")
+    return repo
 
 
-def part(house: House, letter: str) -> Part:
-    return syllabus_of(house).day("1.2").part(letter)
+def part(repo: Repo, letter: str) -> Part:
+    return syllabus_of(repo).day("1.2").part(letter)
 
 
-def own(house: House, module: str = "counting") -> str:
-    return (house.overlay / f"{module}.py").read_text("utf-8")
+def own(repo: Repo, module: str = "counting") -> str:
+    return (repo.overlay / f"{module}.py").read_text("utf-8")
 
 
-def states(house: House) -> list[State]:
-    return [state(house, exercise) for exercise in syllabus_of(house).day("1.2").exercises]
+def states(repo: Repo) -> list[State]:
+    return [state(repo, exercise) for exercise in syllabus_of(repo).day("1.2").exercises]

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
+from tiny_llm.batch_manager import MAX_PROMPT_ROWS
 from tiny_llm.chunked_prefill import first_token_steps, plan_chunks, share_budget
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import Sequence
@@ -298,9 +298,9 @@ def test_task_3_the_sequences_are_not_changed() -> None:
 
 
 def test_task_3_a_prompt_whose_logits_are_all_asked_for_comes_in_smaller_chunks() -> None:
-    """Oracle: `batch_manager.wanted`: at most `PROMPT_ROWS_AT_ONCE` rows of logits in a step."""
-    length = PROMPT_ROWS_AT_ONCE + 10
-    assert planned([sequence("a", length, prompt_logprobs=0)], 1000) == [("a", 0, PROMPT_ROWS_AT_ONCE)]
+    """Oracle: `batch_manager.wanted`: at most `MAX_PROMPT_ROWS` rows of logits in a step."""
+    length = MAX_PROMPT_ROWS + 10
+    assert planned([sequence("a", length, prompt_logprobs=0)], 1000) == [("a", 0, MAX_PROMPT_ROWS)]
     assert planned([sequence("a", length)], 1000) == [("a", 0, length)]
 
 

@@ -1,7 +1,7 @@
-"""The model of a GGUF file as a checkpoint that vLLM reads: `gguf_checkpoint.py MODEL FOLDER`.
+"""Convert a GGUF file into a checkpoint that vLLM reads: `gguf_checkpoint.py MODEL FOLDER`.
 
-transformers reads the file, and what it read is written unquantized: in bfloat16 where the processor computes
-in it, else in float32, which is several times faster there.
+transformers reads the file, and its weights are written unquantized: in bfloat16 if the processor supports
+it, else in float32, which is several times faster on such a processor.
 """
 
 import sys
@@ -16,7 +16,7 @@ DTYPE = "bfloat16" if FLAGS & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
 def write_checkpoint(gguf: Path, folder: Path) -> None:
-    """The weights of DTYPE, the configuration and the tokenizer; the output projection is the embedding."""
+    """Write weights in DTYPE, configuration and tokenizer; the output projection is tied to the embedding."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, DTYPE)
     )

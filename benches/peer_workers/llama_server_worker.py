@@ -1,4 +1,4 @@
-"""llama.cpp's server with 16 slots, and 16 clients of it, over 127.0.0.1."""
+"""Worker for llama.cpp's server: starts it with 16 slots and sends the jobs from 16 clients on 127.0.0.1."""
 
 import json
 import os
@@ -18,14 +18,14 @@ model, threads, binary = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return an unused TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def ask(path: str, body: dict[str, object] | None = None) -> dict[str, object]:
-    """One request to the server, and what it answers."""
+    """Send one request to the server and return its JSON answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=600) as answer:
@@ -33,7 +33,7 @@ def ask(path: str, body: dict[str, object] | None = None) -> dict[str, object]:
 
 
 def wait_until_ready() -> None:
-    """Until the model is loaded; the server must answer within a minute."""
+    """Wait until the model is loaded. Raises TimeoutError after about a minute."""
     for _ in range(600):
         try:
             ask("/health")
@@ -44,7 +44,7 @@ def wait_until_ready() -> None:
 
 
 def run(job: Job) -> int:
-    """16 clients; each takes the next request when it has its answer."""
+    """Run the job with 16 clients; each sends its next request after an answer. Returns output tokens."""
 
     def complete(prompt: list[int]) -> int:
         body = {"prompt": prompt, "n_predict": job.output_tokens, "ignore_eos": True, "temperature": 0}

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching on a GGUF file; runs in an environment that has `openvino-genai`."""
+"""Worker for OpenVINO GenAI: continuous batching of a GGUF model, in an environment with `openvino-genai`."""
 
 import sys
 from importlib.metadata import version
@@ -17,7 +17,7 @@ pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", {"INFERENCE
 
 
 def run(job: Job) -> int:
-    """All requests at once: the pipeline itself runs 16 of them at a time."""
+    """Submit all requests at once; the pipeline runs 16 at a time. Returns output tokens."""
     config = genai.GenerationConfig(max_new_tokens=job.output_tokens, ignore_eos=True, do_sample=False)
     prompts = [Tensor(np.array([prompt], dtype=np.int64)) for prompt in job.prompts]
     results = pipeline.generate(prompts, [config] * len(prompts))

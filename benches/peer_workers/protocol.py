@@ -1,6 +1,6 @@
-"""What a measured engine and the benchmark say to each other: one line of JSON for each job and each answer.
+"""Protocol between the benchmark and an engine's worker: one line of JSON for each job and each answer.
 
-Standard library only, because it runs in the environments of engines that do not know this project.
+Uses only the standard library, because it runs in the environments of other engines.
 """
 
 import json
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what an engine prints, from its libraries too, is no answer
+os.dup2(2, 1)  # stdout now goes to stderr, so that an engine's or library's prints are not read as answers
 
 
 class Job(NamedTuple):
-    """Prompts in token ids, and how many tokens each gets: greedy, whatever they are. 16 run at a time."""
+    """Prompts as token ids, and the output tokens of each: greedy, EOS ignored, 16 requests at a time."""
 
     prompts: list[list[int]]
     output_tokens: int
 
 
 def serve(version: str, run: Callable[[Job], int]) -> None:
-    """Say that the engine is ready, then run the jobs that arrive; `run` returns how many tokens came out."""
+    """Report that the engine is ready, then run the jobs from stdin; `run` returns the output tokens."""
     print(json.dumps({"version": version}), file=_answers, flush=True)
     for line in sys.stdin:
         job = Job(**json.loads(line))

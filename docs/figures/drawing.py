@@ -1,7 +1,7 @@
-"""A figure as SVG text: boxes, arrows and labels, readable on light and dark backgrounds.
+"""Draw a figure as SVG text: boxes, arrows and labels, readable on light and dark backgrounds.
 
-A figure paints its own background and follows the reader's colour scheme (`prefers-color-scheme`). Fonts are
-the reader's, so labels leave a tenth of the width free. Knows nothing of what is drawn.
+A figure paints its own background and follows the viewer's colour scheme (`prefers-color-scheme`). The viewer
+chooses the fonts, so labels leave a tenth of the width free. This module does not know any figure.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ LINE_HEIGHT = 17
 
 
 class Drawing:
-    """A figure of a given size in pixels; later marks lie on top of earlier ones."""
+    """A figure of a given size in pixels; later marks are drawn over earlier ones."""
 
     def __init__(self, width: int, height: int, title: str, description: str) -> None:
         self._size = (width, height)
@@ -27,9 +27,9 @@ class Drawing:
     def box(
         self, x: float, y: float, width: float, height: float, style: str = "panel", lines: Sequence[str] = ()
     ) -> None:
-        """A box with text from its upper left corner: a title in a fixed-width font, then plain lines.
+        """Draw a box with left-aligned text: a title in a fixed-width font, then plain lines.
 
-        style: a hue of the palette, or "panel", or "zone" for an area that holds other boxes.
+        style: a hue of the palette, or "panel", or "zone" for an area that contains other boxes.
         """
         self._marks.append(f'<g class="{style}">')
         self._marks.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8"/>')
@@ -39,27 +39,27 @@ class Drawing:
         self._marks.append("</g>")
 
     def label(self, x: float, y: float, text: str, kind: str = "text", anchor: str = "start") -> None:
-        """One line of text on the baseline y. kind: "name", "text", "small" or "head"."""
+        """Draw one line of text on the baseline y. kind: "name", "text", "small" or "head"."""
         self._marks.append(
             f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
         )
 
     def chip(self, x: float, y: float, width: float, style: str, text: str) -> None:
-        """A small tinted label, 20 pixels high."""
+        """Draw a small tinted label, 20 pixels high."""
         self._marks.append(f'<g class="{style}">')
         self._marks.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="20" rx="5"/>')
         self.label(x + width / 2, y + 14, text, "chip", "middle")
         self._marks.append("</g>")
 
     def arrow(self, points: Iterable[Point], dashed: bool = False) -> None:
-        """A line through points with a head at the last one."""
+        """Draw a line through points with an arrowhead at the last one."""
         first, *rest = [f"{x:g} {y:g}" for x, y in points]
         path = f"M{first} " + " ".join(f"L{point}" for point in rest)
         kind = "arrow dashed" if dashed else "arrow"
         self._marks.append(f'<path class="{kind}" d="{path}" marker-end="url(#head)"/>')
 
     def svg(self) -> str:
-        """The whole file."""
+        """Return the whole SVG file."""
         width, height = self._size
         opening = (
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width} {height}" '
@@ -76,7 +76,7 @@ _HEAD = (
 
 
 def _style() -> str:
-    """The style element: shapes and fonts, then the colours, light and dark."""
+    """The style element: shapes and fonts, then the light and the dark colours."""
     light, dark = palettes()
     shapes = [
         "rect { stroke-width: 1 }",
@@ -94,7 +94,7 @@ def _style() -> str:
 
 
 def _colours(palette: Palette) -> list[str]:
-    """The rules of one colour scheme."""
+    """The CSS rules of one colour scheme."""
     plain = palette.plain
     rules = [
         f".paper {{ fill: {plain['paper']} }}",

@@ -1,6 +1,6 @@
-"""The figure of the packages: what each is, and what it imports.
+"""The figure of the packages: what each one does, and what it imports.
 
-`IMPORTS` is the table that ARCHITECTURE.md prints; a test holds the two equal.
+`IMPORTS` is the import table in ARCHITECTURE.md; a test checks that the two are equal.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ IMPORTS = {
     "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
 }
 
-# Imports that are drawn as a straight arrow down, and where. All others are arrows sideways, arrows around
-# the stack to the overlay, or small labels.
+# Imports drawn as a straight arrow down, by the x coordinate of the arrow. All others are drawn as arrows
+# sideways, as arrows around the stack to the overlay, or as small labels.
 DOWN = {
     ("benches", "tiny_llm_cli"): 240,
     ("labs", "tiny_llm_cli"): 490,
@@ -33,16 +33,16 @@ DOWN = {
     ("tiny_llm_ref", "tiny_llm_kernels"): 240,
     ("tiny_llm_ref", "tiny_llm_checkpoints"): 622,
 }
-LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and how far outside of it the outer arrows run
+LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and the distance of the outer arrows from it
 SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels")]
 AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT, "labs": RIGHT}
 
 
 class Package(NamedTuple):
-    """A package's place in the figure, and one line of what it does."""
+    """A package: its position in the figure, and one line about it."""
 
     name: str
-    does: str
+    summary: str
     x: float
     y: float
     width: float
@@ -51,20 +51,20 @@ class Package(NamedTuple):
 
     @property
     def middle(self) -> float:
-        """The height of its middle."""
+        """The y coordinate of its middle."""
         return self.y + self.height / 2
 
     @property
     def bottom(self) -> float:
-        """Its lower edge."""
+        """The y coordinate of its lower edge."""
         return self.y + self.height
 
 
 PACKAGES = {
     package.name: package
     for package in (
-        Package("benches", "one question each, figures as JSON", LEFT, 20, 355),
-        Package("labs", "the book's experiments", 445, 20, 355),
+        Package("benches", "benchmarks, one question each", LEFT, 20, 355),
+        Package("labs", "experiments of the course", 445, 20, 355),
         Package("tiny_llm_cli", "the tiny-llm command", LEFT, 132, 475),
         Package("tiny_llm_server", "OpenAI's API over HTTP", LEFT, 244, 355),
         Package("tiny_llm_course", "syllabus, starters, tests, hints", 445, 244, 355),
@@ -73,18 +73,18 @@ PACKAGES = {
         ),
         Package("tiny_llm_ref", "reference: the complete engine, flat", LEFT, 450, 740, "blue", 58),
         Package("tiny_llm_kernels", "MLX operators in C++ for the CPU", LEFT, 544, 355, "orange", 58),
-        Package("tiny_llm_checkpoints", "what a model file says", 445, 544, 355, "teal", 58),
+        Package("tiny_llm_checkpoints", "readers of model files", 445, 544, 355, "teal", 58),
     )
 }
 
 
 def draw() -> str:
-    """The figure as SVG."""
+    """Return the figure as SVG."""
     figure = Drawing(
         860,
         640,
         "The packages of tiny-llm and their imports",
-        "An arrow leads from a package to one that it imports. "
+        "An arrow points from a package to one that it imports. "
         + " ".join(f"{name} imports {', '.join(uses) or 'none of them'}." for name, uses in IMPORTS.items()),
     )
     for points in _arrows():
@@ -96,7 +96,7 @@ def draw() -> str:
 
 
 def _draw_package(figure: Drawing, package: Package) -> None:
-    figure.box(*package[2:5], package.height, package.style, [package.name, package.does])
+    figure.box(*package[2:5], package.height, package.style, [package.name, package.summary])
     x = package.x + 14
     for name in _labels(package.name):
         short = name.removeprefix("tiny_llm_")
@@ -107,14 +107,14 @@ def _draw_package(figure: Drawing, package: Package) -> None:
 
 
 def _labels(name: str) -> list[str]:
-    """The imports of a package that are not drawn as arrows."""
+    """The imports of a package that are drawn as labels."""
     drawn = {lower for upper, lower in [*DOWN, *SIDEWAYS] if upper == name}
     around = {"tiny_llm"} if name in AROUND else set()
     return [imported for imported in IMPORTS[name] if imported not in drawn | around]
 
 
 def _arrows() -> list[list[Point]]:
-    """Every import that is drawn as an arrow."""
+    """Every import that is drawn as an arrow, as its points."""
     down = [_down(upper, lower, x) for (upper, lower), x in DOWN.items()]
     sideways = [_sideways(right, left) for right, left in SIDEWAYS]
     return [*down, *sideways, *(_around(name, edge) for name, edge in AROUND.items())]
@@ -130,7 +130,7 @@ def _sideways(right: str, left: str) -> list[Point]:
 
 
 def _around(name: str, edge: float) -> list[Point]:
-    """From a package around the stack's edge to the overlay."""
+    """The points of an arrow from a package around the stack's edge to the overlay."""
     away = -1 if edge == LEFT else 1
     start, end = PACKAGES[name].middle, PACKAGES["tiny_llm"].middle
     outside = edge + away * OUTSIDE

@@ -1,4 +1,4 @@
-"""Write the figures of ARCHITECTURE.md beside this file: `pdm run figures`."""
+"""Write the figures of ARCHITECTURE.md into this folder: `pdm run figures`."""
 
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -11,7 +11,7 @@ FIGURES: dict[str, Callable[[], str]] = {"layers.svg": layers.draw, "token_path.
 
 
 def main() -> None:
-    """Write every figure, and print which."""
+    """Write every figure and print its path."""
     ArgumentParser(prog="pdm run figures", description=__doc__).parse_args()
     for name, draw in FIGURES.items():
         (Path(__file__).parent / name).write_text(draw(), encoding="utf-8")

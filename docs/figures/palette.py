@@ -1,6 +1,6 @@
-"""The colours of the figures: those of the live page, read from its style sheet, light and dark.
+"""The light and dark colours of the figures: those of the live page, read from its style sheet.
 
-Colours are written as sRGB hex values, because not every viewer of SVG knows `oklch`.
+Colours are written as sRGB hex values, because some SVG viewers do not support `oklch`.
 """
 
 import re
@@ -13,7 +13,7 @@ HUES = {"blue": 250, "orange": 40, "teal": 190, "green": 130, "violet": 280, "ro
 
 
 class Tint(NamedTuple):
-    """Three colours of one hue: an area, its border, and text that is legible on the area."""
+    """Three colours of one hue: an area, its border, and the text on it."""
 
     fill: str
     edge: str
@@ -21,21 +21,21 @@ class Tint(NamedTuple):
 
 
 class Palette(NamedTuple):
-    """The page's colours in one colour scheme; `plain` by the names of its variables, `tints` by hue."""
+    """The page's colours in one colour scheme: `plain` by CSS variable, `tints` by hue."""
 
     plain: dict[str, str]
     tints: dict[str, Tint]
 
 
 def palettes() -> tuple[Palette, Palette]:
-    """The light and the dark palette. The dark one takes from the light one what it does not change."""
+    """Return the light and the dark palette; the dark one inherits the colours that it does not change."""
     light_rule, dark_rule = re.findall(r":root \{(.*?)\}", STYLE_SHEET.read_text(encoding="utf-8"), re.S)[:2]
     light = _variables(light_rule)
     return _palette(light), _palette(light | _variables(dark_rule))
 
 
 def _variables(rule: str) -> dict[str, str]:
-    """The custom properties of a CSS rule, `--name: value;`, by name."""
+    """Return the custom properties (`--name: value;`) of a CSS rule by name."""
     return dict(re.findall(r"--([\w-]+):\s*([^;]+);", rule))
 
 
@@ -52,7 +52,7 @@ def _tint(variables: dict[str, str], hue: float) -> Tint:
 
 
 def oklch_to_hex(lightness: float, chroma: float, hue: float) -> str:
-    """A colour of CSS's `oklch(lightness chroma hue)`, hue in degrees, as `#rrggbb`, clipped to sRGB.
+    """Convert CSS's `oklch(lightness chroma hue)`, hue in degrees, to `#rrggbb`, clipped to sRGB.
 
     >>> oklch_to_hex(1.0, 0.0, 0.0)
     '#ffffff'
@@ -72,5 +72,5 @@ def oklch_to_hex(lightness: float, chroma: float, hue: float) -> str:
 
 
 def _gamma(value: float) -> float:
-    """A linear sRGB component, 0 to 1, as it is stored."""
+    """Gamma-encode a linear sRGB component from 0 to 1."""
     return 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055

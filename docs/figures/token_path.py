@@ -1,4 +1,4 @@
-"""The figure of a token's path: from a prompt to an event, through one thread that owns every array."""
+"""The figure of a token's path from a prompt to an event, through the one thread that owns every array."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,15 @@ from drawing import Drawing
 
 CALLER, ENGINE = 20, 340  # left edges of the two columns
 STEP_X, STEP_WIDTH = 372, 436
-CROSSING = ("Many threads and event loops may call.", "Messages and events cross the gap,", "never an array.")
+CROSSING = (
+    "Many threads and event loops may call.",
+    "Only messages and events pass between",
+    "the threads, never arrays.",
+)
 
 
 class Stage(NamedTuple):
-    """A stage of a step: its name, what it works on, the classes and functions that do it."""
+    """A stage of a step: its name, its data, and the classes and functions that implement it."""
 
     name: str
     on: str
@@ -42,23 +46,23 @@ STAGES = (
         "sample",
         "one row at a time",
         "violet",
-        ("adjust_logits, sample_token: the request's own", "parameters, seed and output index"),
+        ("adjust_logits, sample_token: by the request's", "parameters, seed and output index"),
     ),
     Stage(
         "commit",
         "integers",
         "blue",
         (
-            "the token is appended; ended sequences return their",
-            "pages; a beam search advances: its new beams are",
-            "forks of the beams before",
+            "append the token; finished sequences release their",
+            "blocks; a beam search advances: its new beams are",
+            "forks of the previous beams",
         ),
     ),
 )
 
 
 def draw() -> str:
-    """The figure as SVG."""
+    """Return the figure as SVG."""
     figure = Drawing(
         860,
         760,
@@ -78,7 +82,7 @@ def draw() -> str:
 
 
 def _draw_request(figure: Drawing) -> None:
-    """From the prompt to the waiting queue."""
+    """Draw the path from the prompt to the waiting queue."""
     boxes = (
         (58, 59, ["prompt", "text, token ids or messages"]),
         (151, 59, ["Tokenizer, ChatTemplate", "encode to token ids"]),
@@ -88,14 +92,14 @@ def _draw_request(figure: Drawing) -> None:
         figure.box(CALLER + 16, y, 238, height, "panel", lines)
     figure.arrow([(155, 117), (155, 149)])
     figure.arrow([(155, 210), (155, 242)])
-    figure.box(STEP_X, 58, STEP_WIDTH, 59, "panel", ["EngineLoop", "first the inbox's tasks, then one step"])
+    figure.box(STEP_X, 58, STEP_WIDTH, 59, "panel", ["EngineLoop", "run the inbox's tasks, then one step"])
     figure.box(
         STEP_X,
         151,
         STEP_WIDTH,
         59,
         "panel",
-        ["BatchManager.add_request", "admission: a request is refused here or never"],
+        ["BatchManager.add_request", "admission: a request can be rejected only here"],
     )
     figure.arrow([(590, 117), (590, 149)])
     figure.arrow([(274, 273), (315, 273), (315, 87), (STEP_X - 2, 87)], dashed=True)
@@ -105,7 +109,7 @@ def _draw_request(figure: Drawing) -> None:
 
 
 def _draw_step(figure: Drawing) -> None:
-    """The loop of `EngineCore.step`."""
+    """Draw the loop of `EngineCore.step`."""
     figure.arrow([(590, 210), (590, 242)])
     figure.label(600, 231, "waiting, then running", "small")
     figure.box(STEP_X - 16, 244, STEP_WIDTH + 32, 400, "panel")
@@ -120,7 +124,7 @@ def _draw_step(figure: Drawing) -> None:
 
 
 def _draw_answer(figure: Drawing) -> None:
-    """From the step's tokens back to the caller."""
+    """Draw the path from the step's tokens back to the caller."""
     figure.arrow([(590, 644), (590, 664)])
     figure.box(
         STEP_X,

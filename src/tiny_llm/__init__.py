@@ -1,11 +1,21 @@
-"""tiny_llm: the learner's modules where there are any, and the reference's everywhere else.
+"""A small LLM serving engine: continuous batching, paged KV cache, prefix caching, OpenAI-compatible server.
 
-A module that is not written here falls through to the reference's file, loaded as `tiny_llm.X`, and
-its relative imports find the learner's modules first. `TINY_LLM_OVERLAY` names another folder to
-look in instead of this one; an empty folder is the plain reference. A file that overrides nothing
-is an error: without it, a misspelled module would be the reference's, silently. Only `my_*.py` may be new:
-helper files of the learner's own.
+>>> from tiny_llm import LLM, SamplingParams
+>>> with LLM() as llm:  # the embedded model, SmolLM2-135M-Instruct
+...     [output] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=1))
+>>> output.outputs[0].text
+' Paris'
+
+`LLM` has `generate`, `chat`, `stream`, `stream_chat` and `beam_search`; `LLM.engine` has `generate` and
+`chat` for coroutines. Names and defaults follow vLLM's. `SamplingParams` has the parameters of a request,
+`EngineConfig` those of the engine. On the command line: `tiny-llm --help`.
 """
+
+# This package is an overlay. A module is loaded from this folder if it is here (a learner's own version of a
+# day's module), and otherwise from tiny_llm_ref, under the name `tiny_llm.X`; its relative imports find the
+# learner's modules first. TINY_LLM_OVERLAY names another folder to use instead of this one; with an empty
+# folder, everything comes from the reference. A file that does not override a module is an error, because a
+# misspelled name would otherwise silently load the reference. Only `my_*.py`, helper files, may be new.
 
 import os
 from importlib.util import find_spec
@@ -14,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 
 def _search_path() -> list[str]:
-    """The overlay folder first, the reference's folder behind it."""
+    """The overlay folder first, then the reference's folder."""
     reference = find_spec("tiny_llm_ref")
     if reference is None or reference.submodule_search_locations is None:
         raise ImportError("tiny_llm_ref is not installed: run `pdm install`")
@@ -30,7 +40,7 @@ def _search_path() -> list[str]:
 
 
 def _refuse(name: str, known: set[str], overlay: Path) -> NoReturn:
-    """Raise the error for a file that no module of the reference is named like."""
+    """Raise ImportError for a file whose name is not the name of a module of the reference."""
     from difflib import get_close_matches
 
     guess = get_close_matches(name, known, n=1)
@@ -44,4 +54,4 @@ __path__ = _search_path()
 if TYPE_CHECKING:
     from tiny_llm_ref.api import *  # noqa: F403
 else:  # hidden from type checkers, which would take every name for the Any of __getattr__
-    from .api import __all__, __getattr__  # noqa: F401 (re-exported)
+    from .api import __all__, __dir__, __getattr__  # noqa: F401 (re-exported)

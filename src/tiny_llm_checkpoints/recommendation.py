@@ -1,8 +1,8 @@
-"""What a model's files recommend for sampling: generation_config.json, or a GGUF's general.sampling.
+"""Sampling parameters that a model's files recommend: generation_config.json, or a GGUF's general.sampling.
 
-Which fields count is vLLM's choice: `do_sample` has no effect, and fields of other kinds of sampling (beams,
-mirostat, XTC) are ignored, because they are recommendations and not part of the model. Knows nothing of
-requests: the engine checks the values.
+The fields that count are those that vLLM uses: `do_sample` has no effect, and fields of other kinds of
+sampling (beams, mirostat, XTC) are ignored. Does not know what a request may have: the engine checks the
+values.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .embedded import packaged_sampling
 from .errors import reading
 from .json_file import read_json
 from .model_config import ModelConfig
@@ -35,7 +36,7 @@ _GGUF_FIELDS = {
 
 
 class Setting(NamedTuple):
-    """One recommended value. name: the file's word for it; field: the one of `SamplingParams`."""
+    """One recommended value. name: the file's name for it; field: the field of `SamplingParams`."""
 
     name: str
     field: str
@@ -44,37 +45,46 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What a file recommends, not yet checked. fields: from the file's names to those of `SamplingParams`."""
+    """Recommended sampling parameters, not yet checked.
+
+    file: the file they belong to. settings: values by the file's own names. fields: from the file's names to
+    the fields of `SamplingParams`. source: where the values come from, for people to read.
+    """
 
     file: Path
     settings: Mapping[str, Any]
     fields: Mapping[str, str]
+    source: str
 
     def __iter__(self) -> Iterator[Setting]:
-        """The values that are there, in the order of `fields`."""
+        """The values that the file has, in the order of `fields`."""
         for name, field in self.fields.items():
             if (value := self.settings.get(name)) is not None:
                 yield Setting(name, field, _shortest(value))
 
 
 def of_folder(folder: Path) -> Recommendation:
-    """What a folder's generation_config.json recommends; nothing where there is none."""
+    """What a folder's generation_config.json recommends; nothing if the folder does not have that file."""
     file = folder / FILE
-    return Recommendation(file, read_json(file) if file.exists() else {}, _JSON_FIELDS)
+    return Recommendation(file, read_json(file) if file.exists() else {}, _JSON_FIELDS, FILE)
 
 
 def of_gguf(file: Path, metadata: Mapping[str, Any]) -> Recommendation:
-    """What a GGUF file recommends."""
-    return Recommendation(file, metadata, _GGUF_FIELDS)
+    """What a GGUF file recommends. For a packaged model whose file recommends nothing: its table."""
+    recommended = Recommendation(file, metadata, _GGUF_FIELDS, "general.sampling")
+    packaged = None if any(recommended) else packaged_sampling(file)
+    if packaged is None:
+        return recommended
+    return Recommendation(file, packaged.params, {name: name for name in packaged.params}, packaged.source)
 
 
 def with_its_ends(config: ModelConfig, recommended: Recommendation) -> ModelConfig:
-    """The configuration with the end-of-sequence ids of a generation_config.json beside its own."""
+    """The configuration with the end-of-sequence ids of a generation_config.json added to its own."""
     with reading(recommended.file):
         ids = token_ids(recommended.settings, "eos_token_id")
         return replace(config, eos_token_ids=tuple(sorted({*config.eos_token_ids, *ids})))
 
 
 def _shortest(value: Any) -> Any:
-    """A GGUF file rounds 0.95 to float32: the shortest number that it can have been is meant."""
+    """Undo the rounding of a GGUF file to float32: 0.95 is stored as 0.949999988, and 0.95 is meant."""
     return float(f"{value:.7g}") if isinstance(value, float) else value

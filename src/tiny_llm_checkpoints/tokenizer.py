@@ -126,7 +126,7 @@ class Tokenizer:
         """
         known = self._texts.get(token_id)
         if known is None:
-            stream = self.stream_within()
+            stream = self.stream_mid_text()
             known = stream.push(token_id) + stream.flush()
             if token_id < self.vocab_size:  # bounds the cache
                 self._texts[token_id] = known
@@ -149,11 +149,11 @@ class Tokenizer:
         """A detokenizer for one sequence that starts with `prompt`; it does not repeat the prompt's text."""
         return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens)
 
-    def stream_within(self) -> "Detokenizer":
+    def stream_mid_text(self) -> "Detokenizer":
         """A detokenizer for ids in the middle of a text whose start does not matter."""
         return self._mid_text.fork()
 
-    def spelled(self, text: str) -> list[str | int]:
+    def split_control_tokens(self, text: str) -> list[str | int]:
         """Split a text into its characters and the ids of the control tokens that it spells, in order."""
         names = [name for name in self.control_tokens if name and name in text]
         if not names:

@@ -1,32 +1,35 @@
-"""The commands put together. Importing this imports every command's module, so those stay light."""
+"""The `tiny-llm` command, put together. It imports every command's module, so those stay light."""
 
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_group
+from typer.main import get_command
 
 from .bench import bench_app
 from .chat import chat
+from .command import Command, Group
 from .generate import generate
 from .info import info
-from .options import GroupedCommand
 from .serve import serve
 
 
 def command() -> TyperGroup:
     """The whole `tiny-llm` command."""
     app = typer.Typer(
-        add_completion=False,
-        rich_markup_mode=None,  # rich's help imports for longer than everything else together
+        cls=Group,
+        add_completion=True,
+        rich_markup_mode=None,  # importing rich takes longer than everything else that --help does
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_tiny_llm)
     for function in (chat, generate, serve, info):
-        app.command(cls=GroupedCommand)(function)
+        app.command(cls=Command)(function)
     app.add_typer(bench_app, name="bench")
-    return get_group(app)
+    whole = get_command(app)
+    assert isinstance(whole, TyperGroup)
+    return whole
 
 
 def _print_version(wanted: bool) -> None:
@@ -40,13 +43,18 @@ def _print_version(wanted: bool) -> None:
 def _tiny_llm(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option("--version", "-v", help="Print the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """A small engine that serves a real language model.
+    """Run language models: chat, complete prompts in batches, serve OpenAI's API.
 
     \b
     tiny-llm chat "What is the capital of France?"
+    tiny-llm generate "Once upon a time" "The sky is"
+    tiny-llm serve
+
+    A model comes with the installation. `tiny-llm COMMAND --help` explains a command.
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

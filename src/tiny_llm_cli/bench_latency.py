@@ -1,4 +1,4 @@
-"""One stream, measured: `bench latency`."""
+"""Measures one request at a time: `bench latency`."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from tiny_llm import LLM, SamplingParams
 
-from .workload import Progress, RandomPrompts, what_was_run
+from .workload import Progress, RandomPrompts, run_conditions
 
 
 class LatencyRun(NamedTuple):
-    """What is run: prompts and outputs in tokens, and how often."""
+    """What to run: the lengths of prompts and outputs in tokens, and how often."""
 
     prefill_tokens: int
     prompt_tokens: int
@@ -22,14 +22,14 @@ class LatencyRun(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Seconds from the request to its first token, and from there to its last."""
+    """Seconds from the request to its first token, and from the first token to the last."""
 
     first: float
     rest: float
 
 
 def measure_latency(llm: LLM, run: LatencyRun, progress: Progress) -> dict[str, object]:
-    """Medians and extremes over the repetitions, and what was run."""
+    """Return medians and extremes over the repetitions, and the conditions of the run."""
     prompts = RandomPrompts(llm, run.seed)
     prefills, decodes = [], []
     total = run.warmups + run.repetitions
@@ -43,12 +43,12 @@ def measure_latency(llm: LLM, run: LatencyRun, progress: Progress) -> dict[str, 
         **_spread("decode_tokens_per_s", [(run.output_tokens - 1) / stream.rest for stream in decodes]),
         **_spread("prefill_tokens_per_s", [run.prefill_tokens / stream.first for stream in prefills]),
         **_spread("ttft_ms", [1000 * stream.first for stream in decodes]),
-        "run": what_was_run(llm, run._asdict()),
+        "run": run_conditions(llm, run._asdict()),
     }
 
 
 def _stream(llm: LLM, tokens: list[int], max_tokens: int) -> Stream:
-    """Run one greedy request alone, end-of-sequence tokens ignored."""
+    """Run one greedy request while nothing else runs; end-of-sequence tokens are ignored."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     start = perf_counter()
     moments = [perf_counter() for _ in llm.stream(tokens, params)]
@@ -56,5 +56,5 @@ def _stream(llm: LLM, tokens: list[int], max_tokens: int) -> Stream:
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The median under `name`, and the extremes beside it."""
+    """The median under `name`, the extremes under `name_min` and `name_max`."""
     return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 
@@ -13,13 +14,15 @@ import httpx2
 from .serve_load import Answer, ServeRun, put_load
 from .workload import Progress
 
-CLOSED = (httpx2.RemoteProtocolError, httpx2.NetworkError)  # how a connection ends that its server has closed
+CLOSED = (httpx2.RemoteProtocolError, httpx2.NetworkError)  # what a connection raises that the server closed
+LONGEST_MESSAGE = 300  # characters of a server's message
 
 
 def measure_server(run: ServeRun, progress: Progress) -> dict[str, object]:
-    """Ask a server that runs already; the figures, and what was asked.
+    """Send requests to a running server and return the figures, with the run itself.
 
-    Raises ValueError where there is no server, or where it has more than one model and none is named.
+    Raises ValueError if the server does not answer, requires an API key, or has several models and none is
+    named.
     """
     return asyncio.run(_measure(run, progress))
 
@@ -41,12 +44,17 @@ async def _client(run: ServeRun) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 async def _only_model(client: httpx2.AsyncClient, run: ServeRun) -> str:
+    """The name of the server's model. Raises ValueError unless it has exactly one."""
+    url = f"{run.base_url}/v1/models"
     try:
-        answer = await client.get("/v1/models")
-        answer.raise_for_status()
-        names = [str(model["id"]) for model in answer.json()["data"]]
-    except (httpx2.HTTPError, KeyError, ValueError) as error:
-        raise ValueError(f"{run.base_url}/v1/models does not answer: {error}") from error
+        response = await client.get("/v1/models")
+        if response.status_code != HTTPStatus.OK:
+            raise ValueError(f"{url}: {_said(response, run)}")
+        names = [str(model["id"]) for model in response.json()["data"]]
+    except httpx2.HTTPError as error:
+        raise ValueError(f"{url} does not answer: {error}") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{url} is not a list of models in OpenAI's format") from error
     if len(names) != 1:
         raise ValueError(
             f"{run.base_url} has {len(names)} models: name one with --model ({', '.join(names)})"
@@ -54,8 +62,29 @@ async def _only_model(client: httpx2.AsyncClient, run: ServeRun) -> str:
     return names[0]
 
 
+def _said(response: httpx2.Response, run: ServeRun) -> str:
+    """What a response that is an error says: its status, and the server's message or what to do."""
+    status = response.status_code
+    message = f"{status}: {_message(response)[:LONGEST_MESSAGE]}"
+    if status == HTTPStatus.UNAUTHORIZED and not run.api_key:
+        return f"the server requires an API key: --api-key or OPENAI_API_KEY ({status})"
+    if status == HTTPStatus.UNAUTHORIZED:
+        return f"the server rejects this API key ({message})"
+    if status == HTTPStatus.FORBIDDEN and not run.api_key:
+        return f"{message} (if it requires an API key: --api-key or OPENAI_API_KEY)"
+    return message
+
+
+def _message(response: httpx2.Response) -> str:
+    """The message of an error in OpenAI's format, or else the whole text, or else the name of the status."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text.strip() or response.reason_phrase
+
+
 async def _ask(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any]) -> Answer:
-    """One request; sent again where its server had closed the connection that it came by."""
+    """Send one request; send it once more if the server had closed the connection that it went to."""
     for may_try_again in (True, False):
         answer = Answer(prompt_tokens=_num_sent(job), is_counted=True)
         try:
@@ -71,12 +100,11 @@ async def _ask(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any]) -
 
 
 async def _read(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any], answer: Answer) -> None:
-    """Send a request, and take its answer piece by piece."""
+    """Send a request and read its answer piece by piece."""
     async with client.stream("POST", run.endpoint, json=job) as response:
-        if response.status_code != 200:
-            answer.error = (
-                f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
-            )
+        if response.status_code != HTTPStatus.OK:
+            await response.aread()
+            answer.error = _said(response, run)
             return
         async for line in response.aiter_lines():
             data = line.removeprefix("data:").strip()
@@ -85,17 +113,17 @@ async def _read(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any], 
 
 
 def _num_sent(job: dict[str, Any]) -> int:
-    """Tokens of a prompt, or words of a chat, which are about as many."""
+    """The number of tokens of a prompt; of a chat the number of words, which is about the same."""
     return len(job["prompt"] if "prompt" in job else job["messages"][0]["content"].split())
 
 
 def _take(answer: Answer, event: dict[str, Any]) -> None:
-    """Note what an event says: a piece of the answer, its usage, or that it failed."""
+    """Note what an event contains: a piece of the answer, its usage, or an error."""
     if event.get("error"):
         answer.error = str(event["error"])
     for choice in event.get("choices") or ():
         has_text = _has_text(choice)
-        # A chat's stream opens with the role, before any token.
+        # The stream of a chat starts with the role, before any token.
         if has_text or answer.moments or "delta" not in choice or choice.get("finish_reason"):
             answer.moments.append(perf_counter())
         if answer.is_counted and has_text:
@@ -107,6 +135,6 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
 
 
 def _has_text(choice: dict[str, Any]) -> bool:
-    """Whether a piece brings anything of an answer: text, a chat's content, or what it reasons."""
+    """Whether a piece adds to an answer: text, the content of a chat, or reasoning."""
     delta = choice.get("delta") or {}
     return bool(choice.get("text")) or any(said for name, said in delta.items() if name != "role")

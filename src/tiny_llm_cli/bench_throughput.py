@@ -1,4 +1,4 @@
-"""Many requests, measured: `bench throughput`. Figures and names are those of `vllm bench serve`."""
+"""Measures many requests: `bench throughput`. Figures and names are those of `vllm bench serve`."""
 
 import asyncio
 from itertools import pairwise
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from tiny_llm import LLM, SamplingParams
 
 from .statistics_of import statistics_of
-from .workload import Progress, RandomPrompts, what_was_run
+from .workload import Progress, RandomPrompts, run_conditions
 
 
 class ThroughputRun(NamedTuple):
-    """What is run: how many requests, how many at a time, and their lengths in tokens."""
+    """What to run: how many requests, how many at a time, and their lengths in tokens."""
 
     num_prompts: int
     max_concurrency: int
@@ -25,7 +25,7 @@ class ThroughputRun(NamedTuple):
 
 
 class Timeline:
-    """One request: when it arrived and when each of its tokens came."""
+    """The arrival of one request and of each of its tokens, on the clock of `perf_counter`."""
 
     def __init__(self) -> None:
         self.arrival = perf_counter()
@@ -48,7 +48,7 @@ class Timeline:
 
 
 def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict[str, object]:
-    """Run the requests in a closed loop; the figures, and what was run."""
+    """Run the requests in a closed loop and return the figures, and the conditions of the run."""
     random = RandomPrompts(llm, run.seed)
     prefix = random.tokens(run.shared_prefix)
     lengths = [random.length(run.min_input_tokens, run.max_input_tokens) for _ in range(run.num_prompts)]
@@ -74,20 +74,20 @@ def measure_throughput(llm: LLM, run: ThroughputRun, progress: Progress) -> dict
         **statistics_of("tpot", [fmean(t.gaps) for t in timelines if t.gaps]),
         **statistics_of("itl", gaps),
         **statistics_of("e2el", [timeline.e2el for timeline in timelines]),
-        "run": what_was_run(llm, run._asdict()),
+        "run": run_conditions(llm, run._asdict()),
     }
 
 
 async def _closed_loop(
     llm: LLM, prompts: list[list[int]], run: ThroughputRun, progress: Progress
 ) -> list[Timeline]:
-    """Run all prompts, `max_concurrency` at a time: one arrives when one ends."""
+    """Run all prompts, `max_concurrency` at a time: a new one arrives when another one ends."""
     params = SamplingParams(temperature=0.0, max_tokens=run.output_tokens, ignore_eos=True)
-    seats, timelines, num_ended = asyncio.Semaphore(run.max_concurrency), list[Timeline](), 0
+    limit, timelines, num_ended = asyncio.Semaphore(run.max_concurrency), list[Timeline](), 0
 
     async def client(tokens: list[int]) -> None:
         nonlocal num_ended
-        async with seats:
+        async with limit:
             timeline = Timeline()
             timelines.append(timeline)
             async for _ in llm.engine.generate(tokens, params):

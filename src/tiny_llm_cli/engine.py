@@ -1,4 +1,4 @@
-"""From options to an engine and sampling parameters: the one place where the commands meet `tiny_llm`."""
+"""From options to an engine and to sampling parameters: where the commands meet `tiny_llm`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,48 +11,45 @@ if TYPE_CHECKING:
 
 
 def load(options: EngineOptions, **others: Any) -> "LLM":
-    """The model of `options` in an engine of its own; `others` are fields that only one command has."""
+    """Load the model of `options` into an engine. others: fields that only one command has."""
     from tiny_llm import LLM
 
     return LLM(**asdict(options), **others)
 
 
-def check(options: EngineOptions, **others: Any) -> None:
-    """Refuse what no model could run with, before one is loaded."""
-    from tiny_llm import EngineConfig
-
-    values = {**asdict(options), **others}
-    for name in ("model", "chat_template_content_format"):
-        del values[name]
-    EngineConfig.from_options(**values)
-
-
 @dataclass(frozen=True)
 class AskedSampling:
-    """The sampling parameters that a command was given; `params` adds what was left out.
+    """The sampling parameters that a command was given; `params` fills in the others.
 
-    own: what this command uses where neither its user nor the model says anything.
+    given: the parameters that the user has set. own: the command's defaults, for parameters that neither the
+    user nor the model sets.
     """
 
     given: Mapping[str, Any]
     own: Mapping[str, Any]
 
     def but(self, **given: Any) -> "AskedSampling":
-        """The same with other parameters given, or given otherwise."""
+        """Return a copy in which these parameters are given too, or have other values."""
         return replace(self, given={**self.given, **given})
 
     def params(self, recommended: Mapping[str, Any] | None = None) -> "SamplingParams":
-        """What was given, then what the model recommends, then the command's own; `SamplingParamsError`."""
+        """Combine them: the given ones, then the model's recommendation, then the command's defaults.
+
+        A recommended temperature of 0 counts only for a single completion: several would be equal. Raises
+        `SamplingParamsError` for a value that cannot work.
+        """
         from tiny_llm import SamplingParams
 
-        return SamplingParams.from_options(**{**self.own, **(recommended or {}), **self.given})
+        usable = dict(recommended or {})
+        if self.given.get("n", 1) > 1 and usable.get("temperature") == 0:
+            del usable["temperature"]
+        return SamplingParams.from_options(**{**self.own, **usable, **self.given})
 
 
 def asked_sampling(options: SamplingOptions, *, max_tokens: int, **others: Any) -> AskedSampling:
-    """What `options` ask for; `others` are fields that only one command has.
+    """The sampling parameters that `options` ask for. others: fields that only one command has.
 
-    max_tokens: the command's own, for an answer whose length nothing else limits. Raises
-    `SamplingParamsError` for what no model could run with.
+    max_tokens: the command's default. Raises `SamplingParamsError` for a value that cannot work.
     """
     given = {f.name: value for f in fields(options) if (value := getattr(options, f.name)) is not None}
     if options.logit_bias is not None:
@@ -65,7 +62,7 @@ def asked_sampling(options: SamplingOptions, *, max_tokens: int, **others: Any) 
 
 
 def control_token_ids(llm: "LLM") -> frozenset[int]:
-    """The ids of tokens that are no text, such as "<|im_end|>"."""
+    """The ids of the control tokens, such as "<|im_end|>"."""
     return frozenset(_single_ids(llm, llm.tokenizer.control_tokens))
 
 

@@ -1,6 +1,6 @@
-"""What is running here, as plain dictionaries: versions, device, kernels, model, pool, overlay.
+"""Facts about this process as plain dictionaries: versions, device, kernels, model, pool, memory, overlay.
 
-`info` shows them all; a benchmark puts those that its figures depend on beside its figures.
+`info` shows them all. A benchmark adds those that its figures depend on. Sizes are in bytes.
 """
 
 import platform
@@ -50,7 +50,7 @@ def machine() -> dict[str, object]:
 
 
 def model(llm: "LLM") -> dict[str, object]:
-    """The model of an engine; `bytes` are those of its parameters in memory."""
+    """The model of an engine. `bytes`: the size of its parameters in memory."""
     config = llm.model_config
     return {
         "path": str(llm.model_path),
@@ -63,6 +63,7 @@ def model(llm: "LLM") -> dict[str, object]:
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "sampling_defaults": llm.sampling_defaults,
+        "sampling_source": llm.sampling_source,
     }
 
 
@@ -81,10 +82,10 @@ def pool(llm: "LLM") -> dict[str, object]:
 
 
 def memory(llm: "LLM") -> dict[str, object]:
-    """Bytes of this process: the most it ever held until now, and while it serves a first full step.
+    """Memory of this process in bytes: its peak so far, and its peak after serving one full step.
 
-    `beyond` is what the peak in service has beside the weights and the pool: Python, libraries, the
-    vocabulary, and what a step needs in passing.
+    `beyond` is the rest of the peak in service, without the weights and the pool: Python, libraries, the
+    vocabulary, and the temporary arrays of a step.
     """
     import mlx.core as mx
 
@@ -108,13 +109,13 @@ def weight_bytes(llm: "LLM") -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held at any time."""
+    """The largest amount of memory that this process has held at any time, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _serve_a_full_step(llm: "LLM") -> None:
-    """As many prompt tokens as one step takes, and a few outputs; a token where there are no kernels."""
+    """Serve as many prompt tokens as fit in one step and a few outputs; without kernels, one prompt token."""
     from tiny_llm import SamplingParams, kernel_info
 
     slow = kernel_info().why_unavailable is not None
@@ -124,7 +125,7 @@ def _serve_a_full_step(llm: "LLM") -> None:
 
 
 def overlay() -> dict[str, object]:
-    """Which modules of the engine are the learner's; the others are the reference's."""
+    """Which modules of the engine are the learner's. All others are the reference's."""
     import tiny_llm
 
     own, reference = Path(tiny_llm.__path__[0]), Path(tiny_llm.__path__[1])
@@ -135,7 +136,7 @@ def overlay() -> dict[str, object]:
 
 @cache
 def _processor() -> str:
-    """The processor's name, as the system tells it."""
+    """The name and number of the processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -145,7 +146,7 @@ def _processor() -> str:
 
 
 def _quantization(llm: "LLM") -> str:
-    """How the matrices are stored, the commonest way first: `4-bit x 210, float16 x 1`."""
+    """How the matrices are stored, the most common way first: `4-bit x 210, float16 x 1`."""
     matrices = {id(matrix): matrix for matrix in _matrices(llm.model)}.values()
     kinds = Counter(map(_storage, matrices))
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
@@ -157,7 +158,7 @@ def _storage(matrix: object) -> str:
 
 
 def _matrices(node: object) -> Iterator[object]:
-    """The innermost parts of a model that have rows to look up: its matrices, however they are stored."""
+    """The matrices of a model, however they are stored: its innermost parts that have `rows`."""
     inner = [matrix for child in _children(node) for matrix in _matrices(child)]
     if inner or not hasattr(node, "rows"):
         yield from inner

@@ -1,38 +1,52 @@
 """`tiny-llm generate`: many prompts at once, from arguments, files or standard input."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from .engine import asked_sampling, load
+from .engine import AskedSampling, asked_sampling, load
+from .lines import STDIN, Line, name_of, read_lines
 from .options import EngineOptions, SamplingOptions, takes_groups
+from .stdin import stdin_is_terminal
 
 if TYPE_CHECKING:
     from tiny_llm import LLM, RequestOutput, SamplingParams
 
+    from .batch import BatchRequest
     from .prompts import PromptRequest
 
-_MAX_TOKENS = 128  # of an answer, where nothing else limits it
+_MAX_TOKENS = 128  # of an answer, if neither the user nor the model sets a limit
+_SAMPLING = "Sampling"
 
 
-@takes_groups()
+@takes_groups(
+    shown={
+        "max_tokens": "the model's recommendation, or 128",
+        "temperature": "the model's recommendation, or 0 (1 if --n is above 1)",
+        "seed": "the place of each prompt in the list, so the same command gives the same text",
+    }
+)
 def generate(
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT]...", help="Texts to continue. Without any, and without --file: lines of stdin."
+            metavar="[PROMPT]...",
+            help="Texts to continue. Without any, and without --file: the lines of standard input.",
         ),
     ] = None,
     *,
     file: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A prompt on each line, or for .jsonl an object with `prompt` (text or token ids) and any "
-            "sampling parameters of its own; - is standard input. May be repeated.",
+            "--file",
+            "-f",
+            help="Read prompts from a file, or from standard input (-): one a line, as text or as JSON. "
+            "Repeat the option for several files.",
             metavar="FILE",
         ),
     ] = None,
@@ -42,73 +56,92 @@ def generate(
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="One JSON line a prompt, in order, with token ids, finish reasons, logprobs."
+            "--json",
+            help="Print one JSON object for each prompt, in order, with token ids, finish reasons and "
+            "log-probabilities.",
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Write there.", metavar="FILE", show_default="standard output")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the results to a file.",
+            metavar="FILE",
+            show_default="standard output",
+        ),
     ] = None,
     progress: Annotated[
-        bool, typer.Option("--progress/--no-progress", help="A bar on stderr, where that is a terminal.")
-    ] = True,
-    n: Annotated[
-        int,
+        bool,
         typer.Option(
-            help="Completions of each prompt; above 1 the default temperature is 1.",
-            rich_help_panel="Sampling",
+            "--progress/--no-progress", help="Show a progress bar on standard error if it is a terminal."
         ),
-    ] = 1,
+    ] = True,
+    sampling: SamplingOptions,
+    n: Annotated[int, typer.Option(help="Completions of each prompt.", rich_help_panel=_SAMPLING)] = 1,
     ignore_eos: Annotated[
         bool,
-        typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens.", rich_help_panel="Sampling"),
+        typer.Option(
+            "--ignore-eos", help="Do not stop at end-of-sequence tokens.", rich_help_panel=_SAMPLING
+        ),
     ] = False,
     logprobs: Annotated[
         int | None,
         typer.Option(
-            help="With --json: log-probabilities of each token and of this many likeliest.",
-            rich_help_panel="Sampling",
+            help="With --json: the log-probabilities of each token and of this many most likely tokens.",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None,
     prompt_logprobs: Annotated[
         int | None,
         typer.Option(
-            help="With --json: the same for each token of the prompt but the first.",
-            rich_help_panel="Sampling",
+            help="With --json: the same for each token of the prompt except the first.",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None,
     stop_token_id: Annotated[
         list[int] | None,
         typer.Option(
-            help="End the answer with this token; may be repeated.", metavar="ID", rich_help_panel="Sampling"
+            help="Stop at this token. Repeat the option for several.",
+            metavar="ID",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None,
     include_stop: Annotated[
         bool,
         typer.Option(
-            "--include-stop", help="Let the text end with what stopped it.", rich_help_panel="Sampling"
+            "--include-stop",
+            help="Include the stop text or stop token in the answer.",
+            rich_help_panel=_SAMPLING,
         ),
     ] = False,
     show_special_tokens: Annotated[
         bool,
-        typer.Option("--show-special-tokens", help="Let control tokens be text.", rich_help_panel="Sampling"),
+        typer.Option(
+            "--show-special-tokens", help="Include special tokens in the text.", rich_help_panel=_SAMPLING
+        ),
     ] = False,
-    sampling: SamplingOptions,
     engine: EngineOptions,
 ) -> None:
-    """Continue many prompts, all of them together.
+    """Complete many prompts together.
 
     \b
     tiny-llm generate "Once upon a time" --n 3
-    tiny-llm generate --file prompts.txt --json --max-tokens 64 > answers.jsonl
+    tiny-llm generate --chat --json "Name a color." "Name a fruit." > answers.jsonl
+    echo '{"id": 7, "messages": [{"role": "user", "content": "Hi"}]}' | tiny-llm generate --json
 
-    Without --seed a prompt's randomness comes from its place in the list: the same command gives the same
-    text. A prompt that cannot run is refused before any runs.
+    A line of JSON has "prompt" (a text or token ids) or "messages" (a conversation), and may have an "id",
+    which comes back with the result, and sampling parameters ("temperature", "max_tokens", ...), which
+    override the options. A file's lines are JSON if it is named .jsonl or if its first line is such an
+    object. Every prompt is checked before any runs; an error names the file and the line.
+
+    OpenAI's batch files ("custom_id", "url" and "body" on each line) are answered as `tiny-llm serve` would,
+    and the results have OpenAI's batch format. A line that fails has its error as its result, the others go
+    on, and the exit code is 1. Sampling options apply to requests that leave them out.
     """
-    from .prompts import read_prompts
-
     for option, value in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
         if value is not None and not as_json:
-            raise typer.BadParameter("shown in JSON only: add --json", param_hint=option)
+            raise typer.BadParameter("only JSON output shows them: add --json", param_hint=option)
     asked = asked_sampling(
         sampling,
         max_tokens=_MAX_TOKENS,
@@ -120,26 +153,116 @@ def generate(
         include_stop_str_in_output=include_stop,
         skip_special_tokens=not show_special_tokens,
     )
-    requests = read_prompts(prompts or [], file or [], asked)
+    arguments = prompts or []
+    files = _files(arguments, file or [])
+    lines = read_lines(files)
+    if not arguments and not lines:
+        raise ValueError(f"no prompts in {', '.join(map(name_of, files))}")
+
+    from .batch import is_batch, read_batch
+
+    if is_batch(lines):
+        _check_batch(arguments, prompt_logprobs)
+        with _opened(output) as target:
+            _run_batch(load(engine), read_batch(lines), asked, target, progress)
+    else:
+        requests = _read_prompts(arguments, lines, asked, chat)
+        with _opened(output) as target:
+            _run_prompts(load(engine), requests, as_json, target, progress)
+
+
+def _files(arguments: Sequence[str], files: Sequence[Path]) -> Sequence[Path]:
+    """The files to read: standard input if there is nothing else. Raises a usage error for a terminal."""
+    if arguments or files:
+        return files
+    if stdin_is_terminal():
+        raise typer.BadParameter(
+            "give prompts as arguments, with --file, or on standard input", param_hint="PROMPT"
+        )
+    return [STDIN]
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    """Where results go. A file is opened before the model is loaded, so that an error comes early."""
     with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as target:
-        llm = load(engine)
+        yield target
 
-        from .render import as_json_line, as_text
 
-        each = [_params(llm, request, chat) for request in requests]
-        if chat:
-            results = llm.chat([request.messages for request in requests], each, use_tqdm=progress)
-        else:
-            results = llm.generate([request.prompt for request in requests], each, use_tqdm=progress)
-        titled = len(requests) > 1 or any(params.n > 1 for params in each)
-        for request, result in zip(requests, results, strict=True):
-            prompt = request.prompt
-            print(as_json_line(prompt, result) if as_json else as_text(prompt, result, titled), file=target)
+# ---- prompts ----
+
+
+def _read_prompts(
+    arguments: Sequence[str], lines: Sequence[Line], asked: AskedSampling, chat: bool
+) -> "list[PromptRequest]":
+    from .prompts import from_arguments, from_lines
+
+    requests = from_arguments(arguments, asked) + from_lines(lines, asked)
+    return [request.as_question() for request in requests] if chat else requests
+
+
+def _run_prompts(
+    llm: "LLM", requests: "Sequence[PromptRequest]", as_json: bool, target: TextIO, progress: bool
+) -> None:
+    from .render import as_json_line, as_text
+
+    prompts = [_encoded(llm, request) for request in requests]
+    each = [_params(llm, *pair) for pair in zip(requests, prompts, strict=True)]
+    for request, prompt, params in zip(requests, prompts, each, strict=True):
+        _check_that_it_fits(llm, request, prompt, params)
+    results = llm.generate(prompts, each, use_tqdm=progress)
+    titled = len(requests) > 1 or any(params.n > 1 for params in each)
+    for request, result in zip(requests, results, strict=True):
+        print(as_json_line(request, result) if as_json else as_text(request, result, titled), file=target)
     _check_failures(results)
 
 
+def _encoded(llm: "LLM", request: "PromptRequest") -> str | list[int]:
+    """A prompt as the engine takes it: a conversation goes through the chat template."""
+    if request.messages is None:
+        assert request.prompt is not None
+        return request.prompt
+    if llm.chat_template is None:
+        raise ValueError(f"{llm.model_name} has no chat template: give prompts without --chat and messages")
+    with _naming(request.place):
+        tokens: list[int] = llm.chat_template.encode(request.messages, llm.tokenizer)
+    return tokens
+
+
+def _params(llm: "LLM", request: "PromptRequest", prompt: str | list[int]) -> "SamplingParams":
+    """The sampling parameters of a prompt; a recommended limit is lowered to what the context can hold."""
+    from tiny_llm.generation_defaults import fit_to_context
+
+    params = request.asked.params(llm.sampling_defaults)
+    if "max_tokens" in request.asked.given or "max_tokens" not in llm.sampling_defaults:
+        return params
+    tokens = llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+    fitting: SamplingParams = fit_to_context(params, len(tokens), llm.max_model_len)
+    return fitting
+
+
+def _check_that_it_fits(
+    llm: "LLM", request: "PromptRequest", prompt: str | list[int], params: "SamplingParams"
+) -> None:
+    """Raise ValueError, which names the line, for a prompt of a file that can never run."""
+    if request.place is not None:
+        with _naming(request.place):
+            llm.engine.request(prompt, params)
+
+
+@contextmanager
+def _naming(place: str | None) -> Iterator[None]:
+    """Add the file and the line to the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if place is None:
+            raise
+        raise ValueError(f"{place}: {error}") from error
+
+
 def _check_failures(results: "Sequence[RequestOutput]") -> None:
-    """Raise `RequestFailedError` for completions that failed, once all others are written."""
+    """Raise `RequestFailedError` if completions failed; all others have been written."""
     from tiny_llm import RequestFailedError
 
     completions = [(result.request_id, output) for result in results for output in result.outputs]
@@ -151,20 +274,33 @@ def _check_failures(results: "Sequence[RequestOutput]") -> None:
         )
 
 
-def _params(llm: "LLM", request: "PromptRequest", chat: bool) -> "SamplingParams":
-    """What a prompt runs with; a limit that the model recommends is less where less fits."""
-    from tiny_llm.generation_defaults import fitted
-
-    params = request.asked.params(llm.sampling_defaults)
-    if "max_tokens" in request.asked.given or "max_tokens" not in llm.sampling_defaults:
-        return params
-    fitting: SamplingParams = fitted(params, _num_tokens(llm, request, chat), llm.max_model_len)
-    return fitting
+# ---- batch files ----
 
 
-def _num_tokens(llm: "LLM", request: "PromptRequest", chat: bool) -> int:
-    if not isinstance(request.prompt, str):
-        return len(request.prompt)
-    if chat and llm.chat_template is not None:
-        return len(llm.chat_template.encode(request.messages, llm.tokenizer))
-    return len(llm.tokenizer.encode(request.prompt, add_special_tokens=True))
+def _check_batch(arguments: Sequence[str], prompt_logprobs: int | None) -> None:
+    """Raise a usage error for what a batch file cannot be combined with."""
+    if arguments:
+        raise typer.BadParameter("a batch file cannot be combined with prompts", param_hint="PROMPT")
+    if prompt_logprobs is not None:
+        raise typer.BadParameter("OpenAI's batch format has none", param_hint="--prompt-logprobs")
+
+
+def _run_batch(
+    llm: "LLM", requests: "Sequence[BatchRequest]", asked: AskedSampling, target: TextIO, progress: bool
+) -> None:
+    from .batch import other_models
+    from .batch_run import run_batch
+    from .progress import request_progress
+
+    if others := other_models(requests, llm.model_name):
+        names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        warnings.warn(
+            f"the batch names {names}, but {llm.model_name} answers it (see --model)",
+            UserWarning,
+            stacklevel=1,
+        )
+    with request_progress(len(requests), progress) as report:
+        outcome = run_batch(llm, requests, asked.given, target, report)
+    if outcome.num_failed:
+        count = f"{outcome.num_failed} of {outcome.num_requests} requests failed"
+        raise ValueError(f"{count}; the first: {outcome.first_failure}")

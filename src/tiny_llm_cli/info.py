@@ -11,34 +11,38 @@ from .options import EngineOptions, takes_groups
 
 @takes_groups()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, with sizes in bytes.")
+    ] = False,
     *,
     engine: EngineOptions,
 ) -> None:
-    """Show versions, device, kernels, the model, the KV pool, memory, and which modules are yours.
+    """Show versions, hardware, the model and its memory.
 
     \b
     tiny-llm info
-    tiny-llm info --num-blocks 4096 --json
+    tiny-llm info --kv-cache-memory 64MiB --json
 
-    Memory is this process's: the most it held while the model was loaded and while it served one full step.
+    Memory is the peak of this process: after the model was loaded, and after it served one full step. If the
+    model cannot be loaded, the machine is shown all the same.
     """
     from . import facts
 
-    found: dict[str, dict[str, object]] = {"machine": facts.machine(), "overlay": facts.overlay()}
+    described: dict[str, dict[str, object]] = {}
     try:
         llm = load(engine)
-        found |= {"model": facts.model(llm), "pool": facts.pool(llm), "memory": facts.memory(llm)}
-    finally:  # a machine on which no model loads is one that this is asked about
+        described = {"model": facts.model(llm), "pool": facts.pool(llm), "memory": facts.memory(llm)}
+    finally:
+        found = {"machine": facts.machine(), "overlay": facts.overlay(), **described}
         print(json.dumps(found) if as_json else _as_text(found))
 
 
 def _as_text(found: dict[str, dict[str, object]]) -> str:
-    from .render import as_table
+    from .render import as_table, with_units
 
     if not found["overlay"]["modules"]:
-        found["overlay"]["modules"] = "none are yours: the engine is the reference"
-    return "\n\n".join(f"{title}\n{_indented(as_table(part))}" for title, part in found.items())
+        found["overlay"]["modules"] = "none: every module is the reference's"
+    return "\n\n".join(f"{title}\n{_indented(as_table(with_units(part)))}" for title, part in found.items())
 
 
 def _indented(text: str) -> str:

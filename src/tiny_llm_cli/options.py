@@ -1,45 +1,47 @@
 """Options that several commands share, and how a command takes them.
 
-A group of options is a frozen dataclass, declared once: each field is one option. A command decorated
-with `takes_groups` has a parameter of that type. Defaults are written here, and a test holds them equal
-to the engine's, because importing the engine to ask would make `--help` slow.
+A group of options is a frozen dataclass: each field is one option. A command decorated with `takes_groups`
+has a parameter of that type. The defaults are written here and a test compares them with the engine's,
+because importing the engine to ask for them would make `--help` slow.
 """
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
-if TYPE_CHECKING:
-    from typer._click.formatting import HelpFormatter
+from .threads import set_threads, threads_option
 
-_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
-_UNITS |= {"kib": 1024, "mib": 1024**2, "gib": 1024**3}
-_SAMPLING, _ENGINE = "Sampling", "Engine"
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}{unit}": 1024**power for power, prefix in enumerate("kmgt", 1) for unit in ("", "ib")}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+_SAMPLING, _ENGINE, _TUNING = "Sampling", "Engine", "Engine tuning"
 
 
 def parse_bytes(text: str | int) -> int:
-    """`512MiB`, `1.5GiB`, `2GB` or a plain number of bytes -> bytes; KiB, MiB and GiB count in 1024."""
+    """`512MiB`, `1.5GiB`, `2GB` or a plain number of bytes -> bytes. KiB and K are 1024, KB is 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in _UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size: write for example 512MiB, 1GiB or 536870912")
+        raise typer.BadParameter(
+            f"{text!r} is not a size: write for example 512MiB, 1.5GiB or 2GB "
+            "(units: KiB, MiB, GiB and TiB of 1024; KB, MB, GB and TB of 1000; none: bytes)"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
 class Bias(NamedTuple):
-    """A token id and what is added to its logit."""
+    """A token id and the number to add to its logit."""
 
     token_id: int
     bias: float
 
 
 def parse_bias(text: str) -> Bias:
-    """`42=-100` -> the bias of token 42."""
+    """`42=-100` -> `Bias(42, -100.0)`."""
     match = re.fullmatch(r"(\d+)=([+-]?\d+(?:\.\d+)?)", text.strip())
     if match is None:
         raise typer.BadParameter(f"{text!r} is not ID=BIAS: write for example 42=-100")
@@ -48,229 +50,254 @@ def parse_bias(text: str) -> Bias:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """The model file and the fields of `EngineConfig`, under the same names with dashes."""
+    """The model, and the fields of `EngineConfig` under the same names with dashes."""
 
     model: Annotated[
         str | None,
         typer.Option(
-            help="A .gguf file, a folder in Hugging Face's layout, OWNER/NAME on the hub, or one file of it, "
-            "OWNER/NAME/FILE.gguf.",
-            show_default="the embedded SmolLM2-135M-Instruct",
+            "--model",
+            "-m",
+            help="A .gguf file, a folder in Hugging Face's layout, OWNER/NAME or OWNER/NAME/FILE.gguf on the "
+            "Hugging Face hub, or a packaged model: smollm2 or gemma3-270m.",
+            show_default="smollm2, which is SmolLM2-135M-Instruct",
             metavar="MODEL",
             rich_help_panel=_ENGINE,
         ),
     ] = None
-    chat_template_content_format: Annotated[
-        str,
-        typer.Option(
-            help="What the chat template gets as a message's content: string, openai (a list of parts), or "
-            "auto, which finds out.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = "auto"
-    block_size: Annotated[
-        int, typer.Option(help="Tokens in one block of the KV pool.", rich_help_panel=_ENGINE)
-    ] = 16
-    num_blocks: Annotated[
+    max_model_len: Annotated[
         int | None,
         typer.Option(
-            help="Blocks in the KV pool.", show_default="from --kv-cache-memory", rich_help_panel=_ENGINE
+            "--max-model-len",
+            "-c",
+            help="Context length: the longest prompt and answer together, in tokens.",
+            show_default="the model's context, or as much as the KV pool holds",
+            rich_help_panel=_ENGINE,
         ),
     ] = None
     kv_cache_memory: Annotated[
         int | None,
         typer.Option(
-            help="Bytes for the KV pool, for example 1GiB.",
-            show_default="512MiB, less where less is enough",
+            help="Memory for the KV pool, which all requests share: 512MiB, 2GB, ...",
+            show_default="512MiB, or less if --max-num-seqs full contexts need less",
             metavar="SIZE",
             parser=parse_bytes,
             rich_help_panel=_ENGINE,
         ),
     ] = None
     max_num_seqs: Annotated[
-        int, typer.Option(help="Sequences that run in one step.", rich_help_panel=_ENGINE)
+        int, typer.Option(help="Sequences that run at the same time.", rich_help_panel=_ENGINE)
     ] = 64
-    max_num_waiting: Annotated[
-        int | None,
-        typer.Option(
-            help="Requests that may wait at once before the next is turned away.",
-            show_default="any number",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None
-    max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(help="Tokens in one step, prompt chunks and decodes together.", rich_help_panel=_ENGINE),
-    ] = 512
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest prompt + output in tokens.",
-            show_default="the model's context, or what the pool holds",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None
-    dtype: Annotated[
+    generation_config: Annotated[
         str,
         typer.Option(
-            help="What is computed in: auto, which is float32; weights stay in their file's type.",
+            help="Where recommended sampling parameters come from: the model (auto), nowhere (vllm), or the "
+            "generation_config.json in a folder.",
+            metavar="auto|vllm|FOLDER",
             rich_help_panel=_ENGINE,
         ),
     ] = "auto"
-    kv_cache_dtype: Annotated[
-        str,
-        typer.Option(
-            help="How keys and values are stored: float32, float16 or bfloat16.", rich_help_panel=_ENGINE
-        ),
-    ] = "float16"
-    activation_bits: Annotated[
-        int,
-        typer.Option(
-            help="Bits of an activation where weights are quantized: 16, or 8, faster and less accurate.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = 16
-    min_num_blocks: Annotated[
-        int | None,
-        typer.Option(
-            help="Blocks that the pool begins with; it grows while they are short, and shrinks again.",
-            show_default="all of them",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None
     enable_prefix_caching: Annotated[
         bool,
         typer.Option(
-            help="Keep blocks, so that a prompt that begins like an earlier one is not computed again.",
-            rich_help_panel=_ENGINE,
+            help="Cache full KV blocks, so that requests that share a prefix compute it once.",
+            rich_help_panel=_TUNING,
         ),
     ] = True
+    activation_bits: Annotated[
+        int,
+        typer.Option(
+            help="Bits of an activation when it is multiplied by quantized weights: 8 is faster and less "
+            "accurate.",
+            metavar="8|16",
+            rich_help_panel=_TUNING,
+        ),
+    ] = 16
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            help="The type that keys and values are stored in.",
+            metavar="float32|float16|bfloat16",
+            rich_help_panel=_TUNING,
+        ),
+    ] = "float16"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="The type of computation; auto is float32. Weights keep the type of their file.",
+            metavar="auto|float32",
+            rich_help_panel=_TUNING,
+        ),
+    ] = "auto"
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens computed in one step, prompt chunks and decoded tokens together.",
+            rich_help_panel=_TUNING,
+        ),
+    ] = 512
+    max_num_waiting: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests that may wait in the queue; further ones are rejected.",
+            show_default="no limit",
+            rich_help_panel=_TUNING,
+        ),
+    ] = None
     preemption_mode: Annotated[
         str,
         typer.Option(
-            help="When pages run out, the newest gives way, and is computed again (recompute) or copied to "
-            "the host and back (swap); none admits only what fits whole.",
-            rich_help_panel=_ENGINE,
+            help="What happens to the newest sequence when the KV pool is full: its keys and values are "
+            "computed again later (recompute) or copied to the host and back (swap). With none, a request "
+            "starts only if all of it fits.",
+            metavar="recompute|swap|none",
+            rich_help_panel=_TUNING,
         ),
     ] = "recompute"
     swap_space: Annotated[
         int | None,
         typer.Option(
-            help="Bytes on the host for --preemption-mode swap, for example 1GiB.",
-            show_default="as many as the pool has",
+            help="Host memory for --preemption-mode swap.",
+            show_default="the size of the KV pool",
             metavar="SIZE",
             parser=parse_bytes,
-            rich_help_panel=_ENGINE,
+            rich_help_panel=_TUNING,
+        ),
+    ] = None
+    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.", rich_help_panel=_TUNING)] = 16
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks in the KV pool.",
+            show_default="as many as fit in --kv-cache-memory",
+            rich_help_panel=_TUNING,
+        ),
+    ] = None
+    min_num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="Blocks in the KV pool at the start; the pool grows on demand and shrinks again.",
+            show_default="all blocks: the pool does not grow",
+            rich_help_panel=_TUNING,
         ),
     ] = None
     batching: Annotated[
         str,
         typer.Option(
-            help="Where keys and values live: paged (blocks) or dense (a contiguous cache of --max-model-len "
-            "tokens each: the baseline).",
-            rich_help_panel=_ENGINE,
+            help="How keys and values are stored: in KV blocks (paged), or as the baseline in one contiguous "
+            "cache of --max-model-len tokens for each sequence (dense).",
+            metavar="paged|dense",
+            rich_help_panel=_TUNING,
         ),
     ] = "paged"
-    generation_config: Annotated[
+    chat_template_content_format: Annotated[
         str,
         typer.Option(
-            help="Sampling defaults: auto, those that the model's files recommend; vllm, none of these; or a "
-            "folder with a generation_config.json.",
-            metavar="auto|vllm|FOLDER",
-            rich_help_panel=_ENGINE,
+            help="How the chat template takes the content of a message: as a string, as a list of parts "
+            "(openai), or as the template itself shows (auto).",
+            metavar="auto|string|openai",
+            rich_help_panel=_TUNING,
         ),
     ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen and when an answer ends: the fields of `SamplingParams` that commands share.
+    """How tokens are chosen and when an answer stops: the fields of `SamplingParams` that commands share.
 
-    None is an option that was not given: it then has what the model recommends, or else the value that the
-    help shows.
+    None means that the option was not given. It then has the value that the model recommends, or else the
+    value that the help shows.
     """
 
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="0 takes the likeliest token; higher is more varied.",
-            show_default="the model's own, or 0: greedy, reproducible",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep the likeliest tokens up to this total probability.",
-            show_default="the model's own, or 1.0",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            help="Keep the k likeliest tokens; 0 keeps all.",
-            show_default="the model's own, or 0",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Drop tokens less likely than this share of the likeliest.",
-            show_default="the model's own, or 0.0",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="The same seed gives the same answer.",
-            show_default="a new one each time",
+            help="0 always takes the most likely token; higher values give more varied answers.",
+            show_default="the model's recommendation, or 0",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Longest answer in tokens.",
-            show_default="the model's own, or 512 (generate: 128)",
+            help="The longest answer, in tokens.",
+            show_default="the model's recommendation, or 512",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="With the same seed, the same command gives the same answer.",
+            show_default="a new seed each time",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            help="End the answer before this text; may be repeated.",
+            help="Stop before this text. Repeat the option for several.",
             metavar="TEXT",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
-    presence_penalty: Annotated[
-        float,
+    top_p: Annotated[
+        float | None,
         typer.Option(
-            help="Above 0: words that are there come back less; -2 to 2.", rich_help_panel=_SAMPLING
+            help="Sample from the most likely tokens that have this probability together.",
+            show_default="the model's recommendation, or 1: all",
+            rich_help_panel=_SAMPLING,
         ),
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        typer.Option(help="The same, more with each time; -2 to 2.", rich_help_panel=_SAMPLING),
-    ] = 0.0
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Sample from this many of the most likely tokens.",
+            show_default="the model's recommendation, or 0: all",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Never sample a token whose probability is below this share of the most likely token's.",
+            show_default="the model's recommendation, or 0: off",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
-            help="Divides the scores of tokens in prompt and answer; 1 is off, 1.1 a little.",
-            show_default="the model's own, or 1.0",
+            help="Make tokens of the prompt and of the answer less likely: above 1; 1.1 is mild.",
+            show_default="the model's recommendation, or 1: off",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Make tokens that the answer has used less likely: above 0, up to 2. Below 0, down to -2: "
+            "more likely.",
+            show_default="the model's recommendation, or 0: off",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="The same in proportion to how often each token was used; -2 to 2.",
+            show_default="the model's recommendation, or 0: off",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     min_tokens: Annotated[
-        int, typer.Option(help="Nothing ends the answer before this many tokens.", rich_help_panel=_SAMPLING)
+        int,
+        typer.Option(help="Do not stop before this many tokens.", rich_help_panel=_SAMPLING),
     ] = 0
     logit_bias: Annotated[
         list[Bias] | None,
         typer.Option(
-            help="Add to a token's score, -100 (never) to 100 (always), as in 42=-100; may be repeated.",
+            help="Add a number from -100 (never) to 100 (always) to the score of a token: 42=-100. Repeat "
+            "the option for several.",
             metavar="ID=BIAS",
             parser=parse_bias,
             rich_help_panel=_SAMPLING,
@@ -278,26 +305,41 @@ class SamplingOptions:
     ] = None
 
 
-def takes_groups(**defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command take groups of options: a parameter whose type is one becomes that group's options.
+def takes_groups(
+    *, shown: Mapping[str, str] | None = None, **defaults: object
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take groups of options: a parameter whose type is a group becomes that group's options.
 
-    defaults: other defaults than the group's, by field name, for this command.
+    The options take the parameter's place in the help. A command that takes `EngineOptions` has `--threads`
+    too, which is set before the command runs.
+
+    defaults: this command's own defaults, by field name. shown: by field name, the words that this command's
+    help shows as the default, for a field that keeps the group's default.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
-        groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
-        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-        options = [option for group in groups.values() for option in _options_of(group, defaults)]
+        groups: dict[str, type] = {}
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            hint = hints[name]
+            if not is_dataclass(hint):
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+                continue
+            groups[name] = hint  # type: ignore[assignment]
+            parameters += _options_of(groups[name], defaults, shown or {})
+            if hint is EngineOptions:
+                parameters.append(threads_option(_ENGINE))
 
-        def run(**values: Any) -> None:
+        def run(*, threads: int | None = None, **values: Any) -> None:
+            if threads is not None:
+                set_threads(threads)
             built = {
                 name: group(**{field.name: values.pop(field.name) for field in fields(group)})
                 for name, group in groups.items()
             }
             command(**values, **built)
 
-        parameters = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in own] + options
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -306,37 +348,26 @@ def takes_groups(**defaults: object) -> Callable[[Callable[..., None]], Callable
     return decorate
 
 
-def _options_of(group: type, defaults: dict[str, object]) -> list[inspect.Parameter]:
+def _options_of(
+    group: type, defaults: Mapping[str, object], shown: Mapping[str, str]
+) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
+    show_default: dict[str, bool | str] = {**dict.fromkeys(defaults, True), **shown}
     return [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=defaults.get(field.name, field.default),
-            annotation=_shown(hints[field.name]) if field.name in defaults else hints[field.name],
+            annotation=_showing(hints[field.name], show_default.get(field.name)),
         )
         for field in fields(group)
     ]
 
 
-def _shown(hint: Any) -> Any:
-    """The same option, whose help shows a number where it had words for the group's own default."""
+def _showing(hint: Any, show_default: bool | str | None) -> Any:
+    """The same option with another default in its help: the value (True) or words; None changes nothing."""
+    if show_default is None:
+        return hint
     option = copy(hint.__metadata__[0])
-    option.show_default = True
+    option.show_default = show_default
     return Annotated[hint.__origin__, option]
-
-
-class GroupedCommand(TyperCommand):
-    """A command whose help shows each group of options under its own heading, in plain text."""
-
-    def format_options(self, ctx: typer.Context, formatter: "HelpFormatter") -> None:  # type: ignore[override]
-        """Write one section a group, in the order in which the groups first appear."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            default = "Options" if param.param_type_name == "option" else "Arguments"
-            if record is not None:
-                sections.setdefault(getattr(param, "rich_help_panel", None) or default, []).append(record)
-        for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)

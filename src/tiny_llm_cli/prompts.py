@@ -1,95 +1,101 @@
-"""Where prompts come from: arguments, text files, JSON lines, standard input."""
+"""Prompts of `generate`: from arguments and from the lines of files, with their sampling parameters."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import typer
 
 from tiny_llm import SamplingParams
 
 from .engine import AskedSampling
-from .stdin import read_stdin, stdin_is_terminal
+from .lines import Line, parsed
 
-_STDIN = Path("-")
+_IDS = ("id", "custom_id")  # a name that comes back with the result
 
 
-class PromptRequest(NamedTuple):
-    """One prompt, as text or token ids, and the sampling parameters it was given."""
+@dataclass(frozen=True)
+class PromptRequest:
+    """A prompt and its sampling parameters.
 
-    prompt: str | list[int]
+    prompt: a text or token ids; None for a conversation. messages: the conversation to answer, or None.
+    place: the line that the prompt comes from; None for an argument. ids: the fields `id` and `custom_id` of
+    its line.
+    """
+
+    prompt: str | list[int] | None
     asked: AskedSampling
+    messages: list[dict[str, Any]] | None = None
+    place: str | None = None
+    ids: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_question(self) -> "PromptRequest":
+        """The same prompt as the message of a user. Raises ValueError for token ids."""
+        if self.messages is not None:
+            return self
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"{self.place}: --chat needs a text, not token ids")
+        return replace(self, messages=[{"role": "user", "content": self.prompt}])
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The prompt as a question. ValueError for token ids: a chat template takes text."""
-        if not isinstance(self.prompt, str):
-            raise ValueError("--chat needs prompts that are text, not token ids")
-        return [{"role": "user", "content": self.prompt}]
+    def title(self) -> str:
+        """The prompt in one line of text: of a conversation, the last message."""
+        if isinstance(self.prompt, list):
+            return f"{len(self.prompt)} token ids"
+        text = self.prompt if self.messages is None else str(self.messages[-1].get("content"))
+        return " ".join((text or "").split())
 
 
-def read_prompts(
-    arguments: Sequence[str], files: Sequence[Path], asked: AskedSampling
-) -> list[PromptRequest]:
-    """The prompts of a command line, arguments first, then the files in order. Empty lines are skipped.
-
-    Without arguments and files they are the lines of standard input. Raises ValueError naming file and
-    line for a line that is no prompt, and a usage error where there is nothing to read.
-    """
+def from_arguments(arguments: Sequence[str], asked: AskedSampling) -> list[PromptRequest]:
+    """The prompts of a command line. Raises a usage error for an empty one."""
     for place, argument in enumerate(arguments, start=1):
         if not argument:
             raise typer.BadParameter(f"prompt {place} is empty", param_hint="PROMPT")
-    if not arguments and not files:
-        if stdin_is_terminal():
-            raise typer.BadParameter(
-                "there is none: give prompts as arguments, with --file, or on standard input",
-                param_hint="PROMPT",
-            )
-        files = [_STDIN]
-    requests = [PromptRequest(argument, asked) for argument in arguments]
-    for file in files:
-        requests.extend(_read_file(file, asked))
-    if not requests:
-        raise ValueError(
-            f"no prompts in {', '.join('standard input' if f == _STDIN else str(f) for f in files)}"
-        )
-    return requests
+    return [PromptRequest(argument, asked) for argument in arguments]
 
 
-def _read_file(file: Path, asked: AskedSampling) -> Iterator[PromptRequest]:
+def from_lines(lines: Sequence[Line], asked: AskedSampling) -> list[PromptRequest]:
+    """The prompts of lines. Raises ValueError, which names the line, for a line without a prompt."""
+    return [_from_line(line, asked) for line in lines]
+
+
+def _from_line(line: Line, asked: AskedSampling) -> PromptRequest:
+    if not line.is_json:
+        return PromptRequest(line.text, asked, place=line.place)
     try:
-        text = read_stdin() if file == _STDIN else file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
-        if line.strip():
-            try:
-                yield _from_json(line, asked) if file.suffix == ".jsonl" else PromptRequest(line, asked)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file}:{number}: {error}") from error
+        return _from_json(line, asked)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{line.place}: {error}") from error
 
 
-def _from_json(line: str, asked: AskedSampling) -> PromptRequest:
-    """A line of a .jsonl file; fields beside `prompt` replace those of `asked`."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(found, dict) or "prompt" not in found:
-        raise ValueError('not an object with a "prompt"')
-    prompt = found.pop("prompt")
-    if not prompt or not (isinstance(prompt, str) or _are_ids(prompt)):
+def _from_json(line: Line, asked: AskedSampling) -> PromptRequest:
+    """The prompt of a JSON line. Fields other than the prompt and its ids replace parameters of `asked`."""
+    found = parsed(line)
+    ids = {name: found.pop(name) for name in _IDS if name in found}
+    if ("prompt" in found) == ("messages" in found):
+        raise ValueError('not a JSON object with either a "prompt" or "messages"')
+    prompt, messages = found.pop("prompt", None), found.pop("messages", None)
+    if messages is not None:
+        _check_messages(messages)
+    elif not prompt or not (isinstance(prompt, str) or _are_ids(prompt)):
         raise ValueError(f'"prompt" must be a text or a list of token ids and not empty, not {prompt!r}')
     known = [field.name for field in fields(SamplingParams)]
     for name in found:
         if name not in known:
-            raise ValueError(f"unknown field {name!r}; known: prompt, {', '.join(known)}")
+            raise ValueError(f"unknown field {name!r}; known: prompt, messages, id, {', '.join(known)}")
     own = asked.but(**found)
-    own.params()  # raises for parameters that no model could run with
-    return PromptRequest(prompt, own)
+    own.params()  # raises for parameters that cannot work with any model
+    return PromptRequest(prompt, own, messages, line.place, ids)
+
+
+def _check_messages(messages: Any) -> None:
+    """Raise ValueError unless this is a list of objects; the chat template checks each message."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+        raise ValueError(
+            '"messages" must be a list of objects such as {"role": "user", "content": "Hello"}, '
+            f"not {str(messages)[:100]}"
+        )
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, int) for item in value)
+    return isinstance(value, list) and all(type(item) is int for item in value)

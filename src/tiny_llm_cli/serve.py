@@ -1,166 +1,205 @@
 """`tiny-llm serve`: OpenAI's API over HTTP."""
 
+import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .engine import check, load
+from .engine import load
+from .model_check import check_model
 from .options import EngineOptions, parse_bytes, takes_groups
 
 if TYPE_CHECKING:
     from tiny_llm_server import ServerConfig
 
-_SERVER = "Server"
-_KEY_VARIABLE = "TINY_LLM_API_KEY"  # one key, whatever is in it
+_SERVER, _ACCESS, _DEFAULTS = "Server", "Access", "Sampling defaults"
+_LIMITS, _CONNECTIONS, _LOGGING = "Limits of a request", "Connections", "Page and log"
+_KEY_VARIABLE = "TINY_LLM_API_KEY"  # holds one key, whatever characters are in it
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 _DEMO_BLOCKS = 96
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def parse_object(text: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parse a JSON object: `{"temperature": 0.2}`."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise typer.BadParameter(f'{text!r} is not a JSON object: write for example {{"temperature": 0.2}}')
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Who may ask, and for how much: the fields of `ServerConfig`."""
+    """The fields of `ServerConfig`: who may send requests, and how large they may be."""
 
     served_model_name: Annotated[
         str | None,
         typer.Option(
-            help="What the model is called.", show_default="the model's own name", rich_help_panel=_SERVER
+            help="Name of the model in requests and answers.",
+            show_default="the model's own name",
+            rich_help_panel=_SERVER,
         ),
     ] = None
     api_keys: Annotated[
         list[str] | None,
         typer.Option(
             "--api-key",
-            help=f"A key that clients must bring; may be repeated. Without it: what {_KEY_VARIABLE} holds.",
-            show_default="anybody may ask",
-            rich_help_panel=_SERVER,
+            help="Accept only requests with this key; may be repeated. Without the option, the key is read "
+            f"from {_KEY_VARIABLE}.",
+            show_default="no key needed",
+            rich_help_panel=_ACCESS,
         ),
     ] = None
     isolate_keys: Annotated[
         bool,
         typer.Option(
             "--isolate-keys",
-            help="Share kept prompts among the requests of one key alone: nobody learns what others ask.",
-            rich_help_panel=_SERVER,
+            help="Give each API key its own prefix cache, so that clients cannot find out by timing what "
+            "others sent.",
+            rich_help_panel=_ACCESS,
         ),
     ] = False
     allowed_origins: Annotated[
         list[str] | None,
         typer.Option(
             "--allowed-origin",
-            help="A web page's origin that may ask from a browser; may be repeated.",
+            help="Accept requests from web pages of this origin (CORS); may be repeated.",
             show_default="none",
-            rich_help_panel=_SERVER,
+            rich_help_panel=_ACCESS,
         ),
     ] = None
     allowed_hosts: Annotated[
         list[str] | None,
         typer.Option(
             "--allowed-host",
-            help="A name under which clients reach it; may be repeated. Requests for others are refused.",
-            show_default="any; on 127.0.0.1 without a key, that and localhost",
-            rich_help_panel=_SERVER,
+            help="Accept only requests for this host name (the Host header); may be repeated.",
+            show_default="any; on 127.0.0.1 without a key: 127.0.0.1 and localhost",
+            rich_help_panel=_ACCESS,
         ),
     ] = None
     max_body_bytes: Annotated[
         int,
         typer.Option(
             "--max-body",
-            help="Longest body of a request.",
+            help="Largest request body; larger ones get 413.",
             metavar="SIZE",
             parser=parse_bytes,
             show_default="4MiB",
-            rich_help_panel=_SERVER,
+            rich_help_panel=_LIMITS,
         ),
     ] = 4 << 20
     body_timeout: Annotated[
-        float, typer.Option(help="Seconds that a client has to send a body.", rich_help_panel=_SERVER)
+        float,
+        typer.Option(help="Seconds that a client has to send a body; then 408.", rich_help_panel=_LIMITS),
     ] = 60.0
     body_memory_bytes: Annotated[
         int,
         typer.Option(
             "--body-memory",
-            help="Memory for the bodies of all requests together; more is answered with 503.",
+            help="Memory for the bodies of all requests together; beyond it, requests get 503.",
             metavar="SIZE",
             parser=parse_bytes,
             show_default="64MiB",
-            rich_help_panel=_SERVER,
+            rich_help_panel=_LIMITS,
         ),
     ] = 64 << 20
     max_connections: Annotated[
         int,
         typer.Option(
-            help="Most open connections. For a new one the longest idle one is closed; if all are busy, the "
-            "new one gets 503.",
-            rich_help_panel=_SERVER,
+            help="Open connections at most. A new one replaces the connection that has been idle longest; if "
+            "all are busy, it gets 503.",
+            rich_help_panel=_CONNECTIONS,
         ),
     ] = 1000
     header_timeout: Annotated[
         float,
-        typer.Option(help="Seconds that a client has to send a request's headers.", rich_help_panel=_SERVER),
+        typer.Option(
+            help="Seconds that a client has to send a request's headers.", rich_help_panel=_CONNECTIONS
+        ),
     ] = 10.0
     timeout_keep_alive: Annotated[
         int,
         typer.Option(
-            help="Seconds that an idle connection stays open between two requests.", rich_help_panel=_SERVER
+            help="Seconds that an idle connection stays open between two requests.",
+            rich_help_panel=_CONNECTIONS,
         ),
     ] = 60
     unread_timeout: Annotated[
         float,
         typer.Option(
-            help="Seconds in which a client must read some of an answer that waits for it.",
-            rich_help_panel=_SERVER,
+            help="Close a connection whose client reads nothing of its answer for this many seconds.",
+            rich_help_panel=_CONNECTIONS,
         ),
     ] = 60.0
-    max_n: Annotated[int, typer.Option(help="Most completions of a request.", rich_help_panel=_SERVER)] = 16
+    max_n: Annotated[
+        int, typer.Option(help="Completions of one prompt (n) at most.", rich_help_panel=_LIMITS)
+    ] = 16
     max_stop: Annotated[
-        int, typer.Option(help="Most stop strings of a request.", rich_help_panel=_SERVER)
+        int, typer.Option(help="Stop strings in one request at most.", rich_help_panel=_LIMITS)
     ] = 16
     max_prompts: Annotated[
-        int, typer.Option(help="Most prompts of a request to /v1/completions.", rich_help_panel=_SERVER)
+        int, typer.Option(help="Prompts in one request to /v1/completions at most.", rich_help_panel=_LIMITS)
     ] = 64
     max_sequences: Annotated[
         int,
-        typer.Option(help="Most sequences of a request: its prompts times n.", rich_help_panel=_SERVER),
+        typer.Option(help="Prompts times n in one request at most.", rich_help_panel=_LIMITS),
     ] = 128
     scheduling_policy: Annotated[
         str,
         typer.Option(
-            help="fcfs: first come, first served, and a request with a priority is refused; priority: every "
-            "client may set one, the lower, the earlier.",
-            rich_help_panel=_SERVER,
+            help="fcfs: first come, first served; requests with a priority get 400. priority: requests may "
+            "set a priority, and lower numbers run first.",
+            metavar="fcfs|priority",
+            rich_help_panel=_LIMITS,
         ),
     ] = "fcfs"
     request_timeout: Annotated[
         float,
         typer.Option(
-            help="Seconds after which a request is given up, queued or running; 0: never.",
-            rich_help_panel=_SERVER,
+            help="Abort a request that has waited and run for this many seconds; 0: no limit.",
+            rich_help_panel=_LIMITS,
         ),
     ] = 600.0
     keep_alive: Annotated[
         float,
         typer.Option(
-            help="Seconds of silence after which a stream says that it is still there.",
-            rich_help_panel=_SERVER,
+            help="Send an SSE comment after this many seconds without an event in a stream.",
+            rich_help_panel=_CONNECTIONS,
         ),
     ] = 15.0
+    override_generation_config: Annotated[
+        Any,
+        typer.Option(
+            help="Sampling parameters for the fields that a request leaves out, as JSON: "
+            '\'{"temperature": 0.2, "top_p": 0.9}\'. They replace those of the model; known are temperature, '
+            "top_p, top_k, min_p, repetition_penalty and max_new_tokens.",
+            metavar="JSON",
+            parser=parse_object,
+            show_default="the model's own",
+            rich_help_panel=_DEFAULTS,
+        ),
+    ] = None
     live: Annotated[
         bool,
         typer.Option(
-            help="A page at / that chats and shows the pool, and /live, which tells it.",
-            rich_help_panel=_SERVER,
+            help="Serve the page at /, which chats and shows the KV pool, and its event stream /live.",
+            rich_help_panel=_LOGGING,
         ),
     ] = True
     log_requests: Annotated[
         bool,
         typer.Option(
             "--log-requests",
-            help="Write down what is asked, prompts included, with --log-level info or debug.",
-            rich_help_panel=_SERVER,
+            help="Log prompts and sampling parameters too, at --log-level info or debug.",
+            rich_help_panel=_LOGGING,
         ),
     ] = False
 
@@ -168,82 +207,114 @@ class ServerOptions:
 @takes_groups(max_num_waiting=256)
 def serve(
     context: typer.Context,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 accepts connections from other machines.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)
+        int,
+        typer.Option(
+            help="Port to listen on; 0 picks a free one.", min=0, max=65535, rich_help_panel=_SERVER
+        ),
     ] = 8000,
     grace: Annotated[
-        float, typer.Option(help="Seconds that accepted requests have to end after Ctrl-C or SIGTERM.", min=0)
+        float,
+        typer.Option(
+            help="Seconds that running and waiting requests have to finish after Ctrl-C or SIGTERM.",
+            min=0,
+            rich_help_panel=_SERVER,
+        ),
     ] = 30.0,
     seed: Annotated[
         int,
         typer.Option(
-            help="Source of the seeds of requests that bring none: the same again, the same answers."
+            help="Seed for requests that set none: the n-th request gets the same seed after each start.",
+            rich_help_panel=_DEFAULTS,
         ),
     ] = 0,
     demo: Annotated[
         bool,
         typer.Option(
             "--demo",
-            help=f"A pool of {_DEMO_BLOCKS} blocks that swaps: so small that the page at / shows sharing, "
-            "forks and preemption within a minute.",
+            help=f"Use a pool of only {_DEMO_BLOCKS} blocks and swapping, so that the page at / shows prefix "
+            "sharing, forks and preemption within a minute.",
+            rich_help_panel=_LOGGING,
         ),
     ] = False,
     log_level: Annotated[
-        str, typer.Option(help="critical, error, warning, info (a line a request) or debug.")
+        str,
+        typer.Option(
+            help="info logs a line for each finished request and the throughput every 10 s; debug adds "
+            "requests for the page, /health and /metrics.",
+            metavar="|".join(_LOG_LEVELS),
+            rich_help_panel=_LOGGING,
+        ),
     ] = "info",
     *,
     server: ServerOptions,
     engine: EngineOptions,
 ) -> None:
-    """Serve a model over HTTP, with OpenAI's API.
+    """Serve a model over HTTP with OpenAI's API.
 
     \b
-    tiny-llm serve
-    tiny-llm serve --demo     # then open http://127.0.0.1:8000 and press "Load it"
-    tiny-llm serve --model Qwen/Qwen3-0.6B --port 9000 --api-key "$KEY"
-    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-      -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    Start the server with the embedded model:
+      tiny-llm serve
+    Ask it from another terminal:
+      curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
+    See how it works: open http://127.0.0.1:8000 and press "Load it":
+      tiny-llm serve --demo
+    Accept requests from other machines, with a key:
+      tiny-llm serve --host 0.0.0.0 --api-key choose-your-own-key
 
-    /health says 503 until the model is loaded. The first Ctrl-C or SIGTERM lets accepted requests end, for
-    --grace seconds; the second one stops at once.
+    GET /health returns 503 until the model is loaded. The first Ctrl-C or SIGTERM refuses new requests and
+    lets the others finish within --grace seconds; the second one aborts them.
 
-    One pool holds the keys and values of all requests, in blocks of --block-size tokens; requests that begin
-    alike share blocks. When none is free, the newest request gives its own up and goes on later: that is
-    preemption, and its answer is the same.
+    All requests share one KV pool of blocks, each with the keys and values of --block-size tokens. Requests
+    with a common prefix share its blocks. If the pool runs out of blocks, the newest request is preempted and
+    continues later, with the same answer.
     """
-    if log_level not in ("critical", "error", "warning", "info", "debug"):
-        raise typer.BadParameter(f"{log_level!r} is no level", param_hint="--log-level")
+    if log_level not in _LOG_LEVELS:
+        known = ", ".join(_LOG_LEVELS)
+        raise typer.BadParameter(f"{log_level!r} is not one of {known}", param_hint="--log-level")
     if demo:
         _check_demo(context)
         engine = replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
     from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer, listen
 
-    check(engine, seed=seed)
     config = server_config(server, host)
+    check_model(engine, seed=seed)
     if host not in _LOOPBACK and not config.api_keys:
         print(
-            f"tiny-llm: warning: {host} may be reached by others, and there is no --api-key", file=sys.stderr
+            f"tiny-llm: warning: other machines may reach {host}, and requests need no key: see --api-key",
+            file=sys.stderr,
         )
     app = make_app(partial(load, engine, seed=seed), config)
     GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 
 def _check_demo(context: typer.Context) -> None:
-    """Refuse options that it would override, or that would leave nothing to look at."""
+    """Reject options that --demo would override, or that would leave nothing to see."""
     for name in ("num_blocks", "kv_cache_memory", "preemption_mode", "batching", "live"):
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             option = "--" + name.replace("_", "-")
             raise typer.BadParameter(
-                f"it shows a pool of {_DEMO_BLOCKS} blocks that swaps: leave {option} out",
+                f"it sets a pool of {_DEMO_BLOCKS} blocks with swapping: leave {option} out",
                 param_hint="--demo",
             )
 
 
 def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfig":
-    """The `ServerConfig` of `options`. host: where it listens; on loopback without keys by its own names."""
+    """Make a `ServerConfig` of `options`.
+
+    host: the address to listen on; on a loopback address without keys, only the loopback's names are allowed
+    as hosts.
+    """
     from tiny_llm_server import ServerConfig
 
     values = asdict(options)
@@ -254,4 +325,5 @@ def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfi
     values["allowed_hosts"] = hosts + _LOOPBACK if hosts or (host in _LOOPBACK and not keys) else ()
     values["allowed_origins"] = tuple(options.allowed_origins or ())
     values["request_timeout"] = options.request_timeout or None
+    values["override_generation_config"] = options.override_generation_config or {}
     return ServerConfig(**values)

@@ -1,4 +1,4 @@
-"""Where `bench serve` asks, and for what: --backend, --base-url, --host, --port and --endpoint made one."""
+"""The address that `bench serve` sends to, from --backend, --base-url, --host, --port and --endpoint."""
 
 from typing import Literal, NamedTuple
 
@@ -9,21 +9,24 @@ CHAT, COMPLETION = "/chat/completions", "/completions"
 
 
 class Address(NamedTuple):
-    """The server, without /v1, and the path on it."""
+    """A server, without /v1, and a path on it."""
 
     base_url: str
     endpoint: str
 
 
 def address_of(backend: Backend, base_url: str | None, host: str, port: int, endpoint: str | None) -> Address:
-    """base_url, with or without /v1, before host and port. Raises `BadParameter` for another's endpoint."""
-    place = (base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}").rstrip("/")
+    """The address. base_url, with or without /v1, overrides host and port.
+
+    Raises `BadParameter` for an endpoint of another backend.
+    """
+    server = (base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}").rstrip("/")
     path = "/" + (endpoint or _default(backend)).strip("/")
     _check(backend, path)
-    if place.endswith("/v1"):
-        place = place.removesuffix("/v1").rstrip("/")
+    if server.endswith("/v1"):
+        server = server.removesuffix("/v1").rstrip("/")
         path = path if path.startswith("/v1/") else f"/v1{path}"
-    return Address(place, path)
+    return Address(server, path)
 
 
 def _default(backend: Backend) -> str:
@@ -31,11 +34,11 @@ def _default(backend: Backend) -> str:
 
 
 def _check(backend: Backend, path: str) -> None:
-    """An answer of the other kind would be read as one without text."""
+    """Raise `BadParameter` for the endpoint of another backend, whose answers would seem to have no text."""
     if not path.endswith(COMPLETION) or path.endswith(CHAT) == (backend == "openai-chat"):
         return
     other = "openai-chat" if path.endswith(CHAT) else "openai"
     raise typer.BadParameter(
-        f"{path} is not what --backend {backend} asks ({_default(backend)}): --backend {other} does",
+        f"{path} is not for --backend {backend} ({_default(backend)}): use --backend {other}",
         param_hint="--endpoint",
     )

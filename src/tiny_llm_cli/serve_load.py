@@ -1,4 +1,4 @@
-"""The load of `bench serve` and its figures, which are vLLM's. Knows no HTTP: its caller says how to ask."""
+"""The load of `bench serve` and its figures, which are vLLM's. Does not use HTTP: its caller does."""
 
 import asyncio
 import math
@@ -14,17 +14,17 @@ from .serve_address import Backend
 from .statistics_of import statistics_of
 from .workload import Progress
 
-TOKENS = range(1000, 30_000)  # ids that are text in every vocabulary that we know of
+TOKENS = range(1000, 30_000)  # ids that are text in every vocabulary that we have seen
 _COMMON = """about after again all also and answer any around ask back because been before below between big
 book both but call came can change children city close come could country day different does done down each
 end even every eye face family far father few find first follow food for form found friend from full get
 girl give good great group had hand hard has have head help here high home house how idea keep kind know
 land large last later learn leave left letter life light like line little live long look made make"""
-WORDS = tuple(_COMMON.split())  # a chat takes no ids: each is one token in the vocabularies that we know of
+WORDS = tuple(_COMMON.split())  # of chats, which take no ids; one token each in all vocabularies seen
 
 
 class ServeRun(NamedTuple):
-    """What is asked, and how fast. request_rate: requests a second, inf: all at once."""
+    """What to send, and how fast. request_rate: requests in a second; inf sends all at once."""
 
     backend: Backend
     base_url: str
@@ -43,16 +43,16 @@ class ServeRun(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether chats are asked for, not completions."""
+        """Whether the requests are chats instead of completions."""
         return self.backend == "openai-chat"
 
 
 @dataclass
 class Answer:
-    """One request: when it was sent, when pieces came, how many tokens they were, and why it failed.
+    """The answer to one request: when it was sent, when its pieces came, its tokens, and why it failed.
 
-    is_counted: the server has said nothing of tokens. Those of the output are then chunks with text, and
-    those of the prompt what was sent.
+    is_counted: the server sent no usage. The output tokens are then the chunks with text, and the prompt
+    tokens are those that were sent.
     """
 
     sent: float = field(default_factory=perf_counter)
@@ -67,9 +67,9 @@ Ask = Callable[[dict[str, Any]], Awaitable[Answer]]
 
 
 async def put_load(ask: Ask, run: ServeRun, progress: Progress) -> dict[str, object]:
-    """The figures of what `ask` gives for the requests of a run, and what was asked.
+    """Send the requests of a run and return their figures, with the run itself.
 
-    ask: sends the body of a request, and reads its answer to the end. Raises ValueError where the first one,
+    ask: sends the body of a request and reads its answer to the end. Raises ValueError if the first request,
     which does not count, fails.
     """
     numbers = random.Random(run.seed)
@@ -84,7 +84,7 @@ async def put_load(ask: Ask, run: ServeRun, progress: Progress) -> dict[str, obj
 
 
 def figures(answers: list[Answer], duration: float) -> dict[str, object]:
-    """vLLM's figures of requests that took so many seconds together; failed ones are counted, and no more."""
+    """vLLM's figures for requests that took `duration` seconds in all. Failed ones are only counted."""
     done = [answer for answer in answers if answer.error is None]
     num_in, num_out = sum(a.prompt_tokens for a in done), sum(a.output_tokens for a in done)
     spans = [a.moments[-1] - a.moments[0] for a in done]
@@ -110,14 +110,14 @@ def figures(answers: list[Answer], duration: float) -> dict[str, object]:
 
 
 def lengths(wanted: int, ratio: float) -> range:
-    """How many tokens `wanted` may become: as far from it as a share of it, and at least one."""
+    """The lengths from `wanted` less a share of it to `wanted` plus that share, at least 1."""
     spread = int(wanted * ratio)
     return range(max(1, wanted - spread), wanted + spread + 1)
 
 
 def _with_run(found: dict[str, object], run: ServeRun) -> dict[str, object]:
-    """Figures after what vLLM says of a run, under its names; under `run` what else was asked."""
-    told = {
+    """Figures after what vLLM saves about a run, under its names; the rest of the run under `run`."""
+    saved = {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "backend": run.backend,
         "label": None,
@@ -125,11 +125,11 @@ def _with_run(found: dict[str, object], run: ServeRun) -> dict[str, object]:
         "tokenizer_id": None,
         "num_prompts": run.num_prompts,
         "request_rate": run.request_rate if math.isfinite(run.request_rate) else "inf",
-        "burstiness": 1.0,  # the gaps are those of independent arrivals
+        "burstiness": 1.0,  # independent arrivals
         "max_concurrency": run.max_concurrency,
     }
-    left = {name: value for name, value in run._asdict().items() if name not in {*told, "model", "api_key"}}
-    return {**told, **found, "run": left}
+    left = {name: value for name, value in run._asdict().items() if name not in {*saved, "model", "api_key"}}
+    return {**saved, **found, "run": left}
 
 
 def _vocabulary(run: ServeRun) -> Sequence[int | str]:
@@ -137,15 +137,15 @@ def _vocabulary(run: ServeRun) -> Sequence[int | str]:
 
 
 def _job(run: ServeRun, prefix: Sequence[int | str], numbers: random.Random) -> dict[str, Any]:
-    """The body of a request: random tokens, its lengths within --random-range-ratio of those asked for."""
+    """The body of a request: random tokens, with lengths varied by up to --random-range-ratio."""
     length = numbers.choice(lengths(run.random_input_len, run.random_range_ratio))
     prompt = [*prefix, *numbers.choices(_vocabulary(run), k=length)]
-    asked: dict[str, Any] = {"prompt": prompt}
+    content: dict[str, Any] = {"prompt": prompt}
     if run.is_chat:
-        asked = {"messages": [{"role": "user", "content": " ".join(map(str, prompt))}]}
+        content = {"messages": [{"role": "user", "content": " ".join(map(str, prompt))}]}
     return {
         "model": run.model,
-        **asked,
+        **content,
         "max_tokens": numbers.choice(lengths(run.random_output_len, run.random_range_ratio)),
         "temperature": 0,
         "stream": True,
@@ -161,12 +161,12 @@ async def _all(
     numbers: random.Random,
     progress: Progress,
 ) -> list[Answer]:
-    """Send all: as fast as --request-rate says, with gaps like those of independent arrivals."""
-    seats, ended = asyncio.Semaphore(run.max_concurrency or len(jobs)), 0
+    """Send all requests at --request-rate, with the gaps of independent arrivals."""
+    limit, ended = asyncio.Semaphore(run.max_concurrency or len(jobs)), 0
 
     async def send(job: dict[str, Any]) -> Answer:
         nonlocal ended
-        async with seats:
+        async with limit:
             answer = await ask(job)
         ended += 1
         progress("bench serve", ended, len(jobs))

@@ -5,7 +5,7 @@ from statistics import fmean, median, pstdev
 
 
 def statistics_of(name: str, seconds: list[float]) -> dict[str, float | None]:
-    """Mean, median, standard deviation and 99th percentile, in milliseconds; None where there is nothing."""
+    """Mean, median, standard deviation and 99th percentile, in milliseconds; None without values."""
     values = sorted(1000 * second for second in seconds)
     return {
         f"mean_{name}_ms": fmean(values) if values else None,
@@ -16,7 +16,7 @@ def statistics_of(name: str, seconds: list[float]) -> dict[str, float | None]:
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:
-    """Linear between the two sorted values that are nearest, as numpy's."""
+    """Interpolate linearly between the two nearest of the sorted values, as numpy does."""
     below, part = divmod(percent * (len(values) - 1), 100)
     above = min(below + 1, len(values) - 1)
     return values[below] + (values[above] - values[below]) * part / 100

@@ -1,4 +1,4 @@
-"""What benchmarks run on: random prompts, and where their figures come from."""
+"""Random prompts for benchmarks, and the conditions that their figures depend on."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class RandomPrompts:
-    """Prompts of random token ids that are text: never a control token. The same for the same seed."""
+    """Prompts of random token ids, without control tokens. The same seed gives the same prompts."""
 
     def __init__(self, llm: LLM, seed: int) -> None:
         control = control_token_ids(llm)
@@ -20,16 +20,16 @@ class RandomPrompts:
         self._random = random.Random(seed)
 
     def tokens(self, count: int) -> list[int]:
-        """The next prompt: `count` token ids."""
+        """Return the next prompt: `count` token ids."""
         return self._random.choices(self._ids, k=count)
 
     def length(self, low: int, high: int) -> int:
-        """A number of tokens from `low` to `high`, both included."""
+        """Return a random number of tokens from `low` to `high`, both included."""
         return self._random.randint(low, high)
 
 
-def what_was_run(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
-    """The run's own numbers with everything else that the figures depend on."""
+def run_conditions(llm: LLM, run: Mapping[str, object]) -> dict[str, object]:
+    """What the figures of a run depend on: its own numbers, the engine's configuration, the machine."""
     machine = facts.machine()
     engine = {
         name: getattr(llm.engine_config, name)

@@ -1,5 +1,5 @@
-"""The course's machine: starters, test runs, hints, progress, and the proof that all of it holds together.
+"""The tools of the course: starter files, test runs, hints, progress, and a check of the course itself.
 
-It knows the syllabus and Python source; it knows nothing of attention or of pages. `syllabus.toml` is the
-only list of days. Learners reach it through `pdm run start`, `test`, `hint` and so on.
+They work on the syllabus and on Python source; attention, pages and requests are unknown here, except in
+`days/`. `syllabus.toml` is the only list of days. Learners use `pdm run start`, `test`, `hint` and so on.
 """

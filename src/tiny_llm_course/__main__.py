@@ -1,4 +1,4 @@
-"""`python -m tiny_llm_course COMMAND`: what `pdm run COMMAND` runs."""
+"""Entry point of `python -m tiny_llm_course COMMAND`, which `pdm run COMMAND` runs."""
 
 from .main import main
 

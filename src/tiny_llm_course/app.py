@@ -1,4 +1,4 @@
-"""The commands put together: the learner's, and the maintainers' check."""
+"""All commands of the course as one typer application."""
 
 from collections.abc import Callable
 
@@ -27,19 +27,23 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "test-refsol": on_test_refsol,
     "course-check": on_course_check,
 }
-PASSES_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+PASSES_TO_PYTEST = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+}
 
 
 def command() -> TyperGroup:
-    """All commands; what `test` and `test-refsol` do not know is pytest's."""
+    """Build the application. `test` and `test-refsol` pass options that they do not know to pytest."""
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help="The course: start a day, write it, test it, see it run.",
+        help="The course: start a day, write its exercises, test them, and see them run on a real model.",
     )
     for name, function in COMMANDS.items():
-        app.command(name, context_settings=PASSES_ON if name.startswith("test") else None)(function)
+        app.command(name, context_settings=PASSES_TO_PYTEST if name.startswith("test") else None)(function)
     return get_group(app)

@@ -1,24 +1,24 @@
-"""What several commands take: a day, an exercise, and the course itself."""
+"""Arguments that several commands share, and the syllabus that they need."""
 
 from typing import Annotated
 
 import typer
 
-from .house import House
+from .repo import Repo
 from .syllabus import Syllabus, read_syllabus
 
 ADay = Annotated[
-    str, typer.Argument(metavar="DAY", help="Such as 1.1; a part of it, such as 3.2b; or a file of it.")
+    str, typer.Argument(metavar="DAY", help="A day (1.1), a part of it (3.2b) or one of its files.")
 ]
 AnExercise = Annotated[
     str,
     typer.Argument(
-        metavar="EXERCISE", help="Such as 1.1.2; a part, such as 3.2b, is its first exercise to do."
+        metavar="EXERCISE", help="An exercise (1.1.2), or a part (3.2b) for its first unfinished exercise."
     ),
 ]
 
 
-def open_course() -> tuple[House, Syllabus]:
-    """This checkout and its syllabus."""
-    house = House.here()
-    return house, read_syllabus(house.syllabus)
+def open_course() -> tuple[Repo, Syllabus]:
+    """Return this checkout and its syllabus."""
+    repo = Repo.here()
+    return repo, read_syllabus(repo.syllabus)

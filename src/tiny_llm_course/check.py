@@ -1,10 +1,14 @@
-"""`pdm run course-check`: the proof that the course holds together, by running it.
+"""`pdm run course-check`: checks that syllabus, starters, suites and docstrings are consistent.
 
-What can be read is read (`rules`). What must be run is run, each in a process and an overlay of its own: the
-reference passes everything; each exercise blanked alone makes its own day fail, with its own message; a whole
-day blanked can be imported and is formatted, and so can each part; each day passes while all days after it
-are blank, and each part while all parts after it are too, so no test needs what comes later; the examples of
-the docstrings hold, and the second solutions pass.
+`rules` checks everything that can be read from the files. This module runs the rest, each check in a separate
+process and overlay:
+
+- the reference passes all suites, and so do the second solutions;
+- if one exercise is blank, its day fails, with the exercise's message;
+- the starter files of each day and part can be imported and are formatted;
+- each day passes while all later days are blank, and each part while all later parts are, so no test needs
+  later code;
+- the examples in the docstrings are correct.
 """
 
 import os
@@ -16,8 +20,8 @@ from pathlib import Path
 
 from . import cpp
 from .examples import failing_examples
-from .house import House
 from .problem import Problem, last_lines
+from .repo import Repo
 from .rules import static_problems
 from .runs import overlay_of, run_python, run_suites, tests_of
 from .second_solutions import failing_solutions
@@ -30,26 +34,26 @@ Check = Callable[[], list[Problem]]
 
 
 def check(
-    house: House,
+    repo: Repo,
     syllabus: Syllabus,
     report: Callable[[str, int, int], None],
     *,
     static_only: bool = False,
     only: Collection[Day] = (),
 ) -> list[Problem]:
-    """Everything that is wrong with the course.
+    """Find everything that is wrong with the course.
 
-    report: told what was done, how many checks have been made, and of how many. static_only: only what can be
-    read, and the examples. only: the days to run, none for all; what can be read is read of all days.
+    report: called after each check with its name, the number of checks done, and the total. static_only: only
+    read the files and run the examples. only: the days to run, empty for all; the files of all days are read.
     """
-    found = static_problems(house, syllabus)
-    report("syllabus, starters and suites read", 0, 0)
+    found = static_problems(repo, syllabus)
+    report("syllabus, starters and suites", 0, 0)
     if found:
         return found
-    days = [day for day in syllabus.days if not day.is_to_come]
-    checks = list(_example_checks(house, syllabus))
+    days = [day for day in syllabus.days if not day.is_planned]
+    checks = list(_example_checks(repo, syllabus))
     if not static_only:
-        checks += _checks(house, days, [day for day in days if not only or day in only])
+        checks += _checks(repo, days, [day for day in days if not only or day in only])
     done = 0
 
     def run(named: tuple[str, Check]) -> list[Problem]:
@@ -65,59 +69,59 @@ def check(
     return found
 
 
-def _example_checks(house: House, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
-    """With compiled kernels and without, an example gives the same."""
-    yield "examples", lambda: failing_examples(house, syllabus)
+def _example_checks(repo: Repo, syllabus: Syllabus) -> Iterator[tuple[str, Check]]:
+    """The examples, with compiled kernels and without."""
+    yield "examples", lambda: failing_examples(repo, syllabus)
     off = {"TINY_LLM_KERNELS": "off"}
-    yield "examples without compiled kernels", lambda: failing_examples(house, syllabus, off)
+    yield "examples without compiled kernels", lambda: failing_examples(repo, syllabus, off)
 
 
-def _checks(house: House, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tuple[str, Check]]:
-    yield "second solutions", lambda: failing_solutions(house, only)
+def _checks(repo: Repo, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tuple[str, Check]]:
+    yield "second solutions", lambda: failing_solutions(repo, only)
     for day in only:
-        yield f"{day.id} as it begins", lambda d=day: _begun(house, d)  # type: ignore[misc]
+        yield f"{day.id} starters", lambda d=day: _starter_problems(repo, d)  # type: ignore[misc]
         if later := days[days.index(day) + 1 :]:
-            yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(house, d, after)  # type: ignore[misc]
-        yield from _checks_of_parts(house, day, later)
-        yield f"{day.id} on the reference", lambda d=day: _reference_passes(house, d)  # type: ignore[misc]
+            yield f"{day.id}, later days blank", lambda d=day, after=later: _later_blank(repo, d, after)  # type: ignore[misc]
+        yield from _checks_of_parts(repo, day, later)
+        yield f"{day.id} on the reference", lambda d=day: _reference_passes(repo, d)  # type: ignore[misc]
         for exercise in day.exercises:
             yield (
                 f"{exercise.id} {exercise.name} blank",
-                lambda d=day, e=exercise: _exercise_blank(house, d, e),  # type: ignore[misc]
+                lambda d=day, e=exercise: _exercise_blank(repo, d, e),  # type: ignore[misc]
             )
         for kernel in day.kernels:
-            yield f"{kernel.id} {kernel.file} blank", lambda k=kernel: _kernel_blank(house, k)  # type: ignore[misc]
+            yield f"{kernel.id} {kernel.file} blank", lambda k=kernel: _kernel_blank(repo, k)  # type: ignore[misc]
 
 
-def _checks_of_parts(house: House, day: Day, later: Sequence[Day]) -> Iterator[tuple[str, Check]]:
-    """What must hold of the parts beyond what holds of their day.
+def _checks_of_parts(repo: Repo, day: Day, later: Sequence[Day]) -> Iterator[tuple[str, Check]]:
+    """The checks of a day's parts that the day's own checks do not include.
 
-    A file that begins as it does with the whole day needs no look of its own, and the last part passes
-    without the later days because the day does.
+    Starter files that equal the whole day's are checked with the day. The last part passes without the later
+    days because the day does.
     """
     for part in day.parts:
-        if any(starter(house, module, part) != starter(house, module, day) for module in part.modules):
-            yield f"{part.id} as it begins", lambda p=part: _begun(house, p)  # type: ignore[misc]
+        if any(starter(repo, module, part) != starter(repo, module, day) for module in part.modules):
+            yield f"{part.id} starters", lambda p=part: _starter_problems(repo, p)  # type: ignore[misc]
         if part.later:
             after = [*part.later, *later]
-            yield f"{part.id}, later parts blank", lambda p=part, a=after: _later_blank(house, p, a)  # type: ignore[misc]
+            yield f"{part.id}, later parts blank", lambda p=part, a=after: _later_blank(repo, p, a)  # type: ignore[misc]
 
 
-def _reference_passes(house: House, day: Day) -> list[Problem]:
-    with overlay_of(house, {}) as reference:
-        run = run_suites(reference, [house.suites / day.suite], ["-q"], quiet=True)
+def _reference_passes(repo: Repo, day: Day) -> list[Problem]:
+    with overlay_of(repo, {}) as reference:
+        run = run_suites(reference, [repo.suites / day.suite], ["-q"], quiet=True)
     if run.returncode == 0:
         return []
     return [Problem("reference", day.suite, f"fails on the reference\n{last_lines(run.stdout)}")]
 
 
-def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]:
-    """One exercise blank, everything else the reference's: its day, or its part, fails and says so."""
-    source = (house.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+def _exercise_blank(repo: Repo, day: Day, exercise: Exercise) -> list[Problem]:
+    """With one exercise blank and everything else the reference's, its unit fails with its message."""
+    source = (repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
     source = blanked(source, {exercise.name: exercise.message})
     unit = day.part_of(exercise) or day
-    with overlay_of(house, {exercise.module: source}) as alone:
-        run = run_suites(alone, [house.suites / day.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
+    with overlay_of(repo, {exercise.module: source}) as blank:
+        run = run_suites(blank, [repo.suites / day.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
         what = day.suite if isinstance(unit, Day) else unit.named
         return [Problem("blank", exercise.id, f"{what} passes although {exercise.name} is blank")]
@@ -126,10 +130,10 @@ def _exercise_blank(house: House, day: Day, exercise: Exercise) -> list[Problem]
     return []
 
 
-def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
-    """A kernel compiles as it is, and where it is blank the compiler stops with its message."""
-    source = (cpp.sources(house) / kernel.file).read_text(encoding="utf-8")
-    whole, stopped = cpp.compiles(house, source), cpp.compiles(house, cpp.starter(house, kernel))
+def _kernel_blank(repo: Repo, kernel: Kernel) -> list[Problem]:
+    """A kernel compiles as it is; if it is blank, the compiler stops with its message."""
+    source = (cpp.sources(repo) / kernel.file).read_text(encoding="utf-8")
+    whole, stopped = cpp.compiles(repo, source), cpp.compiles(repo, cpp.starter(repo, kernel))
     if whole.returncode:
         return [Problem("reference", kernel.file, f"does not compile\n{last_lines(whole.stderr)}")]
     if not stopped.returncode or kernel.message not in stopped.stderr:
@@ -137,33 +141,33 @@ def _kernel_blank(house: House, kernel: Kernel) -> list[Problem]:
     return []
 
 
-def _begun(house: House, unit: Unit) -> list[Problem]:
-    """A day or a part as a learner begins it: it can be imported, and is formatted."""
-    sources = {module: starter(house, module, unit) for module in unit.modules}
+def _starter_problems(repo: Repo, unit: Unit) -> list[Problem]:
+    """The starter files of a day or a part can be imported and are formatted."""
+    sources = {module: starter(repo, module, unit) for module in unit.modules}
     found = []
-    with overlay_of(house, sources) as begun:
-        modules = sorted(file.stem for file in house.reference.glob("*.py") if file.stem != "__init__")
-        run = run_python(begun, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
+    with overlay_of(repo, sources) as with_starters:
+        modules = sorted(file.stem for file in repo.reference.glob("*.py") if file.stem != "__init__")
+        run = run_python(with_starters, ["-c", "; ".join(f"import tiny_llm.{module}" for module in modules)])
         if run.returncode:
             found.append(Problem("starter", unit.id, f"cannot be imported\n{last_lines(run.stderr)}"))
-        found += _formatted(house, begun.overlay, unit)
+        found += _formatted(repo, with_starters.overlay, unit)
     return found
 
 
-def _later_blank(house: House, unit: Unit, later: Sequence[Unit]) -> list[Problem]:
-    """The day or the part is done and nothing after it is begun: its tests pass."""
+def _later_blank(repo: Repo, unit: Unit, later: Sequence[Unit]) -> list[Problem]:
+    """The tests of a day or a part pass while everything after it is blank."""
     modules = {module for one in later for module in one.modules}
-    sources = {module: starter(house, module, *later) for module in sorted(modules)}
-    with overlay_of(house, sources) as begun:
-        run = run_suites(begun, [house.suites / unit.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
+    sources = {module: starter(repo, module, *later) for module in sorted(modules)}
+    with overlay_of(repo, sources) as with_starters:
+        run = run_suites(with_starters, [repo.suites / unit.suite], ["-q", "-x", *tests_of(unit)], quiet=True)
     if run.returncode == 0:
         return []
     rule, what = ("later part", "parts") if isinstance(unit, Part) else ("later day", "days")
     return [Problem(rule, unit.id, f"fails while the {what} after it are blank\n{last_lines(run.stdout)}")]
 
 
-def _formatted(house: House, folder: Path, unit: Unit) -> list[Problem]:
-    config = house.root / "pyproject.toml"
+def _formatted(repo: Repo, folder: Path, unit: Unit) -> list[Problem]:
+    config = repo.root / "pyproject.toml"
     command = [
         sys.executable,
         "-m",

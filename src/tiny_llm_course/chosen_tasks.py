@@ -1,7 +1,7 @@
-"""A pytest plugin: of a day's suite only the tests of some tasks run, such as those of a part.
+"""A pytest plugin: `--tasks=1,2` runs only the tests of these tasks, such as those of a part.
 
-A test is about the task that its name gives, so `--tasks=1` leaves `test_task_11_...` out, which `-k` with a
-part of a name may not.
+The task is the number in a test's name, so `--tasks=1` does not select `test_task_11_...`, as `-k task_1`
+would.
 """
 
 import pytest
@@ -10,12 +10,12 @@ from .outcome import task_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The numbers of the tasks; all of them where it is not given."""
+    """Add `--tasks`; without it, all tests run."""
     parser.addoption("--tasks", default="", metavar="N,N", help="run only the tests of these tasks")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take the tests of all other tasks out of the run."""
+    """Deselect the tests of all other tasks."""
     wanted = {int(task) for task in str(config.getoption("tasks")).split(",") if task}
     others = [item for item in items if wanted and task_of(item.nodeid) not in wanted]
     if others:

@@ -1,7 +1,7 @@
-"""`pdm run compare`: the learner's modules and the reference's on the same work, side by side.
+"""`pdm run compare`: measures the learner's modules and the reference's on the same workload.
 
-The sides are processes that take turns, a repetition at a time, so that whatever else the machine does
-meanwhile meets both.
+Each side is a process. They alternate, one repetition at a time, so that other load on the machine affects
+both.
 """
 
 import subprocess
@@ -15,18 +15,18 @@ from typing import NamedTuple
 from .cpp import libraries
 from .days import function_name, function_of
 from .errors import CourseError
-from .house import House
 from .progress import missing_modules, own_modules
-from .runs import begin_python, overlay_of, own_sources
+from .repo import Repo
+from .runs import overlay_of, own_sources, start_python
 from .source import stand_ins
 from .units import Unit
 
-SECONDS = 2.0  # of repetitions, both sides together
-MOST_REPETITIONS = 50
+SECONDS = 2.0  # of repetitions, both sides together; the measurement then stops
+MAX_REPETITIONS = 50
 
 
 class Measured(NamedTuple):
-    """One side's work: median, least and most seconds, and bytes at the peak."""
+    """One side's figures: median, minimum and maximum seconds of a repetition, and peak bytes."""
 
     seconds: float
     least: float
@@ -35,11 +35,10 @@ class Measured(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Both sides, and how their results differ.
+    """Both sides' figures, and how their results differ.
 
-    differing: how many of `total` numbers are not the same; None where the shapes differ.
-    largest_difference: of measured quantities; None for whole numbers, such as token ids, whose distance
-    means nothing.
+    differing: how many of the `total` numbers differ; None if the shapes differ. largest_difference: the
+    largest absolute difference of floats; None for integers such as token ids, whose distance means nothing.
     """
 
     own: Measured
@@ -49,26 +48,26 @@ class Comparison(NamedTuple):
     largest_difference: float | None
 
 
-def compare(house: House, unit: Unit) -> Comparison:
-    """Run a unit's work on the learner's modules of its day and on the plain reference, alternating.
+def compare(repo: Repo, unit: Unit) -> Comparison:
+    """Run a unit's workload on the learner's modules of its day and on the reference, alternating.
 
-    Raises `CourseError` where there is nothing to compare, it is not started, or its work does not run.
+    Raises `CourseError` if the day has no comparison, is not started, or its workload fails.
     """
     import numpy as np
 
     day = unit.day
     if day.no_compare is not None:
-        raise CourseError(f"day {day.id} has nothing to compare: {day.no_compare}")
-    if missing_modules(house, unit) and not (unit.kernels and libraries(house)):
+        raise CourseError(f"day {day.id} has no comparison: {day.no_compare}")
+    if missing_modules(repo, unit) and not (unit.kernels and libraries(repo)):
         raise CourseError(f"not started: pdm run start {unit.id}")
-    own = own_sources(house, [module for module in own_modules(house) if module in day.modules])
+    own = own_sources(repo, [module for module in own_modules(repo) if module in day.modules])
     with (
-        overlay_of(house, own, kernels=bool(day.kernels)) as mine,
-        overlay_of(house, {}) as theirs,
-        _begun(mine, unit, f"your {unit.named}", house) as first,
-        _begun(theirs, unit, "the reference", theirs) as second,
+        overlay_of(repo, own, kernels=bool(day.kernels)) as mine,
+        overlay_of(repo, {}) as theirs,
+        _started_side(mine, unit, f"your {unit.named}", repo) as first,
+        _started_side(theirs, unit, "the reference", theirs) as second,
     ):
-        while first.total + second.total < SECONDS and len(first.seconds) < MOST_REPETITIONS:
+        while first.total + second.total < SECONDS and len(first.seconds) < MAX_REPETITIONS:
             first.repeat()
             second.repeat()
         own_side, reference_side = first.end(), second.end()
@@ -81,38 +80,40 @@ def compare(house: House, unit: Unit) -> Comparison:
     return Comparison(own_side, reference_side, differing, outs[1].size, largest)
 
 
-def as_text(house: House, unit: Unit, found: Comparison) -> str:
-    """A table of both sides, and what ran on each."""
+def as_text(repo: Repo, unit: Unit, found: Comparison) -> str:
+    """A table of both sides' figures, and a note on the code that ran on each side."""
     own, reference = found.own, found.reference
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
         [
             f"{unit.named}, {unit.title}: {function_of(unit, 'work').__doc__}",
-            f"{'':30}{'yours':>24}{'reference':>24}",
-            f"{'milliseconds (fastest-slowest)':30}{times[0]:>24}{times[1]:>24}",
-            f"{'peak memory in MLX, KiB':30}{own.peak_bytes >> 10:>24,}{reference.peak_bytes >> 10:>24,}",
+            f"{'':30}  {'yours':>24}  {'reference':>24}",
+            f"{'milliseconds (fastest-slowest)':30}  {times[0]:>24}  {times[1]:>24}",
+            f"{'peak memory in MLX, KiB':30}  {own.peak_bytes >> 10:>24,}  {reference.peak_bytes >> 10:>24,}",
             _results(found),
-            "memory: the most that a run needs beside its weights and inputs, which are not counted",
-            *_what_runs(house, unit),
+            "memory: the peak of a run, without weights and inputs",
+            *_what_runs(repo, unit),
         ]
     )
 
 
-def _what_runs(house: House, unit: Unit) -> list[str]:
-    """Which modules are exchanged, and for which exercises the reference has faster code."""
-    modules = [f"{module}.py" for module in unit.day.modules if (house.overlay / f"{module}.py").exists()]
-    kernels = [kernel.file for kernel in unit.kernels if (house.overlay / kernel.file).exists()]
-    lines = [f"exchanged: only {', '.join(modules + kernels)}; the others are the reference's on both sides"]
+def _what_runs(repo: Repo, unit: Unit) -> list[str]:
+    """Which modules differ, and for which exercises the reference runs faster code."""
+    modules = [f"{module}.py" for module in unit.day.modules if (repo.overlay / f"{module}.py").exists()]
+    kernels = [kernel.file for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
+    lines = [
+        f"only {', '.join(modules + kernels)} differ; all other modules are the reference's on both sides"
+    ]
     for exercise in unit.exercises:
-        kinds = stand_ins((house.reference / f"{exercise.module}.py").read_text("utf-8"), exercise.name)
+        kinds = stand_ins((repo.reference / f"{exercise.module}.py").read_text("utf-8"), exercise.name)
         fast = "a compiled kernel" if "compiled" in kinds and compiled_runs() else "MLX's own operator"
         if "fused" in kinds or fast == "a compiled kernel":
-            lines.append(f"{exercise.id} {exercise.name}: yours is what you wrote, the reference runs {fast}")
+            lines.append(f"{exercise.id} {exercise.name}: your Python code against {fast}")
     return lines
 
 
 def compiled_runs() -> bool:
-    """Whether the reference's compiled kernels run here: built, and MLX's device is the CPU."""
+    """Whether the reference's compiled kernels run: they are built, and MLX uses the CPU."""
     import mlx.core as mx
 
     import tiny_llm_kernels
@@ -121,7 +122,7 @@ def compiled_runs() -> bool:
 
 
 def as_json_object(found: Comparison) -> dict[str, object]:
-    """The figures."""
+    """The figures as a JSON object."""
     sides = {"own": found.own, "reference": found.reference}
     figures = {name: {"seconds": s.seconds, "peak_bytes": s.peak_bytes} for name, s in sides.items()}
     same = {"differing": found.differing, "total": found.total}
@@ -130,16 +131,16 @@ def as_json_object(found: Comparison) -> dict[str, object]:
 
 def _results(found: Comparison) -> str:
     if found.differing is None:
-        return "the shapes of the results differ, so one of them is wrong"
+        return "results: the shapes differ, so one side is wrong"
     if found.largest_difference is not None:
-        return f"largest difference of the results: {found.largest_difference:.2g}"
+        return f"results: largest difference {found.largest_difference:.2g}"
     if found.differing:
-        return f"{found.differing} of {found.total} numbers of the results differ"
-    return f"the {found.total} numbers of the results are the same"
+        return f"results: {found.differing} of {found.total} numbers differ"
+    return f"results: all {found.total} numbers are equal"
 
 
 class _Side:
-    """A process that repeats the work each time it is asked."""
+    """A process that repeats the workload on request."""
 
     def __init__(
         self, process: subprocess.Popen[str], whose: str, folder: Path, shown: tuple[str, str]
@@ -151,22 +152,22 @@ class _Side:
 
     @property
     def total(self) -> float:
-        """Seconds of all repetitions."""
+        """Total seconds of all repetitions."""
         return sum(self.seconds)
 
-    def begin(self) -> None:
-        """Wait until it can be asked."""
+    def wait_until_ready(self) -> None:
+        """Wait until the process is ready."""
         self._answer()
 
     def repeat(self) -> None:
-        """One repetition."""
+        """Run one repetition."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         self.seconds.append(float(self._answer()))
 
     def end(self) -> Measured:
-        """No repetition more; what it has measured."""
+        """End the process and return its figures."""
         import numpy as np
 
         _, said = self._process.communicate()
@@ -185,12 +186,12 @@ class _Side:
 
     def _refuse(self, said: str) -> None:
         last = (said.strip().splitlines() or ["no message"])[-1].replace(*self._shown)
-        raise CourseError(f"{self._whose} does not run: {last}")
+        raise CourseError(f"{self._whose} fails: {last}")
 
 
 @contextmanager
-def _begun(overlaid: House, unit: Unit, whose: str, shown: House) -> Iterator[_Side]:
-    """A side on this overlay, ready; ended at the end. Its messages name the files as `shown` has them."""
+def _started_side(overlaid: Repo, unit: Unit, whose: str, shown: Repo) -> Iterator[_Side]:
+    """Start a side on this overlay, and kill it at the end. Its errors show file names as in `shown`."""
     with TemporaryDirectory(prefix="tiny-llm-compare-") as folder:
         arguments = [
             "-m",
@@ -199,11 +200,11 @@ def _begun(overlaid: House, unit: Unit, whose: str, shown: House) -> Iterator[_S
             function_name(unit, "work"),
             str(Path(folder, "result.npz")),
         ]
-        with begin_python(overlaid, arguments) as process:
+        with start_python(overlaid, arguments) as process:
             paths = (str(overlaid.overlay), shown.shown(shown.overlay))
             side = _Side(process, whose, Path(folder), paths)
             try:
-                side.begin()
+                side.wait_until_ready()
                 yield side
             finally:
                 process.kill()

@@ -1,7 +1,7 @@
-"""A learner's kernels in C++: a starter from the reference's file, and the library that they are built into.
+"""A learner's kernels in C++: writes their starter files, and builds the library that contains them.
 
-A kernel's file is read as top-level parts with empty lines between them. A blank is a line that stops the
-compiler with the exercise's own message.
+A kernel's file is read as top-level parts separated by empty lines. A blank function contains an `#error`
+with the exercise's own message.
 """
 
 import re
@@ -13,33 +13,33 @@ from enum import Enum
 from pathlib import Path
 
 from .errors import CourseError
-from .house import House
+from .repo import Repo
 from .syllabus import Syllabus
 from .units import Kernel, Unit
 
 LAST_LINES = 20
-RULE = "use names of the namespace tiny_llm alone, nothing of the standard library"
+RULE = "use only names of the namespace tiny_llm, not the standard library"
 _NAMED = re.compile(r"(?:struct|class)\s+(\w+)|constexpr\s+\w+\s+(\w+)\s*=|\b(\w+)\s*\([^;{]*\)\s*\{")
 _HEADING = re.compile(r"// ---- .* ----")
 
 
 class Build(Enum):
-    """Whether a kernel of the learner's is in their library."""
+    """Whether one of the learner's kernels is in their library."""
 
     DONE = "built"
     NEVER = "not built"
     STALE = "newer than your library"
 
 
-def sources(house: House) -> Path:
-    """The reference's kernels."""
-    return house.root / "src" / "tiny_llm_kernels" / "csrc" / "kernels"
+def sources(repo: Repo) -> Path:
+    """The folder with the reference's kernels."""
+    return repo.root / "src" / "tiny_llm_kernels" / "csrc" / "kernels"
 
 
 def blanked(source: str, functions: Iterable[str], removed: Iterable[str], message: str) -> str:
-    """A kernel's source with some functions blank, and other parts taken out.
+    """A kernel's source with some functions blank and other parts removed.
 
-    Raises `CourseError` for a name that is not there.
+    Raises `CourseError` for an unknown name.
     """
     blank, gone = set(functions), set(removed)
     kept: list[str] = []
@@ -49,156 +49,154 @@ def blanked(source: str, functions: Iterable[str], removed: Iterable[str], messa
             gone.discard(name)
             continue
         if _HEADING.fullmatch(part) and kept and _HEADING.fullmatch(kept[-1]):
-            kept.pop()  # nothing is left below it
+            kept.pop()  # everything under that heading was removed
         if name in blank:
             blank.discard(name)
             kept.append(f'{part[: part.index("{", _code_from(part)) + 1]}\n#error "{message}"\n}}')
         else:
             kept.append(part)
     if blank or gone:
-        raise CourseError(f"there is no {', '.join(sorted(blank | gone))}")
+        raise CourseError(f"the file does not define {', '.join(sorted(blank | gone))}")
     return "\n\n".join(kept) + "\n"
 
 
 def body_lines(source: str, name: str) -> list[str]:
-    """The lines of one part's body."""
+    """The lines of a function's body. Raises `CourseError` for an unknown name."""
     for part in _parts(source):
         if _name(part) == name:
             return part[part.index("{", _code_from(part)) + 1 :].splitlines()
-    raise CourseError(f"there is no {name}")
+    raise CourseError(f"the file does not define {name}")
 
 
-def start_kernels(house: House, unit: Unit) -> list[Path]:
-    """Write a day's C++ files into the overlay, blank; never overwrites."""
+def start_kernels(repo: Repo, unit: Unit) -> list[Path]:
+    """Write a day's C++ starters into the overlay. Raises `CourseError` if there are none or one exists."""
     if not unit.kernels:
-        raise CourseError(f"{unit.named} has no option in C++")
+        raise CourseError(f"{unit.named} has no kernel in C++")
     written = []
     for kernel in unit.kernels:
-        file = house.overlay / kernel.file
+        file = repo.overlay / kernel.file
         if file.exists():
-            raise CourseError(
-                f"{house.shown(file)} is there already: `pdm run reset {unit.id}` moves it aside"
-            )
-        file.write_text(_preface(house, kernel) + starter(house, kernel), encoding="utf-8")
+            raise CourseError(f"{repo.shown(file)} exists already: `pdm run reset {unit.id}` moves it aside")
+        file.write_text(_preface(repo, kernel) + starter(repo, kernel), encoding="utf-8")
         written.append(file)
     return written
 
 
-def starter(house: House, kernel: Kernel) -> str:
-    """The reference's file of a kernel, blank. Raises `CourseError` for a name that is not there."""
-    source = (sources(house) / kernel.file).read_text(encoding="utf-8")
+def starter(repo: Repo, kernel: Kernel) -> str:
+    """The reference's file of a kernel, its exercises blank. Raises `CourseError` for an unknown name."""
+    source = (sources(repo) / kernel.file).read_text(encoding="utf-8")
     return blanked(source, kernel.functions, kernel.removed, kernel.message)
 
 
-def job(house: House, kernel: Kernel) -> str:
-    """The struct of kernels.h that says what a kernel is asked for, such as `MatmulJob`."""
-    header = (sources(house) / "kernels.h").read_text(encoding="utf-8")
+def job(repo: Repo, kernel: Kernel) -> str:
+    """The name of the struct in kernels.h that holds a kernel's arguments, such as `MatmulJob`."""
+    header = (sources(repo) / "kernels.h").read_text(encoding="utf-8")
     found = re.search(rf"\(\*{kernel.name}\)\(const (\w+)&", header)
-    return found[1] if found else "its job"
+    return found[1] if found else "its arguments"
 
 
-def _preface(house: House, kernel: Kernel) -> str:
-    """What a learner has to know before the first line."""
+def _preface(repo: Repo, kernel: Kernel) -> str:
+    """The comment at the top of a starter: the task, what to read first, and the rule."""
     return (
         f"// {kernel.id}: write {' and '.join(kernel.functions)}. "
-        "The day's tasks in Python are not needed for it.\n"
-        f"// Read {job(house, kernel)} in kernels.h, and vec.h: both are in {house.shown(sources(house))}.\n"
+        "You do not need the day's tasks in Python for it.\n"
+        f"// First read {job(repo, kernel)} in kernels.h, and vec.h, both in {repo.shown(sources(repo))}.\n"
         f"// {RULE.capitalize()}.\n\n"
     )
 
 
-def own_kernels(house: House, syllabus: Syllabus) -> list[Kernel]:
-    """The kernels that the learner has a file for."""
+def own_kernels(repo: Repo, syllabus: Syllabus) -> list[Kernel]:
+    """The kernels for which the learner has a file."""
     all_kernels = [kernel for day in syllabus.days for kernel in day.kernels]
-    return [kernel for kernel in all_kernels if (house.overlay / kernel.file).exists()]
+    return [kernel for kernel in all_kernels if (repo.overlay / kernel.file).exists()]
 
 
-def libraries(house: House) -> list[Path]:
-    """The learner's library: one file, or none."""
-    return sorted(house.overlay.glob("_kernels.*so"))
+def libraries(repo: Repo) -> list[Path]:
+    """The learner's compiled library, as a list of one file; empty before the first build."""
+    return sorted(repo.overlay.glob("_kernels.*so"))
 
 
-def build_of(house: House, kernel: Kernel) -> Build:
-    """Whether a kernel that the learner has a file for is in their library, as it is now."""
-    built = [file.stat().st_mtime_ns for file in libraries(house)]
+def build_of(repo: Repo, kernel: Kernel) -> Build:
+    """Whether the current version of a learner's kernel is in their library."""
+    built = [file.stat().st_mtime_ns for file in libraries(repo)]
     if not built:
         return Build.NEVER
-    return Build.STALE if (house.overlay / kernel.file).stat().st_mtime_ns > max(built) else Build.DONE
+    return Build.STALE if (repo.overlay / kernel.file).stat().st_mtime_ns > max(built) else Build.DONE
 
 
-def refuse_stale(house: House, syllabus: Syllabus) -> None:
-    """Raise `CourseError` where a kernel of the learner's is not in the library as it is now."""
-    for kernel in own_kernels(house, syllabus):
-        if build_of(house, kernel) is not Build.DONE:
-            file = house.shown(house.overlay / kernel.file)
+def refuse_stale(repo: Repo, syllabus: Syllabus) -> None:
+    """Raise `CourseError` if the current version of a learner's kernel is not in their library."""
+    for kernel in own_kernels(repo, syllabus):
+        if build_of(repo, kernel) is not Build.DONE:
+            file = repo.shown(repo.overlay / kernel.file)
             raise CourseError(
-                f"{file} is not in your library yet: pdm run build-kernels, or pdm run skip {kernel.id}"
+                f"{file} is not built yet: run `pdm run build-kernels`, or `pdm run skip {kernel.id}`"
             )
 
 
-def compiles(house: House, source: str) -> subprocess.CompletedProcess[str]:
-    """Let the compiler read one kernel, without making anything of it."""
+def compiles(repo: Repo, source: str) -> subprocess.CompletedProcess[str]:
+    """Let the compiler check one kernel's syntax, without output files."""
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
-        raise CourseError("no C++ compiler: install g++ or clang++")
+        raise CourseError("no C++ compiler found: install g++ or clang++")
     command = [
         compiler,
         "-std=c++20",
         "-fsyntax-only",
         "-Wno-psabi",
         "-DTINY_LLM_ISA=portable",
-        f"-I{sources(house)}",
+        f"-I{sources(repo)}",
     ]
     return subprocess.run(
         [*command, "-x", "c++", "-"], input=source, text=True, capture_output=True, check=False
     )
 
 
-def build(house: House, syllabus: Syllabus) -> Path:
-    """Build the learner's library, their kernels in place of the reference's; the file.
+def build(repo: Repo, syllabus: Syllabus) -> Path:
+    """Build the learner's library, with their kernels replacing the reference's, and return its path.
 
-    Raises `CourseError` where there is nothing of theirs, a tool is missing, or the compiler refuses.
+    Raises `CourseError` if there is no kernel of theirs, a tool is missing, or compilation fails.
     """
-    own = own_kernels(house, syllabus)
+    own = own_kernels(repo, syllabus)
     if not own:
-        raise CourseError("no kernel of yours: `pdm run start 2.4 --cpp` begins one")
-    for kernel in own:  # the compiler's message is clearest on one file alone
-        run = compiles(house, (house.overlay / kernel.file).read_text(encoding="utf-8"))
+        raise CourseError("you have no kernel yet: `pdm run start 2.4 --cpp` writes the first")
+    for kernel in own:  # the compiler's messages are clearest for a single file
+        run = compiles(repo, (repo.overlay / kernel.file).read_text(encoding="utf-8"))
         if run.returncode:
             said = _last(run.stderr.replace("<stdin>", kernel.file))
-            raise CourseError(f"{house.shown(house.overlay / kernel.file)} does not compile\n{said}")
+            raise CourseError(f"{repo.shown(repo.overlay / kernel.file)} does not compile\n{said}")
     cmake, ninja = (_tool(name) for name in ("cmake", "ninja"))
-    folder = house.records / "kernels"
+    folder = repo.records / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     configure = [
         cmake,
         "-S",
-        str(house.root),
+        str(repo.root),
         "-B",
         str(folder),
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
     ]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTINY_LLM_LIBRARY_FOLDER={house.overlay}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTINY_LLM_LIBRARY_FOLDER={repo.overlay}"]
     for command in (configure, [cmake, "--build", str(folder)]):
         run = subprocess.run(command, text=True, capture_output=True, check=False)
         if run.returncode:
             raise CourseError(f"the build failed\n{_last(run.stdout + run.stderr)}")
-    return libraries(house)[0]
+    return libraries(repo)[0]
 
 
 def _tool(name: str) -> str:
-    """A build tool of this environment, or of the system."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+    """The path of a build tool, in this environment or on the system. Raises `CourseError` if missing."""
+    installed = Path(sys.executable).parent / name
+    found = str(installed) if installed.exists() else shutil.which(name)
     if found is None:
         raise CourseError(f"{name} is not installed: run `pdm install`")
     return found
 
 
 def _parts(source: str) -> list[str]:
-    """Top-level parts: what stands between empty lines outside of all braces but a namespace's."""
+    """Top-level parts: text separated by empty lines, outside of all braces except a namespace's."""
     parts: list[str] = []
     current: list[str] = []
     depth = 0
@@ -215,7 +213,7 @@ def _parts(source: str) -> list[str]:
 
 
 def _code_from(part: str) -> int:
-    """Where the code begins behind the comment before it."""
+    """The index at which the code starts, after the leading comment."""
     at = 0
     for line in part.splitlines(keepends=True):
         if not line.lstrip().startswith("//"):
@@ -225,7 +223,7 @@ def _code_from(part: str) -> int:
 
 
 def _name(part: str) -> str | None:
-    """What a part defines."""
+    """The name that a part defines, or None."""
     match = _NAMED.search(part, _code_from(part))
     return next(filter(None, match.groups()), None) if match else None
 

@@ -1,4 +1,4 @@
-"""`pdm run doctor`: is everything here that the course needs, and do the learner's files still fit it?"""
+"""`pdm run doctor`: checks the installation, and the learner's files against the reference."""
 
 import shutil
 import subprocess
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from .cpp import Build, build_of, own_kernels
 from .errors import CourseError
-from .house import House
 from .progress import own_modules
+from .repo import Repo
 from .source import functions, signature
 from .syllabus import Syllabus
 from .units import Unit
@@ -21,7 +21,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at. advice: what to do about it; a finding that is ok may carry some too."""
+    """The result of one check. advice: how to fix it, or optional advice if the check is ok."""
 
     what: str
     ok: bool
@@ -33,16 +33,16 @@ class Finding(NamedTuple):
         return f"{line}\n   {self.advice}" if self.advice else line
 
 
-def examine(house: House, syllabus: Syllabus) -> Iterator[Finding]:
-    """Everything, one finding after the other."""
+def examine(repo: Repo, syllabus: Syllabus) -> Iterator[Finding]:
+    """Run all checks, and yield their findings."""
     yield _python()
-    yield _mlx(house)
-    yield from _overlay(house, syllabus)
+    yield _mlx(repo)
+    yield from _overlay(repo, syllabus)
     try:
         yield from _kernels()
         yield _model()
-    except ImportError as error:  # a module in the overlay, or an extension for another MLX
-        yield Finding("the engine", False, str(error), "mend what it names, or run `pdm install`")
+    except ImportError as error:  # from a module in the overlay, or an extension built for another MLX
+        yield Finding("the engine", False, str(error), "fix the file that it names, or run `pdm install`")
 
 
 def _python() -> Finding:
@@ -56,8 +56,8 @@ def _python() -> Finding:
     )
 
 
-def _mlx(house: House) -> Finding:
-    pinned = _pinned(house)
+def _mlx(repo: Repo) -> Finding:
+    pinned = _pinned(repo)
     try:
         import mlx.core as mx
 
@@ -70,8 +70,8 @@ def _mlx(house: House) -> Finding:
     return Finding("MLX", works, f"{installed} on {mx.default_device()}", advice)
 
 
-def _pinned(house: House) -> str:
-    settings = tomllib.loads((house.root / "pyproject.toml").read_text(encoding="utf-8"))
+def _pinned(repo: Repo) -> str:
+    settings = tomllib.loads((repo.root / "pyproject.toml").read_text(encoding="utf-8"))
     for requirement in settings["project"]["dependencies"]:
         if requirement.startswith("mlx"):
             return str(requirement.partition("==")[2].partition(";")[0].strip())
@@ -79,7 +79,7 @@ def _pinned(house: House) -> str:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Without a compiler the course still works, slower, so that is no fault where kernels are not built."""
+    """Check compiler and kernels. Missing ones are not a failure: the course works without, only slower."""
     from tiny_llm import kernel_info
 
     info = kernel_info()
@@ -92,12 +92,12 @@ def _kernels() -> Iterator[Finding]:
         "C++ compiler",
         True,
         version or "none",
-        "" if compiler else "needed for compiled kernels alone: install g++ or clang++, then `pdm install`",
+        "" if compiler else "only compiled kernels need it: install g++ or clang++, then run `pdm install`",
     )
     found = (
         f"{info.instruction_set}, {info.num_threads} threads" if info.available else f"{info.why_unavailable}"
     )
-    slow = "the engine runs on MLX's own operators; `pdm install` builds them where there is a C++20 compiler"
+    slow = "the engine uses MLX's own operators; with a C++20 compiler, `pdm install` builds the kernels"
     yield Finding("compiled kernels", True, found, "" if info.available else slow)
 
 
@@ -111,10 +111,10 @@ def _model() -> Finding:
         return Finding("embedded model", False, str(error), "run `pdm install`")
 
 
-def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
-    """The learner's files: known to the reference, readable, with its signatures; and kernels built."""
+def _overlay(repo: Repo, syllabus: Syllabus) -> Iterator[Finding]:
+    """Check the learner's files: they replace a module, parse, and keep its signatures; kernels are built."""
     try:
-        own = own_modules(house)
+        own = own_modules(repo)
     except CourseError as error:
         yield Finding("your modules", False, str(error), "rename it, or move it out of the folder")
         return
@@ -122,37 +122,37 @@ def _overlay(house: House, syllabus: Syllabus) -> Iterator[Finding]:
     for module in own:
         unit = syllabus.owner(module)
         if unit is None:
-            yield Finding(f"{module}.py", True, "belongs to no day: yours runs in place of the given one")
+            yield Finding(f"{module}.py", True, "belongs to no day; yours replaces the reference's module")
             continue
-        yield from _signatures(house, module, unit)
-    for kernel in own_kernels(house, syllabus):
-        build = build_of(house, kernel)
+        yield from _signatures(repo, module, unit)
+    for kernel in own_kernels(repo, syllabus):
+        build = build_of(repo, kernel)
         advice = "" if build is Build.DONE else f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
         yield Finding(kernel.file, build is Build.DONE, build.value, advice)
 
 
-def _signatures(house: House, module: str, unit: Unit) -> Iterator[Finding]:
+def _signatures(repo: Repo, module: str, unit: Unit) -> Iterator[Finding]:
     own, reference = (
-        (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (house.overlay, house.reference)
+        (folder / f"{module}.py").read_text(encoding="utf-8") for folder in (repo.overlay, repo.reference)
     )
     try:
         known = functions(own)
     except SyntaxError as error:
         yield Finding(
-            f"{module}.py", False, f"line {error.lineno}: {error.msg}", "mend it: nothing can import it"
+            f"{module}.py", False, f"line {error.lineno}: {error.msg}", "fix it: the file cannot be imported"
         )
         return
     for name in functions(reference):
         if name.rpartition(".")[2].startswith("_") and not name.endswith("__"):
             continue
         if name in unit.day.removed_from(module):
-            continue  # the starter is without it
+            continue  # the starter does not contain it
         if name not in known:
             yield Finding(
                 f"{module}.py",
                 False,
                 f"has no {name}",
-                f"other days call it: `pdm run diff {unit.id} --anyway` shows the reference's",
+                f"other days call it; `pdm run diff {unit.id} --anyway` shows the reference's version",
             )
         elif signature(own, name) != signature(reference, name):
             advice = f"the reference has {signature(reference, name)}"

@@ -1,5 +1,5 @@
-"""What a learner or a maintainer can set right: one message, which says how."""
+"""The error of the course's commands. Its message says what is wrong and how to fix it."""
 
 
 class CourseError(Exception):
-    """The command cannot do what it was asked to; nothing was changed."""
+    """A command cannot do its work, and has changed nothing."""

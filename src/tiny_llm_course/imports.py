@@ -1,7 +1,7 @@
-"""The standard library's imports at the head of a module: what a starter leaves out, and `skip` brings back.
+"""Imports of the standard library: starters leave out those that only solutions use, `skip` adds them again.
 
-An import that only an exercise's body uses would give its approach away, and in a solution that does without
-it a linter reports it. Names from the project's own modules stay: they are what the learner may use.
+Such an import would reveal how an exercise is solved, and a linter reports it in a solution that does not
+use it. Imports of the project's modules stay, because the learner may use them.
 """
 
 import ast
@@ -13,8 +13,8 @@ Import = ast.Import | ast.ImportFrom
 LONGEST_LINE = 110
 
 
-def without_idle_imports(source: str, before: str) -> str:
-    """The source without the imports of the standard library that `before` used and it uses no more."""
+def without_unused_imports(source: str, before: str) -> str:
+    """The source without the imports of the standard library that `before` used and it does not."""
     tree = ast.parse(source)
     idle = _used(ast.parse(before)) - _used(tree)
     lines = source.splitlines(keepends=True)
@@ -26,7 +26,7 @@ def without_idle_imports(source: str, before: str) -> str:
 
 
 def with_imports(source: str, other: str) -> str:
-    """The source with the imports of the standard library that it uses and lacks, as another one has them."""
+    """The source with the imports of the standard library that it lacks, copied from another source."""
     for node in _imports(ast.parse(other)):
         tree = ast.parse(source)
         lacking = _used(tree) - set(_defined(tree))
@@ -37,7 +37,7 @@ def with_imports(source: str, other: str) -> str:
 
 
 def _with_import(source: str, other: str, node: Import, missing: list[ast.alias]) -> str:
-    """The source with some names of one import more: in its own import from there, or in a new line."""
+    """The source with additional names of one import, in an existing import or in a new line."""
     lines, own = source.splitlines(keepends=True), _imports(ast.parse(source))
     for one in own:
         if isinstance(one, ast.ImportFrom) and _key(one) == _key(node):
@@ -48,7 +48,7 @@ def _with_import(source: str, other: str, node: Import, missing: list[ast.alias]
 
 
 def _place(source: str, own: list[Import], followers: set[str]) -> int:
-    """The line before which a new import belongs: behind those before it, not behind those that follow it."""
+    """The line before which to insert a new import: after earlier imports, before those that follow it."""
     follow = (i for i, one in enumerate(own) if _key(one) in followers or not _is_standard(one))
     later = next(follow, len(own))
     if later and _is_standard(own[later - 1]):
@@ -61,7 +61,7 @@ def _place(source: str, own: list[Import], followers: set[str]) -> int:
 
 
 def _spaced(lines: list[str], at: int, own: list[Import], text: str) -> list[str]:
-    """A new import, with an empty line between it and what is of another group."""
+    """A new import, with an empty line between it and imports of another group."""
     standard = [one for one in own if _is_standard(one)]
     joined = any(at in (one.lineno - 1, _last(one)) for one in standard)
     above = [] if joined or not at or not lines[at - 1].strip() else ["\n"]
@@ -70,7 +70,7 @@ def _spaced(lines: list[str], at: int, own: list[Import], text: str) -> list[str
 
 
 def _replace(lines: list[str], node: Import, kept: list[ast.alias]) -> None:
-    """Let an import have these names; one without names goes, with the gap that it would leave."""
+    """Replace an import's names; without names, remove it and the empty line it would leave."""
     at = node.lineno - 1
     lines[at : _last(node)] = [_text(node, kept)] if kept else []
     if not kept and 0 < at < len(lines) and not lines[at - 1].strip() and not lines[at].strip():
@@ -78,7 +78,7 @@ def _replace(lines: list[str], node: Import, kept: list[ast.alias]) -> None:
 
 
 def _text(node: Import, names: list[ast.alias]) -> str:
-    """An import of these names, as the formatter has it."""
+    """An import of these names, formatted."""
     parts = [ast.unparse(alias) for alias in names]
     if isinstance(node, ast.Import):
         return "".join(f"import {part}\n" for part in parts)
@@ -90,18 +90,18 @@ def _text(node: Import, names: list[ast.alias]) -> str:
 
 
 def _ordered(names: list[ast.alias], like: Import) -> list[ast.alias]:
-    """The names in another import's order; those that it lacks come last."""
+    """The names in the order of another import; unknown names come last."""
     order = {ast.unparse(alias): place for place, alias in enumerate(like.names)}
     return sorted(names, key=lambda alias: order.get(ast.unparse(alias), len(order)))
 
 
 def _followers(source: str, node: Import) -> set[str]:
-    """The keys of the imports that a source has behind one of its own."""
+    """The keys of the imports after a given one in a source."""
     return {_key(one) for one in _imports(ast.parse(source)) if one.lineno > node.lineno}
 
 
 def _key(node: Import) -> str:
-    """What an import is from."""
+    """The part of an import before its names, such as `from collections`."""
     if isinstance(node, ast.Import):
         return f"import {node.names[0].name}"
     return f"from {'.' * node.level}{node.module or ''}"
@@ -112,7 +112,7 @@ def _imports(tree: ast.Module) -> list[Import]:
 
 
 def _is_standard(node: Import) -> bool:
-    """Whether an import is of the standard library only."""
+    """Whether an import names only modules of the standard library."""
     if isinstance(node, ast.ImportFrom):
         return not node.level and _package(node.module or "") in sys.stdlib_module_names
     return all(_package(alias.name) in sys.stdlib_module_names for alias in node.names)
@@ -128,7 +128,7 @@ def _bound(alias: ast.alias) -> str:
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:
-    """The names that a module binds itself, outside of its functions and classes."""
+    """The names that a module binds at its top level."""
     for node in tree.body:
         if isinstance(node, Import):
             yield from map(_bound, node.names)
@@ -143,13 +143,13 @@ def _is_stored(node: ast.AST) -> bool:
 
 
 def _used(tree: ast.Module) -> set[str]:
-    """Every name that a module mentions, those in quoted annotations included."""
+    """Every name that a module uses, also in quoted annotations."""
     nodes = list(ast.walk(tree))
     return {node.id for node in nodes if isinstance(node, ast.Name)} | set(_quoted(nodes))
 
 
 def _quoted(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """The names in annotations that are strings."""
+    """The names in quoted annotations."""
     for node in nodes:
         for field in ("annotation", "returns"):
             annotation = getattr(node, field, None)

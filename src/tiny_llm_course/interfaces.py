@@ -1,6 +1,6 @@
-"""An interface as it is shown to a learner: its signature, and the one line that its docstring has for it.
+"""An interface as shown to a learner: its signature and a one-line summary from its docstring.
 
-Knows Python source and nothing of exercises: which interfaces one may use is for `may_use` to say.
+Only reads Python source; `may_use` decides which interfaces an exercise may use.
 """
 
 import ast
@@ -9,35 +9,34 @@ from typing import NamedTuple
 
 from .source import Function
 
-MOST_FIELDS = 6  # of a constructor; of a longer one some are shown: those that it needs, or the first
+MAX_FIELDS = 6  # of a constructor; a longer one shows its required fields, or the first ones
 FIELDS_SHOWN = 3
 
 
 class Interface(NamedTuple):
-    """One thing that may be used. name: `function`, `Class` or `Class.member`; says: its docstring's first
-    line, of a field the sentence that its class's docstring has for it."""
+    """An interface that an exercise may use.
+
+    name: `function`, `Class` or `Class.member`. summary: the first sentence of its docstring; for a field,
+    the sentence about it in its class's docstring.
+    """
 
     module: str
     name: str
     signature: str
-    says: str
+    summary: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.signature}{f': {self.says}' if self.says else ''}"
+        return f"{self.module}.{self.signature}{f': {self.summary}' if self.summary else ''}"
 
 
 def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface:
-    """Show a function by its signature and first line, and a field by its type."""
+    """A function with its signature and summary, or a field with its type."""
     if isinstance(node, Function):
         is_field = "property" in map(ast.unparse, node.decorator_list)
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
-        typed = (
-            f": {ast.unparse(node.returns)}"
-            if is_field and node.returns
-            else f"({_arguments(node)}){returns}"
-        )
+        returns = f" -> {_type(node.returns)}" if node.returns is not None else ""
+        typed = f": {_type(node.returns)}" if is_field and node.returns else f"({_arguments(node)}){returns}"
         return Interface(module, name, f"{name}{typed}", first_line(node))
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its first value
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # its initial value
         return Interface(module, name, f"{name}: {type(node.value).__name__}", "")
     if isinstance(node, ast.Name | ast.Attribute | ast.Subscript | ast.BinOp | ast.Constant):
         return Interface(module, name, f"{name}: {ast.unparse(node)}", "")
@@ -45,7 +44,7 @@ def shown(module: str, name: str, node: ast.stmt | ast.expr | None) -> Interface
 
 
 def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
-    """`(a, *, b)`: what a class is made from; nothing for an error or a protocol."""
+    """A constructor's parameters, such as `(a, *, b)`; empty for an error or a protocol."""
     for part in node.body:
         if isinstance(part, Function) and part.name == "__init__":
             return f"({_arguments(part)})"
@@ -58,7 +57,7 @@ def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
     keywords = [f"the fields of {base}" for base in named if base in keyword_bases]
     fields = _fields(node)
     num_shown = len(fields)
-    if num_shown > MOST_FIELDS:
+    if num_shown > MAX_FIELDS:
         num_shown = max(FIELDS_SHOWN, sum(one.is_required for one in fields))
     for one in fields[:num_shown]:
         (keywords if one.by_name else places).append(one.name + ("" if one.is_required else " = ..."))
@@ -67,7 +66,7 @@ def constructor(node: ast.ClassDef, keyword_bases: set[str]) -> str:
 
 
 class _Field(NamedTuple):
-    """A field of a class that a constructor takes. by_name: only as a keyword."""
+    """A field that a constructor takes. by_name: it is keyword-only."""
 
     name: str
     is_required: bool
@@ -94,18 +93,46 @@ def is_keyword_only(node: ast.stmt) -> bool:
 
 
 def _says_keyword_only(call: ast.expr | None, *, otherwise: bool) -> bool:
-    """What `dataclass(kw_only=...)` or `field(kw_only=...)` says; `otherwise` where it says nothing."""
+    """The value of `kw_only` in `dataclass(...)` or `field(...)`; `otherwise` if it is not given."""
     said = [one.value for one in call.keywords if one.arg == "kw_only"] if isinstance(call, ast.Call) else []
     return ast.unparse(said[0]) == "True" if said else otherwise
 
 
 def _arguments(node: Function) -> str:
-    arguments = ast.unparse(node.args)
-    return arguments.removeprefix("self").removeprefix(", ") if arguments.startswith("self") else arguments
+    """A function's parameters without `self`, as the formatter writes them: `x: int = 0, *, y: int`."""
+    given = node.args
+    positional = [*given.posonlyargs, *given.args]
+    values = [*[None] * (len(positional) - len(given.defaults)), *given.defaults]
+    parts = [_parameter(one, value) for one, value in zip(positional, values, strict=True)]
+    if given.posonlyargs:
+        parts.insert(len(given.posonlyargs), "/")
+    if given.vararg is not None:
+        parts.append(f"*{_parameter(given.vararg, None)}")
+    elif given.kwonlyargs:
+        parts.append("*")
+    parts += [_parameter(one, value) for one, value in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    if given.kwarg is not None:
+        parts.append(f"**{_parameter(given.kwarg, None)}")
+    return ", ".join(parts[1:] if parts[:1] == ["self"] else parts)
 
 
-def said_of_field(node: ast.stmt | None, name: str) -> str:
-    """The sentence `name: text` of a class's docstring; one may be about several fields, `a, b: text`."""
+def _parameter(node: ast.arg, value: ast.expr | None) -> str:
+    """A parameter with its annotation and default value."""
+    text = node.arg if node.annotation is None else f"{node.arg}: {_type(node.annotation)}"
+    if value is None:
+        return text
+    return f"{text}{'=' if node.annotation is None else ' = '}{ast.unparse(value)}"
+
+
+def _type(annotation: ast.expr) -> str:
+    """An annotation as text, without the quotes of a forward reference."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        return annotation.value
+    return ast.unparse(annotation)
+
+
+def field_summary(node: ast.stmt | None, name: str) -> str:
+    """The sentence about a field in a class's docstring: `name: text`, or `a, b: text` for several."""
     text = (ast.get_docstring(node) or "") if isinstance(node, ast.ClassDef) else ""
     about = rf"(?:^|[.;] )(?:\w+, )*{name}(?:, \w+)*: (.+?)(?=\.(?: |$)|; \w+: )"
     found = re.search(about, " ".join(text.split()))

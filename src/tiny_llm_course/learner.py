@@ -1,41 +1,41 @@
-"""What goes wrong in a learner's module, as one line that says where."""
+"""Turns errors in a learner's modules into one line that names the file and line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import CourseError
-from .house import House
 from .mistake import Mistake, mistake
+from .repo import Repo
 from .syllabus import Syllabus
 from .units import Unit
 
 
 @contextmanager
-def learners_errors(house: House) -> Iterator[None]:
-    """An error that a learner's module raises becomes a `CourseError` that names the line."""
+def learners_errors(repo: Repo) -> Iterator[None]:
+    """Raise `CourseError`, with the file and line, for an error from a learner's module."""
     try:
         yield
     except Exception as error:
-        found = mistake(error, house.overlay)
+        found = mistake(error, repo.overlay)
         if found is None:
             raise
-        raise CourseError(f"{house.shown(found.file)}, line {found.line}: {found.what}") from error
+        raise CourseError(f"{repo.shown(found.file)}, line {found.line}: {found.what}") from error
 
 
 @contextmanager
-def blanks_of_others(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[None]:
-    """A blank of another day or part becomes a `CourseError` that says what to do with it."""
+def blanks_of_others(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[None]:
+    """Raise `CourseError`, with advice, if a blank exercise of another day or part is reached."""
     try:
         yield
     except Exception as error:
-        found = mistake(error, house.overlay)
+        found = mistake(error, repo.overlay)
         if found is None or not found.is_blank or _is_of(found, unit):
             raise
         exercise = syllabus.exercise(found.what.partition(" ")[0])
         owner = syllabus.unit(exercise.id)
         raise CourseError(
-            f"what {unit.named} shows needs {exercise.id} {exercise.name} of {owner.named} too, "
-            f"still blank in your {found.file.name}: write it, or `pdm run skip {owner.id}`"
+            f"the demonstration of {unit.named} also needs {exercise.id} {exercise.name} of {owner.named}, "
+            f"which is blank in your {found.file.name}: write it, or run `pdm run skip {owner.id}`"
         ) from error
 
 

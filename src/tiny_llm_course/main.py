@@ -1,4 +1,4 @@
-"""Runs a command and turns what it raises into one line and an exit code."""
+"""Runs a command, and reports its errors as one line and an exit code."""
 
 import signal
 import sys
@@ -10,7 +10,7 @@ FAILED, INTERRUPTED = 1, 130
 
 
 def main() -> None:
-    """Run the command of this process and exit. SIGTERM ends the processes that it has begun too."""
+    """Run this process's command and exit. SIGTERM also stops the child processes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = run(sys.argv[1:])
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; its exit code."""
+    """Run one command line and return its exit code."""
     from typer.exceptions import TyperException
 
     from .app import command
@@ -31,7 +31,9 @@ def run(arguments: Sequence[str]) -> int:
     except TyperException as error:
         message = error.format_message()
         if message.startswith("Missing argument"):
-            message += " for example `pdm run start 1.1`, `pdm run hint 1.1.1`; `pdm run map` shows all days"
+            message += (
+                " For example: `pdm run start 1.1`, `pdm run hint 1.1.1`. `pdm run map` lists all days."
+            )
         return _fail(message, error.exit_code)
     except CourseError as error:
         return _fail(str(error), FAILED)

@@ -1,9 +1,9 @@
-"""What an exercise may use: the interfaces outside of its file that the reference's code of it calls.
+"""Lists the interfaces of other files that an exercise may use: those that the reference's solution calls.
 
-Read from the reference by `ast`, so it is never out of date: names that are imported from other modules,
-and attributes of objects whose class follows from annotations, constructors and results. What cannot be
-followed is declared in the syllabus (`may_use`). Helpers that a starter is without are looked through and
-never named, and the order is the alphabet's, so that the list says nothing of how the pieces go together.
+They are read from the reference with `ast`, so the list is never out of date: imported names, and members of
+objects whose class follows from annotations, constructors and return types. The syllabus declares what cannot
+be found this way (`may_use`). Removed helpers are searched too, but never listed. The order is alphabetical,
+so that the list does not reveal how the solution combines its entries.
 """
 
 import ast
@@ -14,14 +14,14 @@ from functools import cache
 from pathlib import Path
 
 from .errors import CourseError
-from .house import House
-from .interfaces import Interface, constructor, first_line, is_keyword_only, said_of_field, shown
+from .interfaces import Interface, constructor, field_summary, first_line, is_keyword_only, shown
+from .repo import Repo
 from .source import Function, functions
 from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 PRIVATE = re.compile(r"\._(?!_)")
-CHECKPOINTS = "tiny_llm_checkpoints"  # the package under the reference that exercises call
+CHECKPOINTS = "tiny_llm_checkpoints"  # the package below the reference that exercises call
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 
 
@@ -29,9 +29,9 @@ MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 Member = tuple[str, str, ast.stmt | ast.expr]
 
 
-def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
-    """What one exercise may use, by module and name. For `start`, for `hint`, and for the book."""
-    reference = Reference(house.reference)
+def may_use(repo: Repo, day: Day, exercise: Exercise) -> list[Interface]:
+    """The interfaces that one exercise may use, sorted by module and name."""
+    reference = Reference(repo.reference)
     removed = set(day.removed_from(exercise.module))
     found = _used(reference, exercise.module, exercise.name, removed, set())
     found |= {_split(name) for name in exercise.may_use}
@@ -40,21 +40,20 @@ def may_use(house: House, day: Day, exercise: Exercise) -> list[Interface]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`module.name` of the reference, or `package.module.name` of the one under it."""
+    """Split `module.name` of the reference, or `package.module.name` of the package below it."""
     package = f"{CHECKPOINTS}." if _is_below(name) else ""
     module, _, rest = name.removeprefix(package).partition(".")
     return package + module, rest
 
 
-def unit_may_use(house: House, unit: Unit) -> list[Interface]:
-    """What any exercise of a day or a part may use, each interface once."""
-    return sorted({one for exercise in unit.exercises for one in may_use(house, unit.day, exercise)})
+def unit_may_use(repo: Repo, unit: Unit) -> list[Interface]:
+    """The interfaces that the exercises of a day or a part may use, each once."""
+    return sorted({one for exercise in unit.exercises for one in may_use(repo, unit.day, exercise)})
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of the reference, or what a container of it holds. of: the kind of its items, where it is
-    one."""
+    """A class of the reference, or a container. of: the kind of a container's items."""
 
     module: str = ""
     name: str = ""
@@ -64,7 +63,7 @@ class Kind:
 def _used(
     reference: "Reference", module: str, name: str, removed: set[str], seen: set[str]
 ) -> set[tuple[str, str]]:
-    """The interfaces of other modules that a function uses; through the removed helpers that it calls."""
+    """The interfaces of other modules that a function uses, directly or in the removed helpers it calls."""
     if name in seen:
         return set()
     seen.add(name)
@@ -78,28 +77,28 @@ def _used(
 
 
 class Reference:
-    """The reference's modules, and those of the packages under it (`tiny_llm_checkpoints.X`), parsed once."""
+    """The modules of the reference and of the package below it (`tiny_llm_checkpoints.X`), parsed once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def tree(self, module: str) -> ast.Module:
-        """A module's source, parsed; an empty one for a module that is not there."""
+        """A module's parsed source; an empty module if the file does not exist."""
         package, _, name = module.rpartition(".")
         folder = self.folder.parent / package if package else self.folder
         file = folder / f"{name}.py"
         return _parsed(file, file.stat().st_mtime_ns if file.exists() else 0)
 
     def functions(self, module: str) -> dict[str, Function]:
-        """Every function of a module by its name."""
+        """Every function of a module, by name."""
         return _functions(self.tree(module))
 
     def imports(self, module: str) -> dict[str, tuple[str, str]]:
-        """The names that a module has from others beside it: where each is defined, and under which name."""
+        """The names that a module imports from its package, each with its module and original name."""
         return _imports(self.tree(module), module.rpartition(".")[0])
 
     def defined(self, module: str, name: str) -> ast.stmt | None:
-        """The class, function or constant of that name at the top of a module."""
+        """The class, function or constant of that name at the top level of a module."""
         for node in self.tree(module).body:
             if isinstance(node, Function | ast.ClassDef) and node.name == name:
                 return node
@@ -109,18 +108,18 @@ class Reference:
                 return node
         return None
 
-    def where(self, module: str, name: str) -> tuple[str, str] | None:
-        """Where a name that a module knows is defined; None for what is not of the reference."""
+    def definition(self, module: str, name: str) -> tuple[str, str] | None:
+        """The module and name that a name refers to; None if it is not defined in the reference."""
         if self.defined(module, name) is not None:
             return module, name
         return self.imports(module).get(name)
 
     def kind(self, module: str, annotation: ast.expr | None) -> Kind | None:
-        """What an annotation in a module stands for; of alternatives the first that is of the reference."""
+        """The kind that an annotation means; of a union, the first member that is in the reference."""
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             annotation = ast.parse(annotation.value, mode="eval").body
         if isinstance(annotation, ast.Name):
-            return self._named(self.where(module, annotation.id))
+            return self._named(self.definition(module, annotation.id))
         if isinstance(annotation, ast.BinOp):
             return self.kind(module, annotation.left) or self.kind(module, annotation.right)
         if isinstance(annotation, ast.Subscript):
@@ -128,16 +127,17 @@ class Reference:
         return self._written(module, annotation)
 
     def _written(self, module: str, value: ast.expr | None) -> Kind | None:
-        """What a field holds that has no annotation and is given `C(...)`, or a container of such."""
+        """The kind of a value without annotation that is written as `C(...)`, or as a container of these."""
         if isinstance(value, ast.Call):
             return self.kind(module, value.func)
         held = self.kind(module, _held(value)) if value is not None else None
         return Kind(of=held) if held is not None else None
 
     def member(self, kind: Kind, name: str) -> Member | None:
-        """Where a member of a class is defined, and its function or annotation; looked for in its bases too.
+        """A member of a class or its bases: where it is defined, and its function or annotation.
 
-        A value that a method assigns says the least of its type, so it counts where nothing else is found.
+        A value assigned in a method says the least about the type, so it is used only if nothing else is
+        found.
         """
         node = self.defined(kind.module, kind.name)
         if not isinstance(node, ast.ClassDef):
@@ -149,7 +149,7 @@ class Reference:
         return None if found is None else (kind.module, f"{kind.name}.{name}", found)
 
     def _declared(self, node: ast.ClassDef, name: str) -> ast.stmt | ast.expr | None:
-        """A class's own member, as a function, or with its annotation."""
+        """A class's own member, as a function or an annotation."""
         for part in node.body:
             if isinstance(part, Function) and part.name == name:
                 return part
@@ -158,7 +158,7 @@ class Reference:
         return self._assigned(node, name, is_annotated=True)
 
     def _inherited(self, module: str, node: ast.ClassDef, name: str) -> Member | None:
-        """A member of a class's bases."""
+        """A member of one of the class's bases."""
         for base in node.bases:
             kind = self.kind(module, base.value if isinstance(base, ast.Subscript) else base)
             found = self.member(kind, name) if kind is not None else None
@@ -167,20 +167,20 @@ class Reference:
         return None
 
     def result(self, module: str, found: ast.stmt | ast.expr | None) -> Kind | None:
-        """The kind of a field, or of what a function returns."""
+        """The kind of a field, or of a function's return value."""
         annotation = found.returns if isinstance(found, Function) else found
         return self.kind(module, annotation) if isinstance(annotation, ast.expr) else None
 
     def interface(self, module: str, name: str) -> Interface:
-        """An interface as it is shown. Raises `CourseError` for one that there is not."""
+        """An interface as shown to a learner. Raises `CourseError` for an unknown name."""
         owner, _, member = name.rpartition(".")
         if not owner:
-            where = self.where(module, name)
-            if where is None:
+            place = self.definition(module, name)
+            if place is None:
                 raise CourseError(f"there is no {module}.{name}")
-            node = self.defined(*where)
+            node = self.defined(*place)
             if isinstance(node, ast.ClassDef):
-                made_from = constructor(node, self._keyword_bases(where[0], node))
+                made_from = constructor(node, self._keyword_bases(place[0], node))
                 return Interface(module, name, f"{name}{made_from}", first_line(node))
             return shown(module, name, node)
         found = self.member(Kind(module, owner), member)
@@ -188,20 +188,20 @@ class Reference:
             raise CourseError(f"there is no {module}.{name}")
         interface = shown(module, name, found[2])
         holder = self.defined(found[0], found[1].rpartition(".")[0])
-        return interface._replace(says=interface.says or said_of_field(holder, member))
+        return interface._replace(summary=interface.summary or field_summary(holder, member))
 
     def _keyword_bases(self, module: str, node: ast.ClassDef) -> set[str]:
-        """The bases of a class that are made from keyword-only fields."""
+        """The bases of a class whose fields are keyword-only."""
         kinds = {ast.unparse(base): self.kind(module, base) for base in node.bases}
         defined = {name: self.defined(kind.module, kind.name) for name, kind in kinds.items() if kind}
         return {name for name, base in defined.items() if base is not None and is_keyword_only(base)}
 
-    def _named(self, where: tuple[str, str] | None) -> Kind | None:
-        """The kind of a class, or of what stands behind another name for a type."""
-        node = self.defined(*where) if where is not None else None
+    def _named(self, place: tuple[str, str] | None) -> Kind | None:
+        """The kind of a class, or of the type that a type alias stands for."""
+        node = self.defined(*place) if place is not None else None
         if isinstance(node, ast.Assign):
-            return self.kind(where[0], node.value) if where is not None else None
-        return Kind(*where) if where is not None and isinstance(node, ast.ClassDef) else None
+            return self.kind(place[0], node.value) if place is not None else None
+        return Kind(*place) if place is not None and isinstance(node, ast.ClassDef) else None
 
     def _generic(self, module: str, annotation: ast.Subscript) -> Kind | None:
         outer = annotation.value.id if isinstance(annotation.value, ast.Name) else ""
@@ -215,9 +215,9 @@ class Reference:
         return Kind(of=held) if held is not None else None
 
     def _assigned(self, node: ast.ClassDef, name: str, *, is_annotated: bool) -> ast.expr | None:
-        """The annotation of `self.name`, from where a method assigns it.
+        """The annotation of `self.name` in a method's assignment.
 
-        is_annotated: False: the value that is assigned, where that has no annotation.
+        is_annotated: if False, find the assigned value of an assignment without annotation instead.
         """
         for method in (part for part in node.body if isinstance(part, Function)):
             parameters = {one.arg: one.annotation for one in [*method.args.args, *method.args.kwonlyargs]}
@@ -233,7 +233,7 @@ class Reference:
 
 @dataclass
 class _Reader:
-    """Reads one function: what it uses of other modules, and every name that it mentions."""
+    """Reads one function: the interfaces of other modules that it uses, and every name in it."""
 
     reference: Reference
     module: str
@@ -246,7 +246,7 @@ class _Reader:
     def __post_init__(self) -> None:
         self._parameters()
         body = self.node.body[1:] if ast.get_docstring(self.node) else self.node.body
-        for _ in range(2):  # a name may be used above the line that says what it is: a loop's
+        for _ in range(2):  # in a loop, a name may be used above the line that binds it
             for statement in body:
                 for part in ast.walk(statement):
                     self._bind(part)
@@ -262,7 +262,7 @@ class _Reader:
                 self.known[one.arg] = kind
 
     def _bind(self, part: ast.AST) -> None:
-        """Note what a name stands for where that follows from what is assigned to it."""
+        """Note the kind of a name if it follows from an assignment."""
         pairs: list[tuple[ast.expr, ast.expr, bool]] = []
         if isinstance(part, ast.Assign):
             pairs = [(target, part.value, False) for target in part.targets]
@@ -282,9 +282,9 @@ class _Reader:
     def _use(self, part: ast.AST) -> None:
         if isinstance(part, ast.Name):
             self.mentioned.add(part.id)
-            where = self.reference.imports(self.module).get(part.id)
-            if where is not None:
-                self.found.add(where)
+            place = self.reference.imports(self.module).get(part.id)
+            if place is not None:
+                self.found.add(place)
         elif isinstance(part, ast.Attribute):
             self.mentioned.add(part.attr)
             kind = self._kind(part.value)
@@ -298,7 +298,7 @@ class _Reader:
                 self.found.add(member[:2])
 
     def _kind(self, value: ast.expr) -> Kind | None:
-        """What an expression gives, where that can be followed."""
+        """The kind of an expression's value, if it can be found."""
         if isinstance(value, ast.Name):
             return self.known.get(value.id)
         if isinstance(value, ast.Attribute):
@@ -311,7 +311,7 @@ class _Reader:
         return self._kind_within(value)
 
     def _kind_within(self, value: ast.expr) -> Kind | None:
-        """What an expression gives that only passes another on."""
+        """The kind of an expression that passes on or contains another expression."""
         if isinstance(value, ast.Await | ast.Starred):
             return self._kind(value.value)
         if isinstance(value, ast.IfExp):
@@ -333,11 +333,11 @@ class _Reader:
                 and value.args
             ):
                 return self._kind(value.args[0])
-            where = self.reference.where(self.module, function.id)
-            if where is None:
+            place = self.reference.definition(self.module, function.id)
+            if place is None:
                 return None
-            node = self.reference.defined(*where)
-            return Kind(*where) if isinstance(node, ast.ClassDef) else self.reference.result(where[0], node)
+            node = self.reference.defined(*place)
+            return Kind(*place) if isinstance(node, ast.ClassDef) else self.reference.result(place[0], node)
         if isinstance(function, ast.Attribute):
             if function.attr in ("values", "get", "pop", "popleft"):
                 inner = self._kind(function.value)
@@ -348,7 +348,7 @@ class _Reader:
 
 
 def _held(value: ast.expr) -> ast.expr | None:
-    """One of the items that a container is written with."""
+    """One item of a container display or comprehension."""
     if isinstance(value, ast.Dict):
         return value.values[0] if value.values else None
     if isinstance(value, ast.List | ast.Tuple | ast.Set):
@@ -359,7 +359,7 @@ def _held(value: ast.expr) -> ast.expr | None:
 
 
 def _unpacked(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    """The names of an assignment, each with what it gets."""
+    """The names of an assignment, each with its value."""
     if isinstance(target, ast.Name):
         yield target.id, value
     elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
@@ -386,7 +386,7 @@ def _is_self(node: ast.expr, name: str) -> bool:
 
 
 def _value_for(node: ast.Assign, name: str) -> ast.expr | None:
-    """What an assignment gives to `self.name`."""
+    """The value that an assignment gives to `self.name`."""
     for target in node.targets:
         if _is_self(target, name):
             return node.value
@@ -404,7 +404,7 @@ def _functions(tree: ast.Module) -> dict[str, Function]:
 
 @cache
 def _imports(tree: ast.Module, package: str) -> dict[str, tuple[str, str]]:
-    """package: the one under the reference that the module is in; empty for the reference's own."""
+    """The imported names. package: the package of the module below the reference; empty for the reference."""
     found: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and (node.level or _is_below(node.module)):
@@ -419,5 +419,5 @@ def _is_below(module: str) -> bool:
 
 @cache
 def _parsed(file: Path, changed: int) -> ast.Module:
-    """changed: when the file was written, so that another version is read anew."""
+    """Parse a file. changed: its modification time, so that a new version is parsed again; 0 if missing."""
     return ast.parse(file.read_text(encoding="utf-8") if changed else "")

@@ -1,11 +1,10 @@
-"""One side of `pdm run compare`: a day's work on the overlay of this process, a repetition each time it is
-asked.
+"""One side of `pdm run compare`: a day's workload, run on this process's overlay.
 
     python -m tiny_llm_course.measure 1.2 work result.npz
 
-makes one run that is not measured and writes `ready`. For each line that it reads it repeats the work and
-writes the seconds. When its input ends it stores what came out, and the most memory that MLX held. Inputs
-are the same every time. What the learner's code prints goes to the standard error.
+runs the workload once without measuring and prints `ready`. For each line on its standard input it runs the
+workload again and prints the seconds. At the end of the input it stores the result and MLX's peak memory. The
+workload's input is the same every time. The learner's own output goes to standard error.
 """
 
 import sys
@@ -17,17 +16,17 @@ import numpy as np
 
 from .days import demonstration
 from .errors import CourseError
-from .house import House
 from .learner import learners_errors
+from .repo import Repo
 
 READY = "ready"
 
 
 def main() -> None:
-    """Measure what the command line names; what goes wrong in the learner's code is one line."""
+    """Run the workload that the command line names; an error in the learner's code becomes one line."""
     day, function, target = sys.argv[1:]
     try:
-        with learners_errors(House.here()):
+        with learners_errors(Repo.here()):
             _measure(day, function, Path(target))
     except CourseError as error:
         sys.exit(str(error))
@@ -37,7 +36,7 @@ def _measure(day: str, function: str, target: Path) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     work = getattr(demonstration(day), function)()
     out = work()
-    mx.eval(out)  # the first run pays for what is made once
+    mx.eval(out)  # the first run includes one-time costs
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     print(READY, file=answers, flush=True)
@@ -51,7 +50,7 @@ def _measure(day: str, function: str, target: Path) -> None:
 
 
 def _as_numpy(out: mx.array) -> np.ndarray:
-    """Whole numbers stay whole: a token id is no measured quantity."""
+    """A NumPy array. Integers, such as token ids, stay integers; everything else becomes float32."""
     return np.array(out if mx.issubdtype(out.dtype, mx.integer) else out.astype(mx.float32))
 
 

@@ -1,4 +1,4 @@
-"""Tells a mistake in a learner's module apart from one of the engine's: which file, which line, what."""
+"""Finds out whether an error comes from a learner's module, and if so from which file and line."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _OF_A_BLANK = re.compile(r"\d\.\d\.\d+ \S+: ")
 
 
 class Mistake(NamedTuple):
-    """What a learner's module raised. is_blank: an exercise that is not written yet, which `what` names."""
+    """An error from a learner's module. is_blank: it is an exercise that is not written; `what` names it."""
 
     file: Path
     line: int
@@ -23,9 +23,9 @@ class Mistake(NamedTuple):
 
 
 def mistake(error: BaseException, overlay: Path) -> Mistake | None:
-    """The mistake behind an error, or behind one that it was raised from; None where it is no learner's.
+    """The mistake that caused an error, directly or through a chain of errors; None if it is not a learner's.
 
-    What the engine raises on purpose (`TinyLLMError`) is no mistake, in whichever module it stands.
+    An error that the engine raises on purpose (`TinyLLMError`) is not a mistake, whichever module raises it.
     """
     for one in _chain(error):
         if isinstance(one, SyntaxError):
@@ -40,7 +40,7 @@ def mistake(error: BaseException, overlay: Path) -> Mistake | None:
 
 
 def one_line(error: BaseException) -> str | None:
-    """The same in one line, with the command that helps, for an error of this process."""
+    """The mistake that caused an error in this process, as one line with a helpful command, or None."""
     package = sys.modules.get("tiny_llm")
     found = None if package is None else mistake(error, Path(package.__path__[0]))
     if found is None:
@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, the one that it was raised from, and so on, without those that are raised on purpose."""
+    """An error, its cause, the cause's cause and so on, without errors that are raised on purpose."""
     following: BaseException | None = error
     while following is not None:
         if not isinstance(following, TinyLLMError):
@@ -62,7 +62,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _frames_in(overlay: Path, error: BaseException) -> list[traceback.FrameSummary]:
-    """Where the error passed through a learner's module; the overlay's `__init__` is ours."""
+    """The error's frames in the learner's modules; the overlay's `__init__.py` is not one of them."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [Path(frame.filename) for frame in frames]
     return [

@@ -1,7 +1,7 @@
-"""What a run of a day's suite came to: which tests failed over a mistake, and which met a blank.
+"""The outcome of a run of a day's suite: which tests failed, and which reached a blank exercise.
 
-The plugin (`provenance`) writes it in the process of the run; `pdm run test` reads it to say where to begin.
-While tests run, a file beside it names the one that runs now: the process may end without another word.
+The plugin `provenance` writes it in pytest's process; `pdm run test` reads it to say what to fix first. A
+second file always names the test that is running, in case the process crashes.
 """
 
 import json
@@ -11,20 +11,21 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .units import Day, Exercise
 
-OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # the variable that tells the plugin where to write
+OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # environment variable with the file that the plugin writes
 _TASK = re.compile(r"::test_task_(\d+)_")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. code: pytest's. failed: ids of tests, and of files that could not be collected.
+    """One run. code: pytest's exit code. failed: ids of tests, and of files that could not be collected.
 
-    waiting: for each test that met a blank, the blank's message, such as `1.4.1 rms_norm: book, ...`.
-    stopped: whether the run ended early because a test was out of time. blank: ids of the tests that wait.
-    running: of a process that a signal has ended, the id of the test that ran, or of the file that was read.
+    waiting: for each test that reached a blank, the blank's message, such as `1.4.1 rms_norm: book, ...`.
+    stopped: whether the run stopped early because a test exceeded its time limit. blank: the ids of the
+    waiting tests. running: if a signal ended the process, the id of the test or file that was running.
     """
 
     code: int
@@ -36,16 +37,16 @@ class Outcome:
 
     @property
     def ended_by(self) -> str:
-        """The name of the signal that ended the process, such as SIGSEGV; empty where it ended by itself."""
+        """The name of the signal that ended the process, such as SIGSEGV; empty for a normal exit."""
         return signal.Signals(-self.code).name if self.code < 0 else ""
 
     @property
     def exit_code(self) -> int:
-        """The run's exit code as a shell has it: 128 and more where a signal has ended it."""
+        """The run's exit code as a shell reports it: 128 plus the signal's number after a signal."""
         return 128 - self.code if self.code < 0 else self.code
 
     def passes(self, exercises: Iterable[Exercise]) -> bool:
-        """Whether no test of these exercises failed or waits, in a run that had them all."""
+        """Whether no test of these exercises failed or waits, given a run that included all of them."""
         tasks = {exercise.task for exercise in exercises}
         return not tasks & set(map(task_of, (*self.failed, *self.blank)))
 
@@ -53,13 +54,15 @@ class Outcome:
 def write_outcome(
     file: Path, failed: Sequence[str], waiting: Sequence[tuple[str, str]], *, stopped: bool
 ) -> None:
-    """Store what a run came to, for the process that started it. waiting: a test's id and its blank's
-    message."""
+    """Store a run's outcome for the process that started it.
+
+    waiting: pairs of a test's id and the message of the blank that it reached.
+    """
     file.write_text(json.dumps([failed, waiting, stopped]), encoding="utf-8")
 
 
 def write_running(file: Path, what: str) -> None:
-    """Store which test runs, or which file is read, beside the outcome `file` that is still to come."""
+    """Store which test or file is running, next to the outcome `file`, which is written later."""
     _running(file).write_text(what, encoding="utf-8")
 
 
@@ -68,7 +71,7 @@ def _running(file: Path) -> Path:
 
 
 def read_outcome(file: Path, code: int) -> Outcome:
-    """What a run stored that ended with `code`; nothing failed and nothing waits where it stored nothing."""
+    """Read the outcome of a run that ended with `code`; without a stored outcome, both lists are empty."""
     running = _running(file).read_text(encoding="utf-8") if code < 0 and _running(file).exists() else ""
     if not file.exists():
         return Outcome(code, running=running)
@@ -78,32 +81,42 @@ def read_outcome(file: Path, code: int) -> Outcome:
 
 
 def task_of(test: str) -> int:
-    """The number of the task that a test is about; 0 where its name says none."""
+    """The number of the task that a test is about; 0 if its name contains none."""
     match = _TASK.search(test)
     return int(match[1]) if match else 0
 
 
-def about_signal(outcome: Outcome, day: Day) -> list[str]:
-    """What is said of a run that a signal has ended: the signal, the test, its exercise and what to do."""
+def signal_report(outcome: Outcome, day: Day) -> list[str]:
+    """The lines about a run that a signal ended: the signal, the test, its exercise and what to do."""
     file, _, test = outcome.running.partition("::")
-    where = f"in {test}" if test else f"while {file} was read" if file else "before the first test"
+    where = f"in {test}" if test else f"while importing {file}" if file else "before the first test"
     lines = ["", f"{outcome.ended_by} ended Python {where}"]
     one = next((one for one in day.exercises if one.task == task_of(outcome.running)), None)
     if one is None:
         return lines
     return [
         *lines,
-        f"the test is about {one.id} {one.name}. MLX checks no index: one outside of an array can do this.",
-        f"Python's lines are where MLX computed, perhaps behind the fault: read {one.module}.py, {one.name}",
-        f"again: pdm run test {one.id} -x; pdm run hint {one.id}",
+        f"the test is about {one.id} {one.name}. MLX does not check indices: one out of range can crash.",
+        f"MLX is lazy, so the traceback may point past the mistake: read {one.name} in {one.module}.py",
+        f"try again: pdm run test {one.id} -x; pdm run hint {one.id}",
     ]
 
 
-def begin_here(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> str | None:
-    """The first task to look at, as one line: the lowest with a mistake, or else the lowest blank.
+class FirstToFix(NamedTuple):
+    """The exercise to look at first, and the line that says so."""
 
-    at_fault: the exercise that was found to make that task's tests fail, if it is known. None where nothing
-    says which task it is, such as a file that cannot be imported.
+    exercise_id: str
+    line: str
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> FirstToFix | None:
+    """The task to look at first: the lowest that fails, or else the lowest that is blank.
+
+    at_fault: the exercise that makes that task's tests fail, if it is known. Returns None if no task is
+    known, for example because a file cannot be imported.
     """
     names = {one.id: one.name for one in day.exercises} | {one.id: one.name for one in day.kernels}
     found = Counter(f"{day.id}.{match[1]}" for test in outcome.failed if (match := _TASK.search(test)))
@@ -115,13 +128,13 @@ def begin_here(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> 
     if not found:
         return None
     first = min(found, key=lambda task: [int(part) for part in task.split(".")])
-    begin = first if at_fault is None else at_fault.id
-    what = f"{begin} {names[begin]}" if begin in names else begin
-    tests = _tests(found[first], says, "its" if begin == first else f"{first}'s")
-    return f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {begin}"
+    hinted = first if at_fault is None else at_fault.id
+    what = f"{hinted} {names[hinted]}" if hinted in names else hinted
+    tests = _tests(found[first], says, "its" if hinted == first else f"{first}'s")
+    return FirstToFix(hinted, f"first: {what} ({tests}): pdm run test {first} -x; pdm run hint {hinted}")
 
 
 def _tests(number: int, says: str, whose: str) -> str:
-    """How many tests fail or wait. Those that fail are a task's; those of any task may wait for a blank."""
+    """How many tests fail or wait. Failures are of one task; tests of any task may wait for a blank."""
     of = f" of {whose}" if says == "fail" else ""
     return f"{number}{of} tests {says}" if number > 1 else f"1{of} test{'s' if of else ''} {says}s"

@@ -1,9 +1,8 @@
-"""How far the learner is, over all days: `pdm run progress` and `pdm run map`."""
+"""`pdm run progress` and `pdm run map`: the learner's progress over all days."""
 
 from typing import Any
 
 from .cpp import build_of, own_kernels
-from .house import House
 from .progress import (
     Result,
     State,
@@ -14,6 +13,7 @@ from .progress import (
     result,
     state,
 )
+from .repo import Repo
 from .syllabus import Syllabus
 from .units import Day, Unit, exercise_range
 
@@ -24,76 +24,76 @@ _MARKS = {
     State.WRITTEN: "x",
     State.SKIPPED: "s",
 }
-_LEGEND = "x written   . blank   s skipped   ? its function is missing   - its file is not there"
+_LEGEND = "x written   . blank   s skipped   ? function missing   - file missing"
 
 
-def progress(house: House, syllabus: Syllabus) -> list[dict[str, Any]]:
-    """One row a day that can be started: its exercises by state, what its tests say, a row for each part."""
-    own_modules(house)
+def progress(repo: Repo, syllabus: Syllabus) -> list[dict[str, Any]]:
+    """A row for each available day: the state of its exercises, its test results, and a row for each part."""
+    own_modules(repo)
     return [
-        {"day": day.id, **_row(house, day), "parts": [{"part": p.id, **_row(house, p)} for p in day.parts]}
+        {"day": day.id, **_row(repo, day), "parts": [{"part": p.id, **_row(repo, p)} for p in day.parts]}
         for day in syllabus.days
-        if not day.is_to_come
+        if not day.is_planned
     ]
 
 
-def _row(house: House, unit: Unit) -> dict[str, Any]:
-    states = {exercise.id: state(house, exercise) for exercise in unit.exercises}
-    started = len(missing_modules(house, unit)) < len(unit.modules)
-    outcome = result(house, unit) if started else Result.UNKNOWN
+def _row(repo: Repo, unit: Unit) -> dict[str, Any]:
+    states = {exercise.id: state(repo, exercise) for exercise in unit.exercises}
+    started = len(missing_modules(repo, unit)) < len(unit.modules)
+    outcome = result(repo, unit) if started else Result.UNKNOWN
     all_blank = set(states.values()) == {State.BLANK}
     return {
         "title": unit.title,
         "started": started,
         "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
         "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-        "tests": State.BLANK.value if all_blank else _told(house, unit, outcome),
+        "tests": State.BLANK.value if all_blank else _tests_text(repo, unit, outcome),
         "done": started and outcome is Result.PASSING,
     }
 
 
-def _told(house: House, unit: Unit, outcome: Result) -> str:
-    """What the tests say; of tests that are out of date also the file that has changed, and the command."""
-    changed = changed_files(house, unit) if outcome is Result.STALE else []
+def _tests_text(repo: Repo, unit: Unit, outcome: Result) -> str:
+    """The test result; if it is out of date, also the file that changed and the command to run."""
+    changed = changed_files(repo, unit) if outcome is Result.STALE else []
     if not changed:
         return outcome.value
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return f"{changed[0]}{more} changed since its tests ran: pdm run test {unit.id}"
 
 
-def progress_text(house: House, syllabus: Syllabus) -> str:
-    """The same as a table, with what to do next; the parts of a day once it is started."""
-    rows = progress(house, syllabus)
-    lines = _table(house, syllabus, rows)
+def progress_text(repo: Repo, syllabus: Syllabus) -> str:
+    """The same as a table, with the next command; parts are listed for days that are started."""
+    rows = progress(repo, syllabus)
+    lines = _table(repo, syllabus, rows)
     done = sum(bool(row["done"]) for row in rows)
     lines += ["", _LEGEND, f"{done} of {len(rows)} days pass."]
-    following = _following(house, syllabus, rows)
+    following = _next_unit(repo, syllabus, rows)
     if following is not None:
-        lines.append(f"next: {_command(house, following)}{_gap(house, syllabus, rows, following)}")
+        lines.append(f"next: {_command(repo, following)}{_gap_note(repo, syllabus, rows, following)}")
     return "\n".join(lines)
 
 
-def _command(house: House, unit: Unit) -> str:
-    return f"pdm run {'test' if is_started(house, unit) else 'start'} {unit.id}"
+def _command(repo: Repo, unit: Unit) -> str:
+    return f"pdm run {'test' if is_started(repo, unit) else 'start'} {unit.id}"
 
 
-def _gap(house: House, syllabus: Syllabus, rows: list[dict[str, Any]], following: Unit) -> str:
-    """The first day before the next that does not pass, where a later one does; empty where there is none."""
+def _gap_note(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]], following: Unit) -> str:
+    """A note on the first day that was left out, if a later day passes; otherwise empty."""
     first = next(row for row in rows if not row["done"])
     day = syllabus.day(first["day"])
     if day == following.day or not any(row["done"] for row in rows[rows.index(first) :]):
         return ""
-    return f"; day {day.id} before it is left out: {_command(house, _part_to_do(house, day) or day)}"
+    return f" (you left out day {day.id}: {_command(repo, _next_part(repo, day) or day)})"
 
 
-def _table(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[str]:
+def _table(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[str]:
     shown: list[tuple[str, Unit, dict[str, Any]]] = []
     for row in rows:
         day = syllabus.day(row["day"])
         shown.append(("", day, row))
         if row["started"]:
             shown += [("  ", part, one) for part, one in zip(day.parts, row["parts"], strict=True)]
-    marks = [f"[{''.join(_MARKS[state(house, e)] for e in unit.exercises)}]" for _, unit, _ in shown]
+    marks = [f"[{''.join(_MARKS[state(repo, e)] for e in unit.exercises)}]" for _, unit, _ in shown]
     names = [f"{indent}{unit.id}" for indent, unit, _ in shown]
     tests = [row["tests"] if row["started"] else "not started" for _, _, row in shown]
     first, second, third = (max(map(len, column)) for column in (names, marks, tests))
@@ -103,8 +103,8 @@ def _table(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list
     ]
 
 
-def _following(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> Unit | None:
-    """What to do next: a day that is under way, or else the first after the last that is done; its part."""
+def _next_unit(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> Unit | None:
+    """The unit to do next: in a day that is started, or else in the first day after the last one done."""
     under_way = [row for row in rows if row["started"] and not row["done"]]
     last = max((place for place, row in enumerate(rows) if row["done"]), default=-1)
     later = [*under_way, *rows[last + 1 :], *rows]
@@ -112,33 +112,39 @@ def _following(house: House, syllabus: Syllabus, rows: list[dict[str, Any]]) -> 
     if row is None:
         return None
     day = syllabus.day(row["day"])
-    return _part_to_do(house, day) or day
+    return _next_part(repo, day) or day
 
 
-def _part_to_do(house: House, day: Day) -> Unit | None:
-    """The first part with something of the learner's that does not pass, or else the first after the last
-    that passes; None where the day has no parts, or all pass."""
-    open_parts = [part for part in day.parts if result(house, part) is not Result.PASSING]
-    under_way = [part for part in open_parts if is_started(house, part)]
+def _next_part(repo: Repo, day: Day) -> Unit | None:
+    """The part of a day to do next: the first that is started, or else the first after the last that passes.
+
+    None if the day has no parts, or all of them pass.
+    """
+    open_parts = [part for part in day.parts if result(repo, part) is not Result.PASSING]
+    under_way = [part for part in open_parts if is_started(repo, part)]
     passing = [place for place, part in enumerate(day.parts) if part not in open_parts]
     later = [part for part in day.parts[max(passing, default=-1) + 1 :] if part in open_parts]
     return next(iter([*under_way, *later, *open_parts]), None)
 
 
-def map_text(house: House, syllabus: Syllabus) -> str:
-    """Every day with its modules and whose they are, and its parts with what their tests say; a kernel in C++
-    where it is the learner's."""
-    own = set(own_modules(house))
-    kernels = {kernel: build_of(house, kernel) for kernel in own_kernels(house, syllabus)}
+def map_text(repo: Repo, syllabus: Syllabus) -> str:
+    """List all days with their modules, the learner's in brackets, and all parts with their test results.
+
+    A kernel in C++ is listed if the learner has a file for it.
+    """
+    own = set(own_modules(repo))
+    kernels = {kernel: build_of(repo, kernel) for kernel in own_kernels(repo, syllabus)}
     lines = []
     for day in syllabus.days:
         if day.id.endswith(".1"):
             lines += ["", f"week {day.id[0]}"]
-        modules = "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "to come"
+        modules = (
+            "  ".join(f"[{m}.py]" if m in own else f"{m}.py" for m in day.modules) or "not available yet"
+        )
         modules += "".join(f"  [{k.file}, {kernels[k].value}]" for k in day.kernels if k in kernels)
         lines.append(f"  {day.id}  {day.title:38}  {modules}")
         for part in day.parts:
-            row = _row(house, part)
+            row = _row(repo, part)
             tests = row["tests"] if row["started"] else "not started"
             lines.append(f"    {part.id}  {part.title:35}  {exercise_range(part.exercises)}: {tests}")
-    return "\n".join([*lines[1:], "", "[in brackets]: yours; every other module is the reference's"])
+    return "\n".join([*lines[1:], "", "[in brackets]: your modules; all others are the reference's"])

@@ -1,4 +1,4 @@
-"""What a check of the course finds."""
+"""The result of a failed check of the course."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ LAST_LINES = 15
 
 
 class Problem(NamedTuple):
-    """A rule that does not hold: which, where, and what was found."""
+    """A broken rule: its name, the place, and what was found."""
 
     rule: str
     where: str
@@ -17,5 +17,5 @@ class Problem(NamedTuple):
 
 
 def last_lines(output: str) -> str:
-    """The end of what a process printed, indented, for a problem's text."""
+    """The last lines of a process's output, indented, for a problem's text."""
     return "\n".join(f"    {line}" for line in output.splitlines()[-LAST_LINES:])

@@ -1,8 +1,8 @@
-"""A pytest plugin for the course: whose modules a run is about, and blanks told apart from mistakes.
+"""A pytest plugin: names the learner's modules in the header, and separates blanks from failures.
 
-A test that met a blank fails like any other, but is not shown like a mistake: it is counted, and each
-exercise that is waited for is named once, at the end. A traceback of a learner's run leaves the reference's
-lines out, which would tell solutions of other days.
+A test that reaches a blank exercise counts as failed, but is not shown as a failure: each blank exercise is
+named once at the end, with the number of tests that wait for it. Tracebacks in a learner's run leave out the
+reference's lines, because they would show solutions of other days.
 """
 
 import os
@@ -22,27 +22,27 @@ OF_A_BLANK = re.compile(r"\d\.\d\.\d+ \S+: ")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Which modules are the learner's, and which engine answers for the others."""
+    """Show which modules are the learner's, and whose compiled kernels run."""
     import tiny_llm_kernels
 
     overlay, reference = _folders()
     own = _own(overlay)
     number = len([file for file in reference.glob("*.py") if file.stem not in {*own, "__init__"}])
     whose = os.environ.get("TINY_LLM_COURSE_RUN", "")
-    yours = ", ".join(f"{name}.py" for name in own) or "none"
+    yours = ", ".join(f"{name}.py" for name in own) or "no modules"
     library = tiny_llm_kernels.library()
     kernels = "none" if library is None else "yours" if library.parent == overlay else "the reference's"
     about = f"course: {whose}" if whose else "course:"
-    return [about, f"yours: {yours}; the reference's: {number} modules; compiled kernels: {kernels}"]
+    return [about, f"yours: {yours}; from the reference: {number} modules; compiled kernels: {kernels}"]
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    """Store which file is read: a crash leaves no report."""
+    """Store which file is being imported, because a crash leaves no report."""
     _note_running(collector.nodeid)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Store which test runs: a crash leaves no report."""
+    """Store which test is running, because a crash leaves no report."""
     _note_running(nodeid)
 
 
@@ -50,7 +50,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note the message of a blank in the report of the test that met it; hide the reference's lines."""
+    """Add a blank's message to the report of the test that reached it; hide the reference's lines."""
     raised = call.excinfo.value if call.excinfo is not None else None
     if raised is not None:
         _hide_reference(raised)
@@ -63,20 +63,20 @@ def pytest_runtest_makereport(
 def pytest_report_teststatus(
     report: pytest.TestReport | pytest.CollectReport,
 ) -> tuple[str, str, str] | None:
-    """A failure over a blank has a category of its own."""
+    """Put tests that reached a blank into a separate category."""
     if report.failed and _message(report) is not None:
         return BLANK, "b", "BLANK"
     return None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Each blank once, with the number of tests that wait for it."""
+    """Name each blank once, with the number of tests that wait for it."""
     for message, count in Counter(message for _, message in _waiting(terminalreporter)).items():
         terminalreporter.write_line(f"{f'{count} tests wait' if count > 1 else '1 test waits'} for {message}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Store the outcome where it is asked for, before anything is shown of it."""
+    """Store the outcome, if a file for it is set, before pytest prints its summary."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get(OUTCOME_FILE) and reporter is not None:
         failed = [report.nodeid for kind in ("failed", "error") for report in reporter.stats.get(kind, ())]
@@ -90,7 +90,7 @@ def _note_running(what: str) -> None:
 
 
 def _waiting(reporter: pytest.TerminalReporter) -> list[tuple[str, str]]:
-    """Each waiting test, and the message of the blank that it met."""
+    """The id of each waiting test, with the message of the blank that it reached."""
     return [(report.nodeid, str(_message(report))) for report in reporter.stats.get(BLANK, ())]
 
 
@@ -107,9 +107,9 @@ def _own(overlay: Path) -> list[str]:
 
 
 def _hide_reference(raised: BaseException) -> None:
-    """Leave the reference's modules out of an error's traceback, unless --full-trace asks for all.
+    """Hide the reference's frames in an error's traceback, unless --full-trace is set.
 
-    Not in a run without modules of a learner's: that is about the reference.
+    A run without modules of the learner's tests the reference itself, and shows everything.
     """
     overlay, reference = _folders()
     if _own(overlay):
@@ -119,6 +119,6 @@ def _hide_reference(raised: BaseException) -> None:
 
 
 def _message(report: pytest.TestReport | pytest.CollectReport) -> str | None:
-    """The message of the blank that a test met; a file that could not be collected met none."""
+    """The message of the blank that a test reached; None if it reached none, or for a collection error."""
     properties = getattr(report, "user_properties", ())
     return next((str(value) for name, value in properties if name == BLANK), None)

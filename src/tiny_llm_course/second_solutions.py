@@ -1,8 +1,8 @@
-"""Second solutions: each day solved once more from its docstrings, by other code than the reference's.
+"""Second solutions: each day solved again from its docstrings, with other code than the reference's.
 
-They show that a suite accepts any correct solution, and that a docstring says all that its tests ask for.
-They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file may have only
-the exercises, new helpers, and imports from the standard library: the starter has the rest.
+They prove that a suite accepts any correct solution, and that a docstring states everything that its tests
+check. They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file contains
+only the exercises, new helpers, and imports from the standard library; the starter supplies the rest.
 """
 
 import ast
@@ -10,113 +10,114 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .house import House
 from .imports import with_imports
 from .outcome import Outcome, read_outcome
 from .problem import Problem, last_lines
+from .repo import Repo
 from .runs import overlay_of, run_suites
 from .source import Function, functions, is_blank, with_body_of, with_function
 from .starter import starter
 from .suite_files import folder_of
 from .units import Day
 
-SHORT = 3  # lines of a function that comes out alike by itself
+SHORT = 3  # lines: functions this short may be equal by chance
 
-# Tried by their own day's suite only: a readable matmul of one's own unpacks every matrix in each step, and
-# the suites of later days run a real model.
+# Only their own day's suite runs these: a readable quantized matmul unpacks every matrix in each step, which
+# is too slow for the suites of later days that run a real model.
 BY_ITSELF = frozenset({"2.4"})
 
 
-def folder(house: House, day: Day) -> Path:
-    """Where a day's second solution is, or would be."""
-    return house.root / "tests" / "second_solutions" / folder_of(house.suites / day.suite).name
+def folder(repo: Repo, day: Day) -> Path:
+    """The folder of a day's second solution."""
+    return repo.root / "tests" / "second_solutions" / folder_of(repo.suites / day.suite).name
 
 
-def missing_solutions(house: House, day: Day) -> Iterator[Problem]:
-    """The modules of a day that are not solved a second time."""
+def missing_solutions(repo: Repo, day: Day) -> Iterator[Problem]:
+    """The modules of a day without a second solution."""
     for module in day.modules:
-        file = folder(house, day) / f"{module}.py"
+        file = folder(repo, day) / f"{module}.py"
         if not file.exists():
-            yield Problem("second solution", day.id, f"there is no {house.shown(file)}")
+            yield Problem("second solution", day.id, f"there is no {repo.shown(file)}")
 
 
-def unsound_solutions(house: House, days: Iterable[Day]) -> Iterator[Problem]:
-    """Files that solve no module of their day, and functions that are the reference's."""
+def unsound_solutions(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
+    """Files that solve no module of their day, and solutions copied from the reference."""
     days = list(days)
-    known = {folder(house, day) / f"{module}.py" for day in days for module in day.modules}
-    for file in sorted((house.root / "tests" / "second_solutions").glob("*/*.py")):
+    known = {folder(repo, day) / f"{module}.py" for day in days for module in day.modules}
+    for file in sorted((repo.root / "tests" / "second_solutions").glob("*/*.py")):
         if file not in known:
-            yield Problem("second solution", house.shown(file), "is no module of a day")
+            yield Problem("second solution", repo.shown(file), "is not a module of a day")
     for day in days:
         for module in day.modules:
-            yield from _copies(house, day, module)
+            yield from _copies(repo, day, module)
 
 
-def failing_solutions(house: House, days: Iterable[Day]) -> list[Problem]:
-    """What fails on all second solutions together; each is then tried by itself, to say whose fault it is."""
-    solved = {day: sources for day in days if (sources := _sources(house, day))}
-    found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(house, day, solved)]
-    return found + _together(house, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})
+def failing_solutions(repo: Repo, days: Iterable[Day]) -> list[Problem]:
+    """The failures with all second solutions together; if any, each day is also tried separately."""
+    solved = {day: sources for day in days if (sources := _sources(repo, day))}
+    found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(repo, day, solved)]
+    return found + _together(repo, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})
 
 
-def _by_itself(house: House, day: Day, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
-    outcome, output = _run(house, solved[day], [house.suites / day.suite])
+def _by_itself(repo: Repo, day: Day, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
+    outcome, output = _run(repo, solved[day], [repo.suites / day.suite])
     return [] if outcome.code == 0 else [Problem("second solution", day.id, f"fails\n{last_lines(output)}")]
 
 
-def _together(house: House, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
+def _together(repo: Repo, solved: Mapping[Day, dict[str, str]]) -> list[Problem]:
     together = {module: source for sources in solved.values() for module, source in sources.items()}
     if not solved:
         return []
-    outcome, output = _run(house, together, [house.suites])
+    outcome, output = _run(repo, together, [repo.suites])
     if outcome.code == 0:
         return []
     suites = sorted({Path(test.partition("::")[0]).name for test in outcome.failed})
     found = [
-        Problem("second solution", day.id, f"fails {alone.failed[0]}\n{last_lines(output)}")
+        Problem("second solution", day.id, f"fails {outcome.failed[0]}\n{last_lines(output)}")
         for day, sources in solved.items()
-        for alone, output in [_run(house, sources, [house.suites / name for name in suites])]
-        if alone.failed
+        for outcome, output in [_run(repo, sources, [repo.suites / name for name in suites])]
+        if outcome.failed
     ]
     return found or [Problem("second solution", "all together", f"fail\n{last_lines(output)}")]
 
 
-def _sources(house: House, day: Day) -> dict[str, str]:
-    """The second solution of a day, by module."""
-    files = [folder(house, day) / f"{module}.py" for module in day.modules]
-    return {file.stem: _completed(house, day, file) for file in files if file.exists()}
+def _sources(repo: Repo, day: Day) -> dict[str, str]:
+    """The sources of a day's second solution, by module."""
+    files = [folder(repo, day) / f"{module}.py" for module in day.modules]
+    return {file.stem: _completed(repo, day, file) for file in files if file.exists()}
 
 
-def _completed(house: House, day: Day, file: Path) -> str:
-    """A module solved a second time: the starter with the file's exercises and helpers."""
-    solution, begun = file.read_text(encoding="utf-8"), starter(house, file.stem, day)
-    helpers = functions(solution).keys() - functions(begun).keys()
+def _completed(repo: Repo, day: Day, file: Path) -> str:
+    """A complete module: the starter with the file's exercises and helpers."""
+    solution, completed = file.read_text(encoding="utf-8"), starter(repo, file.stem, day)
+    helpers = functions(solution).keys() - functions(completed).keys()
     for name in (exercise.name for exercise in day.of_module(file.stem)):
-        begun = with_body_of(begun, solution, name)
+        completed = with_body_of(completed, solution, name)
     for helper in sorted(helpers):
-        begun = with_function(begun, solution, helper)
-    return with_imports(begun, solution)
+        completed = with_function(completed, solution, helper)
+    return with_imports(completed, solution)
 
 
-def _run(house: House, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
-    """What suites come to on these modules, and what was printed."""
-    with overlay_of(house, sources) as overlay, TemporaryDirectory(prefix="tiny-llm-outcome-") as stored:
+def _run(repo: Repo, sources: dict[str, str], suites: Sequence[Path]) -> tuple[Outcome, str]:
+    """The outcome and the output of suites on these modules."""
+    with overlay_of(repo, sources) as overlay, TemporaryDirectory(prefix="tiny-llm-outcome-") as stored:
         file = Path(stored, "outcome.json")
         run = run_suites(overlay, suites, ["-q"], quiet=True, outcome=file)
         return read_outcome(file, run.returncode), run.stdout
 
 
-def _copies(house: House, day: Day, module: str) -> Iterator[Problem]:
-    """A module of which more than half of the longer functions are the reference's; given ones may be.
+def _copies(repo: Repo, day: Day, module: str) -> Iterator[Problem]:
+    """A problem if more than half of a file's longer functions equal the reference's.
 
-    Where a docstring leaves few ways, one function or another comes out alike.
+    Some equal functions are allowed, because some docstrings allow few solutions. Functions that the starter
+    contains do not count.
     """
-    file = folder(house, day) / f"{module}.py"
+    file = folder(repo, day) / f"{module}.py"
     if not file.exists():
         return
-    reference = (house.reference / f"{module}.py").read_text(encoding="utf-8")
-    begun = starter(house, module, day)
-    given = {name for name in functions(begun) if not is_blank(begun, name)}
+    reference = (repo.reference / f"{module}.py").read_text(encoding="utf-8")
+    blank = starter(repo, module, day)
+    given = {name for name in functions(blank) if not is_blank(blank, name)}
     originals = {_body_of(node) for node in functions(reference).values()}
     own = functions(file.read_text(encoding="utf-8")).items()
     longer = {name: node for name, node in own if name not in given and _num_lines(node) > SHORT}

@@ -1,7 +1,7 @@
-"""Python source as text with functions in it: find one, blank it, take it out, compare two.
+"""Edits Python source as text: finds, blanks, removes, adds and compares functions.
 
-Line ranges come from Python's own `ast`; the reference carries no markers. What is not touched stays byte for
-byte, comments included.
+Line ranges come from `ast`; the reference contains no markers. All other lines stay unchanged, with their
+comments.
 """
 
 import ast
@@ -12,18 +12,18 @@ from pathlib import Path
 from textwrap import indent
 
 from .errors import CourseError
-from .imports import without_idle_imports
+from .imports import without_unused_imports
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-STAND_INS = ("accelerated",)  # decorators by which fast code stands in for the reference's: never a learner's
+STAND_INS = ("accelerated",)  # decorators that replace the reference's functions by faster code
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
-STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # the fields of a node that hold statements
-REMEMBERED = 500  # sources whose imports are read only once
+STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a node with statements
+CACHE_SIZE = 500  # sources whose imports are cached
 SKIPPED = "# skipped: the reference's code"
 
 
 def functions(source: str) -> dict[str, Function]:
-    """Every function of a module by its name, `function` or `Class.method`."""
+    """Every function of a module, by name: `function` or `Class.method`."""
     found: dict[str, Function] = {}
     for node in ast.parse(source).body:
         if isinstance(node, Function):
@@ -34,7 +34,7 @@ def functions(source: str) -> dict[str, Function]:
 
 
 def find(source: str, name: str) -> Function:
-    """One function. Raises `CourseError` where there is none of that name."""
+    """One function. Raises `CourseError` for an unknown name."""
     try:
         return functions(source)[name]
     except KeyError:
@@ -42,14 +42,14 @@ def find(source: str, name: str) -> Function:
 
 
 def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = ()) -> str:
-    """The source with the bodies of some functions blank, and others taken out.
+    """The source with some functions blank and others removed.
 
-    messages: by function, what its blank raises. A blank keeps its signature and docstring. Decorators by
-    which compiled kernels stand in are taken out with their imports, and so is what is imported from the
-    standard library only for what is gone.
+    messages: by function name, the text of the NotImplementedError that the blank raises. A blank keeps its
+    signature and docstring. The decorators that select compiled kernels are removed with their imports, and
+    so are imports of the standard library that only removed code used.
     """
     lines = source.splitlines(keepends=True)
-    edits: list[tuple[int, int, str]] = []  # first and last line, from 1; what takes their place
+    edits: list[tuple[int, int, str]] = []  # first and last line, from 1, and their replacement
     for name, message in messages.items():
         node = find(source, name)
         edits.append((_body(node)[0], _last(node), _raise(node, message)))
@@ -60,19 +60,19 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
         edits += [(d.lineno, d.end_lineno or d.lineno, "") for d in node.decorator_list if _is_stand_in(d)]
     for first, last, text in sorted(edits, reverse=True):
         lines[first - 1 : last] = [text] if text else []
-    begun = _without_unused_stand_ins("".join(lines))
-    return _tidy(without_idle_imports(begun, source))
+    blank = _without_unused_stand_ins("".join(lines))
+    return _tidy(without_unused_imports(blank, source))
 
 
 def body_lines(source: str, name: str) -> list[str]:
-    """The lines of a function's body, its docstring left out."""
+    """The lines of a function's body, without its docstring."""
     node = find(source, name)
     first, last = _body(node)[0], _last(node)
     return source.splitlines()[first - 1 : last]
 
 
 def is_blank(source: str, name: str) -> bool:
-    """True where the function does nothing but raise NotImplementedError."""
+    """Whether the function only raises NotImplementedError."""
     body = _statements(find(source, name))
     if len(body) != 1 or not isinstance(body[0], ast.Raise):
         return False
@@ -82,14 +82,14 @@ def is_blank(source: str, name: str) -> bool:
 
 
 def signature(source: str, name: str) -> str:
-    """A function's parameters and result, as written."""
+    """A function's name, parameters and return type, as written."""
     node = find(source, name)
     returns = "" if node.returns is None else f" -> {ast.unparse(node.returns)}"
     return f"{node.name}({ast.unparse(node.args)}){returns}"
 
 
-def related(source: str) -> list[str]:
-    """The modules beside it that a source imports; none where it cannot be read."""
+def sibling_modules(source: str) -> list[str]:
+    """The modules of the same package that a source imports; empty if it does not parse."""
     try:
         nodes = import_nodes(source)
     except SyntaxError:
@@ -98,7 +98,7 @@ def related(source: str) -> list[str]:
 
 
 def import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import, wherever it is. Walks over statements only: a tenth of what `ast.walk` visits."""
+    """Every import at any level. Visits only statements, a tenth of the nodes that `ast.walk` visits."""
     for field in STATEMENTS:
         for node in getattr(tree, field, ()):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -107,20 +107,20 @@ def import_statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
                 yield from import_statements(node)
 
 
-def imports_of(folder: Path, module: str) -> set[str]:
-    """The modules beside it that a module imports, directly or not."""
+def reachable_modules(folder: Path, module: str) -> set[str]:
+    """The modules of the same folder that a module imports, directly or indirectly."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
         file = folder / f"{waiting.pop()}.py"
-        new = set(related(file.read_text(encoding="utf-8"))) - found if file.exists() else set()
+        new = set(sibling_modules(file.read_text(encoding="utf-8"))) - found if file.exists() else set()
         found |= new
         waiting += new
     return found
 
 
 def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """The modules that a node imports, each with a name from it (or none)."""
+    """The modules that a node imports, each with the imported name (empty for `import module`)."""
     if isinstance(node, ast.Import):
         yield from ((alias.name, "") for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -128,18 +128,18 @@ def imported_by(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def imported(source: str) -> list[tuple[str, str]]:
-    """The modules that a source imports anywhere, each with a name from it (or none)."""
+    """The modules that a source imports, each with the imported name (empty for `import module`)."""
     return [found for node in import_nodes(source) for found in imported_by(node)]
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHE_SIZE)
 def import_nodes(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
-    """Every import of a source, wherever it is. Raises `SyntaxError` where it cannot be read."""
+    """Every import of a source, at any level. Raises `SyntaxError` if it does not parse."""
     return tuple(import_statements(ast.parse(source)))
 
 
 def docstrings(source: str) -> list[str]:
-    """Every docstring of a module: its own, its classes', its functions'."""
+    """Every docstring of a module, its classes and its functions."""
     nodes = ast.walk(ast.parse(source))
     found = [
         ast.get_docstring(node) for node in nodes if isinstance(node, ast.Module | ast.ClassDef | Function)
@@ -148,7 +148,7 @@ def docstrings(source: str) -> list[str]:
 
 
 def with_body_of(source: str, other: str, name: str) -> str:
-    """The source with one function's body taken from another, under a comment that says so."""
+    """The source with one function's body copied from another source, under the `SKIPPED` comment."""
     lines = source.splitlines(keepends=True)
     node = find(source, name)
     first, last = _body(node)[0], _last(node)
@@ -158,14 +158,14 @@ def with_body_of(source: str, other: str, name: str) -> str:
 
 
 def with_blank(source: str, name: str, message: str) -> str:
-    """The source with one function's body blank; everything else stays as it is."""
+    """The source with one function blank; everything else stays unchanged."""
     lines = source.splitlines(keepends=True)
     node = find(source, name)
     return "".join([*lines[: _body(node)[0] - 1], _raise(node, message), *lines[_last(node) :]])
 
 
-def is_given(source: str, other: str, name: str) -> bool:
-    """True where a function is another's as `with_body_of` or `with_function` has put it there, unchanged."""
+def is_reference_code(source: str, other: str, name: str) -> bool:
+    """Whether a function is an unchanged copy that `with_body_of` or `with_function` made from `other`."""
     if name not in functions(source) or name not in functions(other):
         return False
     own = body_lines(source, name)
@@ -175,7 +175,7 @@ def is_given(source: str, other: str, name: str) -> bool:
 
 
 def without(source: str, name: str) -> str:
-    """The source without one function, the comment of `with_function` above it, and the gap before it."""
+    """The source without one function, its `SKIPPED` comment, and the empty lines before it."""
     lines = source.splitlines(keepends=True)
     node = find(source, name)
     first = _first(node) - 1
@@ -188,7 +188,7 @@ def without(source: str, name: str) -> str:
 
 
 def with_function(source: str, other: str, name: str) -> str:
-    """The source with one function more, taken from another: last in its class, or last of all."""
+    """The source with a function copied from another source, at the end of its class or of the file."""
     lines = source.splitlines(keepends=True)
     node = find(other, name)
     taken = other.splitlines(keepends=True)[_first(node) - 1 : _last(node)]
@@ -201,14 +201,14 @@ def with_function(source: str, other: str, name: str) -> str:
 
 
 def names_in(source: str, name: str) -> set[str]:
-    """Every name and attribute that a function's body mentions."""
+    """Every name and attribute in a function's body."""
     nodes = [node for statement in _statements(find(source, name)) for node in ast.walk(statement)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def own_names(source: str, name: str) -> set[str]:
-    """The names that a function's body gives to its own variables."""
+    """The names of a function's local variables."""
     nodes = [node for statement in _statements(find(source, name)) for node in ast.walk(statement)]
     return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
@@ -219,7 +219,7 @@ def _statements(node: Function) -> list[ast.stmt]:
 
 
 def _body(node: Function) -> tuple[int, int]:
-    """First and last line of the body, its docstring left out, comments before it included."""
+    """First and last line of the body, without the docstring, with the comments before it."""
     if ast.get_docstring(node) is None:
         return node.body[0].lineno, _last(node)
     docstring = node.body[0]
@@ -240,7 +240,7 @@ def _raise(node: Function, message: str) -> str:
 
 
 def stand_ins(source: str, name: str) -> set[str]:
-    """By what kinds of fast code a function may be replaced: `compiled`, `fused`, both or none."""
+    """The kinds of faster code that may replace a function: `compiled`, `fused`, both or none."""
     calls = [one for one in find(source, name).decorator_list if isinstance(one, ast.Call)]
     given = {keyword.arg for one in calls if _is_stand_in(one) for keyword in one.keywords}
     return {kind for kind in ("compiled", "fused") if kind in given}
@@ -252,13 +252,13 @@ def _is_stand_in(decorator: ast.expr) -> bool:
 
 
 def _tidy(source: str) -> str:
-    """Empty lines as the formatter has them, after something was taken out."""
-    source = re.sub(r"\n{3,}(?=[ \t])", "\n\n", source)  # inside a class: one
+    """Restore the formatter's number of empty lines after a removal."""
+    source = re.sub(r"\n{3,}(?=[ \t])", "\n\n", source)  # one inside a class
     return re.sub(r"\n{4,}", "\n\n\n", source).rstrip("\n") + "\n"
 
 
 def _without_unused_stand_ins(source: str) -> str:
-    """Take out what is imported for the stand-ins alone."""
+    """Remove imports that only the removed decorators used."""
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     lines = source.splitlines(keepends=True)

@@ -1,10 +1,9 @@
-"""A pytest plugin: Python source is parsed with the garbage collector held off.
+"""A pytest plugin: turns the garbage collector off while `ast.parse` runs.
 
-Up to Python 3.11.7 and 3.12.1, `ast.parse` fails with "AST constructor recursion depth mismatch" when a
-second parse runs in the middle of the first (CPython issue 106905). That happens when garbage is collected
-meanwhile: a future that is destroyed with an unread error logs it with a traceback, which Python parses to
-underline. A day about threads leaves many such futures when it fails, while pytest parses files to show the
-failures.
+Up to Python 3.11.7 and 3.12.1, `ast.parse` fails with "AST constructor recursion depth mismatch" if a second
+parse runs during the first (CPython issue 106905). The garbage collector can cause that: when it destroys a
+future with an unread error, the error is logged with a traceback, and Python parses the source to underline
+the position. A failing day about threads leaves many such futures while pytest parses files to show failures.
 """
 
 import ast
@@ -21,7 +20,7 @@ _one_at_a_time = threading.RLock()
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
-    """For the whole of a run."""
+    """Replace `ast.parse` during the run."""
     ast.parse = steady_parse
     try:
         return (yield)
@@ -30,7 +29,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object
 
 
 def steady_parse(*arguments: Any, **options: Any) -> Any:
-    """What `ast.parse` gives; nothing else runs in the meantime."""
+    """Run `ast.parse` without garbage collection or a second parse at the same time."""
     with _one_at_a_time:
         was_enabled = gc.isenabled()
         gc.disable()

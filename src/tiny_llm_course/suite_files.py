@@ -1,7 +1,7 @@
-"""The files of a day's suite: the day's own, those in the folder beside it, and what these import.
+"""Finds the files of a day's suite: its test file, the files in its folder, and all that these import.
 
-A large day's tests lie in several files, `week_3_day_2/beams.py` and so on, which the day's own file
-imports: `from week_3_day_2.beams import *`. Toy models and oracles that several suites use are in `common/`.
+A large day has several files, such as `week_3_day_2/beams.py`, which its test file imports:
+`from week_3_day_2.beams import *`. Toy models and oracles that several suites use are in `common/`.
 """
 
 import ast
@@ -15,14 +15,14 @@ CONFTEST = "conftest.py"
 
 
 def folder_of(suite: Path) -> Path:
-    """The folder of a day's further files: `week_1_day_1` beside `test_week_1_day_1.py`, there or not."""
+    """The folder of a day's other files, `week_1_day_1` for `test_week_1_day_1.py`; it may not exist."""
     return suite.with_name(suite.stem.removeprefix("test_"))
 
 
 def suite_files(suite: Path) -> list[Path]:
-    """All files that a day's suite consists of, its own first; empty where it has none.
+    """All files of a day's suite, its test file first; empty if it does not exist.
 
-    What it does not import counts too where it lies in the day's folder.
+    Files in the day's folder count even if they are not imported.
     """
     found: dict[Path, None] = {}
     waiting = [suite, *parts_of(suite)]
@@ -40,7 +40,7 @@ def parts_of(suite: Path) -> list[Path]:
 
 
 def imported_files(suites: Path, file: Path) -> list[Path]:
-    """The files of the suites' folder that a file imports; none of one that does not parse."""
+    """The files in the suites' folder that a file imports; empty if it does not parse."""
     try:
         nodes = import_nodes(file.read_text(encoding="utf-8"))
     except SyntaxError:
@@ -62,7 +62,7 @@ def _files_of(suites: Path, base: tuple[str, ...], node: ast.Import | ast.Import
 
 
 def _files_along(suites: Path, names: list[str]) -> Iterator[Path]:
-    """The packages on the way to a module, and the module itself, as far as they are there."""
+    """The packages on the path to a module, and the module itself, if they exist."""
     for stop in range(1, len(names) + 1):
         place = suites.joinpath(*names[:stop])
         yield from (file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file())

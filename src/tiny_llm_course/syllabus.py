@@ -1,4 +1,4 @@
-"""The days of the course as syllabus.toml lists them: modules, parts, exercises, hints, chapters."""
+"""Reads syllabus.toml, which lists the days with their modules, parts, exercises, hints and chapters."""
 
 import re
 import tomllib
@@ -9,7 +9,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from .errors import CourseError
-from .units import Cut, Day, Exercise, Kernel, Unit
+from .units import Day, Exercise, Kernel, PartEntry, Unit
 
 HINTS = 3  # a question, a fact, a sketch
 _DAY_ID = re.compile(r"[1-9]\.[1-9]")
@@ -20,22 +20,19 @@ _PART_KEYS = {"id", "title", "works", "exercises"}
 
 @dataclass(frozen=True)
 class Syllabus:
-    """All days in their order."""
+    """All days in order."""
 
     days: tuple[Day, ...]
 
     def day(self, wanted: str) -> Day:
-        """The day of an id such as 1.1, of a part, of an exercise, or of a file.
-
-        Raises `CourseError` for one that there is not.
-        """
+        """The day with that id, or the day of a part, an exercise or a file; see `unit`."""
         return self.unit(wanted).day
 
     def unit(self, wanted: str) -> Unit:
-        """The day of an id such as 1.1, or the part of an id such as 3.2b.
+        """The day with an id such as 1.1, or the part with an id such as 3.2b.
 
-        Of an exercise such as 1.1.1, or of a module such as attention, attention.py or a path to it: its
-        part, or else its day. Raises `CourseError` for one that there is not.
+        For an exercise such as 1.1.1, or a module such as attention, attention.py or a path to it: the part
+        that contains it, or its day if that has no parts. Raises `CourseError` for anything else.
         """
         by_id = {day.id: day for day in self.days}
         if wanted in by_id:
@@ -46,11 +43,11 @@ class Syllabus:
         if (meant := self._meant(wanted)) is not None:
             return meant
         if not _DAY_ID.fullmatch(part[1] if part else wanted):
-            raise CourseError(f"{wanted!r} is no day such as 1.1: `pdm run map` shows all")
-        raise CourseError(f"there is no day {part[1] if part else wanted}: `pdm run map` shows all")
+            raise CourseError(f"{wanted!r} is not a day such as 1.1: `pdm run map` lists all")
+        raise CourseError(f"there is no day {part[1] if part else wanted}: `pdm run map` lists all")
 
     def _meant(self, wanted: str) -> Unit | None:
-        """The unit of an exercise or of a module."""
+        """The unit that contains an exercise or a module, or None."""
         for day in self.days:
             if any(kernel.id == wanted for kernel in day.kernels):
                 return day
@@ -60,16 +57,16 @@ class Syllabus:
         return self.owner(Path(wanted).name.removesuffix(".py"))
 
     def to_start(self, wanted: str) -> Unit:
-        """A day or a part that can be started; raises `CourseError` for one that is to come."""
+        """A day or a part that can be started, see `unit`. Raises `CourseError` for a planned day, too."""
         unit = self.unit(wanted)
-        if unit.day.is_to_come:
+        if unit.day.is_planned:
             raise CourseError(
-                f"day {unit.day.id} ({unit.day.title}) is to come: the engine has it, the course not yet"
+                f"day {unit.day.id} ({unit.day.title}) is planned: the engine has it, the course does not yet"
             )
         return unit
 
     def exercise(self, wanted: str) -> Exercise | Kernel:
-        """The exercise of an id such as 1.1.2. Raises `CourseError`, with a guess."""
+        """The exercise with an id such as 1.1.2. Raises `CourseError` for an unknown id."""
         by_id: dict[str, Exercise | Kernel] = {}
         for day in self.days:
             by_id |= {exercise.id: exercise for exercise in day.exercises}
@@ -81,7 +78,7 @@ class Syllabus:
         raise CourseError(f"there is no exercise {wanted!r}: {unit.named} has {tasks[0]} to {tasks[-1]}")
 
     def owner(self, module: str) -> Unit | None:
-        """The part that a module belongs to, or else the day; None for a given one."""
+        """The part that a module belongs to, or its day if several parts use it; None if it is in no day."""
         day = next((day for day in self.days if module in day.modules), None)
         if day is None:
             return None
@@ -89,14 +86,14 @@ class Syllabus:
         return parts[0] if len(parts) == 1 else day
 
     def after(self, unit: Unit) -> Unit | None:
-        """The next part of the day, or else the next day that can be started."""
+        """The unit that follows: the day's next part, or the next available day; None at the end."""
         later = self.days[self.days.index(unit.day) + 1 :]
-        following = next((candidate for candidate in later if not candidate.is_to_come), None)
+        following = next((candidate for candidate in later if not candidate.is_planned), None)
         return following if isinstance(unit, Day) else next(iter(unit.later), following)
 
 
 def read_syllabus(path: Path) -> Syllabus:
-    """Read syllabus.toml. Raises `CourseError` for anything that is misspelled, missing or there twice."""
+    """Read syllabus.toml. Raises `CourseError` for an unknown key, a missing entry or a duplicate."""
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
@@ -117,7 +114,7 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         if not isinstance(entry.get(key), str):
             raise CourseError(f"{path}: day {entry.get('id')} has no text {key!r}")
     if not _DAY_ID.fullmatch(entry["id"]):
-        raise CourseError(f"{path}: {entry['id']!r} is no day, expected a week and a day such as 1.1")
+        raise CourseError(f"{path}: {entry['id']!r} is not a day: expected week and day, such as 1.1")
     modules = tuple(entry.get("modules", ()))
     exercises = tuple(
         _exercise(f"{entry['id']}.{task}", one, entry, path)
@@ -135,7 +132,7 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
         exercises=exercises,
         removed=tuple(entry.get("remove", ())),
         no_compare=entry.get("no_compare"),
-        cuts=_cuts(entry, exercises, path),
+        entries=_part_entries(entry, exercises, path),
         kernels=tuple(
             _kernel(f"{entry['id']}.{task}", one, entry, path)
             for task, one in enumerate(entry.get("kernel", ()), start=len(exercises) + 1)
@@ -143,8 +140,10 @@ def _day(entry: dict[str, Any], path: Path) -> Day:
     )
 
 
-def _cuts(entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path) -> tuple[Cut, ...]:
-    """The parts of a day: lettered from a, and each exercise in one of them, in order."""
+def _part_entries(
+    entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path
+) -> tuple[PartEntry, ...]:
+    """The parts of a day. Their letters start at a, and they contain each exercise once, in order."""
     parts = entry.get("part", ())
     for letter, part in zip(ascii_lowercase, parts, strict=False):
         _refuse_part(f"{path}: day {entry['id']}", letter, part)
@@ -155,7 +154,7 @@ def _cuts(entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path) ->
             f"expected 1 to {len(exercises)}, each once, in order"
         )
     return tuple(
-        Cut(
+        PartEntry(
             part["id"],
             part["title"],
             part.get("works"),
@@ -166,9 +165,9 @@ def _cuts(entry: dict[str, Any], exercises: tuple[Exercise, ...], path: Path) ->
 
 
 def _refuse_part(where: str, letter: str, part: dict[str, Any]) -> None:
-    """Raise `CourseError` for a part that is misspelled; letter: the id that it must have."""
+    """Raise `CourseError` for an invalid part. letter: the id that it must have."""
     if part.get("id") != letter:
-        raise CourseError(f"{where} has a part {part.get('id')!r} where {letter!r} was expected")
+        raise CourseError(f"{where} has a part {part.get('id')!r}, expected {letter!r}")
     unknown = part.keys() - _PART_KEYS
     if unknown:
         raise CourseError(f"{where}: part {letter} has the unknown keys {', '.join(sorted(unknown))}")
@@ -205,7 +204,7 @@ def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path
 
 
 def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:
-    """Which task a blank is, and where there is help: in the book, or while that is to come in the hints."""
+    """A blank's message: the task, and where to find help (in the book, or in the hints until then)."""
     number, task = exercise_id.rsplit(".", 1)
     week, of_week = number.split(".")
     where = f"book, week {week} day {of_week}, task {task}"
@@ -225,5 +224,5 @@ def _refuse_twice(names: Iterable[str], what: str, path: Path) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise CourseError(f"{path}: {what} {name} is there twice")
+            raise CourseError(f"{path}: {what} {name} is listed twice")
         seen.add(name)

@@ -1,21 +1,22 @@
-"""`pdm run test`: the tests of a day or a part on the learner's code, what it says, and what to do next."""
+"""`pdm run test`: runs the tests of a day or a part on the learner's code, and says what to do next."""
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .blame import BUDGET, Blame, find_blame, others
+from .blame import BUDGET, Blame, find_blame, other_modules
 from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
-from .house import House
-from .outcome import Outcome, about_signal, begin_here, task_of
+from .labs import labs_of
+from .outcome import Outcome, first_to_fix, signal_report, task_of
 from .progress import (
     Result,
     State,
     is_started,
     is_untouched,
     missing_modules,
+    note_first_to_fix,
     own_modules,
     refuse_missing,
     remember,
@@ -23,6 +24,7 @@ from .progress import (
     started_units,
     state,
 )
+from .repo import Repo
 from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
 from .syllabus import Syllabus
 from .units import Day, Exercise, Part, Unit
@@ -33,19 +35,17 @@ ONLY_SHOWN = re.compile(
 
 
 def run_started(
-    house: House, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
+    repo: Repo, syllabus: Syllabus, arguments: Sequence[str], *, time_limit: float = TIME_LIMIT
 ) -> int:
-    """Test every day that was started, or what was started of it; 1 if one fails."""
-    units = started_units(house, syllabus)
+    """Test every day and part that was started; returns the highest exit code."""
+    units = started_units(repo, syllabus)
     if not units:
-        raise CourseError(
-            "no day is started: `pdm run start 1.1` begins with the first, `pdm run map` shows all"
-        )
-    return max(run_day(house, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
+        raise CourseError("no day is started: `pdm run start 1.1` starts the first, `pdm run map` lists all")
+    return max(run_day(repo, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
 
 
 def run_day(
-    house: House,
+    repo: Repo,
     syllabus: Syllabus,
     unit: Unit,
     arguments: Sequence[str],
@@ -53,165 +53,171 @@ def run_day(
     isolated: bool = False,
     time_limit: float = TIME_LIMIT,
 ) -> int:
-    """Run the tests of a day or a part, print what follows, and remember the outcome; pytest's exit code.
+    """Run the tests of a day or a part, print the advice, record the outcome, and return pytest's exit code.
 
-    isolated: only the unit's modules, on the reference for everything else. time_limit: seconds for each
-    test.
+    isolated: use only the unit's modules of the learner's, and the reference for everything else.
+    time_limit: seconds for each test.
     """
-    own = own_modules(house)
-    _refuse_not_started(house, unit)
-    refuse_stale(house, syllabus)
-    _tell_blanks(house, unit)
+    own = own_modules(repo)
+    _refuse_not_started(repo, unit)
+    refuse_stale(repo, syllabus)
+    _print_blanks(repo, unit)
+    note_first_to_fix(repo, None)
     about = f"{unit.named}, {unit.title}"
     if isolated:
-        today = own_sources(house, [module for module in own if module in unit.modules])
-        with overlay_of(house, today, kernels=bool(unit.kernels)) as alone:
-            outcome = run_suite_of(alone, unit, arguments, f"{about}, isolated", time_limit)
-            _tell_first(outcome, unit)
+        today = own_sources(repo, [module for module in own if module in unit.modules])
+        with overlay_of(repo, today, kernels=bool(unit.kernels)) as isolated_repo:
+            outcome = run_suite_of(isolated_repo, unit, arguments, f"{about}, isolated", time_limit)
+            _print_first_to_fix(repo, outcome, unit)
             return outcome.exit_code
-    outcome = run_suite_of(house, unit, arguments, about, time_limit)
+    outcome = run_suite_of(repo, unit, arguments, about, time_limit)
     whole = all(ONLY_SHOWN.fullmatch(argument) for argument in arguments)
-    if whole:  # part of the tests says nothing about all
-        remember(house, unit, outcome.code == 0)
-        _remember_parts(house, unit, outcome, arguments)
+    if whole:  # a selection of tests proves nothing about the whole unit
+        remember(repo, unit, outcome.code == 0)
+        _remember_parts(repo, unit, outcome, arguments)
     if outcome.code == 0 and not whole:
         print(
-            f"what you chose passes; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
+            f"the selected tests pass; the whole {unit.named.partition(' ')[0]}: pdm run test {unit.id}",
             flush=True,
         )
     elif outcome.code == 0:
-        _tell_next(house, syllabus, unit)
+        _print_next_steps(repo, syllabus, unit)
     elif outcome.failed and not outcome.stopped:
-        _tell_blame(house, syllabus, unit, outcome)
+        _print_blame(repo, syllabus, unit, outcome)
     else:
-        _tell_first(outcome, unit)
+        _print_first_to_fix(repo, outcome, unit)
     return outcome.exit_code
 
 
-def run_reference(house: House, suites: Sequence[Path], arguments: Sequence[str]) -> int:
-    """Run suites on the plain reference; pytest's exit code."""
-    with overlay_of(house, {}) as reference:
+def run_reference(repo: Repo, suites: Sequence[Path], arguments: Sequence[str]) -> int:
+    """Run suites on the reference only, and return pytest's exit code."""
+    with overlay_of(repo, {}) as reference:
         return run_suites(reference, suites, arguments, about="the reference").returncode
 
 
-def _refuse_not_started(house: House, unit: Unit) -> None:
-    missing = missing_modules(house, unit)
-    if not missing or set(own_kernels(house, Syllabus((unit.day,)))):
+def _refuse_not_started(repo: Repo, unit: Unit) -> None:
+    missing = missing_modules(repo, unit)
+    if not missing or set(own_kernels(repo, Syllabus((unit.day,)))):
         return
     files = " and ".join(f"{module}.py" for module in missing)
-    begun = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(house, one)]
-    if begun:
-        parts = " and ".join(f"`pdm run test {part.id}`" for part in begun)
+    started = [] if isinstance(unit, Part) else [one for one in unit.parts if not missing_modules(repo, one)]
+    if started:
+        parts = " and ".join(f"`pdm run test {part.id}`" for part in started)
         raise CourseError(
-            f"{unit.named} is started only in part: {parts}, or pdm run start {unit.id} (writes {files})"
+            f"only a part of {unit.named} is started: {parts}, or `pdm run start {unit.id}` (writes {files})"
         )
     raise CourseError(f"not started: pdm run start {unit.id} (writes {files})")
 
 
-def _tell_blanks(house: House, unit: Unit) -> None:
-    states = {exercise: state(house, exercise) for exercise in unit.exercises}
+def _print_blanks(repo: Repo, unit: Unit) -> None:
+    states = {exercise: state(repo, exercise) for exercise in unit.exercises}
     if all(found is State.NOT_STARTED for found in states.values()):
-        return  # the day's option in C++ alone
-    refuse_missing(house, unit.exercises)
+        return  # only the day's kernel in C++ is started
+    refuse_missing(repo, unit.exercises)
     blank = [f"{exercise.id} {exercise.name}" for exercise, found in states.items() if found is State.BLANK]
     if blank:
         print(f"still blank: {', '.join(blank)}", flush=True)
 
 
-def _remember_parts(house: House, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
-    """What a run of the whole day says about its parts, where it has run all of their tests."""
+def _remember_parts(repo: Repo, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
+    """Record the outcome of each part after a run of the whole day, if it ran all of their tests."""
     is_whole = outcome.code == 0 or (
         outcome.code == 1
         and not outcome.stopped
         and "-x" not in arguments
-        and all(map(task_of, outcome.failed))  # a file that cannot be imported has no task
+        and all(map(task_of, outcome.failed))  # task 0: a file that cannot be imported
     )
     parts = unit.parts if isinstance(unit, Day) and is_whole else ()
     for part in parts:
-        remember(house, part, outcome.passes(part.exercises))
+        remember(repo, part, outcome.passes(part.exercises))
     if parts and outcome.code:
         passing = ", ".join(part.id for part in parts if outcome.passes(part.exercises))
-        print(f"parts that pass: {passing or 'none'}", flush=True)
+        print(f"passing parts: {passing or 'none'}", flush=True)
 
 
-def _tell_next(house: House, syllabus: Syllabus, unit: Unit) -> None:
-    print(f"{unit.named} passes{f': {unit.works}' if unit.works else ''}.")
-    for command, says in _next_commands(house, syllabus, unit):
+def _print_next_steps(repo: Repo, syllabus: Syllabus, unit: Unit) -> None:
+    print(f"{unit.named} passes. {f'What works now: {unit.works}.' if unit.works else ''}".rstrip())
+    for command, says in _next_commands(repo, syllabus, unit):
         print(f"  pdm run {command:13}  {says}", flush=True)
 
 
-def _next_commands(house: House, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
-    """What can be done after a unit that passes, and why."""
+def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
+    """The commands to run after a unit passes, each with what it is for."""
     if has_own(unit, "show"):
         yield f"try {unit.id}", "see it run"
     if unit.day.no_compare is None and has_own(unit, "work"):
-        yield f"compare {unit.id}", "beside the reference"
-    yield f"diff {unit.id}", "how the reference does it"
+        yield f"compare {unit.id}", "measure it against the reference"
+    yield f"diff {unit.id}", "see how the reference does it"
+    for lab in labs_of(repo, unit.day):
+        yield f"lab {lab}", "an experiment: predicted beside measured"
     if isinstance(unit, Part) and not unit.later:
-        passing = result(house, unit.day) is Result.PASSING
+        passing = result(repo, unit.day) is Result.PASSING
         yield (
             (f"try {unit.day.id}", "the whole day")
             if passing
-            else (f"test {unit.day.id}", _why_whole(house, unit.day))
+            else (f"test {unit.day.id}", _why_whole(repo, unit.day))
         )
     after = syllabus.after(unit)
     if after is not None:
-        begun = is_started(house, after) and not (isinstance(after, Part) and is_untouched(house, after))
-        yield f"{'test' if begun else 'start'} {after.id}", f"next: {after.title}"
+        is_begun = is_started(repo, after) and not (isinstance(after, Part) and is_untouched(repo, after))
+        yield f"{'test' if is_begun else 'start'} {after.id}", f"next: {after.title}"
 
 
-def _why_whole(house: House, day: Day) -> str:
-    """Why to test the whole day after its last part: a later part in the same file makes a result stale."""
-    of_part = {part.id: result(house, part) for part in day.parts}
+def _why_whole(repo: Repo, day: Day) -> str:
+    """Why to test the whole day after its last part: editing a file makes results of earlier parts stale."""
+    of_part = {part.id: result(repo, part) for part in day.parts}
     stale = [part for part, found in of_part.items() if found is Result.STALE]
     if set(of_part.values()) <= {Result.PASSING, Result.STALE}:
-        return f"run the whole day once: files have changed since {' and '.join(stale)} ran"
-    return "the whole day, of which not every part passes yet"
+        return f"test the whole day once: files have changed since {' and '.join(stale)} passed"
+    return "the whole day; some of its parts do not pass yet"
 
 
-def _tell_first(outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
+def _print_first_to_fix(repo: Repo, outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
     if outcome.ended_by:
-        print("\n".join(about_signal(outcome, unit.day)), flush=True)
+        print("\n".join(signal_report(outcome, unit.day)), flush=True)
         return
-    line = begin_here(outcome, unit.day, at_fault)
-    if line is not None:
-        print(line, flush=True)
+    first = first_to_fix(outcome, unit.day, at_fault)
+    if first is not None:
+        note_first_to_fix(repo, first.exercise_id)
+        print(first, flush=True)
 
 
-def _tell_blame(house: House, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
-    """Which exercise of the unit makes the tests fail, or which of the learner's other modules."""
-    print("looking for the fault ...", flush=True)
-    found = find_blame(house, unit, outcome)
+def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
+    """Say which exercise of the unit, or which other module of the learner's, makes the tests fail."""
+    print("searching for the cause ...", flush=True)
+    found = find_blame(repo, unit, outcome)
     if found.sometimes:
-        print(f"{found.test} fails only sometimes: the same code has passed now, run again")
-        print("look for what depends on threads, on time or on chance")
-        _tell_first(outcome, unit)
+        print(f"{found.test} fails only sometimes: the same code passed when it ran again")
+        print("look for code that depends on threads, on timing or on randomness")
+        _print_first_to_fix(repo, outcome, unit)
     elif found.today:
-        for line in _about_today(unit, found):
+        for line in _today_lines(unit, found):
             print(line)
-        _tell_first(outcome, unit, found.exercise)
+        _print_first_to_fix(repo, outcome, unit, found.exercise)
     else:
-        for line in _about_others(house, syllabus, unit, found):
+        for line in _other_module_lines(repo, syllabus, unit, found):
             print(line, flush=True)
 
 
-def _about_today(unit: Unit, found: Blame) -> list[str]:
+def _today_lines(unit: Unit, found: Blame) -> list[str]:
     if found.exercise is not None:
         one = found.exercise
-        return [f"the fault is in {one.module}.py, {one.name}: with the reference's, {found.test} passes"]
+        return [
+            f"the cause is in {one.module}.py, {one.name}: {found.test} passes with the reference's version"
+        ]
     files = " or ".join(f"{module}.py" for module in unit.modules)
     if not found.complete:
-        return [f"the fault is in {files}; the search for the exercise ended after {BUDGET:g} s"]
-    return [f"the fault is in {files}: in several exercises, or outside of them"]
+        return [f"the cause is in {files}; the search for the exercise stopped after {BUDGET:g} s"]
+    return [f"the cause is in {files}: in several exercises, or outside of the exercises"]
 
 
-def _about_others(house: House, syllabus: Syllabus, unit: Unit, found: Blame) -> list[str]:
-    lines = [f"today's code is right: on the reference for everything else, {found.test} passes."]
+def _other_module_lines(repo: Repo, syllabus: Syllabus, unit: Unit, found: Blame) -> list[str]:
+    lines = [f"today's code is correct: {found.test} passes when all other modules are the reference's."]
     if found.module is not None:
         owner = syllabus.owner(found.module)
         again = f" ({owner.named}): pdm run test {owner.id}" if owner is not None else ""
-        return [*lines, f"it fails with your {found.module}.py{again}"]
-    names = ", ".join(f"{module}.py" for module in others(house, unit))
+        return [*lines, f"it fails together with your {found.module}.py{again}"]
+    names = ", ".join(f"{module}.py" for module in other_modules(repo, unit))
     if not found.complete:
-        return [*lines, f"it fails with one of your {names}; the search ended after {BUDGET:g} s"]
-    return [*lines, f"no other module of yours makes it fail by itself: several of {names} together do."]
+        return [*lines, f"it fails together with one of your {names}; the search stopped after {BUDGET:g} s"]
+    return [*lines, f"no single other module makes it fail; several of {names} together do."]

@@ -1,11 +1,10 @@
-"""A pytest plugin: a test that takes too long fails with the traceback of where it stands; Ctrl-C shows
-that too.
+"""A pytest plugin: fails a test that exceeds its time limit, with a traceback of the line that was running.
 
-The limit is raised in the main thread, so the traceback is the test's own, and the run stops there: the
-next test would most likely loop as well. It is no `Exception`, so `except Exception` in a learner's loop
-does not catch it. While the main thread is in compiled code it cannot be interrupted: for that `runs` sets
-pytest's own faulthandler, which prints all threads and ends the process. A debugger has all the time that
-it wants.
+The error is raised in the main thread, so the traceback is the test's own. The run then stops, because the
+next test would most likely loop too. The error is not an `Exception`, so that `except Exception` in a
+learner's loop does not catch it. Compiled code in the main thread cannot be interrupted; for that case `runs`
+sets pytest's faulthandler, which prints all threads and ends the process. The limit is off in a debugger.
+Ctrl-C shows the line that was running, too.
 """
 
 import os
@@ -21,36 +20,36 @@ from types import FrameType
 import pytest
 
 SUITES = "tests_refsol"
-FRAMES = 6  # of a traceback after Ctrl-C
-STOPPED = pytest.StashKey[bool]()  # whether a test was out of time
+FRAMES = 6  # frames that are shown after Ctrl-C
+STOPPED = pytest.StashKey[bool]()  # whether a test exceeded its limit
 
 
 class OutOfTimeError(BaseException):
-    """A test, or a file that is imported, took longer than the limit."""
+    """A test, or the import of a test file, took longer than the limit."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The limit, 0 for none."""
-    parser.addoption("--time-limit", type=float, default=0, metavar="SECONDS", help="a test's longest time")
+    """Add `--time-limit`, in seconds; 0 for no limit."""
+    parser.addoption("--time-limit", type=float, default=0, metavar="SECONDS", help="limit for one test")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
-    """Fixtures run the learner's code too."""
+    """Limit the setup, because fixtures run the learner's code too."""
     with _limited(item.config):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """The test itself."""
+    """Limit the test itself."""
     with _limited(item.config):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
-    """What ends a fixture may wait for a thread that never ends."""
+    """Limit the teardown, which may wait for a thread that never ends."""
     with _limited(item.config):
         return (yield)
 
@@ -59,7 +58,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """A loop at a module's top level runs when the suite imports it."""
+    """Limit the import of test files, which runs the top level of the learner's modules."""
     with _limited(collector.config):
         return (yield)
 
@@ -68,23 +67,23 @@ def pytest_make_collect_report(
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Stop the run at the first test that is out of time."""
+    """Stop the run at the first test that exceeds its limit."""
     if call.excinfo is not None and isinstance(call.excinfo.value, OutOfTimeError):
-        item.session.shouldstop = "a test is out of time (--time-limit SECONDS sets another limit)"
+        item.session.shouldstop = "a test exceeded its time limit (--time-limit SECONDS changes it)"
     return (yield)
 
 
 def pytest_enter_pdb() -> None:
-    """Who debugs is not out of time."""
+    """Turn the limit off in a debugger."""
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-    """Say where Ctrl-C met the run: the lines of the tests and of the learner, the reference's left out."""
+    """Show which line Ctrl-C interrupted, in the tests and the learner's code, without the reference's."""
     if type(excinfo.value) is not KeyboardInterrupt:
-        return  # pytest itself has stopped the run
+        return  # pytest itself stopped the run
     frames = [frame for frame in traceback.extract_tb(excinfo.tb) if _is_shown(Path(frame.filename))]
-    print("\nCtrl-C: it stood here (the last line is the innermost)", file=sys.__stdout__)
+    print("\nCtrl-C: interrupted here (the last line is the innermost call)", file=sys.__stdout__)
     for frame in frames[-FRAMES:]:
         print(f"  {frame.filename}:{frame.lineno}, {frame.name}: {frame.line}", file=sys.__stdout__)
     sys.__stdout__.flush()  # type: ignore[union-attr]
@@ -92,7 +91,7 @@ def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> N
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Do not wait for a thread that does not end: everything has been told."""
+    """After a timeout, exit without waiting for threads that never end; everything has been printed."""
     endless = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
     if endless and STOPPED in config.stash:
         sys.__stdout__.flush()  # type: ignore[union-attr]
@@ -101,7 +100,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @contextmanager
 def _limited(config: pytest.Config) -> Iterator[None]:
-    """Raise `OutOfTimeError` in the main thread once the limit has passed."""
+    """Raise `OutOfTimeError` in the main thread when the limit has passed."""
     limit: float = config.getoption("time_limit")
     if not limit:
         yield
@@ -122,7 +121,7 @@ def _limited(config: pytest.Config) -> Iterator[None]:
 
 
 def _elsewhere() -> str:
-    """Where the other threads stand in the learner's code: one of them may be the reason."""
+    """Where other threads are in the learner's code, because one of them may be the cause."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     found = []
     for ident, frame in sys._current_frames().items():

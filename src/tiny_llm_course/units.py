@@ -1,6 +1,6 @@
-"""The nouns of the course: a day, a part of one, an exercise, a kernel in C++.
+"""The nouns of the course: day, part, exercise, and kernel in C++.
 
-A unit is what a command works on: a whole day, or one part of it, which is one sitting.
+A unit is a day or a part of one. Most commands work on a unit; a part is one sitting.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ from .errors import CourseError
 
 @dataclass(frozen=True)
 class Exercise:
-    """A whole function that the learner writes. id: `1.1.2`, week, day and task; name: `Class.method`.
+    """A whole function that the learner writes.
 
-    message: what a blank raises: which task it is, and where it is explained. may_use: interfaces that it may
-    use and that cannot be read from the reference, as `module.name`.
+    id: week, day and task, such as `1.1.2`. name: `function` or `Class.method`. message: the text of the
+    NotImplementedError in a blank, which names the task and where to find help. may_use: interfaces that it
+    may use in addition to those found in the reference's code, as `module.name`.
     """
 
     id: str
@@ -31,15 +32,15 @@ class Exercise:
 
     @property
     def task(self) -> int:
-        """Its number within the day, which the names of its tests begin with: `test_task_2_...`."""
+        """Its number within the day. The names of its tests start with it: `test_task_2_...`."""
         return int(self.id.rpartition(".")[2])
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A day's option in C++: a kernel's file, the functions to write, those that would give them away.
+    """A day's optional kernel in C++: its file, the functions to write, and the solution's helpers.
 
-    message: what the compiler says where it is blank.
+    removed: the helpers, which the starter does not contain. message: the compiler's error for a blank.
     """
 
     id: str
@@ -56,13 +57,13 @@ class Kernel:
 
     @property
     def file(self) -> str:
-        """The name of its file, in the overlay as in the kernels' sources."""
+        """The name of its file, in the overlay and in the reference's sources."""
         return f"{self.name}.cpp"
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A part as the syllabus has it, without its day. works: what works afterwards, where it says so."""
+class PartEntry:
+    """A part as listed in the syllabus, without its day. works: what works when it is done, or None."""
 
     letter: str
     title: str
@@ -72,12 +73,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Day:
-    """A day: the modules that it owns and, of these, what is written by the learner.
+    """A day: the modules that it owns, and the exercises in them.
 
-    works: what works afterwards. chapter: its file in the book; None while it is to come. removed:
-    functions that would give the solution away, as `module.name`; the starter is without them. no_compare:
-    why the day's code is not measured beside the reference's. A day without modules is to come as a whole.
-    cuts: where its parts are; a day that is one sitting has none.
+    works: what works when it is done. chapter: its file in the book, None if not written yet. removed:
+    helpers that would give a solution away, as `module.name`; starters do not contain them. no_compare: why
+    there is no comparison with the reference, None if there is one. entries: its parts; a day of one sitting
+    has none. A day without modules is planned.
     """
 
     id: str
@@ -89,22 +90,22 @@ class Day:
     removed: tuple[str, ...]
     kernels: tuple[Kernel, ...] = ()
     no_compare: str | None = None
-    cuts: tuple[Cut, ...] = ()
+    entries: tuple[PartEntry, ...] = ()
 
     @property
     def day(self) -> "Day":
-        """Itself: the day of a unit."""
+        """The day itself, so that every unit has a `day`."""
         return self
 
     @property
     def named(self) -> str:
-        """`day 3.2`."""
+        """Its name in messages, such as `day 3.2`."""
         return f"day {self.id}"
 
     @property
     def parts(self) -> tuple["Part", ...]:
-        """Its parts in order; none where the day is one sitting."""
-        return tuple(Part(self, cut) for cut in self.cuts)
+        """Its parts in order; empty for a day of one sitting."""
+        return tuple(Part(self, entry) for entry in self.entries)
 
     @property
     def suite(self) -> str:
@@ -113,21 +114,21 @@ class Day:
         return f"test_week_{week}_day_{day}.py"
 
     @property
-    def is_to_come(self) -> bool:
-        """True where the day cannot be started yet."""
+    def is_planned(self) -> bool:
+        """True if the day cannot be started yet."""
         return not self.modules
 
     def part(self, letter: str) -> "Part":
-        """One of its parts. Raises `CourseError` for one that there is not."""
+        """One of its parts. Raises `CourseError` for an unknown letter."""
         for part in self.parts:
-            if part.cut.letter == letter:
+            if part.entry.letter == letter:
                 return part
         ids = [part.id for part in self.parts]
         has = f"it has {ids[0]} to {ids[-1]}" if ids else "it has no parts"
-        raise CourseError(f"{self.id}{letter} is no part of day {self.id}: {has}")
+        raise CourseError(f"day {self.id} has no part {letter!r}: {has}")
 
     def part_of(self, exercise: Exercise) -> "Part | None":
-        """The part that an exercise belongs to; None where the day has no parts."""
+        """The part that an exercise belongs to; None if the day has no parts."""
         return next((part for part in self.parts if exercise in part.exercises), None)
 
     def of_module(self, module: str) -> tuple[Exercise, ...]:
@@ -135,48 +136,48 @@ class Day:
         return tuple(exercise for exercise in self.exercises if exercise.module == module)
 
     def removed_from(self, module: str) -> tuple[str, ...]:
-        """The functions that a starter of that module is without."""
+        """The functions that the module's starter does not contain."""
         return tuple(name.partition(".")[2] for name in self.removed if name.partition(".")[0] == module)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One sitting of a day: some of its exercises, and the modules that these are in. id: `3.2b`.
+    """One sitting of a day: some of its exercises, and the modules that contain them. id: `3.2b`.
 
-    A module may hold exercises of several parts. Earlier parts may be used by its tests, later ones not.
+    A module may contain exercises of several parts. A part's tests may use earlier parts, but not later ones.
     """
 
     day: Day
-    cut: Cut
+    entry: PartEntry
 
     @property
     def id(self) -> str:
-        """The day and a letter."""
-        return f"{self.day.id}{self.cut.letter}"
+        """The day's id and a letter."""
+        return f"{self.day.id}{self.entry.letter}"
 
     @property
     def named(self) -> str:
-        """`part 3.2b`."""
+        """Its name in messages, such as `part 3.2b`."""
         return f"part {self.id}"
 
     @property
     def title(self) -> str:
-        """What it is about."""
-        return self.cut.title
+        """Its title."""
+        return self.entry.title
 
     @property
     def works(self) -> str | None:
-        """What works afterwards, where the syllabus says so."""
-        return self.cut.works
+        """What works when it is done, or None."""
+        return self.entry.works
 
     @property
     def exercises(self) -> tuple[Exercise, ...]:
         """Its exercises in order."""
-        return self.cut.exercises
+        return self.entry.exercises
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that its exercises are in, in the day's order."""
+        """The modules that contain its exercises, in the day's order."""
         own = {exercise.module for exercise in self.exercises}
         return tuple(module for module in self.day.modules if module in own)
 
@@ -187,12 +188,12 @@ class Part:
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """None: an option in C++ belongs to the whole day."""
+        """Always empty: a kernel in C++ belongs to the whole day."""
         return ()
 
     @property
     def later(self) -> tuple["Part", ...]:
-        """The parts of its day after it."""
+        """The later parts of its day."""
         parts = self.day.parts
         return parts[parts.index(self) + 1 :]
 
@@ -205,6 +206,6 @@ Unit = Day | Part
 
 
 def exercise_range(exercises: Sequence[Exercise]) -> str:
-    """`3.2.4 to 3.2.5`, or only one id."""
+    """The first and last id, such as `3.2.4 to 3.2.5`; one id for a single exercise."""
     first, last = exercises[0].id, exercises[-1].id
     return first if first == last else f"{first} to {last}"

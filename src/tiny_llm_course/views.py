@@ -1,66 +1,68 @@
-"""What the course shows of a day or a part as text: its tasks, hints, and how the reference differs."""
+"""Texts about a day or a part: its tasks, its hints, and the difference from the reference."""
 
 import difflib
+import shutil
 from pathlib import Path
+from textwrap import fill
 
 from .cpp import RULE, job, sources
 from .errors import CourseError
-from .house import House
 from .interfaces import Interface
+from .labs import labs_of
 from .legend import legend
 from .may_use import may_use, unit_may_use
-from .progress import Result, State, is_untouched, result, state
+from .progress import Result, State, is_untouched, noted_first_to_fix, result, state
+from .repo import Repo
 from .source import STAND_INS, functions, names_in, with_blank, without
-from .starter import Begun
+from .starter import StartResult
 from .syllabus import Syllabus
 from .units import Day, Exercise, Kernel, Part, Unit
 
+WIDTH = 100  # of a hint
 STEPS = ("a question", "a fact", "a sketch")
 LINKS = (
-    "links NAME.pyi for editors: they lead to the reference's files; go-to-definition shows its code, "
-    "exercises of later days included"
+    "created links NAME.pyi for your editor: they point to the reference's files, so go-to-definition shows "
+    "its code, including solutions of later days"
 )
 _STAND_INS = (
-    "@accelerated, _fused, _compiled in the reference: faster code that runs in place of the function below. "
-    "Yours always runs itself, and needs none of it."
+    "@accelerated, _fused and _compiled in the reference select faster code that replaces the decorated "
+    "function. Your code does not need them: it always runs as you wrote it."
 )
 
 
-def begun(house: House, unit: Unit, begun: Begun) -> list[str]:
-    """What a start has written, made blank again, or left as it was; links for editors where they are new."""
-    if begun.is_nothing:
+def start_report(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
+    """The lines that report a start: files written, exercises blanked or kept, and new editor links."""
+    if done.changed_nothing:
         return [
-            "it is there already, blank"
-            if is_untouched(house, unit)
+            "started already; all of it is still blank"
+            if is_untouched(repo, unit)
             else f"{unit.named} is started already: nothing was changed"
         ]
-    lines = [f"wrote {house.shown(file)}" for file in begun.files]
-    lines += [
-        f"blank again in {house.shown(house.overlay / e.module)}.py: {e.id} {e.name}" for e in begun.blanked
-    ]
+    lines = [f"wrote {repo.shown(file)}" for file in done.files]
+    lines += [f"blanked in {repo.shown(repo.overlay / e.module)}.py: {e.id} {e.name}" for e in done.blanked]
     if isinstance(unit, Part):
-        kept = [e for e in unit.exercises if state(house, e) in (State.WRITTEN, State.SKIPPED)]
-        lines += [f"stays as it is: {e.id} {e.name}" for e in kept]
-    return [*lines, *([LINKS] if begun.links else [])]
+        kept = [e for e in unit.exercises if state(repo, e) in (State.WRITTEN, State.SKIPPED)]
+        lines += [f"kept as you have it: {e.id} {e.name}" for e in kept]
+    return [*lines, *([LINKS] if done.links else [])]
 
 
-def how_again(house: House, unit: Unit, begun: Begun) -> list[str]:
-    """How to begin anew with what is started already; nothing where it was not, or is blank."""
-    if not begun.is_nothing or is_untouched(house, unit):
+def restart_advice(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
+    """How to start over, as a list of at most one line; empty if the unit was not started or is blank."""
+    if not done.changed_nothing or is_untouched(repo, unit):
         return []
-    return [f"anew:    pdm run start {unit.id} --again (copies your files aside first)"]
+    return [f"restart: pdm run start {unit.id} --again (keeps your files as *.bak)"]
 
 
-def moved_aside(house: House, file: Path) -> str:
-    """What was set aside: a file, or the copy of one that stays for its other parts."""
+def moved_aside(repo: Repo, file: Path) -> str:
+    """The line about a file that was moved aside, or copied because it contains work of other parts."""
     name = _name_before(file)
     if file.with_name(name).exists():
-        return f"copied aside: {house.shown(file)}; {name} keeps what is of other parts"
-    return f"moved aside: {house.shown(file)}"
+        return f"copied to {repo.shown(file)}; {name} keeps your work of other parts"
+    return f"moved to {repo.shown(file)}"
 
 
 def after_reset(unit: Unit, moved: list[Path]) -> str:
-    """What is the reference's again: files, or of a file that stays the exercises of the unit."""
+    """The line about what now runs the reference's code: whole files, or exercises in a file that stays."""
     names = {_name_before(file): file.with_name(_name_before(file)).exists() for file in moved}
     whole = [name for name, stays in names.items() if not stays]
     some = [
@@ -68,50 +70,53 @@ def after_reset(unit: Unit, moved: list[Path]) -> str:
         for name, stays in names.items()
         for exercise in (unit.of_module(name.removesuffix(".py")) if stays else ())
     ]
-    return f"the reference's again: {', '.join(whole + some)}"
+    return f"back to the reference: {', '.join(whole + some)}"
 
 
 def _name_before(file: Path) -> str:
-    """`norm.py` of `norm.py.1.bak`."""
+    """The name before the move: `norm.py` for `norm.py.1.bak`."""
     return file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
 
 
-def tasks(house: House, unit: Unit) -> str:
-    """The exercises of a day or a part, its chapter and its test command.
+def tasks(repo: Repo, unit: Unit) -> str:
+    """List the exercises of a day or a part, the interfaces they may use, the chapter and the commands.
 
-    Where something of it is written, each exercise says whether it is.
+    If any exercise is written, each line shows the exercise's state.
     """
-    letters = legend(house, unit)
-    chapter = f"book/src/{unit.day.chapter}" if unit.day.chapter else "to come; the docstrings say all"
+    letters = legend(repo, unit)
+    chapter = (
+        f"book/src/{unit.day.chapter}" if unit.day.chapter else "not written yet; the docstrings are complete"
+    )
     return "\n".join(
         [
-            *_exercises(house, unit),
+            *_exercises(repo, unit),
             *([f"shapes:  {', '.join(letters)}"] if letters else []),
-            *_usable(unit_may_use(house, unit)),
+            *_usable(unit_may_use(repo, unit)),
             f"chapter: {chapter}",
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
+            *(f"lab:     pdm run lab {name}" for name in labs_of(repo, unit.day)),
             *(
-                f"option:  {k.id}, if you like: {k.file} in C++: pdm run start {unit.id} --cpp, then "
-                f"build-kernels; hints: pdm run hint {k.id}"
+                f"option:  {k.id}, {k.file} in C++: pdm run start {unit.id} --cpp, then "
+                f"pdm run build-kernels; hints: pdm run hint {k.id}"
                 for k in unit.kernels
             ),
         ]
     )
 
 
-def _exercises(house: House, unit: Unit) -> list[str]:
-    """A line for each exercise, under a heading where the day has parts."""
+def _exercises(repo: Repo, unit: Unit) -> list[str]:
+    """A line for each exercise; if the day has parts, under a heading for each part."""
     if isinstance(unit, Day) and unit.parts:
         return [
             line
             for part in unit.parts
-            for line in (f"{part.id}  {part.title}", *(f"  {one}" for one in _exercises(house, part)))
+            for line in (f"{part.id}  {part.title}", *(f"  {one}" for one in _exercises(repo, part)))
         ]
-    states = {e: state(house, e) for e in unit.exercises}
+    states = {e: state(repo, e) for e in unit.exercises}
     is_new = set(states.values()) <= {State.BLANK, State.NOT_STARTED}
     return [
-        f"  {e.id}  {e.module}.py  {e.name}{_parameters(house, e)}{'' if is_new else f': {found.value}'}"
+        f"  {e.id}  {e.module}.py  {e.name}{_parameters(repo, e)}{'' if is_new else f': {found.value}'}"
         for e, found in states.items()
     ]
 
@@ -121,30 +126,33 @@ def _tests(unit: Unit) -> list[str]:
         return [f"test:    pdm run test {unit.id}"]
     first, last = unit.parts[0].id, unit.parts[-1].id
     return [
-        f"parts:   {first} to {last}, about an evening each: pdm run start {first} shows only that one",
-        f"test:    pdm run test {first}; pdm run test {unit.id} tests all parts",
+        f"parts:   {first} to {last}, each about an evening; pdm run start {first} lists only that part",
+        f"test:    pdm run test {first} for one part, pdm run test {unit.id} for all",
     ]
 
 
 def _usable(interfaces: list[Interface]) -> list[str]:
-    """What may be used from other files, a line each; nothing where there is none."""
+    """The interfaces of other files that may be used, a line each, under a heading; empty without any."""
     if not interfaces:
         return []
-    return ["you may use, from other files (pdm run hint EXERCISE says which for what):", *_lines(interfaces)]
+    return [
+        "you may use from other files (`pdm run hint EXERCISE` lists those of one exercise):",
+        *_lines(interfaces),
+    ]
 
 
 def _lines(interfaces: list[Interface]) -> list[str]:
     return [f"  {one}" for one in interfaces]
 
 
-def kernel_tasks(house: House, day: Day) -> str:
-    """A day's option in C++: what to write, what to read first, and the commands."""
+def kernel_tasks(repo: Repo, day: Day) -> str:
+    """A day's optional kernels in C++: what to write, what to read first, and the commands."""
     lines = [f"  {k.id}  {k.file}  {', '.join(k.functions)}" for k in day.kernels]
-    jobs = ", ".join(job(house, kernel) for kernel in day.kernels)
+    jobs = ", ".join(job(repo, kernel) for kernel in day.kernels)
     return "\n".join(
         [
             *lines,
-            f"read:    {house.shown(sources(house) / 'kernels.h')}: {jobs}; vec.h beside it",
+            f"read:    {jobs} in {repo.shown(sources(repo) / 'kernels.h')}, and vec.h in the same folder",
             f"rule:    {RULE}",
             "build:   pdm run build-kernels",
             f"test:    pdm run test {day.id}",
@@ -153,60 +161,89 @@ def kernel_tasks(house: House, day: Day) -> str:
     )
 
 
-def hint(house: House, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
-    """One of the three steps of help; with the first, what the exercise may use."""
+def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
+    """One of an exercise's three hints; the first also lists the interfaces that it may use.
+
+    Raises `CourseError` for another step.
+    """
     if not 1 <= step <= len(exercise.hints):
-        raise CourseError(f"there is no hint {step} of {exercise.id}: 1 is a question, 2 a fact, 3 a sketch")
-    text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n  {exercise.hints[step - 1]}"
+        raise CourseError(f"{exercise.id} has no hint {step}: 1 is a question, 2 a fact, 3 a sketch")
+    text = f"{exercise.id} {exercise.name}, {STEPS[step - 1]}:\n{_wrapped(exercise.hints[step - 1])}"
     if step == 1 and isinstance(exercise, Exercise):
-        usable = may_use(house, syllabus.day(exercise.day_id), exercise)
-        text = "\n".join([text, *(["you may use, from other files:", *_lines(usable)] if usable else [])])
+        usable = may_use(repo, syllabus.day(exercise.day_id), exercise)
+        text = "\n".join([text, *(["you may use from other files:", *_lines(usable)] if usable else [])])
     if step < len(exercise.hints):
-        return f"{text}\nmore: pdm run hint {exercise.id} {step + 1}"
+        return f"{text}\nnext hint: pdm run hint {exercise.id} {step + 1}"
     if isinstance(exercise, Kernel):
         return (
-            f"{text}\nno more hints: pdm run diff {exercise.day_id} --anyway shows the reference's kernel, "
+            f"{text}\nlast hint; pdm run diff {exercise.day_id} --anyway shows the reference's kernel, "
             f"pdm run skip {exercise.id} runs it instead of yours"
         )
-    return f"{text}\nno more hints: pdm run skip {exercise.id} puts the reference's code there"
+    return f"{text}\nlast hint; pdm run skip {exercise.id} fills in the reference's code"
 
 
-def difference(house: House, unit: Unit, *, anyway: bool) -> str:
-    """How the reference differs from the learner's modules. Raises `CourseError` before the unit passes.
+def _wrapped(text: str) -> str:
+    """A paragraph, indented, in lines of at most `WIDTH` characters, or fewer on a narrow terminal."""
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    return fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
-    Of a module with exercises of other parts these are left out.
+
+class NextHint:
+    """Prints the next hint of the exercise that the last test run says to fix first."""
+
+    def __init__(self, repo: Repo, syllabus: Syllabus) -> None:
+        self._repo, self._syllabus = repo, syllabus
+        self._exercise_id, self._step = "", 0
+
+    def __call__(self) -> None:
+        """Print the first hint of another exercise, or the following hint of the same one."""
+        exercise_id = noted_first_to_fix(self._repo)
+        if exercise_id is None:
+            print("no exercise to fix: the last run names none", flush=True)
+            return
+        self._step = min(self._step + 1, len(STEPS)) if exercise_id == self._exercise_id else 1
+        self._exercise_id = exercise_id
+        exercise = self._syllabus.exercise(exercise_id)
+        print(hint(self._repo, self._syllabus, exercise, self._step), flush=True)
+
+
+def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
+    """A unified diff from the learner's modules to the reference's.
+
+    Exercises of other parts in the same modules are left out. Raises `CourseError` if the unit does not pass
+    yet, unless `anyway` is True.
     """
-    modules = [module for module in unit.modules if (house.overlay / f"{module}.py").exists()]
-    kernels = [kernel for kernel in unit.kernels if (house.overlay / kernel.file).exists()]
+    modules = [module for module in unit.modules if (repo.overlay / f"{module}.py").exists()]
+    kernels = [kernel for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
     if not modules and not kernels:
         raise CourseError(f"not started: pdm run start {unit.id}")
-    found = result(house, unit)
+    found = result(repo, unit)
     if not anyway and found is not Result.PASSING:
-        raise CourseError(f"{unit.named} {found.value}: `pdm run test {unit.id}` first, or add --anyway")
-    pairs = [_of_unit(house, unit, module) for module in modules]
-    pairs += [(_text(house.overlay / k.file), _text(sources(house) / k.file)) for k in kernels]
+        raise CourseError(f"{unit.named}: {found.value}; run `pdm run test {unit.id}` first, or add --anyway")
+    pairs = [_of_unit(repo, unit, module) for module in modules]
+    pairs += [(_text(repo.overlay / k.file), _text(sources(repo) / k.file)) for k in kernels]
     names = [f"{module}.py" for module in modules] + [kernel.file for kernel in kernels]
-    theirs = [house.reference] * len(modules) + [sources(house)] * len(kernels)
+    theirs = [repo.reference] * len(modules) + [sources(repo)] * len(kernels)
     parts = [_STAND_INS] if any(_has_stand_ins(reference) for _, reference in pairs) else []
     for name, folder, (own, reference) in zip(names, theirs, pairs, strict=True):
         lines = difflib.unified_diff(
             own.splitlines(),
             reference.splitlines(),
-            house.shown(house.overlay / name),
-            house.shown(folder / name),
+            repo.shown(repo.overlay / name),
+            repo.shown(folder / name),
             lineterm="",
         )
         parts.append("\n".join(lines) or f"{name}: no difference")
     return "\n\n".join(parts)
 
 
-def _of_unit(house: House, unit: Unit, module: str) -> tuple[str, str]:
-    """The learner's and the reference's source of a module, what is of other parts blank in both."""
-    own, reference = _text(house.overlay / f"{module}.py"), _text(house.reference / f"{module}.py")
+def _of_unit(repo: Repo, unit: Unit, module: str) -> tuple[str, str]:
+    """The learner's and the reference's source of a module, exercises of other parts blank in both."""
+    own, reference = _text(repo.overlay / f"{module}.py"), _text(repo.reference / f"{module}.py")
     others = [one for one in unit.day.of_module(module) if one not in unit.exercises]
     if not others:
         return own, reference
-    states = {exercise: state(house, exercise) for exercise in others}
+    states = {exercise: state(repo, exercise) for exercise in others}
     for exercise in others:
         if states[exercise] is not State.MISSING:
             own = with_blank(own, exercise.name, exercise.message)
@@ -226,8 +263,8 @@ def _has_stand_ins(reference: str) -> bool:
     return any(f"@{name}(" in reference for name in STAND_INS)
 
 
-def _parameters(house: House, exercise: Exercise) -> str:
-    """`(x, mask)`: the names of a function's parameters, as a reminder."""
-    node = functions((house.reference / f"{exercise.module}.py").read_text(encoding="utf-8"))[exercise.name]
+def _parameters(repo: Repo, exercise: Exercise) -> str:
+    """The names of a function's parameters, such as `(x, mask)`."""
+    node = functions((repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8"))[exercise.name]
     names = [argument.arg for argument in [*node.args.args, *node.args.kwonlyargs] if argument.arg != "self"]
     return f"({', '.join(names)})"

@@ -1,5 +1,7 @@
-"""The commands that write a learner's files: start, skip, reset, restore, build-kernels. They parse, call,
-print."""
+"""The commands that write a learner's files: start, skip, reset, restore, build-kernels.
+
+They parse arguments, call other modules and print.
+"""
 
 from typing import Annotated
 
@@ -9,143 +11,150 @@ from . import views
 from .arguments import ADay, open_course
 from .cpp import build, own_kernels, start_kernels
 from .errors import CourseError
-from .house import House
+from .repo import Repo
 from .starter import restore, set_aside, set_aside_kernel, skip, start
 from .units import Exercise, Kernel, Unit
 
 
 def on_start(
     day: ADay,
-    again: Annotated[bool, typer.Option("--again", help="Move your files aside and begin anew.")] = False,
-    in_cpp: Annotated[bool, typer.Option("--cpp", help="The day's kernel in C++ instead.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Move your files aside and start over.")] = False,
+    in_cpp: Annotated[bool, typer.Option("--cpp", help="Write the day's kernel in C++ instead.")] = False,
 ) -> None:
-    """Write a day's modules into src/tiny_llm, exercises blank, and say what there is to do.
+    """Write a day's files into src/tiny_llm and list its tasks.
 
     \b
     pdm run start 1.1
-    pdm run start 1.1 --again     # your files become attention.py.1.bak
-    pdm run start 2.4 --cpp       # a kernel of your own: quantized_matmul.cpp
+    pdm run start 1.1 --again     # start over: your file becomes attention.py.1.bak
+    pdm run start 2.4 --cpp       # write a kernel in C++: quantized_matmul.cpp
 
-    A long day has parts, about an evening each. In the files of a part, the exercises of other parts stay as
-    you have them; those that you have not are the reference's.
+    In these files the exercises are blank: their bodies raise NotImplementedError. Everything else is the
+    reference's code. You can start with any day, because the reference's modules run until you write your
+    own. Your work is never overwritten.
+
+    A long day has parts, each about an evening. If you start one part, the exercises of the other parts keep
+    your code, or contain the reference's code if you have not written them.
 
     \b
     pdm run start 3.2             # all parts
     pdm run start 3.2b            # one part
-    pdm run start 3.2b --again    # blanks only this part; the files of before are *.bak
+    pdm run start 3.2b --again    # blank only this part; your old files are kept as *.bak
 
-    A part that is started already is shown with what is written of it, and nothing is changed.
+    If the part is started already, the command changes nothing and lists which exercises are written.
 
-    Beside your files there are links NAME.pyi for editors: they lead to the reference's files, so
-    go-to-definition shows its code, exercises of later days included.
-
-    Any day can come first: what you have not written is the reference's. Nothing is ever overwritten.
+    The command also creates links NAME.pyi for your editor. They point to the reference's files, so
+    go-to-definition shows the reference's code, including solutions of later days.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if in_cpp:
-        written = start_kernels(house, chosen)
-        print(f"{chosen.named}: {chosen.title}, in C++. The tasks in Python are not needed for it.")
-        print("\n".join(f"wrote {house.shown(file)}" for file in written))
-        print(views.kernel_tasks(house, chosen.day))
+        written = start_kernels(repo, chosen)
+        print(f"{chosen.named}: {chosen.title}, in C++. You do not need the tasks in Python for it.")
+        print("\n".join(f"wrote {repo.shown(file)}" for file in written))
+        print(views.kernel_tasks(repo, chosen.day))
         return
-    for file in set_aside(house, chosen) if again else ():
-        print(views.moved_aside(house, file))
-    begun = start(house, chosen)
-    print(f"{chosen.named}: {chosen.title}.{f' Afterwards: {chosen.works}.' if chosen.works else ''}")
-    print("\n".join(views.begun(house, chosen, begun)))
-    print("\n".join([views.tasks(house, chosen), *views.how_again(house, chosen, begun)]))
+    for file in set_aside(repo, chosen) if again else ():
+        print(views.moved_aside(repo, file))
+    done = start(repo, chosen)
+    print(f"{chosen.named}: {chosen.title}.{f' Goal: {chosen.works}.' if chosen.works else ''}")
+    print("\n".join(views.start_report(repo, chosen, done)))
+    print("\n".join([views.tasks(repo, chosen), *views.restart_advice(repo, chosen, done)]))
 
 
 def on_skip(
     what: Annotated[
-        str, typer.Argument(metavar="DAY|EXERCISE", help="Such as 1.1, the part 3.2b, or only 1.1.2.")
+        str,
+        typer.Argument(metavar="DAY|EXERCISE", help="A day (1.1), a part (3.2b) or an exercise (1.1.2)."),
     ],
 ) -> None:
-    """Put the reference's code where your exercises are still blank, to go on with the next.
+    """Put the reference's code into exercises that are blank.
 
     \b
-    pdm run skip 1.1.2
-    pdm run skip 1.1
-    pdm run skip 3.2b             # a part; `pdm run start 3.2b` makes it blank again
-    pdm run skip 2.4.6            # the option in C++: your file is moved aside, the reference's kernel runs
+    pdm run skip 1.1.2            # one exercise
+    pdm run skip 1.1              # every blank exercise of a day
+    pdm run skip 3.2b             # of a part; `pdm run start 3.2b` makes it blank again
+    pdm run skip 2.4.6            # the kernel in C++: moves your file aside, so the reference's kernel runs
+
+    Exercises that you have written stay as they are.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     one = syllabus.exercise(what) if what.count(".") >= 2 else None
     if isinstance(one, Kernel):
-        _skip_kernel(house, one)
+        _skip_kernel(repo, one)
         return
     chosen = syllabus.to_start(what).exercises if one is None else (one,)
     unit = syllabus.to_start(what)
-    _refuse_unstarted(house, unit, chosen)
-    skipped = skip(house, unit.day, chosen)
+    _refuse_unstarted(repo, unit, chosen)
+    skipped = skip(repo, unit.day, chosen)
     if not skipped:
-        raise CourseError(f"nothing of {what} is blank")
-    print("\n".join(f"{e.id} {e.name} is the reference's now" for e in skipped))
+        raise CourseError(f"no exercise of {what} is blank")
+    print("\n".join(f"{e.id} {e.name} now has the reference's code" for e in skipped))
 
 
-def _skip_kernel(house: House, kernel: Kernel) -> None:
-    moved = set_aside_kernel(house, kernel)
+def _skip_kernel(repo: Repo, kernel: Kernel) -> None:
+    moved = set_aside_kernel(repo, kernel)
     if not moved:
         raise CourseError(
-            f"not started: without a file of yours the reference's {kernel.file} runs "
-            f"(pdm run start {kernel.day_id} --cpp)"
+            f"not started: the reference's {kernel.file} runs (to write yours: "
+            f"pdm run start {kernel.day_id} --cpp)"
         )
-    print(f"moved aside: {house.shown(moved[0])}; the reference's {kernel.file} runs")
+    print(f"moved your file to {repo.shown(moved[0])}; the reference's {kernel.file} runs now")
 
 
-def _refuse_unstarted(house: House, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
-    if not any((house.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
+def _refuse_unstarted(repo: Repo, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
+    if not any((repo.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
         raise CourseError(f"not started: pdm run start {unit.id}")
 
 
 def on_reset(day: ADay) -> None:
-    """Go back to the reference for a day: your files are moved aside, never deleted.
+    """Go back to the reference for a day; your files are kept.
 
     \b
     pdm run reset 1.1             # attention.py becomes attention.py.1.bak
-    pdm run restore 1.1           # and is back
+    pdm run restore 1.1           # and attention.py again
     pdm run reset 3.2b            # one part
 
-    A file that holds work of other parts too is copied aside, and in it only the part's exercises become the
-    reference's.
+    If a file also contains work of other parts, it is copied instead, and only the exercises of this part get
+    the reference's code.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     unit = syllabus.to_start(day)
-    moved = set_aside(house, unit)
+    moved = set_aside(repo, unit)
     if not moved:
         raise CourseError(f"{unit.named} is not started: there is nothing to reset")
-    print("\n".join([*(views.moved_aside(house, file) for file in moved), views.after_reset(unit, moved)]))
+    print("\n".join([*(views.moved_aside(repo, file) for file in moved), views.after_reset(unit, moved)]))
 
 
 def on_restore(day: ADay) -> None:
-    """Bring back what `reset` or `start --again` has moved aside, the newest of it.
+    """Bring back the files that `reset` or `start --again` moved.
 
     \b
     pdm run restore 1.1           # attention.py.1.bak becomes attention.py
-    pdm run restore 3.2b          # the files of one part, whole: also what they hold of other parts
+    pdm run restore 3.2b          # whole files, including exercises of other parts
 
-    A file that is there changes places with it: `restore` once more undoes it.
+    The newest copy comes back. It swaps places with the current file, so a second `restore` undoes the first.
     """
-    house, syllabus = open_course()
+    repo, syllabus = open_course()
     unit = syllabus.to_start(day)
-    restored = restore(house, unit)
+    restored = restore(repo, unit)
     if not restored:
-        raise CourseError(f"nothing of {unit.named} was moved aside")
-    print("\n".join(f"restored: {house.shown(file)}" for file in restored))
+        raise CourseError(f"{unit.named} has no files that were moved aside")
+    print("\n".join(f"restored: {repo.shown(file)}" for file in restored))
 
 
 def on_build_kernels() -> None:
-    """Build your kernels in C++ into a library of your own, which then runs in place of the reference's.
+    """Compile your C++ kernels; the engine then uses them.
 
     \b
     pdm run start 2.4 --cpp       # writes src/tiny_llm/quantized_matmul.cpp
     pdm run build-kernels
     pdm run test 2.4
 
-    What you have no file for is the reference's. The first build takes a minute, later ones seconds.
+    The library contains the reference's version of each kernel for which you have no file. The first build
+    takes a minute, later builds take seconds.
     """
-    house, syllabus = open_course()
-    names = ", ".join(kernel.file for kernel in own_kernels(house, syllabus))
+    repo, syllabus = open_course()
+    names = ", ".join(kernel.file for kernel in own_kernels(repo, syllabus))
     print(f"building with your {names} ..." if names else "looking for your kernels ...", flush=True)
-    print(f"built {house.shown(build(house, syllabus))}: it runs in place of the reference's kernels")
+    library = repo.shown(build(repo, syllabus))
+    print(f"built {library}; the engine now uses it instead of the reference's kernels")

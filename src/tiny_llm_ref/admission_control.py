@@ -1,6 +1,6 @@
-"""How many requests may wait: too many are refused at once, in the thread that submits them.
+"""Limit how many requests may wait. Too many are rejected at once, in the thread that submits them.
 
-Knows nothing of the engine except the figures that the engine publishes after each task and each step.
+All that this module sees of the engine is the occupancy that the engine publishes after each task and step.
 """
 
 from threading import Lock
@@ -10,9 +10,9 @@ from .errors import QueueFullError
 
 
 class Occupancy(NamedTuple):
-    """How full the engine was when it last published its figures.
+    """How full the engine was when it last published its occupancy.
 
-    num_seen: requests that have reached the engine's thread so far, accepted or refused. num_waiting:
+    num_seen: requests that have reached the engine's thread so far, accepted or rejected. num_waiting:
     requests that wait there. num_running: sequences that run. is_crowded: the last step left a request
     waiting.
     """
@@ -24,27 +24,27 @@ class Occupancy(NamedTuple):
 
 
 class AdmissionControl:
-    """Counts the requests that wait, from any thread and without asking the engine's.
+    """Counts the waiting requests, from any thread and without waiting for the engine's thread.
 
     limit: requests that may wait at once; None: any number. max_num_seqs: sequences that may run at once.
-    occupancy: the latest figures; the engine's thread replaces them as a whole.
+    occupancy: the latest published occupancy; the engine's thread replaces the whole object.
     """
 
     def __init__(self, limit: int | None, max_num_seqs: int) -> None:
         self.occupancy = Occupancy()
         self._limit = limit
         self._max_num_seqs = max_num_seqs
-        self._num_admitted = 0  # requests admitted here so far, seen by the engine or not
+        self._num_admitted = 0  # requests admitted so far, whether the engine has seen them or not
         self._lock = Lock()
 
     def num_waiting(self) -> int:
-        """Requests that wait now; below 0: so many more could start in the next step.
+        """The number of waiting requests, less the free slots; below 0: so many more could start at once.
 
-        The sum of the requests that wait in the engine and of those that were admitted here and that the
-        engine has not seen yet, less the free places; the result may be negative. Free places are
-        `max_num_seqs` less those that run, at least 0, and 0 while `is_crowded` (why it may be: the pool has
-        no blocks for more sequences, or the requests that wait already take the places). Read
-        `self.occupancy` once: the engine may replace it between two reads.
+        Waiting are the requests that wait in the engine (`num_waiting`), and those that were admitted here
+        but that the engine has not seen yet (`_num_admitted` less `num_seen`). Free slots are `max_num_seqs`
+        less the running sequences, at least 0. While `is_crowded` there are no free slots: the pool has no
+        blocks for more sequences, or waiting requests will take the slots. Read `self.occupancy` only once,
+        because the engine's thread may replace it between two reads.
 
         >>> control = AdmissionControl(limit=4, max_num_seqs=2)
         >>> control.num_waiting()
@@ -58,11 +58,11 @@ class AdmissionControl:
         return seen.num_waiting + self._num_admitted - seen.num_seen - free
 
     def admit(self, num_requests: int) -> None:
-        """Count requests as admitted, all of them or none.
+        """Admit requests, all of them or none: add them to `_num_admitted`.
 
-        Raises `QueueFullError` as `check` does, and then counts nothing. Any thread may call it. Looking and
-        counting are one operation under `_lock`: of two threads that ask for the last place at the same
-        moment, one must be refused.
+        Raises `QueueFullError` as `check` does, and then counts nothing. Any thread may call this. Check and
+        count in one operation, under `_lock`: if two threads ask for the last free slot at the same moment,
+        one of them must be rejected.
 
         >>> control = AdmissionControl(limit=1, max_num_seqs=2)
         >>> control.admit(3)
@@ -74,10 +74,10 @@ class AdmissionControl:
             self._num_admitted += num_requests
 
     def check(self, num_requests: int) -> None:
-        """Raise `QueueFullError`, with the figures, where so many requests could not be admitted now."""
+        """Raise `QueueFullError`, with the numbers, if so many requests cannot be admitted now."""
         waiting = self.num_waiting()
         if self._limit is not None and waiting + num_requests > self._limit:
             raise QueueFullError(
-                f"{max(0, waiting)} requests wait and {self._limit} may: "
-                f"no room for {num_requests} more (max_num_waiting)"
+                f"{max(0, waiting)} requests wait and max_num_waiting is {self._limit}: "
+                f"{num_requests} more do not fit"
             )

@@ -1,14 +1,15 @@
-"""The public names, and the module that each lives in: of this package, or of `tiny_llm_checkpoints`.
+"""The public names of `tiny_llm` and `tiny_llm_ref`, and the module that defines each.
 
-Both packages export exactly these.
-
-Names are resolved on first use, so that importing the package costs nothing.
+Names are imported on first use, so that importing the package costs nothing.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
+
     from tiny_llm_checkpoints.errors import ConfigError as ConfigError
     from tiny_llm_checkpoints.errors import ModelFileError as ModelFileError
     from tiny_llm_checkpoints.errors import TinyLLMError as TinyLLMError
@@ -128,6 +129,16 @@ if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then export
 
 def __getattr__(name: str) -> object:
     """Import a public name from its module; AttributeError for any other name."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tiny-llm")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name], __package__), name)
+
+
+def __dir__() -> list[str]:
+    """The public names and the package's attributes, for tab completion: no submodules, no helpers."""
+    attributes = [name for name in vars(sys.modules[__package__ or ""]) if name.startswith("__")]
+    return sorted({*_MODULE_OF, "__version__", *attributes})

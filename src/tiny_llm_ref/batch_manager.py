@@ -13,7 +13,7 @@ from .sampling_params import SamplingParams
 from .sequence import Sequence
 from .step import StepLogits
 
-PROMPT_ROWS_AT_ONCE = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
+MAX_PROMPT_ROWS = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
 
 
 class Capacity(NamedTuple):
@@ -113,10 +113,12 @@ class BatchManager(Protocol):
         """End every sequence of a request, in any state; unknown and ended ids are ignored."""
 
 
-def longest(tokens: list[int], params: SamplingParams, request_id: str, context: int, seats: int) -> int:
+def max_sequence_length(
+    tokens: list[int], params: SamplingParams, request_id: str, context: int, max_seqs: int
+) -> int:
     """Return the most tokens that a sequence of this request may have, prompt and outputs.
 
-    context: the longest sequence, in tokens. seats: the most sequences at once. Raises ValueError for an
+    context: the longest sequence, in tokens. max_seqs: the most sequences at once. Raises ValueError for an
     empty prompt, and `RequestTooLargeError` for a request that can never run within these limits.
     """
     if not tokens:
@@ -128,24 +130,24 @@ def longest(tokens: list[int], params: SamplingParams, request_id: str, context:
             f"{max(1, max_outputs)} output tokens exceed the context of {context}",
             "max_tokens" if max_outputs >= context and len(tokens) < context else None,
         )
-    refuse_too_many(request_id, params.n, seats)
+    check_num_sequences(request_id, params.n, max_seqs)
     return len(tokens) + max_outputs
 
 
-def refuse_too_many(request_id: str, n: int, seats: int, field: str = "n") -> None:
+def check_num_sequences(request_id: str, n: int, max_seqs: int, field: str = "n") -> None:
     """Raise `RequestTooLargeError` if a request has more completions, or beams, than may run at once."""
-    if n > seats:
+    if n > max_seqs:
         raise RequestTooLargeError(
-            f"request {request_id!r}: {field} = {n} exceeds the {seats} sequences that may run at once",
+            f"request {request_id!r}: {field} = {n} exceeds the {max_seqs} sequences that may run at once",
             field,
         )
 
 
-def wanted(sequence: Sequence) -> int:
+def tokens_wanted(sequence: Sequence) -> int:
     """Return how many tokens a sequence could compute now: 1 for a decode, the rest of a prompt, or 0.
 
-    With `prompt_logprobs` it is at most `PROMPT_ROWS_AT_ONCE`, because each token needs a row of logits.
+    With `prompt_logprobs` it is at most `MAX_PROMPT_ROWS`, because each token needs a row of logits.
     """
     if sequence.params.prompt_logprobs is None:
         return sequence.num_uncomputed
-    return min(sequence.num_uncomputed, PROMPT_ROWS_AT_ONCE)
+    return min(sequence.num_uncomputed, MAX_PROMPT_ROWS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .paged_attention import BlockAllocator, BlockCopy, BlockTable
-from .parameter_checks import MOST_COUNT, MOST_SALT_CHARACTERS, flag, number, text, whole_number
+from .parameter_checks import MAX_COUNT, MAX_SALT_CHARACTERS, flag, number, text, whole_number
 
 MAX_LENGTH_PENALTY = 10  # num_tokens ** 10 and num_tokens ** -10 are still floats above 0
 
@@ -141,8 +141,8 @@ class BeamSearchParams:
             "length_penalty": number(
                 "length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY
             ),
-            "cache_salt": text("cache_salt", self.cache_salt, MOST_SALT_CHARACTERS),
-            "priority": whole_number("priority", self.priority, -MOST_COUNT),
+            "cache_salt": text("cache_salt", self.cache_salt, MAX_SALT_CHARACTERS),
+            "priority": whole_number("priority", self.priority, -MAX_COUNT),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

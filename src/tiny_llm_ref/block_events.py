@@ -89,12 +89,12 @@ class BlockWatch:
         self._holders, self._kept = self._count()
         self._sequences = self._views()
 
-    def so_far(self) -> PoolChange:
+    def snapshot(self) -> PoolChange:
         """Return the state at the last look, as the changes that lead to it from an empty pool."""
         holders, kept = self._holders, self._kept
         return PoolChange(_events({}, holders, set(), kept), list(self._sequences.values()), [])
 
-    def look(self) -> PoolChange:
+    def poll(self) -> PoolChange:
         """Return the net changes since the last look, or since this object was made.
 
         Copies come first, then the other events in the order of the block ids.

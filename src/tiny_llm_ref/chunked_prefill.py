@@ -7,7 +7,7 @@ counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serv
 from collections.abc import Sequence as Seq
 from typing import TypeVar
 
-from .batch_manager import wanted
+from .batch_manager import tokens_wanted
 from .sequence import Sequence
 from .step import Plan, Scheduled
 
@@ -72,10 +72,10 @@ def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
 def plan_chunks(running: Seq[S], budget: int) -> Plan[S]:
     """Plan the next step of the running sequences: a `Plan` with a chunk for each that may compute tokens.
 
-    `wanted(sequence)` returns how many tokens a sequence could compute now, and `share_budget` how many it
-    may. If it may compute n > 0 tokens, its chunk is `Scheduled(sequence, start, start + n)`, where start is
-    its `num_computed`. The chunks are in the order of `running`. Changes no sequence: the chunks are computed
-    later.
+    `tokens_wanted(sequence)` returns how many tokens a sequence could compute now, and `share_budget` how
+    many it may. If it may compute n > 0 tokens, its chunk is `Scheduled(sequence, start, start + n)`, where
+    start is its `num_computed`. The chunks are in the order of `running`. Changes no sequence: the chunks are
+    computed later.
 
     >>> from tiny_llm.sampling_params import SamplingParams
     >>> from tiny_llm.sequence import Sequence
@@ -85,7 +85,7 @@ def plan_chunks(running: Seq[S], budget: int) -> Plan[S]:
     [(0, 3), (0, 1)]
     """
     plan: Plan[S] = Plan()
-    granted = share_budget([wanted(sequence) for sequence in running], budget)
+    granted = share_budget([tokens_wanted(sequence) for sequence in running], budget)
     for sequence, count in zip(running, granted, strict=True):
         if count:
             start = sequence.num_computed

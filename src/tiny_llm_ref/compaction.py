@@ -57,7 +57,7 @@ def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder
     `block_size`. Without holders nothing is in use, and the result is [].
 
     Raises ValueError, and changes nothing, if a holder is missing from `active_tables`: it would keep the old
-    ids, and read another sequence's keys. The given `_check_all_are_here` does this.
+    ids, and read another sequence's keys. The given `_check_holders_complete` does this.
 
     >>> from tiny_llm.paged_attention import BlockTable
     >>> allocator = BlockAllocator(4)
@@ -70,7 +70,7 @@ def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder
     ([0], 1, 0)
     """
     holders = list(active_tables)
-    _check_all_are_here(allocator, holders)
+    _check_holders_complete(allocator, holders)
     moved = moves_to_front(allocator)
     allocator.relocate(moved)
     for holder in holders:
@@ -101,7 +101,7 @@ def compact_memory(
     return allocator.num_free
 
 
-def _check_all_are_here(allocator: BlockAllocator, holders: Iterable[BlockHolder]) -> None:
+def _check_holders_complete(allocator: BlockAllocator, holders: Iterable[BlockHolder]) -> None:
     """Raise ValueError unless the holders have every reference that the allocator counts."""
     held = Counter(block for holder in holders for block in holder.blocks)
     for block in range(allocator.num_blocks):

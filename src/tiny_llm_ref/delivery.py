@@ -1,7 +1,8 @@
-"""From the engine's thread to its listeners: callbacks that get a list of what an iteration has for them.
+"""Deliver events from the engine's thread to listeners: callbacks that get a list of events per iteration.
 
-A listener is called in the engine's thread, so it stores what it gets and returns. The engine never waits for
-a slow client: what that has not read yet lies in its own queue, and is never more than its requests' output.
+A listener is called in the engine's thread, so it must store the list and return. The engine never waits for
+a slow client: unread events stay in the client's own queue, which is never longer than the output of its
+requests.
 """
 
 import asyncio
@@ -13,40 +14,40 @@ from tiny_llm_checkpoints.errors import TinyLLMError
 from .errors import RequestFailedError
 from .outputs import RequestEvent
 
-Item = RequestEvent | TinyLLMError  # an error is the last that a request gives
+Item = RequestEvent | TinyLLMError  # an error is the last item of a request
 Listener = Callable[[list[Item]], None]
 
 
 class Outbox:
-    """Events and errors that are not delivered yet, by listener: by the object, whatever it is equal to."""
+    """Events and errors that are not delivered yet, by listener. Listeners are told apart by identity."""
 
     def __init__(self) -> None:
         self._items: dict[int, tuple[Listener, list[Item]]] = {}
 
     def add(self, listener: Listener, *items: Item) -> None:
-        """Keep events, or errors, for a listener until they are delivered."""
+        """Add events or errors for a listener."""
         if items:
             self._items.setdefault(id(listener), (listener, []))[1].extend(items)
 
     def deliver(self) -> list[Listener]:
-        """Call each listener once, with the list of all that is kept for it; returns those that raised."""
+        """Call each listener once, with the list of its items; returns the listeners that raised."""
         items, self._items = self._items, {}
         return [listener for listener, of_listener in items.values() if not _reached(listener, of_listener)]
 
 
 class AsyncListener:
-    """A listener for coroutines: brings what it gets into the event loop in which it was made."""
+    """A listener for coroutines: passes items on to the event loop in which it was created."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[list[Item]] = asyncio.Queue()
 
     def __call__(self, items: list[Item]) -> None:
-        """Take a list in the engine's thread, and wake the event loop. RuntimeError where that is closed."""
+        """Take a list in the engine's thread and wake the event loop; RuntimeError if the loop is closed."""
         self._loop.call_soon_threadsafe(self._items.put_nowait, items)
 
     async def next(self) -> list[RequestEvent]:
-        """Wait for the next list of events; raises the error where one came instead."""
+        """Wait for the next list of events; raises the error if the list has one."""
         return events_of(await self._items.get())
 
     async def next_items(self) -> list[Item]:
@@ -55,24 +56,24 @@ class AsyncListener:
 
 
 class Served(Protocol):
-    """A request as those who wait for it see it."""
+    """A request, as `Gathering` needs it."""
 
     @property
     def request_id(self) -> str:
-        """What its items are known by."""
+        """The id that its events have."""
 
     @property
     def has_failed(self) -> bool:
-        """True where nothing of it has come to its own end."""
+        """True when all of it has failed."""
 
     def fail(self, error: BaseException) -> list[RequestEvent]:
-        """End what has not ended with an error; the last events."""
+        """End all unfinished completions with an error; returns their last events."""
 
 
 class Gathering:
-    """The events of several requests that are waited for together: one that fails does not end the others.
+    """Collects the events of several requests; a request that fails does not end the others.
 
-    unfinished: by id, the requests that have not ended.
+    unfinished: the requests that have not ended, by id.
     """
 
     def __init__(self, requests: Iterable[Served]) -> None:
@@ -81,7 +82,7 @@ class Gathering:
         self._error: TinyLLMError | None = None
 
     def take(self, items: list[Item]) -> list[RequestEvent]:
-        """The events of one delivery; a failed request gives its last ones, with the reason "error"."""
+        """The events of one delivery; a failed request's last events have the finish_reason "error"."""
         events: list[RequestEvent] = []
         for item in items:
             if isinstance(item, RequestEvent):
@@ -93,13 +94,13 @@ class Gathering:
         return events
 
     def check(self) -> None:
-        """Raise where nothing came of any request: `RequestFailedError`; or what has ended the engine."""
+        """Raise `RequestFailedError` if all requests have failed, or the error that has ended the engine."""
         error, self._error = self._error, None
         try:
             if error is not None:
                 raise error
         finally:
-            del error  # whose frames hold this one
+            del error  # breaks a reference cycle: the error's traceback holds this frame
 
     def _failed(self, error: TinyLLMError) -> list[RequestEvent]:
         if not isinstance(error, RequestFailedError):
@@ -114,16 +115,16 @@ class Gathering:
 
 
 def events_of(items: list[Item]) -> list[RequestEvent]:
-    """The items where all are events; raises the first error where there is one."""
+    """The items, if all of them are events; otherwise raises the first error."""
     failed = next((place for place, item in enumerate(items) if isinstance(item, TinyLLMError)), None)
     if failed is not None:
-        raise items.pop(failed)  # type: ignore[misc]  # no name here may hold it: it holds this frame
+        raise items.pop(failed)  # type: ignore[misc]  # no variable may hold it: its traceback holds this frame
     return items  # type: ignore[return-value]
 
 
 def _reached(listener: Listener, items: list[Item]) -> bool:
     try:
         listener(items)
-    except BaseException:  # SystemExit among them: a listener's fault must not stop the engine
+    except BaseException:  # SystemExit too: a listener's error must not stop the engine
         return False
     return True

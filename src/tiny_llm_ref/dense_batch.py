@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .batch_manager import Capacity, PrefixStats, longest
+from .batch_manager import Capacity, PrefixStats, max_sequence_length
 from .chunked_prefill import plan_chunks
 from .flash_attention import flash_attention
 from .model import Model
@@ -114,13 +114,13 @@ class DenseBatchManager(QueueViews[Sequence]):
 
         A request for n completions (`params.n`; params None means `SamplingParams()`) is queued as one
         `Sequence`, its leader. Its seq_id is the first of `completion_ids`, num_forks is n - 1, prompt is a
-        tuple, and max_len is the result of `longest` for a context of `max_seq_len` tokens and `max_slots`
-        seats (sequences at once). The other completions are forked when the prompt is computed. Until then
-        the queues find the leader under all n ids; `RequestQueues.add` does this.
+        tuple, and max_len is the result of `max_sequence_length` for a context of `max_seq_len` tokens and
+        `max_slots` sequences at once. The other completions are forked when the prompt is computed.
+        Until then the queues find the leader under all n ids; `RequestQueues.add` does this.
 
         Raises ValueError for an empty prompt and `RequestTooLargeError` for a request that can never run
-        (`longest` raises both), `DuplicateRequestError` for an id in use (`RequestQueues.refuse_id_in_use`).
-        After an error nothing is queued.
+        (`max_sequence_length` raises both), `DuplicateRequestError` for an id in use
+        (`RequestQueues.refuse_id_in_use`). After an error nothing is queued.
 
         >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32)
         >>> manager.add_request([5, 6, 7], "a", SamplingParams(n=2))
@@ -129,7 +129,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         (['a/0'], 1)
         """
         params = params or SamplingParams()
-        max_len = longest(tokens, params, request_id, self.max_seq_len, self.max_slots)
+        max_len = max_sequence_length(tokens, params, request_id, self.max_seq_len, self.max_slots)
         seq_ids = completion_ids(request_id, params.n)
         self._queues.refuse_id_in_use(request_id, seq_ids)
         self._queues.add(
@@ -251,7 +251,7 @@ class DenseBatchManager(QueueViews[Sequence]):
 
     def cancel(self, request_id: str) -> None:
         """End every sequence of a request, waiting or running; unknown and ended ids are ignored."""
-        for seq_id in self._queues.forget_forks_to_come(request_id):
+        for seq_id in self._queues.remove_pending_forks(request_id):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
@@ -261,7 +261,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         """
         stopped = list(self.running)
         for sequence in stopped:
-            self._queues.put_back(sequence)
+            self._queues.return_to_waiting(sequence)
             sequence.num_computed = 0
         self._slot_of, self._free = {}, list(range(self.max_slots))
         return list(dict.fromkeys(sequence.request_id for sequence in stopped))

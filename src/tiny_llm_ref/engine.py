@@ -1,58 +1,63 @@
-"""The serving engine as its clients see it: `generate` for coroutines, `submit` and `call` for threads.
+"""The serving engine's interface: `generate` and `chat` for coroutines, `submit` and `call` for threads.
 
-The thread behind it (`engine_loop`) owns every array. Functions go to it through an inbox, and events come
-back: numbers and texts in frozen records. An array comes out evaluated: a lazy one belongs to its thread.
+The engine's thread (`engine_loop`) owns every array. Tasks go to it through an inbox; events come back as
+frozen records of numbers and texts. An array that leaves the thread must be evaluated, because a lazy array
+belongs to its thread.
 """
 
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
 
 from .admission_control import AdmissionControl
-from .batch_manager import refuse_too_many
+from .batch_manager import check_num_sequences
 from .beam_search import BeamSearchParams
+from .chat_prompts import ChatOptions, ChatPrompts, Messages
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError, SamplingParamsError, fitting
+from .errors import EngineStoppingError, SamplingParamsError, prompt_length_errors
 from .forking import note_engine, prepare_to_compute
+from .generation_defaults import fit_to_context
 from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
 from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_list
-from .resources import needing
+from .resources import requiring
 from .sampling_params import SamplingParams
 from .search_state import SearchState
 
 T = TypeVar("T")
 Prompt = PlainPrompt
 
-ENGINE_STACK = 8 << 20  # bytes, as threads commonly have; `ulimit -s` may say less than MLX and Python need
-MOST_ID_CHARACTERS = 256  # of a request id; every completion's id begins with it
-EXIT_SECONDS = 30.0  # how long the end of a program, or of an engine's owner, waits for a step to end
+ENGINE_STACK = 8 << 20  # bytes, the usual size; `ulimit -s` may be less than MLX and Python need
+MAX_ID_CHARACTERS = 256  # of a request id, with which every completion's id starts
+EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits for a step to end
 
 
 class Engine:
-    """Serves requests from any number of threads and event loops, all of them together.
+    """Serves requests from any number of threads and event loops in one batch.
 
-    make_core: makes the core, in the engine's thread; what it raises is raised here. It must not refer to
-    the owner of the engine: the thread ends when the engine is forgotten. max_model_len: longest prompt and
-    output in tokens, so that a longer prompt is refused before it is tokenized; None: the core refuses it.
+    make_core: makes the core, in the engine's thread; its errors are raised here. It must not refer to the
+    owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
+    longest prompt + output in tokens, so that a longer prompt is rejected before it is tokenized; None: the
+    core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat template. defaults: the
+    parameters of requests that bring none; None: `SamplingParams()`.
 
-    Calls that wait for the engine raise `WrongThreadError` in its own thread, and `ForkedProcessError` in a
-    process that was forked from its own.
+    Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
+    `ForkedProcessError` in a forked process.
     """
 
     def __init__(
@@ -62,7 +67,12 @@ class Engine:
         vocab_size: int,
         config: EngineConfig,
         max_model_len: int | None = None,
+        *,
+        chat_prompts: ChatPrompts | None = None,
+        defaults: SamplingParams | None = None,
     ) -> None:
+        self._chat_prompts = chat_prompts or ChatPrompts("this engine", None, tokenizer, max_model_len)
+        self._defaults = defaults or SamplingParams()
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -80,24 +90,43 @@ class Engine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
     ) -> RequestState:
-        """A request to submit, once.
+        """Make a request, which can be submitted once.
 
-        request_id: a text of 1 to 256 characters that no request in progress has; None: a new number.
+        params: None: the engine's defaults. request_id: a string of 1 to 256 characters that no unfinished
+        request has; None: a new number.
 
-        Raises ValueError for what is no prompt, no `SamplingParams` or no id, and for ids outside the
-        vocabulary; `SamplingParamsError` names the field of `params` that has such ids. Raises
-        `RequestTooLargeError` if `n` exceeds `max_num_seqs`, and, as cheaply as that can be known, for a
-        prompt that the context cannot hold.
+        Raises ValueError for an invalid prompt, params or id, and for token ids outside the vocabulary;
+        `SamplingParamsError` names the field of `params` with such ids. Raises `RequestTooLargeError` if `n`
+        exceeds `max_num_seqs`, and for a prompt that the context cannot hold (before it is tokenized, if its
+        length already shows that).
         """
-        params, name_of = _checked(params, SamplingParams, SamplingParams()), self._name(request_id)
+        is_default = params is None
+        params, name = _checked(params, SamplingParams, self._defaults), self._name(request_id)
         parsed = parse_prompt(prompt)
         if parsed.cache_salt is not None:
             params = replace(params, cache_salt=parsed.cache_salt)
-        refuse_too_many(name_of, params.n, self._max_num_seqs)
+        check_num_sequences(name, params.n, self._max_num_seqs)
         tokens = self._encode(parsed.content)
-        for name in ("stop_token_ids", "logit_bias"):
-            self._check_vocabulary(name, getattr(params, name) or ())
-        return RequestState(name_of, parsed.text, tokens, self._tokenizer, params)
+        if is_default:
+            params = self._fitted(params, len(tokens))
+        for field in ("stop_token_ids", "logit_bias"):
+            self._check_vocabulary(field, getattr(params, field) or ())
+        return RequestState(name, parsed.text, tokens, self._tokenizer, params)
+
+    def chat_request(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        options: ChatOptions | None = None,
+        request_id: str | None = None,
+    ) -> RequestState:
+        """A request to answer a conversation: as `request`, with `ChatPrompts.encode` for the prompt.
+
+        Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
+        context has left.
+        """
+        tokens = self._chat_prompts.encode(messages, options or ChatOptions())
+        return self.request(tokens, self._chat_params(params, len(tokens)), request_id)
 
     def search(
         self,
@@ -105,32 +134,35 @@ class Engine:
         params: BeamSearchParams,
         request_id: str | None = None,
     ) -> SearchState:
-        """A beam search to submit: as `request`; its only event is its last."""
-        params, name_of = _checked(params, BeamSearchParams), self._name(request_id)
+        """Make a beam search to submit, as `request` does. Its only event is its last one."""
+        params, name = _checked(params, BeamSearchParams), self._name(request_id)
         parsed = parse_prompt(prompt)
-        refuse_too_many(name_of, params.beam_width, self._max_num_seqs, "beam_width")
+        check_num_sequences(name, params.beam_width, self._max_num_seqs, "beam_width")
         if parsed.cache_salt is not None:
             params = replace(params, cache_salt=parsed.cache_salt)
-        return SearchState(name_of, self._encode(parsed.content), self._tokenizer, params)
+        return SearchState(name, self._encode(parsed.content), self._tokenizer, params)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
         """Queue requests, all of them or none; returns at once a future that is done when they are queued.
 
-        deliver: the listener: a callback that is called in the engine's thread, at most once an iteration,
-        with a list of all that this brought for these requests: events, or an error that ended one of them.
-        It must return at once. If it raises, its requests are cancelled.
+        deliver: the listener, a callback. The engine's thread calls it at most once an iteration, with a list
+        of everything that the iteration produced for these requests: events, or an error that ended one of
+        them. It must return quickly. If it raises, its requests are cancelled.
 
-        Refused at once, in the thread that calls: TypeError for what is no request or cannot be called
-        (`_submittable` checks both, and returns the requests in a tuple to go on with: the caller may change
-        its list); the error that `_loop.refusal` makes where it is set (`EngineStoppingError`,
-        `EngineDeadError`); `QueueFullError` where more than `max_num_waiting` would wait
-        (`_admission.admit`). In that order: a request that is refused must not count as waiting.
+        First check, in the calling thread and in this order, so that a rejected request never counts as
+        waiting:
 
-        Then the engine's thread queues them between two steps, by `_loop.add`. What that raises, the future
-        raises: ValueError for an empty prompt and for what the batch manager cannot do,
-        `RequestTooLargeError`, and `DuplicateRequestError`, also for a request that was submitted before.
-        Post a `partial` of the loop's method: a lambda would hold the engine, whose thread ends when nothing
-        holds it any more.
+        1. `_submittable` raises TypeError if `requests` are not requests or `deliver` is not callable. It
+           returns the requests as a tuple: use that, because the caller may change its list.
+        2. If `_loop.refusal` is set, raise the error that it makes (`EngineStoppingError` or
+           `EngineDeadError`).
+        3. `_admission.admit` raises `QueueFullError` if more than `max_num_waiting` requests would wait.
+
+        Then post `_loop.add` to the inbox, which the engine's thread runs between two steps, and return the
+        future that `post` returns. It raises what `_loop.add` raises: ValueError for an empty prompt or for
+        something that the batch manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`, also
+        for a request that was submitted before. Post a `partial` of the loop's method: a lambda would refer
+        to the engine, whose thread ends when nothing refers to it any more.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -145,35 +177,38 @@ class Engine:
         return self._inbox.post(partial(self._loop.add, requests, deliver))
 
     def check_admission(self, num_requests: int = 1) -> None:
-        """Raise what `submit` would raise now for so many requests, whatever they are."""
+        """Raise the error that `submit` would raise now for this number of requests."""
         if (refusal := self.refusal) is not None:
             raise refusal
         self._admission.check(num_requests)
 
     def cancel(self, request_id: str) -> Future[None]:
-        """End a request before the next step; returns at once a future, done when its blocks are free.
+        """Cancel a request before the next step; returns at once a future, done when its blocks are free.
 
-        Its listener gets its last events, with finish_reason "abort". An unknown id is ignored. Raises
-        TypeError for what is no id.
+        The request's listener gets its last events, with finish_reason "abort". An unknown id is ignored.
+        Raises TypeError if `request_id` is not a string.
         """
         if not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a text, not {shown(request_id)}")
+            raise TypeError(f"request_id must be a string, not {shown(request_id)}")
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
-        """Cancel requests that were submitted and have not ended; returns when their blocks are free."""
+        """Cancel submitted requests that have not ended; returns when their blocks are free."""
         forgotten = self._inbox.post(partial(self._loop.forget, requests))
-        if threading.current_thread() is not self._thread:  # where a collected generator may be closed
+        # A generator may be garbage-collected, and so closed, in the engine's thread: do not wait there.
+        if threading.current_thread() is not self._thread:
             forgotten.exception()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the engine's thread (`_thread`), between two steps: its value, or what it raises.
+        """Run a function in the engine's thread (`_thread`) between two steps; return its value.
 
-        Waits until it has run. In the engine's own thread it runs at once: that thread would wait for itself.
-        Compare threads, not their idents: a new thread may get the ident of one that has ended. Arrays in
-        the value must be evaluated, because a lazy array belongs to its thread. Raises TypeError for what
-        cannot be called (`_check_callable("function", function)`), and `EngineStoppingError` or
-        `EngineDeadError` where the engine has ended.
+        Post it to the inbox, wait for the result, and return it or raise what the function raised. In the
+        engine's own thread call the function directly, because that thread would wait for itself. Compare
+        thread objects, not their idents: a new thread may have the ident of one that has ended. Arrays in the
+        value must be evaluated, because a lazy array belongs to its thread.
+
+        Raises TypeError if the function is not callable (`_check_callable("function", function)`), and
+        `EngineStoppingError` or `EngineDeadError` if the engine has ended.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -189,28 +224,27 @@ class Engine:
     async def generate(
         self, prompt: PromptType, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[RequestEvent, None]:
-        """Complete a prompt: an event for each token, in order; the last one has the request's `usage`.
+        """Complete a prompt: yield an event for each token, in order; the last has the request's `usage`.
 
-        prompt: a text, which is encoded here, or token ids. params: None: the defaults. request_id: None: a
-        new number. `self.request` makes the request of these three, and `submit` queues it; `AsyncListener`
-        is the callback that brings its events into the caller's event loop. Wait for what `submit` returns
-        with `asyncio.wrap_future`, never in `result()`, which would stop every other client of that event
+        prompt: a string or token ids. params: None: the engine's defaults. request_id: None: a new number.
+        `self.request` makes a request of these three, and `submit` queues it; an `AsyncListener` is the
+        callback that passes its events to the caller's event loop. Await the future that `submit` returns
+        with `asyncio.wrap_future`. Never call its `result()`: that would block all clients of this event
         loop.
 
-        A request that is cancelled ends with finish_reason "abort"; of several completions, one that fails
-        ends with "error", and the others go on. The generator ends with the event that has a `usage`: a
-        finish_reason says only that one completion has ended.
+        The generator ends with the event that has a `usage`. A finish_reason means only that one completion
+        has ended: "abort" if the request was cancelled, "error" if that completion failed while others go on.
 
-        A client may leave at any time, while it waits to be queued too: by `break`, `aclose`, an exception,
-        or the cancellation of its task. Then `_loop.forget` (not `self.forget`, which waits), posted
-        to the inbox, cancels the request before the next step, and nothing is awaited any more. Leaving
-        cancels only the waiting: the posted task runs all the same, and `forget` comes after it. Nothing is
-        posted for a request that has ended, which is one whose event with a `usage` has come, also if the
-        client leaves with that event. A `forget` for one that was refused or has failed does no harm.
+        The client may leave at any time, also while it waits for the request to be queued: by `break`,
+        `aclose`, an exception, or the cancellation of its task. Then post `_loop.forget` to the inbox (not
+        `self.forget`, which waits): it cancels the request before the next step. Await nothing after that.
+        Cancelling the wait does not cancel the posted `_loop.add`; it still runs, and `forget` runs after it.
+        Post nothing for a request that has ended, that is, once its event with a `usage` has arrived, also if
+        the client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
 
-        Nothing happens before the first event is asked for. That raises `WrongThreadError` in the engine's
-        own thread (`refuse_to_wait("Engine.generate")`), and what `request` and `submit` raise. Later events
-        raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+        Nothing happens until the first event is requested. That first request raises `WrongThreadError` in
+        the engine's own thread (`refuse_to_wait("Engine.generate")`), and what `request` and `submit` raise.
+        Later ones raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -235,57 +269,94 @@ class Engine:
             if not ended:
                 self._inbox.post(partial(self._loop.forget, [request]))
 
-    def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
-        """Show a watcher what is in the pool, then what each step changes; returns a function that ends this.
+    async def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestEvent, None]:
+        """Answer a conversation: the events of `generate`, for the prompt that `LLM.chat` would make.
 
-        watcher: called in the engine's thread; it must return at once. Once it has raised, it is removed.
-        The pool is compared only while there is a watcher. Raises ValueError where the manager has no blocks,
-        TypeError for what cannot be called.
+        Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
+        context has left. The other arguments: see `ChatOptions`. Leaving the loop early cancels the request.
+
+        Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
+        conversation, ValueError if the model has no chat template, and what `generate` raises.
+        """
+        self.refuse_to_wait("Engine.chat")
+        options = ChatOptions(
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+        )
+        tokens = await asyncio.to_thread(self._chat_prompts.encode, messages, options)
+        chosen = self._chat_params(params, len(tokens))
+        async with aclosing(self.generate(tokens, chosen, request_id=request_id)) as events:
+            async for event in events:
+                yield event
+
+    def watch_blocks(self, watcher: PoolListener) -> Callable[[], Future[None]]:
+        """Call a watcher with the content of the pool, then with the changes of each step.
+
+        Returns a function that removes the watcher. watcher: called in the engine's thread; it must return
+        quickly, and is removed if it raises. Changes are tracked only while there is a watcher. Raises
+        ValueError if the batch manager has no blocks, TypeError if the watcher is not callable.
         """
         _check_callable("watcher", watcher)
-        listener = partial(watcher)  # an object of this call's own: one watcher may watch twice
+        listener = partial(watcher)  # a new object, because one watcher may be added twice
         self.call(partial(self._loop.watch, listener))
         return lambda: self._inbox.post(partial(self._loop.unwatch, listener))
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Refuse new requests, and return when all that were accepted have ended.
+        """Reject new requests, and return when all accepted requests have ended.
 
-        timeout: in seconds; then those that have not ended are cancelled. None: however long it takes.
+        timeout: seconds after which unfinished requests are cancelled; None: no limit.
         """
         self.refuse_to_wait("Engine.drain", "start_draining")
         await asyncio.wrap_future(self.start_draining(timeout))
 
     def start_draining(self, timeout: float | None = None) -> Future[None]:
-        """`drain` for threads: returns at once, a future that is done when all have ended."""
+        """`drain` for threads: returns at once a future that is done when all requests have ended."""
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
             raise TypeError(f"timeout must be a number of seconds or None, not {shown(timeout)}")
         drained: Future[None] = Answer(self._inbox)
 
-        def tell(posted: Future[None]) -> None:
+        def on_posted(posted: Future[None]) -> None:
             error = posted.exception()
             if isinstance(error, EngineStoppingError):
                 resolve(drained, None)
             elif error is not None:
                 fail(drained, error)
 
-        self._inbox.post(partial(self._loop.drain, timeout, drained)).add_done_callback(tell)
+        self._inbox.post(partial(self._loop.drain, timeout, drained)).add_done_callback(on_posted)
         return drained
 
     def stop(self) -> None:
-        """Cancel all requests and end the thread; returns when it has ended. New requests are refused.
+        """Cancel all requests and end the thread; returns when it has ended. New requests are rejected.
 
-        In the engine's own thread it returns at once, and the thread ends after the present iteration.
+        A second call does nothing. In the engine's own thread `stop` returns at once, and the thread ends
+        after the current iteration.
         """
         self._inbox.post(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def close(self) -> None:
+        """Stop the engine and free its KV pool. Raises `WrongThreadError` in the engine's own thread."""
+        if self._inbox.is_mine:
+            self.refuse_to_wait("Engine.close", "stop")
+        self.stop()
+        self._loop.free_core()
+
     async def __aenter__(self) -> Self:
-        """The engine runs already."""
+        """The engine itself, which is already running."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop it, without holding up the event loop."""
+        """Stop the engine without blocking the event loop."""
         if self._inbox.is_mine:
             self.stop()
         else:
@@ -293,71 +364,94 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """How full it was after the last step; never waits."""
+        """The engine's load after the last step; never waits."""
         return self._loop.stats
 
     @property
     def step_times(self) -> tuple[StepTime, ...]:
-        """How long the last steps took, the latest last; never waits."""
+        """The times of the most recent steps, the latest last; never waits."""
         return tuple(self._loop.step_times)
 
     @property
     def refusal(self) -> Exception | None:
-        """What a new request would be refused with, whatever it is; None while the engine takes requests."""
+        """The error that any new request would get now; None while the engine takes requests."""
         return None if self._loop.refusal is None else self._loop.refusal()
 
     @property
     def core(self) -> EngineCore:
-        """The engine's inside, to be looked at while nothing runs; what changes it goes through `call`."""
+        """The core, for reading while nothing runs; change it only through `call`.
+
+        Raises `EngineStoppingError` after `close`, which frees it.
+        """
+        if not hasattr(self._loop, "core"):
+            raise EngineStoppingError("the engine has been closed")
         return self._loop.core
 
+    @property
+    def is_forked(self) -> bool:
+        """True in a process that was forked from the engine's process."""
+        return self._inbox.forked() is not None
+
     def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
-        """Refuse a call that waits for the engine where it would wait for ever.
+        """Raise if a call would wait for the engine forever; call, instead: as in `Inbox.refuse_to_wait`.
 
         Raises `WrongThreadError` in the engine's own thread, `ForkedProcessError` in a forked process.
         """
         self._inbox.refuse_to_wait(call, instead)
 
     def check_token_ids(self, tokens: Seq[int]) -> list[int]:
-        """Token ids as a list of ints. Raises ValueError for what is none, or is outside the vocabulary."""
-        tokens = token_list(tokens, "token ids")
+        """Token ids as a list of ints. Raises ValueError for other values and ids outside the vocabulary."""
+        tokens = token_list(tokens, "token_ids")
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
             bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
             raise ValueError(f"token id {shown(bad)} is outside the vocabulary (0 to {self._vocab_size - 1})")
         return tokens
 
+    def _chat_params(self, params: SamplingParams | None, num_prompt_tokens: int) -> SamplingParams:
+        """The parameters of a chat answer to a prompt of so many tokens; None: the engine's defaults."""
+        if params is None:
+            return self._fitted(self._defaults.for_chat(), num_prompt_tokens)
+        return _checked(params, SamplingParams).for_chat()
+
+    def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """The default parameters; a `max_tokens` that the model recommends is cut to what the context has."""
+        if params.leaves_out_max_tokens or self._max_model_len is None:
+            return params
+        return fit_to_context(params, num_prompt_tokens, self._max_model_len)
+
     def _name(self, request_id: str | None) -> str:
-        """The id of a new request. Raises ValueError for what cannot be one."""
+        """The id of a new request. Raises ValueError for an invalid one."""
         if request_id is None:
             return next(self._request_ids)
-        if not isinstance(request_id, str) or not 0 < len(request_id) <= MOST_ID_CHARACTERS:
-            limits = f"a text of 1 to {MOST_ID_CHARACTERS} characters"
+        if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARACTERS:
+            limits = f"a string of 1 to {MAX_ID_CHARACTERS} characters"
             raise ValueError(f"request_id must be {limits}, not {shown(request_id)}")
         return str.__str__(request_id)
 
     def _submittable(self, requests: Seq[Request], deliver: Listener) -> Seq[Request]:
-        """Requests as a sequence of their own. Raises TypeError for what is none, or cannot be called."""
+        """The requests as a tuple. Raises TypeError for other values, or if `deliver` is not callable."""
         if (refusal := self._inbox.forked()) is not None:
             raise refusal
         if not isinstance(requests, Seq):
             raise TypeError(f"requests must be a list, not {shown(requests)}")
         for place, request in enumerate(requests):
             if not isinstance(request, Request):
-                expected = "come from `request` or `search`"
+                expected = "be made by `request` or `search`"
                 raise TypeError(f"requests[{place}] must {expected}, not {shown(request)}")
         _check_callable("deliver", deliver)
         return tuple(requests)
 
     def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
+        """Raise `SamplingParamsError` for a field with a token id outside the vocabulary."""
         last = self._vocab_size - 1
         for token in tokens:
             if token > last:
                 raise SamplingParamsError(f"{name} must be in the vocabulary (0 to {last}), not {token}")
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt, all of them in the vocabulary, and no more than may ever run."""
+        """The token ids of a prompt. Raises for ids outside the vocabulary and for too many tokens."""
         context = self._max_model_len
-        with fitting():
+        with prompt_length_errors():
             if isinstance(prompt, str):
                 return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
             check_length(len(prompt), context)
@@ -365,7 +459,7 @@ class Engine:
 
 
 def _checked(params: T | None, kind: type[T], default: T | None = None) -> T:
-    """Parameters of the right kind. Raises ValueError for any other value."""
+    """The parameters, or the default for None. Raises ValueError if they are not of the right class."""
     params = default if params is None else params
     if not isinstance(params, kind):
         raise ValueError(f"params must be {kind.__name__}, not {shown(params)}")
@@ -378,11 +472,11 @@ def _check_callable(name: str, value: object) -> None:
 
 
 def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) -> threading.Thread:
-    """Start the engine's thread; it is returned when the core is made. Raises what `make_core` raises."""
+    """Start the engine's thread and return it once the core is made. Raises what `make_core` raises."""
     prepare_to_compute()
     ready = inbox.post(partial(loop.begin, make_core))
     thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
-    with needing("the engine's thread"), _stack_of(ENGINE_STACK):
+    with requiring("the engine's thread"), _stack_of(ENGINE_STACK):
         thread.start()
     note_engine()
     try:
@@ -391,13 +485,13 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
         inbox.post(loop.stop)
         raise
     finally:
-        del ready  # it holds what it raises, which holds this frame
+        del ready  # breaks a reference cycle: the future's error holds this frame
     return thread
 
 
 @contextmanager
 def _stack_of(nbytes: int) -> Iterator[None]:
-    """Threads that start in this block have a stack of so many bytes."""
+    """Give threads that start in this block a stack of so many bytes."""
     usual = threading.stack_size(nbytes)
     try:
         yield
@@ -406,7 +500,7 @@ def _stack_of(nbytes: int) -> Iterator[None]:
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
-    """End the thread of an engine that is forgotten; also at exit, where it must not be cut off in a step."""
+    """End the thread of a garbage-collected engine; also at exit, which must not interrupt a step."""
     inbox.post(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(EXIT_SECONDS)

@@ -1,4 +1,4 @@
-"""How the engine runs a model: sizes, limits and policies. Frozen; a misspelled option is an error."""
+"""The engine's configuration: sizes, limits and policies. Frozen; an unknown option is an error."""
 
 import os
 from bisect import bisect_right
@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
+from tiny_llm_checkpoints.sizes import shown_bytes
 
-from .errors import is_whole
+from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
 
 GIB = 1024**3
@@ -19,7 +20,7 @@ COMPUTE_DTYPES = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
-MOST = 2**62  # of any number: what is counted in the kernels fits 64 bits
+MAX_NUMBER = 2**62  # of any number, so that counts in the kernels fit into 64 bits
 _OPTIONAL = (
     "num_blocks",
     "min_num_blocks",
@@ -44,41 +45,41 @@ _NAMES = ("dtype", "kv_cache_dtype", "preemption_mode", "batching")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How to serve: sizes, limits and policies. Every field has a default that works.
+    """Sizes, limits and policies. Every field has a default that works.
 
-    Numbers are whole numbers (numpy's too), sizes are in bytes. Raises `ConfigError` for any other value.
+    Numbers are integers (numpy's too); sizes are in bytes. Raises `ConfigError` for any other value.
 
     block_size: tokens in one block of the KV pool.
-    num_blocks: blocks in the pool; None derives it from `kv_cache_memory`.
-    kv_cache_memory: bytes for the pool when `num_blocks` is None; None means half a gibibyte, or
-        less where `max_num_seqs` sequences of the longest context need less.
-    max_num_seqs: sequences that run in one step (each of `n` counts).
-    max_num_waiting: requests that may wait at once before the next is turned away; None: any number.
+    num_blocks: blocks in the pool; None: derived from `kv_cache_memory`.
+    kv_cache_memory: bytes for the pool if `num_blocks` is None; None: 512 MiB, or less if `max_num_seqs`
+        sequences of the longest context need less.
+    max_num_seqs: sequences that run in one step; each of a request's `n` completions counts.
+    max_num_waiting: requests that may wait before further ones are rejected; None: any number.
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
-    max_model_len: longest prompt + output in tokens; None means the model's own limit, or what the pool
-        holds where that is less.
-    dtype: what is computed in: "auto" is "float32", as everything between quantized weights and pages is;
-        weights stay in the type that their file has.
-    kv_cache_dtype: how keys and values are stored.
-    activation_bits: what the compiled kernels round activations to where weights are quantized: 16 says what
-        float32 says; 8 costs some accuracy, as in other engines, and computes prompts and batches up to twice
-        as fast. README.md, "How fast, how exact", has both.
-    min_num_blocks: blocks that the pool begins with; it doubles while pages are short, and halves while three
-        quarters of it are idle, giving the memory back. None: all blocks are there from the start.
-    enable_prefix_caching: keep full blocks when their sequences have ended, so that a prompt that begins like
-        an earlier one is not computed again; they are given up, least recently used first, when pages are
-        short.
-    preemption_mode: what happens when pages run out. The newest sequence gives its pages up, and gets them
-        back when it is its turn: "recompute" computes them again, "swap" copies them to the host and back,
-        and computes where the host has no room. "none" admits a request only when its whole life fits.
-    swap_space: bytes on the host for preemption_mode="swap"; None: as many as the pool has.
-    batching: where keys and values live: "paged" in blocks that sequences take as they grow and share;
-        "dense" in one contiguous cache of `max_model_len` tokens a sequence, as many as fit into the same
-        bytes: the baseline.
-    seed: source of the seeds of requests that bring none.
-    generation_config: which sampling parameters apply where a caller leaves them out. "auto": those that the
-        model's files recommend (generation_config.json, general.sampling of a GGUF); "vllm": the engine's
-        own; otherwise a folder with a generation_config.json.
+    max_model_len: longest prompt + output in tokens; None: the model's own limit, or the capacity of the pool
+        if that is less.
+    dtype: the type of computations between quantized weights and the KV pool; "auto" is "float32". Weights
+        stay in the type that their file has.
+    kv_cache_dtype: the type in which keys and values are stored.
+    activation_bits: the bits that the compiled kernels round activations to if weights are quantized. 16
+        gives the accuracy of float32; 8 loses some accuracy, as in other engines, and computes prompts and
+        batches up to twice as fast. benches/RESULTS.md has figures for both.
+    min_num_blocks: the initial number of blocks. The pool doubles when pages run short, and halves when three
+        quarters of it are idle, which frees the memory. None: all blocks are allocated at the start.
+    enable_prefix_caching: keep full blocks of sequences that have ended, so that requests that share a prefix
+        reuse its KV blocks. When pages run short, the least recently used blocks are evicted.
+    preemption_mode: what happens when pages run out. The newest sequence is preempted, and its KV cache is
+        restored later: "recompute" computes it again; "swap" copies it to host memory and back, and
+        recomputes it if the host memory is full. "none" never preempts: it admits a request only when its
+        longest possible output fits.
+    swap_space: bytes of host memory for preemption_mode="swap"; None: as many as the pool has.
+    batching: how keys and values are stored. "paged": in blocks, which sequences allocate as they grow, and
+        share. "dense", the baseline: one contiguous cache of `max_model_len` tokens for each sequence, as
+        many as fit into the same bytes.
+    seed: the source of seeds for requests that have none.
+    generation_config: the source of the sampling parameters that a caller leaves out. "auto": the model's
+        recommendation (generation_config.json, general.sampling of a GGUF file, or a table for the packaged
+        models); "vllm": the engine's own defaults; otherwise a folder with a generation_config.json.
     """
 
     block_size: int = 16
@@ -110,7 +111,7 @@ class EngineConfig:
         self._check_number("activation_bits", least=min(ACTIVATION_BITS))
         for name in _NAMES:
             if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"{name} must be a text, not {shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be a string, not {shown(getattr(self, name))}")
         if not isinstance(self.enable_prefix_caching, bool):
             value = shown(self.enable_prefix_caching)
             raise ConfigError(f"enable_prefix_caching must be True or False, not {value}")
@@ -121,7 +122,7 @@ class EngineConfig:
             )
         self._check_min_num_blocks()
         if self.swap_space is not None and self.preemption_mode != "swap":
-            raise ConfigError(f"swap_space ({self.swap_space}) is for preemption_mode='swap'")
+            raise ConfigError(f"swap_space ({shown_bytes(self.swap_space)}) is for preemption_mode='swap'")
         _one_of("dtype", self.dtype, COMPUTE_DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
@@ -129,21 +130,21 @@ class EngineConfig:
         _one_of("batching", self.batching, BATCHING)
 
     def _check_number(self, name: str, least: int) -> None:
-        """Refuse what is no whole number, or out of range; make an int of another kind of whole number."""
+        """Raise `ConfigError` unless a field is an integer in range; convert numpy's integers to int."""
         value = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return
-        if not is_whole(value):
+        if not is_integer(value):
             none = " or None" if name in _OPTIONAL else ""
             raise ConfigError(f"{name} must be a whole number{none}, not {shown(value)}")
         number = index(value)
-        if not least <= number <= MOST:
-            limit = f"at least {least}" if number < least else f"at most {MOST}"
+        if not least <= number <= MAX_NUMBER:
+            limit = f"at least {least}" if number < least else f"at most {MAX_NUMBER}"
             raise ConfigError(f"{name} must be {limit}, not {shown(value)}")
         object.__setattr__(self, name, number)
 
     def _check_min_num_blocks(self) -> None:
-        """Refuse a beginning that is larger than the whole, or of a pool that does not grow."""
+        """Raise `ConfigError` if `min_num_blocks` exceeds `num_blocks`, or if the pool cannot grow."""
         least, most = self.min_num_blocks, self.num_blocks
         if least is not None and self.batching == "dense":
             raise ConfigError(f"min_num_blocks ({least}) is for a pool of pages: batching='dense' has none")
@@ -152,7 +153,7 @@ class EngineConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
-        """Build from keyword options; an unknown one raises `ConfigError` with the known names."""
+        """Make a configuration from keyword options. Raises `ConfigError` for an unknown name."""
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
@@ -160,25 +161,25 @@ class EngineConfig:
         return cls(**options)
 
     def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Blocks of the pool for `model`, from `num_blocks`, or from the bytes allowed for it.
+        """The number of blocks of the pool for `model`, from `num_blocks` or from its size in bytes.
 
-        Refuses a pool larger than the machine's memory, which no allocation would survive.
+        Raises `ConfigError` for a pool that is larger than the machine's memory.
         """
         block_bytes = self._block_bytes(model, bytes_per_value)
         blocks = self._wanted_blocks(model, block_bytes)
         if blocks * block_bytes > _memory_bytes():
             raise ConfigError(
-                f"a pool of {blocks} blocks takes {blocks * block_bytes} bytes; "
-                f"this machine has {_memory_bytes()}"
+                f"a pool of {blocks} blocks takes {shown_bytes(blocks * block_bytes)}; "
+                f"this machine has {shown_bytes(_memory_bytes())}"
             )
         return blocks
 
     def pool_bytes(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Bytes of the pool for `model`."""
+        """The size of the pool for `model`, in bytes."""
         return self.pool_blocks(model, bytes_per_value) * self._block_bytes(model, bytes_per_value)
 
     def swap_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Blocks on the host for what is preempted; 0 unless that is the mode."""
+        """Blocks in host memory for swapped-out sequences; 0 unless preemption_mode is "swap"."""
         if self.preemption_mode != "swap":
             return 0
         if self.swap_space is None:
@@ -186,18 +187,22 @@ class EngineConfig:
         block_bytes = self._block_bytes(model, bytes_per_value)
         if self.swap_space < block_bytes or self.swap_space > _memory_bytes():
             raise ConfigError(
-                f"swap_space of {self.swap_space} bytes must hold a block, which takes {block_bytes}, "
-                f"and fit into this machine's {_memory_bytes()}"
+                f"swap_space ({shown_bytes(self.swap_space)}) must be at least one block "
+                f"({shown_bytes(block_bytes)}) and at most this machine's memory "
+                f"({shown_bytes(_memory_bytes())})"
             )
         return self.swap_space // block_bytes
 
     def dense_slots(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Contiguous caches of the longest sequence that fit into the bytes of the pool, at least one."""
+        """Contiguous caches of `max_model_len` tokens that fit into the bytes of the pool; at least one."""
         tokens = self.pool_blocks(model, bytes_per_value) * self.block_size
         return min(tokens // self.model_len(model, bytes_per_value), self.max_num_seqs)
 
     def wanted_len(self, model: ModelConfig) -> int:
-        """The longest prompt + output in tokens, if the pool holds it; refuses more than the model's own."""
+        """The longest prompt + output in tokens that is wanted, whether or not the pool can hold it.
+
+        Raises `ConfigError` if `max_model_len` exceeds the model's own limit.
+        """
         limit = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > limit:
             raise ConfigError(
@@ -206,9 +211,9 @@ class EngineConfig:
         return self.max_model_len or limit
 
     def model_len(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """The longest prompt + output in tokens, which the pool holds.
+        """The longest prompt + output in tokens that the pool can hold.
 
-        Refuses a `max_model_len` beyond the model's own limit, or beyond the pool.
+        Raises `ConfigError` if `max_model_len` exceeds the model's own limit or the pool's capacity.
         """
         wanted, blocks = self.wanted_len(model), self.pool_blocks(model, bytes_per_value)
         fits = bisect_right(range(1, wanted + 1), blocks, key=partial(self._most_blocks, model))
@@ -232,21 +237,21 @@ class EngineConfig:
             blocks = self.kv_cache_memory // block_bytes
             if blocks < 1:
                 raise ConfigError(
-                    f"kv_cache_memory of {self.kv_cache_memory} bytes holds no block: "
-                    f"one block of {self.block_size} tokens takes {block_bytes} bytes"
+                    f"kv_cache_memory ({shown_bytes(self.kv_cache_memory)}) is less than one block of "
+                    f"{self.block_size} tokens, which takes {shown_bytes(block_bytes)}"
                 )
             return blocks
         of_longest = self._most_blocks(model, self.wanted_len(model))
         return max(1, min(GIB // 2 // block_bytes, self.max_num_seqs * of_longest))
 
     def _most_blocks(self, model: ModelConfig, num_tokens: int) -> int:
-        """Blocks that a sequence may hold at once on its way to so many tokens."""
+        """The most blocks that a sequence may hold at once while it grows to so many tokens."""
         groups = group_layers(model.windows)
-        return sum(g.most_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
+        return sum(g.max_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
 
 
 def _memory_bytes() -> int:
-    """This machine's memory."""
+    """The size of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

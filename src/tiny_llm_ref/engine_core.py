@@ -1,7 +1,7 @@
-"""Requests in, tokens out: the loop around a batch manager. Schedule, run, sample, commit.
+"""Requests in, tokens out: each step of a batch manager is scheduled, run, sampled and committed.
 
-Knows token ids and nothing of text; has no thread of its own and never prints. One thread owns it,
-because it owns every array.
+Works with token ids, never with text; does not start threads and never prints. One thread owns the core,
+because the core owns every array.
 """
 
 from collections.abc import Iterator
@@ -14,28 +14,28 @@ import mlx.core as mx
 from .batch_manager import BatchManager
 from .beam_search import BeamSearch, BeamSearchParams
 from .errors import ends_process
-from .faults import Failure, Trials
+from .faults import Failure, FaultIsolation
 from .paged_batch import PagedBatchManager
 from .paged_queues import BeamStep
 from .sampler import log_probabilities
 from .sampling_params import SamplingParams
 from .sequence import Sequence, completion_ids
 from .step import StepLogits
-from .token_output import TokenOutput, choose_token, likeliest, note_prompt_logprobs, tell
+from .token_output import TokenOutput, choose_token, likeliest, make_output, record_prompt_logprobs
 
-STEP_SIZES = 16  # powers of two that steps are counted by: up to 16,384 tokens, then all larger ones
+STEP_SIZES = 16  # buckets of the histogram of steps: powers of two up to 16,384 tokens, then all larger ones
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How full the engine is, in sequences and blocks, and what it has met so far.
+    """How full the engine is, in sequences and blocks, and counts since it started.
 
-    num_swapped: of those that wait, how many have their keys and values on the host. num_cached_blocks:
-    blocks that nobody uses, kept because their tokens may come again. prefix_cache_queries,
-    prefix_cache_hits: prompt tokens of requests that have begun, and those of them that were in the pool
-    already. num_host_blocks: room on the host for what is swapped out. num_tokens: tokens computed in all
-    steps. steps_of: how many steps computed up to 1, 2, 4, 8, ... tokens, and more than the power before.
-    num_waiting_requests: requests that have a waiting sequence.
+    num_swapped: waiting sequences whose keys and values are in host memory. num_cached_blocks: idle blocks
+    that the prefix cache keeps, because their tokens may come again. prefix_cache_queries: prompt tokens of
+    requests that have started; prefix_cache_hits: those that were found in the pool. num_host_blocks:
+    capacity of the host memory for swapped-out blocks. num_tokens: tokens computed in all steps. steps_of:
+    a histogram: how many steps computed 1 token, 2, 3 to 4, 5 to 8, ... tokens. num_waiting_requests:
+    requests that have a waiting sequence.
     """
 
     num_running: int
@@ -55,17 +55,17 @@ class EngineStats:
 
 @dataclass
 class _Searching:
-    """A search, and the candidates of those of its beams that were computed since it last advanced."""
+    """A search, and the candidates of the beams that were computed since it last advanced, by sequence id."""
 
     search: BeamSearch
     candidates: dict[str, list[tuple[int, float]]]
 
 
 class EngineCore:
-    """Steps a batch manager, samples each ready sequence, and ends those that are done.
+    """Steps a batch manager, samples each ready sequence, and ends the sequences that are finished.
 
-    A step that raises is undone, and who is to blame is found (`Trials`): that request has failed, and the
-    others go on as if nothing had happened.
+    A step that raises is undone, and the request that caused it is found (`FaultIsolation`) and fails; the
+    others continue as if nothing had happened.
     """
 
     def __init__(self, manager: BatchManager, eos_token_ids: Seq[int], seed: int = 0) -> None:
@@ -78,13 +78,12 @@ class EngineCore:
         self._searches: dict[str, _Searching] = {}
         self._failures: dict[str, Failure] = {}
         self._ended_searches: list[str] = []
-        self._trials = Trials(manager)
+        self._faults = FaultIsolation(manager)
 
     def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
-        """Queue a request; False when it cannot be queued now, an error when it never can.
+        """Queue a request; False if it cannot be queued now. Raises ValueError if it can never be queued.
 
-        A request without a seed gets one here, from the engine's seed and its place in the order of
-        arrival.
+        A request without a seed gets one here, from the engine's seed and the request's arrival number.
         """
         if params.priority and not isinstance(self.manager, PagedBatchManager):
             raise ValueError(f"priority ({params.priority}) is for batching='paged'")
@@ -94,9 +93,9 @@ class EngineCore:
         return queued
 
     def add_beam_search(self, request_id: str, tokens: list[int], params: BeamSearchParams) -> BeamSearch:
-        """Queue a beam search; what is returned advances with the engine's steps, and is over without beams.
+        """Queue a beam search; the returned search advances with the engine's steps until it has no beams.
 
-        Raises ValueError where the batch manager cannot share pages, and what its `add_request` raises.
+        Raises ValueError if the batch manager cannot share pages, and what its `add_request` raises.
         """
         if not isinstance(self.manager, PagedBatchManager):
             raise ValueError("beam search shares pages between beams: it needs batching='paged'")
@@ -111,58 +110,58 @@ class EngineCore:
         return search
 
     def step(self) -> list[TokenOutput]:
-        """Run one step; its outputs, one token each, at most one for each running sequence.
+        """Run one step; returns its outputs, one token each, at most one for each running sequence.
 
-        Never raises for what a request or the step did: see `take_failures`.
+        Errors of requests and of the step are not raised: see `take_failures`.
         """
-        self._trials.begin_step()
+        self._faults.prepare_step()
         try:
             logits = self.manager.process_batch()
-        except BaseException as error:  # whatever a kernel, an allocation, a policy or a library raised
+        except BaseException as error:  # from a kernel, an allocation, a policy or a library
             if ends_process(error):
                 raise
-            guilty = self._trials.blame(error)
-            if guilty is not None:
-                self._fail(guilty, error)
+            culprit = self._faults.find_culprit(error)
+            if culprit is not None:
+                self._fail(culprit, error)
             return []
         self._count(logits.num_tokens)
-        self._trials.passed({sequence.request_id for sequence in self._ready(logits)})
-        self._note_prompt_logprobs(logits)
+        self._faults.step_succeeded({sequence.request_id for sequence in self._ready(logits)})
+        self._record_prompt_logprobs(logits)
         outputs = self._sample(logits)
         self._advance_searches(logits)
         return [output for output in outputs if self._commit(output)]
 
     def take_failures(self) -> list[Failure]:
-        """The requests that have ended with an error since this was last asked."""
+        """The requests that have failed since the last call."""
         failures, self._failures = self._failures, {}
         return list(failures.values())
 
     def take_ended_searches(self) -> list[str]:
-        """The beam searches that have come to their end since this was last asked."""
+        """The ids of the beam searches that have ended since the last call."""
         ended, self._ended_searches = self._ended_searches, []
         return ended
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence, for a reason that is not its token's (a stop string)."""
+        """End one sequence for a reason that its tokens do not show (a stop string)."""
         self.manager.finish(seq_id)
 
     def cancel(self, request_id: str) -> None:
-        """End a request, whatever its state; an unknown or ended id is ignored."""
+        """End a request in any state; ignores an unknown or ended id."""
         self._searches.pop(request_id, None)
         self.manager.cancel(request_id)
 
     def has_request(self, request_id: str) -> bool:
-        """True while a request has not ended."""
+        """True until the request has ended."""
         return self.manager.has_request(request_id)
 
     @property
     def has_work(self) -> bool:
-        """True while a request has not ended."""
+        """True while any request has not ended."""
         return self.manager.has_work
 
     @property
     def stats(self) -> EngineStats:
-        """A snapshot."""
+        """A snapshot of the engine's load and counters."""
         manager, capacity = self.manager, self.manager.capacity
         return EngineStats(
             num_running=len(manager.running),
@@ -180,43 +179,43 @@ class EngineCore:
             num_waiting_requests=manager.num_waiting_requests,
         )
 
-    # What a step gave. Who raises here has failed alone.
+    # The results of a step. An error here fails only its own request.
 
     def _count(self, num_tokens: int) -> None:
-        """A step has computed so many tokens."""
+        """Count a step that computed so many tokens."""
         if num_tokens:
             self._num_tokens += num_tokens
             self._steps_of[min((num_tokens - 1).bit_length(), STEP_SIZES - 1)] += 1
 
     def _ready(self, logits: StepLogits) -> list[Sequence]:
-        """The sequences that have logits, and whose request has not failed."""
+        """The sequences that have logits and whose request has not failed."""
         return [self.manager.sequence(seq_id) for seq_id in logits if self.manager.has_sequence(seq_id)]
 
-    def _note_prompt_logprobs(self, logits: StepLogits) -> None:
-        """Take down the log-probabilities of the prompt tokens that this step's rows are about."""
+    def _record_prompt_logprobs(self, logits: StepLogits) -> None:
+        """Record the log-probabilities of the prompt tokens for which this step has rows."""
         for seq_id, rows in logits.prompt_rows.items():
             sequence = self.manager.sequence(seq_id)
             with self._blaming(sequence.request_id):
                 assert logits.rows is not None
-                note_prompt_logprobs(sequence, (logits.rows[row] for row in rows))
+                record_prompt_logprobs(sequence, (logits.rows[row] for row in rows))
 
     def _sample(self, logits: StepLogits) -> list[TokenOutput]:
-        """Choose every ready sequence's token; all are evaluated together, where that works."""
+        """Choose the next token of every ready sequence; all are evaluated together if that works."""
         choices = []
         for sequence in self._ready(logits):
             if sequence.request_id not in self._searches:
                 with self._blaming(sequence.request_id):
                     choices.append(choose_token(sequence, logits[sequence.seq_id], self._eos))
-        with suppress(Exception):  # whose fault it is shows when each is evaluated alone
+        with suppress(Exception):  # the faulty one is found below, when each is evaluated on its own
             mx.eval([(choice.token, choice.check) for choice in choices])
         outputs = []
         for choice in choices:
             with self._blaming(choice.sequence.request_id):
-                outputs.append(tell(choice, self._eos))
+                outputs.append(make_output(choice, self._eos))
         return outputs
 
     def _commit(self, output: TokenOutput) -> bool:
-        """Let a sequence have its token, and end if that is its last; False where its request has failed."""
+        """Append a token to its sequence; end the sequence with its last token. False: its request failed."""
         if self.manager.has_sequence(output.seq_id):
             with self._blaming(output.request_id):
                 self.manager.commit({output.seq_id: output.token})
@@ -226,16 +225,17 @@ class EngineCore:
         return False
 
     def _advance_searches(self, logits: StepLogits) -> None:
-        """Hand the likeliest tokens to the searches whose beams were computed; those that have all go on.
+        """Collect the likeliest tokens of the beams that were computed, and advance each complete search.
 
-        Beams of one search may be computed in different steps, when they were preempted: the others wait.
+        After a preemption, the beams of one search may be computed in different steps: the search waits for
+        all of them.
         """
         for sequence in self._ready(logits):
-            under_way = self._searches.get(sequence.request_id)
-            if under_way is None or not self.manager.has_sequence(sequence.seq_id):
+            searching = self._searches.get(sequence.request_id)
+            if searching is None or not self.manager.has_sequence(sequence.seq_id):
                 continue
             with self._blaming(sequence.request_id):
-                search, candidates = under_way.search, under_way.candidates
+                search, candidates = searching.search, searching.candidates
                 row = log_probabilities(logits[sequence.seq_id])
                 candidates[sequence.seq_id] = likeliest(row, search.num_candidates)
                 if len(candidates) == len(search.beams):
@@ -244,7 +244,7 @@ class EngineCore:
     def _advance(
         self, request_id: str, search: BeamSearch, candidates: dict[str, list[tuple[int, float]]]
     ) -> None:
-        """Let a search go on from its beams' candidates, or end."""
+        """Advance a search by its beams' candidates, or end it."""
         assert isinstance(self.manager, PagedBatchManager)
         ids = completion_ids(request_id, search.params.beam_width)[: len(search.beams)]
         choices = search.advance([candidates[seq_id] for seq_id in ids])
@@ -257,15 +257,15 @@ class EngineCore:
 
     @contextmanager
     def _blaming(self, request_id: str) -> Iterator[None]:
-        """A request has failed if the block raises."""
+        """Fail the request if the block raises."""
         try:
             yield
-        except BaseException as error:  # whatever it was
+        except BaseException as error:  # from a library, for example
             if ends_process(error):
                 raise
             self._fail(request_id, error)
 
     def _fail(self, request_id: str, error: BaseException) -> None:
-        """End a request with an error, once."""
+        """End a request with an error; a second error of the same request is ignored."""
         self._failures.setdefault(request_id, Failure(request_id, error))
         self.cancel(request_id)

@@ -1,8 +1,7 @@
-"""The named errors of the engine; those of a model's files are in `tiny_llm_checkpoints.errors`.
+"""The named errors of the engine; errors about a model's files are in `tiny_llm_checkpoints.errors`.
 
-Each message names the offending value and the limit.
-Errors that a caller can cause are also `ValueError`s, so that `except ValueError` at a front door
-catches every refusal. Nothing past a raised error is half-done: what raised changed nothing.
+Each message names the offending value and the limit. Errors that a caller can cause are also `ValueError`s,
+so that a front end can catch all of them with `except ValueError`. A call that raises has changed nothing.
 """
 
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from tiny_llm_checkpoints.errors import PromptTooLongError, TinyLLMError
 
 
 class OutOfBlocksError(TinyLLMError):
-    """The pool has fewer free blocks than were asked for. Nothing was allocated."""
+    """The pool has fewer free blocks than requested. Nothing was allocated."""
 
 
 class StuckRequestError(OutOfBlocksError):
-    """A request waits for pages that nobody is left to give back."""
+    """A request waits for pages that no other request will ever free."""
 
     def __init__(self, message: str, request_id: str) -> None:
         super().__init__(message)
@@ -26,21 +25,21 @@ class StuckRequestError(OutOfBlocksError):
 
 
 class NotANumberError(TinyLLMError):
-    """The model gave logits that are not numbers: there is no next token."""
+    """The model's logits contain NaNs, so no token can be chosen."""
 
 
 class DoubleFreeError(TinyLLMError):
-    """A block was given back, or shared, that nobody holds."""
+    """A block that is already free was freed or shared."""
 
 
 class UnknownBlockError(TinyLLMError, ValueError):
-    """A block id lies outside the pool."""
+    """A block id is outside the pool."""
 
 
 class RequestTooLargeError(TinyLLMError, ValueError):
-    """A request could never run, however long it waited: refused at admission, with the figures.
+    """A request is too large to ever run; raised at admission, with the numbers.
 
-    field: the parameter that is too large; None: the prompt, alone or with its outputs.
+    field: the parameter that is too large; None: the prompt, or prompt and output together.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -49,17 +48,18 @@ class RequestTooLargeError(TinyLLMError, ValueError):
 
 
 class DuplicateRequestError(TinyLLMError, ValueError):
-    """A request id is in use by a request that has not ended."""
+    """The request id belongs to a request that has not ended."""
 
 
 class QueueFullError(TinyLLMError):
-    """As many requests wait as may: refused at once, with the figures. Later there may be room."""
+    """The queue of waiting requests is full; the message has the numbers. The client may try again later."""
 
 
 class RequestFailedError(TinyLLMError):
-    """A request has failed as a whole, and not by its caller's fault; `__cause__` has the error.
+    """A whole request has failed through no fault of the caller; `__cause__` has the error.
 
-    Other requests go on. Where only some completions of a request fail, they end with the reason "error".
+    Other requests continue. If only some completions of a request fail, these end with finish_reason "error",
+    and this error is not raised.
     """
 
     def __init__(self, message: str, request_id: str) -> None:
@@ -68,19 +68,19 @@ class RequestFailedError(TinyLLMError):
 
 
 class EngineStoppingError(TinyLLMError):
-    """The engine takes no more requests: it drains, or has been stopped."""
+    """The engine takes no more requests, because it drains, or has been stopped or closed."""
 
 
 class WrongThreadError(TinyLLMError, RuntimeError):
-    """A call that waits for the engine was made in the engine's own thread, which would wait for itself."""
+    """A call that waits for the engine was made in the engine's own thread, and would wait forever."""
 
 
 class ForkedProcessError(TinyLLMError, RuntimeError):
-    """The engine is used in a process that was forked from its own: its threads do not exist there."""
+    """The engine was used in a forked process, in which its threads do not exist."""
 
 
 class EngineDeadError(TinyLLMError):
-    """The engine's thread has ended with an error that nobody foresaw; `__cause__` has it."""
+    """The engine's thread has ended with an unexpected error; `__cause__` has it."""
 
 
 class SamplingParamsError(TinyLLMError, ValueError):
@@ -88,34 +88,34 @@ class SamplingParamsError(TinyLLMError, ValueError):
 
 
 class OutOfResourcesError(TinyLLMError, MemoryError):
-    """The operating system gives no more memory or threads; the message names the purpose and the limits."""
+    """The operating system has no more memory or threads; the message has the purpose and the limits."""
 
 
-def is_whole(value: object) -> bool:
-    """True for a whole number: an int, or another library's; True and False are none."""
+def is_integer(value: object) -> bool:
+    """True for an int or another library's integer; False for a bool."""
     try:
         index(value)  # type: ignore[arg-type]
-    except Exception:  # a TypeError, or whatever the value's own method raised
+    except Exception:  # a TypeError, or an error in the value's own method
         return False
     return not isinstance(value, bool)
 
 
 def ends_process(error: BaseException) -> bool:
-    """True for Ctrl-C and `sys.exit`, which are meant for the process; in the main thread only."""
+    """True for Ctrl-C and `sys.exit` in the main thread, which are meant for the whole process."""
     return isinstance(error, (KeyboardInterrupt, SystemExit)) and current_thread() is main_thread()
 
 
 def described(error: BaseException) -> str:
-    """What an error says, or its type where it cannot say it. Never raises."""
+    """An error's message, or the name of its type if there is no message. Never raises."""
     try:
         return str(error) or type(error).__name__
-    except BaseException:  # whatever its own text raised
+    except BaseException:  # from its own __str__
         return type(error).__name__
 
 
 @contextmanager
-def fitting() -> Iterator[None]:
-    """A prompt that the tokenizer finds too long in this block is a request that is too large."""
+def prompt_length_errors() -> Iterator[None]:
+    """Turn `PromptTooLongError` in the block into `RequestTooLargeError`."""
     try:
         yield
     except PromptTooLongError as error:

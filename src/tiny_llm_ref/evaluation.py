@@ -1,4 +1,4 @@
-"""What a model makes of a text: the logits after each of its tokens, through pages like any request's."""
+"""Evaluate a model on a text: the logits after each of its tokens, through pages, as for a request."""
 
 from collections.abc import Sequence as Seq
 
@@ -13,13 +13,13 @@ from .paged_attention import BlockAllocator
 
 
 def text_logits(model: Model, token_ids: Seq[int], config: EngineConfig) -> mx.array:
-    """The logits [L, vocab_size] after each of L tokens, in float32, from a pool of their own.
+    """The logits [L, vocab_size] after each of L tokens, in float32; L is at least 1.
 
-    Computed in chunks of the step's token budget. L is at least 1.
+    Uses a temporary pool, and computes in chunks of `max_num_batched_tokens`.
     """
     chunk = config.max_num_batched_tokens
     layout = PageLayout(group_layers(model.config.windows), config.block_size, chunk)
-    num_blocks = layout.most_blocks(len(token_ids))
+    num_blocks = layout.max_blocks(len(token_ids))
     pool = KVPool.for_model(model.config, num_blocks, config.block_size, DTYPES[config.kv_cache_dtype])
     tables = layout.tables(BlockAllocator(num_blocks))
     rows = []

@@ -1,7 +1,7 @@
-"""Who is to blame for a step that raised: the requests that it was to compute are tried one by one.
+"""Find the request that made a step fail: retry the requests of the step one by one.
 
-Scheduling never changes the answer, so a request that is computed again, alone, gets what it would have got.
-Knows nothing of what went wrong.
+Scheduling never changes the answer, so a request that is computed again on its own gets the same tokens. The
+kind of error does not matter here.
 """
 
 from collections import deque
@@ -19,50 +19,50 @@ class Failure(NamedTuple):
     error: BaseException
 
 
-class Trials:
-    """Undoes failed steps of a batch manager, and runs each suspect alone until one fails or all have passed.
+class FaultIsolation:
+    """Undoes failed steps of a batch manager, and retries each suspect alone until one fails or all succeed.
 
-    Several requests that fail only together are thinned out: the last of them is blamed.
+    If requests fail only together, the last of them is ended; if the others still fail, so is the next.
     """
 
     def __init__(self, manager: BatchManager) -> None:
         self._manager = manager
         self._suspects: deque[str] = deque()
-        self._on_trial: str | None = None
-        self._found_nobody = False
+        self._isolated: str | None = None  # the suspect that runs alone
+        self._have_retried = False  # the requests of the last failed step were retried one by one
 
-    def begin_step(self) -> None:
-        """Let the next suspect run, quite alone, or everybody when there is none left."""
-        if not self._suspects or self._on_trial is not None:
+    def prepare_step(self) -> None:
+        """Let only the next suspect run; without suspects, let all requests run."""
+        if not self._suspects or self._isolated is not None:
             return
         self._manager.recover()
-        while self._on_trial is None and self._suspects:
+        while self._isolated is None and self._suspects:
             request_id = self._suspects.popleft()
-            self._on_trial = request_id if self._manager.has_request(request_id) else None
-        self._manager.isolate(self._on_trial)
+            self._isolated = request_id if self._manager.has_request(request_id) else None
+        self._manager.isolate(self._isolated)
 
-    def blame(self, error: BaseException) -> str | None:
-        """Undo a step that raised. The request that has to end, or None while several are suspected."""
+    def find_culprit(self, error: BaseException) -> str | None:
+        """Undo a step that raised. The request that must end, or None while there are several suspects."""
         computing = self._manager.recover()
         if isinstance(error, StuckRequestError):
             return error.request_id
-        if self._on_trial is not None:
-            guilty = self._on_trial
-            self._end_trial()
-            return guilty
-        if len(computing) == 1 or (computing and self._found_nobody):
-            self._found_nobody = False
+        if self._isolated is not None:
+            culprit = self._isolated
+            self._end_isolation()
+            return culprit
+        if len(computing) == 1 or (computing and self._have_retried):
+            self._have_retried = False
             return computing[-1]
-        self._suspects, self._found_nobody = deque(computing), True
+        self._suspects, self._have_retried = deque(computing), True
         return None
 
-    def passed(self, request_ids: Container[str]) -> None:
-        """A step has computed the last known tokens of these requests."""
-        if self._on_trial is None:
-            self._found_nobody = False
-        elif self._on_trial in request_ids or not self._manager.has_request(self._on_trial):
-            self._end_trial()
+    def step_succeeded(self, request_ids: Container[str]) -> None:
+        """A step has computed the last known tokens of these requests without an error."""
+        if self._isolated is None:
+            self._have_retried = False
+        elif self._isolated in request_ids or not self._manager.has_request(self._isolated):
+            self._end_isolation()
 
-    def _end_trial(self) -> None:
-        self._on_trial = None
+    def _end_isolation(self) -> None:
+        self._isolated = None
         self._manager.isolate(None)

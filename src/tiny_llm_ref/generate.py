@@ -1,8 +1,7 @@
-"""Text from a model, in the simplest way: compute the whole sequence again for every token, take the
-likeliest.
+"""Greedy generation in its simplest form: recompute the whole sequence for every new token.
 
-The cost grows with the square of the length, because each token pays for all tokens before it. The cache of
-keys and values (`kv_cache`) gives the same tokens without that.
+The cost grows with the square of the length, because each new token recomputes all tokens before it. The KV
+cache (`kv_cache`) gives the same tokens without that cost.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,13 +15,13 @@ from .model import Model
 
 
 def next_token(model: Model, tokens: Sequence[int]) -> int:
-    """Return the likeliest token after `tokens` (one or more), computed from nothing.
+    """Return the most likely token after `tokens` (one or more), without a cache.
 
-    Run the model once, on all tokens as one sequence [1, L] in int32, in a `NoCacheContext` of their number
-    and of `model.config.attention_scale`. Only the last token's logits are needed: set the context's
-    `logit_rows` (an mx.array of indices, here of one), because a row of logits is a whole vocabulary. The
-    model then answers [1, 1, vocab_size]. Of tokens with the same logit, return the one with the lowest id.
-    The result is a Python int, not an mx.array.
+    Run the model once, on all tokens as one sequence [1, L] of int32, with the context
+    `NoCacheContext(L, model.config.attention_scale)`. Only the last token's logits are needed, and one row of
+    logits has the size of the vocabulary, so set the context's `logit_rows` to an mx.array with one index,
+    L - 1. The model then returns [1, 1, vocab_size]. If several tokens have the highest logit, return the one
+    with the lowest id. The result is a Python int, not an mx.array.
 
     >>> from tiny_llm.loader import load_model
     >>> loaded = load_model(None)  # the embedded model
@@ -39,13 +38,13 @@ def next_token(model: Model, tokens: Sequence[int]) -> int:
 def generate(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
-    """Continue `tokens` with the likeliest token each time, and yield each as soon as it is known.
+    """Continue `tokens` greedily, and yield each new token as soon as it is computed.
 
-    Yields at most `max_tokens` new tokens, none for 0. An end token, one of `eos_token_ids`, is yielded too,
-    and is the last; one in the prompt ends nothing. The model is called once for each token that is yielded,
-    and not before that token is asked for, so a caller that stops early pays for nothing more. The caller's
-    `tokens` stay as they are. Raises ValueError for an empty prompt, at a `max_tokens` of 0 too, when the
-    first token is asked for.
+    Yields at most `max_tokens` new tokens, none for 0. A token of `eos_token_ids` ends the generation and is
+    yielded as the last token; one in the prompt has no effect. The model is called once for each token that
+    is yielded, when that token is requested, so a caller that stops early does not pay for more. The caller's
+    `tokens` are not changed. Raises ValueError for an empty prompt when the first token is requested, also
+    for a `max_tokens` of 0.
 
     >>> from tiny_llm.loader import load_model
     >>> loaded = load_model(None)  # the embedded model
@@ -64,13 +63,13 @@ def generate(
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of token ids that arrive one by one, in pieces that are final; no piece is empty.
+    """Decode token ids that arrive one by one, and yield the text in final pieces; no piece is empty.
 
-    A token is a few bytes, and a character may need several tokens. The detokenizer of `tokenizer.stream()`
-    holds the bytes of unfinished characters back: its `push(token)` returns the text that is final now, which
-    may be "", and after the last token its `flush()` returns what it still holds, which may be "" too. Yield
-    a piece as soon as the token that completes it has arrived, before you take the next token. Joined, the
-    pieces are the text of all tokens. Each call has a detokenizer of its own.
+    A token is a few bytes, and a character may need several tokens. `tokenizer.stream()` returns a
+    detokenizer that holds back the bytes of unfinished characters: `push(token)` returns the text that is
+    final now, which may be "", and after the last token `flush()` returns the rest, which may be "" too.
+    Yield each piece before you take the next token. The pieces together are the text of all tokens. Make a
+    new detokenizer in each call.
 
     >>> from tiny_llm.loader import load_model
     >>> tokenizer = load_model(None).tokenizer

@@ -1,4 +1,4 @@
-"""Sampling parameters that a model's author recommends: they apply where a caller leaves a parameter out."""
+"""Default sampling parameters: a model's recommended values, for parameters that a caller leaves out."""
 
 import os
 from dataclasses import replace
@@ -10,13 +10,13 @@ from tiny_llm_checkpoints.recommendation import FILE, Recommendation, Setting, o
 
 from .sampling_params import SamplingParams
 
-AUTO, NEUTRAL = "auto", "vllm"  # what the model's files say; the engine's own defaults
+AUTO, NEUTRAL = "auto", "vllm"  # the model's recommendation; the engine's own defaults
 
 Defaults = dict[str, Any]  # by the names of `SamplingParams`
 
 
 def defaults_of(recommended: Recommendation) -> Defaults:
-    """The sampling defaults. `ModelFileError` naming the field of a value that no request may have."""
+    """The defaults of a recommendation. Raises `ModelFileError`, with the field, for an invalid value."""
     with reading(recommended.file):
         for setting in recommended:
             _check(setting)
@@ -24,7 +24,7 @@ def defaults_of(recommended: Recommendation) -> Defaults:
 
 
 def of_other_folder(name: str) -> Recommendation:
-    """What the folder recommends that a caller names. `ModelFileError` where it has no such file."""
+    """The recommendation of a folder that a caller names. Raises `ModelFileError` if it is missing."""
     folder = Path(os.path.expanduser(name))
     if not os.path.isfile(folder / FILE):
         raise ModelFileError(
@@ -33,11 +33,11 @@ def of_other_folder(name: str) -> Recommendation:
     return of_folder(folder)
 
 
-def fitted(params: SamplingParams, num_prompt_tokens: int, context: int) -> SamplingParams:
-    """Parameters whose recommended `max_tokens` is no more than what the context has left after the prompt.
+def fit_to_context(params: SamplingParams, num_prompt_tokens: int, context: int) -> SamplingParams:
+    """The parameters, with `max_tokens` reduced to the tokens that the context has left after the prompt.
 
-    Only for a limit that the model recommends: one that a caller gives is refused where it does not fit. A
-    prompt that leaves nothing is refused as before.
+    Only for a limit that the model recommends; a caller's own limit that does not fit is an error. Parameters
+    for a prompt that leaves no tokens are returned as they are: the engine rejects that prompt.
     """
     left = context - num_prompt_tokens
     if params.max_tokens is None or params.max_tokens <= left or left < max(1, params.min_tokens):
@@ -46,7 +46,7 @@ def fitted(params: SamplingParams, num_prompt_tokens: int, context: int) -> Samp
 
 
 def _check(setting: Setting) -> None:
-    """Refuse a value that no request could have."""
+    """Raise ValueError for a value that no request may have."""
     try:
         SamplingParams.from_options(**{setting.field: setting.value})
     except (ValueError, OverflowError) as error:

@@ -1,7 +1,7 @@
-"""Tasks from other threads for the engine's: functions, run in order, each with a future of its answer.
+"""Tasks for the engine's thread: functions that other threads post, run in order, each with a future.
 
-Posting never waits and takes no lock, so a finalizer or a signal handler may post as well. No task is lost:
-it runs, or is refused once the inbox is closed. Knows nothing of what the tasks do.
+Posting never waits and takes no lock, so finalizers and signal handlers may post too. No task is lost: it
+runs, or its future raises once the inbox is closed.
 """
 
 import os
@@ -23,22 +23,22 @@ Refusal = Callable[[], TinyLLMError]
 
 
 class Answer(Future[T]):
-    """A future that refuses to be waited for where that would never end; elsewhere like any other."""
+    """A future that raises instead of waiting if the wait could never end."""
 
     def __init__(self, inbox: "Inbox") -> None:
         super().__init__()
         self._inbox = inbox
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the value, or raise what the task raised; may raise like `refuse_to_wait` before."""
+        """Wait for the value, or raise what the task raised. Raises as `Inbox.refuse_to_wait` if not done."""
         self._refuse_to_wait("result", timeout)
         try:
             return super().result(timeout)
         finally:
-            del self  # which holds what is raised, which holds this frame
+            del self  # breaks a reference cycle: self -> the error -> its traceback -> this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`. Raises what `Inbox.refuse_to_wait` raises while it is not done."""
+        """As `Future.exception`. Raises as `Inbox.refuse_to_wait` if not done."""
         self._refuse_to_wait("exception", timeout)
         return super().exception(timeout)
 
@@ -48,14 +48,17 @@ class Answer(Future[T]):
 
 
 class Task(NamedTuple, Generic[T]):
-    """A function to run in the engine's thread, and the future that gets its value, or what it raised."""
+    """A function to run in the engine's thread, and the future for its value or its error."""
 
     function: Callable[[], T]
     answer: Answer[T]
 
 
 class Inbox:
-    """Any thread posts, one runs. refusal: makes what tasks are answered with; None: it is open."""
+    """A queue of tasks: any thread posts, one thread runs them.
+
+    refusal: makes the error that every task gets once the inbox is closed; None: it is open.
+    """
 
     def __init__(self) -> None:
         self.refusal: Refusal | None = None
@@ -64,30 +67,31 @@ class Inbox:
         self._runner: int | None = None  # the thread that runs the tasks
 
     def post(self, function: Callable[[], T]) -> Answer[T]:
-        """Let the engine's thread run a function; returns a future at once. It fails in a forked process."""
+        """Post a function; returns its future at once. In a forked process, the future raises."""
         task = Task(function, Answer[T](self))
         if (refusal := self.forked()) is not None:
             fail(task.answer, refusal)
             return task.answer
         self._tasks.put(cast(Task[Any], task))
-        if self.refusal is not None:  # closed before, or just now: then both sides see to what is left
+        if self.refusal is not None:  # closed before or just now: close() may have missed this task
             self._refuse_all()
         return task.answer
 
     def run(self, *, wait: bool) -> None:
-        """Run all tasks that have come; with `wait`, first wait until there is one."""
+        """Run all posted tasks; with `wait`, first wait until there is one."""
         self._runner = get_ident()
         tasks = deque(self._take(wait=wait))
         while tasks:
-            _run(tasks.popleft())  # which no name here may hold: an error's frames hold this one
+            # No variable here may hold the task: the traceback of its error holds this frame.
+            _run(tasks.popleft())
 
     def close(self, refusal: Refusal) -> None:
-        """Refuse every task that is here, and every later one."""
+        """Fail every task that has not run, and every later one, with the error that `refusal` makes."""
         self.refusal = refusal
         self._refuse_all()
 
     def forked(self) -> ForkedProcessError | None:
-        """The error for whatever is asked in a forked process; None in the inbox's own."""
+        """The error for calls in a forked process; None in the process that made the inbox."""
         return forked_from(self._process)
 
     @property
@@ -96,16 +100,17 @@ class Inbox:
         return get_ident() == self._runner
 
     def refuse_to_wait(self, call: str, instead: str) -> None:
-        """Refuse a call that waits for this inbox where nothing would ever run the tasks.
+        """Raise if a call would wait for this inbox forever, because nothing would run the tasks.
 
-        Raises `WrongThreadError` in the thread that runs them, `ForkedProcessError` in a forked process.
+        call, instead: the call's name and its alternative, for the message. Raises `WrongThreadError` in the
+        thread that runs the tasks, `ForkedProcessError` in a forked process.
         """
         if (refusal := self.forked()) is not None:
             raise refusal
         if self.is_mine and self.refusal is None:
             raise WrongThreadError(
-                f"{call} in the engine's own thread would wait for itself: in listeners, watchers, callbacks "
-                f"and functions for `call` use {instead}, or another thread"
+                f"{call} in the engine's own thread would wait for itself: use {instead} in listeners, "
+                "watchers, callbacks and functions for `call`, or use another thread"
             )
 
     def _refuse_all(self) -> None:
@@ -124,10 +129,10 @@ class Inbox:
 
 
 def _run(task: Task[Any]) -> None:
-    """Run a task, even if its answer is not waited for any more."""
+    """Run a task, even if its future was cancelled."""
     try:
         value = task.function()
-    except BaseException as error:  # whatever it is, it belongs to the caller
+    except BaseException as error:  # it belongs to the caller
         fail(task.answer, error)
     else:
         resolve(task.answer, value)
@@ -136,31 +141,31 @@ def _run(task: Task[Any]) -> None:
 
 
 def resolve(future: Future[T], value: T) -> None:
-    """Give a future its value, unless it was cancelled, or its owner has set it. Never raises."""
-    with suppress(BaseException):  # what callbacks raise, and an owner that has set the future
+    """Set a future's value, unless it was cancelled or is already set. Never raises."""
+    with suppress(BaseException):  # from callbacks of the future, or because it is already set
         if future.set_running_or_notify_cancel():
             future.set_result(value)
 
 
 def fail(future: Future[Any], error: BaseException) -> None:
-    """Let a future raise, unless it was cancelled, or its owner has set it. Never raises."""
-    with suppress(BaseException):  # as above
+    """Set a future's error, unless it was cancelled or is already set. Never raises."""
+    with suppress(BaseException):  # as in `resolve`
         if future.set_running_or_notify_cancel():
             future.set_exception(error)
 
 
-def draining() -> TinyLLMError:
-    """The error of requests that come while the engine drains."""
+def draining_error() -> TinyLLMError:
+    """The error for a request that arrives while the engine drains."""
     return EngineStoppingError("the engine is draining: it takes no more requests")
 
 
-def stopped() -> TinyLLMError:
-    """The error of all requests and tasks after the engine has been stopped."""
+def stopped_error() -> TinyLLMError:
+    """The error for all requests and tasks after the engine has been stopped."""
     return EngineStoppingError("the engine has been stopped")
 
 
-def dead(error: BaseException) -> TinyLLMError:
-    """The error of all requests and tasks once the thread has ended with an error."""
-    told = EngineDeadError(f"the engine has died of {type(error).__name__}: {described(error)}")
-    told.__cause__ = error
-    return told
+def dead_error(error: BaseException) -> TinyLLMError:
+    """The error for all requests and tasks once the engine's thread has ended with `error`."""
+    made = EngineDeadError(f"the engine has died of {type(error).__name__}: {described(error)}")
+    made.__cause__ = error
+    return made

@@ -19,14 +19,14 @@ class LayerGroup(NamedTuple):
     layers: tuple[int, ...]
     window: int | None = None
 
-    def most_blocks(self, num_tokens: int, block_size: int, most_at_once: int) -> int:
+    def max_blocks(self, num_tokens: int, block_size: int, most_at_once: int) -> int:
         """Return how many blocks a table may hold at once while it grows to `num_tokens` tokens.
 
         most_at_once: the most tokens of a sequence that one step computes.
 
         With a window of 6, 4 queries see 9 tokens, which are in 3 blocks of 4 at most:
 
-        >>> LayerGroup((0,), window=6).most_blocks(100, block_size=4, most_at_once=4)
+        >>> LayerGroup((0,), window=6).max_blocks(100, block_size=4, most_at_once=4)
         3
         """
         blocks = -(-num_tokens // block_size)

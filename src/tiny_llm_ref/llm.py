@@ -1,4 +1,4 @@
-"""The front door in Python: prompts in, completions out. Named and shaped like vLLM's `LLM`."""
+"""The Python API: prompts in, completions out. Names and signatures follow vLLM's `LLM`."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -6,7 +6,8 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -15,42 +16,49 @@ from tiny_llm_checkpoints.errors import ConfigError, reading, shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 from .beam_search import BeamSearchParams
+from .chat_prompts import ChatOptions, ChatPrompts, Messages
 from .delivery import Gathering, Item
 from .engine import Engine
 from .engine_config import EngineConfig
 from .engine_core import EngineCore
 from .engine_loop import Request
-from .errors import ends_process, fitting
+from .errors import EngineStoppingError, ends_process
 from .evaluation import text_logits
 from .forking import prepare_to_compute
-from .generation_defaults import fitted
 from .kv_pool import DTYPES
 from .loader import load_model
 from .managers import make_manager
 from .model import Model
 from .output_processor import RequestState
 from .outputs import BeamSearchOutput, RequestEvent, RequestOutput, TextDelta
-from .prompts import ParsedPrompt, PromptType, parse_prompts
+from .prompts import PromptType, parse_prompts
+from .resources import return_free_memory
 from .sampling_params import SamplingParams
 from .search_state import SearchState
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
     """A model, its tokenizer, and an engine that serves many prompts at once from one pool of pages.
 
-    model: a `.gguf` file, a folder in Hugging Face's layout, or a hub id (`owner/name`, or one file of it,
-    `owner/name/FILE.gguf`); None is the embedded SmolLM2-135M-Instruct. chat_template_content_format: what
-    the chat template gets as the content of a message: "string"; "openai", a list of text parts; "auto" finds
-    out. engine_options: the fields of `EngineConfig`. max_model_len: the longest prompt + output in tokens,
-    which the pool holds. Any thread may use it, and several at once: the arrays belong to a thread of its
-    own, that ends when the `LLM` is forgotten.
+    model: a `.gguf` file, a folder in Hugging Face's layout, or a hub id (`owner/name`, or
+    `owner/name/FILE.gguf` for one file); None: the embedded SmolLM2-135M-Instruct.
+    chat_template_content_format: how the chat template gets the content of a message: "string", "openai" (a
+    list of text parts), or "auto" (detected). engine_options: the fields of `EngineConfig`.
 
-    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option. Calls that wait
-    raise `WrongThreadError` in the engine's thread (in a listener, a watcher, or a function for
-    `engine.call`), and `ForkedProcessError` in a process that was forked from one with an `LLM`, where making
-    another raises it too.
+    >>> from tiny_llm import LLM, SamplingParams
+    >>> with LLM() as llm:
+    ...     [output] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=1))
+    >>> output.outputs[0].text
+    ' Paris'
+
+    Any number of threads may use it at the same time. The arrays belong to the engine's own thread, which
+    ends at `close`, at the end of a `with` block, or when the `LLM` is garbage-collected. max_model_len: the
+    longest prompt + output in tokens.
+
+    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option. Methods that
+    wait raise `EngineStoppingError` after `close`, `WrongThreadError` in the engine's thread (in a listener,
+    a watcher, or a function for `engine.call`), and `ForkedProcessError` in a process that was forked from
+    one with an `LLM`; creating another `LLM` there raises it too.
     """
 
     def __init__(
@@ -69,29 +77,69 @@ class LLM:
             )
         prepare_to_compute()
         loaded = load_model(model, self.engine_config.activation_bits, self.engine_config.generation_config)
-        self.model_name, self.model_path, self.model, self.tokenizer, self.sampling_defaults = loaded
-        self.model_config = self.model.config
+        self.model_name, self.model_path, self.tokenizer = loaded.name, loaded.path, loaded.tokenizer
+        self.sampling_defaults, self.sampling_source = loaded.sampling_defaults, loaded.sampling_source
+        self._model: Model | None = loaded.model
+        self.model_config = loaded.model.config
         self.max_model_len = self.engine_config.model_len(
             self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
         )
         with reading(_template_file(self.model_path)):
             self.chat_template = _chat_template(self.tokenizer, chat_template_content_format)
-        mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])  # what is lazy stays in its thread
-        make_core = partial(_make_core, self.engine_config, self.model)
-        vocab_size = self.model_config.vocab_size
-        self.engine = Engine(make_core, self.tokenizer, vocab_size, self.engine_config, self.max_model_len)
+        # A lazy array belongs to the thread that made it, and the engine's thread uses these.
+        mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])
+        self.engine = Engine(
+            partial(_make_core, self.engine_config, self.model),
+            self.tokenizer,
+            self.model_config.vocab_size,
+            self.engine_config,
+            self.max_model_len,
+            chat_prompts=ChatPrompts(self.model_name, self.chat_template, self.tokenizer, self.max_model_len),
+            defaults=self.get_default_sampling_params(),
+        )
+
+    def close(self) -> None:
+        """Cancel all requests, stop the engine's thread, and free the weights and the KV pool.
+
+        Returns when all of that is done. A second call does nothing. Afterwards every method that needs the
+        model raises `EngineStoppingError`. In the engine's own thread `close` raises `WrongThreadError`; in a
+        forked process it does nothing, because the thread and the memory belong to the parent.
+        """
+        if self.engine.is_forked:
+            return
+        self.engine.close()
+        self._model = None
+        return_free_memory()
+
+    def __enter__(self) -> Self:
+        """The LLM itself; the end of the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def model(self) -> Model:
+        """The model. Raises `EngineStoppingError` after `close`."""
+        if self._model is None:
+            raise EngineStoppingError("this LLM has been closed: create a new one")
+        return self._model
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which also works after `close`."""
+        return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without parameters uses: the engine's defaults, and what the model recommends.
+        """The parameters of a call without `sampling_params`: the engine's defaults and the model's values.
 
-        A `SamplingParams` that a caller makes is used as it is, whatever the model recommends. To change one
-        parameter and keep the rest, use `dataclasses.replace` on what this returns.
+        A `SamplingParams` that you pass is used as it is, without the model's values. To change one parameter
+        and keep the others, use `dataclasses.replace` on the result.
         """
         return SamplingParams.from_options(**self.sampling_defaults)
 
     @property
     def core(self) -> EngineCore:
-        """The engine's inside, to look at while nothing runs; what changes it goes through `engine.call`."""
+        """The engine's core, for reading while nothing runs; change it only through `engine.call`."""
         return self.engine.core
 
     def generate(
@@ -100,20 +148,24 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts, all of them together; outputs in the order of the prompts.
+        """Complete prompts in one batch; returns outputs in the order of the prompts.
 
-        prompts: a text, a list of token ids, a dict as in vLLM (`{"prompt": ...}` or
-        `{"prompt_token_ids": ...}`, with or without a "cache_salt"), or a list of these; an array of whole
-        numbers is a list of token ids, and one of two dimensions a list of prompts. sampling_params: one for
-        all, or one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard
-        error where that is a terminal.
+        prompts: a string, a list of token ids, a dict as in vLLM (`{"prompt": ...}` or
+        `{"prompt_token_ids": ...}`, optionally with a "cache_salt"), or a list of these. An integer array is
+        a list of token ids; a two-dimensional one is a list of prompts. sampling_params: one for all prompts,
+        or one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard error
+        if that is a terminal.
 
-        A completion that fails does not end the others: it has the finish_reason "error", and its `error`
-        says why. Raises ValueError for a prompt or parameters that cannot run; then none of them has run.
-        Raises `RequestFailedError` where every completion of every prompt has failed.
+        Without a `max_tokens`, an output has at most 16 tokens, as in vLLM. A completion that fails does not
+        end the others: its finish_reason is "error" and its `error` has the message. Raises ValueError for a
+        prompt or parameters that cannot run; no prompt has run then. Raises `RequestFailedError` if every
+        completion of every prompt has failed.
         """
-        self.engine.refuse_to_wait("LLM.generate")
-        return self._run_all(parse_prompts(prompts), sampling_params, use_tqdm)
+        self._check_open("LLM.generate")
+        parsed = parse_prompts(prompts)
+        each = _one_for_each(sampling_params, len(parsed))
+        requests = [self.engine.request(*pair) for pair in zip(parsed, each, strict=True)]
+        return self._run_all(requests, use_tqdm)
 
     def chat(
         self,
@@ -126,33 +178,38 @@ class LLM:
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several together, through the model's chat template.
+        """Answer one conversation, or several in one batch, through the model's chat template.
 
-        A message is a mapping with "role" and "content", a text or a list of text parts. Other fields go to
-        the template. add_generation_prompt: end the prompt where an answer begins; None: unless
-        `continue_final_message`, where the last message's text is continued. chat_template_kwargs: variables
-        of the template, such as `{"enable_thinking": False}`.
+        messages: a list of mappings with "role" and "content", or a list of such lists. A content is a string
+        or a list of text parts, such as `{"type": "text", "text": "hi"}`; the template gets all other fields
+        too. sampling_params: as in `generate`, except that without a `max_tokens` an answer may use all
+        tokens that the context has left. The other arguments: see `ChatOptions`.
 
-        Raises `MessageError`, a ValueError that names place and field, for what is no conversation, and for
-        text that the template drops.
+        Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
+        conversation and for text that the template drops; otherwise as `generate`.
         """
-        self.engine.refuse_to_wait("LLM.chat")
-        options = _Options(
+        self._check_open("LLM.chat")
+        options = ChatOptions(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
         )
-        encoded = [self._encode_chat(one, options) for one in _conversations(messages)]
-        return self._run_all(encoded, sampling_params, use_tqdm)
+        conversations = _conversations(messages)
+        each = _one_for_each(sampling_params, len(conversations))
+        requests = [
+            self.engine.chat_request(conversation, params, options)
+            for conversation, params in zip(conversations, each, strict=True)
+        ]
+        return self._run_all(requests, use_tqdm)
 
     def beam_search(
         self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
-        """The best continuations of each prompt, all of them searched together; in the order of the prompts.
+        """Find the best continuations of each prompt, all prompts in one batch; returns them in order.
 
-        A search's beams share the pages of what they have in common. A search that fails has no sequences,
-        and its `error` says why. Raises ValueError for a prompt or parameters that cannot run, and with
-        batching="dense"; then none of them has run. Raises `RequestFailedError` where all have failed.
+        The beams of a search share the pages of their common tokens. A search that fails has no sequences,
+        and its `error` has the message. Raises ValueError for a prompt or parameters that cannot run, and
+        with batching="dense"; no prompt has run then. Raises `RequestFailedError` if all searches failed.
         """
-        self.engine.refuse_to_wait("LLM.beam_search")
+        self._check_open("LLM.beam_search")
         searches = [self.engine.search(prompt, params) for prompt in parse_prompts(prompts)]
         with closing(self._serve(searches)) as steps:
             deque(steps, maxlen=0)
@@ -161,12 +218,12 @@ class LLM:
     def stream(
         self, prompt: PromptType, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
-        """Complete one prompt, piece by piece; closing the iterator cancels the request.
+        """Complete one prompt and yield the text in pieces; closing the iterator cancels the request.
 
-        Raises as `generate` does; `RequestFailedError` while the pieces come.
+        Raises as `generate` does, and `RequestFailedError` if the request fails while it streams.
         """
-        self.engine.refuse_to_wait("LLM.stream")
-        return self._stream(self._request(prompt, sampling_params))
+        self._check_open("LLM.stream")
+        return self._stream(self.engine.request(prompt, sampling_params))
 
     def stream_chat(
         self,
@@ -179,54 +236,39 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request."""
-        self.engine.refuse_to_wait("LLM.stream_chat")
-        options = _Options(
+        self._check_open("LLM.stream_chat")
+        options = ChatOptions(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
         )
-        return self._stream(self._request(self._encode_chat(messages, options), sampling_params))
+        return self._stream(self.engine.chat_request(messages, sampling_params, options))
 
     def logits(self, token_ids: Sequence[int]) -> mx.array:
         """The logits [L, vocab_size] after each of L tokens, in float32: for evaluation.
 
-        Runs through pages of their own, in chunks of the step's token budget, whatever else waits.
-        Raises ValueError for no tokens, for what is no token id, and for ids outside the vocabulary.
+        Computes in a temporary pool, in chunks of `max_num_batched_tokens`, ahead of all waiting requests.
+        Raises ValueError for an empty list, for a value that is not a token id, and for ids outside the
+        vocabulary.
         """
+        model = self.model
         tokens = self.engine.check_token_ids(token_ids)
         if not tokens:
             raise ValueError("logits of no tokens: there is nothing to compute")
-        return self.engine.call(partial(_evaluated_logits, self.model, tokens, self.engine_config))
+        return self.engine.call(partial(_evaluated_logits, model, tokens, self.engine_config))
 
-    def _encode_chat(self, messages: Messages, options: "_Options") -> list[int]:
-        if self.chat_template is None:
-            raise ValueError(f"{self.model_name} has no chat template: use generate instead of chat")
-        with fitting():
-            return self.chat_template.encode(
-                messages, self.tokenizer, **options._asdict(), context=self.max_model_len
-            )
+    def _check_open(self, call: str) -> None:
+        """Raise `EngineStoppingError` after `close`, and what `Engine.refuse_to_wait` raises."""
+        if self._model is None:
+            raise EngineStoppingError(f"{call}: this LLM has been closed: create a new one")
+        self.engine.refuse_to_wait(call)
 
-    def _run_all(
-        self,
-        prompts: Sequence[PromptType | ParsedPrompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    def _run_all(self, requests: Sequence[RequestState], use_tqdm: bool) -> list[RequestOutput]:
+        """Run requests to their end, with a progress bar."""
         if not isinstance(use_tqdm, bool):
             raise ValueError(f"use_tqdm must be True or False, not {shown(use_tqdm)}")
-        params = _one_for_each(sampling_params, len(prompts))
-        requests = [self._request(*each) for each in zip(prompts, params, strict=True)]
         with _progress(len(requests), use_tqdm) as report, closing(self._serve(requests)) as steps:
             for step in steps:
                 report(step)
         return [request.output for request in requests]
-
-    def _request(self, prompt: PromptType | ParsedPrompt, params: SamplingParams | None) -> RequestState:
-        """A request to submit; without parameters it has the default ones, and a limit that fits."""
-        chosen = self.get_default_sampling_params() if params is None else params
-        request = self.engine.request(prompt, chosen)
-        if params is not None or "max_tokens" not in self.sampling_defaults:
-            return request
-        fitting = fitted(chosen, len(request.prompt_token_ids), self.max_model_len)
-        return request if fitting is chosen else self.engine.request(prompt, fitting)
 
     def _stream(self, request: Request) -> Generator[TextDelta, None, None]:
         with closing(self._serve([request])) as steps:
@@ -235,9 +277,10 @@ class LLM:
                     yield TextDelta(event.index, event.text, event.token_ids, event.finish_reason)
 
     def _serve(self, requests: Sequence[Request]) -> Generator[list[RequestEvent], None, None]:
-        """Submit requests and yield what each step has for them, until all have ended.
+        """Submit requests and yield the events of each step, until all requests have ended.
 
-        What has not ended when this is left, by Ctrl-C too, is cancelled. Raises as `Gathering.check` does.
+        Requests that have not ended when the caller leaves, by Ctrl-C too, are cancelled. Raises as
+        `Gathering.check` does.
         """
         inbox: SimpleQueue[list[Item]] = SimpleQueue()
         gathering = Gathering(requests)
@@ -253,17 +296,8 @@ class LLM:
                 self.engine.forget(requests)
 
 
-class _Options(NamedTuple):
-    """How a conversation becomes a prompt."""
-
-    add_generation_prompt: bool | None
-    continue_final_message: bool
-    add_special_tokens: bool
-    chat_template_kwargs: Mapping[str, Any] | None
-
-
 def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
-    """A list of conversations; a single one becomes a list of one."""
+    """The conversations as a list; a single conversation becomes a list of one."""
     first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
     return list(messages) if isinstance(first, (list, tuple)) else [messages]  # type: ignore[list-item, arg-type]
 
@@ -279,13 +313,13 @@ def _evaluated_logits(model: Model, token_ids: Sequence[int], config: EngineConf
 
 
 def _template_file(model: Path) -> Path:
-    """The file that a chat template comes from."""
+    """The file that the chat template comes from, for error messages."""
     names = ("chat_template.jinja", "tokenizer_config.json")
     return next((model / name for name in names if (model / name).exists()), model)
 
 
 def _chat_template(tokenizer: Tokenizer, content_format: str) -> ChatTemplate | None:
-    """The template that came with the tokenizer, where one did."""
+    """The tokenizer's chat template; None if it has none."""
     source = tokenizer.chat_template
     if source is None:
         return None
@@ -298,13 +332,13 @@ def _chat_template(tokenizer: Tokenizer, content_format: str) -> ChatTemplate | 
 
 
 def _check_model(model: object) -> None:
-    """Raise `ConfigError` for what names no model."""
+    """Raise `ConfigError` for a value that cannot name a model."""
     if not (model is None or isinstance(model, (str, Path))) or model == "" or "\0" in str(model):
         raise ConfigError(f"model must be a path, a hub id or None, not {shown(model)}")
 
 
 def _found(search: SearchState) -> BeamSearchOutput:
-    """What a search has found; an error in its place where its texts cannot be made."""
+    """The result of a search; if its texts cannot be decoded, the search has failed with that error."""
     try:
         return search.output
     except BaseException as error:  # a panic of the tokenizer's library among them
@@ -333,7 +367,7 @@ def _one_for_each(
 
 @contextmanager
 def _progress(total: int, enabled: bool) -> Iterator[Callable[[list[RequestEvent]], None]]:
-    """A progress bar over prompts; what it yields takes a step's events."""
+    """Show a progress bar over prompts; yields a function that takes a step's events."""
     if not enabled:
         yield lambda step: None
         return
@@ -341,16 +375,16 @@ def _progress(total: int, enabled: bool) -> Iterator[Callable[[list[RequestEvent
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("Processed prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f} tokens/s")
     console = Console(stderr=True)
-    with Progress(
-        *columns, TextColumn("{task.fields[tokens]} tokens"), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("prompts", total=total, tokens=0)
-        tokens = 0
+    with Progress(*columns, speed, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("prompts", total=total, tokens=0, speed=0.0)
+        tokens, start = 0, perf_counter()
 
         def report(step: list[RequestEvent]) -> None:
             nonlocal tokens
             tokens += sum(len(event.token_ids) for event in step)
-            bar.update(task, advance=sum(event.usage is not None for event in step), tokens=tokens)
+            ended = sum(event.usage is not None for event in step)
+            bar.update(task, advance=ended, tokens=tokens, speed=tokens / (perf_counter() - start))
 
         yield report

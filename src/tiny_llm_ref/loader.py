@@ -1,4 +1,4 @@
-"""From a model's name to a model that runs: find it, read its description, check it, load its weights."""
+"""Load a model by name: find it, read its description, check it, load its weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,24 +13,26 @@ from tiny_llm_checkpoints.gguf_split import stem
 from tiny_llm_checkpoints.hub import find_model, local_path
 from tiny_llm_checkpoints.quantized import Quantized
 from tiny_llm_checkpoints.readers import read_checkpoint
-from tiny_llm_checkpoints.recommendation import with_its_ends
+from tiny_llm_checkpoints.recommendation import Recommendation, with_its_ends
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 from .generation_defaults import AUTO, NEUTRAL, Defaults, defaults_of, of_other_folder
 from .kernels import compiled_available
 from .linear import BiasedLinear, LinearLike, dense_linear, quantized_linear
 from .model import Model, build_model
-from .resources import needing
+from .resources import requiring
 
 T = TypeVar("T")
 
-BESIDE_WEIGHTS = 192 << 20  # bytes: the file once more while it is read, the tokenizer, stacks of threads
+LOADING_BYTES = 192 << 20  # besides the weights: buffers while the file is read, the tokenizer, thread stacks
 
 
 class LoadedModel(NamedTuple):
-    """A model, its tokenizer, and where they came from; `name` is the hub's, or the file's or folder's.
+    """A model, its tokenizer, and where they came from.
 
-    sampling_defaults: what applies where a caller leaves a parameter out, by the names of `SamplingParams`.
+    name: the hub id, or the name of the file or folder without its ending. sampling_defaults: the values of
+    the sampling parameters that a caller leaves out, by the names of `SamplingParams`. sampling_source: where
+    these values come from; None if there are none.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LoadedModel(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     sampling_defaults: Defaults
+    sampling_source: str | None
 
 
 def load_model(
@@ -47,25 +50,28 @@ def load_model(
 
     activation_bits, generation_config: as in `EngineConfig`.
 
-    Raises `ModelFileError` naming the file, what was found and what was expected, and ValueError where the
-    environment asks for kernels that there are not. Raises `OutOfResourcesError` where memory is short.
+    Raises `ModelFileError` naming the file, what was found and what was expected; ValueError if the
+    environment asks for kernels that are missing; `OutOfResourcesError` if memory is short.
     """
-    compiled_available()  # asked first: what is wrong with the kernels is not the file's fault
+    compiled_available()  # first, so that an error about the kernels does not look like one about the file
     path = find_model(model)
     is_hub_id = model is not None and not local_path(model).exists()
     name = str(model) if is_hub_id else stem(path.resolve().name)
-    with needing(f"the model {path}", BESIDE_WEIGHTS):
-        checkpoint, defaults = _with_defaults(read_checkpoint(path), generation_config)
-    with needing(f"the model {path}", _weight_bytes(checkpoint) + BESIDE_WEIGHTS):
+    with requiring(f"the model {path}", LOADING_BYTES):
+        checkpoint, recommended = _recommended(read_checkpoint(path), generation_config)
+        defaults = {} if recommended is None else defaults_of(recommended)
+    with requiring(f"the model {path}", _weight_bytes(checkpoint) + LOADING_BYTES):
         built = build(checkpoint, activation_bits)
-    return LoadedModel(name, path, built, checkpoint.tokenizer, defaults)
+    source = recommended.source if recommended is not None and defaults else None
+    return LoadedModel(name, path, built, checkpoint.tokenizer, defaults, source)
 
 
 def build(checkpoint: Checkpoint, activation_bits: int = 16) -> Model:
-    """Read the weights and assemble the model; its packed matrices round activations to so many bits.
+    """Read the weights and assemble the model.
 
-    One tensor at a time: each is read, brought into the form that it is multiplied in, and forgotten, so that
-    the weights are never in memory twice. Raises `ModelFileError` for a tensor that cannot be read.
+    activation_bits: the bits that quantized matrices round activations to, 8 or 16. Each tensor is read,
+    converted to the layout that its matrix product uses, and released before the next one is read, so the
+    weights are never in memory twice. Raises `ModelFileError` for a tensor that cannot be read.
     """
     linears = _OnDemand(lambda name: _linear(checkpoint, name, activation_bits))
     vectors = _OnDemand(lambda name: _vector(checkpoint, f"{name}.weight"))
@@ -74,7 +80,7 @@ def build(checkpoint: Checkpoint, activation_bits: int = 16) -> Model:
 
 @dataclass(frozen=True)
 class _OnDemand(Generic[T]):
-    """Makes each parameter when it is asked for, and keeps none."""
+    """A lookup that loads each parameter when it is asked for, and caches none."""
 
     make: Callable[[str], T]
 
@@ -83,7 +89,7 @@ class _OnDemand(Generic[T]):
 
 
 def _linear(checkpoint: Checkpoint, name: str, activation_bits: int) -> LinearLike:
-    """One matrix, in the form that this device multiplies best, with its bias where it has one."""
+    """One matrix, in the layout that is fastest on this device, with its bias if it has one."""
     stored = _load(checkpoint, f"{name}.weight")
     if isinstance(stored, Quantized):
         matrix = quantized_linear(*stored, activation_bits=activation_bits)
@@ -110,16 +116,16 @@ def _load(checkpoint: Checkpoint, name: str) -> mx.array | Quantized:
         return tensor.load()
 
 
-def _with_defaults(checkpoint: Checkpoint, generation_config: str) -> tuple[Checkpoint, Defaults]:
-    """The checkpoint and its sampling defaults; another folder adds its end-of-sequence ids."""
+def _recommended(checkpoint: Checkpoint, generation_config: str) -> tuple[Checkpoint, Recommendation | None]:
+    """The checkpoint, and the recommendation to use. A folder's end-of-sequence ids join the checkpoint's."""
     if generation_config == NEUTRAL:
-        return checkpoint, {}
+        return checkpoint, None
     if generation_config == AUTO:
-        return checkpoint, defaults_of(checkpoint.recommended)
+        return checkpoint, checkpoint.recommended
     other = of_other_folder(generation_config)
-    return replace(checkpoint, config=with_its_ends(checkpoint.config, other)), defaults_of(other)
+    return replace(checkpoint, config=with_its_ends(checkpoint.config, other)), other
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the files that the weights are in."""
+    """The size in bytes of the files that hold the weights."""
     return sum(file.stat().st_size for file in {tensor.file for tensor in checkpoint.tensors.values()})

@@ -1,4 +1,4 @@
-"""From a configuration to the batch manager that it asks for."""
+"""Create the batch manager that a configuration asks for."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -18,25 +18,25 @@ from .paged_batch import PagedBatchManager
 from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy
 from .preemption import NewestFirst
 from .prefix_sharing import PrefixSharing
-from .resources import needing
+from .resources import requiring
 from .scheduler import AgedPriority
 from .windowed_prefix import WindowedPrefixSharing
 
 
 def make_manager(config: EngineConfig, model: Model) -> BatchManager:
-    """A batch manager for a loaded model, paged or dense, with all its memory taken.
+    """A batch manager for a loaded model, paged or dense, with all of its memory allocated.
 
-    Raises `OutOfResourcesError` where there is not so much.
+    Raises `OutOfResourcesError` if there is not enough memory.
     """
     value_bytes = DTYPES[config.kv_cache_dtype].size
-    with needing("keys and values", config.pool_bytes(model.config, value_bytes)):
+    with requiring("keys and values", config.pool_bytes(model.config, value_bytes)):
         if config.batching == "dense":
             return _dense_manager(config, model)
         return _paged_manager(config, model.config, model)
 
 
 def without_model(config: EngineConfig, model: ModelConfig) -> PagedBatchManager:
-    """A paged batch manager for such a model that does all of a step but the computing, and has no arrays."""
+    """A paged batch manager for a model of this shape that has no arrays and computes nothing."""
     return _paged_manager(config, model, None)
 
 
@@ -57,7 +57,7 @@ def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | 
 
 
 def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
-    """Who gives way, where his pages go, and who shares."""
+    """The policies of preemption, swapping and prefix sharing that a configuration asks for."""
     return Policies(
         preemption=NoPreemption() if config.preemption_mode == "none" else NewestFirst(),
         prefix=sharing(group_layers(model.windows)) if config.enable_prefix_caching else NoPrefixSharing,
@@ -67,7 +67,7 @@ def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
 
 
 def sharing(groups: Seq[LayerGroup]) -> Callable[[BlockAllocator, int], PrefixPolicy]:
-    """The policy that shares prefixes, for a model with these groups of layers."""
+    """The prefix-sharing policy for a model with these groups of layers."""
     if len(groups) == 1 and groups[0].window is None:
         return PrefixSharing
     return partial(WindowedPrefixSharing, groups=groups)
@@ -79,8 +79,8 @@ def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
     model_len = config.model_len(model.config, dtype.size)
     if window is not None and model_len > window:
         raise ConfigError(
-            f"batching 'dense' has no windows, but layers of this model see {window} tokens of a context of "
-            f"{model_len}: use batching 'paged', or a max_model_len of at most {window}"
+            f"batching 'dense' has no sliding windows, but layers of this model have one of {window} tokens "
+            f"and the context has {model_len}: use batching 'paged', or a max_model_len of at most {window}"
         )
     return DenseBatchManager(
         config.dense_slots(model.config, dtype.size),

@@ -1,7 +1,7 @@
-"""Requests as their callers see them: tokens become text, stop strings end it, events and outputs come out.
+"""The output side of requests: turn tokens into text, find stop strings, and make events and outputs.
 
-Knows nothing of models, batches or threads. Text that could be the beginning of a stop string is held back
-until it is certain, so what was streamed never has to be taken back.
+Text that could be the start of a stop string is held back until it is certain that it is not, so that
+streamed text never has to be withdrawn. Models, batches and threads are not visible here.
 """
 
 from collections.abc import Sequence as Seq
@@ -30,10 +30,10 @@ from .token_output import TokenOutput
 
 
 class Start(NamedTuple):
-    """What all completions of a request begin with; each forks it.
+    """The state that all completions of a request start from; each forks the detokenizer.
 
-    detokenizer: behind the prompt. patterns: the stop strings that spell out control tokens, where the text
-    leaves these out.
+    detokenizer: it has read the prompt. patterns: the stop strings that contain control tokens, if the text
+    leaves these tokens out.
     """
 
     detokenizer: Detokenizer
@@ -41,14 +41,14 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, prompt: Seq[int], tokenizer: Tokenizer, params: SamplingParams) -> Self:
-        """The start behind a prompt."""
+        """The state after a prompt."""
         skips = params.skip_special_tokens
         patterns = control_patterns(params.stop_strings, tokenizer) if skips else {}
         return cls(tokenizer.stream(prompt, skip_special_tokens=skips), patterns)
 
 
 class CompletionText:
-    """One completion as it grows. start: None: there is no prompt."""
+    """One growing completion. start: None: the prompt is empty."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, params: SamplingParams, start: Start | None = None
@@ -72,9 +72,9 @@ class CompletionText:
         self._wants_logprobs = params.logprobs is not None
 
     def push(self, output: TokenOutput) -> TextDelta:
-        """Take one token; the text that became certain with it.
+        """Add one token; returns the text that is certain now and was not before.
 
-        Sets `finish_reason` where the token or its text ends the completion.
+        Sets `finish_reason` if the token or its text ends the completion.
         """
         self.token_ids.append(output.token)
         self._note_logprobs(output)
@@ -92,18 +92,18 @@ class CompletionText:
         return TextDelta(self.index, self._stream(), (output.token,), self.finish_reason)
 
     def abort(self) -> TextDelta:
-        """End it from outside; the text that was held back. It must not have ended by itself."""
+        """End an unfinished completion with "abort"; returns the text that was held back."""
         self._grow(self._detokenizer.flush())
         self.finish_reason = "abort"
         return TextDelta(self.index, self._stream(), (), self.finish_reason)
 
     def fail(self, error: BaseException) -> TextDelta:
-        """End it with an error; the text that was held back."""
+        """End the completion with an error; returns the text that was held back."""
         self.finish_reason, self.stop_reason, self.error = "error", None, described(error)
         return TextDelta(self.index, self._stream(), (), self.finish_reason)
 
     def undo_push(self, num_tokens: int) -> None:
-        """After a push that raised: only the first `num_tokens` tokens count."""
+        """After a push that raised: go back to the first `num_tokens` tokens."""
         del self.token_ids[num_tokens:], self._logprobs[num_tokens:]
         self._cumulative_logprob = 0.0
         for token, place in zip(self.token_ids, self._logprobs, strict=False):
@@ -112,7 +112,7 @@ class CompletionText:
 
     @property
     def last_logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
-        """The log-probabilities of the last token that was pushed, where they are asked for."""
+        """The log-probabilities of the last token; None if they were not requested."""
         return tuple(self._logprobs[-1:]) if self._wants_logprobs else None
 
     @property
@@ -130,21 +130,21 @@ class CompletionText:
         )
 
     def _grow(self, piece: str) -> list[tuple[int, str]]:
-        """Add to the text: where the stop strings that end in the piece begin, and their texts."""
+        """Add a piece to the text. Returns the start and the text of each stop string that ends in it."""
         old = len(self._text)
         self._text += piece
         ends = [(stop.push(piece), text) for text, stop in self._stops.items()]
         return [(old + end - len(text), text) for end, text in ends if end is not None]
 
     def _cut_at(self, found: Seq[tuple[int, str]]) -> None:
-        """End the text at the first of the stop strings that were found: where each begins, and its text."""
+        """End the text at the first of the stop strings that were found; found: their starts and texts."""
         if found:
             at, stop = min(found)
             self._text = self._text[:at] + (stop if self._shows_stop else "")
             self.finish_reason, self.stop_reason = "stop", stop
 
     def _stream(self) -> str:
-        """Text not streamed yet, less an end that may turn out to be the beginning of a stop string."""
+        """The text not streamed yet, without an end that may be the start of a stop string."""
         certain = len(self._text)
         if self.finish_reason is None:
             held = max((stop.matched for stop in self._stops.values()), default=0)
@@ -162,7 +162,7 @@ class CompletionText:
 class RequestState:
     """One request from arrival to end: its completions and its times.
 
-    text: the prompt as a text, where it came as one; prompt: its tokens.
+    text: the prompt's text; None if the prompt was given as token ids. prompt: its token ids.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class RequestState:
         self.request_id = request_id
         self._text = text
         self.prompt_token_ids = tuple(prompt)
-        self._params = params
+        self.params = params
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
         start = Start.of(prompt, tokenizer, params)
@@ -192,22 +192,22 @@ class RequestState:
         self._core: ref[EngineCore] | None = None
 
     def begin(self, core: EngineCore) -> None:
-        """Queue it in the core. Raises what the core's `add_request` raises, and ValueError a second time."""
-        refuse_second_time(self, self._core)
-        if not core.add_request(self.request_id, list(self.prompt_token_ids), self._params):
+        """Queue it in the core. Raises what `EngineCore.add_request` raises; ValueError if queued before."""
+        reject_resubmission(self, self._core)
+        if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
         self._core = ref(core)
 
     @property
     def has_begun(self) -> bool:
-        """True when it has been given a token, or has ended."""
+        """True once it has a token or has ended."""
         return any(one.token_ids or one.finish_reason for one in self._completions.values())
 
     def push(self, output: TokenOutput) -> RequestEvent:
-        """Take one token of one of the completions; the event that it makes.
+        """Add one token to one of the completions; returns its event.
 
-        A completion whose text cannot be made ends with the reason "error", and the others go on. Where all
-        others have ended so, the whole request fails: raises what was raised.
+        A completion whose text cannot be decoded ends with finish_reason "error", and the others continue. If
+        all others have ended like that, the whole request fails, and the error is raised.
         """
         if self._first_token is None:
             self._first_token = monotonic()
@@ -218,7 +218,7 @@ class RequestState:
         try:
             prompt_logprobs = self._new_prompt_logprobs(output)
             delta = completion.push(output)
-        except BaseException as error:  # a panic of the tokenizer's library among them
+        except BaseException as error:  # also a panic of the tokenizer's library
             completion.undo_push(num_tokens)
             if all(one.error is not None for one in self._completions.values() if one is not completion):
                 raise
@@ -226,11 +226,11 @@ class RequestState:
         return self._event(completion, delta, completion.last_logprobs, prompt_logprobs)
 
     def abort(self) -> list[RequestEvent]:
-        """End every completion that has not ended; their last events."""
+        """End every unfinished completion with "abort"; returns their last events."""
         return [self._event(completion, _aborted(completion)) for completion in self._running]
 
     def fail(self, error: BaseException) -> list[RequestEvent]:
-        """End every completion that has not ended with an error; their last events."""
+        """End every unfinished completion with an error; returns their last events."""
         return [self._event(completion, completion.fail(error)) for completion in self._running]
 
     @property
@@ -249,7 +249,7 @@ class RequestState:
 
     @property
     def output(self) -> RequestOutput:
-        """The request so far."""
+        """The request's output so far."""
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._text,
@@ -272,7 +272,7 @@ class RequestState:
         logprobs: tuple[dict[int, Logprob], ...] | None = None,
         prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None,
     ) -> RequestEvent:
-        """What a completion has just got; the request's usage too where nothing more comes."""
+        """The event of one delta of a completion; the request's last event also has its usage."""
         return RequestEvent(
             request_id=self.request_id,
             index=delta.index,
@@ -287,13 +287,13 @@ class RequestState:
         )
 
     def _end(self) -> RequestUsage:
-        """Note the time; what the request took."""
+        """Record the end of the request; returns its usage."""
         self._finished = monotonic()
         num_tokens = sum(len(completion.token_ids) for completion in self._completions.values())
         return RequestUsage(len(self.prompt_token_ids), num_tokens, self._num_cached_tokens, self._metrics)
 
     def _new_prompt_logprobs(self, output: TokenOutput) -> tuple[dict[int, Logprob] | None, ...] | None:
-        """Take those of a request's first sequence; its forks bring the same."""
+        """The prompt's log-probabilities, from the first sequence that has them; its forks have the same."""
         if output.prompt_logprobs is None or self._prompt_logprobs is not None:
             return None
         pairs = zip(self.prompt_token_ids[1:], output.prompt_logprobs, strict=True)
@@ -302,7 +302,7 @@ class RequestState:
 
 
 def _aborted(completion: CompletionText) -> TextDelta:
-    """End a completion from outside; it has failed where its text cannot be made."""
+    """End a completion with "abort", or with "error" if its text cannot be decoded."""
     try:
         return completion.abort()
     except BaseException as error:  # as in `RequestState.push`
@@ -316,17 +316,17 @@ class _Submitted(Protocol):
     def has_begun(self) -> bool: ...
 
 
-def refuse_second_time(request: _Submitted, core: "ref[EngineCore] | None") -> None:
-    """Raise ValueError for a request that has been served, or that is queued in a core; None: in no core."""
+def reject_resubmission(request: _Submitted, core: "ref[EngineCore] | None") -> None:
+    """Raise ValueError for a request that was submitted before. core: the core in which it was queued."""
     queued_in = None if core is None else core()
     if request.has_begun or (queued_in is not None and queued_in.has_request(request.request_id)):
         raise DuplicateRequestError(
-            f"request {request.request_id!r} was submitted before: make a new one with the engine's `request`"
+            f"request {request.request_id!r} was submitted before: make a new one with `Engine.request`"
         )
 
 
 def _with_text(token: int, found: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
-    """The log-probabilities at one place by token id, the token's own among them."""
+    """The log-probabilities at one position by token id, including the token's own."""
     own = Logprob(found.logprob, found.rank, tokenizer.token_text(token))
     top = {
         other: Logprob(logprob, rank, tokenizer.token_text(other))

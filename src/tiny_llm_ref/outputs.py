@@ -1,11 +1,11 @@
-"""What a request gives back; names and shapes are vLLM's."""
+"""Outputs of requests; names and shapes follow vLLM's."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
 class Logprob(NamedTuple):
-    """A token's log-probability, its rank (1 is the likeliest), and its text."""
+    """A token's log-probability, its rank (1: the most likely), and its text."""
 
     logprob: float
     rank: int
@@ -14,12 +14,12 @@ class Logprob(NamedTuple):
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One completion.
+    """One completion of a prompt.
 
-    finish_reason: "stop" (end-of-sequence, a stop token or a stop string), "length", "abort" (its caller
-    cancelled it), "error" (it failed), or None while it is not finished. stop_reason: the stop string or
-    token id; None otherwise. logprobs: for each token a dict from token id to `Logprob`, the chosen one
-    included. error: with the reason "error", what went wrong.
+    finish_reason: "stop" (an end-of-sequence token, a stop token or a stop string), "length", "abort" (the
+    request was cancelled), "error" (it failed), or None while it is unfinished. stop_reason: the stop string
+    or the id of the stop token that ended it; otherwise None. logprobs: for each token a dict from token id
+    to `Logprob`, which includes the chosen token. error: the error's message if finish_reason is "error".
     """
 
     index: int
@@ -34,9 +34,9 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Moments, in seconds on the monotonic clock; None where one has not come.
+    """Times of a request, in seconds on the monotonic clock; None for what has not happened yet.
 
-    scheduled: when the request ran for the first time; known from its first token on.
+    scheduled: when the request first ran; set with its first token.
     """
 
     arrival: float
@@ -44,9 +44,15 @@ class RequestMetrics:
     finished: float | None = None
     scheduled: float | None = None
 
+    def __repr__(self) -> str:
+        """Durations instead of clock readings, which say nothing without the clock: `ttft=0.012 s`."""
+        times = {"queue_time": self.queue_time, "ttft": self.ttft, "e2e_latency": self.e2e_latency}
+        shown = (f"{name}={seconds:.3f} s" for name, seconds in times.items() if seconds is not None)
+        return f"RequestMetrics({', '.join(shown)})"
+
     @property
     def queue_time(self) -> float | None:
-        """Seconds from arrival until it ran."""
+        """Seconds from arrival until the request first ran."""
         return None if self.scheduled is None else self.scheduled - self.arrival
 
     @property
@@ -54,13 +60,18 @@ class RequestMetrics:
         """Seconds from arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
 
+    @property
+    def e2e_latency(self) -> float | None:
+        """Seconds from arrival to the end of the request."""
+        return None if self.finished is None else self.finished - self.arrival
+
 
 @dataclass(frozen=True)
 class RequestOutput:
     """A prompt and its completions, in the order of their index.
 
-    prompt_logprobs: for each token of the prompt a dict from token id to `Logprob`, its own included; None
-    for the first, which nothing comes before.
+    prompt_logprobs: for each token of the prompt a dict from token id to `Logprob`, which includes that
+    token; None for the first token, which has no context.
     """
 
     request_id: str
@@ -77,8 +88,9 @@ class RequestOutput:
 class BeamSearchSequence:
     """One hypothesis of a beam search.
 
-    tokens: the prompt's and those that were found. text: what the latter say. cum_logprob: the sum of their
-    log-probabilities; score: what hypotheses are ordered by, the sum divided by a power of their number.
+    tokens: the prompt's tokens and the new ones. text: the text of the new tokens. cum_logprob: the sum of
+    their log-probabilities. score: that sum divided by a power of the number of new tokens; hypotheses are
+    ordered by it.
     """
 
     tokens: tuple[int, ...]
@@ -90,9 +102,9 @@ class BeamSearchSequence:
 
 @dataclass(frozen=True)
 class BeamSearchOutput:
-    """What a beam search found, best first; `beam_width` hypotheses, or all that there are.
+    """The hypotheses of a beam search, best first: `beam_width` of them, or fewer if no more exist.
 
-    error: what went wrong, where the search failed; `sequences` is empty then.
+    error: the error's message if the search failed; `sequences` is empty then.
     """
 
     sequences: tuple[BeamSearchSequence, ...]
@@ -101,7 +113,7 @@ class BeamSearchOutput:
 
 @dataclass(frozen=True)
 class RequestUsage:
-    """What a request that has ended took: tokens of the prompt and of all completions, and its times.
+    """The usage of a request that has ended: tokens of the prompt and of all completions, and its times.
 
     num_cached_tokens: tokens of the prompt that came from the prefix cache.
     """
@@ -114,11 +126,12 @@ class RequestUsage:
 
 @dataclass(frozen=True)
 class RequestEvent:
-    """What one step gave one completion of a request: new text (may be empty) and the tokens behind it.
+    """The result of one step for one completion of a request.
 
-    index: which completion. logprobs: one dict for each of the tokens, where they are asked for, and
-    prompt_logprobs once, as in `RequestOutput`. finish_reason, stop_reason, error: with the completion's last
-    event, as in `CompletionOutput`. usage: with the request's last event, and with no other.
+    index: the completion's index. text: the new text, which may be empty. token_ids: the new tokens.
+    logprobs: if requested, one dict for each of these tokens; prompt_logprobs: if requested, once, as in
+    `RequestOutput`. finish_reason, stop_reason, error: in the completion's last event, as in
+    `CompletionOutput`. usage: only in the request's last event.
     """
 
     request_id: str
@@ -134,7 +147,7 @@ class RequestEvent:
 
 
 class TextDelta(NamedTuple):
-    """A piece of one completion as it streams: new text (may be empty) and, at the end, why it ended."""
+    """A piece of a streamed completion: new text, which may be empty, and at the end a finish_reason."""
 
     index: int  # type: ignore[assignment]  # named like vLLM's, which hides tuple.index
     text: str

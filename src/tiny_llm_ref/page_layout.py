@@ -41,7 +41,7 @@ class PageLayout:
         salts = [salt] if len(self.groups) == 1 else [f"{i} {salt}" for i in range(len(self.groups))]
         return [TokenBlocks(self.block_size, salt) for salt in salts]
 
-    def most_blocks(self, num_tokens: int) -> int:
+    def max_blocks(self, num_tokens: int) -> int:
         """Return how many blocks a sequence may hold at once while it grows to `num_tokens` tokens."""
         return sum(self._most(group, num_tokens) for group in self.groups)
 
@@ -96,4 +96,4 @@ class PageLayout:
         return any(group.window is not None for group in self.groups)
 
     def _most(self, group: LayerGroup, num_tokens: int) -> int:
-        return group.most_blocks(num_tokens, self.block_size, self.most_tokens)
+        return group.max_blocks(num_tokens, self.block_size, self.most_tokens)

@@ -3,7 +3,7 @@
 Plain bookkeeping over ints. Allocates and frees pages; knows nothing of arrays, logits or text.
 """
 
-from .batch_manager import PrefixStats, wanted
+from .batch_manager import PrefixStats, tokens_wanted
 from .chunked_prefill import share_budget
 from .errors import OutOfBlocksError, StuckRequestError
 from .page_layout import PageLayout
@@ -128,7 +128,7 @@ class PageScheduler:
     def release(self, sequence: PagedSequence) -> None:
         """Release a sequence's pages, and if it has ended, its blocks on the host."""
         blocks = sequence.blocks
-        sequence.give_up_pages()
+        sequence.release_pages()
         self.prefix.released(blocks)
         if self.swap_space is not None and sequence.state is SequenceState.FINISHED:
             self.swap_space.forget(sequence)
@@ -194,7 +194,7 @@ class PageScheduler:
         for sequence in self._queues.running:
             block = self.prefix.next_block(sequence)
             waits = block in to_be_filled and sequence.is_at_block_start
-            wants.append(0 if waits else wanted(sequence))
+            wants.append(0 if waits else tokens_wanted(sequence))
             if block is not None:
                 to_be_filled.add(block)
         return wants
@@ -261,7 +261,7 @@ class PageScheduler:
 
     def _put_back(self, sequence: PagedSequence) -> None:
         """Let a running sequence wait, without its pages, together with the other beams of its search."""
-        for stopped in self._queues.put_back(sequence):
+        for stopped in self._queues.return_to_waiting(sequence):
             self.release(stopped)
         if sequence.swapped is not None:
             sequence.state = SequenceState.SWAPPED
@@ -283,7 +283,7 @@ class PageScheduler:
 
     def _reject_stuck(self, sequence: PagedSequence, needed: int) -> None:
         """End a request that waits for pages although no running sequence is left to free any; raise."""
-        for seq_id in self._queues.forget_forks_to_come(sequence.request_id):
+        for seq_id in self._queues.remove_pending_forks(sequence.request_id):
             self.release(self._queues.end(seq_id))
         raise StuckRequestError(
             f"request {sequence.request_id!r} needs {needed} blocks, {self.num_available} of "

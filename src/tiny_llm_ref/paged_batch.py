@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 
 import mlx.core as mx
 
-from .batch_manager import Capacity, PrefixStats, longest
+from .batch_manager import Capacity, PrefixStats, max_sequence_length
 from .compaction import compact_memory
 from .errors import RequestTooLargeError
 from .kv_pool import KVPool
@@ -114,12 +114,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         these checks in this order, because a request may fail several of them, and only then call
         `_queues.add(leader)`:
 
-        1. `longest` raises ValueError for an empty prompt, and `RequestTooLargeError` for a request that is
-           longer than `_context` tokens (its argument `context`) or has more completions or beams than
-           `_max_seqs` (its argument `seats`). It returns the leader's `max_len`.
+        1. `max_sequence_length` raises ValueError for an empty prompt, and `RequestTooLargeError` for a
+           request that is longer than `_context` tokens (its argument `context`) or has more completions or
+           beams than `_max_seqs` (its argument `max_seqs`). It returns the leader's `max_len`.
         2. `_queues.refuse_id_in_use` raises `DuplicateRequestError` if the request's id or one of its
            `completion_ids` belongs to a request that has not ended.
-        3. `_refuse_what_never_fits(leader)` raises `RequestTooLargeError` if the request needs more blocks
+        3. `_reject_if_too_large(leader)` raises `RequestTooLargeError` if the request needs more blocks
            than the pool can ever have. It would wait forever, with all requests after it.
 
         >>> manager = PagedBatchManager(max_pages=8, page_size=4, max_batch_size=4)
@@ -129,14 +129,14 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         ([('a/0', 1, 7)], 8)
         """
         params = params or SamplingParams()
-        max_len = longest(tokens, params, request_id, self._context, self._max_seqs)
+        max_len = max_sequence_length(tokens, params, request_id, self._context, self._max_seqs)
         self._queues.refuse_id_in_use(request_id, completion_ids(request_id, params.n))
         leader = self._new_leader(tokens, request_id, params, seed, max_len, is_beam=beam_search)
-        self._refuse_what_never_fits(leader)
+        self._reject_if_too_large(leader)
         self._queues.add(leader)
         return True
 
-    def give_memory_back(self) -> None:
+    def shrink_pool(self) -> None:
         """Halve the pool, at most once per call, if it is mostly unused. Called between two steps.
 
         A block is in use if it is neither free nor idle. An idle block is kept by the prefix cache for later
@@ -157,7 +157,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         >>> manager = PagedBatchManager(max_pages=64, page_size=4, max_batch_size=4, min_pages=4)
         >>> manager.allocator.resize(20)
         >>> for _ in range(3):
-        ...     manager.give_memory_back()
+        ...     manager.shrink_pool()
         ...     print(manager.allocator.num_blocks)
         10
         5
@@ -225,7 +225,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
         - `_scheduler.computed(plan)`: makes the plan's full blocks shareable by content. They must have been
           computed: if the model raises, none of them may be shared. (Call it without a model too.)
-        - `give_memory_back`: moves blocks, so it must come before the plan names any. It is called in every
+        - `shrink_pool`: moves blocks, so it must come before the plan names any. It is called in every
           step, even if there is nothing to compute.
         - `plan.conclude(rows, self._fork)`: marks the chunks' tokens as computed, forks each leader whose
           prompt is complete, and returns the result, `StepLogits`, which assigns rows to sequences. The forks
@@ -245,7 +245,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         >>> manager.sequence("a/1").num_computed, manager.capacity.num_free
         (6, 6)
         """
-        self.give_memory_back()
+        self.shrink_pool()
         plan = self._schedule()
         if plan.is_empty:
             return StepLogits(None, {})
@@ -272,7 +272,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     def cancel(self, request_id: str) -> None:
         """End every sequence of a request, in any state; unknown and ended ids are ignored."""
-        for seq_id in self._queues.forget_forks_to_come(request_id):
+        for seq_id in self._queues.remove_pending_forks(request_id):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
@@ -371,7 +371,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             is_beam=is_beam,
         )
 
-    def _refuse_what_never_fits(self, leader: PagedSequence) -> None:
+    def _reject_if_too_large(self, leader: PagedSequence) -> None:
         """Raise `RequestTooLargeError` for a request that cannot run even with the whole pool."""
         num_completions = 1 + leader.num_forks
         blocks = max(self._most_blocks(leader), self._scheduler.reserved_blocks(leader))
@@ -381,12 +381,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
                 f"completions need {blocks} blocks of {self.block_size}; "
                 f"the pool has {self.max_pages}",
                 "n"
-                if num_completions > 1 and self._layout.most_blocks(leader.max_len) <= self.max_pages
+                if num_completions > 1 and self._layout.max_blocks(leader.max_len) <= self.max_pages
                 else None,
             )
 
     def _most_blocks(self, leader: PagedSequence) -> int:
         """Return how many blocks a request must have at once: beams run together, completions need not."""
-        longest_one = self._layout.most_blocks(leader.max_len)
+        longest_one = self._layout.max_blocks(leader.max_len)
         per_fork = self._layout.blocks_of_fork(len(leader.prompt), leader.max_len)
         return longest_one + (leader.num_forks * per_fork if leader.is_beam else 0)

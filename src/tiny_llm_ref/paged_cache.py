@@ -110,7 +110,7 @@ class PagedKVCache:
         table = self.tables[seq_id]
         self._check_position(table, token_idx)
         self._check_token(k, v)
-        self._own_block(table, token_idx // table.block_size)
+        self._copy_if_shared(table, token_idx // table.block_size)
         slot = mx.array(table.slots(token_idx, token_idx + 1), mx.int32)
         self.pool.write(self.layer, slot, k[None], v[None])
 
@@ -175,7 +175,7 @@ class PagedKVCache:
         """
         return flat_slots([self.tables[seq_id] for seq_id, _ in sequences], [n for _, n in sequences])
 
-    def _own_block(self, table: BlockTable, place: int) -> None:
+    def _copy_if_shared(self, table: BlockTable, place: int) -> None:
         """Replace the block at this index of the table by a copy, if it has another holder."""
         shared = table.blocks[place]
         if self.allocator.ref_count(shared) == 1:

@@ -1,6 +1,6 @@
-"""Requests whose sequences are beams: they begin as one, and stop, wait and go on together.
+"""Queues for requests whose sequences are beams, which start as one sequence and stop and resume together.
 
-Plain bookkeeping over sequences and their tables; knows nothing of scores, or of when anybody should run.
+This is plain bookkeeping over sequences and their block tables: scores and scheduling are elsewhere.
 """
 
 from collections.abc import Sequence as Seq
@@ -12,7 +12,7 @@ from .sliding_window import first_block
 
 
 class BeamStep(NamedTuple):
-    """A beam of the next step: the sequence that it continues, and the token that it adds."""
+    """A beam of the next step: the id of its parent sequence, and the token that it adds."""
 
     parent: str
     token: int
@@ -21,14 +21,14 @@ class BeamStep(NamedTuple):
 class PagedQueues(RequestQueues[PagedSequence]):
     """The queues of the paged batch manager.
 
-    Invariant: the beams of a request stand side by side among the running, best first, or all but one are
-    parked behind that one. Beam i has the i-th of the request's completion ids.
+    Invariant: either all beams of a request are running, next to each other and best first, or all but the
+    first are parked with the first. Beam i has the i-th of the request's completion ids.
     """
 
-    def put_back(self, sequence: PagedSequence) -> list[PagedSequence]:
-        """Make a running sequence wait again, and its fellow beams with it; everybody who stopped."""
+    def return_to_waiting(self, sequence: PagedSequence) -> list[PagedSequence]:
+        """Make a running sequence wait again, with all beams of its request; returns all that stopped."""
         if not sequence.is_beam:
-            return super().put_back(sequence)
+            return super().return_to_waiting(sequence)
         leader, *others = self.beams(sequence.request_id)
         if others:
             outputs = [beam.outputs for beam in (leader, *others)]
@@ -38,10 +38,10 @@ class PagedQueues(RequestQueues[PagedSequence]):
             for beam in others:
                 self.running.discard(beam)
                 beam.state = SequenceState.WAITING
-        return [*super().put_back(leader), *others]
+        return [*super().return_to_waiting(leader), *others]
 
     def join(self, leader: PagedSequence) -> None:
-        """Let the beams that are parked behind a running one share its pages, and run beside it."""
+        """Let the beams that are parked with a running leader share its pages and run too."""
         assert leader.parked is not None
         beams, leader.parked = leader.parked.beams, None
         for beam in beams:
@@ -50,11 +50,11 @@ class PagedQueues(RequestQueues[PagedSequence]):
         leader.num_forks -= len(beams)
 
     def beams(self, request_id: str) -> list[PagedSequence]:
-        """The running sequences of a request, in order."""
+        """The running sequences of a request, in the order of their ranks."""
         return self._in_order(request_id, self.running)
 
     def blocks_of_others(self, sequence: PagedSequence) -> dict[bytes, int]:
-        """The full blocks of a request's other running sequences, by the hash of what is in them."""
+        """The full blocks of a request's other running sequences, by the hash of their content."""
         blocks: dict[bytes, int] = {}
         for other in self.beams(sequence.request_id):
             for index, table in enumerate(other.tables if other is not sequence else ()):
@@ -64,9 +64,9 @@ class PagedQueues(RequestQueues[PagedSequence]):
         return blocks
 
     def advance(self, request_id: str, steps: Seq[BeamStep]) -> list[PagedSequence]:
-        """Replace a request's beams by their children, each a fork of its parent with one token more.
+        """Replace a request's beams by their children, each a fork of its parent with one more token.
 
-        Returns the parents, which have ended and still hold their pages.
+        Returns the parents, which have ended but still hold their pages.
         """
         parents = self.beams(request_id)
         width = len(parents) + parents[0].num_forks
@@ -89,7 +89,7 @@ class PagedQueues(RequestQueues[PagedSequence]):
 
 
 def _common_length(lists: Seq[Seq[int]]) -> int:
-    """How many elements all lists have in common, from the first on."""
+    """The length of the common prefix of all lists."""
     length = 0
     for column in zip(*lists, strict=False):
         if len(set(column)) > 1:

@@ -1,8 +1,8 @@
-"""Checks of a request's parameters: a value comes back as a plain Python one, or is refused.
+"""Checks of a request's parameters: each returns the value as a plain Python one or raises.
 
-Every refusal is a `SamplingParamsError`. Its message begins with the field's name, and has the range that is
-allowed and the value, shortened. Numbers may be NumPy's. A list that is too long is refused before its
-elements are looked at, so a refusal costs no more than the longest list that is allowed.
+The error is a `SamplingParamsError`. Its message starts with the field's name and has the allowed range and
+the value, shortened. Numbers may be NumPy's. The length of a list is checked before its elements, so that
+rejecting a long list is cheap.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,26 @@ from typing import Any, NoReturn
 
 from tiny_llm_checkpoints.errors import shown
 
-from .errors import SamplingParamsError, is_whole
+from .errors import SamplingParamsError, is_integer
 
-MOST_COUNT = 2**31 - 1
-MOST_SALT_CHARACTERS = 1024
+MAX_COUNT = 2**31 - 1
+MAX_SALT_CHARACTERS = 1024
 
 
 def refuse(name: str, expected: str, value: object) -> NoReturn:
-    """Raise `SamplingParamsError`: the field, what it must be, and what it is."""
+    """Raise `SamplingParamsError` with the field, the expected values and the actual value."""
     raise SamplingParamsError(f"{name} must be {expected}, not {shown(value)}")
 
 
 def check(holds: bool, name: str, expected: str, value: object) -> None:
-    """`refuse` unless it holds."""
+    """Call `refuse` unless `holds`."""
     if not holds:
         refuse(name, expected, value)
 
 
-def whole_number(name: str, value: object, least: int, most: int = MOST_COUNT) -> int:
-    """An int from `least` to `most`; a bool is none."""
-    if not isinstance(value, Integral) or not is_whole(value):
+def whole_number(name: str, value: object, least: int, most: int = MAX_COUNT) -> int:
+    """An int from `least` to `most`; not a bool."""
+    if not isinstance(value, Integral) or not is_integer(value):
         refuse(name, "a whole number", value)
     found = index(value)
     check(found >= least, name, f"at least {least}", value)
@@ -40,7 +40,7 @@ def whole_number(name: str, value: object, least: int, most: int = MOST_COUNT) -
 
 
 def number(name: str, value: object, least: float, most: float, *, above: bool = False) -> float:
-    """A float from `least` to `most`, or above `least`; a bool is none, and neither is a NaN."""
+    """A float from `least` to `most`, with `above` greater than `least`; not a bool or NaN."""
     if not isinstance(value, Real) or isinstance(value, bool):
         refuse(name, "a number", value)
     expected = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"
@@ -48,7 +48,7 @@ def number(name: str, value: object, least: float, most: float, *, above: bool =
         found = float(value)
     except OverflowError:
         refuse(name, expected, value)
-    except Exception:  # a span of time of NumPy's, or whatever the value's own method raised
+    except Exception:  # a NumPy timedelta, or an error in the value's own method
         refuse(name, "a number", value)
     check(least <= found <= most and not (above and found == least), name, expected, value)
     return found
@@ -61,18 +61,18 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object, most: int) -> str:
-    """A text that UTF-8 can encode, of at most so many characters; a subclass becomes a str."""
+    """A str that UTF-8 can encode, of at most `most` characters; an instance of a subclass becomes a str."""
     if not isinstance(value, str):
-        refuse(name, "a text", value)
+        refuse(name, "a string", value)
     value = str.__str__(value)
     if len(value) > most:
         raise SamplingParamsError(f"{name} must have at most {most} characters, not {len(value)}")
-    check(_is_unicode(value), name, "Unicode text", value)
+    check(_is_unicode(value), name, "valid Unicode", value)
     return value
 
 
 def listed(name: str, value: object, kind: str, most: int) -> Sequence[Any]:
-    """A list or a tuple of at most so many elements; kind: what they are, for the message."""
+    """A list or tuple of at most `most` elements; kind: the elements' kind, for the message."""
     if not isinstance(value, (list, tuple)):
         refuse(name, f"a list of {kind}", value)
     if len(value) > most:

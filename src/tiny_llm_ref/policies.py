@@ -1,6 +1,6 @@
-"""The decisions that a batch manager leaves to others, with defaults that do nothing.
+"""The policies of a batch manager, with defaults that do nothing.
 
-`PagedBatchManager` runs correctly on the defaults alone; later days replace one part each.
+`PagedBatchManager` runs correctly with the defaults; each later day of the course replaces one of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,29 +13,29 @@ from .sequence import PagedSequence
 
 
 class PreemptionPolicy(Protocol):
-    """Which sequence gives up its blocks when the pool runs out, and how many are reserved at admission."""
+    """Decides which sequence is preempted when blocks run out, and how many are reserved at admission."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """Tokens of `sequence`, from its first, for which blocks must be available once it is admitted."""
+        """How many tokens of `sequence`, from the first, must have blocks available when it is admitted."""
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
-        """The sequence of `candidates` (oldest first, never empty) to preempt; None: none of them."""
+        """The sequence to preempt, from `candidates` (oldest first, never empty); None: none of them."""
 
 
 class NoPreemption:
-    """A sequence is admitted only when pages for its whole life are free: nobody is ever preempted."""
+    """Never preempts: a sequence is admitted only when pages for its longest possible output are free."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """All tokens that the sequence may ever have."""
+        """All tokens that the sequence may have at its end."""
         return sequence.max_len
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
-        """Nobody."""
+        """None: nothing is preempted."""
         return None
 
 
 class PrefixPolicy(Protocol):
-    """Who shares pages with whom because their tokens begin alike."""
+    """Decides which sequences share pages, because their tokens have a common prefix."""
 
     @property
     def block_size(self) -> int:
@@ -43,36 +43,36 @@ class PrefixPolicy(Protocol):
 
     @property
     def blocks(self) -> Seq[int]:
-        """The blocks that are kept, each one reference."""
+        """The cached blocks; the cache holds one reference to each."""
 
     @property
     def num_idle(self) -> int:
-        """How many of them no table holds: `evict` can free these now."""
+        """The number of cached blocks that no table holds: `evict` can free these now."""
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Let a sequence share the full blocks that come next and are there already."""
+        """Let a sequence share the full blocks of its next tokens that are cached."""
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """Let it share the beginning of one block more, to be copied on its next write."""
+        """Let a sequence share the first tokens of one more block, which its next write will copy."""
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
-        """What stands for the block that a sequence will fill next: who has the same waits for it."""
+        """The key of the block that a sequence will fill next; sequences with the same key wait for it."""
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
-        """Keep the blocks that a sequence has filled since it had `start` tokens computed."""
+        """Cache the blocks that a sequence has filled since it had `start` computed tokens."""
 
     def released(self, blocks: Seq[int]) -> None:
-        """A table has let go of these blocks, given in the table's order."""
+        """A table has released these blocks, listed in the table's order."""
 
     def evict(self, num_blocks: int) -> int:
-        """Free up to `num_blocks` idle blocks, none for a number below 1; returns how many."""
+        """Free up to `num_blocks` idle blocks; none for a number below 1. Returns how many were freed."""
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Blocks have moved to other places in the pool: from old ids to new ones."""
+        """Blocks have moved in the pool; moved: from old ids to new ids."""
 
 
 class NoPrefixSharing:
-    """Everybody computes their own; nothing is kept."""
+    """No sharing: each sequence computes all of its tokens, and nothing is cached."""
 
     num_idle = 0
     blocks: Seq[int] = ()
@@ -81,23 +81,23 @@ class NoPrefixSharing:
         self.block_size = block_size
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Nothing is there."""
+        """Nothing is cached."""
 
     def adopt_part(self, sequence: PagedSequence) -> None:
-        """Nothing is there."""
+        """Nothing is cached."""
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
-        """Nobody waits."""
+        """None: no sequence waits for another."""
         return None
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
-        """Nothing is kept."""
+        """Caches nothing."""
 
     def released(self, blocks: Seq[int]) -> None:
-        """Nothing was kept."""
+        """Nothing was cached."""
 
     def evict(self, num_blocks: int) -> int:
-        """Nothing to give up."""
+        """0: there is nothing to evict."""
         return 0
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
@@ -105,17 +105,17 @@ class NoPrefixSharing:
 
 
 def in_order_of_arrival(number: int, priority: int) -> int:
-    """The priority key of first come, first served: the number of the arrival, whatever the priority."""
+    """The priority key of first come, first served: the arrival number, regardless of the priority."""
     return number
 
 
 @dataclass(frozen=True)
 class Policies:
-    """One object for each decision; frozen, so a manager's behaviour never changes under way.
+    """One object for each decision; frozen, so that a manager's behaviour never changes while it runs.
 
-    prefix: makes the policy for a manager's allocator and block size. swap_blocks: blocks on the host for
-    what is preempted; without one to spare it is computed again. priority_key: a request's place in the order
-    of service from its arrival number and its priority; the lowest is served first.
+    prefix: makes the prefix policy, from the manager's allocator and block size. swap_blocks: blocks in host
+    memory for preempted sequences; if they do not fit, they are recomputed. priority_key: makes a request's
+    priority key, from its arrival number and its priority; the lowest key is served first.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)

@@ -10,7 +10,7 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-LEAST_WORTH_COPYING = 4  # equal tokens; copying their block costs as much as computing about two tokens
+MIN_TOKENS_TO_COPY = 4  # equal tokens; copying their block costs as much as computing about two tokens
 
 
 class PrefixSharing:
@@ -46,7 +46,7 @@ class PrefixSharing:
 
         `cache.match` finds the blocks in `_stream(sequence, n)`, the sequence's text cut into at least n
         blocks. Append them to the sequence's table with the given `cache.share`, in order and with their full
-        length. Then call `sequence.note_shared` with the number of shared tokens, which are not computed
+        length. Then call `sequence.add_shared_tokens` with the number of shared tokens; they are not computed
         again.
 
         Do nothing if no block is left to share, or if the given `_may_share(sequence)` is False.
@@ -67,7 +67,7 @@ class PrefixSharing:
             found = self.cache.match(self._stream(sequence, stop), first, stop)
             for block in found:
                 self.cache.share(sequence.table, block, size)
-            sequence.note_shared(len(found) * size)
+            sequence.add_shared_tokens(len(found) * size)
 
     def adopt_part(self, sequence: PagedSequence) -> None:
         """Share the first tokens of one more kept block whose later tokens differ; the next write copies it.
@@ -76,12 +76,12 @@ class PrefixSharing:
         """
         size, start = sequence.table.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
-        if known >= LEAST_WORTH_COPYING and self._may_share(sequence):
+        if known >= MIN_TOKENS_TO_COPY and self._may_share(sequence):
             parent = self._stream(sequence, start // size).parent(start // size)
             match = self.cache.match_part(parent, sequence.tokens(start, start + known))
-            if match is not None and match.length >= LEAST_WORTH_COPYING:
+            if match is not None and match.length >= MIN_TOKENS_TO_COPY:
                 self.cache.share(sequence.table, match.block, match.length)
-                sequence.note_shared(match.length)
+                sequence.add_shared_tokens(match.length)
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
         """Return the hash of the block that a sequence fills next; None if some of its tokens are unknown.

@@ -1,6 +1,6 @@
-"""Prompts as callers write them: texts, token ids, arrays and dicts, one or many; forms and keys are vLLM's.
+"""Parse prompts: texts, token ids, arrays and dicts, one or many. Forms and keys are vLLM's.
 
-What cannot be a prompt is refused here, with its place and value, before anything is encoded or queued.
+Invalid prompts raise here, with their position and value, before anything is encoded or queued.
 """
 
 from collections.abc import Mapping
@@ -11,23 +11,23 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, TypeGuard
 
 from tiny_llm_checkpoints.errors import shown
 
-from .errors import is_whole
+from .errors import is_integer
 
-MOST_TOKENS = 10_000_000  # of a prompt: more than any model reads
-FORMS = "a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
+MAX_TOKENS = 10_000_000  # of a prompt: more than any model's context
+FORMS = "a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
-_WHOLE = frozenset("bBhHiIlLqQnN")  # formats of whole numbers, as the struct module names them
+_WHOLE = frozenset("bBhHiIlLqQnN")  # the struct module's format characters of integers
 
 
 class TextPrompt(TypedDict):
-    """A prompt as a text. cache_salt: as in `SamplingParams`, and stronger than that."""
+    """A prompt as a string. cache_salt: as in `SamplingParams`, which it overrides."""
 
     prompt: str
     cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids. prompt: the text behind them, which is shown and never encoded."""
+    """A prompt as token ids. prompt: their text, which appears in the output and is never encoded."""
 
     prompt_token_ids: Seq[int]
     prompt: NotRequired[str]
@@ -39,7 +39,7 @@ PromptType = PlainPrompt | TextPrompt | TokensPrompt
 
 
 class ParsedPrompt(NamedTuple):
-    """A prompt in one form. text: None where it came as token ids only. token_ids: None: encode the text."""
+    """A parsed prompt. text: None if it was given only as token ids. token_ids: None: encode the text."""
 
     text: str | None
     token_ids: list[int] | None
@@ -47,7 +47,7 @@ class ParsedPrompt(NamedTuple):
 
     @property
     def content(self) -> PlainPrompt:
-        """What the model is to read."""
+        """The token ids if they are given, otherwise the text."""
         if self.token_ids is not None:
             return self.token_ids
         assert self.text is not None
@@ -55,10 +55,10 @@ class ParsedPrompt(NamedTuple):
 
 
 def parse_prompts(prompts: object) -> list[ParsedPrompt]:
-    """One prompt or a list of prompts, in any of their forms; a list of whole numbers is one prompt.
+    """Parse one prompt or a list of prompts, in any form; a list of integers is one prompt.
 
-    A two-dimensional array of whole numbers is a list of prompts, row by row. Raises ValueError for any other
-    value, with its place in the list: "prompts[3]: ...".
+    A two-dimensional integer array is a list of prompts, one in each row. Raises ValueError for any other
+    value, with its position in the list: "prompts[3]: ...".
     """
     array = _array(prompts)
     if isinstance(prompts, (str, Mapping)) or (array is not None and array.ndim == 1):
@@ -67,13 +67,13 @@ def parse_prompts(prompts: object) -> list[ParsedPrompt]:
         prompts = _numbers(array, prompts, "prompts")
     if not _is_list(prompts):
         raise ValueError(f"prompts must be {FORMS}, or a list of these, not {shown(prompts)}")
-    if len(prompts) and (is_whole(prompts[0]) or isinstance(prompts[0], bool)):
+    if len(prompts) and (is_integer(prompts[0]) or isinstance(prompts[0], bool)):
         return [_not_empty(prompts)]
     return [_not_empty(prompt, f"prompts[{place}]") for place, prompt in enumerate(prompts)]
 
 
 def parse_prompt(prompt: object, place: str = "prompt") -> ParsedPrompt:
-    """A single prompt, in any of its forms. Raises ValueError with `place` for any other value."""
+    """Parse a single prompt, in any form. Raises ValueError for any other value; place: for its message."""
     if isinstance(prompt, ParsedPrompt):
         return prompt
     if isinstance(prompt, str):
@@ -86,7 +86,7 @@ def parse_prompt(prompt: object, place: str = "prompt") -> ParsedPrompt:
 
 
 def _not_empty(prompt: object, place: str = "prompt") -> ParsedPrompt:
-    """As `parse_prompt`; raises ValueError for an empty list of token ids too."""
+    """As `parse_prompt`, but also raises ValueError for an empty list of token ids."""
     parsed = parse_prompt(prompt, place)
     if parsed.token_ids == []:
         raise ValueError(f"{place}: no tokens: there is nothing to continue")
@@ -94,7 +94,7 @@ def _not_empty(prompt: object, place: str = "prompt") -> ParsedPrompt:
 
 
 def checked_text(text: str, place: str) -> str:
-    """The text. Raises ValueError where it has a surrogate, which no encoding has."""
+    """The text. Raises ValueError if it has a lone surrogate, which cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -104,25 +104,25 @@ def checked_text(text: str, place: str) -> str:
 
 
 def token_list(ids: object, place: str) -> list[int]:
-    """Token ids as ints: from a list, a tuple, another sequence, or a one-dimensional array of whole numbers.
+    """Token ids as a list of ints, from a list, tuple or other sequence, or a one-dimensional integer array.
 
-    Raises ValueError for any other value, and for a member that is no whole number; True and False are none.
+    Raises ValueError for any other value, and for an element that is not an integer; a bool is not one.
     """
     array = _array(ids)
     if array is not None and array.ndim == 1:
         ids = _numbers(array, ids, place)
     if not _is_list(ids):
-        raise ValueError(f"{place}: token ids must be in a list, not {shown(ids)}")
-    if len(ids) > MOST_TOKENS:
-        raise ValueError(f"{place}: {len(ids)} token ids are more than {MOST_TOKENS}")
-    values = list(islice(ids, len(ids)))  # a sequence may have more than it says, without end
+        raise ValueError(f"{place} must be a list of token ids, not {shown(ids)}")
+    if len(ids) > MAX_TOKENS:
+        raise ValueError(f"{place}: {len(ids)} token ids are more than {MAX_TOKENS}")
+    values = list(islice(ids, len(ids)))  # a sequence's iterator may have more elements than len()
     if set(map(type, values)) <= {int}:
         return values
     return [_number(one, f"{place}[{at}]") for at, one in enumerate(values)]
 
 
 def _parse_dict(prompt: Mapping[Any, Any], place: str) -> ParsedPrompt:
-    """A prompt as a dict; a key whose value is None counts as left out."""
+    """Parse a prompt that is a dict; a key with the value None counts as left out."""
     given = {key: value for key, value in prompt.items() if value is not None}
     for key in given:
         if key not in _KEYS:
@@ -130,7 +130,7 @@ def _parse_dict(prompt: Mapping[Any, Any], place: str) -> ParsedPrompt:
     text, salt = given.get("prompt"), given.get("cache_salt")
     for name, value in (("prompt", text), ("cache_salt", salt)):
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{place}[{name!r}] must be a text, not {shown(value)}")
+            raise ValueError(f"{place}[{name!r}] must be a string, not {shown(value)}")
     if text is not None:
         checked_text(text, place)
     if "prompt_token_ids" in given:
@@ -141,29 +141,29 @@ def _parse_dict(prompt: Mapping[Any, Any], place: str) -> ParsedPrompt:
 
 
 def _is_list(value: object) -> TypeGuard[Seq[Any]]:
-    """True for a sequence of values; a text and bytes are none."""
+    """True for a sequence other than a string or bytes."""
     return isinstance(value, Seq) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def _number(value: Any, place: str) -> int:
-    if not is_whole(value):
+    if not is_integer(value):
         raise ValueError(f"{place}: a token id must be a whole number, not {shown(value)}")
     return index(value)
 
 
 def _array(value: object) -> memoryview | None:
-    """An array's memory, of one dimension or more; None for what is no array."""
+    """The memory of an array with at least one dimension; None for any other value."""
     if isinstance(value, (str, bytes, bytearray, memoryview)):
         return None
     try:
         view = memoryview(value)  # type: ignore[arg-type]
-    except Exception:  # a TypeError, or whatever an array that cannot show its memory raises
+    except Exception:  # a TypeError, or an error in the array's own code
         return None
     return view if view.ndim else None
 
 
 def _numbers(array: memoryview, value: object, place: str) -> list[Any]:
-    """The whole numbers of an array, in nested lists."""
+    """The integers of an array as nested lists. Raises ValueError for other numbers."""
     if array.format not in _WHOLE:
         raise ValueError(f"{place}: an array of token ids must have whole numbers, not {shown(value)}")
     return array.tolist()

@@ -1,6 +1,6 @@
-"""A queue in the order of ranks: the first, joining and leaving cost O(log n), however many wait.
+"""A priority queue of sequences: reading the first one, adding and removing cost O(log n).
 
-A heap of ranks with lazy deletion over a dict of members. Knows nothing of requests beyond `Sequence.rank`.
+A heap of ranks with lazy deletion, and a dict of the members. Of a sequence, only `rank` is used.
 """
 
 from collections.abc import Iterator
@@ -15,26 +15,26 @@ Rank = tuple[int, int, int]
 
 
 class RankedQueue(Seq[S]):
-    """Sequences in the order of their ranks, the lowest first. No two members have one rank.
+    """Sequences in the order of their ranks, the lowest first. No two members have the same rank.
 
-    Invariant: every member's rank is in the heap. The heap may also hold ranks of members that have left:
-    they are dropped when they come to the top, and all at once when they are the larger part.
+    Invariant: every member's rank is in the heap. The heap may also hold the ranks of removed members: each
+    is dropped when it reaches the top, and all of them when they are more than half of the heap.
     """
 
     def __init__(self) -> None:
         self._members: dict[Rank, S] = {}
         self._heap: list[Rank] = []
-        self._in_order: list[S] | None = []  # None: something has changed since it was asked for
+        self._in_order: list[S] | None = []  # the sorted members; None: out of date
 
     def add(self, sequence: S) -> None:
-        """Let a sequence join."""
+        """Add a sequence."""
         assert sequence.rank not in self._members
         self._members[sequence.rank] = sequence
         heappush(self._heap, sequence.rank)
         self._in_order = None
 
     def discard(self, sequence: S) -> None:
-        """Let a sequence leave; nothing happens where it is no member."""
+        """Remove a sequence, if it is a member."""
         if sequence not in self:
             return
         del self._members[sequence.rank]
@@ -44,17 +44,18 @@ class RankedQueue(Seq[S]):
             heapify(self._heap)
 
     def first(self) -> S:
-        """The sequence with the lowest rank; IndexError where there is none."""
+        """The sequence with the lowest rank; IndexError if the queue is empty."""
         while self._heap and self._heap[0] not in self._members:
             heappop(self._heap)
         return self._members[self._heap[0]]
 
     def head(self, most: int) -> list[S]:
-        """The first members in order, at most `most`; costs O(most log n)."""
+        """The first `most` members in order; costs O(most log n)."""
         ranks: list[Rank] = []
         while self._heap and len(ranks) < most:
             rank = heappop(self._heap)
-            if rank in self._members and rank not in ranks[-1:]:  # one that has come again is there twice
+            # A member that was removed and added again is in the heap twice.
+            if rank in self._members and rank not in ranks[-1:]:
                 ranks.append(rank)
         for rank in ranks:
             heappush(self._heap, rank)
@@ -74,7 +75,7 @@ class RankedQueue(Seq[S]):
     @overload
     def __getitem__(self, place: slice) -> list[S]: ...
     def __getitem__(self, place: int | slice) -> S | list[S]:
-        """By place in the order; place 0 is `first`, any other sorts the members if they have changed."""
+        """By position; position 0 is `first`, and any other sorts the members if they have changed."""
         return self.first() if place == 0 else self._ordered()[place]
 
     def __eq__(self, other: object) -> bool:

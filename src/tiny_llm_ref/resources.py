@@ -1,9 +1,10 @@
-"""What the operating system refuses: memory and threads. Its errors become one that says what they were for.
+"""Memory and threads: turn the various errors of running out of them into one that names purpose and limits.
 
-The allocator of MLX, C++ and Python each raise an error of their own where memory or threads run out
-(`MemoryError`, a RuntimeError, an OSError), and none names the limit. Knows nothing of what is allocated.
+MLX's allocator, C++ and Python raise different errors if memory or threads run out (`MemoryError`,
+RuntimeError, OSError), and none of these errors names the limit.
 """
 
+import ctypes
 import errno
 import math
 import os
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
+
 from .errors import OutOfResourcesError
 
 _NO_MEMORY = ("[malloc]", "Unable to allocate", "std::bad_alloc", "Cannot allocate memory")
@@ -19,11 +22,12 @@ _NO_THREAD = ("Resource temporarily unavailable", "can't start new thread", "can
 
 
 @contextmanager
-def needing(what: str, nbytes: int | None = None) -> Iterator[None]:
-    """Raise `OutOfResourcesError` where the block runs out of memory or threads; `what` says what needs them.
+def requiring(what: str, nbytes: int | None = None) -> Iterator[None]:
+    """Raise `OutOfResourcesError` if the block runs out of memory or threads.
 
-    nbytes: how many bytes it takes, where that is known: where the limit leaves less, the block is not begun.
-    Libraries in C++ and Rust end the process where a small allocation fails.
+    what: what needs them, for the message. nbytes: the bytes that the block needs, if that is known; if the
+    process's limit leaves fewer, the error is raised before the block runs, because libraries in C++ and Rust
+    abort the process when a small allocation fails.
     """
     needs = "" if nbytes is None else f": needs {_megabytes(nbytes)}"
     if (nbytes or 0) > _bytes_left():
@@ -38,17 +42,28 @@ def needing(what: str, nbytes: int | None = None) -> Iterator[None]:
 
 
 def missing_resource(error: BaseException) -> str | None:
-    """What an error says that the system did not give, in words; None for an error about something else."""
+    """The resource that an error is about, "memory" or "threads or memory"; None for any other error."""
     message = str(error)
     if isinstance(error, MemoryError) or any(part in message for part in _NO_MEMORY):
         return "memory"
-    if any(part in message for part in _NO_THREAD):  # a thread takes memory too: either may be what is short
+    if any(part in message for part in _NO_THREAD):  # a thread needs memory too: either may have run out
         return "threads or memory"
     return "memory" if isinstance(error, OSError) and error.errno == errno.ENOMEM else None
 
 
+def return_free_memory() -> None:
+    """Give freed memory back to the operating system: MLX's buffers, and glibc's heap if glibc is in use.
+
+    Both keep freed memory for reuse: after a model is freed, hundreds of megabytes.
+    """
+    mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def limits() -> str:
-    """The limits of this process, and where they come from."""
+    """The limits of this process and their sources, such as "ulimit -v", as a text."""
     memory, processes = (
         resource.getrlimit(resource.RLIMIT_AS)[0],
         resource.getrlimit(resource.RLIMIT_NPROC)[0],
@@ -63,7 +78,7 @@ def limits() -> str:
 
 
 def _bytes_left() -> float:
-    """Bytes that the limit on memory leaves; infinite without a limit, and where the use is not known."""
+    """Bytes left under the process's memory limit; infinite without a limit or if the usage is unknown."""
     limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
     if limit == resource.RLIM_INFINITY or not pages.exists():
         return math.inf

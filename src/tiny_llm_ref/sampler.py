@@ -15,7 +15,7 @@ import mlx.core as mx
 from .kernels import accelerated, compiled_kernel
 from .sampling_params import SamplingParams
 
-SUMMED_AT_ONCE = 256  # numbers added in the first round of a sum; the second round adds the results
+SUM_GROUP_SIZE = 256  # numbers added in the first round of a sum; the second round adds the results
 
 
 def keep_top_k(logits: mx.array, k: int) -> mx.array:
@@ -197,7 +197,7 @@ def log_probabilities(logits: mx.array) -> mx.array:
     Compute a difference, logit - max - log(sum of e^(logit - max)): for a token 200 below the best one, the
     softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.
 
-    Sum the exponentials in two rounds: first each group of `SUMMED_AT_ONCE` (256) neighbours, then these
+    Sum the exponentials in two rounds: first each group of `SUM_GROUP_SIZE` (256) neighbours, then these
     sums. Append zeros if V is not a multiple of 256. In one long float32 sum, each small number is rounded
     against a large total: with 49,152 tokens the result can be off by 0.001 (also with `mx.logsumexp`), in
     two rounds by less than 0.00005.
@@ -206,8 +206,8 @@ def log_probabilities(logits: mx.array) -> mx.array:
     [-0.6931471824645996, -0.6931471824645996, -200.69314575195312, -inf]
     """
     shifted = logits - mx.max(logits)
-    missing = -shifted.shape[-1] % SUMMED_AT_ONCE
-    weights = mx.pad(mx.exp(shifted), (0, missing)).reshape(-1, SUMMED_AT_ONCE)
+    missing = -shifted.shape[-1] % SUM_GROUP_SIZE
+    weights = mx.pad(mx.exp(shifted), (0, missing)).reshape(-1, SUM_GROUP_SIZE)
     return shifted - mx.log(mx.sum(mx.sum(weights, axis=-1)))
 
 

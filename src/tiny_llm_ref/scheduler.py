@@ -1,14 +1,16 @@
-"""The order of service: priorities that age, so that no request waits for ever.
+"""The order in which requests are served: priorities with ageing, so that no request waits forever.
 
-A request's key is fixed when it arrives, so the order of all requests, waiting and running, never changes.
-The first one in it is never preempted while another runs, so some request always advances.
+A request's priority key is fixed at arrival, so the order of all requests, waiting and running, never
+changes. The first one in this order is never preempted while another runs, so one request always makes
+progress.
 """
 
 
 class AgedPriority:
-    """patience: how many later arrivals a request lets pass for each step of priority between them.
+    """Makes priority keys.
 
-    Raises ValueError for a patience below 0. With patience 0 the order is the order of arrival.
+    patience: for each level of priority between two requests, how many later arrivals may overtake the less
+    urgent one. 0: requests are served in the order of arrival. Raises ValueError for a patience below 0.
     """
 
     def __init__(self, patience: int = 32) -> None:
@@ -19,9 +21,9 @@ class AgedPriority:
     def key(self, number: int, priority: int) -> int:
         """The priority key of the `number`-th arrival, counted from 0. The lowest key is served first.
 
-        A lower priority is more urgent, and may be negative. A request of priority p + 1 is passed by those
-        of priority p that arrive fewer than `patience` requests later, and by no others. Requests with one
-        key are served in the order of their arrival, and so are those of one priority.
+        A lower priority is more urgent, and may be negative. A request of priority p + 1 is overtaken by
+        requests of priority p that arrive fewer than `patience` arrivals later, and by no others. Requests
+        with the same key, or with the same priority, are served in the order of arrival.
 
         >>> policy = AgedPriority(patience=3)
         >>> [policy.key(number, priority) for number, priority in enumerate([1, 0, 0, 0])]

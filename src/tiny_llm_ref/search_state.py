@@ -9,7 +9,7 @@ from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 from .beam_search import BeamSearch, BeamSearchParams, Ended
 from .engine_core import EngineCore
 from .errors import described
-from .output_processor import refuse_second_time
+from .output_processor import reject_resubmission
 from .outputs import BeamSearchOutput, BeamSearchSequence, RequestEvent, RequestMetrics, RequestUsage
 
 
@@ -31,7 +31,7 @@ class SearchState:
 
     def begin(self, core: EngineCore) -> None:
         """Queue the search. Raises what `add_beam_search` raises, and ValueError if called twice."""
-        refuse_second_time(self, self._core)
+        reject_resubmission(self, self._core)
         self._search = core.add_beam_search(self.request_id, list(self._prompt), self._params)
         self._core = ref(core)
 

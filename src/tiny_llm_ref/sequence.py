@@ -202,13 +202,13 @@ class PagedSequence(Sequence):
         self.tables = [table.fork() for table in parent.tables]
         self.num_computed = parent.num_computed
 
-    def note_shared(self, num_tokens: int) -> None:
+    def add_shared_tokens(self, num_tokens: int) -> None:
         """Count the next `num_tokens` tokens as computed: shared blocks in the tables hold them."""
         self.num_computed += num_tokens
         if not self.outputs:
             self.num_cached_tokens += num_tokens
 
-    def give_up_pages(self) -> None:
+    def release_pages(self) -> None:
         """Release the tables: nothing is computed any more. Prompt and outputs stay."""
         for table in self.tables:
             table.release()

@@ -20,7 +20,7 @@ from .paged_kernel import Attended, PackedBatch, start_computing, write_and_atte
 if TYPE_CHECKING:
     from tiny_llm_kernels import TransformerBlock as FusedBlock
 
-NOWHERE = -1  # in a kernel's table: a block that was released, which must not be read
+NO_BLOCK = -1  # in a kernel's table: a block that was released, which must not be read
 
 
 def first_visible(position: int, window: int) -> int:
@@ -109,17 +109,17 @@ class WindowedTable(BlockTable):
         return blocks
 
     def physical_indices(self) -> list[int]:
-        """Return one block id for each of the text's blocks, in order; `NOWHERE` for those before `start`.
+        """Return one block id for each of the text's blocks, in order; `NO_BLOCK` for those before `start`.
 
         A kernel looks up position p at index p // block_size of this list, and knows nothing of `start`.
         Return a new list, which the caller may change.
 
         >>> table = WindowedTable(BlockAllocator(8), 4)
         >>> copies, passed = table.append_tokens(14), table.release_before(9)
-        >>> table.physical_indices() == [NOWHERE, NOWHERE, *table.blocks], len(table.blocks)
+        >>> table.physical_indices() == [NO_BLOCK, NO_BLOCK, *table.blocks], len(table.blocks)
         (True, 2)
         """
-        return [NOWHERE] * (self.start // self.block_size) + self.blocks
+        return [NO_BLOCK] * (self.start // self.block_size) + self.blocks
 
     def slots(self, start: int, stop: int) -> list[int]:
         """Return the slots of the text's positions start .. stop - 1; ValueError if the table lacks one.
@@ -166,10 +166,10 @@ def windowed_attention(
     each (table, start, stop), and span i reads the blocks in row i of `batch.tables`. But the query at
     position p sees only the positions `first_visible(p, window)` .. p of its sequence.
 
-    Do not read blocks that no query of the span sees: the table may have any id there, such as `NOWHERE` or a
-    block that another sequence holds by now. Hiding them with the mask is not enough, because 0 * NaN is NaN.
-    So read from the start of the block that holds the first position that the span's first query sees, up to
-    the span's last position. The tokens read and the span's queries end at the same token, so
+    Do not read blocks that no query of the span sees: the table may have any id there, such as `NO_BLOCK` or
+    a block that another sequence holds by now. Hiding them with the mask is not enough, because 0 * NaN is
+    NaN. So read from the start of the block that holds the first position that the span's first query sees,
+    up to the span's last position. The tokens read and the span's queries end at the same token, so
     `sliding_window_mask` needs only their two lengths: its `total` is the number of tokens read, not of the
     text.
 

@@ -1,24 +1,25 @@
-"""A stop string, looked for while a text grows: each character costs the same, however long either is."""
+"""Find a stop string in a growing text, in constant time per character, amortized."""
 
 from collections.abc import Iterable, Sequence
 
-Item = str | int  # a character of a text, or a control token where it is produced
+Item = str | int  # a character of the text, or the id of a control token
 
 
 class StopString:
-    """How much of a string a growing text ends with. Source: Knuth, Morris and Pratt (1977).
+    """Matches a growing text against a string. Source: Knuth, Morris and Pratt (1977).
 
-    text: the string; not empty; control tokens in it are ids. matched: length of the longest beginning of it
-    that the text ends with, the whole string left out: text that may turn out to be a part of it.
+    text: the string, not empty; control tokens in it are ids. matched: the length of the longest proper
+    prefix of the string that the text ends with; these characters may turn out to be part of the string.
     """
 
     def __init__(self, text: Sequence[Item]) -> None:
         self.text = text
         self.matched = 0
-        self._borders = [0]  # [i]: of text[:i + 1], the longest proper beginning that it also ends with
+        # borders[i]: length of the longest proper prefix of text[:i + 1] that is also its suffix.
+        self._borders = [0]
 
     def push(self, piece: Iterable[Item]) -> int | None:
-        """The text has grown by `piece`: after how much of that the string is there first, if it is."""
+        """Add `piece` to the text. Returns how many items of it complete the string first; None: none do."""
         found = None
         for end, character in enumerate(piece, start=1):
             self.matched = self._grown(self.matched, character)
@@ -30,7 +31,7 @@ class StopString:
         return found
 
     def _grown(self, matched: int, character: Item) -> int:
-        """What of the string is matched, where so much was before a character came."""
+        """The matched length after one more item, from the length before it."""
         while matched and self.text[matched] != character:
             matched = self._borders[matched - 1]
         return matched + (self.text[matched] == character)

@@ -144,7 +144,7 @@ class SwapSpace:
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
         >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
         >>> sequence = manager.sequence("a")
-        >>> _ = space.swap_out(sequence), sequence.give_up_pages()
+        >>> _ = space.swap_out(sequence), sequence.release_pages()
         >>> space.blocks_to_swap_in(sequence)
         2
         """
@@ -188,7 +188,7 @@ class SwapSpace:
         >>> manager, space = PagedBatchManager(8, 4, 2), SwapSpace(num_blocks=8, block_size=4)
         >>> _ = manager.add_request([1, 2, 3, 4, 5], "a"), manager.process_batch()
         >>> sequence = manager.sequence("a")
-        >>> _ = space.swap_out(sequence), sequence.give_up_pages()
+        >>> _ = space.swap_out(sequence), sequence.release_pages()
         >>> [copy.host_block for copy in space.swap_in(sequence)], sequence.num_computed
         ([0, 1], 5)
         """

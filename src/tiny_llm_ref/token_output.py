@@ -1,4 +1,4 @@
-"""From a row of logits to a token, and to what is told about it. Knows nothing of batches or steps."""
+"""From a row of logits to a token and its log-probabilities, for one sequence at a time."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
@@ -12,17 +12,17 @@ from .sampler import adjust_logits, log_probabilities, sample_token
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
 
-BLOCK = 64  # neighbouring logits whose largest is found at once
+BLOCK = 64  # logits whose maximum is found first, before any are sorted
 
 
 class TokenOutput(NamedTuple):
-    """One token that one sequence of a request has just got.
+    """One new token of one sequence of a request.
 
-    finish_reason: "stop" or "length" where it was the last one; stop_token: the token of
-    `stop_token_ids` that ended it, None for an end-of-sequence token. prompt_logprobs: with a
-    sequence's first token, where they are asked for: one entry for each prompt token but the first.
-    num_cached_tokens: tokens of the prompt that came from the prefix cache. scheduled: when the sequence ran
-    for the first time, in seconds on the monotonic clock.
+    finish_reason: "stop" or "length" with the last token, otherwise None. stop_token: the token of
+    `stop_token_ids` that ended the sequence; None for an end-of-sequence token. prompt_logprobs: if they were
+    requested, with the sequence's first token: one entry for each prompt token except the first.
+    num_cached_tokens: tokens of the prompt that came from the prefix cache. scheduled: when the sequence
+    first ran, in seconds on the monotonic clock.
     """
 
     request_id: str
@@ -39,7 +39,7 @@ class TokenOutput(NamedTuple):
 class Choice(NamedTuple):
     """A sequence's next token, not evaluated yet, and the row [V] that it was chosen from.
 
-    check: NaN where the row is not fit to choose from.
+    check: NaN if the row has a NaN, so that no token can be chosen from it.
     """
 
     sequence: Sequence
@@ -49,26 +49,26 @@ class Choice(NamedTuple):
 
 
 def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> Choice:
-    """The next token of a sequence, from its row of logits."""
+    """Choose the next token of a sequence from its row of logits [V]."""
     params, outputs = sequence.params, sequence.outputs
     ends = end_token_ids(params, eos_token_ids)
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     token = sample_token(adjusted, params, sequence.seed, len(outputs))
-    # The largest of numbers and NaNs is a NaN, and the compiled sampler ends at one. A draw by MLX's
-    # operators is led astray by one wherever it is.
+    # An argmax over a row with a NaN is a NaN, and the compiled sampler stops at one, so the chosen logit
+    # tells. MLX's own operators may draw any token from such a row, so there the sum of the row is checked.
     ends_at_nan = params.greedy or (is_reference(sample_token) and use_compiled())
     return Choice(sequence, row, token, row[token] if ends_at_nan else mx.sum(row))
 
 
-def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
-    """What is told about a choice. Raises `NotANumberError` where it was made among NaNs."""
+def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
+    """Evaluate a choice. Raises `NotANumberError` if its row has a NaN."""
     sequence, row, chosen, check = choice
     if float(check) != float(check):
         raise NotANumberError(
             f"sequence {sequence.seq_id!r}: the logits after {sequence.num_tokens} tokens are not numbers"
         )
     params, token = sequence.params, int(chosen)
-    tells_prompt = params.prompt_logprobs is not None and not sequence.outputs
+    with_prompt = params.prompt_logprobs is not None and not sequence.outputs
     full = sequence.num_tokens + 1 >= sequence.max_len
     return TokenOutput(
         request_id=sequence.request_id,
@@ -77,26 +77,26 @@ def tell(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
         logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
         finish_reason="stop" if token in end_token_ids(params, eos_token_ids) else "length" if full else None,
         stop_token=token if token in params.stop_ids else None,
-        prompt_logprobs=tuple(sequence.prompt_logprobs) if tells_prompt else None,
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if with_prompt else None,
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled=sequence.scheduled,
     )
 
 
 def end_token_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """The tokens that end a sequence."""
+    """The ids of the tokens that end a sequence."""
     return params.stop_ids if params.ignore_eos else params.stop_ids | eos_token_ids
 
 
-def note_prompt_logprobs(sequence: Sequence, rows: Iterable[mx.array]) -> None:
-    """Take down the log-probabilities of the prompt tokens that come next: a row [V] each."""
+def record_prompt_logprobs(sequence: Sequence, rows: Iterable[mx.array]) -> None:
+    """Record the log-probabilities of the next prompt tokens, one row [V] each."""
     for row in rows:
         token = sequence.prompt[len(sequence.prompt_logprobs) + 1]
         sequence.prompt_logprobs.append(_logprobs(row, token, sequence.params.prompt_logprobs or 0))
 
 
 def likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
-    """The `num_top` likeliest tokens of a row [V] with their log-probabilities, best first."""
+    """The `num_top` most likely tokens of a row [V] with their log-probabilities, best first."""
     num_top = min(num_top, logprobs.shape[-1])
     if num_top == 0:
         return []
@@ -110,9 +110,9 @@ def likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
 
 
 def _candidates(logprobs: mx.array, num_top: int) -> mx.array:
-    """Token ids among which the `num_top` likeliest of a row [V] are; partitioning all of them costs more.
+    """Token ids that include the `num_top` most likely ones of a row [V], so that fewer are partitioned.
 
-    A number that belongs to the largest is in one of the `num_top` blocks with the largest maxima.
+    Each of the `num_top` largest values is in one of the `num_top` blocks with the largest maxima.
     """
     vocab_size = logprobs.shape[-1]
     num_blocks = vocab_size // BLOCK
@@ -126,7 +126,7 @@ def _candidates(logprobs: mx.array, num_top: int) -> mx.array:
 
 
 def _logprobs(row: mx.array, token: int, num_top: int) -> TokenLogprobs:
-    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` likeliest, best first."""
+    """Log-probabilities of one row [V]: the chosen token's, and the `num_top` most likely, best first."""
     logprobs = log_probabilities(row)
     chosen = logprobs[token]
     rank = mx.sum(logprobs > chosen) + 1

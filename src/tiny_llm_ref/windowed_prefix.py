@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from .layer_groups import LayerGroup
 from .paged_attention import BlockAllocator, BlockTable
 from .prefix_cache import TokenBlocks
-from .prefix_sharing import LEAST_WORTH_COPYING, PrefixSharing
+from .prefix_sharing import MIN_TOKENS_TO_COPY, PrefixSharing
 from .sequence import PagedSequence
 from .sliding_window import WindowedTable, first_block, first_visible
 
@@ -109,7 +109,7 @@ class WindowedPrefixSharing(PrefixSharing):
         stream `sequence.stream_of(i, n)`, the text cut into at least n blocks.
 
         Find the longest hit before you change any table, because all tables of a sequence must end at the
-        same token. Call `sequence.note_shared` once, not once for each group.
+        same token. Call `sequence.add_shared_tokens` once, not once for each group.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -132,7 +132,7 @@ class WindowedPrefixSharing(PrefixSharing):
         hit = self.longest_hit(streams, first, stop)
         for group, (table, stream) in enumerate(zip(sequence.tables, streams, strict=True)):
             self.share_hit(group, table, stream, first, hit)
-        sequence.note_shared((hit - first) * size)
+        sequence.add_shared_tokens((hit - first) * size)
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
         """Keep the blocks that a sequence has filled since it had computed `start` tokens, in every group.
@@ -169,7 +169,7 @@ class WindowedPrefixSharing(PrefixSharing):
         """Share the first tokens of one more kept block in every group; its later tokens differ."""
         size, start = self.block_size, sequence.num_computed
         known = min(sequence.num_shareable - start, size)
-        if known < LEAST_WORTH_COPYING or not self._may_share(sequence):
+        if known < MIN_TOKENS_TO_COPY or not self._may_share(sequence):
             return
         tokens = sequence.tokens(start, start + known)
         parents = [
@@ -178,11 +178,11 @@ class WindowedPrefixSharing(PrefixSharing):
         ]
         matches = [self.cache.match_part(parent, tokens) for parent in parents]
         length = min(0 if match is None else match.length for match in matches)
-        if length >= LEAST_WORTH_COPYING:
+        if length >= MIN_TOKENS_TO_COPY:
             for table, match in zip(sequence.tables, matches, strict=True):
                 assert match is not None
                 self.cache.share(table, match.block, length)
-            sequence.note_shared(length)
+            sequence.add_shared_tokens(length)
 
     def _may_share(self, sequence: PagedSequence) -> bool:
         """True if a sequence may share blocks now: the conditions of `PrefixSharing`, for every table."""

@@ -1,7 +1,8 @@
-"""OpenAI's API over a `tiny_llm` engine, for many clients at once: HTTP, and nothing that is the engine's.
+"""OpenAI's HTTP API for a `tiny_llm` engine, for many clients at once.
 
-Requests come in as JSON and go to the engine as token ids and sampling parameters; events come back as
-numbers and texts. What cannot be done is refused at the door, in OpenAI's error shape, with the field's name.
+A request arrives as JSON and goes to the engine as token ids and sampling parameters; its answer comes back
+as events. A request that cannot be served is refused before it reaches the engine, with an error in OpenAI's
+format that names the field.
 """
 
 from .app import make_app

@@ -1,4 +1,4 @@
-"""What clients get, in OpenAI's shapes."""
+"""The bodies of answers, in OpenAI's format."""
 
 import time
 import uuid
@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from tiny_llm import RequestUsage
+from tiny_llm import RequestEvent, RequestUsage
+
+from .schema import StreamOptions
 
 
 class PromptTokensDetails(BaseModel):
-    """cached_tokens: tokens of prompts that were in the pool already."""
+    """cached_tokens: prompt tokens that came from the prefix cache."""
 
     cached_tokens: int
 
@@ -25,25 +27,35 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, usages: list[RequestUsage]) -> "Usage":
-        """The sum over the prompts of a request."""
-        read = sum(usage.prompt_tokens for usage in usages)
-        written = sum(usage.completion_tokens for usage in usages)
+        """Sum over the prompts of a request."""
+        prompt = sum(usage.prompt_tokens for usage in usages)
+        completion = sum(usage.completion_tokens for usage in usages)
         cached = sum(usage.num_cached_tokens for usage in usages)
         return cls(
-            prompt_tokens=read,
-            completion_tokens=written,
-            total_tokens=read + written,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
 
 def new_head(kind: str, model: str) -> dict[str, Any]:
-    """What an answer and each event of its stream begin with: an id that no other request has, and now."""
+    """Make the fields common to an answer and all events of its stream: a new id, the time, the model."""
     return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
+def null_usage(options: StreamOptions | None) -> dict[str, Any]:
+    """Return `usage` for an event before the last one: null if the request includes usage, else left out."""
+    return {"usage": None} if options is not None and options.include_usage else {}
+
+
+def stop_reason_of(event: RequestEvent) -> dict[str, Any]:
+    """Return vLLM's `stop_reason` for a choice; left out if there is none, as OpenAI has no such field."""
+    return {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
+
+
 class Answer(BaseModel):
-    """What every answer of a model begins with."""
+    """Fields common to all answers of a model."""
 
     id: str
     created: int
@@ -52,7 +64,10 @@ class Answer(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Of each token of a text: itself, its log-probability, the likeliest ones, and where it begins."""
+    """For each token of a text: its name, its log-probability, the most likely tokens, and its offset.
+
+    text_offset: characters of the text before the token.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -61,7 +76,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One completion, or a piece of one."""
+    """One completion, or the part of it that an event adds."""
 
     index: int
     text: str
@@ -71,7 +86,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(Answer):
-    """The answer of `/v1/completions`, and each event of its stream."""
+    """The answer of `/v1/completions`, and an event of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
@@ -87,19 +102,19 @@ class TokenLogprob(BaseModel):
 
 
 class ChatTokenLogprob(TokenLogprob):
-    """A token of an answer, and the likeliest ones in its place."""
+    """A token of an answer, and the most likely tokens at its position."""
 
     top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of each token of an answer."""
+    """Log-probabilities of the tokens of an answer."""
 
     content: list[ChatTokenLogprob]
 
 
 class ChatMessage(BaseModel):
-    """What the model said."""
+    """The model's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -125,14 +140,14 @@ class ChatCompletion(Answer):
 
 
 class ChatDelta(BaseModel):
-    """What is new of an answer. role: with its first piece."""
+    """The new part of an answer. role: set in the first event only."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
-    """A piece of one answer."""
+    """The part of one answer that an event adds."""
 
     index: int
     delta: ChatDelta
@@ -142,7 +157,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(Answer):
-    """Each event of a chat's stream."""
+    """An event of a chat's stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
@@ -150,7 +165,7 @@ class ChatCompletionChunk(Answer):
 
 
 class ModelCard(BaseModel):
-    """A model that is served. max_model_len: longest prompt and answer together, in tokens."""
+    """The served model. max_model_len: longest prompt + output in tokens."""
 
     id: str
     object: Literal["model"] = "model"

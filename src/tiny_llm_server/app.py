@@ -1,4 +1,4 @@
-"""The application: routes, guards and errors around one service."""
+"""The ASGI application: routes, middleware and error handlers around one `Service`."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -16,46 +16,50 @@ from . import chat, completions, live, status
 from .body_limit import BodyLimit
 from .config import ServerConfig
 from .errors import ApiError, ErrorBody, answer
-from .guards import HostGuard, KeyGuard, LastResort, OriginGuard
+from .guards import CatchAll, HostGuard, KeyGuard, OriginGuard
 from .live_page import add_page
 from .paths import PlainPaths
+from .request_log import RequestLog
 from .service import Service
-from .sse import REQUEST_ID, ClientLeftError
+from .sse import REQUEST_ID, ClientDisconnectedError
+from .throughput import ThroughputLog
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorBody, "description": what}
-    for code, what in {
-        400: "The request cannot be done; `param` names the field.",
+    code: {"model": ErrorBody, "description": description}
+    for code, description in {
+        400: "The request is invalid or asks for something unsupported; `param` names the field.",
         401: "No valid API key.",
-        403: "The server is not known under this name.",
-        404: "There is no such model.",
-        408: "The body has come too slowly.",
-        405: "The path has no such method; `Allow` says which there are.",
+        403: "The Host header names a host that is not allowed.",
+        404: "The model does not exist.",
+        408: "The body arrived too slowly.",
+        405: "The path does not accept the method; `Allow` lists those that it accepts.",
         413: "The body is too large.",
-        415: "The body is compressed, or not in UTF-8.",
-        429: "The queue is full; `Retry-After` says when to try again.",
-        500: "The request has failed, and others go on.",
-        503: "The model loads, the server drains, or the request took too long.",
+        415: "The body is compressed or not UTF-8.",
+        429: "The queue is full; try again after `Retry-After` seconds.",
+        500: "The request failed; other requests continue.",
+        503: "The model is loading, the server is draining, or the request timed out.",
     }.items()
 }
 
 
 def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> FastAPI:
-    """The server of the model that `load` makes, which is called in a thread when the server starts.
+    """Make the application. `load` makes the model; it is called in a thread when the server starts.
 
-    `app.state.service` is the `Service` behind it.
+    `app.state.service` is the application's `Service`.
     """
     service = Service(load, config or ServerConfig())
+    throughput = ThroughputLog(service.metrics, service.engine_stats)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(service.load())
+        tasks = [asyncio.create_task(one) for one in (service.load(), throughput.run())]
         try:
             yield
         finally:
-            loading.cancel()  # a model that is not there by now is not waited for
-            await asyncio.gather(loading, return_exceptions=True)
-            if service.failure is None:  # a thread may be what the system did not give
+            for task in tasks:  # a model that is not loaded by now is not needed
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if service.failure is None:  # after a failure, the system may have no thread left to stop in
                 await asyncio.to_thread(service.stop)
 
     app = FastAPI(
@@ -65,7 +69,7 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
         responses=_ERRORS,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # `PlainPaths` has removed them, and a redirect would lose the body
+        redirect_slashes=False,  # `PlainPaths` removes extra slashes; a redirect would lose the body
     )
     app.state.service = service
     for part in (completions, chat, status):
@@ -73,12 +77,12 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
     if service.config.live:
         app.include_router(live.router(service))
         add_page(app)
-    for kind in (ApiError, TinyLLMError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, answer)
-    app.add_exception_handler(ClientLeftError, _nobody_is_there)
+    for error_type in (ApiError, TinyLLMError, RequestValidationError, HTTPException):
+        app.add_exception_handler(error_type, answer)
+    app.add_exception_handler(ClientDisconnectedError, _client_closed_request)
     app.add_middleware(
         BodyLimit,
-        most=service.config.max_body_bytes,
+        limit=service.config.max_body_bytes,
         seconds=service.config.body_timeout,
         memory=service.config.body_memory_bytes,
     )
@@ -86,7 +90,7 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
         app.add_middleware(KeyGuard, keys=service.config.api_keys)
     if service.config.allowed_hosts:
         app.add_middleware(HostGuard, hosts=service.config.allowed_hosts)
-    app.add_middleware(LastResort)
+    app.add_middleware(CatchAll)
     if service.config.allowed_origins:
         app.add_middleware(
             OriginGuard,
@@ -96,9 +100,10 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
             allow_private_network=True,
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
+    app.add_middleware(RequestLog)
     app.add_middleware(PlainPaths)
     return app
 
 
-async def _nobody_is_there(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)
+async def _client_closed_request(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nginx's status for the log; no client is left to read it

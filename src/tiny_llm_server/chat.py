@@ -1,8 +1,9 @@
-"""`/v1/chat/completions`: a conversation, answered through the model's own template."""
+"""`/v1/chat/completions`: answers a conversation, using the model's chat template."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
@@ -20,13 +21,18 @@ from .answers import (
     TokenLogprob,
     Usage,
     new_head,
+    null_usage,
+    stop_reason_of,
 )
 from .bodies import JsonRoute
+from .request_log import track
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
-from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
+from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
 from .token_names import bytes_of
+
+CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
 def router(service: Service) -> APIRouter:
@@ -37,17 +43,18 @@ def router(service: Service) -> APIRouter:
     async def chat(
         body: ChatCompletionRequest, request: Request, response: Response
     ) -> ChatCompletion | Response:
-        """Answer a conversation, `n` times."""
+        """Answer a conversation with `n` choices."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
         prompt = await asyncio.to_thread(service.encode_chat, body, service.max_model_len)
         run = await service.begin(
             [prompt], work.params, work.id, "messages", may_shorten=service.may_shorten(body)
         )
+        track(request, run.stats)
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
-        return await unless_left(request, work.whole(run), run.cancel)
+        return await unless_disconnected(request, work.whole(run), run.cancel)
 
     return routes
 
@@ -59,20 +66,21 @@ class _Work:
         self._service = service
         self._body = body
         self._top = body.top_logprobs or 0
-        most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        new_name, old_name = body.max_completion_tokens, body.max_tokens
         logprobs = self._top if body.logprobs else None
         self.params = sampling_params(
             body,
-            service.llm.sampling_defaults,
-            max_tokens=most,
+            service.sampling_defaults,
+            max_tokens=old_name if new_name is None else new_name,
             logprobs=logprobs,
             cache_salt=cache_salt,
         )
         self._head = new_head("chatcmpl", service.model_name)
+        self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
 
     async def whole(self, run: Run) -> ChatCompletion:
-        """Wait for all of it."""
+        """Wait for the whole answer."""
         usages: list[RequestUsage] = []
         answers: list[list[RequestEvent]] = [[] for _ in range(self._body.n)]
         async with aclosing(run.events()) as events:
@@ -83,37 +91,39 @@ class _Work:
         return ChatCompletion(**self._head, choices=choices, usage=Usage.of(usages))
 
     async def stream(self, run: Run) -> AsyncGenerator[ChatCompletionChunk | None, None]:
-        """The role of each answer, then an event for each piece that says something."""
+        """Yield the role of each choice, then events with its text; None after a time without events."""
         usages: list[RequestUsage] = []
         options = self._body.stream_options
-        has_begun = False
+        has_started = False
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             async for step in steps:
                 if not step:
                     yield None
-                elif not has_begun:  # not earlier: clients take this for the first token
-                    has_begun = True
+                elif not has_started:  # not earlier: clients measure the TTFT by this event
+                    has_started = True
                     for index in range(self._body.n):
                         delta = ChatDelta(role="assistant", content="")
-                        yield self._chunk(ChatChunkChoice(index=index, delta=delta))
+                        first = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+                        yield self._chunk(first)
                 for one in step:
                     event = one.event
                     usages += [event.usage] if event.usage is not None else []
                     if event.text or event.logprobs or event.finish_reason:
                         yield self._chunk(self._piece(event))
         if options is not None and options.include_usage:
-            yield ChatCompletionChunk(**self._head, choices=[], usage=Usage.of(usages))
+            yield ChatCompletionChunk(**self._head, object=CHUNK, choices=[], usage=Usage.of(usages))
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**self._head, choices=[choice])
+        return ChatCompletionChunk(**self._head, object=CHUNK, choices=[choice], **self._no_usage)
 
     def _piece(self, event: RequestEvent) -> ChatChunkChoice:
+        """Set only the fields that OpenAI sends: those with a value, and some that may be null."""
         return ChatChunkChoice(
             index=event.index,
-            delta=ChatDelta(content=event.text or None),
+            delta=ChatDelta(content=event.text) if event.text else ChatDelta(),
             logprobs=self._logprobs([event]),
             finish_reason=event.finish_reason,
-            stop_reason=event.stop_reason,
+            **stop_reason_of(event),
         )
 
     def _choice(self, index: int, events: list[RequestEvent]) -> ChatChoice:
@@ -129,19 +139,19 @@ class _Work:
     def _logprobs(self, events: list[RequestEvent]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        places = [
-            (token, place)
+        positions = [
+            (token, position)
             for event in events
-            for token, place in zip(event.token_ids, event.logprobs or (), strict=True)
+            for token, position in zip(event.token_ids, event.logprobs or (), strict=True)
         ]
-        return ChatLogprobs(content=[self._place(token, place) for token, place in places])
+        return ChatLogprobs(content=[self._token_logprob(*one) for one in positions])
 
-    def _place(self, token: int, place: dict[int, Logprob]) -> ChatTokenLogprob:
-        """A token and the likeliest ones in its place."""
-        likeliest = sorted(place.items(), key=lambda item: item[1].rank)[: self._top]
+    def _token_logprob(self, token: int, position: dict[int, Logprob]) -> ChatTokenLogprob:
+        """Make the entry of a token. position: the log-probabilities there, by token id."""
+        most_likely = sorted(position.items(), key=lambda item: item[1].rank)[: self._top]
         return ChatTokenLogprob(
-            **self._token(token, place[token]).model_dump(),
-            top_logprobs=[self._token(*one) for one in likeliest],
+            **self._token(token, position[token]).model_dump(),
+            top_logprobs=[self._token(*one) for one in most_likely],
         )
 
     def _token(self, token: int, logprob: Logprob) -> TokenLogprob:

@@ -1,9 +1,10 @@
-"""`/v1/completions`: texts or token ids, continued."""
+"""`/v1/completions`: continues texts or token ids."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from tiny_llm.engine import Prompt
@@ -11,15 +12,26 @@ from tiny_llm.engine import Prompt
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
-from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
+from .answers import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+    new_head,
+    null_usage,
+    stop_reason_of,
+)
 from .bodies import JsonRoute
+from .request_log import track
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
-from .sse import REQUEST_ID, STREAMED, EventStream, unless_left
+from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
 from .token_names import name_of, offsets_in
 
-Places = tuple[dict[int, Logprob] | None, ...]
+OBJECT: Literal["text_completion"] = "text_completion"
+
+Positions = tuple[dict[int, Logprob] | None, ...]
 
 
 def router(service: Service) -> APIRouter:
@@ -30,23 +42,24 @@ def router(service: Service) -> APIRouter:
     async def complete(
         body: CompletionRequest, request: Request, response: Response
     ) -> Completion | Response:
-        """Continue prompts: `n` times each, all of them together."""
+        """Continue one or more prompts, each with `n` choices."""
         service.check(body, len(_prompts(body)))
         work = _Work(service, body, service.cache_salt(body, request))
         prompts = await asyncio.to_thread(work.encoded)
         run = await service.begin(
             prompts, work.params, work.id, "prompt", may_shorten=service.may_shorten(body)
         )
+        track(request, run.stats)
         if body.stream:
             return EventStream(work.stream(run), run.cancel, {REQUEST_ID: work.id})
         response.headers[REQUEST_ID] = work.id
-        return await unless_left(request, work.whole(run), run.cancel)
+        return await unless_disconnected(request, work.whole(run), run.cancel)
 
     return routes
 
 
 class _Work:
-    """One request: completion c of prompt p is choice p * n + c."""
+    """One request. Completion c of prompt p is choice p * n + c."""
 
     def __init__(self, service: Service, body: CompletionRequest, cache_salt: str) -> None:
         self._service = service
@@ -55,29 +68,30 @@ class _Work:
         echoed = body.logprobs if body.echo else None
         self.params = sampling_params(
             body,
-            service.llm.sampling_defaults,
+            service.sampling_defaults,
             max_tokens=max(1, body.max_tokens),
             logprobs=body.logprobs,
             prompt_logprobs=echoed,
             cache_salt=cache_salt,
         )
         self._head = new_head("cmpl", service.model_name)
+        self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
-        self._pieces: list[_Piece] = [_Piece(self, index) for index in range(len(self.prompts) * body.n)]
+        self._choices: list[_Choice] = [_Choice(self, index) for index in range(len(self.prompts) * body.n)]
         self._prompt_texts: list[_PromptText] = []
-        self._prompt_places: dict[int, Places] = {}
+        self._prompt_positions: dict[int, Positions] = {}
         self._usages: list[RequestUsage] = []
 
     def encoded(self) -> list[Prompt]:
-        """The prompts for the engine, which frames a text as the tokenizer does unless that is not wanted."""
+        """Return the prompts for the engine, which adds special tokens to those that are texts."""
         if self._body.add_special_tokens:
             return self.prompts
         return [self.tokenizer.encode(one) if isinstance(one, str) else one for one in self.prompts]
 
     async def whole(self, run: Run) -> Completion:
-        """Wait for all of it."""
+        """Wait for the whole answer."""
         await asyncio.to_thread(self._read_prompts, run.prompts)
-        choices: dict[int, list[CompletionChoice]] = {piece.index: [] for piece in self._pieces}
+        choices: dict[int, list[CompletionChoice]] = {choice.index: [] for choice in self._choices}
         async with aclosing(run.events()) as events:
             async for one in events:
                 choice = self._take(one)
@@ -87,7 +101,7 @@ class _Work:
         )
 
     async def stream(self, run: Run) -> AsyncGenerator[Completion | None, None]:
-        """An event for each piece that says something."""
+        """Yield an event for each new part of a choice; None after a time without events."""
         await asyncio.to_thread(self._read_prompts, run.prompts)
         options = self._body.stream_options
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
@@ -97,20 +111,20 @@ class _Work:
                 for one in step:
                     choice = self._take(one)
                     if choice.text or choice.logprobs or choice.finish_reason:
-                        yield Completion(**self._head, choices=[choice])
+                        yield Completion(**self._head, object=OBJECT, choices=[choice], **self._no_usage)
         if options is not None and options.include_usage:
-            yield Completion(**self._head, choices=[], usage=Usage.of(self._usages))
+            yield Completion(**self._head, object=OBJECT, choices=[], usage=Usage.of(self._usages))
 
     def _take(self, one: PromptEvent) -> CompletionChoice:
         event = one.event if self._body.max_tokens else _without_output(one.event)
         if event.usage is not None:
             self._usages.append(event.usage)
-        places: Places = self._prompt_places.setdefault(one.prompt, event.prompt_logprobs or ())
-        piece = self._pieces[one.prompt * self._body.n + event.index]
-        return piece.take(event, self._prompt_texts[one.prompt], places)
+        positions: Positions = self._prompt_positions.setdefault(one.prompt, event.prompt_logprobs or ())
+        choice = self._choices[one.prompt * self._body.n + event.index]
+        return choice.take(event, self._prompt_texts[one.prompt], positions)
 
     def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Decode what the choices need of their prompts, once each; long ones take a while."""
+        """Decode each prompt once, as far as its choices need it; run in a thread, as long ones are slow."""
         pairs = zip(self.prompts, prompts, strict=True)
         self._prompt_texts = [self._prompt_text(prompt, tokens) for prompt, tokens in pairs]
 
@@ -126,15 +140,15 @@ class _Work:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's."""
+        """The model's tokenizer."""
         return self._service.llm.tokenizer
 
 
 @dataclass(frozen=True)
 class _PromptText:
-    """A prompt as its choices see it. stream: for the tokens behind it.
+    """What the choices of a prompt need of it. stream: decodes the tokens that follow the prompt.
 
-    echo: the text that a choice begins with; tokens: those of the echo, and where each begins in it.
+    echo: the text that each choice starts with. tokens, offsets: the echo's tokens and their offsets in it.
     """
 
     stream: Detokenizer
@@ -143,8 +157,8 @@ class _PromptText:
     offsets: list[int] = field(default_factory=list)
 
 
-class _Piece:
-    """A choice as it comes: its first event brings the prompt, where that is echoed."""
+class _Choice:
+    """A choice that grows with each event; the first event adds the echoed prompt."""
 
     def __init__(self, work: _Work, index: int) -> None:
         self.index = index
@@ -152,59 +166,68 @@ class _Piece:
         self._offset = 0
         self._detokenizer: Detokenizer | None = None
 
-    def take(self, event: RequestEvent, prompt: _PromptText, prompt_places: Places) -> CompletionChoice:
-        """What an event adds to it. prompt_places: the prompt's log-probabilities, where these are wanted."""
+    def take(self, event: RequestEvent, prompt: _PromptText, prompt_positions: Positions) -> CompletionChoice:
+        """Return what an event adds. prompt_positions: the prompt's log-probabilities, if requested."""
         text, tokens = event.text, event.token_ids
-        places: Places = event.logprobs or ()
+        positions: Positions = event.logprobs or ()
         offsets: list[int] = []
         if self._detokenizer is None:
             self._detokenizer = prompt.stream.fork()
             self._offset = len(prompt.echo)
             text = prompt.echo + text
-            if prompt_places:
-                tokens, places, offsets = prompt.tokens + tokens, prompt_places + places, [*prompt.offsets]
-        if places:
+            if prompt_positions:
+                tokens, positions, offsets = (
+                    prompt.tokens + tokens,
+                    prompt_positions + positions,
+                    [*prompt.offsets],
+                )
+        if positions:
             offsets += self._offsets(event.token_ids, self._detokenizer)
         return CompletionChoice(
             index=self.index,
             text=text,
-            logprobs=self._logprobs(tokens, places, offsets) if places else None,
+            logprobs=self._logprobs(tokens, positions, offsets) if positions else None,
             finish_reason=event.finish_reason,
-            stop_reason=event.stop_reason,
+            **stop_reason_of(event),
         )
 
     def _offsets(self, tokens: tuple[int, ...], detokenizer: Detokenizer) -> list[int]:
-        """Where new tokens begin in the choice's text."""
+        """Return the offsets of new tokens in the choice's text."""
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
             self._offset += len(detokenizer.push(token))
         return offsets
 
-    def _logprobs(self, tokens: tuple[int, ...], places: Places, offsets: list[int]) -> CompletionLogprobs:
-        own = [None if place is None else place[token] for token, place in zip(tokens, places, strict=True)]
+    def _logprobs(
+        self, tokens: tuple[int, ...], positions: Positions, offsets: list[int]
+    ) -> CompletionLogprobs:
+        own = [
+            None if position is None else position[token]
+            for token, position in zip(tokens, positions, strict=True)
+        ]
         return CompletionLogprobs(
             tokens=[self._name(token, one) for token, one in zip(tokens, own, strict=True)],
             token_logprobs=[None if one is None else one.logprob for one in own],
-            top_logprobs=[None if place is None else self._top(place) for place in places],
+            top_logprobs=[None if position is None else self._top(position) for position in positions],
             text_offset=offsets,
         )
 
-    def _top(self, place: dict[int, Logprob]) -> dict[str, float]:
-        """The likeliest by their names; where two have one name, the chosen one is what it stands for."""
+    def _top(self, position: dict[int, Logprob]) -> dict[str, float]:
+        """Return log-probabilities by token name. Of two tokens with one name, the sampled one is kept."""
         found: dict[str, float] = {}
-        for token, one in place.items():
+        for token, one in position.items():
             found.setdefault(self._name(token, one), one.logprob)
         return found
 
     def _name(self, token: int, known: Logprob | None) -> str:
-        """known: what the engine says of it; nothing of a prompt's first token."""
+        """Return a token's name. known: its entry from the engine; None for a prompt's first token."""
         tokenizer = self._work.tokenizer
         return name_of(token, known.decoded_token if known else tokenizer.token_text(token), tokenizer)
 
 
 def _without_output(event: RequestEvent) -> RequestEvent:
-    """The same of a prompt that was not to be continued: one token was computed all the same."""
+    """Remove the output of a prompt with max_tokens 0: the engine computes one token all the same."""
     usage = None if event.usage is None else replace(event.usage, completion_tokens=0)
     reason = "length" if event.finish_reason == "stop" else event.finish_reason
     return replace(
@@ -213,7 +236,7 @@ def _without_output(event: RequestEvent) -> RequestEvent:
 
 
 def _prompts(body: CompletionRequest) -> list[Prompt]:
-    """One prompt or several, as a list."""
+    """Return the prompts as a list, also if there is only one."""
     prompt = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]
@@ -221,7 +244,7 @@ def _prompts(body: CompletionRequest) -> list[Prompt]:
 
 
 def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
-    """The pieces of a choice in one."""
+    """Join the parts of a choice."""
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     whole = None
     if logprobs:

@@ -1,9 +1,12 @@
-"""How the server meets the world: names, keys and limits. Frozen; what cannot work is an error."""
+"""The server's configuration: names, keys, limits and defaults. Frozen; a bad value raises `ConfigError`."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from tiny_llm import ConfigError
+
+from .sampling_defaults import checked_overrides
 
 MIB = 1 << 20
 _COUNTS = (
@@ -18,33 +21,36 @@ _SECONDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What a client may ask for, and who is a client. Every field has a default that works.
+    """Who may send requests, how large they may be, and what the server logs. Every field has a default.
 
-    served_model_name: what the model is called in requests and answers; None: the model's own name.
-    api_keys: whoever asks must bring one of them; none: anybody may ask.
-    isolate_keys: kept prompts are shared among the requests of one key alone, so that nobody finds out by a
-        faster answer, or by `cached_tokens`, what somebody else has asked.
-    allowed_origins: web pages of these origins may ask from a browser; none: only the server's own page.
-    allowed_hosts: names in the header Host that are answered; none: any. They keep out web pages whose name
-        points at this machine (DNS rebinding).
-    max_body_bytes: longest body of a request; more is answered with 413.
-    body_timeout: seconds that a client may take to send a body; then 408.
-    body_memory_bytes: bytes that the bodies of all requests may hold together; more is answered with 503.
-    max_connections: most open connections; the one idle for longest is closed for a new one, or else the new
-        one is answered with 503. Fewer if the system allows fewer file descriptors.
-    header_timeout: seconds that a client may take to send the head of a request; then 408.
+    served_model_name: name of the model in requests and answers; None: the model's own name.
+    api_keys: requests need one of these keys; empty: no key is needed.
+    isolate_keys: give each key its own prefix cache, so that a client cannot find out by timing, or by
+        `cached_tokens`, what others have sent.
+    allowed_origins: web pages of these origins may send requests (CORS); empty: only the server's own page.
+    allowed_hosts: accepted names in the Host header; empty: any. They stop DNS rebinding: a web page whose
+        name resolves to this machine.
+    max_body_bytes: largest body of a request; a larger one gets 413.
+    body_timeout: seconds that a client has to send a body; then 408.
+    body_memory_bytes: bytes that the bodies of all requests may hold together; beyond it, requests get 503.
+    max_connections: open connections at most. A new one replaces the one that has been idle longest; if all
+        are busy, the new one gets 503. The limit is lower if the system allows fewer file descriptors.
+    header_timeout: seconds that a client has to send the headers of a request; then 408.
     timeout_keep_alive: seconds that an idle connection stays open between two requests.
-    unread_timeout: seconds in which a client must read some of an answer that waits for it.
-    max_n, max_stop: most completions, and most stop strings, of one request.
-    max_prompts: most prompts in one request to /v1/completions.
-    max_sequences: most sequences of one request, which are its prompts times n. It bounds how long a client
-        that comes later waits behind one request.
-    scheduling_policy: `fcfs` serves requests in the order of their arrival and refuses those with a priority;
-        `priority` lets every client set one, which ages: each step lets 32 later requests pass.
-    request_timeout: seconds after which a request is given up, queued or running; None: never.
-    keep_alive: seconds of silence in a stream after which a comment is sent, so that nobody hangs up.
-    live: there is a page at `/`, and `/live`, which tells it what happens in the pool.
-    log_requests: what is asked for is written to the log, prompts included; otherwise nobody's words are.
+    unread_timeout: seconds after which a connection is closed if its client reads nothing of its answer.
+    max_n, max_stop: completions of a prompt, and stop strings in a request, at most.
+    max_prompts: prompts in one request to /v1/completions at most.
+    max_sequences: sequences of one request at most: its prompts times n. This bounds how long a later request
+        waits for this one.
+    scheduling_policy: `fcfs` serves requests in order of arrival and refuses those with a priority;
+        `priority` lets clients set one. Priorities age: each step lets at most 32 later requests pass.
+    request_timeout: seconds after which a request is aborted, waiting or running; None: no limit.
+    keep_alive: seconds without an event in a stream before an SSE comment is sent, so that clients and
+        proxies keep the connection open.
+    override_generation_config: sampling parameters for the fields that a request leaves out, by the names of
+        generation_config.json. They replace the model's recommendation.
+    live: serve the page at `/` and its event stream `/live`.
+    log_requests: log prompts and sampling parameters; otherwise no text of a request is logged.
     """
 
     served_model_name: str | None = None
@@ -66,6 +72,7 @@ class ServerConfig:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict)
     live: bool = True
     log_requests: bool = False
 
@@ -79,9 +86,12 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be more than 0 seconds, not {seconds}")
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ConfigError(f"scheduling_policy must be fcfs or priority, not {self.scheduling_policy!r}")
+        checked_overrides(self.override_generation_config)
         if not all(self.api_keys):
             raise ConfigError("an api key must not be empty")
         if any(key != key.strip() for key in self.api_keys):
-            raise ConfigError("an api key must not begin or end with white space: no client can send that")
+            raise ConfigError(
+                "an api key must not start or end with white space: HTTP headers cannot carry it"
+            )
         if self.isolate_keys and not self.api_keys:
             raise ConfigError("isolate_keys is for a server that has api_keys")

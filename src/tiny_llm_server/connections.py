@@ -1,8 +1,8 @@
-"""Limits of connections: how many are open, and how long each may wait for its client.
+"""Limits on connections: how many may be open, and how long each may wait for its client.
 
-uvicorn closes connections that are idle between two requests. This module adds what it lacks: a cap on open
-connections, a time limit for headers, for bodies and for answers that are not read, a limit on the pieces of
-a body, and an accept loop that pauses when file descriptors run out. It knows nothing of paths or models.
+uvicorn closes connections that are idle between two requests. This module adds a limit on open connections,
+time limits for headers, bodies and unread answers, a limit on the chunks of a body, and an accept loop that
+pauses when file descriptors run out. It knows nothing about paths or models.
 """
 
 import asyncio
@@ -21,34 +21,34 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .config import ServerConfig
 from .errors import ApiError
 
-MOST_FILES = 65_536  # file descriptors that are asked for at most
-SPARE_FILES = 64  # descriptors that are kept for everything but connections
-MOST_PIECES = 32_768  # of one body: a client that writes JSON piece by piece needs fewer
-READ_BYTES = 16_384  # taken from a socket at once, which bounds the work between two other connections
-PROGRESS_BYTES = 16_384  # an answer is being read while this much of it goes every `unread_timeout` seconds
-KERNEL_BYTES = 262_144  # that the system may hold of one connection, each way; it would take megabytes
-BODY_GRACE = 5.0  # seconds after `body_timeout` in which the application may answer 408 itself
-ACCEPT_PAUSE = 0.5  # seconds without accepting after the system refused a descriptor
+MAX_FILES = 65_536  # file descriptors that are requested at most
+SPARE_FILES = 64  # file descriptors reserved for everything other than connections
+MAX_CHUNKS = 32_768  # of one body; a client that writes JSON in small chunks needs fewer
+READ_BYTES = 16_384  # read from a socket at once, so that one connection cannot delay the others
+PROGRESS_BYTES = 16_384  # a client must read this much of its answer every `unread_timeout` seconds
+KERNEL_BYTES = 262_144  # the kernel's buffer for a connection in each direction; its default is megabytes
+BODY_GRACE = 5.0  # seconds after `body_timeout` that the application has to answer 408 itself
+ACCEPT_PAUSE = 0.5  # seconds to pause accepting after file descriptors ran out
 QUIET_SECONDS = 60.0  # between two log lines about the same shortage
 LOG = logging.getLogger("uvicorn.error")
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit on file descriptors to the hard one, or to `MOST_FILES` if that is less."""
+    """Raise the soft limit on file descriptors to the hard limit or `MAX_FILES`, whichever is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def most_connections(wanted: int) -> int:
-    """The cap on connections: `wanted`, or fewer if the limit on file descriptors is lower. At least 1."""
+def connection_limit(wanted: int) -> int:
+    """Return `wanted`, or less if the limit on file descriptors requires it; at least 1."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - SPARE_FILES))
 
 
 class Phase(Enum):
-    """What a connection waits for: a request's head, its body, the application, or the client's reading."""
+    """What a connection waits for: a request's head, its body, the answer, or the client to read it."""
 
     HEAD = "head"
     BODY = "body"
@@ -57,19 +57,19 @@ class Phase(Enum):
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which also refuses bodies in too many pieces and heads whose length is ambiguous.
+    """h11's parser, which also refuses bodies in too many chunks and heads with an ambiguous length.
 
-    refusal: the error that ended parsing.
+    refusal: the error that stopped parsing.
     """
 
     refusal: h11.RemoteProtocolError | None = None
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
-        self._num_pieces = 0
+        self._num_chunks = 0
 
     def next_event(self) -> Any:
-        """The next event. Raises `h11.RemoteProtocolError`."""
+        """Return the next event. Raises `h11.RemoteProtocolError`."""
         try:
             return self._checked(super().next_event())
         except h11.RemoteProtocolError as error:
@@ -78,19 +78,19 @@ class _Parser(h11.Connection):
 
     def _checked(self, event: Any) -> Any:
         if isinstance(event, h11.Request):
-            self._num_pieces = 0
+            self._num_chunks = 0
             _check_framing(event)
         elif isinstance(event, h11.Data):
-            self._num_pieces += 1
-            if self._num_pieces > MOST_PIECES:
-                raise h11.RemoteProtocolError(f"the body comes in more than {MOST_PIECES} pieces")
+            self._num_chunks += 1
+            if self._num_chunks > MAX_CHUNKS:
+                raise h11.RemoteProtocolError(f"the body has more than {MAX_CHUNKS} chunks")
         return event
 
 
 def _check_framing(request: h11.Request) -> None:
-    """Refuse another version, and a length that two servers could read differently (RFC 9112, 6.1)."""
+    """Refuse other HTTP versions, and lengths that two servers could read differently (RFC 9112, 6.1)."""
     if not request.http_version.startswith(b"1."):
-        raise h11.RemoteProtocolError("only HTTP/1 is spoken here", error_status_hint=505)
+        raise h11.RemoteProtocolError("only HTTP/1.0 and HTTP/1.1 are supported", error_status_hint=505)
     names = {name for name, _ in request.headers}
     if b"transfer-encoding" not in names:
         return
@@ -103,9 +103,8 @@ def _check_framing(request: h11.Request) -> None:
 class Connection(H11Protocol):
     """One client's connection.
 
-    A client that has sent its request and shut down its sending side still gets the answer. A client that
-    has closed the whole connection looks the same until something is sent to it; `eof_received` sends it
-    something.
+    A client that shuts down its sending side after its request still gets the answer. A client that has
+    closed the whole connection looks the same until something is sent, so `eof_received` sends something.
     """
 
     def __init__(self, limits: ServerConfig, **options: Any) -> None:
@@ -118,7 +117,7 @@ class Connection(H11Protocol):
 
     @property
     def phase(self) -> Phase:
-        """What the connection waits for."""
+        """The phase that the connection is in."""
         if self.transport.is_closing() or self.flow.write_paused:
             return Phase.UNREAD
         if self.conn.their_state is h11.SEND_BODY:
@@ -129,38 +128,38 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Between two requests, with nothing of the next one received."""
+        """Whether it is between two requests, with nothing of the next one received."""
         return self.cycle is not None and self.phase is Phase.HEAD and not self.conn.trailing_data[0]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin."""
+        """Limit how much is read at once."""
         super().connection_made(transport)
-        cast(Any, transport).max_size = READ_BYTES  # asyncio's own attribute
+        cast(Any, transport).max_size = READ_BYTES  # an attribute of asyncio's socket transport
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether to stay open: the client sends no more, but may still read the answer it waits for."""
+        """Return whether to stay open for a client that sends no more but may still read its answer."""
         is_waiting = self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
         if is_waiting:
             self._is_half_closed = True
-            self._provoke()
+            self._probe_client()
         return is_waiting
 
     def on_response_complete(self) -> None:
-        """An answer has been written."""
+        """Close the connection after an answer if the client sends no more."""
         super().on_response_complete()
         if self._is_half_closed and self.cycle.response_complete:
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, if no answer has begun, and close."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR) and not self._has_begun:
+        """Answer 400 to invalid HTTP unless an answer has started, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR) and not self._has_started:
             refusal = self.conn.refusal
             status = 400 if refusal is None else refusal.error_status_hint
             self.transport.write(plain_answer(status, f"not valid HTTP: {refusal}", "invalid_http"))
         self.transport.close()
 
     def check(self, now: float) -> None:
-        """End the connection if it has waited too long. Called again and again."""
+        """Close the connection if it has waited too long; called twice a second."""
         if self._is_half_closed and self._is_broken():
             self.transport.abort()
             return
@@ -173,7 +172,7 @@ class Connection(H11Protocol):
             self._expire(phase)
 
     def _seconds(self, phase: Phase) -> float:
-        """How long a phase may last; uvicorn's own timer ends idle connections."""
+        """Return how long a phase may last; uvicorn's own timer closes idle connections."""
         match phase:
             case Phase.HEAD:
                 return float("inf") if self.is_idle else self._limits.header_timeout
@@ -188,18 +187,20 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         seconds = f"{self._limits.header_timeout:g} seconds"
-        self.transport.write(plain_answer(408, f"no request has come within {seconds}", "header_too_slow"))
+        self.transport.write(
+            plain_answer(408, f"no complete request head arrived within {seconds}", "header_too_slow")
+        )
         self.transport.close()
 
     @property
-    def _has_begun(self) -> bool:
+    def _has_started(self) -> bool:
         return self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
 
-    def _provoke(self) -> None:
-        """Have the client's system say if the client is gone.
+    def _probe_client(self) -> None:
+        """Send something, so that the client's system resets the connection if the client is gone.
 
-        An interim answer may come at any time (RFC 9110, section 15.2). If the answer has begun, the
-        application is woken up instead: a stream can send a comment.
+        An interim answer may be sent at any time (RFC 9110, section 15.2). If the answer has started, the
+        application is woken up instead, because a stream can send a comment.
         """
         if self.cycle.response_started:
             self.cycle.message_event.set()
@@ -207,16 +208,16 @@ class Connection(H11Protocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _is_broken(self) -> bool:
-        """Whether the client's system has reset the connection."""
+        """Return whether the client's system has reset the connection."""
         broken = self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         return bool(broken)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: a client may offer an upgrade, and gets its answer without one."""
+        """Log nothing: a client may offer an upgrade, and gets its answer without one."""
 
 
 def plain_answer(status: int, message: str, code: str, *headers: str) -> bytes:
-    """An error in OpenAI's shape as the bytes of a whole HTTP answer, after which the connection closes."""
+    """Return a whole HTTP answer with an error in OpenAI's format, after which the connection closes."""
     body = ApiError(status, message, code=code).response().body
     head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "content-type: application/json", *headers]
     lines = [*head, f"content-length: {len(body)}", "connection: close", "", ""]
@@ -224,29 +225,30 @@ def plain_answer(status: int, message: str, code: str, *headers: str) -> bytes:
 
 
 class Connections:
-    """All connections of a server: accepts them, counts them and ends those that wait too long."""
+    """All connections of a server: accepts them, counts them and closes those that wait too long."""
 
     def __init__(self, server: uvicorn.Server, limits: ServerConfig) -> None:
         self._server = server
         self._limits = limits
-        self._most = most_connections(limits.max_connections)
+        self._limit = connection_limit(limits.max_connections)
         self._quiet_until: dict[str, float] = {}
 
     async def admit(self, client: socket.socket) -> None:
-        """Serve a client that has connected, or refuse it with 503 if all connections are busy."""
-        if len(self._open) >= self._most and not self.evict(idle=True):
-            self.say("all %d connections are busy (--max-connections): new clients get 503", self._most)
+        """Serve a client that has connected; answer 503 if all connections are busy."""
+        if len(self._open) >= self._limit and not self.evict(idle=True):
+            message = "all %d connections are busy (--max-connections): new clients get 503"
+            self.log_shortage(message, self._limit)
             _refuse(client)
             return
         try:
             await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
-        except OSError:  # the client has gone
+        except OSError:  # the client has disconnected
             client.close()
 
     def evict(self, *, idle: bool) -> bool:
-        """Close the connection that has waited longest for its first request's head; whether there is one.
+        """Close the connection that has waited longest for the head of its first request.
 
-        idle: if there is none, close the one that has been idle for longest.
+        idle: if there is none, close the one that has been idle longest. Returns whether one was closed.
         """
         waiting = [one for one in self._open if one.phase is Phase.HEAD and (idle or one.cycle is None)]
         if waiting:
@@ -254,13 +256,13 @@ class Connections:
         return bool(waiting)
 
     def check(self) -> None:
-        """End connections that have waited too long."""
+        """Close the connections that have waited too long."""
         now = asyncio.get_running_loop().time()
         for connection in list(self._open):
             connection.check(now)
 
-    def say(self, message: str, *values: object) -> None:
-        """Log a shortage, at most once a minute."""
+    def log_shortage(self, message: str, *values: object) -> None:
+        """Log a warning, the same one at most once a minute."""
         now = asyncio.get_running_loop().time()
         if now >= self._quiet_until.get(message, 0.0):
             self._quiet_until[message] = now + QUIET_SECONDS
@@ -280,27 +282,27 @@ class Connections:
 
 
 def _refuse(client: socket.socket) -> None:
-    """Answer 503 and close, without waiting for the request."""
+    """Answer 503 and close the connection without waiting for the request."""
     answer = plain_answer(503, "too many connections are open", "too_many_connections", "retry-after: 1")
     try:
         client.send(answer)
         client.shutdown(socket.SHUT_WR)
-    except OSError:  # it has gone already
+    except OSError:  # the client has disconnected
         pass
     finally:
         client.close()
 
 
 class Listener:
-    """Accepts connections at one socket; to uvicorn what `asyncio.Server` is.
+    """Accepts connections at one socket, with the interface of `asyncio.Server` that uvicorn uses.
 
-    asyncio's own loop tries again at once, 2,048 times, when no file descriptor is left, and logs each
-    attempt. This one pauses, unless it can close a connection whose first request has not come.
+    When no file descriptor is left, asyncio's own loop retries at once, 2,048 times, and logs each attempt.
+    This one pauses, unless it can close a connection whose first request has not arrived.
     """
 
     def __init__(self, listening: socket.socket, connections: Connections) -> None:
         listening.setblocking(False)
-        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # connections inherit them
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # accepted connections inherit the sizes
             listening.setsockopt(socket.SOL_SOCKET, buffer, KERNEL_BYTES)
         self._socket = listening
         self._connections = connections
@@ -308,20 +310,20 @@ class Listener:
 
     @property
     def sockets(self) -> Sequence[socket.socket]:
-        """The socket, until it is closed."""
+        """The socket, as a list; empty after it is closed."""
         return [self._socket] if self.is_serving() else []
 
     def is_serving(self) -> bool:
-        """Whether clients can connect."""
+        """Return whether clients can connect."""
         return not self._task.done() and self._socket.fileno() >= 0
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting connections."""
         self._task.cancel()
         self._socket.close()
 
     async def wait_closed(self) -> None:
-        """Return when nothing more is accepted."""
+        """Wait until the accept loop has stopped."""
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _accept(self) -> None:
@@ -330,8 +332,8 @@ class Listener:
             try:
                 client, _ = await loop.sock_accept(self._socket)
             except OSError as error:
-                self._connections.say("cannot accept connections: %s", error.strerror)
-                can_go_on = self._connections.evict(idle=False)
-                await asyncio.sleep(0 if can_go_on else ACCEPT_PAUSE)
+                self._connections.log_shortage("cannot accept connections: %s", error.strerror)
+                has_closed_one = self._connections.evict(idle=False)
+                await asyncio.sleep(0 if has_closed_one else ACCEPT_PAUSE)
             else:
                 await self._connections.admit(client)

@@ -1,4 +1,4 @@
-"""What goes wrong, as OpenAI's clients expect it: a status, and one shape of body that names the fault."""
+"""Errors in OpenAI's format: an HTTP status and a JSON body with message, type, param and code."""
 
 from collections.abc import Mapping
 
@@ -16,9 +16,27 @@ from tiny_llm import (
     TinyLLMError,
 )
 
-LONGEST_MESSAGE = 1000  # characters; a message may quote what was sent
+LONGEST_MESSAGE = 1000  # characters; a message may quote the request
 LONGEST_PARAM = 200
-RETRY_SECONDS = 1  # after which it is worth trying again, where the queue was full
+UNEXPECTED = "internal_error"  # the code of an error that no part of the server expects
+RETRY_SECONDS = 1  # in the header Retry-After if the queue is full
+UNSUPPORTED = "unsupported_field"
+_CHAT = "is not supported; use /v1/chat/completions"
+_NO_EMBEDDINGS = "is not supported: this server only generates text"
+_INSTEAD = {  # what a client that knows another server or a newer API asks for
+    "/v1/responses": _CHAT,
+    "/v1/messages": _CHAT,
+    "/api/chat": _CHAT,
+    "/chat/completions": "does not exist; use /v1/chat/completions",
+    "/completions": "does not exist; use /v1/completions",
+    "/models": "does not exist; use /v1/models",
+    "/api/generate": "is not supported; use /v1/completions",
+    "/v1/embeddings": _NO_EMBEDDINGS,
+    "/api/embed": _NO_EMBEDDINGS,
+    "/v1": "is the base URL of the API, not an endpoint",
+    "/docs": "does not exist; the API is described in /openapi.json and docs/server.md",
+    "/redoc": "does not exist; the API is described in /openapi.json and docs/server.md",
+}
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -28,7 +46,7 @@ _KINDS = {
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong. param: the field at fault. code: a name for programs."""
+    """An error. param: the field at fault. code: a machine-readable name."""
 
     message: str
     type: str
@@ -37,13 +55,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error answer."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """A request that ends with an error. param: the field at fault; code: a name for programs."""
+    """An error to answer a request with. param: the field at fault; code: a machine-readable name."""
 
     def __init__(
         self,
@@ -63,17 +81,17 @@ class ApiError(Exception):
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """Make the HTTP answer."""
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request cannot be done, however often it is sent."""
+    """Make a 400: sending the same request again would fail again."""
     return ApiError(400, message, param=param, code=code)
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What an error of the engine, of the web framework or of a request's fields is to a client."""
+    """Translate an error of the engine, the web framework or the validation into an `ApiError`."""
     later = {"Retry-After": str(RETRY_SECONDS)}
     match error:
         case ApiError():
@@ -89,12 +107,12 @@ def api_error(error: BaseException) -> ApiError:
         case HTTPException():
             found = ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            found = ApiError(500, "the server met an unexpected error", code="internal_error")
+            found = ApiError(500, "an unexpected error occurred; the server's log has it", code=UNEXPECTED)
     return found
 
 
 def load_error(error: BaseException) -> Exception:
-    """Why a model cannot be loaded, as an error that the command line shows in one line."""
+    """Return an error that the command line shows in one line, from what loading the model raised."""
     if isinstance(error, TinyLLMError | ValueError | ImportError | OSError):
         return error
     found = TinyLLMError(f"the model cannot be loaded: {type(error).__name__}: {error}")
@@ -103,51 +121,58 @@ def load_error(error: BaseException) -> Exception:
 
 
 async def answer(request: Request, error: Exception) -> Response:
-    """FastAPI's handler for all of them."""
+    """FastAPI's exception handler for all these errors."""
     if not isinstance(error, HTTPException):
         return api_error(error).response()
     if error.status_code == 405:
-        return _other_method(request, error)
+        return _method_not_allowed(request, error)
     if error.status_code == 404:
-        return _no_such_path(request).response()
+        return _unknown_path(request).response()
     return api_error(error).response()
 
 
-def _other_method(request: Request, error: HTTPException) -> Response:
-    """405, or the methods that there are if that was the question."""
+def _method_not_allowed(request: Request, error: HTTPException) -> Response:
+    """Answer 405; answer OPTIONS with the methods that the path accepts."""
     known = (error.headers or {}).get("Allow", "GET").split(", ")
     allowed = ", ".join(dict.fromkeys([*known, *["HEAD"] * ("GET" in known), "OPTIONS"]))
     if request.method == "OPTIONS":
         return Response(status_code=204, headers={"Allow": allowed})
-    path, method = request.url.path, request.method
-    message = f"{path} has no {method}, only {allowed}"
+    methods = [one for one in known if one not in ("HEAD", "OPTIONS")]
+    message = f"{request.url.path} does not accept {request.method}; use {' or '.join(methods)}"
     return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()
 
 
-def _no_such_path(request: Request) -> ApiError:
-    """404, with what there is."""
+def _unknown_path(request: Request) -> ApiError:
+    """Make a 404 that says what to use instead and which paths exist."""
     paths = request.app.openapi()["paths"]
-    there = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
+    known = [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods]
     path = _shortened(request.url.path, LONGEST_PARAM)
-    return ApiError(404, f"there is no {path} here; there is {there}", code="unknown_path")
+    hint = _INSTEAD.get(request.url.path, "does not exist")
+    message = f"{path} {hint}. Available: {', '.join([*known, 'GET /openapi.json'])}"
+    return ApiError(404, message, code="unknown_path")
 
 
-def _shortened(text: str, most: int) -> str:
-    """At most `most` characters of a text, with its middle left out."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+def _shortened(text: str, limit: int) -> str:
+    """Replace the middle of a text longer than `limit` characters with `...`."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first field that does not fit, by its path."""
+    """Describe the first invalid field, by its path."""
     of_field = [one for one in error.errors() if one["loc"][1:2] == error.errors()[0]["loc"][1:2]]
-    # Of a field's forms the one that fits best: wrong deep inside it, or else not in its type.
+    # If a field may have several types, report the one that fits best: the error that is nested deepest, or
+    # else one that is not about the type itself.
     first = max(of_field, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     path = [str(part) for part in first["loc"][1:] if part != "str" and "[" not in str(part)]
     field = ".".join(path) or None
+    if first["type"] == UNSUPPORTED:
+        return refused(first["msg"], field, UNSUPPORTED)
+    if first["type"] == "missing":
+        return refused(f"{field} is required", field)
     if first["type"] == "extra_forbidden":
-        return refused(f"{field} is not supported", field, "unsupported_field")
+        return refused(f"{field} is not supported", field, UNSUPPORTED)
     if first["type"] != "value_error":
         return refused(f"{field}: {first['msg']}", field)
     message = str(first["ctx"]["error"])
-    named, _, _ = message.partition(":")  # as rules across fields say theirs
+    named, _, _ = message.partition(":")  # validators of several fields start their message with the name
     return refused(message, named) if field is None else refused(f"{field}: {message}", field)

@@ -1,4 +1,4 @@
-"""Checks of a request before its route sees it: its host, its origin and its key. Plain ASGI."""
+"""ASGI middleware that checks the host, the origin and the API key of a request before its route runs."""
 
 import asyncio
 import hmac
@@ -19,42 +19,42 @@ GUARDED = (
     "/tokenize",
     "/detokenize",
     "/live",
-)  # what needs a key; the rest says nothing about anybody
+)  # paths that need a key; the others reveal nothing about requests
 
 LOG = logging.getLogger("uvicorn.error")
 
 
-class LastResort:
-    """Answers 500 for what nothing else has caught, also for a panic of a library, and logs it."""
+class CatchAll:
+    """Answers 500 to an exception that nothing else caught, including a panic in a library, and logs it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        has_begun = False
+        has_started = False
 
-        async def noted(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
+        async def observed_send(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, observed_send)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            if has_begun or scope["type"] != "http":
+            if has_started or scope["type"] != "http":
                 raise  # uvicorn closes the connection
             LOG.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             await api_error(error).response()(scope, receive, send)
 
 
 class OriginGuard(CORSMiddleware):
-    """Starlette's CORS, which gives another origin's preflight no permission of any kind."""
+    """Starlette's CORS middleware, but a preflight of another origin gets no permission at all."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to a browser that asks before it sends."""
+        """Answer a browser's preflight request."""
         origin = request_headers["origin"]
         if self.is_allowed_origin(origin):
             return super().preflight_response(request_headers)
@@ -63,9 +63,9 @@ class OriginGuard(CORSMiddleware):
 
 
 class KeyGuard:
-    """Lets only those in who bring one of the keys, as `Authorization: Bearer KEY`.
+    """Accepts only requests with one of the keys, sent as `Authorization: Bearer KEY`.
 
-    Inside, `request.state.client` is the same for all requests of a key, and does not tell what it is.
+    It sets `request.state.client` to a hash of the key, which identifies the client but not the key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class KeyGuard:
         """ASGI."""
         if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"].startswith(GUARDED):
             kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not self._knows(given.strip()):
+            if kind.lower() != "bearer" or not self._is_known(given.strip()):
                 refusal = ApiError(
                     401,
                     "no valid API key: send it as Authorization: Bearer KEY",
@@ -88,16 +88,16 @@ class KeyGuard:
             scope.setdefault("state", {})["client"] = sha256(given.strip().encode("latin-1")).hexdigest()
         await self._app(scope, receive, send)
 
-    def _knows(self, given: str) -> bool:
-        """Compares with every key, in a time that does not tell how much of one was right."""
-        attempt = given.encode("latin-1")  # as it came
+    def _is_known(self, given: str) -> bool:
+        """Compare with every key in constant time, so that timing reveals nothing about a key."""
+        attempt = given.encode("latin-1")  # the bytes that were sent
         return sum(hmac.compare_digest(attempt, key) for key in self._keys) > 0
 
 
 class HostGuard:
-    """Answers only requests for hosts that it knows, whatever name the sender has given to this machine.
+    """Accepts only requests whose Host header names an allowed host, which stops DNS rebinding.
 
-    A request without a Host, which HTTP/1.0 allows, does not come from a browser, and is answered.
+    A request without a Host header, which HTTP/1.0 allows, is accepted: no browser sends one.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ class HostGuard:
             host = Headers(scope=scope).get("host")
             if host is not None and _name_of(host) not in self._hosts:
                 refusal = ApiError(
-                    403, f"this server is not known as {host!r} (see --allowed-host)", code="host_not_allowed"
+                    403, f"the host {host!r} is not allowed (see --allowed-host)", code="host_not_allowed"
                 )
                 await refusal.response()(scope, receive, send)
                 return
@@ -118,6 +118,9 @@ class HostGuard:
 
 
 def _name_of(host: str) -> str | None:
-    """The name in a Host header: `[::1]:8000` is ::1, `Localhost.` is localhost; None if it is malformed."""
+    """Return the name in a Host header, None if it is malformed.
+
+    `[::1]:8000` is ::1, and `Localhost.` is localhost.
+    """
     found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+?)\.?)(?::[0-9]*)?", host.lower())
     return None if found is None else found[1] or found[2]

@@ -1,7 +1,8 @@
-"""`/live`: what happens in the pool, as it happens, for the page and for whoever else watches.
+"""`/live`: the changes of the pool, step by step, for the live page and other clients.
 
-Server-sent events. The first says what there is (`pool`), each later one what the steps since then have
-changed (`steps`). Numbers and request ids only: nobody's text. Nothing is looked at while nobody watches.
+Server-sent events. The first has the whole state (`pool`); each later one has the changes of the steps since
+then (`steps`). They have numbers and request ids only, never text. The engine is never slowed down: a client
+that reads too slowly misses steps and gets the whole state again. Without clients, nothing is collected.
 """
 
 import asyncio
@@ -19,36 +20,36 @@ from .errors import refused
 from .service import Service
 from .sse import EventStream
 
-FRAME_SECONDS = 0.05  # twenty messages a second at most
-MOST_STEPS = 2000  # that wait for a slow reader; then he is told anew what there is
+FRAME_SECONDS = 0.05  # between two messages
+MAX_STEPS = 2000  # that wait for a slow client; with more, it gets the whole state again
 
 
 def router(service: Service) -> APIRouter:
-    """The route."""
+    """Return the router with `/live`."""
     routes = APIRouter()
 
     @routes.get("/live", response_class=Response, include_in_schema=False)
     async def live() -> Response:
-        """What happens in the pool, as server-sent events."""
+        """Stream the changes of the pool as server-sent events."""
         if service.llm.engine_config.batching != "paged":
-            raise refused("there are no blocks to watch with --batching dense", code="no_blocks")
+            raise refused("--batching dense has no pool of blocks to watch", code="no_blocks")
         return EventStream(_Watcher(service).messages())
 
     return routes
 
 
 class _Step(NamedTuple):
-    """What a step has changed, and how full the engine was then."""
+    """The changes of a step, and the engine's statistics after it. moment: seconds on the monotonic clock."""
 
     moment: float
     change: PoolChange
     stats: EngineStats
 
 
-class _Ear:
-    """Hears of every step in the engine's thread, and keeps it in `steps` for the event loop's.
+class _Collector:
+    """Collects the steps of the engine, called in the engine's thread, in `steps` for the event loop.
 
-    news: set whenever there are more of them. is_late: so many of them waited that it hears no more.
+    news: set for every new step. is_overrun: the limit was reached, and later steps are not collected.
     """
 
     def __init__(self, engine: Engine, news: asyncio.Event) -> None:
@@ -56,42 +57,42 @@ class _Ear:
         self._engine = engine
         self._news = news
         self._loop = asyncio.get_running_loop()
-        self.is_late = False
+        self.is_overrun = False
         self._is_closed = False
         self._stop: Callable[[], object] | None = None
 
     async def open(self) -> None:
-        """Returns when the first step is there, which says what there is."""
+        """Start; returns after the first step, which has the whole state."""
         self._stop = await asyncio.to_thread(self._engine.watch_blocks, self)
 
     def close(self) -> None:
-        """Never waits, and works at any time, also while it is being opened."""
+        """Stop, without waiting. Can be called at any time, also during `open`."""
         self._is_closed = True
         if self._stop is not None:
             self._stop()
 
     def take(self) -> list[_Step]:
-        """The steps since this was last asked."""
+        """Return the steps since the last call."""
         taken, self.steps = self.steps, []
         return taken
 
     def __call__(self, change: PoolChange) -> None:
-        """Something has changed. Raises once it is closed: then the engine tells it no more."""
+        """Take a step from the engine. Raises EOFError after `close`, which ends the subscription."""
         if self._is_closed:
             raise EOFError
         self._loop.call_soon_threadsafe(self._keep, _Step(monotonic(), change, self._engine.stats))
 
     def _keep(self, step: _Step) -> None:
-        if len(self.steps) < MOST_STEPS:
+        if len(self.steps) < MAX_STEPS:
             self.steps.append(step)
         else:
-            self.is_late = True
+            self.is_overrun = True
             self.close()
         self._news.set()
 
 
 class _Watcher:
-    """Tells one client."""
+    """The messages for one client."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -99,28 +100,28 @@ class _Watcher:
         self._news = asyncio.Event()
 
     async def messages(self) -> AsyncGenerator[str | None, None]:
-        """What is sent; None where nothing has happened for a while."""
+        """Yield the messages, and None after `keep_alive` seconds without a step."""
         service = self._service
-        with service.until_the_end(self._news.set):
-            while not service.is_ending:
-                with closing(_Ear(service.llm.engine, self._news)) as ear:
-                    await ear.open()
-                    async with aclosing(self._until_late(ear)) as messages:
+        with service.call_when_stopping(self._news.set):
+            while not service.is_stopping:
+                with closing(_Collector(service.llm.engine, self._news)) as collector:
+                    await collector.open()
+                    async with aclosing(self._until_overrun(collector)) as messages:
                         async for message in messages:
                             yield message
 
-    async def _until_late(self, ear: _Ear) -> AsyncGenerator[str | None, None]:
-        """Everything from now on, until so much waits for its reader that he had better begin anew."""
-        yield json.dumps(self._pool(ear.steps.pop(0)))
-        while not ear.is_late and not self._service.is_ending:
+    async def _until_overrun(self, collector: _Collector) -> AsyncGenerator[str | None, None]:
+        """Yield the whole state and then the steps, until the client is too slow or the server ends."""
+        yield json.dumps(self._pool(collector.steps.pop(0)))
+        while not collector.is_overrun and not self._service.is_stopping:
             if not await self._wait(self._service.config.keep_alive):
                 yield None
-            if ear.steps:
-                yield json.dumps({"type": "steps", "steps": [self._step(step) for step in ear.take()]})
+            if collector.steps:
+                yield json.dumps({"type": "steps", "steps": [self._step(step) for step in collector.take()]})
                 await asyncio.sleep(FRAME_SECONDS)
 
     async def _wait(self, seconds: float) -> bool:
-        """True when there is something new: a step, or the end."""
+        """Wait for a step or the end of the server; False if neither comes in `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self._news.wait()
@@ -130,7 +131,7 @@ class _Watcher:
         return True
 
     def _pool(self, step: _Step) -> dict[str, Any]:
-        """All that there is."""
+        """The whole state, from the first step of a collector."""
         llm, stats, self._tables = self._service.llm, step.stats, {}
         events = step.change.events
         kept = {event.block for event in events if event.kind.value == "cached"}
@@ -161,8 +162,8 @@ class _Watcher:
         }
 
     def _sequence(self, view: SequenceView) -> dict[str, Any]:
-        """A sequence; its tables only where they are not what they were."""
-        told: dict[str, Any] = {
+        """A sequence, with its block tables only if they have changed."""
+        message: dict[str, Any] = {
             "id": view.seq_id,
             "request": view.request_id,
             "state": "running" if view.is_running else "waiting",
@@ -175,8 +176,8 @@ class _Watcher:
         }
         if self._tables.get(view.seq_id) != view.tables:
             self._tables[view.seq_id] = view.tables
-            told["tables"] = [{"first": table.first, "blocks": table.blocks} for table in view.tables]
-        return told
+            message["tables"] = [{"first": table.first, "blocks": table.blocks} for table in view.tables]
+        return message
 
 
 def _stats(stats: EngineStats) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The live page: static files that come with the package, and may talk to this server alone."""
+"""The live page: static files of the package. Browsers let them connect to this server only."""
 
 from pathlib import Path
 
@@ -9,30 +9,35 @@ from starlette.types import Scope
 
 FOLDER = Path(__file__).parent / "page"
 HEADERS = {
-    "Cache-Control": "no-cache",  # asked for again each time; unchanged files are not sent again
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",  # browsers revalidate each time; unchanged files are not sent again
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 
 
 def add_page(app: FastAPI) -> None:
-    """The page at `/`, and what belongs to it under `/page/`."""
+    """Add the page at `/`, and its files under `/page/`."""
     routes = APIRouter()
 
     @routes.get("/", response_class=FileResponse, include_in_schema=False)
     async def page() -> FileResponse:
-        """The page."""
+        """Return the page."""
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
+
+    @routes.get("/favicon.ico", response_class=FileResponse, include_in_schema=False)
+    async def icon() -> FileResponse:
+        """Return the icon, which browsers request here for pages without a link to one."""
+        return FileResponse(FOLDER / "favicon.svg", headers=HEADERS)
 
     app.include_router(routes)
     app.mount("/page", _Files(directory=FOLDER))
 
 
 class _Files(StaticFiles):
-    """Files with the page's headers."""
+    """Serves files with the headers of the page."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """A file."""
+        """Return a file."""
         response = await super().get_response(path, scope)
         response.headers.update(HEADERS)
         return response

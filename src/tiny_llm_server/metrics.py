@@ -1,8 +1,9 @@
-"""Figures for Prometheus, under vLLM's names, so that dashboards made for it work.
+"""Prometheus metrics under vLLM's names, so that dashboards for vLLM work.
 
-What the engine counts is read from it when somebody asks; what a request took is noted when it ends.
+The engine's own counters are read at each scrape; the times of a request are recorded as its events arrive.
 """
 
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from time import monotonic
@@ -39,56 +40,70 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 class Metrics:
-    """Counts and times of one server. `model_name` is asked for at every scrape: a model may still load."""
+    """The metrics of one server. `llm` and `model_name` are functions: the model may still be loading."""
 
     def __init__(self, llm: Callable[[], LLM | None], model_name: Callable[[], str]) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._registry.register(_EngineFigures(llm, model_name))
-        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", FAST)
-        self._itl = self._histogram("inter_token_latency_seconds", "Between neighbouring tokens.", FAST)
-        self._queue = self._histogram("request_queue_time_seconds", "From arrival until it runs.", SLOW)
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", SLOW)
-        self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "Seconds from arrival to the first token.", FAST
+        )
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Seconds between consecutive tokens of a completion.", FAST
+        )
+        self._queue = self._histogram(
+            "request_queue_time_seconds", "Seconds from arrival until the request first runs.", SLOW
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "Seconds from arrival to the last token.", SLOW
+        )
+        self._prompt = self._histogram("request_prompt_tokens", "Tokens in a prompt.", TOKENS)
         self._output = self._histogram(
-            "request_generation_tokens", "Tokens of a prompt's completions.", TOKENS
+            "request_generation_tokens", "Tokens in all completions of a prompt.", TOKENS
         )
-        self._read = Counter("vllm:prompt_tokens", "Prompt tokens.", ["model_name"], registry=self._registry)
-        self._written = Counter(
-            "vllm:generation_tokens", "Generated tokens.", ["model_name"], registry=self._registry
+        self._prompt_total = Counter(
+            "vllm:prompt_tokens", "Prompt tokens processed.", ["model_name"], registry=self._registry
         )
-        self._ended = Counter(
+        self._generation_total = Counter(
+            "vllm:generation_tokens", "Tokens generated.", ["model_name"], registry=self._registry
+        )
+        self._finished_total = Counter(
             "vllm:request_success",
-            "Completions that have ended, by reason: abort (the client left), timeout, error, stop, length.",
+            "Finished completions by reason: stop, length, abort (the client disconnected), timeout, error.",
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
 
     def text(self) -> bytes:
-        """All of it, in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
-    def watch(self, prompts: Mapping[str, int], n: int) -> "Watch":
-        """For one HTTP request: tell it of every event. prompts: the tokens of each, by the engine's id."""
-        return Watch(self, prompts, n)
+    def request_stats(self, prompts: Mapping[str, int], n: int) -> "RequestStats":
+        """Make the figures of one HTTP request. prompts: the number of tokens of each, by the engine's id."""
+        return RequestStats(self, prompts, n)
 
-    def note_first(self, prompt_tokens: int, seconds: float) -> None:
-        """A request's first token has come, so many seconds after it arrived."""
-        self._read.labels(self._model_name()).inc(prompt_tokens)
+    def record_first_token(self, prompt_tokens: int, seconds: float) -> None:
+        """Record a prompt's first token, `seconds` after the request arrived."""
+        self.num_prompt_tokens += prompt_tokens
+        self._prompt_total.labels(self._model_name()).inc(prompt_tokens)
         self._ttft.labels(self._model_name()).observe(seconds)
 
-    def note_tokens(self, count: int, seconds: float | None) -> None:
-        """Tokens have come, `seconds` after the completion's last ones; None: they are its first."""
-        self._written.labels(self._model_name()).inc(count)
+    def record_tokens(self, count: int, seconds: float | None) -> None:
+        """Record new tokens, `seconds` after the previous ones of the completion; None: its first tokens."""
+        self.num_generation_tokens += count
+        self._generation_total.labels(self._model_name()).inc(count)
         if seconds is not None:
             self._itl.labels(self._model_name()).observe(seconds)
 
-    def note_end(self, reason: str, count: int = 1) -> None:
-        """Completions have ended."""
-        self._ended.labels(self._model_name(), reason).inc(count)
+    def record_finish(self, reason: str, count: int = 1) -> None:
+        """Record finished completions."""
+        self._finished_total.labels(self._model_name(), reason).inc(count)
 
-    def note_usage(self, usage: RequestUsage) -> None:
-        """A request has ended."""
+    def record_usage(self, usage: RequestUsage) -> None:
+        """Record the usage of a finished prompt."""
         name, times = self._model_name(), usage.metrics
         self._prompt.labels(name).observe(usage.prompt_tokens)
         self._output.labels(name).observe(usage.completion_tokens)
@@ -97,84 +112,125 @@ class Metrics:
         if times.finished is not None:
             self._e2e.labels(name).observe(times.finished - times.arrival)
 
-    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"vllm:{name}", what, ["model_name"], buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"vllm:{name}", description, ["model_name"], buckets=buckets, registry=self._registry
+        )
 
 
-class Watch:
-    """Notes what the events of one HTTP request's completions took."""
+class RequestStats:
+    """The tokens and times of one HTTP request's completions, which it also adds to the server's metrics.
+
+    num_cached_tokens: prompt tokens that came from the prefix cache; None while no prompt has finished.
+    finish_reasons: how many completions ended with each reason.
+    """
 
     def __init__(self, metrics: Metrics, prompts: Mapping[str, int], n: int) -> None:
+        self.num_prompt_tokens = sum(prompts.values())
+        self.num_cached_tokens: int | None = None
+        self.num_output_tokens = 0
+        self.finish_reasons: Tally[str] = Tally()
         self._metrics = metrics
-        self._begun = monotonic()
-        self._unread = dict(prompts)  # those of which nothing has come yet
-        self._num_live = len(prompts) * n
+        self._start = monotonic()
+        self._first_token: float | None = None
+        self._last_token = self._start
+        self._unseen_prompts = dict(prompts)  # no token has come for these yet
+        self._num_unfinished = len(prompts) * n
         self._last: dict[tuple[str, int], float] = {}
 
-    def note(self, event: RequestEvent) -> None:
-        """An event has come."""
-        now, completion = monotonic(), (event.request_id, event.index)
-        if event.token_ids:
-            if (prompt_tokens := self._unread.pop(event.request_id, None)) is not None:
-                self._metrics.note_first(prompt_tokens, now - self._begun)
-            before = self._last.get(completion)
-            self._metrics.note_tokens(len(event.token_ids), None if before is None else now - before)
-            self._last[completion] = now
-        if event.finish_reason is not None:
-            self._metrics.note_end(event.finish_reason)
-            self._num_live -= 1
-        if event.usage is not None:
-            self._metrics.note_usage(event.usage)
+    @property
+    def ttft(self) -> float | None:
+        """Seconds until the first token of any completion; None if there was none."""
+        return None if self._first_token is None else self._first_token - self._start
 
-    def end(self, reason: str) -> None:
-        """Those that have not ended are given up: "abort", "timeout" or "error"."""
-        self._metrics.note_end(reason, self._num_live)
-        self._num_live = 0
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second from the first token to the last one, all completions together.
+
+        The first token of each completion does not count, because it took a prefill. None if only those came.
+        """
+        num_decoded = self.num_output_tokens - len(self._last)
+        if self._first_token is None or num_decoded < 1:
+            return None
+        return num_decoded / max(1e-9, self._last_token - self._first_token)
+
+    def add(self, event: RequestEvent) -> None:
+        """Count an event."""
+        if event.token_ids:
+            self._add_tokens(event, monotonic())
+        if event.finish_reason is not None:
+            self._finish(event.finish_reason, 1)
+        if event.usage is not None:
+            self.num_cached_tokens = (self.num_cached_tokens or 0) + event.usage.num_cached_tokens
+            self._metrics.record_usage(event.usage)
+
+    def finish_rest(self, reason: str) -> None:
+        """Count the unfinished completions as ended by `reason`: "abort", "timeout" or "error"."""
+        self._finish(reason, self._num_unfinished)
+
+    def _add_tokens(self, event: RequestEvent, now: float) -> None:
+        completion = (event.request_id, event.index)
+        if (prompt_tokens := self._unseen_prompts.pop(event.request_id, None)) is not None:
+            self._metrics.record_first_token(prompt_tokens, now - self._start)
+        before = self._last.get(completion)
+        self._metrics.record_tokens(len(event.token_ids), None if before is None else now - before)
+        self._last[completion] = self._last_token = now
+        self._first_token = now if self._first_token is None else self._first_token
+        self.num_output_tokens += len(event.token_ids)
+
+    def _finish(self, reason: str, count: int) -> None:
+        self._metrics.record_finish(reason, count)
+        if count:
+            self.finish_reasons[reason] += count
+        self._num_unfinished -= count
 
 
 class _EngineFigures(Collector):
-    """What the engine says of itself when it is asked; nothing while it loads."""
+    """The engine's counters, read at each scrape; no metrics while the model loads."""
 
     def __init__(self, llm: Callable[[], LLM | None], model_name: Callable[[], str]) -> None:
         self._llm = llm
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        """One family for each figure."""
+        """Yield one family for each metric."""
         llm = self._llm()
         if llm is None:
             return
         stats = llm.engine.stats
         used = stats.num_blocks - stats.num_free_blocks - stats.num_cached_blocks
         gauges = {
-            "num_requests_running": ("Sequences that run.", stats.num_running),
-            "num_requests_waiting": ("Sequences that wait.", stats.num_waiting),
+            "num_requests_running": ("Sequences that are running.", stats.num_running),
+            "num_requests_waiting": ("Sequences that are waiting.", stats.num_waiting),
             "kv_cache_usage_perc": (
-                "Share of the pool's blocks in use; 1 is all.",
+                "Fraction of the KV pool's blocks in use, 0 to 1.",
                 used / max(1, stats.num_blocks),
             ),
         }
         counters = {
-            "prefix_cache_queries": ("Prompt tokens looked up.", stats.prefix_cache_queries),
-            "prefix_cache_hits": ("Prompt tokens found.", stats.prefix_cache_hits),
-            "num_preemptions": ("Sequences that gave their pages up.", stats.num_preemptions),
+            "prefix_cache_queries": (
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_cache_queries,
+            ),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            "num_preemptions": ("Preemptions of sequences.", stats.num_preemptions),
         }
-        for name, (what, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"vllm:{name}", what, labels=["model_name"])
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name()], value)
             yield gauge
-        for name, (what, count) in counters.items():
-            counter = CounterMetricFamily(f"vllm:{name}", what, labels=["model_name"])
+        for name, (text, count) in counters.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name()], count)
             yield counter
         steps = HistogramMetricFamily(
-            "vllm:iteration_tokens_total", "Tokens computed in a step.", labels=["model_name"]
+            "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=["model_name"]
         )
         steps.add_metric([self._model_name()], _buckets(stats.steps_of), stats.num_tokens)
         yield steps
 
 
 def _buckets(steps_of: Sequence[int]) -> list[tuple[str, float]]:
-    """Counts by powers of two as Prometheus has them: each with all smaller ones, the last has no bound."""
+    """Turn counts by powers of two into Prometheus's cumulative buckets; the last one has no bound."""
     bounds = [str(float(1 << power)) for power in range(len(steps_of) - 1)]
     return list(zip([*bounds, "+Inf"], accumulate(steps_of), strict=True))

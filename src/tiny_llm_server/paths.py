@@ -1,7 +1,7 @@
-"""The resource that a request names: one path for each, before a guard or the router looks at it.
+"""ASGI middleware that normalizes the path of a request before a guard or the router sees it.
 
-Doubled and trailing slashes, and a target that is a whole URL, name the same resource as the plain path.
-`HEAD` is `GET` without a body. Plain ASGI.
+Duplicate and trailing slashes are removed, and a target that is a whole URL becomes its path. `HEAD` is
+answered as `GET` without a body.
 """
 
 import re
@@ -13,7 +13,7 @@ _ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class PlainPaths:
-    """Gives every request its plain path, and answers `HEAD` from what `GET` answers."""
+    """Normalizes the path of every request, and answers `HEAD` with the head of the answer to `GET`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,7 +37,7 @@ def plain_path(path: str) -> str:
 
 
 def _head_only(send: Send) -> Send:
-    """Send the head of an answer, which ends it, and nothing of its body."""
+    """Send the head of an answer and end it there, without its body."""
 
     async def send_head(message: Message) -> None:
         if message["type"] == "http.response.start":

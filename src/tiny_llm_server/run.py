@@ -1,8 +1,8 @@
-"""Requests on their way through the engine: accepted together, waited for together, and cancelled together.
+"""The engine requests of one HTTP request: submitted together, awaited together and cancelled together.
 
-A run that is left before its end, however that happens, gives its pages back before the next step. A choice
-that fails has the finish_reason "error", and the others go on: the answer is an error (HTTP 500) only where
-every choice has failed.
+A run that is abandoned for any reason is cancelled, and its blocks are free before the next step. A choice
+that fails has the finish_reason "error" and the other choices continue: the answer is an error (HTTP 500)
+only if every choice has failed.
 """
 
 import asyncio
@@ -17,30 +17,35 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm import Engine, RequestEvent
 
 from .errors import ApiError
-from .metrics import Watch
+from .metrics import RequestStats
 
 
 @dataclass(frozen=True)
 class PromptEvent:
-    """What a step gave one of a run's prompts. prompt: its place among them."""
+    """An event of one of a run's prompts. prompt: the prompt's index."""
 
     prompt: int
     event: RequestEvent
 
 
 class Run:
-    """The requests of one HTTP request. `begin` it, then take its `steps`, and `cancel` it whatever happened.
+    """The engine requests of one HTTP request: `begin` it, read its `steps`, always `cancel` it at the end.
 
-    watch: is told of all that they give. timeout: seconds that they may take. prompts: their tokens.
+    stats: counts the events. timeout: seconds until the run is aborted; None: no limit. prompts: the token
+    ids of each prompt.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[RequestState], watch: Watch, timeout: float | None = None
+        self,
+        engine: Engine,
+        requests: Sequence[RequestState],
+        stats: RequestStats,
+        timeout: float | None = None,
     ) -> None:
         self.prompts = [request.prompt_token_ids for request in requests]
         self._engine = engine
-        self._watch = watch
-        self._places = {request.request_id: place for place, request in enumerate(requests)}
+        self.stats = stats
+        self._indices = {request.request_id: index for index, request in enumerate(requests)}
         self._gathering = Gathering(requests)
         self._listener = AsyncListener()
         self._timeout = timeout
@@ -48,24 +53,34 @@ class Run:
 
     @classmethod
     async def begin(
-        cls, engine: Engine, requests: Sequence[RequestState], watch: Watch, timeout: float | None = None
+        cls,
+        engine: Engine,
+        requests: Sequence[RequestState],
+        stats: RequestStats,
+        timeout: float | None = None,
     ) -> Self:
-        """Queue requests in the engine, all or none. Raises what `Engine.submit` and its future raise."""
-        run = cls(engine, requests, watch, timeout)
+        """Queue the requests in the engine, all or none. Raises what `Engine.submit` and its future raise."""
+        run = cls(engine, requests, stats, timeout)
         accepted = False
         try:
             await asyncio.wrap_future(engine.submit(requests, run._listener))
             accepted = True
         finally:
             if not accepted:
-                run._end_all()
+                run._cancel_all()
         return run
 
-    async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:
-        """What each step gives, until all requests have ended; nothing, after `patience` seconds of silence.
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the engine still has completions of it."""
+        return bool(self._gathering.unfinished)
 
-        Raises what the engine raises where all of them have failed, and `ApiError` when their time is over.
-        Then, and when this is left early, those that have not ended are cancelled.
+    async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:
+        """Yield the events of each step until all requests have finished.
+
+        After `patience` seconds without an event, yields an empty list. Raises the engine's error if all
+        requests have failed, and `ApiError` if they time out. Unfinished requests are cancelled when the
+        generator raises or is closed.
         """
         try:
             while self._gathering.unfinished:
@@ -74,23 +89,23 @@ class Run:
             self.cancel()
 
     async def events(self) -> AsyncGenerator[PromptEvent, None]:
-        """The same, one by one, for whoever only waits."""
+        """Yield the same events one at a time, without the empty lists."""
         async with aclosing(self.steps(60.0)) as steps:
             async for step in steps:
                 for event in step:
                     yield event
 
     def cancel(self) -> None:
-        """End what has not ended, because its client has left; nothing where all has ended."""
-        self._end("abort")
+        """Cancel the unfinished requests because the client disconnected; do nothing if all finished."""
+        self._abort("abort")
 
-    def _end(self, reason: str) -> None:
-        """End what has not ended; `reason` is what the metrics count it under."""
+    def _abort(self, reason: str) -> None:
+        """Cancel the unfinished requests; the metrics count them under `reason`."""
         if self._gathering.unfinished:
-            self._watch.end(reason)
-            self._end_all()
+            self.stats.finish_rest(reason)
+            self._cancel_all()
 
-    def _end_all(self) -> None:
+    def _cancel_all(self) -> None:
         for request_id in self._gathering.unfinished:
             self._engine.cancel(request_id)
         self._gathering.unfinished.clear()
@@ -102,17 +117,17 @@ class Run:
                 items = await self._listener.next_items()
         except TimeoutError:
             if left <= patience:
-                self._end("timeout")
+                self._abort("timeout")
                 raise ApiError(
-                    503, f"the request has not ended within {self._timeout:g} seconds", code="timeout"
+                    503, f"the request did not finish within {self._timeout:g} seconds", code="timeout"
                 ) from None
             return []
         events = self._gathering.take(items)
         for event in events:
-            self._watch.note(event)
+            self.stats.add(event)
         try:
             self._gathering.check()
-        except Exception:  # all have failed, or the engine has ended
-            self._end("error")
+        except Exception:  # all requests have failed, or the engine has stopped
+            self._abort("error")
             raise
-        return [PromptEvent(self._places[event.request_id], event) for event in events]
+        return [PromptEvent(self._indices[event.request_id], event) for event in events]

@@ -1,8 +1,8 @@
-"""What clients may send: OpenAI's fields, and vLLM's where OpenAI has none. Anything else is refused by name.
+"""The fields of requests: OpenAI's, and vLLM's if OpenAI has none. Any other field is refused by name.
 
-A field that is null counts as not sent, and so does one that asks for what is done anyway, such as no tools.
-A field that changes nothing in an answer is accepted, if it has the right type. docs/server.md lists all of
-them. Types are taken strictly: "1" is no number. Messages are checked by the engine (`read_messages`).
+A field that is null, or has a value that requests the default behavior (such as `tools: []`), counts as not
+sent. A field without effect on the answer is accepted if it has the right type. docs/server.md lists all
+fields. Types are strict: "1" is not a number. Messages are checked by the engine (`read_messages`).
 """
 
 import math
@@ -18,63 +18,67 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
-MOST_LOGPROBS = 20
-MOST_METADATA = 16
-MOST_MESSAGES = 4096
-MOST_TOKENS = 131_072  # for /detokenize
-MOST_PRIORITY = 100
+MAX_LOGPROBS = 20
+MAX_METADATA = 16
+MAX_MESSAGES = 4096
+MAX_TOKENS = 131_072  # for /detokenize
+MAX_PRIORITY = 100
 INT32 = 2**31 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def _are_prompts(value: Any) -> Any:
-    """A text, token ids, or a list of either: said for the first element that is none of it."""
+def _checked_prompts(value: Any) -> Any:
+    """Check for a text, a list of token ids, or a list of either; the error names the first wrong element."""
     if not isinstance(value, list):
         if not isinstance(value, str):
-            raise ValueError(f"a text, a list of token ids, or a list of either, not {type(value).__name__}")
+            raise ValueError(
+                f"must be a string, a list of token ids, or a list of either, not {type(value).__name__}"
+            )
         return value
     if not value:
-        raise ValueError("the list is empty: there is nothing to continue")
+        raise ValueError("the list must not be empty")
     first = type(value[0])
     for place, item in enumerate(value):
         if type(item) is not first or first not in (str, int, list):
-            raise ValueError(f"[{place}] is {type(item).__name__}: texts only, or token ids only")
+            raise ValueError(
+                f"[{place}] is {type(item).__name__}: the list must have only strings or only token ids"
+            )
         if first is list:
-            _are_ids(item, f"[{place}]")
+            _check_ids(item, f"[{place}]")
     if first is int:
-        _are_ids(value, "")
+        _check_ids(value, "")
     return value
 
 
-def _are_ids(ids: list[Any], place: str) -> None:
+def _check_ids(ids: list[Any], place: str) -> None:
     if not ids:
-        raise ValueError(f"{place} is empty: there is nothing to continue")
+        raise ValueError(f"{place} must not be empty")
     for index, token in enumerate(ids):
         if type(token) is not int:
-            raise ValueError(f"{place}[{index}] is {type(token).__name__}: token ids are whole numbers")
+            raise ValueError(f"{place}[{index}] is {type(token).__name__}: token ids are integers")
         if not 0 <= token <= INT32:
             raise ValueError(
-                f"{place}[{index}] is {str(token)[:40]}: a token id is from 0 to the vocabulary's last"
+                f"{place}[{index}] is {str(token)[:40]}: a token id is at least 0 and in the vocabulary"
             )
 
 
-def _is_small(value: Any) -> Any:
-    """Metadata, as OpenAI bounds it: stopped at the first entry that is wrong."""
-    if not isinstance(value, dict) or len(value) > MOST_METADATA:
-        raise ValueError(f"an object of at most {MOST_METADATA} entries")
+def _checked_metadata(value: Any) -> Any:
+    """Check metadata against OpenAI's limits; stop at the first wrong entry."""
+    if not isinstance(value, dict) or len(value) > MAX_METADATA:
+        raise ValueError(f"must be an object with at most {MAX_METADATA} entries")
     for name, item in value.items():
         if not isinstance(item, str):
-            raise ValueError(f"{name[:40]!r} must be a text, not {type(item).__name__}")
+            raise ValueError(f"{name[:40]!r} must be a string, not {type(item).__name__}")
     return value
 
 
-Text = str  # Unicode: `bodies` refuses halves of characters, which JSON can spell
+Text = str  # valid Unicode: `bodies` refuses lone surrogates, which JSON can contain
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-_PROMPTS = {  # what `_are_prompts` takes
+_PROMPTS = {  # the JSON schema of what `_checked_prompts` accepts
     "anyOf": [
         {"type": "string"},
         {"type": "array", "minItems": 1, "items": {"type": "string"}},
@@ -86,7 +90,7 @@ _PROMPTS = {  # what `_are_prompts` takes
         },
     ]
 }
-_MESSAGE = {  # the outline of what `read_messages` takes
+_MESSAGE = {  # the outline of what `read_messages` accepts
     "type": "object",
     "required": ["role"],
     "properties": {
@@ -94,22 +98,22 @@ _MESSAGE = {  # the outline of what `read_messages` takes
         "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
     },
 }
-Prompts = Annotated[Any, BeforeValidator(_are_prompts), WithJsonSchema(_PROMPTS)]
+Prompts = Annotated[Any, BeforeValidator(_checked_prompts), WithJsonSchema(_PROMPTS)]
 Messages = Annotated[
     list[Any],
-    Field(min_length=1, max_length=MOST_MESSAGES),
-    WithJsonSchema({"type": "array", "minItems": 1, "maxItems": MOST_MESSAGES, "items": _MESSAGE}),
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    WithJsonSchema({"type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": _MESSAGE}),
 ]
 Metadata = Annotated[
     Any,
-    BeforeValidator(_is_small),
+    BeforeValidator(_checked_metadata),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
 ]
 Json = Annotated[dict[str, Any], Field(max_length=1000)]
 
 
 def _fail_fast(schema: Any) -> None:
-    """Set `fail_fast` on every list within a schema of pydantic's core."""
+    """Set `fail_fast` on every list in a pydantic core schema."""
     if isinstance(schema, dict) and schema.get("type") == "list":
         schema["fail_fast"] = True
     for part in schema.values() if isinstance(schema, dict) else schema:
@@ -118,7 +122,7 @@ def _fail_fast(schema: Any) -> None:
 
 
 class Body(BaseModel):
-    """A request's body: no fields but these. IDLE: values of a field that ask for what is done without it."""
+    """A request body without unknown fields. IDLE: by field, the values that count as not sent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -126,15 +130,15 @@ class Body(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Have every list stop at its first wrong element: an error for each would cost gigabytes."""
+        """Make each list stop at its first error: an error for each element would take gigabytes."""
         schema = handler(source)
         _fail_fast(schema)
         return schema
 
     @model_validator(mode="before")
     @classmethod
-    def _with_one_unknown_field(cls, fields: Any) -> Any:
-        """Of the fields that are refused, only the first: an error for each would cost gigabytes."""
+    def _with_at_most_one_unknown_field(cls, fields: Any) -> Any:
+        """Keep only the first unknown field: an error for each would take gigabytes."""
         if not isinstance(fields, dict) or len(fields) <= len(cls.model_fields):
             return fields
         known = {*cls.model_fields, *cls.IDLE}
@@ -143,7 +147,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_asks_for_nothing(cls, fields: Any) -> Any:
+    def _without_idle_fields(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
         return {k: v for k, v in fields.items() if v is not None and not cls._is_idle(k, v)}
@@ -153,8 +157,8 @@ class Body(BaseModel):
         return any(type(value) is type(idle) and value == idle for idle in cls.IDLE.get(name, ()))
 
 
-def _of_numbers(biases: Any) -> Any:
-    """Stop at the first value that is not a number: a mapping has no `fail_fast`."""
+def _checked_biases(biases: Any) -> Any:
+    """Check for numbers; stop at the first error, because a mapping has no `fail_fast`."""
     for name, bias in biases.items() if isinstance(biases, dict) else ():
         if type(bias) not in (int, float) or not math.isfinite(bias):
             raise ValueError(f"{name[:100]!r} must have a finite number")
@@ -162,32 +166,32 @@ def _of_numbers(biases: Any) -> Any:
 
 
 class StreamOptions(Body):
-    """include_usage: one more event at the end of a stream, with the request's usage."""
+    """include_usage: send the request's usage in an additional event at the end of the stream."""
 
     IDLE = {"continuous_usage_stats": (False,)}
 
     include_usage: bool = False
-    include_obfuscation: bool = Field(False, description="Without effect: there is no padding.")
+    include_obfuscation: bool = Field(False, description="No effect: events have no padding.")
 
 
 class Generation(Body):
-    """What completions and chats have in common.
+    """The fields common to completions and chats.
 
-    temperature, top_p, n, seed, stop, the penalties and logit_bias are OpenAI's; the rest is vLLM's.
-    Where the model recommends sampling parameters, they replace the defaults of those that are not sent.
-    WITHOUT_EFFECT: fields that change nothing in an answer.
+    n, temperature, top_p, seed, stop, the penalties, logit_bias and the stream's fields are OpenAI's; top_k
+    and those after it are vLLM's. Sampling parameters that are not sent have the defaults of the model or the
+    operator, if there are any. WITHOUT_EFFECT: fields that do not change an answer.
     """
 
     IDLE = {
-        "seed": (-1,),  # none, as in vLLM
+        "seed": (-1,),  # no seed, as in vLLM
         "use_beam_search": (False,),
-        "length_penalty": (1.0, 1),  # of beams
+        "length_penalty": (1.0, 1),  # for beam search only
         "spaces_between_special_tokens": (True,),
         "bad_words": ([],),
         "logits_processors": ([],),
         "return_tokens_as_token_ids": (False,),
         "return_token_ids": (False,),
-        "truncate_prompt_tokens": (-1,),  # the context's length: never more than fits
+        "truncate_prompt_tokens": (-1,),  # vLLM: truncate to the context; a longer prompt is refused here
         "vllm_xargs": ({},),
     }
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
@@ -195,16 +199,16 @@ class Generation(Body):
         *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     )
 
-    model: Text | None = Field(None, description="The served model's name; nothing: that one.")
-    n: int = Field(1, ge=1, le=INT32, description="Completions of each prompt.")
+    model: Text | None = Field(None, description="Name of the served model; may be left out.")
+    n: int = Field(1, ge=1, le=INT32, description="Number of completions of each prompt.")
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="-1: none, as in vLLM.")
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="-1: no seed, as in vLLM.")
     stop: Text | list[Text] | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[Text, float], BeforeValidator(_of_numbers)] | None = Field(
-        None, description="From token id, as a text, to -100 .. 100."
+    logit_bias: Annotated[dict[Text, float], BeforeValidator(_checked_biases)] | None = Field(
+        None, description="Maps token ids (as strings) to -100 to 100."
     )
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -227,27 +231,30 @@ class Generation(Body):
     stop_token_ids: list[TokenId] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    cache_salt: Text = Field("", description="Shares kept prompts with requests of the same salt alone.")
+    cache_salt: Text = Field("", description="Share cached prefixes only with requests of the same salt.")
     priority: int = Field(
-        0, ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="The lower, the earlier, if the server allows it."
+        0,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description="Lower runs earlier, with --scheduling-policy priority.",
     )
 
     def sampling(self) -> dict[str, Any]:
-        """The fields that are sampling parameters of the engine under the same names.
+        """Return the fields that are sampling parameters of the engine, under the same names.
 
-        A negative seed is the number without sign that has the same 64 bits.
+        A negative seed becomes the unsigned number with the same 64 bits.
         """
         fields = self.model_dump(include=_SAMPLING)
         return fields if self.seed is None else {**fields, "seed": self.seed % 2**64}
 
     def leaves_out(self, name: str) -> bool:
-        """Whether the client has not sent a sampling parameter; sending our default is sending it."""
+        """Return whether the client did not send a sampling parameter, not even with its default value."""
         return name not in self.model_fields_set
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Generation":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream: true")
+            raise ValueError("stream_options: only allowed with stream: true")
         return self
 
 
@@ -269,38 +276,49 @@ _SAMPLING = {
 
 
 class CompletionRequest(Generation):
-    """`/v1/completions`: texts or token ids that are to be continued."""
+    """`/v1/completions`: texts or token ids to continue."""
 
     IDLE = {**Generation.IDLE, "suffix": ("",)}
 
     prompt: Prompts
-    max_tokens: int = Field(16, ge=0, le=INT32, description="0: nothing but the prompt, with echo.")
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: bool = Field(False, description="Begin each text with its prompt.")
-    best_of: int | None = Field(None, description="Only the number that n is: none is thrown away.")
-    add_special_tokens: bool = Field(True, description="Begin a text as the tokenizer frames it.")
+    max_tokens: int = Field(16, ge=0, le=INT32, description="0: return only the prompt, with echo.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = Field(False, description="Start each text with its prompt.")
+    best_of: int | None = Field(None, description="Must equal n.")
+    add_special_tokens: bool = Field(
+        True, description="Add the tokenizer's special tokens to prompts that are texts."
+    )
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
-            raise ValueError(f"best_of: only n, which is {self.n}, not {self.best_of}")
+            raise ValueError(f"best_of: must equal n, which is {self.n}, not {self.best_of}")
         return self
 
     @model_validator(mode="after")
     def _check_echo(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: at least 1, or 0 with echo: true")
+            raise ValueError("max_tokens: must be at least 1, or 0 with echo: true")
         return self
 
 
+def _checked_format(value: Any) -> Any:
+    """Refuse OpenAI's other formats with the code of an unsupported field."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("json_object", "json_schema"):
+        message = "response_format of type {kind} is not supported, only text: answers are not constrained"
+        raise PydanticCustomError("unsupported_field", message, {"kind": kind})
+    return value
+
+
 class ResponseFormat(Body):
-    """What an answer looks like: text. JSON is not enforced, so it is not offered."""
+    """The format of an answer: text. JSON is not enforced, so it is not offered."""
 
     type: Literal["text"]
 
 
 class ChatCompletionRequest(Generation):
-    """`/v1/chat/completions`: a conversation that is to be answered, through the model's own template."""
+    """`/v1/chat/completions`: a conversation to answer."""
 
     IDLE = {
         **Generation.IDLE,
@@ -320,21 +338,25 @@ class ChatCompletionRequest(Generation):
 
     messages: Messages
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=INT32, description="Nothing: up to the context's end."
+        None, ge=1, le=INT32, description="Default: up to the end of the context."
     )
     max_tokens: int | None = Field(None, ge=1, le=INT32, description="The old name of max_completion_tokens.")
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: ResponseFormat | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: Annotated[ResponseFormat, BeforeValidator(_checked_format)] | None = None
     add_generation_prompt: bool | None = Field(
-        None, description="End the prompt where the answer begins. Nothing: unless the last message goes on."
+        None, description="End the prompt with the start of an answer. Default: not continue_final_message."
     )
-    continue_final_message: bool = Field(False, description="Continue the last message.")
-    add_special_tokens: bool = Field(False, description="Begin the prompt as the tokenizer frames a text.")
-    chat_template_kwargs: Json | None = Field(None, description="Variables of the template.")
-    reasoning_effort: EFFORTS | None = Field(None, description="A variable of the template, if it has it.")
+    continue_final_message: bool = Field(
+        False, description="Continue the last message instead of answering it."
+    )
+    add_special_tokens: bool = Field(False, description="Add the tokenizer's special tokens to the prompt.")
+    chat_template_kwargs: Json | None = Field(None, description="Variables of the chat template.")
+    reasoning_effort: EFFORTS | None = Field(
+        None, description="A variable of the chat template; no effect if the template does not use it."
+    )
     tools: Annotated[list[Any], Field(max_length=1000)] | None = Field(
-        None, description="Only with tool_choice none, for a template that does not write tools."
+        None, description="Only with tool_choice none, and if the template does not write tools."
     )
     tool_choice: Literal["none", "auto"] | None = None
 
@@ -348,35 +370,37 @@ class ChatCompletionRequest(Generation):
         return self
 
     def leaves_out(self, name: str) -> bool:
-        """`max_completion_tokens` is the new name of `max_tokens`."""
+        """Treat `max_completion_tokens` as the new name of `max_tokens`."""
         given = name == "max_tokens" and not super().leaves_out("max_completion_tokens")
         return not given and super().leaves_out(name)
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs: true")
+            raise ValueError("top_logprobs: only allowed with logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and (
             self.max_tokens != self.max_completion_tokens
         ):
-            raise ValueError("max_tokens: another number than max_completion_tokens")
+            raise ValueError("max_tokens: must equal max_completion_tokens if both are sent")
         return self
 
 
 def _check_end(add_generation_prompt: bool | None, continue_final_message: bool) -> None:
     if add_generation_prompt and continue_final_message:
-        raise ValueError("continue_final_message: not together with add_generation_prompt")
+        raise ValueError("continue_final_message: not allowed together with add_generation_prompt")
 
 
 class TokenizeRequest(Body):
-    """`/tokenize`: a text, or a conversation as the model's template writes it."""
+    """`/tokenize`: a text, or a conversation, to which the chat template is applied."""
 
     IDLE = {"tools": ([],), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
 
     model: Text | None = None
     prompt: Text | None = None
     messages: Messages | None = None
-    add_special_tokens: bool | None = Field(None, description="Nothing: of a text only.")
+    add_special_tokens: bool | None = Field(
+        None, description="Default: true for a text, false for a conversation."
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: Json | None = None
@@ -390,12 +414,19 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: either prompt or messages")
+            raise ValueError("prompt: send either prompt or messages")
         return self
 
 
 class DetokenizeRequest(Body):
-    """`/detokenize`: token ids, special ones too."""
+    """`/detokenize`: token ids, including those of control tokens."""
 
     model: Text | None = None
-    tokens: list[TokenId] = Field(max_length=MOST_TOKENS)
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
+
+
+FIELDS = frozenset(  # of all requests; their names may be logged
+    name
+    for body in (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+    for name in (*body.model_fields, *body.IDLE)
+)

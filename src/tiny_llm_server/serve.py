@@ -1,8 +1,8 @@
-"""The process: uvicorn around the application, and what signals do to it.
+"""The server process: uvicorn with our application, connection limits and signal handling.
 
-The first SIGTERM or SIGINT drains: new requests get 503, accepted ones go on to their end, or until the grace
-period is over. A second one ends them at once, a third one does not wait for anybody. A client that does not
-read its answer is hung up on.
+The first SIGTERM or SIGINT drains: new requests get 503, and accepted ones may finish within the grace
+period. A second signal aborts them, and a third one exits without closing connections. A client that does not
+read its answer is disconnected after a few seconds.
 """
 
 import asyncio
@@ -16,17 +16,22 @@ import uvicorn
 from fastapi import FastAPI
 
 from .connections import Connections, Listener, raise_file_limit
+from .draining import DrainReport, counted
 from .service import Service
 
-BACKLOG = 2048  # connections that the system holds until they are accepted
-LINGER = 5.0  # seconds that clients have to read what there is for them, once nothing more comes
-LINGER_AT_ONCE = 0.5  # the same, after a second signal
-TICKS_PER_CHECK = 5  # of uvicorn's, ten a second, between two looks at connections that wait too long
+BACKLOG = 2048  # connections that the system queues until they are accepted
+LINGER = 5.0  # seconds that clients have to read the rest of their answers after draining
+LINGER_AFTER_ABORT = 0.5  # the same after a second signal
+TICKS_PER_CHECK = 5  # uvicorn ticks ten times a second; connections are checked at every fifth tick
 LOG = logging.getLogger("uvicorn.error")
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets at the addresses of a host that this machine has. Raises OSError where they cannot be had."""
+    """Open listening sockets at all addresses of `host`. Raises OSError if that fails.
+
+    An address that this machine lacks is skipped if another one works: "localhost" has an IPv6 address even
+    if IPv6 is off.
+    """
     sockets: list[socket.socket] = []
     failure: OSError | None = None
     for family, address in _addresses(host, port):
@@ -34,32 +39,32 @@ def listen(host: str, port: int) -> list[socket.socket]:
             sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
         except OSError as error:
             failure = error
-            if error.errno != errno.EADDRNOTAVAIL:  # names have an address of IPv6 also where that is off
+            if error.errno != errno.EADDRNOTAVAIL:
                 break
     if failure is None or (sockets and failure.errno == errno.EADDRNOTAVAIL):
         return sockets
     for opened in sockets:
         opened.close()
-    raise _refusal(host, port, failure)
+    raise _listen_error(host, port, failure)
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:  # ValueError: no name could be so long
-        raise _refusal(host, port, error) from error
+    except (OSError, ValueError) as error:  # ValueError: the name is too long
+        raise _listen_error(host, port, error) from error
     return [(family, address[:2]) for family, _, _, _, address in found]
 
 
-def _refusal(host: str, port: int, error: Exception) -> OSError:
-    why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
-    return OSError(f"cannot listen on {host}, port {port}: {why}; see --host, --port")
+def _listen_error(host: str, port: int, error: Exception) -> OSError:
+    reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
+    return OSError(f"cannot listen on {host}, port {port}: {reason}; see --host, --port")
 
 
 class GracefulServer(uvicorn.Server):
-    """Serves until its engine has drained, or until it is clear that there will be no engine.
+    """Serves until its engine has drained, or until the model has failed to load.
 
-    grace: seconds that accepted requests have after the first signal; None: as many as they need.
+    grace: seconds that accepted requests have to finish after the first signal; None: no limit.
     """
 
     def __init__(
@@ -70,13 +75,14 @@ class GracefulServer(uvicorn.Server):
                 app,
                 host,
                 port,
-                loop="asyncio",  # `Connection` reads less at once than uvloop would
-                http="h11",  # httptools, if it is installed, takes headers without end
+                loop="asyncio",  # `Connection` limits how much is read at once, which uvloop ignores
+                http="h11",  # httptools, used if it is installed, does not limit headers
                 ws="none",
                 log_level=log_level,
                 lifespan="on",
+                access_log=False,  # `RequestLog` writes a line for each request
                 server_header=False,
-                proxy_headers=False,  # any local process could claim to be any client
+                proxy_headers=False,  # otherwise any local process could claim another client's address
                 timeout_keep_alive=app.state.service.config.timeout_keep_alive,
             )
         )
@@ -89,36 +95,38 @@ class GracefulServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, then raise what kept the model from being loaded, if something did."""
+        """Serve, and at the end raise the error that kept the model from loading, if there was one."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
         if self._service.failure is not None:
             raise self._service.failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come."""
+        """Handle a signal in the event loop."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._leave)
+        self._loop.call_soon_threadsafe(self._handle_signal)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen, and say where."""
+        """Start to listen and log the address."""
         listening = listen(self.config.host, self.config.port) if sockets is None else sockets
         await super().startup([])  # uvicorn's own accept loop is not used: see `Listener`
         if self.started:
             self.servers = cast(Any, [Listener(one, self._connections) for one in listening])
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            LOG.info("Listening on http://%s:%d (Ctrl-C ends it)", f"[{host}]" if ":" in host else host, port)
+            LOG.info(
+                "Listening on http://%s:%d (press Ctrl-C to stop)", f"[{host}]" if ":" in host else host, port
+            )
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end: uvicorn asks ten times a second."""
+        """Return whether to stop; uvicorn calls this ten times a second."""
         if counter % TICKS_PER_CHECK == 0:
             self._connections.check()
-        ends = self._service.failure is not None or await super().on_tick(counter)
-        if ends:
+        stops = self._service.failure is not None or await super().on_tick(counter)
+        if stops:
             self._service.end()
-        return ends
+        return stops
 
-    def _leave(self) -> None:
+    def _handle_signal(self) -> None:
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         elif self._stopping is None:
@@ -127,19 +135,28 @@ class GracefulServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
+        report = DrainReport(self._num_left, self._grace)
+        reporting = asyncio.create_task(report.run())
         try:
             await self._service.drain(self._grace)
         finally:
+            reporting.cancel()
             self.should_exit = True
+        if self._stopping is None:
+            report.finish()
         await asyncio.sleep(LINGER)
-        self._hang_up()
+        self._close_connections()
+
+    def _num_left(self) -> int:
+        return 0 if self._stopping is not None else self._service.num_unfinished_requests
 
     async def _stop(self) -> None:
+        LOG.info("Stopping now: %s aborted", counted(self._service.num_unfinished_requests, "request"))
         await asyncio.to_thread(self._service.stop)
-        await asyncio.sleep(LINGER_AT_ONCE)
-        self._hang_up()
+        await asyncio.sleep(LINGER_AFTER_ABORT)
+        self._close_connections()
 
-    def _hang_up(self) -> None:
-        """End all connections: whoever has not read his answer by now does not get it."""
+    def _close_connections(self) -> None:
+        """Close all connections, even those with an unread answer."""
         for connection in list(self.server_state.connections):
             connection.transport.abort()

@@ -1,7 +1,8 @@
-"""The model behind the server: whether it is there yet, its name, and requests on their way to it."""
+"""The served model: loading it, its name and defaults, and submitting requests to its engine."""
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -12,11 +13,11 @@ from typing import Any
 
 from fastapi import Request
 from tiny_llm.engine import Prompt
-from tiny_llm.generation_defaults import fitted
+from tiny_llm.generation_defaults import fit_to_context
 from tiny_llm.output_processor import RequestState
-from tiny_llm.resources import needing
+from tiny_llm.resources import requiring
 
-from tiny_llm import LLM, RequestTooLargeError, SamplingParams, SamplingParamsError
+from tiny_llm import LLM, EngineStats, RequestTooLargeError, SamplingParams, SamplingParamsError
 from tiny_llm_checkpoints.chat_messages import MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.errors import PromptTooLongError
@@ -25,13 +26,14 @@ from .config import ServerConfig
 from .errors import ApiError, load_error, refused
 from .metrics import Metrics
 from .run import Run
+from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
 
-LOG = logging.getLogger("uvicorn.error")  # uvicorn's own, for whatever is no request's line
+LOG = logging.getLogger("uvicorn.error")  # the logger that uvicorn sets up
 
 
 class Status(Enum):
-    """loading: the model is not there yet. failed: it will not be. draining: no new requests are taken."""
+    """State of the server. failed: the model could not be loaded. draining: new requests are refused."""
 
     LOADING = "loading"
     READY = "ready"
@@ -40,9 +42,9 @@ class Status(Enum):
 
 
 class Service:
-    """An engine that is loaded while the server answers already.
+    """An engine that loads while the server already answers.
 
-    load: makes the LLM, in a thread of its own; what it raises is kept in `failure`.
+    load: makes the LLM; it is called in a thread. failure: the error that it raised.
     """
 
     def __init__(self, load: Callable[[], LLM], config: ServerConfig) -> None:
@@ -51,36 +53,39 @@ class Service:
         self.failure: Exception | None = None
         self._load = load
         self._llm: LLM | None = None
-        self.is_ending = False
+        self.is_stopping = False
         self._at_end: list[Callable[[], None]] = []
+        self._overrides = checked_overrides(config.override_generation_config)
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
 
     async def load(self) -> None:
-        """Load the model; returns when it is there, or has failed. Cancelled, it waits for neither."""
+        """Load the model; returns when it is loaded or has failed. Cancelling stops only the waiting."""
         outcome: Future[LLM] = Future()
         try:
-            with needing("the thread that loads the model"):
-                Thread(target=_settle, args=(outcome, self._load), name="load", daemon=True).start()
+            with requiring("the thread that loads the model"):
+                Thread(target=_resolve_with, args=(outcome, self._load), name="load", daemon=True).start()
             self._llm = await asyncio.wrap_future(outcome)
         except Exception as error:  # the process ends with its message
             self.failure = load_error(error)
         else:
-            config, stats = self._llm.engine_config, self._llm.engine.stats
+            self._log_ready(self._llm)
+
+    def _log_ready(self, llm: LLM) -> None:
+        LOG.info(
+            "%s is ready: %d blocks of %d tokens, context of %d tokens; the API is at /v1%s",
+            *(self.model_name, llm.engine.stats.num_blocks, llm.engine_config.block_size, llm.max_model_len),
+            ", the live page at /" if self.config.live else "",
+        )
+        if self.sampling_defaults:
             LOG.info(
-                "%s is ready: %d blocks of %d tokens, contexts of %d; the API is at /v1%s",
-                *(self.model_name, stats.num_blocks, config.block_size, self._llm.max_model_len),
-                ", the live page at /" if self.config.live else "",
+                "Sampling defaults for fields that a request leaves out: %s",
+                described(self._overrides, llm.sampling_defaults, llm.sampling_source),
             )
-            if defaults := self._llm.sampling_defaults:
-                LOG.info(
-                    "requests that leave them out get the model's own sampling parameters: %s "
-                    "(not with --generation-config vllm)",
-                    ", ".join(f"{name} {value}" for name, value in defaults.items()),
-                )
 
     @property
     def status(self) -> Status:
-        """What `/health` says."""
+        """The status that `/health` returns."""
         if self.failure is not None:
             return Status.FAILED
         if self._llm is None:
@@ -89,7 +94,7 @@ class Service:
 
     @property
     def llm(self) -> LLM:
-        """The model. Raises `ApiError` where it is not there."""
+        """The model. Raises `ApiError` (503) if it is not loaded."""
         if self._llm is None:
             raise ApiError(
                 503, f"the model is {self.status.value}", code=self.status.value, headers={"Retry-After": "1"}
@@ -98,26 +103,40 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """What the model is called here; nothing while that is not known."""
+        """Name of the model in requests and answers; empty while it is unknown because the model loads."""
         if self.config.served_model_name is not None:
             return self.config.served_model_name
         return "" if self._llm is None else self._llm.model_name
 
     @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """Values of the sampling parameters that a request leaves out, by the names of `SamplingParams`."""
+        return {**self.llm.sampling_defaults, **self._overrides}
+
+    def engine_stats(self) -> EngineStats | None:
+        """How full the engine is; None while the model loads."""
+        return None if self._llm is None else self._llm.engine.stats
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """HTTP requests with completions that the engine has not finished."""
+        return sum(run.is_unfinished for run in self._runs)
+
+    @property
     def max_model_len(self) -> int:
-        """Longest prompt and answer together, in tokens."""
+        """Longest prompt + output in tokens."""
         return self.llm.max_model_len
 
     @property
     def max_prompts(self) -> int:
-        """Most prompts of one request: more than may ever run and wait would be refused for ever."""
-        most, engine = self.config.max_prompts, self.llm.engine_config
+        """Prompts in one request at most: no more than the engine can run and queue, however idle it is."""
+        limit, engine = self.config.max_prompts, self.llm.engine_config
         if engine.max_num_waiting is None:
-            return most
-        return min(most, engine.max_num_waiting + engine.max_num_seqs)
+            return limit
+        return min(limit, engine.max_num_waiting + engine.max_num_seqs)
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model's name."""
+        """Raise `ApiError` (404) for another model's name; None and "" mean the served model."""
         named = self.config.served_model_name
         known = self.llm.model_name if named is None else named
         if name not in (None, "", known):
@@ -125,24 +144,29 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check(self, body: Generation, num_prompts: int = 1) -> None:
-        """Refuse another model's name, more of something than this server gives, and all while it is full."""
+        """Raise for another model's name, for more than the limits allow, and while the queue is full.
+
+        Raises `ApiError`, `QueueFullError` and `EngineStoppingError`.
+        """
         self.check_model(body.model)
         self.llm.engine.check_admission()
         if body.priority and self.config.scheduling_policy == "fcfs":
-            raise refused("priority: refused by --scheduling-policy fcfs", "priority")
-        most, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
-        for name, count, limit in (("n", body.n, most.max_n), ("stop", len(stops), most.max_stop)):
+            raise refused("priority is not allowed with --scheduling-policy fcfs", "priority")
+        limits, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
+        for name, count, limit in (("n", body.n, limits.max_n), ("stop", len(stops), limits.max_stop)):
             if count > limit:
-                raise refused(f"{name}: at most {limit} here, not {count}", name)
+                raise refused(f"{name}: at most {limit} (--max-{name}), not {count}", name)
         self._check_sequences(num_prompts, body.n)
 
     def _check_sequences(self, num_prompts: int, n: int) -> None:
-        """Refuse a request that would keep later ones waiting for too long."""
-        if num_prompts > (most := self.max_prompts):
-            raise refused(f"prompt: at most {most} prompts in one request, not {num_prompts}", "prompt")
-        if (count := num_prompts * n) > (most := self.config.max_sequences):
+        """Raise `ApiError` for a request so large that later ones would wait too long for it."""
+        if num_prompts > (limit := self.max_prompts):
+            raise refused(f"prompt: at most {limit} prompts in one request, not {num_prompts}", "prompt")
+        if (count := num_prompts * n) > (limit := self.config.max_sequences):
             product = f"{num_prompts} prompts times n {n}"
-            message = f"n: at most {most} sequences in one request (--max-sequences), not {count} ({product})"
+            message = (
+                f"n: at most {limit} sequences in one request (--max-sequences), not {count} ({product})"
+            )
             raise refused(message, "n")
 
     async def begin(
@@ -154,11 +178,12 @@ class Service:
         *,
         may_shorten: bool = False,
     ) -> Run:
-        """Queue prompts in the engine. field: where they came from, for what is wrong with them.
+        """Queue prompts in the engine. field: the request's field with the prompts, for error messages.
 
-        may_shorten: `max_tokens` is the model's recommendation, and less where the context has less left.
+        may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens left.
 
-        A single prompt is known to the engine by `request_id`, several by that and their place.
+        The engine knows a single prompt by `request_id`, and several by `request_id` and their index. Raises
+        `ApiError` that names the field at fault, and the engine's errors if it takes no requests.
         """
         engine, ids = self.llm.engine, prompt_ids(request_id, len(prompts))
         try:
@@ -170,10 +195,12 @@ class Service:
             )
             if self.config.log_requests:
                 for request, prompt in zip(requests, prompts, strict=True):
-                    LOG.info("%s asks %r of %r", request.request_id, params, prompt)
+                    LOG.info("Received request %s: prompt %r, %r", request.request_id, prompt, params)
             lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
-            watch = self.metrics.watch(lengths, params.n)
-            return await Run.begin(engine, requests, watch, self.config.request_timeout)
+            stats = self.metrics.request_stats(lengths, params.n)
+            run = await Run.begin(engine, requests, stats, self.config.request_timeout)
+            self._runs.add(run)
+            return run
         except RequestTooLargeError as error:
             raise _too_large(error, field) from error
         except SamplingParamsError as error:
@@ -187,15 +214,15 @@ class Service:
         request = self.llm.engine.request(prompt, params, request_id)
         if not may_shorten:
             return request
-        fitting = fitted(params, len(request.prompt_token_ids), self.max_model_len)
+        fitting = fit_to_context(params, len(request.prompt_token_ids), self.max_model_len)
         return request if fitting is params else self.llm.engine.request(prompt, fitting, request_id)
 
     def may_shorten(self, body: Generation) -> bool:
-        """Whether `max_tokens` of a request is what the model recommends."""
-        return "max_tokens" in self.llm.sampling_defaults and body.leaves_out("max_tokens")
+        """Return whether a request's `max_tokens` is a default of the model or the operator."""
+        return "max_tokens" in self.sampling_defaults and body.leaves_out("max_tokens")
 
     def cache_salt(self, body: Generation, request: Request) -> str:
-        """What a request shares kept prompts by: its own salt, of its own key where keys are kept apart."""
+        """Return the salt within which a request shares cached prefixes; with `isolate_keys`, one per key."""
         if not self.config.isolate_keys:
             return body.cache_salt
         return f"{request.state.client}:{body.cache_salt}"
@@ -203,9 +230,9 @@ class Service:
     def encode_chat(
         self, body: ChatCompletionRequest | TokenizeRequest, context: int | None = None
     ) -> list[int]:
-        """A conversation as the template writes it; what a message spells out is text, never control.
+        """Return the token ids of a conversation. Control tokens spelled out in a message stay plain text.
 
-        context: refuse a conversation that leaves no place for an answer in so many tokens.
+        context: refuse a conversation that leaves no token of this context for an answer. Raises `ApiError`.
         """
         llm = self.llm
         if llm.chat_template is None:
@@ -235,18 +262,19 @@ class Service:
     def _of_template(
         self, template: ChatTemplate, body: ChatCompletionRequest, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The template's variables, with those that are fields of their own in OpenAI's API."""
+        """Return the template's variables, including those that are separate fields in OpenAI's API."""
         if body.tools and body.tool_choice != "none":
-            raise refused("tools is not supported, only with tool_choice none", "tools", "unsupported_field")
+            message = "tools is not supported, except with tool_choice none"
+            raise refused(message, "tools", "unsupported_field")
         if body.tools and template.uses_variable("tools"):
-            message = "tools is not supported: this model's template would write them"
+            message = "tools is not supported: this model's template would write them into the prompt"
             raise refused(message, "tools", "unsupported_field")
         if body.reasoning_effort is not None and template.uses_variable("reasoning_effort"):
             return {"reasoning_effort": body.reasoning_effort, **kwargs}
         return kwargs
 
     async def drain(self, seconds: float | None) -> None:
-        """Take no new requests, and return when the others have ended, or their `seconds` are over."""
+        """Refuse new requests; return when the others have finished, or been aborted after `seconds`."""
         try:
             if self._llm is not None:
                 await self._llm.engine.drain(seconds)
@@ -254,14 +282,14 @@ class Service:
             self.end()
 
     def end(self) -> None:
-        """Tell those who only watch that nothing more will come."""
-        self.is_ending = True
+        """Tell the watchers of `/live` that the server stops."""
+        self.is_stopping = True
         while self._at_end:
             self._at_end.pop()()
 
     @contextmanager
-    def until_the_end(self, tell: Callable[[], None]) -> Iterator[None]:
-        """For whoever would watch for ever: `tell` is called when nothing more will come."""
+    def call_when_stopping(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Have `tell` called if the server stops within this block."""
         self._at_end.append(tell)
         try:
             yield
@@ -269,29 +297,33 @@ class Service:
             self._at_end = [other for other in self._at_end if other is not tell]
 
     def stop(self) -> None:
-        """End whatever runs, at once."""
+        """Abort all requests now."""
         if self._llm is not None:
             self._llm.engine.stop()
 
 
-def _settle(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
-    """Give a future what `load` returns or raises."""
-    outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it
+def _resolve_with(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
+    """Set the future to what `load` returns or raises."""
+    outcome.set_running_or_notify_cancel()  # cancelling has no effect from now on
     try:
         outcome.set_result(load())
-    except BaseException as error:  # also a panic of a library
+    except BaseException as error:  # including a panic in a Rust library
         outcome.set_exception(load_error(error))
 
 
 def prompt_ids(request_id: str, num_prompts: int) -> list[str]:
-    """What the engine calls the prompts of a request."""
-    return [request_id] if num_prompts == 1 else [f"{request_id}-{place}" for place in range(num_prompts)]
+    """Return the engine's request ids for the prompts of an HTTP request.
+
+    >>> prompt_ids("cmpl-1", 1), prompt_ids("cmpl-1", 2)
+    (['cmpl-1'], ['cmpl-1-0', 'cmpl-1-1'])
+    """
+    return [request_id] if num_prompts == 1 else [f"{request_id}-{index}" for index in range(num_prompts)]
 
 
 def sampling_params(body: Generation, defaults: Mapping[str, Any], **others: Any) -> SamplingParams:
-    """The engine's parameters of a request; ValueErrors of the engine become refusals that name the field.
+    """Make the engine's parameters of a request. Raises `ApiError` that names the field at fault.
 
-    defaults: what the model recommends, for the parameters that the client has left out.
+    defaults: values for the parameters that the client left out.
     """
     left_out = {name: value for name, value in defaults.items() if body.leaves_out(name)}
     try:
@@ -301,12 +333,12 @@ def sampling_params(body: Generation, defaults: Mapping[str, Any], **others: Any
 
 
 def _of_params(error: ValueError) -> ApiError:
-    """The engine's message begins with the field's name."""
+    """The engine's message starts with the field's name."""
     return refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0])
 
 
 def _too_large(error: RequestTooLargeError, field: str) -> ApiError:
-    """A request that could never run: the field that must be smaller is named."""
+    """Name the field that must be smaller in a request that could never run."""
     message = str(error).split(": ", 1)[-1]
     if error.field == "n":
         return refused(message, "n")

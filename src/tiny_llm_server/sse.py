@@ -1,9 +1,10 @@
-"""Answers that a client may walk away from: streams of server-sent events, and single ones.
+"""Answers that stop when the client disconnects: streams of server-sent events, and single answers.
 
-A client that leaves is noticed at once, also while nothing is sent to it.
+A disconnect is noticed at once, even while nothing is being sent.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -12,15 +13,18 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from .errors import api_error
+from .errors import UNEXPECTED, api_error
+from .request_log import track_stream_error
 
 T = TypeVar("T")
 
-REQUEST_ID = "X-Request-Id"  # the answer's id, by which the log and `/live` know the request
-KEEP_ALIVE = b": still here\n\n"  # a comment: clients pass over it
+LOG = logging.getLogger("uvicorn.error")
+
+REQUEST_ID = "X-Request-Id"  # the answer's id, which the log and `/live` show too
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
 DONE = b"data: [DONE]\n\n"
 
-STREAMED: dict[int | str, dict[str, Any]] = {  # what the document says of an answer that may be a stream
+STREAMED: dict[int | str, dict[str, Any]] = {  # the OpenAPI description of an answer that may be a stream
     200: {
         "description": "The answer; with `stream`, an event for each of its chunks, then `[DONE]`.",
         "content": {
@@ -36,15 +40,15 @@ STREAMED: dict[int | str, dict[str, Any]] = {  # what the document says of an an
 }
 
 
-class ClientLeftError(Exception):
-    """Nobody waits for the answer any more."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected before its answer was complete."""
 
 
 class EventStream(Response):
-    """Server-sent events, then `[DONE]`; an error that comes in between is the last event before it.
+    """Server-sent events, then `[DONE]`. An error in between is sent as the last event before `[DONE]`.
 
-    chunks: what is sent, as a model or as JSON, and None where nothing has come for a while; closed when the
-    client leaves. end: called at the very end, also where `chunks` was never asked for anything.
+    chunks: the events, each a model or JSON text; None sends a keep-alive comment. It is closed when the
+    client disconnects. end: called at the very end, even if `chunks` was never started.
     """
 
     media_type = "text/event-stream"
@@ -63,23 +67,26 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(self._left(receive, send))
+        writing = asyncio.ensure_future(self._write(scope, send))
+        disconnecting = asyncio.ensure_future(self._disconnected(receive, send))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            leaving.cancel()
+            disconnecting.cancel()
             writing.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await asyncio.gather(writing, disconnecting, return_exceptions=True)
             self._end()
 
-    async def _left(self, receive: Receive, send: Send) -> None:
-        """Return when the client has left. One that sends no more gets a comment, which shows if it has."""
+    async def _disconnected(self, receive: Receive, send: Send) -> None:
+        """Return when the client has disconnected.
+
+        If it has only closed its sending side, a comment is sent, which fails if the client is gone.
+        """
         while (await receive())["type"] != "http.disconnect":
             if self._is_open:
                 await _send_part(send, KEEP_ALIVE)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             self._is_open = True
@@ -88,39 +95,45 @@ class EventStream(Response):
                     await _send_part(send, KEEP_ALIVE if chunk is None else _event(chunk))
             except (asyncio.CancelledError, GeneratorExit):
                 raise
-            except BaseException as error:  # also a panic of a library: the status is sent, so say it here
-                await _send_part(send, _event(api_error(error).body))
+            except BaseException as error:  # including a panic in a library; the status has been sent already
+                sent = api_error(error)
+                track_stream_error(scope, sent.body.error.code)
+                if sent.body.error.code == UNEXPECTED:
+                    LOG.error("a stream failed", exc_info=error)
+                await _send_part(send, _event(sent.body))
             self._is_open = False
             await _send_part(send, DONE, more=False)
 
 
-async def unless_left(request: Request, work: Coroutine[None, None, T], end: Callable[[], None]) -> T:
-    """What `work` returns. Where the client leaves first it is cancelled; raises `ClientLeftError` then.
+async def unless_disconnected(request: Request, work: Coroutine[None, None, T], end: Callable[[], None]) -> T:
+    """Return the result of `work`.
 
-    end: called at the very end, also where `work` never began.
+    If the client disconnects first, cancel `work` and raise `ClientDisconnectedError`. end: called at
+    the very end, even if `work` never started.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request.receive))
+    disconnecting = asyncio.ensure_future(_disconnected(request.receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientLeftError
+            raise ClientDisconnectedError
         return working.result()
     finally:
-        leaving.cancel()
+        disconnecting.cancel()
         working.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, disconnecting, return_exceptions=True)
         end()
 
 
-async def _left(receive: Receive) -> None:
-    """Returns when the client has left. The body must have been read."""
+async def _disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def _event(chunk: BaseModel | str) -> bytes:
-    text = chunk if isinstance(chunk, str) else chunk.model_dump_json()
+    # exclude_unset: events have only the fields that OpenAI sends
+    text = chunk if isinstance(chunk, str) else chunk.model_dump_json(exclude_unset=True)
     return b"data: " + text.encode() + b"\n\n"
 
 

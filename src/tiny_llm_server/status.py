@@ -1,4 +1,4 @@
-"""What the server says of itself, and the tokenizer as a service."""
+"""Health, version, metrics and models, and the tokenizer: `/tokenize` and `/detokenize`."""
 
 import asyncio
 from importlib.metadata import version as version_of
@@ -20,13 +20,13 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/health", response_model=Health)
     async def health(response: Response) -> Health:
-        """200 while requests are taken, 503 while the model loads, or the server drains."""
+        """200 if requests are accepted; 503 while the model is loading or the server is draining."""
         response.status_code = 200 if service.status is Status.READY else 503
         return Health(status=service.status.value)
 
     @routes.get("/version", response_model=Version)
     async def version() -> Version:
-        """What answers here."""
+        """Versions of tiny-llm and MLX, and the kernels' instruction set."""
         kernels = await asyncio.to_thread(kernel_info)
         return Version(
             version=version_of("tiny-llm"), mlx=version_of("mlx"), kernels=kernels.instruction_set or "none"
@@ -34,23 +34,23 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics in Prometheus's text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
-        """The one model."""
+        """The served model, as a list of one."""
         return ModelList(data=[_card(service)])
 
     @routes.get("/v1/models/{name:path}", response_model=ModelCard)
     async def model(name: str) -> ModelCard:
-        """The model of that name, if it is this one."""
+        """The served model; 404 for any other name."""
         service.check_model(name)
         return _card(service)
 
     @routes.post("/tokenize", response_model=Tokenized)
     async def tokenize(body: TokenizeRequest) -> Tokenized:
-        """Token ids of a text, or of a conversation."""
+        """Token ids of a text or a conversation."""
         service.check_model(body.model)
         tokenizer = service.llm.tokenizer
         if body.messages is not None:
@@ -78,7 +78,7 @@ def router(service: Service) -> APIRouter:
 
 
 def _decoded(service: Service, tokens: list[int]) -> str:
-    """The text of token ids, control tokens written out. Raises ValueError for ids outside the vocabulary."""
+    """Return the text of token ids, control tokens included. ValueError for ids outside the vocabulary."""
     service.llm.engine.check_token_ids(tokens)
     return service.llm.tokenizer.decode(tokens, skip_special_tokens=False)
 

@@ -1,6 +1,7 @@
-"""What one token is called in log-probabilities, also where it is a part of a character, and where it is.
+"""Names, bytes and offsets of single tokens, for log-probabilities.
 
-text: the token's, as the engine gives it, in which such a part is U+FFFD: only then is the tokenizer asked.
+A token may be part of a character. The engine's text of it then contains U+FFFD, and only then is the
+tokenizer needed for its bytes. Parameter text: the engine's text of the token.
 """
 
 from collections.abc import Iterable
@@ -11,19 +12,22 @@ PART = "\ufffd"
 
 
 def bytes_of(token: int, text: str, tokenizer: Tokenizer) -> bytes:
-    """Its bytes: those of all tokens of a text, put together, are the text's."""
+    """Return the token's bytes. The bytes of all tokens of a text add up to the text's UTF-8."""
     return tokenizer.token_bytes(token) if PART in text else text.encode()
 
 
 def name_of(token: int, text: str, tokenizer: Tokenizer) -> str:
-    """Its text, or its bytes as OpenAI writes them, so that two parts have two names."""
+    """Return the token's text, or `bytes:\\xf0\\x9f` as OpenAI does for a part of a character."""
     if (raw := bytes_of(token, text, tokenizer)) == text.encode():
         return text
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def offsets_in(text: str, tokens: Iterable[int], tokenizer: Tokenizer) -> list[int]:
-    """Where each token of a prompt begins in its text, in characters; control tokens may be no part of it."""
+    """Return the offset of each token in the prompt's text, in characters.
+
+    A control token that the text does not spell out takes no characters.
+    """
     stream, offsets, at = tokenizer.stream(), [], 0
     for token in tokens:
         offsets.append(min(at, len(text)))

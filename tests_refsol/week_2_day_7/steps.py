@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_llm.batch_manager import PROMPT_ROWS_AT_ONCE
+from tiny_llm.batch_manager import MAX_PROMPT_ROWS
 from tiny_llm.chunked_prefill import plan_chunks
 from tiny_llm.dense_batch import DenseBatchManager
 from tiny_llm.sampling_params import SamplingParams
@@ -307,12 +307,12 @@ def test_task_5_slots_are_kept_for_all_that_start_in_the_same_step() -> None:
 
 
 def test_task_5_a_prompt_of_which_all_logits_are_wanted_comes_in_smaller_chunks() -> None:
-    """Oracle: `batch_manager.wanted`: no more rows of logits in a step than `PROMPT_ROWS_AT_ONCE`."""
-    length = 2 * PROMPT_ROWS_AT_ONCE
+    """Oracle: `batch_manager.wanted`: no more rows of logits in a step than `MAX_PROMPT_ROWS`."""
+    length = 2 * MAX_PROMPT_ROWS
     manager = DenseBatchManager(2, 2 * length)
     manager.add_request([1] * length, "a", SamplingParams(max_tokens=4, prompt_logprobs=0))
     assert len(manager.process_batch()) == 0
-    assert manager.sequence("a").num_computed == PROMPT_ROWS_AT_ONCE
+    assert manager.sequence("a").num_computed == MAX_PROMPT_ROWS
     assert list(manager.process_batch()) == ["a"]
 
 

@@ -184,7 +184,7 @@ def test_task_14_an_id_in_use_is_refused(name: str, n: int) -> None:
     assert ids(manager.waiting) == ["a", "b/0", "c/1"]
 
 
-# Task 15: PagedBatchManager.give_memory_back
+# Task 15: PagedBatchManager.shrink_pool
 
 
 class KeptByHand(NoPrefixSharing):
@@ -229,7 +229,7 @@ def test_task_15_an_unused_pool_halves_down_to_what_it_began_with() -> None:
     manager, sizes = manager_of(blocks=64, min_pages=4), []
     manager.allocator.resize(20)
     for _ in range(4):
-        manager.give_memory_back()
+        manager.shrink_pool()
         sizes.append(manager.allocator.num_blocks)
     assert sizes == [10, 5, 5, 5]
 
@@ -237,11 +237,11 @@ def test_task_15_an_unused_pool_halves_down_to_what_it_began_with() -> None:
 def test_task_15_a_pool_that_never_grows_never_shrinks() -> None:
     """Oracle: by hand: without `min_pages` it has all its blocks always. The half may be just `min_pages`."""
     manager = manager_of(blocks=64)
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.allocator.num_blocks == 64
     manager = manager_of(blocks=64, min_pages=8)
     manager.allocator.resize(16)
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.allocator.num_blocks == 8
 
 
@@ -265,7 +265,7 @@ def test_task_15_idle_blocks_are_not_in_use_and_go_only_if_they_must(
     manager = PagedBatchManager(64, 4, 4, min_pages=2, policies=KEEPING)
     manager.allocator.resize(16)
     kept = keep_last(manager, held, idle)
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.allocator.num_blocks == size, f"{case}: the pool has another size now"
     assert len(kept.blocks) == held_then, f"{case}: another number of blocks is held now"
     assert len(set(kept.blocks)) == held_then, f"{case}: two of the held blocks became one"
@@ -285,7 +285,7 @@ def test_task_15_keys_and_values_move_with_the_blocks_that_are_held() -> None:
         k, v = mx.random.normal((2, 8, 2, 8), key=mx.random.key(layer))
         manager.pool.write(layer, mx.array(slots), k, v)
         before += [np.array(k), np.array(v)]
-    manager.give_memory_back()
+    manager.shrink_pool()
     assert manager.pool.num_blocks == manager.allocator.num_blocks == 8
     slots = [block * 4 + offset for block in kept.blocks for offset in range(4)]
     after = [array for layer in range(2) for array in manager.pool.read(layer, mx.array(slots))]

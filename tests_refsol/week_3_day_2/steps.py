@@ -336,7 +336,7 @@ def parts_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that gets the name of each part of a step when it is called."""
     called: list[str] = []
     parts = (
-        (PagedBatchManager, "give_memory_back"),
+        (PagedBatchManager, "shrink_pool"),
         (PagedBatchManager, "_schedule"),
         (PagedBatchManager, "run_plan"),
         (PageScheduler, "computed"),
@@ -358,7 +358,7 @@ def test_task_17_each_part_of_a_step_is_called_once(monkeypatch: pytest.MonkeyPa
     manager, called = manager_of(), parts_called(monkeypatch)
     manager.add_request([5, 6, 7], "a", limits())
     manager.process_batch()
-    assert called == ["give_memory_back", "_schedule", "run_plan", "computed", "conclude"]
+    assert called == ["shrink_pool", "_schedule", "run_plan", "computed", "conclude"]
 
 
 def test_task_17_a_step_with_an_empty_plan_is_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_task_17_a_step_with_an_empty_plan_is_over_at_once(monkeypatch: pytest.M
     manager, called = manager_of(), parts_called(monkeypatch)
     ready = manager.process_batch()
     assert len(ready) == 0
-    assert called == ["give_memory_back", "_schedule"], "what a step called for a plan that `is_empty`"
+    assert called == ["shrink_pool", "_schedule"], "what a step called for a plan that `is_empty`"
 
 
 def test_task_17_without_work_no_sequence_is_ready() -> None:

@@ -134,7 +134,7 @@ def serve(
     sequence = sequence_of(allocator, tokens, **params)
     compute(sharing, sequence, len(tokens))
     blocks = list(sequence.table.blocks)
-    sequence.give_up_pages()
+    sequence.release_pages()
     sharing.released(blocks)
     return blocks
 
@@ -288,7 +288,7 @@ def test_task_11_a_preempted_sequence_fills_its_first_block_next() -> None:
     sequence = sequence_of(allocator, range(17))
     first = sharing.next_block(sequence)
     compute(sharing, sequence, 16)
-    sequence.give_up_pages()
+    sequence.release_pages()
     assert len(sequence.stream) == 4
     assert sharing.next_block(sequence) == first == stream_of(range(4)).hashes[0]
 

@@ -13,7 +13,7 @@ from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
-from tiny_llm.sliding_window import NOWHERE, WindowedTable
+from tiny_llm.sliding_window import NO_BLOCK, WindowedTable
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 from common.blocks import counts
@@ -108,7 +108,7 @@ class Setup:
     def end(self, sequence: PagedSequence) -> None:
         """A sequence ends."""
         blocks = sequence.blocks
-        sequence.give_up_pages()
+        sequence.release_pages()
         self.sharing.released(blocks)
 
     def found(self, group: int, tokens: Sequence[int], salt: str = "") -> list[int]:
@@ -375,7 +375,7 @@ def test_task_11_a_block_out_of_reach_may_be_gone() -> None:
     sequence = setup.sequence(TEXT)
     setup.sharing.adopt(sequence)
     assert sequence.num_computed == 32
-    assert list(sequence.tables[1].physical_indices()) == [NOWHERE] * 6 + windowed
+    assert list(sequence.tables[1].physical_indices()) == [NO_BLOCK] * 6 + windowed
     setup.check(sequence)
 
 

@@ -11,7 +11,7 @@ from tiny_llm.layer_groups import LayerGroup
 from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.paged_kernel import Attended, PackedBatch, Span, pack_batch
-from tiny_llm.sliding_window import NOWHERE, WindowedContext, WindowedTable, windowed_attention
+from tiny_llm.sliding_window import NO_BLOCK, WindowedContext, WindowedTable, windowed_attention
 
 from common.blocks import table_of as plain_table
 from common.toy_arrays import EMPTY, floats, numbers, queries
@@ -43,7 +43,7 @@ def packed(
         [Span(plain_table(blocks, stop, block_size), start, stop) for blocks, start, stop in spans]
     )
     rows = [
-        [NOWHERE] * gone + row[gone:] for gone, row in zip(holes, batch.tables.tolist(), strict=bool(holes))
+        [NO_BLOCK] * gone + row[gone:] for gone, row in zip(holes, batch.tables.tolist(), strict=bool(holes))
     ]
     return replace(batch, tables=mx.array(rows, mx.int32)) if holes else batch
 
@@ -81,7 +81,7 @@ def test_task_6_every_span_has_a_past_and_a_window_of_its_own() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [6, 2, 5.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("hole", [NOWHERE, 3], ids=["nowhere", "anothers_block"])
+@pytest.mark.parametrize("hole", [NO_BLOCK, 3], ids=["nowhere", "anothers_block"])
 def test_task_6_a_block_behind_the_window_is_not_read(hole: int) -> None:
     """Oracle: by hand: block 3 is another's by now and holds NaN, and it is the last: -1 finds it too.
 
@@ -302,7 +302,7 @@ def test_task_7_texts_grow_while_their_pages_go_back(block_size: int, dtype: mx.
     back and written over at once. In the pool there are not enough blocks for all that was ever there.
     """
     rng, lengths = np.random.default_rng(1), (33, 20)
-    needed = sum(group.most_blocks(n, block_size, 4) for group in MIXED for n in lengths)
+    needed = sum(group.max_blocks(n, block_size, 4) for group in MIXED for n in lengths)
     pool = KVPool(needed, block_size, 2, 8, num_layers=2, dtype=dtype)
     allocator, texts = BlockAllocator(needed), rng.normal(size=(2, 7, 3, 4, 33, 8)).astype(np.float32)
     texts[:, :, 1:] = floats(mx.array(texts[:, :, 1:], dtype))

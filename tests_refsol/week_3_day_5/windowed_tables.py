@@ -13,7 +13,7 @@ from tiny_llm.paged_attention import BlockAllocator
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import Span, pack_batch
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm.sliding_window import NOWHERE, WindowedTable, first_visible, sliding_window_mask
+from tiny_llm.sliding_window import NO_BLOCK, WindowedTable, first_visible, sliding_window_mask
 
 from common.blocks import counts
 from common.examples import quick
@@ -274,7 +274,7 @@ def test_task_5_a_hole_for_each_block_that_has_gone() -> None:
 
     A list without holes would make block 7 the home of position 0: the mistake.
     """
-    assert list(table_of([7, 2], 6, start=8).physical_indices()) == [NOWHERE, NOWHERE, 7, 2]
+    assert list(table_of([7, 2], 6, start=8).physical_indices()) == [NO_BLOCK, NO_BLOCK, 7, 2]
 
 
 def test_task_5_a_whole_table_has_no_hole() -> None:
@@ -287,7 +287,7 @@ def test_task_5_a_whole_table_has_no_hole() -> None:
 
 def test_task_5_a_table_without_a_block_is_holes_alone() -> None:
     """Oracle: by hand."""
-    assert list(table_of([], 0, start=12).physical_indices()) == [NOWHERE] * 3
+    assert list(table_of([], 0, start=12).physical_indices()) == [NO_BLOCK] * 3
     assert list(table_of([], 0).physical_indices()) == []
 
 
@@ -295,6 +295,6 @@ def test_task_5_a_step_is_packed_with_its_holes() -> None:
     """Oracle: by hand: the last of 14 tokens beside 3 tokens of another table; the shorter row is padded."""
     long, short = table_of([7, 2], 6, start=8), table_of([5], 3)
     batch = pack_batch([Span(long, 13, 14), Span(short, 0, 3)])
-    assert batch.tables.tolist() == [[NOWHERE, NOWHERE, 7, 2], [5, 0, 0, 0]]
+    assert batch.tables.tolist() == [[NO_BLOCK, NO_BLOCK, 7, 2], [5, 0, 0, 0]]
     assert batch.slots.tolist() == [9, 20, 21, 22]
     assert batch.positions.tolist() == [13, 0, 1, 2]

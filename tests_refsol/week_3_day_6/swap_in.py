@@ -150,7 +150,7 @@ def test_task_7_the_host_blocks_stay_until_they_are_forgotten() -> None:
     for _ in range(2):
         assert len(setup.space.swap_in(sequence)) == 3
         assert counts(setup.space.allocator) == before
-        sequence.give_up_pages()
+        sequence.release_pages()
         setup.spoil()
         assert setup.space.blocks_to_swap_in(sequence) == 3, "blocks that it would take"
     assert setup.back(sequence) == 3, "copies made when coming back"

@@ -180,7 +180,7 @@ class Crowd:
         most = setup.space.blocks_to_swap_in(one)
         if number % 3 == 0:
             assert len(setup.space.swap_in(one, at_hand)) <= most
-            one.give_up_pages()
+            one.release_pages()
             setup.spoil()
             self.happened["preempted again"] += 1
             return
@@ -198,7 +198,7 @@ class Crowd:
         everybody = [*self.running, *self.waiting]
         if everybody:
             one = everybody[number % len(everybody)]
-            one.give_up_pages()
+            one.release_pages()
             self.setup.spoil()
             self.setup.space.forget(one)
             (self.running if one in self.running else self.waiting).remove(one)

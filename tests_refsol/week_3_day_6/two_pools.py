@@ -101,7 +101,7 @@ class Setup:
             return None
         for block, host_block in copies:
             self.host[host_block] = list(self.pool[block])
-        sequence.give_up_pages()
+        sequence.release_pages()
         self.spoil()
         return len(copies)
 
@@ -130,7 +130,7 @@ class Setup:
                 table.skip_to(first * SIZE)
             for block in other.blocks[first - begin : num_blocks - begin]:
                 table.share_block(block, SIZE)
-        sequence.note_shared(num_blocks * SIZE)
+        sequence.add_shared_tokens(num_blocks * SIZE)
         return True
 
     def at_hand(self, *others: PagedSequence) -> dict[bytes, int]:

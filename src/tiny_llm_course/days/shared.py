@@ -1,4 +1,4 @@
-"""What the days' demonstrations share: texts, types, fixed random input, and the likeliest next tokens."""
+"""Shared by the days' demonstrations: texts, types, fixed random input, and the likeliest next tokens."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ Work = Callable[[], mx.array]
 
 
 def random_array(*shape: int) -> mx.array:
-    """Normal numbers of that shape, the same in every process."""
+    """Normally distributed numbers of that shape, the same in every process."""
     return mx.random.normal(shape, key=mx.random.key(sum(shape)))
 
 

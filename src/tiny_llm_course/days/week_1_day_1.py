@@ -8,7 +8,7 @@ from .shared import Lines
 
 
 def show() -> Lines:
-    """Which earlier tokens the last word attends to."""
+    """Show which earlier tokens the last token attends to."""
     from tiny_llm.attention import causal_mask, softmax
     from tiny_llm.grouped_attention import NoCacheContext
     from tiny_llm.loader import load_model
@@ -32,15 +32,15 @@ def show() -> Lines:
     weights = mx.stack(seen)  # [layers, H, L, L]
     after_last_time = tokens.index(tokens[-1]) + 1
     layer, head = divmod(int(mx.argmax(weights[:, :, -1, after_last_time])), weights.shape[1])
-    yield f"layer {layer}, head {head}: how much the last word attends to each token"
+    yield f"layer {layer}, head {head}: the attention weight of each token for the last token's query"
     for position, token in enumerate(tokens):
         weight = float(weights[layer, head, -1, position])
         yield f"  {loaded.tokenizer.token_text(token):>10}  {weight:6.3f}  {'#' * round(40 * weight)}"
     error = float(mx.max(mx.abs(mx.sum(weights, axis=-1) - 1)))
     found = loaded.tokenizer.token_text(tokens[after_last_time])
     yield (
-        f"it has found {found!r}, the token after the last word's earlier occurrence: an induction head, by "
-        "which a model repeats what it has read"
+        f"it attends to {found!r}, which followed the last token's earlier occurrence: this is an induction "
+        "head, with which a model repeats what it has read"
     )
     layers, heads = weights.shape[:2]
     yield (

@@ -4,7 +4,7 @@ from .shared import CAPITAL, Lines, likeliest
 
 
 def show() -> Lines:
-    """Print what shared heads save: three heads of keys and values serve nine of queries."""
+    """Print what shared heads save: nine query heads use three heads of keys and values."""
     from tiny_llm.loader import load_model
 
     loaded = load_model(None)
@@ -14,7 +14,7 @@ def show() -> Lines:
     own = shared * config.num_attention_heads // heads
     yield (
         f"{config.num_attention_heads} query heads share {heads} heads of keys and values: "
-        f"{shared:,} bytes a token in float16 instead of {own:,}"
+        f"{shared:,} bytes per token in float16 instead of {own:,}"
     )
     yield f"  {layers} layers x {heads} heads x {size} values x 2 (key and value) x 2 bytes = {shared:,}"
     yield from likeliest(CAPITAL)

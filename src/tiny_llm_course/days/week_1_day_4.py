@@ -6,7 +6,7 @@ from .shared import CAPITAL, Lines, Work, random_array
 
 
 def show() -> Lines:
-    """Print how the stream grows from layer to layer, while every layer reads it at one size."""
+    """Print how the residual stream grows from layer to layer, while each layer reads a normalised copy."""
     from tiny_llm.grouped_attention import NoCacheContext
     from tiny_llm.loader import load_model
     from tiny_llm.norm import rms_norm
@@ -16,7 +16,7 @@ def show() -> Lines:
     context = NoCacheContext(len(tokens), model.config.attention_scale)
     x = model.embed_tokens.rows(mx.array([tokens], mx.int32))
     ones = mx.ones(x.shape[-1])
-    yield "root mean square of the stream: as it reaches a layer, and normalised"
+    yield "root mean square of the residual stream: at the input of a layer, and after RMSNorm"
     for layer, block in enumerate(model.layers):
         if layer % 5 == 0 or layer == len(model.layers) - 1:
             normed = rms_norm(x, ones, model.config.rms_norm_eps)

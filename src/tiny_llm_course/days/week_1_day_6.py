@@ -9,7 +9,7 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """Print a text, and what its tokens cost."""
+    """Print a generated text and the time per token."""
     from tiny_llm.generate import generate, stream_text
     from tiny_llm.loader import load_model
 
@@ -27,8 +27,8 @@ def show() -> Lines:
     yield STORY + "".join(stream_text(timed(), loaded.tokenizer))
     first, last = (sum(part) / len(part) * 1000 for part in (times[:8], times[-8:]))
     yield (
-        f"{len(times)} tokens; the first eight took {first:.1f} ms each, the last eight {last:.1f} ms: each "
-        "token computes all tokens before it again (until day 2.1)"
+        f"{len(times)} tokens; the first eight took {first:.1f} ms each, the last eight {last:.1f} ms: for "
+        "each token, all earlier tokens are computed again (until day 2.1)"
     )
 
 

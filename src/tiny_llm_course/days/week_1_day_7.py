@@ -6,7 +6,7 @@ from .shared import Lines
 
 
 def show() -> Lines:
-    """Print continuations of one prompt, and how many tokens were possible."""
+    """Print continuations of a prompt, and how many next tokens are likely at each temperature."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampler import keep_top_p
     from tiny_llm.sampling_params import SamplingParams
@@ -16,7 +16,7 @@ def show() -> Lines:
     row = llm.logits(llm.tokenizer.encode(text))[-1]
     for temperature in (0.0, 0.7, 1.3):
         possible = int(mx.sum(keep_top_p(row / temperature, 0.9) > -mx.inf)) if temperature else 1
-        yield f"temperature {temperature}: {possible:,} of {row.size:,} tokens have 90% of the probability"
+        yield f"temperature {temperature}: {possible:,} of {row.size:,} tokens make up 90% of the probability"
         for seed in (1, 2):
             params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=14)
             [output] = llm.generate(text, params, use_tqdm=False)

@@ -11,19 +11,19 @@ GENERATED = 24
 
 
 def show() -> Lines:
-    """Counted, then run: the numbers counted are of the passes that are timed."""
+    """Count the keys that are computed with and without a cache, then time the same passes."""
     from tiny_llm.generate import generate
     from tiny_llm.kv_cache import attention_with_cache, attention_without_cache, generate_with_cache
     from tiny_llm.loader import load_model
 
     without, cached = attention_without_cache(128, 1000), attention_with_cache(128, 1000)
     yield (
-        f"128 + 1,000 tokens by the formula: {without:,} keys computed without a cache, {cached:,} with one: "
-        f"{without / cached:.0f} times fewer"
+        f"by the formula, for 128 + 1,000 tokens: {without:,} keys computed per head and layer without a "
+        f"cache, {cached:,} with a cache: {without / cached:.0f} times fewer"
     )
     loaded = load_model(None)
     tokens = loaded.tokenizer.encode(STORY * 16)
-    last = GENERATED - 1  # the token that is chosen last is not passed through the model
+    last = GENERATED - 1  # the last token is chosen, but does not pass through the model
     counts = [count(len(tokens), last) for count in (attention_without_cache, attention_with_cache)]
     answers, seconds = [], []
     for name, function, count in zip(
@@ -37,10 +37,13 @@ def show() -> Lines:
             f"per head and layer, {seconds[-1]:.2f} s"
         )
     yield (
-        f"{counts[0] / counts[1]:.0f} times fewer keys, {seconds[0] / seconds[1]:.0f} times faster: a pass "
+        f"{counts[0] / counts[1]:.0f} times fewer keys, {seconds[0] / seconds[1]:.0f} times faster; a pass "
         "for one token still reads all weights of the model"
     )
-    yield "the same tokens" if answers[0] == answers[1] else "other tokens: rounding met a near-tie"
+    if answers[0] == answers[1]:
+        yield "both gave the same tokens"
+    else:
+        yield "the tokens differ: two logits were almost equal, and rounding decided"
 
 
 def work() -> Work:

@@ -10,7 +10,7 @@ USERS, MEMORY = 16, 512 * 2**20
 
 
 def show() -> Lines:
-    """How long should a cache be? What each length refuses, and what it wastes."""
+    """Print for caches of several lengths how many users are refused and how much memory is wasted."""
     from tiny_llm.loader import load_model
     from tiny_llm.naive_cache import NaiveKVCache, reserve
 
@@ -19,17 +19,17 @@ def show() -> Lines:
     shape = (config.num_key_value_heads, config.head_dim)
     token_bytes = config.num_hidden_layers * NaiveKVCache(1, *shape).allocated_bytes()
     yield (
-        f"a simulation: {USERS} users of {min(lengths)} to {max(lengths)} tokens, {token_bytes:,} bytes per "
-        f"token of the real model in all layers, {MEMORY / 2**20:.0f} MiB for caches"
+        f"a simulation: {USERS} users with {min(lengths)} to {max(lengths)} tokens each; {token_bytes:,} "
+        f"bytes per token, as in all layers of the real model; {MEMORY / 2**20:.0f} MiB for caches"
     )
     for max_seq_len in (256, 512, 2048, config.max_position_embeddings):
         found = reserve(lengths, max_seq_len, token_bytes, MEMORY)
         yield (
-            f"  caches of {max_seq_len:5,} tokens: {found.num_caches:3} at once, {found.num_refused:2} users "
-            f"refused, {found.wasted:.0%} of the other users' caches wasted"
+            f"  caches of {max_seq_len:5,} tokens: {found.num_caches:3} fit, {found.num_refused:2} users are "
+            f"refused, {found.wasted:.0%} of the other users' caches is wasted"
         )
     used = sum(lengths)
-    yield f"  without waste: all {USERS} users in {used * token_bytes / 2**20:.0f} MiB"
+    yield f"  without waste, all {USERS} users need {used * token_bytes / 2**20:.0f} MiB"
 
 
 def work() -> Work:

@@ -8,12 +8,12 @@ from .shared import Lines, Work, random_array
 
 
 def show() -> Lines:
-    """Enough blocks are free, and no run of them is long enough."""
+    """Show that enough blocks can be free although no contiguous run of them is long enough."""
     from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
     from tiny_llm.errors import OutOfBlocksError
 
     pool, wanted, rounds = 96, 20, 100
-    refused = {"side by side": 0, "anywhere": 0}
+    refused = {"in one run": 0, "anywhere": 0}
     free = longest = 0
     for seed in range(rounds):
         draw = random.Random(seed)
@@ -26,18 +26,18 @@ def show() -> Lines:
             user.free()
         free += len(allocator.free_blocks)
         longest += allocator.longest_run()
-        ways = {"side by side": allocator.alloc_contiguous, "anywhere": allocator.alloc_blocks}
+        ways = {"in one run": allocator.alloc_contiguous, "anywhere": allocator.alloc_blocks}
         for name, take in ways.items():
             try:
                 allocator.free_blocks_ids(take(wanted))
             except OutOfBlocksError:
                 refused[name] += 1
     yield f"a simulation, without the model: {rounds} pools of {pool} blocks"
-    yield "  users arrive until a pool is nearly full, half of them leave, one more arrives"
-    yield f"  free on average: {free / rounds:.0f} blocks; longest run of them: {longest / rounds:.0f}"
+    yield f"  users arrive until a pool is nearly full, half of them leave, one more needs {wanted} blocks"
+    yield f"  free on average: {free / rounds:.0f} blocks; the longest run of them has {longest / rounds:.0f}"
     for name, count in refused.items():
-        yield f"  {wanted} blocks {name}: refused {count} times of {rounds}"
-    yield "blocks that may lie anywhere are never wasted by gaps: that is what pages are for (week 3)"
+        yield f"  {wanted} blocks {name}: refused {count} of {rounds} times"
+    yield "if blocks can be anywhere, gaps between them waste nothing: that is why week 3 uses pages"
 
 
 def work() -> Work:

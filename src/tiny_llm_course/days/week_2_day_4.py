@@ -6,7 +6,7 @@ from .shared import CAPITAL, Lines, Work, likeliest, random_array
 
 
 def show() -> Lines:
-    """Bytes and errors, and a model that still knows the answer."""
+    """Print size and error of quantized weights, and a quantized model's likeliest tokens."""
     from tiny_llm.loader import load_model
     from tiny_llm.quantize import dequantize, quantize
 
@@ -18,8 +18,8 @@ def show() -> Lines:
         nbytes = sum(array.nbytes for array in stored[:3])
         error = dequantize(*stored) - rows
         yield (
-            f"  {bits} bits: {8 * nbytes / rows.size:4.1f} bits a value with scales and biases, error "
-            f"{float(mx.sqrt(mx.mean(error * error))) / size:.1%} of a value's size"
+            f"  {bits} bits: {8 * nbytes / rows.size:4.1f} bits per value with scales and biases; RMS error "
+            f"{float(mx.sqrt(mx.mean(error * error))) / size:.1%} of the values' RMS"
         )
     yield from likeliest(CAPITAL)
 

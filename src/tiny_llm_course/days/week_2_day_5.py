@@ -8,13 +8,13 @@ from .shared import Lines, Work, random_array
 
 
 def show() -> Lines:
-    """The memory that scores take, and the same numbers without it."""
+    """Print the memory that scores need, and that tiles give the same output with less."""
     from tiny_llm.attention import causal_mask
     from tiny_llm.flash_attention import flash_attention
     from tiny_llm.grouped_attention import grouped_query_attention
 
     H, Hkv, D = 9, 3, 64
-    yield "without the model: random queries, keys and values, with as many heads as the real one's"
+    yield "without the model: random queries, keys and values, with as many heads as the real model has"
     for length in (256, 768):
         q, k, v = (
             mx.random.normal((1, heads, length, D), key=mx.random.key(seed))

@@ -8,14 +8,14 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """First tokens simulated in steps; then, on the real model, the gaps in another request's answer."""
+    """Print when prompts get their first tokens, and how long a long prompt delays another request."""
     from tiny_llm.chunked_prefill import first_token_steps
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
     prompt_lens = (1600, 30, 300)
     lengths = ", ".join(f"{length:,}" for length in prompt_lens)
-    yield f"a simulation: prompts of {lengths} tokens; the steps in which they get their first tokens"
+    yield f"a simulation: prompts of {lengths} tokens; the step in which each gets its first token"
     for budget in (2048, 512, 128):
         yield f"  {budget:5,} tokens a step: {first_token_steps(prompt_lens, budget)}"
     for budget in (2048, 128):

@@ -1,4 +1,4 @@
-"""Day 3.2: what `pdm run try` shows, of the day and of its parts, and what `pdm run compare` times."""
+"""Day 3.2: what `pdm run try` shows for the day and its parts, and what `pdm run compare` times."""
 
 import time
 from collections import Counter
@@ -12,7 +12,7 @@ STORY = "In the far hills there lived a dragon who was afraid of the dark. Every
 
 
 def show() -> Lines:
-    """Four beams, what they are worth, and the pages that they share."""
+    """Search with four beams on the real model, and print their scores and the blocks that they share."""
     from tiny_llm.beam_search import BeamSearchParams
     from tiny_llm.llm import LLM
 
@@ -36,15 +36,15 @@ def show() -> Lines:
         shown = " ".join(said.split())
         yield f"  {ended.score:6.3f} a token, {count:2} tokens, {ended.finish_reason:6}: ... {shown}"
     yield (
-        f"at most {most[1]} blocks of {size} tokens for all beams; unshared it would be {most[0]}: "
+        f"at most {most[1]} blocks of {size} tokens for all beams; without sharing, {most[0]}: "
         f"{most[0] / most[1]:.1f} times as many"
     )
     free = manager.capacity.num_free + manager.capacity.num_cached
-    yield f"the search is over, and {free} of {manager.capacity.num_blocks} blocks can be had again"
+    yield f"after the search, {free} of {manager.capacity.num_blocks} blocks are available again"
 
 
 def show_a() -> Lines:
-    """A packed step: each token's sequence, position and slot, and the blocks that it reads."""
+    """Print a packed step: each token's sequence, position and slot, and the blocks that it reads."""
     from tiny_llm.paged_kernel import Span, pack_batch, write_and_attend
 
     size = 4
@@ -66,13 +66,13 @@ def show_a() -> Lines:
     for span in spans:
         tokens = slice(start, start := start + span.stop - span.start)
         parts = (x[:, :, tokens] for x in (q, k, v))
-        alone = write_and_attend(*parts, pool + 0, 2 * pool, pack_batch([span]), 0.25).out
-        difference = max(difference, float(mx.abs(together[:, :, tokens] - alone).max()))
-    yield f"each sequence in a call of its own: outputs differ by at most {difference:.1g}"
+        separate = write_and_attend(*parts, pool + 0, 2 * pool, pack_batch([span]), 0.25).out
+        difference = max(difference, float(mx.abs(together[:, :, tokens] - separate).max()))
+    yield f"with a separate call for each sequence, the outputs differ by at most {difference:.1g}"
 
 
 def show_b() -> Lines:
-    """Pages with ids from anywhere: their places in the small pool, and what a query attends to."""
+    """Print how pages with arbitrary ids become a small pool, and what a query attends to there."""
     from tiny_llm.page_block import PageBlock, copy_block, pack_last_tokens, paged_attention_kernel
 
     size = 4
@@ -88,14 +88,14 @@ def show_b() -> Lines:
         values = [pages[block].values[0, :, 0].tolist() for block in table.blocks]
         yield f"  {name}: pages {table.blocks}, values {[x for page in values for x in page][:6]}"
     batch = pack_last_tokens([parent, child], 1, {4711: 0, 42: 1, 7: 2})
-    yield f"as rows of a pool of {len(pages)} blocks: {batch.tables.tolist()}"
+    yield f"their tables as indices into a pool of {len(pages)} blocks: {batch.tables.tolist()}"
     out = paged_attention_kernel(mx.ones((2, 1, 1, 2)), [parent, child], pages, size)
     means = ", ".join(f"{x:.2f}" for x in out[:, 0, 0, 0].tolist())
-    yield f"one call, the last token of each, all keys equal: the means of the values, {means}"
+    yield f"one call for the last token of each; all keys are equal, so it gives the mean values: {means}"
 
 
 def show_c() -> Lines:
-    """Beams on the real model, computed without a cache, and the blocks that their texts would take."""
+    """Search with beams on the real model, without a cache, and print the blocks that they would need."""
     from tiny_llm.beam_search import BeamSearch, BeamSearchPageManager, BeamSearchParams
     from tiny_llm.loader import load_model
     from tiny_llm.paged_attention import BlockAllocator
@@ -121,7 +121,7 @@ def show_c() -> Lines:
             continued = len({choice.parent for choice in choices})
             yield (
                 f"after {len(search.beams[0].tokens):2} tokens: {len(living)} beams, of {continued} parents; "
-                f"{pages.num_physical_blocks} blocks, unshared it would be {pages.num_logical_blocks}"
+                f"{pages.num_physical_blocks} blocks; without sharing, {pages.num_logical_blocks}"
             )
     for ended in search.ended:
         said = " ".join(loaded.tokenizer.decode(list(ended.hypothesis.tokens)).split())
@@ -129,7 +129,7 @@ def show_c() -> Lines:
 
 
 def show_d() -> Lines:
-    """A pool before and after compaction, o for a block in use."""
+    """Print a pool before and after compaction."""
     from tiny_llm.compaction import compact_pages
 
     tables = _tables(4, *(9, 20, 6, 30, 13, 8, 25, 17, 5, 40), num_blocks=64)
@@ -137,18 +137,19 @@ def show_d() -> Lines:
         table.release()
     kept = tables[1::2]
     fork, allocator = kept[0].fork(), kept[0].allocator
-    yield f"five sequences of ten have ended:  {_picture(allocator)}"
+    yield "o: a block in use; .: a free block"
+    yield f"five of ten sequences have ended:  {_picture(allocator)}"
     copies = compact_pages(allocator, [*kept, fork])
     yield f"after compaction:                  {_picture(allocator)}"
     in_use = allocator.num_blocks - allocator.num_free
     moved = ", ".join(f"{copy.src} to {copy.dst}" for copy in copies[:4])
-    yield f"{in_use} blocks are in use, {len(copies)} of them moved: {moved} ..."
+    yield f"{in_use} blocks are in use; {len(copies)} of them have moved: {moved}, ..."
     allocator.resize(allocator.num_blocks // 2)
-    yield f"half of the pool was given back:   {_picture(allocator)}"
+    yield f"half of the pool is released:      {_picture(allocator)}"
 
 
 def show_e() -> Lines:
-    """Requests come and go: the pool's size, its free and cached blocks, and what runs and waits."""
+    """Print how the pool grows and shrinks while requests run and wait."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -161,7 +162,7 @@ def show_e() -> Lines:
         params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         core.add_request(name, tokens, params)
     yield f"the real model, five requests of {len(tokens)} tokens, at most 3 at once, blocks of 8"
-    yield "cached: no request has the block, and the prefix cache keeps it until its place is needed"
+    yield "cached: no request uses the block, but the prefix cache keeps it until its memory is needed"
     steps, start = 0, time.perf_counter()
     while core.has_work:
         core.step()
@@ -169,35 +170,35 @@ def show_e() -> Lines:
         queues = (manager.running, manager.waiting)
         runs, waits = (" ".join(one.seq_id for one in queue) or "-" for queue in queues)
         if (manager.allocator.num_blocks, runs, waits) != seen:
-            yield f"  after step {steps:2}: {_pool(manager)}; runs {runs:5}; waits {waits}"
+            yield f"  after step {steps:2}: {_pool(manager)}; running {runs:5}; waiting {waits}"
         seen = (manager.allocator.num_blocks, runs, waits)
     yield f"{sum(lengths.values())} tokens in {steps} steps, {time.perf_counter() - start:.1f} s"
-    yield "nothing is in use now; each step, even one without work, halves the pool, down to its first 4"
+    yield "nothing is in use now; each step, even without work, halves the pool, down to the first 4 blocks"
     for idle in (1, 2):
         core.step()
         yield f"  idle step {idle}:    {_pool(manager)}"
 
 
 def _pool(manager: Any) -> str:
-    """How a manager's pool is used."""
+    """The usage of a manager's pool."""
     free, size = manager.allocator.num_free, manager.allocator.num_blocks
     return f"{free:2} free and {manager.prefix.num_idle:2} cached of {size:2} blocks"
 
 
 def _tables(size: int, *lengths: int, num_blocks: int = 12) -> list[Any]:
-    """Tables of one allocator, with so many tokens each."""
+    """Tables on one allocator, with these numbers of tokens."""
     from tiny_llm.paged_attention import BlockAllocator, BlockTable
 
     allocator = BlockAllocator(num_blocks)
     tables = [BlockTable(allocator, size) for _ in lengths]
-    for step in range(max(lengths)):  # token by token, so that their blocks are mixed
+    for step in range(max(lengths)):  # token by token, so that their blocks alternate
         for table, length in zip(tables, lengths, strict=True):
             table.append_tokens(int(step < length))
     return tables
 
 
 def _candidates(model: Any, texts: list[list[int]], count: int) -> list[list[tuple[int, float]]]:
-    """The likeliest next tokens of texts of one length, with their log-probabilities, without a cache."""
+    """The likeliest next tokens of texts of equal length, with log-probabilities, without a cache."""
     from tiny_llm.grouped_attention import NoCacheContext
 
     context = NoCacheContext(len(texts[0]), model.config.attention_scale)
@@ -216,7 +217,7 @@ def _picture(allocator: Any) -> str:
 
 
 def work() -> Work:
-    """A chunk of 64 tokens beside 8 decodes: written to scattered pages, attended to among 2,000 more."""
+    """A chunk of 64 tokens and 8 decodes, written to scattered pages that hold 2,000 more tokens."""
     from tiny_llm.paged_attention import BlockAllocator, BlockTable
     from tiny_llm.paged_kernel import Span, pack_batch, write_and_attend
 

@@ -8,7 +8,7 @@ from .shared import STORY, Lines, Work, random_array
 
 
 def show() -> Lines:
-    """A view on the engine's own pages: addresses, a window, and what a batch's slots save."""
+    """Read the engine's own pages: slot numbers, a window, and the time that one array of slots saves."""
     from tiny_llm.llm import LLM
     from tiny_llm.paged_cache import PagedKVCache
     from tiny_llm.sampling_params import SamplingParams
@@ -23,16 +23,16 @@ def show() -> Lines:
     cache = PagedKVCache.of(
         manager.pool, manager.allocator, {one.seq_id: one.table for one in manager.running}, layer=7
     )
-    yield f"the real model, {steps} steps of three stories: layer 7, seen through PagedKVCache"
+    yield f"the real model after {steps} steps with three stories; layer 7, read through a PagedKVCache"
     batch = [(seq_id, table.num_tokens) for seq_id, table in cache.tables.items()]
     for seq_id, length in batch:
         slots = cache.build_flat_slot_mapping([(seq_id, length)])[::size].tolist()
-        yield f"  {seq_id}: {length} tokens; every {size}th is in slot {', '.join(map(str, slots[:8]))}, ..."
+        yield f"  {seq_id}: {length} tokens; slots of every {size}th: {', '.join(map(str, slots[:8]))}, ..."
     seq_id, length = batch[0]
     whole, _ = cache.read_blocks(seq_id, 0, length)
     window, _ = cache.read_sparse(seq_id, length - 1, 4)
     yield (
-        f"the last token of {seq_id!r} with a window of 4 blocks: {window.shape[1]} of {length} tokens, "
+        f"the last token of {seq_id!r} with a window of 4 blocks reads {window.shape[1]} of {length} tokens: "
         f"{window.nbytes / whole.nbytes:.0%} of the keys' {whole.nbytes:,} bytes"
     )
     start = time.perf_counter()
@@ -44,13 +44,13 @@ def show() -> Lines:
     cache.pool.read(cache.layer, cache.build_flat_slot_mapping(batch))
     at_once = time.perf_counter() - start
     yield (
-        f"all {sum(length for _, length in batch)} tokens of the batch, read one by one: "
-        f"{1000 * one_by_one:.1f} ms; by one array of slots: {1000 * at_once:.1f} ms"
+        f"reading all {sum(length for _, length in batch)} tokens of the batch: one by one "
+        f"{1000 * one_by_one:.1f} ms, with one array of slots {1000 * at_once:.1f} ms"
     )
 
 
 def work() -> Work:
-    """256 tokens of 4 sequences stored in pages one by one; then read by range, by window and by slot."""
+    """256 tokens of 4 sequences, stored in pages one by one, then read by range, by window and by slot."""
     from tiny_llm.paged_cache import PagedKVCache
 
     tokens = random_array(256, 3, 64)

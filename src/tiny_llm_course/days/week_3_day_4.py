@@ -4,7 +4,7 @@ from .shared import STORY, Lines
 
 
 def show() -> Lines:
-    """Three questions behind one long system prompt: what is computed, how soon an answer begins."""
+    """Ask three questions with one system prompt; print the computed tokens and the time to first token."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -14,7 +14,8 @@ def show() -> Lines:
     questions = ("Who are you?", "What is the moon?", "Why are there tides?")
     chats = [[system, {"role": "user", "content": question}] for question in questions]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    yield f"the real model: the same system prompt of {len(system['content']):,} characters, three questions"
+    length = len(system["content"])
+    yield f"the real model: three questions with the same system prompt of {length:,} characters"
     answers = []
     for name, enabled in (("without prefix caching", False), ("with prefix caching", True)):
         llm = LLM(num_blocks=256, max_num_seqs=4, enable_prefix_caching=enabled)
@@ -31,4 +32,5 @@ def show() -> Lines:
         answers.append([output.outputs[0].text for output in together])
         count = sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in together)
         yield f"  all three at once, from an empty cache: {count} tokens computed"
-    yield f"the same answers every time: {all(answer == answers[0] for answer in answers)}; {answers[0][0]!r}"
+    same = all(answer == answers[0] for answer in answers)
+    yield f"all runs gave the same answers: {same}; the first: {answers[0][0]!r}"

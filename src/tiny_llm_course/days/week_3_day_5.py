@@ -9,7 +9,7 @@ from .shared import Lines, Work, random_array
 
 
 def show() -> Lines:
-    """The pages of a long text with windows and without, what one token reads, and what a hit needs."""
+    """Print the blocks of a long text with and without windows, and the blocks that a prefix hit needs."""
     from tiny_llm.layer_groups import LayerGroup, group_layers
     from tiny_llm.paged_batch import PagedBatchManager
     from tiny_llm.policies import Policies
@@ -19,15 +19,15 @@ def show() -> Lines:
     size, length, window = 16, 4096, 512
     groups = group_layers((*[window] * 5, None) * 3)
     yield (
-        f"a simulation, without the model: 18 layers as in Gemma 3's 270M, in {len(groups)} groups; all "
-        f"but the first group see {window} tokens; blocks of {size} tokens"
+        f"a simulation, without the model: 18 layers as in Gemma 3 270M, in {len(groups)} groups; all groups "
+        f"except the first have a window of {window} tokens; blocks of {size} tokens"
     )
     params = SamplingParams(max_tokens=1)
     make = partial(PagedBatchManager, 1600, size, 1, max_batched_tokens=128, max_model_len=length + 1)
     whole, near = make(groups=[LayerGroup(group.layers) for group in groups]), make(groups=groups)
     for manager in (whole, near):
         manager.add_request([1] * length, "text", params)
-    yield "   tokens | blocks, all layers see all | with windows: full + windowed | gone back"
+    yield "   tokens | blocks without windows     | with windows: full + windowed | freed"
     for tokens in (256, 512, 640, 1024, 2048, length):
         for manager in (whole, near):
             while manager.sequence("text").num_computed < tokens:
@@ -37,7 +37,7 @@ def show() -> Lines:
         gone = sum(table.start // size for table in near.sequence("text").tables[1:])
         yield f"  {tokens:7,} |{all_blocks:27,} |{full:19,} + {sum(windowed):7,} |{gone:10,}"
     kept = full + sum(windowed)
-    yield f"{kept:,} of {all_blocks:,} blocks: {kept / all_blocks:.0%}, and the longer the text, the less"
+    yield f"{kept:,} of {all_blocks:,} blocks: {kept / all_blocks:.0%}; the share falls as the text grows"
     yield from _what_one_token_reads(near.sequence("text").tables[1], length, window)
 
     prefix = partial(WindowedPrefixSharing, groups=groups)
@@ -51,23 +51,23 @@ def show() -> Lines:
     again = sharing.sequence("again")
     blocks = sum(len(table.blocks) for table in again.tables)
     yield (
-        f"the same text again: {again.num_cached_tokens:,} of {length:,} tokens are found, in "
-        f"{blocks:,} blocks; no layer needs the {sum(table.start // size for table in again.tables[1:]):,} "
-        "that no window reaches"
+        f"the same text again: {again.num_cached_tokens:,} of {length:,} tokens are in the prefix cache, in "
+        f"{blocks:,} blocks; the {sum(table.start // size for table in again.tables[1:]):,} blocks outside "
+        "of all windows are not needed"
     )
 
 
 def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
-    """The next token of a windowed table: its blocks, and its output when all others hold NaN."""
+    """Print which blocks a windowed table's next token reads, and its output if all others hold NaN."""
     from tiny_llm.paged_kernel import Span, pack_batch
-    from tiny_llm.sliding_window import NOWHERE, first_visible, windowed_attention
+    from tiny_llm.sliding_window import NO_BLOCK, first_visible, windowed_attention
 
     table.append_tokens(1)
     indices = table.physical_indices()
-    first, holes = first_visible(position, window), indices.count(NOWHERE)
+    first, holes = first_visible(position, window), indices.count(NO_BLOCK)
     yield (
         f"token {position:,} sees positions {first:,} to {position:,}: {len(indices) - holes} blocks of "
-        f"{len(indices)}; the {holes} before are nowhere"
+        f"{len(indices)}; the {holes} before have no block"
     )
     num_blocks, batch = table.allocator.num_blocks, pack_batch([Span(table, position, position + 1)])
     q = mx.random.normal((1, 4, 1, 64), key=mx.random.key(0))
@@ -77,11 +77,11 @@ def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
         windowed_attention(q, keys, values, batch, 0.125, window)
         for keys, values in (pool, mx.where(is_held, pool, mx.nan))
     ]
-    yield f"  with NaN in all other blocks of the pool: the same output, {mx.array_equal(*outputs).item()}"
+    yield f"  same output with NaN in all other blocks of the pool: {mx.array_equal(*outputs).item()}"
 
 
 def work() -> Work:
-    """16 tokens of a prompt and a decode of 9 heads at the end of 2,048, of which each sees 512."""
+    """A chunk of 16 tokens and a decode, 9 heads, at the end of 2,048 tokens, with a window of 512."""
     from tiny_llm.paged_attention import BlockAllocator
     from tiny_llm.paged_kernel import Span, pack_batch
     from tiny_llm.sliding_window import WindowedTable, first_visible, windowed_attention

@@ -8,7 +8,7 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """Six stories in blocks for two: which wait and when, what is computed again, what is copied."""
+    """Run six stories in memory for two; print which wait, what is computed again, and what is copied."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -44,14 +44,14 @@ def show() -> Lines:
         )
         every = -(-steps // 80)
         yield from (f"  {animal:4} {line[::every].rstrip()}" for animal, line in shown.items())
-    yield f"  #: runs. .: waits. o: waits with its keys and values on the host. Each sign is {every} steps"
-    yield "recompute and swap take about as many steps: a sequence waits for the same blocks in both, and one"
-    yield "step computes a short story again. The copies save work where texts are long"
-    yield f"the same answers every time: {all(said == answers[0] for said in answers)}"
+    yield f"  #: runs. .: waits. o: waits, keys and values are on the host. One character is {every} steps"
+    yield "recompute and swap take about as many steps: sequences wait for the same blocks in both modes, and"
+    yield "a short story is computed again in one step. Swapping saves work if texts are long"
+    yield f"all runs gave the same answers: {all(said == answers[0] for said in answers)}"
 
 
 def work() -> Work:
-    """32 prompts with four completions each, out to the host and back, three times: only the bookkeeping."""
+    """Bookkeeping only: 32 prompts with four completions each, swapped out and in three times."""
     from tiny_llm.paged_attention import BlockAllocator, BlockTable
     from tiny_llm.prefix_cache import TokenBlocks
     from tiny_llm.sampling_params import SamplingParams
@@ -86,7 +86,7 @@ def work() -> Work:
                     copies = space.swap_out(one) or []
                     for block, host_block in copies:
                         host[host_block] = pool[block]
-                    one.give_up_pages()
+                    one.release_pages()
                     figures += [len(copies), space.allocator.num_free]
                 at_hand: dict[bytes, int] = {}
                 for one in family:

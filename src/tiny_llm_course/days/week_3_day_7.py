@@ -10,12 +10,12 @@ from typing import Any
 
 from .shared import STORY, Lines
 
-TRY_SECONDS = 120  # a guard: an engine that is not right yet may leave its clients waiting
-MOST_ITERATIONS = 20  # likewise, of a loop
+TRY_SECONDS = 120  # a limit, because a wrong engine may leave its clients waiting
+MAX_ITERATIONS = 20  # a limit for a wrong loop
 
 
 def show() -> Lines:
-    """Five clients of one engine that runs two sequences: which wait, which overtakes, which is cancelled."""
+    """Five clients of an engine that runs two sequences at once: one overtakes, one is cancelled."""
     from tiny_llm.errors import EngineDeadError
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
@@ -23,13 +23,13 @@ def show() -> Lines:
     llm = LLM(num_blocks=32, max_num_seqs=2, enable_prefix_caching=False)
     llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
     watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
-    yield "the real model, 2 sequences at once: five clients ask at the same moment, the wolf last. It has"
-    yield "priority -1, so it overtakes all that wait; no request runs yet when all are queued. The owl has"
-    yield "priority 1. The client of the cat cancels when it has read 12 tokens"
+    yield "the real model, 2 sequences at once: five clients send a request at the same moment, the wolf"
+    yield "last. It has priority -1, so it overtakes all that wait; none runs yet when all are queued. The"
+    yield "owl has priority 1. The cat's client cancels after reading 12 tokens"
     start = time.perf_counter()
     try:
         clients = asyncio.run(_five_clients(llm.engine, watched))
-    except EngineDeadError as error:  # what it has died of says more
+    except EngineDeadError as error:  # the cause says more
         raise error.__cause__ or error from None
     for name, events, first in clients:
         tokens, said = sum(len(event.token_ids) for event in events), "".join(event.text for event in events)
@@ -38,32 +38,32 @@ def show() -> Lines:
             f"{events[-1].finish_reason:6}: ...{' '.join(said.split())[:40]}"
         )
     seconds, steps = time.perf_counter() - start, len(watched.steps)
-    yield f"all of it took {steps} steps, {seconds:.1f} s"
+    yield f"in all, {steps} steps and {seconds:.1f} s"
     yield from (f"  {name:4} {line.rstrip()}" for name, line in watched.lines())
     yield "  #: runs. .: waits"
     held, more = watched.after_the_cancel("cat")
-    yield f"the cat held {held} blocks when it was cancelled; further steps that computed it: {more}"
-    yield f"a client that comes while the engine drains: {watched.refused}"
+    yield f"the cat held {held} blocks when it was cancelled; steps that computed it afterwards: {more}"
+    yield f"the error for a request while the engine drains: {watched.refused}"
 
 
 def show_a() -> Lines:
-    """The loop with its iterations run by hand in this thread, without an `Engine`: tasks in, events out."""
+    """Run the loop's iterations by hand in this thread, without an `Engine`: tasks in, events out."""
     stepped = _Stepped(("cat", "dog", "fox"))
-    yield "the real model, and the loop without its thread: each line is one `run_once`. The text of the fox"
-    yield "cannot be made, the cat is cancelled, and then the engine drains"
+    yield "the real model, and the loop without its thread: each line is one `run_once`. The fox's tokens"
+    yield "cannot be decoded, the cat is cancelled, and then the engine drains"
     yield "     tasks                    active after it   delivered"
     for number, tasks in enumerate(stepped.tasks(), 1):
         delivered = stepped.run_once(list(tasks.values()))
         yield f"  {number:2} {', '.join(tasks):24} {', '.join(stepped.loop.active):17} {delivered}".rstrip()
     times = stepped.loop.step_times
     core, text = (1000 * sum(getattr(one, kind) for one in times) for kind in ("core", "text"))
-    yield f"{len(times)} steps took {core:.0f} ms in the core, and {text:.1f} ms to make text of the tokens"
+    yield f"{len(times)} steps took {core:.0f} ms in the core, and {text:.1f} ms to decode the tokens to text"
     refused = "no refusal" if stepped.loop.refusal is None else str(stepped.loop.refusal())
     yield f"the drain is {'over' if stepped.drained.done() else 'not over'}; a new request: {refused}"
 
 
 class _Stepped:
-    """A loop that no thread runs, with a request for each name."""
+    """A loop without a thread, and a request for each name."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         from tiny_llm.admission_control import AdmissionControl
@@ -88,7 +88,7 @@ class _Stepped:
         self._make_core = partial(EngineCore, manager, model.config.eos_token_ids)
 
     def tasks(self) -> Iterator[dict[str, Callable[[], None]]]:
-        """What is posted before each iteration, by the name that is shown; until no request is active."""
+        """Yield the tasks to post before each iteration, by displayed name, until no request is active."""
         yield {
             "begin": partial(self.loop.begin, self._make_core),
             "add cat": self._adding("cat"),
@@ -98,12 +98,12 @@ class _Stepped:
         yield {"add fox": self._adding("fox")}
         yield {"cancel cat": partial(self.loop.cancel, ["cat"])}
         yield {"drain": partial(self.loop.drain, None, self.drained)}
-        for _ in range(MOST_ITERATIONS):
+        for _ in range(MAX_ITERATIONS):
             if self.loop.active:
                 yield {}
 
     def run_once(self, tasks: list[Callable[[], None]]) -> str:
-        """Post tasks, run an iteration, and return what the listeners got. Raises what a task has raised."""
+        """Post tasks, run an iteration, and return the delivered events as text. Raises a task's error."""
         self._heard.clear()
         posted = [self._inbox.post(task) for task in (*tasks, _nothing)]
         self.loop.run_once()
@@ -115,7 +115,7 @@ class _Stepped:
         return partial(self.loop.add, [self.requests[name]], partial(self._hear, name))
 
     def _hear(self, name: str, items: list[Any]) -> None:
-        """The listener: an error says what it is, an event has text, and perhaps a finish_reason."""
+        """A listener that notes the type of an error, or an event's text and finish_reason."""
         for item in items:
             if isinstance(item, Exception):
                 self._heard.append(f"{name} {type(item).__name__}")
@@ -125,15 +125,15 @@ class _Stepped:
 
 
 def _nothing() -> None:
-    """Posted in each iteration: a loop that is not right yet may wait for a task, and nothing else comes."""
+    """A task for each iteration, so that a wrong loop that waits for a task does not wait forever."""
 
 
 def _without_text(output: Any) -> Any:
-    raise ArithmeticError("the tokenizer has failed")
+    raise ArithmeticError("the tokenizer failed")
 
 
 class _Watched:
-    """Which requests run and which wait in each step of a core, seen from within its thread."""
+    """Records in a core's thread which requests run and which wait in each step."""
 
     def __init__(self, core: Any, names: tuple[str, ...]) -> None:
         self.names = names
@@ -145,7 +145,7 @@ class _Watched:
         core.step = self._watch
 
     def _watch(self) -> Any:
-        self.steps.append({})  # it has begun
+        self.steps.append({})  # counts a step from its start
         outputs, manager = self._step(), self._core.manager
         marks = {one.request_id: "." for one in manager.waiting}
         marks |= {one.request_id: "#" for one in (*manager.running, *outputs)}
@@ -154,18 +154,18 @@ class _Watched:
         return outputs
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """A line of signs for each name."""
+        """For each name, a line with a character for each step."""
         every = -(-len(self.steps) // 80)
         for name in self.names:
             yield name, "".join(marks.get(name, " ") for marks in self.steps[::every])
 
     def after_the_cancel(self, name: str) -> tuple[int, int]:
-        """How many blocks it had, and how many steps that began after it was cancelled computed it."""
+        """The blocks of a cancelled request, and the steps started after the cancel that computed it."""
         return self.blocks[name], sum(name in marks for marks in self.steps[self.asked_at :])
 
 
 async def _five_clients(engine: Any, watched: _Watched) -> list[tuple[str, list[Any], float]]:
-    """Each client's name, events and seconds to its first token; at the end the engine is drained."""
+    """Each client's name, events and seconds to its first token; drains the engine at the end."""
     from tiny_llm.errors import EngineStoppingError
     from tiny_llm.sampling_params import SamplingParams
 
@@ -173,7 +173,7 @@ async def _five_clients(engine: Any, watched: _Watched) -> list[tuple[str, list[
         params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, priority=priority)
         events, first, start = list[Any](), 0.0, time.perf_counter()
         stream = engine.generate(f"{STORY}, there was a {name}", params, request_id=name)
-        if iscoroutine(stream):  # without a yield it is no iterator yet, and says what is missing
+        if iscoroutine(stream):  # a blank has no yield, so this is a coroutine; awaiting raises its message
             await stream
         async for event in stream:
             first = first or time.perf_counter() - start

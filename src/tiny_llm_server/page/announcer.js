@@ -1,6 +1,6 @@
-/** What a screen reader is told: the end of an answer, and now and then how the pool is doing. */
+/** Announcements for screen readers: the end of an answer, and a summary of the pool every few seconds. */
 
-const SILENCE = 8000; // ms between two summaries
+const INTERVAL = 8000; // ms between two summaries
 
 export class Announcer {
   #region = document.querySelector("#announcer");
@@ -8,12 +8,12 @@ export class Announcer {
   #summary = "";
   #make = () => "";
 
-  /** Say something now. */
+  /** Announce a text now. */
   say(text) {
     this.#region.textContent = text;
   }
 
-  /** Say later what `make` returns then, if that is news; at most once in a while. */
+  /** Announce the text that `make` returns at the next interval, if it has changed. */
   summarise(make) {
     this.#make = make;
     this.#timer ??= setTimeout(() => {
@@ -21,6 +21,6 @@ export class Announcer {
       const summary = this.#make();
       if (summary !== this.#summary) this.say(summary);
       this.#summary = summary;
-    }, SILENCE);
+    }, INTERVAL);
   }
 }

@@ -1,23 +1,23 @@
-/** The grid: a cell for each block. Touches the cells that have changed, and no others. */
+/** The grid: one cell for each block. An update only touches the cells that have changed. */
 
-const MOST_CELLS = 4096;
-const FEWEST_CELLS = 96;
+const MAX_CELLS = 4096;
+const MIN_CELLS = 96;
 const FLASHES = new Set(["copied", "swapped_out", "swapped_in", "evicted", "shared", "allocated"]);
 const FLASH_MS = 700;
-const MOST_FLASHES = 128; // at once
+const MAX_FLASHES = 128; // at once
 
 export class Grid {
   #grid = document.querySelector("#grid");
   #more = document.querySelector("#more");
   #cells = [];
-  #drawn = []; // what each cell shows, to leave alone what stays
+  #drawn = []; // what each cell shows, to skip cells that have not changed
   #columns = 16;
   #current = 0;
   #still = matchMedia("(prefers-reduced-motion: reduce)");
 
   /**
-   * onPoint: called with the block under the pointer or the keyboard's focus, or null; onChoose: with the block
-   * that was clicked, or chosen by Enter.
+   * onPoint: called with the block under the pointer or with the focus, or null. onChoose: called with a block that
+   * is clicked or selected by Enter. onLayout: called when cells may have moved.
    */
   constructor(pool, labels, { onPoint, onChoose, onLayout }) {
     this.pool = pool;
@@ -38,45 +38,45 @@ export class Grid {
     new ResizeObserver(() => this.#fit()).observe(this.#grid.parentElement);
   }
 
-  /** The element of a block, if it is drawn. */
+  /** The element of a block; undefined if it is not drawn. */
   cell(block) {
     return this.#cells[block];
   }
 
-  /** Draw everything anew. */
+  /** Redraw all blocks. */
   reset() {
-    if (this.#numWanted() !== this.#cells.length) this.#build();
+    if (this.#numCells() !== this.#cells.length) this.#build();
     else this.#cells.forEach((_, block) => this.#draw(block));
     this.#summarise();
   }
 
-  /** Draw what has changed. flashes: what happened last to each block that something happened to. */
+  /** Redraw blocks. flashes: the kind of the last event of each block that had one. */
   update(blocks, flashes) {
-    if (this.#numWanted() > this.#cells.length) this.#build();
+    if (this.#numCells() > this.#cells.length) this.#build();
     for (const block of blocks) if (block < this.#cells.length) this.#draw(block);
     this.#summarise();
     if (this.#still.matches) return;
-    for (const [block, kind] of [...flashes].slice(-MOST_FLASHES)) {
+    for (const [block, kind] of [...flashes].slice(-MAX_FLASHES)) {
       if (FLASHES.has(kind)) this.#flash(this.#cells[block], kind);
     }
   }
 
-  /** Mark these blocks, and no others. */
+  /** Mark these blocks, and unmark all others. */
   mark(blocks) {
     for (const cell of this.#grid.querySelectorAll("[data-marked]")) delete cell.dataset.marked;
     for (const block of blocks) if (this.#cells[block]) this.#cells[block].dataset.marked = "";
   }
 
-  #numWanted() {
+  #numCells() {
     const { numBlocks, reached } = this.pool;
-    const rows = Math.ceil(Math.max(FEWEST_CELLS, reached) / this.#columns);
-    return Math.min(numBlocks, MOST_CELLS, rows * this.#columns);
+    const rows = Math.ceil(Math.max(MIN_CELLS, reached) / this.#columns);
+    return Math.min(numBlocks, MAX_CELLS, rows * this.#columns);
   }
 
-  /** As many columns as there is room for: a power of two, so that the numbers of rows are round. */
+  /** Use as many columns as fit: a power of two, so that rows start at round numbers. */
   #fit() {
     const width = this.#grid.parentElement.clientWidth;
-    const widest = this.#numWanted() > 256 ? 32 : 16;
+    const widest = this.#numCells() > 256 ? 32 : 16;
     const columns = [32, 16, 8].find((count) => count <= widest && width >= 40 + 22 * count) ?? 8;
     if (columns !== this.#columns && this.pool.numBlocks) {
       this.#columns = columns;
@@ -87,7 +87,7 @@ export class Grid {
 
   #build() {
     const hadFocus = this.#grid.contains(document.activeElement);
-    const wanted = this.#numWanted();
+    const wanted = this.#numCells();
     this.#cells = Array.from({ length: wanted }, (_, block) => newCell(block));
     this.#drawn = [];
     const rows = [headRow(this.#columns)];
@@ -111,13 +111,13 @@ export class Grid {
 
   #draw(block) {
     const look = lookOf(block, this.pool, this.labels);
-    const seen = `${look.className}|${look.text}|${look.says}|${look.stripes}`;
+    const seen = `${look.className}|${look.text}|${look.label}|${look.stripes}`;
     if (this.#drawn[block] === seen) return;
     this.#drawn[block] = seen;
     const cell = this.#cells[block];
     cell.className = look.className;
     cell.textContent = look.text;
-    cell.setAttribute("aria-label", look.says);
+    cell.setAttribute("aria-label", look.label);
     if (look.stripes) cell.style.setProperty("--stripes", look.stripes);
   }
 
@@ -128,8 +128,8 @@ export class Grid {
     const count = rest.toLocaleString("en");
     const text = used ? `and ${count} more blocks, ${used.toLocaleString("en")} of them in use`
       : `and ${count} more free blocks`;
-    const says = rest ? text : "";
-    if (this.#more.textContent !== says) this.#more.textContent = says;
+    const summary = rest ? text : "";
+    if (this.#more.textContent !== summary) this.#more.textContent = summary;
   }
 
   #flash(cell, kind) {
@@ -164,12 +164,12 @@ export class Grid {
   }
 }
 
-/** What a block looks like, and what it is called: "block 17: requests A, B, shared by 2". */
+/** The look of a block, and its name, for example "block 17: requests A, B, shared by 2". */
 export function lookOf(block, pool, labels) {
   const state = pool.blocks.get(block);
-  if (!state) return { className: "cell free", text: "", says: `block ${block}: free` };
+  if (!state) return { className: "cell free", text: "", label: `block ${block}: free` };
   if (!state.holders) {
-    return { className: "cell cached", text: "", says: `block ${block}: cached, held by nobody` };
+    return { className: "cell cached", text: "", label: `block ${block}: cached, not in use` };
   }
   const holders = pool.holdersOf(block);
   const letters = [...new Set(holders.map((holder) => labels.letter(holder)))];
@@ -181,14 +181,14 @@ export function lookOf(block, pool, labels) {
     return {
       className: `cell own h${hues[0] ?? 0}${kept}`,
       text: name,
-      says: `block ${block}: request ${name}${also}`,
+      label: `block ${block}: request ${name}${also}`,
     };
   }
-  const who = `request${letters.length > 1 ? "s" : ""} ${letters.join(", ")}`;
+  const requests = `request${letters.length > 1 ? "s" : ""} ${letters.join(", ")}`;
   return {
     className: `cell shared${kept}`,
     text: `×${state.holders}`,
-    says: `block ${block}: ${who}, shared by ${state.holders}${also}`,
+    label: `block ${block}: ${requests}, shared by ${state.holders}${also}`,
     stripes: stripesOf(hues),
   };
 }
@@ -199,7 +199,7 @@ function stripesOf(hues) {
   return `linear-gradient(90deg, ${parts.join(", ")})`;
 }
 
-/** What each column adds to the number at the head of a row. */
+/** The heads of the columns: what each adds to the number at the head of a row. */
 function headRow(columns) {
   const row = newElement("div", { role: "row", className: "grid-row column-heads" });
   const head = (_, column) => newElement("span", { role: "columnheader", textContent: `+${column}` });

@@ -1,15 +1,19 @@
-/** The conversation: what was said, the question, and the answer as it comes. */
+/** The chat: the conversation, the question, and the answer while it streams. */
 
+import { Markdown } from "./markdown.js";
+import { load, save } from "./saved_chat.js";
 import { reasonOf } from "./sse.js";
 
-const NOTHING = "\u00a0"; // on a line that keeps its place
-const SURE = 0.25; // seconds over which a speed can be told from here: pieces may come in one go
+const BLANK = "\u00a0"; // an empty line that keeps its height
+const MIN_SECONDS = 0.25; // for a speed measured here: pieces may arrive together
 const NEAR = 40; // pixels from the end of the conversation
+const HEADINGS = { user: "You", assistant: "Model", refusal: "Not answered" }; // by role
 
 export class Chat {
-  #messages = []; // as the API takes them
-  #timed = null; // what the figures are made of
-  #running = null; // AbortController of the answer that is coming
+  #messages = []; // in the format of the API
+  #timed = null; // arguments of #show for the last answer
+  #running = null; // AbortController of the current answer
+  #unsaved = null; // {messages, answer}: the current answer, and the messages up to its question
   #list = document.querySelector("#messages");
   #form = document.querySelector("#chat-form");
   #question = document.querySelector("#question");
@@ -18,7 +22,7 @@ export class Chat {
   #figures = document.querySelector("#chat-figures");
   #hint = this.#list.firstElementChild;
 
-  /** ask: `events`, with a key where one is needed. */
+  /** ask: `events`, which asks the user for a key if the server needs one. */
   constructor(ask, known, announcer) {
     this.ask = ask;
     this.known = known;
@@ -34,14 +38,16 @@ export class Chat {
     });
     this.#stop.addEventListener("click", () => this.stop());
     document.querySelector("#new-chat").addEventListener("click", () => this.#clear());
+    addEventListener("pagehide", () => this.#saveUnfinished());
+    this.#restore();
   }
 
-  /** Steps have come, which may be those of an answer that is here already. */
+  /** Update the speed, because steps have arrived; they may belong to an answer that is already complete. */
   refresh() {
     if (this.#timed) this.#show(...this.#timed);
   }
 
-  /** Cancel the answer that is coming, if one is. */
+  /** Cancel the current answer, if there is one. */
   stop() {
     this.#running?.abort();
   }
@@ -49,9 +55,29 @@ export class Chat {
   #clear() {
     this.stop();
     this.#messages = [];
+    this.#unsaved = null;
+    save([]);
     this.#list.replaceChildren(this.#hint);
     this.#forgetFigures();
     this.#question.focus();
+  }
+
+  /** Show the conversation that this tab had before it was reloaded. */
+  #restore() {
+    const { messages, question } = load();
+    this.#messages = messages;
+    this.#question.value ||= question;
+    if (messages.length) this.#hint.remove();
+    for (const { role, content } of messages) this.#bubble(role).show(content);
+    this.#list.scrollTop = this.#list.scrollHeight;
+  }
+
+  /** Save as much of a conversation as there is when the page is left during an answer. */
+  #saveUnfinished() {
+    if (!this.#unsaved) return;
+    const { messages, answer } = this.#unsaved;
+    if (answer.text) save([...messages, { role: "assistant", content: answer.text }]);
+    else save(this.#messages, messages.at(-1).content);
   }
 
   async #submit() {
@@ -63,30 +89,34 @@ export class Chat {
     this.#forgetFigures();
     this.#hint.remove();
     this.#list.querySelector(".refusal")?.remove();
-    const asked = this.#bubble("user", "You", question);
-    const bubble = this.#bubble("assistant", "Model", "");
+    const asked = this.#bubble("user");
+    asked.show(question);
+    const bubble = this.#bubble("assistant");
     this.#list.scrollTop = this.#list.scrollHeight;
     const messages = [...this.#messages, { role: "user", content: question }];
     const answer = { text: "", end: null };
+    this.#unsaved = { messages, answer };
     try {
       await this.#read(messages, running.signal, bubble, answer);
     } catch (error) {
-      answer.end = running.signal.aborted ? "stopped" : broken(error, answer.text);
+      answer.end = running.signal.aborted ? "stopped" : failureOf(error, answer.text);
     }
     if (this.#list.contains(bubble.article)) {
+      this.#unsaved = null;
       if (answer.text) this.#messages = [...messages, { role: "assistant", content: answer.text }];
       if (answer.text || running.signal.aborted || !answer.end) this.#finish(bubble, answer);
-      else this.#takeBack(question, asked, bubble, answer.end);
+      else this.#returnQuestion(question, asked, bubble, answer.end);
+      save(this.#messages, this.#question.value);
     }
     if (this.#running === running) this.#busy(null);
   }
 
-  /** There is no answer: the question goes back to where it was written, and what is wrong is said. */
-  #takeBack(question, asked, bubble, why) {
+  /** Return a question without an answer to its field, and show the reason. */
+  #returnQuestion(question, asked, bubble, why) {
     asked.article.remove();
     bubble.article.remove();
     this.#question.value ||= question;
-    const { article } = this.#bubble("refusal", "Not answered", "");
+    const { article } = this.#bubble("refusal");
     this.#finish({ article }, { text: "", end: why });
   }
 
@@ -95,7 +125,7 @@ export class Chat {
       messages,
       stream: true,
       stream_options: { include_usage: true },
-      temperature: Number(document.querySelector("#temperature").value) || 0,
+      ...temperature(document.querySelector("#temperature").value),
       max_completion_tokens: Math.max(1, Number(document.querySelector("#max-tokens").value) || 200),
     };
     const times = [performance.now()];
@@ -109,23 +139,21 @@ export class Chat {
         times.push(performance.now());
         answer.text += delta.content;
         this.known.piece(id, 0, delta.content);
-        this.#follow(() => {
-          bubble.text.textContent = answer.text;
-        });
+        this.#follow(() => bubble.show(answer.text));
         this.#show(id, times, times.length - 1);
       }
     }
-    if (!reason) throw new Error("the answer has no end");
-    answer.end = reason === "length" ? "the length that you allowed is reached" : null;
+    if (!reason) throw new Error("the answer is incomplete");
+    answer.end = reason === "length" ? "stopped at “Max tokens”" : null;
   }
 
-  /** The time to the first token as it was here; the speed by the server's clock, if that is known. */
+  /** Show the time to first token, measured here, and the speed, on the server's clock if it is known. */
   #show(id, times, tokens) {
     const [asked, first, ...others] = times;
     if (first === undefined) return;
     this.#timed = [id, times, tokens];
     const seconds = ((others.at(-1) ?? first) - first) / 1000;
-    const speed = this.known.speed(id) ?? (seconds > SURE ? (tokens - 1) / seconds : null);
+    const speed = this.known.speed(id) ?? (seconds > MIN_SECONDS ? (tokens - 1) / seconds : null);
     const pace = speed === null ? "" : ` · ${speed.toFixed(0)} tokens/s`;
     const words = tokens === 1 ? "1 token" : `${tokens} tokens`;
     this.#follow(() => {
@@ -135,19 +163,23 @@ export class Chat {
 
   #forgetFigures() {
     this.#timed = null;
-    this.#figures.textContent = NOTHING;
+    this.#figures.textContent = BLANK;
   }
 
-  #bubble(role, who, text) {
+  /** Add a message to the conversation; `show` replaces its text, which is Markdown in an answer. */
+  #bubble(role) {
     const article = Object.assign(document.createElement("article"), { className: `message ${role}` });
-    const head = Object.assign(document.createElement("h3"), { textContent: who });
-    const body = Object.assign(document.createElement("p"), { textContent: text });
+    const head = Object.assign(document.createElement("h3"), { textContent: HEADINGS[role] });
+    const body = document.createElement("div");
     article.append(head, body);
     this.#list.append(article);
-    return { article, text: body };
+    if (role !== "assistant") return { article, show: (text) => body.replaceChildren(text) };
+    body.className = "markdown";
+    const markdown = new Markdown(body);
+    return { article, show: (text) => markdown.show(text) };
   }
 
-  /** Make the conversation longer, or leave it less room: who reads its end goes on, who scrolled up stays there. */
+  /** Make a change that moves the end of the conversation; scroll to the new end if the old end was in view. */
   #follow(change) {
     const { scrollHeight, scrollTop, clientHeight } = this.#list;
     change();
@@ -171,9 +203,12 @@ export class Chat {
   }
 }
 
-/** What happened to an answer that has no end: an error of the server, or nobody is there. */
-function broken(error, text) {
+/** The field of a request for what was typed; none if nothing was: the server has the model's own value. */
+const temperature = (typed) => (typed === "" ? {} : { temperature: Number(typed) });
+
+/** Why an answer is missing or incomplete: the server's error, or a lost connection. */
+function failureOf(error, text) {
   const why = reasonOf(error);
-  if (error.code === "context_length_exceeded") return `${why}: lower “Max tokens”, or begin a new chat`;
-  return text ? `broken off: ${why}` : why;
+  if (error.code === "context_length_exceeded") return `${why}: lower “Max tokens”, or start a new chat`;
+  return text ? `incomplete: ${why}` : why;
 }

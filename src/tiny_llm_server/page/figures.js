@@ -1,14 +1,14 @@
-/** The figures above the pool, from the engine's stats and the times of its steps. */
+/** The figures above the pool, from the engine's statistics and the times of its steps. */
 
-const WINDOW = 2; // seconds of the server's clock over which tokens are counted
+const WINDOW = 2; // seconds on the server's clock over which tokens are counted
 
 const NAMES = {
-  speed: ["Tokens/s", "Output tokens of all requests, over the last two seconds of steps"],
-  running: ["Running", "Sequences that have a place in each step; each of n completions is one"],
-  waiting: ["Waiting", "Sequences without a place: they have not begun, or gave way to others"],
-  usage: ["Pool in use", "Blocks that a block table has; cached, idle ones can be taken at any time"],
-  hits: ["Prefix hit rate", "Prompt tokens that were found in the pool, since the server began"],
-  preemptions: ["Preemptions", "How often a sequence had to give its blocks up, since the server began"],
+  speed: ["Tokens/s", "Output tokens of all requests per second, over the last two seconds of steps"],
+  running: ["Running", "Sequences in the batch; each of a request's n completions is one"],
+  waiting: ["Waiting", "Sequences that have not started or were preempted"],
+  usage: ["Pool in use", "Blocks in block tables; cached blocks that are not in use can be evicted at any time"],
+  hits: ["Prefix hit rate", "Share of prompt tokens found in the prefix cache, since the server started"],
+  preemptions: ["Preemptions", "Times a running sequence lost its blocks to others, since the server started"],
 };
 
 export class Figures {
@@ -36,19 +36,19 @@ export class Figures {
     this.#values.waiting.after(this.#values.swapped);
   }
 
-  /** The pool's state has been replaced. */
+  /** Start again, because the pool's state has been replaced. */
   reset() {
     this.#steps = [];
     this.update();
   }
 
-  /** A step has been shown. */
+  /** Count the tokens of a step that has been shown. */
   note(change) {
     this.#steps.push([change.t, change.tokens]);
     while (this.#steps[0][0] < change.t - WINDOW) this.#steps.shift();
   }
 
-  /** Draw them. */
+  /** Show the current figures. */
   update() {
     const { stats, numBlocks } = this.pool;
     if (!stats) return;

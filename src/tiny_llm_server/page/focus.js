@@ -1,62 +1,62 @@
-/** Whose block table is shown: who is pointed at, else who was chosen, else whoever has run longest. */
+/** The sequence whose block table is shown: the one pointed at, else the selected one, else the oldest running one. */
 
 export class Focus {
   #pointed = null; // a sequence's id
   #block = null;
 
-  /** onChange: called when somebody else is to be shown. */
+  /** onChange: called when the sequence or the block may have changed. */
   constructor(pool, labels, onChange) {
     this.pool = pool;
     this.labels = labels;
     this.onChange = onChange;
-    /** The id of the sequence that was chosen, or null. */
+    /** The id of the selected sequence, or null. */
     this.chosen = null;
   }
 
-  /** Nobody is pointed at or chosen. */
+  /** Forget the selected sequence and what is pointed at. */
   reset() {
     this.chosen = this.#pointed = this.#block = null;
   }
 
-  /** The sequence that is shown, or null. */
+  /** The sequence to show, or null. */
   get sequence() {
     const { sequences } = this.pool;
     const first = [...sequences.values()].find(({ state }) => state === "running");
     return this.#ofBlock() ?? sequences.get(this.#pointed) ?? sequences.get(this.chosen) ?? first ?? null;
   }
 
-  /** What there is to say of the block that is pointed at. */
+  /** A description of the block that is pointed at, or "". */
   get detail() {
     const block = this.#block;
     if (block === null) return "";
     const state = this.pool.blocks.get(block);
-    const holders = this.pool.holdersOf(block).map((one) => `${this.labels.of(one)} (its ${placeOf(one, block)})`);
+    const holders = this.pool.holdersOf(block).map((one) => `${this.labels.of(one)} (${placeOf(one, block)})`);
     if (!state) return `Block ${block}: free`;
     const kept = state.kept ? ", in the prefix cache" : "";
-    return `Block ${block}: ${holders.length ? `held by ${holders.join(", ")}` : "held by nobody"}${kept}`;
+    return `Block ${block}: ${holders.length ? `used by ${holders.join(", ")}` : "not in use"}${kept}`;
   }
 
-  /** A sequence is pointed at; null: none is any more. */
+  /** Note the id of the sequence that is pointed at, or null. */
   pointAt(id) {
     if (id === this.#pointed) return;
     this.#pointed = id;
     this.onChange();
   }
 
-  /** A block is pointed at; null: none is any more. */
+  /** Note the block that is pointed at, or null. */
   pointAtBlock(block) {
     if (block === this.#block) return;
     this.#block = block;
     this.onChange();
   }
 
-  /** Keep a sequence's table in sight, or no longer, where it was chosen already. */
+  /** Select a sequence, so that its table stays in view; deselect it if it was selected. */
   choose(id) {
     this.chosen = this.chosen === id ? null : id;
     this.onChange();
   }
 
-  /** The same for who holds a block; where several do, the next of them. */
+  /** Select a sequence that uses a block: the next one if one of them is selected, and none after the last. */
   chooseBlock(block) {
     const ids = this.pool.holdersOf(block).map(({ id }) => id);
     this.chosen = ids[ids.indexOf(this.chosen) + 1] ?? null;
@@ -72,5 +72,5 @@ export class Focus {
 
 function placeOf(sequence, block) {
   const table = sequence.tables.find(({ blocks }) => blocks.includes(block));
-  return table ? `block ${table.first + table.blocks.indexOf(block)}` : "table";
+  return table ? `logical block ${table.first + table.blocks.indexOf(block)}` : "block table";
 }

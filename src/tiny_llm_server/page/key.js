@@ -1,4 +1,4 @@
-/** The field for an API key. It is shown when the server asks for one, and whoever asked tries again. */
+/** The field for an API key. It appears when the server answers 401; the request is then sent again. */
 
 import { ApiError, events, saveKey, savedKey } from "./sse.js";
 
@@ -15,24 +15,24 @@ export class KeyField {
     });
   }
 
-  /** Ask for a key; returns when one was given. Raises the signal's reason where that is aborted before. */
+  /** Show the field; returns when a key has been entered. Throws the signal's reason if it is aborted before. */
   ask(signal) {
     if (this.#form.hidden) {
-      this.#form.querySelector("[data-says]").textContent = savedKey()
-        ? "This key is not one of the server's. Another one:"
-        : "This server asks for an API key:";
+      this.#form.querySelector("[data-prompt]").textContent = savedKey()
+        ? "The server rejected this key. Enter another one:"
+        : "This server needs an API key:";
       this.#form.classList.toggle("wrong", savedKey() !== "");
       this.#form.hidden = false;
       this.#form.elements.key.select();
     }
-    if (signal) this.#form.elements.key.focus(); // somebody waits for it
+    if (signal) this.#form.elements.key.focus(); // an action of the user needs it
     return new Promise((resolve, reject) => {
       this.#waiting.push(resolve);
       signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
     });
   }
 
-  /** `events`, but a server that wants another key gets one. */
+  /** `events`, repeated with another key as long as the server answers 401. */
   async *events(path, options) {
     for (;;) {
       try {

@@ -1,27 +1,27 @@
-/** What this page knows of requests that it made itself: `/live` has numbers alone, and no text of anybody. */
+/** Names and texts of the requests made by this page. `/live` only has numbers, never text. */
 
 import { completionOf } from "./labels.js";
 
-const MOST_REQUESTS = 64; // that are remembered, the newest
+const MAX_REQUESTS = 64; // the newest are remembered
 
 export class Known {
   #requests = new Map(); // request id -> {name, pieces: one list for each completion}
-  #times = new Map(); // sequence id -> {first, last}: [t, outputs], by the server's clock
+  #times = new Map(); // sequence id -> {first, last}: [t, outputs], on the server's clock
 
-  /** This page has made a request. */
+  /** Remember a request of this page. */
   add(request, name) {
     if (this.#requests.has(request)) return;
     this.#requests.set(request, { name, pieces: [] });
     keepNewest(this.#requests);
   }
 
-  /** A piece of one of its answers has come, which is usually a token. */
+  /** Add a piece of the text of a completion; a piece is usually a token. */
   piece(request, index, text) {
     const pieces = this.#requests.get(request)?.pieces ?? [];
     (pieces[index] ??= []).push(text);
   }
 
-  /** Steps have come, and may not have been shown. */
+  /** Note the output counts of steps, whether they have been shown or not. */
   note(steps) {
     for (const { t, sequences } of steps) {
       for (const { id, outputs } of sequences.filter((sequence) => sequence.outputs)) {
@@ -31,13 +31,13 @@ export class Known {
     }
   }
 
-  /** Tokens a second of a request's first completion, as far as its steps have come; null where that is unknown. */
+  /** Tokens per second of a request's first completion, from the steps received so far; null if unknown. */
   speed(request) {
     const { first, last } = this.#times.get(request) ?? this.#times.get(`${request}/0`) ?? {};
     return first && last[0] > first[0] ? (last[1] - first[1]) / (last[0] - first[0]) : null;
   }
 
-  /** A sequence's name, and its text as far as its outputs go: the text may be ahead of what is shown. */
+  /** A sequence's name, and its text up to its number of outputs: the text may be ahead of the step that is shown. */
   of(sequence) {
     const request = this.#requests.get(sequence.request);
     if (!request) return { name: "another client", text: "" };
@@ -47,5 +47,5 @@ export class Known {
 }
 
 function keepNewest(map) {
-  if (map.size > MOST_REQUESTS) map.delete(map.keys().next().value);
+  if (map.size > MAX_REQUESTS) map.delete(map.keys().next().value);
 }

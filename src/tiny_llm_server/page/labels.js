@@ -1,24 +1,24 @@
 /**
- * What requests and sequences are called on the page: a letter and a hue for each request, and a number for each
- * of several completions.
+ * Names of requests and sequences on the page: a letter and a hue for each request, and a number for each of its
+ * completions if there are several.
  *
- * Invariant: requests that have not ended have different letters.
+ * Invariant: active requests have different letters.
  */
 
-const HUES = 12; // as many as style.css has
+const HUES = 12; // as many as style.css defines
 const LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ";
 
 export class Labels {
   #indices = new Map(); // by request id
   #next = 0;
 
-  /** Forget all names. */
+  /** Forget all letters. */
   clear() {
     this.#indices.clear();
     this.#next = 0;
   }
 
-  /** Give a letter to a sequence's request, if it has none. */
+  /** Give the request of a sequence a letter, if it has none. */
   add({ request }) {
     if (this.#indices.has(request)) return;
     const inUse = new Set(this.#indices.values());
@@ -28,8 +28,8 @@ export class Labels {
     this.#indices.set(request, index);
   }
 
-  /** A sequence has ended: once all of its request have, their letter may be used again. */
-  end({ request }, remaining) {
+  /** Note that a sequence has finished. Its letter is free once all sequences of its request have finished. */
+  finish({ request }, remaining) {
     if (!remaining.some((other) => other.request === request)) this.#indices.delete(request);
   }
 
@@ -39,7 +39,7 @@ export class Labels {
     return this.letter(sequence) + (index === null ? "" : index + 1);
   }
 
-  /** True for a completion that was forked from its request's first one. */
+  /** True for a completion that was forked from the first completion of its request. */
   isFork(sequence) {
     return (completionOf(sequence) ?? 0) > 0;
   }
@@ -55,7 +55,7 @@ export class Labels {
   }
 }
 
-/** Which of its request's completions a sequence is, 0 for the first; null where there is only one. */
+/** The index of a sequence among the completions of its request; null if there is only one. */
 export function completionOf({ id, request }) {
   return id === request ? null : Number(id.slice(request.length + 1)); // "request/0", "request/1", ...
 }

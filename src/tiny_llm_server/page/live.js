@@ -1,28 +1,28 @@
-/** The connection to `/live`: made again whenever it breaks, until the server says that there is none. */
+/** The connection to `/live`. It is restored whenever it breaks, unless the server has no such stream. */
 
 import { ApiError, events } from "./sse.js";
 
-const SOONEST = 500; // ms before another try; doubles up to LATEST
-const LATEST = 5000;
+const MIN_PAUSE = 500; // ms before the next attempt; doubles up to MAX_PAUSE
+const MAX_PAUSE = 5000;
 
 /**
- * Listen for ever, or until the server says that it has no such stream.
+ * Receive messages until the server answers that it has no such stream.
  *
- * onState: called with "connecting", "live", "loading" (the server is there, the model is not, or drains),
- * "lost", "off" (the server was started without it) or "no_blocks" (there is no pool), and what the server said.
- * askKey: returns when there is another key to try.
- * @param {{onMessage: (message: object) => void, onState: (state: string, said?: string) => void,
+ * onState: called with "connecting", "live", "loading" (the server is loading its model, or draining), "lost",
+ * "key" (a key is needed), "off" (the server runs without the live page) or "no_blocks" (it has no pool), and with the
+ * server's message, if any. askKey: returns when another key has been entered.
+ * @param {{onMessage: (message: object) => void, onState: (state: string, message?: string) => void,
  *          askKey: () => Promise<void>}} callbacks
  */
 export async function listen({ onMessage, onState, askKey }) {
-  let pause = SOONEST;
+  let pause = MIN_PAUSE;
   onState("connecting");
   for (;;) {
     try {
       for await (const message of events("live")) {
         if (message.type === "pool") onState("live");
         onMessage(message);
-        pause = SOONEST;
+        pause = MIN_PAUSE;
       }
       onState("lost");
     } catch (error) {
@@ -35,7 +35,7 @@ export async function listen({ onMessage, onState, askKey }) {
       }
     }
     await new Promise((resolve) => setTimeout(resolve, pause));
-    pause = Math.min(2 * pause, LATEST);
+    pause = Math.min(2 * pause, MAX_PAUSE);
   }
 }
 

@@ -1,4 +1,4 @@
-/** Wires the page: the stream to the pool, the pool to what draws it, and the controls to both. */
+/** Connects the parts of the page: the stream to the pool, the pool to its views, and the controls to both. */
 
 import { Announcer } from "./announcer.js";
 import { Grid } from "./blocks.js";
@@ -17,6 +17,9 @@ import { Requests } from "./requests.js";
 import { BlockTable } from "./tables.js";
 
 const find = (selector) => document.querySelector(selector);
+
+const DEMO_PACE = 5; // steps a second
+let isPaceChosen = false; // by the user; until then a load chooses it
 
 const [pool, playback, labels, known] = [new Pool(), new Playback(), new Labels(), new Known()];
 const [keyField, announcer, figures] = [new KeyField(), new Announcer(), new Figures(pool)];
@@ -37,25 +40,34 @@ const requests = new Requests(pool, labels, known, {
 });
 const ask = (path, options) => keyField.events(path, options);
 const chat = new Chat(ask, known, announcer);
-const demo = new Demo(pool, ask, known);
+const demo = new Demo(pool, ask, known, {
+  onStart: () => {
+    if (!isPaceChosen) setPace(DEMO_PACE);
+  },
+  onStop: () => {
+    if (!isPaceChosen) setPace(REAL_TIME);
+    if (playback.pace !== PAUSED) show(playback.catchUp());
+  },
+  hasShown: () => playback.behind === 0,
+});
 
 // The stream.
 
 const STATES = {
   connecting: "Connecting …",
-  key: "", // the form says it
-  loading: "The server takes no requests now: its model loads, or it is about to end. Trying again …",
+  key: "", // the form has the text
+  loading: "The server is loading its model or shutting down. Trying again …",
   lost: "The connection to the server is lost. Trying again …",
-  off: "This server does not show its pool (it runs with --no-live). The chat works.",
-  no_blocks: "This server has no pool of blocks (it runs with --batching dense). The chat works.",
+  off: "This server runs with --no-live: its pool is hidden. The chat works.",
+  no_blocks: "This server runs with --batching dense: it has no pool of blocks. The chat works.",
 };
 
 function showState(state) {
   document.body.dataset.live = state;
   demo.enable(pool.numBlocks > 0, state === "live");
   const { numBlocks, blockSize } = pool;
-  say("#status", state === "live" ? "Connected." : STATES[state]);
-  if (state === "live") say("#pool-size", `${numBlocks.toLocaleString("en")} blocks; each holds the keys and values of ${blockSize} tokens`);
+  setText("#status", state === "live" ? "Connected." : STATES[state]);
+  if (state === "live") setText("#pool-size", `${numBlocks.toLocaleString("en")} blocks, each for the keys and values of ${blockSize} tokens`);
 }
 
 function take(message) {
@@ -74,12 +86,12 @@ function take(message) {
   log.reset(message.t);
   figures.reset();
   grid.reset();
-  say("#model", pool.model);
+  setText("#model", pool.model);
   showState("live");
   drawRest();
 }
 
-// What is shown, and when.
+// The replay.
 
 let isScheduled = false;
 
@@ -91,7 +103,7 @@ function schedule() {
 }
 
 document.addEventListener("visibilitychange", () => {
-  isScheduled = false; // a page that nobody sees gets no animation frames
+  isScheduled = false; // a hidden page gets no animation frames
   schedule();
 });
 
@@ -114,7 +126,7 @@ function show(steps) {
     const events = changes.slice(-20).flatMap((change) => change.events);
     grid.update(blocks, new Map(events.map(([kind, block]) => [block, kind])));
     const remaining = [...pool.sequences.values()];
-    for (const change of changes) for (const ended of change.ended) labels.end(ended, remaining);
+    for (const change of changes) for (const sequence of change.ended) labels.finish(sequence, remaining);
     announcer.summarise(summary);
   }
   drawRest();
@@ -123,21 +135,21 @@ function show(steps) {
 function drawRest() {
   figures.update();
   drawFocus();
-  say("#behind", waits(playback));
+  setText("#behind", distance(playback));
   find("#catch-up").setAttribute("aria-disabled", playback.behind === 0);
 }
 
 function drawFocus() {
   requests.update(focus.chosen);
   table?.show(focus.sequence);
-  say("#detail", focus.detail);
+  setText("#detail", focus.detail);
 }
 
-/** How many steps have come and are not shown. */
-function waits({ behind, pace }) {
+/** How far the page is behind the engine. */
+function distance({ behind }) {
   if (!behind) return "";
   const steps = behind === 1 ? "1 step" : `${behind.toLocaleString("en")} steps`;
-  return pace === PAUSED ? `paused, ${steps} behind` : `${steps} behind`;
+  return `${steps} behind; the engine runs at full speed`;
 }
 
 function summary() {
@@ -147,31 +159,50 @@ function summary() {
     + `${stats.preemptions} preemptions.`;
 }
 
-function say(selector, text) {
+function setText(selector, text) {
   const element = find(selector);
   if (element.textContent !== text) element.textContent = text;
 }
 
 // The controls.
 
-find("#pace").addEventListener("change", ({ target }) => {
-  playback.pace = target.value === "real" ? REAL_TIME : Number(target.value);
+function setPace(pace) {
+  find(`#pace input[value='${pace === REAL_TIME ? "real" : pace}']`).checked = true;
+  playback.pace = pace;
   schedule();
+}
+
+find("#pace").addEventListener("change", ({ target }) => {
+  isPaceChosen = true;
+  setPace(target.value === "real" ? REAL_TIME : Number(target.value));
 });
 find("#one-step").addEventListener("click", () => {
-  find("#pace input[value='0']").checked = true;
-  playback.pace = PAUSED;
+  isPaceChosen = true;
+  setPace(PAUSED);
   show(playback.one());
 });
 find("#catch-up").addEventListener("click", () => show(playback.catchUp()));
-find("#stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
-});
-
-function stop() {
+  if (event.key !== "Escape") return;
   chat.stop();
   demo.stop();
+});
+
+// In a narrow window the pool comes first, on the screen and in the keyboard's order.
+
+const narrow = matchMedia("(max-width: 999px)");
+
+function arrange() {
+  const [main, chatPanel, poolPanel, messages] = ["main", ".chat", ".pool", "#messages"].map(find);
+  const [first, second] = narrow.matches ? [poolPanel, chatPanel] : [chatPanel, poolPanel];
+  if (first.nextElementSibling === second) return;
+  const { scrollTop } = messages;
+  if (first.contains(document.activeElement)) main.append(second); // an element that moves loses the focus
+  else main.prepend(first);
+  messages.scrollTop = scrollTop;
 }
+
+narrow.addEventListener("change", arrange);
+arrange();
 
 listen({ onMessage: take, onState: showState, askKey: () => keyField.ask() });

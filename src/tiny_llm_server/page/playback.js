@@ -1,50 +1,50 @@
-/** Steps that have come and have not been shown, and how fast they are shown. Knows nothing of the page. */
+/** A queue of steps that have been received and not shown yet, and the speed of the replay. Independent of the page. */
 
-/** Shown as they come. */
+/** Steps are shown when they arrive. */
 export const REAL_TIME = Infinity;
-/** Not shown until somebody asks. */
+/** Steps are only shown on request. */
 export const PAUSED = 0;
 
-const MOST_BEHIND = 20_000; // steps; more are shown at once, so that a forgotten tab does not fill the memory
+const MAX_BEHIND = 20_000; // steps; any more are shown at once, so that a forgotten tab does not fill the memory
 
 export class Playback {
   #steps = [];
   #shown = 0; // when the last step was due, in ms
 
   constructor() {
-    /** Steps a second, REAL_TIME or PAUSED. */
+    /** Steps per second, REAL_TIME or PAUSED. */
     this.pace = REAL_TIME;
   }
 
-  /** Steps that wait to be shown. */
+  /** The number of steps that have not been shown yet. */
   get behind() {
     return this.#steps.length;
   }
 
-  /** Steps have come. */
+  /** Add steps at the end. */
   push(steps) {
     for (const step of steps) this.#steps.push(step);
   }
 
-  /** Forget what has not been shown. */
+  /** Drop the steps that have not been shown. */
   clear() {
     this.#steps = [];
   }
 
   /**
-   * Take what is to be shown by now.
-   * @param {number} now in ms, by a clock that never goes back
+   * Remove and return the steps that are due.
+   * @param {number} now in ms, on a monotonic clock
    */
   due(now) {
-    return this.#take(Math.max(this.#numDue(now), this.behind - MOST_BEHIND));
+    return this.#take(Math.max(this.#numDue(now), this.behind - MAX_BEHIND));
   }
 
-  /** Take the next step, whatever the pace; none where none has come. */
+  /** Remove and return the next step at any pace: an array of one step, or of none. */
   one() {
     return this.#take(1);
   }
 
-  /** Take all. */
+  /** Remove and return all steps. */
   catchUp() {
     return this.#take(this.behind);
   }
@@ -53,7 +53,7 @@ export class Playback {
     if (this.pace === REAL_TIME) return this.behind;
     if (this.pace === PAUSED) return 0;
     const period = 1000 / this.pace;
-    // Who has waited for a step shows it at once; he has not saved up for more.
+    // After an idle time the next step is due at once, but the time does not count for more steps.
     if (!this.behind) this.#shown = now - period;
     this.#shown = Math.max(this.#shown, now - 4 * period);
     const count = Math.floor((now - this.#shown) / period);

@@ -1,14 +1,13 @@
 /**
- * The pool as `/live` tells of it: blocks, who holds them, sequences and their tables. Knows nothing of the page.
+ * The state of the pool, from the messages of `/live`: blocks, sequences and their block tables.
  *
- * Invariant: `blocks` has every block that is not free; `holdersOf(block)` are the sequences whose tables
- * have it.
+ * Invariant: `blocks` has every block that is not free; `holdersOf(block)` are the sequences with the block in a table.
  */
 
-/** @typedef {{holders: number, kept: boolean}} Block holders: tables; kept: by the prefix cache */
+/** @typedef {{holders: number, kept: boolean}} Block holders: number of tables; kept: it is in the prefix cache */
 
 /**
- * What a step has changed, for whoever draws it.
+ * The changes of a step, for drawing.
  * @typedef {{t: number, blocks: Set<number>, events: Array, tokens: number, admitted: object[],
  *            preempted: object[], ended: object[],
  *            copies: {from: number, to: number, holder: object}[]}} Change
@@ -24,14 +23,14 @@ export class Pool {
     this.stats = null;
     /** @type {Map<number, Block>} */
     this.blocks = new Map();
-    /** Sequences that have not ended, by id, in the order in which they came. @type {Map<string, object>} */
+    /** Active sequences by id, in order of arrival. @type {Map<string, object>} */
     this.sequences = new Map();
-    /** One more than the highest block that was ever in use. */
+    /** One more than the highest block that has ever been in use. */
     this.reached = 0;
     this.holders = new Map();
   }
 
-  /** Replace everything by what a "pool" message says. */
+  /** Replace the state by that of a "pool" message. */
   reset(message) {
     Object.assign(this, new Pool());
     this.numBlocks = message.num_blocks;
@@ -40,11 +39,11 @@ export class Pool {
     this.model = message.model;
     this.stats = message.stats;
     for (const [block, holders, kept] of message.blocks) this.#set(block, { holders, kept });
-    for (const sequence of message.sequences) this.#take(sequence, newChange(message.t));
+    for (const sequence of message.sequences) this.#update(sequence, newChange(message.t));
   }
 
   /**
-   * Take note of one step.
+   * Apply one step.
    * @returns {Change}
    */
   step(step) {
@@ -54,7 +53,7 @@ export class Pool {
       const kept = kind === "cached" || (kind !== "evicted" && (this.blocks.get(block)?.kept ?? false));
       this.#set(block, { holders, kept: kind === "freed" ? false : kept });
     }
-    for (const sequence of step.sequences) this.#take(sequence, change);
+    for (const sequence of step.sequences) this.#update(sequence, change);
     for (const [kind, to, , from] of step.events) {
       if (kind !== "copied") continue;
       const isHeld = (this.blocks.get(from)?.holders ?? 0) > 0;
@@ -65,12 +64,12 @@ export class Pool {
     return change;
   }
 
-  /** The sequences that hold a block, by their tables. */
+  /** The sequences with a block in one of their tables. */
   holdersOf(block) {
     return [...(this.holders.get(block) ?? [])].map((id) => this.sequences.get(id));
   }
 
-  /** Blocks from `first` on that are not free. */
+  /** The number of blocks from `first` on that are not free. */
   numInUseFrom(first) {
     let count = 0;
     if (this.reached > first) for (const block of this.blocks.keys()) count += block >= first;
@@ -83,16 +82,16 @@ export class Pool {
     this.reached = Math.max(this.reached, block + 1);
   }
 
-  #take(said, change) {
-    const before = this.sequences.get(said.id);
-    const now = { preempted: false, ...before, ...said };
-    now.tables = said.tables ?? before?.tables ?? [];
+  #update(update, change) {
+    const before = this.sequences.get(update.id);
+    const now = { preempted: false, ...before, ...update };
+    now.tables = update.tables ?? before?.tables ?? [];
     this.numTables = Math.max(this.numTables, now.tables.length);
-    if (said.tables) {
-      this.#forget(said.id, before?.tables ?? [], change);
-      this.#note(said.id, said.tables, change);
+    if (update.tables) {
+      this.#forget(update.id, before?.tables ?? [], change);
+      this.#note(update.id, update.tables, change);
     }
-    this.sequences.set(said.id, now);
+    this.sequences.set(update.id, now);
     if (now.state === "running" && before?.state !== "running") {
       change.admitted.push({ ...now, wasPreempted: now.preempted });
       now.preempted = false;

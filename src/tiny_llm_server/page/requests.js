@@ -1,11 +1,14 @@
-/** The table of requests: a line for each sequence that has not ended. */
+/** The table of requests: one row for each active sequence. */
 
 export class Requests {
   #body = document.querySelector("#requests");
   #none = document.querySelector("#no-requests");
-  #rows = new Map(); // sequence id -> {row, places, seen}
+  #rows = new Map(); // sequence id -> {row, fields, seen}
 
-  /** onPoint: called with the id of the sequence under the pointer or the focus, or null; onChoose: on a click. */
+  /**
+   * onPoint: called with the id of the sequence under the pointer or with the focus, or null.
+   * onChoose: called with the id of a sequence that is clicked.
+   */
   constructor(pool, labels, known, { onPoint, onChoose }) {
     this.pool = pool;
     this.labels = labels;
@@ -18,7 +21,7 @@ export class Requests {
     for (const name of ["pointerleave", "focusout"]) this.#body.addEventListener(name, () => onPoint(null));
   }
 
-  /** Draw what has changed. chosen: the id of the sequence whose table stays in sight. */
+  /** Redraw the rows that have changed. chosen: the id of the sequence whose block table stays in view. */
   update(chosen) {
     for (const [id, { row }] of this.#rows) {
       if (!this.pool.sequences.has(id)) {
@@ -34,16 +37,16 @@ export class Requests {
     const line = this.#rows.get(sequence.id) ?? this.#newRow(sequence);
     const { name, text } = this.known.of(sequence);
     const blocks = sequence.tables.reduce((sum, table) => sum + table.blocks.length, 0);
-    const [state, says, more] = stateOf(sequence);
-    const label = this.labels.of(sequence);
-    const texts = [label, name, tail(text), says, more, sequence.prompt, sequence.cached, sequence.outputs, blocks];
+    const [state, label, more] = stateOf(sequence);
+    const letter = this.labels.of(sequence);
+    const texts = [letter, name, tail(text), label, more, sequence.prompt, sequence.cached, sequence.outputs, blocks];
     const seen = `${texts.join("|")}|${isChosen}|${this.labels.hue(sequence)}`;
     if (seen === line.seen) return;
     line.seen = seen;
-    line.places.forEach((place, index) => setText(place, `${texts[index]}`));
-    const [button] = line.places;
+    line.fields.forEach((field, index) => setText(field, `${texts[index]}`));
+    const [button] = line.fields;
     button.className = `name h${this.labels.hue(sequence)}`;
-    button.setAttribute("aria-label", `Block table of ${label}`);
+    button.setAttribute("aria-label", `Block table of ${letter}`);
     button.setAttribute("aria-pressed", isChosen);
     line.row.dataset.state = state;
   }
@@ -59,7 +62,7 @@ export class Requests {
     const numbers = Array.from({ length: 4 }, () => element("td", { className: "number" }));
     row.append(head, what, state, ...numbers);
     this.#body.append(row);
-    const line = { row, places: [button, ...what.children, ...state.children, ...numbers], seen: "" };
+    const line = { row, fields: [button, ...what.children, ...state.children, ...numbers], seen: "" };
     this.#rows.set(sequence.id, line);
     return line;
   }
@@ -73,10 +76,10 @@ function twoLines(className) {
   return cell;
 }
 
-/** The end of a text, on one line: the cell is cut on the left, so marks keep its points where they are. */
+/** The end of a text, on one line. The cell is right-to-left to be cut on the left; marks keep punctuation in place. */
 const tail = (text) => `\u200e${text.slice(-60).replace(/\s+/g, " ")}\u200e`;
 
-/** A name for CSS, words, and more of them below. */
+/** The state of a sequence: a name for CSS, the text, and a second line. */
 function stateOf(sequence) {
   const blocks = sequence.host_blocks;
   if (sequence.state === "running") return ["running", sequence.outputs ? "running" : "prefill", ""];

@@ -1,12 +1,12 @@
 /**
- * Server-sent events over fetch, which can send a body and an API key; EventSource can send neither.
- * The key stays in this tab: it is kept in sessionStorage.
+ * Server-sent events over fetch, which can send a body and an API key, unlike EventSource. The key is stored in
+ * sessionStorage, so only this tab has it.
  */
 
 const KEY = "tiny-llm api key";
-const SILENCE = 60_000; // ms; the server sends a comment long before
+const TIMEOUT = 60_000; // ms without data; the server sends a comment much earlier
 
-/** An answer that is an error. status: HTTP's; 200 for one that came in the middle of a stream. */
+/** An error that the server answered with. status: the HTTP status; 200 for an error event in a stream. */
 export class ApiError extends Error {
   constructor(status, message, code = null) {
     super(message);
@@ -15,22 +15,22 @@ export class ApiError extends Error {
   }
 }
 
-/** Why an answer is not there, in words: the server's, or that there is no server. */
+/** The reason of an error for the user: the server's message, or that the connection is lost. */
 export const reasonOf = (error) =>
   error instanceof ApiError ? error.message : "the connection to the server is lost";
 
-/** The key that requests bring, or "". */
+/** The key that requests are sent with, or "". */
 export const savedKey = () => sessionStorage.getItem(KEY) ?? "";
 
-/** Let requests bring this key from now on. */
+/** Send requests with this key from now on. */
 export const saveKey = (key) => sessionStorage.setItem(KEY, key);
 
 /**
- * The events of one answer, each parsed from its JSON; ends at `[DONE]` or where the answer ends.
- * Raises `ApiError` for an error in OpenAI's shape, and what fetch raises where nobody answers.
+ * The events of a response, parsed from JSON, up to `[DONE]` or the end of the response.
+ * Throws `ApiError` for an error in OpenAI's format, and what fetch throws if there is no response.
  * @param {string} path relative to the page
  * @param {{body?: object, signal?: AbortSignal, onAccepted?: (id: string) => void}} options
- *   body: posted as JSON; none: a GET. onAccepted: called with the answer's id, before anything of it is there
+ *   body: sent as JSON by POST; without it, a GET. onAccepted: called with the request's id before its first event
  * @returns {AsyncGenerator<object>}
  */
 export async function* events(path, { body, signal, onAccepted } = {}) {
@@ -56,12 +56,12 @@ function request(body, signal) {
 }
 
 async function errorOf(response) {
-  const said = await response.json().catch(() => ({}));
-  const error = said.error ?? {};
+  const body = await response.json().catch(() => ({}));
+  const error = body.error ?? {};
   return new ApiError(response.status, error.message ?? `HTTP ${response.status}`, error.code ?? null);
 }
 
-/** The data of each event; comments and other fields are passed over. */
+/** The data of each event. Comments and other fields are ignored. */
 async function* messages(stream, watchdog) {
   let rest = "";
   for await (const text of texts(stream, watchdog)) {
@@ -74,13 +74,13 @@ async function* messages(stream, watchdog) {
   }
 }
 
-/** Pieces of the answer as they come. Who leaves early hangs up. */
+/** The text of a response as it arrives. Leaving the loop early closes the connection. */
 async function* texts(stream, watchdog) {
   const reader = stream.getReader();
   const decoder = new TextDecoder();
   try {
     for (;;) {
-      const timer = setTimeout(() => watchdog.abort(new Error("the server is silent")), SILENCE);
+      const timer = setTimeout(() => watchdog.abort(new Error("the server has sent nothing for a minute")), TIMEOUT);
       const { done, value } = await reader.read().finally(() => clearTimeout(timer));
       if (done) return;
       yield decoder.decode(value, { stream: true });

@@ -1,7 +1,7 @@
-/** One sequence's block table: logical blocks above, physical ones below, and arrows to the cells of the grid. */
+/** A sequence's block table: logical blocks above, physical blocks below, and arrows to the cells of the grid. */
 
 const SVG = "http://www.w3.org/2000/svg";
-const MOST_ARROWS = 160;
+const MAX_ARROWS = 160;
 
 export class BlockTable {
   #strip = document.querySelector("#block-table");
@@ -26,7 +26,7 @@ export class BlockTable {
     this.#strip.addEventListener("pointerleave", () => this.point(null));
   }
 
-  /** Show a sequence's table; null: nobody's. */
+  /** Show a sequence's table, or a hint if it is null. */
   show(sequence) {
     const seen = sequence
       ? `${sequence.id} ${this.labels.of(sequence)} ${sequence.state} ${sequence.host_blocks} `
@@ -41,20 +41,20 @@ export class BlockTable {
     this.layout();
   }
 
-  /** As high as it ever was at this width, so that the grid below stays where it is. */
+  /** Keep the greatest height at this width, so that the grid below does not move. */
   #keepHeight() {
     if (this.#strip.offsetWidth !== this.#width) this.#strip.style.minHeight = "";
     this.#width = this.#strip.offsetWidth;
     this.#strip.style.minHeight = `${this.#strip.offsetHeight}px`;
   }
 
-  /** Draw the arrows anew: cells or chips have moved. */
+  /** Redraw the arrows, because cells or chips have moved. */
   layout() {
     for (const cell of document.querySelectorAll("[data-pointed]")) delete cell.dataset.pointed;
     const paths = this.#sequence ? this.#paths() : [];
     this.#arrows.replaceChildren(...paths);
     const hue = this.#sequence ? ` h${this.labels.hue(this.#sequence)}` : "";
-    const isWrapped = this.#strip.clientHeight > 70; // in more than one row: arrows pass over chips
+    const isWrapped = this.#strip.clientHeight > 70; // in several rows: arrows cross chips
     this.#arrows.setAttribute("class", `arrows${hue}${isWrapped ? " many" : ""}`);
     this.point(this.#block);
   }
@@ -62,11 +62,12 @@ export class BlockTable {
   #rows(sequence) {
     const name = this.labels.of(sequence);
     const held = sequence.tables.filter((table) => table.blocks.length);
-    if (!held.length) return [note(`${name} holds no block of the pool${onHost(sequence)}.`)];
+    if (!held.length) return [note(`${name} uses no block of the pool${onHost(sequence)}.`)];
     return held.map((table, index) => {
       const row = element("div", "table-row");
       const which = held.length > 1 ? ` ${index + 1}` : "";
-      const head = element("div", "table-head", `Block table of ${name}${which}: its blocks, and which of the pool’s they are`);
+      const title = `Block table of ${name}${which}: logical blocks above, their blocks in the pool below`;
+      const head = element("div", "table-head", title);
       const chips = element("ol", "chips");
       chips.append(...table.blocks.map((block, place) => chip(table.first + place, block)));
       row.append(head, chips);
@@ -78,7 +79,7 @@ export class BlockTable {
     const box = this.#drawing.getBoundingClientRect();
     const strip = this.#strip.getBoundingClientRect();
     const view = this.#scroll.getBoundingClientRect();
-    const chips = [...this.#strip.querySelectorAll("[data-to]")].slice(0, MOST_ARROWS);
+    const chips = [...this.#strip.querySelectorAll("[data-to]")].slice(0, MAX_ARROWS);
     const pairs = [];
     for (const one of chips) {
       const cell = this.grid.cell(Number(one.dataset.to));
@@ -99,7 +100,7 @@ export class BlockTable {
     });
   }
 
-  /** Bring out the arrow to a block; null: none. */
+  /** Emphasize the arrow to a block; null: no arrow. */
   point(block) {
     this.#block = block === null ? null : `${block}`;
     for (const path of this.#arrows.children) path.classList.toggle("strong", path.dataset.to === this.#block);
@@ -109,15 +110,15 @@ export class BlockTable {
 function chip(logical, physical) {
   const item = element("li", "chip");
   item.dataset.to = physical;
-  item.title = `logical block ${logical} is block ${physical} of the pool`;
+  item.title = `logical block ${logical} is block ${physical} in the pool`;
   const arrow = element("span", "hidden", "→");
   item.append(element("span", "logical", `${logical}`), arrow, element("span", "physical", `${physical}`));
   return item;
 }
 
-const onHost = (sequence) => (sequence.host_blocks ? `; ${sequence.host_blocks} wait on the host` : "");
+const onHost = (sequence) => (sequence.host_blocks ? `; ${sequence.host_blocks} are in host memory` : "");
 const note = (text) => element("p", "hint", text);
-const emptyNote = () => note("Block tables appear here: point at a block, or choose a request.");
+const emptyNote = () => note("Point at a block, or select a request, to see its block table here.");
 
 function element(name, className, text = "") {
   return Object.assign(document.createElement(name), { className, textContent: text });

@@ -69,6 +69,6 @@ def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, 
 def log_probabilities(logits: mx.array) -> mx.array:
     shifted = logits - mx.max(logits)
     exponentials = mx.exp(shifted)
-    padded = mx.pad(exponentials, (0, -exponentials.size % SUMMED_AT_ONCE))
-    total = mx.sum(mx.sum(padded.reshape(-1, SUMMED_AT_ONCE), axis=1))
+    padded = mx.pad(exponentials, (0, -exponentials.size % SUM_GROUP_SIZE))
+    total = mx.sum(mx.sum(padded.reshape(-1, SUM_GROUP_SIZE), axis=1))
     return shifted - mx.log(total)

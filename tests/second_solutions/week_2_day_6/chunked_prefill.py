@@ -6,7 +6,7 @@ counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serv
 
 from collections.abc import Sequence as Seq
 
-from .batch_manager import wanted
+from .batch_manager import tokens_wanted
 from .step import Plan, Scheduled
 
 
@@ -43,7 +43,7 @@ def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
 
 
 def plan_chunks(running: Seq[S], budget: int) -> Plan[S]:
-    shares = share_budget([wanted(sequence) for sequence in running], budget)
+    shares = share_budget([tokens_wanted(sequence) for sequence in running], budget)
     return Plan(
         chunks=[
             Scheduled(sequence, sequence.num_computed, sequence.num_computed + share)

@@ -7,7 +7,7 @@ Source: Yu et al., "Orca" (OSDI 2022).
 
 import mlx.core as mx
 
-from .batch_manager import longest
+from .batch_manager import max_sequence_length
 from .chunked_prefill import plan_chunks
 from .flash_attention import flash_attention
 from .sampling_params import SamplingParams
@@ -42,7 +42,7 @@ class DenseBatchManager:
         params = params or SamplingParams()
         seq_ids = completion_ids(request_id, params.n)
         self._queues.refuse_id_in_use(request_id, seq_ids)
-        max_len = longest(tokens, params, request_id, self.max_seq_len, self.max_slots)
+        max_len = max_sequence_length(tokens, params, request_id, self.max_seq_len, self.max_slots)
         leader = Sequence(
             seq_id=seq_ids[0],
             request_id=request_id,

@@ -20,7 +20,7 @@ def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
 
 def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder]) -> list[BlockCopy]:
     holders = list(active_tables)
-    _check_all_are_here(allocator, holders)
+    _check_holders_complete(allocator, holders)
     if not holders:
         return []
     moved = moves_to_front(allocator)

@@ -7,7 +7,7 @@ the allocator, the pool and every table; knows nothing of sampling, of text, or 
 
 import mlx.core as mx
 
-from .batch_manager import longest
+from .batch_manager import max_sequence_length
 from .sampling_params import SamplingParams
 from .sequence import PagedSequence, completion_ids
 from .step import Plan, StepLogits
@@ -24,14 +24,14 @@ class PagedBatchManager:
         beam_search: bool = False,
     ) -> bool:
         params = SamplingParams() if params is None else params
-        max_len = longest(tokens, params, request_id, self._context, self._max_seqs)
+        max_len = max_sequence_length(tokens, params, request_id, self._context, self._max_seqs)
         self._queues.refuse_id_in_use(request_id, completion_ids(request_id, params.n))
         leader = self._new_leader(tokens, request_id, params, seed, max_len, is_beam=beam_search)
-        self._refuse_what_never_fits(leader)
+        self._reject_if_too_large(leader)
         self._queues.add(leader)
         return True
 
-    def give_memory_back(self) -> None:
+    def shrink_pool(self) -> None:
         num_blocks = self.allocator.num_blocks
         held = num_blocks - self.allocator.num_free
         in_use = held - self.prefix.num_idle
@@ -64,7 +64,7 @@ class PagedBatchManager:
         return logits
 
     def process_batch(self) -> StepLogits:
-        self.give_memory_back()
+        self.shrink_pool()
         plan = self._schedule()
         result = StepLogits(None, {})
         if not plan.is_empty:

@@ -15,7 +15,7 @@ class PrefixSharing:
         blocks = self.cache.match(self._stream(sequence, stop), first, stop)
         for block in blocks:
             self.cache.share(sequence.table, block, self.block_size)
-        sequence.note_shared(len(blocks) * self.block_size)
+        sequence.add_shared_tokens(len(blocks) * self.block_size)
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
         index = sequence.num_computed // self.block_size

@@ -44,7 +44,7 @@ class WindowedTable:
         return blocks
 
     def physical_indices(self) -> list[int]:
-        return [NOWHERE] * (self.start // self.block_size) + self.blocks
+        return [NO_BLOCK] * (self.start // self.block_size) + self.blocks
 
 
 def windowed_attention(

@@ -50,7 +50,7 @@ class WindowedPrefixSharing:
         hit = self.longest_hit(streams, first, stop)
         for group, (table, stream) in enumerate(zip(sequence.tables, streams, strict=True)):
             self.share_hit(group, table, stream, first, hit)
-        sequence.note_shared((hit - first) * self.block_size)
+        sequence.add_shared_tokens((hit - first) * self.block_size)
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
         first, stop = start // self.block_size, sequence.num_computed // self.block_size

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from time import monotonic, perf_counter
 
 from .delivery import Listener
-from .inbox import draining
+from .inbox import draining_error
 from .output_processor import RequestState
 from .token_output import TokenOutput
 
@@ -82,7 +82,7 @@ class EngineLoop:
 
     def drain(self, timeout: float | None, drained: Future[None]) -> None:
         if self.refusal is None:
-            self.refusal = draining
+            self.refusal = draining_error
         self._drained.append(drained)
         if timeout is not None:
             self._deadline = min(self._deadline, monotonic() + timeout)

@@ -1,30 +1,58 @@
-"""The figures of `bench serve` for people, with their units; the names are those of the JSON."""
+"""The figures of the benchmarks for people, each with its unit; the names are those of the JSON."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from .render import as_table, with_units
 from .serve_load import lengths
 
 UNITS = {
     "completed": "requests",
     "failed": "requests",
     "duration": "s",
-    "total_input_tokens": "tok",
-    "total_output_tokens": "tok",
-    "request_throughput": "req/s",
-    "output_throughput": "tok/s",
-    "total_token_throughput": "tok/s",
+    "total_input_tokens": "tokens",
+    "total_output_tokens": "tokens",
+    "request_throughput": "requests/s",
+    "output_throughput": "tokens/s",
+    "total_token_throughput": "tokens/s",
 }
 KINDS = ("mean", "median", "std", "p99")
 
 
+def as_latency_table(result: Mapping[str, Any]) -> str:
+    """The median of each figure, its extremes, and the conditions of the run."""
+    rows = {
+        "decode": ("decode_tokens_per_s", "tokens/s"),
+        "prefill": ("prefill_tokens_per_s", "tokens/s"),
+        "ttft": ("ttft_ms", "ms"),
+    }
+    count = result["run"]["repetitions"]
+    lines = [
+        f"{title:<9}{_number(result[name]):>10} {unit:<10}"
+        f"({_number(result[f'{name}_min'])} to {_number(result[f'{name}_max'])})"
+        for title, (name, unit) in rows.items()
+    ]
+    heading = f"Median (smallest to largest) of {count} run{'s' if count > 1 else ''}:"
+    return "\n".join([heading, *lines, "", as_table(with_units(result["run"]))])
+
+
+def as_throughput_table(result: Mapping[str, Any]) -> str:
+    """The totals, a row of times for each of vLLM's four, and the conditions of the run."""
+    rows = [_row(name, result) for name in UNITS]
+    return "\n".join([*rows, "", *_times(result), "", as_table(with_units(result["run"]))])
+
+
 def as_serve_table(result: Mapping[str, Any]) -> str:
-    """What was run, its figures, and a row of times for each of vLLM's four."""
+    """The load, the totals, and a row of times for each of vLLM's four."""
     notes = {"total_output_tokens": " (chunks with text: no usage)"} if _is_counted(result) else {}
-    rows = [f"{name:<24}{_number(result[name])} {unit}{notes.get(name, '')}" for name, unit in UNITS.items()]
+    rows = [_row(name, result) + notes.get(name, "") for name in UNITS]
     errors = [f"{'':<24}{count:,} x {text}" for text, count in result["error_counts"].items()]
     failed = list(UNITS).index("failed") + 1
     return "\n".join([*_title(result), "", *rows[:failed], *errors, *rows[failed:], "", *_times(result)])
+
+
+def _row(name: str, result: Mapping[str, Any]) -> str:
+    return f"{name:<24}{_number(result[name])} {UNITS[name]}"
 
 
 def _is_counted(result: Mapping[str, Any]) -> bool:
@@ -32,8 +60,8 @@ def _is_counted(result: Mapping[str, Any]) -> bool:
 
 
 def _title(result: Mapping[str, Any]) -> list[str]:
-    """Two lines: where and how much, and the rest of what the figures depend on."""
-    run, end = result["run"], "ignored" if result["run"]["ignore_eos"] else "heeded"
+    """Two lines: the server and the load, then the rest of what the figures depend on."""
+    run, end = result["run"], "ignored" if result["run"]["ignore_eos"] else "stops answers"
     tokens_in, tokens_out = (
         _span(lengths(run[f"random_{which}_len"], run["random_range_ratio"])) for which in ("input", "output")
     )
@@ -48,7 +76,7 @@ def _title(result: Mapping[str, Any]) -> list[str]:
 def _pace(result: Mapping[str, Any]) -> str:
     most, rate = result["max_concurrency"], result["request_rate"]
     limits = [] if most is None else [f"{most:,} at a time"]
-    return ", ".join(limits + ([] if rate == "inf" else [f"{rate:g} req/s"])) or "all at once"
+    return ", ".join(limits + ([] if rate == "inf" else [f"{rate:g} requests/s"])) or "all at once"
 
 
 def _span(tokens: range) -> str:

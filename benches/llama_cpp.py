@@ -1,9 +1,9 @@
-"""One stream beside llama.cpp: the same model file, threads and lengths, in turns, in one run.
+"""How fast is one stream compared with llama.cpp? Same model file and threads, interleaved runs.
 
-llama.cpp is measured by its own `llama-bench`, which is not installed with this project: give its path.
-Prefill is a prompt of 512 tokens; decode is 128 tokens after a prompt of one token, as llama-bench does it,
-and, with `--depth`, 32 tokens after so many. tiny-llm runs with activations of 16 bits, its default, and of
-8 bits, which llama.cpp has.
+llama.cpp is measured with its own `llama-bench`, which is not installed with this project: give its path.
+"prefill" is a prompt of 512 tokens. "decode" is 128 tokens after a prompt of one token, as in llama-bench.
+With `--depth N`, "decode at N" is 32 tokens after a context of N tokens. tiny-llm runs with 16-bit
+activations, its default, and with 8-bit activations, which llama.cpp uses.
 """
 
 import json
@@ -20,10 +20,10 @@ from tiny_llm import LLM, SamplingParams
 PREFILL, DECODE = 512, 128
 
 
-def ours(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
-    """Tokens per second: of the prompt for one output token, else of the outputs after the first.
+def measure_tiny_llm(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
+    """Tokens per second: prompt tokens if max_tokens is 1, else output tokens after the first.
 
-    A prompt's keys and values are found again under the same salt only.
+    A prompt is found in the prefix cache only under the salt that it was computed with.
     """
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, cache_salt=salt)
     start = time.perf_counter()
@@ -33,8 +33,10 @@ def ours(llm: LLM, prompt: Sequence[int], max_tokens: int, salt: str) -> float:
     return (max_tokens - 1) / (moments[-1] - moments[0])
 
 
-def theirs(llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: int, depth: int) -> float:
-    """llama-bench's own tokens per second for one repetition."""
+def measure_llama_cpp(
+    llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: int, depth: int
+) -> float:
+    """Tokens per second of one repetition, as llama-bench reports them."""
     lengths = ["-p", str(prompt_tokens), "-n", str(output_tokens), "-d", str(depth), "-r", "1"]
     threads = ["-t", str(tiny_llm_kernels.num_threads())]
     command = [str(llama_bench), "-m", str(model), *lengths, *threads, "-o", "json"]
@@ -44,7 +46,7 @@ def theirs(llama_bench: Path, model: Path, prompt_tokens: int, output_tokens: in
 
 
 class Job(NamedTuple):
-    """Tokens of the prompt and of the output that are timed, behind `depth` tokens that are not."""
+    """Prompt tokens and output tokens that are timed, after `depth` context tokens that are not."""
 
     prompt: int
     outputs: int
@@ -52,16 +54,16 @@ class Job(NamedTuple):
 
 
 def compare(llms: dict[str, LLM], job: Job, llama_bench: Path, repetitions: int) -> dict[str, Any]:
-    """All engines in turns: each one's figures, and ours as ratios to llama.cpp's."""
+    """Measure all engines, interleaved: tokens per second of each, and our ratios to llama.cpp."""
     tokens = [1000 + 37 * i % 30_000 for i in range(job.depth or job.prompt or 1)]
-    most = job.outputs + 1 if job.outputs else 1
+    max_tokens = job.outputs + 1 if job.outputs else 1
     for llm in llms.values():
-        ours(llm, tokens, most, "")  # warm up
+        measure_tiny_llm(llm, tokens, max_tokens, "")  # warm up
     path, runs = next(iter(llms.values())).model_path, []
     for repetition in range(repetitions):
-        salt = "" if job.depth else f"run {repetition}"  # only what is timed must be computed anew
-        run = {name: ours(llm, tokens, most, salt) for name, llm in llms.items()}
-        runs.append({**run, "llama.cpp": theirs(llama_bench, path, *job)})
+        salt = "" if job.depth else f"run {repetition}"  # a timed prompt must not come from the cache
+        run = {name: measure_tiny_llm(llm, tokens, max_tokens, salt) for name, llm in llms.items()}
+        runs.append({**run, "llama.cpp": measure_llama_cpp(llama_bench, path, *job)})
     return {
         "tokens_per_s": {name: harness.summary([run[name] for run in runs]) for name in runs[0]},
         "ratio": {name: harness.summary([run[name] / run["llama.cpp"] for run in runs]) for name in llms},
@@ -69,23 +71,25 @@ def compare(llms: dict[str, LLM], job: Job, llama_bench: Path, repetitions: int)
 
 
 def main() -> None:
-    """Print every engine's medians and the ratios of the runs."""
+    """Print the median tokens per second of every engine, and the ratios."""
     options = harness.parser(__doc__ or "")
     options.add_argument("--llama-bench", type=Path, required=True, help="path of llama.cpp's llama-bench")
-    options.add_argument("--depth", type=int, default=0, help="also decode behind so many tokens")
+    options.add_argument(
+        "--depth", type=int, default=0, help="also decode after a context of this many tokens"
+    )
     args = options.parse_args()
     llms = {f"{bits} bits": LLM(activation_bits=bits, max_num_seqs=1) for bits in (16, 8)}
     jobs = {"prefill": Job(PREFILL, 0), "decode": Job(0, DECODE)}
     if args.depth:
         jobs[f"decode at {args.depth}"] = Job(0, 32, args.depth)
     rows = {name: compare(llms, job, args.llama_bench, args.repetitions) for name, job in jobs.items()}
-    lines = [f"{'':16}{'engine':>10}{'tok/s':>8}{'ratio':>7}"]
+    lines = [f"{'':16}{'engine':>10}{'tok/s':>8}{'ratio':>7} (min to max)"]
     for name, row in rows.items():
         for engine, figures in row["tokens_per_s"].items():
             ratio = row["ratio"].get(engine)
             shown = f"{ratio['median']:>7.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
             lines.append(f"{name:16}{engine:>10}{figures['median']:>8.1f}{shown}")
-    harness.show({"benchmark": "beside_llama_cpp", "rows": rows}, as_json=args.json, text="\n".join(lines))
+    harness.show({"benchmark": "llama_cpp", "rows": rows}, as_json=args.json, text="\n".join(lines))
 
 
 if __name__ == "__main__":

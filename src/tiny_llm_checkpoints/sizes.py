@@ -1,0 +1,22 @@
+"""Numbers of bytes as people read them."""
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+_EXACT = 10 * 1024
+
+
+def shown_bytes(nbytes: int) -> str:
+    """A number of bytes in the largest unit of 1024 that it fills, to three digits or more.
+
+    Below 10 KiB only whole KiB are not shown in bytes: there, a few bytes can be what is wrong.
+
+    >>> shown_bytes(8191), shown_bytes(536_870_912), shown_bytes(25_276_502_016)
+    ('8,191 bytes', '512 MiB', '23.5 GiB')
+    """
+    if nbytes < _EXACT and nbytes % 1024:
+        return f"{nbytes:,} byte{'s' if nbytes > 1 else ''}"
+    value, unit = float(nbytes), 0
+    while round(value, 2) >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    digits = 0 if unit == 0 else max(0, 3 - len(str(int(value))))
+    text = f"{value:,.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {_UNITS[unit]}"

@@ -1,0 +1,171 @@
+"""Explains a wrong command line in one line: the value, what is expected, and the option that was meant."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from typer.exceptions import TyperException
+
+if TYPE_CHECKING:
+    from typer._click import Context, Parameter
+
+# What other programs call an option: llama.cpp's and mlx-lm's names, and ollama's.
+_OTHER_NAMES = {
+    "--alias": "--served-model-name",
+    "--batch-size": "--max-num-batched-tokens",
+    "--cache-type-k": "--kv-cache-dtype",
+    "--cache-type-v": "--kv-cache-dtype",
+    "--context-length": "--max-model-len",
+    "--ctx-size": "--max-model-len",
+    "--gpu-memory-utilization": "--kv-cache-memory",
+    "--hf-repo": "--model",
+    "--input-file": "--file",
+    "--max-new-tokens": "--max-tokens",
+    "--n-predict": "--max-tokens",
+    "--num-ctx": "--max-model-len",
+    "--num-predict": "--max-tokens",
+    "--output-file": "--output",
+    "--parallel": "--max-num-seqs",
+    "--predict": "--max-tokens",
+    "--reverse-prompt": "--stop",
+    "--system-prompt": "--system",
+}
+_MAX_GUESSES = 3
+_LIKENESS = 0.75  # of two names without dashes, from 0 to 1
+
+
+class OptionError(TyperException):
+    """An option has a value that cannot work. The message names the option and the limit."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, ctx: "Context | None" = None) -> None:
+        super().__init__(message)
+        self.ctx = ctx
+
+
+def is_about_options(error: ValueError) -> bool:
+    """Whether an error of the engine is about a value that came from the command line."""
+    from tiny_llm import ConfigError, SamplingParamsError
+
+    return isinstance(error, ConfigError | SamplingParamsError)
+
+
+def with_option_names(message: str, params: Iterable["Parameter"]) -> str:
+    """The message with each field that it names as the option that sets it.
+
+    `num_blocks` becomes `--num-blocks` wherever it is a word of the message, a name of one word only at the
+    start: `seed must be ...`, because it may be an ordinary word elsewhere.
+    """
+    for field, option in _option_of_field(params).items():
+        start = "" if "_" in field else "^"
+        pattern = rf"{start}(?<![\w/.'\"-]){field}(?![\w/.'\"-])"
+        message = re.sub(rf"{pattern}='(\w+)'", rf"{option} \1", message)
+        message = re.sub(pattern, option, message)
+    return message
+
+
+# Options that do not have the name of their field.
+_OTHER_FIELDS = {
+    "stop_token_id": "stop_token_ids",
+    "include_stop": "include_stop_str_in_output",
+    "show_special_tokens": "skip_special_tokens",
+}
+
+
+def _option_of_field(params: Iterable["Parameter"]) -> dict[str, str]:
+    found = {}
+    for param in params:
+        option = _long_name(param)
+        if option is not None and param.name is not None:
+            found[_OTHER_FIELDS.get(param.name, param.name)] = option
+    return found
+
+
+def _long_name(param: "Parameter") -> str | None:
+    return next((option for option in param.opts if option.startswith("--")), None)
+
+
+def explain(error: TyperException) -> str:
+    """One line about a command line that cannot be parsed, or about an option's value."""
+    context = getattr(error, "ctx", None)
+    return _explained(error, context).removesuffix(".") + (
+        "" if context is None else f" (see `{context.command_path} --help`)"
+    )
+
+
+def _explained(error: TyperException, context: Any) -> str:
+    name = getattr(error, "option_name", None)
+    if name is not None and context is not None and hasattr(error, "possibilities"):
+        return _after_the_command(str(name), context) or _unknown_option(
+            str(name), context.command.get_params(context)
+        )
+    if name is not None and "requires" in error.message:
+        return f"{name} needs a value"
+    if extra := re.fullmatch(r"Got unexpected extra argument\S* \((.*)\)", error.message, re.DOTALL):
+        return f"unexpected argument {extra[1]!r}: quote a prompt that has spaces"
+    param = getattr(error, "param", None)
+    if param is not None and _is_number(param):
+        return f"{_long_name(param) or param.opts[0]} must be {_wanted(param.type)}, not {_value(error)}"
+    hint = getattr(error, "param_hint", None) or (None if param is None else _long_name(param))
+    return f"{hint}: {error.message}" if hint and error.message else error.format_message()
+
+
+def _after_the_command(name: str, context: Any) -> str | None:
+    """What to say of an option that stands before the command it belongs to; None if no command has it."""
+    for command, found in getattr(context.command, "commands", {}).items():
+        if any(name in param.opts for param in found.params):
+            return f"{name} goes after the command: `{context.command_path} {command} {name} ...`"
+    return None
+
+
+def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:
+    known = [option for param in params for option in (*param.opts, *param.secondary_opts)]
+    if name == "--prompt" and name not in known:
+        return "there is no option --prompt: give the prompt as an argument"
+    if not name.startswith("--") and any(param.param_type_name == "argument" for param in params):
+        return f"there is no option {name}: put -- in front of a prompt that starts with -"
+    guesses = list(_guesses(name, [option for option in known if option.startswith("--")]))[:_MAX_GUESSES]
+    if not guesses:
+        return f"there is no option {name}"
+    return f"there is no option {name}; did you mean {' or '.join(guesses)}?"
+
+
+def _guesses(name: str, known: list[str]) -> Iterator[str]:
+    """The options that a name may stand for. An option that differs only in spelling is the only guess."""
+    plain = _letters(name)
+    by_letters = {_letters(option): option for option in known}
+    other = {_letters(one): option for one, option in _OTHER_NAMES.items() if option in known}
+    if plain in by_letters:
+        yield by_letters[plain]
+    elif plain in other:
+        yield other[plain]
+    elif longer := [option for letters, option in by_letters.items() if letters.startswith(plain)]:
+        yield from longer
+    else:
+        for letters in get_close_matches(plain, by_letters, _MAX_GUESSES, _LIKENESS):
+            yield by_letters[letters]
+
+
+def _letters(option: str) -> str:
+    """An option's name in lower case, without dashes and underscores."""
+    return re.sub(r"[-_]", "", option).lower()
+
+
+def _is_number(param: "Parameter") -> bool:
+    return param.type.name in ("int", "int range", "float", "float range")
+
+
+def _wanted(kind: Any) -> str:
+    """What a number must be: `a whole number from 0 to 65535`."""
+    wanted = "a whole number" if kind.name.startswith("int") else "a number"
+    least, most = getattr(kind, "min", None), getattr(kind, "max", None)
+    if least is not None and most is not None:
+        return f"{wanted} from {least:g} to {most:g}"
+    return wanted if least is None else f"{wanted} of at least {least:g}"
+
+
+def _value(error: TyperException) -> str:
+    """The value that a message is about, which it starts with: `'abc' is not a valid int`."""
+    return error.message.partition(" is not ")[0]

@@ -1,0 +1,17 @@
+"""Finds the labs of a day: the files `labs/lab_NAME.py` whose docstring starts with the day's id."""
+
+import ast
+
+from .repo import Repo
+from .units import Day
+
+PREFIX = "lab_"
+
+
+def labs_of(repo: Repo, day: Day) -> list[str]:
+    """The names of a day's labs, such as `trap`, which `pdm run lab trap` runs."""
+    return [
+        file.stem.removeprefix(PREFIX)
+        for file in sorted(repo.labs.glob(f"{PREFIX}*.py"))
+        if (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").startswith(f"{day.id}: ")
+    ]
