@@ -188,8 +188,8 @@ def test_each_rows_top_k_masks_its_own_tokens() -> None:
 
 
 # tiny-llm's sampler
-def test_top_p_after_top_k_renormalises() -> None:
-    """Of 0.4, 0.3, 0.2, 0.1 top-k 2 leaves 0.57 and 0.43: top-p 0.5 keeps one, and unrenormalised two."""
+def test_top_p_after_top_k_renormalizes() -> None:
+    """Of 0.4, 0.3, 0.2, 0.1 top-k 2 leaves 0.57 and 0.43: top-p 0.5 keeps one, and unrenormalized two."""
     row = mx.log(mx.array([0.4, 0.3, 0.2, 0.1]))
     params = SamplingParams(top_k=2, top_p=0.5)
     assert {sample_token(row, params, 1, index).item() for index in range(200)} == {0}

@@ -233,7 +233,7 @@ def test_a_biased_draw_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_fair(SamplingParams(), 4000)
 
 
-def test_a_forgotten_renormalisation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_renormalization_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Top-p on the probabilities before top-k would keep more than it should."""
     monkeypatch.setattr(sampler, "keep_top_k", lambda logits, k: logits)
     with twins(), pytest.raises(AssertionError):

@@ -56,7 +56,7 @@ def sdk(served: Served) -> Iterator[openai.OpenAI]:
 
 def documented(section: str, endpoint: str) -> set[str]:
     """Return the fields that a section lists for an endpoint."""
-    [text] = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
+    [text] = re.findall(rf"^### {section}$(.*?)(?=^##|\Z)", DOCUMENT, re.MULTILINE | re.DOTALL)
     rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| `")]
     place = 2 if section == "Accepted at one value" else 1
     other = "completions" if endpoint == "chat" else "chat"
@@ -80,9 +80,9 @@ def test_the_document_lists_the_fields_of_the_schema(endpoint: str) -> None:
 def test_every_field_of_openai_is_documented(endpoint: str, params: Any) -> None:
     known = set(get_type_hints(params.CompletionCreateParamsStreaming))
     sections = ("Supported", "Accepted without effect", "Accepted at one value")
-    [refused] = re.findall(r"^## Refused$(.*?)(?=^## )", DOCUMENT, re.MULTILINE | re.DOTALL)
+    [rejected] = re.findall(r"^### Rejected$(.*?)(?=^##)", DOCUMENT, re.MULTILINE | re.DOTALL)
     listed = {name for section in sections for name in documented(section, endpoint)}
-    assert known <= listed | set(re.findall(r"`(\w+)`", refused))
+    assert known <= listed | set(re.findall(r"`(\w+)`", rejected))
 
 
 # Fields without effect.

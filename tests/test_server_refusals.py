@@ -1,6 +1,6 @@
 """Requests that the HTTP API refuses, with errors in OpenAI's format: fields, bodies, abuse of HTTP.
 
-Refusing one client does not affect others, and fields that request the default behavior are accepted.
+Refusing one client does not affect others, and fields that request the default behaviour are accepted.
 """
 
 import json

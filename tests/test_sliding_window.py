@@ -245,7 +245,7 @@ class Texts:
         rng = np.random.default_rng(seed)
         self.window, self.size = window, size
         self.layout = PageLayout((LayerGroup((0,), window),), block_size, max(lengths))
-        self.allocator = BlockAllocator(sum(map(self.layout.most_blocks, lengths)) + 2)
+        self.allocator = BlockAllocator(sum(map(self.layout.max_blocks, lengths)) + 2)
         shape = (self.allocator.num_blocks, HKV, block_size, size)
         self.keys, self.values = (mx.full(shape, mx.nan, dtype) for _ in range(2))
         self.tables = [self.layout.tables(self.allocator)[0] for _ in lengths]
@@ -375,7 +375,7 @@ class Layers:
         self.windows, self.lengths, self.block_size = windows, lengths, block_size
         groups = group_layers(windows)
         self.layout = PageLayout(groups, block_size, 16)
-        num_blocks = sum(map(self.layout.most_blocks, lengths))
+        num_blocks = sum(map(self.layout.max_blocks, lengths))
         self.allocator = BlockAllocator(num_blocks)
         self.pool = KVPool(num_blocks, block_size, HKV, D, layers_per_block(groups), dtype)
         self.tables = [self.layout.tables(self.allocator) for _ in lengths]
@@ -558,7 +558,7 @@ def test_a_block_holds_the_layers_of_one_group(windows: tuple[int | None, ...], 
     assert KVPool.for_model(config, 5, 16, mx.float16).nbytes == 5 * layers * layer_bytes
     for memory in (layers * layer_bytes, 10 * layers * layer_bytes + 1, 11 * layers * layer_bytes - 1):
         assert EngineConfig(kv_cache_memory=memory).pool_blocks(config, 2) == memory // (layers * layer_bytes)
-    with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes} bytes"):
+    with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes // 1024} KiB"):
         EngineConfig(kv_cache_memory=layers * layer_bytes - 1).pool_blocks(config, 2)
     assert EngineConfig(num_blocks=77).pool_blocks(config, 2) == 77
 

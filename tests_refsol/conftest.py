@@ -1,4 +1,4 @@
-"""What pytest needs to know before it imports a suite: where its further files are, and what they are."""
+"""Set up pytest for the suites: import paths, assertion rewriting and the order of the tests."""
 
 import re
 import sys
@@ -14,13 +14,13 @@ pytest.register_assert_rewrite(*sorted(file.parent.name for file in HERE.glob("*
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let all suites run without compiled kernels: the engine's warning is no error there."""
+    """Let all suites run without compiled kernels: ignore the engine's warning."""
     config.addinivalue_line("filterwarnings", "ignore:no compiled kernels:RuntimeWarning")
 
 
 @pytest.fixture
 def compiled() -> None:
-    """Skip a test about compiled kernels where there are none, and say why."""
+    """Skip a test of compiled kernels if they are missing, and say why."""
     from tiny_llm.kernels import kernel_info
 
     if not kernel_info().available:
@@ -28,12 +28,12 @@ def compiled() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run a day's tests in the order of its tasks, whichever file they are in: `-x` stops at the first."""
+    """Sort a day's tests by task, across its files, so that `-x` stops at the first failing task."""
     days = list(dict.fromkeys(item.path for item in items))
     items.sort(key=lambda item: (days.index(item.path), _task_of(item.name)))
 
 
 def _task_of(name: str) -> int:
-    """The number of the task that a test is about; 0 where its name says none."""
+    """The number of a test's task, 0 if its name has none."""
     match = TASK.match(name)
     return int(match[1]) if match else 0

@@ -16,7 +16,7 @@ from common.matrices import matrix
 from common.numpy_oracles import numpy_attention, numpy_rope
 from common.toy_arrays import column, random_qkv
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+# The suite runs with and without compiled kernels; the warning about missing ones does not concern this day.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
 
 
@@ -55,7 +55,9 @@ def test_task_1_scores_are_multiplied_by_the_scale() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 2), (6, 2), (6, 3), (9, 3), (4, 1)])
 @pytest.mark.parametrize(("batch", "length", "total"), [(1, 1, 1), (1, 1, 7), (2, 5, 5), (3, 2, 4)])
-def test_task_1_shapes(heads: int, kv_heads: int, batch: int, length: int, total: int) -> None:
+def test_task_1_each_query_head_reads_the_key_and_value_head_of_its_group(
+    heads: int, kv_heads: int, batch: int, length: int, total: int
+) -> None:
     """Oracle: NumPy in float64: query head h reads key and value head h // (H / Hkv)."""
     q, k, v = random_qkv(1, (batch, heads, length, 8), (batch, kv_heads, total, 8))
     out = grouped_query_attention(mx.array(q), mx.array(k), mx.array(v), 0.4)
@@ -74,7 +76,7 @@ def test_task_1_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("length", "total"), [(6, 6), (2, 6), (1, 6)])
-def test_task_1_causal_attention_is_mlx_own(length: int, total: int) -> None:
+def test_task_1_causal_attention_matches_mlx(length: int, total: int) -> None:
     """Oracle: mx.fast.scaled_dot_product_attention, which groups heads in the same way."""
     q, k, v = (mx.array(x) for x in random_qkv(4, (2, 9, length, 16), (2, 3, total, 16)))
     mask = mx.array(numpy_causal_mask(length, total))
@@ -84,21 +86,21 @@ def test_task_1_causal_attention_is_mlx_own(length: int, total: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (2, 4), (9, 4)])
-def test_task_1_heads_that_do_not_share_evenly_are_refused(heads: int, kv_heads: int) -> None:
-    """Oracle: the docstring: ValueError where H is no multiple of Hkv."""
+def test_task_1_query_heads_that_kv_heads_do_not_divide_are_rejected(heads: int, kv_heads: int) -> None:
+    """Oracle: the docstring: ValueError if H is not a multiple of Hkv."""
     q, k, v = (mx.array(x) for x in random_qkv(5, (1, heads, 2, 8), (1, kv_heads, 2, 8)))
     with pytest.raises(ValueError):
         grouped_query_attention(q, k, v, 1.0)
 
 
-def test_task_1_a_context_of_whole_sequences_attends_with_it() -> None:
-    """Oracle: by hand: of 2, 4 and 9 the means so far are 2, 3 and 5; without a mask all would be 5."""
+def test_task_1_no_cache_context_attends_causally() -> None:
+    """Oracle: by hand: the running means of 2, 4 and 9 are 2, 3 and 5; without a mask all are 5."""
     out = NoCacheContext(3, 1.0).attend(0, column(1, 1, 1), column(0, 0, 0), column(2, 4, 9))
     np.testing.assert_allclose(np.array(out).ravel(), [2, 3, 5], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 2, 2), (2, 4, 2), (3, 6, 2), (2, 4, 1)])
-def test_task_1_heads_in_groups_and_several_sequences_in_a_context(
+def test_task_1_no_cache_context_handles_grouped_heads_and_several_sequences(
     batch: int, heads: int, kv_heads: int
 ) -> None:
     """Oracle: NumPy in float64, causal."""
@@ -142,7 +144,7 @@ class Weights:
 
 
 def random_weights(seed: int, heads: int, kv_heads: int, size: int, width: int) -> Weights:
-    """A layer over a stream of `width` values, strong enough that scores differ."""
+    """A layer for a residual stream of `width` values, with weights large enough that scores differ."""
     rng = np.random.default_rng(seed)
     rows = [heads * size, kv_heads * size, kv_heads * size]
     q, k, v = (rng.normal(size=(n, width)) * 1.5 / width**0.5 for n in rows)
@@ -166,7 +168,7 @@ def numpy_project(weights: Weights, x: np.ndarray, positions: np.ndarray) -> lis
 
 
 def plain_layer(heads: int, kv_heads: int, size: int, layer: int = 0) -> Attention:
-    """A layer that changes nothing: projections are the identity, and rotation has no angle."""
+    """A layer that changes nothing: its projections are the identity and its rotation angles are 0."""
     return Attention(
         layer=layer,
         num_heads=heads,
@@ -201,8 +203,11 @@ def test_task_2_the_projection_holds_all_queries_then_all_keys_then_all_values()
     np.testing.assert_allclose(v[:, 0], x[:, :, 10:12], rtol=1e-6)
 
 
-def test_task_2_queries_and_keys_are_rotated_by_the_positions_given_and_values_are_not() -> None:
-    """Oracle: by hand: a quarter turn per position, at positions 2 and 5; 0 and 1 are the mistake."""
+def test_task_2_queries_and_keys_are_rotated_by_the_given_positions_and_values_are_not() -> None:
+    """Oracle: by hand: a quarter turn per position, at positions 2 and 5.
+
+    Common mistake: positions 0 and 1.
+    """
     x = mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2])
     found = quarter_turns().project(x, mx.array([2, 5], mx.int32))
     q, k, v = (np.array(heads).reshape(2, 2) for heads in (found.q, found.k, found.v))
@@ -215,10 +220,10 @@ def test_task_2_queries_and_keys_are_rotated_by_the_positions_given_and_values_a
     ("heads", "kv_heads", "size", "width"), [(1, 1, 8, 8), (2, 2, 4, 8), (4, 2, 8, 32), (9, 3, 8, 24)]
 )
 @pytest.mark.parametrize("positions", [[0], [0, 1, 2, 3], [7, 3, 3]])
-def test_task_2_heads_of_random_weights(
+def test_task_2_projected_heads_match_numpy(
     heads: int, kv_heads: int, size: int, width: int, positions: list[int]
 ) -> None:
-    """Oracle: NumPy in float64, one matrix after the other, also where H * D is not E."""
+    """Oracle: NumPy in float64, one matrix after the other, also if H * D is not E."""
     weights = random_weights(21, heads, kv_heads, size, width)
     x = np.random.default_rng(22).normal(size=(2, len(positions), width)).astype(np.float32)
     found = weights.layer().project(mx.array(x), mx.array(positions, mx.int32))
@@ -228,12 +233,12 @@ def test_task_2_heads_of_random_weights(
         np.testing.assert_allclose(np.array(out), oracle, rtol=1e-3, atol=1e-4)
 
 
-def test_task_2_queries_and_keys_are_normalised_before_they_are_rotated(
+def test_task_2_queries_and_keys_are_normalized_before_they_are_rotated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: by hand: the query (1, 2) times (10, 1), then a quarter turn. Rotated first, it is (-20, 1).
+    """Oracle: by hand: the query (1, 2) times (10, 1), then a quarter turn. Rotating first gives (-20, 1).
 
-    `rms_norm` is day 1.4's; a multiplication by the weight stands in for it.
+    `rms_norm` is day 1.4's; a multiplication by the weight replaces it here.
     """
     monkeypatch.setattr("tiny_llm.grouped_attention.rms_norm", lambda x, weight, eps: x * weight)
     layer = replace(quarter_turns(), q_norm=mx.array([10.0, 1.0]), k_norm=mx.array([1.0, 100.0]))
@@ -258,7 +263,7 @@ def test_task_2_the_projection_may_have_a_bias() -> None:
 
 @dataclass
 class FakeContext:
-    """A context that notes what it is given, and gives back what it was made with, or else the queries."""
+    """A context that records what it is given and returns `result`, or the queries if that is None."""
 
     positions: mx.array
     result: mx.array | None = None
@@ -273,7 +278,7 @@ class FakeContext:
 
 
 def numpy_layer(weights: Weights, x: np.ndarray) -> np.ndarray:
-    """The whole layer in float64, over whole sequences x [B, L, E]."""
+    """The whole layer in float64, for whole sequences x [B, L, E]."""
     length = x.shape[1]
     q, k, v = numpy_project(weights, x, np.arange(length))
     out = numpy_attention(q, k, v, weights.size**-0.5, numpy_causal_mask(length, length))  # [B, H, L, D]
@@ -286,8 +291,8 @@ def run_layer(layer: Attention, x: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def test_task_3_one_token_gives_its_own_value() -> None:
-    """Oracle: by hand: a single token has weight 1 on itself, so that its value comes out, projected back."""
+def test_task_3_a_single_token_outputs_its_projected_value() -> None:
+    """Oracle: by hand: a single token has weight 1 on itself, so the output is its projected value."""
     layer = replace(
         plain_layer(heads=1, kv_heads=1, size=2),
         qkv_proj=matrix(np.array([[5, 0], [0, 5], [7, 0], [0, 7], [1, 0], [0, 2]])),  # q, k, v: two rows each
@@ -297,8 +302,11 @@ def test_task_3_one_token_gives_its_own_value() -> None:
     np.testing.assert_allclose(out, [[[30, 11]]], rtol=1e-5)
 
 
-def test_task_3_the_context_gets_the_heads_at_its_own_positions() -> None:
-    """Oracle: by hand: a quarter turn per position, at positions 2 and 5; 0 and 1 are the mistake."""
+def test_task_3_heads_are_rotated_by_the_positions_of_the_context() -> None:
+    """Oracle: by hand: a quarter turn per position, at positions 2 and 5.
+
+    Common mistake: positions 0 and 1.
+    """
     context = FakeContext(mx.array([2, 5], mx.int32))
     quarter_turns()(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2]), context)
     q, k, v = (x.reshape(2, 2) for x in context.given)
@@ -307,8 +315,8 @@ def test_task_3_the_context_gets_the_heads_at_its_own_positions() -> None:
     np.testing.assert_allclose(v, [[5, 6], [5, 6]], rtol=1e-5)
 
 
-def test_task_3_heads_lie_side_by_side_when_they_are_projected_back() -> None:
-    """Oracle: by hand: the value 100 b + 10 h + l for each head, so that a row is its heads in order."""
+def test_task_3_heads_are_concatenated_before_the_output_projection() -> None:
+    """Oracle: by hand: each head holds 100 b + 10 h + l, so a row lists its heads in order."""
     b, h, token, _ = np.ogrid[:2, :3, :4, :2]
     result = np.broadcast_to(100 * b + 10 * h + token, (2, 3, 4, 2)).astype(np.float32)
     context = FakeContext(mx.arange(4, dtype=mx.int32), mx.array(result))
@@ -319,7 +327,7 @@ def test_task_3_heads_lie_side_by_side_when_they_are_projected_back() -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 5])
-def test_task_3_the_context_is_told_the_layer(layer: int) -> None:
+def test_task_3_the_context_gets_the_number_of_the_layer(layer: int) -> None:
     """Oracle: by hand: a cache finds its keys by this number."""
     context = FakeContext(mx.arange(2, dtype=mx.int32))
     plain_layer(heads=2, kv_heads=1, size=2, layer=layer)(mx.zeros((1, 2, 8)), context)
@@ -331,10 +339,10 @@ def test_task_3_the_context_is_told_the_layer(layer: int) -> None:
     [(1, 1, 8, 8), (2, 2, 4, 8), (4, 2, 8, 32), (9, 3, 8, 24), (4, 1, 8, 20)],
 )
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 6), (3, 4)])
-def test_task_3_the_whole_layer(
+def test_task_3_the_whole_layer_matches_numpy(
     heads: int, kv_heads: int, size: int, width: int, batch: int, length: int
 ) -> None:
-    """Oracle: NumPy in float64, with rotation, also where H * D is not E."""
+    """Oracle: NumPy in float64, with rotation, also if H * D is not E."""
     weights = random_weights(9, heads, kv_heads, size, width)
     x = np.random.default_rng(10).normal(size=(batch, length, width)).astype(np.float32)
     out = run_layer(weights.layer(), x)
@@ -342,7 +350,7 @@ def test_task_3_the_whole_layer(
     np.testing.assert_allclose(out, numpy_layer(weights, x), rtol=1e-3, atol=1e-4)
 
 
-def test_task_3_the_whole_layer_of_mlx_own_operators() -> None:
+def test_task_3_the_whole_layer_matches_mlx_operators() -> None:
     """Oracle: mx.fast.rope and mx.fast.scaled_dot_product_attention."""
     weights = random_weights(11, heads=6, kv_heads=2, size=16, width=40)
     x = mx.random.normal((2, 7, 40), key=mx.random.key(12))
@@ -357,15 +365,15 @@ def test_task_3_the_whole_layer_of_mlx_own_operators() -> None:
     np.testing.assert_allclose(out, np.array(oracle), rtol=1e-3, atol=1e-4)
 
 
-def test_task_3_the_matrix_behind_attention_may_have_a_bias() -> None:
-    """Oracle: by hand: with zeros for queries, keys and values the bias comes out."""
+def test_task_3_the_output_projection_may_have_a_bias() -> None:
+    """Oracle: by hand: if queries, keys and values are zeros, the output is the bias."""
     layer = plain_layer(heads=2, kv_heads=1, size=2)
     biased = replace(layer, o_proj=BiasedLinear(layer.o_proj, mx.array([1.0, 2.0, 3.0, 4.0])))
     np.testing.assert_allclose(run_layer(biased, np.zeros((1, 2, 8), np.float32)), [[[1, 2, 3, 4]] * 2])
 
 
-def test_task_3_a_later_token_changes_nothing_before_it() -> None:
-    """Oracle: the same tokens with another one at the end."""
+def test_task_3_a_later_token_does_not_affect_earlier_tokens() -> None:
+    """Oracle: the same tokens with a different last token."""
     weights = random_weights(17, heads=4, kv_heads=2, size=8, width=16)
     x = np.random.default_rng(18).normal(size=(1, 6, 16)).astype(np.float32)
     other = x.copy()

@@ -16,7 +16,7 @@ from tiny_llm.stacked_linear import stack
 
 from common.matrices import matrix
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+# The suite runs with and without compiled kernels; the warning about missing ones does not concern this day.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
 
 
@@ -35,14 +35,14 @@ def test_task_1_a_row_is_divided_by_the_root_of_its_mean_square() -> None:
     np.testing.assert_allclose(np.array(out), [[0.2, 1.4]], rtol=1e-5)
 
 
-def test_task_1_each_value_has_a_weight() -> None:
+def test_task_1_each_value_is_multiplied_by_its_weight() -> None:
     """Oracle: by hand: (0.2, 1.4) times (10, -5)."""
     out = rms_norm(mx.array([[1.0, 7.0]]), mx.array([10.0, -5.0]), 0.0)
     np.testing.assert_allclose(np.array(out), [[2, -7]], rtol=1e-5)
 
 
 def test_task_1_eps_is_added_under_the_root() -> None:
-    """Oracle: by hand: 25 and 11 is 36, whose root is 6. Added behind the root it gives 5 and 11."""
+    """Oracle: by hand: 25 and 11 is 36, whose root is 6. If it is added after the root, 5 + 11."""
     out = rms_norm(mx.array([[1.0, 7.0]]), mx.ones(2), 11.0)
     np.testing.assert_allclose(np.array(out), [[1 / 6, 7 / 6]], rtol=1e-5)
 
@@ -52,7 +52,7 @@ def test_task_1_a_row_of_zeros_stays_zero() -> None:
     np.testing.assert_array_equal(np.array(rms_norm(mx.zeros((2, 4)), mx.ones(4), 1e-5)), np.zeros((2, 4)))
 
 
-def test_task_1_a_row_of_one_value_is_its_sign() -> None:
+def test_task_1_a_row_of_one_value_becomes_its_sign() -> None:
     """Oracle: by hand: x / sqrt(x^2)."""
     out = rms_norm(mx.array([[3.0], [-0.5]]), mx.ones(1), 0.0)
     np.testing.assert_allclose(np.array(out), [[1], [-1]], rtol=1e-5)
@@ -61,7 +61,7 @@ def test_task_1_a_row_of_one_value_is_its_sign() -> None:
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (8, 8), (1, 1, 64), (2, 3, 5), (2, 4, 3, 16)])
 @pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.1])
 def test_task_1_the_norm_runs_over_the_last_axis(shape: tuple[int, ...], eps: float) -> None:
-    """Oracle: NumPy in float64. A sum for the mean, or another axis, is the mistake that this finds."""
+    """Oracle: NumPy in float64. Common mistakes: a sum instead of the mean, another axis."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=shape).astype(np.float32)
     weight = rng.normal(size=shape[-1]).astype(np.float32)
@@ -71,8 +71,8 @@ def test_task_1_the_norm_runs_over_the_last_axis(shape: tuple[int, ...], eps: fl
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
-def test_task_1_small_and_large_rows(size: float) -> None:
-    """Oracle: mx.fast.rms_norm. In small rows eps counts."""
+def test_task_1_small_and_large_rows_match_mlx(size: float) -> None:
+    """Oracle: mx.fast.rms_norm. In small rows eps matters."""
     x = mx.random.normal((4, 96), key=mx.random.key(2)) * size
     weight = mx.random.uniform(0.5, 2.0, (96,), key=mx.random.key(3))
     out, oracle = rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)
@@ -80,11 +80,13 @@ def test_task_1_small_and_large_rows(size: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_task_1_the_result_has_the_type_of_x(dtype: mx.Dtype) -> None:
+def test_task_1_the_output_has_the_dtype_of_x(dtype: mx.Dtype) -> None:
     """Oracle: the docstring."""
     x = mx.random.normal((2, 8), key=mx.random.key(4)).astype(dtype)
     assert rms_norm(x, mx.ones(8, dtype), 1e-5).dtype == dtype
-    assert rms_norm(x, mx.ones(8), 1e-5).dtype == dtype, "a weight in float32 changes nothing about it"
+    assert rms_norm(x, mx.ones(8), 1e-5).dtype == dtype, (
+        "a float32 weight must not change the dtype of the output"
+    )
 
 
 def test_task_1_the_mean_of_half_precision_values_is_taken_in_float32() -> None:
@@ -95,8 +97,8 @@ def test_task_1_the_mean_of_half_precision_values_is_taken_in_float32() -> None:
     np.testing.assert_allclose(np.array(out.astype(mx.float32)), expected, rtol=4e-3)
 
 
-class Remembering:
-    """A context that keeps the queries and keys that it is given; all tokens stand at position 0."""
+class RecordingContext:
+    """A context that records the queries and keys that it is given; all tokens are at position 0."""
 
     def __init__(self, length: int) -> None:
         self.positions = mx.zeros(length, mx.int32)
@@ -104,13 +106,16 @@ class Remembering:
         self.queries = self.keys = mx.array([])
 
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Gives back nothing of use."""
+        """Return zeros: the tests look only at the recorded arrays."""
         self.queries, self.keys = q, k
         return mx.zeros(q.shape)
 
 
-def test_task_1_an_attention_layer_with_norms_normalises_each_head_with_its_own() -> None:
-    """Oracle: NumPy in float64. A rotation by position 0 changes nothing: what arrives is normalised only."""
+def test_task_1_attention_normalizes_each_query_head_and_each_key_head() -> None:
+    """Oracle: NumPy in float64.
+
+    Rotation by position 0 changes nothing, so the context gets normalized heads.
+    """
     rng = np.random.default_rng(15)
     stacked, x = rng.normal(size=(32, 16)), rng.normal(size=(2, 5, 16))
     q_norm, k_norm = rng.uniform(0.3, 2.0, size=(2, 8))
@@ -126,7 +131,7 @@ def test_task_1_an_attention_layer_with_norms_normalises_each_head_with_its_own(
         k_norm=mx.array(k_norm.astype(np.float32)),
         eps=1e-5,
     )
-    context = Remembering(5)
+    context = RecordingContext(5)
     mx.eval(layer(mx.array(x.astype(np.float32)), context))
     heads = (x @ stacked.T).reshape(2, 5, 4, 8).swapaxes(1, 2)
     normed = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-5)
@@ -148,11 +153,11 @@ def random_vector(seed: int, size: int) -> mx.array:
 
 
 def check_stack(*parts: LinearLike, inputs: int = 8) -> LinearLike:
-    """Assert that the stack of these gives their outputs side by side, each as it is alone; the stack."""
+    """Assert that the stack's output is the outputs of its parts, concatenated; return the stack."""
     x = mx.random.normal((2, 3, inputs), key=mx.random.key(99))
-    alone = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
+    separate = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
     stacked = stack(parts)
-    np.testing.assert_allclose(np.array(stacked(x)), alone, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.array(stacked(x)), separate, rtol=1e-5, atol=1e-5)
     return stacked
 
 
@@ -164,25 +169,25 @@ def test_task_2_outputs_of_the_first_part_come_first() -> None:
 
 @pytest.mark.parametrize("sizes", [(4,), (4, 4), (6, 2, 2), (1, 5)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_task_2_dense_matrices_of_one_type_become_one(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Oracle: each matrix by itself. A weight that is converted on the way costs memory."""
+def test_task_2_dense_matrices_of_one_dtype_become_one(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
+    """Oracle: each matrix called separately. Converting a weight on the way costs memory."""
     stacked = check_stack(*(random_matrix(seed, size, 8, dtype) for seed, size in enumerate(sizes)))
     assert isinstance(stacked, Linear)
     assert stacked.weight.shape == (sum(sizes), 8)
     assert stacked.weight.dtype == dtype
 
 
-def test_task_2_matrices_of_different_types_are_left_as_they_are() -> None:
-    """Oracle: each matrix by itself, bit for bit: a weight in another type would give other numbers."""
+def test_task_2_matrices_of_different_dtypes_are_not_merged() -> None:
+    """Oracle: each matrix called separately, bit for bit: converting a weight would change the result."""
     parts = random_matrix(1, 4, 8), random_matrix(2, 4, 8, mx.float16)
     assert not isinstance(check_stack(*parts), Linear)
     x = mx.random.normal((1, 8), key=mx.random.key(3))
-    alone = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
-    np.testing.assert_array_equal(np.array(stack(parts)(x)), alone)
+    separate = np.concatenate([np.array(part(x)) for part in parts], axis=-1)
+    np.testing.assert_array_equal(np.array(stack(parts)(x)), separate)
 
 
-def test_task_2_matrices_with_a_bias_become_one_with_a_bias() -> None:
-    """Oracle: each matrix by itself. The mistake: biases added up, or only the first part's."""
+def test_task_2_matrices_with_a_bias_become_one_matrix_with_a_bias() -> None:
+    """Oracle: each matrix called separately. Common mistakes: summed biases, only the first bias."""
     parts = [
         BiasedLinear(random_matrix(seed, size, 8), random_vector(seed, size))
         for seed, size in enumerate((4, 2, 2))
@@ -194,14 +199,14 @@ def test_task_2_matrices_with_a_bias_become_one_with_a_bias() -> None:
 
 
 def test_task_2_a_matrix_with_a_bias_and_one_without_work_together() -> None:
-    """Oracle: each matrix by itself."""
+    """Oracle: each matrix called separately."""
     biased = BiasedLinear(random_matrix(1, 4, 8), random_vector(2, 4))
     check_stack(biased, random_matrix(3, 4, 8))
     check_stack(random_matrix(3, 4, 8), biased)
 
 
-def test_task_2_a_matrix_of_a_form_of_its_own_is_called() -> None:
-    """Oracle: each matrix by itself. Whatever can be called like a matrix is one."""
+def test_task_2_any_callable_matrix_can_be_stacked() -> None:
+    """Oracle: each matrix called separately. Every object with the methods of a matrix is one."""
 
     class Doubling:
         def __call__(self, x: mx.array) -> mx.array:
@@ -215,15 +220,15 @@ def test_task_2_a_matrix_of_a_form_of_its_own_is_called() -> None:
 
 
 def packed_matrix(seed: int, outputs: int, bits: int) -> PackedLinear:
-    """A quantized matrix of 64 inputs in the form of the compiled kernels."""
+    """A quantized matrix of 64 inputs in the layout of the compiled kernels."""
     weight = mx.random.normal((outputs, 64), key=mx.random.key(seed)).astype(mx.float16)
     packed = compiled_kernel("pack")(*mx.quantize(weight, group_size=32, bits=bits), group_size=32, bits=bits)
     return PackedLinear(packed, 64, outputs, bits)
 
 
 @pytest.mark.usefixtures("compiled")
-def test_task_2_matrices_of_the_compiled_kernels_become_one_where_they_fit_together() -> None:
-    """Oracle: each matrix by itself. Matrices of the embedded model that are called one by one cost time."""
+def test_task_2_packed_matrices_of_equal_bits_become_one() -> None:
+    """Oracle: each matrix called separately. Calling the embedded model's matrices one by one costs time."""
     one = check_stack(packed_matrix(1, 32, 4), packed_matrix(2, 16, 4), packed_matrix(3, 16, 4), inputs=64)
     assert isinstance(one, PackedLinear)
     assert one.out_features == 64
@@ -236,8 +241,8 @@ def test_task_2_matrices_of_the_compiled_kernels_become_one_where_they_fit_toget
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_task_2_the_first_pass_does_not_copy_the_weights(biased: bool) -> None:
-    """Oracle: by hand: 16 MiB of weights. What is not evaluated before is copied in the first pass, all at
-    once."""
+    """Oracle: by hand: 16 MiB of weights. Weights that are not evaluated before are copied in the first
+    pass, all at once."""
 
     def part(seed: int) -> LinearLike:
         dense = random_matrix(seed, 1024, 512)
@@ -253,8 +258,8 @@ def test_task_2_the_first_pass_does_not_copy_the_weights(biased: bool) -> None:
     assert mib < 20, f"{mib:.0f} MiB at the peak"
 
 
-def test_task_2_joined_biases_are_evaluated() -> None:
-    """Oracle: by hand: evaluating them once more takes no memory. Joined later, 2 MiB would be added."""
+def test_task_2_the_joined_bias_is_evaluated_at_once() -> None:
+    """Oracle: by hand: evaluating it again takes no memory. Joining lazily would add 2 MiB."""
     parts = [BiasedLinear(random_matrix(seed, 2**18, 1), random_vector(seed, 2**18)) for seed in range(2)]
     mx.eval([(part.bias, part(mx.zeros((1, 1)))) for part in parts])
     stacked = stack(parts)
@@ -273,26 +278,26 @@ def numpy_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
-def test_task_3_a_gate_of_zero_lets_nothing_through() -> None:
+def test_task_3_a_gate_of_zero_gives_zero() -> None:
     """Oracle: by hand: 0 times one half."""
     np.testing.assert_array_equal(np.array(swiglu(mx.zeros(2), mx.array([5.0, -5.0]))), [0, 0])
 
 
-def test_task_3_a_gate_of_ln_3() -> None:
-    """Oracle: by hand: sigmoid(ln 3) is 3/4, so 4 becomes 3 ln 3. A plain sigmoid for a gate gives 3."""
+def test_task_3_the_gate_is_multiplied_by_its_sigmoid() -> None:
+    """Oracle: by hand: sigmoid(ln 3) is 3/4, so 4 becomes 3 ln 3. A gate that is only a sigmoid gives 3."""
     out = swiglu(mx.array([np.log(3.0)]), mx.array([4.0]))
     np.testing.assert_allclose(np.array(out), [3 * np.log(3)], rtol=1e-5)
 
 
 def test_task_3_the_first_argument_is_the_gate() -> None:
-    """Oracle: by hand: -ln 3 / 4 times 2. The other way round it is -1.93."""
+    """Oracle: by hand: -ln 3 / 4 times 2. Swapped arguments give -1.93."""
     out = swiglu(mx.array([-np.log(3.0)]), mx.array([2.0]))
     np.testing.assert_allclose(np.array(out), [-np.log(3) / 2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (2, 5), (2, 3, 48)])
-def test_task_3_values_follow_the_formula(shape: tuple[int, ...]) -> None:
-    """Oracle: NumPy in float64. gelu in place of silu is the mistake that this finds."""
+def test_task_3_values_match_the_formula(shape: tuple[int, ...]) -> None:
+    """Oracle: NumPy in float64. Common mistake: gelu instead of silu."""
     rng = np.random.default_rng(5)
     gate, up = (rng.normal(size=shape, scale=2.0).astype(np.float32) for _ in range(2))
     out = swiglu(mx.array(gate), mx.array(up))
@@ -300,8 +305,8 @@ def test_task_3_values_follow_the_formula(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(np.array(out), numpy_swiglu(gate, up), rtol=1e-4, atol=1e-5)
 
 
-def test_task_3_gates_far_from_zero_are_open_or_shut() -> None:
-    """Oracle: by hand: silu(100) is 100, silu(-100) is 0. exp(100) by 1 + exp(100) is nan in float32."""
+def test_task_3_gates_far_from_zero_do_not_overflow() -> None:
+    """Oracle: by hand: silu(100) is 100, silu(-100) is 0. exp(100) / (1 + exp(100)) is nan in float32."""
     out = swiglu(mx.array([100.0, -100.0]), mx.array([0.5, 0.5]))
     np.testing.assert_allclose(np.array(out), [50, 0], rtol=1e-5, atol=1e-6)
 
@@ -322,22 +327,25 @@ def random_matrices(seed: int, width: int, inner: int) -> list[np.ndarray]:
     return [(rng.normal(size=shape) * 2 / shape[1] ** 0.5).astype(np.float32) for shape in shapes]
 
 
-def test_task_4_one_value() -> None:
-    """Oracle: by hand: gate ln 3 and up 4 give 3 ln 3, and down doubles it. With up for gate it is 8.63."""
+def test_task_4_one_value_passes_gate_up_and_down() -> None:
+    """Oracle: by hand: gate ln 3 and up 4 give 3 ln 3, and down doubles it.
+
+    Swapping gate and up gives 8.63.
+    """
     mlp = MLP(gate_up_proj=matrix(np.array([[1.0], [4 / np.log(3)]])), down_proj=matrix(np.array([[2.0]])))
     out = mlp(mx.array([[[np.log(3.0)]]]))
     np.testing.assert_allclose(np.array(out), [[[6 * np.log(3)]]], rtol=1e-5)
 
 
 def test_task_4_the_first_half_of_the_stack_is_the_gate() -> None:
-    """Oracle: by hand: gates 100 and 0, ups 3 and 5. Every other row as a gate is the mistake."""
+    """Oracle: by hand: gates 100 and 0, ups 3 and 5. Common mistake: every other row as a gate."""
     mlp = MLP(gate_up_proj=matrix(np.array([[100], [0], [3], [5]])), down_proj=matrix(np.eye(2)))
     np.testing.assert_allclose(np.array(mlp(mx.array([[[1.0]]]))), [[[300, 0]]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "inner"), [(1, 4), (8, 8), (8, 24), (32, 96), (24, 8)])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 6), (3, 4)])
-def test_task_4_the_whole_network(width: int, inner: int, batch: int, length: int) -> None:
+def test_task_4_the_whole_network_matches_numpy(width: int, inner: int, batch: int, length: int) -> None:
     """Oracle: NumPy in float64."""
     gate, up, down = random_matrices(6, width, inner)
     x = np.random.default_rng(7).normal(size=(batch, length, width)).astype(np.float32)
@@ -346,19 +354,19 @@ def test_task_4_the_whole_network(width: int, inner: int, batch: int, length: in
     np.testing.assert_allclose(np.array(out), numpy_mlp(x, gate, up, down), rtol=1e-3, atol=1e-4)
 
 
-def test_task_4_tokens_do_not_see_each_other() -> None:
-    """Oracle: each token alone."""
+def test_task_4_each_token_is_computed_independently() -> None:
+    """Oracle: each token computed separately."""
     gate, up, down = random_matrices(8, 8, 24)
     mlp = MLP(gate_up_proj=matrix(np.concatenate([gate, up])), down_proj=matrix(down))
     x = mx.random.normal((2, 3, 8), key=mx.random.key(9))
-    alone = [[np.array(mlp(x[b : b + 1, i : i + 1]))[0, 0] for i in range(3)] for b in range(2)]
-    np.testing.assert_allclose(np.array(mlp(x)), alone, rtol=1e-5, atol=1e-5)
+    separate = [[np.array(mlp(x[b : b + 1, i : i + 1]))[0, 0] for i in range(3)] for b in range(2)]
+    np.testing.assert_allclose(np.array(mlp(x)), separate, rtol=1e-5, atol=1e-5)
 
 
 def test_task_4_projections_may_have_a_bias() -> None:
     """Oracle: NumPy in float64: a bias is one more column, for an input that is always 1.
 
-    A network calls its matrices, whatever they are; one that reads `.weight` loses the bias.
+    A network must call its matrices; one that reads `.weight` loses the bias.
     """
     gate, up, down = random_matrices(10, 8, 24)
     x = np.random.default_rng(11).normal(size=(2, 3, 8)).astype(np.float32)

@@ -1,7 +1,7 @@
 """Day 1.5: the block and the model.
 
 When it passes, you have a whole decoder: token ids in, logits out, its weights from a checkpoint. The
-embedded model runs on it, and knows the capital of France.
+embedded model runs on it and predicts " Paris" after "The capital of France is".
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_checkpoints.model_config import ModelConfig
 from tiny_llm_checkpoints.readers import read_checkpoint
 
-# The suite runs with and without compiled kernels; the warning that there are none is not this day's matter.
+# The suite runs with and without compiled kernels; the warning about missing ones does not concern this day.
 pytestmark = pytest.mark.filterwarnings("ignore:no compiled kernels:RuntimeWarning")
 
 CONFIG = ModelConfig(
@@ -38,18 +38,18 @@ CONFIG = ModelConfig(
     intermediate_size=40,
     vocab_size=50,
     max_position_embeddings=64,
-    rms_norm_eps=0.1,  # large, so that a wrong one shows
+    rms_norm_eps=0.1,  # large, so that a wrong eps changes the logits
     tie_word_embeddings=False,
 )
 CONFIGS = {
-    "own output matrix": CONFIG,
+    "separate output matrix": CONFIG,
     "tied embedding": replace(CONFIG, tie_word_embeddings=True),
     "three layers, one kv head": replace(CONFIG, num_hidden_layers=3, num_key_value_heads=1),
     "norms of queries and keys": replace(CONFIG, qk_norm=True),
     "scaled frequencies": replace(CONFIG, rope_theta=100.0, rope_factors=(1.0, 1.5, 4.0, 8.0)),
     "a scaled embedding": replace(CONFIG, scale_embeddings=True),
     "a scaled embedding, tied": replace(CONFIG, scale_embeddings=True, tie_word_embeddings=True),
-    "windowed layers with a base of their own": replace(
+    "windowed layers with their own rope base": replace(
         CONFIG,
         rope_theta=100.0,
         rope_local_theta=2.0,
@@ -74,7 +74,7 @@ def random_parameters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class NumpyDecoder:
-    """The same decoder in float64, written out for one sequence."""
+    """The same decoder in float64, in plain NumPy, for one sequence."""
 
     config: ModelConfig
     parameters: dict[str, np.ndarray]
@@ -154,40 +154,40 @@ def fake_block(
     )
 
 
-def test_task_1_each_half_is_normalised_before_and_added_to_the_stream() -> None:
-    """Oracle: by hand, with halves that give back what they get.
+def test_task_1_each_half_gets_normalized_input_and_is_added_to_the_stream() -> None:
+    """Oracle: by hand, with halves that return their input.
 
-    (1, 7) is normalised to (0.2, 1.4), times 10 is (2, 14), and added makes (3, 21); that is normalised to
-    (0.2, 1.4) again, times 5 is (1, 7), and added makes (4, 28).
+    (1, 7) is normalized to (0.2, 1.4), times 10 is (2, 14), and the sum is (3, 21); that is normalized to
+    (0.2, 1.4) again, times 5 is (1, 7), and the sum is (4, 28).
     """
     block = fake_block(lambda x: x, lambda x: x, mx.full(2, 10.0), mx.full(2, 5.0))
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
     np.testing.assert_allclose(np.array(out), [[[4, 28]]], rtol=1e-5)
 
 
-def test_task_1_the_stream_passes_through_halves_that_say_nothing() -> None:
-    """Oracle: by hand: x + 0 + 0. A stream that is itself normalised, or not added, is the mistake here."""
+def test_task_1_halves_that_output_zeros_leave_the_stream_unchanged() -> None:
+    """Oracle: by hand: x + 0 + 0. Common mistakes: a normalized stream, a missing sum."""
     block = fake_block(mx.zeros_like, mx.zeros_like, mx.ones(4), mx.ones(4))
     x = mx.random.normal((2, 3, 4), key=mx.random.key(1))
     np.testing.assert_allclose(np.array(block(x, NoCacheContext(3, 1.0))), np.array(x), rtol=1e-6)
 
 
 def test_task_1_the_second_half_sees_what_the_first_one_added() -> None:
-    """Oracle: by hand: (1, 7) + (6, -6) is (7, 1), which is normalised to (1.4, 0.2)."""
+    """Oracle: by hand: (1, 7) + (6, -6) is (7, 1), which is normalized to (1.4, 0.2)."""
     block = fake_block(lambda x: mx.array([[[6.0, -6.0]]]), lambda x: 10 * x, mx.ones(2), mx.ones(2))
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
     np.testing.assert_allclose(np.array(out), [[[7 + 14, 1 + 2]]], rtol=1e-5)
 
 
-def test_task_1_eps_is_the_one_of_the_block() -> None:
-    """Oracle: by hand: with 11 under the root (1, 7) is divided by 6, and the second half says nothing."""
+def test_task_1_both_norms_use_the_eps_of_the_block() -> None:
+    """Oracle: by hand: with 11 under the root (1, 7) is divided by 6, and the second half outputs zeros."""
     block = replace(fake_block(lambda x: x, mx.zeros_like, mx.full(2, 12.0), mx.ones(2)), eps=11.0)
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
     np.testing.assert_allclose(np.array(out), [[[3, 21]]], rtol=1e-5)
 
 
 def test_task_1_attention_gets_the_context_of_the_pass() -> None:
-    """Oracle: by hand: the same object, for a cache lives in it."""
+    """Oracle: by hand: the same object, because it holds the cache."""
     seen = []
 
     def attention(x: mx.array, context: KVContext) -> mx.array:
@@ -202,7 +202,7 @@ def test_task_1_attention_gets_the_context_of_the_pass() -> None:
 
 
 def first_block(config: ModelConfig, parameters: dict[str, np.ndarray]) -> TransformerBlock:
-    """The block of layer 0, put together by hand."""
+    """The block of layer 0, built by hand."""
 
     def joined(*names: str) -> Linear:
         return Linear(mx.array(np.concatenate([parameters[f"model.layers.0.{name}_proj"] for name in names])))
@@ -228,7 +228,7 @@ def first_block(config: ModelConfig, parameters: dict[str, np.ndarray]) -> Trans
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 7), (3, 4)])
-def test_task_1_the_whole_block(batch: int, length: int) -> None:
+def test_task_1_the_whole_block_matches_numpy(batch: int, length: int) -> None:
     """Oracle: NumPy in float64, sequence by sequence."""
     parameters = random_parameters(CONFIG, seed=2)
     x = np.random.default_rng(3).normal(size=(batch, length, 24)).astype(np.float32)
@@ -245,7 +245,7 @@ Layer = Callable[[mx.array, KVContext], mx.array]
 
 
 def fake_model(layers: tuple[Layer, ...]) -> Model:
-    """Three tokens, two values each, norms without eps; the output matrix tells 1, 10 and 100 apart."""
+    """Three tokens, two values each, norms without eps; the output matrix multiplies by 1, 10 and 100."""
     return Model(
         config=replace(CONFIG, hidden_size=2, vocab_size=3, rms_norm_eps=1e-12),
         embed_tokens=Linear(mx.array([[1.0, 7.0], [7.0, 1.0], [3.0, 21.0]])),
@@ -256,25 +256,25 @@ def fake_model(layers: tuple[Layer, ...]) -> Model:
 
 
 def run_model(model: Model, tokens: list[list[int]], rows: list[int] | None = None) -> np.ndarray:
-    """The logits of whole sequences [B, L], of all rows or of these."""
+    """The logits of whole sequences [B, L], of all rows or of `rows` only."""
     context = NoCacheContext(len(tokens[0]), model.config.attention_scale)
     context.logit_rows = None if rows is None else mx.array(rows, mx.int32)
     return np.array(model(mx.array(tokens, mx.int32), context))
 
 
-def test_task_2_without_layers_a_token_is_looked_up_normalised_and_projected() -> None:
-    """Oracle: by hand: (1, 7) is (0.2, 1.4), by the weights (2, 7); (7, 1) is (1.4, 0.2), by them (14, 1).
+def test_task_2_a_model_without_layers_looks_up_normalizes_and_projects() -> None:
+    """Oracle: by hand: (1, 7) is (0.2, 1.4), weighted (2, 7); (7, 1) is (1.4, 0.2), weighted (14, 1).
 
-    Without the last norm the first logits would be 1, 70 and 800.
+    Without the last norm the first logits are 1, 70 and 800.
     """
     out = run_model(fake_model(()), [[0, 1]])
     np.testing.assert_allclose(out, [[[2, 70, 900], [14, 10, 1500]]], rtol=1e-4)
 
 
 def test_task_2_layers_run_in_order() -> None:
-    """Oracle: by hand: (1, 7), doubled and then plus (12, -12), is (14, 2), which is normalised as (7, 1) is.
+    """Oracle: by hand: (1, 7), doubled and then plus (12, -12), is (14, 2), which is normalized as (7, 1) is.
 
-    In the other order it is (26, -10).
+    In the other order the stream is (26, -10).
     """
 
     def double(x: mx.array, context: KVContext) -> mx.array:
@@ -288,7 +288,7 @@ def test_task_2_layers_run_in_order() -> None:
 
 
 def test_task_2_every_layer_gets_the_context_of_the_pass() -> None:
-    """Oracle: by hand: the same object, for a cache lives in it."""
+    """Oracle: by hand: the same object, because it holds the cache."""
     seen = []
 
     def layer(x: mx.array, context: KVContext) -> mx.array:
@@ -301,7 +301,7 @@ def test_task_2_every_layer_gets_the_context_of_the_pass() -> None:
     assert all(given is context for given in seen)
 
 
-def test_task_2_the_last_norm_has_the_eps_of_the_config() -> None:
+def test_task_2_the_last_norm_uses_the_eps_of_the_config() -> None:
     """Oracle: by hand: with 11 under the root (1, 7) is divided by 6, which makes (10/6, 35/6)."""
     model = fake_model(())
     model = replace(model, config=replace(model.config, rms_norm_eps=11.0))
@@ -309,13 +309,13 @@ def test_task_2_the_last_norm_has_the_eps_of_the_config() -> None:
 
 
 def sums(x: mx.array, context: KVContext) -> mx.array:
-    """A layer in which every token reads all before it: the sums so far."""
+    """A layer in which every token depends on all earlier ones: cumulative sums."""
     return mx.cumsum(x, axis=1)
 
 
 @pytest.mark.parametrize("rows", [[5], [0], [0, 5], [4, 1, 2], [5, 3, 4, 0, 2, 1]])
 def test_task_2_logit_rows_selects_rows_of_every_sequence(rows: list[int]) -> None:
-    """Oracle: the logits of all rows. The last row always, or rows chosen before the layers: mistakes."""
+    """Oracle: the logits of all rows. Common mistakes: always the last row, rows chosen before the layers."""
     tokens = [[0, 1, 1, 0, 2, 0], [1, 1, 2, 0, 0, 1]]
     model = fake_model((sums, sums))
     out = run_model(model, tokens, rows)
@@ -323,36 +323,36 @@ def test_task_2_logit_rows_selects_rows_of_every_sequence(rows: list[int]) -> No
     np.testing.assert_allclose(out, run_model(model, tokens)[:, rows], rtol=1e-4)
 
 
-def test_task_2_only_the_rows_that_are_asked_for_are_projected() -> None:
-    """Oracle: counted by hand: 2 of 6. Logits of all rows, most of them thrown away, cost time."""
+def test_task_2_only_the_requested_rows_are_projected_to_logits() -> None:
+    """Oracle: counted by hand: 2 of 6. Computing all rows and discarding most costs time."""
     model, seen = fake_model((sums,)), []
 
-    class Watched:
+    class RecordingHead:
         def __call__(self, x: mx.array) -> mx.array:
             seen.append(x.shape)
             return model.lm_head(x)
 
-    run_model(replace(model, lm_head=Watched()), [[0, 1, 1, 0, 2, 0]], [2, 5])
+    run_model(replace(model, lm_head=RecordingHead()), [[0, 1, 1, 0, 2, 0]], [2, 5])
     assert seen == [(1, 2, 2)]
 
 
 # Task 3: build_model
 
 
-class AskedOnce(Mapping[str, Any]):
-    """Parameters by name, each of which may be asked for once, as when they are read from a file."""
+class ReadOnce(Mapping[str, Any]):
+    """Parameters by name that may each be read only once, as if they came from a file."""
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         self.parameters = parameters
-        self.asked: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
 
     def __getitem__(self, name: str) -> Any:
-        self.asked[name] += 1
-        assert self.asked[name] == 1, f"{name} is read a second time"
+        self.reads[name] += 1
+        assert self.reads[name] == 1, f"{name} is read a second time"
         return self.parameters[name]
 
     def __iter__(self) -> Any:
-        raise AssertionError("the names are those of the configuration")
+        raise AssertionError("take the names from the configuration; do not iterate over the parameters")
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -370,7 +370,7 @@ def built_model(config: ModelConfig, parameters: dict[str, np.ndarray]) -> Model
 @pytest.mark.parametrize(
     "tokens", [[[7]], [[3, 49, 0, 3, 21, 8]], [[5, 6, 7, 8], [8, 8, 1, 0], [40, 2, 5, 6]]]
 )
-def test_task_3_the_whole_model(kind: str, tokens: list[list[int]]) -> None:
+def test_task_3_the_whole_model_matches_numpy(kind: str, tokens: list[list[int]]) -> None:
     """Oracle: NumPy in float64, sequence by sequence."""
     config = CONFIGS[kind]
     parameters = random_parameters(config, seed=4)
@@ -384,19 +384,19 @@ def test_task_3_every_parameter_is_read_once() -> None:
     """Oracle: the names of the configuration. A matrix that is read twice takes twice the time."""
     for config in CONFIGS.values():
         parameters = random_parameters(config, seed=8)
-        linears = AskedOnce({name: Linear(mx.array(x)) for name, x in parameters.items() if x.ndim == 2})
-        vectors = AskedOnce({name: mx.array(x) for name, x in parameters.items() if x.ndim == 1})
+        linears = ReadOnce({name: Linear(mx.array(x)) for name, x in parameters.items() if x.ndim == 2})
+        vectors = ReadOnce({name: mx.array(x) for name, x in parameters.items() if x.ndim == 1})
         build_model(config, linears, vectors)
-        assert {*linears.asked, *vectors.asked} == set(parameters)
+        assert {*linears.reads, *vectors.reads} == set(parameters)
 
 
-def test_task_3_a_tied_embedding_is_one_object() -> None:
-    """Oracle: by hand: a second one would be a second copy in memory."""
+def test_task_3_a_tied_output_matrix_is_the_embedding_object() -> None:
+    """Oracle: by hand: a second object would be a second copy in memory."""
     model = built_model(CONFIGS["tied embedding"], random_parameters(CONFIG, seed=9))
     assert model.lm_head is model.embed_tokens
 
 
-def test_task_3_layers_are_a_tuple_of_blocks_that_know_their_number() -> None:
+def test_task_3_layers_are_a_tuple_of_blocks_numbered_in_order() -> None:
     """Oracle: by hand: a cache finds the keys of a layer by its number."""
     model = built_model(CONFIG, random_parameters(CONFIG, seed=10))
     assert isinstance(model.layers, tuple)
@@ -404,23 +404,23 @@ def test_task_3_layers_are_a_tuple_of_blocks_that_know_their_number() -> None:
     assert model.config is CONFIG
 
 
-def test_task_3_a_later_token_changes_nothing_before_it() -> None:
-    """Oracle: the same tokens with another one at the end."""
+def test_task_3_a_later_token_does_not_affect_earlier_logits() -> None:
+    """Oracle: the same tokens with a different last token."""
     model = built_model(CONFIG, random_parameters(CONFIG, seed=6))
     first, second = run_model(model, [[4, 5, 6, 7, 8]]), run_model(model, [[4, 5, 6, 7, 30]])
     np.testing.assert_allclose(second[:, :-1], first[:, :-1], rtol=1e-5, atol=1e-5)
     assert not np.allclose(second[:, -1], first[:, -1])
 
 
-def test_task_3_an_earlier_token_changes_what_comes_after_it() -> None:
-    """Oracle: the definition of attention: the same token has other logits behind another one."""
+def test_task_3_an_earlier_token_affects_later_logits() -> None:
+    """Oracle: the definition of attention: a token has other logits after a different prefix."""
     model = built_model(CONFIG, random_parameters(CONFIG, seed=7))
     first, second = run_model(model, [[4, 5, 6]]), run_model(model, [[9, 5, 6]])
     assert not np.allclose(second[:, -1], first[:, -1], rtol=1e-2, atol=1e-2)
 
 
-class Stored:
-    """A matrix of the real checkpoint, multiplied by MLX as it is stored."""
+class StoredMatrix:
+    """A quantized matrix of the real checkpoint, multiplied by MLX."""
 
     def __init__(
         self, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
@@ -437,15 +437,15 @@ class Stored:
         return mx.dequantize(*(array[ids] for array in self.arrays), **self.kind).astype(mx.float32)
 
 
-def parameters(checkpoint: Checkpoint) -> tuple[dict[str, Stored], dict[str, mx.array]]:
+def parameters(checkpoint: Checkpoint) -> tuple[dict[str, StoredMatrix], dict[str, mx.array]]:
     """Matrices and vectors of a checkpoint by their names without `.weight`."""
     stored = {name.removesuffix(".weight"): tensor.load() for name, tensor in checkpoint.tensors.items()}
     vectors = {name: x for name, x in stored.items() if isinstance(x, mx.array)}
-    return {name: Stored(*x) for name, x in stored.items() if name not in vectors}, vectors
+    return {name: StoredMatrix(*x) for name, x in stored.items() if name not in vectors}, vectors
 
 
-def test_task_3_the_embedded_model_knows_the_capital_of_france() -> None:
-    """Oracle: geography, and SmolLM2-135M, which was trained on it: the likeliest token is " Paris"."""
+def test_task_3_the_embedded_model_predicts_the_capital_of_france() -> None:
+    """Oracle: SmolLM2-135M, whose most likely next token is " Paris"."""
     checkpoint = read_checkpoint(embedded_model_path())
     model = build_model(checkpoint.config, *parameters(checkpoint))
     tokens = checkpoint.tokenizer.encode("The capital of France is")

@@ -1,7 +1,7 @@
 """Day 1.6: text from a model.
 
-When it passes, you have a loop that continues a prompt with the likeliest token each time, and text that
-comes out of it piece by piece, every character whole.
+When it passes, you have a loop that extends a prompt by the most likely token each time, and text that
+it yields piece by piece, every character complete.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -25,20 +25,20 @@ FACE, LLAMA = "\N{GRINNING FACE}", "\N{LLAMA}"
 
 
 def successor(tokens: list[int]) -> int:
-    """A rule: after a token comes its successor, and after the last of the vocabulary the first."""
+    """A rule: the next token is the last one plus 1, modulo the vocabulary size."""
     return (tokens[-1] + 1) % VOCABULARY
 
 
 def total(tokens: list[int]) -> int:
-    """A rule that every token of the sequence has a part in."""
+    """A rule in which the next token depends on every token and its position."""
     return sum((place + 1) * token for place, token in enumerate(tokens)) % VOCABULARY
 
 
 @dataclass
 class RuleModel:
-    """A model that follows a rule, so that what comes is known without computing.
+    """A model that follows a rule, so the expected tokens are known.
 
-    It notes the sequence of each call, and how many rows of logits the call computed.
+    It records the sequence of each call and the number of rows of logits that the call computed.
     """
 
     rule: Callable[[list[int]], int] = successor
@@ -77,30 +77,30 @@ class FunctionModel:
 # Task 1: next_token
 
 
-def test_task_1_the_likeliest_token_comes() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_1_the_most_likely_token_is_returned() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert next_token(RuleModel(), [7]) == 8
 
 
-def test_task_1_the_last_token_decides_what_comes_after_it() -> None:
-    """Oracle: by hand, with a model that always counts on. The logits of the first token would give 31."""
+def test_task_1_the_logits_of_the_last_token_are_used() -> None:
+    """Oracle: by hand, with a model that counts up by 1. The logits of the first token would give 31."""
     assert next_token(RuleModel(), [30, 9, 20]) == 21
 
 
 def test_task_1_a_token_is_an_int() -> None:
-    """Oracle: the signature. An array of one element looks like a number, and is no list index."""
+    """Oracle: the signature. An array of one element looks like a number but cannot index a list."""
     assert type(next_token(RuleModel(), [7])) is int
 
 
 @pytest.mark.parametrize("tokens", [[3], [3, 4], [0, 0, 1], [5, 40, 7, 7, 30, 2]])
 def test_task_1_the_model_gets_the_whole_sequence(tokens: list[int]) -> None:
-    """Oracle: by hand, with a rule that every token and its place have a part in."""
+    """Oracle: by hand, with a rule that depends on every token and its position."""
     model = RuleModel(total)
     assert next_token(model, tokens) == total(tokens)
-    assert model.sequences == [tokens], "one sequence, in one call"
+    assert model.sequences == [tokens], "the model must be called once, with the whole sequence"
 
 
-def test_task_1_tokens_stand_at_positions_from_zero_on() -> None:
+def test_task_1_positions_start_at_zero() -> None:
     """Oracle: by hand."""
     seen = []
 
@@ -119,7 +119,7 @@ def test_task_1_only_the_last_logits_are_computed() -> None:
     assert model.rows == [1]
 
 
-def test_task_1_the_lowest_of_equally_likely_tokens_comes() -> None:
+def test_task_1_a_tie_is_won_by_the_lowest_token_id() -> None:
     """Oracle: by hand: 1 and 3 have the same logit."""
 
     def logits(tokens: mx.array, context: KVContext) -> mx.array:
@@ -128,8 +128,8 @@ def test_task_1_the_lowest_of_equally_likely_tokens_comes() -> None:
     assert next_token(FunctionModel(logits), [0]) == 1
 
 
-def test_task_1_attention_runs_with_the_scale_of_the_model() -> None:
-    """Oracle: by hand: logits are attention weights. Token 0 stands there 5 times, with weight 1 each.
+def test_task_1_attention_uses_the_scale_of_the_model() -> None:
+    """Oracle: by hand: logits are attention weights. Token 0 occurs 5 times, with weight 1 each.
 
     Token 1 has the score 4 ln 2 times the scale: a weight of 4 with the model's scale of 0.5, of 16 with a
     scale of 1.
@@ -151,15 +151,15 @@ def test_task_1_attention_runs_with_the_scale_of_the_model() -> None:
 # Task 2: generate
 
 
-def test_task_2_counts_on_from_the_prompt() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_2_generation_continues_from_the_prompt() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate(RuleModel(), [3], 4, ())) == [4, 5, 6, 7]
     assert list(generate(RuleModel(), [30, 9, 20], 2, ())) == [21, 22]
     assert list(generate(RuleModel(), [48], 2, ())) == [49, 0]
 
 
-def test_task_2_every_token_comes_from_all_before_it() -> None:
-    """Oracle: a plain loop over the rule. A loop that forgets its own tokens repeats the first."""
+def test_task_2_every_token_depends_on_all_earlier_tokens() -> None:
+    """Oracle: a plain loop over the rule. A loop that does not append its tokens repeats the first one."""
     known = [4, 40, 14]
     for _ in range(12):
         known.append(total(known))
@@ -167,12 +167,12 @@ def test_task_2_every_token_comes_from_all_before_it() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2])
-def test_task_2_at_most_max_tokens_come(max_tokens: int) -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_2_at_most_max_tokens_are_generated(max_tokens: int) -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate(RuleModel(), [8], max_tokens, ())) == [9, 10][:max_tokens]
 
 
-def test_task_2_nothing_is_computed_for_no_tokens() -> None:
+def test_task_2_max_tokens_of_zero_never_calls_the_model() -> None:
     """Oracle: by hand."""
     model = RuleModel()
     assert list(generate(model, [8], 0, ())) == []
@@ -180,31 +180,31 @@ def test_task_2_nothing_is_computed_for_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("eos_token_ids", [(6,), [99, 6], {6, 30}, frozenset({6})])
-def test_task_2_an_end_token_is_the_last_one_and_is_given_too(eos_token_ids: Collection[int]) -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_2_generation_stops_after_an_end_token_and_yields_it(eos_token_ids: Collection[int]) -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate(RuleModel(), [3], 10, eos_token_ids)) == [4, 5, 6]
 
 
-def test_task_2_an_end_token_may_come_first() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_2_the_first_token_may_be_an_end_token() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate(RuleModel(), [5], 10, (6,))) == [6]
 
 
-def test_task_2_an_end_token_in_the_prompt_ends_nothing() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_2_an_end_token_in_the_prompt_does_not_stop_generation() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate(RuleModel(), [6], 2, (6,))) == [7, 8]
     assert list(generate(RuleModel(), [6, 3], 2, (6,))) == [4, 5]
 
 
-def test_task_2_nothing_is_computed_after_the_end() -> None:
-    """Oracle: counted by hand: one call a token."""
+def test_task_2_the_model_is_not_called_after_the_end_token() -> None:
+    """Oracle: counted by hand: one call per token."""
     model = RuleModel()
     assert len(list(generate(model, [3], 10, (6,)))) == 3
     assert len(model.sequences) == 3
 
 
-def test_task_2_tokens_come_as_they_are_asked_for() -> None:
-    """Oracle: counted by hand: no more calls of the model than tokens taken. A full list is no stream."""
+def test_task_2_tokens_are_generated_lazily() -> None:
+    """Oracle: counted by hand: at most one call of the model per token taken. A full list is not a stream."""
     model = RuleModel()
     stream = generate(model, [3], 40, ())
     assert len(model.sequences) == 0
@@ -214,25 +214,25 @@ def test_task_2_tokens_come_as_they_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
-def test_task_2_an_empty_prompt_is_refused_when_the_first_token_is_asked_for(max_tokens: int) -> None:
+def test_task_2_an_empty_prompt_is_rejected_at_the_first_next(max_tokens: int) -> None:
     """Oracle: the docstring."""
     model = RuleModel()
     stream = generate(model, [], max_tokens, ())
     with pytest.raises(ValueError):
         next(stream)
-    assert model.sequences == [], "the model has nothing to do with an empty prompt"
+    assert model.sequences == [], "the model must not be called with an empty prompt"
 
 
-def test_task_2_the_prompt_of_the_caller_stays_as_it_is() -> None:
-    """Oracle: by hand. Tokens that are appended to the caller's own list are the mistake that this finds."""
+def test_task_2_the_prompt_of_the_caller_is_not_modified() -> None:
+    """Oracle: by hand. Common mistake: appending tokens to the caller's list."""
     prompt = [3, 4]
     assert list(generate(RuleModel(), prompt, 3, ())) == [5, 6, 7]
     assert prompt == [3, 4]
     assert list(generate(RuleModel(), (3, 4), 3, ())) == [5, 6, 7]
 
 
-def test_task_2_two_generations_side_by_side_do_not_mix() -> None:
-    """Oracle: each alone."""
+def test_task_2_two_generations_at_the_same_time_are_independent() -> None:
+    """Oracle: each one run separately."""
     first, second = generate(RuleModel(), [3], 4, ()), generate(RuleModel(), [20], 4, ())
     assert list(zip(first, second, strict=True)) == [(4, 21), (5, 22), (6, 23), (7, 24)]
 
@@ -246,19 +246,19 @@ def tokenizer() -> Tokenizer:
     return gguf_tokenizer(read_gguf_header(embedded_model_path()).metadata)
 
 
-def test_task_3_words_come_one_by_one() -> None:
+def test_task_3_words_are_yielded_one_by_one() -> None:
     """Oracle: by hand: each word is one token of this vocabulary, with the space before it."""
     pieces = list(stream_text(tokenizer().encode("The capital of France"), tokenizer()))
     assert pieces == ["The", " capital", " of", " France"]
 
 
-def test_task_3_no_tokens_have_no_text() -> None:
-    """Oracle: by hand: no piece, not an empty one."""
+def test_task_3_no_tokens_give_no_pieces() -> None:
+    """Oracle: by hand: no piece, not even an empty one."""
     assert list(stream_text([], tokenizer())) == []
 
 
-def test_task_3_a_character_of_several_tokens_comes_whole() -> None:
-    """Oracle: by hand. Tokens that are decoded one by one give nothing but U+FFFD."""
+def test_task_3_a_character_of_several_tokens_is_yielded_complete() -> None:
+    """Oracle: by hand. Decoding token by token gives only U+FFFD."""
     tokens = tokenizer().encode(FACE)
     assert len(tokens) > 1, "this vocabulary has no token for the character"
     assert list(stream_text(tokens, tokenizer())) == [FACE]
@@ -267,7 +267,7 @@ def test_task_3_a_character_of_several_tokens_comes_whole() -> None:
 @pytest.mark.parametrize(
     "text", [f"Hi {FACE}!", f"naïve 東京 {LLAMA} ok", LLAMA * 2, "  two spaces,\n\ta tab", "x² ≤ 10"]
 )
-def test_task_3_pieces_make_up_the_text(text: str) -> None:
+def test_task_3_pieces_join_to_the_encoded_text(text: str) -> None:
     """Oracle: the text that was encoded. No piece is empty, and none has a broken character."""
     pieces = list(stream_text(tokenizer().encode(text), tokenizer()))
     assert "".join(pieces) == text
@@ -275,18 +275,18 @@ def test_task_3_pieces_make_up_the_text(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize("kept", [1, 2])
-def test_task_3_what_is_left_when_the_tokens_end_comes_last(kept: int) -> None:
-    """Oracle: `Tokenizer.decode` of all tokens. The start of a character was held back."""
-    tokens = [*tokenizer().encode("Hi"), *tokenizer().encode(FACE)[:kept]]
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_task_3_an_incomplete_character_at_the_end_is_yielded_last(num_tokens: int) -> None:
+    """Oracle: `Tokenizer.decode` of all tokens. The incomplete character was held back."""
+    tokens = [*tokenizer().encode("Hi"), *tokenizer().encode(FACE)[:num_tokens]]
     pieces = list(stream_text(tokens, tokenizer()))
     assert "".join(pieces) == tokenizer().decode(tokens)
     assert "".join(pieces).endswith("\ufffd")
     assert all(pieces)
 
 
-def test_task_3_control_tokens_have_no_text() -> None:
-    """Oracle: `Tokenizer.decode`, which leaves them out. A piece of no text is none."""
+def test_task_3_control_tokens_give_no_piece() -> None:
+    """Oracle: `Tokenizer.decode`, which leaves them out. An empty piece is never yielded."""
     tokens = tokenizer().encode("<|im_start|>Hi there<|im_end|>")
     pieces = list(stream_text(tokens, tokenizer()))
     assert "".join(pieces) == "Hi there"
@@ -294,7 +294,7 @@ def test_task_3_control_tokens_have_no_text() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_task_3_any_tokens_give_the_text_of_all_of_them(seed: int) -> None:
+def test_task_3_pieces_of_random_tokens_join_to_the_decoded_text(seed: int) -> None:
     """Oracle: `Tokenizer.decode`."""
     tokens = np.random.default_rng(seed).integers(0, tokenizer().vocab_size, size=100).tolist()
     pieces = list(stream_text(tokens, tokenizer()))
@@ -302,8 +302,8 @@ def test_task_3_any_tokens_give_the_text_of_all_of_them(seed: int) -> None:
     assert all(pieces)
 
 
-def test_task_3_a_piece_comes_with_the_token_that_completes_it() -> None:
-    """Oracle: counted by hand. Text that waits for the last token, or for the next one, is no stream."""
+def test_task_3_a_piece_is_yielded_as_soon_as_its_last_token_arrives() -> None:
+    """Oracle: counted by hand. Text must not wait for the last token or for the next one."""
     tokens, taken = [*tokenizer().encode("The"), *tokenizer().encode(FACE), *tokenizer().encode(" of")], []
 
     def arriving() -> Iterator[int]:
@@ -312,13 +312,13 @@ def test_task_3_a_piece_comes_with_the_token_that_completes_it() -> None:
             yield token
 
     stream = stream_text(arriving(), tokenizer())
-    assert taken == [], "nothing is taken before the first piece is asked for"
+    assert taken == [], "no token may be taken before the first piece is requested"
     for piece, count in [("The", 1), (FACE, len(tokens) - 1), (" of", len(tokens))]:
         assert next(stream) == piece
         assert len(taken) == count
 
 
-def test_task_3_two_streams_side_by_side_do_not_mix() -> None:
-    """Oracle: each alone. Both have the start of a character held back at the same time."""
+def test_task_3_two_streams_at_the_same_time_are_independent() -> None:
+    """Oracle: each one run separately. Both have the start of a character held back at the same time."""
     first, second = (stream_text(tokenizer().encode(text), tokenizer()) for text in (FACE, LLAMA))
     assert list(zip(first, second, strict=True)) == [(FACE, LLAMA)]

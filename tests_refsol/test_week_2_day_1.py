@@ -1,6 +1,6 @@
-"""Day 2.1: the quadratic trap, and the cache of keys and values that gets out of it.
+"""Day 2.1: the quadratic cost of recomputing, and the KV cache that avoids it.
 
-When it passes, you have a forward pass that brings only new tokens and still sees all that came before, and a
+When it passes, you have a forward pass over only the new tokens that still attends to all earlier ones, and a
 generation that gives the same tokens as recomputing everything, at a fraction of the work.
 """
 
@@ -27,17 +27,17 @@ from tiny_llm_checkpoints.model_config import ModelConfig
 # Task 1: attention_without_cache
 
 
-def test_task_1_one_generated_token_costs_the_prompt_and_then_the_prompt_with_it() -> None:
+def test_task_1_one_generated_token_costs_a_pass_over_the_prompt_and_one_over_both() -> None:
     """Oracle: counted by hand: 3 keys for the prompt, then 4 for the prompt and the token."""
     assert attention_without_cache(3, 1) == 3 + 4
 
 
-def test_task_1_no_generated_token_costs_only_the_prompt() -> None:
+def test_task_1_without_generated_tokens_only_the_prompt_is_computed() -> None:
     """Oracle: counted by hand."""
     assert attention_without_cache(5, 0) == 5
 
 
-def test_task_1_the_formula_counts_one_pass_more_than_a_loop_runs() -> None:
+def test_task_1_the_formula_counts_one_pass_more_than_generate_runs() -> None:
     """Oracle: the tokens that `generate` of day 1.6 feeds to a model.
 
     To generate 2 tokens after 3 it runs passes over 3 and 4 tokens. The course text's formula adds the pass
@@ -49,18 +49,18 @@ def test_task_1_the_formula_counts_one_pass_more_than_a_loop_runs() -> None:
     assert attention_without_cache(3, 2) == 3 + 4 + 5, "the formula counts the pass over all 5 tokens too"
 
 
-def test_task_1_a_prompt_of_128_and_100_tokens() -> None:
+def test_task_1_a_prompt_of_128_and_100_new_tokens_cost_17978_keys() -> None:
     """Oracle: by hand: 128 for the prompt, 100 * 128 for the prompt again, 1 + 2 + ... + 100 for the tokens.
 
     The last of the 101 passes goes over all 228 tokens. The figure 16,576 that some texts print does not
     follow from the definition.
     """
     assert attention_without_cache(128, 100) == 128 + 12_800 + 5_050 == 17_978
-    assert attention_with_cache(128, 100) == 228, "given: each token is computed once"
+    assert attention_with_cache(128, 100) == 228, "attention_with_cache is given: it computes each token once"
 
 
 @pytest.mark.parametrize(("prompt_len", "gen_len"), [(1, 1), (1, 7), (4, 3), (10, 25), (100, 2)])
-def test_task_1_counts_what_a_loop_counts(prompt_len: int, gen_len: int) -> None:
+def test_task_1_the_formula_matches_a_loop_that_counts_keys(prompt_len: int, gen_len: int) -> None:
     """Oracle: the definition, counted key by key."""
     keys = 0
     for known in range(prompt_len, prompt_len + gen_len + 1):
@@ -69,7 +69,7 @@ def test_task_1_counts_what_a_loop_counts(prompt_len: int, gen_len: int) -> None
     assert attention_without_cache(prompt_len, gen_len) == keys
 
 
-def test_task_1_ten_times_the_tokens_cost_a_hundred_times_the_keys() -> None:
+def test_task_1_ten_times_the_output_costs_a_hundred_times_the_keys() -> None:
     """Oracle: the definition: for long outputs the square of their number outweighs the rest."""
     assert attention_without_cache(1, 10_000) / attention_without_cache(1, 1_000) == pytest.approx(
         100, rel=0.01
@@ -79,15 +79,15 @@ def test_task_1_ten_times_the_tokens_cost_a_hundred_times_the_keys() -> None:
 # Task 2: CachedContext.begin_pass
 
 
-def test_task_2_the_first_pass_stands_at_the_beginning() -> None:
+def test_task_2_the_first_pass_starts_at_position_zero() -> None:
     """Oracle: by hand."""
     context = CachedContext(scale=1.0)
     context.begin_pass(3)
     assert context.positions.tolist() == [0, 1, 2]
 
 
-def test_task_2_the_next_passes_stand_behind_all_before() -> None:
-    """Oracle: by hand. Positions that begin at 0 in each pass are the mistake that this finds."""
+def test_task_2_later_passes_continue_the_positions() -> None:
+    """Oracle: by hand. Common mistake: positions that start at 0 in each pass."""
     context = CachedContext(scale=1.0)
     context.begin_pass(3)
     context.begin_pass(1)
@@ -99,7 +99,7 @@ def test_task_2_the_next_passes_stand_behind_all_before() -> None:
 
 
 def test_task_2_only_the_last_of_the_new_tokens_needs_logits() -> None:
-    """Oracle: by hand: a row counts from the start of its pass, and is no position in the sequence."""
+    """Oracle: by hand: rows count from the start of their pass; they are not positions in the sequence."""
     context = CachedContext(scale=1.0)
     for num_new_tokens, row in [(3, 2), (1, 0), (4, 3), (1, 0)]:
         context.begin_pass(num_new_tokens)
@@ -107,7 +107,7 @@ def test_task_2_only_the_last_of_the_new_tokens_needs_logits() -> None:
         assert context.logit_rows.tolist() == [row]
 
 
-def test_task_2_all_tokens_that_came_are_counted() -> None:
+def test_task_2_num_tokens_counts_the_tokens_of_all_passes() -> None:
     """Oracle: by hand: 3 and 1 are 4, and 2 more are 6."""
     context = CachedContext(scale=1.0)
     for num_new_tokens, counted in [(3, 3), (1, 4), (2, 6)]:
@@ -124,7 +124,7 @@ def test_task_2_positions_are_int32() -> None:
         assert context.positions.shape == (num_new_tokens,)
 
 
-def test_task_2_every_context_counts_for_itself() -> None:
+def test_task_2_contexts_count_independently() -> None:
     """Oracle: by hand."""
     first, second = CachedContext(scale=1.0), CachedContext(scale=1.0)
     first.begin_pass(5)
@@ -137,7 +137,7 @@ def test_task_2_every_context_counts_for_itself() -> None:
 
 
 def test_task_3_equal_keys_give_the_mean_of_the_values_so_far() -> None:
-    """Oracle: by hand: of 2, 4 and 9 the means so far are 2, 3 and 5."""
+    """Oracle: by hand: the running means of 2, 4 and 9 are 2, 3 and 5."""
     context, means = CachedContext(scale=1.0), []
     for value in (2.0, 4.0, 9.0):
         context.begin_pass(1)
@@ -147,7 +147,7 @@ def test_task_3_equal_keys_give_the_mean_of_the_values_so_far() -> None:
     np.testing.assert_allclose(means, [2, 3, 5], rtol=1e-6)
 
 
-def test_task_3_tokens_of_one_pass_do_not_see_the_ones_behind_them() -> None:
+def test_task_3_tokens_of_one_pass_do_not_see_later_tokens() -> None:
     """Oracle: by hand: the same means when all three tokens come in one pass."""
     context = CachedContext(scale=1.0)
     context.begin_pass(3)
@@ -156,7 +156,7 @@ def test_task_3_tokens_of_one_pass_do_not_see_the_ones_behind_them() -> None:
 
 
 def test_task_3_a_later_pass_sees_the_whole_past() -> None:
-    """Oracle: by hand. A mask that is causal from the first key on, not up to the last, hides the past."""
+    """Oracle: by hand. A mask that is aligned to the first key, not to the last, hides earlier tokens."""
     context = CachedContext(scale=1.0)
     context.begin_pass(1)
     context.attend(0, column(1), column(0), column(2))
@@ -165,7 +165,7 @@ def test_task_3_a_later_pass_sees_the_whole_past() -> None:
     np.testing.assert_allclose(np.array(out).ravel(), [3, 5], rtol=1e-6)
 
 
-def test_task_3_scores_are_scaled() -> None:
+def test_task_3_scores_are_multiplied_by_the_scale() -> None:
     """Oracle: by hand: with scores 0 and ln 3 * 2 * 0.5 the weights are 1/4 and 3/4."""
     context = CachedContext(scale=0.5)
     context.begin_pass(2)
@@ -176,7 +176,7 @@ def test_task_3_scores_are_scaled() -> None:
 def attend_in_passes(
     layers: Sequence[tuple[np.ndarray, ...]], passes: Sequence[int], scale: float
 ) -> list[np.ndarray]:
-    """The outputs of each layer, its tokens brought in passes of the given sizes, all layers in each pass."""
+    """The outputs of each layer when its tokens come in passes of the given sizes."""
     context, start = CachedContext(scale), 0
     outputs: list[list[np.ndarray]] = [[] for _ in layers]
     for count in passes:
@@ -192,7 +192,9 @@ PASSES = [(7,), (1, 6), (6, 1), (5, 1, 1), (2, 3, 2), (1, 1, 1, 1, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("passes", PASSES)
-def test_task_3_it_makes_no_difference_in_which_pass_a_token_comes(passes: tuple[int, ...]) -> None:
+def test_task_3_the_output_does_not_depend_on_how_tokens_are_split_into_passes(
+    passes: tuple[int, ...],
+) -> None:
     """Oracle: NumPy in float64, the whole sequence at once."""
     qkv = random_qkv(1, (1, 2, 7, 8), (1, 2, 7, 8))
     (out,) = attend_in_passes([qkv], passes, scale=0.3)
@@ -200,23 +202,25 @@ def test_task_3_it_makes_no_difference_in_which_pass_a_token_comes(passes: tuple
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(2, 3, 3), (1, 4, 2), (3, 6, 2), (2, 4, 1)])
-def test_task_3_heads_in_groups_and_several_sequences(batch: int, heads: int, kv_heads: int) -> None:
+def test_task_3_grouped_heads_and_several_sequences_match_numpy(
+    batch: int, heads: int, kv_heads: int
+) -> None:
     """Oracle: NumPy in float64; query head h reads key and value head h // (H / Hkv)."""
     qkv = random_qkv(2, (batch, heads, 6, 8), (batch, kv_heads, 6, 8))
     (out,) = attend_in_passes([qkv], (3, 1, 2), scale=0.4)
     np.testing.assert_allclose(out, causal_attention(*qkv, 0.4), rtol=1e-4, atol=1e-5)
 
 
-def test_task_3_every_layer_has_its_own_past() -> None:
-    """Oracle: NumPy in float64, each layer by itself. One past for all layers is the mistake."""
+def test_task_3_every_layer_has_its_own_keys_and_values() -> None:
+    """Oracle: NumPy in float64, each layer separately. Common mistake: one cache for all layers."""
     layers = [random_qkv(seed, (1, 4, 5, 8), (1, 2, 5, 8)) for seed in (3, 4, 5)]
     outputs = attend_in_passes(layers, (2, 1, 1, 1), scale=0.35)
     for out, qkv in zip(outputs, layers, strict=True):
         np.testing.assert_allclose(out, causal_attention(*qkv, 0.35), rtol=1e-4, atol=1e-5)
 
 
-def test_task_3_every_context_has_its_own_past() -> None:
-    """Oracle: by hand: a second sequence begins with nothing."""
+def test_task_3_a_new_context_starts_empty() -> None:
+    """Oracle: by hand: a second sequence starts without keys."""
     for value in (2.0, 5.0):
         context = CachedContext(scale=1.0)
         context.begin_pass(1)
@@ -228,7 +232,7 @@ def test_task_3_every_context_has_its_own_past() -> None:
 
 @dataclass
 class Successor:
-    """A model in which the likeliest token after i is always i + 1: what comes is known without computing."""
+    """A model whose most likely token after i is always i + 1, so the expected tokens are known."""
 
     config: ModelConfig
 
@@ -238,69 +242,71 @@ class Successor:
         return logits if context.logit_rows is None else logits[:, context.logit_rows]
 
 
-def test_task_4_counts_on_from_the_prompt() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_4_generation_continues_from_the_prompt() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate_with_cache(Successor(tiny_config()), [3], 4, ())) == [4, 5, 6, 7]
     assert list(generate_with_cache(Successor(tiny_config()), [30, 9, 20], 2, ())) == [21, 22]
     assert list(generate_with_cache(Successor(tiny_config()), [48], 2, ())) == [49, 0]
 
 
-def test_task_4_an_end_token_is_the_last_one_and_is_given_too() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_4_generation_stops_after_an_end_token_and_yields_it() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate_with_cache(Successor(tiny_config()), [3], 10, (99, 6))) == [4, 5, 6]
 
 
-def test_task_4_an_end_token_in_the_prompt_ends_nothing() -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_4_an_end_token_in_the_prompt_does_not_stop_generation() -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate_with_cache(Successor(tiny_config()), [6, 3], 2, (6,))) == [4, 5]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2])
-def test_task_4_at_most_max_tokens_come(max_tokens: int) -> None:
-    """Oracle: by hand, with a model that always counts on."""
+def test_task_4_at_most_max_tokens_are_generated(max_tokens: int) -> None:
+    """Oracle: by hand, with a model that counts up by 1."""
     assert list(generate_with_cache(Successor(tiny_config()), [8], max_tokens, ())) == [9, 10][:max_tokens]
 
 
-def test_task_4_an_empty_prompt_is_refused_when_the_first_token_is_asked_for() -> None:
+def test_task_4_an_empty_prompt_is_rejected_at_the_first_next() -> None:
     """Oracle: the docstring."""
     model = CountingModel(Successor(tiny_config()))
     stream = generate_with_cache(model, [], 3, ())
     with pytest.raises(ValueError):
         next(iter(stream))
-    assert model.fed == [], "the model has nothing to do with an empty prompt"
+    assert model.fed == [], "the model must not be called with an empty prompt"
 
 
 def expect_tokens(got: Iterable[int], prompt: list[int], count: int = 20) -> None:
-    """The tokens are those of a plain loop that remembers nothing; otherwise says which one is not."""
+    """Assert that the tokens are those of a loop without a cache, and name the first that is not."""
     tokens, want = list(got), recompute_everything(tiny_model(), prompt, count)
-    assert len(tokens) == count, f"{len(tokens)} tokens came, {count} were asked for"
+    assert len(tokens) == count, f"{len(tokens)} tokens were generated, expected {count}"
     for i, (token, other) in enumerate(zip(tokens, want, strict=True)):
         assert token == other, (
-            f"generated token {i} (from 0) is {token}; when everything is computed again it is {other}. "
-            f"All before it are right: {tokens[:i]}"
+            f"generated token {i} (from 0) is {token}; without a cache it is {other}. "
+            f"The tokens before it are correct: {tokens[:i]}"
         )
 
 
 @pytest.mark.parametrize("prompt", [[7], [41, 3], [11, 5, 5, 30, 2, 49, 0, 17, 8]])
-def test_task_4_gives_the_tokens_of_recomputing_everything(prompt: list[int]) -> None:
-    """Oracle: a plain loop through `NoCacheContext`, which remembers nothing."""
+def test_task_4_tokens_are_the_same_as_without_a_cache(prompt: list[int]) -> None:
+    """Oracle: a plain loop with `NoCacheContext`, which caches nothing."""
     expect_tokens(generate_with_cache(tiny_model(), prompt, 20, ()), prompt)
 
 
-def test_task_4_the_prompt_is_computed_once_and_each_token_after_it_alone() -> None:
+def test_task_4_the_prompt_is_computed_once_and_each_later_pass_computes_one_token() -> None:
     """Oracle: by hand, the tokens that the model is fed.
 
-    The last token need not be fed: what comes after it is not asked for.
+    The last token need not be fed, because no token after it is requested.
     """
     model, prompt = CountingModel(tiny_model()), [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert len(list(generate_with_cache(model, prompt, 12, ()))) == 12
-    assert model.fed[0] == 9, "the first pass brings the whole prompt"
-    assert set(model.fed[1:12]) == {1}, f"each later pass brings one token; yours brought {model.fed[1:12]}"
+    assert model.fed[0] == 9, "the first pass must compute the whole prompt"
+    assert set(model.fed[1:12]) == {1}, (
+        f"each later pass must compute one token; yours computed {model.fed[1:12]}"
+    )
     assert sum(model.fed) <= 9 + 12
 
 
-def test_task_4_two_generations_side_by_side_do_not_mix() -> None:
-    """Oracle: each by itself, through a plain loop that remembers nothing."""
+def test_task_4_two_generations_at_the_same_time_are_independent() -> None:
+    """Oracle: each one run separately, in a plain loop without a cache."""
     prompts = [[4, 40, 14], [23, 42]]
     streams = [generate_with_cache(tiny_model(), prompt, 8, ()) for prompt in prompts]
     pairs = list(zip(*streams, strict=True))

@@ -1,6 +1,6 @@
-"""Day 2.2: one contiguous cache per sequence, as long as the longest text that it may become.
+"""Day 2.2: one contiguous cache per sequence, as long as the longest sequence that it may hold.
 
-When it passes, you have a cache into which tokens are written without moving any, a copy of it for a second
+When it passes, you have a cache that stores new tokens without moving old ones, a copy of it for a second
 completion of the same prompt, and the numbers that decide how long it should be: internal fragmentation
 against refused requests.
 """
@@ -24,7 +24,7 @@ def small_cache(max_seq_len: int = 4) -> NaiveKVCache:
 # Task 1: NaiveKVCache.update
 
 
-def test_task_1_tokens_are_stored_one_behind_the_other() -> None:
+def test_task_1_tokens_are_stored_one_after_the_other() -> None:
     """Oracle: by hand."""
     cache = small_cache()
     first = cache.update(mx.array([[1.0, 2.0]]), mx.array([[3.0, 4.0]]))
@@ -37,7 +37,7 @@ def test_task_1_tokens_are_stored_one_behind_the_other() -> None:
     assert cache.current_len == 2
 
 
-def test_task_1_several_tokens_at_once() -> None:
+def test_task_1_several_tokens_can_be_stored_at_once() -> None:
     """Oracle: by hand."""
     cache = small_cache()
     cache.update(tokens([1, 2]), tokens([10, 20]))
@@ -48,7 +48,7 @@ def test_task_1_several_tokens_at_once() -> None:
 
 
 def test_task_1_a_token_keeps_its_heads() -> None:
-    """Oracle: by hand, every number different. Heads and tokens that change places are what this finds."""
+    """Oracle: by hand, every number is different. Common mistake: heads and tokens swapped."""
     cache = NaiveKVCache(5, num_heads=3, head_dim=2, dtype=mx.float32)
     keys = mx.arange(12, dtype=mx.float32).reshape(3, 2, 2)  # 3 heads, 2 tokens
     stored = cache.update(keys, keys + 100)
@@ -59,8 +59,8 @@ def test_task_1_a_token_keeps_its_heads() -> None:
     assert stored.values[:, :2].tolist() == (keys + 100).tolist()
 
 
-def test_task_1_as_many_tokens_as_fit() -> None:
-    """Oracle: by hand: the last place is a place too."""
+def test_task_1_a_cache_can_be_filled_to_its_last_position() -> None:
+    """Oracle: by hand: all 3 positions can be used."""
     at_once, one_by_one = small_cache(3), small_cache(3)
     stored = at_once.update(tokens([1, 2, 3]), tokens([4, 5, 6]))
     assert stored.keys.tolist() == tokens([1, 2, 3]).tolist()
@@ -70,8 +70,8 @@ def test_task_1_as_many_tokens_as_fit() -> None:
 
 
 @pytest.mark.parametrize("too_many", [2, 3])
-def test_task_1_what_does_not_fit_is_refused_and_nothing_of_it_is_stored(too_many: int) -> None:
-    """Oracle: the docstring: 3 of 4 places are taken. Storing the part that fits is the mistake."""
+def test_task_1_an_update_that_does_not_fit_is_rejected_and_stores_nothing(too_many: int) -> None:
+    """Oracle: the docstring: 3 of 4 positions are used. Common mistake: storing the part that fits."""
     cache = small_cache(4)
     cache.update(tokens([1, 2, 3]), tokens([4, 5, 6]))
     with pytest.raises(ValueError):
@@ -82,8 +82,8 @@ def test_task_1_what_does_not_fit_is_refused_and_nothing_of_it_is_stored(too_man
     assert stored.values.tolist() == tokens([4, 5, 6, 8]).tolist()
 
 
-def test_task_1_one_token_more_than_fits_is_refused_in_a_full_and_in_an_empty_cache() -> None:
-    """Oracle: the docstring. A single token [Hkv, D] counts as one, however many heads it has."""
+def test_task_1_one_token_too_many_is_rejected_by_a_full_and_by_an_empty_cache() -> None:
+    """Oracle: the docstring. A single token [Hkv, D] counts as one, with any number of heads."""
     cache = NaiveKVCache(2, num_heads=4, head_dim=2, dtype=mx.float32)
     with pytest.raises(ValueError):
         cache.update(mx.ones((4, 3, 2)), mx.ones((4, 3, 2)))
@@ -95,8 +95,8 @@ def test_task_1_one_token_more_than_fits_is_refused_in_a_full_and_in_an_empty_ca
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
-def test_task_1_tokens_come_back_as_they_are_stored(dtype: mx.Dtype) -> None:
-    """Oracle: the same tokens rounded to the cache's type by MLX; its own type is what the cache returns."""
+def test_task_1_stored_tokens_are_returned_in_the_dtype_of_the_cache(dtype: mx.Dtype) -> None:
+    """Oracle: the same tokens rounded to the cache's dtype by MLX."""
     noise = mx.random.normal((2, 3, 2, 8), key=mx.random.key(5))
     keys, values = noise
     cache = NaiveKVCache(6, num_heads=3, head_dim=8, dtype=dtype)
@@ -108,7 +108,7 @@ def test_task_1_tokens_come_back_as_they_are_stored(dtype: mx.Dtype) -> None:
         assert mx.array_equal(got[:, 2], given[:, 0].astype(dtype))
 
 
-def test_task_1_the_place_was_there_before() -> None:
+def test_task_1_the_arrays_have_their_full_length_from_the_start() -> None:
     """Oracle: the class's docstring: the arrays are as long as the longest sequence, from the start."""
     cache = small_cache(6)
     for value in (1.0, 2.0):
@@ -117,7 +117,7 @@ def test_task_1_the_place_was_there_before() -> None:
     assert stored.keys.shape == (1, 2, 2)
 
 
-def test_task_1_many_updates_of_many_sizes() -> None:
+def test_task_1_updates_of_random_sizes_match_a_list() -> None:
     """Oracle: two Python lists that everything is appended to."""
     rng = np.random.default_rng(3)
     cache, keys, values = NaiveKVCache(40, num_heads=2, head_dim=4, dtype=mx.float32), [], []
@@ -140,8 +140,8 @@ def stored(cache: NaiveKVCache) -> KeysValues:
     return KeysValues(cache.k_cache[:, : cache.current_len], cache.v_cache[:, : cache.current_len])
 
 
-def test_task_2_the_copy_holds_the_source_s_tokens() -> None:
-    """Oracle: by hand: keys and values, and how many."""
+def test_task_2_the_copy_has_the_tokens_of_the_source() -> None:
+    """Oracle: by hand: keys, values and their number."""
     source, copy = small_cache(), small_cache()
     source.update(tokens([1, 2, 3]), tokens([4, 5, 6]))
     copy.copy_from(source)
@@ -150,8 +150,8 @@ def test_task_2_the_copy_holds_the_source_s_tokens() -> None:
     assert stored(copy).values.tolist() == tokens([4, 5, 6]).tolist()
 
 
-def test_task_2_what_was_stored_before_is_gone() -> None:
-    """Oracle: by hand. Appending the source's tokens to the old ones is the mistake that this finds."""
+def test_task_2_copying_replaces_the_old_tokens() -> None:
+    """Oracle: by hand. Common mistake: appending the source's tokens to the old ones."""
     source, copy = small_cache(), small_cache()
     source.update(tokens([1]), tokens([2]))
     copy.update(tokens([7, 8, 9]), tokens([7, 8, 9]))
@@ -160,8 +160,8 @@ def test_task_2_what_was_stored_before_is_gone() -> None:
     assert copy.update(tokens([3]), tokens([4])).keys.tolist() == tokens([1, 3]).tolist()
 
 
-def test_task_2_each_of_the_two_goes_its_own_way() -> None:
-    """Oracle: by hand. Two caches that share an array, or a length, are the mistake that this finds."""
+def test_task_2_source_and_copy_are_independent_afterwards() -> None:
+    """Oracle: by hand. Common mistake: two caches that share an array or a length."""
     source, copy = small_cache(), small_cache()
     source.update(tokens([1, 2]), tokens([1, 2]))
     copy.copy_from(source)
@@ -174,7 +174,7 @@ def test_task_2_each_of_the_two_goes_its_own_way() -> None:
     assert copy.current_len == 3
 
 
-def test_task_2_an_empty_source_leaves_an_empty_copy() -> None:
+def test_task_2_copying_an_empty_source_empties_the_cache() -> None:
     """Oracle: by hand."""
     copy = small_cache()
     copy.update(tokens([7]), tokens([7]))
@@ -182,8 +182,8 @@ def test_task_2_an_empty_source_leaves_an_empty_copy() -> None:
     assert copy.current_len == 0
 
 
-def test_task_2_a_cache_that_is_copied_from_itself_holds_what_it_held() -> None:
-    """Oracle: by hand. Reading the source's length after the reset is the mistake that this finds."""
+def test_task_2_copying_a_cache_from_itself_changes_nothing() -> None:
+    """Oracle: by hand. Common mistake: reading the source's length after the reset."""
     cache = small_cache()
     cache.update(tokens([1, 2]), tokens([3, 4]))
     cache.copy_from(cache)
@@ -191,8 +191,8 @@ def test_task_2_a_cache_that_is_copied_from_itself_holds_what_it_held() -> None:
     assert stored(cache).values.tolist() == tokens([3, 4]).tolist()
 
 
-def test_task_2_a_shorter_cache_takes_what_fits_exactly() -> None:
-    """Oracle: by hand: the array of the copy stays as long as it was, and no place of it is left."""
+def test_task_2_a_shorter_cache_can_take_as_many_tokens_as_it_has_positions() -> None:
+    """Oracle: by hand: the array of the copy keeps its length, and it is full."""
     source, copy = small_cache(6), small_cache(2)
     source.update(tokens([1, 2]), tokens([3, 4]))
     copy.copy_from(source)
@@ -203,8 +203,8 @@ def test_task_2_a_shorter_cache_takes_what_fits_exactly() -> None:
         copy.update(tokens([5]), tokens([6]))
 
 
-def test_task_2_tokens_that_do_not_fit_are_refused_and_nothing_changes() -> None:
-    """Oracle: the docstring. Forgetting the old tokens before the refusal is the mistake that this finds."""
+def test_task_2_a_source_that_does_not_fit_is_rejected_and_nothing_changes() -> None:
+    """Oracle: the docstring. Common mistake: deleting the old tokens before the error is raised."""
     source, copy = small_cache(4), small_cache(2)
     source.update(tokens([1, 2, 3]), tokens([4, 5, 6]))
     copy.update(tokens([7]), tokens([8]))
@@ -215,8 +215,8 @@ def test_task_2_tokens_that_do_not_fit_are_refused_and_nothing_changes() -> None
     assert stored(source).keys.tolist() == tokens([1, 2, 3]).tolist()
 
 
-def test_task_2_a_copy_keeps_its_own_type() -> None:
-    """Oracle: the tokens rounded to the copy's type by MLX."""
+def test_task_2_a_copy_keeps_its_own_dtype() -> None:
+    """Oracle: the tokens rounded to the copy's dtype by MLX."""
     noise = mx.random.normal((3, 4, 8), key=mx.random.key(6))
     source = NaiveKVCache(6, num_heads=3, head_dim=8, dtype=mx.float32)
     copy = NaiveKVCache(6, num_heads=3, head_dim=8, dtype=mx.float16)
@@ -230,8 +230,8 @@ def test_task_2_a_copy_keeps_its_own_type() -> None:
 # Task 3: reserve
 
 
-def test_task_3_a_small_example() -> None:
-    """Oracle: by hand: 100 of 200 places are used by the two that fit, and 4 caches of 100 fit into 410."""
+def test_task_3_a_small_example_matches_values_worked_out_by_hand() -> None:
+    """Oracle: by hand: the two that fit use 100 of 200 positions, and 4 caches of 100 fit into 410."""
     assert reserve([30, 70, 101], 100, 1, 410) == Reservation(4, 1, 0.5)
 
 
@@ -241,27 +241,27 @@ def test_task_3_only_whole_caches_count() -> None:
 
 
 def test_task_3_a_sequence_that_fills_its_cache_fits() -> None:
-    """Oracle: by hand: only longer ones are refused, and the full cache wastes nothing."""
+    """Oracle: by hand: only longer ones are refused, and a full cache wastes nothing."""
     assert reserve([16], 16, 1, 16) == Reservation(1, 0, 0.0)
     assert reserve([16, 17, 40], 16, 1, 16) == Reservation(1, 2, 0.0)
 
 
-def test_task_3_no_sequence_that_fits_wastes_nothing() -> None:
+def test_task_3_the_waste_is_zero_if_no_sequence_fits() -> None:
     """Oracle: the docstring: 0.0 without a division by zero."""
     assert reserve([], 8, 1, 64) == Reservation(8, 0, 0.0)
     assert reserve([9, 10], 8, 1, 64) == Reservation(8, 2, 0.0)
 
 
 def test_task_3_the_waste_does_not_depend_on_the_memory() -> None:
-    """Oracle: the docstring: all sequences that are not refused count, also those that must wait."""
+    """Oracle: the docstring: all sequences that are not refused count, including those that must wait."""
     for memory in (0, 100, 10_000):
         assert reserve([10, 30, 50], 60, 1, memory).wasted == pytest.approx(0.5)
 
 
-def test_task_3_forty_gigabytes_hold_640_caches_of_4096_tokens() -> None:
+def test_task_3_forty_gib_hold_640_caches_of_4096_tokens() -> None:
     """Oracle: by hand: 32 heads of 128 in bfloat16 are 16 KiB a token and layer; 256 of 4,096 tokens used.
 
-    This is the course text's example: 640 caches of 64 MiB fit, and 94% of them hold nothing.
+    This is the course text's example: 640 caches of 64 MiB fit, and 94% of their bytes are unused.
     """
     token_bytes = 2 * 32 * 128 * 2
     found = reserve([256] * 640, 4096, token_bytes, 40 * 2**30)
@@ -283,7 +283,7 @@ def test_task_3_longer_caches_refuse_fewer_and_waste_more() -> None:
         before = found
 
 
-def test_task_3_agrees_with_caches_that_are_filled() -> None:
+def test_task_3_the_waste_matches_real_caches() -> None:
     """Oracle: `allocated_bytes` and `used_bytes` of real caches, 16 lengths from 100 to 490."""
     lengths, allocated, used = list(range(100, 500, 26)), 0, 0
     for length in lengths:

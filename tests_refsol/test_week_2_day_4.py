@@ -1,7 +1,7 @@
-"""Day 2.4: weights in a few bits, a scale and a bias for each group of values.
+"""Day 2.4: weights in a few bits, with a scale and a bias for each group of values.
 
-When it passes, you write and read MLX's quantized layout, bit by bit, and multiply with a matrix that takes a
-third of the bytes: with 4 bits in groups of 32 and scales in float16, 5 bits a value.
+When it passes, you can write and read MLX's quantized layout, bit by bit, and multiply with a matrix that
+takes a third of the bytes: 5 bits per value with 4-bit codes, groups of 32 and float16 scales.
 """
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def float64(x: mx.array) -> np.ndarray:
-    """The same numbers in NumPy's widest type."""
+    """The same numbers as NumPy float64."""
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
@@ -49,19 +49,19 @@ def values_of(words: mx.array, scales: mx.array, biases: mx.array, bits: int) ->
 
 
 def test_task_1_the_first_number_is_in_the_lowest_bits() -> None:
-    """Oracle: by hand: 4 bits a number, so a hexadecimal digit each, read from the right."""
+    """Oracle: by hand: 4 bits per number, so one hexadecimal digit each, read from the right."""
     got = pack_bits(mx.array([list(range(16))], mx.uint32), 4)
     assert got.dtype == mx.uint32
     assert [hex(word) for word in got.tolist()[0]] == ["0x76543210", "0xfedcba98"]
 
 
-def test_task_1_a_number_of_3_bits_may_lie_in_two_words() -> None:
+def test_task_1_a_number_of_3_bits_may_cross_two_words() -> None:
     """Oracle: by hand: of the eleventh number, 6, two bits are in the first word and one in the second."""
     got = pack_bits(mx.array([[0] * 10 + [6] + [0] * 20 + [7]], mx.uint32), 3)
     assert [hex(word) for word in got.tolist()[0]] == [hex(0b10 << 30), hex(0b1), hex(0b111 << 29)]
 
 
-def test_task_1_every_row_is_a_stream_of_its_own() -> None:
+def test_task_1_every_row_starts_a_new_bit_stream() -> None:
     """Oracle: by hand: rows of 16 numbers of 2 bits are one word each."""
     rows = [[1] * 16, [0] * 15 + [3], [3] * 16]
     got = pack_bits(mx.array(rows, mx.uint32), 2)
@@ -82,36 +82,36 @@ def test_task_1_a_row_is_one_stream_of_bits(bits: int) -> None:
 # Task 2: unpack_bits
 
 
-def test_task_2_the_lowest_bits_are_the_first_number() -> None:
-    """Oracle: by hand, 4 bits a number."""
+def test_task_2_the_first_number_is_read_from_the_lowest_bits() -> None:
+    """Oracle: by hand, 4 bits per number."""
     got = unpack_bits(mx.array([[0x76543210, 0xFEDCBA98]], mx.uint32), 4)
     assert got.dtype == mx.uint32
     assert got.tolist() == [list(range(16))]
 
 
-def test_task_2_a_number_of_3_bits_may_lie_in_two_words() -> None:
+def test_task_2_a_number_of_3_bits_may_cross_two_words() -> None:
     """Oracle: by hand: the eleventh number is bits 30 to 32: two in the first word, one in the second."""
     got = unpack_bits(mx.array([[0b11 << 30, 0b1, 0b101 << 29]], mx.uint32), 3)
     assert got.tolist() == [[*[0] * 10, 7, *[0] * 20, 5]]
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_task_2_any_words_are_numbers(bits: int) -> None:
+def test_task_2_random_words_are_unpacked_correctly(bits: int) -> None:
     """Oracle: each row as one long Python integer, for random bits; 3, 5 and 6 cross words."""
     words = mx.array(np.random.default_rng(8).integers(0, 2**32, size=(4, 2 * bits), dtype=np.uint32))
     assert unpack_bits(words, bits).tolist() == codes_of(words, bits).tolist()
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_task_2_it_reads_what_was_packed(bits: int) -> None:
-    """Oracle: the numbers that were packed, the largest among them."""
+def test_task_2_unpacking_reverses_packing(bits: int) -> None:
+    """Oracle: the packed numbers, including the largest."""
     codes = np.random.default_rng(bits).integers(0, 2**bits, size=(3, 64)).astype(np.uint32)
     codes[:, -1] = 2**bits - 1
     assert unpack_bits(pack_bits(mx.array(codes), bits), bits).tolist() == codes.tolist()
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
-def test_task_2_any_number_of_axes_in_front(shape: tuple[int, ...]) -> None:
+def test_task_2_words_may_have_any_leading_axes(shape: tuple[int, ...]) -> None:
     """Oracle: the same words as rows of one matrix. An embedding looks up rows for [B, L] tokens."""
     words = np.random.default_rng(9).integers(0, 2**32, size=(*shape, 5), dtype=np.uint32)
     got = unpack_bits(mx.array(words), 5)
@@ -133,7 +133,7 @@ def test_task_3_whole_numbers_from_0_to_15_are_their_own_codes() -> None:
     assert (got.group_size, got.bits) == (32, 4)
 
 
-def test_task_3_the_least_value_is_the_bias() -> None:
+def test_task_3_the_bias_is_the_smallest_value_of_the_group() -> None:
     """Oracle: by hand: from -3 to 4.5 in 15 steps of a half."""
     w = mx.array([[-3 + i / 2 for i in range(16)] * 2], mx.float32)
     got = quantize(w, group_size=32, bits=4)
@@ -142,8 +142,8 @@ def test_task_3_the_least_value_is_the_bias() -> None:
     assert codes_of(got.weight, 4).tolist() == [list(range(16)) * 2]
 
 
-def test_task_3_groups_lie_along_a_row() -> None:
-    """Oracle: by hand: two rows of two groups, each with a range of its own."""
+def test_task_3_groups_are_consecutive_values_of_a_row() -> None:
+    """Oracle: by hand: two rows of two groups, each with its own range."""
     steps = mx.arange(32, dtype=mx.float32) % 4
     w = mx.stack([mx.concatenate([steps, 10 * steps]), mx.concatenate([2 * steps - 1, -steps])])
     got = quantize(w, group_size=32, bits=2)
@@ -155,20 +155,20 @@ def test_task_3_groups_lie_along_a_row() -> None:
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_task_3_an_error_is_half_a_step_at_most(bits: int, group_size: int) -> None:
-    """Oracle: `mx.dequantize`. Cutting off instead of rounding is off by up to a whole step."""
+def test_task_3_the_rounding_error_is_at_most_half_a_step(bits: int, group_size: int) -> None:
+    """Oracle: `mx.dequantize`. Truncating instead of rounding is off by up to a whole step."""
     w = random_matrix(8, 256, seed=1)
     got = quantize(w, group_size, bits)
     back = mx.dequantize(got.weight, got.scales, got.biases, group_size=group_size, bits=bits)
     error = np.abs(float64(back) - float64(w)).reshape(8, -1, group_size)
     step = float64(got.scales)[..., None]
     assert (error <= step / 2 + 1e-5 * (1 + step)).all()
-    assert error.max() > 0.4 * step.max(), "values between two steps are off by up to half of one"
+    assert error.max() > 0.4 * step.max(), "the largest error must be near half a step: the values are random"
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_task_3_least_and_greatest_are_the_first_and_the_last_code(bits: int) -> None:
-    """Oracle: NumPy: scale = (greatest - least) / (2^bits - 1). A division by 2^bits is the mistake."""
+def test_task_3_smallest_and_largest_value_get_the_first_and_the_last_code(bits: int) -> None:
+    """Oracle: NumPy: scale = (largest - smallest) / (2^bits - 1). Common mistake: dividing by 2^bits."""
     w = random_matrix(6, 128, seed=2)
     got = quantize(w, 64, bits)
     groups = float64(w).reshape(6, 2, 64)
@@ -181,7 +181,7 @@ def test_task_3_least_and_greatest_are_the_first_and_the_last_code(bits: int) ->
 
 
 def check_nearest(w: mx.array, got: Quantized) -> None:
-    """Every value has the code that is nearest to it: all of them are tried, in float64."""
+    """Assert that every value has its nearest code, by trying all codes in float64."""
     groups = float64(w).reshape(*got.scales.shape, got.group_size, 1)
     scales, biases = (float64(x)[..., None, None] for x in (got.scales, got.biases))
     distances = np.abs(scales * np.arange(2**got.bits) + biases - groups)
@@ -199,10 +199,10 @@ def check_nearest(w: mx.array, got: Quantized) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("bits", BITS)
-def test_task_3_no_other_code_is_nearer(bits: int, dtype: mx.Dtype) -> None:
+def test_task_3_each_value_gets_its_nearest_code(bits: int, dtype: mx.Dtype) -> None:
     """Oracle: all the codes, tried in float64, with the scale and the bias as they are stored.
 
-    Rounding with a scale that is not rounded to its type yet, or in 16 bits, is the mistake that this finds.
+    Common mistakes: rounding with the scale before it is stored in its dtype, rounding in 16 bits.
     """
     w = random_matrix(24, 128, seed=3, dtype=dtype)
     got = quantize(w, 32, bits)
@@ -210,45 +210,45 @@ def test_task_3_no_other_code_is_nearer(bits: int, dtype: mx.Dtype) -> None:
     check_nearest(w, got)
 
 
-def test_task_3_codes_do_not_run_over_the_last_one() -> None:
+def test_task_3_codes_are_clipped_to_the_largest_code() -> None:
     """Oracle: all the codes, tried in float64.
 
-    A step of 1.4 times float16's least number is stored as 1 time: the greatest values are more than 255
-    steps away from the least, and a code that is cut to 8 bits would begin at 0 again.
+    A step of 1.4 times float16's smallest number is stored as 1 times it, so the largest values are more than
+    255 steps above the smallest. A code that is truncated to 8 bits would wrap around to 0.
     """
     w = mx.array([[round(i * 255 * 1.4 / 31) for i in range(32)]], mx.float32) * 2.0**-24
     w = w.astype(mx.float16)
     got = quantize(w, 32, 8)
-    # Both sides times a power of two, which changes no code: the numbers are then far from the tolerance.
+    # Multiply both sides by a power of two: no code changes, and the numbers are far above the tolerance.
     check_nearest(w * 2.0**10, got._replace(scales=got.scales * 2.0**10, biases=got.biases * 2.0**10))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_task_3_a_group_of_equal_values_is_exact(bits: int) -> None:
-    """Oracle: the docstring: there is no range to divide by, and the value comes back as it was."""
+    """Oracle: the docstring: the range is 0, and the value is restored exactly."""
     w = mx.concatenate([mx.full((1, 32), value) for value in (0.0, 3.7, -2.25, 1e-3)], axis=1)
     got = quantize(w, 32, bits)
     back = mx.dequantize(got.weight, got.scales, got.biases, group_size=32, bits=bits)
     assert mx.array_equal(back, w)
-    assert got.scales.tolist() == [[1] * 4], "a step of 0 is stored as 1"
+    assert got.scales.tolist() == [[1] * 4], "a scale of 0 must be stored as 1"
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_task_3_a_step_that_is_rounded_to_0_is_stored_as_1(bits: int) -> None:
-    """Oracle: by hand: one step of float16's least number, in 2^bits - 1 parts, is less than half of it.
+def test_task_3_a_scale_that_rounds_to_0_is_stored_as_1(bits: int) -> None:
+    """Oracle: by hand: float16's smallest number divided by 2^bits - 1 rounds to 0.
 
-    Replacing a step of 0 before it is rounded to 16 bits is the mistake that this finds.
+    Common mistake: replacing a scale of 0 before it is rounded to 16 bits.
     """
     nearly_equal = [(i % 2) * 2.0**-24 for i in range(32)]
     got = quantize(mx.array([nearly_equal + [0.5] * 32]).astype(mx.float16), 32, bits)
-    assert got.scales.tolist() == [[1, 1]], "no scale is 0"
-    assert codes_of(got.weight, bits).max() == 0, "2^-24 is nearer to 0 than to 1"
+    assert got.scales.tolist() == [[1, 1]], "no scale may be 0"
+    assert codes_of(got.weight, bits).max() == 0, "the code of 2^-24 must be 0: it is nearer to 0 than to 1"
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_task_3_mlx_multiplies_with_the_result(bits: int, group_size: int) -> None:
-    """Oracle: NumPy in float64, on the values that the codes stand for, against `mx.quantized_matmul`."""
+def test_task_3_mlx_can_multiply_with_the_result(bits: int, group_size: int) -> None:
+    """Oracle: NumPy in float64, on the dequantized values."""
     got = quantize(random_matrix(7, 256, seed=4), group_size, bits)
     x = random_matrix(3, 256, seed=5)
     y = mx.quantized_matmul(
@@ -259,29 +259,31 @@ def test_task_3_mlx_multiplies_with_the_result(bits: int, group_size: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "bits_a_value"),
+    ("bits", "group_size", "bits_per_value"),
     [(4, 32, 5), (4, 64, 4.5), (8, 32, 9), (2, 128, 2.25), (3, 64, 3.5)],
 )
-def test_task_3_the_size_in_bytes(bits: int, group_size: int, bits_a_value: float) -> None:
-    """Oracle: by hand: a group of 32 shares 16 bits of scale and 16 of bias: 4 + 32 / 32 = 5 bits."""
+def test_task_3_scale_and_bias_add_32_bits_per_group(
+    bits: int, group_size: int, bits_per_value: float
+) -> None:
+    """Oracle: by hand: a group of 32 shares a 16-bit scale and a 16-bit bias: 4 + 32 / 32 = 5 bits."""
     w = random_matrix(16, 256, seed=6, dtype=mx.float16)
     got = quantize(w, group_size, bits)
     nbytes = got.weight.nbytes + got.scales.nbytes + got.biases.nbytes
-    assert 8 * nbytes / w.size == bits_a_value
+    assert 8 * nbytes / w.size == bits_per_value
 
 
 # Task 4: dequantize
 
 
-def test_task_4_the_lowest_bits_are_the_first_value() -> None:
-    """Oracle: by hand: 4 bits a value, scale 1, bias 0."""
+def test_task_4_the_first_value_is_read_from_the_lowest_bits() -> None:
+    """Oracle: by hand: 4 bits per value, scale 1, bias 0."""
     words = mx.array([[0x76543210, 0xFEDCBA98, 0, 0x0000000F]], mx.uint32)
     got = dequantize(words, mx.array([[1.0]]), mx.array([[0.0]]), 32, 4)
     assert got.tolist() == [[*range(16), *[0] * 8, 15, *[0] * 7]]
 
 
 def test_task_4_a_value_is_scale_times_code_plus_bias() -> None:
-    """Oracle: by hand: codes 3, 2, 1 and 0 in steps of a half, from -1 in one group and 10 in the next."""
+    """Oracle: by hand: codes 3, 2, 1 and 0; scale 0.5 and bias -1 in one group, 2 and 10 in the next."""
     words = mx.array([[0b00_01_10_11, 0, 0b00_01_10_11, 0]], mx.uint32)
     got = dequantize(words, mx.array([[0.5, 2.0]]), mx.array([[-1.0, 10.0]]), 32, 2)
     assert got.tolist() == [[0.5, 0, -0.5, *[-1] * 29, 16, 14, 12, *[10] * 29]]
@@ -289,7 +291,7 @@ def test_task_4_a_value_is_scale_times_code_plus_bias() -> None:
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_task_4_equals_mlx(bits: int, group_size: int) -> None:
+def test_task_4_values_match_mlx(bits: int, group_size: int) -> None:
     """Oracle: `mx.dequantize` on the same arrays."""
     arrays = mx.quantize(random_matrix(6, 256, seed=7), group_size=group_size, bits=bits)
     want = mx.dequantize(*arrays, group_size=group_size, bits=bits)
@@ -298,7 +300,7 @@ def test_task_4_equals_mlx(bits: int, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_task_4_any_words_are_codes(bits: int) -> None:
+def test_task_4_random_words_are_dequantized_correctly(bits: int) -> None:
     """Oracle: each row as one long Python integer, for random bits; 3, 5 and 6 cross words."""
     rng = np.random.default_rng(8)
     words = mx.array(rng.integers(0, 2**32, size=(4, 2 * bits), dtype=np.uint32))
@@ -309,10 +311,10 @@ def test_task_4_any_words_are_codes(bits: int) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_task_4_the_result_is_float32_and_computed_in_it(bits: int, dtype: mx.Dtype) -> None:
+def test_task_4_the_result_is_computed_in_float32(bits: int, dtype: mx.Dtype) -> None:
     """Oracle: float64 on the scales and biases as they are stored, in 16 bits.
 
-    Multiplying in 16 bits and widening afterwards is the mistake that this finds.
+    Common mistake: multiplying in 16 bits and converting afterwards.
     """
     words, scales, biases = mx.quantize(random_matrix(5, 128, seed=9, dtype=dtype), group_size=64, bits=bits)
     got = dequantize(words, scales, biases, 64, bits)
@@ -322,7 +324,7 @@ def test_task_4_the_result_is_float32_and_computed_in_it(bits: int, dtype: mx.Dt
 
 @pytest.mark.parametrize("bits", [4, 5])
 @pytest.mark.parametrize("index", [3, [2, 0, 2], [[1, 4, 0], [3, 3, 2]]])
-def test_task_4_rows_that_were_looked_up(index: int | list, bits: int) -> None:
+def test_task_4_looked_up_rows_are_dequantized_correctly(index: int | list, bits: int) -> None:
     """Oracle: `mx.dequantize` of the whole matrix, looked up afterwards."""
     words, scales, biases = mx.quantize(random_matrix(5, 64, seed=10), group_size=32, bits=bits)
     rows = mx.array(index)
@@ -345,8 +347,8 @@ def test_task_5_a_row_with_a_single_one_picks_a_column() -> None:
     np.testing.assert_allclose(np.array(got), [[0, 0], [3, -6], [15, -30]], atol=1e-5)
 
 
-def test_task_5_a_row_of_ones_gives_the_sums() -> None:
-    """Oracle: by hand: twice 0 + 1 + ... + 15 is 240; half of it and 32 times a bias of 2 is 184."""
+def test_task_5_a_row_of_ones_sums_the_values() -> None:
+    """Oracle: by hand: twice 0 + 1 + ... + 15 is 240; 240 / 2 plus 32 biases of 2 is 184."""
     words = mx.array([[0x76543210, 0xFEDCBA98] * 2] * 3, mx.uint32)
     scales, biases = mx.array([[1.0], [0.5], [0.0]]), mx.array([[0.0], [2.0], [1.0]])
     got = quantized_matmul(mx.ones((1, 32)), words, scales, biases, 32, 4)
@@ -355,7 +357,7 @@ def test_task_5_a_row_of_ones_gives_the_sums() -> None:
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_task_5_equals_the_product_with_the_values(bits: int, group_size: int) -> None:
+def test_task_5_the_product_matches_numpy_on_dequantized_values(bits: int, group_size: int) -> None:
     """Oracle: NumPy in float64, on the values that `mx.dequantize` gives."""
     arrays = mx.quantize(random_matrix(9, 256, seed=11), group_size=group_size, bits=bits)
     x = random_matrix(4, 256, seed=12)
@@ -365,7 +367,7 @@ def test_task_5_equals_the_product_with_the_values(bits: int, group_size: int) -
 
 
 def test_task_5_a_square_matrix_is_transposed_too() -> None:
-    """Oracle: NumPy in float64. Without the transpose the shapes still fit, and the numbers are others."""
+    """Oracle: NumPy in float64. Without the transpose the shapes still fit, but the numbers differ."""
     arrays = mx.quantize(random_matrix(64, 64, seed=13), group_size=32, bits=4)
     x = random_matrix(2, 64, seed=14)
     want = float64(x) @ float64(mx.dequantize(*arrays, group_size=32, bits=4)).T
@@ -373,7 +375,7 @@ def test_task_5_a_square_matrix_is_transposed_too() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 1, 3)])
-def test_task_5_any_number_of_axes_in_front(shape: tuple[int, ...]) -> None:
+def test_task_5_x_may_have_any_leading_axes(shape: tuple[int, ...]) -> None:
     """Oracle: NumPy in float64."""
     arrays = mx.quantize(random_matrix(6, 64, seed=15), group_size=32, bits=4)
     x = np.random.default_rng(16).normal(size=(*shape, 64)).astype(np.float32)
@@ -383,7 +385,7 @@ def test_task_5_any_number_of_axes_in_front(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(np.array(got), want, rtol=1e-4, atol=1e-3)
 
 
-def test_task_5_scales_in_16_bits() -> None:
+def test_task_5_scales_and_biases_may_have_16_bits() -> None:
     """Oracle: NumPy in float64, on the scales and biases as they are stored."""
     arrays = mx.quantize(random_matrix(6, 128, seed=17, dtype=mx.float16), group_size=32, bits=4)
     x = random_matrix(3, 128, seed=18)
@@ -393,7 +395,7 @@ def test_task_5_scales_in_16_bits() -> None:
     np.testing.assert_allclose(np.array(got), want, rtol=1e-4, atol=1e-3)
 
 
-def test_task_5_equals_mlx() -> None:
+def test_task_5_the_product_matches_mlx() -> None:
     """Oracle: `mx.quantized_matmul`, which never unpacks the matrix."""
     arrays = mx.quantize(random_matrix(48, 256, seed=19), group_size=64, bits=6)
     x = random_matrix(5, 256, seed=20)
@@ -402,7 +404,7 @@ def test_task_5_equals_mlx() -> None:
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-3)
 
 
-# Task 6, an option: quantized_matmul.cpp. Without a file of the learner's it is the reference's kernel.
+# Task 6, optional: quantized_matmul.cpp. Without the learner's file, the reference's kernel is tested.
 
 
 def multiply(x: mx.array, stored: Quantized, activation_bits: int = 16) -> np.ndarray:
@@ -419,12 +421,12 @@ def multiply(x: mx.array, stored: Quantized, activation_bits: int = 16) -> np.nd
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs"), [(1, 1, 32), (3, 17, 96), (50, 40, 256), (100, 16, 64)]
 )
-def test_task_6_the_kernel_is_close_to_the_product(
+def test_task_6_the_kernel_is_close_to_the_float64_product(
     rows: int, outputs: int, inputs: int, dtype: mx.Dtype, bits: int
 ) -> None:
     """Oracle: NumPy in float64 on the stored numbers; activations are rounded to 16 bits.
 
-    17 and 40 outputs end in a tile that is not full, 50 rows in a block that is not, 256 inputs are 8 groups.
+    17 and 40 outputs end in a partial tile, 50 rows end in a partial block, and 256 inputs are 8 groups.
     """
     stored = Quantized(
         *mx.quantize(random_matrix(outputs, inputs, seed=21, dtype=dtype), group_size=32, bits=bits), 32, bits
@@ -436,7 +438,7 @@ def test_task_6_the_kernel_is_close_to_the_product(
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_task_6_activations_of_8_bits_too(bits: int) -> None:
+def test_task_6_the_kernel_with_8_bit_activations_is_within_2_percent(bits: int) -> None:
     """Oracle: NumPy in float64; rounding each x to one of 255 steps costs about 1%."""
     stored = Quantized(*mx.quantize(random_matrix(40, 256, seed=25), group_size=32, bits=bits), 32, bits)
     x = random_matrix(50, 256, seed=26)
@@ -446,8 +448,11 @@ def test_task_6_activations_of_8_bits_too(bits: int) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_task_6_a_row_is_the_same_bits_by_itself_and_among_others() -> None:
-    """Oracle: each row by itself. Sums in another order for another number of rows are the mistake."""
+def test_task_6_a_row_is_bit_identical_with_and_without_other_rows() -> None:
+    """Oracle: each row computed separately.
+
+    Common mistake: a summation order that depends on the number of rows.
+    """
     stored = Quantized(*mx.quantize(random_matrix(40, 576, seed=23), group_size=32, bits=4), 32, 4)
     x = random_matrix(60, 576, seed=24)
     together = multiply(x, stored)
@@ -456,8 +461,8 @@ def test_task_6_a_row_is_the_same_bits_by_itself_and_among_others() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_task_6_zeros_and_the_largest_numbers() -> None:
-    """Oracle: by hand: zeros give zero, and 32 products of the largest 16-bit and 8-bit numbers fit."""
+def test_task_6_the_kernel_is_exact_for_zeros_and_does_not_overflow() -> None:
+    """Oracle: by hand: zeros give 0; 32 products of the largest 16-bit and 8-bit numbers do not overflow."""
     ones = Quantized(
         mx.full((16, 8), 0xFFFFFFFF, mx.uint32), mx.ones((16, 1)), mx.zeros((16, 1)), group_size=32, bits=8
     )

@@ -1,7 +1,7 @@
-"""Day 2.5: attention in tiles, softmax in one pass over the keys.
+"""Day 2.5: FlashAttention: attention in tiles, with softmax in one pass over the keys.
 
-When it passes, you have attention that never holds a row of scores: for each query a maximum, a sum and the
-weighted values are carried from tile to tile, and the result is that of plain attention up to rounding.
+When it passes, you have attention that never stores a row of scores: for each query it carries a maximum, a
+sum and the weighted values from tile to tile, and its result equals plain attention up to rounding.
 """
 
 import mlx.core as mx
@@ -12,13 +12,13 @@ from tiny_llm.kernels import compiled_kernel
 
 
 def nothing_seen(*shape: int) -> Running:
-    """What is carried before the first key: shape is that of the queries, [..., L, D]."""
+    """The running state before the first key, for queries of this shape, [..., L, D]."""
     column = (*shape[:-1], 1)
     return Running(mx.full(column, -mx.inf), mx.zeros(column), mx.zeros(shape))
 
 
 def running_sums(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The definition of `Running` for all keys at once, in float64; every query sees a key at least."""
+    """The definition of `Running` for all keys at once, in float64; every query sees at least one key."""
     scores, values = scores.astype(np.float64), values.astype(np.float64)
     largest = scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores - largest)
@@ -26,7 +26,7 @@ def running_sums(scores: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 
 def check(running: Running, want: tuple[np.ndarray, np.ndarray, np.ndarray], rtol: float = 1e-5) -> None:
-    """All three that are carried have these shapes and numbers."""
+    """Assert that all three fields have these shapes and values."""
     for name, got, expected in zip(Running._fields, running, want, strict=True):
         assert got.shape == expected.shape, name
         np.testing.assert_allclose(np.array(got), expected, rtol=rtol, atol=1e-5, err_msg=name)
@@ -40,30 +40,30 @@ def one(number: float) -> mx.array:
 # Task 1: absorb
 
 
-def test_task_1_the_first_key() -> None:
+def test_task_1_the_first_key_gets_weight_one() -> None:
     """Oracle: by hand: the only score so far is the largest, so its weight is exp(0) = 1."""
     running = absorb(nothing_seen(1, 1), one(5), one(2))
     check(running, (np.array([[5.0]]), np.array([[1.0]]), np.array([[2.0]])))
 
 
 def test_task_1_a_larger_score_scales_down_what_was_summed_before() -> None:
-    """Oracle: by hand: beside ln 3 a score of 0 weighs 1/3: 1/3 + 1 in all, 2/3 + 8 of the values.
+    """Oracle: by hand: relative to ln 3, a score of 0 has weight 1/3: the sum is 1/3 + 1, the values 2/3 + 8.
 
-    Leaving the values, or the sum, as they were is the mistake that this finds.
+    Common mistake: rescaling only the sum or only the values.
     """
     running = absorb(nothing_seen(1, 1), one(0), one(2))
     running = absorb(running, one(np.log(3)), one(8))
     check(running, (np.array([[np.log(3)]]), np.array([[4 / 3]]), np.array([[26 / 3]])))
 
 
-def test_task_1_a_smaller_score_leaves_them_as_they_are() -> None:
-    """Oracle: by hand: beside ln 3 a score of 0 weighs 1/3, whenever it comes."""
+def test_task_1_a_smaller_score_does_not_rescale_earlier_sums() -> None:
+    """Oracle: by hand: relative to ln 3, a score of 0 has weight 1/3, in any order."""
     running = absorb(nothing_seen(1, 1), one(np.log(3)), one(8))
     running = absorb(running, one(0), one(2))
     check(running, (np.array([[np.log(3)]]), np.array([[4 / 3]]), np.array([[26 / 3]])))
 
 
-def test_task_1_several_keys_in_a_tile() -> None:
+def test_task_1_a_tile_may_hold_several_keys() -> None:
     """Oracle: by hand: two queries, two keys: weights 1 and 1, and 1/2 and 1."""
     scores = mx.array([[1.0, 1.0], [0.0, np.log(2)]])
     values = mx.array([[10.0, 0.0, 1.0], [20.0, 4.0, 1.0]])
@@ -74,7 +74,7 @@ def test_task_1_several_keys_in_a_tile() -> None:
 
 @pytest.mark.parametrize("tiles", [(12,), (1, 11), (11, 1), (5, 4, 3), (1,) * 12])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-def test_task_1_after_every_tile_the_sums_are_those_of_the_keys_so_far(
+def test_task_1_after_every_tile_the_sums_cover_all_keys_so_far(
     leading: tuple[int, ...], tiles: tuple[int, ...]
 ) -> None:
     """Oracle: the definition of `Running` in NumPy, float64, over all keys so far at once."""
@@ -89,8 +89,8 @@ def test_task_1_after_every_tile_the_sums_are_those_of_the_keys_so_far(
         start = stop
 
 
-def test_task_1_a_key_that_may_not_be_seen_weighs_nothing() -> None:
-    """Oracle: the definition, over the keys that are left."""
+def test_task_1_a_masked_key_has_no_weight() -> None:
+    """Oracle: the definition, over the visible keys."""
     rng = np.random.default_rng(2)
     scores, values = rng.normal(size=(1, 6)).astype(np.float32), rng.normal(size=(6, 3)).astype(np.float32)
     hidden = scores.copy()
@@ -101,8 +101,8 @@ def test_task_1_a_key_that_may_not_be_seen_weighs_nothing() -> None:
     check(running, running_sums(scores[:, seen], values[seen]))
 
 
-def test_task_1_a_tile_that_may_not_be_seen_at_all_leaves_nothing_and_no_nan() -> None:
-    """Oracle: the docstring: largest = -inf and total = 0 stay. -inf minus -inf, a NaN, is the mistake."""
+def test_task_1_a_completely_masked_tile_changes_nothing_and_gives_no_nan() -> None:
+    """Oracle: the docstring: largest = -inf and total = 0 stay. Common mistake: -inf - -inf, which is NaN."""
     running, hidden = nothing_seen(2, 3), mx.full((2, 4), -mx.inf)
     for _ in range(2):
         running = absorb(running, hidden, mx.ones((4, 3)))
@@ -111,7 +111,7 @@ def test_task_1_a_tile_that_may_not_be_seen_at_all_leaves_nothing_and_no_nan() -
         assert running.weighted.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-def test_task_1_a_visible_tile_after_hidden_ones_is_exact() -> None:
+def test_task_1_a_visible_tile_after_masked_tiles_is_exact() -> None:
     """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(3)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_task_1_a_visible_tile_after_hidden_ones_is_exact() -> None:
     check(running, running_sums(scores, values))
 
 
-def test_task_1_a_hidden_tile_after_a_visible_one_changes_nothing() -> None:
+def test_task_1_a_masked_tile_after_a_visible_one_changes_nothing() -> None:
     """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(4)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
@@ -129,8 +129,8 @@ def test_task_1_a_hidden_tile_after_a_visible_one_changes_nothing() -> None:
     check(running, running_sums(scores, values))
 
 
-def test_task_1_every_query_for_itself() -> None:
-    """Oracle: by hand: the first query sees the second tile only, the other one the first tile only."""
+def test_task_1_queries_are_independent() -> None:
+    """Oracle: by hand: the first query sees only the second tile, the other one only the first tile."""
     running = absorb(nothing_seen(2, 1), mx.array([[-np.inf, -np.inf], [1.0, 1.0]]), mx.array([[2.0], [4.0]]))
     running = absorb(running, mx.array([[3.0], [-np.inf]]), mx.array([[9.0]]))
     check(running, (np.array([[3.0], [1.0]]), np.array([[1.0], [2.0]]), np.array([[9.0], [6.0]])))
@@ -139,8 +139,8 @@ def test_task_1_every_query_for_itself() -> None:
 @pytest.mark.parametrize(
     "scores", [[1e4, 9999, 1e4 + 1], [-1e4, 1e4, 0], [1e4, -1e4, 9998], [-1e4, -9999, -1e4]]
 )
-def test_task_1_scores_far_beyond_what_exp_can_hold(scores: list[float]) -> None:
-    """Oracle: the definition in float64. exp(10,000) is infinite, and infinite over infinite is NaN."""
+def test_task_1_scores_of_ten_thousand_do_not_overflow(scores: list[float]) -> None:
+    """Oracle: the definition in float64. exp(10,000) is inf, and inf / inf is NaN."""
     values = np.array([[1.0], [2.0], [4.0]], np.float32)
     running = nothing_seen(1, 1)
     for score, value in zip(scores, values, strict=True):
@@ -178,7 +178,7 @@ def random_qkv(
 def run(
     qkv: tuple[np.ndarray, np.ndarray, np.ndarray], scale: float, causal: bool, tile: int | None = None
 ) -> np.ndarray:
-    """`flash_attention` on NumPy arrays; None leaves the size of the tiles to the function."""
+    """`flash_attention` on NumPy arrays; if `tile` is None, with the default tile size."""
     q, k, v = (mx.array(x) for x in qkv)
     out = (
         flash_attention(q, k, v, scale, causal)
@@ -195,23 +195,23 @@ def heads_of_size_2(*numbers: float) -> np.ndarray:
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 64])
 def test_task_2_equal_keys_give_the_mean_of_the_values(tile: int) -> None:
-    """Oracle: by hand: the mean of 2, 4 and 9 is 5; causal, the means so far are 2, 3 and 5."""
+    """Oracle: by hand: the mean of 2, 4 and 9 is 5; with a causal mask the running means are 2, 3 and 5."""
     qkv = heads_of_size_2(1, 1, 1), heads_of_size_2(0, 0, 0), heads_of_size_2(2, 4, 9)
     np.testing.assert_allclose(run(qkv, 1.0, False, tile)[0, 0, :, 0], [5, 5, 5], rtol=1e-6)
     np.testing.assert_allclose(run(qkv, 1.0, True, tile)[0, 0, :, 0], [2, 3, 5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("tile", [1, 2, 64])
-def test_task_2_scores_are_scaled(tile: int) -> None:
-    """Oracle: by hand: the scores 0 and 2 ln 3 * 0.5 weigh 1/4 and 3/4; of 0 and 8 that is 6."""
+def test_task_2_scores_are_multiplied_by_the_scale(tile: int) -> None:
+    """Oracle: by hand: the scores 0 and 2 ln 3 * 0.5 have weights 1/4 and 3/4; values 0 and 8 give 6."""
     qkv = heads_of_size_2(2), heads_of_size_2(0, np.log(3)), heads_of_size_2(0, 8)
     np.testing.assert_allclose(run(qkv, 0.5, False, tile)[0, 0, :, 0], [6], rtol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tile", range(1, 15))
-def test_task_2_every_tile_size_gives_the_same(tile: int, causal: bool) -> None:
-    """Oracle: NumPy in float64, for 11 keys: tiles that come out even, that do not, and that are longer."""
+def test_task_2_every_tile_size_gives_the_same_result(tile: int, causal: bool) -> None:
+    """Oracle: NumPy in float64, for 11 keys: tiles that divide them, that do not, and that are longer."""
     qkv = random_qkv(seed=5, batch=2, heads=2, kv_heads=2, queries=11, keys=11)
     out = run(qkv, 0.35, causal, tile)
     assert out.shape == (2, 2, 11, 8)
@@ -219,7 +219,7 @@ def test_task_2_every_tile_size_gives_the_same(tile: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
-def test_task_2_tiles_of_the_usual_size(length: int) -> None:
+def test_task_2_the_default_tile_size_matches_numpy(length: int) -> None:
     """Oracle: NumPy in float64, for lengths around those of one tile and of two."""
     qkv = random_qkv(seed=6, batch=1, heads=2, kv_heads=1, queries=length, keys=length)
     out = run(qkv, 0.35, causal=True)
@@ -229,7 +229,7 @@ def test_task_2_tiles_of_the_usual_size(length: int) -> None:
 @pytest.mark.parametrize("tile", [1, 3, 4, 64])
 @pytest.mark.parametrize("queries", [1, 2, 5, 9])
 def test_task_2_the_queries_are_the_last_of_the_positions(queries: int, tile: int) -> None:
-    """Oracle: NumPy in float64. A mask that counts queries from position 0 hides the past."""
+    """Oracle: NumPy in float64. A mask that counts queries from position 0 hides earlier keys."""
     qkv = random_qkv(seed=7, batch=1, heads=2, kv_heads=2, queries=queries, keys=9)
     out = run(qkv, 0.4, True, tile)
     np.testing.assert_allclose(out, attention(*qkv, 0.4, True), rtol=1e-4, atol=1e-5)
@@ -244,15 +244,15 @@ def test_task_2_without_a_mask_every_query_sees_every_key(queries: int, keys: in
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 2), (6, 3), (5, 1)])
-def test_task_2_heads_in_groups(heads: int, kv_heads: int) -> None:
-    """Oracle: NumPy in float64. Query head h reads head h // (H / Hkv); h % Hkv is the mistake."""
+def test_task_2_each_query_head_reads_the_key_and_value_head_of_its_group(heads: int, kv_heads: int) -> None:
+    """Oracle: NumPy in float64. Query head h reads head h // (H / Hkv). Common mistake: h % Hkv."""
     qkv = random_qkv(seed=9, batch=2, heads=heads, kv_heads=kv_heads, queries=4, keys=7)
     out = run(qkv, 0.35, True, 3)
     np.testing.assert_allclose(out, attention(*qkv, 0.35, True, heads // kv_heads), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_task_2_equals_the_fused_operator(causal: bool) -> None:
+def test_task_2_the_result_matches_the_fused_mlx_operator(causal: bool) -> None:
     """Oracle: `mx.fast.scaled_dot_product_attention`."""
     qkv = random_qkv(seed=10, batch=2, heads=8, kv_heads=2, queries=20, keys=50, size=32)
     q, k, v = (mx.array(x) for x in qkv)
@@ -263,8 +263,8 @@ def test_task_2_equals_the_fused_operator(causal: bool) -> None:
 
 @pytest.mark.parametrize("tile", [2, 64])
 @pytest.mark.parametrize(("dtype", "rtol"), [(mx.float32, 1e-4), (mx.float16, 5e-3), (mx.bfloat16, 4e-2)])
-def test_task_2_the_result_has_the_type_of_the_queries(dtype: mx.Dtype, rtol: float, tile: int) -> None:
-    """Oracle: NumPy in float64, on queries, keys and values as they are stored in that type."""
+def test_task_2_the_output_has_the_dtype_of_the_queries(dtype: mx.Dtype, rtol: float, tile: int) -> None:
+    """Oracle: NumPy in float64, on queries, keys and values rounded to that dtype."""
     q, k, v = (mx.array(x).astype(dtype) for x in random_qkv(11, 1, 4, 2, queries=5, keys=7))
     out = flash_attention(q, k, v, 0.35, True, tile)
     assert out.dtype == dtype
@@ -275,7 +275,7 @@ def test_task_2_the_result_has_the_type_of_the_queries(dtype: mx.Dtype, rtol: fl
 @pytest.mark.parametrize("tile", [1, 2, 64])
 @pytest.mark.parametrize("base", [1e4, -1e4])
 def test_task_2_large_scores_do_not_overflow(base: float, tile: int) -> None:
-    """Oracle: by hand: a score that is larger by 1 weighs e times as much, wherever the scores lie."""
+    """Oracle: by hand: a score that is larger by 1 has e times the weight, for all scores."""
     q = np.array([[[[1, 0], [1, 1]]]], np.float32)
     k = np.array([[[[base, 0], [base, 1], [base, 0]]]], np.float32)
     weights = np.exp(np.float64([0, 1, 0]))
@@ -284,8 +284,8 @@ def test_task_2_large_scores_do_not_overflow(base: float, tile: int) -> None:
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 64])
-def test_task_2_scores_that_grow_and_fall_by_thousands(tile: int) -> None:
-    """Oracle: by hand: the largest score takes all the weight, in whichever tile it is."""
+def test_task_2_the_largest_score_wins_in_every_tile(tile: int) -> None:
+    """Oracle: by hand: the largest score takes all the weight, in every tile."""
     for winner in range(5):
         keys = [-1e4, 5e3, -3e3, 2e3, 0.0]
         keys[winner] = 1e4
@@ -293,7 +293,7 @@ def test_task_2_scores_that_grow_and_fall_by_thousands(tile: int) -> None:
         np.testing.assert_allclose(run(qkv, 1.0, False, tile)[0, 0, :, 0], [winner + 1], rtol=1e-5)
 
 
-# Task 3, an option: flash_attention.cpp. Without a file of the learner's it is the reference's kernel.
+# Task 3, optional: flash_attention.cpp. Without the learner's file, the reference's kernel is tested.
 
 
 def by_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> np.ndarray:
@@ -311,8 +311,11 @@ def heads(count: int, length: int, size: int, seed: int) -> mx.array:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("size", [8, 20, 64])
 @pytest.mark.parametrize(("length", "total"), [(1, 1), (1, 70), (32, 32), (5, 64), (33, 97)])
-def test_task_3_the_kernel_equals_plain_attention(length: int, total: int, size: int, causal: bool) -> None:
-    """Oracle: `mx.fast.scaled_dot_product_attention`. Six heads share two; 20 is no multiple of 8."""
+def test_task_3_the_kernel_matches_plain_attention(length: int, total: int, size: int, causal: bool) -> None:
+    """Oracle: `mx.fast.scaled_dot_product_attention`.
+
+    Six query heads share two; 20 is not a multiple of 8.
+    """
     q = heads(6, length, size, 1)
     k, v = heads(2, total, size, 2), heads(2, total, size, 3)
     mask = "causal" if causal else None
@@ -322,8 +325,11 @@ def test_task_3_the_kernel_equals_plain_attention(length: int, total: int, size:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_task_3_a_row_is_the_same_bits_whatever_is_computed_with_it() -> None:
-    """Oracle: the whole sequence at once. Tiles that begin at the first query would add in another order."""
+def test_task_3_a_row_is_bit_identical_in_a_shorter_call() -> None:
+    """Oracle: the whole sequence at once.
+
+    Tiles aligned to the first query would change the summation order.
+    """
     q, k, v = heads(4, 90, 16, 4), heads(2, 90, 16, 5), heads(2, 90, 16, 6)
     whole = by_kernel(q, k, v, 0.25, True)
     for start in (1, 31, 45, 89):
@@ -332,7 +338,7 @@ def test_task_3_a_row_is_the_same_bits_whatever_is_computed_with_it() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_task_3_large_scores_do_not_overflow() -> None:
-    """Oracle: by hand: a score of 10,000 in the second tile leaves nothing of the other keys."""
+    """Oracle: by hand: a score of 10,000 in the second tile gets all the weight."""
     q, k, v = mx.ones((1, 1, 1, 8)), mx.zeros((1, 1, 40, 8)), heads(1, 40, 8, 7)[:1]
     k[0, 0, 35] = 1250.0
     np.testing.assert_allclose(by_kernel(q, k, v, 1.0, False)[0, 0, 0], np.array(v[0, 0, 35]), rtol=1e-6)

@@ -1,7 +1,7 @@
-"""Day 2.6: how one step's budget of tokens is shared between the sequences that run.
+"""Day 2.6: chunked prefill: sharing one step's token budget between the running sequences.
 
-When it passes, you have the rule by which a long prompt is computed in chunks beside the decodes of other
-sequences, a simulation of what it means for the first token of each, and the plan of a step.
+When it passes, you have the rule that computes a long prompt in chunks together with the decodes of other
+sequences, a simulation of its effect on the time to each first token, and the plan of a step.
 """
 
 from itertools import pairwise
@@ -16,7 +16,7 @@ from tiny_llm.sequence import Sequence
 # Task 1: share_budget
 
 
-def test_task_1_what_fits_is_granted_completely() -> None:
+def test_task_1_wants_that_fit_the_budget_are_granted_completely() -> None:
     """Oracle: by hand: 1 + 5 + 1 tokens fit into 10."""
     assert share_budget([1, 5, 1], 10) == [1, 5, 1]
 
@@ -27,12 +27,12 @@ def test_task_1_a_prompt_that_is_too_long_gets_a_chunk() -> None:
 
 
 def test_task_1_decodes_are_served_before_prompts_that_came_earlier() -> None:
-    """Oracle: by hand: of 8 tokens 2 are for the decodes. Serving in the order given is the mistake."""
+    """Oracle: by hand: of 8 tokens 2 are for the decodes. Common mistake: serving in the given order."""
     assert share_budget([100, 1, 1], 8) == [6, 1, 1]
 
 
-def test_task_1_answers_stand_in_the_order_of_the_wants() -> None:
-    """Oracle: by hand: not in the order of serving."""
+def test_task_1_grants_are_in_the_order_of_the_wants() -> None:
+    """Oracle: by hand: not in the order in which they are served."""
     assert share_budget([100, 1, 30, 1], 64) == [62, 1, 0, 1]
     assert share_budget([1, 7, 0, 1, 2], 10) == [1, 7, 0, 1, 1]
 
@@ -43,12 +43,12 @@ def test_task_1_prompts_are_served_first_come_first_served() -> None:
 
 
 def test_task_1_a_short_prompt_does_not_overtake_a_long_one() -> None:
-    """Oracle: by hand: nothing is left. Filling up with what fits, or equal shares, are the mistakes."""
+    """Oracle: by hand: nothing is left. Common mistakes: a later prompt that fits, equal shares."""
     assert share_budget([10, 2], 5) == [5, 0]
     assert share_budget([4, 10, 3], 8) == [4, 4, 0]
 
 
-def test_task_1_two_tokens_are_a_prompt_and_one_is_a_decode() -> None:
+def test_task_1_a_want_of_one_is_a_decode_and_a_larger_one_is_a_prompt() -> None:
     """Oracle: by hand: the last token of a prompt's chunks is served like a decode."""
     assert share_budget([2, 1], 1) == [0, 1]
     assert share_budget([2, 2, 1], 4) == [2, 1, 1]
@@ -60,20 +60,20 @@ def test_task_1_decodes_beyond_the_budget_wait() -> None:
     assert share_budget([3, 1, 1], 1) == [0, 1, 0]
 
 
-def test_task_1_nothing_is_wanted() -> None:
-    """Oracle: by hand: what is not wanted is not granted."""
+def test_task_1_wants_of_zero_get_zero() -> None:
+    """Oracle: by hand."""
     assert share_budget([], 16) == []
     assert share_budget([0, 0], 16) == [0, 0]
     assert share_budget([0, 1, 0, 2], 16) == [0, 1, 0, 2]
 
 
-def test_task_1_nothing_is_left() -> None:
+def test_task_1_a_budget_of_zero_grants_nothing() -> None:
     """Oracle: by hand."""
     assert share_budget([1, 7, 0], 0) == [0, 0, 0]
 
 
-def test_task_1_a_budget_that_is_just_enough() -> None:
-    """Oracle: by hand: and one token less is missing at the end of the last prompt."""
+def test_task_1_an_exact_budget_grants_everything() -> None:
+    """Oracle: by hand; with one token less, the last prompt gets one less."""
     assert share_budget([4, 1, 3], 8) == [4, 1, 3]
     assert share_budget([4, 1, 3], 7) == [4, 1, 2]
 
@@ -81,14 +81,14 @@ def test_task_1_a_budget_that_is_just_enough() -> None:
 @pytest.mark.parametrize(
     ("wants", "budget"), [([1, 5], -1), ([], -1), ([-1], 5), ([3, 1, -2], 5), ([-2, 9], 0)]
 )
-def test_task_1_negative_numbers_are_refused(wants: list[int], budget: int) -> None:
-    """Oracle: the docstring. Counting a negative want as a prompt gives tokens that do not exist."""
+def test_task_1_negative_numbers_are_rejected(wants: list[int], budget: int) -> None:
+    """Oracle: the docstring. Treating a negative want as a prompt would grant a negative number of tokens."""
     with pytest.raises(ValueError):
         share_budget(wants, budget)
 
 
-def test_task_1_what_is_given_is_not_changed() -> None:
-    """Oracle: the docstring of the module: a pure function: the same again for the same counts."""
+def test_task_1_the_arguments_are_not_modified() -> None:
+    """Oracle: the docstring of the module: a pure function: equal arguments give equal results."""
     wants = [9, 1, 4]
     assert share_budget(wants, 6) == share_budget(wants, 6) == [5, 1, 0]
     assert wants == [9, 1, 4]
@@ -96,7 +96,7 @@ def test_task_1_what_is_given_is_not_changed() -> None:
 
 
 def random_cases() -> list[tuple[list[int], int]]:
-    """Wants and budgets of every kind: many decodes, many prompts, too little, more than enough."""
+    """Random wants and budgets: many decodes, many prompts, small and large budgets."""
     rng = np.random.default_rng(21)
     cases = []
     for _ in range(3000):
@@ -106,8 +106,8 @@ def random_cases() -> list[tuple[list[int], int]]:
     return cases
 
 
-def test_task_1_none_gets_more_than_wanted_and_all_together_no_more_than_the_budget() -> None:
-    """Oracle: the docstring, over random cases. And everything is used that is wanted."""
+def test_task_1_no_grant_exceeds_its_want_and_the_sum_does_not_exceed_the_budget() -> None:
+    """Oracle: the docstring, over random cases; nothing that is wanted stays unused."""
     for wants, budget in random_cases():
         granted = share_budget(wants, budget)
         assert len(granted) == len(wants), (wants, budget)
@@ -115,8 +115,8 @@ def test_task_1_none_gets_more_than_wanted_and_all_together_no_more_than_the_bud
         assert sum(granted) == min(budget, sum(wants)), (wants, budget)
 
 
-def test_task_1_no_prompt_gets_anything_while_a_decode_waits() -> None:
-    """Oracle: the docstring, over random cases; and of the decodes it is the last ones that wait."""
+def test_task_1_no_prompt_gets_tokens_while_a_decode_waits() -> None:
+    """Oracle: the docstring, over random cases; the last decodes are the ones that wait."""
     for wants, budget in random_cases():
         granted = share_budget(wants, budget)
         decodes = [count for count, want in zip(granted, wants, strict=True) if want == 1]
@@ -125,7 +125,7 @@ def test_task_1_no_prompt_gets_anything_while_a_decode_waits() -> None:
         assert decodes == sorted(decodes, reverse=True), (wants, budget)
 
 
-def test_task_1_a_prompt_gets_nothing_while_an_earlier_one_is_cut_short() -> None:
+def test_task_1_a_prompt_gets_no_tokens_while_an_earlier_one_is_incomplete() -> None:
     """Oracle: the docstring, over random cases."""
     for wants, budget in random_cases():
         pairs = zip(share_budget(wants, budget), wants, strict=True)
@@ -134,7 +134,7 @@ def test_task_1_a_prompt_gets_nothing_while_an_earlier_one_is_cut_short() -> Non
             assert earlier == wanted or later == 0, (wants, budget)
 
 
-def test_task_1_tokens_handed_out_one_by_one_end_in_the_same_places() -> None:
+def test_task_1_grants_match_a_loop_that_hands_out_one_token_at_a_time() -> None:
     """Oracle: a slow loop: each token goes to the first decode that has none, else to the first prompt."""
     for wants, budget in random_cases():
         slowly = [0] * len(wants)
@@ -149,20 +149,20 @@ def test_task_1_tokens_handed_out_one_by_one_end_in_the_same_places() -> None:
 
 
 def test_task_2_one_prompt_takes_as_many_steps_as_it_has_chunks() -> None:
-    """Oracle: by hand: 1, 4, 5, 8 and 9 tokens at 4 a step."""
+    """Oracle: by hand: 1, 4, 5, 8 and 9 tokens at 4 per step."""
     assert [first_token_steps([length], 4) for length in (1, 4, 5, 8, 9)] == [[1], [1], [2], [2], [3]]
 
 
-def test_task_2_prompts_that_fit_are_complete_in_the_first_step() -> None:
+def test_task_2_prompts_that_fit_the_budget_are_complete_in_the_first_step() -> None:
     """Oracle: by hand."""
     assert first_token_steps([3, 1, 4], 8) == [1, 1, 1]
     assert first_token_steps([3, 1, 4], 7) == [1, 1, 2]
 
 
-def test_task_2_a_complete_prompt_goes_on_as_a_decode() -> None:
-    """Oracle: by hand: [4, 0], then the first one decodes and takes one token of each step: [1, 3], [1, 3].
+def test_task_2_a_complete_prompt_continues_as_a_decode() -> None:
+    """Oracle: by hand: [4, 0], then the first one decodes and takes one token per step: [1, 3], [1, 3].
 
-    Without its decodes the second prompt would be complete in step 3.
+    If it did not decode, the second prompt would be complete in step 3.
     """
     assert first_token_steps([4, 8], 4) == [1, 4]
 
@@ -178,8 +178,8 @@ def test_task_2_a_prompt_of_one_token_is_served_like_a_decode() -> None:
     assert first_token_steps([100, 1], 2) == [100, 1]
 
 
-def test_task_2_no_prompts() -> None:
-    """Oracle: the docstring; without an endless loop."""
+def test_task_2_no_prompts_give_an_empty_list() -> None:
+    """Oracle: the docstring; no infinite loop."""
     assert first_token_steps([], 4) == []
     assert first_token_steps([], 0) == []
 
@@ -187,25 +187,25 @@ def test_task_2_no_prompts() -> None:
 @pytest.mark.parametrize(
     ("prompt_lens", "budget"), [([5], 0), ([5, 5], 1), ([1, 1, 1], 2), ([3, 0], 8), ([0], 8), ([-1], 8)]
 )
-def test_task_2_what_could_never_end_is_refused(prompt_lens: list[int], budget: int) -> None:
+def test_task_2_a_simulation_that_could_never_end_is_rejected(prompt_lens: list[int], budget: int) -> None:
     """Oracle: the docstring: fewer tokens than prompts, or a prompt of no tokens."""
     with pytest.raises(ValueError):
         first_token_steps(prompt_lens, budget)
 
 
-def test_task_2_a_token_for_each_prompt_is_enough() -> None:
+def test_task_2_a_budget_of_one_token_per_prompt_is_enough() -> None:
     """Oracle: by hand: [2, 0], [1, 1] (the first one decodes), [1, 1], [1, 1]."""
     assert first_token_steps([2, 3], 2) == [1, 4]
 
 
-def test_task_2_what_is_given_is_not_changed() -> None:
-    """Oracle: the docstring: a simulation; the same again for the same prompts."""
+def test_task_2_the_arguments_are_not_modified() -> None:
+    """Oracle: the docstring: a simulation: equal prompts give equal results."""
     prompt_lens = [5, 9, 2]
     assert first_token_steps(prompt_lens, 4) == first_token_steps(tuple(prompt_lens), 4)
     assert prompt_lens == [5, 9, 2]
 
 
-def test_task_2_tokens_handed_out_one_by_one_come_in_the_same_steps() -> None:
+def test_task_2_first_tokens_match_a_loop_that_hands_out_one_token_at_a_time() -> None:
     """Oracle: a slow loop that hands out each token of a step to the first that wants it."""
     rng = np.random.default_rng(22)
     for _ in range(200):
@@ -231,7 +231,7 @@ def test_task_2_tokens_handed_out_one_by_one_come_in_the_same_steps() -> None:
 def sequence(
     seq_id: str, prompt_len: int, num_computed: int = 0, outputs: int = 0, prompt_logprobs: int | None = None
 ) -> Sequence:
-    """A sequence of which so much is known and computed."""
+    """A sequence with a prompt of this length, so many computed tokens and so many outputs."""
     return Sequence(
         seq_id=seq_id,
         request_id=seq_id,
@@ -249,13 +249,13 @@ def planned(running: list[Sequence], budget: int) -> list[tuple[str, int, int]]:
     return [(chunk.sequence.seq_id, chunk.start, chunk.stop) for chunk in plan_chunks(running, budget).chunks]
 
 
-def test_task_3_a_new_prompt_begins_at_its_first_token() -> None:
+def test_task_3_a_new_prompt_starts_at_its_first_token() -> None:
     """Oracle: by hand."""
     assert planned([sequence("a", 5)], 8) == [("a", 0, 5)]
 
 
-def test_task_3_a_chunk_begins_where_the_last_one_ended() -> None:
-    """Oracle: by hand: 6 of 10 tokens are computed, and 4 more fit, or 3."""
+def test_task_3_a_chunk_starts_where_the_last_one_ended() -> None:
+    """Oracle: by hand: 6 of 10 tokens are computed, and the budget is 8 or 3."""
     assert planned([sequence("a", 10, num_computed=6)], 8) == [("a", 6, 10)]
     assert planned([sequence("a", 10, num_computed=6)], 3) == [("a", 6, 9)]
 
@@ -265,8 +265,8 @@ def test_task_3_a_decode_computes_its_last_output() -> None:
     assert planned([sequence("a", 5, num_computed=7, outputs=3)], 8) == [("a", 7, 8)]
 
 
-def test_task_3_chunks_stand_in_the_order_of_the_sequences() -> None:
-    """Oracle: `share_budget` of [9, 1, 4, 1] and 8 tokens: [6, 1, 0, 1]; no tokens are no chunk."""
+def test_task_3_chunks_are_in_the_order_of_the_sequences() -> None:
+    """Oracle: `share_budget` of [9, 1, 4, 1] and 8 tokens: [6, 1, 0, 1]; zero tokens make no chunk."""
     running = [
         sequence("long", 9),
         sequence("decode", 5, num_computed=5, outputs=1),
@@ -276,7 +276,7 @@ def test_task_3_chunks_stand_in_the_order_of_the_sequences() -> None:
     assert planned(running, 8) == [("long", 0, 6), ("decode", 5, 6), ("last", 2, 3)]
 
 
-def test_task_3_a_sequence_whose_token_is_not_sampled_yet_has_nothing_to_compute() -> None:
+def test_task_3_a_sequence_that_waits_for_its_sampled_token_gets_no_chunk() -> None:
     """Oracle: by hand: all of its tokens are computed."""
     assert planned([sequence("a", 5, num_computed=5), sequence("b", 2)], 8) == [("b", 0, 2)]
 
@@ -288,8 +288,8 @@ def test_task_3_without_sequences_or_budget_the_plan_is_empty() -> None:
     assert plan_chunks([], 8).is_empty
 
 
-def test_task_3_the_sequences_are_not_changed() -> None:
-    """Oracle: the docstring: a plan is not computed yet. Raising `num_computed` is the mistake."""
+def test_task_3_planning_does_not_modify_the_sequences() -> None:
+    """Oracle: the docstring: a plan computes nothing. Common mistake: raising `num_computed`."""
     one = sequence("a", 5)
     plan = plan_chunks([one], 3)
     assert one.num_computed == 0
@@ -297,14 +297,14 @@ def test_task_3_the_sequences_are_not_changed() -> None:
     assert planned([one], 3) == [("a", 0, 3)]
 
 
-def test_task_3_a_prompt_whose_logits_are_all_asked_for_comes_in_smaller_chunks() -> None:
-    """Oracle: `batch_manager.wanted`: at most `MAX_PROMPT_ROWS` rows of logits in a step."""
+def test_task_3_a_prompt_with_prompt_logprobs_is_split_into_smaller_chunks() -> None:
+    """Oracle: `batch_manager.tokens_wanted`: at most `MAX_PROMPT_ROWS` rows of logits in a step."""
     length = MAX_PROMPT_ROWS + 10
     assert planned([sequence("a", length, prompt_logprobs=0)], 1000) == [("a", 0, MAX_PROMPT_ROWS)]
     assert planned([sequence("a", length)], 1000) == [("a", 0, length)]
 
 
-def test_task_3_step_by_step_every_token_is_planned_once_and_first_tokens_come_as_simulated() -> None:
+def test_task_3_every_token_is_planned_once_and_first_tokens_match_the_simulation() -> None:
     """Oracle: a list of the positions of each prompt, and `first_token_steps`."""
     prompt_lens, budget = [23, 4, 11, 1], 6
     running = [sequence(f"r{i}", length) for i, length in enumerate(prompt_lens)]

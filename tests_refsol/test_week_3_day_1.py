@@ -1,8 +1,7 @@
-"""Day 3.1: how many holders each block has, and which blocks a sequence's tokens are in.
+"""Day 3.1: reference counts of blocks, and the block table of a sequence.
 
-When it passes, you have pages: blocks from anywhere in the pool look like one text to their owner, several
-sequences hold the same block, and only the block in which two of them would write is ever copied. The tests
-are in `week_3_day_1/`.
+When it passes, you have paging: a sequence's blocks may be anywhere in the pool, several sequences share
+blocks, and a block is copied only if one of them writes to it. The tests are in `week_3_day_1/`.
 """
 
 from week_3_day_1.allocator import *

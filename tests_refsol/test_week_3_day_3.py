@@ -1,8 +1,8 @@
-"""Day 3.3: slots, and a cache of named sequences on top of pages.
+"""Day 3.3: slot mappings, and a cache of named sequences on top of pages.
 
-When it passes, you have the address of every token as one number, for whole batches at once, and the lab's
-PagedKVCache as a view on pool, allocator and tables: it grows without losing tokens, never writes to a block
-that another sequence holds, and reads exactly the tokens that it is asked for.
+When it passes, you have the slot of every token as one number, for whole batches at once, and the lab's
+PagedKVCache as a view of pool, allocator and tables: it grows without losing tokens, never writes to a block
+that another sequence holds, and reads exactly the requested tokens.
 """
 
 import sys
@@ -23,7 +23,7 @@ HEADS, D = 2, 3
 
 
 def make_table(num_tokens: int, block_size: int = 4, blocks: Sequence[int] = ()) -> BlockTable:
-    """A table of so many tokens; `blocks`, if given, stand for those that the allocator chose."""
+    """A table of `num_tokens` tokens; `blocks`, if given, replace the allocator's choice."""
     table = BlockTable(BlockAllocator(100), block_size)
     table.append_tokens(num_tokens)
     table.blocks = list(blocks) or table.blocks
@@ -31,7 +31,7 @@ def make_table(num_tokens: int, block_size: int = 4, blocks: Sequence[int] = ())
 
 
 def token(number: float) -> tuple[mx.array, mx.array]:
-    """The key and value [HEADS, D] of a token: each number is another token, each head another row."""
+    """The key and value [HEADS, D] of a token: different numbers give different tokens, and heads differ."""
     k = number + mx.arange(HEADS * D, dtype=mx.float32).reshape(HEADS, D) / 16
     return k, -k
 
@@ -41,20 +41,20 @@ def make_cache(total_blocks: int = 12, block_size: int = 4) -> PagedKVCache:
 
 
 def fill(cache: PagedKVCache, seq_id: str, start: int, numbers: Sequence[float]) -> None:
-    """Put tokens into the pool, at the slots that the sequence's table names: without `write_token`."""
+    """Write tokens to the slots of the sequence's table, without `write_token`."""
     slots = cache.tables[seq_id].slots(start, start + len(numbers))
     keys, values = (mx.stack(parts) for parts in zip(*map(token, numbers), strict=True))
     cache.pool.write(cache.layer, mx.array(slots, mx.int32), keys, values)
 
 
-def begin(cache: PagedKVCache, seq_id: str, numbers: Sequence[float]) -> None:
-    """A new sequence with these tokens."""
+def add_sequence(cache: PagedKVCache, seq_id: str, numbers: Sequence[float]) -> None:
+    """Add a new sequence with these tokens."""
     cache.allocate(seq_id, len(numbers))
     fill(cache, seq_id, 0, numbers)
 
 
 def expect(read: tuple[mx.array, mx.array], numbers: Sequence[float]) -> None:
-    """What was read is these tokens, in this order: [HEADS, tokens, D] each."""
+    """Assert that keys and values [HEADS, tokens, D] are exactly these tokens, in this order."""
     keys, values = read
     assert keys.shape == values.shape == (HEADS, len(numbers), D)
     expected = mx.array(list(numbers), mx.float32)[None, :, None] + token(0)[0][:, None]
@@ -63,7 +63,7 @@ def expect(read: tuple[mx.array, mx.array], numbers: Sequence[float]) -> None:
 
 
 def expect_stored(cache: PagedKVCache, seq_id: str, numbers: Sequence[float]) -> None:
-    """The sequence's tokens are these: read from the pool by slot, without `read_blocks`."""
+    """Assert that the sequence has these tokens: read from the pool by slot, without `read_blocks`."""
     table = cache.tables[seq_id]
     assert table.num_tokens == len(numbers)
     slots = mx.array(table.slots(0, len(numbers)), mx.int32)
@@ -72,7 +72,7 @@ def expect_stored(cache: PagedKVCache, seq_id: str, numbers: Sequence[float]) ->
 
 
 def expect_conserved(cache: PagedKVCache) -> None:
-    """Every block is free, or counted once for each table that holds it."""
+    """Assert that each block's reference count is the number of tables that contain it."""
     held = [block for table in cache.tables.values() for block in table.blocks]
     assert cache.allocator.num_free == cache.allocator.num_blocks - len(set(held))
     for block in set(held):
@@ -82,7 +82,7 @@ def expect_conserved(cache: PagedKVCache) -> None:
 # Task 1: flat_slots
 
 
-def test_task_1_a_slot_is_the_place_in_a_pool_seen_as_a_list_of_tokens() -> None:
+def test_task_1_a_slot_is_block_times_block_size_plus_offset() -> None:
     """Oracle: by hand: blocks 23, 64 and 87 of 16 tokens; token 25 is in block 64 at offset 9."""
     slots = flat_slots([make_table(40, 16, [23, 64, 87])], [40]).tolist()
     assert slots[0] == 368
@@ -93,8 +93,8 @@ def test_task_1_a_slot_is_the_place_in_a_pool_seen_as_a_list_of_tokens() -> None
     assert len(slots) == 40
 
 
-def test_task_1_tables_follow_each_other() -> None:
-    """Oracle: by hand, blocks of 4: what the first one's last block has left over is not in between."""
+def test_task_1_slots_of_several_tables_are_concatenated() -> None:
+    """Oracle: by hand, blocks of 4: unused slots of a last block are skipped."""
     tables = [make_table(6, 4, [7, 2]), make_table(3, 4, [5]), make_table(8, 4, [0, 9])]
     assert flat_slots(tables, [6, 3, 8]).tolist() == [
         *(28, 29, 30, 31, 8, 9),
@@ -104,20 +104,20 @@ def test_task_1_tables_follow_each_other() -> None:
 
 
 @pytest.mark.parametrize("length", range(10))
-def test_task_1_every_length_around_the_ends_of_blocks(length: int) -> None:
-    """Oracle: by hand: the first so many of nine slots; a length may be less than the table's tokens."""
+def test_task_1_lengths_around_block_boundaries_are_mapped_exactly(length: int) -> None:
+    """Oracle: by hand: the first `length` of nine slots; a length may be less than the table's tokens."""
     slots = flat_slots([make_table(9, 3, [4, 1, 6])], [length])
     assert slots.tolist() == [12, 13, 14, 3, 4, 5, 18, 19, 20][:length]
 
 
-def test_task_1_slots_are_32_bit_integers() -> None:
-    """Oracle: the docstring, also where there is nothing: an empty list makes floats of its own accord."""
+def test_task_1_slots_are_int32_even_if_there_are_none() -> None:
+    """Oracle: the docstring, also for an empty list, which MLX would make float32."""
     for slots in (flat_slots([make_table(5)], [5]), flat_slots([make_table(5)], [0]), flat_slots([], [])):
         assert slots.dtype == mx.int32
     assert flat_slots([], []).shape == (0,)
 
 
-def test_task_1_a_table_without_tokens_between_two_others() -> None:
+def test_task_1_a_table_without_tokens_adds_no_slots() -> None:
     """Oracle: by hand."""
     tables = [make_table(2, 4, [3]), make_table(0), make_table(1, 4, [6])]
     assert flat_slots(tables, [2, 0, 1]).tolist() == [12, 13, 24]
@@ -125,26 +125,26 @@ def test_task_1_a_table_without_tokens_between_two_others() -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 6, 8, 9])
-def test_task_1_tokens_that_a_table_has_not_are_refused(length: int) -> None:
-    """Oracle: the docstring: 5 tokens. Its two blocks of 4 have room for 8; nothing is stored behind 5."""
+def test_task_1_a_length_outside_the_table_is_rejected(length: int) -> None:
+    """Oracle: the docstring: the table has 5 tokens; the other slots of its two blocks of 4 are empty."""
     with pytest.raises(ValueError):
         flat_slots([make_table(3), make_table(5)], [3, length])
 
 
 @pytest.mark.parametrize("lengths", [[], [3], [3, 5, 1]])
-def test_task_1_there_is_a_length_for_every_table(lengths: list[int]) -> None:
+def test_task_1_a_different_number_of_lengths_and_tables_is_rejected(lengths: list[int]) -> None:
     """Oracle: the docstring."""
     with pytest.raises(ValueError):
         flat_slots([make_table(3), make_table(5)], lengths)
 
 
-def test_task_1_tables_of_different_pools_are_refused() -> None:
-    """Oracle: the docstring: the same number would name two tokens."""
+def test_task_1_tables_of_different_block_sizes_are_rejected() -> None:
+    """Oracle: the docstring: one slot number would mean two tokens."""
     with pytest.raises(ValueError):
         flat_slots([make_table(3, 4), make_table(3, 8)], [3, 3])
 
 
-def test_task_1_many_tables_at_once() -> None:
+def test_task_1_many_random_tables_match_the_definition() -> None:
     """Oracle: the definition, for each token: its table's block, times the block size, plus its offset."""
     rng = np.random.default_rng(1)
     for block_size in (1, 3, 16):
@@ -152,7 +152,7 @@ def test_task_1_many_tables_at_once() -> None:
         allocator = BlockAllocator(sum(-(-total // block_size) for total in totals))
         tables = [BlockTable(allocator, block_size) for _ in totals]
         for row in rng.permutation(np.repeat(np.arange(20), totals)):
-            tables[row].append_tokens(1)  # alternating, so that no sequence has its blocks side by side
+            tables[row].append_tokens(1)  # alternating, so that no table has contiguous blocks
         lengths = [int(rng.integers(0, total + 1)) for total in totals]
         expected = [
             table.blocks[i // block_size] * block_size + i % block_size
@@ -163,7 +163,7 @@ def test_task_1_many_tables_at_once() -> None:
 
 
 def num_instructions(run: Callable[[], object]) -> int:
-    """The number of Python's own instructions that a call takes; those inside C and MLX do not count."""
+    """The number of Python instructions that a call takes, without those inside C and MLX."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any]:
@@ -181,22 +181,25 @@ def num_instructions(run: Callable[[], object]) -> int:
     return count
 
 
-def test_task_1_larger_blocks_are_no_more_work_for_python() -> None:
-    """Oracle: by count: two tables of two blocks, of 4 and of 512 tokens. One token at a time is the mistake:
-    `BlockTable.slots` gives the right slots, in more than a hundred times the instructions."""
+def test_task_1_larger_blocks_need_no_more_python_instructions() -> None:
+    """Oracle: by count: two tables of two blocks, of 4 and of 512 tokens.
+
+    Common mistake: one token at a time. `BlockTable.slots` gives the right slots, with over a hundred times
+    as many instructions.
+    """
     counts = []
     for block_size in (4, 512):
         tables, lengths = [make_table(2 * block_size, block_size) for _ in range(2)], [2 * block_size] * 2
         counts.append(num_instructions(lambda t=tables, n=lengths: flat_slots(t, n)))  # type: ignore[misc]
     small, large = counts
-    assert large <= 2 * small, f"{large} instructions for blocks of 512 tokens, {small} for blocks of 4"
+    assert large <= 2 * small, f"{large} Python instructions for 512 tokens per block, {small} for 4"
 
 
 # Task 2: PagedKVCache.allocate
 
 
 def test_task_2_a_new_sequence_gets_blocks_for_its_tokens() -> None:
-    """Oracle: by hand, blocks of 16: 30 tokens are 2 blocks. Which ones is the allocator's choice."""
+    """Oracle: by hand, blocks of 16: 30 tokens are 2 blocks. The allocator may choose any."""
     cache = make_cache(100, 16)
     blocks = cache.allocate("A", 30)
     assert len(blocks) == len(set(blocks)) == 2
@@ -205,7 +208,7 @@ def test_task_2_a_new_sequence_gets_blocks_for_its_tokens() -> None:
     expect_conserved(cache)
 
 
-def test_task_2_sequences_share_no_block_that_was_not_shared() -> None:
+def test_task_2_new_sequences_share_no_blocks() -> None:
     """Oracle: by hand: 2 blocks and 3 are the whole pool."""
     cache = make_cache(5)
     taken = cache.allocate("a", 8) + cache.allocate("b", 9)
@@ -213,10 +216,9 @@ def test_task_2_sequences_share_no_block_that_was_not_shared() -> None:
 
 
 def test_task_2_a_known_sequence_grows() -> None:
-    """Oracle: by hand, blocks of 4. A new table in the place of the old one loses blocks and tokens: that is
-    the lab's mistake."""
+    """Oracle: by hand, blocks of 4. The lab replaces the table, which loses blocks and tokens."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     before = cache.tables["a"].physical_indices()
     after = cache.allocate("a", 4)
     assert after[:2] == before
@@ -226,21 +228,21 @@ def test_task_2_a_known_sequence_grows() -> None:
     expect_conserved(cache)
 
 
-def test_task_2_all_blocks_are_returned_not_the_new_ones_alone() -> None:
+def test_task_2_allocate_returns_all_blocks_of_the_sequence() -> None:
     """Oracle: by hand, blocks of 4: 3 tokens, then 1 that fits into the same block, then 1 that does not."""
     cache = make_cache()
     counts = [len(cache.allocate("a", more)) for more in (3, 1, 1, 0, 7)]
     assert counts == [1, 1, 2, 2, 3]
 
 
-def test_task_2_what_is_returned_is_the_callers() -> None:
-    """Oracle: by hand: a list that the caller changes is not the table's own."""
+def test_task_2_the_returned_list_is_a_copy() -> None:
+    """Oracle: by hand: changing the returned list must not change the table."""
     cache = make_cache()
     cache.allocate("a", 5).clear()
     assert len(cache.tables["a"].blocks) == 2
 
 
-def test_task_2_a_sequence_may_begin_with_no_tokens() -> None:
+def test_task_2_a_sequence_may_start_without_tokens() -> None:
     """Oracle: by hand."""
     cache = make_cache(1)
     cache.allocate("full", 4)
@@ -248,21 +250,21 @@ def test_task_2_a_sequence_may_begin_with_no_tokens() -> None:
     assert "none" in cache.tables
 
 
-def test_task_2_too_many_tokens_are_refused_and_nothing_is_taken() -> None:
-    """Oracle: the docstring: 3 blocks of 4, one of them held; 9 tokens want three."""
+def test_task_2_too_many_tokens_are_rejected_and_take_no_blocks() -> None:
+    """Oracle: the docstring: one of 3 blocks of 4 is held, and 9 tokens need three."""
     cache = make_cache(3)
-    begin(cache, "a", [1, 2, 3, 4])
+    add_sequence(cache, "a", [1, 2, 3, 4])
     for seq_id in ("new", "a"):
         with pytest.raises(OutOfBlocksError):
             cache.allocate(seq_id, 9)
-        assert list(cache.tables) == ["a"], "a sequence that got nothing is not there"
+        assert list(cache.tables) == ["a"], "a rejected sequence must not be added"
         expect_stored(cache, "a", [1, 2, 3, 4])
         expect_conserved(cache)
     assert len(cache.allocate("new", 8)) == 2
 
 
-def test_task_2_a_negative_number_is_refused() -> None:
-    """Oracle: the docstring, for a new sequence and for one that is here."""
+def test_task_2_a_negative_number_is_rejected() -> None:
+    """Oracle: the docstring, for a new and for an existing sequence."""
     cache = make_cache()
     cache.allocate("a", 5)
     for seq_id in ("a", "b"):
@@ -272,11 +274,13 @@ def test_task_2_a_negative_number_is_refused() -> None:
     assert cache.tables["a"].num_tokens == 5
 
 
-def test_task_2_a_fork_that_grows_keeps_the_tokens_of_the_block_that_they_shared() -> None:
-    """Oracle: by hand: the last block is copied, with what is in it, and the other sees nothing of it. Blocks
-    whose copy is forgotten hold zeros."""
+def test_task_2_a_fork_that_grows_copies_the_shared_last_block() -> None:
+    """Oracle: by hand: the last block is copied with its tokens, and the other table does not change.
+
+    Without the copy the new block holds zeros.
+    """
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5, 6])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5, 6])
     cache.tables["b"] = cache.tables["a"].fork()
     cache.allocate("b", 1)
     fill(cache, "b", 6, [70])
@@ -285,37 +289,37 @@ def test_task_2_a_fork_that_grows_keeps_the_tokens_of_the_block_that_they_shared
     expect_stored(cache, "b", [1, 2, 3, 4, 5, 6, 70])
     expect_stored(cache, "a", [1, 2, 3, 4, 5, 6, 7])
     expect_conserved(cache)
-    assert cache.allocator.num_free == 12 - 3, "the full block in front is still shared"
+    assert cache.allocator.num_free == 12 - 3, "the full first block must stay shared"
 
 
-def test_task_2_blocks_come_back_and_the_name_is_free() -> None:
-    """Oracle: by hand: the whole pool can be taken again, also under the same id."""
+def test_task_2_free_sequence_frees_the_blocks_and_the_id() -> None:
+    """Oracle: by hand: the whole pool can be allocated again, with the same id."""
     cache = make_cache(3)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.free_sequence("a")
     assert "a" not in cache.tables
     assert cache.allocator.num_free == 3
-    begin(cache, "a", list(range(12)))
+    add_sequence(cache, "a", list(range(12)))
     expect_stored(cache, "a", list(range(12)))
 
 
-def test_task_2_blocks_that_others_hold_survive() -> None:
-    """Oracle: by hand. Blocks put back among the free ones while another reads them are the lab's mistake:
-    the next sequence writes over them."""
+def test_task_2_free_sequence_keeps_blocks_that_others_hold() -> None:
+    """Oracle: by hand. The lab frees blocks that another sequence still
+    reads, and the next sequence overwrites them."""
     cache = make_cache(3)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     cache.free_sequence("a")
     assert cache.allocator.num_free == 1
-    begin(cache, "c", [7, 8, 9])
+    add_sequence(cache, "c", [7, 8, 9])
     expect_stored(cache, "b", [1, 2, 3, 4, 5])
     expect_conserved(cache)
     cache.free_sequence("b")
     assert cache.allocator.num_free == 2
 
 
-def test_task_2_a_mapping_finds_the_tokens_of_a_batch_in_the_pool() -> None:
-    """Oracle: Python lists: sequences that grew alternately, some of their tokens each, one of them twice."""
+def test_task_2_the_slot_mapping_finds_the_tokens_of_a_batch() -> None:
+    """Oracle: Python lists: three sequences that grew alternately; a prefix of each, one of them twice."""
     cache = make_cache()
     for start in (0, 3):
         for seq_id, first in (("a", 100), ("b", 200), ("c", 300)):
@@ -329,7 +333,7 @@ def test_task_2_a_mapping_finds_the_tokens_of_a_batch_in_the_pool() -> None:
     )
 
 
-def test_task_2_a_mapping_is_of_32_bit_integers_with_a_slot_for_each_token() -> None:
+def test_task_2_the_slot_mapping_is_int32_with_one_slot_per_token() -> None:
     """Oracle: the docstring, for the lab's batch of 30 tokens and for an empty one."""
     cache = make_cache(100, 16)
     cache.allocate("A", 30)
@@ -343,7 +347,7 @@ def test_task_2_a_mapping_is_of_32_bit_integers_with_a_slot_for_each_token() -> 
 
 
 def test_task_3_tokens_are_stored_at_their_positions() -> None:
-    """Oracle: a Python list; written in an order of their own, blocks of 4."""
+    """Oracle: a Python list; written in random order, blocks of 4."""
     cache = make_cache()
     cache.allocate("a", 10)
     for position in (9, 0, 4, 3, 7, 1, 8, 2, 6, 5):
@@ -352,15 +356,15 @@ def test_task_3_tokens_are_stored_at_their_positions() -> None:
 
 
 def test_task_3_a_position_can_be_written_again() -> None:
-    """Oracle: by hand; and no other position changes."""
+    """Oracle: by hand; no other position changes."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.write_token("a", 3, *token(40))
     expect_stored(cache, "a", [1, 2, 3, 40, 5])
 
 
-def test_task_3_sequences_do_not_write_over_each_other() -> None:
-    """Oracle: by hand: they grow in turns, so that their blocks are mixed."""
+def test_task_3_sequences_do_not_overwrite_each_other() -> None:
+    """Oracle: by hand: they grow alternately, so their blocks are interleaved."""
     cache = make_cache(block_size=2)
     for position in range(5):
         for seq_id, first in (("a", 10), ("b", 20), ("c", 30)):
@@ -371,9 +375,9 @@ def test_task_3_sequences_do_not_write_over_each_other() -> None:
 
 
 def test_task_3_nothing_else_in_the_pool_changes() -> None:
-    """Oracle: the whole pool, before and after: one slot of 48 is another."""
+    """Oracle: the whole pool, before and after: one of 48 slots differs."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     before = cache.pool.read(0, mx.arange(48))
     cache.write_token("a", 4, *token(99))
     after = cache.pool.read(0, mx.arange(48))
@@ -381,8 +385,8 @@ def test_task_3_nothing_else_in_the_pool_changes() -> None:
         assert mx.sum(mx.any(old != new, axis=(1, 2))).item() == 1
 
 
-def test_task_3_keys_and_values_take_the_pools_type() -> None:
-    """Oracle: MLX's own rounding to bfloat16, the type where none is given."""
+def test_task_3_keys_and_values_are_rounded_to_the_dtype_of_the_pool() -> None:
+    """Oracle: MLX's own rounding to bfloat16, the default dtype."""
     cache = PagedKVCache(4, 4, HEADS, D)
     cache.allocate("a", 2)
     k, v = mx.random.normal((2, HEADS, D), key=mx.random.key(3))
@@ -394,13 +398,12 @@ def test_task_3_keys_and_values_take_the_pools_type() -> None:
 
 @pytest.mark.parametrize("position", [0, 3, 4, 7, 8, 9])
 def test_task_3_a_shared_block_is_copied_before_it_is_written(position: int) -> None:
-    """Oracle: a Python list for each of the two. Any block may be shared, not only the last one; its copy
-    has all that was in it."""
+    """Oracle: a Python list for each sequence. Any block may be shared, not only the last one."""
     numbers = list(range(1, 11))
     changed = [*numbers[:position], 99, *numbers[position + 1 :]]
     for writer, reader in (("a", "b"), ("b", "a")):
         cache = make_cache()
-        begin(cache, "a", numbers)
+        add_sequence(cache, "a", numbers)
         cache.tables["b"] = cache.tables["a"].fork()
         cache.write_token(writer, position, *token(99))
         expect_stored(cache, writer, changed)
@@ -408,10 +411,10 @@ def test_task_3_a_shared_block_is_copied_before_it_is_written(position: int) -> 
         expect_conserved(cache)
 
 
-def test_task_3_only_what_is_shared_is_copied_and_only_once() -> None:
-    """Oracle: by hand: 3 blocks, shared by two: a copy for the first write to each, none for others."""
+def test_task_3_only_shared_blocks_are_copied_and_only_once() -> None:
+    """Oracle: by hand: 3 blocks shared by two: the first write to each makes a copy, later ones do not."""
     cache = make_cache()
-    begin(cache, "a", list(range(10)))
+    add_sequence(cache, "a", list(range(10)))
     cache.write_token("a", 0, *token(0))
     assert cache.allocator.num_free == 9
     cache.tables["b"] = cache.tables["a"].fork()
@@ -419,46 +422,45 @@ def test_task_3_only_what_is_shared_is_copied_and_only_once() -> None:
         cache.write_token("b", position, *token(50 + position))
         assert cache.allocator.num_free == num_free
     cache.write_token("a", 5, *token(5))
-    assert cache.allocator.num_free == 6, "the first has its blocks for itself again"
+    assert cache.allocator.num_free == 6, "the first sequence no longer shares this block"
     expect_conserved(cache)
 
 
-def test_task_3_in_a_full_pool_a_block_of_ones_own_is_written_where_it_is() -> None:
+def test_task_3_an_unshared_block_is_written_in_place_even_in_a_full_pool() -> None:
     """Oracle: by hand: nothing is shared, so nothing is copied, and no block has to be free."""
     cache = make_cache(2)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     for position in range(5):
         cache.write_token("a", position, *token(10 + position))
     expect_stored(cache, "a", [10, 11, 12, 13, 14])
 
 
-class NotingPool(KVPool):
-    """A pool that notes the copies that it is asked for."""
+class RecordingPool(KVPool):
+    """A pool that records the requested copies."""
 
-    noted: tuple[BlockCopy, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Note them, and copy."""
-        self.noted += tuple(copies)
+        """Record them, and copy."""
+        self.copies += tuple(copies)
         super().copy_blocks(copies)
 
 
 @pytest.mark.parametrize("position", [0, 3, 4, 5])
-def test_task_3_a_copy_is_of_all_the_blocks_tokens(position: int) -> None:
-    """Oracle: by hand: 4, also of the last block, which has 2 tokens; `length` is only a promise to the pool,
-    which copies whole blocks whatever it says."""
-    pool, allocator = NotingPool(4, 4, HEADS, D, dtype=mx.float32), BlockAllocator(4)
+def test_task_3_a_copy_covers_the_whole_block(position: int) -> None:
+    """Oracle: by hand: 4, also for the last block, which has 2 tokens. The pool copies whole blocks."""
+    pool, allocator = RecordingPool(4, 4, HEADS, D, dtype=mx.float32), BlockAllocator(4)
     cache = PagedKVCache.of(pool, allocator, {"a": BlockTable(allocator, 4)})
     shared = cache.allocate("a", 6)[position // 4]
     cache.tables["b"] = cache.tables["a"].fork()
     cache.write_token("b", position, *token(9))
-    assert pool.noted == (BlockCopy(shared, cache.tables["b"].blocks[position // 4], 4),)
+    assert pool.copies == (BlockCopy(shared, cache.tables["b"].blocks[position // 4], 4),)
 
 
-def test_task_3_three_that_share_a_block() -> None:
-    """Oracle: a Python list for each: the second copy leaves the block to the third."""
+def test_task_3_three_sequences_that_share_a_block_write_independently() -> None:
+    """Oracle: a Python list for each: after the second copy only the third holds the block."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3])
+    add_sequence(cache, "a", [1, 2, 3])
     for seq_id in ("b", "c"):
         cache.tables[seq_id] = cache.tables["a"].fork()
     for seq_id, number in (("a", 10), ("b", 20), ("c", 30)):
@@ -469,10 +471,10 @@ def test_task_3_three_that_share_a_block() -> None:
     expect_conserved(cache)
 
 
-def test_task_3_without_a_block_for_the_copy_nothing_changes() -> None:
-    """Oracle: the docstring: two blocks, both shared, and none is free."""
+def test_task_3_a_write_that_needs_a_copy_in_a_full_pool_is_rejected_and_changes_nothing() -> None:
+    """Oracle: the docstring: two blocks, both shared, none free."""
     cache = make_cache(2)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     with pytest.raises(OutOfBlocksError):
         cache.write_token("b", 4, *token(9))
@@ -482,20 +484,20 @@ def test_task_3_without_a_block_for_the_copy_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("position", [-1, 5, 7, 8])
-def test_task_3_a_position_that_has_no_room_yet_is_refused(position: int) -> None:
-    """Oracle: the docstring: 5 tokens. -1 would be the last one in Python, and 7 is in the last block."""
+def test_task_3_a_position_outside_the_sequence_is_rejected(position: int) -> None:
+    """Oracle: the docstring: 5 tokens. -1 is the last one in a Python list, and 7 is an empty slot."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     with pytest.raises(ValueError):
         cache.write_token("a", position, *token(9))
     expect_stored(cache, "a", [1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (HEADS, 1), (D, HEADS), (1, HEADS, D), (HEADS, D + 1)])
-def test_task_3_a_token_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    """Oracle: the docstring. Most of these would be stored by broadcasting; no block is copied for them."""
+def test_task_3_a_token_of_the_wrong_shape_is_rejected(shape: tuple[int, ...]) -> None:
+    """Oracle: the docstring. Most of these would be broadcast; no block is copied for them."""
     cache = make_cache()
-    begin(cache, "a", [1, 2])
+    add_sequence(cache, "a", [1, 2])
     cache.tables["b"] = cache.tables["a"].fork()
     good, wrong = mx.ones((HEADS, D)), mx.ones(shape)
     for k, v in ((wrong, good), (good, wrong)):
@@ -505,8 +507,8 @@ def test_task_3_a_token_of_another_shape_is_refused(shape: tuple[int, ...]) -> N
     assert cache.allocator.num_free == 11
 
 
-def test_task_3_on_a_pool_of_many_layers_the_copy_is_of_all_of_them() -> None:
-    """Oracle: by hand: a table is the same for all layers, so a fresh block needs every layer's numbers."""
+def test_task_3_a_copy_covers_all_layers_of_the_pool() -> None:
+    """Oracle: by hand: all layers share the tables, so a new block needs the contents of every layer."""
     pool, allocator = KVPool(6, 2, HEADS, D, num_layers=3, dtype=mx.float32), BlockAllocator(6)
     tables = {"a": BlockTable(allocator, 2)}
     layers = [PagedKVCache.of(pool, allocator, tables, layer) for layer in range(3)]
@@ -526,22 +528,22 @@ def test_task_3_on_a_pool_of_many_layers_the_copy_is_of_all_of_them() -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 4, 5, 9])
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5])
-def test_task_4_any_range_of_tokens(start: int, count: int) -> None:
+def test_task_4_any_range_of_tokens_can_be_read(start: int, count: int) -> None:
     """Oracle: a slice of a Python list: 14 tokens in blocks of 4."""
     cache = make_cache()
-    begin(cache, "a", list(range(14)))
+    add_sequence(cache, "a", list(range(14)))
     expect(cache.read_blocks("a", start, count), list(range(14))[start : start + count])
 
 
-def test_task_4_the_labs_read() -> None:
+def test_task_4_the_example_of_the_lab_reads_tokens_20_to_29() -> None:
     """Oracle: by hand: tokens 20 to 29 are in the second block of 16, at offsets 4 to 13."""
     cache = make_cache(100, 16)
-    begin(cache, "A", list(range(30)))
+    add_sequence(cache, "A", list(range(30)))
     expect(cache.read_blocks("A", 20, 10), list(range(20, 30)))
 
 
-def test_task_4_the_order_is_that_of_the_tokens_not_of_the_block_ids() -> None:
-    """Oracle: Python lists: three sequences grow in turns and are read whole."""
+def test_task_4_tokens_are_read_in_token_order_not_in_block_id_order() -> None:
+    """Oracle: Python lists: three sequences grow alternately and are read completely."""
     cache = make_cache(block_size=2)
     for position in range(7):
         for first in (10, 20, 30):
@@ -551,25 +553,25 @@ def test_task_4_the_order_is_that_of_the_tokens_not_of_the_block_ids() -> None:
         expect(cache.read_blocks(str(first), 0, 7), list(range(first, first + 7)))
 
 
-def test_task_4_what_was_read_stays_as_it_was() -> None:
-    """Oracle: by hand: a later write does not reach into arrays that were read before."""
+def test_task_4_a_later_write_does_not_change_arrays_that_were_read() -> None:
+    """Oracle: by hand: the returned arrays are copies."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3])
+    add_sequence(cache, "a", [1, 2, 3])
     read = cache.read_blocks("a", 0, 3)
     fill(cache, "a", 0, [7, 8, 9])
     expect(read, [1, 2, 3])
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 6), (5, 1), (-1, 1), (-2, 2), (3, -1), (6, 0), (4, 3)])
-def test_task_4_tokens_that_are_not_there_are_refused(start: int, count: int) -> None:
-    """Oracle: the docstring: 5 tokens, though the last block has room for 8."""
+def test_task_4_a_range_outside_the_sequence_is_rejected(start: int, count: int) -> None:
+    """Oracle: the docstring: 5 tokens, although the blocks have 8 slots."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     with pytest.raises(ValueError):
         cache.read_blocks("a", start, count)
 
 
-def test_task_4_each_layer_has_its_own() -> None:
+def test_task_4_each_layer_reads_its_own_keys_and_values() -> None:
     """Oracle: by hand: views on two layers of one pool, with the same tables."""
     pool, allocator = KVPool(4, 2, HEADS, D, num_layers=2, dtype=mx.float32), BlockAllocator(4)
     tables = {"a": BlockTable(allocator, 2)}
@@ -584,11 +586,11 @@ def test_task_4_each_layer_has_its_own() -> None:
 # Task 5: PagedKVCache.read_sparse
 
 
-def test_task_5_the_labs_window() -> None:
-    """Oracle: by hand: token 500 is in block 31 of 16; 4 blocks begin at 448, and what is behind 500 is not
-    read: 53 tokens. Whole blocks would be 64, eleven of them too far."""
+def test_task_5_the_example_of_the_lab_reads_a_window_of_53_tokens() -> None:
+    """Oracle: by hand: token 500 is in block 31 of 16 tokens; 4 blocks start at 448, and tokens after 500 are
+    not read: 53 tokens. Whole blocks would be 64 tokens, 11 too many."""
     cache = make_cache(40, 16)
-    begin(cache, "A", list(range(512)))
+    add_sequence(cache, "A", list(range(512)))
     expect(cache.read_sparse("A", 500, 4), list(range(448, 501)))
 
 
@@ -596,32 +598,36 @@ def test_task_5_the_labs_window() -> None:
     ("token_idx", "window_blocks", "first"),
     [(0, 1, 0), (3, 1, 0), (4, 1, 4), (7, 1, 4), (8, 2, 4), (11, 2, 4), (12, 2, 8), (13, 4, 0), (13, 9, 0)],
 )
-def test_task_5_both_edges_of_the_window(token_idx: int, window_blocks: int, first: int) -> None:
-    """Oracle: by hand, blocks of 4: whole blocks before, and the token is the last that is read. A window
-    that is longer than the text begins with it."""
+def test_task_5_a_window_starts_at_a_block_boundary_and_ends_with_the_token(
+    token_idx: int, window_blocks: int, first: int
+) -> None:
+    """Oracle: by hand, blocks of 4: whole blocks before the token's, and the token is the last one read.
+
+    A window that is longer than the sequence starts at its first token.
+    """
     cache = make_cache()
-    begin(cache, "a", list(range(14)))
+    add_sequence(cache, "a", list(range(14)))
     expect(cache.read_sparse("a", token_idx, window_blocks), list(range(first, token_idx + 1)))
 
 
-def test_task_5_how_much_is_read_does_not_depend_on_how_much_there_is() -> None:
-    """Oracle: by hand: 3 blocks of 4 that end with a full one are 12 tokens, at every length."""
+def test_task_5_the_size_of_a_read_does_not_depend_on_the_length_of_the_sequence() -> None:
+    """Oracle: by hand: 3 blocks of 4 that end with a full one are 12 tokens, for every length."""
     cache = make_cache(40)
-    begin(cache, "a", list(range(160)))
+    add_sequence(cache, "a", list(range(160)))
     for token_idx in (11, 51, 159):
         expect(cache.read_sparse("a", token_idx, 3), list(range(token_idx - 11, token_idx + 1)))
 
 
 @pytest.mark.parametrize(("token_idx", "window_blocks"), [(-1, 2), (5, 2), (7, 1), (3, 0), (3, -1)])
-def test_task_5_a_window_that_cannot_be_is_refused(token_idx: int, window_blocks: int) -> None:
-    """Oracle: the docstring: 5 tokens, and at least one block."""
+def test_task_5_an_invalid_window_is_rejected(token_idx: int, window_blocks: int) -> None:
+    """Oracle: the docstring: the sequence has 5 tokens, and a window has at least one block."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     with pytest.raises(ValueError):
         cache.read_sparse("a", token_idx, window_blocks)
 
 
-def test_task_5_in_a_long_random_mix_nothing_is_mixed_up_and_nothing_is_lost() -> None:
+def test_task_5_a_long_random_run_keeps_all_tokens_and_loses_no_block() -> None:
     """Oracle: a Python list for each sequence, through every method; at the end all blocks are free."""
     rng, cache = np.random.default_rng(7), make_cache(10, block_size=3)
     written: dict[str, list[int]] = {}

@@ -1,7 +1,7 @@
 """Validates and normalizes the messages of a conversation as clients send them.
 
-The only place that defines what a message may contain, for `LLM.chat` and for HTTP. The first error ends the
-check; it names the message and the field. Knows nothing of templates or tokens.
+This is the only module that defines what a message may contain, for `LLM.chat` and for HTTP. The first error
+ends the check; it names the message and the field. Knows nothing of templates or tokens.
 """
 
 import json

@@ -46,7 +46,7 @@ def as_array(data: bytes) -> mx.array:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Configuration, tokenizer and not yet loaded tensors of a model, by their checkpoint names.
+    """A model's configuration, its tokenizer, and its tensors by checkpoint name, which are not loaded yet.
 
     recommended: the sampling settings that the model's author recommends.
     """

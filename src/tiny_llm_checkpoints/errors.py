@@ -22,7 +22,7 @@ class PromptTooLongError(TinyLLMError, ValueError):
 
 
 class ModelFileError(TinyLLMError, ValueError):
-    """A model file cannot be read. The message names the file, and the found and the expected value.
+    """A model file cannot be read. The message names the file, what was found, and what was expected.
 
     It is one line of printable text, whatever the file contains.
     """
@@ -58,7 +58,7 @@ def shown(value: object) -> str:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn OSError and ValueError of this block into a `ModelFileError` that names `file`."""
+    """Turn an OSError or ValueError in the `with` block into a `ModelFileError` that names `file`."""
     try:
         yield
     except ModelFileError:

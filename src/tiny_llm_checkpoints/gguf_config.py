@@ -2,7 +2,7 @@
 
 Missing keys have llama.cpp's defaults. If a key that llama.cpp knows asks for a computation that the engine
 does not have, the file is rejected, even if llama.cpp ignores the key for this architecture. Unknown keys are
-ignored. docs/models.md lists them.
+ignored. docs/models.md lists the known ones.
 """
 
 from collections.abc import Mapping

@@ -16,7 +16,7 @@ _SHARED_KEYS = (_TENSORS, "general.architecture", "general.name")  # equal in al
 
 
 def read_gguf_files(path: Path) -> GGUFFile:
-    """Read the header of a GGUF file; if the model is split, with the tensors of all its files.
+    """Read the header of a GGUF file; for a split model, the result has the tensors of all its files.
 
     path: the only file, or the first part.
 

@@ -21,7 +21,7 @@ def read_regular(file: Path, max_bytes: int) -> bytes:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `ModelFileError` if the file is missing, too long or something else."""
+    """Read a JSON object. Raises `ModelFileError` if the file is missing, too long, or not a JSON object."""
     with reading(file):
         content = read_regular(file, MAX_JSON)
         try:

@@ -26,7 +26,8 @@ _POSITIVE = ("rms_norm_eps", "rope_theta", "rope_local_theta", "query_pre_attn_s
 class ModelConfig:
     """The hyper-parameters of a decoder, with the names of Hugging Face's config.json.
 
-    One description covers every supported architecture; they differ only in the values.
+    One description covers every supported architecture; they differ only in the values. Raises `ConfigError`
+    for a value that is out of range or does not fit the others.
 
     hidden_size: the size E of a token's vector.
     max_position_embeddings: the longest context in tokens.

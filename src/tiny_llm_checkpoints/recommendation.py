@@ -1,8 +1,7 @@
 """Sampling parameters that a model's files recommend: generation_config.json, or a GGUF's general.sampling.
 
 The fields that count are those that vLLM uses: `do_sample` has no effect, and fields of other kinds of
-sampling (beams, mirostat, XTC) are ignored. Does not know what a request may have: the engine checks the
-values.
+sampling (beams, mirostat, XTC) are ignored. Does not know which values are valid: the engine checks them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,7 +69,7 @@ def of_folder(folder: Path) -> Recommendation:
 
 
 def of_gguf(file: Path, metadata: Mapping[str, Any]) -> Recommendation:
-    """What a GGUF file recommends. For a packaged model whose file recommends nothing: its table."""
+    """What a GGUF file recommends, or if that is nothing, what `packaged_sampling` has for the file."""
     recommended = Recommendation(file, metadata, _GGUF_FIELDS, "general.sampling")
     packaged = None if any(recommended) else packaged_sampling(file)
     if packaged is None:

@@ -5,9 +5,10 @@ _EXACT = 10 * 1024
 
 
 def shown_bytes(nbytes: int) -> str:
-    """A number of bytes in the largest unit of 1024 that it fills, to three digits or more.
+    """A number of bytes in the largest unit (KiB, MiB, ...) that it fills, rounded to three digits or more.
 
-    Below 10 KiB only whole KiB are not shown in bytes: there, a few bytes can be what is wrong.
+    Below 10 KiB, a number that is not a whole number of KiB is shown in bytes, because an error of a few
+    bytes must be visible.
 
     >>> shown_bytes(8191), shown_bytes(536_870_912), shown_bytes(25_276_502_016)
     ('8,191 bytes', '512 MiB', '23.5 GiB')

@@ -16,7 +16,7 @@ class TensorRange(NamedTuple):
 def check_no_overlap(ranges: Iterable[TensorRange]) -> list[TensorRange]:
     """Return the ranges in file order. Raises a ValueError that names two tensors that share bytes.
 
-    Otherwise a file of a few bytes could claim them for thousands of tensors, and fill the memory.
+    Otherwise a small file could claim the same bytes for thousands of tensors, which would fill the memory.
     """
     ordered = sorted(ranges)
     for before, after in pairwise(ordered):

@@ -72,7 +72,7 @@ class Tokenizer:
         add_special_tokens: add the tokenizer's own special tokens: the beginning-of-sequence token for llama,
         nothing for most others. Chat templates write their own.
         context: raise `PromptTooLongError` if the prompt leaves no space for an output token in this many
-        tokens. Much too long texts are rejected without tokenizing them.
+        tokens. A text that is far too long is rejected without being tokenized.
 
         A byte without a token is dropped, as by the checkpoint's own tokenizer (in the embedded model, six
         control characters such as U+0004, and the first byte of planes 4 to 11, which Unicode does not use).
@@ -112,8 +112,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
-        Ids beyond the vocabulary have no text: many models have more rows than tokens and may sample such an
-        id. Raises ValueError for a negative id.
+        Ids beyond the vocabulary have no text: many models compute more logits than there are tokens, and may
+        sample such an id. Raises ValueError for a negative id.
         """
         known = [token_id for token_id in ids if self._is_known(token_id)]
         return library.decode(self._tokenizer, known, skip_special_tokens=skip_special_tokens)

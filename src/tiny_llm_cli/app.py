@@ -1,4 +1,4 @@
-"""The `tiny-llm` command, put together. It imports every command's module, so those stay light."""
+"""The `tiny-llm` command, put together. It imports every command's module, so they must import quickly."""
 
 from typing import Annotated
 

@@ -2,8 +2,8 @@
 
 A result has OpenAI's batch format: `{"id": ..., "custom_id": "1", "response": {"status_code": 200,
 "request_id": ..., "body": {...}}, "error": null}`. A request that the server rejects has the server's status
-and error; a line that is not a request has no response but an `error` with a code, a message and the
-number of the line.
+and error; a line that is not a request has no response, and its `error` has a code, a message and the number
+of the line.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ Report = Callable[[int], None]  # takes the number of tokens of a request that h
 
 @dataclass
 class Outcome:
-    """How a batch ended. first_failure: what the first line that failed says, with its place."""
+    """How a batch ended. first_failure: the place and the error of the first line that failed."""
 
     num_requests: int = 0
     num_failed: int = 0

@@ -198,11 +198,12 @@ def serve(
     random English words of about one token each, to which the server adds its template. The same --seed
     sends the same requests.
 
-    The options are a subset of those of `vllm bench serve`, with smaller defaults. Missing are other data
-    sets, --tokenizer, sampling, --burstiness, --ramp-up-strategy, --num-warmups, --percentile-metrics,
-    --goodput, --label and --save-result. --json has the keys that vLLM saves, with error_counts (how often
-    each error came) instead of a list of errors. output_tokens_are says how output tokens were counted: by
-    the server (usage), or as streamed chunks with text (chunks) if the server does not count them.
+    The options are a subset of those of `vllm bench serve`, with smaller defaults. This command does not
+    support other data sets, --tokenizer, sampling, --burstiness, --ramp-up-strategy, --num-warmups,
+    --percentile-metrics, --goodput, --label and --save-result. --json has the keys that vLLM saves, with
+    error_counts (how often each error occurred) instead of a list of errors. output_tokens_are says how
+    output tokens were counted: by the server (usage), or as streamed chunks with text (chunks) if the server
+    does not count them.
     """
     if not request_rate > 0:
         raise typer.BadParameter(f"{request_rate} is not more than 0", param_hint="--request-rate")

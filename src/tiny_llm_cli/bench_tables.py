@@ -37,13 +37,13 @@ def as_latency_table(result: Mapping[str, Any]) -> str:
 
 
 def as_throughput_table(result: Mapping[str, Any]) -> str:
-    """The totals, a row of times for each of vLLM's four, and the conditions of the run."""
+    """The totals, a row for each of vLLM's four times (such as ttft), and the conditions of the run."""
     rows = [_row(name, result) for name in UNITS]
     return "\n".join([*rows, "", *_times(result), "", as_table(with_units(result["run"]))])
 
 
 def as_serve_table(result: Mapping[str, Any]) -> str:
-    """The load, the totals, and a row of times for each of vLLM's four."""
+    """The load, the totals, and a row for each of vLLM's four times (such as ttft)."""
     notes = {"total_output_tokens": " (chunks with text: no usage)"} if _is_counted(result) else {}
     rows = [_row(name, result) + notes.get(name, "") for name in UNITS]
     errors = [f"{'':<24}{count:,} x {text}" for text, count in result["error_counts"].items()]

@@ -129,7 +129,7 @@ class Conversation:
     def answer(self, prompt: Prompt) -> Generator[TextDelta, None, None]:
         """Stream the answer to a prepared prompt. Closing the generator stops the answer.
 
-        The question joins the exchanges, with the text that has arrived, once there is any.
+        At the end, the question and the text that has arrived join the exchanges, unless no text has arrived.
         """
         left = self.context - len(prompt.token_ids)
         params = self._limited_params(left)

@@ -60,10 +60,10 @@ class LineInput:
         return self._session.prompt()
 
     def keep_typed_as_draft(self) -> None:
-        """Let the next text start with what was typed since the last `read`; Enter in it sends nothing.
+        """Let the next text start with what was typed since the last `read`; Enter then sends nothing.
 
-        Enter becomes a line break, or nothing at the end. Other keys work as usual: Ctrl-D still ends the
-        conversation if nothing else was typed.
+        Such an Enter becomes a line break; at the end of what was typed, it is dropped. Other keys work as
+        usual: Ctrl-D still ends the conversation if nothing else was typed.
         """
         keys = get_typeahead(self._input)
         while more := self._input.read_keys():

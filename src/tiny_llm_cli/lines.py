@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .stdin import read_stdin
 
 STDIN = Path("-")
-_KEYS = {"prompt", "messages", "body"}  # one of them is in each JSON object that asks for something
+_KEYS = {"prompt", "messages", "body"}  # every JSON object that is a request has one of them
 
 
 class Line(NamedTuple):
@@ -23,7 +23,7 @@ def read_lines(files: Sequence[Path]) -> list[Line]:
     """The lines of the files in order, without empty ones; `-` is standard input.
 
     The lines of a file are JSON if it is called `.jsonl`, or if its first line is a JSON object with one of
-    the keys that ask for something. Raises ValueError for a file that is not UTF-8.
+    the keys "prompt", "messages" and "body". Raises ValueError for a file that is not UTF-8.
     """
     return [line for file in files for line in _lines_of(file)]
 

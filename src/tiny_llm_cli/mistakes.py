@@ -53,10 +53,10 @@ def is_about_options(error: ValueError) -> bool:
 
 
 def with_option_names(message: str, params: Iterable["Parameter"]) -> str:
-    """The message with each field that it names as the option that sets it.
+    """The message, with the name of each field replaced by the option that sets it.
 
-    `num_blocks` becomes `--num-blocks` wherever it is a word of the message, a name of one word only at the
-    start: `seed must be ...`, because it may be an ordinary word elsewhere.
+    `num_blocks` becomes `--num-blocks` wherever it is a word of the message. A name without an underscore is
+    replaced only at the start (`seed must be ...`), because elsewhere it may be an ordinary word.
     """
     for field, option in _option_of_field(params).items():
         start = "" if "_" in field else "^"

@@ -7,7 +7,10 @@ from time import perf_counter
 
 @contextmanager
 def request_progress(total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error if that is a terminal; yields a function that takes a request's tokens."""
+    """Show a bar on standard error if that is a terminal.
+
+    Yields a function to call after each request, with the number of its tokens.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -39,7 +39,7 @@ class PromptRequest:
 
     @property
     def title(self) -> str:
-        """The prompt in one line of text: of a conversation, the last message."""
+        """The prompt in one line of text; for a conversation, its last message."""
         if isinstance(self.prompt, list):
             return f"{len(self.prompt)} token ids"
         text = self.prompt if self.messages is None else str(self.messages[-1].get("content"))

@@ -312,8 +312,8 @@ def _check_demo(context: typer.Context) -> None:
 def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfig":
     """Make a `ServerConfig` of `options`.
 
-    host: the address to listen on; on a loopback address without keys, only the loopback's names are allowed
-    as hosts.
+    host: the address to listen on. If it is a loopback address and there are no keys, only the loopback's
+    names are allowed as hosts.
     """
     from tiny_llm_server import ServerConfig
 

@@ -51,8 +51,8 @@ class ServeRun(NamedTuple):
 class Answer:
     """The answer to one request: when it was sent, when its pieces came, its tokens, and why it failed.
 
-    is_counted: the server sent no usage. The output tokens are then the chunks with text, and the prompt
-    tokens are those that were sent.
+    is_counted: True if the server sent no usage. Then each chunk with text counts as an output token, and the
+    prompt tokens are those that were sent.
     """
 
     sent: float = field(default_factory=perf_counter)
@@ -110,7 +110,7 @@ def figures(answers: list[Answer], duration: float) -> dict[str, object]:
 
 
 def lengths(wanted: int, ratio: float) -> range:
-    """The lengths from `wanted` less a share of it to `wanted` plus that share, at least 1."""
+    """The lengths that differ from `wanted` by at most `ratio` times `wanted`, and are at least 1."""
     spread = int(wanted * ratio)
     return range(max(1, wanted - spread), wanted + spread + 1)
 

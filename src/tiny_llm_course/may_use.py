@@ -115,7 +115,7 @@ class Reference:
         return self.imports(module).get(name)
 
     def kind(self, module: str, annotation: ast.expr | None) -> Kind | None:
-        """The kind that an annotation means; of a union, the first member that is in the reference."""
+        """The kind that an annotation means; for a union, its first member that is in the reference."""
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             annotation = ast.parse(annotation.value, mode="eval").body
         if isinstance(annotation, ast.Name):

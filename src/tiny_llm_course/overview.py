@@ -62,7 +62,7 @@ def _tests_text(repo: Repo, unit: Unit, outcome: Result) -> str:
 
 
 def progress_text(repo: Repo, syllabus: Syllabus) -> str:
-    """The same as a table, with the next command; parts are listed for days that are started."""
+    """The rows of `progress` as a table, and the next command; parts are listed for started days."""
     rows = progress(repo, syllabus)
     lines = _table(repo, syllabus, rows)
     done = sum(bool(row["done"]) for row in rows)

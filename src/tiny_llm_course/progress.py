@@ -80,7 +80,7 @@ def started_days(repo: Repo, syllabus: Syllabus) -> list[Day]:
 
 
 def started_units(repo: Repo, syllabus: Syllabus) -> list[Unit]:
-    """The days that are started; of a day of which only some parts are started, those parts."""
+    """The days that are started; if only some parts of a day are, those parts instead of the day."""
     return [
         unit
         for day in started_days(repo, syllabus)

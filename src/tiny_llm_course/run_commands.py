@@ -30,7 +30,7 @@ def on_test(
     ] = None,
     isolated: Annotated[
         bool,
-        typer.Option("--isolated", help="Use only this day's modules of yours; the rest is the reference's."),
+        typer.Option("--isolated", help="Of your modules, use only this day's; the rest is the reference's."),
     ] = False,
     watched: Annotated[
         bool, typer.Option("--watch", help="Run again after every save; a save stops the current run.")

@@ -55,7 +55,7 @@ def run_day(
 ) -> int:
     """Run the tests of a day or a part, print the advice, record the outcome, and return pytest's exit code.
 
-    isolated: use only the unit's modules of the learner's, and the reference for everything else.
+    isolated: of the learner's modules, use only the unit's, and the reference for everything else.
     time_limit: seconds for each test.
     """
     own = own_modules(repo)

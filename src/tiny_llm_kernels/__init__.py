@@ -263,7 +263,7 @@ def copy_blocks(
 
 
 class TransformerBlock:
-    """A transformer block as one operator: one task, with the same bits as the operators above.
+    """A transformer block as one operator, run as one task, with the same bits as the operators above.
 
     x = x + attention(norm(x)), x = x + mlp(norm(x)); with `attention_out_norm` and `mlp_out_norm` the output
     of each half is normalized before it is added. gelu: use `geglu` in the MLP instead of `swiglu`.
@@ -337,7 +337,7 @@ class TransformerBlock:
 
 
 def set_num_threads(n: int) -> None:
-    """Run the kernels on `n` threads, the calling one included, or on as many as the system starts.
+    """Run the kernels on `n` threads, the calling one included, or on fewer if one cannot be started.
 
     Results do not change. Raises ValueError unless 1 <= n <= `MAX_THREADS`.
     """
@@ -365,5 +365,8 @@ def instruction_sets() -> list[str]:
 
 
 def select_instruction_set(name: str) -> None:
-    """Switch to another instruction set, for tests and comparisons."""
+    """Switch to another instruction set, for tests and comparisons.
+
+    Raises ValueError for a name that is not in `instruction_sets()`.
+    """
     native.select_instruction_set(name)

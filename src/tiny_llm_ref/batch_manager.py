@@ -19,9 +19,9 @@ MAX_PROMPT_ROWS = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
 class Capacity(NamedTuple):
     """The memory for keys and values, in blocks. In the dense manager a block is one sequence's whole cache.
 
-    num_blocks: all blocks. block_size: tokens in a block. num_free: blocks that are not in use or cached.
-    nbytes: bytes of all blocks. num_cached: idle blocks in the prefix cache. num_host_blocks: blocks on the
-    host, for sequences that are swapped out.
+    num_blocks: all blocks. block_size: tokens in a block. num_free: blocks that are neither in use nor
+    cached. nbytes: bytes of all blocks. num_cached: idle blocks in the prefix cache. num_host_blocks: blocks
+    on the host, for sequences that are swapped out.
     """
 
     num_blocks: int
@@ -84,7 +84,7 @@ class BatchManager(Protocol):
         """True while a request has not ended."""
 
     def isolate(self, request_id: str | None) -> None:
-        """From now on start only waiting sequences of this request; None: of all requests again."""
+        """From now on, start only this request's waiting sequences; None: those of all requests again."""
 
     def recover(self) -> list[str]:
         """After a step that raised, let all running sequences wait again.
@@ -95,7 +95,7 @@ class BatchManager(Protocol):
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
     ) -> bool:
-        """Queue a prompt: True if queued, False if not possible now.
+        """Queue a prompt; returns False if that is not possible now.
 
         Raises `RequestTooLargeError`, with the limit, if it will never be possible.
         """
@@ -104,7 +104,7 @@ class BatchManager(Protocol):
         """Schedule and run one step; return the logits of every sequence that is ready for its next token."""
 
     def commit(self, tokens: Mapping[str, int]) -> None:
-        """Append each sequence's sampled token, by sequence id."""
+        """Append each sequence's sampled token, by sequence id; KeyError for an unknown or ended sequence."""
 
     def finish(self, seq_id: str) -> None:
         """End one sequence and free its memory; KeyError if it is unknown or has ended."""

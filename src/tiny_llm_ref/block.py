@@ -1,4 +1,4 @@
-"""One transformer block: attention and the MLP each read a normalised copy of the stream and add to it.
+"""One transformer block: attention and the MLP each read a normalized copy of the stream and add to it.
 
 The stream is the array [B, L, E] that passes from layer to layer: one vector for each token.
 """
@@ -33,9 +33,9 @@ class TransformerBlock:
     def __call__(self, x: mx.array, context: KVContext) -> mx.array:
         """Run attention, then the MLP, on the stream x [B, L, E] -> [B, L, E].
 
-        Call attention with the stream, normalised with `input_layernorm`, and the context; add its output to
-        the stream. Call the MLP with that sum, normalised with `post_attention_layernorm`; add its output to
-        the sum. The stream itself is never normalised: if both parts return 0, the result is x. Both norms
+        Call attention with the stream, normalized with `input_layernorm`, and the context; add its output to
+        the stream. Call the MLP with that sum, normalized with `post_attention_layernorm`; add its output to
+        the sum. The stream itself is never normalized: if both parts return 0, the result is x. Both norms
         use `eps`.
 
         In the example attention returns its input, and the MLP returns 0.

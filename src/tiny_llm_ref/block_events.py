@@ -1,4 +1,4 @@
-"""The changes of a pool after each step, for a watcher: of its blocks, and of the sequences that hold them.
+"""What each step changed in a pool, for a watcher: its blocks, and the sequences that hold them.
 
 Changes are found by comparing the bookkeeping before and after a step, so the pool and the scheduler need no
 extra code, and an engine without watchers does no extra work.
@@ -12,7 +12,7 @@ from .paged_batch import PagedBatchManager
 from .sequence import PagedSequence, SequenceState
 from .sliding_window import first_block
 
-MAX_WAITING_SHOWN = 256  # waiting sequences that are shown, which bounds the cost of a look
+MAX_WAITING_SHOWN = 256  # waiting sequences that are shown; this bounds the cost of a `poll`
 
 
 class BlockEventKind(Enum):
@@ -39,7 +39,7 @@ class BlockEvent(NamedTuple):
 
 
 class TableView(NamedTuple):
-    """A block table: its blocks, from the sequence's block `first` on."""
+    """A block table: its blocks, which start with the sequence's block number `first`."""
 
     first: int
     blocks: tuple[int, ...]
@@ -64,10 +64,10 @@ class SequenceView(NamedTuple):
 
 
 class PoolChange(NamedTuple):
-    """The changes of a step: events of blocks, new or changed sequences, and ids of those that ended.
+    """The changes of a step: block events, new or changed sequences, and the ids of ended sequences.
 
-    Only the first `MAX_WAITING_SHOWN` waiting sequences are shown. One that others push out of these is
-    listed in `ended`, and appears again later.
+    Only the first `MAX_WAITING_SHOWN` waiting sequences are shown. A waiting sequence that is no longer among
+    these is listed in `ended`, and appears again later.
     """
 
     events: list[BlockEvent]
@@ -90,12 +90,12 @@ class BlockWatch:
         self._sequences = self._views()
 
     def snapshot(self) -> PoolChange:
-        """Return the state at the last look, as the changes that lead to it from an empty pool."""
+        """Return the state at the last `poll`, as the changes that lead to it from an empty pool."""
         holders, kept = self._holders, self._kept
         return PoolChange(_events({}, holders, set(), kept), list(self._sequences.values()), [])
 
     def poll(self) -> PoolChange:
-        """Return the net changes since the last look, or since this object was made.
+        """Return the net changes since the last `poll`, or since this object was made.
 
         Copies come first, then the other events in the order of the block ids.
         """

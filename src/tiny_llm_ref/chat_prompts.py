@@ -20,7 +20,7 @@ class ChatOptions(NamedTuple):
 
     add_generation_prompt: end the prompt at the start of an answer; None: unless `continue_final_message`.
     continue_final_message: end the prompt inside the last message, which the model continues.
-    add_special_tokens: add the tokenizer's own special tokens; most templates write them.
+    add_special_tokens: add the tokenizer's own special tokens; most templates already write them.
     chat_template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
     """
 

@@ -14,7 +14,10 @@ from .stop_string import Item, StopString
 
 
 class ControlStop:
-    """One such stop string. pattern: its characters, and the ids of its control tokens in their places."""
+    """One stop string that contains control tokens.
+
+    pattern: its characters, and the ids of its control tokens in their places.
+    """
 
     def __init__(self, text: str, pattern: Sequence[Item]) -> None:
         self.text = text
@@ -47,7 +50,7 @@ class ControlStop:
 
 
 class ControlStops:
-    """All such stop strings of one completion.
+    """All stop strings of one completion that contain control tokens.
 
     patterns: the patterns by their texts. detokenizer: a detokenizer that has read the prompt.
     """
@@ -60,7 +63,9 @@ class ControlStops:
         self._between = detokenizer  # decodes the text since the last control token
 
     def push(self, token_id: int, text: str, detokenizer: Detokenizer) -> list[tuple[int, str]]:
-        """Add the next token. Returns the start in the text, and the text, of each stop string it completes.
+        """Add the next token. Returns each stop string that it completes, with its start in the text.
+
+        Each result is (start, stop string).
 
         text: the caller's text before this token; detokenizer: the one that makes it, which may hold back
         some characters.
@@ -83,7 +88,7 @@ class ControlStops:
 
 
 def control_patterns(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Sequence[Item]]:
-    """The patterns of those texts that contain control tokens, with the tokens' ids in their places."""
+    """The patterns, by text, of the texts with control tokens, which are replaced by their ids."""
     patterns = {text: tokenizer.split_control_tokens(text) for text in texts}
     return {
         text: pattern for text, pattern in patterns.items() if any(isinstance(item, int) for item in pattern)

@@ -64,7 +64,7 @@ class Served(Protocol):
 
     @property
     def has_failed(self) -> bool:
-        """True when all of it has failed."""
+        """True when all of its completions have failed."""
 
     def fail(self, error: BaseException) -> list[RequestEvent]:
         """End all unfinished completions with an error; returns their last events."""

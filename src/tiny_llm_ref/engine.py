@@ -43,7 +43,7 @@ T = TypeVar("T")
 Prompt = PlainPrompt
 
 ENGINE_STACK = 8 << 20  # bytes, the usual size; `ulimit -s` may be less than MLX and Python need
-MAX_ID_CHARACTERS = 256  # of a request id, with which every completion's id starts
+MAX_ID_CHARACTERS = 256  # in a request id; every completion's id starts with it
 EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits for a step to end
 
 
@@ -120,10 +120,10 @@ class Engine:
         options: ChatOptions | None = None,
         request_id: str | None = None,
     ) -> RequestState:
-        """A request to answer a conversation: as `request`, with `ChatPrompts.encode` for the prompt.
+        """Make a request to answer a conversation, as `request` does; `ChatPrompts.encode` makes the prompt.
 
         Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
-        context has left.
+        context has left. Raises what `ChatPrompts.encode` and `request` raise.
         """
         tokens = self._chat_prompts.encode(messages, options or ChatOptions())
         return self.request(tokens, self._chat_params(params, len(tokens)), request_id)
@@ -134,7 +134,12 @@ class Engine:
         params: BeamSearchParams,
         request_id: str | None = None,
     ) -> SearchState:
-        """Make a beam search to submit, as `request` does. Its only event is its last one."""
+        """Make a beam search, which can be submitted once; it has a single event, at its end.
+
+        prompt, request_id: as in `request`. Raises ValueError for an invalid prompt, params or id, and
+        `RequestTooLargeError` if `beam_width` exceeds `max_num_seqs`, and for a prompt that the context
+        cannot hold.
+        """
         params, name = _checked(params, BeamSearchParams), self._name(request_id)
         parsed = parse_prompt(prompt)
         check_num_sequences(name, params.beam_width, self._max_num_seqs, "beam_width")
@@ -177,7 +182,7 @@ class Engine:
         return self._inbox.post(partial(self._loop.add, requests, deliver))
 
     def check_admission(self, num_requests: int = 1) -> None:
-        """Raise the error that `submit` would raise now for this number of requests."""
+        """Raise the error, if any, with which `submit` would refuse this number of requests now."""
         if (refusal := self.refusal) is not None:
             raise refusal
         self._admission.check(num_requests)
@@ -280,10 +285,11 @@ class Engine:
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestEvent, None]:
-        """Answer a conversation: the events of `generate`, for the prompt that `LLM.chat` would make.
+        """Answer a conversation: yield the events of `generate`, for the prompt that `LLM.chat` makes of it.
 
         Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
-        context has left. The other arguments: see `ChatOptions`. Leaving the loop early cancels the request.
+        context has left. `ChatOptions` describes the other arguments. Leaving the loop early cancels the
+        request.
 
         Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
         conversation, ValueError if the model has no chat template, and what `generate` raises.
@@ -319,7 +325,10 @@ class Engine:
         await asyncio.wrap_future(self.start_draining(timeout))
 
     def start_draining(self, timeout: float | None = None) -> Future[None]:
-        """`drain` for threads: returns at once a future that is done when all requests have ended."""
+        """Do what `drain` does, without waiting; returns a future, done when all requests have ended.
+
+        Raises TypeError for a timeout that is not a number of seconds or None.
+        """
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
             raise TypeError(f"timeout must be a number of seconds or None, not {shown(timeout)}")
         drained: Future[None] = Answer(self._inbox)
@@ -393,9 +402,10 @@ class Engine:
         return self._inbox.forked() is not None
 
     def refuse_to_wait(self, call: str, instead: str = "submit") -> None:
-        """Raise if a call would wait for the engine forever; call, instead: as in `Inbox.refuse_to_wait`.
+        """Raise an error if a call would wait for the engine forever.
 
-        Raises `WrongThreadError` in the engine's own thread, `ForkedProcessError` in a forked process.
+        call, instead: the call's name and its alternative, for the message. Raises `WrongThreadError` in the
+        engine's own thread, `ForkedProcessError` in a forked process.
         """
         self._inbox.refuse_to_wait(call, instead)
 
@@ -481,7 +491,7 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
     note_engine()
     try:
         ready.result()
-    except BaseException:  # Ctrl-C among them
+    except BaseException:  # including Ctrl-C
         inbox.post(loop.stop)
         raise
     finally:

@@ -20,7 +20,7 @@ COMPUTE_DTYPES = ("auto", "float32")
 ACTIVATION_BITS = (8, 16)
 PREEMPTION_MODES = ("recompute", "swap", "none")
 BATCHING = ("paged", "dense")
-MAX_NUMBER = 2**62  # of any number, so that counts in the kernels fit into 64 bits
+MAX_NUMBER = 2**62  # the limit of each number, so that counts in the kernels fit into 64 bits
 _OPTIONAL = (
     "num_blocks",
     "min_num_blocks",
@@ -58,8 +58,8 @@ class EngineConfig:
     max_num_batched_tokens: tokens in one step, prefill chunks and decodes together.
     max_model_len: longest prompt + output in tokens; None: the model's own limit, or the capacity of the pool
         if that is less.
-    dtype: the type of computations between quantized weights and the KV pool; "auto" is "float32". Weights
-        stay in the type that their file has.
+    dtype: the type in which the model computes; "auto" is "float32", the only choice. Weights stay in the
+        type that their file has, and `kv_cache_dtype` is the type of the KV pool.
     kv_cache_dtype: the type in which keys and values are stored.
     activation_bits: the bits that the compiled kernels round activations to if weights are quantized. 16
         gives the accuracy of float32; 8 loses some accuracy, as in other engines, and computes prompts and
@@ -194,12 +194,12 @@ class EngineConfig:
         return self.swap_space // block_bytes
 
     def dense_slots(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Contiguous caches of `max_model_len` tokens that fit into the bytes of the pool; at least one."""
+        """The number of caches of `max_model_len` tokens that the pool's bytes hold, up to `max_num_seqs`."""
         tokens = self.pool_blocks(model, bytes_per_value) * self.block_size
         return min(tokens // self.model_len(model, bytes_per_value), self.max_num_seqs)
 
     def wanted_len(self, model: ModelConfig) -> int:
-        """The longest prompt + output in tokens that is wanted, whether or not the pool can hold it.
+        """`max_model_len`, or the model's own limit if that is None; the pool may hold fewer tokens.
 
         Raises `ConfigError` if `max_model_len` exceeds the model's own limit.
         """

@@ -142,7 +142,10 @@ class EngineCore:
         return ended
 
     def finish(self, seq_id: str) -> None:
-        """End one sequence for a reason that its tokens do not show (a stop string)."""
+        """End one sequence for a reason that its tokens do not show, such as a stop string.
+
+        Raises KeyError if the sequence is unknown or has ended.
+        """
         self.manager.finish(seq_id)
 
     def cancel(self, request_id: str) -> None:

@@ -347,7 +347,7 @@ class EngineLoop:
         """Show a watcher the content of the pool, and its changes from now on. ValueError without a pool."""
         if not isinstance(self.core.manager, PagedBatchManager):
             raise ValueError("only batching='paged' has blocks to watch")
-        self._tell_watchers()  # of earlier changes, which are part of the content that this watcher gets
+        self._tell_watchers()  # of earlier changes; the new watcher gets them with the content
         watch = self._watch or BlockWatch(self.core.manager)
         watcher(watch.snapshot())
         self._watch = watch

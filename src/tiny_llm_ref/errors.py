@@ -37,7 +37,7 @@ class UnknownBlockError(TinyLLMError, ValueError):
 
 
 class RequestTooLargeError(TinyLLMError, ValueError):
-    """A request is too large to ever run; raised at admission, with the numbers.
+    """A request is too large to ever run; raised at admission. The message has its size and the limit.
 
     field: the parameter that is too large; None: the prompt, or prompt and output together.
     """
@@ -52,11 +52,14 @@ class DuplicateRequestError(TinyLLMError, ValueError):
 
 
 class QueueFullError(TinyLLMError):
-    """The queue of waiting requests is full; the message has the numbers. The client may try again later."""
+    """The queue of waiting requests is full; the client may try again later.
+
+    The message has the number of waiting requests and the limit.
+    """
 
 
 class RequestFailedError(TinyLLMError):
-    """A whole request has failed through no fault of the caller; `__cause__` has the error.
+    """A whole request has failed through no fault of the caller; `__cause__` is the original error.
 
     Other requests continue. If only some completions of a request fail, these end with finish_reason "error",
     and this error is not raised.
@@ -80,7 +83,7 @@ class ForkedProcessError(TinyLLMError, RuntimeError):
 
 
 class EngineDeadError(TinyLLMError):
-    """The engine's thread has ended with an unexpected error; `__cause__` has it."""
+    """The engine's thread has ended with an unexpected error; `__cause__` is that error."""
 
 
 class SamplingParamsError(TinyLLMError, ValueError):
@@ -88,7 +91,7 @@ class SamplingParamsError(TinyLLMError, ValueError):
 
 
 class OutOfResourcesError(TinyLLMError, MemoryError):
-    """The operating system has no more memory or threads; the message has the purpose and the limits."""
+    """The operating system has no more memory or threads; the message names the purpose and the limits."""
 
 
 def is_integer(value: object) -> bool:
@@ -115,7 +118,7 @@ def described(error: BaseException) -> str:
 
 @contextmanager
 def prompt_length_errors() -> Iterator[None]:
-    """Turn `PromptTooLongError` in the block into `RequestTooLargeError`."""
+    """Turn a `PromptTooLongError` in the `with` block into a `RequestTooLargeError`."""
     try:
         yield
     except PromptTooLongError as error:

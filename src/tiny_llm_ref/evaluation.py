@@ -1,4 +1,4 @@
-"""Evaluate a model on a text: the logits after each of its tokens, through pages, as for a request."""
+"""Evaluate a model on a text: compute the logits after each token, over pages, as the engine does."""
 
 from collections.abc import Sequence as Seq
 

@@ -22,7 +22,7 @@ class Failure(NamedTuple):
 class FaultIsolation:
     """Undoes failed steps of a batch manager, and retries each suspect alone until one fails or all succeed.
 
-    If requests fail only together, the last of them is ended; if the others still fail, so is the next.
+    Requests that fail only together are ended one at a time, the last first, until the others succeed.
     """
 
     def __init__(self, manager: BatchManager) -> None:
@@ -42,7 +42,7 @@ class FaultIsolation:
         self._manager.isolate(self._isolated)
 
     def find_culprit(self, error: BaseException) -> str | None:
-        """Undo a step that raised. The request that must end, or None while there are several suspects."""
+        """Undo a step that raised; return the id of the request that must end, or None if not known yet."""
         computing = self._manager.recover()
         if isinstance(error, StuckRequestError):
             return error.request_id
@@ -57,7 +57,7 @@ class FaultIsolation:
         return None
 
     def step_succeeded(self, request_ids: Container[str]) -> None:
-        """A step has computed the last known tokens of these requests without an error."""
+        """Record that a step has computed the last known tokens of these requests without an error."""
         if self._isolated is None:
             self._have_retried = False
         elif self._isolated in request_ids or not self._manager.has_request(self._isolated):

@@ -1,8 +1,8 @@
 """Checks for forked processes: threads do not survive a fork, neither the engine's nor MLX's.
 
-A process that was forked from one with an engine gets an error at once. Without it, the process could wait
-forever: a step may have been running during the fork, and its locks are never released. A child of any other
-process may create an engine.
+A process that was forked from one with an engine gets an error at once. Otherwise it could wait forever: a
+step may have been running during the fork, and the locks of that step are never released. A child of any
+other process may create an engine.
 """
 
 import os
@@ -24,7 +24,10 @@ _LINEAGE = _Lineage()
 
 
 def forked_from(process: int | None) -> ForkedProcessError | None:
-    """Return the error for using an object of the process with this id here; None if it is this process."""
+    """Return the error for using, in this process, an object that another process made.
+
+    process: the id of the process that made the object. Returns None if `process` is None or this process.
+    """
     if process in (None, os.getpid()):
         return None
     return ForkedProcessError(

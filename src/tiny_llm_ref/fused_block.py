@@ -1,8 +1,8 @@
 """A whole block in one compiled operator: the same kernels in the same order, so the same bits.
 
 Without fusion, a decode step is about four hundred operators, and building and starting them takes about half
-as long as their arithmetic. The block's Python code stays, to be read, and for everything that cannot be
-fused: a learner's parts, matrices that are not packed, contexts without pages, other devices.
+as long as their arithmetic. The block's Python code stays: it is there to be read, and it runs everything
+that cannot be fused: a learner's parts, matrices that are not packed, contexts without pages, other devices.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Gemma's block: attention and MLP are normalised before and after. Source: Gemma 3's report (2025)."""
+"""Gemma's block: attention and MLP are normalized before and after. Source: Gemma 3's report (2025)."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ from .norm import rms_norm
 class GemmaBlock:
     """A residual block with four norms; its parts are named as in the checkpoint.
 
-    Normalised values are multiplied by the norms' weights. Some files store these weights minus 1: their
-    reader has added the 1.
+    Normalized values are multiplied by the norms' weights. Some files store these weights minus 1; the reader
+    of such a file adds the 1.
     """
 
     self_attn: Attention

@@ -97,8 +97,8 @@ class Attention:
         Call `qkv_proj` once: it gives H + 2 Hkv heads of D numbers for each token, queries first, then keys,
         then values. Bring them into the shape [B, heads, L, D]: reshape [B, L, heads * D] to
         [B, L, heads, D], then exchange two axes; a reshape without the exchange mixes tokens and heads. The
-        given `_normed` takes queries and keys in one array [B, H + Hkv, L, D] and normalises both; then
-        rotate both with `rope`. Values are neither normalised nor rotated. H * D may differ from E.
+        given `_normed` takes queries and keys in one array [B, H + Hkv, L, D] and normalizes both; then
+        rotate both with `rope`. Values are neither normalized nor rotated. H * D may differ from E.
 
         >>> from tiny_llm.linear import Linear
         >>> same, no_angle = Linear(mx.eye(6)), mx.zeros(1)  # a projection and a rotation that change nothing
@@ -137,7 +137,7 @@ class Attention:
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
     def _normed(self, qk: mx.array) -> mx.array:
-        """Normalise each head of qk [B, H + Hkv, L, D], if the architecture does that; keep the shape."""
+        """Normalize each head of qk [B, H + Hkv, L, D], if the architecture does that; keep the shape."""
         if self.q_norm is None or self.k_norm is None:
             return qk
         queries, keys = mx.split(qk, [self.num_heads], axis=1)

@@ -30,7 +30,10 @@ class Answer(Future[T]):
         self._inbox = inbox
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the value, or raise what the task raised. Raises as `Inbox.refuse_to_wait` if not done."""
+        """Wait for the value, or raise what the task raised.
+
+        If the task is not done, also raises what `Inbox.refuse_to_wait` raises.
+        """
         self._refuse_to_wait("result", timeout)
         try:
             return super().result(timeout)
@@ -38,7 +41,7 @@ class Answer(Future[T]):
             del self  # breaks a reference cycle: self -> the error -> its traceback -> this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`. Raises as `Inbox.refuse_to_wait` if not done."""
+        """As `Future.exception`. If the task is not done, also raises what `Inbox.refuse_to_wait` raises."""
         self._refuse_to_wait("exception", timeout)
         return super().exception(timeout)
 
@@ -132,7 +135,7 @@ def _run(task: Task[Any]) -> None:
     """Run a task, even if its future was cancelled."""
     try:
         value = task.function()
-    except BaseException as error:  # it belongs to the caller
+    except BaseException as error:  # for the caller, who gets it from the future
         fail(task.answer, error)
     else:
         resolve(task.answer, value)

@@ -35,7 +35,7 @@ class KernelInfo(NamedTuple):
 
 
 def kernel_info() -> KernelInfo:
-    """Describe what the engine runs on, without a warning if that is MLX's own operators."""
+    """Return whether the compiled kernels run here, and how. Does not warn if they do not."""
     if mx.default_device() != mx.Device(mx.cpu):
         return KernelInfo(False, None, None, f"they run on the CPU; MLX's device is {mx.default_device()}")
     import tiny_llm_kernels

@@ -1,8 +1,8 @@
 """The interface between the model and the memory for keys and values.
 
-Attention hands its queries, keys and values to the context of the forward pass and gets the output back. No
-cache, contiguous caches, pages: each is a context. The model stays the same, and never knows where keys are
-stored.
+Attention hands its queries, keys and values to the context of the forward pass and gets the output back.
+There is a context for each kind of memory: none, contiguous caches, pages. The model stays the same, and
+never knows where keys are stored.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -26,15 +26,15 @@ class KVContext(Protocol):
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store a layer's k and v, then attend with q; q and k are already rotated.
 
-        q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D]. Each query sees the tokens of its own
-        sequence up to its own position, as they are stored.
+        q [B, H, L, D], k and v [B, Hkv, L, D] -> [B, H, L, D]. Each query sees the tokens of its own sequence
+        up to its own position; their keys and values are read as they are stored.
         """
 
 
 class FusingContext(KVContext, Protocol):
     """A context in which a whole block may run as one compiled operator that includes attention.
 
-    fuses: whether it may now. A context without this attribute never fuses.
+    fuses: whether it may do so now. A context without this attribute never fuses.
     """
 
     @property

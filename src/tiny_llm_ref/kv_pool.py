@@ -1,9 +1,9 @@
 """The pool: owns the arrays that hold every key and value of the engine.
 
 Each layer has one array for keys and one for values, [num_blocks, Hkv, block_size, D]. No other object keeps
-a reference to them, because MLX writes in place only then: with one unevaluated reader, a write copies the
-whole pool. The methods that read (`read`, `read_blocks`) return evaluated copies. Knows nothing of sequences,
-or of which table holds which block.
+a reference to them, because MLX writes to an array in place only if nothing else refers to it: a single
+unevaluated reader makes a write copy the whole pool. The methods that read (`read`, `read_blocks`) return
+evaluated copies. Knows nothing of sequences, or of which table holds which block.
 """
 
 from collections.abc import Sequence as Seq
@@ -23,7 +23,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 class KVPool:
     """Blocks of keys and values in every layer, for `num_heads` heads of size `head_dim`.
 
-    num_blocks: blocks in each layer. block_size: tokens in a block. dtype: the type of the arrays.
+    num_blocks: blocks in each layer. block_size: tokens in a block. dtype: the type of the arrays. A layer's
+    keys and its values are one array each, [num_blocks, num_heads, block_size, head_dim].
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class KVPool:
         self._values[layer] = values
 
     def evaluate(self, *outputs: mx.array) -> None:
-        """Evaluate `outputs` together with every pending write, so that no unevaluated reader remains."""
+        """Evaluate `outputs` and every pending write, so that no unevaluated array refers to the pool."""
         mx.eval(*outputs, *self._keys, *self._values)
 
     def start(self, *outputs: mx.array) -> None:

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-# Groups get the size of the most frequent kind of layer if it is less than this many times the rarest's.
+# Groups are as large as the most frequent kind of layer if that is less than this many times as large as the
+# rarest kind.
 MAX_SIZE_RATIO = 1.25
 
 
@@ -24,7 +25,7 @@ class LayerGroup(NamedTuple):
 
         most_at_once: the most tokens of a sequence that one step computes.
 
-        With a window of 6, 4 queries see 9 tokens, which are in 3 blocks of 4 at most:
+        With a window of 6, 4 queries see 9 tokens, which are in at most 3 blocks of 4:
 
         >>> LayerGroup((0,), window=6).max_blocks(100, block_size=4, most_at_once=4)
         3
@@ -39,9 +40,9 @@ class LayerGroup(NamedTuple):
 def group_layers(windows: Seq[int | None]) -> tuple[LayerGroup, ...]:
     """Divide the layers 0 .. len(windows) - 1 into groups of one window each, layers without a window first.
 
-    A kind is all layers with the same window. A group has as many layers as the rarest kind; or as many as
-    the most frequent kind, if that is less than `MAX_SIZE_RATIO` times as large. The last group of a kind may
-    have fewer layers; it leaves part of its blocks empty.
+    Layers with the same window are of one kind. A group has as many layers as the rarest kind has; but if the
+    most frequent kind has less than `MAX_SIZE_RATIO` times as many, a group has as many as that kind. The
+    last group of a kind may have fewer layers; it leaves part of its blocks empty.
 
     >>> [tuple(group) for group in group_layers([512, 512, None, 512, 512, None])]
     [((2, 5), None), ((0, 1), 512), ((3, 4), 512)]

@@ -18,18 +18,18 @@ PACKED_GROUP = 32  # inputs that share a scale in that layout
 
 
 class LinearLike(Protocol):
-    """A matrix [N, K] with an optional bias."""
+    """A matrix W [N, K] with an optional bias."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Multiply: x [..., K] -> x W^T + bias, [..., N]."""
 
     def rows(self, ids: mx.array) -> mx.array:
-        """Look up rows of W by index, without the bias: ids [...] -> [..., K] in float32."""
+        """Look up rows of the matrix by index, without the bias: ids [...] -> [..., K] in float32."""
 
 
 @accelerated(compiled="dense_matmul")
 def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
-    """Multiply x [..., K] with the transpose of weight [N, K] -> [..., N], summed in x's type."""
+    """Multiply x [..., K] by the transpose of weight [N, K] -> [..., N], summed in x's type."""
     return x @ weight.astype(x.dtype).T
 
 

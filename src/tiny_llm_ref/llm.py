@@ -52,8 +52,8 @@ class LLM:
     ' Paris'
 
     Any number of threads may use it at the same time. The arrays belong to the engine's own thread, which
-    ends at `close`, at the end of a `with` block, or when the `LLM` is garbage-collected. max_model_len: the
-    longest prompt + output in tokens.
+    ends at `close`, at the end of a `with` block, or when the `LLM` is garbage-collected. The attribute
+    `max_model_len` is the longest prompt + output in tokens.
 
     Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option. Methods that
     wait raise `EngineStoppingError` after `close`, `WrongThreadError` in the engine's thread (in a listener,
@@ -130,7 +130,7 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of a call without `sampling_params`: the engine's defaults and the model's values.
+        """The parameters of a call without `sampling_params`: the model's values, or else the engine's.
 
         A `SamplingParams` that you pass is used as it is, without the model's values. To change one parameter
         and keep the others, use `dataclasses.replace` on the result.
@@ -139,7 +139,10 @@ class LLM:
 
     @property
     def core(self) -> EngineCore:
-        """The engine's core, for reading while nothing runs; change it only through `engine.call`."""
+        """The engine's core, for reading while nothing runs; change it only through `engine.call`.
+
+        Raises `EngineStoppingError` after `close`.
+        """
         return self.engine.core
 
     def generate(
@@ -183,7 +186,7 @@ class LLM:
         messages: a list of mappings with "role" and "content", or a list of such lists. A content is a string
         or a list of text parts, such as `{"type": "text", "text": "hi"}`; the template gets all other fields
         too. sampling_params: as in `generate`, except that without a `max_tokens` an answer may use all
-        tokens that the context has left. The other arguments: see `ChatOptions`.
+        tokens that the context has left. `ChatOptions` describes the other arguments.
 
         Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
         conversation and for text that the template drops; otherwise as `generate`.
@@ -235,7 +238,10 @@ class LLM:
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta, None, None]:
-        """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request."""
+        """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request.
+
+        Raises as `chat` does, and `RequestFailedError` if the request fails while it streams.
+        """
         self._check_open("LLM.stream_chat")
         options = ChatOptions(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
@@ -341,7 +347,7 @@ def _found(search: SearchState) -> BeamSearchOutput:
     """The result of a search; if its texts cannot be decoded, the search has failed with that error."""
     try:
         return search.output
-    except BaseException as error:  # a panic of the tokenizer's library among them
+    except BaseException as error:  # including a panic of the tokenizer's library
         if ends_process(error):
             raise
         search.fail(error)

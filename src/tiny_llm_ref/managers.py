@@ -36,7 +36,7 @@ def make_manager(config: EngineConfig, model: Model) -> BatchManager:
 
 
 def without_model(config: EngineConfig, model: ModelConfig) -> PagedBatchManager:
-    """A paged batch manager for a model of this shape that has no arrays and computes nothing."""
+    """A paged batch manager for a model of this shape; the manager has no arrays and computes nothing."""
     return _paged_manager(config, model, None)
 
 

@@ -1,4 +1,4 @@
-"""The decoder: look up the tokens, run the blocks, normalise, project to logits.
+"""The decoder: look up the tokens, run the blocks, normalize, project to logits.
 
 It knows nothing of caches, pages, batches or quantization, so all weeks of the course use the same model: its
 matrices are objects that the loader made, and it hands keys and values to the context.
@@ -65,7 +65,7 @@ class Model:
         >>> from types import SimpleNamespace as Some
         >>> table = Linear(mx.array([[4.0, 4.0], [-2.0, 2.0]]))  # two tokens, and no layers
         >>> model = Model(Some(rms_norm_eps=0.0), table, (), mx.ones(2), table)
-        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()  # normalised: (1, 1) and (-1, 1)
+        >>> model(mx.array([[0, 1]]), Some(logit_rows=None)).tolist()  # normalized: (1, 1) and (-1, 1)
         [[[8.0, 0.0], [0.0, 4.0]]]
         """
         x = self.embed_tokens.rows(tokens)  # [B, L, E]

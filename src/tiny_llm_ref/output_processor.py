@@ -32,8 +32,8 @@ from .token_output import TokenOutput
 class Start(NamedTuple):
     """The state that all completions of a request start from; each forks the detokenizer.
 
-    detokenizer: it has read the prompt. patterns: the stop strings that contain control tokens, if the text
-    leaves these tokens out.
+    detokenizer: one that has read the prompt. patterns: the stop strings that contain control tokens, if the
+    text leaves these tokens out.
     """
 
     detokenizer: Detokenizer
@@ -48,7 +48,7 @@ class Start(NamedTuple):
 
 
 class CompletionText:
-    """One growing completion. start: None: the prompt is empty."""
+    """One growing completion. start: the state after the prompt; None if the prompt is empty."""
 
     def __init__(
         self, index: int, tokenizer: Tokenizer, params: SamplingParams, start: Start | None = None
@@ -192,7 +192,10 @@ class RequestState:
         self._core: ref[EngineCore] | None = None
 
     def begin(self, core: EngineCore) -> None:
-        """Queue it in the core. Raises what `EngineCore.add_request` raises; ValueError if queued before."""
+        """Queue the request in the core.
+
+        Raises what `EngineCore.add_request` raises, and ValueError if the request was queued before.
+        """
         reject_resubmission(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
             raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
@@ -218,7 +221,7 @@ class RequestState:
         try:
             prompt_logprobs = self._new_prompt_logprobs(output)
             delta = completion.push(output)
-        except BaseException as error:  # also a panic of the tokenizer's library
+        except BaseException as error:  # including a panic of the tokenizer's library
             completion.undo_push(num_tokens)
             if all(one.error is not None for one in self._completions.values() if one is not completion):
                 raise

@@ -37,7 +37,7 @@ class PageLayout:
         return [kind(allocator, self.block_size) for kind in kinds]
 
     def streams(self, salt: str) -> list[TokenBlocks]:
-        """Return empty token streams for a sequence, one for each group; each has other hashes."""
+        """Return empty token streams for a sequence, one for each group; no two get the same hashes."""
         salts = [salt] if len(self.groups) == 1 else [f"{i} {salt}" for i in range(len(self.groups))]
         return [TokenBlocks(self.block_size, salt) for salt in salts]
 

@@ -20,7 +20,7 @@ class PageScheduler:
 
     max_seqs: the most sequences that run at once; completions and beams that are still to be forked count.
     max_tokens: the most tokens in one step. max_blocks: the size to which the pool may grow; the allocator
-    starts with at most as many blocks.
+    starts with at most that many blocks.
 
     Invariant: every admitted sequence has its reserved blocks available: free, cached but idle, or blocks by
     which the pool can still grow.
@@ -152,8 +152,8 @@ class PageScheduler:
             self.prefix.adopt(sequence)
             needed = self.reserved_blocks(sequence)
             if reserved + needed > self.num_available:
-                # Reservations count on a window to free a sequence's own blocks, but not shared ones: without
-                # shared blocks the sequence may need fewer.
+                # A reservation assumes that the window frees the sequence's own blocks, but not the shared
+                # ones: without shared blocks the sequence may need fewer.
                 self.release(sequence)
                 needed = self.reserved_blocks(sequence)
             if reserved + needed > self.num_available:

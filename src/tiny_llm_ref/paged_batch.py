@@ -254,7 +254,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         return plan.conclude(rows, self._fork)
 
     def commit(self, tokens: Mapping[str, int]) -> None:
-        """Append each sequence's sampled token, by sequence id."""
+        """Append each sequence's sampled token, by sequence id; KeyError for an unknown or ended sequence."""
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
 

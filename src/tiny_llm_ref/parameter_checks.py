@@ -1,4 +1,4 @@
-"""Checks of a request's parameters: each returns the value as a plain Python one or raises.
+"""Checks of a request's parameters: each returns a plain Python value or raises.
 
 The error is a `SamplingParamsError`. Its message starts with the field's name and has the allowed range and
 the value, shortened. Numbers may be NumPy's. The length of a list is checked before its elements, so that
@@ -40,7 +40,7 @@ def whole_number(name: str, value: object, least: int, most: int = MAX_COUNT) ->
 
 
 def number(name: str, value: object, least: float, most: float, *, above: bool = False) -> float:
-    """A float from `least` to `most`, with `above` greater than `least`; not a bool or NaN."""
+    """A float from `least` to `most`; not a bool or NaN. above: `least` itself is not allowed."""
     if not isinstance(value, Real) or isinstance(value, bool):
         refuse(name, "a number", value)
     expected = f"above {least:g} and at most {most:g}" if above else f"from {least:g} to {most:g}"

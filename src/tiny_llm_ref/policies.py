@@ -13,10 +13,10 @@ from .sequence import PagedSequence
 
 
 class PreemptionPolicy(Protocol):
-    """Decides which sequence is preempted when blocks run out, and how many are reserved at admission."""
+    """Decides which sequence is preempted when blocks run out, and how many blocks admission reserves."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """How many tokens of `sequence`, from the first, must have blocks available when it is admitted."""
+        """The number of tokens, from the first, that need blocks available when `sequence` is admitted."""
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
         """The sequence to preempt, from `candidates` (oldest first, never empty); None: none of them."""
@@ -50,7 +50,7 @@ class PrefixPolicy(Protocol):
         """The number of cached blocks that no table holds: `evict` can free these now."""
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Let a sequence share the full blocks of its next tokens that are cached."""
+        """Let a sequence share those full blocks of its next tokens that are cached."""
 
     def adopt_part(self, sequence: PagedSequence) -> None:
         """Let a sequence share the first tokens of one more block, which its next write will copy."""
@@ -113,9 +113,10 @@ def in_order_of_arrival(number: int, priority: int) -> int:
 class Policies:
     """One object for each decision; frozen, so that a manager's behaviour never changes while it runs.
 
-    prefix: makes the prefix policy, from the manager's allocator and block size. swap_blocks: blocks in host
-    memory for preempted sequences; if they do not fit, they are recomputed. priority_key: makes a request's
-    priority key, from its arrival number and its priority; the lowest key is served first.
+    preemption: the preemption policy. prefix: makes the prefix policy, from the manager's allocator and block
+    size. swap_blocks: blocks in host memory for preempted sequences; if they do not fit, they are recomputed.
+    priority_key: makes a request's priority key, from its arrival number and its priority; the lowest key is
+    served first.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)

@@ -10,7 +10,7 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-MIN_TOKENS_TO_COPY = 4  # equal tokens; copying their block costs as much as computing about two tokens
+MIN_TOKENS_TO_COPY = 4  # the fewest worth a copy of their block, which costs as much as computing two
 
 
 class PrefixSharing:

@@ -13,10 +13,10 @@ from tiny_llm_checkpoints.errors import shown
 
 from .errors import is_integer
 
-MAX_TOKENS = 10_000_000  # of a prompt: more than any model's context
+MAX_TOKENS = 10_000_000  # in a prompt; more than any model's context
 FORMS = "a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
-_WHOLE = frozenset("bBhHiIlLqQnN")  # the struct module's format characters of integers
+_WHOLE = frozenset("bBhHiIlLqQnN")  # the struct module's format characters for integers
 
 
 class TextPrompt(TypedDict):
@@ -73,7 +73,7 @@ def parse_prompts(prompts: object) -> list[ParsedPrompt]:
 
 
 def parse_prompt(prompt: object, place: str = "prompt") -> ParsedPrompt:
-    """Parse a single prompt, in any form. Raises ValueError for any other value; place: for its message."""
+    """Parse a single prompt, in any form. Raises ValueError, which names `place`, for any other value."""
     if isinstance(prompt, ParsedPrompt):
         return prompt
     if isinstance(prompt, str):
@@ -94,7 +94,7 @@ def _not_empty(prompt: object, place: str = "prompt") -> ParsedPrompt:
 
 
 def checked_text(text: str, place: str) -> str:
-    """The text. Raises ValueError if it has a lone surrogate, which cannot be encoded."""
+    """Return the text. Raises ValueError if it has a lone surrogate, which cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
 """The requests of a batch manager by id: the waiting and running ones, and the sequences of each.
 
 Every operation on one request costs O(log n) in the number of requests, and O(m) in the number of its
-sequences. This is plain bookkeeping: memory, pages, and the decision when a request runs are elsewhere.
+sequences. This is plain bookkeeping: other modules handle memory and pages, and decide when a request runs.
 """
 
 from collections import Counter
@@ -19,8 +19,8 @@ S = TypeVar("S", bound=Sequence)
 class RequestQueues(Generic[S]):
     """Waiting and running sequences, in the order of their ranks.
 
-    Invariant: a sequence that has not ended is waiting, running, set aside, or parked with a sequence that
-    is.
+    Invariant: a sequence that has not ended is waiting, running, set aside, or parked with a sequence in one
+    of these states.
 
     The ids of completions that are not forked yet exist already: they refer to the request's leader, its
     first sequence. priority_key: makes a request's priority key from its arrival number, counted from 0, and
@@ -31,7 +31,7 @@ class RequestQueues(Generic[S]):
         self.running: RankedQueue[S] = RankedQueue()
         self._all_waiting: RankedQueue[S] = RankedQueue()
         self._num_waiting_of: Counter[str] = Counter()  # sequences in `_all_waiting`, by request
-        self._isolated: str | None = None  # the only request that may start waiting sequences
+        self._isolated: str | None = None  # the only request whose waiting sequences may start
         self._priority_key = priority_key
         self._num_arrived = 0
         self._sequences: dict[str, S] = {}
@@ -55,7 +55,7 @@ class RequestQueues(Generic[S]):
         return self._in_order(self._isolated, self._all_waiting)
 
     def first_waiting(self, most: int) -> list[S]:
-        """The first `most` waiting sequences, including those set aside; costs O(most log n)."""
+        """The first `most` of n waiting sequences, including those set aside; costs O(most log n)."""
         return self._all_waiting.head(most)
 
     @property
@@ -103,7 +103,7 @@ class RequestQueues(Generic[S]):
         return [sequence]
 
     def fork(self, leader: S) -> list[S]:
-        """Fork a request's other completions from its leader; returns all of them, and all run."""
+        """Fork a request's other completions from its leader; returns all completions, which now all run."""
         ids = completion_ids(leader.request_id, 1 + leader.num_forks)
         forks = [leader.fork(seq_id, leader.seed + i) for i, seq_id in enumerate(ids[1:], start=1)]
         leader.num_forks = 0
@@ -122,7 +122,7 @@ class RequestQueues(Generic[S]):
         return sequence
 
     def remove_pending_forks(self, request_id: str) -> list[str]:
-        """Remove the ids of completions that are not forked yet; returns the ids of the sequences."""
+        """Remove the ids of completions that are not forked yet; returns the ids of existing ones."""
         of_request = dict(self._of_request.get(request_id, {}))
         for seq_id, sequence in of_request.items():
             if seq_id != sequence.seq_id:
@@ -130,7 +130,7 @@ class RequestQueues(Generic[S]):
         return [seq_id for seq_id, sequence in of_request.items() if seq_id == sequence.seq_id]
 
     def isolate(self, request_id: str | None) -> None:
-        """Let only this request start waiting sequences until the next call; None: all requests."""
+        """Until the next call, start only this request's waiting sequences; None: those of all requests."""
         self._isolated = request_id
 
     def _in_order(self, request_id: str, queue: RankedQueue[S]) -> list[S]:
@@ -182,7 +182,7 @@ class QueueViews(Generic[S]):
         return self._queues.waiting
 
     def first_waiting(self, most: int) -> list[S]:
-        """The first `most` waiting sequences; costs O(most log n)."""
+        """The first `most` of n waiting sequences; costs O(most log n)."""
         return self._queues.first_waiting(most)
 
     @property
@@ -213,5 +213,5 @@ class QueueViews(Generic[S]):
         return self._queues.has_request(request_id)
 
     def isolate(self, request_id: str | None) -> None:
-        """Let only this request start waiting sequences until the next call; None: all requests."""
+        """Until the next call, start only this request's waiting sequences; None: those of all requests."""
         self._queues.isolate(request_id)

@@ -50,7 +50,7 @@ class RankedQueue(Seq[S]):
         return self._members[self._heap[0]]
 
     def head(self, most: int) -> list[S]:
-        """The first `most` members in order; costs O(most log n)."""
+        """The first `most` of n members, in order; costs O(most log n)."""
         ranks: list[Rank] = []
         while self._heap and len(ranks) < most:
             rank = heappop(self._heap)

@@ -1,4 +1,4 @@
-"""Memory and threads: turn the various errors of running out of them into one that names purpose and limits.
+"""Turns the various errors for a lack of memory or threads into one that names purpose and limits.
 
 MLX's allocator, C++ and Python raise different errors if memory or threads run out (`MemoryError`,
 RuntimeError, OSError), and none of these errors names the limit.
@@ -23,7 +23,7 @@ _NO_THREAD = ("Resource temporarily unavailable", "can't start new thread", "can
 
 @contextmanager
 def requiring(what: str, nbytes: int | None = None) -> Iterator[None]:
-    """Raise `OutOfResourcesError` if the block runs out of memory or threads.
+    """Raise `OutOfResourcesError` if the `with` block runs out of memory or threads.
 
     what: what needs them, for the message. nbytes: the bytes that the block needs, if that is known; if the
     process's limit leaves fewer, the error is raised before the block runs, because libraries in C++ and Rust
@@ -54,7 +54,7 @@ def missing_resource(error: BaseException) -> str | None:
 def return_free_memory() -> None:
     """Give freed memory back to the operating system: MLX's buffers, and glibc's heap if glibc is in use.
 
-    Both keep freed memory for reuse: after a model is freed, hundreds of megabytes.
+    Both keep freed memory for reuse; after a model is freed, that is hundreds of megabytes.
     """
     mx.clear_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

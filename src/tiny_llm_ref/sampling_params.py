@@ -18,19 +18,19 @@ from .parameter_checks import (
     whole_number,
 )
 
-MIN_TEMPERATURE = 1e-5  # logits divided by less overflow float32
-MAX_TEMPERATURE = 1e30  # -inf divided by more is a NaN in float32
+MIN_TEMPERATURE = 1e-5  # dividing a logit by less overflows float32
+MAX_TEMPERATURE = 1e30  # dividing -inf by more gives a NaN in float32
 MIN_REPETITION, MAX_REPETITION = 0.01, 100.0  # a logit times or divided by these stays finite in float32
 MAX_BIAS = 100.0  # of a logit; OpenAI's limit
-MAX_DIGITS = 18  # of a token id in a string
+MAX_DIGITS = 18  # in a token id that is a string
 MAX_SEED = 2**64 - 1
 
-# Lists cost time in every step, so their length is limited; vLLM's limits, if it has one.
+# Lists cost time in every step, so their lengths are limited. If vLLM has a limit, it is used.
 MAX_BIASES = 1024
 MAX_STOP_IDS = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
-MAX_STOP_CHARACTERS = 1024  # of each
+MAX_STOP_CHARACTERS = 1024  # in each stop string
 
 _WHOLE = {
     "n": (1, MAX_COUNT),
@@ -76,15 +76,16 @@ class SamplingParams:
     frequency_penalty: the same, times the number of occurrences; from -2 to 2.
     repetition_penalty: for tokens that are in the prompt or the output, divides a positive logit and
         multiplies a negative one; 1 is off; from 0.01 to 100.
-    stop: strings that end the text; the output never contains one. At most 64, of 1,024 characters each. A
-        control token in a stop string, such as "<|im_end|>", matches that token when it is generated, even if
-        the text leaves it out.
+    stop: strings that end the text, which contains none of them unless `include_stop_str_in_output` is set.
+        At most 64, of at most 1,024 characters each. A control token in a stop string, such as "<|im_end|>",
+        matches that token when it is generated, even if the text leaves it out.
     stop_token_ids: at most 128 tokens that end the output; they are in `token_ids` but not in the text.
     ignore_eos: continue after end-of-sequence tokens.
     max_tokens: longest output in tokens; None: up to the end of the context. Left out: 16 (vLLM's default)
         for completions, and up to the end of the context for chat answers.
-    min_tokens: the output has at least this many tokens; nothing ends it before.
-    logprobs: return log-probabilities for each token: the chosen token and this many most likely, at most 20.
+    min_tokens: the output has at least this many tokens; nothing ends it earlier.
+    logprobs: for each token of the output, return the log-probability of the chosen token and of this many of
+        the most likely tokens; at most 20.
     prompt_logprobs: the same for each token of the prompt except the first.
     logit_bias: values to add to the logits of at most 1,024 tokens, from -100 to 100, by token id.
     skip_special_tokens: leave control tokens out of the text.
@@ -155,11 +156,11 @@ class SamplingParams:
 
     @property
     def leaves_out_max_tokens(self) -> bool:
-        """True if `max_tokens` was not given; `SamplingParams(max_tokens=16)` gives it."""
+        """True if `max_tokens` was not given; False for `SamplingParams(max_tokens=16)`."""
         return isinstance(self.max_tokens, _DefaultMaxTokens)
 
     def for_chat(self) -> Self:
-        """These parameters for a chat answer: without a `max_tokens`, up to the end of the context."""
+        """These parameters for a chat answer, which ends with the context if `max_tokens` was not given."""
         return replace(self, max_tokens=None) if self.leaves_out_max_tokens else self
 
     @property

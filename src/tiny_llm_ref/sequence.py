@@ -128,9 +128,10 @@ class PagedSequence(Sequence):
     """A sequence whose keys and values are in the blocks of its tables.
 
     tables: one for each group of layers with the same window; only one if no layer has a window. streams: one
-    for each table, its tokens cut into full blocks, as far as was needed until now. is_beam: True if its
-    request is a beam search; then `num_forks` counts the slots reserved for more beams. parked: beams that
-    were preempted with this one, and wait for it. swapped: its blocks on the host; None if it has none.
+    for each table; it has the sequence's tokens in full blocks, as many as have been needed so far. is_beam:
+    True if its request is a beam search; then `num_forks` counts the slots reserved for more beams. parked:
+    beams that were preempted with this one, and wait for it. swapped: its blocks on the host; None if it has
+    none.
     """
 
     tables: list[BlockTable]
@@ -198,7 +199,7 @@ class PagedSequence(Sequence):
         return child
 
     def share_pages(self, parent: "PagedSequence") -> None:
-        """Replace the tables by forks of another sequence's; it has then computed as many tokens."""
+        """Replace the tables by forks of the parent's, and take over its number of computed tokens."""
         self.tables = [table.fork() for table in parent.tables]
         self.num_computed = parent.num_computed
 
@@ -209,7 +210,7 @@ class PagedSequence(Sequence):
             self.num_cached_tokens += num_tokens
 
     def release_pages(self) -> None:
-        """Release the tables: nothing is computed any more. Prompt and outputs stay."""
+        """Release the tables, so that no token counts as computed. Prompt and outputs stay."""
         for table in self.tables:
             table.release()
         self.num_computed = 0

@@ -17,8 +17,8 @@ class StepLogits(Mapping[str, mx.array]):
     """The logits of a step by sequence id, kept as one array: `rows` [R, vocab_size].
 
     row_of: the index in `rows` of each sequence's row; sequences that were just forked share one.
-    prompt_rows: for prompt log-probabilities, by sequence id, the rows of the positions that
-    `Sequence.prompt_positions` returned, in order. num_tokens: tokens that the step computed.
+    prompt_rows: by sequence id, the indices in `rows` of the rows for prompt log-probabilities: one for each
+    position that `Sequence.prompt_positions` returned, in order. num_tokens: tokens that the step computed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepLogits(Mapping[str, mx.array]):
 
 
 class Scheduled(NamedTuple, Generic[S]):
-    """A chunk: the positions start .. stop - 1 of a sequence to compute, and the copies to make before."""
+    """A chunk: the positions start .. stop - 1 of a sequence to compute, and the copies to make first."""
 
     sequence: S
     start: int
@@ -73,8 +73,9 @@ class Plan(Generic[S]):
     """What one step does, in this order: swap blocks out, swap blocks in, make all copies, compute chunks.
 
     chunks: for each sequence of the step, the tokens that it computes. swapped_out: pairs of a block of the
-    pool and the host block that it is copied to. swapped_in: by block of the pool, the host block that it is
-    filled from. swapped_out_sequences, swapped_in_sequences: the sequences whose blocks these are.
+    pool and the host block that it is copied to. swapped_in: for each block of the pool that is filled from
+    the host, the host block. swapped_out_sequences, swapped_in_sequences: the sequences whose blocks these
+    are.
     """
 
     chunks: list[Scheduled[S]] = field(default_factory=list)

@@ -19,7 +19,7 @@ class StopString:
         self._borders = [0]
 
     def push(self, piece: Iterable[Item]) -> int | None:
-        """Add `piece` to the text. Returns how many items of it complete the string first; None: none do."""
+        """Add `piece` to the text; returns the number of its items up to the first match's end, or None."""
         found = None
         for end, character in enumerate(piece, start=1):
             self.matched = self._grown(self.matched, character)

@@ -12,7 +12,7 @@ from .sampler import adjust_logits, log_probabilities, sample_token
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
 
-BLOCK = 64  # logits whose maximum is found first, before any are sorted
+BLOCK = 64  # logits in a block; only the blocks with the largest maxima are searched
 
 
 class TokenOutput(NamedTuple):
@@ -20,7 +20,7 @@ class TokenOutput(NamedTuple):
 
     finish_reason: "stop" or "length" with the last token, otherwise None. stop_token: the token of
     `stop_token_ids` that ended the sequence; None for an end-of-sequence token. prompt_logprobs: if they were
-    requested, with the sequence's first token: one entry for each prompt token except the first.
+    requested, in the output for the sequence's first token; one entry for each prompt token except the first.
     num_cached_tokens: tokens of the prompt that came from the prefix cache. scheduled: when the sequence
     first ran, in seconds on the monotonic clock.
     """
@@ -54,8 +54,8 @@ def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int
     ends = end_token_ids(params, eos_token_ids)
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     token = sample_token(adjusted, params, sequence.seed, len(outputs))
-    # An argmax over a row with a NaN is a NaN, and the compiled sampler stops at one, so the chosen logit
-    # tells. MLX's own operators may draw any token from such a row, so there the sum of the row is checked.
+    # If the row has a NaN, argmax and the compiled sampler choose it, so checking the chosen logit is enough.
+    # MLX's own operators may draw any token from such a row, so then the sum of the row is checked.
     ends_at_nan = params.greedy or (is_reference(sample_token) and use_compiled())
     return Choice(sequence, row, token, row[token] if ends_at_nan else mx.sum(row))
 

@@ -21,9 +21,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .config import ServerConfig
 from .errors import ApiError
 
-MAX_FILES = 65_536  # file descriptors that are requested at most
+MAX_FILES = 65_536  # the most file descriptors to ask the system for
 SPARE_FILES = 64  # file descriptors reserved for everything other than connections
-MAX_CHUNKS = 32_768  # of one body; a client that writes JSON in small chunks needs fewer
+MAX_CHUNKS = 32_768  # in one body; a client that writes JSON in small chunks needs fewer
 READ_BYTES = 16_384  # read from a socket at once, so that one connection cannot delay the others
 PROGRESS_BYTES = 16_384  # a client must read this much of its answer every `unread_timeout` seconds
 KERNEL_BYTES = 262_144  # the kernel's buffer for a connection in each direction; its default is megabytes

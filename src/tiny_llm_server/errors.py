@@ -23,7 +23,7 @@ RETRY_SECONDS = 1  # in the header Retry-After if the queue is full
 UNSUPPORTED = "unsupported_field"
 _CHAT = "is not supported; use /v1/chat/completions"
 _NO_EMBEDDINGS = "is not supported: this server only generates text"
-_INSTEAD = {  # what a client that knows another server or a newer API asks for
+_INSTEAD = {  # paths of other servers or newer APIs, and what to tell a client that asks for one
     "/v1/responses": _CHAT,
     "/v1/messages": _CHAT,
     "/api/chat": _CHAT,
@@ -86,7 +86,7 @@ class ApiError(Exception):
 
 
 def refused(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Make a 400: sending the same request again would fail again."""
+    """Make an error of status 400: the same request would fail again."""
     return ApiError(400, message, param=param, code=code)
 
 

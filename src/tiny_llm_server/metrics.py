@@ -82,7 +82,10 @@ class Metrics:
         return generate_latest(self._registry)
 
     def request_stats(self, prompts: Mapping[str, int], n: int) -> "RequestStats":
-        """Make the figures of one HTTP request. prompts: the number of tokens of each, by the engine's id."""
+        """Make the figures of one HTTP request.
+
+        prompts: each prompt's number of tokens, by its id in the engine.
+        """
         return RequestStats(self, prompts, n)
 
     def record_first_token(self, prompt_tokens: int, seconds: float) -> None:

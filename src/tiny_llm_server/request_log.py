@@ -27,7 +27,7 @@ class RequestLog:
     """ASGI middleware that logs each request when its answer has been sent or its client has left.
 
     Requests for the page, its files and stream, and for /metrics are logged at level debug unless they are
-    refused; requests for /health always are, because a load balancer asks every few seconds.
+    refused; requests for /health always have that level, because a load balancer sends one every few seconds.
     """
 
     def __init__(self, app: ASGIApp) -> None:

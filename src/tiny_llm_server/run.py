@@ -72,7 +72,7 @@ class Run:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether the engine still has completions of it."""
+        """Whether the engine still has unfinished completions of this run."""
         return bool(self._gathering.unfinished)
 
     async def steps(self, patience: float) -> AsyncGenerator[list[PromptEvent], None]:

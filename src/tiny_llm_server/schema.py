@@ -1,6 +1,6 @@
 """The fields of requests: OpenAI's, and vLLM's if OpenAI has none. Any other field is refused by name.
 
-A field that is null, or has a value that requests the default behavior (such as `tools: []`), counts as not
+A field that is null, or has a value that requests the default behaviour (such as `tools: []`), counts as not
 sent. A field without effect on the answer is accepted if it has the right type. docs/server.md lists all
 fields. Types are strict: "1" is not a number. Messages are checked by the engine (`read_messages`).
 """
@@ -122,7 +122,7 @@ def _fail_fast(schema: Any) -> None:
 
 
 class Body(BaseModel):
-    """A request body without unknown fields. IDLE: by field, the values that count as not sent."""
+    """A request body without unknown fields. IDLE: for each field, the values that count as not sent."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -425,7 +425,7 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
 
 
-FIELDS = frozenset(  # of all requests; their names may be logged
+FIELDS = frozenset(  # the fields of all requests, whose names may be logged
     name
     for body in (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
     for name in (*body.model_fields, *body.IDLE)

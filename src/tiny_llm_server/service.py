@@ -129,7 +129,7 @@ class Service:
 
     @property
     def max_prompts(self) -> int:
-        """Prompts in one request at most: no more than the engine can run and queue, however idle it is."""
+        """The most prompts in one request: no more than the engine can run and queue when it is idle."""
         limit, engine = self.config.max_prompts, self.llm.engine_config
         if engine.max_num_waiting is None:
             return limit
@@ -144,7 +144,7 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check(self, body: Generation, num_prompts: int = 1) -> None:
-        """Raise for another model's name, for more than the limits allow, and while the queue is full.
+        """Raise an error for another model's name, for a request beyond the limits, and if the queue is full.
 
         Raises `ApiError`, `QueueFullError` and `EngineStoppingError`.
         """

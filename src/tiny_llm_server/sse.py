@@ -47,8 +47,8 @@ class ClientDisconnectedError(Exception):
 class EventStream(Response):
     """Server-sent events, then `[DONE]`. An error in between is sent as the last event before `[DONE]`.
 
-    chunks: the events, each a model or JSON text; None sends a keep-alive comment. It is closed when the
-    client disconnects. end: called at the very end, even if `chunks` was never started.
+    chunks: the events, each a model or JSON text; None sends a keep-alive comment. `chunks` is closed when
+    the client disconnects. end: called at the very end, even if `chunks` was never started.
     """
 
     media_type = "text/event-stream"

@@ -1,7 +1,7 @@
 """Names, bytes and offsets of single tokens, for log-probabilities.
 
-A token may be part of a character. The engine's text of it then contains U+FFFD, and only then is the
-tokenizer needed for its bytes. Parameter text: the engine's text of the token.
+A token may be part of a character. Then the engine's text for the token contains U+FFFD, and its bytes must
+come from the tokenizer. The parameter `text` is the engine's text for the token.
 """
 
 from collections.abc import Iterable

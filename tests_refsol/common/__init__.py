@@ -1,4 +1,4 @@
-"""What several suites share: toy models, toy arrays, and oracles in NumPy.
+"""Helpers of several suites: toy models, toy arrays, and oracles in NumPy.
 
-A module here imports only what the earliest day that uses it may import.
+A module here imports only modules that exist on the earliest day that uses it.
 """

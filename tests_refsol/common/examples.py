@@ -1,9 +1,9 @@
-"""How Hypothesis looks for counterexamples in a suite."""
+"""The Hypothesis settings of the suites."""
 
 from hypothesis import Phase, settings
 
-# The same examples in every run, and no file that remembers the last failure. Fewer examples for a slow
-# property: `settings(quick, max_examples=60)`.
+# The same examples in every run, and no database of past failures. For a slow property, use fewer examples:
+# `settings(quick, max_examples=60)`.
 quick = settings(
     max_examples=100,
     derandomize=True,

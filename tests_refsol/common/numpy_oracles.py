@@ -1,4 +1,4 @@
-"""The formulas of attention in NumPy and float64: slow, plain, no tricks."""
+"""The formulas of attention in NumPy and float64: slow and plain."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def numpy_attention(
 ) -> np.ndarray:
     """Attention of q [..., L, D] over k and v [..., S, D], with a mask that is added to the scores.
 
-    q may have more heads, in the axis before these two: q [B, H, L, D] over k and v [B, Hkv, S, D].
+    q may have more heads than k and v: q [B, H, L, D] over k and v [B, Hkv, S, D].
     """
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     if q.shape[:-2] != k.shape[:-2]:
@@ -44,7 +44,7 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) 
 def numpy_rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """Each pair (i, i + D/2) of x [B, N, L, D] rotated by position times frequency, pair by pair.
 
-    The angles are float32, as `rope` promises them; everything else is float64.
+    The angles are float32, as in `rope`; everything else is float64.
     """
     x, out = x.astype(np.float64), np.empty(x.shape)
     half = x.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""Paged batch managers of toy models, and checks of what they hold and compute."""
+"""Paged batch managers of toy models, and checks of their pages and logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,25 +15,25 @@ from common.toy_models import CountingModel, logits_after, tiny_model
 
 
 def manager_of(
-    blocks: int = 8, seats: int = 4, *, budget: int = 64, context: int = 32, min_pages: int | None = None
+    blocks: int = 8, max_seqs: int = 4, *, budget: int = 64, context: int = 32, min_pages: int | None = None
 ) -> PagedBatchManager:
-    """Blocks of 4 tokens, and no model: only the bookkeeping."""
+    """A manager without a model, for bookkeeping only, with blocks of 4 tokens."""
     return PagedBatchManager(
-        blocks, 4, seats, max_batched_tokens=budget, max_model_len=context, min_pages=min_pages
+        blocks, 4, max_seqs, max_batched_tokens=budget, max_model_len=context, min_pages=min_pages
     )
 
 
 def check_pages(manager: PagedBatchManager) -> None:
-    """Free and held blocks are the whole pool, each held once by each table that names it."""
+    """Assert that each block's reference count is the number of tables that contain it."""
     sequences = [*manager.running, *manager.waiting]
     check_conserved(manager.allocator, *(table for sequence in sequences for table in sequence.tables))
 
 
 @dataclass
-class WatchedModel(CountingModel):
-    """A model that notes how many tokens each pass brings, and for how many of them it makes logits.
+class RecordingModel(CountingModel):
+    """A model that records the number of tokens and of logit rows of each pass.
 
-    It does not run on a pool whose size is not that of the manager's allocator: it would write anywhere.
+    It asserts that the KV pool has as many blocks as the manager's allocator.
     """
 
     model: Model = field(default_factory=tiny_model)
@@ -41,10 +41,12 @@ class WatchedModel(CountingModel):
     manager: PagedBatchManager | None = None
 
     def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
-        """The logits that the model makes."""
+        """The logits of the wrapped model."""
         assert self.manager is not None
         assert self.manager.pool is not None
-        assert self.manager.pool.num_blocks == self.manager.allocator.num_blocks, "the pool's size"
+        assert self.manager.pool.num_blocks == self.manager.allocator.num_blocks, (
+            "resize the pool before the pass"
+        )
         assert tokens.dtype == mx.int32
         logits = super().__call__(tokens, context)
         self.num_rows.append(logits.shape[1])
@@ -54,30 +56,30 @@ class WatchedModel(CountingModel):
 def with_model(
     blocks: int = 64,
     block_size: int = 4,
-    seats: int = 6,
+    max_seqs: int = 6,
     *,
     budget: int = 512,
     min_pages: int | None = None,
-    model: WatchedModel | None = None,
+    model: RecordingModel | None = None,
     policies: Policies | None = None,
 ) -> PagedBatchManager:
-    """A manager that computes; keys and values in float32, so that storing them rounds nothing."""
-    watched = model or WatchedModel()
-    watched.manager = PagedBatchManager(
+    """A manager with a model; keys and values are float32, so storing them does not round."""
+    recording = model or RecordingModel()
+    recording.manager = PagedBatchManager(
         blocks,
         block_size,
-        seats,
-        model=watched,
+        max_seqs,
+        model=recording,
         max_batched_tokens=budget,
         kv_dtype=mx.float32,
         min_pages=min_pages,
         policies=policies,
     )
-    return watched.manager
+    return recording.manager
 
 
 def check_logits(ready: Mapping[str, mx.array], known: Mapping[str, Sequence[int]]) -> None:
-    """Each row of logits is what the model answers to the sequence's own tokens."""
+    """Assert that each row of logits matches the model's logits for the sequence's tokens."""
     for name, row in ready.items():
         expected = logits_after(tiny_model(), known[name])
         np.testing.assert_allclose(

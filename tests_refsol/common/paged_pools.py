@@ -1,4 +1,4 @@
-"""A pool's layer with the tokens of several tables in mixed blocks, and the same tokens in one piece."""
+"""One layer of a pool with several tables in interleaved blocks, and the same tokens in contiguous arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from common.toy_arrays import EMPTY, floats
 
 @dataclass
 class Pool:
-    """Tables with mixed blocks, their keys and values in a layer of a pool, and the same in one piece."""
+    """Tables with interleaved blocks, their keys and values in a layer of a pool, and contiguous copies."""
 
     tables: list[BlockTable]
     keys: mx.array  # [num_blocks, Hkv, block_size, D]
     values: mx.array
-    streams: list[tuple[np.ndarray, np.ndarray]]  # keys and values [Hkv, tokens, D], as they are stored
+    streams: list[tuple[np.ndarray, np.ndarray]]  # keys and values [Hkv, tokens, D], rounded as stored
 
 
 def pool_of(
@@ -29,7 +29,7 @@ def pool_of(
     dtype: mx.Dtype = mx.float32,
     seed: int = 0,
 ) -> Pool:
-    """`totals` random tokens in each table; places without a token hold `EMPTY`."""
+    """`totals` random tokens in each table; slots without a token hold `EMPTY`."""
     rng = np.random.default_rng(seed)
     allocator = BlockAllocator(sum(-(-total // block_size) for total in totals) + 2)
     allocator.allocate()  # another sequence's
@@ -46,22 +46,22 @@ def pool_of(
     return Pool(tables, mx.array(layer[0], dtype), mx.array(layer[1], dtype), streams)
 
 
-# What `pool_of` is asked for, and `heads`: query heads, key and value heads.
+# Arguments of `pool_of`, and `heads`: the numbers of query heads and of key and value heads.
 SHAPES = {
-    "blocks_of_one": {"totals": [5, 1, 9], "block_size": 1},
-    "just_full": {"totals": [8, 4, 12]},
-    "one_behind": {"totals": [9, 5, 1]},
-    "larger_than_the_text": {"totals": [3, 1, 30], "block_size": 32},
-    "odd_blocks": {"totals": [23, 2, 14], "block_size": 7},
-    "no_groups": {"totals": [9, 6], "heads": (3, 3)},
-    "groups_of_three": {"totals": [9, 6], "heads": (9, 3)},
-    "one_head_for_all": {"totals": [9, 6], "heads": (4, 1)},
-    "small_heads": {"totals": [9, 6], "size": 4},
+    "blocks_of_one_token": {"totals": [5, 1, 9], "block_size": 1},
+    "only_full_blocks": {"totals": [8, 4, 12]},
+    "one_token_in_the_last_block": {"totals": [9, 5, 1]},
+    "blocks_larger_than_the_sequence": {"totals": [3, 1, 30], "block_size": 32},
+    "blocks_of_seven_tokens": {"totals": [23, 2, 14], "block_size": 7},
+    "as_many_kv_heads_as_query_heads": {"totals": [9, 6], "heads": (3, 3)},
+    "three_query_heads_per_kv_head": {"totals": [9, 6], "heads": (9, 3)},
+    "one_kv_head": {"totals": [9, 6], "heads": (4, 1)},
+    "heads_of_4": {"totals": [9, 6], "size": 4},
     "heads_of_20": {"totals": [9, 6], "size": 20},
     "heads_of_64": {"totals": [40, 6], "size": 64},
     "stored_in_float16": {"totals": [9, 6, 17], "dtype": mx.float16},
     "stored_in_bfloat16": {"totals": [9, 6, 17], "dtype": mx.bfloat16},
-    "long": {"totals": [100, 1, 65], "block_size": 16},
+    "long_sequences": {"totals": [100, 1, 65], "block_size": 16},
 }
 
 

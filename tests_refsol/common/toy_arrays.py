@@ -1,9 +1,9 @@
-"""Small arrays whose attention can be worked out by hand, and random ones for the NumPy oracles."""
+"""Small arrays whose attention can be computed by hand, and random ones for the NumPy oracles."""
 
 import mlx.core as mx
 import numpy as np
 
-EMPTY = 30.0  # fills slots without a token: large enough that a test notices when one is read
+EMPTY = 30.0  # fills slots without a token: large enough that reading one changes the result
 
 
 def random_qkv(
@@ -16,7 +16,7 @@ def random_qkv(
 
 
 def floats(array: mx.array) -> np.ndarray:
-    """An array of any float type in NumPy, which knows no bfloat16: float32."""
+    """A NumPy float32 copy of an array of any float type, since NumPy has no bfloat16."""
     return np.array(array.astype(mx.float32))
 
 
@@ -26,13 +26,13 @@ def column(*values: float) -> mx.array:
 
 
 def queries(heads: int, length: int) -> mx.array:
-    """Queries of size 2 whose score is the same with each key of zeros: [1, H, L, 2]."""
+    """Queries of ones, [1, H, L, 2]: with keys of zeros all scores are equal."""
     return mx.ones((1, heads, length, 2))
 
 
 def numbers(*values: float) -> mx.array:
     """A pool of one head of size 2, blocks of 2 tokens: [num_blocks, 1, 2, 2].
 
-    A token holds its number and a zero; the tokens lie in this order.
+    Token i holds `values[i]` and a zero.
     """
     return mx.array([[value, 0] for value in values], mx.float32).reshape(-1, 1, 2, 2)

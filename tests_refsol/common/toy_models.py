@@ -1,4 +1,4 @@
-"""Toy models with random weights, and the slow way to their answers: every token from nothing."""
+"""Toy models with random weights, and their tokens without a cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ VOCAB_SIZE = 50
 
 
 def tiny_config(windows: Windows = (None, None)) -> ModelConfig:
-    """A layer for each window, None for full attention; all windows have one size.
+    """One layer per window, None for full attention; all windows have the same size.
 
     Four query heads on two key and value heads of size 8, a vocabulary of 50, a context of 64 tokens.
     """
@@ -43,7 +43,7 @@ def tiny_config(windows: Windows = (None, None)) -> ModelConfig:
 def tiny_model(windows: Windows = (None, None)) -> Model:
     """A model of `tiny_config` with random float32 weights, always the same.
 
-    Its attention is strong enough that each token depends on the tokens before it.
+    Its weights are large enough that each token depends on the tokens before it.
     """
     config, rng = tiny_config(windows), np.random.default_rng(0)
     linears, vectors = {}, {}
@@ -59,26 +59,26 @@ def tiny_model(windows: Windows = (None, None)) -> Model:
 
 @dataclass
 class CountingModel:
-    """A model that notes how many tokens each call computes. model: any that is called as `Model` is."""
+    """A model that records the number of tokens of each call. `model` is any object called like `Model`."""
 
     model: Any
     fed: list[int] = field(default_factory=list)
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model that is counted."""
+        """The configuration of the wrapped model."""
         return self.model.config
 
     def __call__(self, tokens: mx.array, context: Any) -> mx.array:
-        """What the model answers; the number of tokens is noted."""
+        """Record the number of tokens and return the wrapped model's logits."""
         self.fed.append(tokens.shape[1])
         return self.model(tokens, context)
 
 
 def logits_after(model: Model, tokens: Sequence[int]) -> np.ndarray:
-    """The logits [vocab_size] of the next token, computed from nothing: no cache, no batch.
+    """The logits [vocab_size] of the next token, without a cache or a batch.
 
-    Computed once for the same model and tokens; the array must not be changed.
+    The result is cached: do not modify the array.
     """
     return _logits_after(model, tuple(tokens))
 
@@ -90,7 +90,7 @@ def _logits_after(model: Model, tokens: tuple[int, ...]) -> np.ndarray:
 
 
 def recompute_everything(model: Model, tokens: Sequence[int], max_tokens: int) -> list[int]:
-    """The likeliest tokens that follow, each computed from nothing: no cache, no batch."""
+    """The next `max_tokens` most likely tokens, computed without a cache or a batch."""
     known = list(tokens)
     for _ in range(max_tokens):
         known.append(int(logits_after(model, known).argmax()))

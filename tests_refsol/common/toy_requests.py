@@ -11,7 +11,7 @@ Requests = Mapping[str, tuple[list[int], SamplingParams]]
 
 
 def limits(max_tokens: int | None = 4, n: int = 1) -> SamplingParams:
-    """What scheduling depends on: how many tokens, how many completions; always the likeliest token."""
+    """Parameters of a greedy request: the limit of its tokens and the number of its completions."""
     return SamplingParams(max_tokens=max_tokens, n=n, temperature=0.0)
 
 
@@ -34,16 +34,16 @@ REQUESTS: Requests = {
 def answers(
     manager: Any, requests: Requests, every: int = 0, after_step: Callable[[], object] = lambda: None
 ) -> dict[str, list[int]]:
-    """The tokens of each sequence. A request joins every `every` steps; 0: all of them before the first.
+    """The output tokens of each sequence. A request joins every `every` steps; 0 adds all before the first.
 
-    after_step: called after each step, for checks of what the manager holds.
+    after_step: called after each step, for checks of the manager's state.
     """
-    core, to_come, step = EngineCore(manager, eos_token_ids=()), list(requests.items()), 0
+    core, pending, step = EngineCore(manager, eos_token_ids=()), list(requests.items()), 0
     found: dict[str, list[int]] = {}
-    while to_come or core.has_work:
-        assert step < 500, "it never ends"
-        while to_come and (every == 0 or step % every == 0):
-            name, (tokens, params) = to_come.pop(0)
+    while pending or core.has_work:
+        assert step < 500, "the requests do not finish"
+        while pending and (every == 0 or step % every == 0):
+            name, (tokens, params) = pending.pop(0)
             core.add_request(name, tokens, params)
             if every:
                 break

@@ -1,4 +1,4 @@
-"""Day 2.7, tasks 2 and 3: requests are queued or refused, and start when there are slots for them."""
+"""Day 2.7, tasks 2 and 3: requests are queued or rejected, and start when enough slots are free."""
 
 import pytest
 from tiny_llm.dense_batch import DenseBatchManager
@@ -10,8 +10,8 @@ from common.toy_requests import ids, limits
 # Task 2: DenseBatchManager.add_request
 
 
-def test_task_2_a_request_waits() -> None:
-    """Oracle: by hand: it is queued, and has no slot before a step gives it one."""
+def test_task_2_a_new_request_waits_without_a_slot() -> None:
+    """Oracle: by hand: it is queued and gets a slot only when it is admitted."""
     manager = DenseBatchManager(2, 16)
     assert not manager.has_work
     assert manager.add_request([5, 6, 7], "a", limits(), seed=9) is True
@@ -25,15 +25,15 @@ def test_task_2_a_request_waits() -> None:
 
 
 def test_task_2_requests_wait_in_the_order_of_their_arrival() -> None:
-    """Oracle: by hand; that of their names or lengths is another."""
+    """Oracle: by hand; sorting by name or length gives another order."""
     manager = DenseBatchManager(2, 16)
     for name, length in (("m", 3), ("z", 1), ("a", 2)):
         manager.add_request([1] * length, name, limits())
     assert ids(manager.waiting) == ["m", "z", "a"]
 
 
-def test_task_2_a_prompt_is_what_it_was_when_it_came() -> None:
-    """Oracle: by hand: the caller may use the list again."""
+def test_task_2_the_prompt_is_copied() -> None:
+    """Oracle: by hand: the caller may change the list later."""
     manager, tokens = DenseBatchManager(2, 16), [5, 6, 7]
     manager.add_request(tokens, "a", limits())
     tokens.append(8)
@@ -41,25 +41,25 @@ def test_task_2_a_prompt_is_what_it_was_when_it_came() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "max_len"), [(1, 4), (4, 7), (13, 16), (None, 16)])
-def test_task_2_the_length_is_limited_by_the_request_or_the_cache(
+def test_task_2_max_len_is_limited_by_the_request_or_by_the_cache(
     max_tokens: int | None, max_len: int
 ) -> None:
-    """Oracle: by hand: 3 prompt tokens and the outputs, or all 16 that fit into the cache."""
+    """Oracle: by hand: 3 prompt tokens plus the outputs, or the 16 positions of the cache."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6, 7], "a", limits(max_tokens))
     assert manager.sequence("a").max_len == max_len
 
 
-def test_task_2_without_parameters_there_are_the_usual_ones() -> None:
-    """Oracle: by hand: `SamplingParams()` asks for 16 tokens, one completion."""
+def test_task_2_without_parameters_the_default_sampling_params_are_used() -> None:
+    """Oracle: by hand: `SamplingParams()` means 16 tokens and one completion."""
     manager = DenseBatchManager(2, 32)
     manager.add_request([5, 6, 7], "a")
     assert manager.sequence("a").params == SamplingParams()
     assert manager.sequence("a").max_len == 19
 
 
-def test_task_2_completions_wait_as_one_sequence_known_by_all_their_ids() -> None:
-    """Oracle: by hand: three completions are a leader and two forks to come."""
+def test_task_2_parallel_completions_wait_as_one_leader_with_all_their_ids() -> None:
+    """Oracle: by hand: three completions are a leader and two pending forks."""
     manager = DenseBatchManager(3, 16)
     manager.add_request([5, 6], "a", limits(n=3))
     assert ids(manager.waiting) == ["a/0"]
@@ -68,7 +68,7 @@ def test_task_2_completions_wait_as_one_sequence_known_by_all_their_ids() -> Non
     assert manager.sequence("a/1") is manager.sequence("a/2") is leader
 
 
-def test_task_2_an_empty_prompt_is_refused() -> None:
+def test_task_2_an_empty_prompt_is_rejected() -> None:
     """Oracle: the docstring; nothing changes."""
     manager = DenseBatchManager(2, 16)
     with pytest.raises(ValueError):
@@ -78,17 +78,17 @@ def test_task_2_an_empty_prompt_is_refused() -> None:
 
 
 TOO_LARGE = {
-    "prompt_and_outputs": (13, limits(4)),
-    "no_place_for_an_output": (16, limits(1)),
-    "no_place_for_any_output": (16, limits(None)),
-    "prompt_alone": (40, limits(None)),
-    "completions": (2, limits(n=3)),
+    "prompt_and_outputs_too_long": (13, limits(4)),
+    "no_position_for_one_output": (16, limits(1)),
+    "no_position_for_any_output": (16, limits(None)),
+    "prompt_too_long": (40, limits(None)),
+    "more_completions_than_slots": (2, limits(n=3)),
 }
 
 
 @pytest.mark.parametrize(("length", "params"), TOO_LARGE.values(), ids=TOO_LARGE)
-def test_task_2_what_could_never_run_is_refused(length: int, params: SamplingParams) -> None:
-    """Oracle: by hand, for 2 slots of 16 tokens: 17 tokens, no place for an output, or 3 at once.
+def test_task_2_a_request_that_could_never_run_is_rejected(length: int, params: SamplingParams) -> None:
+    """Oracle: by hand, for 2 slots of 16 tokens: 17 tokens, no position for an output, or 3 completions.
 
     Nothing changes: the id is free for a request that can run.
     """
@@ -103,7 +103,7 @@ def test_task_2_what_could_never_run_is_refused(length: int, params: SamplingPar
 @pytest.mark.parametrize(
     ("name", "n"), [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b/0", 1), ("b/1", 1), ("c", 2)]
 )
-def test_task_2_an_id_in_use_is_refused(name: str, n: int) -> None:
+def test_task_2_an_id_in_use_is_rejected(name: str, n: int) -> None:
     """Oracle: the docstring: "a" is in use, "b", whose completions are "b/0" and "b/1", and "c/1".
 
     Two completions of a request "c" would be "c/0" and "c/1".
@@ -130,7 +130,7 @@ def queued(slots: int, *requests: tuple[str, int]) -> DenseBatchManager:
 
 
 def test_task_3_a_request_starts_when_a_slot_is_free() -> None:
-    """Oracle: by hand: it runs, it has a slot, and nothing is computed yet."""
+    """Oracle: by hand: it runs in a slot, and nothing is computed yet."""
     manager = queued(2, ("a", 1))
     manager.admit()
     assert (ids(manager.waiting), ids(manager.running)) == ([], ["a"])
@@ -138,8 +138,8 @@ def test_task_3_a_request_starts_when_a_slot_is_free() -> None:
     assert manager.sequence("a").num_computed == 0
 
 
-def test_task_3_the_one_that_has_waited_longest_starts_first() -> None:
-    """Oracle: by hand: there are slots for two of four; the order of their names is another."""
+def test_task_3_the_oldest_waiting_request_starts_first() -> None:
+    """Oracle: by hand: there are slots for two of four; sorting by name gives another order."""
     manager = queued(2, ("d", 1), ("c", 1), ("b", 1), ("a", 1))
     manager.admit()
     assert (ids(manager.running), ids(manager.waiting)) == (["d", "c"], ["b", "a"])
@@ -154,14 +154,14 @@ def test_task_3_admitting_again_changes_nothing_while_all_slots_are_taken() -> N
     assert (ids(manager.running), ids(manager.waiting)) == (["a"], ["b"])
 
 
-def test_task_3_nothing_waits() -> None:
+def test_task_3_admitting_without_waiting_requests_changes_nothing() -> None:
     """Oracle: by hand."""
     manager = queued(2)
     manager.admit()
     assert manager.capacity.num_free == 2
 
 
-def test_task_3_completions_need_a_slot_each_to_start() -> None:
+def test_task_3_a_request_starts_only_if_every_completion_gets_a_slot() -> None:
     """Oracle: by hand: one slot is free, and "b" needs two. "c", which needs one, does not overtake it."""
     manager = queued(2, ("a", 1), ("b", 2), ("c", 1))
     manager.admit()
@@ -169,10 +169,10 @@ def test_task_3_completions_need_a_slot_each_to_start() -> None:
     assert manager.capacity.num_free == 1
 
 
-def test_task_3_slots_promised_to_running_leaders_are_not_given_away() -> None:
-    """Oracle: by hand: the leader holds one of two slots, and its completion to come needs the other.
+def test_task_3_slots_reserved_for_the_forks_of_running_leaders_stay_reserved() -> None:
+    """Oracle: by hand: the leader holds one of two slots, and its pending fork needs the other.
 
-    Counting only the slots that are taken is the mistake that this finds: the fork would have none.
+    Common mistake: counting only the slots in use, which leaves none for the fork.
     """
     manager = queued(2, ("a", 2))
     manager.admit()
@@ -182,15 +182,15 @@ def test_task_3_slots_promised_to_running_leaders_are_not_given_away() -> None:
     assert manager.capacity.num_free == 1
 
 
-def test_task_3_slots_are_promised_to_all_that_start_together() -> None:
-    """Oracle: by hand: two leaders and a completion to come of each are all four slots; "c" waits."""
+def test_task_3_slots_are_reserved_for_the_forks_of_all_requests_that_start_together() -> None:
+    """Oracle: by hand: two leaders and their two pending forks need all four slots; "c" waits."""
     manager = queued(4, ("a", 2), ("b", 2), ("c", 1))
     manager.admit()
     assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "b/0"], ["c"])
     assert manager.capacity.num_free == 2
 
 
-def test_task_3_all_slots_are_used() -> None:
+def test_task_3_requests_are_admitted_until_the_slots_are_used() -> None:
     """Oracle: by hand: 2 + 1 + 2 completions are five slots; with four the last request waits."""
     requests = (("a", 2), ("b", 1), ("c", 2))
     for slots, running in ((5, ["a/0", "b", "c/0"]), (4, ["a/0", "b"]), (3, ["a/0", "b"]), (2, ["a/0"])):

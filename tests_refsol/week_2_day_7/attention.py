@@ -12,7 +12,7 @@ from common.numpy_oracles import causal_attention
 
 
 def empty_slot(layers: int = 1, kv_heads: int = 1, size: int = 2, dtype: mx.Dtype = mx.float32) -> list:
-    """A slot for one sequence of up to 16 tokens: a cache for each layer."""
+    """A slot for one sequence of up to 16 tokens: one cache per layer."""
     return [NaiveKVCache(16, kv_heads, size, dtype) for _ in range(layers)]
 
 
@@ -22,7 +22,7 @@ def packed(*numbers: float) -> mx.array:
 
 
 def test_task_1_a_prompt_attends_to_itself() -> None:
-    """Oracle: by hand: with equal keys the means so far of 2, 4 and 9 are 2, 3 and 5."""
+    """Oracle: by hand: with equal keys the running means of 2, 4 and 9 are 2, 3 and 5."""
     context = DenseContext([DenseSpan(empty_slot(), 0, 3)], 1.0, None)
     out = context.attend(0, packed(1, 1, 1), packed(0, 0, 0), packed(2, 4, 9))
     assert out.shape == (1, 1, 3, 2)
@@ -30,9 +30,9 @@ def test_task_1_a_prompt_attends_to_itself() -> None:
 
 
 def test_task_1_every_span_attends_to_its_own_slot() -> None:
-    """Oracle: by hand: the means so far of 2 and 4, of 10, and of 7 and 9.
+    """Oracle: by hand: the running means of 2 and 4, of 10, and of 7 and 9.
 
-    Looking at the neighbours is the mistake that this finds.
+    Common mistake: attending to the other spans.
     """
     spans = [DenseSpan(empty_slot(), 0, 2), DenseSpan(empty_slot(), 0, 1), DenseSpan(empty_slot(), 0, 2)]
     context = DenseContext(spans, 1.0, None)
@@ -41,7 +41,7 @@ def test_task_1_every_span_attends_to_its_own_slot() -> None:
 
 
 def test_task_1_the_next_step_sees_what_the_slot_holds() -> None:
-    """Oracle: by hand: one sequence goes on with 9 behind 2 and 4, the other with 4 and 4 behind 10."""
+    """Oracle: by hand: one sequence continues with 9 after 2 and 4, the other with 4 and 4 after 10."""
     first, second = empty_slot(), empty_slot()
     step = DenseContext([DenseSpan(first, 0, 2), DenseSpan(second, 0, 1)], 1.0, None)
     step.attend(0, packed(1, 1, 1), packed(0, 0, 0), packed(2, 4, 10))
@@ -62,10 +62,10 @@ def test_task_1_keys_and_values_are_stored_in_the_slot_of_the_layer() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_task_1_a_token_is_seen_as_it_is_stored(dtype: mx.Dtype) -> None:
-    """Oracle: by hand: the only value there is, rounded to the cache's type; the result keeps the query's.
+def test_task_1_a_token_attends_to_its_own_key_and_value_as_stored(dtype: mx.Dtype) -> None:
+    """Oracle: by hand: the only value, rounded to the cache's dtype; the output has the query's dtype.
 
-    Attending to the new keys and values before they are rounded is the mistake: the next step sees others.
+    Common mistake: attending to the unrounded keys and values, which the next step no longer sees.
     """
     context = DenseContext([DenseSpan(empty_slot(dtype=dtype), 0, 1)], 1.0, None)
     out = context.attend(0, packed(1), packed(1), packed(0.1))
@@ -75,8 +75,8 @@ def test_task_1_a_token_is_seen_as_it_is_stored(dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 3)])
-def test_task_1_prompts_chunks_and_decodes_side_by_side(heads: int, kv_heads: int) -> None:
-    """Oracle: each sequence by itself, NumPy in float64; each of two layers has its own keys."""
+def test_task_1_prompts_chunks_and_decodes_in_one_step_match_numpy(heads: int, kv_heads: int) -> None:
+    """Oracle: NumPy in float64 for each sequence separately; each of two layers has its own keys."""
     rng = np.random.default_rng(31)
     steps = [[(0, 0, 5), (1, 0, 2)], [(0, 5, 6), (1, 2, 6), (2, 0, 1)], [(2, 1, 4), (0, 6, 7), (1, 6, 7)]]
     lengths = [7, 7, 4]

@@ -1,6 +1,6 @@
-"""Day 2.7, task 6: sequences end, their slots serve others, and no answer depends on what runs beside it.
+"""Day 2.7, task 6: sequences finish, their slots are reused, and no output depends on the rest of the batch.
 
-`cancel` and `commit`, which are given, come with it.
+The tests also use `cancel` and `commit`, which are given.
 """
 
 import mlx.core as mx
@@ -17,11 +17,11 @@ from common.toy_requests import REQUESTS, answers, ids, limits, prompt
 
 
 def with_model(slots: int, budget: int = 512) -> DenseBatchManager:
-    """A manager that computes; keys and values in float32, so that storing them rounds nothing."""
+    """A manager with a model; keys and values are float32, so storing them does not round."""
     return DenseBatchManager(slots, 64, model=tiny_model(), max_batched_tokens=budget, kv_dtype=mx.float32)
 
 
-def test_task_6_a_sequence_ends_and_its_slot_is_free() -> None:
+def test_task_6_finishing_a_sequence_frees_its_slot() -> None:
     """Oracle: by hand."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6], "a", limits())
@@ -36,8 +36,11 @@ def test_task_6_a_sequence_ends_and_its_slot_is_free() -> None:
     assert not manager.has_work
 
 
-def test_task_6_a_sequence_that_has_ended_is_unknown() -> None:
-    """Oracle: the docstring. Giving the slot back a second time is the mistake: two would share it."""
+def test_task_6_finishing_a_finished_sequence_raises_key_error() -> None:
+    """Oracle: the docstring.
+
+    Common mistake: freeing the slot a second time, so that two sequences share it.
+    """
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6], "a", limits())
     manager.process_batch()
@@ -50,7 +53,7 @@ def test_task_6_a_sequence_that_has_ended_is_unknown() -> None:
     assert manager.capacity.num_free == 2
 
 
-def test_task_6_a_sequence_that_waits_has_no_slot_to_give_back() -> None:
+def test_task_6_finishing_a_waiting_sequence_frees_no_slot() -> None:
     """Oracle: by hand."""
     manager = DenseBatchManager(1, 16)
     manager.add_request([5], "a", limits())
@@ -61,7 +64,7 @@ def test_task_6_a_sequence_that_waits_has_no_slot_to_give_back() -> None:
     assert manager.capacity.num_free == 0
 
 
-def test_task_6_a_sequence_may_end_while_its_prompt_is_computed() -> None:
+def test_task_6_a_sequence_can_finish_during_its_prefill() -> None:
     """Oracle: by hand."""
     manager = DenseBatchManager(1, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits())
@@ -72,7 +75,7 @@ def test_task_6_a_sequence_may_end_while_its_prompt_is_computed() -> None:
     assert not manager.has_work
 
 
-def test_task_6_the_next_one_starts_in_the_place_of_the_last_one() -> None:
+def test_task_6_the_next_request_starts_in_the_freed_slot() -> None:
     """Oracle: by hand: first come, first served, one at a time."""
     manager, order = DenseBatchManager(1, 16), []
     for name in ("c", "a", "b"):
@@ -84,8 +87,8 @@ def test_task_6_the_next_one_starts_in_the_place_of_the_last_one() -> None:
     assert order == ["c", "a", "b"]
 
 
-def test_task_6_completions_end_one_by_one() -> None:
-    """Oracle: by hand: each gives back its own slot, and the others go on."""
+def test_task_6_completions_finish_one_by_one() -> None:
+    """Oracle: by hand: each frees its own slot, and the others continue."""
     manager = DenseBatchManager(3, 16)
     manager.add_request([5, 6], "a", limits(n=3))
     manager.commit(dict.fromkeys(manager.process_batch(), 7))
@@ -97,8 +100,8 @@ def test_task_6_completions_end_one_by_one() -> None:
     assert manager.capacity.num_free == 3
 
 
-def test_task_6_the_id_of_an_ended_request_may_be_used_again() -> None:
-    """Oracle: the docstring of `add_request`: only an id in use is refused, and one that runs is in use."""
+def test_task_6_the_id_of_a_finished_request_can_be_reused() -> None:
+    """Oracle: the docstring of `add_request`: only ids of unfinished requests are rejected."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6], "a", limits())
     manager.process_batch()
@@ -109,10 +112,10 @@ def test_task_6_the_id_of_an_ended_request_may_be_used_again() -> None:
     assert manager.sequence("a").prompt == (7,)
 
 
-def test_task_6_a_slot_comes_back_once_though_its_owner_s_id_is_used_again() -> None:
-    """Oracle: by hand: the new owner of the id waits, and has no slot.
+def test_task_6_a_slot_is_freed_once_even_if_the_id_of_its_request_is_reused() -> None:
+    """Oracle: by hand: the new request with this id waits and has no slot.
 
-    A slot that is still noted under the id is the mistake: it would be free twice, and two would get it.
+    Common mistake: a slot that is still recorded under the id is freed twice and given to two sequences.
     """
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6], "a", limits())
@@ -124,8 +127,8 @@ def test_task_6_a_slot_comes_back_once_though_its_owner_s_id_is_used_again() -> 
 
 
 @pytest.mark.parametrize("name", list(REQUESTS))
-def test_task_6_a_single_request_gets_the_likeliest_tokens(name: str) -> None:
-    """Oracle: a plain loop that recomputes everything. The last place of the cache is used too."""
+def test_task_6_a_single_request_gets_the_tokens_of_a_loop_without_cache(name: str) -> None:
+    """Oracle: a plain loop that recomputes everything. The last position of the cache is used too."""
     tokens, params = REQUESTS[name]
     assert params.max_tokens is not None
     found = answers(with_model(1), {name: (tokens, params)})
@@ -135,33 +138,34 @@ def test_task_6_a_single_request_gets_the_likeliest_tokens(name: str) -> None:
 @pytest.mark.parametrize(
     ("slots", "budget", "every"), [(5, 512, 0), (5, 8, 0), (5, 8, 2), (2, 6, 0), (3, 16, 5)]
 )
-def test_task_6_a_request_gets_the_same_beside_others_as_by_itself(
-    slots: int, budget: int, every: int
-) -> None:
-    """Oracle: each request by itself. They begin together or join later; slots and budget are short."""
-    alone: dict[str, list[int]] = {}
+def test_task_6_a_request_gets_the_same_tokens_in_any_batch(slots: int, budget: int, every: int) -> None:
+    """Oracle: each request run separately.
+
+    Requests start together or join later; slots and budget are scarce.
+    """
+    separate: dict[str, list[int]] = {}
     for name, request in REQUESTS.items():
-        alone |= answers(with_model(1), {name: request})
-    assert answers(with_model(slots, budget), REQUESTS, every) == alone
+        separate |= answers(with_model(1), {name: request})
+    assert answers(with_model(slots, budget), REQUESTS, every) == separate
 
 
-def test_task_6_a_cache_is_filled_to_its_last_place() -> None:
-    """Oracle: by hand: 64 tokens are the prompt's 3 and 61 outputs; nothing is left over when they end."""
+def test_task_6_a_cache_can_be_filled_to_its_last_position() -> None:
+    """Oracle: by hand: 64 tokens are the prompt's 3 and 61 outputs; the slot is free afterwards."""
     manager = with_model(1)
     found = answers(manager, {"a": (prompt(3, 50), limits(None))})
     assert len(found["a"]) == 61
     assert manager.capacity.num_free == 1
 
 
-def test_task_6_a_slot_shows_nothing_of_its_last_owner() -> None:
-    """Oracle: a manager whose slots are new. A cache that is not reset goes on behind the old tokens."""
+def test_task_6_a_reused_slot_keeps_nothing_of_its_last_sequence() -> None:
+    """Oracle: a new manager. A cache that is not reset appends to the old tokens."""
     manager = with_model(2)
     answers(manager, {"old": (prompt(40, 51), limits(20)), "older": (prompt(30, 52), limits(9))})
     assert answers(manager, REQUESTS) == answers(with_model(2), REQUESTS)
 
 
-def test_task_6_completions_leave_their_slots_as_they_found_them() -> None:
-    """Oracle: each request by itself; the likeliest tokens are the same for all completions of a prompt."""
+def test_task_6_slots_of_finished_completions_can_be_reused() -> None:
+    """Oracle: each request run separately; greedy tokens are the same for all completions of a prompt."""
     tokens, _ = REQUESTS["r0"]
     found = answers(with_model(3, 8), {"a": (tokens, limits(9, n=3)), **REQUESTS})
     want = recompute_everything(tiny_model(), tokens, 9)
@@ -169,8 +173,8 @@ def test_task_6_completions_leave_their_slots_as_they_found_them() -> None:
     assert {name: found[name] for name in REQUESTS} == answers(with_model(5), REQUESTS)
 
 
-def test_task_6_a_request_that_waits_is_gone() -> None:
-    """Oracle: by hand: it had no slot, so none comes back."""
+def test_task_6_cancelling_a_waiting_request_removes_it() -> None:
+    """Oracle: by hand: it had no slot, so none is freed."""
     manager = DenseBatchManager(1, 16)
     for name in "abc":
         manager.add_request([5, 6], name, limits())
@@ -180,8 +184,8 @@ def test_task_6_a_request_that_waits_is_gone() -> None:
     assert manager.capacity.num_free == 0
 
 
-def test_task_6_a_request_that_runs_gives_back_its_slot() -> None:
-    """Oracle: by hand: the next one starts, and is not disturbed by the tokens of the one that is gone."""
+def test_task_6_cancelling_a_running_request_frees_its_slot() -> None:
+    """Oracle: by hand: the next request starts in the freed slot."""
     manager = DenseBatchManager(1, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits())
     manager.add_request([2], "b", limits())
@@ -191,8 +195,8 @@ def test_task_6_a_request_that_runs_gives_back_its_slot() -> None:
     assert list(manager.process_batch()) == ["b"]
 
 
-def test_task_6_unknown_and_ended_requests_are_ignored() -> None:
-    """Oracle: the docstring: cancelling twice, or too late, is no error."""
+def test_task_6_cancelling_unknown_or_finished_requests_is_ignored() -> None:
+    """Oracle: the docstring: cancelling twice or too late is not an error."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5], "a", limits())
     manager.add_request([6], "b", limits())
@@ -208,8 +212,8 @@ def test_task_6_unknown_and_ended_requests_are_ignored() -> None:
     assert not manager.has_work
 
 
-def test_task_6_requests_of_similar_names_go_on() -> None:
-    """Oracle: by hand: "r1" is not "r10", nor a request that is itself called "r1/0"."""
+def test_task_6_cancelling_does_not_affect_requests_with_similar_ids() -> None:
+    """Oracle: by hand: "r1" is neither "r10" nor a separate request named "r1/0"."""
     manager = DenseBatchManager(3, 16)
     for name in ("r10", "r1", "r1/0"):
         manager.add_request([5], name, limits())
@@ -219,10 +223,10 @@ def test_task_6_requests_of_similar_names_go_on() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_task_6_all_completions_end_whenever_it_comes(steps: int) -> None:
-    """Oracle: by hand: they wait, have a part of their prompt, are forked, and go on.
+def test_task_6_cancelling_at_any_step_ends_all_completions(steps: int) -> None:
+    """Oracle: by hand: they wait, have computed part of their prompt, are forked, or decode.
 
-    All slots come back, and no id is left in use.
+    All slots are freed, and no id stays in use.
     """
     manager = DenseBatchManager(3, 16, max_batched_tokens=4)
     manager.add_request([1] * 6, "a", limits(n=3))
@@ -239,8 +243,8 @@ def test_task_6_all_completions_end_whenever_it_comes(steps: int) -> None:
     assert set(manager.process_batch()) == {"a/0", "a/1", "a/2"}
 
 
-def test_task_6_slots_that_were_kept_for_completions_to_come_are_free_too() -> None:
-    """Oracle: by hand: the request that waited for them starts."""
+def test_task_6_cancelling_frees_the_slots_reserved_for_forks() -> None:
+    """Oracle: by hand: the request that waited for these slots starts."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits(n=2))
     manager.add_request([2], "b", limits(n=2))
@@ -249,8 +253,8 @@ def test_task_6_slots_that_were_kept_for_completions_to_come_are_free_too() -> N
     assert set(manager.process_batch()) == {"b/0", "b/1"}
 
 
-def test_task_6_completions_that_are_left_end_when_one_has_ended_already() -> None:
-    """Oracle: by hand: three slots, none of them given back twice."""
+def test_task_6_cancelling_ends_the_remaining_completions() -> None:
+    """Oracle: by hand: three slots, each freed once."""
     manager = DenseBatchManager(3, 16)
     manager.add_request([5, 6], "a", limits(n=3))
     manager.process_batch()
@@ -260,8 +264,8 @@ def test_task_6_completions_that_are_left_end_when_one_has_ended_already() -> No
     assert not manager.has_work
 
 
-def test_task_6_the_answers_of_the_others_stay_the_same() -> None:
-    """Oracle: each by itself; beside them one is cancelled in the middle of its prompt, one of its answer."""
+def test_task_6_cancelling_does_not_change_the_tokens_of_other_requests() -> None:
+    """Oracle: each run separately; two others are cancelled, one during its prefill, one while decoding."""
     manager = with_model(4, 12)
     core, found = EngineCore(manager, eos_token_ids=()), {}
     for name in ("r0", "r2"):
@@ -280,8 +284,8 @@ def test_task_6_the_answers_of_the_others_stay_the_same() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_task_6_in_a_long_random_mix_slots_are_conserved_and_none_is_overtaken(seed: int) -> None:
-    """Oracle: the invariant: a slot is free or one running sequence's; earlier requests start earlier."""
+def test_task_6_a_long_random_run_conserves_slots_and_keeps_the_order_of_arrival(seed: int) -> None:
+    """Oracle: the invariants: a slot is free or has one sequence; requests start in order of arrival."""
     rng = np.random.default_rng(seed)
     slots, budget = int(rng.integers(1, 5)), int(rng.integers(5, 30))
     manager, arrivals = DenseBatchManager(slots, 32, max_batched_tokens=budget), []
@@ -311,5 +315,5 @@ def test_task_6_in_a_long_random_mix_slots_are_conserved_and_none_is_overtaken(s
                 manager.finish(seq_id)
         if not manager.has_work:
             break
-    assert not manager.has_work, "every request ends"
+    assert not manager.has_work, "every request must finish"
     assert manager.capacity.num_free == slots

@@ -19,12 +19,12 @@ from common.toy_requests import ids, limits, prompt
 
 
 def with_model(slots: int, budget: int = 512) -> DenseBatchManager:
-    """A manager that computes; keys and values in float32, so that storing them rounds nothing."""
+    """A manager with a model; keys and values are float32, so storing them does not round."""
     return DenseBatchManager(slots, 64, model=tiny_model(), max_batched_tokens=budget, kv_dtype=mx.float32)
 
 
 def started(manager: DenseBatchManager, **prompts: list[int]) -> DenseBatchManager:
-    """The manager with requests that have been admitted, and of which nothing is computed."""
+    """The manager after it admitted these requests; nothing is computed yet."""
     for name, tokens in prompts.items():
         manager.add_request(tokens, name, limits())
     manager.admit()
@@ -32,17 +32,17 @@ def started(manager: DenseBatchManager, **prompts: list[int]) -> DenseBatchManag
 
 
 def planned(manager: DenseBatchManager, budget: int = 512) -> Plan[Any]:
-    """The next step of all that run."""
+    """The plan of the next step of all running sequences."""
     return plan_chunks(manager.running, budget)
 
 
 def expect_logits(row: mx.array, tokens: list[int]) -> None:
-    """The row is that of the model after these tokens, without cache and batch."""
+    """Assert that the row matches the model's logits after these tokens, without cache and batch."""
     np.testing.assert_allclose(np.array(row), logits_after(tiny_model(), tokens), rtol=1e-3, atol=1e-3)
 
 
 def num_operators(array: mx.array) -> int:
-    """The operators that MLX has still to run for an array; 0: it is evaluated."""
+    """The number of operators that MLX still has to run for an array; 0 if it is evaluated."""
     graph = StringIO()
     mx.export_to_dot(graph, array)
     return graph.getvalue().count("label")
@@ -70,18 +70,18 @@ def test_task_4_a_chunk_that_is_not_the_last_needs_no_logits() -> None:
 
 
 def test_task_4_the_next_chunk_sees_what_the_slot_holds() -> None:
-    """Oracle: the model without cache and batch, on the whole prompt; positions go on where they ended."""
+    """Oracle: the model without cache and batch, on the whole prompt; positions continue across chunks."""
     tokens = prompt(10, 6)
     manager = started(with_model(1), a=tokens)
     for start in (0, 4, 8):
         manager.sequence("a").num_computed = start
         logits = manager.compute(planned(manager, budget=4))
-        assert (logits is None) == (start < 8), "no row is needed before the prompt is complete"
+        assert (logits is None) == (start < 8), "logits must be None before the prompt is complete"
     assert logits is not None
     expect_logits(logits[0], tokens)
 
 
-def test_task_4_a_decode_beside_a_prompt() -> None:
+def test_task_4_a_decode_and_a_prompt_share_a_pass() -> None:
     """Oracle: the model without cache and batch, on prompt and output, and on the other prompt."""
     manager, tokens, other = with_model(2), prompt(5, 7), prompt(4, 8)
     started(manager, a=tokens)
@@ -95,10 +95,10 @@ def test_task_4_a_decode_beside_a_prompt() -> None:
         expect_logits(row, known)
 
 
-def test_task_4_all_rows_that_the_plan_asks_for() -> None:
-    """Oracle: the model without cache and batch, on each beginning of the prompt.
+def test_task_4_prompt_logprobs_give_a_row_for_every_prompt_token() -> None:
+    """Oracle: the model without cache and batch, on each prefix of the prompt.
 
-    With prompt log-probabilities the plan asks for the rows of all tokens of the prompt.
+    With prompt log-probabilities the plan requests a row of logits for every prompt token.
     """
     manager, tokens = with_model(1), prompt(4, 9)
     manager.add_request(tokens, "a", SamplingParams(max_tokens=4, prompt_logprobs=0))
@@ -109,8 +109,8 @@ def test_task_4_all_rows_that_the_plan_asks_for() -> None:
     np.testing.assert_allclose(np.array(logits), want, rtol=1e-3, atol=1e-3)
 
 
-def test_task_4_one_pass_over_all_tokens() -> None:
-    """Oracle: by hand: 5 and 3 tokens are one pass of 8."""
+def test_task_4_a_plan_is_computed_in_one_pass() -> None:
+    """Oracle: by hand: 5 and 3 tokens make one pass of 8."""
     model = CountingModel(tiny_model())
     manager = started(DenseBatchManager(2, 64, model=model), a=prompt(5, 10), b=prompt(3, 11))
     manager.compute(planned(manager))
@@ -118,13 +118,13 @@ def test_task_4_one_pass_over_all_tokens() -> None:
 
 
 def test_task_4_without_a_model_nothing_is_computed() -> None:
-    """Oracle: the docstring: the plan has a chunk, and there are no caches to write into."""
+    """Oracle: the docstring: the plan has a chunk, but there are no caches."""
     manager = started(DenseBatchManager(1, 64), a=prompt(5, 12))
     assert manager.compute(planned(manager)) is None
 
 
-class Watched:
-    """A model that keeps the logits that it returned, and counts the operators that they wait for."""
+class RecordingModel:
+    """A model that records the logits it returned and counts the operators that MLX has to run for them."""
 
     def __init__(self) -> None:
         self.config = tiny_model().config
@@ -137,18 +137,21 @@ class Watched:
         return self.logits[-1]
 
 
-def test_task_4_logits_that_are_needed_are_computed_before_it_returns() -> None:
-    """Oracle: MLX's own graph of the result. A lazy result is computed by the first line that reads it."""
+def test_task_4_requested_logits_are_evaluated_before_compute_returns() -> None:
+    """Oracle: MLX's own graph of the result.
+
+    A lazy result would be computed by the first line that reads it.
+    """
     manager = started(with_model(1), a=prompt(5, 13))
     logits = manager.compute(planned(manager))
     assert logits is not None
     waiting = num_operators(logits)  # a view of computed logits has fewer than 5
-    assert waiting < 5, f"call mx.eval on the logits: MLX has still {waiting} operators to run for them"
+    assert waiting < 5, f"call mx.eval on the logits: MLX still has {waiting} operators to run for them"
 
 
-def test_task_4_logits_that_are_not_needed_are_never_computed() -> None:
-    """Oracle: MLX's own graph of what the model returned. Evaluating all of it in any case is the mistake."""
-    model = Watched()
+def test_task_4_logits_that_are_not_requested_are_never_evaluated() -> None:
+    """Oracle: MLX's own graph of what the model returned. Common mistake: always evaluating all logits."""
+    model = RecordingModel()
     manager = DenseBatchManager(1, 64, model=model, kv_dtype=mx.float32)
     started(manager, a=prompt(9, 14))
     assert manager.compute(planned(manager, budget=4)) is None
@@ -156,12 +159,12 @@ def test_task_4_logits_that_are_not_needed_are_never_computed() -> None:
     assert num_operators(model.logits[0]) > 0
 
 
-def test_task_4_keys_and_values_are_computed_before_it_returns() -> None:
-    """Oracle: MLX's own graph: a chunk waits for as many operators as the one before, not for that one too.
+def test_task_4_keys_and_values_are_evaluated_before_compute_returns() -> None:
+    """Oracle: MLX's own graph: a chunk needs as many operators as the one before, not twice as many.
 
-    Without evaluated caches each chunk of a prompt would be computed only when its last row is read.
+    If caches are not evaluated, all chunks of a prompt are computed only when its last row is read.
     """
-    model, tokens = Watched(), prompt(12, 15)
+    model, tokens = RecordingModel(), prompt(12, 15)
     manager = started(DenseBatchManager(1, 64, model=model, kv_dtype=mx.float32), a=tokens)
     for start in (0, 4, 8):
         manager.sequence("a").num_computed = start
@@ -173,8 +176,8 @@ def test_task_4_keys_and_values_are_computed_before_it_returns() -> None:
 # Task 5: DenseBatchManager.process_batch
 
 
-def test_task_5_a_prompt_is_computed_and_is_ready() -> None:
-    """Oracle: by hand: it has a slot now, and all its 3 tokens are computed."""
+def test_task_5_a_prompt_is_ready_after_its_last_chunk() -> None:
+    """Oracle: by hand: it has a slot, and its 3 tokens are computed."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6, 7], "a", limits())
     ready = manager.process_batch()
@@ -184,8 +187,8 @@ def test_task_5_a_prompt_is_computed_and_is_ready() -> None:
     assert manager.sequence("a").num_computed == 3
 
 
-def test_task_5_if_there_is_nothing_to_do_none_is_ready() -> None:
-    """Oracle: by hand: without a request, and with one whose token is not chosen yet."""
+def test_task_5_no_sequence_is_ready_without_tokens_to_compute() -> None:
+    """Oracle: by hand: without a request, and with one whose token is not sampled yet."""
     manager = DenseBatchManager(2, 16)
     assert len(manager.process_batch()) == 0
     manager.add_request([5, 6, 7], "a", limits())
@@ -195,7 +198,7 @@ def test_task_5_if_there_is_nothing_to_do_none_is_ready() -> None:
 
 
 def test_task_5_a_long_prompt_is_computed_in_chunks() -> None:
-    """Oracle: by hand: 10 tokens at 4 a step; none is ready before the last one."""
+    """Oracle: by hand: 10 tokens at 4 per step; nothing is ready before the last chunk."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits())
     found = [(list(manager.process_batch()), manager.sequence("a").num_computed) for _ in range(3)]
@@ -203,7 +206,7 @@ def test_task_5_a_long_prompt_is_computed_in_chunks() -> None:
 
 
 def test_task_5_prompts_share_a_step() -> None:
-    """Oracle: by hand: of 8 tokens a step 5 are the first one's, and 3 of 6 the second one's."""
+    """Oracle: by hand: of 8 tokens per step the first prompt gets 5, and the second gets 3 of its 6."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=8)
     manager.add_request([1] * 5, "a", limits())
     manager.add_request([2] * 6, "b", limits())
@@ -213,8 +216,11 @@ def test_task_5_prompts_share_a_step() -> None:
     assert manager.sequence("b").num_computed == 6
 
 
-def test_task_5_a_single_token_is_computed_beside_an_older_long_prompt() -> None:
-    """Oracle: `share_budget`: of 4 tokens one is the decode's. Serving in order is the mistake."""
+def test_task_5_a_prompt_of_one_token_is_served_before_an_older_long_prompt() -> None:
+    """Oracle: `share_budget`: of 4 tokens one is the decode's.
+
+    Common mistake: serving in order of arrival.
+    """
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "long", limits())
     manager.add_request([5], "short", limits())
@@ -222,7 +228,7 @@ def test_task_5_a_single_token_is_computed_beside_an_older_long_prompt() -> None
     assert manager.sequence("long").num_computed == 3
 
 
-def test_task_5_the_one_that_has_waited_longest_starts_first() -> None:
+def test_task_5_the_oldest_waiting_request_starts_first() -> None:
     """Oracle: by hand: there are slots for two of four."""
     manager = DenseBatchManager(2, 16)
     for name in ("d", "c", "b", "a"):
@@ -234,8 +240,8 @@ def test_task_5_the_one_that_has_waited_longest_starts_first() -> None:
     assert ids(manager.waiting) == ["b", "a"]
 
 
-def test_task_5_a_request_that_comes_later_starts_in_the_next_step() -> None:
-    """Oracle: by hand: it does not wait for the others to end."""
+def test_task_5_a_later_request_starts_in_the_next_step() -> None:
+    """Oracle: by hand: it does not wait for the others to finish."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 6, "a", limits())
     manager.process_batch()
@@ -243,7 +249,7 @@ def test_task_5_a_request_that_comes_later_starts_in_the_next_step() -> None:
     assert set(manager.process_batch()) == {"a", "b"}
 
 
-def test_task_5_a_request_that_starts_holds_a_slot_before_there_is_budget_for_it() -> None:
+def test_task_5_an_admitted_request_holds_a_slot_even_without_budget() -> None:
     """Oracle: by hand: the first prompt uses up the step, and both run."""
     manager = DenseBatchManager(3, 16, max_batched_tokens=4)
     manager.add_request([1] * 8, "a", limits())
@@ -254,8 +260,8 @@ def test_task_5_a_request_that_starts_holds_a_slot_before_there_is_budget_for_it
     assert manager.capacity.num_free == 1
 
 
-def test_task_5_completions_are_forked_when_their_prompt_is_computed() -> None:
-    """Oracle: by hand: one sequence while the prompt is computed, three afterwards, each with a slot."""
+def test_task_5_completions_are_forked_when_their_prompt_is_complete() -> None:
+    """Oracle: by hand: one sequence during the prefill, three afterwards, each with a slot."""
     manager = DenseBatchManager(4, 16, max_batched_tokens=4)
     manager.add_request([1] * 6, "a", limits(n=3))
     assert len(manager.process_batch()) == 0
@@ -268,8 +274,8 @@ def test_task_5_completions_are_forked_when_their_prompt_is_computed() -> None:
     assert manager.sequence("a/1") is not manager.sequence("a/0")
 
 
-def test_task_5_completions_need_a_slot_each_to_start() -> None:
-    """Oracle: by hand: one slot is free, and two are needed. A later request does not overtake."""
+def test_task_5_a_request_starts_only_if_every_completion_gets_a_slot() -> None:
+    """Oracle: by hand: one slot is free, and two are needed. A later request must not overtake."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([1], "a", limits())
     manager.add_request([2], "b", limits(n=2))
@@ -279,10 +285,10 @@ def test_task_5_completions_need_a_slot_each_to_start() -> None:
     assert manager.capacity.num_free == 1
 
 
-def test_task_5_slots_of_completions_to_come_are_not_given_away() -> None:
-    """Oracle: by hand: the leader holds one slot and needs another when its prompt is computed.
+def test_task_5_slots_reserved_for_forks_stay_reserved() -> None:
+    """Oracle: by hand: the leader holds one slot and needs another for its fork.
 
-    Counting only the slots that are taken is the mistake that this finds: the fork would have none.
+    Common mistake: counting only the slots in use, which leaves none for the fork.
     """
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([1] * 10, "a", limits(n=2))
@@ -294,8 +300,8 @@ def test_task_5_slots_of_completions_to_come_are_not_given_away() -> None:
     assert ids(manager.waiting) == ["b"]
 
 
-def test_task_5_slots_are_kept_for_all_that_start_in_the_same_step() -> None:
-    """Oracle: by hand: two leaders and a fork of each are all four slots; the third request waits."""
+def test_task_5_slots_are_reserved_for_the_forks_of_all_requests_that_start_in_one_step() -> None:
+    """Oracle: by hand: two leaders and their two forks need all four slots; the third request waits."""
     manager = DenseBatchManager(4, 16, max_batched_tokens=4)
     manager.add_request([1] * 6, "a", limits(n=2))
     manager.add_request([2] * 6, "b", limits(n=2))
@@ -306,8 +312,8 @@ def test_task_5_slots_are_kept_for_all_that_start_in_the_same_step() -> None:
     assert manager.capacity.num_free == 0
 
 
-def test_task_5_a_prompt_of_which_all_logits_are_wanted_comes_in_smaller_chunks() -> None:
-    """Oracle: `batch_manager.wanted`: no more rows of logits in a step than `MAX_PROMPT_ROWS`."""
+def test_task_5_a_prompt_with_prompt_logprobs_is_split_into_smaller_chunks() -> None:
+    """Oracle: `batch_manager.tokens_wanted`: no more rows of logits in a step than `MAX_PROMPT_ROWS`."""
     length = 2 * MAX_PROMPT_ROWS
     manager = DenseBatchManager(2, 2 * length)
     manager.add_request([1] * length, "a", SamplingParams(max_tokens=4, prompt_logprobs=0))
@@ -317,7 +323,7 @@ def test_task_5_a_prompt_of_which_all_logits_are_wanted_comes_in_smaller_chunks(
 
 
 @pytest.mark.parametrize("budget", [3, 8, 512])
-def test_task_5_logits_are_those_of_each_sequence_alone(budget: int) -> None:
+def test_task_5_logits_do_not_depend_on_the_batch_or_the_chunks(budget: int) -> None:
     """Oracle: the model without cache and batch. The prompts are packed, complete or in chunks."""
     prompts = {"a": prompt(7, 1), "b": prompt(1, 2), "c": prompt(12, 3)}
     manager, found = with_model(3, budget), {}
@@ -331,7 +337,7 @@ def test_task_5_logits_are_those_of_each_sequence_alone(budget: int) -> None:
         np.testing.assert_allclose(found[name], logits_after(tiny_model(), tokens), rtol=1e-3, atol=1e-3)
 
 
-def test_task_5_completions_begin_with_the_same_logits() -> None:
+def test_task_5_completions_start_with_the_same_logits() -> None:
     """Oracle: the model without cache and batch."""
     manager = with_model(3)
     manager.add_request(prompt(4, 5), "before", limits())
@@ -342,7 +348,7 @@ def test_task_5_completions_begin_with_the_same_logits() -> None:
 
 
 def test_task_5_a_step_is_one_pass_over_all_its_tokens() -> None:
-    """Oracle: by hand: 8 tokens are 4 and 4 of 6, the next step brings 2; for nothing there is no pass."""
+    """Oracle: by hand: the first pass has 4 + 4 tokens, the next one 2, and an empty step has no pass."""
     model = CountingModel(tiny_model())
     manager = DenseBatchManager(2, 64, model=model, max_batched_tokens=8)
     manager.add_request(prompt(4, 6), "a", limits())
@@ -352,8 +358,8 @@ def test_task_5_a_step_is_one_pass_over_all_its_tokens() -> None:
     assert model.fed == [8, 2]
 
 
-def test_task_5_a_token_is_put_behind_the_others() -> None:
-    """Oracle: by hand: it is known now, and will be computed by the next step."""
+def test_task_5_commit_appends_a_token_to_the_outputs() -> None:
+    """Oracle: by hand: the token is known, and the next step computes it."""
     manager = DenseBatchManager(2, 16)
     manager.add_request([5, 6, 7], "a", limits())
     for token in (8, 9):
@@ -364,8 +370,8 @@ def test_task_5_a_token_is_put_behind_the_others() -> None:
     assert (sequence.num_tokens, sequence.num_computed) == (5, 4)
 
 
-def test_task_5_each_sequence_gets_its_own_token() -> None:
-    """Oracle: by hand, completions of one prompt among them."""
+def test_task_5_commit_gives_each_sequence_its_own_token() -> None:
+    """Oracle: by hand, including completions of one prompt."""
     manager = DenseBatchManager(3, 16)
     manager.add_request([5, 6], "a", limits(n=2))
     manager.add_request([7], "b", limits())
@@ -374,8 +380,8 @@ def test_task_5_each_sequence_gets_its_own_token() -> None:
     assert [manager.sequence(name).outputs for name in ("a/0", "a/1", "b")] == [[3], [2], [1]]
 
 
-def test_task_5_a_sequence_without_a_new_token_stays_as_it_is() -> None:
-    """Oracle: by hand: a prompt that is still computed gets no token, and no tokens change nothing."""
+def test_task_5_commit_does_not_change_sequences_without_a_token() -> None:
+    """Oracle: by hand: an incomplete prompt gets no token, and an empty commit changes nothing."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=4)
     manager.add_request([5], "a", limits())
     manager.add_request([1] * 10, "b", limits())
@@ -386,8 +392,8 @@ def test_task_5_a_sequence_without_a_new_token_stays_as_it_is() -> None:
     assert manager.sequence("b").outputs == []
 
 
-def test_task_5_a_decode_is_not_held_up_by_a_long_prompt() -> None:
-    """Oracle: by hand: of 4 tokens a step one is the decode's, and 3 are the older prompt's."""
+def test_task_5_a_long_prompt_does_not_delay_a_decode() -> None:
+    """Oracle: by hand: of 4 tokens per step the decode gets one and the older prompt gets 3."""
     manager = DenseBatchManager(2, 32, max_batched_tokens=4)
     manager.add_request([1] * 10, "long", limits())
     manager.add_request([5], "short", limits(8))
@@ -402,7 +408,7 @@ def test_task_5_a_decode_is_not_held_up_by_a_long_prompt() -> None:
     assert manager.sequence("long").outputs == [7]
 
 
-def test_task_5_the_next_step_continues_with_the_token() -> None:
+def test_task_5_the_next_step_computes_the_committed_token() -> None:
     """Oracle: the model without cache and batch, on prompt and outputs."""
     manager, tokens = with_model(2), prompt(5, 8)
     manager.add_request(tokens, "a", limits())
@@ -412,8 +418,8 @@ def test_task_5_the_next_step_continues_with_the_token() -> None:
         tokens = [*tokens, token]
 
 
-def test_task_5_completions_go_different_ways() -> None:
-    """Oracle: the model without cache and batch, on each one's own tokens: a copy of the cache for each."""
+def test_task_5_completions_of_one_prompt_can_diverge() -> None:
+    """Oracle: the model without cache and batch, on the tokens of each completion."""
     manager, tokens = with_model(3), prompt(6, 9)
     known = {f"a/{i}": list(tokens) for i in range(3)}
     manager.add_request(tokens, "a", limits(n=3))

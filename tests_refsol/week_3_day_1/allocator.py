@@ -1,4 +1,4 @@
-"""Day 3.1, tasks 1 and 2: blocks are handed out, shared and freed."""
+"""Day 3.1, tasks 1 and 2: blocks are allocated, shared and freed."""
 
 from collections import Counter
 
@@ -14,14 +14,14 @@ from common.examples import quick
 # Task 1: BlockAllocator.allocate
 
 
-def test_task_1_every_block_is_handed_out_once() -> None:
-    """Oracle: by hand: the pool has the ids 0 to 4. Which comes first is the allocator's choice."""
+def test_task_1_every_block_is_allocated_once() -> None:
+    """Oracle: by hand: the pool has the ids 0 to 4. Their order is the allocator's choice."""
     allocator = BlockAllocator(5)
     taken = [allocator.allocate() for _ in range(5)]
     assert sorted(taken) == [0, 1, 2, 3, 4]
 
 
-def test_task_1_the_taker_is_the_one_holder() -> None:
+def test_task_1_an_allocated_block_has_one_reference() -> None:
     """Oracle: by hand."""
     allocator = BlockAllocator(3)
     block = allocator.allocate()
@@ -30,8 +30,8 @@ def test_task_1_the_taker_is_the_one_holder() -> None:
     assert allocator.num_free == 2
 
 
-def test_task_1_an_empty_pool_refuses_and_nothing_changes() -> None:
-    """Oracle: the docstring: a named error, not that of whatever the free ids are kept in."""
+def test_task_1_an_exhausted_pool_raises_out_of_blocks_and_changes_nothing() -> None:
+    """Oracle: the docstring: OutOfBlocksError, not an error of the container of free ids."""
     allocator = BlockAllocator(2)
     allocator.allocate()
     allocator.allocate()
@@ -42,15 +42,15 @@ def test_task_1_an_empty_pool_refuses_and_nothing_changes() -> None:
     assert counts(allocator) == [1, 1]
 
 
-def test_task_1_pools_know_nothing_of_each_other() -> None:
+def test_task_1_pools_are_independent() -> None:
     """Oracle: by hand."""
     first, second = BlockAllocator(2), BlockAllocator(2)
     first.allocate()
     assert (first.num_free, second.num_free) == (1, 2)
 
 
-def test_task_1_a_shared_block_is_not_handed_out() -> None:
-    """Oracle: by hand: the rest of the pool are the other three."""
+def test_task_1_a_shared_block_is_not_allocated_again() -> None:
+    """Oracle: by hand: the other three blocks are free."""
     allocator = BlockAllocator(4)
     shared = allocator.allocate()
     allocator.add_ref(shared)
@@ -62,8 +62,8 @@ def test_task_1_a_shared_block_is_not_handed_out() -> None:
 # Task 2: BlockAllocator.free
 
 
-def test_task_2_what_is_given_back_can_be_taken_again() -> None:
-    """Oracle: by hand: it is the only free block, and its new holder is its first."""
+def test_task_2_a_freed_block_can_be_allocated_again() -> None:
+    """Oracle: by hand: it is the only free block, and its reference count starts at 1."""
     allocator = BlockAllocator(3)
     taken = [allocator.allocate() for _ in range(3)]
     allocator.free(taken[1])
@@ -72,8 +72,8 @@ def test_task_2_what_is_given_back_can_be_taken_again() -> None:
     assert counts(allocator) == [1, 1, 1]
 
 
-def test_task_2_a_shared_block_is_free_after_its_last_holder() -> None:
-    """Oracle: by hand: three holders go one by one. Free at the first of them is the mistake."""
+def test_task_2_a_shared_block_is_free_after_its_last_reference() -> None:
+    """Oracle: by hand: three references are freed one by one. Common mistake: free after the first."""
     allocator = BlockAllocator(2)
     block = allocator.allocate()
     allocator.add_ref(block)
@@ -87,7 +87,7 @@ def test_task_2_a_shared_block_is_free_after_its_last_holder() -> None:
 
 
 def test_task_2_a_free_block_cannot_be_freed() -> None:
-    """Oracle: the docstring. A block that is free twice gets two owners: that is the mistake."""
+    """Oracle: the docstring. Common mistake: a block that is in the free list twice gets two owners."""
     allocator = BlockAllocator(3)
     block = allocator.allocate()
     allocator.free(block)
@@ -102,8 +102,8 @@ def test_task_2_a_free_block_cannot_be_freed() -> None:
 
 
 @pytest.mark.parametrize("block", [-1, -3, 3, 100])
-def test_task_2_a_block_of_no_pool_cannot_be_given_back(block: int) -> None:
-    """Oracle: the docstring: all blocks stay held."""
+def test_task_2_a_block_id_outside_the_pool_cannot_be_freed(block: int) -> None:
+    """Oracle: the docstring: all blocks stay allocated."""
     allocator = BlockAllocator(3)
     for _ in range(3):
         allocator.allocate()
@@ -118,8 +118,8 @@ def test_task_2_a_block_of_no_pool_cannot_be_given_back(block: int) -> None:
     st.integers(1, 6),
     st.lists(st.tuples(st.sampled_from(["allocate", "add_ref", "free"]), st.integers(-2, 7)), max_size=40),
 )
-def test_task_2_counts_are_those_of_a_plain_counter(num_blocks: int, calls: list[tuple[str, int]]) -> None:
-    """Oracle: a Counter: each call does what it does there, or is refused by its own error."""
+def test_task_2_reference_counts_match_a_counter(num_blocks: int, calls: list[tuple[str, int]]) -> None:
+    """Oracle: a Counter: each call changes it in the same way or raises the documented error."""
     allocator, held = BlockAllocator(num_blocks), Counter[int]()
     for name, block in calls:
         if name == "allocate":
@@ -128,7 +128,7 @@ def test_task_2_counts_are_those_of_a_plain_counter(num_blocks: int, calls: list
                     allocator.allocate()
             else:
                 taken = allocator.allocate()
-                assert held[taken] == 0, "it was held already"
+                assert held[taken] == 0, "the block was already allocated"
                 held[taken] += 1
         elif held[block]:
             getattr(allocator, name)(block)

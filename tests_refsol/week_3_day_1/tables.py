@@ -1,4 +1,4 @@
-"""Day 3.1, tasks 3 to 7: the blocks that a sequence's tokens are in, forked and released."""
+"""Day 3.1, tasks 3 to 7: block tables: append, slots, fork and release."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,12 @@ from common.examples import quick
 
 
 def filled(num_tokens: int, *, num_blocks: int = 8, block_size: int = 4) -> BlockTable:
-    """A table with so many tokens on a pool of its own, put together by hand."""
+    """A table with this many tokens on a new pool, built without the methods under test."""
     return filled_from(BlockAllocator(num_blocks), num_tokens, block_size)
 
 
 def filled_from(allocator: BlockAllocator, num_tokens: int, block_size: int = 4) -> BlockTable:
-    """The same on a pool that is there."""
+    """The same on an existing pool."""
     table = BlockTable(allocator, block_size)
     table.blocks = [allocator.allocate() for _ in range(-(-num_tokens // block_size))]
     table.num_tokens = num_tokens
@@ -38,7 +38,7 @@ def filled_from(allocator: BlockAllocator, num_tokens: int, block_size: int = 4)
 
 
 def sharing(table: BlockTable) -> BlockTable:
-    """A second table over the same blocks, put together by hand."""
+    """A second table over the same blocks, built without the methods under test."""
     for block in table.blocks:
         table.allocator.add_ref(block)
     other = BlockTable(table.allocator, table.block_size)
@@ -47,14 +47,14 @@ def sharing(table: BlockTable) -> BlockTable:
 
 
 def state(*tables: BlockTable) -> tuple[object, ...]:
-    """All that there is to know: every block's holders, how many blocks are free, what each table holds."""
+    """The complete state: reference counts, the number of free blocks, and each table's blocks and tokens."""
     allocator = tables[0].allocator
     held = [(list(table.blocks), table.num_tokens) for table in tables]
     return counts(allocator), allocator.num_free, held
 
 
 def missing_blocks(table: BlockTable, num_new_tokens: int) -> int:
-    """Of the logical blocks that the new tokens are written to, those that it is not the only holder of."""
+    """The number of logical blocks that get new tokens and that the table does not hold exclusively."""
     new = range(table.num_tokens, table.num_tokens + num_new_tokens)
     written = {position // table.block_size for position in new}
     own = {place for place, number in enumerate(holders(table)) if number == 1}
@@ -65,16 +65,16 @@ def missing_blocks(table: BlockTable, num_new_tokens: int) -> int:
     ("num_tokens", "new", "blocks"),
     [(0, 1, 1), (0, 4, 1), (0, 5, 2), (1, 3, 0), (1, 4, 1), (4, 1, 1), (6, 2, 0), (6, 3, 1), (8, 9, 3)],
 )
-def test_task_3_tokens_take_the_blocks_that_the_last_one_has_no_room_for(
+def test_task_3_new_blocks_are_needed_only_for_tokens_that_do_not_fit_the_last_block(
     num_tokens: int, new: int, blocks: int
 ) -> None:
-    """Oracle: by hand, blocks of 4. Rounding up only the new tokens is the mistake."""
+    """Oracle: by hand, blocks of 4. Common mistake: rounding up only the new tokens."""
     assert filled(num_tokens).blocks_to_append(new) == blocks
 
 
 @pytest.mark.parametrize(("new", "blocks"), [(1, 1), (2, 1), (3, 2), (6, 2), (7, 3)])
-def test_task_3_a_shared_block_with_room_takes_one_more(new: int, blocks: int) -> None:
-    """Oracle: by hand: 6 tokens in blocks of 4: the last block holds 2 of them, and is to be copied."""
+def test_task_3_a_shared_partial_block_needs_one_block_more(new: int, blocks: int) -> None:
+    """Oracle: by hand: 6 tokens in blocks of 4: the last block holds 2 of them and must be copied."""
     table = filled(6)
     other = sharing(table)
     assert table.blocks_to_append(new) == blocks
@@ -83,19 +83,19 @@ def test_task_3_a_shared_block_with_room_takes_one_more(new: int, blocks: int) -
 
 @pytest.mark.parametrize(("new", "blocks"), [(1, 1), (4, 1), (5, 2)])
 def test_task_3_full_shared_blocks_are_not_copied(new: int, blocks: int) -> None:
-    """Oracle: by hand: 8 tokens fill two blocks of 4. To copy the second of them is the mistake."""
+    """Oracle: by hand: 8 tokens fill two blocks of 4. Common mistake: copying the second one."""
     table = filled(8)
     assert sharing(table).blocks_to_append(new) == blocks
 
 
-def test_task_3_only_the_last_block_matters() -> None:
+def test_task_3_only_a_shared_last_block_needs_a_copy() -> None:
     """Oracle: by hand: the first block is shared, the last one is not."""
     table = filled(6)
     table.allocator.add_ref(table.blocks[0])
     assert table.blocks_to_append(1) == 0
 
 
-def test_task_3_no_tokens_take_no_blocks() -> None:
+def test_task_3_zero_tokens_need_no_blocks() -> None:
     """Oracle: by hand: nothing is written, so nothing is copied; an empty table has no last block."""
     table = filled(6)
     sharing(table)
@@ -103,8 +103,8 @@ def test_task_3_no_tokens_take_no_blocks() -> None:
     assert filled(0).blocks_to_append(0) == 0
 
 
-def test_task_3_it_only_looks() -> None:
-    """Oracle: by hand; nor does it ask whether so many blocks are free."""
+def test_task_3_blocks_to_append_changes_nothing() -> None:
+    """Oracle: by hand; it does not check whether so many blocks are free."""
     table = filled(6, num_blocks=2)
     other = sharing(table)
     before = state(table, other)
@@ -114,10 +114,10 @@ def test_task_3_it_only_looks() -> None:
 
 @quick
 @given(st.integers(1, 7), st.integers(0, 30), st.integers(0, 30), st.data())
-def test_task_3_a_block_for_each_that_is_written_to_and_not_held_alone(
+def test_task_3_the_count_is_the_number_of_written_blocks_not_held_exclusively(
     block_size: int, num_tokens: int, new: int, data: st.DataObject
 ) -> None:
-    """Oracle: the positions of the new tokens, one by one; any of the blocks may have other holders."""
+    """Oracle: the positions of the new tokens, one by one; any block may have other references."""
     table = filled(num_tokens, num_blocks=40, block_size=block_size)
     for block in table.blocks:
         if data.draw(st.booleans()):
@@ -129,25 +129,25 @@ def test_task_3_a_block_for_each_that_is_written_to_and_not_held_alone(
 
 
 class SymbolicPool:
-    """What stands in each place of a pool, as plain values: copies and writes as arrays would do them."""
+    """A pool that stores plain values instead of arrays, by block and offset."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[int, int], object] = {}  # by block and offset
 
     def append(self, table: BlockTable, tokens: Sequence[object]) -> int:
-        """Append these tokens to a sequence: the copies first, then a write for each. How many copies."""
+        """Append tokens to a sequence: first the copies, then the writes. Return the number of copies."""
         start = table.num_tokens
         copies = table.append_tokens(len(tokens))
         for copy in copies:
             for offset in range(copy.length):
-                assert (copy.src, offset) in self.held, "a place is copied in which no token is"
+                assert (copy.src, offset) in self.held, "a copy reads a slot that was never written"
                 self.held[copy.dst, offset] = self.held[copy.src, offset]
         for position, token in enumerate(tokens, start):
             self.held[self.place(table, position)] = token
         return len(copies)
 
     def read(self, table: BlockTable) -> list[object]:
-        """What a sequence finds in the places of its tokens."""
+        """The values in the slots of a sequence's tokens."""
         return [self.held[self.place(table, position)] for position in range(table.num_tokens)]
 
     def place(self, table: BlockTable, position: int) -> tuple[int, int]:
@@ -158,8 +158,8 @@ class SymbolicPool:
 SENTENCE = ["The", "cat", "sat", "on", "the", "mat"]
 
 
-def test_task_4_a_sentence_of_six_tokens_is_a_table_of_two_blocks() -> None:
-    """Oracle: by hand, blocks of 4; other requests hold blocks too, so that the two lie anywhere."""
+def test_task_4_six_tokens_take_two_blocks_of_four() -> None:
+    """Oracle: by hand, blocks of 4; other requests hold blocks too, so the two are not adjacent."""
     allocator, pool = BlockAllocator(6), SymbolicPool()
     others = [allocator.allocate() for _ in range(6)]
     allocator.free(others[3])
@@ -173,8 +173,8 @@ def test_task_4_a_sentence_of_six_tokens_is_a_table_of_two_blocks() -> None:
     assert pool.read(table) == SENTENCE
 
 
-def test_task_4_the_last_block_is_filled_before_another_is_taken() -> None:
-    """Oracle: by hand, blocks of 3: tokens 1, 4 and 7 take a block. What is held stays where it is."""
+def test_task_4_the_last_block_is_filled_before_a_new_one_is_allocated() -> None:
+    """Oracle: by hand, blocks of 3: tokens 1, 4 and 7 take a block. Earlier blocks stay in the table."""
     table = BlockTable(BlockAllocator(8), 3)
     held, before = [], []
     for num_tokens in range(1, 8):
@@ -191,7 +191,7 @@ def test_task_4_the_last_block_is_filled_before_another_is_taken() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "new", "blocks"), [(0, 12, 3), (0, 13, 4), (2, 2, 1), (2, 7, 3), (4, 4, 2)]
 )
-def test_task_4_many_tokens_at_once(num_tokens: int, new: int, blocks: int) -> None:
+def test_task_4_many_tokens_can_be_appended_at_once(num_tokens: int, new: int, blocks: int) -> None:
     """Oracle: by hand, blocks of 4."""
     table = filled(num_tokens)
     held = list(table.blocks)
@@ -204,19 +204,22 @@ def test_task_4_many_tokens_at_once(num_tokens: int, new: int, blocks: int) -> N
 
 
 @pytest.mark.parametrize(("num_tokens", "new"), [(0, 13), (5, 8), (8, 5), (12, 1)])
-def test_task_4_all_tokens_find_room_or_none_does(num_tokens: int, new: int) -> None:
-    """Oracle: by hand: the pool has 3 blocks of 4. Taking what there is before the refusal is the mistake."""
+def test_task_4_tokens_that_do_not_fit_are_rejected_and_change_nothing(num_tokens: int, new: int) -> None:
+    """Oracle: by hand: the pool has 3 blocks of 4.
+
+    Common mistake: taking the free blocks before the error.
+    """
     table = filled(num_tokens, num_blocks=3)
     before = state(table)
     with pytest.raises(OutOfBlocksError):
         table.append_tokens(new)
     assert state(table) == before
     table.append_tokens(12 - num_tokens)
-    assert sorted(table.blocks) == [0, 1, 2], "what does fit is taken afterwards"
+    assert sorted(table.blocks) == [0, 1, 2], "a smaller append must still succeed"
 
 
-def test_task_4_no_tokens_change_nothing() -> None:
-    """Oracle: by hand: also where the last block is shared, and where no block is free."""
+def test_task_4_appending_zero_tokens_changes_nothing() -> None:
+    """Oracle: by hand: also if the last block is shared and if no block is free."""
     table = filled(6, num_blocks=2)
     other, empty = sharing(table), BlockTable(table.allocator, 4)
     before = state(table, other, empty)
@@ -224,7 +227,7 @@ def test_task_4_no_tokens_change_nothing() -> None:
     assert state(table, other, empty) == before
 
 
-def test_task_4_a_shared_block_with_room_is_copied_and_no_other() -> None:
+def test_task_4_only_a_shared_partial_block_is_copied() -> None:
     """Oracle: by hand: 6 tokens in blocks of 4: the second block holds 2, and only these are copied."""
     table = filled(6)
     other = sharing(table)
@@ -234,13 +237,13 @@ def test_task_4_a_shared_block_with_room_is_copied_and_no_other() -> None:
     assert copy.dst not in (first, shared)
     assert other.blocks == [first, copy.dst]
     assert other.num_tokens == 7
-    assert (table.blocks, table.num_tokens) == ([first, shared], 6), "the other owner sees nothing of it"
+    assert (table.blocks, table.num_tokens) == ([first, shared], 6), "the other table must not change"
     assert [table.allocator.ref_count(block) for block in (first, shared, copy.dst)] == [2, 1, 1]
     assert table.allocator.num_free == 5
 
 
-def test_task_4_it_is_copied_once() -> None:
-    """Oracle: by hand: after the copy each has a block of its own, and writes in place."""
+def test_task_4_a_shared_block_is_copied_only_once() -> None:
+    """Oracle: by hand: after the copy each table has its own last block and writes in place."""
     table = filled(6)
     other = sharing(table)
     copies = [other.append_tokens(1), other.append_tokens(1), table.append_tokens(1), table.append_tokens(1)]
@@ -249,7 +252,7 @@ def test_task_4_it_is_copied_once() -> None:
     assert table.allocator.num_free == 5
 
 
-def test_task_4_of_three_holders_the_last_writes_in_place() -> None:
+def test_task_4_the_last_of_three_holders_writes_in_place() -> None:
     """Oracle: by hand: two copies, to different blocks."""
     table = filled(6)
     tables = [table, sharing(table), sharing(table)]
@@ -262,7 +265,7 @@ def test_task_4_of_three_holders_the_last_writes_in_place() -> None:
 
 
 def test_task_4_full_shared_blocks_are_never_copied() -> None:
-    """Oracle: by hand: 8 tokens in blocks of 4: the next one goes to a block of its own for each."""
+    """Oracle: by hand: 8 tokens in blocks of 4: the next token goes to a new block of each table."""
     table = filled(8)
     other, shared = sharing(table), list(table.blocks)
     assert table.append_tokens(3) == []
@@ -272,7 +275,7 @@ def test_task_4_full_shared_blocks_are_never_copied() -> None:
     assert table.allocator.num_free == 4
 
 
-def test_task_4_a_copy_and_new_blocks_at_once() -> None:
+def test_task_4_one_append_may_need_a_copy_and_new_blocks() -> None:
     """Oracle: by hand: of 7 tokens 2 go to the copy, 4 and 1 to new blocks. The length is 2."""
     table = filled(6)
     other = sharing(table)
@@ -286,10 +289,10 @@ def test_task_4_a_copy_and_new_blocks_at_once() -> None:
 
 
 @pytest.mark.parametrize(("free", "new"), [(0, 1), (0, 2), (1, 3), (1, 6), (2, 7)])
-def test_task_4_a_copy_needs_a_block_as_well(free: int, new: int) -> None:
-    """Oracle: by hand: 6 tokens in blocks of 4: a copy, and none, one or two blocks behind it.
+def test_task_4_a_copy_that_does_not_fit_is_rejected_and_changes_nothing(free: int, new: int) -> None:
+    """Oracle: by hand: 6 tokens in blocks of 4: a copy and zero, one or two new blocks.
 
-    A copy before it is known that the rest fits, or one that was not counted, is the mistake.
+    Common mistakes: copying before it is known that the rest fits, not counting the copy.
     """
     table = filled(6, num_blocks=2 + free)
     other = sharing(table)
@@ -299,13 +302,13 @@ def test_task_4_a_copy_needs_a_block_as_well(free: int, new: int) -> None:
     assert state(table, other) == before
 
 
-def test_task_4_each_table_reads_its_own_tokens_after_a_copy() -> None:
-    """Oracle: the words themselves, in a pool of plain values."""
+def test_task_4_after_a_copy_each_table_reads_its_own_tokens() -> None:
+    """Oracle: the tokens themselves, in a pool of plain values."""
     pool, table = SymbolicPool(), BlockTable(BlockAllocator(4), 4)
     pool.append(table, SENTENCE)
     other = sharing(table)
     assert pool.append(other, ["and", "slept", "there"]) == 1
-    assert pool.read(table) == SENTENCE, "the first owner's words are untouched"
+    assert pool.read(table) == SENTENCE, "the first table's tokens must not change"
     assert pool.append(table, ["again"]) == 0
     assert pool.read(table) == [*SENTENCE, "again"]
     assert pool.read(other) == [*SENTENCE, "and", "slept", "there"]
@@ -320,10 +323,10 @@ def test_task_4_each_table_reads_its_own_tokens_after_a_copy() -> None:
     free=st.integers(0, 8),
     others=st.lists(st.integers(0, 2), min_size=20, max_size=20),
 )
-def test_task_4_an_append_takes_what_is_missing_or_changes_nothing(
+def test_task_4_an_append_takes_the_missing_blocks_or_changes_nothing(
     block_size: int, num_tokens: int, new: int, free: int, others: list[int]
 ) -> None:
-    """Oracle: the positions of the new tokens, one by one: every block that is written to has one holder."""
+    """Oracle: the positions of the new tokens, one by one: every written block has one reference."""
     table = filled(num_tokens, num_blocks=-(-num_tokens // block_size) + free + 1, block_size=block_size)
     allocator = table.allocator
     allocator.allocate()  # another sequence's
@@ -350,15 +353,15 @@ def test_task_4_an_append_takes_what_is_missing_or_changes_nothing(
 # Task 5: BlockTable.slots
 
 
-def test_task_5_a_slot_is_block_and_offset_in_one_number() -> None:
+def test_task_5_a_slot_is_block_times_block_size_plus_offset() -> None:
     """Oracle: by hand: the sentence's table of 4-token blocks [7, 42]."""
     table = BlockTable(BlockAllocator(43), 4)
     table.blocks, table.num_tokens = [7, 42], 6
     assert table.slots(0, 6) == [28, 29, 30, 31, 168, 169]
 
 
-def test_task_5_any_part_of_the_text_in_order() -> None:
-    """Oracle: by hand: within a block, over its end, a single token."""
+def test_task_5_slots_of_any_range_are_in_token_order() -> None:
+    """Oracle: by hand: within a block, across a block boundary, a single token."""
     table = BlockTable(BlockAllocator(10), 4)
     table.blocks, table.num_tokens = [9, 2, 5], 11
     assert table.slots(1, 3) == [37, 38]
@@ -367,36 +370,36 @@ def test_task_5_any_part_of_the_text_in_order() -> None:
     assert table.slots(10, 11) == [22]
 
 
-def test_task_5_an_empty_part_has_no_slots() -> None:
-    """Oracle: by hand: at the start, in the middle, behind the last token; and in an empty table."""
+def test_task_5_an_empty_range_has_no_slots() -> None:
+    """Oracle: by hand: at the start, in the middle, after the last token, and in an empty table."""
     table = filled(6)
     assert [table.slots(position, position) for position in (0, 3, 6)] == [[], [], []]
     assert filled(0).slots(0, 0) == []
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (6, 8), (7, 7), (0, 9), (-1, 2), (-2, -1), (3, 2)])
-def test_task_5_positions_without_a_token_have_no_slot(start: int, stop: int) -> None:
-    """Oracle: the docstring: 6 tokens in two blocks of 4. The room for 7 and 8 is no token's yet."""
+def test_task_5_positions_without_a_token_are_rejected(start: int, stop: int) -> None:
+    """Oracle: the docstring: 6 tokens in two blocks of 4. The two free slots belong to no token."""
     with pytest.raises(ValueError):
         filled(6).slots(start, stop)
 
 
-class Forgetful(BlockTable):
-    """A table whose first tokens are forgotten: what a kernel is told has placeholders for their blocks."""
+class TableWithPlaceholders(BlockTable):
+    """A table whose first blocks were released: `physical_indices` has placeholders for them."""
 
     def physical_indices(self) -> list[int]:
-        """Two placeholders, and the blocks."""
+        """Two placeholders, then the blocks."""
         return [0, 0, *self.blocks]
 
 
-def test_task_5_slots_are_in_the_blocks_that_the_table_has() -> None:
-    """Oracle: the docstring: ids from `blocks`; `physical_indices` is for kernels, and has more here."""
-    table = Forgetful(BlockAllocator(10), 4)
+def test_task_5_slots_use_blocks_and_not_physical_indices() -> None:
+    """Oracle: the docstring: ids from `blocks`; `physical_indices`, which is for kernels, is longer here."""
+    table = TableWithPlaceholders(BlockAllocator(10), 4)
     table.blocks, table.num_tokens = [9, 2], 6
     assert table.slots(3, 6) == [39, 8, 9]
 
 
-def test_task_5_blocks_of_one_token() -> None:
+def test_task_5_with_blocks_of_one_token_slots_are_block_ids() -> None:
     """Oracle: by hand: the slots are the blocks."""
     table = filled(3, block_size=1)
     assert table.slots(0, 3) == table.blocks
@@ -404,8 +407,10 @@ def test_task_5_blocks_of_one_token() -> None:
 
 @quick
 @given(st.integers(1, 7), st.integers(0, 30), st.integers(0, 30), st.data())
-def test_task_5_no_slot_is_two_tokens(block_size: int, one: int, two: int, data: st.DataObject) -> None:
-    """Oracle: counting: two tables' tokens have as many slots; a part of the text has that part of them."""
+def test_task_5_no_slot_belongs_to_two_tokens(
+    block_size: int, one: int, two: int, data: st.DataObject
+) -> None:
+    """Oracle: counting: two tables have one slot per token; a range of tokens has that range of the slots."""
     allocator = BlockAllocator(62)
     first, second = (filled_from(allocator, num_tokens, block_size) for num_tokens in (one, two))
     slots = [*first.slots(0, one), *second.slots(0, two)]
@@ -420,8 +425,8 @@ def test_task_5_no_slot_is_two_tokens(block_size: int, one: int, two: int, data:
 # Task 6: BlockTable.fork
 
 
-def test_task_6_a_fork_holds_the_same_blocks_and_takes_none() -> None:
-    """Oracle: by hand: 6 tokens in blocks of 4. A block whose new holder is not counted is the mistake."""
+def test_task_6_a_fork_shares_all_blocks_and_allocates_none() -> None:
+    """Oracle: by hand: 6 tokens in blocks of 4. Common mistake: not counting the reference."""
     table = filled(6)
     held = list(table.blocks)
     child = table.fork()
@@ -432,7 +437,7 @@ def test_task_6_a_fork_holds_the_same_blocks_and_takes_none() -> None:
     assert table.allocator.num_free == 6
 
 
-def test_task_6_blocks_of_other_tables_are_not_counted() -> None:
+def test_task_6_a_fork_does_not_change_blocks_of_other_tables() -> None:
     """Oracle: by hand."""
     table = filled(6)
     other = filled_from(table.allocator, 5)
@@ -440,7 +445,7 @@ def test_task_6_blocks_of_other_tables_are_not_counted() -> None:
     assert holders(other) == [1, 1]
 
 
-def test_task_6_a_fork_of_nothing() -> None:
+def test_task_6_a_fork_of_an_empty_table_is_empty() -> None:
     """Oracle: by hand."""
     table = filled(0)
     child = table.fork()
@@ -448,8 +453,8 @@ def test_task_6_a_fork_of_nothing() -> None:
     assert table.allocator.num_free == 8
 
 
-def test_task_6_a_fork_of_a_fork() -> None:
-    """Oracle: by hand: four holders."""
+def test_task_6_a_fork_can_be_forked() -> None:
+    """Oracle: by hand: four references."""
     table = filled(5)
     child = table.fork()
     tables = [table, child, child.fork(), table.fork()]
@@ -459,25 +464,28 @@ def test_task_6_a_fork_of_a_fork() -> None:
 
 @pytest.mark.parametrize("num_tokens", [0, 3, 4, 6])
 @pytest.mark.parametrize("writer", ["parent", "child"])
-def test_task_6_tables_go_on_independently(num_tokens: int, writer: str) -> None:
-    """Oracle: by hand, blocks of 4. Two tables that share one list see each other's blocks: the mistake."""
+def test_task_6_parent_and_child_grow_independently(num_tokens: int, writer: str) -> None:
+    """Oracle: by hand, blocks of 4.
+
+    Common mistake: two tables that share one list.
+    """
     table = filled(num_tokens)
     held, child = list(table.blocks), table.fork()
-    goes, stays = (table, child) if writer == "parent" else (child, table)
-    goes.append_tokens(6)
-    assert (stays.blocks, stays.num_tokens) == (held, num_tokens)
-    assert goes.num_tokens == num_tokens + 6
-    assert len(goes.blocks) == -(-goes.num_tokens // 4)
+    writing, other = (table, child) if writer == "parent" else (child, table)
+    writing.append_tokens(6)
+    assert (other.blocks, other.num_tokens) == (held, num_tokens)
+    assert writing.num_tokens == num_tokens + 6
+    assert len(writing.blocks) == -(-writing.num_tokens // 4)
     full = num_tokens // 4
-    assert goes.blocks[:full] == held[:full], "full blocks stay shared"
-    assert set(goes.blocks[full:]).isdisjoint(held[full:]), "what is written to does not"
+    assert writing.blocks[:full] == held[:full], "full blocks must stay shared"
+    assert set(writing.blocks[full:]).isdisjoint(held[full:]), "written blocks must not be shared"
 
 
-def test_task_6_three_completions_of_one_prompt() -> None:
-    """Oracle: the words, in a pool of plain values; blocks by hand.
+def test_task_6_three_completions_of_one_prompt_share_its_full_blocks() -> None:
+    """Oracle: the tokens, in a pool of plain values; blocks by hand.
 
-    10 tokens of a prompt are 3 blocks of 4. Three completions of 3 words: two copies of the third block, and
-    each takes one more: 2 + 3 + 3 blocks instead of 12.
+    A prompt of 10 tokens takes 3 blocks of 4. Three completions of 3 tokens copy the third block twice, and
+    each takes one block more: 2 + 3 + 3 blocks instead of 12.
     """
     pool, allocator = SymbolicPool(), BlockAllocator(8)
     prompt = [f"prompt {i}" for i in range(10)]
@@ -498,7 +506,7 @@ def test_task_6_three_completions_of_one_prompt() -> None:
 # Task 7: BlockTable.release
 
 
-def test_task_7_every_block_goes_back_and_the_table_is_empty() -> None:
+def test_task_7_release_frees_every_block_and_empties_the_table() -> None:
     """Oracle: by hand."""
     table = filled(6)
     table.release()
@@ -507,8 +515,8 @@ def test_task_7_every_block_goes_back_and_the_table_is_empty() -> None:
     assert counts(table.allocator) == [0] * 8
 
 
-def test_task_7_releasing_twice_gives_back_once() -> None:
-    """Oracle: by hand: by the second time the blocks are another table's."""
+def test_task_7_releasing_twice_frees_once() -> None:
+    """Oracle: by hand: at the second call the blocks belong to another table."""
     table = filled(8, num_blocks=2)
     table.release()
     other = filled_from(table.allocator, 8)
@@ -518,8 +526,8 @@ def test_task_7_releasing_twice_gives_back_once() -> None:
     filled(0).release()
 
 
-def test_task_7_what_others_hold_stays_with_them() -> None:
-    """Oracle: by hand: parent and child share one full block, and each has one of its own."""
+def test_task_7_shared_blocks_stay_with_the_other_holders() -> None:
+    """Oracle: by hand: parent and child share one full block and have one more each."""
     table = filled(4)
     child = table.fork()
     table.append_tokens(1)
@@ -531,8 +539,8 @@ def test_task_7_what_others_hold_stays_with_them() -> None:
     assert table.allocator.num_free == 8
 
 
-def test_task_7_the_last_holder_writes_in_place() -> None:
-    """Oracle: by hand: the last block was shared until the others went."""
+def test_task_7_after_the_others_release_the_last_holder_writes_in_place() -> None:
+    """Oracle: by hand: the last block was shared until the others were released."""
     table = filled(6)
     child, grandchild = table.fork(), table.fork()
     table.release()
@@ -543,7 +551,7 @@ def test_task_7_the_last_holder_writes_in_place() -> None:
 
 
 def test_task_7_a_released_table_can_be_used_again() -> None:
-    """Oracle: by hand, a pool of two blocks of 4: all of it is there again, for three times."""
+    """Oracle: by hand, a pool of two blocks of 4: the whole pool is free again after each of three rounds."""
     table = BlockTable(BlockAllocator(2), 4)
     for _ in range(3):
         table.append_tokens(8)
@@ -552,10 +560,10 @@ def test_task_7_a_released_table_can_be_used_again() -> None:
 
 
 class Tables(RuleBasedStateMachine):
-    """Tables grow, fork and end in any order, on a pool that is often too small for them."""
+    """Tables grow, fork and are released in any order, on a pool that is often too small."""
 
     allocator: BlockAllocator
-    texts: list[tuple[BlockTable, list[int]]]  # each table, and the tokens that it must find in its blocks
+    texts: list[tuple[BlockTable, list[int]]]  # each table, and the tokens that its blocks must hold
 
     @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 5))
     def build(self, num_blocks: int, block_size: int) -> None:
@@ -582,13 +590,13 @@ class Tables(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.texts) > 1)
     @rule(which=st.integers(0, 4))
-    def end(self, which: int) -> None:
+    def release(self, which: int) -> None:
         table, _ = self.texts.pop(which % len(self.texts))
         table.release()
 
     @precondition(lambda self: len(self.texts) == 5)
     @rule()
-    def end_all(self) -> None:
+    def release_all(self) -> None:
         for table, text in self.texts:
             table.release()
             text.clear()
@@ -603,7 +611,7 @@ class Tables(RuleBasedStateMachine):
         before = state(*(one for one, _ in self.texts))
         with pytest.raises(OutOfBlocksError):
             table.append_tokens(num_new_tokens)
-        assert state(*(one for one, _ in self.texts)) == before, "a refusal changes nothing"
+        assert state(*(one for one, _ in self.texts)) == before, "a rejected append must change nothing"
 
     @invariant()
     def check(self) -> None:
@@ -611,14 +619,15 @@ class Tables(RuleBasedStateMachine):
         assert counts(self.allocator) == [held[block] for block in range(self.allocator.num_blocks)]
         assert self.allocator.num_free + len(held) == self.allocator.num_blocks
         for table, text in self.texts:
-            assert self.pool.read(table) == text, "a table reads another's tokens"
+            assert self.pool.read(table) == text, "a table reads the tokens of another"
             assert len(table.blocks) == len(set(table.blocks)) == -(-len(text) // table.block_size)
 
 
-def test_task_7_blocks_are_conserved_whatever_happens() -> None:
+def test_task_7_blocks_are_conserved_in_any_order_of_operations() -> None:
     """Oracle: a count of every table's blocks, and a pool of plain values.
 
-    Free blocks and held ones are the whole pool; a block has as many holders as tables name it; each table
-    reads its own tokens; what does not fit changes nothing; when all have ended, all blocks are free.
+    Free and allocated blocks make up the whole pool; a block's reference count is the number of tables that
+    contain it; each table reads its own tokens; an append that does not fit changes nothing; at the end all
+    blocks are free.
     """
     run_state_machine_as_test(Tables, settings=settings(quick, max_examples=60, stateful_step_count=30))

@@ -1,4 +1,4 @@
-"""Day 3.2, tasks 7 to 10: beams that share pages, and which of them live on."""
+"""Day 3.2, tasks 7 to 10: beams that share pages, and the selection of beams in each step."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +38,8 @@ from common.plain_pool import PlainPool, check_conserved
 # Task 7: fork_sequence
 
 
-def test_task_7_all_beams_hold_what_the_parent_holds() -> None:
-    """Oracle: by hand: 6 tokens in 2 blocks of 4, and three more holders of each. Nothing is copied."""
+def test_task_7_all_beams_share_the_blocks_of_the_parent() -> None:
+    """Oracle: by hand: 6 tokens in 2 blocks of 4, and three more references to each. Nothing is copied."""
     allocator = BlockAllocator(8)
     parent = filled(allocator, 6)
     beams = [BlockTable(allocator, 4) for _ in range(3)]
@@ -50,17 +50,17 @@ def test_task_7_all_beams_hold_what_the_parent_holds() -> None:
     assert allocator.num_free == 6
 
 
-def test_task_7_what_they_held_before_goes_back() -> None:
-    """Oracle: by hand: 9 tokens were 3 blocks. A table that is only overwritten keeps them for ever."""
+def test_task_7_blocks_that_a_beam_held_before_are_freed() -> None:
+    """Oracle: by hand: 9 tokens were 3 blocks. Overwriting the table without releasing it leaks them."""
     allocator = BlockAllocator(8)
     parent, beam, other = filled(allocator, 6), filled(allocator, 9), filled(allocator, 3)
     fork_sequence(parent, [beam])
-    assert allocator.num_free == 5, "the 3 blocks that the beam's table held before were not freed"
+    assert allocator.num_free == 5, "the 3 blocks that the beam's table held before must be freed"
     check_conserved(allocator, parent, beam, other)
 
 
-def test_task_7_every_table_goes_on_without_the_others() -> None:
-    """Oracle: by hand: one writes, the others see nothing of it. One list for all of them is the mistake."""
+def test_task_7_forked_tables_grow_independently() -> None:
+    """Oracle: by hand: a write to one does not change the others. Common mistake: one list for all."""
     allocator = BlockAllocator(8)
     parent, first, second = filled(allocator, 6), BlockTable(allocator, 4), BlockTable(allocator, 4)
     fork_sequence(parent, [first, second])
@@ -76,7 +76,7 @@ def test_task_7_every_table_goes_on_without_the_others() -> None:
 
 
 def test_task_7_forking_again_changes_nothing() -> None:
-    """Oracle: by hand: the parent is among them, and the beams may come from any iterable."""
+    """Oracle: by hand: the parent may be one of the beams, and the beams may be any iterable."""
     allocator = BlockAllocator(4)
     parent, beam = filled(allocator, 6), BlockTable(allocator, 4)
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_task_7_an_empty_parent_empties_its_beams() -> None:
 
 
 def beams_of(prompt: int = 6, *, beam_size: int = 3, num_blocks: int = 8) -> BeamSearchPageManager:
-    """Beam 0 with a prompt of so many tokens, in blocks of 4."""
+    """Beam 0 with a prompt of `prompt` tokens, in blocks of 4."""
     beams = BeamSearchPageManager(beam_size, BlockAllocator(num_blocks), page_size=4)
     beams.tables[0].append_tokens(prompt)
     return beams
@@ -118,8 +118,8 @@ def test_task_8_a_new_beam_shares_every_page() -> None:
     check_conserved(allocator, *beams.tables.values())
 
 
-def test_task_8_a_beam_of_a_beam() -> None:
-    """Oracle: by hand: it shares the pages of the one that it was forked from."""
+def test_task_8_a_forked_beam_can_be_forked() -> None:
+    """Oracle: by hand: it shares the pages of the beam that it was forked from."""
     beams = beams_of()
     child = beams.fork_beam(0)
     beams.tables[child].append_tokens(7)
@@ -129,8 +129,8 @@ def test_task_8_a_beam_of_a_beam() -> None:
     check_conserved(beams.tables[0].allocator, *beams.tables.values())
 
 
-def test_task_8_no_more_beams_than_were_agreed() -> None:
-    """Oracle: the docstring: with two of two nothing is forked, and no reference is left behind."""
+def test_task_8_a_fork_beyond_the_beam_size_is_rejected() -> None:
+    """Oracle: the docstring: with two of two beams nothing is forked, and no reference leaks."""
     beams = beams_of(beam_size=2)
     child = beams.fork_beam(0)
     for parent in (0, child):
@@ -141,7 +141,7 @@ def test_task_8_no_more_beams_than_were_agreed() -> None:
 
 
 @pytest.mark.parametrize("beam_id", [1, 7, -1])
-def test_task_8_a_beam_that_does_not_live_has_no_children(beam_id: int) -> None:
+def test_task_8_forking_an_unknown_beam_raises_key_error(beam_id: int) -> None:
     """Oracle: the docstring."""
     beams = beams_of()
     with pytest.raises(KeyError):
@@ -151,34 +151,34 @@ def test_task_8_a_beam_that_does_not_live_has_no_children(beam_id: int) -> None:
 
 
 @pytest.mark.parametrize("ended", [1, 2])
-def test_task_8_an_id_is_used_once(ended: int) -> None:
-    """Oracle: the docstring: of the beams 0, 1 and 2 one has ended; the next id is none of the three.
+def test_task_8_a_beam_id_is_never_reused(ended: int) -> None:
+    """Oracle: the docstring: of the beams 0, 1 and 2 one was pruned; the next id differs from all three.
 
-    The number of living beams, or one more than the highest of their ids, is the mistake.
+    Common mistakes: the number of active beams, one more than the highest active id.
     """
     beams = beams_of()
     ids = {0, beams.fork_beam(0), beams.fork_beam(0)}
-    living = cast("dict[int, BlockTable]", beams.tables)
-    living.pop(sorted(ids)[ended]).release()  # what `prune`, the next exercise, is going to do
+    tables = cast("dict[int, BlockTable]", beams.tables)
+    tables.pop(sorted(ids)[ended]).release()  # as `prune`, the next exercise, does
     child = beams.fork_beam(0)
-    assert child not in ids, "an id that a beam had before"
+    assert child not in ids, "the id of a pruned beam was reused"
     assert len(beams.tables) == 3
     check_conserved(beams.tables[0].allocator, *beams.tables.values())
 
 
 class BeamPages(PlainPool):
-    """The pages of one search's beams."""
+    """The pages of the beams of one search."""
 
     def expand(self, beams: BeamSearchPageManager, beam_id: int, tokens: list[int]) -> int:
-        """Let a beam grow by these tokens; how many blocks were copied."""
+        """Append these tokens to a beam; return the number of copied blocks."""
         copies = beams.expand_beam(beam_id, tokens)
         self.copy(copies, beams.tables[beam_id].block_size)
         self.write(beams.tables[beam_id], tokens)
         return len(copies)
 
 
-def test_task_8_beams_that_part_copy_the_last_block_and_read_their_own() -> None:
-    """Oracle: the tokens; by hand: 6 of them in blocks of 4, two copies for three beams, 1 + 3 pages."""
+def test_task_8_diverging_beams_copy_the_last_block_and_read_their_own_tokens() -> None:
+    """Oracle: the tokens; by hand: 6 tokens in blocks of 4, two copies for three beams, 1 + 3 pages."""
     pages, beams = BeamPages(), BeamSearchPageManager(3, BlockAllocator(4), page_size=4)
     prompt = [100, 101, 102, 103, 104, 105]
     pages.expand(beams, 0, prompt)
@@ -190,7 +190,7 @@ def test_task_8_beams_that_part_copy_the_last_block_and_read_their_own() -> None
 
 
 def test_task_8_full_blocks_are_never_copied() -> None:
-    """Oracle: by hand: 8 tokens are 2 full blocks; each beam takes one more, and the 2 stay shared."""
+    """Oracle: by hand: 8 tokens are 2 full blocks, which stay shared; each beam takes one more."""
     pages, beams = BeamPages(), beams_of(prompt=8)
     ids = [0, beams.fork_beam(0)]
     assert [pages.expand(beams, beam_id, [beam_id]) for beam_id in ids] == [0, 0]
@@ -198,7 +198,7 @@ def test_task_8_full_blocks_are_never_copied() -> None:
 
 
 @pytest.mark.parametrize("new", [[7], [7, 8, 9], [7] * 9])
-def test_task_8_a_beam_that_does_not_fit_stays_as_it_is(new: list[int]) -> None:
+def test_task_8_an_expansion_that_does_not_fit_changes_nothing(new: list[int]) -> None:
     """Oracle: the docstring: both blocks are taken, and the last one is shared."""
     beams = beams_of(num_blocks=2)
     child = beams.fork_beam(0)
@@ -213,10 +213,10 @@ def test_task_8_a_beam_that_does_not_fit_stays_as_it_is(new: list[int]) -> None:
 # Task 9: BeamSearchPageManager.prune
 
 
-def test_task_9_a_pruned_beam_gives_back_what_is_its_own() -> None:
-    """Oracle: by hand: 6 tokens, two beams that have parted: 1 shared block and 1 each.
+def test_task_9_pruning_a_beam_frees_its_unshared_blocks() -> None:
+    """Oracle: by hand: 6 tokens, two beams that have diverged: 1 shared block and 1 each.
 
-    A table that is only forgotten keeps its pages for ever.
+    Dropping a table without releasing it leaks its pages.
     """
     beams = beams_of()
     allocator, child = beams.tables[0].allocator, beams.fork_beam(0)
@@ -230,8 +230,8 @@ def test_task_9_a_pruned_beam_gives_back_what_is_its_own() -> None:
     assert (len(beams.tables), allocator.num_free) == (0, 8)
 
 
-def test_task_9_the_ids_may_be_those_of_the_tables_themselves() -> None:
-    """Oracle: by hand: what is pruned changes while it is gone through."""
+def test_task_9_ids_may_be_an_iterator_over_all_beams() -> None:
+    """Oracle: by hand: the beams change while the ids are iterated."""
     beams = beams_of()
     allocator = beams.tables[0].allocator
     beams.fork_beam(0)
@@ -240,7 +240,7 @@ def test_task_9_the_ids_may_be_those_of_the_tables_themselves() -> None:
     beams.prune([])
 
 
-def test_task_9_an_id_may_come_twice() -> None:
+def test_task_9_a_repeated_id_is_pruned_once() -> None:
     """Oracle: the docstring: it is one beam, and its references are freed once."""
     beams = beams_of()
     allocator, child = beams.tables[0].allocator, beams.fork_beam(0)
@@ -249,8 +249,8 @@ def test_task_9_an_id_may_come_twice() -> None:
     check_conserved(allocator, beams.tables[child])
 
 
-def test_task_9_there_is_room_for_a_new_beam() -> None:
-    """Oracle: by hand: two of two live. A new one has an id that none had: a pruned one stays unknown."""
+def test_task_9_a_pruned_beam_makes_room_for_a_new_one() -> None:
+    """Oracle: by hand: two of two beams exist. After the prune a new beam gets a new id."""
     beams = beams_of(beam_size=2)
     child = beams.fork_beam(0)
     beams.prune([0])
@@ -260,7 +260,7 @@ def test_task_9_there_is_room_for_a_new_beam() -> None:
 
 
 @pytest.mark.parametrize("ids", [[5], [0, 5], [5, 0]])
-def test_task_9_where_one_does_not_live_none_ends(ids: list[int]) -> None:
+def test_task_9_an_unknown_id_is_rejected_and_nothing_is_pruned(ids: list[int]) -> None:
     """Oracle: the docstring."""
     beams = beams_of()
     child = beams.fork_beam(0)
@@ -271,10 +271,10 @@ def test_task_9_where_one_does_not_live_none_ends(ids: list[int]) -> None:
 
 
 class Beams(RuleBasedStateMachine):
-    """Beams grow, fork and end in any order, on a pool that is often too small for them."""
+    """Beams grow, fork and are pruned in any order, on a pool that is often too small."""
 
     allocator: BlockAllocator
-    texts: dict[int, list[int]]  # the tokens that each beam must find in its pages
+    texts: dict[int, list[int]]  # the tokens that each beam's pages must hold
 
     @initialize(num_blocks=st.integers(1, 10), block_size=st.integers(1, 4), beam_size=st.integers(1, 4))
     def build(self, num_blocks: int, block_size: int, beam_size: int) -> None:
@@ -315,15 +315,15 @@ class Beams(RuleBasedStateMachine):
         assert set(self.beams.tables) == set(self.texts)
         check_conserved(self.allocator, *self.beams.tables.values())
         for beam_id, text in self.texts.items():
-            assert self.pages.read(self.beams.tables[beam_id]) == text, "a beam reads another's tokens"
+            assert self.pages.read(self.beams.tables[beam_id]) == text, "a beam reads the tokens of another"
 
     def teardown(self) -> None:
         if hasattr(self, "beams"):
             self.beams.prune(list(self.texts))
-            assert self.allocator.num_free == self.allocator.num_blocks, "pages are missing from the pool"
+            assert self.allocator.num_free == self.allocator.num_blocks, "pages were leaked"
 
 
-def test_task_9_pages_are_conserved_whatever_happens() -> None:
+def test_task_9_pages_are_conserved_in_any_order_of_operations() -> None:
     """Oracle: a count of every table's blocks, and a pool of plain values: each beam reads its own tokens."""
     run_state_machine_as_test(Beams, settings=settings(quick, max_examples=40, stateful_step_count=25))
 
@@ -332,29 +332,32 @@ def test_task_9_pages_are_conserved_whatever_happens() -> None:
 
 
 def uneven(prefix: tuple[int, ...], vocab: int, seed: int) -> list[float]:
-    """Log-probabilities that depend on all that came before."""
+    """Log-probabilities that depend on the whole prefix."""
     row = np.random.default_rng([seed, len(prefix), *prefix]).normal(size=vocab) * 1.5
     return [float(x) for x in row - np.log(np.exp(row).sum())]
 
 
 def coarse(prefix: tuple[int, ...], vocab: int, seed: int) -> list[float]:
-    """Small whole numbers, so that many sums are exactly equal; they need not be probabilities."""
+    """Small integers, so that many sums are exactly equal; they need not be log-probabilities."""
     row = np.random.default_rng([seed, len(prefix), *prefix]).integers(-3, 0, size=vocab)
     return [float(x) for x in row]
 
 
 def fixed(rows: Mapping[tuple[int, ...], Sequence[float]]) -> Table:
-    """A few rows, given as probabilities."""
+    """A table of a few rows, given as probabilities."""
     return lambda prefix: [float(np.log(p)) for p in rows[prefix]]
 
 
 def run_search(table: Table, params: BeamSearchParams, eos: Sequence[int]) -> tuple[BeamSearch, int]:
-    """A search that is over, and how often it advanced. A beam offers no more tokens than are asked for."""
+    """Run a search to its end; return it and its number of steps.
+
+    Beams offer `num_candidates` tokens each.
+    """
     search = BeamSearch(params, eos)
     for steps in count():
         if not search.beams:
             return search, steps
-        assert steps < params.max_tokens, "it goes on behind the longest output"
+        assert steps < params.max_tokens, "the search continues after max_tokens"
         parents, offered = list(search.beams), []
         for beam in parents:
             row = table(beam.tokens)
@@ -364,13 +367,13 @@ def run_search(table: Table, params: BeamSearchParams, eos: Sequence[int]) -> tu
         assert len(choices) == len(search.beams) <= params.beam_width
         for choice, beam in zip(choices, search.beams, strict=True):
             parent = parents[choice.parent]
-            assert beam.tokens == (*parent.tokens, choice.token), "the choices are about other beams"
+            assert beam.tokens == (*parent.tokens, choice.token), "the choices do not match the beams"
             assert beam.logprob == pytest.approx(parent.logprob + table(parent.tokens)[choice.token])
     raise AssertionError
 
 
-def all_texts(table: Table, params: BeamSearchParams, eos: Sequence[int]) -> list[Ended]:
-    """Every text that ends, by end of sequence or by length, none left out; the best first."""
+def all_outputs(table: Table, params: BeamSearchParams, eos: Sequence[int]) -> list[Ended]:
+    """Every possible output that ends by end of sequence or by length, the best first."""
 
     def grow(tokens: tuple[int, ...], logprob: float) -> Iterator[Ended]:
         for token, more in enumerate(table(tokens)):
@@ -384,8 +387,11 @@ def all_texts(table: Table, params: BeamSearchParams, eos: Sequence[int]) -> lis
     return sorted(grow((), 0.0), key=lambda one: -one.score)
 
 
-def test_task_10_the_best_live_on_and_say_whom_they_continue() -> None:
-    """Oracle: by hand: sums of -1.5 and -1.6; the second parent has no child, then the first has none."""
+def test_task_10_the_best_candidates_become_beams_and_name_their_parents() -> None:
+    """Oracle: by hand: sums of -1.5 and -1.6.
+
+    First the second parent has no child, then the first has none.
+    """
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), ())
     assert search.advance([[(1, -2.0), (0, -1.0), (2, -3.0)]]) == [Choice(0, 0), Choice(0, 1)]
     assert search.advance([[(4, -0.5), (5, -0.6)], [(6, -0.1), (7, -9.0)]]) == [Choice(0, 4), Choice(0, 5)]
@@ -394,7 +400,7 @@ def test_task_10_the_best_live_on_and_say_whom_they_continue() -> None:
     assert search.advance([[(1, -5.0), (2, -6.0)], [(3, -0.1), (4, -0.2)]]) == [Choice(1, 3), Choice(1, 4)]
 
 
-def test_task_10_equal_sums_go_to_the_better_parent_and_then_to_the_smaller_token() -> None:
+def test_task_10_ties_go_to_the_better_parent_and_then_to_the_smaller_token() -> None:
     """Oracle: the docstring."""
     search = BeamSearch(BeamSearchParams(beam_width=3, max_tokens=9), ())
     assert list(search.advance([[(5, -1.0), (2, -1.0), (9, -1.0), (1, -2.0)]])) == [(0, 2), (0, 5), (0, 9)]
@@ -402,52 +408,55 @@ def test_task_10_equal_sums_go_to_the_better_parent_and_then_to_the_smaller_toke
     assert list(search.advance([level, level, level])) == [(0, 3), (0, 7), (1, 3)]
 
 
-def test_task_10_an_end_takes_no_beams_place() -> None:
-    """Oracle: by hand: token 2 ends. Of three candidates the best ends, and the two others live on.
+def test_task_10_a_finished_candidate_takes_no_beam_slot() -> None:
+    """Oracle: by hand: token 2 ends a sequence. The best of three candidates finishes; two become beams.
 
-    Texts that go on behind their end are the mistake, and a beam that is one short of its width.
+    Common mistakes: continuing a finished hypothesis, keeping one beam too few.
     """
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9, length_penalty=0), (2,))
     assert search.advance([[(0, -1.5), (1, -2.0), (2, -0.5)]]) == [Choice(0, 0), Choice(0, 1)]
     assert list(search.ended) == [Ended(-0.5, Hypothesis((2,), -0.5), "stop")]
 
 
-def test_task_10_an_end_counts_only_among_the_best() -> None:
-    """Oracle: by hand: with a width of 2 the end is the third of its step, and is forgotten."""
+def test_task_10_a_finished_candidate_counts_only_in_the_top_beam_width() -> None:
+    """Oracle: by hand: with a width of 2, the finished candidate is third in its step and is dropped."""
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), (2,))
     search.advance([[(0, -1.0), (1, -2.0), (2, -3.0)]])
-    assert len(search.ended) == 0, "an end behind the first `beam_width` of the ranking was kept"
+    assert len(search.ended) == 0, "a finished candidate outside the top `beam_width` was kept"
 
 
-def test_task_10_no_more_ends_are_kept_than_the_width() -> None:
-    """Oracle: by hand: token 2 ends, once in each of three steps; with a width of 2 the worst is left out."""
+def test_task_10_at_most_beam_width_finished_hypotheses_are_kept() -> None:
+    """Oracle: by hand: token 2 ends one hypothesis in each of three steps.
+
+    With a width of 2 the worst is dropped.
+    """
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9, length_penalty=0), (2,))
     search.advance([[(1, -0.1), (2, -1.0), (0, -1.5)]])
     search.advance([[(1, -0.2), (2, -0.3), (0, -9.0)], []])
     search.advance([[(1, -0.1), (2, -0.2), (0, -9.0)], []])
     assert [one.hypothesis.tokens for one in search.ended] == [(1, 2), (1, 1, 2)], (
-        "`ended` keeps the best `beam_width`, whatever ended before"
+        "`ended` must keep the best `beam_width`, in every step"
     )
 
 
-def test_task_10_ends_count_in_the_ranking_and_take_no_beams_place() -> None:
-    """Oracle: by hand: of four the first and the last end; with a width of 2 the last is forgotten."""
+def test_task_10_finished_candidates_count_in_the_ranking_but_take_no_beam_slot() -> None:
+    """Oracle: by hand: the first and the last of four finish; with a width of 2 the last is dropped."""
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9, length_penalty=0), (0, 3))
     choices = search.advance([[(0, -0.5), (1, -1.0), (2, -1.2), (3, -1.4)]])
     assert choices == [Choice(0, 1), Choice(0, 2)]
     assert [one.hypothesis.tokens for one in search.ended] == [(0,)]
 
 
-def test_task_10_ends_of_one_step_are_in_the_order_of_their_ranks() -> None:
-    """Oracle: the docstring: equal scores, so first the older one, then the smaller token."""
+def test_task_10_finished_candidates_with_equal_scores_keep_their_rank_order() -> None:
+    """Oracle: the docstring: scores are equal, so the older one comes first, then the smaller token."""
     search = BeamSearch(BeamSearchParams(beam_width=4, max_tokens=9, length_penalty=0), (2, 3))
     search.advance([[(3, -2.0), (1, -1.0)]])
     search.advance([[(3, -1.0), (2, -1.0), (1, -0.5)]])
     assert [one.hypothesis.tokens for one in search.ended] == [(3,), (1, 2), (1, 3)]
 
 
-def test_task_10_the_longest_text_ends_by_its_length() -> None:
-    """Oracle: by hand: two tokens at most; an end at the last token is an end, and not the length."""
+def test_task_10_a_hypothesis_of_max_tokens_finishes_by_length() -> None:
+    """Oracle: by hand: two tokens at most; an end token in the last position gives "stop", not "length"."""
     search = BeamSearch(BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=0), (0,))
     search.advance([[(1, -0.5), (0, -2.0)]])
     assert list(search.advance([[(1, -0.3), (0, -1.0)]])) == []
@@ -461,9 +470,9 @@ def test_task_10_the_longest_text_ends_by_its_length() -> None:
 
 @pytest.mark.parametrize(("penalty", "length"), [(-1.0, 1), (0.0, 1), (1.0, 4), (2.0, 4)])
 def test_task_10_a_score_is_the_sum_divided_by_a_power_of_the_length(penalty: float, length: int) -> None:
-    """Oracle: by hand: one token of 0.4, or four of together 0.6 * 0.7 ** 3: sums of -0.92 and -1.58.
+    """Oracle: by hand: one token of 0.4, or four tokens of 0.6 * 0.7 ** 3: sums of -0.92 and -1.58.
 
-    A penalty of 0 compares the sums, 1 the means, and -1 the sums times their lengths.
+    A penalty of 0 compares sums, 1 compares means, and -1 compares sums times lengths.
     """
     table = fixed({(): [0.4, 0.6], **{(1,) * n: [0.3, 0.7] for n in (1, 2, 3)}})
     params = BeamSearchParams(beam_width=4, max_tokens=4, length_penalty=penalty)
@@ -474,8 +483,11 @@ def test_task_10_a_score_is_the_sum_divided_by_a_power_of_the_length(penalty: fl
     assert best.score == pytest.approx(logprob / length**penalty)
 
 
-def test_task_10_a_search_is_over_when_nothing_can_improve() -> None:
-    """Oracle: by hand: 0.9 ends at once, and 0.1 can only fall; with a reward for length it may still win."""
+def test_task_10_a_search_stops_when_no_beam_can_improve_the_result() -> None:
+    """Oracle: by hand: 0.9 finishes at once, and 0.1 can only fall.
+
+    With a reward for length it may still win.
+    """
     table = fixed({(): [0.9, 0.1], (1,): [0.5, 0.5], (1, 1): [0.5, 0.5]})
     params = BeamSearchParams(beam_width=1, max_tokens=3, length_penalty=0)
     search, steps = run_search(table, params, (0,))
@@ -486,7 +498,7 @@ def test_task_10_a_search_is_over_when_nothing_can_improve() -> None:
 
 
 def test_task_10_end_of_sequence_may_be_ignored() -> None:
-    """Oracle: the definition, with no token that ends."""
+    """Oracle: the definition, without end tokens."""
     params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
     table = partial(uneven, vocab=3, seed=1)
     search, steps = run_search(table, params, (0, 1, 2))
@@ -496,21 +508,21 @@ def test_task_10_end_of_sequence_may_be_ignored() -> None:
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos", [(), (1,), (0, 2)], ids=["no_eos", "one_eos", "two_eos"])
-def test_task_10_a_beam_wide_enough_finds_every_text_there_is(penalty: float, eos: tuple[int, ...]) -> None:
-    """Oracle: all texts of 3 tokens and up to 4 of them, one after the other."""
+def test_task_10_a_beam_of_unlimited_width_finds_every_output(penalty: float, eos: tuple[int, ...]) -> None:
+    """Oracle: all outputs of up to 4 tokens from a vocabulary of 3."""
     for seed in range(3):
         table = partial(uneven, vocab=3, seed=seed)
         params = BeamSearchParams(beam_width=3**4, max_tokens=4, length_penalty=penalty)
-        check_found(run_search(table, params, eos)[0].ended, all_texts(table, params, eos))
+        check_found(run_search(table, params, eos)[0].ended, all_outputs(table, params, eos))
 
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
-def test_task_10_a_beam_that_holds_every_beginning_finds_the_best_of_all_texts(penalty: float) -> None:
-    """Oracle: all texts: of 4 tokens one ends, so at most 9 beginnings live, and 36 are ranked."""
+def test_task_10_a_beam_that_holds_every_prefix_finds_the_best_outputs(penalty: float) -> None:
+    """Oracle: all outputs: one of 4 tokens ends, so at most 9 prefixes are active and 36 are ranked."""
     for seed in range(4):
         table = partial(uneven, vocab=4, seed=seed)
         params = BeamSearchParams(beam_width=36, max_tokens=3, length_penalty=penalty)
-        check_found(run_search(table, params, (2,))[0].ended, all_texts(table, params, (2,))[:36])
+        check_found(run_search(table, params, (2,))[0].ended, all_outputs(table, params, (2,))[:36])
 
 
 @settings(quick, max_examples=150)
@@ -524,7 +536,7 @@ def test_task_10_a_beam_that_holds_every_beginning_finds_the_best_of_all_texts(p
     penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
 )
 @example(table=uneven, vocab=2, seed=0, eos={0}, width=5, max_tokens=1, penalty=1.0)
-def test_task_10_a_narrow_beam_finds_what_the_definition_says(
+def test_task_10_a_narrow_beam_matches_the_definition(
     table: Callable[..., list[float]],
     vocab: int,
     seed: int,
@@ -533,7 +545,7 @@ def test_task_10_a_narrow_beam_finds_what_the_definition_says(
     max_tokens: int,
     penalty: float,
 ) -> None:
-    """Oracle: beam search in plain loops, which never ends early. Equal sums among them."""
+    """Oracle: beam search in plain loops without early stopping; some sums are equal."""
     params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, length_penalty=penalty)
     known = partial(table, vocab=vocab, seed=seed)
     check_found(run_search(known, params, sorted(eos))[0].ended, by_definition(known, params, sorted(eos)))

@@ -1,4 +1,4 @@
-"""Day 3.2, tasks 14 and 15: requests are queued or refused, and memory is given back."""
+"""Day 3.2, tasks 14 and 15: requests are queued or rejected, and an unused pool shrinks."""
 
 from collections.abc import Mapping
 
@@ -28,8 +28,8 @@ def test_task_14_a_sequence_has_a_table_and_a_stream_for_each_group_of_layers() 
     assert {table.num_tokens for table in sequence.tables} == {0}
 
 
-def test_task_14_a_table_is_of_the_kind_that_its_layers_need() -> None:
-    """Oracle: by hand: layers with a window need another kind than layers that see everything."""
+def test_task_14_windowed_layers_get_another_kind_of_table() -> None:
+    """Oracle: by hand: layers with a window need another kind of table than layers with full attention."""
     groups = (LayerGroup((0,)), LayerGroup((1,), window=8))
     manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=groups)
     manager.add_request([5, 6, 7, 8, 9], "a", limits())
@@ -37,8 +37,8 @@ def test_task_14_a_table_is_of_the_kind_that_its_layers_need() -> None:
     assert type(full) is not type(windowed)
 
 
-def test_task_14_a_request_waits_without_a_page() -> None:
-    """Oracle: by hand: pages are taken when it is its turn."""
+def test_task_14_a_new_request_waits_without_pages() -> None:
+    """Oracle: by hand: pages are allocated when it is admitted."""
     manager = manager_of()
     assert not manager.has_work
     assert manager.add_request([5, 6, 7], "a", limits(), seed=9) is True
@@ -47,22 +47,24 @@ def test_task_14_a_request_waits_without_a_page() -> None:
     assert manager.capacity.num_free == 8
     sequence = manager.sequence("a")
     assert (sequence.seq_id, sequence.request_id, sequence.prompt) == ("a", "a", (5, 6, 7))
-    assert (sequence.params, sequence.seed) == (limits(), 9), "the parameters or the seed of the leader"
+    assert (sequence.params, sequence.seed) == (limits(), 9), (
+        "the leader must have the request's parameters and seed"
+    )
     assert (sequence.outputs, sequence.num_computed, sequence.num_forks) == ([], 0, 0)
     assert (len(sequence.table.blocks), sequence.table.num_tokens, sequence.table.block_size) == (0, 0, 4)
     assert not sequence.is_beam
 
 
 def test_task_14_requests_wait_in_the_order_of_their_arrival() -> None:
-    """Oracle: by hand; that of their names or lengths is another."""
+    """Oracle: by hand; sorting by name or length gives another order."""
     manager = manager_of()
     for name, length in (("m", 3), ("z", 1), ("a", 2)):
         manager.add_request([1] * length, name, limits())
     assert ids(manager.waiting) == ["m", "z", "a"]
 
 
-def test_task_14_a_prompt_is_what_it_was_when_it_came() -> None:
-    """Oracle: by hand: the caller may use the list again."""
+def test_task_14_the_prompt_is_copied() -> None:
+    """Oracle: by hand: the caller may change the list later."""
     manager, tokens = manager_of(), [5, 6, 7]
     manager.add_request(tokens, "a", limits())
     tokens.append(8)
@@ -70,17 +72,17 @@ def test_task_14_a_prompt_is_what_it_was_when_it_came() -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "max_len"), [(1, 4), (4, 7), (29, 32), (None, 32)])
-def test_task_14_the_length_is_limited_by_the_request_or_the_context(
+def test_task_14_max_len_is_limited_by_the_request_or_by_the_context(
     max_tokens: int | None, max_len: int
 ) -> None:
-    """Oracle: by hand: 3 prompt tokens and the outputs, or all 32 of the context."""
+    """Oracle: by hand: 3 prompt tokens plus the outputs, or the context of 32."""
     manager = manager_of()
     manager.add_request([5, 6, 7], "a", limits(max_tokens))
     assert manager.sequence("a").max_len == max_len
 
 
-def test_task_14_without_parameters_there_are_the_usual_ones() -> None:
-    """Oracle: by hand: `SamplingParams()` asks for 16 tokens, one completion."""
+def test_task_14_without_parameters_the_default_sampling_params_are_used() -> None:
+    """Oracle: by hand: `SamplingParams()` means 16 tokens and one completion."""
     manager = manager_of()
     manager.add_request([5, 6, 7], "a")
     assert manager.sequence("a").params == SamplingParams()
@@ -88,19 +90,21 @@ def test_task_14_without_parameters_there_are_the_usual_ones() -> None:
 
 
 @pytest.mark.parametrize("is_beam", [False, True])
-def test_task_14_completions_and_beams_wait_as_one_sequence(is_beam: bool) -> None:
-    """Oracle: by hand: three are a leader and two to come, known by all their ids."""
+def test_task_14_completions_and_beams_wait_as_one_leader(is_beam: bool) -> None:
+    """Oracle: by hand: three are a leader and two pending forks, and all three ids are known."""
     manager = manager_of()
     manager.add_request([5, 6], "a", limits(n=3), beam_search=is_beam)
     assert ids(manager.waiting) == ["a/0"]
     leader = manager.sequence("a/0")
-    assert (leader.request_id, leader.num_forks) == ("a", 2), "the leader of three has two to come"
-    assert leader.is_beam is is_beam, "the leader's `is_beam` is the argument `beam_search`"
+    assert (leader.request_id, leader.num_forks) == ("a", 2), (
+        "the leader of three must have two pending forks"
+    )
+    assert leader.is_beam is is_beam, "the leader's `is_beam` must be the argument `beam_search`"
     assert manager.sequence("a/1") is manager.sequence("a/2") is leader
 
 
-def test_task_14_a_salt_keeps_streams_apart() -> None:
-    """Oracle: the docstring of `TokenBlocks`: another salt, another hash; the same one, the same."""
+def test_task_14_a_cache_salt_changes_the_block_hashes() -> None:
+    """Oracle: the docstring of `TokenBlocks`: different salts give different hashes."""
     manager = manager_of()
     for name, salt in (("a", ""), ("b", "x"), ("c", "x")):
         manager.add_request([5, 6], name, SamplingParams(max_tokens=4, cache_salt=salt))
@@ -109,7 +113,7 @@ def test_task_14_a_salt_keeps_streams_apart() -> None:
     assert manager.sequence("a").stream.block_size == 4
 
 
-def test_task_14_an_empty_prompt_is_refused() -> None:
+def test_task_14_an_empty_prompt_is_rejected() -> None:
     """Oracle: the docstring; nothing changes."""
     manager = manager_of()
     with pytest.raises(ValueError):
@@ -118,22 +122,24 @@ def test_task_14_an_empty_prompt_is_refused() -> None:
 
 
 TOO_LARGE = {
-    "context": (20, limits(13), False),
-    "no_place_for_an_output": (32, limits(1), False),
-    "prompt_alone": (40, limits(None), False),
-    "seats": (2, limits(n=5), False),
-    "pages": (14, limits(12), False),
-    "pages_of_completions": (4, limits(17, n=2), False),
-    "pages_of_beams": (4, limits(9, n=4), True),
+    "longer_than_the_context": (20, limits(13), False),
+    "no_position_for_an_output": (32, limits(1), False),
+    "prompt_too_long": (40, limits(None), False),
+    "more_completions_than_max_num_seqs": (2, limits(n=5), False),
+    "too_few_pages": (14, limits(12), False),
+    "too_few_pages_for_completions": (4, limits(17, n=2), False),
+    "too_few_pages_for_beams": (4, limits(9, n=4), True),
 }
 
 
 @pytest.mark.parametrize(("length", "params", "is_beam"), TOO_LARGE.values(), ids=TOO_LARGE)
-def test_task_14_what_could_never_run_is_refused(length: int, params: SamplingParams, is_beam: bool) -> None:
-    """Oracle: by hand, for 6 blocks of 4, 4 seats and a context of 32.
+def test_task_14_a_request_that_could_never_run_is_rejected(
+    length: int, params: SamplingParams, is_beam: bool
+) -> None:
+    """Oracle: by hand, for 6 blocks of 4, 4 sequences at a time and a context of 32.
 
-    26 tokens are 7 blocks; 21 tokens twice are 6 and 5, with one block shared; 13 tokens four times are
-    4 and three times 3. Nothing changes: the id is free for a request that can run.
+    26 tokens are 7 blocks; twice 21 tokens are 6 + 5 blocks, with one shared; four times 13 tokens
+    are 4 + 3 * 3 blocks. Nothing changes: the id is free for a request that can run.
     """
     manager = manager_of(blocks=6)
     with pytest.raises(RequestTooLargeError):
@@ -144,12 +150,12 @@ def test_task_14_what_could_never_run_is_refused(length: int, params: SamplingPa
 
 
 @pytest.mark.parametrize("is_beam", [False, True])
-def test_task_14_more_completions_or_beams_than_run_at_once_are_refused(is_beam: bool) -> None:
-    """Oracle: by hand: 2 sequences run at once, and 64 blocks are enough for any number of completions.
+def test_task_14_more_completions_or_beams_than_max_num_seqs_are_rejected(is_beam: bool) -> None:
+    """Oracle: by hand: 2 sequences run at a time, and 64 blocks are enough for all completions.
 
-    Three would wait for ever. Two run.
+    Three would wait forever. Two can run.
     """
-    manager = manager_of(blocks=64, seats=2)
+    manager = manager_of(blocks=64, max_seqs=2)
     with pytest.raises(RequestTooLargeError):
         manager.add_request([1, 2], "a", limits(n=3), beam_search=is_beam)
     assert not manager.has_work
@@ -157,20 +163,20 @@ def test_task_14_more_completions_or_beams_than_run_at_once_are_refused(is_beam:
 
 
 def test_task_14_a_request_that_is_wrong_in_two_ways_gets_the_first_error() -> None:
-    """Oracle: the docstring's order: what `longest` refuses, then the id, then the blocks."""
+    """Oracle: the docstring's order: the checks of `max_sequence_length`, then the id, then the blocks."""
     manager = manager_of(blocks=6)
     manager.add_request([1, 2], "a", limits())
     with pytest.raises(RequestTooLargeError):
         manager.add_request([1] * 20, "a", limits(13))  # longer than the context of 32
     with pytest.raises(DuplicateRequestError):
-        manager.add_request([1] * 14, "a", limits(12))  # 7 blocks, one more than there are
+        manager.add_request([1] * 14, "a", limits(12))  # 7 blocks, one more than the pool has
     assert ids(manager.waiting) == ["a"]
 
 
 @pytest.mark.parametrize(
     ("name", "n"), [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b/0", 1), ("b/1", 1), ("c", 2)]
 )
-def test_task_14_an_id_in_use_is_refused(name: str, n: int) -> None:
+def test_task_14_an_id_in_use_is_rejected(name: str, n: int) -> None:
     """Oracle: the docstring: "a" is in use, "b", whose completions are "b/0" and "b/1", and "c/1".
 
     Two completions of a request "c" would be "c/0" and "c/1".
@@ -187,8 +193,8 @@ def test_task_14_an_id_in_use_is_refused(name: str, n: int) -> None:
 # Task 15: PagedBatchManager.shrink_pool
 
 
-class KeptByHand(NoPrefixSharing):
-    """A prefix cache that keeps the blocks that a test gives it; the test says how many are idle."""
+class FakePrefixCache(NoPrefixSharing):
+    """A prefix cache with the blocks and the number of idle blocks that a test sets."""
 
     num_idle: int = 0
 
@@ -210,13 +216,13 @@ class KeptByHand(NoPrefixSharing):
         self.blocks = [moved.get(block, block) for block in self.blocks]
 
 
-KEEPING = Policies(prefix=KeptByHand)
+WITH_FAKE_CACHE = Policies(prefix=FakePrefixCache)
 
 
-def keep_last(manager: PagedBatchManager, num_blocks: int, num_idle: int = 0) -> KeptByHand:
-    """Let a manager's prefix cache keep the last blocks of the pool."""
+def keep_last(manager: PagedBatchManager, num_blocks: int, num_idle: int = 0) -> FakePrefixCache:
+    """Let a manager's prefix cache hold the last blocks of the pool."""
     kept, allocator = manager.prefix, manager.allocator
-    assert isinstance(kept, KeptByHand)
+    assert isinstance(kept, FakePrefixCache)
     all_blocks = sorted(allocator.allocate() for _ in range(allocator.num_free))
     for block in all_blocks[: len(all_blocks) - num_blocks]:
         allocator.free(block)
@@ -224,8 +230,8 @@ def keep_last(manager: PagedBatchManager, num_blocks: int, num_idle: int = 0) ->
     return kept
 
 
-def test_task_15_an_unused_pool_halves_down_to_what_it_began_with() -> None:
-    """Oracle: by hand: 20, 10, 5; the half of 5 is less than the 4 that it began with."""
+def test_task_15_an_unused_pool_halves_down_to_min_pages() -> None:
+    """Oracle: by hand: 20, 10, 5; half of 5 is less than `min_pages`, 4."""
     manager, sizes = manager_of(blocks=64, min_pages=4), []
     manager.allocator.resize(20)
     for _ in range(4):
@@ -234,8 +240,11 @@ def test_task_15_an_unused_pool_halves_down_to_what_it_began_with() -> None:
     assert sizes == [10, 5, 5, 5]
 
 
-def test_task_15_a_pool_that_never_grows_never_shrinks() -> None:
-    """Oracle: by hand: without `min_pages` it has all its blocks always. The half may be just `min_pages`."""
+def test_task_15_a_pool_without_min_pages_never_shrinks() -> None:
+    """Oracle: by hand: without `min_pages` the pool always has all blocks.
+
+    Half may be exactly `min_pages`.
+    """
     manager = manager_of(blocks=64)
     manager.shrink_pool()
     assert manager.allocator.num_blocks == 64
@@ -245,37 +254,39 @@ def test_task_15_a_pool_that_never_grows_never_shrinks() -> None:
     assert manager.allocator.num_blocks == 8
 
 
-IN_A_POOL_OF_16 = {  # held, idle ones among them; the size afterwards, and how many are held then
-    "4_in_use_are_a_quarter": (4, 0, 16, 4),
-    "3_in_use_are_less": (3, 0, 8, 3),
-    "5_held_and_1_of_them_idle": (5, 1, 16, 5),
-    "6_held_and_3_of_them_idle": (6, 3, 8, 6),
-    "10_held_and_8_of_them_idle_so_2_go": (10, 8, 8, 8),
-    "16_held_and_all_idle_so_8_go": (16, 16, 8, 8),
-    "16_held_and_12_of_them_idle_are_a_quarter_in_use": (16, 12, 16, 16),
+IN_A_POOL_OF_16 = {  # held, idle among them; the size and the number of held blocks afterwards
+    "4_in_use_are_a_quarter_so_it_stays": (4, 0, 16, 4),
+    "3_in_use_are_less_so_it_halves": (3, 0, 8, 3),
+    "5_held_1_idle_so_it_stays": (5, 1, 16, 5),
+    "6_held_3_idle_so_it_halves": (6, 3, 8, 6),
+    "10_held_8_idle_so_2_are_evicted": (10, 8, 8, 8),
+    "16_held_16_idle_so_8_are_evicted": (16, 16, 8, 8),
+    "16_held_12_idle_so_it_stays": (16, 12, 16, 16),
 }
 
 
-@pytest.mark.parametrize(("held", "idle", "size", "held_then"), IN_A_POOL_OF_16.values(), ids=IN_A_POOL_OF_16)
-def test_task_15_idle_blocks_are_not_in_use_and_go_only_if_they_must(
-    held: int, idle: int, size: int, held_then: int
+@pytest.mark.parametrize(
+    ("held", "idle", "size", "held_after"), IN_A_POOL_OF_16.values(), ids=IN_A_POOL_OF_16
+)
+def test_task_15_idle_blocks_do_not_count_as_used_and_are_evicted_only_if_necessary(
+    held: int, idle: int, size: int, held_after: int
 ) -> None:
-    """Oracle: by hand, 16 blocks: 4 in use are a quarter, 3 are less; 8 held ones fit into the half."""
+    """Oracle: by hand, 16 blocks: 4 in use are a quarter, 3 are less; 8 held blocks fit into half."""
     case = f"a pool of 16 blocks, {held} held, {idle} of them idle, so {held - idle} in use"
-    manager = PagedBatchManager(64, 4, 4, min_pages=2, policies=KEEPING)
+    manager = PagedBatchManager(64, 4, 4, min_pages=2, policies=WITH_FAKE_CACHE)
     manager.allocator.resize(16)
     kept = keep_last(manager, held, idle)
     manager.shrink_pool()
-    assert manager.allocator.num_blocks == size, f"{case}: the pool has another size now"
-    assert len(kept.blocks) == held_then, f"{case}: another number of blocks is held now"
-    assert len(set(kept.blocks)) == held_then, f"{case}: two of the held blocks became one"
-    assert manager.allocator.num_free == size - held_then
-    assert sum(counts(manager.allocator)) == held_then
+    assert manager.allocator.num_blocks == size, f"{case}: wrong size of the pool"
+    assert len(kept.blocks) == held_after, f"{case}: wrong number of held blocks"
+    assert len(set(kept.blocks)) == held_after, f"{case}: two held blocks became one"
+    assert manager.allocator.num_free == size - held_after
+    assert sum(counts(manager.allocator)) == held_after
 
 
 def test_task_15_keys_and_values_move_with_the_blocks_that_are_held() -> None:
     """Oracle: what was in the last two of 16 blocks, in both layers; the pool has the new size too."""
-    manager = with_model(min_pages=2, policies=KEEPING)
+    manager = with_model(min_pages=2, policies=WITH_FAKE_CACHE)
     manager.allocator.resize(16)
     assert manager.pool is not None
     manager.pool.resize(16)
@@ -291,5 +302,7 @@ def test_task_15_keys_and_values_move_with_the_blocks_that_are_held() -> None:
     after = [array for layer in range(2) for array in manager.pool.read(layer, mx.array(slots))]
     for found, want in zip(after, before, strict=True):
         np.testing.assert_array_equal(
-            np.array(found), want, err_msg="a held block has other keys or values after the pool was halved"
+            np.array(found),
+            want,
+            err_msg="a held block has different keys or values after the pool was halved",
         )

@@ -1,4 +1,4 @@
-"""Day 3.2, tasks 1 to 3: a step's tokens in one row, and attention over scattered pages."""
+"""Day 3.2, tasks 1 to 3: packing a step's tokens into one row, and attention over scattered pages."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from common.toy_arrays import EMPTY, floats, numbers, queries
 # Task 1: pack_batch
 
 
-def test_task_1_tokens_stand_side_by_side_in_order() -> None:
+def test_task_1_tokens_of_all_spans_are_packed_in_order() -> None:
     """Oracle: by hand: the last 2 of 9 tokens, then 2 from the start, then one in the middle of 4."""
     spans = [
         Span(table_of([5, 1, 3], 9), 7, 9),
@@ -34,20 +34,20 @@ def test_task_1_tokens_stand_side_by_side_in_order() -> None:
     assert list(batch.spans) == spans
 
 
-def test_task_1_a_row_of_blocks_for_each_span() -> None:
+def test_task_1_each_span_has_a_padded_row_of_blocks() -> None:
     """Oracle: by hand: one table has 3 blocks and the other has 1, padded with 0."""
     batch = pack_batch([Span(table_of([7], 2), 0, 2), Span(table_of([5, 1, 3], 9), 8, 9)])
     assert batch.tables.tolist() == [[7, 0, 0], [5, 1, 3]]
 
 
-def test_task_1_a_row_has_the_blocks_behind_its_span_too() -> None:
-    """Oracle: by hand: the table's 3 blocks, of which the span needs one."""
+def test_task_1_a_row_includes_blocks_after_its_span() -> None:
+    """Oracle: by hand: all 3 blocks of the table, although the span needs only one."""
     batch = pack_batch([Span(table_of([5, 1, 3], 9), 0, 2), Span(table_of([7, 2], 8), 0, 8)])
     assert batch.tables.tolist() == [[5, 1, 3], [7, 2, 0]]
 
 
-def test_task_1_all_are_arrays_of_int32() -> None:
-    """Oracle: the docstring of `PackedBatch`: the kernels read them as such."""
+def test_task_1_all_arrays_are_int32() -> None:
+    """Oracle: the docstring of `PackedBatch`: the kernels read int32."""
     batch = pack_batch([Span(table_of([1, 0], 5), 0, 5)])
     arrays = (batch.positions, batch.slots, batch.row_of_token, batch.tables)
     assert {array.dtype for array in arrays} == {mx.int32}
@@ -78,8 +78,8 @@ def test_task_1_every_token_finds_its_slot_through_its_row(
 # Task 2: paged_attention
 
 
-def test_task_2_a_token_sees_its_past_wherever_the_blocks_lie() -> None:
-    """Oracle: by hand: 2, 4 and 9 are in blocks 2 and 0; with equal keys the means so far are 2, 3 and 5."""
+def test_task_2_a_token_attends_to_earlier_tokens_in_scattered_blocks() -> None:
+    """Oracle: by hand: 2, 4 and 9 are in blocks 2 and 0; with equal keys the running means are 2, 3 and 5."""
     values = numbers(9, EMPTY, EMPTY, EMPTY, 2, 4)
     batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 0, 3)])
     out = paged_attention(queries(1, 3), mx.zeros_like(values), values, batch, 1.0)
@@ -87,10 +87,10 @@ def test_task_2_a_token_sees_its_past_wherever_the_blocks_lie() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3, 5], rtol=1e-6)
 
 
-def test_task_2_blocks_come_from_the_batchs_tables() -> None:
+def test_task_2_blocks_come_from_the_tables_of_the_batch() -> None:
     """Oracle: by hand: the batch's row names the blocks [0, 1] of a smaller pool, the span's table [2, 7].
 
-    Reading where `span.table` points is the mistake: the pool has no block 7.
+    Common mistake: using `span.table`, whose block 7 is not in the pool.
     """
     values = numbers(2, 4, 9, EMPTY, EMPTY, EMPTY)
     batch = pack_batch([Span(table_of([2, 7], 3, block_size=2), 0, 3)])
@@ -109,7 +109,7 @@ def test_task_2_each_span_has_its_own_row_of_tables() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [6, 7, 3], rtol=1e-6)
 
 
-def test_task_2_only_the_tokens_of_the_step_are_asked_for() -> None:
+def test_task_2_only_the_tokens_of_the_span_are_queries() -> None:
     """Oracle: by hand: the last two of three tokens; the first was computed before."""
     values = numbers(9, EMPTY, EMPTY, EMPTY, 2, 4)
     batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 1, 3)])
@@ -117,16 +117,16 @@ def test_task_2_only_the_tokens_of_the_step_are_asked_for() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [3, 5], rtol=1e-6)
 
 
-def test_task_2_what_comes_later_is_not_seen() -> None:
-    """Oracle: by hand: 9 and 7 are of the same sequence, and stand behind the two of this step."""
+def test_task_2_later_tokens_of_the_sequence_are_masked() -> None:
+    """Oracle: by hand: 9 and 7 are later tokens of the same sequence, after the two of this step."""
     values = numbers(9, 7, EMPTY, EMPTY, 2, 4)
     batch = pack_batch([Span(table_of([2, 0], 4, block_size=2), 0, 2)])
     out = paged_attention(queries(1, 2), mx.zeros_like(values), values, batch, 1.0)
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3], rtol=1e-6)
 
 
-def test_task_2_every_span_has_a_past_of_its_own() -> None:
-    """Oracle: by hand: 6 of one sequence, 1, 3 and 8 of another; the step has 1 and 2 tokens of them."""
+def test_task_2_every_span_attends_only_to_its_own_sequence() -> None:
+    """Oracle: by hand: 6 is in one sequence, 1, 3 and 8 in another; the step has 1 and 2 tokens of them."""
     values = numbers(1, 3, 6, EMPTY, 8, EMPTY)
     spans = [Span(table_of([1], 1, block_size=2), 0, 1), Span(table_of([0, 2], 3, block_size=2), 1, 3)]
     out = paged_attention(queries(1, 3), mx.zeros_like(values), values, pack_batch(spans), 1.0)
@@ -134,29 +134,29 @@ def test_task_2_every_span_has_a_past_of_its_own() -> None:
 
 
 def test_task_2_neighbouring_query_heads_share_a_head_of_keys_and_values() -> None:
-    """Oracle: by hand: of 6 query heads 0, 1 and 2 read the first of two heads. h % Hkv is the mistake."""
+    """Oracle: by hand: of 6 query heads 0, 1 and 2 read the first of two heads. Common mistake: h % Hkv."""
     values = mx.array([[[[5.0, 0]], [[70.0, 0]]]])  # one block of one token, two heads
     batch = pack_batch([Span(table_of([0], 1, block_size=1), 0, 1)])
     out = paged_attention(queries(6, 1), mx.zeros_like(values), values, batch, 1.0)
     np.testing.assert_allclose(np.array(out)[0, :, 0, 0], [5, 5, 5, 70, 70, 70], rtol=1e-6)
 
 
-def test_task_2_small_numbers_of_two_heads() -> None:
-    """Oracle: by hand: equal keys, so each output is the mean of the values so far, [n, -n] in each token.
+def test_task_2_two_heads_and_two_sequences_give_the_means_worked_out_by_hand() -> None:
+    """Oracle: by hand: keys are equal, so outputs are running means of the values, [n, -n] for each token.
 
-    One sequence has 2, 4 and 9 in the first head, and ten times as much in the second; the other has 6 and 8.
-    Heads and block places that change places, or a reshape before the swap, are the mistake.
+    One sequence has 2, 4 and 9 in the first head and ten times that in the second; the other has 6 and 8.
+    Common mistakes: heads and block offsets swapped, a reshape before the swap of axes.
     """
     first = [
         [[9, EMPTY], [90, EMPTY]],
         [[6, 8], [60, 80]],
         [[2, 4], [20, 40]],
-    ]  # blocks, heads, places
+    ]  # blocks, heads, offsets
     numbers = mx.array(first)
     values = mx.stack([numbers, -numbers], axis=-1)
     spans = [Span(table_of([2, 0], 3, block_size=2), 1, 3), Span(table_of([1], 2, block_size=2), 1, 2)]
     out = paged_attention(queries(2, 3), mx.zeros_like(values), values, pack_batch(spans), 1.0)
-    assert out.shape == (1, 2, 3, 2), "the output has the shape of q, [1, H, T, D]"
+    assert out.shape == (1, 2, 3, 2), "the output must have the shape of q, [1, H, T, D]"
     found = np.array(out)
     for packed, (span, position, mean) in enumerate([(0, 1, 3), (0, 2, 5), (1, 1, 7)]):
         for head, expected in enumerate([mean, 10 * mean]):
@@ -166,7 +166,7 @@ def test_task_2_small_numbers_of_two_heads() -> None:
 
 
 def packed_queries(spans: Sequence[Span], heads: int, size: int) -> mx.array:
-    """Random queries for every token of a step, [1, H, T, D]."""
+    """Random queries for all tokens of a step, [1, H, T, D]."""
     length = sum(span.stop - span.start for span in spans)
     return mx.random.normal((1, heads, length, size), key=mx.random.key(7))
 
@@ -182,7 +182,7 @@ def expected_of(pool: Pool, spans: Sequence[Span], q: mx.array, scale: float) ->
 
 
 def check_attention(pool: Pool, spans: list[Span], heads: int, scale: float) -> None:
-    """Attention of these spans is that of each sequence in one piece."""
+    """Assert that paged attention of these spans matches dense attention of each sequence."""
     q = packed_queries(spans, heads, pool.keys.shape[-1])
     out = paged_attention(q, pool.keys, pool.values, pack_batch(spans), scale)
     assert (out.shape, out.dtype) == (q.shape, mx.float32)
@@ -190,8 +190,8 @@ def check_attention(pool: Pool, spans: list[Span], heads: int, scale: float) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_task_2_prompts_chunks_and_decodes_side_by_side(shape: dict) -> None:
-    """Oracle: each sequence in one piece, NumPy in float64, with keys and values as they are stored."""
+def test_task_2_prompts_chunks_and_decodes_in_one_step_match_numpy(shape: dict) -> None:
+    """Oracle: dense attention of each sequence, NumPy in float64, on keys and values as stored."""
     pool, heads = shaped_pool(shape)
     ends = [(table, table.num_tokens) for table in pool.tables]
     for spans in (
@@ -204,14 +204,14 @@ def test_task_2_prompts_chunks_and_decodes_side_by_side(shape: dict) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.125, 1.7])
-def test_task_2_scores_are_scaled(scale: float) -> None:
+def test_task_2_scores_are_multiplied_by_the_scale(scale: float) -> None:
     """Oracle: NumPy in float64."""
     pool = pool_of([9, 6])
     check_attention(pool, [Span(table, 2, table.num_tokens) for table in pool.tables], 4, scale)
 
 
 def test_task_2_forks_read_the_blocks_that_they_share() -> None:
-    """Oracle: each sequence by itself: both read the same blocks."""
+    """Oracle: dense attention of the sequence: both spans read the same blocks."""
     pool = pool_of([6])
     [table] = pool.tables
     first, q = table.fork(), packed_queries([Span(table, 5, 6)], 4, 8)
@@ -222,8 +222,8 @@ def test_task_2_forks_read_the_blocks_that_they_share() -> None:
     np.testing.assert_allclose(out[:, :, :1], expected_of(pool, twice[:1], q, 0.4), atol=2e-5)
 
 
-def test_task_2_reading_writes_nothing() -> None:
-    """Oracle: the pool as it was."""
+def test_task_2_attention_does_not_change_the_pool() -> None:
+    """Oracle: the pool before the call."""
     pool = pool_of([9, 6])
     before = np.array(pool.keys), np.array(pool.values)
     spans = [Span(table, 2, table.num_tokens) for table in pool.tables]
@@ -238,14 +238,14 @@ def test_task_2_reading_writes_nothing() -> None:
 def empty(
     num_blocks: int, kv_heads: int, block_size: int, size: int, dtype: mx.Dtype = mx.float32
 ) -> mx.array:
-    """Keys or values of a pool in which no token is."""
+    """Keys or values of an empty pool, all slots set to `EMPTY`."""
     return mx.full((num_blocks, kv_heads, block_size, size), EMPTY, dtype)
 
 
-def test_task_3_keys_and_values_go_to_their_slots_and_nothing_else_changes() -> None:
-    """Oracle: by hand: two heads, three tokens: 1 and 2 behind another in blocks [3, 1], and 3 in block 0.
+def test_task_3_keys_and_values_are_written_to_their_slots_and_nothing_else_changes() -> None:
+    """Oracle: by hand: two heads, three tokens: 1 and 2 after another one in blocks [3, 1], and 3 in block 0.
 
-    Heads and tokens that change places are the mistake that the numbers show.
+    Common mistake: heads and tokens swapped.
     """
     batch = pack_batch(
         [Span(table_of([3, 1], 3, block_size=2), 1, 3), Span(table_of([0], 1, block_size=2), 0, 1)]
@@ -261,8 +261,11 @@ def test_task_3_keys_and_values_go_to_their_slots_and_nothing_else_changes() -> 
     np.testing.assert_array_equal(np.array(values), np.where(expected == EMPTY, EMPTY, expected + 100))
 
 
-def test_task_3_a_token_sees_itself() -> None:
-    """Oracle: by hand: with equal keys the means so far of 2, 4 and 9. Attending first is the mistake."""
+def test_task_3_a_token_attends_to_itself() -> None:
+    """Oracle: by hand: with equal keys the running means of 2, 4 and 9.
+
+    Common mistake: attending before writing.
+    """
     batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 0, 3)])
     k, v = mx.zeros((1, 1, 3, 2)), mx.array([[[[2.0, 0], [4, 0], [9, 0]]]])
     out, *_ = write_and_attend(queries(1, 3), k, v, empty(3, 1, 2, 2), empty(3, 1, 2, 2), batch, 1.0)
@@ -270,8 +273,8 @@ def test_task_3_a_token_sees_itself() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_task_3_a_token_sees_itself_as_it_is_stored(dtype: mx.Dtype) -> None:
-    """Oracle: by hand: the only value there is, rounded to the pool's type; the result keeps the query's."""
+def test_task_3_a_token_attends_to_its_own_key_and_value_as_stored(dtype: mx.Dtype) -> None:
+    """Oracle: by hand: the only value, rounded to the pool's dtype; the output has the query's dtype."""
     batch = pack_batch([Span(table_of([0], 1), 0, 1)])
     v = mx.full((1, 1, 1, 2), 0.1)
     pool = empty(1, 1, 4, 2, dtype)
@@ -281,8 +284,8 @@ def test_task_3_a_token_sees_itself_as_it_is_stored(dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_task_3_a_pool_keeps_its_type_and_rounds_what_is_written(dtype: mx.Dtype) -> None:
-    """Oracle: MLX's own rounding: numbers between two of the pool's, too small ones and too large ones."""
+def test_task_3_written_values_are_rounded_to_the_dtype_of_the_pool(dtype: mx.Dtype) -> None:
+    """Oracle: MLX's own rounding: values between two representable ones, too small and too large ones."""
     given = [0.1, 1 + 2**-9, 1 + 2**-12, 2049.0, 65519.0, 70000.0, 1e-6, -3e-8]
     k = mx.array(given).reshape(1, 1, len(given) // 2, 2)
     batch = pack_batch([Span(table_of([1], 4), 0, 4)])
@@ -294,8 +297,8 @@ def test_task_3_a_pool_keeps_its_type_and_rounds_what_is_written(dtype: mx.Dtype
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_task_3_steps_fill_the_pool_and_every_one_is_right(shape: dict) -> None:
-    """Oracle: each sequence in one piece, NumPy in float64. Chunks of 1 to 5 tokens side by side."""
+def test_task_3_steps_that_fill_the_pool_match_numpy(shape: dict) -> None:
+    """Oracle: dense attention of each sequence, NumPy in float64. Each step packs chunks of 1 to 5 tokens."""
     (pool, heads), rng = shaped_pool(shape), np.random.default_rng(3)
     size, dtype = pool.keys.shape[-1], pool.keys.dtype
     stored_keys, stored_values = np.array(floats(pool.keys)), np.array(floats(pool.values))

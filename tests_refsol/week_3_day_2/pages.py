@@ -1,4 +1,4 @@
-"""Day 3.2, tasks 4 to 6: pages that are arrays of their own, copied and attended to."""
+"""Day 3.2, tasks 4 to 6: pages as separate arrays, copied and attended to."""
 
 import mlx.core as mx
 import numpy as np
@@ -15,34 +15,34 @@ from common.numpy_oracles import causal_attention
 from common.paged_pools import SHAPES, Pool, pool_of, shaped_pool
 from common.toy_arrays import EMPTY, floats, numbers
 
-TOLERANCE = {mx.float32: 2e-5, mx.float16: 3e-3, mx.bfloat16: 3e-2}  # of an output in that type
+TOLERANCE = {mx.float32: 2e-5, mx.float16: 3e-3, mx.bfloat16: 3e-2}  # of an output of that dtype
 
 # Task 4: copy_block
 
 
 def page_of(*tokens: int) -> PageBlock:
-    """A page of two heads of size 3 whose tokens are these numbers; values are the numbers and a half."""
+    """A page of two heads of size 3: token i has keys `tokens[i]` and values `tokens[i] + 0.5`."""
     keys = mx.broadcast_to(mx.array(tokens, mx.float32)[:, None], (2, len(tokens), 3)) + 0
     return PageBlock(keys, keys + 0.5)
 
 
 def tokens_of(page: PageBlock) -> list[int]:
-    """The numbers in a page; fails where heads, or keys and values, differ."""
+    """The tokens of a page; fails if its heads, or keys and values, do not match."""
     tokens = [int(number) for number in page.keys[0, :, 0].tolist()]
     assert mx.array_equal(page.keys, page_of(*tokens).keys).item()
     assert mx.array_equal(page.values, page_of(*tokens).values).item()
     return tokens
 
 
-def test_task_4_a_range_is_copied_to_another_place() -> None:
-    """Oracle: by hand, pages of two sizes: keys and values of all heads, and nothing beside the range."""
+def test_task_4_a_range_is_copied_to_another_offset() -> None:
+    """Oracle: by hand, pages of two sizes: keys and values of all heads, and nothing outside the range."""
     source, target = page_of(1, 2, 3, 4, 5), page_of(11, 12, 13, 14)
     copy_block(source, target, 1, 2, 2)
     assert tokens_of(target) == [11, 12, 2, 3]
     assert tokens_of(source) == [1, 2, 3, 4, 5]
 
 
-def test_task_4_a_whole_page_and_nothing_at_all() -> None:
+def test_task_4_a_whole_page_or_an_empty_range_can_be_copied() -> None:
     """Oracle: by hand."""
     source, target = page_of(1, 2, 3), page_of(11, 12, 13)
     for place in (0, 1, 3):
@@ -52,8 +52,8 @@ def test_task_4_a_whole_page_and_nothing_at_all() -> None:
     assert tokens_of(target) == [1, 2, 3]
 
 
-def test_task_4_pages_stay_two() -> None:
-    """Oracle: by hand: what is written to one afterwards, the other does not show."""
+def test_task_4_source_and_target_stay_independent() -> None:
+    """Oracle: by hand: a later write to one does not change the other."""
     source, target = page_of(1, 2), page_of(8, 9)
     copy_block(source, target, 0, 0, 2)
     source.keys[:, 0] = 5.0
@@ -62,19 +62,25 @@ def test_task_4_pages_stay_two() -> None:
     assert source.values[0, :, 0].tolist() == [1.5, 2.5]
 
 
-def test_task_4_a_page_keeps_its_arrays() -> None:
-    """Oracle: the docstring: another holder of the arrays sees the copy. New arrays are the mistake."""
+def test_task_4_the_target_page_keeps_its_array_objects() -> None:
+    """Oracle: the docstring: other references to the arrays see the copy.
+
+    Common mistake: assigning new arrays.
+    """
     source, target = page_of(1, 2), page_of(8, 9)
     keys, values = target.keys, target.values
     copy_block(source, target, 0, 1, 1)
-    assert target.keys is keys, "the page has another array of keys now"
-    assert target.values is values, "the page has another array of values now"
+    assert target.keys is keys, "the page must keep its array of keys"
+    assert target.values is values, "the page must keep its array of values"
     assert tokens_of(target) == [8, 1]
 
 
 @pytest.mark.parametrize(("src_start", "dst_start"), [(0, 1), (1, 0), (0, 2), (2, 0), (1, 1)])
 def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -> None:
-    """Oracle: a list, whose slice is read before it is written. Copying token by token is the mistake."""
+    """Oracle: a Python list: the slice is read before it is written.
+
+    Common mistake: copying token by token.
+    """
     page, expected = page_of(1, 2, 3, 4, 5), [1, 2, 3, 4, 5]
     copy_block(page, page, src_start, dst_start, 3)
     expected[dst_start : dst_start + 3] = expected[src_start : src_start + 3]
@@ -82,18 +88,18 @@ def test_task_4_ranges_of_one_page_may_overlap(src_start: int, dst_start: int) -
 
 
 OUTSIDE = {  # src_start, dst_start, length
-    "the_source_begins_before_its_page": (-1, 0, 1),
-    "the_target_begins_before_its_page": (0, -1, 1),
-    "the_source_ends_behind_its_page": (3, 0, 2),
-    "the_target_ends_behind_its_page": (0, 2, 2),
+    "the_source_starts_before_its_page": (-1, 0, 1),
+    "the_target_starts_before_its_page": (0, -1, 1),
+    "the_source_ends_past_its_page": (3, 0, 2),
+    "the_target_ends_past_its_page": (0, 2, 2),
     "a_length_of_minus_1": (0, 0, -1),
-    "an_empty_source_behind_its_page": (5, 0, 0),
-    "longer_than_both_pages": (0, 0, 5),
+    "an_empty_source_past_its_page": (5, 0, 0),
+    "a_length_beyond_both_pages": (0, 0, 5),
 }
 
 
 @pytest.mark.parametrize(("src_start", "dst_start", "length"), OUTSIDE.values(), ids=OUTSIDE)
-def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_start: int, length: int) -> None:
+def test_task_4_a_range_outside_its_page_is_rejected(src_start: int, dst_start: int, length: int) -> None:
     """Oracle: the docstring: pages of 4 and 3 tokens, and nothing is copied."""
     source, target = page_of(1, 2, 3, 4), page_of(7, 8, 9)
     with pytest.raises(ValueError):
@@ -104,10 +110,12 @@ def test_task_4_a_range_that_leaves_its_page_is_refused(src_start: int, dst_star
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((1, 4, 3), mx.float32), ((2, 4, 6), mx.float32), ((2, 4, 3), mx.float16)],
-    ids=["other_heads", "another_D", "another_type"],
+    ids=["different_heads", "different_D", "different_dtype"],
 )
-def test_task_4_pages_of_another_kind_are_refused(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-    """Oracle: the docstring: other heads, another D, another type. One head would broadcast to two."""
+def test_task_4_pages_of_different_shapes_or_dtypes_are_rejected(
+    shape: tuple[int, ...], dtype: mx.Dtype
+) -> None:
+    """Oracle: the docstring: a different number of heads, D or dtype. One head would broadcast to two."""
     target = page_of(1, 2, 3, 4)
     with pytest.raises(ValueError):
         copy_block(PageBlock(mx.zeros(shape, dtype), mx.zeros(shape, dtype)), target, 0, 0, 2)
@@ -117,7 +125,7 @@ def test_task_4_pages_of_another_kind_are_refused(shape: tuple[int, ...], dtype:
 # Task 5: pack_last_tokens
 
 
-def test_task_5_tables_name_places_and_everything_else_is_a_packed_batch() -> None:
+def test_task_5_tables_hold_page_indices_and_the_rest_is_a_packed_batch() -> None:
     """Oracle: by hand, blocks of 4: the last 3 of 10 tokens and of 3."""
     tables = [table_of([42, 7, 9], 10), table_of([7], 3)]
     batch = pack_last_tokens(tables, 3, {42: 2, 7: 0, 9: 1})
@@ -129,15 +137,15 @@ def test_task_5_tables_name_places_and_everything_else_is_a_packed_batch() -> No
     assert {array.dtype for array in arrays} == {mx.int32}
 
 
-def test_task_5_only_blocks_with_tokens_need_a_place() -> None:
-    """Oracle: by hand: one table has a block in which no token is yet; the other is longer in tokens."""
+def test_task_5_only_blocks_with_tokens_need_an_index() -> None:
+    """Oracle: by hand: one table has a block without tokens; the other has more tokens."""
     tables = [table_of([3, 8], 4), table_of([5, 3], 6)]
     batch = pack_last_tokens(tables, 1, {3: 0, 5: 1})
     assert batch.tables.tolist() == [[0, 0], [1, 0]]
 
 
-def test_task_5_every_token_is_asked_for() -> None:
-    """Oracle: by hand: as many tokens as the table has; the other order of the tables."""
+def test_task_5_all_tokens_of_a_table_can_be_queries() -> None:
+    """Oracle: by hand: as many tokens as the table has, with the tables in the other order."""
     tables = [table_of([7], 2), table_of([9, 4], 5)]
     batch = pack_last_tokens(tables, 2, {4: 0, 7: 1, 9: 2})
     assert batch.tables.tolist() == [[1, 0], [2, 0]]
@@ -148,7 +156,7 @@ def test_task_5_every_token_is_asked_for() -> None:
 
 
 def in_pages(pool: Pool) -> dict[int, PageBlock]:
-    """The blocks of a pool as pages of their own, by block id."""
+    """The blocks of a pool as separate pages, by block id."""
     return {
         block: PageBlock(pool.keys[block] + 0, pool.values[block] + 0) for block in range(pool.keys.shape[0])
     }
@@ -169,12 +177,12 @@ def test_task_6_the_queries_are_the_last_tokens_of_their_tables() -> None:
     np.testing.assert_allclose(np.array(out)[:, 0, :, 0], [[3, 5], [6, 7]], rtol=1e-6)
 
 
-def test_task_6_each_query_picks_one_token_of_its_row_and_head() -> None:
-    """Oracle: by hand: the query [40, 0] picks the first token of its row, and [0, 40] the second.
+def test_task_6_each_query_attends_to_its_own_row_and_head() -> None:
+    """Oracle: by hand: the query [40, 0] attends to the first token of its row, and [0, 40] to the second.
 
-    Row 0 has the values 2, 4 and 9 in the first head, and ten times as much in the second; row 1 has 6 and 8,
-    and its first query sees the first token only. A value n is [n, -n]. A reshape between [B, H, L, D] and
-    the packed row without `swapaxes` is the mistake.
+    Row 0 has the values 2, 4 and 9 in the first head and ten times that in the second; row 1 has 6 and 8,
+    and its first query sees only the first token. A value n is [n, -n]. Common mistake: a reshape between
+    [B, H, L, D] and the packed row without `swapaxes`.
     """
     tables = [table_of([2, 0], 3, block_size=2), table_of([1], 2, block_size=2)]
     first, second, neither = [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]
@@ -188,7 +196,7 @@ def test_task_6_each_query_picks_one_token_of_its_row_and_head() -> None:
         pages[block] = PageBlock(mx.array([keys, keys]), mx.stack([heads, -heads], axis=-1))
     query = 40 * mx.array([[[first, second], [second, first]]] * 2)  # two rows, two heads, two queries
     out = paged_attention_kernel(query, tables, pages, 2, 1.0)
-    assert out.shape == (2, 2, 2, 2), "the output has the shape of the query, [B, H, L, D]"
+    assert out.shape == (2, 2, 2, 2), "the output must have the shape of the query, [B, H, L, D]"
     expected = [[[2, 4], [40, 20]], [[6, 8], [60, 60]]]
     for row, head, number in np.ndindex(2, 2, 2):
         picked = expected[row][head][number]
@@ -197,18 +205,18 @@ def test_task_6_each_query_picks_one_token_of_its_row_and_head() -> None:
         )
 
 
-def test_task_6_a_scale_of_0_is_a_scale() -> None:
-    """Oracle: by hand: with a scale of 0 all scores are equal, so the mean of 2 and 4, whatever the keys."""
+def test_task_6_a_scale_of_zero_is_used() -> None:
+    """Oracle: by hand: with a scale of 0 all scores are equal, so the output is the mean of 2 and 4."""
     keys = mx.array([[[9.0, 9.0], [0.0, 0.0]]])
     pages = {0: PageBlock(keys, numbers(2, 4)[0])}
     out = paged_attention_kernel(mx.ones((1, 1, 1, 2)), [table_of([0], 2, block_size=2)], pages, 2, 0.0)
-    assert out[0, 0, 0, 0].item() == pytest.approx(3), "scale=0.0 was not used; None is D**-0.5, 0.0 is not"
+    assert out[0, 0, 0, 0].item() == pytest.approx(3), "scale=0.0 was not used: only None means D**-0.5"
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_task_6_mixed_lengths_heads_blocks_and_types(shape: dict, dtype: mx.Dtype) -> None:
-    """Oracle: each row by itself and in one piece, NumPy in float64; the result has the type of the query."""
+def test_task_6_mixed_lengths_heads_block_sizes_and_dtypes_match_numpy(shape: dict, dtype: mx.Dtype) -> None:
+    """Oracle: dense attention of each row, NumPy in float64; the output has the dtype of the query."""
     pool, heads = shaped_pool(shape)
     block_size, size = pool.keys.shape[2:]
     for length in {1, min(shape["totals"])}:
@@ -226,18 +234,18 @@ def test_task_6_mixed_lengths_heads_blocks_and_types(shape: dict, dtype: mx.Dtyp
     block_size=st.integers(1, 9),
     groups=st.sampled_from([(1, 1), (2, 1), (3, 2), (2, 3)]),
 )
-def test_task_6_whatever_the_lengths(
+def test_task_6_random_lengths_match_numpy(
     totals: list[int], length: int, block_size: int, groups: tuple[int, int]
 ) -> None:
-    """Oracle: each row by itself and in one piece, NumPy in float64."""
+    """Oracle: dense attention of each row, NumPy in float64."""
     pool = pool_of(totals, kv_heads=groups[1], block_size=block_size, size=4)
     query = mx.random.normal((len(totals), groups[0] * groups[1], length, 4), key=mx.random.key(1))
     out = paged_attention_kernel(query, pool.tables, in_pages(pool), block_size)
     np.testing.assert_allclose(floats(out), last_tokens(pool, query, 0.5), rtol=0, atol=2e-5)
 
 
-def test_task_6_scale_and_block_size_have_usual_values() -> None:
-    """Oracle: NumPy: one over the root of D = 16, and blocks of 16."""
+def test_task_6_default_scale_and_block_size_are_used() -> None:
+    """Oracle: NumPy: D ** -0.5 for D = 16, and blocks of 16."""
     pool = pool_of([20, 7], block_size=16, size=16)
     query = mx.random.normal((2, 4, 2, 16), key=mx.random.key(2))
     pages = in_pages(pool)
@@ -249,18 +257,18 @@ def test_task_6_scale_and_block_size_have_usual_values() -> None:
 
 
 def test_task_6_forks_read_the_pages_that_they_share() -> None:
-    """Oracle: each row by itself."""
+    """Oracle: dense attention of each row."""
     pool = pool_of([10])
     query = mx.random.normal((2, 4, 2, 8), key=mx.random.key(3))
     tables = [pool.tables[0], pool.tables[0].fork()]
     out = np.array(paged_attention_kernel(query, tables, in_pages(pool), 4, 0.4))
     for row in range(2):
-        alone = last_tokens(pool, query[row : row + 1], 0.4)
-        np.testing.assert_allclose(out[row : row + 1], alone, rtol=0, atol=2e-5)
+        expected = last_tokens(pool, query[row : row + 1], 0.4)
+        np.testing.assert_allclose(out[row : row + 1], expected, rtol=0, atol=2e-5)
 
 
-def test_task_6_pages_may_have_any_ids_and_others_look_like_anything() -> None:
-    """Oracle: NumPy. Block ids are names here: there is no page 0, and page 5 is of another kind."""
+def test_task_6_block_ids_may_be_any_and_unused_pages_may_have_any_shape() -> None:
+    """Oracle: NumPy. Block ids are only keys here: page 0 is missing, and page 5 has another shape."""
     pool = pool_of([10, 3])
     query = mx.random.normal((2, 4, 2, 8), key=mx.random.key(4))
     named = {block for table in pool.tables for block in table.blocks}
@@ -274,26 +282,26 @@ def test_task_6_pages_may_have_any_ids_and_others_look_like_anything() -> None:
 
 
 WRONG_QUERIES = {
-    "of_three_axes": mx.zeros((2, 4, 8)),
-    "of_integers": mx.zeros((2, 4, 1, 8), mx.int32),
-    "without_a_token": mx.zeros((2, 4, 0, 8)),
-    "with_a_row_too_many": mx.zeros((3, 4, 1, 8)),
-    "with_a_row_too_few": mx.zeros((1, 4, 1, 8)),
-    "with_heads_that_do_not_divide": mx.zeros((2, 5, 1, 8)),
-    "of_another_head_size": mx.zeros((2, 4, 1, 16)),
+    "three_axes": mx.zeros((2, 4, 8)),
+    "integers": mx.zeros((2, 4, 1, 8), mx.int32),
+    "no_token": mx.zeros((2, 4, 0, 8)),
+    "one_row_too_many": mx.zeros((3, 4, 1, 8)),
+    "one_row_too_few": mx.zeros((1, 4, 1, 8)),
+    "heads_not_a_multiple_of_kv_heads": mx.zeros((2, 5, 1, 8)),
+    "different_head_size": mx.zeros((2, 4, 1, 16)),
     "longer_than_a_table": mx.zeros((2, 4, 6, 8)),
 }
 
 
 @pytest.mark.parametrize("query", WRONG_QUERIES.values(), ids=WRONG_QUERIES)
-def test_task_6_a_query_that_does_not_fit_is_refused(query: mx.array) -> None:
+def test_task_6_a_query_of_the_wrong_shape_or_dtype_is_rejected(query: mx.array) -> None:
     """Oracle: the docstring: two tables of 9 and 5 tokens, two heads of 8."""
     pool = pool_of([9, 5])
     with pytest.raises(ValueError):
         paged_attention_kernel(query, pool.tables, in_pages(pool), 4)
 
 
-def test_task_6_a_block_without_a_page_is_refused() -> None:
+def test_task_6_a_block_without_a_page_is_rejected() -> None:
     """Oracle: the docstring."""
     pool = pool_of([9, 5])
     pages = in_pages(pool)
@@ -302,8 +310,8 @@ def test_task_6_a_block_without_a_page_is_refused() -> None:
         paged_attention_kernel(mx.zeros((2, 4, 1, 8)), pool.tables, pages, 4)
 
 
-def test_task_6_another_block_size_is_refused() -> None:
-    """Oracle: the docstring: the tables' blocks have 4 tokens; then the pages have 8."""
+def test_task_6_a_different_block_size_is_rejected() -> None:
+    """Oracle: the docstring: first the argument is 8 for blocks of 4 tokens, then the pages have 8 tokens."""
     pool = pool_of([9, 5])
     query = mx.zeros((2, 4, 1, 8))
     with pytest.raises(ValueError):
@@ -314,9 +322,11 @@ def test_task_6_another_block_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [mx.zeros((2, 4, 8), mx.float16), mx.zeros((1, 4, 8))], ids=["type", "heads"]
+    "other",
+    [mx.zeros((2, 4, 8), mx.float16), mx.zeros((1, 4, 8))],
+    ids=["different_dtype", "different_heads"],
 )
-def test_task_6_pages_that_are_not_alike_are_refused(other: mx.array) -> None:
+def test_task_6_pages_of_different_shapes_or_dtypes_are_rejected(other: mx.array) -> None:
     """Oracle: the docstring."""
     pool = pool_of([9, 5])
     pages = in_pages(pool)

@@ -21,7 +21,7 @@ from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan, Scheduled
 
 from common.blocks import filled
-from common.paged_managers import WatchedModel, check_logits, check_pages, manager_of, with_model
+from common.paged_managers import RecordingModel, check_logits, check_pages, manager_of, with_model
 from common.plain_pool import check_conserved
 from common.toy_models import tiny_model
 from common.toy_requests import ids, limits, prompt
@@ -31,20 +31,23 @@ from tiny_llm_checkpoints.model_config import ModelConfig
 
 
 def chunk(manager: PagedBatchManager, seq_id: str, start: int, stop: int) -> Scheduled[PagedSequence]:
-    """The positions start .. stop - 1 of a sequence, as a plan has them: there are pages for them."""
+    """A plan's chunk for the positions start .. stop - 1 of a sequence, with its pages allocated."""
     sequence = manager.sequence(seq_id)
     return Scheduled(sequence, start, stop, sequence.append_tokens(stop - start))
 
 
 def queued(manager: PagedBatchManager, prompts: Mapping[str, list[int]]) -> None:
-    """Add requests that a test schedules by hand."""
+    """Add requests whose chunks the test schedules itself."""
     for name, tokens in prompts.items():
         manager.add_request(tokens, name, limits())
 
 
-def test_task_16_a_plans_chunks_are_one_pass_with_a_row_for_each_that_is_ready() -> None:
-    """Oracle: the model without cache and batch; by hand: 7 + 3 + 12 tokens, of which two need logits."""
-    prompts, model = {"a": prompt(7, 1), "b": prompt(5, 2), "c": prompt(12, 3)}, WatchedModel()
+def test_task_16_all_chunks_are_one_pass_with_a_row_of_logits_per_complete_sequence() -> None:
+    """Oracle: the model without cache and batch.
+
+    By hand: 7 + 3 + 12 tokens, and two sequences need logits.
+    """
+    prompts, model = {"a": prompt(7, 1), "b": prompt(5, 2), "c": prompt(12, 3)}, RecordingModel()
     manager = with_model(model=model)
     queued(manager, prompts)
     rows = manager.run_plan(
@@ -57,8 +60,8 @@ def test_task_16_a_plans_chunks_are_one_pass_with_a_row_for_each_that_is_ready()
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_task_16_chunks_without_logits_are_computed_all_the_same(block_size: int) -> None:
-    """Oracle: the model without cache and batch: three chunks of two prompts; the first two bring no row."""
+def test_task_16_chunks_without_logits_are_computed_too(block_size: int) -> None:
+    """Oracle: the model without cache and batch: three chunks of two prompts; the first two return no row."""
     prompts = {"a": prompt(11, 4), "b": prompt(9, 5)}
     manager = with_model(block_size=block_size)
     queued(manager, prompts)
@@ -71,7 +74,7 @@ def test_task_16_chunks_without_logits_are_computed_all_the_same(block_size: int
 
 
 def test_task_16_copies_are_made_before_the_pass_writes() -> None:
-    """Oracle: the model without cache and batch: two forks of 6 tokens in blocks of 4, which part."""
+    """Oracle: the model without cache and batch: two forks of 6 tokens in blocks of 4 diverge."""
     manager, tokens = with_model(), prompt(6, 6)
     queued(manager, {"a": tokens})
     first = manager.sequence("a")
@@ -86,8 +89,8 @@ def test_task_16_copies_are_made_before_the_pass_writes() -> None:
     check_logits({"a": rows[0], "b": rows[1]}, {"a": [*tokens, 11], "b": [*tokens, 23]})
 
 
-def test_task_16_the_pool_gets_the_allocators_size_first() -> None:
-    """Oracle: by hand, and the model without cache: the pool has no blocks yet for the second sequence."""
+def test_task_16_the_pool_is_resized_to_the_allocator_before_the_pass() -> None:
+    """Oracle: by hand, and the model without cache: the pool starts without the second sequence's blocks."""
     manager, prompts = with_model(min_pages=2), {"a": prompt(7, 7), "b": prompt(9, 8)}
     queued(manager, prompts)
     manager.run_plan(Plan([chunk(manager, "a", 0, 7)]))
@@ -101,7 +104,7 @@ def test_task_16_the_pool_gets_the_allocators_size_first() -> None:
     assert manager.pool.num_blocks == 16
 
 
-def test_task_16_every_position_that_is_asked_for_has_a_row() -> None:
+def test_task_16_prompt_logprobs_give_a_row_for_every_prompt_token() -> None:
     """Oracle: the model without cache and batch: a prompt's log-probabilities need all rows."""
     manager, tokens = with_model(), prompt(5, 9)
     manager.add_request(tokens, "a", SamplingParams(max_tokens=4, prompt_logprobs=0))
@@ -112,7 +115,7 @@ def test_task_16_every_position_that_is_asked_for_has_a_row() -> None:
 
 
 def filled_pool(manager: PagedBatchManager) -> KVPool:
-    """A manager's pool with random keys and values in the blocks 10 and 11, which no sequence has."""
+    """A manager's pool with random keys and values in the blocks 10 and 11, which no sequence holds."""
     pool, filling = manager.pool, mx.random.normal((2, 8, 2, 8), key=mx.random.key(1))
     assert pool is not None
     for layer in range(2):
@@ -125,10 +128,10 @@ def held(pool: KVPool, block: int) -> np.ndarray:
     return np.stack([np.array(mx.stack(pool.read_blocks(layer, [block]))) for layer in range(2)])
 
 
-def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> None:
-    """Oracle: what was in the blocks. A plan may have no chunk; a copy may go to a block that goes out.
+def test_task_16_blocks_are_swapped_before_copies_and_the_pass() -> None:
+    """Oracle: the blocks' contents. A plan may have no chunk; a copy may overwrite a swapped-out block.
 
-    Copying first is the mistake: the host gets what came into the block by the copy.
+    Common mistake: copying first, so the host gets the copied content.
     """
     manager = with_model(blocks=16, policies=Policies(swap_blocks=3))
     pool, tokens = filled_pool(manager), prompt(3, 10)
@@ -138,12 +141,14 @@ def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> N
     rows = manager.run_plan(Plan([copied], swapped_out=[(11, 2)]))
     assert rows is not None
     check_logits({"a": rows[0]}, {"a": tokens})
-    np.testing.assert_array_equal(held(pool, 11), tenth, err_msg="the plan's copy from 10 to 11 was not made")
+    np.testing.assert_array_equal(
+        held(pool, 11), tenth, err_msg="the plan's copy from block 10 to 11 was not made"
+    )
     assert manager.run_plan(Plan(swapped_in={14: 2})) is None
     np.testing.assert_array_equal(
         held(pool, 14),
         eleventh,
-        err_msg="block 14 is not what block 11 held before the plan: swapping out comes before the copies",
+        err_msg="block 14 must hold what block 11 held before the plan: swap out before copying",
     )
 
 
@@ -152,69 +157,76 @@ def test_task_16_blocks_go_to_the_host_and_come_back_before_anything_else() -> N
     [(3, ["evaluate"]), (5, ["start with logits"])],
     ids=["no_row", "one_row"],
 )
-def test_task_16_nothing_stays_a_description(
+def test_task_16_the_pool_is_evaluated_after_the_model_or_started_with_the_logits(
     monkeypatch: pytest.MonkeyPatch, stop: int, expected: list[str]
 ) -> None:
     """Oracle: the docstring: after the model comes `evaluate` without rows, and `start` with them.
 
-    Waiting for the logits is one mistake, and `start` without rows the other: the next step may write to the
-    pool at once.
+    Common mistakes: waiting for the logits, and calling `start` without rows although the next step may write
+    to the pool at once.
     """
     called: list[str] = []
-    model = WatchedModel()
+    model = RecordingModel()
     manager = with_model(model=model)
     queued(manager, {"a": prompt(5, 13)})
     for name in ("evaluate", "start"):
-        own = getattr(KVPool, name)
+        original = getattr(KVPool, name)
 
-        def watched(pool: KVPool, *outputs: mx.array, name: str = name, own: Callable = own) -> None:
+        def recording(
+            pool: KVPool, *outputs: mx.array, name: str = name, original: Callable = original
+        ) -> None:
             if model.fed:
                 called.append(f"{name} with logits" if any(one.size for one in outputs) else name)
-            own(pool, *outputs)
+            original(pool, *outputs)
 
-        monkeypatch.setattr(KVPool, name, watched)
+        monkeypatch.setattr(KVPool, name, recording)
     manager.run_plan(Plan([chunk(manager, "a", 0, stop)]))
-    assert called == expected, "what `run_plan` asked of the pool after the model"
+    assert called == expected, "the methods of the pool that `run_plan` called after the model"
 
 
-class OtherScale(WatchedModel):
-    """A model whose configuration asks for another scale than that of its head size."""
+class OtherScale(RecordingModel):
+    """A model whose configured attention scale is not head_dim ** -0.5."""
 
     @property
     def config(self) -> ModelConfig:
-        """The tiny model's with a `query_pre_attn_scalar` of 64: a scale of 1/8, for heads of size 8."""
+        """The tiny model's, with a `query_pre_attn_scalar` of 64: a scale of 1/8 for heads of size 8."""
         return replace(super().config, query_pre_attn_scalar=64.0)
 
 
-def test_task_16_the_scale_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: by hand: 64 ** -0.5. One over the root of the head size is the mistake: some models differ."""
+def test_task_16_the_scale_comes_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: 64 ** -0.5. Common mistake: head_dim ** -0.5, which some models do not use."""
     seen: list[float] = []
     make_context = PageLayout.context
 
-    def watched(layout: PageLayout, pool: KVPool, spans: Sequence, scale: float, rows: mx.array) -> KVContext:
+    def recording(
+        layout: PageLayout, pool: KVPool, spans: Sequence, scale: float, rows: mx.array
+    ) -> KVContext:
         seen.append(scale)
         return make_context(layout, pool, spans, scale, rows)
 
-    monkeypatch.setattr(PageLayout, "context", watched)
+    monkeypatch.setattr(PageLayout, "context", recording)
     manager = with_model(model=OtherScale())
     queued(manager, {"a": prompt(3, 14)})
     manager.run_plan(Plan([chunk(manager, "a", 0, 3)]))
-    assert seen == [pytest.approx(0.125)], "the scale that `_layout.context` was given"
+    assert seen == [pytest.approx(0.125)], "the scale that `run_plan` passed to `_layout.context`"
 
 
-def test_task_16_the_layout_makes_the_context_of_all_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the docstring: two groups of layers have two tables; a context of the first only would be wrong
-    as soon as one of them has a window.
+def test_task_16_the_layout_makes_the_context_from_all_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the docstring: two groups of layers have two tables.
+
+    A context of only the first table is wrong if one of the groups has a window.
     """
     seen: list[list[int]] = []
     make_context = PageLayout.context
 
-    def watched(layout: PageLayout, pool: KVPool, spans: Sequence, scale: float, rows: mx.array) -> KVContext:
+    def recording(
+        layout: PageLayout, pool: KVPool, spans: Sequence, scale: float, rows: mx.array
+    ) -> KVContext:
         seen.append([len(tables) for tables, _, _ in spans])
         assert rows.dtype == mx.int32
         return make_context(layout, pool, spans, scale, rows)
 
-    monkeypatch.setattr(PageLayout, "context", watched)
+    monkeypatch.setattr(PageLayout, "context", recording)
     groups = (LayerGroup((0,)), LayerGroup((1,)))
     manager = PagedBatchManager(16, 4, 4, model=tiny_model(), kv_dtype=mx.float32, groups=groups)
     prompts = {"a": prompt(5, 11), "b": prompt(2, 12)}
@@ -235,7 +247,7 @@ def test_task_16_without_a_model_nothing_is_computed() -> None:
 # Task 17: PagedBatchManager.process_batch
 
 
-def test_task_17_a_prompt_is_computed_and_is_ready() -> None:
+def test_task_17_a_prompt_is_ready_after_its_last_chunk() -> None:
     """Oracle: by hand: 6 tokens take 2 blocks of 4, and all of them are computed."""
     manager = manager_of()
     manager.add_request([5] * 6, "a", limits())
@@ -244,12 +256,12 @@ def test_task_17_a_prompt_is_computed_and_is_ready() -> None:
     assert (ids(manager.waiting), ids(manager.running)) == ([], ["a"])
     assert manager.sequence("a").num_computed == 6
     assert manager.capacity.num_free == 6
-    assert manager.prefix_stats.queries == 6, "the scheduler was not told what was computed"
+    assert manager.prefix_stats.queries == 6, "`computed` of the scheduler was not called"
     check_pages(manager)
 
 
 def test_task_17_a_step_fills_the_tables_of_all_groups() -> None:
-    """Oracle: by hand: two groups of layers, so two tables; the pages of both are taken, and freed."""
+    """Oracle: by hand: two groups of layers, so two tables; the pages of both are allocated and freed."""
     manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=(LayerGroup((0,)), LayerGroup((1,))))
     manager.add_request([5, 6, 7, 8, 9], "a", limits())
     assert list(manager.process_batch()) == ["a"]
@@ -260,65 +272,65 @@ def test_task_17_a_step_fills_the_tables_of_all_groups() -> None:
     assert manager.capacity.num_free == 16
 
 
-class ToldInOrder(NoPrefixSharing):
-    """A prefix cache that notes what was computed when it was asked to keep something."""
+class RecordingPrefixCache(NoPrefixSharing):
+    """A prefix cache that records the calls of `keep`."""
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         super().__init__(allocator, block_size)
         self.seen: list[tuple[str, int, int]] = []
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
-        """Note it: the sequence, its computed tokens, and its completions to come."""
+        """Record the sequence, its computed tokens and its pending forks."""
         self.seen.append((sequence.seq_id, sequence.num_computed, sequence.num_forks))
 
 
-def test_task_17_the_scheduler_knows_before_completions_are_made() -> None:
-    """Oracle: the docstring: a leader with two completions to come is kept once, before it has any."""
-    manager = PagedBatchManager(16, 4, 4, max_model_len=32, policies=Policies(prefix=ToldInOrder))
+def test_task_17_computed_is_called_before_completions_are_forked() -> None:
+    """Oracle: the docstring: a leader with two pending forks is kept once, before they exist."""
+    manager = PagedBatchManager(16, 4, 4, max_model_len=32, policies=Policies(prefix=RecordingPrefixCache))
     manager.add_request([5] * 6, "a", limits(n=3))
     assert set(manager.process_batch()) == {"a/0", "a/1", "a/2"}
-    assert isinstance(manager.prefix, ToldInOrder)
+    assert isinstance(manager.prefix, RecordingPrefixCache)
     assert manager.prefix.seen == [("a/0", 6, 2)], (
-        "each is a sequence, its computed tokens, and its completions to come: `conclude` makes these, and "
-        "must come after `computed`"
+        "each entry is a sequence, its computed tokens and its pending forks: call `computed` before "
+        "`conclude`, which makes the forks"
     )
 
 
-class FailingModel(WatchedModel):
-    """A model that raises in its pass."""
+class FailingModel(RecordingModel):
+    """A model whose pass fails."""
 
     def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
         """Raise."""
         raise RuntimeError("no memory on the device")
 
 
-def test_task_17_what_was_not_computed_is_not_shared() -> None:
-    """Oracle: the docstring: the pass raises, so the plan's blocks hold no keys, and no cache may have them.
+def test_task_17_computed_is_not_called_if_the_pass_fails() -> None:
+    """Oracle: the docstring: the pass raises, so the plan's blocks hold no keys, and no cache may hold them.
 
-    Telling the scheduler before the pass is the mistake.
+    Common mistake: calling `computed` before the pass.
     """
-    manager = with_model(model=FailingModel(), policies=Policies(prefix=ToldInOrder))
+    manager = with_model(model=FailingModel(), policies=Policies(prefix=RecordingPrefixCache))
     manager.add_request(prompt(6, 15), "a", limits())
     with pytest.raises(RuntimeError):
         manager.process_batch()
-    assert isinstance(manager.prefix, ToldInOrder)
+    assert isinstance(manager.prefix, RecordingPrefixCache)
     assert manager.prefix.seen == [], "`computed` was called before the model had computed the plan"
 
 
-def test_task_17_the_plan_of_the_step_can_be_looked_at() -> None:
-    """Oracle: by hand: `_schedule` keeps it as `last_plan`. `_scheduler.plan()` is the mistake."""
+def test_task_17_last_plan_is_the_plan_of_the_step() -> None:
+    """Oracle: by hand: `_schedule` stores it as `last_plan`. Common mistake: `_scheduler.plan()`."""
     manager, planned = manager_of(budget=4), []
     manager.add_request([5] * 6, "a", limits())
     for _ in range(2):
         manager.process_batch()
         planned.append([(one.sequence.seq_id, one.start, one.stop) for one in manager.last_plan.chunks])
-    assert planned == [[("a", 0, 4)], [("a", 4, 6)]], "`last_plan` is what `_schedule` keeps"
+    assert planned == [[("a", 0, 4)], [("a", 4, 6)]], "`last_plan` must be the plan that `_schedule` stores"
 
 
-def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
+def test_task_17_a_step_without_chunks_still_swaps_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Oracle: what was in block 11: a plan puts it on the host, the next one into block 14."""
+    """Oracle: the content of block 11: one plan swaps it out, the next one swaps it into block 14."""
     manager = with_model(blocks=16, policies=Policies(swap_blocks=3))
     pool = filled_pool(manager)
     expected = held(pool, 11)
@@ -328,12 +340,12 @@ def test_task_17_a_step_may_have_blocks_to_exchange_and_nothing_to_compute(
     np.testing.assert_array_equal(
         held(pool, 14),
         expected,
-        err_msg="block 14 is not what block 11 held: blocks are exchanged without chunks too",
+        err_msg="block 14 must hold what block 11 held: swap blocks even without chunks",
     )
 
 
 def parts_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that gets the name of each part of a step when it is called."""
+    """A list that records the name of each part of a step when it is called."""
     called: list[str] = []
     parts = (
         (PagedBatchManager, "shrink_pool"),
@@ -343,34 +355,36 @@ def parts_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (Plan, "conclude"),
     )
     for owner, name in parts:
-        own = getattr(owner, name)
+        original = getattr(owner, name)
 
-        def watched(*args: object, name: str = name, own: Callable = own) -> object:
+        def recording(*args: object, name: str = name, original: Callable = original) -> object:
             called.append(name)
-            return own(*args)
+            return original(*args)
 
-        monkeypatch.setattr(owner, name, watched)
+        monkeypatch.setattr(owner, name, recording)
     return called
 
 
 def test_task_17_each_part_of_a_step_is_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the docstring: five parts, in the order that their needs tell."""
+    """Oracle: the docstring: five parts, in the order that their dependencies require."""
     manager, called = manager_of(), parts_called(monkeypatch)
     manager.add_request([5, 6, 7], "a", limits())
     manager.process_batch()
     assert called == ["shrink_pool", "_schedule", "run_plan", "computed", "conclude"]
 
 
-def test_task_17_a_step_with_an_empty_plan_is_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: the docstring: there is nothing to run or to conclude; an idle step gives memory back too."""
+def test_task_17_a_step_with_an_empty_plan_runs_and_concludes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: the docstring: there is nothing to run or to conclude; an idle step shrinks the pool too."""
     manager, called = manager_of(), parts_called(monkeypatch)
     ready = manager.process_batch()
     assert len(ready) == 0
-    assert called == ["shrink_pool", "_schedule"], "what a step called for a plan that `is_empty`"
+    assert called == ["shrink_pool", "_schedule"], "the parts that a step calls for an empty plan"
 
 
-def test_task_17_without_work_no_sequence_is_ready() -> None:
-    """Oracle: by hand: without a request, and with one whose token is not chosen yet."""
+def test_task_17_no_sequence_is_ready_without_tokens_to_compute() -> None:
+    """Oracle: by hand: without a request, and with one whose token is not sampled yet."""
     manager = manager_of()
     assert len(manager.process_batch()) == 0
     manager.add_request([5, 6, 7], "a", limits())
@@ -379,8 +393,11 @@ def test_task_17_without_work_no_sequence_is_ready() -> None:
     assert manager.sequence("a").num_computed == 3
 
 
-def test_task_17_a_long_prompt_is_computed_in_chunks_with_pages_as_they_are_needed() -> None:
-    """Oracle: by hand: 10 tokens at 4 a step, a block for each chunk; none is ready before the last."""
+def test_task_17_a_long_prompt_is_computed_in_chunks_and_allocates_pages_on_demand() -> None:
+    """Oracle: by hand: 10 tokens at 4 per step, a block for each chunk.
+
+    Nothing is ready before the last chunk.
+    """
     manager, found = manager_of(budget=4), []
     manager.add_request([1] * 10, "a", limits())
     for _ in range(3):
@@ -389,8 +406,8 @@ def test_task_17_a_long_prompt_is_computed_in_chunks_with_pages_as_they_are_need
     assert found == [([], 4, 7), ([], 8, 6), (["a"], 10, 5)]
 
 
-def test_task_17_decodes_go_on_beside_a_long_prompt() -> None:
-    """Oracle: by hand: of 4 tokens a step one is the decode's, and 3 are the prompt's."""
+def test_task_17_a_long_prompt_does_not_delay_decodes() -> None:
+    """Oracle: by hand: of 4 tokens per step the decode gets one and the prompt gets 3."""
     manager, computed = manager_of(budget=4), []
     manager.add_request([5], "short", limits(8))
     manager.commit(dict.fromkeys(manager.process_batch(), 7))
@@ -404,8 +421,8 @@ def test_task_17_decodes_go_on_beside_a_long_prompt() -> None:
     check_pages(manager)
 
 
-def test_task_17_completions_are_forked_when_their_prompt_is_computed() -> None:
-    """Oracle: by hand: a prompt of 6 takes 2 blocks for all three; then each writes to its own."""
+def test_task_17_completions_are_forked_when_their_prompt_is_complete() -> None:
+    """Oracle: by hand: a prompt of 6 takes 2 blocks for all three; then each writes to its own copy."""
     manager = manager_of(budget=4)
     manager.add_request([1] * 6, "a", limits(n=3))
     assert len(manager.process_batch()) == 0
@@ -420,9 +437,9 @@ def test_task_17_completions_are_forked_when_their_prompt_is_computed() -> None:
     check_pages(manager)
 
 
-def test_task_17_a_search_begins_as_one_beam_and_goes_on_as_it_is_told() -> None:
-    """Oracle: by hand: its places are kept, and `advance` makes three beams of one."""
-    manager = manager_of(seats=4)
+def test_task_17_a_beam_search_starts_as_one_beam_and_advance_makes_the_others() -> None:
+    """Oracle: by hand: its slots are reserved, and `advance` makes three beams of one."""
+    manager = manager_of(max_seqs=4)
     manager.add_request([1] * 6, "a", limits(n=3), beam_search=True)
     manager.add_request([2], "b", limits(n=2))
     assert list(manager.process_batch()) == ["a/0"]
@@ -435,25 +452,25 @@ def test_task_17_a_search_begins_as_one_beam_and_goes_on_as_it_is_told() -> None
     check_pages(manager)
 
 
-def test_task_17_a_request_that_finds_too_few_pages_is_dropped_and_the_next_runs() -> None:
-    """Oracle: the docstring: a table outside holds 3 of 4 blocks."""
+def test_task_17_a_request_that_never_fits_the_free_pages_is_dropped_and_the_next_runs() -> None:
+    """Oracle: the docstring: a table outside the manager holds 3 of 4 blocks."""
     manager = manager_of(blocks=4)
-    elsewhere = filled(manager.allocator, 12)
+    outside = filled(manager.allocator, 12)
     manager.add_request([1] * 8, "big", limits())
     with pytest.raises(OutOfBlocksError):
         manager.process_batch()
     assert not manager.has_work
     manager.add_request([1], "small", limits(2))
     assert list(manager.process_batch()) == ["small"]
-    check_conserved(manager.allocator, elsewhere, manager.sequence("small").table)
+    check_conserved(manager.allocator, outside, manager.sequence("small").table)
 
 
 @pytest.mark.parametrize("budget", [3, 8, 512])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_task_17_logits_are_those_of_each_sequence_alone(budget: int, block_size: int) -> None:
-    """Oracle: the model without cache and batch. The prompts are packed, whole or in chunks."""
+def test_task_17_logits_do_not_depend_on_the_batch_or_the_chunks(budget: int, block_size: int) -> None:
+    """Oracle: the model without cache and batch. The prompts are packed, complete or in chunks."""
     prompts = {"a": prompt(7, 1), "b": prompt(1, 2), "c": prompt(12, 3)}
-    manager, found = with_model(block_size=block_size, seats=3, budget=budget), []
+    manager, found = with_model(block_size=block_size, max_seqs=3, budget=budget), []
     for name, tokens in prompts.items():
         manager.add_request(tokens, name, limits())
     for _ in range(10):
@@ -463,9 +480,9 @@ def test_task_17_logits_are_those_of_each_sequence_alone(budget: int, block_size
     assert sorted(found) == ["a", "b", "c"]
 
 
-def test_task_17_a_step_is_one_pass_and_only_rows_that_matter_become_logits() -> None:
-    """Oracle: by hand: 8 tokens are 4 and 4 of 6, the next step brings 2; for nothing there is no pass."""
-    model = WatchedModel()
+def test_task_17_a_step_is_one_pass_and_computes_only_the_requested_logits() -> None:
+    """Oracle: by hand: the first pass has 4 + 4 tokens, the next one 2, and an empty step has no pass."""
+    model = RecordingModel()
     manager = with_model(model=model, budget=8)
     manager.add_request(prompt(4, 6), "a", limits())
     manager.add_request(prompt(6, 7), "b", limits())
@@ -474,7 +491,7 @@ def test_task_17_a_step_is_one_pass_and_only_rows_that_matter_become_logits() ->
     assert (model.fed, model.num_rows) == ([8, 2], [1, 1])
 
 
-def test_task_17_the_next_step_continues_with_the_token() -> None:
+def test_task_17_the_next_step_computes_the_committed_token() -> None:
     """Oracle: the model without cache and batch, on prompt and outputs."""
     manager, tokens = with_model(), prompt(5, 8)
     manager.add_request(tokens, "a", limits())
@@ -485,10 +502,10 @@ def test_task_17_the_next_step_continues_with_the_token() -> None:
 
 
 @pytest.mark.parametrize("length", [6, 8, 9])
-def test_task_17_completions_go_different_ways(length: int) -> None:
-    """Oracle: the model without cache and batch, on each one's own tokens; blocks of 4.
+def test_task_17_completions_of_one_prompt_can_diverge(length: int) -> None:
+    """Oracle: the model without cache and batch, on the tokens of each completion; blocks of 4.
 
-    Copies that are not made before the step writes, or not at all, are the mistake.
+    Common mistake: making the copies after the step's writes, or not at all.
     """
     manager, tokens = with_model(), prompt(length, 9)
     known = {f"a/{i}": list(tokens) for i in range(3)}
@@ -503,8 +520,8 @@ def test_task_17_completions_go_different_ways(length: int) -> None:
         check_pages(manager)
 
 
-def test_task_17_beams_go_different_ways() -> None:
-    """Oracle: the model without cache and batch, on each beam's own tokens. Some have two children."""
+def test_task_17_beams_can_diverge() -> None:
+    """Oracle: the model without cache and batch, on the tokens of each beam. Some beams have two children."""
     manager, tokens = with_model(), prompt(6, 10)
     manager.add_request(tokens, "a", limits(8, n=3), beam_search=True)
     known = {"a/0": tokens}
@@ -519,7 +536,7 @@ def test_task_17_beams_go_different_ways() -> None:
 
 
 def test_task_17_a_pool_grows_with_its_sequences() -> None:
-    """Oracle: the model without cache and batch: what is in the pool stays in it when it gets larger."""
+    """Oracle: the model without cache and batch: growing the pool keeps its contents."""
     manager, known = with_model(min_pages=1), {"a": prompt(6, 11), "b": prompt(3, 12)}
     assert manager.pool is not None
     one_block, sizes = manager.capacity.nbytes, []
@@ -538,8 +555,8 @@ def test_task_17_a_pool_grows_with_its_sequences() -> None:
     assert sizes[0] < sizes[-1]
 
 
-def test_task_17_a_sequence_ends_and_its_pages_are_free() -> None:
-    """Oracle: by hand: 2 blocks and 1. A sequence that is only forgotten keeps its pages for ever."""
+def test_task_17_finishing_a_sequence_frees_its_pages() -> None:
+    """Oracle: by hand: 2 blocks and 1. Dropping a sequence without releasing it leaks its pages."""
     manager = manager_of()
     manager.add_request([5] * 6, "a", limits())
     manager.add_request([7], "b", limits())
@@ -554,8 +571,8 @@ def test_task_17_a_sequence_ends_and_its_pages_are_free() -> None:
     assert not manager.has_work
 
 
-def test_task_17_an_ended_sequence_is_unknown() -> None:
-    """Oracle: the docstring: nothing is given back a second time."""
+def test_task_17_finishing_a_finished_sequence_raises_key_error() -> None:
+    """Oracle: the docstring: nothing is freed a second time."""
     manager = manager_of()
     manager.add_request([5, 6], "a", limits())
     manager.add_request([5, 6], "b", limits())
@@ -568,9 +585,9 @@ def test_task_17_an_ended_sequence_is_unknown() -> None:
     check_pages(manager)
 
 
-def test_task_17_a_sequence_may_end_while_it_waits_or_its_prompt_is_computed() -> None:
+def test_task_17_a_sequence_can_finish_while_waiting_or_during_its_prefill() -> None:
     """Oracle: by hand."""
-    manager = manager_of(seats=1, budget=4)
+    manager = manager_of(max_seqs=1, budget=4)
     manager.add_request([1] * 10, "a", limits())
     manager.add_request([2], "b", limits())
     manager.process_batch()
@@ -581,8 +598,8 @@ def test_task_17_a_sequence_may_end_while_it_waits_or_its_prompt_is_computed() -
     assert len(manager.process_batch()) == 0
 
 
-def test_task_17_completions_end_one_by_one_and_keep_what_they_share() -> None:
-    """Oracle: by hand: 6 tokens in blocks of 4, then one token each: 1 shared block and 3 of their own."""
+def test_task_17_finishing_completions_one_by_one_keeps_their_shared_blocks() -> None:
+    """Oracle: by hand: 6 tokens in blocks of 4, then one token each: 1 shared block and 3 others."""
     manager, free = manager_of(), []
     manager.add_request([5] * 6, "a", limits(n=3))
     for _ in range(2):
@@ -594,20 +611,20 @@ def test_task_17_completions_end_one_by_one_and_keep_what_they_share() -> None:
     assert free == [5, 6, 8]
 
 
-def test_task_17_the_next_one_starts_on_the_pages_of_the_last_one() -> None:
-    """Oracle: by hand: 20 tokens are 5 of 6 blocks: one at a time, first come, first served."""
+def test_task_17_the_next_request_starts_on_the_freed_pages() -> None:
+    """Oracle: by hand: 20 tokens take 5 of 6 blocks, so requests run one at a time, in order of arrival."""
     manager, order = manager_of(blocks=6), []
     for name in ("c", "a", "b"):
         manager.add_request([1] * 18, name, limits(2))
     while manager.has_work:
-        assert len(order) < 9, "it never ends"
+        assert len(order) < 9, "the requests do not finish"
         order += (ready := list(manager.process_batch()))
         for name in ready:
             manager.finish(name)
     assert order == ["c", "a", "b"]
 
 
-def test_task_17_a_cancelled_search_gives_everything_back() -> None:
+def test_task_17_cancelling_a_beam_search_frees_all_its_pages() -> None:
     """Oracle: by hand: `cancel` finishes every sequence of a request."""
     manager = manager_of()
     manager.add_request([1] * 6, "a", limits(n=3), beam_search=True)
@@ -620,10 +637,10 @@ def test_task_17_a_cancelled_search_gives_everything_back() -> None:
     assert manager.add_request([5], "a", limits())
 
 
-def test_task_17_a_pool_that_has_grown_gives_memory_back() -> None:
-    """Oracle: by hand, and the model without cache: blocks far behind move to the front.
+def test_task_17_a_pool_that_has_grown_shrinks_again() -> None:
+    """Oracle: by hand, and the model without cache: blocks at the end move to the front.
 
-    Two ask for many blocks and one of them ends: the pool shrinks while the other goes on.
+    Two requests need many blocks and one of them finishes: the pool shrinks while the other continues.
     """
     manager, known = with_model(min_pages=2), {"a": prompt(40, 13), "b": prompt(5, 14)}
     for name, tokens in known.items():
@@ -639,8 +656,8 @@ def test_task_17_a_pool_that_has_grown_gives_memory_back() -> None:
         manager.commit({name: known[name][-1] for name in ready})
         if step == 2:
             manager.finish("a")
-    assert max(sizes) >= 13, "the pool did not grow"
-    assert sizes[-1] <= 8, "the pool did not shrink: each step gives memory back before it plans"
+    assert max(sizes) >= 13, "the pool must grow"
+    assert sizes[-1] <= 8, "the pool must shrink: each step shrinks it before planning"
     assert manager.pool is not None
     assert manager.pool.num_blocks == sizes[-1]
     assert manager.capacity.num_free == 64 - 3

@@ -1,4 +1,4 @@
-"""Day 3.2, task 17: whole requests and searches, each with the answer that it gets by itself."""
+"""Day 3.2, task 17: whole requests and beam searches get the same results in every batch."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ from common.toy_requests import REQUESTS, Requests, answers, limits, prompt
 
 
 def served(manager: PagedBatchManager, requests: Requests, every: int = 0) -> dict[str, list[int]]:
-    """What `answers` gives; pages are conserved after every step, and all are free in the end."""
+    """The result of `answers`; asserts that pages are conserved after every step and all free at the end."""
     found = answers(manager, requests, every, after_step=lambda: check_pages(manager))
-    assert manager.capacity.num_free == manager.max_pages, "pages are missing when all have ended"
+    assert manager.capacity.num_free == manager.max_pages, "pages were leaked: not all are free at the end"
     return found
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-def test_task_17_a_request_alone_gets_the_likeliest_tokens(block_size: int) -> None:
+def test_task_17_a_single_request_gets_the_tokens_of_a_loop_without_cache(block_size: int) -> None:
     """Oracle: a plain loop that recomputes everything."""
     for name, (tokens, params) in REQUESTS.items():
         assert params.max_tokens is not None
@@ -31,7 +31,7 @@ def test_task_17_a_request_alone_gets_the_likeliest_tokens(block_size: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("blocks", "block_size", "seats", "budget", "every", "min_pages"),
+    ("blocks", "block_size", "max_seqs", "budget", "every", "min_pages"),
     [
         (64, 4, 5, 512, 0, None),
         (64, 4, 5, 8, 0, None),
@@ -41,14 +41,14 @@ def test_task_17_a_request_alone_gets_the_likeliest_tokens(block_size: int) -> N
         (64, 2, 5, 16, 3, 1),
     ],
 )
-def test_task_17_a_request_gets_beside_others_what_it_gets_alone(
-    blocks: int, block_size: int, seats: int, budget: int, every: int, min_pages: int | None
+def test_task_17_a_request_gets_the_same_tokens_in_any_batch(
+    blocks: int, block_size: int, max_seqs: int, budget: int, every: int, min_pages: int | None
 ) -> None:
-    """Oracle: each request from nothing. They begin together or join later; pages and seats are short.
+    """Oracle: each request without a cache. Requests start together or join later; pages are scarce.
 
-    After every step each block is free or held by the tables that name it, and in the end all are free.
+    After every step each block is free or held by the tables that contain it, and at the end all are free.
     """
-    manager = with_model(blocks, block_size, seats, budget=budget, min_pages=min_pages)
+    manager = with_model(blocks, block_size, max_seqs, budget=budget, min_pages=min_pages)
     expected = {
         name: recompute_everything(tiny_model(), tokens, params.max_tokens or 0)
         for name, (tokens, params) in REQUESTS.items()
@@ -56,8 +56,8 @@ def test_task_17_a_request_gets_beside_others_what_it_gets_alone(
     assert served(manager, REQUESTS, every) == expected
 
 
-def test_task_17_completions_beside_others() -> None:
-    """Oracle: each request from nothing; the likeliest tokens are the same for all completions."""
+def test_task_17_completions_get_the_same_tokens_in_any_batch() -> None:
+    """Oracle: each request without a cache; greedy tokens are the same for all completions."""
     tokens, _ = REQUESTS["r0"]
     found = served(with_model(budget=8), {"a": (tokens, limits(9, n=3)), **REQUESTS})
     want = recompute_everything(tiny_model(), tokens, 9)
@@ -66,7 +66,7 @@ def test_task_17_completions_beside_others() -> None:
 
 
 def next_tokens(start: Sequence[int]) -> Table:
-    """The model's log-probabilities behind a prompt, from nothing."""
+    """The model's log-probabilities after a prompt, without a cache."""
 
     def table(tokens: tuple[int, ...]) -> list[float]:
         row = logits_after(tiny_model(), (*start, *tokens)).astype(np.float64)
@@ -77,12 +77,13 @@ def next_tokens(start: Sequence[int]) -> Table:
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 @pytest.mark.parametrize("width", [1, 2, 4])
-def test_task_17_a_search_finds_what_it_finds_without_any_cache(width: int, penalty: float) -> None:
-    """Oracle: beam search in plain loops that recompute every beam; your beams, pages and batches together.
+def test_task_17_a_beam_search_finds_the_same_as_without_a_cache(width: int, penalty: float) -> None:
+    """Oracle: beam search in plain loops that recompute every beam.
 
-    Two searches and a request run beside each other on few pages.
+    The test uses your beams, pages and batches together. Two searches and a request run at the same time on
+    few pages.
     """
-    manager, eos = with_model(blocks=36, block_size=3, seats=9, budget=16), (4, 17)
+    manager, eos = with_model(blocks=36, block_size=3, max_seqs=9, budget=16), (4, 17)
     core = EngineCore(manager, eos)
     params = BeamSearchParams(beam_width=width, max_tokens=6, length_penalty=penalty)
     starts = {"a": prompt(7, 20), "b": prompt(11, 21)}
@@ -93,7 +94,7 @@ def test_task_17_a_search_finds_what_it_finds_without_any_cache(width: int, pena
         core.step()
         check_pages(manager)
         steps += 1
-        assert steps < 100, "it never ends"
+        assert steps < 100, "the searches do not finish"
     assert manager.capacity.num_free == 36
     for name, start in starts.items():
         check_found(searches[name].ended, by_definition(next_tokens(start), params, eos), 1e-3)

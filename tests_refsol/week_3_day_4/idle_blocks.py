@@ -1,4 +1,4 @@
-"""Day 3.4, tasks 5 to 8: blocks that wait for the next text, blocks that are evicted, one copy of each."""
+"""Day 3.4, tasks 5 to 8: idle cached blocks, their eviction, and the deduplication of equal blocks."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,100 +19,100 @@ from tiny_llm.prefix_cache import PrefixCache
 
 from common.blocks import counts, filled, holders
 from common.examples import quick
-from week_3_day_4.blocks_by_content import forged, kept, make_cache, stream_of
+from week_3_day_4.blocks_by_content import cached, forged, make_cache, stream_of
 
 # Task 5: PrefixCache.released
 
 
-def end(cache: PrefixCache, table: BlockTable) -> None:
-    """Release a table and tell the cache, as the engine does when a sequence ends."""
+def release_table(cache: PrefixCache, table: BlockTable) -> None:
+    """Release a table and call `released`, as the engine does when a sequence finishes."""
     blocks = list(table.blocks)
     table.release()
     cache.released(blocks)
 
 
 def found(cache: PrefixCache, tokens: Sequence[int], salt: str = "") -> list[int]:
-    """The kept blocks of a text, up to the first that is missing."""
+    """The cached blocks of these tokens, up to the first that is missing."""
     stream = stream_of(tokens, cache.block_size, salt)
     return list(cache.match(stream, 0, len(stream)))
 
 
 def shared(allocator: BlockAllocator, cache: PrefixCache, tokens: Sequence[int]) -> BlockTable:
-    """A new table that shares what is kept of a text."""
+    """A new table that shares the cached blocks of these tokens."""
     table = BlockTable(allocator, cache.block_size)
     for block in found(cache, tokens):
         cache.share(table, block, cache.block_size)
     return table
 
 
-def test_task_5_kept_blocks_are_idle_when_their_table_has_gone() -> None:
-    """Oracle: by hand: the half-full third block is not kept, and is free."""
+def test_task_5_cached_blocks_are_idle_after_their_table_is_released() -> None:
+    """Oracle: by hand: the half-full third block is not cached, so it is free."""
     allocator, cache = make_cache()
-    table = kept(allocator, cache, range(10))
+    table = cached(allocator, cache, range(10))
     assert cache.num_idle == 0
-    end(cache, table)
+    release_table(cache, table)
     assert cache.num_idle == 2
     assert allocator.num_free == 12 - 2
 
 
 def test_task_5_a_block_that_another_table_holds_is_not_idle() -> None:
-    """Oracle: by hand: two tables begin alike: two blocks are shared, and each has one of its own."""
+    """Oracle: by hand: two tables share their first two blocks, and each has one more."""
     allocator, cache = make_cache()
-    first = kept(allocator, cache, range(12))
-    second = kept(allocator, cache, [*range(8), 9, 9, 9, 9])
-    end(cache, first)
+    first = cached(allocator, cache, range(12))
+    second = cached(allocator, cache, [*range(8), 9, 9, 9, 9])
+    release_table(cache, first)
     assert cache.num_idle == 1
-    end(cache, second)
+    release_table(cache, second)
     assert cache.num_idle == 4
 
 
-def test_task_5_blocks_that_are_not_kept_are_ignored() -> None:
+def test_task_5_blocks_that_are_not_cached_are_ignored() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
-    end(cache, filled(allocator, 12))
+    release_table(cache, filled(allocator, 12))
     cache.released([])
     assert cache.num_idle == len(cache) == 0
 
 
 def test_task_5_a_block_that_is_shared_again_is_not_idle() -> None:
-    """Oracle: by hand: there and back, twice."""
+    """Oracle: by hand: shared and released, twice."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, range(12)))
+    release_table(cache, cached(allocator, cache, range(12)))
     for _ in range(2):
         table = shared(allocator, cache, range(8))
         assert cache.num_idle == 1
         assert holders(table) == [2, 2]
-        end(cache, table)
+        release_table(cache, table)
         assert cache.num_idle == 3
 
 
-def test_task_5_of_one_text_the_last_block_is_the_next_to_go() -> None:
-    """Oracle: by hand: a beginning is of use without its end, an end never without its beginning."""
+def test_task_5_the_last_block_of_a_sequence_is_evicted_first() -> None:
+    """Oracle: by hand: a prefix is useful without later blocks, but not the other way round."""
     allocator, cache = make_cache()
-    table = kept(allocator, cache, range(16))
+    table = cached(allocator, cache, range(16))
     blocks = list(table.blocks)
-    end(cache, table)
+    release_table(cache, table)
     assert cache.idle == blocks[::-1]
 
 
-def test_task_5_what_was_released_first_is_the_next_to_go() -> None:
-    """Oracle: by hand: they were kept in one order and released in another, which counts."""
+def test_task_5_blocks_released_first_are_evicted_first() -> None:
+    """Oracle: by hand: they were cached in one order and released in another; the order of release counts."""
     allocator, cache = make_cache()
-    tables = [kept(allocator, cache, tokens) for tokens in ([1] * 8, [2] * 4, [3] * 8)]
+    tables = [cached(allocator, cache, tokens) for tokens in ([1] * 8, [2] * 4, [3] * 8)]
     blocks = [list(table.blocks) for table in tables]
     for row in (2, 0, 1):
-        end(cache, tables[row])
+        release_table(cache, tables[row])
     assert cache.idle == [*blocks[2][::-1], *blocks[0][::-1], *blocks[1]]
 
 
-def test_task_5_a_block_that_was_used_again_goes_to_the_end() -> None:
-    """Oracle: by hand: the older of two texts is shared by a table, which goes again."""
+def test_task_5_a_block_that_was_used_again_moves_to_the_end_of_the_queue() -> None:
+    """Oracle: by hand: the older of two sequences is shared by a table that is then released."""
     allocator, cache = make_cache()
-    tables = [kept(allocator, cache, tokens) for tokens in ([1] * 8, [2] * 4)]
+    tables = [cached(allocator, cache, tokens) for tokens in ([1] * 8, [2] * 4)]
     older, newer = (list(table.blocks) for table in tables)
     for table in tables:
-        end(cache, table)
-    end(cache, shared(allocator, cache, [1] * 4))
+        release_table(cache, table)
+    release_table(cache, shared(allocator, cache, [1] * 4))
     assert cache.idle == [older[1], *newer, older[0]]
 
 
@@ -120,40 +120,40 @@ def test_task_5_a_block_that_was_used_again_goes_to_the_end() -> None:
 
 
 @pytest.mark.parametrize(("asked", "evicted"), [(0, 0), (1, 1), (3, 3), (4, 3), (100, 3), (-2, 0)])
-def test_task_6_no_more_is_evicted_than_is_asked_for_and_idle(asked: int, evicted: int) -> None:
+def test_task_6_evict_frees_at_most_the_requested_number_of_idle_blocks(asked: int, evicted: int) -> None:
     """Oracle: by hand: three are idle."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, range(12)))
+    release_table(cache, cached(allocator, cache, range(12)))
     assert cache.evict(asked) == evicted
     assert cache.num_idle == len(cache) == 3 - evicted
     assert allocator.num_free == 9 + evicted
 
 
-def test_task_6_what_was_evicted_is_not_found_and_can_be_kept_again() -> None:
+def test_task_6_an_evicted_block_is_not_found_and_can_be_cached_again() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, range(12)))
+    release_table(cache, cached(allocator, cache, range(12)))
     cache.evict(3)
     assert found(cache, range(12)) == []
     assert allocator.num_free == 12
-    end(cache, kept(allocator, cache, range(12)))
+    release_table(cache, cached(allocator, cache, range(12)))
     assert len(found(cache, range(12))) == 3
 
 
-def test_task_6_what_a_table_holds_is_not_evicted() -> None:
-    """Oracle: by hand: of three kept blocks one is idle."""
+def test_task_6_a_block_that_a_table_holds_is_not_evicted() -> None:
+    """Oracle: by hand: one of three cached blocks is idle."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, range(12)))
+    release_table(cache, cached(allocator, cache, range(12)))
     table = shared(allocator, cache, range(8))
     assert cache.evict(12) == 1
     assert found(cache, range(12)) == table.blocks
     assert holders(table) == [2, 2]
 
 
-def test_task_6_of_one_text_the_last_block_goes_first() -> None:
-    """Oracle: by hand: a beginning is of use without its end, and an end never without its beginning."""
+def test_task_6_the_last_block_of_a_sequence_is_evicted_first() -> None:
+    """Oracle: by hand: a prefix is useful without later blocks, but not the other way round."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, range(16)))
+    release_table(cache, cached(allocator, cache, range(16)))
     left = []
     for _ in range(4):
         cache.evict(1)
@@ -162,7 +162,7 @@ def test_task_6_of_one_text_the_last_block_goes_first() -> None:
 
 
 def lost(cache: PrefixCache, texts: dict[str, Sequence[int]], number: int) -> list[str]:
-    """Evict so many blocks one by one; the text that each eviction cut short."""
+    """Evict `number` blocks one by one; return the name of the sequence that lost each block."""
     names = []
     for _ in range(number):
         before = {name: len(found(cache, tokens)) for name, tokens in texts.items()}
@@ -171,33 +171,33 @@ def lost(cache: PrefixCache, texts: dict[str, Sequence[int]], number: int) -> li
     return names
 
 
-def test_task_6_the_least_recently_used_text_goes_first() -> None:
-    """Oracle: by hand: they were kept in one order and released in another, which counts."""
+def test_task_6_the_least_recently_used_sequence_is_evicted_first() -> None:
+    """Oracle: by hand: they were cached in one order and released in another; the order of release counts."""
     allocator, cache = make_cache()
     texts: dict[str, Sequence[int]] = {"a": [1] * 8, "b": [2] * 4, "c": [3] * 8}
-    tables = {name: kept(allocator, cache, tokens) for name, tokens in texts.items()}
+    tables = {name: cached(allocator, cache, tokens) for name, tokens in texts.items()}
     for name in ("c", "a", "b"):
-        end(cache, tables[name])
+        release_table(cache, tables[name])
     assert lost(cache, texts, 5) == ["c", "c", "a", "a", "b"]
 
 
-def test_task_6_a_text_that_was_used_again_goes_later() -> None:
-    """Oracle: by hand: the oldest text is shared by a table, which goes again."""
+def test_task_6_a_sequence_that_was_used_again_is_evicted_later() -> None:
+    """Oracle: by hand: the oldest sequence is shared by a table that is then released."""
     allocator, cache = make_cache()
     texts: dict[str, Sequence[int]] = {"a": [1] * 8, "b": [2] * 8, "c": [3] * 8}
     for tokens in texts.values():
-        end(cache, kept(allocator, cache, tokens))
-    end(cache, shared(allocator, cache, texts["a"]))
+        release_table(cache, cached(allocator, cache, tokens))
+    release_table(cache, shared(allocator, cache, texts["a"]))
     assert lost(cache, texts, 6) == ["b", "b", "c", "c", "a", "a"]
 
 
-def test_task_6_what_two_texts_share_goes_after_both() -> None:
-    """Oracle: by hand: one shared block; each text has another behind it."""
+def test_task_6_a_block_that_two_sequences_share_is_evicted_last() -> None:
+    """Oracle: by hand: one shared block, followed by a different one in each sequence."""
     allocator, cache = make_cache()
     one, two = [1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 3, 3, 3, 3]
-    first, second = kept(allocator, cache, one), kept(allocator, cache, two)
-    end(cache, first)
-    end(cache, second)
+    first, second = cached(allocator, cache, one), cached(allocator, cache, two)
+    release_table(cache, first)
+    release_table(cache, second)
     cache.evict(1)
     assert (len(found(cache, one)), len(found(cache, two))) == (1, 2)
     cache.evict(1)
@@ -207,10 +207,10 @@ def test_task_6_what_two_texts_share_goes_after_both() -> None:
 # Task 7: PrefixCache.exchange
 
 
-def test_task_7_the_table_holds_the_kept_block_instead_of_its_own() -> None:
-    """Oracle: by hand: two tables have computed the same two blocks; the first table's are kept."""
+def test_task_7_the_cached_block_replaces_the_block_of_the_table() -> None:
+    """Oracle: by hand: two tables have computed the same two blocks; the first table's are cached."""
     allocator, cache = make_cache()
-    first, second = kept(allocator, cache, range(8)), filled(allocator, 8)
+    first, second = cached(allocator, cache, range(8)), filled(allocator, 8)
     own = list(second.blocks)
     cache.exchange(second, 1, first.blocks[1])
     assert second.blocks == [own[0], first.blocks[1]]
@@ -219,12 +219,12 @@ def test_task_7_the_table_holds_the_kept_block_instead_of_its_own() -> None:
     assert allocator.num_free == 12 - 3
 
 
-def test_task_7_a_block_that_was_idle_is_in_use() -> None:
-    """Oracle: by hand. A block that stays in the queue is evicted while a table reads it: the mistake."""
+def test_task_7_an_exchanged_block_is_not_idle() -> None:
+    """Oracle: by hand. A block that stays in the eviction queue could be evicted while a table reads it."""
     allocator, cache = make_cache()
-    second, first = filled(allocator, 8), kept(allocator, cache, range(8))
+    second, first = filled(allocator, 8), cached(allocator, cache, range(8))
     blocks = list(first.blocks)
-    end(cache, first)
+    release_table(cache, first)
     for index, num_idle in ((0, 1), (1, 0)):
         cache.exchange(second, index, blocks[index])
         assert cache.num_idle == num_idle
@@ -232,19 +232,19 @@ def test_task_7_a_block_that_was_idle_is_in_use() -> None:
     assert holders(second) == [2, 2]
 
 
-def test_task_7_a_table_that_holds_the_kept_block_already_is_left_as_it_is() -> None:
+def test_task_7_exchanging_a_block_with_itself_changes_nothing() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
-    table = kept(allocator, cache, range(8))
+    table = cached(allocator, cache, range(8))
     blocks = list(table.blocks)
     cache.exchange(table, 1, blocks[1])
     assert (table.blocks, holders(table), allocator.num_free) == (blocks, [2, 2], 12 - 2)
 
 
-def test_task_7_a_block_that_others_hold_too_stays_with_them() -> None:
-    """Oracle: by hand: the table's own block is shared with a fork, which goes on with it."""
+def test_task_7_a_replaced_block_stays_with_its_other_holders() -> None:
+    """Oracle: by hand: the table's own block is shared with a fork, which keeps it."""
     allocator, cache = make_cache()
-    first, second = kept(allocator, cache, range(4)), filled(allocator, 4)
+    first, second = cached(allocator, cache, range(4)), filled(allocator, 4)
     fork = second.fork()
     cache.exchange(second, 0, first.blocks[0])
     assert second.blocks == first.blocks
@@ -256,13 +256,13 @@ def test_task_7_a_block_that_others_hold_too_stays_with_them() -> None:
 
 
 def computed(allocator: BlockAllocator, cache: PrefixCache, tokens: Sequence[int]) -> BlockTable:
-    """A table that has computed all of these tokens, its full blocks given to `keep`."""
+    """A table that computed these tokens and passed its full blocks to `keep`."""
     table, stream = filled(allocator, len(tokens), cache.block_size), stream_of(tokens, cache.block_size)
     cache.keep(table, stream, 0, len(stream))
     return table
 
 
-def test_task_8_full_blocks_are_kept() -> None:
+def test_task_8_full_blocks_are_cached() -> None:
     """Oracle: by hand: two full blocks, and one that is half full."""
     allocator, cache = make_cache()
     table = computed(allocator, cache, range(10))
@@ -272,8 +272,8 @@ def test_task_8_full_blocks_are_kept() -> None:
     assert allocator.num_free == 12 - 3
 
 
-def test_task_8_a_table_is_kept_as_it_grows() -> None:
-    """Oracle: by hand: each block once it is full, and again without any change."""
+def test_task_8_blocks_are_cached_as_a_table_grows() -> None:
+    """Oracle: by hand: each block once it is full; repeated calls change nothing."""
     allocator, cache = make_cache()
     stream, table = stream_of(range(12)), filled(allocator, 12)
     for first, stop in ((0, 1), (1, 1), (1, 3), (0, 3)):
@@ -283,10 +283,10 @@ def test_task_8_a_table_is_kept_as_it_grows() -> None:
     assert len(set(table.blocks)) == 3
 
 
-def test_task_8_what_two_have_computed_is_in_the_pool_once() -> None:
-    """Oracle: by hand: two equal blocks of three. The cache has those of the first table.
+def test_task_8_blocks_that_two_tables_computed_are_stored_once() -> None:
+    """Oracle: by hand: two of three blocks are equal. The cache has those of the first table.
 
-    A block that goes back and still stands in the table is another table's soon: the mistake.
+    Common mistake: freeing a block that stays in the table.
     """
     allocator, cache = make_cache()
     first, second = filled(allocator, 12), filled(allocator, 12)
@@ -301,15 +301,15 @@ def test_task_8_what_two_have_computed_is_in_the_pool_once() -> None:
     assert allocator.num_free == 12 - 4
 
 
-def test_task_8_the_same_tokens_in_another_place_are_another_block() -> None:
-    """Oracle: by hand: what comes before is different, so keys and values are."""
+def test_task_8_equal_tokens_at_different_positions_are_different_blocks() -> None:
+    """Oracle: by hand: the prefixes differ, so keys and values differ."""
     allocator, cache = make_cache()
     table = computed(allocator, cache, [7] * 12)
     assert len(cache) == len(set(table.blocks)) == 3
 
 
-def test_task_8_a_collision_is_not_kept_and_nothing_behind_it() -> None:
-    """Oracle: the docstring: the table keeps its own block, and nothing behind it is kept."""
+def test_task_8_a_hash_collision_and_all_later_blocks_are_not_cached() -> None:
+    """Oracle: the docstring: the table keeps its own block, and later blocks are not cached."""
     allocator, cache = make_cache()
     first = computed(allocator, cache, range(8))
     second = filled(allocator, 8)
@@ -321,8 +321,8 @@ def test_task_8_a_collision_is_not_kept_and_nothing_behind_it() -> None:
     assert holders(first) == [2, 2]
 
 
-def test_task_8_the_same_tokens_with_another_parent_under_the_same_hash_are_a_collision() -> None:
-    """Oracle: the docstring: the same tokens behind the same parent. Here the parent is another."""
+def test_task_8_an_equal_hash_with_a_different_parent_is_a_collision() -> None:
+    """Oracle: the docstring: tokens and parent must be equal. Here the parent differs."""
     allocator, cache = make_cache()
     first, second = computed(allocator, cache, range(8)), filled(allocator, 4)
     cache.keep(second, forged([4, 5, 6, 7], stream_of(range(8)).hashes[1:]), 0, 1)
@@ -330,8 +330,8 @@ def test_task_8_the_same_tokens_with_another_parent_under_the_same_hash_are_a_co
     assert holders(second) == [1]
 
 
-def test_task_8_behind_a_gap_nothing_is_kept() -> None:
-    """Oracle: the docstring: the cache is cleared while a table is at its third block."""
+def test_task_8_blocks_after_a_missing_block_are_not_cached() -> None:
+    """Oracle: the docstring: the cache is cleared before the table's third block is full."""
     allocator, cache = make_cache()
     stream, table = stream_of(range(12)), filled(allocator, 12)
     cache.keep(table, stream, 0, 2)
@@ -341,41 +341,41 @@ def test_task_8_behind_a_gap_nothing_is_kept() -> None:
     assert holders(table) == [1, 1, 1]
 
 
-def test_task_8_what_is_computed_again_while_it_is_idle_is_in_use() -> None:
-    """Oracle: by hand: `keep` puts the idle block into the table, and it is not idle any more."""
+def test_task_8_keep_takes_an_equal_idle_block_into_use() -> None:
+    """Oracle: by hand: `keep` puts the idle block into the table, so it is no longer idle."""
     allocator, cache = make_cache()
     table = filled(allocator, 8)
-    end(cache, kept(allocator, cache, range(8)))
+    release_table(cache, cached(allocator, cache, range(8)))
     assert cache.num_idle == 2
     cache.keep(table, stream_of(range(8)), 0, 1)
     assert cache.num_idle == 1
     cache.keep(table, stream_of(range(8)), 1, 2)
     assert cache.num_idle == 0
     assert holders(table) == [2, 2]
-    end(cache, table)
+    release_table(cache, table)
     assert cache.num_idle == 2
 
 
 class Prefixes(RuleBasedStateMachine):
-    """Texts are begun, go on, end, and are given up, on a pool that is often too small for them."""
+    """Sequences start, finish and are evicted from the cache, on a pool that is often too small."""
 
     @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 3))
     def build(self, num_blocks: int, block_size: int) -> None:
         self.allocator, self.cache = make_cache(num_blocks, block_size)
         self.texts: list[tuple[BlockTable, list[int]]] = []
-        self.holds: dict[int, tuple[int, ...]] = {}  # the text that was computed into each block
+        self.holds: dict[int, tuple[int, ...]] = {}  # the prefix that was computed into each block
 
-    @rule(same=st.integers(0, 8), own=st.lists(st.integers(2, 3), max_size=4), looks=st.booleans())
-    def begin(self, same: int, own: list[int], looks: bool) -> None:
-        """A text that begins as others do shares what is there, or computes all of it, and is kept."""
+    @rule(same=st.integers(0, 8), own=st.lists(st.integers(2, 3), max_size=4), shares=st.booleans())
+    def start(self, same: int, own: list[int], shares: bool) -> None:
+        """A sequence shares cached blocks (if `looks`) or computes all of its tokens, and is cached."""
         tokens = [1] * same + own
         size, stream = self.cache.block_size, stream_of(tokens, self.cache.block_size)
-        table = shared(self.allocator, self.cache, tokens) if looks else BlockTable(self.allocator, size)
+        table = shared(self.allocator, self.cache, tokens) if shares else BlockTable(self.allocator, size)
         self.check_reads_its_own(table, tokens)
         missing = table.blocks_to_append(len(tokens) - table.num_tokens)
-        self.give_up(missing - self.allocator.num_free)
+        self.evict(missing - self.allocator.num_free)
         if missing > self.allocator.num_free:
-            end(self.cache, table)
+            release_table(self.cache, table)
             return
         first = len(table.blocks)
         table.append_tokens(len(tokens) - table.num_tokens)
@@ -389,10 +389,10 @@ class Prefixes(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9))
     def end(self, which: int) -> None:
         table, _ = self.texts.pop(which % len(self.texts))
-        end(self.cache, table)
+        release_table(self.cache, table)
 
     @rule(number=st.integers(0, 3))
-    def give_up(self, number: int) -> None:
+    def evict(self, number: int) -> None:
         kept = {block: self.holds[block] for block in self.cache.blocks}
         idle, free = self.cache.num_idle, self.allocator.num_free
         assert self.cache.evict(number) == min(max(number, 0), idle)
@@ -400,9 +400,9 @@ class Prefixes(RuleBasedStateMachine):
         left = {kept[block] for block in self.cache.blocks}
         gone = set(kept.values()) - left
         size = self.cache.block_size
-        assert all(text[:-size] in left for text in left if len(text) > size), "an end without its beginning"
+        assert all(text[:-size] in left for text in left if len(text) > size), "a block lost its prefix"
         in_use = {self.holds[block] for table, _ in self.texts for block in table.blocks}
-        assert gone.isdisjoint(in_use), "evicted while a table reads it"
+        assert gone.isdisjoint(in_use), "a block was evicted while a table reads it"
 
     @invariant()
     def check(self) -> None:
@@ -412,20 +412,21 @@ class Prefixes(RuleBasedStateMachine):
         held.update(kept)
         assert counts(self.allocator) == [held[block] for block in range(self.allocator.num_blocks)]
         assert self.allocator.num_free + len(held) == self.allocator.num_blocks
-        assert len({self.holds[block] for block in kept}) == len(kept), "a prefix is in the pool twice"
+        assert len({self.holds[block] for block in kept}) == len(kept), "a prefix is cached twice"
         for table, tokens in self.texts:
             self.check_reads_its_own(table, tokens)
 
     def check_reads_its_own(self, table: BlockTable, tokens: list[int]) -> None:
         size = table.block_size
         for i, block in enumerate(table.blocks):
-            assert self.holds[block] == tuple(tokens[: (i + 1) * size]), "a table reads another text"
+            assert self.holds[block] == tuple(tokens[: (i + 1) * size]), "a table reads the tokens of another"
 
 
-def test_task_8_blocks_are_conserved_and_no_table_reads_another_text() -> None:
-    """Oracle: a count of all holders, and the text that was computed into each block, as a tuple.
+def test_task_8_blocks_are_conserved_and_every_table_reads_its_own_tokens() -> None:
+    """Oracle: a count of all references, and the tokens that were computed into each block.
 
-    Free blocks and held ones are the whole pool; a block has as many holders as tables and the cache name it;
-    a prefix is there once; idle blocks can be evicted, others cannot, and no end stays without its beginning.
+    Free and held blocks make up the whole pool; a block's reference count is the number of tables and caches
+    that hold it; a prefix is cached once; only idle blocks can be evicted, and no block stays cached without
+    its prefix.
     """
     run_state_machine_as_test(Prefixes, settings=settings(quick, max_examples=80, stateful_step_count=25))

@@ -1,4 +1,4 @@
-"""Day 3.4, tasks 12 and 13: the lab's cache, in which the caller says what is alike."""
+"""Day 3.4, tasks 12 and 13: the lab's cache, in which the caller names shared prefixes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ HEADS, D = 2, 3
 
 
 def make_kv_cache(total_blocks: int = 8) -> PrefixCachingKVCache:
-    """Blocks of 4 tokens."""
+    """A cache with blocks of 4 tokens."""
     return PrefixCachingKVCache(total_blocks, 4, HEADS, D, mx.float32)
 
 
 def write(cache: PrefixCachingKVCache, seq_id: str, start: int, numbers: Sequence[float]) -> None:
-    """Write tokens from a position on: each number is another token."""
+    """Write tokens from a position on: different numbers give different tokens."""
     for position, number in enumerate(numbers, start):
         cache.write_token(seq_id, position, mx.full((HEADS, D), number), mx.full((HEADS, D), -number))
 
@@ -34,14 +34,14 @@ def read(cache: PrefixCachingKVCache, seq_id: str) -> list[float]:
 
 
 def expect_conserved(cache: PrefixCachingKVCache) -> None:
-    """Every block is free, or counted once for each sequence and each prefix that holds it."""
+    """Assert that each block's reference count is the number of sequences and prefixes that contain it."""
     held = Counter(block for table in cache.tables.values() for block in table.blocks)
     total = cache.allocator.num_blocks
     assert counts(cache.allocator) == [held[block] for block in range(total)]
     assert cache.allocator.num_free == total - len(held)
 
 
-def test_task_12_a_new_prefix_takes_its_blocks() -> None:
+def test_task_12_a_new_prefix_allocates_its_blocks() -> None:
     """Oracle: by hand: 6 tokens in blocks of 4; it is a sequence that can be written and read."""
     cache = make_kv_cache()
     blocks = cache.get_or_create_prefix("sys", 6)
@@ -51,8 +51,8 @@ def test_task_12_a_new_prefix_takes_its_blocks() -> None:
     assert read(cache, "sys") == [1, 2, 3, 4, 5, 6]
 
 
-def test_task_12_asking_again_takes_no_block_and_changes_nothing() -> None:
-    """Oracle: by hand: growing by as many tokens each time is the mistake."""
+def test_task_12_requesting_a_prefix_again_changes_nothing() -> None:
+    """Oracle: by hand. Common mistake: growing the prefix on every call."""
     cache = make_kv_cache()
     blocks = list(cache.get_or_create_prefix("sys", 6))
     write(cache, "sys", 0, range(1, 7))
@@ -62,15 +62,15 @@ def test_task_12_asking_again_takes_no_block_and_changes_nothing() -> None:
     expect_conserved(cache)
 
 
-def test_task_12_what_is_returned_is_the_callers() -> None:
-    """Oracle: by hand: a list that the table goes on using would let a caller change the table."""
+def test_task_12_the_returned_list_is_a_copy() -> None:
+    """Oracle: by hand: changing the returned list must not change the table."""
     cache = make_kv_cache()
     for _ in range(2):
         cache.get_or_create_prefix("sys", 6).clear()
     assert len(cache.tables["sys"].blocks) == 2
 
 
-def test_task_12_another_length_under_the_same_name_is_refused() -> None:
+def test_task_12_a_different_length_for_the_same_name_is_rejected() -> None:
     """Oracle: the docstring."""
     cache = make_kv_cache()
     cache.get_or_create_prefix("sys", 6)
@@ -81,13 +81,13 @@ def test_task_12_another_length_under_the_same_name_is_refused() -> None:
     expect_conserved(cache)
 
 
-def test_task_12_prefixes_share_nothing() -> None:
-    """Oracle: by hand: the caller says what is alike."""
+def test_task_12_prefixes_share_no_blocks() -> None:
+    """Oracle: by hand: prefixes with different names are never compared."""
     cache = make_kv_cache()
     assert set(cache.get_or_create_prefix("one", 6)).isdisjoint(cache.get_or_create_prefix("two", 6))
 
 
-def test_task_12_a_prefix_that_does_not_fit_changes_nothing() -> None:
+def test_task_12_a_prefix_that_does_not_fit_is_rejected_and_changes_nothing() -> None:
     """Oracle: the docstring: 9 tokens need three blocks, and two are free."""
     cache = make_kv_cache(4)
     cache.get_or_create_prefix("one", 5)
@@ -101,14 +101,14 @@ def test_task_12_a_prefix_that_does_not_fit_changes_nothing() -> None:
 
 
 def with_prefix(total_blocks: int = 8, length: int = 6) -> PrefixCachingKVCache:
-    """A cache with a prefix "sys" of the tokens 1, 2, 3 and so on."""
+    """A cache with a prefix "sys" of the tokens 1, 2, 3, ..."""
     cache = make_kv_cache(total_blocks)
     cache.get_or_create_prefix("sys", length)
     write(cache, "sys", 0, range(1, length + 1))
     return cache
 
 
-def test_task_13_a_sequence_begins_with_the_prefix() -> None:
+def test_task_13_a_sequence_starts_with_the_prefix() -> None:
     """Oracle: by hand: 6 tokens and 3 more: one full block is shared, the half-full one is a copy."""
     cache = with_prefix()
     blocks = cache.allocate_with_prefix("a", "sys", 9)
@@ -123,7 +123,7 @@ def test_task_13_a_sequence_begins_with_the_prefix() -> None:
 
 
 def test_task_13_full_blocks_are_shared_without_a_copy() -> None:
-    """Oracle: by hand: a prefix of two full blocks, and three users with 1, 4 and 5 tokens of their own."""
+    """Oracle: by hand: a prefix of two full blocks, and three sequences with 1, 4 and 5 further tokens."""
     cache = with_prefix(length=8)
     for seq_id, total in (("a", 9), ("b", 12), ("c", 13)):
         assert cache.allocate_with_prefix(seq_id, "sys", total)[:2] == cache.tables["sys"].blocks
@@ -131,7 +131,7 @@ def test_task_13_full_blocks_are_shared_without_a_copy() -> None:
     assert holders(cache.tables["sys"]) == [4, 4]
 
 
-def test_task_13_a_sequence_that_adds_nothing_shares_every_block() -> None:
+def test_task_13_a_sequence_without_further_tokens_shares_every_block() -> None:
     """Oracle: by hand: the half-full block too, until one of them writes."""
     cache = with_prefix()
     cache.allocate_with_prefix("a", "sys", 6)
@@ -143,8 +143,8 @@ def test_task_13_a_sequence_that_adds_nothing_shares_every_block() -> None:
     expect_conserved(cache)
 
 
-def test_task_13_fifty_users_hold_one_copy_of_it() -> None:
-    """Oracle: by hand: 64 tokens are 16 blocks, and each user has one block of its own: 66 instead of 850."""
+def test_task_13_fifty_sequences_share_one_copy_of_the_prefix() -> None:
+    """Oracle: by hand: 64 tokens take 16 blocks, and each sequence one more: 66 instead of 850."""
     cache = with_prefix(16 + 50, length=64)
     for user in range(50):
         cache.allocate_with_prefix(f"user {user}", "sys", 65 + user % 4)
@@ -152,7 +152,7 @@ def test_task_13_fifty_users_hold_one_copy_of_it() -> None:
     assert holders(cache.tables["sys"]) == [51] * 16
 
 
-def test_task_13_the_prefix_and_its_users_outlive_each_other() -> None:
+def test_task_13_a_prefix_and_its_sequences_can_be_freed_in_any_order() -> None:
     """Oracle: by hand."""
     cache = with_prefix()
     cache.allocate_with_prefix("a", "sys", 7)
@@ -167,8 +167,8 @@ def test_task_13_the_prefix_and_its_users_outlive_each_other() -> None:
     assert cache.allocator.num_free == 8
 
 
-def test_task_13_what_cannot_be_is_refused() -> None:
-    """Oracle: the docstring: an unknown prefix, a sequence that is there, fewer tokens than the prefix."""
+def test_task_13_invalid_prefixes_ids_and_lengths_are_rejected() -> None:
+    """Oracle: the docstring: an unknown prefix, an existing sequence, fewer tokens than the prefix."""
     cache = with_prefix()
     cache.allocate_with_prefix("a", "sys", 7)
     before = {name: list(table.blocks) for name, table in cache.tables.items()}
@@ -183,10 +183,10 @@ def test_task_13_what_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.parametrize("total", [7, 8, 9, 40])
-def test_task_13_a_sequence_that_does_not_fit_changes_nothing(total: int) -> None:
+def test_task_13_a_sequence_that_does_not_fit_is_rejected_and_changes_nothing(total: int) -> None:
     """Oracle: the docstring: no block is free, and the copy needs one.
 
-    References that stay are the mistake.
+    Common mistake: leaking references.
     """
     cache = with_prefix(2)
     with pytest.raises(OutOfBlocksError):

@@ -1,4 +1,4 @@
-"""Day 3.4, tasks 9 to 11: sequences that do not compute what is kept, and batches of them."""
+"""Day 3.4, tasks 9 to 11: sequences that reuse cached blocks, and batches of them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from tiny_llm.sequence import PagedSequence
 
 from common.blocks import counts, holders
 from common.examples import quick
-from common.preemption import NewestGivesWay
+from common.preemption import PreemptNewest
 from tiny_llm import SamplingParams
-from week_3_day_4.blocks_by_content import kept, make_cache, stream_of
-from week_3_day_4.idle_blocks import end
+from week_3_day_4.blocks_by_content import cached, make_cache, stream_of
+from week_3_day_4.idle_blocks import release_table
 
 # Task 9: PrefixCache.match_part
 
@@ -33,53 +33,56 @@ def root() -> bytes:
 @pytest.mark.parametrize(
     ("tokens", "length"), [([5, 6, 7, 8], 4), ([5, 6, 7], 3), ([5, 6, 9, 8], 2), ([5, 9, 7, 8], 1), ([5], 1)]
 )
-def test_task_9_the_common_beginning_is_counted(tokens: list[int], length: int) -> None:
-    """Oracle: by hand: equal tokens behind a difference do not count."""
+def test_task_9_the_length_of_the_common_prefix_is_returned(tokens: list[int], length: int) -> None:
+    """Oracle: by hand: equal tokens after a difference do not count."""
     allocator, cache = make_cache()
-    table = kept(allocator, cache, [5, 6, 7, 8])
+    table = cached(allocator, cache, [5, 6, 7, 8])
     assert cache.match_part(root(), tokens) == PartMatch(table.blocks[0], length)
 
 
-def test_task_9_nothing_in_common_is_no_match() -> None:
+def test_task_9_a_different_first_token_is_no_match() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
     assert cache.match_part(root(), [5, 6]) is None
-    kept(allocator, cache, [5, 6, 7, 8])
+    cached(allocator, cache, [5, 6, 7, 8])
     assert cache.match_part(root(), [6, 6, 7, 8]) is None
 
 
-def test_task_9_the_text_before_counts() -> None:
-    """Oracle: by hand: the second block continues the first, and nothing else."""
+def test_task_9_the_parent_must_match() -> None:
+    """Oracle: by hand: the second block only continues the first."""
     allocator, cache = make_cache()
-    table, stream = kept(allocator, cache, range(8)), stream_of(range(8))
+    table, stream = cached(allocator, cache, range(8)), stream_of(range(8))
     assert cache.match_part(stream.parent(1), [4, 5, 0]) == PartMatch(table.blocks[1], 2)
     assert cache.match_part(stream.parent(0), [4, 5, 0]) is None
     assert cache.match_part(stream.hashes[1], [4, 5, 0]) is None
     assert cache.match_part(TokenBlocks(4, "salt").parent(0), [0, 1, 2]) is None
 
 
-def test_task_9_of_several_the_one_that_was_kept_last() -> None:
-    """Oracle: the docstring: two blocks begin with token 5; one that begins with another does not count."""
+def test_task_9_of_several_candidates_the_most_recently_cached_is_returned() -> None:
+    """Oracle: the docstring: two blocks start with token 5.
+
+    A block with a different first token does not count.
+    """
     allocator, cache = make_cache()
-    kept(allocator, cache, [5, 6, 7, 8])
-    newer = kept(allocator, cache, [5, 6, 0, 0])
-    kept(allocator, cache, [9, 9, 9, 9])
+    cached(allocator, cache, [5, 6, 7, 8])
+    newer = cached(allocator, cache, [5, 6, 0, 0])
+    cached(allocator, cache, [9, 9, 9, 9])
     assert cache.match_part(root(), [5, 6, 7, 8]) == PartMatch(newer.blocks[0], 2)
 
 
-def test_task_9_what_was_evicted_is_no_match() -> None:
+def test_task_9_an_evicted_block_is_no_match() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, [5, 6, 7, 8]))
+    release_table(cache, cached(allocator, cache, [5, 6, 7, 8]))
     assert cache.match_part(root(), [5, 6]) is not None
     cache.evict(1)
     assert cache.match_part(root(), [5, 6]) is None
 
 
-def test_task_9_a_part_that_is_looked_at_stays_idle() -> None:
+def test_task_9_match_part_does_not_take_a_block_into_use() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
-    end(cache, kept(allocator, cache, [5, 6, 7, 8]))
+    release_table(cache, cached(allocator, cache, [5, 6, 7, 8]))
     cache.match_part(root(), [5, 6])
     assert cache.num_idle == 1
     assert allocator.num_free == 11
@@ -88,7 +91,7 @@ def test_task_9_a_part_that_is_looked_at_stays_idle() -> None:
 def test_task_9_no_tokens_are_no_match() -> None:
     """Oracle: the docstring."""
     allocator, cache = make_cache()
-    kept(allocator, cache, [5, 6, 7, 8])
+    cached(allocator, cache, [5, 6, 7, 8])
     assert cache.match_part(root(), []) is None
 
 
@@ -104,7 +107,7 @@ def make_sharing(num_blocks: int = 24, block_size: int = 4) -> tuple[BlockAlloca
 def sequence_of(
     allocator: BlockAllocator, tokens: Sequence[int], outputs: Sequence[int] = (), **params: object
 ) -> PagedSequence:
-    """A sequence with these tokens, of which none is computed; blocks of 4."""
+    """A sequence with these tokens, none of them computed; blocks of 4."""
     sampling = SamplingParams(**params)  # type: ignore[arg-type]
     return PagedSequence(
         seq_id="one",
@@ -120,7 +123,7 @@ def sequence_of(
 
 
 def compute(sharing: PrefixSharing, sequence: PagedSequence, count: int) -> None:
-    """Compute the next tokens of a sequence and keep what is full: as if a step had done it."""
+    """Compute the next tokens of a sequence and cache its full blocks, as a step does."""
     start = sequence.num_computed
     sequence.table.append_tokens(count)
     sequence.num_computed += count
@@ -130,7 +133,7 @@ def compute(sharing: PrefixSharing, sequence: PagedSequence, count: int) -> None
 def serve(
     allocator: BlockAllocator, sharing: PrefixSharing, tokens: Sequence[int], **params: object
 ) -> list[int]:
-    """Compute all of a text and end; the blocks that were its own."""
+    """Compute a sequence completely and finish it; return its blocks."""
     sequence = sequence_of(allocator, tokens, **params)
     compute(sharing, sequence, len(tokens))
     blocks = list(sequence.table.blocks)
@@ -139,8 +142,8 @@ def serve(
     return blocks
 
 
-def test_task_10_what_is_kept_comes_into_the_table_and_counts_as_computed() -> None:
-    """Oracle: by hand: 10 tokens are kept as two blocks; 14 begin like them."""
+def test_task_10_cached_blocks_are_added_to_the_table_and_count_as_computed() -> None:
+    """Oracle: by hand: 10 tokens are cached as two blocks; a prompt of 14 starts with them."""
     allocator, sharing = make_sharing()
     blocks = serve(allocator, sharing, range(10))[:2]
     sequence = sequence_of(allocator, range(14))
@@ -156,8 +159,8 @@ def test_task_10_what_is_kept_comes_into_the_table_and_counts_as_computed() -> N
     ("length", "adopted"),
     [(1, 0), (4, 0), (5, 4), (7, 4), (8, 4), (9, 8), (12, 8), (13, 12), (16, 12), (17, 16)],
 )
-def test_task_10_the_last_token_is_left_to_compute(length: int, adopted: int) -> None:
-    """Oracle: by hand, blocks of 4 that are all kept. No token left, no logits: a step that never ends."""
+def test_task_10_the_last_token_is_always_computed(length: int, adopted: int) -> None:
+    """Oracle: by hand, blocks of 4, all cached. Without a token to compute there are no logits."""
     allocator, sharing = make_sharing()
     serve(allocator, sharing, range(20))
     sequence = sequence_of(allocator, range(length))
@@ -165,8 +168,8 @@ def test_task_10_the_last_token_is_left_to_compute(length: int, adopted: int) ->
     assert sequence.num_computed == sequence.table.num_tokens == adopted
 
 
-def test_task_10_without_a_kept_block_nothing_changes() -> None:
-    """Oracle: by hand: an empty cache, and another text."""
+def test_task_10_without_a_cached_block_nothing_changes() -> None:
+    """Oracle: by hand: an empty cache, and a cache of other tokens."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(12))
     sharing.adopt(sequence)
@@ -176,8 +179,8 @@ def test_task_10_without_a_kept_block_nothing_changes() -> None:
     assert sharing.num_idle == 3
 
 
-def test_task_10_a_sequence_under_way_takes_what_has_come() -> None:
-    """Oracle: by hand: one block computed by itself, and by then two more are there."""
+def test_task_10_a_partly_computed_sequence_adopts_blocks_cached_since() -> None:
+    """Oracle: by hand: one block is computed, and meanwhile two more are cached."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(20))
     compute(sharing, sequence, 4)
@@ -188,8 +191,8 @@ def test_task_10_a_sequence_under_way_takes_what_has_come() -> None:
     assert holders(sequence.table) == [2, 2, 2]
 
 
-def test_task_10_within_a_block_nothing_is_shared() -> None:
-    """Oracle: by hand: 6 of 20 tokens are computed; a whole block would not fit behind half of one."""
+def test_task_10_a_sequence_inside_a_block_adopts_nothing() -> None:
+    """Oracle: by hand: 6 of 20 tokens are computed, so no cached block starts at the next token."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(20))
     compute(sharing, sequence, 6)
@@ -199,8 +202,8 @@ def test_task_10_within_a_block_nothing_is_shared() -> None:
     assert (sequence.table.blocks, sequence.num_computed) == (held, 6)
 
 
-def test_task_10_a_prompt_whose_log_probabilities_are_asked_for_is_computed() -> None:
-    """Oracle: by hand: logits exist only for tokens that are computed."""
+def test_task_10_a_prompt_with_prompt_logprobs_is_computed_completely() -> None:
+    """Oracle: by hand: logits exist only for computed tokens."""
     allocator, sharing = make_sharing()
     serve(allocator, sharing, range(12))
     sequence = sequence_of(allocator, range(12), prompt_logprobs=1)
@@ -209,9 +212,9 @@ def test_task_10_a_prompt_whose_log_probabilities_are_asked_for_is_computed() ->
 
 
 def test_task_10_outputs_from_before_a_preemption_are_shared_like_a_prompt() -> None:
-    """Oracle: by hand: a prompt of 6 and 7 outputs: all but the last token was computed before.
+    """Oracle: by hand: a prompt of 6 and 7 outputs: all but the last token were computed before.
 
-    How many tokens were cached is said once, about the prompt, and that was before its first output.
+    `num_cached_tokens` is set once, for the prompt, before the first output.
     """
     allocator, sharing = make_sharing()
     serve(allocator, sharing, range(12))
@@ -221,7 +224,7 @@ def test_task_10_outputs_from_before_a_preemption_are_shared_like_a_prompt() -> 
     assert sequence.num_cached_tokens == 0
 
 
-def test_task_10_salts_keep_tenants_apart() -> None:
+def test_task_10_tenants_with_different_salts_share_nothing() -> None:
     """Oracle: by hand."""
     allocator, sharing = make_sharing()
     serve(allocator, sharing, range(12), cache_salt="one")
@@ -236,8 +239,8 @@ def test_task_10_salts_keep_tenants_apart() -> None:
 # Task 11: PrefixSharing.next_block
 
 
-def test_task_11_equal_texts_have_equal_next_blocks() -> None:
-    """Oracle: by hand: alike for two blocks, and different in the third."""
+def test_task_11_equal_prompts_have_equal_next_blocks() -> None:
+    """Oracle: by hand: equal in two blocks, different in the third."""
     allocator, sharing = make_sharing()
     one, other = sequence_of(allocator, range(13)), sequence_of(allocator, [*range(9), 99, *range(10, 13)])
     seen = []
@@ -249,8 +252,8 @@ def test_task_11_equal_texts_have_equal_next_blocks() -> None:
     assert seen == [True, True, False]
 
 
-def test_task_11_each_block_is_another() -> None:
-    """Oracle: by hand: equal tokens all the way."""
+def test_task_11_successive_blocks_have_different_hashes() -> None:
+    """Oracle: by hand: all tokens are equal."""
     allocator, sharing = make_sharing()
     sequence, seen = sequence_of(allocator, [7] * 13), set()
     for _ in range(3):
@@ -259,7 +262,7 @@ def test_task_11_each_block_is_another() -> None:
     assert len(seen) == 3
 
 
-def test_task_11_a_block_that_is_half_full_is_the_next_one_still() -> None:
+def test_task_11_a_half_full_block_is_still_the_next_one() -> None:
     """Oracle: by hand: 0, 1 and 3 tokens of the first block are computed, then all 4."""
     allocator, sharing = make_sharing()
     sequence, seen = sequence_of(allocator, range(9)), []
@@ -273,8 +276,8 @@ def test_task_11_a_block_that_is_half_full_is_the_next_one_still() -> None:
 @pytest.mark.parametrize(
     ("length", "count", "is_known"), [(3, 0, False), (4, 0, True), (7, 4, False), (8, 4, True), (8, 7, True)]
 )
-def test_task_11_a_block_with_an_unknown_token_has_no_hash(length: int, count: int, is_known: bool) -> None:
-    """Oracle: by hand: what fills the rest is not known yet; a last block that is full is known."""
+def test_task_11_a_block_with_unknown_tokens_has_no_hash(length: int, count: int, is_known: bool) -> None:
+    """Oracle: by hand: a block without all its tokens has no hash yet; a full last block has one."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(length))
     compute(sharing, sequence, count)
@@ -282,8 +285,10 @@ def test_task_11_a_block_with_an_unknown_token_has_no_hash(length: int, count: i
 
 
 def test_task_11_a_preempted_sequence_fills_its_first_block_next() -> None:
-    """Oracle: by hand: its stream is cut into four blocks, and none is computed any more. The last hash of
-    the stream is the mistake."""
+    """Oracle: by hand: its stream has four blocks, none of them computed any more.
+
+    Common mistake: the last hash of the stream.
+    """
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(17))
     first = sharing.next_block(sequence)
@@ -293,15 +298,15 @@ def test_task_11_a_preempted_sequence_fills_its_first_block_next() -> None:
     assert sharing.next_block(sequence) == first == stream_of(range(4)).hashes[0]
 
 
-def test_task_11_outputs_are_known_tokens() -> None:
-    """Oracle: by hand: 2 tokens of a prompt and 3 outputs fill one block of 4, as a prompt of 5 does."""
+def test_task_11_outputs_count_as_known_tokens() -> None:
+    """Oracle: by hand: 2 prompt tokens and 3 outputs fill one block of 4, like a prompt of 5."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, [0, 1], outputs=[2, 3, 4])
     assert sharing.next_block(sequence) is not None
     assert sharing.next_block(sequence) == sharing.next_block(sequence_of(allocator, range(5)))
 
 
-def test_task_11_tenants_do_not_wait_for_each_other() -> None:
+def test_task_11_tenants_with_different_salts_have_different_next_blocks() -> None:
     """Oracle: by hand."""
     allocator, sharing = make_sharing()
     salts = ("", "one", "two")
@@ -309,15 +314,15 @@ def test_task_11_tenants_do_not_wait_for_each_other() -> None:
 
 
 def manager_of(num_blocks: int = 40, budget: int = 256) -> PagedBatchManager:
-    """A batch manager that shares prefixes and computes nothing: blocks of 4, eight sequences at once."""
-    policies = Policies(preemption=NewestGivesWay(), prefix=PrefixSharing)
+    """A batch manager with prefix caching and no model: blocks of 4, at most eight sequences."""
+    policies = Policies(preemption=PreemptNewest(), prefix=PrefixSharing)
     return PagedBatchManager(num_blocks, 4, 8, max_batched_tokens=budget, policies=policies)
 
 
 def run(manager: PagedBatchManager, prompts: dict[str, Sequence[int]], max_tokens: int = 1) -> dict[str, int]:
-    """Serve prompts that come together; the tokens that were computed for each.
+    """Serve prompts that arrive together; return the number of computed tokens of each.
 
-    The outputs are 0, 1, 2 and so on. After each step all blocks are counted.
+    The outputs are 0, 1, 2, ... After each step all references are counted.
     """
     for name, prompt in prompts.items():
         manager.add_request(list(prompt), name, SamplingParams(max_tokens=max_tokens))
@@ -335,11 +340,11 @@ def run(manager: PagedBatchManager, prompts: dict[str, Sequence[int]], max_token
             if sequence.num_tokens == sequence.max_len:
                 manager.finish(name)
         check_blocks(manager)
-    raise AssertionError("a prompt is never served")
+    raise AssertionError("a prompt was never served")
 
 
 def check_blocks(manager: PagedBatchManager) -> None:
-    """Every block is free, or counted once for each table that holds it and once for the cache."""
+    """Assert that each block's reference count is the number of tables and caches that hold it."""
     held = Counter(block for sequence in manager.running for block in sequence.table.blocks)
     assert manager.prefix.num_idle == len(set(manager.prefix.blocks) - set(held))
     held.update(manager.prefix.blocks)
@@ -349,10 +354,10 @@ def check_blocks(manager: PagedBatchManager) -> None:
 
 
 @pytest.mark.parametrize("budget", [256, 12, 8])
-def test_task_11_equal_prompts_that_come_together_are_computed_once(budget: int) -> None:
-    """Oracle: by hand: 22 tokens are five blocks of 4 and two more, which everybody computes.
+def test_task_11_equal_prompts_that_arrive_together_are_computed_once(budget: int) -> None:
+    """Oracle: by hand: 22 tokens are five blocks of 4 and two more, which every request computes.
 
-    A batch in which no prompt waits computes 66 tokens instead of 26.
+    If no prompt waited for another, 66 tokens would be computed instead of 26.
     """
     prompt = range(22)
     assert run(manager_of(budget=budget), {"a": prompt, "b": prompt, "c": prompt}) == {
@@ -362,15 +367,15 @@ def test_task_11_equal_prompts_that_come_together_are_computed_once(budget: int)
     }
 
 
-def test_task_11_the_next_turn_of_a_chat_finds_the_last_answer() -> None:
-    """Oracle: by hand: 10 tokens and two outputs are kept as three blocks."""
+def test_task_11_the_next_turn_of_a_chat_reuses_the_last_answer() -> None:
+    """Oracle: by hand: 10 tokens and two outputs are cached as three blocks."""
     manager = manager_of()
     run(manager, {"first": [9] * 10}, max_tokens=4)
     assert run(manager, {"next": [*[9] * 10, 0, 1, 2, 3, 8, 8]}) == {"next": 16 - 12}
 
 
 def test_task_11_a_pool_full_of_idle_blocks_admits_every_prompt() -> None:
-    """Oracle: by hand: all 8 blocks are kept and idle; a prompt that shares nothing needs all of them."""
+    """Oracle: by hand: all 8 blocks are cached and idle; a prompt that shares nothing needs all of them."""
     manager = manager_of(8)
     run(manager, {"a": [1] * 16})
     run(manager, {"b": [2] * 16})
@@ -382,7 +387,7 @@ def test_task_11_a_pool_full_of_idle_blocks_admits_every_prompt() -> None:
 @given(
     num_blocks=st.integers(7, 20),
     budget=st.integers(8, 40),
-    crowds=st.lists(
+    batches=st.lists(
         st.lists(
             st.tuples(st.integers(0, 16), st.lists(st.integers(2, 3), min_size=1, max_size=3)),
             min_size=1,
@@ -392,24 +397,27 @@ def test_task_11_a_pool_full_of_idle_blocks_admits_every_prompt() -> None:
         max_size=3,
     ),
 )
-def test_task_11_crowds_that_share_lose_no_block(
-    num_blocks: int, budget: int, crowds: list[list[tuple[int, list[int]]]]
+def test_task_11_many_requests_that_share_prefixes_lose_no_block(
+    num_blocks: int, budget: int, batches: list[list[tuple[int, list[int]]]]
 ) -> None:
-    """Oracle: a count of all holders after each step; in the end free and kept blocks are the whole pool."""
+    """Oracle: a count of all references after each step.
+
+    At the end free and cached blocks are the whole pool.
+    """
     manager = manager_of(num_blocks, budget)
-    for number, crowd in enumerate(crowds):
-        prompts = {f"{number}:{i}": [1] * same + own for i, (same, own) in enumerate(crowd)}
+    for number, batch in enumerate(batches):
+        prompts = {f"{number}:{i}": [1] * same + own for i, (same, own) in enumerate(batch)}
         run(manager, prompts, max_tokens=6)
-    kept = len(manager.prefix.blocks)
-    assert manager.prefix.num_idle == kept
-    assert manager.prefix.evict(num_blocks) == kept
+    num_cached = len(manager.prefix.blocks)
+    assert manager.prefix.num_idle == num_cached
+    assert manager.prefix.evict(num_blocks) == num_cached
     assert manager.allocator.num_free == num_blocks
 
 
 def answers(
     loaded: LoadedModel, prompts: list[str], policies: Policies, waves: int
 ) -> list[list[PagedSequence]]:
-    """Serve the prompts three tokens long, all together, `waves` times; the sequences of each wave."""
+    """Generate three tokens for all prompts together, `waves` times; return the sequences of each wave."""
     manager = PagedBatchManager(64, 8, 4, model=loaded.model, policies=policies)
     served = []
     for wave in range(waves):
@@ -426,8 +434,8 @@ def answers(
     return served
 
 
-def test_task_11_the_real_model_answers_the_same_and_computes_less() -> None:
-    """Oracle: the same manager without prefix caching; what is shared is counted in full blocks of 8."""
+def test_task_11_the_real_model_gives_the_same_tokens_with_fewer_computed() -> None:
+    """Oracle: the same manager without prefix caching; full blocks of 8 are shared."""
     system = "You keep a lighthouse, and you always answer every question in a single short sentence."
     prompts = [f"{system} Who are you?", f"{system} What shines?"]
     loaded = load_model(None)

@@ -1,4 +1,4 @@
-"""Day 3.5, tasks 8 to 12: prefixes that are found where every group of layers has what it still needs."""
+"""Day 3.5, tasks 8 to 12: prefix caching for groups of layers with different windows."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,13 +24,13 @@ from week_3_day_5.windowed_tables import seen_from
 
 
 def blocks_needed(num_blocks: int, window: int | None) -> int:
-    """The first block that the token behind so many blocks of 4 sees, position by position."""
+    """The first block that the token after `num_blocks` blocks of 4 sees, found position by position."""
     return seen_from(4 * num_blocks, window or 10**6)[0] // 4
 
 
 @dataclass
 class Setup:
-    """A policy for groups with these windows, one layer each, in blocks of 4; nothing is kept yet."""
+    """A policy with an empty cache for groups with these windows, one layer each, in blocks of 4."""
 
     windows: tuple[int | None, ...]
     num_blocks: int = 100
@@ -42,7 +42,7 @@ class Setup:
         self.sharing = WindowedPrefixSharing(self.allocator, 4, groups)
 
     def sequence(self, tokens: Sequence[int], outputs: Sequence[int] = (), **params: object) -> PagedSequence:
-        """A sequence with these tokens, of which none is computed."""
+        """A sequence with these tokens, none of them computed."""
         sampling = SamplingParams(**params)  # type: ignore[arg-type]
         return PagedSequence(
             seq_id="one",
@@ -57,21 +57,24 @@ class Setup:
         )
 
     def put(self, group: int, tokens: Sequence[int], indices: Iterable[int], salt: str = "") -> list[int]:
-        """Keep some blocks of a text for one group, as if a sequence had computed them; their ids."""
+        """Cache blocks of these tokens for one group, as if a sequence had computed them.
+
+        Return their ids.
+        """
         stream = self.layout.streams(salt)[group]
         stream.extend(tokens)
-        kept = []
+        cached = []
         for index in indices:
             table = BlockTable(self.allocator, 4)
             table.append_tokens(4)
             self.sharing.cache.keep(table, stream.tail(index), 0, 1)
-            kept += table.blocks
+            cached += table.blocks
             table.release()
-            self.sharing.released(kept[-1:])
-        return kept
+            self.sharing.released(cached[-1:])
+        return cached
 
     def start(self, sequence: PagedSequence, count: int) -> None:
-        """Compute the first tokens of a sequence, and keep what is full by hand."""
+        """Compute the first tokens of a sequence, and cache its full blocks without the policy."""
         sequence.append_tokens(count)
         sequence.num_computed = count
         for table, stream in zip(sequence.tables, self.layout.streams(""), strict=True):
@@ -79,7 +82,7 @@ class Setup:
             self.sharing.cache.keep(table, stream, 0, count // 4)
 
     def compute(self, sequence: PagedSequence, count: int) -> None:
-        """Compute the next tokens of a sequence as a step does it: keep, then let go."""
+        """Compute the next tokens as a step does: cache full blocks, then release passed ones."""
         start = sequence.num_computed
         sequence.append_tokens(count)
         sequence.num_computed += count
@@ -87,41 +90,41 @@ class Setup:
         self.sharing.released(self.layout.release_passed(sequence.tables, sequence.num_computed))
 
     def streams(self, tokens: Sequence[int]) -> list[TokenBlocks]:
-        """A text as each group sees it, cut into full blocks."""
+        """The stream of each group for these tokens."""
         streams = self.layout.streams("")
         for stream in streams:
             stream.extend(tokens)
         return streams
 
     def longest_hit(self, first: int, stop: int) -> int:
-        """The longest hit in `TEXT` between two blocks."""
+        """`longest_hit` of the policy for `TEXT`."""
         return self.sharing.longest_hit(self.streams(TEXT), first, stop)
 
     def share_hit(self, group: int, first: int, hit: int) -> BlockTable:
-        """A group's table of `TEXT` that has computed `first` blocks itself and shares the rest of a hit."""
+        """A group's table of `TEXT` that computed `first` blocks itself and shares the rest of a hit."""
         table, stream = self.layout.tables(self.allocator)[group], self.streams(TEXT)[group]
         table.append_tokens(4 * first)
         self.sharing.cache.keep(table, stream, 0, first)
         self.sharing.share_hit(group, table, stream, first, hit)
         return table
 
-    def end(self, sequence: PagedSequence) -> None:
-        """A sequence ends."""
+    def finish(self, sequence: PagedSequence) -> None:
+        """Finish a sequence."""
         blocks = sequence.blocks
         sequence.release_pages()
         self.sharing.released(blocks)
 
     def found(self, group: int, tokens: Sequence[int], salt: str = "") -> list[int]:
-        """The indices of the blocks of a text that are kept for a group, with or without holes."""
+        """The indices of the blocks of these tokens that are cached for a group, with or without gaps."""
         stream = self.layout.streams(salt)[group]
         stream.extend(tokens)
         return [i for i in range(len(stream)) if self.sharing.cache.match(stream, i, i + 1)]
 
     def check(self, *sequences: PagedSequence) -> None:
-        """All tables of a sequence end where it is; every reference is a table's or the cache's."""
+        """Assert that a sequence's tables end at the same token and that all references match."""
         for sequence in sequences:
             ends = {table.num_tokens + getattr(table, "start", 0) for table in sequence.tables}
-            assert ends == {sequence.num_computed}, "the groups do not end at the same token"
+            assert ends == {sequence.num_computed}, "the tables of a sequence do not end at the same token"
         held = Counter(block for one in sequences for table in one.tables for block in table.blocks)
         kept = self.sharing.blocks
         assert self.sharing.num_idle == len(set(kept) - set(held))
@@ -136,23 +139,25 @@ TEXT = list(range(100, 133))  # 8 full blocks of 4, and one token more
     ("window", "num_blocks", "first"),
     [(6, 3, 1), (5, 3, 2), (4, 3, 2), (2, 3, 2), (1, 3, 3), (9, 3, 1), (10, 3, 0), (6, 1, 0), (6, 0, 0)],
 )
-def test_task_8_the_next_token_says_what_is_needed(window: int, num_blocks: int, first: int) -> None:
-    """Oracle: by hand, blocks of 4: behind 3 blocks comes token 12; with a window of 6 it sees 7 .. 12.
+def test_task_8_the_window_of_the_next_token_decides_the_first_needed_block(
+    window: int, num_blocks: int, first: int
+) -> None:
+    """Oracle: by hand, blocks of 4: token 12 comes after 3 blocks; with a window of 6 it sees 7 .. 12.
 
-    Counting from the last token that is there, 11, is the mistake: one block too many for a window of 5.
+    Common mistake: counting from the last cached token, 11, which is one block too many for a window of 5.
     """
     assert Setup((None, window)).sharing.first_needed(1, num_blocks) == first
 
 
-def test_task_8_who_sees_everything_needs_everything() -> None:
+def test_task_8_a_group_without_a_window_needs_all_blocks() -> None:
     """Oracle: by hand: the first group has no window."""
     sharing = Setup((None, 3)).sharing
     assert [sharing.first_needed(0, num_blocks) for num_blocks in (0, 1, 9)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5, 8, 9, 13, 100])
-def test_task_8_the_block_of_the_first_position_in_sight(window: int | None) -> None:
-    """Oracle: a list of the positions in sight. Each group has its own window."""
+def test_task_8_the_first_needed_block_holds_the_first_visible_position(window: int | None) -> None:
+    """Oracle: a list of the visible positions. Each group has its own window."""
     sharing = Setup((None, 7, window)).sharing
     for num_blocks in range(12):
         assert sharing.first_needed(2, num_blocks) == blocks_needed(num_blocks, window)
@@ -162,7 +167,7 @@ def test_task_8_the_block_of_the_first_position_in_sight(window: int | None) -> 
 # Task 9: WindowedPrefixSharing.longest_hit
 
 
-def test_task_9_all_is_there() -> None:
+def test_task_9_a_completely_cached_prefix_is_found() -> None:
     """Oracle: by hand."""
     setup = Setup((None, 6))
     for group in (0, 1):
@@ -171,8 +176,8 @@ def test_task_9_all_is_there() -> None:
     assert setup.longest_hit(0, 3) == 3
 
 
-def test_task_9_nothing_is_there() -> None:
-    """Oracle: by hand: nothing at all, nothing of one group, another text."""
+def test_task_9_without_cached_blocks_the_hit_is_empty() -> None:
+    """Oracle: by hand: an empty cache, an empty group, other tokens."""
     setup = Setup((None, 6))
     assert setup.longest_hit(0, 8) == 0
     setup.put(0, TEXT, range(8))
@@ -181,10 +186,10 @@ def test_task_9_nothing_is_there() -> None:
     assert setup.longest_hit(0, 8) == 0
 
 
-def test_task_9_a_window_never_asks_for_what_is_out_of_reach() -> None:
-    """Oracle: by hand: token 32 sees 27 .. 32 with a window of 6: blocks 6 and 7. The first six have gone.
+def test_task_9_a_windowed_group_needs_no_blocks_outside_its_window() -> None:
+    """Oracle: by hand: with a window of 6 token 32 sees 27 .. 32: blocks 6 and 7. The others are not cached.
 
-    Asking for the whole prefix in every group finds nothing: the mistake.
+    Common mistake: requiring the whole prefix in every group.
     """
     setup = Setup((None, 6))
     setup.put(0, TEXT, range(8))
@@ -192,19 +197,22 @@ def test_task_9_a_window_never_asks_for_what_is_out_of_reach() -> None:
     assert setup.longest_hit(0, 8) == 8
 
 
-def test_task_9_a_block_in_reach_that_is_missing_is_the_end() -> None:
-    """Oracle: by hand: the window lacks block 6, so 7 is of no use; behind 6 blocks it needs 4 and 5."""
+def test_task_9_a_missing_block_inside_the_window_shortens_the_hit() -> None:
+    """Oracle: by hand: block 6 of the windowed group is missing, so 7 is useless.
+
+    After 6 blocks it needs 4 and 5.
+    """
     setup = Setup((None, 6))
     setup.put(0, TEXT, range(8))
     setup.put(1, TEXT, [4, 5, 7])
     assert setup.longest_hit(0, 8) == 6
 
 
-def test_task_9_a_hit_falls_back_to_where_all_groups_have_what_they_need() -> None:
-    """Oracle: by hand: the group that sees everything lacks block 5. Behind 5 the window needs 3 and 4,
-    and lacks 4; behind 4 it needs 2 and 3, which are there.
+def test_task_9_a_hit_is_shortened_until_all_groups_have_their_blocks() -> None:
+    """Oracle: by hand: the group with full attention lacks block 5. After 5 blocks the windowed group needs 3
+    and 4, and lacks 4; after 4 it needs 2 and 3, which are cached.
 
-    Taking the smallest of what each group finds by itself is the mistake: that is 5, without block 4.
+    Common mistake: the minimum of the groups' separate hits, which is 5, without block 4.
     """
     setup = Setup((None, 6))
     setup.put(0, TEXT, [0, 1, 2, 3, 4, 6, 7])
@@ -212,10 +220,10 @@ def test_task_9_a_hit_falls_back_to_where_all_groups_have_what_they_need() -> No
     assert setup.longest_hit(0, 8) == 4
 
 
-def test_task_9_a_group_that_was_asked_is_asked_again() -> None:
-    """Oracle: by hand: of two windows the first has what it needs behind 8 blocks, the second lacks block 7.
+def test_task_9_all_groups_are_checked_again_after_a_hit_is_shortened() -> None:
+    """Oracle: by hand: after 8 blocks the first windowed group has its blocks, the second lacks block 7.
 
-    Behind 7 the first needs 6 and lacks it, behind 6 it needs 5 and lacks it; behind 5 it needs 4 and has it.
+    After 7 the first needs 6 and lacks it, after 6 it needs 5 and lacks it; after 5 it needs 4 and has it.
     """
     setup = Setup((None, 4, 2))
     setup.put(0, TEXT, range(8))
@@ -224,8 +232,8 @@ def test_task_9_a_group_that_was_asked_is_asked_again() -> None:
     assert setup.longest_hit(0, 8) == 5
 
 
-def test_task_9_what_the_sequence_has_is_not_asked_for() -> None:
-    """Oracle: by hand: from block 3 on; what lies before is in its own tables, kept or not."""
+def test_task_9_blocks_that_the_sequence_holds_need_not_be_cached() -> None:
+    """Oracle: by hand: from block 3 on; earlier blocks are in the sequence's tables, cached or not."""
     setup = Setup((None, 6))
     setup.put(0, TEXT, [3, 4])
     setup.put(1, TEXT, [3, 4])
@@ -257,21 +265,21 @@ def test_task_9_looking_for_a_hit_changes_nothing() -> None:
     first=st.integers(0, 8),
     stop=st.integers(0, 8),
 )
-def test_task_9_the_largest_of_all_that_would_do(
+def test_task_9_the_hit_is_the_longest_possible(
     windows: list[int | None], missing: list[set[int]], first: int, stop: int
 ) -> None:
-    """Oracle: all numbers from the largest down, each looked at block by block in every group."""
+    """Oracle: all lengths from the largest down, each checked block by block in every group."""
     first, stop = min(first, stop), max(first, stop)
     setup = Setup(tuple(windows))
-    kept = [set(range(8)) - gone for gone in missing[: len(windows)]]
-    for group, indices in enumerate(kept):
+    cached = [set(range(8)) - gone for gone in missing[: len(windows)]]
+    for group, indices in enumerate(cached):
         setup.put(group, TEXT, sorted(indices))
     enough = (
         n
         for n in range(stop, first - 1, -1)
         if all(
-            set(range(max(first, blocks_needed(n, window)), n)) <= there
-            for window, there in zip(windows, kept, strict=True)
+            set(range(max(first, blocks_needed(n, window)), n)) <= blocks
+            for window, blocks in zip(windows, cached, strict=True)
         )
     )
     assert setup.longest_hit(first, stop) == next(enough)
@@ -280,8 +288,8 @@ def test_task_9_the_largest_of_all_that_would_do(
 # Task 10: WindowedPrefixSharing.share_hit
 
 
-def test_task_10_a_table_without_a_window_gets_every_block_that_is_missing() -> None:
-    """Oracle: by hand: 2 of 5 blocks are its own."""
+def test_task_10_a_table_without_a_window_gets_all_missing_blocks() -> None:
+    """Oracle: by hand: the table computed 2 of 5 blocks."""
     setup = Setup((None, 6))
     later = setup.put(0, TEXT, range(2, 8))
     table = setup.share_hit(0, 2, 5)
@@ -291,8 +299,8 @@ def test_task_10_a_table_without_a_window_gets_every_block_that_is_missing() -> 
 
 
 @pytest.mark.parametrize(("hit", "first_needed"), [(1, 0), (2, 0), (3, 1), (8, 6)])
-def test_task_10_an_empty_windowed_table_gets_what_its_window_sees(hit: int, first_needed: int) -> None:
-    """Oracle: by hand, blocks of 4, a window of 6: behind 8 blocks comes token 32, which sees 27 .. 32."""
+def test_task_10_an_empty_windowed_table_gets_the_blocks_in_its_window(hit: int, first_needed: int) -> None:
+    """Oracle: by hand, blocks of 4, a window of 6: token 32 comes after 8 blocks and sees 27 .. 32."""
     setup = Setup((None, 6))
     windowed = setup.put(1, TEXT, range(8))
     table = setup.share_hit(1, 0, hit)
@@ -302,8 +310,8 @@ def test_task_10_an_empty_windowed_table_gets_what_its_window_sees(hit: int, fir
     assert setup.sharing.num_idle == 8 - (hit - first_needed)
 
 
-def test_task_10_a_window_keeps_its_own_blocks_that_are_in_reach() -> None:
-    """Oracle: by hand: behind 2 blocks a window of 6 still sees block 0, which is its own."""
+def test_task_10_a_windowed_table_keeps_its_blocks_inside_the_window() -> None:
+    """Oracle: by hand: after 2 blocks a window of 6 still sees block 0, which the table computed."""
     setup = Setup((None, 6))
     [later] = setup.put(1, TEXT, [1])
     table = setup.share_hit(1, 1, 2)
@@ -313,9 +321,9 @@ def test_task_10_a_window_keeps_its_own_blocks_that_are_in_reach() -> None:
 
 
 def test_task_10_blocks_that_a_window_skips_are_idle_and_can_be_evicted() -> None:
-    """Oracle: by hand: the 2 own blocks are kept; behind 8 blocks the window sees the last two.
+    """Oracle: by hand: the table's 2 blocks are cached; after 8 blocks the window sees the last two.
 
-    The cache must be told what the table gave back, or nothing could evict these blocks: the mistake.
+    Common mistake: not calling `released` for skipped blocks, which can then never be evicted.
     """
     setup = Setup((None, 6))
     windowed = setup.put(1, TEXT, [6, 7])
@@ -326,8 +334,8 @@ def test_task_10_blocks_that_a_window_skips_are_idle_and_can_be_evicted() -> Non
     assert setup.sharing.evict(9) == 2
 
 
-def test_task_10_a_window_of_one_token_needs_no_block_and_skips_to_the_end_of_the_hit() -> None:
-    """Oracle: by hand: the next token sees only itself; nothing is taken although everything is kept."""
+def test_task_10_a_window_of_one_token_takes_no_block_and_skips_to_the_end_of_the_hit() -> None:
+    """Oracle: by hand: the next token sees only itself; no block is taken although all are cached."""
     setup = Setup((None, 1))
     setup.put(1, TEXT, range(8))
     table = setup.share_hit(1, 0, 8)
@@ -338,7 +346,7 @@ def test_task_10_a_window_of_one_token_needs_no_block_and_skips_to_the_end_of_th
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_task_10_without_a_hit_nothing_changes(group: int) -> None:
-    """Oracle: by hand: 3 blocks are its own, and the hit ends there; behind them more are kept."""
+    """Oracle: by hand: the table computed 3 blocks, and the hit ends there. Later blocks are cached."""
     setup = Setup((None, 6))
     setup.put(group, TEXT, range(3, 8))
     table = setup.share_hit(group, 3, 3)
@@ -348,14 +356,14 @@ def test_task_10_without_a_hit_nothing_changes(group: int) -> None:
 # Task 11: WindowedPrefixSharing.adopt
 
 
-def test_task_11_each_table_gets_what_its_layers_need() -> None:
-    """Oracle: by hand: 12 of 13 tokens may be shared: 3 blocks, and for a window of 6 the last two."""
+def test_task_11_each_table_gets_the_blocks_that_its_layers_need() -> None:
+    """Oracle: by hand: 12 of 13 tokens can be shared: 3 blocks, and the last two for a window of 6."""
     setup = Setup((None, 6))
-    everything, windowed = setup.put(0, TEXT, range(8)), setup.put(1, TEXT, range(8))
+    full_blocks, windowed = setup.put(0, TEXT, range(8)), setup.put(1, TEXT, range(8))
     sequence = setup.sequence(TEXT[:13])
     setup.sharing.adopt(sequence)
     full, near = sequence.tables
-    assert list(full.blocks) == everything[:3]
+    assert list(full.blocks) == full_blocks[:3]
     assert list(near.blocks) == windowed[1:3]
     assert isinstance(near, WindowedTable)
     assert (full.num_tokens, near.start, near.num_tokens) == (12, 4, 8)
@@ -364,10 +372,10 @@ def test_task_11_each_table_gets_what_its_layers_need() -> None:
     setup.check(sequence)
 
 
-def test_task_11_a_block_out_of_reach_may_be_gone() -> None:
-    """Oracle: by hand: the window has only blocks 6 and 7; 33 tokens are 8 blocks and one to compute.
+def test_task_11_blocks_outside_the_window_may_be_missing() -> None:
+    """Oracle: by hand: the windowed group has only blocks 6 and 7; 33 tokens are 8 blocks and one to compute.
 
-    Holes that are filled up with blocks of other places are the mistake.
+    Common mistake: filling the gap with blocks of other positions.
     """
     setup = Setup((None, 6))
     setup.put(0, TEXT, range(8))
@@ -380,9 +388,9 @@ def test_task_11_a_block_out_of_reach_may_be_gone() -> None:
 
 
 def test_task_11_all_groups_end_at_the_same_token() -> None:
-    """Oracle: by hand: one group has 7 blocks, the window of 6 lacks block 4; behind 4 it has what it needs.
+    """Oracle: by hand: one group has 7 blocks, the window of 6 lacks block 4. After 4 blocks it lacks none.
 
-    A table that goes further than another reads tokens that the other does not have: the mistake.
+    Common mistake: tables that end at different tokens.
     """
     setup = Setup((None, 6, 9))
     setup.put(0, TEXT, range(7))
@@ -398,8 +406,8 @@ def test_task_11_all_groups_end_at_the_same_token() -> None:
 @pytest.mark.parametrize(
     ("length", "adopted"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (13, 12), (32, 28), (33, 32)]
 )
-def test_task_11_the_last_token_is_left_to_compute(length: int, adopted: int) -> None:
-    """Oracle: by hand, blocks of 4 that are all kept."""
+def test_task_11_the_last_token_is_always_computed(length: int, adopted: int) -> None:
+    """Oracle: by hand, blocks of 4, all cached."""
     setup = Setup((None, 6))
     for group in (0, 1):
         setup.put(group, TEXT, range(8))
@@ -409,8 +417,8 @@ def test_task_11_the_last_token_is_left_to_compute(length: int, adopted: int) ->
     setup.check(sequence)
 
 
-def test_task_11_what_no_group_can_go_on_from_is_not_shared() -> None:
-    """Oracle: by hand: the window lacks every block of the first five, so nothing changes at all."""
+def test_task_11_a_prefix_that_a_group_cannot_continue_is_not_shared() -> None:
+    """Oracle: by hand: the windowed group lacks the first five blocks, so nothing changes."""
     setup = Setup((None, 6))
     setup.put(0, TEXT, range(5))
     setup.put(1, TEXT, [5, 6, 7])
@@ -421,10 +429,10 @@ def test_task_11_what_no_group_can_go_on_from_is_not_shared() -> None:
     setup.check(sequence)
 
 
-def test_task_11_a_sequence_under_way_goes_on_behind_its_own_blocks() -> None:
-    """Oracle: by hand: one block is its own. Behind 2 blocks a window of 6 still needs block 0 and 1.
+def test_task_11_a_partly_computed_sequence_continues_after_its_own_blocks() -> None:
+    """Oracle: by hand: one block is computed. After 2 blocks a window of 6 still needs blocks 0 and 1.
 
-    A window that throws away what is in reach is the mistake.
+    Common mistake: releasing blocks that are still inside the window.
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT[:9])
@@ -437,10 +445,10 @@ def test_task_11_a_sequence_under_way_goes_on_behind_its_own_blocks() -> None:
     setup.check(sequence)
 
 
-def test_task_11_what_a_window_has_passed_goes_back() -> None:
-    """Oracle: by hand: two blocks are its own, and the hit is 8: the window needs blocks 6 and 7 of others.
+def test_task_11_blocks_that_a_window_has_passed_are_released() -> None:
+    """Oracle: by hand: two blocks are computed, and the hit is 8: the window needs cached blocks 6 and 7.
 
-    Its own two are kept and idle then, which the cache must be told, or nothing could evict them.
+    Its two passed blocks are cached and become idle; without `released` they could never be evicted.
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
@@ -455,8 +463,8 @@ def test_task_11_what_a_window_has_passed_goes_back() -> None:
     assert setup.sharing.evict(9) == 2
 
 
-def test_task_11_within_a_block_nothing_is_shared() -> None:
-    """Oracle: by hand: 6 tokens are computed; a whole block would not fit behind half of one."""
+def test_task_11_a_sequence_inside_a_block_adopts_nothing() -> None:
+    """Oracle: by hand: 6 tokens are computed, so no cached block starts at the next token."""
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
     setup.start(sequence, 6)
@@ -467,8 +475,8 @@ def test_task_11_within_a_block_nothing_is_shared() -> None:
     setup.check(sequence)
 
 
-def test_task_11_a_prompt_whose_log_probabilities_are_asked_for_is_computed() -> None:
-    """Oracle: by hand: logits exist only for tokens that are computed."""
+def test_task_11_a_prompt_with_prompt_logprobs_is_computed_completely() -> None:
+    """Oracle: by hand: logits exist only for computed tokens."""
     setup = Setup((None, 6))
     for group in (0, 1):
         setup.put(group, TEXT, range(8))
@@ -478,7 +486,7 @@ def test_task_11_a_prompt_whose_log_probabilities_are_asked_for_is_computed() ->
     setup.check(sequence)
 
 
-def test_task_11_salts_keep_tenants_apart() -> None:
+def test_task_11_tenants_with_different_salts_share_nothing() -> None:
     """Oracle: by hand."""
     setup, adopted = Setup((None, 6)), []
     for group in (0, 1):
@@ -493,7 +501,7 @@ def test_task_11_salts_keep_tenants_apart() -> None:
 # Task 12: WindowedPrefixSharing.keep
 
 
-def test_task_12_full_blocks_of_every_group_are_kept() -> None:
+def test_task_12_full_blocks_of_every_group_are_cached() -> None:
     """Oracle: by hand: 10 tokens are two full blocks in each of two groups."""
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
@@ -505,8 +513,8 @@ def test_task_12_full_blocks_of_every_group_are_kept() -> None:
     setup.check(sequence)
 
 
-def test_task_12_groups_never_find_each_others_blocks() -> None:
-    """Oracle: by hand: the same tokens, other layers: a block of one group is wrong numbers for the other."""
+def test_task_12_groups_do_not_share_blocks() -> None:
+    """Oracle: by hand: equal tokens have different keys in different layers."""
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
     sequence.append_tokens(8)
@@ -518,10 +526,10 @@ def test_task_12_groups_never_find_each_others_blocks() -> None:
         assert list(setup.sharing.cache.match(stream, 0, 8)) == list(table.blocks)
 
 
-def test_task_12_a_table_that_begins_later_keeps_the_right_blocks() -> None:
-    """Oracle: by hand: the window's table begins at 8 when its blocks 2 and 3 become full.
+def test_task_12_a_table_with_a_later_start_caches_the_right_blocks() -> None:
+    """Oracle: by hand: the windowed table starts at 8 when its blocks 2 and 3 become full.
 
-    A list of blocks counts from the table's start, the hashes from the text's: mixing these is the mistake.
+    Common mistake: mixing indices: blocks count from the table's start, hashes from the sequence's.
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
@@ -538,10 +546,10 @@ def test_task_12_a_table_that_begins_later_keeps_the_right_blocks() -> None:
     setup.check(sequence)
 
 
-def test_task_12_what_a_table_has_released_is_not_kept() -> None:
-    """Oracle: by hand: 16 tokens since the beginning, of which the window's table has 8 to 15.
+def test_task_12_released_blocks_are_not_cached() -> None:
+    """Oracle: by hand: 16 tokens are computed, of which the windowed table has 8 .. 15.
 
-    First less the table's first block is negative then, and counts from the end of a list: the mistake.
+    Common mistake: a negative index (the first block minus the table's first block).
     """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
@@ -555,19 +563,24 @@ def test_task_12_what_a_table_has_released_is_not_kept() -> None:
     setup.check(sequence)
 
 
-@pytest.mark.parametrize(("start", "count", "kept"), [(0, 3, 0), (4, 3, 1), (5, 2, 1), (5, 3, 2), (7, 10, 4)])
-def test_task_12_a_block_is_kept_when_it_is_full(start: int, count: int, kept: int) -> None:
-    """Oracle: by hand, blocks of 4: what was full before is kept already."""
+@pytest.mark.parametrize(
+    ("start", "count", "num_cached"), [(0, 3, 0), (4, 3, 1), (5, 2, 1), (5, 3, 2), (7, 10, 4)]
+)
+def test_task_12_a_block_is_cached_when_it_is_full(start: int, count: int, num_cached: int) -> None:
+    """Oracle: by hand, blocks of 4: blocks that were full before are already cached."""
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
     setup.start(sequence, start)
     setup.compute(sequence, count)
-    assert setup.found(0, TEXT) == setup.found(1, TEXT) == list(range(kept))
+    assert setup.found(0, TEXT) == setup.found(1, TEXT) == list(range(num_cached))
     setup.check(sequence)
 
 
-def test_task_12_what_others_have_computed_by_now_is_in_the_pool_once() -> None:
-    """Oracle: by hand: block 1 was kept for each group while this one was computing it: its own go back."""
+def test_task_12_blocks_that_were_cached_meanwhile_are_stored_once() -> None:
+    """Oracle: by hand: block 1 was cached for each group while this sequence computed it.
+
+    Its copy is freed.
+    """
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)
     setup.start(sequence, 4)
@@ -578,13 +591,13 @@ def test_task_12_what_others_have_computed_by_now_is_in_the_pool_once() -> None:
     setup.check(sequence)
 
 
-def test_task_12_one_group_with_a_window_is_enough() -> None:
+def test_task_12_a_model_with_only_windowed_layers_shares_prefixes() -> None:
     """Oracle: by hand: a model whose layers all have a window of 6."""
     setup = Setup((6,))
     first = setup.sequence(TEXT)
     for count in (7, 9, 1, 1, 15):
         setup.compute(first, count)
-    setup.end(first)
+    setup.finish(first)
     assert setup.found(0, TEXT) == list(range(8))
     second = setup.sequence(TEXT)
     setup.sharing.adopt(second)
@@ -596,20 +609,20 @@ def test_task_12_one_group_with_a_window_is_enough() -> None:
 @given(
     windows=st.lists(st.sampled_from([None, 1, 3, 4, 6, 9]), min_size=1, max_size=3),
     texts=st.lists(st.tuples(st.integers(0, 33), st.integers(1, 9)), min_size=1, max_size=5),
-    given_up=st.integers(0, 12),
+    num_evicted=st.integers(0, 12),
 )
-def test_task_12_what_is_kept_is_found(
-    windows: list[int | None], texts: list[tuple[int, int]], given_up: int
+def test_task_12_all_cached_blocks_are_found(
+    windows: list[int | None], texts: list[tuple[int, int]], num_evicted: int
 ) -> None:
-    """Oracle: a list of what was computed and not given up; all references counted.
+    """Oracle: a list of the computed blocks that are not evicted; all references are counted.
 
-    Texts that begin alike, one after the other, in chunks: each adopts what it finds, computes the rest, and
-    ends. After each some idle blocks are given up; nothing else ever is.
+    Sequences with common prefixes run one after the other, in chunks: each adopts cached blocks, computes the
+    rest and finishes. After each, some idle blocks are evicted.
     """
     setup = Setup(tuple(windows), num_blocks=300)
-    for alike, chunk in texts:
-        text = [*TEXT[:alike], *range(5, 40)]
-        sequence, there = setup.sequence(text), [setup.found(group, text) for group in range(len(windows))]
+    for num_shared, chunk in texts:
+        text = [*TEXT[:num_shared], *range(5, 40)]
+        sequence, cached = setup.sequence(text), [setup.found(group, text) for group in range(len(windows))]
         setup.sharing.adopt(sequence)
         setup.check(sequence)
         longest = (len(text) - 1) // 4
@@ -617,16 +630,16 @@ def test_task_12_what_is_kept_is_found(
             n
             for n in range(longest + 1)
             if all(
-                set(range(blocks_needed(n, window), n)) <= set(kept)
-                for window, kept in zip(windows, there, strict=True)
+                set(range(blocks_needed(n, window), n)) <= set(blocks)
+                for window, blocks in zip(windows, cached, strict=True)
             )
         )
-        begun = sequence.num_computed // 4
+        started = sequence.num_computed // 4
         while sequence.num_uncomputed:
             setup.compute(sequence, min(chunk, sequence.num_uncomputed))
             setup.check(sequence)
-        for group, kept in enumerate(there):
-            assert setup.found(group, text) == sorted({*kept, *range(begun, len(text) // 4)})
-        setup.end(sequence)
+        for group, blocks in enumerate(cached):
+            assert setup.found(group, text) == sorted({*blocks, *range(started, len(text) // 4)})
+        setup.finish(sequence)
         setup.check()
-        setup.sharing.evict(given_up)
+        setup.sharing.evict(num_evicted)

@@ -1,4 +1,4 @@
-"""Day 3.5, tasks 6 and 7: attention that reads only what its window sees."""
+"""Day 3.5, tasks 6 and 7: attention that reads only the blocks in its window."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ def seen_attention(
 def packed(
     spans: Sequence[tuple[list[int], int, int]], block_size: int, holes: Sequence[int] = ()
 ) -> PackedBatch:
-    """A step over tables of these blocks, start and stop; `holes[i]` first blocks of row i are nowhere."""
+    """A packed step of spans (blocks, start, stop); the first `holes[i]` blocks of row i are placeholders."""
     batch = pack_batch(
         [Span(plain_table(blocks, stop, block_size), start, stop) for blocks, start, stop in spans]
     )
@@ -48,10 +48,10 @@ def packed(
     return replace(batch, tables=mx.array(rows, mx.int32)) if holes else batch
 
 
-def test_task_6_a_token_sees_the_last_two_wherever_the_blocks_lie() -> None:
-    """Oracle: by hand: 2, 4, 9 and 5 are in blocks 2 and 0; with equal keys the means of two.
+def test_task_6_a_token_attends_to_the_last_two_tokens_in_scattered_blocks() -> None:
+    """Oracle: by hand: 2, 4, 9 and 5 are in blocks 2 and 0; with equal keys each output is the mean of two.
 
-    Without a window they are 2, 3, 5 and 5; with one too large it is the fourth that tells.
+    Without a window the outputs are 2, 3, 5 and 5; a window that is too large changes the fourth.
     """
     values = numbers(9, 5, EMPTY, EMPTY, 2, 4)
     out = windowed_attention(
@@ -61,7 +61,7 @@ def test_task_6_a_token_sees_the_last_two_wherever_the_blocks_lie() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3, 6.5, 7], rtol=1e-6)
 
 
-def test_task_6_only_the_tokens_of_the_step_are_asked_for() -> None:
+def test_task_6_only_the_tokens_of_the_span_are_queries() -> None:
     """Oracle: by hand: the last of four tokens, with windows of 1 to 5."""
     values, batch = numbers(9, 5, EMPTY, EMPTY, 2, 4), packed([([2, 0], 3, 4)], 2)
     found = [
@@ -73,19 +73,19 @@ def test_task_6_only_the_tokens_of_the_step_are_asked_for() -> None:
     np.testing.assert_allclose(found, [5, 7, 6, 5, 5], rtol=1e-6)
 
 
-def test_task_6_every_span_has_a_past_and_a_window_of_its_own() -> None:
-    """Oracle: by hand: 6 of one sequence, then 1, 3 and 8 of another, of which the last two are asked for."""
+def test_task_6_every_span_attends_only_to_the_window_of_its_own_sequence() -> None:
+    """Oracle: by hand: 6 is in one sequence, 1, 3 and 8 in another; the last two of these are queries."""
     values = numbers(1, 3, 6, EMPTY, 8, EMPTY)
     batch = packed([([1], 0, 1), ([0, 2], 1, 3)], 2)
     out = windowed_attention(queries(1, 3), mx.zeros_like(values), values, batch, 1.0, 2)
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [6, 2, 5.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("hole", [NO_BLOCK, 3], ids=["nowhere", "anothers_block"])
-def test_task_6_a_block_behind_the_window_is_not_read(hole: int) -> None:
-    """Oracle: by hand: block 3 is another's by now and holds NaN, and it is the last: -1 finds it too.
+@pytest.mark.parametrize("hole", [NO_BLOCK, 3], ids=["placeholder", "block_of_another_sequence"])
+def test_task_6_a_block_outside_the_window_is_not_read(hole: int) -> None:
+    """Oracle: by hand: block 3 belongs to another sequence and holds NaN; it is the last, so -1 finds it too.
 
-    Reading everything and giving what is not seen a weight of zero is the mistake: 0 * NaN is NaN.
+    Common mistake: reading everything and giving invisible tokens a weight of 0, since 0 * NaN is NaN.
     """
     nan = float("nan")
     values = numbers(9, 5, EMPTY, EMPTY, 2, 4, nan, nan)
@@ -95,8 +95,11 @@ def test_task_6_a_block_behind_the_window_is_not_read(hole: int) -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [5, 6], rtol=1e-6)
 
 
-def test_task_6_a_chunk_reads_what_its_first_token_sees() -> None:
-    """Oracle: by hand: 1, 2, 4, 8, 16 with a window of 2, the last three: what the last one sees is less."""
+def test_task_6_a_chunk_reads_the_window_of_its_first_token() -> None:
+    """Oracle: by hand: 1, 2, 4, 8, 16 with a window of 2.
+
+    The last three are queries, and the last one sees less.
+    """
     values = numbers(1, 2, 4, 8, 16, EMPTY)
     out = windowed_attention(
         queries(1, 3), mx.zeros_like(values), values, packed([([0, 1, 2], 2, 5)], 2), 1.0, 2
@@ -105,25 +108,25 @@ def test_task_6_a_chunk_reads_what_its_first_token_sees() -> None:
 
 
 SHAPES = {
-    "blocks_of_one": {"totals": [5, 1, 9], "block_size": 1},
-    "just_full": {"totals": [8, 4, 12]},
-    "one_behind": {"totals": [9, 5, 1]},
-    "larger_than_the_text": {"totals": [3, 1, 30], "block_size": 32},
-    "odd_blocks": {"totals": [23, 2, 14], "block_size": 7},
-    "groups_of_three": {"totals": [9, 6], "heads": (9, 3)},
-    "one_head_for_all": {"totals": [9, 6], "heads": (4, 1)},
+    "blocks_of_one_token": {"totals": [5, 1, 9], "block_size": 1},
+    "only_full_blocks": {"totals": [8, 4, 12]},
+    "one_token_in_the_last_block": {"totals": [9, 5, 1]},
+    "blocks_larger_than_the_sequence": {"totals": [3, 1, 30], "block_size": 32},
+    "blocks_of_seven_tokens": {"totals": [23, 2, 14], "block_size": 7},
+    "three_query_heads_per_kv_head": {"totals": [9, 6], "heads": (9, 3)},
+    "one_kv_head": {"totals": [9, 6], "heads": (4, 1)},
     "heads_of_20": {"totals": [9, 6], "size": 20},
     "stored_in_float16": {"totals": [9, 6, 17], "dtype": mx.float16},
     "stored_in_bfloat16": {"totals": [9, 6, 17], "dtype": mx.bfloat16},
-    "long": {"totals": [100, 1, 65], "block_size": 16},
+    "long_sequences": {"totals": [100, 1, 65], "block_size": 16},
 }
 
 
 @dataclass
 class Pool:
-    """Sequences in mixed blocks, one layer of keys and values, and the same in one piece.
+    """Sequences in interleaved blocks, one layer of keys and values, and contiguous copies.
 
-    The last block of the pool is another's, and holds NaN.
+    The last block of the pool belongs to another sequence and holds NaN.
     """
 
     totals: Sequence[int]
@@ -132,7 +135,7 @@ class Pool:
     block_size: int = 4
     dtype: mx.Dtype = mx.float32
     blocks: list[list[int]] = field(init=False)
-    streams: list[np.ndarray] = field(init=False)  # keys and values [2, Hkv, tokens, D], as they are stored
+    streams: list[np.ndarray] = field(init=False)  # keys and values [2, Hkv, tokens, D], rounded as stored
     stored: tuple[mx.array, mx.array] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,9 +155,9 @@ class Pool:
         self.stored = (mx.array(layer[0], self.dtype), mx.array(layer[1], self.dtype))
 
     def check(self, spans: Sequence[tuple[int, int, int]], window: int, scale: float = 0.4) -> None:
-        """Attention of these spans (which sequence, start, stop) is that of each sequence in one piece.
+        """Assert that attention of these spans (sequence, start, stop) matches dense attention.
 
-        What no token of a span sees is nowhere.
+        Blocks that no token of a span sees are placeholders.
         """
         length = sum(stop - start for _, start, stop in spans)
         q = mx.random.normal((1, self.heads[0], length, self.size), key=mx.random.key(7))
@@ -173,11 +176,11 @@ class Pool:
 
 @pytest.mark.parametrize("window", [1, 3, 4, 7, 33, 200])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_task_6_prompts_chunks_and_decodes_side_by_side(shape: dict, window: int) -> None:
-    """Oracle: each sequence in one piece, NumPy in float64, one query at a time.
+def test_task_6_prompts_chunks_and_decodes_in_one_step_match_numpy(shape: dict, window: int) -> None:
+    """Oracle: dense attention of each sequence, NumPy in float64, one query at a time.
 
-    Windows of one token, smaller and larger than a block or as large, and larger than the text; first blocks
-    that have gone.
+    Windows of one token, smaller than, equal to and larger than a block, and larger than the sequence. First
+    blocks may be released.
     """
     pool = Pool(**shape)
     ends = list(enumerate(shape["totals"]))
@@ -188,13 +191,13 @@ def test_task_6_prompts_chunks_and_decodes_side_by_side(shape: dict, window: int
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.125, 1.7])
-def test_task_6_scores_are_scaled_as_they_are_told(scale: float) -> None:
+def test_task_6_scores_are_multiplied_by_the_scale(scale: float) -> None:
     """Oracle: NumPy in float64."""
     Pool([9, 6]).check([(0, 2, 9), (1, 3, 6)], 3, scale)
 
 
-def test_task_6_reading_writes_nothing() -> None:
-    """Oracle: the pool as it was."""
+def test_task_6_attention_does_not_change_the_pool() -> None:
+    """Oracle: the pool before the call."""
     pool = Pool([9, 6])
     before = [np.array(x) for x in pool.stored]
     pool.check([(0, 2, 9), (1, 3, 6)], 3)
@@ -205,10 +208,10 @@ def test_task_6_reading_writes_nothing() -> None:
 # Task 7: WindowedContext.attend
 
 
-def test_task_7_each_layer_sees_as_far_as_its_group() -> None:
-    """Oracle: by hand: 2, 4, 9 and 5 with equal keys: the means of two in layer 0, of all in layer 1.
+def test_task_7_each_layer_uses_the_window_of_its_group() -> None:
+    """Oracle: by hand: 2, 4, 9 and 5 with equal keys: means of two in layer 0, of all in layer 1.
 
-    Both groups write to the only layer of the pool, each to blocks of its own.
+    Both groups write to the only layer of the pool, each to its own blocks.
     """
     groups = (LayerGroup((1,), None), LayerGroup((0,), 2))
     pool, allocator = KVPool(4, 2, 1, 2, dtype=mx.float32), BlockAllocator(4)
@@ -223,8 +226,8 @@ def test_task_7_each_layer_sees_as_far_as_its_group() -> None:
     np.testing.assert_allclose(second[0, 0, :, 0], [2, 3, 5, 5], rtol=1e-6)
 
 
-class Lender(KVPool):
-    """A pool that lends copies: what does not come back is lost."""
+class CopyingPool(KVPool):
+    """A pool that lends copies, so writes are lost unless the arrays are put back."""
 
     def lend(self, layer: int) -> tuple[mx.array, mx.array]:
         """Copies of a layer's keys and values."""
@@ -233,14 +236,14 @@ class Lender(KVPool):
         return keys, values
 
 
-def test_task_7_a_layer_writes_to_its_place_in_the_group() -> None:
+def test_task_7_a_layer_writes_to_its_index_in_the_group() -> None:
     """Oracle: by hand: layers 2 and 0 are the first and second of their group, layers 1 and 3 of theirs.
 
-    Four layers in a pool of two: the layer's number, or the group's, as the place is the mistake; or arrays
-    that are not put back.
+    The pool has two layers for four. Common mistakes: using the layer's or the group's number as the index,
+    not putting the arrays back.
     """
     groups = (LayerGroup((2, 0), None), LayerGroup((1, 3), 2))
-    pool, allocator = Lender(2, 2, 1, 2, num_layers=2, dtype=mx.float32), BlockAllocator(2)
+    pool, allocator = CopyingPool(2, 2, 1, 2, num_layers=2, dtype=mx.float32), BlockAllocator(2)
     tables = [BlockTable(allocator, 2), WindowedTable(allocator, 2)]
     for table in tables:
         table.append_tokens(2)
@@ -249,24 +252,24 @@ def test_task_7_a_layer_writes_to_its_place_in_the_group() -> None:
         x = mx.full((1, 1, 2, 2), float(layer + 1))
         mx.eval(context.attend(layer, queries(1, 2), x, -x))
     for table, group in zip(tables, groups, strict=True):
-        for place, layer in enumerate(group.layers):
-            keys, values = pool.read(place, mx.array(table.slots(0, 2), mx.int32))
+        for index, layer in enumerate(group.layers):
+            keys, values = pool.read(index, mx.array(table.slots(0, 2), mx.int32))
             assert keys.tolist() == (-values).tolist() == np.full((2, 1, 2), layer + 1).tolist()
 
 
-class NotingContext(WindowedContext):
-    """A context that notes what it is told to compute, and leaves it to the reader of the outputs."""
+class RecordingContext(WindowedContext):
+    """A context that records the calls of `_compute` and evaluates nothing."""
 
-    noted: tuple[tuple[int, Attended], ...] = ()
+    computed: tuple[tuple[int, Attended], ...] = ()
 
     def _compute(self, layer: int, attended: Attended) -> None:
-        self.noted += ((layer, attended),)
+        self.computed += ((layer, attended),)
 
 
-def test_task_7_each_layer_is_computed_once_with_what_its_write_returned() -> None:
-    """Oracle: by count, and by hand: layers 0 and 3 see everything and layer 2 sees two tokens.
+def test_task_7_each_layer_is_computed_once_with_the_arrays_of_its_write() -> None:
+    """Oracle: by count, and by hand: layers 0 and 3 have full attention and layer 2 has a window of two.
 
-    Without the call the answers are the same, and nothing is computed before the last layer is described.
+    Without the call the outputs are the same, but nothing is computed before the last layer.
     """
     groups = (LayerGroup((0, 3), None), LayerGroup((2,), 2))
     pool, allocator = KVPool(4, 2, 1, 2, num_layers=2, dtype=mx.float32), BlockAllocator(4)
@@ -274,10 +277,10 @@ def test_task_7_each_layer_is_computed_once_with_what_its_write_returned() -> No
     for table in tables:
         table.append_tokens(4)
     batches = [pack_batch([Span(table, 0, 4)]) for table in tables]
-    context, x = NotingContext(pool, groups, batches, 1.0, None), numbers(2, 4, 9, 5).reshape(1, 1, 4, 2)
+    context, x = RecordingContext(pool, groups, batches, 1.0, None), numbers(2, 4, 9, 5).reshape(1, 1, 4, 2)
     outputs = [context.attend(layer, queries(1, 4), x, x) for layer in (3, 2, 0)]
-    assert [layer for layer, _ in context.noted] == [3, 2, 0]
-    for (_, attended), out in zip(context.noted, outputs, strict=True):
+    assert [layer for layer, _ in context.computed] == [3, 2, 0]
+    for (_, attended), out in zip(context.computed, outputs, strict=True):
         assert attended.out.tolist() == out.tolist()
         assert attended.keys.shape == attended.values.shape == (4, 1, 2, 2)
 
@@ -285,8 +288,8 @@ def test_task_7_each_layer_is_computed_once_with_what_its_write_returned() -> No
 MIXED = (LayerGroup((1, 4), None), LayerGroup((0, 2), 3), LayerGroup((3,), 6), LayerGroup((5, 6), 1))
 
 
-def write_over(pool: KVPool, block: int) -> None:
-    """Somebody else has the block now, and writes to all of it."""
+def overwrite(pool: KVPool, block: int) -> None:
+    """Overwrite a whole block, as another sequence would."""
     slots = mx.arange(block * pool.block_size, (block + 1) * pool.block_size)
     others = mx.full((pool.block_size, 2, 8), EMPTY)
     for layer in range(2):
@@ -295,11 +298,11 @@ def write_over(pool: KVPool, block: int) -> None:
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 16])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=["float32", "float16"])
-def test_task_7_texts_grow_while_their_pages_go_back(block_size: int, dtype: mx.Dtype) -> None:
-    """Oracle: each text in one piece, NumPy in float64; the keys as they are stored.
+def test_task_7_sequences_grow_while_passed_blocks_are_released(block_size: int, dtype: mx.Dtype) -> None:
+    """Oracle: dense attention of each sequence, NumPy in float64, on keys as stored.
 
-    Two sequences in chunks of 1 to 4 tokens, seven layers in four groups; what a window has passed is given
-    back and written over at once. In the pool there are not enough blocks for all that was ever there.
+    Two sequences in chunks of 1 to 4 tokens, seven layers in four groups; blocks that a window has passed are
+    released and overwritten at once. The pool is too small for all tokens.
     """
     rng, lengths = np.random.default_rng(1), (33, 20)
     needed = sum(group.max_blocks(n, block_size, 4) for group in MIXED for n in lengths)
@@ -338,5 +341,5 @@ def test_task_7_texts_grow_while_their_pages_go_back(block_size: int, dtype: mx.
                 np.testing.assert_allclose(out, np.concatenate(parts, axis=1), rtol=0, atol=2e-5)
         for i, _, stop in steps:
             for block in layout.release_passed(tables[i], stop):
-                write_over(pool, block)
+                overwrite(pool, block)
         done = stops

@@ -1,4 +1,4 @@
-"""Day 3.5, tasks 1 to 5: what a window sees, and tables that begin where it begins."""
+"""Day 3.5, tasks 1 to 5: the tokens that a window sees, and tables that start at its first block."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -31,28 +31,26 @@ def seen_from(position: int, window: int) -> list[int]:
     ("position", "window", "first"),
     [(5, 3, 3), (3, 3, 1), (2, 3, 0), (0, 3, 0), (1, 3, 0), (7, 1, 7), (0, 1, 0), (9, 100, 0)],
 )
-def test_task_1_a_query_sees_its_own_token_and_those_before_it(
-    position: int, window: int, first: int
-) -> None:
+def test_task_1_a_query_sees_its_own_token_and_earlier_ones(position: int, window: int, first: int) -> None:
     """Oracle: by hand: with a window of 3, position 5 sees 3, 4 and 5.
 
-    `position - window` is the mistake: one token too many; and no position is negative.
+    Common mistakes: `position - window`, which is one token too many, and negative positions.
     """
     assert first_visible(position, window) == first
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 16, 60])
-def test_task_1_the_last_so_many_of_all_positions(window: int) -> None:
-    """Oracle: a list of all positions, cut."""
+def test_task_1_a_query_sees_the_last_window_positions(window: int) -> None:
+    """Oracle: a slice of a list of all positions."""
     for position in range(50):
         assert first_visible(position, window) == seen_from(position, window)[0]
 
 
-def test_task_1_what_a_window_saves() -> None:
+def test_task_1_a_window_of_3_of_8_blocks_saves_42_percent() -> None:
     """Oracle: counted by hand: 8 blocks, and a window of 3: 1 + 2 + 3 * 6 = 21 pairs of 36 causal ones.
 
-    Counting what lies before the first block (3 * 8 = 24), or what no causal mask lets through (8 * 8 = 64),
-    are the mistakes.
+    Common mistakes: counting positions before the first block (3 * 8 = 24), counting pairs that a causal mask
+    hides (8 * 8 = 64).
     """
     pairs = sum(block - first_visible(block, 3) + 1 for block in range(8))
     causal = sum(block - first_visible(block, 8) + 1 for block in range(8))
@@ -61,7 +59,7 @@ def test_task_1_what_a_window_saves() -> None:
 
 
 @pytest.mark.parametrize("window", [0, -1])
-def test_task_1_a_window_without_a_token_is_refused(window: int) -> None:
+def test_task_1_a_window_below_one_is_rejected(window: int) -> None:
     """Oracle: the docstring."""
     for position in (0, 5):
         with pytest.raises(ValueError):
@@ -73,21 +71,21 @@ def test_task_1_a_window_without_a_token_is_refused(window: int) -> None:
 NO = -float("inf")
 
 
-def test_task_2_each_token_sees_two() -> None:
+def test_task_2_with_a_window_of_two_each_token_sees_two() -> None:
     """Oracle: by hand: four tokens, a window of 2."""
     mask = sliding_window_mask(4, 4, 2)
     assert mask.tolist() == [[0, NO, NO, NO], [0, 0, NO, NO], [NO, 0, 0, NO], [NO, NO, 0, 0]]
 
 
-def test_task_2_the_tokens_are_the_last_ones() -> None:
-    """Oracle: by hand: the last two of five, a window of 3. Rows that begin at position 0 are the mistake."""
+def test_task_2_the_rows_are_the_last_tokens() -> None:
+    """Oracle: by hand: the last two of five, a window of 3. Common mistake: rows that start at position 0."""
     assert sliding_window_mask(2, 5, 3).tolist() == [[NO, 0, 0, 0, NO], [NO, NO, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize(("length", "total"), [(1, 1), (1, 9), (4, 4), (3, 9), (9, 9), (8, 9)])
-def test_task_2_what_is_seen_and_nothing_else(length: int, total: int, window: int) -> None:
-    """Oracle: a loop over all pairs; a window larger than the text is a causal mask."""
+def test_task_2_the_mask_matches_a_loop_over_all_pairs(length: int, total: int, window: int) -> None:
+    """Oracle: a loop over all pairs; a window larger than the sequence gives a causal mask."""
     mask = np.array(sliding_window_mask(length, total, window))
     assert mask.shape == (length, total)
     for row, position in enumerate(range(total - length, total)):
@@ -95,8 +93,8 @@ def test_task_2_what_is_seen_and_nothing_else(length: int, total: int, window: i
         assert mask[row].tolist() == [0 if other in seen else NO for other in range(total)]
 
 
-def test_task_2_added_to_scores_it_leaves_what_is_seen() -> None:
-    """Oracle: by hand: of equal scores each that is seen has the same weight, and the others have none."""
+def test_task_2_the_mask_leaves_weight_only_on_visible_tokens() -> None:
+    """Oracle: by hand: with equal scores all visible tokens have the same weight, the others none."""
     weights = mx.softmax(mx.zeros((2, 3, 3)) + sliding_window_mask(3, 3, 2), axis=-1)
     np.testing.assert_allclose(np.array(weights)[1], [[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]], atol=1e-6)
 
@@ -107,7 +105,7 @@ def test_task_2_added_to_scores_it_leaves_what_is_seen() -> None:
 def table_of(
     blocks: Sequence[int], num_tokens: int, *, start: int = 0, block_size: int = 4, num_blocks: int = 10
 ) -> WindowedTable:
-    """A table over just these blocks, `num_tokens` from `start` on, put together by hand; others are free."""
+    """A table of `num_tokens` from `start` on in exactly these blocks; the pool's other blocks are free."""
     allocator = BlockAllocator(num_blocks)
     for _ in range(num_blocks):
         allocator.allocate()
@@ -119,17 +117,17 @@ def table_of(
 
 
 def state(table: WindowedTable) -> tuple[object, ...]:
-    """All that there is to know of a table and its pool."""
+    """The complete state of a table and its pool."""
     return table.start, table.num_tokens, list(table.blocks), counts(table.allocator)
 
 
 def expect(table: WindowedTable, start: int, num_tokens: int, blocks: Sequence[int]) -> None:
-    """A table that holds just these blocks of its pool, and is their only holder."""
+    """Assert that a table holds exactly these blocks of its pool, each with one reference."""
     assert (table.start, table.num_tokens, list(table.blocks)) == (start, num_tokens, list(blocks))
     assert counts(table.allocator) == [int(block in blocks) for block in range(table.allocator.num_blocks)]
 
 
-def test_task_3_blocks_that_end_before_a_position_go_back() -> None:
+def test_task_3_blocks_that_end_before_a_position_are_released() -> None:
     """Oracle: by hand: 10 tokens in blocks 7, 2 and 5 of 4; from position 8 on, only the third is needed."""
     table = table_of([7, 2, 5], 10)
     assert list(table.release_before(8)) == [7, 2]
@@ -138,25 +136,30 @@ def test_task_3_blocks_that_end_before_a_position_go_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "gone"), [(0, 0), (3, 0), (4, 1), (5, 1), (7, 1), (8, 2), (9, 2), (10, 2), (100, 2)]
+    ("position", "num_released"), [(0, 0), (3, 0), (4, 1), (5, 1), (7, 1), (8, 2), (9, 2), (10, 2), (100, 2)]
 )
-def test_task_3_a_block_goes_when_all_of_it_is_passed(position: int, gone: int) -> None:
-    """Oracle: by hand, blocks of 4; a last one that is not full stays, however far the position is."""
+def test_task_3_a_block_is_released_when_all_of_it_is_passed(position: int, num_released: int) -> None:
+    """Oracle: by hand, blocks of 4; a last block that is not full stays, for every position."""
     table, blocks = table_of([7, 2, 5], 10), [7, 2, 5]
-    assert list(table.release_before(position)) == blocks[:gone]
-    expect(table, 4 * gone, 10 - 4 * gone, blocks[gone:])
+    assert list(table.release_before(position)) == blocks[:num_released]
+    expect(table, 4 * num_released, 10 - 4 * num_released, blocks[num_released:])
 
 
-@pytest.mark.parametrize(("position", "gone"), [(0, 0), (8, 0), (11, 0), (12, 1), (16, 2), (18, 2), (99, 2)])
-def test_task_3_positions_are_those_of_the_text(position: int, gone: int) -> None:
-    """Oracle: by hand: a table that begins at 8 and holds 8 .. 17. Counting from the table is the mistake."""
+@pytest.mark.parametrize(
+    ("position", "num_released"), [(0, 0), (8, 0), (11, 0), (12, 1), (16, 2), (18, 2), (99, 2)]
+)
+def test_task_3_positions_count_from_the_start_of_the_sequence(position: int, num_released: int) -> None:
+    """Oracle: by hand: a table that starts at 8 and holds 8 .. 17.
+
+    Common mistake: counting from the start of the table.
+    """
     table, blocks = table_of([3, 9, 6], 10, start=8), [3, 9, 6]
-    assert list(table.release_before(position)) == blocks[:gone]
-    expect(table, 8 + 4 * gone, 10 - 4 * gone, blocks[gone:])
+    assert list(table.release_before(position)) == blocks[:num_released]
+    expect(table, 8 + 4 * num_released, 10 - 4 * num_released, blocks[num_released:])
 
 
-def test_task_3_a_last_block_that_is_full_goes_too() -> None:
-    """Oracle: by hand: 8 tokens, and none of them is seen any more; the text goes on in a new block."""
+def test_task_3_a_full_last_block_can_be_released() -> None:
+    """Oracle: by hand: 8 tokens, none of them visible any more; the sequence continues in a new block."""
     table = table_of([7, 2], 8)
     assert list(table.release_before(8)) == [7, 2]
     expect(table, 8, 0, [])
@@ -164,8 +167,8 @@ def test_task_3_a_last_block_that_is_full_goes_too() -> None:
     assert (table.start, table.num_tokens, len(table.blocks)) == (8, 3, 1)
 
 
-def test_task_3_what_has_gone_does_not_go_again() -> None:
-    """Oracle: by hand: a second reference would be another's by then."""
+def test_task_3_blocks_are_released_only_once() -> None:
+    """Oracle: by hand: by then the block may belong to another sequence."""
     table = table_of([7, 2, 5], 10)
     table.release_before(5)
     before = state(table)
@@ -175,7 +178,7 @@ def test_task_3_what_has_gone_does_not_go_again() -> None:
 
 
 def test_task_3_blocks_with_other_holders_stay_with_them() -> None:
-    """Oracle: by hand: blocks 7 and 5 have a second holder; only 2 is free afterwards."""
+    """Oracle: by hand: blocks 7 and 5 have a second reference; only 2 is free afterwards."""
     table = table_of([7, 2, 5], 12)
     table.allocator.add_ref(7)
     table.allocator.add_ref(5)
@@ -188,30 +191,34 @@ def test_task_3_blocks_with_other_holders_stay_with_them() -> None:
     st.integers(1, 5),
     st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=20),
 )
-def test_task_3_a_text_that_grows_and_forgets(block_size: int, steps: list[tuple[bool, int]]) -> None:
+def test_task_3_random_growth_and_release_match_a_dict(
+    block_size: int, steps: list[tuple[bool, int]]
+) -> None:
     """Oracle: a dict from positions to blocks, from which whole blocks are deleted one by one."""
-    table, home, end = WindowedTable(BlockAllocator(200), block_size), dict[int, int](), 0
+    table, block_of, end = WindowedTable(BlockAllocator(200), block_size), dict[int, int](), 0
     for grows, number in steps:
         if grows:
             table.append_tokens(number % 9)
             new, end = range(end, end + number % 9), end + number % 9
-            home |= {p: table.blocks[(p - table.start) // block_size] for p in new}
+            block_of |= {p: table.blocks[(p - table.start) // block_size] for p in new}
         else:
             passed = []
-            while home and len(home) >= block_size and min(home) + block_size <= number:
-                first = min(home)
-                passed.append(home[first])
-                home = {position: block for position, block in home.items() if position >= first + block_size}
+            while block_of and len(block_of) >= block_size and min(block_of) + block_size <= number:
+                first = min(block_of)
+                passed.append(block_of[first])
+                block_of = {
+                    position: block for position, block in block_of.items() if position >= first + block_size
+                }
             assert list(table.release_before(number)) == passed
-        assert list(table.blocks) == list(dict.fromkeys(home.values()))
-        assert (table.num_tokens, table.start) == (len(home), end - len(home))
+        assert list(table.blocks) == list(dict.fromkeys(block_of.values()))
+        assert (table.num_tokens, table.start) == (len(block_of), end - len(block_of))
         assert Counter(counts(table.allocator))[1] == len(table.blocks) == 200 - table.allocator.num_free
 
 
-def test_task_3_a_text_of_a_hundred_tokens_lives_in_three_blocks() -> None:
-    """Oracle: by hand: a window of 5 and 4 new tokens at once lie in at most 3 blocks of 4.
+def test_task_3_a_sequence_of_a_hundred_tokens_needs_three_blocks() -> None:
+    """Oracle: by hand: a window of 5 and 4 new tokens are in at most 3 blocks of 4.
 
-    The engine's bookkeeping, without a model; the whole text would be 25 blocks.
+    This uses the batch manager without a model; the whole sequence would take 25 blocks.
     """
     manager = PagedBatchManager(
         3, 4, 1, max_batched_tokens=4, max_model_len=100, groups=(LayerGroup((0, 1), 5),)
@@ -228,8 +235,8 @@ def test_task_3_a_text_of_a_hundred_tokens_lives_in_three_blocks() -> None:
 # Task 4: WindowedTable.skip_to
 
 
-def test_task_4_a_table_goes_on_further_behind() -> None:
-    """Oracle: by hand: 6 tokens in two blocks, and on at 12: both blocks go back."""
+def test_task_4_a_table_can_skip_to_a_later_position() -> None:
+    """Oracle: by hand: 6 tokens in two blocks, continued at 12: both blocks are released."""
     table = table_of([7, 2], 6)
     assert list(table.skip_to(12)) == [7, 2]
     expect(table, 12, 0, [])
@@ -240,8 +247,10 @@ def test_task_4_a_table_goes_on_further_behind() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "start", "position"), [(8, 0, 8), (8, 8, 16), (5, 8, 16), (0, 0, 0), (0, 8, 8), (0, 8, 20)]
 )
-def test_task_4_an_edge_at_the_end_or_behind_it(num_tokens: int, start: int, position: int) -> None:
-    """Oracle: by hand, blocks of 4: also where there is nothing to let go, or nothing to skip."""
+def test_task_4_a_position_at_or_after_the_end_is_accepted(
+    num_tokens: int, start: int, position: int
+) -> None:
+    """Oracle: by hand, blocks of 4: also if there is nothing to release or nothing to skip."""
     blocks = [3, 9][: -(-num_tokens // 4)]
     table = table_of(blocks, num_tokens, start=start)
     assert list(table.skip_to(position)) == blocks
@@ -249,8 +258,8 @@ def test_task_4_an_edge_at_the_end_or_behind_it(num_tokens: int, start: int, pos
 
 
 @pytest.mark.parametrize("position", [0, 4, 8, 12, 13, 14, 15, 17])
-def test_task_4_another_position_is_refused_and_nothing_changes(position: int) -> None:
-    """Oracle: the docstring: a table that holds 8 .. 13; an edge within it, and positions between edges."""
+def test_task_4_any_other_position_is_rejected_and_changes_nothing(position: int) -> None:
+    """Oracle: the docstring: a table that holds 8 .. 13; positions inside it and between block boundaries."""
     table = table_of([3, 9], 6, start=8)
     before = state(table)
     with pytest.raises(ValueError):
@@ -269,30 +278,30 @@ def test_task_4_skipped_blocks_with_other_holders_stay_with_them() -> None:
 # Task 5: WindowedTable.physical_indices
 
 
-def test_task_5_a_hole_for_each_block_that_has_gone() -> None:
-    """Oracle: by hand: position 8 is in the third logical block, wherever the table begins.
+def test_task_5_each_released_block_has_a_placeholder() -> None:
+    """Oracle: by hand: position 8 is in the third logical block, for every start of the table.
 
-    A list without holes would make block 7 the home of position 0: the mistake.
+    Common mistake: a list without placeholders, which puts position 0 into block 7.
     """
     assert list(table_of([7, 2], 6, start=8).physical_indices()) == [NO_BLOCK, NO_BLOCK, 7, 2]
 
 
-def test_task_5_a_whole_table_has_no_hole() -> None:
-    """Oracle: by hand: the list is the caller's own."""
+def test_task_5_a_table_without_released_blocks_has_no_placeholder() -> None:
+    """Oracle: by hand: changing the returned list must not change the table."""
     blocks = [7, 2]
     table = table_of(blocks, 6)
     table.physical_indices().clear()
     assert list(table.physical_indices()) == list(table.blocks) == blocks
 
 
-def test_task_5_a_table_without_a_block_is_holes_alone() -> None:
+def test_task_5_a_table_without_blocks_has_only_placeholders() -> None:
     """Oracle: by hand."""
     assert list(table_of([], 0, start=12).physical_indices()) == [NO_BLOCK] * 3
     assert list(table_of([], 0).physical_indices()) == []
 
 
-def test_task_5_a_step_is_packed_with_its_holes() -> None:
-    """Oracle: by hand: the last of 14 tokens beside 3 tokens of another table; the shorter row is padded."""
+def test_task_5_pack_batch_keeps_the_placeholders() -> None:
+    """Oracle: by hand: the last of 14 tokens, and 3 tokens of another table; the shorter row is padded."""
     long, short = table_of([7, 2], 6, start=8), table_of([5], 3)
     batch = pack_batch([Span(long, 13, 14), Span(short, 0, 3)])
     assert batch.tables.tolist() == [[NO_BLOCK, NO_BLOCK, 7, 2], [5, 0, 0, 0]]

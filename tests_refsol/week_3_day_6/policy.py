@@ -1,4 +1,4 @@
-"""Tasks 1 and 2: for how much memory a sequence is admitted, and which one is preempted."""
+"""Day 3.6, tasks 1 and 2: the memory reserved at admission, and the choice of the sequence to preempt."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,22 +25,22 @@ from week_3_day_6.two_pools import SIZE, TEXT, Setup
     ("num_prompt", "num_outputs", "max_len", "reserved"),
     [(10, 0, 40, 14), (10, 3, 40, 17), (1, 0, 40, 5), (10, 0, 14, 14), (10, 0, 12, 12), (10, 2, 12, 12)],
 )
-def test_task_1_what_is_known_and_one_block_more(
+def test_task_1_the_known_tokens_and_one_block_more_are_reserved(
     num_prompt: int, num_outputs: int, max_len: int, reserved: int
 ) -> None:
-    """Oracle: by hand, blocks of 4: 10 known tokens are reserved 14, or 12 where no more can come."""
+    """Oracle: by hand, blocks of 4: 10 known tokens reserve 14, or `max_len` if that is less."""
     sequence = Setup().sequence(TEXT[:num_prompt], 0, outputs=[7] * num_outputs)
     sequence.max_len = max_len
     assert NewestFirst().reserved_tokens(sequence) == reserved
 
 
 @pytest.mark.parametrize("computed", [0, 3, 4, 10])
-def test_task_1_computed_or_not_makes_no_difference(computed: int) -> None:
-    """Oracle: by hand: blocks are reserved for tokens that are known; the scheduler knows which are there."""
+def test_task_1_the_reservation_does_not_depend_on_computed_tokens(computed: int) -> None:
+    """Oracle: by hand: blocks are reserved for known tokens; the scheduler knows which blocks exist."""
     assert NewestFirst().reserved_tokens(Setup().sequence(TEXT[:10], computed)) == 14
 
 
-def test_task_1_the_block_is_the_sequences() -> None:
+def test_task_1_the_block_size_is_that_of_the_sequence() -> None:
     """Oracle: by hand, blocks of 16 and of 1."""
     for size, reserved in ((16, 26), (1, 11)):
         sequence = Setup().sequence(TEXT[:10], 0)
@@ -49,33 +49,37 @@ def test_task_1_the_block_is_the_sequences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "begin"), [(NoPreemption(), 1), (NewestFirst(), 3)], ids=["lives", "known"]
+    ("policy", "num_running"),
+    [(NoPreemption(), 1), (NewestFirst(), 3)],
+    ids=["full_reservation", "known_tokens"],
 )
-def test_task_1_more_begin_than_whole_lives_would_fit(policy: PreemptionPolicy, begin: int) -> None:
-    """Oracle: by hand: prompts of 4 tokens that may grow to 24, that is 6 blocks, in a pool of 6.
+def test_task_1_more_sequences_start_than_with_full_reservations(
+    policy: PreemptionPolicy, num_running: int
+) -> None:
+    """Oracle: by hand: prompts of 4 tokens that may grow to 24, which is 6 blocks, in a pool of 6.
 
-    With whole lives reserved, one of them begins; with 8 tokens each, that is 2 blocks, three do.
+    With full reservations one of them starts; with 8 tokens each, which is 2 blocks, three start.
     """
     manager = PagedBatchManager(6, SIZE, 9, policies=Policies(preemption=policy))
     for index in range(5):
         manager.add_request([index] * 4, str(index), SamplingParams(max_tokens=20))
     manager.process_batch()
-    assert len(manager.running) == begin
+    assert len(manager.running) == num_running
 
 
 # Task 2: NewestFirst.choose_victim
 
 
-def test_task_2_the_last_of_the_candidates_is_chosen() -> None:
-    """Oracle: by hand: candidates are oldest first. Choosing the first is the mistake: none would end."""
+def test_task_2_the_newest_candidate_is_chosen() -> None:
+    """Oracle: by hand: candidates are oldest first. Common mistake: the first, so that none ever finishes."""
     sequences = [Setup().sequence(TEXT[:length], 0) for length in (5, 9, 1, 3)]
     for number in range(1, 5):
         assert NewestFirst().choose_victim(sequences[:number]) is sequences[number - 1]
         assert NewestFirst().choose_victim(tuple(sequences[:number])) is sequences[number - 1]
 
 
-def test_task_2_to_choose_is_not_to_take() -> None:
-    """Oracle: by hand: the list is the scheduler's."""
+def test_task_2_choosing_does_not_change_the_candidates() -> None:
+    """Oracle: by hand: the list belongs to the scheduler."""
     sequences = [Setup().sequence(TEXT[:5], 0) for _ in range(3)]
     candidates = list(sequences)
     NewestFirst().choose_victim(candidates)
@@ -85,7 +89,7 @@ def test_task_2_to_choose_is_not_to_take() -> None:
 def serve_all(num_blocks: int, prompts: Sequence[int], max_tokens: int) -> None:
     """Serve prompts of these lengths without a model.
 
-    After each step the oldest still runs, and every reference is a table's.
+    Assert after each step that the oldest sequence still runs and that all references match.
     """
     manager = PagedBatchManager(num_blocks, SIZE, len(prompts), policies=Policies(preemption=NewestFirst()))
     for index, length in enumerate(prompts):
@@ -102,7 +106,7 @@ def serve_all(num_blocks: int, prompts: Sequence[int], max_tokens: int) -> None:
         for seq_id in ready:
             if manager.sequence(seq_id).num_tokens == manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
-        assert steps < 400, "no sequence advances"
+        assert steps < 400, "the sequences do not finish"
     assert manager.allocator.num_free == num_blocks
 
 
@@ -112,8 +116,8 @@ def serve_all(num_blocks: int, prompts: Sequence[int], max_tokens: int) -> None:
     max_tokens=st.integers(4, 12),
     spare=st.integers(0, 3),
 )
-def test_task_2_every_sequence_ends_and_the_oldest_is_never_preempted(
+def test_task_2_every_sequence_finishes_and_the_oldest_is_never_preempted(
     prompts: list[int], max_tokens: int, spare: int
 ) -> None:
-    """Oracle: the order of arrival, and a bound on the steps, in pools little larger than the longest."""
+    """Oracle: the order of arrival and a bound on the steps, in pools slightly larger than the longest."""
     serve_all(-(-(max(prompts) + max_tokens) // SIZE) + spare, prompts, max_tokens)

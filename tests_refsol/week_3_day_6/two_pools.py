@@ -1,4 +1,4 @@
-"""A pool and a swap space whose blocks are lists, so that a test sees whose keys are where."""
+"""A pool and a swap space of symbolic blocks, so that tests can check which keys are where."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,16 +16,16 @@ from common.blocks import counts
 
 SIZE = 4  # tokens in a block, everywhere in this suite
 TEXT = tuple(range(100, 160))
-Slots = dict[int, list[object]]  # what stands in each slot of each block
+Slots = dict[int, list[object]]  # the content of each slot of each block
 
 
 def in_use(allocator: BlockAllocator) -> int:
-    """Blocks that have a holder."""
+    """The number of allocated blocks."""
     return allocator.num_blocks - allocator.num_free
 
 
-class Told(PagedSequence):
-    """A sequence that a failing test shows in a line."""
+class ShortReprSequence(PagedSequence):
+    """A sequence with a one-line repr for failing tests."""
 
     def __repr__(self) -> str:
         return f"<{self.seq_id!r}: {self.num_computed} of {self.num_tokens} tokens computed>"
@@ -33,10 +33,10 @@ class Told(PagedSequence):
 
 @dataclass(repr=False)
 class Setup:
-    """A pool and a swap space whose blocks are lists, so that a test sees whose keys are where.
+    """A pool and a swap space of symbolic blocks, so that tests can check which keys are where.
 
-    A slot holds the group of layers and the text up to its token: what keys depend on. windows: of one group
-    of layers each.
+    A slot holds the group of layers and all tokens up to its own: everything that keys depend on. `windows`
+    has one entry per group of layers.
     """
 
     windows: tuple[int | None, ...] = (None,)
@@ -54,14 +54,14 @@ class Setup:
         self.host = {block: [None] * SIZE for block in range(self.host_blocks)}
 
     def __repr__(self) -> str:
-        """Without what is in the blocks: a failing test shows it in a line."""
+        """One line, without the blocks' contents, for failing tests."""
         return f"Setup(windows={self.windows}, {self.num_blocks} blocks, {self.host_blocks} on the host)"
 
     def sequence(
         self, tokens: Sequence[int], computed: int, outputs: Sequence[int] = (), salt: str = ""
     ) -> PagedSequence:
-        """A sequence that runs, with so many of its tokens computed."""
-        sequence = Told(
+        """A running sequence with `computed` computed tokens."""
+        sequence = ShortReprSequence(
             seq_id="one",
             request_id="one",
             prompt=tuple(tokens),
@@ -76,7 +76,7 @@ class Setup:
         return sequence
 
     def compute(self, sequence: PagedSequence, count: int) -> None:
-        """Compute the next known tokens as a step does it: copies, then writes; then windows pass."""
+        """Compute the next known tokens as a step does: copy, write, then release passed blocks."""
         start = sequence.num_computed
         for copy in sequence.append_tokens(count):
             self.pool[copy.dst] = list(self.pool[copy.src])
@@ -86,38 +86,39 @@ class Setup:
                 [slot] = table.slots(position, position + 1)
                 self.pool[slot // SIZE][slot % SIZE] = (group, *sequence.tokens(0, position + 1))
         self.layout.release_passed(sequence.tables, sequence.num_computed)
-        self.spoil()
+        self.overwrite_free_blocks()
 
-    def spoil(self) -> None:
-        """Blocks without a holder are overwritten at once, so that a test notices a read of them."""
+    def overwrite_free_blocks(self) -> None:
+        """Overwrite free blocks, so that a test notices a read of them."""
         for block, count in enumerate(counts(self.allocator)):
             if count == 0:
-                self.pool[block] = ["nobody's"] * SIZE
+                self.pool[block] = ["free"] * SIZE
 
-    def out(self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None) -> int | None:
-        """Swap out and give the pages up, the copies made in between; how many. None: the host was full."""
+    def swap_out(self, sequence: PagedSequence, filled_from: Mapping[int, int] | None = None) -> int | None:
+        """Swap out, copy, and release the pages; return the number of copies, None if the host is full."""
         copies = self.space.swap_out(sequence, filled_from)
         if copies is None:
             return None
         for block, host_block in copies:
             self.host[host_block] = list(self.pool[block])
         sequence.release_pages()
-        self.spoil()
+        self.overwrite_free_blocks()
         return len(copies)
 
-    def back(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> int:
-        """Swap in, and make the copies; how many."""
+    def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> int:
+        """Swap in and copy; return the number of copies."""
         copies = self.space.swap_in(sequence, at_hand)
         for block, host_block in copies:
             assert block in self.pool
             self.pool[block] = list(self.host[host_block])
-        self.spoil()
+        self.overwrite_free_blocks()
         return len(copies)
 
     def adopt(self, sequence: PagedSequence, donor: PagedSequence, num_blocks: int) -> bool:
-        """Let a sequence begin with the first blocks of another, as it would find them in a prefix cache.
+        """Let a sequence adopt the first blocks of another, as from a prefix cache.
 
-        Windowed tables get what the next token sees. False, and nothing done, where the other has less.
+        Windowed tables get the blocks that the next token sees. Returns False, without a change, if the donor
+        lacks some.
         """
         firsts = [
             0 if window is None else max(0, num_blocks * SIZE - window + 1) // SIZE for window in self.windows
@@ -134,7 +135,7 @@ class Setup:
         return True
 
     def at_hand(self, *others: PagedSequence) -> dict[bytes, int]:
-        """The full blocks of others by the hash of what is in them."""
+        """The full blocks of other sequences by their hashes."""
         found: dict[bytes, int] = {}
         for other in others:
             stop = other.num_computed // SIZE
@@ -144,16 +145,20 @@ class Setup:
         return found
 
     def check(self, *running: PagedSequence, waiting: Sequence[PagedSequence] = ()) -> None:
-        """Running sequences have their keys in the pool, waiting ones on the host; no more references."""
+        """Assert that the keys of running sequences are in the pool and those of waiting ones on the host."""
         held = Counter(block for one in running for table in one.tables for block in table.blocks)
         assert counts(self.allocator) == [held[block] for block in range(self.num_blocks)]
         for one in running:
             for group, table in enumerate(one.tables):
                 start = getattr(table, "start", 0)
-                assert start + table.num_tokens == one.num_computed, "a table ends elsewhere"
+                assert start + table.num_tokens == one.num_computed, (
+                    "a table does not end at the last computed token"
+                )
                 for position, slot in enumerate(table.slots(start, one.num_computed), start):
                     found = self.pool[slot // SIZE][slot % SIZE]
-                    assert found == (group, *one.tokens(0, position + 1)), "another's keys, or none"
+                    assert found == (group, *one.tokens(0, position + 1)), (
+                        "a slot does not hold the keys of its token"
+                    )
         held = Counter()
         for one in waiting:
             assert one.swapped is not None
@@ -163,5 +168,7 @@ class Setup:
                 assert first + len(host_blocks) == -(-num_computed // SIZE)
                 for position in range(first * SIZE, num_computed):
                     found = self.host[host_blocks[position // SIZE - first]][position % SIZE]
-                    assert found == (group, *one.tokens(0, position + 1)), "another's keys, or none"
+                    assert found == (group, *one.tokens(0, position + 1)), (
+                        "a slot does not hold the keys of its token"
+                    )
         assert counts(self.space.allocator) == [held[block] for block in range(self.host_blocks)]

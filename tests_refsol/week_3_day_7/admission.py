@@ -1,4 +1,4 @@
-"""Tasks 7 and 8: how many requests wait, counted from any thread."""
+"""Day 3.7, tasks 7 and 8: admission control: counting waiting requests from any thread."""
 
 import time
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import pytest
 from tiny_llm.admission_control import AdmissionControl, Occupancy
 from tiny_llm.errors import QueueFullError
 
-from week_3_day_7.patience import background, value, within
+from week_3_day_7.timeouts import background, value, with_timeout
 
 
 def check_waiting(control: AdmissionControl, waiting: int, admitted: int = 0) -> None:
-    """Compare how many requests wait, and say for which figures."""
+    """Assert the number of waiting requests; the message shows the figures."""
     found = control.num_waiting()
     assert found == waiting, (
         f"num_waiting() is {found} and should be {waiting}, after {admitted} were admitted, "
@@ -37,29 +37,32 @@ def check_waiting(control: AdmissionControl, waiting: int, admitted: int = 0) ->
         (Occupancy(num_running=0, is_crowded=True), 0),
     ],
 )
-def test_task_7_requests_wait_less_the_sequences_that_can_start(occupancy: Occupancy, waiting: int) -> None:
-    """Oracle: by hand, at most 4 sequences at once. In a crowd none can start; never fewer than none."""
+def test_task_7_requests_that_can_start_do_not_count_as_waiting(occupancy: Occupancy, waiting: int) -> None:
+    """Oracle: by hand, at most 4 sequences. If `is_crowded`, none can start.
+
+    The count may be negative only without a crowd.
+    """
     control = AdmissionControl(None, 4)
     control.occupancy = occupancy
     check_waiting(control, waiting)
 
 
-def test_task_7_what_the_engine_has_seen_is_counted_once() -> None:
-    """Oracle: by hand: 7 requests have reached the engine that were not admitted here: 7 fewer wait."""
+def test_task_7_requests_that_the_engine_has_seen_are_counted_once() -> None:
+    """Oracle: by hand: 7 requests reached the engine without `admit`, so 7 fewer wait."""
     control = AdmissionControl(None, 0)
     control.occupancy = Occupancy(num_seen=7, num_waiting=7)
     check_waiting(control, 0)
 
 
-def test_task_7_asking_changes_nothing() -> None:
+def test_task_7_num_waiting_changes_nothing() -> None:
     """Oracle: by hand."""
     control = AdmissionControl(1, 2)
     control.occupancy = Occupancy(num_waiting=3, num_running=1)
     assert [control.num_waiting() for _ in range(3)] == [2, 2, 2]
 
 
-def test_task_7_the_figures_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Oracle: by hand: 2 requests wait, 2 can start; then 2 run. None is left over, before or after it.
+def test_task_7_the_occupancy_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: by hand: 2 requests wait and 2 can start; then 2 run. Both times no request waits.
 
     Here the engine replaces the figures after each read.
     """
@@ -73,15 +76,15 @@ def test_task_7_the_figures_are_read_once(monkeypatch: pytest.MonkeyPatch) -> No
     control = AdmissionControl(None, 2)
     monkeypatch.setattr(AdmissionControl, "occupancy", property(read), raising=False)
     for number in (1, 2):
-        assert control.num_waiting() == 0, "figures of two moments are mixed"
-        assert len(reads) == number, "the engine may replace `occupancy` between two reads"
+        assert control.num_waiting() == 0, "figures of two different moments were mixed"
+        assert len(reads) == number, "read `occupancy` once: the engine may replace it between two reads"
 
 
 # Task 8: AdmissionControl.admit
 
 
 def test_task_8_admitted_requests_wait_until_the_engine_has_seen_them() -> None:
-    """Oracle: by hand: 3 and 2 requests, 2 sequences at once; the engine has then seen 4, and all 5."""
+    """Oracle: by hand: 3 and 2 requests, at most 2 sequences; then the engine has seen 4 and all 5."""
     control = AdmissionControl(None, 2)
     control.admit(3)
     check_waiting(control, 1, admitted=3)
@@ -93,8 +96,8 @@ def test_task_8_admitted_requests_wait_until_the_engine_has_seen_them() -> None:
     check_waiting(control, 0, admitted=5)
 
 
-def test_task_8_all_or_none() -> None:
-    """Oracle: by hand: one may wait, one may start. Three are refused and leave nothing behind; two fit."""
+def test_task_8_all_requests_of_a_call_are_admitted_or_none() -> None:
+    """Oracle: by hand: one may wait and one may start. Three are rejected without a trace; two fit."""
     control = AdmissionControl(1, 1)
     for _ in range(3):
         with pytest.raises(QueueFullError):
@@ -106,47 +109,50 @@ def test_task_8_all_or_none() -> None:
     control.admit(0)
 
 
-def test_task_8_a_limit_of_none_refuses_nothing() -> None:
+def test_task_8_a_limit_of_none_admits_everything() -> None:
     """Oracle: the docstring of the class."""
     control = AdmissionControl(None, 1)
     control.admit(10**6)
     check_waiting(control, 10**6 - 1, admitted=10**6)
 
 
-class SlowFigures(Occupancy):
-    """An occupancy that takes a while to read: other threads run in the meantime."""
+class SlowOccupancy(Occupancy):
+    """An occupancy whose reads sleep, so that other threads run meanwhile."""
 
     @property
     def num_seen(self) -> int:  # type: ignore[override]
-        """Read as a field."""
+        """Sleep, then return the field."""
         time.sleep(0.01)
         return self[0]
 
     def __iter__(self) -> Iterator[int]:
-        """Unpacked."""
+        """Sleep, then unpack."""
         time.sleep(0.01)
         return super().__iter__()
 
 
-def test_task_8_the_last_places_are_taken_once() -> None:
-    """Oracle: by hand: ten threads ask at the same moment, three may wait. Without the lock all come in."""
+def test_task_8_concurrent_calls_never_exceed_the_limit() -> None:
+    """Oracle: by hand: ten threads call `admit` at once, three may wait.
+
+    Without the lock all are admitted.
+    """
     control = AdmissionControl(3, 1)
-    control.occupancy = SlowFigures(is_crowded=True)
-    asked: list[Future[Any]] = [background(control.admit, 1) for _ in range(10)]
-    refused = 0
-    for each in asked:
+    control.occupancy = SlowOccupancy(is_crowded=True)
+    calls: list[Future[Any]] = [background(control.admit, 1) for _ in range(10)]
+    rejected = 0
+    for each in calls:
         try:
             value(each, "`AdmissionControl.admit` does not return in one of ten threads")
         except QueueFullError:
-            refused += 1
-    came = 10 - refused
-    why = ": the count was not under the lock" if came > 3 else ""
-    assert came == 3, f"ten threads asked for 3 places, {came} came in{why}"
+            rejected += 1
+    admitted = 10 - rejected
+    why = ": count and admit under one lock" if admitted > 3 else ""
+    assert admitted == 3, f"of ten requests for 3 places {admitted} were admitted{why}"
 
 
-def test_task_8_a_refusal_does_not_keep_the_lock() -> None:
-    """Oracle: by hand: a thread that is refused, and one that asks after it."""
+def test_task_8_a_rejected_call_releases_the_lock() -> None:
+    """Oracle: by hand: one thread is rejected, and then another one calls `admit`."""
     control = AdmissionControl(1, 0)
     with pytest.raises(QueueFullError):
-        within(control.admit, 2)
-    assert within(control.admit, 1) is None
+        with_timeout(control.admit, 2)
+    assert with_timeout(control.admit, 1) is None

@@ -1,4 +1,4 @@
-"""A core whose answers a test can say by heart, requests for it, and a listener that keeps what it gets."""
+"""A core with known outputs, requests for it, and a listener that records its calls."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -27,23 +27,23 @@ from tiny_llm.token_output import TokenOutput
 
 from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
 from tiny_llm_checkpoints.tokenizer import Tokenizer
-from week_3_day_7.patience import PATIENCE, blank_or, within
+from week_3_day_7.timeouts import WAIT_LIMIT, unwrap_blank, with_timeout
 
-# A core that a test understands: every completion gets the letters that follow its prompt in the alphabet.
+# The core's rule: every completion gets the letters that follow its prompt in the alphabet.
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = Tokenizer(byte_level_bpe(list(ALPHABET), [], "smollm"))
-LONGEST = 20  # tokens of a prompt
-THREE = SamplingParams(max_tokens=3)
-LONG = SamplingParams(max_tokens=10**6)
+MAX_PROMPT = 20  # tokens
+THREE_TOKENS = SamplingParams(max_tokens=3)
+MANY_TOKENS = SamplingParams(max_tokens=10**6)
 
 
 class Panic(BaseException):
-    """What a tokenizer written in Rust may raise: no `Exception`."""
+    """An error that is not an `Exception`, like a panic of a tokenizer written in Rust."""
 
 
 @dataclass
-class Letters:
+class LetterSequence:
     """One completion in the core."""
 
     request_id: str
@@ -53,22 +53,22 @@ class Letters:
 
 
 class AlphabetCore:
-    """Stands in for `EngineCore`, without a model: "abc" gets "d", "e", "f" and so on, a letter a step.
+    """Replaces `EngineCore`, without a model: "abc" gets "d", "e", "f", ..., one letter per step.
 
-    log: what was asked of it. failing: requests that fail in the next step. dies: what the next step raises.
+    log: the calls. failing: requests that fail in the next step. dies: the error that the next step raises.
     """
 
-    def __init__(self, seats: int = 8) -> None:
-        self.seats = seats
-        self.waiting: list[Letters] = []
-        self.running: list[Letters] = []
+    def __init__(self, max_seqs: int = 8) -> None:
+        self.max_seqs = max_seqs
+        self.waiting: list[LetterSequence] = []
+        self.running: list[LetterSequence] = []
         self.log: list[str] = []
         self.failing: dict[str, Exception] = {}
         self.failures: list[Failure] = []
         self.dies: BaseException | None = None
         self.is_full = False
         self.is_held = False
-        self.begun, self.permits = threading.Semaphore(0), threading.Semaphore(0)
+        self.started_steps, self.permits = threading.Semaphore(0), threading.Semaphore(0)
 
     @property
     def manager(self) -> Any:
@@ -84,7 +84,7 @@ class AlphabetCore:
         return EngineStats(len(self.running), len(self.waiting), *[0] * 7, num_waiting_requests=waiting)
 
     def has(self, request_id: str) -> bool:
-        """Whether it works on a request, or is going to."""
+        """Whether a request runs or waits."""
         return any(one.request_id == request_id for one in self.waiting + self.running)
 
     has_request = has
@@ -92,7 +92,7 @@ class AlphabetCore:
     def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
         if not tokens:
             raise ValueError("no tokens")
-        if len(tokens) > LONGEST:
+        if len(tokens) > MAX_PROMPT:
             raise RequestTooLargeError(f"{len(tokens)} tokens")
         if self.has(request_id):
             raise DuplicateRequestError(f"{request_id!r} is in use")
@@ -100,14 +100,16 @@ class AlphabetCore:
             return False
         self.log.append(f"add {request_id}")
         ids = completion_ids(request_id, params.n)
-        self.waiting += [Letters(request_id, seq_id, tokens[-1], params.max_tokens or 16) for seq_id in ids]
+        self.waiting += [
+            LetterSequence(request_id, seq_id, tokens[-1], params.max_tokens or 16) for seq_id in ids
+        ]
         return True
 
     def step(self) -> list[TokenOutput]:
         self.log.append("step")
         if self.is_held:
-            self.begun.release()
-            self.permits.acquire(timeout=PATIENCE.seconds)
+            self.started_steps.release()
+            self.permits.acquire(timeout=WAIT_LIMIT.seconds)
         if self.dies is not None:
             raise self.dies
         for request_id, error in self.failing.items():
@@ -115,7 +117,7 @@ class AlphabetCore:
                 self.end(lambda one, who=request_id: one.request_id == who)  # type: ignore[misc]
                 self.failures.append(Failure(request_id, error))
         self.failing = {}
-        while self.waiting and len(self.running) < self.seats:
+        while self.waiting and len(self.running) < self.max_seqs:
             self.running.append(self.waiting.pop(0))
         outputs = []
         for one in self.running:
@@ -134,7 +136,7 @@ class AlphabetCore:
 
     def finish(self, seq_id: str) -> None:
         if all(one.seq_id != seq_id for one in self.running):
-            raise KeyError(seq_id)  # the real one raises it too: it has ended
+            raise KeyError(seq_id)  # like the real core: the sequence has finished
         self.log.append(f"finish {seq_id}")
         self.end(lambda one: one.seq_id == seq_id)
 
@@ -143,48 +145,50 @@ class AlphabetCore:
             self.log.append(f"cancel {request_id}")
         self.end(lambda one: one.request_id == request_id)
 
-    def end(self, has_ended: Callable[[Letters], bool]) -> None:
+    def end(self, has_ended: Callable[[LetterSequence], bool]) -> None:
         self.waiting = [one for one in self.waiting if not has_ended(one)]
         self.running = [one for one in self.running if not has_ended(one)]
 
-    # Steps that wait until a test lets them.
+    # Steps that wait until the test allows them.
 
     def hold(self) -> None:
-        """From now on each step waits in its beginning."""
+        """Make each step wait at its start from now on."""
         self.is_held = True
 
     def wait_for_step(self) -> None:
-        """Return when a step is being held."""
-        if not self.begun.acquire(timeout=0.6 * PATIENCE.seconds):  # less than `run` waits
-            PATIENCE.lose()
-            raise AssertionError("no step began: the core has no request, or the engine's thread waits")
+        """Return when a step has started and waits."""
+        if not self.started_steps.acquire(timeout=0.6 * WAIT_LIMIT.seconds):  # less than `run` waits
+            WAIT_LIMIT.shorten()
+            raise AssertionError(
+                "no step started: the core has no request, or the engine's thread is blocked"
+            )
 
-    def let_step(self) -> None:
-        """Let one step happen."""
+    def allow_step(self) -> None:
+        """Allow one step."""
         self.permits.release()
 
-    def let_go(self) -> None:
-        """Hold no step any more."""
+    def allow_all_steps(self) -> None:
+        """Allow this and all later steps."""
         self.is_held = False
         self.permits.release(100)
 
 
-def request(request_id: str, prompt: str = "a", params: SamplingParams = THREE) -> RequestState:
-    """A request whose completions go on in the alphabet."""
+def request(request_id: str, prompt: str = "a", params: SamplingParams = THREE_TOKENS) -> RequestState:
+    """A request whose completions continue the alphabet."""
     tokens = [ALPHABET.index(letter) for letter in prompt]
     return RequestState(request_id, prompt, tokens, TOKENIZER, params)
 
 
 def events(items: Sequence[Item]) -> list[RequestEvent]:
-    """What a listener was called with, where all of it is events; raises the first error."""
+    """The events among a listener's items; raises the first error among them."""
     for item in items:
         if not isinstance(item, RequestEvent):
             raise item
     return [item for item in items if isinstance(item, RequestEvent)]
 
 
-class Ear:
-    """A listener that keeps what it is called with."""
+class RecordingListener:
+    """A listener that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[list[Item]] = []
@@ -198,73 +202,75 @@ class Ear:
 
     @property
     def items(self) -> list[Item]:
-        """Everything, whenever it came."""
+        """The items of all calls."""
         return [item for call in self.calls for item in call]
 
     @property
     def events(self) -> list[RequestEvent]:
-        """Everything but errors."""
+        """The events of all calls, without errors."""
         return [item for item in self.items if isinstance(item, RequestEvent)]
 
     @property
     def errors(self) -> list[RequestFailedError]:
-        """The requests that failed."""
+        """The errors of failed requests."""
         return [item for item in self.items if isinstance(item, RequestFailedError)]
 
     def next(self) -> list[RequestEvent]:
-        """The events of the next call; raises the error where one came."""
+        """The events of the next call; raises its error, if any."""
         try:
-            return events(self.queue.get(timeout=PATIENCE.seconds))
+            return events(self.queue.get(timeout=WAIT_LIMIT.seconds))
         except EngineDeadError as error:
-            raise blank_or(error) from error.__cause__
+            raise unwrap_blank(error) from error.__cause__
         except Empty:
-            PATIENCE.lose()
-            raise AssertionError("nothing was delivered") from None
+            WAIT_LIMIT.shorten()
+            raise AssertionError("the listener was not called") from None
 
     def until_end(self) -> list[RequestEvent]:
-        """The events up to a request's last."""
+        """All events up to the last one of a request."""
         found: list[RequestEvent] = []
         while not found or found[-1].usage is None:
             found += self.next()
         return found
 
 
-def text(heard: Sequence[RequestEvent], request_id: str | None = None) -> str:
-    """What the events say, of one request or of all."""
-    return "".join(event.text for event in heard if request_id in (None, event.request_id))
+def text(events: Sequence[RequestEvent], request_id: str | None = None) -> str:
+    """The joined text of the events, of one request or of all."""
+    return "".join(event.text for event in events if request_id in (None, event.request_id))
 
 
 def reason(one: Request) -> str | None:
-    """Why a request's first completion has ended."""
+    """The finish reason of a request's first completion."""
     assert isinstance(one, RequestState)
     return one.output.outputs[0].finish_reason
 
 
 def make_loop(core: Any = None) -> EngineLoop:
-    """What runs in the engine's thread, without the thread: the test calls it."""
+    """An `EngineLoop` without its thread: the test calls its methods."""
     loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
     loop.core = core or AlphabetCore()
     return loop
 
 
-def put(loop: EngineLoop, *requests: Request, ear: Callable[[list[Item]], None] | None = None) -> Any:
-    """Make requests active, as `add` does; returns their listener."""
-    ear = Ear() if ear is None else ear
+def activate(
+    loop: EngineLoop, *requests: Request, listener: Callable[[list[Item]], None] | None = None
+) -> Any:
+    """Make requests active, as `add` does; return their listener."""
+    listener = RecordingListener() if listener is None else listener
     for one in requests:
         one.begin(loop.core)
-        loop.active[one.request_id] = ActiveRequest(one, ear)
-    return ear
+        loop.active[one.request_id] = ActiveRequest(one, listener)
+    return listener
 
 
 def published(loop: EngineLoop) -> EngineStats:
-    """The figures that other threads see."""
+    """The statistics that other threads see."""
     assert hasattr(loop, "stats"), (
-        "nothing was published yet: other threads and admission control see no figures"
+        "`stats` was not published: other threads and admission control see no figures"
     )
     return loop.stats
 
 
-def hang_up(loop: EngineLoop) -> None:
-    """End the loop as its thread would: without another step, all that is ready is delivered."""
+def finish_loop(loop: EngineLoop) -> None:
+    """Stop the loop as its thread would: deliver all ready items without another step."""
     loop.stop()
-    within(loop.run)
+    with_timeout(loop.run)

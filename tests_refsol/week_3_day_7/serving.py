@@ -1,4 +1,4 @@
-"""An engine over the alphabet's core, and a real core on a small model."""
+"""An engine with the alphabet core, and a real core with a small model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,31 +16,29 @@ from tiny_llm.paged_batch import PagedBatchManager
 
 from tiny_llm_checkpoints.model_config import ModelConfig
 from week_3_day_7.alphabet import ALPHABET, TOKENIZER, AlphabetCore
-from week_3_day_7.patience import background, within
-
-# The engine: the same thread behind it, and the faces that others see.
+from week_3_day_7.timeouts import background, with_timeout
 
 
 @contextmanager
 def serving(core: Any = None, vocab_size: int = len(ALPHABET), **options: Any) -> Iterator[Engine]:
-    """An engine that ends with the test; a thread that does not end is a failure, and is given up."""
+    """An engine that stops with the test; fails and abandons its thread if that does not end."""
     core = core or AlphabetCore()
     config = EngineConfig(**{"max_num_seqs": 8, **options})
-    engine = within(Engine, lambda: core, TOKENIZER, vocab_size, config)
+    engine = with_timeout(Engine, lambda: core, TOKENIZER, vocab_size, config)
     try:
         yield engine
     except BaseException:
-        let_go(core)
+        allow_all_steps(core)
         background(engine.stop)
         raise
-    let_go(core)
-    within(engine.stop)
+    allow_all_steps(core)
+    with_timeout(engine.stop)
 
 
-def let_go(core: Any) -> None:
-    """Hold no step any more, where it is a core that does."""
+def allow_all_steps(core: Any) -> None:
+    """Allow all steps of an alphabet core."""
     if isinstance(core, AlphabetCore):
-        core.let_go()
+        core.allow_all_steps()
 
 
 @cache
@@ -67,16 +65,16 @@ def small_model() -> Model:
             gain = 1.0 if "embed" in name else 2.0 * shape[1] ** -0.5
             linears[name.removesuffix(".weight")] = Linear(mx.array(gain * noise))
     model = build_model(config, linears, vectors)
-    # What is lazy belongs to the thread that described it, and the engine has a thread of its own.
+    # A lazy array belongs to the thread that made it, and the engine runs in another thread.
     mx.eval(list(vectors.values()), [layer.self_attn.inv_freq for layer in model.layers])
     return model
 
 
 def small_core() -> EngineCore:
-    """A real core on the small model, for four sequences at once."""
+    """A real core with the small model, for at most four sequences."""
     return EngineCore(PagedBatchManager(40, 4, 4, model=small_model(), max_batched_tokens=12), ())
 
 
 def free_blocks(core: EngineCore) -> int:
-    """Blocks that can be had."""
+    """The number of available blocks: free or cached and idle."""
     return core.manager.capacity.num_free + core.manager.capacity.num_cached

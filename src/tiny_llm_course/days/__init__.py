@@ -6,7 +6,7 @@ syllabus have none. Both run on `tiny_llm`, and so on the learner's modules. A d
 engine, so it is imported only to run it.
 
 A part may have its own functions, such as `show_b` and `work_b` for part b, which must not need later parts.
-Other parts use those of their day.
+A part without its own functions uses those of its day.
 """
 
 import ast
@@ -25,7 +25,7 @@ def demonstration(day_id: str) -> ModuleType:
 
 
 def function_of(unit: Unit, name: str) -> Callable[[], Any]:
-    """`show` or `work` of a day or a part; a part without its own has its day's."""
+    """`show` or `work` of a day or a part; a part without its own uses its day's."""
     found: Callable[[], Any] = getattr(demonstration(unit.day.id), function_name(unit, name))
     return found
 

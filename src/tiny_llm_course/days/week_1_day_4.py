@@ -6,7 +6,7 @@ from .shared import CAPITAL, Lines, Work, random_array
 
 
 def show() -> Lines:
-    """Print how the residual stream grows from layer to layer, while each layer reads a normalised copy."""
+    """Print how the residual stream grows from layer to layer, while each layer reads a normalized copy."""
     from tiny_llm.grouped_attention import NoCacheContext
     from tiny_llm.loader import load_model
     from tiny_llm.norm import rms_norm

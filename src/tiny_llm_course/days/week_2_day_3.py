@@ -41,7 +41,7 @@ def show() -> Lines:
 
 
 def work() -> Work:
-    """256 tokens stored one by one in blocks of 16, then read as one."""
+    """256 tokens stored one by one in blocks of 16, then read as one array."""
     from tiny_llm.dynamic_cache import DynamicKVCache, GlobalAllocator
 
     tokens = random_array(256, 3, 64)

@@ -14,7 +14,7 @@ export class Announcer {
   }
 
   /** Announce the text that `make` returns at the next interval, if it has changed. */
-  summarise(make) {
+  summarize(make) {
     this.#make = make;
     this.#timer ??= setTimeout(() => {
       this.#timer = null;

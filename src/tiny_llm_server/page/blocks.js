@@ -47,14 +47,14 @@ export class Grid {
   reset() {
     if (this.#numCells() !== this.#cells.length) this.#build();
     else this.#cells.forEach((_, block) => this.#draw(block));
-    this.#summarise();
+    this.#summarize();
   }
 
   /** Redraw blocks. flashes: the kind of the last event of each block that had one. */
   update(blocks, flashes) {
     if (this.#numCells() > this.#cells.length) this.#build();
     for (const block of blocks) if (block < this.#cells.length) this.#draw(block);
-    this.#summarise();
+    this.#summarize();
     if (this.#still.matches) return;
     for (const [block, kind] of [...flashes].slice(-MAX_FLASHES)) {
       if (FLASHES.has(kind)) this.#flash(this.#cells[block], kind);
@@ -105,7 +105,7 @@ export class Grid {
     this.#current = Math.min(this.#current, Math.max(0, wanted - 1));
     if (this.#cells.length) this.#cells[this.#current].tabIndex = 0;
     if (hadFocus) this.#cells[this.#current]?.focus();
-    this.#summarise();
+    this.#summarize();
     this.onLayout();
   }
 
@@ -121,7 +121,7 @@ export class Grid {
     if (look.stripes) cell.style.setProperty("--stripes", look.stripes);
   }
 
-  #summarise() {
+  #summarize() {
     const { numBlocks } = this.pool;
     const rest = numBlocks - this.#cells.length;
     const used = this.pool.numInUseFrom(this.#cells.length);

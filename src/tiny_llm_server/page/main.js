@@ -127,7 +127,7 @@ function show(steps) {
     grid.update(blocks, new Map(events.map(([kind, block]) => [block, kind])));
     const remaining = [...pool.sequences.values()];
     for (const change of changes) for (const sequence of change.ended) labels.finish(sequence, remaining);
-    announcer.summarise(summary);
+    announcer.summarize(summary);
   }
   drawRest();
 }

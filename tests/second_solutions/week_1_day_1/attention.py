@@ -1,4 +1,4 @@
-"""Scaled dot-product attention in plain MLX operators: slow and simple, the oracle of every faster kernel.
+"""Scaled dot-product attention in plain MLX operators: slow and simple. Faster kernels are tested against it.
 
 Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.
 """

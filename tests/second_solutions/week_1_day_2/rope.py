@@ -1,8 +1,8 @@
-# A second solution of day 1.2, written from the docstrings alone.
-"""Rotary position embedding: each pair of a head's values is turned by its position times a frequency.
+# A second solution of day 1.2, written only from the docstrings.
+"""Rotary position embedding: rotates each pair of a head's values by the token's position times a frequency.
 
-The pairs are (i, i + D/2), Hugging Face's layout; a GGUF file stores some architectures interleaved
-and its reader undoes that. Source: Su et al., "RoFormer" (2021).
+The pairs are (i, i + D/2), as in Hugging Face's checkpoints. GGUF files store some architectures with
+interleaved pairs; the GGUF reader undoes that. Source: Su et al., "RoFormer" (2021).
 """
 
 import mlx.core as mx

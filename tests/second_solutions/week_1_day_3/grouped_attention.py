@@ -1,4 +1,4 @@
-# A second solution of day 1.3, written from the docstrings alone.
+# A second solution of day 1.3, written only from the docstrings.
 """The attention layer: projections, rotation, and query heads in groups that share keys and values.
 
 The layer does not know where keys and values are stored: it hands them to the context of the forward pass.

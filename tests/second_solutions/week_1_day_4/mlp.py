@@ -1,5 +1,5 @@
-# A second solution of day 1.4, written from the docstrings alone.
-"""The feed-forward half of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+# A second solution of day 1.4, written only from the docstrings.
+"""The feed-forward network of a block. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
 
 import mlx.core as mx
 

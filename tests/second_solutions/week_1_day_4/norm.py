@@ -1,5 +1,5 @@
-# A second solution of day 1.4, written from the docstrings alone.
-"""RMSNorm: every layer reads the stream at one size.
+# A second solution of day 1.4, written only from the docstrings.
+"""RMSNorm: scales the input of each layer to the same size.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """

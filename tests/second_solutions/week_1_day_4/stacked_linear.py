@@ -1,8 +1,8 @@
-# A second solution of day 1.4, written from the docstrings alone.
-"""One matrix that does the work of several over the same input.
+# A second solution of day 1.4, written only from the docstrings.
+"""One matrix that does the work of several matrices with the same input.
 
-A checkpoint has q_proj, k_proj and v_proj, and gate_proj and up_proj; the model calls one matrix for each
-group.
+A checkpoint has q_proj, k_proj and v_proj, and gate_proj and up_proj. The model calls one matrix for the
+first three and one for the other two.
 """
 
 from collections.abc import Sequence

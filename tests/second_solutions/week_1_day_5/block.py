@@ -1,5 +1,8 @@
-# A second solution of day 1.5, written from the docstrings alone.
-"""One transformer block: attention and MLP each read a normalised copy of the stream and add to it."""
+# A second solution of day 1.5, written only from the docstrings.
+"""One transformer block: attention and the MLP each read a normalized copy of the stream and add to it.
+
+The stream is the array [B, L, E] that passes from layer to layer: one vector for each token.
+"""
 
 import mlx.core as mx
 

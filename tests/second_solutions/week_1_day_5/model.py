@@ -1,8 +1,8 @@
-# A second solution of day 1.5, written from the docstrings alone.
-"""The decoder: look tokens up, run the blocks, normalise, project to logits. One file for every week.
+# A second solution of day 1.5, written only from the docstrings.
+"""The decoder: look up the tokens, run the blocks, normalize, project to logits.
 
-It knows nothing of caches, pages, batches or quantization: its matrices are objects that the loader made,
-and keys and values go to the context.
+It knows nothing of caches, pages, batches or quantization, so all weeks of the course use the same model: its
+matrices are objects that the loader made, and it hands keys and values to the context.
 """
 
 from math import sqrt

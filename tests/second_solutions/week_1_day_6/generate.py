@@ -1,9 +1,8 @@
-# A second solution of day 1.6, written from the docstrings alone.
-"""Text from a model, in the simplest way: compute the whole sequence again for every token, take the
-likeliest.
+# A second solution of day 1.6, written only from the docstrings.
+"""Greedy generation in its simplest form: recompute the whole sequence for every new token.
 
-The cost grows with the square of the length, because each token pays for all tokens before it. The cache of
-keys and values (`kv_cache`) gives the same tokens without that.
+The cost grows with the square of the length, because each new token recomputes all tokens before it. The KV
+cache (`kv_cache`) gives the same tokens without that cost.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ def generate(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
     if not tokens:
-        raise ValueError("there is no prompt to continue")
+        raise ValueError("the prompt is empty")
     sequence = list(tokens)
     for _ in range(max_tokens):
         token = next_token(model, sequence)

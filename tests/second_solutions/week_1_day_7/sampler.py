@@ -1,9 +1,9 @@
-# A second solution of day 1.7, written from the docstrings alone.
+# A second solution of day 1.7, written only from the docstrings.
 """From logits to a token: temperature, filters and a draw; penalties and biases; log-probabilities.
 
-Every function sees one row, logits [V]. A row's token is a pure function of its logits, its parameters, its
-tokens so far, its seed and its output index: never of the other rows of the batch. A token that must not be
-drawn gets the logit -inf, which is a probability of 0.
+Every function takes one row, logits [V]. A row's token depends only on its logits, its parameters, its tokens
+so far, its seed and its output index, never on the other rows of the batch. A token that must not be drawn
+gets the logit -inf, which is a probability of 0.
 """
 
 from collections import Counter

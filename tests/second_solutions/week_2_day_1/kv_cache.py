@@ -1,4 +1,4 @@
-"""A cache of keys and values: what one sequence has computed once is never computed again.
+"""A cache of keys and values: a sequence never computes them twice for the same token.
 
 Each forward pass brings only the new tokens; their keys and values are appended to those of earlier passes.
 Source: Pope et al., "Efficiently Scaling Transformer Inference" (2022), section 2.1.
@@ -38,7 +38,7 @@ def generate_with_cache(
     model: Model, tokens: Sequence[int], max_tokens: int, eos_token_ids: Collection[int]
 ) -> Iterator[int]:
     if not tokens:
-        raise ValueError("an empty prompt: there is nothing to continue")
+        raise ValueError("the prompt is empty")
     context = CachedContext(model.config.attention_scale)
     new_tokens = list(tokens)
     for _ in range(max_tokens):

@@ -1,7 +1,7 @@
-"""One contiguous cache per sequence, as long as its longest possible text: simple, and mostly empty.
+"""One contiguous cache per sequence, with space for the longest possible text: simple, and mostly empty.
 
-A token is written into memory that is there already, so nothing moves. But memory that a sequence has not
-filled yet is of no use to any other sequence: internal fragmentation, the difference between
+A token is written into memory that is already allocated, so nothing moves. But no other sequence can use the
+memory that a sequence has not filled yet. This is internal fragmentation: the difference between
 `allocated_bytes` and `used_bytes`.
 """
 

@@ -1,8 +1,8 @@
-"""Blocks on demand: a sequence holds as many as its tokens need, and gives them back when it ends.
+"""Blocks on demand: a sequence holds as many blocks as its tokens need, and frees them when it ends.
 
-What a sequence wastes shrinks to part of one block. The rest depends on whether its blocks must lie side by
-side: `alloc_contiguous` fails if enough blocks are free but scattered (external fragmentation),
-`alloc_blocks` never does.
+A sequence wastes only the unfilled part of its last block. But if its blocks must be adjacent, free memory
+can still be useless: `alloc_contiguous` fails if enough blocks are free but scattered (external
+fragmentation). `alloc_blocks`, which takes any blocks, does not.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from .naive_cache import KeysValues
 class GlobalAllocator:
     def alloc_blocks(self, num_blocks: int) -> list[int]:
         if num_blocks > len(self.free_blocks):
-            raise OutOfBlocksError(f"{num_blocks} blocks asked for, {len(self.free_blocks)} are free")
+            raise OutOfBlocksError(f"{num_blocks} blocks requested, {len(self.free_blocks)} are free")
         return [self.free_blocks.pop() for _ in range(num_blocks)]
 
     def free_blocks_ids(self, block_ids: Sequence[int]) -> None:
         if len(set(block_ids)) < len(block_ids):
-            raise ValueError(f"a block is named twice: {block_ids}")
+            raise ValueError(f"duplicate block ids: {block_ids}")
         for block in block_ids:
             if not 0 <= block < self.total_blocks:
-                raise ValueError(f"block {block} is not of this pool")
+                raise ValueError(f"block {block} is not in this pool")
             if block in self.free_blocks:
-                raise ValueError(f"block {block} is free already")
+                raise ValueError(f"block {block} is already free")
         self.free_blocks.update(block_ids)
 
     def alloc_contiguous(self, num_blocks: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Weights in a few bits: groups of values share a scale and a bias, and a value is scale * q + bias.
+"""Weights in a few bits: a value is scale * q + bias, and groups of values share a scale and a bias.
 
-MLX's layout: a row is one stream of bits in uint32 words, lowest bits first, groups along the input
-axis. The readable matmul unpacks the weights; the fast ones never do.
+q is an integer of a few bits. The layout is MLX's: a row is one stream of bits in uint32 words, lowest bits
+first; groups are along the input axis. The readable matmul unpacks the weights; the fast ones never do.
 """
 
 import mlx.core as mx

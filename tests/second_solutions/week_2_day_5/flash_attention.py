@@ -1,8 +1,8 @@
-"""Attention in tiles: softmax in one pass over the keys, without ever holding a row of scores.
+"""Attention in tiles: softmax in one pass over the keys, without storing a full row of scores.
 
-For each query three results are carried from tile to tile: the largest score so far, the sum of exponentials
-relative to it, and the weighted values. Source: Milakov and Gimelshein, "Online normalizer calculation for
-softmax" (2018); Dao et al., "FlashAttention" (2022).
+Each query carries three results from tile to tile: the largest score so far, the sum of exponentials relative
+to it, and the weighted values. Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax"
+(2018); Dao et al., "FlashAttention" (2022).
 """
 
 import mlx.core as mx

@@ -1,6 +1,6 @@
-"""What each sequence computes in the next step: one budget of tokens, shared between decodes and prompts.
+"""Divides a step's budget of tokens among the sequences: decodes first, then prompts.
 
-A long prompt is computed in chunks, so that it does not hold up the sequences that generate beside it. Plain
+A long prompt is computed in chunks, so that it does not delay the sequences that are generating tokens. Plain
 counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serve" (OSDI 2024).
 """
 

@@ -1,9 +1,9 @@
 """Pages for keys and values: how many holders each block has, and which blocks a sequence's tokens are in.
 
-A block is a place for the keys and values of `block_size` tokens; this module knows only its id. A holder
-is a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of tokens' values,
-of the pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large
-Language Model Serving with PagedAttention" (SOSP 2023).
+A block has places for the keys and values of `block_size` tokens; this module knows only its id. A holder is
+a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of the tokens, of the
+pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large Language
+Model Serving with PagedAttention" (SOSP 2023).
 """
 
 from .errors import OutOfBlocksError
@@ -31,7 +31,7 @@ class BlockTable:
         return num_blocks - len(self.blocks) + int(self._must_copy())
 
     def _must_copy(self) -> bool:
-        """Whether a write to the last block needs a copy first: partly filled, and not ours alone."""
+        """Whether a write to the last block needs a copy: it is partly filled and shared."""
         if self.num_tokens % self.block_size == 0:
             return False
         return self.allocator.ref_count(self.blocks[-1]) > 1

@@ -1,9 +1,10 @@
-# A second solution, written from the docstrings and the first hints.
-"""Beam search: the best few continuations of a prompt grow side by side, and share the pages that they can.
+# A second solution, written only from the docstrings and the first hints.
+"""Beam search: continues a prompt with the best few hypotheses at once, which share pages where they agree.
 
-The pages are reference counting over block tables (`BeamSearchPageManager`); which continuations live on is
-arithmetic over log-probabilities (`BeamSearch`). Knows nothing of models, arrays or text. Source: the
-PagedAttention paper, section 4.4; the rules of transformers' beam search with `early_stopping="never"`.
+`BeamSearchPageManager` shares the pages: reference counting over block tables. `BeamSearch` chooses the
+hypotheses: arithmetic over log-probabilities. Knows nothing of models, arrays or text. Source: the
+PagedAttention paper, section 4.4; the rules are those of transformers' beam search with
+`early_stopping="never"`.
 """
 
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -
 class BeamSearchPageManager:
     def fork_beam(self, parent_beam_id: int) -> int:
         if len(self._tables) >= self.beam_size:
-            raise ValueError(f"{self.beam_size} beams live already")
+            raise ValueError(f"there are already {self.beam_size} beams")
         child = self._tables[parent_beam_id].fork()
         beam_id = self._next_id
         self._next_id += 1
@@ -32,11 +33,11 @@ class BeamSearchPageManager:
         return beam_id
 
     def prune(self, beam_ids: Iterable[int]) -> None:
-        doomed = set(beam_ids)
-        for beam_id in doomed:
+        to_prune = set(beam_ids)
+        for beam_id in to_prune:
             if beam_id not in self._tables:
                 raise KeyError(beam_id)
-        for beam_id in doomed:
+        for beam_id in to_prune:
             self._tables.pop(beam_id).release()
 
 

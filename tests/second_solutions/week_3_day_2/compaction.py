@@ -1,8 +1,8 @@
-# A second solution, written from the docstrings and the first hints.
-"""Compaction: blocks in use move to the front of the pool, so that its end can be given back.
+# A second solution, written only from the docstrings and the first hints.
+"""Compaction: move the blocks in use to the front of the pool, so that its end can be cut off.
 
-Pages have no external fragmentation: any free block serves any sequence, so serving needs none of this. It is
-for a pool that shrinks. Ints only; the pool makes the copies.
+Serving does not need this: pages have no external fragmentation, because any free block serves any sequence.
+It is for a pool that shrinks. Ints only; the pool makes the copies.
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ from .paged_attention import BlockAllocator, BlockCopy
 
 def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
     used = [block for block in range(allocator.num_blocks) if allocator.ref_count(block)]
-    behind = [block for block in used if block >= len(used)]
+    past_end = [block for block in used if block >= len(used)]
     free = [block for block in range(len(used)) if not allocator.ref_count(block)]
-    return dict(zip(behind, free, strict=True))
+    return dict(zip(past_end, free, strict=True))
 
 
 def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder]) -> list[BlockCopy]:

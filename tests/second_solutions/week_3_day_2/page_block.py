@@ -1,9 +1,9 @@
-# A second solution, written from the docstrings and the first hints.
-"""Attention over pages that are arrays of their own: rectangular queries, one block table for each row.
+# A second solution, written only from the docstrings and the first hints.
+"""Attention over pages that are separate arrays: rectangular queries, one block table for each row.
 
-A `PageBlock` is one block of one layer; pages and tables need no pool. The packed kernel needs one, so the
-pages that the tables name are stacked to a small pool, and a block's number is its place in that pool. Knows
-nothing of reference counts; a page is written to through its arrays, in place.
+A `PageBlock` is one block of one layer, outside any pool. The packed kernel needs a pool, so the pages that
+the tables name are stacked into a small one, in which each block has a new number: its index in the stack.
+Knows nothing of reference counts; a page is written in place, through its arrays.
 """
 
 from collections.abc import Mapping

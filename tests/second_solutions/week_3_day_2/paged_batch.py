@@ -1,8 +1,9 @@
-# A second solution, written from the docstrings and the first hints.
-"""Continuous batching over pages: requests in, logits out, tokens back.
+# A second solution, written only from the docstrings and the first hints.
+"""Continuous batching over pages: takes requests and sampled tokens, returns logits.
 
-A step is: `process_batch` schedules and runs, the caller samples, `commit` takes the tokens. Owns the queues,
-the allocator, the pool and every table; knows nothing of sampling, of text, or of why a sequence ends.
+A step: `process_batch` schedules and runs the model, the caller samples, `commit` appends the tokens. Owns
+the queues, the allocator, the pool and every table. Knows nothing of sampling, of text, or of why a sequence
+ends.
 """
 
 import mlx.core as mx

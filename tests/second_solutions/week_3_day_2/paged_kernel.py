@@ -1,9 +1,9 @@
-# A second solution, written from the docstrings and the first hints.
+# A second solution, written only from the docstrings and the first hints.
 """Attention over pages: one step's tokens, packed in one row, each attending to its own sequence's blocks.
 
-A packed step has prefill chunks and decodes side by side, [1, T], without padding to the longest. Write this
-step's keys and values to the pool first, then read everything from the pool, in the pool's type: so the
-result has the same bits whether the token before came in this step or in an earlier one.
+A packed step holds prefill chunks and decodes one after the other, [1, T], without padding. It writes this
+step's keys and values to the pool first, then reads everything from the pool, in the pool's type. So the
+result has the same bits whether an earlier token was computed in this step or in a step before.
 """
 
 from collections.abc import Sequence as Seq

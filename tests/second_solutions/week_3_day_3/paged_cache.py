@@ -1,8 +1,8 @@
-"""A cache of named sequences: a view on a pool, an allocator and block tables.
+"""A cache of named sequences: a view of a pool, an allocator and block tables.
 
 `PagedKVCache(...)` makes its own pool of one layer, as the lab's cache does; `PagedKVCache.of(...)` is a view
-on the parts of a running engine. Either way a sequence's tokens are in the blocks of its table, and tables
-may share blocks. Knows nothing of attention, of models, or of when a sequence should run.
+of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table, and tables
+may share blocks. Knows nothing of attention, models or scheduling.
 """
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from .paged_attention import BlockCopy, BlockTable
 class PagedKVCache:
     def allocate(self, seq_id: str, num_tokens: int) -> list[int]:
         if num_tokens < 0:
-            raise ValueError(f"cannot make room for {num_tokens} tokens")
+            raise ValueError(f"cannot append {num_tokens} tokens")
         table = self.tables.get(seq_id)
         if table is None:
             table = BlockTable(self.allocator, self.pool.block_size)

@@ -1,8 +1,8 @@
-"""Slots: the address of every token of a batch as one number, in one array.
+"""Slots: the addresses of all tokens of a batch in one array.
 
-A block table gives the addresses of one sequence as a Python list. A kernel, a gather or a write needs those
-of a whole batch as one array: slot = block * block_size + offset, the token's row in a pool seen as a flat
-list of tokens. The array is computed once a step and used by every layer. Source: `slot_mapping` in vLLM.
+A token's slot is block * block_size + offset: its index if the pool is one flat list of tokens. A block table
+returns the slots of one sequence as a Python list; a kernel, a gather or a write needs those of a whole batch
+as one array. The array is computed once per step and used by every layer. Source: `slot_mapping` in vLLM.
 """
 
 from collections.abc import Sequence as Seq

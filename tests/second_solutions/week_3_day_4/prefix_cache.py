@@ -1,10 +1,11 @@
 """A cache of full blocks by content: prompts with the same prefix reuse its keys and values.
 
-The cache owns one reference to each block that it keeps, and gives back idle ones when pages are needed: the
+The cache holds one reference to each block that it keeps. When pages are needed, it evicts idle blocks: the
 least recently used first, and of one prompt the last block first. Ints and bytes only; knows nothing of
-arrays, or of which sequence runs. Source: vLLM's automatic prefix caching. Its first hashes were predictable
-(CVE-2025-25183): these are SHA-256, the tokens are compared as well, and a salt separates streams that must
-not share.
+arrays, or of which sequences run.
+
+Source: vLLM's automatic prefix caching. Its first hashes were predictable (CVE-2025-25183). Therefore this
+cache uses SHA-256, compares the tokens as well, and separates streams that must not share by a salt.
 """
 
 from array import array

@@ -1,8 +1,8 @@
 """The lab's cache with shared prefixes: sequences that name the same prefix share its blocks.
 
-Here the caller says which prefixes are equal; `PrefixCache` finds them by content. A prefix is a sequence
-that never grows: its table holds one reference to each of its blocks, so it outlives the sequences that share
-it.
+Here the caller says which prefixes are equal; `PrefixCache` finds them by content. A prefix is stored as a
+sequence that never grows. Its table holds one reference to each of its blocks, so the prefix outlives the
+sequences that share it.
 """
 
 from .errors import OutOfBlocksError
@@ -20,7 +20,7 @@ class PrefixCachingKVCache:
     def allocate_with_prefix(self, seq_id: str, prefix_hash: str, total_tokens: int) -> list[int]:
         prefix = self.tables[prefix_hash]
         if seq_id in self.tables:
-            raise ValueError(f"sequence {seq_id!r} exists already")
+            raise ValueError(f"sequence {seq_id!r} already exists")
         num_own = total_tokens - prefix.num_tokens
         if num_own < 0:
             raise ValueError(f"{total_tokens} tokens are fewer than the prefix's {prefix.num_tokens}")

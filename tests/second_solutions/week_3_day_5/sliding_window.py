@@ -1,8 +1,8 @@
-"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see go back.
+"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see are freed.
 
-Blocks before the window are neither read nor held, so in these layers a sequence of any length costs a
-window's memory and traffic. W is the checkpoint's `sliding_window`; a query's own token counts. Source:
-Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
+Blocks before the window are neither read nor held, so in these layers a sequence of any length needs only the
+memory and the traffic of one window. W is the checkpoint's `sliding_window`; it includes the query's own
+token. Sources: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
 """
 
 import mlx.core as mx
@@ -37,7 +37,7 @@ class WindowedTable:
     def skip_to(self, position: int) -> list[int]:
         end = self.start + self.num_tokens
         if position % self.block_size or position < end:
-            raise ValueError(f"cannot skip to {position}: not an edge at {end} or behind it")
+            raise ValueError(f"cannot skip to {position}: not a block boundary at or after {end}")
         blocks = list(self.blocks)
         self.release()
         self.start = position

@@ -1,8 +1,8 @@
-"""Prefix caching for layers that see differently far: a hit needs only the blocks that can still be seen.
+"""Prefix caching for layers with different windows: a hit needs only the blocks that can still be seen.
 
-Layers that see everything need every block of the prefix. A windowed layer needs the blocks in reach of the
-first token that is left to compute, and none before. A prefix is found if every group of layers has the
-blocks that it needs of it. Source: vLLM's hybrid KV cache.
+Layers without a window need every block of the prefix. A windowed layer needs only the blocks that the next
+token to compute sees. A prefix is a hit if the blocks that each group of layers needs are kept. Source:
+vLLM's hybrid KV cache.
 """
 
 from collections.abc import Sequence as Seq

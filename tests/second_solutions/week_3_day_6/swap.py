@@ -1,7 +1,7 @@
-"""Preemption by swap: a sequence's computed blocks are copied to the host, and back when it runs again.
+"""Preemption by swap: copies a sequence's computed blocks to the host, and back when it runs again.
 
-Copies blocks instead of computing them again. Full host blocks are found by their content, so what several
-sequences share is on the host once. Plain bookkeeping over ints: copies are planned here, and the pools make
+Copying replaces recomputing. Full host blocks are found by their content, so blocks that several sequences
+share are on the host once. Plain bookkeeping over ints: this module plans the copies, and the pools make
 them. Source: section 4.5 of the PagedAttention paper.
 """
 

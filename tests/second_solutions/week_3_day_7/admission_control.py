@@ -1,6 +1,6 @@
-"""How many requests may wait: too many are refused at once, in the thread that submits them.
+"""Limit how many requests may wait. Too many are rejected at once, in the thread that submits them.
 
-Knows nothing of the engine except the figures that the engine publishes after each task and each step.
+All that this module sees of the engine is the occupancy that the engine publishes after each task and step.
 """
 
 

@@ -1,7 +1,8 @@
-"""The serving engine as its clients see it: `generate` for coroutines, `submit` and `call` for threads.
+"""The serving engine's interface: `generate` and `chat` for coroutines, `submit` and `call` for threads.
 
-The thread behind it (`engine_loop`) owns every array. Functions go to it through an inbox, and events come
-back: numbers and texts in frozen records. An array comes out evaluated: a lazy one belongs to its thread.
+The engine's thread (`engine_loop`) owns every array. Tasks go to it through an inbox; events come back as
+frozen records of numbers and texts. An array that leaves the thread must be evaluated, because a lazy array
+belongs to its thread.
 """
 
 import asyncio

@@ -1,7 +1,13 @@
-"""The engine's thread, which owns every array: an iteration runs tasks, makes one step, delivers its events.
+"""The engine's thread, which owns every array. An iteration runs tasks, runs one step and delivers events.
 
-A step's tokens become text here, and each listener, a callback, gets the events of its own requests. Knows
-nothing of the callers: tasks come through an inbox, and events go to listeners.
+A client submits a request, which has an id. A request has `n` completions; each is a sequence in the core,
+with a `seq_id`. In a step, a sequence produces an output: one token. Here the output becomes an event: the
+text that the token adds. A completion's last event has a finish_reason; the request's last event has a
+`usage`.
+
+Listeners are callbacks. `_outbox` collects the events of each listener, and `_outbox.deliver()` calls each
+listener with the list of its events; it returns the listeners that raised. Other threads send tasks through
+an inbox.
 """
 
 from collections.abc import Sequence as Seq
@@ -60,14 +66,14 @@ class EngineLoop:
             del self.active[output.request_id]
 
     def step(self) -> None:
-        begun = perf_counter()
+        started = perf_counter()
         outputs = self.core.step()
         stepped = perf_counter()
         for output in outputs:
             self.take_output(output)
         self._take_failures()
         self._end_searches()
-        self._note_step(StepTime(stepped - begun, perf_counter() - stepped))
+        self._note_step(StepTime(stepped - started, perf_counter() - stepped))
 
     def run_once(self) -> None:
         self._inbox.run(wait=not self.active)
