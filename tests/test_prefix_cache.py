@@ -55,7 +55,7 @@ def filled(cache: PrefixCache, tokens: str) -> BlockTable:
     return table
 
 
-def kept(cache: PrefixCache, tokens: str, salt: str = "") -> BlockTable:
+def cached_table(cache: PrefixCache, tokens: str, salt: str = "") -> BlockTable:
     """A table with these tokens, whose full blocks are cached."""
     table, stream = filled(cache, tokens), stream_of(tokens, salt, cache.block_size)
     cache.keep(table, stream, 0, len(stream))
@@ -125,7 +125,7 @@ def test_another_salt_changes_the_hash_of_every_block() -> None:
 
 def test_a_cached_block_outlives_its_table_and_is_found_again() -> None:
     cache = cache_of()
-    table = kept(cache, "abcdef")
+    table = cached_table(cache, "abcdef")
     blocks = list(table.blocks)
     assert holders(cache, blocks) == [2, 2, 2]
     assert (len(cache), cache.num_idle) == (3, 0)
@@ -138,7 +138,7 @@ def test_a_cached_block_outlives_its_table_and_is_found_again() -> None:
 
 def test_a_match_ends_at_the_first_missing_block() -> None:
     cache = cache_of()
-    blocks = kept(cache, "abcdef").blocks
+    blocks = cached_table(cache, "abcdef").blocks
     assert found(cache, "abcdxxef") == blocks[:2]
     assert found(cache, "xxcdef") == [], "the same tokens in another place are another block"
     stream = stream_of("abcdef")
@@ -149,14 +149,14 @@ def test_a_match_ends_at_the_first_missing_block() -> None:
 
 def test_a_partly_filled_block_is_not_cached() -> None:
     cache = cache_of()
-    table = kept(cache, "abc")
+    table = cached_table(cache, "abc")
     assert cache.blocks == table.blocks[:1]
     assert holders(cache, table.blocks) == [2, 1]
 
 
 def test_caching_a_block_again_changes_nothing() -> None:
     cache = cache_of()
-    table = kept(cache, "abcd")
+    table = cached_table(cache, "abcd")
     before = list(table.blocks)
     cache.keep(table, stream_of("abcd"), 0, 2)
     assert table.blocks == before
@@ -178,7 +178,7 @@ def test_a_prefix_that_was_computed_twice_is_in_the_pool_once() -> None:
 def test_an_idle_prefix_that_is_computed_again_is_in_use_again() -> None:
     cache = cache_of()
     table = filled(cache, "abcd")
-    end(cache, kept(cache, "abcd"))
+    end(cache, cached_table(cache, "abcd"))
     assert cache.num_idle == 2
     cache.keep(table, stream_of("abcd"), 0, 1)
     assert cache.num_idle == 1
@@ -190,7 +190,7 @@ def test_an_idle_prefix_that_is_computed_again_is_in_use_again() -> None:
 
 def test_salts_keep_streams_apart() -> None:
     cache = cache_of()
-    one, other = kept(cache, "abcd", "one"), kept(cache, "abcd", "other")
+    one, other = cached_table(cache, "abcd", "one"), cached_table(cache, "abcd", "other")
     assert set(one.blocks).isdisjoint(other.blocks)
     assert found(cache, "abcd", "one") == one.blocks
     assert found(cache, "abcd", "other") == other.blocks
@@ -209,7 +209,7 @@ def forged(tokens: str, hashes: list[bytes]) -> TokenBlocks:
 
 def test_other_tokens_with_the_same_hash_do_not_match() -> None:
     cache = cache_of()
-    kept(cache, "abcd")
+    cached_table(cache, "abcd")
     hashes = stream_of("abcd").hashes
     assert cache.match(forged("xycd", hashes), 0, 2) == []
     assert len(cache.match(forged("abxy", hashes), 0, 2)) == 1
@@ -218,7 +218,7 @@ def test_other_tokens_with_the_same_hash_do_not_match() -> None:
 
 def test_other_tokens_with_the_same_hash_are_not_cached_nor_is_anything_after_them() -> None:
     cache = cache_of()
-    first = kept(cache, "abcd")
+    first = cached_table(cache, "abcd")
     second = filled(cache, "xyzz")
     own = list(second.blocks)
     cache.keep(second, forged("xyzz", stream_of("abcd").hashes[:1]), 0, 2)
@@ -235,8 +235,8 @@ def test_other_tokens_with_the_same_hash_are_not_cached_nor_is_anything_after_th
 
 def test_idle_blocks_are_evicted_least_recently_used_first_and_deepest_first() -> None:
     cache = cache_of()
-    first, second = kept(cache, "aabbcc"), kept(cache, "aabbdd")
-    third = kept(cache, "xx")
+    first, second = cached_table(cache, "aabbcc"), cached_table(cache, "aabbdd")
+    third = cached_table(cache, "xx")
     for table in (second, third, first):
         end(cache, table)
     order = []
@@ -255,7 +255,7 @@ ALL = ("aa", "aabb", "aabbcc", "aabbdd", "xx")
 def test_a_block_that_was_used_again_is_evicted_later() -> None:
     cache = cache_of()
     for name in ("aa", "bb", "cc"):
-        end(cache, kept(cache, name))
+        end(cache, cached_table(cache, name))
     table = BlockTable(cache._allocator, SIZE)
     cache.share(table, found(cache, "aa")[0], SIZE)
     assert cache.num_idle == 2
@@ -266,8 +266,8 @@ def test_a_block_that_was_used_again_is_evicted_later() -> None:
 
 def test_a_block_that_a_table_holds_is_never_evicted() -> None:
     cache = cache_of()
-    table = kept(cache, "aabb")
-    end(cache, kept(cache, "aabbcc"))
+    table = cached_table(cache, "aabb")
+    end(cache, cached_table(cache, "aabbcc"))
     assert cache.num_idle == 1
     assert cache.evict(12) == 1
     assert found(cache, "aabbcc") == table.blocks
@@ -275,7 +275,7 @@ def test_a_block_that_a_table_holds_is_never_evicted() -> None:
 
 def test_the_release_of_a_table_keeps_blocks_that_another_holds() -> None:
     cache = cache_of()
-    first = kept(cache, "aabb")
+    first = cached_table(cache, "aabb")
     second = first.fork()
     end(cache, first)
     assert cache.num_idle == 0
@@ -286,7 +286,7 @@ def test_the_release_of_a_table_keeps_blocks_that_another_holds() -> None:
 @pytest.mark.parametrize(("asked", "given"), [(-3, 0), (0, 0), (2, 2), (3, 3), (100, 3)])
 def test_no_more_blocks_are_evicted_than_requested_and_idle(asked: int, given: int) -> None:
     cache = cache_of()
-    end(cache, kept(cache, "aabbcc"))
+    end(cache, cached_table(cache, "aabbcc"))
     free = cache._allocator.num_free
     assert cache.evict(asked) == given
     assert (cache.num_idle, cache._allocator.num_free) == (3 - given, free + given)
@@ -297,7 +297,7 @@ def test_clearing_keeps_blocks_in_use_in_their_tables_and_caches_nothing_after_t
     table = filled(cache, "aabbcc")
     stream = stream_of("aabbcc")
     cache.keep(table, stream, 0, 2)
-    end(cache, kept(cache, "xx"))
+    end(cache, cached_table(cache, "xx"))
     cache.clear()
     assert (len(cache), cache.num_idle) == (0, 0)
     assert holders(cache, table.blocks) == [1, 1, 1]
@@ -313,7 +313,7 @@ def test_a_cleared_block_is_not_cached_again_after_another_tables_copy() -> None
     table, stream = filled(cache, "aabb"), stream_of("aabb")
     cache.keep(table, stream, 0, 1)
     cache.clear()
-    end(cache, kept(cache, "aa"))
+    end(cache, cached_table(cache, "aa"))
     cache.keep(table, stream, 1, 2)
     assert len(cache) == 1
     assert cache.num_idle == 1
@@ -322,7 +322,7 @@ def test_a_cleared_block_is_not_cached_again_after_another_tables_copy() -> None
 def test_moved_blocks_are_found_in_their_new_places() -> None:
     cache = cache_of(8)
     filler = filled(cache, "....")
-    table = kept(cache, "aabb")
+    table = cached_table(cache, "aabb")
     filler.release()
     moved = {block: new for new, block in enumerate(table.blocks)}
     cache._allocator.relocate(moved)
@@ -347,7 +347,7 @@ def part(cache: PrefixCache, before: str, tokens: str) -> tuple[int, int] | None
 @pytest.mark.parametrize(("tokens", "length"), [("efgh", 4), ("efg", 3), ("efxx", 2), ("exgh", 1), ("e", 1)])
 def test_a_block_with_the_same_start_is_found_with_its_common_length(tokens: str, length: int) -> None:
     cache = cache_of(block_size=4)
-    table = kept(cache, "abcdefgh")
+    table = cached_table(cache, "abcdefgh")
     assert part(cache, "abcd", tokens) == (table.blocks[1], length)
 
 
@@ -358,15 +358,15 @@ def test_there_is_no_partial_match_without_a_common_token_or_after_another_prefi
     before: str, tokens: str
 ) -> None:
     cache = cache_of(block_size=4)
-    kept(cache, "abcdefgh")
+    cached_table(cache, "abcdefgh")
     assert part(cache, before, tokens) is None
 
 
 def test_of_several_blocks_with_the_same_first_token_the_newest_is_compared() -> None:
     cache = cache_of(block_size=4)
-    kept(cache, "abcd")
-    newest = kept(cache, "abxx")
-    kept(cache, "zzzz")
+    cached_table(cache, "abcd")
+    newest = cached_table(cache, "abxx")
+    cached_table(cache, "zzzz")
     assert part(cache, "", "abcd") == (newest.blocks[0], 2)
     end(cache, newest)
     cache.evict(1)
@@ -375,7 +375,7 @@ def test_of_several_blocks_with_the_same_first_token_the_newest_is_compared() ->
 
 def test_a_partly_shared_block_is_copied_before_it_is_written() -> None:
     cache = cache_of(block_size=4)
-    owner = kept(cache, "abcd")
+    owner = cached_table(cache, "abcd")
     end(cache, owner.fork())
     table = BlockTable(cache._allocator, 4)
     cache.share(table, owner.blocks[0], 3)
@@ -434,7 +434,7 @@ def test_eviction_costs_the_same_however_many_blocks_are_cached(in_use: bool) ->
         cache = large_cache(size, 0) if in_use else large_cache(0, size)
 
         def fill_and_evict(number: int, cache: PrefixCache = cache) -> int:
-            end(cache, kept(cache, chr(1_000 + number)))
+            end(cache, cached_table(cache, chr(1_000 + number)))
             return count_steps(lambda: cache.evict(1))
 
         costs.append([fill_and_evict(number) for number in range(20)])

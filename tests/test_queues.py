@@ -45,7 +45,7 @@ class Lists:
     def __init__(self) -> None:
         self.waiting: list[tuple[tuple[int, int, int], str]] = []
         self.running: list[tuple[tuple[int, int, int], str]] = []
-        self.to_come: dict[str, list[str]] = {}  # ids that a leader still represents
+        self.represented: dict[str, list[str]] = {}  # ids that a leader still represents
         self.request_of: dict[str, str] = {}
         self.isolated: str | None = None
         self.num_arrived = 0
@@ -54,7 +54,7 @@ class Lists:
         first, *others = completion_ids(request_id, n)
         insort(self.waiting, ((KEY(self.num_arrived, priority), self.num_arrived, 0), first))
         self.num_arrived += 1
-        self.to_come[first] = others
+        self.represented[first] = others
         self.request_of.update(dict.fromkeys([first, *others], request_id))
 
     def in_use(self, ids: Iterable[str]) -> bool:
@@ -71,13 +71,13 @@ class Lists:
 
     def fork(self, name: str) -> None:
         [(rank, _)] = [one for one in self.running if one[1] == name]
-        for place, fork in enumerate(self.to_come.pop(name, []), start=1):
+        for place, fork in enumerate(self.represented.pop(name, []), start=1):
             insort(self.running, ((*rank[:2], place), fork))
 
     def end(self, name: str) -> None:
         self.waiting = [one for one in self.waiting if one[1] != name]
         self.running = [one for one in self.running if one[1] != name]
-        for gone in (name, *self.to_come.pop(name, [])):
+        for gone in (name, *self.represented.pop(name, [])):
             del self.request_of[gone]
 
 
@@ -109,7 +109,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
 
     @precondition(lambda self: self.lists.running)
     @rule(at=st.integers(0, 9))
-    def put_back(self, at: int) -> None:
+    def return_to_waiting(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
         assert [one.seq_id for one in self.queues.return_to_waiting(self.queues[name])] == [name]
         self.lists.move(name, "running", "waiting")
@@ -118,7 +118,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(at=st.integers(0, 9))
     def fork(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
-        if self.lists.to_come.get(name):
+        if self.lists.represented.get(name):
             self.queues.fork(self.queues[name])
         self.lists.fork(name)
 
@@ -126,7 +126,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(at=st.integers(0, 9))
     def end_one(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
-        if not self.lists.to_come.get(name):
+        if not self.lists.represented.get(name):
             assert self.queues.end(name).state is SequenceState.FINISHED
             self.lists.end(name)
 

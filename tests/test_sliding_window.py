@@ -144,7 +144,7 @@ class TableMachine(RuleBasedStateMachine):
         return table.start, table.num_tokens, list(table.blocks), counts
 
     @invariant()
-    def every_reference_is_one_tables(self) -> None:
+    def every_reference_belongs_to_a_table(self) -> None:
         held = Counter(block for text in self.alive for block in text.table.blocks)
         counts = [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
         assert counts == [held[block] for block in range(len(counts))]
@@ -159,7 +159,7 @@ class TableMachine(RuleBasedStateMachine):
             assert found == [text.values[position] for position in range(start, text.stop)]
 
     @invariant()
-    def a_kernels_table_has_a_block_for_each_position_and_none_for_what_has_gone(self) -> None:
+    def kernel_tables_have_blocks_for_held_positions_only(self) -> None:
         size = self.block_size
         for text in self.alive:
             physical = text.table.physical_indices()
@@ -170,7 +170,7 @@ class TableMachine(RuleBasedStateMachine):
                 assert physical[position // size] == slot // size
 
     @invariant()
-    def what_has_gone_and_what_is_to_come_have_no_slot(self) -> None:
+    def released_and_future_positions_have_no_slot(self) -> None:
         for text in self.alive:
             start, stop = text.table.start, text.stop
             for wrong in [(start - 1, stop), (start, stop + 1), (0, start) if start else (stop, stop - 1)]:
@@ -263,7 +263,7 @@ class Texts:
             self.tables[row].append_tokens(counts[row])
             spans.append(Span(self.tables[row], self.done[row], self.done[row] + counts[row]))
             self.done[row] += counts[row]
-        self.spoil_what_is_free()
+        self.fill_free_slots_with_nan()
         q, k, v = (
             mx.array(
                 np.concatenate([x[row][:, s.start : s.stop] for row, s in zip(rows, spans, strict=True)], 1)
@@ -286,7 +286,7 @@ class Texts:
         ]
         return np.array(out[0]), np.concatenate(expected, axis=1)
 
-    def spoil_what_is_free(self) -> None:
+    def fill_free_slots_with_nan(self) -> None:
         free = [b for b in range(self.allocator.num_blocks) if self.allocator.ref_count(b) == 0]
         for array in (self.keys, self.values):
             array[mx.array(free)] = mx.nan
